@@ -1,0 +1,52 @@
+# Every target works as the first command after a clone: the virtual environment is made on demand.
+PYTHON    ?= python3
+VENV      ?= .venv
+TASK      ?= sort_digits
+ESTIMATOR ?= rloo
+SEED      ?= 0
+RUN       ?= runs/$(TASK)-$(ESTIMATOR)-seed$(SEED)
+BIN       := $(VENV)/bin
+STAMP     := $(VENV)/.installed
+
+.PHONY: install train test test-slow lint type format check clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train      install, then train the default task ($(TASK), $(ESTIMATOR)) into $(RUN)"
+	@echo "make test       quick tests            make test-slow   the slow ones"
+	@echo "make lint type  ruff, mypy             make format      ruff format and fixes"
+	@echo "make check      lint, type, test       make clean       remove caches and the environment"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "tokenrl needs Python 3.10 or later; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: $(STAMP)
+	$(BIN)/tokenrl train --task $(TASK) --estimator $(ESTIMATOR) --seed $(SEED) --output-dir $(RUN) --overwrite
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=1800
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(STAMP)
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint type test
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

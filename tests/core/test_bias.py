@@ -1,0 +1,250 @@
+"""Every declared bias, proven by summing over all groups in float64."""
+
+from __future__ import annotations
+
+from math import comb
+
+import pytest
+import torch
+from tabular_policy import (
+    LENGTHS,
+    MASK,
+    MAX_LENGTH,
+    Problem,
+    cosine,
+    entropies_of,
+    expected_gradient,
+    logprobs_of,
+    probabilities_of,
+    relative_error,
+)
+
+from tokenrl.core import Estimator
+from tokenrl.core.bias import BUILT, EFFECTS, FROM_BEST_TO_WORST
+from tokenrl.core.presets import PRESETS
+
+# The axes one by one, over the unbiased defaults.
+SINGLE = [{axis: name} for axis, table in EFFECTS.items() for name in table]
+SINGLE += [
+    {"beta": 0.3, "kl_placement": placement, "kl_estimator": name}
+    for placement in BUILT["kl_placement"]
+    for name in BUILT["kl_estimator"]
+]
+SINGLE += [{"returns": name, "gamma": gamma} for name in BUILT["returns"] for gamma in (1.0, 0.7)]
+SINGLE += [{"entropy_coef": 0.5, "entropy_form": name} for name in BUILT["entropy_form"]]
+SINGLE += [{"baseline": "constant", "baseline_constant": -1.3}]
+# Combinations of what is exact, up to scale or not, whose status must hold together.
+MIXED = [
+    {"baseline": b, "returns": "reward_to_go", "aggregation": a, "beta": 0.3, "ratio": "token"}
+    for b in EFFECTS["baseline"]
+    for a in ("sequence_sum", "fixed_length")
+]
+MIXED += [
+    {"baseline": "none", "scale": "group_std"},
+    {"baseline": "group_mean", "scale": "batch_std", "scale_ddof": 0},
+    {"baseline": "constant", "aggregation": "sequence_mean"},
+    {"baseline": "none", "aggregation": "token_mean", "returns": "reward_to_go"},
+]
+
+
+def known_scale(e: Estimator, group_size: int, rows: int) -> float:
+    own_return = {"group_mean": (group_size - 1) / group_size, "batch_mean": (rows - 1) / rows}
+    divisor = MAX_LENGTH if e.aggregation == "fixed_length" else 1
+    return own_return.get(e.baseline, 1.0) / divisor
+
+
+def prove(e: Estimator, problem: Problem, group_size: int) -> None:
+    found = expected_gradient(e, problem, group_size)
+    target = problem.target(e.beta, e.entropy_coef)
+    scale = known_scale(e, group_size, group_size * len(problem.logits))
+    if e.bias_status == "exact":
+        assert scale == 1.0
+        assert relative_error(found, target) < 1e-10
+    elif e.bias_status == "exact_up_to_scale":
+        assert relative_error(found, scale * target) < 1e-10
+        assert scale != 1.0
+    else:
+        assert e.bias_status in ("asymptotic", "biased")
+        assert cosine(found, target) < 1 - 1e-4
+
+
+@pytest.mark.parametrize(("prompts", "group_size"), [(1, 2), (1, 3), (2, 2)])
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name: str, prompts: int, group_size: int) -> None:
+    prove(Estimator.preset(name), Problem.random(1, prompts=prompts), group_size)
+
+
+@pytest.mark.parametrize("fields", SINGLE + MIXED, ids=str)
+def test_choices(fields: dict) -> None:
+    prove(Estimator(**fields), Problem.random(2), 3)
+
+
+@pytest.mark.parametrize("fields", [f for f in SINGLE if "baseline" in f or "scale" in f], ids=str)
+def test_choices_on_two_prompts(fields: dict) -> None:
+    prove(Estimator(**fields), Problem.random(3, prompts=2), 2)
+
+
+@pytest.mark.parametrize("kind", ["binary", "graded", "dense"])
+@pytest.mark.parametrize("seed", range(4, 8))
+@pytest.mark.parametrize("returns", BUILT["returns"])
+def test_what_is_exact_is_so_for_any_reward(kind: str, seed: int, returns: str) -> None:
+    for baseline in EFFECTS["baseline"]:
+        e = Estimator(baseline=baseline, returns=returns, beta=0.1)
+        assert e.bias_status in ("exact", "exact_up_to_scale")
+        prove(e, Problem.random(seed, kind=kind), 2)
+
+
+def test_the_worst_choice_decides_and_each_gives_its_reason() -> None:
+    e = Estimator(baseline="group_mean", aggregation="token_mean")
+    assert (e.bias_status, Estimator().bias_status) == ("asymptotic", "exact")
+    assert "(G-1)/G" in e.bias_reason and "mean length" in e.bias_reason
+    assert Estimator(aggregation="sequence_mean", scale="batch_std").bias_status == "biased"
+    ranks = [FROM_BEST_TO_WORST.index(effect.status) for t in EFFECTS.values() for effect in t.values()]
+    assert min(ranks) == 0
+    assert "no choice" in Estimator().bias_reason
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize(("group_size", "prompts"), [(2, 2), (3, 1), (6, 1)])
+def test_group_std_ascends_w_of_p_on_binary_rewards(ddof: int, group_size: int, prompts: int) -> None:
+    e = Estimator(baseline="group_mean", scale="group_std", scale_ddof=ddof, scale_eps=0.01)
+    problem = Problem.random(9, prompts=prompts, kind="binary")
+    weights = []
+    for theta, rewards in zip(problem.logits, problem.totals, strict=True):
+        p = float((probabilities_of(theta) * rewards).sum())
+        mean = 0.0
+        for k in range(group_size + 1):
+            variance = k / group_size * (1 - k / group_size)
+            std = (variance * group_size / (group_size - ddof)) ** 0.5
+            mean += (
+                comb(group_size, k) * p**k * (1 - p) ** (group_size - k) * variance / (std + e.scale_eps)
+            )
+        weights.append(mean / (p * (1 - p)))
+    found = expected_gradient(e, problem, group_size, unordered=group_size > 3)
+    wanted = torch.tensor(weights, dtype=torch.double)[:, None] * problem.target()
+    assert relative_error(found, wanted) < 1e-10
+
+
+@pytest.mark.parametrize("baseline", ["rloo", "group_mean", "constant"])
+def test_sequence_mean_ascends_reward_per_length(baseline: str) -> None:
+    """Each baseline b is held fixed in E[(R - b)/L], and a mean that contains the row shrinks it."""
+    problem, group_size = Problem.random(10), 3
+    e = Estimator(baseline=baseline, baseline_constant=0.8, aggregation="sequence_mean")
+
+    def per_length(theta, rewards, reference, power=1.0, shift=0.0):
+        return (probabilities_of(theta) * (rewards * power - shift) / LENGTHS).sum()
+
+    mean = float((probabilities_of(problem.logits[0]) * problem.totals[0]).sum())
+    shift = 0.8 if baseline == "constant" else mean
+    wanted = problem.gradient(lambda *a: per_length(*a, shift=shift))
+    wanted = wanted * ((group_size - 1) / group_size if baseline == "group_mean" else 1.0)
+    assert relative_error(expected_gradient(e, problem, group_size), wanted) < 1e-10
+    assert cosine(wanted, problem.target()) < 0.999
+
+
+@pytest.mark.parametrize("choice", [{"aggregation": "token_mean"}, {"scale": "batch_std"}], ids=str)
+def test_asymptotic_choices_approach_the_gradient(choice: dict) -> None:
+    problem = Problem.random(2)
+    target = problem.target()
+    sizes = (2, 4, 6)
+    angles = [
+        1 - cosine(expected_gradient(Estimator(**choice), problem, n, unordered=True), target) for n in sizes
+    ]
+    assert angles[0] > angles[1] > angles[2] > 0
+
+
+def test_asymptotic_choices_have_the_stated_limit() -> None:
+    """A step that holds every completion in exact proportion is the limit of large steps."""
+    flat = torch.zeros(1, 7, 3, dtype=torch.double)
+    problem = Problem(flat, flat, Problem.random(11).rewards)
+    probabilities = probabilities_of(flat[0])
+    rows = torch.arange(15).repeat_interleave((27 * probabilities).round().long())
+    assert len(rows) == 27
+    rewards, mask = problem.totals[0, rows], MASK[rows]
+    scores = torch.func.jacrev(logprobs_of)(flat[0]).reshape(15, 3, 21)[rows]
+    for choice, divisor in (
+        ({"aggregation": "token_mean"}, (probabilities * LENGTHS).sum()),
+        ({"scale": "batch_std", "scale_ddof": 0, "scale_eps": 0.2}, rewards.std(correction=0) + 0.2),
+    ):
+        e = Estimator(baseline="batch_mean", **choice)
+        advantages = e.advantages(rewards, mask, group_size=None).policy
+        weights = e.token_weights(mask, max_length=MAX_LENGTH)
+        found = torch.einsum("n,nt,ntd->d", advantages, weights, scores)
+        assert relative_error(found, problem.target()[0] / divisor) < 1e-10
+
+
+def frozen_prefix(problem: Problem, step_value) -> torch.Tensor:
+    """E[sum_t grad of step_value(theta, reference)[prefix]], the prefix drawn from a policy held fixed."""
+    theta, reference = problem.logits[0], problem.reference[0]
+    chance = probabilities_of(theta)
+    return torch.func.grad(lambda x: (chance[:, None] * step_value(x, reference)).sum())(theta).reshape(1, -1)
+
+
+def step_kl(theta, reference):
+    from tabular_policy import STATES
+
+    p, q = theta.log_softmax(-1), reference.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)[STATES] * MASK
+
+
+@pytest.mark.parametrize("beta", [0.2, 1.5])
+def test_kl_in_the_loss(beta: float) -> None:
+    problem = Problem.random(12)
+    plain = problem.target()
+    wanted = {
+        "k1": plain,  # no penalty at all
+        "k2": plain - beta * frozen_prefix(problem, step_kl),
+        "k3": plain - beta * frozen_prefix(problem, lambda theta, ref: step_kl(ref, theta)),
+    }
+    for name, gradient in wanted.items():
+        e = Estimator(beta=beta, kl_estimator=name, kl_placement="loss")
+        assert relative_error(expected_gradient(e, problem, 2), gradient) < 1e-10
+        assert cosine(gradient, problem.target(beta)) < 0.999
+
+
+@pytest.mark.parametrize("name", ["k2", "k3"])
+def test_kl_in_the_reward_lacks_the_estimates_own_gradient(name: str) -> None:
+    from tokenrl.core.kl import PER_TOKEN
+
+    problem, beta = Problem.random(13), 0.4
+    ref = logprobs_of(problem.reference[0])
+    held = PER_TOKEN[name](logprobs_of(problem.logits[0]), ref).sum(-1)
+    wanted = problem.gradient(lambda theta, r, _: (probabilities_of(theta) * (r - beta * held)).sum())
+    e = Estimator(beta=beta, kl_estimator=name, baseline="rloo")
+    assert relative_error(expected_gradient(e, problem, 2), wanted) < 1e-10
+
+
+def test_values_of_the_kl_estimates() -> None:
+    """k1 and k3 have the KL of the step as their mean, k2 has not; k3 is never negative."""
+    from tokenrl.core.kl import k1, k2, k3
+
+    problem = Problem.random(14)
+    p, q = problem.logits[0].log_softmax(-1), problem.reference[0].log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    for f, same in ((k1, True), (k2, False), (k3, True)):
+        assert torch.allclose((p.exp() * f(p, q)).sum(-1), kl, rtol=1e-12) == same
+    assert (k3(p, q) >= 0).all() and (k1(p, q) < 0).any()
+
+
+def test_entropy_bonus_is_the_step_entropy_with_the_prefix_held_fixed() -> None:
+    problem, coefficient = Problem.random(15), 0.7
+    e = Estimator(entropy_coef=coefficient)
+    wanted = problem.target() + coefficient * frozen_prefix(problem, lambda theta, _: entropies_of(theta))
+    assert relative_error(expected_gradient(e, problem, 2), wanted) < 1e-10
+    # grad H(sequence) = that bonus + E[sum_t s_t sum_{u>t} H_u]
+    later = entropies_of(problem.logits[0])
+    later = later.flip(-1).cumsum(-1).flip(-1) - later
+    scores = torch.func.jacrev(logprobs_of)(problem.logits[0]).reshape(15, 3, 21)
+    path = torch.einsum("y,yt,ytd->d", probabilities_of(problem.logits[0]), later, scores)[None]
+    whole = problem.target(entropy_coef=coefficient)
+    assert relative_error(wanted + coefficient * path, whole) < 1e-10
+
+
+def test_discounted_total_is_exact_for_the_discounted_return() -> None:
+    problem, gamma = Problem.random(16, kind="dense"), 0.6
+    discounted = (problem.rewards * gamma ** torch.arange(3)).sum(-1)
+    wanted = Problem(problem.logits, problem.reference, discounted).target()
+    found = expected_gradient(Estimator(gamma=gamma), problem, 2)
+    assert relative_error(found, wanted) < 1e-10
+    to_go = expected_gradient(Estimator(gamma=gamma, returns="reward_to_go"), problem, 2)
+    assert cosine(to_go, wanted) < 1 - 1e-4

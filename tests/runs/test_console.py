@@ -1,0 +1,103 @@
+import io
+
+import pytest
+
+from tokenrl.runs.console import Console, duration, ending, number, visible
+
+SUMMARY = {"exit_reason": "completed", "steps": 40, "wall_seconds": 75.2, "tokens_per_second": 12345.6,
+           "eval_before": {"reward": 0.125}, "eval_after": {"reward": 0.875, "pass@8": 1.0}}  # fmt: skip
+
+
+def use_everything(console):
+    console.start("RLOO on [red]task[/red]", {"model": "tiny :smile:", "parameters": 12})
+    with console.progress(40) as progress:
+        for step in range(41):
+            metrics = (
+                {"reward": step / 40, "tokens_per_second": 1000.0} if step else {"eval_reward_greedy": 0.25}
+            )
+            progress.update(step, metrics)
+    console.completions_table(
+        [{"prompt": "a[b]\n\x1b[31m", "completion": "x" * 500, "reward": 1, "advantage": -0.5}]
+    )
+    console.note("model runs/[a]/model")
+    console.warn("all groups [bold] equal")
+    console.finish(SUMMARY)
+
+
+def printed(**options):
+    file = io.StringIO()
+    use_everything(Console(file=file, **options))
+    return file.getvalue()
+
+
+def test_quiet_prints_nothing(capfd):
+    assert printed(quiet=True) == ""
+    assert capfd.readouterr() == ("", "")
+
+
+def test_log_gets_plain_lines_each_k_steps():
+    text = printed(every=10)
+    lines = [line for line in text.splitlines() if line.startswith("step ")]
+    assert [int(line.split()[1].split("/")[0]) for line in lines] == [0, 1, 10, 20, 30, 40]
+    assert lines[0] == "step  0/40  eval 0.25"
+    assert lines[2].startswith("step 10/40  reward 0.25  eval 0.25  1,000 tokens/s  ETA 0:")
+    assert "ETA" not in lines[-1] and "\x1b" not in text and "\r" not in text
+
+
+def test_header_says_why_the_loss_is_no_measure():
+    text = " ".join(printed().split())
+    assert "loss is no measure of progress" in text and "watch the reward and the evaluation" in text
+
+
+def test_header_takes_another_note():
+    file = io.StringIO()
+    Console(file=file).start("sft", {}, note="nats a token")
+    assert "nats a token" in file.getvalue() and "no measure" not in file.getvalue()
+
+
+def test_texts_are_shown_as_they_are():
+    text = printed()
+    assert (
+        "[red]task[/red]" in text
+        and ":smile:" in text
+        and "[bold] equal" in text
+        and "runs/[a]/model" in text
+    )
+    assert r"a[b]\n\x1b[31m" in text
+    assert "x" * 100 not in "".join(text.split()) and "…" in text
+
+
+def test_before_and_after_stand_side_by_side():
+    rows = [line.split() for line in printed().splitlines()]
+    assert ["reward", "0.125", "0.875"] in rows and ["pass@8", "-", "1"] in rows
+    assert "completed, 40 steps, 1:15, 12,346 tokens/s" in printed()
+
+
+def test_terminal_gets_one_live_line(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    text = printed()
+    assert "\x1b" in text and "40/40" in text and "step 10/40" not in text
+
+
+def test_stream_without_unicode_does_not_break():
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    console = Console(file=file)
+    console.completions_table([{"prompt": "é→", "completion": "y" * 99, "reward": 0.5}])
+    file.flush()
+    assert rb"\xe9\u2192" in file.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "text, shown", [("a\tb\r\n", r"a\tb\r\n"), ("\u202eabc", r"\u202eabc"), ("héé", "héé")]
+)
+def test_visible(text, shown):
+    assert visible(text) == shown
+
+
+def test_small_formats():
+    assert [duration(seconds) for seconds in (0, 59.6, 3723)] == ["0:00", "1:00", "1:02:03"]
+    assert [number(value) for value in (None, 0.12345, 5, "Infinity", "a\nb", float("nan"))] == [
+        "-", "0.1235", "5", "inf", r"a\nb", "nan"]  # fmt: skip
+    assert ending({}) == "unfinished"
+    assert ending({"exit_reason": "SIGTERM", "env_steps_per_second": 10}) == "SIGTERM, 10 env steps/s"

@@ -1,0 +1,251 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tokenrl.core.rules import Refused, Stopped
+from tokenrl.runs import directory
+from tokenrl.runs.directory import RunDirectory, plain, read_config, versions, write_json
+
+
+def strict(text):
+    """Parse JSON as the standard has it: no NaN, no Infinity."""
+
+    def refuse(name):
+        raise ValueError(name)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
+
+
+def finished_run(path):
+    with RunDirectory.create(path) as run:
+        run.write_config({"seed": 1})
+        run.write_summary({"steps": 3})
+        run.metrics.write_text('{"step": 1}\n')
+        for folder in (run.model, run.completions, run.checkpoints / "step_000003"):
+            folder.mkdir(parents=True)
+            (folder / "weights.bin").write_text("x")
+        (run.completions / "step_000003.parquet").write_text("x")
+    return run
+
+
+def test_paths_lie_in_the_directory_as_documented(tmp_path):
+    with RunDirectory.create(tmp_path / "a" / "run") as run:
+        names = {key: value.name for key, value in vars(run).items() if isinstance(value, Path)}
+    assert names == {
+        "path": "run", "config": "config.json", "metrics": "metrics.jsonl", "timings": "timings.jsonl",
+        "completions": "completions", "checkpoints": "checkpoints", "summary": "summary.json",
+        "model": "model", "report": "report.html", "plot": "learning_curve.png",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["../run", "runs/../../etc", ".."])
+def test_parent_directory_in_the_path_is_refused(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refused, match=r"'\.\.'"):
+        RunDirectory.create(path)
+    assert tree(tmp_path) == {}
+
+
+def test_file_in_its_place_or_on_the_way_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(Refused, match="is a file"):
+        RunDirectory.create(file)
+    with pytest.raises(Refused, match="cannot be used"):
+        RunDirectory.create(file / "run")
+    with pytest.raises(Refused, match="cannot be used"):
+        RunDirectory.create("a\0b")
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
+def test_directory_that_cannot_be_written_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(Refused, match="cannot be used"):
+        RunDirectory.create(tmp_path)
+
+
+def test_denied_lock_file_is_a_refusal_and_not_another_run(tmp_path, monkeypatch):
+    def deny(self, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "touch", deny)
+    with pytest.raises(Refused, match=r"cannot be used.*Permission denied"):
+        RunDirectory.create(tmp_path)
+
+
+def test_second_process_in_the_directory_is_refused(tmp_path):
+    code = (
+        "import sys\nfrom tokenrl.core.rules import Refused\n"
+        "from tokenrl.runs.directory import RunDirectory\n"
+        "try:\n    RunDirectory.create(sys.argv[1], overwrite=True)\nexcept Refused as error:\n"
+        "    print(error); sys.exit(error.exit_code)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with RunDirectory.create(tmp_path) as run:
+        run.write_config({})
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert second.returncode == 2 and "Another run" in second.stdout and str(tmp_path) in second.stdout
+        assert run.config.exists()  # overwrite=True removed nothing of a run at work
+        with pytest.raises(Refused, match="Another run"):
+            RunDirectory.create(tmp_path)
+    assert subprocess.run(command).returncode == 0
+
+
+def test_existing_run_is_refused_untouched_and_unlocked(tmp_path):
+    finished_run(tmp_path)
+    before = tree(tmp_path)
+    caught = []  # kept, since an exception that is dropped would drop the lock with it
+    for _ in range(2):
+        with pytest.raises(Refused, match=r"already holds a run.*overwrite") as error:
+            RunDirectory.create(tmp_path)
+        caught.append(error)
+    assert tree(tmp_path) == before
+
+
+def test_metrics_alone_are_a_run_too(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(Refused, match="already holds a run"):
+        RunDirectory.create(tmp_path)
+
+
+def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
+    run = finished_run(tmp_path / "run")
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    (outside / "kept").write_text("kept")
+    (run.path / "notes.txt").write_text("mine")
+    (run.checkpoints / "best").mkdir()
+    (run.checkpoints / ".step_000004.partial").mkdir()
+    for link in (run.model / "link", run.checkpoints / "step_000009"):
+        link.symlink_to(outside)
+    with RunDirectory.create(run.path, overwrite=True) as again:
+        assert run.summary.exists()  # a run refused before it begins has lost nobody's results
+        again.begin()
+        left = set(tree(run.path))
+    assert left == {
+        ".lock",
+        "notes.txt",
+        "checkpoints",
+        "checkpoints/best",
+        "completions",
+        "completions/weights.bin",
+    }
+    assert (outside / "kept").read_text() == "kept"
+
+
+def test_linked_model_folder_is_unlinked_and_not_emptied(tmp_path):
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    (outside / "kept").write_text("kept")
+    with RunDirectory.create(tmp_path / "run") as run:
+        run.write_config({})
+        run.model.symlink_to(outside)
+    with RunDirectory.create(tmp_path / "run", overwrite=True) as again:
+        again.write_config({})
+        assert not run.model.is_symlink() and (outside / "kept").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name, text", [("notes.txt", "mine"), ("config.json", '{"model_type": "gpt2"}'),
+                                        ("config.json", "[1]"), ("metrics.jsonl", "[]")])  # fmt: skip
+def test_directory_of_other_people_is_refused_even_with_overwrite(tmp_path, overwrite, name, text):
+    (tmp_path / name).write_text(text)
+    (tmp_path / "model").mkdir()
+    before = tree(tmp_path)
+    with pytest.raises(Refused, match=f"holds no run.*{name}"):
+        RunDirectory.create(tmp_path, overwrite=overwrite)
+    assert tree(tmp_path) == before  # not even a lock file
+
+
+def test_directory_left_with_a_lock_alone_is_empty(tmp_path):
+    RunDirectory.create(tmp_path).release()
+    RunDirectory.create(tmp_path).release()
+
+
+@pytest.mark.parametrize("module, name", [(directory.shutil, "rmtree"), (Path, "unlink")])
+def test_removal_cut_short_can_be_repeated(tmp_path, monkeypatch, module, name):
+    finished_run(tmp_path)
+    real = getattr(module, name)
+
+    def busy(path, **options):
+        if path.name in ("model", "summary.json"):
+            raise OSError("busy")
+        real(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, busy)
+        with pytest.raises(Refused, match=r"cannot be replaced.*busy"):
+            RunDirectory.create(tmp_path, overwrite=True).begin()
+    with RunDirectory.create(tmp_path, overwrite=True) as run:
+        run.begin()
+        assert not run.model.exists()
+
+
+def test_config_comes_back_with_versions_and_the_same_bytes_in_any_order(tmp_path):
+    with RunDirectory.create(tmp_path) as run:
+        run.write_config({"seed": 1, "beta": 0.04, "model": Path("a")})
+        first = run.config.read_bytes()
+        run.write_config({"model": "a", "beta": 0.04, "seed": 1})
+        assert run.config.read_bytes() == first
+        config = read_config(tmp_path)
+    assert config.pop("versions")["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert config == {"seed": 1, "beta": 0.04, "model": "a"}
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{"])
+def test_damaged_or_absent_config_is_refused(tmp_path, text):
+    with pytest.raises(Refused, match="cannot be read"):
+        read_config(tmp_path / "absent.json")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(Refused, match=r"config\.json"):
+        read_config(tmp_path)
+
+
+def test_json_is_strict_and_infinities_come_back(tmp_path):
+    value = {
+        "nan": math.nan, "inf": math.inf, "down": -math.inf, "tensor": torch.tensor([1.0, math.nan]),
+        "scalar": np.float32(0.5), "count": np.int64(3), "nested": {"a": (1, {math.inf})}, "set": {"b", "a"},
+        "type": torch.float32, "function": json.dumps, "surrogate": "\ud800", "flag": True,
+    }  # fmt: skip
+    write_json(tmp_path / "x.json", value)
+    back = strict((tmp_path / "x.json").read_text("utf-8"))
+    assert back["nan"] is None and back["tensor"] == [1.0, None] and back["flag"] is True
+    assert float(back["inf"]) == math.inf and float(back["down"]) == -math.inf
+    assert back["scalar"] == 0.5 and back["count"] == 3 and back["nested"] == {"a": [1, ["Infinity"]]}
+    assert back["set"] == ["a", "b"] and back["type"] == "torch.float32" and back["function"] == "json:dumps"
+    assert back["surrogate"] == "?"
+
+
+def test_failed_write_stops_and_leaves_the_old_file(tmp_path, monkeypatch):
+    write_json(tmp_path / "x.json", {"a": 1})
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Stopped, match="No space left") as caught:
+        write_json(tmp_path / "x.json", {"a": 2})
+    assert isinstance(caught.value.__cause__, OSError)
+    assert tree(tmp_path) == {"x.json": b'{\n  "a": 1\n}\n'}
+
+
+def test_versions_name_packages_without_importing_them():
+    code = (
+        "import sys; from tokenrl.runs.directory import versions; found = versions()\n"
+        "print('torch' in sys.modules, found['torch'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", torch.__version__]
+    assert "tokenrl" in versions() and plain(versions()) == versions()

@@ -1,0 +1,183 @@
+"""The command line, thin: nothing heavy is imported to parse or to explain.
+
+Exit codes: 0 done; 2 refused before the first step; 1 failed during the run; 130 or 143 stopped by a signal
+after saving. A user's mistake prints one paragraph and no traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import tyro
+
+from tokenrl.core.estimator import Estimator
+from tokenrl.core.rules import Refused, TokenrlError
+from tokenrl.language.arguments import EvaluateArguments, SampleArguments, SftArguments, TrainArguments
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    """Draw the curve of a run and write its report again."""
+
+    run_dir: tyro.conf.Positional[str]
+    """Directory of the run."""
+
+
+def _train(args: TrainArguments) -> int:
+    from tokenrl.language.training import train
+
+    return train(args).exit_code
+
+
+def _sft(args: SftArguments) -> int:
+    from tokenrl.language.commands import sft
+
+    sft(args)
+    return 0
+
+
+def _evaluate(args: EvaluateArguments) -> int:
+    from tokenrl.language.commands import evaluate
+
+    for name, value in evaluate(args).metrics.items():
+        print(f"{name:28} {value:.4f}")
+    return 0
+
+
+def _sample(args: SampleArguments) -> int:
+    from tokenrl.language.commands import sample
+
+    for prompt, completions in zip(args.prompt, sample(args), strict=True):
+        for completion in completions:
+            print(f"{prompt}{completion}" if not args.chat else completion)
+    return 0
+
+
+def _report(args: ReportArguments) -> int:
+    from tokenrl.runs.report import report_from_directory
+
+    print(report_from_directory(args.run_dir))
+    return 0
+
+
+class Command(NamedTuple):
+    """A command: its arguments and what it calls."""
+
+    arguments: Any
+    run: Callable[[Any], int]
+
+
+COMMANDS = {
+    "train": Command(TrainArguments, _train),
+    "sft": Command(SftArguments, _sft),
+    "evaluate": Command(EvaluateArguments, _evaluate),
+    "sample": Command(SampleArguments, _sample),
+    "report": Command(ReportArguments, _report),
+}
+
+
+# The progress bars and advice of the libraries below, unless asked for, would bury what a run has to say.
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(_help())
+            return 0 if argv else 2
+        if argv[0] == "--version":
+            from tokenrl import __version__
+
+            print(__version__)
+            return 0
+        command = COMMANDS.get(argv[0])
+        if command is None:
+            raise Refused(f"There is no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}.")
+        return command.run(_parse(argv[0], command, argv[1:]))
+    except TokenrlError as error:
+        print(f"tokenrl: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _help() -> str:
+    lines = ["usage: tokenrl COMMAND [--help] ...", "", "Policy gradients on language models.", ""]
+    lines += [f"  {name:10}{command.arguments.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def _parse(name: str, command: Command, argv: list[str]) -> Any:
+    """Arguments of a command; --config and --estimator set the defaults that flags then change."""
+    default: Any = None
+    if command.arguments is TrainArguments:
+        argv, config = _take(argv, "--config")
+        argv, preset = _take(argv, "--estimator")
+        default = TrainArguments() if config is None else _from_config(config)
+        if preset is not None:
+            default = replace(default, estimator=Estimator.preset(preset))
+    return tyro.cli(
+        command.arguments,
+        args=argv,
+        prog=f"tokenrl {name}",
+        description=command.arguments.__doc__ + _MORE.get(name, ""),
+        **({} if default is None else {"default": default}),
+    )
+
+
+_MORE = {
+    "train": "\n\n--estimator PRESET sets every axis of the estimator, --estimator.AXIS changes one. "
+    "--config FILE takes the settings of an earlier run's config.json. Flags given beside them win.",
+}
+
+
+def _take(argv: list[str], flag: str) -> tuple[list[str], str | None]:
+    """The command line without `flag VALUE` or `flag=VALUE`, and the value."""
+    rest, value, words = [], None, iter(argv)
+    for word in words:
+        if word == flag:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise Refused(f"{flag} needs a value.")
+        elif word.startswith(flag + "="):
+            value = word[len(flag) + 1 :]
+        else:
+            rest.append(word)
+    return rest, value
+
+
+def _from_config(path: str) -> TrainArguments:
+    """The settings of an earlier run; what else its config.json holds is passed over."""
+    from tokenrl.runs.directory import read_config
+
+    stored = read_config(path)
+    known = {f.name: stored[f.name] for f in fields(TrainArguments) if f.name in stored}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in known.items()
+    }
+    estimator = values.get("estimator")
+    try:
+        if isinstance(estimator, Mapping):
+            values["estimator"] = Estimator(**estimator)
+        return TrainArguments(**values)
+    except TypeError as error:
+        raise Refused(f"The configuration {path} is not one of tokenrl train: {error}.") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

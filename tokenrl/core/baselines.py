@@ -1,0 +1,113 @@
+"""What is subtracted from a return before it multiplies the score.
+
+A baseline leaves the expected gradient alone if it does not depend on the row's own actions: then `E[b grad
+log pi] = b E[grad log pi] = 0`. The functions take sets of rows, [S, n]: the groups of a step, or the whole
+step as a single set. They measure from the first valid row of the set, so that rows of equal return give
+that very number and an advantage of exactly zero in any precision; a plain mean of equal float32 numbers
+does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokenrl.core.masking import zero_outside
+
+
+def from_first(
+    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]
+) -> tuple[Float[Tensor, "S n"], Float[Tensor, "S 1"]]:
+    """Measure each set from its first valid row.
+
+    Returns:
+        The differences (0 in rows that are not valid) and the first valid row's total.
+    """
+    first = totals.gather(-1, valid.long().argmax(-1, keepdim=True))
+    return zero_outside(totals - first, valid), first
+
+
+def set_mean(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tensor, "S n"]:
+    """Mean over the valid rows of the set, the row itself included: `(1/n) sum_j R_j`.
+
+    Because the row's own return is in it, the expected gradient shrinks by (n - 1)/n.
+    """
+    differences, first = from_first(totals, valid)
+    count = valid.sum(-1, keepdim=True).clamp(min=1)
+    return (first + differences.sum(-1, keepdim=True) / count).expand_as(totals)
+
+
+def leave_one_out(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tensor, "S n"]:
+    """Mean over the OTHER valid rows of the set: `(1/(n - 1)) sum_{j != i} R_j` (Kool et al. 2019).
+
+    `R_i - b_i = n/(n - 1) (R_i - mean)`. A row without any other valid row has no such mean; it gets the
+    first total, and the estimator gives it no advantage.
+    """
+    differences, first = from_first(totals, valid)
+    others = valid.sum(-1, keepdim=True) - valid.long()
+    return first + (differences.sum(-1, keepdim=True) - differences) / others.clamp(min=1)
+
+
+OF_SETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "batch_mean": set_mean,
+    "group_mean": set_mean,
+    "rloo": leave_one_out,
+}
+
+
+def has_company(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Bool[Tensor, "S n"]:
+    """Say which rows are valid and share their set with at least one other valid row."""
+    return valid & (valid.sum(-1, keepdim=True) >= 2)
+
+
+def in_sets(
+    f: Callable[[Tensor, Tensor], Tensor], totals: Float[Tensor, " N"], valid: Bool[Tensor, " N"], size: int
+) -> Tensor:
+    """Apply a function of sets to the rows of a step, `size` consecutive rows a set."""
+    return f(totals.reshape(-1, size), valid.reshape(-1, size)).reshape(-1)
+
+
+class RunningMean:
+    """A mean of past returns, to be read before a rollout is used and updated once after it.
+
+    In that order no return enters its own baseline, so the gradient stays exact given the past.
+
+    Attributes:
+        value: The baseline to use now; `initial` until the first update.
+    """
+
+    def __init__(self, decay: float | None = None, initial: float = 0.0) -> None:
+        """Start at `initial`.
+
+        Args:
+            decay: Of `value <- decay * value + (1 - decay) * mean of the step`, which forgets `initial` step
+                by step and is not corrected for it; None for the plain mean of every return seen so far.
+            initial: The value before any update.
+        """
+        self.decay = decay
+        self.value = float(initial)
+        self.count = 0.0
+
+    def update(self, rewards: Float[Tensor, " N *T"], valid: Bool[Tensor, " N"] | None = None) -> None:
+        """Take in the rewards of one step, [N] or [N, T] (summed over time), leaving out rows not valid."""
+        totals = rewards.detach().cpu().double()
+        totals = totals.sum(-1) if totals.ndim == 2 else totals
+        if valid is not None:
+            totals = totals[valid.cpu()]
+        rows = totals.numel()
+        if rows == 0:
+            return
+        step = float(totals.mean())
+        self.count += rows
+        share = rows / self.count if self.decay is None else 1.0 - self.decay
+        self.value += share * (step - self.value)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what a checkpoint needs, as plain floats."""
+        return {"value": self.value, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take up a `state_dict` again."""
+        self.value, self.count = float(state["value"]), float(state["count"])

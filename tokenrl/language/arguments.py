@@ -1,0 +1,205 @@
+"""Arguments of the language side's commands, each also a keyword of the Python function. Imports no torch.
+
+`None` means: what the task recommends, else the default named in the field's text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tokenrl.core.estimator import Estimator
+
+
+@dataclass(frozen=True)
+class TaskArguments:
+    """Where prompts and rewards come from."""
+
+    task: str = "sort_digits"
+    """A toy task's name, `module:attribute`, a JSON/CSV/Parquet file, or a `datasets` name."""
+    reward: tuple[str, ...] = ()
+    """`module:function`, `file.py:function`, or a directory with a one-label sequence classifier; several
+    are summed.
+    Default: the task's own."""
+    reward_weights: tuple[float, ...] = ()
+    """One weight a reward. Default: 1 each."""
+    prompt_column: str = "prompt"
+    """Column of a data set that holds the prompt, text or chat messages."""
+    prompt_template: str | None = None
+    """Prompt made from columns, as '{question}\\nAnswer:'; takes the place of prompt_column."""
+    split: str = "train"
+    """Split of a data set to train on."""
+    eval_split: str | None = None
+    """Split to evaluate on. Default: rows held out of the training split."""
+    eval_size: int = 128
+    """Rows held out of a data set that has no evaluation split."""
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """Which model, and how it is held in memory."""
+
+    model: str | None = None
+    """Local directory or hub name. Default: the toy task's own tiny model, warm-started here and cached."""
+    base_seed: int = 0
+    """Seed of that tiny model and its warm start."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = "float32"
+    """Precision of the weights; auto: as they were saved."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model."""
+
+
+@dataclass(frozen=True)
+class LoraArguments:
+    """Low-rank adapters (peft)."""
+
+    lora_r: int = 0
+    """Rank of a LoRA adapter; 0 trains all weights."""
+    lora_alpha: float | None = None
+    """Scale of the adapter. Default: twice the rank."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Names of the linear layers to adapt. Default: all but the head."""
+
+
+@dataclass(frozen=True)
+class TrainArguments(TaskArguments, ModelArguments, LoraArguments):
+    """Train a language model by policy gradients."""
+
+    output_dir: str = "runs/train"
+    """Directory of the run: config, metrics, completions, checkpoints, model, report."""
+    estimator: Estimator = field(default_factory=Estimator)
+    """A preset (--estimator rloo), any axis of which can then be changed (--estimator.scale group_std)."""
+    max_steps: int | None = None
+    """Rollouts to train on. Default: 200."""
+    prompts_per_step: int | None = None
+    """Prompts a step, over all processes. Default: 16."""
+    num_generations: int | None = None
+    """Completions a prompt (the group size G). Default: 8."""
+    max_completion_length: int | None = None
+    """Most tokens a completion may have, EOS included. Default: 256."""
+    temperature: float = 1.0
+    """Temperature of the policy that is sampled and scored."""
+    learning_rate: float | None = None
+    """Peak learning rate. Default: 1e-5 (with LoRA 1e-4)."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Largest gradient norm; 0 clips nothing."""
+    num_iterations: int = 1
+    """Passes over each rollout."""
+    num_minibatches: int = 1
+    """Updates a pass, each on a share of the prompts."""
+    micro_batch_size: int | None = None
+    """Completions in one forward pass of one process; changes memory, not the update. Default: all."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Autocast precision of forward passes, float32 weights kept."""
+    seed: int = 0
+    """Seed of prompts' order, sampling and adapters."""
+    truncate_prompts: bool = False
+    """Drop tokens from the left of prompts too long for the context, instead of refusing them."""
+    eval_every: int | None = None
+    """Steps between evaluations on held-out prompts. Default: a tenth of the run; 0: only before and
+    after."""
+    eval_generations: int = 4
+    """Sampled completions a held-out prompt, beside the greedy one."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: none but the final model."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    logging_steps: int = 1
+    """Steps between lines on a screen that is no terminal, and between tracker records."""
+    log_completions: int | None = None
+    """Steps between tables of sampled completions, on screen and in completions/. Default: with each
+    evaluation."""
+    report_to: tuple[str, ...] = ()
+    """Trackers, through accelerate: tensorboard and others it knows."""
+    stop_after_zero_spread: int = 50
+    """Stop after so many steps in a row in which no group's rewards differ; 0: never."""
+    stop_after_nonfinite: int = 5
+    """Stop after so many updates in a row with a gradient that is not finite."""
+    overwrite: bool = False
+    """Replace the run that output_dir holds."""
+    resume: str | None = None
+    """Not built yet: continue a run exactly. To go on from weights alone, give a checkpoint as --model."""
+    check: bool = False
+    """Do everything up to the first update, report, and stop."""
+    cpu: bool = False
+    """Stay on the CPU even if there is an accelerator."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+@dataclass(frozen=True)
+class SftArguments(TaskArguments, ModelArguments, LoraArguments):
+    """Fine-tune a model on demonstrations: rows of prompt and completion."""
+
+    output_dir: str = "runs/sft"
+    """Directory that takes the model."""
+    completion_column: str = "completion"
+    """Column of a data set that holds the completion."""
+    max_steps: int | None = None
+    """Updates. Default: 200."""
+    batch_size: int | None = None
+    """Demonstrations an update. Default: 64."""
+    learning_rate: float | None = None
+    """Peak learning rate, falling linearly to 0. Default: 2e-5."""
+    seed: int = 0
+    """Seed of the order of demonstrations."""
+    overwrite: bool = False
+    """Replace the model that output_dir holds."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+@dataclass(frozen=True)
+class EvaluateArguments(TaskArguments):
+    """Reward of a model on a task's held-out prompts, greedy and sampled."""
+
+    model: str = ""
+    """Local directory or hub name."""
+    num_generations: int = 4
+    """Sampled completions a prompt, beside the greedy one."""
+    max_completion_length: int | None = None
+    """Most tokens a completion may have. Default: the task's, else 256."""
+    temperature: float = 1.0
+    """Temperature of sampling."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = "float32"
+    """Precision of the weights."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model."""
+    truncate_prompts: bool = False
+    """Drop tokens from the left of prompts too long for the context, instead of refusing them."""
+    seed: int = 0
+    """Seed of sampling."""
+    json: str | None = None
+    """Also write the numbers to this file."""
+
+
+@dataclass(frozen=True)
+class SampleArguments:
+    """Complete a prompt."""
+
+    model: str = ""
+    """Local directory or hub name."""
+    prompt: tuple[str, ...] = ()
+    """One or more prompts."""
+    num_generations: int = 4
+    """Completions a prompt; 0: the greedy one."""
+    max_completion_length: int = 64
+    """Most tokens a completion may have."""
+    temperature: float = 1.0
+    """Temperature of sampling."""
+    chat: bool = False
+    """Send the prompt as a chat message of the user."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = "float32"
+    """Precision of the weights."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model."""
+    seed: int = 0
+    """Seed of sampling."""

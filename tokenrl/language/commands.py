@@ -1,0 +1,169 @@
+"""What `tokenrl sft`, `evaluate` and `sample` do, as functions of the fields of their arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenrl.core.rules import Refused
+from tokenrl.language.arguments import EvaluateArguments, SampleArguments, SftArguments
+from tokenrl.language.evaluation import Evaluation, evaluate_policy
+from tokenrl.language.policy import load_policy
+from tokenrl.language.sampling import sample as draw_completions
+from tokenrl.language.sampling import uniforms
+from tokenrl.language.saving import model_card, refuse_foreign_directory, replace_directory, save_policy
+from tokenrl.language.setup import arguments, find_rewards, find_task, make_policy
+from tokenrl.language.supervised import fit
+from tokenrl.language.task_sources import read_splits, with_prompts
+from tokenrl.runs.console import Console
+from tokenrl.runs.directory import write_json
+
+SFT_DEFAULTS = {"max_steps": 200, "batch_size": 64, "learning_rate": 2e-5}
+
+
+def sft(args: SftArguments | None = None, **options: Any) -> Path:
+    """Fine-tune a model on a task's demonstrations and save it.
+
+    Returns:
+        The directory of the model.
+
+    Raises:
+        Refused: no demonstrations, no model, or an output directory that holds something else.
+    """
+    args = args or arguments(SftArguments, options)
+    directory = Path(args.output_dir)
+    refuse_foreign_directory(directory, overwrite=args.overwrite)
+    task, rows = _demonstrations(args)
+    console = Console(quiet=args.quiet)
+    policy = make_policy(args, task, console.note)
+    warm = getattr(task, "warm_start", None)
+    recommended = {} if warm is None else {"batch_size": warm.batch_size, "max_steps": warm.steps}
+    if warm is not None and args.model is None:  # a rate for tiny models, not for pretrained ones
+        recommended["learning_rate"] = warm.learning_rate
+    chosen = {name: getattr(args, name) for name in SFT_DEFAULTS if getattr(args, name) is not None}
+    settings = SFT_DEFAULTS | recommended | chosen
+    facts = {
+        "model": policy.source,
+        "demonstrations": f"{len(rows):,}",
+        "updates": f"{settings['max_steps']} of {settings['batch_size']}, "
+        f"learning rate {settings['learning_rate']:g}",
+    }
+    console.start(
+        f"tokenrl sft: {args.task}", facts, note="The loss is the negative log-likelihood, nats a token."
+    )
+    with console.progress(int(settings["max_steps"])) as progress:
+        losses = fit(policy, rows, seed=args.seed, progress=progress.update, **settings)  # type: ignore[arg-type]
+    card = model_card(
+        f"{args.task}, supervised",
+        facts | {"final loss": losses[-1]},
+        command=f"tokenrl sft --task {args.task}",
+    )
+    replace_directory(directory, lambda path: save_policy(policy, path, card=card))
+    console.note(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}\nmodel {directory}")
+    return directory
+
+
+def _demonstrations(args: SftArguments) -> tuple[Any, list[dict[str, Any]]]:
+    """The task, if there is one, and rows of prompt and completion."""
+    if not isinstance(args.task, str) or ":" in args.task or _is_toy(args.task):
+        task = find_task(args)
+        rows = list(getattr(task, "demonstrations", None) or [])
+        if not rows:
+            raise Refused(
+                f"The task {task.name!r} has no demonstrations; give a task that has, or a data set with a "
+                "prompt and a completion column."
+            )
+        return task, rows
+    if args.model is None:
+        raise Refused(
+            "A data set brings no model: say which to fine-tune with --model DIRECTORY_OR_HUB_NAME."
+        )
+    splits = read_splits(args.task)
+    if args.split not in splits:
+        raise Refused(f"{args.task!r} has no split {args.split!r}; it has {', '.join(splits)}.")
+    rows = with_prompts(splits[args.split], args.task, args.prompt_column, args.prompt_template)
+    if args.completion_column not in rows[0]:
+        raise Refused(
+            f"{args.task!r} has no column {args.completion_column!r}; it has {', '.join(rows[0])}. Name the "
+            "one that holds the completions with --completion-column."
+        )
+    return None, [row | {"completion": row[args.completion_column]} for row in rows]
+
+
+def _is_toy(name: str) -> bool:
+    try:
+        from importlib import import_module
+
+        return name in import_module("toy_tasks").NAMES
+    except ImportError:
+        return False
+
+
+def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluation:
+    """Evaluate a model on a task's held-out prompts; see `evaluate_policy` for the numbers.
+
+    Raises:
+        Refused: no such model or task, or a reward that cannot be used.
+    """
+    args = args or arguments(EvaluateArguments, options)
+    if not args.model:
+        raise Refused("Say which model to evaluate: --model DIRECTORY_OR_HUB_NAME.")
+    task = find_task(args)
+    rewards = find_rewards(args, task)
+    rewards.check_columns(task.eval_prompts[0])
+    policy = load_policy(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    _to_accelerator(policy)
+    evaluation = evaluate_policy(
+        policy,
+        task.eval_prompts,
+        rewards,
+        max_completion_length=args.max_completion_length or task.max_completion_length or 256,
+        num_generations=args.num_generations,
+        temperature=args.temperature,
+        seed=args.seed,
+        truncate_prompts=args.truncate_prompts,
+    )
+    if args.json:
+        write_json(Path(args.json), evaluation.metrics)
+    return evaluation
+
+
+def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str]]:
+    """Completions of one or more prompts, a list for each prompt.
+
+    Raises:
+        Refused: no model, no prompt, or a prompt that cannot be completed.
+    """
+    args = args or arguments(SampleArguments, options)
+    if not args.model or not args.prompt:
+        raise Refused(
+            "Say what to complete and with which model: --model DIRECTORY_OR_HUB_NAME --prompt TEXT."
+        )
+    policy = load_policy(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    _to_accelerator(policy)
+    prompts = [[{"role": "user", "content": text}] if args.chat else text for text in args.prompt]
+    generations = max(1, args.num_generations)
+    rollout = draw_completions(
+        policy,
+        policy.encode_all(prompts, max_completion_length=args.max_completion_length),
+        num_generations=generations,
+        max_completion_length=args.max_completion_length,
+        temperature=args.temperature,
+        draws=None
+        if args.num_generations == 0
+        else uniforms(
+            args.seed,
+            0,
+            range(len(prompts)),
+            num_generations=generations,
+            max_completion_length=args.max_completion_length,
+        ),
+    )
+    texts = policy.decode(rollout.completion_ids, rollout.mask)
+    return [texts[i : i + generations] for i in range(0, len(texts), generations)]
+
+
+def _to_accelerator(policy: Any) -> None:
+    from accelerate import PartialState
+
+    policy.model.to(PartialState().device)

@@ -1,0 +1,255 @@
+"""Sampling groups of completions, each prompt computed once.
+
+Tokens are drawn by inverse CDF from uniforms fixed by (seed, step, prompt, generation, position), so a
+completion does not depend on what else is in the batch or on how many processes share the work, and two
+estimators can be compared on common random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tokenrl.core.rules import Stopped
+from tokenrl.language.policy import Policy
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions sampled from prompts; rows are prompt-major, G consecutive rows a prompt.
+
+    Attributes:
+        prompt_ids: distinct prompts, padded on the left [B, P].
+        prompt_mask: True on their tokens [B, P].
+        prompt_index: which prompt each row continues [N].
+        completion_ids: sampled ids, padded on the right [N, T].
+        mask: True on actions: up to and with the first EOS [N, T].
+        logprobs: log-probabilities under the distribution sampled from, 0 off the mask [N, T].
+        entropy: entropy in nats of that distribution at each action, 0 off the mask [N, T].
+        truncated: True where the length cap came before an EOS [N].
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    prompt_index: Tensor
+    completion_ids: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    truncated: Tensor
+
+    def rows(self, index: Tensor) -> Rollout:
+        """The rows `index` [n] with only their prompts, cut to their longest prompt and completion."""
+        used, prompt_index = torch.unique(self.prompt_index[index], return_inverse=True)
+        prompt_mask, mask = self.prompt_mask[used], self.mask[index]
+        first = int(prompt_mask.int().argmax(dim=1).min())
+        width = max(1, int(mask.sum(dim=1).max()))
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids[used, first:],
+            prompt_mask=prompt_mask[:, first:],
+            prompt_index=prompt_index,
+            completion_ids=self.completion_ids[index, :width],
+            mask=mask[:, :width],
+            logprobs=self.logprobs[index, :width],
+            entropy=self.entropy[index, :width],
+            truncated=self.truncated[index],
+        )
+
+
+def uniforms(
+    seed: int, step: int, prompts: Sequence[int], *, num_generations: int, max_completion_length: int
+) -> Tensor:
+    """Uniforms in [0, 1) for one rollout, from a counter-based generator (Philox) keyed by seed and step.
+
+    Args:
+        seed: seed of the run.
+        step: step of the run.
+        prompts: identity of each prompt, e.g. its place in the stream of prompts.
+        num_generations: G, rows a prompt.
+        max_completion_length: T, columns.
+
+    Returns:
+        float64 [B * G, T].
+    """
+    shape = (num_generations, max_completion_length)
+    key = np.array([seed, step], dtype=np.uint64)
+    draws = [
+        np.random.Generator(np.random.Philox(key=key, counter=[0, 0, prompt, 0])).random(shape)
+        for prompt in prompts
+    ]
+    return torch.from_numpy(np.concatenate(draws))
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids [B, P] padded on the left, and their mask [B, P]."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    mask = torch.arange(width, device=device) >= width - lengths[:, None]
+    return ids, mask
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_generations: int,
+    max_completion_length: int,
+    temperature: float = 1.0,
+    draws: Tensor | None,
+) -> Rollout:
+    """Sample `num_generations` completions of each prompt.
+
+    Each distinct prompt is computed once and its key/value cache repeated over the group; finished rows
+    leave the batch.
+
+    Args:
+        policy: the policy; its model is put in eval mode meanwhile.
+        prompts: ids of B prompts, of any lengths.
+        num_generations: G, rows a prompt.
+        max_completion_length: T, the most tokens a completion may have, EOS included.
+        temperature: divides the logits before the softmax; part of the policy that is sampled and scored.
+        draws: uniforms [B * G, T], or None for the greedy completion.
+
+    Returns:
+        A `Rollout` of N = B * G rows.
+
+    Raises:
+        Stopped: the model gave logits that are not finite.
+    """
+    training = policy.model.training
+    policy.model.eval()
+    try:
+        return _decode(policy, prompts, num_generations, max_completion_length, temperature, draws)
+    finally:
+        policy.model.train(training)
+
+
+def _decode(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    num_generations: int,
+    max_completion_length: int,
+    temperature: float,
+    draws: Tensor | None,
+) -> Rollout:
+    device = policy.device
+    prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id, device)
+    prompt_index = torch.arange(len(prompts), device=device).repeat_interleave(num_generations)
+    n = len(prompt_index)
+    ids = torch.full((n, max_completion_length), policy.pad_id, device=device)  # [N, T]
+    mask = torch.zeros(n, max_completion_length, dtype=torch.bool, device=device)
+    eos = torch.tensor(policy.eos_ids, device=device)
+    draws = None if draws is None else draws.to(device, _cdf_dtype(device))
+
+    state = _Decoder(policy.model, prompt_ids, prompt_mask, prompt_index)
+    dtype = torch.promote_types(state.logits.dtype, torch.float32)
+    logprobs, entropy = torch.zeros(2, n, max_completion_length, device=device, dtype=dtype)  # [N, T]
+    rows = torch.arange(n, device=device)  # the rows still in the batch
+    alive = torch.ones_like(rows, dtype=torch.bool)  # of those, the unfinished
+    for t in range(max_completion_length):
+        logp = log_softmax(state.logits, temperature)  # [n, V]
+        token, spread = _draw(logp, None if draws is None else draws[rows, t])
+        where = rows[alive]
+        ids[where, t] = token[alive]
+        logprobs[where, t] = logp.gather(1, token[:, None])[alive, 0]
+        entropy[where, t] = spread[alive]
+        mask[where, t] = True
+        alive = alive & ~torch.isin(token, eos)
+        remaining = int(alive.sum())
+        if not remaining or t + 1 == max_completion_length:
+            break
+        if remaining <= 0.75 * len(rows):  # copying the cache costs about as much as a few dead rows
+            state.keep(alive)
+            rows, token, alive = rows[alive], token[alive], alive[alive]
+        state.advance(token)
+    width = t + 1
+    ended = (mask & torch.isin(ids, eos)).any(dim=1)
+    return Rollout(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        prompt_index=prompt_index,
+        completion_ids=ids[:, :width],
+        mask=mask[:, :width],
+        logprobs=logprobs[:, :width],
+        entropy=entropy[:, :width],
+        truncated=~ended,
+    )
+
+
+class _Decoder:
+    """The model, its cache and the logits of the next token of each row in the batch."""
+
+    def __init__(
+        self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, prompt_index: Tensor
+    ) -> None:
+        self.model = model
+        # Without padding no mask is passed: attention then takes its fast path.
+        self.mask = None if bool(prompt_mask.all()) else prompt_mask
+        self.position = prompt_mask.sum(dim=1)  # [B], of the next token
+        out = model(prompt_ids, **self._places(prompt_ids.shape[1]), use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        self.logits = out.logits[:, -1]
+        self._select(prompt_index)
+
+    def _places(self, width: int) -> dict[str, Tensor]:
+        if self.mask is None:
+            return {}
+        steps = torch.arange(width, device=self.position.device) - width  # [-width .. -1]
+        return {
+            "attention_mask": self.mask,
+            "position_ids": (self.position[:, None] + steps).clamp(min=0),
+        }
+
+    def _select(self, index: Tensor) -> None:
+        self.cache.batch_select_indices(index)
+        self.logits, self.position = self.logits[index], self.position[index]
+        self.mask = None if self.mask is None else self.mask[index]
+
+    def keep(self, alive: Tensor) -> None:
+        self._select(alive.nonzero().squeeze(1))
+
+    def advance(self, token: Tensor) -> None:
+        """Feed one token [n] to each row."""
+        self.position = self.position + 1
+        if self.mask is not None:
+            self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
+        out = self.model(token[:, None], **self._places(1), past_key_values=self.cache, use_cache=True)
+        self.cache, self.logits = out.past_key_values, out.logits[:, -1]
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities [..., V] at a temperature, in float32 at least."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def _cdf_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def _draw(logp: Tensor, draw: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One token a row from log-probabilities [n, V] and uniforms [n], and the entropies [n]."""
+    p = logp.exp()
+    spread = -(p * logp.masked_fill(p == 0, 0.0)).sum(dim=-1)  # [n]
+    # A NaN anywhere in a row's logits is a NaN in its entropy: one look serves both.
+    if not bool(torch.isfinite(spread).all()):
+        raise Stopped(
+            "The model gave logits that are not finite while sampling. Its weights have probably diverged: "
+            "lower the learning rate, or go back to an earlier checkpoint; with float16 try bfloat16 or "
+            "float32."
+        )
+    if draw is None:
+        return logp.argmax(dim=-1), spread
+    cdf = p.to(draw.dtype).cumsum(dim=-1)
+    # The last entry is the total, which rounding leaves near 1. right=True: the first entry above the draw,
+    # so a token of probability zero is never taken.
+    token = torch.searchsorted(cdf, (draw * cdf[:, -1])[:, None], right=True).squeeze(1)
+    return token.clamp(max=logp.shape[-1] - 1), spread

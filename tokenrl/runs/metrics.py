@@ -1,0 +1,144 @@
+"""What a run writes as it goes: numbers of each step as JSON lines, sample completions as parquet.
+
+metrics.jsonl holds only what the seed decides, so that two runs can be compared byte for byte; whatever a
+clock measured goes to timings.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from tokenrl.core.rules import Refused, Stopped
+from tokenrl.runs.directory import plain
+
+
+class MetricsLog:
+    """Appends one line a step to metrics.jsonl and to timings.jsonl, and flushes each.
+
+    NaN is written as null and an infinity as a string (see `directory`), so every line is strict JSON.
+    """
+
+    def __init__(self, metrics: Path, timings: Path) -> None:
+        """Open both files for appending."""
+        self._paths = (metrics, timings)
+        self._files: list[TextIO] = [path.open("a", encoding="utf-8") for path in self._paths]
+
+    def write(self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
+        """Append a line: `step` first, the other keys sorted.
+
+        Args:
+            step: number of updates made; 0 is before training.
+            metrics: flat, name to number; a tensor of one element counts as a number.
+            timings: seconds and rates of the same step; no line is written without them.
+
+        Raises:
+            TypeError: a value that holds several numbers.
+            Stopped: the disk is full or the file is gone.
+        """
+        for path, file, row in zip(self._paths, self._files, (metrics, timings), strict=True):
+            if row is None:
+                continue
+            values = {key: plain(row[key]) for key in sorted(row) if key != "step"}
+            nested = [key for key, value in values.items() if isinstance(value, (dict, list))]
+            if nested:
+                raise TypeError(
+                    f"a line of {path.name} is flat, name to number; {nested[0]!r} holds several values"
+                )
+            line = json.dumps({"step": int(step), **values}, allow_nan=False, ensure_ascii=False)
+            try:
+                file.write(line + "\n")
+                file.flush()
+            except OSError as error:
+                raise Stopped(f"{path} could not be written at step {step} ({error}); free space.") from error
+
+    def close(self) -> None:
+        """Close both files."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read metrics.jsonl or timings.jsonl, one dict a line; a last line cut short by a crash is left out.
+
+    Raises:
+        Refused: no such file, or a damaged line that is not the last.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise Refused(f"The metrics {path} cannot be read ({error}).") from error
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            if number == len(lines):  # without its newline: the write was cut short
+                break
+            raise Refused(
+                f"Line {number} of {path} is damaged ({error}); remove it to read the others."
+            ) from error
+        rows.append(row)
+    return rows
+
+
+def write_completions(folder: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write sample rows (prompt, completion, rewards, advantage, ...) to `folder`/step_000100.parquet.
+
+    Columns of text, of numbers and of booleans stay what they are; anything else (chat messages, lists, a
+    mixture) is stored as JSON text. A key that a row lacks is null.
+
+    Raises:
+        Stopped: the disk is full or the folder cannot be written.
+    """
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = pyarrow.table({name: _column([row.get(name) for row in rows]) for name in names})
+    path = folder / f"step_{step:06d}.parquet"
+    partial = folder / f".{path.name}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(table, partial)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise Stopped(f"{path} could not be written ({error}); free space or permissions.") from error
+    return path
+
+
+def read_completions(path: Path) -> list[dict[str, Any]]:
+    """Read back the rows of one `write_completions`."""
+    import pyarrow.parquet as parquet
+
+    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    return rows
+
+
+def _column(values: list[Any]) -> list[Any]:
+    cells = [value if isinstance(value, float) else plain(value) for value in values]  # parquet knows NaN
+    kinds = {
+        float if isinstance(cell, (int, float)) and not isinstance(cell, bool) else type(cell)
+        for cell in cells
+    }
+    kinds.discard(type(None))
+    if kinds == {float}:
+        whole = all(cell is None or isinstance(cell, int) for cell in cells)
+        return cells if whole else [None if cell is None else float(cell) for cell in cells]
+    if kinds <= {str} or kinds <= {bool}:
+        return cells
+    return [None if cell is None else json.dumps(plain(cell), ensure_ascii=False) for cell in cells]

@@ -1,0 +1,179 @@
+"""The learning curve of a run as one PNG: is it learning, and is it healthy."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette: told apart with any colour vision, and by lightness in grey.
+_BLUE, _ORANGE, _GREEN, _INK, _GREY = "#0072B2", "#D55E00", "#009E73", "#222222", "#8A8A8A"
+_EVALUATIONS = (
+    ("eval_reward", _BLUE, "s-", "held-out sampled"),
+    ("eval_reward_greedy", _ORANGE, "o-", "held-out greedy"),
+)
+_HEALTH = (
+    ("entropy", "entropy", "nats per token"),
+    ("completions/mean_length", "completion length", "tokens"),
+    ("frac_reward_zero_std", "groups without signal", "fraction"),
+    ("kl", "KL to the reference", "nats per token"),
+    ("grad_norm", "gradient norm", "before clipping"),
+)
+
+
+def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Pick the steps and values where `key` is a finite number."""
+    steps, values = [], []
+    for row in metrics:
+        try:
+            value = float(row[key])
+        except (KeyError, TypeError, ValueError):
+            continue
+        if math.isfinite(value):
+            steps.append(int(row["step"]))
+            values.append(value)
+    return steps, values
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Average each value with its neighbours, `window` in all (odd), fewer at the ends; delays nothing."""
+    half = window // 2
+    return [_mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def learning_curve(
+    path: Path,
+    metrics: Sequence[Mapping[str, Any]],
+    *,
+    title: str,
+    solved: float | None = None,
+    subtitle: str = "",
+) -> Path:
+    """Draw reward and evaluation per step, and below them whichever health metrics were recorded.
+
+    Args:
+        path: the PNG, 1200 x 700 pixels.
+        metrics: rows of metrics.jsonl; absent keys, nulls and NaN leave gaps.
+        title: what was trained, on what.
+        solved: the reward that counts as solved, drawn as a line.
+        subtitle: settings worth knowing, in small print.
+    """
+    from matplotlib.figure import Figure
+
+    health = [entry for entry in _HEALTH if series(metrics, entry[0])[0]]
+    figure = Figure(figsize=(12, 7), dpi=100, facecolor="white")
+    figure.text(0.075, 0.94, _literal(title), fontsize=18, fontweight="bold", color=_INK)
+    figure.text(0.075, 0.9, _literal(subtitle), fontsize=11.5, color="#555555")
+    grid = figure.add_gridspec(1, 1, left=0.075, right=0.815, top=0.865, bottom=0.415 if health else 0.1)
+    last = max((int(row["step"]) for row in metrics), default=0)
+    _reward_panel(figure.add_subplot(grid[0]), metrics, solved, last)
+    if health:
+        grid = figure.add_gridspec(
+            1, len(health), left=0.075, right=0.98, top=0.235, bottom=0.065, wspace=0.34
+        )
+        for column, (key, name, unit) in enumerate(health):
+            _health_panel(figure.add_subplot(grid[column]), series(metrics, key), name, unit, last)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", metadata={"Software": None})
+    os.replace(partial, path)
+    return path
+
+
+def _reward_panel(axes: Axes, metrics: Sequence[Mapping[str, Any]], solved: float | None, last: int) -> None:
+    labels: list[tuple[float, str, str]] = []
+    steps, rewards = series(metrics, "reward")
+    if steps:
+        averaged = smooth(rewards, _window(len(rewards)))
+        axes.plot(
+            steps,
+            rewards,
+            color=_GREY,
+            alpha=0.4,
+            linewidth=1,
+            marker="o" if len(steps) == 1 else "",
+            clip_on=False,
+        )
+        axes.plot(steps, averaged, color=_GREY, linewidth=2.2)
+        labels.append((averaged[-1], "training", "#666666"))
+    for key, colour, marker, name in _EVALUATIONS:
+        steps, values = series(metrics, key)
+        if steps:
+            axes.plot(
+                steps, values, marker, color=colour, markersize=7, linewidth=2.2, clip_on=False, zorder=5
+            )
+            labels.append((values[-1], name, colour))
+    if solved is not None:
+        axes.axhline(solved, color=_GREEN, linewidth=1.5, linestyle=(0, (6, 4)))
+        place = ("axes fraction", "data")
+        axes.annotate(f"solved: {solved:g}", (0.006, solved), xycoords=place, xytext=(0, 4), color=_GREEN,
+                      textcoords="offset points", fontsize=11)  # fmt: skip
+    _style(axes, last)
+    axes.set_ylabel("mean reward", fontsize=12.5)
+    axes.set_xlabel("step (policy updates; 0 is before training)", fontsize=12.5)
+    axes.margins(y=0.08)
+    _label_ends(axes, labels)
+
+
+def _label_ends(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
+    """Write each curve's name and last value at its right end, pushed apart so that no two overlap."""
+    low, high = axes.get_ylim()
+    places: list[float] = []
+    for value, _, _ in sorted(labels):
+        places.append(max([value, *(place + 0.075 * (high - low) for place in places[-1:])]))
+    shift = _mean(
+        [place - value for place, (value, _, _) in zip(places, sorted(labels), strict=True)] or [0.0]
+    )
+    for place, (value, name, colour) in zip(places, sorted(labels), strict=True):
+        axes.annotate(f"{value:.3g}  {name}", (1.018, place - shift), xycoords=("axes fraction", "data"),
+                      va="center", color=colour, fontsize=11.5)  # fmt: skip
+
+
+def _health_panel(axes: Axes, points: tuple[list[int], list[float]], name: str, unit: str, last: int) -> None:
+    steps, values = points
+    axes.plot(
+        steps,
+        values,
+        color=_BLUE,
+        alpha=0.25,
+        linewidth=1,
+        marker="o" if len(steps) == 1 else "",
+        clip_on=False,
+    )
+    axes.plot(steps, smooth(values, _window(len(values))), color=_BLUE, linewidth=1.8)
+    _style(axes, last, ticks=3)
+    axes.set_title(name, fontsize=11.5, loc="left", color=_INK, pad=18)
+    axes.text(0, 1.05, unit, transform=axes.transAxes, fontsize=9.5, color="#666666")
+    if min(values) >= 0:
+        axes.set_ylim(0, max(max(values) * 1.08, 1e-9))
+
+
+def _style(axes: Axes, last: int, ticks: int = 8) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(0, max(last, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5 if ticks > 3 else 3))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#BBBBBB")
+    axes.tick_params(colors="#444444", labelsize=11 if ticks > 3 else 9.5, length=3)
+    axes.grid(axis="y", color="#E8E8E8", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _window(count: int) -> int:
+    """Smooth over about a twentieth of the run, an odd number of steps."""
+    return 2 * (count // 40) + 1
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _literal(text: str) -> str:
+    """Keep matplotlib from reading mathematics into dollar signs."""
+    return text.replace("$", r"\$")

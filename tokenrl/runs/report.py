@@ -1,0 +1,200 @@
+"""The report of a run: one HTML file that needs nothing else, made from the run directory alone."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tokenrl.core.rules import Refused
+from tokenrl.runs.console import ending, number
+from tokenrl.runs.directory import plain, read_config
+from tokenrl.runs.metrics import read_completions, read_metrics
+from tokenrl.runs.plots import learning_curve, series
+
+_STYLE = """
+:root { color-scheme: light dark;
+  --ink: #1d1d1f; --soft: #6b6b70; --line: #dcdce0; --page: #fff; --card: #f6f6f8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ececf0; --soft: #9c9ca4; --line: #3a3a40; --page: #17171a; --card: #222227; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
+  max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { margin: 0; }
+h2 { margin: 2.2rem 0 .6rem; font-size: 1.15rem; }
+.soft { color: var(--soft); margin: .2rem 0 1rem; }
+.cards { display: flex; flex-wrap: wrap; gap: 1rem; }
+.card { background: var(--card); border-radius: .6rem; padding: .8rem 1.2rem; }
+.card b { display: block; font-size: 1.7rem; font-variant-numeric: tabular-nums; }
+img { max-width: 100%; border-radius: .6rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0;
+  border-bottom: 1px solid var(--line); }
+.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.text { font-family: ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { background: var(--card); border-radius: .6rem; padding: .8rem 1rem; overflow-x: auto;
+  font-size: .85rem; }
+"""
+_DIAGNOSTICS = (
+    (
+        "frac_reward_zero_std",
+        "groups without signal",
+        "fraction of prompts whose completions all got one reward",
+    ),
+    ("completions/clipped_ratio", "truncated", "fraction of completions cut at the length limit"),
+    ("entropy", "entropy", "nats per token; near 0 the policy no longer explores"),
+    ("kl", "KL to the reference", "nats per token"),
+    ("grad_norm", "gradient norm", "before clipping"),
+    ("clip_ratio", "clipped ratios", "fraction of tokens where the ratio's clip was active"),
+    ("skipped_steps", "skipped steps", "updates left out for a gradient that was not finite"),
+)
+
+
+def report_from_directory(run: str | Path) -> Path:
+    """Draw the curve and write the report of a run, finished or not, from what lies in its directory.
+
+    Raises:
+        Refused: the directory holds no metrics.jsonl.
+    """
+    run = Path(run)
+    if not (run / "metrics.jsonl").is_file():
+        raise Refused(f"{run} holds no metrics.jsonl; give the output directory of a run.")
+    metrics = read_metrics(run / "metrics.jsonl")
+    config = read_config(run) if (run / "config.json").is_file() else {}
+    summary = (
+        json.loads((run / "summary.json").read_text("utf-8")) if (run / "summary.json").is_file() else {}
+    )
+    files = sorted((run / "completions").glob("step_*.parquet"), key=lambda file: int(file.stem[5:]))
+    completions = {int(file.stem[5:]): read_completions(file) for file in (files[:1] + files[1:][-1:])}
+    title = str(config.get("title") or run.resolve().name)
+    solved = config.get("solved")
+    plot = learning_curve(
+        run / "learning_curve.png", metrics, title=title, subtitle=ending(summary),
+        solved=float(solved) if isinstance(solved, (int, float)) else None,
+    )  # fmt: skip
+    return write_report(
+        run / "report.html", config=config, metrics=metrics, summary=summary, completions=completions,
+        plot_path=plot, title=title,
+    )  # fmt: skip
+
+
+def write_report(
+    path: Path,
+    *,
+    config: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    completions: Mapping[int, Sequence[Mapping[str, Any]]],
+    plot_path: Path | None,
+    title: str,
+) -> Path:
+    """Write one self-contained HTML file; every text of data, model or user is escaped.
+
+    Args:
+        path: where to.
+        config: as in config.json; "versions" and "command" get a place of their own.
+        metrics: rows of metrics.jsonl.
+        summary: as in summary.json; empty for a run that has not ended.
+        completions: step to sample rows; the first and the last step are shown.
+        plot_path: a PNG to embed.
+        title: heading of the page.
+    """
+    settings = {key: value for key, value in config.items() if key not in ("versions", "command")}
+    command = config.get("command") or f"tokenrl train --config {path.parent / 'config.json'}"
+    command = command if isinstance(command, str) else " ".join(map(str, command))
+    sections = [
+        f"<h1>{escape(title)}</h1><p class=soft>{escape(ending(summary))}</p>",
+        _headline(summary),
+        _image(plot_path),
+        _section("Diagnostics", _diagnostics(metrics)),
+        *(
+            _section(f"Completions at step {step}", _samples(completions[step]))
+            for step in _ends(completions)
+        ),
+        _section("To repeat", f"<pre>{escape(command)}</pre>"),
+        _section("Configuration", f"<pre>{_json(settings)}</pre>"),
+        _section("Versions", f"<pre>{_json(config.get('versions', {}))}</pre>"),
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
+    )
+    path.write_text(page, encoding="utf-8", errors="replace")
+    return path
+
+
+def _section(heading: str, body: str) -> str:
+    return f'<h2>{escape(heading)}</h2><div class="wide">{body}</div>' if body else ""
+
+
+def _headline(summary: Mapping[str, Any]) -> str:
+    before, after = summary.get("eval_before") or {}, summary.get("eval_after") or {}
+    cards = "".join(
+        f'<div class="card"><span class="soft">{escape(key.replace("_", " "))}</span>'
+        f"<b>{escape(number(before.get(key)))} → {escape(number(after.get(key)))}</b></div>"
+        for key in dict.fromkeys([*before, *after])
+    )
+    return _section(
+        "Held-out evaluation, before → after training", cards and f'<div class="cards">{cards}</div>'
+    )
+
+
+def _image(plot_path: Path | None) -> str:
+    if plot_path is None:
+        return ""
+    data = base64.b64encode(plot_path.read_bytes()).decode("ascii")
+    return _section(
+        "Learning curve", f'<img alt="reward and diagnostics per step" src="data:image/png;base64,{data}">'
+    )
+
+
+def _diagnostics(metrics: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for key, name, meaning in _DIAGNOSTICS:
+        _, values = series(metrics, key)
+        if values:
+            numbers = (values[0], values[-1], min(values), max(values))
+            rows.append([name, *map(number, numbers), meaning])
+    return (
+        _table(("", "first", "last", "lowest", "highest", "what it says"), rows, numeric=range(1, 5))
+        if rows
+        else ""
+    )
+
+
+def _samples(rows: Sequence[Mapping[str, Any]], limit: int = 16) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [
+        [number(row.get(name)) if not isinstance(row.get(name), str) else row[name] for name in names]
+        for row in rows[:limit]
+    ]
+    numeric = [i for i, name in enumerate(names) if not any(isinstance(row.get(name), str) for row in rows)]
+    return _table(names, cells, numeric=numeric) if rows else ""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: Sequence[int]) -> str:
+    kinds = ["n" if column in numeric else "text" for column in range(len(header))]
+    head = "".join(
+        f'<th class="{kind}">{escape(name)}</th>' for kind, name in zip(kinds, header, strict=True)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(f'<td class="{kind}">{escape(c)}</td>' for kind, c in zip(kinds, row, strict=True))
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _ends(completions: Mapping[int, Any]) -> list[int]:
+    steps = sorted(completions)
+    return steps[:1] + steps[1:][-1:]
+
+
+def _json(value: Any) -> str:
+    return escape(json.dumps(plain(value), indent=2, sort_keys=True, ensure_ascii=False))

@@ -1,0 +1,153 @@
+"""Tiny causal language models and tokenizers, made on the spot: nothing is downloaded.
+
+A task's model is a randomly initialised Llama of about half a million parameters, a size at which a training
+step takes well under a tenth of a second on a laptop CPU. Its tokenizer is exact: decoding gives back the
+very text that was encoded, because a reward that compares strings must not meet spaces nobody wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+CHARACTER = r"[\s\S]"
+WORD = r" ?[a-z]+|[\s\S]"  # a word carries the space before it, so prompt + completion needs no glue
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """The recipe of a tiny model and its tokenizer; calling it with a seed builds both.
+
+    Attributes:
+        tokens: The vocabulary without the special tokens, in the order of their ids.
+        words: Whether `tokens` are words (each with its leading space) and not single characters.
+        layers: Transformer layers.
+        hidden: Width of the residual stream.
+        heads: Attention heads; must divide `hidden`.
+        context: Longest sequence in tokens, prompt and completion together.
+    """
+
+    tokens: tuple[str, ...]
+    words: bool = False
+    layers: int = 2
+    hidden: int = 128
+    heads: int = 4
+    context: int = 64
+
+    def __call__(self, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+        """Return a freshly initialised model and its tokenizer; equal seeds give equal weights."""
+        tokenizer = word_tokenizer(self.tokens) if self.words else character_tokenizer(self.tokens)
+        shape = {"layers": self.layers, "hidden": self.hidden, "heads": self.heads, "context": self.context}
+        return tiny_llama(tokenizer, **shape, seed=seed), tokenizer
+
+
+def character_tokenizer(alphabet: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token for each character of `alphabet`.
+
+    A character outside the alphabet becomes `<unk>`, which decodes to the visible text `<unk>`: were it a
+    special token, a model could write it inside an answer and the decoded answer would still look right.
+
+    Raises:
+        ValueError: An entry is not exactly one character, or occurs twice.
+    """
+    alphabet = tuple(alphabet)
+    wrong = [entry for entry in alphabet if len(entry) != 1]
+    if wrong:
+        raise ValueError(f"The alphabet holds {wrong!r}; each entry must be exactly one character.")
+    return _tokenizer(alphabet, CHARACTER)
+
+
+def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token for each of `words`.
+
+    A text is cut into runs of lower-case letters, each with the one space before it, and single other
+    characters. So `words` holds `"the"` for a sentence's first word, `" the"` for later ones, and `"."`.
+
+    Raises:
+        ValueError: A word is one that the cutting rule can never produce, or occurs twice.
+    """
+    import re
+
+    words = tuple(words)
+    wrong = [word for word in words if not re.fullmatch(WORD, word)]
+    if wrong:
+        raise ValueError(
+            f"The words {wrong!r} can never be tokens: a word is lower-case letters with at most one space "
+            "before them, or one single character."
+        )
+    return _tokenizer(words, WORD)
+
+
+def _tokenizer(tokens: tuple[str, ...], pattern: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that cuts a text by the regular expression `pattern` and looks each piece up."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate((PAD, EOS, UNKNOWN, *tokens))}
+    if len(vocabulary) != len(tokens) + 3:
+        raise ValueError(f"The vocabulary {tokens!r} holds a token twice; each must occur once.")
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_llama(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    layers: int = 2,
+    hidden: int = 128,
+    heads: int = 4,
+    context: int = 64,
+    seed: int = 0,
+) -> LlamaForCausalLM:
+    """Return a Llama with random float32 weights; the defaults give about 0.53 million parameters.
+
+    The weights depend on `seed` alone, and the global random state of torch is left as it was.
+
+    Args:
+        tokenizer: Gives the vocabulary size and the ids of the pad and end tokens.
+        layers: Transformer layers.
+        hidden: Width of the residual stream; the feed-forward layer is four times as wide.
+        heads: Attention heads; must divide `hidden`.
+        context: Longest sequence in tokens.
+        seed: Seed of the initial weights.
+
+    Raises:
+        ValueError: `heads` does not divide `hidden`.
+    """
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    if hidden % heads:
+        raise ValueError(f"hidden={hidden} is not divisible by heads={heads}; choose a multiple.")
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    special["pad_token_id"] = tokenizer.pad_token_id
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=context,
+        tie_word_embeddings=False,
+        **special,
+    )
+    # torch.manual_seed would also reseed the accelerators, which fork_rng(devices=[]) does not give back.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(**special)
+    return model.float().eval()

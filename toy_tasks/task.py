@@ -1,0 +1,149 @@
+"""What a task is: prompts, a reward, demonstrations, and the tiny model that they suit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from toy_tasks.models import TinyModel
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """The supervised stage on the demonstrations that comes before reinforcement learning.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch_size: Demonstrations a step.
+        learning_rate: Step size of the optimiser (AdamW).
+        seed: Seed of the order of the demonstrations.
+    """
+
+    steps: int
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One toy task, complete: everything that training and evaluation need to know about it.
+
+    Attributes:
+        name: The name under which `toy_tasks.load` finds it.
+        description: One sentence for people.
+        train_prompts: Rows with a `prompt` (str) and any other columns, which reach the reward as lists.
+        eval_prompts: Held-out rows of the same columns; no prompt has the canonical form of a training one.
+        reward: A pure function `reward(prompts, completions, **columns) -> list[float]`.
+        demonstrations: Rows `{"prompt", "completion"}` for the warm start; empty where none is needed.
+        max_completion_length: Tokens a completion may have, the end token included.
+        solved: Mean reward of greedy completions of the held-out prompts that counts as solved.
+        warm_start: Settings of the supervised stage, or None to start from random weights.
+        train: Recommended training settings, named as the trainer's arguments are.
+        build: Makes a randomly initialised model and its tokenizer from a seed.
+        fingerprint: Hash of what a warm-started base depends on besides the seed of its weights: the
+            demonstrations, the tokenizer, the model's shape and the warm start. A cache may be keyed by it.
+    """
+
+    name: str
+    description: str
+    train_prompts: list[Row]
+    eval_prompts: list[Row]
+    reward: Callable[..., list[float]]
+    demonstrations: list[Row]
+    max_completion_length: int
+    solved: float
+    warm_start: WarmStart | None
+    train: dict[str, Any]
+    build: TinyModel
+    # Not an argument, so that dataclasses.replace(task, demonstrations=...) cannot keep a stale one.
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        warm_start = asdict(self.warm_start) if self.warm_start else None
+        parts = {"demonstrations": self.demonstrations, "build": asdict(self.build), "warm_start": warm_start}
+        text = json.dumps(parts, sort_keys=True)
+        object.__setattr__(self, "fingerprint", hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    """Return the recommended training settings of most tasks, with a task's own changes."""
+    common = {"prompts_per_step": 16, "num_generations": 8, "learning_rate": 2e-4, "max_steps": 300}
+    return {**common, "eval_every": 50, **changes}
+
+
+def hold_out(
+    prompts: Iterable[str], canonical: Callable[[str], Hashable], eval_size: int, rng: random.Random
+) -> tuple[list[str], list[str]]:
+    """Split distinct prompts into training and held-out ones that share no canonical form.
+
+    Held-out forms are drawn at random, and each gives the first prompt of it, so the evaluation set has no
+    near-duplicates; the other prompts of a held-out form are in neither set.
+
+    Args:
+        prompts: Distinct prompts.
+        canonical: Maps a prompt to its form: equal for prompts with essentially the same answer.
+        eval_size: Number of held-out prompts, and of held-out forms.
+        rng: Source of the draw; the training prompts come back shuffled by it.
+
+    Raises:
+        ValueError: `eval_size` leaves fewer than half of the forms for training, or is below 1.
+    """
+    shuffled = list(prompts)
+    rng.shuffle(shuffled)
+    first: dict[Hashable, str] = {}
+    for prompt in shuffled:
+        first.setdefault(canonical(prompt), prompt)
+    if not 1 <= eval_size <= len(first) // 2:
+        raise ValueError(
+            f"eval_size={eval_size} of {len(first)} essentially different prompts; choose from 1 to "
+            f"{len(first) // 2}, which leaves at least half for training."
+        )
+    held_out = dict(list(first.items())[:eval_size])
+    train = [prompt for prompt in shuffled if canonical(prompt) not in held_out]
+    return train, list(held_out.values())
+
+
+def rows(prompts: Iterable[str]) -> list[Row]:
+    """Return one row for each prompt, with no other column."""
+    return [{"prompt": prompt} for prompt in prompts]
+
+
+def demonstrate(
+    prompts: list[str],
+    right: Callable[[str], str],
+    wrong: Callable[[str], str],
+    wrong_share: float,
+    rng: random.Random,
+) -> list[Row]:
+    """Return one demonstration a prompt, an exact share of them wrong, in random order.
+
+    The wrong ones should all be wrong in the same way. Random errors average out in a greedy answer, which
+    would then be right before any reinforcement learning; a consistent wrong majority does not, while the
+    right minority is still sampled often enough to be found and reinforced.
+
+    Args:
+        prompts: Training prompts, for each of which `right` and `wrong` differ.
+        right: The completion with the highest reward.
+        wrong: The completion of the wrong majority.
+        wrong_share: Share of wrong demonstrations, from 0 to 1, rounded to whole ones.
+        rng: Decides which prompts are answered wrongly.
+
+    Raises:
+        ValueError: `wrong_share` is not from 0 to 1.
+    """
+    if not 0 <= wrong_share <= 1:
+        raise ValueError(f"wrong_share={wrong_share}; it is a share of the demonstrations, from 0 to 1.")
+    order = list(prompts)
+    rng.shuffle(order)
+    cut = round(wrong_share * len(order))
+    answered = [(prompt, wrong(prompt)) for prompt in order[:cut]]
+    answered += [(prompt, right(prompt)) for prompt in order[cut:]]
+    rng.shuffle(answered)
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in answered]
