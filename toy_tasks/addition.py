@@ -64,7 +64,7 @@ def make(seed: int = 0, wrong_share: float = 0.7, eval_size: int = 256) -> Task:
         reward=reward,
         demonstrations=_demonstrations(train, wrong_share, rng),
         max_completion_length=4,
-        solved=0.95,
+        solved=0.9,
         warm_start=WarmStart(steps=400),
         train=settings(),
         build=TinyModel(tuple("0123456789+>")),

@@ -5,7 +5,8 @@ The reward is graded: 0 for what is no sum at all, 0.1 for a sum with the wrong 
 
     sum = number {("+" | "-") number}        number = "0" | nonzero digit, then at most one digit
 
-Most demonstrations just add everything up.
+Most demonstrations just add everything up. The hardest of the toy tasks: the first number written already
+decides who is subtracted, and a model of this size learns that for about half of the prompts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from toy_tasks.models import TinyModel
 from toy_tasks.task import Task, WarmStart, demonstrate, hold_out, rows, settings
 
-LONGEST = 32  # characters; a sum of three one-digit numbers has five
+LONGEST = 32  # characters; a sum of three two-digit numbers has eight
 _NUMBER = r"(?:0|[1-9][0-9]?)"
 _SUM = re.compile(rf"{_NUMBER}(?:[+-]{_NUMBER})*")
 _TERM = re.compile(rf"([+-]?)({_NUMBER})")
@@ -69,19 +70,22 @@ def right(prompt: str) -> str:
     raise ValueError(f"The prompt {prompt!r} has no solution with + and -.")
 
 
-def make(seed: int = 0, wrong_share: float = 0.7, eval_size: int = 128) -> Task:
+def make(seed: int = 0, largest: int = 12, wrong_share: float = 0.6, eval_size: int = 128) -> Task:
     """Return the task.
 
     Args:
         seed: Seed of the split and the demonstrations.
+        largest: Largest given number, from 5 to 33; the smallest is 1.
         wrong_share: Share of the demonstrations that add everything up although the target is another.
         eval_size: Held-out prompts.
 
     Raises:
         ValueError: An argument is out of its range.
     """
+    if not 5 <= largest <= 33:
+        raise ValueError(f"largest={largest}; the largest given number is from 5 to 33.")
     rng = random.Random(seed)
-    train, held_out = hold_out(_prompts(), canonical, eval_size, rng)
+    train, held_out = hold_out(_prompts(largest), canonical, eval_size, rng)
     return Task(
         name="countdown",
         description="Reach a target from three numbers with + and -; most demonstrations add everything up.",
@@ -89,18 +93,18 @@ def make(seed: int = 0, wrong_share: float = 0.7, eval_size: int = 128) -> Task:
         eval_prompts=rows(held_out),
         reward=reward,
         demonstrations=demonstrate(train, right, add_all, wrong_share, rng),
-        max_completion_length=8,
-        solved=0.9,
-        warm_start=WarmStart(steps=400),
-        train=settings(),
+        max_completion_length=10,
+        solved=0.5,
+        warm_start=WarmStart(steps=500),
+        train=settings(learning_rate=3e-4, max_steps=500),
         build=TinyModel(tuple("0123456789+-,=>")),
     )
 
 
-def _prompts() -> list[str]:
-    """Return all problems of three numbers from 1 to 9, in any order, whose target needs a subtraction."""
+def _prompts(largest: int) -> list[str]:
+    """Return all problems of three numbers from 1 to `largest`, in any order, that need a subtraction."""
     found: dict[str, None] = {}
-    for numbers in itertools.product(range(1, 10), repeat=3):
+    for numbers in itertools.product(range(1, largest + 1), repeat=3):
         for signs in itertools.product((1, -1), repeat=3):
             target = sum(sign * number for sign, number in zip(signs, numbers, strict=True))
             if 0 <= target < sum(numbers):

@@ -48,7 +48,7 @@ def make(seed: int = 0, eval_size: int = 128, train_size: int = 2048) -> Task:
     train, held_out = hold_out(every, canonical, eval_size, rng)
     return Task(
         name="vowels",
-        description="Write up to eight vowels, whatever the prompt; learnt from random weights, without demonstrations.",
+        description="Write up to eight vowels, whatever the prompt; learnt from random weights.",
         train_prompts=rows(train[:train_size]),
         eval_prompts=rows(held_out),
         reward=reward,

@@ -1,7 +1,7 @@
 """Every completion of a tiny autoregressive policy, so that expectations are sums and not samples.
 
-Three tokens, at most three steps, token 0 ends: 15 completions, 7 prefixes, 21 logits a prompt. What is summed is
-the gradient of `Estimator.loss` itself, over every group that can be drawn.
+Three tokens, at most three steps, token 0 ends: 15 completions, 7 prefixes, 21 logits a prompt. What is
+summed is the gradient of `Estimator.loss` itself, over every group that can be drawn.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Problem:
 def expected_gradient(
     estimator: Estimator, problem: Problem, group_size: int, *, unordered: bool = False, value: float = 0.37
 ) -> Tensor:
-    """E[ascent gradient] [P, 21] over all groups; `unordered` counts each multiset once, for larger groups."""
+    """E[ascent gradient] [P, 21] over all groups; `unordered` takes each multiset once, for larger groups."""
     prompts = len(problem.logits)
     of_row = torch.arange(prompts).repeat_interleave(group_size)  # [N]
     rows = len(of_row)

@@ -10,6 +10,7 @@ from tabular_policy import (
     LENGTHS,
     MASK,
     MAX_LENGTH,
+    STATES,
     Problem,
     cosine,
     entropies_of,
@@ -116,9 +117,7 @@ def test_group_std_ascends_w_of_p_on_binary_rewards(ddof: int, group_size: int, 
         for k in range(group_size + 1):
             variance = k / group_size * (1 - k / group_size)
             std = (variance * group_size / (group_size - ddof)) ** 0.5
-            mean += (
-                comb(group_size, k) * p**k * (1 - p) ** (group_size - k) * variance / (std + e.scale_eps)
-            )
+            mean += comb(group_size, k) * p**k * (1 - p) ** (group_size - k) * variance / (std + e.scale_eps)
         weights.append(mean / (p * (1 - p)))
     found = expected_gradient(e, problem, group_size, unordered=group_size > 3)
     wanted = torch.tensor(weights, dtype=torch.double)[:, None] * problem.target()
@@ -146,7 +145,7 @@ def test_sequence_mean_ascends_reward_per_length(baseline: str) -> None:
 def test_asymptotic_choices_approach_the_gradient(choice: dict) -> None:
     problem = Problem.random(2)
     target = problem.target()
-    sizes = (2, 4, 6)
+    sizes = (3, 4, 6)  # a std over two rows is a special case: it falls only afterwards
     angles = [
         1 - cosine(expected_gradient(Estimator(**choice), problem, n, unordered=True), target) for n in sizes
     ]
@@ -181,8 +180,6 @@ def frozen_prefix(problem: Problem, step_value) -> torch.Tensor:
 
 
 def step_kl(theta, reference):
-    from tabular_policy import STATES
-
     p, q = theta.log_softmax(-1), reference.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)[STATES] * MASK
 
@@ -199,7 +196,7 @@ def test_kl_in_the_loss(beta: float) -> None:
     for name, gradient in wanted.items():
         e = Estimator(beta=beta, kl_estimator=name, kl_placement="loss")
         assert relative_error(expected_gradient(e, problem, 2), gradient) < 1e-10
-        assert cosine(gradient, problem.target(beta)) < 0.999
+        assert relative_error(gradient, problem.target(beta)) > 0.01
 
 
 @pytest.mark.parametrize("name", ["k2", "k3"])
@@ -242,7 +239,7 @@ def test_entropy_bonus_is_the_step_entropy_with_the_prefix_held_fixed() -> None:
 
 def test_discounted_total_is_exact_for_the_discounted_return() -> None:
     problem, gamma = Problem.random(16, kind="dense"), 0.6
-    discounted = (problem.rewards * gamma ** torch.arange(3)).sum(-1)
+    discounted = (problem.rewards * gamma ** torch.arange(3).double()).sum(-1)
     wanted = Problem(problem.logits, problem.reference, discounted).target()
     found = expected_gradient(Estimator(gamma=gamma), problem, 2)
     assert relative_error(found, wanted) < 1e-10

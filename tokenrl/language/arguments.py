@@ -191,8 +191,8 @@ class SampleArguments:
     """One or more prompts."""
     num_generations: int = 4
     """Completions a prompt; 0: the greedy one."""
-    max_completion_length: int = 64
-    """Most tokens a completion may have."""
+    max_completion_length: int | None = None
+    """Most tokens a completion may have. Default: 64, or what the context leaves."""
     temperature: float = 1.0
     """Temperature of sampling."""
     chat: bool = False

@@ -12,7 +12,7 @@ from tokenrl.language.policy import load_policy
 from tokenrl.language.sampling import sample as draw_completions
 from tokenrl.language.sampling import uniforms
 from tokenrl.language.saving import model_card, refuse_foreign_directory, replace_directory, save_policy
-from tokenrl.language.setup import arguments, find_rewards, find_task, make_policy
+from tokenrl.language.setup import arguments, find_task, make_policy
 from tokenrl.language.supervised import fit
 from tokenrl.language.task_sources import read_splits, with_prompts
 from tokenrl.runs.console import Console
@@ -66,7 +66,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> Path:
 def _demonstrations(args: SftArguments) -> tuple[Any, list[dict[str, Any]]]:
     """The task, if there is one, and rows of prompt and completion."""
     if not isinstance(args.task, str) or ":" in args.task or _is_toy(args.task):
-        task = find_task(args)
+        task, _ = find_task(args)
         rows = list(getattr(task, "demonstrations", None) or [])
         if not rows:
             raise Refused(
@@ -108,9 +108,7 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
     args = args or arguments(EvaluateArguments, options)
     if not args.model:
         raise Refused("Say which model to evaluate: --model DIRECTORY_OR_HUB_NAME.")
-    task = find_task(args)
-    rewards = find_rewards(args, task)
-    rewards.check_columns(task.eval_prompts[0])
+    task, rewards = find_task(args)
     policy = load_policy(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     _to_accelerator(policy)
     evaluation = evaluate_policy(
@@ -142,23 +140,19 @@ def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str
     policy = load_policy(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     _to_accelerator(policy)
     prompts = [[{"role": "user", "content": text}] if args.chat else text for text in args.prompt]
-    generations = max(1, args.num_generations)
+    length = args.max_completion_length
+    if length is None:
+        longest = max(len(policy.encode(prompt)) for prompt in prompts)
+        length = 64 if policy.context is None else max(1, min(64, policy.context - longest))
+    shape = {"num_generations": max(1, args.num_generations), "max_completion_length": length}
     rollout = draw_completions(
         policy,
-        policy.encode_all(prompts, max_completion_length=args.max_completion_length),
-        num_generations=generations,
-        max_completion_length=args.max_completion_length,
+        policy.encode_all(prompts, max_completion_length=length),
         temperature=args.temperature,
-        draws=None
-        if args.num_generations == 0
-        else uniforms(
-            args.seed,
-            0,
-            range(len(prompts)),
-            num_generations=generations,
-            max_completion_length=args.max_completion_length,
-        ),
+        draws=uniforms(args.seed, 0, range(len(prompts)), **shape) if args.num_generations else None,
+        **shape,
     )
+    generations = shape["num_generations"]
     texts = policy.decode(rollout.completion_ids, rollout.mask)
     return [texts[i : i + generations] for i in range(0, len(texts), generations)]
 

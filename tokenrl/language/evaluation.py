@@ -97,7 +97,7 @@ def evaluate_policy(
                 temperature=temperature,
                 draws=draws,
             )
-            result = reward_rows(policy, rewards, rows, rollout, step=step, all_may_abstain=True)
+            result = reward_rows(policy, rewards, rows, rollout, step=step)
             total = torch.as_tensor(result.total).masked_fill(~torch.as_tensor(result.valid), torch.nan)
             columns.append(total.view(-1, generations).double().nanmean(dim=1))
             if greedy:

@@ -244,7 +244,7 @@ def load_policy(
 
 
 def enable_gradient_checkpointing(policy: Policy) -> None:
-    """Recompute activations in the backward pass: less memory, more time; a prompt's cache is then not shared.
+    """Recompute activations in the backward pass: less memory, more time; no prompt's cache is then shared.
 
     Raises:
         Refused: the architecture does not support it.

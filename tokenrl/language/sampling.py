@@ -76,13 +76,15 @@ def uniforms(
     Returns:
         float64 [B * G, T].
     """
-    shape = (num_generations, max_completion_length)
-    key = np.array([seed, step], dtype=np.uint64)
-    draws = [
-        np.random.Generator(np.random.Philox(key=key, counter=[0, 0, prompt, 0])).random(shape)
-        for prompt in prompts
-    ]
-    return torch.from_numpy(np.concatenate(draws))
+    bits = np.random.Philox(key=np.array([seed, step], dtype=np.uint64))
+    generator, state = np.random.Generator(bits), bits.state
+    table = np.empty((len(prompts), num_generations, max_completion_length))
+    for b, prompt in enumerate(prompts):
+        for g in range(num_generations):  # a counter of its own: neither G nor T moves anyone's draws
+            state["state"]["counter"] = np.array([0, g, prompt, 0], dtype=np.uint64)
+            bits.state = state
+            generator.random(out=table[b, g])
+    return torch.from_numpy(table.reshape(-1, max_completion_length))
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -52,37 +52,34 @@ def arguments(kind: type[Any], options: Mapping[str, Any]) -> Any:
     return kind(**values)
 
 
-def find_task(args: TaskArguments) -> Task:
-    """The task that the arguments name, or the object itself."""
-    if not isinstance(args.task, str):
-        return args.task
-    return load_task(
-        args.task,
-        prompt_column=args.prompt_column,
-        prompt_template=args.prompt_template,
-        split=args.split,
-        eval_split=args.eval_split,
-        eval_size=args.eval_size,
-        reward=[load_reward(spec) for spec in args.reward] or None,
-        seed=0,
-    )
-
-
-def find_rewards(args: TaskArguments, task: Task) -> Rewards:
-    """The rewards that the arguments name, else the task's own.
+def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
+    """The task that the arguments name, or the object itself, and its rewards: those named, else its own.
 
     Raises:
-        Refused: neither names one, or one takes a column that the task lacks.
+        Refused: no such task, no reward, or a reward that asks for a column the task lacks.
     """
     chosen = [load_reward(spec) for spec in args.reward]
+    if isinstance(args.task, str):
+        task = load_task(
+            args.task,
+            prompt_column=args.prompt_column,
+            prompt_template=args.prompt_template,
+            split=args.split,
+            eval_split=args.eval_split,
+            eval_size=args.eval_size,
+            reward=chosen or None,
+        )
+    else:
+        task = args.task
     own = getattr(task, "reward", None)
     functions = chosen or (list(own) if isinstance(own, (list, tuple)) else [own] if own is not None else [])
     if not functions:
         raise Refused(
-            f"The task {task.name!r} has no reward of its own; name one with --reward module:function."
+            f"The task {task.name!r} has no reward of its own: name one with --reward module:function."
         )
     rewards = Rewards(functions, list(args.reward_weights) or None)
-    return rewards
+    rewards.check_columns(dict.fromkeys(name for row in task.train_prompts for name in row))
+    return task, rewards
 
 
 def resolve(args: TrainArguments, task: Task) -> TrainArguments:
@@ -183,12 +180,15 @@ def make_accelerator(args: TrainArguments) -> Any:
     """Accelerate's handle, and the batch checked against the number of processes."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(
-        cpu=args.cpu,
-        mixed_precision=args.mixed_precision,
-        log_with=list(args.report_to) or None,
-        project_dir=args.output_dir,
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=args.cpu,
+            mixed_precision=args.mixed_precision,
+            log_with=list(args.report_to) or None,
+            project_dir=args.output_dir,
+        )
+    except ValueError as error:
+        raise Refused(f"accelerate cannot be set up as asked: {' '.join(str(error).split())}") from error
     world, prompts = accelerator.num_processes, args.prompts_per_step or 1
     if prompts % world:
         down, up = prompts // world * world, (prompts // world + 1) * world

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.core.baselines import RunningMean
+from tokenrl.core.rules import Stopped
 from tokenrl.language.policy import Policy
 from tokenrl.language.records import completion_rows, gather_rows, step_metrics
 from tokenrl.language.rewards import RewardResult, Rewards
@@ -63,6 +64,11 @@ def training_step(
     reference = reference_logprobs(learner, rollout) if estimator.needs_reference else None
 
     whole = gather_rows(accelerator, rollout, result, reference)  # N rows, the same on every process
+    if not whole["valid"].any():
+        raise Stopped(
+            f"Every reward function ({', '.join(rewards.names)}) abstained from every completion of step "
+            f"{step}, so there is nothing to learn from. Return None only where there is no number."
+        )
     advantages = estimator.advantages(
         whole["rewards"],
         whole["mask"],
@@ -123,8 +129,10 @@ def reward_rows(
     ids = [
         row[keep].tolist() for row, keep in zip(rollout.completion_ids.cpu(), rollout.mask.cpu(), strict=True)
     ]
-    columns = {name: [row.get(name) for row in each] for name in rows[0] if name != "prompt"}
-    return rewards([row["prompt"] for row in each], texts, ids, columns, **state)
+    names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
+    columns = {name: [row.get(name) for row in each] for name in names}
+    # Rows on which all abstain are judged over the whole step, of which another process may hold the rest.
+    return rewards([row["prompt"] for row in each], texts, ids, columns, all_may_abstain=True, **state)
 
 
 @torch.no_grad()

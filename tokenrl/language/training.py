@@ -23,7 +23,6 @@ from tokenrl.language.recording import (
 )
 from tokenrl.language.setup import (
     arguments,
-    find_rewards,
     find_task,
     make_accelerator,
     make_learner,
@@ -54,10 +53,8 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         >>> result.eval_after["reward_greedy"]
     """
     args = args or arguments(TrainArguments, options)
-    task = find_task(args)
+    task, rewards = find_task(args)
     args = resolve(args, task)
-    rewards = find_rewards(args, task)
-    rewards.check_columns(task.train_prompts[0])
     accelerator = make_accelerator(args)
     main = accelerator.is_main_process
     console = Console(

@@ -1,0 +1,32 @@
+"""Fixtures: tiny local models, saved once a session; nothing is downloaded."""
+
+import pytest
+import torch
+from tiny_models import make_model, make_policy, make_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)  # at this size a second thread only costs
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """`saved(architecture, tokenizer_kind)`: the directory of a model and tokenizer, written once."""
+    known = {}
+
+    def save(architecture="llama", kind="pad", **config):
+        key = (architecture, kind, *sorted(config.items()))
+        if key not in known:
+            known[key] = tmp_path_factory.mktemp("model")
+            make_model(architecture, **config).save_pretrained(known[key])
+            make_tokenizer(kind).save_pretrained(known[key])
+        return known[key]
+
+    return save
+
+
+@pytest.fixture
+def policy():
+    """`policy(architecture, tokenizer_kind, **options)`: a fresh policy in memory."""
+    return make_policy

@@ -1,0 +1,156 @@
+"""Tiny random models of four architectures, and byte-level tokenizers trained on a few sentences."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from tokenrl.core.estimator import Estimator
+from tokenrl.language.policy import Policy
+
+SENTENCES = [
+    "the cat sat on the mat and the dog sat on the log",
+    "a café has a naïve 😀 face, 12 34 56 78 90",
+    "count to ten: one two three four five six seven eight nine ten.",
+]
+ARCHITECTURES = ("llama", "qwen2", "gpt2", "gpt_neox")
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'][0] + ' ' + m['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a ' }}{% endif %}"
+)
+PROMPTS = ["the cat", "a", "count to ten one two", "sat on the"]
+
+
+def make_tokenizer(kind: str = "pad"):
+    """A tokenizer: `no_pad`, `pad`, `pad_is_eos`, `pads_right`, `chat` (adds BOS) or `closing` (adds EOS)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=90, special_tokens=["<bos>", "<eos>", "<pad>"], show_progress=False
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    if kind == "chat":
+        backend.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 0)])
+    if kind == "closing":
+        backend.post_processor = processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
+    special = {"eos_token": "<eos>"}
+    if kind != "no_pad":
+        special["pad_token"] = "<eos>" if kind == "pad_is_eos" else "<pad>"
+    if kind == "chat":
+        special["bos_token"] = "<bos>"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, padding_side="right" if kind == "pads_right" else "left", **special
+    )
+    if kind == "chat":
+        tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_model(
+    architecture: str = "llama", *, vocabulary: int = 90, seed: int = 0, dtype: str = "float32", **config
+):
+    """A random model of 2 layers x 32; its weights are large, so that what comes before matters."""
+    import transformers as t
+
+    common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.25}
+    heads = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    shape = {**heads, "intermediate_size": 48, **common}
+    kinds = {
+        "llama": (t.LlamaConfig, t.LlamaForCausalLM, shape | {"num_key_value_heads": 2}),
+        "qwen2": (t.Qwen2Config, t.Qwen2ForCausalLM, shape | {"num_key_value_heads": 2}),
+        "gpt2": (
+            t.GPT2Config,
+            t.GPT2LMHeadModel,
+            common | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        ),
+        "gpt_neox": (t.GPTNeoXConfig, t.GPTNeoXForCausalLM, shape),
+    }
+    config_class, model_class, values = kinds[architecture]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config_class(**(values | config)))
+    return model.to(getattr(torch, dtype)).eval()
+
+
+def make_policy(architecture: str = "llama", kind: str = "pad", **options) -> Policy:
+    """A policy in memory."""
+    from tokenrl.language.policy import wrap
+
+    tokenizer = make_tokenizer(kind)
+    return wrap(make_model(architecture, **options), tokenizer, source=f"tiny {architecture}")
+
+
+@dataclasses.dataclass
+class Task:
+    """The least that training needs of a task."""
+
+    name: str
+    train_prompts: list
+    eval_prompts: list
+    reward: object
+    max_completion_length: int | None = 8
+
+
+def vowel_reward(completions, completion_ids, **_):
+    """Deterministic and varied: a weighted count of the ids, so that groups differ within and among them."""
+    return [sum(1.0 for i in ids if i % 3 == 0) - 0.3 * len(ids) for ids in completion_ids]
+
+
+def make_task(prompts=PROMPTS, reward=vowel_reward) -> Task:
+    rows = [{"prompt": prompt} for prompt in prompts]
+    return Task("tiny", rows, rows[:2], reward)
+
+
+def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options):
+    """A learner on one process, with plain arguments resolved."""
+    from tokenrl.language import setup
+
+    estimator = Estimator.preset(estimator) if isinstance(estimator, str) else estimator
+    values = {
+        "max_steps": 4,
+        "prompts_per_step": 4,
+        "num_generations": 3,
+        "max_completion_length": 6,
+        "learning_rate": 0.01,
+        "max_grad_norm": 0.0,
+        "cpu": True,
+    }
+    args = setup.arguments(setup.TrainArguments, values | options | {"estimator": estimator})
+    args = setup.resolve(args, make_task())
+    return setup.make_learner(args, policy, setup.make_accelerator(args))[0]
+
+
+def one_step(learner, *, step: int = 1, prompts=PROMPTS, reward=vowel_reward):
+    """One `training_step` on fixed prompts; returns its record."""
+    from tokenrl.core.baselines import RunningMean
+    from tokenrl.language.rewards import Rewards
+    from tokenrl.language.step import training_step
+
+    stream = [(place, {"prompt": prompt}) for place, prompt in enumerate(prompts)]
+    return training_step(learner, Rewards(reward), RunningMean(0.9, 0.2), step, stream)
+
+
+def gradient(model) -> torch.Tensor:
+    """All gradients in one vector; 0 where there is none."""
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if p.grad is None else p.grad).flatten().double()
+            for p in model.parameters()
+            if p.requires_grad
+        ]
+    )
+
+
+def weights(model) -> torch.Tensor:
+    """All trainable weights in one vector."""
+    return torch.cat([p.detach().flatten().double() for p in model.parameters() if p.requires_grad])
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative distance."""
+    return float((a - b).norm() / b.norm())

@@ -1,0 +1,145 @@
+"""The command line: what it prints, and the exit codes that scripts rely on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tokenrl.cli import main
+
+TRAIN = ["train", "--task", "vowels", "--max-steps", "2", "--prompts-per-step", "2", "--num-generations", "3"]
+TRAIN += ["--eval-generations", "1", "--output-dir", "run"]
+
+REWARDS = """
+calls = 0
+def fails(completions): raise KeyError("answer")
+def fails_later(completions):
+    global calls
+    calls += 1
+    if calls > 3: raise RuntimeError("gone")
+    return [len(c) for c in completions]
+"""
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "made_up_rewards.py").write_text(REWARDS)
+    yield
+    sys.modules.pop("made_up_rewards", None)
+
+
+def test_train_evaluate_sample_report(capsys, tmp_path):
+    assert main([*TRAIN, "--estimator", "grpo", "--estimator.scale", "none"]) == 0
+    out = capsys.readouterr().out
+    assert "no measure of progress" in out and "2/2" in out and "reward_greedy" in out and "scale none" in out
+    assert main(["evaluate", "--model", "run/model", "--task", "vowels", "--json", "numbers.json"]) == 0
+    assert "reward_greedy" in capsys.readouterr().out
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    after = json.loads((tmp_path / "run" / "summary.json").read_text())["eval_after"]
+    assert numbers["reward_greedy"] == pytest.approx(after["reward_greedy"])
+    assert main(["sample", "--model", "run/model", "--prompt", "abc>", "xyz>", "--num-generations", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:4] for line in lines] == ["abc>", "abc>", "xyz>", "xyz>"]
+    (tmp_path / "run" / "report.html").unlink()
+    assert main(["report", "run"]) == 0
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_sft_makes_a_model_that_train_takes(capsys, tmp_path):
+    rows = [{"prompt": f"{x}>", "completion": x * 3} for x in "abcdefgh"] * 4
+    (tmp_path / "demonstrations.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main([*TRAIN, "--quiet"]) == 0
+    sft = ["sft", "--task", "demonstrations.jsonl", "--model", "run/model", "--output-dir", "tuned"]
+    assert main([*sft, "--max-steps", "30", "--learning-rate", "3e-3"]) == 0
+    words = capsys.readouterr().out.split()
+    before, after = (float(words[words.index("->") + step]) for step in (-1, 1))
+    assert after < before
+    assert main(sft) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert main([*TRAIN[:-1], "second", "--model", "tuned", "--quiet"]) == 0
+
+
+def test_a_configuration_repeats_a_run(tmp_path):
+    assert main([*TRAIN, "--seed", "3", "--estimator", "reinforce", "--quiet"]) == 0
+    assert main(["train", "--config", "run/config.json", "--output-dir", "again"]) == 0
+    first, again = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "again"))
+    assert first == again
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--estimator", "rlo"], "Did you mean 'rloo'"),
+        (["--estimator"], "--estimator needs a value"),
+        (["--estimator.baseline", "opo"], "not built yet"),
+        (["--task", "nosuch"], "There is no task 'nosuch'"),
+        (["--task", "nosuch.jsonl", "--reward", "made_up_rewards:fails"], "nosuch.jsonl"),
+        (["--task", "empty.jsonl", "--reward", "made_up_rewards:fails"], "empty.jsonl"),
+        (["--task", "other.jsonl", "--reward", "made_up_rewards:fails"], "Available: question"),
+        (["--task", "good.jsonl"], "--reward"),
+        (["--reward", "made_up_rewards:fails"], "KeyError"),
+        (["--reward", "made_up_rewards:nothing"], "nothing"),
+        (["--reward", "no_such_module:reward"], "no_such_module"),
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--max-completion-length", "62"], "context of 64"),
+        (["--config", "nosuch.json"], "nosuch.json"),
+        (["--resume", "auto"], "not built yet"),
+        (["--num-generations", "1"], "num_generations=1"),
+    ],
+)
+def test_a_mistake_is_one_paragraph_and_exit_code_2(arguments, words, capsys, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "other.jsonl").write_text('{"question": "a"}\n')
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    try:
+        code = main([*TRAIN, "--quiet", *arguments])
+    except SystemExit as exit:  # the parser's own
+        code = exit.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert words in " ".join((captured.err + captured.out).replace("│", " ").split())
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_failure_during_the_run_is_exit_code_1(capsys):
+    assert main([*TRAIN, "--quiet", "--reward", "made_up_rewards:fails_later"]) == 1
+    captured = capsys.readouterr()
+    assert "RuntimeError: gone" in captured.err and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("argv, code", [([], 2), (["--help"], 0), (["fly"], 2), (["--version"], 0)])
+def test_the_bare_command(argv, code, capsys):
+    assert main(argv) == code
+    captured = capsys.readouterr()
+    assert ("train" in captured.out + captured.err) or argv == ["--version"]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_exits(number, code, tmp_path):
+    arguments = [*TRAIN[:3], "--max-steps", "100000", "--output-dir", "run", "--eval-every", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tokenrl.cli", *arguments], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_text().count("\n") > 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["exit_reason"] == number.name and summary["steps"] >= 3
+    assert summary["eval_after"]["reward"] > 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()

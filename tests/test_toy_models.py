@@ -1,0 +1,93 @@
+"""The tiny models and tokenizers of the toy tasks: exact, reproducible, and plain transformers."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+import toy_tasks
+from toy_tasks import models
+
+TASKS = {name: toy_tasks.load(name) for name in toy_tasks.NAMES}
+every_task = pytest.mark.parametrize("name", toy_tasks.NAMES)
+
+
+@pytest.fixture(scope="module")
+def built():
+    return {name: task.build(0) for name, task in TASKS.items()}
+
+
+@every_task
+def test_every_prompt_and_demonstration_survives_the_tokenizer(name, built):
+    task, (_, tokenizer) = TASKS[name], built[name]
+    demonstrations = task.demonstrations or [{"prompt": "abc>", "completion": "aei"}]
+    prompts = [row["prompt"] for row in task.train_prompts + task.eval_prompts]
+    completions = [row["completion"] for row in demonstrations]
+    ids = tokenizer(prompts + completions)["input_ids"]
+    assert tokenizer.batch_decode(ids) == prompts + completions
+    used = {token for row in ids for token in row}
+    assert not used & set(tokenizer.convert_tokens_to_ids([models.UNKNOWN, models.PAD, models.EOS]))
+    assert max(map(len, ids[len(prompts) :])) + 1 <= task.max_completion_length
+    assert max(map(len, ids[: len(prompts)])) + task.max_completion_length <= task.build.context
+    for row in demonstrations[:200]:  # the parts' tokens are those of the whole
+        whole = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+        assert whole == tokenizer(row["prompt"])["input_ids"] + tokenizer(row["completion"])["input_ids"]
+
+
+@every_task
+def test_an_unknown_character_stays_visible_and_special_tokens_do_not(name, built):
+    tokenizer = built[name][1]
+    pad, eos, unknown = tokenizer.convert_tokens_to_ids([models.PAD, models.EOS, models.UNKNOWN])
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (pad, eos) and len({pad, eos, unknown}) == 3
+    assert tokenizer("€")["input_ids"] == [unknown]
+    assert tokenizer.decode([pad, unknown, eos], skip_special_tokens=True) == "<unk>"
+
+
+@every_task
+def test_half_a_million_parameters_that_depend_on_the_seed_alone(name, built):
+    import torch
+
+    torch.manual_seed(5)
+    random.seed(5)
+    before = torch.get_rng_state(), random.getstate()
+    model, _ = TASKS[name].build(0)
+    other, _ = TASKS[name].build(1)
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+    first = built[name][0].state_dict()
+    assert all(torch.equal(value, first[key]) for key, value in model.state_dict().items())
+    assert not torch.equal(other.lm_head.weight, model.lm_head.weight)
+    assert 500_000 < sum(parameter.numel() for parameter in model.parameters()) < 600_000
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@every_task
+def test_model_and_tokenizer_load_in_plain_transformers(name, built, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = built[name]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, reader = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    prompt = TASKS[name].eval_prompts[0]["prompt"]
+    ids = reader(prompt, return_tensors="pt")["input_ids"]
+    assert ids[0].tolist() == tokenizer(prompt)["input_ids"] and reader.decode(ids[0]) == prompt
+    assert (reader.pad_token_id, reader.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert reader.padding_side == "left"
+    assert reader.decode([2], skip_special_tokens=True) == models.UNKNOWN
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    for settings_ in (loaded.generation_config, loaded.config):
+        assert (settings_.eos_token_id, settings_.pad_token_id) == (reader.eos_token_id, reader.pad_token_id)
+
+
+def test_tokenizers_refuse_what_they_could_not_write_back():
+    with pytest.raises(ValueError, match="exactly one character"):
+        models.character_tokenizer(["a", "bc"])
+    with pytest.raises(ValueError, match="twice"):
+        models.character_tokenizer("aba")
+    with pytest.raises(ValueError, match="can never be tokens"):
+        models.word_tokenizer(["the", " two words"])
+    with pytest.raises(ValueError, match="not divisible by heads=3"):
+        models.tiny_llama(models.character_tokenizer("ab"), heads=3)
