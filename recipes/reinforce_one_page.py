@@ -60,6 +60,7 @@ class Args:
 
 
 args = tyro.cli(Args)
+estimator = Estimator.preset(args.estimator)
 task = toy_tasks.load("sort_digits")  # 402715> should become 012457; the reward is 1 for exactly that, else 0
 model, tokenizer = task.build(args.seed)  # a Llama of half a million parameters, random so far
 eos, length = tokenizer.eos_token_id, task.max_completion_length
@@ -119,7 +120,6 @@ for _ in range(args.warm_steps):
 evaluate("after the warm start")
 
 # 2. REINFORCE: sample, reward, advantage, score, loss, step.
-estimator = Estimator.preset(args.estimator)
 print(f"estimator {args.estimator}; its gradient is {estimator.bias_status}: {estimator.bias_reason}")
 running_mean = RunningMean(estimator.running_mean_decay, estimator.running_mean_init)
 optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from tokenrl.core.estimator import Estimator
+from tokenrl.core.presets import PRESETS
 from tokenrl.core.rules import Refused, TokenrlError
 from tokenrl.language.arguments import EvaluateArguments, SampleArguments, SftArguments, TrainArguments
 
@@ -135,15 +136,22 @@ def _parse(name: str, command: Command, argv: list[str]) -> Any:
         command.arguments,
         args=argv,
         prog=f"tokenrl {name}",
-        description=command.arguments.__doc__ + _MORE.get(name, ""),
+        description=command.arguments.__doc__ + (_about_presets() if name == "train" else ""),
         **({} if default is None else {"default": default}),
     )
 
 
-_MORE = {
-    "train": "\n\n--estimator PRESET sets every axis of the estimator, --estimator.AXIS changes one. "
-    "--config FILE takes the settings of an earlier run's config.json. Flags given beside them win.",
-}
+def _about_presets() -> str:
+    statuses = [f"  {name:24}{Estimator.preset(name).bias_status}" for name in PRESETS]
+    return "\n".join(
+        [
+            "",
+            "--estimator PRESET sets every axis of the estimator, --estimator.AXIS changes one.",
+            "The presets, and what each does to the expected gradient:",
+            *statuses,
+            "--config FILE takes the settings of an earlier run's config.json. Flags beside them win.",
+        ]
+    )
 
 
 def _take(argv: list[str], flag: str) -> tuple[list[str], str | None]:

@@ -6,7 +6,7 @@ The reward is graded: 0 for what is no sum at all, 0.1 for a sum with the wrong 
     sum = number {("+" | "-") number}        number = "0" | nonzero digit, then at most one digit
 
 Most demonstrations just add everything up. The hardest of the toy tasks: the first number written already
-decides who is subtracted, and a model of this size learns that for about half of the prompts.
+decides who is subtracted, which is much to work out for a model of this size.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ class Task:
 
 def settings(**changes: Any) -> dict[str, Any]:
     """Return the recommended training settings of most tasks, with a task's own changes."""
-    common = {"prompts_per_step": 16, "num_generations": 8, "learning_rate": 2e-4, "max_steps": 300}
-    return {**common, "eval_every": 50, **changes}
+    common = {"prompts_per_step": 16, "num_generations": 8, "learning_rate": 2e-4, "max_steps": 400}
+    return {**common, "lr_scheduler_type": "linear", "eval_every": 50, **changes}
 
 
 def hold_out(

@@ -105,6 +105,15 @@ def test_equal_rewards_give_exactly_zero(baseline, scale, dtype) -> None:
             assert (got == 0).all(), (size, eps)
 
 
+@pytest.mark.parametrize("baseline", MEANS)
+def test_equal_rewards_give_exactly_zero_when_the_first_row_abstains(baseline) -> None:
+    for value in torch.arange(1, 100) / 100:
+        rewards, valid = value.repeat(9), torch.arange(9) % 9 > 0
+        fields = {"baseline": baseline, "scale": "group_std", "scale_eps": 1e-9, "group_size": 9}
+        got = advantages(rewards.masked_fill(~valid, torch.nan), mask=torch.ones(9, 3), valid=valid, **fields)
+        assert (got == 0).all()
+
+
 @pytest.mark.parametrize("returns", ["total", "reward_to_go"])
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("scale", SCALES)

@@ -6,14 +6,12 @@ import math
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, PROMPTS, make_model, make_policy
+from tiny_models import ARCHITECTURES, ENDS, PROMPTS, make_model, make_policy
 
 from tokenrl.core.rules import Stopped
 from tokenrl.language.policy import Policy
 from tokenrl.language.sampling import sample, uniforms
 from tokenrl.language.scoring import score
-
-ENDS = tuple(range(1, 90, 9))  # ten ways to end: completions of every length
 
 
 def tiny(eos=(0,), vocabulary=4, **options) -> Policy:
@@ -70,7 +68,7 @@ def test_frequencies_are_the_exact_probabilities(eos, temperature):
     possible = list(sequences(4, 3, eos))
     statistic, df = 0.0, 0
     for prompt, rows in zip(prompts, (found[:n], found[n:]), strict=True):
-        counts = {s: 0 for s in possible}
+        counts = dict.fromkeys(possible, 0)
         for row in rows:
             counts[row] += 1  # a KeyError is a completion that goes on after its end, or stops before it
         p = {s: float(exact_logprobs(exact, prompt, s, temperature).sum().exp()) for s in possible}
@@ -104,9 +102,7 @@ def test_logprobs_and_entropy_are_those_of_the_distribution_sampled_from(archite
     exact = copy.deepcopy(policy.model).double()
     for row, tokens in enumerate(completions(rollout)):
         expected = exact_logprobs(exact, prompts[row // 4], tokens, temperature)
-        torch.testing.assert_close(
-            rollout.logprobs[row, : len(tokens)].double(), expected, atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(rollout.logprobs[row, : len(tokens)].double(), expected, atol=1e-4, rtol=0)
 
 
 def test_entropy_is_that_of_the_logits():
@@ -201,9 +197,9 @@ def test_greedy_is_that_of_transformers(architecture, several_eos):
 
 def test_uniforms_depend_on_seed_step_prompt_generation_and_position_only():
     def table(seed=3, step=5, prompts=(0, 1, 7), generations=4, length=6):
-        return uniforms(
-            seed, step, prompts, num_generations=generations, max_completion_length=length
-        ).view(len(prompts), generations, length)
+        return uniforms(seed, step, prompts, num_generations=generations, max_completion_length=length).view(
+            len(prompts), generations, length
+        )
 
     base = table()
     assert base.dtype == torch.float64 and base.min() >= 0 and base.max() < 1
@@ -224,7 +220,11 @@ def test_uniforms_are_uniform():
     assert statistic < 43.8  # chi-square, df 19: a right generator is above it once in 1,000
     # Neighbours in position and in generation are uncorrelated: 4 standard errors, 1 in 16,000 each.
     table = uniforms(0, 1, range(50), num_generations=40, max_completion_length=10).view(50, 40, 10) - 0.5
-    for left, right in ((table[:, :, 1:], table[:, :, :-1]), (table[:, 1:], table[:, :-1]), (table[1:], table[:-1])):
+    for left, right in (
+        (table[:, :, 1:], table[:, :, :-1]),
+        (table[:, 1:], table[:, :-1]),
+        (table[1:], table[:-1]),
+    ):
         assert abs(float((left * right).mean()) * 12) < 4 / math.sqrt(left.numel())
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 
 import torch
 
@@ -19,6 +21,7 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'][0] + ' ' + m['content'] + ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a ' }}{% endif %}"
 )
+ENDS = tuple(range(1, 90, 9))  # ten ways to end: completions of every length
 PROMPTS = ["the cat", "a", "count to ten one two", "sat on the"]
 
 
@@ -52,13 +55,18 @@ def make_tokenizer(kind: str = "pad"):
 
 
 def make_model(
-    architecture: str = "llama", *, vocabulary: int = 90, seed: int = 0, dtype: str = "float32", **config
+    architecture: str = "llama", *, vocabulary: int = 96, seed: int = 0, dtype: str = "float32", **config
 ):
     """A random model of 2 layers x 32; its weights are large, so that what comes before matters."""
     import transformers as t
 
     common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.25}
-    heads = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    heads = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
     shape = {**heads, "intermediate_size": 48, **common}
     kinds = {
         "llama": (t.LlamaConfig, t.LlamaForCausalLM, shape | {"num_key_value_heads": 2}),
@@ -154,3 +162,59 @@ def weights(model) -> torch.Tensor:
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     """Relative distance."""
     return float((a - b).norm() / b.norm())
+
+
+def flat_second_prompt(prompts, completion_ids, **_):
+    """Equal rewards for one of the prompts: three rows of zero advantage, one abstention elsewhere."""
+    scores = vowel_reward(completion_ids=completion_ids, completions=None)
+    return [0.5 if p == PROMPTS[1] else s for p, s in zip(prompts, scores, strict=True)]
+
+
+def stepped(estimator, *, architecture="llama", dtype="float32", reward=flat_second_prompt, **options):
+    """One step from the same weights; the reference differs from the policy if there is one."""
+    # Weights small enough that float32's rounding stays below the tolerances.
+    policy = make_policy(architecture, dtype=dtype, initializer_range=0.1)
+    policy.eos_ids = ENDS
+    if estimator.needs_reference:
+        policy.reference = make_policy(architecture, dtype=dtype, seed=1).model.requires_grad_(False)
+    learner = make_learner(policy, estimator, **options)
+    record = one_step(learner, reward=reward)
+    return gradient(policy.model), record, learner
+
+
+def textbook(model, rows, *, temperature=1.0, exponent=1.0):
+    """-(1/N) sum_i A_i sum_t log pi over (prompt ids, completion ids, A_i), one sequence at a time."""
+    model = copy.deepcopy(model)
+    model.zero_grad()
+    loss = 0.0
+    for prompt, completion, advantage in rows:
+        ids = torch.tensor([[*prompt, *completion]])
+        logits = model(ids).logits[0, len(prompt) - 1 : -1] / temperature
+        chosen = torch.log_softmax(logits, dim=-1).gather(1, ids[0, len(prompt) :, None])
+        loss = loss - advantage * chosen.sum() / len(rows)
+    loss.backward()
+    return gradient(model), loss.item()
+
+
+def recorded(reward, into):
+    def f(prompts, completion_ids, **columns):
+        rewards = reward(prompts=prompts, completion_ids=completion_ids, completions=None)
+        into.extend(zip(prompts, completion_ids, rewards, strict=True))
+        return rewards
+
+    return f
+
+
+def by_hand(name, rewards):
+    """Advantages of one group of rewards, written out."""
+    if name == "reinforce":
+        return rewards
+    if name == "reinforce_running_mean":
+        return [r - 0.2 for r in rewards]  # the value that `one_step` starts its running mean from
+    total, n = sum(rewards), len(rewards)
+    if name == "rloo":
+        return [r - (total - r) / (n - 1) for r in rewards]
+    centred = [r - total / n for r in rewards]
+    if name == "dr_grpo":
+        return centred
+    return [c / (math.sqrt(sum(x * x for x in centred) / (n - 1)) + 1e-4) for c in centred]

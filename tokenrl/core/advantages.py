@@ -21,7 +21,6 @@ def compute(
     estimator: Estimator,
     rewards: Float[Tensor, " N *T"],
     mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
-    *,
     group_size: int | None,
     valid: Bool[Tensor, " N"] | None,
     logprobs: Float[Tensor, "N T"] | None,

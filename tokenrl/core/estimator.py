@@ -203,14 +203,7 @@ class Estimator:
         if bootstrap is not None:
             raise rules.Refused("bootstrap is not built yet: a return ends where its episode was cut off.")
         policy, returns = advantages.compute(
-            self,
-            rewards,
-            mask,
-            group_size=group_size,
-            valid=valid,
-            logprobs=logprobs,
-            ref_logprobs=ref_logprobs,
-            baseline_value=baseline_value,
+            self, rewards, mask, group_size, valid, logprobs, ref_logprobs, baseline_value
         )
         return Advantages(policy, returns)
 

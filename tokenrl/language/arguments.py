@@ -64,7 +64,7 @@ class LoraArguments:
 
 
 @dataclass(frozen=True)
-class TrainArguments(TaskArguments, ModelArguments, LoraArguments):
+class TrainArguments(LoraArguments, ModelArguments, TaskArguments):
     """Train a language model by policy gradients."""
 
     output_dir: str = "runs/train"
@@ -83,8 +83,8 @@ class TrainArguments(TaskArguments, ModelArguments, LoraArguments):
     """Temperature of the policy that is sampled and scored."""
     learning_rate: float | None = None
     """Peak learning rate. Default: 1e-5 (with LoRA 1e-4)."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] | None = None
+    """Learning rate after the warm-up; linear and cosine fall to 0. Default: constant."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
     weight_decay: float = 0.0
@@ -136,7 +136,7 @@ class TrainArguments(TaskArguments, ModelArguments, LoraArguments):
 
 
 @dataclass(frozen=True)
-class SftArguments(TaskArguments, ModelArguments, LoraArguments):
+class SftArguments(LoraArguments, ModelArguments, TaskArguments):
     """Fine-tune a model on demonstrations: rows of prompt and completion."""
 
     output_dir: str = "runs/sft"

@@ -110,9 +110,16 @@ class Policy:
         return bool(bare) and bare[-1] in self.eos_ids
 
     def encode_all(
-        self, prompts: Sequence[Prompt], *, max_completion_length: int, truncate: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_completion_length: int,
+        truncate: bool = False,
+        first_row: int = 0,
     ) -> list[list[int]]:
         """Ids of many prompts, checked against the context; `truncate` drops tokens from the left.
+
+        `first_row` is the number of the first of them, for the message of a refusal.
 
         Raises:
             Refused: prompt and completion together exceed the context; the message names row and lengths.
@@ -129,10 +136,11 @@ class Policy:
                 continue
             if not truncate:
                 raise Refused(
-                    f"The prompt of row {row} has {len(ids)} tokens; with {max_completion_length} for the "
-                    f"completion that is {len(ids) + max_completion_length}, more than the model's context "
-                    f"of {self.context}. Shorten the prompts, lower max_completion_length, or pass "
-                    "truncate_prompts to drop tokens from the left."
+                    f"The prompt of row {first_row + row} has {len(ids)} tokens; with "
+                    f"{max_completion_length} for the completion that is "
+                    f"{len(ids) + max_completion_length}, more than the model's context of {self.context}. "
+                    "Shorten the prompts, lower max_completion_length, or pass truncate_prompts to drop "
+                    "tokens from the left."
                 )
             encoded[row] = ids[-room:]
         return encoded
@@ -182,7 +190,7 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
     eos: set[int] = set()
     for value in (
         getattr(generation, "eos_token_id", None),
-        text_config.eos_token_id,
+        getattr(text_config, "eos_token_id", None),
         tokenizer.eos_token_id,
     ):
         if value is not None:
@@ -218,6 +226,7 @@ def load_policy(
     Raises:
         Refused: nothing loadable there, or a tokenizer that does not fit; the loader's own words are quoted.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import find_adapter_config_file
 
@@ -234,7 +243,7 @@ def load_policy(
             model.requires_grad_(True)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         hint = "" if trust_remote_code else " (code shipped with a model runs only with trust_remote_code)"
         raise Refused(
             f"No causal language model could be loaded from {name!r}{hint}: {_first_lines(error)} Give a "
@@ -268,8 +277,9 @@ def _switch_dropout_off(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in list(vars(module).items()):  # rates that a forward passes on itself
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
     model.eval()
 
 

@@ -33,8 +33,11 @@ def gather_rows(
     if accelerator.num_processes == 1:
         return rows
     wide = ("mask", "logprobs", "entropy", "ref_logprobs")
+    # Padding turns a bool into an int64, on those processes only that need any.
+    rows["mask"] = rows["mask"].to(torch.uint8)
     padded = {k: accelerator.pad_across_processes(v, dim=1) if k in wide else v for k, v in rows.items()}
-    return {k: accelerator.gather(v) for k, v in padded.items()}
+    whole = {k: accelerator.gather(v) for k, v in padded.items()}
+    return whole | {"mask": whole["mask"].bool()}
 
 
 def step_metrics(whole: dict[str, Tensor], names: Sequence[str], group_size: int) -> dict[str, float]:

@@ -28,6 +28,7 @@ def save_policy(policy: Policy, directory: Path, *, card: str | None = None) -> 
     model: Any = policy.model
     if policy.has_adapter:
         model.save_pretrained(directory / "adapter")
+        policy.tokenizer.save_pretrained(directory / "adapter")  # so that it loads as a model too
         model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(directory)
     policy.tokenizer.save_pretrained(directory)

@@ -24,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "prompts_per_step": 16,
     "num_generations": 8,
     "max_completion_length": 256,
+    "lr_scheduler_type": "constant",
 }
 
 
@@ -156,11 +157,11 @@ def check(args: TrainArguments) -> None:
 def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
     """The policy that the arguments name: a model object, a directory, a hub name, or the task's own base."""
     source: Any = args.model
-    if isinstance(source, Policy):
-        return source
     if source is None:
         source = str(warm_started_base(task, seed=args.base_seed, announce=announce))
-    if isinstance(source, tuple):
+    if isinstance(source, Policy):
+        policy = source
+    elif isinstance(source, tuple):
         policy = wrap(*source, source=type(source[0]).__name__)
     else:
         policy = load_policy(source, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
@@ -169,6 +170,11 @@ def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]
     if isinstance(args, LoraArguments) and args.lora_r:
         modules, seed = args.lora_target_modules, getattr(args, "seed", 0)
         add_lora(policy, r=args.lora_r, alpha=args.lora_alpha, target_modules=modules, seed=seed)
+    if any(p.dtype == torch.float16 for p in policy.trainable_parameters()):
+        raise Refused(
+            f"The weights of {policy.source!r} are float16 (dtype={args.dtype!r}), which cannot be trained: "
+            "gradients underflow. Use bfloat16 or float32."
+        )
     if not policy.trainable_parameters():
         raise Refused(
             f"The model {policy.source!r} has no trainable parameter: set requires_grad on some, or use LoRA."
@@ -214,6 +220,6 @@ def make_learner(args: TrainArguments, policy: Policy, accelerator: Any) -> tupl
         weight_decay=args.weight_decay,
         fused=accelerator.device.type in ("cpu", "cuda"),
     )
-    schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
+    schedule = get_scheduler(args.lr_scheduler_type or "constant", optimizer, args.warmup_steps, args.max_steps)
     model, prepared = accelerator.prepare(policy.model, optimizer)
     return Learner(policy, model, prepared, accelerator, args.estimator, args), schedule

@@ -167,7 +167,7 @@ def run_updates(learner: Learner, step: Step, number: int) -> dict[str, float]:
     n, groups = len(step.mask), len(step.mask) // (args.num_generations or 1)
     if learner.estimator.needs_old_logprobs and args.num_iterations * args.num_minibatches > 1:
         step = step._replace(old_logprobs=score_in_parts(learner, learner.policy.model, step.rollout))
-    generator = torch.Generator().manual_seed((args.seed << 32) + number)
+    generator = torch.Generator().manual_seed(((args.seed << 32) + number) % 2**63)
     history = []
     for _ in range(args.num_iterations):
         order = (

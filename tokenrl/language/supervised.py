@@ -16,14 +16,16 @@ from tokenrl.language.sampling import Rollout, pad_left
 from tokenrl.language.saving import replace_directory, save_policy
 from tokenrl.language.scoring import score
 
+Pair = tuple[list[int], list[int]]  # ids of a prompt and of its completion
 
-def demonstration_batch(policy: Policy, rows: Sequence[dict[str, Any]]) -> Rollout:
-    """Demonstrations in the shape of a rollout; each completion ends with the policy's EOS if it has one.
+
+def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> list[Pair]:
+    """Ids of demonstrations; each completion ends with the tokenizer's EOS if it has one.
 
     Raises:
         Refused: a demonstration longer than the context, or without a completion.
     """
-    prompts, completions = [], []
+    pairs: list[Pair] = []
     eos = policy.tokenizer.eos_token_id
     for number, row in enumerate(rows):
         text = row.get("completion")
@@ -37,15 +39,26 @@ def demonstration_batch(policy: Policy, rows: Sequence[dict[str, Any]]) -> Rollo
         ids = list(policy.tokenizer(text, add_special_tokens=False).input_ids)
         if eos is not None and (not ids or ids[-1] not in policy.eos_ids):
             ids.append(eos)
-        completions.append(ids)
-        prompts += policy.encode_all([row["prompt"]], max_completion_length=max(1, len(ids)))
+        if not ids:
+            raise Refused(
+                f"The completion of row {number} of the demonstrations has no token, and the tokenizer no "
+                "EOS that could stand for an empty answer. Leave such rows out, or set tokenizer.eos_token."
+            )
+        prompt = policy.encode_all([row["prompt"]], max_completion_length=len(ids), first_row=number)[0]
+        pairs.append((prompt, ids))
+    return pairs
+
+
+def demonstration_batch(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
+    """Encoded demonstrations in the shape of a rollout."""
+    prompts, completions = zip(*pairs, strict=True)
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id, policy.device)
     width = max(map(len, completions))
     ids_ = torch.tensor([c + [policy.pad_id] * (width - len(c)) for c in completions], device=policy.device)
     lengths = torch.tensor([len(c) for c in completions], device=policy.device)
     mask = torch.arange(width, device=policy.device) < lengths[:, None]
     zeros = torch.zeros(mask.shape, device=policy.device)
-    index = torch.arange(len(rows), device=policy.device)
+    index = torch.arange(len(pairs), device=policy.device)
     return Rollout(prompt_ids, prompt_mask, index, ids_, mask, zeros, zeros, torch.zeros_like(lengths).bool())
 
 
@@ -83,6 +96,7 @@ def fit(
     """
     if not demonstrations:
         raise Refused("There are no demonstrations to learn from. Give rows of prompt and completion.")
+    pairs = encode_demonstrations(policy, demonstrations)  # all at once: a bad row is found before a step
     parameters = policy.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(seed)
@@ -90,9 +104,9 @@ def fit(
     losses: list[float] = []
     for step in range(1, max_steps + 1):
         while len(order) < batch_size:
-            order += torch.randperm(len(demonstrations), generator=generator).tolist()
+            order += torch.randperm(len(pairs), generator=generator).tolist()
         part, order = order[:batch_size], order[batch_size:]
-        batch = demonstration_batch(policy, [demonstrations[i] for i in part])
+        batch = demonstration_batch(policy, [pairs[i] for i in part])
         logprobs = score(policy.model, batch, share_prompt=policy.share_prompt).logprobs
         loss = -torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum()
         losses.append(loss.item())

@@ -112,6 +112,14 @@ def _run(run: Run) -> RunResult:
 
 def _first_evaluation(run: Run) -> Evaluation:
     """Evaluate before training; what cannot be sampled or rewarded is refused here, with nothing written."""
+    args, policy = run.args, run.learner.policy
+    for number, row in enumerate(run.task.train_prompts):  # one by one: their ids need not all be in memory
+        policy.encode_all(
+            [row["prompt"]],
+            max_completion_length=args.max_completion_length or 256,
+            truncate=args.truncate_prompts,
+            first_row=number,
+        )
     try:
         return _evaluate(run)
     except Stopped as error:

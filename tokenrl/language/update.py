@@ -114,10 +114,10 @@ def _weights(learner: Learner, step: Step, chosen: Tensor) -> Tensor:
     """Token weights [N, T] of the rows of this update, zero elsewhere."""
     weights = step.mask.new_zeros(step.mask.shape, dtype=step.advantages.policy.dtype)
     weights[chosen] = learner.estimator.token_weights(
-        step.mask[chosen],
+        step.mask[chosen].to(weights.dtype),  # 1/N in the precision of the advantages
         max_length=learner.args.max_completion_length or step.mask.shape[1],
         valid=step.valid[chosen],
-    ).to(weights.dtype)
+    )
     return weights
 
 

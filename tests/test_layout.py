@@ -1,0 +1,236 @@
+"""The rules of the house, enforced on the source: who may import whom, sizes, light imports, honest tests."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = [["core"], ["runs"], ["language", "control"], ["lab"], ["advisor"], ["cli"]]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+FACADE = len(LAYERS)  # tokenrl/__init__.py, above everything
+SOURCES = sorted(path for part in ("tokenrl", "toy_tasks", "recipes") for path in (ROOT / part).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "recipes").rglob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(source: str, module: str, *, package: bool = False) -> Iterator[str]:
+    """Full names of what is imported anywhere, in functions and for type checkers too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = node.module or ""
+            if node.level:
+                base = module.split(".")[: len(module.split(".")) - node.level + package]
+                start = ".".join([*base, *([start] if start else [])])
+            yield from (f"{start}.{alias.name}" for alias in node.names)
+
+
+def room_of(name: str) -> str:
+    """`tokenrl.core.kl` is in the room `core`; what lies in the package itself is in the room ``."""
+    part = [*name.split("."), ""][1]
+    return part if part in LEVEL else ""
+
+
+def forbidden_imports(source: str, module: str, *, package: bool = False) -> list[str]:
+    top, room = module.split(".")[0], room_of(module)
+    found = []
+    for name in imports(source, module, package=package):
+        target = name.split(".")[0]
+        if target == "recipes":
+            found.append(f"{module} imports {name}: recipes are never imported")
+        if (top, target) in {("tokenrl", "toy_tasks"), ("toy_tasks", "tokenrl")}:
+            found.append(f"{module} imports {name}: the library and the toy tasks do not know each other")
+        if top == "tokenrl" and target == "tokenrl" and name != "tokenrl.__version__":
+            own, other = LEVEL.get(room, FACADE), LEVEL.get(room_of(name), FACADE)
+            if other > own or (other == own and room_of(name) != room):
+                found.append(f"{module} imports {name}: imports only go down")
+        if (
+            top == "tokenrl"
+            and room == "core"
+            and target not in {*sys.stdlib_module_names, "torch", "jaxtyping", "tokenrl"}
+        ):
+            found.append(f"{module} imports {name}: core needs torch only")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_only_go_down(path):
+    package = path.name == "__init__.py"
+    assert forbidden_imports(path.read_text(), module_name(path), package=package) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("tokenrl.core.kl", "from tokenrl.runs import metrics"),
+        ("tokenrl.core.kl", "def f():\n    import transformers"),
+        ("tokenrl.core.kl", "from tokenrl import Estimator"),
+        ("tokenrl.core.kl", "from ..language.policy import Policy"),
+        ("tokenrl.language.step", "import tokenrl.control.bandit"),
+        ("tokenrl.control.bandit", "if TYPE_CHECKING:\n    from tokenrl.language.policy import Policy"),
+        ("tokenrl.language.step", "from tokenrl import lab"),
+        ("tokenrl.advisor", "import tokenrl.cli"),
+        ("tokenrl.language.data", "import toy_tasks"),
+        ("toy_tasks.addition", "from tokenrl.core import Estimator"),
+        ("tests.test_recipes", "import recipes.train_lm"),
+        ("tokenrl.cli", "from recipes import train_lm"),
+    ],
+)
+def test_the_import_rule_notices(module, line):
+    assert len(forbidden_imports(line, module)) == 1
+
+
+def test_every_room_has_a_place_on_the_list():
+    rooms = {path.stem for path in (ROOT / "tokenrl").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert rooms - {"__init__", "__main__", "__pycache__", "py"} <= set(LEVEL)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path):
+    text = path.read_text()
+    assert len(text.splitlines()) < 300
+    functions = [
+        n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    long = {f.name: code_lines(f) for f in functions if code_lines(f) >= 50}
+    assert long == {}
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from `def` to the end, the docstring left out: a long explanation is no long function."""
+    lines = (function.end_lineno or function.lineno) - function.lineno + 1
+    if ast.get_docstring(function) is None:
+        return lines
+    docstring = function.body[0]
+    return lines - ((docstring.end_lineno or docstring.lineno) - docstring.lineno + 1)
+
+
+def test_no_file_is_called_utils():
+    assert [path for path in SOURCES + TESTS if path.stem in ("utils", "util", "helpers", "misc")] == []
+
+
+def unsafe(source: str) -> list[str]:
+    """Calls that run text or bytes as code."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            safe_load = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+            if name in ("eval", "exec", "builtins.eval", "builtins.exec", "__import__"):
+                found.append(f"line {node.lineno}: {name}")
+            if name == "torch.load" and not safe_load:
+                found.append(f"line {node.lineno}: torch.load")
+            if any(k.arg == "allow_pickle" and ast.unparse(k.value) != "False" for k in node.keywords):
+                found.append(f"line {node.lineno}: allow_pickle")
+    picklers = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    return found + [name for name in imports(source, "tokenrl.x") if name.split(".")[0] in picklers]
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if "recipes" not in p.parts], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_nothing_runs_data_as_code(path):
+    assert unsafe(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("eval(text)", "exec(text)", "import pickle", "from pickle import loads", "torch.load(path)"),
+        *("torch.load(path, weights_only=False)", "numpy.load(path, allow_pickle=True)"),
+    ],
+)
+def test_the_rule_about_code_notices(line):
+    assert len(unsafe(line)) == 1
+    assert unsafe("model.eval()\ntorch.load(path, weights_only=True)") == []
+
+
+def silent_tests(source: str) -> list[str]:
+    """Names of tests that only an error can fail: no assert, no raises, no check=True, no such helper."""
+    tree = ast.parse(source)
+    functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+    def asserts(name: str, seen: frozenset[str] = frozenset()) -> bool:
+        for node in ast.walk(functions[name]):
+            if isinstance(node, ast.Assert):
+                return True
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func).split(".")[-1]
+                checked = any(k.arg == "check" and ast.unparse(k.value) == "True" for k in node.keywords)
+                if called in ("raises", "warns", "fail") or called.startswith("assert") or checked:
+                    return True
+                if called in functions and called not in seen and asserts(called, seen | {name}):
+                    return True
+        return False
+
+    return [name for name in functions if name.startswith("test") and not asserts(name)]
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_test_asserts_something(path):
+    assert silent_tests(path.read_text()) == []
+
+
+def test_the_rule_about_tests_notices():
+    helper = "def check(x):\n    assert x\n"
+    assert silent_tests("def test_a():\n    print(1)\n") == ["test_a"]
+    assert silent_tests(helper + "def test_b():\n    check(1)\n") == []
+    assert silent_tests("def test_c():\n    test_c()\n") == ["test_c"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import tokenrl",
+        "import toy_tasks",
+        "import tokenrl.cli",
+        "from tokenrl.core import Estimator; Estimator.preset('grpo').bias_status",
+        "from tokenrl.cli import main; main(['--help'])",
+        "from tokenrl.cli import main; main(['train', '--help'])",
+    ],
+)
+def test_light_imports_stay_light(code):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    imported = {
+        line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line
+    }
+    assert "tokenrl" in imported or "toy_tasks" in imported  # else the listing was not understood
+    heavy = {"torch", "transformers", "accelerate", "datasets", "peft", "matplotlib", "pandas", "gymnasium"}
+    assert imported & heavy == set()
+
+
+def named_paths(text: str) -> set[str]:
+    """Paths that a document names: relative links, and files or folders of this repository."""
+    links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+    folders = "tokenrl|toy_tasks|recipes|tests|docs"
+    words = re.findall(rf"(?<![\w./-])((?:\./)?(?:{folders})/[\w./-]*\w\.\w+)", text)
+    return {path for path in {*links, *words} if path}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_name_only_files_that_exist(path):
+    missing = [
+        n for n in named_paths(path.read_text()) if not ((path.parent / n).exists() or (ROOT / n).exists())
+    ]
+    assert missing == []
+
+
+def test_the_rule_about_documents_notices():
+    text = "[a](docs/a.md#top), `python recipes/b.py --x`, https://x.org/tests/c.py, tokenrl/core/kl.py."
+    assert named_paths(text) == {"docs/a.md", "recipes/b.py", "tokenrl/core/kl.py"}

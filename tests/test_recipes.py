@@ -1,0 +1,221 @@
+"""Every recipe runs, shortened, as a user would run it: as a program, in a folder of its own."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import os
+import re
+import runpy
+import string
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
+RUNGS = {
+    "ladder_1_vanilla": ("none", "exact"),
+    "ladder_2_running_mean": ("running_mean", "exact"),
+    "ladder_3_rloo": ("rloo", "exact"),
+    "ladder_4_grpo": ("group_mean", "biased"),
+}
+SHORT = {
+    **dict.fromkeys(RUNGS, "--max-steps 2 --shift 1"),
+    "reinforce_one_page": "--steps 2 --warm-steps 3 --prompts-per-step 2 --estimator grpo",
+    "train_lm": "--max-steps 2 --prompts-per-step 2 --estimator reinforce_running_mean --lora-r 2",
+    "pretrained_gsm8k_lora": "--max-steps 2 --prompts-per-step 2 --num-generations 3 --lora-r 2 "
+    "--max-completion-length 12 --model model --task sums.jsonl --beta 0.1",
+}
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+
+
+def run(name: str, flags: str, folder: Path, cache: Path) -> subprocess.CompletedProcess[str]:
+    settings = {"TOKENRL_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, str(RECIPES / f"{name}.py"), *flags.split()],
+        cwd=folder,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def make_chat_model_and_data(folder: Path) -> None:
+    from toy_tasks.models import character_tokenizer, tiny_llama
+
+    tokenizer = character_tokenizer(string.printable)
+    tokenizer.chat_template = TEMPLATE
+    tiny_llama(tokenizer, layers=1, hidden=16, heads=2, context=256).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"question": f"What is {i} + 1?", "answer": f"Count on.\n#### {i + 1}"} for i in range(12)]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def make_base(cache: Path) -> None:
+    """The base that the rungs share, under the name they look for, after a tenth of its warm start."""
+    import toy_tasks
+    from tokenrl.language import supervised
+
+    fit = supervised.fit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKENRL_CACHE", str(cache))
+        patch.setattr(supervised, "fit", lambda *args, **options: fit(*args, **(options | {"max_steps": 20})))
+        supervised.warm_started_base(toy_tasks.load("sort_digits"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Results by name; all recipes start at once, two at a time, since most of their time is importing."""
+    root = tmp_path_factory.mktemp("recipes")
+    folders = {name: root / name for name in NAMES}
+    for folder in folders.values():
+        folder.mkdir()
+    make_chat_model_and_data(folders["pretrained_gsm8k_lora"])
+    make_base(root / "cache")
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        runs = {name: pool.submit(run, name, SHORT[name], folders[name], root / "cache") for name in NAMES}
+        yield {name: (future, folders[name]) for name, future in runs.items()}
+        for future in runs.values():
+            future.cancel()
+
+
+def result(finished, name):
+    """What a recipe printed, and the run directory that it left under its default name."""
+    future, folder = finished[name]
+    done = future.result()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    runs = list((folder / "runs").glob("*"))
+    return done.stdout, runs[0] if runs else None
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    """The numbers behind a label, all finite."""
+    found = [float(number) for number in re.findall(rf"{pattern} (-?[\d.]+)", text)]
+    assert all(map(math.isfinite, found))
+    return found
+
+
+def test_every_recipe_is_in_the_list_with_its_command():
+    text = (RECIPES / "README.md").read_text()
+    assert sorted(re.findall(r"\]\((\w+)\.py\)", text)) == NAMES
+    assert sorted(set(re.findall(r"python recipes/(\w+)\.py", text))) == NAMES
+    assert set(SHORT) == set(NAMES)
+
+
+def test_one_page_is_one_page_of_torch_and_core():
+    text = (RECIPES / "reinforce_one_page.py").read_text()
+    assert len(text.splitlines()) < 150
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {getattr(node, "module", None) or node.names[0].name for node in nodes}
+    allowed = {"dataclasses", "torch", "tyro", "transformers", "toy_tasks"}
+    assert {module for module in modules if not module.startswith("tokenrl.core")} <= allowed
+
+
+def test_rungs_differ_in_the_estimator_alone():
+    def shared(name: str) -> str:
+        text = (RECIPES / f"{name}.py").read_text().split('"""', 2)[2]
+        return re.sub(r"estimator = .*", "", text).replace(name, "NAME")
+
+    assert len({shared(name) for name in RUNGS}) == 1
+    assert "NAME" in shared("ladder_1_vanilla")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "reinforce_one_page"])
+def test_recipe_leaves_a_complete_run(finished, name):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, folder = result(finished, name)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["exit_reason"], summary["steps"]) == ("finished", 2)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert all(math.isfinite(line["reward"]) for line in lines[1:])
+    assert (folder / "report.html").stat().st_size > 1000
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert model.config.vocab_size == len(tokenizer)
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_rung_is_what_it_says(finished, name):
+    out, folder = result(finished, name)
+    baseline, bias = RUNGS[name]
+    assert json.loads((folder / "config.json").read_text())["estimator"]["baseline"] == baseline
+    assert f"bias of the gradient: {bias} (" in out
+    reward = json.loads((folder / "summary.json").read_text())["eval_after"]["reward_greedy"]
+    assert 1 <= reward <= 2  # shifted by 1
+    assert numbers("greedy:", out) == [pytest.approx(reward - 1, abs=1e-3)]
+
+
+def test_one_page_runs(finished):
+    out, _ = result(finished, "reinforce_one_page")
+    rewards = numbers("reward", out)
+    assert len(rewards) == 5  # greedy and sampled, before and after, and the last step
+    assert all(0 <= reward <= 1 for reward in rewards)
+    assert "biased" in out
+
+
+def test_train_lm_prints_reward_before_and_after(finished):
+    out, folder = result(finished, "train_lm")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert numbers("reward_greedy:", out) == [
+        pytest.approx(summary["eval_before"]["reward_greedy"], abs=1e-3)
+    ]
+    metrics = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"rewards/alternates/mean", "rewards/six_long/mean"} <= set(metrics)
+
+
+def test_gsm8k_trains_an_adapter_on_chat_prompts_towards_its_reference(finished):
+    out, folder = result(finished, "pretrained_gsm8k_lora")
+    assert (folder / "model" / "adapter" / "adapter_model.safetensors").is_file()
+    metrics = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"rewards/right/mean", "rewards/well_formed/mean", "kl"} <= set(metrics)
+    assert len(numbers("most\\):", out)) == 1
+
+
+def said(*texts: str) -> list[list[dict[str, str]]]:
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def test_gsm8k_rewards():
+    recipe = runpy.run_path(str(RECIPES / "pretrained_gsm8k_lora.py"))
+    row = recipe["as_chat"]({"question": "How many?", "answer": "2 * 600 = <<2*600=1200>>1200\n#### 1,200"})
+    assert row["answer"] == "1,200"
+    assert [message["role"] for message in row["prompt"]] == ["system", "user"]
+    completions = said(
+        *("#### 1200", "so it is\n#### $1,200.00", "I think 1200.", "#### 1200 apples, not 7", "1200 or 7"),
+        *("#### -1200", "#### 120", "no number", "1200\n#### none", "####", ""),
+    )
+    scores = recipe["right"](completions=completions, answer=["1,200"] * len(completions))
+    assert scores == [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
+    formed = recipe["well_formed"](
+        completions=said("so\n#### 12", "#### $1,200 ", "12", "#### 12 apples", "####")
+    )
+    assert formed == [0.1, 0.1, 0, 0, 0]
+
+
+def test_train_lm_rewards():
+    recipe = runpy.run_path(str(RECIPES / "train_lm.py"))
+    texts = ["010101", "0101", "000000", "01>10", "", "0101010101"]
+    assert recipe["alternates"](completions=texts) == [1, 3 / 5, 0, 2 / 5, 0, 1]
+    assert recipe["six_long"](completion_ids=[[0] * 7, [0] * 14, []]) == [0, -1, -1]
+    train, held_out = recipe["zigzag"]().train_prompts, recipe["zigzag"]().eval_prompts
+    assert {row["prompt"] for row in train}.isdisjoint(row["prompt"] for row in held_out)
+
+
+@pytest.mark.slow
+def test_one_page_learns(tmp_path):
+    done = run("reinforce_one_page", "", tmp_path, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = numbers("greedy reward", done.stdout)
+    assert before < 0.3
+    assert after > 0.8
+    sampled_before, sampled_after = numbers("sampled reward", done.stdout)
+    assert sampled_after > sampled_before + 0.3
