@@ -17,6 +17,7 @@ import tyro
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.core.rules import Refused, TokenrlError
+from tokenrl.lab.arguments import LabArguments
 from tokenrl.language.arguments import EvaluateArguments, SampleArguments, SftArguments, TrainArguments
 
 
@@ -65,6 +66,12 @@ def _report(args: ReportArguments) -> int:
     return 0
 
 
+def _lab(args: LabArguments) -> int:
+    from tokenrl.lab.report import exact
+
+    return exact(args)
+
+
 class Command(NamedTuple):
     """A command: its arguments and what it calls."""
 
@@ -78,6 +85,7 @@ COMMANDS = {
     "evaluate": Command(EvaluateArguments, _evaluate),
     "sample": Command(SampleArguments, _sample),
     "report": Command(ReportArguments, _report),
+    "lab": Command(LabArguments, _lab),
 }
 
 

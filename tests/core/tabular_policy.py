@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenrl.core import Estimator
+from tokenrl.core import rows as rows_of_step
 
 torch.set_num_threads(1)
 PREFIXES = [(), (1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)]
@@ -44,6 +45,25 @@ def entropies_of(logits: Tensor) -> Tensor:
     return -(logp.exp() * logp).sum(-1)[STATES] * MASK
 
 
+def score_norms_of(logits: Tensor) -> Tensor:
+    """[7, 3] -> [15, 3]: |grad log pi|^2 of each token, 1 - 2 pi + sum pi^2 for a softmax over logits."""
+    p = logits.softmax(-1)
+    return (1 + p.square().sum(-1, keepdim=True) - 2 * p)[STATES, IDS] * MASK
+
+
+def scores_of(logits: Tensor) -> Tensor:
+    """[7, 3] -> [15, 3, 21]: grad log pi of each token."""
+    return torch.func.jacrev(logprobs_of)(logits).reshape(15, 3, 21)
+
+
+def greedy_of(logits: Tensor) -> int:
+    """The completion that always takes the likeliest token."""
+    y: tuple[int, ...] = ()
+    while y not in COMPLETIONS:
+        y = (*y, int(logits[PREFIXES.index(y)].argmax()))
+    return COMPLETIONS.index(y)
+
+
 def probabilities_of(logits: Tensor) -> Tensor:
     return logprobs_of(logits).sum(-1).exp()  # [15]
 
@@ -68,6 +88,26 @@ class Problem:
         return cls(logits, reference, rewards)
 
     @property
+    def values(self) -> Tensor:
+        """A critic [P, 15, 3] that knows the prefix and is wrong."""
+        draw = torch.Generator().manual_seed(99)
+        return torch.randn(len(self.logits), 7, generator=draw, dtype=torch.double)[:, STATES] * MASK
+
+    def exact_values(self) -> Tensor:
+        """[P, 15, 3]: what is still to be earned on average from the prefix of each token."""
+        rewards = self.rewards
+        if rewards.ndim == 2:
+            rewards = rewards[..., None] * (torch.arange(3) == LENGTHS[:, None] - 1)
+        to_go = rewards.flip(-1).cumsum(-1).flip(-1)
+        tables = []
+        for theta, g in zip(self.logits, to_go, strict=True):
+            chance = probabilities_of(theta)[:, None] * MASK
+            mass = torch.zeros(7, dtype=torch.double).index_add_(0, STATES.flatten(), chance.flatten())
+            sums = torch.zeros(7, dtype=torch.double).index_add_(0, STATES.flatten(), (chance * g).flatten())
+            tables.append((sums / mass)[STATES] * MASK)
+        return torch.stack(tables)
+
+    @property
     def totals(self) -> Tensor:
         return self.rewards.sum(-1) if self.rewards.ndim == 3 else self.rewards
 
@@ -88,15 +128,41 @@ class Problem:
 
 
 def expected_gradient(
-    estimator: Estimator, problem: Problem, group_size: int, *, unordered: bool = False, value: float = 0.37
+    estimator: Estimator,
+    problem: Problem,
+    group_size: int,
+    *,
+    unordered: bool = False,
+    value: float = 0.37,
+    behaviour: Tensor | None = None,
+    values: Tensor | None = None,
+    truncated: Tensor | None = None,
 ) -> Tensor:
-    """E[ascent gradient] [P, 21] over all groups; `unordered` takes each multiset once, for larger groups."""
+    """E[ascent gradient] [P, 21] over all groups.
+
+    Args:
+        estimator: Whose loss is differentiated.
+        problem: The policy and its rewards.
+        group_size: Rows a prompt.
+        unordered: Take each multiset once, for larger groups.
+        value: The running mean.
+        behaviour: Logits [P, 7, 3] of the policy that samples; the problem's own by default.
+        values: A critic [P, 15, 3]; a wrong one by default.
+        truncated: [15], the completions that count as cut off.
+    """
     prompts = len(problem.logits)
     of_row = torch.arange(prompts).repeat_interleave(group_size)  # [N]
     rows = len(of_row)
     logp = torch.stack([logprobs_of(theta) for theta in problem.logits])  # [P, 15, 3]
     ref = torch.stack([logprobs_of(theta) for theta in problem.reference])
     entropy = torch.stack([entropies_of(theta) for theta in problem.logits])
+    old = logp if behaviour is None else torch.stack([logprobs_of(theta) for theta in behaviour])
+    norms = torch.stack([score_norms_of(theta) for theta in problem.logits])
+    greedy = torch.stack(
+        [r[greedy_of(theta)] for theta, r in zip(problem.logits, problem.totals, strict=True)]
+    )
+    values = problem.values if values is None else values
+    truncated = torch.zeros(15, dtype=torch.bool) if truncated is None else truncated
     if unordered:
         assert prompts == 1
         choices = torch.combinations(torch.arange(15), rows, with_replacement=True)
@@ -105,29 +171,46 @@ def expected_gradient(
     else:
         choices = torch.cartesian_prod(*[torch.arange(15)] * rows).reshape(-1, rows)
         ways = torch.ones(len(choices), dtype=torch.double)
-    chance = ways * logp.sum(-1)[of_row, choices].sum(-1).exp()  # [M]
+    chance = ways * old.sum(-1)[of_row, choices].sum(-1).exp()  # [M]
     torch.testing.assert_close(chance.sum(), torch.ones((), dtype=torch.double))
 
     def loss(logp: Tensor, entropy: Tensor, old: Tensor, y: Tensor) -> Tensor:
-        mask, reference = MASK[y], ref[of_row, y]
+        mask, reference, rewards = MASK[y], ref[of_row, y], problem.rewards[of_row, y]
+        size = group_size if group_size > 1 else None
+        kept = rows_of_step.keep(estimator, rewards, mask, group_size=size, truncated=truncated[y])
         advantages = estimator.advantages(
-            problem.rewards[of_row, y],
+            rewards,
             mask,
-            group_size=group_size,
+            group_size=size,
+            valid=kept.compared,
             logprobs=old,
             ref_logprobs=reference,
+            values=values[of_row, y],
+            greedy_rewards=greedy[of_row],
+            score_norms=norms[of_row, y],
             baseline_value=value,
+            max_length=3,
         )
-        weights = estimator.token_weights(mask, max_length=MAX_LENGTH)
+        live = kept.mask.double()
+        weights = estimator.token_weights(live, max_length=MAX_LENGTH, valid=kept.counted)
         return estimator.loss(
-            logp, advantages.policy, weights, mask, old_logprobs=old, ref_logprobs=reference, entropy=entropy
+            logp,
+            advantages.policy,
+            weights,
+            live,
+            old_logprobs=old,
+            sampling_logprobs=old,
+            ref_logprobs=reference,
+            entropy=entropy,
         )
 
     slopes = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), chunk_size=20000)
     here = logp[of_row, choices]
     result = torch.zeros(prompts, 21, dtype=torch.double)
     for slope, quantity in zip(
-        slopes(here, entropy[of_row, choices], here, choices), (logprobs_of, entropies_of), strict=True
+        slopes(here, entropy[of_row, choices], old[of_row, choices], choices),
+        (logprobs_of, entropies_of),
+        strict=True,
     ):
         for n, x in enumerate(of_row.tolist()):
             share = torch.zeros(15, 3, dtype=torch.double)

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
-from tokenrl.core.bias import EFFECTS
-from tokenrl.core.returns import reward_to_go, token_rewards
+from tokenrl.core.bias import BUILT, EFFECTS
+from tokenrl.core.returns import in_window, lambda_return, reward_to_go, token_rewards
 from tokenrl.core.rules import Refused
 
 BASELINES, SCALES = tuple(EFFECTS["baseline"]), tuple(EFFECTS["scale"])
-MEANS = ("batch_mean", "group_mean", "rloo")
+MEANS = ("batch_mean", "group_mean", "rloo", "opo", "optimal", "shrinkage", "timestep_mean")
+ROWWISE = ("none", "group_std", "batch_std", "loo_std", "other_groups_std", "token_whiten")
 quick = settings(max_examples=60, deadline=None)
 reals = st.floats(-50, 50, allow_nan=False)
 
@@ -32,9 +33,26 @@ def advantages(rewards, *, mask=None, baseline_value=0.5, **fields):
     size = rewards.shape[1] if mask is None else fields.pop("group_size")
     rewards = rewards.reshape(-1) if mask is None else rewards
     mask = torch.ones(len(rewards), 3, dtype=rewards.dtype) if mask is None else mask
-    extra = {k: fields.pop(k) for k in ("valid", "logprobs", "ref_logprobs") if k in fields}
+    names = ("valid", "logprobs", "ref_logprobs", "values", "greedy_rewards", "score_norms", "bootstrap")
+    extra = {k: fields.pop(k) for k in names if k in fields}
+    if fields.get("baseline") == "optimal":
+        extra.setdefault("score_norms", torch.ones_like(mask, dtype=rewards.dtype))
     e = Estimator(**fields)
     return e.advantages(rewards, mask, group_size=size, baseline_value=baseline_value, **extra).policy
+
+
+def some_inputs(n, t, dtype=torch.double):
+    """Whatever a baseline may want."""
+    draw = torch.Generator().manual_seed(n)
+    return {
+        "values": torch.randn(n, t, generator=draw, dtype=dtype),
+        "greedy_rewards": torch.randn(n, generator=draw, dtype=dtype),
+        "score_norms": torch.rand(n, t, generator=draw, dtype=dtype),
+    }
+
+
+def fits(scale, size, rows=99):
+    return not (scale == "loo_std" and size < 3) and not (scale == "other_groups_std" and rows == size)
 
 
 @quick
@@ -68,14 +86,17 @@ def test_scales_against_their_definitions(rewards, ddof, eps) -> None:
 
 
 @quick
-@given(steps(), st.sampled_from(MEANS), st.sampled_from(SCALES), reals)
+@given(steps(), st.sampled_from(MEANS), st.sampled_from(ROWWISE), reals)
 def test_means_ignore_a_shift_and_rows_may_be_permuted(rewards, baseline, scale, shift) -> None:
+    if not fits(scale, rewards.shape[1], rewards.numel()):
+        return
     fields = {"baseline": baseline, "scale": scale, "scale_eps": 0.1}
     plain = advantages(rewards, **fields)
     torch.testing.assert_close(advantages(rewards + shift, **fields), plain, rtol=1e-6, atol=1e-6)
     order = torch.randperm(rewards.shape[1], generator=torch.Generator().manual_seed(0))
     permuted = advantages(rewards[:, order], **fields)
-    torch.testing.assert_close(permuted, plain.reshape(rewards.shape)[:, order].reshape(-1))
+    plain = plain.reshape(*rewards.shape, *plain.shape[1:])[:, order].reshape(permuted.shape)
+    torch.testing.assert_close(permuted, plain, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("baseline", "ddof"), [("rloo", 1), ("group_mean", 0)])
@@ -89,14 +110,19 @@ def test_a_mean_baseline_makes_the_gradient_a_covariance(baseline, ddof) -> None
 
 
 @pytest.mark.parametrize("baseline", MEANS)
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", ROWWISE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_equal_rewards_give_exactly_zero(baseline, scale, dtype) -> None:
     values = torch.cat([torch.arange(1, 100) / 100, torch.arange(1, 100)])
-    for size in range(2, 17):
+    whole_step = {"batch_mean", "timestep_mean", "shrinkage", "batch_std", "other_groups_std", "token_whiten"}
+    for size in (4, 8, 12, 16) if scale == "other_groups_std" else (2, 3, 4, 5, 7, 8, 11, 16):
         for eps in (0.0, 1e-9, 1e-4):
             fields = {"baseline": baseline, "scale": scale, "scale_eps": eps, "group_size": size}
-            if baseline == "batch_mean" or scale == "batch_std":  # the whole step is one set
+            if size % 2 == 0 and (scale == "other_groups_std" or baseline == "shrinkage"):
+                fields["group_size"] = size // 2 if size > 2 else 2
+            if not fits(scale, fields["group_size"], size):
+                continue
+            if {baseline, scale} & whole_step:
                 rewards = values[:, None].expand(-1, size).to(dtype)
                 got = torch.vmap(lambda r: advantages(r, mask=torch.ones(len(r), 3), **fields))(rewards)  # noqa: B023
             else:
@@ -114,20 +140,27 @@ def test_equal_rewards_give_exactly_zero_when_the_first_row_abstains(baseline) -
         assert (got == 0).all()
 
 
-@pytest.mark.parametrize("returns", ["total", "reward_to_go"])
+@pytest.mark.parametrize("returns", BUILT["returns"])
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_abstaining_rows_count_nowhere(baseline, scale, returns) -> None:
     """Taking the row away gives the others the same advantages, whatever the row held."""
-    rewards = torch.tensor([1.0, 2.5, 4.0, 0.5, 3.0, -1.0], dtype=torch.double)
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]] * 2).double()
+    if returns == "total" and "episode" in baseline + scale:
+        return
+    rewards = torch.tensor([1.0, 2.5, 4.0, 0.5, 3.0, -1.0, 2.0, 0.1], dtype=torch.double)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]] * 2).double()
     fields = {"baseline": baseline, "scale": scale, "returns": returns}
-    for gone in ([0, 3], [1, 4], [2, 5]):
-        valid = torch.ones(6, dtype=torch.bool)
+    more = some_inputs(8, 3)
+    for gone in ([0, 4], [1, 5], [2, 6], [3, 7]):
+        valid = torch.ones(8, dtype=torch.bool)
         valid[gone] = False
         spoiled = rewards.masked_fill(~valid, torch.nan)
-        got = advantages(spoiled, mask=mask, group_size=3, valid=valid, **fields)
-        without = advantages(rewards[valid], mask=mask[valid], group_size=2, **fields)
+        spoilt = {
+            k: x.masked_fill(~valid.reshape(-1, *[1] * (x.ndim - 1)), torch.nan) for k, x in more.items()
+        }
+        got = advantages(spoiled, mask=mask, group_size=4, valid=valid, **fields, **spoilt)
+        rest = {k: x[valid] for k, x in more.items()}
+        without = advantages(rewards[valid], mask=mask[valid], group_size=3, **fields, **rest)
         torch.testing.assert_close(got[valid], without)
         assert (got[~valid] == 0).all()
 
@@ -155,6 +188,161 @@ def test_a_reward_is_paid_at_the_last_action_and_summed_back() -> None:
     assert reward_to_go(dense, 0.5).tolist() == [[3.0, 4.0, 4.0]]
     torch.testing.assert_close(reward_to_go(dense, 1 - 1e-7), reward_to_go(dense))
     assert reward_to_go(torch.ones(1, 3000), 0.5).isfinite().all()
+
+
+def test_a_window_of_blame() -> None:
+    rewards = torch.tensor([[1.0, 2.0, 4.0, 8.0]])
+    assert in_window(rewards, 1).tolist() == [[1, 2, 4, 8]]
+    assert in_window(rewards, 2).tolist() == [[3, 6, 12, 8]]
+    assert in_window(rewards, 2, 0.5).tolist() == [[2, 4, 8, 8]]
+    assert torch.equal(in_window(rewards, 9), reward_to_go(rewards))
+    mask = torch.ones(1, 4)
+    got = advantages(rewards, mask=mask, group_size=None, baseline="none", returns="blame_window", window=3)
+    assert got.tolist() == [[7, 14, 12, 8]]
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
+def test_gae_is_the_sum_of_discounted_errors(gamma, lam) -> None:
+    draw = torch.Generator().manual_seed(4)
+    rewards, values = torch.randn(2, 3, 5, generator=draw, dtype=torch.double)
+    lengths, beyond = [5, 3, 1], torch.tensor([0.0, 2.0, -1.0], dtype=torch.double)
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    rewards = rewards * mask
+    e = Estimator(baseline="value", returns="gae", gamma=gamma, lam=lam)
+    spoilt = values.masked_fill(~mask, torch.nan)
+    got = e.advantages(rewards, mask, group_size=None, values=spoilt, bootstrap=beyond)
+    for row, n in enumerate(lengths):
+        after = torch.cat([values[row, 1:n], beyond[row, None]])
+        delta = rewards[row, :n] + gamma * after - values[row, :n]
+        wanted = [sum((gamma * lam) ** (u - t) * delta[u] for u in range(t, n)) for t in range(n)]
+        torch.testing.assert_close(got.policy[row, :n], torch.stack(wanted))
+        torch.testing.assert_close(got.returns[row, :n], torch.stack(wanted) + values[row, :n])
+    assert (got.policy[~mask] == 0).all()
+
+
+def test_gae_passes_through_what_is_no_action() -> None:
+    """A reply of the environment between two actions has no value of its own, but may pay."""
+    mask = torch.tensor([[True, True, False, True]])
+    rewards, values = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[10.0, 20.0, torch.nan, 40.0]])
+    got = lambda_return(rewards, values, mask, lam=0.5)
+    # 4, 3 + 4, 2 + (3 + 40 + 7)/2, 1 + (20 + 27)/2
+    assert got.tolist() == [[24.5, 27.0, 7.0, 4.0]]
+
+
+def test_a_truncation_is_paid_with_the_value_beyond_it() -> None:
+    mask = torch.tensor([[1.0, 1, 0], [1, 1, 1]])
+    beyond = torch.tensor([4.0, 0.0])
+    got = advantages(
+        torch.tensor([1.0, 2.0]), mask=mask, group_size=None, baseline="none", bootstrap=beyond, gamma=0.5
+    )
+    assert got.tolist() == [1.5, 0.5]  # (1 + 4/2)/2 and 2/4
+
+
+def test_a_baseline_of_the_users_own() -> None:
+    seen = {}
+
+    def mine(totals, *, group_size, mask, valid):
+        seen.update(group_size=group_size, mask=mask, valid=valid)
+        return totals.mean() + torch.zeros(len(totals))
+
+    rewards, valid = torch.tensor([[1.0, 2.0], [3.0, torch.nan]]), torch.tensor([True, True, True, False])
+    got = advantages(rewards, baseline=mine, valid=valid)
+    assert got.tolist() == [-0.5, 0.5, 1.5, 0] and seen["group_size"] == 2
+    assert torch.equal(seen["valid"], valid) and torch.equal(seen["mask"].any(1), valid)
+    each = advantages(rewards, baseline=lambda totals, mask, **_: 2.0 * mask, returns="reward_to_go")
+    assert each.tolist()[:2] == [[-1] * 3, [0] * 3]
+    for wrong, words in (
+        (lambda totals, **_: totals[:1], r"shape \(1,\)"),
+        (lambda totals, **_: 1.0, "float"),
+    ):
+        with pytest.raises(Refused, match=f"returned {words}.*one number a row"):
+            advantages(rewards, baseline=wrong)
+
+
+def test_means_along_the_row_and_across_rows_by_hand() -> None:
+    rewards = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0], [2.0, 2.0, 0.0]], dtype=torch.double)
+    mask = torch.tensor([[1.0, 1, 1], [1, 0, 0], [1, 1, 0]])
+    fields = {"mask": mask, "group_size": None, "returns": "reward_to_go"}
+    got = advantages(rewards, baseline="episode_mean", **fields)
+    third = 14 / 3
+    assert torch.allclose(
+        got, torch.tensor([[6 - third, 5 - third, 3 - third], [0, 0, 0], [1, -1, 0]]).double()
+    )
+    got = advantages(rewards, baseline="none", scale="episode_std", scale_ddof=1, scale_eps=0.0, **fields)
+    assert torch.allclose(got[2], torch.tensor([4, 2, 0]).double() / 2**0.5)
+    assert (got[1] == 0).all()
+    got = advantages(rewards, baseline="timestep_mean", **fields)  # to go 6 5 3, 4, 4 2
+    assert got.tolist() == [[2, 3, 1], [-1, 0, 0], [-1, -3, 0]]
+    got = advantages(rewards, baseline="timestep_mean", leave_one_out=False, **fields)
+    wanted = [[6 - 14 / 3, 1.5, 0], [4 - 14 / 3, 0, 0], [4 - 14 / 3, -1.5, 0]]
+    assert torch.allclose(got, torch.tensor(wanted).double())
+
+
+@quick
+@given(steps(), st.sampled_from([0, 1]), st.sampled_from([1e-6, 0.3]))
+def test_scales_that_leave_out_or_weigh_tokens(rewards, ddof, eps) -> None:
+    fields = {"baseline": "none", "scale_ddof": ddof, "scale_eps": eps}
+    close = {"rtol": 1e-6, "atol": 1e-6}
+    prompts, size = rewards.shape
+    if size > 2:
+        wanted = [
+            r / (torch.cat([row[:i], row[i + 1 :]]).std(correction=ddof) + eps)
+            for row in rewards
+            for i, r in enumerate(row)
+        ]
+        torch.testing.assert_close(
+            advantages(rewards, scale="loo_std", **fields), torch.stack(wanted), **close
+        )
+    if prompts > 1:
+        wanted = [
+            rewards[x] / (torch.cat([rewards[:x], rewards[x + 1 :]]).std(correction=ddof) + eps)
+            for x in range(prompts)
+        ]
+        got = advantages(rewards, scale="other_groups_std", **fields)
+        torch.testing.assert_close(got, torch.cat(wanted), **close)
+    flat = rewards.reshape(-1)
+    lengths = torch.arange(len(flat)) % 3 + 1
+    tokens = flat.repeat_interleave(lengths)
+    mask = (torch.arange(3) < lengths[:, None]).double()
+    got = advantages(flat, mask=mask, group_size=size, scale="token_whiten", **fields)
+    torch.testing.assert_close(got, (flat - tokens.mean()) / (tokens.std(correction=ddof) + eps), **close)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"baseline": "opo"},
+        {"baseline": "shrinkage"},
+        {"baseline": "timestep_mean", "returns": "reward_to_go"},
+        *(
+            {"baseline": "optimal", "optimal_form": form}
+            for form in ("sequence", "per_timestep", "cumulative")
+        ),
+    ],
+    ids=str,
+)
+def test_what_leaves_the_row_out_does_not_see_it(fields) -> None:
+    """Whatever a row does, its baseline stays: its reward, its length, its score."""
+    draw = torch.Generator().manual_seed(6)
+    rewards = torch.randn(9, generator=draw, dtype=torch.double)
+    lengths = torch.tensor([3, 1, 2, 2, 3, 1, 1, 3, 3])
+    norms = torch.rand(9, 3, generator=draw, dtype=torch.double)
+
+    def baseline(rewards, lengths, norms):
+        mask = (torch.arange(3) < lengths[:, None]).double()
+        got = advantages(rewards, mask=mask, group_size=3, score_norms=norms, **fields)
+        return (rewards[:, None] - got.reshape(9, -1)).expand(9, 3)
+
+    before = baseline(rewards, lengths, norms)
+    for row in range(9):
+        other = [x.clone() for x in (rewards, lengths, norms)]
+        other[0][row] += 1e6
+        other[1][row] = 3
+        other[2][row] *= 1e6
+        after, acts = baseline(*other), torch.arange(3) < lengths[row]
+        torch.testing.assert_close(after[row][acts], before[row][acts], rtol=1e-7, atol=1e-7)
+        assert not torch.allclose(after, before)
 
 
 def test_what_an_environment_pays_between_actions_counts() -> None:
@@ -191,25 +379,36 @@ def test_advantages_carry_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("returns", ["total", "reward_to_go"])
+@pytest.mark.parametrize("returns", BUILT["returns"])
 def test_precision_is_kept_and_vmap_agrees_with_a_loop(dtype, returns) -> None:
     draw = torch.Generator().manual_seed(1)
-    rewards = torch.randn(5, 4, generator=draw, dtype=dtype)
-    mask = torch.rand(5, 4, 3, generator=draw) > 0.3
-    valid = torch.rand(5, 4, generator=draw) > 0.3
-    logp, ref = torch.randn(2, 5, 4, 3, generator=draw, dtype=dtype)
+    rewards = torch.randn(5, 6, generator=draw, dtype=dtype)
+    mask = torch.rand(5, 6, 3, generator=draw) > 0.3
+    valid = torch.rand(5, 6, generator=draw) > 0.3
+    logp, ref = torch.randn(2, 5, 6, 3, generator=draw, dtype=dtype)
+    more = some_inputs(6, 3, dtype)
     for baseline in BASELINES:
         for scale in SCALES:
-            e = Estimator(baseline=baseline, scale=scale, returns=returns, beta=0.1, gamma=0.9)
+            if returns == "total" and "episode" in baseline + scale:
+                continue
+            e = Estimator(
+                baseline=baseline,
+                scale=scale,
+                returns=returns,
+                beta=0.1,
+                gamma=0.9,
+                optimal_form="cumulative",
+            )
 
             def policy(r, m, v, lp, rf, e=e):
                 got = e.advantages(
                     r,
                     m,
-                    group_size=2,
+                    group_size=3,
                     valid=v,
                     logprobs=lp,
                     ref_logprobs=rf,
+                    **more,
                     baseline_value=torch.tensor(0.3),
                 )
                 return got.policy, e.token_weights(m.to(dtype), max_length=7, valid=v)
@@ -243,8 +442,18 @@ def test_inputs_that_are_missing_or_do_not_fit_are_refused() -> None:
         Estimator(beta=0.1).advantages(four, mask, group_size=2)
     with pytest.raises(Refused, match="ref_logprobs"):
         Estimator(beta=0.1).advantages(four, mask, group_size=2, logprobs=mask)
-    with pytest.raises(Refused, match="bootstrap"):
-        Estimator().advantages(four, mask, group_size=2, bootstrap=four)
+    for fields, words in (
+        ({"baseline": "remax"}, "greedy_rewards"),
+        ({"baseline": "optimal"}, "score_norms"),
+        ({"baseline": "value"}, "values"),
+        ({"returns": "gae"}, "values"),
+        ({"overlong_buffer": 2}, "max_length"),
+        ({"scale": "loo_std"}, "leaves only one"),
+    ):
+        with pytest.raises(Refused, match=words):
+            Estimator(**fields).advantages(four, mask, group_size=2)
+    with pytest.raises(Refused, match="step has one"):
+        Estimator(scale="other_groups_std").advantages(four, mask, group_size=4)
     with pytest.raises(ValueError, match="fit"):
         Estimator().advantages(four[:2], mask, group_size=2)
 

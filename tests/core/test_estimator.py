@@ -10,14 +10,12 @@ import pytest
 import tyro
 
 from tokenrl.core import Estimator
+from tokenrl.core.advantages import BASELINES
 from tokenrl.core.axes import AXES
-from tokenrl.core.baselines import OF_SETS
 from tokenrl.core.bias import BUILT
 from tokenrl.core.kl import PER_TOKEN
 from tokenrl.core.presets import PRESETS
 from tokenrl.core.rules import Refused
-
-LATER = [(axis, name) for axis, names in AXES.items() for name in names if name not in BUILT[axis]]
 
 
 def test_importing_the_estimator_imports_no_torch() -> None:
@@ -49,13 +47,34 @@ def test_defaults_are_the_recommended_estimator() -> None:
         ("grpo", "biased"),
         ("dr_grpo", "exact_up_to_scale"),
         ("ppo_clip", "exact_up_to_scale"),
+        ("reinforce_baseline", "exact_up_to_scale"),
+        ("rloo_token_mean", "asymptotic"),
+        ("loo_std", "exact_per_prompt"),
+        ("other_groups_std", "exact_per_prompt"),
+        ("remax", "exact"),
+        ("opo", "biased"),
+        ("opo_loo", "exact"),
+        ("optimal", "exact"),
+        ("optimal_per_timestep", "exact"),
+        ("otb", "biased"),
+        ("otb_loo", "exact"),
+        ("shrinkage", "exact"),
+        ("a2c", "exact"),
+        ("ppo", "biased"),
+        ("grpo_no_std", "biased"),
+        ("grpo_batch_std", "biased"),
+        ("dapo", "biased"),
+        ("gspo", "biased"),
+        ("cispo", "biased"),
+        ("reinforce_pp", "asymptotic"),
+        ("reinforce_pp_baseline", "asymptotic"),
     ],
 )
 def test_presets(name, status) -> None:
     e = Estimator.preset(name)
     assert e.bias_status == status and len(e.bias_reason) > 10
     assert e.reference == PRESETS[name].paper != "" and len(PRESETS[name].note) > 80
-    assert name in Estimator.preset.__doc__
+    assert len(PRESETS) == 27
     changed = Estimator.preset(name, epsilon=0.11)
     assert changed == dataclasses.replace(e, epsilon=0.11) and changed.reference == ""
 
@@ -69,21 +88,56 @@ def test_preset_fields() -> None:
     assert (dr.baseline, dr.scale, dr.aggregation) == ("group_mean", "none", "fixed_length")
 
 
-@pytest.mark.parametrize(("axis", "name"), LATER)
-def test_names_of_what_is_not_built_are_known_and_refused(axis, name) -> None:
-    with pytest.raises(Refused, match=r"not built yet\. Built are: ") as error:
-        Estimator(**{axis: name})
-    assert all(built in str(error.value) for built in BUILT[axis])
-
-
-def test_every_built_name_is_on_its_axis_and_has_code() -> None:
-    for axis, names in BUILT.items():
-        assert set(names) <= set(AXES[axis])
+def test_every_name_has_a_stated_bias_and_code() -> None:
+    assert {axis: set(names) for axis, names in BUILT.items()} == {a: set(n) for a, n in AXES.items()}
+    for axis, names in AXES.items():
         for name in names:
-            Estimator(**{axis: name})
-    assert len(LATER) >= 20
-    assert set(OF_SETS) == set(BUILT["baseline"]) - {"none", "constant", "running_mean"}
-    assert set(PER_TOKEN) == set(BUILT["kl_estimator"])
+            e = Estimator(**{axis: name}, **({} if axis == "returns" else {"returns": "reward_to_go"}))
+            assert e.bias_reason
+    assert set(BASELINES) == set(AXES["baseline"])
+    assert set(PER_TOKEN) == set(AXES["kl_estimator"])
+
+
+def test_choices_that_exclude_each_other_are_refused() -> None:
+    for kind in ("full_path", "k2_sequence"):
+        with pytest.raises(Refused, match="Set kl_placement 'loss'"):
+            Estimator(beta=0.1, kl_estimator=kind)
+    for fields in ({"baseline": "episode_mean"}, {"scale": "episode_std"}):
+        with pytest.raises(Refused, match="reward_to_go"):
+            Estimator(**fields)
+
+
+def test_status_of_what_depends_on_several_fields() -> None:
+    def mine(totals, **_):
+        return totals * 0
+
+    table = [
+        ({"baseline": mine}, "unknown", "of your own"),
+        ({"baseline": mine, "aggregation": "sequence_mean"}, "unknown", "1/length"),
+        ({"baseline": mine, "zero_spread": "drop"}, "unknown", "dropped group"),
+        ({"returns": "gae", "lam": 1.0}, "exact", "no choice"),
+        ({"returns": "gae"}, "biased", "lam < 1"),
+        ({"zero_spread": "drop"}, "exact_per_prompt", "kept"),
+        ({"zero_spread": "refill"}, "exact_up_to_scale", "P(kept)"),
+        ({"zero_spread": "refill", "scale": "loo_std"}, "exact_per_prompt", "kept"),
+        ({"zero_spread": "drop", "returns": "reward_to_go"}, "unknown", "before the last action"),
+        ({"zero_spread": "drop", "baseline": "shrinkage"}, "biased", "of their own"),
+        ({"zero_spread": "drop", "overlong_buffer": 3}, "biased", "of their own"),
+        ({"zero_spread": "drop", "scale": "token_whiten"}, "biased", "of their own"),
+        ({"scale": "other_groups_std", "aggregation": "token_mean"}, "asymptotic", "other prompts"),
+        ({"scale": "loo_std", "aggregation": "token_mean"}, "biased", "in the limit only"),
+        ({"entropy_coef": 0.1, "entropy_form": "sequence"}, "exact", "no choice"),
+        (
+            {"entropy_coef": 0.1, "entropy_form": "sequence", "baseline": "batch_mean"},
+            "asymptotic",
+            "(N-1)/N as",
+        ),
+        ({"truncations": "drop"}, "biased", "not truncated"),
+        ({"overlong_buffer": 8}, "exact", "no choice"),
+    ]
+    for fields, status, words in table:
+        e = Estimator(**fields)
+        assert (e.bias_status, words in e.bias_reason) == (status, True), fields
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -111,6 +165,9 @@ def test_unknown_presets_and_fields_are_refused() -> None:
         {"epsilon": 0.0}, {"epsilon": 1.5}, {"epsilon_high": 0.0}, {"entropy_coef": -1.0},
         {"running_mean_decay": 1.0}, {"running_mean_decay": -0.1},
         {"baseline_constant": float("nan")}, {"running_mean_init": float("inf")},
+        {"shrinkage_weight": 1.1}, {"dual_clip": 1.0}, {"importance_cap": 0.9}, {"lam": 1.01}, {"lam": None},
+        {"value_clip": 0.0}, {"window": 0}, {"window": 1.5}, {"overlong_buffer": -1}, {"window": True},
+        {"leave_one_out": 1},
     ],
     ids=str,
 )  # fmt: skip
@@ -120,7 +177,17 @@ def test_numbers_out_of_range_are_refused(field) -> None:
 
 
 def test_numbers_at_the_edge_are_allowed() -> None:
-    Estimator(beta=0, gamma=1, scale_eps=0.0, epsilon_high=5.0, running_mean_decay=None, epsilon=1.0)
+    e = Estimator(
+        beta=0,
+        gamma=1,
+        scale_eps=0.0,
+        epsilon_high=5.0,
+        running_mean_decay=None,
+        epsilon=1.0,
+        lam=0,
+        window=1,
+    )
+    assert (e.gamma, e.epsilon_high, e.lam) == (1, 5.0, 0)
 
 
 def test_needs() -> None:
@@ -135,8 +202,21 @@ def test_needs() -> None:
         )
     )
     assert not plain.needs_old_logprobs and Estimator(ratio="token").needs_old_logprobs
+    inputs = ("values", "greedy", "score_norms", "sampling_logprobs")
+    for fields, wanted in (
+        ({}, ()),
+        ({"baseline": "value"}, ("values",)),
+        ({"returns": "gae"}, ("values",)),
+        ({"baseline": "remax"}, ("greedy",)),
+        ({"baseline": "optimal"}, ("score_norms",)),
+        ({"importance_cap": 2.0}, ("sampling_logprobs",)),
+    ):
+        assert tuple(name for name in inputs if getattr(Estimator(**fields), f"needs_{name}")) == wanted
     for grouped in ({}, {"baseline": "group_mean"}, {"baseline": "none", "scale": "group_std"}):
         assert Estimator(**grouped).needs_groups
+    for name in ("remax", "value", "timestep_mean", "episode_mean"):
+        assert not Estimator(baseline=name, returns="reward_to_go").needs_groups
+    assert Estimator(baseline="none", zero_spread="drop").needs_groups
     assert not Estimator(baseline="batch_mean", scale="batch_std").needs_groups
     assert Estimator(beta=0.1).needs_reference and not Estimator(beta=0.1).loss_side_terms
     assert Estimator(beta=0.1, kl_placement="loss").loss_side_terms

@@ -14,6 +14,14 @@ from tokenrl.core.rules import Refused
 
 MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]).double()
 FULL = {"beta": 0.3, "kl_placement": "loss", "kl_estimator": "k3", "entropy_coef": 0.1}
+PATHS = {
+    "beta": 0.3,
+    "kl_placement": "loss",
+    "kl_estimator": "full_path",
+    "entropy_coef": 0.1,
+    "entropy_form": "sequence",
+    "importance_cap": 1.5,
+}
 
 
 def inputs(seed=0, n=4, t=4, dtype=torch.double):
@@ -64,6 +72,8 @@ def step_of(e, seed=3, n=8, t=5):
     draw = torch.Generator().manual_seed(seed)
     mask = (torch.arange(t) < torch.randint(0, t + 1, (n, 1), generator=draw)).double()
     rewards = torch.randn(n, generator=draw, dtype=torch.double)
+    if e.needs_sampling_logprobs:
+        tensors["sampling_logprobs"] = tensors["old_logprobs"] + tensors["entropy"]
     advantages = e.advantages(
         rewards,
         mask,
@@ -71,6 +81,9 @@ def step_of(e, seed=3, n=8, t=5):
         logprobs=tensors["old_logprobs"],
         ref_logprobs=tensors["ref_logprobs"],
         baseline_value=0.1,
+        values=tensors["entropy"],
+        greedy_rewards=tensors["entropy"][:, 0],
+        score_norms=tensors["entropy"].square(),
     ).policy
     weights = e.token_weights(mask, max_length=9)
     return tensors, advantages, weights, mask
@@ -87,7 +100,7 @@ def gradient(e, tensors, advantages, weights, mask, rows):
 @settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(sorted(PRESETS)),
-    st.sampled_from([{}, FULL, {"returns": "reward_to_go", "beta": 0.2}]),
+    st.sampled_from([{}, FULL, PATHS, {"returns": "reward_to_go", "beta": 0.2}]),
     st.lists(st.integers(0, 3), min_size=8, max_size=8),
 )
 def test_slices_of_a_step_add_up_to_it(name, overrides, part_of_row) -> None:
@@ -101,8 +114,9 @@ def test_slices_of_a_step_add_up_to_it(name, overrides, part_of_row) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("spoil", [torch.nan, torch.inf, -torch.inf])
-def test_nothing_leaks_from_masked_positions(name, spoil) -> None:
-    e = Estimator.preset(name, **FULL)
+@pytest.mark.parametrize("terms", [FULL, PATHS, PATHS | {"kl_estimator": "k2_sequence"}])
+def test_nothing_leaks_from_masked_positions(name, spoil, terms) -> None:
+    e = Estimator.preset(name, **terms)
     tensors, advantages, weights, mask = step_of(e)
     clean = gradient(e, tensors, advantages, weights, mask, slice(None))
     spoiled = {k: x.masked_fill(mask == 0, spoil) for k, x in tensors.items()}

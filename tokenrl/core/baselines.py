@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -18,8 +19,8 @@ from tokenrl.core.masking import zero_outside
 
 
 def from_first(
-    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]
-) -> tuple[Float[Tensor, "S n"], Float[Tensor, "S 1"]]:
+    totals: Float[Tensor, "*S n"], valid: Bool[Tensor, "*S n"]
+) -> tuple[Float[Tensor, "*S n"], Float[Tensor, "*S 1"]]:
     """Measure each set from its first valid row.
 
     Returns:
@@ -50,23 +51,78 @@ def leave_one_out(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> F
     return first + (differences.sum(-1, keepdim=True) - differences) / others.clamp(min=1)
 
 
-OF_SETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "batch_mean": set_mean,
-    "group_mean": set_mean,
-    "rloo": leave_one_out,
-}
+def weighted_mean(
+    totals: Float[Tensor, "*S n"],
+    valid: Bool[Tensor, "*S n"],
+    weights: Float[Tensor, "*S n"],
+    *,
+    leave_one_out: bool,
+) -> tuple[Float[Tensor, "*S n"], Bool[Tensor, "*S n"]]:
+    """Mean weighted by weights of no sign: `sum_j w_j R_j / sum_j w_j`, over j != i when leaving one out.
+
+    Returns:
+        The mean, and where there is one: where the weights do not add up to 0.
+    """
+    differences, first = from_first(totals, valid)
+    weights = zero_outside(weights.to(totals.dtype), valid)
+    mass = sum_of_others(weights) if leave_one_out else weights.sum(-1, keepdim=True).expand_as(weights)
+    moment = weights * differences
+    moment = sum_of_others(moment) if leave_one_out else moment.sum(-1, keepdim=True)
+    known = mass > 0
+    return first + moment / torch.where(known, mass, 1.0), known
 
 
-def has_company(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Bool[Tensor, "S n"]:
-    """Say which rows are valid and share their set with at least one other valid row."""
-    return valid & (valid.sum(-1, keepdim=True) >= 2)
+def sum_of_others(x: Float[Tensor, "*S n"]) -> Float[Tensor, "*S n"]:
+    """Return `sum_{j != i} x_j`, from both sides: taking x_i from the sum would lose small x_j beside it."""
+    before = torch.nn.functional.pad(x[..., :-1].cumsum(-1), (1, 0))
+    after = torch.nn.functional.pad(x[..., 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
+    return before + after
 
 
-def in_sets(
-    f: Callable[[Tensor, Tensor], Tensor], totals: Float[Tensor, " N"], valid: Bool[Tensor, " N"], size: int
-) -> Tensor:
+def at_each_timestep(
+    paid: Float[Tensor, "N T"],
+    actions: Bool[Tensor, "N T"],
+    weights: Float[Tensor, "N T"],
+    *,
+    size: int,
+    leave_one_out: bool,
+) -> Float[Tensor, "N T"]:
+    """Weighted mean, at each timestep, over the rows of a set that still act then.
+
+    Where no (other) row acts any more, the last such mean is carried forward: like them it contains nothing
+    of the row itself. Before the first, the baseline is 0.
+
+    Args:
+        paid: What each action is paid.
+        actions: True where a valid row acts.
+        weights: Of each row at each timestep.
+        size: Consecutive rows a set.
+        leave_one_out: Leave out the row itself.
+    """
+
+    def by_time(x: Tensor) -> Tensor:  # [N, T] -> [S, T, n]
+        return x.reshape(-1, size, x.shape[-1]).transpose(1, 2)
+
+    mean, known = weighted_mean(
+        by_time(paid), by_time(actions), by_time(weights), leave_one_out=leave_one_out
+    )
+    mean = mean.transpose(1, 2).reshape(paid.shape)
+    known = known.transpose(1, 2).reshape(paid.shape)
+    positions = torch.arange(paid.shape[-1], device=paid.device)
+    latest = torch.where(known, positions, 0).cummax(-1).values
+    return zero_outside(mean, known).gather(-1, latest)
+
+
+def has_company(
+    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], others: int = 1
+) -> Bool[Tensor, "S n"]:
+    """Say which rows are valid and share their set with at least so many other valid rows."""
+    return valid & (valid.sum(-1, keepdim=True) > others)
+
+
+def in_sets(f: Callable[..., Tensor], size: int, totals: Float[Tensor, " N"], *others: Tensor) -> Tensor:
     """Apply a function of sets to the rows of a step, `size` consecutive rows a set."""
-    return f(totals.reshape(-1, size), valid.reshape(-1, size)).reshape(-1)
+    return f(totals.reshape(-1, size), *(x.reshape(-1, size) for x in others)).reshape(-1)
 
 
 class RunningMean:

@@ -5,21 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple
 
-from tokenrl.core import bias, rules
-from tokenrl.core.axes import (
-    AXES,
-    OVER_GROUP,
-    Aggregation,
-    Baseline,
-    EntropyForm,
-    KlEstimator,
-    KlPlacement,
-    Ratio,
-    Returns,
-    Scale,
-    Truncations,
-    ZeroSpread,
-)
+from tokenrl.core import axes, bias, rules, validation
 from tokenrl.core.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -31,73 +17,79 @@ class Advantages(NamedTuple):
     """What multiplies the scores, and what a critic should learn."""
 
     policy: Tensor
-    """[N], or [N, T] with reward_to_go; 0 in rows that teach nothing."""
+    """[N] if all actions of a row share one, else [N, T]; 0 in rows that teach nothing."""
     returns: Tensor
-    """[N, T] rewards-to-go, with a KL that is placed in the reward."""
+    """[N, T] what is paid from each position on, with what is added to the reward: a critic's targets."""
 
 
 @dataclass(frozen=True)
 class Estimator:
     """How returns become a gradient. The defaults are RLOO, unbiased, with the KL in the reward."""
 
-    baseline: Baseline = "rloo"
-    """What is subtracted from the return; rloo is the mean of the other completions of the prompt."""
+    baseline: axes.BaselineOrFunction = "rloo"
+    """What is subtracted from the return; rloo is the mean of the other completions of the prompt.
+
+    From Python also a function f(totals, group_size=..., mask=..., valid=...) that returns [N] or [N, T]."""
     baseline_constant: float = 0.0
     """The value subtracted by the baseline 'constant'."""
     running_mean_decay: float | None = 0.9
     """Memory of the baseline 'running_mean', a step; None for the plain mean of all returns so far."""
     running_mean_init: float = 0.0
     """The value of the running mean before the first step."""
-    scale: Scale = "none"
+    leave_one_out: bool = True
+    """Leave the row out of 'opo', 'optimal', 'timestep_mean'; the papers do not, at the price of a bias."""
+    optimal_form: axes.OptimalForm = "sequence"
+    """What 'optimal' weighs by: |S|^2 of the row, |s_t|^2 of the token, or its sum so far."""
+    shrinkage_weight: float | None = None
+    """Weight of the own prompt in 'shrinkage'; None to estimate it from the other prompts."""
+    scale: axes.Scale = "none"
     """What the advantage is divided by. Standard deviations that contain the row itself bias the gradient."""
     scale_ddof: int = 1
     """1 divides the sum of squares by n - 1, 0 by n."""
     scale_eps: float = 1e-4
     """Added to the standard deviation, outside the root."""
-    aggregation: Aggregation = "sequence_sum"
+    aggregation: axes.Aggregation = "sequence_sum"
     """How tokens count; sequence_sum is the mean over sequences of their token sums, the unbiased choice."""
-    ratio: Ratio = "none"
+    ratio: axes.Ratio = "none"
     """Importance ratio against the policy that sampled; token is PPO's clipped ratio."""
     epsilon: float = 0.2
     """How far below 1 the ratio may fall before it is clipped, and above too unless epsilon_high is set."""
     epsilon_high: float | None = None
     """How far above 1 the ratio may rise; None for epsilon."""
+    dual_clip: float | None = None
+    """Bound of the ratio where the advantage is negative, for 'token' and 'sequence_mean'; None for none."""
+    importance_cap: float | None = None
+    """Weigh tokens by trainer over sampler probability, at most this; None to take the two for equal."""
     beta: float = 0.0
     """Weight of the KL to the reference policy; with 0 no reference is needed."""
-    kl_estimator: KlEstimator = "k1"
-    """k1 is the log ratio, k2 half its square, k3 never negative and unbiased in value."""
-    kl_placement: KlPlacement = "reward"
-    """Subtract the KL from the reward (exact with k1), or add it to the loss (not exact with any)."""
+    kl_estimator: axes.KlEstimator = "k1"
+    """k1 is the log ratio, k2 half its square, k3 never negative; full_path is the exact one in the loss."""
+    kl_placement: axes.KlPlacement = "reward"
+    """Subtract the KL from the reward (exact with k1), or add it to the loss (exact with full_path)."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus in the loss."""
-    entropy_form: EntropyForm = "per_step"
-    """per_step is the usual bonus, blind to what an action does to later entropy."""
-    returns: Returns = "total"
-    """Pay each action the whole return, or only the reward to go."""
+    entropy_form: axes.EntropyForm = "per_step"
+    """per_step is the usual bonus, blind to what an action does to later entropy; sequence is not."""
+    returns: axes.Returns = "total"
+    """Pay each action the whole return, the reward to go, its next rewards only, or GAE's mixed return."""
+    window: int = 16
+    """How many steps of reward an action is paid with 'blame_window', its own included."""
+    lam: float = 0.95
+    """Weight of what was really earned against the value, a step, with 'gae'."""
     gamma: float = 1.0
     """Discount a step; below 1 the gradient is no longer that of the undiscounted return."""
-    zero_spread: ZeroSpread = "keep"
-    """What becomes of groups of equal returns; kept, they have no advantage but count in the weights."""
-    truncations: Truncations = "keep"
-    """What becomes of completions cut off at the maximum length."""
+    zero_spread: axes.ZeroSpread = "keep"
+    """What becomes of groups of equal rewards; kept, they count in the divisor. See `core.rows`."""
+    truncations: axes.Truncations = "keep"
+    """What becomes of completions cut off at the maximum length: mask their gradient, or drop them whole."""
+    overlong_buffer: int = 0
+    """Tokens before the maximum length over which the reward falls by up to 1."""
+    value_clip: float | None = None
+    """How far a value may move from the old one before the critic's loss stops pulling; None for any."""
 
     def __post_init__(self) -> None:
-        """Refuse names that are unknown or not built yet, and numbers out of range."""
-        for axis, known in AXES.items():
-            rules.check_choice(axis, getattr(self, axis), bias.BUILT[axis], later=known)
-        rules.check_number("baseline_constant", self.baseline_constant)
-        rules.check_number("running_mean_init", self.running_mean_init)
-        if self.running_mean_decay is not None:
-            rules.check_number("running_mean_decay", self.running_mean_decay, at_least=0.0, below=1.0)
-        if self.scale_ddof not in (0, 1):
-            raise rules.Refused(f"scale_ddof was given as {self.scale_ddof!r}; it must be 0 or 1.")
-        rules.check_number("scale_eps", self.scale_eps, at_least=0.0)
-        rules.check_number("epsilon", self.epsilon, above=0.0, at_most=1.0)
-        if self.epsilon_high is not None:
-            rules.check_number("epsilon_high", self.epsilon_high, above=0.0)
-        rules.check_number("beta", self.beta, at_least=0.0)
-        rules.check_number("entropy_coef", self.entropy_coef, at_least=0.0)
-        rules.check_number("gamma", self.gamma, above=0.0, at_most=1.0)
+        """Refuse names that are unknown, numbers out of range, and choices that exclude each other."""
+        validation.check(self)
 
     @classmethod
     def preset(cls, name: str, **overrides: object) -> Estimator:
@@ -106,7 +98,7 @@ class Estimator:
         `tokenrl.core.presets.PRESETS[name].note` says which formula it is and where other toolkits differ.
 
         Args:
-            name: One of reinforce, reinforce_running_mean, rloo, grpo, dr_grpo, ppo_clip.
+            name: One of `PRESETS`: reinforce, rloo, grpo, ppo and so on.
             **overrides: Fields to set differently.
 
         Raises:
@@ -136,7 +128,8 @@ class Estimator:
     @property
     def needs_groups(self) -> bool:
         """Whether several completions of each prompt are compared."""
-        return self.baseline in OVER_GROUP or self.scale in OVER_GROUP
+        compared = self.baseline in axes.OVER_GROUP or self.scale in axes.OVER_GROUP
+        return compared or self.zero_spread != "keep"
 
     @property
     def needs_kl(self) -> bool:
@@ -149,6 +142,26 @@ class Estimator:
     def needs_entropy(self) -> bool:
         """Whether the loss needs the entropy of each step."""
         return self.entropy_coef > 0
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether a critic's values are needed."""
+        return self.baseline == "value" or self.returns == "gae"
+
+    @property
+    def needs_greedy(self) -> bool:
+        """Whether the reward of each prompt's greedy completion is needed."""
+        return self.baseline == "remax"
+
+    @property
+    def needs_score_norms(self) -> bool:
+        """Whether the squared norm of each token's score is needed."""
+        return self.baseline == "optimal"
+
+    @property
+    def needs_sampling_logprobs(self) -> bool:
+        """Whether the loss needs the logprobs that the sampler itself reported."""
+        return self.importance_cap is not None
 
     @property
     def needs_old_logprobs(self) -> bool:
@@ -174,12 +187,13 @@ class Estimator:
         greedy_rewards: Float[Tensor, " N"] | None = None,
         score_norms: Float[Tensor, "N T"] | None = None,
         baseline_value: float | Float[Tensor, ""] | None = None,
+        max_length: int | None = None,
     ) -> Advantages:
         """Turn the rewards of a whole step into advantages.
 
-        A KL placed in the reward enters first, then returns, baseline, scale. Baseline and scale are made
-        of the rows' total returns, also with reward_to_go. Inputs that the chosen axes do not need are not
-        looked at.
+        What is added to the reward enters first (a penalty on long rows, `bootstrap`, a KL placed there),
+        then returns, baseline, scale. Means and standard deviations over rows are made of the rows' total
+        returns, also with reward_to_go. Inputs that the chosen axes do not need are not looked at.
 
         Args:
             rewards: Raw, one a row or one a position; at positions where the mask is 0 they count too.
@@ -189,23 +203,24 @@ class Estimator:
                 its reward may be nan. A row left without any other valid row to compare with gets 0 too.
             logprobs: Of the policy that sampled, for a KL in the reward.
             ref_logprobs: Of the reference, for a KL in the reward.
-            values: For the learned baseline, which is not built yet.
-            bootstrap: The value of what follows a truncation, not built yet.
-            greedy_rewards: For the baseline 'remax', not built yet.
-            score_norms: For the baseline 'optimal', not built yet.
+            values: Of the state before each action, for the baseline 'value' and the returns 'gae'.
+            bootstrap: The value of the state after the last action, 0 where the row terminated. It stands in
+                for rewards that were cut off, so the gradient is as good as this value.
+            greedy_rewards: Of the greedy completion of each row's prompt, for the baseline 'remax'.
+            score_norms: |grad log pi|^2 of each token, for the baseline 'optimal'.
             baseline_value: The running mean, as it was before this step.
+            max_length: The largest number of actions a row may have, for overlong_buffer.
 
         Raises:
             Refused: When the estimator needs an input that is missing, or rows do not fall into groups.
         """
         from tokenrl.core import advantages
 
-        if bootstrap is not None:
-            raise rules.Refused("bootstrap is not built yet: a return ends where its episode was cut off.")
-        policy, returns = advantages.compute(
-            self, rewards, mask, group_size, valid, logprobs, ref_logprobs, baseline_value
+        inputs = advantages.Inputs(
+            *(rewards, mask, group_size, valid, logprobs, ref_logprobs, values, bootstrap),
+            *(greedy_rewards, score_norms, baseline_value, max_length),
         )
-        return Advantages(policy, returns)
+        return Advantages(*advantages.compute(self, inputs))
 
     def token_weights(
         self,
@@ -243,42 +258,34 @@ class Estimator:
     ) -> Float[Tensor, ""]:
         """Sum `-w (gain - beta KL + entropy_coef H)` over the tokens given: a step or any slice of its rows.
 
-        The sum is plain, so slices of a step add up to the step. Where mask or weight is 0, every input may
-        hold anything, nan included. Only `logprobs` and `entropy` carry a gradient. Inputs that the chosen
-        axes do not need are not looked at; `sampling_logprobs` is one of them for now.
+        The sum is plain, so slices of a step add up to the step; a row must be whole, for some terms look
+        along it. Where mask or weight is 0, every input may hold anything, nan included. Only `logprobs` and
+        `entropy` carry a gradient. Inputs that the chosen axes do not need are not looked at:
+        `old_logprobs`, of the policy that sampled as the trainer computes them, are for a ratio;
+        `sampling_logprobs`, the same as the sampler reported them, for importance_cap.
 
         Raises:
             Refused: When the estimator needs an input that is missing.
         """
-        from tokenrl.core import kl, objectives
-        from tokenrl.core.masking import zero_outside
-
-        if not logprobs.shape == weights.shape == mask.shape:
-            raise ValueError(f"shapes differ: {logprobs.shape=}, {weights.shape=}, {mask.shape=}")
-        live = mask.bool() & (weights != 0)
-        logprobs = zero_outside(logprobs, live)
-        advantages = advantages.detach() if advantages.ndim == 2 else advantages.detach()[:, None]
-        advantages = zero_outside(advantages.expand(live.shape), live)
-        if self.ratio == "token":
-            old_logprobs = rules.given("old_logprobs", old_logprobs, "the ratio 'token'").detach()
-            low, high = self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
-            old_logprobs = zero_outside(old_logprobs, live)
-            gain = objectives.clipped(logprobs, old_logprobs, advantages, epsilon=low, epsilon_high=high)
-        else:
-            gain = objectives.reinforce(logprobs, advantages)
-        if self.needs_kl and self.kl_placement == "loss":
-            ref_logprobs = rules.given("ref_logprobs", ref_logprobs, "a KL in the loss").detach()
-            divergence = kl.PER_TOKEN[self.kl_estimator](logprobs, zero_outside(ref_logprobs, live))
-            gain = gain - self.beta * divergence
-        if self.needs_entropy:
-            entropy = rules.given("entropy", entropy, "an entropy bonus")
-            gain = gain + self.entropy_coef * zero_outside(entropy, live)
-        return -(zero_outside(weights, live) * gain).sum()
-
-    def critic_loss(
-        self, values: Float[Tensor, "N T"], returns: Float[Tensor, "N T"], weights: Float[Tensor, "N T"]
-    ) -> Float[Tensor, ""]:
-        """Sum `w (V - G)^2 / 2`, a plain weighted sum like `loss`."""
         from tokenrl.core import objectives
 
-        return objectives.squared_error(values, returns, weights)
+        return objectives.loss(
+            self, logprobs, advantages, weights, mask, old_logprobs, sampling_logprobs, ref_logprobs, entropy
+        )
+
+    def critic_loss(
+        self,
+        values: Float[Tensor, "N T"],
+        returns: Float[Tensor, "N T"],
+        weights: Float[Tensor, "N T"],
+        *,
+        old_values: Float[Tensor, "N T"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """Sum `w (V - G)^2 / 2`, a plain weighted sum like `loss`; `old_values` are for value_clip.
+
+        Raises:
+            Refused: When value_clip is set and the old values are missing.
+        """
+        from tokenrl.core import objectives
+
+        return objectives.squared_error(values, returns, weights, old_values=old_values, clip=self.value_clip)

@@ -11,6 +11,8 @@ from math import isfinite
 from numbers import Real
 from typing import TypeVar
 
+from tokenrl.core.axes import OVER_GROUP, OVER_STEP
+
 T = TypeVar("T")
 
 
@@ -32,29 +34,25 @@ class Stopped(TokenrlError, RuntimeError):
     exit_code = 1
 
 
-def check_choice(what: str, given: object, built: Iterable[str], later: Iterable[str] = ()) -> None:
-    """Refuse a name that is not among `built`; one in `later` is known, but its code is not written yet.
+def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
+    """Refuse a name that is not among `allowed`.
 
     Args:
         what: What is being chosen, as the user wrote it (a field, "preset").
         given: The name that was given.
-        built: The names that work.
-        later: The names that are reserved for what is not built yet.
+        allowed: The names that exist.
 
     Raises:
-        Refused: With the names that work and, for a misspelling, the nearest of them.
+        Refused: With the names that exist and, for a misspelling, the nearest of them.
     """
-    built, later = tuple(built), tuple(later)
-    if given in built:
+    allowed = tuple(allowed)
+    if given in allowed:
         return
-    allowed = ", ".join(built)
-    if given in later:
-        raise Refused(f"{what} {given!r} is not built yet. Built are: {allowed}.")
     from difflib import get_close_matches
 
-    near = get_close_matches(str(given), built, n=1)
+    near = get_close_matches(str(given), allowed, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise Refused(f"{what} {given!r} is unknown. Allowed are: {allowed}.{hint}")
+    raise Refused(f"{what} {given!r} is unknown. Allowed are: {', '.join(allowed)}.{hint}")
 
 
 def check_number(
@@ -85,6 +83,29 @@ def check_number(
     )
     if not inside:
         raise Refused(f"{what} was given as {given!r}; it must be {allowed}.")
+
+
+def set_size(choice: str, rows: int, group_size: int | None) -> int | None:
+    """Return how many consecutive rows a baseline or a scale compares; None when it compares none.
+
+    Raises:
+        Refused: When rows do not fall into such sets.
+    """
+    if choice in OVER_GROUP:
+        size = check_groups(choice, rows, group_size)
+        if choice == "loo_std" and size < 3:
+            raise Refused(
+                "'loo_std' is the spread of the other completions of the prompt, but group_size 2 leaves "
+                "only one. Sample three or more a prompt (num_generations), or choose the scale 'none' or "
+                "'other_groups_std'."
+            )
+        if choice == "other_groups_std" and rows == size:
+            raise Refused(
+                "'other_groups_std' is the spread over the other prompts of the step, but the step has "
+                "one. Take two or more prompts a step, or choose the scale 'none' or 'loo_std'."
+            )
+        return size
+    return check_step(choice, rows) if choice in OVER_STEP else None
 
 
 def check_groups(choice: str, rows: int, group_size: int | None) -> int:

@@ -1,0 +1,236 @@
+"""Expected gradients and variances against identities and against one group at a time."""
+
+from __future__ import annotations
+
+import itertools
+from math import comb
+
+import pytest
+import torch
+
+from tokenrl.core import Estimator
+from tokenrl.core.rules import Refused
+from tokenrl.lab.curves import (
+    best_constant_baseline,
+    variance_with_constant_baselines,
+    weight_of_difficulty,
+)
+from tokenrl.lab.enumeration import Moments, exact_moments, proportional_step
+from tokenrl.lab.problems import Problem, tabular_problem
+
+torch.set_num_threads(1)
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def by_hand(estimator: Estimator, problem: Problem, size: int) -> Moments:
+    """The same sums with one backward pass a group through a linear model of the listed logprobs."""
+    prompts, completions = problem.chances.shape
+    theta = torch.zeros(problem.scores.shape[-1], dtype=torch.double, requires_grad=True)
+    of_row = torch.arange(prompts).repeat_interleave(size)
+    mean, second = torch.zeros_like(theta).detach(), 0.0
+    for chosen in itertools.product(range(completions), repeat=len(of_row)):
+        y = torch.tensor(chosen)
+        mask, old, ref = problem.mask[y], problem.logprobs[of_row, y], problem.ref_logprobs[of_row, y]
+        logprobs = old + problem.scores[of_row, y] @ theta
+        entropy = problem.entropy[of_row, y] + problem.entropy_slopes[of_row, y] @ theta
+        advantages = estimator.advantages(
+            problem.rewards[of_row, y],
+            mask,
+            group_size=size,
+            logprobs=old,
+            ref_logprobs=ref,
+            baseline_value=problem.baseline_value,
+            values=problem.values[of_row, y],
+            greedy_rewards=torch.stack([problem.totals[x, problem.greedy[x]] for x in of_row]),
+            score_norms=problem.scores[of_row, y].square().sum(-1),
+        ).policy
+        weights = estimator.token_weights(mask, max_length=problem.max_length)
+        loss = estimator.loss(
+            logprobs, advantages, weights, mask, old_logprobs=old, ref_logprobs=ref, entropy=entropy
+        )
+        (slope,) = torch.autograd.grad(loss, theta)
+        chance = float(problem.chances[of_row, y].prod())
+        mean, second = mean - chance * slope, second + chance * float(slope.square().sum())
+    return Moments(mean[None], problem.gradient(), second)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"baseline": "group_mean", "scale": "group_std", "aggregation": "sequence_mean", "ratio": "token"},
+        {"aggregation": "token_mean", "entropy_coef": 0.4},
+        {"beta": 0.3, "kl_estimator": "k3", "kl_placement": "loss"},
+        {"baseline": "optimal"},
+        {"baseline": "remax", "aggregation": "fixed_length"},
+        {"baseline": "value", "returns": "gae", "lam": 0.5},
+        {"ratio": "sequence_mean", "aggregation": "sequence_mean", "returns": "reward_to_go"},
+        {"beta": 0.3, "kl_estimator": "k2_sequence", "kl_placement": "loss", "aggregation": "token_mean"},
+        {"entropy_coef": 0.4, "entropy_form": "sequence", "ratio": "sequence_product"},
+        {"beta": 0.3, "returns": "reward_to_go", "baseline": "running_mean", "gamma": 0.8},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("prompts", "size", "kind"), [(1, 3, "dense"), (2, 2, "graded")])
+def test_one_group_at_a_time(fields: dict, prompts: int, size: int, kind: str) -> None:
+    problem = tabular_problem(3, prompts=prompts, vocabulary=2, rewards=kind)
+    assert (problem.greedy > 0).all()  # 'remax' shall see more than the first completion
+    estimator = Estimator(**fields)
+    fast, slow = exact_moments(estimator, problem, group_size=size), by_hand(estimator, problem, size)
+    torch.testing.assert_close(fast.mean.sum(0), slow.mean.sum(0), **CLOSE)
+    assert fast.second == pytest.approx(slow.second, rel=1e-10)
+    pieces = exact_moments(estimator, problem, group_size=size, chunk=7)
+    torch.testing.assert_close(pieces.mean, fast.mean, **CLOSE)
+    assert pieces.second == pytest.approx(fast.second, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_rloo_is_exact_and_its_variance_that_of_a_u_statistic(size: int) -> None:
+    """Var = 2/(G(G-1)) [2(G-2) z1 + z2], z1 = Var((R-J)S)/4, z2 = Var((R1-R2)(S1-S2)/2)."""
+    problem = tabular_problem(2)
+    found = exact_moments(Estimator(), problem, group_size=size)
+    assert found.relative_bias < 1e-10 and found.cosine == pytest.approx(1, abs=1e-12)
+    assert found.scale == pytest.approx(1, rel=1e-10) and found.mse == pytest.approx(found.variance)
+    p, r, s = problem.chances[0], problem.totals[0], problem.scores[0].sum(1)  # [15], [15], [15, D]
+    gradient = problem.gradient()[0]
+
+    def variance(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return (weight * (x - gradient).square().sum(-1)).sum()
+
+    z1 = (p * (((r - p @ r)[:, None] * s) - gradient).square().sum(-1)).sum() / 4
+    pair = (r[:, None] - r)[:, :, None] * (s[:, None] - s) / 2
+    z2 = variance(p[:, None] * p, pair)
+    wanted = 2 / (size * (size - 1)) * (2 * (size - 2) * z1 + z2)
+    assert found.variance == pytest.approx(float(wanted), rel=1e-10)
+    assert found.noise == pytest.approx(found.variance / float(gradient.square().sum()), rel=1e-10)
+
+
+def test_the_group_mean_shrinks_rloo_by_one_row() -> None:
+    problem = tabular_problem(3, prompts=2, length=2, shared=True)
+    rloo, mean = exact_moments(Estimator(), problem), exact_moments(Estimator(baseline="group_mean"), problem)
+    torch.testing.assert_close(mean.mean, rloo.mean / 2, **CLOSE)
+    assert mean.variance == pytest.approx(rloo.variance / 4, rel=1e-10)
+    assert mean.relative_bias == pytest.approx(0.5, rel=1e-10) and mean.scale == pytest.approx(0.5, rel=1e-10)
+    assert mean.noise == pytest.approx(rloo.noise, rel=1e-9)
+    assert mean.mse == pytest.approx(mean.variance + float(rloo.target.sum(0).square().sum()) / 4, rel=1e-10)
+
+
+def test_reinforce_averages_independent_rows_and_prompts() -> None:
+    reinforce = Estimator(baseline="none")
+    problem = tabular_problem(4, prompts=2, vocabulary=2)
+    one, three = (exact_moments(reinforce, problem, group_size=n) for n in (1, 3))
+    assert three.variance == pytest.approx(one.variance / 3, rel=1e-10)
+    # prompts that do not meet add up: the variance of the mean is a quarter of the sum
+    alone = []
+    for x in range(2):
+        fields = {k: v for k, v in vars(problem).items() if k not in ("mask", "truncated")}
+        kept = {k: v[x : x + 1] if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
+        single = Problem(mask=problem.mask, truncated=problem.truncated, **kept)
+        alone.append(exact_moments(Estimator(), single, group_size=2))
+    both = exact_moments(Estimator(), problem, group_size=2)
+    assert both.variance == pytest.approx((alone[0].variance + alone[1].variance) / 4, rel=1e-10)
+
+
+def test_variance_against_a_constant_baseline_is_a_parabola() -> None:
+    """Var(b) - Var(b*) = (b - b*)^2 E|S|^2."""
+    problem = tabular_problem(5)
+    best = best_constant_baseline(problem)
+    norm = float((problem.chances * problem.scores.sum(2).square().sum(-1)).sum())
+    constants = [best, best - 1, best + 0.3, 4.0]
+    lowest, *others = variance_with_constant_baselines(problem, constants).tolist()
+    for b, variance in zip(constants[1:], others, strict=True):
+        assert variance - lowest == pytest.approx((b - best) ** 2 * norm, rel=1e-10)
+    two = tabular_problem(6, prompts=2, length=2)
+    best = best_constant_baseline(two)
+    below, lowest, above = variance_with_constant_baselines(two, [best - 1e-3, best, best + 1e-3]).tolist()
+    assert lowest < below and below == pytest.approx(above, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("fields", "ddof"),
+    [
+        ({"baseline": "group_mean", "scale": "group_std", "scale_ddof": 0, "scale_eps": 0.01}, 0),
+        ({"baseline": "group_mean", "scale": "group_std", "scale_ddof": 1, "scale_eps": 0.01}, 1),
+    ],
+)
+def test_weight_of_difficulty_of_a_group_std(fields: dict, ddof: int) -> None:
+    chances = [0.05, 0.3, 0.5, 0.9]
+    for size in (2, 3, 8, 64):
+        found = weight_of_difficulty(Estimator(**fields), chances, size)
+        for p, w in zip(chances, found.tolist(), strict=True):
+            wanted = 0.0
+            for k in range(size + 1):
+                variance = k / size * (1 - k / size)
+                std = (variance * size / (size - ddof)) ** 0.5
+                wanted += comb(size, k) * p**k * (1 - p) ** (size - k) * variance / (std + 0.01)
+            assert w == pytest.approx(wanted / (p * (1 - p)), rel=1e-9)
+
+
+def test_weight_of_difficulty_is_what_enumeration_finds() -> None:
+    problem = tabular_problem(7, rewards="binary")
+    p = float((problem.chances * problem.totals).sum())
+    for fields in ({}, {"baseline": "group_mean"}, {"scale": "group_std", "scale_eps": 0.1}):
+        found = exact_moments(Estimator(**fields), problem, group_size=3)
+        (w,) = weight_of_difficulty(Estimator(**fields), [p], 3).tolist()
+        torch.testing.assert_close(found.mean, w * problem.gradient(), **CLOSE)
+    assert weight_of_difficulty(Estimator(), [0.1, 0.7], 5).tolist() == pytest.approx([1, 1])
+
+
+def test_a_proportional_step_is_the_limit_of_many_groups() -> None:
+    problem = tabular_problem(8, prompts=2, length=2, even=True)
+    step = proportional_step(Estimator(), problem)
+    assert step.relative_bias < 1e-12 and step.variance == pytest.approx(0, abs=1e-12)
+    lengths = (problem.chances * problem.mask.sum(-1)).sum(-1).mean()
+    mean = proportional_step(Estimator(aggregation="token_mean"), problem)
+    torch.testing.assert_close(mean.mean, problem.gradient() / lengths, **CLOSE)
+    per_length = proportional_step(Estimator(aggregation="sequence_mean"), problem)
+    torch.testing.assert_close(
+        per_length.mean, exact_moments(Estimator(aggregation="sequence_mean"), problem).mean, **CLOSE
+    )
+
+
+def test_dropped_and_refilled_groups_of_equal_rewards() -> None:
+    """One prompt: grad J / P(kept) either way. Refilled from two prompts: one number, 1 / mean P(kept)."""
+    one = tabular_problem(10, rewards="binary")
+    drop, refill = ({"zero_spread": what} for what in ("drop", "refill"))
+    p = float((one.chances * one.totals).sum())
+    for fields in (drop, refill):
+        found = exact_moments(Estimator(**fields), one, group_size=3).mean
+        share = 1.0 if fields is drop else 1 - p**3 - (1 - p) ** 3
+        torch.testing.assert_close(share * found, one.gradient(), **CLOSE)
+    two = tabular_problem(11, prompts=2, vocabulary=2, rewards="binary")
+    p = (two.chances * two.totals).sum(-1)
+    kept = 2 * p * (1 - p)
+    assert abs(float(kept[0] - kept[1])) > 0.05
+    found = exact_moments(Estimator(**refill), two).mean
+    torch.testing.assert_close(kept.mean() * found, two.gradient(), **CLOSE)
+    # dropped: a prompt counts by E[1/kept groups | it is kept], whatever the other one does
+    weights = kept.flip(0) / 2 + (1 - kept.flip(0))
+    found = exact_moments(Estimator(**drop), two).mean
+    torch.testing.assert_close(found, 2 * weights[:, None] * two.gradient(), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["continuous", "dense"])
+def test_gae_is_exact_with_the_true_values_only(kind: str) -> None:
+    gae = Estimator(baseline="value", returns="gae", lam=0.3)
+    for true_values in (True, False):
+        problem = tabular_problem(13, prompts=2, rewards=kind, true_values=true_values)
+        found = exact_moments(gae, problem, group_size=1)
+        assert (found.relative_bias < 1e-10) == true_values
+
+
+def test_truncated_rows_dropped_leave_the_reward_given_no_cut() -> None:
+    """RLOO among the rows left: P(two or more left) grad E[R | not cut], for groups of two."""
+    problem = tabular_problem(12)
+    whole = ~problem.truncated
+    q = float(problem.chances[0, whole].sum())
+    inner = problem.chances[0] * whole / q
+    mean = (inner * problem.totals[0]).sum()
+    wanted = torch.einsum("m,mtd->d", inner * (problem.totals[0] - mean), problem.scores[0])
+    found = exact_moments(Estimator(truncations="drop"), problem, group_size=2).mean[0]
+    torch.testing.assert_close(found, q**2 * wanted, **CLOSE)
+
+
+def test_what_the_estimator_refuses_is_refused() -> None:
+    with pytest.raises(Refused, match="several completions"):
+        exact_moments(Estimator(), tabular_problem(9), group_size=1)

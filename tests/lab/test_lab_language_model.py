@@ -1,0 +1,206 @@
+"""A real transformer of four tokens: exact over all groups, and what the training code does on average."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tokenrl.core import Estimator
+from tokenrl.core.baselines import RunningMean
+from tokenrl.core.rules import Refused
+from tokenrl.lab.enumeration import exact_moments
+from tokenrl.lab.language_model import problem_of_policy, rollout_of_all
+from tokenrl.language import setup
+from tokenrl.language.policy import Policy, wrap
+from tokenrl.language.rewards import Rewards
+from tokenrl.language.sampling import sample
+from tokenrl.language.scoring import score
+from tokenrl.language.step import training_step
+
+torch.set_num_threads(1)
+PROMPTS = [[1], [2, 3]]
+WORDS = ["a", "b c"]
+GRPO = {"baseline": "group_mean", "scale": "group_std", "aggregation": "sequence_mean", "ratio": "token"}
+
+
+def tiny_policy(seed: int = 0) -> Policy:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2, "c": 3}, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    config = GPT2Config(
+        vocab_size=4,
+        n_positions=8,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        eos_token_id=0,
+        bos_token_id=0,
+        initializer_range=0.5,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(config).double()
+    return wrap(model, tokenizer, source="a tiny GPT-2")
+
+
+def points_of(prompt: int, ids: list[int]) -> float:
+    return math.sin(3 * prompt + sum((place + 1) * token for place, token in enumerate(ids))) + 0.4 * len(ids)
+
+
+def rewards_of(prompts, completion_ids, **_) -> list[float]:
+    return [points_of(WORDS.index(p), ids) for p, ids in zip(prompts, completion_ids, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    policy = tiny_policy()
+    policy.reference = tiny_policy(1).model.requires_grad_(False)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def problem(policy: Policy):
+    return problem_of_policy(policy, PROMPTS[:1], points_of, length=3, vocabulary=4)
+
+
+def logprob_by_itself(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    ids = torch.tensor([[*prompt, *completion]])
+    logits = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return logits.gather(1, torch.tensor(completion)[:, None]).sum()
+
+
+def flat_gradient(value: torch.Tensor, model) -> torch.Tensor:
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(value, list(model.parameters()), retain_graph=True)]
+    )
+
+
+def test_the_list_is_complete_and_its_gradient_that_of_j(policy: Policy, problem) -> None:
+    assert problem.mask.shape == (1 + 3 + 9 * 4, 3)
+    torch.testing.assert_close(problem.chances.sum(), torch.ones(()).double(), rtol=1e-12, atol=0)
+    assert torch.einsum("pm,pmtd->d", problem.chances, problem.scores).norm() < 1e-12
+    # J and its KL once more, one completion at a time and without any cache
+    model, value, divergence = policy.model, 0.0, 0.0
+    going_on: list[list[int]] = [[]]
+    while going_on:
+        prefix = going_on.pop()
+        for token in range(4):
+            y = [*prefix, token]
+            if token != 0 and len(y) < 3:
+                going_on.append(y)
+                continue
+            logp = logprob_by_itself(model, PROMPTS[0], y)
+            value = value + logp.exp() * points_of(0, y)
+            divergence = divergence + logp.exp() * (logp - logprob_by_itself(policy.reference, PROMPTS[0], y))
+    parts = [flat_gradient(x, model)[None] for x in (value, divergence)]
+    torch.testing.assert_close(problem.gradient(), parts[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(problem.gradient(beta=0.3), parts[0] - 0.3 * parts[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("fields", [{}, GRPO, {"beta": 0.3, "entropy_coef": 0.2}], ids=str)
+def test_the_loss_of_all_groups_through_the_scoring_code(policy: Policy, problem, fields: dict) -> None:
+    """Sum over all 1600 groups of chance times loss, one backward pass through `score`."""
+    estimator = Estimator(**fields)
+    choices = torch.cartesian_prod(torch.arange(40), torch.arange(40))  # [1600, 2]
+    chance = problem.chances[0, choices].prod(-1)
+    rollout = rollout_of_all(policy, PROMPTS[0], vocabulary=4, length=3)
+    scores = score(policy.model, rollout, entropy=True)
+    loss = torch.zeros(()).double()
+    for pair, p in zip(choices, chance, strict=True):
+        mask, logprobs, old = problem.mask[pair], scores.logprobs[pair], problem.logprobs[0, pair]
+        ref = problem.ref_logprobs[0, pair]
+        advantages = estimator.advantages(
+            problem.rewards[0, pair], mask, group_size=2, logprobs=old, ref_logprobs=ref
+        ).policy
+        weights = estimator.token_weights(mask, max_length=3)
+        entropy = scores.entropy[pair]
+        loss = loss + p * estimator.loss(
+            logprobs, advantages, weights, mask, old_logprobs=old, ref_logprobs=ref, entropy=entropy
+        )
+    wanted = -flat_gradient(loss, policy.model)[None]
+    torch.testing.assert_close(exact_moments(estimator, problem).mean, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_declared_statuses_hold_on_a_transformer(problem) -> None:
+    for fields in ({}, {"baseline": "none"}, {"beta": 0.3}, {"returns": "reward_to_go"}):
+        assert exact_moments(Estimator(**fields), problem).relative_bias < 1e-10
+    mean = exact_moments(Estimator(baseline="group_mean"), problem)
+    assert mean.scale == pytest.approx(0.5, rel=1e-10) and mean.cosine == pytest.approx(1, abs=1e-12)
+    assert exact_moments(Estimator(**GRPO), problem).cosine < 0.999
+    entropy = exact_moments(Estimator(entropy_coef=0.5), problem)
+    assert 1e-3 < entropy.relative_bias < 1
+
+
+def test_limits_are_refused(policy: Policy) -> None:
+    with pytest.raises(Refused, match="smaller length"):
+        problem_of_policy(policy, PROMPTS, points_of, length=8, vocabulary=4)
+    single = wrap(tiny_policy().model.float(), policy.tokenizer)
+    with pytest.raises(Refused, match="float64"):
+        problem_of_policy(single, PROMPTS, points_of, length=2, vocabulary=4)
+
+
+def test_the_temperature_is_part_of_the_policy(policy: Policy) -> None:
+    hot = problem_of_policy(policy, PROMPTS, points_of, length=1, vocabulary=4, temperature=2.0)
+    for x, prompt in enumerate(PROMPTS):
+        logits = policy.model(torch.tensor([prompt])).logits[0, -1].detach()
+        torch.testing.assert_close(hot.chances[x], (logits / 2).softmax(-1), rtol=1e-10, atol=0)
+        torch.testing.assert_close(
+            hot.rewards[x], torch.tensor([points_of(x, [i]) for i in range(4)]).double()
+        )
+
+
+def test_greedy_is_what_sampling_finds(policy: Policy, problem) -> None:
+    greedy = sample(policy, PROMPTS[:1], num_generations=1, max_completion_length=3, draws=None)
+    wanted = greedy.logprobs.sum().item()
+    assert problem.logprobs[0, problem.greedy[0]].sum().item() == pytest.approx(wanted, rel=1e-10)
+    assert int(problem.mask[problem.greedy[0]].sum()) == int(greedy.mask.sum())
+
+
+@pytest.mark.parametrize(
+    ("fields", "groups"),
+    [({}, 64), (GRPO, 64), ({"beta": 0.3}, 64), ({"aggregation": "token_mean"}, 1)],
+    ids=["rloo", "grpo", "kl", "token_mean"],
+)
+def test_training_has_the_exact_mean_and_variance(policy: Policy, problem, fields: dict, groups: int) -> None:
+    """Gradients left by `training_step`, sampling included, against the enumerated E[g] and tr Var g.
+
+    A step of n groups of one prompt has the mean of n group gradients, where no axis couples groups. Along
+    fixed directions the mean of the steps must lie within 4.5 of its standard errors (false alarm below 1e-4
+    a direction, six directions); the mean squared distance from E[g] within 25 % of the exact variance.
+    """
+    estimator, steps = Estimator(**fields), 40 if groups > 1 else 600
+    exact = exact_moments(estimator, problem)
+    args = setup.arguments(
+        setup.TrainArguments,
+        {
+            "max_steps": 1,
+            "prompts_per_step": groups,
+            "num_generations": 2,
+            "max_completion_length": 3,
+            "learning_rate": 1e-9,
+            "max_grad_norm": 0.0,
+            "cpu": True,
+            "estimator": estimator,
+        },
+    )
+    learner = setup.make_learner(args, policy, setup.make_accelerator(args))[0]
+    learner.optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=0.0)  # the policy stays
+    rewards, running = Rewards(rewards_of), RunningMean(0.9)
+    found = []
+    for step in range(steps):
+        stream = [(step * groups + place, {"prompt": WORDS[0]}) for place in range(groups)]
+        training_step(learner, rewards, running, step, stream)
+        found.append(-torch.cat([p.grad.flatten() for p in policy.trainable_parameters()]))
+    distance = torch.stack(found) - exact.mean[0]  # [steps, D]
+    error = exact.variance / groups
+    assert float(distance.square().sum(-1).mean()) == pytest.approx(error, rel=0.25)
+    draw = torch.Generator().manual_seed(0)
+    directions = [exact.mean[0], *torch.randn(5, distance.shape[1], generator=draw, dtype=torch.double)]
+    for u in directions:
+        along = distance @ u
+        assert abs(float(along.mean())) < 4.5 * float(along.std()) / steps**0.5

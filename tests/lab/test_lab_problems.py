@@ -1,0 +1,97 @@
+"""What the lab lists is complete and its slopes are true."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tokenrl.lab.problems import all_completions, tabular_problem
+
+
+def test_fifteen_completions_of_three_tokens() -> None:
+    every = all_completions(3, 3)
+    assert every.ids.shape == (15, 3) and len(every.prefixes) == 7
+    assert every.mask.sum(-1).long().bincount().tolist() == [0, 1, 2, 12]
+    rows = {tuple(ids[: int(n)]) for ids, n in zip(every.ids.tolist(), every.mask.sum(-1), strict=True)}
+    assert len(rows) == 15 and (0,) in rows and (1, 2, 2) in rows and (1, 0, 1) not in rows
+    two_ends = all_completions(4, 2, ends=(0, 3))
+    assert len(two_ends.ids) == 2 + 2 * 4
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["binary", "graded", "continuous", "dense"])
+def test_chances_sum_to_one_and_scores_to_zero(kind: str, shared: bool) -> None:
+    problem = tabular_problem(1, prompts=2, rewards=kind, shared=shared)
+    assert problem.scores.shape == (2, 15, 3, 21 * (1 if shared else 2))
+    torch.testing.assert_close(problem.chances.sum(-1), torch.ones(2).double(), rtol=1e-14, atol=0)
+    mean = torch.einsum("pm,pmtd->pd", problem.chances, problem.scores)
+    assert mean.abs().max() < 1e-14
+    assert (problem.totals.std(-1) > 0.1).all()
+    assert {"binary": 2, "graded": 3}.get(kind, 30) >= len(problem.totals.unique())
+    off = problem.mask.expand(2, 15, 3) == 0
+    for tensor in (problem.logprobs, problem.ref_logprobs, problem.entropy, problem.values):
+        assert (tensor[off] == 0).all() and (tensor[~off] != 0).all()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_gradient_is_that_of_the_objective(shared: bool) -> None:
+    """Central differences of J along random directions, through policies drawn anew from moved logits."""
+    every = all_completions(3, 3)
+    draw = torch.Generator().manual_seed(3)
+    logits, reference, _ = torch.randn(3, 2, 7, 3, generator=draw, dtype=torch.double)
+    problem = tabular_problem(3, prompts=2, shared=shared)
+    beta, entropy_coef = 0.3, 0.7
+
+    def objective(x: torch.Tensor) -> torch.Tensor:
+        def whole(y: torch.Tensor) -> torch.Tensor:
+            return (y.log_softmax(-1)[:, every.prefix, every.ids] * every.mask).sum(-1)
+
+        log_pi, log_ref = whole(x), whole(reference)
+        worth = problem.totals - beta * (log_pi - log_ref) - entropy_coef * log_pi
+        return (log_pi.exp() * worth).sum(-1).mean()
+
+    gradient = problem.gradient(beta=beta, entropy_coef=entropy_coef).sum(0)
+    for _ in range(3):
+        u = torch.randn(gradient.shape, generator=draw, dtype=torch.double)
+        step = 1e-5 * (u.reshape(1, 7, 3) if shared else u.reshape(2, 7, 3))
+        slope = (objective(logits + step) - objective(logits - step)) / 2e-5
+        torch.testing.assert_close(slope, gradient @ u, rtol=1e-8, atol=1e-10)
+
+
+def test_entropy_slopes_are_those_of_the_step_entropy() -> None:
+    """grad H(sequence) = E[sum_t grad H_t] + E[sum_t s_t (what comes later)]."""
+    problem = tabular_problem(4)
+    later = problem.entropy.flip(-1).cumsum(-1).flip(-1) - problem.entropy
+    parts = torch.einsum("pm,pmtd->pd", problem.chances, problem.entropy_slopes) + torch.einsum(
+        "pmt,pmtd->pd", problem.chances[..., None] * later, problem.scores
+    )
+    wanted = problem.gradient(entropy_coef=1.0) - problem.gradient()
+    torch.testing.assert_close(parts, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["continuous", "dense"])
+def test_true_values_start_at_j_and_arbitrary_ones_do_not(kind: str) -> None:
+    problem = tabular_problem(5, rewards=kind, true_values=True)
+    j = (problem.chances * problem.totals).sum()
+    torch.testing.assert_close(problem.values[0, :, 0], j.expand(15))
+    assert len(problem.values[0].unique()) == 1 + 7  # the padding, and one value a prefix
+    other = tabular_problem(5, rewards=kind)
+    assert abs(float(other.values[0, 0, 0] - j)) > 0.01
+
+
+def test_greedy_and_truncated() -> None:
+    problem = tabular_problem(6, prompts=3)
+    for x in range(3):
+        tokens = problem.logprobs[x, problem.greedy[x]]
+        on = problem.mask[problem.greedy[x]] > 0
+        assert (tokens[on] > torch.tensor(1 / 3).log()).all()  # the best of three has more than a third
+    assert problem.truncated.sum() == 8 and (problem.mask[problem.truncated] == 1).all()
+
+
+def test_even_chances_are_multiples_of_the_smallest_and_a_seed_repeats() -> None:
+    for vocabulary in (2, 3):
+        problem = tabular_problem(7, prompts=2, vocabulary=vocabulary, length=2, even=True)
+        counts = problem.chances / problem.chances.min()
+        torch.testing.assert_close(counts, counts.round(), rtol=1e-13, atol=0)
+    assert torch.equal(problem.scores, tabular_problem(7, prompts=2, length=2, even=True).scores)
+    assert not torch.equal(problem.rewards, tabular_problem(8, prompts=2, length=2, even=True).rewards)

@@ -1,0 +1,88 @@
+"""The command `tokenrl lab exact`: what it prints, writes and returns."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tokenrl.cli import main
+from tokenrl.core.bias import EFFECTS, FROM_BEST_TO_WORST, Effect
+from tokenrl.lab import measure_bias, named_estimators
+from tokenrl.lab.report import draw_map, records
+from tokenrl.lab.verdict import Measurement, Verdict
+
+SOME = ["--estimators", "reinforce", "rloo", "grpo", "scale batch_std"]
+
+
+def test_a_table_records_and_a_figure(capsys, tmp_path) -> None:
+    paths = tmp_path / "lab.json", tmp_path / "lab.png"
+    assert main(["lab", "exact", "--json", str(paths[0]), "--figure", str(paths[1]), *SOME]) == 0
+    out = capsys.readouterr().out
+    assert "every declaration holds" in out and "4 estimators" in out
+    (row,) = [line.split() for line in out.splitlines() if line.split()[:1] == ["rloo"]]
+    assert row[1:4] == ["exact", "exact", "1.000000"] and row[-1] == "yes"
+    assert paths[1].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lab.json", "lab.png"]
+
+    found = json.loads(paths[0].read_text())
+    assert [r["estimator"] for r in found] == SOME[1:]
+    for record in found:
+        assert list(record)[:8] == [
+            *("estimator", "declared", "found", "cosine", "relative_bias", "variance", "noise", "ok")
+        ]
+        assert {record["declared"], record["found"]} <= set(FROM_BEST_TO_WORST)
+        assert record["ok"] is True and -1 <= record["cosine"] <= 1 + 1e-12
+        assert record["variance"] > 0 and record["noise"] > 0 and record["relative_bias"] >= 0
+        assert record["cosine"] == min(p["cosine"] for p in record["problems"])
+        assert record["noise"] == record["problems"][0]["noise"]
+    by_name = {r["estimator"]: r for r in found}
+    assert by_name["rloo"]["relative_bias"] < 1e-10 < by_name["grpo"]["relative_bias"]
+    assert by_name["scale batch_std"]["found"] == "asymptotic"
+
+
+def test_the_same_command_writes_the_same_bytes(tmp_path) -> None:
+    for name in ("a", "b"):
+        main(
+            ["lab", "exact", "--json", str(tmp_path / name), "--figure", str(tmp_path / f"{name}.png"), *SOME]
+        )
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_wrong_declaration_ends_with_exit_code_1(capsys, monkeypatch, tmp_path) -> None:
+    for axis, name in (("scale", "group_std"), ("aggregation", "sequence_mean")):
+        monkeypatch.setitem(EFFECTS[axis], name, Effect("exact", "as a test has it"))
+    path = tmp_path / "lab.json"
+    assert main(["lab", "exact", "--json", str(path), "--estimators", "rloo", "grpo"]) == 1
+    out = capsys.readouterr().out
+    assert "declared wrongly: grpo" in out and "NO" in out.split()
+    assert [r["ok"] for r in json.loads(path.read_text())] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--estimators", "rlo"], "knows no estimator 'rlo'"),
+        (["--json", "missing/lab.json"], "directory does not exist"),
+        (["--figure", "missing/lab.png"], "directory does not exist"),
+        (["--figure", "lab.xyz"], "cannot be drawn"),
+    ],
+)
+def test_mistakes_are_refused_before_any_work(arguments, words, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tokenrl.lab.report.measure_bias", lambda e: pytest.fail("measured"))
+    assert main(["lab", "exact", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_expected_gradient_of_zero_is_written_as_null(tmp_path) -> None:
+    numbers = Measurement("p", "biased", 0.0, 1.0, 0.0, 2.0, 3.0, float("inf"))
+    verdicts = {
+        "zero": Verdict("biased", "biased", (numbers,)),
+        "rloo": measure_bias(named_estimators()["rloo"]),
+    }
+    (zero, _) = json.loads(json.dumps(records(verdicts), allow_nan=False))
+    assert zero["noise"] is None and zero["problems"][0]["noise"] is None and zero["ok"] is True
+    assert draw_map(verdicts, tmp_path / "map.svg").read_text().lstrip().startswith("<?xml")

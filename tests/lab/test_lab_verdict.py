@@ -1,0 +1,163 @@
+"""Every declaration holds, a wrong one is caught, and the lab says the same thing twice."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+import torch
+
+import tokenrl.lab.verdict as verdict_module
+from tokenrl.core import Estimator, bias
+from tokenrl.core.bias import BUILT, EFFECTS, FROM_BEST_TO_WORST, Effect
+from tokenrl.core.presets import PRESETS
+from tokenrl.core.rules import Refused
+from tokenrl.lab import measure_bias, named_estimators
+from tokenrl.lab.enumeration import Moments
+from tokenrl.lab.problems import tabular_problem
+from tokenrl.lab.verdict import Measurement, Verdict, default_problems, status_of, tends_to_the_gradient
+
+torch.set_num_threads(1)
+POINTS = named_estimators()
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_what_is_declared_holds(name: str) -> None:
+    verdict = measure_bias(POINTS[name], default_problems()[1:])  # the main one costs more than the rest
+    assert verdict.ok, (verdict.declared, verdict.found, verdict.cosine, verdict.relative_bias)
+    if verdict.declared == "exact":
+        assert verdict.relative_bias < 1e-10
+    if verdict.declared == "exact_up_to_scale":
+        assert verdict.cosine > 1 - 1e-10 and verdict.relative_bias > 0.01
+    if verdict.declared == "biased":
+        assert verdict.cosine < 1 - 1e-4
+    assert len(verdict.measurements) >= 3
+
+
+def test_every_preset_and_every_choice_is_a_point() -> None:
+    assert len(POINTS) >= 25 and len(set(POINTS.values())) == len(POINTS)
+    assert {Estimator.preset(name) for name in PRESETS} <= set(POINTS.values())
+    for axis in EFFECTS:
+        assert {getattr(e, axis) for e in POINTS.values()} >= set(BUILT[axis])
+
+
+def set_effect(monkeypatch: pytest.MonkeyPatch, axis: str, name: str, status: str) -> None:
+    monkeypatch.setitem(EFFECTS[axis], name, Effect(status, "as a test has it"))
+
+
+def test_a_wrong_declaration_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_effect(monkeypatch, "scale", "group_std", "exact")
+    set_effect(monkeypatch, "aggregation", "sequence_mean", "exact")
+    verdict = measure_bias(Estimator.preset("grpo"))
+    assert (verdict.declared, verdict.found, verdict.ok) == ("exact_up_to_scale", "biased", False)
+    set_effect(monkeypatch, "scale", "group_std", "asymptotic")
+    verdict = measure_bias(Estimator(baseline="group_mean", scale="group_std"))
+    assert (verdict.declared, verdict.found, verdict.ok) == ("asymptotic", "biased", False)
+    set_effect(monkeypatch, "baseline", "group_mean", "exact")
+    verdict = measure_bias(Estimator(baseline="group_mean"))
+    assert (verdict.declared, verdict.found, verdict.ok) == ("exact", "exact_up_to_scale", False)
+    set_effect(monkeypatch, "scale", "batch_std", "exact_per_prompt")
+    assert not measure_bias(Estimator(scale="batch_std")).ok
+
+
+def test_a_needless_bias_is_caught_and_unknown_is_never_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_effect(monkeypatch, "baseline", "rloo", "biased")
+    verdict = measure_bias(Estimator())
+    assert (verdict.declared, verdict.found, verdict.ok) == ("biased", "exact", False)
+    set_effect(monkeypatch, "baseline", "rloo", "unknown")
+    assert measure_bias(Estimator()).ok and measure_bias(Estimator()).declared == "unknown"
+
+
+def test_a_shrunken_gradient_of_one_prompt_is_found_per_prompt() -> None:
+    target = torch.tensor([[1.0, 0, 0], [0, 2.0, 0]]).double()
+    factors = {(1.0, 1.0): "exact", (0.5, 0.5): "exact_up_to_scale", (0.5, 0.6): "exact_per_prompt"}
+    factors |= {(1.0, -1.0): "biased", (1.0, 0.0): "biased"}
+    for pair, status in factors.items():
+        mean = torch.tensor(pair).double()[:, None] * target
+        assert status_of(Moments(mean, target, 9.0)) == status
+    slightly = target + torch.tensor([0, 0, 1e-6]).double()
+    assert status_of(Moments(slightly, target, 9.0)) == "biased"
+
+
+@pytest.mark.parametrize("declared", FROM_BEST_TO_WORST)
+@pytest.mark.parametrize("found", FROM_BEST_TO_WORST[:-1])
+def test_ok_is_as_good_as_declared(declared: str, found: str) -> None:
+    ranks = [FROM_BEST_TO_WORST.index(s) for s in (found, declared)]
+    verdict = Verdict(declared, found, (Measurement("", found, 1, 0, 1, 1, 1, 1),))
+    if declared == "biased":
+        assert verdict.ok == (found == "biased")
+    else:
+        assert verdict.ok == (ranks[0] <= ranks[1])
+
+
+def test_the_limit_tells_what_vanishes_from_what_stays() -> None:
+    vanishing = [
+        {"aggregation": "token_mean"},
+        {"scale": "batch_std"},
+        {"scale": "batch_std", "scale_eps": 0.5},
+    ]
+    # the last two contain the other rows only, so even a step in exact proportion is a little off, as 1/N
+    vanishing += [{"aggregation": "token_mean", "scale": "other_groups_std", "scale_eps": 0.1}]
+    vanishing += [{"aggregation": "token_mean", "baseline": "timestep_mean"}]
+    for fields in vanishing:
+        assert tends_to_the_gradient(Estimator(**fields))
+    staying = [{"scale": "group_std"}, {"aggregation": "sequence_mean"}, {"entropy_coef": 0.3}]
+    staying += [{"aggregation": "token_mean", "scale": "group_std"}, {"beta": 0.2, "kl_estimator": "k3"}]
+    for fields in staying:
+        assert not tends_to_the_gradient(Estimator(**fields))
+
+
+def least_of_others(totals, *, group_size, mask, valid):
+    groups = totals.reshape(-1, 1, group_size).expand(-1, group_size, -1)
+    return groups.masked_fill(torch.eye(group_size, dtype=torch.bool), torch.inf).amin(-1).flatten()
+
+
+def largest(totals, *, group_size, mask, valid):
+    return totals.reshape(-1, group_size).amax(-1).repeat_interleave(group_size)
+
+
+def weighted_sum(totals, *, group_size, mask, valid):
+    return (totals.reshape(-1, group_size) * torch.arange(group_size)).sum(-1).repeat_interleave(group_size)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "found"),
+    [(least_of_others, "exact"), (largest, "biased"), (weighted_sum, "exact_up_to_scale")],
+)
+def test_a_baseline_of_ones_own_gets_a_measured_status(baseline, found: str) -> None:
+    """sum_i (R_i - sum_j j R_j) S_i has the mean (G - G(G-1)/2) grad J: positive for G = 2 only."""
+    problems = [tabular_problem(seed, prompts=2, vocabulary=2) for seed in (1, 2)]
+    verdict = measure_bias(Estimator(baseline=baseline), problems)
+    assert (verdict.declared, verdict.found, verdict.ok) == ("unknown", found, True)
+
+
+def test_a_baseline_that_cannot_be_computed_at_once_is_refused() -> None:
+    def branching(totals, **_):
+        return totals * 0 + totals.max().item()
+
+    with pytest.raises(Refused, match=r"'branching' cannot .* without \.item\(\)"):
+        measure_bias(Estimator(baseline=branching))
+
+
+def test_the_example_in_the_docstring() -> None:
+    done = doctest.testmod(verdict_module)
+    assert done.attempted >= 5 and done.failed == 0
+
+
+def test_problems_of_ones_own_and_none_at_all() -> None:
+    mine = [tabular_problem(77, prompts=2, vocabulary=2)]
+    assert [m.problem for m in measure_bias(Estimator(), mine).measurements] == [mine[0].name]
+    for nothing in ([], [tabular_problem(1, group_size=1)]):
+        with pytest.raises(Refused):
+            measure_bias(Estimator(), nothing)
+
+
+def test_the_problems_differ_and_a_verdict_repeats() -> None:
+    problems = default_problems()
+    assert {len(p.chances) for p in problems} == {1, 2, 3}
+    assert {p.rewards.ndim for p in problems} == {2, 3} and len({p.name for p in problems}) == len(problems)
+    first, again = (measure_bias(POINTS["grpo"]) for _ in range(2))
+    assert first == again
+    default_problems.cache_clear()
+    assert measure_bias(POINTS["grpo"]) == first
+    assert bias.declared(POINTS["grpo"]).status == first.declared

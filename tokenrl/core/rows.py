@@ -1,0 +1,88 @@
+"""Which rows of a step teach: truncations, groups of equal rewards, completions that run long."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokenrl.core import rules
+from tokenrl.core.baselines import from_first
+
+if TYPE_CHECKING:
+    from tokenrl.core.estimator import Estimator
+
+
+class Kept(NamedTuple):
+    """What to pass on, once the fields `truncations` and `zero_spread` have been applied."""
+
+    compared: Bool[Tensor, " N"]
+    """`valid` of `Estimator.advantages`: the rows that enter baselines and scales."""
+    counted: Bool[Tensor, " N"]
+    """`valid` of `Estimator.token_weights`: the rows that the loss is divided by."""
+    mask: Bool[Tensor, "N T"]
+    """`mask` of `Estimator.token_weights` and `Estimator.loss`: the actions that are learnt from."""
+
+
+def keep(
+    estimator: Estimator,
+    rewards: Float[Tensor, " N *T"],
+    mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
+    *,
+    group_size: int | None,
+    valid: Bool[Tensor, " N"] | None = None,
+    truncated: Bool[Tensor, " N"] | None = None,
+) -> Kept:
+    """Apply the fields `truncations` and `zero_spread` to a step.
+
+    A truncated row that is masked stays in baselines and divisors and has no gradient; one that is dropped
+    counts nowhere. A group of equal rewards that is dropped (or should be refilled, and has not been) stays
+    in the statistics and leaves the divisor, so the step is divided by the rows that are left.
+
+    Args:
+        estimator: Whose fields are applied.
+        rewards: As given to `Estimator.advantages`.
+        mask: 1 where the token is an action of the policy.
+        group_size: Consecutive rows a prompt; None if rows have no prompts in common.
+        valid: False where a row abstains.
+        truncated: True where a row was cut off at the maximum length.
+
+    Raises:
+        Refused: When truncations are not kept and `truncated` is missing, or rows do not fall into groups.
+    """
+    actions = mask.bool()
+    compared = actions.new_ones(len(actions)) if valid is None else valid.bool()
+    if estimator.truncations != "keep":
+        cut = rules.given("truncated", truncated, f"truncations {estimator.truncations!r}").bool()
+        if estimator.truncations == "drop":
+            compared = compared & ~cut
+        actions = actions & ~cut[:, None]
+    counted = compared
+    if estimator.zero_spread != "keep":
+        dead = zero_spread(rewards, group_size, compared)
+        counted = counted & ~dead.repeat_interleave(len(actions) // len(dead))
+    return Kept(compared, counted, actions & counted[:, None])
+
+
+def zero_spread(
+    rewards: Float[Tensor, " N *T"], group_size: int | None, valid: Bool[Tensor, " N"]
+) -> Bool[Tensor, " B"]:
+    """Say which groups have equal rewards in all their valid rows, or fewer than two such rows.
+
+    Raises:
+        Refused: When rows do not fall into groups of two or more.
+    """
+    totals = rewards.sum(-1) if rewards.ndim == 2 else rewards
+    size = rules.check_groups("zero_spread", len(totals), group_size)
+    differences, _ = from_first(totals.reshape(-1, size), valid.reshape(-1, size))
+    return (differences == 0).all(-1)
+
+
+def overlong_penalty(lengths: Int[Tensor, " N"], max_length: int, buffer: int) -> Float[Tensor, " N"]:
+    """Return what is added to the reward of a long row: 0 up to `max_length - buffer`, then down to -1.
+
+    `-(L - (max_length - buffer)) / buffer`, within [-1, 0] (DAPO, arXiv 2503.14476, eq. 13). It is part of
+    the reward, so it enters before the baseline.
+    """
+    return -((lengths - (max_length - buffer)) / buffer).clamp(0.0, 1.0)

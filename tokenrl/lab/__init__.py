@@ -1,0 +1,57 @@
+"""Exact gradients by enumeration: what an estimator does to the expected gradient, measured, not believed.
+
+Importing this package imports no torch; a name is loaded when it is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenrl.lab.catalogue import named_estimators
+    from tokenrl.lab.curves import (
+        best_constant_baseline,
+        variance_with_constant_baselines,
+        weight_of_difficulty,
+    )
+    from tokenrl.lab.enumeration import Moments, exact_moments
+    from tokenrl.lab.language_model import problem_of_policy
+    from tokenrl.lab.problems import Problem, tabular_problem
+    from tokenrl.lab.verdict import Verdict, measure_bias
+
+__all__ = [
+    "Moments",
+    "Problem",
+    "Verdict",
+    "best_constant_baseline",
+    "exact_moments",
+    "measure_bias",
+    "named_estimators",
+    "problem_of_policy",
+    "tabular_problem",
+    "variance_with_constant_baselines",
+    "weight_of_difficulty",
+]
+
+_HOMES = {
+    "Moments": "enumeration",
+    "Problem": "problems",
+    "Verdict": "verdict",
+    "best_constant_baseline": "curves",
+    "exact_moments": "enumeration",
+    "measure_bias": "verdict",
+    "named_estimators": "catalogue",
+    "problem_of_policy": "language_model",
+    "tabular_problem": "problems",
+    "variance_with_constant_baselines": "curves",
+    "weight_of_difficulty": "curves",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tokenrl.lab' has no attribute {name!r}; it has {', '.join(__all__)}")
+    from importlib import import_module
+
+    return getattr(import_module(f"tokenrl.lab.{_HOMES[name]}"), name)

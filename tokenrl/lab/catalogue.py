@@ -1,0 +1,79 @@
+"""The estimators that the lab looks at: every preset, and every axis moved by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tokenrl.core import Estimator
+from tokenrl.core.bias import BUILT, KL_EFFECTS
+from tokenrl.core.presets import PRESETS
+
+NEEDS: dict[str, dict[str, object]] = {
+    "entropy_form": {"entropy_coef": 0.3},
+    "optimal_form": {"baseline": "optimal"},
+    "episode_mean": {"returns": "reward_to_go"},
+    "episode_std": {"returns": "reward_to_go"},
+    "blame_window": {"window": 1},
+    "gae": {"baseline": "value"},
+}
+"""What else must be set for an axis, or for one name on it, to do anything."""
+
+EXTRA: dict[str, dict[str, object]] = {
+    "constant 0.5": {"baseline": "constant", "baseline_constant": 0.5},
+    "opo, row inside": {"baseline": "opo", "leave_one_out": False},
+    "optimal, row inside": {"baseline": "optimal", "leave_one_out": False},
+    "timestep_mean, row inside": {"baseline": "timestep_mean", "leave_one_out": False},
+    "shrinkage, weight 0.5": {"baseline": "shrinkage", "shrinkage_weight": 0.5},
+    "value, to go": {"baseline": "value", "returns": "reward_to_go"},
+    "gae, lam 1": {"baseline": "value", "returns": "gae", "lam": 1.0},
+    "group_mean, group_std": {"baseline": "group_mean", "scale": "group_std"},
+    "none, group_std, ddof 0": {"baseline": "none", "scale": "group_std", "scale_ddof": 0},
+    "loo_std, token_mean": {"scale": "loo_std", "aggregation": "token_mean"},
+    "other_groups_std, token_mean": {"scale": "other_groups_std", "aggregation": "token_mean"},
+    "constant, sequence_mean": {
+        "baseline": "constant",
+        "baseline_constant": 0.5,
+        "aggregation": "sequence_mean",
+    },
+    "dual clip": {"ratio": "token", "dual_clip": 3.0},
+    "importance cap": {"importance_cap": 2.0},
+    "batch_mean, full path KL": {
+        "baseline": "batch_mean",
+        "beta": 0.2,
+        "kl_placement": "loss",
+        "kl_estimator": "full_path",
+    },
+    "discounted": {"gamma": 0.7},
+    "discounted, to go": {"gamma": 0.7, "returns": "reward_to_go"},
+    "none, zero spread dropped": {"baseline": "none", "zero_spread": "drop"},
+    "overlong penalty": {"overlong_buffer": 4},
+}
+"""Points that no preset and no single axis holds."""
+
+
+def named_estimators() -> dict[str, Estimator]:
+    """Return the estimators by name: presets, RLOO with one axis changed, and the extra ones.
+
+    The axes are read from what is built, so what is added to the core is looked at without a word here. An
+    estimator that has a name already is not listed again.
+    """
+    known: dict[str, Estimator] = {}
+    for name, estimator in _candidates():
+        if estimator not in known.values():
+            known[name] = estimator
+    return known
+
+
+def _candidates() -> Iterator[tuple[str, Estimator]]:
+    for name in PRESETS:
+        yield name, Estimator.preset(name)
+    for axis, choices in BUILT.items():
+        if axis not in ("kl_placement", "kl_estimator"):  # they go in pairs
+            for choice in choices:
+                fields = {**NEEDS.get(axis, {}), **NEEDS.get(choice, {}), axis: choice}
+                yield f"{axis} {choice}", Estimator(**fields)  # type: ignore[arg-type]
+    for place, kind in KL_EFFECTS:
+        fields = {"beta": 0.2, "kl_placement": place, "kl_estimator": kind}
+        yield f"KL in the {place}, {kind}", Estimator(**fields)  # type: ignore[arg-type]
+    for name, fields in EXTRA.items():
+        yield name, Estimator(**fields)  # type: ignore[arg-type]
