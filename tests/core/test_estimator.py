@@ -120,7 +120,8 @@ def test_numbers_out_of_range_are_refused(field) -> None:
 
 
 def test_numbers_at_the_edge_are_allowed() -> None:
-    Estimator(beta=0, gamma=1, scale_eps=0.0, epsilon_high=5.0, running_mean_decay=None, epsilon=1.0)
+    e = Estimator(beta=0, gamma=1, scale_eps=0.0, epsilon_high=5.0, running_mean_decay=None, epsilon=1.0)
+    assert e.epsilon_high == 5.0 and e.running_mean_decay is None
 
 
 def test_needs() -> None:
