@@ -1,8 +1,8 @@
 """Seconds a training step, against TRL's GRPOTrainer, in one run on one machine.
 
-Both train the same freshly initialised model on the same prompts, with the same group size, completion length,
-optimiser and number of updates; TRL with the loss it calls "grpo", tokenrl with its preset of that name. Rounds
-alternate between the two, so that a machine that slows down slows both; what is printed is the median over rounds
+Both train the same new model on the same prompts, with the same group size, completion length,
+optimiser and number of updates; TRL with the loss it calls "grpo", tokenrl with its preset of that name.
+Rounds alternate, so that a machine that slows down slows both; printed is the median over rounds
 of the ratio.
 
     pip install -c constraints.txt -e '.[benchmarks]'
