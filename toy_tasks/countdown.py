@@ -94,7 +94,7 @@ def make(seed: int = 0, largest: int = 12, wrong_share: float = 0.6, eval_size: 
         reward=reward,
         demonstrations=demonstrate(train, right, add_all, wrong_share, rng),
         max_completion_length=10,
-        solved=0.5,
+        solved=0.45,
         warm_start=WarmStart(steps=500),
         train=settings(learning_rate=3e-4, max_steps=500),
         build=TinyModel(tuple("0123456789+-,=>")),

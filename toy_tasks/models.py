@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+EOS, UNKNOWN = "<eos>", "<unk>"
 CHARACTER = r"[\s\S]"
 WORD = r" ?[a-z]+|[\s\S]"  # a word carries the space before it, so prompt + completion needs no glue
 
@@ -88,15 +88,16 @@ def _tokenizer(tokens: tuple[str, ...], pattern: str) -> PreTrainedTokenizerFast
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: index for index, token in enumerate((PAD, EOS, UNKNOWN, *tokens))}
-    if len(vocabulary) != len(tokens) + 3:
+    vocabulary = {token: index for index, token in enumerate((EOS, UNKNOWN, *tokens))}
+    if len(vocabulary) != len(tokens) + 2:
         raise ValueError(f"The vocabulary {tokens!r} holds a token twice; each must occur once.")
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        pad_token=PAD,
+        # A pad token of its own would vanish from a decoded answer that a policy writes it into.
+        pad_token=EOS,
         eos_token=EOS,
         padding_side="left",
         clean_up_tokenization_spaces=False,

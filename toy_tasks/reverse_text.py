@@ -76,7 +76,7 @@ def make(
         reward=reward,
         demonstrations=demonstrate(train, right, lambda prompt: prompt[:-1], wrong_share, rng),
         max_completion_length=longest + 2,
-        solved=0.9,
+        solved=0.95,
         warm_start=WarmStart(steps=400),
         train=settings(),
         build=TinyModel(tuple(LETTERS + ">")),

@@ -1,8 +1,9 @@
 """Seconds a training step, against TRL's GRPOTrainer, in one run on one machine.
 
-Both train the same freshly initialised model on the same prompts, with the same group size, completion length, optimiser
-and number of updates; TRL with the loss it calls "grpo", tokenrl with its preset of that name. Rounds alternate between
-the two, so that a machine that slows down slows both; what is printed is the median over rounds of the ratio.
+Both train the same new model on the same prompts, with the same group size, completion length,
+optimiser and number of updates; TRL with the loss it calls "grpo", tokenrl with its preset of that name.
+Rounds alternate, so that a machine that slows down slows both; printed is the median over rounds
+of the ratio.
 
     pip install -c constraints.txt -e '.[benchmarks]'
     python recipes/benchmarks/step_against_trl.py
@@ -22,7 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 import tokenrl
 from toy_tasks.models import TinyModel
@@ -87,8 +88,8 @@ def time_trl(model, tokenizer, prompts, args, work, folder):
         processing_class=tokenizer,
         callbacks=[clock],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
-    # The callback's step leaves out the generation that TRL does while it fetches the batch: wall time does not.
     return clock.seconds
 
 
@@ -140,19 +141,14 @@ def main():
     args = parser.parse_args()
     disable_progress_bars()
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.rounds} rounds of {args.steps} steps"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{args.rounds} rounds of {args.steps} steps"
     )
     for name in args.work:
         work = WORK[name]
         generator = torch.Generator().manual_seed(0)
-        prompts = [
-            {
-                "prompt": "".join(
-                    LETTERS[i] for i in torch.randint(len(LETTERS), (work[2],), generator=generator)
-                )
-            }
-            for _ in range(work[1] * (args.steps + 1))
-        ]
+        letters = torch.randint(len(LETTERS), (work[1] * (args.steps + 1), work[2]), generator=generator)
+        prompts = [{"prompt": "".join(LETTERS[i] for i in row)} for row in letters.tolist()]
         base, tokenizer = TinyModel(tuple(LETTERS), layers=work[0], context=256)(0)
         ratios, ours, theirs = [], [], []
         for _ in range(args.rounds):
@@ -164,7 +160,8 @@ def main():
             ours.append(statistics.median(b[3:]))
             ratios.append(theirs[-1] / ours[-1])
         print(
-            f"{name:12} TRL {statistics.median(theirs):.3f} s, tokenrl {statistics.median(ours):.3f} s a step; "
+            f"{name:12} TRL {statistics.median(theirs):.3f} s, "
+            f"tokenrl {statistics.median(ours):.3f} s a step; "
             f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         )
 

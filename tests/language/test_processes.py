@@ -217,16 +217,17 @@ def test_a_run_of_two_processes_writes_the_metrics_of_one(two, tmp_path):
         torch.testing.assert_close(both[name], tensor, atol=1e-9, rtol=0)
 
 
-def accelerate_launch(*arguments: str) -> subprocess.CompletedProcess:
-    program = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+def torchrun(*arguments: str) -> subprocess.CompletedProcess:
+    """By torch's launcher; accelerate's own starts one process only on a CPU, unless there is MPI."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return subprocess.run(
         [*program, str(Path(__file__).resolve()), *arguments], capture_output=True, text=True, timeout=240
     )
 
 
 @pytest.mark.slow
-def test_accelerate_launch_does_the_same(two, tmp_path):
-    done = accelerate_launch(str(tmp_path))
+def test_torchrun_does_the_same(two, tmp_path):
+    done = torchrun(str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     launched = torch.load(tmp_path / "rank0.pt", weights_only=True)
     for name, expected in two[1][0].items():
@@ -235,7 +236,7 @@ def test_accelerate_launch_does_the_same(two, tmp_path):
 
 @pytest.mark.slow
 def test_one_process_that_fails_ends_the_run(tmp_path):
-    done = accelerate_launch(str(tmp_path), "fail")  # a timeout here is a rank that waits for ever
+    done = torchrun(str(tmp_path), "fail")  # a timeout here is a rank that waits for ever
     assert done.returncode != 0 and "raised ValueError: on purpose" in done.stdout + done.stderr
     assert not (tmp_path / "run" / "model").exists()
 

@@ -76,14 +76,25 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
         "eval_completions/mean_length",
         "eval_completions/clipped_ratio",
     }
-    for name in ("reward", "reward_std", "frac_reward_zero_std", "rewards/share_of_a/mean", "loss", "grad_norm"):
+    for name in (
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "rewards/share_of_a/mean",
+        "loss",
+        "grad_norm",
+    ):
         assert isinstance(rows[1][name], float)
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["exit_reason"] == "finished" and summary["steps"] == 3
     assert summary["eval_after"]["reward_greedy"] == result.eval_after["reward_greedy"]
     assert summary["eval_before"] == {k.removeprefix("eval_"): v for k, v in rows[0].items() if k != "step"}
     config = json.loads((directory / "config.json").read_text())
-    assert config["estimator"]["baseline"] == "rloo" and config["prompts_per_step"] == 4 and config["versions"]["torch"]
+    assert (
+        config["estimator"]["baseline"] == "rloo"
+        and config["prompts_per_step"] == 4
+        and config["versions"]["torch"]
+    )
     table = parquet.read_table(directory / "completions" / "step_000003.parquet")
     assert table.num_rows == 16 and {"prompt", "completion", "reward", "advantage"} <= set(table.column_names)
     assert (directory / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
@@ -113,7 +124,9 @@ def test_it_learns(run):
     assert result.eval_after["reward"] > result.eval_before["reward"] + 0.3
 
 
-@pytest.mark.parametrize("preset", ["reinforce", "reinforce_running_mean", "rloo", "grpo", "dr_grpo", "ppo_clip"])
+@pytest.mark.parametrize(
+    "preset", ["reinforce", "reinforce_running_mean", "rloo", "grpo", "dr_grpo", "ppo_clip"]
+)
 def test_every_preset_trains(run, preset):
     result = run(estimator=preset)
     assert result.steps == 3 and result.eval_after != result.eval_before
@@ -123,7 +136,9 @@ def test_every_preset_trains(run, preset):
 def test_a_kl_holds_the_policy_near_its_reference(run, tmp_path, placement):
     kl = {}
     for beta in (1e-9, 3.0):
-        estimator = Estimator(beta=beta, kl_placement=placement, kl_estimator="k1" if placement == "reward" else "k2")
+        estimator = Estimator(
+            beta=beta, kl_placement=placement, kl_estimator="k1" if placement == "reward" else "k2"
+        )
         run(output_dir=tmp_path / f"{beta}", estimator=estimator, max_steps=20)
         rows = metrics_of(tmp_path / f"{beta}")
         assert rows[1]["kl"] == pytest.approx(0, abs=1e-5)
@@ -145,7 +160,9 @@ def test_columns_reach_the_reward_and_several_rewards_are_weighted(run, tmp_path
 
     run(reward=[share_of_a, starts_right], reward_weights=[2.0, 0.5])
     row = metrics_of(tmp_path / "run")[1]
-    assert row["reward"] == pytest.approx(2 * row["rewards/share_of_a/mean"] + 0.5 * row["rewards/starts_right/mean"])
+    assert row["reward"] == pytest.approx(
+        2 * row["rewards/share_of_a/mean"] + 0.5 * row["rewards/starts_right/mean"]
+    )
 
 
 def test_rows_without_a_reward_are_left_out_and_counted(run, tmp_path):

@@ -171,7 +171,8 @@ def test_directory_of_other_people_is_refused_even_with_overwrite(tmp_path, over
 
 def test_directory_left_with_a_lock_alone_is_empty(tmp_path):
     RunDirectory.create(tmp_path).release()
-    RunDirectory.create(tmp_path).release()
+    with RunDirectory.create(tmp_path) as again:
+        assert again.path == tmp_path
 
 
 @pytest.mark.parametrize("module, name", [(directory.shutil, "rmtree"), (Path, "unlink")])

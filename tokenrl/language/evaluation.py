@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 
 from tokenrl.core.rules import Refused
 from tokenrl.language.policy import Policy
-from tokenrl.language.rewards import Rewards
-from tokenrl.language.sampling import sample, uniforms
+from tokenrl.language.rewards import RewardResult, Rewards
+from tokenrl.language.sampling import Rollout, sample, uniforms
 from tokenrl.language.step import reward_rows
 
 EVALUATION = (
@@ -63,66 +65,72 @@ def evaluate_policy(
             "There are no prompts to evaluate on. Give an eval_split, or hold rows out with eval_size."
         )
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    encoded = policy.encode_all(
+    ids = policy.encode_all(
         [row["prompt"] for row in prompts],
         max_completion_length=max_completion_length,
         truncate=truncate_prompts,
     )
-    table: list[tuple[int, float, float, float, float]] = []  # place, greedy, sampled, length, truncated
-    greedy_rows: list[dict[str, Any]] = []
-    places = list(range(rank, len(prompts), world))
-    size = max(1, batch_size // max(1, num_generations))
-    for start in range(0, len(places), size):
-        part = places[start : start + size]
-        rows, ids = [prompts[i] for i in part], [encoded[i] for i in part]
-        columns: list[torch.Tensor] = []
-        for generations in (1, num_generations) if num_generations else (1,):
-            greedy = not columns
-            draws = (
-                None
-                if greedy
-                else uniforms(
-                    EVALUATION + seed,
-                    0,
-                    part,
-                    num_generations=generations,
-                    max_completion_length=max_completion_length,
-                )
-            )
+    passes: list[list[dict[str, Any]]] = []
+    for generations in (0, num_generations) if num_generations else (0,):
+        rows: list[dict[str, Any]] = []
+        size = max(1, batch_size // max(1, generations))
+        for start in range(rank, len(prompts), world * size):
+            places = range(start, min(start + world * size, len(prompts)), world)
+            draws = None
+            if generations:
+                shape = {"num_generations": generations, "max_completion_length": max_completion_length}
+                draws = uniforms(EVALUATION + seed, 0, places, **shape)
             rollout = sample(
                 policy,
-                ids,
-                num_generations=generations,
+                [ids[place] for place in places],
+                num_generations=max(1, generations),
                 max_completion_length=max_completion_length,
                 temperature=temperature,
                 draws=draws,
             )
-            result = reward_rows(policy, rewards, rows, rollout, step=step)
-            total = torch.as_tensor(result.total).masked_fill(~torch.as_tensor(result.valid), torch.nan)
-            columns.append(total.view(-1, generations).double().nanmean(dim=1))
-            if greedy:
-                texts = policy.decode(rollout.completion_ids, rollout.mask)
-                greedy_rows += [
-                    {"prompt": row["prompt"], "completion": text, "reward": float(value)}
-                    for row, text, value in zip(rows, texts, total, strict=True)
-                ]
-        lengths = rollout.mask.sum(dim=1).double().view(len(part), -1).mean(dim=1)
-        cut = rollout.truncated.double().view(len(part), -1).mean(dim=1)
-        table += zip(part, *(c.tolist() for c in (columns[0], columns[-1], lengths, cut)), strict=True)
-    if world > 1:
-        from accelerate.utils import gather_object
-
-        table = sorted(gather_object(table))
-    return Evaluation(_summary(table, sampled=num_generations > 0), greedy_rows)
+            result = reward_rows(policy, rewards, [prompts[place] for place in places], rollout, step=step)
+            rows += _completions(policy, prompts, places, rollout, result)
+        passes.append(rows if world == 1 else sorted(gather_object(rows), key=lambda row: row["place"]))
+    return Evaluation(_summary(passes), passes[0])
 
 
-def _summary(table: list[tuple[int, float, float, float, float]], *, sampled: bool) -> dict[str, float]:
-    _, greedy, reward, length, cut = torch.tensor(table, dtype=torch.float64).unbind(dim=1)
-    metrics = {"reward_greedy": greedy.nanmean()}
-    if sampled:
-        kept = reward[~reward.isnan()]
-        metrics["reward"] = kept.mean()
-        if len(kept) > 1:
-            metrics["reward_stderr"] = kept.std() / len(kept) ** 0.5
-    metrics |= {"completions/mean_length": length.mean(), "completions/clipped_ratio": cut.mean()}
+def _completions(
+    policy: Policy,
+    prompts: Sequence[Mapping[str, Any]],
+    places: Sequence[int],
+    rollout: Rollout,
+    result: RewardResult,
+) -> list[dict[str, Any]]:
+    """One row a completion; its reward is NaN where every reward function abstained."""
+    texts = policy.decode(rollout.completion_ids, rollout.mask)
+    lengths, truncated = rollout.mask.sum(dim=1).tolist(), rollout.truncated.tolist()
+    return [
+        {
+            "place": places[prompt],
+            "prompt": prompts[places[prompt]]["prompt"],
+            "completion": texts[i],
+            "reward": float(result.total[i]) if result.valid[i] else math.nan,
+            "length": lengths[i],
+            "truncated": truncated[i],
+        }
+        for i, prompt in enumerate(rollout.prompt_index.tolist())
+    ]
+
+
+def _summary(passes: list[list[dict[str, Any]]]) -> dict[str, float]:
+    """Means over completions; the standard error is that of the means of prompts."""
+    table = [
+        torch.tensor([[row[k] for k in ("reward", "length", "truncated", "place")] for row in rows]).double()
+        for rows in passes
+    ]
+    metrics = {"reward_greedy": table[0][:, 0].nanmean()}
+    reward, length, truncated, _ = table[-1].unbind(dim=1)
+    if len(passes) > 1:
+        metrics["reward"] = reward.nanmean()
+        generations = len(passes[1]) // len(passes[0])
+        means = reward.view(-1, generations).nanmean(dim=1)
+        means = means[~means.isnan()]
+        if len(means) > 1:
+            metrics["reward_stderr"] = means.std() / len(means) ** 0.5
+    metrics |= {"completions/mean_length": length.mean(), "completions/clipped_ratio": truncated.mean()}
     return {name: float(value) for name, value in metrics.items()}

@@ -35,7 +35,8 @@ class RunResult:
 
     Attributes:
         output_dir: the run directory.
-        exit_reason: `finished`, `check`, `SIGTERM` or `SIGINT`.
+        exit_reason: `finished`, `learnt` (early: all completions earn the same, more than before), `check`,
+            `SIGTERM` or `SIGINT`.
         exit_code: 0, or 128 plus the signal's number.
         steps: steps trained.
         eval_before: `reward` (sampled), `reward_greedy` and more, on held-out prompts, before training.
@@ -96,6 +97,10 @@ def record_step(run: Run, record: Record, metrics: dict[str, float], progress: P
 def _few(rows: Sequence[dict[str, Any]], group: int) -> list[dict[str, Any]]:
     """Best and worst completion of the first two groups: what the comparison within a group looks like."""
     out = []
+    rows = [
+        row if isinstance(row["prompt"], str) else row | {"prompt": row["prompt"][-1]["content"]}
+        for row in rows
+    ]
     for start in range(0, min(len(rows), 2 * group), group):
         ranked = sorted(rows[start : start + group], key=lambda row: row["reward"])
         out += [ranked[-1], ranked[0]] if group > 1 else ranked

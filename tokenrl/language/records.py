@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenrl.core.rules import Stopped
 from tokenrl.language.policy import Policy
 from tokenrl.language.rewards import RewardResult
 from tokenrl.language.sampling import Rollout
@@ -16,7 +17,11 @@ from tokenrl.language.sampling import Rollout
 def gather_rows(
     accelerator: Any, rollout: Rollout, result: RewardResult, reference: Tensor | None
 ) -> dict[str, Tensor]:
-    """Rows of every process in the order of the prompts, identical on all; columns padded to the widest."""
+    """Rows of every process in the order of the prompts, identical on all; columns padded to the widest.
+
+    Raises:
+        Stopped: no row of the step has a reward.
+    """
     device, dtype = rollout.logprobs.device, rollout.logprobs.dtype
     rows = {
         "rewards": torch.as_tensor(result.total, dtype=dtype, device=device),  # [n]
@@ -30,8 +35,16 @@ def gather_rows(
     }
     if reference is not None:
         rows["ref_logprobs"] = reference
-    if accelerator.num_processes == 1:
-        return rows
+    whole = rows if accelerator.num_processes == 1 else _gathered(accelerator, rows)
+    if not whole["valid"].any():
+        raise Stopped(
+            "Every reward function abstained from every completion of this step, so there is nothing to "
+            "learn from. Return None only where there is no number."
+        )
+    return whole
+
+
+def _gathered(accelerator: Any, rows: dict[str, Tensor]) -> dict[str, Tensor]:
     wide = ("mask", "logprobs", "entropy", "ref_logprobs")
     # Padding turns a bool into an int64, on those processes only that need any.
     rows["mask"] = rows["mask"].to(torch.uint8)

@@ -171,18 +171,9 @@ def _decode(
             state.keep(alive)
             rows, token, alive = rows[alive], token[alive], alive[alive]
         state.advance(token)
-    width = t + 1
-    ended = (mask & torch.isin(ids, eos)).any(dim=1)
-    return Rollout(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        prompt_index=prompt_index,
-        completion_ids=ids[:, :width],
-        mask=mask[:, :width],
-        logprobs=logprobs[:, :width],
-        entropy=entropy[:, :width],
-        truncated=~ended,
-    )
+    truncated = ~(mask & torch.isin(ids, eos)).any(dim=1)
+    rollout = Rollout(prompt_ids, prompt_mask, prompt_index, ids, mask, logprobs, entropy, truncated)
+    return rollout.rows(torch.arange(n, device=device))  # cut to the longest completion
 
 
 class _Decoder:

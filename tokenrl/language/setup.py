@@ -220,6 +220,8 @@ def make_learner(args: TrainArguments, policy: Policy, accelerator: Any) -> tupl
         weight_decay=args.weight_decay,
         fused=accelerator.device.type in ("cpu", "cuda"),
     )
-    schedule = get_scheduler(args.lr_scheduler_type or "constant", optimizer, args.warmup_steps, args.max_steps)
+    schedule = get_scheduler(
+        args.lr_scheduler_type or "constant", optimizer, args.warmup_steps, args.max_steps
+    )
     model, prepared = accelerator.prepare(policy.model, optimizer)
     return Learner(policy, model, prepared, accelerator, args.estimator, args), schedule

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.core.baselines import RunningMean
-from tokenrl.core.rules import Stopped
 from tokenrl.language.policy import Policy
 from tokenrl.language.records import completion_rows, gather_rows, step_metrics
 from tokenrl.language.rewards import RewardResult, Rewards
@@ -39,9 +38,8 @@ def training_step(
     Args:
         learner: the policy and what updates it.
         rewards: the reward functions.
-        running_mean: mean reward of earlier steps; read before and updated after use, so that no reward
-        enters its
-            own baseline.
+        running_mean: mean reward of earlier steps; read before it is updated, or a reward would enter its own
+            baseline.
         step: number of this step, from 1.
         prompts: the whole step's prompts, the same on every process.
     """
@@ -52,23 +50,12 @@ def training_step(
 
     rollout = roll_out(learner, step, mine)
     times.append(time.perf_counter())
-    result = reward_rows(
-        learner.policy,
-        rewards,
-        [row for _, row in mine],
-        rollout,
-        step=step - 1,
-        max_steps=args.max_steps or 0,
-    )
+    state = {"step": step - 1, "max_steps": args.max_steps or 0}
+    result = reward_rows(learner.policy, rewards, [row for _, row in mine], rollout, **state)
     times.append(time.perf_counter())
-    reference = reference_logprobs(learner, rollout) if estimator.needs_reference else None
 
+    reference = reference_logprobs(learner, rollout) if estimator.needs_reference else None
     whole = gather_rows(accelerator, rollout, result, reference)  # N rows, the same on every process
-    if not whole["valid"].any():
-        raise Stopped(
-            f"Every reward function ({', '.join(rewards.names)}) abstained from every completion of step "
-            f"{step}, so there is nothing to learn from. Return None only where there is no number."
-        )
     advantages = estimator.advantages(
         whole["rewards"],
         whole["mask"],
@@ -78,19 +65,17 @@ def training_step(
         ref_logprobs=whole.get("ref_logprobs"),
         baseline_value=running_mean.value,
     )
-    updates = run_updates(
-        learner, Step(rollout, whole["mask"], whole["valid"], advantages, None, reference), step
+    known = Step(rollout, whole["mask"], whole["valid"], advantages, ref_logprobs=reference)
+    metrics = step_metrics(whole, rewards.names, args.num_generations or 1) | run_updates(
+        learner, known, step
     )
-    times.append(time.perf_counter())
-
-    metrics = step_metrics(whole, rewards.names, args.num_generations or 1) | updates
     if estimator.baseline == "running_mean":
         metrics["baseline"] = float(running_mean.value)
         running_mean.update(whole["rewards"], valid=whole["valid"])
-    first = accelerator.process_index * len(rollout.mask)
-    rows = partial(
-        completion_rows, learner.policy, mine, rollout, result, rewards.names, advantages.policy[first:]
-    )
+    times.append(time.perf_counter())
+
+    own = advantages.policy[accelerator.process_index * len(rollout.mask) :]
+    rows = partial(completion_rows, learner.policy, mine, rollout, result, rewards.names, own)
     parts = zip(("sample", "reward", "update"), times, times[1:], strict=False)
     return Record(result.metrics | metrics, rows, {name: after - before for name, before, after in parts})
 

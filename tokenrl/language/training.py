@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -104,7 +105,8 @@ def _run(run: Run) -> RunResult:
             after = _loop(run, before, stop)
         except Stopped as error:
             raise failed(run, error, before, began) from error
-    reason = {143: "SIGTERM", 130: "SIGINT"}.get(stop.exit_code, "finished")
+    done = "finished" if run.step == args.max_steps else "learnt"
+    reason = {143: "SIGTERM", 130: "SIGINT"}.get(stop.exit_code, done)
     ended = result(run, reason, stop.exit_code, before, after, began)
     finish(run, ended)
     return ended
@@ -140,7 +142,8 @@ def _loop(run: Run, before: Evaluation, stop: GracefulStop) -> Evaluation:
             record_step(run, record, metrics, progress)
             if args.save_every and run.step % args.save_every == 0:
                 save_run(run)
-            _watch(run, metrics)
+            if _watch(run, metrics, before):
+                break
     return evaluation if evaluated == run.step else _evaluate(run)
 
 
@@ -191,22 +194,33 @@ def _requested(run: Run, stop: GracefulStop) -> bool:
     return number > 0
 
 
-def _watch(run: Run, metrics: dict[str, float]) -> None:
-    """Warn of what makes learning impossible, and stop if it goes on."""
+def _watch(run: Run, metrics: dict[str, float], before: Evaluation) -> bool:
+    """Warn of what makes learning impossible; whether the run is over because nothing is left to learn.
+
+    Raises:
+        Stopped: for many steps there was nothing to learn from, and the reward is no better than before.
+    """
     args = run.args
-    run.flat_steps = run.flat_steps + 1 if metrics["frac_reward_zero_std"] == 1 else 0
-    if run.flat_steps:
+    groups = args.estimator.needs_groups
+    flat = metrics["frac_reward_zero_std"] == 1 if groups else metrics["reward_std"] == 0
+    run.flat_steps = run.flat_steps + 1 if flat else 0
+    differ = f"no two completions of {'a prompt' if groups else 'the step'} differ in reward"
+    better = metrics["reward"] > before.metrics.get("reward", math.inf)
+    if run.flat_steps and not better:
         _warn_once(
             run,
-            f"step {run.step}: no two completions of a prompt differ in reward, so there is nothing to learn "
-            "from. Is the task too hard or too easy for this policy, or the reward constant?",
+            f"step {run.step}: {differ}, so there is nothing to learn from. Is the task too hard for this "
+            "policy, or the reward constant?",
             "flat",
         )
     if args.stop_after_zero_spread and run.flat_steps >= args.stop_after_zero_spread:
+        if better:
+            run.console.note(f"In {run.flat_steps} steps in a row {differ}: the task is learnt.")
+            return True
         raise Stopped(
-            f"In {run.flat_steps} steps in a row no two completions of a prompt differed in reward: nothing "
-            "is being learnt. Use prompts that the policy sometimes solves, a graded reward, or more "
-            "generations a prompt; stop_after_zero_spread=0 lets such a run go on."
+            f"In {run.flat_steps} steps in a row {differ}: nothing is being learnt. Use prompts that the "
+            "policy sometimes solves, a graded reward, or more generations a prompt; "
+            "stop_after_zero_spread=0 lets such a run go on."
         )
     if metrics["completions/clipped_ratio"] == 1:
         _warn_once(
@@ -215,6 +229,7 @@ def _watch(run: Run, metrics: dict[str, float]) -> None:
             "EOS. Raise max_completion_length, or start from a model that ends its answers.",
             "cut",
         )
+    return False
 
 
 def _warn_once(run: Run, message: str, topic: str) -> None:

@@ -1,0 +1,25 @@
+"""The toy tasks are learnt: what the README says of them, run in full. Slow."""
+
+from __future__ import annotations
+
+import pytest
+
+import toy_tasks
+import tokenrl
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_default_task_is_learnt_from_a_base_that_cannot_do_it(seed, tmp_path):
+    result = tokenrl.train(task="sort_digits", seed=seed, base_seed=seed, output_dir=tmp_path / "run", quiet=True)
+    before, after = result.eval_before, result.eval_after
+    assert before["reward_greedy"] <= 0.25 and before["reward"] <= 0.35
+    assert after["reward_greedy"] >= 0.95 and after["reward"] >= 0.9
+
+
+@pytest.mark.parametrize("name", [name for name in toy_tasks.NAMES if name != "sort_digits"])
+def test_every_other_task_is_solved(name, tmp_path):
+    task = toy_tasks.load(name)
+    result = tokenrl.train(task=name, output_dir=tmp_path / "run", quiet=True)
+    assert result.eval_before["reward_greedy"] < task.solved <= result.eval_after["reward_greedy"]
