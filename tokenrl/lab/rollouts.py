@@ -1,0 +1,125 @@
+"""The rows on which estimators are measured: groups of completions with all that an estimator may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokenrl.core.rules import Refused
+from tokenrl.language.policy import Policy
+from tokenrl.language.rewards import Rewards
+from tokenrl.language.sampling import Rollout, sample, uniforms
+from tokenrl.language.scoring import score
+from tokenrl.language.step import reward_rows
+
+MEASURING = 2**62
+"""Added to the seed: a stream of uniforms of its own, neither training's nor evaluation's."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """B groups of G rows, prompt-major, on the CPU in float64; T is the most tokens allowed.
+
+    Attributes:
+        parts: The rollouts, some prompts each, in order.
+        group_size: G.
+        mask: True on actions [N, T].
+        rewards: One a row [N]; nan where all rewards abstain.
+        valid: False where they do [N].
+        truncated: True where the length cap came before an end [N].
+        greedy_rewards: Of each row's prompt, of its greedy completion [N].
+        logprobs: Of the policy, as the trainer computes them [N, T].
+        ref_logprobs: Of the reference if the policy has one, else of the policy itself [N, T].
+        entropy: Of each step [N, T].
+    """
+
+    parts: tuple[Rollout, ...]
+    group_size: int
+    mask: Bool[Tensor, "N T"]
+    rewards: Float[Tensor, " N"]
+    valid: Bool[Tensor, " N"]
+    truncated: Bool[Tensor, " N"]
+    greedy_rewards: Float[Tensor, " N"]
+    logprobs: Float[Tensor, "N T"]
+    ref_logprobs: Float[Tensor, "N T"]
+    entropy: Float[Tensor, "N T"]
+
+
+def collect(
+    policy: Policy,
+    rewards: Rewards,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    num_generations: int,
+    max_completion_length: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    rows_at_once: int = 1024,
+) -> Samples:
+    """Sample, reward and score G completions of each prompt, and its greedy completion.
+
+    Args:
+        policy: Sampled from, on-policy.
+        rewards: The reward functions.
+        rows: One a prompt, with the columns that the rewards ask for.
+        num_generations: G.
+        max_completion_length: T.
+        temperature: Of sampling and scoring.
+        seed: Of the uniforms.
+        rows_at_once: Completions in one forward pass; changes memory only.
+
+    Raises:
+        Refused: When a greedy completion has no reward.
+    """
+    ids = policy.encode_all([row["prompt"] for row in rows], max_completion_length=max_completion_length)
+    options: dict[str, Any] = {"max_completion_length": max_completion_length, "temperature": temperature}
+    size = max(1, rows_at_once // num_generations)
+    parts, columns = [], []
+    for start in range(0, len(rows), size):
+        places = range(start, min(start + size, len(rows)))
+        prompts, some = [ids[i] for i in places], [rows[i] for i in places]
+        draws = uniforms(
+            MEASURING + seed,
+            0,
+            places,
+            num_generations=num_generations,
+            max_completion_length=max_completion_length,
+        )
+        rollout = sample(policy, prompts, num_generations=num_generations, draws=draws, **options)
+        result = reward_rows(policy, rewards, some, rollout, step=0)
+        greedy = sample(policy, prompts, num_generations=1, draws=None, **options)
+        best = reward_rows(policy, rewards, some, greedy, step=0)
+        if not bool(best.valid.all()):
+            raise Refused("Every reward abstained on a greedy completion; measure on prompts that have one.")
+        shared = {
+            "rewards": result.total,
+            "valid": result.valid,
+            "truncated": rollout.truncated,
+            "greedy_rewards": best.total.repeat_interleave(num_generations),
+        }
+        parts.append(rollout)
+        columns.append(shared | _scores(policy, rollout, temperature, max_completion_length))
+    whole = {name: torch.cat([c[name].cpu() for c in columns]) for name in columns[0]}
+    whole = {k: x.double() if x.is_floating_point() else x for k, x in whole.items()}
+    return Samples(parts=tuple(parts), group_size=num_generations, **whole)
+
+
+@torch.no_grad()
+def _scores(policy: Policy, rollout: Rollout, temperature: float, width: int) -> dict[str, Tensor]:
+    """The columns [n, width] of a rollout: mask, logprobs, those of the reference, entropies."""
+    options = {"temperature": temperature, "share_prompt": policy.share_prompt}
+    own = score(policy.model, rollout, entropy=True, **options)
+    assert own.entropy is not None
+    ref = own.logprobs
+    if policy.reference is not None or policy.has_adapter:
+        with policy.reference_model() as model:
+            ref = score(model, rollout, **options).logprobs
+    columns = {"mask": rollout.mask}
+    for name, x in (("logprobs", own.logprobs), ("ref_logprobs", ref), ("entropy", own.entropy)):
+        columns[name] = torch.where(rollout.mask, x, 0)
+    return {k: torch.nn.functional.pad(x, (0, width - x.shape[1])) for k, x in columns.items()}
