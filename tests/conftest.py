@@ -1,4 +1,4 @@
-"""One thread for every test: the models are tiny, and several threads on a busy machine wait for each other."""
+"""One thread for every test: the models are tiny, and threads on a busy machine wait for each other."""
 
 import os
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-import toy_tasks
 import tokenrl
+import toy_tasks
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_default_task_is_learnt_from_a_base_that_cannot_do_it(seed, tmp_path):
-    result = tokenrl.train(task="sort_digits", seed=seed, base_seed=seed, output_dir=tmp_path / "run", quiet=True)
+    result = tokenrl.train(
+        task="sort_digits", seed=seed, base_seed=seed, output_dir=tmp_path / "run", quiet=True
+    )
     before, after = result.eval_before, result.eval_after
     assert before["reward_greedy"] <= 0.25 and before["reward"] <= 0.35
     assert after["reward_greedy"] >= 0.95 and after["reward"] >= 0.9

@@ -16,6 +16,7 @@ from tokenrl.language.sampling import Rollout, pad_left
 from tokenrl.language.saving import replace_directory, save_policy
 from tokenrl.language.scoring import score
 
+MADE_BY = 2  # raised when this module or the tiny tokenizers change what a warm start gives
 Pair = tuple[list[int], list[int]]  # ids of a prompt and of its completion
 
 
@@ -149,7 +150,7 @@ def warm_started_base(
             f"The task {task.name!r} brings no model of its own. Say which to train: --model "
             "DIRECTORY_OR_HUB_NAME."
         )
-    recipe = f"{task.fingerprint} {seed} {torch.__version__.split('+')[0]} 1"
+    recipe = f"{task.fingerprint} {seed} {torch.__version__.split('+')[0]} {MADE_BY}"
     directory = cache_directory() / f"{task.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(directory) + ".lock"):

@@ -21,7 +21,7 @@ _HEALTH = (
     ("entropy", "entropy", "nats per token"),
     ("completions/mean_length", "completion length", "tokens"),
     ("frac_reward_zero_std", "groups without signal", "fraction"),
-    ("kl", "KL to the reference", "nats per token"),
+    ("kl", "KL to the reference", "nats per completion"),
     ("grad_norm", "gradient norm", "before clipping"),
 )
 

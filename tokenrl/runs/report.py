@@ -47,7 +47,7 @@ _DIAGNOSTICS = (
     ),
     ("completions/clipped_ratio", "truncated", "fraction of completions cut at the length limit"),
     ("entropy", "entropy", "nats per token; near 0 the policy no longer explores"),
-    ("kl", "KL to the reference", "nats per token"),
+    ("kl", "KL to the reference", "nats per completion"),
     ("grad_norm", "gradient norm", "before clipping"),
     ("clip_ratio", "clipped ratios", "fraction of tokens where the ratio's clip was active"),
     ("skipped_steps", "skipped steps", "updates left out for a gradient that was not finite"),
@@ -134,10 +134,12 @@ def _section(heading: str, body: str) -> str:
 
 def _headline(summary: Mapping[str, Any]) -> str:
     before, after = summary.get("eval_before") or {}, summary.get("eval_after") or {}
+    names = dict.fromkeys([*before, *after])
+    first = [name for name in ("reward_greedy", "reward") if name in names]  # what a reader came for
     cards = "".join(
         f'<div class="card"><span class="soft">{escape(key.replace("_", " "))}</span>'
         f"<b>{escape(number(before.get(key)))} → {escape(number(after.get(key)))}</b></div>"
-        for key in dict.fromkeys([*before, *after])
+        for key in dict.fromkeys([*first, *names])
     )
     return _section(
         "Held-out evaluation, before → after training", cards and f'<div class="cards">{cards}</div>'
