@@ -79,7 +79,7 @@ def test_a_configuration_repeats_a_run(tmp_path):
     [
         (["--estimator", "rlo"], "Did you mean 'rloo'"),
         (["--estimator"], "--estimator needs a value"),
-        (["--estimator.baseline", "opo"], "not built yet"),
+        (["--estimator.baseline", "opa"], "opa"),
         (["--task", "nosuch"], "There is no task 'nosuch'"),
         (["--task", "nosuch.jsonl", "--reward", "made_up_rewards:fails"], "nosuch.jsonl"),
         (["--task", "empty.jsonl", "--reward", "made_up_rewards:fails"], "empty.jsonl"),

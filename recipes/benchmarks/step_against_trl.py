@@ -126,7 +126,7 @@ def time_tokenrl(model, tokenizer, prompts, args, work, folder):
         quiet=True,
     )
     rows = read_metrics(f"{folder}/timings.jsonl")
-    return [row["sample"] + row["reward"] + row["update"] for row in rows]
+    return [row["collect"] + row["update"] for row in rows]
 
 
 def main():

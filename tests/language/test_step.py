@@ -29,7 +29,7 @@ def spy_updates(monkeypatch):
     """Record (chosen rows, old logprobs, metrics) of every update."""
     calls = []
 
-    def spying(learner, step, chosen):
+    def spying(learner, step, chosen, **options):
         metrics = update(learner, step, chosen)
         calls.append((chosen.clone(), step.old_logprobs, metrics))
         return metrics

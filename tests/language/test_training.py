@@ -12,6 +12,7 @@ import torch
 
 import tokenrl
 from tokenrl.core import Estimator
+from tokenrl.core.presets import PRESETS
 from tokenrl.core.rules import Refused, Stopped
 from tokenrl.runs.checkpoint import verify_checkpoint
 from toy_tasks.models import TinyModel
@@ -124,9 +125,7 @@ def test_it_learns(run):
     assert result.eval_after["reward"] > result.eval_before["reward"] + 0.3
 
 
-@pytest.mark.parametrize(
-    "preset", ["reinforce", "reinforce_running_mean", "rloo", "grpo", "dr_grpo", "ppo_clip"]
-)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains(run, preset):
     result = run(estimator=preset)
     assert result.steps == 3 and result.eval_after != result.eval_before

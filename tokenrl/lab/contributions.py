@@ -6,6 +6,7 @@ the projected scores are the projected gradient: every estimator is formed from 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -142,17 +143,16 @@ def contributions(
     whole = samples.group_size
     size = whole if group_size is None else group_size
     norms = projections.logprobs.double().square().sum(-1) if estimator.needs_score_norms else None
-    totals = samples.rewards.nan_to_num()
+    step_of = torch.arange(len(samples.rewards)) // (whole * prompts_per_step)
 
     def unit(rows: Tensor) -> Slopes:
-        others = torch.ones(len(totals), dtype=torch.bool)
-        others[rows] = False  # a running mean has seen much, but nothing of this step
-        value = float(totals[others & samples.valid].mean()) if estimator.baseline == "running_mean" else 0.0
+        elsewhere = (step_of != step_of[rows[0]]) & samples.valid  # a running mean saw much, not this step
+        seen = float(samples.rewards[elsewhere].mean()) if estimator.baseline == "running_mean" else 0.0
         return ascent_slopes(
-            estimator, samples, rows, group_size=size, score_norms=norms, baseline_value=value
+            estimator, samples, rows, group_size=size, score_norms=norms, baseline_value=seen
         )
 
-    every = torch.arange(len(totals)).reshape(-1, whole // size, size)  # [B, J, g]
+    every = torch.arange(len(step_of)).reshape(-1, whole // size, size)  # [B, J, g]
     steps = every[: len(every) // prompts_per_step * prompts_per_step].unflatten(0, (-1, prompts_per_step))
     if coupled is None:
         coupled = prompts_per_step > 1 and _couples(unit, steps)
@@ -161,15 +161,14 @@ def contributions(
     return Contributions(values, prompts_per_step if coupled else 1, coupled)
 
 
-def _couples(unit: object, steps: Tensor) -> bool:
-    """Whether the slopes in any of the first steps differ from those of its groups taken alone."""
-    assert callable(unit)
-    for step in steps[:4, :, 0]:  # [P, g]
+def _couples(unit: Callable[[Tensor], Slopes], steps: Tensor) -> bool:
+    """Whether the slopes in any step differ from those of its groups taken alone."""
+    for step in steps[:, :, 0]:  # [P, g]
         try:
             alone = torch.cat([unit(rows).logprobs for rows in step]) / len(step)
         except Refused:  # it compares prompts, and there is one
             return True
         together = unit(step.flatten()).logprobs
-        if not torch.allclose(together, alone, rtol=1e-6, atol=1e-9 * float(together.abs().max() + 1e-30)):
+        if not torch.allclose(together, alone, rtol=1e-6, atol=1e-9):
             return True
     return False

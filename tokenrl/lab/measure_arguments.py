@@ -15,7 +15,7 @@ DEFAULT_ESTIMATORS = (
 
 @dataclass(frozen=True)
 class MeasureArguments(ModelArguments, TaskArguments):
-    """Measure signal, noise and direction of many estimators' gradients on the same completions of a model."""
+    """Measure signal, noise and direction of estimators' gradients, on the same completions of a model."""
 
     estimators: tuple[str, ...] = DEFAULT_ESTIMATORS
     """Presets to measure."""
@@ -29,7 +29,7 @@ class MeasureArguments(ModelArguments, TaskArguments):
     """Most tokens a completion may have. Default: the task's, else 256."""
     temperature: float = 1.0
     """Temperature of the policy that is sampled and scored."""
-    probes: int = 128
+    probes: int = 256
     """Random directions in which gradients are seen; lengths are then known to sqrt(2/probes)."""
     layers: tuple[str, ...] = ()
     """Only parameters with one of these in their name; `last` for the last block and the head."""

@@ -146,16 +146,15 @@ def project(
     def slopes(direction: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return torch.func.jvp(scores, (parameters,), (direction,))[1]  # type: ignore[no-any-return]
 
-    found: list[list[Tensor]] = []
+    found: list[tuple[Tensor, ...]] = []
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         for directions in probes(parameters, count, seed=seed):
             # the tangents alone are batched, so the model itself is computed once for all of them
-            for c, tangents in enumerate(torch.vmap(slopes)(directions)):  # [c, n, t]
-                tangents = torch.where(part.mask, tangents, 0)
-                (found[c] if c < len(found) else found.append([]) or found[c]).append(tangents)
+            found.append(torch.vmap(slopes)(directions))  # [c, n, t] each
     out = []
-    for tangents in found:
-        whole = torch.cat(tangents).permute(1, 2, 0)[place] / count**0.5  # [N, t, K]
+    for tangents in zip(*found, strict=True):
+        inside = torch.where(part.mask, torch.cat(tangents), 0)
+        whole = inside.permute(1, 2, 0)[place] / count**0.5  # [N, t, K]
         out.append(torch.nn.functional.pad(whole, (0, 0, 0, width - whole.shape[1])))
     return Projections(out[0], out[1] if entropy else None)
 

@@ -29,7 +29,7 @@ class Samples:
         parts: The rollouts, some prompts each, in order.
         group_size: G.
         mask: True on actions [N, T].
-        rewards: One a row [N]; nan where all rewards abstain.
+        rewards: One a row [N]; 0 where all rewards abstain.
         valid: False where they do [N].
         truncated: True where the length cap came before an end [N].
         greedy_rewards: Of each row's prompt, of its greedy completion [N].
@@ -94,13 +94,13 @@ def collect(
         result = reward_rows(policy, rewards, some, rollout, step=0)
         greedy = sample(policy, prompts, num_generations=1, draws=None, **options)
         best = reward_rows(policy, rewards, some, greedy, step=0)
-        if not bool(best.valid.all()):
+        if not best.valid.all():
             raise Refused("Every reward abstained on a greedy completion; measure on prompts that have one.")
         shared = {
-            "rewards": result.total,
-            "valid": result.valid,
+            "rewards": torch.from_numpy(result.total),
+            "valid": torch.from_numpy(result.valid),
             "truncated": rollout.truncated,
-            "greedy_rewards": best.total.repeat_interleave(num_generations),
+            "greedy_rewards": torch.from_numpy(best.total).repeat_interleave(num_generations),
         }
         parts.append(rollout)
         columns.append(shared | _scores(policy, rollout, temperature, max_completion_length))
@@ -112,7 +112,7 @@ def collect(
 @torch.no_grad()
 def _scores(policy: Policy, rollout: Rollout, temperature: float, width: int) -> dict[str, Tensor]:
     """The columns [n, width] of a rollout: mask, logprobs, those of the reference, entropies."""
-    options = {"temperature": temperature, "share_prompt": policy.share_prompt}
+    options: dict[str, Any] = {"temperature": temperature, "share_prompt": policy.share_prompt}
     own = score(policy.model, rollout, entropy=True, **options)
     assert own.entropy is not None
     ref = own.logprobs

@@ -103,6 +103,14 @@ class TrainArguments(LoraArguments, ModelArguments, TaskArguments):
     """Seed of prompts' order, sampling and adapters."""
     truncate_prompts: bool = False
     """Drop tokens from the left of prompts too long for the context, instead of refusing them."""
+    max_refills: int = 4
+    """Rounds in which new prompts replace groups of equal rewards, with zero_spread refill (dapo)."""
+    value_learning_rate: float = 1e-3
+    """Learning rate of the critic, for estimators that have one (a2c, ppo)."""
+    value_iterations: int = 4
+    """Updates of the critic a step."""
+    diagnostics_every: int = 0
+    """Steps between measurements of the gradient's signal and noise; 0: none."""
     eval_every: int | None = None
     """Steps between evaluations on held-out prompts. Default: a tenth of the run; 0: only before and
     after."""

@@ -144,7 +144,7 @@ def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str
     if length is None:
         longest = max(len(policy.encode(prompt)) for prompt in prompts)
         length = 64 if policy.context is None else max(1, min(64, policy.context - longest))
-    shape = {"num_generations": max(1, args.num_generations), "max_completion_length": length}
+    shape: dict[str, Any] = {"num_generations": max(1, args.num_generations), "max_completion_length": length}
     rollout = draw_completions(
         policy,
         policy.encode_all(prompts, max_completion_length=length),

@@ -234,7 +234,11 @@ class PromptStream:
 
     def next(self) -> list[tuple[int, Row]]:
         """The next step's prompts, each with its position: the number of prompts dealt before it, ever."""
-        positions = range(self._position, self._position + self._prompts_per_step)
+        return self.take(self._prompts_per_step)
+
+    def take(self, count: int) -> list[tuple[int, Row]]:
+        """The next `count` prompts, with their positions."""
+        positions = range(self._position, self._position + count)
         self._position = positions.stop
         return [(position, self._rows[self._index(position)]) for position in positions]
 

@@ -10,10 +10,10 @@ import torch
 from accelerate.utils import gather_object
 
 from tokenrl.core.rules import Refused
+from tokenrl.language.experience import reward_rows
 from tokenrl.language.policy import Policy
 from tokenrl.language.rewards import RewardResult, Rewards
 from tokenrl.language.sampling import Rollout, sample, uniforms
-from tokenrl.language.step import reward_rows
 
 EVALUATION = (
     2**63

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
@@ -119,6 +121,8 @@ def save_run(run: Run) -> None:
         def write(path: Path) -> None:
             save_policy(run.learner.policy, path)
             write_json(path / "trainer_state.json", state)
+            if run.learner.critic is not None:
+                save_file(run.learner.critic.head.state_dict(), path / "critic.safetensors")
 
         save_checkpoint(run.directory.checkpoints, run.step, write, keep=run.args.keep_checkpoints)
     run.learner.accelerator.wait_for_everyone()

@@ -15,9 +15,11 @@ from tokenrl.language.sampling import Rollout
 
 
 def gather_rows(
-    accelerator: Any, rollout: Rollout, result: RewardResult, reference: Tensor | None
+    accelerator: Any, rollout: Rollout, result: RewardResult, more: Mapping[str, Tensor | None]
 ) -> dict[str, Tensor]:
     """Rows of every process in the order of the prompts, identical on all; columns padded to the widest.
+
+    `more` has what some estimators need, [n] or [n, T] by name; what is None is left out.
 
     Raises:
         Stopped: no row of the step has a reward.
@@ -25,7 +27,7 @@ def gather_rows(
     device, dtype = rollout.logprobs.device, rollout.logprobs.dtype
     rows = {
         "rewards": torch.as_tensor(result.total, dtype=dtype, device=device),  # [n]
-        "values": torch.as_tensor(result.values, dtype=dtype, device=device),  # [n, F]
+        "by_function": torch.as_tensor(result.values, dtype=dtype, device=device),  # [n, F]
         "valid": torch.as_tensor(result.valid, device=device),
         "truncated": rollout.truncated,
         "prompt_length": rollout.prompt_mask.sum(dim=1)[rollout.prompt_index],
@@ -33,8 +35,7 @@ def gather_rows(
         "logprobs": rollout.logprobs,
         "entropy": rollout.entropy,
     }
-    if reference is not None:
-        rows["ref_logprobs"] = reference
+    rows |= {name: x.to(device, dtype) for name, x in more.items() if x is not None}
     whole = rows if accelerator.num_processes == 1 else _gathered(accelerator, rows)
     if not whole["valid"].any():
         raise Stopped(
@@ -45,7 +46,7 @@ def gather_rows(
 
 
 def _gathered(accelerator: Any, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    wide = ("mask", "logprobs", "entropy", "ref_logprobs")
+    wide = [name for name, x in rows.items() if x.ndim > 1 and name != "by_function"]
     # Padding turns a bool into an int64, on those processes only that need any.
     rows["mask"] = rows["mask"].to(torch.uint8)
     padded = {k: accelerator.pad_across_processes(v, dim=1) if k in wide else v for k, v in rows.items()}
@@ -85,7 +86,7 @@ def step_metrics(whole: dict[str, Tensor], names: Sequence[str], group_size: int
     if len(kept) < len(rewards):
         metrics["frac_rows_abstained"] = 1 - valid.double().mean()
     for column, name in enumerate(names):
-        values = whole["values"][:, column].double()
+        values = whole["by_function"][:, column].double()
         values = values[~values.isnan()]
         if len(values):
             metrics[f"rewards/{name}/mean"] = values.mean()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ class Rollout:
         logprobs: log-probabilities under the distribution sampled from, 0 off the mask [N, T].
         entropy: entropy in nats of that distribution at each action, 0 off the mask [N, T].
         truncated: True where the length cap came before an EOS [N].
+        score_norms: squared norm of each action's score in logit space, `1 - 2 p(a) + sum_v p(v)^2` [N, T];
+            what the optimal baselines weigh rewards by, in place of the norm in weight space.
+        hidden: the last hidden state before each action [N, T, H], if a critic needs it.
     """
 
     prompt_ids: Tensor
@@ -41,6 +45,8 @@ class Rollout:
     logprobs: Tensor
     entropy: Tensor
     truncated: Tensor
+    score_norms: Tensor | None = None
+    hidden: Tensor | None = None
 
     def rows(self, index: Tensor) -> Rollout:
         """The rows `index` [n] with only their prompts, cut to their longest prompt and completion."""
@@ -58,6 +64,8 @@ class Rollout:
             logprobs=self.logprobs[index, :width],
             entropy=self.entropy[index, :width],
             truncated=self.truncated[index],
+            score_norms=None if self.score_norms is None else self.score_norms[index, :width],
+            hidden=None if self.hidden is None else self.hidden[index, :width],
         )
 
 
@@ -105,6 +113,7 @@ def sample(
     max_completion_length: int,
     temperature: float = 1.0,
     draws: Tensor | None,
+    keep_hidden: bool = False,
 ) -> Rollout:
     """Sample `num_generations` completions of each prompt.
 
@@ -118,6 +127,7 @@ def sample(
         max_completion_length: T, the most tokens a completion may have, EOS included.
         temperature: divides the logits before the softmax; part of the policy that is sampled and scored.
         draws: uniforms [B * G, T], or None for the greedy completion.
+        keep_hidden: also return the last hidden states.
 
     Returns:
         A `Rollout` of N = B * G rows.
@@ -128,7 +138,9 @@ def sample(
     training = policy.model.training
     policy.model.eval()
     try:
-        return _decode(policy, prompts, num_generations, max_completion_length, temperature, draws)
+        return _decode(
+            policy, prompts, num_generations, max_completion_length, temperature, draws, keep_hidden
+        )
     finally:
         policy.model.train(training)
 
@@ -140,29 +152,33 @@ def _decode(
     max_completion_length: int,
     temperature: float,
     draws: Tensor | None,
+    keep_hidden: bool,
 ) -> Rollout:
     device = policy.device
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id, device)
     prompt_index = torch.arange(len(prompts), device=device).repeat_interleave(num_generations)
-    n = len(prompt_index)
-    ids = torch.full((n, max_completion_length), policy.pad_id, device=device)  # [N, T]
-    mask = torch.zeros(n, max_completion_length, dtype=torch.bool, device=device)
+    shape = (len(prompt_index), max_completion_length)
+    ids = torch.full(shape, policy.pad_id, device=device)  # [N, T]
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)
     eos = torch.tensor(policy.eos_ids, device=device)
     draws = None if draws is None else draws.to(device, _cdf_dtype(device))
 
-    state = _Decoder(policy.model, prompt_ids, prompt_mask, prompt_index)
+    state = _Decoder(policy.model, prompt_ids, prompt_mask, prompt_index, keep_hidden)
     dtype = torch.promote_types(state.logits.dtype, torch.float32)
-    logprobs, entropy = torch.zeros(2, n, max_completion_length, device=device, dtype=dtype)  # [N, T]
-    rows = torch.arange(n, device=device)  # the rows still in the batch
+    numbers = torch.zeros(3, *shape, device=device, dtype=dtype)  # logprobs, entropy, score norms
+    hidden = state.hidden.new_zeros(*shape, state.hidden.shape[-1]) if keep_hidden else None
+    rows = torch.arange(shape[0], device=device)  # the rows still in the batch
     alive = torch.ones_like(rows, dtype=torch.bool)  # of those, the unfinished
     for t in range(max_completion_length):
-        logp = log_softmax(state.logits, temperature)  # [n, V]
-        token, spread = _draw(logp, None if draws is None else draws[rows, t])
+        token, drawn = _draw(
+            log_softmax(state.logits, temperature), None if draws is None else draws[rows, t]
+        )
         where = rows[alive]
         ids[where, t] = token[alive]
-        logprobs[where, t] = logp.gather(1, token[:, None])[alive, 0]
-        entropy[where, t] = spread[alive]
+        numbers[:, where, t] = drawn[:, alive]
         mask[where, t] = True
+        if hidden is not None:
+            hidden[where, t] = state.hidden[alive]
         alive = alive & ~torch.isin(token, eos)
         remaining = int(alive.sum())
         if not remaining or t + 1 == max_completion_length:
@@ -172,23 +188,34 @@ def _decode(
             rows, token, alive = rows[alive], token[alive], alive[alive]
         state.advance(token)
     truncated = ~(mask & torch.isin(ids, eos)).any(dim=1)
-    rollout = Rollout(prompt_ids, prompt_mask, prompt_index, ids, mask, logprobs, entropy, truncated)
-    return rollout.rows(torch.arange(n, device=device))  # cut to the longest completion
+    logprobs, entropy, norms = numbers
+    rollout = Rollout(
+        prompt_ids, prompt_mask, prompt_index, ids, mask, logprobs, entropy, truncated, norms, hidden
+    )
+    return rollout.rows(torch.arange(shape[0], device=device))  # cut to the longest completion
 
 
 class _Decoder:
     """The model, its cache and the logits of the next token of each row in the batch."""
 
+    logits: Tensor  # [n, V]
+    hidden: Tensor  # [n, H], or the logits where it is not kept
+
     def __init__(
-        self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, prompt_index: Tensor
+        self,
+        model: nn.Module,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        prompt_index: Tensor,
+        keep_hidden: bool,
     ) -> None:
         self.model = model
+        self.options = {"use_cache": True, "output_hidden_states": keep_hidden}
         # Without padding no mask is passed: attention then takes its fast path.
         self.mask = None if bool(prompt_mask.all()) else prompt_mask
         self.position = prompt_mask.sum(dim=1)  # [B], of the next token
-        out = model(prompt_ids, **self._places(prompt_ids.shape[1]), use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
-        self.logits = out.logits[:, -1]
+        out = model(prompt_ids, **self._places(prompt_ids.shape[1]), **self.options, logits_to_keep=1)
+        self._take(out)
         self._select(prompt_index)
 
     def _places(self, width: int) -> dict[str, Tensor]:
@@ -202,7 +229,8 @@ class _Decoder:
 
     def _select(self, index: Tensor) -> None:
         self.cache.batch_select_indices(index)
-        self.logits, self.position = self.logits[index], self.position[index]
+        self.logits, self.hidden = self.logits[index], self.hidden[index]
+        self.position = self.position[index]
         self.mask = None if self.mask is None else self.mask[index]
 
     def keep(self, alive: Tensor) -> None:
@@ -213,8 +241,14 @@ class _Decoder:
         self.position = self.position + 1
         if self.mask is not None:
             self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
-        out = self.model(token[:, None], **self._places(1), past_key_values=self.cache, use_cache=True)
-        self.cache, self.logits = out.past_key_values, out.logits[:, -1]
+        self._take(self.model(token[:, None], **self._places(1), **self.options, past_key_values=self.cache))
+
+    def _take(self, out: Any) -> None:
+        self.cache = out.past_key_values
+        self.logits = out.logits[:, -1]
+        self.hidden: Tensor = (
+            out.hidden_states[-1][:, -1] if self.options["output_hidden_states"] else self.logits
+        )
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -229,7 +263,11 @@ def _cdf_dtype(device: torch.device) -> torch.dtype:
 
 
 def _draw(logp: Tensor, draw: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One token a row from log-probabilities [n, V] and uniforms [n], and the entropies [n]."""
+    """One token a row from log-probabilities [n, V] and uniforms [n].
+
+    Returns:
+        The tokens [n]; of each its log-probability, the entropy, and its score's squared norm [3, n].
+    """
     p = logp.exp()
     spread = -(p * logp.masked_fill(p == 0, 0.0)).sum(dim=-1)  # [n]
     # A NaN anywhere in a row's logits is a NaN in its entropy: one look serves both.
@@ -240,9 +278,13 @@ def _draw(logp: Tensor, draw: Tensor | None) -> tuple[Tensor, Tensor]:
             "float32."
         )
     if draw is None:
-        return logp.argmax(dim=-1), spread
-    cdf = p.to(draw.dtype).cumsum(dim=-1)
-    # The last entry is the total, which rounding leaves near 1. right=True: the first entry above the draw,
-    # so a token of probability zero is never taken.
-    token = torch.searchsorted(cdf, (draw * cdf[:, -1])[:, None], right=True).squeeze(1)
-    return token.clamp(max=logp.shape[-1] - 1), spread
+        token = logp.argmax(dim=-1)
+    else:
+        cdf = p.to(draw.dtype).cumsum(dim=-1)
+        # The last entry is the total, which rounding leaves near 1. right=True: the first entry above the
+        # draw, so a token of probability zero is never taken.
+        token = torch.searchsorted(cdf, (draw * cdf[:, -1])[:, None], right=True).squeeze(1)
+        token = token.clamp(max=logp.shape[-1] - 1)
+    chosen = logp.gather(1, token[:, None]).squeeze(1)
+    norm = 1 - 2 * chosen.exp() + p.square().sum(dim=-1)
+    return token, torch.stack([chosen, spread, norm])

@@ -13,7 +13,9 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.rules import Refused
 from tokenrl.language.adapters import add_lora
 from tokenrl.language.arguments import LoraArguments, ModelArguments, TaskArguments, TrainArguments
+from tokenrl.language.critic import Critic
 from tokenrl.language.data import Task, load_task
+from tokenrl.language.diagnostics import GradientDiagnostics
 from tokenrl.language.policy import Policy, enable_gradient_checkpointing, load_policy, wrap
 from tokenrl.language.rewards import Rewards, load_reward
 from tokenrl.language.supervised import warm_started_base
@@ -118,6 +120,7 @@ def check(args: TrainArguments) -> None:
     ]
     at_least_zero = [
         *("seed", "base_seed", "warmup_steps", "eval_every", "eval_generations", "save_every", "lora_r"),
+        *("max_refills", "diagnostics_every", "value_iterations"),
         *("stop_after_zero_spread", "weight_decay", "max_grad_norm", "log_completions"),
     ]
     for names, least in ((at_least_one, 1), (at_least_zero, 0)):
@@ -138,6 +141,7 @@ def check(args: TrainArguments) -> None:
             f"scale={args.estimator.scale!r}), but num_generations=1 gives a prompt only one. Give 2 or "
             "more, or choose the estimator reinforce or reinforce_running_mean."
         )
+    _try_out(args)
     if (args.num_minibatches or 1) > (args.prompts_per_step or 1):
         raise Refused(
             f"num_minibatches={args.num_minibatches} is more than prompts_per_step={args.prompts_per_step}; "
@@ -152,6 +156,24 @@ def check(args: TrainArguments) -> None:
             "them only. Use --estimator.ratio token (the presets grpo, dr_grpo and ppo_clip have it), or one "
             "update a rollout."
         )
+
+
+def _try_out(args: TrainArguments) -> None:
+    """Give the estimator a step of the right shape: what it refuses is better known now than later."""
+    n = (args.prompts_per_step or 1) * (args.num_generations or 1)
+    zeros = torch.zeros(n, 1)
+    args.estimator.advantages(
+        zeros[:, 0],
+        zeros + 1,
+        group_size=args.num_generations,
+        logprobs=zeros,
+        ref_logprobs=zeros,
+        values=zeros,
+        greedy_rewards=zeros[:, 0],
+        score_norms=zeros + 1,
+        baseline_value=0.0,
+        max_length=args.max_completion_length,
+    )
 
 
 def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
@@ -224,4 +246,12 @@ def make_learner(args: TrainArguments, policy: Policy, accelerator: Any) -> tupl
         args.lr_scheduler_type or "constant", optimizer, args.warmup_steps, args.max_steps
     )
     model, prepared = accelerator.prepare(policy.model, optimizer)
-    return Learner(policy, model, prepared, accelerator, args.estimator, args), schedule
+    learner = Learner(policy, model, prepared, accelerator, args.estimator, args)
+    if args.estimator.needs_values:
+        text_config: Any = policy.model.config
+        hidden = text_config.get_text_config().hidden_size
+        rate, iterations = args.value_learning_rate, args.value_iterations
+        learner.critic = Critic(hidden, accelerator.device, learning_rate=rate, iterations=iterations)
+    if args.diagnostics_every:
+        learner.diagnostics = GradientDiagnostics(args.diagnostics_every)
+    return learner, schedule

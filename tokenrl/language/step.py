@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.core.baselines import RunningMean
-from tokenrl.language.policy import Policy
+from tokenrl.core.rows import keep
+from tokenrl.language.experience import Prompts, collect, greedy_rewards, reward_rows
 from tokenrl.language.records import completion_rows, gather_rows, step_metrics
-from tokenrl.language.rewards import RewardResult, Rewards
-from tokenrl.language.sampling import Rollout, sample, uniforms
+from tokenrl.language.rewards import Rewards
+from tokenrl.language.sampling import Rollout
 from tokenrl.language.scoring import score
 from tokenrl.language.update import Learner, Step, update
 
-Row = Mapping[str, Any]
-Prompts = Sequence[tuple[int, Row]]  # (place in the stream of prompts, row of the task)
+__all__ = ["Record", "reward_rows", "training_step"]
 
 
 class Record(NamedTuple):
@@ -31,7 +31,12 @@ class Record(NamedTuple):
 
 
 def training_step(
-    learner: Learner, rewards: Rewards, running_mean: RunningMean, step: int, prompts: Prompts
+    learner: Learner,
+    rewards: Rewards,
+    running_mean: RunningMean,
+    step: int,
+    prompts: Prompts,
+    more: Callable[[int], Prompts] = lambda count: (),
 ) -> Record:
     """Sample, reward, update and record once.
 
@@ -42,82 +47,74 @@ def training_step(
             baseline.
         step: number of this step, from 1.
         prompts: the whole step's prompts, the same on every process.
+        more: deals further prompts, for estimators that refill a step.
     """
     args, estimator, accelerator = learner.args, learner.estimator, learner.accelerator
     times = [time.perf_counter()]
-    share = len(prompts) // accelerator.num_processes
-    mine = prompts[accelerator.process_index * share :][:share]
-
-    rollout = roll_out(learner, step, mine)
-    times.append(time.perf_counter())
-    state = {"step": step - 1, "max_steps": args.max_steps or 0}
-    result = reward_rows(learner.policy, rewards, [row for _, row in mine], rollout, **state)
+    mine, rollout, result, refilled = collect(learner, rewards, step, prompts, more)
     times.append(time.perf_counter())
 
     reference = reference_logprobs(learner, rollout) if estimator.needs_reference else None
-    whole = gather_rows(accelerator, rollout, result, reference)  # N rows, the same on every process
+    needed = {
+        "ref_logprobs": reference,
+        "values": None if learner.critic is None else learner.critic.values(rollout.hidden).detach(),
+        "score_norms": rollout.score_norms if estimator.needs_score_norms else None,
+        "greedy_rewards": greedy_rewards(learner, rewards, step, mine, rollout.prompt_index)
+        if estimator.needs_greedy
+        else None,
+    }
+    whole = gather_rows(accelerator, rollout, result, needed)  # N rows, the same on every process
+    size = args.num_generations or 1
+    kept = keep(
+        estimator,
+        whole["rewards"],
+        whole["mask"],
+        group_size=size,
+        valid=whole["valid"],
+        truncated=whole["truncated"],
+    )
     advantages = estimator.advantages(
         whole["rewards"],
         whole["mask"],
-        group_size=args.num_generations,
-        valid=whole["valid"],
-        logprobs=whole["logprobs"],
-        ref_logprobs=whole.get("ref_logprobs"),
+        group_size=size,
+        valid=kept.compared,
         baseline_value=running_mean.value,
+        max_length=args.max_completion_length,
+        **{name: whole.get(name) for name in ("logprobs", *needed)},
     )
-    known = Step(rollout, whole["mask"], whole["valid"], advantages, ref_logprobs=reference)
-    metrics = step_metrics(whole, rewards.names, args.num_generations or 1) | run_updates(
-        learner, known, step
-    )
-    if estimator.baseline == "running_mean":
-        metrics["baseline"] = float(running_mean.value)
-        running_mean.update(whole["rewards"], valid=whole["valid"])
+    known = Step(rollout, kept.mask, kept.counted, advantages, ref_logprobs=reference)
+    metrics = step_metrics(whole, rewards.names, size) | run_updates(learner, known, step)
+    metrics |= update_baselines(learner, running_mean, known, whole)
+    if estimator.zero_spread == "refill":
+        metrics["refilled"] = float(refilled)
     times.append(time.perf_counter())
 
     own = advantages.policy[accelerator.process_index * len(rollout.mask) :]
     rows = partial(completion_rows, learner.policy, mine, rollout, result, rewards.names, own)
-    parts = zip(("sample", "reward", "update"), times, times[1:], strict=False)
+    parts = zip(("collect", "update"), times, times[1:], strict=False)
     return Record(result.metrics | metrics, rows, {name: after - before for name, before, after in parts})
 
 
-def roll_out(learner: Learner, step: int, prompts: Prompts) -> Rollout:
-    """Sample a group of completions for each of this process's prompts."""
-    args, policy = learner.args, learner.policy
-    length, generations = args.max_completion_length or 256, args.num_generations or 1
-    ids = policy.encode_all(
-        [row["prompt"] for _, row in prompts], max_completion_length=length, truncate=args.truncate_prompts
-    )
-    draws = uniforms(
-        args.seed,
-        step,
-        [place for place, _ in prompts],
-        num_generations=generations,
-        max_completion_length=length,
-    )
-    with learner.accelerator.autocast():
-        return sample(
-            policy,
-            ids,
-            num_generations=generations,
-            max_completion_length=length,
-            temperature=args.temperature,
-            draws=draws,
+def update_baselines(
+    learner: Learner, running_mean: RunningMean, step: Step, whole: dict[str, Tensor]
+) -> dict[str, float]:
+    """Teach the running mean and the critic what this step earned, once it has been used."""
+    metrics = {}
+    if learner.estimator.baseline == "running_mean":
+        metrics["baseline"] = float(running_mean.value)
+        running_mean.update(whole["rewards"], valid=whole["valid"])
+    if learner.critic is not None and step.rollout.hidden is not None:
+        n, width = step.rollout.mask.shape
+        mask = (whole["mask"] & whole["valid"][:, None]).to(step.advantages.returns.dtype)
+        rows = slice(learner.accelerator.process_index * n, (learner.accelerator.process_index + 1) * n)
+        metrics["value_loss"] = learner.critic.update(
+            learner.estimator,
+            step.rollout.hidden,
+            step.advantages.returns[rows, :width],
+            (mask / mask.sum().clamp(min=1))[rows, :width],
+            learner.accelerator,
         )
-
-
-def reward_rows(
-    policy: Policy, rewards: Rewards, rows: Sequence[Row], rollout: Rollout, **state: Any
-) -> RewardResult:
-    """Call the rewards on a rollout, with the columns of each row; `state` is passed on."""
-    each = [rows[i] for i in rollout.prompt_index.tolist()]
-    texts = policy.decode(rollout.completion_ids, rollout.mask)
-    ids = [
-        row[keep].tolist() for row, keep in zip(rollout.completion_ids.cpu(), rollout.mask.cpu(), strict=True)
-    ]
-    names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
-    columns = {name: [row.get(name) for row in each] for name in names}
-    # Rows on which all abstain are judged over the whole step, of which another process may hold the rest.
-    return rewards([row["prompt"] for row in each], texts, ids, columns, all_may_abstain=True, **state)
+    return metrics
 
 
 @torch.no_grad()
@@ -153,7 +150,7 @@ def run_updates(learner: Learner, step: Step, number: int) -> dict[str, float]:
     if learner.estimator.needs_old_logprobs and args.num_iterations * args.num_minibatches > 1:
         step = step._replace(old_logprobs=score_in_parts(learner, learner.policy.model, step.rollout))
     generator = torch.Generator().manual_seed(((args.seed << 32) + number) % 2**63)
-    history = []
+    history: list[dict[str, float]] = []
     for _ in range(args.num_iterations):
         order = (
             torch.randperm(groups, generator=generator) if args.num_minibatches > 1 else torch.arange(groups)
@@ -162,5 +159,9 @@ def run_updates(learner: Learner, step: Step, number: int) -> dict[str, float]:
             chosen = torch.zeros(groups, dtype=torch.bool)
             chosen[part] = True
             rows = chosen.repeat_interleave(n // groups).to(step.mask.device)
-            history.append(update(learner, step, rows))
-    return {name: sum(m[name] for m in history) / len(history) for name in history[0]}
+            # The first update of a rollout is the on-policy one, of which the diagnostics speak.
+            measure = not history and learner.diagnostics is not None and learner.diagnostics.due(number)
+            history.append(update(learner, step, rows, measure=measure))
+    return {
+        name: sum(m.get(name, 0.0) for m in history) / sum(name in m for m in history) for name in history[0]
+    }

@@ -150,7 +150,7 @@ def _loop(run: Run, before: Evaluation, stop: GracefulStop) -> Evaluation:
 def _one_step(run: Run) -> Record:
     began = time.perf_counter()
     prompts = run.stream.next()
-    record = training_step(run.learner, run.rewards, run.running_mean, run.step + 1, prompts)
+    record = training_step(run.learner, run.rewards, run.running_mean, run.step + 1, prompts, run.stream.take)
     run.step += 1
     record.metrics["epoch"] = run.stream.epoch
     record.metrics["learning_rate"] = run.schedule.get_last_lr()[0]

@@ -8,6 +8,7 @@ number of processes because averaging gradients divides by it.
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from tokenrl.core.estimator import Advantages, Estimator
 from tokenrl.core.rules import Stopped
 from tokenrl.language.arguments import TrainArguments
+from tokenrl.language.critic import Critic
+from tokenrl.language.diagnostics import GradientDiagnostics, flat_gradient
 from tokenrl.language.policy import Policy
 from tokenrl.language.sampling import Rollout
 from tokenrl.language.scoring import score
@@ -33,6 +36,8 @@ class Learner:
         accelerator: accelerate's handle of device, precision and processes.
         estimator: what turns rewards into a loss.
         args: settings with every None resolved.
+        critic: learned values, for the estimators that need them.
+        diagnostics: measures the gradient's noise, if asked for.
         nonfinite: updates in a row whose gradient was not finite.
         skipped: all such updates so far.
     """
@@ -43,6 +48,8 @@ class Learner:
     accelerator: Any
     estimator: Estimator
     args: TrainArguments
+    critic: Critic | None = None
+    diagnostics: GradientDiagnostics | None = None
     nonfinite: int = 0
     skipped: int = 0
 
@@ -52,8 +59,8 @@ class Step(NamedTuple):
 
     Attributes:
         rollout: this process's n rows, with columns up to its own longest completion.
-        mask: actions of all rows [N, T].
-        valid: rows whose reward did not abstain [N].
+        mask: actions of all rows that are learnt from [N, T].
+        valid: rows that count in the divisor [N].
         advantages: of all rows.
         old_logprobs: this process's rows under the policy that sampled them [n, T]; None on-policy.
         ref_logprobs: this process's rows under the reference [n, T]; None without KL.
@@ -67,47 +74,63 @@ class Step(NamedTuple):
     ref_logprobs: Tensor | None = None
 
 
-def update(learner: Learner, step: Step, chosen: Tensor) -> dict[str, float]:
+def update(learner: Learner, step: Step, chosen: Tensor, *, measure: bool = False) -> dict[str, float]:
     """One optimiser step on the rows `chosen` (bool [N], the same on every process).
 
     Returns:
-        `loss`, `grad_norm` and, with a ratio, `clip_ratio` (the share of tokens beyond the clip range).
+        `loss`, `grad_norm`; with a clipped ratio of tokens `clip_ratio`, the share of tokens beyond the
+        range; and, to `measure`, the gradient's signal and noise.
 
     Raises:
         Stopped: too many updates in a row had a gradient that was not finite.
     """
-    args, accelerator = learner.args, learner.accelerator
+    accelerator, parameters = learner.accelerator, learner.policy.trainable_parameters()
     weights = _weights(learner, step, chosen)  # [N, T]
-    passes = _passes(learner, step, chosen)
+    groups = torch.arange(len(chosen), device=chosen.device) // (learner.args.num_generations or 1)
+    early = groups < (int(groups[-1]) + 1) // 2 if measure else chosen  # half of the groups, or all at once
+    passes = _passes(learner, step, chosen & early)
+    half, count = None, len(passes)
+    if measure:
+        passes += _passes(learner, step, chosen & ~early)
     learner.optimizer.zero_grad()
     sums = torch.zeros(3, dtype=torch.float64)  # loss, tokens beyond the clip, tokens
     for k, rows in enumerate(passes):
+        if measure and k == count:
+            half = flat_gradient(parameters, accelerator)
         last = k + 1 == len(passes)
         with contextlib.nullcontext() if last else accelerator.no_sync(learner.model):
             loss, beyond, tokens = _loss(learner, step, weights, rows)
             accelerator.backward(loss * accelerator.num_processes)
         sums += torch.stack([loss.detach(), beyond, tokens]).cpu().double()
     if not passes:  # nothing to learn: a zero gradient, not none, so that the optimiser's moments go on
-        for parameter in learner.policy.trainable_parameters():
+        for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
+    metrics = {}
+    if measure and learner.diagnostics is not None and half is not None:
+        metrics = learner.diagnostics.metrics(half, flat_gradient(parameters), int(groups[-1]) + 1)
     norm = _clip(learner)
-    if norm == norm and norm != float("inf"):
-        learner.optimizer.step()
-        learner.nonfinite = 0
-    else:
-        learner.optimizer.zero_grad()  # a NaN must never reach the weights
-        learner.skipped, learner.nonfinite = learner.skipped + 1, learner.nonfinite + 1
-        if learner.nonfinite >= args.stop_after_nonfinite:
-            raise Stopped(
-                f"The gradient was not finite in {learner.nonfinite} updates in a row (all skipped; the "
-                "weights are as before them). Lower the learning rate or the scale of the rewards; in low "
-                "precision try float32."
-            )
+    _apply(learner, norm)
     sums = accelerator.reduce(sums.to(torch.float32).to(accelerator.device), reduction="sum").cpu()
-    metrics = {"loss": float(sums[0]), "grad_norm": norm}
-    if learner.estimator.needs_old_logprobs:
+    metrics |= {"loss": float(sums[0]), "grad_norm": norm}
+    if learner.estimator.ratio in ("token", "cispo"):
         metrics["clip_ratio"] = float(sums[1] / sums[2].clamp(min=1))
     return metrics
+
+
+def _apply(learner: Learner, norm: float) -> None:
+    """Step the optimiser, or skip an update whose gradient is not finite."""
+    if math.isfinite(norm):
+        learner.optimizer.step()
+        learner.nonfinite = 0
+        return
+    learner.optimizer.zero_grad()  # a NaN must never reach the weights
+    learner.skipped, learner.nonfinite = learner.skipped + 1, learner.nonfinite + 1
+    if learner.nonfinite >= learner.args.stop_after_nonfinite:
+        raise Stopped(
+            f"The gradient was not finite in {learner.nonfinite} updates in a row (all skipped; the weights "
+            "are as before them). Lower the learning rate or the scale of the rewards; in low precision try "
+            "float32."
+        )
 
 
 def _weights(learner: Learner, step: Step, chosen: Tensor) -> Tensor:
@@ -161,6 +184,7 @@ def _loss(learner: Learner, step: Step, weights: Tensor, rows: Tensor) -> tuple[
         weights[everywhere, :width] * (0.0 if empty else 1.0),
         part.mask,
         old_logprobs=old if estimator.needs_old_logprobs else None,
+        sampling_logprobs=part.logprobs if estimator.needs_sampling_logprobs else None,
         ref_logprobs=None if step.ref_logprobs is None else step.ref_logprobs[rows, :width],
         entropy=scores.entropy,
     )

@@ -1,0 +1,190 @@
+"""Projected scores and the estimators formed from them, on a transformer whose truths are all known."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_lab_model import PROMPTS, WORDS, points, points_of, tiny_policy
+
+from tokenrl.core import Estimator
+from tokenrl.core.rules import Refused
+from tokenrl.lab.contributions import ascent_slopes, contributions
+from tokenrl.lab.language_model import problem_of_policy, rollout_of_all
+from tokenrl.lab.measurement import measure
+from tokenrl.lab.projections import Projections, blocks, chosen_parameters, probes, project
+from tokenrl.lab.reading import record
+from tokenrl.lab.rollouts import Samples, collect
+from tokenrl.language.policy import Policy
+from tokenrl.language.rewards import Rewards
+from tokenrl.language.scoring import score
+
+torch.set_num_threads(1)
+GRPO = Estimator.preset("grpo")
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return tiny_policy()
+
+
+@pytest.fixture(scope="module")
+def samples(policy: Policy) -> Samples:
+    rows = [{"prompt": WORDS[i % 2]} for i in range(16)]
+    return collect(
+        policy, Rewards(points), rows, num_generations=4, max_completion_length=2, seed=3, rows_at_once=24
+    )
+
+
+def directions(policy: Policy, count: int, seed: int = 0) -> torch.Tensor:
+    """The probes as one matrix [K, D], in the order of the parameters, as `project` scales them."""
+    parameters = chosen_parameters(policy)
+    drawn = probes(parameters, count, seed=seed)
+    return torch.cat([torch.cat([p[n].flatten(1) for n in parameters], 1) for p in drawn]) / count**0.5
+
+
+def projected_samples(policy: Policy, samples: Samples, count: int) -> Projections:
+    parts = [
+        project(policy, p, chosen_parameters(policy), count=count, seed=0, width=2) for p in samples.parts
+    ]
+    return Projections(torch.cat([p.logprobs for p in parts]), None)
+
+
+# Projected scores
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tolerance"),
+    [("gpt2", 1e-10), ("llama", 1e-5)],  # a Llama's norms are float32 inside, whatever its weights
+    ids=["gpt2", "llama"],
+)
+def test_projections_are_those_of_exact_scores(architecture: str, tolerance: float) -> None:
+    policy = tiny_policy(architecture)
+    problem = problem_of_policy(policy, PROMPTS, points_of, length=2, vocabulary=4)
+    z = directions(policy, 11, seed=5)
+    for x, prompt in enumerate(PROMPTS):
+        rollout = rollout_of_all(policy, prompt, vocabulary=4, length=2)
+        doubled = rollout.rows(torch.arange(len(rollout.mask)).repeat(2))  # equal rows are computed once
+        found = project(policy, doubled, chosen_parameters(policy), count=11, seed=5, width=3, entropy=True)
+        assert found.entropy is not None
+        for got, exact in ((found.logprobs, problem.scores), (found.entropy, problem.entropy_slopes)):
+            wanted = (exact[x] @ z.T).repeat(2, 1, 1)  # [2 M, T, K]
+            torch.testing.assert_close(got[:, :2], wanted, rtol=tolerance, atol=tolerance)
+            assert got[:, 2].abs().max() == 0
+
+
+def test_probes_are_signs_that_no_chunk_moves(policy: Policy) -> None:
+    parameters = chosen_parameters(policy)
+    whole = [torch.cat([p[n] for p in probes(parameters, 7, seed=1, chunk=7)]) for n in parameters]
+    parts = [torch.cat([p[n] for p in probes(parameters, 7, seed=1, chunk=3)]) for n in parameters]
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert all(bool((x.abs() == 1).all()) for x in whole)
+    z = torch.cat([x.flatten(1) for x in whole], 1)
+    assert (z @ z.T / z.shape[1] - torch.eye(7)).abs().max() < 6 / z.shape[1] ** 0.5
+
+
+def test_layers_are_chosen_by_name(policy: Policy) -> None:
+    names = list(chosen_parameters(policy))
+    last = list(chosen_parameters(policy, ["last"]))
+    assert last == [n for n in names if ".h.1." in n or "ln_f" in n]
+    assert list(chosen_parameters(policy, ["h.0.attn", "ln_f"])) == [
+        n for n in names if "h.0.attn" in n or "ln_f" in n
+    ]
+    with pytest.raises(Refused, match="in its name"):
+        chosen_parameters(policy, ["h.7"])
+    parts = blocks(policy)
+    assert sorted(itertools.chain(*parts.values())) == sorted(names)
+    assert list(parts) == ["outside the blocks", "block 0", "block 1"]
+
+
+# Estimators formed from projections
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        Estimator(),
+        GRPO,
+        Estimator.preset("dapo"),
+        Estimator.preset("reinforce_pp"),
+        Estimator.preset("gspo"),
+        Estimator.preset("remax"),
+        Estimator(returns="reward_to_go", aggregation="token_mean"),
+    ],
+    ids=lambda e: f"{e.baseline}-{e.scale}-{e.aggregation}-{e.ratio}",
+)
+def test_a_step_is_the_gradient_that_training_takes(policy: Policy, samples: Samples, estimator) -> None:
+    """The loss of one step of four prompts, once through the model and autograd, once from projections."""
+    z = directions(policy, 9)
+    rows = torch.arange(16)
+    part = samples.parts[0].rows(rows)
+    mask = part.mask.double()
+    advantages = estimator.advantages(
+        samples.rewards[rows],
+        mask,
+        group_size=4,
+        greedy_rewards=samples.greedy_rewards[rows],
+        logprobs=samples.logprobs[rows],
+    ).policy
+    logprobs = score(policy.model, part).logprobs
+    weights = estimator.token_weights(mask, max_length=2)
+    loss = estimator.loss(logprobs, advantages, weights, mask, old_logprobs=logprobs.detach())
+    grads = torch.autograd.grad(loss, policy.trainable_parameters())
+    wanted = -z @ torch.cat([g.flatten() for g in grads])
+    assert wanted.norm() > 1e-3
+    seen = projected_samples(policy, samples, 9)
+    found = contributions(estimator, samples, seen, prompts_per_step=4, coupled=True)
+    torch.testing.assert_close(found.values[0, 0], wanted, rtol=1e-8, atol=1e-8)
+    alone = contributions(estimator, samples, seen, prompts_per_step=4)
+    assert alone.coupled == (estimator.aggregation == "token_mean" or estimator.scale == "token_whiten")
+    mean = alone.values[: 4 // alone.groups].mean(0)[0]
+    torch.testing.assert_close(mean, wanted, rtol=1e-8, atol=1e-8)
+
+
+def test_parts_are_sampled_as_one(policy: Policy, samples: Samples) -> None:
+    rows = [{"prompt": WORDS[i % 2]} for i in range(16)]
+    whole = collect(policy, Rewards(points), rows, num_generations=4, max_completion_length=2, seed=3)
+    assert len(whole.parts) == 1 and len(samples.parts) == 3
+    assert torch.equal(whole.mask, samples.mask) and torch.equal(whole.rewards, samples.rewards)
+    torch.testing.assert_close(whole.logprobs, samples.logprobs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(whole.logprobs.sum(-1), whole.parts[0].logprobs.sum(-1), rtol=1e-10, atol=0)
+
+
+def test_smaller_groups_are_slices_of_the_larger(policy: Policy, samples: Samples) -> None:
+    seen = projected_samples(policy, samples, 5)
+    halves = contributions(Estimator(), samples, seen, prompts_per_step=4, group_size=2)
+    rows = torch.tensor([6, 7])  # the second half of the second group
+    slopes = ascent_slopes(Estimator(), samples, rows, group_size=2)
+    difference = samples.rewards[6] - samples.rewards[7]
+    wanted = difference * (seen.logprobs[6].sum(0) - seen.logprobs[7].sum(0)) / 2
+    assert halves.values.shape == (16, 2, 5)
+    torch.testing.assert_close(halves.values[1, 1], wanted, rtol=1e-12, atol=1e-14)
+    assert slopes.entropy is None
+
+
+def test_measure_from_python_and_its_record(policy: Policy) -> None:
+    rows = [{"prompt": word} for word in WORDS * 8]
+    task = SimpleNamespace(
+        name="points", train_prompts=rows, eval_prompts=rows, reward=points, max_completion_length=2
+    )
+    options = {"num_prompts": 16, "num_generations": 4, "prompts_per_step": 2, "probes": 8}
+    found = measure(model=policy, task=task, estimators=("rloo", "grpo", "dapo"), per_layer=True, **options)
+    assert [m.estimator for m in found.estimators] == ["rloo", "grpo", "dapo"]
+    assert list(found.layers) == ["outside the blocks", "block 0", "block 1"]
+    text = json.dumps(record(found), allow_nan=False)
+    assert json.loads(text)["estimators"][0]["noise"].keys() == {"value", "low", "high"}
+    assert "95 %" in json.loads(text)["reading"]
+    again = measure(model=policy, task=task, estimators=("rloo",), rows_at_once=8, **options)
+    assert again.estimators[0].variance.value == pytest.approx(found.estimators[0].variance.value, rel=1e-9)
+    for wrong, words_ in (
+        ({"num_generations": 3}, "power of two"),
+        ({"num_prompts": 9}, "multiple of 2"),
+        ({"estimators": ("ppo",)}, "critic"),
+        ({"estimators": ("rlo",)}, "Did you mean 'rloo'"),
+        ({"probes": 0}, "probes"),
+    ):
+        with pytest.raises(Refused, match=words_):
+            measure(model=policy, task=task, **(options | wrong))

@@ -1,0 +1,173 @@
+"""What a step learns from: completions with their rewards, in place of dead groups those of new prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tokenrl.core import rows as core_rows
+from tokenrl.language.policy import Policy
+from tokenrl.language.rewards import RewardResult, Rewards
+from tokenrl.language.sampling import Rollout, sample, uniforms
+from tokenrl.language.update import Learner
+
+Row = Mapping[str, Any]
+Prompts = Sequence[tuple[int, Row]]  # (place in the stream of prompts, row of the task)
+
+
+class Experience(NamedTuple):
+    """This process's part of a step.
+
+    Attributes:
+        prompts: the prompts that rows of the rollout continue.
+        rollout: their completions, in groups.
+        result: the rewards.
+        refilled: groups of equal rewards that were replaced, over all processes.
+    """
+
+    prompts: list[tuple[int, Row]]
+    rollout: Rollout
+    result: RewardResult
+    refilled: int
+
+
+def collect(
+    learner: Learner, rewards: Rewards, step: int, prompts: Prompts, more: Callable[[int], Prompts]
+) -> Experience:
+    """Sample and reward this process's share of the prompts.
+
+    With `zero_spread="refill"` a group in which all rewards are equal gives its place to a new prompt, up to
+    `max_refills` times (dynamic sampling of DAPO, arXiv 2503.14476).
+
+    Args:
+        learner: the policy and the settings.
+        rewards: the reward functions.
+        step: number of this step, from 1.
+        prompts: the whole step's prompts, the same on every process.
+        more: deals further prompts, the same on every process.
+    """
+    args, accelerator = learner.args, learner.accelerator
+    share = len(prompts) // accelerator.num_processes
+    mine = list(prompts[accelerator.process_index * share :][:share])
+    out = Experience(mine, *_sampled(learner, rewards, step, mine), refilled=0)
+    if learner.estimator.zero_spread != "refill":
+        return out
+    for _ in range(args.max_refills):
+        totals, valid = torch.from_numpy(out.result.total), torch.from_numpy(out.result.valid)
+        dead = core_rows.zero_spread(totals, args.num_generations, valid).to(accelerator.device)
+        counts = accelerator.gather(dead.sum()[None]).tolist()
+        if not sum(counts):
+            break
+        fresh = more(sum(counts))
+        rank = accelerator.process_index
+        own = list(fresh[sum(counts[:rank]) :][: counts[rank]])
+        if own:
+            out = _replaced(out, dead, own, *_sampled(learner, rewards, step, own))
+        out = out._replace(refilled=out.refilled + sum(counts))
+    return out
+
+
+def greedy_rewards(learner: Learner, rewards: Rewards, step: int, prompts: Prompts, index: Tensor) -> Tensor:
+    """Reward [n] of the greedy completion of each row's prompt; `index` [n] says which prompt that is."""
+    args, policy = learner.args, learner.policy
+    length = args.max_completion_length or 256
+    rows = [row for _, row in prompts]
+    ids = policy.encode_all(
+        [row["prompt"] for row in rows], max_completion_length=length, truncate=args.truncate_prompts
+    )
+    with learner.accelerator.autocast():
+        rollout = sample(
+            policy,
+            ids,
+            num_generations=1,
+            max_completion_length=length,
+            temperature=args.temperature,
+            draws=None,
+        )
+    result = reward_rows(policy, rewards, rows, rollout, step=step - 1, max_steps=args.max_steps or 0)
+    return torch.as_tensor(result.total, device=index.device)[index]
+
+
+def reward_rows(
+    policy: Policy, rewards: Rewards, rows: Sequence[Row], rollout: Rollout, **state: Any
+) -> RewardResult:
+    """Call the rewards on a rollout, with the columns of each row; `state` is passed on."""
+    each = [rows[i] for i in rollout.prompt_index.tolist()]
+    texts = policy.decode(rollout.completion_ids, rollout.mask)
+    pairs = zip(rollout.completion_ids.cpu(), rollout.mask.cpu(), strict=True)
+    ids = [row[keep].tolist() for row, keep in pairs]
+    names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
+    columns = {name: [row.get(name) for row in each] for name in names}
+    # Rows on which all abstain are judged over the whole step, of which another process may hold the rest.
+    return rewards([row["prompt"] for row in each], texts, ids, columns, all_may_abstain=True, **state)
+
+
+def _sampled(learner: Learner, rewards: Rewards, step: int, prompts: Prompts) -> tuple[Rollout, RewardResult]:
+    """A group of completions for each prompt, and their rewards."""
+    args, policy = learner.args, learner.policy
+    length, generations = args.max_completion_length or 256, args.num_generations or 1
+    rows = [row for _, row in prompts]
+    ids = policy.encode_all(
+        [row["prompt"] for row in rows], max_completion_length=length, truncate=args.truncate_prompts
+    )
+    shape = {"num_generations": generations, "max_completion_length": length}
+    with learner.accelerator.autocast():
+        rollout = sample(
+            policy,
+            ids,
+            temperature=args.temperature,
+            draws=uniforms(args.seed, step, [place for place, _ in prompts], **shape),
+            keep_hidden=learner.estimator.needs_values,
+            **shape,
+        )
+    return rollout, reward_rows(policy, rewards, rows, rollout, step=step - 1, max_steps=args.max_steps or 0)
+
+
+def _replaced(
+    old: Experience, dead: Tensor, prompts: list[tuple[int, Row]], rollout: Rollout, result: RewardResult
+) -> Experience:
+    """The old groups, with new ones in the places of those that are dead [B]."""
+    n, size = len(old.rollout.mask), len(old.rollout.mask) // len(dead)
+    index = torch.arange(n, device=dead.device)
+    index[dead.repeat_interleave(size)] = n + torch.arange(len(prompts) * size, device=dead.device)
+    order = index.cpu().numpy()
+    arrays = {
+        name: np.concatenate([getattr(old.result, name), getattr(result, name)])[order]
+        for name in ("values", "total", "valid")
+    }
+    both = {name: [*old.result.extra[name], *result.extra[name]] for name in result.extra}
+    extra = {name: [column[i] for i in order] for name, column in both.items()}
+    return old._replace(
+        prompts=old.prompts + prompts,
+        rollout=_joined(old.rollout, rollout, index),
+        result=replace(result, **arrays, extra=extra),
+    )
+
+
+def _joined(old: Rollout, new: Rollout, index: Tensor) -> Rollout:
+    """Rows `index` of two rollouts laid end to end, with the prompts of both."""
+
+    def rows(name: str) -> Tensor | None:
+        a, b = getattr(old, name), getattr(new, name)
+        if a is None:
+            return None
+        if a.ndim > 1:  # completions are padded on the right
+            width = max(a.shape[1], b.shape[1])
+            tail = (0, 0) * (a.ndim - 2)
+            a, b = (pad(x, (*tail, 0, width - x.shape[1])) for x in (a, b))
+        return torch.cat([a, b])[index]
+
+    left = max(old.prompt_ids.shape[1], new.prompt_ids.shape[1])
+    prompts = {
+        name: torch.cat([pad(x, (left - x.shape[1], 0)) for x in (getattr(old, name), getattr(new, name))])
+        for name in ("prompt_ids", "prompt_mask")
+    }
+    both = torch.cat([old.prompt_index, new.prompt_index + len(old.prompt_ids)])[index]
+    names = ("completion_ids", "mask", "logprobs", "entropy", "truncated", "score_norms", "hidden")
+    return Rollout(**prompts, prompt_index=both, **{name: rows(name) for name in names})  # type: ignore[arg-type]
