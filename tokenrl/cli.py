@@ -18,6 +18,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.core.rules import Refused, TokenrlError
 from tokenrl.lab.arguments import LabArguments
+from tokenrl.lab.measure_arguments import MeasureArguments
 from tokenrl.language.arguments import EvaluateArguments, SampleArguments, SftArguments, TrainArguments
 
 
@@ -72,6 +73,12 @@ def _lab(args: LabArguments) -> int:
     return exact(args)
 
 
+def _lab_measure(args: MeasureArguments) -> int:
+    from tokenrl.lab.reading import run
+
+    return run(args)
+
+
 class Command(NamedTuple):
     """A command: its arguments and what it calls."""
 
@@ -86,6 +93,7 @@ COMMANDS = {
     "sample": Command(SampleArguments, _sample),
     "report": Command(ReportArguments, _report),
     "lab": Command(LabArguments, _lab),
+    "lab measure": Command(MeasureArguments, _lab_measure),
 }
 
 
@@ -111,10 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(__version__)
             return 0
-        command = COMMANDS.get(argv[0])
+        name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
+        command = COMMANDS.get(name)
         if command is None:
             raise Refused(f"There is no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}.")
-        return command.run(_parse(argv[0], command, argv[1:]))
+        return command.run(_parse(name, command, argv[len(name.split()) :]))
     except TokenrlError as error:
         print(f"tokenrl: {error}", file=sys.stderr)
         return error.exit_code
@@ -127,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _help() -> str:
     lines = ["usage: tokenrl COMMAND [--help] ...", "", "Policy gradients on language models.", ""]
-    lines += [f"  {name:10}{command.arguments.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:13}{command.arguments.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(lines)
 
 

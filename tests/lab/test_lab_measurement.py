@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_lab_model import PROMPTS, WORDS, points, points_of, tiny_policy
 
+from tokenrl.cli import main
 from tokenrl.core import Estimator
 from tokenrl.core.rules import Refused
 from tokenrl.lab.contributions import ascent_slopes, contributions
@@ -47,10 +48,9 @@ def directions(policy: Policy, count: int, seed: int = 0) -> torch.Tensor:
 
 
 def projected_samples(policy: Policy, samples: Samples, count: int) -> Projections:
-    parts = [
-        project(policy, p, chosen_parameters(policy), count=count, seed=0, width=2) for p in samples.parts
-    ]
-    return Projections(torch.cat([p.logprobs for p in parts]), None)
+    options = {"count": count, "seed": 0, "width": 2, "entropy": True}
+    parts = [project(policy, p, chosen_parameters(policy), **options) for p in samples.parts]
+    return Projections(torch.cat([p.logprobs for p in parts]), torch.cat([p.entropy for p in parts]))
 
 
 # Projected scores
@@ -113,8 +113,9 @@ def test_layers_are_chosen_by_name(policy: Policy) -> None:
         Estimator.preset("gspo"),
         Estimator.preset("remax"),
         Estimator(returns="reward_to_go", aggregation="token_mean"),
+        Estimator(entropy_coef=0.3),
     ],
-    ids=lambda e: f"{e.baseline}-{e.scale}-{e.aggregation}-{e.ratio}",
+    ids=lambda e: f"{e.baseline}-{e.scale}-{e.aggregation}-{e.ratio}-{e.entropy_coef}",
 )
 def test_a_step_is_the_gradient_that_training_takes(policy: Policy, samples: Samples, estimator) -> None:
     """The loss of one step of four prompts, once through the model and autograd, once from projections."""
@@ -129,9 +130,10 @@ def test_a_step_is_the_gradient_that_training_takes(policy: Policy, samples: Sam
         greedy_rewards=samples.greedy_rewards[rows],
         logprobs=samples.logprobs[rows],
     ).policy
-    logprobs = score(policy.model, part).logprobs
+    logprobs, entropy = score(policy.model, part, entropy=True)
     weights = estimator.token_weights(mask, max_length=2)
-    loss = estimator.loss(logprobs, advantages, weights, mask, old_logprobs=logprobs.detach())
+    old = logprobs.detach()
+    loss = estimator.loss(logprobs, advantages, weights, mask, old_logprobs=old, entropy=entropy)
     grads = torch.autograd.grad(loss, policy.trainable_parameters())
     wanted = -z @ torch.cat([g.flatten() for g in grads])
     assert wanted.norm() > 1e-3
@@ -185,6 +187,13 @@ def test_measure_from_python_and_its_record(policy: Policy) -> None:
         ({"estimators": ("ppo",)}, "critic"),
         ({"estimators": ("rlo",)}, "Did you mean 'rloo'"),
         ({"probes": 0}, "probes"),
+        ({"num_prompts": 32}, "has 16 training prompts"),
+        ({"gradient_checkpointing": True}, "without it"),
     ):
         with pytest.raises(Refused, match=words_):
             measure(model=policy, task=task, **(options | wrong))
+
+
+def test_the_command_line_reaches_it(capsys) -> None:
+    assert main(["lab", "measure", "--task", "sort_digits", "--num-generations", "3"]) == 2
+    assert "power of two" in capsys.readouterr().err

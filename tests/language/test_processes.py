@@ -66,6 +66,12 @@ SCENARIOS = {
     "float32": ("rloo", {}, vowel_reward),
     "checkpointing": ("rloo", {"gradient_checkpointing": True}, vowel_reward),
     "lora": ("rloo", {"lora_r": 2}, vowel_reward),
+    "greedy": ("remax", {}, vowel_reward),
+    "critic": ("a2c", {}, vowel_reward),
+    "score norms": ("optimal", {}, vowel_reward),
+    "whitened": ("reinforce_pp", {}, vowel_reward),
+    "refilled": ("dapo", {}, flat_later),
+    "measured": ("rloo", {"diagnostics_every": 1}, vowel_reward),
 }
 
 

@@ -153,7 +153,8 @@ def contributions(
         )
 
     every = torch.arange(len(step_of)).reshape(-1, whole // size, size)  # [B, J, g]
-    steps = every[: len(every) // prompts_per_step * prompts_per_step].unflatten(0, (-1, prompts_per_step))
+    whole_steps = every[: len(every) // prompts_per_step * prompts_per_step]
+    steps = whole_steps.reshape(-1, prompts_per_step, *every.shape[1:])  # [M, P, J, g]
     if coupled is None:
         coupled = prompts_per_step > 1 and _couples(unit, steps)
     units = steps.transpose(1, 2).flatten(2) if coupled else every  # [M, J, n]

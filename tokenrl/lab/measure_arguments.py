@@ -37,6 +37,8 @@ class MeasureArguments(ModelArguments, TaskArguments):
     """Also measure every block by itself, which costs as much again for each."""
     rows_at_once: int = 1024
     """Completions in one forward pass; changes memory, not the numbers."""
+    cpu: bool = False
+    """Stay on the CPU even if there is an accelerator."""
     seed: int = 0
     """Seed of sampling, probes and intervals."""
     json: Path | None = None

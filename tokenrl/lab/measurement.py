@@ -59,12 +59,15 @@ def measure_with(args: MeasureArguments, announce: Callable[[str], None] = lambd
     Raises:
         Refused: A preset, a number or a layer that cannot be used; see the message.
     """
+    from accelerate import Accelerator
+
     from tokenrl.language.setup import find_task, make_policy
 
     chosen = {name: Estimator.preset(name) for name in args.estimators}
     _check(args)
     task, rewards = find_task(args)
     policy = make_policy(args, task, announce)
+    policy.model.to(Accelerator(cpu=args.cpu).device)
     rows = list(task.train_prompts)[: args.num_prompts]
     if len(rows) < args.num_prompts:
         raise Refused(f"num_prompts={args.num_prompts}, but the task has {len(rows)} training prompts.")
@@ -114,6 +117,9 @@ def _check(args: MeasureArguments) -> None:
     ):
         check_number(name, value, at_least=least)
     check_number("rows_at_once", args.rows_at_once, at_least=1)
+    check_number("temperature", args.temperature, above=0)
+    if args.gradient_checkpointing:
+        raise Refused("gradient_checkpointing has no forward-mode derivative; measure without it.")
     if b < 4 * p or b % p:
         raise Refused(
             f"num_prompts={b} with prompts_per_step={p}: steps are the independent units of some estimators, "

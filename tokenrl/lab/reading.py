@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -64,12 +64,12 @@ def print_tables(measured: Measured) -> None:
         ]
         console.print(_table(title, heads, rows))
     if measured.group_sizes:
-        heads = ("estimator", "G", "noise of as many completions", "noise with half the G / its own")
+        of_size = ("estimator", "G", "noise of as many completions", "noise with half the G / its own")
         sizes = [
             (s.estimator, str(s.group_size), words(s.noise), "" if s.quieter is None else words(s.quieter))
             for s in measured.group_sizes
         ]
-        console.print(_table("", heads, sizes))
+        console.print(_table("", of_size, sizes))
     console.print(
         "noise: tr Var g / |E g|^2 of one step; cosine: of E g with RLOO's, from other rows; in brackets 95 "
         "% intervals. 'not resolved': the interval of |E g|^2 covers 0, so more prompts are needed.\n"
@@ -129,12 +129,24 @@ def _noises(found: Sequence[Measurement]) -> str:
     told = [m for m in found if m.quieter.resolved and m.quieter.low != m.quieter.high]
     less = [m for m in told if (m.quieter.low or 0) > 1]
     more = [m for m in told if (m.quieter.high or 0) < 1]
-    parts = [f"{m.estimator} has {words(m.quieter)} times less noise" for m in less]
-    parts += [f"{m.estimator} has {words(_inverse(m.quieter))} times more noise" for m in more]
-    if parts:
-        text += f" Beside no baseline, {'; '.join(parts)}."
+    parts = [
+        _foremost(less, "less", lambda m: m.quieter),
+        _foremost(more, "more", lambda m: _inverse(m.quieter)),
+    ]
+    if less or more:
+        text += f" Beside no baseline, {'; '.join(p for p in parts if p)}."
     rest = [m.estimator for m in told if m not in less and m not in more]
     return text + (f" Not told apart from no baseline: {', '.join(rest)}." if rest else "")
+
+
+def _foremost(found: Sequence[Measurement], word: str, ratio: Callable[[Measurement], Estimate]) -> str:
+    """RLOO and the two that differ most, with how many times; the rest by name."""
+    if not found:
+        return ""
+    ordered = sorted(found, key=lambda m: (m.estimator != "rloo", -(ratio(m).value or 0)))
+    text = " and ".join(f"{m.estimator} has {words(ratio(m))}" for m in ordered[:3]) + f" times {word} noise"
+    others = ", ".join(m.estimator for m in ordered[3:])
+    return text + (f" (so, by smaller factors, have {others})" if others else "")
 
 
 def _inverse(ratio: Estimate) -> Estimate:

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tokenrl.core import rows as core_rows
 from tokenrl.language.policy import Policy
 from tokenrl.language.rewards import RewardResult, Rewards
 from tokenrl.language.sampling import Rollout, sample, uniforms
+from tokenrl.language.scoring import score
 from tokenrl.language.update import Learner
 
 Row = Mapping[str, Any]
@@ -71,6 +72,47 @@ def collect(
             out = _replaced(out, dead, own, *_sampled(learner, rewards, step, own))
         out = out._replace(refilled=out.refilled + sum(counts))
     return out
+
+
+def inputs(
+    learner: Learner, rewards: Rewards, step: int, prompts: Prompts, rollout: Rollout
+) -> dict[str, Tensor | None]:
+    """What `Estimator.advantages` needs beside rewards, of this process's rows; None for what it does not."""
+    estimator, critic = learner.estimator, learner.critic
+    found: dict[str, Tensor | None] = dict.fromkeys(
+        ("ref_logprobs", "values", "score_norms", "greedy_rewards")
+    )
+    if estimator.needs_reference:
+        found["ref_logprobs"] = reference_logprobs(learner, rollout)
+    if critic is not None:
+        found["values"] = critic.values(rollout.hidden).detach()
+    if estimator.needs_score_norms:
+        found["score_norms"] = rollout.score_norms
+    if estimator.needs_greedy:
+        found["greedy_rewards"] = greedy_rewards(learner, rewards, step, prompts, rollout.prompt_index)
+    return found
+
+
+@torch.no_grad()
+def score_in_parts(learner: Learner, model: nn.Module, rollout: Rollout) -> Tensor:
+    """Log-probabilities [n, T] of this process's rows under a model, without graph."""
+    n, width = rollout.mask.shape
+    size = learner.args.micro_batch_size or n
+    out = rollout.logprobs.new_zeros(n, width)
+    for rows in torch.arange(n, device=out.device).split(size):
+        part = rollout.rows(rows)
+        with learner.accelerator.autocast():
+            scores = score(
+                model, part, temperature=learner.args.temperature, share_prompt=learner.policy.share_prompt
+            )
+        out[rows, : part.mask.shape[1]] = scores.logprobs.to(out.dtype)
+    return out
+
+
+def reference_logprobs(learner: Learner, rollout: Rollout) -> Tensor:
+    """Log-probabilities [n, T] under the reference policy."""
+    with learner.policy.reference_model() as reference:
+        return score_in_parts(learner, reference, rollout)
 
 
 def greedy_rewards(learner: Learner, rewards: Rewards, step: int, prompts: Prompts, index: Tensor) -> Tensor:

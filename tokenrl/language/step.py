@@ -8,15 +8,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.rows import keep
-from tokenrl.language.experience import Prompts, collect, greedy_rewards, reward_rows
+from tokenrl.language.experience import Prompts, collect, inputs, reward_rows, score_in_parts
 from tokenrl.language.records import completion_rows, gather_rows, step_metrics
 from tokenrl.language.rewards import Rewards
-from tokenrl.language.sampling import Rollout
-from tokenrl.language.scoring import score
 from tokenrl.language.update import Learner, Step, update
 
 __all__ = ["Record", "reward_rows", "training_step"]
@@ -54,15 +52,7 @@ def training_step(
     mine, rollout, result, refilled = collect(learner, rewards, step, prompts, more)
     times.append(time.perf_counter())
 
-    reference = reference_logprobs(learner, rollout) if estimator.needs_reference else None
-    needed = {
-        "ref_logprobs": reference,
-        "values": None if learner.critic is None else learner.critic.values(rollout.hidden).detach(),
-        "score_norms": rollout.score_norms if estimator.needs_score_norms else None,
-        "greedy_rewards": greedy_rewards(learner, rewards, step, mine, rollout.prompt_index)
-        if estimator.needs_greedy
-        else None,
-    }
+    needed = inputs(learner, rewards, step, mine, rollout)
     whole = gather_rows(accelerator, rollout, result, needed)  # N rows, the same on every process
     size = args.num_generations or 1
     kept = keep(
@@ -82,7 +72,7 @@ def training_step(
         max_length=args.max_completion_length,
         **{name: whole.get(name) for name in ("logprobs", *needed)},
     )
-    known = Step(rollout, kept.mask, kept.counted, advantages, ref_logprobs=reference)
+    known = Step(rollout, kept.mask, kept.counted, advantages, ref_logprobs=needed["ref_logprobs"])
     metrics = step_metrics(whole, rewards.names, size) | run_updates(learner, known, step)
     metrics |= update_baselines(learner, running_mean, known, whole)
     if estimator.zero_spread == "refill":
@@ -115,28 +105,6 @@ def update_baselines(
             learner.accelerator,
         )
     return metrics
-
-
-@torch.no_grad()
-def score_in_parts(learner: Learner, model: nn.Module, rollout: Rollout) -> Tensor:
-    """Log-probabilities [n, T] of this process's rows under a model, without graph."""
-    n, width = rollout.mask.shape
-    size = learner.args.micro_batch_size or n
-    out = rollout.logprobs.new_zeros(n, width)
-    for rows in torch.arange(n, device=out.device).split(size):
-        part = rollout.rows(rows)
-        with learner.accelerator.autocast():
-            scores = score(
-                model, part, temperature=learner.args.temperature, share_prompt=learner.policy.share_prompt
-            )
-        out[rows, : part.mask.shape[1]] = scores.logprobs.to(out.dtype)
-    return out
-
-
-def reference_logprobs(learner: Learner, rollout: Rollout) -> Tensor:
-    """Log-probabilities [n, T] under the reference policy."""
-    with learner.policy.reference_model() as reference:
-        return score_in_parts(learner, reference, rollout)
 
 
 def run_updates(learner: Learner, step: Step, number: int) -> dict[str, float]:
