@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -144,6 +145,18 @@ def test_a_step_is_the_gradient_that_training_takes(policy: Policy, samples: Sam
     assert alone.coupled == (estimator.aggregation == "token_mean" or estimator.scale == "token_whiten")
     mean = alone.values[: 4 // alone.groups].mean(0)[0]
     torch.testing.assert_close(mean, wanted, rtol=1e-8, atol=1e-8)
+
+
+def test_dropped_groups_leave_the_divisor_of_their_step(policy: Policy, samples: Samples) -> None:
+    rewards = samples.rewards.clone()
+    rewards[4:8] = 0.5
+    flat = replace(samples, rewards=rewards)
+    seen = projected_samples(policy, samples, 5)
+    dropped = contributions(Estimator(zero_spread="drop"), flat, seen, prompts_per_step=4)
+    kept = contributions(Estimator(), flat, seen, prompts_per_step=4)
+    assert dropped.coupled and not kept.coupled
+    torch.testing.assert_close(dropped.values[0], kept.values[[0, 2, 3]].mean(0), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(dropped.values[1], kept.values[4:8].mean(0), rtol=1e-12, atol=1e-14)
 
 
 def test_parts_are_sampled_as_one(policy: Policy, samples: Samples) -> None:

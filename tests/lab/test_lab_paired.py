@@ -10,7 +10,7 @@ import torch
 from tiny_lab_model import PROMPTS, points_of, tiny_policy
 
 from tokenrl.core import Estimator
-from tokenrl.lab.contributions import ascent_slopes
+from tokenrl.lab.contributions import ascent_slopes, contributions
 from tokenrl.lab.enumeration import exact_moments
 from tokenrl.lab.language_model import problem_of_policy
 from tokenrl.lab.paired import compare, compare_group_sizes, same_expectation
@@ -156,7 +156,9 @@ def test_compare_agrees_with_the_enumerated_truth(policy: Policy) -> None:
     for name, m in found.items():
         exact = exact_moments(estimators[name], problem, group_size=2)
         assert m.coupled == (name == "token") and m.units == (128 if name == "token" else 512)
-        if name == "token":
+        if name == "token":  # its units are steps already
+            units = contributions(estimators[name], samples, seen, prompts_per_step=4).values[:, 0]
+            assert m.variance.value == pytest.approx(float(units.var(0).sum()), rel=1e-10)
             continue
         noise = exact.noise / 4  # of a step of four groups
         assert m.noise.low <= noise <= m.noise.high and m.noise.high / m.noise.low < 3, name

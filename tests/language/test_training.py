@@ -153,6 +153,28 @@ def test_the_running_mean_is_read_before_it_is_updated(run, tmp_path):
     assert rows[2]["baseline"] == pytest.approx((rows[0]["reward"] + rows[1]["reward"]) / 2, rel=1e-6)
 
 
+def test_a_baseline_of_your_own(run, tmp_path):
+    def half(totals, group_size, mask, valid):
+        return torch.full_like(totals, 0.5)
+
+    estimator = Estimator(baseline=half)
+    run(estimator=estimator)
+    run(estimator=Estimator(baseline="constant", baseline_constant=0.5), output_dir=tmp_path / "constant")
+    first, second = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "constant"))
+    assert first == second
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["estimator"]["baseline"]
+    assert stored.endswith("half") and estimator.bias_status == "unknown"
+
+
+def test_a_critic_is_saved_with_checkpoints(run, tmp_path):
+    from safetensors.torch import load_file
+
+    result = run(estimator="a2c", save_every=3)
+    assert result.steps == 3
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step_000003" / "critic.safetensors")
+    assert saved["1.weight"].shape == (1, 16) and saved["1.weight"].abs().sum() > 0
+
+
 def test_columns_reach_the_reward_and_several_rewards_are_weighted(run, tmp_path):
     def starts_right(completions, target):
         return [float(text.startswith(x)) for text, x in zip(completions, target, strict=True)]
@@ -229,6 +251,13 @@ def test_a_constant_reward_warns_and_stops(run, capsys):
     with pytest.raises(Stopped, match="In 3 steps in a row no two completions"):
         run(make_task(constant), max_steps=9, stop_after_zero_spread=3, quiet=False)
     assert "nothing to learn from" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_task_that_is_learnt_ends_the_run_early_and_well(run, tmp_path):
+    all_right = Later(4, lambda completions: [1.0] * len(completions))
+    result = run(make_task(all_right), max_steps=9, stop_after_zero_spread=3, eval_every=0)
+    assert result.exit_reason == "learnt" and result.exit_code == 0 and result.steps == 5
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
 def test_a_constant_reward_changes_no_weight(run):
