@@ -5,8 +5,8 @@ With `l = log pi - log ref` at each token: k1 = l, k2 = l^2/2, k3 = exp(-l) - 1 
 expectations are sums over every completion, in float64, of the functions that training calls.
 
 Look for: a good estimate of the value is not one of the gradient. In the loss (differentiated), k1 has the right
-value and no gradient at all; k2 and k3 miss what an action does to later tokens, and k3 pulls along the other
-divergence, KL(ref || pi). Only the two that look along the whole completion are exact. In the reward (a
+value and no gradient at all; k2 and k3 miss what an action does to later tokens, and k3 (GRPO) has the gradient of
+another divergence, KL(ref || pi) at each token. Only the two that look along the whole completion are exact. In the reward (a
 number) k1 is exact, and near the reference k2 and k3 hardly pull at all.
 """
 
@@ -22,7 +22,13 @@ from tokenrl.core.kl import PER_TOKEN
 from tokenrl.lab.problems import all_completions
 
 EVERY = all_completions(vocabulary=3, length=3)  # 15 completions of 1 to 3 tokens
-COLOURS = {"k1": "#0072B2", "k2": "#E69F00", "k3": "#D55E00", "k2_sequence": "#009E73", "full_path": "#CC79A7"}
+COLOURS = {
+    "k1": "#0072B2",
+    "k2": "#E69F00",
+    "k3": "#D55E00",
+    "k2_sequence": "#009E73",
+    "full_path": "#CC79A7",
+}
 
 
 def table_logprobs(logits: Tensor) -> Tensor:
@@ -40,14 +46,16 @@ def measure(logits: Tensor, reference: Tensor) -> tuple[float, dict[tuple[str, s
     found = {}
     for name, estimate in PER_TOKEN.items():
         values = estimate(logprobs, ref).sum(-1)  # [M]
-        value = float((chances * values).sum())
+        value = float((chances * values).sum().detach())
         for place, objective in (
             ("loss", chances.detach() * values),  # what is drawn is fixed, the estimate is differentiated
             ("reward", chances * values.detach()),  # E[k S]: the estimate is a number
         ):
+            if place == "reward" and name in ("k2_sequence", "full_path"):
+                continue  # made for their gradients
             (slope,) = torch.autograd.grad(objective.sum(), logits, retain_graph=True)
             found[name, place] = value, float((slope - truth).norm() / truth.norm())
-    return float(kl), found
+    return float(kl.detach()), found
 
 
 def curves(seed: int) -> tuple[list[float], list[dict[tuple[str, str], tuple[float, float]]]]:
@@ -59,7 +67,9 @@ def curves(seed: int) -> tuple[list[float], list[dict[tuple[str, str], tuple[flo
     return [kl for kl, _ in points], [found for _, found in points]
 
 
-def panel(axes: Axes, kls: list[float], lines: dict[str, list[float]], labels: dict[str, tuple[float, str]]) -> None:
+def panel(
+    axes: Axes, kls: list[float], lines: dict[str, list[float]], labels: dict[str, tuple[float, str]]
+) -> None:
     for name, values in lines.items():
         axes.plot(kls, values, color=COLOURS[name], linewidth=2.2)
     for name, (height, text) in labels.items():
@@ -84,20 +94,20 @@ def draw(kls: list[float], points: list[dict[tuple[str, str], tuple[float, float
     ratios = {name: [v / kl for v, kl in zip(vs, kls, strict=True)] for name, vs in ratios.items()}
     panel(value, kls, ratios, {"k1": (1, "k1, k3,\nfull_path"), "k2": (ratios["k2"][-1], "k2"),
                                "k2_sequence": (ratios["k2_sequence"][-1], "k2_\nsequence")})  # fmt: skip
-    value.set_title("Value: expected estimate / KL", loc="left")
+    value.set_title("Value: expectation / KL", loc="left")
     errors = lines("loss", 1, ["k1", "k2", "k3", "full_path", "k2_sequence"])
     panel(loss, kls, errors, {"k1": (1, "k1: no pull"), "k2": (errors["k2"][-1], "k2"),
                               "k3": (errors["k3"][-1], "k3"), "k2_sequence": (0, "k2_sequence,\nfull_path")})  # fmt: skip
-    loss.set_title("In the loss: error of the gradient / its size", loc="left")
+    loss.set_title("Gradient, in the loss: relative error", loc="left")
     errors = lines("reward", 1, ["k2", "k3", "k1"])
     panel(reward, kls, errors, {name: (errors[name][-1], name) for name in errors})
-    reward.set_title("In the reward: error of the gradient / its size", loc="left")
+    reward.set_title("Gradient, in the reward: relative error", loc="left")
     for axes in (value, loss, reward):
-        axes.set_ylim(bottom=-0.04)
+        axes.set_ylim(bottom=-0.03)
     return figure
 
 
-def main(output: Path = Path("kl.png"), seed: int = 0) -> None:
+def main(output: Path = Path("kl.png"), seed: int = 1) -> None:
     kls, points = curves(seed)
     print("relative error of the gradient:\n    KL " + " ".join(f"{n + ' ' + p:>18}" for n, p in points[0]))
     for place in range(4, len(kls), 11):

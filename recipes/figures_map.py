@@ -4,9 +4,9 @@
 alone, by name, on one small problem: two prompts, four completions of each, rewards of any size. Every step
 that can be drawn is enumerated. Noise is `tr Var g / |E g|^2`, which no constant factor of the loss changes.
 
-Look for: no estimator is further left than 0 degrees and many are there, so exactness is to be had for nothing;
-what is quieter than RLOO and biased buys its quiet with an angle. Where a point lies depends on the problem;
-that the exact ones lie at 0 does not.
+Look for: the exact ones differ in noise alone, and RLOO is the quietest of them here; the few that are quieter
+still pay with an angle; GRPO is both noisier and biased. Where a point lies depends on the problem; that the
+exact ones lie at 0 degrees does not.
 """
 
 import math
@@ -29,7 +29,7 @@ COLOURS = {  # Okabe and Ito, by the declared status; `tokenrl lab exact` holds 
 MEANING = {
     "exact": "exact",
     "exact_up_to_scale": "exact up to one factor",
-    "exact_per_prompt": "exact for each prompt, which get different factors",
+    "exact_per_prompt": "exact for each prompt by itself",
     "asymptotic": "exact in the limit of many rows a step",
     "biased": "biased",
 }
@@ -54,9 +54,10 @@ def spread(heights: list[float], gap: float) -> list[float]:
     groups: list[list[float]] = []  # runs of labels that touch: their wanted centres, one a label
     for height in heights:
         groups.append([height])
-        while len(groups) > 1 and centre(groups[-1]) - centre(groups[-2]) < gap * (
-            len(groups[-1]) + len(groups[-2])
-        ) / 2:
+        while (
+            len(groups) > 1
+            and centre(groups[-1]) - centre(groups[-2]) < gap * (len(groups[-1]) + len(groups[-2])) / 2
+        ):
             groups[-2:] = [groups[-2] + groups[-1]]
     return [centre(g) + gap * (i - (len(g) - 1) / 2) for g in groups for i in range(len(g))]
 
@@ -93,7 +94,7 @@ def draw(places: list[tuple[float, float, str, str]]) -> Figure:
     right.set_xlabel("angle between the expected gradient and that of J, degrees")
     for status, colour in COLOURS.items():
         right.scatter([], [], color=colour, s=45, label=MEANING[status])
-    right.legend(frameon=False, loc="upper right")
+    right.legend(frameon=False, loc="upper right", fontsize=9)
     left.set_title("The right direction", loc="left")
     right.set_title("Another direction", loc="left")
     return figure

@@ -1,4 +1,4 @@
-"""Exact gradients by enumeration: what an estimator does to the expected gradient, measured, not believed.
+"""What an estimator does to the gradient, measured, not believed: exactly by enumeration, or on real models.
 
 Importing this package imports no torch; a name is loaded when it is used.
 """
@@ -16,15 +16,18 @@ if TYPE_CHECKING:
     )
     from tokenrl.lab.enumeration import Moments, exact_moments
     from tokenrl.lab.language_model import problem_of_policy
+    from tokenrl.lab.measurement import Measured, measure
     from tokenrl.lab.problems import Problem, tabular_problem
     from tokenrl.lab.verdict import Verdict, measure_bias
 
 __all__ = [
+    "Measured",
     "Moments",
     "Problem",
     "Verdict",
     "best_constant_baseline",
     "exact_moments",
+    "measure",
     "measure_bias",
     "named_estimators",
     "problem_of_policy",
@@ -34,11 +37,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Measured": "measurement",
     "Moments": "enumeration",
     "Problem": "problems",
     "Verdict": "verdict",
     "best_constant_baseline": "curves",
     "exact_moments": "enumeration",
+    "measure": "measurement",
     "measure_bias": "verdict",
     "named_estimators": "catalogue",
     "problem_of_policy": "language_model",
