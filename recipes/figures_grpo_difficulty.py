@@ -1,12 +1,13 @@
 """Draw how GRPO weighs prompts by difficulty: `E[g] = w_G(p) grad p`, rewards 0 or 1, p the chance of a 1.
 
 The expected gradient of J would weigh every prompt by 1. GRPO divides a group's advantages by the group's own
-standard deviation (ddof 1, plus 1e-4; the preset `grpo`), and that std is small where p is near 0 or 1. With K
-right answers of G, K ~ Binomial(G, p), the weight is `E[s^2 / (std + eps)] / (p (1 - p))`, s^2 = K/G (1 - K/G).
+standard deviation (ddof 1, plus 1e-4; the preset `grpo`), and that std is small where p is near 0 or 1. With
+K right answers of G, K ~ Binomial(G, p), the weight is
+`E[s^2 / (std + eps)] / (p (1 - p))`, s^2 = K/G (1 - K/G).
 
 Look for: two completions a prompt give no weighing at all, only a smaller step. More of them lift the rare
-successes and the rare failures, up to about sqrt(G). The limit 1/sqrt(p (1 - p)), as if the objective were
-2 arcsin sqrt(p) (Davis and Recht 2025, arXiv 2510.13651), is reached only where G is well above 1/p.
+successes and the rare failures, up to about sqrt(G). The limit 1/sqrt(p (1 - p)), as if the objective were 2
+arcsin sqrt(p) (Davis and Recht 2025, arXiv 2510.13651), is reached only where G is well above 1/p.
 
 Lines come from `tokenrl.lab.weight_of_difficulty`, through the preset's own advantages; dots are the whole
 gradient of the preset, summed over all groups that can be drawn; the formula is printed beside them.
@@ -49,7 +50,7 @@ def draw(
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(p, [(x * (1 - x)) ** -0.5 for x in p], color="black", linestyle="--", linewidth=1.3)
-    axes.text(0.0065, 17, "limit of large G:\n1/√(p(1−p))", fontsize=10)
+    axes.text(0.0065, 17, "limit of large G:\n$1/\\sqrt{p(1-p)}$", fontsize=10)
     axes.text(
         0.5,
         5,
@@ -93,9 +94,8 @@ def main(output: Path = Path("grpo_difficulty.png")) -> None:
         off = float((weights - formula(p, size)).abs().max())
         away = [abs(w - float(weight_of_difficulty(GRPO, [x], size))) for x, w in dots.get(size, [])]
         enumeration = f"{max(away):.1e}" if away else "-"
-        print(
-            f"{size:3}   {rare:8.3f} {tenth:8.3f} {half:8.3f} {tenth / half:15.3f} {off:17.1e} {enumeration:>21}"
-        )
+        row = f"{size:3}   {rare:8.3f} {tenth:8.3f} {half:8.3f} {tenth / half:15.3f} {off:17.1e}"
+        print(f"{row} {enumeration:>21}")
     print(f"lim   {0.001**-0.5 / 0.999**0.5:8.3f} {0.09**-0.5:8.3f} {2:8.3f} {0.09**-0.5 / 2:15.3f}")
     draw(curves, dots, p).savefig(output)
     print(f"figure: {output}")

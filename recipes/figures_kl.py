@@ -4,10 +4,10 @@ With `l = log pi - log ref` at each token: k1 = l, k2 = l^2/2, k3 = exp(-l) - 1 
 `k2_sequence` squares the sum of l over the completion, `full_path` gives each token the l from there on. All
 expectations are sums over every completion, in float64, of the functions that training calls.
 
-Look for: a good estimate of the value is not one of the gradient. In the loss (differentiated), k1 has the right
-value and no gradient at all; k2 and k3 miss what an action does to later tokens, and k3 (GRPO) has the gradient of
-another divergence, KL(ref || pi) at each token. Only the two that look along the whole completion are exact. In the reward (a
-number) k1 is exact, and near the reference k2 and k3 hardly pull at all.
+Look for: a good estimate of the value is not one of the gradient. In the loss (differentiated), k1 has the
+right value and no gradient at all; k2 and k3 miss what an action does to later tokens, and k3 (GRPO) has the
+gradient of another divergence, KL(ref || pi) at each token. Only the two that look along the whole completion
+are exact. In the reward (a number) k1 is exact, and near the reference k2 and k3 hardly pull at all.
 """
 
 from pathlib import Path
@@ -96,8 +96,12 @@ def draw(kls: list[float], points: list[dict[tuple[str, str], tuple[float, float
                                "k2_sequence": (ratios["k2_sequence"][-1], "k2_\nsequence")})  # fmt: skip
     value.set_title("Value: expectation / KL", loc="left")
     errors = lines("loss", 1, ["k1", "k2", "k3", "full_path", "k2_sequence"])
-    panel(loss, kls, errors, {"k1": (1, "k1: no pull"), "k2": (errors["k2"][-1], "k2"),
-                              "k3": (errors["k3"][-1], "k3"), "k2_sequence": (0, "k2_sequence,\nfull_path")})  # fmt: skip
+    panel(loss, kls, errors, {
+        "k1": (1, "k1: no pull"),
+        "k2": (errors["k2"][-1], "k2"),
+        "k3": (errors["k3"][-1], "k3"),
+        "k2_sequence": (0, "k2_sequence,\nfull_path"),
+    })  # fmt: skip
     loss.set_title("Gradient, in the loss: relative error", loc="left")
     errors = lines("reward", 1, ["k2", "k3", "k1"])
     panel(reward, kls, errors, {name: (errors[name][-1], name) for name in errors})

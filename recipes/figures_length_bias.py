@@ -4,11 +4,12 @@ RLOO's advantages are exact if the tokens of a completion are summed (`sequence_
 divides by a constant). `sequence_mean` (GRPO) divides a completion by its own length, `token_mean` (DAPO)
 divides the step by the number of its tokens; both let a completion decide over its own weight.
 
-Look for, on the left: the direction of token_mean is wrong by about 1/N, for each of N rows has a share of 1/N in
-the divisor; that of sequence_mean is wrong by as much for any N. On the right, by what the score of each token
-is multiplied in the mean, for a right and a wrong completion of each length (token_mean: times the mean length).
-Under sequence_mean a long wrong answer is hardly pushed down, and a short right one is pushed up far more than a
-long right one, as Liu et al. 2025 (arXiv 2503.20783) say: an invitation to short successes and long failures.
+Look for, on the left: the direction of token_mean is wrong by about 1/N, for each of N rows has a share of
+1/N in the divisor; that of sequence_mean is wrong by as much for any N. On the right, by what the score of
+each token is multiplied in the mean, for a right and a wrong completion of each length (token_mean: times the
+mean length). Under sequence_mean a long wrong answer is hardly pushed down, and a short right one is pushed
+up far more than a long right one, as Liu et al. 2025 (arXiv 2503.20783) say: an invitation to short successes
+and long failures.
 
 One prompt, five completions of one to four tokens; N rows, the group. Exact: rows can be exchanged, so the
 other N - 1 enter by how many there are of each, with multinomial chances; printed beside `exact_moments`.
@@ -16,7 +17,7 @@ other N - 1 enter by how many there are of each, with multinomial chances; print
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def counts(rows: int, kinds: int) -> torch.Tensor:
     def one() -> Iterator[list[int]]:
         for bars in combinations(range(rows + kinds - 1), kinds - 1):
             edges = (-1, *bars, rows + kinds - 1)
-            yield [b - a - 1 for a, b in zip(edges, edges[1:], strict=False)]
+            yield [b - a - 1 for a, b in pairwise(edges)]
 
     return torch.tensor(list(one()))
 
@@ -84,8 +85,8 @@ def draw_error(axes: Axes, sizes: tuple[int, ...], errors: dict[str, list[float]
                       color=COLOURS[name], fontweight="bold", annotation_clip=False)  # fmt: skip
     last = errors["token_mean"][-1] * 0.7
     axes.plot(sizes, [last * sizes[-1] / n for n in sizes], ":", color="#777777")
-    axes.annotate("1/N", (sizes[1], last * sizes[-1] / sizes[1]), (-6, -12), textcoords="offset points", ha="right",
-                  color="#555555")  # fmt: skip
+    axes.annotate("1/N", (sizes[1], last * sizes[-1] / sizes[1]), (-6, -12), textcoords="offset points",
+                  ha="right", color="#555555")  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, [str(n) for n in sizes])
@@ -102,8 +103,8 @@ def draw_pull(axes: Axes, shares: dict[str, dict[float, list[float]]]) -> None:
             lengths = range(1, len(values) + 1)
             axes.plot(lengths, values, "o-", color=COLOURS[name], linewidth=2.2, markersize=8,
                       markerfacecolor=COLOURS[name] if reward else "white")  # fmt: skip
-        axes.annotate(name, (lengths[-1], by_reward[1.0][-1]), (12, 0), textcoords="offset points", va="center",
-                      color=COLOURS[name], fontweight="bold", annotation_clip=False)  # fmt: skip
+        axes.annotate(name, (lengths[-1], by_reward[1.0][-1]), (12, 0), textcoords="offset points",
+                      va="center", color=COLOURS[name], fontweight="bold", annotation_clip=False)  # fmt: skip
     axes.set_xticks(list(lengths))
     axes.axhline(0, color="#777777", linewidth=1)
     axes.set_xlabel("length of the completion, tokens")

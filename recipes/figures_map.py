@@ -4,9 +4,9 @@
 alone, by name, on one small problem: two prompts, four completions of each, rewards of any size. Every step
 that can be drawn is enumerated. Noise is `tr Var g / |E g|^2`, which no constant factor of the loss changes.
 
-Look for: the exact ones differ in noise alone, and RLOO is the quietest of them here; the few that are quieter
-still pay with an angle; GRPO is both noisier and biased. Where a point lies depends on the problem; that the
-exact ones lie at 0 degrees does not.
+Look for: the exact ones differ in noise alone, and RLOO is the quietest of them here; the few that are
+quieter still pay with an angle; GRPO is both noisier and biased. Where a point lies depends on the problem;
+that the exact ones lie at 0 degrees does not.
 """
 
 import math

@@ -1,13 +1,14 @@
 """Draw what a constant baseline costs: the variance of `(R - b) S` against b, a parabola.
 
 The expected gradient is the same for every b, for E[S] = 0. The variance is `Var(b*) + (b - b*)^2 E|S|^2`,
-least at `b* = E[|S|^2 R] / E[|S|^2]` (Greensmith et al. 2004), which is not the expected reward J: completions
-with large scores count for more.
+least at `b* = E[|S|^2 R] / E[|S|^2]` (Greensmith et al. 2004), which is not the expected reward J:
+completions with large scores count for more.
 
-Look for: b = 0 (nothing subtracted) lies far up; J lies lower, but not at the bottom. RLOO's baseline, the mean
-of the other G - 1 completions of the prompt, has the mean J; it is estimated, so its variance (per completion: G
-times that of the step) lies above the curve, and comes down to it as G grows. With G = 2 it can be worse than
-no baseline at all, as here. None of this but b* is a theorem: try other values of --seed.
+Look for: b = 0 (nothing subtracted) lies far up; J lies lower, but not at the bottom. RLOO's baseline, the
+mean of the other G - 1 completions of the prompt, has the mean J; it is estimated, so its variance (per
+completion: G times that of the step) lies above the curve, and comes down to it as G grows. With G = 2 it can
+be worse than no baseline at all, as here. That b* is the best constant is a theorem, how far J is from it is
+not: try other values of --seed.
 
 One prompt, 15 completions of at most 3 tokens, right ones paid 1, wrong ones 0; every group is enumerated.
 """
@@ -42,8 +43,8 @@ def draw(problem: Problem, best: float, mean: float, rloo: dict[int, float]) -> 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(constants, variances, color=BLUE, linewidth=2.2)
-    axes.annotate("", (mean, at_mean + 0.01), (mean, max(rloo.values())), arrowprops={"arrowstyle": "->", "color": ORANGE,
-                  "alpha": 0.5})  # fmt: skip
+    axes.annotate("", (mean, at_mean + 0.01), (mean, max(rloo.values())),
+                  arrowprops={"arrowstyle": "->", "color": ORANGE, "alpha": 0.5})  # fmt: skip
     for b, variance, text, shift, side in (
         (0.0, at_zero, "b = 0: nothing is subtracted", (-10, 0), "right"),
         (best, at_best, f"b* = {best:.3f}: the least variance", (0, -20), "center"),
@@ -65,8 +66,8 @@ def draw(problem: Problem, best: float, mean: float, rloo: dict[int, float]) -> 
     axes.set_xlim(constants[0], constants[-1])
     axes.set_xlabel("baseline b; for RLOO, the mean of its baseline")
     axes.set_ylabel("variance of one completion's gradient (trace)")
-    axes.set_title("The expected reward is a good baseline, not the best; estimating it costs, less as G grows",
-                   loc="left", fontsize=11)  # fmt: skip
+    title = "The expected reward is a good baseline, not the best; estimating it costs, less as G grows"
+    axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#EAEAEA", linewidth=0.8)
     return figure

@@ -12,12 +12,14 @@ import string
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
+ALL = sorted(path.stem for path in RECIPES.glob("*.py"))
+NAMES = [name for name in ALL if not name.startswith("figures_")]
 RUNGS = {
     "ladder_1_vanilla": ("none", "exact"),
     "ladder_2_running_mean": ("running_mean", "exact"),
@@ -30,6 +32,13 @@ SHORT = {
     "train_lm": "--max-steps 2 --prompts-per-step 2 --estimator reinforce_running_mean --lora-r 2",
     "pretrained_gsm8k_lora": "--max-steps 2 --prompts-per-step 2 --num-generations 3 --lora-r 2 "
     "--max-completion-length 12 --model model --task sums.jsonl --beta 0.1",
+}
+FIGURES = {
+    "figures_grpo_difficulty": "",
+    "figures_length_bias": "--sizes 2 4",
+    "figures_kl": "",
+    "figures_variance": "--group-sizes 2 3",
+    "figures_map": "--estimators rloo dr_grpo loo_std grpo gspo",
 }
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 
@@ -104,9 +113,10 @@ def numbers(pattern: str, text: str) -> list[float]:
 
 def test_every_recipe_is_in_the_list_with_its_command():
     text = (RECIPES / "README.md").read_text()
-    assert sorted(re.findall(r"\]\((\w+)\.py\)", text)) == NAMES
-    assert sorted(set(re.findall(r"python recipes/(\w+)\.py", text))) == NAMES
+    assert sorted(re.findall(r"\]\((\w+)\.py\)", text)) == ALL
+    assert sorted(set(re.findall(r"python recipes/(\w+)\.py", text))) == ALL
     assert set(SHORT) == set(NAMES)
+    assert set(FIGURES) == set(ALL) - set(NAMES)
 
 
 def test_one_page_is_one_page_of_torch_and_core():
@@ -219,3 +229,70 @@ def test_one_page_learns(tmp_path):
     assert after > 0.8
     sampled_before, sampled_after = numbers("sampled reward", done.stdout)
     assert sampled_after > sampled_before + 0.3
+
+
+def drawn(name: str, tmp_path, monkeypatch, capsys) -> str:
+    """What a figure's program prints, run in this process, where torch is imported already."""
+    path = tmp_path / f"{name}.png"
+    monkeypatch.setattr(sys, "argv", [name, *FIGURES[name].split(), "--output", str(path)])
+    runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    return capsys.readouterr().out
+
+
+def test_figure_of_grpo_agrees_with_formula_and_enumeration(tmp_path, monkeypatch, capsys):
+    out = drawn("figures_grpo_difficulty", tmp_path, monkeypatch, capsys)
+    rows = [line.split() for line in out.splitlines()[1:6]]
+    assert [row[0] for row in rows] == ["2", "4", "8", "16", "64"]
+    assert all(float(row[5]) < 1e-10 for row in rows)
+    assert all(float(row[6]) < 1e-12 for row in rows[:3])
+    ratios = [float(row[4]) for row in rows]  # rare successes gain on even chances
+    assert ratios == sorted(ratios)
+    assert ratios[0] == 1.0
+
+
+def test_figure_of_length_bias(tmp_path, monkeypatch, capsys):
+    out = drawn("figures_length_bias", tmp_path, monkeypatch, capsys)
+    rows = {(r[0], int(r[1])): [float(x) for x in r[2:]] for r in map(str.split, out.splitlines()[1:7])}
+    assert all(row[3] < 1e-12 for row in rows.values())  # by exchange of rows as by enumeration
+    assert all(rows["sequence_sum", n][2] < 1e-12 for n in (2, 4))
+    assert rows["token_mean", 4][2] < 0.7 * rows["token_mean", 2][2]
+    assert rows["sequence_mean", 4][2] == rows["sequence_mean", 2][2] > 0.1
+
+
+def test_figure_of_kl_measures_what_the_lab_does(tmp_path, monkeypatch, capsys):
+    import torch
+
+    from tokenrl import Estimator
+    from tokenrl.core.bias import EXACT, KL_EFFECTS
+    from tokenrl.lab import exact_moments, tabular_problem
+
+    drawn("figures_kl", tmp_path, monkeypatch, capsys)
+    recipe = runpy.run_path(str(RECIPES / "figures_kl.py"))
+    problem = tabular_problem(3)
+    problem = replace(problem, rewards=torch.zeros_like(problem.rewards))
+    real = recipe["EVERY"].mask.bool()
+    tables = torch.zeros(2, 7, 3, dtype=torch.double)
+    for table, logprobs in zip(tables, (problem.logprobs[0], problem.ref_logprobs[0]), strict=True):
+        table[recipe["EVERY"].prefix[real], recipe["EVERY"].ids[real]] = logprobs[real]
+    _, found = recipe["measure"](*tables)
+    assert {(place, name) for name, place in found} == set(KL_EFFECTS)
+    for (name, place), (_, error) in found.items():
+        estimator = Estimator(baseline="none", beta=1.0, kl_estimator=name, kl_placement=place)
+        bias = exact_moments(estimator, problem, group_size=1).relative_bias
+        assert error == pytest.approx(bias, abs=1e-12)
+        assert (error < 1e-12) == (KL_EFFECTS[place, name].status == EXACT)
+
+
+def test_figure_of_variance(tmp_path, monkeypatch, capsys):
+    out = drawn("figures_variance", tmp_path, monkeypatch, capsys)
+    zero, mean, best, one, two, three = numbers("variance", out)
+    assert best < mean < min(zero, one)
+    assert mean < three < two
+
+
+def test_map_of_presets(tmp_path, monkeypatch, capsys):
+    out = drawn("figures_map", tmp_path, monkeypatch, capsys)
+    angles = {line.split()[0]: float(line.split()[2]) for line in out.splitlines()[:-1]}
+    assert angles["rloo"] == angles["dr_grpo"] == 0
+    assert 0 < angles["loo_std"] < angles["grpo"]
