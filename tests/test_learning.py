@@ -25,3 +25,9 @@ def test_every_other_task_is_solved(name, tmp_path):
     task = toy_tasks.load(name)
     result = tokenrl.train(task=name, output_dir=tmp_path / "run", quiet=True)
     assert result.eval_before["reward_greedy"] < task.solved <= result.eval_after["reward_greedy"]
+
+
+@pytest.mark.parametrize("preset", ["reinforce", "remax", "a2c", "ppo", "dapo", "grpo"])
+def test_other_estimators_learn_the_default_task(preset, tmp_path):
+    result = tokenrl.train(estimator=preset, output_dir=tmp_path / "run", quiet=True)
+    assert result.eval_after["reward_greedy"] >= 0.95

@@ -235,3 +235,16 @@ def test_template_is_the_one_saved(saved):
     assert policy.tokenizer.chat_template == TEMPLATE
     assert policy.encode(CHAT) == make_policy(kind="chat").encode(CHAT)
     logging.getLogger("transformers").debug("loaded")
+
+
+def test_a_model_without_its_language_head_is_refused(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    policy = make_policy("llama")
+    policy.model.save_pretrained(tmp_path)
+    policy.tokenizer.save_pretrained(tmp_path)
+    load_policy(tmp_path)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+    classifier.save_pretrained(tmp_path)
+    with pytest.raises(Refused, match=r"lacks lm_head\.weight"):
+        load_policy(tmp_path)

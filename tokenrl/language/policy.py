@@ -233,6 +233,7 @@ def load_policy(
     name = str(name_or_path)
     if dtype not in (*DTYPES, "auto"):
         raise Refused(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}, auto.")
+    missing: list[str] = []
     options: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto"), "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -242,13 +243,20 @@ def load_policy(
             model = AutoPeftModelForCausalLM.from_pretrained(name, **options).merge_and_unload()
             model.requires_grad_(True)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, output_loading_info=True)
+            model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         hint = "" if trust_remote_code else " (code shipped with a model runs only with trust_remote_code)"
         raise Refused(
             f"No causal language model could be loaded from {name!r}{hint}: {_first_lines(error)} Give a "
             "local directory written by save_pretrained, or a hub name."
         ) from error
+    if missing:  # transformers fills them at random, with a warning only
+        raise Refused(
+            f"{name!r} is no complete causal language model: it lacks {', '.join(missing[:3])}"
+            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            + ". A classifier or an encoder cannot be the policy; give a model saved with its language head."
+        )
     return wrap(model, tokenizer, source=name)
 
 
