@@ -141,5 +141,5 @@ def test_a_signal_finishes_the_step_saves_and_exits(number, code, tmp_path):
     assert process.returncode == code, errors
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["exit_reason"] == number.name and summary["steps"] >= 3
-    assert summary["eval_after"]["reward"] > 0
+    assert summary["eval_before"]["reward"] > 0 and summary["eval_after"] == {}
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()

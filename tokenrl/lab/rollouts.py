@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenrl.core.rules import Refused
+from tokenrl.language.experience import reward_rows
 from tokenrl.language.policy import Policy
 from tokenrl.language.rewards import Rewards
 from tokenrl.language.sampling import Rollout, sample, uniforms
 from tokenrl.language.scoring import score
-from tokenrl.language.step import reward_rows
 
 MEASURING = 2**62
 """Added to the seed: a stream of uniforms of its own, neither training's nor evaluation's."""

@@ -42,7 +42,7 @@ class RunResult:
         exit_code: 0, or 128 plus the signal's number.
         steps: steps trained.
         eval_before: `reward` (sampled), `reward_greedy` and more, on held-out prompts, before training.
-        eval_after: the same after it.
+        eval_after: the same after it; empty if a signal ended the run between two evaluations.
         wall_seconds: from the first evaluation to the last.
         tokens_per_second: completion tokens sampled and trained on, a second of training steps.
         policy: the trained policy.

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.rows import keep
-from tokenrl.language.experience import Prompts, collect, inputs, reward_rows, score_in_parts
+from tokenrl.language.experience import Prompts, collect, inputs, score_in_parts
 from tokenrl.language.records import completion_rows, gather_rows, step_metrics
 from tokenrl.language.rewards import Rewards
 from tokenrl.language.update import Learner, Step, update
-
-__all__ = ["Record", "reward_rows", "training_step"]
 
 
 class Record(NamedTuple):

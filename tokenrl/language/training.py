@@ -129,7 +129,7 @@ def _first_evaluation(run: Run) -> Evaluation:
 
 
 def _loop(run: Run, before: Evaluation, stop: GracefulStop) -> Evaluation:
-    """Train to the last step or the first signal; returns the last evaluation."""
+    """Train to the last step or the first signal; returns the evaluation of the outcome, if there is one."""
     args, evaluation, evaluated = run.args, before, 0
     with run.console.progress(args.max_steps or 0) as progress:
         while run.step < (args.max_steps or 0) and not _requested(run, stop):
@@ -144,7 +144,10 @@ def _loop(run: Run, before: Evaluation, stop: GracefulStop) -> Evaluation:
                 save_run(run)
             if _watch(run, metrics, before):
                 break
-    return evaluation if evaluated == run.step else _evaluate(run)
+    if evaluated == run.step:
+        return evaluation
+    # Who sends a signal waits for the run to be saved, not for an evaluation.
+    return Evaluation({}, []) if stop.requested else _evaluate(run)
 
 
 def _one_step(run: Run) -> Record:
