@@ -76,8 +76,8 @@ def make(
         reward=reward,
         demonstrations=demonstrate(train, right, lambda prompt: prompt[:-1], wrong_share, rng),
         max_completion_length=longest + 2,
-        solved=0.95,
-        warm_start=WarmStart(steps=400),
+        solved=0.9,
+        warm_start=WarmStart(steps=800),
         train=settings(),
         build=TinyModel(tuple(LETTERS + ">")),
     )
