@@ -117,22 +117,7 @@ def reference_logprobs(learner: Learner, rollout: Rollout) -> Tensor:
 
 def greedy_rewards(learner: Learner, rewards: Rewards, step: int, prompts: Prompts, index: Tensor) -> Tensor:
     """Reward [n] of the greedy completion of each row's prompt; `index` [n] says which prompt that is."""
-    args, policy = learner.args, learner.policy
-    length = args.max_completion_length or 256
-    rows = [row for _, row in prompts]
-    ids = policy.encode_all(
-        [row["prompt"] for row in rows], max_completion_length=length, truncate=args.truncate_prompts
-    )
-    with learner.accelerator.autocast():
-        rollout = sample(
-            policy,
-            ids,
-            num_generations=1,
-            max_completion_length=length,
-            temperature=args.temperature,
-            draws=None,
-        )
-    result = reward_rows(policy, rewards, rows, rollout, step=step - 1, max_steps=args.max_steps or 0)
+    _, result = _sampled(learner, rewards, step, prompts, greedy=True)
     return torch.as_tensor(result.total, device=index.device)[index]
 
 
@@ -150,22 +135,26 @@ def reward_rows(
     return rewards([row["prompt"] for row in each], texts, ids, columns, all_may_abstain=True, **state)
 
 
-def _sampled(learner: Learner, rewards: Rewards, step: int, prompts: Prompts) -> tuple[Rollout, RewardResult]:
-    """A group of completions for each prompt, and their rewards."""
-    args, policy = learner.args, learner.policy
-    length, generations = args.max_completion_length or 256, args.num_generations or 1
-    rows = [row for _, row in prompts]
+def _sampled(
+    learner: Learner, rewards: Rewards, step: int, prompts: Prompts, *, greedy: bool = False
+) -> tuple[Rollout, RewardResult]:
+    """A group of completions for each prompt, or the greedy one, and their rewards."""
+    args, policy, rows = learner.args, learner.policy, [row for _, row in prompts]
+    length = args.max_completion_length or 256
+    shape = {
+        "num_generations": 1 if greedy else args.num_generations or 1,
+        "max_completion_length": length,
+    }
     ids = policy.encode_all(
         [row["prompt"] for row in rows], max_completion_length=length, truncate=args.truncate_prompts
     )
-    shape = {"num_generations": generations, "max_completion_length": length}
     with learner.accelerator.autocast():
         rollout = sample(
             policy,
             ids,
             temperature=args.temperature,
-            draws=uniforms(args.seed, step, [place for place, _ in prompts], **shape),
-            keep_hidden=learner.estimator.needs_values,
+            draws=None if greedy else uniforms(args.seed, step, [place for place, _ in prompts], **shape),
+            keep_hidden=learner.estimator.needs_values and not greedy,
             **shape,
         )
     return rollout, reward_rows(policy, rewards, rows, rollout, step=step - 1, max_steps=args.max_steps or 0)
