@@ -37,6 +37,14 @@ REINFORCE: dict[str, Preset] = {
         "several prompts. OpenRLHF 0.11.2's 'reinforce_baseline' centres in the prompt's group and then "
         "whitens over tokens, which is 'reinforce_pp_baseline' here; its 'flash_reinforce' is this one.",
     ),
+    "reinforce_timestep_mean": Preset(
+        {"baseline": "timestep_mean", "returns": "reward_to_go"},
+        "Greensmith et al. 2004, Variance reduction techniques for gradient estimates in reinforcement "
+        "learning, for baselines that depend on the step",
+        "A_it = G_it - mean over the other rows that still act at t of G_jt, G the reward to go: exact, and "
+        "without a critic, for episodes that all start alike (control) or prompts of like difficulty. Where "
+        "no other row acts at t, the latest such mean is taken. Not found in TRL, verl or OpenRLHF.",
+    ),
     "rloo": Preset(
         {},
         "Kool et al. 2019, Buy 4 REINFORCE samples, get a baseline for free; Ahmadian et al. 2024, "

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,3 +167,21 @@ def _prune(folder: Path, step: int, keep: int | None) -> None:
         doomed = folder / f".{path.name}.partial"
         os.rename(path, doomed)  # a removal cut short must not leave half a checkpoint under a good name
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
+    """Fill a folder aside, then put it in place of `directory`: no reader sees a part of it."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        aside.chmod(0o755)  # mkdtemp's is private
+        write(aside)
+        if directory.exists():
+            old = aside.with_suffix(".old")
+            os.rename(directory, old)
+            os.rename(aside, directory)
+            shutil.rmtree(old)
+        else:
+            os.rename(aside, directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

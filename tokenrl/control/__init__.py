@@ -1,0 +1,1 @@
+"""Gymnasium agents on the estimator core: the language model's algorithm, with actions for tokens."""

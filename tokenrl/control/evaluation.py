@@ -1,0 +1,97 @@
+"""Fresh episodes: how good a policy is on starting states it was never trained on, and how that looks."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.wrappers import RecordVideo
+
+from tokenrl.control.environments import Environments, Spec, make
+from tokenrl.control.policies import Policy
+from tokenrl.control.rollouts import collect_episodes
+from tokenrl.core.rules import Refused
+
+SEEDS = 2**30
+"""Seeds of training lie below, those of evaluation from here on: no starting state is in both."""
+
+
+def seed_of(seed: int, purpose: int, *, evaluation: bool = False) -> int:
+    """Make the seed of a purpose out of a run's seed, far from those of other runs and purposes."""
+    number = int(np.random.SeedSequence([seed, purpose]).generate_state(1)[0]) % (SEEDS - 10**6)
+    return number + SEEDS if evaluation else number
+
+
+def evaluate(
+    policy: Policy, envs: Environments, spec: Spec, *, seed: int, greedy: bool
+) -> tuple[float, float, float]:
+    """Play one whole episode in every environment, unscaled rewards, no discount.
+
+    Returns:
+        Mean return, its standard error over episodes, and mean length.
+    """
+    generator = None if greedy else torch.Generator().manual_seed(seed)
+    start = seed_of(seed, 1, evaluation=True)
+    rollout = collect_episodes(envs, policy, spec.horizon, generator, seed=start)
+    returns = rollout.returns.double()
+    error = float(returns.std()) / max(len(returns), 1) ** 0.5 if len(returns) > 1 else float("nan")
+    return float(returns.mean()), error, float(rollout.lengths.double().mean())
+
+
+def evaluation_metrics(policy: Policy, envs: Environments, spec: Spec, *, seed: int) -> dict[str, float]:
+    """Evaluate as it acts in training, and as it acts when it always takes the most probable action."""
+    sampled, error, length = evaluate(policy, envs, spec, seed=seed, greedy=False)
+    greedy, greedy_error, _ = evaluate(policy, envs, spec, seed=seed, greedy=True)
+    return {
+        "reward": sampled,
+        "reward_stderr": error,
+        "reward_greedy": greedy,
+        "reward_greedy_stderr": greedy_error,
+        "episode_length": length,
+    }
+
+
+def film(policy: Policy, spec: Spec, folder: Path, *, seed: int, limit: int | None) -> Path:
+    """Film one episode of the most probable actions with gymnasium's RecordVideo; returns the file.
+
+    Raises:
+        Refused: the environment cannot be drawn, or a package for that is missing.
+    """
+    check_film(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        single = gymnasium.make(spec.env, render_mode="rgb_array", max_episode_steps=limit or spec.horizon)
+        single = RecordVideo(single, str(folder), name_prefix="episode", disable_logger=True)
+        copies = Environments(spec.env, 1, limit)
+        observation, _ = single.reset(seed=seed_of(seed, 2, evaluation=True))
+        over = False
+        while not over:
+            with torch.no_grad():
+                action = policy.act(torch.from_numpy(copies.flat(np.asarray(observation)[None])), None)
+            observation, _, terminated, truncated, _ = single.step(copies.translate(action.numpy())[0])
+            over = terminated or truncated
+        single.close()
+        copies.close()
+    return folder / "episode-episode-0.mp4"
+
+
+def check_film(spec: Spec) -> None:
+    """Refuse what cannot be filmed, before anything is trained.
+
+    Raises:
+        Refused: no picture of the environment, or no moviepy.
+    """
+    try:
+        import moviepy  # noqa: F401
+    except ImportError as error:
+        raise Refused(f'A video needs moviepy ({error}): pip install "gymnasium[other]".') from error
+    vector = make(spec.env, 1)
+    modes = vector.metadata.get("render_modes", [])
+    vector.close()
+    if "rgb_array" not in modes:
+        raise Refused(
+            f"{spec.env} cannot be filmed: it draws {', '.join(modes) or 'nothing'}. Leave --video out."
+        )

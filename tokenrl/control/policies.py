@@ -1,0 +1,192 @@
+"""Policies of control: layers, a head that gives the distribution of actions, a critic beside or on top."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenrl.core.entropy import token_entropy
+
+LOG_STD_RANGE = (-20.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a policy is made of.
+
+    Attributes:
+        observation_size: O.
+        head: `softmax` over A actions, or a diagonal `gaussian` over D numbers.
+        action_size: A or D.
+        hidden: units of each hidden layer; none makes the policy linear in the observations.
+        activation: between layers.
+        critic: None, a `separate` network of the same layers, or one more output (`shared`).
+        normalize_observations: shift and scale observations by what was seen so far.
+    """
+
+    observation_size: int
+    head: Literal["softmax", "gaussian"]
+    action_size: int
+    hidden: tuple[int, ...] = (64,)
+    activation: Literal["tanh", "relu"] = "tanh"
+    critic: Literal["separate", "shared"] | None = None
+    normalize_observations: bool = False
+
+    def as_dict(self) -> dict[str, object]:
+        """Return plain fields, for a file."""
+        return asdict(self)
+
+
+class Scored(NamedTuple):
+    """What a policy says of M actions taken: logprobs, entropies and squared score norms, each [M]."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    score_norms: Tensor
+    """|d logprob / d parameters of the distribution|^2, without gradient."""
+
+
+class ObservationScale(nn.Module):
+    """Running mean and standard deviation of observations, saved with the policy (Chan et al. 1979)."""
+
+    mean: Tensor
+    squares: Tensor
+    count: Tensor
+
+    def __init__(self, size: int) -> None:
+        """Change nothing until the first `update`."""
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("squares", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, observations: Tensor) -> None:
+        """Take in observations [M, O]."""
+        seen = observations.double()
+        count = self.count + len(seen)
+        shift = seen.mean(0) - self.mean
+        self.squares += (seen - seen.mean(0)).square().sum(0) + shift.square() * self.count * len(
+            seen
+        ) / count
+        self.mean += shift * len(seen) / count
+        self.count.copy_(count)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Shift and scale, and cut at ten standard deviations."""
+        if self.count == 0:
+            return observations
+        deviation = (self.squares / self.count).sqrt().clamp(min=1e-4)
+        return ((observations - self.mean) / deviation).clamp(-10, 10).to(observations.dtype)
+
+
+class Policy(nn.Module):
+    """Distribution of actions given an observation, and a critic if the estimator needs one.
+
+    Attributes:
+        shape: what it is made of.
+    """
+
+    def __init__(self, shape: Shape, generator: torch.Generator | None = None) -> None:
+        """Draw weights: orthogonal layers, a head near 0, so that the first policy is nearly uniform."""
+        super().__init__()
+        self.shape = shape
+        self.scale = ObservationScale(shape.observation_size) if shape.normalize_observations else None
+        width = [shape.observation_size, *shape.hidden][-1]
+        self.body = _layers(shape, generator)
+        outputs = shape.action_size * (2 if shape.head == "gaussian" else 1)
+        self.head = _linear(width, outputs, 0.01, generator)
+        self.critic: nn.Module | None = None
+        if shape.critic is not None:
+            top = _linear(width, 1, 1.0, generator)
+            self.critic = top if shape.critic == "shared" else nn.Sequential(_layers(shape, generator), top)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Return the parameters of the distribution for observations [M, O]: logits, or mean and log std."""
+        return self.head(self.body(self._scaled(observations)))
+
+    def values(self, observations: Tensor) -> Tensor:
+        """Return the critic's value [M] of observations [M, O]."""
+        if self.critic is None:
+            raise ValueError("this policy has no critic")
+        scaled = self._scaled(observations)
+        return self.critic(self.body(scaled) if self.shape.critic == "shared" else scaled).squeeze(-1)
+
+    def act(self, observations: Tensor, noise: Tensor | None) -> Tensor:
+        """Draw actions, [M] numbers or [M, D].
+
+        Args:
+            observations: [M, O].
+            noise: from `noise`; None for the most probable action.
+        """
+        parameters = self(observations)
+        if self.shape.head == "softmax":  # the largest of logits plus Gumbel noise is a draw of the softmax
+            return (parameters if noise is None else parameters + noise).argmax(-1)
+        mean, log_std = _mean_and_log_std(parameters)
+        return mean if noise is None else mean + log_std.exp() * noise
+
+    def noise(self, *count: int, generator: torch.Generator) -> Tensor:
+        """Draw what `act` needs, [*count, A or D]: Gumbel or standard normal."""
+        size = (*count, self.shape.action_size)
+        if self.shape.head == "softmax":
+            return torch.empty(size).exponential_(generator=generator).log_().neg_()
+        return torch.randn(size, generator=generator)
+
+    def score(self, observations: Tensor, actions: Tensor) -> Scored:
+        """Say how probable actions [M] or [M, D] are, with gradient; summed over the numbers of an action."""
+        parameters = self(observations)
+        if self.shape.head == "softmax":
+            logprobs = parameters.log_softmax(-1)
+            taken = logprobs.gather(-1, actions[:, None]).squeeze(-1)
+            chances = logprobs.detach().exp()
+            norms = 1 - 2 * taken.detach().exp() + chances.square().sum(-1)
+            return Scored(taken, token_entropy(parameters), norms)
+        mean, log_std = _mean_and_log_std(parameters)
+        z = (actions - mean) / log_std.exp()
+        taken = (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+        entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+        slopes = (z / log_std.exp()).square() + (z.square() - 1).square()
+        return Scored(taken, entropy, slopes.sum(-1).detach())
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """Return what the policy's gradient moves, a shared critic included."""
+        separate = set(self.value_parameters())
+        return [parameter for parameter in self.parameters() if parameter not in separate]
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of a separate critic."""
+        if self.critic is None or self.shape.critic == "shared":
+            return []
+        return list(self.critic.parameters())
+
+    def _scaled(self, observations: Tensor) -> Tensor:
+        return observations if self.scale is None else self.scale(observations)
+
+
+def _mean_and_log_std(parameters: Tensor) -> tuple[Tensor, Tensor]:
+    mean, log_std = parameters.chunk(2, dim=-1)
+    return mean, log_std.clamp(*LOG_STD_RANGE)
+
+
+def _layers(shape: Shape, generator: torch.Generator | None) -> nn.Sequential:
+    sizes: Sequence[int] = [shape.observation_size, *shape.hidden]
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        gain = math.sqrt(2)
+        layers += [
+            _linear(before, after, gain, generator),
+            {"tanh": nn.Tanh, "relu": nn.ReLU}[shape.activation](),
+        ]
+    return nn.Sequential(*layers)
+
+
+def _linear(before: int, after: int, gain: float, generator: torch.Generator | None) -> nn.Linear:
+    layer = nn.Linear(before, after)
+    nn.init.orthogonal_(layer.weight, gain, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer

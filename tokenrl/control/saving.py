@@ -1,0 +1,58 @@
+"""A policy on disk: policy.json says what it is made of, policy.safetensors holds the numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tokenrl.control.policies import Policy, Shape
+from tokenrl.core.rules import Refused
+from tokenrl.runs.directory import write_json
+
+
+def save_policy(policy: Policy, folder: Path, **facts: Any) -> None:
+    """Write the policy into an existing folder; `facts`, such as the environment, go into policy.json."""
+    write_json(folder / "policy.json", {"shape": policy.shape.as_dict(), **facts})
+    save_file(policy.state_dict(), folder / "policy.safetensors")
+
+
+def read_policy(folder: str | Path) -> Policy:
+    """Make the policy that was saved in a folder, a run directory or its `model/`.
+
+    Raises:
+        Refused: there is none, or it is damaged.
+    """
+    place = Path(folder)
+    place = place / "model" if (place / "model" / "policy.json").is_file() else place
+    try:
+        shape: dict[str, Any] = json.loads((place / "policy.json").read_text("utf-8"))["shape"]
+        policy = Policy(Shape(**shape | {"hidden": tuple(shape["hidden"])}))
+        policy.load_state_dict(load_file(place / "policy.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise Refused(
+            f"No policy could be read from {place} ({error}). Give the output directory of a control run, or "
+            "one of its checkpoints."
+        ) from error
+    return policy
+
+
+def load_policy(policy: Policy, folder: str | Path) -> None:
+    """Give a policy the numbers of a saved one of the same shape.
+
+    Raises:
+        Refused: there is none, or it has another shape.
+    """
+    saved = read_policy(folder)
+    if saved.shape != policy.shape:
+        wanted, found = policy.shape.as_dict(), saved.shape.as_dict()
+        other = ", ".join(
+            f"{k} {found[k]!r} instead of {wanted[k]!r}" for k in wanted if found[k] != wanted[k]
+        )
+        raise Refused(
+            f"The policy in {folder} has {other}. Give the settings it was trained with, or leave load out."
+        )
+    policy.load_state_dict(saved.state_dict())

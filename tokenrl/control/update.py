@@ -1,0 +1,276 @@
+"""From a rollout to new weights: the estimator of the language side, on actions instead of tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenrl.control.arguments import ControlArguments
+from tokenrl.control.policies import Policy
+from tokenrl.control.rollouts import Rollout
+from tokenrl.core.baselines import RunningMean
+from tokenrl.core.estimator import Estimator
+from tokenrl.core.rules import Refused, Stopped
+from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
+
+ALONG_ROWS = ("sequence_mean", "sequence_product")
+"""Ratios made of whole rows; minibatches then hold whole rows too."""
+
+
+@dataclass
+class Agent:
+    """What an update changes: the policy, its optimisers, the running mean, and the settings.
+
+    Attributes:
+        policy: the policy, with a critic if the estimator needs one.
+        args: settings.
+        horizon: the most steps of an episode.
+        optimizer: of the policy, and of a shared critic.
+        value_optimizer: of a separate critic.
+        running_mean: of past returns.
+        diagnostics: measures the gradient's noise, if asked for.
+        generator: of minibatches.
+        nonfinite: updates in a row whose gradient was not finite.
+        skipped: all such updates so far.
+    """
+
+    policy: Policy
+    args: ControlArguments
+    horizon: int
+    optimizer: torch.optim.Optimizer
+    value_optimizer: torch.optim.Optimizer | None
+    running_mean: RunningMean
+    diagnostics: GradientDiagnostics
+    generator: torch.Generator
+    nonfinite: int = 0
+    skipped: int = 0
+
+
+class Flat(NamedTuple):
+    """M units that the loss adds up: single actions [M, 1], or rows [N, T] where it looks along them."""
+
+    observations: Tensor
+    actions: Tensor
+    mask: Tensor
+    advantages: Tensor
+    weights: Tensor
+    old_logprobs: Tensor
+    old_values: Tensor
+    returns: Tensor
+    row: Tensor
+    """Which row of the rollout each unit comes from."""
+
+    def part(self, chosen: Tensor) -> Flat:
+        """Take some of the units."""
+        return Flat(*(x[chosen] for x in self))
+
+
+def check_supported(estimator: Estimator, args: ControlArguments) -> None:
+    """Refuse what has no meaning for an environment.
+
+    Raises:
+        Refused: naming the field, and what to choose.
+    """
+    wrong = {
+        "beta": estimator.beta > 0 and "there is no reference policy",
+        "baseline 'remax'": estimator.needs_greedy and "no second episode starts in the same state",
+        "zero_spread": estimator.zero_spread != "keep" and "there are no prompts to leave out",
+        "truncations": estimator.truncations != "keep"
+        and "time limits are handled by the value that follows",
+        "overlong_buffer": estimator.overlong_buffer > 0 and "the environment decides what length is worth",
+    }
+    for what, why in wrong.items():
+        if why:
+            raise Refused(f"In control {what} cannot be set: {why}. Leave it at its default.")
+    if args.num_steps is None:
+        return
+    if not estimator.needs_values:
+        raise Refused(
+            f"num_steps {args.num_steps} cuts episodes, and only a critic can stand in for what is cut "
+            f"off; the estimator has none (baseline {estimator.baseline!r}, returns {estimator.returns!r}). "
+            "Choose the baseline 'value' (presets a2c, ppo), or leave num_steps out: whole episodes."
+        )
+    if estimator.baseline != "value" or estimator.scale not in ("none", "token_whiten"):
+        raise Refused(
+            f"num_steps {args.num_steps} cuts episodes, and pieces of episodes cannot be compared with "
+            f"each other as baseline {estimator.baseline!r} with scale {estimator.scale!r} does. Choose the "
+            "baseline 'value' with scale 'none' or 'token_whiten', or leave num_steps out: whole episodes."
+        )
+
+
+def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
+    """Do all updates of one rollout; afterwards the running mean and the observations' scale know it too.
+
+    Returns:
+        Metrics: means over the updates, and what the rollout itself was like.
+
+    Raises:
+        Stopped: too many updates in a row had a gradient that was not finite.
+    """
+    args, policy = agent.args, agent.policy
+    estimator = scheduled(args, step)
+    flat, metrics = prepare(agent, estimator, rollout)
+    history: list[dict[str, float]] = []
+    units = len(flat.mask)
+    for _ in range(args.num_iterations):
+        several = args.num_minibatches > 1
+        order = torch.randperm(units, generator=agent.generator) if several else torch.arange(units)
+        for chosen in order.tensor_split(min(args.num_minibatches, units)):
+            part = flat.part(chosen) if several else flat
+            part = part._replace(weights=part.weights * (flat.mask.sum() / part.mask.sum().clamp(min=1)))
+            measure = not history and agent.diagnostics.due(step)
+            history.append(_update(agent, estimator, part, len(rollout.mask), measure=measure))
+    if estimator.baseline == "running_mean":
+        metrics["baseline"] = agent.running_mean.value
+        agent.running_mean.update(rollout.rewards * args.reward_scale)
+    if policy.scale is not None:
+        policy.scale.update(rollout.observations[rollout.mask])
+    names = dict.fromkeys(name for entry in history for name in entry)
+    known = {name: [entry[name] for entry in history if name in entry] for name in names}
+    return metrics | {name: sum(values) / len(values) for name, values in known.items()}
+
+
+def scheduled(args: ControlArguments, step: int) -> Estimator:
+    """Return the estimator of an update, counted from 1: its entropy bonus may fall to 0 over the run."""
+    if args.entropy_schedule == "constant" or not args.estimator.needs_entropy:
+        return args.estimator
+    left = 1 - (step - 1) / max(args.max_steps, 1)
+    return replace(args.estimator, entropy_coef=args.estimator.entropy_coef * left)
+
+
+@torch.no_grad()
+def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat, dict[str, float]]:
+    """Turn a rollout into what the loss needs, and say what the policy was like in it."""
+    policy, mask = agent.policy, rollout.mask
+    observations, actions = rollout.observations[mask], rollout.actions[mask]
+    scored = policy.score(observations, actions)
+    whole = rows_of(mask)
+    values = bootstrap = None
+    if estimator.needs_values:
+        values = whole(policy.values(observations))
+        goes_on = ~rollout.terminated & (~rollout.truncated if estimator.gamma == 1 else True)
+        bootstrap = torch.where(goes_on, policy.values(rollout.final_observations), 0.0)
+    rewards = rollout.rewards * agent.args.reward_scale
+    advantages = estimator.advantages(
+        rewards,
+        mask,
+        group_size=len(mask) if estimator.needs_groups else None,
+        values=values,
+        bootstrap=bootstrap,
+        score_norms=whole(scored.score_norms) if estimator.needs_score_norms else None,
+        baseline_value=agent.running_mean.value,
+    )
+    weights = estimator.token_weights(mask, max_length=agent.horizon)
+    paid = advantages.policy
+    paid = paid[:, None].expand(mask.shape) if paid.ndim == 1 else paid
+    metrics = {"entropy": float(scored.entropy.mean()), "advantage_std": float(paid[mask].std())}
+    if values is not None:
+        metrics["explained_variance"] = explained(values[mask], advantages.returns[mask])
+    flat = Flat(
+        rollout.observations,
+        rollout.actions,
+        mask,
+        paid,
+        weights.to(paid.dtype),
+        whole(scored.logprobs),
+        paid if values is None else values,
+        advantages.returns,
+        torch.arange(len(mask)),
+    )
+    along_rows = estimator.ratio in ALONG_ROWS or (
+        estimator.needs_entropy and estimator.entropy_form == "sequence"
+    )
+    return (flat if along_rows else one_by_one(flat)), metrics
+
+
+def one_by_one(rows: Flat) -> Flat:
+    """Make every action a unit of its own, without the padding."""
+    mask = rows.mask
+    each = [x[mask][:, None] for x in rows[:-1]]
+    return Flat._make([*each, rows.row.repeat_interleave(mask.sum(1))])
+
+
+def rows_of(mask: Tensor) -> Any:
+    """Make the function that lays numbers of the steps taken [M] out as rows [N, T], with zeros between."""
+
+    def whole(numbers: Tensor) -> Tensor:
+        return numbers.new_zeros(mask.shape).masked_scatter(mask, numbers)
+
+    return whole
+
+
+def explained(values: Tensor, returns: Tensor) -> float:
+    """Share of the returns' variance that the critic explains; 1 is all of it, below 0 it misleads."""
+    spread = float(returns.var())
+    return 1 - float((returns - values).var()) / spread if spread > 0 else math.nan
+
+
+def _update(agent: Agent, estimator: Estimator, flat: Flat, rows: int, *, measure: bool) -> dict[str, float]:
+    policy, parameters = agent.policy, agent.policy.policy_parameters()
+    for optimizer in (agent.optimizer, agent.value_optimizer):
+        if optimizer is not None:
+            optimizer.zero_grad()
+    early = flat.row < (rows + 1) // 2  # whole episodes: the halves are independent but for a common baseline
+    half = None
+    loss, value_loss = 0.0, 0.0
+    for part in [flat.part(early), flat.part(~early)] if measure else [flat]:
+        objective, error = _losses(agent, estimator, part, float(flat.mask.sum()))
+        (objective + error).backward()
+        loss, value_loss = loss + float(objective.detach()), value_loss + float(error.detach())
+        half = flat_gradient(parameters) if measure and half is None else half
+    metrics = {"loss": loss}
+    if half is not None:
+        metrics |= agent.diagnostics.metrics(half, flat_gradient(parameters), rows)
+    metrics["grad_norm"] = _apply(agent)
+    if policy.critic is not None:
+        metrics["value_loss"] = value_loss
+    return metrics
+
+
+def _losses(agent: Agent, estimator: Estimator, part: Flat, actions: float) -> tuple[Tensor, Tensor]:
+    """Loss of the policy, and of the critic; sums over the part, of which `actions` make the whole."""
+    policy, mask, args = agent.policy, part.mask, agent.args
+    observations = part.observations[mask]
+    whole = rows_of(mask)
+    scored = policy.score(observations, part.actions[mask])
+    objective = estimator.loss(
+        whole(scored.logprobs),
+        part.advantages,
+        part.weights,
+        mask,
+        old_logprobs=part.old_logprobs,
+        sampling_logprobs=part.old_logprobs,
+        entropy=whole(scored.entropy),
+    )
+    if policy.critic is None:
+        return objective, objective.new_zeros(())
+    # A shared critic's loss stands beside the policy's step by step; a separate one has its own scale.
+    shared = policy.shape.critic == "shared"
+    weights = part.weights * args.value_coef if shared else mask / actions
+    values = whole(policy.values(observations))
+    return objective, estimator.critic_loss(values, part.returns, weights, old_values=part.old_values)
+
+
+def _apply(agent: Agent) -> float:
+    """Clip and step, or skip an update whose gradient is not finite; returns the policy's gradient norm."""
+    limit = agent.args.max_grad_norm or math.inf
+    norm = float(nn.utils.clip_grad_norm_(agent.policy.policy_parameters(), limit))
+    critic = agent.policy.value_parameters()
+    value_norm = float(nn.utils.clip_grad_norm_(critic, limit)) if critic else 0.0
+    if math.isfinite(norm) and math.isfinite(value_norm):
+        agent.nonfinite = 0
+        agent.optimizer.step()
+        if agent.value_optimizer is not None:
+            agent.value_optimizer.step()
+        return norm
+    agent.skipped, agent.nonfinite = agent.skipped + 1, agent.nonfinite + 1
+    if agent.nonfinite >= agent.args.stop_after_nonfinite:
+        raise Stopped(
+            f"The gradient was not finite in {agent.nonfinite} updates in a row (all skipped; the weights "
+            "are as before them). Lower the learning rate, or set reward_scale so that returns are of size 1."
+        )
+    return norm
