@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -73,8 +73,8 @@ BOUNDS = {
 }  # fmt: skip
 
 
-def check_numbers(args: ControlArguments) -> None:
-    """Refuse numbers out of range.
+def check_settings(args: ControlArguments) -> None:
+    """Refuse numbers out of range and names that do not exist.
 
     Raises:
         Refused: naming the first of them.
@@ -83,6 +83,9 @@ def check_numbers(args: ControlArguments) -> None:
         value = getattr(args, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise Refused(f"{name} was given as {value!r}; it must be a whole number of at least {least}.")
+    for name, hint in get_type_hints(ControlArguments).items():
+        if get_origin(hint) is Literal:
+            rules.check_choice(name, getattr(args, name), get_args(hint))
     rules.check_number("learning_rate", args.learning_rate, above=0)
     rules.check_number("reward_scale", args.reward_scale, above=0)
     rules.check_number("value_coef", args.value_coef, at_least=0)

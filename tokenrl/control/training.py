@@ -13,7 +13,7 @@ from tokenrl.control.environments import describe
 from tokenrl.control.evaluation import evaluation_metrics, film, seed_of
 from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
-from tokenrl.control.setup import Run, arguments, check_numbers, prepare, resolve
+from tokenrl.control.setup import Run, arguments, check_settings, prepare, resolve
 from tokenrl.control.update import learn
 from tokenrl.core import rules
 from tokenrl.core.rules import Stopped
@@ -77,7 +77,7 @@ def train(args: ControlArguments | None = None, **options: Any) -> ControlResult
         >>> train(env="CartPole-v1", output_dir="runs/cartpole").eval_after["reward_greedy"]
     """
     args = args or arguments(options)
-    check_numbers(args)
+    check_settings(args)
     spec = describe(args.env, args.max_episode_steps)
     args = resolve(args, spec)
     directory = RunDirectory.create(args.output_dir, overwrite=args.overwrite)

@@ -1,0 +1,152 @@
+"""Heads against torch.distributions and autograd; the scale of observations against plain statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributions import Categorical, Independent, Normal
+
+from tokenrl.control.policies import LOG_STD_RANGE, ObservationScale, Policy, Shape
+
+
+def policy_of(head, actions, *, hidden=(5,), critic=None, **options):
+    policy = Policy(
+        Shape(3, head, actions, hidden=hidden, critic=critic, **options), torch.Generator().manual_seed(1)
+    )
+    with torch.no_grad():
+        policy.head.weight.mul_(100)  # away from the nearly uniform start
+    return policy.double()
+
+
+def observations(count=6):
+    return torch.randn(count, 3, generator=torch.Generator().manual_seed(2), dtype=torch.double)
+
+
+def test_softmax_scores():
+    policy, x = policy_of("softmax", 4), observations()
+    actions = torch.tensor([0, 1, 2, 3, 1, 0])
+    expected = Categorical(logits=policy(x))
+    scored = policy.score(x, actions)
+    torch.testing.assert_close(scored.logprobs, expected.log_prob(actions))
+    torch.testing.assert_close(scored.entropy, expected.entropy())
+
+
+def test_the_score_of_a_softmax_is_one_hot_minus_probabilities():
+    policy, x = policy_of("softmax", 4, hidden=()), observations(1)
+    policy.score(x, torch.tensor([2])).logprobs.sum().backward()
+    chances = policy(x).softmax(-1).detach()[0]
+    expected = (torch.eye(4, dtype=torch.double)[2] - chances)[:, None] * x
+    torch.testing.assert_close(policy.head.weight.grad, expected)
+
+
+def test_gaussian_scores():
+    policy, x = policy_of("gaussian", 2), observations()
+    actions = torch.randn(6, 2, generator=torch.Generator().manual_seed(3), dtype=torch.double)
+    mean, log_std = policy(x).chunk(2, -1)
+    expected = Independent(Normal(mean, log_std.exp()), 1)
+    scored = policy.score(x, actions)
+    torch.testing.assert_close(scored.logprobs, expected.log_prob(actions))
+    torch.testing.assert_close(scored.entropy, expected.entropy())
+
+
+def test_log_std_stays_in_its_range():
+    policy, x = policy_of("gaussian", 2), observations(1)
+    for bias, limit in ((1e3, LOG_STD_RANGE[1]), (-1e3, LOG_STD_RANGE[0])):
+        with torch.no_grad():
+            policy.head.bias[2:] = bias
+        spread = policy.act(x, torch.ones(1, 2, dtype=torch.double)) - policy.act(x, None)
+        torch.testing.assert_close(spread, torch.full_like(spread, limit).exp(), rtol=1e-6, atol=1e-12)
+    assert LOG_STD_RANGE == (-20, 2)
+
+
+@pytest.mark.parametrize(("head", "size"), [("softmax", 4), ("gaussian", 2)])
+def test_score_norms_are_those_of_autograd(head, size):
+    policy, x = policy_of(head, size), observations()
+    actions = torch.tensor([0, 1, 2, 3, 1, 0]) if head == "softmax" else observations()[:, :2]
+    norms = policy.score(x, actions).score_norms
+    for row in range(6):
+        parameters = policy(x[row : row + 1]).detach().requires_grad_()
+        bare = policy_of(head, size, hidden=())
+        bare.forward = lambda _, p=parameters: p
+        (slope,) = torch.autograd.grad(bare.score(x[:1], actions[row : row + 1]).logprobs.sum(), parameters)
+        torch.testing.assert_close(norms[row], slope.square().sum())
+
+
+def test_drawn_actions_follow_the_softmax():
+    policy, x = policy_of("softmax", 3), observations(1)
+    noise = policy.noise(40_000, generator=torch.Generator().manual_seed(4))
+    share = policy.act(x.expand(40_000, -1), noise).bincount(minlength=3) / 40_000
+    chances = policy(x).softmax(-1)[0].detach()
+    error = (chances * (1 - chances) / 40_000).sqrt()
+    assert ((share - chances).abs() < 5 * error).all()  # 5 standard errors
+    assert chances.max() < 0.95
+    assert policy.act(x, None).item() == chances.argmax()
+
+
+def test_drawn_actions_follow_the_gaussian():
+    policy, x = policy_of("gaussian", 2), observations(1)
+    noise = policy.noise(40_000, generator=torch.Generator().manual_seed(4))
+    actions = policy.act(x.expand(40_000, -1), noise.double())
+    mean, log_std = policy(x)[0].detach().chunk(2)
+    std = log_std.exp()
+    assert ((actions.mean(0) - mean).abs() < 5 * std / 200).all()
+    assert ((actions.std(0) / std - 1).abs() < 5 / (2 * 40_000) ** 0.5).all()
+
+
+def test_the_first_policy_is_nearly_uniform():
+    policy = Policy(Shape(3, "softmax", 4), torch.Generator().manual_seed(0))
+    chances = policy(observations().float()).softmax(-1)
+    assert (chances - 0.25).abs().max() < 0.02
+
+
+def test_weights_come_from_the_generator_alone():
+    def head():
+        return Policy(Shape(3, "softmax", 4), torch.Generator().manual_seed(7)).body[0].weight
+
+    torch.manual_seed(1)
+    one = head()
+    torch.manual_seed(2)
+    assert torch.equal(one, head())
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_critics(critic):
+    policy, x = policy_of("softmax", 2, critic=critic), observations()
+    assert policy.values(x).shape == (6,)
+    policy.values(x).sum().backward()
+    moved = policy.body[0].weight.grad
+    assert (moved is None) == (critic == "separate")
+    own, apart = policy.policy_parameters(), policy.value_parameters()
+    assert bool(apart) == (critic == "separate")
+    assert {*own, *apart} == set(policy.parameters())
+    assert len(own) + len(apart) == len(list(policy.parameters()))
+
+
+def test_no_critic_no_values():
+    with pytest.raises(ValueError, match="no critic"):
+        policy_of("softmax", 2).values(observations())
+
+
+def test_parameter_counts():
+    """The classic sizes: 4 -> 16 -> 2, and 8 -> 128 -> 128 -> means and log stds of 2."""
+    small = Policy(Shape(4, "softmax", 2, hidden=(16,), activation="relu"))
+    assert sum(p.numel() for p in small.parameters()) == 4 * 16 + 16 + 16 * 2 + 2
+    large = Policy(Shape(8, "gaussian", 2, hidden=(128, 128)))
+    assert sum(p.numel() for p in large.parameters()) == 8 * 128 + 128 + 128 * 128 + 128 + 128 * 4 + 4
+
+
+def test_observation_scale_is_mean_and_std_of_all_that_was_seen():
+    scale, seen = ObservationScale(3), 3 + 5 * observations(40).float()
+    assert torch.equal(scale(seen), seen)  # before anything was seen
+    for part in seen.split([1, 17, 22]):
+        scale.update(part)
+    expected = (seen - seen.mean(0)) / seen.std(0, correction=0)
+    torch.testing.assert_close(scale(seen), expected, rtol=1e-4, atol=1e-5)
+    far = seen[:1] + 1e6
+    assert scale(far).max() == 10
+
+
+def test_a_constant_observation_does_not_divide_by_zero():
+    scale = ObservationScale(1)
+    scale.update(torch.ones(5, 1))
+    assert torch.equal(scale(torch.ones(1, 1)), torch.zeros(1, 1))

@@ -1,0 +1,175 @@
+"""Rows are episodes, or pieces of them, with nothing of the steps that only reset."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from counting_env import register
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenrl.control.environments import Environments
+from tokenrl.control.policies import Policy, Shape
+from tokenrl.control.rollouts import Pieces, Steps, collect_episodes, into_rows
+
+
+def policy_of(size=2, actions=2):
+    return Policy(Shape(size, "softmax", actions, hidden=()), torch.Generator().manual_seed(0))
+
+
+def draws(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_whole_episodes_one_each():
+    envs = Environments(register(), 3)
+    rollout = collect_episodes(envs, policy_of(), 100, draws(), seed=0)
+    assert rollout.mask.sum(1).tolist() == [3, 3, 3]
+    assert rollout.rewards.tolist() == [[1, 2, 3]] * 3
+    assert rollout.observations[0].tolist() == [[0, 0], [0, 1], [0, 2]]
+    assert rollout.final_observations.tolist() == [[0, 3]] * 3
+    assert rollout.terminated.all() and not rollout.truncated.any()
+    assert rollout.returns.tolist() == [6, 6, 6]
+    assert rollout.env_steps == 9
+
+
+def test_a_time_limit_truncates_and_does_not_terminate():
+    envs = Environments(register(limit=2), 2)
+    rollout = collect_episodes(envs, policy_of(), 2, draws(), seed=0)
+    assert rollout.mask.sum(1).tolist() == [2, 2]
+    assert rollout.truncated.all() and not rollout.terminated.any()
+    assert rollout.final_observations.tolist() == [[0, 2]] * 2
+
+
+def test_unequal_episodes_are_not_mixed_with_those_that_follow():
+    envs = Environments("CartPole-v1", 16)
+    rollout = collect_episodes(envs, policy_of(4), 500, draws(), seed=3)
+    lengths = rollout.mask.sum(1)
+    assert lengths.unique().numel() > 3
+    assert torch.equal(rollout.rewards.sum(1), lengths.float())  # one point a step
+    assert torch.equal(rollout.mask, torch.arange(rollout.mask.shape[1]) < lengths[:, None])
+    beyond = (rollout.final_observations[:, 0].abs() > 2.4) | (rollout.final_observations[:, 2].abs() > 0.209)
+    assert beyond.all()  # the states in which poles fall, not the fresh ones after the reset
+
+
+def test_pieces_leave_the_dummy_step_out_and_go_on_where_they_were():
+    """Episodes of 3, 1, 4 steps, in pieces of 5 steps of which those after an end only reset."""
+    pieces = Pieces(Environments(register(), 1), 5, seed=0)
+    first = pieces.collect(policy_of(), draws())  # 3 steps, reset, 1 step
+    assert first.mask.tolist() == [[True, True, True], [True, False, False]]
+    assert first.rewards.tolist() == [[1, 2, 3], [11, 0, 0]]
+    assert first.terminated.tolist() == [True, True]
+    assert first.final_observations.tolist() == [[0, 3], [1, 1]]
+    assert (first.returns.tolist(), first.lengths.tolist()) == ([6, 11], [3, 1])
+    second = pieces.collect(policy_of(), draws())  # reset, 4 steps
+    assert second.rewards.tolist() == [[21, 22, 23, 24]]
+    assert second.returns.tolist() == [90]
+    assert (first.env_steps, second.env_steps) == (4, 4)
+
+
+def test_a_piece_that_is_cut_is_neither_terminated_nor_truncated():
+    pieces = Pieces(Environments(register(lengths=(7,)), 2), 4, seed=0)
+    cut = pieces.collect(policy_of(), draws())
+    assert not cut.terminated.any() and not cut.truncated.any()
+    assert cut.final_observations.tolist() == [[0, 4], [0, 4]]
+    assert cut.returns.numel() == 0
+    rest = pieces.collect(policy_of(), draws())
+    assert rest.returns.tolist() == [28, 28]
+    assert rest.lengths.tolist() == [7, 7]
+    assert rest.observations[0, 0].tolist() == [0, 4]
+
+
+def test_a_piece_that_a_time_limit_ends_is_truncated():
+    pieces = Pieces(Environments(register(limit=2, lengths=(7,)), 1), 4, seed=0)
+    rollout = pieces.collect(policy_of(), draws())
+    assert rollout.truncated.tolist() == [True, False]
+    assert not rollout.terminated.any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(2, 9), st.integers(0, 2**31))
+def test_rows_are_what_a_walk_through_the_steps_finds(envs, n, seed):
+    draw = torch.Generator().manual_seed(seed)
+    over, kind = torch.rand(envs, n, generator=draw) < 0.3, torch.rand(envs, n, generator=draw) < 0.5
+    dummy = torch.zeros(envs, n, dtype=torch.bool)
+    dummy[:, 0] = torch.rand(envs, generator=draw) < 0.3
+    for t in range(n):
+        over[:, t] &= ~dummy[:, t]
+        if t + 1 < n:
+            dummy[:, t + 1] = over[:, t]
+    if dummy.all():
+        return
+    observations = torch.arange(envs * n * 2.0).reshape(envs, n, 2)
+    after = -torch.arange(envs * 2.0).reshape(envs, 2) - 1
+    steps = Steps(observations, torch.arange(envs * n).reshape(envs, n), observations[..., 0] + 0.5,
+                  over & kind, over & ~kind, dummy)  # fmt: skip
+    rollout = into_rows(steps, after, torch.zeros(0), torch.zeros(0))
+    found = []
+    for e in range(envs):
+        row: list[int] = []
+        for t in range(n):
+            if not dummy[e, t]:
+                row.append(t)
+            if row and (over[e, t] or t + 1 == n):
+                final = observations[e, t + 1] if t + 1 < n else after[e]
+                found.append((e, row, bool(over[e, t] & kind[e, t]), bool(over[e, t] & ~kind[e, t]), final))
+                row = []
+    assert len(found) == len(rollout.mask)
+    assert rollout.env_steps == int((~dummy).sum())
+    for i, (e, row, terminated, truncated, final) in enumerate(found):
+        own = rollout.mask[i]
+        assert int(own.sum()) == len(row) and own[: len(row)].all()
+        assert torch.equal(rollout.observations[i, own], observations[e, row])
+        assert torch.equal(rollout.actions[i, own], steps.actions[e, row])
+        assert torch.equal(rollout.rewards[i, own], steps.rewards[e, row])
+        assert (rollout.rewards[i, ~own] == 0).all()
+        assert (bool(rollout.terminated[i]), bool(rollout.truncated[i])) == (terminated, truncated)
+        assert torch.equal(rollout.final_observations[i], final)
+
+
+def test_greedy_episodes_need_no_draws_and_repeat():
+    envs = Environments("CartPole-v1", 4)
+    one = collect_episodes(envs, policy_of(4), 500, None, seed=5)
+    two = collect_episodes(envs, policy_of(4), 500, None, seed=5)
+    assert torch.equal(one.returns, two.returns)
+    assert torch.equal(one.observations, two.observations)
+
+
+def test_the_same_draws_give_the_same_episodes_and_others_do_not():
+    envs = Environments("CartPole-v1", 8)
+    one, two, three = (collect_episodes(envs, policy_of(4), 500, draws(s), seed=5) for s in (1, 1, 2))
+    assert torch.equal(one.actions, two.actions)
+    assert one.actions.shape != three.actions.shape or not torch.equal(one.actions, three.actions)
+
+
+def test_continuous_actions_reach_the_environment_between_their_bounds():
+    """-1 and 1 are the bounds -2 and 4; the policy keeps the action it drew."""
+    import numpy as np
+
+    envs = Environments(register(continuous=True), 1)
+    envs.reset(0)
+    for given_action, taken in (([0, 1], [1, 4]), ([-1, 0.5], [-2, 2.5]), ([-9, 9], [-2, 4])):
+        envs.step(np.array([given_action], np.float32))
+        assert envs.vector.envs[0].unwrapped.last_action.tolist() == taken
+
+
+@pytest.mark.parametrize("env", ["Acrobot-v1", "gridworld"])
+def test_an_episode_is_one_that_gymnasium_itself_would_play(env):
+    """The rewards of a rollout are those of `gymnasium.make` under the same actions from the same start."""
+    import gymnasium
+
+    from tokenrl.control.environments import describe
+
+    spec = describe(env)
+    envs = Environments(env, 2)
+    rollout = collect_episodes(
+        envs, policy_of(spec.observation_size, spec.actions), spec.horizon, draws(), seed=11
+    )
+    single = gymnasium.make(spec.env)
+    for row in range(2):
+        single.reset(seed=11 + row)
+        actions = rollout.actions[row, rollout.mask[row]]
+        played = [single.step(int(action)) for action in actions]
+        assert [step[1] for step in played] == pytest.approx(rollout.rewards[row, rollout.mask[row]].tolist())
+        assert played[-1][2] == bool(rollout.terminated[row])
+        assert not any(step[2] or step[3] for step in played[:-1])

@@ -1,0 +1,276 @@
+"""A run from the first evaluation to the last file, and everything that stops it before it begins."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenrl.cli import main
+from tokenrl.control.saving import read_policy
+from tokenrl.control.training import train
+from tokenrl.core import Estimator
+from tokenrl.core.rules import Refused, Stopped
+
+SHORT = {"max_steps": 2, "num_envs": 4, "eval_episodes": 5, "quiet": True}
+
+
+def short(tmp_path, name="run", **options):
+    return train(output_dir=str(tmp_path / name), **(SHORT | options))
+
+
+def metrics_of(result):
+    return [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_a_complete_directory(tmp_path):
+    result = short(tmp_path, save_every=1, diagnostics_every=1)
+    assert (result.exit_reason, result.exit_code, result.steps) == ("finished", 0, 2)
+    lines = metrics_of(result)
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert {"reward", "entropy", "grad_norm", "episode_length", "gradient/snr"} <= set(lines[1])
+    assert all(math.isfinite(line["reward"]) for line in lines[1:])
+    summary = json.loads((result.output_dir / "summary.json").read_text())
+    assert summary["eval_after"]["reward"] == pytest.approx(result.eval_after["reward"])
+    assert {"exit_reason", "wall_seconds", "env_steps_per_second", "flags", "solved"} <= set(summary)
+    assert summary["env_steps"] == lines[-1]["num_env_steps"] == result.env_steps
+    assert json.loads((result.output_dir / "config.json").read_text())["env"] == "CartPole-v1"
+    assert "CartPole-v1" in (result.output_dir / "report.html").read_text()
+    assert (result.output_dir / "learning_curve.png").stat().st_size > 1000
+    checkpoints = sorted(path.name for path in (result.output_dir / "checkpoints").iterdir())
+    assert checkpoints == ["step_000001", "step_000002"]
+
+
+def test_steps_and_returns_are_counted_right(tmp_path):
+    """CartPole pays one point a step: the mean return times the episodes is the number of steps."""
+    lines = metrics_of(short(tmp_path))
+    steps = [line["reward"] * line["episodes"] for line in lines[1:]]
+    assert [line["num_env_steps"] for line in lines[1:]] == [steps[0], sum(steps)]
+    assert all(line["reward"] == line["episode_length"] for line in lines[1:])
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
+    runs = [metrics_of(short(tmp_path, str(i), seed=s, estimator="a2c")) for i, s in enumerate((0, 0, 1))]
+    assert runs[0] == runs[1]
+    assert runs[0][1]["reward"] != runs[2][1]["reward"] or runs[0][1]["entropy"] != runs[2][1]["entropy"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"estimator": "reinforce"},
+        {"estimator": "rloo"},
+        {"estimator": "grpo"},
+        {"estimator": "reinforce_running_mean"},
+        {"estimator": "a2c", "value_network": "shared"},
+        {"estimator": "ppo", "num_steps": 16, "num_iterations": 2, "num_minibatches": 2},
+        {"estimator": "optimal_per_timestep"},
+        {"estimator": "ppo_clip", "num_iterations": 2, "learning_rate_schedule": "linear"},
+        {"env": "Pendulum-v1", "max_episode_steps": 20, "normalize_observations": True, "reward_scale": 0.1},
+        {"env": "Acrobot-v1", "max_episode_steps": 20, "hidden": (16,), "activation": "relu"},
+        {"env": "gridworld", "hidden": ()},
+        {"env": "FrozenLake-v1", "estimator": Estimator(baseline="rloo", entropy_coef=0.1)},
+        {"env": "walk"},
+        {"env": "bandit", "hidden": (), "num_envs": 8},
+    ],
+    ids=lambda options: " ".join(str(v) for v in options.values())[:40],
+)
+def test_everything_runs_together(tmp_path, options):
+    lines = metrics_of(short(tmp_path, **options))
+    assert all(math.isfinite(lines[-1][key]) for key in ("reward", "entropy", "grad_norm", "eval_reward"))
+
+
+def test_pieces_learn_from_as_many_steps_as_asked_for_but_the_resets(tmp_path):
+    lines = metrics_of(short(tmp_path, estimator="ppo", num_steps=32))
+    resets = lines[1]["episodes"]
+    assert 4 * 32 - resets <= lines[1]["num_env_steps"] <= 4 * 32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"env": "Nope-v3"}, "no environment"),
+        ({"head": "gaussian"}, "gaussian"),
+        ({"env": "Pendulum-v1", "head": "softmax"}, "softmax"),
+        ({"estimator": "reinforce", "max_episode_steps": 501}, "500"),
+        ({"estimator": "rloo", "num_envs": 1}, "group_size is 1"),
+        ({"estimator": "reinforce_timestep_mean", "num_envs": 1}, "step"),
+        ({"estimator": "reinforce_baseline", "num_envs": 1}, "step has 1"),
+        ({"estimator": "rloo", "num_steps": 8}, "num_steps 8"),
+        ({"estimator": "nope"}, "preset 'nope'"),
+        ({"num_envs": 0}, "num_envs was given as 0"),
+        ({"max_steps": 1.5}, "max_steps was given as 1.5"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"reward_scale": 0.0}, "reward_scale"),
+        ({"hidden": (0,)}, "hidden"),
+        ({"learn_rate": 1}, "setting 'learn_rate'.*learning_rate"),
+        ({"load": "nowhere"}, "No policy could be read from nowhere"),
+        ({"output_dir": "a/../b"}, "'..'"),
+        ({"activation": "gelu"}, "activation 'gelu'"),
+        ({"value_network": "other"}, "value_network 'other'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_refused_before_anything_is_written(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refused, match=message):
+        train(**({"output_dir": "run"} | SHORT | options))
+    assert not Path("run/config.json").exists()
+    assert not Path("run/metrics.jsonl").exists()
+
+
+def test_no_baseline_on_long_episodes_with_the_flag(tmp_path):
+    result = short(
+        tmp_path, estimator="reinforce", max_episode_steps=501, allow_no_baseline=True, max_steps=1
+    )
+    assert result.steps == 1
+
+
+def test_a_second_run_needs_overwrite(tmp_path):
+    short(tmp_path)
+    with pytest.raises(Refused, match="already holds a run"):
+        short(tmp_path)
+    assert short(tmp_path, overwrite=True, max_steps=1).steps == 1
+
+
+def test_check_writes_nothing(tmp_path):
+    result = short(tmp_path, check=True)
+    assert result.exit_reason == "check"
+    assert [path.name for path in result.output_dir.iterdir()] == [".lock"]
+
+
+def test_a_saved_policy_acts_as_it_did(tmp_path):
+    result = short(tmp_path, estimator="a2c", normalize_observations=True)
+    again = short(tmp_path, "again", estimator="a2c", normalize_observations=True,
+                  load=str(result.output_dir), max_steps=0)  # fmt: skip
+    assert again.steps == 0
+    assert again.eval_before == again.eval_after
+    assert again.eval_after["reward_greedy"] == result.eval_after["reward_greedy"]
+    loaded = read_policy(result.output_dir)
+    for name, value in result.policy.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    with pytest.raises(Refused, match="hidden"):
+        short(tmp_path, "other", estimator="a2c", normalize_observations=True, load=str(result.output_dir),
+              hidden=(8,))  # fmt: skip
+
+
+def test_a_damaged_policy_is_refused(tmp_path):
+    result = short(tmp_path)
+    weights = result.output_dir / "model" / "policy.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    with pytest.raises(Refused, match="No policy could be read"):
+        read_policy(result.output_dir)
+
+
+def test_an_evaluation_in_between_does_not_change_the_run(tmp_path):
+    often, never = (short(tmp_path, str(e), eval_every=e, max_steps=3) for e in (1, 0))
+    drop = {"eval_reward", "eval_reward_greedy"}
+    for one, two in zip(metrics_of(often), metrics_of(never), strict=True):
+        assert one["step"] == 0 or one["entropy"] == two["entropy"]
+        assert drop <= set(one)
+    assert often.eval_after == never.eval_after
+
+
+def test_a_signal_finishes_the_update_and_saves(tmp_path, monkeypatch):
+    from tokenrl.control import training
+
+    learn = training.learn
+
+    def signalled(agent, rollout, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn(agent, rollout, step)
+
+    monkeypatch.setattr(training, "learn", signalled)
+    result = short(tmp_path, max_steps=50)
+    assert (result.exit_reason, result.exit_code, result.steps) == ("SIGTERM", 143, 2)
+    assert read_policy(result.output_dir).shape == result.policy.shape
+    assert json.loads((result.output_dir / "summary.json").read_text())["exit_reason"] == "SIGTERM"
+
+
+def test_a_run_that_cannot_go_on_names_its_checkpoint(tmp_path, monkeypatch):
+    from tokenrl.control import training
+
+    learn = training.learn
+
+    def breaks(agent, rollout, step):
+        if step == 3:
+            rollout.rewards.fill_(math.nan)
+        return learn(agent, rollout, step)
+
+    monkeypatch.setattr(training, "learn", breaks)
+    with pytest.raises(Stopped, match=r"not finite.*last checkpoint is .*step_000002"):
+        short(tmp_path, max_steps=5, save_every=1, stop_after_nonfinite=1)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "failed"
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_solved_ends_the_run_when_asked(tmp_path, monkeypatch):
+    from tokenrl.control import training
+
+    monkeypatch.setattr(training, "describe", lambda env, limit: _easy(env))
+    result = short(tmp_path, max_steps=9, eval_every=2, stop_when_solved=True)
+    assert (result.exit_reason, result.steps, result.solved) == ("solved", 0, True)
+
+
+def _easy(env):
+    from dataclasses import replace
+
+    from tokenrl.control.environments import describe
+
+    return replace(describe(env), solved=1.0)
+
+
+def test_entropy_that_has_collapsed_is_flagged(tmp_path):
+    """A bandit that has found the better arm no longer explores."""
+    options = {"env": "bandit", "hidden": (), "num_envs": 32, "max_steps": 40, "learning_rate": 0.3}
+    result = short(tmp_path, **options)
+    assert result.flags == ["entropy-collapsed"]
+    assert json.loads((result.output_dir / "summary.json").read_text())["flags"] == ["entropy-collapsed"]
+    bonus = Estimator.preset("reinforce_timestep_mean", entropy_coef=0.01)
+    assert short(tmp_path, "bonus", estimator=bonus, **options).flags == []
+
+
+def test_video(tmp_path):
+    pytest.importorskip("moviepy")
+    pytest.importorskip("pygame")
+    result = short(tmp_path, video=True, max_episode_steps=20, max_steps=0)
+    films = list((result.output_dir / "videos").glob("*.mp4"))
+    assert len(films) == 1
+    assert films[0].stat().st_size > 1000
+
+
+def test_video_of_what_cannot_be_drawn(tmp_path):
+    pytest.importorskip("moviepy")
+    with pytest.raises(Refused, match="cannot be filmed"):
+        short(tmp_path, env="bandit", video=True)
+
+
+def test_the_command_line(tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = ["--max-steps", "1", "--num-envs", "4", "--eval-episodes", "4", "--output-dir", str(run)]
+    assert main(["control", "--env", "CartPole-v1", "--estimator", "rloo", *flags]) == 0
+    assert "CartPole-v1" in capsys.readouterr().out
+    assert main(["control", "--config", str(run / "config.json"), "--overwrite"]) == 0
+    assert json.loads((run / "config.json").read_text())["estimator"]["baseline"] == "rloo"
+    assert main(["control", "--env", "Nope-v1", "--output-dir", str(tmp_path / "other")]) == 2
+    assert "no environment" in capsys.readouterr().err
+    assert (
+        main(["control", "--env", "Pendulum-v1", "--head", "softmax", "--output-dir", str(tmp_path / "b")])
+        == 2
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_cartpole_is_solved_on_every_seed(tmp_path, seed):
+    result = train(
+        env="CartPole-v1", seed=seed, output_dir=str(tmp_path), max_steps=60, eval_every=0, quiet=True
+    )
+    assert result.eval_after["reward"] >= 475
+    assert result.eval_after["reward_greedy"] >= 475

@@ -1,0 +1,317 @@
+"""One update of an agent: its gradient is the estimator's, whatever the padding, the parts and the layout."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tokenrl.control.arguments import ControlArguments
+from tokenrl.control.policies import Policy, Shape
+from tokenrl.control.rollouts import Rollout
+from tokenrl.control.update import Agent, check_supported, learn, prepare, scheduled
+from tokenrl.core import Estimator
+from tokenrl.core.baselines import RunningMean
+from tokenrl.core.rules import Refused, Stopped
+from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
+
+LENGTHS = torch.tensor([4, 2, 3, 1])
+
+
+def rollout_of(*, width=4, dtype=torch.double, continuous=False):
+    draw = torch.Generator().manual_seed(0)
+    mask = torch.arange(width) < LENGTHS[:, None]
+    rewards = torch.randn(4, 4, generator=draw, dtype=dtype)
+    actions = torch.randint(2, (4, 4), generator=draw)
+    observations = torch.randn(4, 4, 3, generator=draw, dtype=dtype)
+    final = torch.randn(4, 3, generator=draw, dtype=dtype)
+    rewards, actions, observations = (
+        torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, width - 4))
+        for x in (rewards, actions, observations)
+    )
+    rewards = rewards * mask
+    return Rollout(
+        observations, observations[..., :2] if continuous else actions, rewards, mask,
+        torch.tensor([True, False, False, True]), torch.tensor([False, True, False, False]),
+        final, rewards.sum(1), LENGTHS, int(LENGTHS.sum()),
+    )  # fmt: skip
+
+
+def agent_of(estimator, *, critic=None, head="softmax", hidden=(4,), **options):
+    settings = {"num_envs": 4, "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 10} | options
+    args = ControlArguments(
+        estimator=estimator, hidden=hidden, value_network=critic or "separate", **settings
+    )
+    used = critic if estimator.needs_values else None
+    shape = Shape(3, head, 2, hidden=hidden, critic=used, normalize_observations=args.normalize_observations)
+    policy = Policy(shape, torch.Generator().manual_seed(1)).double()
+    values = policy.value_parameters()
+    return Agent(
+        policy=policy,
+        args=args,
+        horizon=10,
+        optimizer=torch.optim.SGD(policy.policy_parameters(), lr=args.learning_rate),
+        value_optimizer=torch.optim.SGD(values, lr=args.learning_rate) if values else None,
+        running_mean=RunningMean(estimator.running_mean_decay, estimator.running_mean_init),
+        diagnostics=GradientDiagnostics(args.diagnostics_every),
+        generator=torch.Generator().manual_seed(2),
+    )
+
+
+def weights(agent):
+    return torch.cat([p.detach().reshape(-1) for p in agent.policy.policy_parameters()])
+
+
+def moved(agent, rollout, step=1):
+    """What plain gradient ascent adds to the weights, a unit of learning rate."""
+    before = weights(agent)
+    learn(agent, rollout, step)
+    return (weights(agent) - before) / agent.args.learning_rate
+
+
+def by_hand(agent, rollout):
+    """`1/N sum_i sum_t (G_it - b) (onehot(a) - pi)` by autograd on each log-probability alone."""
+    total = torch.zeros_like(weights(agent))
+    parameters = agent.policy.policy_parameters()
+    for i, length in enumerate(LENGTHS.tolist()):
+        for t in range(length):
+            to_go = rollout.rewards[i, t:length].sum()
+            logprob = agent.policy(rollout.observations[i, t]).log_softmax(-1)[rollout.actions[i, t]]
+            slopes = torch.autograd.grad(logprob, parameters)
+            total += to_go * torch.cat([s.reshape(-1) for s in slopes]) / len(LENGTHS)
+    return total
+
+
+def test_the_update_is_reinforce_by_hand():
+    estimator = Estimator(baseline="none", returns="reward_to_go")
+    agent, rollout = agent_of(estimator), rollout_of()
+    expected = by_hand(agent, rollout)
+    torch.testing.assert_close(moved(agent, rollout), expected)
+
+
+EVERY = [
+    Estimator(baseline="none"),
+    Estimator(baseline="rloo"),
+    Estimator(baseline="timestep_mean", returns="reward_to_go"),
+    Estimator(baseline="optimal", returns="reward_to_go", optimal_form="per_timestep"),
+    Estimator(baseline="episode_mean", scale="episode_std", returns="reward_to_go", gamma=0.9),
+    Estimator.preset("a2c"),
+    Estimator.preset("ppo", gamma=0.9, entropy_coef=0.1),
+    Estimator.preset("grpo"),
+    Estimator(baseline="batch_mean", aggregation="fixed_length", entropy_coef=0.3),
+    Estimator(baseline="running_mean", returns="blame_window", window=2),
+]
+
+
+@pytest.mark.parametrize("estimator", EVERY, ids=lambda e: f"{e.baseline}-{e.returns}-{e.scale}")
+def test_padding_changes_nothing(estimator):
+    critic = "separate"
+    one = moved(agent_of(estimator, critic=critic), rollout_of())
+    other = rollout_of(width=7)
+    other = other._replace(observations=torch.where(other.mask[..., None], other.observations, 9e9))
+    torch.testing.assert_close(moved(agent_of(estimator, critic=critic), other), one)
+    assert one.abs().sum() > 1e-4
+
+
+@pytest.mark.parametrize("estimator", EVERY, ids=lambda e: f"{e.baseline}-{e.returns}-{e.scale}")
+def test_actions_one_by_one_are_the_rows(estimator, monkeypatch):
+    from tokenrl.control import update
+
+    one = moved(agent_of(estimator, critic="shared"), rollout_of())
+    monkeypatch.setattr(update, "one_by_one", lambda rows: rows)
+    torch.testing.assert_close(moved(agent_of(estimator, critic="shared"), rollout_of()), one)
+
+
+@pytest.mark.parametrize("estimator", [EVERY[2], EVERY[6]], ids=["whole", "ppo"])
+def test_minibatches_are_each_an_unbiased_part(estimator):
+    """With a learning rate near 0 the mean of the minibatches' moves is the move of all at once."""
+    tiny = {"learning_rate": 1e-7, "critic": "separate"}
+    whole = moved(agent_of(estimator, **tiny), rollout_of())
+    parts = moved(agent_of(estimator, num_minibatches=2, **tiny), rollout_of()) / 2
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_minibatches_of_a_ratio_of_sequences_keep_rows_whole():
+    estimator = Estimator.preset("gspo")
+    agent = agent_of(estimator, num_minibatches=2, num_iterations=2)
+    flat, _ = prepare(agent, estimator, rollout_of())
+    assert flat.mask.shape == (4, 4)
+    metrics = learn(agent, rollout_of(), 1)
+    assert math.isfinite(metrics["loss"])
+
+
+def test_the_first_of_several_passes_has_ratio_one():
+    """With one pass the clipped ratio is REINFORCE; with two the second differs from it."""
+    plain = Estimator(baseline="rloo", returns="total")
+    clipped = replace(plain, ratio="token")
+    once = moved(agent_of(clipped), rollout_of())
+    torch.testing.assert_close(once, moved(agent_of(plain), rollout_of()))
+    both = moved(agent_of(clipped, num_iterations=2), rollout_of())
+    assert not torch.allclose(both, moved(agent_of(plain, num_iterations=2), rollout_of()), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("reward", "sign"), [(1.0, 1), (-1.0, -1)])
+def test_a_step_with_positive_return_raises_the_probability_of_the_action_taken(reward, sign):
+    agent, rollout = agent_of(Estimator(baseline="none")), rollout_of()
+    only = torch.zeros_like(rollout.rewards)
+    only[1, 0] = reward  # of the first step of one episode; with the total return both its steps are paid
+    rollout = rollout._replace(rewards=only)
+    x, a = rollout.observations[1, :2], rollout.actions[1, :2]
+    before = agent.policy.score(x, a).logprobs.sum()
+    learn(agent, rollout, 1)
+    assert sign * float((agent.policy.score(x, a).logprobs.sum() - before).detach()) > 0
+
+
+def bootstraps(gamma):
+    estimator = Estimator(baseline="value", returns="gae", lam=0.9, gamma=gamma)
+    agent, rollout = agent_of(estimator, critic="separate"), rollout_of()
+    flat, _ = prepare(agent, estimator, rollout)
+    values = agent.policy.values(rollout.final_observations).detach()
+    return flat, rollout, values
+
+
+def test_what_follows_a_cut_or_a_time_limit_is_the_critics_value():
+    """Rows 0 and 3 terminated, 1 met the time limit, 2 goes on; the last target is r + gamma V."""
+    flat, rollout, values = bootstraps(0.9)
+    last = LENGTHS.cumsum(0) - 1
+    rewards = rollout.rewards[torch.arange(4), LENGTHS - 1]
+    expected = rewards + 0.9 * torch.tensor([0, 1, 1, 0]) * values
+    torch.testing.assert_close(flat.returns[last, 0], expected)
+
+
+def test_without_a_discount_a_time_limit_belongs_to_the_task():
+    flat, rollout, values = bootstraps(1.0)
+    last = LENGTHS.cumsum(0) - 1
+    rewards = rollout.rewards[torch.arange(4), LENGTHS - 1]
+    torch.testing.assert_close(flat.returns[last, 0], rewards + torch.tensor([0, 0, 1, 0]) * values)
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_the_critic_moves_towards_the_returns(critic):
+    agent = agent_of(Estimator.preset("a2c"), critic=critic, learning_rate=0.05)
+    losses = [learn(agent, rollout_of(), step)["value_loss"] for step in range(1, 60)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_shared_critic_weighs_half_beside_the_policy():
+    estimator = Estimator.preset("a2c")
+    alone, both = (agent_of(estimator, critic="shared", value_coef=c) for c in (0.0, 0.5))
+    twice = agent_of(estimator, critic="shared", value_coef=1.0)
+    none, half, whole = (moved(agent, rollout_of()) for agent in (alone, both, twice))
+    torch.testing.assert_close(half - none, (whole - none) / 2)
+    assert (whole - none).abs().max() > 1e-3
+
+
+def test_a_separate_critic_does_not_move_the_policy():
+    estimator = Estimator.preset("a2c")
+    one = moved(agent_of(estimator, critic="separate", value_coef=0.0), rollout_of())
+    torch.testing.assert_close(
+        one, moved(agent_of(estimator, critic="separate", value_coef=9.0), rollout_of())
+    )
+
+
+def test_the_running_mean_learns_after_its_use():
+    estimator = Estimator(baseline="running_mean", running_mean_decay=0.5, running_mean_init=3.0)
+    agent, rollout = agent_of(estimator, reward_scale=2.0), rollout_of()
+    metrics = learn(agent, rollout, 1)
+    assert metrics["baseline"] == 3.0
+    expected = 0.5 * 3.0 + 0.5 * 2 * float(rollout.rewards.sum(1).mean())
+    assert agent.running_mean.value == pytest.approx(expected)
+
+
+def test_reward_scale_scales_the_gradient():
+    estimator = Estimator(baseline="none")
+    one, ten = (moved(agent_of(estimator, reward_scale=s), rollout_of()) for s in (1.0, 10.0))
+    torch.testing.assert_close(ten, 10 * one)
+
+
+def test_the_gradient_is_clipped_and_its_norm_reported_before():
+    agent = agent_of(Estimator(baseline="none"), max_grad_norm=0.01)
+    before = weights(agent)
+    norm = learn(agent, rollout_of(), 1)["grad_norm"]
+    assert norm > 0.05
+    assert float((weights(agent) - before).norm()) == pytest.approx(0.01 * 0.1, rel=1e-3)
+
+
+def test_an_entropy_bonus_raises_the_entropy_and_falls_with_its_schedule():
+    estimator = Estimator(baseline="none", entropy_coef=1.0)
+    rollout = rollout_of()._replace(rewards=torch.zeros(4, 4, dtype=torch.double))
+    agent = agent_of(estimator, entropy_schedule="linear")
+    with torch.no_grad():
+        agent.policy.head.weight.mul_(200)
+    entropies = [learn(agent, rollout, 1)["entropy"] for _ in range(30)]
+    assert entropies[-1] > entropies[0] + 0.01
+    assert [scheduled(agent.args, step).entropy_coef for step in (1, 6, 10)] == pytest.approx([1.0, 0.5, 0.1])
+    assert scheduled(replace(agent.args, entropy_schedule="constant"), 6).entropy_coef == 1.0
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_then_stops():
+    agent, rollout = agent_of(Estimator(baseline="none"), stop_after_nonfinite=3), rollout_of()
+    rollout.rewards[0, 0] = math.inf
+    before = weights(agent)
+    learn(agent, rollout, 1)
+    learn(agent, rollout, 2)
+    with pytest.raises(Stopped, match="3 updates in a row"):
+        learn(agent, rollout, 3)
+    assert torch.equal(weights(agent), before)
+    assert agent.skipped == 3
+
+
+def test_diagnostics_compare_halves_of_whole_episodes():
+    estimator = Estimator(baseline="none", returns="reward_to_go")
+    agent, rollout = agent_of(estimator, diagnostics_every=1), rollout_of()
+    flat, _ = prepare(agent, estimator, rollout)
+    halves = []
+    for rows in (flat.row < 2, flat.row >= 2):
+        fresh = agent_of(estimator)
+        part = flat.part(rows)
+        logprobs = fresh.policy.score(part.observations[:, 0], part.actions[:, 0]).logprobs[:, None]
+        estimator.loss(logprobs, part.advantages, part.weights, part.mask).backward()
+        halves.append(2 * flat_gradient(fresh.policy.policy_parameters()))
+    metrics = learn(agent, rollout, 1)
+    noise = (halves[0] - halves[1]).square().sum() / 4
+    assert metrics["gradient/snr"] == pytest.approx(float(halves[0] @ halves[1] / noise), rel=1e-5)
+    assert "gradient/snr" not in learn(agent_of(estimator), rollout, 1)
+
+
+def test_measuring_does_not_change_the_update():
+    estimator = Estimator.preset("a2c")
+    plain, measured = (agent_of(estimator, critic="shared", diagnostics_every=d) for d in (0, 1))
+    torch.testing.assert_close(moved(plain, rollout_of()), moved(measured, rollout_of()))
+
+
+def test_observations_are_seen_by_the_scale_after_the_update():
+    agent = agent_of(Estimator(baseline="none"), normalize_observations=True)
+    assert agent.policy.scale.count == 0
+    learn(agent, rollout_of(), 1)
+    assert agent.policy.scale.count == LENGTHS.sum()
+
+
+def test_a_gaussian_agent_learns_with_the_same_estimators():
+    estimator = Estimator(baseline="timestep_mean", returns="reward_to_go")
+    assert moved(agent_of(estimator, head="gaussian"), rollout_of(continuous=True)).abs().sum() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("estimator", "num_steps", "message"),
+    [
+        (Estimator(beta=0.1), None, "no reference policy"),
+        (Estimator.preset("remax"), None, "starts in the same state"),
+        (Estimator(zero_spread="drop"), None, "no prompts"),
+        (Estimator(truncations="mask"), None, "time limit"),
+        (Estimator(overlong_buffer=3), None, "environment decides"),
+        (Estimator(baseline="none"), 8, "only a critic"),
+        (Estimator(baseline="rloo", returns="gae"), 8, "cannot be compared"),
+        (Estimator.preset("a2c", scale="batch_std"), 8, "cannot be compared"),
+    ],
+)
+def test_what_has_no_meaning_here_is_refused(estimator, num_steps, message):
+    with pytest.raises(Refused, match=message):
+        check_supported(estimator, ControlArguments(estimator=estimator, num_steps=num_steps))
+
+
+def test_what_has_a_meaning_is_not():
+    check_supported(Estimator.preset("ppo"), ControlArguments(num_steps=8))
+    assert check_supported(Estimator.preset("grpo"), ControlArguments()) is None
