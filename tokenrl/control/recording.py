@@ -51,9 +51,11 @@ def facts(args: ControlArguments, spec: Spec, policy: Policy) -> dict[str, Any]:
 def config(args: ControlArguments, spec: Spec) -> dict[str, Any]:
     """config.json: the settings, and what the report and the plot need."""
     values = {name: getattr(args, name) for name in args.__dataclass_fields__}
-    command = shlex.join(["tokenrl", *sys.argv[1:]]) if Path(sys.argv[0]).name == "tokenrl" else None
+    typed = Path(sys.argv[0]).name == "tokenrl"
+    again = ["control", "--config", f"{args.output_dir}/config.json", "--overwrite"]
+    command = shlex.join(["tokenrl", *(sys.argv[1:] if typed else again)])
     title = f"{spec.env}, {preset_name(args.estimator)}, seed {args.seed}"
-    return {**values, "title": title, "solved": spec.solved, **({"command": command} if command else {})}
+    return {**values, "title": title, "solved": spec.solved, "command": command}
 
 
 def record(run: Run, progress: Progress, metrics: dict[str, float]) -> None:

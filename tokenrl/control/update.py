@@ -147,8 +147,9 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat,
     """Turn a rollout into what the loss needs, and say what the policy was like in it."""
     policy, mask = agent.policy, rollout.mask
     observations, actions = rollout.observations[mask], rollout.actions[mask]
-    scored = policy.score(observations, actions)
     whole = rows_of(mask)
+    before = estimator.needs_old_logprobs or estimator.needs_sampling_logprobs
+    scored = policy.score(observations, actions) if before or estimator.needs_score_norms else None
     values = bootstrap = None
     if estimator.needs_values:
         values = whole(policy.values(observations))
@@ -161,13 +162,13 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat,
         group_size=len(mask) if estimator.needs_groups else None,
         values=values,
         bootstrap=bootstrap,
-        score_norms=whole(scored.score_norms) if estimator.needs_score_norms else None,
+        score_norms=whole(scored.score_norms) if scored is not None else None,
         baseline_value=agent.running_mean.value,
     )
     weights = estimator.token_weights(mask, max_length=agent.horizon)
     paid = advantages.policy
     paid = paid[:, None].expand(mask.shape) if paid.ndim == 1 else paid
-    metrics = {"entropy": float(scored.entropy.mean()), "advantage_std": float(paid[mask].std())}
+    metrics = {"advantage_std": float(paid[mask].std())}
     if values is not None:
         metrics["explained_variance"] = explained(values[mask], advantages.returns[mask])
     flat = Flat(
@@ -176,7 +177,7 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat,
         mask,
         paid,
         weights.to(paid.dtype),
-        whole(scored.logprobs),
+        paid if scored is None else whole(scored.logprobs),  # not looked at without a ratio
         paid if values is None else values,
         advantages.returns,
         torch.arange(len(mask)),
@@ -216,13 +217,14 @@ def _update(agent: Agent, estimator: Estimator, flat: Flat, rows: int, *, measur
             optimizer.zero_grad()
     early = flat.row < (rows + 1) // 2  # whole episodes: the halves are independent but for a common baseline
     half = None
-    loss, value_loss = 0.0, 0.0
+    loss, value_loss, entropy = 0.0, 0.0, 0.0
     for part in [flat.part(early), flat.part(~early)] if measure else [flat]:
-        objective, error = _losses(agent, estimator, part, float(flat.mask.sum()))
+        objective, error, spread = _losses(agent, estimator, part, float(flat.mask.sum()))
         (objective + error).backward()
         loss, value_loss = loss + float(objective.detach()), value_loss + float(error.detach())
+        entropy += float(spread)
         half = flat_gradient(parameters) if measure and half is None else half
-    metrics = {"loss": loss}
+    metrics = {"loss": loss, "entropy": entropy}
     if half is not None:
         metrics |= agent.diagnostics.metrics(half, flat_gradient(parameters), rows)
     metrics["grad_norm"] = _apply(agent)
@@ -231,8 +233,8 @@ def _update(agent: Agent, estimator: Estimator, flat: Flat, rows: int, *, measur
     return metrics
 
 
-def _losses(agent: Agent, estimator: Estimator, part: Flat, actions: float) -> tuple[Tensor, Tensor]:
-    """Loss of the policy, and of the critic; sums over the part, of which `actions` make the whole."""
+def _losses(agent: Agent, estimator: Estimator, part: Flat, actions: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of policy and critic, and entropy: sums over the part, of which `actions` make the whole."""
     policy, mask, args = agent.policy, part.mask, agent.args
     observations = part.observations[mask]
     whole = rows_of(mask)
@@ -246,13 +248,15 @@ def _losses(agent: Agent, estimator: Estimator, part: Flat, actions: float) -> t
         sampling_logprobs=part.old_logprobs,
         entropy=whole(scored.entropy),
     )
+    entropy = scored.entropy.detach().sum() / actions
     if policy.critic is None:
-        return objective, objective.new_zeros(())
+        return objective, objective.new_zeros(()), entropy
     # A shared critic's loss stands beside the policy's step by step; a separate one has its own scale.
     shared = policy.shape.critic == "shared"
     weights = part.weights * args.value_coef if shared else mask / actions
     values = whole(policy.values(observations))
-    return objective, estimator.critic_loss(values, part.returns, weights, old_values=part.old_values)
+    error = estimator.critic_loss(values, part.returns, weights, old_values=part.old_values)
+    return objective, error, entropy
 
 
 def _apply(agent: Agent) -> float:

@@ -18,8 +18,10 @@ _EVALUATIONS = (
     ("eval_reward_greedy", _ORANGE, "o-", "held-out greedy"),
 )
 _HEALTH = (
-    ("entropy", "entropy", "nats per token"),
+    ("entropy", "entropy", "nats per action"),
     ("completions/mean_length", "completion length", "tokens"),
+    ("episode_length", "episode length", "steps"),
+    ("explained_variance", "critic", "explained variance"),
     ("frac_reward_zero_std", "groups without signal", "fraction"),
     ("kl", "KL to the reference", "nats per completion"),
     ("grad_norm", "gradient norm", "before clipping"),
