@@ -43,6 +43,7 @@ def test_defaults_are_the_recommended_estimator() -> None:
     [
         ("reinforce", "exact"),
         ("reinforce_running_mean", "exact"),
+        ("reinforce_timestep_mean", "exact"),
         ("rloo", "exact"),
         ("grpo", "biased"),
         ("dr_grpo", "exact_up_to_scale"),
@@ -74,7 +75,7 @@ def test_presets(name, status) -> None:
     e = Estimator.preset(name)
     assert e.bias_status == status and len(e.bias_reason) > 10
     assert e.reference == PRESETS[name].paper != "" and len(PRESETS[name].note) > 80
-    assert len(PRESETS) == 27
+    assert len(PRESETS) == 28
     changed = Estimator.preset(name, epsilon=0.11)
     assert changed == dataclasses.replace(e, epsilon=0.11) and changed.reference == ""
 

@@ -2,10 +2,13 @@
 
 The statements are about the expected gradient of the first on-policy update, before clipping and the
 optimiser, with no row abstaining, for every reward and every policy; the target is the gradient of `J =
-E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, averaged over prompts. R contains what is added to the
-reward: a penalty on long rows, the value of what follows a truncation. They are sufficient conditions: a
-choice declared `biased` may be harmless on a special problem (all completions of one length, say). What the
-settings do not decide is `unknown`.
+E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, averaged over prompts. R is the undiscounted sum of rewards
+and contains what is added to them: a penalty on long rows, the value of what follows a truncation. With
+V^pi for that value it is the gradient of the whole return through the actions before the cut; with another
+it is not. Where an environment draws states, its chances are in the expectation and not in the score. The
+statements are sufficient conditions: a choice declared `biased` may be harmless on a special problem (all
+completions of one length, say). What is said of `zero_spread` supposes that nothing follows a truncation.
+What the settings do not decide is `unknown`.
 """
 
 from __future__ import annotations

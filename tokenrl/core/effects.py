@@ -49,7 +49,10 @@ EFFECTS: dict[str, dict[str, Effect]] = {
             EXACT, "the value of a state does not see the action taken there, however wrong it is"
         ),
         "episode_mean": Effect(
-            BIASED, "the mean over the row's own steps contains what its actions lead to; no objective"
+            BIASED,
+            "the mean over the row's own steps contains what its actions lead to: undiscounted and paid to "
+            "go, ascends the return with the u-th of L rewards counted 1 - u/L, the last not at all; half "
+            "the gradient if every step is paid the same",
         ),
         "timestep_mean": Effect(
             EXACT, "the baseline is made of what the other rows get at the same timestep"
@@ -161,11 +164,19 @@ RETURNS_EFFECTS: dict[str, tuple[Effect, Effect]] = {  # without and with discou
         Effect(BIASED, "discounting from each action, without gamma^t, is the gradient of no objective"),
     ),
     "blame_window": (
-        Effect(BIASED, "rewards that come later than the window are credited to nobody"),
+        Effect(
+            BIASED,
+            "rewards that come later than the window are credited to nobody, which is the gradient of no "
+            "objective; exact if no row is longer than the window",
+        ),
         Effect(BIASED, "rewards later than the window are credited to nobody, and the others are discounted"),
     ),
     "gae": (
-        Effect(BIASED, "with lam < 1 values stand in for rewards; unbiased only with the exact values"),
+        Effect(
+            BIASED,
+            "with lam < 1 values stand in for rewards; unbiased only with the exact values, V^pi of the "
+            "state and of the steps left",
+        ),
         Effect(BIASED, "discounting from each action, without gamma^t, is the gradient of no objective"),
     ),
 }
@@ -193,7 +204,8 @@ ZERO_SPREAD_EFFECTS = {
         "are drawn independently (a second try of the SAME prompt would be biased)",
     ),
 }
-"""When the dropped groups had no advantage; `bias.zero_spread_effect` says when that is so."""
+"""When the dropped groups had no advantage; `bias.zero_spread_effect` says when that is so. Only rewards are
+compared: groups equal in them, and not in what follows a truncation (`bootstrap`), had one."""
 
 CENTRED = ("rloo", "group_mean", "opo", "optimal")
 """Baselines that equal the return in a group of equal returns."""

@@ -45,6 +45,12 @@ EXTRA: dict[str, dict[str, object]] = {
     },
     "discounted": {"gamma": 0.7},
     "discounted, to go": {"gamma": 0.7, "returns": "reward_to_go"},
+    "episode standardised": {
+        "baseline": "episode_mean",
+        "scale": "episode_std",
+        "returns": "reward_to_go",
+        "gamma": 0.99,
+    },
     "none, zero spread dropped": {"baseline": "none", "zero_spread": "drop"},
     "overlong penalty": {"overlong_buffer": 4},
 }

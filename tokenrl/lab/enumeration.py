@@ -112,7 +112,7 @@ def exact_moments(
             shares += chance @ coefficients
             second = second + chance @ (coefficients @ slopes).square().sum(-1)
     mean = _by_prompt(problem, shares / total)
-    return Moments(mean, _target(estimator, problem), float(second / total))
+    return Moments(mean, target_of(estimator, problem), float(second / total))
 
 
 def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -> Moments:
@@ -131,11 +131,13 @@ def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -
     chosen = torch.cat([g.flatten() for g in groups])[None]  # [1, N]
     coefficients = _coefficients(estimator, problem, of_row, chosen, problem.group_size)[0]
     mean = _by_prompt(problem, coefficients)
-    return Moments(mean, _target(estimator, problem), float(mean.sum(0).square().sum()))
+    return Moments(mean, target_of(estimator, problem), float(mean.sum(0).square().sum()))
 
 
-def _target(estimator: Estimator, problem: Problem) -> Tensor:
+def target_of(estimator: Estimator, problem: Problem, gamma: float = 1.0) -> Float[Tensor, "P D"]:
+    """Gradient of the objective with the estimator's terms, undiscounted or not: `Problem.gradient`."""
     return problem.gradient(
+        gamma=gamma,
         beta=estimator.beta,
         entropy_coef=estimator.entropy_coef,
         overlong_buffer=estimator.overlong_buffer,
@@ -198,6 +200,7 @@ def _advantages(
             logprobs=one["logprobs"],
             ref_logprobs=one["ref_logprobs"],
             values=one["values"],
+            bootstrap=one.get("bootstrap"),
             greedy_rewards=one["greedy_rewards"],
             score_norms=one["score_norms"],
             baseline_value=problem.baseline_value,
@@ -223,6 +226,7 @@ def _of_completions(problem: Problem) -> dict[str, Tensor]:
     """What belongs to a completion of a prompt, [P, M, ...] each."""
     prompts = len(problem.greedy)
     greedy = problem.totals[torch.arange(prompts), problem.greedy]
+    told = {} if problem.bootstrap is None else {"bootstrap": problem.bootstrap}
     return {
         "mask": problem.mask.expand(prompts, -1, -1),
         "truncated": problem.truncated.expand(prompts, -1),
@@ -233,4 +237,5 @@ def _of_completions(problem: Problem) -> dict[str, Tensor]:
         "entropy": problem.entropy,
         "values": problem.values,
         "score_norms": problem.scores.square().sum(-1),
+        **told,
     }

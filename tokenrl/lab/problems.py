@@ -43,6 +43,10 @@ class Problem:
         max_length: Divisor of the aggregation 'fixed_length'; not T, so that a divisor made of the width of
             the batch would show.
         baseline_value: The running mean, a number from earlier steps.
+        environment: Chance of what the policy does not draw, states say, in each completion [P, M]; it is in
+            the chance of a completion and not in its score.
+        bootstrap: What a critic says of the state after a cut, 0 without a cut [P, M]; None to tell nothing.
+        after: Mean reward of each of the K steps that would follow a cut, 0 without a cut [P, M, K].
     """
 
     name: str
@@ -59,30 +63,52 @@ class Problem:
     greedy: Int[Tensor, " P"]
     max_length: int
     baseline_value: float = 0.37
+    environment: Float[Tensor, "P M"] | float = 1.0
+    bootstrap: Float[Tensor, "P M"] | None = None
+    after: Float[Tensor, "P M K"] | None = None
 
     @property
     def chances(self) -> Float[Tensor, "P M"]:
         """Probability of each completion; they sum to 1 for each prompt."""
-        return self.logprobs.sum(-1).exp()
+        return self.logprobs.sum(-1).exp() * self.environment
 
     @property
     def totals(self) -> Float[Tensor, "P M"]:
         """Undiscounted return of each completion."""
         return self.rewards.sum(-1) if self.rewards.ndim == 3 else self.rewards
 
+    def worths(self, gamma: float = 1.0) -> Float[Tensor, "P M"]:
+        """Return of each completion, discounted from its first step, with the mean of what a cut takes."""
+        lengths = self.mask.sum(-1)
+        if self.rewards.ndim == 3:
+            worths = self.rewards @ gamma ** torch.arange(self.mask.shape[1], dtype=torch.double)
+        else:
+            worths = self.rewards * gamma ** (lengths - 1)
+        if self.after is None:
+            return worths
+        later = self.after @ gamma ** torch.arange(self.after.shape[2], dtype=torch.double)
+        return worths + gamma**lengths * later
+
     def gradient(
-        self, *, beta: float = 0.0, entropy_coef: float = 0.0, overlong_buffer: int = 0
+        self,
+        *,
+        beta: float = 0.0,
+        entropy_coef: float = 0.0,
+        overlong_buffer: int = 0,
+        gamma: float = 1.0,
     ) -> Float[Tensor, "P D"]:
         """Gradient of `J = E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, what each prompt adds to it.
 
-        R contains the penalty on long completions, if there is one.
+        R contains the penalty on long completions, if there is one, and what would follow a cut on average:
+        then this is the gradient through the steps before the cut, the policy held fixed after it. With
+        gamma < 1 the rewards are discounted from the first step, the other terms are not.
 
         J is the mean over prompts, KL and H are those of whole completions. By the log-derivative trick
         it is `E[(R - beta l - entropy_coef log pi) S]`, with l the log ratio and S the sum of scores: what
         the derivatives of l and of log pi themselves would add has mean zero.
         """
         log_pi, log_ref = self.logprobs.sum(-1), self.ref_logprobs.sum(-1)
-        worth = self.totals - beta * (log_pi - log_ref) - entropy_coef * log_pi
+        worth = self.worths(gamma) - beta * (log_pi - log_ref) - entropy_coef * log_pi
         if overlong_buffer:
             worth = worth + overlong_penalty(self.mask.sum(-1).long(), self.max_length, overlong_buffer)
         return torch.einsum("pm,pmtd->pd", self.chances * worth, self.scores) / len(self.chances)

@@ -8,13 +8,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenrl.core.bias import FROM_BEST_TO_WORST
+from tokenrl.core.bias import EXACT, FROM_BEST_TO_WORST, UP_TO_SCALE
 from tokenrl.core.rules import Refused
 from tokenrl.lab.arguments import LabArguments
 from tokenrl.lab.catalogue import named_estimators
+from tokenrl.lab.discounting import Match, objectives_on_control
 from tokenrl.lab.verdict import Verdict, measure_bias
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 # Okabe and Ito's palette: told apart with any colour vision.
 COLOURS = dict(
@@ -51,6 +56,8 @@ def exact(args: LabArguments) -> int:
     finally:
         torch.set_num_threads(threads)
     print_table(verdicts)
+    if not args.estimators:
+        print_objectives()
     if args.json is not None:
         args.json.write_text(json.dumps(records(verdicts), indent=1, allow_nan=False) + "\n")
     if args.figure is not None:
@@ -86,18 +93,8 @@ def _finite(number: float) -> float | None:
 
 def print_table(verdicts: Mapping[str, Verdict]) -> None:
     """Print a line an estimator, and below what the columns mean."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 120
-    table = Table(box=box.SIMPLE)
-    for column in ("estimator", "declared", "found"):
-        table.add_column(column, no_wrap=True)
-    for column in ("cosine", "relative bias", "noise", "ok"):
-        table.add_column(column, justify="right", no_wrap=True)
+    console = _console()
+    table = _table(("estimator", "declared", "found"), ("cosine", "relative bias", "noise", "ok"))
     for name, v in verdicts.items():
         bias = f"{v.relative_bias:.1e}" if v.relative_bias < 1e-3 else f"{v.relative_bias:.3f}"
         row = (name, v.declared, v.found, f"{v.cosine:.6f}", bias, f"{v.noise:.2f}", "yes" if v.ok else "NO")
@@ -110,6 +107,51 @@ def print_table(verdicts: Mapping[str, Verdict]) -> None:
         f"first problem.\n{len(verdicts)} estimators; "
         + (f"declared wrongly: {'; '.join(wrong)}." if wrong else "every declaration holds.")
     )
+
+
+def print_objectives() -> None:
+    """Print whose gradient each return and baseline gives on a small control problem."""
+    table = _table(("on a control problem of 3 steps", "gamma", "of J_1", "of J_gamma", "ascends"), ())
+    for name, gamma, found in objectives_on_control():
+        discounted = _against(found.discounted) if gamma < 1 else "the same"
+        table.add_row(name, f"{gamma:g}", _against(found.undiscounted), discounted, found.ascends)
+    console = _console()
+    console.print(table)
+    console.print(
+        "The expected gradient against those of J_1 = E[sum r_t] and J_gamma = E[sum gamma^t r_t]; off: "
+        "|E g - grad J| / |grad J|, and the cosine. Two episodes a step; V^pi is that of the state and the "
+        "steps left, any V a random number a state. Cut: 2 steps are seen of 4; J is that of all 4, through "
+        "the actions before the cut. 'Timestep mean of all' tends to J_1 with more episodes."
+    )
+
+
+def _against(match: Match) -> str:
+    if match.status == EXACT:
+        return "the gradient"
+    if match.status == UP_TO_SCALE:
+        return f"{match.scale:.3f} of it"
+    return f"off by {match.relative_bias:.3f}, cos {match.cosine:.4f}"
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 120
+    return console
+
+
+def _table(left: Sequence[str], right: Sequence[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for column in left:
+        table.add_column(column, no_wrap=True)
+    for column in right:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def draw_map(verdicts: Mapping[str, Verdict], path: Path) -> Path:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenrl.core import Estimator
 from tokenrl.core.bias import ASYMPTOTIC, BIASED, EXACT, FROM_BEST_TO_WORST, PER_PROMPT, UNKNOWN, UP_TO_SCALE
 from tokenrl.core.rules import Refused
+from tokenrl.lab.control_problem import problem_of_mdp, random_mdp
 from tokenrl.lab.enumeration import Moments, exact_moments, proportional_step
 from tokenrl.lab.problems import Problem, tabular_problem
 
@@ -166,7 +167,7 @@ def _measurement(name: str, m: Moments) -> Measurement:
 
 @cache
 def default_problems() -> tuple[Problem, ...]:
-    """Problems that together show every bias offered: rewards of all kinds, one to three prompts."""
+    """Problems that together show every bias offered: rewards of all kinds, one to three prompts, control."""
     return (
         tabular_problem(1, prompts=2, group_size=4, vocabulary=2, rewards="continuous"),
         tabular_problem(2, prompts=1, group_size=3, rewards="continuous"),
@@ -174,6 +175,8 @@ def default_problems() -> tuple[Problem, ...]:
         tabular_problem(4, prompts=3, group_size=2, vocabulary=2, rewards="binary"),
         tabular_problem(5, prompts=1, group_size=3, rewards="dense", true_values=True),
         tabular_problem(6, prompts=2, group_size=3, vocabulary=2, rewards="dense", shared=True),
+        problem_of_mdp(random_mdp(1, one_start=True), steps=3, group_size=2),
+        problem_of_mdp(random_mdp(2), steps=2, beyond=2, group_size=3, critic="true"),
     )
 
 
@@ -184,4 +187,5 @@ def limit_problems() -> tuple[Problem, ...]:
         tabular_problem(9, prompts=2, group_size=3, vocabulary=2, length=2, rewards="continuous", even=True),
         tabular_problem(7, prompts=2, group_size=2, length=2, rewards="continuous", even=True),
         tabular_problem(8, prompts=2, group_size=2, length=2, rewards="dense", even=True),
+        problem_of_mdp(random_mdp(3, one_start=True, even=True), steps=2, group_size=2),
     )
