@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -114,6 +115,32 @@ def test_a_failure_during_the_run_is_exit_code_1(capsys):
     assert main([*TRAIN, "--quiet", "--reward", "made_up_rewards:fails_later"]) == 1
     captured = capsys.readouterr()
     assert "RuntimeError: gone" in captured.err and "Traceback" not in captured.err
+
+
+def test_a_collapsed_policy_is_flagged_once(capsys, tmp_path):
+    cold = [*TRAIN, "--temperature", "0.001"]  # so cold that every token is all but certain
+    for bonus, flags in (("0", ["entropy-collapsed"]), ("0.01", [])):
+        assert main([*cold, "--estimator.entropy-coef", bonus, "--overwrite"]) == 0
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["flags"] == flags
+        assert capsys.readouterr().out.count("warning: entropy-collapsed") == len(flags)
+
+
+def test_the_last_tenth_of_a_run_is_judged():
+    from tokenrl.language.recording import Run
+
+    run = Run(*[None] * 8)
+    assert math.isnan(run.last_entropy)
+    run.entropies = [1.0, 0.5]
+    assert run.last_entropy == 0.5
+    run.entropies = [1.0] * 28 + [0.3, 0.1]
+    assert run.last_entropy == pytest.approx((1.0 + 0.3 + 0.1) / 3)
+
+
+def test_no_baseline_for_long_completions_needs_a_flag(capsys):
+    long = [*TRAIN, "--estimator", "reinforce", "--max-completion-length", "501"]
+    for extra, words in ([], "subtracts no baseline"), (["--allow-no-baseline"], "leaves no room"):
+        assert main([*long, *extra, "--quiet"]) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, code", [([], 2), (["--help"], 0), (["fly"], 2), (["--version"], 0)])

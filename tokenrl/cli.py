@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import tyro
 
+from tokenrl.advisor.arguments import AdviseArguments
+from tokenrl.control.arguments import ControlArguments
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.core.rules import Refused, TokenrlError
@@ -60,6 +62,18 @@ def _sample(args: SampleArguments) -> int:
     return 0
 
 
+def _control(args: ControlArguments) -> int:
+    from tokenrl.control.training import train
+
+    return train(args).exit_code
+
+
+def _advise(args: AdviseArguments) -> int:
+    from tokenrl.advisor import run
+
+    return run(args)
+
+
 def _report(args: ReportArguments) -> int:
     from tokenrl.runs.report import report_from_directory
 
@@ -91,6 +105,8 @@ COMMANDS = {
     "sft": Command(SftArguments, _sft),
     "evaluate": Command(EvaluateArguments, _evaluate),
     "sample": Command(SampleArguments, _sample),
+    "control": Command(ControlArguments, _control),
+    "advise": Command(AdviseArguments, _advise),
     "report": Command(ReportArguments, _report),
     "lab": Command(LabArguments, _lab),
     "lab measure": Command(MeasureArguments, _lab_measure),
@@ -135,7 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    lines = ["usage: tokenrl COMMAND [--help] ...", "", "Policy gradients on language models.", ""]
+    lines = [
+        "usage: tokenrl COMMAND [--help] ...",
+        "",
+        "Policy gradients on language models and gymnasium environments.",
+        "",
+    ]
     lines += [f"  {name:13}{command.arguments.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(lines)
 
@@ -143,17 +164,18 @@ def _help() -> str:
 def _parse(name: str, command: Command, argv: list[str]) -> Any:
     """Arguments of a command; --config and --estimator set the defaults that flags then change."""
     default: Any = None
-    if command.arguments is TrainArguments:
+    estimates = any(f.name == "estimator" for f in fields(command.arguments))
+    if estimates:
         argv, config = _take(argv, "--config")
         argv, preset = _take(argv, "--estimator")
-        default = TrainArguments() if config is None else _from_config(config)
+        default = command.arguments() if config is None else _from_config(config, command.arguments)
         if preset is not None:
             default = replace(default, estimator=Estimator.preset(preset))
     return tyro.cli(
         command.arguments,
         args=argv,
         prog=f"tokenrl {name}",
-        description=command.arguments.__doc__ + (_about_presets() if name == "train" else ""),
+        description=command.arguments.__doc__ + (_about_presets() if estimates else ""),
         **({} if default is None else {"default": default}),
     )
 
@@ -186,12 +208,19 @@ def _take(argv: list[str], flag: str) -> tuple[list[str], str | None]:
     return rest, value
 
 
-def _from_config(path: str) -> TrainArguments:
-    """The settings of an earlier run; what else its config.json holds is passed over."""
+_FOREIGN = {"train": "num_envs", "control": "num_generations"}
+"""A setting that only the other command's configurations have."""
+
+
+def _from_config(path: str, kind: type[Any] = TrainArguments) -> Any:
+    """The settings of an earlier run or an advice; what else the file holds is passed over."""
     from tokenrl.runs.directory import read_config
 
     stored = read_config(path)
-    known = {f.name: stored[f.name] for f in fields(TrainArguments) if f.name in stored}
+    name, other = ("train", "control") if kind is TrainArguments else ("control", "train")
+    if _FOREIGN[name] in stored:
+        raise Refused(f"The configuration {path} is one of tokenrl {other}; give it to that command.")
+    known = {f.name: stored[f.name] for f in fields(kind) if f.name in stored}
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in known.items()
     }
@@ -199,9 +228,9 @@ def _from_config(path: str) -> TrainArguments:
     try:
         if isinstance(estimator, Mapping):
             values["estimator"] = Estimator(**estimator)
-        return TrainArguments(**values)
+        return kind(**values)
     except TypeError as error:
-        raise Refused(f"The configuration {path} is not one of tokenrl train: {error}.") from error
+        raise Refused(f"The configuration {path} is not one of tokenrl {name}: {error}.") from error
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tokenrl.core.baselines import RunningMean
 from tokenrl.core.rules import Refused
 from tokenrl.language.critic import Critic
 from tokenrl.language.data import PromptStream
-from tokenrl.language.diagnostics import GradientDiagnostics
+from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.language.experience import collect, greedy_rewards
 from tokenrl.language.rewards import Rewards
 from tokenrl.language.sampling import sample, uniforms

@@ -9,11 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import isfinite
 from numbers import Real
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tokenrl.core.axes import OVER_GROUP, OVER_STEP
 
+if TYPE_CHECKING:
+    from tokenrl.core.estimator import Estimator
+
 T = TypeVar("T")
+
+LONGEST_WITHOUT_BASELINE = 500
+"""Steps an episode may last without a baseline; beyond, noise drowns what one action adds to the return."""
+LEAST_ENTROPY = 0.1
+"""Nats: below it a policy over discrete actions all but repeats itself, and no longer explores."""
 
 
 class TokenrlError(Exception):
@@ -158,3 +166,90 @@ def given(name: str, value: T | None, purpose: str) -> T:
             f"{name} was not given, and {purpose} needs it. Pass {name}, or choose an estimator without that."
         )
     return value
+
+
+def subtracts_something(estimator: Estimator) -> bool:
+    """Say whether the estimator has a baseline of any kind.
+
+    A constant of 0 is none. Returns 'gae' mix values into what is paid without subtracting them, so they are
+    none either. The scale 'token_whiten' is one, for it subtracts the mean over the step.
+    """
+    if estimator.scale == "token_whiten":
+        return True
+    if estimator.baseline == "constant":
+        return estimator.baseline_constant != 0
+    return estimator.baseline != "none"
+
+
+def check_horizon(estimator: Estimator, horizon: int | None, allow_no_baseline: bool = False) -> None:
+    """Refuse REINFORCE without a baseline where an episode may last more than 500 steps.
+
+    With rewards of one size at every step, the variance of `sum_t score_t R` grows as the cube of the length,
+    and most of it is what a baseline would have taken away.
+
+    Args:
+        estimator: The estimator.
+        horizon: Most steps of an episode (tokens of a completion); None if there is no limit.
+        allow_no_baseline: Let it pass all the same.
+
+    Raises:
+        Refused: With the baselines there are, and the flag that lets it pass.
+    """
+    short = horizon is not None and horizon <= LONGEST_WITHOUT_BASELINE
+    if short or allow_no_baseline or subtracts_something(estimator):
+        return
+    length = "without limit" if horizon is None else f"up to {horizon:,} steps"
+    raise Refused(
+        f"Episodes last {length}, but the estimator subtracts no baseline (baseline "
+        f"{estimator.baseline!r}); beyond {LONGEST_WITHOUT_BASELINE} steps the noise of the whole return "
+        "drowns what one action adds to it. Choose a baseline: 'timestep_mean' with returns 'reward_to_go', "
+        "'value' with a critic, 'running_mean', or for several completions of a prompt 'rloo'. Or make "
+        "episodes shorter, or pass --allow-no-baseline to train so all the same."
+    )
+
+
+def check_head(head: str, discrete: bool) -> None:
+    """Refuse a distribution that cannot give the actions there are; 'auto' fits both.
+
+    Args:
+        head: 'auto', 'softmax' or 'gaussian'.
+        discrete: Whether the actions are a finite list, rather than vectors of real numbers.
+
+    Raises:
+        Refused: For a softmax over continuous actions, or a Gaussian over discrete ones.
+    """
+    check_choice("head", head, ("auto", "softmax", "gaussian"))
+    if head == "softmax" and not discrete:
+        raise Refused(
+            "head 'softmax' gives a probability to each of a finite list of actions, but the actions here "
+            "are vectors of real numbers. Use head 'gaussian' (or 'auto'), or an environment with discrete "
+            "actions."
+        )
+    if head == "gaussian" and discrete:
+        raise Refused(
+            "head 'gaussian' draws vectors of real numbers, but the actions here are a finite list. Use head "
+            "'softmax' (or 'auto'), or an environment with continuous actions."
+        )
+
+
+def entropy_collapsed(entropy_coef: float, entropy: float) -> bool:
+    """Say whether a policy over discrete actions has collapsed with nothing to hold it: below 0.1 nats.
+
+    A density's entropy may be negative without harm, so this does not apply to a Gaussian head.
+
+    Args:
+        entropy_coef: Weight of the entropy bonus; above 0 nothing is flagged.
+        entropy: Measured mean entropy of the policy, in nats an action; nan is not flagged.
+    """
+    return entropy_coef == 0 and entropy < LEAST_ENTROPY
+
+
+def entropy_collapse_message(entropy: float) -> str:
+    """Say what a collapsed policy means and how to hold it open."""
+    return (
+        f"entropy-collapsed: the policy ended with an entropy of {entropy:.3g} nats an action (below "
+        f"{LEAST_ENTROPY:g}) and the estimator has no entropy bonus (entropy_coef 0). It all but repeats "
+        "one choice, so it no longer finds anything better, and its gradient vanishes. Where each prompt or "
+        "state has one right answer and the reward is good, that may be wanted; otherwise set "
+        "--estimator.entropy-coef (0.01 is a start), or lower the learning rate."
+    )

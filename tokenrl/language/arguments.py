@@ -131,6 +131,8 @@ class TrainArguments(LoraArguments, ModelArguments, TaskArguments):
     """Stop after so many steps in a row in which no group's rewards differ; 0: never."""
     stop_after_nonfinite: int = 5
     """Stop after so many updates in a row with a gradient that is not finite."""
+    allow_no_baseline: bool = False
+    """Train without a baseline also where completions may be longer than 500 tokens."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""
     resume: str | None = None

@@ -11,10 +11,11 @@ from tokenrl.language.evaluation import Evaluation, evaluate_policy
 from tokenrl.language.policy import load_policy
 from tokenrl.language.sampling import sample as draw_completions
 from tokenrl.language.sampling import uniforms
-from tokenrl.language.saving import model_card, refuse_foreign_directory, replace_directory, save_policy
+from tokenrl.language.saving import model_card, refuse_foreign_directory, save_policy
 from tokenrl.language.setup import arguments, find_task, make_policy
 from tokenrl.language.supervised import fit
 from tokenrl.language.task_sources import read_splits, with_prompts
+from tokenrl.runs.checkpoint import replace_directory
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import write_json
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import time
@@ -13,18 +14,17 @@ from typing import Any
 from safetensors.torch import save_file
 
 from tokenrl.core.baselines import RunningMean
-from tokenrl.core.estimator import Estimator
-from tokenrl.core.presets import PRESETS
-from tokenrl.core.rules import Stopped, TokenrlError
+from tokenrl.core.presets import preset_name
+from tokenrl.core.rules import Stopped, TokenrlError, entropy_collapse_message, entropy_collapsed
 from tokenrl.language.arguments import TrainArguments
 from tokenrl.language.data import PromptStream, Task
 from tokenrl.language.evaluation import Evaluation
 from tokenrl.language.policy import Policy
 from tokenrl.language.rewards import Rewards
-from tokenrl.language.saving import model_card, replace_directory, save_policy
+from tokenrl.language.saving import model_card, save_policy
 from tokenrl.language.step import Record
 from tokenrl.language.update import Learner
-from tokenrl.runs.checkpoint import latest_checkpoint, save_checkpoint
+from tokenrl.runs.checkpoint import latest_checkpoint, replace_directory, save_checkpoint
 from tokenrl.runs.console import Console, Progress
 from tokenrl.runs.directory import RunDirectory, write_json
 from tokenrl.runs.metrics import MetricsLog, write_completions
@@ -45,6 +45,7 @@ class RunResult:
         eval_after: the same after it; empty if a signal ended the run between two evaluations.
         wall_seconds: from the first evaluation to the last.
         tokens_per_second: completion tokens sampled and trained on, a second of training steps.
+        flags: what to know of the outcome: `entropy-collapsed`, or nothing.
         policy: the trained policy.
     """
 
@@ -56,6 +57,7 @@ class RunResult:
     eval_after: dict[str, float]
     wall_seconds: float
     tokens_per_second: float
+    flags: tuple[str, ...]
     policy: Policy = field(repr=False)
 
 
@@ -77,8 +79,15 @@ class Run:
     tokens: int = 0  # prompt and completion tokens so far
     completion_tokens: float = 0.0
     step_seconds: float = 0.0
+    entropies: list[float] = field(default_factory=list)  # of each step, nats a token
     flat_steps: int = 0  # steps in a row in which no rewards differed
     warned: set[str] = field(default_factory=set)
+
+    @property
+    def last_entropy(self) -> float:
+        """Mean entropy over the last tenth of the steps, in nats a token; nan before the first."""
+        last = self.entropies[-max(1, len(self.entropies) // 10) :]
+        return sum(last) / len(last) if last else math.nan
 
 
 def record_step(run: Run, record: Record, metrics: dict[str, float], progress: Progress) -> None:
@@ -145,10 +154,6 @@ def facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _preset_name(estimator: Estimator) -> str:
-    return next((name for name in PRESETS if Estimator.preset(name) == estimator), "custom estimator")
-
-
 def config(run: Run) -> dict[str, Any]:
     """config.json: the resolved arguments, and what the report and the plot need."""
     solved = getattr(run.task, "solved", None)
@@ -158,7 +163,7 @@ def config(run: Run) -> dict[str, Any]:
     if values["model"] is not None and not isinstance(values["model"], str):
         values["model"] = run.learner.policy.source
     command = shlex.join(["tokenrl", *sys.argv[1:]]) if Path(sys.argv[0]).name == "tokenrl" else None
-    title = f"{run.task.name}, {_preset_name(run.args.estimator)}, seed {run.args.seed}"
+    title = f"{run.task.name}, {preset_name(run.args.estimator)}, seed {run.args.seed}"
     return {**values, "title": title, "solved": solved, **({"command": command} if command else {})}
 
 
@@ -175,13 +180,19 @@ def result(
         eval_after=after.metrics,
         wall_seconds=time.monotonic() - began,
         tokens_per_second=run.completion_tokens / max(run.step_seconds, 1e-9),
+        flags=_flags(run),
         policy=run.learner.policy,
     )
 
 
+def _flags(run: Run) -> tuple[str, ...]:
+    collapsed = entropy_collapsed(run.args.estimator.entropy_coef, run.last_entropy)
+    return ("entropy-collapsed",) if collapsed else ()
+
+
 def _summary(ended: RunResult) -> dict[str, Any]:
     names = ("exit_reason", "steps", "wall_seconds", "tokens_per_second", "eval_before", "eval_after")
-    return {name: getattr(ended, name) for name in names}
+    return {name: getattr(ended, name) for name in (*names, "flags")}
 
 
 def finish(run: Run, ended: RunResult) -> None:
@@ -204,6 +215,8 @@ def finish(run: Run, ended: RunResult) -> None:
         run.directory.write_summary(summary)
         report_from_directory(run.directory.path)
         run.console.finish(summary)
+        if "entropy-collapsed" in ended.flags:
+            run.console.warn(entropy_collapse_message(run.last_entropy))
         run.console.note(
             f"model   {run.directory.model}\ncurve   {run.directory.plot}\nreport  {run.directory.report}"
         )

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +30,6 @@ def save_policy(policy: Policy, directory: Path, *, card: str | None = None) -> 
     policy.tokenizer.save_pretrained(directory)
     if card is not None:
         (directory / "README.md").write_text(card, encoding="utf-8")
-
-
-def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder aside, then put it in place of `directory`: no reader sees a part of it."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        aside.chmod(0o755)  # mkdtemp's is private
-        write(aside)
-        if directory.exists():
-            old = aside.with_suffix(".old")
-            os.rename(directory, old)
-            os.rename(aside, directory)
-            shutil.rmtree(old)
-        else:
-            os.rename(aside, directory)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def refuse_foreign_directory(directory: Path, *, overwrite: bool) -> None:

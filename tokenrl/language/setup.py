@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.rules import Refused
+from tokenrl.core.rules import Refused, check_horizon
+from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.language.adapters import add_lora
 from tokenrl.language.arguments import LoraArguments, ModelArguments, TaskArguments, TrainArguments
 from tokenrl.language.critic import Critic
 from tokenrl.language.data import Task, load_task
-from tokenrl.language.diagnostics import GradientDiagnostics
 from tokenrl.language.policy import Policy, enable_gradient_checkpointing, load_policy, wrap
 from tokenrl.language.rewards import Rewards, load_reward
 from tokenrl.language.supervised import warm_started_base
@@ -142,6 +142,7 @@ def check(args: TrainArguments) -> None:
             "more, or choose the estimator reinforce or reinforce_running_mean."
         )
     _try_out(args)
+    check_horizon(args.estimator, args.max_completion_length, args.allow_no_baseline)
     if (args.num_minibatches or 1) > (args.prompts_per_step or 1):
         raise Refused(
             f"num_minibatches={args.num_minibatches} is more than prompts_per_step={args.prompts_per_step}; "

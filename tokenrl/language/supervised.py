@@ -13,8 +13,9 @@ import torch
 from tokenrl.core.rules import Refused, Stopped
 from tokenrl.language.policy import Policy, wrap
 from tokenrl.language.sampling import Rollout, pad_left
-from tokenrl.language.saving import replace_directory, save_policy
+from tokenrl.language.saving import save_policy
 from tokenrl.language.scoring import score
+from tokenrl.runs.checkpoint import replace_directory
 
 MADE_BY = 2  # raised when this module or the tiny tokenizers change what a warm start gives
 Pair = tuple[list[int], list[int]]  # ids of a prompt and of its completion

@@ -161,6 +161,7 @@ def _one_step(run: Run) -> Record:
     run.schedule.step()
     rows = (run.args.prompts_per_step or 1) * (run.args.num_generations or 1)
     run.completion_tokens += record.metrics["completions/mean_length"] * rows
+    run.entropies.append(record.metrics["entropy"])
     run.tokens += int(record.metrics["num_tokens"])
     record.metrics["num_tokens"] = run.tokens
     run.step_seconds += time.perf_counter() - began

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from tokenrl.core.estimator import Advantages, Estimator
 from tokenrl.core.rules import Stopped
+from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.language.arguments import TrainArguments
 from tokenrl.language.critic import Critic
-from tokenrl.language.diagnostics import GradientDiagnostics, flat_gradient
 from tokenrl.language.policy import Policy
 from tokenrl.language.sampling import Rollout
 from tokenrl.language.scoring import score

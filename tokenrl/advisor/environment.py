@@ -1,0 +1,157 @@
+"""Advice for an environment: what it looks like, what the untrained policy earns in it, what follows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from tokenrl.advisor.arguments import AdviseArguments
+from tokenrl.advisor.environment_reasons import ENTROPY, RARE, Returns, doubts, facts, heads, settings
+from tokenrl.advisor.show import Advice, judge_horizon
+from tokenrl.control.arguments import ControlArguments
+from tokenrl.control.environments import Environments, Spec, describe
+from tokenrl.control.policies import Policy, Shape
+from tokenrl.control.rollouts import collect_episodes
+from tokenrl.core.axes import AXES
+from tokenrl.core.estimator import Estimator
+from tokenrl.core.rules import (
+    LONGEST_WITHOUT_BASELINE,
+    check_choice,
+    check_head,
+    check_number,
+)
+
+
+class Way(NamedTuple):
+    """A way to train: what changes in a preset, and the settings beside it."""
+
+    preset: str
+    axes: dict[str, Any]
+    arguments: dict[str, Any]
+
+
+WAYS = {
+    "episodes": Way(
+        "reinforce_timestep_mean",
+        {},
+        {"max_steps": 100, "num_envs": 64, "hidden": (64,), "learning_rate": 1e-2},
+    ),
+    "critic": Way(
+        "ppo",
+        {"gamma": 0.99},
+        {"max_steps": 250, "num_envs": 16, "num_steps": 128, "hidden": (64, 64), "learning_rate": 1e-3,
+         "num_iterations": 4, "num_minibatches": 4, "learning_rate_schedule": "linear"},
+    ),
+    "continuous": Way(
+        "ppo",
+        {"gamma": 0.99},
+        {"max_steps": 250, "num_envs": 16, "num_steps": 128, "hidden": (128, 128), "learning_rate": 1e-3,
+         "num_iterations": 10, "num_minibatches": 8, "learning_rate_schedule": "linear",
+         "normalize_observations": True},
+    ),
+}  # fmt: skip
+"""Rules of thumb, all of them here: change a number and the advice follows."""
+ENDLESS_GAMMA = 0.95
+"""Discount of continuous control in which no episode ends by itself: a pole to balance, a body to move."""
+SLOW_STEPS = 10_000
+"""Steps an update that are cheap also where environments are stepped one by one."""
+MEASURED_STEPS = 20_000
+"""Most steps that a measurement takes, but ten episodes at least."""
+
+
+def advise_environment(args: AdviseArguments) -> Advice:
+    """Measure an environment and recommend settings for `tokenrl control`.
+
+    Raises:
+        Refused: no such environment; a head that cannot give its actions; no baseline beyond 500 steps.
+    """
+    check_number("episodes", args.episodes, at_least=2)
+    check_choice("baseline", args.baseline or "none", [b for b in AXES["baseline"] if b != "remax"])
+    spec = describe(args.env, args.max_episode_steps)
+    check_head(args.head, spec.discrete)
+    way = choose(spec, args.baseline)
+    estimator = Estimator.preset(WAYS[way].preset, **WAYS[way].axes)
+    if way == "episodes" and args.baseline is not None:
+        estimator = replace(estimator, baseline=args.baseline)
+    warnings = judge_horizon(estimator, spec.horizon, args.allow_no_baseline)
+    found = measure(spec, args, WAYS[way].arguments["hidden"])
+    control = ControlArguments(
+        env=args.env,
+        estimator=estimator,
+        max_episode_steps=args.max_episode_steps,
+        head="softmax" if spec.discrete else "gaussian",
+        allow_no_baseline=args.allow_no_baseline,
+        seed=args.seed,
+        **WAYS[way].arguments,
+    )
+    control = fitted(control, spec, found)
+    return Advice(
+        subject=spec.env,
+        command="control",
+        arguments=control,
+        facts=facts(spec, found),
+        settings=settings(control, spec, found, way),
+        measurements={"environment": spec, "returns": found},
+        heads=heads(control, spec),
+        warnings=warnings + doubts(spec, found),
+    )
+
+
+def choose(spec: Spec, baseline: str | None) -> str:
+    """Choose whole episodes without a critic, or a critic; a baseline asked for decides by itself."""
+    cheap = spec.fast or spec.horizon * WAYS["episodes"].arguments["num_envs"] <= SLOW_STEPS
+    whole = spec.discrete and spec.horizon <= LONGEST_WITHOUT_BASELINE and cheap
+    if baseline is not None:
+        whole = baseline != "value"
+    return "episodes" if whole else "critic" if spec.discrete else "continuous"
+
+
+def measure(spec: Spec, args: AdviseArguments, hidden: tuple[int, ...]) -> Returns:
+    """Play episodes with the policy as it is before training, whose actions are all but random."""
+    episodes = min(args.episodes, max(10, MEASURED_STEPS // spec.horizon))
+    generator = torch.Generator().manual_seed(args.seed)
+    size = spec.actions or spec.action_size
+    shape = Shape(spec.observation_size, "softmax" if spec.discrete else "gaussian", size, hidden)
+    policy = Policy(shape, generator)
+    environments = Environments(args.env, episodes, args.max_episode_steps)
+    try:
+        rollout = collect_episodes(environments, policy, spec.horizon, generator, seed=args.seed)
+    finally:
+        environments.close()
+    returns = rollout.returns.double()
+    (_, commonest), *_ = Counter(returns.tolist()).most_common(1)
+    return Returns(
+        episodes=episodes,
+        mean=float(returns.mean()),
+        sd=float(returns.std()),
+        length=float(rollout.lengths.double().mean()),
+        unusual=1 - commonest / episodes,
+        truncated=float(rollout.truncated.double().mean()),
+    )
+
+
+def fitted(control: ControlArguments, spec: Spec, found: Returns) -> ControlArguments:
+    """Settings that follow from the returns: reward scale, discount, entropy bonus, environments."""
+    estimator = control.estimator
+    spread = found.sd or max(1.0, abs(found.mean))
+    if estimator.needs_values:
+        control = replace(control, reward_scale=one_figure(1 / spread))
+        spread = 1.0  # whitened advantages
+        if found.truncated == 1 and not spec.discrete:
+            estimator = replace(estimator, gamma=ENDLESS_GAMMA)
+            control = replace(control, estimator=estimator)
+    if spec.discrete:
+        bonus = one_figure(ENTROPY * spread)
+        estimator = replace(estimator, entropy_coef=bonus)
+        control = replace(control, estimator=estimator, entropy_schedule="linear")
+    slow = control.num_steps is None and not spec.fast and spec.horizon * control.num_envs > SLOW_STEPS
+    envs = 16 if slow else control.num_envs
+    return replace(control, num_envs=2 * envs if found.unusual < RARE else envs)
+
+
+def one_figure(number: float) -> float:
+    """Round to one significant figure; these are sizes, not measurements."""
+    return float(f"{number:.0e}")

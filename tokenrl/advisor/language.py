@@ -1,0 +1,224 @@
+"""Advice for a language task: what the model already does with its prompts, and what follows for training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+from accelerate import PartialState
+
+from tokenrl.advisor.arguments import AdviseArguments
+from tokenrl.advisor.show import Advice, Setting, judge_horizon
+from tokenrl.core.estimator import Estimator
+from tokenrl.core.rules import LEAST_ENTROPY, LONGEST_WITHOUT_BASELINE, Refused
+from tokenrl.language.arguments import TrainArguments
+from tokenrl.language.data import PromptStream
+from tokenrl.language.probe import Estimate, Probe, probe_policy
+from tokenrl.language.reward_model import RewardModel
+from tokenrl.language.setup import find_task, make_policy, resolve
+from tokenrl.runs.console import Console
+
+DEAD_GROUPS = 0.5
+"""Largest share of groups of equal rewards, which teach a group baseline nothing, that a size may have."""
+SMALLEST_GROUP = 4
+"""A leave-one-out baseline from G - 1 others adds 1/(G-1) to the variance: all of it again with two."""
+HOPELESS, EASY = 0.9, 0.95
+"""Too hard: so many groups of the largest size are dead; too easy: so high a pass@1."""
+CUT = 0.1
+"""Share of completions cut at the longest length, from which it should be longer."""
+REWARD_MODEL_BETA = 0.05
+"""Weight of the KL where the reward is a model, which can be talked into high rewards."""
+ENTROPY = 0.01
+"""Entropy bonus where the policy has almost none to begin with."""
+
+
+def advise_language(args: AdviseArguments) -> Advice:
+    """Sample a model on a task's training prompts and recommend settings for `tokenrl train`.
+
+    Raises:
+        Refused: no such task or model, or no baseline where completions may be longer than 500 tokens.
+    """
+    if args.head == "gaussian":
+        raise Refused(
+            "head 'gaussian' draws vectors of real numbers, but a language model's actions are tokens, a "
+            "finite list. Leave --head out: the model brings its own softmax."
+        )
+    shared = {f.name: getattr(args, f.name) for f in fields(TrainArguments) if hasattr(args, f.name)}
+    task, rewards = find_task(args)
+    estimator = Estimator() if args.baseline is None else Estimator(baseline=args.baseline)
+    train = resolve(TrainArguments(**shared | {"estimator": estimator, "allow_no_baseline": True}), task)
+    warnings = judge_horizon(estimator, train.max_completion_length, args.allow_no_baseline)
+    train = replace(train, allow_no_baseline=args.allow_no_baseline)
+    policy = make_policy(args, task, Console().note)
+    policy.model.to(PartialState().device)
+    count = min(args.num_prompts, len(task.train_prompts))
+    found = probe_policy(
+        policy,
+        [row for _, row in PromptStream(task.train_prompts, count, args.seed).next()],
+        rewards,
+        samples=args.num_samples,
+        max_completion_length=train.max_completion_length or 256,
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+    solved = getattr(task, "solved", None)
+    judged = any(isinstance(function, RewardModel) for function in rewards.functions)
+    room = None
+    if policy.context is not None and found.truncated.value >= CUT:
+        rows = [*task.train_prompts, *task.eval_prompts]
+        room = policy.context - max(len(policy.encode(row["prompt"])) for row in rows)
+    train, settings = fitted(train, found, room, judged=judged)
+    return Advice(
+        subject=f"{task.name}, {policy.source}",
+        command="train",
+        arguments=train,
+        facts=facts(found, solved),
+        settings=settings,
+        measurements={"probe": found, "solved": solved, "difficulty": difficulty(found, solved)},
+        warnings=warnings + doubts(found, solved, train),
+    )
+
+
+def difficulty(found: Probe, solved: float | None = None) -> str:
+    """Judge the task for this policy: `too hard`, `too easy` or `fine`."""
+    if found.reward.value >= (solved if solved is not None else EASY if found.binary else math.inf):
+        return "too easy"
+    largest = max(found.dead_groups)
+    return "too hard" if found.dead_groups[largest].value > HOPELESS else "fine"
+
+
+def group_size(found: Probe) -> int:
+    """The smallest group, from four up, of which at most half are dead; else the largest that was measured.
+
+    A larger group costs as many completions more; what it buys beyond a live group is little.
+    """
+    sizes = [size for size in found.dead_groups if size >= SMALLEST_GROUP] or list(found.dead_groups)
+    return next((size for size in sizes if found.dead_groups[size].value <= DEAD_GROUPS), max(sizes))
+
+
+def fitted(
+    train: TrainArguments, found: Probe, room: int | None, *, judged: bool
+) -> tuple[TrainArguments, list[Setting]]:
+    """Arguments that follow from the probe, and the reason of each.
+
+    Args:
+        train: resolved arguments.
+        found: the probe.
+        room: tokens that the longest prompt leaves of the model's context, None if it states none.
+        judged: whether a reward is a model.
+    """
+    estimator, rows = train.estimator, (train.prompts_per_step or 1) * (train.num_generations or 1)
+    size = group_size(found)
+    length, why_length = completion_length(train.max_completion_length or 256, found, room)
+    if judged:
+        estimator = replace(estimator, beta=REWARD_MODEL_BETA)
+    low = found.entropy < LEAST_ENTROPY
+    if low:
+        estimator = replace(estimator, entropy_coef=ENTROPY)
+    train = replace(
+        train,
+        num_generations=size,
+        prompts_per_step=max(2, rows // size),
+        max_completion_length=length,
+        estimator=estimator,
+    )
+    beta = "a reward model can be gamed" if judged else "a reward by rule needs no leash; saves a reference"
+    entropy = f"the policy starts at {found.entropy:.3g} nats a token"
+    entropy += ", almost certain of every token" if low else "; a run that ends below 0.1 is flagged"
+    reasons = {
+        "num_generations": _why_size(size, found),
+        "prompts_per_step": f"{rows} completions a step, as the task's settings have, in groups of {size}",
+        "max_completion_length": why_length,
+        "estimator.baseline": _why_baseline(estimator),
+        "estimator.returns": "one reward at the end: every token is paid all of it",
+        "estimator.scale": "dividing by the group's std would weigh easy and hard prompts up",
+        "estimator.ratio": "on-policy: every rollout is used for one update, then thrown away",
+        "estimator.beta": beta,
+        "estimator.entropy_coef": entropy,
+        "temperature": "of the policy that is sampled and trained alike",
+        "learning_rate": "the task's own, else the default for weights or adapters",
+        "max_grad_norm": "one odd rollout cannot throw the weights far",
+    }
+    return train, [Setting(name, _value(train, name), reason) for name, reason in reasons.items()]
+
+
+def completion_length(length: int, found: Probe, room: int | None) -> tuple[int, str]:
+    """Keep the length, or double it where many completions were cut, as far as the context lets it."""
+    seen = f"{_percent(found.truncated)} cut, the longest had {found.longest} tokens"
+    if found.truncated.value < CUT:
+        return length, f"enough: {seen}"
+    longer = 2 * length if room is None else min(2 * length, room)
+    if longer <= length:
+        return length, f"too short ({seen}), but the model's context leaves no more"
+    return longer, f"longer than {length}: {seen}, and what is cut seldom earns anything"
+
+
+def doubts(found: Probe, solved: float | None, train: TrainArguments) -> list[str]:
+    """What the probe says may go wrong."""
+    size, out = train.num_generations or 1, []
+    hard = difficulty(found, solved)
+    if hard == "too hard":
+        out.append(
+            f"too hard: {found.dead_groups[max(found.dead_groups)].value:.0%} of groups of "
+            f"{max(found.dead_groups)} have equal rewards. Warm-start on demonstrations (tokenrl sft), take "
+            "easier prompts, or grade the reward."
+        )
+    elif hard == "too easy":
+        out.append("too easy: the policy already does it; take harder prompts.")
+    elif found.dead_groups[size].value > DEAD_GROUPS:
+        out.append(
+            f"more than {DEAD_GROUPS:.0%} of groups of {size}, the largest measured, are dead: --num-samples "
+            "measures larger ones, and --estimator.zero-spread refill replaces dead groups by new prompts."
+        )
+    if train.max_completion_length and train.max_completion_length > LONGEST_WITHOUT_BASELINE:
+        out.append("completions are long: set micro_batch_size if memory runs out; the update is the same.")
+    return out
+
+
+def facts(found: Probe, solved: float | None) -> dict[str, str]:
+    """What was found, for people."""
+    best = found.best_of[max(found.best_of)]
+    name = "pass@{}" if found.binary else "best of {}"
+    shown = {name.format(1) if found.binary else "mean reward": _plus_minus(found.reward)}
+    shown |= {name.format(max(found.best_of)): _plus_minus(best)}
+    dead = (f"{size}: {_percent(share)}" for size, share in found.dead_groups.items())
+    return shown | {
+        "difficulty": difficulty(found, solved),
+        "solved at": "no threshold" if solved is None else f"greedy reward {solved:g}",
+        "dead groups, by size": ", ".join(dead),
+        "cut at the limit": _percent(found.truncated),
+        "length": f"{found.length:.1f} tokens in the mean, {found.longest} at most",
+        "entropy": f"{found.entropy:.3g} nats a token",
+        "measured on": f"{found.prompts} training prompts, {found.samples} completions of each; +- is the "
+        "standard error over prompts",
+    }
+
+
+def _value(train: TrainArguments, name: str) -> Any:
+    axis = name.removeprefix("estimator.")
+    return getattr(train if axis == name else train.estimator, axis)
+
+
+def _why_size(size: int, found: Probe) -> str:
+    dead = found.dead_groups[size]
+    bound = "the smallest from 4 up with" if dead.value <= DEAD_GROUPS else "the largest measured; not"
+    return f"{bound} at most {DEAD_GROUPS:.0%} dead groups: {_percent(dead)} here"
+
+
+def _why_baseline(estimator: Estimator) -> str:
+    status = replace(estimator, entropy_coef=0.0).bias_status.replace("_", " ")
+    why = {
+        "rloo": "the others of the prompt; with one completion a prompt it would be running_mean",
+        "running_mean": "as asked: it needs no groups, but does not know one prompt from another",
+        "none": "as asked: plain REINFORCE, the noisiest choice",
+    }
+    return f"{why.get(str(estimator.baseline), 'as asked')}; gradient {status}"
+
+
+def _plus_minus(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} +- {estimate.stderr:.3f}"
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{estimate.value:.0%} +- {estimate.stderr:.0%}"

@@ -1,0 +1,154 @@
+"""What advice is, how it is shown, and how it is kept."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenrl.core.estimator import Estimator
+from tokenrl.core.presets import PRESETS
+from tokenrl.core.rules import Refused, check_horizon
+from tokenrl.runs.directory import write_json
+
+
+class Setting(NamedTuple):
+    """One recommendation: the field of the arguments (`estimator.baseline` for an axis), and why."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+class Head(NamedTuple):
+    """A policy head: how many parameters the policy has with it, and why it is or is not the one."""
+
+    name: str
+    parameters: int | None
+    reason: str
+
+
+@dataclass
+class Advice:
+    """Settings for a run, and what they rest on.
+
+    Attributes:
+        subject: environment or task.
+        command: `control` or `train`.
+        arguments: everything that the command needs, as its dataclass.
+        facts: what was found, by name.
+        settings: the recommendations.
+        measurements: the numbers behind them.
+        heads: policy heads; none for a language model, which brings its own.
+        warnings: what may go wrong.
+    """
+
+    subject: str
+    command: str
+    arguments: Any
+    facts: dict[str, str]
+    settings: list[Setting]
+    measurements: dict[str, Any]
+    heads: list[Head] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def judge_horizon(estimator: Estimator, horizon: int | None, allow_no_baseline: bool) -> list[str]:
+    """Apply the rule on baselines; what it refuses becomes a warning where that is allowed.
+
+    Raises:
+        Refused: no baseline beyond 500 steps, unless that is allowed.
+    """
+    try:
+        check_horizon(estimator, horizon)
+    except Refused as refusal:
+        if not allow_no_baseline:
+            raise
+        return [f"let through by --allow-no-baseline: {refusal}"]
+    return []
+
+
+def print_advice(advice: Advice, config: str | None) -> None:
+    """Print what was found, heads, settings with reasons, warnings and the command that follows them."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 110
+
+    def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+        table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=any(columns))
+        for column, name in enumerate(columns):
+            table.add_column(name, overflow="fold", style="bold" if column == 1 else None)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+    show(f"tokenrl advise: {advice.subject}", ("", ""), list(advice.facts.items()))
+    if advice.heads:
+        rows = [
+            (h.name, "-" if h.parameters is None else f"{h.parameters:,}", h.reason) for h in advice.heads
+        ]
+        show("Policy heads", ("head", "parameters", "reason"), rows)
+    rows = [(setting.name, written(setting.value), setting.reason) for setting in advice.settings]
+    show("Settings", ("setting", "value", "reason"), rows)
+    for warning in advice.warnings:
+        console.print(f"warning: {warning}", style="yellow")
+    line = f"tokenrl {advice.command} --config {shlex.quote(config)}" if config else command_line(advice)
+    console.print(f"Run it: {line}", soft_wrap=True)
+
+
+def written(value: Any) -> str:
+    """Write a value for people: 'none' for None, numbers short, layers as 64 x 64."""
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, tuple):
+        return " x ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def write_advice(advice: Advice, *, config: str | None, json: str | None) -> None:
+    """Write the arguments as a run's config.json holds them, and all of the advice, where asked for."""
+    if config is not None:
+        write_json(Path(config), asdict(advice.arguments))
+    if json is not None:
+        kept = ("subject", "command", "arguments", "measurements", "warnings")
+        record = {name: getattr(advice, name) for name in kept}
+        record["settings"] = [setting._asdict() for setting in advice.settings]
+        record["heads"] = [head._asdict() for head in advice.heads]
+        write_json(Path(json), record)
+
+
+def command_line(advice: Advice) -> str:
+    """The command that has the advised arguments: a preset, and a flag for every field off its default."""
+    arguments = advice.arguments
+    default = type(arguments)()
+    words = ["tokenrl", advice.command]
+    estimator: Estimator = arguments.estimator
+    preset = min(PRESETS, key=lambda name: len(_differences(estimator, Estimator.preset(name))))
+    words += ["--estimator", preset]
+    words += _flags(_differences(arguments, default), "--")
+    words += _flags(_differences(estimator, Estimator.preset(preset)), "--estimator.")
+    return shlex.join(words)
+
+
+def _differences(given: Any, default: Any) -> dict[str, Any]:
+    values = {f.name: getattr(given, f.name) for f in fields(given) if f.name != "estimator"}
+    return {name: value for name, value in values.items() if value != getattr(default, name)}
+
+
+def _flags(values: dict[str, Any], prefix: str) -> list[str]:
+    words = []
+    for name, value in values.items():
+        flag = prefix + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace(prefix, prefix + "no-", 1))
+        elif isinstance(value, tuple):
+            words += [flag, *map(str, value)]
+        else:
+            words += [flag, str(value)]
+    return words
