@@ -123,12 +123,15 @@ def main(args: Arguments) -> None:
             seed=seed,
             output_dir=str(folder),
             eval_episodes=args.eval_episodes,
+            eval_every=0,  # before and after: a hundred fresh episodes cost as much as several updates
             video=args.video,
             overwrite=True,
             quiet=True,
         )
-        results.append(result)
         print(row(seed, result), flush=True)
+        if result.exit_code:  # a signal ended this run: no further one
+            raise SystemExit(result.exit_code)
+        results.append(result)
     after = [result.eval_after["reward"] for result in results]
     spread = f", lowest {min(after):.1f}, highest {max(after):.1f}"
     print(f"mean over {len(after)} seeds {statistics.fmean(after):.1f}{spread}")

@@ -25,8 +25,8 @@ def test_cartpole():
         ("Acrobot-v1", 6, 3, 0, 500, -100),
         ("Pendulum-v1", 3, None, 1, 200, None),
         ("FrozenLake-v1", 16, 4, 0, 100, 0.7),  # discrete observations are one-hot
-        ("gridworld", 16, 4, 0, 100, None),
-        ("walk", 1, 2, 0, 50, None),
+        ("gridworld", 16, 4, 0, 50, 0.93),
+        ("walk", 1, 2, 0, 50, 0.88),
         ("bandit", 1, 2, 0, 1, None),
     ],
 )
@@ -133,9 +133,21 @@ def test_discrete_observations_and_actions_that_do_not_start_at_zero():
 
 
 def test_own_environments_are_gymnasiums_too():
-    for name, (env, _, limit) in OWN.items():
-        assert find(name).id == env
-        assert gymnasium.make(env).spec.max_episode_steps == limit
+    for name, own in OWN.items():
+        assert find(name).id == own["id"]
+        made = gymnasium.make(own["id"], max_episode_steps=own["max_episode_steps"] + 2)
+        made.reset(seed=0)
+        assert made.spec.max_episode_steps == own["max_episode_steps"] + 2
+
+
+@pytest.mark.parametrize("env", ["gridworld", "walk"])
+def test_a_longer_limit_is_not_cut_by_the_environment_itself(env):
+    """Back and forth: neither the goal nor an end is ever reached."""
+    envs = Environments(env, 1, 70)
+    envs.reset(0)
+    back_and_forth = {"gridworld": (1, 3), "walk": (0, 1)}[env]
+    cuts = [bool(envs.step(np.array([back_and_forth[t % 2]]))[3][0]) for t in range(70)]
+    assert cuts == [False] * 69 + [True]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 10**9])

@@ -20,16 +20,32 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from tokenrl.core.rules import Refused
 
-OWN = {
-    "gridworld": ("tokenrl/GridWorld-v0", "tokenrl.control.gridworld:GridWorld", 100),
-    "walk": ("tokenrl/Walk-v0", "tokenrl.control.walk:Walk", 50),
-    "bandit": ("tokenrl/Bandit-v0", "tokenrl.control.bandit:Bandit", 1),
+OWN: dict[str, dict[str, Any]] = {
+    "gridworld": {
+        "id": "tokenrl/GridWorld-v0",
+        "entry_point": "tokenrl.control.gridworld:GridWorld",
+        "max_episode_steps": 50,
+        "reward_threshold": 0.93,  # one step more than the shortest way
+        "kwargs": {"time_limit": None},  # gymnasium's own wrapper cuts
+    },
+    "walk": {
+        "id": "tokenrl/Walk-v0",
+        "entry_point": "tokenrl.control.walk:Walk",
+        "max_episode_steps": 50,
+        "reward_threshold": 0.88,
+        "kwargs": {"time_limit": None},
+    },
+    "bandit": {
+        "id": "tokenrl/Bandit-v0",
+        "entry_point": "tokenrl.control.bandit:Bandit",
+        "max_episode_steps": 1,
+    },
 }
-"""Environments that come with tokenrl: gymnasium id, class, and steps after which an episode is cut."""
+"""Environments that come with tokenrl, as gymnasium registers them, by their short names."""
 
-for _id, _entry, _limit in OWN.values():
-    if _id not in gymnasium.registry:
-        gymnasium.register(_id, entry_point=_entry, max_episode_steps=_limit)
+for _own in OWN.values():
+    if _own["id"] not in gymnasium.registry:
+        gymnasium.register(**_own)
 
 
 @dataclass(frozen=True)
@@ -92,7 +108,7 @@ def find(env: str) -> EnvSpec:
     Raises:
         Refused: there is none of that name, with the nearest names.
     """
-    env = OWN[env][0] if env in OWN else env
+    env = OWN[env]["id"] if env in OWN else env
     try:
         if ":" in env:  # gymnasium's own way to name the module that registers an environment
             importlib.import_module(env.partition(":")[0])
