@@ -41,9 +41,9 @@ WAYS = {
     ),
     "critic": Way(
         "ppo",
-        {"gamma": 0.99},
-        {"max_steps": 250, "num_envs": 16, "num_steps": 128, "hidden": (64, 64), "learning_rate": 1e-3,
-         "num_iterations": 4, "num_minibatches": 4, "learning_rate_schedule": "linear"},
+        {"gamma": 0.999, "lam": 0.98, "value_clip": None},
+        {"max_steps": 120, "num_envs": 16, "num_steps": 512, "hidden": (64, 64), "learning_rate": 1e-3,
+         "num_iterations": 4, "num_minibatches": 16, "learning_rate_schedule": "linear"},
     ),
     "continuous": Way(
         "ppo",

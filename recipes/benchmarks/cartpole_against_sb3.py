@@ -1,0 +1,218 @@
+"""Processor time until CartPole-v1 is solved, against stable-baselines3, in one run on one machine.
+
+Solved is an evaluation of 100 episodes, from starting states that were never trained on, with a mean return
+of 475 or more. Actions are drawn there as in training; `--greedy` takes the most probable ones instead.
+tokenrl has the defaults of `tokenrl control`: whole episodes of 64 environments, the mean of the other
+episodes for a baseline, no critic. The rival is PPO with the settings that rl-baselines3-zoo tuned for
+CartPole; `--peers` adds others.
+
+What counts is processor time of rollouts and updates: no imports, no making of networks and environments, no
+evaluation. Everybody is evaluated alike: tokenrl after each update (some 1,300 steps at first, 32,000 at
+last), the others whenever another 1,024 steps have been taken. One thread for all. Contenders take turns,
+seed by seed, so that a machine that slows down slows all; printed are medians over seeds, and ratios to
+tokenrl with the same seed. Then everybody goes on for a fixed number of steps, tokenrl with the solved
+policy: steps a second of processor time in long episodes.
+
+    pip install -c constraints.txt stable-baselines3 -e .
+    python recipes/benchmarks/cartpole_against_sb3.py
+
+Look for: tokenrl takes about ten times more steps, and less time all the same, for it makes a few large
+updates where PPO makes many small ones, and steps 64 environments in one call.
+
+Found with the defaults, on two cores busy with other work (torch 2.13, gymnasium 1.4.0, stable-baselines3
+2.9.2): 1.33 s (1.20 to 1.38) against 5.52 s (5.11 to 8.43), the ratio 4.3 (4.2 to 6.1); 304,000 steps a
+second in long episodes against 3,600.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+
+from tokenrl.control import training
+from tokenrl.control.environments import Environments
+from tokenrl.control.evaluation import seed_of
+from tokenrl.runs.metrics import read_metrics
+
+ENV, SOLVED, EPISODES = "CartPole-v1", 475.0, 100
+EVALUATE_EVERY = 1024  # steps of stable-baselines3
+ZOO = {
+    "n_steps": 32,
+    "batch_size": 256,
+    "gae_lambda": 0.8,
+    "gamma": 0.98,
+    "n_epochs": 20,
+    "ent_coef": 0.0,
+    "learning_rate": lambda left: 1e-3 * left,
+    "clip_range": lambda left: 0.2 * left,
+}
+PEERS: dict[str, tuple[Any, int, int, dict[str, Any]]] = {  # class, environments, most steps, settings
+    "ppo_zoo": (PPO, 8, 100_000, ZOO),
+    "ppo_default": (PPO, 1, 300_000, {}),
+    "a2c_zoo": (A2C, 8, 500_000, {"ent_coef": 0.0}),
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Time tokenrl and stable-baselines3 until CartPole-v1 is solved."""
+
+    seeds: int = 3
+    """Seeds 0, 1, ...; each is one turn of every contender."""
+    peers: tuple[str, ...] = ("ppo_zoo",)
+    """Of ppo_zoo, ppo_default, a2c_zoo."""
+    greedy: bool = False
+    """Evaluate the most probable actions instead of drawn ones."""
+    max_updates: int = 100
+    """Updates after which tokenrl gives up; the others give up after the steps of their settings."""
+    extra_updates: int = 30
+    """Updates of tokenrl, solved, that its steps a second are taken from."""
+    extra_steps: int = 8192
+    """Steps of the others that theirs are taken from."""
+
+
+class Outcome(NamedTuple):
+    """What one contender did with one seed."""
+
+    seconds: float  # of processor time, until solved or given up
+    steps: int
+    solved: bool
+    rate: float  # steps a second of processor time in the fixed work afterwards
+
+
+def time_tokenrl(arguments: Arguments, seed: int) -> Outcome:
+    options: dict[str, Any] = {"env": ENV, "seed": seed, "eval_episodes": EPISODES, "quiet": True}
+    with tempfile.TemporaryDirectory() as folder:
+        found = training.train(
+            output_dir=f"{folder}/run",
+            max_steps=arguments.max_updates,
+            eval_every=1,
+            stop_when_solved=not arguments.greedy,
+            **options,
+        )
+        key = "eval_reward_greedy" if arguments.greedy else "eval_reward"
+        rows = read_metrics(found.output_dir / "metrics.jsonl")[1:]
+        clocks = read_metrics(found.output_dir / "timings.jsonl")
+        at = next((i for i, row in enumerate(rows) if row[key] >= SOLVED), None)
+        last = -1 if at is None else at
+        # The learning rate is next to nothing, so that the agent neither unlearns nor learns.
+        after = training.train(
+            output_dir=f"{folder}/after",
+            load=str(found.output_dir / "model"),
+            max_steps=arguments.extra_updates,
+            learning_rate=1e-9,
+            eval_every=0,
+            **options,
+        )
+    steps = int(rows[last]["num_env_steps"])
+    return Outcome(clocks[last]["cpu_seconds"], steps, at is not None, after.env_steps_per_cpu_second)
+
+
+class Watch(BaseCallback):
+    """Counts the processor time of training, and stops it once an evaluation says that it is solved.
+
+    Evaluations happen between the updates of one rollout and the start of the next, with the clock stopped.
+    """
+
+    def __init__(self, evaluate: Callable[[], float] | None) -> None:
+        super().__init__()
+        self.evaluate = evaluate
+        self.seconds, self.began, self.evaluated, self.solved = 0.0, 0.0, 0, False
+
+    def _on_training_start(self) -> None:
+        self.began = time.process_time()
+
+    def _on_rollout_start(self) -> None:
+        if self.num_timesteps - self.evaluated >= EVALUATE_EVERY:
+            self.pause()
+
+    def _on_step(self) -> bool:
+        return not self.solved
+
+    def _on_training_end(self) -> None:
+        if not self.solved:
+            self.pause()
+
+    def pause(self) -> None:
+        self.seconds += time.process_time() - self.began
+        self.evaluated = self.num_timesteps
+        if self.evaluate is not None:
+            self.solved = self.evaluate() >= SOLVED
+        self.began = time.process_time()
+
+
+def mean_return(model: Any, envs: Environments, seed: int, greedy: bool) -> float:
+    """Play one whole episode in every environment, from the starting states that tokenrl is evaluated on."""
+    observations = envs.reset(seed_of(seed, 1, evaluation=True))
+    alive, returns = np.ones(EPISODES, bool), np.zeros(EPISODES)
+    while alive.any():
+        actions, _ = model.predict(observations, deterministic=greedy)
+        observations, rewards, terminated, truncated = envs.step(actions)
+        returns += rewards * alive
+        alive &= ~(terminated | truncated)
+    return float(returns.mean())
+
+
+def time_peer(name: str, arguments: Arguments, seed: int) -> Outcome:
+    kind, num_envs, most, settings = PEERS[name]
+    model = kind("MlpPolicy", make_vec_env(ENV, num_envs, seed=seed), seed=seed, device="cpu", **settings)
+    envs = Environments(ENV, EPISODES)
+    watch = Watch(lambda: mean_return(model, envs, seed, arguments.greedy))
+    model.learn(most, callback=watch, log_interval=None)
+    after = Watch(None)
+    model.learn(arguments.extra_steps, callback=after, log_interval=None)
+    return Outcome(watch.seconds, watch.evaluated, watch.solved, after.num_timesteps / after.seconds)
+
+
+def spread(values: list[float], form: str) -> str:
+    """Median, and the range in brackets."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def main(arguments: Arguments) -> None:
+    torch.set_num_threads(1)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "stable-baselines3"))
+    print(f"{versions}; 1 thread; {ENV}, {arguments.seeds} seeds")
+    found: dict[str, list[Outcome]] = {name: [] for name in ("tokenrl", *arguments.peers)}
+    for seed in range(arguments.seeds):
+        for name in found:
+            outcome = time_tokenrl(arguments, seed) if name == "tokenrl" else time_peer(name, arguments, seed)
+            found[name].append(outcome)
+            state = "solved" if outcome.solved else "NOT solved"
+            print(
+                f"  seed {seed} {name:12} {state} after {outcome.seconds:6.2f} s, {outcome.steps:,} steps "
+                f"({outcome.steps / outcome.seconds:,.0f}/s); solved: {outcome.rate:,.0f}/s",
+                flush=True,
+            )
+    print(
+        "\nmedian (range); seconds of processor time. Unsolved runs count with the time until they gave up."
+    )
+    for name, outcomes in found.items():
+        pairs = list(zip(outcomes, found["tokenrl"], strict=True))
+        print(f"{name} ({sum(outcome.solved for outcome in outcomes)} of {len(outcomes)} solved)")
+        print(f"  seconds until solved           {spread([o.seconds for o in outcomes], '.2f')}")
+        print(f"  steps until solved             {spread([o.steps for o in outcomes], ',.0f')}")
+        print(f"  steps a second until solved    {spread([o.steps / o.seconds for o in outcomes], ',.0f')}")
+        print(f"  steps a second when solved     {spread([o.rate for o in outcomes], ',.0f')}")
+        if name != "tokenrl":
+            print(
+                f"  seconds, times tokenrl's       {spread([a.seconds / b.seconds for a, b in pairs], '.2f')}"
+            )
+            print(f"  tokenrl's steps a second when solved, times its own  "
+                  f"{spread([b.rate / a.rate for a, b in pairs], '.1f')}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
