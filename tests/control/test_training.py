@@ -138,6 +138,19 @@ def test_a_second_run_needs_overwrite(tmp_path):
     assert short(tmp_path, overwrite=True, max_steps=1).steps == 1
 
 
+def test_one_thread_while_it_trains_and_as_many_as_before_afterwards(tmp_path, monkeypatch):
+    from tokenrl.control import training
+
+    before, seen, learn = torch.get_num_threads(), [], training.learn
+    torch.set_num_threads(2)
+    monkeypatch.setattr(training, "learn", lambda *a: (seen.append(torch.get_num_threads()), learn(*a))[1])
+    try:
+        short(tmp_path)
+        assert (seen, torch.get_num_threads()) == ([1, 1], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_check_writes_nothing(tmp_path):
     result = short(tmp_path, check=True)
     assert result.exit_reason == "check"

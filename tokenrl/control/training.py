@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tokenrl.control import recording
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import describe
@@ -81,11 +83,13 @@ def train(args: ControlArguments | None = None, **options: Any) -> ControlResult
     spec = describe(args.env, args.max_episode_steps)
     args = resolve(args, spec)
     directory = RunDirectory.create(args.output_dir, overwrite=args.overwrite)
-    run = None
+    run, threads = None, torch.get_num_threads()
+    torch.set_num_threads(1)  # layers this small lose more to threads that wait for each other than they gain
     try:
         run = prepare(args, spec, directory)
         return _run(run)
     finally:
+        torch.set_num_threads(threads)
         if run is not None:
             run.envs.close()
             run.eval_envs.close()

@@ -1,0 +1,188 @@
+"""REINFORCE in NumPy alone: one hidden layer, its gradient by hand, RMSProp, whole episodes. No autodiff.
+
+The policy chooses between two actions, `P(1 | x) = sigmoid(w2 . relu(W1 x + b1) + b2)`. Its score in the
+logit z is `d log P(a) / dz = a - P(1)`, the rest is the chain rule, and each score counts as much as its
+action is praised: by the discounted rewards that follow it, less their mean over the episode's own timesteps,
+over their standard deviation. Among the estimators of
+`tokenrl.core` this is
+
+    Estimator(baseline="episode_mean", scale="episode_std", scale_ddof=0, scale_eps=1e-8,
+              returns="reward_to_go", gamma=0.99)
+
+and its `bias_status` is "biased": the episode's mean and deviation contain what its actions led to, and
+discounting from each action on is the gradient of no objective. It works all the same where an episode fails
+at its end, for early actions are praised and late ones blamed. An episode that the time limit cuts off counts
+as one that ended there: its last actions are blamed for nothing they did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from tokenrl.core.rules import Refused, check_number
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+
+@dataclass(frozen=True)
+class NumpySettings:
+    """What the agent can be told; the defaults are those that learn CartPole-v1."""
+
+    env: str = "CartPole-v1"
+    """Gymnasium id of an environment with a vector of observations and two actions."""
+    hidden: int = 100
+    """ReLU units."""
+    gamma: float = 0.99
+    """Discount a step: for what happens 100 steps later an action answers by 0.99^100 = 0.37."""
+    window: int | None = None
+    """Each reward is credited to the last so many actions only (the blame window); None for all before it."""
+    standardise: bool = True
+    """Subtract the mean of the episode's returns to go and divide by their standard deviation."""
+    episodes_per_update: int = 5
+    """Whole episodes a step of RMSProp."""
+    learning_rate: float = 1e-3
+    """About how far a weight moves in one step, for RMSProp divides by the size of the gradient."""
+    decay: float = 0.99
+    """Memory of RMSProp's mean square, a step."""
+    epsilon: float = 1e-5
+    """Added to RMSProp's root, outside of it."""
+    seed: int = 0
+    """Of the first weights, of the actions drawn and of the environment."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        check_number("gamma", self.gamma, at_least=0, at_most=1)
+        check_number("decay", self.decay, at_least=0, below=1)
+        for name in ("learning_rate", "epsilon"):
+            check_number(name, getattr(self, name), above=0)
+        for name in ("hidden", "episodes_per_update", "window"):
+            check_number(name, 1 if getattr(self, name) is None else getattr(self, name), at_least=1)
+
+
+class Weights(NamedTuple):
+    """H hidden units over D observations; a gradient has the same four parts."""
+
+    w1: Array  # [H, D]
+    b1: Array  # [H]
+    w2: Array  # [H]
+    b2: Array  # [1]
+
+
+class Episode(NamedTuple):
+    """T steps: what was seen, done and paid."""
+
+    observations: Array  # [T, D]
+    actions: Array  # [T], 0 or 1
+    rewards: Array  # [T]
+
+
+def initial_weights(observations: int, hidden: int, generator: np.random.Generator) -> Weights:
+    """Draw normal weights whose variance is 1 over the number of inputs; biases start at 0."""
+    w1 = generator.standard_normal((hidden, observations)) / np.sqrt(observations)
+    w2 = generator.standard_normal(hidden) / np.sqrt(hidden)
+    return Weights(w1, np.zeros(hidden), w2, np.zeros(1))
+
+
+def forward(weights: Weights, observations: Array) -> tuple[Array, Array]:
+    """Return the hidden layer, [T, H], and P(1), [T]; of one observation [D], [H] and [1]."""
+    hidden = np.maximum(observations @ weights.w1.T + weights.b1, 0.0)
+    logits = hidden @ weights.w2 + weights.b2
+    return hidden, 0.5 + 0.5 * np.tanh(0.5 * logits)  # the sigmoid, without an exponential that overflows
+
+
+def backward(weights: Weights, episode: Episode, advantages: Array) -> Weights:
+    """Return the gradient of `sum_t A_t log P(a_t | x_t)`, A [T] held fixed."""
+    hidden, probabilities = forward(weights, episode.observations)
+    d_logits = advantages * (episode.actions - probabilities)  # [T]
+    d_hidden = np.outer(d_logits, weights.w2) * (hidden > 0)  # [T, H]; a unit that is shut passes nothing on
+    return Weights(
+        d_hidden.T @ episode.observations, d_hidden.sum(0), hidden.T @ d_logits, d_logits.sum(keepdims=True)
+    )
+
+
+def returns_of(rewards: Array, gamma: float, window: int | None = None) -> Array:
+    """Return `G_t = sum_u gamma^(u - t) r_u`, [T], over u from t to the end, or to t + window - 1."""
+    returns = np.array(rewards, dtype=np.float64)
+    for t in range(len(returns) - 2, -1, -1):
+        returns[t] += gamma * returns[t + 1]
+    if window is not None:
+        returns[:-window] -= gamma**window * returns[window:]
+    return returns
+
+
+def advantages_of(rewards: Array, settings: NumpySettings) -> Array:
+    """Return what multiplies the scores of one episode, [T], from its rewards, [T]."""
+    returns = returns_of(rewards, settings.gamma, settings.window)
+    if not settings.standardise:
+        return returns
+    return (returns - returns.mean()) / (returns.std() + 1e-8)
+
+
+def ascend(weights: Weights, gradient: Weights, squares: Weights, settings: NumpySettings) -> None:
+    """Step uphill by RMSProp, in place: `v <- d v + (1 - d) g^2`, `w <- w + lr g / (sqrt(v) + eps)`."""
+    for weight, slope, square in zip(weights, gradient, squares, strict=True):
+        square *= settings.decay
+        square += (1.0 - settings.decay) * slope**2
+        weight += settings.learning_rate * slope / (np.sqrt(square) + settings.epsilon)
+
+
+def play(env: Any, weights: Weights, generator: np.random.Generator) -> Episode:
+    """Play one episode with sampled actions, until it terminates or is cut off."""
+    observations, actions, rewards, over = [env.reset()[0]], [], [], False
+    while not over:
+        _, probability = forward(weights, observations[-1])
+        actions.append(int(generator.random() < probability[0]))
+        observation, reward, terminated, truncated, _ = env.step(actions[-1])
+        observations.append(observation)
+        rewards.append(reward)
+        over = terminated or truncated
+    return Episode(np.array(observations[:-1], dtype=np.float64), np.array(actions), np.array(rewards))
+
+
+def train(settings: NumpySettings) -> Iterator[tuple[Weights, list[Episode]]]:
+    """Learn for as long as the caller asks for more; an update gives the weights and the episodes behind it.
+
+    The weights are changed in place by the next update: copy what is to be kept.
+
+    Raises:
+        Refused: When the environment cannot be made, or has no vector of observations or not two actions.
+    """
+    first, actions, world = np.random.SeedSequence(settings.seed).spawn(3)
+    env, generator = make(settings.env), np.random.default_rng(actions)
+    env.reset(seed=int(world.generate_state(1)[0]))
+    weights = initial_weights(env.observation_space.shape[0], settings.hidden, np.random.default_rng(first))
+    squares = Weights(*map(np.zeros_like, weights))
+    while True:
+        episodes = [play(env, weights, generator) for _ in range(settings.episodes_per_update)]
+        gradients = [backward(weights, e, advantages_of(e.rewards, settings)) for e in episodes]
+        ascend(
+            weights, Weights(*(np.mean(part, 0) for part in zip(*gradients, strict=True))), squares, settings
+        )
+        yield weights, episodes
+
+
+def make(name: str) -> Any:
+    """Make the environment, a `gymnasium.Env`.
+
+    Raises:
+        Refused: As `train` does.
+    """
+    import gymnasium
+
+    try:
+        env = gymnasium.make(name, disable_env_checker=True)
+    except gymnasium.error.Error as error:
+        raise Refused(
+            f"env {name!r} cannot be made: {error} Give a gymnasium id, such as CartPole-v1."
+        ) from None
+    seen, done = env.observation_space, env.action_space
+    if len(seen.shape or ()) != 1 or done != gymnasium.spaces.Discrete(2):
+        raise Refused(
+            f"env {name!r} has observations {seen} and actions {done}; this agent reads a vector and chooses "
+            "between two actions. Take CartPole-v1, or `tokenrl control` for other actions."
+        )
+    return env
