@@ -44,7 +44,7 @@ LANDER: dict[str, Any] = PPO | {
     "learning_rate": 1e-3,
     "hidden": (64, 64),
     "reward_scale": 0.02,  # returns of some hundreds become targets of size 1 for the critic
-    "max_steps": 120,
+    "max_steps": 200,
 }
 TUNED: dict[str, dict[str, Any]] = {
     # Short episodes that all start alike: the mean of the other episodes at the same step needs no critic.

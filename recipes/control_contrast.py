@@ -123,7 +123,7 @@ def train_both(arguments: Arguments, name: str, estimator: Estimator, seed: int)
 
 def noise_of(update: dict[str, Any]) -> float:
     """Give tr Var(g) of an update: |g|^2 = signal + noise, and halves of its rows have told their ratio."""
-    ratio = update["gradient/snr"]
+    ratio = update.get("gradient/snr")  # none where no two rows differed: no gradient, no noise
     return 0.0 if ratio is None else update["grad_norm"] ** 2 / max(1 + ratio, 1e-6)
 
 
@@ -218,7 +218,7 @@ def print_table(both: list[Side], found: list[Curves]) -> None:
         line(f"reward after, {variant}", cells)
     for variant in VARIANTS:
         rows = [[row for run in one.updates[variant] for row in run] for one in both]
-        ratios = [[row["gradient/snr"] for row in side if row["gradient/snr"] is not None] for side in rows]
+        ratios = [[r["gradient/snr"] for r in side if r.get("gradient/snr") is not None] for side in rows]
         line(f"median signal/noise, {variant}", [f"{median(ratio or [math.nan]):.2f}" for ratio in ratios])
     line("noise, without / with", [f"{times(curve):.2f} (median, at equal reward)" for curve in found])
     for one, curve in zip(both, found, strict=True):

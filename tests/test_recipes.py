@@ -19,7 +19,7 @@ import pytest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ALL = sorted(path.stem for path in RECIPES.glob("*.py"))
-NAMES = [name for name in ALL if not name.startswith("figures_")]
+NAMES = [name for name in ALL if not name.startswith(("figures_", "control_"))]
 RUNGS = {
     "ladder_1_vanilla": ("none", "exact"),
     "ladder_2_running_mean": ("running_mean", "exact"),
@@ -39,6 +39,15 @@ FIGURES = {
     "figures_kl": "",
     "figures_variance": "--group-sizes 2 3",
     "figures_map": "--estimators rloo dr_grpo loo_std grpo gspo",
+}
+CONTROL = {
+    "control_1_bandit": "--samples 20",
+    "control_variance_horizon": "--horizons 1 2 4 --episodes 200",
+    "control_2_gridworld": "--seeds 1 --updates 3 --entropy-updates 2 --betas 0 1 --stages 0 --gradients 20",
+    "control_3_numpy": "--seeds 0 --episodes 20 --variation window",
+    "control_4_walk": "--seeds 1 --episodes 8 --hidden 8",
+    "control_5_agents": "--env Acrobot-v1 --seeds 1 --max-steps 1 --eval-episodes 2",
+    "control_contrast": "--seeds 1 --updates 3 --episodes 4 --steps 2 --prompts 2 --bins 2",
 }
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 
@@ -116,7 +125,7 @@ def test_every_recipe_is_in_the_list_with_its_command():
     assert sorted(re.findall(r"\]\((\w+)\.py\)", text)) == ALL
     assert sorted(set(re.findall(r"python recipes/(\w+)\.py", text))) == ALL
     assert set(SHORT) == set(NAMES)
-    assert set(FIGURES) == set(ALL) - set(NAMES)
+    assert {*FIGURES, *CONTROL} == set(ALL) - set(NAMES)
 
 
 def test_one_page_is_one_page_of_torch_and_core():
@@ -296,3 +305,66 @@ def test_map_of_presets(tmp_path, monkeypatch, capsys):
     angles = {line.split()[0]: float(line.split()[2]) for line in out.splitlines()[:-1]}
     assert angles["rloo"] == angles["dr_grpo"] == 0
     assert 0 < angles["loo_std"] < angles["grpo"]
+
+
+def printed(name: str, tmp_path, monkeypatch, capsys) -> str:
+    """What a program of the control ladder prints, run shortened in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *CONTROL[name].split()])
+    runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_the_bandit_by_hand(tmp_path, monkeypatch, capsys):
+    """Every number of the worked example; the last three columns are returns of one update."""
+    out = printed("control_1_bandit", tmp_path, monkeypatch, capsys)
+    for number in ("0.2689", "0.7311", "-0.2689", "0.4332", "0.6225", "0.2500", "0.0625", "0.250"):
+        assert re.search(rf"(?<![\d.-]){re.escape(number)}\b", out), number
+    assert (tmp_path / "bandit.png").stat().st_size > 1000
+
+
+def test_variance_against_the_horizon(tmp_path, monkeypatch, capsys):
+    out = printed("control_variance_horizon", tmp_path, monkeypatch, capsys)
+    rows = [line.split() for line in out.splitlines() if re.match(r" +4 ", line)]
+    exact = {(returns, baseline): float(variance) for _, returns, baseline, variance, *_ in rows}
+    assert exact["reward_to_go", "mean"] < exact["total", "mean"] < exact["reward_to_go", "none"]
+    assert exact["reward_to_go", "none"] < exact["total", "none"]
+
+
+def test_gridworld(tmp_path, monkeypatch, capsys):
+    out = printed("control_2_gridworld", tmp_path, monkeypatch, capsys)
+    assert "vanilla" in out and "sweet spot" in out
+    assert len(list(tmp_path.rglob("*.png"))) >= 2
+
+
+def test_numpy_agent(tmp_path, monkeypatch, capsys):
+    out = printed("control_3_numpy", tmp_path, monkeypatch, capsys)
+    bests = numbers("best +", out)
+    assert len(bests) == 5
+    assert all(5 < best <= 500 for best in bests)
+
+
+def test_walk(tmp_path, monkeypatch, capsys):
+    out = printed("control_4_walk", tmp_path, monkeypatch, capsys)
+    table = [line.split()[:4] for line in out.splitlines() if re.match(r" +\d ", line)]
+    assert [float(row[2]) for row in table] == pytest.approx([0.99 ** (9 - t) for t in range(10)], abs=1e-4)
+    normalised = [float(row[3]) for row in table]
+    assert sum(normalised) == pytest.approx(0, abs=1e-3)
+    assert sum(x * x for x in normalised) == pytest.approx(10, abs=1e-2)
+
+
+def test_agents(tmp_path, monkeypatch, capsys):
+    out = printed("control_5_agents", tmp_path, monkeypatch, capsys)
+    assert "solved: 0 of 1 seeds" in out
+    summary = json.loads((tmp_path / "runs" / "Acrobot-v1-tuned-seed0" / "summary.json").read_text())
+    assert (summary["steps"], summary["solved"]) == (1, False)
+
+
+def test_contrast(finished, tmp_path, monkeypatch, capsys):
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("TOKENRL_CACHE", str(finished["ladder_3_rloo"][1].parent / "cache"))
+    out = printed("control_contrast", tmp_path, monkeypatch, capsys)
+    AcceleratorState._reset_state(True)
+    assert "CartPole-v1" in out and "sort_digits" in out
+    assert (tmp_path / "contrast.png").stat().st_size > 1000
