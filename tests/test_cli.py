@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -54,6 +55,108 @@ def test_train_evaluate_sample_report(capsys, tmp_path):
     assert (tmp_path / "run" / "report.html").exists()
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The untrained model of a toy task."""
+    import toy_tasks
+    from tokenrl.language.policy import wrap
+    from tokenrl.language.saving import save_policy
+
+    directory = tmp_path_factory.mktemp("model") / "vowels"
+    save_policy(wrap(*toy_tasks.load("vowels").build(0)), directory)
+    return str(directory)
+
+
+def test_evaluate_prints_a_table_and_writes_json(model, capsys, tmp_path):
+    arguments = ["evaluate", "--model", model, "--task", "vowels", "--json", "numbers.json"]
+    assert main([*arguments, "--k", "1", "3", "--reference", model, "--temperature", "0.9"]) == 0
+    shown = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert {"best@1", "best@3", "best@3_stderr", "rewards/reward/mean", "distinct_2", "kl"} <= numbers.keys()
+    assert abs(numbers["kl"]) < 1e-5 and numbers["best@1"] == pytest.approx(numbers["reward"])
+    assert shown["best@3"][:2] == [f"{numbers['best@3']:.4f}", f"{numbers['best@3_stderr']:.4f}"]
+    assert main([*arguments, "--k", "8", "--num-generations", "2"]) == 2
+    assert "num_generations=2" in capsys.readouterr().err
+    assert main([*arguments, "--reference", model, "--num-generations", "0"]) == 2
+    assert main([*arguments, "--temperature", "0"]) == 2
+
+
+def talk(lines, *arguments, monkeypatch, capsys):
+    """Exit code, output lines and own errors of `tokenrl sample` fed with lines through a pipe."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    code = main(["sample", *arguments])
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("tokenrl:")]
+    return code, captured.out.splitlines(), errors
+
+
+def test_sample_talks_line_by_line(model, monkeypatch, capsys):
+    lines = ["abc>", "/n 2", "/temperature 1e-6", "", "abc>", "/n 0", "abc>", "/quit", "xyz>"]
+    code, out, err = talk(lines, "--model", model, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0 and err == [] and len(out) == 4 + 2 + 1
+    assert all(line.startswith("abc>") for line in out) and len(set(out[:4])) > 1
+    assert out[4] == out[5] == out[6]  # so cold that it is greedy
+    assert main(["sample", "--model", model, "--prompt", "abc>"]) == 0
+    assert capsys.readouterr().out.splitlines() == out[:4]
+    again = talk(["abc>", "abc>"], "--model", model, monkeypatch=monkeypatch, capsys=capsys)[1]
+    assert again[:4] == out[:4] != again[4:]  # the same prompt again: new draws
+
+
+def test_sample_says_what_it_cannot_do_and_reads_on(model, monkeypatch, capsys):
+    lines = ["/n x", "/n -1", "/n 1.5", "/temperature 0", "/fly", "a" * 200, "abc>"]
+    code, out, err = talk(lines, "--model", model, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0 and len(out) == 4 and len(err) == 6
+    words = ("no such number", "at least 0", "no such number", "above 0", "/fly", "context")
+    assert [word in line for word, line in zip(words, err, strict=True)] == [True] * 6
+    assert talk([], "--model", model, monkeypatch=monkeypatch, capsys=capsys) == (0, [], [])
+    assert talk(["abc>"], monkeypatch=monkeypatch, capsys=capsys)[0] == 2  # no model
+
+
+def test_sample_shows_rewards_of_a_task_or_of_a_function(model, monkeypatch, capsys, tmp_path):
+    import toy_tasks
+
+    (tmp_path / "made_up_rewards.py").write_text(
+        "def length(completions): return [None if 'a' in c else float(len(c)) for c in completions]\n"
+        "def secret(completions, answer): return [float(c == a) for c, a in zip(completions, answer)]\n"
+    )
+    reward = toy_tasks.load("vowels").reward
+    code, out, _ = talk(
+        ["xyz>"], "--model", model, "--task", "vowels", monkeypatch=monkeypatch, capsys=capsys
+    )
+    parts = [line.split(None, 1) for line in out]
+    assert code == 0 and len(parts) == 4
+    texts = [text.removeprefix("xyz>") for _, text in parts]
+    assert [float(r) for r, _ in parts] == pytest.approx(reward(["xyz>"] * 4, texts), abs=1e-4)
+    own = ["--reward", "made_up_rewards:length", "--num-generations", "8"]
+    assert main(["sample", "--model", model, *own, "--prompt", "xyz>", "bcd>"]) == 0
+    parts = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
+    assert len(parts) == 16 and {text[:4] for _, text in parts} == {"xyz>", "bcd>"}
+    for judged, text in parts:
+        assert judged == ("none" if "a" in text[4:] else f"{len(text) - 4:.4f}")
+    assert {"none"} < {judged for judged, _ in parts}
+    missing = ["--reward", "made_up_rewards:secret"]
+    code, out, err = talk(["xyz>"], "--model", model, *missing, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out) == (0, []) and "'answer'" in err[0]
+    assert main(["sample", "--model", model, *missing, "--prompt", "xyz>"]) == 2
+
+
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+def test_a_terminal_is_asked_and_left_cleanly(model, monkeypatch, capsys, end):
+    typed = iter(["abc>"])
+
+    def ask(mark):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise end from None
+
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", ask)
+    assert main(["sample", "--model", model, "--num-generations", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "Ctrl-D" in out and "\nabc>" in out and out.endswith("\n\n")
+
+
 def test_sft_makes_a_model_that_train_takes(capsys, tmp_path):
     rows = [{"prompt": f"{x}>", "completion": x * 3} for x in "abcdefgh"] * 4
     (tmp_path / "demonstrations.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -66,6 +169,26 @@ def test_sft_makes_a_model_that_train_takes(capsys, tmp_path):
     assert main(sft) == 2
     assert "not empty" in capsys.readouterr().err
     assert main([*TRAIN[:-1], "second", "--model", "tuned", "--quiet"]) == 0
+
+
+def test_reward_model_makes_a_reward_that_train_takes(capsys, tmp_path):
+    assert main([*TRAIN, "--quiet"]) == 0
+    rows = [
+        {"prompt": f"{x}>", "chosen": "a" * n, "rejected": "b" * n} for x in "abcdefgh" for n in (1, 2, 3)
+    ]
+    (tmp_path / "preferences.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    judge = ["reward-model", "--data", "preferences.jsonl", "--model", "run/model", "--output-dir", "judge"]
+    assert main([*judge, "--max-steps", "6", "--learning-rate", "3e-3", "--eval-size", "4"]) == 0
+    assert "Bradley-Terry" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "judge" / "summary.json").read_text())
+    assert summary["eval_after"]["margin"] > max(0, summary["eval_before"]["margin"])
+    assert main(["report", "judge"]) == 0 and not (tmp_path / "judge" / "learning_curve.png").exists()
+    assert main([*TRAIN[:-1], "second", "--reward", "judge/model", "--quiet"]) == 0
+    line = json.loads((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()[1])
+    assert math.isfinite(line["rewards/model/mean"])
+    for change in (["--data", "nothing.jsonl"], ["--label-smoothing", "0.7"], []):
+        assert main([*judge, *change, "--quiet"]) == 2
+        assert "Traceback" not in (errors := capsys.readouterr().err) and "tokenrl: " in errors
 
 
 def test_a_configuration_repeats_a_run(tmp_path):

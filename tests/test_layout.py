@@ -200,6 +200,7 @@ def test_the_rule_about_tests_notices():
         "from tokenrl.core import Estimator; Estimator.preset('grpo').bias_status",
         "from tokenrl.cli import main; main(['--help'])",
         "from tokenrl.cli import main; main(['train', '--help'])",
+        "from tokenrl.cli import main; main(['reward-model', '--help'])",
         "from tokenrl.cli import main; main(['control', '--help'])",
         "from tokenrl.cli import main; main(['advise', '--help'])",
     ],

@@ -22,6 +22,7 @@ from tokenrl.core.rules import Refused, TokenrlError
 from tokenrl.lab.arguments import LabArguments
 from tokenrl.lab.measure_arguments import MeasureArguments
 from tokenrl.language.arguments import EvaluateArguments, SampleArguments, SftArguments, TrainArguments
+from tokenrl.language.reward_training_arguments import RewardModelArguments
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,29 @@ def _sft(args: SftArguments) -> int:
     return 0
 
 
+def _reward_model(args: RewardModelArguments) -> int:
+    from tokenrl.language.reward_training import train_reward_model
+
+    return train_reward_model(args).exit_code
+
+
 def _evaluate(args: EvaluateArguments) -> int:
     from tokenrl.language.commands import evaluate
+    from tokenrl.language.evaluation_metrics import evaluation_table
 
-    for name, value in evaluate(args).metrics.items():
-        print(f"{name:28} {value:.4f}")
+    title = f"{args.model} on the held-out prompts of {args.task}"
+    print(evaluation_table(evaluate(args).metrics, title=title))
     return 0
 
 
 def _sample(args: SampleArguments) -> int:
-    from tokenrl.language.commands import sample
+    from tokenrl.language.commands import Sampler, converse, show
 
-    for prompt, completions in zip(args.prompt, sample(args), strict=True):
-        for completion in completions:
-            print(f"{prompt}{completion}" if not args.chat else completion)
+    if not args.prompt:
+        converse(args)
+        return 0
+    for prompt, completions in zip(args.prompt, Sampler.load(args)(args.prompt, args), strict=True):
+        show(prompt, completions, chat=args.chat)
     return 0
 
 
@@ -75,9 +85,12 @@ def _advise(args: AdviseArguments) -> int:
 
 
 def _report(args: ReportArguments) -> int:
-    from tokenrl.runs.report import report_from_directory
+    if os.path.exists(os.path.join(args.run_dir, "calibration.png")):
+        from tokenrl.language.reward_recording import report_reward_model as report
+    else:
+        from tokenrl.runs.report import report_from_directory as report
 
-    print(report_from_directory(args.run_dir))
+    print(report(args.run_dir))
     return 0
 
 
@@ -103,6 +116,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(TrainArguments, _train),
     "sft": Command(SftArguments, _sft),
+    "reward-model": Command(RewardModelArguments, _reward_model),
     "evaluate": Command(EvaluateArguments, _evaluate),
     "sample": Command(SampleArguments, _sample),
     "control": Command(ControlArguments, _control),

@@ -10,9 +10,9 @@ from tiny_models import apart, gradient, make_learner, make_policy, make_task, o
 from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.rules import Refused
+from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.language.critic import Critic
 from tokenrl.language.data import PromptStream
-from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.language.experience import collect, greedy_rewards
 from tokenrl.language.rewards import Rewards
 from tokenrl.language.sampling import sample, uniforms

@@ -186,7 +186,7 @@ def test_rewards_by_name(tmp_path, monkeypatch):
         "my_rewards:number": "is a int, which cannot be called",
         "broken_rewards:f": "OSError: no key",
         "no_rewards:f": "no module no_rewards",
-        "length": "Give module:function, path/to/file.py:function, or the folder",
+        "lenght": "Give module:function, path/to/file.py:function, or the folder",
         3: "is a int; give a callable",
     }.items():
         with pytest.raises(Refused, match=message):

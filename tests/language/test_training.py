@@ -76,6 +76,13 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
         "eval_reward_stderr",
         "eval_completions/mean_length",
         "eval_completions/clipped_ratio",
+        "eval_reward_greedy_stderr",
+        "eval_rewards/share_of_a/mean",
+        "eval_entropy",
+        "eval_best@4",
+        "eval_best@4_stderr",
+        "eval_distinct_1",
+        "eval_distinct_2",
     }
     for name in (
         "reward",

@@ -6,10 +6,13 @@ gradients are another matter, and depend on whether the estimate is put in the r
 is clamped: a clamp on the value silently sets the gradient to zero where the policies differ most.
 
 All take log-probabilities that are 0, in both, where the position is no action.
+
+`mean_and_error` makes a mean over completions of such numbers, and `next_beta` holds it near a target.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -61,3 +64,51 @@ PER_TOKEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "k2_sequence": k2_sequence,
     "full_path": full_path,
 }
+
+LARGEST_ERROR = 0.2
+"""The relative error of the KL that `next_beta` answers to: beyond it beta moves no faster."""
+LEAST_BETA = 1e-8
+"""Below it beta does not fall: at 0 it could never rise again."""
+
+
+def mean_and_error(
+    values: Float[Tensor, " N"], group_size: int = 1
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Mean of one number a completion, and its standard error over groups, `sd(means of groups) / sqrt(B)`.
+
+    Completions of one prompt share what the prompt adds, so they are not N independent draws; groups are
+    independent, and the square of this error is the mean's variance in expectation. Of a single group the
+    error is that over its completions, which says nothing of other prompts; of a single number it is nan.
+
+    Args:
+        values: One number a completion, prompt-major.
+        group_size: Consecutive completions of each prompt.
+    """
+    groups = values.reshape(-1, group_size).mean(-1)  # [B]
+    units = groups if len(groups) > 1 else values
+    if len(units) < 2:
+        return values.mean(), values.new_full((), math.nan)
+    return values.mean(), units.std(correction=1) / len(units) ** 0.5
+
+
+def next_beta(beta: float, kl: float, *, target: float, gain: float = 0.1) -> float:
+    """Move beta so that the KL comes to its target: `beta (1 + gain clip((KL - target)/target, -0.2, 0.2))`.
+
+    The proportional controller of Ziegler et al. 2019 (arXiv 1909.08593), whose gain is 0.1. Given the past,
+    a step's beta is a constant, so each step's gradient is as exact as with a fixed beta. Two things to know:
+    a run starts at its reference, where the KL is 0, so beta falls at first; and beta adds up past errors
+    while the KL answers late, so a large gain makes both swing.
+
+    Args:
+        beta: Weight of the KL in the step just made, above 0.
+        kl: Measured in that step, in nats a completion; nan moves nothing.
+        target: Wanted, in nats a completion, above 0.
+        gain: Largest relative change is a fifth of it a step; above 0 and below 5, that beta stays above 0.
+
+    Returns:
+        Weight of the KL in the next step, `LEAST_BETA` or more.
+    """
+    if math.isnan(kl):
+        return beta
+    error = min(max((kl - target) / target, -LARGEST_ERROR), LARGEST_ERROR)
+    return max(beta * (1 + gain * error), LEAST_BETA)

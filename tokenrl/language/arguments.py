@@ -16,13 +16,18 @@ class TaskArguments:
     """Where prompts and rewards come from."""
 
     task: str = "sort_digits"
-    """A toy task's name, `module:attribute`, a JSON/CSV/Parquet file, or a `datasets` name."""
+    """A toy task's name, `module:attribute`, a JSON/CSV/Parquet file, a `datasets` name, or
+    `reasoning_gym:NAME(size=500, seed=0)`."""
     reward: tuple[str, ...] = ()
-    """`module:function`, `file.py:function`, or a directory with a one-label sequence classifier; several
-    are summed.
+    """`module:function`, `file.py:function`, a directory with a one-label sequence classifier, or one of the
+    library: exact_match, numeric_answer, 'regex_format(pattern="...")', 'length(target=20)', repetition,
+    valid_json, sentiment, 'product(a, b)', 'gate(condition, reward, threshold=1)'; several are summed.
     Default: the task's own."""
     reward_weights: tuple[float, ...] = ()
     """One weight a reward. Default: 1 each."""
+    reward_timeout: float | None = None
+    """Seconds that one call of a reward function may take; the functions then run in a process of their own,
+    which is killed at the deadline, and the run stops. A reward model stays here. Default: no deadline."""
     prompt_column: str = "prompt"
     """Column of a data set that holds the prompt, text or chat messages."""
     prompt_template: str | None = None
@@ -81,6 +86,11 @@ class TrainArguments(LoraArguments, ModelArguments, TaskArguments):
     """Most tokens a completion may have, EOS included. Default: 256."""
     temperature: float = 1.0
     """Temperature of the policy that is sampled and scored."""
+    target_kl: float | None = None
+    """KL to the reference to hold, in nats a completion: --estimator.beta is then the weight that the run
+    starts from, and follows the KL (Ziegler et al. 2019). Default: the weight stays as it is."""
+    kl_gain: float = 0.1
+    """How fast that weight follows: a step changes it by at most a fifth of this."""
     learning_rate: float | None = None
     """Peak learning rate. Default: 1e-5 (with LoRA 1e-4)."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] | None = None
@@ -103,6 +113,12 @@ class TrainArguments(LoraArguments, ModelArguments, TaskArguments):
     """Seed of prompts' order, sampling and adapters."""
     truncate_prompts: bool = False
     """Drop tokens from the left of prompts too long for the context, instead of refusing them."""
+    filter_difficulty: tuple[float, float] | None = None
+    """Train only on prompts whose mean reward, measured before training, lies from LOW to HIGH (for rewards
+    of 0 and 1: the success rate). This changes the distribution of prompts, so the objective, and not the
+    gradient of a prompt. Default: all prompts."""
+    filter_samples: int = 8
+    """Completions a prompt by which that is measured."""
     max_refills: int = 4
     """Rounds in which new prompts replace groups of equal rewards, with zero_spread refill (dapo)."""
     value_learning_rate: float = 1e-3
@@ -169,12 +185,16 @@ class SftArguments(LoraArguments, ModelArguments, TaskArguments):
 
 @dataclass(frozen=True)
 class EvaluateArguments(TaskArguments):
-    """Reward of a model on a task's held-out prompts, greedy and sampled."""
+    """Evaluate a model on a task's held-out prompts, greedy and sampled."""
 
     model: str = ""
     """Local directory or hub name."""
-    num_generations: int = 4
-    """Sampled completions a prompt, beside the greedy one."""
+    num_generations: int | None = None
+    """Sampled completions a prompt, beside the greedy one; 0: none. Default: 4, or the largest k."""
+    k: tuple[int, ...] = ()
+    """Sizes of pass@k (best-of-k where rewards are not 0 or 1). Default: 1 and num_generations."""
+    reference: str | None = None
+    """Directory or hub name of the model that training started from: report the KL to it."""
     max_completion_length: int | None = None
     """Most tokens a completion may have. Default: the task's, else 256."""
     temperature: float = 1.0
@@ -193,16 +213,22 @@ class EvaluateArguments(TaskArguments):
 
 @dataclass(frozen=True)
 class SampleArguments:
-    """Complete a prompt."""
+    """Complete prompts, those given or line by line."""
 
     model: str = ""
     """Local directory or hub name."""
     prompt: tuple[str, ...] = ()
-    """One or more prompts."""
+    """One or more prompts. Default: ask for them, or read them as lines from a pipe."""
+    task: str | None = None
+    """Show the rewards of this task beside each completion."""
+    reward: tuple[str, ...] = ()
+    """Show these rewards instead, or without a task; named as in train."""
+    reward_weights: tuple[float, ...] = ()
+    """One weight a reward. Default: 1 each."""
     num_generations: int = 4
     """Completions a prompt; 0: the greedy one."""
     max_completion_length: int | None = None
-    """Most tokens a completion may have. Default: 64, or what the context leaves."""
+    """Most tokens a completion may have. Default: the task's, else 64, or what the context leaves."""
     temperature: float = 1.0
     """Temperature of sampling."""
     chat: bool = False

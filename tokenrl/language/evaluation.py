@@ -10,14 +10,18 @@ import torch
 from accelerate.utils import gather_object
 
 from tokenrl.core.rules import Refused
+from tokenrl.language.evaluation_metrics import check_sizes, details
 from tokenrl.language.experience import reward_rows
+from tokenrl.language.kl_control import completion_kl
 from tokenrl.language.policy import Policy
 from tokenrl.language.rewards import RewardResult, Rewards
 from tokenrl.language.sampling import Rollout, sample, uniforms
+from tokenrl.language.scoring import score
 
 EVALUATION = (
     2**63
 )  # added to the seed: evaluation draws from a stream of its own, the same at every evaluation
+LOGITS = 2**26  # most logits at once when a reference scores completions: 256 MiB
 
 
 class Evaluation(NamedTuple):
@@ -40,6 +44,9 @@ def evaluate_policy(
     truncate_prompts: bool = False,
     batch_size: int = 256,
     accelerator: Any = None,
+    detailed: bool = False,
+    k: Sequence[int] = (),
+    reference: Policy | None = None,
 ) -> Evaluation:
     """Evaluate on held-out prompts; several processes share them.
 
@@ -55,11 +62,19 @@ def evaluate_policy(
         truncate_prompts: drop tokens from the left of prompts too long.
         batch_size: completions in one batch; changes memory only.
         accelerator: accelerate's, in a run of several processes.
+        detailed: also say what the same completions tell without further work; see `details`.
+        k: with `detailed`, the sizes of its pass@k or best-of-k.
+        reference: with `detailed`, a policy to which the sampled completions' KL is estimated; both at the
+            temperature of sampling.
 
     Returns:
         `reward_greedy`, `reward` (sampled mean) with its standard error over prompts `reward_stderr`,
-        `completions/mean_length` and `completions/clipped_ratio` of the sampled completions.
+        `completions/mean_length` and `completions/clipped_ratio` of the sampled completions; and the details.
+
+    Raises:
+        Refused: no prompts, prompts too long, a k too large, or a reference of another vocabulary.
     """
+    k = check_sizes(k, num_generations)
     if not prompts:
         raise Refused(
             "There are no prompts to evaluate on. Give an eval_split, or hold rows out with eval_size."
@@ -70,28 +85,73 @@ def evaluate_policy(
         max_completion_length=max_completion_length,
         truncate=truncate_prompts,
     )
+    if reference is not None:
+        check_reference(policy, reference, max(map(len, ids)) + max_completion_length, num_generations)
     passes: list[list[dict[str, Any]]] = []
-    for generations in (0, num_generations) if num_generations else (0,):
+    for generations in dict.fromkeys((0, num_generations)):
         rows: list[dict[str, Any]] = []
         size = max(1, batch_size // max(1, generations))
         for start in range(rank, len(prompts), world * size):
             places = range(start, min(start + world * size, len(prompts)), world)
-            draws = None
-            if generations:
-                shape = {"num_generations": generations, "max_completion_length": max_completion_length}
-                draws = uniforms(EVALUATION + seed, 0, places, **shape)
-            rollout = sample(
-                policy,
-                [ids[place] for place in places],
-                num_generations=max(1, generations),
-                max_completion_length=max_completion_length,
-                temperature=temperature,
-                draws=draws,
-            )
+            shape: dict[str, Any] = {"max_completion_length": max_completion_length}
+            shape["num_generations"] = max(1, generations)
+            draws = uniforms(EVALUATION + seed, 0, places, **shape) if generations else None
+            chosen = [ids[place] for place in places]
+            rollout = sample(policy, chosen, temperature=temperature, draws=draws, **shape)
             result = reward_rows(policy, rewards, [prompts[place] for place in places], rollout, step=step)
-            rows += _completions(policy, prompts, places, rollout, result)
+            kl = _kl(reference if generations else None, rollout, temperature)
+            rows += _completions(policy, prompts, places, rollout, result, kl)
         passes.append(rows if world == 1 else sorted(gather_object(rows), key=lambda row: row["place"]))
-    return Evaluation(_summary(passes), passes[0])
+    metrics = _summary(passes)
+    if detailed:
+        metrics |= details(passes[0], passes[1] if len(passes) > 1 else [], rewards.names, k=k)
+    return Evaluation(metrics, passes[0])
+
+
+def check_reference(policy: Policy, reference: Policy, longest: int, num_generations: int) -> None:
+    """Refuse a reference that cannot score the policy's completions.
+
+    Args:
+        policy: the policy that samples.
+        reference: the policy that scores.
+        longest: most tokens of a prompt and its completion.
+        num_generations: sampled completions a prompt.
+
+    Raises:
+        Refused: other tokens, a shorter context, or no samples to estimate a KL from.
+    """
+    rows = [p.model.get_input_embeddings().num_embeddings for p in (policy, reference)]  # type: ignore[operator]
+    if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab() or rows[0] != rows[1]:
+        raise Refused(
+            f"The reference {reference.source!r} has another vocabulary than {policy.source!r}, so there is "
+            "no KL between them. Give the model that training started from."
+        )
+    if reference.context is not None and longest > reference.context:
+        raise Refused(
+            f"Prompt and completion may have {longest} tokens, more than the context of "
+            f"{reference.context} of the reference {reference.source!r}. Lower max_completion_length."
+        )
+    if not num_generations:
+        raise Refused(
+            "The KL to a reference is estimated from sampled completions, but num_generations=0 samples "
+            "none. Give 1 or more, or no reference."
+        )
+
+
+@torch.no_grad()
+def _kl(reference: Policy | None, rollout: Rollout, temperature: float) -> list[dict[str, float]]:
+    """Both estimates of the KL of each completion; nothing of each without a reference."""
+    n, width = rollout.mask.shape
+    if reference is None:
+        return [{}] * n
+    vocabulary = reference.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    scored = torch.zeros_like(rollout.logprobs)
+    for rows in torch.arange(n, device=scored.device).split(max(1, LOGITS // (width * vocabulary))):
+        part = rollout.rows(rows)
+        scores = score(reference.model, part, temperature=temperature, share_prompt=reference.share_prompt)
+        scored[rows, : part.mask.shape[1]] = scores.logprobs.to(scored.dtype)
+    each = {name: x.tolist() for name, x in completion_kl(rollout.logprobs, scored, rollout.mask).items()}
+    return [{name: values[i] for name, values in each.items()} for i in range(n)]
 
 
 def _completions(
@@ -100,18 +160,24 @@ def _completions(
     places: Sequence[int],
     rollout: Rollout,
     result: RewardResult,
+    kl: Sequence[Mapping[str, float]],
 ) -> list[dict[str, Any]]:
     """One row a completion; its reward is NaN where every reward function abstained."""
     texts = policy.decode(rollout.completion_ids, rollout.mask)
     lengths, truncated = rollout.mask.sum(dim=1).tolist(), rollout.truncated.tolist()
+    ids, entropy = rollout.completion_ids.tolist(), rollout.entropy.sum(dim=1).tolist()
     return [
         {
             "place": places[prompt],
             "prompt": prompts[places[prompt]]["prompt"],
             "completion": texts[i],
             "reward": float(result.total[i]) if result.valid[i] else math.nan,
+            "rewards": result.values[i].tolist(),
+            "ids": ids[i][: lengths[i]],
+            "entropy": entropy[i],
             "length": lengths[i],
             "truncated": truncated[i],
+            **kl[i],
         }
         for i, prompt in enumerate(rollout.prompt_index.tolist())
     ]

@@ -125,6 +125,7 @@ def save_run(run: Run) -> None:
             "step": run.step,
             "stream": run.stream.state_dict(),
             "running_mean": run.running_mean.state_dict(),
+            "kl_coef": run.learner.estimator.beta,
         }
 
         def write(path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenrl.core.rules import Stopped
+from tokenrl.language.kl_control import kl_metrics
 from tokenrl.language.policy import Policy
 from tokenrl.language.rewards import RewardResult
 from tokenrl.language.sampling import Rollout
@@ -59,7 +60,7 @@ def step_metrics(whole: dict[str, Tensor], names: Sequence[str], group_size: int
 
     `frac_reward_zero_std` is the share of groups in which no two rewards differ: they teach a group baseline
     nothing. `entropy` is the mean over sampled tokens, in nats; `kl` the mean over completions of the
-    log-ratio to the reference summed over tokens (k1, unbiased, in nats).
+    log-ratio to the reference summed over tokens (k1, unbiased, in nats; `kl_metrics` has the others).
     """
     valid, mask = whole["valid"], whole["mask"]
     rewards = whole["rewards"]
@@ -81,8 +82,7 @@ def step_metrics(whole: dict[str, Tensor], names: Sequence[str], group_size: int
         "num_tokens": lengths.sum() + whole["prompt_length"].sum(),
     }
     if "ref_logprobs" in whole:
-        log_ratio = torch.where(mask, whole["logprobs"] - whole["ref_logprobs"], 0)
-        metrics["kl"] = log_ratio.double().sum(dim=1).mean()
+        metrics |= kl_metrics(whole, group_size)
     if len(kept) < len(rewards):
         metrics["frac_rows_abstained"] = 1 - valid.double().mean()
     for column, name in enumerate(names):

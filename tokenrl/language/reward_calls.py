@@ -1,7 +1,7 @@
 """One call of reward functions: the arguments each takes, async ones run together, a check of what came back.
 
-Results are checked, never repaired: a NaN that passes here is a policy lost later. Left out: a deadline for
-rewards that hang (give the function one of its own).
+Results are checked, never repaired: a NaN that passes here is a policy lost later. A deadline for rewards
+that hang takes a process of its own (reward_worker.py), in which this same code runs.
 """
 
 from __future__ import annotations
@@ -12,19 +12,68 @@ import inspect
 import math
 import numbers
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenrl.core.rules import Refused, Stopped
+from tokenrl.core.rules import Refused, Stopped, TokenrlError
 from tokenrl.language.task_sources import describe, suggest
 
 Reward = Callable[..., Any]
+Announce = Callable[[str], None]
+
+
+class Called(NamedTuple):
+    """What came of one call of several functions.
+
+    Attributes:
+        values: by function, float64 [N], nan where it abstained.
+        extra: columns given to `log_extra`.
+        logged: values given to `log_metric`, by name.
+    """
+
+    values: dict[str, np.ndarray]
+    extra: dict[str, list[Any]]
+    logged: dict[str, list[float]]
+
+
+def call_rewards(
+    named: Mapping[str, Reward],
+    rows: Mapping[str, list[Any]],
+    state: Mapping[str, Any],
+    announce: Announce = lambda stage: None,
+) -> Called:
+    """Call every function on N completions, check what came back, and collect what was logged.
+
+    Args:
+        named: the functions by their distinct names.
+        rows: arguments with one value a completion, "completions" among them.
+        state: the fields of `trainer_state`.
+        announce: told before every stage which function it waits for, so that a deadline can name it.
+
+    Raises:
+        Stopped: a function raised, or did not return N finite numbers or None; names function and row.
+        Refused: a function asks for a column that is not there.
+    """
+    extra: dict[str, list[Any]] = {}
+    logged: dict[str, list[float]] = {}
+    shared = {
+        "trainer_state": SimpleNamespace(**state),
+        "log_extra": lambda column, values: extra.setdefault(column, []).extend(values),
+        "log_metric": lambda name, value: logged.setdefault(name, []).append(float(value)),
+    }
+    outputs = zip(named, run_rewards(named, rows, shared, announce), strict=True)
+    values = {name: checked_rewards(name, output, rows["completions"]) for name, output in outputs}
+    return Called(values, extra, logged)
 
 
 def run_rewards(
-    named: Mapping[str, Reward], rows: Mapping[str, list[Any]], shared: Mapping[str, Any]
+    named: Mapping[str, Reward],
+    rows: Mapping[str, list[Any]],
+    shared: Mapping[str, Any],
+    announce: Announce = lambda stage: None,
 ) -> list[Any]:
     """Call every function; what turns out to be awaitable runs concurrently, after the sync functions.
 
@@ -32,6 +81,7 @@ def run_rewards(
         named: the functions by their distinct names.
         rows: arguments with one value a completion, "completions" among them.
         shared: arguments that do not belong to a row.
+        announce: told before every stage which function it waits for.
 
     Returns:
         What each function returned, unchecked.
@@ -39,13 +89,19 @@ def run_rewards(
     Raises:
         Stopped: a function raised; names the function and the first row on which it raises alone.
     """
-    outputs = {name: _attempt(function, name, {**rows, **shared}) for name, function in named.items()}
+    outputs = {}
+    for name, function in named.items():
+        announce(f"Reward function {name}")
+        outputs[name] = _attempt(function, name, {**rows, **shared})
     waiting = {name: output for name, output in outputs.items() if inspect.isawaitable(output)}
+    if waiting:
+        announce(f"Of the async reward functions {', '.join(waiting)} at least one")
     outputs |= zip(waiting, _await_all(list(waiting.values())), strict=True)
     for name, output in outputs.items():
-        if isinstance(output, Refused):
+        if isinstance(output, TokenrlError):
             raise output
         if isinstance(output, Exception):
+            announce(f"Reward function {name} raised {describe(output)}; called again on single rows, it")
             where = _culprit(named[name], name, rows, shared)
             raise Stopped(f"Reward function {name} raised {describe(output)} ({where}).") from output
     return list(outputs.values())
@@ -183,3 +239,22 @@ def shorten(completion: Any) -> str:
     """A completion as it can stand in an error message."""
     text = repr(completion)
     return text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
+
+
+def unique_names(functions: Iterable[Reward]) -> list[str]:
+    """A name for each function, as metrics and messages use it: its own, with a number where it is taken."""
+    taken: list[str] = []
+    for name in map(_name, functions):
+        number, unique = 1, name
+        while unique in taken:
+            number += 1
+            unique = f"{name}_{number}"
+        taken.append(unique)
+    return taken
+
+
+def _name(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__name__", type(function).__name__)
+    return "reward" if name == "<lambda>" else name

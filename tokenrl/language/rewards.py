@@ -6,20 +6,18 @@ arguments only; None abstains from a row.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from tokenrl.core.rules import Refused, Stopped
-from tokenrl.language.reward_calls import Reward, accepted_arguments, checked_rewards, run_rewards, shorten
+from tokenrl.language.reward_calls import Called, Reward, call_rewards, shorten, unique_names
+from tokenrl.language.reward_composition import check_columns, load_reward
 from tokenrl.language.reward_model import RewardModel
-from tokenrl.language.task_sources import import_attribute
+from tokenrl.language.reward_worker import RewardWorker
 
 __all__ = ["GIVEN", "Reward", "RewardModel", "RewardResult", "Rewards", "load_reward"]
 
@@ -52,19 +50,33 @@ class RewardResult:
 class Rewards:
     """Several reward functions with weights, called together and checked."""
 
-    def __init__(self, functions: Any, weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        functions: Any,
+        weights: Sequence[float] | None = None,
+        *,
+        timeout: float | None = None,
+        sources: Sequence[Any] | None = None,
+    ) -> None:
         """Take the functions; nothing is called yet.
 
         Args:
             functions: one reward or a sequence of them; callables or what `load_reward` takes.
             weights: one finite number a function; None is 1 for each.
+            timeout: seconds that one call of a function may take; the functions then run in a process of
+                their own, which is killed at the deadline. A `RewardModel` stays in this process, where the
+                accelerator is, and has no deadline. None: all run here, without a deadline.
+            sources: where that process finds each function, as `load_reward` takes it; None: it gets the
+                functions themselves, which then have to be picklable.
 
         Raises:
-            Refused: no function, or weights of another count or not finite.
+            Refused: no function, weights of another count or not finite, a timeout that is not above 0, or a
+                function that cannot be handed to another process.
         """
         several = isinstance(functions, Sequence) and not isinstance(functions, str)
-        self.functions = [load_reward(function) for function in (functions if several else [functions])]
-        self.names = _unique(_name(function) for function in self.functions)
+        given = list(functions) if several else [functions]
+        self.functions = [load_reward(function) for function in given]
+        self.names = unique_names(self.functions)
         if not self.functions:
             raise Refused("No reward function was given: give at least one.")
         weights = [1.0] * len(self.functions) if weights is None else list(weights)
@@ -74,6 +86,13 @@ class Rewards:
                 f"{len(self.functions)} finite number(s), one a function."
             )
         self.weights = np.asarray(weights, dtype=np.float64)  # [F]
+        self._here = dict(zip(self.names, self.functions, strict=True))
+        self._worker = None
+        if timeout is not None:
+            origin = dict(zip(self.names, sources or given, strict=True))
+            away = [name for name, function in self._here.items() if not isinstance(function, RewardModel)]
+            self._worker = RewardWorker({name: origin[name] for name in away}, timeout)
+            self._here = {name: self._here[name] for name in self._here if name not in away}
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Check, before anything is sampled, that every function gets what it asks for.
@@ -85,8 +104,7 @@ class Rewards:
             Refused: a parameter without default is neither given to every reward nor a column.
         """
         available = dict.fromkeys((*GIVEN, *(column for column in columns if column not in WITHHELD)))
-        for name, function in zip(self.names, self.functions, strict=True):
-            accepted_arguments(function, name, available)
+        check_columns(dict(zip(self.names, self.functions, strict=True)), available)
 
     def __call__(
         self,
@@ -118,25 +136,26 @@ class Rewards:
             Refused: a function asks for a column that is not there.
         """
         rows = _rows(prompts, completions, completion_ids, columns)
-        extra: dict[str, list[Any]] = {}
-        logged: dict[str, list[float]] = {}
-        shared = {
-            "trainer_state": SimpleNamespace(global_step=step, max_steps=max_steps, epoch=epoch),
-            "log_extra": lambda column, values: extra.setdefault(column, []).extend(values),
-            "log_metric": lambda name, value: logged.setdefault(name, []).append(float(value)),
-        }
-        outputs = run_rewards(dict(zip(self.names, self.functions, strict=True)), rows, shared)
-        named = zip(self.names, outputs, strict=True)
-        values = np.stack([checked_rewards(name, out, rows["completions"]) for name, out in named], axis=1)
+        called = self._call(rows, {"global_step": step, "max_steps": max_steps, "epoch": epoch})
+        values = np.stack([called.values[name] for name in self.names], axis=1)
         valid = ~np.isnan(values).all(axis=1)  # [N]
         if not valid.any() and not all_may_abstain:
             raise Stopped(
                 f"Every reward function ({', '.join(self.names)}) abstained from each of the {len(valid)} "
                 f"completions, from row 0, {shorten([*completions, None][0])}, on: nothing to learn from."
             )
-        _check_extra(extra, len(valid))
-        metrics = _metrics(self.names, values) | {name: float(np.mean(v)) for name, v in logged.items()}
-        return RewardResult(values, np.nansum(values * self.weights, axis=1), valid, metrics, extra)
+        _check_extra(called.extra, len(valid))
+        logged = {name: float(np.mean(given)) for name, given in called.logged.items()}
+        metrics = _metrics(self.names, values) | logged
+        return RewardResult(values, np.nansum(values * self.weights, axis=1), valid, metrics, called.extra)
+
+    def _call(self, rows: Mapping[str, list[Any]], state: Mapping[str, Any]) -> Called:
+        """Call the functions, each where it lives."""
+        here = call_rewards(self._here, rows, state)
+        if self._worker is None:
+            return here
+        away = self._worker(rows, state)
+        return Called(here.values | away.values, here.extra | away.extra, here.logged | away.logged)
 
 
 def _check_extra(extra: Mapping[str, Sequence[Any]], count: int) -> None:
@@ -172,50 +191,3 @@ def _metrics(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
             metrics[f"rewards/{name}/mean"] = float(given.mean())
             metrics[f"rewards/{name}/std"] = float(given.std(ddof=1)) if given.size > 1 else 0.0
     return metrics
-
-
-def _name(function: Any) -> str:
-    while isinstance(function, functools.partial):
-        function = function.func
-    name = getattr(function, "__name__", type(function).__name__)
-    return "reward" if name == "<lambda>" else name
-
-
-def _unique(names: Iterable[str]) -> list[str]:
-    taken: list[str] = []
-    for name in names:
-        number, unique = 1, name
-        while unique in taken:
-            number += 1
-            unique = f"{name}_{number}"
-        taken.append(unique)
-    return taken
-
-
-def load_reward(spec: Any) -> Reward:
-    """Make a reward of what a user gives.
-
-    Args:
-        spec: a callable; `module:function` (the current directory is importable); `path/to/file.py:function`;
-            or a folder with a sequence-classification model of one label and its tokenizer.
-
-    Raises:
-        Refused: none of these, an error while importing or loading, or something that cannot be called.
-    """
-    if callable(spec):
-        return spec
-    if not isinstance(spec, str | Path):
-        raise Refused(f"reward {spec!r:.100} is a {type(spec).__name__}; give a callable or the name of one.")
-    if Path(spec).is_dir():
-        return RewardModel(spec)
-    if ":" not in str(spec):
-        raise Refused(
-            f"reward '{spec}': there is no such folder here. Give module:function, path/to/file.py:function, "
-            "or the folder of a sequence-classification model with one label."
-        )
-    found = import_attribute(str(spec), "reward")
-    if not callable(found):
-        raise Refused(
-            f"reward '{spec}' is a {type(found).__name__}, which cannot be called; name a function."
-        )
-    return found

@@ -80,7 +80,9 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         raise Refused(
             f"The task {task.name!r} has no reward of its own: name one with --reward module:function."
         )
-    rewards = Rewards(functions, list(args.reward_weights) or None)
+    rewards = Rewards(
+        functions, list(args.reward_weights) or None, timeout=args.reward_timeout, sources=args.reward or None
+    )
     rewards.check_columns(dict.fromkeys(name for row in task.train_prompts for name in row))
     return task, rewards
 

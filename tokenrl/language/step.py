@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.rows import keep
 from tokenrl.language.experience import Prompts, collect, inputs, score_in_parts
+from tokenrl.language.kl_control import adapt_beta
 from tokenrl.language.records import completion_rows, gather_rows, step_metrics
 from tokenrl.language.rewards import Rewards
 from tokenrl.language.update import Learner, Step, update
@@ -73,6 +74,8 @@ def training_step(
     known = Step(rollout, kept.mask, kept.counted, advantages, ref_logprobs=needed["ref_logprobs"])
     metrics = step_metrics(whole, rewards.names, size) | run_updates(learner, known, step)
     metrics |= update_baselines(learner, running_mean, known, whole)
+    if estimator.needs_kl:
+        metrics["kl_coef"] = adapt_beta(learner, metrics["kl"])
     if estimator.zero_spread == "refill":
         metrics["refilled"] = float(refilled)
     times.append(time.perf_counter())

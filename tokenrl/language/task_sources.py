@@ -7,6 +7,7 @@ else's module or out of a network library tells a user neither what was asked fo
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import math
@@ -21,6 +22,7 @@ from tokenrl.core.rules import Refused
 
 Row = Mapping[str, Any]
 
+FILE_MODULE = "tokenrl_file_"
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -34,6 +36,10 @@ def import_attribute(spec: str, what: str) -> Any:
     Raises:
         Refused: no such module or file, an error while importing it, or no such attribute.
     """
+    if what == "task" and spec.startswith("reasoning_gym:"):
+        from tokenrl.language.reasoning_tasks import reasoning_task
+
+        return reasoning_task(spec)
     source, _, attribute = spec.rpartition(":")
     if not source or not attribute:
         raise Refused(f"{what} '{spec}': expected module:attribute or path/to/file.py:attribute.")
@@ -45,7 +51,7 @@ def import_attribute(spec: str, what: str) -> Any:
     # afterwards, so that its own late imports still work and it cannot shadow a package that we import later.
     sys.path.insert(0, folder)
     try:
-        module = _import_file(file) if file else importlib.import_module(source)
+        module = import_file(file) if file else importlib.import_module(source)
     except (Exception, SystemExit) as error:
         missing = isinstance(error, ModuleNotFoundError) and source.split(".")[0] == error.name
         reason = f"there is no module {source}" if missing else f"importing it raised {describe(error)}"
@@ -65,13 +71,18 @@ def import_attribute(spec: str, what: str) -> Any:
     return found
 
 
-def _import_file(file: Path) -> Any:
-    name = str(file.resolve())
-    spec = importlib.util.spec_from_file_location(name, file)
+def import_file(file: Path) -> Any:
+    """Import a file as a module named after its absolute path, without dots: pickle then finds it again."""
+    name = FILE_MODULE + hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]
+    spec = importlib.util.spec_from_file_location(name, file.resolve())
     assert spec is not None and spec.loader is not None  # the suffix is .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their own module up there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]  # as the import statement does: what failed is not there
+        raise
     return module
 
 

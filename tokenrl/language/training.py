@@ -10,7 +10,9 @@ from tokenrl.core.baselines import RunningMean
 from tokenrl.core.rules import Refused, Stopped
 from tokenrl.language.arguments import TrainArguments
 from tokenrl.language.data import PromptStream
+from tokenrl.language.difficulty import filter_task
 from tokenrl.language.evaluation import Evaluation, evaluate_policy
+from tokenrl.language.kl_control import check_target
 from tokenrl.language.recording import (
     Run,
     RunResult,
@@ -56,6 +58,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
     args = args or arguments(TrainArguments, options)
     task, rewards = find_task(args)
     args = resolve(args, task)
+    check_target(args)
     accelerator = make_accelerator(args)
     main = accelerator.is_main_process
     console = Console(
@@ -66,6 +69,19 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         with accelerator.main_process_first():
             policy = make_policy(args, task, console.note)
         learner, schedule = make_learner(args, policy, accelerator)
+        task = filter_task(
+            task,
+            policy,
+            rewards,
+            within=args.filter_difficulty,
+            samples=args.filter_samples,
+            announce=console.note,
+            max_completion_length=args.max_completion_length or 256,
+            temperature=args.temperature,
+            seed=args.seed,
+            truncate_prompts=args.truncate_prompts,
+            accelerator=accelerator,
+        )
         estimator = args.estimator
         run = Run(
             args=args,
@@ -182,6 +198,8 @@ def _evaluate(run: Run) -> Evaluation:
             step=run.step,
             truncate_prompts=args.truncate_prompts,
             accelerator=learner.accelerator,
+            detailed=True,
+            k=(args.eval_generations,) if args.eval_generations else (),
         )
 
 
