@@ -31,7 +31,8 @@ CLASSIC: dict[str, Any] = {
 # PPO's parts, one by one: the critic and GAE make credit local (lam), a discount bounds how far ahead the
 # critic must see and lets a time limit be bootstrapped, the clipped ratio allows several passes over the same
 # steps, pieces of episodes keep slow environments busy, an entropy bonus keeps the lander from settling on
-# hovering too early, a falling learning rate removes the last updates' noise.
+# hovering too early, and falls to 0 because the sampled policy is the one that counts; a falling learning
+# rate removes the last updates' noise.
 PPO: dict[str, Any] = {
     "num_envs": 16,
     "num_iterations": 4,
@@ -44,6 +45,7 @@ LANDER: dict[str, Any] = PPO | {
     "learning_rate": 1e-3,
     "hidden": (64, 64),
     "reward_scale": 0.02,  # returns of some hundreds become targets of size 1 for the critic
+    "entropy_schedule": "linear",
     "max_steps": 200,
 }
 TUNED: dict[str, dict[str, Any]] = {

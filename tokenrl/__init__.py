@@ -1,7 +1,7 @@
 """tokenrl: policy gradients on language models, with the bias of every estimator declared.
 
-`tokenrl.train`, `tokenrl.sft` and `tokenrl.evaluate` do what the commands of the same names do. Nothing
-heavy is imported until it is used.
+`tokenrl.train`, `sft`, `train_reward_model` and `evaluate` do what the commands of the same names do;
+`tokenrl.control.training.train` trains gymnasium agents. Nothing heavy is imported until it is used.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenrl.core import Estimator
     from tokenrl.core.rules import Refused, Stopped, TokenrlError
-    from tokenrl.language.commands import evaluate, sample, sft
+    from tokenrl.language.asking import sample
+    from tokenrl.language.commands import evaluate, sft
     from tokenrl.language.recording import RunResult
+    from tokenrl.language.reward_training import train_reward_model
     from tokenrl.language.training import train
 
 __version__ = "0.1.0"
@@ -26,6 +28,7 @@ __all__ = [
     "sample",
     "sft",
     "train",
+    "train_reward_model",
 ]
 
 _HOMES = {
@@ -35,9 +38,10 @@ _HOMES = {
     "TokenrlError": "tokenrl.core.rules",
     "RunResult": "tokenrl.language.recording",
     "evaluate": "tokenrl.language.commands",
-    "sample": "tokenrl.language.commands",
+    "sample": "tokenrl.language.asking",
     "sft": "tokenrl.language.commands",
     "train": "tokenrl.language.training",
+    "train_reward_model": "tokenrl.language.reward_training",
 }
 
 

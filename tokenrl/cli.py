@@ -62,7 +62,7 @@ def _evaluate(args: EvaluateArguments) -> int:
 
 
 def _sample(args: SampleArguments) -> int:
-    from tokenrl.language.commands import Sampler, converse, show
+    from tokenrl.language.asking import Sampler, converse, show
 
     if not args.prompt:
         converse(args)

@@ -13,7 +13,14 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.rules import Refused, check_horizon
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.language.adapters import add_lora
-from tokenrl.language.arguments import LoraArguments, ModelArguments, TaskArguments, TrainArguments
+from tokenrl.language.arguments import (
+    EvaluateArguments,
+    LoraArguments,
+    ModelArguments,
+    SampleArguments,
+    TaskArguments,
+    TrainArguments,
+)
 from tokenrl.language.critic import Critic
 from tokenrl.language.data import Task, load_task
 from tokenrl.language.policy import Policy, enable_gradient_checkpointing, load_policy, wrap
@@ -258,3 +265,12 @@ def make_learner(args: TrainArguments, policy: Policy, accelerator: Any) -> tupl
     if args.diagnostics_every:
         learner.diagnostics = GradientDiagnostics(args.diagnostics_every)
     return learner, schedule
+
+
+def load_placed(name: str, args: EvaluateArguments | SampleArguments) -> Policy:
+    """Load a model onto the accelerator, if there is one."""
+    from accelerate import PartialState
+
+    policy = load_policy(name, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    policy.model.to(PartialState().device)
+    return policy
