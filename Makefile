@@ -4,6 +4,7 @@ VENV      ?= .venv
 TASK      ?= sort_digits
 ESTIMATOR ?= rloo
 SEED      ?= 0
+WORKERS   ?= 2
 RUN       ?= runs/$(TASK)-$(ESTIMATOR)-seed$(SEED)
 BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
@@ -29,10 +30,10 @@ train: $(STAMP)
 	$(BIN)/tokenrl train --task $(TASK) --estimator $(ESTIMATOR) --seed $(SEED) --output-dir $(RUN) --overwrite
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=1800
+	$(BIN)/python -m pytest -m "slow and not gpu" -n $(WORKERS) --timeout=1800
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

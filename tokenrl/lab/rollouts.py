@@ -11,14 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenrl.core.rules import Refused
-from tokenrl.language.experience import reward_rows
+from tokenrl.language.experience import judged
 from tokenrl.language.policy import Policy
 from tokenrl.language.rewards import Rewards
-from tokenrl.language.sampling import Rollout, sample, uniforms
+from tokenrl.language.sampling import Rollout
 from tokenrl.language.scoring import score
-
-MEASURING = 2**62
-"""Added to the seed: a stream of uniforms of its own, neither training's nor evaluation's."""
 
 
 @dataclass(frozen=True)
@@ -76,24 +73,19 @@ def collect(
     Raises:
         Refused: When a greedy completion has no reward.
     """
-    ids = policy.encode_all([row["prompt"] for row in rows], max_completion_length=max_completion_length)
-    options: dict[str, Any] = {"max_completion_length": max_completion_length, "temperature": temperature}
+    options: dict[str, Any] = {
+        "stream": "measurement",
+        "max_completion_length": max_completion_length,
+        "temperature": temperature,
+        "seed": seed,
+    }
     size = max(1, rows_at_once // num_generations)
+    sampled = judged(
+        policy, rows, rewards, num_generations=num_generations, batch_size=rows_at_once, **options
+    )
+    greedily = judged(policy, rows, rewards, num_generations=0, batch_size=size, **options)
     parts, columns = [], []
-    for start in range(0, len(rows), size):
-        places = range(start, min(start + size, len(rows)))
-        prompts, some = [ids[i] for i in places], [rows[i] for i in places]
-        draws = uniforms(
-            MEASURING + seed,
-            0,
-            places,
-            num_generations=num_generations,
-            max_completion_length=max_completion_length,
-        )
-        rollout = sample(policy, prompts, num_generations=num_generations, draws=draws, **options)
-        result = reward_rows(policy, rewards, some, rollout, step=0)
-        greedy = sample(policy, prompts, num_generations=1, draws=None, **options)
-        best = reward_rows(policy, rewards, some, greedy, step=0)
+    for (_, rollout, result), (_, _, best) in zip(sampled, greedily, strict=True):
         if not best.valid.all():
             raise Refused("Every reward abstained on a greedy completion; measure on prompts that have one.")
         shared = {

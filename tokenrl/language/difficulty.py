@@ -16,12 +16,9 @@ from accelerate.utils import gather_object
 
 from tokenrl.core.rules import Refused, Stopped
 from tokenrl.language.data import Task
-from tokenrl.language.experience import reward_rows
+from tokenrl.language.experience import judged
 from tokenrl.language.policy import Policy
 from tokenrl.language.rewards import Rewards
-from tokenrl.language.sampling import sample, uniforms
-
-DIFFICULTY = 2**61  # added to the seed: a stream of its own, not that of the probe, training or evaluation
 
 
 def filter_task(
@@ -102,20 +99,21 @@ def success_rates(
         float64 [B], nan where all completions of a prompt are without a reward; the same on every process.
     """
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    shape: dict[str, Any] = {"num_generations": samples, "max_completion_length": max_completion_length}
-    size = max(1, batch_size // samples)
     measured: list[tuple[int, float]] = []
-    for start in range(rank, len(prompts), world * size):
-        places = range(start, min(start + world * size, len(prompts)), world)
-        part = [prompts[place] for place in places]
-        ids = policy.encode_all(
-            [row["prompt"] for row in part],
-            max_completion_length=max_completion_length,
-            truncate=truncate_prompts,
-        )
-        draws = uniforms(DIFFICULTY + seed, 0, places, **shape)
-        rollout = sample(policy, ids, temperature=temperature, draws=draws, **shape)
-        result = reward_rows(policy, rewards, part, rollout, step=0)
+    for places, _, result in judged(
+        policy,
+        prompts,
+        rewards,
+        stream="difficulty",
+        num_generations=samples,
+        max_completion_length=max_completion_length,
+        temperature=temperature,
+        seed=seed,
+        truncate_prompts=truncate_prompts,
+        batch_size=batch_size,
+        rank=rank,
+        world=world,
+    ):
         table = np.where(result.valid, result.total, np.nan).reshape(-1, samples)
         for place, row in zip(places, table, strict=True):
             known = row[~np.isnan(row)]

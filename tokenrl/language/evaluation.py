@@ -11,16 +11,13 @@ from accelerate.utils import gather_object
 
 from tokenrl.core.rules import Refused
 from tokenrl.language.evaluation_metrics import check_sizes, details
-from tokenrl.language.experience import reward_rows
+from tokenrl.language.experience import judged
 from tokenrl.language.kl_control import completion_kl
 from tokenrl.language.policy import Policy
 from tokenrl.language.rewards import RewardResult, Rewards
-from tokenrl.language.sampling import Rollout, sample, uniforms
+from tokenrl.language.sampling import Rollout
 from tokenrl.language.scoring import score
 
-EVALUATION = (
-    2**63
-)  # added to the seed: evaluation draws from a stream of its own, the same at every evaluation
 LOGITS = 2**26  # most logits at once when a reference scores completions: 256 MiB
 
 
@@ -80,25 +77,31 @@ def evaluate_policy(
             "There are no prompts to evaluate on. Give an eval_split, or hold rows out with eval_size."
         )
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    ids = policy.encode_all(
-        [row["prompt"] for row in prompts],
-        max_completion_length=max_completion_length,
-        truncate=truncate_prompts,
-    )
     if reference is not None:
+        ids = policy.encode_all(
+            [row["prompt"] for row in prompts],
+            max_completion_length=max_completion_length,
+            truncate=truncate_prompts,
+        )
         check_reference(policy, reference, max(map(len, ids)) + max_completion_length, num_generations)
     passes: list[list[dict[str, Any]]] = []
     for generations in dict.fromkeys((0, num_generations)):
         rows: list[dict[str, Any]] = []
-        size = max(1, batch_size // max(1, generations))
-        for start in range(rank, len(prompts), world * size):
-            places = range(start, min(start + world * size, len(prompts)), world)
-            shape: dict[str, Any] = {"max_completion_length": max_completion_length}
-            shape["num_generations"] = max(1, generations)
-            draws = uniforms(EVALUATION + seed, 0, places, **shape) if generations else None
-            chosen = [ids[place] for place in places]
-            rollout = sample(policy, chosen, temperature=temperature, draws=draws, **shape)
-            result = reward_rows(policy, rewards, [prompts[place] for place in places], rollout, step=step)
+        for places, rollout, result in judged(
+            policy,
+            prompts,
+            rewards,
+            stream="evaluation",
+            num_generations=generations,
+            max_completion_length=max_completion_length,
+            temperature=temperature,
+            seed=seed,
+            step=step,
+            truncate_prompts=truncate_prompts,
+            batch_size=batch_size,
+            rank=rank,
+            world=world,
+        ):
             kl = _kl(reference if generations else None, rollout, temperature)
             rows += _completions(policy, prompts, places, rollout, result, kl)
         passes.append(rows if world == 1 else sorted(gather_object(rows), key=lambda row: row["place"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -20,6 +20,24 @@ from tokenrl.language.update import Learner
 
 Row = Mapping[str, Any]
 Prompts = Sequence[tuple[int, Row]]  # (place in the stream of prompts, row of the task)
+
+
+STREAMS = {
+    "evaluation": 2**63,
+    "measurement": 2**62,
+    "probe": 2**62 + 2**61,
+    "difficulty": 2**61,
+    "preferences": 2**60,
+}
+"""Added to the seed: what is sampled for another purpose than training has random numbers of its own."""
+
+
+class Judged(NamedTuple):
+    """Completions of some prompts with their rewards; `places` are the prompts' numbers."""
+
+    places: range
+    rollout: Rollout
+    result: RewardResult
 
 
 class Experience(NamedTuple):
@@ -133,6 +151,57 @@ def reward_rows(
     columns = {name: [row.get(name) for row in each] for name in names}
     # Rows on which all abstain are judged over the whole step, of which another process may hold the rest.
     return rewards([row["prompt"] for row in each], texts, ids, columns, all_may_abstain=True, **state)
+
+
+def judged(
+    policy: Policy,
+    prompts: Sequence[Row],
+    rewards: Rewards,
+    *,
+    stream: str,
+    num_generations: int,
+    max_completion_length: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    step: int = 0,
+    truncate_prompts: bool = False,
+    batch_size: int = 256,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Judged]:
+    """Sample completions of prompts batch by batch and reward them, outside training.
+
+    Args:
+        policy: sampled from.
+        prompts: rows with a `prompt`; other columns reach the rewards.
+        rewards: the reward functions.
+        stream: whose random numbers, a name in `STREAMS`.
+        num_generations: completions a prompt; 0 is the greedy one.
+        max_completion_length: most tokens a completion may have.
+        temperature: of sampling.
+        seed: of sampling.
+        step: passed to the rewards.
+        truncate_prompts: drop tokens from the left of prompts too long.
+        batch_size: completions in one batch; changes memory only.
+        rank: number of this process, which takes every `world`-th prompt.
+        world: processes that share the prompts.
+    """
+    ids = policy.encode_all(
+        [row["prompt"] for row in prompts],
+        max_completion_length=max_completion_length,
+        truncate=truncate_prompts,
+    )
+    shape: dict[str, Any] = {
+        "num_generations": max(1, num_generations),
+        "max_completion_length": max_completion_length,
+    }
+    size = max(1, batch_size // shape["num_generations"])
+    for start in range(rank, len(prompts), world * size):
+        places = range(start, min(start + world * size, len(prompts)), world)
+        draws = uniforms(STREAMS[stream] + seed, 0, places, **shape) if num_generations else None
+        rollout = sample(policy, [ids[i] for i in places], temperature=temperature, draws=draws, **shape)
+        result = reward_rows(policy, rewards, [prompts[i] for i in places], rollout, step=step)
+        yield Judged(places, rollout, result)
 
 
 def _sampled(

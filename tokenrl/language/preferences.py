@@ -15,13 +15,11 @@ from typing import Any
 import numpy as np
 
 from tokenrl.core.rules import Refused
-from tokenrl.language.experience import reward_rows
+from tokenrl.language.experience import judged
 from tokenrl.language.policy import Policy
 from tokenrl.language.rewards import Rewards
-from tokenrl.language.sampling import sample, uniforms
 
 Row = Mapping[str, Any]
-PREFERENCES = 2**62  # added to the seed: these completions are none that training or evaluation samples
 
 
 def make_preferences(
@@ -71,28 +69,28 @@ def make_preferences(
             "pairs, and a finite temperature of 0 (no noise) or more."
         )
     gold = gold_rewards if isinstance(gold_rewards, Rewards) else Rewards(gold_rewards)
-    shape: dict[str, Any] = {
-        "num_generations": 2 * pairs_per_prompt,
-        "max_completion_length": max_completion_length,
-    }
-    ids = policy.encode_all([row["prompt"] for row in prompts], max_completion_length=max_completion_length)
-    size = max(1, batch_size // shape["num_generations"])
     # One uniform for each pair sampled, so that what is left out moves nobody's noise.
     noise = np.random.default_rng([seed, 1]).random((len(prompts), pairs_per_prompt))
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(prompts), size):
-        places = range(start, min(start + size, len(prompts)))
-        draws = uniforms(PREFERENCES + seed, 0, places, **shape)
-        rollout = sample(policy, [ids[i] for i in places], temperature=temperature, draws=draws, **shape)
-        result = reward_rows(policy, gold, [prompts[i] for i in places], rollout, step=0)
+    for places, rollout, result in judged(
+        policy,
+        prompts,
+        gold,
+        stream="preferences",
+        num_generations=2 * pairs_per_prompt,
+        max_completion_length=max_completion_length,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+    ):
         texts = policy.decode(rollout.completion_ids, rollout.mask)
         golds = [g if ok else math.nan for g, ok in zip(result.total.tolist(), result.valid, strict=True)]
         for k in range(0, len(texts), 2):
             place, pair = divmod(k // 2, pairs_per_prompt)
-            first = first_is_chosen(golds[k], golds[k + 1], noise_temperature, noise[start + place, pair])
+            first = first_is_chosen(golds[k], golds[k + 1], noise_temperature, noise[places[place], pair])
             if first is not None and texts[k] != texts[k + 1]:
                 chosen, rejected = (k, k + 1) if first else (k + 1, k)
-                rows.append(_row(prompts[start + place]["prompt"], texts, golds, chosen, rejected))
+                rows.append(_row(prompts[places[place]]["prompt"], texts, golds, chosen, rejected))
     if not rows:
         raise Refused(
             f"None of {len(prompts) * pairs_per_prompt} sampled pairs can be told apart: the policy repeats "

@@ -13,12 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenrl.core.rules import Refused
-from tokenrl.language.experience import reward_rows
+from tokenrl.language.experience import judged
 from tokenrl.language.policy import Policy
 from tokenrl.language.rewards import Rewards
-from tokenrl.language.sampling import sample, uniforms
-
-PROBE = 2**62  # added to the seed: a stream of its own, neither training's nor evaluation's
 
 
 class Estimate(NamedTuple):
@@ -131,19 +128,18 @@ def probe_policy(
             "or more, and two samples or more, to see whether rewards differ."
         )
     table, lengths, cut, entropy = [], [], [], 0.0
-    shape: dict[str, Any] = {"num_generations": samples, "max_completion_length": max_completion_length}
-    at_once = max(1, batch_size // samples)
-    for start in range(0, len(prompts), at_once):
-        part = prompts[start : start + at_once]
-        ids = policy.encode_all(
-            [row["prompt"] for row in part],
-            max_completion_length=max_completion_length,
-            truncate=truncate_prompts,
-            first_row=start,
-        )
-        draws = uniforms(PROBE + seed, 0, range(start, start + len(part)), **shape)
-        rollout = sample(policy, ids, temperature=temperature, draws=draws, **shape)
-        result = reward_rows(policy, rewards, part, rollout, step=0)
+    for _, rollout, result in judged(
+        policy,
+        prompts,
+        rewards,
+        stream="probe",
+        num_generations=samples,
+        max_completion_length=max_completion_length,
+        temperature=temperature,
+        seed=seed,
+        truncate_prompts=truncate_prompts,
+        batch_size=batch_size,
+    ):
         table.append(np.where(result.valid, result.total, np.nan).reshape(-1, samples))
         lengths.append(rollout.mask.sum(dim=1).cpu().numpy())
         cut.append(rollout.truncated.double().cpu().numpy().reshape(-1, samples))
