@@ -11,7 +11,7 @@ import torch
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import Rollout
-from tokenrl.control.update import Agent, check_supported, learn, prepare, scheduled
+from tokenrl.control.update import Agent, check_supported, explained, learn, prepare, scheduled
 from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.rules import Refused, Stopped
@@ -193,6 +193,14 @@ def test_the_critic_moves_towards_the_returns(critic):
     agent = agent_of(Estimator.preset("a2c"), critic=critic, learning_rate=0.05)
     losses = [learn(agent, rollout_of(), step)["value_loss"] for step in range(1, 60)]
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_explained_variance():
+    returns = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    assert explained(returns + 7, returns) == pytest.approx(1)  # but for a constant, all is explained
+    assert explained(torch.zeros(4), returns) == pytest.approx(0)
+    assert explained(-returns, returns) == pytest.approx(-3)
+    assert math.isnan(explained(returns, torch.ones(4)))
 
 
 def test_a_shared_critic_weighs_half_beside_the_policy():

@@ -74,6 +74,8 @@ def test_score_norms_are_those_of_autograd(head, size):
 
 def test_drawn_actions_follow_the_softmax():
     policy, x = policy_of("softmax", 3), observations(1)
+    with torch.no_grad():
+        policy.head.bias.copy_(torch.tensor([1.5, 0.0, -1.0]))
     noise = policy.noise(40_000, generator=torch.Generator().manual_seed(4))
     share = policy.act(x.expand(40_000, -1), noise).bincount(minlength=3) / 40_000
     chances = policy(x).softmax(-1)[0].detach()

@@ -42,7 +42,7 @@ WAYS = {
     "critic": Way(
         "ppo",
         {"gamma": 0.999, "lam": 0.98, "value_clip": None},
-        {"max_steps": 120, "num_envs": 16, "num_steps": 512, "hidden": (64, 64), "learning_rate": 1e-3,
+        {"max_steps": 200, "num_envs": 16, "num_steps": 512, "hidden": (64, 64), "learning_rate": 1e-3,
          "num_iterations": 4, "num_minibatches": 16, "learning_rate_schedule": "linear"},
     ),
     "continuous": Way(
