@@ -138,6 +138,37 @@ def test_a_second_run_needs_overwrite(tmp_path):
     assert short(tmp_path, overwrite=True, max_steps=1).steps == 1
 
 
+def test_every_update_starts_from_states_of_its_own(tmp_path, monkeypatch):
+    from tokenrl.control import training
+
+    starts, learn = [], training.learn
+
+    def seen(agent, rollout, step):
+        starts.append(rollout.observations[:, 0].clone())
+        return learn(agent, rollout, step)
+
+    monkeypatch.setattr(training, "learn", seen)
+    short(tmp_path, max_steps=3)
+    assert len(torch.cat(starts).unique(dim=0)) == 3 * 4
+
+
+def test_learning_rates_fall_to_zero_when_asked(tmp_path):
+    options = {"max_steps": 4, "learning_rate": 0.4, "learning_rate_schedule": "linear"}
+    rates = [line["learning_rate"] for line in metrics_of(short(tmp_path, **options))[1:]]
+    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    constant = short(tmp_path, "constant", max_steps=2, learning_rate=0.4)
+    assert [line["learning_rate"] for line in metrics_of(constant)[1:]] == [0.4, 0.4]
+
+
+def test_the_last_entropy_is_that_of_the_last_tenth():
+    from tokenrl.control.setup import Run
+
+    run = Run(*[None] * 8)
+    assert math.isnan(run.last_entropy)
+    run.entropies = [1.0] * 18 + [0.2, 0.4]
+    assert run.last_entropy == pytest.approx(0.3)
+
+
 def test_one_thread_while_it_trains_and_as_many_as_before_afterwards(tmp_path, monkeypatch):
     from tokenrl.control import training
 

@@ -44,7 +44,9 @@ def test_without_a_baseline_500_steps_are_the_limit(estimator):
     assert not subtracts_something(estimator)
 
 
-@pytest.mark.parametrize("estimator", WITH, ids=lambda e: f"{getattr(e.baseline, '__name__', e.baseline)}-{e.scale}")
+@pytest.mark.parametrize(
+    "estimator", WITH, ids=lambda e: f"{getattr(e.baseline, '__name__', e.baseline)}-{e.scale}"
+)
 def test_with_a_baseline_there_is_no_limit(estimator):
     check_horizon(estimator, 10**6)
     check_horizon(estimator, None)
