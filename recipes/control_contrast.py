@@ -100,6 +100,7 @@ def train_both(arguments: Arguments, name: str, estimator: Estimator, seed: int)
         estimator=estimator,
         num_envs=arguments.episodes,
         max_steps=arguments.updates,
+        learning_rate=1e-2,
         seed=seed,
         output_dir=str(folder / "control"),
         **common,

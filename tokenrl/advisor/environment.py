@@ -37,7 +37,7 @@ WAYS = {
     "episodes": Way(
         "reinforce_timestep_mean",
         {},
-        {"max_steps": 100, "num_envs": 64, "hidden": (64,), "learning_rate": 1e-2},
+        {"max_steps": 100, "num_envs": 64, "hidden": (64,), "learning_rate": 2e-2},
     ),
     "critic": Way(
         "ppo",

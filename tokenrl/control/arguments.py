@@ -41,7 +41,7 @@ class ControlArguments:
     """Shift and scale observations by the mean and standard deviation of those seen so far."""
     reward_scale: float = 1.0
     """What training multiplies rewards by, so that a critic's targets are of size 1; results are unscaled."""
-    learning_rate: float = 1e-2
+    learning_rate: float = 2e-2
     """Adam's learning rate."""
     value_learning_rate: float | None = None
     """Of a separate critic. Default: learning_rate."""

@@ -1,15 +1,16 @@
 """Best-of-n: what a proxy reward's choice among n samples is worth, and how far it is from the base policy.
 
 The baseline of every policy trained against a reward model: no training, only selection (Stiennon et al.
-2020; Gao, Schulman & Hilton 2022, arXiv 2210.10760). All estimates are of one prompt and take one pool of
-N >= n samples of it.
+2020). All estimates are of one prompt and take one pool of N >= n samples of it. Below them the forms of
+over-optimisation (Gao, Schulman & Hilton 2022, arXiv 2210.10760): the gain in gold reward over the base
+against d = sqrt(KL), `d (alpha - beta d)` for best-of-n and `d (alpha - beta log d)` for RL.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from tokenrl.core.rules import Refused
 from tokenrl.language.policy import Policy
 from tokenrl.language.sampling import sample, uniforms
 
+Form = Literal["d squared", "d log d"]  # of best-of-n, of RL
 POOL = 2**61  # added to the seed: these completions are none that training or evaluation samples
 
 
@@ -54,6 +56,27 @@ def sample_pool(
     return texts
 
 
+def pool_rewards(
+    reward: Callable[..., Any], rows: Sequence[Mapping[str, Any]], pool: Sequence[Sequence[str]]
+) -> list[np.ndarray]:
+    """Rewards [N] of each prompt's pool; a text that was sampled often is scored once.
+
+    Args:
+        reward: a function of prompts, completions and the rows' other columns, as in training, that does not
+            abstain.
+        rows: B rows with a text `prompt`.
+        pool: B lists of texts.
+    """
+    rewards = []
+    for row, texts in zip(rows, pool, strict=True):
+        distinct = list(dict.fromkeys(texts))
+        columns = {name: [value] * len(distinct) for name, value in row.items() if name != "prompt"}
+        values = reward(prompts=[row["prompt"]] * len(distinct), completions=distinct, **columns)
+        known = dict(zip(distinct, values, strict=True))
+        rewards.append(np.array([known[text] for text in texts], dtype=np.float64))
+    return rewards
+
+
 def choice_weights(proxy: np.ndarray, n: int) -> np.ndarray:
     """Probability [N] with which each sample is the choice among n drawn from the N without replacement.
 
@@ -80,7 +103,7 @@ def choice_weights(proxy: np.ndarray, n: int) -> np.ndarray:
 
 
 def _subsets(size: int, n: int) -> float:
-    """log C(size, n), -inf where there is no such subset; factorials of thousands overflow, logs do not."""
+    """Log of C(size, n), -inf where there is no such subset; factorials overflow, logs do not."""
     if size < n:
         return -math.inf
     return math.lgamma(size + 1) - math.lgamma(n + 1) - math.lgamma(size - n + 1)
@@ -91,8 +114,8 @@ def best_of_n_kl(proxy: np.ndarray, n: int) -> float:
 
     `q_k` is the share of samples with the k-th proxy reward and `m_k = F_k^n - F_(k-1)^n` the chance that it
     is the highest of n (F the cumulated share). Within a level best-of-n is the base, so the levels tell the
-    whole KL. It is below `kl_bound` wherever texts repeat, as they do in toys (Beirami et al. 2024,
-    arXiv 2401.01879). A pool not far larger than n hides what is rarer than 1/N, and the estimate is then low.
+    whole KL. It is below `kl_bound` wherever texts repeat, as they do in toys (Beirami et al. 2024, arXiv
+    2401.01879). A pool knows little of what is rarer than 1/N, so where n is near N the estimate is low.
 
     Args:
         proxy: the rewards that choose [N].
@@ -109,3 +132,35 @@ def best_of_n_kl(proxy: np.ndarray, n: int) -> float:
 def kl_bound(n: int) -> float:
     """The KL of best-of-n if no two samples tied, `log n - (n - 1) / n`; otherwise an upper bound."""
     return math.log(n) - (n - 1) / n
+
+
+def gain_form(d: np.ndarray, alpha: float, beta: float, form: Form) -> np.ndarray:
+    """The gain at the distances d > 0: `d (alpha - beta d)` or `d (alpha - beta log d)`."""
+    return d * (alpha - beta * (d if form == "d squared" else np.log(d)))
+
+
+def fit_gain(d: np.ndarray, gain: np.ndarray, form: Form) -> tuple[float, float]:
+    """Least-squares alpha and beta.
+
+    Args:
+        d: square roots of the KL to the base, above 0; any shape.
+        gain: gold reward less that of the base, of the same shape.
+        form: the form to fit.
+    """
+    d = np.asarray(d, dtype=np.float64).ravel()
+    columns = np.stack([gain_form(d, 1.0, 0.0, form), gain_form(d, 0.0, 1.0, form)], axis=1)
+    alpha, beta = np.linalg.lstsq(columns, np.ravel(gain), rcond=None)[0]
+    return float(alpha), float(beta)
+
+
+def gain_peak(alpha: float, beta: float, form: Form) -> float:
+    """The d where the form is highest, `alpha / (2 beta)` or `exp(alpha / beta - 1)`; inf if it only rises.
+
+    For a best-of-n that never gains (alpha <= 0) it is 0.
+    """
+    if beta <= 0:
+        return math.inf
+    if form == "d squared":
+        return max(0.0, alpha / (2 * beta))
+    exponent = alpha / beta - 1
+    return math.exp(exponent) if exponent < 700 else math.inf  # exp overflows beyond

@@ -1,0 +1,297 @@
+"""Over-optimisation: a reward model is pursued until what it stands for gets worse, by RL and by best-of-n.
+
+The gold reward is a rule. A film review earns 1 for each favourable word and loses 1 for each unfavourable
+one, but from the third point on it gushes, and each further word costs 2; it is never below -4. RL sees a
+reward model only, trained on pairs of the base policy's reviews of which gold chose one, with noise
+(temperature 0.5). The base gushes in 1 review of 20, so the pairs hardly show it.
+
+RL is RLOO with a KL weight of 1e-3, which has the KL measured (k1 of fresh samples) and hardly holds it.
+Best-of-n takes the proxy's choice among n samples of a pool of the base: gold without bias by order
+statistics, KL from the shares of the pool. Proxy and gold are gains in standard deviations of the base's.
+With d = sqrt(KL), the forms of Gao, Schulman and Hilton 2022 (arXiv 2210.10760) are fitted to the gain in
+gold by least squares over all seeds: d (alpha - beta d) for best-of-n, d (alpha - beta log d) for RL.
+
+A seed is other pairs, head and samples; the base and its pool are shared. A seed falls if its gold ends
+0.25 below its best, and its proxy above what it was there; "d of turn" is where those seeds were best. Gold
+and proxy "after" are changes to the end in all seeds, each from where the mean of the OTHER seeds is best, so
+that noise picks no peak. Intervals are 95 %: Student's t over seeds; of the fitted peak, resampled seeds.
+
+By default (10 minutes on one core), seeds of 6 that fall under RL, under best-of-n, and held-out accuracy
+(gold itself: 0.87): 16:300 2, 2, 0.79; 64:300 3, 4, 0.82; 128:300 6, 3, 0.81; 64:50 1, 0, 0.69; 64:2000 4, 2,
+0.84. 128:300 under RL turns at d = 2.43 ± 0.56: after it gold loses 1.31 ± 1.17 and the proxy gains 0.78 ±
+0.18. No other loss is sure in the mean, for a seed either gushes or settles at two points. So here neither
+width nor data nor accuracy protects: the least accurate model falls least.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import tokenrl
+import toy_tasks
+from tokenrl.language import best_of_n
+from tokenrl.language.policy import load_policy
+from tokenrl.language.preference_pairs import Pair, read_pairs
+from tokenrl.language.preferences import make_preferences
+from tokenrl.language.reward_backbone import reward_backbone
+from tokenrl.language.reward_evaluation import encode_pairs, preference_metrics, score_pairs
+from tokenrl.language.reward_model import RewardModel
+from tokenrl.language.reward_training import fit_reward_model
+from tokenrl.language.reward_training_arguments import RewardModelArguments
+from tokenrl.language.supervised import warm_started_base
+from tokenrl.runs.directory import write_json
+from toy_tasks.sentiment import balance
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
+T = (0, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's 97.5 % point, by n - 1
+Pool = list[np.ndarray]  # by prompt, [N]
+Key = tuple[str, str]  # width:pairs of the reward model, RL or best-of-n
+LENGTH, WIDTH, PER_BLOCK = 16, 64, 5  # tokens of a review, width of the policy, RL steps averaged to a point
+FALL = 0.25  # loss of gold after the turn by which a seed counts as fallen; a point's error is below 0.08
+FORMS = {"RL": "d log d", "best-of-n": "d squared"}  # what bends the fit
+
+
+@dataclass(frozen=True)
+class Args:
+    """Reward models of several sizes and amounts of data, pursued by RL and by best-of-n."""
+
+    configurations: tuple[str, ...] = ("16:300", "64:300", "128:300", "64:50", "64:2000")
+    """Reward models, as width:pairs."""
+    seeds: int = 6
+    """Reward models and RL runs of each."""
+    max_steps: int = 150
+    """Steps of an RL run."""
+    pool: int = 2048
+    """Samples of the base for each of 8 held-out prompts; n goes up to half of it."""
+    output_dir: Path = Path("runs/overoptimisation")
+    """Directory of the runs, results.json and the figure."""
+
+
+def gold(completions: Sequence[str], **_: Any) -> list[float]:
+    """Favourable less unfavourable words up to 2; beyond that each costs 2; at least -4."""
+    return [float(max(-4, min(b, 6 - 2 * b))) for b in map(balance, completions)]
+
+
+@dataclass
+class Base:
+    """The policy that all start from, and what is sampled from it once."""
+
+    task: toy_tasks.Task
+    path: str
+    rows: list[dict[str, Any]]  # 8 held-out prompts, and by prompt
+    texts: list[list[str]]  # N samples
+    gold: Pool  # their gold rewards
+
+
+def standard(values: Any, each: Pool) -> np.ndarray:
+    """Values in standard deviations of the rewards `each` of the base's samples, 0 their mean."""
+    every = np.concatenate(each)
+    return (np.asarray(values) - every.mean()) / max(float(every.std()), 1e-9)
+
+
+def narrow(hidden: int) -> toy_tasks.Task:
+    """The sentiment task with a tiny model of one layer of this width."""
+    task = toy_tasks.load("sentiment")
+    return replace(task, build=replace(task.build, layers=1, hidden=hidden))
+
+
+def make_pairs(base: Base, most: int, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to learn from, in random order, and 700 or so held out, of the base's reviews."""
+    train, held_out, found = base.task.train_prompts, base.task.eval_prompts, []
+    each = math.ceil(1.1 * most / len(train))  # some pairs are of one text
+    for rows, count, stream in ((train, each, 2 * seed), (held_out, 5, 2 * seed + 1)):
+        how = {"pairs_per_prompt": count, "noise_temperature": 0.5, "max_completion_length": LENGTH}
+        made = make_preferences(load_policy(base.path), rows, gold, seed=stream, **how)
+        found.append(read_pairs(made, "the sampled pairs"))
+    order = np.random.default_rng(seed).permutation(len(found[0]))
+    return [found[0][i] for i in order], found[1]
+
+
+def train_judge(hidden: int, pairs: list[Pair], seed: int) -> RewardModel:
+    """A reward model on a warm-started backbone: three passes over the pairs, at least 40 updates."""
+    judge = reward_backbone(load_policy(str(warm_started_base(narrow(hidden)))), seed=seed)
+    judge.batch_size, steps = 256, max(40, 3 * len(pairs) // 32)
+    options = RewardModelArguments(max_steps=steps, batch_size=32, learning_rate=1e-3, seed=seed)
+    fit_reward_model(judge, pairs, options, lambda step, metrics: False)
+    return judge
+
+
+def best_of(base: Base, proxies: Pool, args: Args) -> np.ndarray:
+    """KL, proxy and gold of best-of-n for n = 1, 2, 4 ..., [points, 3]; means over prompts."""
+    rewards, rows = [[standard(x, xs) for x in xs] for xs in (proxies, base.gold)], []
+    for n in (2**k for k in range(int(math.log2(args.pool)))):
+        weights = [best_of_n.choice_weights(proxy, n) for proxy in proxies]
+        kl = np.mean([best_of_n.best_of_n_kl(proxy, n) for proxy in proxies])
+        each = (np.mean([w @ x for w, x in zip(weights, xs, strict=True)]) for xs in rewards)
+        rows.append((kl, *each))
+    return np.array(rows)
+
+
+def pursue(judge: RewardModel, base: Base, proxies: Pool, steps: int, seed: int, run: Path) -> np.ndarray:
+    """KL, proxy and gold of fresh samples along an RL run, [points, 3]; gold only looks on (weight 0)."""
+
+    def proxy(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
+        return standard(judge(prompts, completions), proxies).tolist()
+
+    result = tokenrl.train(
+        task=base.task, model=base.path, reward=(proxy, gold), reward_weights=(1.0, 0.0),
+        estimator=tokenrl.Estimator.preset("rloo", beta=1e-3), max_steps=steps,
+        learning_rate=3e-4, lr_scheduler_type="constant", eval_every=0, eval_generations=1,
+        log_completions=0, stop_after_zero_spread=0, seed=seed, output_dir=str(run),
+        overwrite=True, quiet=True,
+    )  # fmt: skip
+    if result.exit_code:  # a signal ended the run; it is meant for the whole program
+        raise SystemExit(result.exit_code)
+    lines = map(json.loads, (result.output_dir / "metrics.jsonl").read_text().splitlines()[1:])
+    found = np.array([[m[k] for k in ("kl", "rewards/proxy/mean", "rewards/gold/mean")] for m in lines])
+    found[:, 2] = standard(found[:, 2], base.gold)
+    return found[: steps // PER_BLOCK * PER_BLOCK].reshape(-1, PER_BLOCK, 3).mean(axis=1)
+
+
+@dataclass
+class Curve:
+    """Square root of the KL and gains of one reward model pursued in one way, [seeds, points]."""
+
+    how: str
+    d: np.ndarray
+    proxy: np.ndarray
+    gold: np.ndarray
+
+    def peak(self, seeds: Any) -> float:
+        """Where the gold fitted to these seeds is highest; infinite if it does not fall within the d seen."""
+        form = FORMS[self.how]
+        at = best_of_n.gain_peak(*best_of_n.fit_gain(self.d[seeds], self.gold[seeds], form), form)
+        return at if at < self.d.max() else math.inf
+
+
+def mean_of(values: np.ndarray) -> tuple[float, float]:
+    """Mean over seeds and half the width of its 95 % interval; nan where there are too few."""
+    if len(values) < 2:
+        return float(values.sum()) if len(values) else math.nan, math.nan
+    half = T[min(len(values), len(T)) - 1] * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(half)
+
+
+def findings(curve: Curve) -> dict[str, Any]:
+    """The turn, where the mean of the other seeds is highest; what follows it; and the fitted peak."""
+    seeds, rng = range(len(curve.gold)), np.random.default_rng(0)
+    others = [[s for s in seeds if s != seed] or [seed] for seed in seeds]
+    turns = np.array([curve.gold[o].mean(axis=0).argmax() for o in others])[:, None]
+    best = curve.gold.argmax(axis=1)[:, None]
+
+    def change(points: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return values[:, -1] - np.take_along_axis(values, points, axis=1)[:, 0]
+
+    fell = (change(best, curve.gold) < -FALL) & (change(best, curve.proxy) > 0)
+    gold, proxy = (mean_of(change(turns, values)) for values in (curve.gold, curve.proxy))
+    peaks = [curve.peak(rng.choice(len(seeds), len(seeds))) for _ in range(500)]
+    return {
+        "d": mean_of(np.take_along_axis(curve.d, best, axis=1)[fell, 0]), "gold": gold, "proxy": proxy,
+        "fit": best_of_n.fit_gain(curve.d, curve.gold, FORMS[curve.how]), "peak": curve.peak(seeds),
+        "peak_interval": np.quantile(peaks, (0.025, 0.975), method="nearest").tolist(),
+        "fell": int(fell.sum()), "turned": sum(gold) < 0 < proxy[0] - proxy[1],
+    }  # fmt: skip
+
+
+def show(name: str, how: str, found: dict[str, Any]) -> str:
+    numbers = " ".join("{:6.2f} ± {:.2f}".format(*found[key]) for key in ("d", "gold", "proxy"))
+    peak = "{:.2f} [{:.2f}, {:.2f}]".format(found["peak"], *found["peak_interval"])
+    return f"{name:>8} {how:>9} {numbers}  {peak:18} {found['fell']:3}   {found['turned']}"
+
+
+def draw(curves: dict[Key, Curve], found: dict[Key, dict[str, Any]]) -> Figure:
+    names = list(dict.fromkeys(name for name, _ in curves))
+    figure = Figure(figsize=(3.1 * len(names) + 0.6, 6.6), dpi=100, layout="constrained")
+    grid = figure.subplots(2, len(names), sharey="row", squeeze=False)
+    for (name, how), curve in curves.items():
+        axes = grid[list(FORMS).index(how), names.index(name)]
+        panel(axes, curve, found[name, how])
+        title = "{}, width {}, {} pairs: {} of {} fall"
+        title = title.format(how, *name.split(":"), found[name, how]["fell"], len(curve.gold))
+        axes.set_title(title, fontsize=9.5, loc="left")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("gain on the base (its s.d.)")
+    count = {h: sum(found[name, h]["fell"] for name in names) for h in FORMS}
+    title = f"Gold falls while the proxy rises: under RL with {count['RL']} of "
+    title += f"{len(names) * len(curve.gold)} reward models, under best-of-n with {count['best-of-n']}"
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    handles = {
+        text: line for axes in grid.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def panel(axes: Axes, curve: Curve, found: dict[str, Any]) -> None:
+    d = curve.d
+    for values, colour, name in ((curve.proxy, ORANGE, "proxy"), (curve.gold, BLUE, "gold")):
+        axes.plot(d.T, values.T, color=colour, linewidth=0.6, alpha=0.35)
+        mean = values.mean(axis=0)
+        axes.plot(d.mean(axis=0), mean, color=colour, linewidth=2.2, label=f"{name} (thin: a seed)")
+    line = np.linspace(0.05, float(d.max()), 100)
+    fitted = best_of_n.gain_form(line, *found["fit"], FORMS[curve.how])
+    axes.plot(line, fitted, "k--", linewidth=1.2, label="fit to gold")
+    if found["fell"]:
+        label = "turn (mean of seeds that fall)"
+        axes.axvline(found["d"][0], color=GREY, linewidth=1, linestyle=":", label=label)
+    axes.axhline(0, color="#BBBBBB", linewidth=0.8)
+    axes.set(xlabel="sqrt(KL to the base), sqrt(nats)", xlim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def measure(args: Args, base: Base) -> dict[Key, Curve]:
+    """All reward models, each pursued in both ways."""
+    rows: dict[Key, list[np.ndarray]] = {}
+    cells, began = args.seeds * len(args.configurations), time.monotonic()
+    most = max(int(name.split(":")[1]) for name in args.configurations)
+    for seed in range(args.seeds):
+        pairs, held = make_pairs(base, most, seed)
+        for name in args.configurations:
+            width, count = map(int, name.split(":"))
+            judge = train_judge(width, pairs[:count], seed)
+            metrics = preference_metrics(score_pairs(judge, encode_pairs(judge, held)), held)
+            proxies = best_of_n.pool_rewards(judge, base.rows, base.texts)
+            run = args.output_dir / name.replace(":", "_") / f"seed_{seed}"
+            rows.setdefault((name, "RL"), []).append(pursue(judge, base, proxies, args.max_steps, seed, run))
+            rows.setdefault((name, "best-of-n"), []).append(best_of(base, proxies, args))
+            spent, done = time.monotonic() - began, sum(map(len, rows.values())) // 2
+            accuracy = "accuracy {accuracy:.3f} of {noise_ceiling:.3f}".format(**metrics)
+            left = spent / done * (cells - done) / 60
+            print(f"seed {seed} {name:>8}: {accuracy}; {spent:4.0f} s, {left:.1f} min left", flush=True)
+    curves = {key: np.moveaxis(np.stack(found), 2, 0) for key, found in rows.items()}
+    # An estimate of a KL near 0 can be negative.
+    return {key: Curve(key[1], np.sqrt(np.maximum(kl, 1e-4)), *gains) for key, (kl, *gains) in curves.items()}
+
+
+def main(args: Args) -> None:
+    cells = args.seeds * len(args.configurations)
+    guess = cells * (6 + 0.08 * args.max_steps) / 60
+    print(f"{cells} reward models and RL runs: about {guess:.0f} min on one core; a nearer guess follows.")
+    task = narrow(WIDTH)
+    path, rows = str(warm_started_base(task)), task.eval_prompts[:: len(task.eval_prompts) // 8][:8]
+    prompts = [row["prompt"] for row in rows]
+    texts = best_of_n.sample_pool(load_policy(path), prompts, samples=args.pool, max_completion_length=LENGTH)
+    base = Base(task, path, rows, texts, best_of_n.pool_rewards(gold, rows, texts))
+    curves = measure(args, base)
+    found = {key: findings(curve) for key, curve in curves.items()}
+    print("\nwidth:pairs, by   d of turn      gold after    proxy after  peak of fit       fell   mean falls")
+    for (name, how), one in found.items():
+        print(show(name, how, one))
+    kept = {" ".join(key): {"curves": asdict(curve), **found[key]} for key, curve in curves.items()}
+    write_json(args.output_dir / "results.json", kept)
+    figure = args.output_dir / "overoptimisation.png"
+    draw(curves, found).savefig(figure)
+    print(f"figure: {figure}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
