@@ -28,7 +28,6 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
-from transformers.utils.logging import disable_progress_bar
 
 import tokenrl
 import toy_tasks
@@ -281,7 +280,6 @@ def draw(both: list[Side], found: list[Curves]) -> Figure:
 
 def main(arguments: Arguments) -> None:
     torch.set_num_threads(1)  # networks so small gain nothing from more
-    disable_progress_bar()
     both = sides(arguments, *train_all(arguments))
     found = [curves(one, arguments.bins) for one in both]
     print_table(both, found)

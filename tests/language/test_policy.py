@@ -248,3 +248,20 @@ def test_a_model_without_its_language_head_is_refused(tmp_path):
     classifier.save_pretrained(tmp_path)
     with pytest.raises(Refused, match=r"lacks lm_head\.weight"):
         load_policy(tmp_path)
+
+
+def test_reading_and_writing_a_model_draws_no_bars(tmp_path, capfd):
+    from transformers.utils import logging
+
+    from tokenrl.language.policy import load_policy
+    from tokenrl.language.saving import save_policy
+    from toy_tasks.models import character_tokenizer, tiny_llama
+
+    tokenizer = character_tokenizer("abc")
+    tiny_llama(tokenizer, layers=1, hidden=16, heads=2).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    logging.enable_progress_bar()
+    capfd.readouterr()
+    save_policy(load_policy(tmp_path), tmp_path)
+    assert capfd.readouterr().err == ""
+    assert logging.is_progress_bar_enabled()

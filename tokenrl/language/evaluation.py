@@ -84,24 +84,21 @@ def evaluate_policy(
             truncate=truncate_prompts,
         )
         check_reference(policy, reference, max(map(len, ids)) + max_completion_length, num_generations)
+    how: dict[str, Any] = {
+        "max_completion_length": max_completion_length,
+        "temperature": temperature,
+        "seed": seed,
+        "step": step,
+        "truncate_prompts": truncate_prompts,
+        "batch_size": batch_size,
+    }
     passes: list[list[dict[str, Any]]] = []
     for generations in dict.fromkeys((0, num_generations)):
         rows: list[dict[str, Any]] = []
         for places, rollout, result in judged(
-            policy,
-            prompts,
-            rewards,
-            stream="evaluation",
-            num_generations=generations,
-            max_completion_length=max_completion_length,
-            temperature=temperature,
-            seed=seed,
-            step=step,
-            truncate_prompts=truncate_prompts,
-            batch_size=batch_size,
-            rank=rank,
-            world=world,
-        ):
+            policy, prompts, rewards, stream="evaluation", num_generations=generations, rank=rank,
+            world=world, **how,
+        ):  # fmt: skip
             kl = _kl(reference if generations else None, rollout, temperature)
             rows += _completions(policy, prompts, places, rollout, result, kl)
         passes.append(rows if world == 1 else sorted(gather_object(rows), key=lambda row: row["place"]))

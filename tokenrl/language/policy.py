@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.core.rules import Refused
+from tokenrl.language.bars import without_bars
 
 Prompt = str | list[dict[str, Any]]
 DTYPES = {
@@ -207,6 +208,7 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
     )
 
 
+@without_bars()
 def load_policy(
     name_or_path: str | Path,
     *,

@@ -15,11 +15,13 @@ import torch
 from torch import nn
 
 from tokenrl.core.rules import Refused
+from tokenrl.language.bars import without_bars
 from tokenrl.language.policy import Policy
 from tokenrl.language.reward_model import RewardModel
 from tokenrl.language.task_sources import describe
 
 
+@without_bars()
 def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
     """A trainable reward model.
 
@@ -122,6 +124,7 @@ def _draw(model: nn.Module, names: Iterable[str], seed: int) -> None:
             weight.copy_(drawn / (weight.shape[-1] + 1) ** 0.5)
 
 
+@without_bars()
 def save_reward_model(reward_model: RewardModel, directory: Path, *, card: str | None = None) -> None:
     """Write model and tokenizer so that `RewardModel`, transformers and TRL load them."""
     reward_model.model.save_pretrained(directory)

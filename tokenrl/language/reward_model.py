@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenrl.core.rules import Refused
+from tokenrl.language.bars import without_bars
 from tokenrl.language.task_sources import describe
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ class RewardModel:
             yield batch
 
 
+@without_bars()
 def _load(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     """Model and tokenizer of a folder that holds a trained classifier with one label."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer

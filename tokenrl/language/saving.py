@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.core.rules import Refused
+from tokenrl.language.bars import without_bars
 from tokenrl.language.policy import Policy
 
 
+@without_bars()
 def save_policy(policy: Policy, directory: Path, *, card: str | None = None) -> None:
     """Write model and tokenizer with `save_pretrained`, and a model card.
 
