@@ -78,11 +78,8 @@ def evaluate_policy(
         )
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     if reference is not None:
-        ids = policy.encode_all(
-            [row["prompt"] for row in prompts],
-            max_completion_length=max_completion_length,
-            truncate=truncate_prompts,
-        )
+        every, options = [row["prompt"] for row in prompts], {"truncate": truncate_prompts}
+        ids = policy.encode_all(every, max_completion_length=max_completion_length, **options)
         check_reference(policy, reference, max(map(len, ids)) + max_completion_length, num_generations)
     how: dict[str, Any] = {
         "max_completion_length": max_completion_length,
