@@ -287,6 +287,9 @@ def test_video(tmp_path):
     films = list((result.output_dir / "videos").glob("*.mp4"))
     assert len(films) == 1
     assert films[0].stat().st_size > 1000
+    (films[0].parent / "mine.mp4").touch()
+    short(tmp_path, max_steps=0, overwrite=True)  # a film of the policy that was replaced would mislead
+    assert [path.name for path in films[0].parent.iterdir()] == ["mine.mp4"]
 
 
 def test_video_of_what_cannot_be_drawn(tmp_path):

@@ -22,7 +22,7 @@ from typing import Any
 
 from tokenrl.core.rules import Refused, Stopped
 
-_STEP_ENTRY = re.compile(r"\.?step_\d{6,}(\.parquet)?(\.partial)?")
+_OWN_ENTRY = re.compile(r"\.?step_\d{6,}(\.parquet)?(\.partial)?|episode-episode-\d+\.mp4")
 _FILES = (
     "config.json",
     "metrics.jsonl",
@@ -31,7 +31,7 @@ _FILES = (
     "report.html",
     "learning_curve.png",
 )
-_FOLDERS = ("completions", "checkpoints", "model")
+_FOLDERS = ("completions", "checkpoints", "model", "videos")
 _PACKAGES = (
     *("tokenrl", "torch", "transformers", "accelerate", "datasets", "peft"),
     *("gymnasium", "numpy", "safetensors", "tokenizers"),
@@ -284,7 +284,7 @@ def _remove_run(run: Path) -> None:
             shutil.rmtree(inside)
         elif inside.is_dir():
             for entry in inside.iterdir():
-                if _STEP_ENTRY.fullmatch(entry.name):
+                if _OWN_ENTRY.fullmatch(entry.name):
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             if not any(inside.iterdir()):
                 inside.rmdir()
