@@ -6,8 +6,8 @@ what is allowed, how to mend it. The command line prints the message alone and e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from math import isfinite
+from collections.abc import Iterable, Sequence
+from math import isfinite, nan
 from numbers import Real
 from typing import TYPE_CHECKING, TypeVar
 
@@ -242,6 +242,12 @@ def entropy_collapsed(entropy_coef: float, entropy: float) -> bool:
         entropy: Measured mean entropy of the policy, in nats an action; nan is not flagged.
     """
     return entropy_coef == 0 and entropy < LEAST_ENTROPY
+
+
+def final_entropy(entropies: Sequence[float]) -> float:
+    """Mean over the last tenth of a run's steps, which is what `entropy_collapsed` judges; nan before any."""
+    last = entropies[-max(1, len(entropies) // 10) :]
+    return sum(last) / len(last) if last else nan
 
 
 def entropy_collapse_message(entropy: float) -> str:

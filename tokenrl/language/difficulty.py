@@ -71,12 +71,8 @@ def success_rates(
     rewards: Rewards,
     *,
     samples: int,
-    max_completion_length: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-    truncate_prompts: bool = False,
-    batch_size: int = 256,
     accelerator: Any = None,
+    **how: Any,
 ) -> np.ndarray:
     """Mean reward of `samples` completions of each prompt: its success rate where rewards are 0 and 1.
 
@@ -88,32 +84,18 @@ def success_rates(
         prompts: rows with a `prompt`; other columns reach the rewards.
         rewards: the reward functions.
         samples: completions a prompt.
-        max_completion_length: most tokens a completion may have.
-        temperature: of sampling.
-        seed: of sampling.
-        truncate_prompts: drop tokens from the left of prompts too long.
-        batch_size: completions in one batch; changes memory only.
         accelerator: accelerate's, in a run of several processes, which share the prompts.
+        **how: of sampling, as `judged` takes it: max_completion_length, temperature, seed and so on.
 
     Returns:
         float64 [B], nan where all completions of a prompt are without a reward; the same on every process.
     """
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     measured: list[tuple[int, float]] = []
-    for places, _, result in judged(
-        policy,
-        prompts,
-        rewards,
-        stream="difficulty",
-        num_generations=samples,
-        max_completion_length=max_completion_length,
-        temperature=temperature,
-        seed=seed,
-        truncate_prompts=truncate_prompts,
-        batch_size=batch_size,
-        rank=rank,
-        world=world,
-    ):
+    batches = judged(
+        policy, prompts, rewards, stream="difficulty", num_generations=samples, rank=rank, world=world, **how
+    )
+    for places, _, result in batches:
         table = np.where(result.valid, result.total, np.nan).reshape(-1, samples)
         for place, row in zip(places, table, strict=True):
             known = row[~np.isnan(row)]

@@ -97,11 +97,7 @@ def probe_policy(
     rewards: Rewards,
     *,
     samples: int,
-    max_completion_length: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-    truncate_prompts: bool = False,
-    batch_size: int = 256,
+    **how: Any,
 ) -> Probe:
     """Sample `samples` completions of each prompt and say what training would find.
 
@@ -113,11 +109,7 @@ def probe_policy(
         prompts: rows with a `prompt`; other columns reach the rewards.
         rewards: the reward functions.
         samples: completions a prompt, two or more.
-        max_completion_length: most tokens a completion may have.
-        temperature: of sampling.
-        seed: of sampling.
-        truncate_prompts: drop tokens from the left of prompts too long.
-        batch_size: completions in one batch; changes memory only.
+        **how: of sampling, as `judged` takes it: max_completion_length, temperature, seed and so on.
 
     Raises:
         Refused: no prompts, fewer than two samples, or prompts that do not fit into the context.
@@ -129,16 +121,7 @@ def probe_policy(
         )
     table, lengths, cut, entropy = [], [], [], 0.0
     for _, rollout, result in judged(
-        policy,
-        prompts,
-        rewards,
-        stream="probe",
-        num_generations=samples,
-        max_completion_length=max_completion_length,
-        temperature=temperature,
-        seed=seed,
-        truncate_prompts=truncate_prompts,
-        batch_size=batch_size,
+        policy, prompts, rewards, stream="probe", num_generations=samples, **how
     ):
         table.append(np.where(result.valid, result.total, np.nan).reshape(-1, samples))
         lengths.append(rollout.mask.sum(dim=1).cpu().numpy())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 import time
@@ -15,7 +14,13 @@ from safetensors.torch import save_file
 
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.presets import preset_name
-from tokenrl.core.rules import Stopped, TokenrlError, entropy_collapse_message, entropy_collapsed
+from tokenrl.core.rules import (
+    Stopped,
+    TokenrlError,
+    entropy_collapse_message,
+    entropy_collapsed,
+    final_entropy,
+)
 from tokenrl.language.arguments import TrainArguments
 from tokenrl.language.data import PromptStream, Task
 from tokenrl.language.evaluation import Evaluation
@@ -86,8 +91,7 @@ class Run:
     @property
     def last_entropy(self) -> float:
         """Mean entropy over the last tenth of the steps, in nats a token; nan before the first."""
-        last = self.entropies[-max(1, len(self.entropies) // 10) :]
-        return sum(last) / len(last) if last else math.nan
+        return final_entropy(self.entropies)
 
 
 def record_step(run: Run, record: Record, metrics: dict[str, float], progress: Progress) -> None:
