@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import gymnasium
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from counting_env import register
 from gymnasium import spaces
 
 from tokenrl.control.environments import OWN, Environments, describe, find, make
-from tokenrl.control.evaluation import SEEDS, seed_of
+from tokenrl.control.evaluation import SEEDS, check_film, seed_of
+from tokenrl.control.training import train
 from tokenrl.core.rules import Refused
 
 
@@ -68,6 +71,15 @@ def test_a_module_may_be_named_that_registers_an_environment(tmp_path, monkeypat
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert describe("my_envs:Mine-v0").horizon == 7
+    options = {"num_envs": 2, "max_steps": 0, "eval_episodes": 2, "quiet": True}
+    run = train(env="my_envs:Mine-v0", output_dir=str(tmp_path / "run"), **options)
+    written = json.loads((run.output_dir / "config.json").read_text())
+    assert written["env"] == "my_envs:Mine-v0"  # else a later `--config` would not find the environment
+
+
+def test_an_environment_without_a_limit_of_its_own_may_be_filmed_with_one():
+    pytest.importorskip("moviepy")
+    assert check_film(describe("CliffWalking-v1", 9)) is None
 
 
 def test_missing_box2d_says_what_to_install(monkeypatch):

@@ -123,7 +123,7 @@ def find(env: str) -> EnvSpec:
         ) from error
 
 
-def make(env: str, num_envs: int, max_episode_steps: int | None = None, **options: Any) -> VectorEnv:
+def make(env: str, num_envs: int, max_episode_steps: int | None = None) -> VectorEnv:
     """Make `num_envs` copies that are stepped together, by the environment's own fast path if it has one.
 
     Raises:
@@ -131,13 +131,11 @@ def make(env: str, num_envs: int, max_episode_steps: int | None = None, **option
     """
     spec = find(env)
     limit = _horizon(spec, max_episode_steps)
-    mode = "sync" if spec.vector_entry_point is None or options else "vector_entry_point"
+    mode = "sync" if spec.vector_entry_point is None else "vector_entry_point"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = gymnasium.make_vec(
-                spec.id, num_envs, vectorization_mode=mode, max_episode_steps=limit, **options
-            )
+            made = gymnasium.make_vec(spec.id, num_envs, vectorization_mode=mode, max_episode_steps=limit)
     except gymnasium.error.DependencyNotInstalled as error:
         extra = 'pip install "gymnasium[box2d]"' if "box2d" in str(error).lower() else "see the message"
         raise Refused(

@@ -54,18 +54,16 @@ def evaluation_metrics(policy: Policy, envs: Environments, spec: Spec, *, seed: 
     }
 
 
-def film(policy: Policy, spec: Spec, folder: Path, *, seed: int, limit: int | None) -> Path:
+def film(policy: Policy, spec: Spec, folder: Path, *, seed: int) -> Path:
     """Film one episode of the most probable actions with gymnasium's RecordVideo; returns the file.
 
-    Raises:
-        Refused: the environment cannot be drawn, or a package for that is missing.
+    `check_film` says beforehand whether that can be done.
     """
-    check_film(spec)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        single = gymnasium.make(spec.env, render_mode="rgb_array", max_episode_steps=limit or spec.horizon)
+        single = gymnasium.make(spec.env, render_mode="rgb_array", max_episode_steps=spec.horizon)
         single = RecordVideo(single, str(folder), name_prefix="episode", disable_logger=True)
-        copies = Environments(spec.env, 1, limit)
+        copies = Environments(spec.env, 1, spec.horizon)
         observation, _ = single.reset(seed=seed_of(seed, 2, evaluation=True))
         over = False
         while not over:
@@ -88,7 +86,7 @@ def check_film(spec: Spec) -> None:
         import moviepy  # noqa: F401
     except ImportError as error:
         raise Refused(f'A video needs moviepy ({error}): pip install "gymnasium[other]".') from error
-    vector = make(spec.env, 1)
+    vector = make(spec.env, 1, spec.horizon)
     modes = vector.metadata.get("render_modes", [])
     vector.close()
     if "rgb_array" not in modes:

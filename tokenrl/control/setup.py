@@ -48,8 +48,7 @@ class Run:
     @property
     def last_entropy(self) -> float:
         """Mean entropy over the last tenth of the updates; nan before the first."""
-        last = self.entropies[-max(1, len(self.entropies) // 10) :]
-        return sum(last) / len(last) if last else float("nan")
+        return rules.final_entropy(self.entropies)
 
 
 def arguments(options: dict[str, Any]) -> ControlArguments:
@@ -109,7 +108,7 @@ def resolve(args: ControlArguments, spec: Spec) -> ControlArguments:
     if args.video:
         check_film(spec)
     every = max(1, args.max_steps // 10) if args.eval_every is None else args.eval_every
-    return replace(args, env=spec.env, head=head, eval_every=every)
+    return replace(args, head=head, eval_every=every)
 
 
 def prepare(args: ControlArguments, spec: Spec, directory: RunDirectory) -> Run:

@@ -116,7 +116,7 @@ def _run(run: Run) -> ControlResult:
     reason = {143: "SIGTERM", 130: "SIGINT"}.get(stop.exit_code, "solved" if solved else "finished")
     if args.video and not stop.requested:
         folder = run.directory.path / "videos"
-        made = film(run.agent.policy, run.spec, folder, seed=args.seed, limit=args.max_episode_steps)
+        made = film(run.agent.policy, run.spec, folder, seed=args.seed)
         console.note(f"video   {made}")
     return _result(run, reason, stop.exit_code, before, after, began, write=True)
 

@@ -146,13 +146,13 @@ def scheduled(args: ControlArguments, step: int) -> Estimator:
 def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat, dict[str, float]]:
     """Turn a rollout into what the loss needs, and say what the policy was like in it."""
     policy, mask = agent.policy, rollout.mask
-    observations, actions = rollout.observations[mask], rollout.actions[mask]
     whole = rows_of(mask)
+    scored = values = bootstrap = None
     before = estimator.needs_old_logprobs or estimator.needs_sampling_logprobs
-    scored = policy.score(observations, actions) if before or estimator.needs_score_norms else None
-    values = bootstrap = None
+    if before or estimator.needs_score_norms:
+        scored = policy.score(rollout.observations[mask], rollout.actions[mask])
     if estimator.needs_values:
-        values = whole(policy.values(observations))
+        values = whole(policy.values(rollout.observations[mask]))
         goes_on = ~rollout.terminated & (~rollout.truncated if estimator.gamma == 1 else True)
         bootstrap = torch.where(goes_on, policy.values(rollout.final_observations), 0.0)
     rewards = rollout.rewards * agent.args.reward_scale
