@@ -1,0 +1,121 @@
+"""The golden runs repeat their committed references, and the comparison of two runs notices every change.
+
+`references.py` writes the references again. A sampled token that falls the other way on another processor
+moves a reward by more than the tolerance; `compare.py` then says whether the code or the processor did it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from artifacts import artifacts, difference
+from golden_runs import HERE, ROOT, RUNS, environment, execute
+from references import FILES, deviations, read, rounded, rows_of, weight_rows
+from safetensors.torch import save_file
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The folder of the warm-started models, made anew with the code that is tested."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_golden_run_repeats_its_reference(name, models, tmp_path):
+    execute(name, ROOT, tmp_path / name, models)
+    assert deviations(read(name), rows_of(name, tmp_path / name)) == []
+
+
+def test_every_golden_run_has_a_reference():
+    assert {path.stem for path in FILES.glob("*.jsonl")} == set(RUNS)
+    for name, run in RUNS.items():
+        rows = read(name)
+        steps = [row.get("step") for row in rows]
+        assert all("tensor" in row for row in rows) if run.weights else steps == [0, 1, 2, 3], name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"reward": 0.50006}, {"loss": 2e-6}, {"loss": None}, {"reward": "0.5"}],
+    ids=["by one part in ten thousand", "near zero", "to nothing", "to text"],
+)
+def test_a_deviation_is_noticed(change):
+    row = {"step": 1, "reward": 0.5, "loss": 0.0}
+    assert deviations([row], [row | {"reward": 0.50001, "loss": 5e-7, "new": 1.0}]) == []
+    assert len(deviations([row], [row | change])) == 1
+    assert len(deviations([row], [{"step": 1, "reward": 0.5}])) == 1
+    assert len(deviations([row, row], [row])) == 1
+
+
+def test_a_reference_of_weights_notices_a_sign(tmp_path):
+    tensor = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    save_file({"w": tensor}, tmp_path / "model.safetensors")
+    expected = [rounded(row) for row in weight_rows(tmp_path)]
+    assert deviations(expected, weight_rows(tmp_path)) == []
+    tensor[7] *= -1
+    save_file({"w": tensor}, tmp_path / "model.safetensors")
+    assert [text.split(" is ")[0] for text in deviations(expected, weight_rows(tmp_path))] == [
+        "row 0: product"
+    ]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder as a run leaves it, and a function that reads it."""
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    folder = tmp_path / "run"
+    (folder / "metrics.jsonl").write_text('{"step": 0, "a": 1.0}\n{"step": 1, "a": -0.0}\n')
+    (folder / "summary.json").write_text(json.dumps({"eval_after": {"reward": 1.0}, "wall_seconds": 3}))
+    save_file({"w": torch.zeros(3), "v": torch.ones(2)}, folder / "model" / "model.safetensors")
+    return folder, lambda: artifacts(tmp_path)
+
+
+def test_a_changed_line_is_named(run):
+    folder, read_run = run
+    before = read_run()
+    (folder / "metrics.jsonl").write_text('{"step": 0, "a": 1.0}\n{"step": 1, "a": 0.0}\n')
+    assert difference(before, read_run()) == "run/metrics.jsonl, line 2: a -0.0 became 0.0"
+    (folder / "metrics.jsonl").write_text('{"step": 0, "a": 1.0}\n')
+    assert difference(before, read_run()) == "run/metrics.jsonl, 2 lines became 1"
+    (folder / "metrics.jsonl").unlink()
+    assert difference(before, read_run()) == "run/metrics.jsonl is missing"
+    assert difference({}, before) == "the first run left nothing that could be compared"
+
+
+def test_a_changed_evaluation_is_named_but_no_clock(run):
+    folder, read_run = run
+    before = read_run()
+    (folder / "summary.json").write_text(json.dumps({"eval_after": {"reward": 1.0}, "wall_seconds": 4}))
+    assert difference(before, read_run()) is None
+    (folder / "summary.json").write_text(json.dumps({"eval_after": {"reward": 1.5}, "wall_seconds": 3}))
+    found = difference(before, read_run())
+    assert found == "run/summary.json, line 4: eval_after.reward 1.0 became 1.5"
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(3).neg(), torch.zeros(4), torch.zeros(3).double(), torch.tensor([0, 0, 1e-45])],
+    ids=["sign of zero", "shape", "type", "last bit"],
+)
+def test_a_changed_tensor_is_named(run, tensor):
+    folder, read_run = run
+    before = read_run()
+    (folder / "model" / "model.safetensors").rename(folder / "model.safetensors")
+    assert difference(before, read_run()) is None
+    save_file({"w": tensor, "v": torch.ones(2)}, folder / "model.safetensors")
+    assert difference(before, read_run()) == "run/model.safetensors, tensor w"
+
+
+def test_code_from_another_tree_is_refused(tmp_path):
+    command = [sys.executable, str(HERE / "launch.py"), "--version"]
+    for tree, code in ((ROOT, 0), (tmp_path, 1)):
+        shadow = environment(tree, tmp_path) | {"PYTHONPATH": os.fspath(ROOT)}
+        done = subprocess.run(command, env=shadow, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert ("imported" in done.stderr) == bool(code)
