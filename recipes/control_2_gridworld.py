@@ -34,9 +34,9 @@ from matplotlib.figure import Figure
 
 from tokenrl import Estimator
 from tokenrl.control.environments import Environments
-from tokenrl.control.gridworld import GRIDWORLD_STEPS, GridWorld, exact_return, exact_values
 from tokenrl.control.rollouts import collect_episodes
 from tokenrl.control.training import train
+from tokenrl.control.worlds.gridworld import GRIDWORLD_STEPS, GridWorld, exact_return, exact_values
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A8A8A"  # Okabe and Ito
 BEST, NEAR, STEP = 0.94, 0.02, 0.01

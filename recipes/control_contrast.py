@@ -35,7 +35,7 @@ from tokenrl import Estimator
 from tokenrl.control import training as control
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import describe
-from tokenrl.language.arguments import TrainArguments
+from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.metrics import read_metrics
 
 VARIANTS = {"with": Estimator.preset("rloo"), "without": Estimator.preset("reinforce")}

@@ -1,9 +1,10 @@
 """How the noise of a policy gradient grows with the horizon T: the bandit repeated T times, one theta.
 
 Every action is paid for what others earn too, though only its own reward depends on it. What the gradient
-sample of one episode is then worth has a closed form (`tokenrl.control.bandit.gradient_variance`); here it is
-drawn, and measured on sampled episodes with the estimator's own loss, for the total return and the reward to
-go, each without a baseline and with `timestep_mean`, the mean of the other episodes at the same timestep.
+sample of one episode is then worth has a closed form (`gradient_variance` in the module of the bandit); here
+it is drawn, and measured on sampled episodes with the estimator's own loss, for the total return and the
+reward to go, each without a baseline and with `timestep_mean`, the mean of the other episodes at the same
+timestep.
 
 Found: without a baseline the variance grows like T^3 with either return, and the reward to go merely comes
 down to a third. It is the baseline that takes a power of T away: T^2 is left, and of that the reward to go
@@ -26,7 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tokenrl import Estimator
-from tokenrl.control import bandit
+from tokenrl.control.worlds import bandit
 
 COLOURS = {"none": "#D55E00", "mean": "#0072B2"}  # Okabe and Ito
 DASHES = {"total": "-", "reward_to_go": "--"}

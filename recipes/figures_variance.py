@@ -25,7 +25,7 @@ from tokenrl.lab import (
     tabular_problem,
     variance_with_constant_baselines,
 )
-from tokenrl.lab.problems import Problem
+from tokenrl.lab.exact.problems import Problem
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito
 

@@ -38,16 +38,16 @@ from matplotlib.figure import Figure
 
 import tokenrl
 import toy_tasks
-from tokenrl.language import best_of_n
-from tokenrl.language.policy import load_policy
-from tokenrl.language.preference_pairs import Pair, read_pairs
-from tokenrl.language.preferences import make_preferences
-from tokenrl.language.reward_backbone import reward_backbone
-from tokenrl.language.reward_evaluation import encode_pairs, preference_metrics, score_pairs
-from tokenrl.language.reward_model import RewardModel
-from tokenrl.language.reward_training import fit_reward_model
-from tokenrl.language.reward_training_arguments import RewardModelArguments
-from tokenrl.language.supervised import warm_started_base
+from tokenrl.language.inspect import best_of_n
+from tokenrl.language.policy.model import load_policy
+from tokenrl.language.preferences.arguments import RewardModelArguments
+from tokenrl.language.preferences.backbone import reward_backbone
+from tokenrl.language.preferences.evaluation import encode_pairs, preference_metrics, score_pairs
+from tokenrl.language.preferences.fit import fit_reward_model
+from tokenrl.language.preferences.pairs import Pair, read_pairs
+from tokenrl.language.preferences.sampled import make_preferences
+from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.training.supervised import warm_started_base
 from tokenrl.runs.directory import write_json
 from toy_tasks.sentiment import balance
 

@@ -30,8 +30,8 @@ from decimal import Decimal
 import tyro
 
 import tokenrl
-from tokenrl.language.data import PromptTask
-from tokenrl.language.task_sources import read_splits
+from tokenrl.language.tasks.sources import read_splits
+from tokenrl.language.tasks.task import PromptTask
 
 
 @dataclass

@@ -34,15 +34,21 @@ from matplotlib.figure import Figure
 
 import tokenrl
 import toy_tasks
-from tokenrl.language.best_of_n import best_of_n_kl, choice_weights, kl_bound, pool_rewards, sample_pool
-from tokenrl.language.evaluation import evaluate_policy
-from tokenrl.language.policy import load_policy
-from tokenrl.language.preferences import make_preferences, write_preferences
-from tokenrl.language.probe import over_prompts
-from tokenrl.language.reward_model import RewardModel
-from tokenrl.language.reward_training import train_reward_model
-from tokenrl.language.rewards import Rewards
-from tokenrl.language.supervised import warm_started_base
+from tokenrl.language.inspect.best_of_n import (
+    best_of_n_kl,
+    choice_weights,
+    kl_bound,
+    pool_rewards,
+    sample_pool,
+)
+from tokenrl.language.policy.model import load_policy
+from tokenrl.language.preferences.fit import train_reward_model
+from tokenrl.language.preferences.sampled import make_preferences, write_preferences
+from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.training.evaluation import evaluate_policy
+from tokenrl.language.training.probe import over_prompts
+from tokenrl.language.training.supervised import warm_started_base
 from tokenrl.runs.directory import write_json
 from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.plots import smooth

@@ -18,8 +18,8 @@ from tokenrl.cli import COMMANDS, _parse, main
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Spec
 from tokenrl.core import Estimator
-from tokenrl.language.arguments import TrainArguments
-from tokenrl.language.probe import Estimate, Probe
+from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.probe import Estimate, Probe
 
 CARTPOLE = Spec("CartPole-v1", 4, 2, 0, 500, 475.0, fast=True)
 LANDER = Spec("LunarLander-v3", 8, 4, 0, 1000, 200.0, fast=False)

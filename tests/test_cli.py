@@ -59,8 +59,8 @@ def test_train_evaluate_sample_report(capsys, tmp_path):
 def model(tmp_path_factory):
     """The untrained model of a toy task."""
     import toy_tasks
-    from tokenrl.language.policy import wrap
-    from tokenrl.language.saving import save_policy
+    from tokenrl.language.policy.model import wrap
+    from tokenrl.language.policy.saving import save_policy
 
     directory = tmp_path_factory.mktemp("model") / "vowels"
     save_policy(wrap(*toy_tasks.load("vowels").build(0)), directory)
@@ -249,7 +249,7 @@ def test_a_collapsed_policy_is_flagged_once(capsys, tmp_path):
 
 
 def test_the_last_tenth_of_a_run_is_judged():
-    from tokenrl.language.recording import Run
+    from tokenrl.language.training.recording import Run
 
     run = Run(*[None] * 8)
     assert math.isnan(run.last_entropy)

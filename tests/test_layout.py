@@ -12,9 +12,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = [["core"], ["runs"], ["language", "control"], ["lab"], ["advisor"], ["cli"]]
+LAYERS = [
+    *(["errors"], ["names"], ["settings"], ["core"], ["runs"], ["control", "language"]),
+    *(["lab"], ["advisor"], ["cli"], ["__main__"]),
+]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FACADE = len(LAYERS)  # tokenrl/__init__.py, above everything
+INSIDE = {  # the folders of a room, from below
+    "language": ["policy", "rewards", "tasks", "rollout", "training", "preferences", "inspect"],
+    "lab": ["exact", "measure", "compare"],
+}
 SOURCES = sorted(path for part in ("tokenrl", "toy_tasks", "recipes") for path in (ROOT / part).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "recipes").rglob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -44,6 +51,12 @@ def room_of(name: str) -> str:
     return part if part in LEVEL else ""
 
 
+def folder_level(name: str, room: str) -> int | None:
+    """Place of a module's folder in its room, None for what lies in the room itself."""
+    folder = [*name.split("."), "", ""][2]
+    return INSIDE[room].index(folder) if folder in INSIDE.get(room, []) else None
+
+
 def forbidden_imports(source: str, module: str, *, package: bool = False) -> list[str]:
     top, room = module.split(".")[0], room_of(module)
     found = []
@@ -57,6 +70,10 @@ def forbidden_imports(source: str, module: str, *, package: bool = False) -> lis
             own, other = LEVEL.get(room, FACADE), LEVEL.get(room_of(name), FACADE)
             if other > own or (other == own and room_of(name) != room):
                 found.append(f"{module} imports {name}: imports only go down")
+            inner, target_inner = folder_level(module, room), folder_level(name, room)
+            same = room_of(name) == room and inner is not None and target_inner is not None
+            if same and target_inner > inner:
+                found.append(f"{module} imports {name}: imports only go down, inside a room too")
         if (
             top == "tokenrl"
             and room == "core"
@@ -79,11 +96,18 @@ def test_imports_only_go_down(path):
         ("tokenrl.core.kl", "def f():\n    import transformers"),
         ("tokenrl.core.kl", "from tokenrl import Estimator"),
         ("tokenrl.core.kl", "from ..language.policy import Policy"),
-        ("tokenrl.language.step", "import tokenrl.control.bandit"),
-        ("tokenrl.control.bandit", "if TYPE_CHECKING:\n    from tokenrl.language.policy import Policy"),
-        ("tokenrl.language.step", "from tokenrl import lab"),
+        ("tokenrl.language.training.step", "import tokenrl.control.worlds.bandit"),
+        ("tokenrl.language.rewards.calls", "from tokenrl.language.tasks import task"),
+        ("tokenrl.language.policy.model", "import tokenrl.language.inspect.chat"),
+        ("tokenrl.lab.exact.report", "from tokenrl.lab.measure.measurement import measure"),
+        ("tokenrl.errors", "from tokenrl.core import Estimator"),
+        (
+            "tokenrl.control.worlds.bandit",
+            "if TYPE_CHECKING:\n    from tokenrl.language.policy.model import Policy",
+        ),
+        ("tokenrl.language.training.step", "from tokenrl import lab"),
         ("tokenrl.advisor", "import tokenrl.cli"),
-        ("tokenrl.language.data", "import toy_tasks"),
+        ("tokenrl.language.tasks.task", "import toy_tasks"),
         ("toy_tasks.addition", "from tokenrl.core import Estimator"),
         ("tests.test_recipes", "import recipes.train_lm"),
         ("tokenrl.cli", "from recipes import train_lm"),
@@ -94,8 +118,47 @@ def test_the_import_rule_notices(module, line):
 
 
 def test_every_room_has_a_place_on_the_list():
-    rooms = {path.stem for path in (ROOT / "tokenrl").iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert rooms - {"__init__", "__main__", "__pycache__", "py"} <= set(LEVEL)
+    def rooms(folder):
+        found = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
+        return found - {"__init__", "__pycache__"}
+
+    assert rooms(ROOT / "tokenrl") <= set(LEVEL)
+    for room, folders in INSIDE.items():
+        assert rooms(ROOT / "tokenrl" / room) <= set(folders), room
+
+
+def imported_when_run(path: Path, known: set[str]) -> set[str]:
+    """Modules of tokenrl that a file imports, in functions too but not for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = [ast.Pass()]
+    module, found = module_name(path), set()
+    for name in imports(ast.unparse(tree), module, package=path.name == "__init__.py"):
+        # `from package import module` runs the package and the module; of a name in a module, the module.
+        found |= {part for part in (name, name.rpartition(".")[0]) if part in known}
+    return found - {module}
+
+
+def circles(graph: dict[str, set[str]]) -> set[str]:
+    """Modules that reach themselves."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [start]
+        while todo:
+            new = graph[todo.pop()] - seen
+            seen |= new
+            todo += new
+        return seen
+
+    return {module for module in graph if module in reached(module)}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    files = {module_name(path): path for path in SOURCES if path.is_relative_to(ROOT / "tokenrl")}
+    assert circles({module: imported_when_run(path, set(files)) for module, path in files.items()}) == set()
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == {"b", "c"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -79,7 +79,7 @@ def make_chat_model_and_data(folder: Path) -> None:
 def make_base(cache: Path) -> None:
     """The base that the rungs share, under the name they look for, after a tenth of its warm start."""
     import toy_tasks
-    from tokenrl.language import supervised
+    from tokenrl.language.training import supervised
 
     fit = supervised.fit
     with pytest.MonkeyPatch.context() as patch:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tokenrl.language import supervised
+from tokenrl.language.training import supervised
 from toy_tasks import sentiment
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -6,16 +6,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tokenrl.names import lazily
 
 if TYPE_CHECKING:
     from tokenrl.core import Estimator
-    from tokenrl.core.rules import Refused, Stopped, TokenrlError
-    from tokenrl.language.asking import sample
-    from tokenrl.language.commands import evaluate, sft
-    from tokenrl.language.recording import RunResult
-    from tokenrl.language.reward_training import train_reward_model
-    from tokenrl.language.training import train
+    from tokenrl.errors import Refused, Stopped, TokenrlError
+    from tokenrl.language.inspect.chat import sample
+    from tokenrl.language.preferences.fit import train_reward_model
+    from tokenrl.language.training.commands import evaluate, sft
+    from tokenrl.language.training.loop import train
+    from tokenrl.language.training.recording import RunResult
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,25 +35,19 @@ __all__ = [
 
 _HOMES = {
     "Estimator": "tokenrl.core",
-    "Refused": "tokenrl.core.rules",
-    "Stopped": "tokenrl.core.rules",
-    "TokenrlError": "tokenrl.core.rules",
-    "RunResult": "tokenrl.language.recording",
-    "evaluate": "tokenrl.language.commands",
-    "sample": "tokenrl.language.asking",
-    "sft": "tokenrl.language.commands",
-    "train": "tokenrl.language.training",
-    "train_reward_model": "tokenrl.language.reward_training",
+    "Refused": "tokenrl.errors",
+    "Stopped": "tokenrl.errors",
+    "TokenrlError": "tokenrl.errors",
+    "RunResult": "tokenrl.language.training.recording",
+    "evaluate": "tokenrl.language.training.commands",
+    "sample": "tokenrl.language.inspect.chat",
+    "sft": "tokenrl.language.training.commands",
+    "train": "tokenrl.language.training.loop",
+    "train_reward_model": "tokenrl.language.preferences.fit",
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tokenrl' has no attribute {name!r}; it has {', '.join(__all__)}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = lazily(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

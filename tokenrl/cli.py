@@ -18,11 +18,12 @@ from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.core.rules import Refused, TokenrlError
-from tokenrl.lab.arguments import LabArguments
-from tokenrl.lab.measure_arguments import MeasureArguments
-from tokenrl.language.arguments import EvaluateArguments, SampleArguments, SftArguments, TrainArguments
-from tokenrl.language.reward_training_arguments import RewardModelArguments
+from tokenrl.errors import Refused, TokenrlError
+from tokenrl.lab.exact.arguments import LabArguments
+from tokenrl.lab.measure.arguments import MeasureArguments
+from tokenrl.language.inspect.arguments import SampleArguments
+from tokenrl.language.preferences.arguments import RewardModelArguments
+from tokenrl.language.training.arguments import EvaluateArguments, SftArguments, TrainArguments
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,27 @@ class ReportArguments:
 
 
 def _train(args: TrainArguments) -> int:
-    from tokenrl.language.training import train
+    from tokenrl.language.training.loop import train
 
     return train(args).exit_code
 
 
 def _sft(args: SftArguments) -> int:
-    from tokenrl.language.commands import sft
+    from tokenrl.language.training.commands import sft
 
     sft(args)
     return 0
 
 
 def _reward_model(args: RewardModelArguments) -> int:
-    from tokenrl.language.reward_training import train_reward_model
+    from tokenrl.language.preferences.fit import train_reward_model
 
     return train_reward_model(args).exit_code
 
 
 def _evaluate(args: EvaluateArguments) -> int:
-    from tokenrl.language.commands import evaluate
-    from tokenrl.language.evaluation_metrics import evaluation_table
+    from tokenrl.language.training.commands import evaluate
+    from tokenrl.language.training.evaluation_metrics import evaluation_table
 
     title = f"{args.model} on the held-out prompts of {args.task}"
     print(evaluation_table(evaluate(args).metrics, title=title))
@@ -62,7 +63,7 @@ def _evaluate(args: EvaluateArguments) -> int:
 
 
 def _sample(args: SampleArguments) -> int:
-    from tokenrl.language.asking import Sampler, converse, show
+    from tokenrl.language.inspect.chat import Sampler, converse, show
 
     if not args.prompt:
         converse(args)
@@ -86,7 +87,7 @@ def _advise(args: AdviseArguments) -> int:
 
 def _report(args: ReportArguments) -> int:
     if os.path.exists(os.path.join(args.run_dir, "calibration.png")):
-        from tokenrl.language.reward_recording import report_reward_model as report
+        from tokenrl.language.preferences.report import report_reward_model as report
     else:
         from tokenrl.runs.report import report_from_directory as report
 
@@ -95,13 +96,13 @@ def _report(args: ReportArguments) -> int:
 
 
 def _lab(args: LabArguments) -> int:
-    from tokenrl.lab.report import exact
+    from tokenrl.lab.exact.report import exact
 
     return exact(args)
 
 
 def _lab_measure(args: MeasureArguments) -> int:
-    from tokenrl.lab.reading import run
+    from tokenrl.lab.measure.reading import run
 
     return run(args)
 

@@ -96,7 +96,7 @@ def time_trl(model, tokenizer, prompts, args, work, folder):
 def time_tokenrl(model, tokenizer, prompts, args, work, folder):
     from types import SimpleNamespace
 
-    from tokenrl.language.policy import wrap
+    from tokenrl.language.policy.model import wrap
     from tokenrl.runs.metrics import read_metrics
 
     _, per_step, _, length, early = work

@@ -11,9 +11,9 @@ import torch
 from gymnasium.error import InvalidAction, ResetNeeded
 from gymnasium.utils.env_checker import check_env
 
-from tokenrl.control import bandit
+from tokenrl.control.worlds import bandit
 from tokenrl.core import Estimator
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 
 THETAS = (-2.3, -1.0, 0.0, 0.7)
 REWARDS = ((1.0, 0.0), (2.0, -0.5), (-1.0, 3.0), (1.5, 1.5))

@@ -15,7 +15,7 @@ from tokenrl.cli import main
 from tokenrl.control.saving import read_policy
 from tokenrl.control.training import train
 from tokenrl.core import Estimator
-from tokenrl.core.rules import Refused, Stopped
+from tokenrl.errors import Refused, Stopped
 
 SHORT = {"max_steps": 2, "num_envs": 4, "eval_episodes": 5, "quiet": True}
 

@@ -14,8 +14,8 @@ from tokenrl.control.rollouts import Rollout
 from tokenrl.control.update import Agent, check_supported, explained, learn, prepare, scheduled
 from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
-from tokenrl.core.rules import Refused, Stopped
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
+from tokenrl.errors import Refused, Stopped
 
 LENGTHS = torch.tensor([4, 2, 3, 1])
 

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from tokenrl.control.environments import OWN, Environments, describe, find, make
 from tokenrl.control.evaluation import SEEDS, check_film, seed_of
 from tokenrl.control.training import train
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 
 
 def test_cartpole():

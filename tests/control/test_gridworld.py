@@ -9,9 +9,9 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from tokenrl.control.gridworld import GridWorld, exact_return, exact_values, transitions
+from tokenrl.control.worlds.gridworld import GridWorld, exact_return, exact_values, transitions
 from tokenrl.core import Estimator
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 
 UP, RIGHT, DOWN, LEFT = range(4)
 UNIFORM = np.full((16, 4), 0.25)

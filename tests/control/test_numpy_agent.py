@@ -27,7 +27,7 @@ from tokenrl.control.numpy_agent import (
 )
 from tokenrl.core import Estimator
 from tokenrl.core import returns as core
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 STANDARDISED = {"baseline": "episode_mean", "scale": "episode_std", "scale_ddof": 0, "scale_eps": 1e-8}

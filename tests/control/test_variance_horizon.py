@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenrl.control import bandit
+from tokenrl.control.worlds import bandit
 from tokenrl.core import Estimator
 
 RECIPE = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "control_variance_horizon.py"))

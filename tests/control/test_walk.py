@@ -9,9 +9,9 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from tokenrl.control.walk import Walk
+from tokenrl.control.worlds.walk import Walk
 from tokenrl.core import Estimator
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 
 
 def play(actions: list[int], **options) -> list[tuple]:

@@ -11,7 +11,7 @@ from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.bias import BUILT, EFFECTS
 from tokenrl.core.returns import in_window, lambda_return, reward_to_go, token_rewards
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 
 BASELINES, SCALES = tuple(EFFECTS["baseline"]), tuple(EFFECTS["scale"])
 MEANS = ("batch_mean", "group_mean", "rloo", "opo", "optimal", "shrinkage", "timestep_mean")

@@ -15,7 +15,7 @@ from tokenrl.core.axes import AXES
 from tokenrl.core.bias import BUILT
 from tokenrl.core.kl import PER_TOKEN
 from tokenrl.core.presets import PRESETS
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 
 
 def test_importing_the_estimator_imports_no_torch() -> None:

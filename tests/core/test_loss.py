@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenrl.core import Estimator
 from tokenrl.core.bias import EFFECTS
 from tokenrl.core.presets import PRESETS
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 
 MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]).double()
 FULL = {"beta": 0.3, "kl_placement": "loss", "kl_estimator": "k3", "entropy_coef": 0.1}

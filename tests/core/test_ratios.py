@@ -7,7 +7,7 @@ import torch
 from tabular_policy import Problem, cosine, expected_gradient, relative_error
 
 from tokenrl.core import Estimator
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 
 ONE = torch.ones(1, 2, dtype=torch.double)
 

@@ -16,7 +16,7 @@ from tabular_policy import (
 
 from tokenrl.core import Estimator
 from tokenrl.core.rows import keep, overlong_penalty, zero_spread
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 
 CUT = (LENGTHS == 3) & (IDS[:, 2] != 0)  # never ended
 

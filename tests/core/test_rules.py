@@ -9,13 +9,13 @@ import pytest
 from tokenrl.core import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.core.rules import (
-    Refused,
     check_head,
     check_horizon,
     entropy_collapse_message,
     entropy_collapsed,
     subtracts_something,
 )
+from tokenrl.errors import Refused
 
 NONE = Estimator(baseline="none", returns="reward_to_go")
 WITHOUT = [

@@ -8,13 +8,13 @@ from math import comb
 import pytest
 import torch
 
-import tokenrl.lab.discounting as discounting
+import tokenrl.lab.exact.discounting as discounting
 from tokenrl.core import Estimator
 from tokenrl.lab import exact_moments, problem_of_mdp, random_mdp, which_objective
-from tokenrl.lab.control_problem import TabularMdp, all_trajectories, expected_rewards
-from tokenrl.lab.enumeration import proportional_step
-from tokenrl.lab.problems import Problem, tabular_problem
-from tokenrl.lab.report import print_objectives
+from tokenrl.lab.exact.control_problem import TabularMdp, all_trajectories, expected_rewards
+from tokenrl.lab.exact.enumeration import proportional_step
+from tokenrl.lab.exact.problems import Problem, tabular_problem
+from tokenrl.lab.exact.report import print_objectives
 
 torch.set_num_threads(1)
 CLOSE = {"rtol": 1e-11, "atol": 1e-13}

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from tokenrl.core import Estimator
-from tokenrl.core.rules import Refused
-from tokenrl.lab.curves import (
+from tokenrl.errors import Refused
+from tokenrl.lab.exact.curves import (
     best_constant_baseline,
     variance_with_constant_baselines,
     weight_of_difficulty,
 )
-from tokenrl.lab.enumeration import Moments, exact_moments, proportional_step
-from tokenrl.lab.problems import Problem, tabular_problem
+from tokenrl.lab.exact.enumeration import Moments, exact_moments, proportional_step
+from tokenrl.lab.exact.problems import Problem, tabular_problem
 
 torch.set_num_threads(1)
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}

@@ -9,15 +9,15 @@ import torch
 
 from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
-from tokenrl.core.rules import Refused
-from tokenrl.lab.enumeration import exact_moments
-from tokenrl.lab.language_model import problem_of_policy, rollout_of_all
-from tokenrl.language import setup
-from tokenrl.language.policy import Policy, wrap
-from tokenrl.language.rewards import Rewards
-from tokenrl.language.sampling import sample
-from tokenrl.language.scoring import score
-from tokenrl.language.step import training_step
+from tokenrl.errors import Refused
+from tokenrl.lab.exact.enumeration import exact_moments
+from tokenrl.lab.exact.language_model import problem_of_policy, rollout_of_all
+from tokenrl.language.policy.model import Policy, wrap
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.sampling import sample
+from tokenrl.language.rollout.scoring import score
+from tokenrl.language.training import setup
+from tokenrl.language.training.step import training_step
 
 torch.set_num_threads(1)
 PROMPTS = [[1], [2, 3]]

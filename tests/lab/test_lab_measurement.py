@@ -13,16 +13,16 @@ from tiny_lab_model import PROMPTS, WORDS, points, points_of, tiny_policy
 
 from tokenrl.cli import main
 from tokenrl.core import Estimator
-from tokenrl.core.rules import Refused
-from tokenrl.lab.contributions import ascent_slopes, contributions
-from tokenrl.lab.language_model import problem_of_policy, rollout_of_all
-from tokenrl.lab.measurement import measure
-from tokenrl.lab.projections import Projections, blocks, chosen_parameters, probes, project
-from tokenrl.lab.reading import record
-from tokenrl.lab.rollouts import Samples, collect
-from tokenrl.language.policy import Policy
-from tokenrl.language.rewards import Rewards
-from tokenrl.language.scoring import score
+from tokenrl.errors import Refused
+from tokenrl.lab.exact.language_model import problem_of_policy, rollout_of_all
+from tokenrl.lab.measure.contributions import ascent_slopes, contributions
+from tokenrl.lab.measure.measurement import measure
+from tokenrl.lab.measure.projections import Projections, blocks, chosen_parameters, probes, project
+from tokenrl.lab.measure.reading import record
+from tokenrl.lab.measure.rollouts import Samples, collect
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.scoring import score
 
 torch.set_num_threads(1)
 GRPO = Estimator.preset("grpo")

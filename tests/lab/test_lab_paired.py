@@ -10,15 +10,15 @@ import torch
 from tiny_lab_model import PROMPTS, points_of, tiny_policy
 
 from tokenrl.core import Estimator
-from tokenrl.lab.contributions import ascent_slopes, contributions
-from tokenrl.lab.enumeration import exact_moments
-from tokenrl.lab.language_model import problem_of_policy
-from tokenrl.lab.paired import compare, compare_group_sizes, same_expectation
-from tokenrl.lab.projections import Projections
-from tokenrl.lab.reading import words
-from tokenrl.lab.rollouts import Samples
-from tokenrl.lab.unit_statistics import Estimate, Resampling, cosine, interval, reciprocal
-from tokenrl.language.policy import Policy
+from tokenrl.lab.exact.enumeration import exact_moments
+from tokenrl.lab.exact.language_model import problem_of_policy
+from tokenrl.lab.measure.contributions import ascent_slopes, contributions
+from tokenrl.lab.measure.paired import compare, compare_group_sizes, same_expectation
+from tokenrl.lab.measure.projections import Projections
+from tokenrl.lab.measure.reading import words
+from tokenrl.lab.measure.rollouts import Samples
+from tokenrl.lab.measure.unit_statistics import Estimate, Resampling, cosine, interval, reciprocal
+from tokenrl.language.policy.model import Policy
 
 torch.set_num_threads(1)
 GRPO = Estimator.preset("grpo")

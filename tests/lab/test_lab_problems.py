@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenrl.lab.problems import all_completions, tabular_problem
+from tokenrl.lab.exact.problems import all_completions, tabular_problem
 
 
 def test_fifteen_completions_of_three_tokens() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tokenrl.lab.measurement import Measured
-from tokenrl.lab.paired import GroupSize, Measurement
-from tokenrl.lab.reading import degrees, print_tables, reading
-from tokenrl.lab.unit_statistics import Estimate, reciprocal
+from tokenrl.lab.measure.measurement import Measured
+from tokenrl.lab.measure.paired import GroupSize, Measurement
+from tokenrl.lab.measure.reading import degrees, print_tables, reading
+from tokenrl.lab.measure.unit_statistics import Estimate, reciprocal
 
 KNOWN = Estimate(0.5, 0.25, 1.0)
 UNKNOWN = Estimate(0.5, None, None)

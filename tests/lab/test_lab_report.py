@@ -9,8 +9,8 @@ import pytest
 from tokenrl.cli import main
 from tokenrl.core.bias import EFFECTS, FROM_BEST_TO_WORST, Effect
 from tokenrl.lab import measure_bias, named_estimators
-from tokenrl.lab.report import draw_map, records
-from tokenrl.lab.verdict import Measurement, Verdict
+from tokenrl.lab.exact.report import draw_map, records
+from tokenrl.lab.exact.verdict import Measurement, Verdict
 
 SOME = ["--estimators", "reinforce", "rloo", "grpo", "scale batch_std"]
 
@@ -71,7 +71,7 @@ def test_a_wrong_declaration_ends_with_exit_code_1(capsys, monkeypatch, tmp_path
 )
 def test_mistakes_are_refused_before_any_work(arguments, words, capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tokenrl.lab.report.measure_bias", lambda e: pytest.fail("measured"))
+    monkeypatch.setattr("tokenrl.lab.exact.report.measure_bias", lambda e: pytest.fail("measured"))
     assert main(["lab", "exact", *arguments]) == 2
     assert words in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

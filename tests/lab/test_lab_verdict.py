@@ -7,15 +7,15 @@ import doctest
 import pytest
 import torch
 
-import tokenrl.lab.verdict as verdict_module
+import tokenrl.lab.exact.verdict as verdict_module
 from tokenrl.core import Estimator, bias
 from tokenrl.core.bias import BUILT, EFFECTS, FROM_BEST_TO_WORST, Effect
 from tokenrl.core.presets import PRESETS
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 from tokenrl.lab import measure_bias, named_estimators
-from tokenrl.lab.enumeration import Moments
-from tokenrl.lab.problems import tabular_problem
-from tokenrl.lab.verdict import Measurement, Verdict, default_problems, status_of, tends_to_the_gradient
+from tokenrl.lab.exact.enumeration import Moments
+from tokenrl.lab.exact.problems import tabular_problem
+from tokenrl.lab.exact.verdict import Measurement, Verdict, default_problems, status_of, tends_to_the_gradient
 
 torch.set_num_threads(1)
 POINTS = named_estimators()

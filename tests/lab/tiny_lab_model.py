@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from tokenrl.language.policy import Policy, wrap
+from tokenrl.language.policy.model import Policy, wrap
 
 PROMPTS = [[1], [2, 3]]
 WORDS = ["a", "b c"]

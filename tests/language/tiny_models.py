@@ -9,7 +9,7 @@ import math
 import torch
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.language.policy import Policy
+from tokenrl.language.policy.model import Policy
 
 SENTENCES = [
     "the cat sat on the mat and the dog sat on the log",
@@ -87,7 +87,7 @@ def make_model(
 
 def make_policy(architecture: str = "llama", kind: str = "pad", **options) -> Policy:
     """A policy in memory."""
-    from tokenrl.language.policy import wrap
+    from tokenrl.language.policy.model import wrap
 
     tokenizer = make_tokenizer(kind)
     return wrap(make_model(architecture, **options), tokenizer, source=f"tiny {architecture}")
@@ -116,7 +116,7 @@ def make_task(prompts=PROMPTS, reward=vowel_reward) -> Task:
 
 def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options):
     """A learner on one process, with plain arguments resolved."""
-    from tokenrl.language import setup
+    from tokenrl.language.training import setup
 
     estimator = Estimator.preset(estimator) if isinstance(estimator, str) else estimator
     values = {
@@ -136,8 +136,8 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options)
 def one_step(learner, *, step: int = 1, prompts=PROMPTS, reward=vowel_reward):
     """One `training_step` on fixed prompts; returns its record."""
     from tokenrl.core.baselines import RunningMean
-    from tokenrl.language.rewards import Rewards
-    from tokenrl.language.step import training_step
+    from tokenrl.language.rewards.rewards import Rewards
+    from tokenrl.language.training.step import training_step
 
     stream = [(place, {"prompt": prompt}) for place, prompt in enumerate(prompts)]
     spare = iter(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tokenrl.core.rules import Refused, Stopped
+from tokenrl.errors import Refused, Stopped
 from tokenrl.runs import checkpoint
 from tokenrl.runs.checkpoint import latest_checkpoint, save_checkpoint, verify_checkpoint
 

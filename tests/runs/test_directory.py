@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokenrl.core.rules import Refused, Stopped
+from tokenrl.errors import Refused, Stopped
 from tokenrl.runs import directory
 from tokenrl.runs.directory import RunDirectory, plain, read_config, versions, write_json
 

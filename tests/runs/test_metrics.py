@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from tokenrl.core.rules import Refused, Stopped
+from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.metrics import MetricsLog, read_completions, read_metrics, write_completions
 
 

@@ -3,7 +3,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 from tokenrl.runs.directory import RunDirectory
 from tokenrl.runs.metrics import MetricsLog, write_completions
 from tokenrl.runs.report import report_from_directory, write_report

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenrl.advisor.arguments import AdviseArguments
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 
 
 def run(args: AdviseArguments) -> int:

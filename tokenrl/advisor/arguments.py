@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tokenrl.core.axes import Baseline
-from tokenrl.language.arguments import ModelArguments, TaskArguments
+from tokenrl.language.policy.arguments import ModelArguments
+from tokenrl.language.tasks.arguments import TaskArguments
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,8 @@ from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import collect_episodes
 from tokenrl.core.axes import AXES
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.rules import (
-    LONGEST_WITHOUT_BASELINE,
-    check_choice,
-    check_head,
-    check_number,
-)
+from tokenrl.core.rules import LONGEST_WITHOUT_BASELINE, check_head
+from tokenrl.settings import check_choice, check_number
 
 
 class Way(NamedTuple):

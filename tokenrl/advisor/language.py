@@ -11,12 +11,14 @@ from accelerate import PartialState
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.advisor.show import Advice, Setting, judge_horizon
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.rules import LEAST_ENTROPY, LONGEST_WITHOUT_BASELINE, Refused
-from tokenrl.language.arguments import TrainArguments
-from tokenrl.language.data import PromptStream
-from tokenrl.language.probe import Estimate, Probe, probe_policy
-from tokenrl.language.reward_model import RewardModel
-from tokenrl.language.setup import find_task, make_policy, resolve
+from tokenrl.core.rules import LEAST_ENTROPY, LONGEST_WITHOUT_BASELINE
+from tokenrl.errors import Refused
+from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.tasks.stream import PromptStream
+from tokenrl.language.tasks.task import find_task
+from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.probe import Estimate, Probe, probe_policy
+from tokenrl.language.training.setup import make_policy, resolve
 from tokenrl.runs.console import Console
 
 DEAD_GROUPS = 0.5

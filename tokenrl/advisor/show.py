@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.core.rules import Refused, check_horizon
+from tokenrl.core.rules import check_horizon
+from tokenrl.errors import Refused
 from tokenrl.runs.directory import write_json
 
 

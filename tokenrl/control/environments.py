@@ -18,26 +18,26 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 
 OWN: dict[str, dict[str, Any]] = {
     "gridworld": {
         "id": "tokenrl/GridWorld-v0",
-        "entry_point": "tokenrl.control.gridworld:GridWorld",
+        "entry_point": "tokenrl.control.worlds.gridworld:GridWorld",
         "max_episode_steps": 50,
         "reward_threshold": 0.93,  # one step more than the shortest way
         "kwargs": {"time_limit": None},  # gymnasium's own wrapper cuts
     },
     "walk": {
         "id": "tokenrl/Walk-v0",
-        "entry_point": "tokenrl.control.walk:Walk",
+        "entry_point": "tokenrl.control.worlds.walk:Walk",
         "max_episode_steps": 50,
         "reward_threshold": 0.88,
         "kwargs": {"time_limit": None},
     },
     "bandit": {
         "id": "tokenrl/Bandit-v0",
-        "entry_point": "tokenrl.control.bandit:Bandit",
+        "entry_point": "tokenrl.control.worlds.bandit:Bandit",
         "max_episode_steps": 1,
     },
 }

@@ -13,7 +13,7 @@ from gymnasium.wrappers import RecordVideo
 from tokenrl.control.environments import Environments, Spec, make
 from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import collect_episodes
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 
 SEEDS = 2**30
 """Seeds of training lie below, those of evaluation from here on: no starting state is in both."""

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from tokenrl.core.rules import Refused, check_number
+from tokenrl.errors import Refused
+from tokenrl.settings import check_number
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 

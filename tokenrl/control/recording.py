@@ -13,7 +13,7 @@ from tokenrl.control.policies import Policy
 from tokenrl.control.saving import save_policy
 from tokenrl.core import rules
 from tokenrl.core.presets import preset_name
-from tokenrl.core.rules import Stopped
+from tokenrl.errors import Stopped
 from tokenrl.runs.checkpoint import latest_checkpoint, replace_directory, save_checkpoint
 from tokenrl.runs.console import Progress
 from tokenrl.runs.directory import RunDirectory, write_json

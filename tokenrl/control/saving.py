@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tokenrl.control.policies import Policy, Shape
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 from tokenrl.runs.directory import write_json
 
 

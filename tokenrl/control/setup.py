@@ -17,11 +17,12 @@ from tokenrl.control.update import Agent, check_supported
 from tokenrl.core import rules
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.rules import Refused
 from tokenrl.core.statistics import GradientDiagnostics
+from tokenrl.errors import Refused
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import RunDirectory
 from tokenrl.runs.metrics import MetricsLog
+from tokenrl.settings import check_choice, check_number
 
 
 @dataclass
@@ -59,7 +60,7 @@ def arguments(options: dict[str, Any]) -> ControlArguments:
     """
     known = [entry.name for entry in fields(ControlArguments)]
     for name in options:
-        rules.check_choice("setting", name, known)
+        check_choice("setting", name, known)
     if isinstance(options.get("estimator"), str):
         options = options | {"estimator": Estimator.preset(options["estimator"])}
     return ControlArguments(**options)
@@ -84,13 +85,13 @@ def check_settings(args: ControlArguments) -> None:
             raise Refused(f"{name} was given as {value!r}; it must be a whole number of at least {least}.")
     for name, hint in get_type_hints(ControlArguments).items():
         if get_origin(hint) is Literal:
-            rules.check_choice(name, getattr(args, name), get_args(hint))
-    rules.check_number("learning_rate", args.learning_rate, above=0)
-    rules.check_number("reward_scale", args.reward_scale, above=0)
-    rules.check_number("value_coef", args.value_coef, at_least=0)
-    rules.check_number("max_grad_norm", args.max_grad_norm, at_least=0)
+            check_choice(name, getattr(args, name), get_args(hint))
+    check_number("learning_rate", args.learning_rate, above=0)
+    check_number("reward_scale", args.reward_scale, above=0)
+    check_number("value_coef", args.value_coef, at_least=0)
+    check_number("max_grad_norm", args.max_grad_norm, at_least=0)
     if args.value_learning_rate is not None:
-        rules.check_number("value_learning_rate", args.value_learning_rate, above=0)
+        check_number("value_learning_rate", args.value_learning_rate, above=0)
     if any(isinstance(units, bool) or not isinstance(units, int) or units < 1 for units in args.hidden):
         raise Refused(f"hidden was given as {args.hidden!r}; it must be whole numbers of at least 1.")
 

@@ -18,7 +18,7 @@ from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
 from tokenrl.control.setup import Run, arguments, check_settings, prepare, resolve
 from tokenrl.control.update import learn
 from tokenrl.core import rules
-from tokenrl.core.rules import Stopped
+from tokenrl.errors import Stopped
 from tokenrl.runs.directory import RunDirectory
 from tokenrl.runs.metrics import MetricsLog
 from tokenrl.runs.signals import GracefulStop

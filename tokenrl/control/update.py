@@ -14,8 +14,8 @@ from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import Rollout
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.rules import Refused, Stopped
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
+from tokenrl.errors import Refused, Stopped
 
 ALONG_ROWS = ("sequence_mean", "sequence_product")
 """Ratios made of whole rows; minibatches then hold whole rows too."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenrl.core import baselines, kl, returns, rows, rules, scales
 from tokenrl.core.masking import zero_outside
 from tokenrl.core.shrinkage import shrunk
+from tokenrl.errors import Refused
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
@@ -128,7 +129,7 @@ def from_function(function: Callable[..., Tensor], step: Step) -> Float[Tensor, 
     found = function(step.totals, group_size=size, mask=mask, valid=step.valid)
     if not isinstance(found, Tensor) or found.shape not in (mask.shape[:1], mask.shape):
         what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise rules.Refused(
+        raise Refused(
             f"The baseline {getattr(function, '__name__', function)!r} returned {what}; it must return a "
             f"tensor of one number a row, {tuple(mask.shape[:1])}, or one a token, {tuple(mask.shape)}."
         )

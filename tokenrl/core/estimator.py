@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple
 
-from tokenrl.core import axes, bias, rules, validation
+from tokenrl.core import axes, bias, validation
 from tokenrl.core.presets import PRESETS
+from tokenrl.errors import Refused
+from tokenrl.settings import check_choice
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -104,10 +106,10 @@ class Estimator:
         Raises:
             Refused: For a preset, a field or a value that does not exist.
         """
-        rules.check_choice("preset", name, PRESETS)
+        check_choice("preset", name, PRESETS)
         known = [field.name for field in fields(cls)]
         for field in overrides:
-            rules.check_choice("estimator field", field, known)
+            check_choice("estimator field", field, known)
         return cls(**(PRESETS[name].fields | overrides))  # type: ignore[arg-type]
 
     @property
@@ -237,7 +239,7 @@ class Estimator:
         from tokenrl.core import objectives
 
         if self.aggregation == "fixed_length" and (max_length is None or max_length < 1):
-            raise rules.Refused(
+            raise Refused(
                 f"'fixed_length' divides by the maximum length, but max_length is {max_length}. Give the "
                 "largest number of actions a row may have, or choose 'sequence_sum'."
             )

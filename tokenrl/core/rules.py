@@ -6,12 +6,13 @@ what is allowed, how to mend it. The command line prints the message alone and e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from math import isfinite, nan
-from numbers import Real
+from collections.abc import Sequence
+from math import nan
 from typing import TYPE_CHECKING, TypeVar
 
 from tokenrl.core.axes import OVER_GROUP, OVER_STEP
+from tokenrl.errors import Refused
+from tokenrl.settings import check_choice
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
@@ -22,75 +23,6 @@ LONGEST_WITHOUT_BASELINE = 500
 """Steps an episode may last without a baseline; beyond, noise drowns what one action adds to the return."""
 LEAST_ENTROPY = 0.1
 """Nats: below it a policy over discrete actions all but repeats itself, and no longer explores."""
-
-
-class TokenrlError(Exception):
-    """An error the user can mend; its message is written for them."""
-
-    exit_code = 1
-
-
-class Refused(TokenrlError, ValueError):
-    """Raised before the first step: nothing has been trained, nothing is lost (exit code 2)."""
-
-    exit_code = 2
-
-
-class Stopped(TokenrlError, RuntimeError):
-    """Raised during a run: the last complete checkpoint stays as it was (exit code 1)."""
-
-    exit_code = 1
-
-
-def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
-    """Refuse a name that is not among `allowed`.
-
-    Args:
-        what: What is being chosen, as the user wrote it (a field, "preset").
-        given: The name that was given.
-        allowed: The names that exist.
-
-    Raises:
-        Refused: With the names that exist and, for a misspelling, the nearest of them.
-    """
-    allowed = tuple(allowed)
-    if given in allowed:
-        return
-    from difflib import get_close_matches
-
-    near = get_close_matches(str(given), allowed, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise Refused(f"{what} {given!r} is unknown. Allowed are: {', '.join(allowed)}.{hint}")
-
-
-def check_number(
-    what: str,
-    given: object,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> None:
-    """Refuse what is not a finite number within the bounds.
-
-    Raises:
-        Refused: With the value, and the bounds in words.
-    """
-    limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-    words = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
-    allowed = "a finite number" + (f" {words}" if words else "")
-    if isinstance(given, bool) or not isinstance(given, Real) or not isfinite(given):
-        raise Refused(f"{what} was given as {given!r}; it must be {allowed}.")
-    value = float(given)
-    inside = (
-        (at_least is None or value >= at_least)
-        and (above is None or value > above)
-        and (at_most is None or value <= at_most)
-        and (below is None or value < below)
-    )
-    if not inside:
-        raise Refused(f"{what} was given as {given!r}; it must be {allowed}.")
 
 
 def set_size(choice: str, rows: int, group_size: int | None) -> int | None:

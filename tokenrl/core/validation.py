@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from tokenrl.core.axes import AXES
 from tokenrl.core.effects import KL_EFFECTS
-from tokenrl.core.rules import Refused, check_choice, check_number
+from tokenrl.errors import Refused
+from tokenrl.settings import check_choice, check_number
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator

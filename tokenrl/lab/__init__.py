@@ -5,22 +5,24 @@ Importing this package imports no torch; a name is loaded when it is used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tokenrl.names import lazily
 
 if TYPE_CHECKING:
-    from tokenrl.lab.catalogue import named_estimators
-    from tokenrl.lab.control_problem import TabularMdp, problem_of_mdp, random_mdp
-    from tokenrl.lab.curves import (
+    from tokenrl.lab.exact.catalogue import named_estimators
+    from tokenrl.lab.exact.control_problem import TabularMdp, problem_of_mdp, random_mdp
+    from tokenrl.lab.exact.curves import (
         best_constant_baseline,
         variance_with_constant_baselines,
         weight_of_difficulty,
     )
-    from tokenrl.lab.discounting import WhichObjective, which_objective
-    from tokenrl.lab.enumeration import Moments, exact_moments
-    from tokenrl.lab.language_model import problem_of_policy
-    from tokenrl.lab.measurement import Measured, measure
-    from tokenrl.lab.problems import Problem, tabular_problem
-    from tokenrl.lab.verdict import Verdict, measure_bias
+    from tokenrl.lab.exact.discounting import WhichObjective, which_objective
+    from tokenrl.lab.exact.enumeration import Moments, exact_moments
+    from tokenrl.lab.exact.language_model import problem_of_policy
+    from tokenrl.lab.exact.problems import Problem, tabular_problem
+    from tokenrl.lab.exact.verdict import Verdict, measure_bias
+    from tokenrl.lab.measure.measurement import Measured, measure
 
 __all__ = [
     "Measured",
@@ -44,31 +46,23 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Measured": "measurement",
-    "Moments": "enumeration",
-    "Problem": "problems",
-    "TabularMdp": "control_problem",
-    "Verdict": "verdict",
-    "WhichObjective": "discounting",
-    "best_constant_baseline": "curves",
-    "exact_moments": "enumeration",
-    "measure": "measurement",
-    "measure_bias": "verdict",
-    "named_estimators": "catalogue",
-    "problem_of_mdp": "control_problem",
-    "problem_of_policy": "language_model",
-    "random_mdp": "control_problem",
-    "tabular_problem": "problems",
-    "variance_with_constant_baselines": "curves",
-    "weight_of_difficulty": "curves",
-    "which_objective": "discounting",
+    "Measured": "tokenrl.lab.measure.measurement",
+    "Moments": "tokenrl.lab.exact.enumeration",
+    "Problem": "tokenrl.lab.exact.problems",
+    "TabularMdp": "tokenrl.lab.exact.control_problem",
+    "Verdict": "tokenrl.lab.exact.verdict",
+    "WhichObjective": "tokenrl.lab.exact.discounting",
+    "best_constant_baseline": "tokenrl.lab.exact.curves",
+    "exact_moments": "tokenrl.lab.exact.enumeration",
+    "measure": "tokenrl.lab.measure.measurement",
+    "measure_bias": "tokenrl.lab.exact.verdict",
+    "named_estimators": "tokenrl.lab.exact.catalogue",
+    "problem_of_mdp": "tokenrl.lab.exact.control_problem",
+    "problem_of_policy": "tokenrl.lab.exact.language_model",
+    "random_mdp": "tokenrl.lab.exact.control_problem",
+    "tabular_problem": "tokenrl.lab.exact.problems",
+    "variance_with_constant_baselines": "tokenrl.lab.exact.curves",
+    "weight_of_difficulty": "tokenrl.lab.exact.curves",
+    "which_objective": "tokenrl.lab.exact.discounting",
 }
-
-
-def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tokenrl.lab' has no attribute {name!r}; it has {', '.join(__all__)}")
-    from importlib import import_module
-
-    return getattr(import_module(f"tokenrl.lab.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES)

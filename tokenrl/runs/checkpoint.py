@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenrl.core.rules import Refused, Stopped
+from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.directory import sync_folder, write_json
 
 _NAME = re.compile(r"step_\d{6,}")

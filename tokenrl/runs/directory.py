@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tokenrl.core.rules import Refused, Stopped
+from tokenrl.errors import Refused, Stopped
 
 _OWN_ENTRY = re.compile(r"\.?step_\d{6,}(\.parquet)?(\.partial)?|episode-episode-\d+\.mp4")
 _FILES = (

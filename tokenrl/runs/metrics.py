@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from tokenrl.core.rules import Refused, Stopped
+from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.directory import plain
 
 

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tokenrl.core.rules import Refused
+from tokenrl.errors import Refused
 from tokenrl.runs.console import ending, number
 from tokenrl.runs.directory import plain, read_config
 from tokenrl.runs.metrics import read_completions, read_metrics

@@ -1,0 +1,110 @@
+"""Best-of-n against enumeration: every subset, every tuple of draws, and the texts of a pool."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from tiny_models import PROMPTS, make_policy
+
+from tokenrl.errors import Refused
+from tokenrl.language.inspect.best_of_n import (
+    best_of_n_kl,
+    choice_weights,
+    fit_gain,
+    gain_form,
+    gain_peak,
+    kl_bound,
+    pool_rewards,
+    sample_pool,
+)
+from tokenrl.language.training.probe import best_of
+
+PROXY = np.array([0.3, -1.0, 2.0, 0.3, 2.0, 2.0, 0.7])  # with ties
+GOLD = np.array([1.0, 0.0, -3.0, 5.0, 2.0, 0.5, 4.0])
+
+
+def value_of_choice(rows):
+    """Mean gold reward of the rows with the highest proxy reward."""
+    rows = list(rows)
+    return np.mean([GOLD[i] for i in rows if PROXY[i] == PROXY[rows].max()])
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_the_estimate_is_the_mean_over_all_subsets(n):
+    subsets = list(itertools.combinations(range(7), n))
+    expected = np.mean([value_of_choice(subset) for subset in subsets])
+    weights = choice_weights(PROXY, n)
+    assert weights.sum() == pytest.approx(1, abs=1e-12)
+    assert weights @ GOLD == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 3, 50, 400])
+def test_choosing_by_the_gold_reward_itself_is_best_of_k(n):
+    rewards = np.random.default_rng(0).normal(size=400).round(2)
+    assert choice_weights(rewards, n) @ rewards == pytest.approx(best_of(rewards, n), rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_the_kl_is_that_of_the_enumerated_choice(n):
+    chosen = np.zeros(7)
+    for draws in itertools.product(range(7), repeat=n):
+        best = [i for i in draws if PROXY[i] == PROXY[list(draws)].max()]
+        for i in best:
+            chosen[i] += 7.0**-n / len(best)
+    expected = (chosen[chosen > 0] * np.log(7 * chosen[chosen > 0])).sum()
+    assert best_of_n_kl(PROXY, n) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_kl_approaches_its_bound_without_ties_and_stays_below_it_with_them():
+    distinct = np.random.default_rng(1).normal(size=100_000)
+    for n in (2, 16, 128):
+        assert kl_bound(n) - 0.01 < best_of_n_kl(distinct, n) <= kl_bound(n)
+        assert best_of_n_kl(distinct.round(), n) < kl_bound(n) - 0.015
+    assert kl_bound(1) == 0 == pytest.approx(best_of_n_kl(distinct, 1), abs=1e-9)
+    # Two equally likely rewards: the better one is chosen with probability 3/4.
+    assert best_of_n_kl(np.array([0.0, 1.0]), 2) == pytest.approx(
+        0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("n", [0, 8])
+def test_n_out_of_range_is_refused(n):
+    with pytest.raises(Refused, match="there are 7"):
+        choice_weights(PROXY, n)
+
+
+def test_a_pool_does_not_depend_on_the_batch():
+    policy, shape = make_policy(), {"samples": 5, "max_completion_length": 4, "seed": 3}
+    pools = [sample_pool(policy, PROMPTS[:2], batch_size=size, **shape) for size in (2, 512)]
+    assert pools[0] == pools[1] and [len(texts) for texts in pools[0]] == [5, 5]
+    assert len({text for texts in pools[0] for text in texts}) > 2
+    assert sample_pool(policy, PROMPTS[:2], **shape | {"seed": 4}) != pools[0]
+
+
+def test_each_text_of_a_pool_is_scored_once_with_its_own_row():
+    asked = []
+
+    def reward(prompts, completions, target, **_):
+        asked.extend(zip(prompts, completions, target, strict=True))
+        return [len(text) * t for text, t in zip(completions, target, strict=True)]
+
+    rows = [{"prompt": "a", "target": 1}, {"prompt": "b", "target": -2}]
+    found = pool_rewards(reward, rows, [["xx", "x", "xx"], ["x", "xxx", "x"]])
+    assert [values.tolist() for values in found] == [[2, 1, 2], [-2, -6, -2]]
+    assert asked == [("a", "xx", 1), ("a", "x", 1), ("b", "x", -2), ("b", "xxx", -2)]
+
+
+@pytest.mark.parametrize(
+    ("form", "expected", "peak"),
+    [("d log d", 2 * (1.5 - 0.8 * math.log(2)), math.exp(1.5 / 0.8 - 1)), ("d squared", -0.2, 1.5 / 1.6)],
+)
+def test_a_fit_recovers_its_own_form_and_the_peak_is_the_highest_point(form, expected, peak):
+    d = np.linspace(0.1, 5, 4000)
+    gain = gain_form(d, 1.5, 0.8, form)
+    assert gain_form(np.array([2.0]), 1.5, 0.8, form)[0] == pytest.approx(expected, abs=1e-12)
+    assert fit_gain(d.reshape(2, -1), gain.reshape(2, -1), form) == pytest.approx((1.5, 0.8), rel=1e-9)
+    assert gain_peak(1.5, 0.8, form) == pytest.approx(peak, rel=1e-12)
+    assert d[gain.argmax()] == pytest.approx(peak, abs=0.002)
+    assert gain_peak(1.0, -0.1, form) == gain_peak(1.0, 0.0, form) == math.inf
+    assert gain_peak(-1.0, 0.5, form) == (0 if form == "d squared" else pytest.approx(math.exp(-3)))

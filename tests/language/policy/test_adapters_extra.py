@@ -1,0 +1,123 @@
+"""Two packages beside: rewards with math-verify as they are published for TRL, and tasks of reasoning-gym."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+import sys
+
+import pytest
+
+import tokenrl
+from tokenrl.errors import Refused
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.tasks.task import load_task
+from toy_tasks.models import TinyModel
+
+QUESTION = [{"role": "system", "content": "Think."}, {"role": "user", "content": "What is 1/2 + 1/4?"}]
+
+
+def accuracy_reward(completions, solution, **kwargs):
+    """As users of TRL write it: None where the solution itself cannot be parsed."""
+    math_verify = pytest.importorskip("math_verify")
+    rewards = []
+    for completion, gold_text in zip(completions, solution, strict=True):
+        gold = math_verify.parse(gold_text)
+        if not gold:
+            rewards.append(None)
+            continue
+        rewards.append(float(math_verify.verify(gold, math_verify.parse(completion[0]["content"]))))
+    return rewards
+
+
+def format_reward(completions, **kwargs):
+    pattern = re.compile(r"<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>", re.DOTALL)
+    return [1.0 if pattern.fullmatch(completion[0]["content"]) else 0.0 for completion in completions]
+
+
+@pytest.mark.parametrize("timeout", [None, pytest.param(120.0, marks=pytest.mark.slow)])
+def test_a_published_pair_of_rewards_works_without_change(timeout):
+    pytest.importorskip("math_verify")
+    form = "<think>\nhm\n</think>\n<answer>\n{}\n</answer>"
+    texts = [form.format(r"$\frac{3}{4}$"), "$0.75$", form.format("$1$"), r"$\boxed{3/4}$", "$2$"]
+    solution = [r"$\frac{3}{4}$", "$3/4$", r"$\frac{3}{4}$", r"\boxed{\frac{3}{4}}", "no mathematics here"]
+    rewards = Rewards([accuracy_reward, format_reward], [1.0, 0.5], timeout=timeout)
+    rewards.check_columns(["prompt", "solution"])
+    result = rewards([QUESTION] * 5, texts, [[1]] * 5, {"solution": solution}, step=0)
+    accuracy = [None if value != value else value for value in result.values[:, 0].tolist()]
+    assert accuracy == [1, 1, 0, 1, None] and result.values[:, 1].tolist() == [1, 0, 1, 0, 0]
+    assert result.total.tolist() == [1.5, 1, 0.5, 1, 0] and result.valid.all()
+    assert result.metrics["rewards/accuracy_reward/mean"] == 0.75
+
+
+# ---- reasoning-gym ----
+
+
+def test_a_puzzle_is_a_task_with_its_own_score():
+    gym = pytest.importorskip("reasoning_gym")
+    task = load_task("reasoning_gym:basic_arithmetic(size=20, eval_size=6, seed=3, max_digits=1)")
+    next_seed = gym.create_dataset("basic_arithmetic", size=6, seed=4, max_digits=1)
+    assert [row["prompt"] for row in task.eval_prompts] == [entry["question"] for entry in next_seed]
+    assert 0 < len(task.train_prompts) <= 20 and len(task.eval_prompts) == 6
+    held = {row["prompt"] for row in task.eval_prompts}
+    assert not held & {row["prompt"] for row in task.train_prompts}
+    again = load_task("reasoning_gym:basic_arithmetic(size=20, eval_size=6, seed=3, max_digits=1)")
+    other = load_task("reasoning_gym:basic_arithmetic(size=20, eval_size=6, seed=5, max_digits=1)")
+    assert again.train_prompts == task.train_prompts and other.train_prompts != task.train_prompts
+    row = task.train_prompts[0]
+    rewards = Rewards(task.reward)
+    rewards.check_columns(row)
+    texts = [
+        row["answer"],
+        f"I think <answer> {row['answer']}\n</answer> done",
+        "",
+        "x",
+        "<answer>x</answer> 1",
+    ]
+    columns = {"entry": [row["entry"]] * 5, "answer": [row["answer"]] * 5}
+    scores = rewards([row["prompt"]] * 5, texts, [[1]] * 5, columns, step=0).total
+    assert scores[:2].tolist() == [1, 1] and scores[2:].max() < 0.1
+    chat = load_task("reasoning_gym:basic_arithmetic(size=3, eval_size=2, chat=True)")
+    assert chat.eval_prompts[0]["prompt"][0]["role"] == "user"
+
+
+def test_two_steps_of_a_puzzle_train(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    alphabet = tuple(character for character in string.printable if character not in "\t\r\x0b\x0c")
+    result = tokenrl.train(
+        model=TinyModel(alphabet, layers=1, hidden=16, heads=2, context=256)(0),
+        task="reasoning_gym:coin_flip(size=8, eval_size=2, min_trials=3, max_trials=3)",
+        max_steps=2, prompts_per_step=2, num_generations=2, max_completion_length=6, eval_generations=1,
+        output_dir=tmp_path / "run", quiet=True,
+    )  # fmt: skip
+    assert result.steps == 2 and 0 <= result.eval_after["reward"] <= 1
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "rewards/score_answer/mean" in rows[-1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("leg_countin", "no puzzle 'leg_countin'.*Did you mean 'leg_counting'"),
+        ("leg_counting(sizes=3)", "leg_counting has no option 'sizes'.*Did you mean 'size'"),
+        ("leg_counting(size=0)", "size=0; give a whole number of at least 1"),
+        ("leg_counting(seed=1.5)", "seed=1.5; give a whole number of at least 0"),
+        ("leg_counting(min_animals=0)", "leg_counting cannot be made so"),
+        ("leg_counting(3)", "cannot be read"),
+        ("leg_counting(size=print(1))", "cannot be read"),
+        ("coin_flip(min_trials=3, max_trials=3, size=2, eval_size=400)", "all 2 training puzzles are among"),
+    ],
+)
+def test_a_puzzle_that_there_is_not_is_refused(spec, words):
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(Refused, match=words) as caught:
+        load_task("reasoning_gym:" + spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_package_its_name_is_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
+    with pytest.raises(Refused, match="pip install reasoning-gym"):
+        load_task("reasoning_gym:leg_counting")

@@ -1,0 +1,203 @@
+"""Preferences: choices as often as the formula says, rows that others read, splits that share no prompt."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from tiny_models import PROMPTS, make_policy
+
+from tokenrl.errors import Refused
+from tokenrl.language.preferences.pairs import Pair, hold_out, load_pairs, read_pairs
+from tokenrl.language.preferences.sampled import first_is_chosen, make_preferences, write_preferences
+from tokenrl.language.rewards.rewards import Rewards
+
+SIZES = {"max_completion_length": 5, "pairs_per_prompt": 3, "seed": 4}
+
+
+def gold(completions, **_):
+    """A function of the text alone, so that a row can be checked against what it holds."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [sum(ord(character) for character in text) % 7 / 3 for text in texts]
+
+
+def rows_of(words):
+    return [{"prompt": word} for word in words]
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 5.0])
+def test_the_better_one_is_chosen_as_often_as_the_formula_says(noise):
+    draws = np.random.default_rng(0).random(20_000)
+    for difference in (-2.0, -0.5, 0.0, 0.1, 1.5):
+        chosen = sum(first_is_chosen(3.0 + difference, 3.0, noise, draw) for draw in draws)
+        p = 1 / (1 + math.exp(-difference / noise))
+        assert abs(chosen / len(draws) - p) < 4.5 * math.sqrt(p * (1 - p) / len(draws)) + 1e-9
+
+
+def test_without_noise_the_better_one_is_chosen_and_nothing_decides_a_tie():
+    assert first_is_chosen(1.0, 0.5, 0.0, 0.999) is True
+    assert first_is_chosen(0.5, 1.0, 0.0, 0.001) is False
+    assert first_is_chosen(1.0, 1.0, 0.0, 0.3) is None
+    assert first_is_chosen(math.nan, 1.0, 1.0, 0.3) is None
+    assert first_is_chosen(1e6, 0.0, 1e-6, 0.9) is True  # no overflow
+
+
+def test_made_preferences_hold_the_gold_rewards_of_their_texts_and_flip_by_the_formula():
+    noise = 0.8
+    prompts = rows_of([f"{word} {n}" for word in PROMPTS for n in range(25)])
+    rows = make_preferences(make_policy(), prompts, gold, noise_temperature=noise, **SIZES)
+    assert set(rows[0]) == {"prompt", "chosen", "rejected", "chosen_gold", "rejected_gold"}
+    assert 250 < len(rows) <= 300 and len({row["prompt"] for row in rows}) == len(prompts)
+    for row in rows:
+        assert row["chosen"] != row["rejected"]
+        assert [row["chosen_gold"], row["rejected_gold"]] == gold([row["chosen"], row["rejected"]])
+    apart = np.array([row["chosen_gold"] - row["rejected_gold"] for row in rows])
+    p = 1 / (1 + np.exp(-np.abs(apart[apart != 0]) / noise))  # that the better one is chosen
+    spread = math.sqrt((p * (1 - p)).sum())
+    assert abs((apart > 0).sum() - p.sum()) < 4.5 * spread
+    assert (apart == 0).any()  # with noise ties are kept, decided by a coin
+
+
+def test_without_noise_every_row_is_right_and_ties_are_left_out():
+    rows = make_preferences(make_policy(), rows_of(PROMPTS * 5), gold, **SIZES)
+    assert len(rows) > 30 and all(row["chosen_gold"] > row["rejected_gold"] for row in rows)
+
+
+def test_the_seed_decides_and_the_batch_does_not():
+    prompts = rows_of(PROMPTS * 3)
+    first, same, other = (
+        make_preferences(make_policy(), prompts, Rewards(gold), noise_temperature=1.0, **SIZES | changes)
+        for changes in ({}, {"batch_size": 7}, {"seed": 5})
+    )
+    assert first == same and first != other
+
+
+def test_abstentions_are_left_out_and_columns_reach_the_gold_reward():
+    def abstains(completions, use, **_):
+        return [g if ok else None for g, ok in zip(gold(completions), use, strict=True)]
+
+    prompts = [{"prompt": prompt, "use": i % 2 == 0} for i, prompt in enumerate(PROMPTS)]
+    rows = make_preferences(make_policy(), prompts, abstains, noise_temperature=1.0, **SIZES)
+    assert {row["prompt"] for row in rows} == {PROMPTS[0], PROMPTS[2]}
+
+
+def test_chat_prompts_give_messages(tmp_path):
+    prompts = [{"prompt": [{"role": "user", "content": word}]} for word in PROMPTS]
+    rows = make_preferences(make_policy(kind="chat"), prompts, gold, noise_temperature=1.0, **SIZES)
+    assert rows[0]["prompt"] == prompts[0]["prompt"]
+    assert [message["role"] for message in rows[0]["chosen"]] == ["assistant"]
+    write_preferences(tmp_path / "chats.jsonl", rows)
+    pairs = [pair for part in load_pairs(tmp_path / "chats.jsonl", eval_size=2) for pair in part]
+    assert sorted(pair.chosen[0]["content"] for pair in pairs) == sorted(
+        row["chosen"][0]["content"] for row in rows
+    )
+
+
+def test_written_preferences_are_read_by_datasets_and_by_us(tmp_path):
+    import datasets
+
+    rows = make_preferences(make_policy(), rows_of(PROMPTS * 4), gold, noise_temperature=1.0, **SIZES)
+    path = tmp_path / "preferences.jsonl"
+    write_preferences(path, rows)
+    options = {"data_files": str(path), "split": "train", "cache_dir": str(tmp_path / "cache")}
+    assert datasets.load_dataset("json", **options).to_list() == rows
+    train, held_out = load_pairs(str(path), eval_size=5)
+    assert len(train) + len(held_out) == len(rows) and len(held_out) >= 5
+    assert {pair.gold for pair in train} <= {(row["chosen_gold"], row["rejected_gold"]) for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompts": []}, "no prompts"),
+        ({"pairs_per_prompt": 0}, "pairs_per_prompt=0"),
+        ({"noise_temperature": -1.0}, "noise_temperature=-1"),
+        ({"noise_temperature": math.inf}, "noise_temperature=inf"),
+        ({"gold_rewards": lambda completions, **_: [1.0] * len(completions)}, "None of 12 sampled pairs"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(changes, words):
+    given = {"prompts": rows_of(PROMPTS), "gold_rewards": gold} | SIZES | changes
+    with pytest.raises(Refused, match=words):
+        make_preferences(make_policy(), **given)
+
+
+USER, GOOD, BAD = (
+    {"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "a"), ("assistant", "b"))
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "p", "chosen": " a", "rejected": " b"}, ("p", " a", " b")),
+        ({"chosen": "the sky is blue", "rejected": "the sky is bright"}, ("the sky is", " blue", " bright")),
+        ({"chosen": "yes", "rejected": "yet"}, ("", "yes", "yet")),
+        ({"prompt": None, "chosen": "a b", "rejected": "a b c"}, ("a", " b", " b c")),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, ([USER], [GOOD], [BAD])),
+        ({"prompt": [USER], "chosen": "a", "rejected": "b"}, ([USER], "a", "b")),
+        ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, ([USER], [GOOD], [BAD])),
+        ({"prompt": "hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, ([USER], [GOOD], [BAD])),
+        ({"prompt": [USER | {"name": None}], "chosen": [GOOD], "rejected": [BAD]}, ([USER], [GOOD], [BAD])),
+    ],
+)
+def test_the_forms_of_a_pair(row, expected):
+    (pair,) = read_pairs([row], "data")
+    assert (pair.prompt, pair.chosen, pair.rejected) == expected and pair.margin is pair.gold is None
+
+
+def test_margins_and_gold_rewards_are_read_and_identical_pairs_left_out():
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2, "chosen_gold": 1, "rejected_gold": 0.5}
+    pairs = read_pairs([row, row | {"rejected": "a"}], "data")
+    assert pairs == [Pair("p", "a", "b", 2.0, (1.0, 0.5))]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "data is empty"),
+        ([{"prompt": "p", "completion": "a", "label": True}], "no column 'chosen'"),
+        ([{"prompt": "p", "chosen": "a", "reject": "b"}], "no column 'rejected'.*Did you mean 'reject'"),
+        ([{"prompt": "p", "chosen": "a", "rejected": "a"}] * 3, "identical in every one of the 3 rows"),
+        ([{"prompt": "p", "chosen": None, "rejected": "a"}], "row 0: chosen is None"),
+        ([{"prompt": "p", "chosen": "a", "rejected": [BAD]}], "one of chosen and rejected is text"),
+        ([{"prompt": "p", "chosen": [GOOD], "rejected": [BAD]}], "the prompt is text and chosen"),
+        ([{"prompt": 3, "chosen": "a", "rejected": "b"}], "the prompt is 3"),
+        ([{"prompt": "p", "chosen": "a", "rejected": "b", "margin": "big"}], "margin is 'big'"),
+    ],
+)
+def test_rows_that_are_no_preferences_are_refused(rows, words):
+    with pytest.raises(Refused, match=words):
+        read_pairs(rows, "data")
+
+
+def test_held_out_pairs_share_no_prompt_with_the_others():
+    pairs = [Pair(f"p{i % 50}", f"a{i}", "b") for i in range(200)]
+    train, held_out = hold_out(pairs, 30, seed=0)
+    assert len(held_out) == 32 and len(train) == 168  # four pairs a prompt: the eighth prompt fills it
+    assert {pair.prompt for pair in train}.isdisjoint(pair.prompt for pair in held_out)
+    assert hold_out(pairs, 30, seed=0) == (train, held_out) != hold_out(pairs, 30, seed=1)
+    assert len(hold_out(pairs, 10_000, seed=0)[1]) == 40  # a fifth
+    one_prompt = [Pair("", f"a{i}", "b") for i in range(10)]
+    assert [len(part) for part in hold_out(one_prompt, 3, seed=0)] == [8, 2]
+    with pytest.raises(Refused, match="at least 2 pairs"):
+        hold_out(one_prompt[:1], 1, seed=0)
+
+
+def test_splits_of_a_source(tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(20)]
+    train, held_out = load_pairs({"train": rows[:15], "test": rows[15:]}, eval_size=3)
+    assert (
+        len(train) == 15
+        and len(held_out) == 3
+        and {p.prompt for p in held_out} <= {f"p{i}" for i in range(15, 20)}
+    )
+    with pytest.raises(Refused, match="no split 'dev'"):
+        load_pairs({"train": rows}, eval_split="dev")
+    with pytest.raises(Refused, match="no such file"):
+        load_pairs(str(tmp_path / "nothing.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(Refused, match=r"could not be read|empty"):
+        load_pairs(str(tmp_path / "empty.jsonl"))
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(load_pairs(tmp_path / "some.jsonl")[1]) == 4

@@ -1,0 +1,330 @@
+"""Reward models: the loss and its gradient by hand, scores free of padding, and a run from start to end."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, apart, gradient, make_model, make_policy, make_tokenizer, weights
+
+from tokenrl.errors import Refused, Stopped
+from tokenrl.language.preferences.arguments import RewardModelArguments
+from tokenrl.language.preferences.backbone import reward_backbone
+from tokenrl.language.preferences.evaluation import (
+    calibration,
+    clustered_stderr,
+    encode_pairs,
+    expected_calibration_error,
+    preference_metrics,
+    score_pairs,
+)
+from tokenrl.language.preferences.fit import bradley_terry_loss, fit_reward_model, train_reward_model
+from tokenrl.language.preferences.pairs import Pair, read_pairs
+from tokenrl.language.preferences.report import report_reward_model
+from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.rewards.rewards import Rewards
+
+TEXTS = [("the cat", " sat", " on the mat and the dog"), ("a", " log", " b"), ("count", " to ten", "")]
+PAIRS = [Pair(*texts) for texts in TEXTS]
+
+
+def rows_to_learn(count=160, seed=0):
+    """The completion with more dogs is chosen."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        words = [generator.permutation(["dog"] * n + ["cat"] * (4 - n)) for n in generator.permutation(5)[:2]]
+        texts = sorted((" " + " ".join(w) for w in words), key=lambda text: -text.count("dog"))
+        golds = [float(text.count("dog")) for text in texts]
+        rows.append({"prompt": f"the {i}", "chosen": texts[0], "rejected": texts[1],
+                     "chosen_gold": golds[0], "rejected_gold": golds[1]})  # fmt: skip
+    return rows
+
+
+def untrained(architecture="llama", kind="pad", **options):
+    return reward_backbone((make_model(architecture, **options), make_tokenizer(kind)), seed=1)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.7, torch.tensor([0.0, 1.0, -0.5], dtype=torch.float64)])
+@pytest.mark.parametrize(("coefficient", "smoothing"), [(0.0, 0.0), (0.05, 0.0), (0.0, 0.1), (0.3, 0.2)])
+def test_the_loss_and_its_gradient_are_those_of_the_formula(margin, coefficient, smoothing):
+    chosen = torch.tensor([1.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    rejected = torch.tensor([0.1, 0.4, 0.5], dtype=torch.float64, requires_grad=True)
+    options = {"center_rewards_coefficient": coefficient, "label_smoothing": smoothing}
+    loss = bradley_terry_loss(chosen, rejected, margin=margin, **options)
+    loss.backward()
+    margins = torch.as_tensor(margin, dtype=torch.float64).expand(3).tolist()
+    expected, by_chosen, by_rejected = 0.0, [], []
+    for c, r, m in zip(chosen.tolist(), rejected.tolist(), margins, strict=True):
+        p = 1 / (1 + math.exp(-(c - r - m)))
+        expected -= ((1 - smoothing) * math.log(p) + smoothing * math.log(1 - p)) / 3
+        expected += coefficient * (c + r) ** 2 / 3
+        by_chosen.append((p - (1 - smoothing) + 2 * coefficient * (c + r)) / 3)
+        by_rejected.append(((1 - smoothing) - p + 2 * coefficient * (c + r)) / 3)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert chosen.grad.tolist() == pytest.approx(by_chosen, rel=1e-12)
+    assert rejected.grad.tolist() == pytest.approx(by_rejected, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["pad", "pad_is_eos", "no_pad"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padding_and_batch_change_neither_scores_nor_gradient(architecture, kind):
+    judge = untrained(architecture, kind, dtype="float64")
+    encoded = encode_pairs(judge, PAIRS)
+    assert len({len(ids) for both in encoded for ids in both}) > 4  # so that there is padding
+
+    alone = [judge.logits([ids]) for both in encoded for ids in both]  # no row has a neighbour
+    single = sum(bradley_terry_loss(c, r) for c, r in zip(alone[::2], alone[1::2], strict=True)) / len(PAIRS)
+    single.backward()
+    by_one = gradient(judge.model)
+    judge.model.zero_grad()
+    chosen, rejected = judge.logits([e[0] for e in encoded] + [e[1] for e in encoded]).chunk(2)
+    bradley_terry_loss(chosen, rejected).backward()
+    assert torch.stack([chosen, rejected], dim=1).flatten().tolist() == pytest.approx(
+        [a.item() for a in alone], abs=1e-12
+    )
+    assert apart(gradient(judge.model), by_one) < 1e-9
+
+    hidden = judge.model.base_model(input_ids=torch.tensor([encoded[0][0]])).last_hidden_state[0, -1]
+    assert (judge.model.score.weight @ hidden).item() == pytest.approx(alone[0].item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_reward_model_keeps_the_backbone_and_draws_a_head(architecture, saved):
+    policy = make_policy(architecture)
+    before = weights(policy.model)
+    of_policy, of_files = reward_backbone(policy, seed=1), reward_backbone(str(saved(architecture)), seed=1)
+    assert torch.equal(weights(of_policy.model), weights(of_files.model))
+    assert torch.equal(weights(of_files.model.base_model), weights(policy.model.base_model))
+    head, other = (reward_backbone(policy, seed=seed).model.score.weight for seed in (1, 2))
+    assert head.shape == (1, 32) and torch.equal(head, of_files.model.score.weight)
+    assert not torch.equal(head, other) and 0.1 < head.std() * 33**0.5 < 2
+    train = RewardModelArguments(max_steps=1, batch_size=3, learning_rate=0.1)
+    fit_reward_model(of_policy, PAIRS, train, lambda step, metrics: False)
+    assert torch.equal(weights(policy.model), before)  # a copy was trained
+    assert policy.model.config.num_labels == 2
+    assert not torch.equal(weights(of_policy.model), weights(of_files.model))
+
+
+def test_the_first_update_follows_the_arguments():
+    def first(args, pairs=PAIRS):
+        metrics = []
+        judge = untrained()
+        steps = RewardModelArguments(max_steps=3, batch_size=3, learning_rate=1e-3, **args)
+        made = fit_reward_model(judge, pairs, steps, lambda step, m: metrics.append(m) or step == 2)
+        assert made == len(metrics) == 2  # told to stop
+        assert [m["learning_rate"] for m in metrics] == pytest.approx([1e-3, 2e-3 / 3])
+        return metrics[0]
+
+    judge = untrained()
+    rewards = torch.tensor(score_pairs(judge, encode_pairs(judge, PAIRS)))
+    for args in ({}, {"margin": 0.5}, {"center_rewards_coefficient": 0.1}, {"label_smoothing": 0.2}):
+        expected = bradley_terry_loss(rewards[:, 0], rewards[:, 1], **args)
+        assert first(args)["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    difference = rewards[:, 0] - rewards[:, 1]
+    assert first({})["accuracy"] == pytest.approx((difference > 0).double().mean().item(), rel=1e-6)
+    assert first({})["margin"] == pytest.approx(difference.mean().item(), rel=1e-4, abs=1e-6)
+    column = [Pair(*texts, margin=m) for texts, m in zip(TEXTS, (0.0, 2.0, -1.0), strict=True)]
+    margins = torch.tensor([0.0, 2.0, -1.0])
+    expected = bradley_terry_loss(rewards[:, 0], rewards[:, 1], margin=margins)
+    assert first({}, column)["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_metrics_by_hand():
+    rewards = np.array([[2.0, 1.0], [0.0, 1.0], [1.0, 1.0], [3.0, -1.0]])
+    golds = [(1.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)]
+    pairs = [Pair(prompt, "a", "b", None, gold) for prompt, gold in zip("ppqr", golds, strict=True)]
+    found = preference_metrics(rewards, pairs)
+    assert found["accuracy"] == (1 + 0 + 0.5 + 1) / 4
+    assert found["noise_ceiling"] == (1 + 1 + 0 + 0.5) / 4
+    assert found["gold_agreement"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert found["margin"] == 1.0
+    losses = [math.log1p(math.exp(-d)) for d in (1, -1, 0, 4)]
+    assert found["loss"] == pytest.approx(sum(losses) / 4)
+    # over the prompts: sums of deviations -0.25 (p), -0.125 (q), 0.375 (r)
+    assert found["accuracy_stderr"] == pytest.approx(math.sqrt(3 / 2 * (0.0625 + 0.015625 + 0.140625)) / 4)
+    assert "noise_ceiling" not in preference_metrics(rewards, [Pair("p", "a", "b")] * 4)
+    assert "accuracy_stderr" not in preference_metrics(rewards, [Pair("p", "a", "b")] * 4)
+    values = np.array([1.0, 0.0, 1.0, 1.0])
+    assert clustered_stderr(values, range(4)) == pytest.approx(values.std(ddof=1) / 2)
+
+
+def test_calibration_by_hand_and_of_a_model_that_is_calibrated():
+    logit = lambda p: math.log(p / (1 - p))  # noqa: E731
+    curve = calibration(np.array([logit(0.81), -logit(0.83), logit(0.82), logit(0.52), 1e3]), bins=10)
+    assert [b.count for b in curve] == [1, 3, 1]
+    assert [b.predicted for b in curve] == pytest.approx([0.52, 0.82, 1.0])
+    assert [b.observed for b in curve] == pytest.approx([1.0, 2 / 3, 1.0])
+    expected = (abs(1 - 0.52) + 3 * abs(2 / 3 - 0.82)) / 5
+    assert expected_calibration_error(curve) == pytest.approx(expected)
+
+    generator = np.random.default_rng(0)
+    apart_by = generator.normal(0, 2, 40_000)
+    first = generator.random(40_000) < 1 / (1 + np.exp(-apart_by))
+    difference = np.where(first, apart_by, -apart_by)  # of the chosen one
+    assert expected_calibration_error(calibration(difference)) < 0.015
+    assert expected_calibration_error(calibration(2 * difference)) > 0.05
+
+
+def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    options = {"max_steps": 25, "batch_size": 16, "learning_rate": 3e-3, "eval_size": 32, "quiet": True}
+    run = tmp_path / "run"
+    result = train_reward_model(data=rows_to_learn(), model=str(saved()), output_dir=run, **options)
+    assert result.eval_before["accuracy"] < 0.8 < 0.9 < result.eval_after["accuracy"]
+    assert result.eval_after["noise_ceiling"] == 1 and result.steps == 25
+    assert result.eval_after["gold_agreement"] == result.eval_after["accuracy"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["eval_after"] == result.eval_after and summary["calibration"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(26))
+    assert lines[0]["eval_accuracy"] == result.eval_before["accuracy"]
+    assert lines[25]["eval_accuracy"] == result.eval_after["accuracy"]
+    config = json.loads((run / "config.json").read_text())
+    assert config["pairs"] == {"train": 128, "held_out": 32} and "--max-steps 25" in config["command"]
+
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        run / "model", output_loading_info=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert not loading["missing_keys"] and model.config.num_labels == 1
+    texts = ["the 5 dog", "the 5 dog dog cat dog", "the cat"]
+    # As TRL calls a reward model.
+    inputs = tokenizer(
+        texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
+    )
+    with torch.no_grad():
+        logits = model(**inputs).logits[:, 0].tolist()
+    prompts, completions = ["the", "the", "the"], [text[3:] for text in texts]
+    assert logits == pytest.approx(result.reward_model(prompts, completions), abs=1e-5)
+    again = Rewards(str(run / "model"))
+    assert again(prompts, completions, [[]] * 3, {}, step=0).total == pytest.approx(logits, abs=1e-5)
+
+    first = (run / "metrics.jsonl").read_text()
+    (run / "calibration.png").unlink()
+    report_reward_model(run)
+    assert (run / "calibration.png").stat().st_size > 10_000 and "of held-out" not in first
+    with pytest.raises(Refused, match="already holds a run"):
+        train_reward_model(data=rows_to_learn(), model=str(saved()), output_dir=run, **options)
+    train_reward_model(data=rows_to_learn(), model=str(saved()), output_dir=run, overwrite=True, **options)
+    assert (run / "metrics.jsonl").read_text() == first  # the seed decides everything
+
+
+def test_a_task_makes_its_own_preferences_at_the_width_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    options = {"task": "vowels", "num_pairs": 60, "eval_size": 20, "max_steps": 2, "quiet": True}
+    result = train_reward_model(output_dir=tmp_path / "run", hidden_size=16, noise_temperature=1.0, **options)
+    assert result.reward_model.model.config.hidden_size == 16
+    rows = [json.loads(line) for line in (tmp_path / "run" / "preferences.jsonl").read_text().splitlines()]
+    assert 40 < len(rows) <= 60 and "chosen_gold" in rows[0]
+    assert 0.5 <= result.eval_after["noise_ceiling"] < 1
+    # its own pairs, read back from the file, with the same backbone
+    data = str(tmp_path / "run" / "preferences.jsonl")
+    other = train_reward_model(output_dir=tmp_path / "b", data=data, hidden_size=16, **options)
+    assert other.reward_model.model.config.hidden_size == 16
+    with pytest.raises(Refused, match="hidden_size=18 does not fit"):
+        train_reward_model(output_dir=tmp_path / "c", hidden_size=18, **options)
+
+
+def test_a_check_writes_nothing(tmp_path, saved, capsys):
+    options = {"data": rows_to_learn(20), "model": str(saved()), "output_dir": tmp_path / "run"}
+    result = train_reward_model(**options, check=True)
+    assert result.exit_reason == "check" and "Check passed" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": None}, "--data FILE.*--task NAME"),
+        ({"model": None}, "--model DIRECTORY_OR_HUB_NAME"),
+        ({"model": "no/such/model"}, "No model could be loaded from 'no/such/model'"),
+        ({"data": []}, "is empty"),
+        ({"data": [{"prompt": "p", "completion": "a"}]}, "no column 'chosen'"),
+        ({"data": [GOOD | {"rejected": "a"}] * 4}, "identical in every one"),
+        ({"data": [GOOD, GOOD | {"chosen": "cat " * 200}] * 4}, "3 of 7 pairs.*64 tokens"),
+        ({"data": [GOOD | {"margin": 1.0}] * 4, "margin": 0.5}, "a column 'margin' were both given"),
+        ({"hidden_size": 16}, "with --model the width"),
+        ({"label_smoothing": 0.5}, "label_smoothing=0.5"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"learning_rate": 0.0}, "learning_rate=0"),
+        ({"margin": math.nan}, "margin=nan"),
+        ({"max_step": 3}, "Unknown argument max_step"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(changes, words, tmp_path, saved):
+    given = {"data": [GOOD] * 8, "model": str(saved()), "output_dir": tmp_path / "run", "quiet": True}
+    with pytest.raises(Refused, match=words):
+        train_reward_model(**given | changes)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_classifiers_of_several_labels_and_incomplete_models_are_refused(tmp_path, saved):
+    from transformers import LlamaForSequenceClassification
+
+    model = make_model()
+    model.config.num_labels = 3
+    three = LlamaForSequenceClassification(model.config)
+    three.save_pretrained(tmp_path / "three")
+    make_tokenizer().save_pretrained(tmp_path / "three")
+    for source in (str(tmp_path / "three"), (three, make_tokenizer())):
+        with pytest.raises(Refused, match="has 3 labels"):
+            reward_backbone(source)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    judge = untrained()
+    options = {"data": rows_to_learn(20), "model": (judge.model, judge.tokenizer), "quiet": True}
+    with pytest.raises(Stopped, match="loss of the reward model is inf at step 1"):
+        train_reward_model(output_dir=tmp_path / "run", margin=1e39, **options)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["exit_reason"] == "failed" and "inf" in summary["error"]
+    with torch.no_grad():
+        judge.model.score.weight.fill_(math.nan)
+    with pytest.raises(Refused, match=r"Before the first step: 8 of 8 rewards are not finite"):
+        train_reward_model(output_dir=tmp_path / "other", **options)
+    with pytest.raises(Refused, match="ended early"):
+        report_reward_model(tmp_path / "run")
+
+
+def test_chat_preferences_are_scored_as_the_reward_is(tmp_path):
+    judge = untrained(kind="chat")
+    row = {
+        "chosen": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}],
+        "rejected": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "dog dog"}],
+    }
+    pairs = read_pairs([row], "data")
+    scores = score_pairs(judge, encode_pairs(judge, pairs))
+    prompt = [{"role": "user", "content": "the cat"}]
+    assert scores[0].tolist() == pytest.approx(judge([prompt] * 2, ["sat", "dog dog"]), abs=1e-6)
+    assert isinstance(judge, RewardModel) and scores[0, 0] != scores[0, 1]
+
+
+@pytest.mark.slow
+def test_trl_trains_on_a_reward_model_and_gives_the_same_rewards(tmp_path, saved):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    model = str(saved(initializer_range=0.1))
+    options = {"max_steps": 2, "output_dir": tmp_path / "judge", "quiet": True}
+    judge = train_reward_model(data=rows_to_learn(20), model=model, **options).reward_model
+    args = trl.GRPOConfig(
+        output_dir=str(tmp_path / "trl"), max_steps=1, num_generations=2, per_device_train_batch_size=2,
+        max_completion_length=4, use_cpu=True, bf16=False, report_to=[], save_strategy="no",
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=str(tmp_path / "judge" / "model"),
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": "the cat"}] * 4),
+        processing_class=make_tokenizer(),
+    )
+    trainer.train()
+    texts = list(trainer._logs["completion"])
+    rewards = next(iter(trainer._logs["rewards"].values()))
+    assert list(rewards) == pytest.approx(judge(list(trainer._logs["prompt"]), texts), abs=1e-4)

@@ -1,0 +1,166 @@
+"""The rewards of the library on cases counted by hand, and what of their options is refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenrl.errors import Refused, Stopped
+from tokenrl.language.rewards.library import (
+    LIBRARY,
+    ExactMatch,
+    Length,
+    NumericAnswer,
+    RegexFormat,
+    Repetition,
+    Sentiment,
+    ValidJson,
+    final_number,
+)
+from tokenrl.language.rewards.rewards import Rewards
+
+
+def chat(*texts):
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def test_every_reward_has_its_name_and_takes_text_and_chat_alike():
+    made = {"regex_format": RegexFormat("yes.*"), "length": Length(target=3, unit="characters")}
+    made |= {name: kind() for name, kind in LIBRARY.items() if name not in made}
+    texts = ["yes", "12", '{"a": 1}', "good good good good"]
+    for name, reward in made.items():
+        assert reward.__name__ == name and Rewards(reward).names == [name]
+        columns = {"answer": ["yes", "13", "1", "x"]}
+        assert reward(completions=texts, **columns) == reward(completions=chat(*texts), **columns)
+    several = [[{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]]
+    assert RegexFormat("a\nb")(completions=several) == [1.0]
+
+
+def test_exact_match_and_what_it_overlooks():
+    answer = ["Paris", "Paris", "Paris", "the cat", 3, None]
+    texts = [" Paris\n", "paris", "Paris!", "the  cat", "3", "x"]
+    assert ExactMatch()(completions=texts, answer=answer) == [1, 0, 0, 0, 1, None]
+    assert ExactMatch(strip=False)(completions=texts, answer=answer)[0] == 0
+    for option, row in (("ignore_case", 1), ("ignore_punctuation", 2), ("collapse_spaces", 3)):
+        found = ExactMatch(**{option: True})(completions=texts, answer=answer)
+        assert [i for i in range(1, 4) if found[i]] == [row]
+    assert ExactMatch(column="target")(completions=["a"], target=["a"]) == [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("the answer is 42.", 42), ("12 and then 7", 7), ("x=-5", -5), ("3-5", 5), ("\u22123.5", -3.5),
+        ("1,234,567.5 km", 1234567.5), ("1,2,3", 3), ("1,2345", 2345), ("1e-3", 1e-3), ("3/4 of it", 0.75),
+        ("$1,200", 1200), ("-$5", -5), ("+2", 2), ("x2", None), ("2.5cm", 2.5), (".5", 0.5), ("1.2.3", 1.2),
+        ("1/0", None), ("1e999", None), ("", None), ("none", None), ("- 5 apples", 5),
+        (r"\frac{3}{4}", 0.75), (r"so -\dfrac{1}{2}", -0.5), (r"\frac{1}{0}", None),
+        ("9 + 9 = 18\n#### 18\n(checked 3 times)", 18), ("#### no", None), ("7 #### 1 #### 2", 2),
+        (r"\boxed{41} or \boxed{42}, 7", 42), (r"\boxed{x = 5}", 5), (r"\boxed{\frac{1}{4}}", 0.25),
+        (r"\boxed{5\text{ cm}^2}", 5), (r"\boxed{1\,000}", 1000), (r"\boxed{y} 3", None), (r"\fbox{3} 9", 3),
+        (r"\frac{1.2.3}{4}", None), (r"\boxed{3} #### 4", 3),
+    ],
+)  # fmt: skip
+def test_the_final_number(text, number):
+    assert final_number(text) == (None if number is None else pytest.approx(number, rel=1e-12))
+
+
+def test_a_box_that_never_closes_is_no_box():
+    assert final_number(r"7 \boxed{8") == 8 and final_number(r"\boxed{7} \boxed{8") == 7
+
+
+@given(
+    st.floats(-1e12, 1e12).filter(lambda x: abs(x) > 1e-9), st.sampled_from(["{}", "so {} it is", "#### {}"])
+)
+def test_any_number_that_python_prints_is_read_back(number, frame):
+    assert final_number(frame.format(repr(number))) == number
+    assert final_number(rf"2 \boxed{{{number!r}}} 3") == number
+
+
+@given(st.text(alphabet=r"\boxed{frac}#0123456789.,-+e/$ =", max_size=60))
+def test_no_text_breaks_the_reading_of_numbers(text):
+    found = final_number(text)
+    assert found is None or abs(found) < float("inf")
+
+
+def test_numeric_answers_and_their_tolerance():
+    reward = NumericAnswer(tolerance=0.01)
+    answer = ["42", 42, "so #### 42", "no number", None, "1000", "0.5", "0.5"]
+    texts = ["42.4", "42.5", r"\boxed{42}", "42", "42", "990", "0.509", "0.512"]
+    assert reward(completions=texts, answer=answer) == [1, 0, 1, None, None, 1, 1, 0]
+    assert NumericAnswer()(completions=["0.3333333", "1/3", "3"], answer=["1/3"] * 3) == [1, 1, 0]
+    assert NumericAnswer(tolerance=0)(completions=["2", "2.0000001"], answer=[2.0, 2]) == [1, 0]
+    assert NumericAnswer(column="n")(completions=["__import__('os')"], n=[1]) == [0]
+
+
+def test_patterns_match_the_whole_text_or_anywhere():
+    pattern, texts = r"<think>.*</think>", ["<think>a</think>", "<think>a</think> b", "<think>a\n</think>"]
+    assert RegexFormat(pattern)(completions=texts) == [1, 0, 0]
+    assert RegexFormat(pattern, search=True)(completions=texts) == [1, 1, 0]
+    assert RegexFormat("(?s)" + pattern)(completions=texts) == [1, 0, 1]
+
+
+def test_length_is_measured_in_tokens_words_or_characters():
+    texts, ids = ["a bc", "a b c d e f", ""], [[5, 6], [5] * 6, [2]]
+    assert Length(target=4)(completions=texts, completion_ids=ids) == [-0.5, -0.5, -0.75]
+    assert Length(target=4, unit="characters")(completions=texts) == [0, -7 / 4, -1]
+    assert Length(max=2, unit="words")(completions=texts) == [0, -2, 0]
+    result = Rewards(Length(max=1))(["p"] * 3, texts, ids, {}, step=0)  # ids reach it by name
+    assert result.total.tolist() == [-1, -5, 0]
+    with pytest.raises(ValueError, match="needs completion_ids"):
+        Length(max=1)(completions=texts)
+
+
+def test_repetition_counts_the_grams_that_stood_before():
+    texts = ["a b c d", "a b A b a", "a a a a", "a b", ""]
+    assert Repetition(n=2)(completions=texts) == pytest.approx([0, -0.5, -2 / 3, 0, 0])
+    assert Repetition(n=1, unit="characters")(completions=["aab"]) == pytest.approx([-1 / 3])
+    assert Repetition(n=3, unit="tokens")(completions=["x"], completion_ids=[[1, 1, 1, 1]]) == [-0.5]
+
+
+def test_json_is_valid_or_not():
+    good = ['{"name": "a", "age": 3}', " [1, 2]\n", '"x"', "1" * 5000]
+    bad = ["{'name': 1}", '{"a": 1} ok', "NaN", "[Infinity]", "", "[" * 100_000, '```json\n{"a": 1}\n```']
+    assert ValidJson()(completions=good + bad) == [1] * 4 + [0] * 7
+    assert ValidJson(required=["name", "age"])(completions=[*good, '{"name": 1}']) == [1, 0, 0, 0, 0]
+
+
+def test_sentiment_is_the_balance_of_words():
+    texts = [
+        "A great, lovely film.",
+        "great but boring",
+        "It was awful!",
+        "not great",
+        "wasn\u2019t bad",
+        "green",
+    ]
+    assert Sentiment()(completions=texts) == [1, 0, -1, -1, 1, 0]
+    assert Sentiment(positive=["green"], negative=["red"])(completions=["green red green", "good"]) == [
+        1 / 3,
+        0,
+    ]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Length(), lambda: Length(target=1, max=2), lambda: Length(target=0), lambda: Length(max="3"),
+        lambda: Length(target=True), lambda: Length(target=3, unit="bytes"), lambda: Repetition(n=0),
+        lambda: Repetition(n=2.0), lambda: Repetition(unit="lines"), lambda: RegexFormat("("),
+        lambda: RegexFormat(3), lambda: ValidJson(required="name"), lambda: ValidJson(required=[1]),
+        lambda: NumericAnswer(tolerance=-1), lambda: NumericAnswer(tolerance=float("nan")),
+    ],
+)  # fmt: skip
+def test_options_that_make_no_sense_are_refused(make):
+    with pytest.raises(Refused, match=r"(length|repetition|regex_format|valid_json|numeric_answer)\("):
+        make()
+
+
+def test_a_column_that_is_not_there_is_refused_before_the_first_step():
+    for reward in (ExactMatch(column="anser"), NumericAnswer(column="anser")):
+        with pytest.raises(Refused, match=r"column 'anser'.*Did you mean 'answer'.*\(column='...'\)"):
+            Rewards(reward).check_columns(["prompt", "answer"])
+    Rewards(ExactMatch()).check_columns(["prompt", "answer"])
+    with pytest.raises(Stopped, match="exact_match raised KeyError: 'answer'"):
+        Rewards(ExactMatch())(["p"], ["c"], [[1]], {}, step=0)

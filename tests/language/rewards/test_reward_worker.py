@@ -1,0 +1,220 @@
+"""Rewards under a deadline: what hangs is killed, what works comes back as it would from this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tokenrl
+from tokenrl.errors import Refused, Stopped
+from tokenrl.language.rewards.rewards import RewardModel, Rewards, load_reward
+from tokenrl.language.tasks.task import PromptTask
+from toy_tasks.models import TinyModel
+
+COMPLETIONS = ["one", "three", "", "aaaa"]
+PROMPTS = ["p0", "p1", "p2", "p3"]
+IDS = [[1], [2, 3], [], [4]]
+
+FILE = """
+import asyncio, os, re, subprocess, sys, threading, time
+
+def length(completions, **_):
+    return [len(text) for text in completions]
+
+def half(completions, completion_ids, level, trainer_state, log_extra, log_metric):
+    log_extra("level", level)
+    log_metric("step", trainer_state.global_step)
+    return [None if not ids else len(ids) / 2 for ids in completion_ids]
+
+def backtracks(completions, **_):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    open("child", "w").write(str(child.pid))
+    for text in completions:
+        re.match("(a+)+$", "a" * 40 + "b")  # 2^40 ways to fail, and the interpreter held all along
+    return [0.0] * len(completions)
+
+calls = 0
+
+def hangs_later(completions, **_):
+    global calls
+    calls += 1
+    while calls > 4:
+        pass
+    return [float(len(text)) for text in completions]
+
+async def awaits(completions, **_):
+    await asyncio.sleep(600)
+
+def strict(completions, **_):
+    return [1 / len(text) for text in completions]
+
+def infinite(completions, **_):
+    return [0.0, 1.0, float("inf"), 0.0]
+
+def gone(completions, **_):
+    os._exit(9)
+
+def unsendable(completions, log_extra, **_):
+    log_extra("lock", [threading.Lock()] * len(completions))
+    return [0.0] * len(completions)
+
+def forever(completions, **_):
+    return [0.0] * len(completions)
+
+class Judge:
+    def __init__(self):
+        self.lock = threading.Lock()
+    def __call__(self, completions, **_):
+        return [float(os.getpid())] * len(completions)
+
+judge = Judge()
+"""
+
+
+class Points:
+    """An instance that can be pickled; this module is imported by the worker."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, completions, **_):
+        self.value += 1
+        return [self.value] * len(completions)
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "worked.py").write_text(FILE)
+
+
+def call(names, *, timeout=60.0, columns=None, **options):
+    rewards = Rewards([f"worked.py:{name}" for name in names], timeout=timeout, **options)
+    return rewards(PROMPTS, COMPLETIONS, IDS, columns or {"level": [1, 2, 3, 4]}, step=7)
+
+
+def test_a_call_gives_what_it_gives_without_a_deadline():
+    names = ["length", "half"]
+    there, here = call(names), call(names, timeout=None)
+    np.testing.assert_array_equal(there.values, here.values)
+    assert there.values[:, 0].tolist() == [3, 5, 0, 4] and there.total.tolist() == [3.5, 6, 0, 4.5]
+    assert there.metrics == here.metrics and there.metrics["step"] == 7
+    assert there.extra == here.extra == {"level": [1, 2, 3, 4]}
+
+
+def test_a_function_of_a_file_is_found_again_in_its_file():
+    rewards = Rewards(load_reward("worked.py:length"), timeout=60.0)  # as the reward of a task in a file
+    assert rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0).total.tolist() == [3, 5, 0, 4]
+
+
+def test_one_process_serves_every_call_and_keeps_its_own_state():
+    points = Points(0)
+    rewards = Rewards(["worked.py:judge", points], timeout=60.0)
+    totals = [rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0).values for _ in range(2)]
+    assert totals[0][0, 0] == totals[1][0, 0] != os.getpid()  # an object with a lock, made there by its name
+    assert [values[0, 1] for values in totals] == [1, 2] and points.value == 0
+    process = rewards._worker._process
+    del rewards
+    assert process.exitcode is not None  # nothing is left over
+
+
+def test_a_pattern_that_backtracks_for_ever_is_killed_with_all_that_it_started(tmp_path):
+    rewards = Rewards(["worked.py:length", "worked.py:backtracks"], timeout=1.0)
+    with pytest.raises(
+        Stopped, match=r"^Reward function backtracks did not return within 1 s \(reward_timeout=1\)"
+    ):
+        rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0)
+    assert rewards._worker._process is None
+    child = int((tmp_path / "child").read_text())
+    for _ in range(100):  # the system reaps it when it gets to it
+        if not running(child):
+            break
+        time.sleep(0.1)
+    assert not running(child)
+
+
+def running(pid):
+    stat = Path(f"/proc/{pid}/stat")  # a zombie has been killed, and waits for whoever reaps it
+    try:
+        os.kill(pid, 0)
+        return not stat.exists() or stat.read_text().split()[2] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def test_async_functions_share_a_deadline_and_are_named():
+    with pytest.raises(Stopped, match="Of the async reward functions awaits at least one did not return"):
+        call(["length", "awaits"], timeout=0.7)
+
+
+def test_faults_come_back_with_function_row_and_cause():
+    with pytest.raises(
+        Stopped, match=r"strict raised ZeroDivisionError: .*row 2 of 4, completion ''"
+    ) as caught:
+        call(["strict"])
+    assert "worked.py" in str(caught.value.__cause__) and "1 / len(text)" in str(caught.value.__cause__)
+    with pytest.raises(Stopped, match=r"infinite returned inf for row 2, completion ''"):
+        call(["infinite"])
+    with pytest.raises(Stopped, match=r"gone ended the process that it ran in \(exit code 9\)"):
+        call(["gone"])
+    with pytest.raises(Stopped, match=r"log_extra \(lock\) cannot be sent back"):
+        call(["unsendable"])
+    with pytest.raises(Refused, match="half has a parameter 'level'"):
+        call(["half"], columns={"other": [0] * 4})
+    with pytest.raises(Stopped, match=r"arguments of the reward functions .*lock.* cannot be sent"):
+        call(["length"], columns={"lock": [threading.Lock()] * 4})
+
+
+def test_what_cannot_be_handed_over_is_refused_with_the_mend():
+    def inner(completions):
+        return [0.0] * len(completions)
+
+    for function, name in ((inner, "inner"), (lambda completions: [0.0], "reward")):
+        with pytest.raises(
+            Refused, match=rf"Reward function {name} cannot run under reward_timeout.*name it"
+        ):
+            Rewards(function, timeout=5.0)
+    assert Rewards(inner).names == ["inner"]
+    for timeout in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(Refused, match=r"reward_timeout=.*: give seconds above 0"):
+            Rewards("worked.py:length", timeout=timeout)
+
+
+class Here(RewardModel):
+    """A reward model without the model: what matters is where it is called."""
+
+    def __init__(self):
+        self.__name__, self.lock = "here", threading.Lock()
+
+    def __call__(self, prompts, completions, **_):
+        return [float(os.getpid())] * len(completions)
+
+
+def test_a_reward_model_stays_in_this_process():
+    rewards = Rewards([Here(), "worked.py:length"], [1.0, 0.5], timeout=60.0)
+    result = rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0)
+    assert result.values[:, 0].tolist() == [os.getpid()] * 4 and result.values[:, 1].tolist() == [3, 5, 0, 4]
+    assert result.total[1] == os.getpid() + 2.5 and len(result.metrics) == 4
+    assert Rewards(Here(), timeout=60.0)(PROMPTS, COMPLETIONS, IDS, {}, step=0).valid.all()
+
+
+def test_a_run_whose_reward_hangs_stops_with_exit_code_1_and_names_its_checkpoint(tmp_path):
+    rows = [{"prompt": f"{x}{y}>"} for x in "abcd" for y in "abcd"]
+    task = PromptTask("letters", rows[:12], rows[12:], None, max_completion_length=4)
+    model = TinyModel(tuple("abcd>"), layers=1, hidden=16, heads=2, context=16)(0)
+    with pytest.raises(Stopped, match="Reward function hangs_later did not return within 1 s") as caught:
+        tokenrl.train(
+            model=model, task=task, reward="worked.py:hangs_later", reward_timeout=1, eval_every=0,
+            save_every=1, prompts_per_step=4, num_generations=2, max_steps=9, quiet=True,
+            output_dir=tmp_path / "run",
+        )  # fmt: skip
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["exit_reason"], summary["steps"], caught.value.exit_code) == ("failed", 2, 1)
+    assert str(tmp_path / "run" / "checkpoints" / "step_000002") in str(caught.value)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["reward_timeout"] == 1

@@ -1,0 +1,267 @@
+"""Sampling: the frequencies are the model's probabilities, and a completion depends on nothing else."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, ENDS, PROMPTS, make_model, make_policy
+
+from tokenrl.errors import Stopped
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.sampling import sample
+from tokenrl.language.rollout.scoring import score
+from tokenrl.language.rollout.streams import uniforms
+
+
+def tiny(eos=(0,), vocabulary=4, **options) -> Policy:
+    """A policy without a tokenizer, of few enough sequences to enumerate."""
+    model = make_model(vocabulary=vocabulary, bos_token_id=None, eos_token_id=None, **options)
+    return Policy(model=model, tokenizer=None, eos_ids=eos, pad_id=0, context=None)
+
+
+def draw(policy, prompts, *, places=None, generations=4, length=6, seed=1, step=1, temperature=1.0):
+    places = range(len(prompts)) if places is None else places
+    draws = uniforms(seed, step, places, num_generations=generations, max_completion_length=length)
+    return sample(
+        policy,
+        prompts,
+        num_generations=generations,
+        max_completion_length=length,
+        temperature=temperature,
+        draws=draws,
+    )
+
+
+def greedy(policy, prompts, length=6):
+    return sample(policy, prompts, num_generations=1, max_completion_length=length, draws=None)
+
+
+def completions(rollout):
+    pairs = zip(rollout.completion_ids, rollout.mask, strict=True)
+    return [tuple(ids[keep].tolist()) for ids, keep in pairs]
+
+
+@torch.no_grad()
+def exact_logprobs(model, prompt, sequence, temperature):
+    """Of each token of one sequence, by the model in float64, without cache or padding."""
+    logits = model(torch.tensor([[*prompt, *sequence]])).logits[0, len(prompt) - 1 : -1].double()
+    logp = torch.log_softmax(logits / temperature, dim=-1)
+    return logp[torch.arange(len(sequence)), torch.tensor(sequence)]
+
+
+def sequences(vocabulary, length, eos):
+    """All completions of up to `length` tokens that end with their first EOS or at the length."""
+    for n in range(1, length + 1):
+        for head in itertools.product([i for i in range(vocabulary) if i not in eos], repeat=n - 1):
+            yield from ((*head, last) for last in range(vocabulary) if n == length or last in eos)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("eos", [(0,), (0, 2), ()])
+def test_frequencies_are_the_exact_probabilities(eos, temperature):
+    policy = tiny(eos, initializer_range=0.15)
+    exact = copy.deepcopy(policy.model).double()
+    prompts, n = [[1, 2, 3, 1, 2], [3]], 10_000
+    rollout = draw(policy, prompts, generations=n, length=3, temperature=temperature, seed=7)
+    found = completions(rollout)
+    possible = list(sequences(4, 3, eos))
+    statistic, df = 0.0, 0
+    for prompt, rows in zip(prompts, (found[:n], found[n:]), strict=True):
+        counts = dict.fromkeys(possible, 0)
+        for row in rows:
+            counts[row] += 1  # a KeyError is a completion that goes on after its end, or stops before it
+        p = {s: float(exact_logprobs(exact, prompt, s, temperature).sum().exp()) for s in possible}
+        assert sum(p.values()) == pytest.approx(1)
+        cells = [(counts[s], n * p[s]) for s in possible]
+        rare = [c for c in cells if c[1] < 5]  # one cell, for the chi-square approximation's sake
+        cells = [c for c in cells if c[1] >= 5] + ([tuple(map(sum, zip(*rare, strict=True)))] if rare else [])
+        assert len(cells) > 6
+        statistic += sum((count - expected) ** 2 / expected for count, expected in cells)
+        df += len(cells) - 1
+    # Upper tail of chi-square; a right sampler fails here once in 1,000 seeds, and the seed is fixed.
+    tail = float(torch.special.gammaincc(torch.tensor(df / 2.0), torch.tensor(statistic / 2)))
+    assert tail > 1e-3, (statistic, df)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_and_entropy_are_those_of_the_distribution_sampled_from(architecture, temperature):
+    policy = make_policy(architecture)
+    policy.eos_ids = ENDS
+    prompts = [policy.encode(p) for p in PROMPTS]
+    rollout = draw(policy, prompts, temperature=temperature)
+    assert len(set(rollout.mask.sum(dim=1).tolist())) > 2  # rows really finish at different times
+    with torch.no_grad():
+        scores = score(policy.model, rollout, temperature=temperature, entropy=True)
+    for mine, other in ((rollout.logprobs, scores.logprobs), (rollout.entropy, scores.entropy)):
+        torch.testing.assert_close(
+            mine[rollout.mask], other.detach()[rollout.mask], atol=1e-5, rtol=0, check_dtype=False
+        )
+        assert not mine[~rollout.mask].any()
+    exact = copy.deepcopy(policy.model).double()
+    for row, tokens in enumerate(completions(rollout)):
+        expected = exact_logprobs(exact, prompts[row // 4], tokens, temperature)
+        torch.testing.assert_close(rollout.logprobs[row, : len(tokens)].double(), expected, atol=1e-4, rtol=0)
+
+
+def test_entropy_is_that_of_the_logits():
+    policy = tiny()
+    rollout = draw(policy, [[1, 2]], generations=3, length=1, temperature=0.5)
+    with torch.no_grad():
+        p = torch.softmax(policy.model(torch.tensor([[1, 2]])).logits[0, -1].double() / 0.5, dim=-1)
+    assert rollout.entropy[:, 0].tolist() == pytest.approx([-float((p * p.log()).sum())] * 3, abs=1e-5)
+
+
+def test_masks_end_with_the_first_of_several_eos():
+    policy = make_policy()
+    policy.eos_ids = ENDS
+    rollout = draw(policy, [policy.encode(p) for p in PROMPTS], generations=8)
+    for row, (ids, mask) in enumerate(zip(rollout.completion_ids.tolist(), rollout.mask, strict=True)):
+        length = int(mask.sum())
+        assert mask.tolist() == [t < length for t in range(len(ids))]
+        ended = [i in ENDS for i in ids[:length]]
+        assert not any(ended[:-1])
+        assert ended[-1] or length == 6
+        assert bool(rollout.truncated[row]) == (not ended[-1])
+        assert set(ids[length:]) <= {policy.pad_id}
+    used = {i for ids, m in zip(rollout.completion_ids, rollout.mask, strict=True) for i in ids[m].tolist()}
+    assert len(used & set(ENDS)) > 2
+
+
+def test_no_eos_runs_to_the_length():
+    rollout = draw(tiny(eos=()), [[1], [2, 3]], length=5)
+    assert rollout.mask.all() and rollout.mask.shape == (8, 5) and rollout.truncated.all()
+
+
+def test_immediate_eos_is_one_action():
+    policy = tiny(eos=(0, 1, 2, 3))
+    rollout = draw(policy, [[1], [2, 3]], length=5)
+    assert rollout.completion_ids.shape == (8, 1) and rollout.mask.all() and not rollout.truncated.any()
+
+
+def test_pad_that_is_the_eos_hides_no_action():
+    policy = make_policy(kind="pad_is_eos")
+    assert policy.pad_id in policy.eos_ids
+    policy.eos_ids = ENDS
+    prompts = [policy.encode(p) for p in PROMPTS]
+    first = draw(policy, prompts, generations=8)
+    ended = (~first.truncated).nonzero()[0]
+    policy.pad_id = int(first.completion_ids[ended, first.mask[ended].sum() - 1])
+    second = draw(policy, prompts, generations=8)
+    assert torch.equal(first.mask, second.mask) and completions(first) == completions(second)
+    assert not first.mask.all() and policy.pad_id in completions(second)[ended]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_same_completions_whatever_else_is_in_the_batch(architecture):
+    policy = make_policy(architecture)
+    policy.eos_ids = ENDS
+    prompts = {place: policy.encode(p) for place, p in enumerate(PROMPTS)}
+    alone = {place: completions(draw(policy, [ids], places=[place])) for place, ids in prompts.items()}
+    assert len({c for rows in alone.values() for c in rows}) > 12
+    for order in ([0, 1, 2, 3], [3, 0, 2], [2, 3, 1, 0], [1, 2]):
+        together = completions(draw(policy, [prompts[i] for i in order], places=order))
+        assert together == [c for place in order for c in alone[place]]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("several_eos", [False, True])
+def test_greedy_is_that_of_transformers(architecture, several_eos):
+    policy = make_policy(architecture)
+    policy.eos_ids = ENDS if several_eos else (1,)
+    prompts = [policy.encode(p) for p in PROMPTS]
+    found = greedy(policy, prompts, length=8)
+    padded = policy.model.generate(
+        found.prompt_ids,
+        attention_mask=found.prompt_mask.long(),
+        do_sample=False,
+        max_new_tokens=8,
+        eos_token_id=list(policy.eos_ids),
+        pad_token_id=policy.pad_id,
+    )
+    width = found.completion_ids.shape[1]
+    assert padded[:, found.prompt_ids.shape[1] :].tolist() == found.completion_ids.tolist()
+    assert width == 8 or several_eos
+    assert len(set(completions(found))) == len(prompts)
+    assert greedy(policy, prompts[1:2], length=8).completion_ids[0].tolist() == list(
+        policy.model.generate(
+            torch.tensor(prompts[1:2]),
+            do_sample=False,
+            max_new_tokens=8,
+            eos_token_id=list(policy.eos_ids),
+            pad_token_id=policy.pad_id,
+        )[0, len(prompts[1]) :]
+    )
+
+
+def test_uniforms_depend_on_seed_step_prompt_generation_and_position_only():
+    def table(seed=3, step=5, prompts=(0, 1, 7), generations=4, length=6):
+        return uniforms(seed, step, prompts, num_generations=generations, max_completion_length=length).view(
+            len(prompts), generations, length
+        )
+
+    base = table()
+    assert base.dtype == torch.float64 and base.min() >= 0 and base.max() < 1
+    assert base.unique().numel() == base.numel()
+    assert torch.equal(table(prompts=(7, 0)), base[[2, 0]])
+    assert torch.equal(table(generations=9)[:, :4], base)
+    assert torch.equal(table(length=11)[:, :, :6], base)
+    assert torch.equal(table(length=5), base[:, :, :5])
+    for other in (table(seed=4), table(step=6), table(prompts=(2, 3, 8))):
+        assert not (other == base).any()
+    assert not (table(seed=5, step=3) == base).any()
+
+
+def test_uniforms_are_uniform():
+    draws = uniforms(0, 1, range(50), num_generations=40, max_completion_length=10).flatten()
+    counts = torch.histc(draws.float(), bins=20, min=0, max=1).double()
+    statistic = float(((counts - 1000) ** 2 / 1000).sum())
+    assert statistic < 43.8  # chi-square, df 19: a right generator is above it once in 1,000
+    # Neighbours in position and in generation are uncorrelated: 4 standard errors, 1 in 16,000 each.
+    table = uniforms(0, 1, range(50), num_generations=40, max_completion_length=10).view(50, 40, 10) - 0.5
+    for left, right in (
+        (table[:, :, 1:], table[:, :, :-1]),
+        (table[:, 1:], table[:, :-1]),
+        (table[1:], table[:-1]),
+    ):
+        assert abs(float((left * right).mean()) * 12) < 4 / math.sqrt(left.numel())
+
+
+def test_nan_logits_stop():
+    policy = tiny()
+    with torch.no_grad():
+        policy.model.lm_head.weight[2, 0] = float("nan")
+    for generate in (lambda: draw(policy, [[1]]), lambda: greedy(policy, [[1]])):
+        with pytest.raises(Stopped, match="not finite"):
+            generate()
+
+
+def test_a_token_of_probability_zero_is_never_drawn():
+    class Fixed(torch.nn.Module):
+        """Half on 1, half on 3, nothing on 0, 2 and 4."""
+
+        def forward(self, ids, **_):
+            from transformers import DynamicCache
+            from transformers.modeling_outputs import CausalLMOutputWithPast
+
+            logits = torch.full((*ids.shape, 5), -math.inf)
+            logits[..., [1, 3]] = 0.0
+            return CausalLMOutputWithPast(logits=logits, past_key_values=DynamicCache())
+
+    model = Fixed()
+    model.weight = torch.nn.Parameter(torch.zeros(1))
+    policy = Policy(model=model, tokenizer=None, eos_ids=(), pad_id=0, context=None)
+    draws = torch.tensor([[0.0], [0.5 - 1e-16], [0.5], [1 - 2**-53]], dtype=torch.float64)
+    rollout = sample(policy, [[1]], num_generations=4, max_completion_length=1, draws=draws)
+    assert rollout.completion_ids[:, 0].tolist() == [1, 1, 3, 3]
+    assert rollout.entropy[:, 0].tolist() == pytest.approx([math.log(2)] * 4)
+
+
+def test_sampling_leaves_the_mode_of_the_model_alone():
+    policy = tiny()
+    for training in (True, False):
+        policy.model.train(training)
+        draw(policy, [[1]])
+        assert policy.model.training is training

@@ -1,0 +1,169 @@
+"""Scoring: the shared prompt, the padding and the slicing of rows change neither values nor gradients."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, ENDS, PROMPTS, apart, gradient, make_policy
+
+from tokenrl.language.policy.model import enable_gradient_checkpointing
+from tokenrl.language.rollout.sampling import sample
+from tokenrl.language.rollout.scoring import score
+from tokenrl.language.rollout.streams import uniforms
+
+# RoPE models compute cos and sin in float32 inside transformers, so float64 is exact for GPT-2 alone.
+CASES = [
+    *((a, "float32", 2e-6) for a in ARCHITECTURES),
+    ("gpt2", "float64", 1e-12),
+    ("gpt_neox", "float64", 1e-10),
+]
+
+
+def rollout_of(policy, prompts=PROMPTS, generations=3, length=6, temperature=1.0):
+    policy.eos_ids = ENDS
+    places = range(len(prompts))
+    return sample(
+        policy,
+        [policy.encode(p) for p in prompts],
+        num_generations=generations,
+        max_completion_length=length,
+        temperature=temperature,
+        draws=uniforms(1, 1, places, num_generations=generations, max_completion_length=length),
+    )
+
+
+def objective(policy, rollout, **options):
+    """A weighted sum of logprobs and entropies over the mask, and its gradient."""
+    policy.model.zero_grad()
+    scores = score(policy.model, rollout, entropy=True, **options)
+    weights = torch.linspace(-1, 2, len(rollout.mask), dtype=scores.logprobs.dtype)[:, None]
+    total = scores.logprobs * weights + 0.1 * scores.entropy
+    value = torch.where(rollout.mask, total, 0).sum()
+    value.backward()
+    return scores, value.item(), gradient(policy.model)
+
+
+def close(a, b, mask, tolerance):
+    torch.testing.assert_close(a[mask], b[mask], atol=tolerance * 10, rtol=0)
+
+
+@pytest.mark.parametrize("architecture, dtype, tolerance", CASES)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_shared_prompt_gives_the_plain_value_and_gradient(architecture, dtype, tolerance, temperature):
+    policy = make_policy(architecture, dtype=dtype)
+    rollout = rollout_of(policy)
+    plain, value, expected = objective(policy, rollout, share_prompt=False, temperature=temperature)
+    shared, same, found = objective(policy, rollout, share_prompt=True, temperature=temperature)
+    close(shared.logprobs, plain.logprobs, rollout.mask, tolerance)
+    close(shared.entropy, plain.entropy, rollout.mask, tolerance)
+    assert same == pytest.approx(value, rel=tolerance)
+    assert apart(found, expected) < tolerance
+
+
+@pytest.mark.parametrize("architecture, dtype, tolerance", CASES)
+@pytest.mark.parametrize("share", [True, False])
+def test_rows_one_by_one_add_up_to_the_whole(architecture, dtype, tolerance, share):
+    """Alone, a row has no padding at all, on the left or on the right."""
+    policy = make_policy(architecture, dtype=dtype)
+    rollout = rollout_of(policy)
+    whole, value, expected = objective(policy, rollout, share_prompt=share)
+    policy.model.zero_grad()
+    weights = torch.linspace(-1, 2, len(rollout.mask), dtype=whole.logprobs.dtype)
+    total = 0.0
+    for row in range(len(rollout.mask)):
+        part = rollout.rows(torch.tensor([row]))
+        assert part.mask.all() and part.prompt_mask.all()
+        scores = score(policy.model, part, share_prompt=share, entropy=True)
+        part_value = (scores.logprobs * weights[row] + 0.1 * scores.entropy).sum()
+        part_value.backward()
+        total += part_value.item()
+        close(scores.logprobs[0], whole.logprobs[row, : part.mask.shape[1]], part.mask[0], tolerance)
+    assert total == pytest.approx(value, rel=tolerance)
+    assert apart(gradient(policy.model), expected) < tolerance
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("share", [True, False])
+def test_more_padding_on_the_left_changes_nothing(architecture, share):
+    policy = make_policy(architecture)
+    rollout = rollout_of(policy)
+    _, value, expected = objective(policy, rollout, share_prompt=share)
+    pad = torch.nn.functional.pad
+    for extra, filler in ((1, 2), (7, 50)):
+        wider = dataclasses.replace(
+            rollout,
+            prompt_ids=pad(rollout.prompt_ids, (extra, 0), value=filler),
+            prompt_mask=pad(rollout.prompt_mask, (extra, 0), value=False),
+        )
+        _, same, found = objective(policy, wider, share_prompt=share)
+        assert same == pytest.approx(value, rel=2e-6)
+        assert apart(found, expected) < 2e-6
+
+
+def test_what_stands_behind_the_mask_changes_nothing():
+    policy = make_policy()
+    rollout = rollout_of(policy)
+    _, value, expected = objective(policy, rollout)
+    ids = torch.where(rollout.mask, rollout.completion_ids, 77)
+    assert not torch.equal(ids, rollout.completion_ids)
+    _, same, found = objective(policy, dataclasses.replace(rollout, completion_ids=ids))
+    assert same == pytest.approx(value, rel=1e-6) and apart(found, expected) < 1e-6
+
+
+def test_rows_keep_everything_together():
+    policy = make_policy()
+    rollout = rollout_of(policy)
+    index = torch.tensor([10, 4, 5, 11, 4])  # out of order, one twice, two prompts left out
+    part = rollout.rows(index)
+    prompts = [policy.encode(p) for p in PROMPTS]
+    for new, old in enumerate(index.tolist()):
+        prompt = int(part.prompt_index[new])
+        assert part.prompt_ids[prompt][part.prompt_mask[prompt]].tolist() == prompts[old // 3]
+        length = int(rollout.mask[old].sum())
+        assert part.mask[new].sum() == length
+        for name in ("completion_ids", "logprobs", "entropy"):
+            was = getattr(rollout, name)[old, :length]
+            assert torch.equal(getattr(part, name)[new, :length], was)
+        assert part.truncated[new] == rollout.truncated[old]
+    assert len(part.prompt_ids) == 2  # no prompt is computed that nobody uses
+    assert part.prompt_ids.shape[1] == max(len(prompts[1]), len(prompts[3]))
+    assert part.mask.shape[1] == int(rollout.mask[index].sum(dim=1).max())
+    whole = score(policy.model, rollout).logprobs.detach()[index][:, : part.mask.shape[1]]
+    close(score(policy.model, part).logprobs.detach(), whole, part.mask, 2e-6)
+
+
+def test_temperature_divides_the_logits():
+    policy = make_policy("gpt2", dtype="float64")
+    rollout = rollout_of(policy, prompts=PROMPTS[:1])
+    scores = score(policy.model, rollout, temperature=0.5)
+    prompt = policy.encode(PROMPTS[0])
+    for row, mask in enumerate(rollout.mask):
+        ids = torch.tensor([prompt + rollout.completion_ids[row][mask].tolist()])
+        logp = torch.log_softmax(2 * policy.model(ids).logits[0, len(prompt) - 1 : -1], dim=-1)
+        expected = logp.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        torch.testing.assert_close(scores.logprobs[row][mask], expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradient_checkpointing_gives_the_same_gradient(architecture):
+    policy = make_policy(architecture)
+    rollout = rollout_of(policy)
+    _, value, expected = objective(policy, rollout)
+    enable_gradient_checkpointing(policy)
+    layers = [m for m in policy.model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
+    assert layers and not policy.share_prompt
+    calls = []
+    next(layers[-1].children()).register_forward_pre_hook(lambda *_: calls.append(1))
+    _, same, found = objective(policy, rollout, share_prompt=policy.share_prompt)
+    assert len(calls) == 2  # once forward, once more in the backward pass
+    assert same == pytest.approx(value, rel=2e-6) and apart(found, expected) < 2e-6
+    again = rollout_of(policy)  # sampling uses a cache all the same
+    assert torch.equal(again.completion_ids, rollout.completion_ids)
+
+
+def test_bfloat16_weights_score_in_float32():
+    policy = make_policy(dtype="bfloat16")
+    rollout = rollout_of(policy)
+    scores = score(policy.model, rollout)
+    assert rollout.logprobs.dtype == scores.logprobs.dtype == torch.float32
+    close(scores.logprobs.detach(), rollout.logprobs, rollout.mask, 0.05)

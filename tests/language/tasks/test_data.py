@@ -1,0 +1,294 @@
+"""Tasks from every source a user can name, the refusals on the way, and the order of the prompts."""
+
+import json
+import sys
+import textwrap
+from collections import Counter
+from types import SimpleNamespace
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenrl.errors import Refused
+from tokenrl.language.tasks.stream import PromptStream
+from tokenrl.language.tasks.task import PromptTask, fingerprint, load_task
+
+ROWS = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(20)]
+
+
+def reward(completions, answer, **kwargs):
+    return [float(completion == right) for completion, right in zip(completions, answer, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """The current directory and the dataset cache are temporary, the import state is put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    monkeypatch.setitem(sys.modules, "toy_tasks", None)  # importing it raises ModuleNotFoundError
+    datasets.disable_progress_bars()
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        datasets.Dataset.from_list(rows).to_csv(str(path))
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    return str(path)
+
+
+def toy_tasks(monkeypatch, **tasks):
+    package = SimpleNamespace(NAMES=tuple(tasks), load=lambda name: tasks[name])
+    monkeypatch.setitem(sys.modules, "toy_tasks", package)
+
+
+# ---- sources ----
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_a_data_file_is_split_into_disjoint_prompts_with_all_columns(tmp_path, suffix):
+    name = write_rows(tmp_path / f"rows{suffix}", [{"prompt": f"q{i}", "answer": f"a{i}"} for i in range(20)])
+    task = load_task(name, reward=reward, eval_size=5)
+    assert task.name == name and task.max_completion_length is None and task.reward is reward
+    assert (len(task.train_prompts), len(task.eval_prompts)) == (15, 5)
+    rows = [*task.train_prompts, *task.eval_prompts]
+    assert {(row["prompt"], row["answer"]) for row in rows} == {(f"q{i}", f"a{i}") for i in range(20)}
+
+
+def test_folders_saved_datasets_and_their_evaluation_splits(tmp_path):
+    write_rows(tmp_path / "folder" / "train.jsonl", ROWS)
+    write_rows(tmp_path / "folder" / "test.jsonl", [{"prompt": "new", "answer": "x"}, ROWS[3]])
+    task = load_task("folder", reward=reward)
+    assert [row["prompt"] for row in task.eval_prompts] == ["new", ROWS[3]["prompt"]]
+    assert [row["prompt"] for row in task.train_prompts] == [r["prompt"] for r in ROWS if r != ROWS[3]]
+
+    datasets.Dataset.from_list(ROWS).save_to_disk("saved")
+    assert len(load_task("saved", reward=reward, eval_size=4).train_prompts) == 16
+    datasets.DatasetDict(
+        first=datasets.Dataset.from_list(ROWS), second=datasets.Dataset.from_list(ROWS[:2])
+    ).save_to_disk("both")
+    task = load_task("both", split="first", eval_split="second", reward=reward)
+    assert (len(task.train_prompts), len(task.eval_prompts)) == (18, 2)
+    with pytest.raises(Refused, match=r"no split 'frist'.*'first'"):
+        load_task("both", split="frist", reward=reward)
+
+
+def test_a_hub_name_reaches_datasets_with_its_configuration(monkeypatch):
+    asked = []
+    data = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or data)
+    load_task("owner/name", reward=reward, eval_size=2)
+    load_task("owner/name:main", reward=reward, eval_size=2)
+    assert asked == [("owner/name", None), ("owner/name", "main")]
+
+
+def test_a_task_of_the_users_own_module_or_file(tmp_path):
+    (tmp_path / "my_helper.py").write_text("LENGTH = 7")
+    (tmp_path / "my_task.py").write_text(
+        textwrap.dedent("""
+        from dataclasses import dataclass
+        @dataclass(frozen=True)
+        class Mine:
+            name: str = "mine"
+            train_prompts: tuple = ({"prompt": "a"}, {"prompt": ""})
+            eval_prompts: tuple = ({"prompt": [{"role": "user", "content": "b"}]},)
+            max_completion_length: int = 3
+            reward: object = len
+        def build():
+            from my_helper import LENGTH
+            return Mine(max_completion_length=LENGTH)
+        task = Mine()
+        class box:
+            inner = task
+        def broken():
+            raise OSError("no disk")
+        """)
+    )
+    assert load_task("my_task:task").max_completion_length == 3
+    assert load_task("my_task:build").max_completion_length == 7
+    assert load_task("my_task:box.inner") is load_task("my_task:task")
+    assert load_task(f"{tmp_path}/my_task.py:task").name == "mine"
+    other = load_task("my_task:task", reward=reward)
+    assert other.reward is reward and load_task("my_task:task").reward is len
+    with pytest.raises(Refused, match="OSError: no disk"):
+        load_task("my_task:broken")
+    with pytest.raises(Refused, match=r"has no tsk.*'task'"):
+        load_task("my_task:tsk")
+
+
+def test_toy_tasks_are_found_by_name_and_their_reward_can_be_replaced(monkeypatch):
+    toy = PromptTask("copy", ROWS, ROWS[:1], reward, max_completion_length=4)
+    toy_tasks(monkeypatch, copy=toy, sort_digits=toy)
+    assert load_task("copy") is toy
+    assert load_task("copy", reward=[len, reward]).reward == [len, reward] and toy.reward is reward
+    with pytest.raises(
+        Refused, match=r"'sort_digit'.*Did you mean 'sort_digits'.*copy.*module:attribute.*owner/name"
+    ):
+        load_task("sort_digit")
+
+
+# ---- refusals ----
+
+
+def test_unknown_names_are_refused_whatever_their_form(tmp_path):
+    (tmp_path / "bad_task.py").write_text("import not_installed_anywhere")
+    (tmp_path / "notes.txt").write_text("text")
+    for name, message in {
+        "nothing": "There is no task 'nothing'",
+        "no_module:task": "there is no module no_module",
+        "missing.jsonl": "there is no such file",
+        "missing.py:task": "there is no file missing.py",
+        "bad_task:task": "ModuleNotFoundError.*not_installed_anywhere",
+        "notes.txt": r"cannot read '.txt' files; allowed are \.json",
+    }.items():
+        with pytest.raises(Refused, match=message):
+            load_task(name, reward=reward)
+
+
+def test_an_object_that_is_no_task_is_refused_with_what_it_lacks(tmp_path):
+    (tmp_path / "half_task.py").write_text(
+        "class half:\n    name = 'half'\n    train_prompts = ()\nnumber = 3"
+    )
+    with pytest.raises(Refused, match="without eval_prompts, reward, max_completion_length"):
+        load_task("half_task:half")
+    with pytest.raises(Refused, match="is a int without name"):
+        load_task("half_task:number")
+
+
+def test_a_dataset_without_a_reward_is_refused_before_it_is_read(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args: pytest.fail("was read"))
+    with pytest.raises(Refused, match="--reward module:function"):
+        load_task("owner/name")
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route"), ValueError("Config name is missing")])
+def test_no_error_of_the_hub_reaches_the_user_raw(monkeypatch, error):
+    def load_dataset(*args):
+        raise RuntimeError("generation failed") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        Refused, match=f"generation failed caused by {type(error).__name__}: {error}"
+    ) as caught:
+        load_task("owner/name", reward=reward)
+    assert caught.value.__cause__.__cause__ is error and "\n" not in str(caught.value)
+
+
+def test_empty_data_is_refused(tmp_path, monkeypatch):
+    datasets.Dataset.from_list([]).save_to_disk("none")
+    for name, content in {"a.jsonl": "", "a.csv": "", "b.csv": "prompt,answer\n", "a.json": "[]"}.items():
+        (tmp_path / name).write_text(content)
+    for name in ("none", "a.jsonl", "a.csv", "b.csv", "a.json"):
+        with pytest.raises(Refused, match=f"task '{name}'"):
+            load_task(name, reward=reward)
+    toy_tasks(monkeypatch, empty=PromptTask("empty", [], ROWS, reward))
+    with pytest.raises(Refused, match="train_prompts is empty"):
+        load_task("empty")
+
+
+def test_numbers_and_nulls_in_files_are_refused_with_their_row(tmp_path):
+    with pytest.raises(Refused, match=r"row 0: the prompt is 1 \(int\)"):
+        load_task(write_rows(tmp_path / "n.csv", [{"prompt": "1"}, {"prompt": "2"}]), reward=reward)
+    with pytest.raises(Refused, match=r"row 1: the prompt is None"):
+        load_task(write_rows(tmp_path / "m.jsonl", [{"prompt": "a"}, {"prompt": None}]), reward=reward)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_chat_prompts_survive_a_file_without_keys_they_never_had(tmp_path, suffix):
+    plain = [{"role": "user", "content": "a"}]
+    named = [{"role": "system", "content": "s"}, {"role": "user", "content": "b", "name": "Ann"}]
+    task = load_task(
+        write_rows(tmp_path / f"c{suffix}", [{"prompt": plain}, {"prompt": named}]), reward=reward
+    )
+    prompts = [row["prompt"] for row in [*task.train_prompts, *task.eval_prompts]]
+    assert plain in prompts and named in prompts
+
+
+# ---- holding out ----
+
+
+def test_duplicates_of_a_held_out_prompt_leave_the_training_set(tmp_path):
+    rows = [{"prompt": f"p{i % 10}", "answer": str(i)} for i in range(40)]
+    task = load_task(write_rows(tmp_path / "d.jsonl", rows), reward=reward, eval_size=3, seed=1)
+    held_out = [row["prompt"] for row in task.eval_prompts]
+    assert len(set(held_out)) == len(held_out) == 3
+    kept = {f"p{i}" for i in range(10)} - set(held_out)
+    assert Counter(row["prompt"] for row in task.train_prompts) == dict.fromkeys(kept, 4)
+
+
+def test_the_seed_chooses_what_is_held_out(tmp_path):
+    name = write_rows(tmp_path / "s.jsonl", ROWS)
+    choices = [
+        fingerprint(load_task(name, reward=reward, eval_size=6, seed=s).eval_prompts) for s in (0, 0, 1)
+    ]
+    assert choices[0] == choices[1] != choices[2]
+
+
+def test_at_most_half_is_held_out_and_one_prompt_is_too_few(tmp_path):
+    task = load_task(write_rows(tmp_path / "h.jsonl", ROWS), reward=reward)  # 128 asked for
+    assert (len(task.train_prompts), len(task.eval_prompts)) == (10, 10)
+    with pytest.raises(Refused, match="too few distinct prompts"):
+        load_task(write_rows(tmp_path / "one.jsonl", ROWS[:1] * 5), reward=reward)
+    with pytest.raises(Refused, match="eval_size is 0"):
+        load_task(str(tmp_path / "h.jsonl"), reward=reward, eval_size=0)
+
+
+def test_the_fingerprint_sees_order_and_values_but_not_the_order_of_keys():
+    a, b = {"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}
+    assert fingerprint([a, b]) == fingerprint([{"n": 1, "prompt": "a"}, b])
+    assert len({fingerprint(rows) for rows in ([a, b], [b, a], [a], [a, {**b, "n": 3}], [])}) == 5
+
+
+# ---- the stream ----
+
+
+@settings(max_examples=50, deadline=None)
+@given(num_rows=st.integers(1, 7), per_step=st.integers(1, 9), skip=st.integers(0, 9), seed=st.integers(0, 5))
+def test_the_stream_repeats_nothing_within_an_epoch_and_continues_exactly(num_rows, per_step, skip, seed):
+    rows = [{"prompt": str(i)} for i in range(num_rows)]
+    stream = PromptStream(rows, per_step, seed)
+    steps = [stream.next() for _ in range(20)]
+    dealt = [pair for step in steps for pair in step]
+    assert [position for position, _ in dealt] == list(range(20 * per_step))
+    for start in range(0, len(dealt) - num_rows + 1, num_rows):
+        assert {row["prompt"] for _, row in dealt[start : start + num_rows]} == {
+            str(i) for i in range(num_rows)
+        }
+    assert stream.epoch == 20 * per_step / num_rows
+
+    first = PromptStream(rows, per_step, seed)
+    for _ in range(skip):
+        first.next()
+    second = PromptStream(rows, per_step, seed)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [second.next() for _ in range(20 - skip)] == steps[skip:]
+    assert second.state_dict() == stream.state_dict()
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    rows = [{"prompt": str(i)} for i in range(30)]
+    stream = PromptStream(rows, 30, seed=0)
+    orders = [
+        tuple(row["prompt"] for _, row in s.next()) for s in (stream, stream, PromptStream(rows, 30, seed=1))
+    ]
+    assert len(set(orders)) == 3 and tuple(str(i) for i in range(30)) not in orders
+
+
+def test_a_stream_refuses_another_runs_state_and_impossible_settings():
+    state = PromptStream(ROWS, 2, seed=0).state_dict()
+    with pytest.raises(Refused, match="num_rows 20 and this run has 19"):
+        PromptStream(ROWS[1:], 2, seed=0).load_state_dict(state)
+    with pytest.raises(Refused, match="seed 0 and this run has 1"):
+        PromptStream(ROWS, 2, seed=1).load_state_dict(state)
+    for rows, per_step, seed in (([], 2, 0), (ROWS, 0, 0), (ROWS, 1, -1)):
+        with pytest.raises(Refused):
+            PromptStream(rows, per_step, seed)

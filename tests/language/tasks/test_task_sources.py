@@ -1,0 +1,91 @@
+"""Prompts from columns and templates, and imports by name, without a file of data."""
+
+import sys
+
+import pytest
+
+from tokenrl.errors import Refused, describe
+from tokenrl.language.tasks.sources import check_prompts, with_prompts
+from tokenrl.names import import_attribute
+
+ROWS = [{"question": f"q{i}", "hint": {"text": i}} for i in range(3)]
+
+
+def test_columns_and_templates():
+    with pytest.raises(
+        Refused, match=r"here has no column 'prompt'.*Available: hint, question.*prompt_template"
+    ):
+        with_prompts(ROWS, "here", "prompt", None)
+    rows = with_prompts(ROWS, "here", "question", None)
+    assert rows[1] == {"prompt": "q1", **ROWS[1]}
+    rows = with_prompts(ROWS, "here", "prompt", "{question} ({hint[text]}) {{}}\nAnswer:")
+    assert rows[2] == {"prompt": "q2 (2) {}\nAnswer:", **ROWS[2]}
+    for template in ("{questoin}", "{}", "{question", "no field", "{hint[gone]}"):
+        with pytest.raises(Refused, match="prompt_template"):
+            with_prompts(ROWS, "here", "prompt", template)
+    with pytest.raises(Refused, match="here is empty"):
+        with_prompts([], "here", "prompt", None)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_missing_value_never_becomes_a_word_in_a_prompt(missing):
+    with pytest.raises(Refused, match=f"row 3: column 'question' of prompt_template is {missing}"):
+        with_prompts([*ROWS, {"question": missing}], "here", "prompt", "{question}")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        (None, r"None \(NoneType\)"),
+        (float("nan"), r"nan \(float\)"),
+        (3, r"3 \(int\)"),
+        ([], "an empty list"),
+        ({"role": "user", "content": "a"}, "dict"),
+        (["a"], r"message 0 of the prompt is 'a' \(str\)"),
+        ([{"role": "user", "content": "a"}, {"role": "user"}], "message 1 of the prompt has content None"),
+        ([{"content": "a"}], "message 0 of the prompt has role None"),
+    ],
+)
+def test_bad_prompts_are_refused_with_their_row(prompt, found):
+    good = [{"prompt": ""}, {"prompt": [{"role": "user", "content": ""}]}]
+    check_prompts(good, "here")
+    with pytest.raises(Refused, match=f"here, row 2: .*{found}"):
+        check_prompts([*good, {"prompt": prompt}], "here")
+
+
+def test_a_row_without_a_prompt_is_refused():
+    for row in ({"question": "a"}, "a"):
+        with pytest.raises(Refused, match="row 0: expected a mapping with a 'prompt'"):
+            check_prompts([row], "here")
+
+
+def test_the_users_file_wins_over_an_installed_module_but_only_while_it_is_imported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    sys.modules.pop("this", None)  # a module of the standard library that nothing needs
+    (tmp_path / "this.py").write_text("mine = 1")
+    before = list(sys.path)
+    assert import_attribute("this:mine", "task") == 1
+    assert sys.path == [*before, str(tmp_path)]
+    assert import_attribute("this:mine", "task") == 1 and sys.path == [*before, str(tmp_path)]
+
+
+def test_a_program_that_exits_on_import_is_refused(tmp_path):
+    (tmp_path / "program.py").write_text("import sys\nsys.exit('usage')")
+    with pytest.raises(Refused, match="SystemExit: usage"):
+        import_attribute(f"{tmp_path}/program.py:task", "task")
+    for spec in (":task", "module:"):
+        with pytest.raises(Refused, match="expected module:attribute"):
+            import_attribute(spec, "task")
+
+
+def test_an_error_is_described_on_one_line_with_its_root():
+    try:
+        try:
+            raise OSError("disk\n  full")
+        except OSError as cause:
+            raise ValueError("failed") from cause
+    except ValueError as error:
+        assert describe(error) == "ValueError: failed caused by OSError: disk full"
+        assert describe(error.__cause__) == "OSError: disk full"

@@ -1,0 +1,233 @@
+"""Evaluation in detail: every number again from the completions, the KL from plain forward passes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tokenrl.errors import Refused
+from tokenrl.language.policy.model import wrap
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.training import evaluation
+from tokenrl.language.training.evaluation import evaluate_policy
+from tokenrl.language.training.evaluation_metrics import check_sizes, distinct, evaluation_table
+from toy_tasks.models import TinyModel
+
+ROWS = [{"prompt": f"{x}{y}>"} for x in "abcd" for y in "ab"]
+BASIC = {
+    *("reward_greedy", "reward", "reward_stderr"),
+    *("completions/mean_length", "completions/clipped_ratio"),
+}
+
+
+def tiny(seed: int = 0, letters: str = "abcd>", context: int = 16):
+    return wrap(
+        *TinyModel(tuple(letters), layers=1, hidden=16, heads=2, context=context)(seed), source="tiny"
+    )
+
+
+class Recorder:
+    """Rewards that remember what they were asked: 0 or 1, and a graded one that sometimes abstains."""
+
+    def __init__(self):
+        self.ids, self.prompts = [], []
+
+    def right(self, prompts, completions, completion_ids):
+        self.prompts += prompts
+        self.ids += completion_ids
+        return [float("a" in text) for text in completions]
+
+    def graded(self, completions):
+        return [None if "d" in text else len(text) / 2 for text in completions]
+
+
+def evaluate(functions, policy=None, *, weights=None, generations=6, **options):
+    return evaluate_policy(
+        policy or tiny(),
+        ROWS,
+        Rewards(functions, weights),
+        max_completion_length=4,
+        num_generations=generations,
+        detailed=True,
+        **options,
+    ).metrics
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
+    from itertools import combinations
+
+    seen = Recorder()
+    found = evaluate(seen.right, k=(6, 1, 2, 2), batch_size=12)
+    ids = seen.ids[len(ROWS) :]  # the greedy ones come first
+    a = tiny().tokenizer.convert_tokens_to_ids("a")
+    right = np.array([a in completion for completion in ids]).reshape(-1, 6)  # [B, G]
+    assert 0.1 < right.mean() < 0.9
+    for k in (1, 2, 6):
+        each = [np.mean([any(subset) for subset in combinations(row, k)]) for row in right]
+        assert found[f"pass@{k}"] == pytest.approx(np.mean(each))
+        assert found[f"pass@{k}_stderr"] == pytest.approx(np.std(each, ddof=1) / math.sqrt(len(ROWS)))
+    assert found["pass@1"] == pytest.approx(found["reward"]) and "best@1" not in found
+    greedy = [float(a in completion) for completion in seen.ids[: len(ROWS)]]
+    assert found["reward_greedy"] == pytest.approx(np.mean(greedy))
+    assert found["reward_greedy_stderr"] == pytest.approx(np.std(greedy, ddof=1) / math.sqrt(len(ROWS)))
+
+
+def test_parts_of_the_reward_and_the_best_of_k_of_graded_ones():
+    seen = Recorder()
+    found = evaluate([seen.right, seen.graded], weights=[1.0, 2.0], k=(1, 6))
+    assert {"rewards/right/mean", "rewards/graded/mean", "best@6", "best@6_stderr"} <= found.keys()
+    assert "pass@6" not in found
+    ids = seen.ids[len(ROWS) :]
+    texts = [tiny().tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    graded = [len(text) / 2 for text in texts if "d" not in text]
+    assert 0 < len(graded) < len(texts)
+    assert found["rewards/graded/mean"] == pytest.approx(np.mean(graded))
+    assert found["rewards/right/mean"] == pytest.approx(np.mean(["a" in text for text in texts]))
+    total = np.array([("a" in t) + (0 if "d" in t else len(t)) for t in texts]).reshape(-1, 6)
+    assert found["best@6"] == pytest.approx(total.max(axis=1).mean())
+
+
+def test_prompts_with_too_few_judged_samples_do_not_count():
+    def judge(completions):
+        return [None if "d" in text else 0.5 * ("a" in text) for text in completions]
+
+    seen = Recorder()
+    found = evaluate([judge], k=(5,))
+    evaluate(seen.right)
+    texts = [tiny().tokenizer.decode(row, skip_special_tokens=True) for row in seen.ids[len(ROWS) :]]
+    groups = [[t for t in texts[i : i + 6] if "d" not in t] for i in range(0, len(texts), 6)]
+    counted = [0.5 * np.array(["a" in t for t in g]) for g in groups if len(g) >= 5]
+    assert 0 < len(counted) < len(groups)
+    best = [(g.max() * 5 + np.sort(g)[:-1].max()) / 6 if len(g) == 6 else g.max() for g in counted]
+    assert found["best@5"] == pytest.approx(np.mean(best))
+
+
+def test_diversity_by_hand():
+    assert distinct([[1, 2, 1], [1, 2]], 1) == 2 / 5
+    assert distinct([[1, 2, 1], [1, 2]], 2) == 2 / 3
+    assert distinct([[7, 8]] * 4, 1) == 1 / 4 and math.isnan(distinct([[1], [2]], 2))
+    seen = Recorder()
+    found = evaluate(seen.right)
+    ids = seen.ids[len(ROWS) :]
+    for n in (1, 2):
+        shares = []
+        for i in range(0, len(ids), 6):
+            grams = [tuple(row[j : j + n]) for row in ids[i : i + 6] for j in range(len(row) - n + 1)]
+            shares.append(len(set(grams)) / len(grams))
+        assert found[f"distinct_{n}"] == pytest.approx(np.mean(shares))
+    assert found["completions/mean_length"] == pytest.approx(np.mean([len(row) for row in ids]))
+    cold = evaluate(seen.right, temperature=1e-3)
+    assert cold["distinct_1"] < found["distinct_1"] and cold["entropy"] < 0.01 < found["entropy"]
+
+
+def plain_logprobs(policy, prompt, ids, temperature):
+    """[T, V] of one completion, by one forward pass over the whole text."""
+    start = policy.encode(prompt)
+    with torch.no_grad():
+        logits = policy.model(torch.tensor([start + ids])).logits[0, len(start) - 1 : -1].double()
+    return torch.log_softmax(logits / temperature, dim=-1)
+
+
+@pytest.mark.parametrize("logits", [2**26, 300])
+def test_the_kl_to_a_reference_is_that_of_plain_forward_passes(logits, monkeypatch):
+    monkeypatch.setattr(evaluation, "LOGITS", logits)  # in parts of any size
+    policy, base, seen = tiny(0), tiny(1), Recorder()
+    found = evaluate(seen.right, policy, reference=base, temperature=0.7)
+    k1, k3, entropies = [], [], []
+    for prompt, ids in zip(seen.prompts[len(ROWS) :], seen.ids[len(ROWS) :], strict=True):
+        p, q = (plain_logprobs(model, prompt, ids, 0.7) for model in (policy, base))
+        ratio = (p - q).gather(1, torch.tensor(ids)[:, None])
+        k1.append(float(ratio.sum()))
+        k3.append(float(((-ratio).exp() - 1 + ratio).sum()))
+        entropies += (-(p.exp() * p).sum(-1)).tolist()
+    for name, values in (("kl", k1), ("kl_k3", k3)):
+        means = np.array(values).reshape(-1, 6).mean(axis=1)
+        assert found[name] == pytest.approx(means.mean(), abs=1e-5)
+        assert found[name + "_stderr"] == pytest.approx(means.std(ddof=1) / math.sqrt(len(means)), abs=1e-5)
+    assert found["entropy"] == pytest.approx(np.mean(entropies), abs=1e-5)
+    same = evaluate(seen.right, policy, reference=tiny(0))
+    assert abs(same["kl"]) < 1e-5 and same["kl_stderr"] < 1e-5
+
+
+def test_both_estimates_agree_with_the_kl_summed_over_every_completion():
+    """Two tokens at most, so the KL is a sum; each estimate within five of its standard errors."""
+    policy, base, prompt = tiny(0), tiny(1), ROWS[0]
+    exact, ids = 0.0, range(policy.model.config.vocab_size)
+    p, q = (plain_logprobs(model, prompt["prompt"], [0], 1.0)[0] for model in (policy, base))
+    for first in ids:
+        later = 0.0
+        if first not in policy.eos_ids:
+            x, y = (plain_logprobs(model, prompt["prompt"], [first, 0], 1.0)[1] for model in (policy, base))
+            later = float((x.exp() * (x - y)).sum())
+        exact += float(p[first].exp()) * (float(p[first] - q[first]) + later)
+    found = evaluate_policy(
+        policy,
+        [prompt] * 150,
+        Rewards(lambda completions: [0.0] * len(completions)),
+        max_completion_length=2,
+        num_generations=8,
+        detailed=True,
+        reference=base,
+    ).metrics
+    for name in ("kl", "kl_k3"):
+        assert abs(found[name] - exact) < 5 * found[name + "_stderr"]
+    assert found["kl_k3_stderr"] < 0.8 * found["kl_stderr"] and found["kl_stderr"] < 0.5 * exact
+
+
+def test_details_and_no_reference_cost_no_forward_pass():
+    counts = []
+    for options in ({}, {"detailed": True, "k": (1, 2)}, {"detailed": True, "reference": tiny(1)}):
+        policy, passes = tiny(), []
+        for model in (policy.model, *([options["reference"].model] if "reference" in options else [])):
+            model.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        shape = {"max_completion_length": 4, "num_generations": 2}
+        found = evaluate_policy(policy, ROWS, Rewards(Recorder().right), **shape, **options).metrics
+        assert found.keys() >= BASIC and (found.keys() == BASIC) == (not options)
+        assert ("kl" in found) == ("reference" in options)
+        counts.append(len(passes))
+    assert counts[0] == counts[1] < counts[2]
+
+
+def test_of_the_greedy_completions_alone():
+    found = evaluate(Recorder().right, generations=0)
+    assert {"reward_greedy", "reward_greedy_stderr", "rewards/right/mean", "entropy"} <= found.keys()
+    assert not {"reward", "distinct_1", "kl"} & found.keys()
+    assert not any(name.startswith(("pass@", "best@")) for name in found)
+
+
+@pytest.mark.parametrize("k", [(0,), (1, 7), (-1, 2)])
+def test_a_k_beyond_the_samples_is_refused(k):
+    with pytest.raises(Refused, match="num_generations=6"):
+        check_sizes(k, 6)
+    with pytest.raises(Refused, match="num_generations=6"):
+        evaluate(Recorder().right, k=k)
+    assert check_sizes((4, 1, 4), 6) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("reference", "generations", "words"),
+    [
+        ({"letters": "abcde>"}, 6, "another vocabulary"),
+        ({"letters": "abdc>"}, 6, "another vocabulary"),
+        ({"context": 6}, 6, "7 tokens, more than the context of 6"),
+        ({}, 0, "num_generations=0 samples none"),
+    ],
+)
+def test_a_reference_that_cannot_score_is_refused(reference, generations, words):
+    with pytest.raises(Refused, match=words):
+        evaluate(Recorder().right, reference=tiny(1, **reference), generations=generations)
+
+
+def test_the_table_has_a_line_a_number_with_its_error_and_meaning():
+    metrics = evaluate(Recorder().right, k=(1, 6), reference=tiny(1))
+    title, header, *lines = evaluation_table(metrics, title="tiny").splitlines()
+    assert title == "tiny" and header.split() == ["value", "stderr"]
+    shown = {line.split()[0]: line for line in lines}
+    assert shown.keys() == {name for name in metrics if not name.endswith("_stderr")}
+    words = shown["pass@6"].split()
+    assert words[1:3] == [f"{metrics['pass@6']:.4f}", f"{metrics['pass@6_stderr']:.4f}"]
+    assert "at least one" in shown["pass@6"] and "before its weight" in shown["rewards/right/mean"]
+    assert [line.split()[0] for line in lines][:2] == ["reward_greedy", "reward"]

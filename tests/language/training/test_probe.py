@@ -1,0 +1,90 @@
+"""The probe: pass@k and dead groups against their definitions, and one run of a tiny model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from tokenrl.errors import Refused
+from tokenrl.language.policy.model import wrap
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.training.probe import all_equal, best_of, over_prompts, probe_policy
+from toy_tasks.models import TinyModel
+
+GRADED = np.array([0.5, -1.0, 2.0, 0.5, 0.5, 2.0])
+
+
+def chen(n: int, c: int, k: int) -> float:
+    """pass@k as the paper writes it (arXiv 2107.03374, eq. 1)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+@pytest.mark.parametrize("k", range(1, 7))
+@pytest.mark.parametrize("right", range(7))
+def test_best_of_is_pass_at_k_for_rewards_of_0_and_1(right, k):
+    rewards = np.array([1.0] * right + [0.0] * (6 - right))
+    assert best_of(rewards, k) == pytest.approx(chen(6, right, k), abs=1e-12)
+
+
+@pytest.mark.parametrize("k", range(1, 7))
+def test_both_are_means_over_all_subsets(k):
+    subsets = list(itertools.combinations(GRADED, k))
+    assert best_of(GRADED, k) == pytest.approx(np.mean([max(s) for s in subsets]), abs=1e-12)
+    assert all_equal(GRADED, k) == pytest.approx(np.mean([len(set(s)) == 1 for s in subsets]), abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
+def test_both_are_unbiased(p, k):
+    """Over every outcome of five draws, each with its probability."""
+    best = dead = 0.0
+    for draws in itertools.product([0.0, 1.0], repeat=5):
+        chance = math.prod(p if draw else 1 - p for draw in draws)
+        best += chance * best_of(np.array(draws), k)
+        dead += chance * all_equal(np.array(draws), k)
+    assert best == pytest.approx(1 - (1 - p) ** k, abs=1e-12)
+    assert dead == pytest.approx(p**k + (1 - p) ** k if k > 1 else 1, abs=1e-12)
+
+
+def test_the_standard_error_is_over_prompts():
+    found = over_prompts([1.0, 3.0, math.nan, 5.0])
+    assert found.value == 3.0 and found.stderr == pytest.approx(2 / math.sqrt(3))
+    assert math.isnan(over_prompts([1.0]).stderr) and math.isnan(over_prompts([math.nan]).value)
+
+
+@pytest.fixture
+def tiny():
+    return wrap(*TinyModel(tuple("abcd>"), layers=1, hidden=16, heads=2, context=16)(0))
+
+
+def test_a_policy_is_probed(tiny):
+    rows = [{"prompt": f"{x}{y}>"} for x in "abcd" for y in "abcd"]
+    seen, paid = [], []
+
+    def reward(completions, completion_ids, **_):
+        seen.extend(len(ids) for ids in completion_ids)
+        found = [None if text.startswith("d") else float(text.startswith("a")) for text in completions]
+        paid.extend(found)
+        return found
+
+    shape = {"samples": 8, "max_completion_length": 3}
+    found = probe_policy(tiny, rows, Rewards(reward), batch_size=24, **shape)
+    assert (found.prompts, found.samples, found.binary) == (16, 8, True)
+    assert len(seen) == 128 and found.length == pytest.approx(np.mean(seen)) and found.longest == max(seen)
+    assert list(found.dead_groups) == [2, 4, 8] and list(found.best_of) == [1, 2, 4, 8]
+    means = np.nanmean(np.array(paid, dtype=float).reshape(16, 8), axis=1)  # abstentions are left out
+    assert found.reward == found.best_of[1] and None in paid
+    assert found.reward.value == pytest.approx(np.mean(means))
+    # An untrained policy is nearly uniform over 4 letters, ">" and the special tokens that it may draw.
+    assert 0.5 * math.log(5) < found.entropy < math.log(12)
+    assert 0.02 < found.reward.value < 0.6 and 0 < found.truncated.value <= 1
+    chances = [found.best_of[k].value for k in (1, 2, 4)]
+    deaths = [found.dead_groups[size].value for size in (2, 4)]
+    assert chances == sorted(chances) and deaths == sorted(deaths, reverse=True)
+    again = probe_policy(tiny, rows, Rewards(reward), **shape)
+    assert again.reward.value == pytest.approx(found.reward.value)  # the batch size changes memory only
+    with pytest.raises(Refused, match="two samples or more"):
+        probe_policy(tiny, rows, Rewards(reward), samples=1, max_completion_length=3)

@@ -1,0 +1,261 @@
+"""Two processes do what one does: the same update, the same metrics, no rank left waiting.
+
+Run as a program, this file is one of the processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import (
+    PROMPTS,
+    apart,
+    gradient,
+    make_learner,
+    make_policy,
+    make_task,
+    one_step,
+    vowel_reward,
+    weights,
+)
+
+from tokenrl.core.estimator import Estimator
+
+ENDS = tuple(range(1, 90, 3))  # short completions: the processes differ in their longest
+LATER = PROMPTS[2:]  # the prompts of the second process
+
+
+def flat_later(prompts, completion_ids, **_):
+    """No row of the second process has anything to learn from."""
+    rewards = vowel_reward(completion_ids=completion_ids, completions=None)
+    return [0.5 if p in LATER else r for p, r in zip(prompts, rewards, strict=True)]
+
+
+def silent_later(prompts, completion_ids, **_):
+    """Every row of the second process abstains."""
+    rewards = vowel_reward(completion_ids=completion_ids, completions=None)
+    return [None if p in LATER else r for p, r in zip(prompts, rewards, strict=True)]
+
+
+def flat(completions, **_):
+    return [1.0] * len(completions)
+
+
+SCENARIOS = {
+    "rloo": ("rloo", {}, vowel_reward),
+    "grpo": ("grpo", {}, vowel_reward),
+    "running mean": ("reinforce_running_mean", {}, vowel_reward),
+    "token mean": (Estimator(aggregation="token_mean", returns="reward_to_go"), {}, vowel_reward),
+    "batch": (Estimator(baseline="batch_mean", scale="batch_std", entropy_coef=0.1), {}, vowel_reward),
+    "kl": (Estimator.preset("grpo", beta=0.3), {}, vowel_reward),
+    "kl in the reward": (Estimator(beta=0.3), {}, vowel_reward),
+    "micro-batches": ("rloo", {"micro_batch_size": 2}, vowel_reward),
+    "minibatches": ("grpo", {"num_minibatches": 2, "num_iterations": 2}, vowel_reward),
+    "clipped norm": ("rloo", {"max_grad_norm": 0.5}, vowel_reward),
+    "idle rank": ("rloo", {}, flat_later),
+    "idle rank, micro-batches": ("rloo", {"micro_batch_size": 2}, flat_later),
+    "silent rank": ("rloo", {"micro_batch_size": 2}, silent_later),
+    "nothing to learn": ("rloo", {}, flat),
+    "float32": ("rloo", {}, vowel_reward),
+    "checkpointing": ("rloo", {"gradient_checkpointing": True}, vowel_reward),
+    "lora": ("rloo", {"lora_r": 2}, vowel_reward),
+    "greedy": ("remax", {}, vowel_reward),
+    "critic": ("a2c", {}, vowel_reward),
+    "score norms": ("optimal", {}, vowel_reward),
+    "whitened": ("reinforce_pp", {}, vowel_reward),
+    "refilled": ("dapo", {}, flat_later),
+    "measured": ("rloo", {"diagnostics_every": 1}, vowel_reward),
+}
+
+
+def outcome(name: str) -> dict:
+    """One step of a scenario: gradient, weights, metrics, widths of this process's completions."""
+    from tokenrl.language.policy.adapters import add_lora
+    from tokenrl.language.policy.model import enable_gradient_checkpointing
+
+    estimator, options, reward = SCENARIOS[name]
+    architecture, dtype = ("llama", "float32") if name == "float32" else ("gpt2", "float64")
+    policy = make_policy(architecture, dtype=dtype, initializer_range=0.1, vocabulary=90)
+    policy.eos_ids = ENDS
+    if "kl" in name:
+        policy.reference = make_policy(architecture, dtype=dtype, seed=1).model.requires_grad_(False)
+    if options.get("gradient_checkpointing"):
+        enable_gradient_checkpointing(policy)
+    if options.get("lora_r"):
+        add_lora(policy, r=2)
+    learner = make_learner(policy, estimator, learning_rate=1e-3, **options)
+    widths = []
+
+    def measured(prompts, completion_ids, **columns):
+        widths.append(max(map(len, completion_ids)))
+        return reward(prompts=prompts, completion_ids=completion_ids, completions=completion_ids)
+
+    step = 8 + list(SCENARIOS).index(name) % 2  # the longest completion is the first's, or the second's
+    record = one_step(learner, step=step, reward=measured)
+    return {
+        "gradient": gradient(policy.model),
+        "weights": weights(policy.model),
+        "metrics": record.metrics,
+        "widths": widths,
+    }
+
+
+def failing_in_the_second(completion_ids, trainer_state, **_):
+    if trainer_state.global_step == 1 and os.environ["RANK"] == "1":
+        raise ValueError("on purpose")
+    return vowel_reward(None, completion_ids)
+
+
+def whole_run(directory: Path, reward=vowel_reward) -> None:
+    """A short run through `tokenrl.train`."""
+    import tokenrl
+
+    tokenrl.train(
+        model=_with_ends(make_policy("gpt2", dtype="float64", initializer_range=0.1)),
+        task=make_task([f"{p} {n}" for p in PROMPTS for n in ("one", "two", "ten")], reward),
+        estimator="reinforce_running_mean",
+        output_dir=directory,
+        max_steps=3,
+        prompts_per_step=4,
+        num_generations=2,
+        save_every=2,
+        cpu=True,
+        quiet=True,
+    )
+
+
+def _with_ends(policy):
+    policy.eos_ids = ENDS
+    return policy
+
+
+def main(directory: Path) -> None:
+    """What one of the processes does."""
+    outcomes = {name: outcome(name) for name in SCENARIOS}
+    whole_run(directory / "run")
+    torch.save(outcomes, directory / f"rank{os.environ['RANK']}.pt")
+
+
+def launch(program: list[str], world: int = 2, timeout: float = 240) -> None:
+    """Start the processes as a launcher would, and wait for them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [os.getcwd(), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+        ),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *program],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        said = [process.communicate(timeout=timeout)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert all(process.returncode == 0 for process in ranks), "\n".join(text[-3000:] for text in said)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What the two processes saved: directory and outcomes by rank."""
+    directory = tmp_path_factory.mktemp("two")
+    launch([str(Path(__file__).resolve()), str(directory)])
+    return directory, [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_processes_make_the_update_of_one(two, name):
+    first, second = (outcomes[name] for outcomes in two[1])
+    alone = outcome(name)
+    tolerance = 1e-6 if name == "float32" else 1e-12
+    learns = name != "nothing to learn"
+    assert bool(alone["gradient"].any()) == learns
+    assert torch.equal(first["weights"], second["weights"])
+    for key in ("gradient", "weights"):
+        if alone[key].any():
+            assert apart(first[key], alone[key]) < tolerance, key
+        else:
+            assert not first[key].any()
+    assert first["metrics"].keys() == alone["metrics"].keys()
+    for key, value in alone["metrics"].items():
+        assert first["metrics"][key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+
+
+def test_the_scenarios_are_what_they_say(two):
+    first, second = two[1]
+    assert {(first[name]["widths"][0], second[name]["widths"][0]) for name in SCENARIOS} >= {(6, 3), (3, 6)}
+    assert first["idle rank"]["metrics"]["frac_reward_zero_std"] == 0.5
+    assert first["silent rank"]["metrics"]["frac_rows_abstained"] == 0.5
+
+
+def test_a_run_of_two_processes_writes_the_metrics_of_one(two, tmp_path):
+    whole_run(tmp_path / "run")
+    lines = [(d / "run" / "metrics.jsonl").read_text().splitlines() for d in (two[0], tmp_path)]
+    assert len(lines[0]) == len(lines[1]) >= 4
+    for mine, alone in zip(*(map(json.loads, text) for text in lines), strict=True):
+        assert mine.keys() == alone.keys()
+        for key, value in alone.items():
+            assert mine[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+    from safetensors.torch import load_file
+
+    both, one = (load_file(d / "run" / "model" / "model.safetensors") for d in (two[0], tmp_path))
+    for name, tensor in one.items():
+        torch.testing.assert_close(both[name], tensor, atol=1e-9, rtol=0)
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess:
+    """By torch's launcher; accelerate's own starts one process only on a CPU, unless there is MPI."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*program, str(Path(__file__).resolve()), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), str(Path(__file__).parents[1])])},
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_does_the_same(two, tmp_path):
+    done = torchrun(str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    launched = torch.load(tmp_path / "rank0.pt", weights_only=True)
+    for name, expected in two[1][0].items():
+        assert torch.equal(launched[name]["weights"], expected["weights"]), name
+
+
+@pytest.mark.slow
+def test_one_process_that_fails_ends_the_run(tmp_path):
+    done = torchrun(str(tmp_path), "fail")  # a timeout here is a rank that waits for ever
+    assert done.returncode != 0 and "raised ValueError: on purpose" in done.stdout + done.stderr
+    assert not (tmp_path / "run" / "model").exists()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[2:] == ["fail"]:
+        whole_run(Path(sys.argv[1]) / "run", reward=failing_in_the_second)
+    else:
+        main(Path(sys.argv[1]))

@@ -1,0 +1,212 @@
+"""The supervised stage: its loss is the usual one, it learns, and its cached bases are made once."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from tiny_models import (
+    ARCHITECTURES,
+    PROMPTS,
+    Task,
+    make_model,
+    make_policy,
+    make_tokenizer,
+    vowel_reward,
+    weights,
+)
+
+from tokenrl.errors import Refused, Stopped
+from tokenrl.language.policy.model import enable_gradient_checkpointing
+from tokenrl.language.training.supervised import (
+    demonstration_batch,
+    encode_demonstrations,
+    fit,
+    warm_started_base,
+)
+
+ROWS = [
+    {"prompt": "the cat", "completion": " sat on the mat"},
+    {"prompt": "a", "completion": "d"},
+    {"prompt": "count to ten one two", "completion": " three four<eos>"},
+    {"prompt": "sat on the", "completion": ""},
+]
+
+
+def own_loss(model, policy, rows):
+    """transformers' cross-entropy with labels, mean over the completions' tokens, padded on the right."""
+    pairs = encode_demonstrations(policy, rows)
+    width = max(len(p) + len(c) for p, c in pairs)
+    ids = torch.tensor([p + c + [7] * (width - len(p) - len(c)) for p, c in pairs])
+    labels = torch.tensor([[-100] * len(p) + c + [-100] * (width - len(p) - len(c)) for p, c in pairs])
+    mask = torch.tensor([[1] * (len(p) + len(c)) + [0] * (width - len(p) - len(c)) for p, c in pairs])
+    return model(ids, attention_mask=mask, labels=labels).loss
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_loss_is_transformers_own(architecture, checkpointing):
+    policy = make_policy(architecture)
+    expected = own_loss(make_model(architecture), policy, ROWS).item()
+    if checkpointing:
+        enable_gradient_checkpointing(policy)
+    losses = fit(policy, ROWS, max_steps=1, batch_size=4, learning_rate=0.0)
+    assert losses == [pytest.approx(expected, rel=1e-5)]
+    assert torch.equal(weights(policy.model), weights(make_model(architecture)))  # learning rate 0
+
+
+def test_an_update_is_adamw_on_that_loss():
+    policy, model = make_policy("gpt2", dtype="float64"), make_model("gpt2", dtype="float64")
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    for rate in (1e-3, 1e-3 * 2 / 3, 1e-3 / 3):  # falls linearly, to 0 after the last
+        optimizer.zero_grad()
+        own_loss(model, policy, ROWS).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.7)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    fit(policy, ROWS, max_steps=3, batch_size=4, learning_rate=1e-3, max_grad_norm=0.7)
+    # transformers computes its loss in float32; an update moves a weight by up to 1e-3
+    torch.testing.assert_close(weights(policy.model), weights(model), atol=1e-6, rtol=0)
+
+
+def test_completions_end_with_one_eos():
+    policy = make_policy()
+    completions = [c for _, c in encode_demonstrations(policy, ROWS)]
+    assert all(c[-1] == 1 and 1 not in c[:-1] for c in completions)
+    assert completions[3] == [1]  # an empty answer is the end at once
+    chat = {"prompt": "a", "completion": [{"role": "assistant", "content": "d"}]}
+    assert encode_demonstrations(policy, [chat])[0] == encode_demonstrations(policy, [ROWS[1]])[0]
+
+
+def test_a_chat_prompt_is_templated_and_the_completion_gets_no_bos():
+    policy = make_policy(kind="chat")
+    messages = [{"role": "user", "content": "the cat"}]
+    ((prompt, completion),) = encode_demonstrations(policy, [{"prompt": messages, "completion": "sat"}])
+    assert prompt == policy.encode(messages) and prompt.count(0) == 1 and 0 not in completion
+
+
+def test_the_batch_masks_completions_only():
+    policy = make_policy()
+    pairs = encode_demonstrations(policy, ROWS)
+    batch = demonstration_batch(policy, pairs)
+    for row, (prompt, completion) in enumerate(pairs):
+        assert batch.prompt_ids[row][batch.prompt_mask[row]].tolist() == prompt
+        assert batch.completion_ids[row][batch.mask[row]].tolist() == completion
+
+
+def test_it_memorises():
+    policy = make_policy(initializer_range=0.02)
+    seen = []
+    losses = fit(
+        policy,
+        ROWS,
+        max_steps=60,
+        batch_size=4,
+        learning_rate=0.02,
+        progress=lambda n, m: seen.append((n, m["loss"])),
+    )
+    assert losses[0] > 3 and losses[-1] < 0.05
+    assert seen == list(enumerate(losses, 1))
+
+
+def test_rows_come_without_replacement_in_an_order_of_the_seed():
+    def order(seed):
+        """Which rows each step took, recognised by their losses under still weights."""
+        losses = fit(make_policy(), ROWS, max_steps=8, batch_size=1, learning_rate=0.0, seed=seed)
+        return [round(loss, 4) for loss in losses]
+
+    first = order(0)
+    assert len(set(first[:4])) == 4 and sorted(first[:4]) == sorted(first[4:])
+    assert order(0) == first and any(order(seed) != first for seed in (1, 2))
+
+
+@pytest.mark.parametrize(
+    "row, match",
+    [
+        ({"prompt": "a"}, "Row 4.*completion"),
+        ({"prompt": "a", "completion": 3}, "Row 4"),
+        ({"prompt": "a", "completion": "the cat " * 60}, "no room"),
+        ({"prompt": "count to ten " * 8, "completion": " the cat" * 12}, "row 4 has .* tokens"),
+    ],
+)
+def test_bad_rows_are_refused_before_any_update(row, match):
+    policy, steps = make_policy(), []
+    with pytest.raises(Refused, match=match):
+        fit(
+            policy,
+            [*ROWS, row],
+            max_steps=9,
+            batch_size=1,
+            learning_rate=0.1,
+            progress=lambda *a: steps.append(a),
+        )
+    assert not steps and torch.equal(weights(policy.model), weights(make_model()))
+
+
+def test_no_rows_and_empty_answers_without_eos_are_refused():
+    with pytest.raises(Refused, match="no demonstrations"):
+        fit(make_policy(), [], max_steps=1, batch_size=1, learning_rate=0.1)
+    policy = make_policy()
+    policy.tokenizer.eos_token = None
+    with pytest.raises(Refused, match="row 3"):
+        fit(policy, ROWS, max_steps=1, batch_size=4, learning_rate=0.1)
+
+
+def test_a_loss_that_is_not_finite_stops():
+    policy = make_policy()
+    with torch.no_grad():
+        policy.model.lm_head.weight[0, 0] = math.nan
+    with pytest.raises(Stopped, match="step 1"):
+        fit(policy, ROWS, max_steps=2, batch_size=2, learning_rate=0.1)
+
+
+@dataclasses.dataclass
+class Warm:
+    steps: int = 4
+    batch_size: int = 2
+    learning_rate: float = 0.01
+
+
+@dataclasses.dataclass
+class ToyTask(Task):
+    """A task that brings a model, and counts how often it is built."""
+
+    built: list = dataclasses.field(default_factory=list)
+    fingerprint: str = "one"
+    demonstrations: list = dataclasses.field(default_factory=lambda: ROWS)
+    warm_start: Warm | None = dataclasses.field(default_factory=Warm)
+
+    def build(self, seed):
+        self.built.append(seed)
+        return make_model(seed=seed), make_tokenizer()
+
+
+def test_a_warm_started_base_is_made_once_for_each_seed(monkeypatch, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    task = ToyTask("toy", rows, rows, vowel_reward)
+    said = []
+    first = warm_started_base(task, seed=0, announce=said.append)
+    assert first.parent == tmp_path / "cache" and len(said) == 1
+    assert warm_started_base(task, seed=0, announce=said.append) == first
+    assert task.built == [0] and len(said) == 1
+    other = warm_started_base(task, seed=1)
+    task.fingerprint = "two"
+    changed = warm_started_base(task, seed=0)
+    assert len({first, other, changed}) == 3 and task.built == [0, 1, 0]
+    loaded = {d: weights(AutoModelForCausalLM.from_pretrained(d)) for d in (first, other, changed)}
+    assert torch.equal(loaded[first], loaded[changed]) and not torch.equal(loaded[first], loaded[other])
+    assert not torch.equal(loaded[first], weights(make_model(seed=0)))  # it was trained
+    for seed, directory in enumerate((first, other)):  # of the weights and of the rows' order
+        by_hand = make_policy(seed=seed)
+        fit(by_hand, ROWS, max_steps=4, batch_size=2, learning_rate=0.01, seed=seed)
+        assert torch.equal(loaded[directory], weights(by_hand.model))
+    assert not [p for p in first.parent.iterdir() if p.name.startswith(".")]  # nothing half-written
+
+
+def test_a_task_without_a_model_asks_for_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path))
+    with pytest.raises(Refused, match="--model"):
+        warm_started_base(Task("bare", [], [], None))

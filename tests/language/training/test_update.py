@@ -1,0 +1,195 @@
+"""The gradient of whole steps: that of the textbook, however the step is split into micro-batches."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny_models import (
+    ARCHITECTURES,
+    ENDS,
+    apart,
+    by_hand,
+    flat_second_prompt,
+    gradient,
+    make_learner,
+    make_policy,
+    one_step,
+    recorded,
+    stepped,
+    textbook,
+    vowel_reward,
+    weights,
+)
+
+from tokenrl.core.estimator import Estimator
+from tokenrl.core.presets import PRESETS
+from tokenrl.errors import Stopped
+
+ESTIMATORS = {name: Estimator.preset(name) for name in PRESETS} | {
+    "kl in the reward": Estimator(beta=0.3),
+    "kl in the loss": Estimator.preset("grpo", beta=0.3),
+    "entropy": Estimator(entropy_coef=0.1),
+    "reward to go": Estimator(returns="reward_to_go", gamma=0.9, aggregation="token_mean"),
+}
+
+
+def abstaining(prompts, completion_ids, **_):
+    scores = flat_second_prompt(prompts, completion_ids)
+    return [None if i == 7 else s for i, s in enumerate(scores)]
+
+
+@pytest.mark.parametrize(
+    "architecture, dtype, tolerance", [("llama", "float32", 1e-6), ("gpt2", "float64", 1e-13)]
+)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_gradient_does_not_depend_on_micro_batches(name, architecture, dtype, tolerance):
+    options = {"reward": abstaining, "architecture": architecture, "dtype": dtype}
+    expected, record, _ = stepped(ESTIMATORS[name], **options)
+    assert expected.norm() > 0.01
+    assert record.metrics["frac_rows_abstained"] == pytest.approx(1 / 12)
+    for size in (1, 3, 5):
+        found, other, _ = stepped(ESTIMATORS[name], micro_batch_size=size, **options)
+        assert apart(found, expected) < tolerance
+        for key, value in record.metrics.items():
+            assert other.metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_micro_batches_on_every_architecture(architecture):
+    expected, *_ = stepped(ESTIMATORS["rloo"], architecture=architecture)
+    found, *_ = stepped(ESTIMATORS["rloo"], architecture=architecture, micro_batch_size=1)
+    assert apart(found, expected) < 2e-6
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("name", ["reinforce", "reinforce_running_mean", "rloo", "dr_grpo", "grpo"])
+def test_the_gradient_is_the_textbook_sum(name, temperature, share):
+    policy = make_policy("gpt2", dtype="float64")
+    policy.eos_ids, policy.share_prompt = ENDS, share
+    before = copy.deepcopy(policy.model)
+    seen = []
+    learner = make_learner(policy, name, temperature=temperature, micro_batch_size=5)
+    record = one_step(learner, reward=recorded(flat_second_prompt, seen))
+    rows = []
+    for start in range(0, 12, 3):
+        group = seen[start : start + 3]
+        advantages = by_hand(name, [r for _, _, r in group])
+        for (prompt, ids, _), advantage in zip(group, advantages, strict=True):
+            share_of_token = {"dr_grpo": 6, "grpo": len(ids)}.get(name, 1)  # 6: max_completion_length
+            rows.append((policy.encode(prompt), ids, advantage / share_of_token))
+    expected, loss = textbook(before, rows, temperature=temperature)
+    found = gradient(policy.model)
+    assert expected.norm() > 0.1
+    assert apart(found, expected) < 1e-10
+    if "ratio" not in PRESETS[name].fields:  # with a ratio the loss is that of rho, same gradient
+        assert record.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert record.metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-6)
+
+
+def test_one_plain_sgd_step_goes_up_the_reward():
+    """The sign: after a step along -gradient, completions of positive advantage are likelier."""
+    policy = make_policy("gpt2", dtype="float64")
+    learner = make_learner(policy, "rloo")
+    seen = []
+    one_step(learner, reward=recorded(vowel_reward, seen))
+    rows = []
+    for start in range(0, 12, 3):
+        group = seen[start : start + 3]
+        advantages = by_hand("rloo", [r for *_, r in group])
+        rows += [(policy.encode(p), ids, a) for (p, ids, _), a in zip(group, advantages, strict=True)]
+    before = make_policy("gpt2", dtype="float64").model
+    _, loss_before = textbook(before, rows)
+    _, loss_after = textbook(policy.model, rows)
+    assert loss_after < loss_before - 0.01
+
+
+def test_rows_of_zero_advantage_are_skipped_but_counted(monkeypatch):
+    from tokenrl.language.training import update as update_module
+
+    scored = []
+    real = update_module.score
+    monkeypatch.setattr(
+        update_module,
+        "score",
+        lambda model, part, **kw: scored.append(len(part.mask)) or real(model, part, **kw),
+    )
+    _, record, _ = stepped(ESTIMATORS["rloo"])
+    assert sum(scored) == 9 and record.metrics["completions/mean_length"] > 0
+    scored.clear()
+    stepped(ESTIMATORS["entropy"])
+    assert sum(scored) == 12  # a term of the loss's own reaches every row
+
+
+def test_nothing_to_learn_is_a_zero_gradient_and_no_change_without_moments():
+    policy = make_policy()
+    before = weights(policy.model)
+    learner = make_learner(policy, "rloo")
+    record = one_step(learner, reward=lambda completions, **_: [1.0] * len(completions))
+    assert record.metrics["loss"] == 0 and record.metrics["grad_norm"] == 0
+    assert record.metrics["frac_reward_zero_std"] == 1
+    assert torch.equal(weights(policy.model), before) and not gradient(policy.model).any()
+
+
+def test_kl_in_the_reward_is_the_textbook_with_other_rewards():
+    policy = make_policy("gpt2", dtype="float64")
+    policy.reference = make_policy("gpt2", dtype="float64", seed=1).model.requires_grad_(False)
+    before, reference, seen = copy.deepcopy(policy.model), policy.reference, []
+    learner = make_learner(policy, Estimator(beta=0.3))
+    record = one_step(learner, reward=recorded(vowel_reward, seen))
+
+    def total(model, prompt, ids):
+        return -textbook(model.requires_grad_(True), [(policy.encode(prompt), ids, 1.0)])[1]
+
+    log_ratio = [total(before, p, ids) - total(reference, p, ids) for p, ids, _ in seen]
+    rows = []
+    for start in range(0, 12, 3):
+        paid = [seen[i][2] - 0.3 * log_ratio[i] for i in range(start, start + 3)]
+        for i, advantage in enumerate(by_hand("rloo", paid), start):
+            rows.append((policy.encode(seen[i][0]), seen[i][1], advantage))
+    assert apart(gradient(policy.model), textbook(before, rows)[0]) < 1e-10
+    assert record.metrics["kl"] == pytest.approx(sum(log_ratio) / 12)
+    assert record.metrics["reward"] == pytest.approx(sum(r for *_, r in seen) / 12)
+
+
+def test_the_norm_is_clipped_and_reported_as_it_was():
+    plain, record, _ = stepped(ESTIMATORS["rloo"])
+    clipped, same, _ = stepped(ESTIMATORS["rloo"], max_grad_norm=0.5)
+    assert plain.norm() > 1
+    assert float(clipped.norm()) == pytest.approx(0.5, rel=1e-4)
+    assert same.metrics["grad_norm"] == pytest.approx(record.metrics["grad_norm"])
+    assert apart(clipped / clipped.norm(), plain / plain.norm()) < 1e-6
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_counted_and_then_stops():
+    policy = make_policy()
+    learner = make_learner(policy, Estimator(baseline="none"), stop_after_nonfinite=2)
+    huge = lambda completions, **_: [1e38] * len(completions)  # noqa: E731
+    before = weights(policy.model)
+    record = one_step(learner, reward=huge)
+    assert not math.isfinite(record.metrics["grad_norm"]) and learner.skipped == 1
+    assert torch.equal(weights(policy.model), before)
+    one_step(learner)
+    assert learner.nonfinite == 0 and not torch.equal(weights(policy.model), before)
+    one_step(learner, reward=huge)
+    with pytest.raises(Stopped, match="2 updates in a row"):
+        one_step(learner, reward=huge)
+    assert learner.skipped == 3 and torch.isfinite(weights(policy.model)).all()
+
+
+def test_bfloat16_weights_and_autocast_run():
+    exact, *_ = stepped(ESTIMATORS["grpo"])
+    for options in ({"dtype": "bfloat16"}, {"mixed_precision": "bf16"}):
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)  # precision is fixed once a process
+        try:
+            found, record, learner = stepped(ESTIMATORS["grpo"], num_iterations=2, **options)
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+        assert torch.isfinite(found).all() and found.norm() > 0
+        assert math.isfinite(record.metrics["loss"]) and record.metrics["clip_ratio"] <= 1
+        expected = torch.bfloat16 if "dtype" in options else torch.float32
+        assert next(learner.policy.model.parameters()).dtype == expected
+    assert exact.norm() > 0

@@ -1,0 +1,1 @@
+"""Environments whose exact values are known: GridWorld, the walk, the bandit."""

@@ -1,0 +1,212 @@
+"""A small square grid in which everything can also be computed exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenrl.errors import Refused
+from tokenrl.settings import check_choice, check_number
+
+MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))
+"""Row and column of a step up, right, down, left: the actions 0 to 3."""
+
+GRIDWORLD_STEPS = 50
+"""Steps after which an episode of the default environment is cut."""
+
+FLOOR, START, GOAL, AGENT = (240, 240, 240), (204, 222, 235), (0, 158, 115), (213, 94, 0)
+TILE = 32  # pixels
+
+
+class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
+    """Walk from the upper left corner of a grid to the lower right one.
+
+    The cells are numbered row by row; cell 0 is the start and the last is the goal. A move into the wall
+    stays where it is. Every step pays `step_reward`, the step into the goal `goal_reward` besides, and ends
+    the episode (terminated). After `time_limit` steps it is cut (truncated), unless that step is the one
+    that reaches the goal.
+
+    The observation is the cell as a one-hot vector, so that a softmax policy linear in it is one weight
+    vector an action. By default the shortest way takes 6 steps and returns 0.94; a policy of equal chances
+    gets there in 56 % of episodes and returns 0.187. Ways that reach the goal differ little in return, 0.94
+    or 0.90, beside its size: that is what makes a baseline worth having.
+
+    Actions: `Discrete(4)`, up, right, down, left. Observations: `Box(0, 1, [size^2], float32)`.
+    """
+
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 8}  # noqa: RUF012  gymnasium's own form
+
+    def __init__(
+        self,
+        size: int = 4,
+        *,
+        slip: float = 0.0,
+        random_start: bool = False,
+        step_reward: float = -0.01,
+        goal_reward: float = 1.0,
+        time_limit: int | None = GRIDWORLD_STEPS,
+        render_mode: str | None = None,
+    ) -> None:
+        """Lay out the grid.
+
+        Args:
+            size: Cells a side, at least 2.
+            slip: Chance that a step goes in a direction drawn evenly from all four instead.
+            random_start: Start in any cell but the goal, all equally likely, instead of cell 0.
+            step_reward: Paid at each step.
+            goal_reward: Paid besides at the step into the goal.
+            time_limit: Steps until truncation; None if something outside cuts, as gymnasium's TimeLimit.
+            render_mode: `ansi` for text, `rgb_array` for a picture [32 size, 32 size, 3], None for neither.
+
+        Raises:
+            Refused: For a value out of its range.
+        """
+        if isinstance(size, bool) or not isinstance(size, int) or size < 2:
+            raise Refused(f"size was given as {size!r}; it must be a whole number of 2 or more cells a side.")
+        check_number("slip", slip, at_least=0, at_most=1)
+        check_number("step_reward", step_reward)
+        check_number("goal_reward", goal_reward)
+        if time_limit is not None:
+            check_number("time_limit", time_limit, at_least=1)
+        if render_mode is not None:
+            check_choice("render_mode", render_mode, self.metadata["render_modes"])
+        self.size, self.cells, self.goal = size, size * size, size * size - 1
+        self.slip, self.random_start, self.time_limit = slip, random_start, time_limit
+        self.step_reward, self.goal_reward, self.render_mode = step_reward, goal_reward, render_mode
+        self.action_space = gymnasium.spaces.Discrete(len(MOVES))
+        self.observation_space = gymnasium.spaces.Box(0.0, 1.0, (self.cells,), np.float32)
+        self.next_cells = next_cells(size)
+        self.cell, self.steps = 0, 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Begin an episode; a seed fixes the starting cells and the slips from here on. No options are known.
+
+        Returns:
+            The observation, and {"cell": its number}.
+        """
+        super().reset(seed=seed)
+        self.cell = int(self.np_random.integers(self.goal)) if self.random_start else 0
+        self.steps = 0
+        return self.observe(), {"cell": self.cell}
+
+    def step(self, action: np.int64 | int) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Take one step.
+
+        Returns:
+            The observation, the reward, terminated, truncated, and {"cell": its number}.
+
+        Raises:
+            Refused: For an action that is not one of the four.
+        """
+        if action not in range(len(MOVES)):
+            raise Refused(
+                f"action was given as {action!r}; it must be 0 (up), 1 (right), 2 (down) or 3 (left)."
+            )
+        if self.slip and self.np_random.random() < self.slip:
+            action = int(self.np_random.integers(len(MOVES)))
+        self.cell = int(self.next_cells[self.cell, action])
+        self.steps += 1
+        terminated = self.cell == self.goal
+        truncated = not terminated and self.time_limit is not None and self.steps >= self.time_limit
+        reward = self.step_reward + self.goal_reward * terminated
+        return self.observe(), reward, terminated, truncated, {"cell": self.cell}
+
+    def observe(self) -> NDArray[np.float32]:
+        """Return the cell as a one-hot vector."""
+        observation = np.zeros(self.cells, np.float32)
+        observation[self.cell] = 1.0
+        return observation
+
+    def render(self) -> str | NDArray[np.uint8] | None:  # type: ignore[override]
+        """Show the grid: S start, G goal, A the agent; as text or as a picture, by `render_mode`."""
+        if self.render_mode == "ansi":
+            marks = np.full(self.cells, ".")
+            marks[0], marks[self.goal], marks[self.cell] = "S", "G", "A"
+            return "\n".join(" ".join(row) for row in marks.reshape(self.size, self.size)) + "\n"
+        if self.render_mode == "rgb_array":
+            colours = np.full((self.cells, 3), FLOOR, np.uint8)
+            colours[0], colours[self.goal], colours[self.cell] = START, GOAL, AGENT
+            picture = colours.reshape(self.size, self.size, 3).repeat(TILE, 0).repeat(TILE, 1)
+            picture[::TILE], picture[:, ::TILE] = 255, 255
+            return picture
+        return None
+
+
+def next_cells(size: int) -> NDArray[np.int64]:
+    """Return where each action leads from each cell, [size^2, 4], were there no slips."""
+    rows, columns = np.divmod(np.arange(size * size), size)
+    moves = np.array(MOVES)
+    rows = (rows[:, None] + moves[:, 0]).clip(0, size - 1)
+    columns = (columns[:, None] + moves[:, 1]).clip(0, size - 1)
+    return rows * size + columns
+
+
+def transitions(env: GridWorld) -> NDArray[np.float64]:
+    """Return `P(s' | s, a)`, [cells, 4, cells]. Rows of the goal are 0: nothing comes after it."""
+    intended = np.eye(env.cells)[env.next_cells]
+    chances = (1 - env.slip) * intended + env.slip * intended.mean(1, keepdims=True)
+    chances[env.goal] = 0.0
+    return chances
+
+
+def exact_values(
+    env: GridWorld, policy: NDArray[np.float64], *, gamma: float = 1.0, horizon: int | None = None
+) -> NDArray[np.float64]:
+    """Return the expected return from each cell, without sampling.
+
+    `V = r + gamma P V`, with `r(s) = sum_a pi(a|s) r(s, a)` and P the policy's transitions. Without a horizon
+    that is one linear system, `V = (I - gamma P)^-1 r`; with one it is iterated so many times from V = 0,
+    for what is cut off after that many steps earns nothing more.
+
+    Args:
+        env: The grid; its time limit plays no part.
+        policy: [cells, 4], each row the chances of the four actions in a cell.
+        gamma: Discount a step.
+        horizon: Steps still to go; None for no limit.
+
+    Returns:
+        [cells]; 0 at the goal.
+
+    Raises:
+        Refused: When the policy is no such table; or when gamma is 1, there is no horizon, and from some cell
+            the goal is never reached.
+    """
+    policy = np.asarray(policy, np.float64)
+    if policy.shape != (env.cells, 4) or (policy < 0).any() or not np.allclose(policy.sum(1), 1, atol=1e-6):
+        raise Refused(
+            f"policy was given with shape {policy.shape}; it must be a table of one row a cell, "
+            f"({env.cells}, 4), and each row must hold four chances that add up to 1."
+        )
+    chances = transitions(env)
+    moves = np.einsum("sa,sat->st", policy, chances)
+    alive = np.arange(env.cells) != env.goal
+    rewards = env.step_reward * alive + env.goal_reward * moves[:, env.goal]
+    if horizon is not None:
+        values = np.zeros(env.cells)
+        for _ in range(horizon):
+            values = rewards + gamma * moves @ values
+        return values
+    ever = np.linalg.matrix_power((moves > 0) + np.eye(env.cells), env.cells)[:, env.goal] > 0
+    if gamma >= 1 and not ever.all():
+        raise Refused(
+            f"The policy never reaches the goal from cell {int(np.argmin(ever))}, so its undiscounted return "
+            "is not finite. Give gamma below 1, or a horizon."
+        )
+    return np.linalg.solve(np.eye(env.cells) - gamma * moves, rewards)
+
+
+def exact_return(
+    env: GridWorld, policy: NDArray[np.float64], *, gamma: float = 1.0, horizon: int | None = None
+) -> float:
+    """Return J, the expected return of an episode: the mean of `exact_values` over the starting cells.
+
+    Raises:
+        Refused: As `exact_values`.
+    """
+    values = exact_values(env, policy, gamma=gamma, horizon=horizon)
+    return float(values[: env.goal].mean() if env.random_start else values[0])

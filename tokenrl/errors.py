@@ -1,0 +1,44 @@
+"""The two ways in which tokenrl says no, and the sentences that help. Imports no torch.
+
+Every error that a user can cause is one of the two below, and its message is one paragraph: what was given,
+what is allowed, how to mend it. The command line prints the message alone and exits with `exit_code`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TokenrlError(Exception):
+    """An error the user can mend; its message is written for them."""
+
+    exit_code = 1
+
+
+class Refused(TokenrlError, ValueError):
+    """Raised before the first step: nothing has been trained, nothing is lost (exit code 2)."""
+
+    exit_code = 2
+
+
+class Stopped(TokenrlError, RuntimeError):
+    """Raised during a run: the last complete checkpoint stays as it was (exit code 1)."""
+
+    exit_code = 1
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean X? Available: a, b, c.' for an error message."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f" Did you mean '{close[0]}'?" if close else "") + f" Available: {', '.join(known) or 'none'}."
+
+
+def describe(error: BaseException) -> str:
+    """'Type: message' of an error and of the cause at its root, on one line."""
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    parts = [f"{type(e).__name__}: {' '.join(str(e).split())[:400]}" for e in dict.fromkeys((error, root))]
+    return " caused by ".join(parts)

@@ -1,0 +1,190 @@
+"""A control problem so small that every trajectory is listed: states that recur, an environment that draws.
+
+The policy is a table of logits, one row a state, whatever the time: a state that is met again moves the same
+parameters. What the environment draws enters a trajectory's chance and not its score. Trajectories end early
+or at a limit of steps, so their lengths differ, and they may be cut before the environment is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokenrl.core.entropy import token_entropy
+from tokenrl.lab.exact.problems import Problem
+
+
+class TabularMdp(NamedTuple):
+    """An environment of S states and A actions, a policy, a reference and a critic. Successor S is the end.
+
+    Attributes:
+        start: Chance of each first state [S].
+        transitions: Chance of each successor [S, A, S + 1].
+        rewards: Of a step, which may depend on where it leads [S, A, S + 1].
+        logits: Of the policy [S, A].
+        reference: Logits of the reference [S, A].
+        guesses: What a critic that has learnt nothing says of each state [S].
+    """
+
+    start: Float[Tensor, " S"]
+    transitions: Float[Tensor, "S A S1"]
+    rewards: Float[Tensor, "S A S1"]
+    logits: Float[Tensor, "S A"]
+    reference: Float[Tensor, "S A"]
+    guesses: Float[Tensor, " S"]
+
+
+class Trajectories(NamedTuple):
+    """State, action and successor of each step, and the mask of steps, [M, T] each; 0 off the mask."""
+
+    states: Int[Tensor, "M T"]
+    actions: Int[Tensor, "M T"]
+    successors: Int[Tensor, "M T"]
+    mask: Float[Tensor, "M T"]
+
+    @property
+    def last(self) -> Int[Tensor, " M"]:
+        """Where each trajectory leads: a state if it was cut, S if it ended."""
+        return self.successors.gather(1, self.mask.sum(-1, keepdim=True).long() - 1).squeeze(1)
+
+
+def random_mdp(seed: int, *, one_start: bool = False, even: bool = False) -> TabularMdp:
+    """Draw an environment of two states; action 0 leads to either of them, action 1 to the other or the end.
+
+    Args:
+        seed: Of all that is drawn.
+        one_start: Start in state 0 always, which halves the number of trajectories.
+        even: The chances, those of the actions too, are 1/2 each, so that a step can hold every trajectory
+            in exact proportion.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(2, 2, 3, generator=draw, dtype=torch.double)
+    logits, reference = torch.randn(2, 2, 2, generator=draw, dtype=torch.double)
+    guesses = torch.randn(2, generator=draw, dtype=torch.double)
+    first, *coins = (0.3 + 0.4 * torch.rand(5, generator=draw, dtype=torch.double)).tolist()
+    if even:
+        first, coins, logits = 0.5, [0.5] * 4, torch.zeros_like(logits)
+    first = 1.0 if one_start else first
+    stay_0, other_0, stay_1, other_1 = coins
+    transitions = [
+        [[stay_0, 1 - stay_0, 0.0], [0.0, other_0, 1 - other_0]],
+        [[1 - stay_1, stay_1, 0.0], [other_1, 0.0, 1 - other_1]],
+    ]
+    start = torch.tensor([first, 1 - first], dtype=torch.double)
+    return TabularMdp(
+        start, torch.tensor(transitions, dtype=torch.double), rewards, logits, reference, guesses
+    )
+
+
+def all_trajectories(mdp: TabularMdp, steps: int) -> Trajectories:
+    """List every trajectory of at most `steps` steps that has a chance."""
+    end, choices = len(mdp.start), mdp.logits.shape[1]
+    possible = (mdp.transitions > 0).tolist()
+
+    def grow(path: tuple[tuple[int, int, int], ...], states: list[int]) -> Iterator[tuple]:  # type: ignore[type-arg]
+        if not states or len(path) == steps:
+            yield path
+            return
+        for state in states:
+            for action in range(choices):
+                for after in range(end + 1):
+                    if possible[state][action][after]:
+                        yield from grow((*path, (state, action, after)), [after] if after < end else [])
+
+    every = list(grow((), mdp.start.nonzero().flatten().tolist()))
+    padded = torch.tensor([[*path, *[(0, 0, 0)] * (steps - len(path))] for path in every])  # [M, T, 3]
+    mask = torch.arange(steps) < torch.tensor([len(path) for path in every])[:, None]
+    return Trajectories(padded[..., 0], padded[..., 1], padded[..., 2], mask.double())
+
+
+def expected_rewards(mdp: TabularMdp, steps: int) -> Float[Tensor, "S1 K"]:
+    """Mean reward under the policy of each of the next `steps` steps, from every state; 0 from the end.
+
+    `m_1(s) = E[r | s]`, `m_{k+1}(s) = E[m_k(s') | s]`; the value with k steps left is
+    `sum_{j <= k} gamma^(j - 1) m_j(s)`.
+    """
+    moves = mdp.logits.softmax(-1)[:, :, None] * mdp.transitions  # [S, A, S + 1]
+    mean = (moves * mdp.rewards).sum((1, 2))
+    columns = []
+    for _ in range(steps):
+        columns.append(torch.nn.functional.pad(mean, (0, 1)))
+        mean = moves.sum(1) @ columns[-1]
+    return torch.stack(columns, -1) if columns else torch.zeros(len(mean) + 1, 0, dtype=torch.double)
+
+
+def problem_of_mdp(
+    mdp: TabularMdp,
+    *,
+    name: str = "",
+    group_size: int = 2,
+    steps: int = 3,
+    beyond: int = 0,
+    critic: Literal["true", "guess"] = "guess",
+    gamma: float = 1.0,
+    bootstrap: bool = True,
+) -> Problem:
+    """List every trajectory; all rows of a step are one group, as episodes of one environment are.
+
+    Args:
+        mdp: The environment and the policy.
+        name: What to call it; made of the other arguments if empty.
+        group_size: Episodes a step.
+        steps: After which an episode is cut.
+        beyond: How many more steps the environment would go on after the cut. With 0 the limit is part of
+            the problem, and nothing is lost there.
+        critic: 'true' is V^pi of the state and the steps left, 'guess' is `mdp.guesses`.
+        gamma: Discount of V^pi, to be that of the estimator.
+        bootstrap: Tell the estimator what the critic says of the state after the cut, if there is more to
+            come; False takes a cut for an end.
+    """
+    every = all_trajectories(mdp, steps)
+    chance = torch.where(
+        every.mask.bool(), mdp.transitions[every.states, every.actions, every.successors], 1.0
+    )
+    ahead = expected_rewards(mdp, steps + beyond)  # [S + 1, K]
+    left = steps + beyond - torch.arange(steps + 1)
+    if critic == "true":
+        seen = ahead * gamma ** torch.arange(steps + beyond, dtype=torch.double)
+        values = torch.stack([seen[:, :k].sum(-1) for k in left.tolist()], -1)  # [S + 1, T + 1]
+    else:
+        values = torch.nn.functional.pad(mdp.guesses, (0, 1))[:, None].expand(-1, steps + 1)
+    cut: Bool[Tensor, " M"] = every.last < len(mdp.start)
+    lost = beyond > 0
+    logprobs = _logprobs(mdp.logits, every)
+    environment = mdp.start[every.states[:, 0]] * chance.prod(-1)
+    return Problem(
+        name=name or f"control, {steps} steps of {steps + beyond}, groups of {group_size}, critic: {critic}",
+        group_size=group_size,
+        mask=every.mask,
+        truncated=cut,
+        logprobs=logprobs[None],
+        ref_logprobs=_logprobs(mdp.reference, every)[None],
+        entropy=_entropy(mdp.logits, every)[None],
+        rewards=(mdp.rewards[every.states, every.actions, every.successors] * every.mask)[None],
+        scores=torch.func.jacrev(_logprobs)(mdp.logits, every).flatten(2)[None],
+        entropy_slopes=torch.func.jacrev(_entropy)(mdp.logits, every).flatten(2)[None],
+        values=(values[every.states, torch.arange(steps)] * every.mask)[None],
+        greedy=_greedy(mdp, every, environment * logprobs.sum(-1).exp()),
+        max_length=steps + 2,
+        environment=environment[None],
+        bootstrap=values[every.last, steps][None] if lost and bootstrap else None,
+        after=ahead[every.last, :beyond][None] if lost else None,
+    )
+
+
+def _logprobs(logits: Tensor, every: Trajectories) -> Float[Tensor, "M T"]:
+    return logits.log_softmax(-1)[every.states, every.actions] * every.mask
+
+
+def _entropy(logits: Tensor, every: Trajectories) -> Float[Tensor, "M T"]:
+    return token_entropy(logits)[every.states] * every.mask
+
+
+def _greedy(mdp: TabularMdp, every: Trajectories, chances: Tensor) -> Int[Tensor, " 1"]:
+    """The likeliest of the trajectories whose every action is the most probable one of its state."""
+    best = mdp.logits.argmax(-1)[every.states] == every.actions
+    return torch.where((best | (every.mask == 0)).all(-1), chances, 0.0).argmax()[None]

@@ -1,0 +1,131 @@
+"""Whose gradient is it: that of the return, of the discounted return, or of neither? Exactly, on control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from tokenrl.core import Estimator
+from tokenrl.core.bias import EXACT, UP_TO_SCALE
+from tokenrl.lab.exact.control_problem import problem_of_mdp, random_mdp
+from tokenrl.lab.exact.enumeration import Moments, exact_moments, target_of
+from tokenrl.lab.exact.problems import Problem
+from tokenrl.lab.exact.verdict import status_of
+
+
+class Match(NamedTuple):
+    """How an expected gradient compares with that of one objective; `Moments` explains the numbers."""
+
+    status: str
+    relative_bias: float
+    cosine: float
+    scale: float
+
+
+class WhichObjective(NamedTuple):
+    """How an expected gradient compares with those of two objectives.
+
+    Attributes:
+        undiscounted: With the gradient of `J_1 = E[sum_t r_t]`.
+        discounted: With that of `J_gamma = E[sum_t gamma^t r_t]`, gamma the estimator's own.
+    """
+
+    undiscounted: Match
+    discounted: Match
+
+    @property
+    def ascends(self) -> str:
+        """'J_1', 'J_gamma' or 'neither'; a constant factor is forgiven. 'J_1' if the two are the same."""
+        for name, match in (("J_1", self.undiscounted), ("J_gamma", self.discounted)):
+            if match.status in (EXACT, UP_TO_SCALE):
+                return name
+        return "neither"
+
+
+def which_objective(estimator: Estimator, problem: Problem) -> WhichObjective:
+    """Compare an estimator's expected gradient with those of the return and of the discounted return.
+
+    Discounting rewards from the first step on (`total`) gives the gradient of `J_gamma`. Discounting them
+    from each action on (`reward_to_go`, `gae`) gives `E[sum_t s_t G_t]` where `J_gamma` has `E[sum_t gamma^t
+    s_t G_t]`: in general the gradient of no objective (Nota and Thomas 2020, arXiv 1906.07073).
+
+    Args:
+        estimator: Any.
+        problem: Of dense rewards, or the two objectives hardly differ; `problem_of_mdp` makes one. Values
+            that are to be true must have been discounted as the estimator discounts.
+
+    Raises:
+        Refused: When the estimator cannot be used on the problem.
+
+    Example:
+        >>> from tokenrl import Estimator
+        >>> from tokenrl.lab import problem_of_mdp, random_mdp, which_objective
+        >>> problem = problem_of_mdp(random_mdp(1))
+        >>> for returns in ("total", "reward_to_go"):
+        ...     plain, discounted = Estimator(returns=returns), Estimator(returns=returns, gamma=0.9)
+        ...     print(returns, *(which_objective(e, problem).ascends for e in (plain, discounted)))
+        total J_1 J_gamma
+        reward_to_go J_1 neither
+    """
+    moments = exact_moments(estimator, problem)
+    targets = [target_of(estimator, problem, gamma) for gamma in (1.0, estimator.gamma)]
+    return WhichObjective(*(_match(replace(moments, target=target)) for target in targets))
+
+
+def _match(m: Moments) -> Match:
+    return Match(status_of(m), m.relative_bias, m.cosine, m.scale)
+
+
+TO_GO: dict[str, Any] = {"returns": "reward_to_go"}
+VALUE: dict[str, Any] = {"baseline": "value", "returns": "reward_to_go"}
+GAE: dict[str, Any] = {"baseline": "value", "returns": "gae", "lam": 0.5}
+TRUE: dict[str, Any] = {"critic": "true"}
+CUT: dict[str, Any] = {"steps": 2, "beyond": 2}
+EPISODE: dict[str, Any] = {**TO_GO, "baseline": "episode_mean"}
+STANDARD: dict[str, Any] = {**EPISODE, "scale": "episode_std", "gamma": 0.99}
+
+ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "total": ({}, {}),
+    "total, discounted": ({"gamma": 0.9}, {}),
+    "reward to go": (TO_GO, {}),
+    "reward to go, discounted": ({**TO_GO, "gamma": 0.9}, {}),
+    "blame window as long as the episode": ({"returns": "blame_window", "window": 3}, {}),
+    "blame window shorter": ({"returns": "blame_window", "window": 2}, {}),
+    "GAE lam 0.5, V^pi": (GAE, TRUE),
+    "GAE lam 0.5, V^pi, discounted": ({**GAE, "gamma": 0.9}, TRUE),
+    "GAE lam 0.5, any V": (GAE, {}),
+    "GAE lam 1, any V": ({**GAE, "lam": 1.0}, {}),
+    "to go, any V as the baseline": (VALUE, {}),
+    "to go, running mean": ({**TO_GO, "baseline": "running_mean"}, {}),
+    "to go, batch mean": ({**TO_GO, "baseline": "batch_mean"}, {}),
+    "total, batch mean, discounted": ({"baseline": "batch_mean", "gamma": 0.9}, {}),
+    "to go, timestep mean of the others": ({**TO_GO, "baseline": "timestep_mean"}, {}),
+    "to go, timestep mean of all (of 2 here)": (
+        {**TO_GO, "baseline": "timestep_mean", "leave_one_out": False},
+        {},
+    ),
+    "to go, episode mean": (EPISODE, {}),
+    "to go, episode mean, each step paid 1": (EPISODE, {"paid": 1.0}),
+    "to go, episode mean and std": (STANDARD, {}),
+    "to go, episode mean and std, paid 1": (STANDARD, {"paid": 1.0}),
+    "cut, V^pi follows": (VALUE, {**TRUE, **CUT}),
+    "cut, total, V^pi follows, discounted": ({"gamma": 0.9}, {**TRUE, **CUT}),
+    "cut, any V follows": (VALUE, CUT),
+    "cut, taken for an end": (VALUE, {**CUT, "bootstrap": False}),
+}
+"""What is looked at: fields of the estimator over RLOO's, and arguments of `problem_of_mdp`; `paid` is the
+reward of every step, whatever the state."""
+
+
+def objectives_on_control() -> Iterator[tuple[str, float, WhichObjective]]:
+    """Yield name, gamma and finding for every one of `ROWS`, on one random environment."""
+    mdp = random_mdp(2, one_start=True)
+    for name, (fields, world) in ROWS.items():
+        estimator = Estimator(**fields)
+        options = {key: value for key, value in world.items() if key != "paid"}
+        rewards = mdp.rewards if "paid" not in world else torch.full_like(mdp.rewards, world["paid"])
+        problem = problem_of_mdp(mdp._replace(rewards=rewards), gamma=estimator.gamma, **options)
+        yield name, estimator.gamma, which_objective(estimator, problem)

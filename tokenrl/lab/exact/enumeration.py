@@ -1,0 +1,241 @@
+"""The expected gradient of an estimator and its spread, summed over every group that can be drawn.
+
+The loss of a step depends on the parameters only through logprobs and entropies. So each group needs the
+derivative of `Estimator.loss` in those, and one matrix product with the listed scores gives its gradient;
+clips, ratios and divergences in the loss take the same road as plain REINFORCE.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tokenrl.core import Estimator
+from tokenrl.core.rows import keep, zero_spread
+from tokenrl.errors import Refused
+from tokenrl.lab.exact.problems import Problem
+
+CHUNK = 20_000
+"""Groups computed at once: some 100 MB on the larger problems."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second moments of the ascent gradient g of one step, beside the gradient of J.
+
+    Attributes:
+        mean: E[g], what each prompt's rows add to it [P, D].
+        target: The gradient of J, what each prompt adds to it [P, D].
+        second: E|g|^2, of the sum over prompts.
+    """
+
+    mean: Float[Tensor, "P D"]
+    target: Float[Tensor, "P D"]
+    second: float
+
+    @property
+    def bias(self) -> Float[Tensor, " D"]:
+        """E[g] - grad J."""
+        return (self.mean - self.target).sum(0)
+
+    @property
+    def relative_bias(self) -> float:
+        """|E[g] - grad J| / |grad J|; a wrong scale counts."""
+        return float(self.bias.norm() / self.target.sum(0).norm())
+
+    @property
+    def cosine(self) -> float:
+        """Of the angle between E[g] and grad J; 0 when E[g] vanishes."""
+        mean, target = self.mean.sum(0), self.target.sum(0)
+        return float(mean @ target / (mean.norm() * target.norm()).clamp(min=1e-300))
+
+    @property
+    def scale(self) -> float:
+        """The c with which `c grad J` comes nearest to E[g]."""
+        mean, target = self.mean.sum(0), self.target.sum(0)
+        return float(mean @ target / (target @ target))
+
+    @property
+    def variance(self) -> float:
+        """Trace of the covariance of g."""
+        return self.second - float(self.mean.sum(0).square().sum())
+
+    @property
+    def mse(self) -> float:
+        """E|g - grad J|^2 = |bias|^2 + variance."""
+        return float(self.bias.square().sum()) + self.variance
+
+    @property
+    def noise(self) -> float:
+        """Variance / |E[g]|^2: no constant factor of the loss changes it; infinite when E[g] vanishes."""
+        signal = float(self.mean.sum(0).square().sum())
+        return self.variance / signal if signal > 0 else float("inf")
+
+
+def exact_moments(
+    estimator: Estimator, problem: Problem, *, group_size: int | None = None, chunk: int = CHUNK
+) -> Moments:
+    """Sum over all M^(P G) steps of one group a prompt.
+
+    With groups refilled from new prompts, a step has P groups of prompts drawn at random instead.
+
+    Args:
+        estimator: Its `advantages`, `token_weights` and `loss` are called as training calls them, on-policy.
+        problem: What can happen.
+        group_size: G instead of the problem's own.
+        chunk: Steps computed at once.
+
+    Raises:
+        Refused: When the estimator cannot be used with such groups.
+    """
+    size = problem.group_size if group_size is None else group_size
+    prompts, completions = problem.chances.shape
+    slopes = torch.cat([problem.scores.flatten(0, 2), problem.entropy_slopes.flatten(0, 2)])  # [2 P M T, D]
+    shares = torch.zeros(len(slopes), dtype=torch.double)
+    second, total = torch.zeros(2, dtype=torch.double)
+    refill = estimator.zero_spread == "refill"
+    for drawn in itertools.product(range(prompts), repeat=prompts) if refill else [tuple(range(prompts))]:
+        of_row = torch.tensor(drawn).repeat_interleave(size)  # [N]
+        for chosen in _steps(completions, len(of_row), chunk):  # [C, N]
+            chance = problem.chances[of_row, chosen].prod(-1)
+            if refill:  # a step in which a group is dead never comes about: another prompt is drawn instead
+                alive = torch.ones(len(of_row), dtype=torch.bool)
+                dead = torch.vmap(lambda r: zero_spread(r, size, alive).any())  # noqa: B023
+                chance = chance * ~dead(problem.rewards[of_row, chosen])
+            coefficients = _coefficients(estimator, problem, of_row, chosen, size)  # [C, 2 P M T]
+            total = total + chance.sum()
+            shares += chance @ coefficients
+            second = second + chance @ (coefficients @ slopes).square().sum(-1)
+    mean = _by_prompt(problem, shares / total)
+    return Moments(mean, target_of(estimator, problem), float(second / total))
+
+
+def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -> Moments:
+    """Differentiate one step that holds every group `copies` times its share: many groups, of the same size.
+
+    The gradient is the limit of E[g] over ever more groups of the same size, if the estimator has one. The
+    chances of the problem must be multiples of the smallest. `second` is of this one step: no variance.
+
+    Raises:
+        Refused: When the estimator cannot be used with such groups.
+    """
+    counts = (problem.chances / problem.chances.min()).round().long()  # [P, M]
+    sides = [torch.arange(len(c)).repeat_interleave(c) for c in counts]
+    groups = [torch.cartesian_prod(*[side] * problem.group_size).repeat(copies, 1) for side in sides]
+    of_row = torch.cat([torch.full((g.numel(),), x) for x, g in enumerate(groups)])
+    chosen = torch.cat([g.flatten() for g in groups])[None]  # [1, N]
+    coefficients = _coefficients(estimator, problem, of_row, chosen, problem.group_size)[0]
+    mean = _by_prompt(problem, coefficients)
+    return Moments(mean, target_of(estimator, problem), float(mean.sum(0).square().sum()))
+
+
+def target_of(estimator: Estimator, problem: Problem, gamma: float = 1.0) -> Float[Tensor, "P D"]:
+    """Gradient of the objective with the estimator's terms, undiscounted or not: `Problem.gradient`."""
+    return problem.gradient(
+        gamma=gamma,
+        beta=estimator.beta,
+        entropy_coef=estimator.entropy_coef,
+        overlong_buffer=estimator.overlong_buffer,
+    )
+
+
+def _by_prompt(problem: Problem, shares: Tensor) -> Float[Tensor, "P D"]:
+    """What the coefficients [2 P M T] of logprobs and entropies make of the slopes, by prompt."""
+    logprob, entropy = shares.reshape(2, *problem.logprobs.shape)
+    return torch.einsum("pmt,pmtd->pd", logprob, problem.scores) + torch.einsum(
+        "pmt,pmtd->pd", entropy, problem.entropy_slopes
+    )
+
+
+def _steps(completions: int, rows: int, chunk: int) -> Iterator[Int[Tensor, "C N"]]:
+    """All ordered choices of one completion a row, some at a time: numbers in base M."""
+    powers = completions ** torch.arange(rows - 1, -1, -1)
+    for start in range(0, completions**rows, chunk):
+        numbers = torch.arange(start, min(start + chunk, completions**rows))
+        yield numbers[:, None] // powers % completions
+
+
+def _coefficients(
+    estimator: Estimator, problem: Problem, of_row: Tensor, chosen: Tensor, size: int
+) -> Float[Tensor, "C X"]:
+    """Minus the derivative of each step's loss in every listed logprob and entropy, X = 2 P M T."""
+    rows = {k: v[of_row, chosen] for k, v in _of_completions(problem).items()}  # [C, N, ...] each
+    advantages, weights, live = _advantages(estimator, problem, rows, size)
+    logprobs, entropy = rows["logprobs"].requires_grad_(), rows["entropy"].requires_grad_()
+    others = {
+        "old_logprobs": logprobs.detach(),
+        "sampling_logprobs": logprobs.detach(),
+        "ref_logprobs": rows["ref_logprobs"],
+        "entropy": entropy,
+    }
+    # The loss is a plain sum over rows, so one call on the rows of all steps differentiates each by itself.
+    loss = estimator.loss(
+        *(x.flatten(0, 1) for x in (logprobs, advantages, weights, live)),
+        **{name: x.flatten(0, 1) for name, x in others.items()},
+    )
+    slopes = torch.autograd.grad(loss, (logprobs, entropy), materialize_grads=True)
+    place = (of_row * problem.mask.shape[0] + chosen)[:, :, None].expand(live.shape)  # [C, N, T]
+    empty = torch.zeros(len(chosen), problem.chances.numel(), live.shape[-1], dtype=torch.double)
+    return torch.cat([-empty.scatter_add(1, place, slope).flatten(1) for slope in slopes], dim=1)
+
+
+def _advantages(
+    estimator: Estimator, problem: Problem, rows: dict[str, Tensor], size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages [C, N, *T], weights [C, N, T] and mask [C, N, T] of many steps, each step by itself."""
+
+    def step(one: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        mask = one["mask"]
+        kept = keep(estimator, one["rewards"], mask, group_size=size, truncated=one["truncated"])
+        advantages = estimator.advantages(
+            one["rewards"],
+            mask,
+            group_size=size,
+            valid=kept.compared,
+            logprobs=one["logprobs"],
+            ref_logprobs=one["ref_logprobs"],
+            values=one["values"],
+            bootstrap=one.get("bootstrap"),
+            greedy_rewards=one["greedy_rewards"],
+            score_norms=one["score_norms"],
+            baseline_value=problem.baseline_value,
+            max_length=problem.max_length,
+        ).policy
+        live = kept.mask.to(mask.dtype)
+        weights = estimator.token_weights(live, max_length=problem.max_length, valid=kept.counted)
+        return advantages, weights, live
+
+    try:
+        return torch.vmap(step)(rows)
+    except RuntimeError as error:
+        if not callable(estimator.baseline):
+            raise
+        raise Refused(
+            f"The baseline {getattr(estimator.baseline, '__name__', 'given')!r} cannot be computed for many "
+            f"steps at once: {str(error).splitlines()[0]} Write it with tensor operations only, without "
+            ".item(), numpy or a branch on a value."
+        ) from error
+
+
+def _of_completions(problem: Problem) -> dict[str, Tensor]:
+    """What belongs to a completion of a prompt, [P, M, ...] each."""
+    prompts = len(problem.greedy)
+    greedy = problem.totals[torch.arange(prompts), problem.greedy]
+    told = {} if problem.bootstrap is None else {"bootstrap": problem.bootstrap}
+    return {
+        "mask": problem.mask.expand(prompts, -1, -1),
+        "truncated": problem.truncated.expand(prompts, -1),
+        "rewards": problem.rewards,
+        "greedy_rewards": greedy[:, None].expand_as(problem.totals),
+        "logprobs": problem.logprobs,
+        "ref_logprobs": problem.ref_logprobs,
+        "entropy": problem.entropy,
+        "values": problem.values,
+        "score_norms": problem.scores.square().sum(-1),
+        **told,
+    }

@@ -1,0 +1,1 @@
+"""Signal and noise of gradients measured on a real model."""

@@ -1,0 +1,48 @@
+"""The arguments of `tokenrl lab measure`. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenrl.language.policy.arguments import ModelArguments
+from tokenrl.language.tasks.arguments import TaskArguments
+
+DEFAULT_ESTIMATORS = (
+    *("reinforce", "reinforce_running_mean", "reinforce_baseline", "remax", "rloo", "opo_loo", "shrinkage"),
+    *("rloo_token_mean", "dr_grpo", "grpo", "grpo_no_std", "dapo", "gspo", "reinforce_pp"),
+)
+
+
+@dataclass(frozen=True)
+class MeasureArguments(ModelArguments, TaskArguments):
+    """Measure signal, noise and direction of estimators' gradients, on the same completions of a model."""
+
+    estimators: tuple[str, ...] = DEFAULT_ESTIMATORS
+    """Presets to measure."""
+    num_prompts: int = 128
+    """Training prompts sampled from; more make intervals narrower."""
+    num_generations: int = 8
+    """Completions a prompt (G); a power of two, so that groups can be halved."""
+    prompts_per_step: int = 8
+    """Prompts of the step whose noise is stated, and within which prompts are compared."""
+    max_completion_length: int | None = None
+    """Most tokens a completion may have. Default: the task's, else 256."""
+    temperature: float = 1.0
+    """Temperature of the policy that is sampled and scored."""
+    probes: int = 256
+    """Random directions in which gradients are seen; lengths are then known to sqrt(2/probes)."""
+    layers: tuple[str, ...] = ()
+    """Only parameters with one of these in their name; `last` for the last block and the head."""
+    per_layer: bool = False
+    """Also measure every block by itself, which costs as much again for each."""
+    rows_at_once: int = 1024
+    """Completions in one forward pass; changes memory, not the numbers."""
+    cpu: bool = False
+    """Stay on the CPU even if there is an accelerator."""
+    seed: int = 0
+    """Seed of sampling, probes and intervals."""
+    json: Path | None = None
+    """Also write all numbers to this file."""
+    quiet: bool = False
+    """Print nothing but errors."""

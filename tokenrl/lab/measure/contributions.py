@@ -1,0 +1,175 @@
+"""What each group, or each step of groups, adds to an estimator's gradient, in projections.
+
+The loss depends on the weights only through logprobs and entropies. Its slopes in those, at ratio 1, times
+the projected scores are the projected gradient: every estimator is formed from the same projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenrl.core import Estimator
+from tokenrl.core.rows import keep
+from tokenrl.errors import Refused
+from tokenrl.lab.measure.projections import Projections
+from tokenrl.lab.measure.rollouts import Samples
+
+
+class Slopes(NamedTuple):
+    """Of the ascent objective (minus the loss) in each logprob and each entropy [N, T]."""
+
+    logprobs: Float[Tensor, "N T"]
+    entropy: Float[Tensor, "N T"] | None
+
+
+class Contributions(NamedTuple):
+    """Projected gradients of independent units, J of each, which have the same expectation.
+
+    Attributes:
+        values: [M, J, K]; J is 1 but where a group is divided into smaller ones.
+        groups: Prompt groups a unit.
+        coupled: Whether the units are steps because the estimator couples the prompts of a step.
+    """
+
+    values: Float[Tensor, "M J K"]
+    groups: int
+    coupled: bool
+
+
+def ascent_slopes(
+    estimator: Estimator,
+    samples: Samples,
+    rows: Tensor,
+    *,
+    group_size: int,
+    score_norms: Float[Tensor, "N T"] | None = None,
+    baseline_value: float = 0.0,
+) -> Slopes:
+    """Differentiate one step's loss in what the model gives, by `Estimator`'s own methods, on-policy.
+
+    Args:
+        estimator: Any without a critic.
+        samples: All rows.
+        rows: Which of them are the step, groups whole [n].
+        group_size: Consecutive rows a group; may divide the groups of `samples` further.
+        score_norms: |s_t|^2 of all rows.
+        baseline_value: The running mean before the step.
+
+    Raises:
+        Refused: When the estimator needs what there is not, or cannot be used with such groups.
+    """
+    mask, rewards, valid = samples.mask[rows], samples.rewards[rows], samples.valid[rows]
+    kept = keep(
+        estimator, rewards, mask, group_size=group_size, valid=valid, truncated=samples.truncated[rows]
+    )
+    old, ref = samples.logprobs[rows], samples.ref_logprobs[rows]
+    length = mask.shape[1]
+    advantages = estimator.advantages(
+        rewards,
+        mask,
+        group_size=group_size,
+        valid=kept.compared,
+        logprobs=old,
+        ref_logprobs=ref,
+        greedy_rewards=samples.greedy_rewards[rows],
+        score_norms=None if score_norms is None else score_norms[rows],
+        baseline_value=baseline_value,
+        max_length=length,
+    ).policy
+    weights = estimator.token_weights(kept.mask.double(), max_length=length, valid=kept.counted)
+    logprobs = old.clone().requires_grad_()
+    entropy = samples.entropy[rows].clone().requires_grad_()
+    loss = estimator.loss(
+        logprobs,
+        advantages,
+        weights,
+        kept.mask,
+        old_logprobs=old,
+        sampling_logprobs=old,
+        ref_logprobs=ref,
+        entropy=entropy,
+    )
+    of_logprobs, of_entropy = torch.autograd.grad(loss, (logprobs, entropy), materialize_grads=True)
+    return Slopes(-of_logprobs, -of_entropy if estimator.needs_entropy else None)
+
+
+def projected(slopes: Slopes, projections: Projections, rows: Tensor) -> Float[Tensor, " K"]:
+    """Sum slopes times projected scores over the tokens of some rows."""
+    of_rows = projections.logprobs[rows].flatten(0, 1).double()
+    total = slopes.logprobs.flatten() @ of_rows
+    if slopes.entropy is not None:
+        assert projections.entropy is not None
+        total = total + slopes.entropy.flatten() @ projections.entropy[rows].flatten(0, 1).double()
+    return total
+
+
+def contributions(
+    estimator: Estimator,
+    samples: Samples,
+    projections: Projections,
+    *,
+    prompts_per_step: int,
+    group_size: int | None = None,
+    coupled: bool | None = None,
+) -> Contributions:
+    """Form an estimator's projected gradient for every independent unit.
+
+    The unit is the prompt's group, or a whole step if the estimator couples prompts, never the row: inside a
+    group the rows' terms share a baseline. Whether prompts are coupled is found by comparing a step's slopes
+    with those of its groups alone.
+
+    Args:
+        estimator: Any without a critic.
+        samples: The rows.
+        projections: Of their scores.
+        prompts_per_step: Groups a step; steps are disjoint, and groups that fill no step are left out of
+            coupled estimators.
+        group_size: Divide each group into smaller ones, each a unit's own copy.
+        coupled: True to take steps as units in any case.
+
+    Raises:
+        Refused: When the estimator needs a critic, or cannot be used with such groups.
+    """
+    if estimator.needs_values:
+        raise Refused(
+            "The estimator needs a critic's values, which a measurement has not. Choose a baseline other "
+            "than 'value' and returns other than 'gae'."
+        )
+    whole = samples.group_size
+    size = whole if group_size is None else group_size
+    norms = projections.logprobs.double().square().sum(-1) if estimator.needs_score_norms else None
+    step_of = torch.arange(len(samples.rewards)) // (whole * prompts_per_step)
+
+    def unit(rows: Tensor) -> Slopes:
+        elsewhere = (step_of != step_of[rows[0]]) & samples.valid  # a running mean saw much, not this step
+        seen = float(samples.rewards[elsewhere].mean()) if estimator.baseline == "running_mean" else 0.0
+        return ascent_slopes(
+            estimator, samples, rows, group_size=size, score_norms=norms, baseline_value=seen
+        )
+
+    every = torch.arange(len(step_of)).reshape(-1, whole // size, size)  # [B, J, g]
+    whole_steps = every[: len(every) // prompts_per_step * prompts_per_step]
+    steps = whole_steps.reshape(-1, prompts_per_step, *every.shape[1:])  # [M, P, J, g]
+    if coupled is None:
+        coupled = prompts_per_step > 1 and _couples(unit, steps)
+    units = steps.transpose(1, 2).flatten(2) if coupled else every  # [M, J, n]
+    values = torch.stack([torch.stack([projected(unit(r), projections, r) for r in rows]) for rows in units])
+    return Contributions(values, prompts_per_step if coupled else 1, coupled)
+
+
+def _couples(unit: Callable[[Tensor], Slopes], steps: Tensor) -> bool:
+    """Whether the slopes in any step differ from those of its groups taken alone."""
+    for step in steps[:, :, 0]:  # [P, g]
+        try:
+            alone = torch.cat([unit(rows).logprobs for rows in step]) / len(step)
+        except Refused:  # it compares prompts, and there is one
+            return True
+        together = unit(step.flatten()).logprobs
+        if not torch.allclose(together, alone, rtol=1e-6, atol=1e-9):
+            return True
+    return False

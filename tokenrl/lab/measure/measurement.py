@@ -1,0 +1,168 @@
+"""The gradients of many estimators, measured on one set of completions of a real model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenrl.core import Estimator
+from tokenrl.core.rows import zero_spread
+from tokenrl.errors import Refused
+from tokenrl.lab.measure.arguments import MeasureArguments
+from tokenrl.lab.measure.paired import GroupSize, Measurement, compare, compare_group_sizes
+from tokenrl.lab.measure.projections import Projections, blocks, chosen_parameters, project
+from tokenrl.lab.measure.rollouts import Samples, collect
+from tokenrl.language.policy.model import Policy
+from tokenrl.settings import check_number
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that was measured on one set of completions.
+
+    Attributes:
+        model: Where it came from.
+        task: Its name.
+        settings: Numbers of prompts, completions and probes, and what they were like.
+        estimators: One a chosen estimator.
+        group_sizes: Of estimators that compare the completions of a prompt and no others.
+        layers: The estimators again in each block alone, if asked for.
+    """
+
+    model: str
+    task: str
+    settings: dict[str, float]
+    estimators: tuple[Measurement, ...]
+    group_sizes: tuple[GroupSize, ...]
+    layers: dict[str, tuple[Measurement, ...]]
+
+
+def measure(**options: Any) -> Measured:
+    """Measure as `tokenrl lab measure` does, with the fields of `MeasureArguments` as keywords.
+
+    Example::
+
+        measured = measure(task="sort_digits", num_prompts=64)
+        {m.estimator: m.noise for m in measured.estimators}
+    """
+    from tokenrl.language.training.setup import arguments
+
+    return measure_with(arguments(MeasureArguments, options))
+
+
+def measure_with(args: MeasureArguments, announce: Callable[[str], None] = lambda text: None) -> Measured:
+    """Sample, project and measure.
+
+    Raises:
+        Refused: A preset, a number or a layer that cannot be used; see the message.
+    """
+    from accelerate import Accelerator
+
+    from tokenrl.language.tasks.task import find_task
+    from tokenrl.language.training.setup import make_policy
+
+    chosen = {name: Estimator.preset(name) for name in args.estimators}
+    _check(args)
+    task, rewards = find_task(args)
+    policy = make_policy(args, task, announce)
+    policy.model.to(Accelerator(cpu=args.cpu).device)
+    rows = list(task.train_prompts)[: args.num_prompts]
+    if len(rows) < args.num_prompts:
+        raise Refused(f"num_prompts={args.num_prompts}, but the task has {len(rows)} training prompts.")
+    every = chosen_parameters(policy)
+    places = {", ".join(args.layers) or "all": list(chosen_parameters(policy, args.layers))}
+    places |= blocks(policy) if args.per_layer else {}
+    samples = collect(
+        policy,
+        rewards,
+        rows,
+        num_generations=args.num_generations,
+        max_completion_length=args.max_completion_length or task.max_completion_length or 256,
+        temperature=args.temperature,
+        seed=args.seed,
+        rows_at_once=args.rows_at_once,
+    )
+    found: dict[str, tuple[Measurement, ...]] = {}
+    sizes: tuple[GroupSize, ...] = ()
+    for place, names in places.items():
+        size = sum(every[name].numel() for name in names)
+        announce(f"Differentiating {len(samples.mask)} completions in {size:,} parameters ({place}).")
+        seen = project_all(policy, samples, {name: every[name] for name in names}, args)
+        options: dict[str, Any] = {"prompts_per_step": args.prompts_per_step, "seed": args.seed}
+        sizes = sizes if found else compare_group_sizes(samples, seen, chosen, **options)
+        found[place] = compare(samples, seen, chosen, **options)
+    first, *layers = found
+    return Measured(
+        model=policy.source,
+        task=task.name,
+        settings=_settings(args, samples),
+        estimators=found[first],
+        group_sizes=sizes,
+        layers={layer: found[layer] for layer in layers},
+    )
+
+
+def _check(args: MeasureArguments) -> None:
+    g, b, p = args.num_generations, args.num_prompts, args.prompts_per_step
+    if g < 2 or g & (g - 1):
+        raise Refused(
+            f"num_generations={g}: give a power of two (2, 4, 8, ...), so that groups can be halved."
+        )
+    for name, value, least in (
+        ("prompts_per_step", p, 1),
+        ("probes", args.probes, 2),
+        ("seed", args.seed, 0),
+    ):
+        check_number(name, value, at_least=least)
+    check_number("rows_at_once", args.rows_at_once, at_least=1)
+    check_number("temperature", args.temperature, above=0)
+    if args.gradient_checkpointing:
+        raise Refused("gradient_checkpointing has no forward-mode derivative; measure without it.")
+    if b < 4 * p or b % p:
+        raise Refused(
+            f"num_prompts={b} with prompts_per_step={p}: steps are the independent units of some estimators, "
+            f"so give a multiple of {p}, at least {4 * p}."
+        )
+
+
+def _settings(args: MeasureArguments, samples: Samples) -> dict[str, float]:
+    dead = zero_spread(samples.rewards, samples.group_size, samples.valid)
+    return {
+        "num_prompts": args.num_prompts,
+        "num_generations": args.num_generations,
+        "prompts_per_step": args.prompts_per_step,
+        "probes": args.probes,
+        "reward": float(samples.rewards[samples.valid].mean()),
+        "reward_greedy": float(samples.greedy_rewards.mean()),
+        "frac_reward_zero_std": float(dead.double().mean()),
+        "completions/mean_length": float(samples.mask.sum(-1).double().mean()),
+    }
+
+
+def project_all(
+    policy: Policy, samples: Samples, parameters: Mapping[str, Tensor], args: MeasureArguments
+) -> Projections:
+    """Project all parts of the samples on the same probes."""
+    entropy = any(Estimator.preset(name).needs_entropy for name in args.estimators)
+    parts = [
+        project(
+            policy,
+            part,
+            parameters,
+            count=args.probes,
+            seed=args.seed,
+            width=samples.mask.shape[1],
+            temperature=args.temperature,
+            entropy=entropy,
+        )
+        for part in samples.parts
+    ]
+    slopes = [p.entropy for p in parts if p.entropy is not None]
+    return Projections(
+        torch.cat([p.logprobs.cpu() for p in parts]),
+        torch.cat([x.cpu() for x in slopes]) if slopes else None,
+    )

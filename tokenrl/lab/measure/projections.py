@@ -1,0 +1,171 @@
+"""Scores of every token, seen through random probes: what is needed of a gradient without keeping one.
+
+A score `s_t = grad log pi(a_t | prefix)` has as many entries as the model has weights. Its products with K
+random sign vectors z keep all lengths and angles on average: `E[(z.g)(z.h)] = g.h`. A forward-mode derivative
+along z gives `z.s_t` of every row and every token at once, so K of them serve all estimators.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tokenrl.errors import Refused
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.scoring import score
+
+
+class Projections(NamedTuple):
+    """Slopes along each probe, divided by sqrt(K), so that a plain dot product estimates that of gradients.
+
+    Off the mask they are 0.
+    """
+
+    logprobs: Float[Tensor, "N T K"]
+    entropy: Float[Tensor, "N T K"] | None
+
+
+def chosen_parameters(policy: Policy, layers: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Trainable parameters by name, restricted to those that the gradient is measured in.
+
+    Args:
+        policy: Whose model is looked at.
+        layers: Parts of names, as `layers.0.` or `lm_head`; `last` is the last block and all that follows
+            the blocks. Empty for all.
+
+    Raises:
+        Refused: When a part occurs in no name.
+    """
+    named = {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
+    if not layers:
+        return named
+    chosen: dict[str, Tensor] = {}
+    for part in layers:
+        found = _last(list(named)) if part == "last" else [name for name in named if part in name]
+        if not found:
+            some = ", ".join(list(named)[:4])
+            raise Refused(
+                f"No trainable parameter of {policy.source!r} has {part!r} in its name. Give part of a name, "
+                f"such as of {some}, or 'last' for the last block and the head."
+            )
+        chosen.update({name: named[name] for name in found})
+    return chosen
+
+
+def blocks(policy: Policy) -> dict[str, list[str]]:
+    """Names of the trainable parameters of each numbered block, and of the rest, in the model's order."""
+    groups: dict[str, list[str]] = {}
+    for name, p in policy.model.named_parameters():
+        if p.requires_grad:
+            number = _block(name)
+            groups.setdefault("outside the blocks" if number is None else f"block {number}", []).append(name)
+    return groups
+
+
+def _block(name: str) -> int | None:
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found.group(1)) if found else None
+
+
+def _last(names: Sequence[str]) -> list[str]:
+    """Names in the block of the highest number, and those behind it; with tied weights the head is first."""
+    numbers = [_block(name) for name in names]
+    highest = max((n for n in numbers if n is not None), default=None)
+    first = numbers.index(highest)
+    return [name for name, n in zip(names[first:], numbers[first:], strict=True) if n in (highest, None)]
+
+
+def probes(
+    parameters: Mapping[str, Tensor], count: int, *, seed: int, chunk: int = 8
+) -> Iterator[dict[str, Tensor]]:
+    """Yield `count` Rademacher probes, some at a time: a dict of signs [c, *shape], c at most `chunk`.
+
+    Probe k depends on seed and k only, not on the chunk.
+    """
+    for start in range(0, count, chunk):
+        drawn: list[dict[str, Tensor]] = []
+        for k in range(start, min(start + chunk, count)):
+            generator = torch.Generator().manual_seed((seed << 32) + k)
+            drawn.append({name: _signs(p, generator) for name, p in parameters.items()})
+        yield {name: torch.stack([d[name] for d in drawn]) for name in parameters}
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    bits = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
+    return (2 * bits - 1).to(device=like.device, dtype=like.dtype)
+
+
+def project(
+    policy: Policy,
+    rollout: Rollout,
+    parameters: Mapping[str, Tensor],
+    *,
+    count: int,
+    seed: int,
+    width: int,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> Projections:
+    """Project the score of every token of a rollout on `count` probes.
+
+    Costs about `2 count` forward passes of the rollout, and memory for eight. Attention is computed by its
+    plain formula meanwhile: the fused kernels have no forward-mode derivative.
+
+    Args:
+        policy: The policy that is differentiated.
+        rollout: Rows to score; equal completions of one prompt are computed once.
+        parameters: As `chosen_parameters` gives them; all else is held fixed.
+        count: K.
+        seed: Of the probes.
+        width: T of the result, no less than the rollout's own.
+        temperature: That of the sampling.
+        entropy: Also project the slopes of the entropies.
+
+    Returns:
+        The projections, in the precision of the model.
+    """
+    parameters = dict(parameters)
+    first, place = _distinct(rollout)
+    part = rollout.rows(first)
+
+    def scores(changed: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        def model(*args: Any, **options: Any) -> Any:
+            return torch.func.functional_call(policy.model, changed, args, options)
+
+        # `score` only calls its model, so a function will do
+        found = score(model, part, temperature=temperature, share_prompt=policy.share_prompt, entropy=entropy)  # type: ignore[arg-type]
+        return (found.logprobs,) if found.entropy is None else (found.logprobs, found.entropy)
+
+    def slopes(direction: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return torch.func.jvp(scores, (parameters,), (direction,))[1]  # type: ignore[no-any-return]
+
+    found: list[tuple[Tensor, ...]] = []
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        for directions in probes(parameters, count, seed=seed):
+            # the tangents alone are batched, so the model itself is computed once for all of them
+            found.append(torch.vmap(slopes)(directions))  # [c, n, t] each
+    out = []
+    for tangents in zip(*found, strict=True):
+        inside = torch.where(part.mask, torch.cat(tangents), 0)
+        whole = inside.permute(1, 2, 0)[place] / count**0.5  # [N, t, K]
+        out.append(torch.nn.functional.pad(whole, (0, 0, 0, width - whole.shape[1])))
+    return Projections(out[0], out[1] if entropy else None)
+
+
+def _distinct(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """One row of each distinct (prompt, completion), and which of them each row is."""
+    ids = rollout.completion_ids.masked_fill(~rollout.mask, -1)
+    table = torch.cat([rollout.prompt_index[:, None], ids], dim=1)
+    unique, place = torch.unique(table, dim=0, return_inverse=True)
+    rows = torch.arange(len(place), device=place.device)
+    first = torch.full((len(unique),), len(place), device=place.device).scatter_reduce(
+        0, place, rows, reduce="amin"
+    )
+    return first, place

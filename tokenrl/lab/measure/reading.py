@@ -1,0 +1,202 @@
+"""What `tokenrl lab measure` leaves behind: a table, a file of numbers, and a reading in plain words."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from tokenrl.errors import Refused
+from tokenrl.lab.measure.arguments import MeasureArguments
+from tokenrl.lab.measure.measurement import Measured, measure_with
+from tokenrl.lab.measure.paired import GroupSize, Measurement
+from tokenrl.lab.measure.unit_statistics import Estimate
+
+
+def run(args: MeasureArguments) -> int:
+    """Measure, print, write; return 0.
+
+    Raises:
+        Refused: For arguments that cannot be used.
+    """
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise Refused(f"{args.json} cannot be written: its directory does not exist. Make it first.")
+    measured = measure_with(args, announce=(lambda text: None) if args.quiet else print)
+    if not args.quiet:
+        print_tables(measured)
+        print(reading(measured))
+    if args.json is not None:
+        partial = args.json.with_name(f".{args.json.name}.partial")
+        partial.write_text(json.dumps(record(measured), indent=1, allow_nan=False) + "\n")
+        os.replace(partial, args.json)
+    return 0
+
+
+def record(measured: Measured) -> dict[str, Any]:
+    """All numbers and the reading, fit for JSON: what is not finite is None."""
+    return {**_plain(asdict(measured)), "reading": reading(measured)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_tables(measured: Measured) -> None:
+    """Print estimators, group sizes and layers, and below what the columns mean."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 140
+    heads = ("estimator", "declared", "units", "noise of a step", "cosine", "noise of none / its own")
+    for title, measurements in {"": measured.estimators, **measured.layers}.items():
+        rows = [
+            (m.estimator, m.declared, f"{m.units} {kind}", *map(words, (m.noise, m.cosine, m.quieter)))
+            for m in measurements
+            for kind in ["steps" if m.coupled else "groups"]
+        ]
+        console.print(_table(title, heads, rows))
+    if measured.group_sizes:
+        of_size = ("estimator", "G", "noise of as many completions", "noise with half the G / its own")
+        sizes = [
+            (s.estimator, str(s.group_size), words(s.noise), "" if s.quieter is None else words(s.quieter))
+            for s in measured.group_sizes
+        ]
+        console.print(_table("", of_size, sizes))
+    console.print(
+        "noise: tr Var g / |E g|^2 of one step; cosine: of E g with RLOO's, from other rows; in brackets 95 "
+        "% intervals. 'not resolved': the interval of |E g|^2 covers 0, so more prompts are needed.\n"
+    )
+
+
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, title=title or None, title_justify="left")
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("estimator", "declared", "units") else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def words(estimate: Estimate) -> str:
+    """A number with its interval, to three digits; or that there is none."""
+    if estimate.value is None or estimate.high is None or estimate.low is None:
+        return "not resolved"
+    if not math.isfinite(estimate.high):
+        return f"not resolved (> {estimate.low:.3g})"
+    return f"{estimate.value:.3g} ({estimate.low:.3g} to {estimate.high:.3g})"
+
+
+def reading(measured: Measured) -> str:
+    """Say in a few sentences what the numbers mean, with their uncertainty."""
+    s, found = measured.settings, measured.estimators
+    sentences = [
+        f"Over {s['num_prompts']:.0f} prompts of {measured.task} with {s['num_generations']:.0f} completions "
+        f"each the mean reward is {s['reward']:.3g}, and {s['frac_reward_zero_std']:.0%} of the groups have "
+        "equal rewards throughout."
+    ]
+    sentences += [text for text in (_noises(found), _directions(found), _sizes(measured.group_sizes)) if text]
+    probes = s["probes"]
+    sentences.append(
+        f"Intervals are of 95 %, from resampling the units and the {probes:.0f} random directions in which "
+        f"gradients were seen (which alone leave {math.sqrt(2 / probes):.0%} on a squared length); they "
+        "speak of this model as it is now, not of a whole training."
+    )
+    return " ".join(sentences)
+
+
+def _noises(found: Sequence[Measurement]) -> str:
+    """How large the noise is, and who has more or less of it than no baseline."""
+    known = [m for m in found if m.noise.resolved]
+    if known:
+        best = min(known, key=lambda m: m.noise.value or math.inf)
+        text = (
+            f"The least noise was found for {best.estimator}: that of one step is {words(best.noise)} times "
+            "its squared signal."
+        )
+    else:
+        text = "No estimator's signal is told apart from 0, so its noise is not resolved: take more prompts."
+    told = [m for m in found if m.quieter.resolved and m.quieter.low != m.quieter.high]
+    less = [m for m in told if (m.quieter.low or 0) > 1]
+    more = [m for m in told if (m.quieter.high or 0) < 1]
+    parts = [
+        _foremost(less, "less", lambda m: m.quieter),
+        _foremost(more, "more", lambda m: _inverse(m.quieter)),
+    ]
+    if less or more:
+        text += f" Beside no baseline, {'; '.join(p for p in parts if p)}."
+    rest = [m.estimator for m in told if m not in less and m not in more]
+    return text + (f" Not told apart from no baseline: {', '.join(rest)}." if rest else "")
+
+
+def _foremost(found: Sequence[Measurement], word: str, ratio: Callable[[Measurement], Estimate]) -> str:
+    """RLOO and the two that differ most, with how many times; the rest by name."""
+    if not found:
+        return ""
+    ordered = sorted(found, key=lambda m: (m.estimator != "rloo", -(ratio(m).value or 0)))
+    text = " and ".join(f"{m.estimator} has {words(ratio(m))}" for m in ordered[:3]) + f" times {word} noise"
+    others = ", ".join(m.estimator for m in ordered[3:])
+    return text + (f" (so, by smaller factors, have {others})" if others else "")
+
+
+def _inverse(ratio: Estimate) -> Estimate:
+    """1/x of a positive ratio, the ends changing places."""
+    assert ratio.value and ratio.low and ratio.high
+    return Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
+
+
+def _directions(found: Sequence[Measurement]) -> str:
+    """Who points elsewhere, how far, and who cannot be said to."""
+    told = [m for m in found if m.cosine.resolved and m.declared not in ("exact", "exact_up_to_scale")]
+    off = sorted((m for m in told if (m.cosine.high or 0) < 1), key=lambda m: m.cosine.value or 0)
+    parts = [f"{m.estimator} points {degrees(m.cosine)} away from the gradient" for m in off[:3]]
+    text = f"{_capital('; '.join(parts))}." if parts else ""
+    rest = [m for m in told if m not in off]
+    if rest:
+        far = max(_angle(m.cosine.low) for m in rest)
+        text += (
+            f" No angle is seen for {', '.join(m.estimator for m in rest)}, with intervals that reach "
+            f"to {far:.0f} degrees."
+        )
+    return text.strip()
+
+
+def degrees(cosine: Estimate) -> str:
+    """The angle in degrees with its interval."""
+    angle, near, far = (_angle(x) for x in (cosine.value, cosine.high, cosine.low))
+    return f"{angle:.0f} degrees ({near:.0f} to {far:.0f})"
+
+
+def _angle(cosine: float | None) -> float:
+    """In degrees; estimates of a cosine may lie beyond 1."""
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine or 0.0))))
+
+
+def _sizes(sizes: Sequence[GroupSize]) -> str:
+    """What doubling the group buys the first estimator that compares groups, RLOO if it is there."""
+    names = [s.estimator for s in sizes]
+    name = "rloo" if "rloo" in names else names[0] if names else ""
+    steps = [s for s in sizes if s.estimator == name and s.quieter is not None and s.quieter.resolved]
+    if not steps:
+        return ""
+    parts = [
+        f"{words(s.quieter)} from {s.group_size // 2} to {s.group_size}"
+        for s in steps
+        if s.quieter is not None
+    ]
+    gains = ", and by ".join(parts)
+    return f"At equally many completions, doubling the group divides the noise of {name} by {gains}."
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

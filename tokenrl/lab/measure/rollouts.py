@@ -1,0 +1,117 @@
+"""The rows on which estimators are measured: groups of completions with all that an estimator may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokenrl.errors import Refused
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.judged import judged
+from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.scoring import score
+
+
+@dataclass(frozen=True)
+class Samples:
+    """B groups of G rows, prompt-major, on the CPU in float64; T is the most tokens allowed.
+
+    Attributes:
+        parts: The rollouts, some prompts each, in order.
+        group_size: G.
+        mask: True on actions [N, T].
+        rewards: One a row [N]; 0 where all rewards abstain.
+        valid: False where they do [N].
+        truncated: True where the length cap came before an end [N].
+        greedy_rewards: Of each row's prompt, of its greedy completion [N].
+        logprobs: Of the policy, as the trainer computes them [N, T].
+        ref_logprobs: Of the reference if the policy has one, else of the policy itself [N, T].
+        entropy: Of each step [N, T].
+    """
+
+    parts: tuple[Rollout, ...]
+    group_size: int
+    mask: Bool[Tensor, "N T"]
+    rewards: Float[Tensor, " N"]
+    valid: Bool[Tensor, " N"]
+    truncated: Bool[Tensor, " N"]
+    greedy_rewards: Float[Tensor, " N"]
+    logprobs: Float[Tensor, "N T"]
+    ref_logprobs: Float[Tensor, "N T"]
+    entropy: Float[Tensor, "N T"]
+
+
+def collect(
+    policy: Policy,
+    rewards: Rewards,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    num_generations: int,
+    max_completion_length: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    rows_at_once: int = 1024,
+) -> Samples:
+    """Sample, reward and score G completions of each prompt, and its greedy completion.
+
+    Args:
+        policy: Sampled from, on-policy.
+        rewards: The reward functions.
+        rows: One a prompt, with the columns that the rewards ask for.
+        num_generations: G.
+        max_completion_length: T.
+        temperature: Of sampling and scoring.
+        seed: Of the uniforms.
+        rows_at_once: Completions in one forward pass; changes memory only.
+
+    Raises:
+        Refused: When a greedy completion has no reward.
+    """
+    options: dict[str, Any] = {
+        "stream": "measurement",
+        "max_completion_length": max_completion_length,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    size = max(1, rows_at_once // num_generations)
+    sampled = judged(
+        policy, rows, rewards, num_generations=num_generations, batch_size=rows_at_once, **options
+    )
+    greedily = judged(policy, rows, rewards, num_generations=0, batch_size=size, **options)
+    parts, columns = [], []
+    for (_, rollout, result), (_, _, best) in zip(sampled, greedily, strict=True):
+        if not best.valid.all():
+            raise Refused("Every reward abstained on a greedy completion; measure on prompts that have one.")
+        shared = {
+            "rewards": torch.from_numpy(result.total),
+            "valid": torch.from_numpy(result.valid),
+            "truncated": rollout.truncated,
+            "greedy_rewards": torch.from_numpy(best.total).repeat_interleave(num_generations),
+        }
+        parts.append(rollout)
+        columns.append(shared | _scores(policy, rollout, temperature, max_completion_length))
+    whole = {name: torch.cat([c[name].cpu() for c in columns]) for name in columns[0]}
+    whole = {k: x.double() if x.is_floating_point() else x for k, x in whole.items()}
+    return Samples(parts=tuple(parts), group_size=num_generations, **whole)
+
+
+@torch.no_grad()
+def _scores(policy: Policy, rollout: Rollout, temperature: float, width: int) -> dict[str, Tensor]:
+    """The columns [n, width] of a rollout: mask, logprobs, those of the reference, entropies."""
+    options: dict[str, Any] = {"temperature": temperature, "share_prompt": policy.share_prompt}
+    own = score(policy.model, rollout, entropy=True, **options)
+    assert own.entropy is not None
+    ref = own.logprobs
+    if policy.reference is not None or policy.has_adapter:
+        with policy.reference_model() as model:
+            ref = score(model, rollout, **options).logprobs
+    columns = {"mask": rollout.mask}
+    for name, x in (("logprobs", own.logprobs), ("ref_logprobs", ref), ("entropy", own.entropy)):
+        columns[name] = torch.where(rollout.mask, x, 0)
+    return {k: torch.nn.functional.pad(x, (0, width - x.shape[1])) for k, x in columns.items()}

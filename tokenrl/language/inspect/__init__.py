@@ -1,0 +1,1 @@
+"""Looking at a trained policy: interactive completions and best-of-n."""

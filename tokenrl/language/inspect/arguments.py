@@ -1,0 +1,36 @@
+"""Arguments of `tokenrl sample`. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SampleArguments:
+    """Complete prompts, those given or line by line."""
+
+    model: str = ""
+    """Local directory or hub name."""
+    prompt: tuple[str, ...] = ()
+    """One or more prompts. Default: ask for them, or read them as lines from a pipe."""
+    task: str | None = None
+    """Show the rewards of this task beside each completion."""
+    reward: tuple[str, ...] = ()
+    """Show these rewards instead, or without a task; named as in train."""
+    reward_weights: tuple[float, ...] = ()
+    """One weight a reward. Default: 1 each."""
+    num_generations: int = 4
+    """Completions a prompt; 0: the greedy one."""
+    max_completion_length: int | None = None
+    """Most tokens a completion may have. Default: the task's, else 64, or what the context leaves."""
+    temperature: float = 1.0
+    """Temperature of sampling."""
+    chat: bool = False
+    """Send the prompt as a chat message of the user."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = "float32"
+    """Precision of the weights."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model."""
+    seed: int = 0
+    """Seed of sampling."""

@@ -1,0 +1,132 @@
+"""From a causal language model to a reward model: the backbone kept, the head one number.
+
+The head is read at the last token that is not padding, so a pad token is needed; where the tokenizer has
+none its EOS serves, as in TRL. Adapters (LoRA) are left out: merge one first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenrl.errors import Refused, describe
+from tokenrl.language.policy.bars import without_bars
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.rewards.model import RewardModel
+
+
+@without_bars()
+def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
+    """A trainable reward model.
+
+    A head that the source lacks is drawn from N(0, 1 / (hidden + 1)) (Stiennon et al. 2020), so that rewards
+    start near 0 and pairs near P = 1/2.
+
+    Args:
+        source: a directory or hub name of a causal LM or of a classifier with one label; a `Policy`; or a
+            pair of either model and its tokenizer. A causal LM in memory is copied, a classifier is not.
+        seed: of a new head.
+
+    Raises:
+        Refused: nothing loadable, another number of labels, an adapter, or neither pad nor EOS token.
+    """
+    if isinstance(source, Policy):
+        source = (source.model, source.tokenizer)
+    if isinstance(source, tuple):
+        model, tokenizer = source
+        missing: list[str] = []
+        if not type(model).__name__.endswith("ForSequenceClassification"):
+            model, missing = _from_language_model(model)
+    else:
+        model, tokenizer, missing = _from_files(str(source))
+    if model.config.num_labels != 1:
+        raise Refused(
+            f"The classifier {source!s:.100} has {model.config.num_labels} labels; a reward model has one. "
+            "Give a causal language model, or a classifier with num_labels=1."
+        )
+    inside = [name for name in missing if name.startswith(model.base_model_prefix + ".")]
+    if inside:
+        raise Refused(
+            f"{source!s:.100} is no complete model: it lacks {', '.join(inside[:3])}, which would be random."
+        )
+    _draw(model, missing, seed)
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise Refused(
+                f"The tokenizer of {source!s:.100} has neither a pad nor an EOS token, and texts of "
+                "different lengths cannot be told from their padding. Set tokenizer.pad_token."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return RewardModel((model.requires_grad_(True), tokenizer))
+
+
+def _from_files(name: str) -> tuple[Any, Any, list[str]]:
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        kinds: Iterable[str] = config.architectures or ()
+        labels = None if any(k.endswith("ForSequenceClassification") for k in kinds) else 1
+        if labels is None and config.num_labels != 1:
+            raise Refused(
+                f"The classifier {name!r} has {config.num_labels} labels; a reward model has one. Give a "
+                "causal language model, or a classifier with num_labels=1."
+            )
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=1, dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Refused:
+        raise
+    except Exception as error:  # configuration, weights and tokenizer files each have errors of their own
+        raise Refused(
+            f"No model could be loaded from {name!r} ({describe(error)}). Give a local directory written by "
+            "save_pretrained or a hub name, of a causal language model or of a classifier with one label."
+        ) from error
+    return loaded[0], tokenizer, sorted(loaded[1]["missing_keys"])
+
+
+def _from_language_model(model: nn.Module) -> tuple[Any, list[str]]:
+    """A classifier with a copy of the backbone, and the names of the weights that it does not have."""
+    from transformers import AutoModelForSequenceClassification
+
+    if hasattr(model, "disable_adapter"):
+        raise Refused("The model has an adapter: merge it first (merge_and_unload), or give a saved model.")
+    source: Any = model
+    config = copy.deepcopy(source.config)
+    config.num_labels = 1
+    with torch.random.fork_rng(devices=[]):
+        classifier: Any = AutoModelForSequenceClassification.from_config(config)
+    classifier.base_model.load_state_dict(source.base_model.state_dict())
+    prefix = classifier.base_model_prefix + "."
+    names = [name for name, _ in classifier.named_parameters() if not name.startswith(prefix)]
+    return classifier.to(source.device, source.dtype), names
+
+
+@torch.no_grad()
+def _draw(model: nn.Module, names: Iterable[str], seed: int) -> None:
+    generator, wanted = torch.Generator().manual_seed(seed), set(names)
+    for name, weight in model.named_parameters():
+        if name in wanted:
+            drawn = (
+                torch.randn(weight.shape, generator=generator)
+                if weight.ndim > 1
+                else torch.zeros(weight.shape)
+            )
+            weight.copy_(drawn / (weight.shape[-1] + 1) ** 0.5)
+
+
+@without_bars()
+def save_reward_model(reward_model: RewardModel, directory: Path, *, card: str | None = None) -> None:
+    """Write model and tokenizer so that `RewardModel`, transformers and TRL load them."""
+    reward_model.model.save_pretrained(directory)
+    reward_model.tokenizer.save_pretrained(directory)
+    if card is not None:
+        (directory / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,128 @@
+"""What a reward model is trained on and made of: pairs from a file or from a task, and the backbone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tokenrl.errors import Refused, Stopped, describe
+from tokenrl.language.policy.arguments import ModelArguments
+from tokenrl.language.preferences.backbone import reward_backbone
+from tokenrl.language.preferences.pairs import Pair, load_pairs, read_pairs
+from tokenrl.language.preferences.sampled import make_preferences
+from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.language.tasks.task import find_task
+from tokenrl.language.training.setup import make_policy
+from tokenrl.language.training.supervised import warm_started_base
+
+HELD_OUT = 2**32  # added to the seed: held-out pairs share no random number with those trained on
+
+
+@dataclass(frozen=True)
+class RewardData:
+    """Pairs to train on and to evaluate on.
+
+    Attributes:
+        name: what they are called.
+        train: the pairs to learn from.
+        held_out: the pairs to evaluate on, of other prompts.
+        task: the task they were made from or whose base is the backbone, if any.
+        rows: rows to save, by file name, where they were made here.
+    """
+
+    name: str
+    train: list[Pair]
+    held_out: list[Pair]
+    task: Any = None
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+def load_reward_data(args: Any, announce: Callable[[str], None]) -> RewardData:
+    """Read the data that the arguments name, or make it from the task.
+
+    Args:
+        args: a `RewardModelArguments`.
+        announce: told what takes long.
+
+    Raises:
+        Refused: neither data nor task, or one that cannot be used.
+    """
+    if args.data is None and args.task is None:
+        raise Refused(
+            "Say what to learn from: --data FILE with the columns prompt, chosen and rejected, or --task "
+            "NAME for preferences made from a task's policy and reward."
+        )
+    task = rewards = None
+    if args.task is not None:
+        task, rewards = find_task(TaskArguments(task=args.task, reward=args.reward))
+    if args.data is not None:
+        name = args.data if isinstance(args.data, str | Path) else "data in memory"
+        options = {"split": args.split, "eval_split": args.eval_split, "eval_size": args.eval_size}
+        return RewardData(str(name), *load_pairs(args.data, seed=args.seed, **options), task)
+    assert task is not None
+    return _from_task(args, task, rewards, announce)
+
+
+def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], None]) -> RewardData:
+    named = args.policy
+    if named is None and getattr(task, "build", None) is None:
+        named = args.model
+    policy = make_policy(ModelArguments(model=named, base_seed=args.base_seed), task, announce)
+    length = args.max_completion_length or task.max_completion_length or 256
+    rows = {}
+    parts: tuple[tuple[str, Sequence[Any], int, int], ...] = (
+        ("preferences.jsonl", task.train_prompts, args.num_pairs, args.seed),
+        ("preferences_eval.jsonl", task.eval_prompts, args.eval_size, HELD_OUT + args.seed),
+    )
+    for file, prompts, wanted, seed in parts:
+        each = math.ceil(wanted / len(prompts))
+        try:
+            rows[file] = make_preferences(
+                policy,
+                prompts[: math.ceil(wanted / each)],
+                rewards,
+                pairs_per_prompt=each,
+                noise_temperature=args.noise_temperature,
+                max_completion_length=length,
+                temperature=args.temperature,
+                seed=seed,
+            )
+        except Stopped as error:
+            raise Refused(f"Before the first step: {error}") from error
+    made = len(rows["preferences.jsonl"])
+    announce(f"{made:,} preferences from {args.num_pairs:,} sampled pairs; the others cannot be told apart.")
+    train, held_out = (read_pairs(part, name) for name, part in rows.items())
+    return RewardData(task.name, train, held_out, task, rows)
+
+
+def make_backbone(args: Any, task: Any, announce: Callable[[str], None]) -> RewardModel:
+    """The model that the arguments name, else the task's tiny one at the width asked for, with a new head.
+
+    Raises:
+        Refused: no model, one that cannot be used, or a width that does not fit.
+    """
+    if args.model is not None:
+        if args.hidden_size is not None:
+            raise Refused(
+                f"hidden_size={args.hidden_size} is for a toy task's own tiny model; with --model the width "
+                "is that model's. Leave one of the two out."
+            )
+        return reward_backbone(args.model, seed=args.seed)
+    if task is None:
+        raise Refused("Say what to start from: --model DIRECTORY_OR_HUB_NAME, or --task for its tiny model.")
+    build = getattr(task, "build", None)
+    if args.hidden_size is not None:
+        if not (is_dataclass(build) and not isinstance(build, type) and hasattr(build, "hidden")):
+            raise Refused(f"The task {task.name!r} has no tiny model whose hidden_size could be chosen.")
+        try:
+            build = replace(build, hidden=args.hidden_size)  # type: ignore[call-arg]
+            build(0)  # type: ignore[operator]
+        except ValueError as error:
+            raise Refused(f"hidden_size={args.hidden_size} does not fit: {describe(error)}") from error
+        task = replace(task, build=build)
+    base = warm_started_base(task, seed=args.base_seed, announce=announce)
+    return reward_backbone(str(base), seed=args.seed)

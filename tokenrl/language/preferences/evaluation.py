@@ -1,0 +1,237 @@
+"""How well rewards agree with preferences: accuracy, calibration, and the ceiling that noisy labels set."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenrl.errors import Refused, Stopped
+from tokenrl.language.preferences.pairs import Pair
+from tokenrl.language.rewards.model import RewardModel
+
+BINS = 10
+Encoded = tuple[list[int], list[int]]  # ids of prompt + chosen and of prompt + rejected
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Pairs of similar predicted probability.
+
+    Attributes:
+        predicted: their mean predicted probability that the preferred completion was chosen.
+        observed: how often it was.
+        count: pairs.
+    """
+
+    predicted: float
+    observed: float
+    count: int
+
+
+def encode_pairs(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[Encoded]:
+    """Ids of the two texts of each pair.
+
+    Raises:
+        Refused: a text longer than the model's context, or messages without a chat template.
+    """
+    encoded = [
+        (
+            reward_model.encode(pair.prompt, pair.chosen, truncate=False),
+            reward_model.encode(pair.prompt, pair.rejected, truncate=False),
+        )
+        for pair in pairs
+    ]
+    longest, limit = max(max(map(len, both)) for both in encoded), reward_model.max_length
+    if limit is not None and longest > limit:
+        count = sum(max(map(len, both)) > limit for both in encoded)
+        raise Refused(
+            f"{count} of {len(pairs)} pairs hold a text longer than the model's {limit} tokens (the longest "
+            f"has {longest}). Leave them out, shorten them, or give a model with a longer context."
+        )
+    return encoded
+
+
+def score_pairs(reward_model: RewardModel, encoded: Sequence[Encoded]) -> np.ndarray:
+    """Rewards [N, 2] of chosen and rejected, float64.
+
+    Raises:
+        Stopped: one of them is not finite.
+    """
+    rewards = np.asarray(reward_model.score([ids for both in encoded for ids in both]), dtype=np.float64)
+    if not np.isfinite(rewards).all():
+        count = (~np.isfinite(rewards)).sum()
+        raise Stopped(f"{count} of {rewards.size} rewards are not finite: the model's weights are lost.")
+    return rewards.reshape(-1, 2)
+
+
+def preference_metrics(rewards: np.ndarray, pairs: Sequence[Pair]) -> dict[str, float]:
+    """Numbers of a reward model on held-out pairs; a tie counts as half right.
+
+    Args:
+        rewards: [N, 2], of chosen and rejected.
+        pairs: the N pairs.
+
+    Returns:
+        `accuracy`: share of pairs with the higher reward for the chosen one, and `accuracy_stderr`, over
+        prompts, whose pairs may be alike (absent with a single prompt).
+        `loss`: mean -log sigmoid(difference), without margin, centring or smoothing; log 2 is ignorance.
+        `margin`: mean difference of the rewards. `calibration_error`: see `calibration`.
+        Where all pairs have gold rewards: `gold_agreement`, the accuracy against the order of the gold
+        rewards where those differ, and `noise_ceiling`, the accuracy that the gold rewards themselves reach
+        on these labels, which no reward model exceeds but by chance.
+    """
+    difference = rewards[:, 0] - rewards[:, 1]  # [N]
+    right = _right(difference)
+    metrics = {"accuracy": float(right.mean())}
+    if (error := clustered_stderr(right, [pair.key for pair in pairs])) is not None:
+        metrics["accuracy_stderr"] = error
+    metrics |= {"loss": float(np.logaddexp(0, -difference).mean()), "margin": float(difference.mean())}
+    metrics["calibration_error"] = expected_calibration_error(calibration(difference))
+    golds = [pair.gold for pair in pairs if pair.gold is not None]
+    if len(golds) == len(pairs):
+        gold = np.asarray(golds)[:, 0] - np.asarray(golds)[:, 1]
+        metrics["noise_ceiling"] = float(_right(gold).mean())
+        if (gold != 0).any():
+            differ = gold != 0
+            metrics["gold_agreement"] = float(_right((difference * np.sign(gold))[differ]).mean())
+    return metrics
+
+
+def _right(difference: np.ndarray) -> np.ndarray:
+    right: np.ndarray = (difference > 0) + 0.5 * (difference == 0)
+    return right
+
+
+def clustered_stderr(values: np.ndarray, groups: Sequence[Hashable]) -> float | None:
+    """Standard error of a mean whose values are independent between groups only; None for one group.
+
+    sqrt(K / (K - 1) sum_k (sum_{i in k} (x_i - mean))^2) / N, for K groups and N values; with one value a
+    group the usual one (Liang & Zeger 1986).
+    """
+    names = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    if len(names) < 2:
+        return None
+    sums = np.zeros(len(names))
+    np.add.at(sums, [names[group] for group in groups], values - values.mean())
+    return float(math.sqrt(len(names) / (len(names) - 1) * (sums**2).sum()) / len(values))
+
+
+def calibration(difference: np.ndarray, bins: int = BINS) -> list[Bin]:
+    """The calibration curve of P(chosen is better) = sigmoid(r_chosen - r_rejected).
+
+    Which of the two is called chosen is known only afterwards, so a pair is judged by the completion that the
+    rewards prefer: its predicted probability is sigmoid(|difference|), from 1/2 to 1, in bins of equal width.
+
+    Args:
+        difference: [N], reward of the chosen minus that of the rejected.
+        bins: number of bins; empty ones are left out.
+    """
+    predicted = 1 / (1 + np.exp(-np.abs(difference)))  # [N]
+    place = np.minimum(((predicted - 0.5) * 2 * bins).astype(int), bins - 1)
+    right = _right(difference)
+    found = [place == k for k in range(bins)]
+    return [Bin(float(predicted[b].mean()), float(right[b].mean()), int(b.sum())) for b in found if b.any()]
+
+
+def expected_calibration_error(curve: Sequence[Bin]) -> float:
+    """Mean over pairs of |observed - predicted| of their bins (Naeini et al. 2015, Guo et al. 2017)."""
+    total = sum(b.count for b in curve)
+    return sum(b.count * abs(b.observed - b.predicted) for b in curve) / total
+
+
+def draw_calibration(
+    path: str | os.PathLike[str],
+    metrics: Sequence[Mapping[str, Any]],
+    curve: Sequence[Bin],
+    after: Mapping[str, float],
+    *,
+    title: str,
+) -> None:
+    """Draw accuracy over the steps and the calibration curve, 1200 x 560 pixels.
+
+    Args:
+        path: the PNG.
+        metrics: rows of metrics.jsonl.
+        curve: of the held-out pairs, after training.
+        after: metrics of the held-out pairs, after training.
+        title: what was trained, on what.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5.6), dpi=100, facecolor="white")
+    figure.text(0.06, 0.93, _finding(after), fontsize=15, fontweight="bold")
+    figure.text(0.06, 0.87, _details(title, after), fontsize=11.5, color="#555555")
+    grid = figure.add_gridspec(
+        1, 2, left=0.06, right=0.97, bottom=0.12, top=0.78, width_ratios=[1.35, 1], wspace=0.2
+    )
+    _draw_accuracy(figure.add_subplot(grid[0]), metrics, after)
+    _draw_curve(figure.add_subplot(grid[1]), curve)
+    partial = Path(path).with_name(f".{Path(path).name}.partial")
+    figure.savefig(partial, format="png", metadata={"Software": None})
+    os.replace(partial, path)
+
+
+def _finding(after: Mapping[str, float]) -> str:
+    error = f" ± {after['accuracy_stderr']:.3f}" if "accuracy_stderr" in after else ""
+    ceiling = (
+        f"; the gold reward itself reaches {after['noise_ceiling']:.3f}" if "noise_ceiling" in after else ""
+    )
+    return f"{after['accuracy']:.3f}{error} of held-out choices foretold{ceiling}"
+
+
+def _details(title: str, after: Mapping[str, float]) -> str:
+    parts = [title.replace("$", r"\$"), f"calibration error {after['calibration_error']:.3f}"]
+    if "gold_agreement" in after:
+        parts.append(f"agreement with the gold reward {after['gold_agreement']:.3f}")
+    return ", ".join(parts)
+
+
+def _draw_accuracy(axes: Any, metrics: Sequence[Mapping[str, Any]], after: Mapping[str, float]) -> None:
+    trained = [(row["step"], row["accuracy"]) for row in metrics if row.get("accuracy") is not None]
+    held = [row for row in metrics if row.get("eval_accuracy") is not None]
+    if trained:
+        axes.plot(
+            *zip(*trained, strict=True), color="#8A8A8A", linewidth=1, alpha=0.6, label="training batch"
+        )
+    steps, seen = [row["step"] for row in held], [row["eval_accuracy"] for row in held]
+    errors = [row.get("eval_accuracy_stderr") or 0.0 for row in held]
+    axes.errorbar(steps, seen, errors, color="#0072B2", marker="o", linewidth=2, capsize=3,
+                  label="held out (bars: one standard error)")  # fmt: skip
+    if "noise_ceiling" in after:
+        axes.axhline(
+            after["noise_ceiling"], color="#009E73", linestyle="--", label="gold reward on these labels"
+        )
+    axes.axhline(0.5, color="#BBBBBB", linewidth=1)
+    axes.set(
+        xlabel="step (updates; 0 is before training)", ylabel="accuracy (share of pairs)", ylim=(0.3, 1.02)
+    )
+    axes.set_title("Accuracy on the labels", loc="left", fontsize=11)
+    axes.legend(loc="lower right", frameon=False, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_curve(axes: Any, curve: Sequence[Bin]) -> None:
+    axes.plot([0.5, 1], [0.5, 1], color="#8A8A8A", linewidth=1)
+    total = sum(b.count for b in curve)
+    for b in curve:
+        # The spread that exact predictions would show, so that a bin of few pairs is not taken for a fault.
+        error = math.sqrt(b.predicted * (1 - b.predicted) / b.count)
+        ends = [max(0.0, b.predicted - error), min(1.0, b.predicted + error)]
+        axes.plot([b.predicted] * 2, ends, color="#8A8A8A", linewidth=5, alpha=0.35, solid_capstyle="butt")
+        size = 20 + 200 * b.count / total
+        axes.scatter([b.predicted], [b.observed], s=size, color="#D55E00", zorder=3, clip_on=False)
+        axes.annotate(f"{b.count}", (b.predicted, b.observed), xytext=(0, -17), textcoords="offset points",
+                      ha="center", fontsize=8.5, color="#666666")  # fmt: skip
+    lowest = min(b.observed for b in curve)
+    axes.set(
+        xlabel="predicted P(preferred completion was chosen)", ylabel="observed share", xlim=(0.49, 1.02)
+    )
+    axes.set_ylim(0.4 if lowest >= 0.5 else -0.1, 1.03)
+    axes.set_title("Calibration (number: pairs; grey: exact, ± 1 s.e.)", loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,207 @@
+"""Preference data as a reward model learns from it: rows read, checked, and split by prompt.
+
+The format is TRL's: `prompt`, `chosen`, `rejected`, as text or chat messages, or without a prompt where both
+hold whole texts or conversations that begin alike.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenrl.errors import Refused, suggest
+from tokenrl.language.tasks.sources import FORMATS, read_splits
+from tokenrl.language.tasks.task import EVAL_SPLITS
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two completions of a prompt, checked.
+
+    Attributes:
+        prompt: text, or a list of chat messages.
+        chosen: the better completion, text or chat messages as the prompt is.
+        rejected: the other one.
+        margin: by how much the first reward is to exceed the second; None where no such column is.
+        gold: gold rewards of chosen and rejected; None where there are no such columns.
+    """
+
+    prompt: Any
+    chosen: Any
+    rejected: Any
+    margin: float | None = None
+    gold: tuple[float, float] | None = None
+
+    @property
+    def key(self) -> str:
+        """The prompt as text: equal for pairs that must not be split into training and evaluation."""
+        return json.dumps(self.prompt, sort_keys=True, default=str)
+
+
+def load_pairs(
+    data: Any, *, split: str = "train", eval_split: str | None = None, eval_size: int = 256, seed: int = 0
+) -> tuple[list[Pair], list[Pair]]:
+    """Training and evaluation pairs of a source of preferences.
+
+    Args:
+        data: a JSON, CSV or Parquet file, a folder, a hub data set; or rows in memory, or a dict of splits.
+        split: split to train on.
+        eval_split: split to evaluate on; None: a validation or test split, else pairs held out of `split`.
+        eval_size: pairs to evaluate on, at most a fifth of all where they are held out.
+        seed: of the choice of evaluation pairs.
+
+    Raises:
+        Refused: no such data, or data that a reward model cannot be trained on.
+    """
+    name = data if isinstance(data, str | Path) else "the preference data"
+    if isinstance(data, str | Path) and not Path(data).exists() and Path(data).suffix in FORMATS:
+        raise Refused(f"data '{data}': there is no such file; give its path from {Path.cwd()}.")
+    splits = read_splits(str(data)) if isinstance(data, str | Path) else data
+    splits = splits if isinstance(splits, Mapping) else {split: splits}
+    other = eval_split or next((s for s in EVAL_SPLITS if s in splits and s != split), None)
+    for one in (split, other):
+        if one is not None and one not in splits:
+            raise Refused(f"{name} has no split '{one}'.{suggest(one, splits)}")
+    pairs = read_pairs(splits[split], f"{name}, split '{split}'")
+    if other is None:
+        return hold_out(pairs, eval_size, seed)
+    held = read_pairs(splits[other], f"{name}, split '{other}'")
+    order = np.random.default_rng([seed, 2]).permutation(len(held))[: max(1, eval_size)]
+    return pairs, [held[i] for i in sorted(order)]
+
+
+def read_pairs(rows: Sequence[Row], where: str) -> list[Pair]:
+    """Check rows of preferences; pairs whose completions are identical are left out.
+
+    Args:
+        rows: with `chosen`, `rejected`, and optionally `prompt`, `margin`, `chosen_gold`, `rejected_gold`.
+            Without a prompt it is what chosen and rejected begin with in common.
+        where: what the rows are called in an error message.
+
+    Raises:
+        Refused: no rows, missing columns, something that is no text or messages, or only identical pairs.
+    """
+    if not rows:
+        raise Refused(f"{where} is empty: give at least two rows of prompt, chosen and rejected.")
+    for column in ("chosen", "rejected"):
+        if column not in rows[0]:
+            raise Refused(
+                f"{where} has no column '{column}'.{suggest(column, rows[0])} Preferences are rows of "
+                "prompt, chosen and rejected; the prompt may be left out where both hold the whole text."
+            )
+    pairs = [_pair(row, f"{where}, row {index}") for index, row in enumerate(rows)]
+    different = [pair for pair in pairs if pair.chosen != pair.rejected]
+    if not different:
+        raise Refused(
+            f"{where}: chosen and rejected are identical in every one of the {len(rows)} rows, so there is "
+            "nothing to learn. Were the two columns filled from the same answer?"
+        )
+    return different
+
+
+def _pair(row: Row, where: str) -> Pair:
+    prompt, chosen, rejected = (_clean(row.get(name)) for name in ("prompt", "chosen", "rejected"))
+    for name, value in (("chosen", chosen), ("rejected", rejected)):
+        if not (isinstance(value, str) or _is_chat(value)):
+            raise Refused(
+                f"{where}: {name} is {value!r:.100}; it is text, or a list of chat messages "
+                '{"role": ..., "content": text}.'
+            )
+    if type(chosen) is not type(rejected):
+        raise Refused(f"{where}: one of chosen and rejected is text and the other chat messages.")
+    whole = prompt is None or (
+        isinstance(prompt, str)
+        and _is_chat(chosen)
+        and chosen[0]["content"] == rejected[0]["content"] == prompt
+    )  # some data sets give the first message as the prompt too
+    if whole:
+        cut = _common(chosen, rejected)
+        prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
+    elif not (isinstance(prompt, str) or _is_chat(prompt)):
+        raise Refused(f"{where}: the prompt is {prompt!r:.100}; it is text, or a list of chat messages.")
+    if isinstance(prompt, str) and not isinstance(chosen, str):
+        raise Refused(
+            f"{where}: the prompt is text and chosen and rejected are chat messages. Give all three as text, "
+            "or the prompt as messages too."
+        )
+    margin = row.get("margin")
+    golds = (row.get("chosen_gold"), row.get("rejected_gold"))
+    gold = None if None in golds else (_number(golds[0], where, "chosen_gold"),
+                                       _number(golds[1], where, "rejected_gold"))  # fmt: skip
+    return Pair(prompt, chosen, rejected, None if margin is None else _number(margin, where, "margin"), gold)
+
+
+def _clean(value: Any) -> Any:
+    """Messages without the keys that Arrow filled with None; a chat template would take them as given."""
+    if isinstance(value, list | tuple) and all(isinstance(message, Mapping) for message in value):
+        return [{k: v for k, v in message.items() if v is not None} for message in value]
+    return value
+
+
+def _is_chat(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in value
+        )
+    )
+
+
+def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    """How many messages or characters both begin with; words are not cut in the middle."""
+    cut = 0
+    while cut < min(len(chosen), len(rejected)) and chosen[cut] == rejected[cut]:
+        cut += 1
+    return max(0, chosen.rfind(" ", 0, cut)) if isinstance(chosen, str) else cut
+
+
+def _number(value: Any, where: str, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise Refused(f"{where}: {name} is {value!r:.100}; it is a finite number.")
+    return number
+
+
+def hold_out(pairs: Sequence[Pair], size: int, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Training pairs and about `size` held-out ones, at most a fifth of all, that share no prompt.
+
+    Where all pairs have one prompt, pairs are held out instead of prompts.
+
+    Raises:
+        Refused: too few pairs to do so.
+    """
+    one_prompt = len({pair.key for pair in pairs}) == 1
+    keys = [str(i) if one_prompt else pair.key for i, pair in enumerate(pairs)]
+    distinct = Counter(keys)
+    if size < 1 or len(distinct) < 2:
+        raise Refused(
+            f"eval_size={size} of {len(pairs)} different pairs: to train on some and evaluate on others it "
+            "takes an eval_size of at least 1 and at least 2 pairs."
+        )
+    order = np.random.default_rng([seed, 2]).permutation(len(distinct))
+    wanted, held, count = min(size, max(1, len(pairs) // 5)), set(), 0
+    names = list(distinct)
+    for key in [names[i] for i in order[:-1]]:
+        if count >= wanted:
+            break
+        held.add(key)
+        count += distinct[key]
+    inside = [key in held for key in keys]
+    return (
+        [pair for pair, out in zip(pairs, inside, strict=True) if not out],
+        [pair for pair, out in zip(pairs, inside, strict=True) if out],
+    )

@@ -1,0 +1,1 @@
+"""Reward functions: calling, composing, a library, a deadline, reward models that score."""

@@ -1,0 +1,176 @@
+"""A reward model behind the signature of a reward function: texts in, the single logit of each out.
+
+A decoder's classification head reads the last token that is not padding, and finds it by comparing ids with
+the pad id. Without a pad token only rows of equal length share a batch: there is no padding to recognise.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenrl.errors import Refused, describe
+from tokenrl.language.policy.bars import without_bars
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NO_PAD = -1  # an id that no token has: the head then takes every token as real
+
+
+class RewardModel:
+    """A sequence classifier with one label, and its own tokenizer.
+
+    Attributes:
+        model: an `AutoModelForSequenceClassification`, in eval mode; from a folder, it takes no gradient.
+        tokenizer: its tokenizer, which cuts on the left.
+        pad_token_id: what the head skips, `NO_PAD` if there is nothing to skip.
+        max_length: most tokens of a text, None if there is no limit.
+        batch_size: texts a forward pass when scoring; changes memory and speed only.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | tuple[Any, Any],
+        *,
+        batch_size: int = 16,
+        device: str | None = None,
+    ) -> None:
+        """Load model and tokenizer, or take them from memory.
+
+        Args:
+            source: folder that `save_pretrained` wrote, tokenizer included; its name is the metric's name. Or
+                a pair of model and tokenizer.
+            batch_size: texts a forward pass when scoring.
+            device: where the model runs; None is the accelerator if there is one.
+
+        Raises:
+            Refused: no model there, more than one label, missing weights (a random head), no tokenizer.
+        """
+        import torch
+
+        if isinstance(source, tuple):
+            self.__name__ = type(source[0]).__name__
+            model, tokenizer = source
+        else:
+            self.__name__ = Path(source).resolve().name
+            model, tokenizer = _load(source)
+            model.requires_grad_(False)
+        self.tokenizer: Any = copy.deepcopy(tokenizer)
+        self.tokenizer.truncation_side = "left"
+        self.batch_size = batch_size
+        if device is None and (accelerator := torch.accelerator.current_accelerator()):
+            device = accelerator.type
+        self.model: Any = model.to(device or "cpu").eval()
+        text_config = model.config.get_text_config()
+        pads = (text_config.pad_token_id, self.tokenizer.pad_token_id)
+        self.pad_token_id: int = next((pad for pad in pads if pad is not None and pad >= 0), NO_PAD)
+        model.config.pad_token_id = text_config.pad_token_id = self.pad_token_id
+        limits = (self.tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None))
+        self.max_length = min((limit for limit in limits if limit and limit < 10**9), default=None)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+        """Score prompt + completion; a text longer than the context loses its beginning.
+
+        Args:
+            prompts: N texts or lists of chat messages.
+            completions: N texts or lists of chat messages.
+
+        Returns:
+            N logits.
+
+        Raises:
+            Refused: chat messages and a tokenizer without a chat template.
+        """
+        pairs = zip(prompts, completions, strict=True)
+        return self.score([self.encode(prompt, completion) for prompt, completion in pairs])
+
+    def score(self, ids: Sequence[Sequence[int]]) -> list[float]:
+        """Rewards of N encoded texts, without gradient, in batches of similar length."""
+        import torch
+
+        rewards = [0.0] * len(ids)
+        for rows in self._batches([len(row) for row in ids]):
+            with torch.no_grad():
+                logits = self.logits([ids[i] for i in rows])
+            for i, reward in zip(rows, logits.float().tolist(), strict=True):
+                rewards[i] = reward
+        return rewards
+
+    def logits(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """Rewards [N] of encoded texts by one forward pass, with gradient; of one length without a pad id."""
+        import torch
+
+        width, pad, device = max(map(len, ids)), max(self.pad_token_id, 0), self.model.device
+        input_ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in ids], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=mask).logits
+        return logits[:, 0]
+
+    def encode(self, prompt: Any, completion: Any, *, truncate: bool = True) -> list[int]:
+        """Ids of prompt + completion, at least one; `truncate` cuts them on the left to `max_length`.
+
+        Raises:
+            Refused: chat messages and a tokenizer without a chat template.
+        """
+        chat = not isinstance(prompt, str)
+        if chat and not self.tokenizer.chat_template:
+            raise Refused(
+                f"reward model {self.__name__}: the prompts are chat messages and its tokenizer has no chat "
+                "template; use plain text prompts, or save the tokenizer with a chat template."
+            )
+        if chat:
+            answer = completion
+            if isinstance(completion, str):
+                answer = [{"role": "assistant", "content": completion}]
+            text = self.tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
+        else:
+            text = prompt + completion
+        cut = {"truncation": True, "max_length": self.max_length} if self.max_length and truncate else {}
+        # A chat template writes its own special tokens; a second BOS would be text the model never saw.
+        ids = self.tokenizer(text, add_special_tokens=not chat, **cut)["input_ids"]
+        start = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, 0)
+        return list(ids) or [next(token for token in start if token is not None)]
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Row numbers by length, which keeps padding short; of one length only without a pad id."""
+        batch: list[int] = []
+        for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+            unequal = self.pad_token_id == NO_PAD and batch and lengths[row] != lengths[batch[0]]
+            if unequal or len(batch) == self.batch_size:
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+
+@without_bars()
+def _load(path: str | os.PathLike[str]) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder that holds a trained classifier with one label."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    if not (Path(path) / "config.json").is_file():
+        raise Refused(f"reward model '{path}': there is no config.json, so no saved model.")
+    try:
+        labels = AutoConfig.from_pretrained(path).num_labels
+        if labels != 1:
+            raise Refused(
+                f"reward model '{path}' has {labels} labels; a reward needs a sequence-classification "
+                "model with num_labels=1."
+            )
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
+        model, loading = loaded
+        if loading["missing_keys"]:
+            raise Refused(
+                f"reward model '{path}' lacks {', '.join(sorted(loading['missing_keys']))[:200]}, which "
+                "would be random; save a trained sequence-classification model there."
+            )
+        return model, AutoTokenizer.from_pretrained(path)
+    except Refused:
+        raise
+    except Exception as error:  # configuration, weights and tokenizer files each have errors of their own
+        raise Refused(f"reward model '{path}' could not be loaded ({describe(error)}).") from error

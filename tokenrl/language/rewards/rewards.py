@@ -1,0 +1,193 @@
+"""Rewards of completions: plain functions with TRL's signature, and reward models behind the same signature.
+
+A reward is `f(prompts, completions, **columns) -> list[float | None]`, sync or async, called with keyword
+arguments only; None abstains from a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tokenrl.errors import Refused, Stopped
+from tokenrl.language.rewards.calls import Called, Reward, call_rewards, shorten, unique_names
+from tokenrl.language.rewards.composition import check_columns, load_reward
+from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.rewards.worker import RewardWorker
+
+__all__ = ["GIVEN", "Reward", "RewardModel", "RewardResult", "Rewards", "load_reward"]
+
+# What a reward may ask for besides the columns of the data; TRL withholds the columns of these names too.
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+WITHHELD = ("prompt", "completion", *GIVEN)
+
+
+@dataclass
+class RewardResult:
+    """Rewards of N completions by F functions.
+
+    Attributes:
+        values: float64 [N, F], each function's reward before its weight; nan where it abstained.
+        total: float64 [N], sum of weight times reward over the functions that did not abstain, the weights
+            not renormalised; 0 where all abstained, so that its product with a zero weight is finite.
+        valid: bool [N], False where all functions abstained.
+        metrics: `rewards/{name}/mean` and `/std` (ddof 1, 0 for a single value) over the rows on which the
+            function did not abstain, absent if there are none; and the mean of each `log_metric` name.
+        extra: columns of N values recorded with `log_extra`.
+    """
+
+    values: np.ndarray
+    total: np.ndarray
+    valid: np.ndarray
+    metrics: dict[str, float]
+    extra: dict[str, list[Any]]
+
+
+class Rewards:
+    """Several reward functions with weights, called together and checked."""
+
+    def __init__(
+        self,
+        functions: Any,
+        weights: Sequence[float] | None = None,
+        *,
+        timeout: float | None = None,
+        sources: Sequence[Any] | None = None,
+    ) -> None:
+        """Take the functions; nothing is called yet.
+
+        Args:
+            functions: one reward or a sequence of them; callables or what `load_reward` takes.
+            weights: one finite number a function; None is 1 for each.
+            timeout: seconds that one call of a function may take; the functions then run in a process of
+                their own, which is killed at the deadline. A `RewardModel` stays in this process, where the
+                accelerator is, and has no deadline. None: all run here, without a deadline.
+            sources: where that process finds each function, as `load_reward` takes it; None: it gets the
+                functions themselves, which then have to be picklable.
+
+        Raises:
+            Refused: no function, weights of another count or not finite, a timeout that is not above 0, or a
+                function that cannot be handed to another process.
+        """
+        several = isinstance(functions, Sequence) and not isinstance(functions, str)
+        given = list(functions) if several else [functions]
+        self.functions = [load_reward(function) for function in given]
+        self.names = unique_names(self.functions)
+        if not self.functions:
+            raise Refused("No reward function was given: give at least one.")
+        weights = [1.0] * len(self.functions) if weights is None else list(weights)
+        if len(weights) != len(self.functions) or not all(math.isfinite(weight) for weight in weights):
+            raise Refused(
+                f"reward_weights {weights} do not fit the reward functions {', '.join(self.names)}: give "
+                f"{len(self.functions)} finite number(s), one a function."
+            )
+        self.weights = np.asarray(weights, dtype=np.float64)  # [F]
+        self._here = dict(zip(self.names, self.functions, strict=True))
+        self._worker = None
+        if timeout is not None:
+            origin = dict(zip(self.names, sources or given, strict=True))
+            away = [name for name, function in self._here.items() if not isinstance(function, RewardModel)]
+            self._worker = RewardWorker({name: origin[name] for name in away}, timeout)
+            self._here = {name: self._here[name] for name in self._here if name not in away}
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Check, before anything is sampled, that every function gets what it asks for.
+
+        Args:
+            columns: names of the columns of the data.
+
+        Raises:
+            Refused: a parameter without default is neither given to every reward nor a column.
+        """
+        available = dict.fromkeys((*GIVEN, *(column for column in columns if column not in WITHHELD)))
+        check_columns(dict(zip(self.names, self.functions, strict=True)), available)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]],
+        *,
+        step: int,
+        max_steps: int = 0,
+        epoch: float = 0.0,
+        all_may_abstain: bool = False,
+    ) -> RewardResult:
+        """Score N completions.
+
+        Args:
+            prompts: N prompts, text or chat messages.
+            completions: N texts; each is passed on as `[{"role": "assistant", "content": text}]` where the
+                prompt is chat messages.
+            completion_ids: N lists of token ids.
+            columns: the data's other columns, N values each.
+            step: number of finished training steps, for `trainer_state.global_step`.
+            max_steps: for `trainer_state.max_steps`.
+            epoch: for `trainer_state.epoch`.
+            all_may_abstain: do not stop if all rows are without a reward (a part of a step, an evaluation).
+
+        Raises:
+            Stopped: a function raised, or did not return N finite numbers or None; names function and row.
+            Refused: a function asks for a column that is not there.
+        """
+        rows = _rows(prompts, completions, completion_ids, columns)
+        called = self._call(rows, {"global_step": step, "max_steps": max_steps, "epoch": epoch})
+        values = np.stack([called.values[name] for name in self.names], axis=1)
+        valid = ~np.isnan(values).all(axis=1)  # [N]
+        if not valid.any() and not all_may_abstain:
+            raise Stopped(
+                f"Every reward function ({', '.join(self.names)}) abstained from each of the {len(valid)} "
+                f"completions, from row 0, {shorten([*completions, None][0])}, on: nothing to learn from."
+            )
+        _check_extra(called.extra, len(valid))
+        logged = {name: float(np.mean(given)) for name, given in called.logged.items()}
+        metrics = _metrics(self.names, values) | logged
+        return RewardResult(values, np.nansum(values * self.weights, axis=1), valid, metrics, called.extra)
+
+    def _call(self, rows: Mapping[str, list[Any]], state: Mapping[str, Any]) -> Called:
+        """Call the functions, each where it lives."""
+        here = call_rewards(self._here, rows, state)
+        if self._worker is None:
+            return here
+        away = self._worker(rows, state)
+        return Called(here.values | away.values, here.extra | away.extra, here.logged | away.logged)
+
+
+def _check_extra(extra: Mapping[str, Sequence[Any]], count: int) -> None:
+    for column, values in extra.items():
+        if len(values) != count:
+            raise Stopped(f"log_extra('{column}') got {len(values)} values for {count} completions.")
+
+
+def _rows(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence[Any]],
+) -> dict[str, list[Any]]:
+    """The arguments with one value a completion; a completion of chat messages is a message itself."""
+    rows = {key: list(values) for key, values in columns.items() if key not in WITHHELD}
+    rows["prompts"] = list(prompts)
+    rows["completions"] = [
+        [{"role": "assistant", "content": text}]
+        if isinstance(text, str) and not isinstance(prompt, str)
+        else text
+        for prompt, text in zip(prompts, completions, strict=True)
+    ]
+    rows["completion_ids"] = list(completion_ids)
+    return rows
+
+
+def _metrics(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
+    metrics = {}
+    for name, column in zip(names, values.T, strict=True):
+        given = column[~np.isnan(column)]
+        if given.size:
+            metrics[f"rewards/{name}/mean"] = float(given.mean())
+            metrics[f"rewards/{name}/std"] = float(given.std(ddof=1)) if given.size > 1 else 0.0
+    return metrics

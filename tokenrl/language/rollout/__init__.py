@@ -1,0 +1,1 @@
+"""Completions sampled from a policy, scored and rewarded, reproducibly."""

@@ -1,0 +1,92 @@
+"""Completions of prompts as tensors: the record that sampling fills and scoring reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions sampled from prompts; rows are prompt-major, G consecutive rows a prompt.
+
+    Attributes:
+        prompt_ids: distinct prompts, padded on the left [B, P].
+        prompt_mask: True on their tokens [B, P].
+        prompt_index: which prompt each row continues [N].
+        completion_ids: sampled ids, padded on the right [N, T].
+        mask: True on actions: up to and with the first EOS [N, T].
+        logprobs: log-probabilities under the distribution sampled from, 0 off the mask [N, T].
+        entropy: entropy in nats of that distribution at each action, 0 off the mask [N, T].
+        truncated: True where the length cap came before an EOS [N].
+        score_norms: squared norm of each action's score in logit space, `1 - 2 p(a) + sum_v p(v)^2` [N, T];
+            what the optimal baselines weigh rewards by, in place of the norm in weight space.
+        hidden: the last hidden state before each action [N, T, H], if a critic needs it.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    prompt_index: Tensor
+    completion_ids: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    truncated: Tensor
+    score_norms: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Rollout:
+        """The rows `index` [n] with only their prompts, cut to their longest prompt and completion."""
+        used, prompt_index = torch.unique(self.prompt_index[index], return_inverse=True)
+        prompt_mask, mask = self.prompt_mask[used], self.mask[index]
+        first = int(prompt_mask.int().argmax(dim=1).min())
+        width = max(1, int(mask.sum(dim=1).max()))
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids[used, first:],
+            prompt_mask=prompt_mask[:, first:],
+            prompt_index=prompt_index,
+            completion_ids=self.completion_ids[index, :width],
+            mask=mask[:, :width],
+            logprobs=self.logprobs[index, :width],
+            entropy=self.entropy[index, :width],
+            truncated=self.truncated[index],
+            score_norms=None if self.score_norms is None else self.score_norms[index, :width],
+            hidden=None if self.hidden is None else self.hidden[index, :width],
+        )
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids [B, P] padded on the left, and their mask [B, P]."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    mask = torch.arange(width, device=device) >= width - lengths[:, None]
+    return ids, mask
+
+
+def joined(old: Rollout, new: Rollout, index: Tensor) -> Rollout:
+    """Rows `index` of two rollouts laid end to end, with the prompts of both."""
+
+    def rows(name: str) -> Tensor | None:
+        a, b = getattr(old, name), getattr(new, name)
+        if a is None:
+            return None
+        if a.ndim > 1:  # completions are padded on the right
+            width = max(a.shape[1], b.shape[1])
+            tail = (0, 0) * (a.ndim - 2)
+            a, b = (pad(x, (*tail, 0, width - x.shape[1])) for x in (a, b))
+        return torch.cat([a, b])[index]
+
+    left = max(old.prompt_ids.shape[1], new.prompt_ids.shape[1])
+    prompts = {
+        name: torch.cat([pad(x, (left - x.shape[1], 0)) for x in (getattr(old, name), getattr(new, name))])
+        for name in ("prompt_ids", "prompt_mask")
+    }
+    both = torch.cat([old.prompt_index, new.prompt_index + len(old.prompt_ids)])[index]
+    names = ("completion_ids", "mask", "logprobs", "entropy", "truncated", "score_norms", "hidden")
+    return Rollout(**prompts, prompt_index=both, **{name: rows(name) for name in names})  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Where prompts come from: toy tasks, data sets, reasoning-gym, objects."""

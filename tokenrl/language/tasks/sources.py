@@ -1,0 +1,150 @@
+"""From what a user names to what it holds: `module:attribute`, a data file, a folder, a hub dataset.
+
+Everything here runs before the first step, so whatever goes wrong is `Refused`: a traceback out of somebody
+else's module or out of a network library tells a user neither what was asked for nor how to mend it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenrl.errors import Refused, describe, suggest
+
+Row = Mapping[str, Any]
+
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
+    """All splits of a data file, of a folder, or of a hub dataset (`owner/name` or `owner/name:config`).
+
+    Raises:
+        Refused: nothing there, unreadable, or the hub cannot be reached; names the cause.
+    """
+    path = Path(name)
+    if not path.exists() and path.suffix in FORMATS:
+        raise Refused(f"task '{name}': there is no such file; give its path from {Path.cwd()}.")
+    if path.is_file() and path.suffix not in FORMATS:
+        raise Refused(f"task '{name}': cannot read '{path.suffix}' files; allowed are {', '.join(FORMATS)}.")
+    try:
+        import datasets
+
+        if path.is_file():
+            data = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path))
+        elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            data = datasets.load_from_disk(os.fspath(path))
+        else:
+            hub_name, _, config = (name, "", "") if path.exists() else name.partition(":")
+            data = datasets.load_dataset(hub_name, config or None)
+        splits = data if isinstance(data, dict) else {"train": data}
+        return {split: rows.to_list() for split, rows in splits.items()}
+    except Exception as error:  # each backend (arrow, pandas, hub, http) has errors of its own
+        raise Refused(
+            f"task '{name}': the data could not be read ({describe(error)}). Give a toy task, "
+            f"module:attribute, a {'/'.join(FORMATS)} file, a folder, or a hub dataset as owner/name or "
+            "owner/name:config; the hub needs a network connection or a local cache."
+        ) from error
+
+
+def with_prompts(rows: Sequence[Row], where: str, column: str, template: str | None) -> list[dict[str, Any]]:
+    """Rows with a checked "prompt": taken from `column`, or made from `template` over the columns.
+
+    Args:
+        rows: as read; every row has the same columns.
+        where: what the rows are called in an error message.
+        column: the column that holds the prompt when there is no template.
+        template: a `str.format` template such as "Q: {question} A:".
+
+    Raises:
+        Refused: no rows, no such column, or a prompt that is neither text nor chat messages.
+    """
+    if not rows:
+        raise Refused(f"{where} is empty: give data with at least one row.")
+    columns = list(rows[0])
+    if template is not None:
+        fields = _template_fields(template, columns)
+        made = [{**row, "prompt": _fill(template, fields, row, where, i)} for i, row in enumerate(rows)]
+    elif column in columns:
+        made = [{**row, "prompt": _without_nulls(row[column])} for row in rows]
+    else:
+        raise Refused(
+            f"{where} has no column '{column}'.{suggest(column, columns)} Name it with prompt_column, "
+            'or build prompts with a prompt_template such as "{question}\\nAnswer:".'
+        )
+    check_prompts(made, where)
+    return made
+
+
+def _template_fields(template: str, columns: Sequence[str]) -> list[str]:
+    try:
+        parsed = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise Refused(f"prompt_template {template!r}: {error}; write {{{{ and }}}} for braces.") from error
+    fields = [field.replace("[", ".").split(".")[0] for field in parsed]
+    for field in fields:
+        if field not in columns:
+            raise Refused(
+                f"prompt_template {template!r} has no column for '{field}'.{suggest(field, columns)}"
+            )
+    if not fields:
+        raise Refused(f"prompt_template {template!r} uses no column.{suggest('', columns)}")
+    return fields
+
+
+def _fill(template: str, fields: Sequence[str], row: Row, where: str, index: int) -> str:
+    for field in fields:
+        if _is_missing(row[field]):  # format() would write the word None or nan into the prompt
+            raise Refused(f"{where}, row {index}: column '{field}' of prompt_template is {row[field]!r}.")
+    try:
+        return template.format(**row)
+    except Exception as error:
+        raise Refused(f"{where}, row {index}: prompt_template {template!r}: {describe(error)}.") from error
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _without_nulls(prompt: Any) -> Any:
+    """Arrow gives every message every key of any message, as None; a chat template takes those as given."""
+    if not isinstance(prompt, list) or not all(isinstance(message, Mapping) for message in prompt):
+        return prompt
+    return [{key: value for key, value in message.items() if value is not None} for message in prompt]
+
+
+def check_prompts(rows: Iterable[Row], where: str) -> None:
+    """Check that every row's "prompt" is text (also empty text) or a list of chat messages.
+
+    Raises:
+        Refused: naming the row and what was found there.
+    """
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping) or "prompt" not in row:
+            raise Refused(f"{where}, row {index}: expected a mapping with a 'prompt', found {row!r:.200}.")
+        fault = _prompt_fault(row["prompt"])
+        if fault:
+            raise Refused(
+                f"{where}, row {index}: {fault}. A prompt is text, or a list of chat messages "
+                '{"role": ..., "content": text}; a prompt_template makes text of a column.'
+            )
+
+
+def _prompt_fault(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return ""
+    if not isinstance(prompt, list | tuple):
+        return f"the prompt is {prompt!r:.100} ({type(prompt).__name__})"
+    if not prompt:
+        return "the prompt is an empty list"
+    for position, message in enumerate(prompt):
+        if not isinstance(message, Mapping):
+            return f"message {position} of the prompt is {message!r:.100} ({type(message).__name__})"
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                return f"message {position} of the prompt has {key} {message.get(key)!r:.100}"
+    return ""

@@ -1,0 +1,75 @@
+"""The order in which training prompts are dealt out, which a seed and a position determine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tokenrl.errors import Refused
+from tokenrl.language.tasks.sources import Row
+
+
+class PromptStream:
+    """Deals rows out to steps for ever: a fresh seeded order each epoch, no row twice within an epoch.
+
+    The order of epoch e depends on (seed, e) alone, so the number of prompts dealt so far is the whole state,
+    and a step may take the end of one epoch and the start of the next.
+    """
+
+    def __init__(self, rows: Sequence[Row], prompts_per_step: int, seed: int) -> None:
+        """Start before the first epoch.
+
+        Raises:
+            Refused: no rows, a step of no prompts, or a negative seed.
+        """
+        if len(rows) == 0:
+            raise Refused("There are no prompts to train on: the data is empty.")
+        if prompts_per_step < 1 or seed < 0:
+            raise Refused(f"prompts_per_step {prompts_per_step} must be at least 1, seed {seed} at least 0.")
+        self._rows = rows
+        self._prompts_per_step = prompts_per_step
+        self._seed = seed
+        self._position = 0
+        self._order: tuple[int, Sequence[int]] = (-1, ())
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far, in epochs (2.5: half-way through the third)."""
+        return self._position / len(self._rows)
+
+    def next(self) -> list[tuple[int, Row]]:
+        """The next step's prompts, each with its position: the number of prompts dealt before it, ever."""
+        return self.take(self._prompts_per_step)
+
+    def take(self, count: int) -> list[tuple[int, Row]]:
+        """The next `count` prompts, with their positions."""
+        positions = range(self._position, self._position + count)
+        self._position = positions.stop
+        return [(position, self._rows[self._index(position)]) for position in positions]
+
+    def _index(self, position: int) -> int:
+        epoch, place = divmod(position, len(self._rows))
+        if self._order[0] != epoch:
+            generator = np.random.default_rng([self._seed, epoch])
+            self._order = (epoch, generator.permutation(len(self._rows)).tolist())
+        return self._order[1][place]
+
+    def state_dict(self) -> dict[str, int]:
+        """All that is needed to continue exactly, as plain integers."""
+        return {"position": self._position, "seed": self._seed, "num_rows": len(self._rows)}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            Refused: the state belongs to another seed or another number of rows, hence to another order.
+        """
+        own = self.state_dict()
+        for key in ("seed", "num_rows"):
+            if state[key] != own[key]:
+                raise Refused(
+                    f"The saved prompt order has {key} {state[key]} and this run has {own[key]}: continuing "
+                    "would deal other prompts. Resume with the same data and seed, or start a new run."
+                )
+        self._position = int(state["position"])

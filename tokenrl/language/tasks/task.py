@@ -1,0 +1,232 @@
+"""Tasks (prompts, a reward, a length) and the stream that deals prompts out to training steps.
+
+A task is any object with the attributes of `Task`. `load_task` makes one of a toy task's name, of
+`module:attribute`, or of any source that `datasets` reads. Streaming and multimodal data are left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from tokenrl.errors import Refused, describe, suggest
+from tokenrl.language.rewards.rewards import Rewards, load_reward
+from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.language.tasks.reasoning import reasoning_task
+from tokenrl.language.tasks.sources import FORMATS, Row, check_prompts, read_splits, with_prompts
+from tokenrl.names import import_attribute
+
+EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
+
+
+class Task(Protocol):
+    """What training needs of a task; further attributes (demonstrations, recommended settings) are optional.
+
+    Each row of the prompts is a mapping with "prompt" (text, or a list of chat messages); its other columns
+    reach the reward as keyword arguments.
+    """
+
+    name: str
+    train_prompts: Sequence[Row]
+    eval_prompts: Sequence[Row]
+    reward: Any  # a reward function or a list of them
+    max_completion_length: int | None
+
+
+@dataclass
+class PromptTask:
+    """A task made of rows and a reward; without `max_completion_length` the run's settings give it."""
+
+    name: str
+    train_prompts: Sequence[Row]
+    eval_prompts: Sequence[Row]
+    reward: Any
+    max_completion_length: int | None = None
+    solved: float | None = None
+    demonstrations: Sequence[Any] = field(default_factory=list)
+
+
+def load_task(
+    name: str,
+    *,
+    prompt_column: str = "prompt",
+    prompt_template: str | None = None,
+    split: str = "train",
+    eval_split: str | None = None,
+    eval_size: int = 128,
+    reward: Any = None,
+    seed: int = 0,
+) -> Task:
+    """Find a task by the name that a user gives.
+
+    Args:
+        name: a name in `toy_tasks`; `module:attribute` or `file.py:attribute` (a task, or a callable without
+            arguments that returns one); a data file or a folder; a hub dataset `owner/name` or
+            `owner/name:config`.
+        prompt_column: column of a dataset that holds the prompt.
+        prompt_template: `str.format` template over a dataset's columns, instead of a column.
+        split: split of a dataset to train on.
+        eval_split: split to evaluate on; None: a validation or test split, else rows held out of `split`.
+        eval_size: number of evaluation rows of a dataset, chosen with `seed`, with distinct prompts; where
+            they are held out, at most half of them all. Rows with an evaluated prompt leave the training set.
+        reward: reward, or list of them, instead of the task's own; callables or what `load_reward` takes.
+            A dataset has none of its own.
+        seed: seed of the choice of evaluation rows.
+
+    Raises:
+        Refused: nothing of that name, unreadable or empty data, bad prompts, no reward.
+    """
+    toy_tasks = _toy_tasks()
+    if toy_tasks is not None and name in toy_tasks.NAMES:
+        return _finished(toy_tasks.load(name), name, reward)
+    source = name.rpartition(":")[0]
+    if source and not Path(name).exists() and (source.endswith(".py") or "/" not in source):
+        return _finished(_named_task(name), name, reward)
+    if not (Path(name).exists() or "/" in name or Path(name).suffix in FORMATS):
+        raise Refused(
+            f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES if toy_tasks else ())} Other forms: "
+            f"module:attribute, a {'/'.join(FORMATS)} file, a folder, or a hub dataset owner/name."
+        )
+    if reward is None:
+        raise Refused(
+            f"task '{name}' is a dataset, which has prompts but no reward: give one with "
+            "--reward module:function (or path/to/file.py:function, or the folder of a reward model)."
+        )
+    train_rows, eval_rows = _dataset_rows(name, split, eval_split, prompt_column, prompt_template)
+    train_rows, eval_rows = _separate(train_rows, eval_rows, eval_size, seed, name)
+    return _finished(PromptTask(name, train_rows, eval_rows, reward), name, reward)
+
+
+def _toy_tasks() -> Any:
+    try:
+        return importlib.import_module("toy_tasks")
+    except ModuleNotFoundError as error:
+        if error.name != "toy_tasks":
+            raise
+        return None  # the package is optional
+
+
+def _named_task(spec: str) -> Any:
+    if spec.startswith("reasoning_gym:"):
+        return reasoning_task(spec)
+    found = import_attribute(spec, "task")
+    if callable(found) and not hasattr(found, "train_prompts"):
+        try:
+            found = found()
+        except Exception as error:
+            raise Refused(f"task '{spec}': calling it without arguments raised {describe(error)}.") from error
+    return found
+
+
+def _finished(task: Any, name: str, reward: Any) -> Task:
+    """Check a task whatever its origin, and put the user's reward in the place of its own."""
+    missing = [attribute for attribute in Task.__annotations__ if not hasattr(task, attribute)]
+    if missing:
+        raise Refused(
+            f"task '{name}' is a {type(task).__name__} without {', '.join(missing)}; a task has "
+            f"{', '.join(Task.__annotations__)} (tokenrl.language.tasks.task.PromptTask is one to fill in)."
+        )
+    for attribute in ("train_prompts", "eval_prompts"):
+        if len(getattr(task, attribute)) == 0:
+            raise Refused(f"task '{name}': {attribute} is empty; give at least one row.")
+        check_prompts(getattr(task, attribute), f"task '{name}', {attribute}")
+    if reward is not None:
+        several = isinstance(reward, Sequence) and not isinstance(reward, str)
+        functions: Any = [load_reward(one) for one in reward] if several else load_reward(reward)
+        task = copy.copy(task)
+        object.__setattr__(task, "reward", functions)  # tasks may be frozen dataclasses
+    return task
+
+
+def _dataset_rows(
+    name: str, split: str, eval_split: str | None, column: str, template: str | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Rows of the training split and of the evaluation split, None if there is none."""
+    splits = read_splits(name)
+    wanted = [split, eval_split or next((s for s in EVAL_SPLITS if s in splits and s != split), None)]
+    found: list[Any] = []
+    for one in wanted:
+        if one is not None and one not in splits:
+            raise Refused(f"task '{name}' has no split '{one}'.{suggest(one, splits)}")
+        where = f"task '{name}', split '{one}'"
+        found.append(None if one is None else with_prompts(splits[one], where, column, template))
+    return found[0], found[1]
+
+
+def _separate(
+    train_rows: list[dict[str, Any]],
+    eval_rows: list[dict[str, Any]] | None,
+    eval_size: int,
+    seed: int,
+    name: str,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training and evaluation rows that share no prompt; `eval_rows` None holds training rows out."""
+    if eval_size < 1:
+        raise Refused(f"eval_size is {eval_size}; it must be at least 1.")
+    pool: dict[str, dict[str, Any]] = {}
+    for row in train_rows if eval_rows is None else eval_rows:
+        pool.setdefault(_canonical(row["prompt"]), row)
+    size = min(eval_size, len(pool) // 2 if eval_rows is None else len(pool))
+    order = np.random.default_rng(seed).permutation(len(pool))[:size]
+    keys = list(pool)
+    chosen = {keys[i]: pool[keys[i]] for i in sorted(order)}
+    rest = [row for row in train_rows if _canonical(row["prompt"]) not in chosen]
+    if not chosen or not rest:
+        raise Refused(
+            f"task '{name}' has too few distinct prompts to train on some and evaluate on others: "
+            f"{len(pool)} to evaluate on, {len(rest)} training rows that differ from those chosen. "
+            "Give more data, another eval_split, or a smaller eval_size."
+        )
+    return rest, list(chosen.values())
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    """SHA-256 (hex) of the rows in their order, as canonical JSON, one line a row."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_canonical(dict(row)).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
+    """The task that the arguments name, or the object itself, and its rewards: those named, else its own.
+
+    Raises:
+        Refused: no such task, no reward, or a reward that asks for a column the task lacks.
+    """
+    chosen = [load_reward(spec) for spec in args.reward]
+    if isinstance(args.task, str):
+        task = load_task(
+            args.task,
+            prompt_column=args.prompt_column,
+            prompt_template=args.prompt_template,
+            split=args.split,
+            eval_split=args.eval_split,
+            eval_size=args.eval_size,
+            reward=chosen or None,
+        )
+    else:
+        task = args.task
+    own = getattr(task, "reward", None)
+    functions = chosen or (list(own) if isinstance(own, (list, tuple)) else [own] if own is not None else [])
+    if not functions:
+        raise Refused(
+            f"The task {task.name!r} has no reward of its own: name one with --reward module:function."
+        )
+    rewards = Rewards(
+        functions, list(args.reward_weights) or None, timeout=args.reward_timeout, sources=args.reward or None
+    )
+    rewards.check_columns(dict.fromkeys(name for row in task.train_prompts for name in row))
+    return task, rewards

@@ -1,0 +1,238 @@
+"""From arguments to everything a run needs: what is unusable is refused here, before anything is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from tokenrl.core.estimator import Estimator
+from tokenrl.core.rules import check_horizon
+from tokenrl.core.statistics import GradientDiagnostics
+from tokenrl.errors import Refused
+from tokenrl.language.policy.adapters import add_lora
+from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
+from tokenrl.language.policy.model import Policy, enable_gradient_checkpointing, load_policy, wrap
+from tokenrl.language.tasks.task import Task
+from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.critic import Critic
+from tokenrl.language.training.supervised import warm_started_base
+from tokenrl.language.training.update import Learner
+
+DEFAULTS: dict[str, Any] = {
+    "max_steps": 200,
+    "prompts_per_step": 16,
+    "num_generations": 8,
+    "max_completion_length": 256,
+    "lr_scheduler_type": "constant",
+}
+
+
+def arguments(kind: type[Any], options: Mapping[str, Any]) -> Any:
+    """A dataclass of arguments from keywords, as the Python functions take them.
+
+    A single reward stands for a tuple of one, an estimator's name for its preset.
+
+    Raises:
+        Refused: an unknown keyword.
+    """
+    known = {f.name for f in fields(kind)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise Refused(f"Unknown argument {', '.join(unknown)}; known are: {', '.join(sorted(known))}.")
+    values = dict(options)
+    for name in ("reward", "reward_weights", "report_to", "prompt", "lora_target_modules"):
+        if name in values and not isinstance(values[name], (list, tuple)):
+            values[name] = () if values[name] is None else (values[name],)
+        if name in values:
+            values[name] = tuple(values[name])
+    if isinstance(values.get("estimator"), str):
+        values["estimator"] = Estimator.preset(values["estimator"])
+    if "output_dir" in values:
+        values["output_dir"] = str(values["output_dir"])
+    return kind(**values)
+
+
+def resolve(args: TrainArguments, task: Task) -> TrainArguments:
+    """Arguments with every None replaced: by what the task recommends, else by the default; then checked.
+
+    Raises:
+        Refused: a value out of range, or two that do not go together.
+    """
+    recommended = dict(getattr(task, "train", None) or {})
+    if getattr(task, "max_completion_length", None):
+        recommended["max_completion_length"] = task.max_completion_length
+    defaults = {**DEFAULTS, "learning_rate": 1e-4 if args.lora_r else 1e-5, **recommended}
+    missing = {
+        f.name: defaults[f.name] for f in fields(args) if getattr(args, f.name) is None and f.name in defaults
+    }
+    args = replace(args, **missing)
+    if args.eval_every is None:
+        args = replace(args, eval_every=max(1, (args.max_steps or 10) // 10))
+    if args.log_completions is None:
+        args = replace(args, log_completions=args.eval_every)
+    check(args)
+    return args
+
+
+def check(args: TrainArguments) -> None:
+    """Refuse what cannot be trained with."""
+    if args.resume is not None:
+        raise Refused(
+            "--resume is not built yet. To go on from the weights of a checkpoint, with a new optimiser and "
+            "a new run directory, give it as --model."
+        )
+    at_least_one = [
+        *("max_steps", "prompts_per_step", "num_generations", "max_completion_length", "num_iterations"),
+        *("num_minibatches", "logging_steps", "keep_checkpoints", "stop_after_nonfinite"),
+    ]
+    at_least_zero = [
+        *("seed", "base_seed", "warmup_steps", "eval_every", "eval_generations", "save_every", "lora_r"),
+        *("max_refills", "diagnostics_every", "value_iterations"),
+        *("stop_after_zero_spread", "weight_decay", "max_grad_norm", "log_completions"),
+    ]
+    for names, least in ((at_least_one, 1), (at_least_zero, 0)):
+        for name in names:
+            if getattr(args, name) < least:
+                raise Refused(f"{name}={getattr(args, name)}: give {least} or more.")
+    if args.micro_batch_size is not None and args.micro_batch_size < 1:
+        raise Refused(
+            f"micro_batch_size={args.micro_batch_size}: give 1 or more, or leave it out for all rows at once."
+        )
+    for name in ("learning_rate", "temperature"):
+        value = getattr(args, name)
+        if not (math.isfinite(value) and value > 0):
+            raise Refused(f"{name}={value}: give a number above 0.")
+    if args.estimator.needs_groups and args.num_generations == 1:
+        raise Refused(
+            f"The estimator compares the completions of one prompt (baseline={args.estimator.baseline!r}, "
+            f"scale={args.estimator.scale!r}), but num_generations=1 gives a prompt only one. Give 2 or "
+            "more, or choose the estimator reinforce or reinforce_running_mean."
+        )
+    _try_out(args)
+    check_horizon(args.estimator, args.max_completion_length, args.allow_no_baseline)
+    if (args.num_minibatches or 1) > (args.prompts_per_step or 1):
+        raise Refused(
+            f"num_minibatches={args.num_minibatches} is more than prompts_per_step={args.prompts_per_step}; "
+            f"groups are not split, so give at most {args.prompts_per_step}."
+        )
+    if args.dtype == "float16":
+        raise Refused("dtype='float16' cannot be trained: its gradients underflow. Use bfloat16 or float32.")
+    if args.estimator.ratio == "none" and args.num_iterations * args.num_minibatches > 1:
+        raise Refused(
+            f"num_iterations={args.num_iterations} and num_minibatches={args.num_minibatches} make several "
+            "updates from one rollout, but the estimator has ratio='none', which is right for the first of "
+            "them only. Use --estimator.ratio token (the presets grpo, dr_grpo and ppo_clip have it), or one "
+            "update a rollout."
+        )
+
+
+def _try_out(args: TrainArguments) -> None:
+    """Give the estimator a step of the right shape: what it refuses is better known now than later."""
+    n = (args.prompts_per_step or 1) * (args.num_generations or 1)
+    zeros = torch.zeros(n, 1)
+    args.estimator.advantages(
+        zeros[:, 0],
+        zeros + 1,
+        group_size=args.num_generations,
+        logprobs=zeros,
+        ref_logprobs=zeros,
+        values=zeros,
+        greedy_rewards=zeros[:, 0],
+        score_norms=zeros + 1,
+        baseline_value=0.0,
+        max_length=args.max_completion_length,
+    )
+
+
+def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
+    """The policy that the arguments name: a model object, a directory, a hub name, or the task's own base."""
+    source: Any = args.model
+    if source is None:
+        source = str(warm_started_base(task, seed=args.base_seed, announce=announce))
+    if isinstance(source, Policy):
+        policy = source
+    elif isinstance(source, tuple):
+        policy = wrap(*source, source=type(source[0]).__name__)
+    else:
+        policy = load_policy(source, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing(policy)
+    if isinstance(args, LoraArguments) and args.lora_r:
+        modules, seed = args.lora_target_modules, getattr(args, "seed", 0)
+        add_lora(policy, r=args.lora_r, alpha=args.lora_alpha, target_modules=modules, seed=seed)
+    if any(p.dtype == torch.float16 for p in policy.trainable_parameters()):
+        raise Refused(
+            f"The weights of {policy.source!r} are float16 (dtype={args.dtype!r}), which cannot be trained: "
+            "gradients underflow. Use bfloat16 or float32."
+        )
+    if not policy.trainable_parameters():
+        raise Refused(
+            f"The model {policy.source!r} has no trainable parameter: set requires_grad on some, or use LoRA."
+        )
+    return policy
+
+
+def make_accelerator(args: TrainArguments) -> Any:
+    """Accelerate's handle, and the batch checked against the number of processes."""
+    from accelerate import Accelerator
+
+    try:
+        accelerator = Accelerator(
+            cpu=args.cpu,
+            mixed_precision=args.mixed_precision,
+            log_with=list(args.report_to) or None,
+            project_dir=args.output_dir,
+        )
+    except ValueError as error:
+        raise Refused(f"accelerate cannot be set up as asked: {' '.join(str(error).split())}") from error
+    world, prompts = accelerator.num_processes, args.prompts_per_step or 1
+    if prompts % world:
+        down, up = prompts // world * world, (prompts // world + 1) * world
+        raise Refused(
+            f"prompts_per_step={prompts} cannot be shared equally by {world} processes; groups are not "
+            "split. Give " + (f"{down} or {up}." if down else f"{up}.")
+        )
+    return accelerator
+
+
+def make_learner(args: TrainArguments, policy: Policy, accelerator: Any) -> tuple[Learner, Any]:
+    """Optimiser, reference and prepared model, and the learning-rate schedule."""
+    from transformers import get_scheduler
+
+    if args.estimator.needs_reference:
+        policy.add_reference()
+        if policy.reference is not None:
+            policy.reference.to(accelerator.device)
+    policy.model.to(accelerator.device)
+    optimizer = torch.optim.AdamW(
+        policy.trainable_parameters(),
+        lr=args.learning_rate or 0.0,
+        weight_decay=args.weight_decay,
+        fused=accelerator.device.type in ("cpu", "cuda"),
+    )
+    schedule = get_scheduler(
+        args.lr_scheduler_type or "constant", optimizer, args.warmup_steps, args.max_steps
+    )
+    model, prepared = accelerator.prepare(policy.model, optimizer)
+    learner = Learner(policy, model, prepared, accelerator, args.estimator, args)
+    if args.estimator.needs_values:
+        text_config: Any = policy.model.config
+        hidden = text_config.get_text_config().hidden_size
+        rate, iterations = args.value_learning_rate, args.value_iterations
+        learner.critic = Critic(hidden, accelerator.device, learning_rate=rate, iterations=iterations)
+    if args.diagnostics_every:
+        learner.diagnostics = GradientDiagnostics(args.diagnostics_every)
+    return learner, schedule
+
+
+def load_placed(name: str, *, dtype: str, trust_remote_code: bool) -> Policy:
+    """Load a model onto the accelerator, if there is one."""
+    from accelerate import PartialState
+
+    policy = load_policy(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    policy.model.to(PartialState().device)
+    return policy

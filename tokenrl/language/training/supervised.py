@@ -1,0 +1,176 @@
+"""Supervised fine-tuning on demonstrations: the warm start from which reinforcement learning sets out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenrl.errors import Refused, Stopped
+from tokenrl.language.policy.model import Policy, wrap
+from tokenrl.language.policy.saving import save_policy
+from tokenrl.language.rollout.rollout import Rollout, pad_left
+from tokenrl.language.rollout.scoring import score
+from tokenrl.runs.checkpoint import replace_directory
+
+MADE_BY = 2  # raised when this module or the tiny tokenizers change what a warm start gives
+Pair = tuple[list[int], list[int]]  # ids of a prompt and of its completion
+
+
+def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> list[Pair]:
+    """Ids of demonstrations; each completion ends with the tokenizer's EOS if it has one.
+
+    Raises:
+        Refused: a demonstration longer than the context, or without a completion.
+    """
+    pairs: list[Pair] = []
+    eos = policy.tokenizer.eos_token_id
+    for number, row in enumerate(rows):
+        text = row.get("completion")
+        if isinstance(text, list) and text and isinstance(text[-1], dict):
+            text = text[-1].get("content")
+        if not isinstance(text, str) or "prompt" not in row:
+            raise Refused(
+                f"Row {number} of the demonstrations has columns {', '.join(row)}; needed are prompt and "
+                "completion, a completion being text or a list that ends with the assistant's message."
+            )
+        ids = list(policy.tokenizer(text, add_special_tokens=False).input_ids)
+        if eos is not None and (not ids or ids[-1] not in policy.eos_ids):
+            ids.append(eos)
+        if not ids:
+            raise Refused(
+                f"The completion of row {number} of the demonstrations has no token, and the tokenizer no "
+                "EOS that could stand for an empty answer. Leave such rows out, or set tokenizer.eos_token."
+            )
+        prompt = policy.encode_all([row["prompt"]], max_completion_length=len(ids), first_row=number)[0]
+        pairs.append((prompt, ids))
+    return pairs
+
+
+def demonstration_batch(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
+    """Encoded demonstrations in the shape of a rollout."""
+    prompts, completions = zip(*pairs, strict=True)
+    prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id, policy.device)
+    width = max(map(len, completions))
+    ids_ = torch.tensor([c + [policy.pad_id] * (width - len(c)) for c in completions], device=policy.device)
+    lengths = torch.tensor([len(c) for c in completions], device=policy.device)
+    mask = torch.arange(width, device=policy.device) < lengths[:, None]
+    zeros = torch.zeros(mask.shape, device=policy.device)
+    index = torch.arange(len(pairs), device=policy.device)
+    return Rollout(prompt_ids, prompt_mask, index, ids_, mask, zeros, zeros, torch.zeros_like(lengths).bool())
+
+
+def fit(
+    policy: Policy,
+    demonstrations: Sequence[dict[str, Any]],
+    *,
+    max_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int = 0,
+    max_grad_norm: float = 1.0,
+    progress: Callable[[int, dict[str, float]], None] | None = None,
+) -> list[float]:
+    """Minimise the mean negative log-likelihood of the completions' tokens, in place, by AdamW.
+
+    The learning rate falls linearly to 0. Rows are drawn without replacement, an epoch after the other.
+
+    Args:
+        policy: the policy to train.
+        demonstrations: rows of `prompt` and `completion`.
+        max_steps: updates.
+        batch_size: demonstrations an update.
+        learning_rate: peak learning rate.
+        seed: of the order of the rows.
+        max_grad_norm: gradients are clipped to this norm.
+        progress: called after each update with its number and metrics.
+
+    Returns:
+        The loss in nats a token, of each update.
+
+    Raises:
+        Refused: no demonstrations, or an unusable one.
+        Stopped: the loss became NaN or infinite.
+    """
+    if not demonstrations:
+        raise Refused("There are no demonstrations to learn from. Give rows of prompt and completion.")
+    pairs = encode_demonstrations(policy, demonstrations)  # all at once: a bad row is found before a step
+    parameters = policy.trainable_parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    losses: list[float] = []
+    for step in range(1, max_steps + 1):
+        while len(order) < batch_size:
+            order += torch.randperm(len(pairs), generator=generator).tolist()
+        part, order = order[:batch_size], order[batch_size:]
+        batch = demonstration_batch(policy, [pairs[i] for i in part])
+        logprobs = score(policy.model, batch, share_prompt=policy.share_prompt).logprobs
+        loss = -torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum()
+        losses.append(loss.item())
+        if not torch.isfinite(loss):
+            raise Stopped(
+                f"The loss of the supervised stage is {losses[-1]} at step {step}: lower the learning rate."
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * (1 - (step - 1) / max_steps)
+        optimizer.step()
+        if progress is not None:
+            progress(step, {"loss": losses[-1], "grad_norm": float(norm)})
+    return losses
+
+
+def cache_directory() -> Path:
+    """Where warm-started bases are kept: $TOKENRL_CACHE, else tokenrl/ in the user's cache directory."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TOKENRL_CACHE") or Path(home) / "tokenrl")
+
+
+def warm_started_base(
+    task: Any, *, seed: int = 0, announce: Callable[[str], None] = lambda text: None
+) -> Path:
+    """Directory of a toy task's tiny model after its warm start, made once and then cached.
+
+    Args:
+        task: a task with `build(seed)`, `demonstrations`, `warm_start` and `fingerprint`.
+        seed: of the initial weights and the order of demonstrations.
+        announce: told what is being made, since it takes some seconds.
+    """
+    from filelock import FileLock
+
+    build = getattr(task, "build", None)
+    if build is None:
+        raise Refused(
+            f"The task {task.name!r} brings no model of its own. Say which to train: --model "
+            "DIRECTORY_OR_HUB_NAME."
+        )
+    recipe = f"{task.fingerprint} {seed} {torch.__version__.split('+')[0]} {MADE_BY}"
+    directory = cache_directory() / f"{task.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(directory) + ".lock"):
+        if directory.exists():
+            return directory
+        policy = wrap(*build(seed), source=f"{task.name} base")
+        warm = task.warm_start
+        if warm is not None:
+            announce(
+                f"Warm-starting a tiny model on {len(task.demonstrations)} demonstrations ({warm.steps} "
+                "steps; cached for next time)."
+            )
+            fit(
+                policy,
+                task.demonstrations,
+                max_steps=warm.steps,
+                batch_size=warm.batch_size,
+                learning_rate=warm.learning_rate,
+                seed=seed,
+            )
+        replace_directory(directory, lambda path: save_policy(policy, path))
+    return directory
