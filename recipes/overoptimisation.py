@@ -121,7 +121,7 @@ def train_judge(hidden: int, pairs: list[Pair], seed: int) -> RewardModel:
     judge = reward_backbone(load_policy(str(warm_started_base(narrow(hidden)))), seed=seed)
     judge.batch_size, steps = 256, max(40, 3 * len(pairs) // 32)
     options = RewardModelArguments(max_steps=steps, batch_size=32, learning_rate=1e-3, seed=seed)
-    fit_reward_model(judge, pairs, options, lambda step, metrics: False)
+    fit_reward_model(judge, pairs, options)
     return judge
 
 

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from tokenrl.core import Estimator
     from tokenrl.errors import Refused, Stopped, TokenrlError
     from tokenrl.language.inspect.chat import sample
+    from tokenrl.language.inspect.evaluate import evaluate
     from tokenrl.language.preferences.fit import train_reward_model
-    from tokenrl.language.training.commands import evaluate, sft
     from tokenrl.language.training.loop import train
-    from tokenrl.language.training.recording import RunResult
+    from tokenrl.language.training.run import RunResult
+    from tokenrl.language.training.sft import sft
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,10 +39,10 @@ _HOMES = {
     "Refused": "tokenrl.errors",
     "Stopped": "tokenrl.errors",
     "TokenrlError": "tokenrl.errors",
-    "RunResult": "tokenrl.language.training.recording",
-    "evaluate": "tokenrl.language.training.commands",
+    "RunResult": "tokenrl.language.training.run",
+    "evaluate": "tokenrl.language.inspect.evaluate",
     "sample": "tokenrl.language.inspect.chat",
-    "sft": "tokenrl.language.training.commands",
+    "sft": "tokenrl.language.training.sft",
     "train": "tokenrl.language.training.loop",
     "train_reward_model": "tokenrl.language.preferences.fit",
 }

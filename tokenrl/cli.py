@@ -21,9 +21,9 @@ from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused, TokenrlError
 from tokenrl.lab.exact.arguments import LabArguments
 from tokenrl.lab.measure.arguments import MeasureArguments
-from tokenrl.language.inspect.arguments import SampleArguments
+from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.preferences.arguments import RewardModelArguments
-from tokenrl.language.training.arguments import EvaluateArguments, SftArguments, TrainArguments
+from tokenrl.language.training.arguments import SftArguments, TrainArguments
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,9 @@ def _train(args: TrainArguments) -> int:
 
 
 def _sft(args: SftArguments) -> int:
-    from tokenrl.language.training.commands import sft
+    from tokenrl.language.training.sft import sft
 
-    sft(args)
-    return 0
+    return sft(args).exit_code
 
 
 def _reward_model(args: RewardModelArguments) -> int:
@@ -54,7 +53,7 @@ def _reward_model(args: RewardModelArguments) -> int:
 
 
 def _evaluate(args: EvaluateArguments) -> int:
-    from tokenrl.language.training.commands import evaluate
+    from tokenrl.language.inspect.evaluate import evaluate
     from tokenrl.language.training.evaluation_metrics import evaluation_table
 
     title = f"{args.model} on the held-out prompts of {args.task}"

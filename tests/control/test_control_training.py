@@ -161,9 +161,9 @@ def test_learning_rates_fall_to_zero_when_asked(tmp_path):
 
 
 def test_the_last_entropy_is_that_of_the_last_tenth():
-    from tokenrl.control.setup import Run
+    from tokenrl.control.run import Run
 
-    run = Run(*[None] * 8)
+    run = Run(*[None] * 6)
     assert math.isnan(run.last_entropy)
     run.entropies = [1.0] * 18 + [0.2, 0.4]
     assert run.last_entropy == pytest.approx(0.3)
@@ -248,7 +248,7 @@ def test_a_run_that_cannot_go_on_names_its_checkpoint(tmp_path, monkeypatch):
         return learn(agent, rollout, step)
 
     monkeypatch.setattr(training, "learn", breaks)
-    with pytest.raises(Stopped, match=r"not finite.*last checkpoint is .*step_000002"):
+    with pytest.raises(Stopped, match=r"At step 3: .*not finite.*last complete checkpoint is .*step_000002"):
         short(tmp_path, max_steps=5, save_every=1, stop_after_nonfinite=1)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "failed"
     assert not (tmp_path / "run" / "model").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -11,7 +11,7 @@ from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Environments, Spec
 from tokenrl.control.evaluation import check_film, seed_of
 from tokenrl.control.policies import Policy, Shape
-from tokenrl.control.rollouts import Pieces
+from tokenrl.control.run import Run
 from tokenrl.control.saving import load_policy
 from tokenrl.control.update import Agent, check_supported
 from tokenrl.core import rules
@@ -19,37 +19,7 @@ from tokenrl.core.baselines import RunningMean
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
-from tokenrl.runs.console import Console
-from tokenrl.runs.directory import RunDirectory
-from tokenrl.runs.metrics import MetricsLog
 from tokenrl.settings import check_choice, check_number
-
-
-@dataclass
-class Run:
-    """A run in progress."""
-
-    args: ControlArguments
-    spec: Spec
-    agent: Agent
-    envs: Environments
-    eval_envs: Environments
-    console: Console
-    directory: RunDirectory
-    actions: torch.Generator
-    pieces: Pieces | None = None
-    log: MetricsLog | None = None
-    step: int = 0
-    env_steps: int = 0
-    cpu_seconds: float = 0.0
-    train_seconds: float = 0.0
-    last_reward: float = float("nan")
-    entropies: list[float] = field(default_factory=list)
-
-    @property
-    def last_entropy(self) -> float:
-        """Mean entropy over the last tenth of the updates; nan before the first."""
-        return rules.final_entropy(self.entropies)
 
 
 def arguments(options: dict[str, Any]) -> ControlArguments:
@@ -112,7 +82,7 @@ def resolve(args: ControlArguments, spec: Spec) -> ControlArguments:
     return replace(args, head=head, eval_every=every)
 
 
-def prepare(args: ControlArguments, spec: Spec, directory: RunDirectory) -> Run:
+def prepare(args: ControlArguments, spec: Spec) -> Run:
     """Make policy, optimisers and environments.
 
     Raises:
@@ -152,7 +122,5 @@ def prepare(args: ControlArguments, spec: Spec, directory: RunDirectory) -> Run:
         agent=agent,
         envs=Environments(spec.env, args.num_envs, args.max_episode_steps),
         eval_envs=Environments(spec.env, args.eval_episodes, args.max_episode_steps),
-        console=Console(quiet=args.quiet, every=args.logging_steps),
-        directory=directory,
         actions=torch.Generator().manual_seed(seed_of(args.seed, 12)),
     )

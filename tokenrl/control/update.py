@@ -49,6 +49,11 @@ class Agent:
     nonfinite: int = 0
     skipped: int = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a continuation needs beside weights, as plain numbers."""
+        mean = self.running_mean.state_dict()
+        return {"running_mean": mean, "nonfinite": self.nonfinite, "skipped": self.skipped}
+
 
 class Flat(NamedTuple):
     """M units that the loss adds up: single actions [M, 1], or rows [N, T] where it looks along them."""

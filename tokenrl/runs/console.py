@@ -123,16 +123,17 @@ class Progress:
 
         Args:
             step: updates made so far.
-            metrics: reads reward, eval_reward_greedy or eval_reward (the last one stays on the line), and
-                tokens_per_second or env_steps_per_second, whichever are there.
+            metrics: reads reward (or loss, where there is none), eval_reward_greedy or eval_reward (the last
+                one stays on the line), and tokens_per_second or env_steps_per_second, whichever are there.
         """
         evaluated = metrics.get("eval_reward_greedy", metrics.get("eval_reward"))
         if evaluated is not None:
             self._evaluation = f"eval {number(evaluated)}"
-        reward = f"reward {number(metrics['reward'])}" if "reward" in metrics else ""
+        shown = next((name for name in ("reward", "loss") if name in metrics), None)
+        value = "" if shown is None else f"{shown} {number(metrics[shown])}"
         rate = next((f"{metrics[f'{unit}_per_second']:,.0f} {word}/s" for unit, word in _RATES
                      if metrics.get(f"{unit}_per_second")), "")  # fmt: skip
-        line = "  ".join(part for part in (reward, self._evaluation, rate, self._left(step)) if part)
+        line = "  ".join(part for part in (value, self._evaluation, rate, self._left(step)) if part)
         self._live.update(self._task, completed=step, line=line)
         plain = not self._console.rich.is_terminal
         if plain and (step % self._console.every == 0 or step in (1, self._total) or evaluated is not None):

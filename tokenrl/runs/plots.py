@@ -55,6 +55,7 @@ def learning_curve(
     title: str,
     solved: float | None = None,
     subtitle: str = "",
+    curve: tuple[str, str] = ("reward", "mean reward"),
 ) -> Path:
     """Draw reward and evaluation per step, and below them whichever health metrics were recorded.
 
@@ -64,6 +65,7 @@ def learning_curve(
         title: what was trained, on what.
         solved: the reward that counts as solved, drawn as a line.
         subtitle: settings worth knowing, in small print.
+        curve: key and name of what the large panel shows of each step.
     """
     from matplotlib.figure import Figure
 
@@ -73,7 +75,7 @@ def learning_curve(
     figure.text(0.075, 0.9, _literal(subtitle), fontsize=11.5, color="#555555")
     grid = figure.add_gridspec(1, 1, left=0.075, right=0.815, top=0.865, bottom=0.415 if health else 0.1)
     last = max((int(row["step"]) for row in metrics), default=0)
-    _reward_panel(figure.add_subplot(grid[0]), metrics, solved, last)
+    _main_panel(figure.add_subplot(grid[0]), metrics, curve, solved, last)
     if health:
         grid = figure.add_gridspec(
             1, len(health), left=0.075, right=0.98, top=0.235, bottom=0.065, wspace=0.34
@@ -86,9 +88,15 @@ def learning_curve(
     return path
 
 
-def _reward_panel(axes: Axes, metrics: Sequence[Mapping[str, Any]], solved: float | None, last: int) -> None:
+def _main_panel(
+    axes: Axes,
+    metrics: Sequence[Mapping[str, Any]],
+    curve: tuple[str, str],
+    solved: float | None,
+    last: int,
+) -> None:
     labels: list[tuple[float, str, str]] = []
-    steps, rewards = series(metrics, "reward")
+    steps, rewards = series(metrics, curve[0])
     if steps:
         averaged = smooth(rewards, _window(len(rewards)))
         axes.plot(
@@ -115,7 +123,7 @@ def _reward_panel(axes: Axes, metrics: Sequence[Mapping[str, Any]], solved: floa
         axes.annotate(f"solved: {solved:g}", (0.006, solved), xycoords=place, xytext=(0, 4), color=_GREEN,
                       textcoords="offset points", fontsize=11)  # fmt: skip
     _style(axes, last)
-    axes.set_ylabel("mean reward", fontsize=12.5)
+    axes.set_ylabel(curve[1], fontsize=12.5)
     axes.set_xlabel("step (policy updates; 0 is before training)", fontsize=12.5)
     axes.margins(y=0.08)
     _label_ends(axes, labels)

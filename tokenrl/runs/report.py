@@ -75,9 +75,13 @@ def report_from_directory(run: str | Path) -> Path:
     title = str(config.get("title") or run.resolve().name)
     solved = config.get("solved")
     plot = learning_curve(
-        run / "learning_curve.png", metrics, title=title, subtitle=ending(summary),
+        run / "learning_curve.png",
+        metrics,
+        title=title,
+        subtitle=ending(summary),
         solved=float(solved) if isinstance(solved, (int, float)) else None,
-    )  # fmt: skip
+        curve=("loss", "loss, nats per token") if config.get("kind") == "sft" else ("reward", "mean reward"),
+    )
     return write_report(
         run / "report.html", config=config, metrics=metrics, summary=summary, completions=completions,
         plot_path=plot, title=title,

@@ -150,7 +150,7 @@ def trained(directory, estimator, **options):
 def test_a_run_logs_the_weight_and_keeps_the_one_it_started_from(tmp_path):
     rows, config = trained(tmp_path / "run", KL, target_kl=1.0, max_steps=3, save_every=2)
     state = json.loads((tmp_path / "run/checkpoints/step_000002/trainer_state.json").read_text())
-    assert state["kl_coef"] == rows[2]["kl_coef"] != 0.5  # what the step after the checkpoint uses
+    assert state["learner"]["kl_coef"] == rows[2]["kl_coef"] != 0.5  # what the step after the checkpoint uses
     assert [row["kl_coef"] for row in rows][:2] == [0.5, pytest.approx(0.5 * 0.98)]
     assert all(row["kl_stderr"] > 0 for row in rows[1:])
     assert (config["estimator"]["beta"], config["target_kl"], config["kl_gain"]) == (0.5, 1.0, 0.1)

@@ -1,7 +1,9 @@
 """The supervised stage: its loss is the usual one, it learns, and its cached bases are made once."""
 
 import dataclasses
+import json
 import math
+import signal
 
 import pytest
 import torch
@@ -17,8 +19,10 @@ from tiny_models import (
 )
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.policy.model import enable_gradient_checkpointing
+from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy
+from tokenrl.language.training.sft import sft
 from tokenrl.language.training.supervised import (
+    SupervisedTraining,
     demonstration_batch,
     encode_demonstrations,
     fit,
@@ -96,17 +100,8 @@ def test_the_batch_masks_completions_only():
 
 def test_it_memorises():
     policy = make_policy(initializer_range=0.02)
-    seen = []
-    losses = fit(
-        policy,
-        ROWS,
-        max_steps=60,
-        batch_size=4,
-        learning_rate=0.02,
-        progress=lambda n, m: seen.append((n, m["loss"])),
-    )
+    losses = fit(policy, ROWS, max_steps=60, batch_size=4, learning_rate=0.02)
     assert losses[0] > 3 and losses[-1] < 0.05
-    assert seen == list(enumerate(losses, 1))
 
 
 def test_rows_come_without_replacement_in_an_order_of_the_seed():
@@ -130,17 +125,10 @@ def test_rows_come_without_replacement_in_an_order_of_the_seed():
     ],
 )
 def test_bad_rows_are_refused_before_any_update(row, match):
-    policy, steps = make_policy(), []
+    policy = make_policy()
     with pytest.raises(Refused, match=match):
-        fit(
-            policy,
-            [*ROWS, row],
-            max_steps=9,
-            batch_size=1,
-            learning_rate=0.1,
-            progress=lambda *a: steps.append(a),
-        )
-    assert not steps and torch.equal(weights(policy.model), weights(make_model()))
+        fit(policy, [*ROWS, row], max_steps=9, batch_size=1, learning_rate=0.1)
+    assert torch.equal(weights(policy.model), weights(make_model()))
 
 
 def test_no_rows_and_empty_answers_without_eos_are_refused():
@@ -210,3 +198,67 @@ def test_a_task_without_a_model_asks_for_one(monkeypatch, tmp_path):
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path))
     with pytest.raises(Refused, match="--model"):
         warm_started_base(Task("bare", [], [], None))
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    """`tuned(**options)`: a supervised run of a tiny model on the rows above."""
+
+    def run(**options):
+        task = Task("toy", ROWS, ROWS, vowel_reward)
+        task.demonstrations = ROWS
+        policy = make_policy()
+        given = {"task": task, "model": policy, "output_dir": tmp_path / "run", "quiet": True}
+        steps = {"max_steps": 4, "batch_size": 2, "learning_rate": 0.01}
+        return sft(**(given | steps | options))
+
+    return run
+
+
+def test_a_supervised_run_leaves_a_directory_like_any_other(tuned, tmp_path):
+    ended = tuned()
+    assert (ended.exit_reason, ended.exit_code, ended.steps) == ("finished", 0, 4)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert (rows[1]["loss"], rows[4]["loss"]) == (ended.loss_before, ended.loss_after)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["kind"], config["max_steps"], config["task"]) == ("sft", 4, "toy")
+    assert (tmp_path / "run" / "learning_curve.png").exists() and (tmp_path / "run" / "report.html").exists()
+    loaded = load_policy(tmp_path / "run")  # the run directory stands for the model in it
+    assert torch.equal(weights(loaded.model), weights(ended.policy.model))
+
+
+def test_a_supervised_run_replaces_runs_only(tuned, tmp_path):
+    policy = make_policy()
+    policy.model.save_pretrained(tmp_path / "mine")  # a model holds a config.json too
+    with pytest.raises(Refused, match="holds no run of tokenrl"):
+        tuned(output_dir=tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "model.safetensors").exists()
+    with pytest.raises(Refused, match=r"'\.\.'"):
+        tuned(output_dir=f"{tmp_path}/a/../b")
+    tuned()
+    with pytest.raises(Refused, match="already holds a run"):
+        tuned()
+    assert tuned(overwrite=True).steps == 4
+
+
+def test_a_signal_ends_a_supervised_run_with_its_model_saved(tuned, tmp_path, monkeypatch):
+    update = SupervisedTraining.update
+
+    def signalled(training):
+        signal.raise_signal(signal.SIGTERM)
+        return update(training)
+
+    monkeypatch.setattr(SupervisedTraining, "update", signalled)
+    ended = tuned()
+    assert (ended.exit_reason, ended.exit_code, ended.steps) == ("SIGTERM", 143, 1)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_leaves_a_summary(tuned, tmp_path):
+    policy = make_policy()
+    with torch.no_grad():
+        policy.model.lm_head.weight[0, 0] = math.nan
+    with pytest.raises(Stopped, match="At step 1: The loss of the supervised stage is nan"):
+        tuned(model=policy)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "failed"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.bars import without_bars
+from tokenrl.runs.outcome import model_directory
 
 Prompt = str | list[dict[str, Any]]
 DTYPES = {
@@ -221,7 +222,7 @@ def load_policy(
     has the model it started from as its reference.
 
     Args:
-        name_or_path: local directory or hub name.
+        name_or_path: local directory or hub name; a run directory stands for the model in it.
         dtype: `float32`, `bfloat16`, `float16`, `float64`, or `auto` for what the checkpoint was saved in.
         trust_remote_code: run code shipped with the model; off unless asked for.
 
@@ -232,7 +233,7 @@ def load_policy(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import find_adapter_config_file
 
-    name = str(name_or_path)
+    name = str(model_directory(name_or_path))
     if dtype not in (*DTYPES, "auto"):
         raise Refused(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}, auto.")
     missing: list[str] = []

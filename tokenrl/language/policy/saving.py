@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import Refused
 from tokenrl.language.policy.bars import without_bars
 from tokenrl.language.policy.model import Policy
 
@@ -32,23 +31,6 @@ def save_policy(policy: Policy, directory: Path, *, card: str | None = None) -> 
     policy.tokenizer.save_pretrained(directory)
     if card is not None:
         (directory / "README.md").write_text(card, encoding="utf-8")
-
-
-def refuse_foreign_directory(directory: Path, *, overwrite: bool) -> None:
-    """Refuse a path that a model cannot be saved to without losing something.
-
-    Raises:
-        Refused: `directory` is a file, or holds files and is not a model that `overwrite` allows to replace.
-    """
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise Refused(f"The output directory {directory} is a file; give a directory that is new or empty.")
-    if not any(directory.iterdir()):
-        return
-    if not (directory / "config.json").exists() or not overwrite:
-        mend = "replace it with --overwrite" if (directory / "config.json").exists() else "empty it first"
-        raise Refused(f"The output directory {directory} is not empty; give another one, or {mend}.")
 
 
 def model_card(title: str, facts: dict[str, Any], *, command: str) -> str:

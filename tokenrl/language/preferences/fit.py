@@ -7,8 +7,7 @@ out are adapters, mixed precision and accumulation (`batch_size` is what one for
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,20 +19,22 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
 from tokenrl.language.preferences.evaluation import (
-    Encoded,
     calibration,
     encode_pairs,
     preference_metrics,
     score_pairs,
 )
 from tokenrl.language.preferences.pairs import Pair
-from tokenrl.language.preferences.report import RewardModelResult, config, facts, finish, write_failure
+from tokenrl.language.preferences.report import (
+    RewardModelResult,
+    facts,
+    finish,
+    report_reward_model,
+)
 from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.tasks.stream import Batches
 from tokenrl.language.training.setup import arguments
-from tokenrl.runs.console import Console
-from tokenrl.runs.directory import RunDirectory
-from tokenrl.runs.metrics import MetricsLog
-from tokenrl.runs.signals import GracefulStop
+from tokenrl.runs.session import Session
 
 LOSS_NOTE = "The loss is the negative log-likelihood of the choices, nats a pair; 0.693 is a coin's."
 
@@ -70,67 +71,75 @@ def bradley_terry_loss(
     )
 
 
-def fit_reward_model(
-    reward_model: RewardModel,
-    pairs: Sequence[Pair],
-    args: RewardModelArguments,
-    on_step: Callable[[int, dict[str, float]], bool],
-) -> int:
-    """Minimise the Bradley-Terry loss by AdamW, in place, the learning rate falling linearly to 0.
+class PreferenceTraining:
+    """AdamW on the Bradley-Terry loss; the reward model is changed in place.
 
-    Pairs are drawn without replacement, an epoch after the other. Dropout is off.
-
-    Args:
-        reward_model: the model to train.
-        pairs: what it learns from.
-        args: with `max_steps` and `learning_rate` given.
-        on_step: called after each update with its number and metrics; true ends the training.
-
-    Returns:
-        Updates made.
-
-    Raises:
-        Stopped: the loss became NaN or infinite.
+    The learning rate falls linearly to 0. Pairs are drawn without replacement, one epoch after the other.
+    Dropout is off.
     """
-    encoded = encode_pairs(reward_model, pairs)
-    margins = [args.margin if pair.margin is None else pair.margin for pair in pairs]
-    parameters = [p for p in reward_model.model.parameters() if p.requires_grad]
-    rate, steps = args.learning_rate or 0.0, args.max_steps or 0
-    fused = reward_model.model.device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=args.weight_decay, fused=fused)
-    generator = torch.Generator().manual_seed(args.seed)
-    order: list[int] = []
-    tokens = 0
-    for step in range(1, steps + 1):
-        while len(order) < args.batch_size:
-            order += torch.randperm(len(pairs), generator=generator).tolist()
-        part, order = order[: args.batch_size], order[args.batch_size :]
-        texts = [encoded[i][0] for i in part] + [encoded[i][1] for i in part]
-        tokens += sum(map(len, texts))
-        chosen, rejected = reward_model.logits(texts).chunk(2)
+
+    def __init__(self, reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelArguments) -> None:
+        """Encode the pairs and make the optimiser.
+
+        Args:
+            reward_model: the model to train.
+            pairs: what it learns from.
+            args: with `max_steps` and `learning_rate` given.
+        """
+        self._args, self._model = args, reward_model
+        self._encoded = encode_pairs(reward_model, pairs)
+        self._margins = [args.margin if pair.margin is None else pair.margin for pair in pairs]
+        self._batches = Batches(len(pairs), args.batch_size, args.seed)
+        self._parameters = [p for p in reward_model.model.parameters() if p.requires_grad]
+        fused = reward_model.model.device.type in ("cpu", "cuda")
+        rate = args.learning_rate or 0.0
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=rate, weight_decay=args.weight_decay, fused=fused
+        )
+        self._step = self._tokens = 0
+
+    def update(self) -> dict[str, float]:
+        """Learn from the next batch; returns the metrics of it.
+
+        Raises:
+            Stopped: the loss became NaN or infinite.
+        """
+        self._step += 1
+        args, part = self._args, self._batches.next()
+        texts = [self._encoded[i][0] for i in part] + [self._encoded[i][1] for i in part]
+        self._tokens += sum(map(len, texts))
+        chosen, rejected = self._model.logits(texts).chunk(2)
+        margins = [self._margins[i] for i in part]
         loss = bradley_terry_loss(
             chosen,
             rejected,
-            margin=torch.tensor([margins[i] for i in part], dtype=chosen.dtype, device=chosen.device),
+            margin=torch.tensor(margins, dtype=chosen.dtype, device=chosen.device),
             center_rewards_coefficient=args.center_rewards_coefficient,
             label_smoothing=args.label_smoothing,
         )
         if not torch.isfinite(loss):
             raise Stopped(
-                f"The loss of the reward model is {loss.item()} at step {step}: lower the learning rate."
+                f"The loss of the reward model is {loss.item()} at step {self._step}: lower the learning "
+                "rate."
             )
-        optimizer.zero_grad()
+        self._optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - (step - 1) / steps)
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, args.max_grad_norm or math.inf)
+        for group in self._optimizer.param_groups:
+            group["lr"] = (args.learning_rate or 0.0) * (1 - (self._step - 1) / (args.max_steps or 0))
+        self._optimizer.step()
         metrics = {"loss": loss.item(), **_batch_metrics(chosen.detach(), rejected.detach())}
-        metrics |= {"grad_norm": float(norm), "learning_rate": optimizer.param_groups[0]["lr"]}
-        metrics |= {"epoch": step * args.batch_size / len(pairs), "num_tokens": tokens}
-        if on_step(step, metrics):
-            return step
-    return steps
+        metrics |= {"grad_norm": float(norm), "learning_rate": self._optimizer.param_groups[0]["lr"]}
+        epoch = self._step * args.batch_size / len(self._encoded)
+        return metrics | {"epoch": epoch, "num_tokens": self._tokens}
+
+
+def fit_reward_model(
+    reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelArguments
+) -> list[dict[str, float]]:
+    """Train for `args.max_steps` updates, in place; returns the metrics of each."""
+    training = PreferenceTraining(reward_model, pairs, args)
+    return [training.update() for _ in range(args.max_steps or 0)]
 
 
 def _batch_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
@@ -154,78 +163,48 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         Stopped: the run could not go on.
 
     Example:
-        >>> from tokenrl.language.preferences.fit import train_reward_model
+        >>> from tokenrl import train_reward_model
         >>> result = train_reward_model(task="sort_digits", output_dir="runs/judge")
         >>> result.eval_after["accuracy"]
     """
     args = args or arguments(RewardModelArguments, options)
     _check(args)
-    console = Console(quiet=args.quiet)
-    with RunDirectory.create(args.output_dir, overwrite=args.overwrite) as directory:
-        data = load_reward_data(args, console.note)
-        reward_model = make_backbone(args, data.task, console.note)
+    with Session(
+        "reward-model",
+        args.output_dir,
+        overwrite=args.overwrite,
+        quiet=args.quiet,
+        report=report_reward_model,
+    ) as session:
+        data = load_reward_data(args, session.console.note)
+        reward_model = make_backbone(args, data.task, session.console.note)
         args = _resolve(args, data)
-        encode_pairs(reward_model, data.train)  # what is too long is refused before anything is written
-        console.start(f"tokenrl reward-model: {data.name}", facts(args, data, reward_model), note=LOSS_NOTE)
-        return _run(args, data, reward_model, directory, console)
-
-
-def _run(
-    args: RewardModelArguments,
-    data: RewardData,
-    reward_model: RewardModel,
-    directory: RunDirectory,
-    console: Console,
-) -> RewardModelResult:
-    began, held_out = time.monotonic(), encode_pairs(reward_model, data.held_out)
-    steps, every = args.max_steps or 0, args.eval_every or 1
-    before = _first_evaluation(reward_model, held_out, data)
-    if args.check:
-        console.note("Check passed: data, model and loss work together. Nothing trained.")
-        return RewardModelResult(directory.path, "check", 0, 0, before, before, [], 0.0, reward_model)
-    directory.write_config(config(args, data, reward_model))
-    with (
-        MetricsLog(directory.metrics, directory.timings) as log,
-        GracefulStop(quiet=args.quiet) as stop,
-        console.progress(steps) as progress,
-    ):
-        log.write(0, {"eval_" + name: value for name, value in before.items()})
-
-        def on_step(step: int, metrics: dict[str, float]) -> bool:
-            if step % every == 0 and step < steps:
-                now = preference_metrics(score_pairs(reward_model, held_out), data.held_out)
-                metrics |= {"eval_" + name: value for name, value in now.items()}
-            if step < steps and not stop.requested:  # the last line is written with the last evaluation
-                log.write(step, metrics)
-            progress.update(step, metrics)
-            last.update(metrics)
-            return stop.requested is not None
-
-        last: dict[str, float] = {}
-        try:
-            made = fit_reward_model(reward_model, data.train, args, on_step)
+        training = PreferenceTraining(reward_model, data.train, args)  # too long a text is refused here
+        held_out = encode_pairs(reward_model, data.held_out)
+        session.open(f"tokenrl reward-model: {data.name}", facts(args, data, reward_model), note=LOSS_NOTE)
+        rewards = score_pairs(reward_model, held_out)
+        session.evaluated(preference_metrics(rewards, data.held_out))
+        if args.check:
+            session.console.note("Check passed: data, model and loss work together. Nothing trained.")
+            return RewardModelResult(**session.outcome("check"), calibration=[], reward_model=reward_model)
+        task = None if data.task is None else data.task.name
+        names = {"data": data.name, "model": reward_model.__name__, "policy": "in memory", "task": task}
+        pairs = {"train": len(data.train), "held_out": len(data.held_out)}
+        title = f"Reward model, {data.name}, seed {args.seed}"
+        session.begin(args, names=names, title=title, pairs=pairs)
+        for _ in session.steps(args.max_steps or 0):
+            metrics = training.update()
+            if session.due(args.eval_every or 0):
+                rewards = score_pairs(reward_model, held_out)
+                metrics |= session.evaluated(preference_metrics(rewards, data.held_out))
+            session.record(metrics)
+        if not session.is_evaluated:
             rewards = score_pairs(reward_model, held_out)
-        except Stopped as error:
-            write_failure(directory, error, before)
-            raise
-        after = preference_metrics(rewards, data.held_out)
-        log.write(made, last | {"eval_" + name: value for name, value in after.items()})
-    reason = {143: "SIGTERM", 130: "SIGINT"}.get(stop.exit_code, "finished")
-    curve, seconds = calibration(rewards[:, 0] - rewards[:, 1]), time.monotonic() - began
-    result = RewardModelResult(
-        directory.path, reason, stop.exit_code, made, before, after, curve, seconds, reward_model
-    )
-    finish(directory, data, result, rewards, console)
-    return result
-
-
-def _first_evaluation(
-    reward_model: RewardModel, held_out: Sequence[Encoded], data: RewardData
-) -> dict[str, float]:
-    try:
-        return preference_metrics(score_pairs(reward_model, held_out), data.held_out)
-    except Stopped as error:
-        raise Refused(f"Before the first step: {error}") from error
+            session.evaluated(preference_metrics(rewards, data.held_out))
+        curve = calibration(rewards[:, 0] - rewards[:, 1])
+        ended = RewardModelResult(**session.outcome("finished"), calibration=curve, reward_model=reward_model)
+        finish(session, data, ended, rewards)
+        return ended
 
 
 def _check(args: RewardModelArguments) -> None:

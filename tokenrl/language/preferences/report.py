@@ -3,54 +3,39 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Refused
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.backbone import save_reward_model
 from tokenrl.language.preferences.data import RewardData
 from tokenrl.language.preferences.evaluation import Bin, draw_calibration
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.runs.checkpoint import replace_directory
-from tokenrl.runs.console import Console
-from tokenrl.runs.directory import RunDirectory, read_config
+from tokenrl.runs.directory import read_config
 from tokenrl.runs.metrics import read_completions, read_metrics, write_completions
+from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.report import write_report
+from tokenrl.runs.session import Session
 
 PLOT = "calibration.png"
 
 
 @dataclass(frozen=True)
-class RewardModelResult:
-    """What the training of a reward model came to.
+class RewardModelResult(Outcome):
+    """What the training of a reward model came to; see `Outcome` for the other fields.
 
     Attributes:
-        output_dir: the run directory; its `model` folder is what `--reward` takes.
-        exit_reason: `finished`, `check`, `SIGTERM` or `SIGINT`.
-        exit_code: 0, or 128 plus the signal's number.
-        steps: updates made.
         eval_before: `accuracy` and more on held-out pairs, see `preference_metrics`, before training.
-        eval_after: the same after it.
-        calibration: the calibration curve on held-out pairs, after training.
-        wall_seconds: from the first evaluation to the last.
-        reward_model: the trained model, itself a reward function.
+        calibration: the calibration curve on held-out pairs, after training; empty after a check.
+        reward_model: the trained model, itself a reward function. `model/` of the run directory holds it.
     """
 
-    output_dir: Path
-    exit_reason: str
-    exit_code: int
-    steps: int
-    eval_before: dict[str, float]
-    eval_after: dict[str, float]
     calibration: list[Bin]
-    wall_seconds: float
     reward_model: RewardModel = field(repr=False)
 
 
@@ -69,48 +54,17 @@ def facts(args: RewardModelArguments, data: RewardData, reward_model: RewardMode
     }
 
 
-def config(args: RewardModelArguments, data: RewardData, reward_model: RewardModel) -> dict[str, Any]:
-    """config.json: the resolved arguments, and what the report needs."""
-    values = {f.name: getattr(args, f.name) for f in fields(args)}
-    for name, shown in (("data", data.name), ("model", reward_model.__name__), ("policy", "in memory")):
-        if values[name] is not None and not isinstance(values[name], str):
-            values[name] = shown
-    if values["task"] is not None and not isinstance(values["task"], str):
-        values["task"] = data.task.name
-    command = ["tokenrl", *sys.argv[1:]] if Path(sys.argv[0]).name == "tokenrl" else _command(values)
-    title = f"Reward model, {data.name}, seed {args.seed}"
-    pairs = {"train": len(data.train), "held_out": len(data.held_out)}
-    return {**values, "title": title, "pairs": pairs, "command": shlex.join(command)}
-
-
-def _command(values: dict[str, Any]) -> list[str]:
-    """The command line of a call from Python; what is no default is named."""
-    words = ["tokenrl", "reward-model"]
-    for one in fields(RewardModelArguments):
-        value = values[one.name]
-        if value == one.default or isinstance(value, bool):
-            continue
-        several = [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
-        words += ["--" + one.name.replace("_", "-"), *several]
-    return words
-
-
-def finish(
-    directory: RunDirectory,
-    data: RewardData,
-    result: RewardModelResult,
-    rewards: np.ndarray,
-    console: Console,
-) -> None:
-    """Save the model and the pairs, write summary, plot and report, and show the end.
+def finish(session: Session, data: RewardData, ended: RewardModelResult, rewards: np.ndarray) -> None:
+    """Save the model and the pairs, write summary and report, and show the end.
 
     Args:
-        directory: the run directory.
+        session: the run.
         data: the pairs.
-        result: what the run came to.
+        ended: what the run came to.
         rewards: [N, 2], of chosen and rejected of the held-out pairs.
-        console: where the end is shown.
     """
+    directory = session.directory
+    assert directory is not None  # a reward model trains in one process
     for name in ("preferences.jsonl", "preferences_eval.jsonl"):
         (directory.path / name).unlink(missing_ok=True)  # those of a run that this one replaces
         if name in data.rows:
@@ -126,30 +80,10 @@ def finish(
         }
         for i in order
     ]
-    write_completions(directory.completions, result.steps, rows)
-    card = _card(read_config(directory.path), result)
-    replace_directory(directory.model, lambda path: save_reward_model(result.reward_model, path, card=card))
-    summary = _summary(result)
-    directory.write_summary(summary)
-    report_reward_model(directory.path)
-    console.finish(summary)
-    console.note(
-        f"model   {directory.model}\ncurve   {directory.path / PLOT}\nreport  {directory.report}\n"
-        f"Train a policy on it: tokenrl train --reward {directory.model}"
-    )
-
-
-def _summary(result: RewardModelResult) -> dict[str, Any]:
-    names = ("exit_reason", "steps", "wall_seconds", "eval_before", "eval_after")
-    curve = [asdict(one) for one in result.calibration]
-    return {name: getattr(result, name) for name in names} | {"calibration": curve}
-
-
-def write_failure(directory: RunDirectory, error: Stopped, before: dict[str, float]) -> None:
-    """Record a run that could not go on."""
-    directory.write_summary(
-        {"exit_reason": "failed", "eval_before": before, "eval_after": None, "error": str(error)}
-    )
+    write_completions(directory.completions, ended.steps, rows)
+    card = _card(read_config(directory.path), ended)
+    session.finish(ended, lambda path: save_reward_model(ended.reward_model, path, card=card))
+    session.console.note(f"Train a policy on it: tokenrl train --reward {directory.model}")
 
 
 def report_reward_model(run: str | Path) -> Path:

@@ -1,10 +1,11 @@
-"""The order in which training prompts are dealt out, which a seed and a position determine."""
+"""The order in which rows are dealt out: prompts to rollouts, demonstrations and pairs to updates."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
 from tokenrl.errors import Refused
 from tokenrl.language.tasks.sources import Row
@@ -73,3 +74,23 @@ class PromptStream:
                     "would deal other prompts. Resume with the same data and seed, or start a new run."
                 )
         self._position = int(state["position"])
+
+
+class Batches:
+    """Deals the numbers of rows out in batches for ever: no row twice before all have had their turn.
+
+    A batch may take the end of one epoch and the start of the next.
+    """
+
+    def __init__(self, rows: int, size: int, seed: int) -> None:
+        """Start before the first epoch of `rows` rows, in batches of `size`."""
+        self._rows, self._size = rows, size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._left: list[int] = []
+
+    def next(self) -> list[int]:
+        """Return the numbers of the next batch's rows."""
+        while len(self._left) < self._size:
+            self._left += torch.randperm(self._rows, generator=self._generator).tolist()
+        batch, self._left = self._left[: self._size], self._left[self._size :]
+        return batch

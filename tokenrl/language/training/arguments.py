@@ -126,31 +126,3 @@ class SftArguments(LoraArguments, ModelArguments, TaskArguments):
     """Replace the model that output_dir holds."""
     quiet: bool = False
     """Print nothing but errors."""
-
-
-@dataclass(frozen=True)
-class EvaluateArguments(TaskArguments):
-    """Evaluate a model on a task's held-out prompts, greedy and sampled."""
-
-    model: str = ""
-    """Local directory or hub name."""
-    num_generations: int | None = None
-    """Sampled completions a prompt, beside the greedy one; 0: none. Default: 4, or the largest k."""
-    k: tuple[int, ...] = ()
-    """Sizes of pass@k (best-of-k where rewards are not 0 or 1). Default: 1 and num_generations."""
-    reference: str | None = None
-    """Directory or hub name of the model that training started from: report the KL to it."""
-    max_completion_length: int | None = None
-    """Most tokens a completion may have. Default: the task's, else 256."""
-    temperature: float = 1.0
-    """Temperature of sampling."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = "float32"
-    """Precision of the weights."""
-    trust_remote_code: bool = False
-    """Run code that comes with a model."""
-    truncate_prompts: bool = False
-    """Drop tokens from the left of prompts too long for the context, instead of refusing them."""
-    seed: int = 0
-    """Seed of sampling."""
-    json: str | None = None
-    """Also write the numbers to this file."""

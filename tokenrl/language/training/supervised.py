@@ -15,6 +15,7 @@ from tokenrl.language.policy.model import Policy, wrap
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.scoring import score
+from tokenrl.language.tasks.stream import Batches
 from tokenrl.runs.checkpoint import replace_directory
 
 MADE_BY = 2  # raised when this module or the tiny tokenizers change what a warm start gives
@@ -64,67 +65,87 @@ def demonstration_batch(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
     return Rollout(prompt_ids, prompt_mask, index, ids_, mask, zeros, zeros, torch.zeros_like(lengths).bool())
 
 
-def fit(
-    policy: Policy,
-    demonstrations: Sequence[dict[str, Any]],
-    *,
-    max_steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int = 0,
-    max_grad_norm: float = 1.0,
-    progress: Callable[[int, dict[str, float]], None] | None = None,
-) -> list[float]:
-    """Minimise the mean negative log-likelihood of the completions' tokens, in place, by AdamW.
+class SupervisedTraining:
+    """AdamW on the mean negative log-likelihood of the completions' tokens; the policy is changed in place.
 
-    The learning rate falls linearly to 0. Rows are drawn without replacement, an epoch after the other.
-
-    Args:
-        policy: the policy to train.
-        demonstrations: rows of `prompt` and `completion`.
-        max_steps: updates.
-        batch_size: demonstrations an update.
-        learning_rate: peak learning rate.
-        seed: of the order of the rows.
-        max_grad_norm: gradients are clipped to this norm.
-        progress: called after each update with its number and metrics.
-
-    Returns:
-        The loss in nats a token, of each update.
-
-    Raises:
-        Refused: no demonstrations, or an unusable one.
-        Stopped: the loss became NaN or infinite.
+    The learning rate falls linearly to 0. Rows are drawn without replacement, one epoch after the other.
     """
-    if not demonstrations:
-        raise Refused("There are no demonstrations to learn from. Give rows of prompt and completion.")
-    pairs = encode_demonstrations(policy, demonstrations)  # all at once: a bad row is found before a step
-    parameters = policy.trainable_parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    losses: list[float] = []
-    for step in range(1, max_steps + 1):
-        while len(order) < batch_size:
-            order += torch.randperm(len(pairs), generator=generator).tolist()
-        part, order = order[:batch_size], order[batch_size:]
-        batch = demonstration_batch(policy, [pairs[i] for i in part])
+
+    def __init__(
+        self,
+        policy: Policy,
+        demonstrations: Sequence[dict[str, Any]],
+        *,
+        max_steps: int,
+        batch_size: int,
+        learning_rate: float,
+        seed: int = 0,
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        """Encode all rows, so that a bad one is found before an update.
+
+        Args:
+            policy: the policy to train.
+            demonstrations: rows of `prompt` and `completion`.
+            max_steps: updates over which the learning rate falls.
+            batch_size: demonstrations per update.
+            learning_rate: peak learning rate.
+            seed: of the order of the rows.
+            max_grad_norm: gradients are clipped to this norm.
+
+        Raises:
+            Refused: no demonstrations, or an unusable one.
+        """
+        if not demonstrations:
+            raise Refused("There are no demonstrations to learn from. Give rows of prompt and completion.")
+        self._policy, self._max_grad_norm = policy, max_grad_norm
+        self._pairs = encode_demonstrations(policy, demonstrations)
+        self._batches = Batches(len(self._pairs), batch_size, seed)
+        self._parameters = policy.trainable_parameters()
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+        self._learning_rate, self._max_steps, self._step = learning_rate, max_steps, 0
+
+    def update(self) -> dict[str, float]:
+        """Learn from the next batch.
+
+        Returns:
+            `loss` in nats per token, and `grad_norm` before clipping.
+
+        Raises:
+            Stopped: the loss became NaN or infinite.
+        """
+        self._step += 1
+        policy = self._policy
+        batch = demonstration_batch(policy, [self._pairs[i] for i in self._batches.next()])
         logprobs = score(policy.model, batch, share_prompt=policy.share_prompt).logprobs
         loss = -torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum()
-        losses.append(loss.item())
         if not torch.isfinite(loss):
             raise Stopped(
-                f"The loss of the supervised stage is {losses[-1]} at step {step}: lower the learning rate."
+                f"The loss of the supervised stage is {loss.item()} at step {self._step}: lower the learning "
+                "rate."
             )
-        optimizer.zero_grad()
+        self._optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * (1 - (step - 1) / max_steps)
-        optimizer.step()
-        if progress is not None:
-            progress(step, {"loss": losses[-1], "grad_norm": float(norm)})
-    return losses
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate * (1 - (self._step - 1) / self._max_steps)
+        self._optimizer.step()
+        return {"loss": loss.item(), "grad_norm": float(norm)}
+
+
+def fit(
+    policy: Policy, demonstrations: Sequence[dict[str, Any]], *, max_steps: int, **how: Any
+) -> list[float]:
+    """Train for `max_steps` updates; returns the loss of each in nats per token.
+
+    Args:
+        policy: the policy to train, in place.
+        demonstrations: rows of `prompt` and `completion`.
+        max_steps: updates.
+        **how: further arguments of `SupervisedTraining`.
+    """
+    training = SupervisedTraining(policy, demonstrations, max_steps=max_steps, **how)
+    return [training.update()["loss"] for _ in range(max_steps)]
 
 
 def cache_directory() -> Path:

@@ -53,6 +53,10 @@ class Learner:
     nonfinite: int = 0
     skipped: int = 0
 
+    def state_dict(self) -> dict[str, float]:
+        """What a continuation needs beside weights: the KL's weight and the counts, as plain numbers."""
+        return {"kl_coef": self.estimator.beta, "nonfinite": self.nonfinite, "skipped": self.skipped}
+
 
 class Step(NamedTuple):
     """One step's rows: this process's rollout, and what every process knows of all N rows.

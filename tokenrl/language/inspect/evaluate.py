@@ -1,0 +1,50 @@
+"""What `tokenrl evaluate` does: a model measured on a task's held-out prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenrl.errors import Refused
+from tokenrl.language.inspect.arguments import EvaluateArguments
+from tokenrl.language.tasks.task import find_task
+from tokenrl.language.training.evaluation import Evaluation, evaluate_policy
+from tokenrl.language.training.evaluation_metrics import check_sizes
+from tokenrl.language.training.setup import arguments, load_placed
+from tokenrl.runs.directory import write_json
+from tokenrl.settings import check_number
+
+
+def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluation:
+    """Evaluate a model on a task's held-out prompts; see `evaluate_policy` and `details` for the numbers.
+
+    Raises:
+        Refused: no such model, reference or task, a reward that cannot be used, or a number out of range.
+    """
+    args = args or arguments(EvaluateArguments, options)
+    if not args.model:
+        raise Refused("Say which model to evaluate: --model DIRECTORY_OR_HUB_NAME.")
+    check_number("temperature", args.temperature, above=0)
+    k = (args.k,) if isinstance(args.k, int) else tuple(args.k)
+    generations = max((4, *k)) if args.num_generations is None else args.num_generations
+    check_number("num_generations", generations, at_least=0)
+    check_sizes(k, generations)  # before the model is loaded
+    task, rewards = find_task(args)
+    how: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    policy = load_placed(args.model, **how)
+    evaluation = evaluate_policy(
+        policy,
+        task.eval_prompts,
+        rewards,
+        max_completion_length=args.max_completion_length or task.max_completion_length or 256,
+        num_generations=generations,
+        temperature=args.temperature,
+        seed=args.seed,
+        truncate_prompts=args.truncate_prompts,
+        detailed=True,
+        k=k or ((1, generations) if generations else ()),
+        reference=None if args.reference is None else load_placed(args.reference, **how),
+    )
+    if args.json:
+        write_json(Path(args.json), evaluation.metrics)
+    return evaluation

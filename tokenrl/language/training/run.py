@@ -1,0 +1,174 @@
+"""A training run of a policy: what it is made of, what it shows of a step, and what is left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from tokenrl.core.baselines import RunningMean
+from tokenrl.core.presets import preset_name
+from tokenrl.core.rules import entropy_collapse_message, entropy_collapsed, final_entropy
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.policy.saving import model_card, save_policy
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.tasks.stream import PromptStream
+from tokenrl.language.tasks.task import Task
+from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.step import Record
+from tokenrl.language.training.update import Learner
+from tokenrl.runs.metrics import write_completions
+from tokenrl.runs.outcome import Outcome
+from tokenrl.runs.session import Session
+
+
+@dataclass(frozen=True)
+class RunResult(Outcome):
+    """What a training run came to; see `Outcome` for the other fields.
+
+    Attributes:
+        exit_reason: `finished`, `learnt` (early: all completions earn the same, more than before), `check`,
+            `SIGTERM` or `SIGINT`.
+        eval_before: `reward` (sampled), `reward_greedy` and more, on held-out prompts, before training.
+        tokens_per_second: completion tokens sampled and trained on, per second of training steps.
+        flags: what to know of the outcome: `entropy-collapsed`, or nothing.
+        policy: the trained policy.
+    """
+
+    tokens_per_second: float
+    flags: tuple[str, ...]
+    policy: Policy = field(repr=False)
+
+
+@dataclass
+class Run:
+    """What a run is made of, and how far it has come.
+
+    Attributes:
+        args: the settings, with nothing left open.
+        task: prompts to train and to evaluate on.
+        rewards: the reward functions.
+        learner: the policy and what updates it.
+        schedule: the learning rate's.
+        stream: deals the prompts out.
+        running_mean: mean reward of earlier steps.
+        tokens: prompt and completion tokens so far.
+        completion_tokens: completion tokens so far.
+        step_seconds: seconds of the steps so far.
+        entropies: of each step, in nats per token.
+        flat_steps: steps in a row in which no rewards differed.
+    """
+
+    args: TrainArguments
+    task: Task
+    rewards: Rewards
+    learner: Learner
+    schedule: Any
+    stream: PromptStream
+    running_mean: RunningMean
+    tokens: int = 0
+    completion_tokens: float = 0.0
+    step_seconds: float = 0.0
+    entropies: list[float] = field(default_factory=list)
+    flat_steps: int = 0
+
+    @property
+    def last_entropy(self) -> float:
+        """Mean entropy over the last tenth of the steps, in nats per token; nan before the first."""
+        return final_entropy(self.entropies)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Completion tokens per second of training steps."""
+        return self.completion_tokens / max(self.step_seconds, 1e-9)
+
+    @property
+    def title(self) -> str:
+        """The run in a few words: task, estimator, seed."""
+        return f"{self.task.name}, {preset_name(self.args.estimator)}, seed {self.args.seed}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts that a continuation needs, as plain numbers."""
+        names = ("tokens", "completion_tokens", "entropies", "flat_steps")
+        return {name: getattr(self, name) for name in names}
+
+    def result(self, session: Session, reason: str) -> RunResult:
+        """The run as its caller gets it; `reason` says how it ended, if no signal ended it."""
+        collapsed = entropy_collapsed(self.args.estimator.entropy_coef, self.last_entropy)
+        return RunResult(
+            **session.outcome(reason),
+            tokens_per_second=self.tokens_per_second,
+            flags=("entropy-collapsed",) if collapsed else (),
+            policy=self.learner.policy,
+        )
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What the header says of a run."""
+    args, policy = run.args, run.learner.policy
+    trainable = sum(p.numel() for p in policy.trainable_parameters())
+    estimator = args.estimator
+    return {
+        "model": f"{policy.source} ({trainable:,} trainable parameters, {policy.device}, {args.dtype})",
+        "task": f"{len(run.task.train_prompts):,} training prompts, {len(run.task.eval_prompts):,} held out",
+        "reward": ", ".join(run.rewards.names),
+        "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {estimator.aggregation}, "
+        f"ratio {estimator.ratio}, KL {estimator.beta:g}; bias: {estimator.bias_status}",
+        "step": f"{args.prompts_per_step} prompts x {args.num_generations} completions of up to "
+        f"{args.max_completion_length} tokens, learning rate {args.learning_rate:g}, seed {args.seed}",
+        "run": args.output_dir,
+    }
+
+
+def record_step(run: Run, session: Session, record: Record, metrics: dict[str, float]) -> None:
+    """Write a step to the log, the completions and the trackers, and show it."""
+    shown = run.args.log_completions or 0
+    session.record(metrics, record.timings | {"tokens_per_second": run.tokens_per_second})
+    if session.directory is not None and shown and (session.step == 1 or session.due(shown)):
+        rows = record.rows()
+        write_completions(session.directory.completions, session.step, rows)
+        session.console.completions_table(_few(rows, run.args.num_generations or 1))
+    if run.args.report_to and session.due(run.args.logging_steps, at_the_end=False):
+        run.learner.accelerator.log(metrics, step=session.step)
+
+
+def _few(rows: Sequence[dict[str, Any]], group: int) -> list[dict[str, Any]]:
+    """Best and worst completion of the first two groups: what the comparison within a group looks like."""
+    out = []
+    rows = [
+        row if isinstance(row["prompt"], str) else row | {"prompt": row["prompt"][-1]["content"]}
+        for row in rows
+    ]
+    for start in range(0, min(len(rows), 2 * group), group):
+        ranked = sorted(rows[start : start + group], key=lambda row: row["reward"])
+        out += [ranked[-1], ranked[0]] if group > 1 else ranked
+    return out
+
+
+def save_checkpoint(run: Run, session: Session) -> None:
+    """Save weights, tokenizer and critic, and the state of what the session knows."""
+
+    def write(path: Path) -> None:
+        save_policy(run.learner.policy, path)
+        if run.learner.critic is not None:
+            save_file(run.learner.critic.head.state_dict(), path / "critic.safetensors")
+
+    session.save(write, keep=run.args.keep_checkpoints)
+    run.learner.accelerator.wait_for_everyone()
+
+
+def finish(run: Run, session: Session, ended: RunResult) -> None:
+    """Save the model with its card, write summary and report, and show the end."""
+    facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
+    for when, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
+        facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}
+    card = model_card(run.title, facts, command=session.command)
+    session.finish(ended, lambda path: save_policy(ended.policy, path, card=card))
+    if "entropy-collapsed" in ended.flags:
+        session.console.warn(entropy_collapse_message(run.last_entropy))
+    if run.args.report_to:
+        run.learner.accelerator.end_training()
+    run.learner.accelerator.wait_for_everyone()

@@ -1,0 +1,120 @@
+"""What `tokenrl sft` does: supervised fine-tuning on demonstrations, as a run like any other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenrl.errors import Refused
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.policy.saving import model_card, save_policy
+from tokenrl.language.tasks.sources import read_splits, with_prompts
+from tokenrl.language.tasks.task import find_task
+from tokenrl.language.training.arguments import SftArguments
+from tokenrl.language.training.setup import arguments, make_policy
+from tokenrl.language.training.supervised import SupervisedTraining
+from tokenrl.runs.outcome import Outcome
+from tokenrl.runs.session import Session
+
+DEFAULTS = {"max_steps": 200, "batch_size": 64, "learning_rate": 2e-5}
+
+
+@dataclass(frozen=True)
+class SftResult(Outcome):
+    """What a supervised run came to; see `Outcome` for the other fields. Nothing is evaluated.
+
+    Attributes:
+        loss_before: mean negative log-likelihood of the first batch, in nats per token; None without a step.
+        loss_after: that of the last batch.
+        policy: the trained policy.
+    """
+
+    loss_before: float | None
+    loss_after: float | None
+    policy: Policy = field(repr=False)
+
+
+def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
+    """Fine-tune a model on demonstrations; the keywords are the fields of `SftArguments`.
+
+    The model lies in `model/` of the run directory; wherever a model is named, the run directory stands for
+    it too.
+
+    Raises:
+        Refused: no demonstrations, no model, or an output directory that cannot be used.
+        Stopped: the loss became NaN or infinite.
+    """
+    args = args or arguments(SftArguments, options)
+    with Session("sft", args.output_dir, overwrite=args.overwrite, quiet=args.quiet) as session:
+        task, rows = _demonstrations(args)
+        policy = make_policy(args, task, session.console.note)
+        chosen = _recommended(args, task)
+        steps = int(chosen["max_steps"])
+        training = SupervisedTraining(policy, rows, seed=args.seed, **chosen)  # type: ignore[arg-type]
+        facts = {
+            "model": policy.source,
+            "demonstrations": f"{len(rows):,}",
+            "updates": f"{steps} of {chosen['batch_size']}, learning rate {chosen['learning_rate']:g}",
+        }
+        name = args.task if isinstance(args.task, str) else args.task.name
+        title = f"{name}, supervised, seed {args.seed}"
+        session.open(
+            f"tokenrl sft: {name}", facts, note="The loss is the negative log-likelihood, in nats per token."
+        )
+        session.begin(args, names={"task": name, "model": policy.source}, **chosen, title=title)
+        losses = []
+        for _ in session.steps(steps):
+            metrics = training.update()
+            losses.append(metrics["loss"])
+            session.record(metrics)
+        first, last = (losses[0], losses[-1]) if losses else (None, None)
+        ended = SftResult(**session.outcome("finished"), loss_before=first, loss_after=last, policy=policy)
+        card = model_card(title, facts | {"final loss": last}, command=session.command)
+        session.finish(ended, lambda path: save_policy(policy, path, card=card))
+        return ended
+
+
+def _recommended(args: SftArguments, task: Any) -> dict[str, float]:
+    """Steps, batch size and learning rate: those given, else the task's, else the defaults."""
+    warm = getattr(task, "warm_start", None)
+    recommended = {} if warm is None else {"batch_size": warm.batch_size, "max_steps": warm.steps}
+    if warm is not None and args.model is None:  # a rate for tiny models, not for pretrained ones
+        recommended["learning_rate"] = warm.learning_rate
+    given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
+    return DEFAULTS | recommended | given
+
+
+def _demonstrations(args: SftArguments) -> tuple[Any, list[dict[str, Any]]]:
+    """The task, if there is one, and rows of prompt and completion."""
+    if not isinstance(args.task, str) or ":" in args.task or _is_toy(args.task):
+        task, _ = find_task(args)
+        rows = list(getattr(task, "demonstrations", None) or [])
+        if not rows:
+            raise Refused(
+                f"The task {task.name!r} has no demonstrations; give a task that has, or a data set with a "
+                "prompt and a completion column."
+            )
+        return task, rows
+    if args.model is None:
+        raise Refused(
+            "A data set brings no model: say which to fine-tune with --model DIRECTORY_OR_HUB_NAME."
+        )
+    splits = read_splits(args.task)
+    if args.split not in splits:
+        raise Refused(f"{args.task!r} has no split {args.split!r}; it has {', '.join(splits)}.")
+    rows = with_prompts(splits[args.split], args.task, args.prompt_column, args.prompt_template)
+    if args.completion_column not in rows[0]:
+        raise Refused(
+            f"{args.task!r} has no column {args.completion_column!r}; it has {', '.join(rows[0])}. Name the "
+            "one that holds the completions with --completion-column."
+        )
+    return None, [row | {"completion": row[args.completion_column]} for row in rows]
+
+
+def _is_toy(name: str) -> bool:
+    try:
+        from importlib import import_module
+
+        return name in import_module("toy_tasks").NAMES
+    except ImportError:
+        return False

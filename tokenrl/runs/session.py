@@ -1,0 +1,292 @@
+"""The life of a run, written once: a locked directory, a header, a loop, checkpoints, and a kept end.
+
+Whatever trains lives through it: a policy, an agent, a reward model, a warm start. The training keeps its
+loop and asks the session what is due::
+
+    with Session("train", args.output_dir, overwrite=args.overwrite) as session:
+        ...                                     # load and prepare; what is wrong here is refused
+        session.open("tokenrl train", facts)    # from here on a signal finishes the step and saves
+        session.evaluated(evaluate())           # before the first step
+        session.begin(args, names={})           # from here on the directory holds this run
+        for step in session.steps(args.max_steps):
+            metrics = update()
+            if session.due(args.eval_every):
+                metrics |= session.evaluated(evaluate())
+            session.record(metrics)
+            if session.due(args.save_every, at_the_end=False):
+                session.save(write_weights, keep=2)
+        session.finish(Outcome(**session.outcome("finished")), write_model)
+
+An error that a user can mend becomes a refusal before `begin`. After it, it stops the run: the summary says
+why, and the message names the last good checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenrl.errors import Refused, Stopped
+from tokenrl.runs.checkpoint import latest_checkpoint, replace_directory, save_checkpoint
+from tokenrl.runs.console import Console, Progress
+from tokenrl.runs.directory import RunDirectory, write_json
+from tokenrl.runs.metrics import MetricsLog
+from tokenrl.runs.outcome import Outcome
+from tokenrl.runs.report import report_from_directory
+from tokenrl.runs.signals import GracefulStop
+
+SIGNALS = {143: "SIGTERM", 130: "SIGINT"}  # exit code: reason
+
+
+class Resumable(Protocol):
+    """What has a state that a continuation needs, as values that JSON can hold."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return that state."""
+
+
+class Session:
+    """A run from its directory to its end; a context manager. Only the main process writes and prints.
+
+    Attributes:
+        kind: the command that runs, as config.json says it: train, control, reward-model or sft.
+        console: where people are told.
+        directory: the run directory, on the main process only.
+        stop: what a signal has asked for.
+        step: the step at work, from 1; 0 before the first.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        output_dir: str | Path,
+        *,
+        overwrite: bool = False,
+        quiet: bool = False,
+        every: int = 10,
+        main: bool = True,
+        agreed: Callable[[int], int] = lambda number: number,
+        report: Callable[[Path], Path] = report_from_directory,
+    ) -> None:
+        """Take and lock the directory; an old run in it is untouched until `begin`.
+
+        Args:
+            kind: the command that runs.
+            output_dir: the run directory.
+            overwrite: replace the run that is there.
+            quiet: print nothing.
+            every: steps between two lines on a screen that is no terminal.
+            main: whether this is the main process.
+            agreed: the largest of the numbers that all processes give, so that all stop at the same step.
+            report: writes the report of a run directory and returns its path.
+
+        Raises:
+            Refused: the directory cannot be used; see `RunDirectory.create`.
+        """
+        self.kind, self.output_dir, self.step = kind, Path(output_dir), 0
+        self.console = Console(quiet=quiet or not main, every=every)
+        self.directory = RunDirectory.create(output_dir, overwrite=overwrite) if main else None
+        self.stop = GracefulStop(quiet=quiet or not main)
+        self._agreed, self._report = agreed, report
+        self._parts: dict[str, Resumable] = {}
+        self._log: MetricsLog | None = None
+        self._progress: Progress | None = None
+        self._begun, self._began, self._total = False, time.monotonic(), 0
+        self._evaluations: dict[int, dict[str, float]] = {}  # by step
+        self._warned: set[str] = set()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Close the run; an error that stopped it is written down, or a refusal if nothing had begun.
+
+        Raises:
+            Refused: instead of a `Stopped` before the first step, for then nothing has been lost.
+            Stopped: the same with the step and the last good checkpoint in its message.
+        """
+        try:
+            self._close()
+            if isinstance(error, Stopped) and not self._begun:
+                raise Refused(f"Before the first step: {error}") from error
+            if isinstance(error, Stopped):
+                raise self._failed(error) from error
+        finally:
+            self.stop.__exit__()
+            if self.directory is not None:
+                self.directory.release()
+
+    def open(self, title: str, facts: Mapping[str, Any], **options: Any) -> None:
+        """Print the header (see `Console.start`); the clock begins, and signals finish the step at work."""
+        self.stop.__enter__()
+        self.console.start(title, facts, **options)
+        self._began = time.monotonic()
+
+    def begin(self, args: Any, *, names: Mapping[str, str | None], **facts: Any) -> None:
+        """Replace what the directory held: write config.json, and the evaluation so far as step 0.
+
+        Args:
+            args: the settings, a dataclass.
+            names: by field, what to call an object that Python was given where a command line has text.
+            **facts: what the report needs beside them, such as the title.
+        """
+        self._begun = True
+        if self.directory is None:
+            return
+        values = {f.name: getattr(args, f.name) for f in fields(args)}
+        objects = {name: word for name, word in names.items() if not isinstance(values[name], str | None)}
+        config = {**values, **objects, **facts, "kind": self.kind, "command": self.command}
+        self.directory.write_config(config)
+        self._log = MetricsLog(self.directory.metrics, self.directory.timings)
+        self._log.write(0, _named(self.eval_before))
+
+    @property
+    def command(self) -> str:
+        """The command line that repeats this run: the one that was typed, or one from Python's settings."""
+        again = [self.kind, "--config", str(self.output_dir / "config.json"), "--overwrite"]
+        typed = Path(sys.argv[0]).name == "tokenrl"
+        return shlex.join(["tokenrl", *(sys.argv[1:] if typed else again)])
+
+    def steps(self, total: int) -> Iterator[int]:
+        """Count the steps up to `total`, from 1, until one of the processes is asked to stop."""
+        self._total = total
+        self._progress = self.console.progress(total).__enter__()
+        try:
+            while self.step < total and not self._asked_to_stop():
+                self.step += 1
+                yield self.step
+        finally:
+            self._close_progress()
+
+    def due(self, every: int, *, at_the_end: bool = True) -> bool:
+        """Say whether something is due in this step: each `every` steps (0: never), and in the last one."""
+        last = at_the_end and self.step == self._total
+        return last or bool(every and self.step % every == 0)
+
+    def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Take the metrics of an evaluation; returns them with the prefix `eval_` of metrics.jsonl."""
+        self._evaluations[self.step] = dict(metrics)
+        return _named(metrics)
+
+    @property
+    def eval_before(self) -> dict[str, float]:
+        """Metrics of the evaluation before training; empty if there was none."""
+        return self._evaluations.get(0, {})
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the present step has been evaluated."""
+        return self.step in self._evaluations
+
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether the run ended by itself in a step that was not evaluated.
+
+        Who sends a signal waits for the run to be saved, not for an evaluation.
+        """
+        return not self.is_evaluated and not self.stop.requested
+
+    def record(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
+        """Write the step to metrics.jsonl, what a clock measured to timings.jsonl, and show both."""
+        if self._log is not None:
+            self._log.write(self.step, metrics, timings)
+        if self._progress is not None:
+            self._progress.update(self.step, {**metrics, **(timings or {})})
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """Print a warning, the first time that its topic comes up."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            self.console.warn(message)
+
+    def register(self, **parts: Resumable) -> None:
+        """Name what has a state that a continuation needs; a checkpoint holds the state of each."""
+        self._parts |= parts
+
+    def save(self, write: Callable[[Path], None], *, keep: int | None) -> None:
+        """Save a checkpoint: what `write` puts into an empty folder, and the state of every registered part.
+
+        Raises:
+            Stopped: it could not be saved; older checkpoints are as they were.
+        """
+        if self.directory is None:
+            return
+        state = {"step": self.step, **{name: part.state_dict() for name, part in self._parts.items()}}
+
+        def fill(folder: Path) -> None:
+            write(folder)
+            write_json(folder / "trainer_state.json", state)
+
+        save_checkpoint(self.directory.checkpoints, self.step, fill, keep=keep)
+
+    def outcome(self, reason: str) -> dict[str, Any]:
+        """Make the fields of `Outcome`; a signal's name takes the place of `reason`."""
+        code = self.stop.exit_code
+        return {
+            "output_dir": self.output_dir,
+            "exit_reason": SIGNALS.get(code, reason),
+            "exit_code": code,
+            "steps": self.step,
+            "eval_before": self.eval_before,
+            "eval_after": self._evaluations.get(self.step, {}),
+            "wall_seconds": time.monotonic() - self._began,
+        }
+
+    def finish(self, ended: Outcome, write_model: Callable[[Path], None]) -> None:
+        """Save the model, write summary, plot and report, and show the end.
+
+        Args:
+            ended: what the run came to.
+            write_model: writes the model into an empty folder, which then takes the place of `model/`.
+        """
+        if self.directory is None:
+            return
+        self._close()
+        replace_directory(self.directory.model, write_model)
+        summary = ended.summary()
+        self.directory.write_summary(summary)
+        report = self._report(self.directory.path)
+        self.console.finish(summary)
+        self.console.note(f"model   {self.directory.model}\nreport  {report}")
+
+    def _asked_to_stop(self) -> bool:
+        """Say whether any process was asked to stop; all have to agree, or one would wait for the others."""
+        self.stop.requested = self._agreed(self.stop.requested or 0) or None
+        return self.stop.requested is not None
+
+    def _close(self) -> None:
+        self._close_progress()  # a loop that an error has left still holds its live line
+        if self._log is not None:
+            self._log.close()
+
+    def _close_progress(self) -> None:
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            progress.__exit__()
+
+    def _failed(self, error: Stopped) -> Stopped:
+        """Write down a run that could not go on; returns the error with the step and what is left."""
+        if self.directory is None:
+            return error
+        steps = max(0, self.step - 1)  # the step at work is lost
+        found = self.outcome("failed") | {"exit_reason": "failed", "steps": steps, "eval_after": None}
+        self.directory.write_summary(Outcome(**found).summary() | {"error": str(error)})
+        with contextlib.suppress(Refused):  # some reports need a run that came to its end
+            self._report(self.directory.path)
+        last = latest_checkpoint(self.directory.checkpoints).path
+        kept = (
+            f"The last complete checkpoint is {last}."
+            if last
+            else "No checkpoint had been saved (save_every)."
+        )
+        return Stopped(f"At step {self.step}: {error} {kept}")
+
+
+def _named(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {"eval_" + name: value for name, value in metrics.items()}
