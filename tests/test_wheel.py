@@ -1,0 +1,39 @@
+"""What a user who installs the wheel gets: every module of tokenrl and toy_tasks, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def modules(package: str) -> set[str]:
+    return {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
+
+
+def test_the_wheel_holds_the_modules_their_types_and_the_licence(names):
+    about = {name.partition("/")[2] for name in names if ".dist-info/" in name}
+    assert about == {"METADATA", "WHEEL", "entry_points.txt", "RECORD", "licenses/LICENSE"}
+    code = {name for name in names if ".dist-info/" not in name}
+    assert code == modules("tokenrl") | modules("toy_tasks") | {"tokenrl/py.typed"}
+
+
+def test_the_rooms_are_all_there(names):
+    for room in ("core", "runs", "control/worlds", "language/training", "lab/exact", "advisor"):
+        assert f"tokenrl/{room}/__init__.py" in names
