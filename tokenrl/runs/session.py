@@ -257,8 +257,10 @@ class Session:
 
     def _asked_to_stop(self) -> bool:
         """Say whether any process was asked to stop; all have to agree, or one would wait for the others."""
-        self.stop.requested = self._agreed(self.stop.requested or 0) or None
-        return self.stop.requested is not None
+        asked = self._agreed(self.stop.requested or 0)
+        if asked:  # assigned only then: a signal may come between the question and the answer
+            self.stop.requested = asked
+        return bool(asked)
 
     def _close(self) -> None:
         self._close_progress()  # a loop that an error has left still holds its live line
