@@ -40,7 +40,7 @@ import tokenrl
 import toy_tasks
 from tokenrl.language.inspect import best_of_n
 from tokenrl.language.policy.model import load_policy
-from tokenrl.language.preferences.arguments import RewardModelArguments
+from tokenrl.language.preferences.arguments import RewardModelSettings
 from tokenrl.language.preferences.backbone import reward_backbone
 from tokenrl.language.preferences.evaluation import encode_pairs, preference_metrics, score_pairs
 from tokenrl.language.preferences.fit import fit_reward_model
@@ -48,7 +48,7 @@ from tokenrl.language.preferences.pairs import Pair, read_pairs
 from tokenrl.language.preferences.sampled import make_preferences
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.training.supervised import warm_started_base
-from tokenrl.runs.directory import write_json
+from tokenrl.runs.files import write_json
 from toy_tasks.sentiment import balance
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
@@ -120,7 +120,9 @@ def train_judge(hidden: int, pairs: list[Pair], seed: int) -> RewardModel:
     """A reward model on a warm-started backbone: three passes over the pairs, at least 40 updates."""
     judge = reward_backbone(load_policy(str(warm_started_base(narrow(hidden)))), seed=seed)
     judge.batch_size, steps = 256, max(40, 3 * len(pairs) // 32)
-    options = RewardModelArguments(max_steps=steps, batch_size=32, learning_rate=1e-3, seed=seed)
+    options = RewardModelSettings(
+        max_steps=steps, batch_size=32, learning_rate=1e-3, eval_every=steps, seed=seed
+    )
     fit_reward_model(judge, pairs, options)
     return judge
 

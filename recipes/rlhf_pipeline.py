@@ -49,7 +49,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.probe import over_prompts
 from tokenrl.language.training.supervised import warm_started_base
-from tokenrl.runs.directory import write_json
+from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.plots import smooth
 

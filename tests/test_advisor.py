@@ -20,6 +20,7 @@ from tokenrl.control.environments import Spec
 from tokenrl.core import Estimator
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.probe import Estimate, Probe
+from tokenrl.language.training.setup import resolve
 
 CARTPOLE = Spec("CartPole-v1", 4, 2, 0, 500, 475.0, fast=True)
 LANDER = Spec("LunarLander-v3", 8, 4, 0, 1000, 200.0, fast=False)
@@ -146,7 +147,7 @@ LONG = ["--env", "CartPole-v1", "--max-episode-steps", "501", "--episodes", "2"]
         (["--env", "CartPole-v1", "--head", "gaussian"], "head 'gaussian'"),
         (["--task", "vowels", "--head", "gaussian"], "head 'gaussian'"),
         ([*LONG, "--baseline", "none"], "--allow-no-baseline"),
-        ([*LONG, "--baseline", "remax"], "baseline 'remax' is unknown"),
+        ([*LONG, "--baseline", "remax"], "baseline was given as 'remax'; it must be one of"),
         (["--env", "CartPole-v1", "--config", "nowhere/c.json"], "nowhere/c.json"),
         (["--env", "CartPole-v1", "--episodes", "1"], "at least 2"),
         (["--task", "vowels", "--baseline", "none", "--max-completion-length", "501"], "--allow-no-baseline"),
@@ -178,7 +179,7 @@ def probe(reward=0.25, dead=(0.6, 0.4, 0.2), cut=0.0, entropy=0.5, binary=True) 
 )
 def test_the_smallest_group_of_which_half_live(dead, size):
     assert group_size(probe(dead=dead)) == size
-    train = TrainArguments(prompts_per_step=16, num_generations=8, max_completion_length=8)
+    train = resolve(TrainArguments(prompts_per_step=16, max_completion_length=8), task=None)
     found, settings = language_fitted(train, probe(dead=dead), None, judged=False)
     assert (found.num_generations, found.prompts_per_step) == (size, 128 // size)
     said = {setting.name: setting.reason for setting in settings}["num_generations"]
@@ -198,7 +199,7 @@ def test_the_smallest_group_of_which_half_live(dead, size):
 )
 def test_difficulty(found, solved, verdict):
     assert difficulty(found, solved) == verdict
-    said = " ".join(language_doubts(found, solved, TrainArguments(num_generations=8)))
+    said = " ".join(language_doubts(found, solved, resolve(TrainArguments(), task=None)))
     assert (verdict in said) == (verdict != "fine")
 
 
@@ -208,7 +209,7 @@ def test_many_cut_completions_ask_for_a_longer_limit(cut, room, length):
 
 
 def test_a_reward_model_gets_a_kl_and_a_certain_policy_an_entropy_bonus():
-    train = TrainArguments(prompts_per_step=16, num_generations=8, max_completion_length=8)
+    train = resolve(TrainArguments(prompts_per_step=16, max_completion_length=8), task=None)
     plain, _ = language_fitted(train, probe(), None, judged=False)
     assert (plain.estimator.beta, plain.estimator.entropy_coef) == (0, 0)
     judged, _ = language_fitted(train, probe(entropy=0.05), None, judged=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +15,9 @@ import time
 
 import pytest
 
-from tokenrl.cli import main
+from tokenrl.cli import COMMANDS, _parse, main
+from tokenrl.core import Estimator
+from tokenrl.language.training.arguments import TrainArguments
 
 TRAIN = ["train", "--task", "vowels", "--max-steps", "2", "--prompts-per-step", "2", "--num-generations", "3"]
 TRAIN += ["--eval-generations", "1", "--output-dir", "run"]
@@ -70,7 +74,8 @@ def model(tmp_path_factory):
 def test_evaluate_prints_a_table_and_writes_json(model, capsys, tmp_path):
     arguments = ["evaluate", "--model", model, "--task", "vowels", "--json", "numbers.json"]
     assert main([*arguments, "--k", "1", "3", "--reference", model, "--temperature", "0.9"]) == 0
-    shown = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    words = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = {line[0]: line[1:] for line in words if line}
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert {"best@1", "best@3", "best@3_stderr", "rewards/reward/mean", "distinct_2", "kl"} <= numbers.keys()
     assert abs(numbers["kl"]) < 1e-5 and numbers["best@1"] == pytest.approx(numbers["reward"])
@@ -190,11 +195,111 @@ def test_reward_model_makes_a_reward_that_train_takes(capsys, tmp_path):
         assert "Traceback" not in (errors := capsys.readouterr().err) and "tokenrl: " in errors
 
 
-def test_a_configuration_repeats_a_run(tmp_path):
-    assert main([*TRAIN, "--seed", "3", "--estimator", "reinforce", "--quiet"]) == 0
-    assert main(["train", "--config", "run/config.json", "--output-dir", "again"]) == 0
-    first, again = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "again"))
-    assert first == again
+PREFERENCES = ["reward-model", "--task", "vowels", "--num-pairs", "40", "--eval-size", "8"]
+WORLD = ["control", "--env", "gridworld", "--num-envs", "4", "--eval-episodes", "4", "--max-steps", "3"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [*TRAIN[:-2], "--seed", "3", "--estimator", "grpo", "--estimator.beta", "0.1", "--lora-r", "2"],
+        [*WORLD, "--seed", "3", "--estimator", "ppo", "--num-steps", "8", "--hidden", "8", "8"],
+        [*PREFERENCES, "--max-steps", "2", "--seed", "3", "--margin", "0.5"],
+        ["sft", "--task", "rows.jsonl", "--model", "MODEL", "--max-steps", "2", "--seed", "3"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_the_configuration_of_a_run_repeats_it_byte_for_byte(command, model, capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a>", "completion": "b"}\n' * 8)
+    command = [model if word == "MODEL" else word for word in command]
+    assert main([*command, "--output-dir", "run", "--quiet"]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["kind"] == command[0] and config["seed"] == 3
+    assert main([command[0], "--config", "run/config.json", "--output-dir", "again"]) == 0
+    weights = [path.name for path in (tmp_path / "run" / "model").glob("*.safetensors")]
+    assert len(weights) == 1
+    for name in ("metrics.jsonl", f"model/{weights[0]}"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+    capsys.readouterr()
+    other = "train" if command[0] == "control" else "control"
+    assert main([other, "--config", "run"]) == 2
+    assert f"is one of tokenrl {command[0]}; give it to that command" in capsys.readouterr().err
+
+
+def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
+    (tmp_path / "mine.yaml").write_text("task: vowels\nmax_steps: 7\nlearning_rate: 1e-3\nestimator: grpo\n")
+    args = _parse("train", COMMANDS["train"], ["--config", "mine.yaml", "--max-steps", "2"])
+    assert args == TrainArguments(
+        task="vowels", max_steps=2, learning_rate=1e-3, estimator=Estimator.preset("grpo")
+    )
+    flags = ["--config=mine.yaml", "--estimator", "dapo", "--estimator.scale-ddof", "0", "--no-quiet"]
+    args = _parse("train", COMMANDS["train"], flags)
+    assert args.estimator == Estimator.preset("dapo", scale_ddof=0) and args.max_steps == 7
+    (tmp_path / "wrong.yaml").write_text("learning_rates: 1e-3")
+    for command in ("train", "sft", "reward-model", "control"):
+        assert main([command, "--config", "wrong.yaml"]) == 2
+        assert "wrong.yaml cannot be used" in (said := capsys.readouterr().err)
+        assert "There is no setting 'learning_rates'. Did you mean 'learning_rate'?" in said
+
+
+def groups_of(text):
+    """The groups of a help text in their order: title to content, with frames or without."""
+    parts = re.split(r"^\W*((?:[A-Za-z]+ )*)options\W*$", text, flags=re.MULTILINE)[1:]
+    return {title.strip(): content for title, content in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def flags_of(text):
+    return re.findall(r"^\W*--([a-z.-]+)", text, re.MULTILINE)
+
+
+def test_the_help_shows_flags_in_groups_those_that_matter_first(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--help"])
+    assert exit.value.code == 0
+    shown = groups_of(capsys.readouterr().out)
+    assert list(shown) == [
+        *("", "sampling", "optimiser", "KL control", "model", "data", "LoRA", "evaluation"),
+        *("checkpoints and logs", "safety stops", "estimator"),
+    ]
+    first = flags_of(shown[""])
+    dozen = ["task", "reward", "model", "estimator", "output-dir", "max-steps", "prompts-per-step"]
+    dozen += ["num-generations", "max-completion-length", "learning-rate", "seed"]
+    assert first[:11] == dozen and "config" in first and len(first) < 20
+    flags = [flag for group in shown.values() for flag in flags_of(group)]
+    names = {one.name.replace("_", "-") for one in dataclasses.fields(TrainArguments)}
+    axes = {"estimator." + one.name.replace("_", "-") for one in dataclasses.fields(Estimator)}
+    assert sorted(flags) == sorted({"config"} | names | axes)  # each once, none left out
+    assert "--temperature FLOAT" in shown["sampling"] and "(default: 1.0)" in shown["sampling"]
+    assert "--lora-r INT" in shown["LoRA"] and "--estimator.scale-ddof {0,1}" in shown["estimator"]
+    assert "Rollouts to train on. Default: 200." in shown[""] and "(default: None)" not in shown[""]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*command.split(), "--help"])
+    assert exit.value.code == 0 and COMMANDS[command].arguments.__doc__.split()[0] in capsys.readouterr().out
+
+
+def test_the_kind_of_a_run_decides_its_report(capsys, tmp_path):
+    assert main([*PREFERENCES, "--max-steps", "2", "--output-dir", "judge", "--quiet"]) == 0
+    assert main([*TRAIN, "--quiet"]) == 0
+    (tmp_path / "run" / "calibration.png").write_text("")  # no sign of a reward model
+    for name, sign in (("judge", "accuracy"), ("run", "prompts")):
+        for kept in (True, False):  # a run of before its kind was written has none
+            file = tmp_path / name / "config.json"
+            config = json.loads(file.read_text())
+            file.write_text(json.dumps(config if kept else {k: v for k, v in config.items() if k != "kind"}))
+            (tmp_path / name / "report.html").unlink()
+            assert main(["report", name]) == 0
+            assert sign in (tmp_path / name / "report.html").read_text()
+            assert (tmp_path / name / "learning_curve.png").exists() == (name == "run")
+
+
+def test_python_dash_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "tokenrl", "fly"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("tokenrl: There is no command 'fly'")
 
 
 @pytest.mark.parametrize(
@@ -277,7 +382,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(number, code, tmp_path):
     arguments = [*TRAIN[:3], "--max-steps", "100000", "--output-dir", "run", "--eval-every", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "tokenrl.cli", *arguments], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tokenrl", *arguments], env=environment, stderr=subprocess.PIPE, text=True
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120

@@ -6,11 +6,14 @@ after saving. A user's mistake prints one paragraph and no traceback.
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
+from inspect import get_annotations, getsource
+from itertools import pairwise
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -18,16 +21,19 @@ from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.errors import Refused, TokenrlError
+from tokenrl.errors import Refused, TokenrlError, suggest
 from tokenrl.lab.exact.arguments import LabArguments
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
+from tokenrl.settings import Settings, arguments, configured, field_types, read_config
+
+ABOUT_CONFIG = "Settings to begin with: a run's config.json, or a file in JSON or YAML. Flags beside it win."
 
 
 @dataclass(frozen=True)
-class ReportArguments:
+class ReportArguments(Settings):
     """Draw the curve of a run and write its report again."""
 
     run_dir: tyro.conf.Positional[str]
@@ -55,9 +61,10 @@ def _reward_model(args: RewardModelArguments) -> int:
 def _evaluate(args: EvaluateArguments) -> int:
     from tokenrl.language.inspect.evaluate import evaluate
     from tokenrl.language.training.evaluation_metrics import evaluation_table
+    from tokenrl.runs.console import rich_console
 
     title = f"{args.model} on the held-out prompts of {args.task}"
-    print(evaluation_table(evaluate(args).metrics, title=title))
+    rich_console().print(evaluation_table(evaluate(args).metrics, title=title))
     return 0
 
 
@@ -85,7 +92,9 @@ def _advise(args: AdviseArguments) -> int:
 
 
 def _report(args: ReportArguments) -> int:
-    if os.path.exists(os.path.join(args.run_dir, "calibration.png")):
+    config = read_config(args.run_dir) if os.path.exists(os.path.join(args.run_dir, "config.json")) else {}
+    # A run of before its kind was written has no more than the pairs to tell a reward model by.
+    if config.get("kind", "reward-model" if "pairs" in config else "") == "reward-model":
         from tokenrl.language.preferences.report import report_reward_model as report
     else:
         from tokenrl.runs.report import report_from_directory as report
@@ -107,19 +116,20 @@ def _lab_measure(args: MeasureArguments) -> int:
 
 
 class Command(NamedTuple):
-    """A command: its arguments and what it calls."""
+    """A command: its arguments, what it calls, and whether it trains (and so takes a configuration)."""
 
     arguments: Any
     run: Callable[[Any], int]
+    trains: bool = False
 
 
 COMMANDS = {
-    "train": Command(TrainArguments, _train),
-    "sft": Command(SftArguments, _sft),
-    "reward-model": Command(RewardModelArguments, _reward_model),
+    "train": Command(TrainArguments, _train, trains=True),
+    "sft": Command(SftArguments, _sft, trains=True),
+    "reward-model": Command(RewardModelArguments, _reward_model, trains=True),
     "evaluate": Command(EvaluateArguments, _evaluate),
     "sample": Command(SampleArguments, _sample),
-    "control": Command(ControlArguments, _control),
+    "control": Command(ControlArguments, _control, trains=True),
     "advise": Command(AdviseArguments, _advise),
     "report": Command(ReportArguments, _report),
     "lab": Command(LabArguments, _lab),
@@ -152,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
         command = COMMANDS.get(name)
         if command is None:
-            raise Refused(f"There is no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}.")
+            raise Refused(f"There is no command {argv[0]!r}.{suggest(argv[0], COMMANDS)}")
         return command.run(_parse(name, command, argv[len(name.split()) :]))
     except TokenrlError as error:
         print(f"tokenrl: {error}", file=sys.stderr)
@@ -177,21 +187,75 @@ def _help() -> str:
 
 def _parse(name: str, command: Command, argv: list[str]) -> Any:
     """Arguments of a command; --config and --estimator set the defaults that flags then change."""
+    kind, about = command.arguments, command.arguments.__doc__
     default: Any = None
-    estimates = any(f.name == "estimator" for f in fields(command.arguments))
-    if estimates:
+    if command.trains:
         argv, config = _take(argv, "--config")
+        default = kind() if config is None else configured(kind, config, name)
+    if hasattr(default, "estimator"):
         argv, preset = _take(argv, "--estimator")
-        default = command.arguments() if config is None else _from_config(config, command.arguments)
-        if preset is not None:
-            default = replace(default, estimator=Estimator.preset(preset))
-    return tyro.cli(
-        command.arguments,
-        args=argv,
-        prog=f"tokenrl {name}",
-        description=command.arguments.__doc__ + (_about_presets() if estimates else ""),
-        **({} if default is None else {"default": default}),
-    )
+        default = default if preset is None else replace(default, estimator=Estimator.preset(preset))
+        about += _about_presets()
+    groups = vars(tyro.cli(_flags(kind, default), args=argv, prog=f"tokenrl {name}", description=about))
+    values = {flag: value for group in groups.values() for flag, value in vars(group).items()}
+    values |= {"estimator": vars(groups["estimator"])} if "estimator" in groups else {}
+    return arguments(kind, {one.name: values[one.name] for one in fields(kind)})
+
+
+def _flags(kind: type[Any], default: Any) -> type[Any]:
+    """The dataclass that tyro reads flags into: a field for each group of the help, the axes last.
+
+    It checks nothing: the settings are made of its values, and refuse in the same words as from Python.
+    """
+    groups: dict[str, list[Any]] = {owner.group: [] for owner in _owners(kind)}
+    for owner, flag in _each_flag(kind, default):
+        groups[owner.group].append(flag)
+    if default is not None:
+        groups[""].append(_flag("config", str | None, None, ABOUT_CONFIG, metavar="FILE"))
+    about = {owner.group: owner.__doc__ for owner in _owners(kind)} | {"": ""}
+    parts: list[Any] = []
+    for title, flags in groups.items():
+        group = make_dataclass("Group", flags, kw_only=True)
+        shown = tyro.conf.arg(name=title, help=about[title])
+        parts.append((f"group_{len(parts)}", Annotated[group, tyro.conf.OmitArgPrefixes, shown]))
+    if hasattr(default, "estimator"):
+        axes = make_dataclass("Axes", [flag for _, flag in _each_flag(Estimator, default.estimator)])
+        parts.append(("estimator", Annotated[axes, tyro.conf.arg(help=Estimator.__doc__)]))
+    return make_dataclass("Flags", parts)
+
+
+def _each_flag(kind: Any, default: Any) -> Iterator[tuple[type[Any], Any]]:
+    """The class that declares a field, and its flag; a preset's name stands for the estimator."""
+    texts = {name: text for owner in reversed(_owners(kind)) for name, text in _texts(owner)}
+    for one in fields(kind):
+        owner = next(owner for owner in _owners(kind) if one.name in get_annotations(owner))
+        if one.name == "estimator":
+            yield owner, _flag(one.name, str | None, None, texts[one.name], metavar="PRESET")
+        else:
+            value = one.default if default is None else getattr(default, one.name)
+            yield owner, _flag(one.name, field_types(kind)[one.name], value, texts[one.name])
+
+
+def _flag(name: str, hint: Any, default: Any, text: str, metavar: str | None = None) -> Any:
+    def hinted(shown: str) -> str:  # the text says what None and nothing stand for
+        return "" if shown in ("", "''", "None") else f"(default: {shown})"
+
+    shown = tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=hinted)
+    return name, Annotated[hint, shown], field(default=default)
+
+
+def _owners(kind: type[Any]) -> list[type[Any]]:
+    """The dataclasses that declare the fields of one, itself first."""
+    return [owner for owner in kind.__mro__ if is_dataclass(owner)]
+
+
+def _texts(owner: type[Any]) -> Iterator[tuple[str, str]]:
+    """Each field that a class declares, and the text below it in the source."""
+    module = ast.parse(getsource(sys.modules[owner.__module__])).body
+    (declared,) = (node for node in module if isinstance(node, ast.ClassDef) and node.name == owner.__name__)
+    for line, below in pairwise(declared.body):
+        if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr):
+            yield ast.unparse(line.target), " ".join(ast.literal_eval(below.value).split())
 
 
 def _about_presets() -> str:
@@ -202,7 +266,6 @@ def _about_presets() -> str:
             "--estimator PRESET sets every axis of the estimator, --estimator.AXIS changes one.",
             "The presets, and what each does to the expected gradient:",
             *statuses,
-            "--config FILE takes the settings of an earlier run's config.json. Flags beside them win.",
         ]
     )
 
@@ -220,32 +283,3 @@ def _take(argv: list[str], flag: str) -> tuple[list[str], str | None]:
         else:
             rest.append(word)
     return rest, value
-
-
-_FOREIGN = {"train": "num_envs", "control": "num_generations"}
-"""A setting that only the other command's configurations have."""
-
-
-def _from_config(path: str, kind: type[Any] = TrainArguments) -> Any:
-    """The settings of an earlier run or an advice; what else the file holds is passed over."""
-    from tokenrl.runs.directory import read_config
-
-    stored = read_config(path)
-    name, other = ("train", "control") if kind is TrainArguments else ("control", "train")
-    if _FOREIGN[name] in stored:
-        raise Refused(f"The configuration {path} is one of tokenrl {other}; give it to that command.")
-    known = {f.name: stored[f.name] for f in fields(kind) if f.name in stored}
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in known.items()
-    }
-    estimator = values.get("estimator")
-    try:
-        if isinstance(estimator, Mapping):
-            values["estimator"] = Estimator(**estimator)
-        return kind(**values)
-    except TypeError as error:
-        raise Refused(f"The configuration {path} is not one of tokenrl {name}: {error}.") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

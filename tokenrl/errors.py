@@ -28,11 +28,16 @@ class Stopped(TokenrlError, RuntimeError):
     exit_code = 1
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ' Did you mean X?' for an error message; nothing where no known name is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
-    """' Did you mean X? Available: a, b, c.' for an error message."""
+    """Return ' Did you mean X? Available: a, b, c.' for an error message."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return (f" Did you mean '{close[0]}'?" if close else "") + f" Available: {', '.join(known) or 'none'}."
+    return nearest(name, known) + f" Available: {', '.join(known) or 'none'}."
 
 
 def describe(error: BaseException) -> str:

@@ -1,12 +1,115 @@
-"""What a setting may be: checks that name the value, what is allowed and how to mend it. Imports no torch."""
+"""What a setting may be, and how settings are made of keywords and of files. Imports no torch.
+
+What is allowed stands beside the field, in its type, and `check` reads it there:
+
+    temperature: Positive = 1.0
+    num_steps: Annotated[int, Bounds(at_least=2)] | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+Rules between two fields are plain `if`s where the two meet.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import os
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from math import isfinite
-from numbers import Real
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
 
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, nearest, suggest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a number must keep to, as metadata of its type; a number must be finite in any case."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def hold(self, value: float) -> bool:
+        """Say whether a finite number keeps to the bounds."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        limits = [("of at least", self.at_least), ("above", self.above)]
+        limits += [("at most", self.at_most), ("below", self.below)]
+        return "".join(f" and {words} {limit:g}" for words, limit in limits if limit is not None)[5:]
+
+
+Positive = Annotated[float, Bounds(above=0)]
+NonNegative = Annotated[float, Bounds(at_least=0)]
+Count = Annotated[int, Bounds(at_least=1)]
+Natural = Annotated[int, Bounds(at_least=0)]
+
+OR_FUNCTION = "or a function"
+"""Metadata of a field that also takes a function, which only Python can give."""
+
+
+class Settings:
+    """Base of the dataclasses of settings: whatever makes one, its values are allowed.
+
+    `group` is the title under which the command line's help shows the fields that a class declares itself;
+    those of classes without one come first.
+    """
+
+    group: ClassVar[str] = ""
+
+    def __init_subclass__(cls, group: str = "") -> None:
+        cls.group = group
+
+    def __post_init__(self) -> None:
+        """Refuse values that are not allowed."""
+        check(self)
+
+
+class Rule(NamedTuple):
+    """What one value may be.
+
+    Attributes:
+        fits: Says of a value whether it is allowed.
+        words: What is allowed, after "it must be".
+        names: The names that are allowed, from which the nearest to a misspelling is suggested.
+    """
+
+    fits: Callable[[Any], bool]
+    words: str
+    names: tuple[str, ...] = ()
+
+    def check(self, what: str, given: object) -> None:
+        """Refuse a value that is not allowed, with what was given and what is allowed."""
+        if not self.fits(given):
+            hint = nearest(str(given), self.names)
+            raise Refused(f"{what} was given as {given!r}; it must be {self.words}.{hint}")
+
+
+def check(settings: Any) -> None:
+    """Refuse a dataclass with a value that its fields' types do not allow.
+
+    Numbers, truth values, choices (`Literal`) and tuples of them are checked; text and objects are not, for
+    an object may stand where the command line takes its name.
+
+    Raises:
+        Refused: For the first such field.
+    """
+    for name, rule in _rules(type(settings)).items():  # type: ignore[arg-type]
+        rule.check(name, getattr(settings, name))
 
 
 def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
@@ -20,41 +123,177 @@ def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
     Raises:
         Refused: With the names that exist and, for a misspelling, the nearest of them.
     """
-    allowed = tuple(allowed)
-    if given in allowed:
-        return
-    from difflib import get_close_matches
-
-    near = get_close_matches(str(given), allowed, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise Refused(f"{what} {given!r} is unknown. Allowed are: {', '.join(allowed)}.{hint}")
+    _choice(tuple(allowed)).check(what, given)
 
 
-def check_number(
-    what: str,
-    given: object,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> None:
-    """Refuse what is not a finite number within the bounds.
+def check_number(what: str, given: object, **bounds: float) -> None:
+    """Refuse what is not a finite number within the bounds, which are those of `Bounds`.
 
     Raises:
         Refused: With the value, and the bounds in words.
     """
-    limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-    words = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
-    allowed = "a finite number" + (f" {words}" if words else "")
-    if isinstance(given, bool) or not isinstance(given, Real) or not isfinite(given):
-        raise Refused(f"{what} was given as {given!r}; it must be {allowed}.")
-    value = float(given)
-    inside = (
-        (at_least is None or value >= at_least)
-        and (above is None or value > above)
-        and (at_most is None or value <= at_most)
-        and (below is None or value < below)
-    )
-    if not inside:
-        raise Refused(f"{what} was given as {given!r}; it must be {allowed}.")
+    _number(float, Bounds(**bounds)).check(what, given)
+
+
+@cache
+def field_types(kind: type[Any]) -> dict[str, Any]:
+    """Return the type of each field of a dataclass, with its metadata."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+@cache
+def _rules(kind: type[Any]) -> dict[str, Rule]:
+    """The rule of each field that has one; made once a class, for estimators are made by the thousand."""
+    found = {name: _rule(hint) for name, hint in field_types(kind).items()}  # type: ignore[arg-type]
+    return {name: rule for name, rule in found.items() if rule is not None}
+
+
+def _rule(hint: Any) -> Rule | None:
+    """The rule of a type; None where anything goes."""
+    hint, *metadata = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if OR_FUNCTION in metadata:
+        named = _choice(parts)
+        return named._replace(fits=lambda value: callable(value) or named.fits(value))
+    if hint in (int, float):
+        return _number(hint, next((m for m in metadata if isinstance(m, Bounds)), Bounds()))
+    if hint is bool:
+        return Rule(lambda value: isinstance(value, bool), "True or False")
+    if hint is NoneType:
+        return Rule(lambda value: value is None, "None")
+    if origin is Literal:
+        return _choice(parts)
+    if origin in (Union, UnionType):
+        return _either([_rule(part) for part in parts])
+    if origin is tuple:
+        return _several(parts)
+    return None
+
+
+def _number(kind: type[Any], bounds: Bounds) -> Rule:
+    number = Integral if kind is int else Real
+
+    def fits(value: Any) -> bool:
+        counts = isinstance(value, number) and not isinstance(value, bool)
+        return counts and isfinite(value) and bounds.hold(value)
+
+    return Rule(fits, f"a {'whole' if kind is int else 'finite'} number {bounds}".strip())
+
+
+def _choice(names: tuple[Any, ...]) -> Rule:
+    shown = tuple(map(str, names))
+    return Rule(lambda value: value in names, f"one of {', '.join(shown)}", shown)
+
+
+def _either(rules: list[Rule | None]) -> Rule | None:
+    """The rule of a value that may keep to any of several rules."""
+    known = [rule for rule in rules if rule is not None]
+    if len(known) < len(rules):
+        return None
+    names = tuple(name for rule in known for name in rule.names)
+    words = ", or ".join(rule.words for rule in known)
+    return Rule(lambda value: any(rule.fits(value) for rule in known), words, names)
+
+
+def _several(parts: tuple[Any, ...]) -> Rule | None:
+    """The rule of a tuple: any number of values of one type, or a value for each type."""
+    rule, length = _rule(parts[0]), None if parts[-1] is Ellipsis else len(parts)
+    if rule is None:
+        return None
+
+    def fits(value: Any) -> bool:
+        whole = isinstance(value, (tuple, list)) and length in (None, len(value))
+        return whole and all(map(rule.fits, value))
+
+    return Rule(fits, f"{'values' if length is None else f'{length} values'}, each {rule.words}")
+
+
+def arguments(kind: type[T], options: Mapping[str, Any]) -> T:
+    """Make a dataclass of settings from keywords, as Python functions and configurations give them.
+
+    A single value stands for a tuple of one, the name of a preset or a mapping of its fields for an
+    `Estimator`, a path for its text.
+
+    Raises:
+        Refused: A keyword that is no field, or a value that is not allowed.
+    """
+    hints = field_types(kind)  # type: ignore[arg-type]  # of mypy's, for a class can be hashed
+    for name in options:
+        if name not in hints:
+            raise Refused(f"There is no setting {name!r}.{suggest(name, hints)}")
+    return kind(**{name: _converted(value, hints[name]) for name, value in options.items()})
+
+
+def settled(kind: type[T], given: Any, found: Mapping[str, Any]) -> T:
+    """Make the settings of a run: its arguments, and what was found for those that are open (None)."""
+    return kind(**{name: found.get(name) if value is None else value for name, value in vars(given).items()})
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (Union, UnionType) else (hint,)
+    if isinstance(value, Mapping) and isinstance(hint, type) and is_dataclass(hint):
+        return arguments(hint, value)
+    if isinstance(value, str) and hasattr(hint, "preset"):
+        return hint.preset(value)
+    if tuple in [typing.get_origin(part) for part in parts] and not (value is None and NoneType in parts):
+        return tuple(value) if isinstance(value, (list, tuple)) else () if value is None else (value,)
+    return os.fspath(value) if str in parts and isinstance(value, os.PathLike) else value
+
+
+RECORDED = ("kind", "versions", "title", "solved", "pairs", "command")
+"""What the config.json of a run holds beside the settings."""
+
+
+def configured(kind: type[T], path: str | os.PathLike[str], command: str) -> T:
+    """Make a dataclass of settings from a file: a run's config.json, or settings in JSON or YAML.
+
+    Args:
+        kind: The settings.
+        path: The file, or the directory of a run.
+        command: The command that takes them, which a run's configuration names as its `kind`.
+
+    Raises:
+        Refused: No such file, the configuration of another command, or a setting that does not exist.
+    """
+    stored = read_config(path)
+    other = stored.get("kind", command)
+    if other != command:
+        raise Refused(f"The configuration {path} is one of tokenrl {other}; give it to that command.")
+    try:
+        return arguments(kind, {name: value for name, value in stored.items() if name not in RECORDED})
+    except Refused as error:
+        raise Refused(f"The configuration {path} cannot be used by tokenrl {command}: {error}") from error
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a configuration in JSON or YAML, or the config.json of a run directory.
+
+    Raises:
+        Refused: There is none, or it is not a mapping of names to values.
+    """
+    file = Path(path, "config.json") if Path(path).is_dir() else Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+        config = _yaml(text) if file.suffix in (".yaml", ".yml") else json.loads(text)
+    except (OSError, ValueError) as error:
+        found = f"The configuration {file} cannot be read ({error})"
+        raise Refused(f"{found}; give the config.json of a run, or a file in JSON or YAML.") from error
+    if not isinstance(config, dict):
+        raise Refused(f"The configuration {file} is a {type(config).__name__}; it must map names to values.")
+    return config
+
+
+def _yaml(text: str) -> Any:
+    """Read YAML, in which `1e-5` is a number, as in JSON and YAML 1.2; PyYAML takes it for a word."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.distributions import Categorical, Independent, Normal
 
-from tokenrl.control.policies import LOG_STD_RANGE, ObservationScale, Policy, Shape
+from tokenrl.control.policies import LOG_STD_RANGE, ObservationScale, Policy, Shape, check_head
+from tokenrl.errors import Refused
 
 
 def policy_of(head, actions, *, hidden=(5,), critic=None, **options):
@@ -152,3 +153,13 @@ def test_a_constant_observation_does_not_divide_by_zero():
     scale = ObservationScale(1)
     scale.update(torch.ones(5, 1))
     assert torch.equal(scale(torch.ones(1, 1)), torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("head, discrete", [("softmax", False), ("gaussian", True)])
+def test_a_head_that_cannot_give_the_actions_is_refused(head, discrete):
+    with pytest.raises(Refused, match=f"'{head}'"):
+        check_head(head, discrete)
+    check_head(head, not discrete)
+    check_head("auto", discrete)
+    with pytest.raises(Refused, match="Did you mean 'softmax'"):
+        check_head("softmaxx", discrete)

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenrl.core import Estimator
+from tokenrl.core.axes import AXES
 from tokenrl.core.baselines import RunningMean
-from tokenrl.core.bias import BUILT, EFFECTS
 from tokenrl.core.returns import in_window, lambda_return, reward_to_go, token_rewards
 from tokenrl.errors import Refused
 
-BASELINES, SCALES = tuple(EFFECTS["baseline"]), tuple(EFFECTS["scale"])
+BASELINES, SCALES = AXES["baseline"], AXES["scale"]
 MEANS = ("batch_mean", "group_mean", "rloo", "opo", "optimal", "shrinkage", "timestep_mean")
 ROWWISE = ("none", "group_std", "batch_std", "loo_std", "other_groups_std", "token_whiten")
 quick = settings(max_examples=60, deadline=None)
@@ -140,7 +140,7 @@ def test_equal_rewards_give_exactly_zero_when_the_first_row_abstains(baseline) -
         assert (got == 0).all()
 
 
-@pytest.mark.parametrize("returns", BUILT["returns"])
+@pytest.mark.parametrize("returns", AXES["returns"])
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_abstaining_rows_count_nowhere(baseline, scale, returns) -> None:
@@ -379,7 +379,7 @@ def test_advantages_carry_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("returns", BUILT["returns"])
+@pytest.mark.parametrize("returns", AXES["returns"])
 def test_precision_is_kept_and_vmap_agrees_with_a_loop(dtype, returns) -> None:
     draw = torch.Generator().manual_seed(1)
     rewards = torch.randn(5, 6, generator=draw, dtype=dtype)

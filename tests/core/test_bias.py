@@ -22,36 +22,36 @@ from tabular_policy import (
 )
 
 from tokenrl.core import Estimator
-from tokenrl.core.bias import BUILT, EFFECTS, FROM_BEST_TO_WORST, KL_EFFECTS
+from tokenrl.core.axes import AXES
+from tokenrl.core.choices import CHOICES, KL_EFFECTS
+from tokenrl.core.effects import FROM_BEST_TO_WORST
 from tokenrl.core.presets import PRESETS
 
 # The axes one by one, over the unbiased defaults.
 SINGLE = [
     {axis: name} | ({"returns": "reward_to_go"} if name.startswith("episode") else {})
-    for axis, table in EFFECTS.items()
-    for name in table
+    for axis in ("baseline", "scale", "aggregation", "ratio")
+    for name in AXES[axis]
 ]
 SINGLE += [{"beta": 0.3, "kl_placement": place, "kl_estimator": name} for place, name in KL_EFFECTS]
-SINGLE += [
-    {"returns": name, "gamma": gamma, "window": 1} for name in BUILT["returns"] for gamma in (1.0, 0.7)
-]
+SINGLE += [{"returns": name, "gamma": gamma, "window": 1} for name in AXES["returns"] for gamma in (1.0, 0.7)]
 SINGLE += [{"returns": "gae", "lam": 1.0, "baseline": "value"}]
-SINGLE += [{"baseline": "optimal", "optimal_form": form} for form in BUILT["optimal_form"]]
+SINGLE += [{"baseline": "optimal", "optimal_form": form} for form in AXES["optimal_form"]]
 SINGLE += [
     {"baseline": name, "leave_one_out": False, "optimal_form": form}
-    for name, forms in (("opo", BUILT["optimal_form"][:1]), ("optimal", BUILT["optimal_form"]))
+    for name, forms in (("opo", AXES["optimal_form"][:1]), ("optimal", AXES["optimal_form"]))
     for form in forms
 ]
 SINGLE += [{"baseline": "timestep_mean", "leave_one_out": False}]
 SINGLE += [{"baseline": "shrinkage", "shrinkage_weight": weight} for weight in (0.0, 0.4)]
 SINGLE += [{"truncations": name} for name in ("mask", "drop")]
-SINGLE += [{"ratio": name, "dual_clip": 3.0, "importance_cap": 2.0} for name in BUILT["ratio"]]
-SINGLE += [{"entropy_coef": 0.5, "entropy_form": name} for name in BUILT["entropy_form"]]
+SINGLE += [{"ratio": name, "dual_clip": 3.0, "importance_cap": 2.0} for name in AXES["ratio"]]
+SINGLE += [{"entropy_coef": 0.5, "entropy_form": name} for name in AXES["entropy_form"]]
 SINGLE += [{"baseline": "constant", "baseline_constant": -1.3}]
 # Combinations of what is exact, up to scale or not, whose status must hold together.
 MIXED = [
     {"baseline": b, "returns": "reward_to_go", "aggregation": a, "beta": 0.3, "ratio": "token"}
-    for b in EFFECTS["baseline"]
+    for b in AXES["baseline"]
     for a in ("sequence_sum", "fixed_length")
 ]
 MIXED += [
@@ -153,7 +153,7 @@ def test_choices_on_two_prompts(fields: dict) -> None:
 @pytest.mark.parametrize("seed", range(4, 8))
 @pytest.mark.parametrize("returns", ["total", "reward_to_go"])
 def test_what_is_exact_is_so_for_any_reward(kind: str, seed: int, returns: str) -> None:
-    for baseline in EFFECTS["baseline"]:
+    for baseline in AXES["baseline"]:
         if baseline != "episode_mean":
             e = Estimator(baseline=baseline, returns=returns, beta=0.1)
             assert e.bias_status in ("exact", "exact_up_to_scale")
@@ -165,7 +165,7 @@ def test_the_worst_choice_decides_and_each_gives_its_reason() -> None:
     assert (e.bias_status, Estimator().bias_status) == ("asymptotic", "exact")
     assert "(G-1)/G" in e.bias_reason and "mean length" in e.bias_reason
     assert Estimator(aggregation="sequence_mean", scale="batch_std").bias_status == "biased"
-    ranks = [FROM_BEST_TO_WORST.index(effect.status) for t in EFFECTS.values() for effect in t.values()]
+    ranks = [FROM_BEST_TO_WORST.index(effect.status) for t in CHOICES.values() for effect in t.values()]
     assert min(ranks) == 0
     assert "no choice" in Estimator().bias_reason
 

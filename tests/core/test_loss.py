@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenrl.core import Estimator
-from tokenrl.core.bias import EFFECTS
+from tokenrl.core.axes import AXES
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused
 
@@ -48,7 +48,7 @@ def test_weights_by_hand(aggregation, divisors) -> None:
     torch.testing.assert_close(e.token_weights(MASK.bool(), max_length=10), wanted.float())
 
 
-@pytest.mark.parametrize("aggregation", EFFECTS["aggregation"])
+@pytest.mark.parametrize("aggregation", AXES["aggregation"])
 def test_weights_of_abstaining_rows(aggregation) -> None:
     e = Estimator(aggregation=aggregation)
     for gone in range(4):
@@ -61,7 +61,7 @@ def test_weights_of_abstaining_rows(aggregation) -> None:
 
 
 def test_padding_changes_no_weight() -> None:
-    for aggregation in EFFECTS["aggregation"]:
+    for aggregation in AXES["aggregation"]:
         e = Estimator(aggregation=aggregation)
         wide = e.token_weights(torch.nn.functional.pad(MASK, (0, 3)), max_length=10)
         assert torch.equal(wide[:, :4], e.token_weights(MASK, max_length=10)) and (wide[:, 4:] == 0).all()

@@ -1,13 +1,10 @@
-"""Which tokens are actions, and the entropy of a step."""
+"""Which tokens are actions."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 
-from tokenrl.core.entropy import token_entropy
 from tokenrl.core.masking import completion_mask, zero_outside
 
 IDS = torch.tensor([[5, 2, 2, 2], [5, 3, 6, 2], [5, 6, 7, 8], [2, 2, 2, 2]])
@@ -37,15 +34,3 @@ def test_zero_outside_stops_values_and_gradients() -> None:
     assert kept.tolist() == [1, 0, 0]
     kept.exp().sum().backward()
     assert x.grad.tolist() == [pytest.approx(2.718281828), 0, 0]
-
-
-def test_entropy_of_a_token() -> None:
-    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, -torch.inf, -torch.inf]], dtype=torch.double)
-    logits.requires_grad_()
-    entropy = token_entropy(logits)
-    assert entropy.tolist() == pytest.approx([math.log(4), math.log(2)])
-    entropy.sum().backward()
-    assert logits.grad.isfinite().all()
-    x = torch.randn(5, 7, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(token_entropy(x), torch.distributions.Categorical(logits=x).entropy())
-    assert torch.autograd.gradcheck(token_entropy, x.requires_grad_())

@@ -175,19 +175,17 @@ def test_training_has_the_exact_mean_and_variance(policy: Policy, problem, field
     """
     estimator, steps = Estimator(**fields), 40 if groups > 1 else 600
     exact = exact_moments(estimator, problem)
-    args = setup.arguments(
-        setup.TrainArguments,
-        {
-            "max_steps": 1,
-            "prompts_per_step": groups,
-            "num_generations": 2,
-            "max_completion_length": 3,
-            "learning_rate": 1e-9,
-            "max_grad_norm": 0.0,
-            "cpu": True,
-            "estimator": estimator,
-        },
+    given = setup.TrainArguments(
+        max_steps=1,
+        prompts_per_step=groups,
+        num_generations=2,
+        max_completion_length=3,
+        learning_rate=1e-9,
+        max_grad_norm=0.0,
+        cpu=True,
+        estimator=estimator,
     )
+    args = setup.resolve(given, task=None)
     learner = setup.make_learner(args, policy, setup.make_accelerator(args))[0]
     learner.optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=0.0)  # the policy stays
     rewards, running = Rewards(rewards_of), RunningMean(0.9)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from tokenrl.cli import main
-from tokenrl.core.bias import EFFECTS, FROM_BEST_TO_WORST, Effect
+from tokenrl.core.choices import CHOICES
+from tokenrl.core.effects import FROM_BEST_TO_WORST
 from tokenrl.lab import measure_bias, named_estimators
 from tokenrl.lab.exact.report import draw_map, records
 from tokenrl.lab.exact.verdict import Measurement, Verdict
@@ -52,7 +54,7 @@ def test_the_same_command_writes_the_same_bytes(tmp_path) -> None:
 
 def test_a_wrong_declaration_ends_with_exit_code_1(capsys, monkeypatch, tmp_path) -> None:
     for axis, name in (("scale", "group_std"), ("aggregation", "sequence_mean")):
-        monkeypatch.setitem(EFFECTS[axis], name, Effect("exact", "as a test has it"))
+        monkeypatch.setitem(CHOICES[axis], name, replace(CHOICES[axis][name], status="exact"))
     path = tmp_path / "lab.json"
     assert main(["lab", "exact", "--json", str(path), "--estimators", "rloo", "grpo"]) == 1
     out = capsys.readouterr().out

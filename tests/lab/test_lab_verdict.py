@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import doctest
+from dataclasses import replace
 
 import pytest
 import torch
 
 import tokenrl.lab.exact.verdict as verdict_module
 from tokenrl.core import Estimator, bias
-from tokenrl.core.bias import BUILT, EFFECTS, FROM_BEST_TO_WORST, Effect
+from tokenrl.core.axes import AXES
+from tokenrl.core.choices import CHOICES
+from tokenrl.core.effects import FROM_BEST_TO_WORST
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused
 from tokenrl.lab import measure_bias, named_estimators
@@ -37,12 +40,13 @@ def test_what_is_declared_holds(name: str) -> None:
 def test_every_preset_and_every_choice_is_a_point() -> None:
     assert len(POINTS) >= 25 and len(set(POINTS.values())) == len(POINTS)
     assert {Estimator.preset(name) for name in PRESETS} <= set(POINTS.values())
-    for axis in EFFECTS:
-        assert {getattr(e, axis) for e in POINTS.values()} >= set(BUILT[axis])
+    for axis, names in AXES.items():
+        assert {getattr(e, axis) for e in POINTS.values()} >= set(names)
 
 
 def set_effect(monkeypatch: pytest.MonkeyPatch, axis: str, name: str, status: str) -> None:
-    monkeypatch.setitem(EFFECTS[axis], name, Effect(status, "as a test has it"))
+    row = replace(CHOICES[axis][name], status=status, reason="as a test has it")
+    monkeypatch.setitem(CHOICES[axis], name, row)
 
 
 def test_a_wrong_declaration_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,7 @@ def make_task(prompts=PROMPTS, reward=vowel_reward) -> Task:
 def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options):
     """A learner on one process, with plain arguments resolved."""
     from tokenrl.language.training import setup
+    from tokenrl.settings import arguments
 
     estimator = Estimator.preset(estimator) if isinstance(estimator, str) else estimator
     values = {
@@ -128,7 +129,7 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options)
         "max_grad_norm": 0.0,
         "cpu": True,
     }
-    args = setup.arguments(setup.TrainArguments, values | options | {"estimator": estimator})
+    args = arguments(setup.TrainArguments, values | options | {"estimator": estimator})
     args = setup.resolve(args, make_task())
     return setup.make_learner(args, policy, setup.make_accelerator(args))[0]
 

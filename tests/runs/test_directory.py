@@ -1,26 +1,16 @@
-import json
-import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Refused
 from tokenrl.runs import directory
-from tokenrl.runs.directory import RunDirectory, plain, read_config, versions, write_json
-
-
-def strict(text):
-    """Parse JSON as the standard has it: no NaN, no Infinity."""
-
-    def refuse(name):
-        raise ValueError(name)
-
-    return json.loads(text, parse_constant=refuse)
+from tokenrl.runs.directory import RunDirectory, versions
+from tokenrl.runs.files import plain
+from tokenrl.settings import read_config
 
 
 def tree(folder):
@@ -87,7 +77,7 @@ def test_denied_lock_file_is_a_refusal_and_not_another_run(tmp_path, monkeypatch
 
 def test_second_process_in_the_directory_is_refused(tmp_path):
     code = (
-        "import sys\nfrom tokenrl.core.rules import Refused\n"
+        "import sys\nfrom tokenrl.errors import Refused\n"
         "from tokenrl.runs.directory import RunDirectory\n"
         "try:\n    RunDirectory.create(sys.argv[1], overwrite=True)\nexcept Refused as error:\n"
         "    print(error); sys.exit(error.exit_code)"
@@ -212,34 +202,6 @@ def test_damaged_or_absent_config_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(Refused, match=r"config\.json"):
         read_config(tmp_path)
-
-
-def test_json_is_strict_and_infinities_come_back(tmp_path):
-    value = {
-        "nan": math.nan, "inf": math.inf, "down": -math.inf, "tensor": torch.tensor([1.0, math.nan]),
-        "scalar": np.float32(0.5), "count": np.int64(3), "nested": {"a": (1, {math.inf})}, "set": {"b", "a"},
-        "type": torch.float32, "function": json.dumps, "surrogate": "\ud800", "flag": True,
-    }  # fmt: skip
-    write_json(tmp_path / "x.json", value)
-    back = strict((tmp_path / "x.json").read_text("utf-8"))
-    assert back["nan"] is None and back["tensor"] == [1.0, None] and back["flag"] is True
-    assert float(back["inf"]) == math.inf and float(back["down"]) == -math.inf
-    assert back["scalar"] == 0.5 and back["count"] == 3 and back["nested"] == {"a": [1, ["Infinity"]]}
-    assert back["set"] == ["a", "b"] and back["type"] == "torch.float32" and back["function"] == "json:dumps"
-    assert back["surrogate"] == "?"
-
-
-def test_failed_write_stops_and_leaves_the_old_file(tmp_path, monkeypatch):
-    write_json(tmp_path / "x.json", {"a": 1})
-
-    def full(handle):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Stopped, match="No space left") as caught:
-        write_json(tmp_path / "x.json", {"a": 2})
-    assert isinstance(caught.value.__cause__, OSError)
-    assert tree(tmp_path) == {"x.json": b'{\n  "a": 1\n}\n'}
 
 
 def test_versions_name_packages_without_importing_them():

@@ -1,7 +1,7 @@
 """The advisor: from an environment or a language task to settings, each with its reason.
 
 It measures before it speaks: random episodes of an environment, or samples of the model on training prompts.
-What it refuses and warns of are the rules of `core.rules`, which training applies by itself.
+It refuses and warns by the guards of `core.guards`, which training applies by itself.
 """
 
 from __future__ import annotations

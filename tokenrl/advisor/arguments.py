@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from tokenrl.core.axes import Baseline
 from tokenrl.language.policy.arguments import ModelArguments
 from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.settings import Bounds, Count, Natural, Positive
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,21 @@ class AdviseArguments(ModelArguments, TaskArguments):
     """Distribution of an agent's actions; auto goes by the action space."""
     baseline: Baseline | None = None
     """Baseline to use. Default: the one recommended."""
-    max_episode_steps: int | None = None
+    max_episode_steps: Count | None = None
     """Steps after which an episode is cut. Default: the environment's own limit."""
     allow_no_baseline: bool = False
     """Go without a baseline also where episodes are longer than 500 steps."""
-    episodes: int = 50
+    episodes: Annotated[int, Bounds(at_least=2)] = 50
     """Episodes of random actions that are measured; fewer where they are long."""
-    num_prompts: int = 64
+    num_prompts: Count = 64
     """Training prompts that a language model is measured on."""
-    num_samples: int = 32
+    num_samples: Annotated[int, Bounds(at_least=2)] = 32
     """Completions of each; groups up to this size can be judged."""
-    max_completion_length: int | None = None
+    max_completion_length: Count | None = None
     """Most tokens a completion may have. Default: the task's, else 256."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Temperature of sampling."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the measurement, and of the training recommended."""
     config: str | None = None
     """Write the settings to this file, for --config of `tokenrl control` or `tokenrl train`."""

@@ -13,12 +13,12 @@ from tokenrl.advisor.environment_reasons import ENTROPY, RARE, Returns, doubts, 
 from tokenrl.advisor.show import Advice, judge_horizon
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Environments, Spec, describe
-from tokenrl.control.policies import Policy, Shape
+from tokenrl.control.policies import Policy, Shape, check_head
 from tokenrl.control.rollouts import collect_episodes
 from tokenrl.core.axes import AXES
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.rules import LONGEST_WITHOUT_BASELINE, check_head
-from tokenrl.settings import check_choice, check_number
+from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
+from tokenrl.settings import check_choice
 
 
 class Way(NamedTuple):
@@ -64,7 +64,6 @@ def advise_environment(args: AdviseArguments) -> Advice:
     Raises:
         Refused: no such environment; a head that cannot give its actions; no baseline beyond 500 steps.
     """
-    check_number("episodes", args.episodes, at_least=2)
     check_choice("baseline", args.baseline or "none", [b for b in AXES["baseline"] if b != "remax"])
     spec = describe(args.env, args.max_episode_steps)
     check_head(args.head, spec.discrete)

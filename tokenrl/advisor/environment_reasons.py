@@ -9,7 +9,7 @@ from tokenrl.advisor.show import Head, Setting
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Spec
 from tokenrl.control.policies import Policy, Shape
-from tokenrl.core.rules import LONGEST_WITHOUT_BASELINE
+from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
 
 ENTROPY = 0.01
 """Entropy bonus for discrete actions, in standard deviations of what advantages are made of."""

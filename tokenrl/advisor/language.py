@@ -10,13 +10,14 @@ from accelerate import PartialState
 
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.advisor.show import Advice, Setting, judge_horizon
+from tokenrl.core.entropy import LEAST_ENTROPY
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.rules import LEAST_ENTROPY, LONGEST_WITHOUT_BASELINE
+from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
 from tokenrl.errors import Refused
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import find_task
-from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.probe import Estimate, Probe, probe_policy
 from tokenrl.language.training.setup import make_policy, resolve
 from tokenrl.runs.console import Console
@@ -60,7 +61,7 @@ def advise_language(args: AdviseArguments) -> Advice:
         [row for _, row in PromptStream(task.train_prompts, count, args.seed).next()],
         rewards,
         samples=args.num_samples,
-        max_completion_length=train.max_completion_length or 256,
+        max_completion_length=train.max_completion_length,
         temperature=args.temperature,
         seed=args.seed,
     )
@@ -100,8 +101,8 @@ def group_size(found: Probe) -> int:
 
 
 def fitted(
-    train: TrainArguments, found: Probe, room: int | None, *, judged: bool
-) -> tuple[TrainArguments, list[Setting]]:
+    train: TrainSettings, found: Probe, room: int | None, *, judged: bool
+) -> tuple[TrainSettings, list[Setting]]:
     """Arguments that follow from the probe, and the reason of each.
 
     Args:
@@ -110,9 +111,9 @@ def fitted(
         room: tokens that the longest prompt leaves of the model's context, None if it states none.
         judged: whether a reward is a model.
     """
-    estimator, rows = train.estimator, (train.prompts_per_step or 1) * (train.num_generations or 1)
+    estimator, rows = train.estimator, train.prompts_per_step * train.num_generations
     size = group_size(found)
-    length, why_length = completion_length(train.max_completion_length or 256, found, room)
+    length, why_length = completion_length(train.max_completion_length, found, room)
     if judged:
         estimator = replace(estimator, beta=REWARD_MODEL_BETA)
     low = found.entropy < LEAST_ENTROPY
@@ -156,9 +157,9 @@ def completion_length(length: int, found: Probe, room: int | None) -> tuple[int,
     return longer, f"longer than {length}: {seen}, and what is cut seldom earns anything"
 
 
-def doubts(found: Probe, solved: float | None, train: TrainArguments) -> list[str]:
+def doubts(found: Probe, solved: float | None, train: TrainSettings) -> list[str]:
     """What the probe says may go wrong."""
-    size, out = train.num_generations or 1, []
+    size, out = train.num_generations, []
     hard = difficulty(found, solved)
     if hard == "too hard":
         out.append(
@@ -173,7 +174,7 @@ def doubts(found: Probe, solved: float | None, train: TrainArguments) -> list[st
             f"more than {DEAD_GROUPS:.0%} of groups of {size}, the largest measured, are dead: --num-samples "
             "measures larger ones, and --estimator.zero-spread refill replaces dead groups by new prompts."
         )
-    if train.max_completion_length and train.max_completion_length > LONGEST_WITHOUT_BASELINE:
+    if train.max_completion_length > LONGEST_WITHOUT_BASELINE:
         out.append("completions are long: set micro_batch_size if memory runs out; the update is the same.")
     return out
 
@@ -197,7 +198,7 @@ def facts(found: Probe, solved: float | None) -> dict[str, str]:
     }
 
 
-def _value(train: TrainArguments, name: str) -> Any:
+def _value(train: TrainSettings, name: str) -> Any:
     axis = name.removeprefix("estimator.")
     return getattr(train if axis == name else train.estimator, axis)
 

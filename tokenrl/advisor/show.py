@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenrl.core.estimator import Estimator
+from tokenrl.core.guards import check_horizon
 from tokenrl.core.presets import PRESETS
-from tokenrl.core.rules import check_horizon
 from tokenrl.errors import Refused
-from tokenrl.runs.directory import write_json
+from tokenrl.runs.console import rich_console, rich_table
+from tokenrl.runs.files import write_json
 
 
 class Setting(NamedTuple):
@@ -73,18 +74,11 @@ def judge_horizon(estimator: Estimator, horizon: int | None, allow_no_baseline: 
 
 def print_advice(advice: Advice, config: str | None) -> None:
     """Print what was found, heads, settings with reasons, warnings and the command that follows them."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 110
+    console = rich_console()
 
     def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-        table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=any(columns))
-        for column, name in enumerate(columns):
-            table.add_column(name, overflow="fold", style="bold" if column == 1 else None)
+        table = rich_table(title, columns, show_header=any(columns), overflow="fold")
+        table.columns[1].style = "bold"
         for row in rows:
             table.add_row(*row)
         console.print(table)
@@ -115,7 +109,7 @@ def written(value: Any) -> str:
 def write_advice(advice: Advice, *, config: str | None, json: str | None) -> None:
     """Write the arguments as a run's config.json holds them, and all of the advice, where asked for."""
     if config is not None:
-        write_json(Path(config), asdict(advice.arguments))
+        write_json(Path(config), {"kind": advice.command, **asdict(advice.arguments)})
     if json is not None:
         kept = ("subject", "command", "arguments", "measurements", "warnings")
         record = {name: getattr(advice, name) for name in kept}

@@ -13,6 +13,7 @@ from gymnasium.wrappers import RecordVideo
 from tokenrl.control.environments import Environments, Spec, make
 from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import collect_episodes
+from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Refused
 
 SEEDS = 2**30
@@ -36,9 +37,8 @@ def evaluate(
     generator = None if greedy else torch.Generator().manual_seed(seed)
     start = seed_of(seed, 1, evaluation=True)
     rollout = collect_episodes(envs, policy, spec.horizon, generator, seed=start)
-    returns = rollout.returns.double()
-    error = float(returns.std()) / max(len(returns), 1) ** 0.5 if len(returns) > 1 else float("nan")
-    return float(returns.mean()), error, float(rollout.lengths.double().mean())
+    mean, error = mean_and_error(rollout.returns.double())
+    return float(mean), float(error), float(rollout.lengths.double().mean())
 
 
 def evaluation_metrics(policy: Policy, envs: Environments, spec: Spec, *, seed: int) -> dict[str, float]:

@@ -19,49 +19,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from tokenrl.errors import Refused
-from tokenrl.settings import check_number
+from tokenrl.settings import Bounds, Count, Natural, Positive, Settings
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
 @dataclass(frozen=True)
-class NumpySettings:
+class NumpySettings(Settings):
     """What the agent can be told; the defaults are those that learn CartPole-v1."""
 
     env: str = "CartPole-v1"
     """Gymnasium id of an environment with a vector of observations and two actions."""
-    hidden: int = 100
+    hidden: Count = 100
     """ReLU units."""
-    gamma: float = 0.99
+    gamma: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.99
     """Discount a step: for what happens 100 steps later an action answers by 0.99^100 = 0.37."""
-    window: int | None = None
+    window: Count | None = None
     """Each reward is credited to the last so many actions only (the blame window); None for all before it."""
     standardise: bool = True
     """Subtract the mean of the episode's returns to go and divide by their standard deviation."""
-    episodes_per_update: int = 5
+    episodes_per_update: Count = 5
     """Whole episodes a step of RMSProp."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """About how far a weight moves in one step, for RMSProp divides by the size of the gradient."""
-    decay: float = 0.99
+    decay: Annotated[float, Bounds(at_least=0, below=1)] = 0.99
     """Memory of RMSProp's mean square, a step."""
-    epsilon: float = 1e-5
+    epsilon: Positive = 1e-5
     """Added to RMSProp's root, outside of it."""
-    seed: int = 0
+    seed: Natural = 0
     """Of the first weights, of the actions drawn and of the environment."""
-
-    def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
-        check_number("gamma", self.gamma, at_least=0, at_most=1)
-        check_number("decay", self.decay, at_least=0, below=1)
-        for name in ("learning_rate", "epsilon"):
-            check_number(name, getattr(self, name), above=0)
-        for name in ("hidden", "episodes_per_update", "window"):
-            check_number(name, 1 if getattr(self, name) is None else getattr(self, name), at_least=1)
 
 
 class Weights(NamedTuple):

@@ -12,8 +12,30 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.core.entropy import token_entropy
+from tokenrl.errors import Refused
+from tokenrl.settings import check_choice
 
 LOG_STD_RANGE = (-20.0, 2.0)
+
+
+def check_head(head: str, discrete: bool) -> None:
+    """Refuse a distribution that cannot give the actions there are; 'auto' fits both.
+
+    Args:
+        head: 'auto', 'softmax' or 'gaussian'.
+        discrete: Whether the actions are a finite list, rather than vectors of real numbers.
+
+    Raises:
+        Refused: For a softmax over continuous actions, or a Gaussian over discrete ones.
+    """
+    check_choice("head", head, ("auto", "softmax", "gaussian"))
+    fitting = "softmax" if discrete else "gaussian"
+    if head not in ("auto", fitting):
+        actions = "choices from a finite list" if discrete else "vectors of real numbers"
+        raise Refused(
+            f"head {head!r} cannot give the actions of this environment, which are {actions}. Use head "
+            f"{fitting!r} or 'auto', or another environment."
+        )
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from tokenrl.control.arguments import ControlArguments
+from tokenrl.control.arguments import ControlSettings
 from tokenrl.control.environments import Environments, Spec
 from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import Pieces
 from tokenrl.control.saving import save_policy
 from tokenrl.control.update import Agent
-from tokenrl.core import rules
+from tokenrl.core.entropy import entropy_collapse_message, entropy_collapsed, final_entropy
 from tokenrl.core.presets import preset_name
 from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.session import Session
@@ -70,7 +70,7 @@ class Run:
         entropies: of each update, in nats per action.
     """
 
-    args: ControlArguments
+    args: ControlSettings
     spec: Spec
     agent: Agent
     envs: Environments
@@ -86,7 +86,7 @@ class Run:
     @property
     def last_entropy(self) -> float:
         """Mean entropy over the last tenth of the updates; nan before the first."""
-        return rules.final_entropy(self.entropies)
+        return final_entropy(self.entropies)
 
     @property
     def title(self) -> str:
@@ -118,7 +118,7 @@ class Run:
     def _flags(self) -> list[str]:
         if self.args.head != "softmax":  # the entropy of a density may be negative without any collapse
             return []
-        collapsed = rules.entropy_collapsed(self.args.estimator.entropy_coef, self.last_entropy)
+        collapsed = entropy_collapsed(self.args.estimator.entropy_coef, self.last_entropy)
         return ["entropy-collapsed"] if collapsed else []
 
 
@@ -157,4 +157,4 @@ def finish(run: Run, session: Session, ended: ControlResult) -> None:
     """Save the policy, write summary and report, and show the end."""
     session.finish(ended, lambda path: save_policy(run.agent.policy, path, env=run.spec.env))
     if "entropy-collapsed" in ended.flags:
-        session.console.warn(rules.entropy_collapse_message(run.last_entropy))
+        session.console.warn(entropy_collapse_message(run.last_entropy))

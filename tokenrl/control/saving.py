@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.errors import Refused
-from tokenrl.runs.directory import write_json
+from tokenrl.runs.files import write_json
 
 
 def save_policy(policy: Policy, folder: Path, **facts: Any) -> None:

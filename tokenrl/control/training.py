@@ -14,9 +14,10 @@ from tokenrl.control.environments import describe
 from tokenrl.control.evaluation import evaluation_metrics, film, seed_of
 from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
 from tokenrl.control.run import ControlResult, Run, facts, finish, save
-from tokenrl.control.setup import arguments, check_settings, prepare, resolve
+from tokenrl.control.setup import prepare, resolve
 from tokenrl.control.update import learn
 from tokenrl.runs.session import Session
+from tokenrl.settings import arguments
 
 
 def train(args: ControlArguments | None = None, **options: Any) -> ControlResult:
@@ -34,8 +35,7 @@ def train(args: ControlArguments | None = None, **options: Any) -> ControlResult
         >>> from tokenrl.control.training import train
         >>> train(env="CartPole-v1", output_dir="runs/cartpole").eval_after["reward_greedy"]
     """
-    args = args or arguments(options)
-    check_settings(args)
+    args = args or arguments(ControlArguments, options)
     spec = describe(args.env, args.max_episode_steps)
     args = resolve(args, spec)
     with (
@@ -64,7 +64,7 @@ def _loop(run: Run, session: Session) -> ControlResult:
     solved = args.stop_when_solved and run.solved(session.eval_before) is True
     for step in session.steps(0 if solved else args.max_steps):
         metrics = _one_update(run, step)
-        if session.due(args.eval_every or 0):
+        if session.due(args.eval_every):
             found = _evaluate(run)
             metrics |= session.evaluated(found)
             solved = args.stop_when_solved and run.solved(found) is True

@@ -9,16 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenrl.control.arguments import ControlArguments
+from tokenrl.control.arguments import ControlArguments, ControlSettings
 from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import Rollout
 from tokenrl.core.baselines import RunningMean
+from tokenrl.core.choices import choice_of
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Refused, Stopped
-
-ALONG_ROWS = ("sequence_mean", "sequence_product")
-"""Ratios made of whole rows; minibatches then hold whole rows too."""
 
 
 @dataclass
@@ -39,7 +37,7 @@ class Agent:
     """
 
     policy: Policy
-    args: ControlArguments
+    args: ControlSettings
     horizon: int
     optimizer: torch.optim.Optimizer
     value_optimizer: torch.optim.Optimizer | None
@@ -187,10 +185,10 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat,
         advantages.returns,
         torch.arange(len(mask)),
     )
-    along_rows = estimator.ratio in ALONG_ROWS or (
-        estimator.needs_entropy and estimator.entropy_form == "sequence"
+    whole_rows = choice_of("ratio", estimator.ratio).whole_row or (
+        estimator.needs_entropy and choice_of("entropy_form", estimator.entropy_form).whole_row
     )
-    return (flat if along_rows else one_by_one(flat)), metrics
+    return (flat if whole_rows else one_by_one(flat)), metrics
 
 
 def one_by_one(rows: Flat) -> Flat:

@@ -1,51 +1,48 @@
-"""The axes of an estimator and every name on each. Imports no torch."""
+"""The names that each field of an estimator may hold, as types for the command line. Imports no torch.
+
+The names stand once, in the table of `choices`. When the program runs, a type is the `Literal` of its names,
+which is what `tokenrl train --help` lists; a type checker cannot read the table, and takes it for `str`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tokenrl.core.choices import CHOICES, KL_EFFECTS
+from tokenrl.settings import OR_FUNCTION
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Baseline = Literal[
-    "none", "constant", "batch_mean", "running_mean", "group_mean", "rloo",
-    "remax", "opo", "optimal", "shrinkage", "value", "episode_mean", "timestep_mean",
-]  # fmt: skip
-if TYPE_CHECKING:
-    BaselineOrFunction = Baseline | Callable[..., Tensor]
-else:
-    BaselineOrFunction = Baseline  # all that a command line can name
-Scale = Literal[
-    "none", "group_std", "batch_std", "loo_std", "other_groups_std", "token_whiten", "episode_std"
-]  # fmt: skip
-OptimalForm = Literal["sequence", "per_timestep", "cumulative"]
-Aggregation = Literal["sequence_sum", "sequence_mean", "token_mean", "fixed_length"]
-Ratio = Literal["none", "token", "sequence_mean", "sequence_product", "cispo"]
-KlEstimator = Literal["k1", "k2", "k3", "k2_sequence", "full_path"]
-KlPlacement = Literal["reward", "loss"]
-EntropyForm = Literal["per_step", "sequence"]
-Returns = Literal["total", "reward_to_go", "blame_window", "gae"]
-ZeroSpread = Literal["keep", "drop", "refill"]
-Truncations = Literal["keep", "mask", "drop"]
-
-AXES: dict[str, tuple[str, ...]] = {
-    "baseline": get_args(Baseline),
-    "optimal_form": get_args(OptimalForm),
-    "scale": get_args(Scale),
-    "aggregation": get_args(Aggregation),
-    "ratio": get_args(Ratio),
-    "kl_estimator": get_args(KlEstimator),
-    "kl_placement": get_args(KlPlacement),
-    "entropy_form": get_args(EntropyForm),
-    "returns": get_args(Returns),
-    "zero_spread": get_args(ZeroSpread),
-    "truncations": get_args(Truncations),
+AXES: dict[str, tuple[str, ...]] = {axis: tuple(rows) for axis, rows in CHOICES.items()} | {
+    "kl_estimator": tuple(dict.fromkeys(estimate for _, estimate in KL_EFFECTS)),
+    "kl_placement": tuple(dict.fromkeys(place for place, _ in KL_EFFECTS)),
 }
 
-OVER_GROUP = (
-    *("group_mean", "rloo", "opo", "optimal", "shrinkage"),
-    *("group_std", "loo_std", "other_groups_std"),
-)
-OVER_STEP = ("batch_mean", "timestep_mean", "batch_std")
-"""The baselines and scales that compare the rows of a group, and of the whole step."""
+if TYPE_CHECKING:
+    Baseline = str
+    BaselineOrFunction = Baseline | Callable[..., Tensor]
+    OptimalForm = str
+    Scale = str
+    Aggregation = str
+    Ratio = str
+    KlEstimator = str
+    KlPlacement = str
+    EntropyForm = str
+    Returns = str
+    ZeroSpread = str
+    Truncations = str
+else:
+    Baseline = Literal[AXES["baseline"]]
+    BaselineOrFunction = Annotated[Baseline, OR_FUNCTION]  # a command line can only name one
+    OptimalForm = Literal[AXES["optimal_form"]]
+    Scale = Literal[AXES["scale"]]
+    Aggregation = Literal[AXES["aggregation"]]
+    Ratio = Literal[AXES["ratio"]]
+    KlEstimator = Literal[AXES["kl_estimator"]]
+    KlPlacement = Literal[AXES["kl_placement"]]
+    EntropyForm = Literal[AXES["entropy_form"]]
+    Returns = Literal[AXES["returns"]]
+    ZeroSpread = Literal[AXES["zero_spread"]]
+    Truncations = Literal[AXES["truncations"]]

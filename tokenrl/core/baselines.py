@@ -1,128 +1,115 @@
-"""What is subtracted from a return before it multiplies the score.
+"""What is subtracted from a return before it multiplies the score: one formula for each row of `choices`.
 
 A baseline leaves the expected gradient alone if it does not depend on the row's own actions: then `E[b grad
-log pi] = b E[grad log pi] = 0`. The functions take sets of rows, [S, n]: the groups of a step, or the whole
-step as a single set. They measure from the first valid row of the set, so that rows of equal return give
-that very number and an advantage of exactly zero in any precision; a plain mean of equal float32 numbers
-does not.
+log pi] = b E[grad log pi] = 0`. A formula is a function of the step, which
+knows its estimator, and returns one number per row [N] or per token [N, T].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tokenrl.core.inputs import Step
 from tokenrl.core.masking import zero_outside
+from tokenrl.core.sets import at_each_timestep, in_sets, leave_one_out, set_mean, weighted_mean
+from tokenrl.core.shrinkage import shrunk
 
 
-def from_first(
-    totals: Float[Tensor, "*S n"], valid: Bool[Tensor, "*S n"]
-) -> tuple[Float[Tensor, "*S n"], Float[Tensor, "*S 1"]]:
-    """Measure each set from its first valid row.
+def known_before(value: Any, step: Step) -> Float[Tensor, " N"]:
+    """Spread a number that was known before the step over its rows."""
+    totals = step.totals
+    return torch.as_tensor(value, dtype=totals.dtype, device=totals.device).expand_as(totals)
 
-    Returns:
-        The differences (0 in rows that are not valid) and the first valid row's total.
+
+def running_mean(step: Step) -> Float[Tensor, " N"]:
+    """Return the running mean as it was before the step; `RunningMean` keeps it."""
+    return known_before(step.needed(), step)
+
+
+def over_sets(f: Callable[..., Tensor], step: Step) -> Float[Tensor, " N"]:
+    """Apply a function of totals and valid rows to each set of rows that the baseline compares."""
+    return in_sets(f, step.set_size("baseline") or 1, step.totals, step.valid)
+
+
+def remax(step: Step) -> Float[Tensor, " N"]:
+    """Take the reward of the prompt's greedy completion (ReMax, Li et al. 2024, arXiv 2310.10505)."""
+    return zero_outside(step.needed().detach().to(step.totals.dtype), step.valid)
+
+
+def weighted_rows(step: Step, weights: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Weighted mean of the group; the plain mean where the weights are all 0."""
+    # with the row inside, the baseline depends on the row's own action: the papers' form, and biased
+    plain = leave_one_out if step.estimator.leave_one_out else set_mean
+
+    def mean(totals: Tensor, valid: Tensor, weights: Tensor) -> Tensor:
+        found, known = weighted_mean(totals, valid, weights, leave_one_out=step.estimator.leave_one_out)
+        return torch.where(known, found, plain(totals, valid))
+
+    return in_sets(mean, step.set_size("baseline") or 1, step.totals, step.valid, weights)
+
+
+def opo(step: Step) -> Float[Tensor, " N"]:
+    """Weigh by length, for |S|^2 proportional to it (OPO, Hao et al. 2025, arXiv 2505.23585)."""
+    return weighted_rows(step, step.actions.sum(-1))
+
+
+def optimal(step: Step) -> Float[Tensor, " N *T"]:
+    """Weigh by squared score norms, the baseline of least variance: `E[|S|^2 R]/E[|S|^2]`.
+
+    The sum of the tokens' squared norms stands for |S|^2; they are equal in expectation, and for every row
+    when tokens share no parameters.
     """
-    first = totals.gather(-1, valid.long().argmax(-1, keepdim=True))
-    return zero_outside(totals - first, valid), first
+    weights = zero_outside(step.needed().detach().to(step.totals.dtype), step.actions)
+    if step.estimator.optimal_form == "sequence":
+        return weighted_rows(step, weights.sum(-1))
+    if step.estimator.optimal_form == "cumulative":
+        weights = weights.cumsum(-1)  # the optimal token baseline, arXiv 2602.07078
+    return timewise(step, weights)
 
 
-def set_mean(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tensor, "S n"]:
-    """Mean over the valid rows of the set, the row itself included: `(1/n) sum_j R_j`.
-
-    Because the row's own return is in it, the expected gradient shrinks by (n - 1)/n.
-    """
-    differences, first = from_first(totals, valid)
-    count = valid.sum(-1, keepdim=True).clamp(min=1)
-    return (first + differences.sum(-1, keepdim=True) / count).expand_as(totals)
+def value(step: Step) -> Float[Tensor, "N T"]:
+    """Return the critic's value of each state."""
+    return zero_outside(step.needed().detach().to(step.totals.dtype), step.actions)
 
 
-def leave_one_out(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tensor, "S n"]:
-    """Mean over the OTHER valid rows of the set: `(1/(n - 1)) sum_{j != i} R_j` (Kool et al. 2019).
-
-    `R_i - b_i = n/(n - 1) (R_i - mean)`. A row without any other valid row has no such mean; it gets the
-    first total, and the estimator gives it no advantage.
-    """
-    differences, first = from_first(totals, valid)
-    others = valid.sum(-1, keepdim=True) - valid.long()
-    return first + (differences.sum(-1, keepdim=True) - differences) / others.clamp(min=1)
+def episode_mean(step: Step) -> Float[Tensor, "N T"]:
+    """Mean over the row's own steps, which depends on its own actions: a bias."""
+    return set_mean(step.returns.expand_as(step.actions), step.actions)
 
 
-def weighted_mean(
-    totals: Float[Tensor, "*S n"],
-    valid: Bool[Tensor, "*S n"],
-    weights: Float[Tensor, "*S n"],
-    *,
-    leave_one_out: bool,
-) -> tuple[Float[Tensor, "*S n"], Bool[Tensor, "*S n"]]:
-    """Mean weighted by weights of no sign: `sum_j w_j R_j / sum_j w_j`, over j != i when leaving one out.
-
-    Returns:
-        The mean, and where there is one: where the weights do not add up to 0.
-    """
-    differences, first = from_first(totals, valid)
-    weights = zero_outside(weights.to(totals.dtype), valid)
-    mass = sum_of_others(weights) if leave_one_out else weights.sum(-1, keepdim=True).expand_as(weights)
-    moment = weights * differences
-    moment = sum_of_others(moment) if leave_one_out else moment.sum(-1, keepdim=True)
-    known = mass > 0
-    return first + moment / torch.where(known, mass, 1.0), known
-
-
-def sum_of_others(x: Float[Tensor, "*S n"]) -> Float[Tensor, "*S n"]:
-    """Return `sum_{j != i} x_j`, from both sides: taking x_i from the sum would lose small x_j beside it."""
-    before = torch.nn.functional.pad(x[..., :-1].cumsum(-1), (1, 0))
-    after = torch.nn.functional.pad(x[..., 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
-    return before + after
-
-
-def at_each_timestep(
-    paid: Float[Tensor, "N T"],
-    actions: Bool[Tensor, "N T"],
-    weights: Float[Tensor, "N T"],
-    *,
-    size: int,
-    leave_one_out: bool,
-) -> Float[Tensor, "N T"]:
-    """Weighted mean, at each timestep, over the rows of a set that still act then.
-
-    Where no (other) row acts any more, the last such mean is carried forward: like them it contains nothing
-    of the row itself. Before the first, the baseline is 0.
-
-    Args:
-        paid: What each action is paid.
-        actions: True where a valid row acts.
-        weights: Of each row at each timestep.
-        size: Consecutive rows a set.
-        leave_one_out: Leave out the row itself.
-    """
-
-    def by_time(x: Tensor) -> Tensor:  # [N, T] -> [S, T, n]
-        return x.reshape(-1, size, x.shape[-1]).transpose(1, 2)
-
-    mean, known = weighted_mean(
-        by_time(paid), by_time(actions), by_time(weights), leave_one_out=leave_one_out
+def timewise(step: Step, weights: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """Weighted mean of the returns at the same timestep, over the rows that the baseline compares."""
+    return at_each_timestep(
+        step.returns.expand_as(step.actions),
+        step.actions,
+        weights,
+        size=step.set_size("baseline") or 1,
+        leave_one_out=step.estimator.leave_one_out,
     )
-    mean = mean.transpose(1, 2).reshape(paid.shape)
-    known = known.transpose(1, 2).reshape(paid.shape)
-    positions = torch.arange(paid.shape[-1], device=paid.device)
-    latest = torch.where(known, positions, 0).cummax(-1).values
-    return zero_outside(mean, known).gather(-1, latest)
 
 
-def has_company(
-    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], others: int = 1
-) -> Bool[Tensor, "S n"]:
-    """Say which rows are valid and share their set with at least so many other valid rows."""
-    return valid & (valid.sum(-1, keepdim=True) > others)
-
-
-def in_sets(f: Callable[..., Tensor], size: int, totals: Float[Tensor, " N"], *others: Tensor) -> Tensor:
-    """Apply a function of sets to the rows of a step, `size` consecutive rows a set."""
-    return f(totals.reshape(-1, size), *(x.reshape(-1, size) for x in others)).reshape(-1)
+BASELINES: dict[str, Callable[[Step], Tensor]] = {
+    "none": lambda step: known_before(0.0, step),
+    "constant": lambda step: known_before(step.estimator.baseline_constant, step),
+    "running_mean": running_mean,
+    "rloo": partial(over_sets, leave_one_out),
+    "group_mean": partial(over_sets, set_mean),
+    "batch_mean": partial(over_sets, set_mean),
+    "remax": remax,
+    "opo": opo,
+    "optimal": optimal,
+    "shrinkage": lambda step: over_sets(partial(shrunk, weight=step.estimator.shrinkage_weight), step),
+    "value": value,
+    "episode_mean": episode_mean,
+    "timestep_mean": lambda step: timewise(step, step.actions.to(step.totals.dtype)),
+}
+"""The formula of each name in `choices.CHOICES["baseline"]`."""
 
 
 class RunningMean:
@@ -148,7 +135,7 @@ class RunningMean:
 
     def update(self, rewards: Float[Tensor, " N *T"], valid: Bool[Tensor, " N"] | None = None) -> None:
         """Take in the rewards of one step, [N] or [N, T] (summed over time), leaving out rows not valid."""
-        totals = rewards.detach().cpu().double()
+        totals = rewards.detach().cpu().double()  # a mean over many steps: float32 would drift
         totals = totals.sum(-1) if totals.ndim == 2 else totals
         if valid is not None:
             totals = totals[valid.cpu()]
@@ -158,7 +145,7 @@ class RunningMean:
         step = float(totals.mean())
         self.count += rows
         share = rows / self.count if self.decay is None else 1.0 - self.decay
-        self.value += share * (step - self.value)
+        self.value += share * (step - self.value)  # without a decay share is n/count, the plain mean
 
     def state_dict(self) -> dict[str, float]:
         """Return what a checkpoint needs, as plain floats."""

@@ -1,4 +1,4 @@
-"""What the choices of an estimator do to the expected gradient together. The tables are in `effects`.
+"""What the choices of an estimator do to the expected gradient together. The table is in `choices`.
 
 The statements are about the expected gradient of the first on-policy update, before clipping and the
 optimiser, with no row abstaining, for every reward and every policy; the target is the gradient of `J =
@@ -15,78 +15,48 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tokenrl.core.effects import (
-    ASYMPTOTIC,
-    BIASED,
-    BUILT,
-    CENTRED,
-    EFFECTS,
-    ENTROPY_EFFECTS,
-    EXACT,
-    FROM_BEST_TO_WORST,
-    KL_EFFECTS,
-    PER_PROMPT,
-    RETURNS_EFFECTS,
-    SELF_INCLUDING,
-    TRUNCATIONS_EFFECTS,
-    UNKNOWN,
-    UP_TO_SCALE,
-    ZERO_SPREAD_EFFECTS,
-    Effect,
-)
+from tokenrl.core.choices import KL_EFFECTS, choice_of
+from tokenrl.core.effects import ASYMPTOTIC, BIASED, EXACT, FROM_BEST_TO_WORST, UNKNOWN, UP_TO_SCALE, Effect
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
-
-__all__ = [
-    "ASYMPTOTIC", "BIASED", "BUILT", "EFFECTS", "EXACT", "FROM_BEST_TO_WORST", "KL_EFFECTS", "PER_PROMPT",
-    "UNKNOWN", "UP_TO_SCALE", "Effect", "declared", "effects",
-]  # fmt: skip
 
 
 def effects(estimator: Estimator) -> list[Effect]:
     """List what every choice of an estimator does; a term whose coefficient is 0 does nothing."""
     return [
         baseline_effect(estimator),
-        EFFECTS["scale"][estimator.scale],
-        EFFECTS["aggregation"][estimator.aggregation],
-        EFFECTS["ratio"][estimator.ratio],
+        *(choice_of(axis, getattr(estimator, axis)) for axis in ("scale", "aggregation", "ratio")),
         returns_effect(estimator),
         zero_spread_effect(estimator),
-        TRUNCATIONS_EFFECTS[estimator.truncations],
+        choice_of("truncations", estimator.truncations),
         *loss_term_effects(estimator),
         *combination_effects(estimator),
     ]
 
 
 def baseline_effect(estimator: Estimator) -> Effect:
-    """What the baseline does: a function of the user's is unknown, some depend on `leave_one_out`."""
-    if callable(estimator.baseline):
-        return Effect(
-            UNKNOWN, "a baseline of your own is exact if it contains nothing of the row's own actions"
-        )
-    if not estimator.leave_one_out and estimator.baseline in SELF_INCLUDING:
-        return SELF_INCLUDING[estimator.baseline]
-    return EFFECTS["baseline"][estimator.baseline]
+    """What the baseline does; some leave the row itself out or not, by `leave_one_out`."""
+    choice = choice_of("baseline", estimator.baseline)
+    return choice if estimator.leave_one_out or choice.row_inside is None else choice.row_inside
 
 
 def returns_effect(estimator: Estimator) -> Effect:
     """What the returns do; GAE with lam 1 is the reward to go."""
-    name = estimator.returns
-    if name == "gae" and estimator.lam == 1.0:
-        name = "reward_to_go"
-    return RETURNS_EFFECTS[name][estimator.gamma < 1.0]
+    reward_to_go = estimator.returns == "gae" and estimator.lam == 1.0
+    choice = choice_of("returns", "reward_to_go" if reward_to_go else estimator.returns)
+    return choice if estimator.gamma == 1.0 or choice.discounted is None else choice.discounted
 
 
 def zero_spread_effect(estimator: Estimator) -> Effect:
     """What dropping groups of equal rewards does: little if they had no advantage, a bias otherwise."""
-    effect = ZERO_SPREAD_EFFECTS[estimator.zero_spread]
+    effect = choice_of("zero_spread", estimator.zero_spread)
     if estimator.zero_spread == "keep":
         return effect
     if callable(estimator.baseline):
         return Effect(UNKNOWN, "whether a dropped group had an advantage depends on your baseline")
     with_gradient = (
-        estimator.baseline not in CENTRED
+        not choice_of("baseline", estimator.baseline).centred
         or estimator.scale == "token_whiten"
         or estimator.overlong_buffer > 0
         or estimator.loss_side_terms
@@ -104,31 +74,33 @@ def zero_spread_effect(estimator: Estimator) -> Effect:
 
 def loss_term_effects(estimator: Estimator) -> list[Effect]:
     """What a KL and an entropy do, by themselves."""
-    found = []
+    found: list[Effect] = []
     if estimator.needs_kl:
         found.append(KL_EFFECTS[estimator.kl_placement, estimator.kl_estimator])
     if estimator.needs_entropy:
-        found.append(ENTROPY_EFFECTS[estimator.entropy_form])
+        found.append(choice_of("entropy_form", estimator.entropy_form))
     return found
 
 
 def combination_effects(estimator: Estimator) -> list[Effect]:
     """What choices do only together."""
     found = []
+    baseline = choice_of("baseline", estimator.baseline)
+    shrinks = baseline.status == UP_TO_SCALE
     if estimator.loss_side_terms:
-        if estimator.scale != "none" or estimator.baseline == "group_mean":
+        # (G-1)/G is another coefficient however many prompts there are; (N-1)/N tends to 1 with the step
+        if estimator.scale != "none" or (shrinks and baseline.compares == "group"):
             found.append(
                 Effect(
                     BIASED, "the advantage is rescaled and the term in the loss is not: another coefficient"
                 )
             )
-        elif estimator.baseline == "batch_mean":
+        elif shrinks:
             found.append(
                 Effect(ASYMPTOTIC, "the term in the loss is not multiplied by (N-1)/N as the advantage is")
             )
-    baseline = baseline_effect(estimator).status
-    limits = ASYMPTOTIC in (baseline, EFFECTS["aggregation"][estimator.aggregation].status)
-    if estimator.scale == "loo_std" and limits:
+    limits = {baseline_effect(estimator).status, choice_of("aggregation", estimator.aggregation).status}
+    if estimator.scale == "loo_std" and ASYMPTOTIC in limits:
         found.append(
             Effect(
                 BIASED, "prompts stay weighted unequally, and each one's direction is right in the limit only"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from tokenrl.core import axes, bias, validation
+from tokenrl.core.choices import choice_of
 from tokenrl.core.presets import PRESETS
-from tokenrl.errors import Refused
-from tokenrl.settings import check_choice
+from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive, Settings, arguments, check_choice
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -25,7 +25,7 @@ class Advantages(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Estimator:
+class Estimator(Settings):
     """How returns become a gradient. The defaults are RLOO, unbiased, with the KL in the reward."""
 
     baseline: axes.BaselineOrFunction = "rloo"
@@ -34,7 +34,7 @@ class Estimator:
     From Python also a function f(totals, group_size=..., mask=..., valid=...) that returns [N] or [N, T]."""
     baseline_constant: float = 0.0
     """The value subtracted by the baseline 'constant'."""
-    running_mean_decay: float | None = 0.9
+    running_mean_decay: Annotated[float, Bounds(at_least=0, below=1)] | None = 0.9
     """Memory of the baseline 'running_mean', a step; None for the plain mean of all returns so far."""
     running_mean_init: float = 0.0
     """The value of the running mean before the first step."""
@@ -42,55 +42,56 @@ class Estimator:
     """Leave the row out of 'opo', 'optimal', 'timestep_mean'; the papers do not, at the price of a bias."""
     optimal_form: axes.OptimalForm = "sequence"
     """What 'optimal' weighs by: |S|^2 of the row, |s_t|^2 of the token, or its sum so far."""
-    shrinkage_weight: float | None = None
+    shrinkage_weight: Annotated[float, Bounds(at_least=0, at_most=1)] | None = None
     """Weight of the own prompt in 'shrinkage'; None to estimate it from the other prompts."""
     scale: axes.Scale = "none"
     """What the advantage is divided by. Standard deviations that contain the row itself bias the gradient."""
-    scale_ddof: int = 1
+    scale_ddof: Literal[0, 1] = 1
     """1 divides the sum of squares by n - 1, 0 by n."""
-    scale_eps: float = 1e-4
+    scale_eps: NonNegative = 1e-4
     """Added to the standard deviation, outside the root."""
     aggregation: axes.Aggregation = "sequence_sum"
     """How tokens count; sequence_sum is the mean over sequences of their token sums, the unbiased choice."""
     ratio: axes.Ratio = "none"
     """Importance ratio against the policy that sampled; token is PPO's clipped ratio."""
-    epsilon: float = 0.2
+    epsilon: Annotated[float, Bounds(above=0, at_most=1)] = 0.2
     """How far below 1 the ratio may fall before it is clipped, and above too unless epsilon_high is set."""
-    epsilon_high: float | None = None
+    epsilon_high: Positive | None = None
     """How far above 1 the ratio may rise; None for epsilon."""
-    dual_clip: float | None = None
+    dual_clip: Annotated[float, Bounds(above=1)] | None = None
     """Bound of the ratio where the advantage is negative, for 'token' and 'sequence_mean'; None for none."""
-    importance_cap: float | None = None
+    importance_cap: Annotated[float, Bounds(at_least=1)] | None = None
     """Weigh tokens by trainer over sampler probability, at most this; None to take the two for equal."""
-    beta: float = 0.0
+    beta: NonNegative = 0.0
     """Weight of the KL to the reference policy; with 0 no reference is needed."""
     kl_estimator: axes.KlEstimator = "k1"
     """k1 is the log ratio, k2 half its square, k3 never negative; full_path is the exact one in the loss."""
     kl_placement: axes.KlPlacement = "reward"
     """Subtract the KL from the reward (exact with k1), or add it to the loss (exact with full_path)."""
-    entropy_coef: float = 0.0
+    entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus in the loss."""
     entropy_form: axes.EntropyForm = "per_step"
     """per_step is the usual bonus, blind to what an action does to later entropy; sequence is not."""
     returns: axes.Returns = "total"
     """Pay each action the whole return, the reward to go, its next rewards only, or GAE's mixed return."""
-    window: int = 16
+    window: Count = 16
     """How many steps of reward an action is paid with 'blame_window', its own included."""
-    lam: float = 0.95
+    lam: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.95
     """Weight of what was really earned against the value, a step, with 'gae'."""
-    gamma: float = 1.0
+    gamma: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
     """Discount a step; below 1 the gradient is no longer that of the undiscounted return."""
     zero_spread: axes.ZeroSpread = "keep"
     """What becomes of groups of equal rewards; kept, they count in the divisor. See `core.rows`."""
     truncations: axes.Truncations = "keep"
     """What becomes of completions cut off at the maximum length: mask their gradient, or drop them whole."""
-    overlong_buffer: int = 0
+    overlong_buffer: Natural = 0
     """Tokens before the maximum length over which the reward falls by up to 1."""
-    value_clip: float | None = None
+    value_clip: Positive | None = None
     """How far a value may move from the old one before the critic's loss stops pulling; None for any."""
 
     def __post_init__(self) -> None:
         """Refuse names that are unknown, numbers out of range, and choices that exclude each other."""
+        super().__post_init__()
         validation.check(self)
 
     @classmethod
@@ -107,10 +108,7 @@ class Estimator:
             Refused: For a preset, a field or a value that does not exist.
         """
         check_choice("preset", name, PRESETS)
-        known = [field.name for field in fields(cls)]
-        for field in overrides:
-            check_choice("estimator field", field, known)
-        return cls(**(PRESETS[name].fields | overrides))  # type: ignore[arg-type]
+        return arguments(cls, PRESETS[name].fields | overrides)
 
     @property
     def bias_status(self) -> str:
@@ -127,11 +125,16 @@ class Estimator:
         """The paper of the preset that has exactly these fields, or an empty string."""
         return next((p.paper for name, p in PRESETS.items() if type(self).preset(name) == self), "")
 
+    def _facts(self, name: str) -> list[object]:
+        """Look up what the table of choices says of the three axes that make the advantages."""
+        return [
+            getattr(choice_of(axis, getattr(self, axis)), name) for axis in ("baseline", "scale", "returns")
+        ]
+
     @property
     def needs_groups(self) -> bool:
         """Whether several completions of each prompt are compared."""
-        compared = self.baseline in axes.OVER_GROUP or self.scale in axes.OVER_GROUP
-        return compared or self.zero_spread != "keep"
+        return "group" in self._facts("compares") or self.zero_spread != "keep"
 
     @property
     def needs_kl(self) -> bool:
@@ -148,17 +151,17 @@ class Estimator:
     @property
     def needs_values(self) -> bool:
         """Whether a critic's values are needed."""
-        return self.baseline == "value" or self.returns == "gae"
+        return "values" in self._facts("needs")
 
     @property
     def needs_greedy(self) -> bool:
         """Whether the reward of each prompt's greedy completion is needed."""
-        return self.baseline == "remax"
+        return "greedy_rewards" in self._facts("needs")
 
     @property
     def needs_score_norms(self) -> bool:
         """Whether the squared norm of each token's score is needed."""
-        return self.baseline == "optimal"
+        return "score_norms" in self._facts("needs")
 
     @property
     def needs_sampling_logprobs(self) -> bool:
@@ -174,6 +177,11 @@ class Estimator:
     def loss_side_terms(self) -> bool:
         """Whether rows of zero advantage still have a gradient, from a KL or an entropy in the loss."""
         return (self.needs_kl and self.kl_placement == "loss") or self.needs_entropy
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """Between which values the ratio is left alone: `1 - epsilon` and `1 + epsilon_high`."""
+        return 1.0 - self.epsilon, 1.0 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
 
     def advantages(
         self,
@@ -216,13 +224,14 @@ class Estimator:
         Raises:
             Refused: When the estimator needs an input that is missing, or rows do not fall into groups.
         """
-        from tokenrl.core import advantages
+        from tokenrl.core.advantages import compute
+        from tokenrl.core.inputs import Inputs
 
-        inputs = advantages.Inputs(
+        inputs = Inputs(
             *(rewards, mask, group_size, valid, logprobs, ref_logprobs, values, bootstrap),
             *(greedy_rewards, score_norms, baseline_value, max_length),
         )
-        return Advantages(*advantages.compute(self, inputs))
+        return Advantages(*compute(self, inputs))
 
     def token_weights(
         self,
@@ -238,13 +247,8 @@ class Estimator:
         """
         from tokenrl.core import objectives
 
-        if self.aggregation == "fixed_length" and (max_length is None or max_length < 1):
-            raise Refused(
-                f"'fixed_length' divides by the maximum length, but max_length is {max_length}. Give the "
-                "largest number of actions a row may have, or choose 'sequence_sum'."
-            )
         valid = mask.new_ones(mask.shape[0]).bool() if valid is None else valid.bool()
-        return objectives.token_weights(mask, valid, aggregation=self.aggregation, max_length=max_length or 1)
+        return objectives.token_weights(mask, valid, aggregation=self.aggregation, max_length=max_length)
 
     def loss(
         self,

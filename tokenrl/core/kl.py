@@ -2,12 +2,13 @@
 
 k1, k2, k3 are Schulman's names, one number a token. k1 and k3 have the KL as their mean, k2 has not; their
 gradients are another matter, and depend on whether the estimate is put in the reward or in the loss: see
-`bias`. The two that look at the whole sequence have the gradient of its KL when they are in the loss. Nothing
-is clamped: a clamp on the value silently sets the gradient to zero where the policies differ most.
+`choices`. The two that look at the whole sequence have the gradient of its KL when they are in the loss.
+Nothing is clamped: a clamp on the value silently sets the gradient to zero where the policies differ most.
 
 All take log-probabilities that are 0, in both, where the position is no action.
 
-`mean_and_error` makes a mean over completions of such numbers, and `next_beta` holds it near a target.
+`statistics.mean_and_error` makes a mean over completions of such numbers, and `next_beta` holds it near a
+target.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def k2(logprobs: Float[Tensor, "*N T"], ref_logprobs: Float[Tensor, "*N T"]) -> 
 def k3(logprobs: Float[Tensor, "*N T"], ref_logprobs: Float[Tensor, "*N T"]) -> Float[Tensor, "*N T"]:
     """Estimate by `exp(-l) - 1 + l`: without bias, never negative."""
     log_ratio = logprobs - ref_logprobs
+    # expm1: near the reference exp(-l) - 1 would cancel to noise, and could turn negative
     return torch.expm1(-log_ratio) + log_ratio
 
 
@@ -44,6 +46,7 @@ def k2_sequence(logprobs: Float[Tensor, "N T"], ref_logprobs: Float[Tensor, "N T
     Its gradient in a loss, `(sum_t l_t) grad log pi(y)`, has the gradient of the sequence's KL as its mean.
     """
     log_ratio = logprobs - ref_logprobs
+    # summed over t this is (sum_t l_t)^2 / 2: both factors carry the gradient, hence the half
     return log_ratio * log_ratio.sum(-1, keepdim=True) / 2
 
 
@@ -54,6 +57,7 @@ def full_path(logprobs: Float[Tensor, "N T"], ref_logprobs: Float[Tensor, "N T"]
     earlier tokens, which do not depend on this one and only add noise.
     """
     log_ratio = (logprobs - ref_logprobs).detach()
+    # the second term is 0 in value; in the gradient it is the KL still to come times the score
     return log_ratio + reward_to_go(log_ratio) * (logprobs - logprobs.detach())
 
 
@@ -69,26 +73,6 @@ LARGEST_ERROR = 0.2
 """The relative error of the KL that `next_beta` answers to: beyond it beta moves no faster."""
 LEAST_BETA = 1e-8
 """Below it beta does not fall: at 0 it could never rise again."""
-
-
-def mean_and_error(
-    values: Float[Tensor, " N"], group_size: int = 1
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Mean of one number a completion, and its standard error over groups, `sd(means of groups) / sqrt(B)`.
-
-    Completions of one prompt share what the prompt adds, so they are not N independent draws; groups are
-    independent, and the square of this error is the mean's variance in expectation. Of a single group the
-    error is that over its completions, which says nothing of other prompts; of a single number it is nan.
-
-    Args:
-        values: One number a completion, prompt-major.
-        group_size: Consecutive completions of each prompt.
-    """
-    groups = values.reshape(-1, group_size).mean(-1)  # [B]
-    units = groups if len(groups) > 1 else values
-    if len(units) < 2:
-        return values.mean(), values.new_full((), math.nan)
-    return values.mean(), units.std(correction=1) / len(units) ** 0.5
 
 
 def next_beta(beta: float, kl: float, *, target: float, gain: float = 0.1) -> float:

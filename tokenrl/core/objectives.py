@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenrl.core import entropy as entropies
-from tokenrl.core import kl, rules
+from tokenrl.core import kl
+from tokenrl.core.guards import given
 from tokenrl.core.masking import zero_outside
+from tokenrl.errors import Refused
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
 
 
 def token_weights(
-    mask: Float[Tensor, "N T"], valid: Bool[Tensor, " N"], *, aggregation: str, max_length: int
+    mask: Float[Tensor, "N T"], valid: Bool[Tensor, " N"], *, aggregation: str, max_length: int | None
 ) -> Float[Tensor, "N T"]:
     """Weigh every token of the whole step, so that any slice of the step carries its own share of the loss.
 
@@ -28,19 +31,33 @@ def token_weights(
 
     N counts every valid row, also one without any action: it was sampled, and its gradient happens to be
     zero. Rows that are not valid get weight 0 and count nowhere.
+
+    Raises:
+        Refused: When the aggregation is fixed_length and no length is given.
     """
     actions = mask.bool() & valid[:, None]
     dtype = mask.dtype if mask.is_floating_point() else torch.get_default_dtype()
-    rows = valid.sum().clamp(min=1)
-    if aggregation == "sequence_sum":
-        divisor = rows
-    elif aggregation == "sequence_mean":
-        divisor = rows * actions.sum(-1, keepdim=True).clamp(min=1)
-    elif aggregation == "token_mean":
-        divisor = actions.sum().clamp(min=1)
-    else:
-        divisor = rows * max_length
-    return actions.to(dtype) / divisor
+    rows = valid.sum().clamp(min=1)  # of the whole step: a slice must not be divided by its own rows
+    return actions.to(dtype) / DIVISORS[aggregation](actions, rows, max_length)
+
+
+def fixed_length(actions: Bool[Tensor, "N T"], rows: Tensor, max_length: int | None) -> Tensor:
+    """Divide by the longest length allowed, never by the padded width, which depends on what was sampled."""
+    if max_length is None or max_length < 1:
+        raise Refused(
+            f"'fixed_length' divides by the maximum length, but max_length is {max_length}. Give the "
+            "largest number of actions a row may have, or choose 'sequence_sum'."
+        )
+    return rows * max_length
+
+
+DIVISORS: dict[str, Callable[[Tensor, Tensor, int | None], Tensor]] = {
+    "sequence_sum": lambda actions, rows, max_length: rows,
+    "fixed_length": fixed_length,
+    "token_mean": lambda actions, rows, max_length: actions.sum().clamp(min=1),
+    "sequence_mean": lambda actions, rows, max_length: rows * actions.sum(-1, keepdim=True).clamp(min=1),
+}
+"""The formula of each name in `choices.CHOICES["aggregation"]`, from actions [N, T] and the number N."""
 
 
 def loss(
@@ -60,58 +77,82 @@ def loss(
     live = mask.bool() & (weights != 0)
 
     def inside(name: str, x: Tensor | None, purpose: str) -> Tensor:
-        return zero_outside(rules.given(name, x, purpose).detach(), live)
+        return zero_outside(given(name, x, purpose).detach(), live)
 
+    # Where nothing counts, every input may hold anything, also nan; so it goes before any arithmetic.
     logprobs = zero_outside(logprobs, live)
     advantages = advantages.detach() if advantages.ndim == 2 else advantages.detach()[:, None]
     advantages = zero_outside(advantages.expand(live.shape), live)
-    old = logprobs.detach()
+    old = logprobs.detach()  # on-policy: the ratio is 1, and its gradient is the score
     if estimator.needs_old_logprobs:
         old = inside("old_logprobs", old_logprobs, f"the ratio {estimator.ratio!r}")
     elif estimator.importance_cap is not None and old_logprobs is not None:
         old = inside("old_logprobs", old_logprobs, "the importance weight")
-    gain = policy_gain(estimator, logprobs, old, advantages, live)
+    gain = RATIOS[estimator.ratio](Tokens(estimator, logprobs, logprobs - old, advantages, live))
     if estimator.importance_cap is not None:
         sampled = inside("sampling_logprobs", sampling_logprobs, "importance_cap")
+        # Truncated importance weights: the cap bounds the variance at the price of a bias where it bites.
         gain = gain * (old - sampled).exp().clamp(max=estimator.importance_cap)
     if estimator.needs_kl and estimator.kl_placement == "loss":
         ref = inside("ref_logprobs", ref_logprobs, "a KL in the loss")
+        # after the importance weight: the KL is that of the policy's own tokens as they stand
         gain = gain - estimator.beta * kl.PER_TOKEN[estimator.kl_estimator](logprobs, ref)
     if estimator.needs_entropy:
-        bonus = zero_outside(rules.given("entropy", entropy, "an entropy bonus"), live)
+        bonus = zero_outside(given("entropy", entropy, "an entropy bonus"), live)
         if estimator.entropy_form == "sequence":
             bonus = entropies.along_path(bonus, logprobs)
         gain = gain + estimator.entropy_coef * bonus
-    return -(zero_outside(weights, live) * gain).sum()
+    return -(zero_outside(weights, live) * gain).sum()  # optimisers descend, the gain is to ascend
 
 
-def policy_gain(
-    estimator: Estimator,
-    logprobs: Float[Tensor, "N T"],
-    old_logprobs: Float[Tensor, "N T"],
-    advantages: Float[Tensor, "N T"],
-    live: Bool[Tensor, "N T"],
-) -> Float[Tensor, "N T"]:
-    """Gain of each token by the axis `ratio`; log-probabilities are 0 outside `live`."""
-    low = 1.0 - estimator.epsilon
-    high = 1.0 + (estimator.epsilon if estimator.epsilon_high is None else estimator.epsilon_high)
-    if estimator.ratio == "none":
-        return reinforce(logprobs, advantages)
-    log_ratio = logprobs - old_logprobs
-    if estimator.ratio == "cispo":
-        return reinforce(logprobs, advantages * log_ratio.detach().exp().clamp(low, high))
-    if estimator.ratio == "sequence_product":
-        return advantages * of_sequence(log_ratio.sum(-1, keepdim=True), logprobs)
-    ratio = log_ratio.exp()
-    if estimator.ratio == "sequence_mean":
-        mean = log_ratio.sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
-        ratio = of_sequence(mean, logprobs)
-    return clipped(ratio, advantages, low=low, high=high, dual=estimator.dual_clip)
+class Tokens(NamedTuple):
+    """What the gain of a token is made of; log-probabilities are 0 outside `live`."""
+
+    estimator: Estimator
+    logprobs: Float[Tensor, "N T"]
+    log_ratio: Float[Tensor, "N T"]
+    """log pi - log pi_old, pi_old the policy that sampled."""
+    advantages: Float[Tensor, "N T"]
+    live: Bool[Tensor, "N T"]
 
 
-def reinforce(logprobs: Float[Tensor, "N T"], advantages: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+def reinforce(tokens: Tokens) -> Float[Tensor, "N T"]:
     """Gain `A log pi`, whose gradient is the score times the advantage (Williams 1992)."""
-    return advantages * logprobs
+    return tokens.advantages * tokens.logprobs
+
+
+def token_ratio(tokens: Tokens) -> Float[Tensor, "N T"]:
+    """Gain of PPO, clipped token by token (Schulman et al. 2017, arXiv 1707.06347, eq. 7)."""
+    return clipped(tokens, tokens.log_ratio.exp())
+
+
+def sequence_mean(tokens: Tokens) -> Float[Tensor, "N T"]:
+    """Gain of GSPO: the geometric mean of the row's ratios, clipped (Zheng et al. 2025, arXiv 2507.18071)."""
+    lengths = tokens.live.sum(-1, keepdim=True).clamp(min=1)
+    mean = tokens.log_ratio.sum(-1, keepdim=True) / lengths
+    return clipped(tokens, of_sequence(mean, tokens.logprobs))
+
+
+def sequence_product(tokens: Tokens) -> Float[Tensor, "N T"]:
+    """Gain with the ratio of the whole sequence: exact off-policy too, so it must not be clipped."""
+    log_ratio = tokens.log_ratio.sum(-1, keepdim=True)
+    return tokens.advantages * of_sequence(log_ratio, tokens.logprobs)
+
+
+def cispo(tokens: Tokens) -> Float[Tensor, "N T"]:
+    """Gain `sg(clip(rho)) A log pi`: what is clipped keeps a gradient (MiniMax-M1, arXiv 2506.13585)."""
+    ratio = tokens.log_ratio.detach().exp().clamp(*tokens.estimator.clip_range)
+    return tokens.advantages * ratio * tokens.logprobs
+
+
+RATIOS: dict[str, Callable[[Tokens], Tensor]] = {
+    "none": reinforce,
+    "token": token_ratio,
+    "sequence_mean": sequence_mean,
+    "sequence_product": sequence_product,
+    "cispo": cispo,
+}
+"""The formula of each name in `choices.CHOICES["ratio"]`: the gain of each token."""
 
 
 def of_sequence(log_ratio: Float[Tensor, "N 1"], logprobs: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
@@ -121,22 +162,19 @@ def of_sequence(log_ratio: Float[Tensor, "N 1"], logprobs: Float[Tensor, "N T"])
     advantage a row the sum over the row's tokens has the gradient of the ratio itself, up to the number of
     tokens in its mean; with one a token, each score still meets its own.
     """
+    # logprobs - sg(logprobs) is 0 in value and the token's own score in the gradient
     return (log_ratio.detach() + logprobs - logprobs.detach()).exp()
 
 
-def clipped(
-    ratio: Float[Tensor, "N T"],
-    advantages: Float[Tensor, "N T"],
-    *,
-    low: float,
-    high: float,
-    dual: float | None = None,
-) -> Float[Tensor, "N T"]:
-    """Gain `min(rho A, clip(rho, low, high) A)` (PPO, eq. 7), for A < 0 not below `dual A`.
+def clipped(tokens: Tokens, ratio: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """Gain `min(rho A, clip(rho, low, high) A)` (PPO, eq. 7), for A < 0 not below `dual_clip A`.
 
     At rho = 1 its gradient is that of `reinforce`. The second bound stops a token of negative advantage
-    whose ratio has grown beyond `dual` (dual clip, Ye et al. 2020, arXiv 1912.09729).
+    whose ratio has grown beyond `dual_clip` (dual clip, Ye et al. 2020, arXiv 1912.09729).
     """
+    advantages, (low, high), dual = tokens.advantages, tokens.estimator.clip_range, tokens.estimator.dual_clip
+    # The minimum clips only where the ratio has already moved the way that the advantage pushes it, so a
+    # token that moved the wrong way keeps its gradient and is brought back.
     gain = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
     if dual is None:
         return gain
@@ -159,6 +197,7 @@ def squared_error(
     values, goal = zero_outside(values, live), zero_outside(returns.detach(), live)
     error = (values - goal).square()
     if clip is not None:
-        old = zero_outside(rules.given("old_values", old_values, "value_clip").detach(), live)
+        old = zero_outside(given("old_values", old_values, "value_clip").detach(), live)
+        # the larger error, so that clipping can only hold a value back, never hide that it is wrong
         error = torch.maximum(error, (old + (values - old).clamp(-clip, clip) - goal).square())
     return (zero_outside(weights, live) * error).sum() / 2

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenrl.core import rules
-from tokenrl.core.baselines import from_first
+from tokenrl.core import guards
+from tokenrl.core.sets import from_first
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
@@ -54,11 +54,11 @@ def keep(
     actions = mask.bool()
     compared = actions.new_ones(len(actions)) if valid is None else valid.bool()
     if estimator.truncations != "keep":
-        cut = rules.given("truncated", truncated, f"truncations {estimator.truncations!r}").bool()
+        cut = guards.given("truncated", truncated, f"truncations {estimator.truncations!r}").bool()
         if estimator.truncations == "drop":
             compared = compared & ~cut
         actions = actions & ~cut[:, None]
-    counted = compared
+    counted = compared  # a dead group has no gradient, but it was sampled: leaving it out is a choice
     if estimator.zero_spread != "keep":
         dead = zero_spread(rewards, group_size, compared)
         counted = counted & ~dead.repeat_interleave(len(actions) // len(dead))
@@ -74,9 +74,9 @@ def zero_spread(
         Refused: When rows do not fall into groups of two or more.
     """
     totals = rewards.sum(-1) if rewards.ndim == 2 else rewards
-    size = rules.check_groups("zero_spread", len(totals), group_size)
+    size = guards.check_groups("zero_spread", len(totals), group_size)
     differences, _ = from_first(totals.reshape(-1, size), valid.reshape(-1, size))
-    return (differences == 0).all(-1)
+    return (differences == 0).all(-1)  # exactly equal: a standard deviation would be rounded away from 0
 
 
 def overlong_penalty(lengths: Int[Tensor, " N"], max_length: int, buffer: int) -> Float[Tensor, " N"]:

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokenrl.core.baselines import leave_one_out, set_mean
 from tokenrl.core.scales import set_std
+from tokenrl.core.sets import leave_one_out, set_mean
 
 
 def shrunk(
@@ -35,6 +35,7 @@ def shrunk(
     elsewhere = first + (others * (means - first)).sum(-1) / number.clamp(min=1)  # [S]
     lam = own_weight(totals, valid, means, elsewhere, others) if weight is None else weight
     lam = torch.where(number > 0, lam, 1.0).to(totals.dtype)
+    # lam own + (1 - lam) elsewhere, written as a step from one to the other: exact where both are equal
     return own + (1 - lam[:, None]) * (elsewhere[:, None] - own)
 
 
@@ -56,6 +57,7 @@ def own_weight(
     number = others.sum(-1)
     spread = (others * (means - elsewhere[:, None]).square()).sum(-1) / (number - 1).clamp(min=1)
     shares = (others / count.clamp(min=1).to(totals.dtype)).sum(-1) / number.clamp(min=1)
+    # the means spread by tau^2 and by the noise of sampling, sigma^2/n each; a negative rest is no variance
     between = (spread - within * shares).clamp(min=0.0)
     noise = within / (count - 1).clamp(min=1)
     known = (number >= 2) & (between + noise > 0)

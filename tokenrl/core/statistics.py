@@ -1,8 +1,9 @@
-"""How noisy the gradient is, from the gradient itself: two halves of a step are two independent estimates.
+"""Estimates and how far to trust them: a mean with its standard error, and the gradient with its noise.
 
-The halves hold different prompt groups, so what they agree on is signal: `E<g1, g2> = |E g|^2`, and
-`|g1 - g2|^2 / 4` estimates the variance of the whole step's gradient without bias. The backward passes are
-those of the update in another order; only a copy and three products are added.
+How noisy the gradient is can be seen from the gradient itself, for two halves of a step are two independent
+estimates of it. The halves hold different prompt groups, so what they agree on is signal: `E<g1, g2> =
+|E g|^2`, and `|g1 - g2|^2 / 4` estimates the variance of the whole step's gradient without bias. The backward
+passes are those of the update in another order; only a copy and three products are added.
 """
 
 from __future__ import annotations
@@ -11,7 +12,29 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+
+
+def mean_and_error(
+    values: Float[Tensor, " N"], group_size: int = 1
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Mean of one number a completion, and its standard error over groups, `sd(means of groups) / sqrt(B)`.
+
+    Completions of one prompt share what the prompt adds, so they are not N independent draws; groups are
+    independent, and the square of this error is the mean's variance in expectation. Of a single group the
+    error is that over its completions, which says nothing of other prompts; of a single number it is nan.
+
+    Args:
+        values: One number a completion, prompt-major.
+        group_size: Consecutive completions of each prompt.
+    """
+    # Groups have one size, so the mean of their means is the mean over all, and their spread is its error's.
+    groups = values.reshape(-1, group_size).mean(-1)  # [B]
+    units = groups if len(groups) > 1 else values
+    if len(units) < 2:
+        return values.mean(), values.new_full((), math.nan)
+    return values.mean(), units.std(correction=1) / len(units) ** 0.5
 
 
 class GradientDiagnostics:
@@ -44,8 +67,10 @@ class GradientDiagnostics:
             (McCandlish et al. 2018, arXiv 1812.06162); NaN where no signal was seen.
             `gradient/cosine_previous`: cosine to the last gradient measured.
         """
+        # A half carries half of the step's weight, so twice it estimates the same as the whole.
         first, second = 2 * half, 2 * (whole - half)
         signal = float(first @ second)
+        # whole = (first + second)/2, so Var(whole) = (Var(first) + Var(second))/4 = E|first - second|^2/4
         noise = float((first - second).square().sum()) / 4
         out = {
             "gradient/snr": signal / noise if noise else math.nan,

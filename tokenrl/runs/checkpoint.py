@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.directory import sync_folder, write_json
+from tokenrl.runs.files import sync_file, sync_folder, write_json
 
 _NAME = re.compile(r"step_\d{6,}")
 _MANIFEST = "manifest.json"
@@ -144,8 +144,7 @@ def _seal(partial: Path, step: int) -> None:
         if file.is_dir():
             sync_folder(file)
             continue
-        with file.open("rb+") as handle:
-            os.fsync(handle.fileno())
+        sync_file(file)
         name = file.relative_to(partial).as_posix()
         files[name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
     write_json(partial / _MANIFEST, {"step": step, "files": files})

@@ -3,14 +3,65 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any, TextIO
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.table import Table
 
 _LOSS_NOTE = (
     "The loss is no measure of progress: it weighs log-probabilities by advantages, "
     "which average to about 0 by construction; watch the reward and the evaluation."
 )
 _CELL = 60  # characters of a prompt or completion shown in a table
+
+
+def rich_console(*, width: int = 110, quiet: bool = False, file: TextIO | None = None) -> RichConsole:
+    """Make a console of rich for texts that come from data and models.
+
+    Args:
+        width: characters in a line where there is no terminal to ask.
+        quiet: print nothing.
+        file: instead of stdout.
+    """
+    from rich.console import Console as RichConsole
+
+    # no markup, no emoji codes, no guessing at what to highlight: the texts are not ours
+    console = RichConsole(file=file, quiet=quiet, markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = width
+    return console
+
+
+def rich_table(
+    title: str = "",
+    left: Sequence[str] = (),
+    right: Sequence[str] = (),
+    *,
+    show_header: bool = True,
+    **column: Any,
+) -> Table:
+    """Make a table of rich.
+
+    Args:
+        title: above the table, at its left.
+        left: heads of the columns of text, which stand at the left.
+        right: heads of the columns of numbers, which stand at the right of the others.
+        show_header: whether the heads are shown.
+        **column: options of rich for all these columns, such as `no_wrap`.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    heading = Text(title, style="bold") if title else None
+    table = Table(title=heading, title_justify="left", box=box.SIMPLE, show_header=show_header)
+    for name in left:
+        table.add_column(name, **column)
+    for name in right:
+        table.add_column(name, justify="right", **column)
+    return table
 
 
 class Console:
@@ -24,19 +75,12 @@ class Console:
             file: instead of stdout.
             every: steps between two lines where there is no terminal to redraw a line on.
         """
-        from rich.console import Console as RichConsole
-
         self.every = every
-        # Texts come from data and models: no markup, no emoji codes, no guessing at what to highlight.
-        self.rich = RichConsole(
-            file=file, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=False
-        )
-        if not self.rich.is_terminal:
-            self.rich.width = 110
+        self.rich = rich_console(quiet=quiet, file=file)
 
     def start(self, title: str, facts: Mapping[str, Any], *, note: str = _LOSS_NOTE) -> None:
         """Print the header: what is trained and how, and what its loss means."""
-        table = self._table(title)
+        table = rich_table(title, show_header=False)
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
         for name, fact in facts.items():
@@ -50,7 +94,7 @@ class Console:
 
     def completions_table(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Print prompt, completion, reward and advantage of each row; control characters made visible."""
-        table = self._table("Sample completions", show_header=True)
+        table = rich_table("Sample completions")
         for column in ("prompt", "completion"):
             table.add_column(column, overflow="fold", ratio=1)
         for column in ("reward", "advantage"):
@@ -71,24 +115,13 @@ class Console:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the evaluation before and after training, and how the run ended, from summary.json."""
         before, after = summary.get("eval_before") or {}, summary.get("eval_after") or {}
-        table = self._table("Evaluation", show_header=True)
-        table.add_column("")
-        table.add_column("before", justify="right")
+        table = rich_table("Evaluation", ("",), ("before",))
         table.add_column("after", justify="right", style="bold")
         for name in dict.fromkeys([*before, *after]):
             table.add_row(self._visible(name), number(before.get(name)), number(after.get(name)))
         if table.rows:
             self.rich.print(table)
         self.rich.print(ending(summary))
-
-    def _table(self, title: str, *, show_header: bool = False) -> Any:
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
-
-        return Table(
-            title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE, show_header=show_header
-        )
 
     def _visible(self, text: object, limit: int | None = None) -> str:
         line = visible(str(text), limit)

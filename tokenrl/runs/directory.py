@@ -1,26 +1,24 @@
 """One directory is the whole truth of a run: who may write there, and what lies where.
 
 `RunDirectory.create` checks everything before it writes or removes anything, then holds a lock until it is
-released, so that two runs never mix their files. JSON written here is strict: JSON has no NaN and no
-infinity, so NaN becomes null (a number that is missing) and an infinity the string "Infinity" or "-Infinity",
-which `float` reads back.
+released, so that two runs never mix their files.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Refused
+from tokenrl.runs.files import write_json
+from tokenrl.settings import read_config
 
 _OWN_ENTRY = re.compile(r"\.?step_\d{6,}(\.parquet)?(\.partial)?|episode-episode-\d+\.mp4")
 _FILES = (
@@ -138,76 +136,6 @@ class RunDirectory:
         write_json(self.summary, summary)
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a config.json, or the one of a run directory.
-
-    Raises:
-        Refused: there is none, or it is not a JSON object.
-    """
-    file = Path(path)
-    file = file / "config.json" if file.is_dir() else file
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Refused(
-            f"The configuration {file} cannot be read ({error}); give the config.json of a run."
-        ) from error
-    if not isinstance(config, dict):
-        raise Refused(f"The configuration {file} is a JSON {type(config).__name__}; it must be an object.")
-    return config
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write strict JSON with sorted keys so that a reader sees the old file or the new one, never a part.
-
-    Raises:
-        Stopped: it could not be written (disk full, no permission); the old file, if any, is untouched.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(plain(value), file, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise Stopped(
-            f"{path} could not be written ({error}); free space or permissions and run again."
-        ) from error
-
-
-def plain(value: Any) -> Any:
-    """Turn a value into what strict JSON can hold.
-
-    NaN becomes None, an infinity its name; tensors and numpy values become numbers or lists, dataclasses
-    dicts, sets sorted lists, a function its "module:name", and anything else its `str`.
-    """
-    if value is None or isinstance(value, (bool, int)):
-        return value
-    if isinstance(value, str):  # a lone surrogate has no UTF-8
-        return value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        return None if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted((plain(item) for item in value), key=str)
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if hasattr(value, "tolist"):  # numpy and torch, of any rank
-        return plain(value.tolist())
-    if hasattr(value, "__qualname__"):
-        return f"{value.__module__}:{value.__qualname__}"
-    return str(value)
-
-
 def versions() -> dict[str, str]:
     """Name the Python, the platform and the packages that decide a run's numbers; imports none of them."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
@@ -218,17 +146,6 @@ def versions() -> dict[str, str]:
             if package == "tokenrl":  # run from a source tree; the key still marks the file as a run's
                 found[package] = "unknown"
     return found
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system can sync a folder at all."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _holds_run(run: Path) -> bool:

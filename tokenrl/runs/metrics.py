@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.directory import plain
+from tokenrl.runs.files import plain, replacing
 
 
 class MetricsLog:
@@ -110,14 +110,9 @@ def write_completions(folder: Path, step: int, rows: Sequence[Mapping[str, Any]]
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = pyarrow.table({name: _column([row.get(name) for row in rows]) for name in names})
     path = folder / f"step_{step:06d}.parquet"
-    partial = folder / f".{path.name}.partial"
-    try:
+    with replacing(path) as partial:
         folder.mkdir(parents=True, exist_ok=True)
         parquet.write_table(table, partial)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise Stopped(f"{path} could not be written ({error}); free space or permissions.") from error
     return path
 
 

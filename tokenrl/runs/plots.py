@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenrl.runs.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart with any colour vision, and by lightness in grey.
 _BLUE, _ORANGE, _GREEN, _INK, _GREY = "#0072B2", "#D55E00", "#009E73", "#222222", "#8A8A8A"
@@ -82,10 +84,20 @@ def learning_curve(
         )
         for column, (key, name, unit) in enumerate(health):
             _health_panel(figure.add_subplot(grid[column]), series(metrics, key), name, unit, last)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", metadata={"Software": None})
-    os.replace(partial, path)
+    save_figure(figure, path)
     return path
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format that the name ends in, else PNG; the same figure gives the same bytes.
+
+    Raises:
+        Stopped: it could not be written; the old file, if any, is untouched.
+    """
+    kind = path.suffix[1:] or "png"
+    with replacing(path) as partial:
+        # without the version of matplotlib, which a PNG would otherwise carry
+        figure.savefig(partial, format=kind, metadata={"Software": None} if kind == "png" else None)
 
 
 def _main_panel(

@@ -11,9 +11,10 @@ from typing import Any
 
 from tokenrl.errors import Refused
 from tokenrl.runs.console import ending, number
-from tokenrl.runs.directory import plain, read_config
+from tokenrl.runs.files import plain, write_text
 from tokenrl.runs.metrics import read_completions, read_metrics
 from tokenrl.runs.plots import learning_curve, series
+from tokenrl.settings import read_config
 
 _STYLE = """
 :root { color-scheme: light dark;
@@ -130,7 +131,7 @@ def write_report(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
     )
-    path.write_text(page, encoding="utf-8", errors="replace")
+    write_text(path, page)
     return path
 
 

@@ -35,7 +35,8 @@ from typing import Any, Protocol
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import latest_checkpoint, replace_directory, save_checkpoint
 from tokenrl.runs.console import Console, Progress
-from tokenrl.runs.directory import RunDirectory, write_json
+from tokenrl.runs.directory import RunDirectory
+from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import MetricsLog
 from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.report import report_from_directory

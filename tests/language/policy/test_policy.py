@@ -42,7 +42,7 @@ def test_float16_is_refused_for_training_also_if_it_was_saved_so(tmp_path):
     make_model(dtype="float16").save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     for kind in (setup.TrainArguments, SftArguments):
-        args = setup.arguments(kind, {"model": str(tmp_path), "dtype": "auto"})
+        args = kind(model=str(tmp_path), dtype="auto")
         with pytest.raises(Refused, match="float16"):
             setup.make_policy(args, None, print)
 

@@ -9,7 +9,7 @@ import torch
 from tiny_models import ARCHITECTURES, apart, gradient, make_model, make_policy, make_tokenizer, weights
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.preferences.arguments import RewardModelArguments
+from tokenrl.language.preferences.arguments import RewardModelSettings
 from tokenrl.language.preferences.backbone import reward_backbone
 from tokenrl.language.preferences.evaluation import (
     calibration,
@@ -100,7 +100,7 @@ def test_a_reward_model_keeps_the_backbone_and_draws_a_head(architecture, saved)
     head, other = (reward_backbone(policy, seed=seed).model.score.weight for seed in (1, 2))
     assert head.shape == (1, 32) and torch.equal(head, of_files.model.score.weight)
     assert not torch.equal(head, other) and 0.1 < head.std() * 33**0.5 < 2
-    train = RewardModelArguments(max_steps=1, batch_size=3, learning_rate=0.1)
+    train = RewardModelSettings(max_steps=1, batch_size=3, learning_rate=0.1, eval_every=1)
     fit_reward_model(of_policy, PAIRS, train)
     assert torch.equal(weights(policy.model), before)  # a copy was trained
     assert policy.model.config.num_labels == 2
@@ -109,7 +109,7 @@ def test_a_reward_model_keeps_the_backbone_and_draws_a_head(architecture, saved)
 
 def test_the_first_update_follows_the_arguments():
     def first(args, pairs=PAIRS):
-        steps = RewardModelArguments(max_steps=3, batch_size=3, learning_rate=1e-3, **args)
+        steps = RewardModelSettings(max_steps=3, batch_size=3, learning_rate=1e-3, eval_every=1, **args)
         metrics = fit_reward_model(untrained(), pairs, steps)
         assert [m["learning_rate"] for m in metrics] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
         return metrics[0]
@@ -248,11 +248,11 @@ GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
         ({"data": [GOOD, GOOD | {"chosen": "cat " * 200}] * 4}, "3 of 7 pairs.*64 tokens"),
         ({"data": [GOOD | {"margin": 1.0}] * 4, "margin": 0.5}, "a column 'margin' were both given"),
         ({"hidden_size": 16}, "with --model the width"),
-        ({"label_smoothing": 0.5}, "label_smoothing=0.5"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"learning_rate": 0.0}, "learning_rate=0"),
-        ({"margin": math.nan}, "margin=nan"),
-        ({"max_step": 3}, "Unknown argument max_step"),
+        ({"label_smoothing": 0.5}, "label_smoothing was given as 0.5; it must be .*below 0.5"),
+        ({"batch_size": 0}, "batch_size was given as 0; it must be a whole number of at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate was given as 0.0; it must be a finite number above 0"),
+        ({"margin": math.nan}, "margin was given as nan; it must be a finite number"),
+        ({"max_step": 3}, "no setting 'max_step'. Did you mean 'max_steps'"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(changes, words, tmp_path, saved):

@@ -14,6 +14,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.training import evaluation
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.evaluation_metrics import check_sizes, distinct, evaluation_table
+from tokenrl.runs.console import rich_console
 from toy_tasks.models import TinyModel
 
 ROWS = [{"prompt": f"{x}{y}>"} for x in "abcd" for y in "ab"]
@@ -221,10 +222,12 @@ def test_a_reference_that_cannot_score_is_refused(reference, generations, words)
         evaluate(Recorder().right, reference=tiny(1, **reference), generations=generations)
 
 
-def test_the_table_has_a_line_a_number_with_its_error_and_meaning():
+def test_the_table_has_a_line_a_number_with_its_error_and_meaning(capsys):
     metrics = evaluate(Recorder().right, k=(1, 6), reference=tiny(1))
-    title, header, *lines = evaluation_table(metrics, title="tiny").splitlines()
-    assert title == "tiny" and header.split() == ["value", "stderr"]
+    rich_console().print(evaluation_table(metrics, title="tiny"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    title, header, _, *lines = lines
+    assert title.split() == ["tiny"] and header.split() == ["value", "stderr"]
     shown = {line.split()[0]: line for line in lines}
     assert shown.keys() == {name for name in metrics if not name.endswith("_stderr")}
     words = shown["pass@6"].split()

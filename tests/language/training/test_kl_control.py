@@ -15,7 +15,7 @@ from tokenrl.core import Estimator
 from tokenrl.core.kl import next_beta
 from tokenrl.errors import Refused
 from tokenrl.language.training import setup
-from tokenrl.language.training.kl_control import check_target, completion_kl, kl_metrics
+from tokenrl.language.training.kl_control import completion_kl, kl_metrics
 
 KL = Estimator.preset("rloo", beta=0.5)
 
@@ -112,7 +112,7 @@ def test_without_a_weight_no_reference_is_held_or_run():
 )
 def test_a_target_that_cannot_be_held_is_refused(estimator, settings, words, tmp_path):
     with pytest.raises(Refused, match=words):
-        check_target(setup.arguments(setup.TrainArguments, {"estimator": estimator, **settings}))
+        setup.resolve(setup.TrainArguments(estimator=estimator, **settings), make_task())
     with pytest.raises(Refused, match=words):
         tokenrl.train(
             model=(make_policy().model, make_policy().tokenizer),

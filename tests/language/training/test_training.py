@@ -293,11 +293,11 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted_and_stops_the_run(
         ({"num_generations": 1}, "num_generations=1"),
         ({"num_iterations": 2}, "ratio='none'"),
         ({"num_minibatches": 5, "estimator": "grpo"}, "num_minibatches=5"),
-        ({"max_steps": 0}, "max_steps=0"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"micro_batch_size": 0}, "micro_batch_size=0"),
-        ({"seed": -1}, "seed=-1"),
+        ({"max_steps": 0}, "max_steps was given as 0; it must be a whole number of at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate was given as 0.0; it must be a finite number above 0"),
+        ({"temperature": float("nan")}, "temperature was given as nan"),
+        ({"micro_batch_size": 0}, "micro_batch_size was given as 0"),
+        ({"seed": -1}, "seed was given as -1; it must be a whole number of at least 0"),
         ({"max_completion_length": 15}, "row 0 has 3 tokens"),
         ({"max_completion_length": 16}, "leaves no room"),
         ({"dtype": "float16"}, "float16"),
@@ -306,7 +306,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted_and_stops_the_run(
         ({"reward": "math:nothing"}, "nothing"),
         ({"reward": lambda completions, answer: [0.0]}, "'answer'"),
         ({"report_to": "nosuch"}, "nosuch"),
-        ({"no_such_argument": 1}, "no_such_argument"),
+        ({"no_such_argument": 1}, "There is no setting 'no_such_argument'"),
         ({"task": make_task(train_prompts=[])}, "no prompts"),
         ({"task": make_task(eval_prompts=[])}, "no prompts to evaluate"),
         ({"task": "nosuch"}, "nosuch"),
@@ -345,10 +345,11 @@ def test_tensorboard_gets_the_metrics(run, tmp_path):
 
 
 def test_a_config_reads_back_into_the_same_run(run, tmp_path):
-    from tokenrl.cli import _from_config
+    from tokenrl.language.training.arguments import TrainArguments
+    from tokenrl.settings import configured
 
     run(estimator=Estimator.preset("grpo", beta=0.1), num_iterations=2)
-    args = _from_config(str(tmp_path / "run"))
+    args = configured(TrainArguments, tmp_path / "run", "train")
     assert args.estimator == Estimator.preset("grpo", beta=0.1)
     assert args.num_iterations == 2 and args.prompts_per_step == 4 and args.reward == ()
 

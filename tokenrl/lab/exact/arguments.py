@@ -8,9 +8,11 @@ from typing import Literal
 
 import tyro
 
+from tokenrl.settings import Settings
+
 
 @dataclass(frozen=True)
-class LabArguments:
+class LabArguments(Settings):
     """Prove or refute the declared bias of every estimator, by summing over all that can be sampled."""
 
     what: tyro.conf.Positional[Literal["exact"]]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tokenrl.core import Estimator
-from tokenrl.core.bias import BUILT, KL_EFFECTS
+from tokenrl.core.axes import AXES
+from tokenrl.core.choices import KL_EFFECTS
 from tokenrl.core.presets import PRESETS
 
 NEEDS: dict[str, dict[str, object]] = {
@@ -60,7 +61,7 @@ EXTRA: dict[str, dict[str, object]] = {
 def named_estimators() -> dict[str, Estimator]:
     """Return the estimators by name: presets, RLOO with one axis changed, and the extra ones.
 
-    The axes are read from what is built, so what is added to the core is looked at without a word here. An
+    The axes are read from the core's own table, so what is added there is looked at without a word here. An
     estimator that has a name already is not listed again.
     """
     known: dict[str, Estimator] = {}
@@ -73,7 +74,7 @@ def named_estimators() -> dict[str, Estimator]:
 def _candidates() -> Iterator[tuple[str, Estimator]]:
     for name in PRESETS:
         yield name, Estimator.preset(name)
-    for axis, choices in BUILT.items():
+    for axis, choices in AXES.items():
         if axis not in ("kl_placement", "kl_estimator"):  # they go in pairs
             for choice in choices:
                 fields = {**NEEDS.get(axis, {}), **NEEDS.get(choice, {}), axis: choice}

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tokenrl.core.bias import EXACT, FROM_BEST_TO_WORST, UP_TO_SCALE
+from tokenrl.core.effects import EXACT, FROM_BEST_TO_WORST, UP_TO_SCALE
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.arguments import LabArguments
 from tokenrl.lab.exact.catalogue import named_estimators
 from tokenrl.lab.exact.discounting import Match, objectives_on_control
 from tokenrl.lab.exact.verdict import Verdict, measure_bias
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+from tokenrl.runs.console import rich_console, rich_table
+from tokenrl.runs.files import write_text
+from tokenrl.runs.plots import save_figure
 
 # Okabe and Ito's palette: told apart with any colour vision.
 COLOURS = dict(
@@ -59,7 +57,7 @@ def exact(args: LabArguments) -> int:
     if not args.estimators:
         print_objectives()
     if args.json is not None:
-        args.json.write_text(json.dumps(records(verdicts), indent=1, allow_nan=False) + "\n")
+        write_text(args.json, json.dumps(records(verdicts), indent=1, allow_nan=False) + "\n")
     if args.figure is not None:
         draw_map(verdicts, args.figure)
     return 0 if all(v.ok for v in verdicts.values()) else 1
@@ -93,8 +91,9 @@ def _finite(number: float) -> float | None:
 
 def print_table(verdicts: Mapping[str, Verdict]) -> None:
     """Print a line an estimator, and below what the columns mean."""
-    console = _console()
-    table = _table(("estimator", "declared", "found"), ("cosine", "relative bias", "noise", "ok"))
+    console = rich_console(width=120)
+    heads = ("estimator", "declared", "found"), ("cosine", "relative bias", "noise", "ok")
+    table = rich_table("", *heads, no_wrap=True)
     for name, v in verdicts.items():
         bias = f"{v.relative_bias:.1e}" if v.relative_bias < 1e-3 else f"{v.relative_bias:.3f}"
         row = (name, v.declared, v.found, f"{v.cosine:.6f}", bias, f"{v.noise:.2f}", "yes" if v.ok else "NO")
@@ -111,11 +110,12 @@ def print_table(verdicts: Mapping[str, Verdict]) -> None:
 
 def print_objectives() -> None:
     """Print whose gradient each return and baseline gives on a small control problem."""
-    table = _table(("on a control problem of 3 steps", "gamma", "of J_1", "of J_gamma", "ascends"), ())
+    heads = ("on a control problem of 3 steps", "gamma", "of J_1", "of J_gamma", "ascends")
+    table = rich_table("", heads, no_wrap=True)
     for name, gamma, found in objectives_on_control():
         discounted = _against(found.discounted) if gamma < 1 else "the same"
         table.add_row(name, f"{gamma:g}", _against(found.undiscounted), discounted, found.ascends)
-    console = _console()
+    console = rich_console(width=120)
     console.print(table)
     console.print(
         "The expected gradient against those of J_1 = E[sum r_t] and J_gamma = E[sum gamma^t r_t]; off: "
@@ -131,27 +131,6 @@ def _against(match: Match) -> str:
     if match.status == UP_TO_SCALE:
         return f"{match.scale:.3f} of it"
     return f"off by {match.relative_bias:.3f}, cos {match.cosine:.4f}"
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 120
-    return console
-
-
-def _table(left: Sequence[str], right: Sequence[str]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE)
-    for column in left:
-        table.add_column(column, no_wrap=True)
-    for column in right:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
 
 
 def draw_map(verdicts: Mapping[str, Verdict], path: Path) -> Path:
@@ -186,10 +165,7 @@ def draw_map(verdicts: Mapping[str, Verdict], path: Path) -> Path:
     axes.grid(color="#E8E8E8", linewidth=0.8)
     if spots:
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.06, 1.0), title="found")
-    partial = path.with_name(f".{path.name}.partial")
-    kind = path.suffix[1:]
-    figure.savefig(partial, format=kind, metadata={"Software": None} if kind == "png" else None)
-    os.replace(partial, path)
+    save_figure(figure, path)
     return path
 
 

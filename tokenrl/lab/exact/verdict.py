@@ -9,8 +9,7 @@ from functools import cache
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenrl.core import Estimator
-from tokenrl.core.bias import ASYMPTOTIC, BIASED, EXACT, FROM_BEST_TO_WORST, PER_PROMPT, UNKNOWN, UP_TO_SCALE
+from tokenrl.core import Estimator, effects
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.control_problem import problem_of_mdp, random_mdp
 from tokenrl.lab.exact.enumeration import Moments, exact_moments, proportional_step
@@ -51,11 +50,11 @@ class Verdict:
     @property
     def ok(self) -> bool:
         """Whether the declaration holds, and is not 'biased' where no problem shows a bias."""
-        if self.declared == UNKNOWN:
+        if self.declared == effects.UNKNOWN:
             return True
-        if self.declared == BIASED:
-            return self.found == BIASED
-        return FROM_BEST_TO_WORST.index(self.found) <= FROM_BEST_TO_WORST.index(self.declared)
+        if self.declared == effects.BIASED:
+            return self.found == effects.BIASED
+        return effects.FROM_BEST_TO_WORST.index(self.found) <= effects.FROM_BEST_TO_WORST.index(self.declared)
 
     @property
     def cosine(self) -> float:
@@ -122,9 +121,9 @@ def measure_bias(estimator: Estimator, problems: Sequence[Problem] | None = None
         measurements.append(_measurement(problem.name, moments))
     if not measurements:
         raise refusal
-    found = max((m.status for m in measurements), key=FROM_BEST_TO_WORST.index)
-    if found == BIASED and tends_to_the_gradient(estimator):
-        found = ASYMPTOTIC
+    found = max((m.status for m in measurements), key=effects.FROM_BEST_TO_WORST.index)
+    if found == effects.BIASED and tends_to_the_gradient(estimator):
+        found = effects.ASYMPTOTIC
     return Verdict(estimator.bias_status, found, tuple(measurements))
 
 
@@ -145,12 +144,12 @@ def status_of(moments: Moments) -> str:
     """Return the best status that the numbers of one problem allow; 'biased' when none of the exact ones."""
     mean, target = moments.mean, moments.target  # [P, D]
     if float((mean - target).norm()) < TOLERANCE * float(target.norm()):
-        return EXACT
+        return effects.EXACT
     if _aside(mean.flatten(), target.flatten()) < TOLERANCE:
-        return UP_TO_SCALE
+        return effects.UP_TO_SCALE
     if all(_aside(m, t) < TOLERANCE for m, t in zip(mean, target, strict=True)):
-        return PER_PROMPT
-    return BIASED
+        return effects.PER_PROMPT
+    return effects.BIASED
 
 
 def _aside(mean: Float[Tensor, " D"], target: Float[Tensor, " D"]) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from tokenrl.language.policy.arguments import ModelArguments
 from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.settings import Bounds, Count, Natural, Positive
 
 DEFAULT_ESTIMATORS = (
     *("reinforce", "reinforce_running_mean", "reinforce_baseline", "remax", "rloo", "opo_loo", "shrinkage"),
@@ -20,27 +22,27 @@ class MeasureArguments(ModelArguments, TaskArguments):
 
     estimators: tuple[str, ...] = DEFAULT_ESTIMATORS
     """Presets to measure."""
-    num_prompts: int = 128
+    num_prompts: Count = 128
     """Training prompts sampled from; more make intervals narrower."""
-    num_generations: int = 8
+    num_generations: Annotated[int, Bounds(at_least=2)] = 8
     """Completions a prompt (G); a power of two, so that groups can be halved."""
-    prompts_per_step: int = 8
+    prompts_per_step: Count = 8
     """Prompts of the step whose noise is stated, and within which prompts are compared."""
-    max_completion_length: int | None = None
+    max_completion_length: Count | None = None
     """Most tokens a completion may have. Default: the task's, else 256."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Temperature of the policy that is sampled and scored."""
-    probes: int = 256
+    probes: Annotated[int, Bounds(at_least=2)] = 256
     """Random directions in which gradients are seen; lengths are then known to sqrt(2/probes)."""
     layers: tuple[str, ...] = ()
     """Only parameters with one of these in their name; `last` for the last block and the head."""
     per_layer: bool = False
     """Also measure every block by itself, which costs as much again for each."""
-    rows_at_once: int = 1024
+    rows_at_once: Count = 1024
     """Completions in one forward pass; changes memory, not the numbers."""
     cpu: bool = False
     """Stay on the CPU even if there is an accelerator."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of sampling, probes and intervals."""
     json: Path | None = None
     """Also write all numbers to this file."""

@@ -9,7 +9,7 @@ from functools import cache
 from torch import Tensor
 
 from tokenrl.core import Estimator
-from tokenrl.core.bias import EXACT
+from tokenrl.core.effects import EXACT
 from tokenrl.errors import Refused
 from tokenrl.lab.measure.contributions import Contributions, contributions
 from tokenrl.lab.measure.projections import Projections

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,6 +13,8 @@ from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.measurement import Measured, measure_with
 from tokenrl.lab.measure.paired import GroupSize, Measurement
 from tokenrl.lab.measure.unit_statistics import Estimate
+from tokenrl.runs.console import rich_console, rich_table
+from tokenrl.runs.files import write_text
 
 
 def run(args: MeasureArguments) -> int:
@@ -29,9 +30,7 @@ def run(args: MeasureArguments) -> int:
         print_tables(measured)
         print(reading(measured))
     if args.json is not None:
-        partial = args.json.with_name(f".{args.json.name}.partial")
-        partial.write_text(json.dumps(record(measured), indent=1, allow_nan=False) + "\n")
-        os.replace(partial, args.json)
+        write_text(args.json, json.dumps(record(measured), indent=1, allow_nan=False) + "\n")
     return 0
 
 
@@ -50,42 +49,25 @@ def _plain(value: Any) -> Any:
 
 def print_tables(measured: Measured) -> None:
     """Print estimators, group sizes and layers, and below what the columns mean."""
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 140
-    heads = ("estimator", "declared", "units", "noise of a step", "cosine", "noise of none / its own")
+    console = rich_console(width=140)
+    numbers = ("noise of a step", "cosine", "noise of none / its own")
     for title, measurements in {"": measured.estimators, **measured.layers}.items():
-        rows = [
-            (m.estimator, m.declared, f"{m.units} {kind}", *map(words, (m.noise, m.cosine, m.quieter)))
-            for m in measurements
-            for kind in ["steps" if m.coupled else "groups"]
-        ]
-        console.print(_table(title, heads, rows))
+        table = rich_table(title, ("estimator", "declared", "units"), numbers)
+        for m in measurements:
+            units = f"{m.units} {'steps' if m.coupled else 'groups'}"
+            table.add_row(m.estimator, m.declared, units, *map(words, (m.noise, m.cosine, m.quieter)))
+        console.print(table)
     if measured.group_sizes:
-        of_size = ("estimator", "G", "noise of as many completions", "noise with half the G / its own")
-        sizes = [
-            (s.estimator, str(s.group_size), words(s.noise), "" if s.quieter is None else words(s.quieter))
-            for s in measured.group_sizes
-        ]
-        console.print(_table("", of_size, sizes))
+        numbers = ("G", "noise of as many completions", "noise with half the G / its own")
+        table = rich_table("", ("estimator",), numbers)
+        for s in measured.group_sizes:
+            quieter = "" if s.quieter is None else words(s.quieter)
+            table.add_row(s.estimator, str(s.group_size), words(s.noise), quieter)
+        console.print(table)
     console.print(
         "noise: tr Var g / |E g|^2 of one step; cosine: of E g with RLOO's, from other rows; in brackets 95 "
         "% intervals. 'not resolved': the interval of |E g|^2 covers 0, so more prompts are needed.\n"
     )
-
-
-def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, title=title or None, title_justify="left")
-    for head in heads:
-        table.add_column(head, justify="left" if head in ("estimator", "declared", "units") else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def words(estimate: Estimate) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from tokenrl.language.policy.arguments import Dtype
 from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.settings import Count, Natural, Positive, Settings
 
 
 @dataclass(frozen=True)
-class SampleArguments:
+class SampleArguments(Settings):
     """Complete prompts, those given or line by line."""
 
     model: str = ""
@@ -22,19 +23,19 @@ class SampleArguments:
     """Show these rewards instead, or without a task; named as in train."""
     reward_weights: tuple[float, ...] = ()
     """One weight a reward. Default: 1 each."""
-    num_generations: int = 4
+    num_generations: Natural = 4
     """Completions a prompt; 0: the greedy one."""
-    max_completion_length: int | None = None
+    max_completion_length: Count | None = None
     """Most tokens a completion may have. Default: the task's, else 64, or what the context leaves."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Temperature of sampling."""
     chat: bool = False
     """Send the prompt as a chat message of the user."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = "float32"
+    dtype: Dtype = "float32"
     """Precision of the weights."""
     trust_remote_code: bool = False
     """Run code that comes with a model."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of sampling."""
 
 
@@ -44,23 +45,23 @@ class EvaluateArguments(TaskArguments):
 
     model: str = ""
     """Local directory or hub name."""
-    num_generations: int | None = None
+    num_generations: Natural | None = None
     """Sampled completions a prompt, beside the greedy one; 0: none. Default: 4, or the largest k."""
-    k: tuple[int, ...] = ()
+    k: tuple[Count, ...] = ()
     """Sizes of pass@k (best-of-k where rewards are not 0 or 1). Default: 1 and num_generations."""
     reference: str | None = None
     """Directory or hub name of the model that training started from: report the KL to it."""
-    max_completion_length: int | None = None
+    max_completion_length: Count | None = None
     """Most tokens a completion may have. Default: the task's, else 256."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Temperature of sampling."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = "float32"
+    dtype: Dtype = "float32"
     """Precision of the weights."""
     trust_remote_code: bool = False
     """Run code that comes with a model."""
     truncate_prompts: bool = False
     """Drop tokens from the left of prompts too long for the context, instead of refusing them."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of sampling."""
     json: str | None = None
     """Also write the numbers to this file."""

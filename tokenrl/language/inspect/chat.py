@@ -19,8 +19,8 @@ from tokenrl.language.rollout.sampling import sample as draw_completions
 from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.language.tasks.task import find_task
-from tokenrl.language.training.setup import arguments, load_placed
-from tokenrl.settings import check_number
+from tokenrl.language.training.setup import load_placed
+from tokenrl.settings import arguments
 
 
 class Completion(NamedTuple):
@@ -59,7 +59,9 @@ class Sampler:
             raise Refused("Say which model is to complete: --model DIRECTORY_OR_HUB_NAME.")
         task, rewards = None, None
         if args.task is not None:
-            task, rewards = find_task(TaskArguments(args.task, args.reward, args.reward_weights))
+            task, rewards = find_task(
+                TaskArguments(task=args.task, reward=args.reward, reward_weights=args.reward_weights)
+            )
         elif args.reward:
             rewards = Rewards(args.reward, args.reward_weights or None)
         every = [] if task is None else [*task.train_prompts, *task.eval_prompts]
@@ -75,8 +77,6 @@ class Sampler:
             Stopped: a reward failed.
         """
         policy, rewards = self.policy, self.rewards
-        check_number("temperature", args.temperature, above=0)
-        check_number("num_generations", args.num_generations, at_least=0)
         prompts = [[{"role": "user", "content": text}] if args.chat else text for text in texts]
         rows = [{**self.rows.get(t, {}), "prompt": prompt} for t, prompt in zip(texts, prompts, strict=True)]
         if rewards is not None:
@@ -165,7 +165,5 @@ def _changed(args: SampleArguments, line: str) -> SampleArguments:
     except ValueError as error:
         raise Refused(f"{line!r} has no such number as {command} takes: write {command} 1.") from error
     if command == "/n":
-        check_number("num_generations", number, at_least=0)
         return replace(args, num_generations=int(number))
-    check_number("temperature", number, above=0)
     return replace(args, temperature=number)

@@ -10,9 +10,9 @@ from tokenrl.language.inspect.arguments import EvaluateArguments
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.evaluation import Evaluation, evaluate_policy
 from tokenrl.language.training.evaluation_metrics import check_sizes
-from tokenrl.language.training.setup import arguments, load_placed
-from tokenrl.runs.directory import write_json
-from tokenrl.settings import check_number
+from tokenrl.language.training.setup import load_placed
+from tokenrl.runs.files import write_json
+from tokenrl.settings import arguments
 
 
 def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluation:
@@ -24,11 +24,8 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
     args = args or arguments(EvaluateArguments, options)
     if not args.model:
         raise Refused("Say which model to evaluate: --model DIRECTORY_OR_HUB_NAME.")
-    check_number("temperature", args.temperature, above=0)
-    k = (args.k,) if isinstance(args.k, int) else tuple(args.k)
-    generations = max((4, *k)) if args.num_generations is None else args.num_generations
-    check_number("num_generations", generations, at_least=0)
-    check_sizes(k, generations)  # before the model is loaded
+    generations = max((4, *args.k)) if args.num_generations is None else args.num_generations
+    check_sizes(args.k, generations)  # before the model is loaded
     task, rewards = find_task(args)
     how: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     policy = load_placed(args.model, **how)
@@ -42,7 +39,7 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
         seed=args.seed,
         truncate_prompts=args.truncate_prompts,
         detailed=True,
-        k=k or ((1, generations) if generations else ()),
+        k=args.k or ((1, generations) if generations else ()),
         reference=None if args.reference is None else load_placed(args.reference, **how),
     )
     if args.json:

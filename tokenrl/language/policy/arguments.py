@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tokenrl.settings import Natural, Positive, Settings
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64", "auto"]
+
 
 @dataclass(frozen=True)
-class ModelArguments:
-    """Which model, and how it is held in memory."""
+class HoldingArguments(Settings, group="model"):
+    """How the model is made and held in memory."""
 
-    model: str | None = None
-    """Local directory or hub name. Default: the toy task's own tiny model, warm-started here and cached."""
-    base_seed: int = 0
-    """Seed of that tiny model and its warm start."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = "float32"
+    base_seed: Natural = 0
+    """Seed of a toy task's own tiny model and its warm start."""
+    dtype: Dtype = "float32"
     """Precision of the weights; auto: as they were saved."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
@@ -23,12 +25,20 @@ class ModelArguments:
 
 
 @dataclass(frozen=True)
-class LoraArguments:
+class ModelArguments(HoldingArguments):
+    """Which model, and how it is held in memory."""
+
+    model: str | None = None
+    """Local directory or hub name. Default: the toy task's own tiny model, warm-started here and cached."""
+
+
+@dataclass(frozen=True)
+class LoraArguments(Settings, group="LoRA"):
     """Low-rank adapters (peft)."""
 
-    lora_r: int = 0
+    lora_r: Natural = 0
     """Rank of a LoRA adapter; 0 trains all weights."""
-    lora_alpha: float | None = None
+    lora_alpha: Positive | None = None
     """Scale of the adapter. Default: twice the rank."""
     lora_target_modules: tuple[str, ...] = ()
     """Names of the linear layers to adapt. Default: all but the head."""

@@ -14,6 +14,7 @@ import numpy as np
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.preferences.pairs import Pair
 from tokenrl.language.rewards.model import RewardModel
+from tokenrl.runs.plots import save_figure
 
 BINS = 10
 Encoded = tuple[list[int], list[int]]  # ids of prompt + chosen and of prompt + rejected
@@ -172,9 +173,7 @@ def draw_calibration(
     )
     _draw_accuracy(figure.add_subplot(grid[0]), metrics, after)
     _draw_curve(figure.add_subplot(grid[1]), curve)
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    figure.savefig(partial, format="png", metadata={"Software": None})
-    os.replace(partial, path)
+    save_figure(figure, Path(path))
 
 
 def _finding(after: Mapping[str, float]) -> str:

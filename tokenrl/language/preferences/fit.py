@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.preferences.arguments import RewardModelArguments
+from tokenrl.language.preferences.arguments import RewardModelArguments, RewardModelSettings
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
 from tokenrl.language.preferences.evaluation import (
     calibration,
@@ -33,8 +33,8 @@ from tokenrl.language.preferences.report import (
 )
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.stream import Batches
-from tokenrl.language.training.setup import arguments
 from tokenrl.runs.session import Session
+from tokenrl.settings import arguments, settled
 
 LOSS_NOTE = "The loss is the negative log-likelihood of the choices, nats a pair; 0.693 is a coin's."
 
@@ -78,13 +78,13 @@ class PreferenceTraining:
     Dropout is off.
     """
 
-    def __init__(self, reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelArguments) -> None:
+    def __init__(self, reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelSettings) -> None:
         """Encode the pairs and make the optimiser.
 
         Args:
             reward_model: the model to train.
             pairs: what it learns from.
-            args: with `max_steps` and `learning_rate` given.
+            args: the settings.
         """
         self._args, self._model = args, reward_model
         self._encoded = encode_pairs(reward_model, pairs)
@@ -92,7 +92,7 @@ class PreferenceTraining:
         self._batches = Batches(len(pairs), args.batch_size, args.seed)
         self._parameters = [p for p in reward_model.model.parameters() if p.requires_grad]
         fused = reward_model.model.device.type in ("cpu", "cuda")
-        rate = args.learning_rate or 0.0
+        rate = args.learning_rate
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=rate, weight_decay=args.weight_decay, fused=fused
         )
@@ -126,7 +126,7 @@ class PreferenceTraining:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, args.max_grad_norm or math.inf)
         for group in self._optimizer.param_groups:
-            group["lr"] = (args.learning_rate or 0.0) * (1 - (self._step - 1) / (args.max_steps or 0))
+            group["lr"] = args.learning_rate * (1 - (self._step - 1) / args.max_steps)
         self._optimizer.step()
         metrics = {"loss": loss.item(), **_batch_metrics(chosen.detach(), rejected.detach())}
         metrics |= {"grad_norm": float(norm), "learning_rate": self._optimizer.param_groups[0]["lr"]}
@@ -135,11 +135,11 @@ class PreferenceTraining:
 
 
 def fit_reward_model(
-    reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelArguments
+    reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelSettings
 ) -> list[dict[str, float]]:
     """Train for `args.max_steps` updates, in place; returns the metrics of each."""
     training = PreferenceTraining(reward_model, pairs, args)
-    return [training.update() for _ in range(args.max_steps or 0)]
+    return [training.update() for _ in range(args.max_steps)]
 
 
 def _batch_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
@@ -168,7 +168,6 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         >>> result.eval_after["accuracy"]
     """
     args = args or arguments(RewardModelArguments, options)
-    _check(args)
     with Session(
         "reward-model",
         args.output_dir,
@@ -192,9 +191,9 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         pairs = {"train": len(data.train), "held_out": len(data.held_out)}
         title = f"Reward model, {data.name}, seed {args.seed}"
         session.begin(args, names=names, title=title, pairs=pairs)
-        for _ in session.steps(args.max_steps or 0):
+        for _ in session.steps(args.max_steps):
             metrics = training.update()
-            if session.due(args.eval_every or 0):
+            if session.due(args.eval_every):
                 rewards = score_pairs(reward_model, held_out)
                 metrics |= session.evaluated(preference_metrics(rewards, data.held_out))
             session.record(metrics)
@@ -207,40 +206,12 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         return ended
 
 
-def _check(args: RewardModelArguments) -> None:
-    """Refuse what cannot be trained with."""
-    least = {
-        "batch_size": 1,
-        "num_pairs": 1,
-        "eval_size": 1,
-        "max_steps": 1,
-        "eval_every": 1,
-        "hidden_size": 1,
-    }
-    least |= {"seed": 0, "base_seed": 0, "weight_decay": 0, "max_grad_norm": 0, "noise_temperature": 0}
-    least |= {"center_rewards_coefficient": 0, "label_smoothing": 0, "max_completion_length": 1}
-    for name, lowest in least.items():
-        value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and value >= lowest):
-            raise Refused(f"{name}={value}: give {lowest} or more.")
-    for name in ("learning_rate", "temperature"):
-        value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise Refused(f"{name}={value}: give a number above 0.")
-    if args.label_smoothing >= 0.5:
-        raise Refused(
-            f"label_smoothing={args.label_smoothing}: from 0.5 on the labels say nothing; give less."
-        )
-    if not math.isfinite(args.margin):
-        raise Refused(f"margin={args.margin}: give a finite number.")
-
-
-def _resolve(args: RewardModelArguments, data: RewardData) -> RewardModelArguments:
-    """Every None replaced, and the margin checked against the data."""
+def _resolve(args: RewardModelArguments, data: RewardData) -> RewardModelSettings:
+    """Settle what the arguments leave open, and check the margin against the data."""
     if args.margin and any(pair.margin is not None for pair in data.train):
         raise Refused(f"margin={args.margin} and a column 'margin' were both given: give one of the two.")
     batch = min(args.batch_size, len(data.train))
     steps = args.max_steps or math.ceil(len(data.train) / batch)
-    rate = args.learning_rate or (1e-3 if args.model is None else 1e-5)
-    every = args.eval_every or max(1, steps // 10)
-    return replace(args, batch_size=batch, max_steps=steps, learning_rate=rate, eval_every=every)
+    rate = 1e-3 if args.model is None else 1e-5
+    found = {"max_steps": steps, "learning_rate": rate, "eval_every": max(1, steps // 10)}
+    return settled(RewardModelSettings, replace(args, batch_size=batch), found)

@@ -16,11 +16,11 @@ from tokenrl.language.preferences.data import RewardData
 from tokenrl.language.preferences.evaluation import Bin, draw_calibration
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.runs.directory import read_config
 from tokenrl.runs.metrics import read_completions, read_metrics, write_completions
 from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.report import write_report
 from tokenrl.runs.session import Session
+from tokenrl.settings import read_config
 
 PLOT = "calibration.png"
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenrl.core.entropy import entropy_of
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.rollout import Rollout, pad_left
@@ -183,7 +184,7 @@ def _draw(logp: Tensor, draw: Tensor | None) -> tuple[Tensor, Tensor]:
         The tokens [n]; of each its log-probability, the entropy, and its score's squared norm [3, n].
     """
     p = logp.exp()
-    spread = -(p * logp.masked_fill(p == 0, 0.0)).sum(dim=-1)  # [n]
+    spread = entropy_of(logp, p)  # [n]
     # A NaN anywhere in a row's logits is a NaN in its entropy: one look serves both.
     if not bool(torch.isfinite(spread).all()):
         raise Stopped(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokenrl.core.entropy import entropy_of
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import log_softmax
 
@@ -52,8 +53,7 @@ def score(
     logprobs = logp.gather(2, rollout.completion_ids[:, :, None]).squeeze(2)
     if not entropy:
         return Scores(logprobs, None)
-    p = logp.exp()
-    return Scores(logprobs, -(p * logp.masked_fill(p == 0, 0.0)).sum(dim=-1))
+    return Scores(logprobs, entropy_of(logp, logp.exp()))
 
 
 def _positions(mask: Tensor) -> Tensor:

@@ -126,9 +126,9 @@ def _sampled(
 ) -> tuple[Rollout, RewardResult]:
     """A group of completions for each prompt, or the greedy one, and their rewards."""
     args, policy, rows = learner.args, learner.policy, [row for _, row in prompts]
-    length = args.max_completion_length or 256
+    length = args.max_completion_length
     shape = {
-        "num_generations": 1 if greedy else args.num_generations or 1,
+        "num_generations": 1 if greedy else args.num_generations,
         "max_completion_length": length,
     }
     ids = policy.encode_all(
@@ -143,7 +143,7 @@ def _sampled(
             keep_hidden=learner.estimator.needs_values and not greedy,
             **shape,
         )
-    return rollout, reward_rows(policy, rewards, rows, rollout, step=step - 1, max_steps=args.max_steps or 0)
+    return rollout, reward_rows(policy, rewards, rows, rollout, step=step - 1, max_steps=args.max_steps)
 
 
 def _replaced(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import gather_object
 
+from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import RewardResult, Rewards
@@ -192,8 +193,8 @@ def _summary(passes: list[list[dict[str, Any]]]) -> dict[str, float]:
         metrics["reward"] = reward.nanmean()
         generations = len(passes[1]) // len(passes[0])
         means = reward.view(-1, generations).nanmean(dim=1)
-        means = means[~means.isnan()]
-        if len(means) > 1:
-            metrics["reward_stderr"] = means.std() / len(means) ** 0.5
+        _, error = mean_and_error(means[~means.isnan()])
+        if not error.isnan():
+            metrics["reward_stderr"] = error
     metrics |= {"completions/mean_length": length.mean(), "completions/clipped_ratio": truncated.mean()}
     return {name: float(value) for name, value in metrics.items()}

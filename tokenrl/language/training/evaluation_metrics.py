@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tokenrl.errors import Refused
 from tokenrl.language.training.probe import best_of, over_prompts
+from tokenrl.runs.console import rich_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Row = Mapping[str, Any]
 
@@ -115,9 +119,10 @@ MEANINGS = {
 """What each line of the table says, in its order; a key that ends with / or @ stands for all it begins."""
 
 
-def evaluation_table(metrics: Mapping[str, float], *, title: str) -> str:
-    """Lines for people: name, value, standard error over prompts, meaning."""
-    lines = [title, f"{'':27}{'value':>10}{'stderr':>10}"]
+def evaluation_table(metrics: Mapping[str, float], *, title: str) -> Table:
+    """Table for people: name, value, standard error over prompts, meaning."""
+    table = rich_table(title, ("",), ("value", "stderr"), overflow="fold")
+    table.add_column("")
     order = {name: place for place, name in enumerate(MEANINGS)}
 
     def kind(name: str) -> str:
@@ -126,7 +131,6 @@ def evaluation_table(metrics: Mapping[str, float], *, title: str) -> str:
     shown = [name for name in metrics if not name.endswith("_stderr")]
     for name in sorted(shown, key=lambda name: order.get(kind(name), len(order))):
         error = metrics.get(name + "_stderr")
-        meaning = MEANINGS.get(kind(name), "")
-        stderr = f"{error:10.4f}" if error is not None else " " * 10
-        lines.append(f"{name:27}{metrics[name]:10.4f}{stderr}  {meaning}".rstrip())
-    return "\n".join(lines)
+        stderr = "" if error is None else f"{error:.4f}"
+        table.add_row(name, f"{metrics[name]:.4f}", stderr, MEANINGS.get(kind(name), ""))
+    return table

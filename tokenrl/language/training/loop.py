@@ -14,13 +14,11 @@ from tokenrl.errors import Stopped
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task, find_task
-from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.difficulty import filter_task
 from tokenrl.language.training.evaluation import evaluate_policy
-from tokenrl.language.training.kl_control import check_target
 from tokenrl.language.training.run import Run, RunResult, facts, finish, record_step, save_checkpoint
 from tokenrl.language.training.setup import (
-    arguments,
     make_accelerator,
     make_learner,
     make_policy,
@@ -28,6 +26,7 @@ from tokenrl.language.training.setup import (
 )
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.runs.session import Session
+from tokenrl.settings import arguments
 
 
 def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
@@ -49,7 +48,6 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
     args = args or arguments(TrainArguments, options)
     task, rewards = find_task(args)
     args = resolve(args, task)
-    check_target(args)
     accelerator = make_accelerator(args)
     with Session(
         "train",
@@ -78,10 +76,10 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
 def _loop(run: Run, session: Session) -> RunResult:
     """Train to the last step, to the first signal, or until nothing is left to learn."""
     args, reason = run.args, "finished"
-    for step in session.steps(args.max_steps or 0):
+    for step in session.steps(args.max_steps):
         record = _one_step(run, step)
         metrics = dict(record.metrics)
-        if session.due(args.eval_every or 0):
+        if session.due(args.eval_every):
             metrics |= session.evaluated(_evaluate(run, step))
         record_step(run, session, record, metrics)
         if session.due(args.save_every, at_the_end=False):
@@ -96,7 +94,7 @@ def _loop(run: Run, session: Session) -> RunResult:
     return ended
 
 
-def _prepare(args: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, session: Session) -> Run:
+def _prepare(args: TrainSettings, task: Task, rewards: Rewards, accelerator: Any, session: Session) -> Run:
     """Load the policy, make what updates it, and choose the prompts."""
     with accelerator.main_process_first():
         policy = make_policy(args, task, session.console.note)
@@ -108,7 +106,7 @@ def _prepare(args: TrainArguments, task: Task, rewards: Rewards, accelerator: An
         within=args.filter_difficulty,
         samples=args.filter_samples,
         announce=session.console.note,
-        max_completion_length=args.max_completion_length or 256,
+        max_completion_length=args.max_completion_length,
         temperature=args.temperature,
         seed=args.seed,
         truncate_prompts=args.truncate_prompts,
@@ -121,7 +119,7 @@ def _prepare(args: TrainArguments, task: Task, rewards: Rewards, accelerator: An
         rewards=rewards,
         learner=learner,
         schedule=schedule,
-        stream=PromptStream(task.train_prompts, args.prompts_per_step or 1, args.seed),
+        stream=PromptStream(task.train_prompts, args.prompts_per_step, args.seed),
         running_mean=RunningMean(estimator.running_mean_decay, estimator.running_mean_init),
     )
     session.register(run=run, stream=run.stream, running_mean=run.running_mean, learner=learner)
@@ -134,7 +132,7 @@ def _check_lengths(run: Run) -> None:
     for number, row in enumerate(run.task.train_prompts):  # one by one: their ids need not all be in memory
         policy.encode_all(
             [row["prompt"]],
-            max_completion_length=args.max_completion_length or 256,
+            max_completion_length=args.max_completion_length,
             truncate=args.truncate_prompts,
             first_row=number,
         )
@@ -148,7 +146,7 @@ def _one_step(run: Run, step: int) -> Record:
     record.metrics["learning_rate"] = run.schedule.get_last_lr()[0]
     record.metrics["skipped_steps"] = run.learner.skipped
     run.schedule.step()
-    rows = (run.args.prompts_per_step or 1) * (run.args.num_generations or 1)
+    rows = run.args.prompts_per_step * run.args.num_generations
     run.completion_tokens += record.metrics["completions/mean_length"] * rows
     run.entropies.append(record.metrics["entropy"])
     run.tokens += int(record.metrics["num_tokens"])
@@ -164,7 +162,7 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
             learner.policy,
             run.task.eval_prompts,
             run.rewards,
-            max_completion_length=args.max_completion_length or 256,
+            max_completion_length=args.max_completion_length,
             num_generations=args.eval_generations,
             temperature=args.temperature,
             seed=args.seed,

@@ -10,14 +10,14 @@ from typing import Any
 from safetensors.torch import save_file
 
 from tokenrl.core.baselines import RunningMean
+from tokenrl.core.entropy import entropy_collapse_message, entropy_collapsed, final_entropy
 from tokenrl.core.presets import preset_name
-from tokenrl.core.rules import entropy_collapse_message, entropy_collapsed, final_entropy
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import model_card, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
-from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.language.training.step import Record
 from tokenrl.language.training.update import Learner
 from tokenrl.runs.metrics import write_completions
@@ -62,7 +62,7 @@ class Run:
         flat_steps: steps in a row in which no rewards differed.
     """
 
-    args: TrainArguments
+    args: TrainSettings
     task: Task
     rewards: Rewards
     learner: Learner
@@ -125,12 +125,12 @@ def facts(run: Run) -> dict[str, Any]:
 
 def record_step(run: Run, session: Session, record: Record, metrics: dict[str, float]) -> None:
     """Write a step to the log, the completions and the trackers, and show it."""
-    shown = run.args.log_completions or 0
+    shown = run.args.log_completions
     session.record(metrics, record.timings | {"tokens_per_second": run.tokens_per_second})
     if session.directory is not None and shown and (session.step == 1 or session.due(shown)):
         rows = record.rows()
         write_completions(session.directory.completions, session.step, rows)
-        session.console.completions_table(_few(rows, run.args.num_generations or 1))
+        session.console.completions_table(_few(rows, run.args.num_generations))
     if run.args.report_to and session.due(run.args.logging_steps, at_the_end=False):
         run.learner.accelerator.log(metrics, step=session.step)
 

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from tokenrl.core.estimator import Estimator
-from tokenrl.core.rules import check_horizon
+from tokenrl.core.guards import check_horizon
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
 from tokenrl.language.policy.adapters import add_lora
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.policy.model import Policy, enable_gradient_checkpointing, load_policy, wrap
 from tokenrl.language.tasks.task import Task
-from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.critic import Critic
+from tokenrl.language.training.kl_control import check_target
 from tokenrl.language.training.supervised import warm_started_base
 from tokenrl.language.training.update import Learner
+from tokenrl.settings import settled
 
-DEFAULTS: dict[str, Any] = {
+DEFAULTS = {
     "max_steps": 200,
     "prompts_per_step": 16,
     "num_generations": 8,
@@ -31,81 +30,31 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def arguments(kind: type[Any], options: Mapping[str, Any]) -> Any:
-    """A dataclass of arguments from keywords, as the Python functions take them.
-
-    A single reward stands for a tuple of one, an estimator's name for its preset.
+def resolve(args: TrainArguments, task: Task) -> TrainSettings:
+    """Settle what the arguments leave open, by what the task recommends, else by a default; then check.
 
     Raises:
-        Refused: an unknown keyword.
-    """
-    known = {f.name for f in fields(kind)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise Refused(f"Unknown argument {', '.join(unknown)}; known are: {', '.join(sorted(known))}.")
-    values = dict(options)
-    for name in ("reward", "reward_weights", "report_to", "prompt", "lora_target_modules"):
-        if name in values and not isinstance(values[name], (list, tuple)):
-            values[name] = () if values[name] is None else (values[name],)
-        if name in values:
-            values[name] = tuple(values[name])
-    if isinstance(values.get("estimator"), str):
-        values["estimator"] = Estimator.preset(values["estimator"])
-    if "output_dir" in values:
-        values["output_dir"] = str(values["output_dir"])
-    return kind(**values)
-
-
-def resolve(args: TrainArguments, task: Task) -> TrainArguments:
-    """Arguments with every None replaced: by what the task recommends, else by the default; then checked.
-
-    Raises:
-        Refused: a value out of range, or two that do not go together.
+        Refused: two settings that do not go together.
     """
     recommended = dict(getattr(task, "train", None) or {})
     if getattr(task, "max_completion_length", None):
         recommended["max_completion_length"] = task.max_completion_length
     defaults = {**DEFAULTS, "learning_rate": 1e-4 if args.lora_r else 1e-5, **recommended}
-    missing = {
-        f.name: defaults[f.name] for f in fields(args) if getattr(args, f.name) is None and f.name in defaults
-    }
-    args = replace(args, **missing)
-    if args.eval_every is None:
-        args = replace(args, eval_every=max(1, (args.max_steps or 10) // 10))
-    if args.log_completions is None:
-        args = replace(args, log_completions=args.eval_every)
-    check(args)
-    return args
+    every = defaults.setdefault("eval_every", max(1, (args.max_steps or defaults["max_steps"]) // 10))
+    defaults.setdefault("log_completions", every if args.eval_every is None else args.eval_every)
+    settings = settled(TrainSettings, args, defaults)
+    check(settings)
+    return settings
 
 
-def check(args: TrainArguments) -> None:
-    """Refuse what cannot be trained with."""
+def check(args: TrainSettings) -> None:
+    """Refuse settings that do not go together; what each may be by itself stands beside the fields."""
     if args.resume is not None:
         raise Refused(
             "--resume is not built yet. To go on from the weights of a checkpoint, with a new optimiser and "
             "a new run directory, give it as --model."
         )
-    at_least_one = [
-        *("max_steps", "prompts_per_step", "num_generations", "max_completion_length", "num_iterations"),
-        *("num_minibatches", "logging_steps", "keep_checkpoints", "stop_after_nonfinite"),
-    ]
-    at_least_zero = [
-        *("seed", "base_seed", "warmup_steps", "eval_every", "eval_generations", "save_every", "lora_r"),
-        *("max_refills", "diagnostics_every", "value_iterations"),
-        *("stop_after_zero_spread", "weight_decay", "max_grad_norm", "log_completions"),
-    ]
-    for names, least in ((at_least_one, 1), (at_least_zero, 0)):
-        for name in names:
-            if getattr(args, name) < least:
-                raise Refused(f"{name}={getattr(args, name)}: give {least} or more.")
-    if args.micro_batch_size is not None and args.micro_batch_size < 1:
-        raise Refused(
-            f"micro_batch_size={args.micro_batch_size}: give 1 or more, or leave it out for all rows at once."
-        )
-    for name in ("learning_rate", "temperature"):
-        value = getattr(args, name)
-        if not (math.isfinite(value) and value > 0):
-            raise Refused(f"{name}={value}: give a number above 0.")
+    check_target(args)
     if args.estimator.needs_groups and args.num_generations == 1:
         raise Refused(
             f"The estimator compares the completions of one prompt (baseline={args.estimator.baseline!r}, "
@@ -114,7 +63,7 @@ def check(args: TrainArguments) -> None:
         )
     _try_out(args)
     check_horizon(args.estimator, args.max_completion_length, args.allow_no_baseline)
-    if (args.num_minibatches or 1) > (args.prompts_per_step or 1):
+    if args.num_minibatches > args.prompts_per_step:
         raise Refused(
             f"num_minibatches={args.num_minibatches} is more than prompts_per_step={args.prompts_per_step}; "
             f"groups are not split, so give at most {args.prompts_per_step}."
@@ -130,9 +79,9 @@ def check(args: TrainArguments) -> None:
         )
 
 
-def _try_out(args: TrainArguments) -> None:
+def _try_out(args: TrainSettings) -> None:
     """Give the estimator a step of the right shape: what it refuses is better known now than later."""
-    n = (args.prompts_per_step or 1) * (args.num_generations or 1)
+    n = args.prompts_per_step * args.num_generations
     zeros = torch.zeros(n, 1)
     args.estimator.advantages(
         zeros[:, 0],
@@ -176,7 +125,7 @@ def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]
     return policy
 
 
-def make_accelerator(args: TrainArguments) -> Any:
+def make_accelerator(args: TrainSettings) -> Any:
     """Accelerate's handle, and the batch checked against the number of processes."""
     from accelerate import Accelerator
 
@@ -189,7 +138,7 @@ def make_accelerator(args: TrainArguments) -> Any:
         )
     except ValueError as error:
         raise Refused(f"accelerate cannot be set up as asked: {' '.join(str(error).split())}") from error
-    world, prompts = accelerator.num_processes, args.prompts_per_step or 1
+    world, prompts = accelerator.num_processes, args.prompts_per_step
     if prompts % world:
         down, up = prompts // world * world, (prompts // world + 1) * world
         raise Refused(
@@ -199,7 +148,7 @@ def make_accelerator(args: TrainArguments) -> Any:
     return accelerator
 
 
-def make_learner(args: TrainArguments, policy: Policy, accelerator: Any) -> tuple[Learner, Any]:
+def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[Learner, Any]:
     """Optimiser, reference and prepared model, and the learning-rate schedule."""
     from transformers import get_scheduler
 
@@ -210,13 +159,11 @@ def make_learner(args: TrainArguments, policy: Policy, accelerator: Any) -> tupl
     policy.model.to(accelerator.device)
     optimizer = torch.optim.AdamW(
         policy.trainable_parameters(),
-        lr=args.learning_rate or 0.0,
+        lr=args.learning_rate,
         weight_decay=args.weight_decay,
         fused=accelerator.device.type in ("cpu", "cuda"),
     )
-    schedule = get_scheduler(
-        args.lr_scheduler_type or "constant", optimizer, args.warmup_steps, args.max_steps
-    )
+    schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
     model, prepared = accelerator.prepare(policy.model, optimizer)
     learner = Learner(policy, model, prepared, accelerator, args.estimator, args)
     if args.estimator.needs_values:

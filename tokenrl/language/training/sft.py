@@ -10,11 +10,12 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import model_card, save_policy
 from tokenrl.language.tasks.sources import read_splits, with_prompts
 from tokenrl.language.tasks.task import find_task
-from tokenrl.language.training.arguments import SftArguments
-from tokenrl.language.training.setup import arguments, make_policy
+from tokenrl.language.training.arguments import SftArguments, SftSettings
+from tokenrl.language.training.setup import make_policy
 from tokenrl.language.training.supervised import SupervisedTraining
 from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.session import Session
+from tokenrl.settings import arguments, settled
 
 DEFAULTS = {"max_steps": 200, "batch_size": 64, "learning_rate": 2e-5}
 
@@ -48,22 +49,22 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
     with Session("sft", args.output_dir, overwrite=args.overwrite, quiet=args.quiet) as session:
         task, rows = _demonstrations(args)
         policy = make_policy(args, task, session.console.note)
-        chosen = _recommended(args, task)
-        steps = int(chosen["max_steps"])
-        training = SupervisedTraining(policy, rows, seed=args.seed, **chosen)  # type: ignore[arg-type]
+        args = _resolve(args, task)
+        how = {"max_steps": args.max_steps, "batch_size": args.batch_size, "seed": args.seed}
+        training = SupervisedTraining(policy, rows, learning_rate=args.learning_rate, **how)
         facts = {
             "model": policy.source,
             "demonstrations": f"{len(rows):,}",
-            "updates": f"{steps} of {chosen['batch_size']}, learning rate {chosen['learning_rate']:g}",
+            "updates": f"{args.max_steps} of {args.batch_size}, learning rate {args.learning_rate:g}",
         }
         name = args.task if isinstance(args.task, str) else args.task.name
         title = f"{name}, supervised, seed {args.seed}"
         session.open(
             f"tokenrl sft: {name}", facts, note="The loss is the negative log-likelihood, in nats per token."
         )
-        session.begin(args, names={"task": name, "model": policy.source}, **chosen, title=title)
+        session.begin(args, names={"task": name, "model": policy.source}, title=title)
         losses = []
-        for _ in session.steps(steps):
+        for _ in session.steps(args.max_steps):
             metrics = training.update()
             losses.append(metrics["loss"])
             session.record(metrics)
@@ -74,14 +75,13 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         return ended
 
 
-def _recommended(args: SftArguments, task: Any) -> dict[str, float]:
-    """Steps, batch size and learning rate: those given, else the task's, else the defaults."""
+def _resolve(args: SftArguments, task: Any) -> SftSettings:
+    """Settle what the arguments leave open, by the warm start that the task recommends, else by a default."""
     warm = getattr(task, "warm_start", None)
     recommended = {} if warm is None else {"batch_size": warm.batch_size, "max_steps": warm.steps}
     if warm is not None and args.model is None:  # a rate for tiny models, not for pretrained ones
         recommended["learning_rate"] = warm.learning_rate
-    given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
-    return DEFAULTS | recommended | given
+    return settled(SftSettings, args, DEFAULTS | recommended)
 
 
 def _demonstrations(args: SftArguments) -> tuple[Any, list[dict[str, Any]]]:

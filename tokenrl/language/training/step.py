@@ -53,7 +53,7 @@ def training_step(
 
     needed = inputs(learner, rewards, step, mine, rollout)
     whole = gather_rows(accelerator, rollout, result, needed)  # N rows, the same on every process
-    size = args.num_generations or 1
+    size = args.num_generations
     kept = keep(
         estimator,
         whole["rewards"],
@@ -115,7 +115,7 @@ def run_updates(learner: Learner, step: Step, number: int) -> dict[str, float]:
         Means of the updates' metrics.
     """
     args = learner.args
-    n, groups = len(step.mask), len(step.mask) // (args.num_generations or 1)
+    n, groups = len(step.mask), len(step.mask) // args.num_generations
     if learner.estimator.needs_old_logprobs and args.num_iterations * args.num_minibatches > 1:
         step = step._replace(old_logprobs=score_in_parts(learner, learner.policy.model, step.rollout))
     generator = torch.Generator().manual_seed(((args.seed << 32) + number) % 2**63)

@@ -21,7 +21,7 @@ from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.scoring import score
-from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.language.training.critic import Critic
 
 
@@ -47,7 +47,7 @@ class Learner:
     optimizer: Any
     accelerator: Any
     estimator: Estimator
-    args: TrainArguments
+    args: TrainSettings
     critic: Critic | None = None
     diagnostics: GradientDiagnostics | None = None
     nonfinite: int = 0
@@ -90,7 +90,7 @@ def update(learner: Learner, step: Step, chosen: Tensor, *, measure: bool = Fals
     """
     accelerator, parameters = learner.accelerator, learner.policy.trainable_parameters()
     weights = _weights(learner, step, chosen)  # [N, T]
-    groups = torch.arange(len(chosen), device=chosen.device) // (learner.args.num_generations or 1)
+    groups = torch.arange(len(chosen), device=chosen.device) // learner.args.num_generations
     early = groups < (int(groups[-1]) + 1) // 2 if measure else chosen  # half of the groups, or all at once
     passes = _passes(learner, step, chosen & early)
     half, count = None, len(passes)
@@ -193,8 +193,8 @@ def _loss(learner: Learner, step: Step, weights: Tensor, rows: Tensor) -> tuple[
         entropy=scores.entropy,
     )
     ratio = (logprobs.detach() - old).exp()
-    high = estimator.epsilon if estimator.epsilon_high is None else estimator.epsilon_high
-    beyond = ((ratio > 1 + high) | (ratio < 1 - estimator.epsilon)) & part.mask & (not empty)
+    low, high = estimator.clip_range
+    beyond = ((ratio > high) | (ratio < low)) & part.mask & (not empty)
     return loss, beyond.sum(), part.mask.sum() * (0 if empty else 1)
 
 

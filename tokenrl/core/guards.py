@@ -1,18 +1,15 @@
-"""The two ways in which tokenrl says no, and the rules that refuse or flag a setting. Imports no torch.
+"""What an estimator cannot work with: too few rows, inputs that are missing, episodes too long for it.
 
-Every error that a user can cause is one of the two below, and its message is one paragraph: what was given,
-what is allowed, how to mend it. The command line prints the message alone and exits with `exit_code`.
+Each guard refuses with one paragraph: what was given, what is allowed, how to mend it. This module imports no
+torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import nan
 from typing import TYPE_CHECKING, TypeVar
 
-from tokenrl.core.axes import OVER_GROUP, OVER_STEP
+from tokenrl.core.choices import choice_of
 from tokenrl.errors import Refused
-from tokenrl.settings import check_choice
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
@@ -21,31 +18,39 @@ T = TypeVar("T")
 
 LONGEST_WITHOUT_BASELINE = 500
 """Steps an episode may last without a baseline; beyond, noise drowns what one action adds to the return."""
-LEAST_ENTROPY = 0.1
-"""Nats: below it a policy over discrete actions all but repeats itself, and no longer explores."""
 
 
-def set_size(choice: str, rows: int, group_size: int | None) -> int | None:
-    """Return how many consecutive rows a baseline or a scale compares; None when it compares none.
+def set_size(estimator: Estimator, axis: str, rows: int, group_size: int | None) -> int | None:
+    """Return how many consecutive rows the baseline or the scale compares; None when it compares none.
+
+    Args:
+        estimator: Whose baseline or scale it is.
+        axis: `baseline` or `scale`.
+        rows: Rows in the step.
+        group_size: Consecutive rows per prompt; None if there are no groups.
 
     Raises:
         Refused: When rows do not fall into such sets.
     """
-    if choice in OVER_GROUP:
-        size = check_groups(choice, rows, group_size)
-        if choice == "loo_std" and size < 3:
-            raise Refused(
-                "'loo_std' is the spread of the other completions of the prompt, but group_size 2 leaves "
-                "only one. Sample three or more a prompt (num_generations), or choose the scale 'none' or "
-                "'other_groups_std'."
-            )
-        if choice == "other_groups_std" and rows == size:
-            raise Refused(
-                "'other_groups_std' is the spread over the other prompts of the step, but the step has "
-                "one. Take two or more prompts a step, or choose the scale 'none' or 'loo_std'."
-            )
-        return size
-    return check_step(choice, rows) if choice in OVER_STEP else None
+    name = getattr(estimator, axis)
+    compares = choice_of(axis, name).compares
+    if compares == "step":
+        return check_step(name, rows)
+    if compares != "group":
+        return None
+    size = check_groups(name, rows, group_size)
+    if name == "loo_std" and size < 3:
+        raise Refused(
+            "'loo_std' is the spread of the other completions of the prompt, but group_size 2 leaves "
+            "only one. Sample three or more a prompt (num_generations), or choose the scale 'none' or "
+            "'other_groups_std'."
+        )
+    if name == "other_groups_std" and rows == size:
+        raise Refused(
+            "'other_groups_std' is the spread over the other prompts of the step, but the step has "
+            "one. Take two or more prompts a step, or choose the scale 'none' or 'loo_std'."
+        )
+    return size
 
 
 def check_groups(choice: str, rows: int, group_size: int | None) -> int:
@@ -137,57 +142,4 @@ def check_horizon(estimator: Estimator, horizon: int | None, allow_no_baseline: 
         "drowns what one action adds to it. Choose a baseline: 'timestep_mean' with returns 'reward_to_go', "
         "'value' with a critic, 'running_mean', or for several completions of a prompt 'rloo'. Or make "
         "episodes shorter, or pass --allow-no-baseline to train so all the same."
-    )
-
-
-def check_head(head: str, discrete: bool) -> None:
-    """Refuse a distribution that cannot give the actions there are; 'auto' fits both.
-
-    Args:
-        head: 'auto', 'softmax' or 'gaussian'.
-        discrete: Whether the actions are a finite list, rather than vectors of real numbers.
-
-    Raises:
-        Refused: For a softmax over continuous actions, or a Gaussian over discrete ones.
-    """
-    check_choice("head", head, ("auto", "softmax", "gaussian"))
-    if head == "softmax" and not discrete:
-        raise Refused(
-            "head 'softmax' gives a probability to each of a finite list of actions, but the actions here "
-            "are vectors of real numbers. Use head 'gaussian' (or 'auto'), or an environment with discrete "
-            "actions."
-        )
-    if head == "gaussian" and discrete:
-        raise Refused(
-            "head 'gaussian' draws vectors of real numbers, but the actions here are a finite list. Use head "
-            "'softmax' (or 'auto'), or an environment with continuous actions."
-        )
-
-
-def entropy_collapsed(entropy_coef: float, entropy: float) -> bool:
-    """Say whether a policy over discrete actions has collapsed with nothing to hold it: below 0.1 nats.
-
-    A density's entropy may be negative without harm, so this does not apply to a Gaussian head.
-
-    Args:
-        entropy_coef: Weight of the entropy bonus; above 0 nothing is flagged.
-        entropy: Measured mean entropy of the policy, in nats an action; nan is not flagged.
-    """
-    return entropy_coef == 0 and entropy < LEAST_ENTROPY
-
-
-def final_entropy(entropies: Sequence[float]) -> float:
-    """Mean over the last tenth of a run's steps, which is what `entropy_collapsed` judges; nan before any."""
-    last = entropies[-max(1, len(entropies) // 10) :]
-    return sum(last) / len(last) if last else nan
-
-
-def entropy_collapse_message(entropy: float) -> str:
-    """Say what a collapsed policy means and how to hold it open."""
-    return (
-        f"entropy-collapsed: the policy ended with an entropy of {entropy:.3g} nats an action (below "
-        f"{LEAST_ENTROPY:g}) and the estimator has no entropy bonus (entropy_coef 0). It all but repeats "
-        "one choice, so it no longer finds anything better, and its gradient vanishes. Where each prompt or "
-        "state has one right answer and the reward is good, that may be wanted; otherwise set "
-        "--estimator.entropy-coef (0.01 is a start), or lower the learning rate."
     )

@@ -1,20 +1,12 @@
-"""The rules that refuse or flag a setting: exactly where each begins and ends."""
+"""The guards that refuse a setting: exactly where each begins and ends."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 
 from tokenrl.core import Estimator
+from tokenrl.core.guards import check_horizon, subtracts_something
 from tokenrl.core.presets import PRESETS
-from tokenrl.core.rules import (
-    check_head,
-    check_horizon,
-    entropy_collapse_message,
-    entropy_collapsed,
-    subtracts_something,
-)
 from tokenrl.errors import Refused
 
 NONE = Estimator(baseline="none", returns="reward_to_go")
@@ -62,22 +54,3 @@ def test_the_refusal_says_what_was_given_and_how_to_mend_it():
         check_horizon(NONE, 1600)
     assert all(word in str(refusal.value) for word in ("1,600", "'none'", "running_mean", "reward_to_go"))
     assert refusal.value.exit_code == 2 and "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("head, discrete", [("softmax", False), ("gaussian", True)])
-def test_a_head_that_cannot_give_the_actions_is_refused(head, discrete):
-    with pytest.raises(Refused, match=f"'{head}'"):
-        check_head(head, discrete)
-    check_head(head, not discrete)
-    check_head("auto", discrete)
-    with pytest.raises(Refused, match="Did you mean 'softmax'"):
-        check_head("softmaxx", discrete)
-
-
-@pytest.mark.parametrize(
-    "coefficient, entropy, flagged",
-    [(0, 0.0999, True), (0, 0.1, False), (0, 0.0, True), (0.001, 0.0, False), (0, math.nan, False)],
-)
-def test_entropy_collapse(coefficient, entropy, flagged):
-    assert entropy_collapsed(coefficient, entropy) is flagged
-    assert f"{entropy:.3g} nats" in entropy_collapse_message(entropy)

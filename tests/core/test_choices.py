@@ -1,0 +1,69 @@
+"""The table of choices is whole: every row has a formula, every formula a row, every name a stated bias."""
+
+from __future__ import annotations
+
+from typing import get_args, get_type_hints
+
+import pytest
+import tyro
+
+from tokenrl.core import Estimator
+from tokenrl.core.axes import AXES
+from tokenrl.core.baselines import BASELINES
+from tokenrl.core.choices import CHOICES, KL_EFFECTS
+from tokenrl.core.effects import FROM_BEST_TO_WORST, UNKNOWN
+from tokenrl.core.kl import PER_TOKEN
+from tokenrl.core.objectives import DIVISORS, RATIOS
+from tokenrl.core.returns import RETURNS
+from tokenrl.core.scales import SCALES
+
+FORMULAS = {
+    "baseline": BASELINES,
+    "scale": SCALES,
+    "aggregation": DIVISORS,
+    "ratio": RATIOS,
+    "returns": RETURNS,
+    "kl_estimator": PER_TOKEN,
+}
+# These say where or in which form the formula of another axis is used, or which rows are used at all.
+WITHOUT_FORMULA = {"optimal_form", "kl_placement", "entropy_form", "zero_spread", "truncations"}
+EVERY_NAME = [(axis, name) for axis, names in AXES.items() for name in names]
+
+
+def test_every_axis_has_formulas_or_needs_none() -> None:
+    assert set(FORMULAS) | WITHOUT_FORMULA == set(AXES)
+
+
+@pytest.mark.parametrize("axis", FORMULAS)
+def test_every_row_has_a_formula_and_every_formula_a_row(axis) -> None:
+    assert set(FORMULAS[axis]) == set(AXES[axis])
+
+
+@pytest.mark.parametrize(("axis", "name"), EVERY_NAME)
+def test_every_name_has_a_stated_bias(axis, name) -> None:
+    if axis in CHOICES:
+        stated = [CHOICES[axis][name]]
+        stated += [more for more in (stated[0].row_inside, stated[0].discounted) if more is not None]
+    else:
+        stated = [effect for pair, effect in KL_EFFECTS.items() if name in pair]
+    assert stated
+    for effect in stated:
+        assert effect.status in FROM_BEST_TO_WORST and effect.status != UNKNOWN and effect.reason
+
+
+@pytest.mark.parametrize(("axis", "name"), EVERY_NAME)
+def test_every_name_makes_an_estimator_with_a_status(axis, name) -> None:
+    e = Estimator(**({"returns": "reward_to_go"} | {axis: name}))
+    assert e.bias_status in FROM_BEST_TO_WORST and e.bias_reason
+
+
+def test_the_fields_of_the_estimator_allow_the_names_of_the_table() -> None:
+    hints = get_type_hints(Estimator)
+    assert {axis: get_args(hints[axis]) for axis in AXES} == AXES
+
+
+def test_the_command_line_lists_them(capsys) -> None:
+    with pytest.raises(SystemExit):
+        tyro.cli(Estimator, args=["--help"])
+    printed = capsys.readouterr().out
+    assert [name for _, name in EVERY_NAME if name not in printed] == []

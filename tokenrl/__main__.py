@@ -1,0 +1,9 @@
+"""`python -m tokenrl` is the command `tokenrl`."""
+
+from __future__ import annotations
+
+import sys
+
+from tokenrl.cli import main
+
+sys.exit(main())

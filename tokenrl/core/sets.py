@@ -1,0 +1,124 @@
+"""Means over sets of rows, with and without the row itself, weighted or not.
+
+The functions take sets of rows, [S, n]: the groups of a step, or the whole step as a single set. They measure
+from the first valid row of the set, so that rows of equal return give that very number and an advantage of
+exactly zero in any precision; a plain mean of equal float32 numbers does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokenrl.core.masking import zero_outside
+
+
+def from_first(
+    totals: Float[Tensor, "*S n"], valid: Bool[Tensor, "*S n"]
+) -> tuple[Float[Tensor, "*S n"], Float[Tensor, "*S 1"]]:
+    """Measure each set from its first valid row.
+
+    Returns:
+        The differences (0 in rows that are not valid) and the first valid row's total.
+    """
+    first = totals.gather(-1, valid.long().argmax(-1, keepdim=True))  # argmax finds the first of the largest
+    return zero_outside(totals - first, valid), first
+
+
+def set_mean(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tensor, "S n"]:
+    """Mean over the valid rows of the set, the row itself included: `(1/n) sum_j R_j`.
+
+    Because the row's own return is in it, the expected gradient shrinks by (n - 1)/n.
+    """
+    differences, first = from_first(totals, valid)
+    count = valid.sum(-1, keepdim=True).clamp(min=1)  # a set without valid rows gives a number nobody uses
+    return (first + differences.sum(-1, keepdim=True) / count).expand_as(totals)
+
+
+def leave_one_out(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tensor, "S n"]:
+    """Mean over the OTHER valid rows of the set: `(1/(n - 1)) sum_{j != i} R_j` (Kool et al. 2019).
+
+    `R_i - b_i = n/(n - 1) (R_i - mean)`. A row without any other valid row has no such mean; it gets the
+    first total, and the estimator gives it no advantage.
+    """
+    differences, first = from_first(totals, valid)
+    others = valid.sum(-1, keepdim=True) - valid.long()
+    return first + (differences.sum(-1, keepdim=True) - differences) / others.clamp(min=1)
+
+
+def weighted_mean(
+    totals: Float[Tensor, "*S n"],
+    valid: Bool[Tensor, "*S n"],
+    weights: Float[Tensor, "*S n"],
+    *,
+    leave_one_out: bool,
+) -> tuple[Float[Tensor, "*S n"], Bool[Tensor, "*S n"]]:
+    """Mean weighted by weights of no sign: `sum_j w_j R_j / sum_j w_j`, over j != i when leaving one out.
+
+    Returns:
+        The mean, and where there is one: where the weights do not add up to 0.
+    """
+    differences, first = from_first(totals, valid)
+    weights = zero_outside(weights.to(totals.dtype), valid)
+    mass = sum_of_others(weights) if leave_one_out else weights.sum(-1, keepdim=True).expand_as(weights)
+    moment = weights * differences
+    moment = sum_of_others(moment) if leave_one_out else moment.sum(-1, keepdim=True)
+    known = mass > 0
+    # dividing by 1 where there is no mean keeps 0/0 out, which no later `where` could remove from a gradient
+    return first + moment / torch.where(known, mass, 1.0), known
+
+
+def sum_of_others(x: Float[Tensor, "*S n"]) -> Float[Tensor, "*S n"]:
+    """Return `sum_{j != i} x_j`, from both sides: taking x_i from the sum would lose small x_j beside it."""
+    before = torch.nn.functional.pad(x[..., :-1].cumsum(-1), (1, 0))
+    after = torch.nn.functional.pad(x[..., 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
+    return before + after
+
+
+def at_each_timestep(
+    returns: Float[Tensor, "N T"],
+    actions: Bool[Tensor, "N T"],
+    weights: Float[Tensor, "N T"],
+    *,
+    size: int,
+    leave_one_out: bool,
+) -> Float[Tensor, "N T"]:
+    """Weighted mean, at each timestep, over the rows of a set that still act then.
+
+    Where no (other) row acts any more, the last such mean is carried forward: like them it contains nothing
+    of the row itself. Before the first, the baseline is 0.
+
+    Args:
+        returns: Return of each action.
+        actions: True where a valid row acts.
+        weights: Of each row at each timestep.
+        size: Consecutive rows a set.
+        leave_one_out: Leave out the row itself.
+    """
+
+    def by_time(x: Tensor) -> Tensor:  # [N, T] -> [S, T, n]
+        return x.reshape(-1, size, x.shape[-1]).transpose(1, 2)
+
+    mean, known = weighted_mean(
+        by_time(returns), by_time(actions), by_time(weights), leave_one_out=leave_one_out
+    )
+    mean = mean.transpose(1, 2).reshape(returns.shape)
+    known = known.transpose(1, 2).reshape(returns.shape)
+    positions = torch.arange(returns.shape[-1], device=returns.device)
+    latest = torch.where(known, positions, 0).cummax(-1).values  # [N, T] the last timestep that has a mean
+    return zero_outside(mean, known).gather(-1, latest)
+
+
+def has_company(
+    totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], others: int = 1
+) -> Bool[Tensor, "S n"]:
+    """Say which rows are valid and share their set with at least so many other valid rows."""
+    return valid & (valid.sum(-1, keepdim=True) > others)
+
+
+def in_sets(f: Callable[..., Tensor], size: int, totals: Float[Tensor, " N"], *others: Tensor) -> Tensor:
+    """Apply a function of sets to the rows of a step, `size` consecutive rows a set."""
+    return f(totals.reshape(-1, size), *(x.reshape(-1, size) for x in others)).reshape(-1)
