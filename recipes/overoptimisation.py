@@ -47,6 +47,7 @@ from tokenrl.language.preferences.fit import fit_reward_model
 from tokenrl.language.preferences.pairs import Pair, read_pairs
 from tokenrl.language.preferences.sampled import make_preferences
 from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.supervised import warm_started_base
 from tokenrl.runs.files import write_json
 from toy_tasks.sentiment import balance
@@ -109,8 +110,8 @@ def make_pairs(base: Base, most: int, seed: int) -> tuple[list[Pair], list[Pair]
     train, held_out, found = base.task.train_prompts, base.task.eval_prompts, []
     each = math.ceil(1.1 * most / len(train))  # some pairs are of one text
     for rows, count, stream in ((train, each, 2 * seed), (held_out, 5, 2 * seed + 1)):
-        how = {"pairs_per_prompt": count, "noise_temperature": 0.5, "max_completion_length": LENGTH}
-        made = make_preferences(load_policy(base.path), rows, gold, seed=stream, **how)
+        sampling = Sampling(LENGTH, num_generations=2 * count, seed=stream)
+        made = make_preferences(load_policy(base.path), rows, gold, sampling, noise_temperature=0.5)
         found.append(read_pairs(made, "the sampled pairs"))
     order = np.random.default_rng(seed).permutation(len(found[0]))
     return [found[0][i] for i in order], found[1]
@@ -281,7 +282,7 @@ def main(args: Args) -> None:
     task = narrow(WIDTH)
     path, rows = str(warm_started_base(task)), task.eval_prompts[:: len(task.eval_prompts) // 8][:8]
     prompts = [row["prompt"] for row in rows]
-    texts = best_of_n.sample_pool(load_policy(path), prompts, samples=args.pool, max_completion_length=LENGTH)
+    texts = best_of_n.sample_pool(load_policy(path), prompts, Sampling(LENGTH, num_generations=args.pool))
     base = Base(task, path, rows, texts, best_of_n.pool_rewards(gold, rows, texts))
     curves = measure(args, base)
     found = {key: findings(curve) for key, curve in curves.items()}

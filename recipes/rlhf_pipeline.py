@@ -46,6 +46,7 @@ from tokenrl.language.preferences.fit import train_reward_model
 from tokenrl.language.preferences.sampled import make_preferences, write_preferences
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.probe import over_prompts
 from tokenrl.language.training.supervised import warm_started_base
@@ -114,9 +115,9 @@ def prefer(args: Args, task: toy_tasks.Task, base: Path, folder: Path) -> None:
         ("test.jsonl", task.eval_prompts, args.pairs // 4, HELD_OUT + args.seed),
     ):
         each = -(-count // len(rows))
-        how = {"noise_temperature": args.noise, "max_completion_length": task.max_completion_length}
+        sampling = Sampling(task.max_completion_length, num_generations=2 * each, seed=seed)
         chosen = rows[: -(-count // each)]
-        made = make_preferences(policy, chosen, task.reward, pairs_per_prompt=each, seed=seed, **how)
+        made = make_preferences(policy, chosen, task.reward, sampling, noise_temperature=args.noise)
         write_preferences(folder / file, made)
 
 
@@ -158,9 +159,7 @@ def sampled(name: str, model: Path, base: Path, task: toy_tasks.Task, args: Args
         load_policy(str(model)),
         task.eval_prompts,
         Rewards(task.reward),
-        max_completion_length=task.max_completion_length,
-        num_generations=8,
-        seed=args.seed,
+        Sampling(task.max_completion_length, num_generations=8, seed=args.seed),
         detailed=True,
         reference=load_policy(str(base)),
     ).metrics
@@ -173,9 +172,9 @@ def sampled(name: str, model: Path, base: Path, task: toy_tasks.Task, args: Args
 
 def selected(reward_model: Path, base: Path, task: toy_tasks.Task, args: Args) -> list[dict[str, Any]]:
     """Rows of the table for best-of-n, by order statistics of a pool for each prompt."""
-    rows, length = task.eval_prompts, task.max_completion_length
-    prompts, shape = [row["prompt"] for row in rows], {"samples": args.pool, "max_completion_length": length}
-    texts = sample_pool(load_policy(str(base)), prompts, seed=args.seed, **shape)
+    rows = task.eval_prompts
+    sampling = Sampling(task.max_completion_length, num_generations=args.pool, seed=args.seed)
+    texts = sample_pool(load_policy(str(base)), [row["prompt"] for row in rows], sampling)
     proxies = pool_rewards(RewardModel(reward_model / "model", batch_size=256), rows, texts)
     golds, found = pool_rewards(task.reward, rows, texts), []
     for n in (n for n in SIZES if n <= args.pool):

@@ -14,7 +14,8 @@ from tokenrl.lab.exact.enumeration import exact_moments
 from tokenrl.lab.exact.language_model import problem_of_policy, rollout_of_all
 from tokenrl.language.policy.model import Policy, wrap
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.sampling import sample
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training import setup
 from tokenrl.language.training.step import training_step
@@ -155,7 +156,7 @@ def test_the_temperature_is_part_of_the_policy(policy: Policy) -> None:
 
 
 def test_greedy_is_what_sampling_finds(policy: Policy, problem) -> None:
-    greedy = sample(policy, PROMPTS[:1], num_generations=1, max_completion_length=3, draws=None)
+    greedy = TransformersGenerator(policy).generate(PROMPTS[:1], Sampling(3, 0), None)
     wanted = greedy.logprobs.sum().item()
     assert problem.logprobs[0, problem.greedy[0]].sum().item() == pytest.approx(wanted, rel=1e-10)
     assert int(problem.mask[problem.greedy[0]].sum()) == int(greedy.mask.sum())
@@ -190,9 +191,9 @@ def test_training_has_the_exact_mean_and_variance(policy: Policy, problem, field
     learner.optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=0.0)  # the policy stays
     rewards, running = Rewards(rewards_of), RunningMean(0.9)
     found = []
-    for step in range(steps):
+    for step in range(1, steps + 1):
         stream = [(step * groups + place, {"prompt": WORDS[0]}) for place in range(groups)]
-        training_step(learner, rewards, running, step, stream)
+        training_step(learner, rewards, running, step, stream, lambda count: [])
         found.append(-torch.cat([p.grad.flatten() for p in policy.trainable_parameters()]))
     distance = torch.stack(found) - exact.mean[0]  # [steps, D]
     error = exact.variance / groups

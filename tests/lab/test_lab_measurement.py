@@ -22,6 +22,7 @@ from tokenrl.lab.measure.reading import record
 from tokenrl.lab.measure.rollouts import Samples, collect
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
 
 torch.set_num_threads(1)
@@ -36,9 +37,7 @@ def policy() -> Policy:
 @pytest.fixture(scope="module")
 def samples(policy: Policy) -> Samples:
     rows = [{"prompt": WORDS[i % 2]} for i in range(16)]
-    return collect(
-        policy, Rewards(points), rows, num_generations=4, max_completion_length=2, seed=3, rows_at_once=24
-    )
+    return collect(policy, Rewards(points), rows, Sampling(2, 4, seed=3), rows_at_once=24)
 
 
 def directions(policy: Policy, count: int, seed: int = 0) -> torch.Tensor:
@@ -131,7 +130,7 @@ def test_a_step_is_the_gradient_that_training_takes(policy: Policy, samples: Sam
         greedy_rewards=samples.greedy_rewards[rows],
         logprobs=samples.logprobs[rows],
     ).policy
-    logprobs, entropy = score(policy.model, part, entropy=True)
+    logprobs, entropy, *_ = score(policy.model, part, entropy=True)
     weights = estimator.token_weights(mask, max_length=2)
     old = logprobs.detach()
     loss = estimator.loss(logprobs, advantages, weights, mask, old_logprobs=old, entropy=entropy)
@@ -161,7 +160,7 @@ def test_dropped_groups_leave_the_divisor_of_their_step(policy: Policy, samples:
 
 def test_parts_are_sampled_as_one(policy: Policy, samples: Samples) -> None:
     rows = [{"prompt": WORDS[i % 2]} for i in range(16)]
-    whole = collect(policy, Rewards(points), rows, num_generations=4, max_completion_length=2, seed=3)
+    whole = collect(policy, Rewards(points), rows, Sampling(2, 4, seed=3))
     assert len(whole.parts) == 1 and len(samples.parts) == 3
     assert torch.equal(whole.mask, samples.mask) and torch.equal(whole.rewards, samples.rewards)
     torch.testing.assert_close(whole.logprobs, samples.logprobs, rtol=1e-12, atol=1e-12)

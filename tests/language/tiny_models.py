@@ -134,6 +134,17 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options)
     return setup.make_learner(args, policy, setup.make_accelerator(args))[0]
 
 
+def completions(policy: Policy, prompt_ids, *, places=None, step: int = 1, **how):
+    """A rollout of the default generator with the training's random numbers; 0 generations are greedy."""
+    from tokenrl.language.rollout.generator import TransformersGenerator
+    from tokenrl.language.rollout.sampling import Sampling
+    from tokenrl.language.rollout.streams import uniforms
+
+    sampling = Sampling(step=step, **how)
+    draws = uniforms("training", sampling, range(len(prompt_ids)) if places is None else places)
+    return TransformersGenerator(policy).generate(prompt_ids, sampling, draws)
+
+
 def one_step(learner, *, step: int = 1, prompts=PROMPTS, reward=vowel_reward):
     """One `training_step` on fixed prompts; returns its record."""
     from tokenrl.core.baselines import RunningMean
@@ -175,7 +186,32 @@ def flat_second_prompt(prompts, completion_ids, **_):
     return [0.5 if p == PROMPTS[1] else s for p, s in zip(prompts, scores, strict=True)]
 
 
-def stepped(estimator, *, architecture="llama", dtype="float32", reward=flat_second_prompt, **options):
+class Engine:
+    """A generator with weights of its own, which returns ids and log-probabilities and nothing else."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = copy.deepcopy(policy)
+        self.prompts, self.synced, self.closed = 0, 0, False
+
+    def generate(self, prompt_ids, sampling, draws):
+        from tokenrl.language.rollout.generator import TransformersGenerator
+
+        self.prompts += len(prompt_ids)
+        bare = dataclasses.replace(sampling, keep_hidden=False)
+        rollout = TransformersGenerator(self.policy).generate(prompt_ids, bare, draws)
+        return dataclasses.replace(rollout, entropy=None, score_norms=None)
+
+    def sync(self, policy: Policy) -> None:
+        self.synced += 1
+        self.policy.model.load_state_dict(policy.model.state_dict())
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def stepped(
+    estimator, *, architecture="llama", dtype="float32", reward=flat_second_prompt, engine=None, **options
+):
     """One step from the same weights; the reference differs from the policy if there is one."""
     # Weights small enough that float32's rounding stays below the tolerances.
     policy = make_policy(architecture, dtype=dtype, initializer_range=0.1)
@@ -183,6 +219,12 @@ def stepped(estimator, *, architecture="llama", dtype="float32", reward=flat_sec
     if estimator.needs_reference:
         policy.reference = make_policy(architecture, dtype=dtype, seed=1).model.requires_grad_(False)
     learner = make_learner(policy, estimator, **options)
+    if engine is not None:
+        learner.generator = engine(policy)
+    if learner.critic is not None:  # values that are not 0, as after some steps
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            torch.nn.init.normal_(learner.critic.head[1].weight, std=0.1)
     record = one_step(learner, reward=reward)
     return gradient(policy.model), record, learner
 

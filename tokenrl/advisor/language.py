@@ -15,6 +15,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
 from tokenrl.errors import Refused
 from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
@@ -60,10 +61,12 @@ def advise_language(args: AdviseArguments) -> Advice:
         policy,
         [row for _, row in PromptStream(task.train_prompts, count, args.seed).next()],
         rewards,
-        samples=args.num_samples,
-        max_completion_length=train.max_completion_length,
-        temperature=args.temperature,
-        seed=args.seed,
+        Sampling(
+            max_completion_length=train.max_completion_length,
+            num_generations=args.num_samples,
+            temperature=args.temperature,
+            seed=args.seed,
+        ),
     )
     solved = getattr(task, "solved", None)
     judged = any(isinstance(function, RewardModel) for function in rewards.functions)

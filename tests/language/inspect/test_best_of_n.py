@@ -18,6 +18,7 @@ from tokenrl.language.inspect.best_of_n import (
     pool_rewards,
     sample_pool,
 )
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.probe import best_of
 
 PROXY = np.array([0.3, -1.0, 2.0, 0.3, 2.0, 2.0, 0.7])  # with ties
@@ -75,11 +76,13 @@ def test_n_out_of_range_is_refused(n):
 
 
 def test_a_pool_does_not_depend_on_the_batch():
-    policy, shape = make_policy(), {"samples": 5, "max_completion_length": 4, "seed": 3}
-    pools = [sample_pool(policy, PROMPTS[:2], batch_size=size, **shape) for size in (2, 512)]
+    policy, sampling = make_policy(), Sampling(4, 5, seed=3)
+    pools = [sample_pool(policy, PROMPTS[:2], sampling, batch_size=size) for size in (2, 512)]
     assert pools[0] == pools[1] and [len(texts) for texts in pools[0]] == [5, 5]
     assert len({text for texts in pools[0] for text in texts}) > 2
-    assert sample_pool(policy, PROMPTS[:2], **shape | {"seed": 4}) != pools[0]
+    assert sample_pool(policy, PROMPTS[:2], Sampling(4, 5, seed=4)) != pools[0]
+    with pytest.raises(Refused, match="num_generations was given as 0"):
+        sample_pool(policy, PROMPTS[:2], Sampling(4, 0))
 
 
 def test_each_text_of_a_pool_is_scored_once_with_its_own_row():

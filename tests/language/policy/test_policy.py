@@ -5,12 +5,10 @@ import shutil
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, TEMPLATE, make_model, make_policy, make_tokenizer
+from tiny_models import ARCHITECTURES, TEMPLATE, completions, make_model, make_policy, make_tokenizer
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy, wrap
-from tokenrl.language.rollout.sampling import sample
-from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.training.arguments import SftArguments
 
 CHAT = [{"role": "user", "content": "the cat"}]
@@ -91,8 +89,7 @@ def test_every_eos_of_config_generation_config_and_tokenizer_counts():
 def test_padding_of_the_tokenizer_changes_no_completion(kind):
     def complete(policy):
         prompts = [policy.encode(p) for p in ("the cat", "a", "count to ten")]
-        draws = uniforms(0, 1, range(3), num_generations=2, max_completion_length=5)
-        rollout = sample(policy, prompts, num_generations=2, max_completion_length=5, draws=draws)
+        rollout = completions(policy, prompts, num_generations=2, max_completion_length=5)
         return policy.decode(rollout.completion_ids, rollout.mask), rollout.logprobs
 
     texts, logprobs = complete(make_policy(kind="pad"))

@@ -11,8 +11,9 @@ from tokenrl.errors import Refused
 from tokenrl.language.preferences.pairs import Pair, hold_out, load_pairs, read_pairs
 from tokenrl.language.preferences.sampled import first_is_chosen, make_preferences, write_preferences
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.sampling import Sampling
 
-SIZES = {"max_completion_length": 5, "pairs_per_prompt": 3, "seed": 4}
+SIZES = {"sampling": Sampling(5, 6, seed=4)}
 
 
 def gold(completions, **_):
@@ -67,7 +68,7 @@ def test_the_seed_decides_and_the_batch_does_not():
     prompts = rows_of(PROMPTS * 3)
     first, same, other = (
         make_preferences(make_policy(), prompts, Rewards(gold), noise_temperature=1.0, **SIZES | changes)
-        for changes in ({}, {"batch_size": 7}, {"seed": 5})
+        for changes in ({}, {"batch_size": 7}, {"sampling": Sampling(5, 6, seed=5)})
     )
     assert first == same and first != other
 
@@ -110,9 +111,10 @@ def test_written_preferences_are_read_by_datasets_and_by_us(tmp_path):
     ("changes", "words"),
     [
         ({"prompts": []}, "no prompts"),
-        ({"pairs_per_prompt": 0}, "pairs_per_prompt=0"),
-        ({"noise_temperature": -1.0}, "noise_temperature=-1"),
-        ({"noise_temperature": math.inf}, "noise_temperature=inf"),
+        ({"sampling": Sampling(5, 0)}, "num_generations=0.* even number"),
+        ({"sampling": Sampling(5, 3)}, "num_generations=3.* even number"),
+        ({"noise_temperature": -1.0}, "noise_temperature was given as -1"),
+        ({"noise_temperature": math.inf}, "noise_temperature was given as inf"),
         ({"gold_rewards": lambda completions, **_: [1.0] * len(completions)}, "None of 12 sampled pairs"),
     ],
 )

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, ENDS, PROMPTS, make_model, make_policy
+from tiny_models import ARCHITECTURES, ENDS, PROMPTS, completions, make_model, make_policy
 
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.sampling import sample
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.rollout.streams import uniforms
 
@@ -21,24 +22,16 @@ def tiny(eos=(0,), vocabulary=4, **options) -> Policy:
     return Policy(model=model, tokenizer=None, eos_ids=eos, pad_id=0, context=None)
 
 
-def draw(policy, prompts, *, places=None, generations=4, length=6, seed=1, step=1, temperature=1.0):
-    places = range(len(prompts)) if places is None else places
-    draws = uniforms(seed, step, places, num_generations=generations, max_completion_length=length)
-    return sample(
-        policy,
-        prompts,
-        num_generations=generations,
-        max_completion_length=length,
-        temperature=temperature,
-        draws=draws,
-    )
+def draw(policy, prompts, *, generations=4, length=6, seed=1, **how):
+    how |= {"num_generations": generations, "max_completion_length": length, "seed": seed}
+    return completions(policy, prompts, **how)
 
 
 def greedy(policy, prompts, length=6):
-    return sample(policy, prompts, num_generations=1, max_completion_length=length, draws=None)
+    return completions(policy, prompts, num_generations=0, max_completion_length=length)
 
 
-def completions(rollout):
+def texts(rollout):
     pairs = zip(rollout.completion_ids, rollout.mask, strict=True)
     return [tuple(ids[keep].tolist()) for ids, keep in pairs]
 
@@ -65,7 +58,7 @@ def test_frequencies_are_the_exact_probabilities(eos, temperature):
     exact = copy.deepcopy(policy.model).double()
     prompts, n = [[1, 2, 3, 1, 2], [3]], 10_000
     rollout = draw(policy, prompts, generations=n, length=3, temperature=temperature, seed=7)
-    found = completions(rollout)
+    found = texts(rollout)
     possible = list(sequences(4, 3, eos))
     statistic, df = 0.0, 0
     for prompt, rows in zip(prompts, (found[:n], found[n:]), strict=True):
@@ -101,7 +94,7 @@ def test_logprobs_and_entropy_are_those_of_the_distribution_sampled_from(archite
         )
         assert not mine[~rollout.mask].any()
     exact = copy.deepcopy(policy.model).double()
-    for row, tokens in enumerate(completions(rollout)):
+    for row, tokens in enumerate(texts(rollout)):
         expected = exact_logprobs(exact, prompts[row // 4], tokens, temperature)
         torch.testing.assert_close(rollout.logprobs[row, : len(tokens)].double(), expected, atol=1e-4, rtol=0)
 
@@ -150,8 +143,8 @@ def test_pad_that_is_the_eos_hides_no_action():
     ended = (~first.truncated).nonzero()[0]
     policy.pad_id = int(first.completion_ids[ended, first.mask[ended].sum() - 1])
     second = draw(policy, prompts, generations=8)
-    assert torch.equal(first.mask, second.mask) and completions(first) == completions(second)
-    assert not first.mask.all() and policy.pad_id in completions(second)[ended]
+    assert torch.equal(first.mask, second.mask) and texts(first) == texts(second)
+    assert not first.mask.all() and policy.pad_id in texts(second)[ended]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -159,10 +152,10 @@ def test_same_completions_whatever_else_is_in_the_batch(architecture):
     policy = make_policy(architecture)
     policy.eos_ids = ENDS
     prompts = {place: policy.encode(p) for place, p in enumerate(PROMPTS)}
-    alone = {place: completions(draw(policy, [ids], places=[place])) for place, ids in prompts.items()}
+    alone = {place: texts(draw(policy, [ids], places=[place])) for place, ids in prompts.items()}
     assert len({c for rows in alone.values() for c in rows}) > 12
     for order in ([0, 1, 2, 3], [3, 0, 2], [2, 3, 1, 0], [1, 2]):
-        together = completions(draw(policy, [prompts[i] for i in order], places=order))
+        together = texts(draw(policy, [prompts[i] for i in order], places=order))
         assert together == [c for place in order for c in alone[place]]
 
 
@@ -184,7 +177,7 @@ def test_greedy_is_that_of_transformers(architecture, several_eos):
     width = found.completion_ids.shape[1]
     assert padded[:, found.prompt_ids.shape[1] :].tolist() == found.completion_ids.tolist()
     assert width == 8 or several_eos
-    assert len(set(completions(found))) == len(prompts)
+    assert len(set(texts(found))) == len(prompts)
     assert greedy(policy, prompts[1:2], length=8).completion_ids[0].tolist() == list(
         policy.model.generate(
             torch.tensor(prompts[1:2]),
@@ -198,9 +191,8 @@ def test_greedy_is_that_of_transformers(architecture, several_eos):
 
 def test_uniforms_depend_on_seed_step_prompt_generation_and_position_only():
     def table(seed=3, step=5, prompts=(0, 1, 7), generations=4, length=6):
-        return uniforms(seed, step, prompts, num_generations=generations, max_completion_length=length).view(
-            len(prompts), generations, length
-        )
+        sampling = Sampling(length, generations, seed=seed, step=step)
+        return uniforms("training", sampling, prompts).view(len(prompts), generations, length)
 
     base = table()
     assert base.dtype == torch.float64 and base.min() >= 0 and base.max() < 1
@@ -215,12 +207,12 @@ def test_uniforms_depend_on_seed_step_prompt_generation_and_position_only():
 
 
 def test_uniforms_are_uniform():
-    draws = uniforms(0, 1, range(50), num_generations=40, max_completion_length=10).flatten()
+    draws = uniforms("training", Sampling(10, 40, step=1), range(50)).flatten()
     counts = torch.histc(draws.float(), bins=20, min=0, max=1).double()
     statistic = float(((counts - 1000) ** 2 / 1000).sum())
     assert statistic < 43.8  # chi-square, df 19: a right generator is above it once in 1,000
     # Neighbours in position and in generation are uncorrelated: 4 standard errors, 1 in 16,000 each.
-    table = uniforms(0, 1, range(50), num_generations=40, max_completion_length=10).view(50, 40, 10) - 0.5
+    table = uniforms("training", Sampling(10, 40, step=1), range(50)).view(50, 40, 10) - 0.5
     for left, right in (
         (table[:, :, 1:], table[:, :, :-1]),
         (table[:, 1:], table[:, :-1]),
@@ -254,7 +246,7 @@ def test_a_token_of_probability_zero_is_never_drawn():
     model.weight = torch.nn.Parameter(torch.zeros(1))
     policy = Policy(model=model, tokenizer=None, eos_ids=(), pad_id=0, context=None)
     draws = torch.tensor([[0.0], [0.5 - 1e-16], [0.5], [1 - 2**-53]], dtype=torch.float64)
-    rollout = sample(policy, [[1]], num_generations=4, max_completion_length=1, draws=draws)
+    rollout = TransformersGenerator(policy).generate([[1]], Sampling(1, 4), draws)
     assert rollout.completion_ids[:, 0].tolist() == [1, 1, 3, 3]
     assert rollout.entropy[:, 0].tolist() == pytest.approx([math.log(2)] * 4)
 

@@ -4,12 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, ENDS, PROMPTS, apart, gradient, make_policy
+from tiny_models import ARCHITECTURES, ENDS, PROMPTS, apart, completions, gradient, make_policy
 
 from tokenrl.language.policy.model import enable_gradient_checkpointing
-from tokenrl.language.rollout.sampling import sample
 from tokenrl.language.rollout.scoring import score
-from tokenrl.language.rollout.streams import uniforms
 
 # RoPE models compute cos and sin in float32 inside transformers, so float64 is exact for GPT-2 alone.
 CASES = [
@@ -21,15 +19,8 @@ CASES = [
 
 def rollout_of(policy, prompts=PROMPTS, generations=3, length=6, temperature=1.0):
     policy.eos_ids = ENDS
-    places = range(len(prompts))
-    return sample(
-        policy,
-        [policy.encode(p) for p in prompts],
-        num_generations=generations,
-        max_completion_length=length,
-        temperature=temperature,
-        draws=uniforms(1, 1, places, num_generations=generations, max_completion_length=length),
-    )
+    how = {"num_generations": generations, "max_completion_length": length, "temperature": temperature}
+    return completions(policy, [policy.encode(p) for p in prompts], seed=1, **how)
 
 
 def objective(policy, rollout, **options):

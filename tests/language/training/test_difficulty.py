@@ -13,6 +13,7 @@ import tokenrl
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.difficulty import filter_task, of_difficulty, success_rates
 from toy_tasks.models import TinyModel
 
@@ -50,18 +51,16 @@ def test_rates_are_means_over_the_completions_that_have_a_reward(tiny):
             seen.setdefault(prompt, []).append(paid)
         return found
 
-    rates = success_rates(tiny, PROMPTS, Rewards(reward), samples=6, max_completion_length=3, batch_size=18)
+    rates = success_rates(tiny, PROMPTS, Rewards(reward), Sampling(3, 6), batch_size=18)
     assert [len(each) for each in seen.values()] == [6] * 12 and any(None in s for s in seen.values())
     for row, rate in zip(PROMPTS, rates, strict=True):
         known = [paid for paid in seen[row["prompt"]] if paid is not None]
         np.testing.assert_array_equal(rate, np.mean(known) if known else math.nan)
-    again = success_rates(tiny, PROMPTS, Rewards(reward), samples=6, max_completion_length=3)
+    again = success_rates(tiny, PROMPTS, Rewards(reward), Sampling(3, 6))
     np.testing.assert_array_equal(rates, again)  # the batch changes memory only
-    other = success_rates(tiny, PROMPTS, Rewards(reward), samples=6, max_completion_length=3, seed=1)
+    other = success_rates(tiny, PROMPTS, Rewards(reward), Sampling(3, 6, seed=1))
     assert not np.array_equal(rates, other, equal_nan=True)
-    silent = success_rates(
-        tiny, PROMPTS[:2], Rewards(lambda **_: [None] * 6), samples=3, max_completion_length=3
-    )
+    silent = success_rates(tiny, PROMPTS[:2], Rewards(lambda **_: [None] * 6), Sampling(3, 3))
     assert np.isnan(silent).all()
 
 
@@ -90,10 +89,10 @@ def test_no_prompt_left_is_refused_with_what_was_measured():
 
 def test_filtering_says_what_it_kept_and_refuses_what_makes_no_sense(tiny):
     task, said = make_task(), []
-    how = {"samples": 4, "max_completion_length": 3, "announce": said.append}
+    how = {"sampling": Sampling(3, 4), "announce": said.append}
     rewards = Rewards(task.reward)
     assert filter_task(task, tiny, rewards, within=None, **how) is task and said == []
-    rates = success_rates(tiny, PROMPTS, rewards, samples=4, max_completion_length=3)
+    rates = success_rates(tiny, PROMPTS, rewards, Sampling(3, 4))
     kept = filter_task(task, tiny, rewards, within=(0.25, 1.0), **how)
     assert kept.train_prompts == [row for row, rate in zip(PROMPTS, rates, strict=True) if rate >= 0.25]
     assert 0 < len(kept.train_prompts) < 12 and kept.eval_prompts == task.eval_prompts
@@ -103,7 +102,7 @@ def test_filtering_says_what_it_kept_and_refuses_what_makes_no_sense(tiny):
     ]
     for within, samples in (((0.8, 0.2), 4), ((math.nan, 1.0), 4), ((0.2, 0.8), 0)):
         with pytest.raises(Refused, match="give the least mean reward to keep"):
-            filter_task(task, tiny, rewards, within=within, **how | {"samples": samples})
+            filter_task(task, tiny, rewards, within=within, **how | {"sampling": Sampling(3, samples)})
     with pytest.raises(Refused, match=r"Before the first step: .*ZeroDivisionError"):
         filter_task(task, tiny, Rewards(lambda **_: 1 / 0), within=(0, 1), **how)
 
@@ -117,7 +116,7 @@ def test_a_run_trains_on_the_prompts_kept_and_says_how_many(tiny, tmp_path, caps
 
     options = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "eval_generations": 1}
     options |= {"output_dir": tmp_path / "run", "task": make_task(reward), "filter_samples": 4}
-    rates = success_rates(tiny, PROMPTS, Rewards(starts_with_its_letter), samples=4, max_completion_length=3)
+    rates = success_rates(tiny, PROMPTS, Rewards(starts_with_its_letter), Sampling(3, 4))
     tokenrl.train(model=tiny, filter_difficulty=(0.0, 0.0), **options)
     note = " ".join(capsys.readouterr().out.split())
     assert f"Kept {int((rates == 0).sum())} of 12 training prompts" in note and 0 < (rates == 0).sum() < 12

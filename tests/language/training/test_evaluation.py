@@ -11,6 +11,7 @@ import torch
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training import evaluation
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.evaluation_metrics import check_sizes, distinct, evaluation_table
@@ -45,16 +46,10 @@ class Recorder:
         return [None if "d" in text else len(text) / 2 for text in completions]
 
 
-def evaluate(functions, policy=None, *, weights=None, generations=6, **options):
-    return evaluate_policy(
-        policy or tiny(),
-        ROWS,
-        Rewards(functions, weights),
-        max_completion_length=4,
-        num_generations=generations,
-        detailed=True,
-        **options,
-    ).metrics
+def evaluate(functions, policy=None, *, weights=None, generations=6, temperature=1.0, **options):
+    sampling = Sampling(4, generations, temperature)
+    rewards = Rewards(functions, weights)
+    return evaluate_policy(policy or tiny(), ROWS, rewards, sampling, detailed=True, **options).metrics
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
@@ -168,8 +163,7 @@ def test_both_estimates_agree_with_the_kl_summed_over_every_completion():
         policy,
         [prompt] * 150,
         Rewards(lambda completions: [0.0] * len(completions)),
-        max_completion_length=2,
-        num_generations=8,
+        Sampling(2, 8),
         detailed=True,
         reference=base,
     ).metrics
@@ -184,8 +178,7 @@ def test_details_and_no_reference_cost_no_forward_pass():
         policy, passes = tiny(), []
         for model in (policy.model, *([options["reference"].model] if "reference" in options else [])):
             model.register_forward_hook(lambda *_, passes=passes: passes.append(1))
-        shape = {"max_completion_length": 4, "num_generations": 2}
-        found = evaluate_policy(policy, ROWS, Rewards(Recorder().right), **shape, **options).metrics
+        found = evaluate_policy(policy, ROWS, Rewards(Recorder().right), Sampling(4, 2), **options).metrics
         assert found.keys() >= BASIC and (found.keys() == BASIC) == (not options)
         assert ("kl" in found) == ("reference" in options)
         counts.append(len(passes))

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from tiny_models import apart, gradient, make_learner, make_policy, make_task, one_step, vowel_reward
+from tiny_models import (
+    apart,
+    completions,
+    gradient,
+    make_learner,
+    make_policy,
+    make_task,
+    one_step,
+    vowel_reward,
+)
 
 from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.sampling import sample
-from tokenrl.language.rollout.streams import uniforms
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.judged import reward_rows
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.training.collect import collect, greedy_rewards
+from tokenrl.language.training.collect import Experience, greedy_rewards, refill, sample
 from tokenrl.language.training.critic import Critic
 from tokenrl.language.training.step import training_step
 from tokenrl.language.training.supervised import demonstration_batch
@@ -37,21 +49,17 @@ def start(estimator, reward, **options):
 
 def test_refilling_replaces_exactly_the_groups_that_teach_nothing():
     learner, rewards, prompts, rows = start("dapo", by_word)
-    plain = collect(
-        make_learner(make_policy(), "grpo", prompts_per_step=4, num_generations=4),
-        rewards,
-        1,
-        prompts,
-        lambda n: [],
-    )
+    sampling = replace(learner.sampling, step=1)
+    rollout = sample(learner, prompts, sampling)
+    plain = Experience(prompts, rollout, reward_rows(learner.policy, rewards, rows[:4], rollout, step=0))
     dealt = []
 
     def more(count):
         dealt.append(count)
         return [(100 + len(dealt) * 10 + i, rows[4 + i]) for i in range(count)]
 
-    out = collect(learner, rewards, 1, prompts, more)
-    assert dealt == [2] and out.refilled == 2
+    out = refill(learner, rewards, sampling, plain, more)
+    assert dealt == [2] and out.result.metrics["refilled"] == 2
     names = [out.prompts[i][1]["prompt"] for i in out.rollout.prompt_index.tolist()]
     assert names == ["dog"] * 4 + ["a"] * 4 + ["count to ten one two"] * 4 + ["log on"] * 4
     expected = by_word(names, learner.policy.decode(out.rollout.completion_ids, out.rollout.mask))
@@ -94,21 +102,19 @@ def test_the_refilled_step_has_the_gradient_of_its_new_prompts():
 
 def test_remax_subtracts_the_reward_of_the_greedy_completion():
     learner, rewards, prompts, _ = start("remax", vowel_reward)
-    index = torch.arange(4).repeat_interleave(4)
-    found = greedy_rewards(learner, rewards, 1, prompts, index)
+    found = greedy_rewards(learner, rewards, replace(learner.sampling, step=1), prompts)
     policy = learner.policy
     ids = policy.encode_all([row["prompt"] for _, row in prompts], max_completion_length=6)
-    shape = {"num_generations": 1, "max_completion_length": learner.args.max_completion_length}
-    rollout = sample(policy, ids, draws=None, **shape)
+    rollout = completions(policy, ids, num_generations=0, max_completion_length=6)
     texts = policy.decode(rollout.completion_ids, rollout.mask)
     kept = [row[m].tolist() for row, m in zip(rollout.completion_ids, rollout.mask, strict=True)]
-    assert found.tolist() == np.repeat(vowel_reward(texts, kept), 4).tolist()
+    assert found.tolist() == vowel_reward(texts, kept)
 
 
 def test_score_norms_are_those_of_the_softmax():
     policy = make_policy()
     shape = {"num_generations": 3, "max_completion_length": 5}
-    rollout = sample(policy, [[3, 4, 5]], draws=uniforms(0, 1, [0], **shape), **shape)
+    rollout = completions(policy, [[3, 4, 5]], **shape)
     logits = policy.model(torch.cat([rollout.prompt_ids.expand(3, -1), rollout.completion_ids], 1)).logits[
         :, 2:-1
     ]
@@ -121,23 +127,21 @@ def test_score_norms_are_those_of_the_softmax():
 def test_hidden_states_are_those_before_each_action():
     policy = make_policy()
     shape = {"num_generations": 3, "max_completion_length": 5}
-    draws = uniforms(0, 1, [0, 1], **shape)
-    rollout = sample(policy, [[3, 4, 5], [6]], draws=draws, keep_hidden=True, **shape)
+    rollout = completions(policy, [[3, 4, 5], [6]], keep_hidden=True, **shape)
     for row in range(6):
         prompt = rollout.prompt_ids[row // 3][rollout.prompt_mask[row // 3]]
         whole = torch.cat([prompt, rollout.completion_ids[row]])[None]
         states = policy.model(whole, output_hidden_states=True).hidden_states[-1][0, len(prompt) - 1 : -1]
         keep = rollout.mask[row]
         assert torch.allclose(rollout.hidden[row][keep], states[keep], atol=1e-5)
-    assert sample(policy, [[3]], draws=None, **shape).hidden is None
+    assert completions(policy, [[3]], **shape).hidden is None
 
 
 def test_a_critic_learns_what_each_prompt_earns_and_leaves_the_policy_alone():
     policy = make_policy()
     before = [p.detach().clone() for p in policy.model.parameters()]
-    batch = sample(
-        policy, [[3, 4], [9, 8, 7]], num_generations=4, max_completion_length=3, draws=None, keep_hidden=True
-    )
+    sampling = Sampling(3, 4, keep_hidden=True)
+    batch = TransformersGenerator(policy).generate([[3, 4], [9, 8, 7]], sampling, None)
     returns = torch.tensor([1.0, -2.0])[batch.prompt_index][:, None].expand(batch.mask.shape)
     critic = Critic(batch.hidden.shape[-1], policy.device, learning_rate=3e-2, iterations=20)
     assert torch.equal(critic.values(batch.hidden), torch.zeros(batch.mask.shape))

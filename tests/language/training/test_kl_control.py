@@ -35,13 +35,12 @@ def test_a_step_logs_means_over_completions_and_errors_over_prompts():
     draw = torch.Generator().manual_seed(3)
     logprobs, ref = -torch.rand(2, 12, 5, generator=draw).double()
     mask = torch.rand(12, 5, generator=draw) < 0.7
-    found = kl_metrics({"logprobs": logprobs, "ref_logprobs": ref, "mask": mask}, 3)
+    found = kl_metrics(logprobs, ref, mask, 3)
     each = ((logprobs - ref) * mask).sum(1)
     assert found["kl"] == pytest.approx(float(each.mean()))
     assert found["kl_stderr"] == pytest.approx(float(each.view(4, 3).mean(1).std() / 2))
     assert found.keys() == {"kl", "kl_stderr", "kl_k3", "kl_k3_stderr"}
-    alone = {"logprobs": logprobs[:1], "ref_logprobs": ref[:1], "mask": mask[:1]}
-    assert kl_metrics(alone, 1).keys() == {"kl", "kl_k3"}
+    assert kl_metrics(logprobs[:1], ref[:1], mask[:1], 1).keys() == {"kl", "kl_k3"}
 
 
 def test_the_weight_follows_the_measured_kl_and_the_next_step_uses_it():

@@ -19,22 +19,21 @@ from tiny_models import (
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.language.training import step as step_module
-from tokenrl.language.training import update as update_module
-from tokenrl.language.training.update import update
+from tokenrl.language.training.update import Update
 
 GRPO = Estimator.preset("grpo")
 
 
 def spy_updates(monkeypatch):
-    """Record (chosen rows, old logprobs, metrics) of every update."""
-    calls = []
+    """Record (chosen rows, the step's rows, metrics) of every update."""
+    calls, real = [], Update.apply
 
-    def spying(learner, step, chosen, **options):
-        metrics = update(learner, step, chosen)
-        calls.append((chosen.clone(), step.old_logprobs, metrics))
+    def spying(update):
+        metrics = real(update)
+        calls.append((update.chosen.clone(), update.batch, metrics))
         return metrics
 
-    monkeypatch.setattr(step_module, "update", spying)
+    monkeypatch.setattr(Update, "apply", spying)
     return calls
 
 
@@ -42,29 +41,22 @@ def test_the_ratio_starts_at_one_and_then_moves(monkeypatch):
     calls = spy_updates(monkeypatch)
     estimator = Estimator.preset("dr_grpo", epsilon=1e-4)
     first, _, _ = stepped(estimator)
-    assert calls[0][1] is None and calls[0][2]["clip_ratio"] == 0
+    assert calls[0][1].old_logprobs is None and calls[0][2]["clip_ratio"] == 0
     calls.clear()
     stepped(estimator, num_iterations=3, learning_rate=0.003)
     clipped = [metrics["clip_ratio"] for *_, metrics in calls]
     assert len(calls) == 3 and clipped[0] == 0 and min(clipped[1:]) > 0.2
-    old = calls[0][1]
-    assert all(torch.equal(other, old) for _, other, _ in calls)
+    old = calls[0][1].old_logprobs
+    assert all(torch.equal(batch.old_logprobs, old) for _, batch, _ in calls)
     assert calls[0][2]["grad_norm"] == pytest.approx(float(first.norm()), rel=1e-5)
 
 
 def test_old_logprobs_are_those_of_the_policy_that_sampled(monkeypatch):
-    seen = {}
-    real = step_module.run_updates
-
-    def spying(learner, step, number):
-        seen["sampled"], seen["mask"] = step.rollout.logprobs, step.rollout.mask
-        return real(learner, step, number)
-
-    monkeypatch.setattr(step_module, "run_updates", spying)
     calls = spy_updates(monkeypatch)
     stepped(GRPO, num_iterations=2, micro_batch_size=5, temperature=0.7)
-    for _, old, _ in calls:
-        torch.testing.assert_close(old[seen["mask"]], seen["sampled"][seen["mask"]], atol=1e-5, rtol=0)
+    for _, batch, _ in calls:
+        mask, sampled = batch.rollout.mask, batch.rollout.logprobs
+        torch.testing.assert_close(batch.old_logprobs[mask], sampled[mask], atol=1e-5, rtol=0)
 
 
 def test_a_second_iteration_uses_the_clipped_ratio():
@@ -109,13 +101,13 @@ def test_minibatches_keep_groups_whole(monkeypatch, minibatches):
 
 
 def test_a_minibatch_computes_its_own_rows_only(monkeypatch):
-    scored, real = [], update_module.score
+    scored, real = [], step_module.score
 
     def counting(model, part, **options):
         scored.append(len(part.mask))
         return real(model, part, **options)
 
-    monkeypatch.setattr(update_module, "score", counting)
+    monkeypatch.setattr(step_module, "score", counting)
     stepped(GRPO, num_minibatches=2, reward=vowel_reward)
     assert scored == [6, 6]
 

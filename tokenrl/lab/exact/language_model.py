@@ -107,7 +107,6 @@ def rollout_of_all(policy: Policy, prompt: Sequence[int], *, vocabulary: int, le
         completion_ids=every.ids,
         mask=every.mask.bool(),
         logprobs=nothing,
-        entropy=nothing,
         truncated=~torch.isin(last, torch.tensor(policy.eos_ids)),
     )
 

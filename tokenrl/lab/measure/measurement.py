@@ -17,6 +17,7 @@ from tokenrl.lab.measure.paired import GroupSize, Measurement, compare, compare_
 from tokenrl.lab.measure.projections import Projections, blocks, chosen_parameters, project
 from tokenrl.lab.measure.rollouts import Samples, collect
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.settings import arguments
 
 
@@ -78,10 +79,12 @@ def measure_with(args: MeasureArguments, announce: Callable[[str], None] = lambd
         policy,
         rewards,
         rows,
-        num_generations=args.num_generations,
-        max_completion_length=args.max_completion_length or task.max_completion_length or 256,
-        temperature=args.temperature,
-        seed=args.seed,
+        Sampling(
+            max_completion_length=args.max_completion_length or task.max_completion_length or 256,
+            num_generations=args.num_generations,
+            temperature=args.temperature,
+            seed=args.seed,
+        ),
         rows_at_once=args.rows_at_once,
     )
     found: dict[str, tuple[Measurement, ...]] = {}

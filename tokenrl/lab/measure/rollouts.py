@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.judged import judged
-from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.rollout import Rollout, pad_right
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
 
 
@@ -51,11 +52,8 @@ def collect(
     policy: Policy,
     rewards: Rewards,
     rows: Sequence[Mapping[str, Any]],
+    sampling: Sampling,
     *,
-    num_generations: int,
-    max_completion_length: int,
-    temperature: float = 1.0,
-    seed: int = 0,
     rows_at_once: int = 1024,
 ) -> Samples:
     """Sample, reward and score G completions of each prompt, and its greedy completion.
@@ -64,26 +62,16 @@ def collect(
         policy: Sampled from, on-policy.
         rewards: The reward functions.
         rows: One a prompt, with the columns that the rewards ask for.
-        num_generations: G.
-        max_completion_length: T.
-        temperature: Of sampling and scoring.
-        seed: Of the uniforms.
+        sampling: How to sample, G completions of each prompt.
         rows_at_once: Completions in one forward pass; changes memory only.
 
     Raises:
         Refused: When a greedy completion has no reward.
     """
-    options: dict[str, Any] = {
-        "stream": "measurement",
-        "max_completion_length": max_completion_length,
-        "temperature": temperature,
-        "seed": seed,
-    }
-    size = max(1, rows_at_once // num_generations)
-    sampled = judged(
-        policy, rows, rewards, num_generations=num_generations, batch_size=rows_at_once, **options
-    )
-    greedily = judged(policy, rows, rewards, num_generations=0, batch_size=size, **options)
+    g, greedy = sampling.num_generations, replace(sampling, num_generations=0)
+    size = max(1, rows_at_once // g)
+    sampled = judged(policy, rows, rewards, sampling, stream="measurement", batch_size=rows_at_once)
+    greedily = judged(policy, rows, rewards, greedy, stream="measurement", batch_size=size)
     parts, columns = [], []
     for (_, rollout, result), (_, _, best) in zip(sampled, greedily, strict=True):
         if not best.valid.all():
@@ -92,19 +80,19 @@ def collect(
             "rewards": torch.from_numpy(result.total),
             "valid": torch.from_numpy(result.valid),
             "truncated": rollout.truncated,
-            "greedy_rewards": torch.from_numpy(best.total).repeat_interleave(num_generations),
+            "greedy_rewards": torch.from_numpy(best.total).repeat_interleave(g),
         }
         parts.append(rollout)
-        columns.append(shared | _scores(policy, rollout, temperature, max_completion_length))
+        columns.append(shared | _scores(policy, rollout, sampling))
     whole = {name: torch.cat([c[name].cpu() for c in columns]) for name in columns[0]}
     whole = {k: x.double() if x.is_floating_point() else x for k, x in whole.items()}
-    return Samples(parts=tuple(parts), group_size=num_generations, **whole)
+    return Samples(parts=tuple(parts), group_size=g, **whole)
 
 
 @torch.no_grad()
-def _scores(policy: Policy, rollout: Rollout, temperature: float, width: int) -> dict[str, Tensor]:
-    """The columns [n, width] of a rollout: mask, logprobs, those of the reference, entropies."""
-    options: dict[str, Any] = {"temperature": temperature, "share_prompt": policy.share_prompt}
+def _scores(policy: Policy, rollout: Rollout, sampling: Sampling) -> dict[str, Tensor]:
+    """The columns [n, T] of a rollout, T the most tokens allowed: mask, log-probabilities, entropies."""
+    options: dict[str, Any] = {"temperature": sampling.temperature, "share_prompt": policy.share_prompt}
     own = score(policy.model, rollout, entropy=True, **options)
     assert own.entropy is not None
     ref = own.logprobs
@@ -114,4 +102,4 @@ def _scores(policy: Policy, rollout: Rollout, temperature: float, width: int) ->
     columns = {"mask": rollout.mask}
     for name, x in (("logprobs", own.logprobs), ("ref_logprobs", ref), ("entropy", own.entropy)):
         columns[name] = torch.where(rollout.mask, x, 0)
-    return {k: torch.nn.functional.pad(x, (0, width - x.shape[1])) for k, x in columns.items()}
+    return {k: pad_right(x, sampling.max_completion_length) for k, x in columns.items()}

@@ -10,48 +10,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.sampling import sample
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.streams import uniforms
+from tokenrl.settings import check_number
 
 Form = Literal["d squared", "d log d"]  # of best-of-n, of RL
-POOL = 2**61  # added to the seed: these completions are none that training or evaluation samples
 
 
 def sample_pool(
     policy: Policy,
     prompts: Sequence[Any],
+    sampling: Sampling,
     *,
-    samples: int,
-    max_completion_length: int,
-    seed: int = 0,
     batch_size: int = 512,
 ) -> list[list[str]]:
-    """Texts of `samples` completions of each prompt at temperature 1, to choose from.
+    """Texts of N completions of each prompt, to choose from.
 
     Args:
         policy: the base policy.
         prompts: B prompts, text or chat messages.
-        samples: completions a prompt, N.
-        max_completion_length: most tokens a completion may have.
-        seed: of sampling.
+        sampling: how to sample, N completions of each prompt. The base that best-of-n is compared with is
+            the policy at this temperature.
         batch_size: completions sampled at a time; changes memory only.
 
     Returns:
         B lists of N texts.
+
+    Raises:
+        Refused: no completions, or a prompt that cannot be completed.
     """
-    shape: dict[str, Any] = {"num_generations": samples, "max_completion_length": max_completion_length}
+    check_number("num_generations", sampling.num_generations, at_least=1)
+    generator = TransformersGenerator(policy)
     texts: list[list[str]] = []
-    for place, ids in enumerate(policy.encode_all(prompts, max_completion_length=max_completion_length)):
-        draws, found = uniforms(POOL + seed, 0, [place], **shape), []
+    for place, ids in enumerate(encode(policy, prompts, sampling)):
+        draws = uniforms("best_of_n", sampling, [place])
+        assert draws is not None
+        found: list[str] = []
         for rows in draws.split(batch_size):
-            part = shape | {"num_generations": len(rows)}
-            rollout = sample(policy, [ids], draws=rows, **part)
+            rollout = generator.generate([ids], replace(sampling, num_generations=len(rows)), rows)
             found += policy.decode(rollout.completion_ids, rollout.mask)
         texts.append(found)
     return texts

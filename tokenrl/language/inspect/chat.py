@@ -14,8 +14,9 @@ from tokenrl.errors import Refused, TokenrlError
 from tokenrl.language.inspect.arguments import SampleArguments
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.judged import reward_rows
-from tokenrl.language.rollout.sampling import sample as draw_completions
+from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.language.tasks.task import find_task
@@ -86,19 +87,18 @@ class Sampler:
         if length is None:
             longest = max(len(policy.encode(prompt)) for prompt in prompts)
             length = max(1, min(self.length, (policy.context or longest + self.length) - longest))
-        generations = max(1, args.num_generations)
-        shape: dict[str, Any] = {"num_generations": generations, "max_completion_length": length}
-        ids = policy.encode_all(prompts, max_completion_length=length)
-        places = range(self.asked, self.asked + len(prompts))
+        sampling = Sampling(length, args.num_generations, args.temperature, args.seed)
+        ids = encode(policy, prompts, sampling)
+        draws = uniforms("interactive", sampling, range(self.asked, self.asked + len(prompts)))
         self.asked += len(prompts)
-        draws = uniforms(args.seed, 0, places, **shape) if args.num_generations else None
-        rollout = draw_completions(policy, ids, temperature=args.temperature, draws=draws, **shape)
+        rollout = TransformersGenerator(policy).generate(ids, sampling, draws)
         found: list[float | None] = [None] * len(rollout.mask)
         if rewards is not None:
             result = reward_rows(policy, rewards, rows, rollout, step=0)
             found = np.where(result.valid, result.total, np.nan).tolist()
         every = list(map(Completion, policy.decode(rollout.completion_ids, rollout.mask), found))
-        return [every[i : i + generations] for i in range(0, len(every), generations)]
+        size = sampling.group_size
+        return [every[i : i + size] for i in range(0, len(every), size)]
 
 
 def _typed(prompt: Any) -> str:

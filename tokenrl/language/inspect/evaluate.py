@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenrl.errors import Refused
 from tokenrl.language.inspect.arguments import EvaluateArguments
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.evaluation import Evaluation, evaluate_policy
 from tokenrl.language.training.evaluation_metrics import check_sizes
@@ -25,19 +26,22 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
     if not args.model:
         raise Refused("Say which model to evaluate: --model DIRECTORY_OR_HUB_NAME.")
     generations = max((4, *args.k)) if args.num_generations is None else args.num_generations
-    check_sizes(args.k, generations)  # before the model is loaded
+    check_sizes(args.k, generations)
     task, rewards = find_task(args)
+    sampling = Sampling(  # what cannot be sampled by is refused before the model is loaded
+        max_completion_length=args.max_completion_length or task.max_completion_length or 256,
+        num_generations=generations,
+        temperature=args.temperature,
+        seed=args.seed,
+        truncate_prompts=args.truncate_prompts,
+    )
     how: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     policy = load_placed(args.model, **how)
     evaluation = evaluate_policy(
         policy,
         task.eval_prompts,
         rewards,
-        max_completion_length=args.max_completion_length or task.max_completion_length or 256,
-        num_generations=generations,
-        temperature=args.temperature,
-        seed=args.seed,
-        truncate_prompts=args.truncate_prompts,
+        sampling,
         detailed=True,
         k=args.k or ((1, generations) if generations else ()),
         reference=None if args.reference is None else load_placed(args.reference, **how),

@@ -14,6 +14,7 @@ from tokenrl.language.preferences.backbone import reward_backbone
 from tokenrl.language.preferences.pairs import Pair, load_pairs, read_pairs
 from tokenrl.language.preferences.sampled import make_preferences
 from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.setup import make_policy
@@ -85,11 +86,8 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
                 policy,
                 prompts[: math.ceil(wanted / each)],
                 rewards,
-                pairs_per_prompt=each,
+                Sampling(length, 2 * each, args.temperature, seed),
                 noise_temperature=args.noise_temperature,
-                max_completion_length=length,
-                temperature=args.temperature,
-                seed=seed,
             )
         except Stopped as error:
             raise Refused(f"Before the first step: {error}") from error

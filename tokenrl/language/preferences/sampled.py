@@ -18,6 +18,8 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.judged import judged
+from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.settings import check_number
 
 Row = Mapping[str, Any]
 
@@ -26,12 +28,9 @@ def make_preferences(
     policy: Policy,
     prompts: Sequence[Row],
     gold_rewards: Any,
+    sampling: Sampling,
     *,
-    pairs_per_prompt: int = 1,
     noise_temperature: float = 0.0,
-    max_completion_length: int = 256,
-    temperature: float = 1.0,
-    seed: int = 0,
     batch_size: int = 256,
 ) -> list[dict[str, Any]]:
     """Sample pairs of completions and let a gold reward choose, with noise (Bradley & Terry 1952).
@@ -46,11 +45,9 @@ def make_preferences(
         policy: whose completions are compared.
         prompts: rows with a `prompt`; other columns reach the gold reward.
         gold_rewards: a `Rewards`, or what it is made of: one reward function or several.
-        pairs_per_prompt: pairs sampled a prompt; each completion is in one pair only.
+        sampling: how to sample; two of the completions of a prompt make a pair, so their number is even. The
+            seed is that of the noise too.
         noise_temperature: in units of the gold reward.
-        max_completion_length: most tokens a completion may have.
-        temperature: of sampling.
-        seed: of sampling and of the noise.
         batch_size: completions sampled at a time; changes memory only.
 
     Returns:
@@ -63,37 +60,31 @@ def make_preferences(
     """
     if not prompts:
         raise Refused("There are no prompts to make preferences from: give at least one row with a prompt.")
-    if pairs_per_prompt < 1 or not (math.isfinite(noise_temperature) and noise_temperature >= 0):
+    check_number("noise_temperature", noise_temperature, at_least=0)
+    pairs, left_over = divmod(sampling.num_generations, 2)
+    if pairs < 1 or left_over:
         raise Refused(
-            f"pairs_per_prompt={pairs_per_prompt} and noise_temperature={noise_temperature}: give 1 or more "
-            "pairs, and a finite temperature of 0 (no noise) or more."
+            f"num_generations={sampling.num_generations}: two completions of a prompt make a pair, so give "
+            "an even number, 2 or more."
         )
     gold = gold_rewards if isinstance(gold_rewards, Rewards) else Rewards(gold_rewards)
     # One uniform for each pair sampled, so that what is left out moves nobody's noise.
-    noise = np.random.default_rng([seed, 1]).random((len(prompts), pairs_per_prompt))
+    noise = np.random.default_rng([sampling.seed, 1]).random((len(prompts), pairs))
     rows: list[dict[str, Any]] = []
     for places, rollout, result in judged(
-        policy,
-        prompts,
-        gold,
-        stream="preferences",
-        num_generations=2 * pairs_per_prompt,
-        max_completion_length=max_completion_length,
-        temperature=temperature,
-        seed=seed,
-        batch_size=batch_size,
+        policy, prompts, gold, sampling, stream="preferences", batch_size=batch_size
     ):
         texts = policy.decode(rollout.completion_ids, rollout.mask)
         golds = [g if ok else math.nan for g, ok in zip(result.total.tolist(), result.valid, strict=True)]
         for k in range(0, len(texts), 2):
-            place, pair = divmod(k // 2, pairs_per_prompt)
+            place, pair = divmod(k // 2, pairs)
             first = first_is_chosen(golds[k], golds[k + 1], noise_temperature, noise[places[place], pair])
             if first is not None and texts[k] != texts[k + 1]:
                 chosen, rejected = (k, k + 1) if first else (k + 1, k)
                 rows.append(_row(prompts[places[place]]["prompt"], texts, golds, chosen, rejected))
     if not rows:
         raise Refused(
-            f"None of {len(prompts) * pairs_per_prompt} sampled pairs can be told apart: the policy repeats "
+            f"None of {len(prompts) * pairs} sampled pairs can be told apart: the policy repeats "
             "itself, or the gold reward finds all its completions equal. Raise the sampling temperature, use "
             "a graded gold reward, or another policy."
         )

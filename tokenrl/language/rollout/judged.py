@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import RewardResult, Rewards
+from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout
-from tokenrl.language.rollout.sampling import sample
-from tokenrl.language.rollout.streams import STREAMS, uniforms
+from tokenrl.language.rollout.sampling import Sampling, encode
+from tokenrl.language.rollout.streams import uniforms
 
 Row = Mapping[str, Any]
 
@@ -40,48 +41,32 @@ def judged(
     policy: Policy,
     prompts: Sequence[Row],
     rewards: Rewards,
+    sampling: Sampling,
     *,
     stream: str,
-    num_generations: int,
-    max_completion_length: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-    step: int = 0,
-    truncate_prompts: bool = False,
+    generator: Generator | None = None,
+    accelerator: Any = None,
     batch_size: int = 256,
-    rank: int = 0,
-    world: int = 1,
 ) -> Iterator[Judged]:
     """Sample completions of prompts batch by batch and reward them, outside training.
 
     Args:
         policy: sampled from.
         prompts: rows with a `prompt`; other columns reach the rewards.
-        rewards: the reward functions.
+        rewards: the reward functions, which are told `sampling.step`.
+        sampling: how to sample; 0 generations for the greedy completion.
         stream: whose random numbers, a name in `STREAMS`.
-        num_generations: completions a prompt; 0 is the greedy one.
-        max_completion_length: most tokens a completion may have.
-        temperature: of sampling.
-        seed: of sampling.
-        step: passed to the rewards.
-        truncate_prompts: drop tokens from the left of prompts too long.
+        generator: what samples; None for the policy's own model.
+        accelerator: accelerate's, in a run of W processes, each of which takes every W-th prompt.
         batch_size: completions in one batch; changes memory only.
-        rank: number of this process, which takes every `world`-th prompt.
-        world: processes that share the prompts.
     """
-    ids = policy.encode_all(
-        [row["prompt"] for row in prompts],
-        max_completion_length=max_completion_length,
-        truncate=truncate_prompts,
-    )
-    shape: dict[str, Any] = {
-        "num_generations": max(1, num_generations),
-        "max_completion_length": max_completion_length,
-    }
-    size = max(1, batch_size // shape["num_generations"])
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    generator = generator or TransformersGenerator(policy)
+    ids = encode(policy, [row["prompt"] for row in prompts], sampling)
+    size = max(1, batch_size // sampling.group_size)
     for start in range(rank, len(prompts), world * size):
         places = range(start, min(start + world * size, len(prompts)), world)
-        draws = uniforms(STREAMS[stream] + seed, 0, places, **shape) if num_generations else None
-        rollout = sample(policy, [ids[i] for i in places], temperature=temperature, draws=draws, **shape)
-        result = reward_rows(policy, rewards, [prompts[i] for i in places], rollout, step=step)
+        draws = uniforms(stream, sampling, places)
+        rollout = generator.generate([ids[i] for i in places], sampling, draws)
+        result = reward_rows(policy, rewards, [prompts[i] for i in places], rollout, step=sampling.step)
         yield Judged(places, rollout, result)

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+BY_ROW = ("completion_ids", "mask", "logprobs", "truncated", "entropy", "score_norms", "hidden")
+"""Fields of a `Rollout` that have one entry for each completion; all but `truncated` are as wide as it."""
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -21,11 +24,12 @@ class Rollout:
         completion_ids: sampled ids, padded on the right [N, T].
         mask: True on actions: up to and with the first EOS [N, T].
         logprobs: log-probabilities under the distribution sampled from, 0 off the mask [N, T].
-        entropy: entropy in nats of that distribution at each action, 0 off the mask [N, T].
         truncated: True where the length cap came before an EOS [N].
+        entropy: entropy in nats of that distribution at each action, 0 off the mask [N, T]; None where the
+            generator does not say, as the two below.
         score_norms: squared norm of each action's score in logit space, `1 - 2 p(a) + sum_v p(v)^2` [N, T];
             what the optimal baselines weigh rewards by, in place of the norm in weight space.
-        hidden: the last hidden state before each action [N, T, H], if a critic needs it.
+        hidden: the last hidden state before each action [N, T, H], which a critic reads.
     """
 
     prompt_ids: Tensor
@@ -34,29 +38,24 @@ class Rollout:
     completion_ids: Tensor
     mask: Tensor
     logprobs: Tensor
-    entropy: Tensor
     truncated: Tensor
+    entropy: Tensor | None = None
     score_norms: Tensor | None = None
     hidden: Tensor | None = None
 
     def rows(self, index: Tensor) -> Rollout:
         """The rows `index` [n] with only their prompts, cut to their longest prompt and completion."""
         used, prompt_index = torch.unique(self.prompt_index[index], return_inverse=True)
-        prompt_mask, mask = self.prompt_mask[used], self.mask[index]
+        prompt_mask = self.prompt_mask[used]
         first = int(prompt_mask.int().argmax(dim=1).min())
-        width = max(1, int(mask.sum(dim=1).max()))
+        width = max(1, int(self.mask[index].sum(dim=1).max()))
+        chosen = {name: x[index] for name in BY_ROW if (x := getattr(self, name)) is not None}
         return replace(
             self,
             prompt_ids=self.prompt_ids[used, first:],
             prompt_mask=prompt_mask[:, first:],
             prompt_index=prompt_index,
-            completion_ids=self.completion_ids[index, :width],
-            mask=mask[:, :width],
-            logprobs=self.logprobs[index, :width],
-            entropy=self.entropy[index, :width],
-            truncated=self.truncated[index],
-            score_norms=None if self.score_norms is None else self.score_norms[index, :width],
-            hidden=None if self.hidden is None else self.hidden[index, :width],
+            **{name: x[:, :width] if x.ndim > 1 else x for name, x in chosen.items()},
         )
 
 
@@ -69,17 +68,18 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
     return ids, mask
 
 
+def pad_right(x: Tensor, width: int) -> Tensor:
+    """Columns of zeros after those of [N, T, ...], up to [N, width, ...]."""
+    return pad(x, (*(0, 0) * (x.ndim - 2), 0, width - x.shape[1]))
+
+
 def joined(old: Rollout, new: Rollout, index: Tensor) -> Rollout:
     """Rows `index` of two rollouts laid end to end, with the prompts of both."""
 
-    def rows(name: str) -> Tensor | None:
-        a, b = getattr(old, name), getattr(new, name)
-        if a is None:
-            return None
+    def rows(a: Tensor, b: Tensor) -> Tensor:
         if a.ndim > 1:  # completions are padded on the right
             width = max(a.shape[1], b.shape[1])
-            tail = (0, 0) * (a.ndim - 2)
-            a, b = (pad(x, (*tail, 0, width - x.shape[1])) for x in (a, b))
+            a, b = pad_right(a, width), pad_right(b, width)
         return torch.cat([a, b])[index]
 
     left = max(old.prompt_ids.shape[1], new.prompt_ids.shape[1])
@@ -88,5 +88,6 @@ def joined(old: Rollout, new: Rollout, index: Tensor) -> Rollout:
         for name in ("prompt_ids", "prompt_mask")
     }
     both = torch.cat([old.prompt_index, new.prompt_index + len(old.prompt_ids)])[index]
-    names = ("completion_ids", "mask", "logprobs", "entropy", "truncated", "score_norms", "hidden")
-    return Rollout(**prompts, prompt_index=both, **{name: rows(name) for name in names})  # type: ignore[arg-type]
+    pairs = {name: (getattr(old, name), getattr(new, name)) for name in BY_ROW}
+    by_row = {name: rows(a, b) for name, (a, b) in pairs.items() if a is not None}
+    return replace(old, **prompts, prompt_index=both, **by_row)

@@ -7,24 +7,33 @@ forward pass, for less work. Logits exist only where there are completion tokens
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tokenrl.core.entropy import entropy_of
-from tokenrl.language.rollout.rollout import Rollout
-from tokenrl.language.rollout.sampling import log_softmax
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.distribution import log_softmax, score_norm_of
+from tokenrl.language.rollout.rollout import Rollout, pad_right
 
 
 class Scores(NamedTuple):
-    """Log-probabilities [N, T] of completion tokens and, if asked for, entropies [N, T].
+    """What a model says of completions; all but the log-probabilities only if asked for, else None.
 
-    Entries off the mask are those of the padding and mean nothing.
+    The fields are those of the same names in a `Rollout`. Entries off the mask are those of the padding and
+    mean nothing.
     """
 
     logprobs: Tensor
-    entropy: Tensor | None
+    """[N, T]"""
+    entropy: Tensor | None = None
+    """[N, T], nats"""
+    score_norms: Tensor | None = None
+    """[N, T]"""
+    hidden: Tensor | None = None
+    """[N, T, H]"""
 
 
 def score(
@@ -34,6 +43,8 @@ def score(
     temperature: float = 1.0,
     share_prompt: bool = True,
     entropy: bool = False,
+    score_norms: bool = False,
+    hidden: bool = False,
 ) -> Scores:
     """Score the completions of a rollout.
 
@@ -42,33 +53,91 @@ def score(
         rollout: prompts and completions; see `Rollout` for shapes.
         temperature: that of the sampling; divides the logits.
         share_prompt: compute each distinct prompt once; False where no cache may be kept (activation
-        checkpointing).
-        entropy: also return the entropies in nats, with their graph.
-
-    Returns:
-        `Scores` of shape [N, T].
+            checkpointing).
+        entropy: also return the entropies, with their graph.
+        score_norms: also return the squared norms of the scores in logit space.
+        hidden: also return the last hidden states before each token.
     """
-    logits = (_shared if share_prompt else _plain)(model, rollout)  # [N, T, V]
-    logp = log_softmax(logits, temperature)
+    logits, states = (_shared if share_prompt else _plain)(model, rollout, hidden)
+    logp = log_softmax(logits, temperature)  # [N, T, V]
     logprobs = logp.gather(2, rollout.completion_ids[:, :, None]).squeeze(2)
-    if not entropy:
-        return Scores(logprobs, None)
-    return Scores(logprobs, entropy_of(logp, logp.exp()))
+    p = logp.exp() if entropy or score_norms else logp
+    return Scores(
+        logprobs,
+        entropy_of(logp, p) if entropy else None,
+        score_norm_of(logprobs, p) if score_norms else None,
+        states,
+    )
+
+
+@torch.no_grad()
+def score_in_parts(model: nn.Module, rollout: Rollout, *, rows_at_once: int | None, **options: Any) -> Scores:
+    """Score without a graph, some rows at a time; 0 beyond the longest completion of the part.
+
+    Args:
+        model: a causal LM.
+        rollout: N rows.
+        rows_at_once: rows in one forward pass, which changes memory only; None for all.
+        **options: as `score` takes them.
+    """
+    n, width = rollout.mask.shape
+    parts = []
+    for rows in torch.arange(n, device=rollout.mask.device).split(rows_at_once or n):
+        scores = score(model, rollout.rows(rows), **options)
+        parts.append([None if x is None else pad_right(x, width) for x in scores])
+    columns = zip(*parts, strict=True)
+    return Scores._make(None if column[0] is None else torch.cat(column) for column in columns)
+
+
+def completed(
+    policy: Policy,
+    rollout: Rollout,
+    temperature: float,
+    *,
+    entropy: bool = False,
+    score_norms: bool = False,
+    hidden: bool = False,
+    rows_at_once: int | None = None,
+) -> Rollout:
+    """Fill in what the generator did not return, by one more forward pass if anything is missing.
+
+    Args:
+        policy: the policy that the rollout was sampled from, with the weights it had then.
+        rollout: N rows.
+        temperature: that of the sampling.
+        entropy: whether the entropies are needed.
+        score_norms: whether the squared norms of the scores are needed.
+        hidden: whether the hidden states are needed.
+        rows_at_once: rows in one forward pass, which changes memory only; None for all.
+    """
+    wanted = {"entropy": entropy, "score_norms": score_norms, "hidden": hidden}
+    missing = {name: True for name in wanted if wanted[name] and getattr(rollout, name) is None}
+    if not missing:
+        return rollout
+    options = {"temperature": temperature, "share_prompt": policy.share_prompt, **missing}
+    scores = score_in_parts(policy.model, rollout, rows_at_once=rows_at_once, **options)
+    found = {name: getattr(scores, name) for name in missing}
+    off = ~rollout.mask
+    zeroed = {name: x.masked_fill(off if x.ndim == 2 else off[..., None], 0) for name, x in found.items()}
+    return replace(rollout, **zeroed)
 
 
 def _positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def _shared(model: nn.Module, rollout: Rollout) -> Tensor:
+def _shared(model: nn.Module, rollout: Rollout, hidden: bool) -> tuple[Tensor, Tensor | None]:
+    """Logits [N, T, V] and hidden states [N, T, H], the prompts computed apart from their completions."""
     index, width = rollout.prompt_index, rollout.completion_ids.shape[1]
     prompt_mask = rollout.prompt_mask
     padded = not bool(prompt_mask.all())
     places = {"attention_mask": prompt_mask, "position_ids": _positions(prompt_mask)} if padded else {}
-    out = model(rollout.prompt_ids, **places, use_cache=True, logits_to_keep=1)
+    options = {"use_cache": True, "output_hidden_states": hidden}
+    out = model(rollout.prompt_ids, **places, **options, logits_to_keep=1)
     first = out.logits[index]  # [N, 1, V]
+    state = out.hidden_states[-1][index, -1:] if hidden else None  # [N, 1, H]
     if width == 1:
-        return first
+        return first, state
     cache = out.past_key_values
     cache.batch_select_indices(index)
     inputs = rollout.completion_ids[:, :-1]  # [N, T-1]
@@ -77,16 +146,17 @@ def _shared(model: nn.Module, rollout: Rollout) -> Tensor:
         # Completions are padded on the right, where causal attention never looks from within the mask.
         whole = torch.cat([prompt_mask[index], torch.ones_like(inputs, dtype=torch.bool)], dim=1)
         places = {"attention_mask": whole, "position_ids": _positions(whole)[:, -inputs.shape[1] :]}
-    rest = model(inputs, **places, past_key_values=cache, use_cache=True).logits
-    return torch.cat([first, rest], dim=1)
+    rest = model(inputs, **places, **options, past_key_values=cache)
+    states = None if state is None else torch.cat([state, rest.hidden_states[-1]], dim=1)
+    return torch.cat([first, rest.logits], dim=1), states
 
 
-def _plain(model: nn.Module, rollout: Rollout) -> Tensor:
+def _plain(model: nn.Module, rollout: Rollout, hidden: bool) -> tuple[Tensor, Tensor | None]:
+    """The same, each row by itself with its prompt."""
     width = rollout.completion_ids.shape[1]
     prompt_mask = rollout.prompt_mask[rollout.prompt_index]
     ids = torch.cat([rollout.prompt_ids[rollout.prompt_index], rollout.completion_ids], dim=1)[:, :-1]
     mask = torch.cat([prompt_mask, torch.ones_like(rollout.mask)], dim=1)[:, :-1]
-    logits = model(
-        ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, logits_to_keep=width
-    ).logits
-    return logits
+    options = {"use_cache": False, "output_hidden_states": hidden}
+    out = model(ids, attention_mask=mask, position_ids=_positions(mask), **options, logits_to_keep=width)
+    return out.logits, out.hidden_states[-1][:, -width:] if hidden else None

@@ -18,6 +18,7 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.judged import judged
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.task import Task
 
 
@@ -25,9 +26,9 @@ def filter_task(
     task: Task,
     policy: Policy,
     rewards: Rewards,
+    sampling: Sampling,
     *,
     within: Sequence[float] | None,
-    samples: int,
     announce: Callable[[str], None],
     **how: Any,
 ) -> Task:
@@ -37,8 +38,8 @@ def filter_task(
         task: the task; it is not changed, and its held-out prompts stay.
         policy: the policy before training.
         rewards: the reward functions.
+        sampling: how to sample the completions by which it is measured.
         within: least and greatest mean reward, both allowed; None keeps all prompts and measures nothing.
-        samples: completions a prompt to measure it by.
         announce: takes a line for people.
         **how: further arguments of `success_rates`.
 
@@ -48,13 +49,14 @@ def filter_task(
     if within is None:
         return task
     low, high = within
+    samples = sampling.num_generations
     if not low <= high or samples < 1:
         raise Refused(
             f"filter_difficulty={low:g} {high:g} with filter_samples={samples}: give the least mean reward "
             "to keep and then the greatest, as 0.2 0.8, and one sample or more."
         )
     try:
-        rates = success_rates(policy, task.train_prompts, rewards, samples=samples, **how)
+        rates = success_rates(policy, task.train_prompts, rewards, sampling, **how)
     except Stopped as error:
         raise Refused(f"Before the first step: {error}") from error
     kept = of_difficulty(task, rates, low, high)
@@ -69,38 +71,35 @@ def success_rates(
     policy: Policy,
     prompts: Sequence[Mapping[str, Any]],
     rewards: Rewards,
+    sampling: Sampling,
     *,
-    samples: int,
     accelerator: Any = None,
     **how: Any,
 ) -> np.ndarray:
-    """Mean reward of `samples` completions of each prompt: its success rate where rewards are 0 and 1.
+    """Mean reward of some completions of each prompt: its success rate where rewards are 0 and 1.
 
     Completions on which every reward function abstains are left out. For a true rate p the standard error is
-    `sqrt(p (1 - p) / samples)`.
+    `sqrt(p (1 - p) / G)` with G completions.
 
     Args:
         policy: the policy.
         prompts: rows with a `prompt`; other columns reach the rewards.
         rewards: the reward functions.
-        samples: completions a prompt.
+        sampling: how to sample, G completions of each prompt.
         accelerator: accelerate's, in a run of several processes, which share the prompts.
-        **how: of sampling, as `judged` takes it: max_completion_length, temperature, seed and so on.
+        **how: as `judged` takes it: generator, batch_size.
 
     Returns:
         float64 [B], nan where all completions of a prompt are without a reward; the same on every process.
     """
-    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     measured: list[tuple[int, float]] = []
-    batches = judged(
-        policy, prompts, rewards, stream="difficulty", num_generations=samples, rank=rank, world=world, **how
-    )
-    for places, _, result in batches:
-        table = np.where(result.valid, result.total, np.nan).reshape(-1, samples)
+    how |= {"accelerator": accelerator}
+    for places, _, result in judged(policy, prompts, rewards, sampling, stream="difficulty", **how):
+        table = np.where(result.valid, result.total, np.nan).reshape(-1, sampling.num_generations)
         for place, row in zip(places, table, strict=True):
             known = row[~np.isnan(row)]
             measured.append((place, float(known.mean()) if len(known) else math.nan))
-    everywhere = measured if world == 1 else gather_object(measured)
+    everywhere = measured if accelerator is None else gather_object(measured)
     return np.array([rate for _, rate in sorted(everywhere)], dtype=np.float64)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,11 @@ from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import RewardResult, Rewards
+from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.judged import judged
 from tokenrl.language.rollout.rollout import Rollout
-from tokenrl.language.rollout.scoring import score
+from tokenrl.language.rollout.sampling import Sampling, encode
+from tokenrl.language.rollout.scoring import completed, score_in_parts
 from tokenrl.language.training.evaluation_metrics import check_sizes, details
 from tokenrl.language.training.kl_control import completion_kl
 
@@ -33,13 +36,9 @@ def evaluate_policy(
     policy: Policy,
     prompts: Sequence[Mapping[str, Any]],
     rewards: Rewards,
+    sampling: Sampling,
     *,
-    max_completion_length: int,
-    num_generations: int = 4,
-    temperature: float = 1.0,
-    seed: int = 0,
-    step: int = 0,
-    truncate_prompts: bool = False,
+    generator: Generator | None = None,
     batch_size: int = 256,
     accelerator: Any = None,
     detailed: bool = False,
@@ -52,12 +51,9 @@ def evaluate_policy(
         policy: the policy.
         prompts: rows with a `prompt`; other columns reach the rewards.
         rewards: the reward functions.
-        max_completion_length: most tokens a completion may have.
-        num_generations: sampled completions a prompt; 0 evaluates the greedy completion only.
-        temperature: of the sampled completions.
-        seed: of sampling; evaluations with the same seed share their random numbers.
-        step: passed to the rewards, for those that ask.
-        truncate_prompts: drop tokens from the left of prompts too long.
+        sampling: how to sample; 0 generations evaluate the greedy completion only. Evaluations with the same
+            seed share their random numbers, whatever the step.
+        generator: what samples; None for the policy's own model.
         batch_size: completions in one batch; changes memory only.
         accelerator: accelerate's, in a run of several processes.
         detailed: also say what the same completions tell without further work; see `details`.
@@ -72,52 +68,44 @@ def evaluate_policy(
     Raises:
         Refused: no prompts, prompts too long, a k too large, or a reference of another vocabulary.
     """
-    k = check_sizes(k, num_generations)
+    k = check_sizes(k, sampling.num_generations)
     if not prompts:
         raise Refused(
             "There are no prompts to evaluate on. Give an eval_split, or hold rows out with eval_size."
         )
-    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     if reference is not None:
-        every, options = [row["prompt"] for row in prompts], {"truncate": truncate_prompts}
-        ids = policy.encode_all(every, max_completion_length=max_completion_length, **options)
-        check_reference(policy, reference, max(map(len, ids)) + max_completion_length, num_generations)
-    how: dict[str, Any] = {
-        "max_completion_length": max_completion_length,
-        "temperature": temperature,
-        "seed": seed,
-        "step": step,
-        "truncate_prompts": truncate_prompts,
-        "batch_size": batch_size,
-    }
+        longest = max(map(len, encode(policy, [row["prompt"] for row in prompts], sampling)))
+        check_reference(policy, reference, longest, sampling)
+    shared = {"generator": generator, "accelerator": accelerator, "batch_size": batch_size}
     passes: list[list[dict[str, Any]]] = []
-    for generations in dict.fromkeys((0, num_generations)):
+    for generations in dict.fromkeys((0, sampling.num_generations)):
         rows: list[dict[str, Any]] = []
-        for places, rollout, result in judged(
-            policy, prompts, rewards, stream="evaluation", num_generations=generations, rank=rank,
-            world=world, **how,
-        ):  # fmt: skip
-            kl = _kl(reference if generations else None, rollout, temperature)
-            rows += _completions(policy, prompts, places, rollout, result, kl)
-        passes.append(rows if world == 1 else sorted(gather_object(rows), key=lambda row: row["place"]))
+        how = replace(sampling, num_generations=generations)
+        for places, rollout, result in judged(policy, prompts, rewards, how, stream="evaluation", **shared):
+            known = completed(policy, rollout, sampling.temperature, entropy=True)
+            kl = _kl(reference if generations else None, known, sampling.temperature)
+            rows += _completions(policy, prompts, places, known, result, kl)
+        everywhere = rows if accelerator is None else gather_object(rows)
+        passes.append(sorted(everywhere, key=lambda row: row["place"]))
     metrics = _summary(passes)
     if detailed:
         metrics |= details(passes[0], passes[1] if len(passes) > 1 else [], rewards.names, k=k)
     return Evaluation(metrics, passes[0])
 
 
-def check_reference(policy: Policy, reference: Policy, longest: int, num_generations: int) -> None:
+def check_reference(policy: Policy, reference: Policy, longest_prompt: int, sampling: Sampling) -> None:
     """Refuse a reference that cannot score the policy's completions.
 
     Args:
         policy: the policy that samples.
         reference: the policy that scores.
-        longest: most tokens of a prompt and its completion.
-        num_generations: sampled completions a prompt.
+        longest_prompt: most tokens of a prompt.
+        sampling: how completions are sampled.
 
     Raises:
         Refused: other tokens, a shorter context, or no samples to estimate a KL from.
     """
+    longest = longest_prompt + sampling.max_completion_length
     rows = [p.model.get_input_embeddings().num_embeddings for p in (policy, reference)]  # type: ignore[operator]
     if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab() or rows[0] != rows[1]:
         raise Refused(
@@ -129,25 +117,26 @@ def check_reference(policy: Policy, reference: Policy, longest: int, num_generat
             f"Prompt and completion may have {longest} tokens, more than the context of "
             f"{reference.context} of the reference {reference.source!r}. Lower max_completion_length."
         )
-    if not num_generations:
+    if not sampling.num_generations:
         raise Refused(
             "The KL to a reference is estimated from sampled completions, but num_generations=0 samples "
             "none. Give 1 or more, or no reference."
         )
 
 
-@torch.no_grad()
 def _kl(reference: Policy | None, rollout: Rollout, temperature: float) -> list[dict[str, float]]:
     """Both estimates of the KL of each completion; nothing of each without a reference."""
     n, width = rollout.mask.shape
     if reference is None:
         return [{}] * n
     vocabulary = reference.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    scored = torch.zeros_like(rollout.logprobs)
-    for rows in torch.arange(n, device=scored.device).split(max(1, LOGITS // (width * vocabulary))):
-        part = rollout.rows(rows)
-        scores = score(reference.model, part, temperature=temperature, share_prompt=reference.share_prompt)
-        scored[rows, : part.mask.shape[1]] = scores.logprobs.to(scored.dtype)
+    scored = score_in_parts(
+        reference.model,
+        rollout,
+        rows_at_once=max(1, LOGITS // (width * vocabulary)),
+        temperature=temperature,
+        share_prompt=reference.share_prompt,
+    ).logprobs
     each = {name: x.tolist() for name, x in completion_kl(rollout.logprobs, scored, rollout.mask).items()}
     return [{name: values[i] for name, values in each.items()} for i in range(n)]
 
@@ -163,6 +152,7 @@ def _completions(
     """One row a completion; its reward is NaN where every reward function abstained."""
     texts = policy.decode(rollout.completion_ids, rollout.mask)
     lengths, truncated = rollout.mask.sum(dim=1).tolist(), rollout.truncated.tolist()
+    assert rollout.entropy is not None
     ids, entropy = rollout.completion_ids.tolist(), rollout.entropy.sum(dim=1).tolist()
     return [
         {

@@ -6,7 +6,6 @@ that it started from. Without a KL (beta 0) there is no reference, and nothing h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -50,19 +49,20 @@ def completion_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[
     return {"kl": k1(here, there).sum(dim=1), "kl_k3": k3(here, there).sum(dim=1)}
 
 
-def kl_metrics(whole: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
+def kl_metrics(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, group_size: int) -> dict[str, Tensor]:
     """Both estimates of a step, means over completions, and their standard errors over prompts.
 
     Args:
-        whole: `logprobs`, `ref_logprobs` and `mask` [N, T] of all rows.
+        logprobs: as `completion_kl` takes them [N, T].
+        ref_logprobs: the same of the reference [N, T].
+        mask: True on actions [N, T].
         group_size: completions a prompt.
 
     Returns:
         `kl`, `kl_stderr`, `kl_k3` and `kl_k3_stderr`; no errors of a single completion.
     """
     metrics = {}
-    each = completion_kl(whole["logprobs"], whole["ref_logprobs"], whole["mask"])
-    for name, values in each.items():
+    for name, values in completion_kl(logprobs, ref_logprobs, mask).items():
         metrics[name], error = mean_and_error(values, group_size)
         if not torch.isnan(error):
             metrics[name + "_stderr"] = error

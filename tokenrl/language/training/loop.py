@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,7 +72,8 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         names = {"task": run.task.name, "model": run.learner.policy.source}
         session.begin(args, names=names, title=run.title, solved=getattr(run.task, "solved", None))
         _start_trackers(run, session)
-        return _loop(run, session)
+        with closing(run.learner.generator):
+            return _loop(run, session)
 
 
 def _loop(run: Run, session: Session) -> RunResult:
@@ -103,13 +106,10 @@ def _prepare(args: TrainSettings, task: Task, rewards: Rewards, accelerator: Any
         task,
         policy,
         rewards,
+        replace(learner.sampling, num_generations=args.filter_samples),
         within=args.filter_difficulty,
-        samples=args.filter_samples,
         announce=session.console.note,
-        max_completion_length=args.max_completion_length,
-        temperature=args.temperature,
-        seed=args.seed,
-        truncate_prompts=args.truncate_prompts,
+        generator=learner.generator,
         accelerator=accelerator,
     )
     estimator = args.estimator
@@ -162,12 +162,8 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
             learner.policy,
             run.task.eval_prompts,
             run.rewards,
-            max_completion_length=args.max_completion_length,
-            num_generations=args.eval_generations,
-            temperature=args.temperature,
-            seed=args.seed,
-            step=step,
-            truncate_prompts=args.truncate_prompts,
+            replace(learner.sampling, num_generations=args.eval_generations, step=step),
+            generator=learner.generator,
             accelerator=learner.accelerator,
             detailed=True,
             k=(args.eval_generations,) if args.eval_generations else (),

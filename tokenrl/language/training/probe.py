@@ -16,6 +16,7 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.judged import judged
+from tokenrl.language.rollout.sampling import Sampling
 
 
 class Estimate(NamedTuple):
@@ -95,11 +96,11 @@ def probe_policy(
     policy: Policy,
     prompts: Sequence[Mapping[str, Any]],
     rewards: Rewards,
+    sampling: Sampling,
     *,
-    samples: int,
-    **how: Any,
+    batch_size: int = 256,
 ) -> Probe:
-    """Sample `samples` completions of each prompt and say what training would find.
+    """Sample completions of each prompt and say what training would find.
 
     Completions on which every reward function abstains are left out; a prompt with fewer than k others does
     not count in what is said of k.
@@ -108,12 +109,13 @@ def probe_policy(
         policy: the policy.
         prompts: rows with a `prompt`; other columns reach the rewards.
         rewards: the reward functions.
-        samples: completions a prompt, two or more.
-        **how: of sampling, as `judged` takes it: max_completion_length, temperature, seed and so on.
+        sampling: how to sample; two completions of each prompt or more.
+        batch_size: completions in one batch; changes memory only.
 
     Raises:
         Refused: no prompts, fewer than two samples, or prompts that do not fit into the context.
     """
+    samples = sampling.num_generations
     if not prompts or samples < 2:
         raise Refused(
             f"The probe was given {len(prompts)} prompts and {samples} samples of each; it needs one prompt "
@@ -121,11 +123,12 @@ def probe_policy(
         )
     table, lengths, cut, entropy = [], [], [], 0.0
     for _, rollout, result in judged(
-        policy, prompts, rewards, stream="probe", num_generations=samples, **how
+        policy, prompts, rewards, sampling, stream="probe", batch_size=batch_size
     ):
         table.append(np.where(result.valid, result.total, np.nan).reshape(-1, samples))
         lengths.append(rollout.mask.sum(dim=1).cpu().numpy())
         cut.append(rollout.truncated.double().cpu().numpy().reshape(-1, samples))
+        assert rollout.entropy is not None
         entropy += float(rollout.entropy.double().sum())
     every, length = np.concatenate(table), np.concatenate(lengths)
     return _read(every, length, np.concatenate(cut), entropy / max(1, int(length.sum())))

@@ -13,6 +13,7 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.adapters import add_lora
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.policy.model import Policy, enable_gradient_checkpointing, load_policy, wrap
+from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.critic import Critic
@@ -165,7 +166,8 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple
     )
     schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
     model, prepared = accelerator.prepare(policy.model, optimizer)
-    learner = Learner(policy, model, prepared, accelerator, args.estimator, args)
+    generator = TransformersGenerator(policy)
+    learner = Learner(policy, model, prepared, accelerator, args.estimator, args, generator)
     if args.estimator.needs_values:
         text_config: Any = policy.model.config
         hidden = text_config.get_text_config().hidden_size

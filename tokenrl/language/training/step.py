@@ -1,22 +1,35 @@
-"""One training step as a straight line: sample, reward, advantages, loss, update, record."""
+"""One training step as a straight line: sample, reward, advantages, score, loss, backward, update, record."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.rows import keep
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.training.collect import Prompts, collect, inputs, score_in_parts
+from tokenrl.language.rollout.judged import reward_rows
+from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.scoring import score
+from tokenrl.language.training.collect import (
+    Deal,
+    Experience,
+    Prompts,
+    old_logprobs,
+    refill,
+    sample,
+    step_rows,
+    trainer_state,
+)
 from tokenrl.language.training.kl_control import adapt_beta
-from tokenrl.language.training.records import completion_rows, gather_rows, step_metrics
-from tokenrl.language.training.update import Learner, Step, update
+from tokenrl.language.training.processes import StepRows, gather, share
+from tokenrl.language.training.records import completion_rows, step_metrics
+from tokenrl.language.training.update import Batch, Learner, updates
 
 
 class Record(NamedTuple):
@@ -28,12 +41,7 @@ class Record(NamedTuple):
 
 
 def training_step(
-    learner: Learner,
-    rewards: Rewards,
-    running_mean: RunningMean,
-    step: int,
-    prompts: Prompts,
-    more: Callable[[int], Prompts] = lambda count: (),
+    learner: Learner, rewards: Rewards, running_mean: RunningMean, step: int, prompts: Prompts, more: Deal
 ) -> Record:
     """Sample, reward, update and record once.
 
@@ -46,91 +54,84 @@ def training_step(
         prompts: the whole step's prompts, the same on every process.
         more: deals further prompts, for estimators that refill a step.
     """
-    args, estimator, accelerator = learner.args, learner.estimator, learner.accelerator
-    times = [time.perf_counter()]
-    mine, rollout, result, refilled = collect(learner, rewards, step, prompts, more)
+    policy, estimator, accelerator = learner.policy, learner.estimator, learner.accelerator
+    sampling = replace(learner.sampling, step=step, keep_hidden=estimator.needs_values)
+    g, times = sampling.group_size, [time.perf_counter()]
+
+    mine = share(accelerator, prompts)
+    rollout = sample(learner, mine, sampling)  # n rows, g of each prompt
+    result = reward_rows(policy, rewards, [row for _, row in mine], rollout, **trainer_state(learner, step))
+    own = Experience(mine, rollout, result)
+    if estimator.zero_spread == "refill":
+        own = refill(learner, rewards, sampling, own, more)
+        mine, rollout, result = own
     times.append(time.perf_counter())
 
-    needed = inputs(learner, rewards, step, mine, rollout)
-    whole = gather_rows(accelerator, rollout, result, needed)  # N rows, the same on every process
-    size = args.num_generations
-    kept = keep(
-        estimator,
-        whole["rewards"],
-        whole["mask"],
-        group_size=size,
-        valid=whole["valid"],
-        truncated=whole["truncated"],
-    )
+    rows = gather(accelerator, step_rows(learner, rewards, sampling, own))  # N rows, known everywhere
+    kept = keep(estimator, rows.rewards, rows.mask, group_size=g, valid=rows.valid, truncated=rows.truncated)
     advantages = estimator.advantages(
-        whole["rewards"],
-        whole["mask"],
-        group_size=size,
+        rows.rewards,
+        rows.mask,
+        group_size=g,
         valid=kept.compared,
         baseline_value=running_mean.value,
-        max_length=args.max_completion_length,
-        **{name: whole.get(name) for name in ("logprobs", *needed)},
+        max_length=sampling.max_completion_length,
+        **rows.inputs(),
     )
-    known = Step(rollout, kept.mask, kept.counted, advantages, ref_logprobs=needed["ref_logprobs"])
-    metrics = step_metrics(whole, rewards.names, size) | run_updates(learner, known, step)
-    metrics |= update_baselines(learner, running_mean, known, whole)
+
+    batch = Batch(rollout, rows, kept, advantages.policy, old_logprobs(learner, rollout))
+    history = []
+    for update in updates(learner, batch, step):
+        for part in update.parts():
+            scores = score(learner.model, part.rollout, entropy=estimator.needs_entropy, **learner.scoring)
+            loss = estimator.loss(
+                scores.logprobs, part.advantages, part.weights, part.rollout.mask, **part.inputs(scores)
+            )
+            update.backward(part, loss, scores.logprobs)
+        history.append(update.apply())
+    learner.generator.sync(policy)
+
+    metrics = result.metrics | step_metrics(rows, rewards.names, g) | averaged(history)
+    metrics |= teach_baselines(learner, running_mean, rollout, rows, advantages.returns)
     if estimator.needs_kl:
         metrics["kl_coef"] = adapt_beta(learner, metrics["kl"])
-    if estimator.zero_spread == "refill":
-        metrics["refilled"] = float(refilled)
     times.append(time.perf_counter())
-
-    own = advantages.policy[accelerator.process_index * len(rollout.mask) :]
-    rows = partial(completion_rows, learner.policy, mine, rollout, result, rewards.names, own)
-    parts = zip(("collect", "update"), times, times[1:], strict=False)
-    return Record(result.metrics | metrics, rows, {name: after - before for name, before, after in parts})
+    shown = share(accelerator, advantages.policy)
+    table = partial(completion_rows, policy, mine, rollout, result, rewards.names, shown)
+    return Record(metrics, table, {"collect": times[1] - times[0], "update": times[2] - times[1]})
 
 
-def update_baselines(
-    learner: Learner, running_mean: RunningMean, step: Step, whole: dict[str, Tensor]
+def teach_baselines(
+    learner: Learner, running_mean: RunningMean, rollout: Rollout, rows: StepRows, returns: Tensor
 ) -> dict[str, float]:
-    """Teach the running mean and the critic what this step earned, once it has been used."""
+    """Teach the running mean and the critic what this step brought, once it has been used.
+
+    Args:
+        learner: has the critic.
+        running_mean: mean reward of earlier steps.
+        rollout: this process's n rows.
+        rows: all N rows.
+        returns: the critic's targets [N, T].
+    """
     metrics = {}
     if learner.estimator.baseline == "running_mean":
         metrics["baseline"] = float(running_mean.value)
-        running_mean.update(whole["rewards"], valid=whole["valid"])
-    if learner.critic is not None and step.rollout.hidden is not None:
-        n, width = step.rollout.mask.shape
-        mask = (whole["mask"] & whole["valid"][:, None]).to(step.advantages.returns.dtype)
-        rows = slice(learner.accelerator.process_index * n, (learner.accelerator.process_index + 1) * n)
+        running_mean.update(rows.rewards, valid=rows.valid)
+    if learner.critic is not None and rollout.hidden is not None:
+        states = (rows.mask & rows.valid[:, None]).to(returns.dtype)
+        weights, width = states / states.sum().clamp(min=1), rollout.mask.shape[1]
         metrics["value_loss"] = learner.critic.update(
             learner.estimator,
-            step.rollout.hidden,
-            step.advantages.returns[rows, :width],
-            (mask / mask.sum().clamp(min=1))[rows, :width],
+            rollout.hidden,
+            share(learner.accelerator, returns)[:, :width],
+            share(learner.accelerator, weights)[:, :width],
             learner.accelerator,
         )
     return metrics
 
 
-def run_updates(learner: Learner, step: Step, number: int) -> dict[str, float]:
-    """All updates of a rollout: `num_iterations` passes in `num_minibatches` parts, groups kept whole.
-
-    Returns:
-        Means of the updates' metrics.
-    """
-    args = learner.args
-    n, groups = len(step.mask), len(step.mask) // args.num_generations
-    if learner.estimator.needs_old_logprobs and args.num_iterations * args.num_minibatches > 1:
-        step = step._replace(old_logprobs=score_in_parts(learner, learner.policy.model, step.rollout))
-    generator = torch.Generator().manual_seed(((args.seed << 32) + number) % 2**63)
-    history: list[dict[str, float]] = []
-    for _ in range(args.num_iterations):
-        order = (
-            torch.randperm(groups, generator=generator) if args.num_minibatches > 1 else torch.arange(groups)
-        )
-        for part in order.tensor_split(args.num_minibatches):
-            chosen = torch.zeros(groups, dtype=torch.bool)
-            chosen[part] = True
-            rows = chosen.repeat_interleave(n // groups).to(step.mask.device)
-            # The first update of a rollout is the on-policy one, of which the diagnostics speak.
-            measure = not history and learner.diagnostics is not None and learner.diagnostics.due(number)
-            history.append(update(learner, step, rows, measure=measure))
+def averaged(history: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means of the updates' metrics, each over the updates that have it."""
     return {
         name: sum(m.get(name, 0.0) for m in history) / sum(name in m for m in history) for name in history[0]
     }

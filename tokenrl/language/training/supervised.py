@@ -62,7 +62,7 @@ def demonstration_batch(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
     mask = torch.arange(width, device=policy.device) < lengths[:, None]
     zeros = torch.zeros(mask.shape, device=policy.device)
     index = torch.arange(len(pairs), device=policy.device)
-    return Rollout(prompt_ids, prompt_mask, index, ids_, mask, zeros, zeros, torch.zeros_like(lengths).bool())
+    return Rollout(prompt_ids, prompt_mask, index, ids_, mask, zeros, torch.zeros_like(lengths).bool())
 
 
 class SupervisedTraining:

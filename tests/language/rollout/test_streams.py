@@ -1,0 +1,76 @@
+"""Random-number streams: none shares a number with another, and whoever samples names one."""
+
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokenrl
+from tokenrl.errors import Refused
+from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.streams import STREAMS, key_of, uniforms
+
+PACKAGE = Path(tokenrl.__file__).parent
+SAMPLING = Sampling(6, 4, seed=3, step=5)
+
+
+def test_streams_are_far_apart_and_training_leaves_step_0_to_the_one_beside_it():
+    for first, second in itertools.combinations(STREAMS, 2):
+        if {first, second} != {"training", "interactive"}:
+            # Around the circle of 64 bits, for the sum of seed and offset may come near its end.
+            distance = (STREAMS[first] - STREAMS[second]) % 2**64
+            assert min(distance, 2**64 - distance) >= 2**60, (first, second)
+    steps = [Sampling(1, seed=seed, step=step) for seed in (0, 1, 2**33) for step in (1, 2, 10**9)]
+    assert {key_of("training", each) for each in steps}.isdisjoint(
+        key_of("interactive", each) for each in steps
+    )
+    with pytest.raises(ValueError, match="count from 1"):
+        key_of("training", Sampling(1))
+
+
+def test_the_same_seed_gives_every_stream_other_numbers():
+    tables = {stream: uniforms(stream, SAMPLING, range(3)) for stream in STREAMS}
+    for first, second in itertools.combinations(tables.values(), 2):
+        assert not (first == second).any()
+    later = Sampling(6, 4, seed=3, step=6)
+    for stream, table in tables.items():
+        assert torch.equal(uniforms(stream, later, range(3)), table) == (stream != "training")
+
+
+def test_greedy_completions_need_no_numbers():
+    assert uniforms("evaluation", Sampling(6, 0), range(3)) is None
+    assert uniforms("evaluation", Sampling(6, 1), range(3)).shape == (3, 6)
+
+
+def streams_named(source: str) -> set[str]:
+    """What stands for the stream in each call of `uniforms` and `judged`; `stream` where it is handed on."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "uniforms":
+            found.add(ast.unparse(node.args[0]).strip("'"))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "judged":
+            found |= {ast.unparse(k.value).strip("'") for k in node.keywords if k.arg == "stream"}
+    return found
+
+
+def test_nothing_bypasses_the_registry():
+    """Only `streams` has the counter-based generator; all others name a stream, and every stream is used."""
+    sources = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
+    assert [path.name for path, text in sources.items() if "philox" in text.lower()] == ["streams.py"]
+    used = {stream for text in sources.values() for stream in streams_named(text)}
+    assert used == {*STREAMS, "stream"}
+    assert streams_named("uniforms('a', s, p)\njudged(p, stream='b')\nf(stream='c')") == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("max_completion_length", 0), ("temperature", 0.0), ("temperature", float("nan"))),
+        *(("num_generations", -1), ("seed", -1), ("step", -1)),
+    ],
+)
+def test_a_sampling_out_of_range_is_refused(field, value):
+    with pytest.raises(Refused, match=f"{field} was given as {value}"):
+        Sampling(**{"max_completion_length": 4, field: value})

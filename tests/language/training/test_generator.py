@@ -1,0 +1,129 @@
+"""Any generator trains every preset: what it does not return comes from a scoring pass."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_models import (
+    ARCHITECTURES,
+    ENDS,
+    PROMPTS,
+    Engine,
+    apart,
+    completions,
+    make_learner,
+    make_policy,
+    make_task,
+    one_step,
+    stepped,
+    weights,
+)
+
+import tokenrl
+from tokenrl.core.estimator import Estimator
+from tokenrl.core.presets import PRESETS
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.scoring import completed
+from tokenrl.language.training import setup
+from tokenrl.language.training.difficulty import success_rates
+from tokenrl.language.training.evaluation import evaluate_policy
+
+FILLED = ("entropy", "score_norms", "hidden")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("rows_at_once", [None, 5])
+def test_the_scoring_pass_finds_what_sampling_finds(architecture, share, rows_at_once):
+    policy = make_policy(architecture)
+    policy.eos_ids, policy.share_prompt = ENDS, share
+    how = {"num_generations": 3, "max_completion_length": 6, "temperature": 0.7, "keep_hidden": True}
+    full = completions(policy, [policy.encode(p) for p in PROMPTS], **how)
+    bare = dataclasses.replace(full, **dict.fromkeys(FILLED))
+    options = {"temperature": 0.7, "rows_at_once": rows_at_once}
+    found = completed(policy, bare, **options, **dict.fromkeys(FILLED, True))
+    for name in FILLED:
+        mine, sampled = getattr(found, name), getattr(full, name)
+        assert mine.shape == sampled.shape and not mine[~full.mask].any()
+        torch.testing.assert_close(mine, sampled, atol=2e-5, rtol=0)
+        assert getattr(completed(policy, bare, **options), name) is None  # only what is asked for
+    assert completed(policy, full, **options, entropy=True) is full  # nothing is missing
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "tolerance"), [("llama", "float32", 1e-6), ("gpt2", "float64", 1e-10)]
+)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains_with_an_engine_that_returns_ids_and_logprobs_only(
+    preset, architecture, dtype, tolerance
+):
+    options = {"architecture": architecture, "dtype": dtype, "micro_batch_size": 5}
+    slope, record, learner = stepped(Estimator.preset(preset), **options)
+    found, other, engine = stepped(Estimator.preset(preset), engine=Engine, **options)
+    assert slope.norm() > 0.01 and apart(found, slope) < tolerance
+    assert apart(weights(engine.policy.model), weights(learner.policy.model)) < tolerance
+    if learner.critic is not None:
+        assert apart(weights(engine.critic.head), weights(learner.critic.head)) < tolerance
+    assert other.metrics.keys() == record.metrics.keys()
+    for name, value in record.metrics.items():
+        assert other.metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    assert engine.generator.synced == 1
+
+
+@pytest.mark.parametrize("preset", ["rloo", "remax", "ppo", "optimal", "dapo"])
+def test_the_engine_samples_from_the_weights_of_the_last_step(preset):
+    """Three steps of two updates: an engine that was not told in between would sample other completions."""
+    after = []
+    for engine in (None, Engine):
+        policy = make_policy("gpt2", dtype="float64")
+        estimator = Estimator.preset(preset, ratio="token")
+        learner = make_learner(policy, estimator, num_minibatches=2)
+        if engine is not None:
+            learner.generator = engine(policy)
+        for step in (1, 2, 3):
+            one_step(learner, step=step)
+        after.append(weights(policy.model))
+    assert apart(*after) < 1e-10 and learner.generator.synced == 3
+    assert apart(after[0], weights(make_policy("gpt2", dtype="float64").model)) > 0.01
+
+
+def test_evaluation_and_filtering_go_through_the_engine():
+    policy = make_policy()
+    engine, rows = Engine(policy), [{"prompt": p} for p in PROMPTS]
+    rewards, sampling = Rewards(make_task().reward), Sampling(6, 4)
+    plain, found = (
+        evaluate_policy(policy, rows, rewards, sampling, generator=generator, detailed=True).metrics
+        for generator in (None, engine)
+    )
+    assert found == pytest.approx(plain, abs=1e-5) and found["entropy"] > 0.1
+    assert engine.prompts == 2 * len(PROMPTS)  # greedy, and sampled
+    rates = [success_rates(policy, rows, rewards, sampling, generator=g) for g in (None, engine)]
+    assert (rates[0] == rates[1]).all() and engine.prompts == 3 * len(PROMPTS)
+
+
+def test_a_run_samples_everything_by_its_generator_and_closes_it(monkeypatch, tmp_path):
+    made = []
+
+    def engine(policy):
+        made.append(Engine(policy))
+        return made[0]
+
+    monkeypatch.setattr(setup, "TransformersGenerator", engine)
+    policy = make_policy()
+    tokenrl.train(
+        model=policy,
+        task=make_task(),
+        output_dir=tmp_path / "run",
+        max_steps=2,
+        prompts_per_step=2,
+        num_generations=2,
+        eval_every=0,
+        filter_difficulty=(-9.0, 9.0),
+        quiet=True,
+        cpu=True,
+    )
+    # The filter, two evaluations (greedy and sampled) of two prompts each, two steps.
+    assert made[0].prompts == len(PROMPTS) + 2 * 2 * 2 + 2 * 2
+    assert made[0].synced == 2 and made[0].closed
+    assert torch.equal(weights(made[0].policy.model), weights(policy.model))
