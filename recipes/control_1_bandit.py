@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tokenrl import Estimator
-from tokenrl.control.worlds import bandit
+from tokenrl.control import bandit
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"  # Okabe and Ito
 CASES = ((-1.0, 1), (-1.0, 0), (0.0, 0))  # theta, and the action sampled there: 0 is action 1

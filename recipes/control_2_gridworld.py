@@ -32,11 +32,15 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tokenrl import Estimator
-from tokenrl.control.environments import Environments
-from tokenrl.control.rollouts import collect_episodes
-from tokenrl.control.training import train
-from tokenrl.control.worlds.gridworld import GRIDWORLD_STEPS, GridWorld, exact_return, exact_values
+from tokenrl import Estimator, train_agent
+from tokenrl.control import (
+    GRIDWORLD_STEPS,
+    Environments,
+    GridWorld,
+    collect_episodes,
+    exact_return,
+    exact_values,
+)
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A8A8A"  # Okabe and Ito
 BEST, NEAR, STEP = 0.94, 0.02, 0.01
@@ -79,7 +83,7 @@ class Arguments:
 
 
 def run(args: Arguments, name: str, estimator: Estimator, *, seed: int, updates: int, **options):
-    result = train(
+    result = train_agent(
         env="gridworld",
         max_episode_steps=GRIDWORLD_STEPS,
         estimator=estimator,

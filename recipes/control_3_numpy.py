@@ -29,7 +29,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tokenrl.control.numpy_agent import NumpySettings, train
+from tokenrl.control import NumpySettings, train_numpy
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A8A8A"  # Okabe and Ito
 SUGGESTED = 475.0  # CartPole-v1's own reward threshold, for the mean of 100 episodes
@@ -76,7 +76,7 @@ def rolling(returns: list[float]) -> np.ndarray:
 
 
 def reinforce(settings: NumpySettings, episodes: int) -> Curve:
-    updates = islice(train(settings), -(-episodes // settings.episodes_per_update))
+    updates = islice(train_numpy(settings), -(-episodes // settings.episodes_per_update))
     played = [episode.rewards for _, batch in updates for episode in batch][:episodes]
     return rolling([float(rewards.sum()) for rewards in played]), sum(map(len, played))
 

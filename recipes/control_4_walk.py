@@ -29,8 +29,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tokenrl import Estimator
-from tokenrl.control.training import train
+from tokenrl import Estimator, train_agent
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
 GAMMA, BEST = 0.99, 0.89
@@ -78,7 +77,7 @@ def returns_of(args: Arguments, name: str) -> np.ndarray:
     estimator, value_network = KINDS[name]
     found = []
     for seed in range(args.seeds):
-        result = train(
+        result = train_agent(
             env="walk",
             estimator=estimator,
             hidden=args.hidden,

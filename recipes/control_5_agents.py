@@ -16,8 +16,7 @@ from typing import Any, Literal
 
 import tyro
 
-from tokenrl.control.training import ControlResult, train
-from tokenrl.core import Estimator
+from tokenrl import ControlResult, Estimator, train_agent
 
 # Whitening subtracts the mean over all steps of the update: a baseline, and with gamma 0.99 a biased one.
 CLASSIC: dict[str, Any] = {
@@ -119,7 +118,7 @@ def main(args: Arguments) -> None:
     results = []
     for seed in range(args.seeds):
         folder = args.output_dir / f"{args.env}-{args.agent}-seed{seed}"
-        result = train(
+        result = train_agent(
             **settings,
             env=args.env,
             seed=seed,

@@ -32,11 +32,9 @@ from matplotlib.ticker import LogFormatter
 import tokenrl
 import toy_tasks
 from tokenrl import Estimator
-from tokenrl.control import training as control
-from tokenrl.control.arguments import ControlArguments
-from tokenrl.control.environments import describe
-from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.runs.metrics import read_metrics
+from tokenrl.control import ControlArguments, describe
+from tokenrl.language import TrainArguments
+from tokenrl.runs import read_metrics
 
 VARIANTS = {"with": Estimator.preset("rloo"), "without": Estimator.preset("reinforce")}
 COLOURS = {"with": "#0072B2", "without": "#D55E00"}  # Okabe and Ito
@@ -115,7 +113,7 @@ def train_both(arguments: Arguments, name: str, estimator: Estimator, seed: int)
         **common,
     )
     assert agent.estimator is model.estimator is estimator
-    results = control.train(agent), tokenrl.train(model)
+    results = tokenrl.train_agent(agent), tokenrl.train(model)
     saved = [json.loads((result.output_dir / "config.json").read_text())["estimator"] for result in results]
     assert saved[0] == saved[1]
     return results

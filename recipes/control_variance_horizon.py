@@ -27,7 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tokenrl import Estimator
-from tokenrl.control.worlds import bandit
+from tokenrl.control import bandit
 
 COLOURS = {"none": "#D55E00", "mean": "#0072B2"}  # Okabe and Ito
 DASHES = {"total": "-", "reward_to_go": "--"}

@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tokenrl.core.kl import PER_TOKEN
-from tokenrl.lab.exact.problems import all_completions
+from tokenrl.core import PER_TOKEN
+from tokenrl.lab import all_completions
 
 EVERY = all_completions(vocabulary=3, length=3)  # 15 completions of 1 to 3 tokens
 COLOURS = {

@@ -16,7 +16,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from tokenrl import Estimator
-from tokenrl.core.presets import PRESETS
+from tokenrl.core import PRESETS
 from tokenrl.lab import Moments, exact_moments, tabular_problem
 
 COLOURS = {  # Okabe and Ito, by the declared status; `tokenrl lab exact` holds the declarations to account

@@ -20,12 +20,12 @@ from matplotlib.figure import Figure
 
 from tokenrl import Estimator
 from tokenrl.lab import (
+    Problem,
     best_constant_baseline,
     exact_moments,
     tabular_problem,
     variance_with_constant_baselines,
 )
-from tokenrl.lab.exact.problems import Problem
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito
 

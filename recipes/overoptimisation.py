@@ -38,18 +38,22 @@ from matplotlib.figure import Figure
 
 import tokenrl
 import toy_tasks
-from tokenrl.language.inspect import best_of_n
-from tokenrl.language.policy.model import load_policy
-from tokenrl.language.preferences.arguments import RewardModelSettings
-from tokenrl.language.preferences.backbone import reward_backbone
-from tokenrl.language.preferences.evaluation import encode_pairs, preference_metrics, score_pairs
-from tokenrl.language.preferences.fit import fit_reward_model
-from tokenrl.language.preferences.pairs import Pair, read_pairs
-from tokenrl.language.preferences.sampled import make_preferences
-from tokenrl.language.rewards.model import RewardModel
-from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.training.supervised import warm_started_base
-from tokenrl.runs.files import write_json
+from tokenrl import RewardModel, load_policy
+from tokenrl.language import (
+    Pair,
+    RewardModelSettings,
+    Sampling,
+    best_of_n,
+    encode_pairs,
+    fit_reward_model,
+    make_preferences,
+    preference_metrics,
+    read_pairs,
+    reward_backbone,
+    score_pairs,
+    warm_started_base,
+)
+from tokenrl.runs import write_json
 from toy_tasks.sentiment import balance
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"

@@ -30,8 +30,8 @@ from decimal import Decimal
 import tyro
 
 import tokenrl
-from tokenrl.language.tasks.sources import read_splits
-from tokenrl.language.tasks.task import PromptTask
+from tokenrl import PromptTask
+from tokenrl.language import read_splits
 
 
 @dataclass

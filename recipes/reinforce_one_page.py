@@ -34,9 +34,8 @@ import torch
 import tyro
 
 import toy_tasks
-from tokenrl.core import Estimator
-from tokenrl.core.baselines import RunningMean
-from tokenrl.core.masking import completion_mask
+from tokenrl import Estimator
+from tokenrl.core import RunningMean, completion_mask
 
 
 @dataclass

@@ -34,25 +34,22 @@ from matplotlib.figure import Figure
 
 import tokenrl
 import toy_tasks
-from tokenrl.language.inspect.best_of_n import (
+from tokenrl import RewardModel, load_policy, train_reward_model
+from tokenrl.language import (
+    Rewards,
+    Sampling,
     best_of_n_kl,
     choice_weights,
+    evaluate_policy,
     kl_bound,
+    make_preferences,
+    over_prompts,
     pool_rewards,
     sample_pool,
+    warm_started_base,
+    write_preferences,
 )
-from tokenrl.language.policy.model import load_policy
-from tokenrl.language.preferences.fit import train_reward_model
-from tokenrl.language.preferences.sampled import make_preferences, write_preferences
-from tokenrl.language.rewards.model import RewardModel
-from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.training.evaluation import evaluate_policy
-from tokenrl.language.training.probe import over_prompts
-from tokenrl.language.training.supervised import warm_started_base
-from tokenrl.runs.files import write_json
-from tokenrl.runs.metrics import read_metrics
-from tokenrl.runs.plots import smooth
+from tokenrl.runs import read_metrics, smooth, write_json
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
 SIZES = (1, 4, 16, 64)  # n of best-of-n

@@ -16,7 +16,7 @@ from itertools import pairwise
 import tyro
 
 import tokenrl
-from tokenrl.language.tasks.task import PromptTask
+from tokenrl import PromptTask
 from toy_tasks.models import TinyModel
 
 

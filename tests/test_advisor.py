@@ -10,9 +10,13 @@ import pytest
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.advisor.environment import advise_environment, choose, fitted
 from tokenrl.advisor.environment_reasons import Returns, doubts
-from tokenrl.advisor.language import completion_length, difficulty, group_size
-from tokenrl.advisor.language import doubts as language_doubts
-from tokenrl.advisor.language import fitted as language_fitted
+from tokenrl.advisor.language import (
+    completion_length,
+    difficulty,
+    doubts as language_doubts,
+    fitted as language_fitted,
+    group_size,
+)
 from tokenrl.advisor.show import Advice, command_line, written
 from tokenrl.cli import COMMANDS, _parse, main
 from tokenrl.control.arguments import ControlArguments

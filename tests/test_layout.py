@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ INSIDE = {  # the folders of a room, from below
     "lab": ["exact", "measure", "compare"],
 }
 SOURCES = sorted(path for part in ("tokenrl", "toy_tasks", "recipes") for path in (ROOT / part).rglob("*.py"))
+RECIPES = [path for path in SOURCES if path.is_relative_to(ROOT / "recipes")]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "recipes").rglob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
@@ -49,6 +51,51 @@ def room_of(name: str) -> str:
     """`tokenrl.core.kl` is in the room `core`; what lies in the package itself is in the room ``."""
     part = [*name.split("."), ""][1]
     return part if part in LEVEL else ""
+
+
+PUBLIC_ROOMS = ("core", "runs", "control", "language", "lab")
+
+
+def deep_imports(source: str, module: str = "recipes.x") -> list[str]:
+    """What is imported from below a room, where only the public names of tokenrl and its rooms should be."""
+    allowed = {"tokenrl", *(f"tokenrl.{room}" for room in PUBLIC_ROOMS)}
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tokenrl":
+            found += [] if node.module in allowed else [node.module]
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names if a.name.split(".")[0] == "tokenrl"]
+            found += [name for name in names if name not in allowed]
+    return found
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_recipes_use_public_names_only(path):
+    assert deep_imports(path.read_text()) == []
+
+
+def test_documents_use_public_names_only():
+    blocks = [b for d in DOCUMENTS for b in re.findall(r"```python\n(.*?)```", d.read_text(), re.DOTALL)]
+    assert blocks
+    assert [name for block in blocks for name in deep_imports(block)] == []
+
+
+def test_the_rule_about_public_names_notices():
+    assert deep_imports("from tokenrl.core.kl import k1") == ["tokenrl.core.kl"]
+    assert deep_imports("import tokenrl.language.training") == ["tokenrl.language.training"]
+    assert deep_imports("import tokenrl\nfrom tokenrl.lab import measure_bias") == []
+
+
+@pytest.mark.parametrize("room", ["", *PUBLIC_ROOMS])
+def test_every_public_name_is_there_and_documented(room):
+    package = importlib.import_module("tokenrl" + (f".{room}" if room else ""))
+    assert dir(package)
+    for name in dir(package):
+        value = getattr(package, name)
+        if callable(value) or isinstance(value, type(package)):
+            assert value.__doc__ and len(value.__doc__) > 30, name
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'; it has "):
+        package.nonsense  # noqa: B018
 
 
 def folder_level(name: str, room: str) -> int | None:

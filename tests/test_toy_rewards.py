@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from toy_tasks import addition, countdown, reverse_text, sentiment, sort_digits, target_length, vowels
 

@@ -80,9 +80,9 @@ def _sample(args: SampleArguments) -> int:
 
 
 def _control(args: ControlArguments) -> int:
-    from tokenrl.control.training import train
+    from tokenrl.control.training import train_agent
 
-    return train(args).exit_code
+    return train_agent(args).exit_code
 
 
 def _advise(args: AdviseArguments) -> int:
@@ -283,3 +283,7 @@ def _take(argv: list[str], flag: str) -> tuple[list[str], str | None]:
         else:
             rest.append(word)
     return rest, value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

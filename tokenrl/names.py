@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +74,22 @@ def import_file(file: Path) -> Any:
     return module
 
 
-def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Make the `__getattr__` of a package whose public names live in modules that are slow to import.
+def lazily(
+    package: str, public: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Make `__getattr__` and `__dir__` of a package whose public names are imported when first used.
 
     Args:
         package: name of the package.
-        homes: public name to the module that defines it.
+        public: by module, the names that it defines; a module's own last name stands for the module.
     """
+    homes = {name: module for module, names in public.items() for name in names}
 
     def __getattr__(name: str) -> Any:
         if name not in homes:
             known = ", ".join(sorted(homes))
             raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {known}")
-        return getattr(importlib.import_module(homes[name]), name)
+        module = importlib.import_module(homes[name])
+        return module if homes[name].endswith(f".{name}") else getattr(module, name)
 
-    return __getattr__
+    return __getattr__, lambda: sorted(homes)

@@ -41,10 +41,9 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from tokenrl.control import training
-from tokenrl.control.environments import Environments
-from tokenrl.control.evaluation import seed_of
-from tokenrl.runs.metrics import read_metrics
+from tokenrl import train_agent
+from tokenrl.control import Environments, seed_of
+from tokenrl.runs import read_metrics
 
 ENV, SOLVED, EPISODES = "CartPole-v1", 475.0, 100
 EVALUATE_EVERY = 1024  # steps of stable-baselines3
@@ -95,7 +94,7 @@ class Outcome(NamedTuple):
 def time_tokenrl(arguments: Arguments, seed: int) -> Outcome:
     options: dict[str, Any] = {"env": ENV, "seed": seed, "eval_episodes": EPISODES, "quiet": True}
     with tempfile.TemporaryDirectory() as folder:
-        found = training.train(
+        found = train_agent(
             output_dir=f"{folder}/run",
             max_steps=arguments.max_updates,
             eval_every=1,
@@ -108,7 +107,7 @@ def time_tokenrl(arguments: Arguments, seed: int) -> Outcome:
         at = next((i for i, row in enumerate(rows) if row[key] >= SOLVED), None)
         last = -1 if at is None else at
         # The learning rate is next to nothing, so that the agent neither unlearns nor learns.
-        after = training.train(
+        after = train_agent(
             output_dir=f"{folder}/after",
             load=str(found.output_dir / "model"),
             max_steps=arguments.extra_updates,

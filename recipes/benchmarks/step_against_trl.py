@@ -96,8 +96,8 @@ def time_trl(model, tokenizer, prompts, args, work, folder):
 def time_tokenrl(model, tokenizer, prompts, args, work, folder):
     from types import SimpleNamespace
 
-    from tokenrl.language.policy.model import wrap
-    from tokenrl.runs.metrics import read_metrics
+    from tokenrl.language import wrap
+    from tokenrl.runs import read_metrics
 
     _, per_step, _, length, early = work
     policy = wrap(model, tokenizer)

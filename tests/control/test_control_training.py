@@ -13,7 +13,7 @@ import torch
 
 from tokenrl.cli import main
 from tokenrl.control.saving import read_policy
-from tokenrl.control.training import train
+from tokenrl.control.training import train_agent as train
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
 

@@ -12,7 +12,7 @@ from gymnasium import spaces
 
 from tokenrl.control.environments import OWN, Environments, describe, find, make
 from tokenrl.control.evaluation import SEEDS, check_film, seed_of
-from tokenrl.control.training import train
+from tokenrl.control.training import train_agent as train
 from tokenrl.errors import Refused
 
 

@@ -23,10 +23,9 @@ from tokenrl.control.numpy_agent import (
     make,
     play,
     returns_of,
-    train,
+    train_numpy as train,
 )
-from tokenrl.core import Estimator
-from tokenrl.core import returns as core
+from tokenrl.core import Estimator, returns as core
 from tokenrl.errors import Refused
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from counting_env import register
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tokenrl.control.environments import Environments
 from tokenrl.control.policies import Policy, Shape

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenrl.core import Estimator
-from tokenrl.core import rows as rows_of_step
+from tokenrl.core import Estimator, rows as rows_of_step
 
 torch.set_num_threads(1)
 PREFIXES = [(), (1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)]

@@ -135,7 +135,7 @@ def play(env: Any, weights: Weights, generator: np.random.Generator) -> Episode:
     return Episode(np.array(observations[:-1], dtype=np.float64), np.array(actions), np.array(rewards))
 
 
-def train(settings: NumpySettings) -> Iterator[tuple[Weights, list[Episode]]]:
+def train_numpy(settings: NumpySettings) -> Iterator[tuple[Weights, list[Episode]]]:
     """Learn for as long as the caller asks for more; an update gives the weights and the episodes behind it.
 
     The weights are changed in place by the next update: copy what is to be kept.

@@ -20,7 +20,7 @@ from tokenrl.runs.session import Session
 from tokenrl.settings import arguments
 
 
-def train(args: ControlArguments | None = None, **options: Any) -> ControlResult:
+def train_agent(args: ControlArguments | None = None, **options: Any) -> ControlResult:
     """Train an agent by policy gradients; the keywords are the fields of `ControlArguments`.
 
     Args:
@@ -32,8 +32,8 @@ def train(args: ControlArguments | None = None, **options: Any) -> ControlResult
         Stopped: the run could not go on; what was saved stays.
 
     Example:
-        >>> from tokenrl.control.training import train
-        >>> train(env="CartPole-v1", output_dir="runs/cartpole").eval_after["reward_greedy"]
+        >>> from tokenrl import train_agent
+        >>> train_agent(env="CartPole-v1", output_dir="runs/cartpole").eval_after["reward_greedy"]
     """
     args = args or arguments(ControlArguments, options)
     spec = describe(args.env, args.max_episode_steps)

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokenrl.core import entropy as entropies
-from tokenrl.core import kl
+from tokenrl.core import entropy as entropies, kl
 from tokenrl.core.guards import given
 from tokenrl.core.masking import zero_outside
 from tokenrl.errors import Refused

@@ -134,8 +134,7 @@ class Progress:
 
     def __init__(self, console: Console, total: int) -> None:
         """Prepare the line; it appears on entering the context."""
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-        from rich.progress import Progress as RichProgress
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn
 
         self._console, self._total, self._first, self._began = console, total, 0, time.monotonic()
         self._evaluation = ""

@@ -163,8 +163,7 @@ def test_an_adapter_on_bfloat16_weights_trains_in_float32(tmp_path):
 
 
 def test_a_policy_object_gets_the_adapter_too():
-    from tokenrl.language.training.setup import TrainArguments
-    from tokenrl.language.training.setup import make_policy as from_arguments
+    from tokenrl.language.training.setup import TrainArguments, make_policy as from_arguments
 
     given = make_policy()
     policy = from_arguments(TrainArguments(model=given, lora_r=2), None, print)

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tokenrl.errors import Refused
 from tokenrl.language.tasks.stream import PromptStream
