@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import describe
@@ -60,10 +61,12 @@ def train_agent(args: ControlArguments | None = None, **options: Any) -> Control
 
 def _loop(run: Run, session: Session) -> ControlResult:
     """Train to the last update, the first signal, or the solution."""
-    args = run.args
+    args, schedules = run.args, _schedules(run)
     solved = args.stop_when_solved and run.solved(session.eval_before) is True
     for step in session.steps(0 if solved else args.max_steps):
         metrics = _one_update(run, step)
+        for schedule in schedules:
+            schedule.step()
         if session.due(args.eval_every):
             found = _evaluate(run)
             metrics |= session.evaluated(found)
@@ -98,7 +101,6 @@ def _one_thread() -> Iterator[None]:
 def _one_update(run: Run, step: int) -> dict[str, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     agent = run.agent
-    _set_learning_rates(run, step)
     rollout = _collect(run, step)
     metrics = learn(agent, rollout, step)
     run.env_steps += rollout.env_steps
@@ -129,14 +131,15 @@ def _collect(run: Run, step: int) -> Rollout:
     return run.pieces.collect(run.agent.policy, run.actions)
 
 
-def _set_learning_rates(run: Run, step: int) -> None:
-    if run.args.learning_rate_schedule == "constant":
-        return
-    left = 1 - (step - 1) / run.args.max_steps
-    for optimizer in (run.agent.optimizer, run.agent.value_optimizer):
-        for group in optimizer.param_groups if optimizer is not None else ():
-            group.setdefault("initial_lr", group["lr"])
-            group["lr"] = group["initial_lr"] * left
+def _schedules(run: Run) -> list[LambdaLR]:
+    """Let the learning rates of policy and critic stay, or fall linearly to 0 over the run."""
+    args = run.args
+
+    def share(updates: int) -> float:
+        return 1.0 if args.learning_rate_schedule == "constant" else 1 - updates / args.max_steps
+
+    optimizers = (run.agent.optimizer, run.agent.value_optimizer)
+    return [LambdaLR(optimizer, share) for optimizer in optimizers if optimizer is not None]
 
 
 def _evaluate(run: Run) -> dict[str, float]:

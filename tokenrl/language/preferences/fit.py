@@ -86,16 +86,18 @@ class PreferenceTraining:
             pairs: what it learns from.
             args: the settings.
         """
+        from transformers import get_scheduler
+
         self._args, self._model = args, reward_model
         self._encoded = encode_pairs(reward_model, pairs)
         self._margins = [args.margin if pair.margin is None else pair.margin for pair in pairs]
         self._batches = Batches(len(pairs), args.batch_size, args.seed)
         self._parameters = [p for p in reward_model.model.parameters() if p.requires_grad]
         fused = reward_model.model.device.type in ("cpu", "cuda")
-        rate = args.learning_rate
         self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=rate, weight_decay=args.weight_decay, fused=fused
+            self._parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=fused
         )
+        self._schedule = get_scheduler("linear", self._optimizer, 0, args.max_steps)
         self._step = self._tokens = 0
 
     def update(self) -> dict[str, float]:
@@ -125,11 +127,10 @@ class PreferenceTraining:
         self._optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, args.max_grad_norm or math.inf)
-        for group in self._optimizer.param_groups:
-            group["lr"] = args.learning_rate * (1 - (self._step - 1) / args.max_steps)
         self._optimizer.step()
         metrics = {"loss": loss.item(), **_batch_metrics(chosen.detach(), rejected.detach())}
-        metrics |= {"grad_norm": float(norm), "learning_rate": self._optimizer.param_groups[0]["lr"]}
+        metrics |= {"grad_norm": float(norm), "learning_rate": self._schedule.get_last_lr()[0]}
+        self._schedule.step()
         epoch = self._step * args.batch_size / len(self._encoded)
         return metrics | {"epoch": epoch, "num_tokens": self._tokens}
 

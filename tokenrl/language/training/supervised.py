@@ -96,6 +96,8 @@ class SupervisedTraining:
         Raises:
             Refused: no demonstrations, or an unusable one.
         """
+        from transformers import get_scheduler
+
         if not demonstrations:
             raise Refused("There are no demonstrations to learn from. Give rows of prompt and completion.")
         self._policy, self._max_grad_norm = policy, max_grad_norm
@@ -103,7 +105,8 @@ class SupervisedTraining:
         self._batches = Batches(len(self._pairs), batch_size, seed)
         self._parameters = policy.trainable_parameters()
         self._optimizer = torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=0.0, fused=True)
-        self._learning_rate, self._max_steps, self._step = learning_rate, max_steps, 0
+        self._schedule = get_scheduler("linear", self._optimizer, 0, max_steps)
+        self._step = 0
 
     def update(self) -> dict[str, float]:
         """Learn from the next batch.
@@ -127,9 +130,8 @@ class SupervisedTraining:
         self._optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate * (1 - (self._step - 1) / self._max_steps)
         self._optimizer.step()
+        self._schedule.step()
         return {"loss": loss.item(), "grad_norm": float(norm)}
 
 
