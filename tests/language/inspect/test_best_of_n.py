@@ -1,6 +1,7 @@
 """Best-of-n against enumeration: every subset, every tuple of draws, and the texts of a pool."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from tiny_models import PROMPTS, make_policy
 from tokenrl.errors import Refused
 from tokenrl.language.inspect.best_of_n import (
     best_of_n_kl,
+    best_of_n_metrics,
     choice_weights,
     fit_gain,
     gain_form,
@@ -18,6 +20,7 @@ from tokenrl.language.inspect.best_of_n import (
     pool_rewards,
     sample_pool,
 )
+from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.probe import best_of
 
@@ -111,3 +114,70 @@ def test_a_fit_recovers_its_own_form_and_the_peak_is_the_highest_point(form, exp
     assert d[gain.argmax()] == pytest.approx(peak, abs=0.002)
     assert gain_peak(1.0, -0.1, form) == gain_peak(1.0, 0.0, form) == math.inf
     assert gain_peak(-1.0, 0.5, form) == (0 if form == "d squared" else pytest.approx(math.exp(-3)))
+
+
+def length(completions, **_):
+    """The reward that chooses: longer is better."""
+    return [float(len(text)) for text in completions]
+
+
+def vowels(completions, **_):
+    """The reward that measures; it abstains from some texts."""
+    return [None if text.startswith("q") else float(sum(c in "aeiou" for c in text)) for text in completions]
+
+
+def test_the_metrics_are_those_of_the_pool_that_was_sampled():
+    policy, rows = make_policy(initializer_range=0.5), [{"prompt": prompt} for prompt in PROMPTS]
+    sampling = Sampling(5, num_generations=6, seed=3)
+    found = best_of_n_metrics(policy, rows, Rewards(length), Rewards(vowels), sampling)
+    pool = sample_pool(policy, PROMPTS, sampling)  # the same stream of random numbers
+    assert {name.partition("@")[2].partition("_")[0] for name in found} == {"1", "2", "4", "6"}
+    for n in (1, 2, 4, 6):
+        worth, proxy, kl = [], [], []
+        for texts in pool:
+            kept = [text for text in texts if not text.startswith("q")]
+            if len(kept) < n:
+                continue
+            chooses, measures = np.array(length(kept)), np.array(vowels(kept))
+            weights = choice_weights(chooses, n)
+            worth.append(weights @ measures)
+            proxy.append(weights @ chooses)
+            kl.append(best_of_n_kl(chooses, n))
+        assert found[f"best_of_n@{n}"] == pytest.approx(np.mean(worth))
+        assert found[f"best_of_n_proxy@{n}"] == pytest.approx(np.mean(proxy))
+        assert found[f"best_of_n_kl@{n}"] == pytest.approx(np.mean(kl))
+        assert found[f"best_of_n@{n}_stderr"] == pytest.approx(np.std(worth, ddof=1) / len(worth) ** 0.5)
+    assert abs(found["best_of_n_kl@1"]) < 1e-12 and found["best_of_n_kl@6"] > 0
+    assert found["best_of_n_proxy@1"] < found["best_of_n_proxy@6"]
+
+
+MINE = """
+from tokenrl import PromptTask
+
+def short(completions, **_):
+    return [-len(text) for text in completions]
+
+def any_a(completions, **_):
+    return [float("a" in text) for text in completions]
+
+rows = [{"prompt": "the cat"}, {"prompt": "a"}]
+task = PromptTask("mine", rows, rows, any_a, max_completion_length=5)
+"""
+
+
+def test_best_of_n_at_the_command_line(tmp_path, capsys, monkeypatch):
+    from tokenrl.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    command = ["evaluate", "--task", "mine.py:task", "--reward", "mine.py:short", "--best-of", "4"]
+    policy = make_policy()
+    policy.model.save_pretrained(tmp_path / "model")
+    policy.tokenizer.save_pretrained(tmp_path / "model")
+    assert main([*command, "--model", "model", "--json", "numbers.json"]) == 0
+    assert "best_of_n@4" in capsys.readouterr().out
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["best_of_n_proxy@4"] > numbers["best_of_n_proxy@1"]
+    assert 0 <= numbers["best_of_n@4"] <= 1  # the task's own reward, and not that of mine.py
+    assert main([*command, "--model", "model", "--best-of", "-1"]) == 2
+    assert "best_of was given as -1" in capsys.readouterr().err

@@ -49,6 +49,9 @@ class EvaluateArguments(TaskArguments):
     """Sampled completions a prompt, beside the greedy one; 0: none. Default: 4, or the largest k."""
     k: tuple[Count, ...] = ()
     """Sizes of pass@k (best-of-k where rewards are not 0 or 1). Default: 1 and num_generations."""
+    best_of: Natural = 0
+    """Largest n of best-of-n: so many completions are sampled for each prompt, the rewards named by --reward
+    choose among them, and the task's own reward says what the choice is worth. 0: not measured."""
     reference: str | None = None
     """Directory or hub name of the model that training started from: report the KL to it."""
     max_completion_length: Count | None = None

@@ -17,9 +17,12 @@ import numpy as np
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.judged import judged, reward_rows
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.streams import uniforms
+from tokenrl.language.training.probe import over_prompts
 from tokenrl.settings import check_number
 
 Form = Literal["d squared", "d log d"]  # of best-of-n, of RL
@@ -80,6 +83,56 @@ def pool_rewards(
         known = dict(zip(distinct, values, strict=True))
         rewards.append(np.array([known[text] for text in texts], dtype=np.float64))
     return rewards
+
+
+def best_of_n_metrics(
+    policy: Policy, prompts: Sequence[Mapping[str, Any]], choosing: Rewards, gold: Rewards, sampling: Sampling
+) -> dict[str, float]:
+    """Measure what the best of n completions is worth, for n = 1, 2, 4 ... up to N.
+
+    N completions of each prompt are sampled. One reward chooses among n of them, another says what the choice
+    is worth; the expectation over all subsets of size n is estimated without bias (see `choice_weights`).
+
+    Args:
+        policy: the policy that is sampled.
+        prompts: rows with a `prompt`; other columns reach the rewards.
+        choosing: the reward that chooses, such as a reward model.
+        gold: the reward that the choice is measured by; it may be the same.
+        sampling: how to sample, N completions per prompt.
+
+    Returns:
+        For each n, means over prompts with their standard errors under the same name and `_stderr`:
+        `best_of_n@n` (gold reward of the choice), `best_of_n_proxy@n` (its reward by `choosing`) and
+        `best_of_n_kl@n` (KL to the policy in nats, see `best_of_n_kl`). A prompt is left out where fewer than
+        n completions have both rewards.
+
+    Raises:
+        Refused: no completions per prompt, or a prompt that cannot be completed.
+        Stopped: a reward failed.
+    """
+    check_number("num_generations", sampling.num_generations, at_least=1)
+    pools: list[tuple[np.ndarray, np.ndarray]] = []  # per prompt, both rewards of each completion
+    for places, rollout, result in judged(policy, prompts, choosing, sampling, stream="best_of_n"):
+        worth = reward_rows(policy, gold, [prompts[i] for i in places], rollout, step=sampling.step)
+        known = (result.valid & worth.valid).reshape(len(places), -1)
+        proxies, golds = (found.total.reshape(len(places), -1) for found in (result, worth))
+        pools += [(p[k], g[k]) for p, g, k in zip(proxies, golds, known, strict=True)]
+    metrics: dict[str, float] = {}
+    for n in _doubling(sampling.num_generations):
+        chosen = [(choice_weights(p, n), p, g) for p, g in pools if len(p) >= n]
+        for name, values in (
+            ("best_of_n", [float(w @ g) for w, _, g in chosen]),
+            ("best_of_n_proxy", [float(w @ p) for w, p, _ in chosen]),
+            ("best_of_n_kl", [best_of_n_kl(p, n) for _, p, _ in chosen]),
+        ):
+            found = over_prompts(values)
+            metrics |= {f"{name}@{n}": found.value, f"{name}@{n}_stderr": found.stderr}
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def _doubling(most: int) -> list[int]:
+    """1, 2, 4 ... and `most` itself."""
+    return sorted({*(2**k for k in range(most.bit_length())), most})
 
 
 def choice_weights(proxy: np.ndarray, n: int) -> np.ndarray:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import Refused
 from tokenrl.language.inspect.arguments import EvaluateArguments
+from tokenrl.language.inspect.best_of_n import best_of_n_metrics
+from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.evaluation import Evaluation, evaluate_policy
@@ -17,7 +20,9 @@ from tokenrl.settings import arguments
 
 
 def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluation:
-    """Evaluate a model on a task's held-out prompts; see `evaluate_policy` and `details` for the numbers.
+    """Evaluate a model on a task's held-out prompts; the keywords are the fields of `EvaluateArguments`.
+
+    `evaluate_policy` and `details` explain the numbers, `best_of_n_metrics` those of `best_of`.
 
     Raises:
         Refused: no such model, reference or task, a reward that cannot be used, or a number out of range.
@@ -46,6 +51,21 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
         k=args.k or ((1, generations) if generations else ()),
         reference=None if args.reference is None else load_placed(args.reference, **how),
     )
+    if args.best_of:
+        gold = _own_rewards(args, rewards)
+        pool = replace(sampling, num_generations=args.best_of)
+        found = best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)
+        evaluation = evaluation._replace(metrics=evaluation.metrics | found)
     if args.json:
         write_json(Path(args.json), evaluation.metrics)
     return evaluation
+
+
+def _own_rewards(args: EvaluateArguments, rewards: Rewards) -> Rewards:
+    """Return the task's own rewards, which measure a choice; `rewards` themselves where it has none."""
+    if not args.reward:
+        return rewards
+    try:
+        return find_task(replace(args, reward=(), reward_weights=()))[1]
+    except Refused:  # a data set has no reward of its own: those that choose then measure the choice too
+        return rewards
