@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SOURCE = (".py", ".pyi")  # a stub holds the public names of its package
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,9 @@ def names(tmp_path_factory):
 
 
 def modules(package: str) -> set[str]:
-    return {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
+    return {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py*") if path.suffix in SOURCE
+    }
 
 
 def test_the_wheel_holds_the_modules_their_types_and_the_licence(names):

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,22 +75,31 @@ def import_file(file: Path) -> Any:
     return module
 
 
-def lazily(
-    package: str, public: Mapping[str, Sequence[str]]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazily(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Make `__getattr__` and `__dir__` of a package whose public names are imported when first used.
+
+    The names stand once, as the imports of the `__init__.pyi` beside the package's `__init__.py`, where type
+    checkers read them too.
 
     Args:
         package: name of the package.
-        public: by module, the names that it defines; a module's own last name stands for the module.
     """
-    homes = {name: module for module, names in public.items() for name in names}
+    stub = Path(str(sys.modules[package].__file__)).with_suffix(".pyi")
+    homes = {
+        name.name: str(statement.module)
+        for statement in ast.parse(stub.read_text(encoding="utf-8")).body
+        if isinstance(statement, ast.ImportFrom)
+        for name in statement.names
+    }
 
     def __getattr__(name: str) -> Any:
         if name not in homes:
             known = ", ".join(sorted(homes))
             raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {known}")
-        module = importlib.import_module(homes[name])
-        return module if homes[name].endswith(f".{name}") else getattr(module, name)
+        home = importlib.import_module(homes[name])
+        # The name of a module inside a package is its attribute only once it has been imported.
+        return (
+            getattr(home, name) if hasattr(home, name) else importlib.import_module(f"{homes[name]}.{name}")
+        )
 
     return __getattr__, lambda: sorted(homes)

@@ -1,40 +1,5 @@
 """Classic control: gymnasium agents trained by the estimators of the language side."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from tokenrl.names import lazily
 
-if TYPE_CHECKING:
-    from tokenrl.control.arguments import ControlArguments as ControlArguments
-    from tokenrl.control.environments import Environments as Environments, describe as describe
-    from tokenrl.control.evaluation import seed_of as seed_of
-    from tokenrl.control.numpy_agent import NumpySettings as NumpySettings, train_numpy as train_numpy
-    from tokenrl.control.policies import Policy as Policy
-    from tokenrl.control.rollouts import collect_episodes as collect_episodes
-    from tokenrl.control.run import ControlResult as ControlResult
-    from tokenrl.control.training import train_agent as train_agent
-    from tokenrl.control.worlds import bandit as bandit
-    from tokenrl.control.worlds.gridworld import (
-        GRIDWORLD_STEPS as GRIDWORLD_STEPS,
-        GridWorld as GridWorld,
-        exact_return as exact_return,
-        exact_values as exact_values,
-    )
-    from tokenrl.control.worlds.walk import Walk as Walk
-
-PUBLIC = {
-    "tokenrl.control.arguments": ("ControlArguments",),
-    "tokenrl.control.environments": ("Environments", "describe"),
-    "tokenrl.control.evaluation": ("seed_of",),
-    "tokenrl.control.numpy_agent": ("NumpySettings", "train_numpy"),
-    "tokenrl.control.policies": ("Policy",),
-    "tokenrl.control.rollouts": ("collect_episodes",),
-    "tokenrl.control.run": ("ControlResult",),
-    "tokenrl.control.training": ("train_agent",),
-    "tokenrl.control.worlds.bandit": ("bandit",),
-    "tokenrl.control.worlds.gridworld": ("GRIDWORLD_STEPS", "GridWorld", "exact_return", "exact_values"),
-    "tokenrl.control.worlds.walk": ("Walk",),
-}
-__getattr__, __dir__ = lazily(__name__, PUBLIC)
+__getattr__, __dir__ = lazily(__name__)

@@ -1,0 +1,24 @@
+from tokenrl.lab.exact.catalogue import named_estimators as named_estimators
+from tokenrl.lab.exact.control_problem import (
+    TabularMdp as TabularMdp,
+    problem_of_mdp as problem_of_mdp,
+    random_mdp as random_mdp,
+)
+from tokenrl.lab.exact.curves import (
+    best_constant_baseline as best_constant_baseline,
+    variance_with_constant_baselines as variance_with_constant_baselines,
+    weight_of_difficulty as weight_of_difficulty,
+)
+from tokenrl.lab.exact.discounting import (
+    WhichObjective as WhichObjective,
+    which_objective as which_objective,
+)
+from tokenrl.lab.exact.enumeration import Moments as Moments, exact_moments as exact_moments
+from tokenrl.lab.exact.language_model import problem_of_policy as problem_of_policy
+from tokenrl.lab.exact.problems import (
+    Problem as Problem,
+    all_completions as all_completions,
+    tabular_problem as tabular_problem,
+)
+from tokenrl.lab.exact.verdict import Verdict as Verdict, measure_bias as measure_bias
+from tokenrl.lab.measure.measurement import Measured as Measured, measure as measure

@@ -1,0 +1,53 @@
+from tokenrl.language.inspect import best_of_n as best_of_n
+from tokenrl.language.inspect.best_of_n import (
+    best_of_n_kl as best_of_n_kl,
+    choice_weights as choice_weights,
+    kl_bound as kl_bound,
+    pool_rewards as pool_rewards,
+    sample_pool as sample_pool,
+)
+from tokenrl.language.policy.model import Policy as Policy, load_policy as load_policy, wrap as wrap
+from tokenrl.language.preferences.arguments import (
+    RewardModelArguments as RewardModelArguments,
+    RewardModelSettings as RewardModelSettings,
+)
+from tokenrl.language.preferences.backbone import reward_backbone as reward_backbone
+from tokenrl.language.preferences.evaluation import (
+    encode_pairs as encode_pairs,
+    preference_metrics as preference_metrics,
+    score_pairs as score_pairs,
+)
+from tokenrl.language.preferences.fit import (
+    fit_reward_model as fit_reward_model,
+    train_reward_model as train_reward_model,
+)
+from tokenrl.language.preferences.pairs import Pair as Pair, read_pairs as read_pairs
+from tokenrl.language.preferences.report import RewardModelResult as RewardModelResult
+from tokenrl.language.preferences.sampled import (
+    make_preferences as make_preferences,
+    write_preferences as write_preferences,
+)
+from tokenrl.language.rewards.model import RewardModel as RewardModel
+from tokenrl.language.rewards.rewards import (
+    RewardResult as RewardResult,
+    Rewards as Rewards,
+    load_reward as load_reward,
+)
+from tokenrl.language.rollout.generator import (
+    Generator as Generator,
+    TransformersGenerator as TransformersGenerator,
+)
+from tokenrl.language.rollout.rollout import Rollout as Rollout
+from tokenrl.language.rollout.sampling import Sampling as Sampling
+from tokenrl.language.tasks.sources import read_splits as read_splits
+from tokenrl.language.tasks.task import PromptTask as PromptTask, Task as Task, load_task as load_task
+from tokenrl.language.training.arguments import (
+    SftArguments as SftArguments,
+    TrainArguments as TrainArguments,
+)
+from tokenrl.language.training.evaluation import (
+    Evaluation as Evaluation,
+    evaluate_policy as evaluate_policy,
+)
+from tokenrl.language.training.probe import over_prompts as over_prompts
+from tokenrl.language.training.supervised import fit as fit, warm_started_base as warm_started_base
