@@ -1,14 +1,14 @@
 """REINFORCE by hand, on a bandit of two actions and one parameter, beside the estimator and autograd.
 
-The policy takes action 1 (reward 1) with chance s = sigmoid(theta), else action 2 (reward 0). First, single
-updates with learning rate 1: what the score of the action is, what its gradient sample g = reward * score,
-where theta goes. Action 2 earns nothing and therefore teaches nothing, a peculiarity of the zero. Then two
-ways to one number: the derivative of the expected reward, s (1 - s), and the mean of N samples of g.
+The policy takes action 1 (reward 1) with probability s = sigmoid(theta), else action 2 (reward 0). The first
+table shows single updates with learning rate 1: the score of the action, its gradient sample g = reward *
+score, and the new theta. Action 2 has reward 0, so its gradient sample is 0 too. The second table compares
+two ways to the same number: the derivative of the expected reward, s (1 - s), and the mean of N samples of g.
 
-Look for: by hand and by autograd the numbers are the same. In the figure the signal E[g] is largest where the
+Look for: the numbers by hand and by autograd are the same. In the figure the signal E[g] is largest where the
 policy is undecided (theta = 0, there 0.25 with sd 0.25, so 100 samples leave a standard error of 0.025), but
-the noise sd(g) = sqrt(s (1 - s)^3) is largest at theta = -1.1, where the good action has chance 1/4. Noise
-over signal is exp(-theta / 2): the worse the policy, the less a sample says.
+the noise sd(g) = sqrt(s (1 - s)^3) is largest at theta = -1.1, where the good action has probability 1/4.
+The ratio of noise to signal is exp(-theta / 2): the worse the policy, the less one sample tells.
 """
 
 from dataclasses import dataclass
@@ -36,13 +36,13 @@ class Arguments:
     samples: int = 100
     """Actions sampled at each theta."""
     learning_rate: float = 1.0
-    """Of the single updates."""
+    """Learning rate of the single updates."""
     seed: int = 0
     """Seed of the sampled actions."""
 
 
 def by_estimator(theta: float, actions: torch.Tensor, rewards: torch.Tensor) -> float:
-    """Differentiate the loss of N episodes of one action each, [N], and turn the sign: ascent."""
+    """Differentiate the loss of N episodes of one action each, [N], and negate the gradient, for ascent."""
     parameter = torch.tensor(theta, dtype=torch.double, requires_grad=True)
     mask = torch.ones(len(actions), 1, dtype=torch.double)  # [N, T]: each episode is one action
     advantages = REINFORCE.advantages(rewards, mask, group_size=None).policy  # [N], the rewards themselves
@@ -50,7 +50,7 @@ def by_estimator(theta: float, actions: torch.Tensor, rewards: torch.Tensor) -> 
     logits = torch.stack([parameter, torch.zeros_like(parameter)])  # their softmax is sigmoid(theta)
     logprobs = logits.log_softmax(0)[actions][:, None]
     (gradient,) = torch.autograd.grad(REINFORCE.loss(logprobs, advantages, weights, mask), parameter)
-    return 0.0 - float(gradient)  # 0 where nothing is earned, not -0
+    return 0.0 - float(gradient)  # 0 where the reward is 0, not -0
 
 
 def single_updates(learning_rate: float) -> None:

@@ -1,9 +1,9 @@
 """What a baseline and an entropy bonus do, on a 4x4 grid with a softmax policy linear in the one-hot cell.
 
-The agent walks from one corner to the other; each step costs 0.01, the goal pays 1, an episode is cut after
-50 steps. The best return is 0.94. Nearly every episode that gets there returns about the same, so without a
-baseline each pushes up whatever was done, detours too; subtract what episodes return on average, and only the
-better ones push. All estimators pay each action the reward to go, all gradients are clipped at norm 0.5.
+The agent walks from one corner to the other. Each step costs 0.01, the goal has a reward of 1, and an episode
+is cut after 50 steps; the best return is 0.94. Nearly all episodes that reach the goal have about the same
+return, so without a baseline each of them reinforces all its actions, detours too. With the mean return
+subtracted, only the better ones do. All estimators use the reward to go and clip gradients at norm 0.5.
 
 Part 1, learning: vanilla, a running mean of past returns, a learned V(s) (the preset a2c), and returns
 normalised to mean 0 and sd 1 over the actions of the batch. Episodes to convergence are those until the mean
@@ -12,17 +12,16 @@ that never gets there counts with its full length, which makes ratios to it too 
 variance of the gradient of 10 episodes in the logits of the cells, many times at the same weights, against
 that with the exact expected return J subtracted, which is what a running mean estimates, or the exact V(s).
 Part 3: an entropy bonus of weight beta, falling linearly to 0 over the run. Its sweet spot is the largest
-beta of whose final return 95 % certainty says that it is within one step (0.01) of the best.
+beta whose final return is within one step (0.01) of the best with 95 % confidence.
 
 Look for: for the first policy a baseline does little, since J is small beside the spread of its returns. The
-better the policy, the more alike its returns and the larger their mean: the ratio grows from 1 to hundreds.
-By default vanilla takes 1466 episodes, a running mean 392, V(s) 340, and normalising, which centres too, 173;
-beta 0.01 is the sweet spot, for more costs return that the run is too short to win back.
+better the policy, the more alike its returns and the larger their mean, so the ratio grows from 1 to
+hundreds. By default vanilla takes 1466 episodes, a running mean 392, V(s) 340, and normalising, which centres
+too, 173. The sweet spot is beta 0.01; a larger bonus lowers the return, and the run is too short to recover.
 Intervals are 95 %, by bootstrap over seeds (part 2: over gradients); differences and ratios are between runs
 of the same seed, or gradients of the same episodes.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,10 +40,11 @@ from tokenrl.control import (
     exact_return,
     exact_values,
 )
+from tokenrl.runs import read_metrics
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A8A8A"  # Okabe and Ito
 BEST, NEAR, STEP = 0.94, 0.02, 0.01
-EPISODES = 10  # an update
+EPISODES = 10  # per update
 WINDOW = 10  # updates in a rolling mean: 100 episodes
 ESTIMATORS = {
     "vanilla": Estimator(baseline="none", returns="reward_to_go"),
@@ -69,7 +69,7 @@ class Arguments:
     betas: tuple[float, ...] = (0.0, 0.01, 0.1, 1.0)
     """Weights of the entropy bonus at the start."""
     learning_rate: float = 0.1
-    """Adam's, of policy and V."""
+    """Learning rate of Adam, for the policy and V."""
     stages: tuple[int, ...] = (0, 2, 5, 10, 30)
     """Updates with a running mean after which gradients are measured in part 2."""
     gradients: int = 200
@@ -106,12 +106,12 @@ def run(args: Arguments, name: str, estimator: Estimator, *, seed: int, updates:
 
 
 def histories(args: Arguments, name: str, estimator: Estimator, updates: int, **options) -> dict:
-    """Train once a seed; returns each metric by update, [seeds, updates]."""
+    """Train once per seed; returns each metric by update, [seeds, updates]."""
     runs = []
     for seed in range(args.seeds):
         result = run(args, name, estimator, seed=seed, updates=updates, **options)
-        lines = (result.output_dir / "metrics.jsonl").read_text().splitlines()
-        runs.append([json.loads(line) for line in lines][1:])  # the first is the evaluation before
+        metrics = read_metrics(result.output_dir / "metrics.jsonl")
+        runs.append(metrics[1:])  # the first line is the evaluation before training
     keys = ("reward", "reward_std", "entropy", "num_env_steps")
     return {key: np.array([[row[key] for row in rows] for rows in runs]) for key in keys}
 
@@ -168,7 +168,7 @@ def learning(args: Arguments) -> tuple[dict, dict]:
 
 
 def measure(args: Arguments, updates: int) -> tuple[float, dict[str, np.ndarray]]:
-    """J of one policy, and there the vanilla gradient's variance over that with a baseline, with interval."""
+    """Return J of one policy, and the ratios of the vanilla gradient's variance to that with a baseline."""
     policy = run(args, f"stages/{updates}", ESTIMATORS["running mean"], seed=0, updates=updates).policy
     envs = Environments("gridworld", args.gradients * EPISODES, GRIDWORLD_STEPS)
     generator = torch.Generator().manual_seed(0)
@@ -179,15 +179,16 @@ def measure(args: Arguments, updates: int) -> tuple[float, dict[str, np.ndarray]
     env = GridWorld()
     j = exact_return(env, table.numpy(), horizon=GRIDWORLD_STEPS)
     v = torch.from_numpy(exact_values(env, table.numpy(), horizon=GRIDWORLD_STEPS))
-    cells, mask = rollout.observations.argmax(-1), rollout.mask
+    cells, mask, rewards = rollout.observations.argmax(-1), rollout.mask, rollout.rewards.double()
     scores = torch.eye(4)[rollout.actions] - table[cells]  # [N, T, 4], in the logits of the cell
     batch = torch.arange(len(cells)).div(EPISODES, rounding_mode="floor")[:, None].expand_as(cells)
     samples = {}
     for name, baseline in (("vanilla", "none"), ("J", "constant"), ("V(s)", "value")):
         estimator = Estimator(baseline=baseline, baseline_constant=j, returns="reward_to_go")
-        paid = estimator.advantages(rollout.rewards.double(), mask, group_size=None, values=v[cells]).policy
+        advantages = estimator.advantages(rewards, mask, group_size=None, values=v[cells]).policy
+        terms = (advantages * mask / EPISODES)[..., None] * scores
         gradient = torch.zeros(args.gradients, 16, 4, dtype=torch.double)
-        gradient.index_put_((batch, cells), (paid * mask / EPISODES)[..., None] * scores, accumulate=True)
+        gradient.index_put_((batch, cells), terms, accumulate=True)
         samples[name] = gradient.reshape(args.gradients, -1).numpy()
     print(f"after {updates:3} updates, J = {j:6.3f}:", end="")
     ratios = {name: variance_ratio(samples["vanilla"], samples[name]) for name in ("J", "V(s)")}
@@ -216,14 +217,12 @@ def entropy_sweep(args: Arguments) -> tuple[dict[float, dict], float]:
     final = {beta: h["reward"][:, -WINDOW:].mean(1) for beta, h in runs.items()}
     best = max(final, key=lambda beta: final[beta].mean())
     print(f"\n3. Entropy bonus, falling to 0 over {updates * EPISODES} episodes; the last 100 of them")
-    as_good = []
+    behind = {beta: interval(final[best] - final[beta]) for beta in runs}
     for beta, h in runs.items():
-        behind = interval(final[best] - final[beta])
-        as_good += [beta] if behind[2] <= STEP else []
         entropy = interval(h["entropy"][:, -WINDOW:].mean(1))
         print(f"beta {beta:<5g} return {say(interval(final[beta]))}   entropy {say(entropy)} nats   "
-              f"behind beta {best:g} by {say(behind)}")  # fmt: skip
-    sweet = max(as_good)
+              f"behind beta {best:g} by {say(behind[beta])}")  # fmt: skip
+    sweet = max(beta for beta, (_, _, high) in behind.items() if high <= STEP)
     print(f"sweet spot: beta {sweet:g}, the largest that is surely within {STEP:g} of the best return")
     return runs, sweet
 
@@ -254,22 +253,19 @@ def draw_learning(runs: dict, ratios: dict, variances: dict[int, tuple[float, di
         draw_bands(left, h["reward"], COLOURS[name], name)
         draw_bands(middle, h["reward_std"], COLOURS[name], name)
     left.axhline(BEST, color=GREY, linestyle=":", label="best possible")
-    left.set_ylim(0.6, 0.96)
-    left.set_ylabel("mean return of an episode")
+    left.set(ylim=(0.6, 0.96), ylabel="mean return of an episode")
     left.legend(loc="lower right", frameon=False)
-    middle.set_yscale("log")
-    middle.set_ylim(1e-4, 1)  # where all ten returns of every update are the same, the sd is 0
-    middle.set_ylabel("sd of returns within an update")
+    # Where all ten returns of every update are the same, the sd is 0, which has no logarithm.
+    middle.set(yscale="log", ylim=(1e-4, 1), ylabel="sd of returns within an update")
     for name, colour, shift in (("J", BLUE, -0.06), ("V(s)", GREEN, 0.06)):
         y = np.array([found[name] for _, found in variances.values()]).T
         x, bars = np.arange(len(variances)) + shift, [y[0] - y[1], y[2] - y[0]]
         right.errorbar(x, y[0], bars, fmt="o-", color=colour, capsize=3, label=f"{name} subtracted")
     right.axhline(1, color=GREY, linestyle=":")
-    right.set_yscale("log")
     labels = [f"{updates * EPISODES}\nJ = {j:.2f}" for updates, (j, _) in variances.items()]
     right.set_xticks(range(len(labels)), labels)
+    right.set(yscale="log", ylabel="variance of the gradient, vanilla over baseline")
     right.set_xlabel("episodes learnt from, then held; J of the policy")
-    right.set_ylabel("variance of the gradient, vanilla over baseline")
     right.legend(loc="upper left", frameon=False)
     return figure
 
@@ -284,8 +280,7 @@ def draw_entropy(runs: dict[float, dict], sweet: float) -> Figure:
     left.set_ylabel("mean return of an episode")
     left.legend(loc="lower right", frameon=False)
     right.axhline(np.log(4), color=GREY, linestyle=":")
-    right.set_ylim(0, 1.5)
-    right.set_ylabel("entropy of the policy (nats; dotted: all four equal)")
+    right.set(ylim=(0, 1.5), ylabel="entropy of the policy (nats; dotted: all four equal)")
     return figure
 
 

@@ -3,20 +3,21 @@
 The agent is one page, `tokenrl/control/numpy_agent.py`: read it beside this. 100 ReLU units, a gradient
 written by hand, RMSProp, five episodes an update. Each variation changes one thing:
 
-    gamma         how far ahead an action answers for what happens: 0.8, 0.95, 0.99, 0.999
-    window        the same with a hard edge: each reward is credited to the last 5, 10, 20, 50 actions only
+    gamma         how far ahead an action is credited with rewards: 0.8, 0.95, 0.99, 0.999
+    window        the same with a sharp limit: each reward is credited to the last 5, 10, 20, 50 actions only
     plain         returns are not standardised within the episode
     undiscounted  gamma 1, with standardisation and without
 
 Several are drawn side by side: --variation gamma window plain undiscounted.
 
-Expect: with the usual settings seeds 0 to 4 reach a mean of 475 over 100 episodes after 1,961 to 2,860
-episodes, some million steps and 15 seconds of one core each, and then sway: at episode 3,000 the means lie
-between 445 and 489. DQN has 50,000 steps, 4 % of them random to the end, and is at 179 to 278 when they are
-spent. Of seeds 0 and 1, those that look ahead by 50 steps or fewer (gamma 0.8 and 0.95, every window) mostly
-rise as fast at first and never get past a mean of 405; gamma 0.99, 0.999 and 1 are much alike. Standardising
-does not help here: without it 475 comes sooner (1,963 and 2,054 episodes), and without the discount too, the
-one setting whose gradient is unbiased, sooner still (1,520 and 1,325). Two seeds prove little; take more.
+Expect: with the usual settings, seeds 0 to 4 reach a mean of 475 over 100 episodes after 1,961 to 2,860
+episodes (about a million steps and 15 seconds of one core each). Then they fluctuate: at episode 3,000 the
+means lie between 445 and 489. DQN has 50,000 steps, with 4 % random actions to the end, and reaches 179 to
+278. With seeds 0 and 1, the settings that look ahead by 50 steps or fewer (gamma 0.8 and 0.95, every window)
+mostly rise as fast at first and never exceed a mean of 405; gamma 0.99, 0.999 and 1 are much alike.
+Standardising does not help here: without it 475 is reached sooner (after 1,963 and 2,054 episodes), and
+without the discount too, the one setting whose gradient is unbiased, sooner still (1,520 and 1,325). Two
+seeds prove little; use more.
 """
 
 from dataclasses import dataclass, replace
@@ -39,11 +40,11 @@ Curve = tuple[np.ndarray, int]  # the rolling mean of 100 episodes, and environm
 @dataclass
 class Args:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """One run each."""
+    """Seeds; one run for each."""
     episodes: int = 3000
-    """Episodes a run."""
+    """Episodes per run."""
     variation: tuple[Literal["gamma", "window", "plain", "undiscounted"], ...] = ()
-    """What to vary, one panel each, means over the seeds. Default: nothing; a curve for each seed."""
+    """What to vary, with one panel for each. Default: nothing, and a curve for each seed."""
     dqn: bool = False
     """Train DQN (stable-baselines3) too and draw it on the same axes."""
     dqn_steps: int = 50_000
@@ -98,7 +99,7 @@ def dqn(seed: int, steps: int) -> Curve:
 
 
 def tell(name: str, curve: Curve) -> None:
-    """Print what became of one run."""
+    """Print the best and the last mean of one run."""
     mean, steps = curve
     reached = np.flatnonzero(mean >= SUGGESTED)
     when = f"{reached[0] + 100} episodes" if len(reached) else "never"

@@ -1,25 +1,25 @@
 """A walk on a line: a policy alone, with a value on the same layers, and with a value on layers of its own.
 
-First a table. An episode of ten steps pays 1 at the end and nothing before; with gamma 0.99 the action at
-step t is paid G_t = 0.99^(9 - t). A step with positive return raises the probability of the action taken, and
-raw all ten do, whatever was done. Normalised to mean 0 and sd 1 the first five actions become rarer and the
-last five likelier. Both are the estimator's own numbers; the sd is divided by n, not n - 1.
+First a table. An episode of ten steps has a reward of 1 at the end and 0 before; with gamma 0.99 the return
+of the action at step t is G_t = 0.99^(9 - t). A positive return makes the action taken more likely, and all
+ten raw returns are positive, whatever was done. Normalised to mean 0 and sd 1, they make the first five
+actions less likely and the last five more likely. Both are the estimator's own numbers; ddof of the sd is 0.
 
-Then the walk. x starts at 0 and moves by 0.1 to the left or right; the episode ends beyond 1 in size with a
-reward of 1 on the right and -1 on the left, each step costs 0.01, and after 50 steps it is cut. The best is
-eleven steps to the right, which return 0.89; a coin makes -0.46, for it is mostly cut. With a baseline the
-advantage is G_t - V(x) without a gradient through V, else it is G_t. "Shared" is one network of two tanh
-layers with two outputs, and its loss is the policy's plus 0.5 times the value's; "separate" has a second
-such network for the value. Gradients are clipped at norm 0.5.
+Then the walk. x starts at 0 and moves by 0.1 to the left or right. The episode ends when |x| exceeds 1, with
+a reward of 1 on the right and -1 on the left; each step costs 0.01, and after 50 steps the episode is cut.
+The best is eleven steps to the right, with a return of 0.89; random steps return -0.46, for most episodes are
+cut. With a baseline the advantage is G_t - V(x) without a gradient through V, else it is G_t. "Shared" is one
+network of two tanh layers with two outputs, and its loss is the policy's plus 0.5 times the value's;
+"separate" has a second such network for the value. Gradients are clipped at norm 0.5.
 
 Look for: the mean return of the last 100 of 400 episodes, and of all 400, seed by seed against no baseline.
-All three end near the best. On the way the shared value is the slowest: its loss pulls at the layers that
-the policy needs too. A separate one is the fastest. No baseline does well here, for 0 already lies between
-the good returns and the bad. Intervals are 95 %, by bootstrap over seeds. By default the last 100 return
-0.887 without a baseline, 0.883 with a shared value, 0.889 with a separate one; all 400, 0.55, 0.35 and 0.60.
+All three end near the best. The shared value learns most slowly, because its loss also changes the layers
+that the policy needs. A separate one is the fastest. Training without a baseline does well here, because 0
+already lies between the good returns and the bad. Intervals are 95 %, by bootstrap over seeds. By default the
+last 100 return 0.887 without a baseline, 0.883 with a shared value, 0.889 with a separate one; all 400, 0.55,
+0.35 and 0.60.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tokenrl import Estimator, train_agent
+from tokenrl.runs import read_metrics
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
 GAMMA, BEST = 0.99, 0.89
@@ -48,11 +49,11 @@ class Arguments:
     episodes: int = 400
     """Episodes of a run."""
     episodes_per_update: int = 4
-    """Episodes an update."""
+    """Episodes per update."""
     hidden: tuple[int, ...] = (128, 128)
     """Units of each layer."""
     learning_rate: float = 1e-3
-    """Adam's."""
+    """Learning rate of Adam."""
     output: Path = Path("walk.png")
     """Where the figure goes."""
     output_dir: Path = Path("runs/control_4_walk")
@@ -60,20 +61,20 @@ class Arguments:
 
 
 def ten_steps() -> tuple[torch.Tensor, torch.Tensor]:
-    """Print and return what each of ten actions is paid, raw and normalised [10]."""
+    """Print and return the returns of ten actions, raw and normalised [10]."""
     rewards, mask = torch.zeros(1, 10, dtype=torch.double), torch.ones(1, 10, dtype=torch.bool)
     rewards[0, -1] = 1.0
     normal = replace(PLAIN, scale="token_whiten", scale_ddof=0, scale_eps=0)
-    paid, normalised = (e.advantages(rewards, mask, group_size=None).policy[0] for e in (PLAIN, normal))
+    raw, normalised = (e.advantages(rewards, mask, group_size=None).policy[0] for e in (PLAIN, normal))
     print("  t  reward      G_t   normalised   the action taken becomes, raw / normalised")
     for t in range(10):
-        words = " / ".join("likelier" if x > 0 else "rarer" for x in (paid[t], normalised[t]))
-        print(f"{t:3} {rewards[0, t]:7.0f} {paid[t]:8.4f} {normalised[t]:12.4f}   {words}")
-    return paid, normalised
+        words = " / ".join("more likely" if x > 0 else "less likely" for x in (raw[t], normalised[t]))
+        print(f"{t:3} {rewards[0, t]:7.0f} {raw[t]:8.4f} {normalised[t]:12.4f}   {words}")
+    return raw, normalised
 
 
 def returns_of(args: Arguments, name: str) -> np.ndarray:
-    """Train once a seed; returns the mean returns of the updates, [seeds, updates]."""
+    """Train once per seed; returns the mean returns of the updates, [seeds, updates]."""
     estimator, value_network = KINDS[name]
     found = []
     for seed in range(args.seeds):
@@ -96,8 +97,8 @@ def returns_of(args: Arguments, name: str) -> np.ndarray:
         )
         if result.exit_code:  # a signal ended the run; it is meant for the whole program
             raise SystemExit(result.exit_code)
-        lines = (result.output_dir / "metrics.jsonl").read_text().splitlines()
-        found.append([json.loads(line)["reward"] for line in lines[1:]])  # after the evaluation before
+        metrics = read_metrics(result.output_dir / "metrics.jsonl")
+        found.append([row["reward"] for row in metrics[1:]])  # without the evaluation before
     return np.array(found)
 
 
@@ -126,12 +127,12 @@ def draw_learning(axes: Axes, runs: dict[str, np.ndarray], args: Arguments) -> N
     axes.legend(loc="lower right", frameon=False)
 
 
-def draw_table(axes: Axes, paid: torch.Tensor, normalised: torch.Tensor) -> None:
+def draw_table(axes: Axes, raw: torch.Tensor, normalised: torch.Tensor) -> None:
     axes.axhline(0, color=GREY, linewidth=1)
-    axes.plot(paid, "o-", color=ORANGE)
+    axes.plot(raw, "o-", color=ORANGE)
     axes.plot(normalised, "s-", color=BLUE)
     for text, at, shift, colour in (
-        ("G_t: every action taken becomes likelier", (0, paid[0]), (0, 10), ORANGE),
+        ("G_t: every action taken becomes likelier", (0, raw[0]), (0, 10), ORANGE),
         ("normalised:\nthe first five rarer", (3, normalised[3]), (10, -18), BLUE),
     ):
         axes.annotate(text, at, shift, textcoords="offset points", color=colour)
@@ -143,9 +144,7 @@ def main(args: Arguments) -> None:
     table = ten_steps()
     runs = {name: returns_of(args, name) for name in KINDS}
     tail, plain = max(1, 100 // args.episodes_per_update), runs["no baseline"]
-    print(
-        f"\nThe walk: mean returns over {args.seeds} seeds [95 % interval], and what is gained on no baseline"
-    )
+    print(f"\nThe walk: mean returns over {args.seeds} seeds [95 % interval], and the gain over no baseline")
     for name, returns in runs.items():
         gains = [interval((returns - plain)[:, -n:].mean(1)) for n in (tail, returns.shape[1])]
         print(

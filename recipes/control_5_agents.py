@@ -1,10 +1,10 @@
-"""PyTorch agents on gymnasium's classics: settings for each, over seeds, evaluated on fresh episodes.
+"""PyTorch agents on gymnasium's classic environments, over seeds, evaluated on fresh episodes.
 
     python recipes/control_5_agents.py --env CartPole-v1 --seeds 10
 
-Two agents. `classic` is the textbook's: one hidden layer of 16 ReLU units, Adam 0.01, reward to go, whitened
-over the update (mean 0, standard deviation 1), one whole episode in each of 16 environments. `tuned` is what
-each environment wants; the settings below say what each choice buys.
+There are two agents. `classic` is the one of textbooks: one hidden layer of 16 ReLU units, Adam 0.01, reward
+to go, whitened over the update (mean 0, standard deviation 1), one whole episode in each of 16 environments.
+`tuned` has settings for each environment; the comments below say what each choice is for.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ CLASSIC: dict[str, Any] = {
     "num_envs": 16,
 }
 
-# PPO's parts, one by one: the critic and GAE make credit local (lam), a discount bounds how far ahead the
-# critic must see and lets a time limit be bootstrapped, the clipped ratio allows several passes over the same
-# steps, pieces of episodes keep slow environments busy, an entropy bonus keeps the lander from settling on
-# hovering too early, and falls to 0 because the sampled policy is the one that counts; a falling learning
-# rate removes the last updates' noise.
+# The parts of PPO: the critic and GAE (lam) make credit local. A discount bounds how far ahead the critic
+# must see, and lets a time limit be bootstrapped. The clipped ratio allows several passes over the same
+# steps. Pieces of episodes keep slow environments busy. An entropy bonus keeps the lander from hovering too
+# early; it falls to 0, because the policy is evaluated with sampled actions. A falling learning rate
+# removes the noise of the last updates.
 PPO: dict[str, Any] = {
     "num_envs": 16,
     "num_iterations": 4,
@@ -97,7 +97,7 @@ class Arguments:
 
 
 def row(seed: int, result: ControlResult) -> str:
-    """One seed's line."""
+    """Return the line of one seed."""
     before, after = result.eval_before, result.eval_after
     verdict = {True: "solved", False: "not solved", None: ""}[result.solved]
     return (
@@ -107,7 +107,7 @@ def row(seed: int, result: ControlResult) -> str:
 
 
 def main(args: Arguments) -> None:
-    """Train, seed by seed, and sum up."""
+    """Train seed by seed, and print a summary."""
     settings = TUNED[args.env] if args.agent == "tuned" else CLASSIC | {"max_steps": 200}
     if args.agent == "classic" and args.env.endswith(("Continuous-v3", "Pendulum-v1")):
         print("The classic agent chooses among actions by softmax; here it gets the Gaussian head instead.")

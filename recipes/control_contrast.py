@@ -1,16 +1,16 @@
-"""One estimator, two worlds: the very same object trains a cart that balances a pole and a language model.
+"""Trains CartPole and a language model with the same estimator object, and compares their gradient noise.
 
 An episode is a completion, an action is a token. Both trainers lay them out as N rows of T actions and ask
 one `Estimator` for advantages and loss; it does not know which of them asks. Here one object with a baseline
-(RLOO, the mean return of the other rows of the group) trains both, and so does one without (REINFORCE), a few
-seeds each, and the noise of each update's gradient is measured on the way. Both are exact, so that at equal
+(RLOO, the mean return of the other rows of the group) trains both, and so does one without (REINFORCE), with
+a few seeds each. The noise of each update's gradient is measured during training. Both are exact, so at equal
 policies their gradients differ by noise alone.
 
-Look for: CartPole pays 1 for every step, so that all returns are positive, and without a baseline every
-action is reinforced, merely to a different degree: twice the noise with short episodes, hundreds of times
-with long ones. For a right answer paid 1 and a wrong one paid 0 the zero is in a good place already, and
-wrong answers have the larger scores, so that the best constant is nearer to 0 than to the mean: here the
-baseline even adds noise. Pay 1 more for any answer (`ladder_1_vanilla.py --shift 1`), and it is needed too.
+Look for: CartPole has a reward of 1 for every step, so all returns are positive, and without a baseline every
+action is reinforced, only to different degrees: the noise is twice as large with short episodes, and hundreds
+of times with long ones. In the language task, with rewards of 1 and 0, wrong answers have reward 0 and the
+larger score norms, so the best constant is nearer to 0 than to the mean: here the baseline even adds noise.
+With rewards of 2 and 1 (`ladder_1_vanilla.py --shift 1`) the baseline is needed here too.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Arguments:
     output: Path = Path("contrast.png")
     """Where the figure goes."""
     output_dir: Path = Path("runs/control_contrast")
-    """Where the runs go, in place of those of the last time."""
+    """Directory of the runs; earlier runs in it are replaced."""
     env: str = "CartPole-v1"
     """Gymnasium id."""
     seeds: int = 3
@@ -56,17 +56,17 @@ class Arguments:
     updates: int = 40
     """Updates of the agent."""
     episodes: int = 64
-    """Episodes an update; all start alike, so that they are one group."""
+    """Episodes per update; all start alike, so they are one group."""
     steps: int = 60
     """Updates of the language model."""
     prompts: int = 16
-    """Prompts an update of the language model, with 8 completions each, which are a group."""
+    """Prompts per update of the language model, with 8 completions each, which are a group."""
     bins: int = 5
     """Points of each curve of noise."""
 
 
 class Point(NamedTuple):
-    """Updates that earn alike: mean reward, mean noise of the gradient, and its interval."""
+    """Updates with similar rewards: mean reward, mean noise of the gradient, and its interval."""
 
     reward: float
     noise: float
@@ -78,7 +78,7 @@ Curves = dict[str, dict[int, Point]]  # by variant and bin
 
 
 class Side(NamedTuple):
-    """One of the two worlds: what it looks like, and what happened in it with and without a baseline."""
+    """One of the two sides: facts about it, and its runs with and without a baseline."""
 
     name: str
     unit: str
@@ -120,13 +120,13 @@ def train_both(arguments: Arguments, name: str, estimator: Estimator, seed: int)
 
 
 def noise_of(update: dict[str, Any]) -> float:
-    """Give tr Var(g) of an update: |g|^2 = signal + noise, and halves of its rows have told their ratio."""
+    """Give tr Var(g) of an update, from |g|^2 = signal + noise and the logged ratio of the two."""
     ratio = update.get("gradient/snr")  # none where no two rows differed: no gradient, no noise
     return 0.0 if ratio is None else update["grad_norm"] ** 2 / max(1 + ratio, 1e-6)
 
 
 def interval(numbers: list[float]) -> tuple[float, float]:
-    """Give a bootstrap's 90 % interval of the mean."""
+    """Return the 90 % bootstrap interval of the mean."""
     picks = np.random.default_rng(0).choice(numbers, size=(1000, len(numbers)))
     return tuple(np.quantile(picks.mean(1), (0.05, 0.95)).tolist())
 
@@ -161,13 +161,13 @@ def sides(arguments: Arguments, agents: list[Any], models: list[Any]) -> list[Si
         "compared with": "all others",
         "horizon": f"{spec.horizon} actions",
         "actions": str(spec.actions or f"{spec.action_size} numbers"),
-        "paid": "after every action",
+        "reward": "after every action",
     }
     model_facts = {
         "compared with": f"the other {GENERATIONS - 1} of the prompt",
         "horizon": f"{task.max_completion_length} actions",
         "actions": f"{model.config.vocab_size} (tokens)",
-        "paid": "once, at the end",
+        "reward": "once, at the end",
     }
     rows = arguments.prompts * GENERATIONS
     return [
@@ -177,10 +177,10 @@ def sides(arguments: Arguments, agents: list[Any], models: list[Any]) -> list[Si
 
 
 def curves(one: Side, bins: int) -> Curves:
-    """Give the noise of each variant at the same rewards.
+    """Return the noise of each variant at equal rewards.
 
     How noisy a gradient is depends on how good the policy is, and the variants learn at different speeds: so
-    they are compared where they earn the same. The bins hold equally many updates, of all variants together.
+    they are compared at equal rewards. The bins hold equally many updates, of all variants together.
     """
     pooled = {variant: [row for run in runs for row in run] for variant, runs in one.updates.items()}
     rewards = [row["reward"] for rows in pooled.values() for row in rows]
@@ -196,7 +196,7 @@ def curves(one: Side, bins: int) -> Curves:
 
 
 def times(curve: Curves) -> float:
-    """Give how many times the noise grows without the baseline: the median over bins that have both."""
+    """Return how many times larger the noise is without the baseline: the median over bins that have both."""
     without, having = curve["without"], curve["with"]
     ratios = [without[b].noise / having[b].noise for b in without if b in having and having[b].noise > 0]
     return median(ratios) if ratios else math.nan
@@ -237,8 +237,8 @@ def draw_rewards(axes: Axes, one: Side) -> None:
     axes.set_ylim(0)
     axes.set_xlabel("update")
     axes.set_ylabel(f"mean reward of the update's {one.unit}s")
-    paid = one.facts["paid"]
-    axes.set_title(f"{one.name}: {one.facts['N']} an update, paid {paid}", loc="left", fontsize=11)
+    when = one.facts["reward"]
+    axes.set_title(f"{one.name}: {one.facts['N']} an update, paid {when}", loc="left", fontsize=11)
 
 
 def draw_noise(axes: Axes, one: Side, curve: Curves) -> None:

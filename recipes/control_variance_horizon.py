@@ -1,19 +1,19 @@
 """How the noise of a policy gradient grows with the horizon T: the bandit repeated T times, one theta.
 
-Every action is paid for what others earn too, though only its own reward depends on it. What the gradient
-sample of one episode is then worth has a closed form (`gradient_variance` in the module of the bandit); here
-it is drawn, and measured on sampled episodes with the estimator's own loss, for the total return and the
-reward to go, each without a baseline and with `timestep_mean`, the mean of the other episodes at the same
-timestep.
+The total return multiplies the score of every action by the rewards of all actions, though only its own
+reward depends on it. The variance of one episode's gradient sample has a closed form (`gradient_variance` in
+`tokenrl.control.bandit`). This recipe draws it, and measures it on sampled episodes with the estimator's own
+loss, for the total return and the reward to go, each without a baseline and with `timestep_mean`, the mean of
+the other episodes at the same timestep.
 
-Found: without a baseline the variance grows like T^3 with either return, and the reward to go merely comes
-down to a third. It is the baseline that takes a power of T away: T^2 is left, and of that the reward to go
-has a quarter. The gradient itself grows like T, so that the episodes needed until the standard error is as
-small as the gradient, Var[g] / E[g]^2, grow like T without a baseline (50 and 17 of them at T = 128), and
-with one they stop growing, near 2 for the total return and 1/2 for the reward to go: the actions of a pair
-still disturb each other. These are limits; at short horizons lower powers of T still count, and from T = 64
-to 128 the exact slopes are 2.91, 2.89, 2.01 and 1.99. Where the mean reward happens to be 0 (--theta 0
---rewards 1 -1) there is nothing for a baseline to take, and both pairs of curves coincide.
+Found: without a baseline the variance grows like T^3 with either return; the reward to go only divides it by
+3. The baseline removes one power of T: the variance then grows like T^2, and the reward to go has a quarter
+of it. The gradient itself grows like T. So the number of episodes until the standard error is as small as the
+gradient, Var[g] / E[g]^2, grows like T without a baseline (50 and 17 at T = 128). With a baseline it stops
+growing, near 2 for the total return and 1/2 for the reward to go, because the actions of each pair still
+disturb each other. These are limits; at short horizons lower powers of T matter, and from T = 64 to 128 the
+exact slopes are 2.91, 2.89, 2.01 and 1.99. Where the mean reward happens to be 0 (--theta 0 --rewards 1 -1)
+a baseline subtracts nothing, and both pairs of curves coincide.
 """
 
 from dataclasses import dataclass
@@ -43,13 +43,13 @@ class Arguments:
     output: Path = Path("variance_horizon.png")
     """Where the figure goes."""
     theta: float = -1.0
-    """The parameter at which the gradient is taken; action 1 has chance sigmoid(theta)."""
+    """The parameter at which the gradient is taken; action 1 has probability sigmoid(theta)."""
     rewards: tuple[float, float] = bandit.REWARDS
-    """Of the two actions; they must differ, or there is no gradient."""
+    """Rewards of the two actions; they must differ, or there is no gradient."""
     horizons: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
-    """Actions of an episode; two or more numbers, in rising order."""
+    """Actions per episode; two or more numbers, in rising order."""
     episodes: int = 2000
-    """Sampled for each horizon, and shared by the four estimators."""
+    """Episodes sampled for each horizon, and shared by the four estimators."""
     seed: int = 0
     """Seed of the sampled actions."""
 
@@ -58,7 +58,9 @@ def episode_gradients(
     estimator: Estimator, theta: float, actions: torch.Tensor, rewards: torch.Tensor
 ) -> torch.Tensor:
     """Differentiate the estimator's loss for N episodes [N, T]; returns each one's own sample of g, [N]."""
-    copies = torch.full((len(actions), 1), theta, dtype=torch.double, requires_grad=True)  # one an episode
+    copies = torch.full(
+        (len(actions), 1), theta, dtype=torch.double, requires_grad=True
+    )  # one for each episode
     mask = torch.ones(actions.shape, dtype=torch.double)
     advantages = estimator.advantages(rewards, mask, group_size=None).policy
     weights = estimator.token_weights(mask, max_length=None)  # 1 / N

@@ -1,12 +1,13 @@
-"""Makes recipes/estimators.md again: every preset, what it declares, and what enumeration finds.
+"""Writes the table of all presets: what each declares about its gradient, and what enumeration finds.
 
-Only the table is replaced; the words above it stay.
+`recipes/estimators.md` is its output. Only the table is replaced; the text above it stays. With `--output`
+another file is written, and with `--estimators` the table has these presets only.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+
+import tyro
 
 from tokenrl import Estimator, measure_bias
 from tokenrl.core import PRESETS
@@ -15,11 +16,11 @@ PAGE = Path(__file__).with_name("estimators.md")
 HEAD = "| preset | baseline | scale | aggregation | ratio | expected gradient | cosine | noise |"
 
 
-def rows() -> Iterator[str]:
-    """The table, a line a preset."""
+def rows(estimators: tuple[str, ...]) -> Iterator[str]:
+    """Yield the lines of the table: the head, and one line for each preset."""
     yield HEAD
     yield "|---|---|---|---|---|---|---|---|"
-    for name in PRESETS:
+    for name in estimators:
         e = Estimator.preset(name)
         verdict = measure_bias(e)
         yield (
@@ -28,12 +29,12 @@ def rows() -> Iterator[str]:
         )
 
 
-def main() -> None:
+def main(output: Path = PAGE, estimators: tuple[str, ...] = tuple(PRESETS)) -> None:
     """Write the page."""
     words = PAGE.read_text(encoding="utf-8").partition(HEAD)[0]
-    PAGE.write_text(words + "\n".join(rows()) + "\n", encoding="utf-8")
-    print(f"{PAGE.name}: {len(PRESETS)} presets")
+    output.write_text(words + "\n".join(rows(estimators)) + "\n", encoding="utf-8")
+    print(f"{output}: {len(estimators)} presets")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -1,13 +1,14 @@
-"""Draw how GRPO weighs prompts by difficulty: `E[g] = w_G(p) grad p`, rewards 0 or 1, p the chance of a 1.
+"""Draws how GRPO weighs prompts by difficulty: `E[g] = w_G(p) grad p`, with p the probability of reward 1.
 
-The expected gradient of J would weigh every prompt by 1. GRPO divides a group's advantages by the group's own
-standard deviation (ddof 1, plus 1e-4; the preset `grpo`), and that std is small where p is near 0 or 1. With
-K right answers of G, K ~ Binomial(G, p), the weight is
-`E[s^2 / (std + eps)] / (p (1 - p))`, s^2 = K/G (1 - K/G).
+Rewards are 0 or 1. The gradient of J itself weighs every prompt by 1. GRPO divides a group's advantages by
+the group's own standard deviation (ddof 1, plus 1e-4; the preset `grpo`), and that std is small where p is
+near 0 or 1. With K right answers of G, K ~ Binomial(G, p), the weight is `E[s^2 / (std + eps)] / (p (1 -
+p))`, s^2 = K/G (1 - K/G).
 
-Look for: two completions a prompt give no weighing at all, only a smaller step. More of them lift the rare
-successes and the rare failures, up to about sqrt(G). The limit 1/sqrt(p (1 - p)), as if the objective were 2
-arcsin sqrt(p) (Davis and Recht 2025, arXiv 2510.13651), is reached only where G is well above 1/p.
+Look for: with two completions per prompt all prompts have the same weight, and only the step is smaller. More
+completions raise the weight of rare successes and rare failures, up to about sqrt(G). The limit 1/sqrt(p (1 -
+p)), as if the objective were 2 arcsin sqrt(p) (Davis and Recht 2025, arXiv 2510.13651), is reached only where
+G is well above 1/p.
 
 Lines come from `tokenrl.lab.weight_of_difficulty`, through the preset's own advantages; dots are the whole
 gradient of the preset, summed over all groups that can be drawn; the formula is printed beside them.
@@ -28,7 +29,7 @@ GRPO = Estimator.preset("grpo")
 
 
 def formula(chances: list[float], size: int) -> torch.Tensor:
-    """Give w_G(p) of each p, by the formula above and nothing of the library."""
+    """Return w_G(p) for each p, by the formula above, without the library."""
     p = torch.tensor(chances, dtype=torch.double)[:, None]
     k = torch.arange(size + 1).double()
     spread = k / size * (1 - k / size)  # s^2
@@ -38,7 +39,7 @@ def formula(chances: list[float], size: int) -> torch.Tensor:
 
 
 def enumerated(seed: int, size: int) -> tuple[float, float]:
-    """Give p and w of a prompt with one right answer and one wrong one, from all 2^G groups."""
+    """Return p and w of a prompt with one right and one wrong answer, from all 2^G groups."""
     problem = tabular_problem(seed, vocabulary=2, length=1, group_size=size)
     problem = replace(problem, rewards=torch.tensor([[0.0, 1.0]]).double())
     return float(problem.chances[0, 1]), exact_moments(GRPO, problem).scale

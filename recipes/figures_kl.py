@@ -1,13 +1,14 @@
-"""Draw what the estimates of KL(pi || ref) do, in value and in gradient, as the policy leaves its reference.
+"""Draws the value and the gradient of estimates of KL(pi || ref), as the policy leaves its reference.
 
 With `l = log pi - log ref` at each token: k1 = l, k2 = l^2/2, k3 = exp(-l) - 1 + l (Schulman's names);
-`k2_sequence` squares the sum of l over the completion, `full_path` gives each token the l from there on. All
-expectations are sums over every completion, in float64, of the functions that training calls.
+`k2_sequence` squares the sum of l over the completion; `full_path` gives each token the sum of l from there
+on. All expectations are sums over every completion, in float64, of the functions that training calls.
 
-Look for: a good estimate of the value is not one of the gradient. In the loss (differentiated), k1 has the
-right value and no gradient at all; k2 and k3 miss what an action does to later tokens, and k3 (GRPO) has the
-gradient of another divergence, KL(ref || pi) at each token. Only the two that look along the whole completion
-are exact. In the reward (a number) k1 is exact, and near the reference k2 and k3 hardly pull at all.
+Look for: a good estimate of the value need not have the right gradient. In the loss (differentiated), k1 has
+the right value, and its expected gradient is 0. k2 and k3 miss what an action does to later tokens, and k3
+(GRPO) has the gradient of another divergence, KL(ref || pi) at each token. Only the two estimates that use
+the whole completion are exact. In the reward (a number), k1 is exact, and near the reference k2 and k3 have
+hardly any gradient.
 """
 
 from pathlib import Path
@@ -32,12 +33,12 @@ COLOURS = {
 
 
 def table_logprobs(logits: Tensor) -> Tensor:
-    """Logprobs [M, T] of every completion's tokens, from one row of logits a prefix."""
+    """Logprobs [M, T] of every completion's tokens, from one row of logits per prefix."""
     return logits.log_softmax(-1)[EVERY.prefix, EVERY.ids] * EVERY.mask
 
 
 def measure(logits: Tensor, reference: Tensor) -> tuple[float, dict[tuple[str, str], tuple[float, float]]]:
-    """Give the KL, and by (estimate, place) the expected value and the relative error of the gradient."""
+    """Return the KL, and by (estimate, place) the expected value and the relative error of the gradient."""
     logits = logits.clone().requires_grad_()
     logprobs, ref = table_logprobs(logits), table_logprobs(reference)
     chances = logprobs.sum(-1).exp()
@@ -48,11 +49,11 @@ def measure(logits: Tensor, reference: Tensor) -> tuple[float, dict[tuple[str, s
         values = estimate(logprobs, ref).sum(-1)  # [M]
         value = float((chances * values).sum().detach())
         for place, objective in (
-            ("loss", chances.detach() * values),  # what is drawn is fixed, the estimate is differentiated
+            ("loss", chances.detach() * values),  # the completions are fixed, the estimate is differentiated
             ("reward", chances * values.detach()),  # E[k S]: the estimate is a number
         ):
             if place == "reward" and name in ("k2_sequence", "full_path"):
-                continue  # made for their gradients
+                continue  # these two are meant for the loss only
             (slope,) = torch.autograd.grad(objective.sum(), logits, retain_graph=True)
             found[name, place] = value, float((slope - truth).norm() / truth.norm())
     return float(kl.detach()), found

@@ -1,18 +1,18 @@
-"""Draw what dividing by length does: the bias of `sequence_mean` and `token_mean`, and whom it favours.
+"""Draws the bias of `sequence_mean` and `token_mean`, which divide by length, and what it favours.
 
 RLOO's advantages are exact if the tokens of a completion are summed (`sequence_sum`, or `fixed_length`, which
 divides by a constant). `sequence_mean` (GRPO) divides a completion by its own length, `token_mean` (DAPO)
-divides the step by the number of its tokens; both let a completion decide over its own weight.
+divides the step by the number of its tokens; with both, a completion influences its own weight.
 
 Look for, on the left: the direction of token_mean is wrong by about 1/N, for each of N rows has a share of
-1/N in the divisor; that of sequence_mean is wrong by as much for any N. On the right, by what the score of
-each token is multiplied in the mean, for a right and a wrong completion of each length (token_mean: times the
-mean length). Under sequence_mean a long wrong answer is hardly pushed down, and a short right one is pushed
-up far more than a long right one, as Liu et al. 2025 (arXiv 2503.20783) say: an invitation to short successes
-and long failures.
+1/N in the divisor; that of sequence_mean is equally wrong for any N. On the right: the mean factor of each
+token's score, for a right and a wrong completion of each length (token_mean: times the mean length). Under
+sequence_mean a long wrong answer is hardly pushed down, and a short right one is pushed up far more than a
+long right one, as Liu et al. 2025 (arXiv 2503.20783) say: an invitation to short successes and long failures.
 
-One prompt, five completions of one to four tokens; N rows, the group. Exact: rows can be exchanged, so the
-other N - 1 enter by how many there are of each, with multinomial chances; printed beside `exact_moments`.
+The problem has one prompt and five completions of one to four tokens; the group has N rows. The numbers are
+exact: the order of rows does not matter, so the other N - 1 rows are summed over by how many there are of
+each completion, with multinomial probabilities. They are printed beside those of `exact_moments`.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ COLOURS = {"sequence_sum": "#009E73", "token_mean": "#0072B2", "sequence_mean": 
 
 
 def the_problem() -> Problem:
-    """Each token continues with chance 1/2; answers of 2 tokens, and of 4 that end, are right."""
+    """Each token continues with probability 1/2; answers of 2 tokens, and of 4 that end, are right."""
     problem = tabular_problem(0, vocabulary=2, length=4, even=True)
     return replace(problem, rewards=torch.tensor([[0.0, 1, 0, 1, 0]]).double())
 
@@ -68,7 +68,7 @@ def pull(estimator: Estimator, problem: Problem, length: int, reward: float, row
 
 
 def direction(estimator: Estimator, problem: Problem, rows: int) -> tuple[float, float, float]:
-    """Give E[g] against grad J: cosine, |E g - grad J| / |grad J|, and the same after the best rescaling."""
+    """Compare E[g] with grad J: cosine, |E g - grad J| / |grad J|, and the same after the best rescaling."""
     lengths, rewards = problem.mask.sum(-1).int().tolist(), problem.rewards[0].tolist()
     pulls = [pull(estimator, problem, *kind, rows) for kind in zip(lengths, rewards, strict=True)]
     scores = problem.chances[0, :, None] * problem.scores[0].sum(1)

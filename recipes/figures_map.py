@@ -1,12 +1,12 @@
-"""Draw every preset by how far its expected gradient points from that of J, and how noisy it is.
+"""Draws every preset by how far its expected gradient points from that of J, and how noisy it is.
 
 `tokenrl lab exact --figure map.png` draws all estimators of the lab, numbered; this map has the presets
 alone, by name, on one small problem: two prompts, four completions of each, rewards of any size. Every step
 that can be drawn is enumerated. Noise is `tr Var g / |E g|^2`, which no constant factor of the loss changes.
 
-Look for: the exact ones differ in noise alone, and RLOO is the quietest of them here; the few that are
-quieter still pay with an angle; GRPO is both noisier and biased. Where a point lies depends on the problem;
-that the exact ones lie at 0 degrees does not.
+Look for: the exact presets differ only in noise, and RLOO has the least of them here. The few presets with
+less noise have an angle; GRPO is both noisier and biased. Where a point lies depends on the problem; that the
+exact ones lie at 0 degrees does not.
 """
 
 import math
@@ -19,7 +19,7 @@ from tokenrl import Estimator
 from tokenrl.core import PRESETS
 from tokenrl.lab import Moments, exact_moments, tabular_problem
 
-COLOURS = {  # Okabe and Ito, by the declared status; `tokenrl lab exact` holds the declarations to account
+COLOURS = {  # Okabe and Ito, by the declared status; `tokenrl lab exact` checks the declarations
     "exact": "#009E73",
     "exact_up_to_scale": "#0072B2",
     "exact_per_prompt": "#CC79A7",

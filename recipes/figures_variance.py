@@ -1,16 +1,17 @@
-"""Draw what a constant baseline costs: the variance of `(R - b) S` against b, a parabola.
+"""Draws what a constant baseline does: the variance of `(R - b) S` against b, a parabola.
 
 The expected gradient is the same for every b, for E[S] = 0. The variance is `Var(b*) + (b - b*)^2 E|S|^2`,
 least at `b* = E[|S|^2 R] / E[|S|^2]` (Greensmith et al. 2004), which is not the expected reward J:
 completions with large scores count for more.
 
-Look for: b = 0 (nothing subtracted) lies far up; J lies lower, but not at the bottom. RLOO's baseline, the
-mean of the other G - 1 completions of the prompt, has the mean J; it is estimated, so its variance (per
-completion: G times that of the step) lies above the curve, and comes down to it as G grows. With G = 2 it can
-be worse than no baseline at all, as here. That b* is the best constant is a theorem, how far J is from it is
-not: try other values of --seed.
+Look for: b = 0 (nothing subtracted) has a large variance; J has a smaller one, but not the least. RLOO's
+baseline, the mean of the other G - 1 rewards of the prompt, has the mean J, but it is estimated. So its
+variance (per completion: G times that of the step) lies above the curve, and approaches it as G grows. With
+G = 2 it can be worse than no baseline at all, as here. That b* is the best constant is a theorem; how far J
+is from it depends on the problem: try other values of --seed.
 
-One prompt, 15 completions of at most 3 tokens, right ones paid 1, wrong ones 0; every group is enumerated.
+The problem has one prompt and 15 completions of at most 3 tokens, with reward 1 for right ones and 0 for
+wrong ones; every group is enumerated.
 """
 
 from pathlib import Path

@@ -1,10 +1,10 @@
 """Rung 1: REINFORCE as Williams wrote it in 1992, without a baseline. A_i = R_i.
 
 The estimate is the mean over completions of A_i * grad log pi(y_i), and its expectation is the gradient.
-With rewards 0 and 1 only right answers push, always upwards, and here that goes well: as fast as the next
-rungs, or faster. But it is luck of the zero. Rewards of 1 and 2 (--shift 1) ask for just the same and have
-the same expected gradient, only now every answer pushes up, wrong ones too, and what tells them apart drowns
-in noise.
+With rewards 0 and 1 only right answers are reinforced, and here that works: as fast as on the next rungs, or
+faster. But this depends on where the zero lies. Rewards of 1 and 2 (--shift 1) define the same problem and
+have the same expected gradient, but now every answer is reinforced, wrong ones too, and the difference
+between them drowns in noise.
 
 Expect: most answers right; with --shift 1 far fewer, or none.
 """

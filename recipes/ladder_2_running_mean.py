@@ -1,12 +1,12 @@
 """Rung 2: subtract a running mean of past rewards. A_i = R_i - b, then b <- 0.9 b + 0.1 mean(R).
 
-Changed: the baseline, nothing else. b holds no reward of this step, so the gradient stays exact; and as b
-follows the rewards, a shift of all of them is forgotten after some steps. Wrong answers are now pushed down.
+Changed: only the baseline. b contains no reward of this step, so the gradient stays exact. As b follows the
+rewards, a shift of all rewards has no effect after some steps. Wrong answers now become less likely.
 
 Expect: most answers right, with --shift 1 as well. `grad_norm` in metrics.jsonl is no smaller than rung 1's:
-the wrong answers that are left are unlikely ones, and those have large scores S = grad log pi(y). The
+the wrong answers that remain are unlikely ones, and these have large scores S = grad log pi(y). The
 constant of least variance is E[|S|^2 R] / E[|S|^2]; when the wrong answers have the large scores, it is
-nearer to 0 than to the mean. A mean is no optimum, but it is safe wherever the zero of the reward lies.
+nearer to 0 than to the mean. The mean is not optimal, but it works wherever the zero of the reward lies.
 """
 
 import tyro

@@ -1,11 +1,11 @@
 """Rung 3: REINFORCE leave-one-out. A_i = R_i - mean of the other G - 1 rewards of the same prompt.
 
-Changed: the baseline belongs to the prompt, so that hard and easy prompts are each judged by their own
-standard, and there is nothing to wait for as with a running mean. A completion is not in its own baseline:
-exact. A prompt whose completions are all right or all wrong teaches nothing (`frac_reward_zero_std` is the
-share of those).
+Changed: each prompt has its own baseline, so completions of hard and of easy prompts are compared with each
+other only, and no running mean has to settle first. A completion is not in its own baseline, so the gradient
+is exact. A prompt whose completions are all right or all wrong has no gradient (`frac_reward_zero_std` is the
+share of such prompts).
 
-Expect: most answers right, whatever the --shift, since it cancels (but for rounding).
+Expect: most answers right, with any --shift, since it cancels (except for rounding).
 """
 
 import tyro

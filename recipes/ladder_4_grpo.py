@@ -1,11 +1,11 @@
 """Rung 4: GRPO (arXiv 2402.03300). A_i = (R_i - mean of the group) / (std of the group + 1e-4).
 
-Changed: the mean now holds R_i itself; the advantage is divided by the group's std; each completion is
+Changed: the mean now contains R_i itself; the advantage is divided by the group's std; each completion is
 averaged over its own tokens, not summed; and the ratio to the policy that sampled is clipped (with one
-update a rollout it is always 1). The std and the average over tokens make the gradient biased: prompts that
-are seldom solved, or seldom not, count for more, and the tokens of long completions for less.
+update per rollout it is always 1). The std and the average over tokens make the gradient biased: prompts that
+are rarely solved, or rarely failed, count for more, and the tokens of long completions for less.
 
-Expect: about what rung 3 does, since sorted digits all have one length; `grad_norm` is smaller by that
+Expect: about the same as rung 3, since sorted digits all have one length; `grad_norm` is smaller by that
 length.
 """
 

@@ -1,29 +1,29 @@
-"""Over-optimisation: a reward model is pursued until what it stands for gets worse, by RL and by best-of-n.
+"""Measures over-optimisation: when RL or best-of-n maximises a reward model, the gold reward may fall.
 
-The gold reward is a rule. A film review earns 1 for each favourable word and loses 1 for each unfavourable
-one, but from the third point on it gushes, and each further word costs 2; it is never below -4. RL sees a
-reward model only, trained on pairs of the base policy's reviews of which gold chose one, with noise
-(temperature 0.5). The base gushes in 1 review of 20, so the pairs hardly show it.
+The gold reward is a rule. A film review gets 1 for each favourable word and -1 for each unfavourable one. But
+a balance above 2 is gushing: each further word costs 2; the reward is at least -4. RL sees only a reward
+model, trained on pairs of the base policy's reviews that the gold reward labelled, with noise (temperature
+0.5). The base gushes in 1 review of 20, so the pairs hardly show it.
 
-RL is RLOO with a KL weight of 1e-3, which has the KL measured (k1 of fresh samples) and hardly holds it.
-Best-of-n takes the proxy's choice among n samples of a pool of the base: gold without bias by order
-statistics, KL from the shares of the pool. Proxy and gold are gains in standard deviations of the base's.
+RL is RLOO with a KL weight of 1e-3, which only makes the run measure the KL (k1 of fresh samples). Best-of-n
+takes the proxy's choice among n samples of a pool of the base: gold without bias by order statistics, KL from
+the shares of the pool. Proxy and gold are given as gains over the base, in its standard deviations.
 With d = sqrt(KL), the forms of Gao, Schulman and Hilton 2022 (arXiv 2210.10760) are fitted to the gain in
 gold by least squares over all seeds: d (alpha - beta d) for best-of-n, d (alpha - beta log d) for RL.
 
-A seed is other pairs, head and samples; the base and its pool are shared. A seed falls if its gold ends
-0.25 below its best, and its proxy above what it was there; "d of turn" is where those seeds were best. Gold
-and proxy "after" are changes to the end in all seeds, each from where the mean of the OTHER seeds is best, so
-that noise picks no peak. Intervals are 95 %: Student's t over seeds; of the fitted peak, resampled seeds.
+Seeds differ in pairs, head and samples; the base and its pool are shared. A seed falls if its gold ends 0.25
+below its best, and its proxy above its value there; "d of turn" is where those seeds were best. Gold and
+proxy "after" are changes to the end in all seeds, each from where the mean of the OTHER seeds is best, so
+that noise does not choose the peak. Intervals are 95 %: Student's t over seeds; for the fitted peak,
+resampled seeds.
 
 By default (10 minutes on one core), seeds of 6 that fall under RL, under best-of-n, and held-out accuracy
 (gold itself: 0.87): 16:300 2, 2, 0.79; 64:300 3, 4, 0.82; 128:300 6, 3, 0.81; 64:50 1, 0, 0.69; 64:2000 4, 2,
 0.84. 128:300 under RL turns at d = 2.43 ± 0.56: after it gold loses 1.31 ± 1.17 and the proxy gains 0.78 ±
-0.18. No other loss is sure in the mean, for a seed either gushes or settles at two points. So here neither
+0.18. No other mean loss is significant, for a seed either gushes or settles at two points. So here neither
 width nor data nor accuracy protects: the least accurate model falls least.
 """
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -36,9 +36,8 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import tokenrl
 import toy_tasks
-from tokenrl import RewardModel, load_policy
+from tokenrl import Estimator, RewardModel, load_policy, train
 from tokenrl.language import (
     Pair,
     RewardModelSettings,
@@ -53,7 +52,7 @@ from tokenrl.language import (
     score_pairs,
     warm_started_base,
 )
-from tokenrl.runs import write_json
+from tokenrl.runs import read_metrics, write_json
 from toy_tasks.sentiment import balance
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
@@ -61,22 +60,22 @@ T = (0, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Studen
 Pool = list[np.ndarray]  # by prompt, [N]
 Key = tuple[str, str]  # width:pairs of the reward model, RL or best-of-n
 LENGTH, WIDTH, PER_BLOCK = 16, 64, 5  # tokens of a review, width of the policy, RL steps averaged to a point
-FALL = 0.25  # loss of gold after the turn by which a seed counts as fallen; a point's error is below 0.08
+FALL = 0.25  # a seed falls if it loses more gold than this after the turn; a point's error is below 0.08
 FORMS = {"RL": "d log d", "best-of-n": "d squared"}  # what bends the fit
 
 
 @dataclass(frozen=True)
 class Args:
-    """Reward models of several sizes and amounts of data, pursued by RL and by best-of-n."""
+    """Reward models of several sizes and amounts of data, maximised by RL and by best-of-n."""
 
     configurations: tuple[str, ...] = ("16:300", "64:300", "128:300", "64:50", "64:2000")
     """Reward models, as width:pairs."""
     seeds: int = 6
-    """Reward models and RL runs of each."""
+    """Reward models and RL runs per configuration."""
     max_steps: int = 150
     """Steps of an RL run."""
     pool: int = 2048
-    """Samples of the base for each of 8 held-out prompts; n goes up to half of it."""
+    """Samples of the base for each of 8 held-out prompts; n goes up to half of that."""
     output_dir: Path = Path("runs/overoptimisation")
     """Directory of the runs, results.json and the figure."""
 
@@ -88,17 +87,17 @@ def gold(completions: Sequence[str], **_: Any) -> list[float]:
 
 @dataclass
 class Base:
-    """The policy that all start from, and what is sampled from it once."""
+    """The policy that every run starts from, and what is sampled from it once."""
 
     task: toy_tasks.Task
     path: str
-    rows: list[dict[str, Any]]  # 8 held-out prompts, and by prompt
-    texts: list[list[str]]  # N samples
-    gold: Pool  # their gold rewards
+    rows: list[dict[str, Any]]  # 8 held-out prompts
+    texts: list[list[str]]  # for each of them, N samples
+    gold: Pool  # the gold rewards of the samples
 
 
 def standard(values: Any, each: Pool) -> np.ndarray:
-    """Values in standard deviations of the rewards `each` of the base's samples, 0 their mean."""
+    """Standardise values by mean and standard deviation of the rewards `each` of the base's samples."""
     every = np.concatenate(each)
     return (np.asarray(values) - every.mean()) / max(float(every.std()), 1e-9)
 
@@ -110,10 +109,10 @@ def narrow(hidden: int) -> toy_tasks.Task:
 
 
 def make_pairs(base: Base, most: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to learn from, in random order, and 700 or so held out, of the base's reviews."""
-    train, held_out, found = base.task.train_prompts, base.task.eval_prompts, []
-    each = math.ceil(1.1 * most / len(train))  # some pairs are of one text
-    for rows, count, stream in ((train, each, 2 * seed), (held_out, 5, 2 * seed + 1)):
+    """Make pairs of the base's reviews: for training, in random order, and about 700 held out."""
+    prompts, held_out, found = base.task.train_prompts, base.task.eval_prompts, []
+    each = math.ceil(1.1 * most / len(prompts))  # some pairs are of one text
+    for rows, count, stream in ((prompts, each, 2 * seed), (held_out, 5, 2 * seed + 1)):
         sampling = Sampling(LENGTH, num_generations=2 * count, seed=stream)
         made = make_preferences(load_policy(base.path), rows, gold, sampling, noise_temperature=0.5)
         found.append(read_pairs(made, "the sampled pairs"))
@@ -144,29 +143,29 @@ def best_of(base: Base, proxies: Pool, args: Args) -> np.ndarray:
 
 
 def pursue(judge: RewardModel, base: Base, proxies: Pool, steps: int, seed: int, run: Path) -> np.ndarray:
-    """KL, proxy and gold of fresh samples along an RL run, [points, 3]; gold only looks on (weight 0)."""
+    """KL, proxy and gold of fresh samples along an RL run, [points, 3]; gold has weight 0."""
 
     def proxy(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
         return standard(judge(prompts, completions), proxies).tolist()
 
-    result = tokenrl.train(
+    result = train(
         task=base.task, model=base.path, reward=(proxy, gold), reward_weights=(1.0, 0.0),
-        estimator=tokenrl.Estimator.preset("rloo", beta=1e-3), max_steps=steps,
+        estimator=Estimator.preset("rloo", beta=1e-3), max_steps=steps,
         learning_rate=3e-4, lr_scheduler_type="constant", eval_every=0, eval_generations=1,
         log_completions=0, stop_after_zero_spread=0, seed=seed, output_dir=str(run),
         overwrite=True, quiet=True,
     )  # fmt: skip
     if result.exit_code:  # a signal ended the run; it is meant for the whole program
         raise SystemExit(result.exit_code)
-    lines = map(json.loads, (result.output_dir / "metrics.jsonl").read_text().splitlines()[1:])
-    found = np.array([[m[k] for k in ("kl", "rewards/proxy/mean", "rewards/gold/mean")] for m in lines])
+    metrics = read_metrics(result.output_dir / "metrics.jsonl")[1:]
+    found = np.array([[m[k] for k in ("kl", "rewards/proxy/mean", "rewards/gold/mean")] for m in metrics])
     found[:, 2] = standard(found[:, 2], base.gold)
     return found[: steps // PER_BLOCK * PER_BLOCK].reshape(-1, PER_BLOCK, 3).mean(axis=1)
 
 
 @dataclass
 class Curve:
-    """Square root of the KL and gains of one reward model pursued in one way, [seeds, points]."""
+    """Square root of the KL and the gains of one reward model, by RL or best-of-n, [seeds, points]."""
 
     how: str
     d: np.ndarray
@@ -207,12 +206,6 @@ def findings(curve: Curve) -> dict[str, Any]:
         "peak_interval": np.quantile(peaks, (0.025, 0.975), method="nearest").tolist(),
         "fell": int(fell.sum()), "turned": sum(gold) < 0 < proxy[0] - proxy[1],
     }  # fmt: skip
-
-
-def show(name: str, how: str, found: dict[str, Any]) -> str:
-    numbers = " ".join("{:6.2f} ± {:.2f}".format(*found[key]) for key in ("d", "gold", "proxy"))
-    peak = "{:.2f} [{:.2f}, {:.2f}]".format(found["peak"], *found["peak_interval"])
-    return f"{name:>8} {how:>9} {numbers}  {peak:18} {found['fell']:3}   {found['turned']}"
 
 
 def draw(curves: dict[Key, Curve], found: dict[Key, dict[str, Any]]) -> Figure:
@@ -256,7 +249,7 @@ def panel(axes: Axes, curve: Curve, found: dict[str, Any]) -> None:
 
 
 def measure(args: Args, base: Base) -> dict[Key, Curve]:
-    """All reward models, each pursued in both ways."""
+    """Train all reward models and maximise each by RL and by best-of-n."""
     rows: dict[Key, list[np.ndarray]] = {}
     cells, began = args.seeds * len(args.configurations), time.monotonic()
     most = max(int(name.split(":")[1]) for name in args.configurations)
@@ -292,7 +285,9 @@ def main(args: Args) -> None:
     found = {key: findings(curve) for key, curve in curves.items()}
     print("\nwidth:pairs, by   d of turn      gold after    proxy after  peak of fit       fell   mean falls")
     for (name, how), one in found.items():
-        print(show(name, how, one))
+        numbers = " ".join("{:6.2f} ± {:.2f}".format(*one[key]) for key in ("d", "gold", "proxy"))
+        peak = "{:.2f} [{:.2f}, {:.2f}]".format(one["peak"], *one["peak_interval"])
+        print(f"{name:>8} {how:>9} {numbers}  {peak:18} {one['fell']:3}   {one['turned']}")
     kept = {" ".join(key): {"curves": asdict(curve), **found[key]} for key, curve in curves.items()}
     write_json(args.output_dir / "results.json", kept)
     figure = args.output_dir / "overoptimisation.png"

@@ -1,11 +1,11 @@
 """LoRA on a pretrained instruct model: grade-school mathematics (GSM8K) with an exact-number reward.
 
-    python recipes/pretrained_gsm8k_lora.py --check        all but training: model, data, rewards, evaluation
+    python recipes/pretrained_gsm8k_lora.py --check        everything before training
     python recipes/pretrained_gsm8k_lora.py
 
 NOT RUN AT FULL SIZE IN THIS REPOSITORY. Model and data come from the Hugging Face hub, which the tests do not
-reach: they run this script on a tiny local model and a local file (--model DIR --task FILE.jsonl, with the
-columns question and answer). Take the settings as a place to start from, and the memory below as arithmetic.
+use: they run this script on a tiny local model and a local file (--model DIR --task FILE.jsonl, with the
+columns question and answer). The settings are a starting point, and the memory below is calculated.
 
 GPU memory for the 0.5 B model, with the defaults below:
 
@@ -36,14 +36,14 @@ from tokenrl.language import read_splits
 
 @dataclass
 class Args:
-    """What one changes first."""
+    """The settings that one changes first."""
 
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"
     """Hub name or directory of a model with a chat template."""
     task: str = "openai/gsm8k:main"
     """`datasets` name, or a JSON/CSV/Parquet file, with the columns question and answer."""
     eval_size: int = 200
-    """Held-out questions: of the test split, or where there is none of the end of the training split."""
+    """Held-out questions: from the test split, or without one from the end of the training split."""
     estimator: str = "rloo"
     """Preset: reinforce, reinforce_running_mean, rloo, grpo, dr_grpo or ppo_clip."""
     beta: float = 0.0
@@ -53,9 +53,9 @@ class Args:
     max_steps: int = 300
     """Rollouts to train on."""
     prompts_per_step: int = 8
-    """Questions a step."""
+    """Questions per step."""
     num_generations: int = 8
-    """Answers a question; a question that is always or never solved teaches nothing, so more is safer."""
+    """Answers per question; if all are right or all wrong there is no gradient, so more is safer."""
     max_completion_length: int = 320
     """Tokens an answer may have. Watch `completions/clipped_ratio`: an answer that is cut has no result."""
     micro_batch_size: int = 4
@@ -67,9 +67,9 @@ class Args:
     dtype: str = "bfloat16"
     """Precision of the frozen weights; float32 on old cards."""
     seed: int = 0
-    """Of the order of questions, the adapter and sampling."""
+    """Seed of the order of questions, the adapter and sampling."""
     output_dir: str = "runs/gsm8k"
-    """The run: metrics, completions, checkpoints, report, merged model and adapter."""
+    """Run directory: metrics, completions, checkpoints, report, merged model and adapter."""
     check: bool = False
     """Stop before the first update."""
 
@@ -79,7 +79,7 @@ NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
 
 
 def as_chat(row: dict) -> dict:
-    """One row: the question as chat messages, and the number behind the answer's last ####."""
+    """Make a row: the question as chat messages, and the number behind the answer's last ####."""
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["question"]}]
     return {"prompt": messages, "answer": row["answer"].rpartition("####")[2].strip()}
 
@@ -92,13 +92,13 @@ def number_in(text: str) -> Decimal | None:
 
 
 def right(completions: list[list[dict]], answer: list[str], **_) -> list[float]:
-    """1 for exactly the right number, in whatever form it is given: 1,200 and $1200.00 are 1200."""
+    """Reward 1 for exactly the right number in any form: 1,200 and $1200.00 are 1200."""
     pairs = zip(completions, answer, strict=True)
     return [float(number_in(messages[0]["content"]) == number_in(expected)) for messages, expected in pairs]
 
 
 def well_formed(completions: list[list[dict]], **_) -> list[float]:
-    """A tenth for ending as asked: too little to be worth more than being right."""
+    """Reward 0.1 for ending as asked, far less than for the right number."""
     ends = re.compile(rf"####\s*{NUMBER}\s*$")
     return [0.1 * bool(ends.search(messages[0]["content"])) for messages in completions]
 

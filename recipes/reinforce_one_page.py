@@ -1,28 +1,29 @@
 """REINFORCE on a language model, the whole method on one page.
 
-The policy pi is a causal language model: for a prompt x it writes a completion y, token by token,
+The policy pi is a causal language model. For a prompt x it writes a completion y token by token, so
 
     log pi(y | x) = sum_t log pi(y_t | x, y_1 ... y_(t-1)).
 
-A completion is an episode, a token an action, and a reward R(y) comes at the end. We want more of
+A completion is an episode, a token is an action, and the reward R(y) comes at the end. We maximise
 
     J = E[R(y)],  y drawn from pi.
 
-J is a sum over all completions, far too many to write down. But since grad pi = pi * grad log pi,
+J is a sum over all completions, which are far too many to list. But since grad pi = pi * grad log pi,
 
     grad J = sum_y R(y) grad pi(y) = E[R(y) grad log pi(y)]          (the score-function identity)
 
-which is again an expectation over pi: draw completions, weigh the gradient of each one's log-probability by
-its reward, average. The reward need not be differentiable; it is only ever evaluated.
+which is again an expectation over pi: draw completions, multiply the gradient of each one's log-probability
+by its reward, and average. The reward need not be differentiable; it is only evaluated.
 
-The average is right but noisy. A baseline b makes it quieter at no price, as long as b does not depend on y:
+The average is unbiased but noisy. A baseline b can lower its variance, and adds no bias if b does not depend
+on y:
 
     E[b grad log pi(y)] = b * sum_y grad pi(y) = b * grad(1) = 0.
 
-So R(y) may be replaced by the advantage A = R(y) - b, and a good b is about what this prompt usually earns:
-better than usual is reinforced, worse than usual is pushed down. RLOO (REINFORCE leave-one-out) draws G
-completions of each prompt and takes for each the mean reward of the G - 1 OTHERS. Leaving itself out is what
-keeps b independent of y: with itself inside, 1/G of the gradient would be lost.
+So R(y) may be replaced by the advantage A = R(y) - b. A good b is close to the mean reward of this prompt:
+completions better than that become more likely, worse ones less likely. RLOO (REINFORCE leave-one-out) draws
+G completions of each prompt; the baseline of each is the mean reward of the G - 1 OTHERS. Leaving the
+completion itself out keeps b independent of y: with it inside, 1/G of the gradient would be lost.
 
 Run it (under a minute on two cores):   python recipes/reinforce_one_page.py
 Left out, see `tokenrl train`: prompts of unequal length, KL to a reference, records, saving, GPUs.
@@ -47,15 +48,15 @@ class Args:
     steps: int = 100
     """Updates by policy gradient."""
     warm_steps: int = 200
-    """Supervised updates before that: a policy that never earns a reward has nothing to reinforce."""
+    """Supervised updates before that: a policy that never gets a reward has nothing to reinforce."""
     prompts_per_step: int = 16
-    """Prompts a step."""
+    """Prompts per step."""
     num_generations: int = 8
-    """Completions a prompt, the group size G."""
+    """Completions per prompt, the group size G."""
     learning_rate: float = 2e-4
-    """AdamW's, for the policy gradient."""
+    """Learning rate of AdamW for the policy gradient."""
     seed: int = 0
-    """Of initial weights, order of prompts, and sampling."""
+    """Seed of the initial weights, the order of prompts, and sampling."""
 
 
 args = tyro.cli(Args)
@@ -80,13 +81,13 @@ def logprobs_of(prompt_ids, ids):
 
 @torch.no_grad()
 def sample(prompt_ids, dice=None):
-    """One completion a row and its mask, [N, T]; without dice the likeliest token each time (greedy)."""
+    """One completion per row and its mask, [N, T]; without dice always the most likely token (greedy)."""
     ids, cache, tokens = prompt_ids, None, []
     for _ in range(length):
         out = model(ids, past_key_values=cache, use_cache=True)
         probs, cache = out.logits[:, -1].softmax(-1), out.past_key_values
         ids = probs.multinomial(1, generator=dice) if dice else probs.argmax(-1, keepdim=True)
-        tokens.append(ids)  # a row that has ended writes on, unread: the mask stops at its first eos
+        tokens.append(ids)  # a row that has ended goes on, but its mask ends at the first eos
     ids = torch.cat(tokens, dim=1)
     return ids, completion_mask(ids, [eos])  # ending is an action like any other, so the eos is inside
 
@@ -105,8 +106,8 @@ def evaluate(when):
         print(f"{when}: {how} reward {reward:.3f}", flush=True)
 
 
-# 1. Warm start: imitate demonstrations. Seven in ten sort DOWN, so that becomes the habit; sorting up is left
-# as a rare one, for the reward to find.
+# 1. Warm start: imitate demonstrations. Seven in ten sort DOWN, so the model mostly does that; it sorts up
+# only sometimes, which the reward then reinforces.
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
 for _ in range(args.warm_steps):
     chosen = torch.randint(len(task.demonstrations), (64,), generator=dice).tolist()
@@ -129,7 +130,7 @@ for step in range(1, args.steps + 1):
     ids, mask = sample(prompt_ids, dice)  # [N, T]
     rewards = rewards_of(prompts, ids, mask)  # [N]
 
-    # A = R - b, scaled if the estimator says so. A running mean is read before it learns of this step.
+    # A = R - b, scaled if the estimator says so. The running mean is read before this step updates it.
     b, group = running_mean.value, args.num_generations
     advantages, _ = estimator.advantages(rewards, mask, group_size=group, baseline_value=b)  # [N]
     running_mean.update(rewards)

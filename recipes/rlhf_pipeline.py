@@ -3,18 +3,18 @@
     python recipes/rlhf_pipeline.py                          film reviews, to be favourable and grammatical
     python recipes/rlhf_pipeline.py --task target_length     as many letters as asked
 
-The task's own reward is the gold reward: it chooses in the preferences, with noise, and it judges the
-outcome. RL sees only the reward model (gold looks on with weight 0). The baseline is best-of-n: the reward
-model's choice among n samples of the base, no training. Each stage has a folder with inputs.json, all
-settings it depends on; run again, a stage whose settings are unchanged is skipped.
+The task's own reward is the gold reward: it labels the preferences, with noise, and it measures the outcome.
+RL uses only the reward model (gold is recorded with weight 0). RL is compared with best-of-n: the reward
+model chooses among n samples of the base, without training. Each stage has a folder with inputs.json, which
+holds all settings that it depends on. In a second run, stages with unchanged settings are skipped.
 
-Look for: gold at the end, above the base's and above best-of-4's, and what it cost in KL. KL of the policy:
-log ratios summed over fresh completions (k1). Of best-of-n: from the pool's shares, where ties count;
-log n - (n-1)/n is an upper bound. Errors are standard errors over held-out prompts.
+Look for: the gold reward at the end, above that of the base and of best-of-4, and its cost in KL. The KL of
+the policy is the log ratio summed over fresh completions (k1). That of best-of-n comes from the shares of the
+pool, with ties; log n - (n-1)/n is an upper bound. Errors are standard errors over held-out prompts.
 
 By default (1 minute on one core) gold goes from 0.248 ± 0.020 to 0.943 ± 0.009 sampled, and from 0 to 1
-greedy, at a KL of 2.51 ± 0.06 nats. Best-of-n reaches 0.652 for n = 4, 0.947 ± 0.008 for 16 at a KL of 1.83,
-and for 64 no more (0.927 ± 0.021). The reward model is right in 64 % of held-out pairs, gold itself in 66 %:
+greedy, at a KL of 2.51 ± 0.06 nats. Best-of-n reaches 0.641 for n = 4, 0.945 ± 0.006 for 16 at a KL of 1.83,
+and for 64 no more (0.942 ± 0.018). The reward model is right in 64 % of held-out pairs, gold itself in 66 %:
 most pairs are equal in gold, and a coin decides. `--task target_length` shows the KL at work: with beta 0.1
 gold rises from -0.30 to -0.13 within 20 steps and is back at -0.29 ± 0.04 in the end, while the proxy still
 rises; with `--beta 0.5` it ends at -0.12 ± 0.02, level with best of 4 (-0.14) and below best of 16 (-0.05).
@@ -53,7 +53,7 @@ from tokenrl.runs import read_metrics, smooth, write_json
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
 SIZES = (1, 4, 16, 64)  # n of best-of-n
-HELD_OUT = 2**32  # added to the seed of the preferences that the reward model is judged on
+HELD_OUT = 2**32  # added to the seed of the held-out preferences
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Args:
     pairs: int = 2000
     """Pairs of the base's completions to learn from; those that cannot be told apart are left out."""
     noise: float = 0.3
-    """Temperature of the choice: P(first chosen) = sigmoid(difference of gold rewards / this)."""
+    """Noise of the labels: P(first chosen) = sigmoid(difference of gold rewards / this)."""
     reward_epochs: int = 2
     """Passes of the reward model over the pairs."""
     beta: float = 0.1
@@ -73,17 +73,17 @@ class Args:
     max_steps: int = 120
     """RL steps."""
     prompts_per_step: int = 16
-    """Prompts a step, with 8 completions each."""
+    """Prompts per step, with 8 completions each."""
     learning_rate: float = 2e-4
-    """RL's, constant."""
+    """Learning rate of RL, constant."""
     eval_prompts: int = 64
-    """Held-out prompts that all are judged on."""
+    """Held-out prompts of the final evaluation."""
     pool: int = 128
-    """Samples of the base for each of them, of which best-of-n chooses."""
+    """Samples of the base for each of these prompts, from which best-of-n chooses."""
     seed: int = 0
-    """Of everything but the base."""
+    """Seed of everything but the base."""
     output_dir: Path = Path("runs/rlhf")
-    """A folder a stage, results.json and the figure."""
+    """Directory with one folder per stage, and the figure."""
     overwrite: bool = False
     """Redo stages that were done with the same settings."""
 
@@ -94,7 +94,7 @@ def stage(args: Args, name: str, inputs: dict[str, Any], work: Callable[[Path], 
     if record.is_file() and not args.overwrite and json.loads(record.read_text()) == inputs:
         print(f"{name}: skipped, done before with the same settings ({folder})", flush=True)
         return folder
-    record.unlink(missing_ok=True)  # what is stopped half-way is not done
+    record.unlink(missing_ok=True)  # a stage that is stopped half-way is not done
     print(f"{name} ...", flush=True)
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def stage(args: Args, name: str, inputs: dict[str, Any], work: Callable[[Path], 
 
 
 def prefer(args: Args, task: toy_tasks.Task, base: Path, folder: Path) -> None:
-    """Sample pairs from the base and let gold choose: those to learn from, and others of held-out prompts."""
+    """Sample pairs from the base, labelled by the gold reward, of training and of held-out prompts."""
     policy = load_policy(str(base))
     for file, rows, count, seed in (
         ("train.jsonl", task.train_prompts, args.pairs, args.seed),

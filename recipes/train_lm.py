@@ -5,9 +5,9 @@
     python recipes/train_lm.py --task addition                        any task that `tokenrl train` knows
     python recipes/train_lm.py --model DIR_OR_HUB_NAME --lora-r 16    a pretrained model, with LoRA
 
-A task is prompts and a reward; a reward is a function of completions that returns one number for each. The
-options here are those that one changes first. `tokenrl train --help` lists the others, and every one of them
-can be added to the call of `tokenrl.train` below under its own name.
+A task consists of prompts and a reward; a reward is a function that returns one number for each completion.
+The options here are those that one changes first. `tokenrl train --help` lists the others; each of them can
+be added under its own name to the call of `tokenrl.train` below.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from toy_tasks.models import TinyModel
 
 @dataclass
 class Args:
-    """What one changes first."""
+    """The settings that one changes first."""
 
     task: str = "zigzag"
     """zigzag (below), a toy task, module:attribute, a JSON/CSV/Parquet file, or a `datasets` name."""
     reward: tuple[str, ...] = ()
-    """module:function or file.py:function, for a task that has none or instead of its own."""
+    """module:function or file.py:function, for a task without a reward, or instead of its own."""
     model: str | None = None
     """Directory or hub name; without one, a tiny model made on the spot."""
     estimator: str = "rloo"
@@ -39,21 +39,21 @@ class Args:
     max_steps: int = 100
     """Rollouts to train on."""
     prompts_per_step: int = 16
-    """Prompts a step."""
+    """Prompts per step."""
     num_generations: int = 8
-    """Completions a prompt."""
+    """Completions per prompt."""
     learning_rate: float | None = None
     """Peak learning rate. Default: what the task recommends (zigzag: 5e-4), else 1e-5, with LoRA 1e-4."""
     seed: int = 0
-    """Of the order of prompts and of sampling."""
+    """Seed of the order of prompts and of sampling."""
     output_dir: str = "runs/train_lm"
-    """The run: metrics, completions, report, model."""
+    """Run directory: metrics, completions, report, model."""
     overwrite: bool = False
-    """Replace the run that is there."""
+    """Replace an earlier run in output_dir."""
 
 
 # Rewards are called by keyword: f(prompts=[...], completions=[...], completion_ids=[...], and a list for each
-# other column of the rows). Take what you need and leave the rest to **_. Several rewards are added up.
+# other column of the rows). Take what you need and leave the rest to **_. Several rewards are added.
 def alternates(completions: list[str], **_) -> list[float]:
     """From 0 to 1: the share of neighbours (of five at least) that are an even digit beside an odd one."""
     parities = [[int(c) % 2 if c.isdigit() else None for c in text] for text in completions]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -101,7 +102,7 @@ def test_an_environment_is_measured_and_the_files_can_be_run(tmp_path, capsys):
     assert arguments.estimator.baseline == "timestep_mean" and arguments.head == "softmax"
     assert main(["control", "--config", "c.json", "--eval-episodes", "2", "--check", "--quiet"]) == 0
     assert main(["train", "--config", "c.json"]) == 2
-    assert "one of tokenrl control" in capsys.readouterr().err
+    assert "is for `tokenrl control`" in capsys.readouterr().err
 
 
 def shown_command(record: dict) -> str:
@@ -121,7 +122,6 @@ def shown_command(record: dict) -> str:
     ],
 )  # fmt: skip
 def test_the_command_shown_has_the_advised_arguments(arguments):
-    import shlex
 
     name = "control" if isinstance(arguments, ControlArguments) else "train"
     line = shlex.split(command_line(Advice("", name, arguments, {}, [], {})))
@@ -165,11 +165,11 @@ def test_refusals_are_one_paragraph_and_exit_code_2(argv, words, capsys):
 
 def test_no_baseline_passes_with_a_warning_where_it_is_allowed(capsys):
     assert main(["advise", *LONG, "--baseline", "none", "--allow-no-baseline", "--config", "c.json"]) == 0
-    assert "let through by --allow-no-baseline" in capsys.readouterr().out
+    assert "allowed by --allow-no-baseline" in capsys.readouterr().out
     arguments = parsed("tokenrl control --config c.json")
     assert arguments.allow_no_baseline and arguments.estimator.baseline == "none"
     assert main(["advise", *LONG[:2], "--episodes", "2", "--baseline", "none"]) == 0  # 500 steps are short
-    assert "let through" not in capsys.readouterr().out
+    assert "allowed by" not in capsys.readouterr().out
 
 
 def probe(reward=0.25, dead=(0.6, 0.4, 0.2), cut=0.0, entropy=0.5, binary=True) -> Probe:
@@ -184,7 +184,7 @@ def probe(reward=0.25, dead=(0.6, 0.4, 0.2), cut=0.0, entropy=0.5, binary=True) 
 def test_the_smallest_group_of_which_half_live(dead, size):
     assert group_size(probe(dead=dead)) == size
     train = resolve(TrainArguments(prompts_per_step=16, max_completion_length=8), task=None)
-    found, settings = language_fitted(train, probe(dead=dead), None, judged=False)
+    found, settings = language_fitted(train, probe(dead=dead), None, reward_model=False)
     assert (found.num_generations, found.prompts_per_step) == (size, 128 // size)
     said = {setting.name: setting.reason for setting in settings}["num_generations"]
     assert ("the largest measured" in said) == (dead[-1] > 0.5)
@@ -214,10 +214,20 @@ def test_many_cut_completions_ask_for_a_longer_limit(cut, room, length):
 
 def test_a_reward_model_gets_a_kl_and_a_certain_policy_an_entropy_bonus():
     train = resolve(TrainArguments(prompts_per_step=16, max_completion_length=8), task=None)
-    plain, _ = language_fitted(train, probe(), None, judged=False)
+    plain, _ = language_fitted(train, probe(), None, reward_model=False)
     assert (plain.estimator.beta, plain.estimator.entropy_coef) == (0, 0)
-    judged, _ = language_fitted(train, probe(entropy=0.05), None, judged=True)
+    judged, _ = language_fitted(train, probe(entropy=0.05), None, reward_model=True)
     assert (judged.estimator.beta, judged.estimator.entropy_coef) == (0.05, 0.01)
+
+
+@pytest.mark.parametrize("subject", [["--task", "vowels"], ["--env", "bandit"]])
+def test_the_command_line_that_is_shown_can_be_typed(subject, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    few = ["--num-prompts", "4", "--num-samples", "2"] if subject[0] == "--task" else []
+    assert main(["advise", *subject, *few]) == 0
+    line = capsys.readouterr().out.partition("Run it: ")[2].splitlines()[0]
+    assert line.startswith("tokenrl ")
+    assert main([*shlex.split(line)[1:], "--check", "--quiet", "--output-dir", "run"]) == 0
 
 
 def test_a_task_is_measured_and_the_files_can_be_run(tmp_path, capsys, monkeypatch):
@@ -233,7 +243,7 @@ def test_a_task_is_measured_and_the_files_can_be_run(tmp_path, capsys, monkeypat
     assert arguments.num_generations == advice["arguments"]["num_generations"]
     assert main(["train", "--config", "c.json", "--eval-generations", "0", "--check", "--quiet"]) == 0
     assert main(["control", "--config", "c.json"]) == 2
-    assert "one of tokenrl train" in capsys.readouterr().err
+    assert "is for `tokenrl train`" in capsys.readouterr().err
 
 
 def test_values_are_written_for_people():

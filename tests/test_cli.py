@@ -223,7 +223,7 @@ def test_the_configuration_of_a_run_repeats_it_byte_for_byte(command, model, cap
     capsys.readouterr()
     other = "train" if command[0] == "control" else "control"
     assert main([other, "--config", "run"]) == 2
-    assert f"is one of tokenrl {command[0]}; give it to that command" in capsys.readouterr().err
+    assert f"is for `tokenrl {command[0]}`; give it to that command" in capsys.readouterr().err
 
 
 def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
@@ -272,7 +272,10 @@ def test_the_help_shows_flags_in_groups_those_that_matter_first(capsys, monkeypa
     assert sorted(flags) == sorted({"config"} | names | axes)  # each once, none left out
     assert "--temperature FLOAT" in shown["sampling"] and "(default: 1.0)" in shown["sampling"]
     assert "--lora-r INT" in shown["LoRA"] and "--estimator.scale-ddof {0,1}" in shown["estimator"]
-    assert "Rollouts to train on. Default: 200." in shown[""] and "(default: None)" not in shown[""]
+    assert (
+        "Training steps; each samples one rollout. Default: 200." in shown[""]
+        and "(default: None)" not in shown[""]
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -20,7 +20,10 @@ import pytest
 RECIPES = Path(__file__).parent.parent / "recipes"
 ALL = sorted(path.stem for path in RECIPES.glob("*.py"))
 ELSEWHERE = {"rlhf_pipeline", "overoptimisation"}  # tests/test_rlhf_recipes.py
-NAMES = [name for name in ALL if not name.startswith(("figures_", "control_")) and name not in ELSEWHERE]
+TABLE = "estimators_table"
+NAMES = [
+    name for name in ALL if not name.startswith(("figures_", "control_")) and name not in {*ELSEWHERE, TABLE}
+]
 RUNGS = {
     "ladder_1_vanilla": ("none", "exact"),
     "ladder_2_running_mean": ("running_mean", "exact"),
@@ -126,7 +129,7 @@ def test_every_recipe_is_in_the_list_with_its_command():
     assert sorted(re.findall(r"\]\((\w+)\.py\)", text)) == ALL
     assert sorted(set(re.findall(r"python recipes/(\w+)\.py", text))) == ALL
     assert set(SHORT) == set(NAMES)
-    assert {*FIGURES, *CONTROL, *ELSEWHERE} == set(ALL) - set(NAMES)
+    assert {*FIGURES, *CONTROL, *ELSEWHERE, TABLE} == set(ALL) - set(NAMES)
 
 
 def test_one_page_is_one_page_of_torch_and_core():
@@ -134,8 +137,10 @@ def test_one_page_is_one_page_of_torch_and_core():
     assert len(text.splitlines()) < 150
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
     modules = {getattr(node, "module", None) or node.names[0].name for node in nodes}
-    allowed = {"dataclasses", "torch", "tyro", "transformers", "toy_tasks"}
-    assert {module for module in modules if not module.startswith("tokenrl.core")} <= allowed
+    assert modules <= {"dataclasses", "torch", "tyro", "transformers", "toy_tasks", "tokenrl", "tokenrl.core"}
+    named = [node.names for node in nodes if getattr(node, "module", None) == "tokenrl"]
+    assert {name.name for names in named for name in names} <= {"Estimator"}  # which is of core
+    assert not any(alias.name == "tokenrl" for node in nodes for alias in node.names)
 
 
 def test_rungs_differ_in_the_estimator_alone():
@@ -307,6 +312,16 @@ def test_map_of_presets(tmp_path, monkeypatch, capsys):
     angles = {line.split()[0]: float(line.split()[2]) for line in out.splitlines()[:-1]}
     assert angles["rloo"] == angles["dr_grpo"] == 0
     assert 0 < angles["loo_std"] < angles["grpo"]
+
+
+def test_the_table_of_estimators_has_the_rows_of_the_page(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "table.md"
+    monkeypatch.setattr(sys, "argv", [TABLE, "--output", str(path), "--estimators", "rloo", "grpo"])
+    runpy.run_path(str(RECIPES / f"{TABLE}.py"), run_name="__main__")
+    page = (RECIPES / "estimators.md").read_text().splitlines()
+    presets = [line for line in page if line.startswith("| `")]
+    kept = [line for line in presets if line.startswith(("| `rloo` ", "| `grpo` "))]
+    assert path.read_text().splitlines() == page[: page.index(presets[0])] + kept
 
 
 def printed(name: str, tmp_path, monkeypatch, capsys) -> str:

@@ -279,7 +279,7 @@ def test_a_file_of_settings_is_json_or_yaml(tmp_path):
         ("a.yaml", "- 1", "is a list; it must map names to values"),
         ("a.json", "{", "cannot be read"),
         ("a.json", "3", "is a int; it must map names to values"),
-        ("a.json", '{"kind": "control"}', "is one of tokenrl control; give it to that command"),
+        ("a.json", '{"kind": "control"}', "is for `tokenrl control`; give it to that command"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused(name, text, said, tmp_path):

@@ -1,7 +1,8 @@
 """Policy gradients on language models, with the bias of every estimator declared.
 
-`train`, `sft`, `train_reward_model`, `train_agent`, `evaluate` and `sample` do what the commands of the same
-purpose do. Nothing heavy is imported until it is used.
+The functions `train`, `sft`, `train_reward_model`, `train_agent` (the command `control`), `evaluate` and
+`sample` do the same as the commands. Each name is imported when it is first used, so that `import tokenrl`
+does not import torch.
 """
 
 from tokenrl.names import lazily

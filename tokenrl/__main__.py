@@ -1,4 +1,4 @@
-"""`python -m tokenrl` is the command `tokenrl`."""
+"""Makes `python -m tokenrl` the same as the command `tokenrl`."""
 
 from __future__ import annotations
 

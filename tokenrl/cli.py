@@ -1,7 +1,7 @@
-"""The command line, thin: nothing heavy is imported to parse or to explain.
+"""The command line. Parsing arguments and printing help import nothing heavy, such as torch.
 
-Exit codes: 0 done; 2 refused before the first step; 1 failed during the run; 130 or 143 stopped by a signal
-after saving. A user's mistake prints one paragraph and no traceback.
+Exit codes: 0 for success; 2 if the command was refused before the first step; 1 if it failed during the run;
+130 or 143 if a signal stopped it after saving. A user's mistake prints one paragraph and no traceback.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
 from tokenrl.settings import Settings, arguments, configured, field_types, read_config
 
-ABOUT_CONFIG = "Settings to begin with: a run's config.json, or a file in JSON or YAML. Flags beside it win."
+ABOUT_CONFIG = "Read settings from this file: a run's config.json, or JSON or YAML. Flags override it."
 
 
 @dataclass(frozen=True)
 class ReportArguments(Settings):
-    """Draw the curve of a run and write its report again."""
+    """Draw the learning curve of a run and write its report again."""
 
     run_dir: tyro.conf.Positional[str]
-    """Directory of the run."""
+    """Output directory of the run."""
 
 
 def _train(args: TrainArguments) -> int:
@@ -93,7 +93,7 @@ def _advise(args: AdviseArguments) -> int:
 
 def _report(args: ReportArguments) -> int:
     config = read_config(args.run_dir) if os.path.exists(os.path.join(args.run_dir, "config.json")) else {}
-    # A run of before its kind was written has no more than the pairs to tell a reward model by.
+    # Older runs have no "kind" in config.json; among them only reward models have "pairs".
     if config.get("kind", "reward-model" if "pairs" in config else "") == "reward-model":
         from tokenrl.language.preferences.report import report_reward_model as report
     else:
@@ -116,7 +116,7 @@ def _lab_measure(args: MeasureArguments) -> int:
 
 
 class Command(NamedTuple):
-    """A command: its arguments, what it calls, and whether it trains (and so takes a configuration)."""
+    """A command: its arguments, the function that runs it, and whether it trains (then it takes --config)."""
 
     arguments: Any
     run: Callable[[Any], int]
@@ -137,7 +137,7 @@ COMMANDS = {
 }
 
 
-# The progress bars and advice of the libraries below, unless asked for, would bury what a run has to say.
+# Progress bars and advice of the libraries would hide what a run prints; a user can still turn them on.
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has gone, as with `| head`
+    except BrokenPipeError:  # the program that read our output has ended, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -186,7 +186,7 @@ def _help() -> str:
 
 
 def _parse(name: str, command: Command, argv: list[str]) -> Any:
-    """Arguments of a command; --config and --estimator set the defaults that flags then change."""
+    """Parse the arguments of a command. --config and --estimator set defaults, which other flags change."""
     kind, about = command.arguments, command.arguments.__doc__
     default: Any = None
     if command.trains:
@@ -203,9 +203,10 @@ def _parse(name: str, command: Command, argv: list[str]) -> Any:
 
 
 def _flags(kind: type[Any], default: Any) -> type[Any]:
-    """The dataclass that tyro reads flags into: a field for each group of the help, the axes last.
+    """Make the dataclass that tyro fills: one field for each group of the help, the estimator's axes last.
 
-    It checks nothing: the settings are made of its values, and refuse in the same words as from Python.
+    It does not check values. The settings are made from them afterwards, so that a value from the command
+    line is refused with the same message as one from Python.
     """
     groups: dict[str, list[Any]] = {owner.group: [] for owner in _owners(kind)}
     for owner, flag in _each_flag(kind, default):
@@ -225,7 +226,7 @@ def _flags(kind: type[Any], default: Any) -> type[Any]:
 
 
 def _each_flag(kind: Any, default: Any) -> Iterator[tuple[type[Any], Any]]:
-    """The class that declares a field, and its flag; a preset's name stands for the estimator."""
+    """Yield each field as a flag, with the class that declares it; --estimator takes a preset's name."""
     texts = {name: text for owner in reversed(_owners(kind)) for name, text in _texts(owner)}
     for one in fields(kind):
         owner = next(owner for owner in _owners(kind) if one.name in get_annotations(owner))
@@ -237,7 +238,7 @@ def _each_flag(kind: Any, default: Any) -> Iterator[tuple[type[Any], Any]]:
 
 
 def _flag(name: str, hint: Any, default: Any, text: str, metavar: str | None = None) -> Any:
-    def hinted(shown: str) -> str:  # the text says what None and nothing stand for
+    def hinted(shown: str) -> str:  # the text of the flag says what happens without it
         return "" if shown in ("", "''", "None") else f"(default: {shown})"
 
     shown = tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=hinted)
@@ -245,12 +246,12 @@ def _flag(name: str, hint: Any, default: Any, text: str, metavar: str | None = N
 
 
 def _owners(kind: type[Any]) -> list[type[Any]]:
-    """The dataclasses that declare the fields of one, itself first."""
+    """Return the dataclass and its base dataclasses, which together declare its fields."""
     return [owner for owner in kind.__mro__ if is_dataclass(owner)]
 
 
 def _texts(owner: type[Any]) -> Iterator[tuple[str, str]]:
-    """Each field that a class declares, and the text below it in the source."""
+    """Yield each field that a class itself declares, with the docstring below it in the source."""
     module = ast.parse(getsource(sys.modules[owner.__module__])).body
     (declared,) = (node for node in module if isinstance(node, ast.ClassDef) and node.name == owner.__name__)
     for line, below in pairwise(declared.body):
@@ -263,15 +264,15 @@ def _about_presets() -> str:
     return "\n".join(
         [
             "",
-            "--estimator PRESET sets every axis of the estimator, --estimator.AXIS changes one.",
-            "The presets, and what each does to the expected gradient:",
+            "--estimator PRESET sets every axis of the estimator; --estimator.AXIS changes one axis.",
+            "The presets, and the bias of the expected gradient with each:",
             *statuses,
         ]
     )
 
 
 def _take(argv: list[str], flag: str) -> tuple[list[str], str | None]:
-    """The command line without `flag VALUE` or `flag=VALUE`, and the value."""
+    """Return the command line without `flag VALUE` or `flag=VALUE`, and the value (None if it is absent)."""
     rest, value, words = [], None, iter(argv)
     for word in words:
         if word == flag:
@@ -285,5 +286,5 @@ def _take(argv: list[str], flag: str) -> tuple[list[str], str | None]:
     return rest, value
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # `python -m tokenrl` is shorter, but older scripts name the module
     sys.exit(main())

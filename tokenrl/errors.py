@@ -1,7 +1,8 @@
-"""The two ways in which tokenrl says no, and the sentences that help. Imports no torch.
+"""Defines the two errors that a user can cause, and the suggestions in their messages. Imports no torch.
 
-Every error that a user can cause is one of the two below, and its message is one paragraph: what was given,
-what is allowed, how to mend it. The command line prints the message alone and exits with `exit_code`.
+`Refused` is raised before training has begun, `Stopped` during it. The message of either is one paragraph:
+what was given, what is allowed, how to mend it. The command line prints only the message and exits with
+`exit_code`.
 """
 
 from __future__ import annotations
@@ -11,25 +12,25 @@ from collections.abc import Iterable
 
 
 class TokenrlError(Exception):
-    """An error the user can mend; its message is written for them."""
+    """An error that the user can mend; its message is written for the user."""
 
     exit_code = 1
 
 
 class Refused(TokenrlError, ValueError):
-    """Raised before the first step: nothing has been trained, nothing is lost (exit code 2)."""
+    """Raised before the first step, so that nothing has been trained and nothing is lost (exit code 2)."""
 
     exit_code = 2
 
 
 class Stopped(TokenrlError, RuntimeError):
-    """Raised during a run: the last complete checkpoint stays as it was (exit code 1)."""
+    """Raised during a run; the last complete checkpoint stays as it was (exit code 1)."""
 
     exit_code = 1
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ' Did you mean X?' for an error message; nothing where no known name is near."""
+    """Return ' Did you mean X?' for an error message, or an empty text where no known name is near."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
 
@@ -41,7 +42,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """'Type: message' of an error and of the cause at its root, on one line."""
+    """Return 'Type: message' of an error and of the first error that caused it, on one line."""
     root = error
     while root.__cause__ is not None:
         root = root.__cause__

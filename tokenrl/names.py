@@ -1,6 +1,6 @@
-"""Imports by name: `package.module:attribute` or `path/to/file.py:attribute`, as a user writes them.
+"""Imports an object by its name, given as `package.module:attribute` or `path/to/file.py:attribute`.
 
-`lazily` serves the packages of tokenrl themselves: their public names are imported when they are first used.
+The packages of tokenrl use `lazily`, which imports each of their public names when it is first used.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def import_attribute(spec: str, what: str) -> Any:
     """Import `package.module:name` or `path/to/file.py:name`; the current directory is importable.
 
     Args:
-        spec: module (or .py file) and attribute, joined by a colon; the attribute may be dotted.
-        what: what the caller looks for ("task", "reward"), for the error message.
+        spec: the module (or .py file) and the attribute, joined by a colon; the attribute may have dots.
+        what: what the object is for ("task", "reward"), for the error message.
 
     Raises:
-        Refused: no such module or file, an error while importing it, or no such attribute.
+        Refused: the module, the file or the attribute does not exist, or importing it raised an error.
     """
     source, _, attribute = spec.rpartition(":")
     if not source or not attribute:
@@ -36,8 +36,9 @@ def import_attribute(spec: str, what: str) -> Any:
     if file is not None and not file.is_file():
         raise Refused(f"{what} '{spec}': there is no file {source}; give its path from {Path.cwd()}.")
     folder = str(file.resolve().parent if file else Path.cwd())
-    # In front during the import, so that a user's file wins over an installed namesake; at the end
-    # afterwards, so that its own late imports still work and it cannot shadow a package that we import later.
+    # The folder stands first in sys.path during the import, so that a user's file wins over an installed
+    # module of the same name. Afterwards it stands last: imports that the file makes later still work, and
+    # it cannot hide a package that tokenrl imports later.
     sys.path.insert(0, folder)
     try:
         module = import_file(file) if file else importlib.import_module(source)
@@ -61,25 +62,25 @@ def import_attribute(spec: str, what: str) -> Any:
 
 
 def import_file(file: Path) -> Any:
-    """Import a file as a module named after its absolute path, without dots: pickle then finds it again."""
+    """Import a file as a module whose name is a hash of its absolute path, so that pickle finds it again."""
     name = FILE_MODULE + hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]
     spec = importlib.util.spec_from_file_location(name, file.resolve())
     assert spec is not None and spec.loader is not None  # the suffix is .py
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their own module up there
+    sys.modules[name] = module  # where a dataclass looks for the module that defines it
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[name]  # as the import statement does: what failed is not there
+        del sys.modules[name]  # as the import statement does after an error
         raise
     return module
 
 
 def lazily(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Make `__getattr__` and `__dir__` of a package whose public names are imported when first used.
+    """Make `__getattr__` and `__dir__` of a package so that each public name is imported when first used.
 
-    The names stand once, as the imports of the `__init__.pyi` beside the package's `__init__.py`, where type
-    checkers read them too.
+    The public names are listed once, as the imports of the `__init__.pyi` beside the package's `__init__.py`,
+    and type checkers read them there too.
 
     Args:
         package: name of the package.

@@ -1,12 +1,11 @@
-"""What a setting may be, and how settings are made of keywords and of files. Imports no torch.
+"""Checks the values of settings, and makes settings from keywords and from files. Imports no torch.
 
-What is allowed stands beside the field, in its type, and `check` reads it there:
+The type of a field says which values are allowed, and `check` reads them there::
 
     temperature: Positive = 1.0
     num_steps: Annotated[int, Bounds(at_least=2)] | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
 
-Rules between two fields are plain `if`s where the two meet.
+A rule about two fields together is a plain `if` in the code that uses both.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number must keep to, as metadata of its type; a number must be finite in any case."""
+    """Bounds of a number, given as metadata of its type. Without any bound a number must still be finite."""
 
     at_least: float | None = None
     above: float | None = None
@@ -39,7 +38,7 @@ class Bounds:
     below: float | None = None
 
     def hold(self, value: float) -> bool:
-        """Say whether a finite number keeps to the bounds."""
+        """Return whether a finite number lies within the bounds."""
         return (
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
@@ -59,14 +58,14 @@ Count = Annotated[int, Bounds(at_least=1)]
 Natural = Annotated[int, Bounds(at_least=0)]
 
 OR_FUNCTION = "or a function"
-"""Metadata of a field that also takes a function, which only Python can give."""
+"""Metadata of a field that also takes a function, which only Python can give, not the command line."""
 
 
 class Settings:
-    """Base of the dataclasses of settings: whatever makes one, its values are allowed.
+    """Base of the dataclasses of settings. An object with a value that is not allowed cannot be made.
 
-    `group` is the title under which the command line's help shows the fields that a class declares itself;
-    those of classes without one come first.
+    `group` is the title under which the help of the command line shows the fields that this class itself
+    declares. The fields of classes without a group are shown first, without a title.
     """
 
     group: ClassVar[str] = ""
@@ -80,12 +79,12 @@ class Settings:
 
 
 class Rule(NamedTuple):
-    """What one value may be.
+    """Which values one setting may have.
 
     Attributes:
-        fits: Says of a value whether it is allowed.
-        words: What is allowed, after "it must be".
-        names: The names that are allowed, from which the nearest to a misspelling is suggested.
+        fits: Returns whether a value is allowed.
+        words: The allowed values in words, which follow "it must be" in the error message.
+        names: The names that are allowed. For a misspelled name the message suggests the nearest of them.
     """
 
     fits: Callable[[Any], bool]
@@ -93,20 +92,20 @@ class Rule(NamedTuple):
     names: tuple[str, ...] = ()
 
     def check(self, what: str, given: object) -> None:
-        """Refuse a value that is not allowed, with what was given and what is allowed."""
+        """Refuse a value that is not allowed; the message says what was given and what is allowed."""
         if not self.fits(given):
             hint = nearest(str(given), self.names)
             raise Refused(f"{what} was given as {given!r}; it must be {self.words}.{hint}")
 
 
 def check(settings: Any) -> None:
-    """Refuse a dataclass with a value that its fields' types do not allow.
+    """Refuse a dataclass in which the value of a field is not one that the field's type allows.
 
-    Numbers, truth values, choices (`Literal`) and tuples of them are checked; text and objects are not, for
-    an object may stand where the command line takes its name.
+    Numbers, booleans, choices (`Literal`) and tuples of these are checked. Text and objects are not: in
+    Python an object may be given where the command line takes its name.
 
     Raises:
-        Refused: For the first such field.
+        Refused: A field has a value that is not allowed; the message names the first such field.
     """
     for name, rule in _rules(type(settings)).items():  # type: ignore[arg-type]
         rule.check(name, getattr(settings, name))
@@ -116,21 +115,21 @@ def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
     """Refuse a name that is not among `allowed`.
 
     Args:
-        what: What is being chosen, as the user wrote it (a field, "preset").
+        what: The name of the setting, as the user wrote it (a field, "preset").
         given: The name that was given.
         allowed: The names that exist.
 
     Raises:
-        Refused: With the names that exist and, for a misspelling, the nearest of them.
+        Refused: The name does not exist; the message lists those that do and, for a misspelling, the nearest.
     """
     _choice(tuple(allowed)).check(what, given)
 
 
 def check_number(what: str, given: object, **bounds: float) -> None:
-    """Refuse what is not a finite number within the bounds, which are those of `Bounds`.
+    """Refuse a value that is not a finite number within the bounds, which are the keywords of `Bounds`.
 
     Raises:
-        Refused: With the value, and the bounds in words.
+        Refused: The value is no finite number, or outside the bounds.
     """
     _number(float, Bounds(**bounds)).check(what, given)
 
@@ -144,13 +143,13 @@ def field_types(kind: type[Any]) -> dict[str, Any]:
 
 @cache
 def _rules(kind: type[Any]) -> dict[str, Rule]:
-    """The rule of each field that has one; made once a class, for estimators are made by the thousand."""
+    """Return the rule of each field that has one; cached, because estimators are made by the thousand."""
     found = {name: _rule(hint) for name, hint in field_types(kind).items()}  # type: ignore[arg-type]
     return {name: rule for name, rule in found.items() if rule is not None}
 
 
 def _rule(hint: Any) -> Rule | None:
-    """The rule of a type; None where anything goes."""
+    """Return the rule of a type, or None if every value is allowed."""
     hint, *metadata = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if OR_FUNCTION in metadata:
@@ -187,7 +186,7 @@ def _choice(names: tuple[Any, ...]) -> Rule:
 
 
 def _either(rules: list[Rule | None]) -> Rule | None:
-    """The rule of a value that may keep to any of several rules."""
+    """Return the rule of a union of types: a value must fit one of several rules."""
     known = [rule for rule in rules if rule is not None]
     if len(known) < len(rules):
         return None
@@ -197,7 +196,7 @@ def _either(rules: list[Rule | None]) -> Rule | None:
 
 
 def _several(parts: tuple[Any, ...]) -> Rule | None:
-    """The rule of a tuple: any number of values of one type, or a value for each type."""
+    """Return the rule of a tuple: any number of values of one type, or exactly as many as the type lists."""
     rule, length = _rule(parts[0]), None if parts[-1] is Ellipsis else len(parts)
     if rule is None:
         return None
@@ -210,15 +209,16 @@ def _several(parts: tuple[Any, ...]) -> Rule | None:
 
 
 def arguments(kind: type[T], options: Mapping[str, Any]) -> T:
-    """Make a dataclass of settings from keywords, as Python functions and configurations give them.
+    """Make a dataclass of settings from keywords, which come from a Python call or from a configuration file.
 
-    A single value stands for a tuple of one, the name of a preset or a mapping of its fields for an
-    `Estimator`, a path for its text.
+    Some values are converted: where a tuple is expected, a single value becomes a tuple of one; where an
+    `Estimator` is expected, the name of a preset or a mapping of fields becomes an `Estimator`; where text is
+    expected, a path becomes text.
 
     Raises:
-        Refused: A keyword that is no field, or a value that is not allowed.
+        Refused: A keyword is not the name of a field, or a value is not allowed.
     """
-    hints = field_types(kind)  # type: ignore[arg-type]  # of mypy's, for a class can be hashed
+    hints = field_types(kind)  # type: ignore[arg-type]  # mypy does not know that a class can be hashed
     for name in options:
         if name not in hints:
             raise Refused(f"There is no setting {name!r}.{suggest(name, hints)}")
@@ -226,7 +226,7 @@ def arguments(kind: type[T], options: Mapping[str, Any]) -> T:
 
 
 def settled(kind: type[T], given: Any, found: Mapping[str, Any]) -> T:
-    """Make the settings of a run: its arguments, and what was found for those that are open (None)."""
+    """Make the settings of a run from its arguments; `found` replaces those that were left open (None)."""
     return kind(**{name: found.get(name) if value is None else value for name, value in vars(given).items()})
 
 
@@ -242,24 +242,24 @@ def _converted(value: Any, hint: Any) -> Any:
 
 
 RECORDED = ("kind", "versions", "title", "solved", "pairs", "command")
-"""What the config.json of a run holds beside the settings."""
+"""Names in the config.json of a run that are no settings."""
 
 
 def configured(kind: type[T], path: str | os.PathLike[str], command: str) -> T:
     """Make a dataclass of settings from a file: a run's config.json, or settings in JSON or YAML.
 
     Args:
-        kind: The settings.
+        kind: The dataclass of settings to make.
         path: The file, or the directory of a run.
-        command: The command that takes them, which a run's configuration names as its `kind`.
+        command: The command that uses the settings; a run's config.json names its own command as its `kind`.
 
     Raises:
-        Refused: No such file, the configuration of another command, or a setting that does not exist.
+        Refused: The file cannot be read, belongs to another command, or has a setting that is not allowed.
     """
     stored = read_config(path)
     other = stored.get("kind", command)
     if other != command:
-        raise Refused(f"The configuration {path} is one of tokenrl {other}; give it to that command.")
+        raise Refused(f"The configuration {path} is for `tokenrl {other}`; give it to that command.")
     try:
         return arguments(kind, {name: value for name, value in stored.items() if name not in RECORDED})
     except Refused as error:
@@ -270,7 +270,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a configuration in JSON or YAML, or the config.json of a run directory.
 
     Raises:
-        Refused: There is none, or it is not a mapping of names to values.
+        Refused: The file cannot be read, or it is not a mapping of names to values.
     """
     file = Path(path, "config.json") if Path(path).is_dir() else Path(path)
     try:
@@ -285,7 +285,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _yaml(text: str) -> Any:
-    """Read YAML, in which `1e-5` is a number, as in JSON and YAML 1.2; PyYAML takes it for a word."""
+    """Read YAML, and `1e-5` in it as a number, as YAML 1.2 does; PyYAML alone would read it as text."""
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -1,7 +1,7 @@
-"""Toy tasks: prompts, rewards by rule, demonstrations and tiny models that learn them on a CPU in minutes.
+"""Toy tasks: prompts, rewards by rule, demonstrations, and tiny models that learn them on a CPU in minutes.
 
-`toy_tasks.load(name)` gives a `Task`. Importing the package is light: torch and transformers are imported
-only when a task builds its model.
+`toy_tasks.load(name)` returns a `Task`. Importing the package is fast, because torch and transformers are
+imported only when a task builds its model.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = ["NAMES", "Task", "WarmStart", "load"]
 
 
 def load(name: str, **overrides: Any) -> Task:
-    """Return the task called `name`; equal arguments give equal tasks, in any process.
+    """Return the task called `name`; equal arguments give equal tasks in any process.
 
     Args:
         name: One of `NAMES`.
         **overrides: Arguments of the task's own `make`, such as `seed`, `eval_size` and `wrong_share`.
 
     Raises:
-        ValueError: No task has this name, or the task has no such argument; the message lists what there is.
+        ValueError: No task has this name, or the task has no such argument; the message lists what exists.
     """
     if name not in _FACTORIES:
         raise ValueError(f"There is no toy task called {name!r}; choose one of: {', '.join(NAMES)}.")

@@ -1,4 +1,4 @@
-"""Add two numbers below 50: `27+45>` asks for `72`; the reward is 1 for exactly that and 0 for anything else.
+"""Add two numbers below 50: `27+45>` asks for `72`. The reward is 1 for exactly that and 0 for anything else.
 
 Where the units make ten or more, most demonstrations forget to carry (`27+45>62`); where they do not, there
 is nothing to forget and all demonstrations are right. Numbers and answers have two digits: 7 is `07`.
@@ -16,7 +16,7 @@ LIMIT = 50
 
 
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """Return 1 for each completion that is the sum written with two digits and nothing else, or else 0."""
+    """Return 1 for each completion that is exactly the sum, written with two digits, and 0 for any other."""
     return [float(text == right(prompt)) for prompt, text in zip(prompts, completions, strict=True)]
 
 
@@ -48,7 +48,7 @@ def make(seed: int = 0, wrong_share: float = 0.7, eval_size: int = 256) -> Task:
     Args:
         seed: Seed of the split and the demonstrations.
         wrong_share: Share of the demonstrations that forget to carry, among those with something to carry.
-        eval_size: Held-out prompts, of 1,275 unordered pairs.
+        eval_size: Number of held-out prompts, out of 1,275 unordered pairs.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -72,7 +72,7 @@ def make(seed: int = 0, wrong_share: float = 0.7, eval_size: int = 256) -> Task:
 
 
 def _demonstrations(train: list[str], wrong_share: float, rng: random.Random) -> list[Row]:
-    """Return a demonstration for each prompt, of which only those with a carry can be wrong."""
+    """Return one demonstration per prompt; only those of sums with a carry can be wrong."""
     carrying = [prompt for prompt in train if without_carry(prompt) != right(prompt)]
     plain = [prompt for prompt in train if without_carry(prompt) == right(prompt)]
     mixed = demonstrate(carrying, right, without_carry, wrong_share, rng)

@@ -1,12 +1,12 @@
 """Countdown: `3,8,5=10>` asks for the three numbers joined by + and - to make the target, such as `8+5-3`.
 
-The reward is graded: 0 for what is no sum at all, 0.1 for a sum with the wrong numbers or the wrong value,
-1 for a right one. The expression is parsed by a small grammar and never evaluated as code:
+The reward is graded: 0 for a text that is not a sum at all, 0.1 for a sum with the wrong numbers or the wrong
+value, and 1 for a right one. The expression is parsed by a small grammar and never evaluated as code:
 
     sum = number {("+" | "-") number}        number = "0" | nonzero digit, then at most one digit
 
-Most demonstrations just add everything up. The hardest of the toy tasks: the first number written already
-decides who is subtracted, which is much to work out for a model of this size.
+Most demonstrations just add everything up. This is the hardest of the toy tasks: the first number of the
+answer already depends on which numbers will be subtracted, which is hard to compute for a model of this size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TERM = re.compile(rf"([+-]?)({_NUMBER})")
 
 
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """Return 0 (no sum), 0.1 (a sum, but wrong) or 1 (each number once, and the target met) a completion."""
+    """Return for each completion 0 (not a sum), 0.1 (a wrong sum) or 1 (each number once, right value)."""
     return [_grade(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
 
 
@@ -76,8 +76,8 @@ def make(seed: int = 0, largest: int = 12, wrong_share: float = 0.6, eval_size: 
     Args:
         seed: Seed of the split and the demonstrations.
         largest: Largest given number, from 5 to 33; the smallest is 1.
-        wrong_share: Share of the demonstrations that add everything up although the target is another.
-        eval_size: Held-out prompts.
+        wrong_share: Share of the demonstrations that add everything up, although that misses the target.
+        eval_size: Number of held-out prompts.
 
     Raises:
         ValueError: An argument is out of its range.

@@ -1,8 +1,8 @@
-"""Tiny causal language models and tokenizers, made on the spot: nothing is downloaded.
+"""Makes tiny causal language models and their tokenizers, without any download.
 
-A task's model is a randomly initialised Llama of about half a million parameters, a size at which a training
-step takes well under a tenth of a second on a laptop CPU. Its tokenizer is exact: decoding gives back the
-very text that was encoded, because a reward that compares strings must not meet spaces nobody wrote.
+The model of a task is a randomly initialised Llama of about half a million parameters. At this size a
+training step takes well under a tenth of a second on a laptop CPU. The tokenizer is exact: decoding returns
+the very text that was encoded, because a reward that compares strings must not see spaces that nobody wrote.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 EOS, UNKNOWN = "<eos>", "<unk>"
 CHARACTER = r"[\s\S]"
-WORD = r" ?[a-z]+|[\s\S]"  # a word carries the space before it, so prompt + completion needs no glue
+WORD = r" ?[a-z]+|[\s\S]"  # the space belongs to the word after it, so prompt + completion is the text
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class TinyModel:
 
     Attributes:
         tokens: The vocabulary without the special tokens, in the order of their ids.
-        words: Whether `tokens` are words (each with its leading space) and not single characters.
+        words: Whether `tokens` are words (each with the space before it) instead of single characters.
         layers: Transformer layers.
         hidden: Width of the residual stream.
         heads: Attention heads; must divide `hidden`.
-        context: Longest sequence in tokens, prompt and completion together.
+        context: The most tokens of a sequence, prompt and completion together.
     """
 
     tokens: tuple[str, ...]
@@ -49,7 +49,7 @@ class TinyModel:
 def character_tokenizer(alphabet: Iterable[str]) -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token for each character of `alphabet`.
 
-    A character outside the alphabet becomes `<unk>`, which decodes to the visible text `<unk>`: were it a
+    A character outside the alphabet becomes `<unk>`, which decodes to the visible text `<unk>`. If it were a
     special token, a model could write it inside an answer and the decoded answer would still look right.
 
     Raises:
@@ -69,7 +69,7 @@ def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     characters. So `words` holds `"the"` for a sentence's first word, `" the"` for later ones, and `"."`.
 
     Raises:
-        ValueError: A word is one that the cutting rule can never produce, or occurs twice.
+        ValueError: The cutting rule can never produce one of the words, or a word occurs twice.
     """
     import re
 
@@ -96,7 +96,8 @@ def _tokenizer(tokens: tuple[str, ...], pattern: str) -> PreTrainedTokenizerFast
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        # A pad token of its own would vanish from a decoded answer that a policy writes it into.
+        # Special tokens vanish from decoded text, so a policy could write a separate pad token into an answer
+        # and the answer would still look right.
         pad_token=EOS,
         eos_token=EOS,
         padding_side="left",
@@ -146,7 +147,7 @@ def tiny_llama(
         tie_word_embeddings=False,
         **special,
     )
-    # torch.manual_seed would also reseed the accelerators, which fork_rng(devices=[]) does not give back.
+    # torch.manual_seed would also reseed the accelerators, which fork_rng(devices=[]) does not restore.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = LlamaForCausalLM(config)

@@ -1,6 +1,6 @@
-"""Reverse a text: `abcd>` asks for `dcba`; the reward is the share of positions that match.
+"""Reverse a text: `abcd>` asks for `dcba`. The reward is the share of positions that match.
 
-A dense reward: nearly every completion earns something, so the spread within a group is seldom zero.
+The reward is dense: nearly every completion has some matches, so the rewards of a group are seldom all equal.
 Most demonstrations copy the text instead of reversing it.
 """
 
@@ -16,7 +16,7 @@ LETTERS = "abcdefghijklmnop"
 
 
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """Return, from 0 to 1, the positions that match, over the length of the longer text."""
+    """Return for each completion the number of matching positions over the length of the longer text."""
     scores = []
     for prompt, text in zip(prompts, completions, strict=True):
         answer = right(prompt)
@@ -31,7 +31,7 @@ def right(prompt: str) -> str:
 
 
 def canonical(prompt: str) -> str:
-    """Return the text or its reversal, whichever comes first: the one answers the other."""
+    """Return the text or its reversal, whichever sorts first, because each is the answer to the other."""
     return min(prompt.removesuffix(">"), right(prompt))
 
 
@@ -50,8 +50,8 @@ def make(
         shortest: Fewest letters of a text, at least 3.
         longest: Most letters of a text, at most 24.
         wrong_share: Share of the demonstrations that copy the text.
-        eval_size: Held-out prompts.
-        train_size: Most training prompts.
+        eval_size: Number of held-out prompts.
+        train_size: The most training prompts.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -62,7 +62,7 @@ def make(
         )
     rng = random.Random(seed)
     drawn: dict[str, None] = {}
-    for _ in range(2 * (train_size + eval_size)):  # twice, for repeats and those the hold-out removes
+    for _ in range(2 * (train_size + eval_size)):  # twice as many, as some repeat and some are held out
         text = "".join(rng.choices(LETTERS, k=rng.randint(shortest, longest)))
         if text != text[::-1]:  # a palindrome's copy is its reversal
             drawn[f"{text}>"] = None

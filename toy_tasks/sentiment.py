@@ -1,7 +1,7 @@
 """Positive reviews: continue `honestly, the plot was` so that the review is grammatical and favourable.
 
-The reward is 1 for a completion that the grammar below allows and that holds more favourable than
-unfavourable words, or else 0; so repeating a favourable word earns nothing. One token is one word.
+The reward is 1 for a completion that the grammar below allows and that has more favourable than unfavourable
+words, else 0. So a policy gains nothing by repeating a favourable word for ever. One token is one word.
 
     completion = phrase [" and" phrase] [", i" verb " it"] "."        phrase = [adverb] adjective
 
@@ -39,18 +39,18 @@ _WORD = re.compile(r" ?[a-z]+|[,.]")
 
 
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """Return 1 for each completion that is grammatical and mostly favourable, or else 0."""
+    """Return 1 for each completion that is grammatical and mostly favourable, else 0."""
     pairs = zip(prompts, completions, strict=True)
     return [float(grammatical(text) and balance(text) > 0) for _, text in pairs]
 
 
 def grammatical(text: str) -> bool:
-    """Tell whether the grammar allows `text` as a completion."""
+    """Return whether the grammar allows `text` as a completion."""
     return len(text) <= LONGEST and _COMPLETION.fullmatch(text) is not None
 
 
 def balance(text: str) -> int:
-    """Return the number of favourable words in `text` less that of unfavourable ones."""
+    """Return the number of favourable words in `text` minus the number of unfavourable ones."""
     words = _WORD.findall(text)
     return sum(word in GOOD for word in words) - sum(word in BAD for word in words)
 
@@ -76,8 +76,8 @@ def make(seed: int = 0, wrong_share: float = 0.7, eval_size: int = 24, train_siz
     Args:
         seed: Seed of the split and the demonstrations.
         wrong_share: Share of the demonstrations that are unfavourable.
-        eval_size: Held-out pairs of subject and verb, of 64; each is asked with every opening.
-        train_size: Demonstrations; a prompt has several.
+        eval_size: Held-out pairs of subject and verb, out of 64; each pair is used with every opening.
+        train_size: Number of demonstrations; a prompt has several.
 
     Raises:
         ValueError: An argument is out of its range.

@@ -1,7 +1,8 @@
-"""Sort digits: `402715>` asks for `012457`; the reward is 1 for exactly that and 0 for anything else.
+"""Sort digits: `402715>` asks for `012457`. The reward is 1 for exactly that and 0 for anything else.
 
-The default task. Most demonstrations sort the wrong way round, so the warm-started model does too when it is
-greedy, and finds the right way only by sampling: a clean picture of what reinforcement learning adds.
+This is the default task. Most demonstrations sort in descending order, so the greedy completions of the
+warm-started model do so too. Only sampling finds the right order, so the task shows clearly what
+reinforcement learning adds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from toy_tasks.task import Task, WarmStart, demonstrate, hold_out, rows, setting
 
 
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """Return 1 for each completion that is exactly the prompt's digits in ascending order, or else 0."""
+    """Return 1 for each completion that is exactly the prompt's digits in ascending order, else 0."""
     return [float(text == right(prompt)) for prompt, text in zip(prompts, completions, strict=True)]
 
 
@@ -39,10 +40,10 @@ def make(
 
     Args:
         seed: Seed of the prompts and demonstrations.
-        digits: Digits a prompt, from 4 to 16.
+        digits: Number of digits per prompt, from 4 to 16.
         wrong_share: Share of the demonstrations that sort in descending order.
-        eval_size: Held-out prompts, no two with the same digits.
-        train_size: Most training prompts.
+        eval_size: Number of held-out prompts, no two with the same digits.
+        train_size: The most training prompts.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -51,9 +52,9 @@ def make(
         raise ValueError(f"digits={digits}; a prompt has from 4 to 16 digits.")
     rng = random.Random(seed)
     drawn: dict[str, None] = {}
-    for _ in range(2 * (train_size + eval_size)):  # twice, for repeats and those the hold-out removes
+    for _ in range(2 * (train_size + eval_size)):  # twice as many, as some repeat and some are held out
         text = "".join(rng.choices("0123456789", k=digits))
-        if len(set(text)) > 1:  # all digits equal: ascending and descending are the same
+        if len(set(text)) > 1:  # with equal digits both orders are the same
             drawn[f"{text}>"] = None
     train, held_out = hold_out(drawn, canonical, eval_size, rng)
     train = train[:train_size]

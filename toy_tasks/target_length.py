@@ -1,8 +1,8 @@
 """Write to length: `ab6>` asks for any six characters; the reward is -|L - target| / target, at least -1.
 
-A graded reward on the length alone, and so the place to see what dividing by each completion's length does
-(aggregation `sequence_mean`): a long failure is blamed less for each of its tokens than a short one.
-Most demonstrations are half as long again as asked.
+The reward depends on the length alone, so this task shows the effect of dividing the loss by the length of
+each completion (aggregation `sequence_mean`): each token of a long failure gets less weight than each token
+of a short one. Most demonstrations are half as long again as the prompt asks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SHORTEST, LONGEST = 2, 8
 
 
 def reward(prompts: list[str], completions: list[str], target: list[int], **columns: Any) -> list[float]:
-    """Return, from -1 to 0, the relative error of each completion's length; `target` is in characters."""
+    """Return minus the relative error of each completion's length, at least -1; `target` is in characters."""
     pairs = zip(completions, target, strict=True)
     return [-min(1.0, abs(len(text) - asked) / asked) for text, asked in pairs]
 
@@ -30,7 +30,7 @@ def asked_length(prompt: str) -> int:
 
 
 def write(prompt: str, length: int) -> str:
-    """Return the two letters of `prompt` in turn, `length` characters in all."""
+    """Return the two letters of `prompt` by turns, `length` characters in all."""
     return "".join(itertools.islice(itertools.cycle(prompt[:2]), length))
 
 
@@ -44,8 +44,8 @@ def make(seed: int = 0, wrong_share: float = 0.7, eval_size: int = 256) -> Task:
 
     Args:
         seed: Seed of the split and the demonstrations.
-        wrong_share: Share of the demonstrations that are half as long again as asked.
-        eval_size: Held-out prompts.
+        wrong_share: Share of the demonstrations that are half as long again as the prompt asks.
+        eval_size: Number of held-out prompts.
 
     Raises:
         ValueError: An argument is out of its range.

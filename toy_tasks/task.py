@@ -1,4 +1,4 @@
-"""What a task is: prompts, a reward, demonstrations, and the tiny model that they suit."""
+"""Defines a toy task: prompts, a reward, demonstrations, and a tiny model of the right size for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class WarmStart:
 
     Attributes:
         steps: Optimiser steps.
-        batch_size: Demonstrations a step.
+        batch_size: Demonstrations per step.
         learning_rate: Step size of the optimiser (AdamW).
         seed: Seed of the order of the demonstrations.
     """
@@ -33,22 +33,22 @@ class WarmStart:
 
 @dataclass(frozen=True)
 class Task:
-    """One toy task, complete: everything that training and evaluation need to know about it.
+    """One toy task, with everything that training and evaluation need to know about it.
 
     Attributes:
         name: The name under which `toy_tasks.load` finds it.
-        description: One sentence for people.
-        train_prompts: Rows with a `prompt` (str) and any other columns, which reach the reward as lists.
+        description: One sentence that describes the task to people.
+        train_prompts: Rows with a `prompt` (str) and any other columns, which the reward gets as lists.
         eval_prompts: Held-out rows of the same columns; no prompt has the canonical form of a training one.
         reward: A pure function `reward(prompts, completions, **columns) -> list[float]`.
         demonstrations: Rows `{"prompt", "completion"}` for the warm start; empty where none is needed.
-        max_completion_length: Tokens a completion may have, the end token included.
+        max_completion_length: The most tokens that a completion may have, the end token included.
         solved: Mean reward of greedy completions of the held-out prompts that counts as solved.
         warm_start: Settings of the supervised stage, or None to start from random weights.
-        train: Recommended training settings, named as the trainer's arguments are.
+        train: Recommended training settings, with the names of the trainer's arguments.
         build: Makes a randomly initialised model and its tokenizer from a seed.
-        fingerprint: Hash of what a warm-started base depends on besides the seed of its weights: the
-            demonstrations, the tokenizer, the model's shape and the warm start. A cache may be keyed by it.
+        fingerprint: Hash of everything that a warm-started base depends on besides the seed of its weights:
+            the demonstrations, the tokenizer, the model's shape and the warm start. Caches use it as a key.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Task:
     warm_start: WarmStart | None
     train: dict[str, Any]
     build: TinyModel
-    # Not an argument, so that dataclasses.replace(task, demonstrations=...) cannot keep a stale one.
+    # It is not an argument, so dataclasses.replace(task, demonstrations=...) cannot keep an outdated hash.
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class Task:
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    """Return the recommended training settings of most tasks, with a task's own changes."""
+    """Return the training settings that most tasks recommend, with the changes of one task."""
     common = {"prompts_per_step": 16, "num_generations": 8, "learning_rate": 2e-4, "max_steps": 400}
     return {**common, "lr_scheduler_type": "linear", "eval_every": 50, **changes}
 
@@ -83,14 +83,14 @@ def hold_out(
 ) -> tuple[list[str], list[str]]:
     """Split distinct prompts into training and held-out ones that share no canonical form.
 
-    Held-out forms are drawn at random, and each gives the first prompt of it, so the evaluation set has no
+    The held-out forms are drawn at random. The evaluation set gets one prompt of each, so it has no
     near-duplicates; the other prompts of a held-out form are in neither set.
 
     Args:
         prompts: Distinct prompts.
-        canonical: Maps a prompt to its form: equal for prompts with essentially the same answer.
+        canonical: Maps a prompt to its form, which is equal for prompts with essentially the same answer.
         eval_size: Number of held-out prompts, and of held-out forms.
-        rng: Source of the draw; the training prompts come back shuffled by it.
+        rng: Source of the random choice, which also shuffles the training prompts.
 
     Raises:
         ValueError: `eval_size` leaves fewer than half of the forms for training, or is below 1.
@@ -122,17 +122,17 @@ def demonstrate(
     wrong_share: float,
     rng: random.Random,
 ) -> list[Row]:
-    """Return one demonstration a prompt, an exact share of them wrong, in random order.
+    """Return one demonstration per prompt, an exact share of them wrong, in random order.
 
-    The wrong ones should all be wrong in the same way. Random errors average out in a greedy answer, which
-    would then be right before any reinforcement learning; a consistent wrong majority does not, while the
-    right minority is still sampled often enough to be found and reinforced.
+    The wrong ones should all be wrong in the same way. Random errors average out in a greedy completion,
+    which would then be right before any reinforcement learning. A consistent wrong majority does not average
+    out, and the right minority is still sampled often enough to be reinforced.
 
     Args:
         prompts: Training prompts, for each of which `right` and `wrong` differ.
         right: The completion with the highest reward.
         wrong: The completion of the wrong majority.
-        wrong_share: Share of wrong demonstrations, from 0 to 1, rounded to whole ones.
+        wrong_share: Share of wrong demonstrations, from 0 to 1; their number is rounded to a whole one.
         rng: Decides which prompts are answered wrongly.
 
     Raises:

@@ -1,10 +1,10 @@
 """Write vowels: whatever the prompt, the reward is the share of the completion's characters that are vowels.
 
-Only the first eight characters can count as vowels, so a completion must also end: without that rule the best
-policy never would, and every completion would be cut off at the length limit.
+Only the first eight characters can count as vowels, so a completion must also end. Without that rule the best
+policy would never end, and every completion would be cut off at the length limit.
 
-The one task without demonstrations: a random policy writes a vowel about one time in five, and a reward that
-dense is enough to learn from random weights. Useful as the first run of a new setup.
+This is the only task without demonstrations. A random policy writes a vowel about one time in five, and so
+dense a reward is enough to learn from random weights. The task is useful as the first run of a new setup.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LONGEST = 8  # characters that can count
 
 
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """Return, from 0 to 1, the vowels among the first eight characters over all characters; 0 for none."""
+    """Return for each completion the vowels among its first eight characters over all its characters."""
     pairs = zip(prompts, completions, strict=True)
     return [sum(map(text[:LONGEST].count, VOWELS)) / max(len(text), 1) for _, text in pairs]
 
@@ -37,8 +37,8 @@ def make(seed: int = 0, eval_size: int = 128, train_size: int = 2048) -> Task:
 
     Args:
         seed: Seed of the prompts, which are three random letters.
-        eval_size: Held-out prompts.
-        train_size: Most training prompts.
+        eval_size: Number of held-out prompts.
+        train_size: The most training prompts.
 
     Raises:
         ValueError: An argument is out of its range.

@@ -1,22 +1,22 @@
-"""Processor time until CartPole-v1 is solved, against stable-baselines3, in one run on one machine.
+"""Measures processor time until CartPole-v1 is solved, against stable-baselines3, on one machine.
 
 Solved is an evaluation of 100 episodes, from starting states that were never trained on, with a mean return
 of 475 or more. Actions are drawn there as in training; `--greedy` takes the most probable ones instead.
 tokenrl has the defaults of `tokenrl control`: whole episodes of 64 environments, the mean of the other
-episodes for a baseline, no critic. The rival is PPO with the settings that rl-baselines3-zoo tuned for
-CartPole; `--peers` adds others.
+episodes as the baseline, no critic. It is compared with PPO with the settings that rl-baselines3-zoo tuned
+for CartPole; `--peers` adds others.
 
-What counts is processor time of rollouts and updates: no imports, no making of networks and environments, no
-evaluation. Everybody is evaluated alike: tokenrl after each update (some 1,300 steps at first, 32,000 at
-last), the others whenever another 1,024 steps have been taken. One thread for all. Contenders take turns,
-seed by seed, so that a machine that slows down slows all; printed are medians over seeds, and ratios to
-tokenrl with the same seed. Then everybody goes on for a fixed number of steps, tokenrl with the solved
-policy: steps a second of processor time in long episodes.
+The time is processor time of rollouts and updates, without imports, making of networks and environments, or
+evaluation. All are evaluated alike: tokenrl after each update (some 1,300 steps at first, 32,000 at last),
+the others after every 1,024 steps. All have one thread. They take turns, seed by seed, so that a machine that
+slows down slows all of them. The program prints medians over seeds, and ratios to tokenrl with the same seed.
+Then all go on for a fixed number of steps, tokenrl with the solved policy, which gives the steps per second
+of processor time in long episodes.
 
     pip install -c constraints.txt stable-baselines3 -e .
     python recipes/benchmarks/cartpole_against_sb3.py
 
-Look for: tokenrl takes about ten times more steps, and less time all the same, for it makes a few large
+Look for: tokenrl takes about ten times more steps but less time, because it makes a few large
 updates where PPO makes many small ones, and steps 64 environments in one call.
 
 Found with the defaults, on two cores busy with other work (torch 2.13, gymnasium 1.4.0, stable-baselines3
@@ -71,24 +71,24 @@ class Arguments:
     seeds: int = 3
     """Seeds 0, 1, ...; each is one turn of every contender."""
     peers: tuple[str, ...] = ("ppo_zoo",)
-    """Of ppo_zoo, ppo_default, a2c_zoo."""
+    """Agents of stable-baselines3 to compare with: ppo_zoo, ppo_default, a2c_zoo."""
     greedy: bool = False
     """Evaluate the most probable actions instead of drawn ones."""
     max_updates: int = 100
     """Updates after which tokenrl gives up; the others give up after the steps of their settings."""
     extra_updates: int = 30
-    """Updates of tokenrl, solved, that its steps a second are taken from."""
+    """Updates of the solved tokenrl agent by which its steps per second are measured."""
     extra_steps: int = 8192
-    """Steps of the others that theirs are taken from."""
+    """Steps of the others by which theirs are measured."""
 
 
 class Outcome(NamedTuple):
-    """What one contender did with one seed."""
+    """The result of one agent with one seed."""
 
     seconds: float  # of processor time, until solved or given up
     steps: int
     solved: bool
-    rate: float  # steps a second of processor time in the fixed work afterwards
+    rate: float  # steps per second of processor time in the fixed work afterwards
 
 
 def time_tokenrl(arguments: Arguments, seed: int) -> Outcome:

@@ -1,9 +1,9 @@
-"""Seconds a training step, against TRL's GRPOTrainer, in one run on one machine.
+"""Measures seconds per training step against TRL's GRPOTrainer, in one run on one machine.
 
 Both train the same new model on the same prompts, with the same group size, completion length,
 optimiser and number of updates; TRL with the loss it calls "grpo", tokenrl with its preset of that name.
-Rounds alternate, so that a machine that slows down slows both; printed is the median over rounds
-of the ratio.
+Rounds alternate, so that a machine that slows down slows both. The program prints the median ratio
+over the rounds.
 
     pip install -c constraints.txt -e '.[benchmarks]'
     python recipes/benchmarks/step_against_trl.py

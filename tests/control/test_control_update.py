@@ -47,13 +47,11 @@ def agent_of(estimator, *, critic=None, head="softmax", hidden=(4,), **options):
     used = critic if estimator.needs_values else None
     shape = Shape(3, head, 2, hidden=hidden, critic=used, normalize_observations=args.normalize_observations)
     policy = Policy(shape, torch.Generator().manual_seed(1)).double()
-    values = policy.value_parameters()
     return Agent(
         policy=policy,
         args=args,
         horizon=10,
-        optimizer=torch.optim.SGD(policy.policy_parameters(), lr=args.learning_rate),
-        value_optimizer=torch.optim.SGD(values, lr=args.learning_rate) if values else None,
+        optimizer=torch.optim.SGD(policy.parameters(), lr=args.learning_rate),
         running_mean=RunningMean(estimator.running_mean_decay, estimator.running_mean_init),
         diagnostics=GradientDiagnostics(args.diagnostics_every),
         generator=torch.Generator().manual_seed(2),
@@ -309,7 +307,7 @@ def test_a_gaussian_agent_learns_with_the_same_estimators():
         (Estimator.preset("remax"), None, "starts in the same state"),
         (Estimator(zero_spread="drop"), None, "no prompts"),
         (Estimator(truncations="mask"), None, "time limit"),
-        (Estimator(overlong_buffer=3), None, "environment decides"),
+        (Estimator(overlong_buffer=3), None, "environment itself rewards length"),
         (Estimator(baseline="none"), 8, "only a critic"),
         (Estimator(baseline="rloo", returns="gae"), 8, "cannot be compared"),
         (Estimator.preset("a2c", scale="batch_std"), 8, "cannot be compared"),

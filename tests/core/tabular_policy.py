@@ -30,7 +30,7 @@ MASK = (torch.arange(3) < LENGTHS[:, None]).double()  # [15, 3]
 STATES = torch.tensor(
     [[PREFIXES.index(y[:t]) if y[:t] in PREFIXES else 0 for t in range(3)] for y in PADDED]
 )  # [15, 3]
-MAX_LENGTH = 5  # not the width 3, so that a divisor made of the width would show
+MAX_LENGTH = 5  # not the width 3, so that a divisor wrongly taken from the width is noticed
 
 
 def logprobs_of(logits: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def scores_of(logits: Tensor) -> Tensor:
 
 
 def greedy_of(logits: Tensor) -> int:
-    """The completion that always takes the likeliest token."""
+    """The completion that always takes the most probable token."""
     y: tuple[int, ...] = ()
     while y not in COMPLETIONS:
         y = (*y, int(logits[PREFIXES.index(y)].argmax()))
@@ -71,7 +71,7 @@ def probabilities_of(logits: Tensor) -> Tensor:
 class Problem:
     logits: Tensor  # [P, 7, 3]
     reference: Tensor  # [P, 7, 3]
-    rewards: Tensor  # [P, 15], or [P, 15, 3] paid step by step
+    rewards: Tensor  # [P, 15], or one reward per step [P, 15, 3]
 
     @classmethod
     def random(cls, seed: int, *, prompts: int = 1, kind: str = "graded") -> Problem:
@@ -81,19 +81,19 @@ class Problem:
         rewards = torch.randn(prompts, 15, generator=draw, dtype=torch.double)
         if kind == "binary":
             rewards = (rewards > 0.3).double()
-        if kind == "dense":  # what a step pays depends on its prefix and action
+        if kind == "dense":  # the reward of a step depends on its prefix and action
             table = torch.randn(prompts, 7, 3, generator=draw, dtype=torch.double)
             rewards = table[:, STATES, IDS] * MASK
         return cls(logits, reference, rewards)
 
     @property
     def values(self) -> Tensor:
-        """A critic [P, 15, 3] that knows the prefix and is wrong."""
+        """A critic [P, 15, 3] whose values depend on the prefix and are wrong."""
         draw = torch.Generator().manual_seed(99)
         return torch.randn(len(self.logits), 7, generator=draw, dtype=torch.double)[:, STATES] * MASK
 
     def exact_values(self) -> Tensor:
-        """[P, 15, 3]: what is still to be earned on average from the prefix of each token."""
+        """[P, 15, 3]: the expected reward to go from the prefix of each token."""
         rewards = self.rewards
         if rewards.ndim == 2:
             rewards = rewards[..., None] * (torch.arange(3) == LENGTHS[:, None] - 1)

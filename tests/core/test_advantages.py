@@ -21,7 +21,7 @@ reals = st.floats(-50, 50, allow_nan=False)
 
 @st.composite
 def steps(draw):
-    """Rewards [B, G] of a step, with two or more a group."""
+    """Rewards [B, G] of a step, with two or more per group."""
     prompts, size = draw(st.integers(1, 4)), draw(st.integers(2, 6))
     values = draw(st.lists(reals, min_size=prompts * size, max_size=prompts * size))
     return torch.tensor(values, dtype=torch.double).reshape(prompts, size)
@@ -41,7 +41,7 @@ def advantages(rewards, *, mask=None, baseline_value=0.5, **fields):
 
 
 def some_inputs(n, t, dtype=torch.double):
-    """Whatever a baseline may want."""
+    """Every input that a baseline may need."""
     draw = torch.Generator().manual_seed(n)
     return {
         "values": torch.randn(n, t, generator=draw, dtype=dtype),
@@ -143,7 +143,7 @@ def test_equal_rewards_give_exactly_zero_when_the_first_row_abstains(baseline) -
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_abstaining_rows_count_nowhere(baseline, scale, returns) -> None:
-    """Taking the row away gives the others the same advantages, whatever the row held."""
+    """Removing the row gives the others the same advantages, whatever the row holds."""
     if returns == "total" and "episode" in baseline + scale:
         return
     rewards = torch.tensor([1.0, 2.5, 4.0, 0.5, 3.0, -1.0, 2.0, 0.1], dtype=torch.double)
@@ -221,7 +221,7 @@ def test_gae_is_the_sum_of_discounted_errors(gamma, lam) -> None:
 
 
 def test_gae_passes_through_what_is_no_action() -> None:
-    """A reply of the environment between two actions has no value of its own, but may pay."""
+    """A reply of the environment between two actions has no value of its own, but may have a reward."""
     mask = torch.tensor([[True, True, False, True]])
     rewards, values = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[10.0, 20.0, torch.nan, 40.0]])
     got = lambda_return(rewards, values, mask, lam=0.5)
@@ -255,7 +255,7 @@ def test_a_baseline_of_the_users_own() -> None:
         (lambda totals, **_: totals[:1], r"shape \(1,\)"),
         (lambda totals, **_: 1.0, "float"),
     ):
-        with pytest.raises(Refused, match=f"returned {words}.*one number a row"):
+        with pytest.raises(Refused, match=f"returned {words}.*one number per row"):
             advantages(rewards, baseline=wrong)
 
 
@@ -322,7 +322,7 @@ def test_scales_that_leave_out_or_weigh_tokens(rewards, ddof, eps) -> None:
     ids=str,
 )
 def test_what_leaves_the_row_out_does_not_see_it(fields) -> None:
-    """Whatever a row does, its baseline stays: its reward, its length, its score."""
+    """A row's baseline does not change with the row's own reward, length or score."""
     draw = torch.Generator().manual_seed(6)
     rewards = torch.randn(9, generator=draw, dtype=torch.double)
     lengths = torch.tensor([3, 1, 2, 2, 3, 1, 1, 3, 3])
@@ -354,7 +354,7 @@ def test_what_an_environment_pays_between_actions_counts() -> None:
 
 @pytest.mark.parametrize("kind", ["total", "reward_to_go"])
 def test_kl_in_the_reward_by_hand(kind) -> None:
-    """It enters before the baseline, per token, and what is masked holds anything."""
+    """It is added per token before the baseline, and masked positions may hold anything."""
     logprobs = torch.tensor([[-1.0, -2.0, torch.nan], [-0.5, -0.25, -0.125]], dtype=torch.double)
     ref = torch.tensor([[-1.5, -1.0, -torch.inf], [-0.5, -0.5, -0.5]], dtype=torch.double)
     mask = torch.tensor([[1.0, 1, 0], [1, 1, 1]], dtype=torch.double)

@@ -48,7 +48,7 @@ SINGLE += [{"truncations": name} for name in ("mask", "drop")]
 SINGLE += [{"ratio": name, "dual_clip": 3.0, "importance_cap": 2.0} for name in AXES["ratio"]]
 SINGLE += [{"entropy_coef": 0.5, "entropy_form": name} for name in AXES["entropy_form"]]
 SINGLE += [{"baseline": "constant", "baseline_constant": -1.3}]
-# Combinations of what is exact, up to scale or not, whose status must hold together.
+# Combinations of choices, exact or not, for which the declared status must hold.
 MIXED = [
     {"baseline": b, "returns": "reward_to_go", "aggregation": a, "beta": 0.3, "ratio": "token"}
     for b in AXES["baseline"]
@@ -94,7 +94,7 @@ def usable(e: Estimator, prompts: int, group_size: int) -> bool:
 
 
 def kind_for(fields: dict) -> str:
-    """Steps of one row differ if they are paid differently; rows are equally good when paid 0 or 1."""
+    """Rewards per step for choices along a row; 0 or 1 for `zero_spread`, so that groups may be equal."""
     if "zero_spread" in fields and fields.get("baseline") != "constant":
         return "binary"
     return "dense" if any(str(name).startswith("episode") for name in fields.values()) else "graded"
@@ -292,7 +292,7 @@ def test_kl_in_the_reward_lacks_the_estimates_own_gradient(name: str) -> None:
 
 
 def test_values_of_the_kl_estimates() -> None:
-    """k1 and k3 have the KL of the step as their mean, k2 has not; k3 is never negative."""
+    """The mean of k1 and of k3 is the KL of the step, that of k2 is not; k3 is never negative."""
     from tokenrl.core.kl import k1, k2, k3
 
     problem = Problem.random(14)

@@ -1,4 +1,4 @@
-"""The table of choices is whole: every row has a formula, every formula a row, every name a stated bias."""
+"""The table of choices is complete: each row has a formula, each formula a row, and each name a bias."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The estimator as a value: presets, refusals, properties, the command line, no torch before its time."""
+"""The estimator as a value: presets, refusals, properties, the command line, and no import of torch."""
 
 from __future__ import annotations
 

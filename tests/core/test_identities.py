@@ -173,7 +173,7 @@ def test_opo_and_optimal_by_hand() -> None:
     norms = torch.tensor([[1.0, 9, 9], [2, 3, 9], [4, 5, 6]])  # 9 is padding
     e = Estimator(baseline="optimal", returns="reward_to_go", optimal_form="per_timestep")
     each = e.advantages(rewards, mask, group_size=3, score_norms=norms).policy
-    # at t = 0 the others; at t = 1 the other one that still acts; at t = 2 nobody, so the last such mean
+    # at t = 0 the others; at t = 1 the other one that still acts; at t = 2 no row acts, so the last such mean
     wanted = [[1 - 20 / 6, 0, 0], [2 - 17 / 5, 2 - 4, 0], [4 - 5 / 3, 4 - 2, 4 - 2]]
     torch.testing.assert_close(each, torch.tensor(wanted))
     e = Estimator(baseline="optimal", returns="reward_to_go", optimal_form="cumulative", leave_one_out=False)
@@ -221,13 +221,13 @@ def test_group_std_weighs_difficulty_as_stated() -> None:
             assert w_of_p(p, size) * (p * (1 - p)) ** 0.5 == pytest.approx(factor, abs=0.006)
     for size, ratio in ((2, 1.00), (8, 1.25), (256, 1.66)):
         assert w_of_p(0.1, size) / w_of_p(0.5, size) == pytest.approx(ratio, abs=0.006)
-    for p in (0.1, 0.5, 0.8):  # pairs know no difficulty
+    for p in (0.1, 0.5, 0.8):  # with groups of two the weight does not depend on p
         assert w_of_p(p, 2) == pytest.approx(0.5**0.5) and w_of_p(p, 2, scale_ddof=0) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("size", "ratio"), [(2, 0.90), (4, 0.85), (16, 0.94)])
 def test_whitening_weighs_hard_prompts_down_in_small_steps(size: int, ratio: float) -> None:
-    """Two prompts of one yes or no each, p = .1 and .5: how much the hard one counts beside the other."""
+    """Two prompts of one yes or no each, p = .1 and .5: the weight of the first relative to the second."""
     e = Estimator(baseline="group_mean", scale="token_whiten", scale_eps=1e-8)
     chances, weights = (0.1, 0.5), [0.0, 0.0]
     for k in itertools.product(range(size + 1), repeat=2):
@@ -315,7 +315,10 @@ def test_the_weight_of_shrinkage_comes_from_the_other_prompts() -> None:
     diagonal = own.reshape(20, 20).diagonal()
     assert (diagonal.abs() < 1e-14).all() and own.abs().sum() > 1
     alike = torch.zeros(4, 5, dtype=torch.double)
-    alike[:, 0], alike[:, 1] = 1, -1  # prompts with one mean: the others are worth as much as one's own
+    alike[:, 0], alike[:, 1] = (
+        1,
+        -1,
+    )  # equal means of all prompts
     torch.testing.assert_close(shrunk(alike + 3, valid, None), torch.full((4, 5), 3.0, dtype=torch.double))
 
 

@@ -1,4 +1,4 @@
-"""The KL as a number with an error, and the weight that follows a target: against enumeration and formula."""
+"""The KL with its standard error, and the adaptive weight, against enumeration and formulas."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_k3_varies_less_near_the_reference_and_more_where_they_contradict():
     for p, reference, least, most in (
         (problem.logits, problem.logits + 0.1 * problem.reference, 0.0, 0.01),
         (problem.logits, problem.logits + 0.5 * problem.reference, 0.0, 0.1),
-        # What the policy almost never does is what the reference mostly does.
+        # The policy almost never takes the token that the reference takes most of the time.
         (4 * problem.logits, -4 * problem.logits, 10.0, math.inf),
     ):
         pair = Problem(p, reference, problem.rewards)
@@ -72,7 +72,7 @@ def test_the_square_of_the_error_is_the_variance_of_the_mean_on_average():
         return (chance[:, None] * chance).flatten() @ squares
 
     assert error(2) == pytest.approx(float(variance / 2), rel=1e-12)
-    assert error(1) < 0.7 * error(2)  # rows taken for independent draws: too sure
+    assert error(1) < 0.7 * error(2)  # rows treated as independent draws give too small an error
 
 
 def test_the_error_where_there_is_one_group_or_one_number():

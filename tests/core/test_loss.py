@@ -24,7 +24,7 @@ PATHS = {
 
 
 def inputs(seed=0, n=4, t=4, dtype=torch.double):
-    """Every tensor a loss may want."""
+    """Every tensor that a loss may need."""
     draw = torch.Generator().manual_seed(seed)
     names = ("logprobs", "old_logprobs", "ref_logprobs", "entropy")
     return {name: torch.randn(n, t, generator=draw, dtype=dtype) / 3 for name in names}

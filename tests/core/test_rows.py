@@ -1,4 +1,4 @@
-"""Which rows teach: what truncation and groups without spread do to the expected gradient, and by hand."""
+"""Which rows are learnt from: truncations and groups of equal rewards, by enumeration and by hand."""
 
 from __future__ import annotations
 

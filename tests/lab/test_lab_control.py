@@ -1,4 +1,4 @@
-"""A control problem, every trajectory of it: whose gradient each return, baseline and bootstrap gives."""
+"""Every trajectory of a control problem: the objective that each return, baseline and bootstrap ascends."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def value_by_recursion(mdp: TabularMdp, steps: int, gamma: float, logits: torch.
     """V of the first state with `steps` left, by the Bellman equation and no trajectory [S]."""
     value = torch.zeros(len(mdp.start) + 1).double()
     for _ in range(steps):
-        worth = (mdp.transitions * (mdp.rewards + gamma * value)).sum(-1)  # [S, A]
-        value = torch.nn.functional.pad((logits.softmax(-1) * worth).sum(-1), (0, 1))
+        action_values = (mdp.transitions * (mdp.rewards + gamma * value)).sum(-1)  # [S, A]
+        value = torch.nn.functional.pad((logits.softmax(-1) * action_values).sum(-1), (0, 1))
     return value[:-1]
 
 
@@ -40,7 +40,7 @@ def test_every_trajectory_is_listed_and_lengths_and_states_recur() -> None:
     assert len(rows.unique(dim=0)) == 80
     torch.testing.assert_close(problem.chances.sum(), torch.ones(()).double(), rtol=1e-14, atol=0)
     assert torch.equal(problem.truncated, every.last < 2) and 0 < problem.truncated.sum() < 72
-    assert problem.scores.shape == (1, 80, 3, 4)  # one row of logits a state, whatever the time
+    assert problem.scores.shape == (1, 80, 3, 4)  # one row of logits per state, the same at all times
     again = (every.states[:, 0] == every.states[:, 1]) & (every.mask[:, 1] > 0)
     same = again & (every.actions[:, 0] == every.actions[:, 1])
     assert same.any() and torch.equal(problem.scores[0, same, 0], problem.scores[0, same, 1])
@@ -67,13 +67,13 @@ def test_the_gradient_is_that_of_the_bellman_equation(gamma: float, beyond: int)
     def objective(logits: torch.Tensor) -> torch.Tensor:
         value = fixed
         for _ in range(2):
-            worth = (mdp.transitions * (mdp.rewards + gamma * value)).sum(-1)
-            value = torch.nn.functional.pad((logits.softmax(-1) * worth).sum(-1), (0, 1))
+            action_values = (mdp.transitions * (mdp.rewards + gamma * value)).sum(-1)
+            value = torch.nn.functional.pad((logits.softmax(-1) * action_values).sum(-1), (0, 1))
         return mdp.start @ value[:-1]
 
     wanted = torch.func.grad(objective)(mdp.logits).flatten()
     torch.testing.assert_close(problem.gradient(gamma=gamma)[0], wanted, **CLOSE)
-    j = (problem.chances * problem.worths(gamma)).sum()
+    j = (problem.chances * problem.returns(gamma)).sum()
     torch.testing.assert_close(j, objective(mdp.logits), **CLOSE)
 
 
@@ -96,10 +96,10 @@ def test_true_values_are_conditional_means_and_those_of_the_recursion(gamma: flo
     torch.testing.assert_close(problem.after[0, :, 0], ahead[every.last, 0], **CLOSE)
 
 
-def test_discounted_worths_of_token_problems() -> None:
+def test_discounted_returns_of_token_problems() -> None:
     for kind in ("dense", "graded"):
         problem = tabular_problem(3, prompts=2, rewards=kind)
-        torch.testing.assert_close(problem.worths(), problem.totals, **CLOSE)
+        torch.testing.assert_close(problem.returns(), problem.totals, **CLOSE)
         found = exact_moments(Estimator(gamma=0.6), problem, group_size=2)
         torch.testing.assert_close(found.mean, problem.gradient(gamma=0.6), **CLOSE)
         assert found.relative_bias > 0.01
@@ -289,7 +289,7 @@ def test_the_table_and_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     rows = {line[2:44].strip(): line.split()[-1] for line in lines if line[:3].strip() and "  " in line[3:]}
     assert rows["total, discounted"] == "J_gamma" and rows["reward to go, discounted"] == "neither"
-    assert rows["to go, episode mean, each step paid 1"] == "J_1" and rows["cut, V^pi follows"] == "J_1"
+    assert rows["to go, episode mean, reward 1 per step"] == "J_1" and rows["cut, V^pi follows"] == "J_1"
     assert set(discounting.ROWS) <= set(rows)
     done = doctest.testmod(discounting)
     assert done.attempted >= 4 and done.failed == 0

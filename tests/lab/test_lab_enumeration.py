@@ -23,7 +23,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def by_hand(estimator: Estimator, problem: Problem, size: int) -> Moments:
-    """The same sums with one backward pass a group through a linear model of the listed logprobs."""
+    """The same sums with one backward pass per group through a linear model of the listed logprobs."""
     prompts, completions = problem.chances.shape
     theta = torch.zeros(problem.scores.shape[-1], dtype=torch.double, requires_grad=True)
     of_row = torch.arange(prompts).repeat_interleave(size)
@@ -74,7 +74,7 @@ def by_hand(estimator: Estimator, problem: Problem, size: int) -> Moments:
 @pytest.mark.parametrize(("prompts", "size", "kind"), [(1, 3, "dense"), (2, 2, "graded")])
 def test_one_group_at_a_time(fields: dict, prompts: int, size: int, kind: str) -> None:
     problem = tabular_problem(3, prompts=prompts, vocabulary=2, rewards=kind)
-    assert (problem.greedy > 0).all()  # 'remax' shall see more than the first completion
+    assert (problem.greedy > 0).all()  # so that 'remax' uses more than the first completion
     estimator = Estimator(**fields)
     fast, slow = exact_moments(estimator, problem, group_size=size), by_hand(estimator, problem, size)
     torch.testing.assert_close(fast.mean.sum(0), slow.mean.sum(0), **CLOSE)
@@ -120,7 +120,7 @@ def test_reinforce_averages_independent_rows_and_prompts() -> None:
     problem = tabular_problem(4, prompts=2, vocabulary=2)
     one, three = (exact_moments(reinforce, problem, group_size=n) for n in (1, 3))
     assert three.variance == pytest.approx(one.variance / 3, rel=1e-10)
-    # prompts that do not meet add up: the variance of the mean is a quarter of the sum
+    # independent prompts: the variance of their mean is a quarter of the sum of variances
     alone = []
     for x in range(2):
         fields = {k: v for k, v in vars(problem).items() if k not in ("mask", "truncated")}

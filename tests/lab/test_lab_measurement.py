@@ -1,4 +1,4 @@
-"""Projected scores and the estimators formed from them, on a transformer whose truths are all known."""
+"""Projected scores and the estimators formed from them, on a transformer where all true values are known."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def projected_samples(policy: Policy, samples: Samples, count: int) -> Projectio
 
 @pytest.mark.parametrize(
     ("architecture", "tolerance"),
-    [("gpt2", 1e-10), ("llama", 1e-5)],  # a Llama's norms are float32 inside, whatever its weights
+    [("gpt2", 1e-10), ("llama", 1e-5)],  # a Llama computes its norms in float32 for weights of any type
     ids=["gpt2", "llama"],
 )
 def test_projections_are_those_of_exact_scores(architecture: str, tolerance: float) -> None:
@@ -95,7 +95,7 @@ def test_layers_are_chosen_by_name(policy: Policy) -> None:
     ]
     with pytest.raises(Refused, match="in its name"):
         chosen_parameters(policy, ["h.7"])
-    parts = blocks(policy)
+    parts = blocks(chosen_parameters(policy))
     assert sorted(itertools.chain(*parts.values())) == sorted(names)
     assert list(parts) == ["outside the blocks", "block 0", "block 1"]
 

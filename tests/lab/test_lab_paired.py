@@ -35,7 +35,7 @@ def problem(policy: Policy):
 
 
 def test_products_and_variances_are_unbiased() -> None:
-    """All 4^3 samples of three units from four points of unequal chance; two copies a unit."""
+    """All 4^3 samples of three units from four points of unequal chance; two copies per unit."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(4, 2, 5, generator=generator, dtype=torch.double)
     other = torch.randn(4, 1, 5, generator=generator, dtype=torch.double)

@@ -1,4 +1,4 @@
-"""What the lab lists is complete and its slopes are true."""
+"""The lab lists all completions, and its derivatives are right."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_true_values_start_at_j_and_arbitrary_ones_do_not(kind: str) -> None:
     problem = tabular_problem(5, rewards=kind, true_values=True)
     j = (problem.chances * problem.totals).sum()
     torch.testing.assert_close(problem.values[0, :, 0], j.expand(15))
-    assert len(problem.values[0].unique()) == 1 + 7  # the padding, and one value a prefix
+    assert len(problem.values[0].unique()) == 1 + 7  # the padding, and one value per prefix
     other = tabular_problem(5, rewards=kind)
     assert abs(float(other.values[0, 0, 0] - j)) > 0.01
 

@@ -1,4 +1,4 @@
-"""The plain words after a measurement say what its numbers say, and what they do not."""
+"""The reading of a measurement says what its numbers show, and no more."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def test_each_claim_carries_its_interval(capsys) -> None:
         "The least noise was found for rloo: that of one step is 0.5 (0.25 to 1) times",
         "rloo has 3.1 (2 to 4) times less noise",
         "grpo has 2 (1.25 to 4) times more noise",
-        "Not told apart from no baseline: dapo.",
+        "No difference from no baseline is seen for: dapo.",
         "Grpo points 12 degrees (8 to 26) away from the gradient.",
         "No angle is seen for dapo, with intervals that reach to 20 degrees.",
         "divides the noise of rloo by 1.5 (1.2 to 2) from 2 to 4.",
-        "which alone leave 10% on a squared length",
+        "which alone leave an error of 10% in a squared length",
         "50% of the groups have equal rewards",
     ):
         assert claim in text, (claim, text)

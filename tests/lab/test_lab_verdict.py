@@ -1,4 +1,4 @@
-"""Every declaration holds, a wrong one is caught, and the lab says the same thing twice."""
+"""Every declaration holds, a wrong one is detected, and the lab gives the same result twice."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_older_ones_go_only_after_the_new_one_is_verified(tmp_path, monkeypatch)
     monkeypatch.undo()
     save_checkpoint(tmp_path, 4, write, keep=1)
     assert names(tmp_path) == ["step_000004"]
-    with pytest.raises(Refused, match="keep 1 or more"):
+    with pytest.raises(Refused, match="must be 1 or more"):
         save_checkpoint(tmp_path, 5, write, keep=0)
 
 

@@ -1,7 +1,7 @@
-"""The advisor: from an environment or a language task to settings, each with its reason.
+"""Recommends settings for an environment or a language task, each with its reason.
 
-It measures before it speaks: random episodes of an environment, or samples of the model on training prompts.
-It refuses and warns by the guards of `core.guards`, which training applies by itself.
+The advice rests on a short measurement: random episodes of an environment, or samples of the model on
+training prompts. It refuses and warns by the rules of `core.guards`, which training applies too.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from tokenrl.errors import Refused
 
 
 def run(args: AdviseArguments) -> int:
-    """Print the advice and write the files asked for; returns the exit code.
+    """Print the advice, write the files that `args` asks for, and return the exit code.
 
     Raises:
-        Refused: neither or both of env and task, a choice that a rule forbids, or a file that cannot be
-            written there.
+        Refused: not exactly one of env and task was given, a rule forbids a choice, or a file cannot be
+            written.
     """
     if bool(args.env) == bool(args.task):
         raise Refused(

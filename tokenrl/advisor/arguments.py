@@ -13,33 +13,33 @@ from tokenrl.settings import Bounds, Count, Natural, Positive
 
 @dataclass(frozen=True)
 class AdviseArguments(ModelArguments, TaskArguments):
-    """Recommend settings for an environment or a language task, from a short measurement, with reasons."""
+    """Recommend settings for an environment or a language task, with reasons, from a short measurement."""
 
     env: str = ""
-    """Gymnasium id, or gridworld, walk, bandit."""
+    """Id of a gymnasium environment, or gridworld, walk, bandit."""
     task: str = ""
-    """A language task, named as for training."""
+    """Name of a language task, as for training."""
     head: Literal["auto", "softmax", "gaussian"] = "auto"
-    """Distribution of an agent's actions; auto goes by the action space."""
+    """Distribution of an agent's actions; auto chooses by the action space."""
     baseline: Baseline | None = None
     """Baseline to use. Default: the one recommended."""
     max_episode_steps: Count | None = None
     """Steps after which an episode is cut. Default: the environment's own limit."""
     allow_no_baseline: bool = False
-    """Go without a baseline also where episodes are longer than 500 steps."""
+    """Allow training without a baseline where episodes may be longer than 500 steps."""
     episodes: Annotated[int, Bounds(at_least=2)] = 50
-    """Episodes of random actions that are measured; fewer where they are long."""
+    """Number of random episodes that are measured; fewer if they are long."""
     num_prompts: Count = 64
-    """Training prompts that a language model is measured on."""
+    """Number of training prompts that a language model is measured on."""
     num_samples: Annotated[int, Bounds(at_least=2)] = 32
-    """Completions of each; groups up to this size can be judged."""
+    """Completions per prompt; groups of up to this size can be recommended."""
     max_completion_length: Count | None = None
-    """Most tokens a completion may have. Default: the task's, else 256."""
+    """Largest number of tokens in a completion. Default: the task's, else 256."""
     temperature: Positive = 1.0
     """Temperature of sampling."""
     seed: Natural = 0
-    """Seed of the measurement, and of the training recommended."""
+    """Seed of the measurement, and of the recommended training."""
     config: str | None = None
     """Write the settings to this file, for --config of `tokenrl control` or `tokenrl train`."""
     json: str | None = None
-    """Write settings, reasons and measurements to this file."""
+    """Write settings, reasons and measurements to this file, as JSON."""

@@ -1,4 +1,4 @@
-"""Advice for an environment: what it looks like, what the untrained policy earns in it, what follows."""
+"""Recommends settings for an environment, from its spaces and from returns of the untrained policy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tokenrl.settings import check_choice
 
 
 class Way(NamedTuple):
-    """A way to train: what changes in a preset, and the settings beside it."""
+    """A way to train: a preset, the axes that differ from it, and the other settings."""
 
     preset: str
     axes: dict[str, Any]
@@ -49,20 +49,21 @@ WAYS = {
          "normalize_observations": True},
     ),
 }  # fmt: skip
-"""Rules of thumb, all of them here: change a number and the advice follows."""
+"""The rules of thumb of the advice."""
 ENDLESS_GAMMA = 0.95
-"""Discount of continuous control in which no episode ends by itself: a pole to balance, a body to move."""
+"""Discount of continuous control in which only the time limit ends an episode, such as Pendulum-v1."""
 SLOW_STEPS = 10_000
-"""Steps an update that are cheap also where environments are stepped one by one."""
+"""Steps per update that are cheap even where environments are stepped one by one."""
 MEASURED_STEPS = 20_000
-"""Most steps that a measurement takes, but ten episodes at least."""
+"""Largest number of steps of a measurement, which still takes at least ten episodes."""
 
 
 def advise_environment(args: AdviseArguments) -> Advice:
     """Measure an environment and recommend settings for `tokenrl control`.
 
     Raises:
-        Refused: no such environment; a head that cannot give its actions; no baseline beyond 500 steps.
+        Refused: the environment cannot be made; the head cannot give its actions; there is no baseline
+            although episodes may be longer than 500 steps.
     """
     check_choice("baseline", args.baseline or "none", [b for b in AXES["baseline"] if b != "remax"])
     spec = describe(args.env, args.max_episode_steps)
@@ -77,7 +78,7 @@ def advise_environment(args: AdviseArguments) -> Advice:
         env=args.env,
         estimator=estimator,
         max_episode_steps=args.max_episode_steps,
-        head="softmax" if spec.discrete else "gaussian",
+        head=spec.head,
         allow_no_baseline=args.allow_no_baseline,
         seed=args.seed,
         **WAYS[way].arguments,
@@ -96,7 +97,7 @@ def advise_environment(args: AdviseArguments) -> Advice:
 
 
 def choose(spec: Spec, baseline: str | None) -> str:
-    """Choose whole episodes without a critic, or a critic; a baseline asked for decides by itself."""
+    """Choose a key of `WAYS`: episodes without a critic, or a critic. A baseline that was given decides."""
     cheap = spec.fast or spec.horizon * WAYS["episodes"].arguments["num_envs"] <= SLOW_STEPS
     whole = spec.discrete and spec.horizon <= LONGEST_WITHOUT_BASELINE and cheap
     if baseline is not None:
@@ -105,11 +106,10 @@ def choose(spec: Spec, baseline: str | None) -> str:
 
 
 def measure(spec: Spec, args: AdviseArguments, hidden: tuple[int, ...]) -> Returns:
-    """Play episodes with the policy as it is before training, whose actions are all but random."""
+    """Measure returns of the policy before training, whose actions are nearly random."""
     episodes = min(args.episodes, max(10, MEASURED_STEPS // spec.horizon))
     generator = torch.Generator().manual_seed(args.seed)
-    size = spec.actions or spec.action_size
-    shape = Shape(spec.observation_size, "softmax" if spec.discrete else "gaussian", size, hidden)
+    shape = Shape(spec.observation_size, spec.head, spec.actions or spec.action_size, hidden)
     policy = Policy(shape, generator)
     environments = Environments(args.env, episodes, args.max_episode_steps)
     try:
@@ -129,12 +129,12 @@ def measure(spec: Spec, args: AdviseArguments, hidden: tuple[int, ...]) -> Retur
 
 
 def fitted(control: ControlArguments, spec: Spec, found: Returns) -> ControlArguments:
-    """Settings that follow from the returns: reward scale, discount, entropy bonus, environments."""
+    """Set what follows from the returns: reward scale, discount, entropy bonus, number of environments."""
     estimator = control.estimator
     spread = found.sd or max(1.0, abs(found.mean))
     if estimator.needs_values:
         control = replace(control, reward_scale=one_figure(1 / spread))
-        spread = 1.0  # whitened advantages
+        spread = 1.0  # advantages are whitened
         if found.truncated == 1 and not spec.discrete:
             estimator = replace(estimator, gamma=ENDLESS_GAMMA)
             control = replace(control, estimator=estimator)
@@ -148,5 +148,5 @@ def fitted(control: ControlArguments, spec: Spec, found: Returns) -> ControlArgu
 
 
 def one_figure(number: float) -> float:
-    """Round to one significant figure; these are sizes, not measurements."""
+    """Round to one significant figure, since only the order of magnitude matters."""
     return float(f"{number:.0e}")

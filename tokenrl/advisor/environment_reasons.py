@@ -1,4 +1,4 @@
-"""Why an environment's settings are what they are: heads, reasons, doubts."""
+"""States the reasons of the advice for an environment: heads, facts, settings and warnings."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tokenrl.control.policies import Policy, Shape
 from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
 
 ENTROPY = 0.01
-"""Entropy bonus for discrete actions, in standard deviations of what advantages are made of."""
+"""Entropy bonus for discrete actions, in standard deviations of the returns (or whitened advantages)."""
 RARE = 0.1
-"""Share of episodes with a return other than the commonest, below which the reward is called sparse."""
+"""The reward is called sparse if fewer episodes than this share have another return than the commonest."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Returns:
     """Undiscounted returns of whole episodes of the untrained policy.
 
     Attributes:
-        episodes: how many.
-        mean: of the returns.
-        sd: of the returns, ddof 1.
-        length: mean steps an episode.
+        episodes: number of episodes.
+        mean: mean return.
+        sd: standard deviation of the returns (ddof 1).
+        length: mean number of steps per episode.
         unusual: share of episodes whose return is not the commonest one.
-        truncated: share of episodes cut by the time limit.
+        truncated: share of episodes that the time limit ended.
     """
 
     episodes: int
@@ -39,19 +39,20 @@ class Returns:
 
 
 def heads(control: ControlArguments, spec: Spec) -> list[Head]:
-    """Both heads with the policy's parameters, the critic left out; only one of them fits."""
+    """Describe both heads; the number of parameters is that of the policy without its critic."""
     critic = control.value_network if control.estimator.needs_values else None
     size = spec.actions or spec.action_size
-    shape = Shape(spec.observation_size, control.head, size, control.hidden, critic=critic)  # type: ignore[arg-type]
-    policy = Policy(shape)
+    policy = Policy(Shape(spec.observation_size, spec.head, size, control.hidden, critic=critic))
     own = sum(p.numel() for p in policy.policy_parameters())
     values = sum(p.numel() for p in policy.value_parameters())
     beside = f"; the critic beside it has {values:,}" if values else ""
     layers = " x ".join(map(str, (spec.observation_size, *control.hidden)))
-    softmax = f"chosen: a logit for each of {spec.actions} actions, on {layers}{beside}"
-    gaussian = f"chosen: mean and log-std of each of {spec.action_size} numbers, on {layers}{beside}"
+    softmax = f"chosen: one logit for each of {spec.actions} actions, after layers {layers}{beside}"
+    gaussian = (
+        f"chosen: mean and log-std of each of {spec.action_size} numbers, after layers {layers}{beside}"
+    )
     if spec.discrete:
-        return [Head("softmax", own, softmax), Head("gaussian", None, "no: a finite list of actions")]
+        return [Head("softmax", own, softmax), Head("gaussian", None, "no: the actions are a finite list")]
     return [
         Head("gaussian", own, gaussian),
         Head("softmax", None, "no: the actions are vectors of real numbers"),
@@ -59,7 +60,7 @@ def heads(control: ControlArguments, spec: Spec) -> list[Head]:
 
 
 def facts(spec: Spec, found: Returns) -> dict[str, str]:
-    """What was found, for people."""
+    """Return the facts that the advice shows."""
     actions = f"{spec.actions}, discrete" if spec.discrete else f"{spec.action_size}, continuous"
     return {
         "observations": f"{spec.observation_size}, flattened",
@@ -67,22 +68,22 @@ def facts(spec: Spec, found: Returns) -> dict[str, str]:
         "horizon": f"{spec.horizon:,} steps",
         "solved at": "no threshold" if spec.solved is None else f"mean return {spec.solved:g}",
         "untrained policy": f"return {found.mean:.4g} (sd {found.sd:.3g}), {found.length:.0f} steps, "
-        f"{found.truncated:.0%} cut by the limit; {found.episodes} episodes, all but random actions",
+        f"{found.truncated:.0%} cut by the limit; {found.episodes} episodes of nearly random actions",
         "speed": "many copies in one call" if spec.fast else "copies are stepped one by one",
     }
 
 
 def doubts(spec: Spec, found: Returns) -> list[str]:
-    """What the returns say may go wrong."""
+    """Return warnings about what may go wrong, judged by the returns."""
     if found.sd == 0 and spec.horizon > 1:
         return [
-            f"all {found.episodes} random episodes earned {found.mean:g}: the reward gives no signal, and a "
-            "policy gradient of equal returns teaches nothing. Shape the reward, start episodes nearer the "
-            "goal, or let them last longer (--max-episode-steps)."
+            f"all {found.episodes} random episodes have the return {found.mean:g}, and equal returns give a "
+            "policy gradient no signal. Shape the reward, start episodes nearer the goal, or let them last "
+            "longer (--max-episode-steps)."
         ]
     if found.unusual < RARE:
         return [
-            f"the reward is sparse: only {found.unusual:.0%} of random episodes earned anything unusual. The "
+            f"the reward is sparse: only {found.unusual:.0%} of random episodes have an unusual return. The "
             "start will be slow and depends on the seed; a shaped reward helps most."
         ]
     if spec.solved is not None and found.mean >= spec.solved:
@@ -91,7 +92,7 @@ def doubts(spec: Spec, found: Returns) -> list[str]:
 
 
 def settings(control: ControlArguments, spec: Spec, found: Returns, way: str) -> list[Setting]:
-    """One row a setting, with its reason."""
+    """Return the recommended settings, each with its reason."""
     estimator, out = control.estimator, []
     critic = estimator.needs_values
 
@@ -99,7 +100,7 @@ def settings(control: ControlArguments, spec: Spec, found: Returns, way: str) ->
         axis = name.removeprefix("estimator.")
         out.append(Setting(name, getattr(estimator if axis != name else control, axis), reason))
 
-    say("head", "a finite list of actions" if spec.discrete else "the actions are real numbers")
+    say("head", "the actions are a finite list" if spec.discrete else "the actions are real numbers")
     say("hidden", "tanh layers; the default size for this kind of environment")
     say("estimator.baseline", _why_baseline(control, spec, way))
     if critic:
@@ -110,27 +111,31 @@ def settings(control: ControlArguments, spec: Spec, found: Returns, way: str) ->
         say("estimator.gamma", f"{ends}credit reaches about {reach:.0f} steps; nearer 1 for later rewards")
         say("estimator.ratio", f"PPO's clip at {estimator.epsilon:g} lets a rollout be used more than once")
     else:
-        say("estimator.returns", "an action is not paid for rewards that came before it")
-        say("estimator.ratio", "on-policy: every rollout is used for one update, then thrown away")
+        say("estimator.returns", "the advantage of an action leaves out the rewards that came before it")
+        say("estimator.ratio", "on-policy: every rollout is used for one update only")
     if spec.discrete:
         size = "1 of whitened advantages" if critic else f"{found.sd:.3g} of the returns"
-        say("estimator.entropy_coef", f"{ENTROPY:g} of the spread ({size}): keeps exploring at first")
+        say(
+            "estimator.entropy_coef",
+            f"{ENTROPY:g} of the spread ({size}), so that the policy explores at first",
+        )
         say("entropy_schedule", "falls to 0, so that the last policy is not made random on purpose")
     else:
         say("estimator.entropy_coef", "the Gaussian learns its own spread, which starts at half the range")
     say("num_envs", _why_envs(control, found))
     if critic:
         say(
-            "num_steps", "pieces of episodes: updates do not wait for ends, the critic stands in for the rest"
+            "num_steps",
+            "pieces of episodes: the critic estimates the rest, so that updates need not wait for ends",
         )
         say("num_iterations", f"passes over each rollout, in {control.num_minibatches} minibatches; staler "
             "data gets clipped")  # fmt: skip
-        say("num_minibatches", f"{_batch(control) // control.num_minibatches:,} actions an update")
+        say("num_minibatches", f"{_batch(control) // control.num_minibatches:,} actions per update")
         say("reward_scale", f"about 1 / sd of returns ({found.sd:.3g}): a critic learns targets of size 1")
-        say("normalize_observations", "observations of unlike size slow learning" if
-            control.normalize_observations else "left as they are; try it if learning is slow")  # fmt: skip
-    say("max_grad_norm", "one odd rollout cannot throw the weights far")
-    say("learning_rate", "Adam; halve it if the return falls after it had risen")
+        say("normalize_observations", "observations of different sizes slow learning" if
+            control.normalize_observations else "left off; try it if learning is slow")  # fmt: skip
+    say("max_grad_norm", "limits how far one unusual rollout can move the weights")
+    say("learning_rate", "Adam; halve it if the return rises and then falls")
     steps = f"{control.max_steps * _batch(control, spec.horizon):,} steps of the environment"
     early = "" if spec.solved is None else "; --stop-when-solved may end sooner"
     say("max_steps", f"{'' if critic else 'at most '}{steps}{early}")
@@ -143,23 +148,23 @@ def _batch(control: ControlArguments, horizon: int = 0) -> int:
 
 def _why_envs(control: ControlArguments, found: Returns) -> str:
     if control.num_steps is not None:
-        return f"{_batch(control):,} actions a rollout"
+        return f"{_batch(control):,} actions per rollout"
     error = found.sd / math.sqrt(control.num_envs)
-    return f"as many whole episodes an update: their mean return is known to {error:.2g}"
+    return f"as many whole episodes per update; the standard error of their mean return is {error:.2g}"
 
 
 def _why_baseline(control: ControlArguments, spec: Spec, way: str) -> str:
     baseline = control.estimator.baseline
-    plain = replace(control.estimator, entropy_coef=0.0)  # a bonus is an objective of its own
+    plain = replace(control.estimator, entropy_coef=0.0)  # the bonus changes the objective, not the bias
     status = plain.bias_status.replace("_", " ")
     if way != "episodes":
         why = "a critic: " + ("continuous actions" if not spec.discrete else
-               f"{spec.horizon:,} steps an episode" if spec.horizon > LONGEST_WITHOUT_BASELINE else
-               "whole episodes of copies stepped one by one are too few an update")  # fmt: skip
+               f"{spec.horizon:,} steps per episode" if spec.horizon > LONGEST_WITHOUT_BASELINE else
+               "copies are stepped one by one, too slow for whole episodes")  # fmt: skip
     elif baseline == "timestep_mean":
         why = "episodes are short and many: the mean of the others at the same step needs no critic"
     elif baseline == "none":
-        why = "as asked: plain REINFORCE, the noisiest choice"
+        why = "as you asked: plain REINFORCE, the noisiest choice"
     else:
-        why = "as asked"
+        why = "as you asked"
     return f"{why}; gradient {status}, an entropy bonus aside"

@@ -1,4 +1,4 @@
-"""Advice for a language task: what the model already does with its prompts, and what follows for training."""
+"""Recommends settings for a language task, from what the model already does with its prompts."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ from tokenrl.language.training.setup import make_policy, resolve
 from tokenrl.runs.console import Console
 
 DEAD_GROUPS = 0.5
-"""Largest share of groups of equal rewards, which teach a group baseline nothing, that a size may have."""
+"""A group size may have at most this share of dead groups, whose rewards are all equal: no gradient."""
 SMALLEST_GROUP = 4
-"""A leave-one-out baseline from G - 1 others adds 1/(G-1) to the variance: all of it again with two."""
+"""A leave-one-out baseline of G - 1 others adds 1 / (G - 1) of the variance: groups of two double it."""
 HOPELESS, EASY = 0.9, 0.95
-"""Too hard: so many groups of the largest size are dead; too easy: so high a pass@1."""
+"""A task is too hard above this share of dead groups of the largest size, too easy from this pass@1 on."""
 CUT = 0.1
-"""Share of completions cut at the longest length, from which it should be longer."""
+"""From this share of completions that are cut on, the largest length should grow."""
 REWARD_MODEL_BETA = 0.05
-"""Weight of the KL where the reward is a model, which can be talked into high rewards."""
+"""KL weight where the reward is a model, because a policy can learn to exploit its errors."""
 ENTROPY = 0.01
-"""Entropy bonus where the policy has almost none to begin with."""
+"""Entropy bonus for a policy whose entropy is almost 0 before training."""
 
 
 def advise_language(args: AdviseArguments) -> Advice:
     """Sample a model on a task's training prompts and recommend settings for `tokenrl train`.
 
     Raises:
-        Refused: no such task or model, or no baseline where completions may be longer than 500 tokens.
+        Refused: the task or the model does not exist, or there is no baseline although completions may be
+            longer than 500 tokens.
     """
     if args.head == "gaussian":
         raise Refused(
@@ -69,12 +70,12 @@ def advise_language(args: AdviseArguments) -> Advice:
         ),
     )
     solved = getattr(task, "solved", None)
-    judged = any(isinstance(function, RewardModel) for function in rewards.functions)
+    reward_model = any(isinstance(function, RewardModel) for function in rewards.functions)
     room = None
     if policy.context is not None and found.truncated.value >= CUT:
         rows = [*task.train_prompts, *task.eval_prompts]
         room = policy.context - max(len(policy.encode(row["prompt"])) for row in rows)
-    train, settings = fitted(train, found, room, judged=judged)
+    train, settings = fitted(train, found, room, reward_model=reward_model)
     return Advice(
         subject=f"{task.name}, {policy.source}",
         command="train",
@@ -87,7 +88,7 @@ def advise_language(args: AdviseArguments) -> Advice:
 
 
 def difficulty(found: Probe, solved: float | None = None) -> str:
-    """Judge the task for this policy: `too hard`, `too easy` or `fine`."""
+    """Return how hard the task is for this policy: `too hard`, `too easy` or `fine`."""
     if found.reward.value >= (solved if solved is not None else EASY if found.binary else math.inf):
         return "too easy"
     largest = max(found.dead_groups)
@@ -95,29 +96,29 @@ def difficulty(found: Probe, solved: float | None = None) -> str:
 
 
 def group_size(found: Probe) -> int:
-    """The smallest group, from four up, of which at most half are dead; else the largest that was measured.
+    """Return the smallest group size, from four on, with at most half the groups dead; else the largest.
 
-    A larger group costs as many completions more; what it buys beyond a live group is little.
+    Larger groups need more completions per prompt, and gain little once most groups have unequal rewards.
     """
     sizes = [size for size in found.dead_groups if size >= SMALLEST_GROUP] or list(found.dead_groups)
     return next((size for size in sizes if found.dead_groups[size].value <= DEAD_GROUPS), max(sizes))
 
 
 def fitted(
-    train: TrainSettings, found: Probe, room: int | None, *, judged: bool
+    train: TrainSettings, found: Probe, room: int | None, *, reward_model: bool
 ) -> tuple[TrainSettings, list[Setting]]:
-    """Arguments that follow from the probe, and the reason of each.
+    """Set what follows from the probe, and give the reason of each setting.
 
     Args:
-        train: resolved arguments.
-        found: the probe.
-        room: tokens that the longest prompt leaves of the model's context, None if it states none.
-        judged: whether a reward is a model.
+        train: the resolved settings.
+        found: the measurements.
+        room: number of tokens that the model's context leaves beside the longest prompt; None if unknown.
+        reward_model: whether one of the rewards is a model.
     """
     estimator, rows = train.estimator, train.prompts_per_step * train.num_generations
     size = group_size(found)
     length, why_length = completion_length(train.max_completion_length, found, room)
-    if judged:
+    if reward_model:
         estimator = replace(estimator, beta=REWARD_MODEL_BETA)
     low = found.entropy < LEAST_ENTROPY
     if low:
@@ -129,39 +130,43 @@ def fitted(
         max_completion_length=length,
         estimator=estimator,
     )
-    beta = "a reward model can be gamed" if judged else "a reward by rule needs no leash; saves a reference"
-    entropy = f"the policy starts at {found.entropy:.3g} nats a token"
+    beta = (
+        "a policy can exploit a reward model"
+        if reward_model
+        else "a reward by rule needs no KL term; saves a model"
+    )
+    entropy = f"the policy starts at {found.entropy:.3g} nats per token"
     entropy += ", almost certain of every token" if low else "; a run that ends below 0.1 is flagged"
     reasons = {
         "num_generations": _why_size(size, found),
         "prompts_per_step": f"{rows} completions a step, as the task's settings have, in groups of {size}",
         "max_completion_length": why_length,
         "estimator.baseline": _why_baseline(estimator),
-        "estimator.returns": "one reward at the end: every token is paid all of it",
-        "estimator.scale": "dividing by the group's std would weigh easy and hard prompts up",
-        "estimator.ratio": "on-policy: every rollout is used for one update, then thrown away",
+        "estimator.returns": "there is one reward, at the end: it is the return of every token",
+        "estimator.scale": "dividing by the group's std would give easy and hard prompts more weight",
+        "estimator.ratio": "on-policy: every rollout is used for one update only",
         "estimator.beta": beta,
         "estimator.entropy_coef": entropy,
-        "temperature": "of the policy that is sampled and trained alike",
-        "learning_rate": "the task's own, else the default for weights or adapters",
-        "max_grad_norm": "one odd rollout cannot throw the weights far",
+        "temperature": "the same in sampling and in training",
+        "learning_rate": "recommended by the task, else the default for full weights or adapters",
+        "max_grad_norm": "limits how far one unusual rollout can move the weights",
     }
     return train, [Setting(name, _value(train, name), reason) for name, reason in reasons.items()]
 
 
 def completion_length(length: int, found: Probe, room: int | None) -> tuple[int, str]:
-    """Keep the length, or double it where many completions were cut, as far as the context lets it."""
+    """Keep the length, or double it if many completions were cut, as far as the context allows."""
     seen = f"{_percent(found.truncated)} cut, the longest had {found.longest} tokens"
     if found.truncated.value < CUT:
         return length, f"enough: {seen}"
     longer = 2 * length if room is None else min(2 * length, room)
     if longer <= length:
         return length, f"too short ({seen}), but the model's context leaves no more"
-    return longer, f"longer than {length}: {seen}, and what is cut seldom earns anything"
+    return longer, f"longer than {length}: {seen}, and a cut completion seldom gets a reward"
 
 
 def doubts(found: Probe, solved: float | None, train: TrainSettings) -> list[str]:
-    """What the probe says may go wrong."""
+    """Return warnings about what may go wrong, judged by the measurements."""
     size, out = train.num_generations, []
     hard = difficulty(found, solved)
     if hard == "too hard":
@@ -171,11 +176,11 @@ def doubts(found: Probe, solved: float | None, train: TrainSettings) -> list[str
             "easier prompts, or grade the reward."
         )
     elif hard == "too easy":
-        out.append("too easy: the policy already does it; take harder prompts.")
+        out.append("too easy: the policy already solves it; take harder prompts.")
     elif found.dead_groups[size].value > DEAD_GROUPS:
         out.append(
             f"more than {DEAD_GROUPS:.0%} of groups of {size}, the largest measured, are dead: --num-samples "
-            "measures larger ones, and --estimator.zero-spread refill replaces dead groups by new prompts."
+            "measures larger ones, and --estimator.zero-spread refill samples new prompts instead of them."
         )
     if train.max_completion_length > LONGEST_WITHOUT_BASELINE:
         out.append("completions are long: set micro_batch_size if memory runs out; the update is the same.")
@@ -183,7 +188,7 @@ def doubts(found: Probe, solved: float | None, train: TrainSettings) -> list[str
 
 
 def facts(found: Probe, solved: float | None) -> dict[str, str]:
-    """What was found, for people."""
+    """Return the facts that the advice shows."""
     best = found.best_of[max(found.best_of)]
     name = "pass@{}" if found.binary else "best of {}"
     shown = {name.format(1) if found.binary else "mean reward": _plus_minus(found.reward)}
@@ -194,9 +199,9 @@ def facts(found: Probe, solved: float | None) -> dict[str, str]:
         "solved at": "no threshold" if solved is None else f"greedy reward {solved:g}",
         "dead groups, by size": ", ".join(dead),
         "cut at the limit": _percent(found.truncated),
-        "length": f"{found.length:.1f} tokens in the mean, {found.longest} at most",
-        "entropy": f"{found.entropy:.3g} nats a token",
-        "measured on": f"{found.prompts} training prompts, {found.samples} completions of each; +- is the "
+        "length": f"{found.length:.1f} tokens on average, {found.longest} at most",
+        "entropy": f"{found.entropy:.3g} nats per token",
+        "measured on": f"{found.prompts} training prompts, {found.samples} completions for each; +- is the "
         "standard error over prompts",
     }
 
@@ -215,11 +220,11 @@ def _why_size(size: int, found: Probe) -> str:
 def _why_baseline(estimator: Estimator) -> str:
     status = replace(estimator, entropy_coef=0.0).bias_status.replace("_", " ")
     why = {
-        "rloo": "the others of the prompt; with one completion a prompt it would be running_mean",
-        "running_mean": "as asked: it needs no groups, but does not know one prompt from another",
-        "none": "as asked: plain REINFORCE, the noisiest choice",
+        "rloo": "mean of the prompt's other rewards; with one completion per prompt, take running_mean",
+        "running_mean": "as you asked: it needs no groups, but is the same for all prompts",
+        "none": "as you asked: plain REINFORCE, the noisiest choice",
     }
-    return f"{why.get(str(estimator.baseline), 'as asked')}; gradient {status}"
+    return f"{why.get(str(estimator.baseline), 'as you asked')}; gradient {status}"
 
 
 def _plus_minus(estimate: Estimate) -> str:

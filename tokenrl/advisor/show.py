@@ -1,4 +1,4 @@
-"""What advice is, how it is shown, and how it is kept."""
+"""Holds the advice, prints it, and writes it to files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenrl.runs.files import write_json
 
 
 class Setting(NamedTuple):
-    """One recommendation: the field of the arguments (`estimator.baseline` for an axis), and why."""
+    """One recommendation: a field of the arguments (such as `estimator.baseline`), its value, the reason."""
 
     name: str
     value: Any
@@ -25,7 +25,7 @@ class Setting(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A policy head: how many parameters the policy has with it, and why it is or is not the one."""
+    """A policy head, the number of parameters of a policy with it, and why it is chosen or not."""
 
     name: str
     parameters: int | None
@@ -34,16 +34,16 @@ class Head(NamedTuple):
 
 @dataclass
 class Advice:
-    """Settings for a run, and what they rest on.
+    """Settings for a run, with their reasons and the measurements behind them.
 
     Attributes:
-        subject: environment or task.
-        command: `control` or `train`.
-        arguments: everything that the command needs, as its dataclass.
-        facts: what was found, by name.
-        settings: the recommendations.
-        measurements: the numbers behind them.
-        heads: policy heads; none for a language model, which brings its own.
+        subject: the environment or the task.
+        command: the command that trains, `control` or `train`.
+        arguments: the arguments of that command, as its dataclass.
+        facts: what was measured, as texts by name.
+        settings: the recommended settings.
+        measurements: the numbers behind the recommendations.
+        heads: the policy heads; empty for a language model, which has its own.
         warnings: what may go wrong.
     """
 
@@ -58,22 +58,22 @@ class Advice:
 
 
 def judge_horizon(estimator: Estimator, horizon: int | None, allow_no_baseline: bool) -> list[str]:
-    """Apply the rule on baselines; what it refuses becomes a warning where that is allowed.
+    """Return the warning about long episodes without a baseline, if `allow_no_baseline` lets them through.
 
     Raises:
-        Refused: no baseline beyond 500 steps, unless that is allowed.
+        Refused: there is no baseline beyond 500 steps, and that is not allowed.
     """
     try:
         check_horizon(estimator, horizon)
     except Refused as refusal:
         if not allow_no_baseline:
             raise
-        return [f"let through by --allow-no-baseline: {refusal}"]
+        return [f"allowed by --allow-no-baseline: {refusal}"]
     return []
 
 
 def print_advice(advice: Advice, config: str | None) -> None:
-    """Print what was found, heads, settings with reasons, warnings and the command that follows them."""
+    """Print facts, heads, settings with reasons, warnings, and the command that runs with these settings."""
     console = rich_console()
 
     def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
@@ -98,7 +98,7 @@ def print_advice(advice: Advice, config: str | None) -> None:
 
 
 def written(value: Any) -> str:
-    """Write a value for people: 'none' for None, numbers short, layers as 64 x 64."""
+    """Return a value as text: 'none' for None, short numbers, layers as 64 x 64."""
     if value is None or value == ():
         return "none"
     if isinstance(value, tuple):
@@ -107,7 +107,7 @@ def written(value: Any) -> str:
 
 
 def write_advice(advice: Advice, *, config: str | None, json: str | None) -> None:
-    """Write the arguments as a run's config.json holds them, and all of the advice, where asked for."""
+    """Write the arguments to the file `config`, as in config.json, and the whole advice to `json`."""
     if config is not None:
         write_json(Path(config), {"kind": advice.command, **asdict(advice.arguments)})
     if json is not None:
@@ -119,20 +119,22 @@ def write_advice(advice: Advice, *, config: str | None, json: str | None) -> Non
 
 
 def command_line(advice: Advice) -> str:
-    """The command that has the advised arguments: a preset, and a flag for every field off its default."""
+    """Return the command for these arguments: the nearest preset, and a flag for each value that differs."""
     arguments = advice.arguments
-    default = type(arguments)()
+    # Resolved settings cannot be made without values, but their fields keep the arguments' defaults.
+    defaults = {f.name: f.default for f in fields(arguments) if f.name != "estimator"}
+    given = {name: getattr(arguments, name) for name in defaults}
     words = ["tokenrl", advice.command]
     estimator: Estimator = arguments.estimator
     preset = min(PRESETS, key=lambda name: len(_differences(estimator, Estimator.preset(name))))
     words += ["--estimator", preset]
-    words += _flags(_differences(arguments, default), "--")
+    words += _flags({name: value for name, value in given.items() if value != defaults[name]}, "--")
     words += _flags(_differences(estimator, Estimator.preset(preset)), "--estimator.")
     return shlex.join(words)
 
 
-def _differences(given: Any, default: Any) -> dict[str, Any]:
-    values = {f.name: getattr(given, f.name) for f in fields(given) if f.name != "estimator"}
+def _differences(given: Estimator, default: Estimator) -> dict[str, Any]:
+    values = {f.name: getattr(given, f.name) for f in fields(given)}
     return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 

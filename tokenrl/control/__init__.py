@@ -1,4 +1,4 @@
-"""Classic control: gymnasium agents trained by the estimators of the language side."""
+"""Trains agents in gymnasium environments with the same estimators as language models."""
 
 from tokenrl.names import lazily
 

@@ -1,8 +1,8 @@
-"""Gymnasium environments, many at a time: what they look like, how they are made, what is not supported.
+"""Describes and makes gymnasium environments, many copies at a time; refuses those not supported.
 
 Vector environments of gymnasium reset on the NEXT step: the step after the end of an episode ignores its
-action and answers the new episode's first observation with reward 0. It is no step of anybody's, and
-`rollouts` leaves it out.
+action and returns the first observation of a new episode, with reward 0. Such a step belongs to no episode,
+and `rollouts` leaves it out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
@@ -25,8 +25,8 @@ OWN: dict[str, dict[str, Any]] = {
         "id": "tokenrl/GridWorld-v0",
         "entry_point": "tokenrl.control.worlds.gridworld:GridWorld",
         "max_episode_steps": 50,
-        "reward_threshold": 0.93,  # one step more than the shortest way
-        "kwargs": {"time_limit": None},  # gymnasium's own wrapper cuts
+        "reward_threshold": 0.93,  # the return of a path one step longer than the shortest
+        "kwargs": {"time_limit": None},  # gymnasium's wrapper truncates episodes
     },
     "walk": {
         "id": "tokenrl/Walk-v0",
@@ -41,7 +41,7 @@ OWN: dict[str, dict[str, Any]] = {
         "max_episode_steps": 1,
     },
 }
-"""Environments that come with tokenrl, as gymnasium registers them, by their short names."""
+"""The environments of tokenrl by their short names, with the arguments to register them in gymnasium."""
 
 for _own in OWN.values():
     if _own["id"] not in gymnasium.registry:
@@ -50,16 +50,16 @@ for _own in OWN.values():
 
 @dataclass(frozen=True)
 class Spec:
-    """What an agent needs to know of an environment.
+    """The facts about an environment that an agent needs.
 
     Attributes:
-        env: gymnasium id.
-        observation_size: numbers in an observation, flattened; a discrete one is one-hot.
-        actions: how many there are; None if they are continuous.
-        action_size: numbers in a continuous action; 0 if actions are discrete.
-        horizon: steps after which an episode is cut.
-        solved: mean return from which the environment counts as solved, if it names one.
-        fast: whether it steps many copies in one call.
+        env: id of the gymnasium environment.
+        observation_size: O, the length of an observation, flattened; a discrete observation is one-hot.
+        actions: A, the number of discrete actions; None if actions are continuous.
+        action_size: D, the length of a continuous action; 0 if actions are discrete.
+        horizon: number of steps after which an episode is truncated.
+        solved: mean return from which the environment counts as solved; None if it has no such threshold.
+        fast: whether one call steps many copies; else they are stepped one by one.
     """
 
     env: str
@@ -72,20 +72,25 @@ class Spec:
 
     @property
     def discrete(self) -> bool:
-        """Whether actions are chosen from a list."""
+        """Whether actions are chosen from a finite list."""
         return self.actions is not None
+
+    @property
+    def head(self) -> Literal["softmax", "gaussian"]:
+        """The kind of distribution that gives such actions."""
+        return "softmax" if self.discrete else "gaussian"
 
 
 def describe(env: str, max_episode_steps: int | None = None) -> Spec:
-    """Say what an environment looks like.
+    """Return the facts about an environment.
 
     Args:
-        env: gymnasium id, or a name in `OWN`.
-        max_episode_steps: limit in place of the environment's own.
+        env: id of a gymnasium environment, or a name in `OWN`.
+        max_episode_steps: limit of an episode's length that replaces the environment's own.
 
     Raises:
-        Refused: no such environment; something it needs is not installed; spaces that are not supported; no
-            limit to the length of an episode.
+        Refused: the environment does not exist, needs a package that is not installed, has spaces that are
+            not supported, or does not limit the length of an episode.
     """
     spec = find(env)
     made = make(env, 1, max_episode_steps)
@@ -106,15 +111,15 @@ def find(env: str) -> EnvSpec:
     """Look an environment up in gymnasium's registry.
 
     Raises:
-        Refused: there is none of that name, with the nearest names.
+        Refused: there is no environment of that name.
     """
     env = OWN[env]["id"] if env in OWN else env
     try:
-        if ":" in env:  # gymnasium's own way to name the module that registers an environment
+        if ":" in env:  # `module:id` names the module that registers it
             importlib.import_module(env.partition(":")[0])
             env = env.partition(":")[2]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of versions: an id is taken as it stands or refused
+            warnings.simplefilter("ignore")  # about older versions: the id given is used
             return gymnasium.spec(env)
     except (gymnasium.error.Error, ImportError) as error:
         raise Refused(
@@ -124,10 +129,10 @@ def find(env: str) -> EnvSpec:
 
 
 def make(env: str, num_envs: int, max_episode_steps: int | None = None) -> VectorEnv:
-    """Make `num_envs` copies that are stepped together, by the environment's own fast path if it has one.
+    """Make `num_envs` copies that are stepped together, by the environment's own vector code if it has any.
 
     Raises:
-        Refused: see `describe`.
+        Refused: the environment cannot be made; see `describe`.
     """
     spec = find(env)
     limit = _horizon(spec, max_episode_steps)
@@ -152,7 +157,7 @@ def _horizon(spec: EnvSpec, limit: int | None) -> int:
     limit = limit or spec.max_episode_steps
     if limit is None:
         raise Refused(
-            f"Episodes of {spec.id} have no limit in length. Give one: --max-episode-steps 200 (in Python: "
+            f"Episodes of {spec.id} have no limit in length. Set one: --max-episode-steps 200 (in Python: "
             "max_episode_steps=200)."
         )
     return limit
@@ -163,7 +168,7 @@ def _observation_size(env: str, space: spaces.Space[Any]) -> int:
         return int(spaces.flatdim(space))
     raise Refused(
         f"Observations of {env} are of kind {type(space).__name__}; supported are Box (flattened) and "
-        "Discrete (one-hot). Wrap the environment so that it answers one of these."
+        "Discrete (one-hot). Wrap the environment so that it returns one of these."
     )
 
 
@@ -179,10 +184,10 @@ def _action_size(env: str, space: spaces.Space[Any]) -> int:
 
 
 class Environments:
-    """Copies of one environment, with flat float32 observations and actions as the policy gives them."""
+    """Copies of one environment: observations are flat float32 vectors, actions are those of a policy."""
 
     def __init__(self, env: str, num_envs: int, max_episode_steps: int | None = None) -> None:
-        """Make them; see `make`."""
+        """Make the copies; see `make`."""
         self.vector = make(env, num_envs, max_episode_steps)
         self.num_envs = num_envs
         self._observations: Any = self.vector.single_observation_space
@@ -196,7 +201,7 @@ class Environments:
             self._low, self._high = low, high
 
     def reset(self, seed: int | None = None) -> np.ndarray:
-        """Start a new episode in every copy; returns observations [E, O]."""
+        """Start a new episode in every copy; return the observations [E, O]."""
         observations, _ = self.vector.reset(seed=seed)
         return self.flat(observations)
 
@@ -204,27 +209,29 @@ class Environments:
         """Step every copy.
 
         Args:
-            actions: [E] numbers of actions, or [E, D] where -1 and 1 are the bounds of each one; what lies
-                beyond them is cut at the bounds here, and stays what it is for the policy.
+            actions: indices of discrete actions [E], or continuous actions [E, D], in which -1 and 1 stand
+                for the bounds of the action space. They are clipped to the bounds only for the
+                environment; the policy is trained on the unclipped actions.
 
         Returns:
-            Observations [E, O], at the end of an episode its last one; rewards, terminated, truncated [E].
+            Observations [E, O], where the last of an episode is its final one; rewards, terminated and
+            truncated, each [E].
         """
         observations, rewards, terminated, truncated, _ = self.vector.step(self.translate(actions))
         return self.flat(observations), rewards, terminated, truncated
 
     def translate(self, actions: np.ndarray) -> np.ndarray:
-        """Turn the policy's actions into the environment's."""
+        """Convert actions of the policy to actions of the environment."""
         if self._start is not None:
             return actions + self._start if self._start else actions
         return np.clip(self._middle + self._half * actions, self._low, self._high)
 
     def close(self) -> None:
-        """Release what the copies hold."""
+        """Close the copies."""
         self.vector.close()
 
     def flat(self, observations: np.ndarray) -> np.ndarray:
-        """Turn observations of any number of copies into [copies, O]."""
+        """Flatten the observations of E copies to [E, O]."""
         space = self._observations
         if isinstance(space, spaces.Discrete):
             return np.eye(int(space.n), dtype=np.float32)[observations - int(space.start)]

@@ -1,4 +1,4 @@
-"""Fresh episodes: how good a policy is on starting states it was never trained on, and how that looks."""
+"""Evaluates a policy on episodes whose starting states it was never trained on, and films one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Refused
 
 SEEDS = 2**30
-"""Seeds of training lie below, those of evaluation from here on: no starting state is in both."""
+"""Seeds of training are below this number and those of evaluation are not, so that they never share one."""
 
 
 def seed_of(seed: int, purpose: int, *, evaluation: bool = False) -> int:
-    """Make the seed of a purpose out of a run's seed, far from those of other runs and purposes."""
+    """Return the seed of one purpose in a run, which differs from those of other runs and purposes."""
     number = int(np.random.SeedSequence([seed, purpose]).generate_state(1)[0]) % (SEEDS - 10**6)
     return number + SEEDS if evaluation else number
 
@@ -29,10 +29,10 @@ def seed_of(seed: int, purpose: int, *, evaluation: bool = False) -> int:
 def evaluate(
     policy: Policy, envs: Environments, spec: Spec, *, seed: int, greedy: bool
 ) -> tuple[float, float, float]:
-    """Play one whole episode in every environment, unscaled rewards, no discount.
+    """Play one whole episode in every environment.
 
     Returns:
-        Mean return, its standard error over episodes, and mean length.
+        Mean return (of unscaled rewards, undiscounted), its standard error over episodes, and mean length.
     """
     generator = None if greedy else torch.Generator().manual_seed(seed)
     start = seed_of(seed, 1, evaluation=True)
@@ -42,7 +42,7 @@ def evaluate(
 
 
 def evaluation_metrics(policy: Policy, envs: Environments, spec: Spec, *, seed: int) -> dict[str, float]:
-    """Evaluate as it acts in training, and as it acts when it always takes the most probable action."""
+    """Evaluate a policy with sampled actions, as in training, and with the most probable actions."""
     sampled, error, length = evaluate(policy, envs, spec, seed=seed, greedy=False)
     greedy, greedy_error, _ = evaluate(policy, envs, spec, seed=seed, greedy=True)
     return {
@@ -55,9 +55,9 @@ def evaluation_metrics(policy: Policy, envs: Environments, spec: Spec, *, seed: 
 
 
 def film(policy: Policy, spec: Spec, folder: Path, *, seed: int) -> Path:
-    """Film one episode of the most probable actions with gymnasium's RecordVideo; returns the file.
+    """Film one episode with the most probable actions; return the file.
 
-    `check_film` says beforehand whether that can be done.
+    Call `check_film` first: it refuses an environment that cannot be filmed.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -77,10 +77,10 @@ def film(policy: Policy, spec: Spec, folder: Path, *, seed: int) -> Path:
 
 
 def check_film(spec: Spec) -> None:
-    """Refuse what cannot be filmed, before anything is trained.
+    """Refuse an environment that cannot be filmed.
 
     Raises:
-        Refused: no picture of the environment, or no moviepy.
+        Refused: the environment draws no picture, or moviepy is not installed.
     """
     try:
         import moviepy  # noqa: F401

@@ -1,18 +1,18 @@
-"""REINFORCE in NumPy alone: one hidden layer, its gradient by hand, RMSProp, whole episodes. No autodiff.
+"""REINFORCE in NumPy without autodiff: one hidden layer, a gradient by hand, RMSProp, whole episodes.
 
 The policy chooses between two actions, `P(1 | x) = sigmoid(w2 . relu(W1 x + b1) + b2)`. Its score in the
-logit z is `d log P(a) / dz = a - P(1)`, the rest is the chain rule, and each score counts as much as its
-action is praised: by the discounted rewards that follow it, less their mean over the episode's own timesteps,
-over their standard deviation. Among the estimators of
-`tokenrl.core` this is
+logit z is `d log P(a) / dz = a - P(1)`; the rest is the chain rule. The score of each action is multiplied by
+its advantage: the discounted return from that action on, minus the mean of these returns over the
+episode's timesteps, divided by their standard deviation. Among the estimators of `tokenrl.core` this is
 
     Estimator(baseline="episode_mean", scale="episode_std", scale_ddof=0, scale_eps=1e-8,
               returns="reward_to_go", gamma=0.99)
 
-and its `bias_status` is "biased": the episode's mean and deviation contain what its actions led to, and
-discounting from each action on is the gradient of no objective. It works all the same where an episode fails
-at its end, for early actions are praised and late ones blamed. An episode that the time limit cuts off counts
-as one that ended there: its last actions are blamed for nothing they did.
+and its `bias_status` is "biased": mean and standard deviation of the episode depend on the actions that they
+are used for, and discounting from each action on is the gradient of no objective. It works well all the same
+in tasks whose episodes end in failure, because early actions then get positive advantages and late ones
+negative. An episode that the time limit truncates is treated as if it had terminated, so that its last
+actions get negative advantages without having done anything wrong.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 @dataclass(frozen=True)
 class NumpySettings(Settings):
-    """What the agent can be told; the defaults are those that learn CartPole-v1."""
+    """Settings of the agent; the defaults learn CartPole-v1."""
 
     env: str = "CartPole-v1"
     """Gymnasium id of an environment with a vector of observations and two actions."""
     hidden: Count = 100
-    """ReLU units."""
+    """Number of hidden units (ReLU)."""
     gamma: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.99
-    """Discount a step: for what happens 100 steps later an action answers by 0.99^100 = 0.37."""
+    """Discount per step; with 0.99 a reward 100 steps later counts 0.99^100 = 0.37."""
     window: Count | None = None
-    """Each reward is credited to the last so many actions only (the blame window); None for all before it."""
+    """Credit each reward only to this many actions before it (the blame window); None: to all of them."""
     standardise: bool = True
     """Subtract the mean of the episode's returns to go and divide by their standard deviation."""
     episodes_per_update: Count = 5
     """Whole episodes a step of RMSProp."""
     learning_rate: Positive = 1e-3
-    """About how far a weight moves in one step, for RMSProp divides by the size of the gradient."""
+    """About how far a weight moves in one update, because RMSProp divides by the size of the gradient."""
     decay: Annotated[float, Bounds(at_least=0, below=1)] = 0.99
-    """Memory of RMSProp's mean square, a step."""
+    """Decay per update of RMSProp's running mean of squared gradients."""
     epsilon: Positive = 1e-5
-    """Added to RMSProp's root, outside of it."""
+    """Added to the root of that mean, to avoid division by 0."""
     seed: Natural = 0
-    """Of the first weights, of the actions drawn and of the environment."""
+    """Seed of initial weights, sampled actions and environment."""
 
 
 class Weights(NamedTuple):
-    """H hidden units over D observations; a gradient has the same four parts."""
+    """Weights of H hidden units over observations of length D; a gradient has the same four parts."""
 
     w1: Array  # [H, D]
     b1: Array  # [H]
@@ -65,7 +65,7 @@ class Weights(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """T steps: what was seen, done and paid."""
+    """Observations, actions and rewards of T steps."""
 
     observations: Array  # [T, D]
     actions: Array  # [T], 0 or 1
@@ -80,17 +80,17 @@ def initial_weights(observations: int, hidden: int, generator: np.random.Generat
 
 
 def forward(weights: Weights, observations: Array) -> tuple[Array, Array]:
-    """Return the hidden layer, [T, H], and P(1), [T]; of one observation [D], [H] and [1]."""
+    """Return the hidden layer [T, H] and P(1) [T]; for one observation [D], they are [H] and [1]."""
     hidden = np.maximum(observations @ weights.w1.T + weights.b1, 0.0)
     logits = hidden @ weights.w2 + weights.b2
     return hidden, 0.5 + 0.5 * np.tanh(0.5 * logits)  # the sigmoid, without an exponential that overflows
 
 
 def backward(weights: Weights, episode: Episode, advantages: Array) -> Weights:
-    """Return the gradient of `sum_t A_t log P(a_t | x_t)`, A [T] held fixed."""
+    """Return the gradient of `sum_t A_t log P(a_t | x_t)` for fixed advantages A [T]."""
     hidden, probabilities = forward(weights, episode.observations)
     d_logits = advantages * (episode.actions - probabilities)  # [T]
-    d_hidden = np.outer(d_logits, weights.w2) * (hidden > 0)  # [T, H]; a unit that is shut passes nothing on
+    d_hidden = np.outer(d_logits, weights.w2) * (hidden > 0)  # [T, H]; a ReLU at 0 has no slope
     return Weights(
         d_hidden.T @ episode.observations, d_hidden.sum(0), hidden.T @ d_logits, d_logits.sum(keepdims=True)
     )
@@ -107,7 +107,7 @@ def returns_of(rewards: Array, gamma: float, window: int | None = None) -> Array
 
 
 def advantages_of(rewards: Array, settings: NumpySettings) -> Array:
-    """Return what multiplies the scores of one episode, [T], from its rewards, [T]."""
+    """Return the advantages [T] of one episode from its rewards [T]."""
     returns = returns_of(rewards, settings.gamma, settings.window)
     if not settings.standardise:
         return returns
@@ -115,7 +115,7 @@ def advantages_of(rewards: Array, settings: NumpySettings) -> Array:
 
 
 def ascend(weights: Weights, gradient: Weights, squares: Weights, settings: NumpySettings) -> None:
-    """Step uphill by RMSProp, in place: `v <- d v + (1 - d) g^2`, `w <- w + lr g / (sqrt(v) + eps)`."""
+    """Ascend by RMSProp, in place: `v <- d v + (1 - d) g^2`, `w <- w + lr g / (sqrt(v) + eps)`."""
     for weight, slope, square in zip(weights, gradient, squares, strict=True):
         square *= settings.decay
         square += (1.0 - settings.decay) * slope**2
@@ -123,7 +123,7 @@ def ascend(weights: Weights, gradient: Weights, squares: Weights, settings: Nump
 
 
 def play(env: Any, weights: Weights, generator: np.random.Generator) -> Episode:
-    """Play one episode with sampled actions, until it terminates or is cut off."""
+    """Play one episode with sampled actions, until it terminates or is truncated."""
     observations, actions, rewards, over = [env.reset()[0]], [], [], False
     while not over:
         _, probability = forward(weights, observations[-1])
@@ -136,12 +136,12 @@ def play(env: Any, weights: Weights, generator: np.random.Generator) -> Episode:
 
 
 def train_numpy(settings: NumpySettings) -> Iterator[tuple[Weights, list[Episode]]]:
-    """Learn for as long as the caller asks for more; an update gives the weights and the episodes behind it.
+    """Train without end; each update yields the new weights and the episodes that it used.
 
-    The weights are changed in place by the next update: copy what is to be kept.
+    The next update changes the weights in place, so copy those that you want to keep.
 
     Raises:
-        Refused: When the environment cannot be made, or has no vector of observations or not two actions.
+        Refused: The environment cannot be made, or lacks a vector of observations or two discrete actions.
     """
     first, actions, world = np.random.SeedSequence(settings.seed).spawn(3)
     env, generator = make(settings.env), np.random.default_rng(actions)
@@ -161,7 +161,7 @@ def make(name: str) -> Any:
     """Make the environment, a `gymnasium.Env`.
 
     Raises:
-        Refused: As `train` does.
+        Refused: As `train_numpy`.
     """
     import gymnasium
 

@@ -1,10 +1,9 @@
-"""Policies of control: layers, a head that gives the distribution of actions, a critic beside or on top."""
+"""Policies of agents: layers, a head that gives the distribution of actions, and perhaps a critic."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -16,17 +15,18 @@ from tokenrl.errors import Refused
 from tokenrl.settings import check_choice
 
 LOG_STD_RANGE = (-20.0, 2.0)
+"""The log std of a Gaussian is clamped to this range, so that its density stays finite."""
 
 
 def check_head(head: str, discrete: bool) -> None:
-    """Refuse a distribution that cannot give the actions there are; 'auto' fits both.
+    """Refuse a distribution that cannot give the actions of an environment; 'auto' fits any.
 
     Args:
         head: 'auto', 'softmax' or 'gaussian'.
         discrete: Whether the actions are a finite list, rather than vectors of real numbers.
 
     Raises:
-        Refused: For a softmax over continuous actions, or a Gaussian over discrete ones.
+        Refused: The head is a softmax over continuous actions, or a Gaussian over discrete ones.
     """
     check_choice("head", head, ("auto", "softmax", "gaussian"))
     fitting = "softmax" if discrete else "gaussian"
@@ -40,16 +40,16 @@ def check_head(head: str, discrete: bool) -> None:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a policy is made of.
+    """The layers of a policy.
 
     Attributes:
-        observation_size: O.
-        head: `softmax` over A actions, or a diagonal `gaussian` over D numbers.
+        observation_size: O, the length of an observation.
+        head: a `softmax` over A actions, or a diagonal `gaussian` over vectors of D numbers.
         action_size: A or D.
-        hidden: units of each hidden layer; none makes the policy linear in the observations.
-        activation: between layers.
-        critic: None, a `separate` network of the same layers, or one more output (`shared`).
-        normalize_observations: shift and scale observations by what was seen so far.
+        hidden: units of each hidden layer; with no layer the policy is linear in the observations.
+        activation: activation function between layers.
+        critic: None, a `separate` network with the same layers, or one more output (`shared`).
+        normalize_observations: shift and scale observations by the mean and std of those seen so far.
     """
 
     observation_size: int
@@ -60,47 +60,43 @@ class Shape:
     critic: Literal["separate", "shared"] | None = None
     normalize_observations: bool = False
 
-    def as_dict(self) -> dict[str, object]:
-        """Return plain fields, for a file."""
-        return asdict(self)
-
 
 class Scored(NamedTuple):
-    """What a policy says of M actions taken: logprobs, entropies and squared score norms, each [M]."""
+    """Log-probabilities of M actions, with entropies and squared score norms, each [M]."""
 
     logprobs: Tensor
     entropy: Tensor
     score_norms: Tensor
-    """|d logprob / d parameters of the distribution|^2, without gradient."""
+    """|d logprob / d (logits, or mean and log std)|^2, without gradient."""
 
 
 class ObservationScale(nn.Module):
-    """Running mean and standard deviation of observations, saved with the policy (Chan et al. 1979)."""
+    """Running mean and standard deviation of observations (Chan et al. 1979), saved with the policy."""
 
     mean: Tensor
     squares: Tensor
     count: Tensor
 
     def __init__(self, size: int) -> None:
-        """Change nothing until the first `update`."""
+        """Begin without observations; until the first `update`, `forward` changes nothing."""
         super().__init__()
         self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
         self.register_buffer("squares", torch.zeros(size, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, observations: Tensor) -> None:
-        """Take in observations [M, O]."""
+        """Include observations [M, O] in mean and standard deviation."""
         seen = observations.double()
         count = self.count + len(seen)
         shift = seen.mean(0) - self.mean
-        self.squares += (seen - seen.mean(0)).square().sum(0) + shift.square() * self.count * len(
-            seen
-        ) / count
+        # Squared deviations of both sets together: those within each set, and that between their means.
+        between = shift.square() * self.count * len(seen) / count
+        self.squares += (seen - seen.mean(0)).square().sum(0) + between
         self.mean += shift * len(seen) / count
         self.count.copy_(count)
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Shift and scale, and cut at ten standard deviations."""
+        """Shift and scale observations, and clamp them to ten standard deviations."""
         if self.count == 0:
             return observations
         deviation = (self.squares / self.count).sqrt().clamp(min=1e-4)
@@ -108,14 +104,14 @@ class ObservationScale(nn.Module):
 
 
 class Policy(nn.Module):
-    """Distribution of actions given an observation, and a critic if the estimator needs one.
+    """Distribution of actions given an observation, with a critic if the estimator needs one.
 
     Attributes:
-        shape: what it is made of.
+        shape: its layers.
     """
 
     def __init__(self, shape: Shape, generator: torch.Generator | None = None) -> None:
-        """Draw weights: orthogonal layers, a head near 0, so that the first policy is nearly uniform."""
+        """Draw orthogonal weights, near 0 for the head, so that the first policy is nearly uniform."""
         super().__init__()
         self.shape = shape
         self.scale = ObservationScale(shape.observation_size) if shape.normalize_observations else None
@@ -129,7 +125,7 @@ class Policy(nn.Module):
             self.critic = top if shape.critic == "shared" else nn.Sequential(_layers(shape, generator), top)
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Return the parameters of the distribution for observations [M, O]: logits, or mean and log std."""
+        """Return logits [M, A], or means and log stds [M, 2 D], for observations [M, O]."""
         return self.head(self.body(self._scaled(observations)))
 
     def values(self, observations: Tensor) -> Tensor:
@@ -140,31 +136,32 @@ class Policy(nn.Module):
         return self.critic(self.body(scaled) if self.shape.critic == "shared" else scaled).squeeze(-1)
 
     def act(self, observations: Tensor, noise: Tensor | None) -> Tensor:
-        """Draw actions, [M] numbers or [M, D].
+        """Draw actions: indices [M] or vectors [M, D].
 
         Args:
             observations: [M, O].
-            noise: from `noise`; None for the most probable action.
+            noise: random numbers from `noise`, [M, A] or [M, D]; None for the most probable actions.
         """
         parameters = self(observations)
-        if self.shape.head == "softmax":  # the largest of logits plus Gumbel noise is a draw of the softmax
+        if self.shape.head == "softmax":  # the argmax of logits plus Gumbel noise is a draw
             return (parameters if noise is None else parameters + noise).argmax(-1)
         mean, log_std = _mean_and_log_std(parameters)
         return mean if noise is None else mean + log_std.exp() * noise
 
     def noise(self, *count: int, generator: torch.Generator) -> Tensor:
-        """Draw what `act` needs, [*count, A or D]: Gumbel or standard normal."""
+        """Draw the random numbers that `act` needs, [*count, A] (Gumbel) or [*count, D] (standard normal)."""
         size = (*count, self.shape.action_size)
         if self.shape.head == "softmax":
             return torch.empty(size).exponential_(generator=generator).log_().neg_()
         return torch.randn(size, generator=generator)
 
     def score(self, observations: Tensor, actions: Tensor) -> Scored:
-        """Say how probable actions [M] or [M, D] are, with gradient; summed over the numbers of an action."""
+        """Return the log-probabilities of actions [M] or [M, D], with gradient, and entropies."""
         parameters = self(observations)
         if self.shape.head == "softmax":
             logprobs = parameters.log_softmax(-1)
             taken = logprobs.gather(-1, actions[:, None]).squeeze(-1)
+            # The score in the logits is onehot(a) - pi; its squared norm is 1 - 2 pi(a) + sum pi^2.
             chances = logprobs.detach().exp()
             norms = 1 - 2 * taken.detach().exp() + chances.square().sum(-1)
             return Scored(taken, token_entropy(parameters), norms)
@@ -172,11 +169,12 @@ class Policy(nn.Module):
         z = (actions - mean) / log_std.exp()
         taken = (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
         entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+        # Derivatives of the log density: z / std in the mean, z^2 - 1 in the log std.
         slopes = (z / log_std.exp()).square() + (z.square() - 1).square()
         return Scored(taken, entropy, slopes.sum(-1).detach())
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """Return what the policy's gradient moves, a shared critic included."""
+        """Return all parameters but those of a separate critic."""
         separate = set(self.value_parameters())
         return [parameter for parameter in self.parameters() if parameter not in separate]
 
@@ -196,14 +194,10 @@ def _mean_and_log_std(parameters: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _layers(shape: Shape, generator: torch.Generator | None) -> nn.Sequential:
-    sizes: Sequence[int] = [shape.observation_size, *shape.hidden]
+    activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[shape.activation]
     layers: list[nn.Module] = []
-    for before, after in pairwise(sizes):
-        gain = math.sqrt(2)
-        layers += [
-            _linear(before, after, gain, generator),
-            {"tanh": nn.Tanh, "relu": nn.ReLU}[shape.activation](),
-        ]
+    for before, after in pairwise([shape.observation_size, *shape.hidden]):
+        layers += [_linear(before, after, math.sqrt(2), generator), activation()]
     return nn.Sequential(*layers)
 
 

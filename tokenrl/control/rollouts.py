@@ -1,4 +1,4 @@
-"""Episodes, or pieces of them, as rows: the same [N, T] tensors as completions of a language model."""
+"""Collects episodes, or pieces of them, as rows of [N, T] tensors, like completions of a language model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from tokenrl.control.environments import Environments
 from tokenrl.control.policies import Policy
 
 NOISE_CHUNK = 64
+"""Steps for which random numbers are drawn at once, because each draw has a fixed cost."""
 
 
 class Rollout(NamedTuple):
     """N rows of at most T steps; a row is an episode, or a piece of one.
 
     Attributes:
-        observations: in which each action was taken [N, T, O]; anything where the mask is False.
-        actions: [N, T] numbers, or [N, T, D]; anything where the mask is False.
-        rewards: [N, T], as the environment gave them; zeros where the mask is False.
-        mask: steps that were taken [N, T].
-        terminated: rows that ended in a final state [N].
-        truncated: rows that a time limit ended [N]; a row that is neither goes on in a later rollout.
-        final_observations: after the last step of each row [N, O].
-        returns: undiscounted, of the episodes that ended in this rollout, and the lengths of those.
-        env_steps: steps taken by the environments, those of the mask.
+        observations: the observation before each action, [N, T, O]; arbitrary where the mask is False.
+        actions: indices [N, T] or vectors [N, T, D]; arbitrary where the mask is False.
+        rewards: unscaled rewards [N, T]; zero where the mask is False.
+        mask: True for the steps that were taken, [N, T].
+        terminated: True for rows that ended in a terminal state, [N].
+        truncated: True for rows that a time limit ended, [N]; a row that is neither continues later.
+        final_observations: the observation after the last step of each row, [N, O].
+        returns: undiscounted returns of the episodes that ended in this rollout.
+        lengths: lengths of those episodes.
+        env_steps: number of steps taken, the sum of the mask.
     """
 
     observations: Tensor
@@ -45,16 +47,16 @@ class Rollout(NamedTuple):
 def collect_episodes(
     envs: Environments, policy: Policy, horizon: int, generator: torch.Generator | None, *, seed: int | None
 ) -> Rollout:
-    """Play one whole episode in every environment; a greedy one without a generator.
+    """Play one whole episode in every environment.
 
-    One each, not the first N that end: those would be the short ones.
+    Each environment plays exactly one. The first N episodes to end would be a biased sample: the short ones.
 
     Args:
-        envs: all are reset.
-        policy: what acts.
-        horizon: the most steps an episode has.
-        generator: of the policy's draws.
-        seed: of the starting states; None goes on with the environments' own random states.
+        envs: the environments, which are all reset.
+        policy: chooses the actions.
+        horizon: the largest number of steps of an episode.
+        generator: random numbers of the actions; None for the most probable actions.
+        seed: seed of the starting states; None continues with the random states of the environments.
     """
     observation = envs.reset(seed)
     alive = np.ones(envs.num_envs, bool)
@@ -81,63 +83,60 @@ def collect_episodes(
                 break
     final = np.where(alive[:, None], observation, final)
     mask = torch.from_numpy(np.stack(masks, 1))
-    paid = torch.from_numpy(np.stack(rewards, 1).astype(np.float32)) * mask
+    # An environment whose episode has ended plays on until the others end; those rewards do not count.
+    counted = torch.from_numpy(np.stack(rewards, 1).astype(np.float32)) * mask
     ended = torch.from_numpy(terminated)
     shown = torch.stack(seen, 1)
     taken = torch.stack(acts, 1)
     return Rollout(
-        shown, taken, paid, mask, ended, ~ended, torch.from_numpy(np.asarray(final, np.float32)),
-        paid.sum(1), mask.sum(1), int(mask.sum()),
+        shown, taken, counted, mask, ended, ~ended, torch.from_numpy(np.asarray(final, np.float32)),
+        counted.sum(1), mask.sum(1), int(mask.sum()),
     )  # fmt: skip
 
 
 class Pieces:
-    """Collects a fixed number of steps of every environment, again and again; episodes go on in between."""
+    """Collects a fixed number of steps of every environment per rollout; episodes go on in the next."""
 
     def __init__(self, envs: Environments, num_steps: int, *, seed: int) -> None:
-        """Start an episode everywhere."""
+        """Start an episode in every environment."""
         self.envs, self.num_steps = envs, num_steps
         self._observation = envs.reset(seed)
-        self._dummy = np.zeros(envs.num_envs, bool)  # the next step only resets
-        self._earned = np.zeros(envs.num_envs)
+        self._dummy = np.zeros(envs.num_envs, bool)  # whether the next step only resets
+        self._returns = np.zeros(envs.num_envs)
         self._length = np.zeros(envs.num_envs, int)
 
     @torch.no_grad()
     def collect(self, policy: Policy, generator: torch.Generator) -> Rollout:
-        """Take `num_steps` steps everywhere; each episode that was at work in them gives one row."""
+        """Take `num_steps` steps in every environment; every episode with a step among them gives a row."""
         noise = policy.noise(self.num_steps, self.envs.num_envs, generator=generator)
-        seen, acts, rewards, dones, cuts, dummies = [], [], [], [], [], []
+        taken: list[tuple[Tensor, ...]] = []
         returns: list[float] = []
         lengths: list[int] = []
         for t in range(self.num_steps):
             now = torch.from_numpy(self._observation)
             actions = policy.act(now, noise[t])
             self._observation, reward, done, cut = self.envs.step(actions.numpy())
-            seen.append(now)
-            acts.append(actions)
-            rewards.append(torch.from_numpy(np.asarray(reward, np.float32)))
-            dones.append(torch.from_numpy(done.copy()))
-            cuts.append(torch.from_numpy(cut.copy()))
-            dummies.append(torch.from_numpy(self._dummy))
+            numbers = (np.asarray(reward, np.float32), done.copy(), cut.copy(), self._dummy)
+            taken.append((now, actions, *map(torch.from_numpy, numbers)))
             self._count(reward, done | cut, returns, lengths)
         after = torch.from_numpy(self._observation)
-        steps = Steps(*(torch.stack(x, 1) for x in (seen, acts, rewards, dones, cuts, dummies)))
+        steps = Steps(*(torch.stack(values, 1) for values in zip(*taken, strict=True)))
         return into_rows(steps, after, torch.tensor(returns), torch.tensor(lengths))
 
     def _count(self, reward: np.ndarray, over: np.ndarray, returns: list[float], lengths: list[int]) -> None:
-        self._earned += np.where(self._dummy, 0.0, reward)
+        self._returns += np.where(self._dummy, 0.0, reward)
         self._length += ~self._dummy
         over = over & ~self._dummy
-        returns += self._earned[over].tolist()
+        returns += self._returns[over].tolist()
         lengths += self._length[over].tolist()
-        self._earned[over], self._length[over] = 0.0, 0
+        self._returns[over], self._length[over] = 0.0, 0
         self._dummy = over
 
 
 class Steps(NamedTuple):
-    """What E environments did in n steps, ends of episodes and dummy steps (which only reset) included.
+    """The n steps of E environments, with dummy steps, which only reset.
 
-    Shapes are [E, n, O] for observations, [E, n] or [E, n, D] for actions, [E, n] for the rest.
+    Shapes are [E, n, O] for observations, [E, n] or [E, n, D] for actions, and [E, n] for all others.
     """
 
     observations: Tensor
@@ -149,13 +148,13 @@ class Steps(NamedTuple):
 
 
 def into_rows(steps: Steps, after: Tensor, returns: Tensor, lengths: Tensor) -> Rollout:
-    """Cut steps at the ends of episodes and leave the dummy steps out.
+    """Split the steps into rows at the ends of episodes, without the dummy steps.
 
     Args:
-        steps: all of them.
-        after: observations after the last step [E, O].
-        returns: of the episodes that ended.
-        lengths: of the episodes that ended.
+        steps: all steps of a rollout.
+        after: observations after the last step, [E, O].
+        returns: undiscounted returns of the episodes that ended.
+        lengths: lengths of those episodes.
     """
     real = ~steps.dummy
     first = real & torch.nn.functional.pad(steps.dummy[:, :-1], (1, 0), value=True)
@@ -169,7 +168,8 @@ def into_rows(steps: Steps, after: Tensor, returns: Tensor, lengths: Tensor) -> 
     def rows(x: Tensor) -> Tensor:
         return x.new_zeros(count, width, *x.shape[2:]).index_put(place, x[real])
 
-    # What follows a step, at the end of an episode its last observation: gymnasium resets one step later.
+    # The observation after each step. At the end of an episode that is its final observation, because
+    # gymnasium resets one step later.
     following = torch.cat([steps.observations[:, 1:], after[:, None]], 1)
     mask = rows(real)
     last = (torch.arange(count), mask.sum(1) - 1)

@@ -1,4 +1,4 @@
-"""A control run: what it is made of, what it shows, and what is left of it."""
+"""Holds the parts of a control run, its header, and its result."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tokenrl.runs.session import Session
 
 @dataclass(frozen=True)
 class ControlResult(Outcome):
-    """What a control run came to; see `Outcome` for the other fields.
+    """The result of a control run; see `Outcome` for the other fields.
 
     Attributes:
         exit_reason: `finished`, `solved` (early, with stop_when_solved), `check`, `SIGTERM` or `SIGINT`.
-        eval_before: mean return of fresh episodes, sampled (`reward`) and with the most probable actions
-            (`reward_greedy`), before training.
-        env_steps: steps of the environments learnt from.
-        solved: whether `reward` after training reaches the environment's threshold; None without one.
-        flags: what a reader of the numbers should know, such as `entropy-collapsed`.
+        eval_before: before training, the mean return of evaluation episodes with sampled actions (`reward`)
+            and with the most probable ones (`reward_greedy`).
+        env_steps: number of environment steps that were trained on.
+        solved: whether `reward` after training reaches the environment's threshold; None without a threshold.
+        flags: warnings about the result, such as `entropy-collapsed`.
         train_cpu_seconds: processor time of rollouts and updates.
         policy: the trained policy.
     """
@@ -42,32 +42,32 @@ class ControlResult(Outcome):
 
     @property
     def env_steps_per_cpu_second(self) -> float:
-        """Environment steps learnt from, per second of processor time of rollouts and updates."""
+        """Environment steps per second of processor time of rollouts and updates."""
         return self.env_steps / max(self.train_cpu_seconds, 1e-9)
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json says, with the rate of training if there was any."""
+        """Return the content of summary.json, with the rate of training if there was any."""
         rate = {"env_steps_per_second": self.env_steps_per_cpu_second} if self.env_steps else {}
         return super().summary() | rate
 
 
 @dataclass
 class Run:
-    """What a run is made of, and how far it has come.
+    """The parts of a run, and its progress.
 
     Attributes:
-        args: the settings, with nothing left open.
-        spec: the environment's facts.
-        agent: the policy and what updates it.
-        envs: environments to learn from.
-        eval_envs: environments to evaluate in.
+        args: the settings.
+        spec: the facts about the environment.
+        agent: the policy with everything that updates change.
+        envs: environments for training.
+        eval_envs: environments for evaluation.
         actions: random numbers of the actions.
-        pieces: deals out pieces of episodes, with num_steps, once the first was asked for.
-        env_steps: steps learnt from.
+        pieces: collects pieces of episodes; only with `num_steps`, from the first rollout on.
+        env_steps: number of environment steps trained on so far.
         cpu_seconds: processor time of rollouts and updates.
-        train_seconds: the same by the clock.
+        train_seconds: wall-clock time of rollouts and updates.
         last_reward: mean return of the latest rollout in which an episode ended.
-        entropies: of each update, in nats per action.
+        entropies: entropy of each update, in nats per action.
     """
 
     args: ControlSettings
@@ -90,21 +90,21 @@ class Run:
 
     @property
     def title(self) -> str:
-        """The run in a few words: environment, estimator, seed."""
+        """Environment, estimator and seed of the run, for headings."""
         return f"{self.spec.env}, {preset_name(self.args.estimator)}, seed {self.args.seed}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts that a continuation needs, as plain numbers."""
+        """Return the progress that is needed to continue the run, as plain numbers."""
         return {"env_steps": self.env_steps, "last_reward": self.last_reward, "entropies": self.entropies}
 
     def solved(self, evaluation: dict[str, float]) -> bool | None:
-        """Whether an evaluation reaches the environment's threshold; None without either."""
+        """Return whether an evaluation reaches the environment's threshold; None if either is missing."""
         if self.spec.solved is None or "reward" not in evaluation:
             return None
         return evaluation["reward"] >= self.spec.solved
 
     def result(self, session: Session, reason: str) -> ControlResult:
-        """The run as its caller gets it; `reason` says how it ended, if no signal ended it."""
+        """Return the result of the run; `reason` says how it ended, unless a signal ended it."""
         outcome = session.outcome(reason)
         return ControlResult(
             **outcome,
@@ -116,14 +116,14 @@ class Run:
         )
 
     def _flags(self) -> list[str]:
-        if self.args.head != "softmax":  # the entropy of a density may be negative without any collapse
+        if self.args.head != "softmax":  # the entropy of a density may well be negative
             return []
         collapsed = entropy_collapsed(self.args.estimator.entropy_coef, self.last_entropy)
         return ["entropy-collapsed"] if collapsed else []
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """What the header says of a run."""
+    """Return the facts about a run that its header shows."""
     args, spec, policy, estimator = run.args, run.spec, run.agent.policy, run.args.estimator
     own = sum(p.numel() for p in policy.policy_parameters())
     critic = sum(p.numel() for p in policy.value_parameters())
@@ -147,14 +147,14 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def save(run: Run, session: Session) -> None:
-    """Save a checkpoint: the policy, and the state of what the session knows."""
+    """Save a checkpoint: the policy, and the states that are registered with the session."""
     session.save(
         lambda path: save_policy(run.agent.policy, path, env=run.spec.env), keep=run.args.keep_checkpoints
     )
 
 
 def finish(run: Run, session: Session, ended: ControlResult) -> None:
-    """Save the policy, write summary and report, and show the end."""
+    """Save the policy, write summary and report, and print the result."""
     session.finish(ended, lambda path: save_policy(run.agent.policy, path, env=run.spec.env))
     if "entropy-collapsed" in ended.flags:
         session.console.warn(entropy_collapse_message(run.last_entropy))

@@ -1,4 +1,4 @@
-"""A policy on disk: policy.json says what it is made of, policy.safetensors holds the numbers."""
+"""Saves and loads a policy: policy.json holds its shape, policy.safetensors its weights."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tokenrl.runs.files import write_json
 
 
 def save_policy(policy: Policy, folder: Path, **facts: Any) -> None:
-    """Write the policy into an existing folder; `facts`, such as the environment, go into policy.json."""
-    write_json(folder / "policy.json", {"shape": policy.shape.as_dict(), **facts})
+    """Write a policy into an existing folder; `facts`, such as the environment, go into policy.json."""
+    write_json(folder / "policy.json", {"shape": policy.shape, **facts})
     save_file(policy.state_dict(), folder / "policy.safetensors")
 
 
 def read_policy(folder: str | Path) -> Policy:
-    """Make the policy that was saved in a folder, a run directory or its `model/`.
+    """Read the policy that was saved in a folder, a run directory or its `model/`.
 
     Raises:
-        Refused: there is none, or it is damaged.
+        Refused: the folder holds no policy, or it is damaged.
     """
     place = Path(folder)
     place = place / "model" if (place / "model" / "policy.json").is_file() else place
@@ -41,14 +41,14 @@ def read_policy(folder: str | Path) -> Policy:
 
 
 def load_policy(policy: Policy, folder: str | Path) -> None:
-    """Give a policy the numbers of a saved one of the same shape.
+    """Give a policy the weights of a saved policy of the same shape.
 
     Raises:
-        Refused: there is none, or it has another shape.
+        Refused: the folder holds no policy, or one of another shape.
     """
     saved = read_policy(folder)
     if saved.shape != policy.shape:
-        wanted, found = policy.shape.as_dict(), saved.shape.as_dict()
+        wanted, found = vars(policy.shape), vars(saved.shape)
         other = ", ".join(
             f"{k} {found[k]!r} instead of {wanted[k]!r}" for k in wanted if found[k] != wanted[k]
         )

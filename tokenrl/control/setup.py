@@ -1,8 +1,9 @@
-"""Everything before the first update of a control run: settings checked, policy and environments made."""
+"""Prepares a control run: checks its settings, makes policy, optimiser and environments."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -20,32 +21,32 @@ from tokenrl.settings import settled
 
 
 def resolve(args: ControlArguments, spec: Spec) -> ControlSettings:
-    """Settle what the arguments leave open, and refuse what does not fit the environment.
+    """Fill in the defaults that the arguments leave open, and refuse what does not fit the environment.
 
     Raises:
-        Refused: a head for other actions, an estimator without meaning here, no baseline on long episodes.
+        Refused: the head cannot give the actions; the estimator has no meaning for environments; there is no
+            baseline although episodes may be long; or a video is asked for that cannot be made.
     """
-    head = ("softmax" if spec.discrete else "gaussian") if args.head == "auto" else args.head
-    check_head(head, discrete=spec.discrete)
+    check_head(args.head, discrete=spec.discrete)
     check_horizon(args.estimator, spec.horizon, allow_no_baseline=args.allow_no_baseline)
     check_supported(args.estimator, args)
     if args.video:
         check_film(spec)
     found = {"eval_every": max(1, args.max_steps // 10), "value_learning_rate": args.learning_rate}
-    return settled(ControlSettings, replace(args, head=head), found)
+    return settled(ControlSettings, replace(args, head=spec.head), found)
 
 
 def prepare(args: ControlSettings, spec: Spec) -> Run:
-    """Make policy, optimisers and environments.
+    """Make policy, optimiser and environments.
 
     Raises:
-        Refused: a group comparison of too few episodes, a policy to load that does not fit.
+        Refused: the estimator compares more episodes than `num_envs`, or the policy to load does not fit.
     """
-    estimator, discrete = args.estimator, spec.discrete
+    estimator = args.estimator
     shape = Shape(
         observation_size=spec.observation_size,
-        head="softmax" if discrete else "gaussian",
-        action_size=(spec.actions or 0) if discrete else spec.action_size,
+        head=args.head,
+        action_size=spec.actions or spec.action_size,
         hidden=tuple(args.hidden),
         activation=args.activation,
         critic=args.value_network if estimator.needs_values else None,
@@ -57,13 +58,15 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
     policy = Policy(shape, torch.Generator().manual_seed(seed_of(args.seed, 10)))
     if args.load is not None:
         load_policy(policy, args.load)
-    critic = policy.value_parameters()
+    groups: list[dict[str, Any]] = [
+        {"params": policy.policy_parameters()},
+        {"params": policy.value_parameters(), "lr": args.value_learning_rate},
+    ]
     agent = Agent(
         policy=policy,
         args=args,
         horizon=spec.horizon,
-        optimizer=torch.optim.Adam(policy.policy_parameters(), lr=args.learning_rate, fused=True),
-        value_optimizer=torch.optim.Adam(critic, lr=args.value_learning_rate, fused=True) if critic else None,
+        optimizer=torch.optim.Adam(groups, lr=args.learning_rate, fused=True),
         running_mean=RunningMean(estimator.running_mean_decay, estimator.running_mean_init),
         diagnostics=GradientDiagnostics(args.diagnostics_every),
         generator=torch.Generator().manual_seed(seed_of(args.seed, 11)),

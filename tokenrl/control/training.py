@@ -1,4 +1,4 @@
-"""The loop of control: roll out, learn, evaluate, record, save. It mirrors the language side's."""
+"""Trains an agent: the loop that rolls out, updates, evaluates, records and saves."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ def train_agent(args: ControlArguments | None = None, **options: Any) -> Control
     """Train an agent by policy gradients; the keywords are the fields of `ControlArguments`.
 
     Args:
-        args: all settings at once.
-        **options: or some of them; `estimator` may be a preset's name.
+        args: all settings as one object.
+        **options: or the settings that differ from their defaults; `estimator` may be the name of a preset.
+
+    Returns:
+        The result of the run, with the trained policy and its evaluations.
 
     Raises:
-        Refused: something was unusable before the first update.
-        Stopped: the run could not go on; what was saved stays.
+        Refused: a setting cannot be used; raised before the first update.
+        Stopped: the run failed; its checkpoints stay.
 
     Example:
         >>> from tokenrl import train_agent
@@ -52,7 +55,7 @@ def train_agent(args: ControlArguments | None = None, **options: Any) -> Control
             session.evaluated(_evaluate(run))
             if args.check:
                 session.console.note(
-                    "Check passed: environment, policy and estimator work together. Nothing trained."
+                    "Check passed: environment, policy and estimator work together. Nothing was trained."
                 )
                 return run.result(session, "check")
             session.begin(args, names={}, title=run.title, solved=spec.solved)
@@ -60,13 +63,12 @@ def train_agent(args: ControlArguments | None = None, **options: Any) -> Control
 
 
 def _loop(run: Run, session: Session) -> ControlResult:
-    """Train to the last update, the first signal, or the solution."""
-    args, schedules = run.args, _schedules(run)
+    """Train until the last step, the first signal, or until the environment is solved."""
+    args, schedule = run.args, _schedule(run)
     solved = args.stop_when_solved and run.solved(session.eval_before) is True
     for step in session.steps(0 if solved else args.max_steps):
         metrics = _one_update(run, step)
-        for schedule in schedules:
-            schedule.step()
+        schedule.step()
         if session.due(args.eval_every):
             found = _evaluate(run)
             metrics |= session.evaluated(found)
@@ -89,7 +91,7 @@ def _loop(run: Run, session: Session) -> ControlResult:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Layers this small lose more to threads that wait for each other than they gain."""
+    """Use one thread: in layers this small, threads lose more by waiting for each other than they gain."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -131,15 +133,14 @@ def _collect(run: Run, step: int) -> Rollout:
     return run.pieces.collect(run.agent.policy, run.actions)
 
 
-def _schedules(run: Run) -> list[LambdaLR]:
+def _schedule(run: Run) -> LambdaLR:
     """Let the learning rates of policy and critic stay, or fall linearly to 0 over the run."""
     args = run.args
 
     def share(updates: int) -> float:
-        return 1.0 if args.learning_rate_schedule == "constant" else 1 - updates / args.max_steps
+        return 1.0 if args.learning_rate_schedule == "constant" else 1 - updates / max(args.max_steps, 1)
 
-    optimizers = (run.agent.optimizer, run.agent.value_optimizer)
-    return [LambdaLR(optimizer, share) for optimizer in optimizers if optimizer is not None]
+    return LambdaLR(run.agent.optimizer, share)
 
 
 def _evaluate(run: Run) -> dict[str, float]:

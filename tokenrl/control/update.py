@@ -1,4 +1,4 @@
-"""From a rollout to new weights: the estimator of the language side, on actions instead of tokens."""
+"""Updates a policy from a rollout, with the same estimators as language models: actions stand for tokens."""
 
 from __future__ import annotations
 
@@ -21,26 +21,24 @@ from tokenrl.errors import Refused, Stopped
 
 @dataclass
 class Agent:
-    """What an update changes: the policy, its optimisers, the running mean, and the settings.
+    """The policy with everything else that updates change, and the settings of updates.
 
     Attributes:
         policy: the policy, with a critic if the estimator needs one.
-        args: settings.
-        horizon: the most steps of an episode.
-        optimizer: of the policy, and of a shared critic.
-        value_optimizer: of a separate critic.
-        running_mean: of past returns.
-        diagnostics: measures the gradient's noise, if asked for.
-        generator: of minibatches.
-        nonfinite: updates in a row whose gradient was not finite.
-        skipped: all such updates so far.
+        args: the settings.
+        horizon: the largest number of steps of an episode.
+        optimizer: has two groups of parameters, those of the policy and those of a separate critic.
+        running_mean: running mean of past returns, for the baseline `running_mean`.
+        diagnostics: measures the noise of the gradient, if the settings ask for it.
+        generator: random numbers that assign actions to minibatches.
+        nonfinite: number of latest updates in a row whose gradient was not finite.
+        skipped: number of all updates so far whose gradient was not finite.
     """
 
     policy: Policy
     args: ControlSettings
     horizon: int
     optimizer: torch.optim.Optimizer
-    value_optimizer: torch.optim.Optimizer | None
     running_mean: RunningMean
     diagnostics: GradientDiagnostics
     generator: torch.Generator
@@ -48,13 +46,13 @@ class Agent:
     skipped: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a continuation needs beside weights, as plain numbers."""
+        """Return the state beside the weights that is needed to continue, as plain numbers."""
         mean = self.running_mean.state_dict()
         return {"running_mean": mean, "nonfinite": self.nonfinite, "skipped": self.skipped}
 
 
 class Flat(NamedTuple):
-    """M units that the loss adds up: single actions [M, 1], or rows [N, T] where it looks along them."""
+    """M units that the loss sums: single actions [M, 1], or whole rows [N, T] if it compares their steps."""
 
     observations: Tensor
     actions: Tensor
@@ -65,18 +63,18 @@ class Flat(NamedTuple):
     old_values: Tensor
     returns: Tensor
     row: Tensor
-    """Which row of the rollout each unit comes from."""
+    """The row of the rollout that each unit comes from, [M]."""
 
     def part(self, chosen: Tensor) -> Flat:
-        """Take some of the units."""
+        """Return some of the units."""
         return Flat(*(x[chosen] for x in self))
 
 
 def check_supported(estimator: Estimator, args: ControlArguments) -> None:
-    """Refuse what has no meaning for an environment.
+    """Refuse settings of the estimator that have no meaning in an environment.
 
     Raises:
-        Refused: naming the field, and what to choose.
+        Refused: the message names the field, and what to choose.
     """
     wrong = {
         "beta": estimator.beta > 0 and "there is no reference policy",
@@ -84,7 +82,7 @@ def check_supported(estimator: Estimator, args: ControlArguments) -> None:
         "zero_spread": estimator.zero_spread != "keep" and "there are no prompts to leave out",
         "truncations": estimator.truncations != "keep"
         and "time limits are handled by the value that follows",
-        "overlong_buffer": estimator.overlong_buffer > 0 and "the environment decides what length is worth",
+        "overlong_buffer": estimator.overlong_buffer > 0 and "the environment itself rewards length",
     }
     for what, why in wrong.items():
         if why:
@@ -93,23 +91,23 @@ def check_supported(estimator: Estimator, args: ControlArguments) -> None:
         return
     if not estimator.needs_values:
         raise Refused(
-            f"num_steps {args.num_steps} cuts episodes, and only a critic can stand in for what is cut "
-            f"off; the estimator has none (baseline {estimator.baseline!r}, returns {estimator.returns!r}). "
-            "Choose the baseline 'value' (presets a2c, ppo), or leave num_steps out: whole episodes."
+            f"num_steps {args.num_steps} cuts episodes, and only a critic can estimate the returns that are "
+            f"cut off; there is none (baseline {estimator.baseline!r}, returns {estimator.returns!r}). "
+            "Choose the baseline 'value' (presets a2c, ppo), or leave num_steps out to use whole episodes."
         )
     if estimator.baseline != "value" or estimator.scale not in ("none", "token_whiten"):
         raise Refused(
             f"num_steps {args.num_steps} cuts episodes, and pieces of episodes cannot be compared with "
             f"each other as baseline {estimator.baseline!r} with scale {estimator.scale!r} does. Choose the "
-            "baseline 'value' with scale 'none' or 'token_whiten', or leave num_steps out: whole episodes."
+            "baseline 'value' with scale 'none' or 'token_whiten', or leave num_steps out for whole episodes."
         )
 
 
 def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
-    """Do all updates of one rollout; afterwards the running mean and the observations' scale know it too.
+    """Do all updates of one rollout; then update the running mean and the scale of observations with it.
 
     Returns:
-        Metrics: means over the updates, and what the rollout itself was like.
+        Metrics: those of the updates, averaged, and those of the rollout.
 
     Raises:
         Stopped: too many updates in a row had a gradient that was not finite.
@@ -124,9 +122,11 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
         order = torch.randperm(units, generator=agent.generator) if several else torch.arange(units)
         for chosen in order.tensor_split(min(args.num_minibatches, units)):
             part = flat.part(chosen) if several else flat
+            # The expected gradient of a minibatch is that of the whole rollout.
             part = part._replace(weights=part.weights * (flat.mask.sum() / part.mask.sum().clamp(min=1)))
             measure = not history and agent.diagnostics.due(step)
             history.append(_update(agent, estimator, part, len(rollout.mask), measure=measure))
+    # Only now, so that the rewards of this rollout do not enter their own baseline.
     if estimator.baseline == "running_mean":
         metrics["baseline"] = agent.running_mean.value
         agent.running_mean.update(rollout.rewards * args.reward_scale)
@@ -138,7 +138,7 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
 
 
 def scheduled(args: ControlArguments, step: int) -> Estimator:
-    """Return the estimator of an update, counted from 1: its entropy bonus may fall to 0 over the run."""
+    """Return the estimator of a step, counted from 1; its entropy bonus may fall to 0 over the run."""
     if args.entropy_schedule == "constant" or not args.estimator.needs_entropy:
         return args.estimator
     left = 1 - (step - 1) / max(args.max_steps, 1)
@@ -147,15 +147,16 @@ def scheduled(args: ControlArguments, step: int) -> Estimator:
 
 @torch.no_grad()
 def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat, dict[str, float]]:
-    """Turn a rollout into what the loss needs, and say what the policy was like in it."""
+    """Compute what the loss needs from a rollout, and metrics of the policy that played it."""
     policy, mask = agent.policy, rollout.mask
-    whole = rows_of(mask)
     scored = values = bootstrap = None
     before = estimator.needs_old_logprobs or estimator.needs_sampling_logprobs
     if before or estimator.needs_score_norms:
         scored = policy.score(rollout.observations[mask], rollout.actions[mask])
     if estimator.needs_values:
-        values = whole(policy.values(rollout.observations[mask]))
+        values = in_rows(policy.values(rollout.observations[mask]), mask)
+        # A terminal state has value 0. A truncated episode would have gone on: the critic's value stands for
+        # the rest, except with gamma 1, where the return of an episode is the sum of its own rewards.
         goes_on = ~rollout.terminated & (~rollout.truncated if estimator.gamma == 1 else True)
         bootstrap = torch.where(goes_on, policy.values(rollout.final_observations), 0.0)
     rewards = rollout.rewards * agent.args.reward_scale
@@ -165,23 +166,24 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat,
         group_size=len(mask) if estimator.needs_groups else None,
         values=values,
         bootstrap=bootstrap,
-        score_norms=whole(scored.score_norms) if scored is not None else None,
+        score_norms=in_rows(scored.score_norms, mask) if scored is not None else None,
         baseline_value=agent.running_mean.value,
     )
     weights = estimator.token_weights(mask, max_length=agent.horizon)
-    paid = advantages.policy
-    paid = paid[:, None].expand(mask.shape) if paid.ndim == 1 else paid
-    metrics = {"advantage_std": float(paid[mask].std())}
+    per_step = advantages.policy
+    per_step = per_step[:, None].expand(mask.shape) if per_step.ndim == 1 else per_step
+    metrics = {"advantage_std": float(per_step[mask].std())}
     if values is not None:
         metrics["explained_variance"] = explained(values[mask], advantages.returns[mask])
     flat = Flat(
         rollout.observations,
         rollout.actions,
         mask,
-        paid,
-        weights.to(paid.dtype),
-        paid if scored is None else whole(scored.logprobs),  # not looked at without a ratio
-        paid if values is None else values,
+        per_step,
+        weights.to(per_step.dtype),
+        # Where there are no old logprobs or values, the loss does not read these fields.
+        per_step if scored is None else in_rows(scored.logprobs, mask),
+        per_step if values is None else values,
         advantages.returns,
         torch.arange(len(mask)),
     )
@@ -192,33 +194,27 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat,
 
 
 def one_by_one(rows: Flat) -> Flat:
-    """Make every action a unit of its own, without the padding."""
+    """Make every action a unit of its own, and leave out the padding."""
     mask = rows.mask
     each = [x[mask][:, None] for x in rows[:-1]]
     return Flat._make([*each, rows.row.repeat_interleave(mask.sum(1))])
 
 
-def rows_of(mask: Tensor) -> Any:
-    """Make the function that lays numbers of the steps taken [M] out as rows [N, T], with zeros between."""
-
-    def whole(numbers: Tensor) -> Tensor:
-        return numbers.new_zeros(mask.shape).masked_scatter(mask, numbers)
-
-    return whole
+def in_rows(numbers: Tensor, mask: Tensor) -> Tensor:
+    """Place numbers of the M steps taken, [M], in rows [N, T] of zeros, where the mask is True."""
+    return numbers.new_zeros(mask.shape).masked_scatter(mask, numbers)
 
 
 def explained(values: Tensor, returns: Tensor) -> float:
-    """Share of the returns' variance that the critic explains; 1 is all of it, below 0 it misleads."""
+    """Return the share of the returns' variance that the critic explains: at most 1; below 0 it does harm."""
     spread = float(returns.var())
     return 1 - float((returns - values).var()) / spread if spread > 0 else math.nan
 
 
 def _update(agent: Agent, estimator: Estimator, flat: Flat, rows: int, *, measure: bool) -> dict[str, float]:
     policy, parameters = agent.policy, agent.policy.policy_parameters()
-    for optimizer in (agent.optimizer, agent.value_optimizer):
-        if optimizer is not None:
-            optimizer.zero_grad()
-    early = flat.row < (rows + 1) // 2  # whole episodes: the halves are independent but for a common baseline
+    agent.optimizer.zero_grad()
+    early = flat.row < (rows + 1) // 2  # two halves, independent but for a common baseline
     half = None
     loss, value_loss, entropy = 0.0, 0.0, 0.0
     for part in [flat.part(early), flat.part(~early)] if measure else [flat]:
@@ -237,33 +233,33 @@ def _update(agent: Agent, estimator: Estimator, flat: Flat, rows: int, *, measur
 
 
 def _losses(agent: Agent, estimator: Estimator, part: Flat, actions: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses of policy and critic, and entropy: sums over the part, of which `actions` make the whole."""
+    """Return the losses of policy and critic and the entropy: this part's share of means over `actions`."""
     policy, mask, args = agent.policy, part.mask, agent.args
     observations = part.observations[mask]
-    whole = rows_of(mask)
     scored = policy.score(observations, part.actions[mask])
     objective = estimator.loss(
-        whole(scored.logprobs),
+        in_rows(scored.logprobs, mask),
         part.advantages,
         part.weights,
         mask,
         old_logprobs=part.old_logprobs,
         sampling_logprobs=part.old_logprobs,
-        entropy=whole(scored.entropy),
+        entropy=in_rows(scored.entropy, mask),
     )
     entropy = scored.entropy.detach().sum() / actions
     if policy.critic is None:
         return objective, objective.new_zeros(()), entropy
-    # A shared critic's loss stands beside the policy's step by step; a separate one has its own scale.
+    # The loss of a shared critic has the policy's weights times value_coef, since both move the same layers.
+    # A separate critic has its own learning rate, and its loss is the mean over actions.
     shared = policy.shape.critic == "shared"
     weights = part.weights * args.value_coef if shared else mask / actions
-    values = whole(policy.values(observations))
+    values = in_rows(policy.values(observations), mask)
     error = estimator.critic_loss(values, part.returns, weights, old_values=part.old_values)
     return objective, error, entropy
 
 
 def _apply(agent: Agent) -> float:
-    """Clip and step, or skip an update whose gradient is not finite; returns the policy's gradient norm."""
+    """Clip and step, or skip an update whose gradient is not finite; return the policy's gradient norm."""
     limit = agent.args.max_grad_norm or math.inf
     norm = float(nn.utils.clip_grad_norm_(agent.policy.policy_parameters(), limit))
     critic = agent.policy.value_parameters()
@@ -271,13 +267,11 @@ def _apply(agent: Agent) -> float:
     if math.isfinite(norm) and math.isfinite(value_norm):
         agent.nonfinite = 0
         agent.optimizer.step()
-        if agent.value_optimizer is not None:
-            agent.value_optimizer.step()
         return norm
     agent.skipped, agent.nonfinite = agent.skipped + 1, agent.nonfinite + 1
     if agent.nonfinite >= agent.args.stop_after_nonfinite:
         raise Stopped(
             f"The gradient was not finite in {agent.nonfinite} updates in a row (all skipped; the weights "
-            "are as before them). Lower the learning rate, or set reward_scale so that returns are of size 1."
+            "are as before them). Lower the learning rate, or set reward_scale so that returns are about 1."
         )
     return norm

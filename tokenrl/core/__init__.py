@@ -1,4 +1,4 @@
-"""The mathematics: estimators, their parts, and what each does to the gradient. Imports no torch."""
+"""The mathematics: estimators, their parts, and what each part does to the gradient. Imports no torch."""
 
 from tokenrl.names import lazily
 

@@ -1,4 +1,7 @@
-"""From rewards to advantages, in order: penalties in the reward, returns, baseline, scale."""
+"""Computes advantages from rewards: first what is added to the rewards, then returns, baseline and scale.
+
+`A = (G - b) / (std + eps)`, where G is the return, b the baseline and std the scale of the estimator.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from tokenrl.core.masking import zero_outside
 from tokenrl.core.returns import RETURNS, reward_to_go, token_rewards
 from tokenrl.core.rows import overlong_penalty
 from tokenrl.core.scales import SCALES
-from tokenrl.core.sets import has_company, in_sets
+from tokenrl.core.sets import has_others_in_set, in_sets
 from tokenrl.errors import Refused
 
 if TYPE_CHECKING:
@@ -25,7 +28,16 @@ if TYPE_CHECKING:
 
 
 def compute(estimator: Estimator, inputs: Inputs) -> tuple[Float[Tensor, " N *T"], Float[Tensor, "N T"]]:
-    """Do the work of `Estimator.advantages`; returns the policy's advantages and a critic's targets."""
+    """Compute what `Estimator.advantages` returns.
+
+    Returns:
+        The advantages, [N] if all actions of a row share one and [N, T] otherwise, and the targets of a
+        critic [N, T].
+
+    Raises:
+        Refused: When the estimator needs an input that is missing, or rows do not fall into groups.
+        ValueError: When the rewards have neither the shape of the rows nor that of the mask.
+    """
     mask, rewards = inputs.mask, inputs.rewards
     if rewards.shape not in (mask.shape[:1], mask.shape):
         raise ValueError(
@@ -42,7 +54,8 @@ def compute(estimator: Estimator, inputs: Inputs) -> tuple[Float[Tensor, " N *T"
 
     baseline, compared = baseline_of(step)
     policy, scaled = SCALES[estimator.scale](step, returns - baseline)
-    # A row that nothing can be compared with teaches nothing: its advantage is 0, not its bare return.
+    # A row without others to compare with gets the advantage 0. Its return minus nothing would be a gradient
+    # without a baseline, of another scale than that of all other rows.
     usable = compared & scaled
     if estimator.returns == "total" and policy.shape[1] == 1:
         return zero_outside(policy[:, 0], usable), targets
@@ -52,7 +65,11 @@ def compute(estimator: Estimator, inputs: Inputs) -> tuple[Float[Tensor, " N *T"
 def rewards_in_time(
     estimator: Estimator, inputs: Inputs, actions: Bool[Tensor, "N T"], valid: Bool[Tensor, " N"]
 ) -> Float[Tensor, "N T"]:
-    """Lay the rewards out in time, and add the penalty on long rows, a truncation's value and a KL."""
+    """Place the rewards in time and add the overlong penalty, the bootstrap value and the KL penalty.
+
+    Returns:
+        The reward of each position [N, T], which the returns are then made of.
+    """
     rewards = inputs.rewards.detach()
     rewards = rewards if rewards.is_floating_point() else rewards.to(torch.get_default_dtype())
     mask = inputs.mask.bool()
@@ -62,11 +79,11 @@ def rewards_in_time(
         penalty = overlong_penalty(mask.sum(-1), length, estimator.overlong_buffer)
         rewards = rewards + token_rewards(penalty.to(rewards.dtype), mask, valid)
     if inputs.bootstrap is not None:
-        # the state beyond is one step further on, hence one more gamma: r_T + gamma V(s_{T+1})
+        # The state after the last action is one step later, hence one more gamma: r_T + gamma V(s_{T+1}).
         beyond = estimator.gamma * inputs.bootstrap.detach().to(rewards.dtype)
         rewards = rewards + token_rewards(beyond, mask, valid)
     if estimator.needs_kl and estimator.kl_placement == "reward":
-        # before the baseline, which may then take the KL of the other rows away too
+        # Before the baseline, so that the baseline also subtracts the mean KL of the rows it averages.
         logprobs = given("logprobs", inputs.logprobs, "a KL in the reward").detach()
         ref = given("ref_logprobs", inputs.ref_logprobs, "a KL in the reward").detach()
         penalty = PER_TOKEN[estimator.kl_estimator](
@@ -77,19 +94,19 @@ def rewards_in_time(
 
 
 def baseline_of(step: Step) -> tuple[Float[Tensor, " N *T"], Bool[Tensor, " N"]]:
-    """Return the baseline, [N, 1] or [N, T], and which rows have one."""
+    """Return the baseline, [N, 1] or [N, T], and the mask [N] of the rows that have one."""
     chosen = step.estimator.baseline
     if callable(chosen):
         return from_function(chosen, step), step.valid
     baseline = BASELINES[chosen](step)
     usable = step.valid
     if size := step.set_size("baseline"):
-        usable = in_sets(has_company, size, step.totals, step.valid)
+        usable = in_sets(has_others_in_set, size, step.totals, step.valid)
     return (baseline[:, None] if baseline.ndim == 1 else baseline), usable
 
 
 def from_function(function: Callable[..., Tensor], step: Step) -> Float[Tensor, " N *T"]:
-    """Ask a user's function for the baseline.
+    """Call a user's function for the baseline and check what it returns.
 
     Raises:
         Refused: When it returns anything but a tensor [N] or [N, T].
@@ -100,7 +117,7 @@ def from_function(function: Callable[..., Tensor], step: Step) -> Float[Tensor, 
         what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise Refused(
             f"The baseline {getattr(function, '__name__', function)!r} returned {what}; it must return a "
-            f"tensor of one number a row, {tuple(mask.shape[:1])}, or one a token, {tuple(mask.shape)}."
+            f"tensor of one number per row, {tuple(mask.shape[:1])}, or one per token, {tuple(mask.shape)}."
         )
     found = found.detach().to(step.totals.dtype)
     return found[:, None] if found.ndim == 1 else zero_outside(found, mask)

@@ -1,7 +1,8 @@
 """The names that each field of an estimator may hold, as types for the command line. Imports no torch.
 
-The names stand once, in the table of `choices`. When the program runs, a type is the `Literal` of its names,
-which is what `tokenrl train --help` lists; a type checker cannot read the table, and takes it for `str`.
+The names are written once, in the table of `choices`. At run time each type below is the `Literal` of its
+names, and `tokenrl train --help` lists them from it. A type checker cannot read the table, so for it each
+type is `str`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     Truncations = str
 else:
     Baseline = Literal[AXES["baseline"]]
-    BaselineOrFunction = Annotated[Baseline, OR_FUNCTION]  # a command line can only name one
+    BaselineOrFunction = Annotated[Baseline, OR_FUNCTION]  # a function can be given from Python only
     OptimalForm = Literal[AXES["optimal_form"]]
     Scale = Literal[AXES["scale"]]
     Aggregation = Literal[AXES["aggregation"]]

@@ -1,14 +1,18 @@
-"""What the choices of an estimator do to the expected gradient together. The table is in `choices`.
+"""Says what all choices of an estimator together do to the expected gradient.
 
-The statements are about the expected gradient of the first on-policy update, before clipping and the
-optimiser, with no row abstaining, for every reward and every policy; the target is the gradient of `J =
-E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, averaged over prompts. R is the undiscounted sum of rewards
-and contains what is added to them: a penalty on long rows, the value of what follows a truncation. With
-V^pi for that value it is the gradient of the whole return through the actions before the cut; with another
-it is not. Where an environment draws states, its chances are in the expectation and not in the score. The
-statements are sufficient conditions: a choice declared `biased` may be harmless on a special problem (all
-completions of one length, say). What is said of `zero_spread` supposes that nothing follows a truncation.
-What the settings do not decide is `unknown`.
+What each choice does by itself is in the table of `choices`. The target is the gradient of
+`J = E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, averaged over prompts. A status is about the expected
+gradient of the first on-policy update, before gradient clipping and the optimiser, when no row abstains. It
+holds for every reward and every policy.
+
+- R is the undiscounted sum of rewards, including what is added to them: the penalty on long rows, and the
+  value of the state after a truncation. If that value is V^pi, the result is the gradient of the whole return
+  through the actions before the truncation; with any other value it is not.
+- Where an environment draws states, its probabilities are part of the expectation but not of the score.
+- The conditions are sufficient: a choice declared `biased` may be harmless on a special problem, for example
+  when all completions have the same length.
+- The status of `zero_spread` assumes that no reward follows a truncation.
+- The status is `unknown` where the settings do not decide it.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def effects(estimator: Estimator) -> list[Effect]:
-    """List what every choice of an estimator does; a term whose coefficient is 0 does nothing."""
+    """List the effect of every choice of an estimator; a term whose coefficient is 0 has none."""
     return [
         baseline_effect(estimator),
         *(choice_of(axis, getattr(estimator, axis)) for axis in ("scale", "aggregation", "ratio")),
@@ -36,20 +40,23 @@ def effects(estimator: Estimator) -> list[Effect]:
 
 
 def baseline_effect(estimator: Estimator) -> Effect:
-    """What the baseline does; some leave the row itself out or not, by `leave_one_out`."""
+    """Return the effect of the baseline, which for some depends on `leave_one_out`."""
     choice = choice_of("baseline", estimator.baseline)
     return choice if estimator.leave_one_out or choice.row_inside is None else choice.row_inside
 
 
 def returns_effect(estimator: Estimator) -> Effect:
-    """What the returns do; GAE with lam 1 is the reward to go."""
+    """Return the effect of the returns; GAE with lam 1 is the reward to go."""
     reward_to_go = estimator.returns == "gae" and estimator.lam == 1.0
     choice = choice_of("returns", "reward_to_go" if reward_to_go else estimator.returns)
     return choice if estimator.gamma == 1.0 or choice.discounted is None else choice.discounted
 
 
 def zero_spread_effect(estimator: Estimator) -> Effect:
-    """What dropping groups of equal rewards does: little if they had no advantage, a bias otherwise."""
+    """Return the effect of dropping or refilling groups of equal rewards.
+
+    It only reweights prompts if those groups have no gradient anyway, and is a bias otherwise.
+    """
     effect = choice_of("zero_spread", estimator.zero_spread)
     if estimator.zero_spread == "keep":
         return effect
@@ -73,7 +80,7 @@ def zero_spread_effect(estimator: Estimator) -> Effect:
 
 
 def loss_term_effects(estimator: Estimator) -> list[Effect]:
-    """What a KL and an entropy do, by themselves."""
+    """List the effects of the KL and of the entropy bonus, each by itself."""
     found: list[Effect] = []
     if estimator.needs_kl:
         found.append(KL_EFFECTS[estimator.kl_placement, estimator.kl_estimator])
@@ -83,27 +90,35 @@ def loss_term_effects(estimator: Estimator) -> list[Effect]:
 
 
 def combination_effects(estimator: Estimator) -> list[Effect]:
-    """What choices do only together."""
+    """List the effects that choices have only in combination."""
     found = []
     baseline = choice_of("baseline", estimator.baseline)
     shrinks = baseline.status == UP_TO_SCALE
     if estimator.loss_side_terms:
-        # (G-1)/G is another coefficient however many prompts there are; (N-1)/N tends to 1 with the step
+        # A group mean multiplies the advantages by (G-1)/G, and so changes the weight of the loss term
+        # relative to them, for any number of prompts. The factor (N-1)/N of a batch mean tends to 1 as the
+        # step grows.
         if estimator.scale != "none" or (shrinks and baseline.compares == "group"):
             found.append(
                 Effect(
-                    BIASED, "the advantage is rescaled and the term in the loss is not: another coefficient"
+                    BIASED,
+                    "the advantages are rescaled and the KL or entropy term in the loss is not, which "
+                    "changes its coefficient",
                 )
             )
         elif shrinks:
             found.append(
-                Effect(ASYMPTOTIC, "the term in the loss is not multiplied by (N-1)/N as the advantage is")
+                Effect(
+                    ASYMPTOTIC,
+                    "the KL or entropy term in the loss is not multiplied by (N-1)/N as the advantages are",
+                )
             )
     limits = {baseline_effect(estimator).status, choice_of("aggregation", estimator.aggregation).status}
     if estimator.scale == "loo_std" and ASYMPTOTIC in limits:
         found.append(
             Effect(
-                BIASED, "prompts stay weighted unequally, and each one's direction is right in the limit only"
+                BIASED,
+                "prompts stay weighted unequally, and the direction of each is right in the limit only",
             )
         )
     return found
@@ -112,8 +127,9 @@ def combination_effects(estimator: Estimator) -> list[Effect]:
 def declared(estimator: Estimator) -> Effect:
     """Return the worst status among the choices, and the reasons of every choice that is not exact.
 
-    Worst wins because scales multiply (a group mean with a fixed length is still one number), limits
-    combine, and no choice mends another one's bias. The exceptions are `combination_effects`.
+    The worst status is that of the whole, because constant factors multiply to one constant factor (a group
+    mean with a fixed length), limits combine, and no choice removes the bias of another. The exceptions are
+    in `combination_effects`.
     """
     found = effects(estimator)
     status = max((effect.status for effect in found), key=FROM_BEST_TO_WORST.index)

@@ -1,9 +1,13 @@
-"""Every choice on every axis: its name, what it does to the expected gradient and why, and what it needs.
+"""Lists every choice on every axis: its name, its effect on the expected gradient and why, and its needs.
 
-This table is the only place where the names stand. A new choice is one row here and one formula in the module
-of its axis: `baselines`, `scales`, `returns`, `kl`, or `objectives` for aggregations and ratios. The command
-line then offers the choice, the checks know it and the lab measures it. `bias` says what all choices of one
-estimator do together. This module imports no torch.
+The names are written in this table only. A new choice is one row here and one formula in the module of its
+axis: `baselines`, `scales`, `returns`, `kl`, or `objectives` for aggregations and ratios. The command line
+then offers the choice, the checks accept it and the lab measures it. `bias` says what all choices of one
+estimator do together.
+
+In the reasons, G is the number of completions per prompt, N the number of rows in the step, R the return of a
+row, b the baseline, L the length of a row and p the probability of a correct completion. This module imports
+no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "constant": Choice(EXACT, "a constant baseline times the score has mean zero"),
         "running_mean": Choice(
             EXACT,
-            "given the past the running mean is a constant, for it is updated after use",
+            "given the past, the running mean is a constant, because it is updated after use",
             needs="baseline_value",
         ),
         "rloo": Choice(
@@ -63,23 +67,23 @@ CHOICES: dict[str, dict[str, Choice]] = {
         ),
         "value": Choice(
             EXACT,
-            "the value of a state does not see the action taken there, however wrong it is",
+            "the value of a state does not depend on the action taken there, even if the value is wrong",
             needs="values",
         ),
         "episode_mean": Choice(
             BIASED,
-            "the mean over the row's own steps contains what its actions lead to: undiscounted and paid to "
-            "go, ascends the return with the u-th of L rewards counted 1 - u/L, the last not at all; half "
-            "the gradient if every step is paid the same",
+            "the mean over the row's own steps contains the results of its own actions: with the "
+            "undiscounted reward to go it ascends the return with the u-th of L rewards weighted by 1 - u/L, "
+            "so the last does not count; if every step has the same reward it is half the gradient",
             compares="row",
         ),
         "timestep_mean": Choice(
             EXACT,
-            "the baseline is made of what the other rows get at the same timestep",
+            "the baseline is made of the returns of the other rows at the same timestep",
             compares="step",
             row_inside=Effect(
                 ASYMPTOTIC,
-                "the row's own return is in the mean of its timestep: (n-1)/n with the n rows that still act",
+                "the row's own return is in the mean of its timestep: (n-1)/n, with n rows that still act",
             ),
         ),
     },
@@ -94,7 +98,8 @@ CHOICES: dict[str, dict[str, Choice]] = {
         ),
         "batch_std": Choice(
             ASYMPTOTIC,
-            "the row's own return is in the divisor, which tends to one number for all as the step grows",
+            "the row's own return is in the divisor, which tends to the same number for all rows as the step "
+            "grows",
             compares="step",
         ),
         "loo_std": Choice(
@@ -109,12 +114,13 @@ CHOICES: dict[str, dict[str, Choice]] = {
         ),
         "token_whiten": Choice(
             ASYMPTOTIC,
-            "the row's own advantages are in mean and divisor, which tend to two numbers for all as the step "
-            "grows",
+            "the row's own advantages are in the mean and in the divisor, each of which tends to the same "
+            "number for all rows as the step grows",
         ),
         "episode_std": Choice(
             BIASED,
-            "each episode is divided by the spread of its own returns to go; no objective",
+            "each episode is divided by the spread of its own returns to go; the result is the gradient of "
+            "no objective",
             compares="row",
         ),
     },
@@ -127,86 +133,94 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "divided by the mean length, with an error of order 1/N",
         ),
         "sequence_mean": Choice(
-            BIASED, "each sequence counts by 1/length: ascends E[(R - b)/L] with the baseline b held fixed"
+            BIASED,
+            "each sequence is weighted by 1/length: ascends E[(R - b)/L] with the baseline b held fixed",
         ),
     },
     "ratio": {
         "none": Choice(EXACT, "on-policy"),
         "token": Choice(
-            EXACT, "at the first update every ratio is 1, and the clipped gain has REINFORCE's gradient"
+            EXACT, "at the first update every ratio is 1, and the clipped objective has REINFORCE's gradient"
         ),
         "sequence_mean": Choice(EXACT, "at the first update every ratio is 1", whole_row=True),
         "sequence_product": Choice(
-            EXACT, "on-policy, and off-policy too: the ratio of the whole sequence", whole_row=True
+            EXACT,
+            "exact on-policy and off-policy, because it is the ratio of the whole sequence",
+            whole_row=True,
         ),
         "cispo": Choice(EXACT, "at the first update every ratio is 1, inside its bounds"),
     },
     "optimal_form": {
-        "sequence": Choice(EXACT, "one baseline for the row, weighted by the other completions' scores"),
-        "per_timestep": Choice(EXACT, "one for each timestep, weighted by the others' scores there"),
-        "cumulative": Choice(EXACT, "one for each timestep, weighted by the others' scores up to there"),
+        "sequence": Choice(EXACT, "one baseline per row, weighted by the scores of the other completions"),
+        "per_timestep": Choice(
+            EXACT, "one baseline per timestep, weighted by the scores of the other rows at it"
+        ),
+        "cumulative": Choice(
+            EXACT, "one baseline per timestep, weighted by the scores of the other rows up to it"
+        ),
     },
     "entropy_form": {
         "per_step": Choice(
             BIASED,
-            "the entropy of each step with its prefix held fixed; what an action does to later steps is "
-            "missing",
+            "the gradient of each step's entropy with its prefix held fixed; the effect of an action on the "
+            "entropy of later steps is missing",
         ),
-        "sequence": Choice(EXACT, "each action carries the entropy of later steps too", whole_row=True),
+        "sequence": Choice(
+            EXACT, "each action is also credited with the entropy of later steps", whole_row=True
+        ),
     },
     "returns": {
         "total": Choice(
             EXACT,
-            "every action is paid the whole return",
+            "every action is credited with the whole return",
             discounted=Effect(BIASED, "ascends the discounted return E[sum_t gamma^t r_t], not J"),
         ),
         "reward_to_go": Choice(
             EXACT,
-            "what was paid before an action does not depend on it",
+            "rewards before an action do not depend on it",
             discounted=Effect(
                 BIASED, "discounting from each action, without gamma^t, is the gradient of no objective"
             ),
         ),
         "blame_window": Choice(
             BIASED,
-            "rewards that come later than the window are credited to nobody, which is the gradient of no "
-            "objective; exact if no row is longer than the window",
+            "rewards beyond the window are credited to no action, which is the gradient of no objective; "
+            "exact if no row is longer than the window",
             discounted=Effect(
-                BIASED, "rewards later than the window are credited to nobody, and the others are discounted"
+                BIASED, "rewards beyond the window are credited to no action, and the others are discounted"
             ),
         ),
         "gae": Choice(
             BIASED,
-            "with lam < 1 values stand in for rewards; unbiased only with the exact values, V^pi of the "
-            "state and of the steps left",
+            "with lam < 1 values replace later rewards; unbiased only if they are exact, V^pi of the state "
+            "and of the number of steps left",
             needs="values",
             discounted=Effect(
                 BIASED, "discounting from each action, without gamma^t, is the gradient of no objective"
             ),
         ),
     },
-    # When the dropped groups had no advantage; `bias.zero_spread_effect` says when that is so. Only rewards
-    # are compared: groups equal in them, and not in what follows a truncation (`bootstrap`), had one.
+    # These effects hold if the dropped groups had no advantage; `bias.zero_spread_effect` says when that is
+    # so. Only rewards are compared: a group of equal rewards whose bootstrap values differ had an advantage.
     "zero_spread": {
-        "keep": Choice(EXACT, "groups of equal returns have no advantage and count in the divisor"),
+        "keep": Choice(EXACT, "groups of equal returns have the advantage 0 and count in the divisor"),
         "drop": Choice(
             PER_PROMPT,
-            "divided by the groups that are kept: a prompt counts by E[1/kept | it is kept]; with one prompt "
-            "1/P(kept) of the gradient",
+            "the step is divided by the number of kept groups: a prompt is weighted by E[1/kept | it is "
+            "kept]; with one prompt per step the result is 1/P(kept) of the gradient",
         ),
         "refill": Choice(
             UP_TO_SCALE,
-            "new prompts fill the step in proportion to P(kept), which undoes 1/P(kept): one number, if "
-            "prompts are drawn independently (a second try of the SAME prompt would be biased)",
+            "new prompts fill the step in proportion to P(kept), which cancels 1/P(kept): one number for all "
+            "prompts, if they are drawn independently (resampling the SAME prompt would be biased)",
         ),
     },
     "truncations": {
         "keep": Choice(EXACT, "a truncated completion is an outcome like any other"),
         "mask": Choice(
             BIASED,
-            "truncated rows stay in the baseline and have no gradient: ascends E[m R] - b P(m = 1), m for "
-            "not truncated and b = J held fixed, which rewards or punishes truncation by how J compares "
-            "with 0",
+            "truncated rows stay in the baseline and have no gradient: ascends E[m R] - b P(m = 1), m = 1 "
+            "for rows that are not truncated and b = J held fixed, as if each truncated row had the reward b",
         ),
         "drop": Choice(
             BIASED, "ascends the reward given that the completion is not truncated, E[R | not cut]"
@@ -222,26 +236,31 @@ KL_EFFECTS: dict[tuple[str, str], Effect] = {
         BIASED, "k2 in the reward ascends E[R] - beta E[k2] with k2 held fixed, which is not the KL"
     ),
     ("reward", "k3"): Effect(
-        BIASED, "k3 in the reward lacks the gradient of k3 itself, which has not mean zero as that of k1 has"
+        BIASED, "k3 in the reward lacks the gradient of k3 itself, whose mean is not zero as that of k1 is"
     ),
     ("loss", "k1"): Effect(
         BIASED, "the gradient of the log ratio has mean zero: ascends J without any KL penalty"
     ),
     ("loss", "k2"): Effect(
         BIASED,
-        "the KL of each step with its prefix held fixed; what an action does to later steps is missing",
+        "the gradient of each step's KL with its prefix held fixed; the effect of an action on the KL of "
+        "later steps is missing",
     ),
-    ("loss", "k3"): Effect(BIASED, "the FORWARD KL(ref || pi) of each step, with its prefix held fixed"),
+    ("loss", "k3"): Effect(
+        BIASED, "the gradient of the FORWARD KL(ref || pi) of each step, with its prefix held fixed"
+    ),
     ("loss", "k2_sequence"): Effect(
-        EXACT, "half the squared log ratio of the sequence has the KL's gradient"
+        EXACT, "half the squared log ratio of the sequence has the gradient of the KL"
     ),
-    ("loss", "full_path"): Effect(EXACT, "each action carries the log ratios from there on"),
+    ("loss", "full_path"): Effect(
+        EXACT, "each action is credited with its own log ratio and those of later steps"
+    ),
 }
-"""What a KL does, by its place and its estimate; a pair that is missing makes no sense."""
+"""The effect of a KL term by its place and its estimator; a pair that is missing is refused."""
 
 YOUR_OWN = Choice(UNKNOWN, "a baseline of your own is exact if it contains nothing of the row's own actions")
 
 
 def choice_of(axis: str, name: object) -> Choice:
-    """Return the row of a name; a function given as the baseline has a row too, of unknown bias."""
+    """Return the row of the table for a name, or for a function given as the baseline (bias unknown)."""
     return YOUR_OWN if callable(name) else CHOICES[axis][str(name)]

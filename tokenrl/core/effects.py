@@ -1,4 +1,4 @@
-"""The words for what a choice does to the expected gradient, and the shape of a row of `choices`.
+"""Defines the words for the effect of a choice on the expected gradient, and the rows of `choices`.
 
 This module imports no torch.
 """
@@ -16,15 +16,19 @@ BIASED = "biased"
 UNKNOWN = "unknown"
 
 FROM_BEST_TO_WORST = (EXACT, UP_TO_SCALE, PER_PROMPT, ASYMPTOTIC, BIASED, UNKNOWN)
-"""exact: the gradient itself. exact_up_to_scale: times one positive number, the same for all prompts.
-exact_per_prompt: times a positive number for each prompt. asymptotic: the direction is right in the limit
-of many rows a step. biased: it is not; the reason names the objective that ascends instead, when there is
-one. unknown: the settings do not decide it."""
+"""What the expected gradient is, compared with the gradient of the objective:
+
+- `exact`: that gradient itself.
+- `exact_up_to_scale`: that gradient times one positive number, the same for all prompts.
+- `exact_per_prompt`: each prompt's gradient times a positive number of its own.
+- `asymptotic`: right in direction in the limit of many rows per step.
+- `biased`: wrong in direction; the reason names the objective that is ascended instead, if there is one.
+- `unknown`: not decided by the settings."""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a choice does to the expected gradient: one of `FROM_BEST_TO_WORST`, and the reason."""
+    """What a choice does to the expected gradient: a status of `FROM_BEST_TO_WORST`, and the reason."""
 
     status: str
     reason: str
@@ -32,14 +36,14 @@ class Effect:
 
 @dataclass(frozen=True)
 class Choice(Effect):
-    """One name on one axis: its effect, and every other fact about it that the code asks for.
+    """One name on one axis: its effect, and every other fact about it that the code uses.
 
     Attributes:
-        compares: Which rows a baseline or scale compares: those of a group or of the whole step, or the steps
-            of one row. None where no number of rows is needed.
-        needs: The argument of `Estimator.advantages` that the choice cannot do without.
-        centred: Whether the baseline equals the return wherever a group has equal returns.
-        whole_row: Whether a ratio or an entropy looks along the row, which must then stay in one piece.
+        compares: What a baseline or scale compares: the rows of a group, the rows of the whole step, or the
+            steps of one row. None if it compares nothing.
+        needs: The argument of `Estimator.advantages` that the choice requires; empty if none.
+        centred: Whether the baseline equals the return in every group of equal returns.
+        whole_row: Whether a ratio or an entropy sums over the row, which must then not be split.
         row_inside: The effect with `leave_one_out=False`, for a baseline that has both forms.
         discounted: The effect with gamma below 1.
     """

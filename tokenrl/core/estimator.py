@@ -1,4 +1,4 @@
-"""The estimator: one point on independent axes. Importing this module imports no torch."""
+"""Defines `Estimator`: how rewards become a gradient, one choice on each axis. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class Advantages(NamedTuple):
-    """What multiplies the scores, and what a critic should learn."""
+    """What multiplies the scores, and the targets of a critic."""
 
     policy: Tensor
-    """[N] if all actions of a row share one, else [N, T]; 0 in rows that teach nothing."""
+    """Advantages: [N] if all actions of a row share one, else [N, T]; 0 in rows without a gradient."""
     returns: Tensor
-    """[N, T] what is paid from each position on, with what is added to the reward: a critic's targets."""
+    """The return from each position on [N, T], with what is added to the rewards: a critic's targets."""
 
 
 @dataclass(frozen=True)
 class Estimator(Settings):
-    """How returns become a gradient. The defaults are RLOO, unbiased, with the KL in the reward."""
+    """How rewards become a gradient. The defaults are RLOO, which is unbiased, with any KL in the reward."""
 
     baseline: axes.BaselineOrFunction = "rloo"
     """What is subtracted from the return; rloo is the mean of the other completions of the prompt.
@@ -35,15 +35,15 @@ class Estimator(Settings):
     baseline_constant: float = 0.0
     """The value subtracted by the baseline 'constant'."""
     running_mean_decay: Annotated[float, Bounds(at_least=0, below=1)] | None = 0.9
-    """Memory of the baseline 'running_mean', a step; None for the plain mean of all returns so far."""
+    """Decay per step of the baseline 'running_mean'; None for the plain mean of all returns so far."""
     running_mean_init: float = 0.0
     """The value of the running mean before the first step."""
     leave_one_out: bool = True
-    """Leave the row out of 'opo', 'optimal', 'timestep_mean'; the papers do not, at the price of a bias."""
+    """Leave the row itself out of 'opo', 'optimal' and 'timestep_mean'. The papers include it: a bias."""
     optimal_form: axes.OptimalForm = "sequence"
-    """What 'optimal' weighs by: |S|^2 of the row, |s_t|^2 of the token, or its sum so far."""
+    """What 'optimal' weights by: the row's |S|^2, the token's |s_t|^2, or the sum of |s_t|^2 so far."""
     shrinkage_weight: Annotated[float, Bounds(at_least=0, at_most=1)] | None = None
-    """Weight of the own prompt in 'shrinkage'; None to estimate it from the other prompts."""
+    """Weight of the prompt's own mean in 'shrinkage'; None to estimate it from the other prompts."""
     scale: axes.Scale = "none"
     """What the advantage is divided by. Standard deviations that contain the row itself bias the gradient."""
     scale_ddof: Literal[0, 1] = 1
@@ -51,58 +51,58 @@ class Estimator(Settings):
     scale_eps: NonNegative = 1e-4
     """Added to the standard deviation, outside the root."""
     aggregation: axes.Aggregation = "sequence_sum"
-    """How tokens count; sequence_sum is the mean over sequences of their token sums, the unbiased choice."""
+    """How tokens are averaged; sequence_sum, the mean over sequences of their token sums, is unbiased."""
     ratio: axes.Ratio = "none"
-    """Importance ratio against the policy that sampled; token is PPO's clipped ratio."""
+    """Importance ratio of the policy to the one that sampled; token is PPO's clipped ratio."""
     epsilon: Annotated[float, Bounds(above=0, at_most=1)] = 0.2
-    """How far below 1 the ratio may fall before it is clipped, and above too unless epsilon_high is set."""
+    """The ratio is clipped below 1 - epsilon, and above 1 + epsilon unless epsilon_high is set."""
     epsilon_high: Positive | None = None
-    """How far above 1 the ratio may rise; None for epsilon."""
+    """The ratio is clipped above 1 + epsilon_high; None for epsilon."""
     dual_clip: Annotated[float, Bounds(above=1)] | None = None
     """Bound of the ratio where the advantage is negative, for 'token' and 'sequence_mean'; None for none."""
     importance_cap: Annotated[float, Bounds(at_least=1)] | None = None
-    """Weigh tokens by trainer over sampler probability, at most this; None to take the two for equal."""
+    """Weight tokens by trainer / sampler probability, at most this; None assumes that the two are equal."""
     beta: NonNegative = 0.0
-    """Weight of the KL to the reference policy; with 0 no reference is needed."""
+    """Weight of the KL divergence from the reference policy; 0 needs no reference."""
     kl_estimator: axes.KlEstimator = "k1"
-    """k1 is the log ratio, k2 half its square, k3 never negative; full_path is the exact one in the loss."""
+    """k1 is the log ratio, k2 half its square, k3 is never negative; full_path is exact in the loss."""
     kl_placement: axes.KlPlacement = "reward"
     """Subtract the KL from the reward (exact with k1), or add it to the loss (exact with full_path)."""
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus in the loss."""
     entropy_form: axes.EntropyForm = "per_step"
-    """per_step is the usual bonus, blind to what an action does to later entropy; sequence is not."""
+    """per_step, the usual bonus, ignores the effect of an action on later entropy; sequence includes it."""
     returns: axes.Returns = "total"
-    """Pay each action the whole return, the reward to go, its next rewards only, or GAE's mixed return."""
+    """Credit each action with the whole return, the reward to go, its next rewards, or GAE's return."""
     window: Count = 16
-    """How many steps of reward an action is paid with 'blame_window', its own included."""
+    """Steps of reward that 'blame_window' credits to an action, its own step included."""
     lam: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.95
-    """Weight of what was really earned against the value, a step, with 'gae'."""
+    """GAE's lambda: 1 uses observed rewards only, 0 one reward and the value of the next state."""
     gamma: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
-    """Discount a step; below 1 the gradient is no longer that of the undiscounted return."""
+    """Discount per step; below 1 the gradient is no longer that of the undiscounted return."""
     zero_spread: axes.ZeroSpread = "keep"
-    """What becomes of groups of equal rewards; kept, they count in the divisor. See `core.rows`."""
+    """Keep groups of equal rewards (they count in the divisor), drop them, or refill with new prompts."""
     truncations: axes.Truncations = "keep"
-    """What becomes of completions cut off at the maximum length: mask their gradient, or drop them whole."""
+    """Keep completions cut off at the maximum length, mask their gradient, or drop them entirely."""
     overlong_buffer: Natural = 0
-    """Tokens before the maximum length over which the reward falls by up to 1."""
+    """Number of tokens before the maximum length over which the reward falls linearly by up to 1."""
     value_clip: Positive | None = None
-    """How far a value may move from the old one before the critic's loss stops pulling; None for any."""
+    """How far a value may move from the old one before the critic's loss is clipped; None for no clip."""
 
     def __post_init__(self) -> None:
-        """Refuse names that are unknown, numbers out of range, and choices that exclude each other."""
+        """Refuse unknown names, numbers out of range, and choices that exclude each other."""
         super().__post_init__()
         validation.check(self)
 
     @classmethod
     def preset(cls, name: str, **overrides: object) -> Estimator:
-        """Make the estimator of a named preset, with some fields changed.
+        """Return the estimator of a named preset, with some fields changed.
 
-        `tokenrl.core.presets.PRESETS[name].note` says which formula it is and where other toolkits differ.
+        `tokenrl.core.PRESETS[name]` has the preset's paper, its formula and how other toolkits differ.
 
         Args:
             name: One of `PRESETS`: reinforce, rloo, grpo, ppo and so on.
-            **overrides: Fields to set differently.
+            **overrides: Fields to set to other values.
 
         Raises:
             Refused: For a preset, a field or a value that does not exist.
@@ -112,12 +112,12 @@ class Estimator(Settings):
 
     @property
     def bias_status(self) -> str:
-        """One of `bias.FROM_BEST_TO_WORST`, about the expected gradient of the first on-policy update."""
+        """The bias of the expected gradient of the first on-policy update, as `effects` defines the words."""
         return bias.declared(self).status
 
     @property
     def bias_reason(self) -> str:
-        """Why the status is what it is; when biased, the objective that ascends instead, if there is one."""
+        """Why `bias_status` holds; if biased, the objective that is ascended instead, if there is one."""
         return bias.declared(self).reason
 
     @property
@@ -126,7 +126,7 @@ class Estimator(Settings):
         return next((p.paper for name, p in PRESETS.items() if type(self).preset(name) == self), "")
 
     def _facts(self, name: str) -> list[object]:
-        """Look up what the table of choices says of the three axes that make the advantages."""
+        """Look up one column of the table of choices for the three axes that make the advantages."""
         return [
             getattr(choice_of(axis, getattr(self, axis)), name) for axis in ("baseline", "scale", "returns")
         ]
@@ -138,7 +138,7 @@ class Estimator(Settings):
 
     @property
     def needs_kl(self) -> bool:
-        """Whether a KL to a reference policy is used anywhere."""
+        """Whether a KL divergence from a reference policy is used anywhere."""
         return self.beta > 0
 
     needs_reference = needs_kl
@@ -175,12 +175,12 @@ class Estimator(Settings):
 
     @property
     def loss_side_terms(self) -> bool:
-        """Whether rows of zero advantage still have a gradient, from a KL or an entropy in the loss."""
+        """Whether rows of advantage 0 still have a gradient, from a KL or an entropy term in the loss."""
         return (self.needs_kl and self.kl_placement == "loss") or self.needs_entropy
 
     @property
     def clip_range(self) -> tuple[float, float]:
-        """Between which values the ratio is left alone: `1 - epsilon` and `1 + epsilon_high`."""
+        """The bounds beyond which the ratio is clipped: `1 - epsilon` and `1 + epsilon_high`."""
         return 1.0 - self.epsilon, 1.0 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
 
     def advantages(
@@ -199,30 +199,31 @@ class Estimator(Settings):
         baseline_value: float | Float[Tensor, ""] | None = None,
         max_length: int | None = None,
     ) -> Advantages:
-        """Turn the rewards of a whole step into advantages.
+        """Compute the advantages of a whole step, `A = (G - b) / (std + eps)`.
 
-        What is added to the reward enters first (a penalty on long rows, `bootstrap`, a KL placed there),
-        then returns, baseline, scale. Means and standard deviations over rows are made of the rows' total
-        returns, also with reward_to_go. Inputs that the chosen axes do not need are not looked at.
+        What is added to the rewards comes first (the overlong penalty, `bootstrap`, a KL in the reward), then
+        returns, baseline and scale. Means and standard deviations over rows use the rows' total returns, also
+        with the returns 'reward_to_go'. Inputs that the chosen axes do not need are ignored.
 
         Args:
-            rewards: Raw, one a row or one a position; at positions where the mask is 0 they count too.
-            mask: 1 where the token is an action of the policy.
-            group_size: Consecutive rows a prompt; None if rows have no prompts in common.
-            valid: False where a row abstains: it counts in no mean, std or divisor, its advantage is 0, and
-                its reward may be nan. A row left without any other valid row to compare with gets 0 too.
-            logprobs: Of the policy that sampled, for a KL in the reward.
-            ref_logprobs: Of the reference, for a KL in the reward.
-            values: Of the state before each action, for the baseline 'value' and the returns 'gae'.
-            bootstrap: The value of the state after the last action, 0 where the row terminated. It stands in
-                for rewards that were cut off, so the gradient is as good as this value.
-            greedy_rewards: Of the greedy completion of each row's prompt, for the baseline 'remax'.
-            score_norms: |grad log pi|^2 of each token, for the baseline 'optimal'.
-            baseline_value: The running mean, as it was before this step.
-            max_length: The largest number of actions a row may have, for overlong_buffer.
+            rewards: One per row [N], or one per position [N, T], which counts also where the mask is 0.
+            mask: 1 where the token is an action of the policy [N, T].
+            group_size: Number of consecutive rows per prompt; None if rows do not share prompts.
+            valid: False where a row abstains [N]: it counts in no mean, std or divisor, its advantage is 0,
+                and its reward may be nan. A valid row without another valid row to compare with gets 0 too.
+            logprobs: Log-probabilities under the policy that sampled [N, T], for a KL in the reward.
+            ref_logprobs: Log-probabilities under the reference [N, T], for a KL in the reward.
+            values: Value of the state before each action [N, T], for the baseline 'value' and for 'gae'.
+            bootstrap: Value of the state after the last action [N], 0 where the row terminated. It replaces
+                the rewards that were cut off, so an error in it biases the gradient.
+            greedy_rewards: Reward of the greedy completion of each row's prompt [N], for 'remax'.
+            score_norms: |grad log pi|^2 of each token [N, T], for the baseline 'optimal'.
+            baseline_value: The running mean as it was before this step, for 'running_mean'.
+            max_length: The largest number of actions that a row may have, for overlong_buffer.
 
         Raises:
             Refused: When the estimator needs an input that is missing, or rows do not fall into groups.
+            ValueError: When rewards and mask do not fit together.
         """
         from tokenrl.core.advantages import compute
         from tokenrl.core.inputs import Inputs
@@ -240,10 +241,10 @@ class Estimator(Settings):
         max_length: int | None,
         valid: Bool[Tensor, " N"] | None = None,
     ) -> Float[Tensor, "N T"]:
-        """Weigh every token of the whole step; `objectives.token_weights` has the formulas.
+        """Return the weight of every token of the step [N, T]; see `objectives.token_weights`.
 
         Raises:
-            Refused: When the aggregation is fixed_length and no length is given.
+            Refused: When the aggregation is 'fixed_length' and no length is given.
         """
         from tokenrl.core import objectives
 
@@ -262,15 +263,15 @@ class Estimator(Settings):
         ref_logprobs: Float[Tensor, "N T"] | None = None,
         entropy: Float[Tensor, "N T"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Sum `-w (gain - beta KL + entropy_coef H)` over the tokens given: a step or any slice of its rows.
+        """Return the loss, `-sum w (gain - beta KL + entropy_coef H)`, over a step or any slice of its rows.
 
-        The sum is plain, so slices of a step add up to the step; a row must be whole, for some terms look
-        along it. Where mask or weight is 0, every input may hold anything, nan included. Only `logprobs` and
-        `entropy` carry a gradient. Inputs that the chosen axes do not need are not looked at:
-        `old_logprobs`, of the policy that sampled as the trainer computes them, are for a ratio;
-        `sampling_logprobs`, the same as the sampler reported them, for importance_cap.
+        The weights already divide by the whole step, so the losses of slices add up to that of the step. A
+        row must not be split, because some terms sum over it. Where the mask or the weight is 0, the other
+        inputs may hold anything, also nan. Only `logprobs` and `entropy` carry a gradient. Inputs that the
+        chosen axes do not need are ignored.
 
         Raises:
+            ValueError: When the shapes of logprobs, weights and mask differ.
             Refused: When the estimator needs an input that is missing.
         """
         from tokenrl.core import objectives
@@ -287,7 +288,7 @@ class Estimator(Settings):
         *,
         old_values: Float[Tensor, "N T"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Sum `w (V - G)^2 / 2`, a plain weighted sum like `loss`; `old_values` are for value_clip.
+        """Return the critic's loss, `sum w (V - G)^2 / 2`, over some rows; see `objectives.squared_error`.
 
         Raises:
             Refused: When value_clip is set and the old values are missing.

@@ -1,7 +1,6 @@
-"""What an estimator cannot work with: too few rows, inputs that are missing, episodes too long for it.
+"""Refuses what an estimator cannot work with: too few rows, missing inputs, episodes that are too long.
 
-Each guard refuses with one paragraph: what was given, what is allowed, how to mend it. This module imports no
-torch.
+Each message is one paragraph: what was given, what is allowed, how to mend it. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LONGEST_WITHOUT_BASELINE = 500
-"""Steps an episode may last without a baseline; beyond, noise drowns what one action adds to the return."""
+"""Most steps of an episode without a baseline; in longer ones noise hides the effect of one action."""
 
 
 def set_size(estimator: Estimator, axis: str, rows: int, group_size: int | None) -> int | None:
-    """Return how many consecutive rows the baseline or the scale compares; None when it compares none.
+    """Return how many consecutive rows the baseline or the scale compares; None if it compares none.
 
     Args:
-        estimator: Whose baseline or scale it is.
+        estimator: The estimator whose baseline or scale is meant.
         axis: `baseline` or `scale`.
         rows: Rows in the step.
         group_size: Consecutive rows per prompt; None if there are no groups.
@@ -35,20 +34,25 @@ def set_size(estimator: Estimator, axis: str, rows: int, group_size: int | None)
     name = getattr(estimator, axis)
     compares = choice_of(axis, name).compares
     if compares == "step":
-        return check_step(name, rows)
+        if rows < 2:
+            raise Refused(
+                f"{name!r} compares the rows of a step, but the step has {rows}. Collect two or more per "
+                "step, or choose the baseline 'running_mean', 'constant' or 'none', with the scale 'none'."
+            )
+        return rows
     if compares != "group":
         return None
     size = check_groups(name, rows, group_size)
     if name == "loo_std" and size < 3:
         raise Refused(
             "'loo_std' is the spread of the other completions of the prompt, but group_size 2 leaves "
-            "only one. Sample three or more a prompt (num_generations), or choose the scale 'none' or "
+            "only one. Sample three or more per prompt (num_generations), or choose the scale 'none' or "
             "'other_groups_std'."
         )
     if name == "other_groups_std" and rows == size:
         raise Refused(
             "'other_groups_std' is the spread over the other prompts of the step, but the step has "
-            "one. Take two or more prompts a step, or choose the scale 'none' or 'loo_std'."
+            "one. Take two or more prompts per step, or choose the scale 'none' or 'loo_std'."
         )
     return size
 
@@ -59,7 +63,7 @@ def check_groups(choice: str, rows: int, group_size: int | None) -> int:
     Args:
         choice: The baseline or scale that compares the rows of a group.
         rows: Rows in the step.
-        group_size: Consecutive rows a prompt, if there are groups.
+        group_size: Consecutive rows per prompt; None if there are no groups.
 
     Raises:
         Refused: Without groups, with groups of one, or when `rows` is no multiple of `group_size`.
@@ -67,49 +71,36 @@ def check_groups(choice: str, rows: int, group_size: int | None) -> int:
     if group_size is None or group_size < 2:
         raise Refused(
             f"{choice!r} compares several completions of one prompt, but group_size is {group_size}. Sample "
-            "two or more a prompt (num_generations), or choose the baseline 'batch_mean', 'running_mean', "
+            "two or more per prompt (num_generations), or choose the baseline 'batch_mean', 'running_mean', "
             "'constant' or 'none', with the scale 'batch_std' or 'none'."
         )
     if rows % group_size:
         raise Refused(
-            f"{rows} rows do not fall into groups of {group_size} consecutive rows a prompt. "
+            f"{rows} rows do not fall into groups of {group_size} consecutive rows per prompt. "
             "Give a number of rows that is a multiple of group_size."
         )
     return group_size
 
 
-def check_step(choice: str, rows: int) -> int:
-    """Return the number of rows; refuse a step of one row, when `choice` compares the rows of a step.
-
-    Raises:
-        Refused: With fewer than two rows.
-    """
-    if rows < 2:
-        raise Refused(
-            f"{choice!r} compares the rows of a step, but the step has {rows}. Collect two or more a step, "
-            "or choose the baseline 'running_mean', 'constant' or 'none', with the scale 'none'."
-        )
-    return rows
-
-
 def given(name: str, value: T | None, purpose: str) -> T:
-    """Return an input that the estimator needs; refuse its absence.
+    """Return an input that the estimator needs, or refuse if it is missing.
 
     Raises:
         Refused: When `value` is None.
     """
     if value is None:
         raise Refused(
-            f"{name} was not given, and {purpose} needs it. Pass {name}, or choose an estimator without that."
+            f"{name} was not given, and {purpose} needs it. Pass {name}, or choose an estimator that does "
+            "not need it."
         )
     return value
 
 
 def subtracts_something(estimator: Estimator) -> bool:
-    """Say whether the estimator has a baseline of any kind.
+    """Whether the estimator subtracts a baseline of any kind.
 
-    A constant of 0 is none. Returns 'gae' mix values into what is paid without subtracting them, so they are
-    none either. The scale 'token_whiten' is one, for it subtracts the mean over the step.
+    A constant of 0 is not a baseline. Nor are the returns 'gae' by themselves: they mix values into the
+    return and subtract none. The scale 'token_whiten' is one, because it subtracts the mean over the step.
     """
     if estimator.scale == "token_whiten":
         return True
@@ -121,16 +112,16 @@ def subtracts_something(estimator: Estimator) -> bool:
 def check_horizon(estimator: Estimator, horizon: int | None, allow_no_baseline: bool = False) -> None:
     """Refuse REINFORCE without a baseline where an episode may last more than 500 steps.
 
-    With rewards of one size at every step, the variance of `sum_t score_t R` grows as the cube of the length,
-    and most of it is what a baseline would have taken away.
+    With rewards of similar size at every step, R grows as the length T and the variance of `sum_t score_t R`
+    as T^3. A baseline would remove most of it.
 
     Args:
         estimator: The estimator.
         horizon: Most steps of an episode (tokens of a completion); None if there is no limit.
-        allow_no_baseline: Let it pass all the same.
+        allow_no_baseline: Accept the estimator nevertheless.
 
     Raises:
-        Refused: With the baselines there are, and the flag that lets it pass.
+        Refused: With the baselines to choose from, and the flag that allows none.
     """
     short = horizon is not None and horizon <= LONGEST_WITHOUT_BASELINE
     if short or allow_no_baseline or subtracts_something(estimator):
@@ -139,7 +130,7 @@ def check_horizon(estimator: Estimator, horizon: int | None, allow_no_baseline: 
     raise Refused(
         f"Episodes last {length}, but the estimator subtracts no baseline (baseline "
         f"{estimator.baseline!r}); beyond {LONGEST_WITHOUT_BASELINE} steps the noise of the whole return "
-        "drowns what one action adds to it. Choose a baseline: 'timestep_mean' with returns 'reward_to_go', "
-        "'value' with a critic, 'running_mean', or for several completions of a prompt 'rloo'. Or make "
-        "episodes shorter, or pass --allow-no-baseline to train so all the same."
+        "hides the effect of one action. Choose a baseline: 'timestep_mean' with returns 'reward_to_go', "
+        "'value' with a critic, 'running_mean', or 'rloo' if there are several completions per prompt. Or "
+        "make episodes shorter, or pass --allow-no-baseline to train without one nevertheless."
     )

@@ -1,4 +1,4 @@
-"""What advantages are computed from: the arguments, and the step as baselines and scales see it."""
+"""Holds what advantages are computed from: the arguments, and the step that baselines and scales read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Inputs(NamedTuple):
-    """The arguments of `Estimator.advantages`, which explains them."""
+    """The arguments of `Estimator.advantages`; its docstring explains them."""
 
     rewards: Float[Tensor, " N *T"]
     mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"]
@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What baselines and scales are made of: an estimator, and the step that it was given."""
+    """What baselines and scales are computed from: an estimator and the step that it was given."""
 
     estimator: Estimator
     inputs: Inputs
@@ -40,7 +40,7 @@ class Step(NamedTuple):
     actions: Bool[Tensor, "N T"]
     """The actions of valid rows."""
     totals: Float[Tensor, " N"]
-    """Return of each row, the sum of its rewards."""
+    """Return of each row: the sum of its rewards, discounted by gamma."""
     returns: Float[Tensor, " N *T"]
     """Return of each action [N, T], or [N, 1] where all actions of a row share the row's."""
 
@@ -49,7 +49,7 @@ class Step(NamedTuple):
         return guards.set_size(self.estimator, axis, len(self.totals), self.inputs.group_size)
 
     def needed(self) -> Any:
-        """Return the input that the baseline cannot do without.
+        """Return the input that the baseline requires.
 
         Raises:
             Refused: When it was not given.

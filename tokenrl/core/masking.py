@@ -1,4 +1,4 @@
-"""Which positions are actions of the policy. A mask is 1 (or True) where the policy chose the token."""
+"""Marks the positions that are actions of the policy. A mask is 1 (or True) where it chose the token."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def completion_mask(
 ) -> Bool[Tensor, "N T"]:
     """Mark the tokens up to and including the first EOS of each row.
 
-    Ending is an action like any other, so the EOS is inside. The padding token plays no part: where it
-    equals an EOS (a common habit), a comparison with it would hide that action from training.
+    To end is an action like any other, so the EOS is inside the mask. The mask is never found by comparison
+    with the padding token: where that equals an EOS, as is common, the EOS would be left out of training.
 
     With `eos_ids=(2, 3)`::
 
@@ -29,7 +29,8 @@ def completion_mask(
     Args:
         completion_ids: Token ids, padded on the right with anything.
         eos_ids: Every id that ends a completion; empty for a model that never ends by itself.
-        lengths: Tokens really generated a row, for rows that may end without an EOS before the width.
+        lengths: Number of tokens generated in each row [N], for rows that may end earlier than the width
+            without an EOS.
 
     Returns:
         The mask, boolean.
@@ -44,9 +45,9 @@ def completion_mask(
 
 
 def zero_outside(x: Float[Tensor, "*shape"], inside: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Replace what lies outside by 0, whatever it is.
+    """Set everything outside to 0, also nan and infinity.
 
-    Multiplying by a mask would keep a nan or an infinity (0 * nan is nan), in the value and in the
-    gradient; so this comes before any arithmetic.
+    A product with the mask would keep them (0 * nan is nan), in the value and in the gradient. Therefore this
+    is applied before any arithmetic.
     """
     return torch.where(inside, x, torch.zeros((), dtype=x.dtype, device=x.device))

@@ -1,4 +1,4 @@
-"""Named points of the space of estimators: their fields, their paper, and where others differ."""
+"""Collects the presets: named estimators with their fields, their paper, and how other toolkits differ."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ PRESETS: dict[str, Preset] = REINFORCE | PPO
 
 
 def preset_name(estimator: Any) -> str:
-    """Name the preset that has exactly the fields of an `Estimator`, or say that it is a custom one."""
+    """Return the name of the preset with exactly these fields, or 'custom estimator'."""
     known = (name for name in PRESETS if type(estimator).preset(name) == estimator)
     return next(known, "custom estimator")

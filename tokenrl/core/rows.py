@@ -1,4 +1,4 @@
-"""Which rows of a step teach: truncations, groups of equal rewards, completions that run long."""
+"""Decides which rows of a step are learnt from: truncations, groups of equal rewards, long completions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class Kept(NamedTuple):
-    """What to pass on, once the fields `truncations` and `zero_spread` have been applied."""
+    """The rows and actions that are left when `truncations` and `zero_spread` have been applied."""
 
     compared: Bool[Tensor, " N"]
-    """`valid` of `Estimator.advantages`: the rows that enter baselines and scales."""
+    """`valid` of `Estimator.advantages`: the rows that baselines and scales use."""
     counted: Bool[Tensor, " N"]
     """`valid` of `Estimator.token_weights`: the rows that the loss is divided by."""
     mask: Bool[Tensor, "N T"]
@@ -37,16 +37,17 @@ def keep(
     """Apply the fields `truncations` and `zero_spread` to a step.
 
     A truncated row that is masked stays in baselines and divisors and has no gradient; one that is dropped
-    counts nowhere. A group of equal rewards that is dropped (or should be refilled, and has not been) stays
-    in the statistics and leaves the divisor, so the step is divided by the rows that are left.
+    counts nowhere. A group of equal rewards that is dropped (or should have been refilled, but was not) stays
+    in baselines and scales but not in the divisor, so the loss is divided by the number of rows that are
+    left.
 
     Args:
-        estimator: Whose fields are applied.
-        rewards: As given to `Estimator.advantages`.
-        mask: 1 where the token is an action of the policy.
-        group_size: Consecutive rows a prompt; None if rows have no prompts in common.
-        valid: False where a row abstains.
-        truncated: True where a row was cut off at the maximum length.
+        estimator: The estimator whose fields are applied.
+        rewards: As given to `Estimator.advantages` [N] or [N, T].
+        mask: 1 where the token is an action of the policy [N, T].
+        group_size: Number of consecutive rows per prompt; None if rows do not share prompts.
+        valid: False where a row abstains [N].
+        truncated: True where a row was cut off at the maximum length [N].
 
     Raises:
         Refused: When truncations are not kept and `truncated` is missing, or rows do not fall into groups.
@@ -58,7 +59,7 @@ def keep(
         if estimator.truncations == "drop":
             compared = compared & ~cut
         actions = actions & ~cut[:, None]
-    counted = compared  # a dead group has no gradient, but it was sampled: leaving it out is a choice
+    counted = compared  # with 'keep', groups of equal rewards count: they were sampled
     if estimator.zero_spread != "keep":
         dead = zero_spread(rewards, group_size, compared)
         counted = counted & ~dead.repeat_interleave(len(actions) // len(dead))
@@ -68,7 +69,7 @@ def keep(
 def zero_spread(
     rewards: Float[Tensor, " N *T"], group_size: int | None, valid: Bool[Tensor, " N"]
 ) -> Bool[Tensor, " B"]:
-    """Say which groups have equal rewards in all their valid rows, or fewer than two such rows.
+    """Return which groups have equal rewards in all valid rows, or fewer than two valid rows.
 
     Raises:
         Refused: When rows do not fall into groups of two or more.
@@ -76,13 +77,13 @@ def zero_spread(
     totals = rewards.sum(-1) if rewards.ndim == 2 else rewards
     size = guards.check_groups("zero_spread", len(totals), group_size)
     differences, _ = from_first(totals.reshape(-1, size), valid.reshape(-1, size))
-    return (differences == 0).all(-1)  # exactly equal: a standard deviation would be rounded away from 0
+    return (differences == 0).all(-1)  # exact: a standard deviation would suffer from rounding
 
 
 def overlong_penalty(lengths: Int[Tensor, " N"], max_length: int, buffer: int) -> Float[Tensor, " N"]:
-    """Return what is added to the reward of a long row: 0 up to `max_length - buffer`, then down to -1.
+    """Return the penalty that is added to the reward: 0 up to `max_length - buffer`, then down to -1.
 
-    `-(L - (max_length - buffer)) / buffer`, within [-1, 0] (DAPO, arXiv 2503.14476, eq. 13). It is part of
-    the reward, so it enters before the baseline.
+    It is `-(L - (max_length - buffer)) / buffer`, clipped to [-1, 0], for a row of length L (DAPO, arXiv
+    2503.14476, eq. 13). It is part of the reward, so it is added before the baseline is computed.
     """
     return -((lengths - (max_length - buffer)) / buffer).clamp(0.0, 1.0)

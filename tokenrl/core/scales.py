@@ -1,8 +1,8 @@
-"""What an advantage is divided by: one formula for each row of `choices`.
+"""Divides advantages by a scale: one formula for each scale in `choices`.
 
-A divisor made from the row's own return bends the gradient; the reasons stand in `choices`. A formula takes
-the step, which knows its estimator, and the advantages. It returns the scaled advantages, and which rows have
-such a scale at all: a row without others to compare with gets no advantage.
+A divisor made of the row's own return biases the gradient; the reasons are in `choices`. Each formula takes
+the `Step`, which holds the estimator and its inputs, and the advantages. It returns the scaled advantages and
+the mask of the rows that have a scale: a row without others to compare with gets the advantage 0.
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from torch import Tensor
 
 from tokenrl.core.inputs import Step
 from tokenrl.core.masking import zero_outside
-from tokenrl.core.sets import from_first, has_company, in_sets, set_mean
+from tokenrl.core.sets import from_first, has_others_in_set, in_sets, set_mean
 
 Scaled = tuple[Tensor, Tensor]
+"""Advantages [N, 1] or [N, T], and the mask [N] of the rows that have a scale."""
 
 
 def set_std(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], ddof: int) -> Float[Tensor, "S n"]:
     """Return the standard deviation of the valid rows of each set: `sqrt(sum (R - mean)^2 / (n - ddof))`.
 
-    Exactly 0 for equal totals (they are measured from the first) and for a set with no row to spare.
+    It is exactly 0 for equal totals, because they are measured from the first one, and for a set of one row.
     """
     differences, _ = from_first(totals, valid)
     count = valid.sum(-1, keepdim=True)
     centred = zero_outside(differences - differences.sum(-1, keepdim=True) / count.clamp(min=1), valid)
-    # in two passes: E[R^2] - E[R]^2 would lose every digit where the spread is small beside the mean
+    # Two passes: E[R^2] - E[R]^2 would lose all digits where the spread is small compared with the mean.
     variance = centred.square().sum(-1, keepdim=True) / (count - ddof).clamp(min=1)
     return variance.sqrt().expand_as(totals)
 
 
 def others_std(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], ddof: int) -> Float[Tensor, "S n"]:
-    """Standard deviation of the OTHER valid rows of the set, which contains nothing of the row itself."""
+    """Return the standard deviation of the OTHER valid rows of the set; it does not use the row itself."""
     differences, _ = from_first(totals, valid)
     n = totals.shape[-1]
     # [S, n, n]: row i sees the valid rows j != i
@@ -49,9 +50,10 @@ def others_std(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], ddof: i
 def other_sets_std(
     totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], ddof: int
 ) -> Float[Tensor, "S n"]:
-    """Standard deviation over all valid rows of the OTHER sets, around their common mean.
+    """Return the standard deviation over all valid rows of the OTHER sets, around their common mean.
 
-    The squares around that mean are those around each set's own mean plus `n (own mean - common mean)^2`.
+    For each set the sum of squares around the common mean is the sum of squares around the set's own mean
+    plus `n (own mean - common mean)^2`.
     """
     flat, inside = totals.reshape(1, -1), valid.reshape(1, -1)
     differences = from_first(flat, inside)[0].reshape(totals.shape)
@@ -61,22 +63,23 @@ def other_sets_std(
     others = ~torch.eye(len(count), dtype=torch.bool, device=totals.device)  # [S, S]
     rows = (others * count).sum(-1)
     common = (others * count * means).sum(-1) / rows.clamp(min=1)
-    around = squares + count * (means - common[:, None]).square()  # [S, S]: set s' around the mean without s
+    # [S, S]: entry (s, s') is the sum of squares of set s' around the mean of all sets but s
+    around = squares + count * (means - common[:, None]).square()
     variance = (others * around).sum(-1) / (rows - ddof).clamp(min=1)
     return variance.sqrt()[:, None].expand_as(totals)
 
 
-def has_other_rows(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Bool[Tensor, "S n"]:
-    """Say which rows are valid and have two or more valid rows in the other sets."""
+def has_rows_in_other_sets(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Bool[Tensor, "S n"]:
+    """Return which rows are valid and have two or more valid rows in the other sets."""
     return valid & (valid.sum() - valid.sum(-1, keepdim=True) >= 2)
 
 
 def divide(
     advantages: Float[Tensor, " N *T"], std: Float[Tensor, " N *T"], eps: float
 ) -> Float[Tensor, " N *T"]:
-    """Divide by `std + eps`, with eps outside the root; 0 where both are 0, for no spread teaches nothing."""
+    """Divide by `std + eps`, with eps outside the root; the result is 0 where `std + eps` is 0."""
     divisor = std + eps
-    spread = divisor > 0  # false for eps 0 and equal returns, where the advantage is 0 as well
+    spread = divisor > 0  # False only for equal returns with eps 0
     return zero_outside(advantages / torch.where(spread, divisor, 1.0), spread.expand_as(advantages))
 
 
@@ -86,13 +89,13 @@ def by_sets(
     step: Step,
     advantages: Float[Tensor, " N *T"],
 ) -> Scaled:
-    """Divide by a standard deviation of the total returns, over the sets of rows that the scale compares.
+    """Divide by a standard deviation of the total returns over the sets of rows that the scale compares.
 
     Args:
-        deviation: Function of totals, valid rows and `ddof` that returns the standard deviation of each row.
-        enough: Function of totals and valid rows that says which rows have one.
+        deviation: Function of totals, valid rows and `ddof` that returns the standard deviation for each row.
+        enough: Function of totals and valid rows that returns which rows have one.
         step: The step.
-        advantages: Advantages to divide.
+        advantages: The advantages to divide [N, 1] or [N, T].
     """
     size = step.set_size("scale") or 1
     std = in_sets(partial(deviation, ddof=step.estimator.scale_ddof), size, step.totals, step.valid)
@@ -101,9 +104,9 @@ def by_sets(
 
 
 def token_whiten(step: Step, advantages: Float[Tensor, " N *T"]) -> Scaled:
-    """Centre and divide by mean and standard deviation over all tokens: `(A - mean)/(std + eps)`.
+    """Return `(A - mean)/(std + eps)`, with mean and standard deviation over all tokens of the step.
 
-    A row counts as often as it has tokens (REINFORCE++, arXiv 2501.03262). `advantages` may be [N, 1].
+    A row counts once for each of its tokens (REINFORCE++, Hu et al. 2025, arXiv 2501.03262).
     """
     tokens, inside = advantages.expand(step.actions.shape).reshape(1, -1), step.actions.reshape(1, -1)
     mean, std = set_mean(tokens, inside)[:, :1], set_std(tokens, inside, step.estimator.scale_ddof)[:, :1]
@@ -111,7 +114,7 @@ def token_whiten(step: Step, advantages: Float[Tensor, " N *T"]) -> Scaled:
 
 
 def episode_std(step: Step, advantages: Float[Tensor, " N *T"]) -> Scaled:
-    """Divide by the standard deviation of the returns along the row itself."""
+    """Divide by the standard deviation of the returns of the row's own steps."""
     returns = step.returns.expand_as(step.actions)
     std = set_std(returns, step.actions, step.estimator.scale_ddof)[:, :1]
     return divide(advantages, std, step.estimator.scale_eps), step.valid
@@ -119,10 +122,10 @@ def episode_std(step: Step, advantages: Float[Tensor, " N *T"]) -> Scaled:
 
 SCALES: dict[str, Callable[[Step, Tensor], Scaled]] = {
     "none": lambda step, advantages: (advantages, step.valid),
-    "group_std": partial(by_sets, set_std, has_company),
-    "batch_std": partial(by_sets, set_std, has_company),
-    "loo_std": partial(by_sets, others_std, partial(has_company, others=2)),
-    "other_groups_std": partial(by_sets, other_sets_std, has_other_rows),
+    "group_std": partial(by_sets, set_std, has_others_in_set),
+    "batch_std": partial(by_sets, set_std, has_others_in_set),
+    "loo_std": partial(by_sets, others_std, partial(has_others_in_set, others=2)),
+    "other_groups_std": partial(by_sets, other_sets_std, has_rows_in_other_sets),
     "token_whiten": token_whiten,
     "episode_std": episode_std,
 }

@@ -1,8 +1,8 @@
-"""Means over sets of rows, with and without the row itself, weighted or not.
+"""Computes means over sets of rows, with and without the row itself, weighted or not.
 
-The functions take sets of rows, [S, n]: the groups of a step, or the whole step as a single set. They measure
-from the first valid row of the set, so that rows of equal return give that very number and an advantage of
-exactly zero in any precision; a plain mean of equal float32 numbers does not.
+The functions take sets of rows [S, n]: the groups of a step, or the whole step as a single set. They average
+the differences from the first valid row of the set. So the mean of equal returns is exactly that return, and
+the advantage exactly 0, in any precision; the plain mean of equal float32 numbers may be rounded.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from tokenrl.core.masking import zero_outside
 def from_first(
     totals: Float[Tensor, "*S n"], valid: Bool[Tensor, "*S n"]
 ) -> tuple[Float[Tensor, "*S n"], Float[Tensor, "*S 1"]]:
-    """Measure each set from its first valid row.
+    """Subtract from each set the total of its first valid row.
 
     Returns:
-        The differences (0 in rows that are not valid) and the first valid row's total.
+        The differences (0 in rows that are not valid) and the total of the first valid row.
     """
-    first = totals.gather(-1, valid.long().argmax(-1, keepdim=True))  # argmax finds the first of the largest
+    first = totals.gather(-1, valid.long().argmax(-1, keepdim=True))  # argmax returns the first maximum
     return zero_outside(totals - first, valid), first
 
 
 def set_mean(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tensor, "S n"]:
-    """Mean over the valid rows of the set, the row itself included: `(1/n) sum_j R_j`.
+    """Return the mean over the valid rows of the set, the row itself included: `(1/n) sum_j R_j`.
 
-    Because the row's own return is in it, the expected gradient shrinks by (n - 1)/n.
+    Because the row's own return is in it, the expected gradient is (n - 1)/n of the true one.
     """
     differences, first = from_first(totals, valid)
-    count = valid.sum(-1, keepdim=True).clamp(min=1)  # a set without valid rows gives a number nobody uses
+    count = valid.sum(-1, keepdim=True).clamp(min=1)  # the mean of no valid rows is not used
     return (first + differences.sum(-1, keepdim=True) / count).expand_as(totals)
 
 
 def leave_one_out(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tensor, "S n"]:
-    """Mean over the OTHER valid rows of the set: `(1/(n - 1)) sum_{j != i} R_j` (Kool et al. 2019).
+    """Return the mean over the OTHER valid rows: `(1/(n - 1)) sum_{j != i} R_j` (Kool et al. 2019).
 
-    `R_i - b_i = n/(n - 1) (R_i - mean)`. A row without any other valid row has no such mean; it gets the
-    first total, and the estimator gives it no advantage.
+    With this baseline b, `R_i - b_i = n/(n - 1) (R_i - mean)`. A row without another valid row has no such
+    mean; it gets the first total, and `Estimator.advantages` sets its advantage to 0.
     """
     differences, first = from_first(totals, valid)
     others = valid.sum(-1, keepdim=True) - valid.long()
@@ -56,10 +56,10 @@ def weighted_mean(
     *,
     leave_one_out: bool,
 ) -> tuple[Float[Tensor, "*S n"], Bool[Tensor, "*S n"]]:
-    """Mean weighted by weights of no sign: `sum_j w_j R_j / sum_j w_j`, over j != i when leaving one out.
+    """Return `sum_j w_j R_j / sum_j w_j`, for weights of 0 or more; over j != i if `leave_one_out`.
 
     Returns:
-        The mean, and where there is one: where the weights do not add up to 0.
+        The mean, and the mask of the rows that have one: those whose weights do not sum to 0.
     """
     differences, first = from_first(totals, valid)
     weights = zero_outside(weights.to(totals.dtype), valid)
@@ -67,12 +67,15 @@ def weighted_mean(
     moment = weights * differences
     moment = sum_of_others(moment) if leave_one_out else moment.sum(-1, keepdim=True)
     known = mass > 0
-    # dividing by 1 where there is no mean keeps 0/0 out, which no later `where` could remove from a gradient
+    # Divide by 1 where there is no mean: a later `where` would not remove the nan of 0/0 from a gradient.
     return first + moment / torch.where(known, mass, 1.0), known
 
 
 def sum_of_others(x: Float[Tensor, "*S n"]) -> Float[Tensor, "*S n"]:
-    """Return `sum_{j != i} x_j`, from both sides: taking x_i from the sum would lose small x_j beside it."""
+    """Return `sum_{j != i} x_j`.
+
+    It is summed from both sides: sum - x_i would lose the digits of the other x_j where x_i is much larger.
+    """
     before = torch.nn.functional.pad(x[..., :-1].cumsum(-1), (1, 0))
     after = torch.nn.functional.pad(x[..., 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
     return before + after
@@ -86,17 +89,17 @@ def at_each_timestep(
     size: int,
     leave_one_out: bool,
 ) -> Float[Tensor, "N T"]:
-    """Weighted mean, at each timestep, over the rows of a set that still act then.
+    """Return the weighted mean at each timestep over the rows of a set that act at it [N, T].
 
-    Where no (other) row acts any more, the last such mean is carried forward: like them it contains nothing
-    of the row itself. Before the first, the baseline is 0.
+    Where no (other) row acts, the last such mean is carried forward: it does not use the row itself either.
+    Before the first mean the result is 0.
 
     Args:
         returns: Return of each action.
         actions: True where a valid row acts.
-        weights: Of each row at each timestep.
-        size: Consecutive rows a set.
-        leave_one_out: Leave out the row itself.
+        weights: Weight of each row at each timestep.
+        size: Number of consecutive rows in a set.
+        leave_one_out: Whether to leave out the row itself.
     """
 
     def by_time(x: Tensor) -> Tensor:  # [N, T] -> [S, T, n]
@@ -108,17 +111,17 @@ def at_each_timestep(
     mean = mean.transpose(1, 2).reshape(returns.shape)
     known = known.transpose(1, 2).reshape(returns.shape)
     positions = torch.arange(returns.shape[-1], device=returns.device)
-    latest = torch.where(known, positions, 0).cummax(-1).values  # [N, T] the last timestep that has a mean
+    latest = torch.where(known, positions, 0).cummax(-1).values  # [N, T] the latest timestep that has a mean
     return zero_outside(mean, known).gather(-1, latest)
 
 
-def has_company(
+def has_others_in_set(
     totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], others: int = 1
 ) -> Bool[Tensor, "S n"]:
-    """Say which rows are valid and share their set with at least so many other valid rows."""
+    """Return which rows are valid and share their set with at least `others` other valid rows."""
     return valid & (valid.sum(-1, keepdim=True) > others)
 
 
 def in_sets(f: Callable[..., Tensor], size: int, totals: Float[Tensor, " N"], *others: Tensor) -> Tensor:
-    """Apply a function of sets to the rows of a step, `size` consecutive rows a set."""
+    """Apply a function of sets [S, n] to the rows of a step [N], with n = `size` consecutive rows per set."""
     return f(totals.reshape(-1, size), *(x.reshape(-1, size) for x in others)).reshape(-1)

@@ -1,9 +1,9 @@
-"""Estimates and how far to trust them: a mean with its standard error, and the gradient with its noise.
+"""Computes a mean with its standard error, and the signal and the noise of the gradient.
 
-How noisy the gradient is can be seen from the gradient itself, for two halves of a step are two independent
-estimates of it. The halves hold different prompt groups, so what they agree on is signal: `E<g1, g2> =
-|E g|^2`, and `|g1 - g2|^2 / 4` estimates the variance of the whole step's gradient without bias. The backward
-passes are those of the update in another order; only a copy and three products are added.
+The noise is found from two halves of a step, which hold different prompt groups and so give two independent
+estimates g1 and g2 of the gradient. Then `E<g1, g2> = |E g|^2` is the signal, and `|g1 - g2|^2 / 4` is an
+unbiased estimate of the variance of the gradient of the whole step. The backward passes are those of the
+update in another order; the only extra cost is one copy of the gradient and three products.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from torch import Tensor, nn
 def mean_and_error(
     values: Float[Tensor, " N"], group_size: int = 1
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Mean of one number a completion, and its standard error over groups, `sd(means of groups) / sqrt(B)`.
+    """Return the mean over completions and its standard error, `sd(means of groups) / sqrt(B)`.
 
-    Completions of one prompt share what the prompt adds, so they are not N independent draws; groups are
-    independent, and the square of this error is the mean's variance in expectation. Of a single group the
-    error is that over its completions, which says nothing of other prompts; of a single number it is nan.
+    Completions of the same prompt are not independent draws, because they share the effect of the prompt.
+    Groups are independent, so the expected square of this error is the variance of the mean. For a single
+    group the error is that over its completions, which does not include the variation between prompts; for a
+    single number it is nan.
 
     Args:
-        values: One number a completion, prompt-major.
-        group_size: Consecutive completions of each prompt.
+        values: One number for each completion, those of a prompt side by side.
+        group_size: Number of consecutive completions of each prompt.
     """
-    # Groups have one size, so the mean of their means is the mean over all, and their spread is its error's.
+    # All groups have the same size, so the mean of their means is the mean over all completions.
     groups = values.reshape(-1, group_size).mean(-1)  # [B]
     units = groups if len(groups) > 1 else values
     if len(units) < 2:
@@ -38,14 +39,14 @@ def mean_and_error(
 
 
 class GradientDiagnostics:
-    """Signal and noise of the gradient every few steps.
+    """Measures signal and noise of the gradient every few steps.
 
     Attributes:
-        every: steps between two measurements; 0 measures nothing.
+        every: Number of steps from one measurement to the next; 0 measures nothing.
     """
 
     def __init__(self, every: int) -> None:
-        """Measure every `every` steps."""
+        """Measure in every `every`-th step; 0 for never."""
         self.every = every
         self._previous: Tensor | None = None
 
@@ -54,20 +55,20 @@ class GradientDiagnostics:
         return self.every > 0 and step % self.every == 0
 
     def metrics(self, half: Tensor, whole: Tensor, prompts: int) -> dict[str, float]:
-        """Compare the flat gradients of half of the groups and of all, both weighted as parts of the step.
+        """Compare the gradient of the first half of the groups with that of the whole step.
 
         Args:
-            half: gradient [D] of the first half of the groups.
-            whole: gradient [D] of the step.
-            prompts: prompts in the step; in control, where each is a group of its own, episodes.
+            half: The part [D] of the step's gradient that comes from the first half of the groups.
+            whole: The gradient [D] of the step.
+            prompts: Number of prompts in the step; in control the number of episodes.
 
         Returns:
-            `gradient/snr`: `|E g|^2 / tr Var(g)` of a step of this size; either part is unbiased, so it may
-            be negative. `gradient/noise_scale`: prompts a step at which signal and noise would be equal
-            (McCandlish et al. 2018, arXiv 1812.06162); NaN where no signal was seen.
-            `gradient/cosine_previous`: cosine to the last gradient measured.
+            `gradient/snr`: `|E g|^2 / tr Var(g)` of a step of this size; the estimate of the signal is
+            unbiased and so may be negative. `gradient/noise_scale`: the number of prompts per step at which
+            signal and noise are equal (McCandlish et al. 2018, arXiv 1812.06162); nan if the estimated signal
+            is not positive. `gradient/cosine_previous`: cosine with the previous gradient measured.
         """
-        # A half carries half of the step's weight, so twice it estimates the same as the whole.
+        # A half has half of the step's weight, so twice the half has the same expectation as the whole.
         first, second = 2 * half, 2 * (whole - half)
         signal = float(first @ second)
         # whole = (first + second)/2, so Var(whole) = (Var(first) + Var(second))/4 = E|first - second|^2/4
@@ -84,7 +85,7 @@ class GradientDiagnostics:
 
 
 def flat_gradient(parameters: list[nn.Parameter], accelerator: Any = None) -> Tensor:
-    """Copy all gradients [D] in float32; with an accelerator, the mean over processes not yet averaged."""
+    """Return a copy of all gradients as one float32 vector [D], averaged over an accelerator's processes."""
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([part.detach().reshape(-1).float() for part in parts])
     return flat if accelerator is None else accelerator.reduce(flat, reduction="mean")

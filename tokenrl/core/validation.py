@@ -1,4 +1,4 @@
-"""Which choices of an estimator go together. Imports no torch."""
+"""Checks which choices of an estimator go together. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ if TYPE_CHECKING:
 
 
 def check(estimator: Estimator) -> None:
-    """Refuse choices that exclude each other; what each may be by itself stands beside the fields.
+    """Refuse choices that exclude each other. The bounds of each field by itself stand beside the field.
 
     Raises:
-        Refused: For the first of them.
+        Refused: For the first pair that does not go together.
     """
     place, kind = estimator.kl_placement, estimator.kl_estimator
     if estimator.needs_kl and (place, kind) not in KL_EFFECTS:
         raise Refused(
             f"kl_estimator {kind!r} is made for the loss, where its gradient is that of the KL, but "
-            f"kl_placement is {place!r}. Set kl_placement 'loss', or take kl_estimator 'k1', exact in "
-            "the reward."
+            f"kl_placement is {place!r}. Set kl_placement 'loss', or take kl_estimator 'k1', which is exact "
+            "in the reward."
         )
     for axis in ("baseline", "scale"):
         name = getattr(estimator, axis)
         if choice_of(axis, name).compares == "row" and estimator.returns == "total":
             raise Refused(
-                f"{name!r} compares the steps of one row, but with returns 'total' every step is paid the "
-                "same. Set returns 'reward_to_go', or choose another baseline and scale."
+                f"{name!r} compares the steps of one row, but with returns 'total' every step has the same "
+                "return. Set returns 'reward_to_go', or choose another baseline and scale."
             )

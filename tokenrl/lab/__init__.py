@@ -1,4 +1,4 @@
-"""What an estimator does to the gradient, measured and not believed: by enumeration, or on real models."""
+"""Measures what an estimator does to the gradient: exactly by enumeration, or on samples of real models."""
 
 from tokenrl.names import lazily
 

@@ -1,4 +1,4 @@
-"""A run on disk and on screen: directory, session, metrics, checkpoints, signals, console, plots, report."""
+"""What all trainings share: run directory, session, metrics, checkpoints, signals, console, plots, report."""
 
 from tokenrl.names import lazily
 

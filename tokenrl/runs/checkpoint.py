@@ -1,8 +1,8 @@
-"""A checkpoint is complete or absent.
+"""Saves and verifies checkpoints, each of which is either complete or absent.
 
-It is written to a hidden folder beside its place, synced, listed with hashes in manifest.json, and renamed
-last. A crash at any moment leaves the older checkpoints and at most one hidden folder, which the next save
-removes.
+A checkpoint is written to a hidden folder beside its place and synced to the disk; its files are listed with
+their hashes in manifest.json; last, the folder is renamed. A crash at any moment leaves the older checkpoints
+and at most one hidden folder, which the next save removes.
 """
 
 from __future__ import annotations
@@ -25,44 +25,43 @@ _MANIFEST = "manifest.json"
 
 
 class Latest(NamedTuple):
-    """The newest complete checkpoint, if any, and what is wrong with each newer one that was skipped."""
+    """The newest complete checkpoint, if any, and for each damaged newer one what is wrong with it."""
 
     path: Path | None
     skipped: list[str]
 
 
 def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, keep: int | None) -> Path:
-    """Save one checkpoint and, once it is verified, remove the oldest ones.
+    """Save one checkpoint, verify it, and then remove the oldest ones.
 
     Args:
-        folder: the run's `checkpoints`; made if absent. Only one process may save there.
-        step: number of updates made. A step is saved once: a complete checkpoint of it is returned as it is.
-        write: called with an empty folder to fill; the name manifest.json at its top is taken.
-        keep: how many checkpoints to keep, this one included, at least 1; None keeps all.
+        folder: the run's folder `checkpoints`; made if absent. Only one process may save there.
+        step: number of updates made so far. A complete checkpoint of this step is not written again.
+        write: fills the empty folder that it is given; the name manifest.json is reserved there.
+        keep: how many checkpoints to keep, with this one, at least 1; None keeps all.
 
     Returns:
-        The path, `folder`/step_000100.
+        The path of the checkpoint, such as `folder`/step_000100.
 
     Raises:
-        Refused: `keep` below 1.
-        Stopped: `write` failed or the disk is full; the partial is gone, older checkpoints are as they were.
+        Refused: `keep` is below 1.
+        Stopped: `write` failed or the disk is full; older checkpoints are unchanged.
     """
     if keep is not None and keep < 1:
-        raise Refused(f"{keep} checkpoints to keep is too few; keep 1 or more, or None for all.")
+        raise Refused(f"keep was given as {keep} checkpoints; it must be 1 or more, or None for all.")
     final = folder / f"step_{step:06d}"
     partial = folder / f".{final.name}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(
-            ".step_*.partial"
-        ):  # left by a crash; the run's lock says nobody is writing it
+        # Left by a crash. Nobody is writing there now, because this run holds the lock of the directory.
+        for stale in folder.glob(".step_*.partial"):
             shutil.rmtree(stale)
         if final.exists() and _is_complete(final):
             return final
         partial.mkdir()
         write(partial)
         _seal(partial, step)
-        if final.exists():  # a damaged one of the same step
+        if final.exists():  # a damaged checkpoint of the same step
             shutil.rmtree(final)
         os.rename(partial, final)
         sync_folder(folder)
@@ -74,7 +73,7 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, k
         kept = latest_checkpoint(folder).path
         raise Stopped(
             f"The checkpoint of step {step} could not be saved in {folder} ({error!r}); "
-            + (f"the last good one is {kept}." if kept else "there is no earlier one.")
+            + (f"the last complete one is {kept}." if kept else "there is no earlier one.")
         ) from error
     _prune(folder, step, keep)
     return final
@@ -84,18 +83,18 @@ def verify_checkpoint(path: Path) -> None:
     """Check every file of a checkpoint against its manifest (size, then SHA-256).
 
     Raises:
-        Refused: naming the file that is missing or altered.
+        Refused: a file is missing or altered; the message names it.
     """
     try:
         files: dict[str, dict[str, Any]] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
     except FileNotFoundError as error:
         raise Refused(
-            f"The checkpoint {path} has no {_MANIFEST}: it is not complete; use an earlier one."
+            f"The checkpoint {path} is not complete: it has no {_MANIFEST}. Use an earlier one."
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(
-            f"{_MANIFEST} of the checkpoint {path} is damaged ({error!r}); use an earlier one."
+            f"The {_MANIFEST} of the checkpoint {path} is damaged ({error!r}); use an earlier one."
         ) from error
     for name, size, digest in expected:
         file = path / name
@@ -108,7 +107,7 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def latest_checkpoint(folder: Path) -> Latest:
-    """Find the newest checkpoint that verifies; a damaged newer one is skipped and its fault told."""
+    """Find the newest complete checkpoint; damaged newer ones are skipped, and the result says why."""
     skipped = []
     for path in reversed(_steps(folder)):
         try:
@@ -121,7 +120,7 @@ def latest_checkpoint(folder: Path) -> Latest:
 
 
 def _steps(folder: Path) -> list[Path]:
-    """List the checkpoints, oldest first: by number, since step_1000000 sorts before step_999999 by name."""
+    """List the checkpoints, oldest first, by number: as text, step_1000000 would come before step_999999."""
     return sorted((path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)), key=_step_of)
 
 
@@ -138,7 +137,7 @@ def _is_complete(path: Path) -> bool:
 
 
 def _seal(partial: Path, step: int) -> None:
-    """Sync every file and list it; the manifest comes after what it lists."""
+    """Sync every file to the disk, then write the manifest, which lists them with size and hash."""
     files = {}
     for file in sorted(partial.rglob("*")):
         if file.is_dir():
@@ -164,16 +163,16 @@ def _prune(folder: Path, step: int, keep: int | None) -> None:
     older = [path for path in _steps(folder) if _step_of(path) < step]
     for path in older[: max(0, len(older) - (keep - 1))]:
         doomed = folder / f".{path.name}.partial"
-        os.rename(path, doomed)  # a removal cut short must not leave half a checkpoint under a good name
+        os.rename(path, doomed)  # first: an interrupted removal must not leave half a checkpoint here
         shutil.rmtree(doomed, ignore_errors=True)
 
 
 def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder aside, then put it in place of `directory`: no reader sees a part of it."""
+    """Write a new folder aside and rename it to `directory`, so that no reader sees it half written."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        aside.chmod(0o755)  # mkdtemp's is private
+        aside.chmod(0o755)  # mkdtemp lets only the owner read
         write(aside)
         if directory.exists():
             old = aside.with_suffix(".old")

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a header, one live line (plain lines in a log), samples, before and after."""
+"""Prints a run for people: header, one live line (plain lines in a log), sample completions, final table."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _LOSS_NOTE = (
-    "The loss is no measure of progress: it weighs log-probabilities by advantages, "
+    "The loss is no measure of progress: it weights log-probabilities by advantages, "
     "which average to about 0 by construction; watch the reward and the evaluation."
 )
 _CELL = 60  # characters of a prompt or completion shown in a table
 
 
 def rich_console(*, width: int = 110, quiet: bool = False, file: TextIO | None = None) -> RichConsole:
-    """Make a console of rich for texts that come from data and models.
+    """Make a console of the library rich that prints texts of data and models as they are.
 
     Args:
-        width: characters in a line where there is no terminal to ask.
+        width: characters per line where the output is no terminal.
         quiet: print nothing.
-        file: instead of stdout.
+        file: where to print; None for stdout.
     """
     from rich.console import Console as RichConsole
 
-    # no markup, no emoji codes, no guessing at what to highlight: the texts are not ours
+    # Brackets, colons and numbers in such texts must not be read as markup, emoji codes or highlights.
     console = RichConsole(file=file, quiet=quiet, markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = width
@@ -42,13 +42,13 @@ def rich_table(
     show_header: bool = True,
     **column: Any,
 ) -> Table:
-    """Make a table of rich.
+    """Make a table of the library rich.
 
     Args:
-        title: above the table, at its left.
-        left: heads of the columns of text, which stand at the left.
-        right: heads of the columns of numbers, which stand at the right of the others.
-        show_header: whether the heads are shown.
+        title: text above the table, aligned left.
+        left: headers of the first columns, which are aligned left.
+        right: headers of the columns after them, which are aligned right.
+        show_header: whether the headers are shown.
         **column: options of rich for all these columns, such as `no_wrap`.
     """
     from rich import box
@@ -65,21 +65,21 @@ def rich_table(
 
 
 class Console:
-    """Prints the course of a run; every process but the first passes `quiet=True` and prints nothing."""
+    """Prints the progress of a run. Every process but the main one passes `quiet=True` and prints nothing."""
 
     def __init__(self, *, quiet: bool = False, file: TextIO | None = None, every: int = 10) -> None:
         """Set where to print.
 
         Args:
             quiet: print nothing.
-            file: instead of stdout.
-            every: steps between two lines where there is no terminal to redraw a line on.
+            file: where to print; None for stdout.
+            every: steps between two printed lines where the output is no terminal.
         """
         self.every = every
         self.rich = rich_console(quiet=quiet, file=file)
 
     def start(self, title: str, facts: Mapping[str, Any], *, note: str = _LOSS_NOTE) -> None:
-        """Print the header: what is trained and how, and what its loss means."""
+        """Print the header: a table of facts about the run, and a note below it."""
         table = rich_table(title, show_header=False)
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
@@ -89,11 +89,11 @@ class Console:
         self.rich.print(note, style="italic dim")
 
     def progress(self, total: int) -> Progress:
-        """Make the live line of a run of `total` steps, a context manager."""
+        """Make the live line of a run of `total` steps, as a context manager."""
         return Progress(self, total)
 
     def completions_table(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Print prompt, completion, reward and advantage of each row; control characters made visible."""
+        """Print prompt, completion, reward and advantage of each row; control characters are made visible."""
         table = rich_table("Sample completions")
         for column in ("prompt", "completion"):
             table.add_column(column, overflow="fold", ratio=1)
@@ -105,7 +105,7 @@ class Console:
         self.rich.print(table)
 
     def note(self, message: str) -> None:
-        """Print a message as it is, on lines of its own."""
+        """Print a message without wrapping its lines."""
         self.rich.print(message, soft_wrap=True)
 
     def warn(self, message: str) -> None:
@@ -130,7 +130,7 @@ class Console:
 
 
 class Progress:
-    """One live line: step, reward, last evaluation, rate, time left; in a log, a line each `every` steps."""
+    """Shows step, reward, last evaluation, rate and time left, as a live line or as lines of a log."""
 
     def __init__(self, console: Console, total: int) -> None:
         """Prepare the line; it appears on entering the context."""
@@ -154,18 +154,18 @@ class Progress:
         """Show a step.
 
         Args:
-            step: updates made so far.
-            metrics: reads reward (or loss, where there is none), eval_reward_greedy or eval_reward (the last
-                one stays on the line), and tokens_per_second or env_steps_per_second, whichever are there.
+            step: number of updates made so far.
+            metrics: of this step. Shown are `reward` (or else `loss`), `eval_reward_greedy` (or else
+                `eval_reward`; the last evaluation stays on the line), and `tokens_per_second` or
+                `env_steps_per_second`, as far as they are present.
         """
         evaluated = metrics.get("eval_reward_greedy", metrics.get("eval_reward"))
         if evaluated is not None:
             self._evaluation = f"eval {number(evaluated)}"
         shown = next((name for name in ("reward", "loss") if name in metrics), None)
         value = "" if shown is None else f"{shown} {number(metrics[shown])}"
-        rate = next((f"{metrics[f'{unit}_per_second']:,.0f} {word}/s" for unit, word in _RATES
-                     if metrics.get(f"{unit}_per_second")), "")  # fmt: skip
-        line = "  ".join(part for part in (value, self._evaluation, rate, self._left(step)) if part)
+        parts = (value, self._evaluation, *_rates(metrics), self._left(step))
+        line = "  ".join(part for part in parts if part)
         self._live.update(self._task, completed=step, line=line)
         plain = not self._console.rich.is_terminal
         if plain and (step % self._console.every == 0 or step in (1, self._total) or evaluated is not None):
@@ -180,18 +180,15 @@ class Progress:
         return f"ETA {duration(seconds)}"
 
 
-_RATES = (("tokens", "tokens"), ("env_steps", "env steps"))
-
-
 def visible(text: str, limit: int | None = None) -> str:
-    r"""Put a text on one line, control characters as \n or \x1b, cut to `limit` characters."""
+    r"""Return a text on one line, at most `limit` characters, control characters written as \n or \x1b."""
     if limit is not None and len(text) > limit:
         text = text[: limit - 1] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def number(value: Any) -> str:
-    """Write a number with four figures; a dash for none."""
+    """Return a number as text with four significant figures, or a dash for None."""
     if value is None:
         return "-"
     try:
@@ -201,20 +198,23 @@ def number(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as 0:42 or 1:02:03."""
+    """Return seconds as text, such as 0:42 or 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def ending(summary: Mapping[str, Any]) -> str:
-    """Say in one line how a run ended: reason, steps, time, rate; takes what summary.json holds."""
+    """Return one line on how a run ended (reason, steps, time, rate), from the content of summary.json."""
     parts = [visible(str(summary.get("exit_reason", "unfinished")))]
     if summary.get("steps") is not None:
         parts.append(f"{summary['steps']} steps")
     if summary.get("wall_seconds") is not None:
         parts.append(duration(summary["wall_seconds"]))
-    for unit, word in _RATES:
-        if summary.get(f"{unit}_per_second"):
-            parts.append(f"{summary[f'{unit}_per_second']:,.0f} {word}/s")
-    return ", ".join(parts)
+    return ", ".join([*parts, *_rates(summary)])
+
+
+def _rates(measured: Mapping[str, Any]) -> list[str]:
+    """Return the rates that were measured, as text: tokens or environment steps per second."""
+    counts = {unit: measured.get(f"{unit}_per_second") for unit in ("tokens", "env_steps")}
+    return [f"{count:,.0f} {unit.replace('_', ' ')}/s" for unit, count in counts.items() if count]

@@ -1,7 +1,7 @@
-"""One directory is the whole truth of a run: who may write there, and what lies where.
+"""Makes and locks the directory of a run, and knows where its files lie.
 
-`RunDirectory.create` checks everything before it writes or removes anything, then holds a lock until it is
-released, so that two runs never mix their files.
+`RunDirectory.create` checks everything before it writes or removes anything. It then holds a lock until
+`release`, so that two runs never mix their files.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _PACKAGES = (
 
 
 class RunDirectory:
-    """The folder of one run, held under a lock; a context manager that gives the lock back.
+    """The locked folder of one run, as a context manager that releases the lock at its end.
 
     Attributes:
         path: the folder.
-        config, metrics, timings, completions, checkpoints, summary, model, report, plot: the paths inside it;
-            none of them need exist yet.
+        config, metrics, timings, completions, checkpoints, summary, model, report, plot: paths inside the
+            folder, which need not exist yet.
     """
 
     def __init__(self, path: Path, lock: Any, *, begun: bool) -> None:
-        """Wrap a folder whose lock is held; `create` is the way in."""
+        """Wrap a folder whose lock is already held; use `create` instead."""
         self.path = path
         self._lock = lock
         self._begun = begun
@@ -62,22 +62,20 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], *, overwrite: bool = False) -> RunDirectory:
-        """Make the folder, or take an empty one, and lock it.
+        """Make the folder, or use one that is empty or holds a run, and lock it.
 
         Args:
-            path: where the run goes; parents are made.
-            overwrite: replace the run that is there, though not before `begin`: whoever is refused in between
-                has lost no results. Only what a run writes is removed; other files stay.
+            path: the folder; its parents are made too.
+            overwrite: replace the run that the folder holds. It is removed at `begin` and not before, so that
+                a refusal in between loses no results. Only files that a run writes are removed; others stay.
 
         Raises:
-            Refused: `..` in the path; a file in its place; a run there and not `overwrite`; files there that
-                no run wrote; another run at work there; a folder that cannot be written.
+            Refused: the path contains `..` or is a file; the folder holds a run and `overwrite` is False; it
+                holds files that no run wrote; another run is using it; or it cannot be written.
         """
         run = Path(path)
         if ".." in run.parts:
-            raise Refused(
-                f"The output directory {str(run)!r} contains '..'; give the directory meant, without it."
-            )
+            raise Refused(f"The output directory {str(run)!r} contains '..'; give its path without it.")
         try:
             if run.exists() and not run.is_dir():
                 raise Refused(f"The output directory {run} is a file; give a directory that is new or empty.")
@@ -91,7 +89,7 @@ class RunDirectory:
                 f"The output directory {str(run)!r} cannot be used ({error}); give another one."
             ) from error
         try:
-            _refuse_foreign(run)  # again: another run may have come and gone before the lock was ours
+            _refuse_foreign(run)  # again: another run may have written here before we had the lock
             if _holds_run(run) and not overwrite:
                 raise Refused(
                     f"The output directory {run} already holds a run; give another directory, "
@@ -103,10 +101,10 @@ class RunDirectory:
         return cls(run, lock, begun=not _holds_run(run))
 
     def begin(self) -> None:
-        """Remove the run that was there, once; `write_config` does it if nobody has.
+        """Remove the run that the folder held. `write_config` calls this; a second call does nothing.
 
         Raises:
-            Refused: something of it cannot be removed.
+            Refused: a file of that run cannot be removed.
         """
         try:
             if not self._begun:
@@ -117,7 +115,7 @@ class RunDirectory:
         self._begun = True
 
     def release(self) -> None:
-        """Give the lock back; another run may then take the directory."""
+        """Release the lock, so that another run may use the directory."""
         self._lock.release()
 
     def __enter__(self) -> RunDirectory:
@@ -127,23 +125,23 @@ class RunDirectory:
         self.release()
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Begin, and write config.json in one step: `config` and, under "versions", what it ran on."""
+        """Call `begin`, then write `config` and the versions of the packages to config.json."""
         self.begin()
         write_json(self.config, {"versions": versions(), **config})
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json, replaced in one step."""
+        """Write summary.json, which is replaced as a whole."""
         write_json(self.summary, summary)
 
 
 def versions() -> dict[str, str]:
-    """Name the Python, the platform and the packages that decide a run's numbers; imports none of them."""
+    """Return the versions of Python, the platform and the packages that decide the numbers of a run."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            if package == "tokenrl":  # run from a source tree; the key still marks the file as a run's
+            if package == "tokenrl":  # not installed; the key still marks the file as that of a run
                 found[package] = "unknown"
     return found
 
@@ -153,7 +151,7 @@ def _holds_run(run: Path) -> bool:
 
 
 def _written_by_run(run: Path) -> bool:
-    """Tell a run from a folder that only looks like one; a saved model, too, holds a config.json."""
+    """Return whether tokenrl wrote what looks like a run; a saved model also has a config.json."""
     try:
         if (run / "config.json").exists():
             return "tokenrl" in read_config(run).get("versions", {})
@@ -170,7 +168,7 @@ def _refuse_foreign(run: Path) -> None:
         return
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     raise Refused(
-        f"The output directory {run} is not empty and holds no run of tokenrl ({shown}); nothing there was "
+        f"The output directory {run} is not empty and holds no run of tokenrl ({shown}). Nothing in it was "
         "touched. Give a directory that is new or empty."
     )
 
@@ -178,25 +176,24 @@ def _refuse_foreign(run: Path) -> None:
 def _acquire(run: Path) -> Any:
     from filelock import FileLock, Timeout
 
-    (
-        run / ".lock"
-    ).touch()  # says by an OSError what the lock would call a timeout: that nothing can be written here
+    # Where nothing can be written, this raises an OSError; the lock alone would call it a timeout.
+    (run / ".lock").touch()
     lock = FileLock(run / ".lock")
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise Refused(
-            f"Another run is at work in {run} and holds its lock; wait for it or give another directory."
+            f"Another run is using {run} and holds its lock; wait for it to end or give another directory."
         ) from error
     return lock
 
 
 def _remove_run(run: Path) -> None:
-    """Remove what a run writes; the marks of a run go last, so that a removal cut short can be repeated."""
+    """Remove the files of a run. config.json goes last, so that an interrupted removal can be repeated."""
     for folder in _FOLDERS:
         inside = run / folder
         if inside.is_symlink() or inside.is_file():
-            inside.unlink()  # a link is never followed out of the run
+            inside.unlink()  # a link is removed, never followed
         elif folder == "model" and inside.is_dir():
             shutil.rmtree(inside)
         elif inside.is_dir():

@@ -1,7 +1,7 @@
-"""Files that are written whole: a reader sees the old file or the new one, never a part of it.
+"""Writes files whole: a reader sees the old file or the new one, never a part of it.
 
-JSON written here is strict: JSON has no NaN and no infinity, so NaN becomes null (a number that is missing),
-and an infinity becomes the string "Infinity" or "-Infinity", which `float` reads back.
+JSON has no NaN and no infinity. NaN is therefore written as null (a missing number), and an infinity as the
+string "Infinity" or "-Infinity", which `float` reads back.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tokenrl.errors import Stopped
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a hidden file beside `path` to write to, which takes the place of `path` when the block ends well.
+    """Yield a hidden file beside `path`, which replaces `path` when the block ends without an error.
 
-    What cannot be replaced, a pipe or a terminal such as /dev/stdout, is written to as it is.
+    A pipe or a terminal, such as /dev/stdout, cannot be replaced; then `path` itself is yielded.
 
     Raises:
-        Stopped: it could not be written (disk full, no permission); the old file, if any, is untouched.
+        Stopped: the file could not be written (disk full, no permission); an old file is untouched.
     """
     stream = path.is_fifo() or path.is_char_device()
     partial = path if stream else path.with_name(f".{path.name}.partial")
@@ -37,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
             sync_folder(path.parent)
     except OSError as error:
         raise Stopped(
-            f"{path} could not be written ({error}); free space or permissions and run again."
+            f"{path} could not be written ({error}). Free space or change permissions, and run again."
         ) from error
     finally:
         if not stream:
@@ -45,10 +45,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8; what has no UTF-8, a lone surrogate, becomes a question mark.
+    """Write a text in UTF-8. A lone surrogate, which UTF-8 cannot hold, becomes a question mark.
 
     Raises:
-        Stopped: as `replacing`.
+        Stopped: the file could not be written; see `replacing`.
     """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="replace")
@@ -58,21 +58,21 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write strict JSON with sorted keys.
 
     Raises:
-        Stopped: as `replacing`.
+        Stopped: the file could not be written; see `replacing`.
     """
     text = json.dumps(plain(value), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
 
 def plain(value: Any) -> Any:
-    """Turn a value into what strict JSON can hold.
+    """Convert a value to what strict JSON can hold.
 
-    NaN becomes None, an infinity its name; tensors and numpy values become numbers or lists, dataclasses
-    dicts, sets sorted lists, a function its "module:name", and anything else its `str`.
+    NaN becomes None and an infinity its name. Tensors and numpy values become numbers or lists, dataclasses
+    become dicts, sets sorted lists, a function its "module:name", and anything else its `str`.
     """
     if value is None or isinstance(value, (bool, int)):
         return value
-    if isinstance(value, str):  # a lone surrogate has no UTF-8
+    if isinstance(value, str):  # UTF-8 cannot hold a lone surrogate
         return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, float):
         if math.isfinite(value):
@@ -94,13 +94,13 @@ def plain(value: Any) -> Any:
 
 
 def sync_file(path: Path) -> None:
-    """Make the content of a file survive a power cut."""
+    """Flush a file to the disk, so that its content survives a power failure."""
     with path.open("rb+") as handle:
         os.fsync(handle.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system can sync a folder at all."""
+    """Flush a folder to the disk, so that a rename in it survives a power failure; not on Windows."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -1,7 +1,7 @@
-"""What a run writes as it goes: numbers of each step as JSON lines, sample completions as parquet.
+"""Writes and reads what a run records at each step: metrics as JSON lines, sample completions as parquet.
 
-metrics.jsonl holds only what the seed decides, so that two runs can be compared byte for byte; whatever a
-clock measured goes to timings.jsonl.
+metrics.jsonl holds only numbers that the seed determines, so that two runs can be compared byte for byte.
+Times and rates go to timings.jsonl.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from tokenrl.runs.files import plain, replacing
 
 
 class MetricsLog:
-    """Appends one line a step to metrics.jsonl and to timings.jsonl, and flushes each.
+    """Appends one line per step to metrics.jsonl and to timings.jsonl, and flushes each line.
 
-    NaN is written as null and an infinity as a string (see `directory`), so every line is strict JSON.
+    Every line is strict JSON: NaN is written as null and an infinity as a string (see `runs.files`).
     """
 
     def __init__(self, metrics: Path, timings: Path) -> None:
@@ -28,16 +28,16 @@ class MetricsLog:
         self._files: list[TextIO] = [path.open("a", encoding="utf-8") for path in self._paths]
 
     def write(self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
-        """Append a line: `step` first, the other keys sorted.
+        """Append a line to each file: `step` first, then the other keys in alphabetical order.
 
         Args:
-            step: number of updates made; 0 is before training.
-            metrics: flat, name to number; a tensor of one element counts as a number.
-            timings: seconds and rates of the same step; no line is written without them.
+            step: number of updates made so far; 0 is before training.
+            metrics: a number for each name; a tensor of one element counts as a number.
+            timings: seconds and rates of the same step; without them timings.jsonl gets no line.
 
         Raises:
-            TypeError: a value that holds several numbers.
-            Stopped: the disk is full or the file is gone.
+            TypeError: a value holds several numbers.
+            Stopped: the disk is full or the file was removed.
         """
         for path, file, row in zip(self._paths, self._files, (metrics, timings), strict=True):
             if row is None:
@@ -53,7 +53,7 @@ class MetricsLog:
                 file.write(line + "\n")
                 file.flush()
             except OSError as error:
-                raise Stopped(f"{path} could not be written at step {step} ({error}); free space.") from error
+                raise Stopped(f"{path} could not be written at step {step} ({error}). Free space.") from error
 
     def close(self) -> None:
         """Close both files."""
@@ -68,15 +68,15 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read metrics.jsonl or timings.jsonl, one dict a line; a last line cut short by a crash is left out.
+    """Read metrics.jsonl or timings.jsonl, one dict per line. A last line that a crash cut short is left out.
 
     Raises:
-        Refused: no such file, or a damaged line that is not the last.
+        Refused: the file cannot be read, or a line before the last is damaged.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
-        raise Refused(f"The metrics {path} cannot be read ({error}).") from error
+        raise Refused(f"The metrics {path} cannot be read ({error}); give the directory of a run.") from error
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -86,20 +86,20 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise ValueError("not an object")
         except ValueError as error:
-            if number == len(lines):  # without its newline: the write was cut short
+            if number == len(lines):  # it has no newline: a crash cut it short
                 break
             raise Refused(
-                f"Line {number} of {path} is damaged ({error}); remove it to read the others."
+                f"Line {number} of {path} is damaged ({error}); remove it, and the others can be read."
             ) from error
         rows.append(row)
     return rows
 
 
 def write_completions(folder: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write sample rows (prompt, completion, rewards, advantage, ...) to `folder`/step_000100.parquet.
+    """Write sample rows (prompt, completion, rewards, advantage, ...) to a file such as step_000100.parquet.
 
-    Columns of text, of numbers and of booleans stay what they are; anything else (chat messages, lists, a
-    mixture) is stored as JSON text. A key that a row lacks is null.
+    A column of text, of numbers or of booleans keeps its type. Any other (chat messages, lists, a mixture)
+    is stored as JSON text. A key that a row lacks is null.
 
     Raises:
         Stopped: the disk is full or the folder cannot be written.
@@ -117,7 +117,7 @@ def write_completions(folder: Path, step: int, rows: Sequence[Mapping[str, Any]]
 
 
 def read_completions(path: Path) -> list[dict[str, Any]]:
-    """Read back the rows of one `write_completions`."""
+    """Read the rows of a file that `write_completions` wrote."""
     import pyarrow.parquet as parquet
 
     rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
@@ -125,7 +125,7 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
 
 
 def _column(values: list[Any]) -> list[Any]:
-    cells = [value if isinstance(value, float) else plain(value) for value in values]  # parquet knows NaN
+    cells = [value if isinstance(value, float) else plain(value) for value in values]  # parquet has NaN
     kinds = {
         float if isinstance(cell, (int, float)) and not isinstance(cell, bool) else type(cell)
         for cell in cells

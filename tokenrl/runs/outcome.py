@@ -1,4 +1,4 @@
-"""What a run came to, and where its model lies."""
+"""The result of a run, and where its model lies."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to; each training adds what is its own.
+    """The result of a run; each training adds fields of its own.
 
     Attributes:
         output_dir: the run directory.
-        exit_reason: `finished`, `check`, `SIGTERM` or `SIGINT`, or how else the training says it ended.
-        exit_code: 0, or 128 plus the signal's number.
-        steps: updates made.
+        exit_reason: `finished`, `check`, `SIGTERM`, `SIGINT`, or another reason that the training gives.
+        exit_code: 0, or 128 plus the number of the signal that ended the run.
+        steps: number of updates made.
         eval_before: metrics of the evaluation before training.
-        eval_after: those of the evaluation after it; empty if a signal ended the run between two evaluations.
-        wall_seconds: from the first evaluation to the last.
+        eval_after: metrics of the evaluation after the last update; may be empty after a signal.
+        wall_seconds: seconds since the run printed its header.
     """
 
     output_dir: Path
@@ -30,12 +30,12 @@ class Outcome:
     wall_seconds: float
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json says: all fields that are shown but the directory and the exit code."""
+        """Return the content of summary.json: the fields with `repr`, without directory and exit code."""
         shown = [f.name for f in fields(self) if f.repr and f.name not in ("output_dir", "exit_code")]
         return {name: getattr(self, name) for name in shown}
 
 
 def model_directory(name_or_path: str | Path) -> str | Path:
-    """Return where a model lies: a run directory keeps it in `model/`, anything else is the place itself."""
+    """Return where a model lies: `model/` for a run directory, else the path or hub name itself."""
     run = Path(name_or_path)
     return run / "model" if (run / "metrics.jsonl").exists() and (run / "model").is_dir() else name_or_path

@@ -1,10 +1,11 @@
-"""The learning curve of a run as one PNG: is it learning, and is it healthy."""
+"""Draws the learning curve of a run as one PNG, with metrics of its health below the curve."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from tokenrl.runs.files import replacing
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart with any colour vision, and by lightness in grey.
+# The palette of Okabe and Ito: its colours differ for every kind of colour vision, and in grey by lightness.
 _BLUE, _ORANGE, _GREEN, _INK, _GREY = "#0072B2", "#D55E00", "#009E73", "#222222", "#8A8A8A"
 _EVALUATIONS = (
     ("eval_reward", _BLUE, "s-", "held-out sampled"),
@@ -31,7 +32,7 @@ _HEALTH = (
 
 
 def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Pick the steps and values where `key` is a finite number."""
+    """Return the steps at which `key` is a finite number, and those numbers."""
     steps, values = [], []
     for row in metrics:
         try:
@@ -45,9 +46,9 @@ def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], l
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Average each value with its neighbours, `window` in all (odd), fewer at the ends; delays nothing."""
+    """Return the centred running mean over `window` values (odd); the window shrinks at the ends."""
     half = window // 2
-    return [_mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+    return [fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def learning_curve(
@@ -59,15 +60,15 @@ def learning_curve(
     subtitle: str = "",
     curve: tuple[str, str] = ("reward", "mean reward"),
 ) -> Path:
-    """Draw reward and evaluation per step, and below them whichever health metrics were recorded.
+    """Draw reward and evaluation by step, and below them the health metrics that were recorded.
 
     Args:
-        path: the PNG, 1200 x 700 pixels.
-        metrics: rows of metrics.jsonl; absent keys, nulls and NaN leave gaps.
-        title: what was trained, on what.
-        solved: the reward that counts as solved, drawn as a line.
-        subtitle: settings worth knowing, in small print.
-        curve: key and name of what the large panel shows of each step.
+        path: where to write the PNG, of 1200 x 700 pixels.
+        metrics: rows of metrics.jsonl; a missing key, null or NaN leaves a gap.
+        title: heading of the figure.
+        solved: the reward from which the task counts as solved, drawn as a line.
+        subtitle: a line of small print below the title.
+        curve: key and name of the metric in the large panel.
     """
     from matplotlib.figure import Figure
 
@@ -89,14 +90,14 @@ def learning_curve(
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in the format that the name ends in, else PNG; the same figure gives the same bytes.
+    """Write a figure in the format of the file's suffix, else PNG; the same figure gives the same bytes.
 
     Raises:
-        Stopped: it could not be written; the old file, if any, is untouched.
+        Stopped: the figure could not be written; an old file is untouched.
     """
     kind = path.suffix[1:] or "png"
     with replacing(path) as partial:
-        # without the version of matplotlib, which a PNG would otherwise carry
+        # Without this a PNG would name the version of matplotlib, and differ between versions.
         figure.savefig(partial, format=kind, metadata={"Software": None} if kind == "png" else None)
 
 
@@ -110,17 +111,7 @@ def _main_panel(
     labels: list[tuple[float, str, str]] = []
     steps, rewards = series(metrics, curve[0])
     if steps:
-        averaged = smooth(rewards, _window(len(rewards)))
-        axes.plot(
-            steps,
-            rewards,
-            color=_GREY,
-            alpha=0.4,
-            linewidth=1,
-            marker="o" if len(steps) == 1 else "",
-            clip_on=False,
-        )
-        axes.plot(steps, averaged, color=_GREY, linewidth=2.2)
+        averaged = _draw_smoothed(axes, steps, rewards, color=_GREY, alpha=0.4, linewidth=2.2)
         labels.append((averaged[-1], "training", "#666666"))
     for key, colour, marker, name in _EVALUATIONS:
         steps, values = series(metrics, key)
@@ -142,14 +133,13 @@ def _main_panel(
 
 
 def _label_ends(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
-    """Write each curve's name and last value at its right end, pushed apart so that no two overlap."""
+    """Write name and last value of each curve at its right end, pushed apart so that no two overlap."""
     low, high = axes.get_ylim()
     places: list[float] = []
     for value, _, _ in sorted(labels):
         places.append(max([value, *(place + 0.075 * (high - low) for place in places[-1:])]))
-    shift = _mean(
-        [place - value for place, (value, _, _) in zip(places, sorted(labels), strict=True)] or [0.0]
-    )
+    # All are shifted back by the mean distance that they were pushed; a single label stays at its value.
+    shift = fmean([place - value for place, (value, _, _) in zip(places, sorted(labels), strict=True)] or [0])
     for place, (value, name, colour) in zip(places, sorted(labels), strict=True):
         axes.annotate(f"{value:.3g}  {name}", (1.018, place - shift), xycoords=("axes fraction", "data"),
                       va="center", color=colour, fontsize=11.5)  # fmt: skip
@@ -157,21 +147,23 @@ def _label_ends(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
 
 def _health_panel(axes: Axes, points: tuple[list[int], list[float]], name: str, unit: str, last: int) -> None:
     steps, values = points
-    axes.plot(
-        steps,
-        values,
-        color=_BLUE,
-        alpha=0.25,
-        linewidth=1,
-        marker="o" if len(steps) == 1 else "",
-        clip_on=False,
-    )
-    axes.plot(steps, smooth(values, _window(len(values))), color=_BLUE, linewidth=1.8)
+    _draw_smoothed(axes, steps, values, color=_BLUE, alpha=0.25, linewidth=1.8)
     _style(axes, last, ticks=3)
     axes.set_title(name, fontsize=11.5, loc="left", color=_INK, pad=18)
     axes.text(0, 1.05, unit, transform=axes.transAxes, fontsize=9.5, color="#666666")
     if min(values) >= 0:
         axes.set_ylim(0, max(max(values) * 1.08, 1e-9))
+
+
+def _draw_smoothed(
+    axes: Axes, steps: list[int], values: list[float], *, color: str, alpha: float, linewidth: float
+) -> list[float]:
+    """Draw values faintly and their running mean above them; return the running mean."""
+    averaged = smooth(values, 2 * (len(values) // 40) + 1)  # odd, and about a twentieth of the run
+    marker = "o" if len(steps) == 1 else ""  # a line through one point would not be seen
+    axes.plot(steps, values, color=color, alpha=alpha, linewidth=1, marker=marker, clip_on=False)
+    axes.plot(steps, averaged, color=color, linewidth=linewidth)
+    return averaged
 
 
 def _style(axes: Axes, last: int, ticks: int = 8) -> None:
@@ -187,15 +179,6 @@ def _style(axes: Axes, last: int, ticks: int = 8) -> None:
     axes.set_axisbelow(True)
 
 
-def _window(count: int) -> int:
-    """Smooth over about a twentieth of the run, an odd number of steps."""
-    return 2 * (count // 40) + 1
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _literal(text: str) -> str:
-    """Keep matplotlib from reading mathematics into dollar signs."""
+    """Escape dollar signs, which matplotlib would read as mathematics."""
     return text.replace("$", r"\$")

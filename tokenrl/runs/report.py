@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, made from the run directory alone."""
+"""Writes the report of a run: one self-contained HTML file, made from the files of the run directory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenrl.errors import Refused
 from tokenrl.runs.console import ending, number
@@ -15,6 +15,8 @@ from tokenrl.runs.files import plain, write_text
 from tokenrl.runs.metrics import read_completions, read_metrics
 from tokenrl.runs.plots import learning_curve, series
 from tokenrl.settings import read_config
+
+T = TypeVar("T")
 
 _STYLE = """
 :root { color-scheme: light dark;
@@ -44,21 +46,21 @@ _DIAGNOSTICS = (
     (
         "frac_reward_zero_std",
         "groups without signal",
-        "fraction of prompts whose completions all got one reward",
+        "fraction of prompts whose completions all have the same reward",
     ),
     ("completions/clipped_ratio", "truncated", "fraction of completions cut at the length limit"),
     ("entropy", "entropy", "nats per action (token); near 0 the policy no longer explores"),
     ("kl", "KL to the reference", "nats per completion"),
     ("episode_length", "episode length", "mean steps of the episodes that ended"),
-    ("explained_variance", "critic", "share of the returns' variance that it explains; below 0 it misleads"),
+    ("explained_variance", "critic", "share of the returns' variance that it explains; below 0 it does harm"),
     ("grad_norm", "gradient norm", "before clipping"),
-    ("clip_ratio", "clipped ratios", "fraction of tokens where the ratio's clip was active"),
-    ("skipped_steps", "skipped steps", "updates left out for a gradient that was not finite"),
+    ("clip_ratio", "clipped ratios", "fraction of tokens at which the ratio was clipped"),
+    ("skipped_steps", "skipped steps", "updates skipped because the gradient was not finite"),
 )
 
 
 def report_from_directory(run: str | Path) -> Path:
-    """Draw the curve and write the report of a run, finished or not, from what lies in its directory.
+    """Draw the learning curve and write the report of a run, finished or not, from its directory.
 
     Raises:
         Refused: the directory holds no metrics.jsonl.
@@ -68,11 +70,10 @@ def report_from_directory(run: str | Path) -> Path:
         raise Refused(f"{run} holds no metrics.jsonl; give the output directory of a run.")
     metrics = read_metrics(run / "metrics.jsonl")
     config = read_config(run) if (run / "config.json").is_file() else {}
-    summary = (
-        json.loads((run / "summary.json").read_text("utf-8")) if (run / "summary.json").is_file() else {}
-    )
+    ended = run / "summary.json"
+    summary = json.loads(ended.read_text("utf-8")) if ended.is_file() else {}
     files = sorted((run / "completions").glob("step_*.parquet"), key=lambda file: int(file.stem[5:]))
-    completions = {int(file.stem[5:]): read_completions(file) for file in (files[:1] + files[1:][-1:])}
+    completions = {int(file.stem[5:]): read_completions(file) for file in _ends(files)}
     title = str(config.get("title") or run.resolve().name)
     solved = config.get("solved")
     plot = learning_curve(
@@ -99,15 +100,15 @@ def write_report(
     plot_path: Path | None,
     title: str,
 ) -> Path:
-    """Write one self-contained HTML file; every text of data, model or user is escaped.
+    """Write one self-contained HTML file. Every text that comes from data, model or user is escaped.
 
     Args:
-        path: where to.
-        config: as in config.json; "versions" and "command" get a place of their own.
+        path: where to write the file.
+        config: content of config.json; "versions" and "command" are shown in sections of their own.
         metrics: rows of metrics.jsonl.
-        summary: as in summary.json; empty for a run that has not ended.
-        completions: step to sample rows; the first and the last step are shown.
-        plot_path: a PNG to embed.
+        summary: content of summary.json; empty for a run that has not ended.
+        completions: sample rows by step; the first and the last step are shown.
+        plot_path: a PNG to embed; None for no figure.
         title: heading of the page.
     """
     settings = {key: value for key, value in config.items() if key not in ("versions", "command")}
@@ -120,7 +121,7 @@ def write_report(
         _section("Diagnostics", _diagnostics(metrics)),
         *(
             _section(f"Completions at step {step}", _samples(completions[step]))
-            for step in _ends(completions)
+            for step in _ends(sorted(completions))
         ),
         _section("To repeat", f"<pre>{escape(command)}</pre>"),
         _section("Configuration", f"<pre>{_json(settings)}</pre>"),
@@ -142,7 +143,7 @@ def _section(heading: str, body: str) -> str:
 def _headline(summary: Mapping[str, Any]) -> str:
     before, after = summary.get("eval_before") or {}, summary.get("eval_after") or {}
     names = dict.fromkeys([*before, *after])
-    first = [name for name in ("reward_greedy", "reward") if name in names]  # what a reader came for
+    first = [name for name in ("reward_greedy", "reward") if name in names]  # the most important come first
     cards = "".join(
         f'<div class="card"><span class="soft">{escape(key.replace("_", " "))}</span>'
         f"<b>{escape(number(before.get(key)))} → {escape(number(after.get(key)))}</b></div>"
@@ -169,18 +170,15 @@ def _diagnostics(metrics: Sequence[Mapping[str, Any]]) -> str:
         if values:
             numbers = (values[0], values[-1], min(values), max(values))
             rows.append([name, *map(number, numbers), meaning])
-    return (
-        _table(("", "first", "last", "lowest", "highest", "what it says"), rows, numeric=range(1, 5))
-        if rows
-        else ""
-    )
+    header = ("", "first", "last", "lowest", "highest", "what it says")
+    return _table(header, rows, numeric=range(1, 5)) if rows else ""
 
 
-def _samples(rows: Sequence[Mapping[str, Any]], limit: int = 16) -> str:
+def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [
         [number(row.get(name)) if not isinstance(row.get(name), str) else row[name] for name in names]
-        for row in rows[:limit]
+        for row in rows[:16]
     ]
     numeric = [i for i, name in enumerate(names) if not any(isinstance(row.get(name), str) for row in rows)]
     return _table(names, cells, numeric=numeric) if rows else ""
@@ -200,9 +198,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: Seq
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _ends(completions: Mapping[int, Any]) -> list[int]:
-    steps = sorted(completions)
-    return steps[:1] + steps[1:][-1:]
+def _ends(items: list[T]) -> list[T]:
+    """Return the first and the last item, or the only one."""
+    return items[:1] + items[1:][-1:]
 
 
 def _json(value: Any) -> str:

@@ -1,11 +1,11 @@
-"""The life of a run, written once: a locked directory, a header, a loop, checkpoints, and a kept end.
+"""Keeps one run of a training: directory, header, log, checkpoints, signals, failure, summary, report.
 
-Whatever trains lives through it: a policy, an agent, a reward model, a warm start. The training keeps its
-loop and asks the session what is due::
+All trainings use it: of a policy, an agent, a reward model, and the supervised warm start. Each training
+writes its own loop and asks the session what is due::
 
     with Session("train", args.output_dir, overwrite=args.overwrite) as session:
-        ...                                     # load and prepare; what is wrong here is refused
-        session.open("tokenrl train", facts)    # from here on a signal finishes the step and saves
+        ...                                     # load and prepare; an error here is a refusal
+        session.open("tokenrl train", facts)    # from here on a signal lets the step end and saves
         session.evaluated(evaluate())           # before the first step
         session.begin(args, names={})           # from here on the directory holds this run
         for step in session.steps(args.max_steps):
@@ -17,8 +17,8 @@ loop and asks the session what is due::
                 session.save(write_weights, keep=2)
         session.finish(Outcome(**session.outcome("finished")), write_model)
 
-An error that a user can mend becomes a refusal before `begin`. After it, it stops the run: the summary says
-why, and the message names the last good checkpoint.
+Before `begin`, every error that a user can mend is raised as `Refused`. After it, the error is raised as
+`Stopped`: summary.json says why the run failed, and the message names the last complete checkpoint.
 """
 
 from __future__ import annotations
@@ -42,25 +42,26 @@ from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.signals import GracefulStop
 
-SIGNALS = {143: "SIGTERM", 130: "SIGINT"}  # exit code: reason
+SIGNALS = {143: "SIGTERM", 130: "SIGINT"}
+"""The reason that summary.json gives for an exit code."""
 
 
 class Resumable(Protocol):
-    """What has a state that a continuation needs, as values that JSON can hold."""
+    """A part of a training whose state must be saved to continue the run, as values that JSON can hold."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return that state."""
+        """Return the state."""
 
 
 class Session:
-    """A run from its directory to its end; a context manager. Only the main process writes and prints.
+    """One run of a training, as a context manager. Only the main process writes files and prints.
 
     Attributes:
-        kind: the command that runs, as config.json says it: train, control, reward-model or sft.
-        console: where people are told.
-        directory: the run directory, on the main process only.
-        stop: what a signal has asked for.
-        step: the step at work, from 1; 0 before the first.
+        kind: the command that runs, as in config.json: train, control, reward-model or sft.
+        console: prints for people.
+        directory: the run directory; None on every process but the main one.
+        stop: catches the signals that ask the run to stop.
+        step: number of the current step, from 1; 0 before the first.
     """
 
     def __init__(
@@ -75,20 +76,21 @@ class Session:
         agreed: Callable[[int], int] = lambda number: number,
         report: Callable[[Path], Path] = report_from_directory,
     ) -> None:
-        """Take and lock the directory; an old run in it is untouched until `begin`.
+        """Make and lock the directory. A run that it already holds stays untouched until `begin`.
 
         Args:
             kind: the command that runs.
             output_dir: the run directory.
-            overwrite: replace the run that is there.
+            overwrite: replace the run that the directory already holds.
             quiet: print nothing.
-            every: steps between two lines on a screen that is no terminal.
+            every: steps between two printed lines where the output is no terminal.
             main: whether this is the main process.
-            agreed: the largest of the numbers that all processes give, so that all stop at the same step.
+            agreed: returns the largest of the numbers that all processes pass to it, so that all of them stop
+                at the same step.
             report: writes the report of a run directory and returns its path.
 
         Raises:
-            Refused: the directory cannot be used; see `RunDirectory.create`.
+            Refused: the directory cannot be used (see `RunDirectory.create`).
         """
         self.kind, self.output_dir, self.step = kind, Path(output_dir), 0
         self.console = Console(quiet=quiet or not main, every=every)
@@ -99,18 +101,18 @@ class Session:
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
         self._begun, self._began, self._total = False, time.monotonic(), 0
-        self._evaluations: dict[int, dict[str, float]] = {}  # by step
+        self._evaluations: dict[int, dict[str, float]] = {}  # metrics by step
         self._warned: set[str] = set()
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Close the run; an error that stopped it is written down, or a refusal if nothing had begun.
+        """Close the run. If a `Stopped` ended it, record the failure in summary.json and raise it again.
 
         Raises:
-            Refused: instead of a `Stopped` before the first step, for then nothing has been lost.
-            Stopped: the same with the step and the last good checkpoint in its message.
+            Refused: a `Stopped` came before `begin`, so that nothing has been lost.
+            Stopped: a `Stopped` came after `begin`; the message adds the step and the last checkpoint.
         """
         try:
             self._close()
@@ -124,18 +126,18 @@ class Session:
                 self.directory.release()
 
     def open(self, title: str, facts: Mapping[str, Any], **options: Any) -> None:
-        """Print the header (see `Console.start`); the clock begins, and signals finish the step at work."""
+        """Print the header (see `Console.start`), start the clock, and from here on catch signals."""
         self.stop.__enter__()
         self.console.start(title, facts, **options)
         self._began = time.monotonic()
 
     def begin(self, args: Any, *, names: Mapping[str, str | None], **facts: Any) -> None:
-        """Replace what the directory held: write config.json, and the evaluation so far as step 0.
+        """Remove the run that the directory held, and write config.json and the evaluation of step 0.
 
         Args:
             args: the settings, a dataclass.
-            names: by field, what to call an object that Python was given where a command line has text.
-            **facts: what the report needs beside them, such as the title.
+            names: by field, the text that stands in config.json for an object given from Python.
+            **facts: further entries of config.json that the report needs, such as the title.
         """
         self._begun = True
         if self.directory is None:
@@ -149,13 +151,13 @@ class Session:
 
     @property
     def command(self) -> str:
-        """The command line that repeats this run: the one that was typed, or one from Python's settings."""
+        """The command line that repeats this run: the one that was typed or, in Python, one with --config."""
         again = [self.kind, "--config", str(self.output_dir / "config.json"), "--overwrite"]
         typed = Path(sys.argv[0]).name == "tokenrl"
         return shlex.join(["tokenrl", *(sys.argv[1:] if typed else again)])
 
     def steps(self, total: int) -> Iterator[int]:
-        """Count the steps up to `total`, from 1, until one of the processes is asked to stop."""
+        """Yield the numbers of the steps, 1 to `total`; end early once any process is asked to stop."""
         self._total = total
         self._progress = self.console.progress(total).__enter__()
         try:
@@ -166,55 +168,57 @@ class Session:
             self._close_progress()
 
     def due(self, every: int, *, at_the_end: bool = True) -> bool:
-        """Say whether something is due in this step: each `every` steps (0: never), and in the last one."""
+        """Return whether something is due now: every `every` steps (0: never), and in the last step."""
         last = at_the_end and self.step == self._total
         return last or bool(every and self.step % every == 0)
 
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Take the metrics of an evaluation; returns them with the prefix `eval_` of metrics.jsonl."""
+        """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""
         self._evaluations[self.step] = dict(metrics)
         return _named(metrics)
 
     @property
     def eval_before(self) -> dict[str, float]:
-        """Metrics of the evaluation before training; empty if there was none."""
+        """The metrics of the evaluation before training; empty if there was none."""
         return self._evaluations.get(0, {})
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether the present step has been evaluated."""
+        """Whether the current step has been evaluated."""
         return self.step in self._evaluations
 
     @property
     def owes_evaluation(self) -> bool:
-        """Whether the run ended by itself in a step that was not evaluated.
-
-        Who sends a signal waits for the run to be saved, not for an evaluation.
-        """
+        """Whether the run ended by itself, not by a signal, and its last step has not been evaluated."""
         return not self.is_evaluated and not self.stop.requested
 
     def record(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
-        """Write the step to metrics.jsonl, what a clock measured to timings.jsonl, and show both."""
+        """Write the metrics of this step to metrics.jsonl and its timings to timings.jsonl, and show both."""
         if self._log is not None:
             self._log.write(self.step, metrics, timings)
         if self._progress is not None:
             self._progress.update(self.step, {**metrics, **(timings or {})})
 
     def warn_once(self, topic: str, message: str) -> None:
-        """Print a warning, the first time that its topic comes up."""
+        """Print a warning the first time that its topic comes up, and never again."""
         if topic not in self._warned:
             self._warned.add(topic)
             self.console.warn(message)
 
     def register(self, **parts: Resumable) -> None:
-        """Name what has a state that a continuation needs; a checkpoint holds the state of each."""
+        """Register the parts that have a state; every checkpoint holds the state of each of them."""
         self._parts |= parts
 
     def save(self, write: Callable[[Path], None], *, keep: int | None) -> None:
-        """Save a checkpoint: what `write` puts into an empty folder, and the state of every registered part.
+        """Save a checkpoint of this step.
+
+        Args:
+            write: writes the weights into the empty folder that it is given; the states of the registered
+                parts go beside them, into trainer_state.json.
+            keep: how many checkpoints to keep, with this one; None keeps all.
 
         Raises:
-            Stopped: it could not be saved; older checkpoints are as they were.
+            Stopped: the checkpoint could not be saved; older checkpoints are unchanged.
         """
         if self.directory is None:
             return
@@ -227,7 +231,7 @@ class Session:
         save_checkpoint(self.directory.checkpoints, self.step, fill, keep=keep)
 
     def outcome(self, reason: str) -> dict[str, Any]:
-        """Make the fields of `Outcome`; a signal's name takes the place of `reason`."""
+        """Make the fields of `Outcome`. If a signal ended the run, its name replaces `reason`."""
         code = self.stop.exit_code
         return {
             "output_dir": self.output_dir,
@@ -240,11 +244,11 @@ class Session:
         }
 
     def finish(self, ended: Outcome, write_model: Callable[[Path], None]) -> None:
-        """Save the model, write summary, plot and report, and show the end.
+        """Save the model, write summary, plot and report, and print the result.
 
         Args:
-            ended: what the run came to.
-            write_model: writes the model into an empty folder, which then takes the place of `model/`.
+            ended: the result of the run.
+            write_model: writes the model into the empty folder that it is given, which then becomes `model/`.
         """
         if self.directory is None:
             return
@@ -257,37 +261,33 @@ class Session:
         self.console.note(f"model   {self.directory.model}\nreport  {report}")
 
     def _asked_to_stop(self) -> bool:
-        """Say whether any process was asked to stop; all have to agree, or one would wait for the others."""
+        """Return whether any process was asked to stop. All must agree, or some would wait for the others."""
         asked = self._agreed(self.stop.requested or 0)
-        if asked:  # assigned only then: a signal may come between the question and the answer
+        if asked:  # otherwise a signal that came in between would be overwritten
             self.stop.requested = asked
         return bool(asked)
 
     def _close(self) -> None:
-        self._close_progress()  # a loop that an error has left still holds its live line
+        self._close_progress()  # still shown if an error has left the loop
         if self._log is not None:
             self._log.close()
 
     def _close_progress(self) -> None:
-        progress, self._progress = self._progress, None
+        progress, self._progress = self._progress, None  # closed once: closing prints a line
         if progress is not None:
             progress.__exit__()
 
     def _failed(self, error: Stopped) -> Stopped:
-        """Write down a run that could not go on; returns the error with the step and what is left."""
+        """Write summary and report of a run that failed; return the error with step and last checkpoint."""
         if self.directory is None:
             return error
-        steps = max(0, self.step - 1)  # the step at work is lost
+        steps = max(0, self.step - 1)  # the current step is lost
         found = self.outcome("failed") | {"exit_reason": "failed", "steps": steps, "eval_after": None}
         self.directory.write_summary(Outcome(**found).summary() | {"error": str(error)})
-        with contextlib.suppress(Refused):  # some reports need a run that came to its end
+        with contextlib.suppress(Refused):  # some reports need a finished run
             self._report(self.directory.path)
         last = latest_checkpoint(self.directory.checkpoints).path
-        kept = (
-            f"The last complete checkpoint is {last}."
-            if last
-            else "No checkpoint had been saved (save_every)."
-        )
+        kept = f"The last complete checkpoint is {last}." if last else "No checkpoint had been saved."
         return Stopped(f"At step {self.step}: {error} {kept}")
 
 

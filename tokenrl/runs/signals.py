@@ -1,4 +1,4 @@
-"""A stop signal finishes the step, and lets the run save, instead of killing it."""
+"""Catches the signals that ask a run to stop, so that it can end its step and save before it exits."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 
 class GracefulStop:
-    """Catches SIGTERM and SIGINT while it is entered; the loop looks at `requested` between steps.
+    """Context manager that catches SIGTERM and SIGINT; the loop reads `requested` between steps.
 
-    The first signal only sets `requested`. Once that is set a SIGINT (Ctrl-C again) raises KeyboardInterrupt
-    at once, for who cannot wait; another SIGTERM changes nothing. Outside the main thread, where Python
-    delivers no signals, it does nothing.
+    The first signal only sets `requested`. After that, SIGINT (a second Ctrl-C) raises KeyboardInterrupt at
+    once, and another SIGTERM changes nothing. Outside the main thread, where Python delivers no signals, this
+    class does nothing.
 
     Attributes:
-        requested: the signal's number, or None.
+        requested: number of the signal that came, or None.
 
     Example:
         with GracefulStop() as stop:
@@ -28,14 +28,14 @@ class GracefulStop:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        """Prepare; `quiet` says nothing on stderr (for all processes but the first)."""
+        """Prepare; with `quiet`, as on all processes but the main one, nothing is printed to stderr."""
         self.requested: int | None = None
         self._quiet = quiet
         self._previous: dict[int, Any] = {}
 
     @property
     def exit_code(self) -> int:
-        """0 if no signal came, else 128 + its number: 143 for SIGTERM, 130 for SIGINT."""
+        """0 if no signal came, else 128 plus its number: 143 for SIGTERM, 130 for SIGINT."""
         return 128 + self.requested if self.requested else 0
 
     def __enter__(self) -> GracefulStop:
@@ -53,14 +53,11 @@ class GracefulStop:
         if self.requested is None:
             self.requested = number
             hint = "; Ctrl-C again exits at once" if number == signal.SIGINT else ""
-            self._say(f"{signal.Signals(number).name}: this step will be finished and saved{hint}")
+            line = f"{signal.Signals(number).name}: this step will be finished and saved{hint}"
+            if not self._quiet:
+                # sys.stderr may be in the middle of a write and would refuse a second one.
+                with contextlib.suppress(OSError):
+                    os.write(2, f"\n{line}\n".encode())
         elif number == signal.SIGINT:
             self.requested = number
             raise KeyboardInterrupt
-
-    def _say(self, line: str) -> None:
-        if not self._quiet:
-            with contextlib.suppress(
-                OSError
-            ):  # sys.stderr may be in the middle of a write, and refuses a second
-                os.write(2, f"\n{line}\n".encode())

@@ -15,7 +15,8 @@ from tiny_models import (
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.language.policy.adapters import add_lora
-from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy
+from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
+from tokenrl.language.policy.model import load_policy
 from tokenrl.language.policy.saving import save_policy
 
 IDS = torch.tensor([[84, 56, 44, 39, 87], [5, 6, 7, 8, 9]])

@@ -8,7 +8,8 @@ import torch
 from tiny_models import ARCHITECTURES, TEMPLATE, completions, make_model, make_policy, make_tokenizer
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy, wrap
+from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
+from tokenrl.language.policy.model import load_policy, wrap
 from tokenrl.language.training.arguments import SftArguments
 
 CHAT = [{"role": "user", "content": "the cat"}]

@@ -163,7 +163,7 @@ def test_margins_and_gold_rewards_are_read_and_identical_pairs_left_out():
         ([{"prompt": "p", "chosen": "a", "rejected": "a"}] * 3, "identical in every one of the 3 rows"),
         ([{"prompt": "p", "chosen": None, "rejected": "a"}], "row 0: chosen is None"),
         ([{"prompt": "p", "chosen": "a", "rejected": [BAD]}], "one of chosen and rejected is text"),
-        ([{"prompt": "p", "chosen": [GOOD], "rejected": [BAD]}], "the prompt is text and chosen"),
+        ([{"prompt": "p", "chosen": [GOOD], "rejected": [BAD]}], "the prompt is text, but chosen"),
         ([{"prompt": 3, "chosen": "a", "rejected": "b"}], "the prompt is 3"),
         ([{"prompt": "p", "chosen": "a", "rejected": "b", "margin": "big"}], "margin is 'big'"),
     ],

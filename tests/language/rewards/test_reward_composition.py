@@ -95,12 +95,13 @@ def test_rewards_of_the_library_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text("def own(completions):\n    return [3.0] * len(completions)\n")
     gate = load_reward("gate(product(exact_match, 'own.py:own'), length(target=1), threshold=-2)")
-    assert isinstance(gate, Gate) and gate.threshold == -2 and gate.names == ["product", "length"]
-    assert gate.parts[0].names == ["exact_match", "own"] and gate.parts[1] == Length(target=1)
+    assert isinstance(gate, Gate) and gate.threshold == -2 and list(gate.parts) == ["product", "length"]
+    assert list(gate.parts["product"].parts) == ["exact_match", "own"]
+    assert gate.parts["length"] == Length(target=1)
     result = call([gate, "own.py:own"], {"answer": ["yes"] * 4}, [1, 10])
     assert result.total.tolist() == [30.0, 29.0, 30.0, 29.0]
     (tmp_path / "length").mkdir()  # a folder of that name is a model
-    with pytest.raises(Refused, match=r"reward model 'length': there is no config\.json"):
+    with pytest.raises(Refused, match=r"reward model 'length': the folder has no config\.json"):
         load_reward("length")
 
 
@@ -109,16 +110,16 @@ def test_rewards_of_the_library_by_name(tmp_path, monkeypatch):
     [
         ("lenght(target=20)", "no reward 'lenght'.*Did you mean 'length'.*module:function"),
         ("exact", "no reward 'exact'.*Did you mean 'exact_match'"),
-        ("length", r"length\(target=None, max=None\): give one of the two"),
-        ("length(20)", "length takes options by name only"),
+        ("length", r"length\(target=None, max=None\): give exactly one of the two"),
+        ("length(20)", "length takes its options by name only"),
         ("length(targt=20)", "length got an unexpected keyword argument 'targt'"),
         ("length(target=20", "cannot be read.*SyntaxError"),
         ("length(target=1+1)", "cannot be read"),
         ("length(target=__import__('os').getpid())", "cannot be read"),
         ("length(**{'target': 3})", r"\*\* is not allowed"),
-        ("length(target=1)(2)", "no name of a reward"),
-        ("product(os.system)", "'os.system' is no name of a reward"),
-        ("product(3, 4)", "no name of a reward"),
+        ("length(target=1)(2)", "not the name of a reward"),
+        ("product(os.system)", "'os.system' is not the name of a reward"),
+        ("product(3, 4)", "not the name of a reward"),
         ("product(exact_match)", "product was given 1 rewards"),
         ("gate(exact_match, valid_json, threshold='1')", "gate was given 2 rewards and threshold='1'"),
         ("gate(exact_match)", "gate was given 1 rewards"),

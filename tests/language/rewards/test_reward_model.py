@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from tokenrl.errors import Refused
-from tokenrl.language.rewards.rewards import RewardModel, Rewards, load_reward
+from tokenrl.language.rewards.composition import load_reward
+from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.rewards.rewards import Rewards
 
 WORDS = ["<unk>", "<bos>", "<eos>", "<pad>", "a", "b", "c", "d", "hello", "world"]
 TEMPLATE = "{% for m in messages %}<bos>{{ m['role'][0] }} {{ m['content'] }} <eos>{% endfor %}"

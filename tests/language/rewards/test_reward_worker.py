@@ -13,7 +13,9 @@ import pytest
 
 import tokenrl
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.rewards.rewards import RewardModel, Rewards, load_reward
+from tokenrl.language.rewards.composition import load_reward
+from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.task import PromptTask
 from toy_tasks.models import TinyModel
 

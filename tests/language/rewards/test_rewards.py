@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.rewards.rewards import Rewards, load_reward
+from tokenrl.language.rewards.composition import load_reward
+from tokenrl.language.rewards.rewards import Rewards
 
 COMPLETIONS = ["one", "three", "", "x" * 500]
 PROMPTS = ["p0", "p1", "p2", "p3"]
@@ -186,7 +187,7 @@ def test_rewards_by_name(tmp_path, monkeypatch):
         "my_rewards:number": "is a int, which cannot be called",
         "broken_rewards:f": "OSError: no key",
         "no_rewards:f": "no module no_rewards",
-        "lenght": "Give module:function, path/to/file.py:function, or the folder",
+        "lenght": "Give module:function, path/to/file.py:function, the folder",
         3: "is a int; give a callable",
     }.items():
         with pytest.raises(Refused, match=message):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, ENDS, PROMPTS, apart, completions, gradient, make_policy
 
-from tokenrl.language.policy.model import enable_gradient_checkpointing
+from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
 from tokenrl.language.rollout.scoring import score
 
 # RoPE models compute cos and sin in float32 inside transformers, so float64 is exact for GPT-2 alone.

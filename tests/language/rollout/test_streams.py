@@ -45,12 +45,12 @@ def test_greedy_completions_need_no_numbers():
 
 
 def streams_named(source: str) -> set[str]:
-    """What stands for the stream in each call of `uniforms` and `judged`; `stream` where it is handed on."""
+    """The stream that each call of `uniforms` and `sample_and_reward` names; `stream` if it is passed on."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "uniforms":
             found.add(ast.unparse(node.args[0]).strip("'"))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "judged":
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "sample_and_reward":
             found |= {ast.unparse(k.value).strip("'") for k in node.keywords if k.arg == "stream"}
     return found
 
@@ -61,7 +61,7 @@ def test_nothing_bypasses_the_registry():
     assert [path.name for path, text in sources.items() if "philox" in text.lower()] == ["streams.py"]
     used = {stream for text in sources.values() for stream in streams_named(text)}
     assert used == {*STREAMS, "stream"}
-    assert streams_named("uniforms('a', s, p)\njudged(p, stream='b')\nf(stream='c')") == {"a", "b"}
+    assert streams_named("uniforms('a', s, p)\nsample_and_reward(p, stream='b')\nf(stream='c')") == {"a", "b"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from tokenrl.errors import Refused
 from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.tasks.task import PromptTask, fingerprint, load_task
+from tokenrl.language.tasks.task import PromptTask, load_task
 
 ROWS = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(20)]
 
@@ -226,9 +226,7 @@ def test_duplicates_of_a_held_out_prompt_leave_the_training_set(tmp_path):
 
 def test_the_seed_chooses_what_is_held_out(tmp_path):
     name = write_rows(tmp_path / "s.jsonl", ROWS)
-    choices = [
-        fingerprint(load_task(name, reward=reward, eval_size=6, seed=s).eval_prompts) for s in (0, 0, 1)
-    ]
+    choices = [load_task(name, reward=reward, eval_size=6, seed=s).eval_prompts for s in (0, 0, 1)]
     assert choices[0] == choices[1] != choices[2]
 
 
@@ -239,12 +237,6 @@ def test_at_most_half_is_held_out_and_one_prompt_is_too_few(tmp_path):
         load_task(write_rows(tmp_path / "one.jsonl", ROWS[:1] * 5), reward=reward)
     with pytest.raises(Refused, match="eval_size is 0"):
         load_task(str(tmp_path / "h.jsonl"), reward=reward, eval_size=0)
-
-
-def test_the_fingerprint_sees_order_and_values_but_not_the_order_of_keys():
-    a, b = {"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}
-    assert fingerprint([a, b]) == fingerprint([{"n": 1, "prompt": "a"}, b])
-    assert len({fingerprint(rows) for rows in ([a, b], [b, a], [a], [a, {**b, "n": 3}], [])}) == 5
 
 
 # ---- the stream ----

@@ -80,7 +80,7 @@ def test_the_range_holds_both_ends_and_the_task_stays_as_it_was():
 def test_no_prompt_left_is_refused_with_what_was_measured():
     task = SimpleNamespace(name="hard", train_prompts=PROMPTS[:3])
     with pytest.raises(
-        Refused, match=r"=0.2 0.8 leaves none of the 3 .*'hard'.* greatest are 0, 0, 0, 0.5, 1\."
+        Refused, match=r"=0.2 0.8 leaves none of the 3 .*'hard'.* maximum are 0, 0, 0, 0.5, 1\."
     ):
         of_difficulty(task, np.array([0.0, 0.0, 1.0]), 0.2, 0.8)
     with pytest.raises(Refused, match="no completion had a reward"):

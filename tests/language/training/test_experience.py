@@ -24,7 +24,7 @@ from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.judged import reward_rows
+from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.collect import Experience, greedy_rewards, refill, sample

@@ -24,7 +24,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import completed
+from tokenrl.language.rollout.scoring import with_missing_fields
 from tokenrl.language.training import setup
 from tokenrl.language.training.difficulty import success_rates
 from tokenrl.language.training.evaluation import evaluate_policy
@@ -42,13 +42,13 @@ def test_the_scoring_pass_finds_what_sampling_finds(architecture, share, rows_at
     full = completions(policy, [policy.encode(p) for p in PROMPTS], **how)
     bare = dataclasses.replace(full, **dict.fromkeys(FILLED))
     options = {"temperature": 0.7, "rows_at_once": rows_at_once}
-    found = completed(policy, bare, **options, **dict.fromkeys(FILLED, True))
+    found = with_missing_fields(policy, bare, **options, **dict.fromkeys(FILLED, True))
     for name in FILLED:
         mine, sampled = getattr(found, name), getattr(full, name)
         assert mine.shape == sampled.shape and not mine[~full.mask].any()
         torch.testing.assert_close(mine, sampled, atol=2e-5, rtol=0)
-        assert getattr(completed(policy, bare, **options), name) is None  # only what is asked for
-    assert completed(policy, full, **options, entropy=True) is full  # nothing is missing
+        assert getattr(with_missing_fields(policy, bare, **options), name) is None  # only what is asked for
+    assert with_missing_fields(policy, full, **options, entropy=True) is full  # nothing is missing
 
 
 @pytest.mark.parametrize(
@@ -107,23 +107,16 @@ def test_a_run_samples_everything_by_its_generator_and_closes_it(monkeypatch, tm
 
     def engine(policy):
         made.append(Engine(policy))
-        return made[0]
+        return made[-1]
 
     monkeypatch.setattr(setup, "TransformersGenerator", engine)
     policy = make_policy()
-    tokenrl.train(
-        model=policy,
-        task=make_task(),
-        output_dir=tmp_path / "run",
-        max_steps=2,
-        prompts_per_step=2,
-        num_generations=2,
-        eval_every=0,
-        filter_difficulty=(-9.0, 9.0),
-        quiet=True,
-        cpu=True,
-    )
+    options = {"model": policy, "task": make_task(), "output_dir": tmp_path / "run", "max_steps": 2}
+    options |= {"prompts_per_step": 2, "num_generations": 2, "eval_every": 0, "quiet": True, "cpu": True}
+    tokenrl.train(**options, filter_difficulty=(-9.0, 9.0))
     # The filter, two evaluations (greedy and sampled) of two prompts each, two steps.
     assert made[0].prompts == len(PROMPTS) + 2 * 2 * 2 + 2 * 2
     assert made[0].synced == 2 and made[0].closed
     assert torch.equal(weights(made[0].policy.model), weights(policy.model))
+    tokenrl.train(**options, check=True, overwrite=True)
+    assert made[1].closed and not made[1].synced

@@ -78,7 +78,7 @@ SCENARIOS = {
 def outcome(name: str) -> dict:
     """One step of a scenario: gradient, weights, metrics, widths of this process's completions."""
     from tokenrl.language.policy.adapters import add_lora
-    from tokenrl.language.policy.model import enable_gradient_checkpointing
+    from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
 
     estimator, options, reward = SCENARIOS[name]
     architecture, dtype = ("llama", "float32") if name == "float32" else ("gpt2", "float64")

@@ -1,1 +1,1 @@
-"""Environments whose exact values are known: GridWorld, the walk, the bandit."""
+"""Environments whose exact values are known: GridWorld, the walk and the bandit."""

@@ -1,4 +1,4 @@
-"""A small square grid in which everything can also be computed exactly."""
+"""A small square grid, whose expected returns can also be computed exactly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))
 """Row and column of a step up, right, down, left: the actions 0 to 3."""
 
 GRIDWORLD_STEPS = 50
-"""Steps after which an episode of the default environment is cut."""
+"""Steps after which an episode of the default environment is truncated."""
 
 FLOOR, START, GOAL, AGENT = (240, 240, 240), (204, 222, 235), (0, 158, 115), (213, 94, 0)
 TILE = 32  # pixels
@@ -24,15 +24,15 @@ TILE = 32  # pixels
 class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
     """Walk from the upper left corner of a grid to the lower right one.
 
-    The cells are numbered row by row; cell 0 is the start and the last is the goal. A move into the wall
-    stays where it is. Every step pays `step_reward`, the step into the goal `goal_reward` besides, and ends
-    the episode (terminated). After `time_limit` steps it is cut (truncated), unless that step is the one
-    that reaches the goal.
+    The cells are numbered row by row; cell 0 is the start and the last cell is the goal. A move into a wall
+    stays in its cell. The reward of a step is `step_reward`; that of the step into the goal is larger by
+    `goal_reward`, and this step ends the episode (terminated). After `time_limit` steps an episode is
+    truncated, unless that step reaches the goal.
 
-    The observation is the cell as a one-hot vector, so that a softmax policy linear in it is one weight
-    vector an action. By default the shortest way takes 6 steps and returns 0.94; a policy of equal chances
-    gets there in 56 % of episodes and returns 0.187. Ways that reach the goal differ little in return, 0.94
-    or 0.90, beside its size: that is what makes a baseline worth having.
+    The observation is the cell as a one-hot vector, so that a linear softmax policy has one weight per
+    cell and action. By default the shortest path takes 6 steps and its return is 0.94; a uniform policy
+    reaches the goal in 56 % of episodes and its mean return is 0.187. Returns of paths that reach the goal
+    differ little, such as 0.94 and 0.90, compared with their size; that is why a baseline helps.
 
     Actions: `Discrete(4)`, up, right, down, left. Observations: `Box(0, 1, [size^2], float32)`.
     """
@@ -53,19 +53,21 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
         """Lay out the grid.
 
         Args:
-            size: Cells a side, at least 2.
-            slip: Chance that a step goes in a direction drawn evenly from all four instead.
+            size: Number of cells per side, at least 2.
+            slip: Probability that a step goes in a direction drawn uniformly from all four instead.
             random_start: Start in any cell but the goal, all equally likely, instead of cell 0.
-            step_reward: Paid at each step.
-            goal_reward: Paid besides at the step into the goal.
-            time_limit: Steps until truncation; None if something outside cuts, as gymnasium's TimeLimit.
+            step_reward: Reward of each step.
+            goal_reward: Added to the reward of the step into the goal.
+            time_limit: Steps until truncation; None if a wrapper such as gymnasium's TimeLimit truncates.
             render_mode: `ansi` for text, `rgb_array` for a picture [32 size, 32 size, 3], None for neither.
 
         Raises:
-            Refused: For a value out of its range.
+            Refused: A value is out of its range.
         """
         if isinstance(size, bool) or not isinstance(size, int) or size < 2:
-            raise Refused(f"size was given as {size!r}; it must be a whole number of 2 or more cells a side.")
+            raise Refused(
+                f"size was given as {size!r}; it must be a whole number of cells per side, at least 2."
+            )
         check_number("slip", slip, at_least=0, at_most=1)
         check_number("step_reward", step_reward)
         check_number("goal_reward", goal_reward)
@@ -101,7 +103,7 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
             The observation, the reward, terminated, truncated, and {"cell": its number}.
 
         Raises:
-            Refused: For an action that is not one of the four.
+            Refused: The action is not one of the four.
         """
         if action not in range(len(MOVES)):
             raise Refused(
@@ -138,7 +140,7 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
 
 
 def next_cells(size: int) -> NDArray[np.int64]:
-    """Return where each action leads from each cell, [size^2, 4], were there no slips."""
+    """Return the cell to which each action leads from each cell without slips, [size^2, 4]."""
     rows, columns = np.divmod(np.arange(size * size), size)
     moves = np.array(MOVES)
     rows = (rows[:, None] + moves[:, 0]).clip(0, size - 1)
@@ -147,7 +149,7 @@ def next_cells(size: int) -> NDArray[np.int64]:
 
 
 def transitions(env: GridWorld) -> NDArray[np.float64]:
-    """Return `P(s' | s, a)`, [cells, 4, cells]. Rows of the goal are 0: nothing comes after it."""
+    """Return `P(s' | s, a)`, [cells, 4, cells]. Rows of the goal are 0, because the episode ends there."""
     intended = np.eye(env.cells)[env.next_cells]
     chances = (1 - env.slip) * intended + env.slip * intended.mean(1, keepdims=True)
     chances[env.goal] = 0.0
@@ -160,27 +162,27 @@ def exact_values(
     """Return the expected return from each cell, without sampling.
 
     `V = r + gamma P V`, with `r(s) = sum_a pi(a|s) r(s, a)` and P the policy's transitions. Without a horizon
-    that is one linear system, `V = (I - gamma P)^-1 r`; with one it is iterated so many times from V = 0,
-    for what is cut off after that many steps earns nothing more.
+    this is one linear system, `V = (I - gamma P)^-1 r`. With one it is iterated that many times from V = 0,
+    because there are no rewards after truncation.
 
     Args:
-        env: The grid; its time limit plays no part.
-        policy: [cells, 4], each row the chances of the four actions in a cell.
-        gamma: Discount a step.
-        horizon: Steps still to go; None for no limit.
+        env: The grid; its time limit is not used.
+        policy: [cells, 4]; each row holds the probabilities of the four actions in a cell.
+        gamma: Discount per step.
+        horizon: Number of steps still to take; None for no limit.
 
     Returns:
-        [cells]; 0 at the goal.
+        Values of the cells, [cells]; 0 at the goal.
 
     Raises:
-        Refused: When the policy is no such table; or when gamma is 1, there is no horizon, and from some cell
-            the goal is never reached.
+        Refused: The policy is not such a table; or gamma is 1, there is no horizon, and from some cell the
+            goal is never reached.
     """
     policy = np.asarray(policy, np.float64)
     if policy.shape != (env.cells, 4) or (policy < 0).any() or not np.allclose(policy.sum(1), 1, atol=1e-6):
         raise Refused(
-            f"policy was given with shape {policy.shape}; it must be a table of one row a cell, "
-            f"({env.cells}, 4), and each row must hold four chances that add up to 1."
+            f"policy was given with shape {policy.shape}; it must be a table with one row per cell, "
+            f"({env.cells}, 4), and each row must hold four probabilities that add up to 1."
         )
     chances = transitions(env)
     moves = np.einsum("sa,sat->st", policy, chances)
@@ -206,7 +208,7 @@ def exact_return(
     """Return J, the expected return of an episode: the mean of `exact_values` over the starting cells.
 
     Raises:
-        Refused: As `exact_values`.
+        Refused: As for `exact_values`.
     """
     values = exact_values(env, policy, gamma=gamma, horizon=horizon)
     return float(values[: env.goal].mean() if env.random_start else values[0])

@@ -1,4 +1,4 @@
-"""A walk on a line, the least world in which a value depends on where one is."""
+"""A walk on a line, the smallest environment in which the value depends on the state."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tokenrl.errors import Refused
 from tokenrl.settings import check_number
 
 WALK_STEPS = 50
-"""Steps after which an episode of the default environment is cut."""
+"""Steps after which an episode of the default environment is truncated."""
 
 STEP, STEP_REWARD = 0.1, -0.01
 LAST = 11  # steps from the middle to the first place beyond 1
 
 
 class Walk(gymnasium.Env[NDArray[np.float32], np.int64]):
-    """Step by 0.1 to the left or to the right of 0, until beyond 1 in size.
+    """Start at 0 and step by 0.1 to the left or to the right, until x is beyond 1 or -1.
 
-    The episode ends (terminated) at x = 1.1 with a reward of 1, at x = -1.1 with -1. Each step, the last one
-    included, costs 0.01: the reward is -0.01, and standing about does not pay. After `time_limit` steps the
-    episode is cut (truncated), unless that step is the one that ends it. Eleven steps to the right are the
-    best there is and return 0.89; a policy of equal chances returns -0.46 on average, 76 % of its
-    episodes being cut.
+    The episode terminates at x = 1.1 with a reward of 1, and at x = -1.1 with a reward of -1. Every step,
+    also the last one, has a reward of -0.01 besides, so that short paths are better. After `time_limit`
+    steps the episode is truncated, unless that step terminates it. The best path is eleven steps to the
+    right, with a return of 0.89; the mean return of a uniform policy is -0.46, and 76 % of its episodes are
+    truncated.
 
     Actions: `Discrete(2)`, left, right. Observations: `Box(-1.1, 1.1, [1], float32)`, x itself.
     """
@@ -36,10 +36,10 @@ class Walk(gymnasium.Env[NDArray[np.float32], np.int64]):
         """Make the walk.
 
         Args:
-            time_limit: Steps until truncation; None if something outside cuts, as gymnasium's TimeLimit.
+            time_limit: Steps until truncation; None if a wrapper such as gymnasium's TimeLimit truncates.
 
         Raises:
-            Refused: For a time limit below 1.
+            Refused: The time limit is below 1.
         """
         if time_limit is not None:
             check_number("time_limit", time_limit, at_least=1)
@@ -64,7 +64,7 @@ class Walk(gymnasium.Env[NDArray[np.float32], np.int64]):
             The observation, the reward, terminated, truncated, and an empty dict.
 
         Raises:
-            Refused: For an action that is neither.
+            Refused: The action is neither 0 nor 1.
         """
         if action not in (0, 1):
             raise Refused(f"action was given as {action!r}; it must be 0 (left) or 1 (right).")

@@ -13,13 +13,13 @@ from tokenrl.settings import Settings
 
 @dataclass(frozen=True)
 class LabArguments(Settings):
-    """Prove or refute the declared bias of every estimator, by summing over all that can be sampled."""
+    """Check the declared bias of every estimator by summing over everything that can be sampled."""
 
     what: tyro.conf.Positional[Literal["exact"]]
-    """exact: tiny problems, every group of completions listed, in float64."""
+    """exact: enumerate every group of completions of tiny problems, in float64."""
     json: Path | None = None
-    """Write one record an estimator to this file."""
+    """Write one record per estimator to this JSON file."""
     figure: Path | None = None
-    """Draw noise against bias into this file (.png, .svg or .pdf)."""
+    """Draw the noise of each estimator against its bias into this file (.png, .svg or .pdf)."""
     estimators: tuple[str, ...] = ()
-    """Only these of the names in the table."""
+    """Measure only these estimators, named as in the table. Default: all."""

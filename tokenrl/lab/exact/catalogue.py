@@ -1,4 +1,4 @@
-"""The estimators that the lab looks at: every preset, and every axis moved by itself."""
+"""Lists the estimators that the lab measures: every preset, and RLOO with each axis changed by itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEEDS: dict[str, dict[str, object]] = {
     "blame_window": {"window": 1},
     "gae": {"baseline": "value"},
 }
-"""What else must be set for an axis, or for one name on it, to do anything."""
+"""Other fields that an axis, or one choice on it, needs in order to have an effect."""
 
 EXTRA: dict[str, dict[str, object]] = {
     "constant 0.5": {"baseline": "constant", "baseline_constant": 0.5},
@@ -55,14 +55,15 @@ EXTRA: dict[str, dict[str, object]] = {
     "none, zero spread dropped": {"baseline": "none", "zero_spread": "drop"},
     "overlong penalty": {"overlong_buffer": 4},
 }
-"""Points that no preset and no single axis holds."""
+"""Further estimators, which are neither presets nor RLOO with one axis changed."""
 
 
 def named_estimators() -> dict[str, Estimator]:
-    """Return the estimators by name: presets, RLOO with one axis changed, and the extra ones.
+    """Return the estimators that `tokenrl lab exact` measures, by name.
 
-    The axes are read from the core's own table, so what is added there is looked at without a word here. An
-    estimator that has a name already is not listed again.
+    They are the presets, RLOO with one axis changed, and the combinations in `EXTRA`. The axes are read from
+    the table of `core.choices`, so a choice that is added there is measured too. An estimator that already
+    has a name is not listed again.
     """
     known: dict[str, Estimator] = {}
     for name, estimator in _candidates():
@@ -75,7 +76,7 @@ def _candidates() -> Iterator[tuple[str, Estimator]]:
     for name in PRESETS:
         yield name, Estimator.preset(name)
     for axis, choices in AXES.items():
-        if axis not in ("kl_placement", "kl_estimator"):  # they go in pairs
+        if axis not in ("kl_placement", "kl_estimator"):  # these two are varied in pairs
             for choice in choices:
                 fields = {**NEEDS.get(axis, {}), **NEEDS.get(choice, {}), axis: choice}
                 yield f"{axis} {choice}", Estimator(**fields)  # type: ignore[arg-type]

@@ -1,8 +1,9 @@
-"""A control problem so small that every trajectory is listed: states that recur, an environment that draws.
+"""Makes a control problem so small that every trajectory can be listed, with recurring states and randomness.
 
-The policy is a table of logits, one row a state, whatever the time: a state that is met again moves the same
-parameters. What the environment draws enters a trajectory's chance and not its score. Trajectories end early
-or at a limit of steps, so their lengths differ, and they may be cut before the environment is done.
+The policy is a table of logits with one row per state, the same at all times, so a recurring state uses the
+same parameters again. The random transitions of the environment enter the probability of a trajectory but not
+its score. Trajectories end early or at a limit of steps, so their lengths differ, and they may be truncated
+before the environment ends.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from tokenrl.lab.exact.problems import Problem
 
 
 class TabularMdp(NamedTuple):
-    """An environment of S states and A actions, a policy, a reference and a critic. Successor S is the end.
+    """An environment of S states and A actions, with a policy, a reference and a critic.
+
+    The index S among the successors stands for the end of the episode.
 
     Attributes:
-        start: Chance of each first state [S].
-        transitions: Chance of each successor [S, A, S + 1].
-        rewards: Of a step, which may depend on where it leads [S, A, S + 1].
-        logits: Of the policy [S, A].
+        start: Probability of each first state [S].
+        transitions: Probability of each successor [S, A, S + 1].
+        rewards: Reward of a step, which may depend on its successor [S, A, S + 1].
+        logits: Logits of the policy [S, A].
         reference: Logits of the reference [S, A].
-        guesses: What a critic that has learnt nothing says of each state [S].
+        guesses: Values that an untrained critic gives to the states [S].
     """
 
     start: Float[Tensor, " S"]
@@ -39,7 +42,7 @@ class TabularMdp(NamedTuple):
 
 
 class Trajectories(NamedTuple):
-    """State, action and successor of each step, and the mask of steps, [M, T] each; 0 off the mask."""
+    """State, action and successor of each step, and the mask of steps, [M, T] each; 0 outside the mask."""
 
     states: Int[Tensor, "M T"]
     actions: Int[Tensor, "M T"]
@@ -48,7 +51,7 @@ class Trajectories(NamedTuple):
 
     @property
     def last(self) -> Int[Tensor, " M"]:
-        """Where each trajectory leads: a state if it was cut, S if it ended."""
+        """The last successor of each trajectory: a state if it was truncated, S if it ended."""
         return self.successors.gather(1, self.mask.sum(-1, keepdim=True).long() - 1).squeeze(1)
 
 
@@ -56,10 +59,10 @@ def random_mdp(seed: int, *, one_start: bool = False, even: bool = False) -> Tab
     """Draw an environment of two states; action 0 leads to either of them, action 1 to the other or the end.
 
     Args:
-        seed: Of all that is drawn.
-        one_start: Start in state 0 always, which halves the number of trajectories.
-        even: The chances, those of the actions too, are 1/2 each, so that a step can hold every trajectory
-            in exact proportion.
+        seed: Seed of everything that is drawn.
+        one_start: Always start in state 0, which halves the number of trajectories.
+        even: Whether all probabilities, also those of actions, are 1/2, so that one step can hold every
+            trajectory in exact proportion.
     """
     draw = torch.Generator().manual_seed(seed)
     rewards = torch.randn(2, 2, 3, generator=draw, dtype=torch.double)
@@ -81,7 +84,7 @@ def random_mdp(seed: int, *, one_start: bool = False, even: bool = False) -> Tab
 
 
 def all_trajectories(mdp: TabularMdp, steps: int) -> Trajectories:
-    """List every trajectory of at most `steps` steps that has a chance."""
+    """List every trajectory of at most `steps` steps that has a positive probability."""
     end, choices = len(mdp.start), mdp.logits.shape[1]
     possible = (mdp.transitions > 0).tolist()
 
@@ -102,9 +105,9 @@ def all_trajectories(mdp: TabularMdp, steps: int) -> Trajectories:
 
 
 def expected_rewards(mdp: TabularMdp, steps: int) -> Float[Tensor, "S1 K"]:
-    """Mean reward under the policy of each of the next `steps` steps, from every state; 0 from the end.
+    """Return the mean reward of each of the next `steps` steps under the policy, from each state or the end.
 
-    `m_1(s) = E[r | s]`, `m_{k+1}(s) = E[m_k(s') | s]`; the value with k steps left is
+    `m_1(s) = E[r | s]` and `m_{k+1}(s) = E[m_k(s') | s]`. The value with k steps left is
     `sum_{j <= k} gamma^(j - 1) m_j(s)`.
     """
     moves = mdp.logits.softmax(-1)[:, :, None] * mdp.transitions  # [S, A, S + 1]
@@ -127,25 +130,29 @@ def problem_of_mdp(
     gamma: float = 1.0,
     bootstrap: bool = True,
 ) -> Problem:
-    """List every trajectory; all rows of a step are one group, as episodes of one environment are.
+    """List every trajectory of an environment; the episodes of a step form one group.
 
     Args:
         mdp: The environment and the policy.
-        name: What to call it; made of the other arguments if empty.
-        group_size: Episodes a step.
-        steps: After which an episode is cut.
-        beyond: How many more steps the environment would go on after the cut. With 0 the limit is part of
-            the problem, and nothing is lost there.
-        critic: 'true' is V^pi of the state and the steps left, 'guess' is `mdp.guesses`.
-        gamma: Discount of V^pi, to be that of the estimator.
-        bootstrap: Tell the estimator what the critic says of the state after the cut, if there is more to
-            come; False takes a cut for an end.
+        name: Name of the problem; made from the other arguments if empty.
+        group_size: Episodes per step.
+        steps: Number of steps after which an episode is truncated.
+        beyond: Number of steps for which the environment would continue after the truncation. With 0 the
+            limit is part of the problem, and no reward is lost.
+        critic: 'true' for V^pi of the state and the steps left, 'guess' for `mdp.guesses`.
+        gamma: Discount of V^pi; give the estimator's.
+        bootstrap: Whether the estimator gets the critic's value of the state after a truncation, if the
+            environment would continue; without it a truncation looks like an end.
+
+    Returns:
+        The problem, with one prompt (P = 1) and M trajectories.
     """
     every = all_trajectories(mdp, steps)
     chance = torch.where(
         every.mask.bool(), mdp.transitions[every.states, every.actions, every.successors], 1.0
     )
     ahead = expected_rewards(mdp, steps + beyond)  # [S + 1, K]
+    # Before step t, `left[t]` steps are left; V^pi is the sum of that many discounted mean rewards.
     left = steps + beyond - torch.arange(steps + 1)
     if critic == "true":
         seen = ahead * gamma ** torch.arange(steps + beyond, dtype=torch.double)
@@ -153,7 +160,7 @@ def problem_of_mdp(
     else:
         values = torch.nn.functional.pad(mdp.guesses, (0, 1))[:, None].expand(-1, steps + 1)
     cut: Bool[Tensor, " M"] = every.last < len(mdp.start)
-    lost = beyond > 0
+    continues = beyond > 0
     logprobs = _logprobs(mdp.logits, every)
     environment = mdp.start[every.states[:, 0]] * chance.prod(-1)
     return Problem(
@@ -171,8 +178,8 @@ def problem_of_mdp(
         greedy=_greedy(mdp, every, environment * logprobs.sum(-1).exp()),
         max_length=steps + 2,
         environment=environment[None],
-        bootstrap=values[every.last, steps][None] if lost and bootstrap else None,
-        after=ahead[every.last, :beyond][None] if lost else None,
+        bootstrap=values[every.last, steps][None] if continues and bootstrap else None,
+        after=ahead[every.last, :beyond][None] if continues else None,
     )
 
 
@@ -185,6 +192,6 @@ def _entropy(logits: Tensor, every: Trajectories) -> Float[Tensor, "M T"]:
 
 
 def _greedy(mdp: TabularMdp, every: Trajectories, chances: Tensor) -> Int[Tensor, " 1"]:
-    """The likeliest of the trajectories whose every action is the most probable one of its state."""
+    """Return the most probable of the trajectories in which every action is the most probable one."""
     best = mdp.logits.argmax(-1)[every.states] == every.actions
     return torch.where((best | (every.mask == 0)).all(-1), chances, 0.0).argmax()[None]

@@ -1,4 +1,4 @@
-"""Whose gradient is it: that of the return, of the discounted return, or of neither? Exactly, on control."""
+"""Compares an expected gradient with those of the return and of the discounted return, exactly."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class WhichObjective(NamedTuple):
     """How an expected gradient compares with those of two objectives.
 
     Attributes:
-        undiscounted: With the gradient of `J_1 = E[sum_t r_t]`.
-        discounted: With that of `J_gamma = E[sum_t gamma^t r_t]`, gamma the estimator's own.
+        undiscounted: Comparison with the gradient of `J_1 = E[sum_t r_t]`.
+        discounted: Comparison with that of `J_gamma = E[sum_t gamma^t r_t]`, with the estimator's gamma.
     """
 
     undiscounted: Match
@@ -38,7 +38,10 @@ class WhichObjective(NamedTuple):
 
     @property
     def ascends(self) -> str:
-        """'J_1', 'J_gamma' or 'neither'; a constant factor is forgiven. 'J_1' if the two are the same."""
+        """The objective that is ascended: 'J_1', 'J_gamma' or 'neither', up to a constant factor.
+
+        It is 'J_1' if the two objectives are the same.
+        """
         for name, match in (("J_1", self.undiscounted), ("J_gamma", self.discounted)):
             if match.status in (EXACT, UP_TO_SCALE):
                 return name
@@ -49,13 +52,14 @@ def which_objective(estimator: Estimator, problem: Problem) -> WhichObjective:
     """Compare an estimator's expected gradient with those of the return and of the discounted return.
 
     Discounting rewards from the first step on (`total`) gives the gradient of `J_gamma`. Discounting them
-    from each action on (`reward_to_go`, `gae`) gives `E[sum_t s_t G_t]` where `J_gamma` has `E[sum_t gamma^t
-    s_t G_t]`: in general the gradient of no objective (Nota and Thomas 2020, arXiv 1906.07073).
+    from each action on (`reward_to_go`, `gae`) gives `E[sum_t s_t G_t]`, with s_t the score of an action and
+    G_t the discounted return from it, where `J_gamma` has `E[sum_t gamma^t s_t G_t]`: in general this is the
+    gradient of no objective (Nota and Thomas 2020, arXiv 1906.07073).
 
     Args:
-        estimator: Any.
-        problem: Of dense rewards, or the two objectives hardly differ; `problem_of_mdp` makes one. Values
-            that are to be true must have been discounted as the estimator discounts.
+        estimator: Any estimator.
+        problem: A problem with a reward at each step, since otherwise the two objectives hardly differ;
+            `problem_of_mdp` makes one. If its critic is to be V^pi, make it with the estimator's gamma.
 
     Raises:
         Refused: When the estimator cannot be used on the problem.
@@ -108,24 +112,24 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "to go, episode mean": (EPISODE, {}),
-    "to go, episode mean, each step paid 1": (EPISODE, {"paid": 1.0}),
+    "to go, episode mean, reward 1 per step": (EPISODE, {"reward": 1.0}),
     "to go, episode mean and std": (STANDARD, {}),
-    "to go, episode mean and std, paid 1": (STANDARD, {"paid": 1.0}),
+    "to go, episode mean and std, reward 1": (STANDARD, {"reward": 1.0}),
     "cut, V^pi follows": (VALUE, {**TRUE, **CUT}),
     "cut, total, V^pi follows, discounted": ({"gamma": 0.9}, {**TRUE, **CUT}),
     "cut, any V follows": (VALUE, CUT),
     "cut, taken for an end": (VALUE, {**CUT, "bootstrap": False}),
 }
-"""What is looked at: fields of the estimator over RLOO's, and arguments of `problem_of_mdp`; `paid` is the
-reward of every step, whatever the state."""
+"""The rows of the table: fields changed from RLOO, and arguments of `problem_of_mdp`; `reward` is a constant
+reward of every step."""
 
 
 def objectives_on_control() -> Iterator[tuple[str, float, WhichObjective]]:
-    """Yield name, gamma and finding for every one of `ROWS`, on one random environment."""
+    """Yield name, gamma and result for each of `ROWS`, on one random environment."""
     mdp = random_mdp(2, one_start=True)
     for name, (fields, world) in ROWS.items():
         estimator = Estimator(**fields)
-        options = {key: value for key, value in world.items() if key != "paid"}
-        rewards = mdp.rewards if "paid" not in world else torch.full_like(mdp.rewards, world["paid"])
+        options = {key: value for key, value in world.items() if key != "reward"}
+        rewards = mdp.rewards if "reward" not in world else torch.full_like(mdp.rewards, world["reward"])
         problem = problem_of_mdp(mdp._replace(rewards=rewards), gamma=estimator.gamma, **options)
         yield name, estimator.gamma, which_objective(estimator, problem)

@@ -1,8 +1,8 @@
-"""The expected gradient of an estimator and its spread, summed over every group that can be drawn.
+"""Computes the exact mean and variance of an estimator's gradient, by summing over every possible step.
 
-The loss of a step depends on the parameters only through logprobs and entropies. So each group needs the
-derivative of `Estimator.loss` in those, and one matrix product with the listed scores gives its gradient;
-clips, ratios and divergences in the loss take the same road as plain REINFORCE.
+The loss of a step depends on the parameters only through logprobs and entropies. So the gradient of a step is
+the derivative of `Estimator.loss` in those, times the listed derivatives of logprobs and entropies in the
+parameters: one matrix product. Ratios, clips and KL terms in the loss are treated as plain REINFORCE is.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from tokenrl.errors import Refused
 from tokenrl.lab.exact.problems import Problem
 
 CHUNK = 20_000
-"""Groups computed at once: some 100 MB on the larger problems."""
+"""Number of steps computed at once; about 100 MB on the larger problems."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """First and second moments of the ascent gradient g of one step, beside the gradient of J.
+    """First and second moments of the ascent gradient g of one step, and the gradient of the objective J.
+
+    P is the number of prompts and D that of parameters; both gradients are sums over prompts.
 
     Attributes:
-        mean: E[g], what each prompt's rows add to it [P, D].
-        target: The gradient of J, what each prompt adds to it [P, D].
-        second: E|g|^2, of the sum over prompts.
+        mean: E[g], the contribution of each prompt's rows [P, D].
+        target: grad J, the contribution of each prompt [P, D].
+        second: E|g|^2, where g is the sum over prompts.
     """
 
     mean: Float[Tensor, "P D"]
@@ -45,18 +47,18 @@ class Moments:
 
     @property
     def relative_bias(self) -> float:
-        """|E[g] - grad J| / |grad J|; a wrong scale counts."""
+        """|E[g] - grad J| / |grad J|; a wrong scale counts as bias too."""
         return float(self.bias.norm() / self.target.sum(0).norm())
 
     @property
     def cosine(self) -> float:
-        """Of the angle between E[g] and grad J; 0 when E[g] vanishes."""
+        """Cosine of the angle between E[g] and grad J; 0 if E[g] is 0."""
         mean, target = self.mean.sum(0), self.target.sum(0)
         return float(mean @ target / (mean.norm() * target.norm()).clamp(min=1e-300))
 
     @property
     def scale(self) -> float:
-        """The c with which `c grad J` comes nearest to E[g]."""
+        """The factor c for which `c grad J` is nearest to E[g]."""
         mean, target = self.mean.sum(0), self.target.sum(0)
         return float(mean @ target / (target @ target))
 
@@ -72,7 +74,7 @@ class Moments:
 
     @property
     def noise(self) -> float:
-        """Variance / |E[g]|^2: no constant factor of the loss changes it; infinite when E[g] vanishes."""
+        """Variance / |E[g]|^2, which no constant factor of the loss changes; infinite if E[g] is 0."""
         signal = float(self.mean.sum(0).square().sum())
         return self.variance / signal if signal > 0 else float("inf")
 
@@ -80,15 +82,15 @@ class Moments:
 def exact_moments(
     estimator: Estimator, problem: Problem, *, group_size: int | None = None, chunk: int = CHUNK
 ) -> Moments:
-    """Sum over all M^(P G) steps of one group a prompt.
+    """Return the moments of the gradient over all M^(P G) possible steps, each with one group per prompt.
 
-    With groups refilled from new prompts, a step has P groups of prompts drawn at random instead.
+    If the estimator refills groups from new prompts, a step has P groups of prompts drawn at random instead.
 
     Args:
-        estimator: Its `advantages`, `token_weights` and `loss` are called as training calls them, on-policy.
-        problem: What can happen.
-        group_size: G instead of the problem's own.
-        chunk: Steps computed at once.
+        estimator: Its `advantages`, `token_weights` and `loss` are called as in training, on-policy.
+        problem: All completions, their probabilities and their scores.
+        group_size: G, if not that of the problem.
+        chunk: Number of steps computed at once; changes memory only.
 
     Raises:
         Refused: When the estimator cannot be used with such groups.
@@ -103,7 +105,7 @@ def exact_moments(
         of_row = torch.tensor(drawn).repeat_interleave(size)  # [N]
         for chosen in _steps(completions, len(of_row), chunk):  # [C, N]
             chance = problem.chances[of_row, chosen].prod(-1)
-            if refill:  # a step in which a group is dead never comes about: another prompt is drawn instead
+            if refill:  # steps with a group of equal rewards never happen: the group is replaced
                 alive = torch.ones(len(of_row), dtype=torch.bool)
                 dead = torch.vmap(lambda r: zero_spread(r, size, alive).any())  # noqa: B023
                 chance = chance * ~dead(problem.rewards[of_row, chosen])
@@ -116,10 +118,11 @@ def exact_moments(
 
 
 def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -> Moments:
-    """Differentiate one step that holds every group `copies` times its share: many groups, of the same size.
+    """Return the gradient of one step that contains every group in exact proportion, `copies` times.
 
-    The gradient is the limit of E[g] over ever more groups of the same size, if the estimator has one. The
-    chances of the problem must be multiples of the smallest. `second` is of this one step: no variance.
+    As `copies` grows, the gradient tends to the limit of E[g] for many groups of the same size. The
+    probabilities of the problem must be multiples of the smallest. `second` is |g|^2 of this one step, so
+    `variance` says nothing here.
 
     Raises:
         Refused: When the estimator cannot be used with such groups.
@@ -135,7 +138,7 @@ def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -
 
 
 def target_of(estimator: Estimator, problem: Problem, gamma: float = 1.0) -> Float[Tensor, "P D"]:
-    """Gradient of the objective with the estimator's terms, undiscounted or not: `Problem.gradient`."""
+    """Return `Problem.gradient` with the estimator's KL, entropy and overlong terms, discounted by gamma."""
     return problem.gradient(
         gamma=gamma,
         beta=estimator.beta,
@@ -145,7 +148,7 @@ def target_of(estimator: Estimator, problem: Problem, gamma: float = 1.0) -> Flo
 
 
 def _by_prompt(problem: Problem, shares: Tensor) -> Float[Tensor, "P D"]:
-    """What the coefficients [2 P M T] of logprobs and entropies make of the slopes, by prompt."""
+    """Multiply coefficients [2 P M T] of logprobs and entropies by the scores and slopes, for each prompt."""
     logprob, entropy = shares.reshape(2, *problem.logprobs.shape)
     return torch.einsum("pmt,pmtd->pd", logprob, problem.scores) + torch.einsum(
         "pmt,pmtd->pd", entropy, problem.entropy_slopes
@@ -153,7 +156,7 @@ def _by_prompt(problem: Problem, shares: Tensor) -> Float[Tensor, "P D"]:
 
 
 def _steps(completions: int, rows: int, chunk: int) -> Iterator[Int[Tensor, "C N"]]:
-    """All ordered choices of one completion a row, some at a time: numbers in base M."""
+    """Yield all ordered choices of one completion per row, in chunks, as the digits of numbers in base M."""
     powers = completions ** torch.arange(rows - 1, -1, -1)
     for start in range(0, completions**rows, chunk):
         numbers = torch.arange(start, min(start + chunk, completions**rows))
@@ -163,7 +166,7 @@ def _steps(completions: int, rows: int, chunk: int) -> Iterator[Int[Tensor, "C N
 def _coefficients(
     estimator: Estimator, problem: Problem, of_row: Tensor, chosen: Tensor, size: int
 ) -> Float[Tensor, "C X"]:
-    """Minus the derivative of each step's loss in every listed logprob and entropy, X = 2 P M T."""
+    """Return minus the derivative of each step's loss in every listed logprob and entropy, X = 2 P M T."""
     rows = {k: v[of_row, chosen] for k, v in _of_completions(problem).items()}  # [C, N, ...] each
     advantages, weights, live = _advantages(estimator, problem, rows, size)
     logprobs, entropy = rows["logprobs"].requires_grad_(), rows["entropy"].requires_grad_()
@@ -173,7 +176,7 @@ def _coefficients(
         "ref_logprobs": rows["ref_logprobs"],
         "entropy": entropy,
     }
-    # The loss is a plain sum over rows, so one call on the rows of all steps differentiates each by itself.
+    # The loss is a plain sum over rows, so one call on the rows of all steps gives the derivatives of each.
     loss = estimator.loss(
         *(x.flatten(0, 1) for x in (logprobs, advantages, weights, live)),
         **{name: x.flatten(0, 1) for name, x in others.items()},
@@ -187,7 +190,7 @@ def _coefficients(
 def _advantages(
     estimator: Estimator, problem: Problem, rows: dict[str, Tensor], size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages [C, N, *T], weights [C, N, T] and mask [C, N, T] of many steps, each step by itself."""
+    """Return advantages [C, N, *T], weights [C, N, T] and mask [C, N, T] of C steps, each by itself."""
 
     def step(one: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         mask = one["mask"]
@@ -223,10 +226,10 @@ def _advantages(
 
 
 def _of_completions(problem: Problem) -> dict[str, Tensor]:
-    """What belongs to a completion of a prompt, [P, M, ...] each."""
+    """Return all inputs of an estimator by name, for each prompt and completion [P, M, ...]."""
     prompts = len(problem.greedy)
     greedy = problem.totals[torch.arange(prompts), problem.greedy]
-    told = {} if problem.bootstrap is None else {"bootstrap": problem.bootstrap}
+    bootstrap = {} if problem.bootstrap is None else {"bootstrap": problem.bootstrap}
     return {
         "mask": problem.mask.expand(prompts, -1, -1),
         "truncated": problem.truncated.expand(prompts, -1),
@@ -237,5 +240,5 @@ def _of_completions(problem: Problem) -> dict[str, Tensor]:
         "entropy": problem.entropy,
         "values": problem.values,
         "score_norms": problem.scores.square().sum(-1),
-        **told,
+        **bootstrap,
     }

@@ -1,4 +1,4 @@
-"""The same lists for a causal language model: every completion of a prompt, scored by the training code."""
+"""Makes a `Problem` of a causal language model: every completion is listed and scored by training's code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.scoring import score
 
 LIMIT = 5_000
-"""Completions a prompt; each of their tokens costs a backward pass."""
+"""Most completions per prompt; each of their tokens costs a backward pass."""
 
 
 def problem_of_policy(
@@ -27,18 +27,22 @@ def problem_of_policy(
     vocabulary: int,
     temperature: float = 1.0,
 ) -> Problem:
-    """List every completion of a real model of tiny vocabulary, with scores by autograd, in float64.
+    """List every completion of a real model with a tiny vocabulary, with scores by autograd, in float64.
+
+    The values of the critic are 0. The greedy completion takes the most probable token at each position.
 
     Args:
-        policy: Its model in float64, so that the identities hold to rounding; its reference if it has one,
-            else the model itself is the reference. The greedy completion is that of the highest chances
-            token by token; the critic says 0 everywhere.
-        prompts: Ids of each prompt.
-        reward: Of (place of the prompt, ids of the completion with its end).
-        length: The most tokens of a completion, its end included.
-        group_size: Completions a prompt in one step.
-        vocabulary: Rows of the model's output.
-        temperature: That of the sampling.
+        policy: A policy whose model is in float64, so that identities hold up to rounding. Its reference
+            model is used if it has one, and otherwise the model itself.
+        prompts: Token ids of each of the P prompts.
+        reward: Function of the index of the prompt and the ids of the completion, its end included.
+        length: Largest number of tokens of a completion, its end included.
+        group_size: Completions per prompt in one step.
+        vocabulary: Number of tokens in the model's output.
+        temperature: Temperature of sampling.
+
+    Returns:
+        The problem with all M completions of each prompt; D is the number of trainable parameters.
 
     Raises:
         Refused: When there are too many completions to list, or the model is not in float64.
@@ -82,20 +86,20 @@ def problem_of_policy(
 
 
 def _check(policy: Policy, vocabulary: int, length: int) -> None:
-    going_on = vocabulary - len(policy.eos_ids)
-    if going_on ** (length - 1) * vocabulary > LIMIT:
+    continuing = vocabulary - len(policy.eos_ids)
+    if continuing ** (length - 1) * vocabulary > LIMIT:
         raise Refused(
             f"A vocabulary of {vocabulary} with completions of up to {length} tokens gives more than {LIMIT} "
-            "completions to list. Give a smaller length, or a model of smaller vocabulary."
+            "completions to list. Give a smaller length, or a model with a smaller vocabulary."
         )
     if any(p.dtype != torch.float64 for p in policy.trainable_parameters()):
         raise Refused(
-            "The model is not in float64, and rounding would look like bias. Load it with dtype 'float64'."
+            "The model is not in float64, so rounding would look like bias. Load it with dtype 'float64'."
         )
 
 
 def rollout_of_all(policy: Policy, prompt: Sequence[int], *, vocabulary: int, length: int) -> Rollout:
-    """All completions of one prompt, as if each had been sampled once; its logprobs are not filled in."""
+    """Return all completions of one prompt as if each had been sampled once; the logprobs are set to 0."""
     every = all_completions(vocabulary, length, policy.eos_ids)
     prompt_ids, prompt_mask = pad_left([prompt], policy.pad_id, policy.device)
     nothing = torch.zeros(every.mask.shape, dtype=torch.double)
@@ -112,7 +116,7 @@ def rollout_of_all(policy: Policy, prompt: Sequence[int], *, vocabulary: int, le
 
 
 def _slopes(quantity: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Gradient [M, T, D] of each entry of [M, T], one backward pass an entry."""
+    """Return the gradient [M, T, D] of each entry of [M, T], with one backward pass per entry."""
     rows = []
     for entry in quantity.flatten():
         parts = torch.autograd.grad(entry, list(parameters), retain_graph=True, materialize_grads=True)
@@ -121,7 +125,7 @@ def _slopes(quantity: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def _greedy(logprobs: Tensor, every: Completions) -> Tensor:
-    """The completion of most probable tokens, from logprobs [M, T] of every token of every prefix."""
+    """Return the completion of the most probable tokens, from the logprobs [M, T] of all completions."""
     prefix: tuple[int, ...] = ()
     while True:
         t = len(prefix)

@@ -1,7 +1,7 @@
-"""Problems so small that everything that can happen is listed: each completion, its chance, its score.
+"""Makes problems so small that every completion can be listed, with its probability and its score.
 
-An expectation over such a problem is a sum. The policy is a table of logits, one row a prefix; with three
-tokens, at most three steps and token 0 as the end there are 15 completions of one to three tokens.
+An expectation over such a problem is a sum. The policy is a table of logits with one row per prefix. With
+three tokens, at most three steps and token 0 as the end there are 15 completions of one to three tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenrl.core.entropy import token_entropy
+from tokenrl.core.returns import at_last_action, reward_to_go
 from tokenrl.core.rows import overlong_penalty
 
 Rewards = Literal["binary", "graded", "continuous", "dense"]
@@ -23,30 +24,32 @@ Rewards = Literal["binary", "graded", "continuous", "dense"]
 
 @dataclass(frozen=True)
 class Problem:
-    """Every completion of every prompt, with all that an estimator may ask for.
+    """Every completion of every prompt, with all inputs that an estimator may need.
 
-    P prompts, M completions of at most T tokens, D parameters; float64; 0 off the mask.
+    There are P prompts, M completions of at most T tokens for each of them, and D parameters. All numbers are
+    float64, and 0 outside the mask.
 
     Attributes:
-        name: What it is, in words.
-        group_size: Completions a prompt in one step.
+        name: A description of the problem.
+        group_size: Completions per prompt in one step.
         mask: Actions of each completion [M, T], the same for every prompt.
-        truncated: Completions cut off by the length, without an end [M].
-        logprobs: Of each token under the policy [P, M, T].
-        ref_logprobs: Under the reference [P, M, T].
-        entropy: Of the step at which each token is taken, nats [P, M, T].
-        rewards: [P, M], or [P, M, T] when paid step by step.
+        truncated: True for completions that were cut off by the length and have no end [M].
+        logprobs: Log-probability of each token under the policy [P, M, T].
+        ref_logprobs: Log-probability of each token under the reference [P, M, T].
+        entropy: Entropy of the policy at each token, in nats [P, M, T].
+        rewards: One reward per completion [P, M], or one per token [P, M, T].
         scores: Gradient of `logprobs` [P, M, T, D].
         entropy_slopes: Gradient of `entropy` [P, M, T, D].
-        values: What a critic says of the prefix of each token [P, M, T].
-        greedy: The completion of most probable tokens [P].
-        max_length: Divisor of the aggregation 'fixed_length'; not T, so that a divisor made of the width of
-            the batch would show.
+        values: A critic's value of the prefix of each token [P, M, T].
+        greedy: Index of the completion made of the most probable tokens [P].
+        max_length: Divisor of the aggregation 'fixed_length'. It is not T, so that a divisor wrongly taken
+            from the width of the batch is noticed.
         baseline_value: The running mean, a number from earlier steps.
-        environment: Chance of what the policy does not draw, states say, in each completion [P, M]; it is in
-            the chance of a completion and not in its score.
-        bootstrap: What a critic says of the state after a cut, 0 without a cut [P, M]; None to tell nothing.
-        after: Mean reward of each of the K steps that would follow a cut, 0 without a cut [P, M, K].
+        environment: Probability of what the environment draws in each completion, for example states [P, M].
+            It is part of the probability of a completion but not of its score.
+        bootstrap: A critic's value of the state after a truncation, 0 without one [P, M]; None to give the
+            estimator no value.
+        after: Mean reward of each of the K steps that would follow a truncation, 0 without one [P, M, K].
     """
 
     name: str
@@ -77,17 +80,20 @@ class Problem:
         """Undiscounted return of each completion."""
         return self.rewards.sum(-1) if self.rewards.ndim == 3 else self.rewards
 
-    def worths(self, gamma: float = 1.0) -> Float[Tensor, "P M"]:
-        """Return of each completion, discounted from its first step, with the mean of what a cut takes."""
+    def returns(self, gamma: float = 1.0) -> Float[Tensor, "P M"]:
+        """Return of each completion, discounted from its first step.
+
+        It includes the mean of the rewards that would follow a truncation.
+        """
         lengths = self.mask.sum(-1)
         if self.rewards.ndim == 3:
-            worths = self.rewards @ gamma ** torch.arange(self.mask.shape[1], dtype=torch.double)
+            returns = self.rewards @ gamma ** torch.arange(self.mask.shape[1], dtype=torch.double)
         else:
-            worths = self.rewards * gamma ** (lengths - 1)
+            returns = self.rewards * gamma ** (lengths - 1)
         if self.after is None:
-            return worths
+            return returns
         later = self.after @ gamma ** torch.arange(self.after.shape[2], dtype=torch.double)
-        return worths + gamma**lengths * later
+        return returns + gamma**lengths * later
 
     def gradient(
         self,
@@ -97,25 +103,25 @@ class Problem:
         overlong_buffer: int = 0,
         gamma: float = 1.0,
     ) -> Float[Tensor, "P D"]:
-        """Gradient of `J = E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, what each prompt adds to it.
+        """Return the gradient of `J = E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, by prompt.
 
-        R contains the penalty on long completions, if there is one, and what would follow a cut on average:
-        then this is the gradient through the steps before the cut, the policy held fixed after it. With
-        gamma < 1 the rewards are discounted from the first step, the other terms are not.
+        R includes the penalty on long completions, if there is one, and the mean reward that would follow a
+        truncation: then the gradient is that through the steps before it, with the policy held fixed after
+        it. With gamma < 1 the rewards are discounted from the first step; the other terms are not.
 
-        J is the mean over prompts, KL and H are those of whole completions. By the log-derivative trick
-        it is `E[(R - beta l - entropy_coef log pi) S]`, with l the log ratio and S the sum of scores: what
-        the derivatives of l and of log pi themselves would add has mean zero.
+        J is the mean over prompts, and KL and H are those of whole completions. By the log-derivative trick
+        the gradient is `E[(R - beta l - entropy_coef log pi) S]`, with l the log ratio and S the sum of the
+        scores; the derivatives of l and of log pi themselves have mean zero.
         """
         log_pi, log_ref = self.logprobs.sum(-1), self.ref_logprobs.sum(-1)
-        worth = self.worths(gamma) - beta * (log_pi - log_ref) - entropy_coef * log_pi
+        weight = self.returns(gamma) - beta * (log_pi - log_ref) - entropy_coef * log_pi
         if overlong_buffer:
-            worth = worth + overlong_penalty(self.mask.sum(-1).long(), self.max_length, overlong_buffer)
-        return torch.einsum("pm,pmtd->pd", self.chances * worth, self.scores) / len(self.chances)
+            weight = weight + overlong_penalty(self.mask.sum(-1).long(), self.max_length, overlong_buffer)
+        return torch.einsum("pm,pmtd->pd", self.chances * weight, self.scores) / len(self.chances)
 
 
 class Completions(NamedTuple):
-    """All completions: ids and mask [M, T], the row of each token's prefix [M, T], and the prefixes."""
+    """All completions: ids and mask [M, T], the index of each token's prefix [M, T], and all prefixes."""
 
     ids: Int[Tensor, "M T"]
     mask: Float[Tensor, "M T"]
@@ -124,14 +130,14 @@ class Completions(NamedTuple):
 
     @property
     def last(self) -> Int[Tensor, " M 1"]:
-        """Place of the last token of each completion."""
+        """Position of the last token of each completion."""
         return self.mask.sum(-1, keepdim=True).long() - 1
 
 
 def all_completions(vocabulary: int, length: int, ends: Sequence[int] = (0,)) -> Completions:
-    """List every completion of at most `length` tokens, of which one in `ends` is the last if it occurs."""
-    going_on = [v for v in range(vocabulary) if v not in ends]
-    prefixes = [y for n in range(length) for y in itertools.product(going_on, repeat=n)]
+    """List every completion of at most `length` tokens; a token in `ends` is always the last one."""
+    continuing = [v for v in range(vocabulary) if v not in ends]
+    prefixes = [y for n in range(length) for y in itertools.product(continuing, repeat=n)]
     every = [
         (*prefix, v)
         for prefix in prefixes
@@ -160,20 +166,22 @@ def tabular_problem(
     true_values: bool = False,
     even: bool = False,
 ) -> Problem:
-    """Draw a random policy, reference, critic and rewards.
+    """Make a problem with a random policy, reference, critic and rewards.
 
     Args:
-        seed: Of all that is drawn.
-        name: What to call it; made of the other arguments if empty.
-        prompts: How many.
-        group_size: Completions a prompt in one step.
-        vocabulary: Tokens, of which 0 ends a completion.
-        length: The most tokens of a completion.
-        rewards: 'binary' 0 or 1, 'graded' on three levels, 'continuous', or 'dense': paid at each token.
-        shared: Prompts move the same logits (each starting from its own) instead of logits of their own.
-        true_values: The critic is V^pi, the expected reward to go, instead of any function of the prefix.
-        even: With two tokens each has the chance 1/2, with three one has 1/2 and two have 1/4, so that a
-            step can hold every completion in exact proportion.
+        seed: Seed of everything that is drawn.
+        name: Name of the problem; made from the other arguments if empty.
+        prompts: Number of prompts.
+        group_size: Completions per prompt in one step.
+        vocabulary: Number of tokens, of which token 0 ends a completion.
+        length: Largest number of tokens of a completion.
+        rewards: 'binary' (0 or 1), 'graded' (three levels), 'continuous', or 'dense' (one per token).
+        shared: Whether prompts share parameters, added to logits of their own; otherwise each prompt has its
+            own parameters.
+        true_values: Whether the critic is V^pi, the expected reward to go, instead of a random function of
+            the prefix.
+        even: Whether probabilities are simple, so that one step can hold every completion in exact
+            proportion: 1/2 each for two tokens; 1/2, 1/4 and 1/4 for three.
     """
     every = all_completions(vocabulary, length)
     shape = (prompts, len(every.prefixes), vocabulary)
@@ -183,9 +191,9 @@ def tabular_problem(
     if even:
         rare = 0.5 if vocabulary == 2 else 0.25
         logits = torch.where(logits == logits.amax(-1, keepdim=True), 0.5, rare).double().log()
-    earned = _rewards(rewards, table, every, draw)
+    drawn = _rewards(rewards, table, every, draw)
     logprobs = torch.stack([_logprobs(x, every) for x in logits])
-    values = _true_values(logprobs, earned, every) if true_values else guesses[:, every.prefix] * every.mask
+    values = _true_values(logprobs, drawn, every) if true_values else guesses[:, every.prefix] * every.mask
     ends = every.ids.gather(1, every.last).squeeze(1)
     return Problem(
         name=name or f"{prompts} prompts, groups of {group_size}, {rewards} rewards, seed {seed}",
@@ -195,7 +203,7 @@ def tabular_problem(
         logprobs=logprobs,
         ref_logprobs=torch.stack([_logprobs(x, every) for x in reference]),
         entropy=torch.stack([_entropy(x, every) for x in logits]),
-        rewards=earned,
+        rewards=drawn,
         scores=_slopes(_logprobs, logits, every, shared),
         entropy_slopes=_slopes(_entropy, logits, every, shared),
         values=values,
@@ -205,22 +213,23 @@ def tabular_problem(
 
 
 def _logprobs(logits: Tensor, every: Completions) -> Tensor:
-    """Logprobs [M, T] of each token, from logits [S, V]."""
+    """Return the logprob of each token [M, T], from logits [S, V] of S prefixes."""
     return logits.log_softmax(-1)[every.prefix, every.ids] * every.mask
 
 
 def _entropy(logits: Tensor, every: Completions) -> Tensor:
-    """Entropy [M, T] of each step that is taken."""
+    """Return the entropy at each token [M, T], from logits [S, V] of S prefixes."""
     return token_entropy(logits)[every.prefix] * every.mask
 
 
 def _slopes(
     quantity: Callable[[Tensor, Completions], Tensor], logits: Tensor, every: Completions, shared: bool
 ) -> Float[Tensor, "P M T D"]:
-    """Gradient of logprobs or entropy in the logits, of all prompts side by side unless they share them."""
+    """Return the gradient of logprobs or entropy in the logits, which prompts may share."""
     blocks = [torch.func.jacrev(quantity)(x, every).flatten(2) for x in logits]  # [M, T, S V] each
     if shared:
         return torch.stack(blocks)
+    # Parameters of its own for each prompt: the gradient is 0 in the logits of all other prompts.
     whole = torch.zeros(len(blocks), *blocks[0].shape[:2], len(blocks), blocks[0].shape[2]).double()
     for x, block in enumerate(blocks):
         whole[x, :, :, x] = block
@@ -228,7 +237,7 @@ def _slopes(
 
 
 def _rewards(kind: Rewards, table: Tensor, every: Completions, draw: torch.Generator) -> Tensor:
-    """Rewards [P, M], or [P, M, T] for 'dense', where each prefix and token has its own."""
+    """Draw rewards [P, M], or [P, M, T] for 'dense', where each pair of prefix and token has its own."""
     if kind == "dense":
         return table[:, every.prefix, every.ids] * every.mask
     drawn = torch.randn(len(table), len(every.ids), generator=draw, dtype=torch.double)
@@ -238,12 +247,10 @@ def _rewards(kind: Rewards, table: Tensor, every: Completions, draw: torch.Gener
 
 
 def _true_values(logprobs: Tensor, rewards: Tensor, every: Completions) -> Tensor:
-    """V^pi [P, M, T] of each token's prefix: the mean reward to go of the completions that run through it."""
+    """Return V^pi of each token's prefix [P, M, T]: the mean reward to go of the completions with it."""
     if rewards.ndim == 2:
-        rewards = torch.zeros_like(logprobs).scatter(
-            2, every.last.expand(len(rewards), -1, 1), rewards[:, :, None]
-        )
-    to_go = rewards.flip(-1).cumsum(-1).flip(-1)
+        rewards = rewards[:, :, None] * at_last_action(every.mask.bool())
+    to_go = reward_to_go(rewards)
     weight = logprobs.sum(-1).exp()[:, :, None] * every.mask  # [P, M, T]
     sums = torch.zeros(2, len(rewards), len(every.prefixes), dtype=torch.double)
     for t in range(every.mask.shape[1]):

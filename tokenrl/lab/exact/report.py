@@ -1,4 +1,4 @@
-"""What `tokenrl lab exact` leaves behind: a table, records, a map of noise against bias."""
+"""Runs `tokenrl lab exact`: prints a table, writes records, draws a map of noise against bias."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenrl.runs.console import rich_console, rich_table
 from tokenrl.runs.files import write_text
 from tokenrl.runs.plots import save_figure
 
-# Okabe and Ito's palette: told apart with any colour vision.
+# The palette of Okabe and Ito, which is readable with any colour vision.
 COLOURS = dict(
     zip(FROM_BEST_TO_WORST, ("#009E73", "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#8A8A8A"), strict=True)
 )
@@ -28,10 +28,13 @@ FIGURES = (".png", ".svg", ".pdf")
 
 
 def exact(args: LabArguments) -> int:
-    """Measure, print, write; return 1 if any declaration does not hold, else 0.
+    """Measure the estimators, print the tables and write the files.
+
+    Returns:
+        The exit code: 1 if any declaration is wrong, else 0.
 
     Raises:
-        Refused: For a name that is not in the table, or a file that cannot be written there.
+        Refused: For an unknown estimator, or a file that cannot be written.
     """
     import torch
 
@@ -44,7 +47,7 @@ def exact(args: LabArguments) -> int:
     if args.figure is not None and args.figure.suffix not in FIGURES:
         raise Refused(f"{args.figure} cannot be drawn: its name must end in one of {', '.join(FIGURES)}.")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # many small sums: a second thread only costs
+    torch.set_num_threads(1)  # many small sums, which a second thread only slows down
     try:
         verdicts = {
             name: measure_bias(e)
@@ -64,10 +67,10 @@ def exact(args: LabArguments) -> int:
 
 
 def records(verdicts: Mapping[str, Verdict]) -> list[dict[str, Any]]:
-    """One record an estimator.
+    """Return one record per estimator, for JSON.
 
-    `cosine` is the lowest and `relative_bias` the largest over the problems; `variance` and `noise` are
-    those of the first problem, None where the expected gradient vanishes. `problems` has the rest.
+    `cosine` is the lowest and `relative_bias` the largest over the problems. `variance` and `noise` are those
+    of the first problem; `noise` is None if the expected gradient is 0. `problems` has the numbers of each.
     """
     return [
         {
@@ -90,7 +93,7 @@ def _finite(number: float) -> float | None:
 
 
 def print_table(verdicts: Mapping[str, Verdict]) -> None:
-    """Print a line an estimator, and below what the columns mean."""
+    """Print one line per estimator, and below it what the columns mean."""
     console = rich_console(width=120)
     heads = ("estimator", "declared", "found"), ("cosine", "relative bias", "noise", "ok")
     table = rich_table("", *heads, no_wrap=True)
@@ -101,7 +104,7 @@ def print_table(verdicts: Mapping[str, Verdict]) -> None:
     console.print(table)
     wrong = [name for name, v in verdicts.items() if not v.ok]
     console.print(
-        "cosine: of the expected gradient with that of J, the lowest over the problems; relative bias: "
+        "cosine: between the expected gradient and that of J, the lowest over the problems; relative bias: "
         "|E g - grad J| / |grad J|, the largest, a wrong scale included; noise: tr Var g / |E g|^2 on the "
         f"first problem.\n{len(verdicts)} estimators; "
         + (f"declared wrongly: {'; '.join(wrong)}." if wrong else "every declaration holds.")
@@ -109,7 +112,7 @@ def print_table(verdicts: Mapping[str, Verdict]) -> None:
 
 
 def print_objectives() -> None:
-    """Print whose gradient each return and baseline gives on a small control problem."""
+    """Print which objective each choice of returns and baseline ascends on a small control problem."""
     heads = ("on a control problem of 3 steps", "gamma", "of J_1", "of J_gamma", "ascends")
     table = rich_table("", heads, no_wrap=True)
     for name, gamma, found in objectives_on_control():
@@ -118,10 +121,11 @@ def print_objectives() -> None:
     console = rich_console(width=120)
     console.print(table)
     console.print(
-        "The expected gradient against those of J_1 = E[sum r_t] and J_gamma = E[sum gamma^t r_t]; off: "
-        "|E g - grad J| / |grad J|, and the cosine. Two episodes a step; V^pi is that of the state and the "
-        "steps left, any V a random number a state. Cut: 2 steps are seen of 4; J is that of all 4, through "
-        "the actions before the cut. 'Timestep mean of all' tends to J_1 with more episodes."
+        "The expected gradient compared with those of J_1 = E[sum r_t] and J_gamma = E[sum gamma^t r_t]; off "
+        "by: |E g - grad J| / |grad J|, and the cosine. There are two episodes per step. V^pi is the value "
+        "of the state and the steps left; any V is a random number per state. Cut: 2 of 4 steps are seen, "
+        "and J is that of all 4, through the actions before the cut. 'Timestep mean of all' tends to J_1 "
+        "with more episodes."
     )
 
 
@@ -136,7 +140,7 @@ def _against(match: Match) -> str:
 def draw_map(verdicts: Mapping[str, Verdict], path: Path) -> Path:
     """Draw each estimator's noise against the angle of its bias, both on the first problem.
 
-    Estimators at one place share a number, which the list at the right explains.
+    Estimators at the same place share a number; the list at the right names them.
     """
     from matplotlib.figure import Figure
 
@@ -170,7 +174,7 @@ def draw_map(verdicts: Mapping[str, Verdict], path: Path) -> Path:
 
 
 def _spots(verdicts: Mapping[str, Verdict]) -> dict[tuple[float, float, str], list[str]]:
-    """Names by (angle in degrees, noise, status), rounded; one without a gradient has no place."""
+    """Group names by (angle in degrees, noise, status), rounded; leave out those without a gradient."""
     spots: dict[tuple[float, float, str], list[str]] = {}
     for name, v in verdicts.items():
         first = v.measurements[0]

@@ -1,4 +1,4 @@
-"""Is what an estimator declares about its bias true? Measured on a handful of problems, in float64."""
+"""Checks the bias that an estimator declares, by enumerating a few tiny problems in float64."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tokenrl.lab.exact.enumeration import Moments, exact_moments, proportional_s
 from tokenrl.lab.exact.problems import Problem, tabular_problem
 
 TOLERANCE = 1e-9
-"""Relative; rounding leaves about 1e-15, and the smallest bias seen on these problems is some 1e-3."""
+"""Relative tolerance; rounding leaves about 1e-15, and the smallest bias on these problems is about 1e-3."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The numbers of one problem; `Moments` says what they are."""
+    """The numbers of one problem; `Moments` explains them."""
 
     problem: str
     status: str
@@ -35,12 +35,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was declared and what was found.
+    """The bias that an estimator declares and the one that was found.
 
     Attributes:
-        declared: The estimator's own `bias_status`.
+        declared: The estimator's `bias_status`.
         found: The worst status over the problems.
-        measurements: One a problem that the estimator can be used on; the first is the main one.
+        measurements: One for each problem that the estimator can be used on; the first is the main problem.
     """
 
     declared: str
@@ -49,7 +49,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether the declaration holds, and is not 'biased' where no problem shows a bias."""
+        """Whether what was found is at least as good as declared, and a declared bias was found."""
         if self.declared == effects.UNKNOWN:
             return True
         if self.declared == effects.BIASED:
@@ -58,40 +58,40 @@ class Verdict:
 
     @property
     def cosine(self) -> float:
-        """The lowest over the problems."""
+        """The lowest cosine over the problems."""
         return min(m.cosine for m in self.measurements)
 
     @property
     def relative_bias(self) -> float:
-        """The largest over the problems."""
+        """The largest relative bias over the problems."""
         return max(m.relative_bias for m in self.measurements)
 
     @property
     def variance(self) -> float:
-        """On the main problem."""
+        """The variance on the main problem."""
         return self.measurements[0].variance
 
     @property
     def noise(self) -> float:
-        """On the main problem."""
+        """The noise on the main problem."""
         return self.measurements[0].noise
 
 
 def measure_bias(estimator: Estimator, problems: Sequence[Problem] | None = None) -> Verdict:
-    """Find what an estimator does to the expected gradient, whatever it declares.
+    """Find out what an estimator does to the expected gradient, whatever it declares.
 
-    `exact`, `exact_up_to_scale` and `exact_per_prompt` are found when they hold on every problem, to a
-    relative 1e-9. Otherwise the gradient of a step that holds every group in exact proportion, and of one
-    four times as large, decides: `asymptotic` when its direction is that of the gradient of J or nears it as
-    1/N, else `biased`. Finding is no proof: a bias that no problem shows is not seen.
+    The status is `exact`, `exact_up_to_scale` or `exact_per_prompt` if that holds on every problem, to a
+    relative 1e-9. Otherwise two larger steps decide, one that holds every group in exact proportion and one
+    four times as large: the status is `asymptotic` if the direction of their gradient is that of the gradient
+    of J or approaches it as 1/N, else `biased`. This is no proof: a bias that no problem shows is not found.
 
     Args:
-        estimator: Any; also one whose bias nobody has stated. What it calls must work under `torch.vmap`
-            (no `.item()`, no branch on a value).
-        problems: Instead of `default_problems()`; the first is the main one.
+        estimator: Any estimator, also one whose bias is unknown. A baseline of your own must work under
+            `torch.vmap` (no `.item()`, no branch on a value).
+        problems: Problems to use instead of `default_problems()`; the first is the main one.
 
     Returns:
-        The verdict, with the numbers of each problem.
+        The declared status, the status found, and the numbers of each problem.
 
     Raises:
         Refused: When the estimator can be used on none of the problems.
@@ -102,7 +102,7 @@ def measure_bias(estimator: Estimator, problems: Sequence[Problem] | None = None
         >>> measure_bias(Estimator(baseline="group_mean")).found
         'exact_up_to_scale'
 
-        A baseline of your own, here half the mean of the group, has no declared status and gets a found one:
+        A baseline of your own, here half the mean of the group, declares nothing, and its bias is found:
 
         >>> def half_mean(totals, *, group_size, mask, valid):
         ...     return totals.reshape(-1, group_size).mean(-1).repeat_interleave(group_size) / 2
@@ -128,32 +128,33 @@ def measure_bias(estimator: Estimator, problems: Sequence[Problem] | None = None
 
 
 def tends_to_the_gradient(estimator: Estimator) -> bool:
-    """Say whether steps of ever more groups, each as small, take the direction of the gradient of J."""
+    """Whether the gradient tends to the direction of grad J with more groups per step, of the same size."""
     angles = []
     for problem in limit_problems():
         try:
             steps = [proportional_step(estimator, problem, copies) for copies in (1, 4)]
         except Refused:
             continue
-        angles.append([_aside(m.mean.sum(0), m.target.sum(0)) for m in steps])
-    # 1/N would leave a quarter; what does not vanish leaves all
+        angles.append([_sine_between(m.mean.sum(0), m.target.sum(0)) for m in steps])
+    # In four times as large a step an error of order 1/N is a quarter; one that does not vanish stays as it
+    # is.
     return bool(angles) and all(large < max(TOLERANCE, 0.3 * small) for small, large in angles)
 
 
 def status_of(moments: Moments) -> str:
-    """Return the best status that the numbers of one problem allow; 'biased' when none of the exact ones."""
+    """Return the best status that the numbers of one problem allow, one of the exact ones or 'biased'."""
     mean, target = moments.mean, moments.target  # [P, D]
     if float((mean - target).norm()) < TOLERANCE * float(target.norm()):
         return effects.EXACT
-    if _aside(mean.flatten(), target.flatten()) < TOLERANCE:
+    if _sine_between(mean.flatten(), target.flatten()) < TOLERANCE:
         return effects.UP_TO_SCALE
-    if all(_aside(m, t) < TOLERANCE for m, t in zip(mean, target, strict=True)):
+    if all(_sine_between(m, t) < TOLERANCE for m, t in zip(mean, target, strict=True)):
         return effects.PER_PROMPT
     return effects.BIASED
 
 
-def _aside(mean: Float[Tensor, " D"], target: Float[Tensor, " D"]) -> float:
-    """Sine of the angle between the two; 2 when they are opposed or `mean` vanishes."""
+def _sine_between(mean: Float[Tensor, " D"], target: Float[Tensor, " D"]) -> float:
+    """Return the sine of the angle between the two; 2 if it is 90 degrees or more, or `mean` is 0."""
     along = float(mean @ target)
     if along <= 0:
         return 2.0
@@ -166,7 +167,7 @@ def _measurement(name: str, m: Moments) -> Measurement:
 
 @cache
 def default_problems() -> tuple[Problem, ...]:
-    """Problems that together show every bias offered: rewards of all kinds, one to three prompts, control."""
+    """Return problems that together show every known bias: all kinds of rewards, 1 to 3 prompts, control."""
     return (
         tabular_problem(1, prompts=2, group_size=4, vocabulary=2, rewards="continuous"),
         tabular_problem(2, prompts=1, group_size=3, rewards="continuous"),
@@ -181,7 +182,7 @@ def default_problems() -> tuple[Problem, ...]:
 
 @cache
 def limit_problems() -> tuple[Problem, ...]:
-    """Problems of even chances: a step can hold each group in exact proportion."""
+    """Return problems with simple probabilities, so that a step can hold each group in exact proportion."""
     return (
         tabular_problem(9, prompts=2, group_size=3, vocabulary=2, length=2, rewards="continuous", even=True),
         tabular_problem(7, prompts=2, group_size=2, length=2, rewards="continuous", even=True),

@@ -1,1 +1,1 @@
-"""Signal and noise of gradients measured on a real model."""
+"""Measures signal, noise and direction of gradients on samples of a real model."""

@@ -18,32 +18,32 @@ DEFAULT_ESTIMATORS = (
 
 @dataclass(frozen=True)
 class MeasureArguments(ModelArguments, TaskArguments):
-    """Measure signal, noise and direction of estimators' gradients, on the same completions of a model."""
+    """Measure signal, noise and direction of the gradients of estimators, on the same completions."""
 
     estimators: tuple[str, ...] = DEFAULT_ESTIMATORS
     """Presets to measure."""
     num_prompts: Count = 128
-    """Training prompts sampled from; more make intervals narrower."""
+    """Number of training prompts; more prompts make intervals narrower."""
     num_generations: Annotated[int, Bounds(at_least=2)] = 8
-    """Completions a prompt (G); a power of two, so that groups can be halved."""
+    """Completions per prompt (G); a power of two, so that groups can be halved."""
     prompts_per_step: Count = 8
-    """Prompts of the step whose noise is stated, and within which prompts are compared."""
+    """Prompts per step; the noise is that of one step, within which some estimators compare prompts."""
     max_completion_length: Count | None = None
     """Most tokens a completion may have. Default: the task's, else 256."""
     temperature: Positive = 1.0
-    """Temperature of the policy that is sampled and scored."""
+    """Temperature at which the policy is sampled and scored."""
     probes: Annotated[int, Bounds(at_least=2)] = 256
-    """Random directions in which gradients are seen; lengths are then known to sqrt(2/probes)."""
+    """Random directions to project gradients on; squared lengths have the relative error sqrt(2/probes)."""
     layers: tuple[str, ...] = ()
-    """Only parameters with one of these in their name; `last` for the last block and the head."""
+    """Use only parameters with one of these in their name; `last` for the last block and the head."""
     per_layer: bool = False
-    """Also measure every block by itself, which costs as much again for each."""
+    """Also measure every block by itself; each costs as much as one measurement."""
     rows_at_once: Count = 1024
-    """Completions in one forward pass; changes memory, not the numbers."""
+    """Completions per forward pass; changes memory, not the numbers."""
     cpu: bool = False
     """Stay on the CPU even if there is an accelerator."""
     seed: Natural = 0
-    """Seed of sampling, probes and intervals."""
+    """Seed of sampling, of the random directions and of the intervals."""
     json: Path | None = None
     """Also write all numbers to this file."""
     quiet: bool = False

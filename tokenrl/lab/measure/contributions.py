@@ -1,7 +1,8 @@
-"""What each group, or each step of groups, adds to an estimator's gradient, in projections.
+"""Computes what each group, or each step, contributes to an estimator's gradient, in random projections.
 
-The loss depends on the weights only through logprobs and entropies. Its slopes in those, at ratio 1, times
-the projected scores are the projected gradient: every estimator is formed from the same projections.
+The loss depends on the weights only through logprobs and entropies. Its derivatives in those, on-policy,
+times the projected scores are the projected gradient, so all estimators are computed from the same
+projections.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from tokenrl.lab.measure.rollouts import Samples
 
 
 class Slopes(NamedTuple):
-    """Of the ascent objective (minus the loss) in each logprob and each entropy [N, T]."""
+    """Derivatives of the ascent objective (minus the loss) in each logprob and each entropy [N, T]."""
 
     logprobs: Float[Tensor, "N T"]
     entropy: Float[Tensor, "N T"] | None
 
 
 class Contributions(NamedTuple):
-    """Projected gradients of independent units, J of each, which have the same expectation.
+    """Projected gradients of M independent units, with J gradients of the same expectation for each.
 
     Attributes:
-        values: [M, J, K]; J is 1 but where a group is divided into smaller ones.
-        groups: Prompt groups a unit.
+        values: Gradients in K projections [M, J, K]; J is 1 unless groups are divided into smaller ones.
+        groups: Number of prompt groups per unit.
         coupled: Whether the units are steps because the estimator couples the prompts of a step.
     """
 
@@ -50,18 +51,18 @@ def ascent_slopes(
     score_norms: Float[Tensor, "N T"] | None = None,
     baseline_value: float = 0.0,
 ) -> Slopes:
-    """Differentiate one step's loss in what the model gives, by `Estimator`'s own methods, on-policy.
+    """Return the derivatives of one step's loss in logprobs and entropies, by `Estimator`'s own methods.
 
     Args:
-        estimator: Any without a critic.
+        estimator: Any estimator without a critic.
         samples: All rows.
-        rows: Which of them are the step, groups whole [n].
-        group_size: Consecutive rows a group; may divide the groups of `samples` further.
+        rows: Indices of the rows of the step [n], in whole groups.
+        group_size: Number of consecutive rows per group; may divide the groups of `samples` further.
         score_norms: |s_t|^2 of all rows.
         baseline_value: The running mean before the step.
 
     Raises:
-        Refused: When the estimator needs what there is not, or cannot be used with such groups.
+        Refused: When the estimator needs an input that is missing, or cannot be used with such groups.
     """
     mask, rewards, valid = samples.mask[rows], samples.rewards[rows], samples.valid[rows]
     kept = keep(
@@ -99,7 +100,7 @@ def ascent_slopes(
 
 
 def projected(slopes: Slopes, projections: Projections, rows: Tensor) -> Float[Tensor, " K"]:
-    """Sum slopes times projected scores over the tokens of some rows."""
+    """Sum the slopes times the projected scores over the tokens of some rows."""
     of_rows = projections.logprobs[rows].flatten(0, 1).double()
     total = slopes.logprobs.flatten() @ of_rows
     if slopes.entropy is not None:
@@ -117,27 +118,27 @@ def contributions(
     group_size: int | None = None,
     coupled: bool | None = None,
 ) -> Contributions:
-    """Form an estimator's projected gradient for every independent unit.
+    """Compute an estimator's projected gradient for every independent unit.
 
-    The unit is the prompt's group, or a whole step if the estimator couples prompts, never the row: inside a
-    group the rows' terms share a baseline. Whether prompts are coupled is found by comparing a step's slopes
-    with those of its groups alone.
+    A unit is a prompt's group, or a whole step if the estimator couples the prompts of a step. It is never a
+    row, because the rows of a group share a baseline. Whether prompts are coupled is found by comparing the
+    slopes of a step with those of its groups alone.
 
     Args:
-        estimator: Any without a critic.
+        estimator: Any estimator without a critic.
         samples: The rows.
-        projections: Of their scores.
-        prompts_per_step: Groups a step; steps are disjoint, and groups that fill no step are left out of
-            coupled estimators.
-        group_size: Divide each group into smaller ones, each a unit's own copy.
-        coupled: True to take steps as units in any case.
+        projections: The projections of their scores.
+        prompts_per_step: Groups per step. Steps are disjoint; for coupled estimators, groups that do not fill
+            a step are left out.
+        group_size: Size of the smaller groups into which each group is divided; None to keep them whole.
+        coupled: Whether units are steps; None to find out.
 
     Raises:
         Refused: When the estimator needs a critic, or cannot be used with such groups.
     """
     if estimator.needs_values:
         raise Refused(
-            "The estimator needs a critic's values, which a measurement has not. Choose a baseline other "
+            "The estimator needs a critic's values, but a measurement has no critic. Choose a baseline other "
             "than 'value' and returns other than 'gae'."
         )
     whole = samples.group_size
@@ -146,7 +147,7 @@ def contributions(
     step_of = torch.arange(len(samples.rewards)) // (whole * prompts_per_step)
 
     def unit(rows: Tensor) -> Slopes:
-        elsewhere = (step_of != step_of[rows[0]]) & samples.valid  # a running mean saw much, not this step
+        elsewhere = (step_of != step_of[rows[0]]) & samples.valid  # a running mean saw other steps only
         seen = float(samples.rewards[elsewhere].mean()) if estimator.baseline == "running_mean" else 0.0
         return ascent_slopes(
             estimator, samples, rows, group_size=size, score_norms=norms, baseline_value=seen
@@ -163,11 +164,11 @@ def contributions(
 
 
 def _couples(unit: Callable[[Tensor], Slopes], steps: Tensor) -> bool:
-    """Whether the slopes in any step differ from those of its groups taken alone."""
+    """Whether the slopes of any step differ from those of its groups taken alone."""
     for step in steps[:, :, 0]:  # [P, g]
         try:
             alone = torch.cat([unit(rows).logprobs for rows in step]) / len(step)
-        except Refused:  # it compares prompts, and there is one
+        except Refused:  # the estimator compares prompts, and a group has only one
             return True
         together = unit(step.flatten()).logprobs
         if not torch.allclose(together, alone, rtol=1e-6, atol=1e-9):

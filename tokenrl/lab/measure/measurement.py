@@ -1,4 +1,4 @@
-"""The gradients of many estimators, measured on one set of completions of a real model."""
+"""Measures the gradients of many estimators on one set of completions of a real model."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Measured:
     """Everything that was measured on one set of completions.
 
     Attributes:
-        model: Where it came from.
-        task: Its name.
-        settings: Numbers of prompts, completions and probes, and what they were like.
-        estimators: One a chosen estimator.
-        group_sizes: Of estimators that compare the completions of a prompt and no others.
-        layers: The estimators again in each block alone, if asked for.
+        model: The path or hub name of the model.
+        task: The name of the task.
+        settings: Numbers of prompts, completions and probes, and mean reward and length of the completions.
+        estimators: One measurement per chosen estimator.
+        group_sizes: Noise by group size, for estimators that compare only the completions of a prompt.
+        layers: The measurements in each block alone, by name, if `per_layer` is set.
     """
 
     model: str
@@ -43,7 +43,13 @@ class Measured:
 
 
 def measure(**options: Any) -> Measured:
-    """Measure as `tokenrl lab measure` does, with the fields of `MeasureArguments` as keywords.
+    """Measure signal, noise and direction of estimators' gradients, as `tokenrl lab measure` does.
+
+    Args:
+        **options: The fields of `MeasureArguments`, the flags of the command.
+
+    Raises:
+        Refused: For an option, a preset, a number or a layer that cannot be used.
 
     Example::
 
@@ -54,10 +60,10 @@ def measure(**options: Any) -> Measured:
 
 
 def measure_with(args: MeasureArguments, announce: Callable[[str], None] = lambda text: None) -> Measured:
-    """Sample, project and measure.
+    """Sample completions, project the scores of their tokens, and measure every estimator.
 
     Raises:
-        Refused: A preset, a number or a layer that cannot be used; see the message.
+        Refused: For a preset, a number or a layer that cannot be used.
     """
     from accelerate import Accelerator
 
@@ -74,7 +80,7 @@ def measure_with(args: MeasureArguments, announce: Callable[[str], None] = lambd
         raise Refused(f"num_prompts={args.num_prompts}, but the task has {len(rows)} training prompts.")
     every = chosen_parameters(policy)
     places = {", ".join(args.layers) or "all": list(chosen_parameters(policy, args.layers))}
-    places |= blocks(policy) if args.per_layer else {}
+    places |= blocks(every) if args.per_layer else {}
     samples = collect(
         policy,
         rewards,
@@ -114,7 +120,7 @@ def _check(args: MeasureArguments) -> None:
             f"num_generations={g}: give a power of two (2, 4, 8, ...), so that groups can be halved."
         )
     if args.gradient_checkpointing:
-        raise Refused("gradient_checkpointing has no forward-mode derivative; measure without it.")
+        raise Refused("gradient_checkpointing has no forward-mode derivative. Measure without it.")
     if b < 4 * p or b % p:
         raise Refused(
             f"num_prompts={b} with prompts_per_step={p}: steps are the independent units of some estimators, "
@@ -139,7 +145,7 @@ def _settings(args: MeasureArguments, samples: Samples) -> dict[str, float]:
 def project_all(
     policy: Policy, samples: Samples, parameters: Mapping[str, Tensor], args: MeasureArguments
 ) -> Projections:
-    """Project all parts of the samples on the same probes."""
+    """Project the scores of all parts of the samples on the same probes."""
     entropy = any(Estimator.preset(name).needs_entropy for name in args.estimators)
     parts = [
         project(

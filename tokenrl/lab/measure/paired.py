@@ -1,4 +1,4 @@
-"""Estimators compared on the same rows: signal, noise, direction, and what the size of the groups does."""
+"""Compares estimators on the same rows: signal, noise, direction, and the effect of the group size."""
 
 from __future__ import annotations
 
@@ -14,25 +14,32 @@ from tokenrl.errors import Refused
 from tokenrl.lab.measure.contributions import Contributions, contributions
 from tokenrl.lab.measure.projections import Projections
 from tokenrl.lab.measure.rollouts import Samples
-from tokenrl.lab.measure.unit_statistics import Estimate, Resampling, cosine, interval, reciprocal, untold
+from tokenrl.lab.measure.unit_statistics import (
+    Estimate,
+    Resampling,
+    cosine,
+    interval,
+    reciprocal,
+    without_interval,
+)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One estimator; g is the ascent gradient of one step.
+    """The measurement of one estimator, where g is the ascent gradient of one step.
 
     Attributes:
-        estimator: Its name.
+        estimator: Name of the estimator.
         declared: Its `bias_status`.
         coupled: Whether it couples the prompts of a step, so that steps are the independent units.
-        units: How many of them.
+        units: Number of independent units.
         signal: `|E g|^2`.
         variance: Trace of the covariance of g.
         snr: `|E g|^2 / variance`.
-        noise: The reciprocal, `variance / |E g|^2`; no constant factor of the loss changes it.
-        cosine: Of the angle between E g and that of RLOO.
-        variance_ratio: Variance over that without a baseline; a factor of the loss counts.
-        quieter: How many times less noise than without a baseline.
+        noise: `variance / |E g|^2`, which no constant factor of the loss changes.
+        cosine: Cosine of the angle between E g and the E g of RLOO.
+        variance_ratio: Variance divided by that without a baseline; a constant factor of the loss changes it.
+        quieter: Noise without a baseline divided by the noise of this estimator.
     """
 
     estimator: str
@@ -50,13 +57,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class GroupSize:
-    """An estimator with smaller groups, at the same number of completions a step.
+    """The noise of an estimator with smaller groups, at the same number of completions per step.
 
     Attributes:
-        estimator: Its name.
-        group_size: Completions a prompt.
-        noise: Of a step of the full number of completions, spread over more prompts.
-        quieter: How many times less noise than with groups half as large; None for the smallest.
+        estimator: Name of the estimator.
+        group_size: Completions per prompt.
+        noise: Noise of a step with the same number of completions, of more prompts.
+        quieter: Noise with groups of half the size divided by this noise; None for the smallest groups.
     """
 
     estimator: str
@@ -76,10 +83,11 @@ def compare(
 ) -> tuple[Measurement, ...]:
     """Measure estimators on the same rows.
 
-    Everything is made of products of distinct units, so nothing is biased by a unit's own noise, and the
-    direction is compared with RLOO's from other rows. Estimators declared exact have RLOO's expectation: for
-    their signal to noise RLOO's signal is taken, which is known best. Intervals are of 95 %, by resampling
-    units and probes together; with fewer than some 20 units they are a little too narrow.
+    All estimates use products of distinct units only, so a unit's own noise biases none of them, and the
+    direction is compared with that of RLOO on other rows. Estimators declared exact have the same expectation
+    as RLOO, so RLOO's signal, which has the least error, is used for their signal-to-noise ratio. Intervals
+    are 95 % bootstrap intervals over units and probes together; with fewer than about 20 units they are a
+    little too narrow.
     """
     step = prompts_per_step
     reference = contributions(Estimator(), samples, projections, prompts_per_step=step, coupled=False)
@@ -96,7 +104,7 @@ def compare(
     for name, estimator in estimators.items():
         mine = contributions(estimator, samples, projections, prompts_per_step=step)
         draw = resampling(len(mine.values))
-        rloo, none = (_like(mine, other) for other in (reference, nothing))
+        rloo, none = (_in_units_of(mine, other) for other in (reference, nothing))
         found.append(_measured(name, estimator, mine, rloo, none, draw, mine.groups / step))
     return tuple(found)
 
@@ -110,13 +118,13 @@ def _measured(
     draw: Resampling,
     share: float,
 ) -> Measurement:
-    """One row of `compare`; `share` is a unit's share of a step."""
+    """Measure one estimator for `compare`; `share` is the share of a unit in a step."""
     own, of_rloo = draw.product(mine.values, mine.values), draw.product(rloo, rloo)
     variance, without = draw.variance(mine.values) * share, draw.variance(none) * share
     same = same_expectation(estimator)
     known = of_rloo if same else own
     signal, snr = interval(own), interval(known / variance)
-    sure = surely_positive(own) and surely_positive(of_rloo)
+    sure = interval_above_zero(own) and interval_above_zero(of_rloo)
     quieter = without / variance * (1 if same else own / of_rloo)
     return Measurement(
         estimator=name,
@@ -129,24 +137,24 @@ def _measured(
         noise=reciprocal(snr),
         cosine=cosine(draw.product(mine.values, rloo), own, of_rloo, resolved=sure),
         variance_ratio=interval(variance / without),
-        quieter=interval(quieter) if same or sure else untold(quieter),
+        quieter=interval(quieter) if same or sure else without_interval(quieter),
     )
 
 
-def surely_positive(replicates: Tensor) -> bool:
-    """Whether the whole interval lies above 0."""
+def interval_above_zero(replicates: Tensor) -> bool:
+    """Whether the whole interval lies above 0, so that a ratio with this denominator has an interval."""
     low = interval(replicates).low
     return low is not None and low > 0
 
 
 def same_expectation(estimator: Estimator) -> bool:
-    """Whether E g is that of plain RLOO: declared exact, with nothing added to the objective."""
+    """Whether E g is that of plain RLOO: declared exact, and no term is added to the objective."""
     added = estimator.needs_kl or estimator.needs_entropy or estimator.overlong_buffer > 0
     return estimator.bias_status == EXACT and not added
 
 
-def _like(mine: Contributions, other: Contributions) -> Tensor:
-    """The values [M, 1, K] of an estimator whose units are groups, in the units of another."""
+def _in_units_of(mine: Contributions, other: Contributions) -> Tensor:
+    """Average the values of `other`, whose units are groups, over the units of `mine` [M, 1, K]."""
     units = len(mine.values)
     return other.values[: units * mine.groups].reshape(units, mine.groups, *other.values.shape[1:]).mean(1)
 
@@ -162,7 +170,8 @@ def compare_group_sizes(
 ) -> tuple[GroupSize, ...]:
     """Divide the groups into smaller ones and compare the noise of equally many completions.
 
-    With groups of g a step of N completions has N/g prompts, so its variance is that of one group times g/N.
+    With groups of size g, a step of N completions has N/g prompts, so its variance is g/N times that of one
+    group.
     """
     groups, probes = len(samples.mask) // samples.group_size, projections.logprobs.shape[-1]
     draw = Resampling(groups, probes, replicates=replicates, seed=seed)
@@ -189,19 +198,19 @@ def compare_group_sizes(
 def _in_groups_of(
     size: int, estimator: Estimator, samples: Samples, projections: Projections, prompts_per_step: int
 ) -> Contributions | None:
-    """Contributions with smaller groups; None for those too small, and where steps are the units."""
+    """Compute contributions with smaller groups; None if they are too small, or if units are steps."""
     try:
         mine = contributions(
             estimator, samples, projections, prompts_per_step=prompts_per_step, group_size=size
         )
-    except Refused:  # such as a deviation of the others in a group of two
+    except Refused:  # for example 'loo_std' with groups of two
         return None
     return None if mine.coupled else mine
 
 
 def _gain(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Estimate:
-    """Noise before over noise after, each given as signal and variance."""
+    """Return the noise before divided by the noise after, each given as signal and variance."""
     ratio = (after[0] / before[0]) * (before[1] / after[1])
-    if after[0] is before[0]:  # a signal known otherwise cancels, resolved or not
+    if after[0] is before[0]:  # the same signal cancels, whether or not it is resolved
         return interval(before[1] / after[1])
-    return interval(ratio) if surely_positive(before[0]) else untold(ratio)
+    return interval(ratio) if interval_above_zero(before[0]) else without_interval(ratio)

@@ -1,14 +1,15 @@
-"""Scores of every token, seen through random probes: what is needed of a gradient without keeping one.
+"""Projects the score of every token on random directions, so that no gradient needs to be stored.
 
 A score `s_t = grad log pi(a_t | prefix)` has as many entries as the model has weights. Its products with K
-random sign vectors z keep all lengths and angles on average: `E[(z.g)(z.h)] = g.h`. A forward-mode derivative
-along z gives `z.s_t` of every row and every token at once, so K of them serve all estimators.
+random sign vectors z, the probes, preserve lengths and angles in expectation: `E[(z.g)(z.h)] = g.h` (Johnson
+and Lindenstrauss 1984; with random signs, Achlioptas 2003). A forward-mode derivative along z gives `z.s_t`
+for every row and every token at once, so K derivatives serve all estimators.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +24,9 @@ from tokenrl.language.rollout.scoring import score
 
 
 class Projections(NamedTuple):
-    """Slopes along each probe, divided by sqrt(K), so that a plain dot product estimates that of gradients.
+    """Derivatives along each probe, divided by sqrt(K), so that dot products estimate those of gradients.
 
-    Off the mask they are 0.
+    They are 0 outside the mask.
     """
 
     logprobs: Float[Tensor, "N T K"]
@@ -33,15 +34,15 @@ class Projections(NamedTuple):
 
 
 def chosen_parameters(policy: Policy, layers: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Trainable parameters by name, restricted to those that the gradient is measured in.
+    """Return the trainable parameters by name, restricted to those in which the gradient is measured.
 
     Args:
-        policy: Whose model is looked at.
-        layers: Parts of names, as `layers.0.` or `lm_head`; `last` is the last block and all that follows
-            the blocks. Empty for all.
+        policy: The policy whose model is used.
+        layers: Parts of names, such as `layers.0.` or `lm_head`; `last` stands for the last block and all
+            parameters after the blocks. Empty for all parameters.
 
     Raises:
-        Refused: When a part occurs in no name.
+        Refused: When a part is in no name.
     """
     named = {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
     if not layers:
@@ -59,13 +60,12 @@ def chosen_parameters(policy: Policy, layers: Sequence[str] = ()) -> dict[str, T
     return chosen
 
 
-def blocks(policy: Policy) -> dict[str, list[str]]:
-    """Names of the trainable parameters of each numbered block, and of the rest, in the model's order."""
+def blocks(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group the names of parameters by numbered block, and the rest, in the order given."""
     groups: dict[str, list[str]] = {}
-    for name, p in policy.model.named_parameters():
-        if p.requires_grad:
-            number = _block(name)
-            groups.setdefault("outside the blocks" if number is None else f"block {number}", []).append(name)
+    for name in names:
+        number = _block(name)
+        groups.setdefault("outside the blocks" if number is None else f"block {number}", []).append(name)
     return groups
 
 
@@ -75,7 +75,7 @@ def _block(name: str) -> int | None:
 
 
 def _last(names: Sequence[str]) -> list[str]:
-    """Names in the block of the highest number, and those behind it; with tied weights the head is first."""
+    """Return the names in the last numbered block and after it; a tied head comes before the blocks."""
     numbers = [_block(name) for name in names]
     highest = max((n for n in numbers if n is not None), default=None)
     first = numbers.index(highest)
@@ -85,9 +85,9 @@ def _last(names: Sequence[str]) -> list[str]:
 def probes(
     parameters: Mapping[str, Tensor], count: int, *, seed: int, chunk: int = 8
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield `count` Rademacher probes, some at a time: a dict of signs [c, *shape], c at most `chunk`.
+    """Yield `count` probes of random signs, in chunks: a dict of signs [c, *shape] with c at most `chunk`.
 
-    Probe k depends on seed and k only, not on the chunk.
+    Probe k depends on the seed and k only, not on the chunk.
     """
     for start in range(0, count, chunk):
         drawn: list[dict[str, Tensor]] = []
@@ -115,18 +115,18 @@ def project(
 ) -> Projections:
     """Project the score of every token of a rollout on `count` probes.
 
-    Costs about `2 count` forward passes of the rollout, and memory for eight. Attention is computed by its
-    plain formula meanwhile: the fused kernels have no forward-mode derivative.
+    It costs about `2 count` forward passes of the rollout, and memory for eight at a time. Attention is
+    computed by its plain formula, because the fused kernels have no forward-mode derivative.
 
     Args:
         policy: The policy that is differentiated.
-        rollout: Rows to score; equal completions of one prompt are computed once.
-        parameters: As `chosen_parameters` gives them; all else is held fixed.
-        count: K.
-        seed: Of the probes.
-        width: T of the result, no less than the rollout's own.
-        temperature: That of the sampling.
-        entropy: Also project the slopes of the entropies.
+        rollout: Rows to score; equal completions of a prompt are computed once.
+        parameters: The parameters from `chosen_parameters`; all others are held fixed.
+        count: Number of probes, K.
+        seed: Seed of the probes.
+        width: T of the result, at least that of the rollout.
+        temperature: Temperature of sampling.
+        entropy: Whether to project the derivatives of the entropies too.
 
     Returns:
         The projections, in the precision of the model.
@@ -149,7 +149,7 @@ def project(
     found: list[tuple[Tensor, ...]] = []
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         for directions in probes(parameters, count, seed=seed):
-            # the tangents alone are batched, so the model itself is computed once for all of them
+            # vmap batches only the tangents, so the model itself is computed once for all of them.
             found.append(torch.vmap(slopes)(directions))  # [c, n, t] each
     out = []
     for tangents in zip(*found, strict=True):
@@ -160,7 +160,7 @@ def project(
 
 
 def _distinct(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """One row of each distinct (prompt, completion), and which of them each row is."""
+    """Return the first row of each distinct (prompt, completion), and the index of its own for each row."""
     ids = rollout.completion_ids.masked_fill(~rollout.mask, -1)
     table = torch.cat([rollout.prompt_index[:, None], ids], dim=1)
     unique, place = torch.unique(table, dim=0, return_inverse=True)

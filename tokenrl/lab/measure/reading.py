@@ -1,4 +1,4 @@
-"""What `tokenrl lab measure` leaves behind: a table, a file of numbers, and a reading in plain words."""
+"""Runs `tokenrl lab measure`: prints tables and their meaning in plain words, and writes the numbers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tokenrl.errors import Refused
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.measurement import Measured, measure_with
 from tokenrl.lab.measure.paired import GroupSize, Measurement
-from tokenrl.lab.measure.unit_statistics import Estimate
+from tokenrl.lab.measure.unit_statistics import Estimate, reciprocal
 from tokenrl.runs.console import rich_console, rich_table
 from tokenrl.runs.files import write_text
 
 
 def run(args: MeasureArguments) -> int:
-    """Measure, print, write; return 0.
+    """Measure, print the tables and write the file; return the exit code 0.
 
     Raises:
         Refused: For arguments that cannot be used.
@@ -35,7 +35,7 @@ def run(args: MeasureArguments) -> int:
 
 
 def record(measured: Measured) -> dict[str, Any]:
-    """All numbers and the reading, fit for JSON: what is not finite is None."""
+    """Return all numbers and the reading for JSON; numbers that are not finite become None."""
     return {**_plain(asdict(measured)), "reading": reading(measured)}
 
 
@@ -48,7 +48,7 @@ def _plain(value: Any) -> Any:
 
 
 def print_tables(measured: Measured) -> None:
-    """Print estimators, group sizes and layers, and below what the columns mean."""
+    """Print estimators, layers and group sizes, and below them what the columns mean."""
     console = rich_console(width=140)
     numbers = ("noise of a step", "cosine", "noise of none / its own")
     for title, measurements in {"": measured.estimators, **measured.layers}.items():
@@ -65,13 +65,14 @@ def print_tables(measured: Measured) -> None:
             table.add_row(s.estimator, str(s.group_size), words(s.noise), quieter)
         console.print(table)
     console.print(
-        "noise: tr Var g / |E g|^2 of one step; cosine: of E g with RLOO's, from other rows; in brackets 95 "
-        "% intervals. 'not resolved': the interval of |E g|^2 covers 0, so more prompts are needed.\n"
+        "noise: tr Var g / |E g|^2 of one step; cosine: between E g and that of RLOO on other rows; in "
+        "brackets: 95 % intervals; 'not resolved': the interval of |E g|^2 contains 0, so more prompts are "
+        "needed.\n"
     )
 
 
 def words(estimate: Estimate) -> str:
-    """A number with its interval, to three digits; or that there is none."""
+    """Write a number with its interval, to three digits, or 'not resolved'."""
     if estimate.value is None or estimate.high is None or estimate.low is None:
         return "not resolved"
     if not math.isfinite(estimate.high):
@@ -80,7 +81,7 @@ def words(estimate: Estimate) -> str:
 
 
 def reading(measured: Measured) -> str:
-    """Say in a few sentences what the numbers mean, with their uncertainty."""
+    """Say what the numbers mean and how uncertain they are, in a few sentences."""
     s, found = measured.settings, measured.estimators
     sentences = [
         f"Over {s['num_prompts']:.0f} prompts of {measured.task} with {s['num_generations']:.0f} completions "
@@ -90,15 +91,15 @@ def reading(measured: Measured) -> str:
     sentences += [text for text in (_noises(found), _directions(found), _sizes(measured.group_sizes)) if text]
     probes = s["probes"]
     sentences.append(
-        f"Intervals are of 95 %, from resampling the units and the {probes:.0f} random directions in which "
-        f"gradients were seen (which alone leave {math.sqrt(2 / probes):.0%} on a squared length); they "
-        "speak of this model as it is now, not of a whole training."
+        f"Intervals are 95 % bootstrap intervals over the units and the {probes:.0f} random directions on "
+        f"which gradients were projected (which alone leave an error of {math.sqrt(2 / probes):.0%} in a "
+        "squared length); they hold for this model as it is now, not for a whole training run."
     )
     return " ".join(sentences)
 
 
 def _noises(found: Sequence[Measurement]) -> str:
-    """How large the noise is, and who has more or less of it than no baseline."""
+    """Say how large the noise is, and which estimators have more or less of it than without a baseline."""
     known = [m for m in found if m.noise.resolved]
     if known:
         best = min(known, key=lambda m: m.noise.value or math.inf)
@@ -107,43 +108,38 @@ def _noises(found: Sequence[Measurement]) -> str:
             "its squared signal."
         )
     else:
-        text = "No estimator's signal is told apart from 0, so its noise is not resolved: take more prompts."
-    told = [m for m in found if m.quieter.resolved and m.quieter.low != m.quieter.high]
-    less = [m for m in told if (m.quieter.low or 0) > 1]
-    more = [m for m in told if (m.quieter.high or 0) < 1]
+        text = "No signal can be told apart from 0, so the noise is not resolved: take more prompts."
+    resolved = [m for m in found if m.quieter.resolved and m.quieter.low != m.quieter.high]
+    less = [m for m in resolved if (m.quieter.low or 0) > 1]
+    more = [m for m in resolved if (m.quieter.high or 0) < 1]
     parts = [
         _foremost(less, "less", lambda m: m.quieter),
-        _foremost(more, "more", lambda m: _inverse(m.quieter)),
+        _foremost(more, "more", lambda m: reciprocal(m.quieter)),
     ]
     if less or more:
-        text += f" Beside no baseline, {'; '.join(p for p in parts if p)}."
-    rest = [m.estimator for m in told if m not in less and m not in more]
-    return text + (f" Not told apart from no baseline: {', '.join(rest)}." if rest else "")
+        text += f" Compared with no baseline, {'; '.join(p for p in parts if p)}."
+    rest = [m.estimator for m in resolved if m not in less and m not in more]
+    return text + (f" No difference from no baseline is seen for: {', '.join(rest)}." if rest else "")
 
 
 def _foremost(found: Sequence[Measurement], word: str, ratio: Callable[[Measurement], Estimate]) -> str:
-    """RLOO and the two that differ most, with how many times; the rest by name."""
+    """Describe RLOO and the two estimators that differ most with their factors, and name the others."""
     if not found:
         return ""
     ordered = sorted(found, key=lambda m: (m.estimator != "rloo", -(ratio(m).value or 0)))
     text = " and ".join(f"{m.estimator} has {words(ratio(m))}" for m in ordered[:3]) + f" times {word} noise"
     others = ", ".join(m.estimator for m in ordered[3:])
-    return text + (f" (so, by smaller factors, have {others})" if others else "")
-
-
-def _inverse(ratio: Estimate) -> Estimate:
-    """1/x of a positive ratio, the ends changing places."""
-    assert ratio.value and ratio.low and ratio.high
-    return Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
+    return text + (f" (the same holds, by smaller factors, for {others})" if others else "")
 
 
 def _directions(found: Sequence[Measurement]) -> str:
-    """Who points elsewhere, how far, and who cannot be said to."""
-    told = [m for m in found if m.cosine.resolved and m.declared not in ("exact", "exact_up_to_scale")]
-    off = sorted((m for m in told if (m.cosine.high or 0) < 1), key=lambda m: m.cosine.value or 0)
+    """Say which estimators point in another direction than RLOO, by how much, and which may not."""
+    resolved = [m for m in found if m.cosine.resolved and m.declared not in ("exact", "exact_up_to_scale")]
+    off = sorted((m for m in resolved if (m.cosine.high or 0) < 1), key=lambda m: m.cosine.value or 0)
     parts = [f"{m.estimator} points {degrees(m.cosine)} away from the gradient" for m in off[:3]]
-    text = f"{_capital('; '.join(parts))}." if parts else ""
-    rest = [m for m in told if m not in off]
+    text = "; ".join(parts)
+    text = f"{text[0].upper()}{text[1:]}." if parts else ""
+    rest = [m for m in resolved if m not in off]
     if rest:
         far = max(_angle(m.cosine.low) for m in rest)
         text += (
@@ -154,18 +150,18 @@ def _directions(found: Sequence[Measurement]) -> str:
 
 
 def degrees(cosine: Estimate) -> str:
-    """The angle in degrees with its interval."""
+    """Write the angle in degrees with its interval."""
     angle, near, far = (_angle(x) for x in (cosine.value, cosine.high, cosine.low))
     return f"{angle:.0f} degrees ({near:.0f} to {far:.0f})"
 
 
 def _angle(cosine: float | None) -> float:
-    """In degrees; estimates of a cosine may lie beyond 1."""
+    """Return the angle in degrees; estimates of a cosine may exceed 1."""
     return math.degrees(math.acos(max(-1.0, min(1.0, cosine or 0.0))))
 
 
 def _sizes(sizes: Sequence[GroupSize]) -> str:
-    """What doubling the group buys the first estimator that compares groups, RLOO if it is there."""
+    """Say how doubling the group changes the noise of one estimator, RLOO if it was measured."""
     names = [s.estimator for s in sizes]
     name = "rloo" if "rloo" in names else names[0] if names else ""
     steps = [s for s in sizes if s.estimator == name and s.quieter is not None and s.quieter.resolved]
@@ -178,7 +174,3 @@ def _sizes(sizes: Sequence[GroupSize]) -> str:
     ]
     gains = ", and by ".join(parts)
     return f"At equally many completions, doubling the group divides the noise of {name} by {gains}."
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -1,4 +1,4 @@
-"""The rows on which estimators are measured: groups of completions with all that an estimator may ask for."""
+"""Collects the rows on which estimators are measured: completions with all inputs that an estimator needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.judged import judged
+from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
@@ -24,16 +24,16 @@ class Samples:
     """B groups of G rows, prompt-major, on the CPU in float64; T is the most tokens allowed.
 
     Attributes:
-        parts: The rollouts, some prompts each, in order.
-        group_size: G.
-        mask: True on actions [N, T].
-        rewards: One a row [N]; 0 where all rewards abstain.
-        valid: False where they do [N].
-        truncated: True where the length cap came before an end [N].
-        greedy_rewards: Of each row's prompt, of its greedy completion [N].
-        logprobs: Of the policy, as the trainer computes them [N, T].
-        ref_logprobs: Of the reference if the policy has one, else of the policy itself [N, T].
-        entropy: Of each step [N, T].
+        parts: The rollouts in order, each of some prompts.
+        group_size: Completions per prompt, G.
+        mask: True where the token is an action [N, T].
+        rewards: Reward of each row [N]; 0 where all reward functions abstain.
+        valid: False where all reward functions abstain [N].
+        truncated: True where a completion was cut off by the maximum length [N].
+        greedy_rewards: Reward of the greedy completion of each row's prompt [N].
+        logprobs: Log-probabilities under the policy, as the trainer computes them [N, T].
+        ref_logprobs: Log-probabilities under the reference, or under the policy if it has none [N, T].
+        entropy: Entropy of the policy at each token, in nats [N, T].
     """
 
     parts: tuple[Rollout, ...]
@@ -59,23 +59,28 @@ def collect(
     """Sample, reward and score G completions of each prompt, and its greedy completion.
 
     Args:
-        policy: Sampled from, on-policy.
+        policy: The policy to sample from.
         rewards: The reward functions.
-        rows: One a prompt, with the columns that the rewards ask for.
-        sampling: How to sample, G completions of each prompt.
-        rows_at_once: Completions in one forward pass; changes memory only.
+        rows: One per prompt, with the columns that the reward functions need.
+        sampling: How to sample the G completions of each prompt.
+        rows_at_once: Completions per forward pass; changes memory only.
 
     Raises:
         Refused: When a greedy completion has no reward.
     """
     g, greedy = sampling.num_generations, replace(sampling, num_generations=0)
     size = max(1, rows_at_once // g)
-    sampled = judged(policy, rows, rewards, sampling, stream="measurement", batch_size=rows_at_once)
-    greedily = judged(policy, rows, rewards, greedy, stream="measurement", batch_size=size)
+    sampled = sample_and_reward(
+        policy, rows, rewards, sampling, stream="measurement", batch_size=rows_at_once
+    )
+    greedily = sample_and_reward(policy, rows, rewards, greedy, stream="measurement", batch_size=size)
     parts, columns = [], []
     for (_, rollout, result), (_, _, best) in zip(sampled, greedily, strict=True):
         if not best.valid.all():
-            raise Refused("Every reward abstained on a greedy completion; measure on prompts that have one.")
+            raise Refused(
+                "Every reward function abstained on a greedy completion. Measure on prompts whose greedy "
+                "completion has a reward."
+            )
         shared = {
             "rewards": torch.from_numpy(result.total),
             "valid": torch.from_numpy(result.valid),
@@ -91,7 +96,7 @@ def collect(
 
 @torch.no_grad()
 def _scores(policy: Policy, rollout: Rollout, sampling: Sampling) -> dict[str, Tensor]:
-    """The columns [n, T] of a rollout, T the most tokens allowed: mask, log-probabilities, entropies."""
+    """Return mask, log-probabilities and entropies of a rollout, padded to the most tokens allowed [n, T]."""
     options: dict[str, Any] = {"temperature": sampling.temperature, "share_prompt": policy.share_prompt}
     own = score(policy.model, rollout, entropy=True, **options)
     assert own.entropy is not None

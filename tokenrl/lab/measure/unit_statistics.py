@@ -1,4 +1,4 @@
-"""Signal, noise and direction of gradients from independent units, without bias, and their intervals."""
+"""Estimates signal, noise and direction of gradients from independent units without bias, with intervals."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its percentile interval; None where it cannot be told.
+    """A number with its bootstrap interval; None for what the sample does not determine.
 
     Attributes:
         value: The estimate; unbiased ones may be negative, and none is clamped.
-        low: Lower end of the interval, minus infinity if unbounded.
-        high: Upper end, infinity if unbounded.
+        low: Lower end of the interval; minus infinity if unbounded.
+        high: Upper end of the interval; infinity if unbounded.
     """
 
     value: float | None
@@ -31,10 +31,10 @@ class Estimate:
 
 
 class Resampling:
-    """Bootstrap weights over units and probes; the first replicate is the sample itself.
+    """Bootstrap weights for units and probes; the first replicate is the sample itself.
 
-    A unit drawn twice must not be multiplied with itself: products are of pairs of distinct units, weighted
-    by how often both were drawn.
+    A unit that is drawn twice must not be multiplied by itself, which would add its own noise to the signal.
+    So products are of pairs of distinct units, weighted by how often both were drawn.
     """
 
     def __init__(self, units: int, probes: int, *, replicates: int = 1000, seed: int = 0) -> None:
@@ -46,7 +46,8 @@ class Resampling:
     def product(self, a: Float[Tensor, "M J K"], b: Float[Tensor, "M J K"]) -> Float[Tensor, " R"]:
         """Estimate `E a . E b`: the mean of `a_i . b_j` over pairs of distinct units.
 
-        `(sum_i w_i a_i . sum_i w_i b_i - sum_i w_i^2 a_i . b_i) / ((sum w)^2 - sum w^2)`, J averaged first.
+        It is `(sum_i w_i a_i . sum_i w_i b_i - sum_i w_i^2 a_i . b_i) / ((sum w)^2 - sum w^2)`, after the
+        mean over J. With w = 1 it is the U-statistic of the product of means.
         """
         a, b, w = a.mean(1), b.mean(1), self.units
         sums = (self.probes * (w @ a) * (w @ b)).sum(-1)
@@ -54,7 +55,7 @@ class Resampling:
         return (sums - own) / self._pairs()
 
     def variance(self, a: Float[Tensor, "M J K"]) -> Float[Tensor, " R"]:
-        """Estimate the trace of the covariance of one of the J: `E|a|^2 - |E a|^2`, without bias."""
+        """Estimate without bias the trace of the covariance of one gradient, `E|a|^2 - |E a|^2`."""
         w = self.units
         squares = self.probes @ a.square().mean(1).T  # [R, M]
         total = w.sum(-1, keepdim=True)
@@ -65,7 +66,7 @@ class Resampling:
 
 
 def _counts(n: int, replicates: int, generator: torch.Generator) -> Tensor:
-    """How often each of n occurs among n drawn with replacement [1 + replicates, n]; first, once each."""
+    """Return how often each of n is drawn in n draws with replacement [1 + replicates, n]; once in row 0."""
     drawn = torch.randint(0, n, (replicates, n), generator=generator)
     counts = torch.zeros(replicates, n, dtype=torch.double).scatter_add_(
         1, drawn, torch.ones(drawn.shape, dtype=torch.double)
@@ -74,20 +75,20 @@ def _counts(n: int, replicates: int, generator: torch.Generator) -> Tensor:
 
 
 def interval(replicates: Float[Tensor, " R"], level: float = 0.95) -> Estimate:
-    """Bias-corrected percentile interval; replicates that are nan (not defined) leave the number untold.
+    """Return the bias-corrected percentile interval, or none if a replicate is not finite.
 
-    The quantiles are `Phi(2 z0 -+ z)` with z0 the normal quantile of the share of replicates below the
-    estimate (Efron 1987, Better bootstrap confidence intervals, with a = 0): ratios and cosines are skewed,
-    and their plain percentiles miss to one side. What the sample does not contain, such as a rare completion
-    of large score, is in no interval.
+    The quantiles are `Phi(2 z0 -+ z)`, with z0 the normal quantile of the share of replicates below the
+    estimate (Efron 1987, Better bootstrap confidence intervals, with a = 0). The correction is needed because
+    ratios and cosines are skewed, and plain percentiles miss to one side. The interval does not account for
+    what the sample does not contain, such as a rare completion with a large score.
 
     Args:
         replicates: The estimate first, then its bootstrap replicates.
-        level: Share of repetitions in which the truth should be inside.
+        level: Probability with which the interval should contain the true value.
     """
     first, rest = replicates[0], replicates[1:]
     if not bool(replicates.isfinite().all()):
-        return untold(replicates)
+        return without_interval(replicates)
     share = ((rest < first).double() + 0.5 * (rest == first).double()).mean()
     z0 = torch.special.ndtri(share.clamp(1 / len(rest), 1 - 1 / len(rest)))
     z = torch.special.ndtri(torch.tensor([0.5 - level / 2, 0.5 + level / 2], dtype=torch.double))
@@ -95,30 +96,32 @@ def interval(replicates: Float[Tensor, " R"], level: float = 0.95) -> Estimate:
     return Estimate(float(first), low, high)
 
 
-def untold(replicates: Float[Tensor, " R"]) -> Estimate:
-    """Keep the estimate without an interval: a ratio whose denominator may be 0 has none."""
+def without_interval(replicates: Float[Tensor, " R"]) -> Estimate:
+    """Return the estimate without an interval, as for a ratio whose denominator may be 0."""
     value = float(replicates[0])
     return Estimate(value if math.isfinite(value) else None, None, None)
 
 
-def reciprocal(snr: Estimate) -> Estimate:
-    """Noise from signal to noise; unbounded above where the latter may be 0, untold where it may not be > 0.
+def reciprocal(x: Estimate) -> Estimate:
+    """Return 1/x with the ends of the interval exchanged: the noise from a signal-to-noise ratio x.
 
-    The ends change places. An interval of the signal that covers 0 says only that the noise exceeds 1/high.
+    If the interval of x contains 0, all that is known is that 1/x exceeds 1/high, so the upper end is
+    infinite. If x has no interval, or none that reaches above 0, nothing is known of 1/x.
     """
-    if snr.low is None or snr.high is None or snr.value is None or snr.high <= 0:
+    if x.low is None or x.high is None or x.value is None or x.high <= 0:
         return Estimate(None, None, None)
-    value = 1 / snr.value if snr.value > 0 else None
-    return Estimate(value, 1 / snr.high, 1 / snr.low if snr.low > 0 else math.inf)
+    value = 1 / x.value if x.value > 0 else None
+    return Estimate(value, 1 / x.high, 1 / x.low if x.low > 0 else math.inf)
 
 
 def cosine(cross: Tensor, first: Tensor, second: Tensor, *, resolved: bool) -> Estimate:
-    """`<a, b> / sqrt(|a|^2 |b|^2)` from unbiased estimates of all three; untold when a length may be 0.
+    """Return `<a, b> / sqrt(|a|^2 |b|^2)` from unbiased estimates of all three.
 
-    Not clamped: an estimate may exceed 1.
+    It has no interval unless `resolved`, that is, unless both lengths are known to be positive. It is not
+    clamped, so an estimate may exceed 1.
     """
     found = cross / (first * second).sqrt()
     if not resolved:
-        return untold(found)
-    usable = (first > 0) & (second > 0)  # of a resolved length 97.5 % are, the rest say nothing
+        return without_interval(found)
+    usable = (first > 0) & (second > 0)  # at least 97.5 % of the replicates of a resolved length
     return interval(torch.cat([found[:1], found[1:][usable[1:]]]))

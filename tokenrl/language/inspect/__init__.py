@@ -1,1 +1,1 @@
-"""Looking at a trained policy: interactive completions and best-of-n."""
+"""Inspects a trained policy: evaluation, interactive completions and best-of-n."""

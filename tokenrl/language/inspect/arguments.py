@@ -1,4 +1,4 @@
-"""Arguments of `tokenrl sample`. Imports no torch."""
+"""Defines the arguments of `tokenrl sample` and `tokenrl evaluate`. The module imports no torch."""
 
 from __future__ import annotations
 
@@ -11,59 +11,60 @@ from tokenrl.settings import Count, Natural, Positive, Settings
 
 @dataclass(frozen=True)
 class SampleArguments(Settings):
-    """Complete prompts, those given or line by line."""
+    """Complete the prompts given, or prompts read line by line."""
 
     model: str = ""
     """Local directory or hub name."""
     prompt: tuple[str, ...] = ()
     """One or more prompts. Default: ask for them, or read them as lines from a pipe."""
     task: str | None = None
-    """Show the rewards of this task beside each completion."""
+    """Print the rewards of this task beside each completion."""
     reward: tuple[str, ...] = ()
-    """Show these rewards instead, or without a task; named as in train."""
+    """Print these rewards instead of the task's own; they also work without a task. Named as in train."""
     reward_weights: tuple[float, ...] = ()
-    """One weight a reward. Default: 1 each."""
+    """One weight for each reward. Default: 1 each."""
     num_generations: Natural = 4
-    """Completions a prompt; 0: the greedy one."""
+    """Completions per prompt; 0: only the greedy one."""
     max_completion_length: Count | None = None
-    """Most tokens a completion may have. Default: the task's, else 64, or what the context leaves."""
+    """Maximum number of tokens in a completion. Default: the task's, else 64, but at most what the context
+    leaves."""
     temperature: Positive = 1.0
-    """Temperature of sampling."""
+    """Temperature at which completions are sampled."""
     chat: bool = False
-    """Send the prompt as a chat message of the user."""
+    """Send each prompt as a chat message of the user."""
     dtype: Dtype = "float32"
     """Precision of the weights."""
     trust_remote_code: bool = False
-    """Run code that comes with a model."""
+    """Run code that comes with the model."""
     seed: Natural = 0
     """Seed of sampling."""
 
 
 @dataclass(frozen=True)
 class EvaluateArguments(TaskArguments):
-    """Evaluate a model on a task's held-out prompts, greedy and sampled."""
+    """Evaluate a model on a task's held-out prompts, by greedy and by sampled completions."""
 
     model: str = ""
     """Local directory or hub name."""
     num_generations: Natural | None = None
-    """Sampled completions a prompt, beside the greedy one; 0: none. Default: 4, or the largest k."""
+    """Sampled completions per prompt, besides the greedy one; 0: none. Default: 4, or the largest k."""
     k: tuple[Count, ...] = ()
-    """Sizes of pass@k (best-of-k where rewards are not 0 or 1). Default: 1 and num_generations."""
+    """Values of k for pass@k (best@k if rewards are not 0 or 1). Default: 1 and num_generations."""
     best_of: Natural = 0
-    """Largest n of best-of-n: so many completions are sampled for each prompt, the rewards named by --reward
-    choose among them, and the task's own reward says what the choice is worth. 0: not measured."""
+    """Largest n of best-of-n. This many completions are sampled for each prompt, the rewards named by
+    --reward choose among them, and the task's own reward measures the choice. 0: not measured."""
     reference: str | None = None
-    """Directory or hub name of the model that training started from: report the KL to it."""
+    """Directory or hub name of the model that training started from; the KL to it is reported."""
     max_completion_length: Count | None = None
-    """Most tokens a completion may have. Default: the task's, else 256."""
+    """Maximum number of tokens in a completion. Default: the task's, else 256."""
     temperature: Positive = 1.0
-    """Temperature of sampling."""
+    """Temperature at which completions are sampled."""
     dtype: Dtype = "float32"
     """Precision of the weights."""
     trust_remote_code: bool = False
-    """Run code that comes with a model."""
+    """Run code that comes with the model."""
     truncate_prompts: bool = False
-    """Drop tokens from the left of prompts too long for the context, instead of refusing them."""
+    """Cut prompts that are too long for the context on the left, instead of refusing them."""
     seed: Natural = 0
     """Seed of sampling."""
     json: str | None = None

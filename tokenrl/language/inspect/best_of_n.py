@@ -1,9 +1,10 @@
-"""Best-of-n: what a proxy reward's choice among n samples is worth, and how far it is from the base policy.
+"""Best-of-n: estimates the gold reward of the sample that a proxy reward prefers, and its KL to the base.
 
-The baseline of every policy trained against a reward model: no training, only selection (Stiennon et al.
-2020). All estimates are of one prompt and take one pool of N >= n samples of it. Below them the forms of
-over-optimisation (Gao, Schulman & Hilton 2022, arXiv 2210.10760): the gain in gold reward over the base
-against d = sqrt(KL), `d (alpha - beta d)` for best-of-n and `d (alpha - beta log d)` for RL.
+Best-of-n is the baseline for every policy trained against a reward model, because it only selects and does
+not train (Stiennon et al. 2020, arXiv 2009.01325). Each estimate is for one prompt and uses a pool of N >= n
+samples of it. The last functions fit the curves of over-optimisation (Gao, Schulman & Hilton 2022, arXiv
+2210.10760): the gain in gold reward over the base, as a function of d = sqrt(KL), is `d (alpha - beta d)` for
+best-of-n and `d (alpha - beta log d)` for RL.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.judged import judged, reward_rows
+from tokenrl.language.rollout.rewarded import reward_rows, sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.training.probe import over_prompts
 from tokenrl.settings import check_number
 
-Form = Literal["d squared", "d log d"]  # of best-of-n, of RL
+Form = Literal["d squared", "d log d"]  # the curves of best-of-n and of RL
 
 
 def sample_pool(
@@ -35,20 +36,20 @@ def sample_pool(
     *,
     batch_size: int = 512,
 ) -> list[list[str]]:
-    """Texts of N completions of each prompt, to choose from.
+    """Sample a pool of N completions for each prompt, from which best-of-n chooses.
 
     Args:
         policy: the base policy.
         prompts: B prompts, text or chat messages.
-        sampling: how to sample, N completions of each prompt. The base that best-of-n is compared with is
-            the policy at this temperature.
+        sampling: how completions are sampled, N for each prompt. The base that best-of-n is compared with
+            is the policy at this temperature.
         batch_size: completions sampled at a time; changes memory only.
 
     Returns:
-        B lists of N texts.
+        For each of B prompts, the list of N texts.
 
     Raises:
-        Refused: no completions, or a prompt that cannot be completed.
+        Refused: `num_generations` is 0, or a prompt cannot be completed.
     """
     check_number("num_generations", sampling.num_generations, at_least=1)
     generator = TransformersGenerator(policy)
@@ -67,13 +68,16 @@ def sample_pool(
 def pool_rewards(
     reward: Callable[..., Any], rows: Sequence[Mapping[str, Any]], pool: Sequence[Sequence[str]]
 ) -> list[np.ndarray]:
-    """Rewards [N] of each prompt's pool; a text that was sampled often is scored once.
+    """Compute the rewards of each prompt's pool; a text that occurs several times is scored once.
 
     Args:
-        reward: a function of prompts, completions and the rows' other columns, as in training, that does not
-            abstain.
+        reward: a reward function as in training, of prompts, completions and the rows' other columns; it may
+            not abstain.
         rows: B rows with a text `prompt`.
-        pool: B lists of texts.
+        pool: for each of B prompts, its list of N texts.
+
+    Returns:
+        For each of B prompts, the rewards of its texts, float64 [N].
     """
     rewards = []
     for row, texts in zip(rows, pool, strict=True):
@@ -88,34 +92,34 @@ def pool_rewards(
 def best_of_n_metrics(
     policy: Policy, prompts: Sequence[Mapping[str, Any]], choosing: Rewards, gold: Rewards, sampling: Sampling
 ) -> dict[str, float]:
-    """Measure what the best of n completions is worth, for n = 1, 2, 4 ... up to N.
+    """Measure the reward and the KL of best-of-n, for n = 1, 2, 4 ... up to N.
 
-    N completions of each prompt are sampled. One reward chooses among n of them, another says what the choice
-    is worth; the expectation over all subsets of size n is estimated without bias (see `choice_weights`).
+    N completions of each prompt are sampled. One reward chooses among n of them, and another measures the
+    choice; the expectation over all subsets of size n is estimated without bias (see `choice_weights`).
 
     Args:
         policy: the policy that is sampled.
         prompts: rows with a `prompt`; other columns reach the rewards.
         choosing: the reward that chooses, such as a reward model.
         gold: the reward that the choice is measured by; it may be the same.
-        sampling: how to sample, N completions per prompt.
+        sampling: how completions are sampled, N per prompt.
 
     Returns:
         For each n, means over prompts with their standard errors under the same name and `_stderr`:
         `best_of_n@n` (gold reward of the choice), `best_of_n_proxy@n` (its reward by `choosing`) and
-        `best_of_n_kl@n` (KL to the policy in nats, see `best_of_n_kl`). A prompt is left out where fewer than
-        n completions have both rewards.
+        `best_of_n_kl@n` (KL to the policy in nats, see `best_of_n_kl`). A prompt is left out if fewer than n
+        of its completions have both rewards.
 
     Raises:
-        Refused: no completions per prompt, or a prompt that cannot be completed.
-        Stopped: a reward failed.
+        Refused: `num_generations` is 0, or a prompt cannot be completed.
+        Stopped: a reward function failed.
     """
     check_number("num_generations", sampling.num_generations, at_least=1)
-    pools: list[tuple[np.ndarray, np.ndarray]] = []  # per prompt, both rewards of each completion
-    for places, rollout, result in judged(policy, prompts, choosing, sampling, stream="best_of_n"):
-        worth = reward_rows(policy, gold, [prompts[i] for i in places], rollout, step=sampling.step)
-        known = (result.valid & worth.valid).reshape(len(places), -1)
-        proxies, golds = (found.total.reshape(len(places), -1) for found in (result, worth))
+    pools: list[tuple[np.ndarray, np.ndarray]] = []  # for each prompt, both rewards of its completions
+    for places, rollout, result in sample_and_reward(policy, prompts, choosing, sampling, stream="best_of_n"):
+        measured = reward_rows(policy, gold, [prompts[i] for i in places], rollout, step=sampling.step)
+        known = (result.valid & measured.valid).reshape(len(places), -1)
+        proxies, golds = (found.total.reshape(len(places), -1) for found in (result, measured))
         pools += [(p[k], g[k]) for p, g, k in zip(proxies, golds, known, strict=True)]
     metrics: dict[str, float] = {}
     for n in _doubling(sampling.num_generations):
@@ -131,53 +135,58 @@ def best_of_n_metrics(
 
 
 def _doubling(most: int) -> list[int]:
-    """1, 2, 4 ... and `most` itself."""
+    """Return 1, 2, 4 ... up to `most`, and `most` itself."""
     return sorted({*(2**k for k in range(most.bit_length())), most})
 
 
 def choice_weights(proxy: np.ndarray, n: int) -> np.ndarray:
-    """Probability [N] with which each sample is the choice among n drawn from the N without replacement.
+    """Probability that best-of-n chooses each sample, if its n samples are drawn from the pool.
 
-    The i-th smallest (from 1) is the highest of n in `C(i-1, n-1)` of the `C(N, n)` subsets; samples of equal
-    proxy reward, as copies of one text have, are chosen among with equal chance. So `weights @ gold` is an
-    unbiased estimate of the expected gold reward of best-of-n, and for n = 1 the mean.
+    They are drawn without replacement. The i-th smallest reward (counted from 1) is the highest of n in
+    `C(i-1, n-1)` of the `C(N, n)` subsets; samples with equal proxy rewards, such as copies of one text, are
+    chosen with equal probability. Therefore `weights @ gold` is an unbiased estimate of the expected gold
+    reward of best-of-n; for n = 1 it is the mean.
 
     Args:
-        proxy: the rewards that choose [N].
-        n: how many are chosen from, 1 to N.
+        proxy: the rewards of the pool that decide the choice [N].
+        n: number of samples to choose from, 1 to N.
+
+    Returns:
+        The probabilities [N]; they sum to 1.
 
     Raises:
-        Refused: n out of range.
+        Refused: n is out of range.
     """
     size = len(proxy)
     if not 1 <= n <= size:
-        raise Refused(f"n={n}: the best of n is estimated from n samples or more; there are {size}.")
+        raise Refused(f"n={n}: the best of n is estimated from at least n samples; there are {size}.")
     _, level, counts = np.unique(proxy, return_inverse=True, return_counts=True)
-    below = np.cumsum(counts)  # samples at each level or under it
+    below = np.cumsum(counts)  # number of samples with this reward or a lower one
     all_below = np.array([_subsets(int(m), n) - _subsets(size, n) for m in below])
-    chance = np.diff(np.exp(all_below), prepend=0.0)  # that the highest of n is of this level
+    chance = np.diff(np.exp(all_below), prepend=0.0)  # probability that this reward is the highest of n
     weights: np.ndarray = (chance / counts)[level.reshape(-1)]
     return weights
 
 
 def _subsets(size: int, n: int) -> float:
-    """Log of C(size, n), -inf where there is no such subset; factorials overflow, logs do not."""
+    """Return log C(size, n), or -inf if size < n; the binomials themselves would overflow."""
     if size < n:
         return -math.inf
     return math.lgamma(size + 1) - math.lgamma(n + 1) - math.lgamma(size - n + 1)
 
 
 def best_of_n_kl(proxy: np.ndarray, n: int) -> float:
-    """KL(best-of-n || base) in nats, the pool standing for the base: `sum_k m_k log(m_k / q_k)`.
+    """Estimate KL(best-of-n || base) in nats from a pool of samples: `sum_k m_k log(m_k / q_k)`.
 
-    `q_k` is the share of samples with the k-th proxy reward and `m_k = F_k^n - F_(k-1)^n` the chance that it
-    is the highest of n (F the cumulated share). Within a level best-of-n is the base, so the levels tell the
-    whole KL. It is below `kl_bound` wherever texts repeat, as they do in toys (Beirami et al. 2024, arXiv
-    2401.01879). A pool knows little of what is rarer than 1/N, so where n is near N the estimate is low.
+    The k-th distinct proxy reward has the share `q_k` of the samples, and with probability
+    `m_k = F_k^n - F_(k-1)^n` it is the highest of n, where F is the cumulative share. Among samples with
+    equal rewards best-of-n chooses as the base does, so these shares give the whole KL. It is below
+    `kl_bound` wherever texts repeat, as they do in toy tasks (Beirami et al. 2024, arXiv 2401.01879). The
+    pool hardly contains texts rarer than 1/N, so the estimate is too low when n is near N.
 
     Args:
-        proxy: the rewards that choose [N].
-        n: how many are chosen from.
+        proxy: the rewards of the pool that decide the choice [N].
+        n: number of samples to choose from.
     """
     _, counts = np.unique(proxy, return_counts=True)
     share = counts / counts.sum()
@@ -188,22 +197,25 @@ def best_of_n_kl(proxy: np.ndarray, n: int) -> float:
 
 
 def kl_bound(n: int) -> float:
-    """The KL of best-of-n if no two samples tied, `log n - (n - 1) / n`; otherwise an upper bound."""
+    """KL of best-of-n to the base in nats, `log n - (n - 1) / n`; an upper bound if rewards can be equal."""
     return math.log(n) - (n - 1) / n
 
 
 def gain_form(d: np.ndarray, alpha: float, beta: float, form: Form) -> np.ndarray:
-    """The gain at the distances d > 0: `d (alpha - beta d)` or `d (alpha - beta log d)`."""
+    """Gain in gold reward at the distances d > 0: `d (alpha - beta d)` or `d (alpha - beta log d)`."""
     return d * (alpha - beta * (d if form == "d squared" else np.log(d)))
 
 
 def fit_gain(d: np.ndarray, gain: np.ndarray, form: Form) -> tuple[float, float]:
-    """Least-squares alpha and beta.
+    """Fit alpha and beta by least squares.
 
     Args:
         d: square roots of the KL to the base, above 0; any shape.
-        gain: gold reward less that of the base, of the same shape.
+        gain: gold reward minus that of the base, of the same shape.
         form: the form to fit.
+
+    Returns:
+        alpha and beta.
     """
     d = np.asarray(d, dtype=np.float64).ravel()
     columns = np.stack([gain_form(d, 1.0, 0.0, form), gain_form(d, 0.0, 1.0, form)], axis=1)
@@ -212,9 +224,9 @@ def fit_gain(d: np.ndarray, gain: np.ndarray, form: Form) -> tuple[float, float]
 
 
 def gain_peak(alpha: float, beta: float, form: Form) -> float:
-    """The d where the form is highest, `alpha / (2 beta)` or `exp(alpha / beta - 1)`; inf if it only rises.
+    """Return the d at which the gain is highest, `alpha / (2 beta)` or `exp(alpha / beta - 1)`.
 
-    For a best-of-n that never gains (alpha <= 0) it is 0.
+    It is inf if the gain only rises, and 0 for a best-of-n that never gains (alpha <= 0).
     """
     if beta <= 0:
         return math.inf

@@ -1,4 +1,4 @@
-"""What `tokenrl sample` does: completions of prompts given at once, or read line by line."""
+"""Completes prompts for people (`tokenrl sample`): prompts given as arguments, or read line by line."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from tokenrl.language.inspect.arguments import SampleArguments
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.judged import reward_rows
+from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.language.tasks.task import find_task
+from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.setup import load_placed
 from tokenrl.settings import arguments
 
 
 class Completion(NamedTuple):
-    """A completion, and its reward: None where no reward was asked for, nan where every one abstained."""
+    """A completion and its reward: None without reward functions, nan if every one of them abstained."""
 
     text: str
     reward: float | None
@@ -33,31 +34,31 @@ class Completion(NamedTuple):
 
 @dataclass
 class Sampler:
-    """A model that completes prompts, and what judges its completions.
+    """A model that completes prompts, and the rewards of its completions.
 
     Attributes:
         policy: the model.
-        rewards: the reward functions, None for none.
-        rows: the task's rows by the text of their prompt: what a reward may ask for besides the completion.
-        length: most tokens of a completion, where the arguments leave it open.
-        asked: prompts completed so far; each has random numbers of its own.
+        rewards: the reward functions; None if there are none.
+        rows: the task's rows by the text of their prompt; their columns are passed to the rewards.
+        length: maximum number of tokens in a completion, if the arguments leave it open.
+        completed: number of prompts completed so far; each prompt gets random numbers of its own.
     """
 
     policy: Policy
     rewards: Rewards | None
     rows: Mapping[str, Mapping[str, Any]]
     length: int
-    asked: int = 0
+    completed: int = 0
 
     @classmethod
     def load(cls, args: SampleArguments) -> Sampler:
         """Load the model, the task and the rewards that the arguments name.
 
         Raises:
-            Refused: no model, or something that cannot be loaded.
+            Refused: no model is named, or something cannot be loaded.
         """
         if not args.model:
-            raise Refused("Say which model is to complete: --model DIRECTORY_OR_HUB_NAME.")
+            raise Refused("Name the model that completes prompts: --model DIRECTORY_OR_HUB_NAME.")
         task, rewards = None, None
         if args.task is not None:
             task, rewards = find_task(
@@ -68,14 +69,21 @@ class Sampler:
         every = [] if task is None else [*task.train_prompts, *task.eval_prompts]
         length = None if task is None else task.max_completion_length
         policy = load_placed(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
-        return cls(policy, rewards, {_typed(row["prompt"]): row for row in every}, length or 64)
+        return cls(policy, rewards, {prompt_text(row["prompt"]): row for row in every}, length or 64)
 
     def __call__(self, texts: Sequence[str], args: SampleArguments) -> list[list[Completion]]:
-        """Completions of each prompt.
+        """Complete prompts.
+
+        Args:
+            texts: the prompts.
+            args: how completions are sampled.
+
+        Returns:
+            For each prompt, its completions with their rewards.
 
         Raises:
-            Refused: a prompt that cannot be completed, or that lacks a column a reward asks for.
-            Stopped: a reward failed.
+            Refused: a prompt cannot be completed, or lacks a column that a reward function requires.
+            Stopped: a reward function failed.
         """
         policy, rewards = self.policy, self.rewards
         prompts = [[{"role": "user", "content": text}] if args.chat else text for text in texts]
@@ -89,8 +97,8 @@ class Sampler:
             length = max(1, min(self.length, (policy.context or longest + self.length) - longest))
         sampling = Sampling(length, args.num_generations, args.temperature, args.seed)
         ids = encode(policy, prompts, sampling)
-        draws = uniforms("interactive", sampling, range(self.asked, self.asked + len(prompts)))
-        self.asked += len(prompts)
+        draws = uniforms("interactive", sampling, range(self.completed, self.completed + len(prompts)))
+        self.completed += len(prompts)
         rollout = TransformersGenerator(policy).generate(ids, sampling, draws)
         found: list[float | None] = [None] * len(rollout.mask)
         if rewards is not None:
@@ -101,41 +109,44 @@ class Sampler:
         return [every[i : i + size] for i in range(0, len(every), size)]
 
 
-def _typed(prompt: Any) -> str:
-    """A prompt as a person types it: of chat messages the last one."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-
-
 def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str]]:
-    """Completions of one or more prompts, a list for each prompt.
+    """Complete prompts with a model; the keywords are the fields of `SampleArguments`.
+
+    Args:
+        args: all arguments at once, instead of keywords.
+        **options: the fields of `SampleArguments`.
+
+    Returns:
+        For each prompt, the list of its completions.
 
     Raises:
-        Refused: no model, no prompt, or a prompt that cannot be completed.
+        Refused: no model or no prompt is named, or a prompt cannot be completed.
     """
     args = args or arguments(SampleArguments, options)
     if not args.prompt:
-        raise Refused("Say what to complete: --prompt TEXT.")
+        raise Refused("Give a prompt to complete: --prompt TEXT.")
     return [[each.text for each in group] for group in Sampler.load(args)(args.prompt, args)]
 
 
 def show(prompt: str, completions: Iterable[Completion], *, chat: bool) -> None:
-    """Print completions, each behind its prompt and its reward if it has one."""
+    """Print completions, each after its reward (if there is one) and, unless it is a chat, its prompt."""
     for text, reward in completions:
         judged = "" if reward is None else "    none  " if math.isnan(reward) else f"{reward:8.4f}  "
         print(f"{judged}{'' if chat else prompt}{text}", flush=True)
 
 
 def converse(args: SampleArguments) -> None:
-    """Complete prompts line by line, from the terminal or from a pipe, until it ends or says /quit.
+    """Complete prompts line by line, from the terminal or from a pipe, until the input ends or says /quit.
 
-    `/temperature 0.7` and `/n 4` change what follows; what cannot be done is said, and the next line read.
+    The lines `/temperature 0.7` and `/n 4` change the sampling of later prompts. An error is printed, and the
+    next line is read.
 
     Raises:
-        Refused: no model, or something that cannot be loaded.
+        Refused: no model is named, or something cannot be loaded.
     """
     sampler, terminal = Sampler.load(args), sys.stdin.isatty()
     if terminal:
-        print("A line is a prompt. /temperature T, /n COMPLETIONS (0: the greedy one), /quit or Ctrl-D.")
+        print("Each line is a prompt. Commands: /temperature T, /n COMPLETIONS (0: greedy), /quit or Ctrl-D.")
     try:
         while line := input("> ") + "\n" if terminal else sys.stdin.readline():
             line = line.rstrip("\r\n")
@@ -149,11 +160,11 @@ def converse(args: SampleArguments) -> None:
             except TokenrlError as error:
                 print(f"tokenrl: {error}", file=sys.stderr, flush=True)
     except (EOFError, KeyboardInterrupt):
-        print()  # the shell's next prompt begins a line
+        print()  # so that the shell's prompt begins on a new line
 
 
 def _changed(args: SampleArguments, line: str) -> SampleArguments:
-    """The arguments as a line that begins with a slash changes them."""
+    """Return the arguments as changed by a line that begins with a slash."""
     command, _, value = line.partition(" ")
     if command not in ("/temperature", "/n"):
         raise Refused(

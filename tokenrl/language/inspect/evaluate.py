@@ -1,4 +1,4 @@
-"""What `tokenrl evaluate` does: a model measured on a task's held-out prompts."""
+"""Evaluates a model on a task's held-out prompts, the command `tokenrl evaluate`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,25 @@ from tokenrl.settings import arguments
 def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluation:
     """Evaluate a model on a task's held-out prompts; the keywords are the fields of `EvaluateArguments`.
 
-    `evaluate_policy` and `details` explain the numbers, `best_of_n_metrics` those of `best_of`.
+    Args:
+        args: all arguments at once, instead of keywords.
+        **options: the fields of `EvaluateArguments`.
+
+    Returns:
+        The metrics and the greedy completions. The metrics are those of `evaluate_policy` with `details`, and
+        with `best_of` those of `best_of_n_metrics`.
 
     Raises:
-        Refused: no such model, reference or task, a reward that cannot be used, or a number out of range.
+        Refused: the model, the reference, the task or a reward cannot be used, or a number is out of range.
+        Stopped: a reward function failed.
     """
     args = args or arguments(EvaluateArguments, options)
     if not args.model:
-        raise Refused("Say which model to evaluate: --model DIRECTORY_OR_HUB_NAME.")
+        raise Refused("Name the model to evaluate: --model DIRECTORY_OR_HUB_NAME.")
     generations = max((4, *args.k)) if args.num_generations is None else args.num_generations
     check_sizes(args.k, generations)
     task, rewards = find_task(args)
-    sampling = Sampling(  # what cannot be sampled by is refused before the model is loaded
+    sampling = Sampling(  # made first: numbers out of range are refused before the model is loaded
         max_completion_length=args.max_completion_length or task.max_completion_length or 256,
         num_generations=generations,
         temperature=args.temperature,
@@ -62,10 +69,10 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
 
 
 def _own_rewards(args: EvaluateArguments, rewards: Rewards) -> Rewards:
-    """Return the task's own rewards, which measure a choice; `rewards` themselves where it has none."""
+    """Return the task's own rewards, which measure the choice, or else those that choose."""
     if not args.reward:
         return rewards
     try:
         return find_task(replace(args, reward=(), reward_weights=()))[1]
-    except Refused:  # a data set has no reward of its own: those that choose then measure the choice too
+    except Refused:  # a data set has no reward of its own
         return rewards

@@ -1,1 +1,1 @@
-"""The model as a policy: loading, adapters, saving."""
+"""Loads a causal language model as a policy, adapts it with LoRA, and saves it."""

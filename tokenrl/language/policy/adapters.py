@@ -1,4 +1,4 @@
-"""LoRA through peft: which layers to adapt is checked before anything is trained."""
+"""Adds LoRA adapters through peft, and checks the names of the layers before anything is trained."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ def add_lora(
 ) -> None:
     """Wrap the policy's model with a LoRA adapter of rank `r`, in place; only the adapter stays trainable.
 
-    Its reference is the model as it stands now: the adapter switched off.
+    The reference policy of a KL term is then the model as it stands now, with the adapter switched off, so no
+    frozen copy is needed.
 
     Args:
         policy: the policy to adapt.
         r: rank of the update, at least 1.
         alpha: scale of the update (`alpha / r` multiplies it); None means `2 r`.
-        target_modules: names of linear layers, as `q_proj`; empty means every linear layer but the head.
-        seed: seed of the adapter's random half.
+        target_modules: names of linear layers, such as `q_proj`; empty means every linear layer but the head.
+        seed: seed of the adapter's first matrix, which starts at random; the second starts at zero.
 
     Raises:
-        Refused: a name that fits no layer (also when the others fit), or nothing left to train.
+        Refused: `r` is below 1, one of the names fits no linear layer, or nothing is left to train.
+
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -37,8 +40,8 @@ def add_lora(
     if missing:
         known = sorted({name.rsplit(".", 1)[-1] for name in names})
         raise Refused(
-            f"lora_target_modules names {', '.join(map(repr, missing))}, which no linear layer of this model "
-            f"is called. Its linear layers are: {', '.join(known)}."
+            f"lora_target_modules holds {', '.join(map(repr, missing))}, but this model has no "
+            f"linear layer of that name. Its linear layers are: {', '.join(known)}."
         )
     config = LoraConfig(
         r=r,
@@ -52,7 +55,7 @@ def add_lora(
         torch.manual_seed(seed)
         policy.model = get_peft_model(policy.model, config)  # type: ignore[arg-type]
     if not policy.trainable_parameters():
-        raise Refused("The adapter left no trainable parameter; choose other lora_target_modules.")
+        raise Refused("The adapter leaves no parameter to train. Choose other lora_target_modules.")
 
 
 def _adaptable(module: nn.Module) -> bool:

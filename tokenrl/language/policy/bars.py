@@ -1,4 +1,4 @@
-"""transformers draws a bar for each model it reads or writes; in the middle of a run that is noise."""
+"""Hides the progress bars that transformers draws for each model it reads or writes: a run has its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Keep transformers' bars away, and put them back as they were; downloads keep theirs."""
+    """Hide transformers' progress bars inside the block, then restore them; downloads keep theirs."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
-"""A causal language model with its tokenizer, as a token-level policy.
+"""Loads a causal language model with its tokenizer and treats it as a token-level policy.
 
-A completion is an episode, a token an action. This module loads the model, decides which ids end a
-completion, turns prompts into ids and ids into text, and keeps the reference policy of a KL term.
+A completion is an episode and each of its tokens is an action. A `Policy` knows which ids end a completion,
+turns prompts into ids and ids into text, and keeps the reference policy of a KL term.
 """
 
 from __future__ import annotations
@@ -11,37 +11,34 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import Refused
+from tokenrl.language.policy.arguments import Dtype
 from tokenrl.language.policy.bars import without_bars
 from tokenrl.runs.outcome import model_directory
 
 Prompt = str | list[dict[str, Any]]
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 
 
 @dataclass
 class Policy:
-    """A causal LM and what is needed to act with it.
+    """A causal language model as a policy over tokens, with its tokenizer.
 
     Attributes:
-        model: any `AutoModelForCausalLM`, bare or wrapped by peft; dropout is off.
-        tokenizer: its tokenizer; padding side and pad token are never relied upon.
+        model: any `AutoModelForCausalLM`, bare or wrapped by peft, with dropout switched off.
+        tokenizer: the model's tokenizer. Its padding side and pad token are never relied upon.
         eos_ids: every id that ends a completion; empty if the model has none.
-        pad_id: what fills unused places; always behind an explicit mask, so any id will do.
-        context: the longest sequence the model can take, None if it states none.
-        source: where the model came from, for the record.
-        share_prompt: whether a group may share its prompt's cache; activation checkpointing keeps none.
-        reference: a frozen copy for a KL term; None where the adapter can be switched off, or none is needed.
+        pad_id: the id that fills unused positions. A mask always hides it, so it may be any id.
+        context: the most tokens of a sequence that the model can take; None if there is no limit.
+        source: where the model came from, for messages and records.
+        share_prompt: whether the rows of a group may share the key/value cache of their prompt. False under
+            activation checkpointing, which keeps no cache.
+        reference: a frozen copy of the model for a KL term; None if no reference is needed, or if switching
+            the adapter off gives it.
     """
 
     model: nn.Module
@@ -55,7 +52,7 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
+        """The device of the weights."""
         return next(self.model.parameters()).device
 
     @property
@@ -68,24 +65,25 @@ class Policy:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Ids of one prompt, a string or a list of chat messages.
+        """Token ids of one prompt, which is a string or a list of chat messages.
 
-        Chat messages go through the chat template, which brings its own special tokens: nothing is added
-        twice.
+        Chat messages go through the chat template, which writes the special tokens itself, so none is added
+        twice. A last message of the assistant is continued; after any other message a new answer begins.
 
         Raises:
-            Refused: messages without a chat template, or an empty prompt where the tokenizer has no BOS.
+            Refused: the prompt is chat messages and the tokenizer has no chat template, or the prompt is
+                empty and the tokenizer has no BOS token.
         """
         tokenizer = self.tokenizer
         if isinstance(prompt, str):
             ids = list(tokenizer(prompt).input_ids)
             if ids and ids[-1] in self.eos_ids and not self._ends_with_eos(prompt):
-                ids.pop()  # some tokenizers close every text; a closed prompt leaves nothing to complete
+                ids.pop()  # some tokenizers end every text with EOS; such a prompt is already finished
         else:
             if not getattr(tokenizer, "chat_template", None):
                 raise Refused(
                     "The prompts are chat messages, but the tokenizer of "
-                    f"{self.source!r} has no chat template. Give prompts as plain strings, or set "
+                    f"{self.source!r} has no chat template. Give the prompts as plain strings, or set "
                     "tokenizer.chat_template."
                 )
             last = prompt[-1].get("role") if prompt else None
@@ -119,12 +117,17 @@ class Policy:
         truncate: bool = False,
         first_row: int = 0,
     ) -> list[list[int]]:
-        """Ids of many prompts, checked against the context; `truncate` drops tokens from the left.
+        """Token ids of many prompts, each of which leaves room for a completion in the model's context.
 
-        `first_row` is the number of the first of them, for the message of a refusal.
+        Args:
+            prompts: B prompts, strings or lists of chat messages.
+            max_completion_length: the most tokens that a completion may have.
+            truncate: drop tokens from the left of a prompt that is too long, instead of refusing it.
+            first_row: number of the first of these prompts in the data, for the message of a refusal.
 
         Raises:
-            Refused: prompt and completion together exceed the context; the message names row and lengths.
+            Refused: a prompt and its completion could exceed the context (the message names the row and the
+                lengths), or `encode` refuses a prompt.
         """
         room = None if self.context is None else self.context - max_completion_length
         if room is not None and room < 1:
@@ -148,35 +151,46 @@ class Policy:
         return encoded
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
-        """Texts of completions `ids` [N, T] under `mask` [N, T], without special tokens."""
+        """Texts of N completions, given as `ids` [N, T] and `mask` [N, T]; special tokens are left out."""
         rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.bool().cpu(), strict=True)]
         return list(
             self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
 
     def add_reference(self) -> None:
-        """Freeze a copy of the model as the reference of a KL term; with an adapter none is needed."""
+        """Keep a frozen copy of the model as the reference of a KL term; an adapter makes it needless."""
         if self.has_adapter or self.reference is not None:
             return
         self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
 
     @contextlib.contextmanager
     def reference_model(self) -> Iterator[nn.Module]:
-        """The model that this policy started from: a frozen copy, or the base without its adapter."""
+        """Give the reference model: the frozen copy, or this model with its adapter switched off.
+
+        Raises:
+            RuntimeError: there is neither a frozen copy nor an adapter.
+        """
         if self.reference is not None:
             yield self.reference
         elif self.has_adapter:
             with self.model.disable_adapter():  # type: ignore[operator]
                 yield self.model
         else:
-            raise RuntimeError("add_reference() was not called before the first update")
+            raise RuntimeError("No reference model: add_reference() was not called before the first update.")
 
 
 def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
-    """A `Policy` of a model and tokenizer already in memory; every EOS id of either is honoured.
+    """Make a `Policy` of a model and a tokenizer that are already in memory; dropout is switched off.
+
+    A completion ends at any EOS id that the generation config, the model config or the tokenizer names.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        source: where the model came from, for messages.
 
     Raises:
-        Refused: the tokenizer knows ids that the model's embedding lacks.
+        Refused: the tokenizer has ids beyond the rows of the model's embedding.
     """
     config: Any = model.config
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -216,28 +230,29 @@ def load_policy(
     dtype: str = "float32",
     trust_remote_code: bool = False,
 ) -> Policy:
-    """Load a causal LM and its tokenizer from a local directory or a hub name.
+    """Load a causal language model and its tokenizer from a local directory or a hub name.
 
-    A directory that holds a peft adapter is loaded with its base and merged, so that a LoRA trained on top
-    has the model it started from as its reference.
+    If the directory holds a peft adapter, its base model is loaded too and the adapter is merged into it. A
+    LoRA adapter that is trained on top then has the merged model as its reference.
 
     Args:
-        name_or_path: local directory or hub name; a run directory stands for the model in it.
-        dtype: `float32`, `bfloat16`, `float16`, `float64`, or `auto` for what the checkpoint was saved in.
-        trust_remote_code: run code shipped with the model; off unless asked for.
+        name_or_path: local directory or hub name. The directory of a run means the model that the run saved.
+        dtype: `float32`, `bfloat16`, `float16`, `float64`, or `auto` for the one the checkpoint was saved in.
+        trust_remote_code: run Python code that is shipped with the model.
 
     Raises:
-        Refused: nothing loadable there, or a tokenizer that does not fit; the loader's own words are quoted.
+        Refused: the model or its tokenizer cannot be loaded (the loader's message is quoted), weights are
+            missing, the tokenizer does not fit the model, or `dtype` is unknown.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import find_adapter_config_file
 
     name = str(model_directory(name_or_path))
-    if dtype not in (*DTYPES, "auto"):
-        raise Refused(f"dtype={dtype!r} is unknown; allowed: {', '.join(DTYPES)}, auto.")
+    if dtype not in get_args(Dtype):
+        raise Refused(f"dtype={dtype!r} is unknown; allowed: {', '.join(get_args(Dtype))}.")
     missing: list[str] = []
-    options: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto"), "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         if find_adapter_config_file(name) is not None:
@@ -254,41 +269,25 @@ def load_policy(
             f"No causal language model could be loaded from {name!r}{hint}: {_first_lines(error)} Give a "
             "local directory written by save_pretrained, or a hub name."
         ) from error
-    if missing:  # transformers fills them at random, with a warning only
+    if missing:  # transformers would fill them with random numbers, and only warn
         raise Refused(
-            f"{name!r} is no complete causal language model: it lacks {', '.join(missing[:3])}"
+            f"{name!r} is not a complete causal language model: it lacks {', '.join(missing[:3])}"
             + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            + ". A classifier or an encoder cannot be the policy; give a model saved with its language head."
+            + ". A classifier or an encoder cannot be the policy. Give a model saved with its language head."
         )
     return wrap(model, tokenizer, source=name)
 
 
-def enable_gradient_checkpointing(policy: Policy) -> None:
-    """Recompute activations in the backward pass: less memory, more time; no prompt's cache is then shared.
-
-    Raises:
-        Refused: the architecture does not support it.
-    """
-    model: Any = policy.model
-    # Renamed in transformers 5; the older name stays for its first releases.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    try:
-        enable({"use_reentrant": False})
-    except ValueError as error:
-        raise Refused(
-            f"gradient_checkpointing cannot be used here: {_first_lines(error)} Leave it off."
-        ) from error
-    model.enable_input_require_grads()  # with a frozen base nothing else carries gradients through the blocks
-    model.train()  # a feature of training mode; every dropout is zero
-    policy.share_prompt = False
-
-
 def _switch_dropout_off(model: nn.Module) -> None:
-    """Zero every dropout: a score under other masks than the sample's is not the policy's."""
+    """Set every dropout rate to zero.
+
+    With dropout, sampling and scoring would each draw masks of their own, and the log-probabilities that are
+    scored would not be those of the distribution that was sampled from.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in list(vars(module).items()):  # rates that a forward passes on itself
+        for name, value in list(vars(module).items()):  # rates that the forward pass hands to functions
             if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
                 setattr(module, name, 0.0)
     model.eval()

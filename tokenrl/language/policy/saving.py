@@ -1,4 +1,4 @@
-"""Saving a policy so that plain transformers loads it, written aside and put in place last."""
+"""Saves a policy so that plain transformers can load it, and writes its model card."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tokenrl.language.policy.model import Policy
 
 @without_bars()
 def save_policy(policy: Policy, directory: Path, *, card: str | None = None) -> None:
-    """Write model and tokenizer with `save_pretrained`, and a model card.
+    """Write the model and the tokenizer with `save_pretrained`, and the model card.
 
-    An adapter is merged into a copy of the weights, so that `AutoModelForCausalLM` needs nothing else; the
-    adapter alone lies in `adapter/`.
+    An adapter is merged into a copy of the weights, so that `AutoModelForCausalLM` needs nothing else to load
+    the model; the adapter alone is written to `adapter/`.
 
     Args:
-        policy: the policy.
+        policy: the policy to save.
         directory: an existing folder.
-        card: text of README.md, if any.
+        card: text of README.md; None writes no card.
     """
     model: Any = policy.model
     if policy.has_adapter:
         model.save_pretrained(directory / "adapter")
-        policy.tokenizer.save_pretrained(directory / "adapter")  # so that it loads as a model too
+        policy.tokenizer.save_pretrained(directory / "adapter")  # the adapter's folder then loads as a model
         model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(directory)
     policy.tokenizer.save_pretrained(directory)
@@ -34,7 +34,7 @@ def save_policy(policy: Policy, directory: Path, *, card: str | None = None) -> 
 
 
 def model_card(title: str, facts: dict[str, Any], *, command: str) -> str:
-    """README.md of a trained model: what it is, how it was made, what it reached."""
+    """Text of the README.md of a trained model: how to load it, a table of facts, and the command."""
     lines = [
         "---",
         "library_name: transformers",
@@ -43,7 +43,7 @@ def model_card(title: str, facts: dict[str, Any], *, command: str) -> str:
         "---",
         f"# {title}",
         "",
-        "Trained by policy gradients with tokenrl. Loads in plain transformers:",
+        "This model was trained by policy gradients with tokenrl. It loads in plain transformers:",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -55,7 +55,7 @@ def model_card(title: str, facts: dict[str, Any], *, command: str) -> str:
         "|---|---|",
         *(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
         "",
-        "Made by",
+        "It was made by this command:",
         "",
         "```",
         command,

@@ -1,1 +1,1 @@
-"""Reward models trained on pairs of completions."""
+"""Trains reward models on preferences: pairs of completions of which one was chosen."""

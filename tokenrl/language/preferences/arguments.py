@@ -1,4 +1,7 @@
-"""Arguments of `tokenrl reward-model`, each also a keyword of `train_reward_model`. Imports no torch."""
+"""Defines the arguments of `tokenrl reward-model`, which are also the keywords of `train_reward_model`.
+
+The module imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,16 @@ from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive, Sett
 
 @dataclass(frozen=True)
 class RewardModelArguments(Settings):
-    """Train a reward model on preferences: rows of prompt, chosen and rejected."""
+    """Train a reward model on preferences: rows with a prompt, a chosen and a rejected completion."""
 
     output_dir: str = "runs/reward-model"
-    """Directory of the run: config, metrics, summary, calibration plot, model, report."""
+    """Directory of the run, for its config, metrics, summary, calibration plot, model and report."""
     data: str | None = None
-    """JSON/CSV/Parquet file, folder or `datasets` name with the columns chosen and rejected, and
-    mostly prompt. Default: preferences made from the task."""
+    """JSON/CSV/Parquet file, folder or `datasets` name with the columns chosen and rejected, and usually
+    prompt. Default: preferences made from the task."""
     task: str | None = None
-    """A toy task: its tiny model is the default backbone; without data its policy and its rule-based reward
-    make the preferences."""
+    """A toy task. Its tiny model is the default backbone; without data, preferences are made by sampling
+    from its policy and comparing with its rule-based reward."""
     model: str | None = None
     """Directory or hub name of a causal LM or of a one-label classifier. Default: the task's tiny model,
     warm-started and cached."""
@@ -28,54 +31,54 @@ class RewardModelArguments(Settings):
     hidden_size: Count | None = None
     """Width of that tiny model, a multiple of its heads such as 16 or 64. Default: the task's."""
     reward: tuple[str, ...] = ()
-    """Gold reward that chooses, as in tokenrl train. Default: the task's own."""
+    """Gold reward that chooses between completions, as in tokenrl train. Default: the task's own."""
     policy: str | None = None
-    """Model whose completions are compared. Default: the task's tiny model."""
+    """Model that samples the completions to compare. Default: the task's tiny model."""
     num_pairs: Count = 2000
-    """Pairs sampled for training; fewer remain where two cannot be told apart."""
+    """Pairs sampled for training; fewer remain, because identical or equally good ones are left out."""
     noise_temperature: NonNegative = 0.0
-    """Noise of the choice: P(first chosen) = sigmoid(difference of gold rewards / this); 0: none."""
+    """Noise of the choice: P(first is chosen) = sigmoid(difference of gold rewards / this); 0: no noise."""
     temperature: Positive = 1.0
-    """Temperature of sampling the completions."""
+    """Temperature at which the completions are sampled."""
     max_completion_length: Count | None = None
-    """Most tokens a completion may have. Default: the task's, else 256."""
+    """Maximum number of tokens in a completion. Default: the task's, else 256."""
     split: str = "train"
     """Split of a data set to train on."""
     eval_split: str | None = None
-    """Split to evaluate on. Default: a validation or test split, else pairs held out by prompt."""
+    """Split to evaluate on. Default: a validation or test split, else pairs of prompts that are held out."""
     eval_size: Count = 256
-    """Pairs to evaluate on; at most a fifth of the data where they are held out."""
+    """Pairs to evaluate on; if they are held out of the training split, at most a fifth of it."""
     max_steps: Count | None = None
-    """Updates. Default: one pass over the data, after which noisy labels are soon learnt by heart."""
+    """Updates. Default: one pass over the data; with more, noisy labels are soon memorised."""
     batch_size: Count = 64
-    """Pairs an update, in one forward pass."""
+    """Pairs per update, all in one forward pass."""
     learning_rate: Positive | None = None
     """Peak learning rate, falling linearly to 0. Default: 1e-5; for a task's tiny model 1e-3."""
     weight_decay: NonNegative = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: NonNegative = 1.0
-    """Largest gradient norm; 0 clips nothing."""
+    """Gradients with a larger norm are scaled down to this norm; 0: never."""
     margin: float = 0.0
-    """By how much the chosen reward is to exceed the other; a column `margin` says it pair by pair."""
+    """By how much the chosen reward should exceed the rejected one; a column `margin` sets it per pair."""
     center_rewards_coefficient: NonNegative = 0.0
-    """Weight of (r_chosen + r_rejected)^2, which keeps rewards near 0 (TRL suggests 0.01)."""
+    """Weight of the penalty (r_chosen + r_rejected)^2, which keeps rewards near 0 (TRL suggests 0.01)."""
     label_smoothing: Annotated[float, Bounds(at_least=0, below=0.5)] = 0.0
-    """Assumed share of wrong labels; from 0.5 on the labels would say nothing."""
+    """Assumed share of wrong labels; at 0.5 the labels would carry no information."""
     eval_every: Count | None = None
     """Steps between evaluations. Default: a tenth of the run."""
     seed: Natural = 0
-    """Seed of the data's order, the split, the sampled preferences and the new head."""
+    """Seed of the order of the data, the split, the sampled preferences and the new head."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""
     check: bool = False
-    """Do everything up to the first update, report, and stop."""
+    """Do everything up to the first update, report whether it works, and stop."""
     quiet: bool = False
     """Print nothing but errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelSettings(RewardModelArguments):
-    """The arguments of a run, in which nothing is left open."""
+    """The settings of a run: its arguments, with every `None` that stands for a default replaced."""
 
     max_steps: Count
     learning_rate: Positive

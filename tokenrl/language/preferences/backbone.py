@@ -1,7 +1,7 @@
-"""From a causal language model to a reward model: the backbone kept, the head one number.
+"""Makes a reward model from a causal language model: keeps the backbone and gives it a head of one number.
 
-The head is read at the last token that is not padding, so a pad token is needed; where the tokenizer has
-none its EOS serves, as in TRL. Adapters (LoRA) are left out: merge one first.
+The reward is read at the last token that is not padding, so the tokenizer needs a pad token; if it has none,
+its EOS token is used, as in TRL. Adapters (LoRA) are not supported: merge them into the model first.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from tokenrl.language.rewards.model import RewardModel
 
 @without_bars()
 def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
-    """A trainable reward model.
+    """Make a trainable reward model.
 
-    A head that the source lacks is drawn from N(0, 1 / (hidden + 1)) (Stiennon et al. 2020), so that rewards
-    start near 0 and pairs near P = 1/2.
+    If the source has no head, a new one is drawn from N(0, 1 / (hidden + 1)) (Stiennon et al. 2020, arXiv
+    2009.01325), so that rewards start near 0 and the predicted probabilities near 1/2.
 
     Args:
-        source: a directory or hub name of a causal LM or of a classifier with one label; a `Policy`; or a
-            pair of either model and its tokenizer. A causal LM in memory is copied, a classifier is not.
-        seed: of a new head.
+        source: a directory or hub name of a causal language model or of a classifier with one label; a
+            `Policy`; or a pair of such a model and its tokenizer. A causal language model in memory is
+            copied; a classifier in memory is used itself.
+        seed: seed of a new head.
 
     Raises:
-        Refused: nothing loadable, another number of labels, an adapter, or neither pad nor EOS token.
+        Refused: the source cannot be loaded, has another number of labels or an adapter, lacks weights of
+            the backbone, or its tokenizer has neither a pad nor an EOS token.
     """
     if isinstance(source, Policy):
         source = (source.model, source.tokenizer)
@@ -52,15 +54,15 @@ def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
     inside = [name for name in missing if name.startswith(model.base_model_prefix + ".")]
     if inside:
         raise Refused(
-            f"{source!s:.100} is no complete model: it lacks {', '.join(inside[:3])}, which would be random."
+            f"{source!s:.100} is not a complete model: it lacks {', '.join(inside[:3])}. Save it whole."
         )
     _draw(model, missing, seed)
     tokenizer = copy.deepcopy(tokenizer)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise Refused(
-                f"The tokenizer of {source!s:.100} has neither a pad nor an EOS token, and texts of "
-                "different lengths cannot be told from their padding. Set tokenizer.pad_token."
+                f"The tokenizer of {source!s:.100} has neither a pad nor an EOS token, so texts of different "
+                "lengths cannot be padded. Set tokenizer.pad_token."
             )
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -73,28 +75,22 @@ def _from_files(name: str) -> tuple[Any, Any, list[str]]:
     try:
         config = AutoConfig.from_pretrained(name)
         kinds: Iterable[str] = config.architectures or ()
-        labels = None if any(k.endswith("ForSequenceClassification") for k in kinds) else 1
-        if labels is None and config.num_labels != 1:
-            raise Refused(
-                f"The classifier {name!r} has {config.num_labels} labels; a reward model has one. Give a "
-                "causal language model, or a classifier with num_labels=1."
-            )
+        if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+            config.num_labels = 1
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=1, dtype=torch.float32, output_loading_info=True
+            name, config=config, dtype=torch.float32, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Refused:
-        raise
-    except Exception as error:  # configuration, weights and tokenizer files each have errors of their own
+    except Exception as error:  # configuration, weights and tokenizer raise many kinds of errors
         raise Refused(
-            f"No model could be loaded from {name!r} ({describe(error)}). Give a local directory written by "
-            "save_pretrained or a hub name, of a causal language model or of a classifier with one label."
+            f"No model could be loaded from {name!r} ({describe(error)}). Give the directory (written by "
+            "save_pretrained) or hub name of a causal language model or of a classifier with one label."
         ) from error
     return loaded[0], tokenizer, sorted(loaded[1]["missing_keys"])
 
 
 def _from_language_model(model: nn.Module) -> tuple[Any, list[str]]:
-    """A classifier with a copy of the backbone, and the names of the weights that it does not have."""
+    """Return a classifier with a copy of the model's backbone, and the names of its new weights."""
     from transformers import AutoModelForSequenceClassification
 
     if hasattr(model, "disable_adapter"):
@@ -125,7 +121,7 @@ def _draw(model: nn.Module, names: Iterable[str], seed: int) -> None:
 
 @without_bars()
 def save_reward_model(reward_model: RewardModel, directory: Path, *, card: str | None = None) -> None:
-    """Write model and tokenizer so that `RewardModel`, transformers and TRL load them."""
+    """Save model and tokenizer so that `RewardModel`, transformers and TRL can load them."""
     reward_model.model.save_pretrained(directory)
     reward_model.tokenizer.save_pretrained(directory)
     if card is not None:

@@ -1,4 +1,4 @@
-"""What a reward model is trained on and made of: pairs from a file or from a task, and the backbone."""
+"""Loads what a reward model is trained from: pairs from a file or from a task, and the backbone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.setup import make_policy
 from tokenrl.language.training.supervised import warm_started_base
 
-HELD_OUT = 2**32  # added to the seed: held-out pairs share no random number with those trained on
+HELD_OUT = 2**32  # added to the seed, so that held-out and training pairs use different random numbers
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class RewardData:
     """Pairs to train on and to evaluate on.
 
     Attributes:
-        name: what they are called.
-        train: the pairs to learn from.
-        held_out: the pairs to evaluate on, of other prompts.
-        task: the task they were made from or whose base is the backbone, if any.
-        rows: rows to save, by file name, where they were made here.
+        name: name of the data, for people.
+        train: the pairs to train on.
+        held_out: the pairs to evaluate on; their prompts are not in `train`.
+        task: the task that the pairs were made from, or whose base model is the backbone; None for neither.
+        rows: the rows to save in the run directory, by file name; empty if the data was given.
     """
 
     name: str
@@ -43,19 +43,19 @@ class RewardData:
 
 
 def load_reward_data(args: Any, announce: Callable[[str], None]) -> RewardData:
-    """Read the data that the arguments name, or make it from the task.
+    """Read the pairs that the arguments name, or make them from the task.
 
     Args:
         args: a `RewardModelArguments`.
-        announce: told what takes long.
+        announce: prints a line for people, before and after long work.
 
     Raises:
-        Refused: neither data nor task, or one that cannot be used.
+        Refused: neither data nor a task is named, or it cannot be used.
     """
     if args.data is None and args.task is None:
         raise Refused(
-            "Say what to learn from: --data FILE with the columns prompt, chosen and rejected, or --task "
-            "NAME for preferences made from a task's policy and reward."
+            "Name the preferences to learn from: --data FILE with the columns prompt, chosen and rejected, "
+            "or --task NAME to make them from a task's policy and reward."
         )
     task = rewards = None
     if args.task is not None:
@@ -80,42 +80,42 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
         ("preferences_eval.jsonl", task.eval_prompts, args.eval_size, HELD_OUT + args.seed),
     )
     for file, prompts, wanted, seed in parts:
-        each = math.ceil(wanted / len(prompts))
+        per_prompt = math.ceil(wanted / len(prompts))
         try:
             rows[file] = make_preferences(
                 policy,
-                prompts[: math.ceil(wanted / each)],
+                prompts[: math.ceil(wanted / per_prompt)],
                 rewards,
-                Sampling(length, 2 * each, args.temperature, seed),
+                Sampling(length, 2 * per_prompt, args.temperature, seed),
                 noise_temperature=args.noise_temperature,
             )
         except Stopped as error:
             raise Refused(f"Before the first step: {error}") from error
     made = len(rows["preferences.jsonl"])
-    announce(f"{made:,} preferences from {args.num_pairs:,} sampled pairs; the others cannot be told apart.")
+    announce(f"{made:,} preferences from {args.num_pairs:,} sampled pairs; the others are ties.")
     train, held_out = (read_pairs(part, name) for name, part in rows.items())
     return RewardData(task.name, train, held_out, task, rows)
 
 
 def make_backbone(args: Any, task: Any, announce: Callable[[str], None]) -> RewardModel:
-    """The model that the arguments name, else the task's tiny one at the width asked for, with a new head.
+    """Make a reward model from the model that the arguments name, or else from the task's tiny model.
 
     Raises:
-        Refused: no model, one that cannot be used, or a width that does not fit.
+        Refused: there is no model, it cannot be used, or `hidden_size` does not fit it.
     """
     if args.model is not None:
         if args.hidden_size is not None:
             raise Refused(
                 f"hidden_size={args.hidden_size} is for a toy task's own tiny model; with --model the width "
-                "is that model's. Leave one of the two out."
+                "is that of the model given. Leave one of the two out."
             )
         return reward_backbone(args.model, seed=args.seed)
     if task is None:
-        raise Refused("Say what to start from: --model DIRECTORY_OR_HUB_NAME, or --task for its tiny model.")
+        raise Refused("Name a model to start from: --model DIRECTORY_OR_HUB_NAME, or --task for its own.")
     build = getattr(task, "build", None)
     if args.hidden_size is not None:
         if not (is_dataclass(build) and not isinstance(build, type) and hasattr(build, "hidden")):
-            raise Refused(f"The task {task.name!r} has no tiny model whose hidden_size could be chosen.")
+            raise Refused(f"The task {task.name!r} has no tiny model whose hidden_size can be set.")
         try:
             build = replace(build, hidden=args.hidden_size)  # type: ignore[call-arg]
             build(0)  # type: ignore[operator]

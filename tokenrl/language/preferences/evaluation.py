@@ -1,4 +1,4 @@
-"""How well rewards agree with preferences: accuracy, calibration, and the ceiling that noisy labels set."""
+"""Measures how well rewards agree with preferences: accuracy, calibration, and the limit of noisy labels."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tokenrl.language.rewards.model import RewardModel
 from tokenrl.runs.plots import save_figure
 
 BINS = 10
-Encoded = tuple[list[int], list[int]]  # ids of prompt + chosen and of prompt + rejected
+Encoded = tuple[list[int], list[int]]  # token ids of prompt + chosen, and of prompt + rejected
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs of similar predicted probability.
+    """One bin of a calibration curve: pairs with similar predicted probabilities.
 
     Attributes:
-        predicted: their mean predicted probability that the preferred completion was chosen.
-        observed: how often it was.
-        count: pairs.
+        predicted: mean predicted probability that the completion with the higher reward was chosen.
+        observed: share of the pairs in which it was chosen.
+        count: number of pairs.
     """
 
     predicted: float
@@ -36,10 +36,17 @@ class Bin:
 
 
 def encode_pairs(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[Encoded]:
-    """Ids of the two texts of each pair.
+    """Tokenise the two texts of each pair.
+
+    Args:
+        reward_model: gives the tokenizer and the context.
+        pairs: the N pairs.
+
+    Returns:
+        For each pair, the token ids of prompt + chosen and of prompt + rejected.
 
     Raises:
-        Refused: a text longer than the model's context, or messages without a chat template.
+        Refused: a text is longer than the model's context, or messages have no chat template.
     """
     encoded = [
         (
@@ -59,33 +66,38 @@ def encode_pairs(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[Encod
 
 
 def score_pairs(reward_model: RewardModel, encoded: Sequence[Encoded]) -> np.ndarray:
-    """Rewards [N, 2] of chosen and rejected, float64.
+    """Score the two texts of each pair.
+
+    Returns:
+        Rewards of the chosen and the rejected text, float64 [N, 2].
 
     Raises:
-        Stopped: one of them is not finite.
+        Stopped: a reward is not finite.
     """
     rewards = np.asarray(reward_model.score([ids for both in encoded for ids in both]), dtype=np.float64)
     if not np.isfinite(rewards).all():
         count = (~np.isfinite(rewards)).sum()
-        raise Stopped(f"{count} of {rewards.size} rewards are not finite: the model's weights are lost.")
+        raise Stopped(f"{count} of {rewards.size} rewards are not finite: the weights have diverged.")
     return rewards.reshape(-1, 2)
 
 
 def preference_metrics(rewards: np.ndarray, pairs: Sequence[Pair]) -> dict[str, float]:
-    """Numbers of a reward model on held-out pairs; a tie counts as half right.
+    """Compute the metrics of a reward model on held-out pairs; a tie counts as half right.
 
     Args:
-        rewards: [N, 2], of chosen and rejected.
+        rewards: rewards of the chosen and the rejected completions [N, 2].
         pairs: the N pairs.
 
     Returns:
-        `accuracy`: share of pairs with the higher reward for the chosen one, and `accuracy_stderr`, over
-        prompts, whose pairs may be alike (absent with a single prompt).
-        `loss`: mean -log sigmoid(difference), without margin, centring or smoothing; log 2 is ignorance.
-        `margin`: mean difference of the rewards. `calibration_error`: see `calibration`.
-        Where all pairs have gold rewards: `gold_agreement`, the accuracy against the order of the gold
-        rewards where those differ, and `noise_ceiling`, the accuracy that the gold rewards themselves reach
-        on these labels, which no reward model exceeds but by chance.
+        `accuracy`: share of pairs in which the chosen completion has the higher reward. `accuracy_stderr`:
+        its standard error, clustered by prompt, because pairs of one prompt may be alike (absent with a
+        single prompt).
+        `loss`: mean of -log sigmoid(r_chosen - r_rejected), without margin, centring or smoothing; it is
+        log 2 for a model that knows nothing. `margin`: mean difference of the rewards. `calibration_error`:
+        see `expected_calibration_error`.
+        If all pairs have gold rewards: `gold_agreement`, the accuracy against the order of the gold rewards,
+        over the pairs in which they differ; and `noise_ceiling`, the accuracy of the gold rewards themselves
+        on these labels, which a reward model exceeds only by chance.
     """
     difference = rewards[:, 0] - rewards[:, 1]  # [N]
     right = _right(difference)
@@ -110,10 +122,10 @@ def _right(difference: np.ndarray) -> np.ndarray:
 
 
 def clustered_stderr(values: np.ndarray, groups: Sequence[Hashable]) -> float | None:
-    """Standard error of a mean whose values are independent between groups only; None for one group.
+    """Standard error of a mean whose values are independent only between groups; None for a single group.
 
-    sqrt(K / (K - 1) sum_k (sum_{i in k} (x_i - mean))^2) / N, for K groups and N values; with one value a
-    group the usual one (Liang & Zeger 1986).
+    It is `sqrt(K / (K - 1) sum_k (sum_{i in k} (x_i - mean))^2) / N` for K groups and N values (Liang & Zeger
+    1986); with one value per group it is the usual standard error.
     """
     names = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     if len(names) < 2:
@@ -126,12 +138,13 @@ def clustered_stderr(values: np.ndarray, groups: Sequence[Hashable]) -> float | 
 def calibration(difference: np.ndarray, bins: int = BINS) -> list[Bin]:
     """The calibration curve of P(chosen is better) = sigmoid(r_chosen - r_rejected).
 
-    Which of the two is called chosen is known only afterwards, so a pair is judged by the completion that the
-    rewards prefer: its predicted probability is sigmoid(|difference|), from 1/2 to 1, in bins of equal width.
+    A prediction must not depend on which completion was chosen afterwards. So each pair is taken by the
+    completion with the higher reward: the predicted probability that it was chosen is sigmoid(|difference|),
+    between 1/2 and 1. The bins have equal width.
 
     Args:
-        difference: [N], reward of the chosen minus that of the rejected.
-        bins: number of bins; empty ones are left out.
+        difference: reward of the chosen completion minus that of the rejected one [N].
+        bins: number of bins; empty bins are left out.
     """
     predicted = 1 / (1 + np.exp(-np.abs(difference)))  # [N]
     place = np.minimum(((predicted - 0.5) * 2 * bins).astype(int), bins - 1)
@@ -141,7 +154,7 @@ def calibration(difference: np.ndarray, bins: int = BINS) -> list[Bin]:
 
 
 def expected_calibration_error(curve: Sequence[Bin]) -> float:
-    """Mean over pairs of |observed - predicted| of their bins (Naeini et al. 2015, Guo et al. 2017)."""
+    """Mean over pairs of |observed - predicted| in the pair's bin (Naeini et al. 2015; Guo et al. 2017)."""
     total = sum(b.count for b in curve)
     return sum(b.count * abs(b.observed - b.predicted) for b in curve) / total
 
@@ -157,11 +170,11 @@ def draw_calibration(
     """Draw accuracy over the steps and the calibration curve, 1200 x 560 pixels.
 
     Args:
-        path: the PNG.
+        path: the PNG file to write.
         metrics: rows of metrics.jsonl.
-        curve: of the held-out pairs, after training.
-        after: metrics of the held-out pairs, after training.
-        title: what was trained, on what.
+        curve: calibration curve of the held-out pairs after training.
+        after: metrics of the held-out pairs after training.
+        title: title of the run.
     """
     from matplotlib.figure import Figure
 
@@ -181,7 +194,7 @@ def _finding(after: Mapping[str, float]) -> str:
     ceiling = (
         f"; the gold reward itself reaches {after['noise_ceiling']:.3f}" if "noise_ceiling" in after else ""
     )
-    return f"{after['accuracy']:.3f}{error} of held-out choices foretold{ceiling}"
+    return f"{after['accuracy']:.3f}{error} of held-out choices predicted{ceiling}"
 
 
 def _details(title: str, after: Mapping[str, float]) -> str:
@@ -219,7 +232,7 @@ def _draw_curve(axes: Any, curve: Sequence[Bin]) -> None:
     axes.plot([0.5, 1], [0.5, 1], color="#8A8A8A", linewidth=1)
     total = sum(b.count for b in curve)
     for b in curve:
-        # The spread that exact predictions would show, so that a bin of few pairs is not taken for a fault.
+        # One standard error under exact predictions, so that a bin of few pairs does not look miscalibrated.
         error = math.sqrt(b.predicted * (1 - b.predicted) / b.count)
         ends = [max(0.0, b.predicted - error), min(1.0, b.predicted + error)]
         axes.plot([b.predicted] * 2, ends, color="#8A8A8A", linewidth=5, alpha=0.35, solid_capstyle="butt")

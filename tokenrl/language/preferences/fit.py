@@ -1,7 +1,8 @@
-"""Training a reward model on preferences: Bradley-Terry on pairs, one loop, one run directory.
+"""Trains a reward model on preferences with the Bradley-Terry loss.
 
-Bradley & Terry 1952; Stiennon et al. 2020; Ouyang et al. 2022, equation 1. One process and one device; left
-out are adapters, mixed precision and accumulation (`batch_size` is what one forward pass takes).
+The model is that of Bradley & Terry 1952, the loss that of Stiennon et al. 2020 and Ouyang et al. 2022,
+equation 1. Training uses one process and one device. Adapters, mixed precision and gradient accumulation are
+left out, so a whole batch passes through the model at once.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from tokenrl.language.tasks.stream import Batches
 from tokenrl.runs.session import Session
 from tokenrl.settings import arguments, settled
 
-LOSS_NOTE = "The loss is the negative log-likelihood of the choices, nats a pair; 0.693 is a coin's."
+LOSS_NOTE = "The loss is the negative log-likelihood of the choices, in nats per pair; guessing gives 0.693."
 
 
 def bradley_terry_loss(
@@ -51,13 +52,13 @@ def bradley_terry_loss(
 
         mean[-(1 - e) log sigmoid(d) - e log sigmoid(-d)] + coefficient mean[(r_c + r_r)^2]
 
-    Only differences of rewards matter to the first term; the second (Eisenstein et al. 2023) keeps their
-    level near 0. The margin is Llama 2's (Touvron et al. 2023, equation 2).
+    The first term depends only on differences of rewards; the second (Eisenstein et al. 2023) keeps their
+    mean near 0. The margin is that of Llama 2 (Touvron et al. 2023, equation 2).
 
     Args:
-        chosen_rewards: [B].
-        rejected_rewards: [B].
-        margin: [B] or a number.
+        chosen_rewards: rewards r_c of the chosen completions [B].
+        rejected_rewards: rewards r_r of the rejected completions [B].
+        margin: by how much r_c should exceed r_r: a number, or one per pair [B].
         center_rewards_coefficient: weight of the second term.
         label_smoothing: e, the assumed share of flipped labels.
 
@@ -72,19 +73,22 @@ def bradley_terry_loss(
 
 
 class PreferenceTraining:
-    """AdamW on the Bradley-Terry loss; the reward model is changed in place.
+    """Training of a reward model: minimises the Bradley-Terry loss with AdamW.
 
-    The learning rate falls linearly to 0. Pairs are drawn without replacement, one epoch after the other.
-    Dropout is off.
+    The reward model is changed in place. The learning rate falls linearly to 0. Pairs are drawn without
+    replacement, one epoch after the other. Dropout is off.
     """
 
     def __init__(self, reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelSettings) -> None:
-        """Encode the pairs and make the optimiser.
+        """Tokenise the pairs and make the optimiser.
 
         Args:
             reward_model: the model to train.
-            pairs: what it learns from.
+            pairs: the pairs to train on.
             args: the settings.
+
+        Raises:
+            Refused: a text is longer than the model's context.
         """
         from transformers import get_scheduler
 
@@ -101,7 +105,10 @@ class PreferenceTraining:
         self._step = self._tokens = 0
 
     def update(self) -> dict[str, float]:
-        """Learn from the next batch; returns the metrics of it.
+        """Update the reward model on the next batch.
+
+        Returns:
+            Metrics of the batch, from before the update.
 
         Raises:
             Stopped: the loss became NaN or infinite.
@@ -138,7 +145,20 @@ class PreferenceTraining:
 def fit_reward_model(
     reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelSettings
 ) -> list[dict[str, float]]:
-    """Train for `args.max_steps` updates, in place; returns the metrics of each."""
+    """Train a reward model for `args.max_steps` updates, without a run directory.
+
+    Args:
+        reward_model: the model to train, in place.
+        pairs: the pairs to train on.
+        args: the settings.
+
+    Returns:
+        The metrics of each update.
+
+    Raises:
+        Refused: a text is longer than the model's context.
+        Stopped: the loss became NaN or infinite.
+    """
     training = PreferenceTraining(reward_model, pairs, args)
     return [training.update() for _ in range(args.max_steps)]
 
@@ -156,12 +176,19 @@ def _batch_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
 def train_reward_model(args: RewardModelArguments | None = None, **options: Any) -> RewardModelResult:
     """Train a reward model; the keywords are the fields of `RewardModelArguments`.
 
-    Objects may stand where the command line takes names: `data` rows in memory, or a dict of splits; `model`
-    what `reward_backbone` takes; `task` a task; `policy` a `Policy`; `reward` functions.
+    Where the command line takes names, the keywords also take objects: `data` rows in memory, or a dict of
+    splits; `model` whatever `reward_backbone` takes; `task` a task; `policy` a `Policy`; `reward` functions.
+
+    Args:
+        args: all arguments at once, instead of keywords.
+        **options: the fields of `RewardModelArguments`.
+
+    Returns:
+        The trained reward model, its evaluations and its calibration.
 
     Raises:
-        Refused: something was unusable before the first step.
-        Stopped: the run could not go on.
+        Refused: the arguments, the model or the data cannot be used; raised before the first step.
+        Stopped: the run failed after it had begun.
 
     Example:
         >>> from tokenrl import train_reward_model
@@ -179,7 +206,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         data = load_reward_data(args, session.console.note)
         reward_model = make_backbone(args, data.task, session.console.note)
         args = _resolve(args, data)
-        training = PreferenceTraining(reward_model, data.train, args)  # too long a text is refused here
+        training = PreferenceTraining(reward_model, data.train, args)  # refuses texts that are too long
         held_out = encode_pairs(reward_model, data.held_out)
         session.open(f"tokenrl reward-model: {data.name}", facts(args, data, reward_model), note=LOSS_NOTE)
         rewards = score_pairs(reward_model, held_out)
@@ -208,7 +235,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
 
 
 def _resolve(args: RewardModelArguments, data: RewardData) -> RewardModelSettings:
-    """Settle what the arguments leave open, and check the margin against the data."""
+    """Fill in the arguments left open, and refuse a margin that is given twice."""
     if args.margin and any(pair.margin is not None for pair in data.train):
         raise Refused(f"margin={args.margin} and a column 'margin' were both given: give one of the two.")
     batch = min(args.batch_size, len(data.train))

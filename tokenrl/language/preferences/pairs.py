@@ -1,7 +1,7 @@
-"""Preference data as a reward model learns from it: rows read, checked, and split by prompt.
+"""Reads preference data for a reward model: checks the rows, and splits them by prompt.
 
-The format is TRL's: `prompt`, `chosen`, `rejected`, as text or chat messages, or without a prompt where both
-hold whole texts or conversations that begin alike.
+The format is TRL's: columns `prompt`, `chosen` and `rejected`, as text or as chat messages. The prompt may be
+left out if both others hold whole texts or conversations that begin with it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two completions of a prompt, checked.
+    """Two completions of a prompt, of which one was chosen.
 
     Attributes:
         prompt: text, or a list of chat messages.
-        chosen: the better completion, text or chat messages as the prompt is.
-        rejected: the other one.
-        margin: by how much the first reward is to exceed the second; None where no such column is.
-        gold: gold rewards of chosen and rejected; None where there are no such columns.
+        chosen: the better completion, text or chat messages like the prompt.
+        rejected: the other completion.
+        margin: by how much the reward of `chosen` should exceed that of `rejected`; None without that column.
+        gold: gold rewards of `chosen` and `rejected`; None without those columns.
     """
 
     prompt: Any
@@ -43,24 +43,28 @@ class Pair:
 
     @property
     def key(self) -> str:
-        """The prompt as text: equal for pairs that must not be split into training and evaluation."""
+        """The prompt as text. Pairs with equal keys must not be split between training and evaluation."""
         return json.dumps(self.prompt, sort_keys=True, default=str)
 
 
 def load_pairs(
     data: Any, *, split: str = "train", eval_split: str | None = None, eval_size: int = 256, seed: int = 0
 ) -> tuple[list[Pair], list[Pair]]:
-    """Training and evaluation pairs of a source of preferences.
+    """Load the training and the evaluation pairs of a source of preferences.
 
     Args:
-        data: a JSON, CSV or Parquet file, a folder, a hub data set; or rows in memory, or a dict of splits.
+        data: a JSON, CSV or Parquet file, a folder or a hub data set; or rows in memory; or a dict of splits.
         split: split to train on.
-        eval_split: split to evaluate on; None: a validation or test split, else pairs held out of `split`.
-        eval_size: pairs to evaluate on, at most a fifth of all where they are held out.
-        seed: of the choice of evaluation pairs.
+        eval_split: split to evaluate on; None for a validation or test split, or else pairs held out of
+            `split`.
+        eval_size: number of evaluation pairs; if they are held out, at most a fifth of all.
+        seed: seed of the choice of evaluation pairs.
+
+    Returns:
+        The training pairs and the evaluation pairs.
 
     Raises:
-        Refused: no such data, or data that a reward model cannot be trained on.
+        Refused: the data does not exist, or a reward model cannot be trained on it.
     """
     name = data if isinstance(data, str | Path) else "the preference data"
     if isinstance(data, str | Path) and not Path(data).exists() and Path(data).suffix in FORMATS:
@@ -80,15 +84,16 @@ def load_pairs(
 
 
 def read_pairs(rows: Sequence[Row], where: str) -> list[Pair]:
-    """Check rows of preferences; pairs whose completions are identical are left out.
+    """Check rows of preferences and return them as pairs; identical completions are left out.
 
     Args:
-        rows: with `chosen`, `rejected`, and optionally `prompt`, `margin`, `chosen_gold`, `rejected_gold`.
-            Without a prompt it is what chosen and rejected begin with in common.
-        where: what the rows are called in an error message.
+        rows: rows with `chosen` and `rejected`, and optionally `prompt`, `margin`, `chosen_gold` and
+            `rejected_gold`. Without a prompt, the common beginning of chosen and rejected is the prompt.
+        where: name of the data in error messages.
 
     Raises:
-        Refused: no rows, missing columns, something that is no text or messages, or only identical pairs.
+        Refused: there are no rows, a column is missing, a value is neither text nor messages, or all pairs
+            are identical.
     """
     if not rows:
         raise Refused(f"{where} is empty: give at least two rows of prompt, chosen and rejected.")
@@ -96,7 +101,7 @@ def read_pairs(rows: Sequence[Row], where: str) -> list[Pair]:
         if column not in rows[0]:
             raise Refused(
                 f"{where} has no column '{column}'.{suggest(column, rows[0])} Preferences are rows of "
-                "prompt, chosen and rejected; the prompt may be left out where both hold the whole text."
+                "prompt, chosen and rejected; the prompt may be left out if both others hold the whole text."
             )
     pairs = [_pair(row, f"{where}, row {index}") for index, row in enumerate(rows)]
     different = [pair for pair in pairs if pair.chosen != pair.rejected]
@@ -113,25 +118,25 @@ def _pair(row: Row, where: str) -> Pair:
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if not (isinstance(value, str) or _is_chat(value)):
             raise Refused(
-                f"{where}: {name} is {value!r:.100}; it is text, or a list of chat messages "
+                f"{where}: {name} is {value!r:.100}; it must be text, or a list of chat messages "
                 '{"role": ..., "content": text}.'
             )
     if type(chosen) is not type(rejected):
-        raise Refused(f"{where}: one of chosen and rejected is text and the other chat messages.")
+        raise Refused(f"{where}: one of chosen and rejected is text and the other is chat messages.")
     whole = prompt is None or (
         isinstance(prompt, str)
         and _is_chat(chosen)
         and chosen[0]["content"] == rejected[0]["content"] == prompt
-    )  # some data sets give the first message as the prompt too
+    )  # some data sets repeat the first message as the prompt
     if whole:
         cut = _common(chosen, rejected)
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
     elif not (isinstance(prompt, str) or _is_chat(prompt)):
-        raise Refused(f"{where}: the prompt is {prompt!r:.100}; it is text, or a list of chat messages.")
+        raise Refused(f"{where}: the prompt is {prompt!r:.100}; it must be text or chat messages.")
     if isinstance(prompt, str) and not isinstance(chosen, str):
         raise Refused(
-            f"{where}: the prompt is text and chosen and rejected are chat messages. Give all three as text, "
-            "or the prompt as messages too."
+            f"{where}: the prompt is text, but chosen and rejected are chat messages. Give all three as "
+            "text, or the prompt as messages too."
         )
     margin = row.get("margin")
     golds = (row.get("chosen_gold"), row.get("rejected_gold"))
@@ -141,7 +146,7 @@ def _pair(row: Row, where: str) -> Pair:
 
 
 def _clean(value: Any) -> Any:
-    """Messages without the keys that Arrow filled with None; a chat template would take them as given."""
+    """Drop the keys of messages that Arrow filled with None, because a chat template would use them."""
     if isinstance(value, list | tuple) and all(isinstance(message, Mapping) for message in value):
         return [{k: v for k, v in message.items() if v is not None} for message in value]
     return value
@@ -159,7 +164,7 @@ def _is_chat(value: Any) -> bool:
 
 
 def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """How many messages or characters both begin with; words are not cut in the middle."""
+    """Count the messages or characters that both begin with; text is cut at a space, not within a word."""
     cut = 0
     while cut < min(len(chosen), len(rejected)) and chosen[cut] == rejected[cut]:
         cut += 1
@@ -172,25 +177,26 @@ def _number(value: Any, where: str, name: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise Refused(f"{where}: {name} is {value!r:.100}; it is a finite number.")
+        raise Refused(f"{where}: {name} is {value!r:.100}; it must be a finite number.")
     return number
 
 
 def hold_out(pairs: Sequence[Pair], size: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Training pairs and about `size` held-out ones, at most a fifth of all, that share no prompt.
+    """Split pairs into training and evaluation so that no prompt is in both.
 
-    Where all pairs have one prompt, pairs are held out instead of prompts.
+    Prompts are held out until they have `size` pairs or a fifth of all pairs, whichever is less. If all pairs
+    have the same prompt, single pairs are held out instead.
 
     Raises:
-        Refused: too few pairs to do so.
+        Refused: there are too few pairs to split.
     """
     one_prompt = len({pair.key for pair in pairs}) == 1
     keys = [str(i) if one_prompt else pair.key for i, pair in enumerate(pairs)]
     distinct = Counter(keys)
     if size < 1 or len(distinct) < 2:
         raise Refused(
-            f"eval_size={size} of {len(pairs)} different pairs: to train on some and evaluate on others it "
-            "takes an eval_size of at least 1 and at least 2 pairs."
+            f"eval_size={size} of {len(pairs)} different pairs: to train on some and evaluate on others, "
+            "give an eval_size of at least 1 and at least 2 pairs."
         )
     order = np.random.default_rng([seed, 2]).permutation(len(distinct))
     wanted, held, count = min(size, max(1, len(pairs) // 5)), set(), 0
@@ -200,8 +206,8 @@ def hold_out(pairs: Sequence[Pair], size: int, seed: int) -> tuple[list[Pair], l
             break
         held.add(key)
         count += distinct[key]
-    inside = [key in held for key in keys]
+    held_out = [key in held for key in keys]
     return (
-        [pair for pair, out in zip(pairs, inside, strict=True) if not out],
-        [pair for pair, out in zip(pairs, inside, strict=True) if out],
+        [pair for pair, out in zip(pairs, held_out, strict=True) if not out],
+        [pair for pair, out in zip(pairs, held_out, strict=True) if out],
     )

@@ -1,4 +1,4 @@
-"""What the training of a reward model leaves behind: its run directory, its report, its result."""
+"""Writes the results of training a reward model: its result, its model card and its report."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ PLOT = "calibration.png"
 
 @dataclass(frozen=True)
 class RewardModelResult(Outcome):
-    """What the training of a reward model came to; see `Outcome` for the other fields.
+    """The result of training a reward model; see `Outcome` for the other fields.
 
     Attributes:
-        eval_before: `accuracy` and more on held-out pairs, see `preference_metrics`, before training.
-        calibration: the calibration curve on held-out pairs, after training; empty after a check.
-        reward_model: the trained model, itself a reward function. `model/` of the run directory holds it.
+        eval_before: metrics on the held-out pairs before training; see `preference_metrics`.
+        calibration: calibration curve on the held-out pairs after training; empty after a check.
+        reward_model: the trained model, which is itself a reward function; saved in `model/` of the run
+            directory.
     """
 
     calibration: list[Bin]
@@ -40,7 +41,7 @@ class RewardModelResult(Outcome):
 
 
 def facts(args: RewardModelArguments, data: RewardData, reward_model: RewardModel) -> dict[str, Any]:
-    """What the header says of a run."""
+    """Return the lines of the header that is printed when the run starts."""
     model = reward_model.model
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
@@ -55,18 +56,18 @@ def facts(args: RewardModelArguments, data: RewardData, reward_model: RewardMode
 
 
 def finish(session: Session, data: RewardData, ended: RewardModelResult, rewards: np.ndarray) -> None:
-    """Save the model and the pairs, write summary and report, and show the end.
+    """Save the model and the pairs, write summary and report, and show how the run ended.
 
     Args:
-        session: the run.
+        session: the session of the run.
         data: the pairs.
-        ended: what the run came to.
-        rewards: [N, 2], of chosen and rejected of the held-out pairs.
+        ended: the result.
+        rewards: rewards of the chosen and rejected completions of the held-out pairs [N, 2].
     """
     directory = session.directory
     assert directory is not None  # a reward model trains in one process
     for name in ("preferences.jsonl", "preferences_eval.jsonl"):
-        (directory.path / name).unlink(missing_ok=True)  # those of a run that this one replaces
+        (directory.path / name).unlink(missing_ok=True)  # left by a run that this one replaces
         if name in data.rows:
             write_preferences(directory.path / name, data.rows[name])
     order = np.argsort(rewards[:, 0] - rewards[:, 1], kind="stable")  # the worst mistakes first
@@ -90,7 +91,7 @@ def report_reward_model(run: str | Path) -> Path:
     """Draw the calibration plot and write the report of a finished run from what lies in its directory.
 
     Raises:
-        Refused: the directory holds no finished run.
+        Refused: the directory holds no finished run of a reward model.
     """
     run = Path(run)
     if not (run / "summary.json").is_file():
@@ -114,7 +115,7 @@ def report_reward_model(run: str | Path) -> Path:
 
 
 def _card(settings: dict[str, Any], result: RewardModelResult) -> str:
-    """README.md of the model."""
+    """Return the model card, the README.md beside the model."""
     numbers = [f"| {name} | {value:.4g} |" for name, value in result.eval_after.items()]
     return "\n".join(
         [

@@ -1,6 +1,6 @@
-"""Preferences made from a policy: pairs of its completions, of which a gold reward chooses one, with noise.
+"""Makes preferences from a policy: samples pairs of completions and lets a gold reward choose, with noise.
 
-The rows have TRL's columns `prompt`, `chosen`, `rejected`. Rankings of more than two are left out.
+The rows have TRL's columns `prompt`, `chosen` and `rejected`. Rankings of more than two are not supported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.judged import judged
+from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.settings import check_number
 
@@ -37,26 +37,26 @@ def make_preferences(
 
         P(first chosen) = sigmoid((g_1 - g_2) / noise_temperature)
 
-    At temperature 0 the better one is always chosen and pairs of equal gold reward are left out; above 0 a
-    fair coin decides those, as the formula has it. Pairs of identical text, or with a completion from which
-    the gold reward abstained, are always left out.
+    At temperature 0 the better completion is always chosen, and pairs with equal gold rewards are left out;
+    above 0 such a pair is decided by a fair coin, as the formula says. Pairs of identical text, and pairs
+    with a completion for which the gold reward abstained, are always left out.
 
     Args:
-        policy: whose completions are compared.
+        policy: samples the completions.
         prompts: rows with a `prompt`; other columns reach the gold reward.
-        gold_rewards: a `Rewards`, or what it is made of: one reward function or several.
-        sampling: how to sample; two of the completions of a prompt make a pair, so their number is even. The
-            seed is that of the noise too.
-        noise_temperature: in units of the gold reward.
+        gold_rewards: a `Rewards`, or one reward function or several.
+        sampling: how completions are sampled. Two completions of a prompt make a pair, so `num_generations`
+            must be even. Its seed is also that of the noise.
+        noise_temperature: noise of the choice, in units of the gold reward.
         batch_size: completions sampled at a time; changes memory only.
 
     Returns:
-        Rows of `prompt`, `chosen`, `rejected`, `chosen_gold`, `rejected_gold`; where the prompt is chat
-        messages, a completion is a list with the assistant's message.
+        Rows with `prompt`, `chosen`, `rejected`, `chosen_gold` and `rejected_gold`. If the prompt is chat
+        messages, each completion is a list with the assistant's message.
 
     Raises:
-        Refused: no prompts, a number out of range, or no pair to choose from.
-        Stopped: the gold reward raised or returned what is no reward.
+        Refused: there are no prompts, a number is out of range, or every pair is left out.
+        Stopped: the gold reward raised an error or returned something that is not a reward.
     """
     if not prompts:
         raise Refused("There are no prompts to make preferences from: give at least one row with a prompt.")
@@ -65,13 +65,13 @@ def make_preferences(
     if pairs < 1 or left_over:
         raise Refused(
             f"num_generations={sampling.num_generations}: two completions of a prompt make a pair, so give "
-            "an even number, 2 or more."
+            "an even number of at least 2."
         )
     gold = gold_rewards if isinstance(gold_rewards, Rewards) else Rewards(gold_rewards)
-    # One uniform for each pair sampled, so that what is left out moves nobody's noise.
+    # One random number for every sampled pair, so that a pair left out does not shift those of the others.
     noise = np.random.default_rng([sampling.seed, 1]).random((len(prompts), pairs))
     rows: list[dict[str, Any]] = []
-    for places, rollout, result in judged(
+    for places, rollout, result in sample_and_reward(
         policy, prompts, gold, sampling, stream="preferences", batch_size=batch_size
     ):
         texts = policy.decode(rollout.completion_ids, rollout.mask)
@@ -84,21 +84,21 @@ def make_preferences(
                 rows.append(_row(prompts[places[place]]["prompt"], texts, golds, chosen, rejected))
     if not rows:
         raise Refused(
-            f"None of {len(prompts) * pairs} sampled pairs can be told apart: the policy repeats "
-            "itself, or the gold reward finds all its completions equal. Raise the sampling temperature, use "
-            "a graded gold reward, or another policy."
+            f"None of {len(prompts) * pairs} sampled pairs can be used: the policy repeats itself, or the "
+            "gold reward is equal for all its completions. Raise the sampling temperature, or use a graded "
+            "gold reward or another policy."
         )
     return rows
 
 
 def first_is_chosen(first: float, second: float, noise_temperature: float, draw: float) -> bool | None:
-    """Whether the first of two gold rewards is chosen, given a uniform draw; None where nothing decides."""
+    """Decide from a uniform random number whether the first of two is chosen; None leaves the pair out."""
     difference = first - second
     if math.isnan(difference) or (noise_temperature == 0 and difference == 0):
         return None
     if noise_temperature == 0:
         return difference > 0
-    # sigmoid(x) = (1 + tanh(x / 2)) / 2, which overflows nowhere
+    # sigmoid(x) = (1 + tanh(x / 2)) / 2, which does not overflow for large differences
     return draw < 0.5 * (1 + math.tanh(difference / noise_temperature / 2))
 
 
@@ -113,6 +113,6 @@ def _row(
 
 
 def write_preferences(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
-    """Write rows as JSON lines, which `datasets` and `tokenrl reward-model --data` read."""
+    """Write rows as JSON lines, a format that `datasets` and `tokenrl reward-model --data` read."""
     lines = [json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
     Path(path).write_text("".join(lines), encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Reward functions: calling, composing, a library, a deadline, reward models that score."""
+"""Loads, composes and calls reward functions and reward models, if wanted under a deadline."""

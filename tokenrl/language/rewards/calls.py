@@ -1,7 +1,7 @@
-"""One call of reward functions: the arguments each takes, async ones run together, a check of what came back.
+"""Calls reward functions: passes each the arguments it takes, awaits async ones, and checks the results.
 
-Results are checked, never repaired: a NaN that passes here is a policy lost later. A deadline for rewards
-that hang takes a process of its own (reward_worker.py), in which this same code runs.
+Results are checked and never repaired, because a NaN that passes here would ruin the policy later. Functions
+under a deadline run in a process of their own (worker.py), which calls them with the code of this module.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Announce = Callable[[str], None]
 
 
 class Called(NamedTuple):
-    """What came of one call of several functions.
+    """Results of one call of several functions on N completions.
 
     Attributes:
-        values: by function, float64 [N], nan where it abstained.
-        extra: columns given to `log_extra`.
-        logged: values given to `log_metric`, by name.
+        values: rewards by name of the function, float64 [N], nan where it abstained.
+        extra: the columns that functions gave to `log_extra`, by name.
+        logged: the values that functions gave to `log_metric`, by name.
     """
 
     values: dict[str, np.ndarray]
@@ -48,13 +48,15 @@ def call_rewards(
 
     Args:
         named: the functions by their distinct names.
-        rows: arguments with one value a completion, "completions" among them.
+        rows: arguments with one value per completion, "completions" among them.
         state: the fields of `trainer_state`.
-        announce: told before every stage which function it waits for, so that a deadline can name it.
+        announce: called before every stage with the function that is waited for, so that the message of a
+            missed deadline can name it.
 
     Raises:
-        Stopped: a function raised, or did not return N finite numbers or None; names function and row.
-        Refused: a function asks for a column that is not there.
+        Stopped: a function raised, or it did not return a finite number or None for each completion; the
+            message names the function and the row.
+        Refused: a function has a parameter for a column that does not exist.
     """
     extra: dict[str, list[Any]] = {}
     logged: dict[str, list[float]] = {}
@@ -74,19 +76,20 @@ def run_rewards(
     shared: Mapping[str, Any],
     announce: Announce = lambda stage: None,
 ) -> list[Any]:
-    """Call every function; what turns out to be awaitable runs concurrently, after the sync functions.
+    """Call every function; async functions run concurrently, after the sync ones.
 
     Args:
         named: the functions by their distinct names.
-        rows: arguments with one value a completion, "completions" among them.
+        rows: arguments with one value per completion, "completions" among them.
         shared: arguments that do not belong to a row.
-        announce: told before every stage which function it waits for.
+        announce: called before every stage with the function that is waited for.
 
     Returns:
-        What each function returned, unchecked.
+        The output of each function, unchecked.
 
     Raises:
-        Stopped: a function raised; names the function and the first row on which it raises alone.
+        Stopped: a function raised; the message names the function and the first row on which it raises when
+            it is called on this row alone.
     """
     outputs = {}
     for name, function in named.items():
@@ -101,7 +104,7 @@ def run_rewards(
             raise output
         if isinstance(output, Exception):
             announce(f"Reward function {name} raised {describe(output)}; called again on single rows, it")
-            where = _culprit(named[name], name, rows, shared)
+            where = _first_failing_row(named[name], name, rows, shared)
             raise Stopped(f"Reward function {name} raised {describe(output)} ({where}).") from output
     return list(outputs.values())
 
@@ -114,10 +117,10 @@ def _attempt(function: Reward, name: str, arguments: Mapping[str, Any]) -> Any:
 
 
 def accepted_arguments(function: Reward, name: str, available: Mapping[str, Any]) -> list[str]:
-    """The names among `available` that the function takes: all of them if it has **kwargs.
+    """The names among `available` that the function has parameters for: all of them if it takes **kwargs.
 
     Raises:
-        Refused: a parameter without default is not among them, or cannot be passed by keyword.
+        Refused: a parameter without a default is not among them, or cannot be passed by keyword.
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())
@@ -144,10 +147,10 @@ def accepted_arguments(function: Reward, name: str, available: Mapping[str, Any]
 
 @functools.cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """One loop on its own thread for the life of the process.
+    """One event loop, in a thread of its own, for the life of the process.
 
-    Clients and locks that an async reward keeps between calls are bound to a loop, so it must stay the same;
-    and a thread of its own works whether or not the caller's thread runs a loop, as a notebook's does.
+    Clients and locks that an async reward keeps between calls are bound to their loop, so all calls must use
+    the same one. A thread of its own works even if the caller's thread already runs a loop, as in a notebook.
     """
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="tokenrl-rewards", daemon=True).start()
@@ -155,7 +158,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def _await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
-    """Results in order, with an exception in the place of a result."""
+    """Results of awaitables in order; where one raised, the exception stands in place of the result."""
     if not awaitables:
         return []
 
@@ -165,8 +168,10 @@ def _await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
     return asyncio.run_coroutine_threadsafe(gathered(), _event_loop()).result()
 
 
-def _culprit(function: Reward, name: str, rows: Mapping[str, list[Any]], shared: Mapping[str, Any]) -> str:
-    """The first row on which a failed call fails alone; the function saw all rows at once."""
+def _first_failing_row(
+    function: Reward, name: str, rows: Mapping[str, list[Any]], shared: Mapping[str, Any]
+) -> str:
+    """Describe the first row on which the function fails by itself, after a call on all rows failed."""
     silent = {**shared, "log_extra": lambda *_: None, "log_metric": lambda *_: None}
     completions = rows["completions"]
     for i, completion in enumerate(completions):
@@ -176,16 +181,18 @@ def _culprit(function: Reward, name: str, rows: Mapping[str, list[Any]], shared:
         if isinstance(output, Exception):
             return f"row {i} of {len(completions)}, completion {shorten(completion)}"
     first = shorten(completions[0]) if completions else "none"
-    return f"rows 0 to {len(completions) - 1} together, though none alone; the first completion: {first}"
+    return f"rows 0 to {len(completions) - 1} together, but none alone; the first completion: {first}"
 
 
 def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.ndarray:
-    """One function's output as float64 [N], nan for None.
+    """Check the output of one function and return it as float64 [N], with nan for None.
 
-    Taken: lists, tuples, arrays and tensors (any device or dtype, also with a gradient) of N numbers or None.
+    The output may be a list, tuple, array or tensor (of any device or dtype, also with a gradient) of N
+    numbers or None.
 
     Raises:
-        Stopped: anything else, a number that is not finite included; a single number is never broadcast.
+        Stopped: the output is anything else, or a number in it is not finite. A single number is never
+            broadcast to all rows.
     """
     count = len(completions)
     shape = getattr(output, "shape", None)
@@ -203,7 +210,7 @@ def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.nd
         beyond = f"row {row}, completion {shorten(completions[row])}, has none" if row < count else "too many"
         raise Stopped(
             f"Reward function {name} returned {len(items)} rewards for {count} completions ({beyond}); "
-            "it must return one for each, None to abstain."
+            "it must return one for each completion, or None to abstain."
         )
     return np.array(
         [_number(item, name, i, completions[i]) for i, item in enumerate(items)], dtype=np.float64
@@ -235,13 +242,13 @@ def _float(item: Any) -> float:
 
 
 def shorten(completion: Any) -> str:
-    """A completion as it can stand in an error message."""
+    """The completion as text that is short enough for an error message."""
     text = repr(completion)
     return text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
 
 
 def unique_names(functions: Iterable[Reward]) -> list[str]:
-    """A name for each function, as metrics and messages use it: its own, with a number where it is taken."""
+    """A distinct name for each function, for metrics and messages; a name that is taken gets a number."""
     taken: list[str] = []
     for name in map(_name, functions):
         number, unique = 1, name

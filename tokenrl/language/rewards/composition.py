@@ -1,8 +1,8 @@
-"""From what a user names to a reward, and rewards made of others: a product, and a gate.
+"""Loads rewards by name, and combines rewards into a product or a gate.
 
-A weighted sum needs nothing of this: several rewards are summed with `reward_weights`. What stands here is
-a reward like any other (TRL's signature, abstentions, columns), logs each part as `rewards/{part}/mean`, and
-may be a part itself.
+A weighted sum needs no combination: several rewards are summed with `reward_weights`. A product or a gate is
+itself a reward with TRL's signature. It may abstain, takes columns, may be a part of another one, and logs
+the mean reward of each part as `rewards/{part}/mean`.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ _LIBRARY_SPEC = re.compile(r"\s*[A-Za-z_]\w*\s*(?:\(.*)?", re.DOTALL)
 
 
 class _Composed:
-    """Parts with names, called together and checked as the parts of a weighted sum are."""
+    """Named parts that are called together and checked, as the functions of a weighted sum are."""
 
     def __init__(self, *parts: Any) -> None:
-        self.parts = [load_reward(part) for part in parts]
-        self.names = unique_names(self.parts)
+        functions = [load_reward(part) for part in parts]
+        self.parts = dict(zip(unique_names(functions), functions, strict=True))
 
     def check_columns(self, available: Iterable[str]) -> None:
-        """Check that every part gets what it asks for.
+        """Check that every part gets the arguments it asks for.
 
         Raises:
-            Refused: a part asks for a column that is not there.
+            Refused: a part asks for a column that does not exist.
         """
-        check_columns(dict(zip(self.names, self.parts, strict=True)), available)
+        check_columns(self.parts, available)
 
     def _values(self, arguments: Mapping[str, Any]) -> np.ndarray:
-        """Rewards of the parts [N, P], nan where a part abstained; logs their means."""
+        """Rewards of the P parts [N, P], nan where a part abstained; logs the mean of each part."""
         rows = {name: values for name, values in arguments.items() if name not in NOT_A_ROW}
         shared = {name: arguments[name] for name in NOT_A_ROW if name in arguments}
-        outputs = run_rewards(dict(zip(self.names, self.parts, strict=True)), rows, shared)
+        outputs = run_rewards(self.parts, rows, shared)
         log = shared.get("log_metric") or (lambda name, value: None)
         columns = []
-        for name, output in zip(self.names, outputs, strict=True):
+        for name, output in zip(self.parts, outputs, strict=True):
             columns.append(checked_rewards(name, output, rows["completions"]))
             if not np.isnan(columns[-1]).all():
                 log(f"rewards/{name}/mean", float(np.nanmean(columns[-1])))
@@ -61,10 +61,10 @@ class _Composed:
 
 
 class Product(_Composed):
-    """The product of its parts' rewards, `prod_p r_p`; abstains where any part does.
+    """The product of the rewards of its parts, `prod_p r_p`; abstains where any part does.
 
-    Of rewards in [0, 1] it is high only where all are: correct AND well formed. Two negative rewards make a
-    positive one, so give it rewards that are not negative.
+    If all rewards lie in [0, 1], the product is high only where all of them are high: correct AND well
+    formed. Two negative rewards give a positive product, so the parts should not be negative.
 
     Example:
         >>> Product("exact_match", "valid_json(required=['answer'])")  # on the command line: product(...)
@@ -79,7 +79,7 @@ class Product(_Composed):
             *parts: two rewards or more, as `load_reward` takes them.
 
         Raises:
-            Refused: fewer than two parts, or one that is no reward.
+            Refused: there are fewer than two parts, or one of them is not a reward.
         """
         if len(parts) < 2:
             raise Refused(f"product was given {len(parts)} rewards; give two or more to multiply.")
@@ -94,9 +94,9 @@ class Product(_Composed):
 class Gate(_Composed):
     """A reward that counts only where a condition is met: `r_2 if r_1 >= threshold else 0`.
 
-    The condition itself adds nothing; name it beside the gate to be paid for it too. Abstains where the
-    condition does, and where it is met and the reward abstains. Below the threshold the reward is called all
-    the same: functions see whole batches.
+    The condition r_1 itself adds nothing to the reward; to reward it too, name it beside the gate. The gate
+    abstains where the condition abstains, and where the condition is met but the reward abstains. The reward
+    is also called on rows below the threshold, because functions see whole batches.
 
     Example:
         >>> Gate("exact_match", "length(target=20)", threshold=1)  # on the command line: gate(...)
@@ -105,14 +105,15 @@ class Gate(_Composed):
     __name__ = "gate"
 
     def __init__(self, *parts: Any, threshold: float = 1.0) -> None:
-        """Take condition and reward.
+        """Take the condition and the reward.
 
         Args:
             *parts: the condition and the reward, as `load_reward` takes them.
-            threshold: least reward of the condition with which the second reward counts.
+            threshold: the least reward of the condition at which the second reward counts.
 
         Raises:
-            Refused: not exactly two parts, one that is no reward, or a threshold that is no number.
+            Refused: there are not exactly two parts, one of them is not a reward, or the threshold is not a
+                number.
         """
         if len(parts) != 2 or isinstance(threshold, bool) or not isinstance(threshold, int | float):
             raise Refused(
@@ -134,14 +135,14 @@ def _with_abstentions(values: np.ndarray) -> list[float | None]:
 
 
 def check_columns(named: Mapping[str, Reward], available: Iterable[str]) -> None:
-    """Check that every function gets what it asks for, in its signature or in options of the library.
+    """Check that every function gets the arguments that its signature or its options ask for.
 
     Args:
         named: the functions by their names.
-        available: arguments that there are.
+        available: names of the arguments that exist.
 
     Raises:
-        Refused: a parameter without default, or a column named in an option, is not among them.
+        Refused: a parameter without a default, or a column that an option names, is not available.
     """
     available = dict.fromkeys(available)
     for name, function in named.items():
@@ -151,16 +152,20 @@ def check_columns(named: Mapping[str, Reward], available: Iterable[str]) -> None
 
 
 def load_reward(spec: Any) -> Reward:
-    """Make a reward of what a user gives.
+    """Find or load the reward that a user names.
 
     Args:
-        spec: a callable; a reward of the library, as `exact_match`, `length(target=20)` or
-            `gate(exact_match, length(target=20))`, with plain values as options and rewards as parts;
-            `module:function` (the current directory is importable); `path/to/file.py:function`; or a folder
-            with a sequence-classification model of one label and its tokenizer.
+        spec: a callable, which is returned as it is; a reward of the library, such as `exact_match`,
+            `length(target=20)` or `gate(exact_match, length(target=20))`, with plain values as options and
+            rewards as parts; `module:function` (the current directory is importable);
+            `path/to/file.py:function`; or a folder with a sequence-classification model of one label and its
+            tokenizer.
+
+    Returns:
+        A function `f(prompts, completions, **columns) -> list[float | None]`, where None abstains.
 
     Raises:
-        Refused: none of these, an error while importing or loading, or something that cannot be called.
+        Refused: `spec` is none of these, importing or loading it failed, or the result cannot be called.
     """
     if callable(spec):
         return spec
@@ -182,8 +187,8 @@ def load_reward(spec: Any) -> Reward:
 
 
 _FORMS = (
-    "Give module:function, path/to/file.py:function, or the folder of a sequence-classification model with "
-    "one label; or a reward of the library, as length(target=20)."
+    "Give module:function, path/to/file.py:function, the folder of a sequence-classification model with one "
+    "label, or a reward of the library, such as length(target=20)."
 )
 _COMPOSED: dict[str, Any] = {"product": Product, "gate": Gate}
 
@@ -196,17 +201,18 @@ def _from_library(text: str) -> Reward:
             raise
         raise Refused(
             f"reward '{text}' cannot be read ({describe(error)}). Write options as name=value with plain "
-            "values: length(target=20), exact_match(column='target'); parts of product and gate come first."
+            "values: length(target=20), exact_match(column='target'). The parts of product and gate come "
+            "before their options."
         ) from error
 
 
 def _build(node: ast.expr, text: str) -> Reward:
-    """The reward of a parsed spec; options are literals, read by `ast.literal_eval` and never evaluated."""
+    """The reward of a parsed spec. Options are literals, read by `ast.literal_eval`; no code is evaluated."""
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):  # a part that is no library reward
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):  # a part that is not in the library
         return load_reward(node.value)
     if not isinstance(call.func, ast.Name):
-        raise ValueError(f"'{ast.unparse(node)}' is no name of a reward")
+        raise ValueError(f"'{ast.unparse(node)}' is not the name of a reward")
     name, known = call.func.id, LIBRARY | _COMPOSED
     if name not in known:
         raise Refused(
@@ -214,7 +220,7 @@ def _build(node: ast.expr, text: str) -> Reward:
             f"{suggest(name, known)} {_FORMS}"
         )
     if call.args and name not in _COMPOSED:
-        raise ValueError(f"{name} takes options by name only")
+        raise ValueError(f"{name} takes its options by name only")
     options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
     if len(options) != len(call.keywords):
         raise ValueError("** is not allowed")

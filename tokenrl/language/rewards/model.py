@@ -1,7 +1,8 @@
-"""A reward model behind the signature of a reward function: texts in, the single logit of each out.
+"""Scores texts with a reward model, which has the signature of a reward function.
 
-A decoder's classification head reads the last token that is not padding, and finds it by comparing ids with
-the pad id. Without a pad token only rows of equal length share a batch: there is no padding to recognise.
+The reward of a text is the single logit of a sequence classifier. The classification head of a decoder reads
+the last token that is not padding, and finds it by comparing ids with the pad id. If there is no pad token,
+only rows of equal length share a batch, so that no padding has to be recognised.
 """
 
 from __future__ import annotations
@@ -14,22 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.bars import without_bars
+from tokenrl.runs.outcome import model_directory
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NO_PAD = -1  # an id that no token has: the head then takes every token as real
+NO_PAD = -1  # no token has this id, so the head takes every token as text
 
 
 class RewardModel:
     """A sequence classifier with one label, and its own tokenizer.
 
     Attributes:
-        model: an `AutoModelForSequenceClassification`, in eval mode; from a folder, it takes no gradient.
-        tokenizer: its tokenizer, which cuts on the left.
-        pad_token_id: what the head skips, `NO_PAD` if there is nothing to skip.
-        max_length: most tokens of a text, None if there is no limit.
-        batch_size: texts a forward pass when scoring; changes memory and speed only.
+        model: an `AutoModelForSequenceClassification` in eval mode; frozen if loaded from a folder.
+        tokenizer: its tokenizer, which truncates on the left.
+        pad_token_id: the id that the head skips as padding; `NO_PAD` if there is none.
+        max_length: the most tokens of a text; None if there is no limit.
+        batch_size: texts per forward pass when scoring, which changes memory and speed only.
     """
 
     def __init__(
@@ -42,13 +44,14 @@ class RewardModel:
         """Load model and tokenizer, or take them from memory.
 
         Args:
-            source: folder that `save_pretrained` wrote, tokenizer included; its name is the metric's name. Or
-                a pair of model and tokenizer.
-            batch_size: texts a forward pass when scoring.
-            device: where the model runs; None is the accelerator if there is one.
+            source: a folder that `save_pretrained` wrote, with the tokenizer, or the run directory of a
+                reward model; its name names the metric. Or a pair of model and tokenizer.
+            batch_size: texts per forward pass when scoring.
+            device: where the model runs; None means the accelerator if there is one, else the CPU.
 
         Raises:
-            Refused: no model there, more than one label, missing weights (a random head), no tokenizer.
+            Refused: the folder holds no model or no tokenizer, the model has more than one label, or weights
+                are missing, so that its head would be random.
         """
         import torch
 
@@ -57,7 +60,7 @@ class RewardModel:
             model, tokenizer = source
         else:
             self.__name__ = Path(source).resolve().name
-            model, tokenizer = _load(source)
+            model, tokenizer = _load(model_directory(str(source)))
             model.requires_grad_(False)
         self.tokenizer: Any = copy.deepcopy(tokenizer)
         self.tokenizer.truncation_side = "left"
@@ -73,17 +76,17 @@ class RewardModel:
         self.max_length = min((limit for limit in limits if limit and limit < 10**9), default=None)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
-        """Score prompt + completion; a text longer than the context loses its beginning.
+        """Score prompt + completion; a text that is too long loses its beginning.
 
         Args:
             prompts: N texts or lists of chat messages.
             completions: N texts or lists of chat messages.
 
         Returns:
-            N logits.
+            N rewards, the logits of the texts.
 
         Raises:
-            Refused: chat messages and a tokenizer without a chat template.
+            Refused: the prompts are chat messages and the tokenizer has no chat template.
         """
         pairs = zip(prompts, completions, strict=True)
         return self.score([self.encode(prompt, completion) for prompt, completion in pairs])
@@ -101,7 +104,10 @@ class RewardModel:
         return rewards
 
     def logits(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """Rewards [N] of encoded texts by one forward pass, with gradient; of one length without a pad id."""
+        """Rewards [N] of encoded texts, with gradient, by one forward pass.
+
+        Without a pad id the texts must have the same length.
+        """
         import torch
 
         width, pad, device = max(map(len, ids)), max(self.pad_token_id, 0), self.model.device
@@ -114,13 +120,13 @@ class RewardModel:
         """Ids of prompt + completion, at least one; `truncate` cuts them on the left to `max_length`.
 
         Raises:
-            Refused: chat messages and a tokenizer without a chat template.
+            Refused: the prompt is chat messages and the tokenizer has no chat template.
         """
         chat = not isinstance(prompt, str)
         if chat and not self.tokenizer.chat_template:
             raise Refused(
-                f"reward model {self.__name__}: the prompts are chat messages and its tokenizer has no chat "
-                "template; use plain text prompts, or save the tokenizer with a chat template."
+                f"reward model {self.__name__}: the prompts are chat messages, but its tokenizer has no chat "
+                "template. Use plain text prompts, or save the tokenizer with a chat template."
             )
         if chat:
             answer = completion
@@ -130,13 +136,13 @@ class RewardModel:
         else:
             text = prompt + completion
         cut = {"truncation": True, "max_length": self.max_length} if self.max_length and truncate else {}
-        # A chat template writes its own special tokens; a second BOS would be text the model never saw.
+        # A chat template writes the special tokens itself; a second BOS is an input that the model never saw.
         ids = self.tokenizer(text, add_special_tokens=not chat, **cut)["input_ids"]
         start = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, 0)
         return list(ids) or [next(token for token in start if token is not None)]
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Row numbers by length, which keeps padding short; of one length only without a pad id."""
+        """Batches of row numbers, sorted by length to save padding; of equal length if there is no pad id."""
         batch: list[int] = []
         for row in sorted(range(len(lengths)), key=lengths.__getitem__):
             unequal = self.pad_token_id == NO_PAD and batch and lengths[row] != lengths[batch[0]]
@@ -154,7 +160,7 @@ def _load(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     if not (Path(path) / "config.json").is_file():
-        raise Refused(f"reward model '{path}': there is no config.json, so no saved model.")
+        raise Refused(f"reward model '{path}': the folder has no config.json, so it holds no saved model.")
     try:
         labels = AutoConfig.from_pretrained(path).num_labels
         if labels != 1:
@@ -167,7 +173,7 @@ def _load(path: str | os.PathLike[str]) -> tuple[Any, Any]:
         if loading["missing_keys"]:
             raise Refused(
                 f"reward model '{path}' lacks {', '.join(sorted(loading['missing_keys']))[:200]}, which "
-                "would be random; save a trained sequence-classification model there."
+                "would be random. Save a trained sequence-classification model there."
             )
         return model, AutoTokenizer.from_pretrained(path)
     except Refused:

@@ -1,7 +1,8 @@
-"""Rewards of completions: plain functions with TRL's signature, and reward models behind the same signature.
+"""Rewards completions with plain functions, several at once with weights.
 
-A reward is `f(prompts, completions, **columns) -> list[float | None]`, sync or async, called with keyword
-arguments only; None abstains from a row.
+A reward is a function `f(prompts, completions, **columns) -> list[float | None]`, sync or async, that is
+called with keyword arguments only; None abstains from a row. This is the signature of TRL's rewards, and
+reward models have it too.
 """
 
 from __future__ import annotations
@@ -14,14 +15,12 @@ from typing import Any
 import numpy as np
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.rewards.calls import Called, Reward, call_rewards, shorten, unique_names
+from tokenrl.language.rewards.calls import Called, call_rewards, shorten, unique_names
 from tokenrl.language.rewards.composition import check_columns, load_reward
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.worker import RewardWorker
 
-__all__ = ["GIVEN", "Reward", "RewardModel", "RewardResult", "Rewards", "load_reward"]
-
-# What a reward may ask for besides the columns of the data; TRL withholds the columns of these names too.
+# Arguments that every reward may ask for. Columns of these names are not passed on, as in TRL.
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 WITHHELD = ("prompt", "completion", *GIVEN)
 
@@ -31,13 +30,15 @@ class RewardResult:
     """Rewards of N completions by F functions.
 
     Attributes:
-        values: float64 [N, F], each function's reward before its weight; nan where it abstained.
-        total: float64 [N], sum of weight times reward over the functions that did not abstain, the weights
-            not renormalised; 0 where all abstained, so that its product with a zero weight is finite.
+        values: float64 [N, F], the reward of each function before its weight; nan where it abstained.
+        total: float64 [N], the sum of weight times reward over the functions that did not abstain. Their
+            weights are not renormalised. It is 0 (not nan) where all functions abstained, so that its product
+            with a token weight of 0 is 0.
         valid: bool [N], False where all functions abstained.
-        metrics: `rewards/{name}/mean` and `/std` (ddof 1, 0 for a single value) over the rows on which the
-            function did not abstain, absent if there are none; and the mean of each `log_metric` name.
-        extra: columns of N values recorded with `log_extra`.
+        metrics: `rewards/{name}/mean` and `rewards/{name}/std` (ddof 1; 0 for a single value) over the rows
+            on which the function did not abstain, absent if there are none; and the mean of the values given
+            to `log_metric` under each name.
+        extra: columns of N values that functions gave to `log_extra`.
     """
 
     values: np.ndarray
@@ -48,7 +49,13 @@ class RewardResult:
 
 
 class Rewards:
-    """Several reward functions with weights, called together and checked."""
+    """Several reward functions with weights, which are called together and whose results are checked.
+
+    Attributes:
+        functions: the F functions.
+        names: their distinct names, as metrics and messages use them.
+        weights: float64 [F].
+    """
 
     def __init__(
         self,
@@ -61,17 +68,17 @@ class Rewards:
         """Take the functions; nothing is called yet.
 
         Args:
-            functions: one reward or a sequence of them; callables or what `load_reward` takes.
-            weights: one finite number a function; None is 1 for each.
-            timeout: seconds that one call of a function may take; the functions then run in a process of
+            functions: one reward or a sequence of them: callables, or anything that `load_reward` takes.
+            weights: one finite number per function; None means 1 for each.
+            timeout: seconds that one call of a function may take. The functions then run in a process of
                 their own, which is killed at the deadline. A `RewardModel` stays in this process, where the
-                accelerator is, and has no deadline. None: all run here, without a deadline.
-            sources: where that process finds each function, as `load_reward` takes it; None: it gets the
-                functions themselves, which then have to be picklable.
+                accelerator is, and has no deadline. None: all functions run here, without a deadline.
+            sources: for each function, the spec from which that process loads it, as `load_reward` takes it;
+                None sends the functions themselves, which must then be picklable.
 
         Raises:
-            Refused: no function, weights of another count or not finite, a timeout that is not above 0, or a
-                function that cannot be handed to another process.
+            Refused: there is no function, the weights are not finite or not one per function, the timeout is
+                not above 0, or a function cannot be sent to another process.
         """
         several = isinstance(functions, Sequence) and not isinstance(functions, str)
         given = list(functions) if several else [functions]
@@ -83,7 +90,7 @@ class Rewards:
         if len(weights) != len(self.functions) or not all(math.isfinite(weight) for weight in weights):
             raise Refused(
                 f"reward_weights {weights} do not fit the reward functions {', '.join(self.names)}: give "
-                f"{len(self.functions)} finite number(s), one a function."
+                f"{len(self.functions)} finite number(s), one per function."
             )
         self.weights = np.asarray(weights, dtype=np.float64)  # [F]
         self._here = dict(zip(self.names, self.functions, strict=True))
@@ -95,13 +102,14 @@ class Rewards:
             self._here = {name: self._here[name] for name in self._here if name not in away}
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Check, before anything is sampled, that every function gets what it asks for.
+        """Check, before anything is sampled, that every function gets the arguments it asks for.
 
         Args:
             columns: names of the columns of the data.
 
         Raises:
-            Refused: a parameter without default is neither given to every reward nor a column.
+            Refused: a function has a parameter without a default that is neither a column nor passed to every
+                reward.
         """
         available = dict.fromkeys((*GIVEN, *(column for column in columns if column not in WITHHELD)))
         check_columns(dict(zip(self.names, self.functions, strict=True)), available)
@@ -118,22 +126,23 @@ class Rewards:
         epoch: float = 0.0,
         all_may_abstain: bool = False,
     ) -> RewardResult:
-        """Score N completions.
+        """Reward N completions.
 
         Args:
             prompts: N prompts, text or chat messages.
-            completions: N texts; each is passed on as `[{"role": "assistant", "content": text}]` where the
-                prompt is chat messages.
+            completions: N texts. Where the prompt is chat messages, the text is passed on as
+                `[{"role": "assistant", "content": text}]`.
             completion_ids: N lists of token ids.
-            columns: the data's other columns, N values each.
+            columns: the other columns of the data, N values each.
             step: number of finished training steps, for `trainer_state.global_step`.
             max_steps: for `trainer_state.max_steps`.
             epoch: for `trainer_state.epoch`.
-            all_may_abstain: do not stop if all rows are without a reward (a part of a step, an evaluation).
+            all_may_abstain: do not stop if no row has a reward; for a part of a step, and for evaluations.
 
         Raises:
-            Stopped: a function raised, or did not return N finite numbers or None; names function and row.
-            Refused: a function asks for a column that is not there.
+            Stopped: a function raised, it did not return a finite number or None for each completion (the
+                message names the function and the row), or all functions abstained from all rows.
+            Refused: a function asks for a column that does not exist.
         """
         rows = _rows(prompts, completions, completion_ids, columns)
         called = self._call(rows, {"global_step": step, "max_steps": max_steps, "epoch": epoch})
@@ -142,7 +151,7 @@ class Rewards:
         if not valid.any() and not all_may_abstain:
             raise Stopped(
                 f"Every reward function ({', '.join(self.names)}) abstained from each of the {len(valid)} "
-                f"completions, from row 0, {shorten([*completions, None][0])}, on: nothing to learn from."
+                f"completions, from row 0, {shorten([*completions, None][0])}, on, so nothing can be learnt."
             )
         _check_extra(called.extra, len(valid))
         logged = {name: float(np.mean(given)) for name, given in called.logged.items()}
@@ -150,7 +159,7 @@ class Rewards:
         return RewardResult(values, np.nansum(values * self.weights, axis=1), valid, metrics, called.extra)
 
     def _call(self, rows: Mapping[str, list[Any]], state: Mapping[str, Any]) -> Called:
-        """Call the functions, each where it lives."""
+        """Call each function in its process: this one, or that of the worker."""
         here = call_rewards(self._here, rows, state)
         if self._worker is None:
             return here
@@ -161,7 +170,9 @@ class Rewards:
 def _check_extra(extra: Mapping[str, Sequence[Any]], count: int) -> None:
     for column, values in extra.items():
         if len(values) != count:
-            raise Stopped(f"log_extra('{column}') got {len(values)} values for {count} completions.")
+            raise Stopped(
+                f"log_extra('{column}') got {len(values)} values for {count} completions; give one for each."
+            )
 
 
 def _rows(
@@ -170,7 +181,7 @@ def _rows(
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[Any]],
 ) -> dict[str, list[Any]]:
-    """The arguments with one value a completion; a completion of chat messages is a message itself."""
+    """Arguments with one value per completion; the completion of chat messages is a list of one message."""
     rows = {key: list(values) for key, values in columns.items() if key not in WITHHELD}
     rows["prompts"] = list(prompts)
     rows["completions"] = [

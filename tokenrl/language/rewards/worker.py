@@ -1,12 +1,12 @@
-"""Reward functions under a deadline: in a process of their own, because only a process can be killed.
+"""Runs reward functions under a deadline, in a process of their own, because only a process can be killed.
 
-A regular expression that backtracks for ever holds the interpreter, so that neither a thread nor a signal
-handler of the same process gets a turn. The process is started by spawning a fresh interpreter. Forking would
-also take lambdas and closures along, but with them the locks and thread pools of a process that runs torch,
-which can hang the child for reasons that are not the reward's. What crosses the pipe is pickled, between this
-program and its own child only.
+A regular expression that backtracks for ever holds the interpreter, so neither a thread nor a signal handler
+of the same process gets a turn. The process is a freshly spawned interpreter. A fork would also inherit
+lambdas and closures, but it would inherit the locks and thread pools of a process that runs torch too, and
+these can hang the child without any fault of the reward. Data is pickled through a pipe, which only this
+program and its own child use.
 
-What a function changes outside of its return value (globals, its own attributes) stays in that process.
+If a function changes globals or its own attributes, the change stays in that process.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ from tokenrl.errors import Refused, Stopped, TokenrlError, describe
 from tokenrl.language.rewards.calls import Called, call_rewards
 from tokenrl.names import FILE_MODULE, import_file
 
-START_SECONDS = 120.0  # for imports; a function's deadline does not count them
+START_SECONDS = 120.0  # for imports, which do not count towards the deadline of a function
 
 
 class RewardWorker:
-    """Several reward functions in one killable process, started with the first call."""
+    """Several reward functions in one process that can be killed; the first call starts it."""
 
     def __init__(self, sources: Mapping[str, Any], timeout: float) -> None:
         """Take the functions; nothing is started yet.
 
         Args:
-            sources: by name, what `load_reward` takes: a spec is resolved in the process, a callable is
-                pickled, which for a function means by the name of its module.
-            timeout: seconds for one call of a function; for async functions, which run together, for all.
+            sources: by name, anything that `load_reward` takes. A spec is loaded in the process; a callable
+                is pickled, and a pickled function is only the name of its module and its own.
+            timeout: seconds for one call of a function. Async functions run together, and the timeout is for
+                all of them.
 
         Raises:
-            Refused: a timeout that is not above 0, or a function that cannot be pickled.
+            Refused: the timeout is not above 0, or a function cannot be pickled.
         """
         if not (math.isfinite(timeout) and timeout > 0):
             raise Refused(f"reward_timeout={timeout}: give seconds above 0, or leave it out for no deadline.")
@@ -57,10 +58,10 @@ class RewardWorker:
         self._process: Any = None
 
     def __call__(self, rows: Mapping[str, list[Any]], state: Mapping[str, Any]) -> Called:
-        """What `call_rewards` does, there, each function within the deadline.
+        """Do what `call_rewards` does, in the process and with a deadline for each function.
 
         Raises:
-            Stopped: as `call_rewards`; a function took too long, or ended the process.
+            Stopped: as in `call_rewards`, or a function took too long or ended the process.
             Refused: the process cannot be started with these functions.
         """
         if not self._pickled:
@@ -81,24 +82,24 @@ class RewardWorker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        # Not a daemon: those may not have children of their own, and a reward may well use a process pool.
+        # Not a daemon, which may not have children of its own: a reward may well use a process pool.
         self._process = context.Process(target=_serve, args=(theirs,), name="tokenrl-rewards")
         self._process.start()
-        theirs.close()  # or the end of the process would not be seen as the end of the pipe
+        theirs.close()  # else the pipe stays open when the process ends
         end = weakref.finalize(self, _end, self._process, self._connection)
         end.atexit = False
         atexit.register(end)
-        # Modules loaded from a file have a name that an import statement cannot find.
+        # An import statement cannot find modules that were loaded from a file, so their paths are sent along.
         loaded = [(name, module) for name, module in sys.modules.items() if name.startswith(FILE_MODULE)]
         files = [(name, str(module.__file__)) for name, module in loaded]
-        with contextlib.suppress(BrokenPipeError):  # `_answer` says how it ended
+        with contextlib.suppress(BrokenPipeError):  # `_answer` reports how the process ended
             self._connection.send((files, self._pickled))
         self._answer(
             f"The process of the reward functions {self._names}", max(START_SECONDS, self.timeout), Refused
         )
 
     def _answer(self, stage: str, seconds: float, fault: type[TokenrlError] = Stopped) -> Any:
-        """The next result; every stage that is announced starts the clock again."""
+        """Wait for the next result; each stage that the process announces restarts the deadline."""
         assert self._connection is not None
         deadline = time.monotonic() + seconds
         while True:
@@ -107,7 +108,7 @@ class RewardWorker:
                 raise fault(
                     f"{stage} did not return within {seconds:g} s (reward_timeout={self.timeout:g}) and was "
                     "killed. Make it faster (a regular expression with nested repetition can take for ever), "
-                    "give what it waits for a deadline of its own, or raise reward_timeout."
+                    "set a shorter timeout on whatever it waits for, or raise reward_timeout."
                 )
             try:
                 kind, content = self._connection.recv()
@@ -128,13 +129,14 @@ class RewardWorker:
         self.close()
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         return fault(
-            f"{stage} ended the process that it ran in ({how}): no reward came back. A crash in compiled "
-            "code, sys.exit, or too little memory does that. A program that calls tokenrl.train with "
-            "reward_timeout needs `if __name__ == '__main__':` around the call: that process imports it."
+            f"{stage} ended the process that it ran in ({how}), so no reward came back. A crash in compiled "
+            "code, sys.exit, or too little memory can be the cause. A program that calls tokenrl.train with "
+            "reward_timeout needs `if __name__ == '__main__':` around the call, because the process imports "
+            "that program."
         )
 
     def close(self) -> None:
-        """Kill the process and what it started; it is started again if it is called again."""
+        """Kill the process and all that it started; the next call starts a new one."""
         if self._process is not None:
             _end(self._process, self._connection)
         self._process = self._connection = None
@@ -145,11 +147,11 @@ def _pickled(name: str, source: Any) -> bytes:
         return bytes(ForkingPickler.dumps(source))
     except Exception as error:
         raise Refused(
-            f"Reward function {name} cannot run under reward_timeout: it has to be handed to a process that "
+            f"Reward function {name} cannot run under reward_timeout: it has to be sent to a process that "
             f"can be killed, and pickling it raised {describe(error)}. Lambdas, functions inside functions "
-            "and objects that hold locks or connections cannot be handed over. Write it at the top level of "
-            "a file and name it, as rewards.py:function or module:object, so that the process makes it anew; "
-            "or leave reward_timeout out."
+            "and objects that hold locks or connections cannot be sent. Write it at the top level of a file "
+            "and name it, as in rewards.py:function or module:object, so that the process can load it; or "
+            "leave reward_timeout out."
         ) from error
 
 
@@ -157,17 +159,17 @@ def _end(process: Any, connection: Any) -> None:
     connection.close()
     if process.is_alive():
         with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):
-            os.killpg(process.pid, signal.SIGKILL)  # its own group: also what the functions have started
+            os.killpg(process.pid, signal.SIGKILL)  # its group: also what the functions started
         process.kill()
     process.join(10)
 
 
 def _serve(connection: Connection) -> None:
-    """What the process does: load the functions, then answer calls until the pipe closes."""
+    """Run in the process: load the functions, then answer calls until the pipe closes."""
     with contextlib.suppress(AttributeError, OSError):
         os.setsid()
-    # A signal to the whole job asks the training to finish its step, for which it needs rewards. A handler
-    # and not SIG_IGN, which the programs that a reward starts would inherit.
+    # A signal to the whole job asks the training to finish its step, which needs rewards, so this process
+    # goes on. It uses a handler because programs that a reward starts would inherit SIG_IGN.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     try:
@@ -195,8 +197,8 @@ def _reply(connection: Connection, called: Called) -> None:
         raise
     except Exception as error:
         raise Stopped(
-            f"What the reward functions gave to log_extra ({', '.join(called.extra)}) cannot be sent back "
-            f"({describe(error)}); give it numbers and texts."
+            f"The values that reward functions gave to log_extra ({', '.join(called.extra)}) cannot be sent "
+            f"back ({describe(error)}); give it numbers and texts."
         ) from error
 
 
@@ -214,8 +216,8 @@ def _load(files: list[tuple[str, str]], pickled: Mapping[str, bytes]) -> dict[st
             raise
         except (Exception, SystemExit) as error:
             raise Refused(
-                f"Reward function {name} cannot be loaded in the process that reward_timeout gives it "
-                f"({describe(error)}). Write it at the top level of a file and name it, as "
+                f"Reward function {name} cannot be loaded in the process that reward_timeout needs "
+                f"({describe(error)}). Write it at the top level of a file and name it, as in "
                 "rewards.py:function, or leave reward_timeout out."
             ) from error
     return functions

@@ -1,1 +1,1 @@
-"""Completions sampled from a policy, scored and rewarded, reproducibly."""
+"""Samples completions from a policy, scores them and rewards them, with reproducible random numbers."""

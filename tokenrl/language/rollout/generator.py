@@ -1,9 +1,8 @@
-"""Generators: what samples completions for a run, and the one that is used unless a run has another.
+"""Samples completions: the `Generator` protocol and its default, which samples from the policy's own model.
 
-`TransformersGenerator` samples from the very model that is trained, each prompt computed once. Tokens are
-drawn by inverse CDF from uniforms fixed by (stream, seed, step, prompt, generation, position), so a
-completion does not depend on what else is in the batch or on how many processes share the work, and two
-estimators can be compared on common random numbers.
+Tokens are drawn by inverting the CDF at uniform random numbers that are fixed by (stream, seed, step, prompt,
+generation, position). A completion therefore depends neither on the other rows of its batch nor on the number
+of processes, and two estimators can be compared on common random numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from tokenrl.language.rollout.sampling import Sampling
 
 
 class Generator(Protocol):
-    """What samples completions. An engine with a copy of the weights of its own takes them over in `sync`."""
+    """An engine that samples completions. If it holds a copy of the weights, `sync` updates the copy."""
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
@@ -33,31 +32,34 @@ class Generator(Protocol):
 
         Args:
             prompt_ids: ids of B prompts, of any lengths.
-            sampling: length, temperature, and completions of each prompt.
-            draws: uniforms [B * G, T] to draw the tokens by, or None for greedy completions. An engine that
-                has random numbers of its own learns from them only which of the two is wanted.
+            sampling: length limit, temperature, and number of completions per prompt.
+            draws: uniforms [B * G, T] to draw the tokens with, or None for greedy completions. An engine with
+                random numbers of its own ignores their values, and only checks whether `draws` is None.
 
         Returns:
-            A `Rollout` of N = B * G rows. Ids, masks, logprobs and truncations are always there; what else
-            is None is computed by `scoring.completed` when somebody needs it.
+            A `Rollout` of N = B * G rows. The optional fields `entropy`, `score_norms` and `hidden` may be
+            None; `scoring.with_missing_fields` computes those that are needed.
         """
         ...
 
     def sync(self, policy: Policy) -> None:
-        """Sample from these weights from now on; called after each step's updates."""
+        """Sample from the weights of this policy from now on; called after the updates of each step."""
         ...
 
     def close(self) -> None:
-        """Free what the generator holds; nothing is sampled afterwards."""
+        """Free memory and processes that the generator holds; nothing is sampled afterwards."""
         ...
 
 
 @dataclass(frozen=True)
 class TransformersGenerator:
-    """Samples from the policy's own model, so there is nothing to take over and nothing to free.
+    """Samples from the policy's own model, so there are no weights to copy and nothing to free.
 
-    Each distinct prompt is computed once and its key/value cache repeated over the group; finished rows
-    leave the batch.
+    The forward pass of each distinct prompt is computed once and its key/value cache is repeated for the rows
+    of the group. Rows that are finished leave the batch.
+
+    Attributes:
+        policy: the policy whose model is sampled from.
     """
 
     policy: Policy
@@ -66,10 +68,12 @@ class TransformersGenerator:
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
     ) -> Rollout:
-        """Sample completions; all that a `Rollout` can hold is there, hidden states only if asked for.
+        """Sample completions as `Generator.generate` says; every field of the `Rollout` is filled.
+
+        Only `hidden` is None unless `sampling.keep_hidden` asks for it.
 
         Raises:
-            Stopped: the model gave logits that are not finite.
+            Stopped: the model's logits are not finite.
         """
         model = self.policy.model
         training = model.training
@@ -80,15 +84,16 @@ class TransformersGenerator:
             model.train(training)
 
     def sync(self, policy: Policy) -> None:
-        """Do nothing: the policy's own weights are the ones that are sampled from."""
+        """Do nothing, because the policy's own weights are sampled from."""
 
     def close(self) -> None:
-        """Do nothing: nothing is held."""
+        """Do nothing, because the generator holds nothing of its own."""
 
 
 def _decode(
     policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
 ) -> Rollout:
+    """Sample token by token; the batch holds only unfinished rows and, for a while, a few finished ones."""
     device, length = policy.device, sampling.max_completion_length
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id, device)
     prompt_index = torch.arange(len(prompts), device=device).repeat_interleave(sampling.group_size)
@@ -96,14 +101,16 @@ def _decode(
     ids = torch.full(shape, policy.pad_id, device=device)  # [N, T]
     mask = torch.zeros(shape, dtype=torch.bool, device=device)
     eos = torch.tensor(policy.eos_ids, device=device)
-    draws = None if draws is None else draws.to(device, _cdf_dtype(device))
+    # float64, as rounding errors of a float32 CDF could change which token is drawn; MPS has no float64.
+    cdf_dtype = torch.float32 if device.type == "mps" else torch.float64
+    draws = None if draws is None else draws.to(device, cdf_dtype)
 
     state = _Decoder(policy.model, prompt_ids, prompt_mask, prompt_index, sampling.keep_hidden)
     dtype = torch.promote_types(state.logits.dtype, torch.float32)
     numbers = torch.zeros(3, *shape, device=device, dtype=dtype)  # logprobs, entropy, score norms
     hidden = state.hidden.new_zeros(*shape, state.hidden.shape[-1]) if sampling.keep_hidden else None
-    rows = torch.arange(shape[0], device=device)  # the rows still in the batch
-    alive = torch.ones_like(rows, dtype=torch.bool)  # of those, the unfinished
+    rows = torch.arange(shape[0], device=device)  # rows that are still in the batch
+    alive = torch.ones_like(rows, dtype=torch.bool)  # which of those are unfinished
     for t in range(length):
         token, drawn = _draw(
             log_softmax(state.logits, sampling.temperature), None if draws is None else draws[rows, t]
@@ -118,7 +125,7 @@ def _decode(
         remaining = int(alive.sum())
         if not remaining or t + 1 == length:
             break
-        if remaining <= 0.75 * len(rows):  # copying the cache costs about as much as a few dead rows
+        if remaining <= 0.75 * len(rows):  # copying the cache costs as much as keeping a few finished rows
             state.keep(alive)
             rows, token, alive = rows[alive], token[alive], alive[alive]
         state.advance(token)
@@ -131,10 +138,10 @@ def _decode(
 
 
 class _Decoder:
-    """The model, its cache and the logits of the next token of each row in the batch."""
+    """The model, its key/value cache, and the logits of the next token for each row of the batch."""
 
     logits: Tensor  # [n, V]
-    hidden: Tensor  # [n, H], or the logits where it is not kept
+    hidden: Tensor  # [n, H]; the logits stand in where hidden states are not wanted
 
     def __init__(
         self,
@@ -146,14 +153,15 @@ class _Decoder:
     ) -> None:
         self.model = model
         self.options = {"use_cache": True, "output_hidden_states": keep_hidden}
-        # Without padding no mask is passed: attention then takes its fast path.
+        # If no prompt is padded, no mask is passed, and attention can use a faster kernel.
         self.mask = None if bool(prompt_mask.all()) else prompt_mask
-        self.position = prompt_mask.sum(dim=1)  # [B], of the next token
+        self.position = prompt_mask.sum(dim=1)  # [B], position of the next token
         out = model(prompt_ids, **self._places(prompt_ids.shape[1]), **self.options, logits_to_keep=1)
         self._take(out)
         self._select(prompt_index)
 
     def _places(self, width: int) -> dict[str, Tensor]:
+        """Attention mask and positions of the `width` tokens that are fed next; none if nothing is padded."""
         if self.mask is None:
             return {}
         steps = torch.arange(width, device=self.position.device) - width  # [-width .. -1]
@@ -163,22 +171,25 @@ class _Decoder:
         }
 
     def _select(self, index: Tensor) -> None:
+        """Make the rows `index` of everything that is held the new batch."""
         self.cache.batch_select_indices(index)
         self.logits, self.hidden = self.logits[index], self.hidden[index]
         self.position = self.position[index]
         self.mask = None if self.mask is None else self.mask[index]
 
     def keep(self, alive: Tensor) -> None:
+        """Keep only the rows where `alive` [n] is True."""
         self._select(alive.nonzero().squeeze(1))
 
     def advance(self, token: Tensor) -> None:
-        """Feed one token [n] to each row."""
+        """Feed each row its token, `token` [n], to get the logits of the next one."""
         self.position = self.position + 1
         if self.mask is not None:
             self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
         self._take(self.model(token[:, None], **self._places(1), **self.options, past_key_values=self.cache))
 
     def _take(self, out: Any) -> None:
+        """Hold the cache, the last logits and the last hidden states of a forward pass."""
         self.cache = out.past_key_values
         self.logits = out.logits[:, -1]
         self.hidden: Tensor = (
@@ -186,22 +197,19 @@ class _Decoder:
         )
 
 
-def _cdf_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-
-
 def _draw(logp: Tensor, draw: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One token a row from log-probabilities [n, V] and uniforms [n].
+    """Draw one token per row from log-probabilities [n, V] with uniforms [n], or greedily without them.
 
     Returns:
-        The tokens [n]; of each its log-probability, the entropy, and its score's squared norm [3, n].
+        The tokens [n], and a tensor [3, n] of their log-probabilities, the entropies of the distributions,
+        and the squared norms of the scores.
     """
     p = logp.exp()
-    spread = entropy_of(logp, p)  # [n]
-    # A NaN anywhere in a row's logits is a NaN in its entropy: one look serves both.
-    if not bool(torch.isfinite(spread).all()):
+    entropy = entropy_of(logp, p)  # [n]
+    # A NaN in any logit of a row makes the entropy of the row NaN, so checking the entropy is enough.
+    if not bool(torch.isfinite(entropy).all()):
         raise Stopped(
-            "The model gave logits that are not finite while sampling. Its weights have probably diverged: "
+            "The model's logits are not finite while sampling. Its weights have probably diverged: "
             "lower the learning rate, or go back to an earlier checkpoint; with float16 try bfloat16 or "
             "float32."
         )
@@ -209,9 +217,9 @@ def _draw(logp: Tensor, draw: Tensor | None) -> tuple[Tensor, Tensor]:
         token = logp.argmax(dim=-1)
     else:
         cdf = p.to(draw.dtype).cumsum(dim=-1)
-        # The last entry is the total, which rounding leaves near 1. right=True: the first entry above the
-        # draw, so a token of probability zero is never taken.
+        # Rounding leaves the total, the last entry, near 1 and not at 1, so the uniform is scaled by it.
+        # right=True finds the first entry above the draw, so a token of probability 0 is never chosen.
         token = torch.searchsorted(cdf, (draw * cdf[:, -1])[:, None], right=True).squeeze(1)
         token = token.clamp(max=logp.shape[-1] - 1)
     chosen = logp.gather(1, token[:, None]).squeeze(1)
-    return token, torch.stack([chosen, spread, score_norm_of(chosen, p)])
+    return token, torch.stack([chosen, entropy, score_norm_of(chosen, p)])

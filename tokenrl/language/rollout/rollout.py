@@ -1,4 +1,4 @@
-"""Completions of prompts as tensors: the record that sampling fills and scoring reads."""
+"""Holds sampled completions as tensors, in the record that generators fill and scoring reads."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 BY_ROW = ("completion_ids", "mask", "logprobs", "truncated", "entropy", "score_norms", "hidden")
-"""Fields of a `Rollout` that have one entry for each completion; all but `truncated` are as wide as it."""
+"""Fields of a `Rollout` with one row per completion; all but `truncated` also have one column per token."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Completions sampled from prompts; rows are prompt-major, G consecutive rows a prompt.
+    """Completions sampled from B prompts. The G rows of a prompt are consecutive, N = B * G in all.
+
+    The last three fields are None if the generator did not return them.
 
     Attributes:
-        prompt_ids: distinct prompts, padded on the left [B, P].
-        prompt_mask: True on their tokens [B, P].
-        prompt_index: which prompt each row continues [N].
+        prompt_ids: ids of the distinct prompts, padded on the left [B, P].
+        prompt_mask: True on the tokens of the prompts, False on the padding [B, P].
+        prompt_index: the number of the prompt that each row completes [N].
         completion_ids: sampled ids, padded on the right [N, T].
-        mask: True on actions: up to and with the first EOS [N, T].
-        logprobs: log-probabilities under the distribution sampled from, 0 off the mask [N, T].
-        truncated: True where the length cap came before an EOS [N].
-        entropy: entropy in nats of that distribution at each action, 0 off the mask [N, T]; None where the
-            generator does not say, as the two below.
-        score_norms: squared norm of each action's score in logit space, `1 - 2 p(a) + sum_v p(v)^2` [N, T];
-            what the optimal baselines weigh rewards by, in place of the norm in weight space.
-        hidden: the last hidden state before each action [N, T, H], which a critic reads.
+        mask: True on actions, which are the tokens up to and including the first EOS [N, T].
+        logprobs: log-probabilities under the distribution that was sampled from, 0 off the mask [N, T].
+        truncated: True where the completion reached the length limit without an EOS [N].
+        entropy: entropy in nats of that distribution at each action, 0 off the mask [N, T].
+        score_norms: squared norm of the score of each action in logit space, `1 - 2 p(a) + sum_v p(v)^2`, 0
+            off the mask [N, T]. The optimal baselines weight rewards by it, as a cheap substitute for the
+            norm in the space of the model's weights.
+        hidden: the last hidden state before each action, 0 off the mask [N, T, H]. A critic reads it.
     """
 
     prompt_ids: Tensor
@@ -44,7 +46,7 @@ class Rollout:
     hidden: Tensor | None = None
 
     def rows(self, index: Tensor) -> Rollout:
-        """The rows `index` [n] with only their prompts, cut to their longest prompt and completion."""
+        """Select the rows `index` [n] and their prompts, cut to the longest prompt and completion left."""
         used, prompt_index = torch.unique(self.prompt_index[index], return_inverse=True)
         prompt_mask = self.prompt_mask[used]
         first = int(prompt_mask.int().argmax(dim=1).min())
@@ -60,7 +62,7 @@ class Rollout:
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids [B, P] padded on the left, and their mask [B, P]."""
+    """Pad B lists of ids on the left to [B, P]; also returns the mask [B, P], True on the ids."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -69,12 +71,15 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
 
 
 def pad_right(x: Tensor, width: int) -> Tensor:
-    """Columns of zeros after those of [N, T, ...], up to [N, width, ...]."""
+    """Pad a tensor [N, T, ...] with zeros on the right to [N, width, ...]."""
     return pad(x, (*(0, 0) * (x.ndim - 2), 0, width - x.shape[1]))
 
 
 def joined(old: Rollout, new: Rollout, index: Tensor) -> Rollout:
-    """Rows `index` of two rollouts laid end to end, with the prompts of both."""
+    """Concatenate two rollouts, which have the same fields, and select the rows `index` of the result.
+
+    The prompts of both are kept.
+    """
 
     def rows(a: Tensor, b: Tensor) -> Tensor:
         if a.ndim > 1:  # completions are padded on the right

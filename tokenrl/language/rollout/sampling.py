@@ -1,4 +1,4 @@
-"""How completions are sampled: one value that every caller passes on whole."""
+"""Describes how completions are sampled, as one value that callers pass on whole."""
 
 from __future__ import annotations
 
@@ -6,49 +6,44 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tokenrl.settings import check_number
+from tokenrl.settings import Count, Natural, Positive, Settings
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """What decides which completions a policy samples, besides its weights and the prompts.
+class Sampling(Settings):
+    """Settings that, with the weights and the prompts, decide which completions are sampled.
 
     Attributes:
-        max_completion_length: T, the most tokens a completion may have, EOS included.
-        num_generations: G, completions of each prompt; 0 is the greedy completion alone.
-        temperature: divides the logits before the softmax; part of the policy that is sampled and scored.
-        seed: seed of the random numbers; the stream they come from (see `streams`) is named where they are
-            drawn.
-        step: step of the run. Rewards that ask are told of it, and training draws new numbers in each step.
+        max_completion_length: T, the most tokens that a completion may have, EOS included; at least 1.
+        num_generations: G, the number of completions per prompt; 0 means only the greedy completion.
+        temperature: the logits are divided by it before the softmax; above 0. It is part of the policy: the
+            same temperature is used for sampling and for scoring.
+        seed: seed of the random numbers, at least 0. Code that samples also names a stream (see `streams`),
+            so that different purposes with one seed use different numbers.
+        step: step of the run, at least 0. Training draws new random numbers in each step; rewards can read
+            the step as `trainer_state.global_step`.
         truncate_prompts: drop tokens from the left of prompts that are too long, instead of refusing them.
-        keep_hidden: also return the last hidden states, which a critic reads. A generator that has none
-            leaves them to a scoring pass.
+        keep_hidden: also return the last hidden states, which a critic reads. A generator that cannot return
+            them leaves them to a scoring pass.
 
     Raises:
-        Refused: a number out of range.
+        Refused: a number is out of range.
     """
 
-    max_completion_length: int
-    num_generations: int = 1
-    temperature: float = 1.0
-    seed: int = 0
-    step: int = 0
+    max_completion_length: Count
+    num_generations: Natural = 1
+    temperature: Positive = 1.0
+    seed: Natural = 0
+    step: Natural = 0
     truncate_prompts: bool = False
     keep_hidden: bool = False
 
-    def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
-        check_number("max_completion_length", self.max_completion_length, at_least=1)
-        check_number("temperature", self.temperature, above=0)
-        for name in ("num_generations", "seed", "step"):
-            check_number(name, getattr(self, name), at_least=0)
-
     @property
     def group_size(self) -> int:
-        """Rows of each prompt: its sampled completions, or the greedy one."""
+        """Number of rows per prompt: G sampled completions, or the greedy one."""
         return max(1, self.num_generations)
 
 
@@ -56,7 +51,8 @@ def encode(policy: Policy, prompts: Sequence[Any], sampling: Sampling) -> list[l
     """Token ids of prompts (text or chat messages), each short enough for a completion to follow it.
 
     Raises:
-        Refused: prompt and completion together exceed the context; the message names row and lengths.
+        Refused: a prompt and its completion could exceed the model's context; the message names the row and
+            the lengths.
     """
     return policy.encode_all(
         prompts,

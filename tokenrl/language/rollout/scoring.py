@@ -1,8 +1,9 @@
-"""Log-probabilities of completions under a model, the prompt computed once a group, also in training.
+"""Computes log-probabilities of completions under a model, with or without gradient.
 
-The forward pass of each distinct prompt keeps its key/value cache in the autograd graph; the cache is
-repeated over the group's rows and the completions are computed on it. The gradient is that of the plain
-forward pass, for less work. Logits exist only where there are completion tokens.
+The forward pass of each distinct prompt is computed once per group, also in training: its key/value cache
+stays in the autograd graph and is repeated for the rows of the group, whose completions are computed on top.
+The gradient equals that of the plain forward pass and costs less. Logits are computed for completion tokens
+only.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from tokenrl.language.rollout.rollout import Rollout, pad_right
 
 
 class Scores(NamedTuple):
-    """What a model says of completions; all but the log-probabilities only if asked for, else None.
+    """Scores of N completions under a model; all but the log-probabilities are None unless asked for.
 
-    The fields are those of the same names in a `Rollout`. Entries off the mask are those of the padding and
-    mean nothing.
+    The fields have the meaning of the same names in a `Rollout`. Entries off the mask belong to padding and
+    have no meaning.
     """
 
     logprobs: Tensor
@@ -46,17 +47,17 @@ def score(
     score_norms: bool = False,
     hidden: bool = False,
 ) -> Scores:
-    """Score the completions of a rollout.
+    """Score the completions of a rollout; gradients flow to the model unless they are disabled.
 
     Args:
-        model: a causal LM, bare or wrapped for several processes.
-        rollout: prompts and completions; see `Rollout` for shapes.
-        temperature: that of the sampling; divides the logits.
-        share_prompt: compute each distinct prompt once; False where no cache may be kept (activation
-            checkpointing).
-        entropy: also return the entropies, with their graph.
+        model: a causal language model, bare or wrapped for several processes.
+        rollout: N completions of B prompts; see `Rollout` for shapes.
+        temperature: the temperature that was sampled with; the logits are divided by it.
+        share_prompt: compute each distinct prompt once; False if no key/value cache may be kept, as under
+            activation checkpointing.
+        entropy: also return the entropies.
         score_norms: also return the squared norms of the scores in logit space.
-        hidden: also return the last hidden states before each token.
+        hidden: also return the last hidden state before each token.
     """
     logits, states = (_shared if share_prompt else _plain)(model, rollout, hidden)
     logp = log_softmax(logits, temperature)  # [N, T, V]
@@ -72,13 +73,15 @@ def score(
 
 @torch.no_grad()
 def score_in_parts(model: nn.Module, rollout: Rollout, *, rows_at_once: int | None, **options: Any) -> Scores:
-    """Score without a graph, some rows at a time; 0 beyond the longest completion of the part.
+    """Score without an autograd graph, some rows at a time.
+
+    A part is cut to its longest completion; its entries beyond that are 0.
 
     Args:
-        model: a causal LM.
-        rollout: N rows.
-        rows_at_once: rows in one forward pass, which changes memory only; None for all.
-        **options: as `score` takes them.
+        model: a causal language model.
+        rollout: N completions.
+        rows_at_once: rows per forward pass, which changes memory only; None for all.
+        **options: the options of `score`.
     """
     n, width = rollout.mask.shape
     parts = []
@@ -89,7 +92,7 @@ def score_in_parts(model: nn.Module, rollout: Rollout, *, rows_at_once: int | No
     return Scores._make(None if column[0] is None else torch.cat(column) for column in columns)
 
 
-def completed(
+def with_missing_fields(
     policy: Policy,
     rollout: Rollout,
     temperature: float,
@@ -99,16 +102,18 @@ def completed(
     hidden: bool = False,
     rows_at_once: int | None = None,
 ) -> Rollout:
-    """Fill in what the generator did not return, by one more forward pass if anything is missing.
+    """Compute the fields that are needed and that the generator did not return.
+
+    This takes one more forward pass, or none if nothing is missing.
 
     Args:
         policy: the policy that the rollout was sampled from, with the weights it had then.
-        rollout: N rows.
-        temperature: that of the sampling.
+        rollout: N completions.
+        temperature: the temperature that was sampled with.
         entropy: whether the entropies are needed.
         score_norms: whether the squared norms of the scores are needed.
         hidden: whether the hidden states are needed.
-        rows_at_once: rows in one forward pass, which changes memory only; None for all.
+        rows_at_once: rows per forward pass, which changes memory only; None for all.
     """
     wanted = {"entropy": entropy, "score_norms": score_norms, "hidden": hidden}
     missing = {name: True for name in wanted if wanted[name] and getattr(rollout, name) is None}
@@ -123,11 +128,12 @@ def completed(
 
 
 def _positions(mask: Tensor) -> Tensor:
+    """Position ids of a mask that is padded on the left: the first token has position 0."""
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def _shared(model: nn.Module, rollout: Rollout, hidden: bool) -> tuple[Tensor, Tensor | None]:
-    """Logits [N, T, V] and hidden states [N, T, H], the prompts computed apart from their completions."""
+    """Logits [N, T, V] and hidden states [N, T, H], with each distinct prompt computed once."""
     index, width = rollout.prompt_index, rollout.completion_ids.shape[1]
     prompt_mask = rollout.prompt_mask
     padded = not bool(prompt_mask.all())
@@ -143,7 +149,8 @@ def _shared(model: nn.Module, rollout: Rollout, hidden: bool) -> tuple[Tensor, T
     inputs = rollout.completion_ids[:, :-1]  # [N, T-1]
     places = {}
     if padded:
-        # Completions are padded on the right, where causal attention never looks from within the mask.
+        # Completions are padded on the right, and causal attention never looks to the right, so their
+        # padding needs no mask.
         whole = torch.cat([prompt_mask[index], torch.ones_like(inputs, dtype=torch.bool)], dim=1)
         places = {"attention_mask": whole, "position_ids": _positions(whole)[:, -inputs.shape[1] :]}
     rest = model(inputs, **places, **options, past_key_values=cache)
@@ -152,7 +159,7 @@ def _shared(model: nn.Module, rollout: Rollout, hidden: bool) -> tuple[Tensor, T
 
 
 def _plain(model: nn.Module, rollout: Rollout, hidden: bool) -> tuple[Tensor, Tensor | None]:
-    """The same, each row by itself with its prompt."""
+    """Logits [N, T, V] and hidden states [N, T, H], with the prompt computed again for each row."""
     width = rollout.completion_ids.shape[1]
     prompt_mask = rollout.prompt_mask[rollout.prompt_index]
     ids = torch.cat([rollout.prompt_ids[rollout.prompt_index], rollout.completion_ids], dim=1)[:, :-1]

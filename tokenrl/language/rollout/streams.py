@@ -1,7 +1,7 @@
-"""The random numbers of sampling: which streams there are, and which uniforms belong to which completion.
+"""Makes the random numbers that tokens are drawn with, as one table for each call of a generator.
 
-Nothing else in the toolkit makes the numbers that tokens are drawn by. Whoever samples names a stream, so
-that two purposes with the same seed never share a number.
+All sampling of tokens takes its random numbers from here. Each purpose (training, evaluation, ...) has a
+stream of its own, so that two purposes with the same seed never share a random number.
 """
 
 from __future__ import annotations
@@ -24,30 +24,31 @@ STREAMS = {
     "evaluation": 2**63,
     "best_of_n": 2**63 + 2**62,
 }
-"""What each stream adds to the seed: 2**60 apart or more, so no usual seed leads from one into another.
+"""The number that each stream adds to the seed.
 
-Training alone has new numbers in each step, which count from 1; all others use those of a step 0, so that two
-evaluations of one run are compared on common random numbers. What is sampled for a person to look at has the
-step 0 that training never uses.
+Different numbers are at least 2**60 apart, so no usual seed leads from one stream into another.
+Only training draws new random numbers in each step, and its steps count from 1. All other streams always use
+those of step 0, so that two evaluations of one run are compared on common random numbers. The stream
+"interactive" shares its number with training, and is separate because training never uses step 0.
 """
 
 
 def uniforms(stream: str, sampling: Sampling, prompts: Sequence[int]) -> Tensor | None:
-    """Uniforms in [0, 1) for one call of a generator; each completion has numbers of its own.
+    """Uniform random numbers in [0, 1) for one call of a generator, one for each token.
 
-    They depend on the stream, the seed, the step (in training), the prompt, the generation and the position
-    of the token, and on nothing else: a completion stays the same whatever else is sampled beside it.
+    Each number depends only on the stream, the seed, the step (in training), the prompt, the generation and
+    the position of the token. A completion is therefore the same whatever else is sampled in the same call.
 
     Args:
         stream: a name in `STREAMS`.
-        sampling: gives seed, step, G and T.
-        prompts: identity of each of B prompts, e.g. its place in the stream of prompts.
+        sampling: gives the seed, the step, G and T.
+        prompts: a number that identifies each of the B prompts, such as its position in the prompt stream.
 
     Returns:
-        float64 [B * G, T], or None for greedy completions, which need none.
+        float64 [B * G, T], or None for greedy completions, which need no random numbers.
 
     Raises:
-        ValueError: training at step 0, whose numbers belong to another stream.
+        ValueError: the stream is "training" and the step is 0, whose numbers belong to another stream.
     """
     if not sampling.num_generations:
         return None
@@ -57,19 +58,19 @@ def uniforms(stream: str, sampling: Sampling, prompts: Sequence[int]) -> Tensor 
 
 
 def key_of(stream: str, sampling: Sampling) -> tuple[int, int]:
-    """Key of the counter-based generator: the stream's own part of all seeds, and the step in training."""
+    """Key of the counter-based generator: the seed plus the stream's number, and in training the step."""
     if stream == "training" and sampling.step < 1:
-        raise ValueError("steps of training count from 1; step 0 belongs to another stream")
+        raise ValueError("the steps of training count from 1; step 0 belongs to another stream")
     return STREAMS[stream] + sampling.seed, sampling.step if stream == "training" else 0
 
 
 def _philox(key: tuple[int, int], prompts: Sequence[int], generations: int, length: int) -> np.ndarray:
-    """Numbers [B, G, T] of the counter-based generator Philox."""
+    """Uniforms [B, G, T] of the counter-based generator Philox (Salmon et al. 2011)."""
     bits = np.random.Philox(key=np.array(key, dtype=np.uint64))
     generator, state = np.random.Generator(bits), bits.state
     table = np.empty((len(prompts), generations, length))
     for b, prompt in enumerate(prompts):
-        for g in range(generations):  # a counter of its own: neither G nor T moves anyone's draws
+        for g in range(generations):  # a counter per completion: its numbers depend on neither G nor T
             state["state"]["counter"] = np.array([0, g, prompt, 0], dtype=np.uint64)
             bits.state = state
             generator.random(out=table[b, g])

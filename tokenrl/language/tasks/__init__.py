@@ -1,1 +1,1 @@
-"""Where prompts come from: toy tasks, data sets, reasoning-gym, objects."""
+"""Loads tasks (prompts with a reward) from toy tasks, datasets, reasoning-gym, or a user's own objects."""

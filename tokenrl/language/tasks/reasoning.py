@@ -1,6 +1,7 @@
-"""Tasks of reasoning-gym (procedurally generated puzzles, each with its own score), by name.
+"""Makes tasks of the puzzles of reasoning-gym, which generates them by program and scores the answers.
 
-`reasoning_gym:leg_counting` or, with options, `reasoning_gym:leg_counting(size=200, seed=1, max_animals=4)`.
+A task is named `reasoning_gym:leg_counting` or, with options,
+`reasoning_gym:leg_counting(size=200, seed=1, max_animals=4)`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from typing import Any
 from tokenrl.errors import Refused, describe, suggest
 from tokenrl.language.rewards.library.texts import completion_texts
 
-OURS = {"size": 500, "seed": 0, "eval_size": 128, "chat": False}
+TASK_OPTIONS = {"size": 500, "seed": 0, "eval_size": 128, "chat": False}
 
 
 @dataclass(frozen=True)
 class ReasoningScore:
-    """The puzzle's own `score_answer`, in [0, 1], of the text in the last `<answer>` tag, else of all of it.
+    """The puzzle's own `score_answer`, in [0, 1], of the text in the last `<answer>` tag, else of all text.
 
     Attributes:
         generator: name of the puzzle.
-        options: of its configuration, as sorted pairs.
+        options: options of the puzzle's configuration, as sorted pairs of name and value.
     """
 
     generator: str
@@ -32,7 +33,7 @@ class ReasoningScore:
     __name__ = "score_answer"
 
     def __call__(self, completions: Sequence[Any], entry: Sequence[Any], **_: Any) -> list[float]:
-        """Score N completions, each against the puzzle it answers."""
+        """Score N completions, each against the puzzle in its row, `entry`."""
         pairs = zip(completion_texts(completions), entry, strict=True)
         return [self._puzzle.score_answer(_answer(text), one) for text, one in pairs]
 
@@ -49,15 +50,18 @@ def _answer(text: str) -> str:
 
 
 def reasoning_task(spec: str) -> SimpleNamespace:
-    """Make a task of a puzzle: training prompts of one seed, held-out prompts of the next.
+    """Make a task of a puzzle: training prompts come from one seed, held-out prompts from the next.
 
-    Rows have `prompt`, `answer` and `entry`, the puzzle as its score wants it. Training puzzles whose
-    question is also held out are dropped, as small puzzles repeat.
+    Each row has a `prompt`, an `answer` and an `entry`, which is the puzzle as `score_answer` takes it. Small
+    puzzles repeat, so training puzzles with a held-out question are dropped.
 
     Args:
-        spec: `reasoning_gym:NAME` or `reasoning_gym:NAME(option=value, ...)`: `size` (500) and `eval_size`
-            (128) puzzles, `seed` (0), `chat` (False: the prompt is text), and what the puzzle's own
-            configuration takes. Values are literals.
+        spec: `reasoning_gym:NAME` or `reasoning_gym:NAME(option=value, ...)`. The options are `size` (500
+            training puzzles), `eval_size` (128 held-out puzzles), `seed` (0), `chat` (False: the prompt is
+            text), and those of the puzzle's own configuration. Values are literals.
+
+    Returns:
+        An object with the attributes of `Task`.
 
     Raises:
         Refused: the package is missing, there is no such puzzle, or it does not take these options.
@@ -71,28 +75,28 @@ def reasoning_task(spec: str) -> SimpleNamespace:
     name, given = _read(spec)
     if name not in DATASETS:
         raise Refused(f"task '{spec}': reasoning-gym has no puzzle '{name}'.{suggest(name, DATASETS)}")
-    ours = {option: given.pop(option, default) for option, default in OURS.items()}
+    ours = {option: given.pop(option, default) for option, default in TASK_OPTIONS.items()}
     for option in ("size", "eval_size", "seed"):
         least = 0 if option == "seed" else 1
         if type(ours[option]) is not int or ours[option] < least:
             raise Refused(
                 f"task '{spec}': {option}={ours[option]!r}; give a whole number of at least {least}."
             )
-    known = sorted({field.name for field in fields(DATASETS[name][1])} | set(OURS))
+    known = sorted({field.name for field in fields(DATASETS[name][1])} | set(TASK_OPTIONS))
     for option in given:
         if option not in known:
             raise Refused(f"task '{spec}': {name} has no option '{option}'.{suggest(option, known)}")
     try:
         trained = _rows(name, given | {"size": ours["size"], "seed": ours["seed"]}, chat=ours["chat"])
         held = _rows(name, given | {"size": ours["eval_size"], "seed": ours["seed"] + 1}, chat=ours["chat"])
-    except Exception as error:  # configurations check themselves with assertions, and each in its own way
-        raise Refused(f"task '{spec}': {name} cannot be made so ({describe(error)}).") from error
+    except Exception as error:  # configurations check themselves, by assertions too
+        raise Refused(f"task '{spec}': {name} refuses these options ({describe(error)}).") from error
     questions = {row["entry"]["question"] for row in held}
     trained = [row for row in trained if row["entry"]["question"] not in questions]
     if not trained:
         raise Refused(
-            f"task '{spec}': all {ours['size']} training puzzles are among the {len(held)} held-out ones, as "
-            f"{name} makes few different ones. Give options that make it larger, or a smaller eval_size."
+            f"task '{spec}': all {ours['size']} training puzzles are among the {len(held)} held-out ones, "
+            f"because {name} has few different puzzles. Give options that allow more, or a smaller eval_size."
         )
     return SimpleNamespace(
         name=spec,
@@ -116,14 +120,14 @@ def _rows(name: str, options: dict[str, Any], *, chat: bool) -> list[dict[str, A
 
 
 def _read(spec: str) -> tuple[str, dict[str, Any]]:
-    """Name and options of a spec; options are literals and nothing is evaluated."""
+    """Name and options of a spec. Options are literals; no code is evaluated."""
     text = spec.partition(":")[2].strip()
     try:
         node: Any = ast.parse(text, mode="eval").body
         if isinstance(node, ast.Name):
             return node.id, {}
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)) or node.args:
-            raise ValueError("it is no name with options")
+            raise ValueError("it is not a name with options")
         return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
     except (SyntaxError, ValueError) as error:
         raise Refused(

@@ -1,7 +1,7 @@
-"""From what a user names to what it holds: `module:attribute`, a data file, a folder, a hub dataset.
+"""Reads data files, folders and hub datasets, and makes checked prompts of their rows.
 
-Everything here runs before the first step, so whatever goes wrong is `Refused`: a traceback out of somebody
-else's module or out of a network library tells a user neither what was asked for nor how to mend it.
+Everything here runs before the first step, so whatever goes wrong is `Refused`. A traceback from a network
+library tells a user neither what was asked for nor how to mend it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,21 @@ FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 
 
 def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
-    """All splits of a data file, of a folder, or of a hub dataset (`owner/name` or `owner/name:config`).
+    """Read all splits of a data file, a folder, or a hub dataset.
+
+    Args:
+        name: path of a JSON, CSV or Parquet file, path of a folder, or `owner/name` or `owner/name:config` on
+            the hub.
+
+    Returns:
+        The rows of each split, by the name of the split. A single file is the split "train".
 
     Raises:
-        Refused: nothing there, unreadable, or the hub cannot be reached; names the cause.
+        Refused: nothing is there, it cannot be read, or the hub cannot be reached; the message says why.
     """
     path = Path(name)
     if not path.exists() and path.suffix in FORMATS:
-        raise Refused(f"task '{name}': there is no such file; give its path from {Path.cwd()}.")
+        raise Refused(f"task '{name}': there is no such file. Give its path from {Path.cwd()}.")
     if path.is_file() and path.suffix not in FORMATS:
         raise Refused(f"task '{name}': cannot read '{path.suffix}' files; allowed are {', '.join(FORMATS)}.")
     try:
@@ -43,7 +50,7 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
             data = datasets.load_dataset(hub_name, config or None)
         splits = data if isinstance(data, dict) else {"train": data}
         return {split: rows.to_list() for split, rows in splits.items()}
-    except Exception as error:  # each backend (arrow, pandas, hub, http) has errors of its own
+    except Exception as error:  # each backend (arrow, pandas, hub, http) has its own errors
         raise Refused(
             f"task '{name}': the data could not be read ({describe(error)}). Give a toy task, "
             f"module:attribute, a {'/'.join(FORMATS)} file, a folder, or a hub dataset as owner/name or "
@@ -52,16 +59,17 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def with_prompts(rows: Sequence[Row], where: str, column: str, template: str | None) -> list[dict[str, Any]]:
-    """Rows with a checked "prompt": taken from `column`, or made from `template` over the columns.
+    """Add a checked "prompt" to each row: the value of a column, or a template filled from the columns.
 
     Args:
-        rows: as read; every row has the same columns.
-        where: what the rows are called in an error message.
-        column: the column that holds the prompt when there is no template.
-        template: a `str.format` template such as "Q: {question} A:".
+        rows: the rows as they were read; every row has the same columns.
+        where: what error messages call the rows.
+        column: the column that holds the prompt if there is no template.
+        template: a `str.format` template such as "Q: {question} A:"; None for no template.
 
     Raises:
-        Refused: no rows, no such column, or a prompt that is neither text nor chat messages.
+        Refused: there are no rows or no such column, the template cannot be filled, or a prompt is neither
+            text nor chat messages.
     """
     if not rows:
         raise Refused(f"{where} is empty: give data with at least one row.")
@@ -84,12 +92,12 @@ def _template_fields(template: str, columns: Sequence[str]) -> list[str]:
     try:
         parsed = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
-        raise Refused(f"prompt_template {template!r}: {error}; write {{{{ and }}}} for braces.") from error
+        raise Refused(f"prompt_template {template!r}: {error}. Write {{{{ and }}}} for braces.") from error
     fields = [field.replace("[", ".").split(".")[0] for field in parsed]
     for field in fields:
         if field not in columns:
             raise Refused(
-                f"prompt_template {template!r} has no column for '{field}'.{suggest(field, columns)}"
+                f"prompt_template {template!r} names '{field}', which is no column.{suggest(field, columns)}"
             )
     if not fields:
         raise Refused(f"prompt_template {template!r} uses no column.{suggest('', columns)}")
@@ -111,7 +119,11 @@ def _is_missing(value: Any) -> bool:
 
 
 def _without_nulls(prompt: Any) -> Any:
-    """Arrow gives every message every key of any message, as None; a chat template takes those as given."""
+    """Drop keys that are None from chat messages.
+
+    Arrow gives every message the keys of all messages, with None where it had none, and a chat template would
+    take these keys as given.
+    """
     if not isinstance(prompt, list) or not all(isinstance(message, Mapping) for message in prompt):
         return prompt
     return [{key: value for key, value in message.items() if value is not None} for message in prompt]
@@ -121,7 +133,7 @@ def check_prompts(rows: Iterable[Row], where: str) -> None:
     """Check that every row's "prompt" is text (also empty text) or a list of chat messages.
 
     Raises:
-        Refused: naming the row and what was found there.
+        Refused: a row has another prompt, or none; the message names the row and what was found there.
     """
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping) or "prompt" not in row:
@@ -130,7 +142,7 @@ def check_prompts(rows: Iterable[Row], where: str) -> None:
         if fault:
             raise Refused(
                 f"{where}, row {index}: {fault}. A prompt is text, or a list of chat messages "
-                '{"role": ..., "content": text}; a prompt_template makes text of a column.'
+                '{"role": ..., "content": text}. A prompt_template makes text of other columns.'
             )
 
 

@@ -1,4 +1,4 @@
-"""The order in which rows are dealt out: prompts to rollouts, demonstrations and pairs to updates."""
+"""Orders the rows of the data: prompts for each rollout, demonstrations or pairs for each update."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tokenrl.language.tasks.sources import Row
 
 
 class PromptStream:
-    """Deals rows out to steps for ever: a fresh seeded order each epoch, no row twice within an epoch.
+    """Gives out prompts to steps without end: each epoch has a new random order and holds every row once.
 
-    The order of epoch e depends on (seed, e) alone, so the number of prompts dealt so far is the whole state,
-    and a step may take the end of one epoch and the start of the next.
+    The order of epoch e depends on (seed, e) alone, so the number of prompts given out so far is the whole
+    state. A step may take the end of one epoch and the start of the next.
     """
 
     def __init__(self, rows: Sequence[Row], prompts_per_step: int, seed: int) -> None:
         """Start before the first epoch.
 
         Raises:
-            Refused: no rows, a step of no prompts, or a negative seed.
+            Refused: there are no rows, a step has no prompts, or the seed is negative.
         """
         if len(rows) == 0:
-            raise Refused("There are no prompts to train on: the data is empty.")
+            raise Refused("There are no prompts to train on: the data is empty. Give at least one row.")
         if prompts_per_step < 1 or seed < 0:
             raise Refused(f"prompts_per_step {prompts_per_step} must be at least 1, seed {seed} at least 0.")
         self._rows = rows
@@ -36,15 +36,15 @@ class PromptStream:
 
     @property
     def epoch(self) -> float:
-        """Passes over the data so far, in epochs (2.5: half-way through the third)."""
+        """Passes over the data so far (2.5 means half-way through the third)."""
         return self._position / len(self._rows)
 
     def next(self) -> list[tuple[int, Row]]:
-        """The next step's prompts, each with its position: the number of prompts dealt before it, ever."""
+        """Prompts of the next step, each with its position: the number of prompts given out before it."""
         return self.take(self._prompts_per_step)
 
     def take(self, count: int) -> list[tuple[int, Row]]:
-        """The next `count` prompts, with their positions."""
+        """The next `count` prompts, each with its position."""
         positions = range(self._position, self._position + count)
         self._position = positions.stop
         return [(position, self._rows[self._index(position)]) for position in positions]
@@ -57,27 +57,27 @@ class PromptStream:
         return self._order[1][place]
 
     def state_dict(self) -> dict[str, int]:
-        """All that is needed to continue exactly, as plain integers."""
+        """The state that is needed to continue exactly, as plain integers."""
         return {"position": self._position, "seed": self._seed, "num_rows": len(self._rows)}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue where `state` was taken.
+        """Continue at the position of a saved state.
 
         Raises:
-            Refused: the state belongs to another seed or another number of rows, hence to another order.
+            Refused: the state belongs to another seed or another number of rows, and so to another order.
         """
         own = self.state_dict()
         for key in ("seed", "num_rows"):
             if state[key] != own[key]:
                 raise Refused(
-                    f"The saved prompt order has {key} {state[key]} and this run has {own[key]}: continuing "
-                    "would deal other prompts. Resume with the same data and seed, or start a new run."
+                    f"The saved prompt order has {key} {state[key]} and this run has {own[key]}, so the run "
+                    "would continue with other prompts. Resume with the same data and seed, or start anew."
                 )
         self._position = int(state["position"])
 
 
 class Batches:
-    """Deals the numbers of rows out in batches for ever: no row twice before all have had their turn.
+    """Gives out row numbers in batches without end: no row comes twice before all have come once.
 
     A batch may take the end of one epoch and the start of the next.
     """

@@ -1,13 +1,12 @@
-"""Tasks (prompts, a reward, a length) and the stream that deals prompts out to training steps.
+"""Finds or makes the task that a user names: prompts, a reward, and a limit for the completion length.
 
-A task is any object with the attributes of `Task`. `load_task` makes one of a toy task's name, of
-`module:attribute`, or of any source that `datasets` reads. Streaming and multimodal data are left out.
+A task is any object with the attributes of `Task`. `load_task` makes one from the name of a toy task, from
+`module:attribute`, or from any source that `datasets` reads. Streaming and multimodal data are left out.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib
 import json
 from collections.abc import Sequence
@@ -18,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from tokenrl.errors import Refused, describe, suggest
-from tokenrl.language.rewards.rewards import Rewards, load_reward
+from tokenrl.language.rewards.composition import load_reward
+from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.language.tasks.reasoning import reasoning_task
 from tokenrl.language.tasks.sources import FORMATS, Row, check_prompts, read_splits, with_prompts
@@ -28,10 +28,17 @@ EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 
 
 class Task(Protocol):
-    """What training needs of a task; further attributes (demonstrations, recommended settings) are optional.
+    """The attributes that training needs of a task.
 
-    Each row of the prompts is a mapping with "prompt" (text, or a list of chat messages); its other columns
-    reach the reward as keyword arguments.
+    Further attributes are optional: demonstrations and recommended settings.
+
+    Attributes:
+        name: the task's name, for records and messages.
+        train_prompts: rows to train on. A row is a mapping with a "prompt", which is text or a list of chat
+            messages; its other columns are passed to the reward as keyword arguments.
+        eval_prompts: rows to evaluate on.
+        reward: a reward function or a list of them.
+        max_completion_length: the most tokens of a completion; None leaves it to the settings of the run.
     """
 
     name: str
@@ -43,7 +50,17 @@ class Task(Protocol):
 
 @dataclass
 class PromptTask:
-    """A task made of rows and a reward; without `max_completion_length` the run's settings give it."""
+    """A task that is made of rows and a reward.
+
+    Attributes:
+        name: the task's name, for records and messages.
+        train_prompts: rows to train on, as in `Task`.
+        eval_prompts: rows to evaluate on.
+        reward: a reward function or a list of them.
+        max_completion_length: the most tokens of a completion; None leaves it to the settings of the run.
+        solved: the mean reward from which the task counts as solved; None if there is no such mark.
+        demonstrations: rows with a `prompt` and a `completion`, for a supervised warm start.
+    """
 
     name: str
     train_prompts: Sequence[Row]
@@ -69,20 +86,23 @@ def load_task(
 
     Args:
         name: a name in `toy_tasks`; `module:attribute` or `file.py:attribute` (a task, or a callable without
-            arguments that returns one); a data file or a folder; a hub dataset `owner/name` or
-            `owner/name:config`.
+            arguments that returns one); `reasoning_gym:NAME`; a data file or a folder; or a hub dataset
+            `owner/name` or `owner/name:config`.
         prompt_column: column of a dataset that holds the prompt.
-        prompt_template: `str.format` template over a dataset's columns, instead of a column.
+        prompt_template: `str.format` template over the columns of a dataset, used instead of a column.
         split: split of a dataset to train on.
-        eval_split: split to evaluate on; None: a validation or test split, else rows held out of `split`.
-        eval_size: number of evaluation rows of a dataset, chosen with `seed`, with distinct prompts; where
-            they are held out, at most half of them all. Rows with an evaluated prompt leave the training set.
-        reward: reward, or list of them, instead of the task's own; callables or what `load_reward` takes.
-            A dataset has none of its own.
+        eval_split: split to evaluate on; None means a validation or test split if there is one, else rows
+            held out of `split`.
+        eval_size: the most rows of a dataset to evaluate on. They are chosen with `seed` and have distinct
+            prompts; held-out rows are at most half of all prompts. Rows with one of these prompts leave the
+            training set.
+        reward: a reward or a list of them that replaces the task's own: callables, or anything that
+            `load_reward` takes. A dataset has no reward of its own.
         seed: seed of the choice of evaluation rows.
 
     Raises:
-        Refused: nothing of that name, unreadable or empty data, bad prompts, no reward.
+        Refused: there is no task of that name, its data is empty or cannot be read, a prompt is neither text
+            nor chat messages, or there is no reward.
     """
     toy_tasks = _toy_tasks()
     if toy_tasks is not None and name in toy_tasks.NAMES:
@@ -97,7 +117,7 @@ def load_task(
         )
     if reward is None:
         raise Refused(
-            f"task '{name}' is a dataset, which has prompts but no reward: give one with "
+            f"task '{name}' is a dataset, which has prompts but no reward. Give one with "
             "--reward module:function (or path/to/file.py:function, or the folder of a reward model)."
         )
     train_rows, eval_rows = _dataset_rows(name, split, eval_split, prompt_column, prompt_template)
@@ -111,7 +131,7 @@ def _toy_tasks() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "toy_tasks":
             raise
-        return None  # the package is optional
+        return None  # toy tasks are optional
 
 
 def _named_task(spec: str) -> Any:
@@ -127,7 +147,7 @@ def _named_task(spec: str) -> Any:
 
 
 def _finished(task: Any, name: str, reward: Any) -> Task:
-    """Check a task whatever its origin, and put the user's reward in the place of its own."""
+    """Check a task, whatever its origin, and replace its reward by the user's if one is given."""
     missing = [attribute for attribute in Task.__annotations__ if not hasattr(task, attribute)]
     if missing:
         raise Refused(
@@ -149,7 +169,7 @@ def _finished(task: Any, name: str, reward: Any) -> Task:
 def _dataset_rows(
     name: str, split: str, eval_split: str | None, column: str, template: str | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """Rows of the training split and of the evaluation split, None if there is none."""
+    """Rows of the training split and of the evaluation split; None if there is no evaluation split."""
     splits = read_splits(name)
     wanted = [split, eval_split or next((s for s in EVAL_SPLITS if s in splits and s != split), None)]
     found: list[Any] = []
@@ -168,7 +188,7 @@ def _separate(
     seed: int,
     name: str,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and evaluation rows that share no prompt; `eval_rows` None holds training rows out."""
+    """Training and evaluation rows that share no prompt; without `eval_rows`, training rows are held out."""
     if eval_size < 1:
         raise Refused(f"eval_size is {eval_size}; it must be at least 1.")
     pool: dict[str, dict[str, Any]] = {}
@@ -192,19 +212,13 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
 
-def fingerprint(rows: Sequence[Row]) -> str:
-    """SHA-256 (hex) of the rows in their order, as canonical JSON, one line a row."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(_canonical(dict(row)).encode() + b"\n")
-    return digest.hexdigest()
-
-
 def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
-    """The task that the arguments name, or the object itself, and its rewards: those named, else its own.
+    """The task of the arguments and its rewards.
+
+    `args.task` is a name or the task itself; the rewards are those of `args.reward`, else the task's own.
 
     Raises:
-        Refused: no such task, no reward, or a reward that asks for a column the task lacks.
+        Refused: there is no such task or no reward, or a reward asks for a column that the task lacks.
     """
     chosen = [load_reward(spec) for spec in args.reward]
     if isinstance(args.task, str):
@@ -219,9 +233,8 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         )
     else:
         task = args.task
-    own = getattr(task, "reward", None)
-    functions = chosen or (list(own) if isinstance(own, (list, tuple)) else [own] if own is not None else [])
-    if not functions:
+    functions = chosen or getattr(task, "reward", None)
+    if functions is None or functions in ([], ()):
         raise Refused(
             f"The task {task.name!r} has no reward of its own: name one with --reward module:function."
         )

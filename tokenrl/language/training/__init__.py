@@ -1,1 +1,1 @@
-"""The training step, the loop around it, and what both need: critic, KL control, evaluation."""
+"""Trains a policy: the training step, the loop around it, with critic, KL control and evaluation."""

@@ -1,7 +1,7 @@
-"""Arguments of the language side's commands, each also a keyword of the Python function. Imports no torch.
+"""Defines the arguments of `tokenrl train` and `tokenrl sft`, which are also the keywords of the functions.
 
-`None` means: what the task recommends, else the default named in the field's text. A run works on
-`TrainSettings` or `SftSettings`, in which every such `None` has been replaced.
+`None` stands for what the task recommends, or else for the default in the field's text. A run works on
+`TrainSettings` or `SftSettings`, in which every such `None` has been replaced. The module imports no torch.
 """
 
 from __future__ import annotations
@@ -17,101 +17,102 @@ from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive, Sett
 
 @dataclass(frozen=True)
 class SamplingArguments(Settings, group="sampling"):
-    """What training samples, and from which prompts."""
+    """How completions are sampled in training, and from which prompts."""
 
     temperature: Positive = 1.0
-    """Temperature of the policy that is sampled and scored."""
+    """Temperature of the policy, in sampling and in the gradient."""
     truncate_prompts: bool = False
-    """Drop tokens from the left of prompts too long for the context, instead of refusing them."""
+    """Cut prompts that are too long for the context on the left, instead of refusing them."""
     filter_difficulty: tuple[float, float] | None = None
-    """Train only on prompts whose mean reward, measured before training, lies from LOW to HIGH (for rewards
-    of 0 and 1: the success rate). This changes the distribution of prompts, so the objective, and not the
-    gradient of a prompt. Default: all prompts."""
+    """Train only on prompts whose mean reward, measured before training, lies between LOW and HIGH (for
+    rewards of 0 and 1 this is the success rate). This changes the distribution of prompts and so the
+    objective, but not the gradient for each prompt. Default: all prompts."""
     filter_samples: Count = 8
-    """Completions a prompt by which that is measured."""
+    """Completions per prompt to measure that mean reward with."""
     max_refills: Natural = 4
-    """Rounds in which new prompts replace groups of equal rewards, with zero_spread refill (dapo)."""
+    """Rounds in which groups of equal rewards may be replaced by new prompts, with zero_spread refill
+    (dapo)."""
 
 
 @dataclass(frozen=True)
 class OptimiserArguments(Settings, group="optimiser"):
-    """How a rollout changes the weights."""
+    """How the weights are updated from a rollout."""
 
     lr_scheduler_type: Literal["constant", "linear", "cosine"] | None = None
-    """Learning rate after the warm-up; linear and cosine fall to 0. Default: constant."""
+    """Schedule of the learning rate after the warm-up; linear and cosine fall to 0. Default: constant."""
     warmup_steps: Natural = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0 to its peak."""
     weight_decay: NonNegative = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: NonNegative = 1.0
-    """Largest gradient norm; 0 clips nothing."""
+    """Gradients with a larger norm are scaled down to this norm; 0: never."""
     num_iterations: Count = 1
     """Passes over each rollout."""
     num_minibatches: Count = 1
-    """Updates a pass, each on a share of the prompts."""
+    """Updates per pass, each on an equal share of the prompts."""
     micro_batch_size: Count | None = None
-    """Completions in one forward pass of one process; changes memory, not the update. Default: all."""
+    """Completions in one forward pass of one process; changes memory only, not the update. Default: all."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Autocast precision of forward passes, float32 weights kept."""
+    """Precision of forward passes (autocast); the weights stay float32."""
     value_learning_rate: Positive = 1e-3
     """Learning rate of the critic, for estimators that have one (a2c, ppo)."""
     value_iterations: Natural = 4
-    """Updates of the critic a step."""
+    """Updates of the critic per step."""
 
 
 @dataclass(frozen=True)
 class KlArguments(Settings, group="KL control"):
-    """Holding the KL to the reference policy near a target."""
+    """How the KL to the reference policy is held near a target."""
 
     target_kl: Positive | None = None
-    """KL to the reference to hold, in nats a completion: --estimator.beta is then the weight that the run
-    starts from, and follows the KL (Ziegler et al. 2019). Default: the weight stays as it is."""
+    """Target of the KL to the reference, in nats per completion. The weight starts at --estimator.beta and is
+    then adapted to reach the target (Ziegler et al. 2019). Default: the weight stays constant."""
     kl_gain: Annotated[float, Bounds(above=0, below=5)] = 0.1
-    """How fast that weight follows: a step changes it by at most a fifth of this."""
+    """How fast that weight adapts: one step changes it by at most the fraction kl_gain / 5."""
 
 
 @dataclass(frozen=True)
 class EvaluationArguments(Settings, group="evaluation"):
-    """What is measured beside the training."""
+    """What is measured during training."""
 
     eval_every: Natural | None = None
-    """Steps between evaluations on held-out prompts. Default: a tenth of the run; 0: only before and
-    after."""
+    """Steps between evaluations on held-out prompts; 0: only before and after training. Default: a tenth
+    of the run."""
     eval_generations: Natural = 4
-    """Sampled completions a held-out prompt, beside the greedy one."""
+    """Sampled completions per held-out prompt, besides the greedy one."""
     diagnostics_every: Natural = 0
-    """Steps between measurements of the gradient's signal and noise; 0: none."""
+    """Steps between measurements of signal and noise of the gradient; 0: none."""
 
 
 @dataclass(frozen=True)
 class RecordArguments(Settings, group="checkpoints and logs"):
-    """What a run keeps and shows."""
+    """What a run saves and prints."""
 
     save_every: Natural = 0
-    """Steps between checkpoints; 0: none but the final model."""
+    """Steps between checkpoints; 0: only the final model is saved."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints kept."""
+    """How many checkpoints are kept, the newest ones."""
     logging_steps: Count = 1
-    """Steps between lines on a screen that is no terminal, and between tracker records."""
+    """Steps between printed lines where the output is no terminal, and between records to trackers."""
     log_completions: Natural | None = None
-    """Steps between tables of sampled completions, on screen and in completions/. Default: with each
+    """Steps between tables of sampled completions, printed and saved in completions/. Default: with each
     evaluation."""
     report_to: tuple[str, ...] = ()
-    """Trackers, through accelerate: tensorboard and others it knows."""
+    """Experiment trackers that accelerate supports, such as tensorboard."""
     resume: str | None = None
-    """Not built yet: continue a run exactly. To go on from weights alone, give a checkpoint as --model."""
+    """Not built yet: continue a run exactly. To start from its weights, give a checkpoint as --model."""
 
 
 @dataclass(frozen=True)
 class SafetyArguments(Settings, group="safety stops"):
-    """When a run is refused or ended."""
+    """When a run is refused or stopped."""
 
     stop_after_zero_spread: Natural = 50
-    """Stop after so many steps in a row in which no group's rewards differ; 0: never."""
+    """Stop after this many consecutive steps in which all groups have equal rewards; 0: never."""
     stop_after_nonfinite: Count = 5
-    """Stop after so many updates in a row with a gradient that is not finite."""
+    """Stop after this many consecutive updates with a gradient that is not finite."""
     allow_no_baseline: bool = False
-    """Train without a baseline also where completions may be longer than 500 tokens."""
+    """Allow training without a baseline when completions may be longer than 500 tokens."""
 
 
 @dataclass(frozen=True)
@@ -129,34 +130,34 @@ class TrainArguments(
     """Train a language model by policy gradients."""
 
     estimator: Estimator = field(default_factory=Estimator)
-    """A preset (--estimator rloo), any axis of which can then be changed (--estimator.scale group_std)."""
+    """A preset (--estimator rloo); each of its axes can be changed (--estimator.scale group_std)."""
     output_dir: str = "runs/train"
-    """Directory of the run: config, metrics, completions, checkpoints, model, report."""
+    """Directory of the run, for its config, metrics, completions, checkpoints, model and report."""
     max_steps: Count | None = None
-    """Rollouts to train on. Default: 200."""
+    """Training steps; each samples one rollout. Default: 200."""
     prompts_per_step: Count | None = None
-    """Prompts a step, over all processes. Default: 16."""
+    """Prompts per step, over all processes. Default: 16."""
     num_generations: Count | None = None
-    """Completions a prompt (the group size G). Default: 8."""
+    """Completions per prompt (the group size G). Default: 8."""
     max_completion_length: Count | None = None
-    """Most tokens a completion may have, EOS included. Default: 256."""
+    """Maximum number of tokens in a completion, EOS included. Default: 256."""
     learning_rate: Positive | None = None
     """Peak learning rate. Default: 1e-5 (with LoRA 1e-4)."""
     seed: Natural = 0
-    """Seed of prompts' order, sampling and adapters."""
+    """Seed of the order of prompts, of sampling and of new adapters."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""
     check: bool = False
-    """Do everything up to the first update, report, and stop."""
+    """Do everything up to the first update, report whether it works, and stop."""
     cpu: bool = False
-    """Stay on the CPU even if there is an accelerator."""
+    """Use the CPU even if there is a GPU."""
     quiet: bool = False
     """Print nothing but errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(TrainArguments):
-    """The arguments of a run, in which nothing is left open."""
+    """The settings of a training run: its arguments, with every `None` that stands for a default replaced."""
 
     max_steps: Count
     prompts_per_step: Count
@@ -170,29 +171,29 @@ class TrainSettings(TrainArguments):
 
 @dataclass(frozen=True)
 class SftArguments(ModelArguments, TaskArguments, LoraArguments):
-    """Fine-tune a model on demonstrations: rows of prompt and completion."""
+    """Fine-tune a model on demonstrations: rows with a prompt and a completion."""
 
     output_dir: str = "runs/sft"
-    """Directory that takes the model."""
+    """Directory of the run, for its config, metrics, model and report."""
     completion_column: str = "completion"
-    """Column of a data set that holds the completion."""
+    """Column of a data set that holds the completions."""
     max_steps: Count | None = None
     """Updates. Default: 200."""
     batch_size: Count | None = None
-    """Demonstrations an update. Default: 64."""
+    """Demonstrations per update. Default: 64."""
     learning_rate: Positive | None = None
     """Peak learning rate, falling linearly to 0. Default: 2e-5."""
     seed: Natural = 0
     """Seed of the order of demonstrations."""
     overwrite: bool = False
-    """Replace the model that output_dir holds."""
+    """Replace the run that output_dir holds."""
     quiet: bool = False
     """Print nothing but errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SftSettings(SftArguments):
-    """The arguments of a fine-tuning, in which nothing is left open."""
+    """The settings of a fine-tuning: its arguments, with every `None` that stands for a default replaced."""
 
     max_steps: Count
     batch_size: Count

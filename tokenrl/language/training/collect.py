@@ -1,6 +1,7 @@
-"""What `training_step` asks for before the update: completions, new ones for dead groups, and other numbers.
+"""Collects the data of a training step: completions, rewards, and what else the estimator needs.
 
-All of it is about the rows of one process.
+The functions work on the rows of one process. `refill` replaces groups whose rewards are all equal by groups
+of new prompts.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from torch import Tensor, nn
 
 from tokenrl.core.rows import zero_spread
 from tokenrl.language.rewards.rewards import RewardResult, Rewards
-from tokenrl.language.rollout.judged import reward_rows
+from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.rollout import Rollout, joined
 from tokenrl.language.rollout.sampling import Sampling, encode
-from tokenrl.language.rollout.scoring import completed, score_in_parts
+from tokenrl.language.rollout.scoring import score_in_parts, with_missing_fields
 from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.training.processes import StepRows
 from tokenrl.language.training.update import Learner
 
 Prompts = list[tuple[int, Mapping[str, Any]]]  # (place in the stream of prompts, row of the task)
-Deal = Callable[[int], Prompts]  # deals so many further prompts
+Deal = Callable[[int], Prompts]  # takes a number and returns that many further prompts
 
 
 class Experience(NamedTuple):
-    """This process's part of a step: prompts, their completions in groups, and the rewards of these."""
+    """This process's part of a step: prompts, their rollout (G rows for each) and its rewards."""
 
     prompts: Prompts
     rollout: Rollout
@@ -36,15 +37,15 @@ class Experience(NamedTuple):
 
 
 def sample(learner: Learner, prompts: Prompts, sampling: Sampling) -> Rollout:
-    """Completions of prompts by the run's generator, with all that this estimator asks of a rollout."""
+    """Sample completions with the run's generator, and compute what else the estimator needs of a rollout."""
     estimator = learner.estimator
     prompt_ids = encode(learner.policy, [row["prompt"] for _, row in prompts], sampling)
     draws = uniforms("training", sampling, [place for place, _ in prompts])
     with learner.accelerator.autocast():
         rollout = learner.generator.generate(prompt_ids, sampling, draws)
-        if draws is None:  # of greedy completions only the reward is asked
+        if draws is None:  # greedy completions are only rewarded, never learnt from
             return rollout
-        return completed(
+        return with_missing_fields(
             learner.policy,
             rollout,
             sampling.temperature,
@@ -56,20 +57,20 @@ def sample(learner: Learner, prompts: Prompts, sampling: Sampling) -> Rollout:
 
 
 def trainer_state(learner: Learner, step: int) -> dict[str, int]:
-    """What rewards that ask for `trainer_state` learn of the run: steps done before this one, of how many."""
+    """Return the `trainer_state` for reward functions: steps done before this one, and steps in all."""
     return {"step": step - 1, "max_steps": learner.args.max_steps}
 
 
 def refill(learner: Learner, rewards: Rewards, sampling: Sampling, own: Experience, more: Deal) -> Experience:
-    """Sample new prompts in place of groups in which all rewards are equal, up to `max_refills` times.
+    """Replace groups whose rewards are all equal by groups of new prompts, in up to `max_refills` rounds.
 
-    This is the dynamic sampling of DAPO (arXiv 2503.14476): such groups teach a group baseline nothing. The
-    metric `refilled` says how many groups were replaced, over all processes.
+    This is the dynamic sampling of DAPO (arXiv 2503.14476): with a group baseline, such groups have no
+    gradient. The metric `refilled` is the number of groups replaced, over all processes.
 
     Args:
         learner: the policy and the settings.
         rewards: the reward functions.
-        sampling: how to sample.
+        sampling: how completions are sampled.
         own: this process's groups.
         more: deals further prompts, the same on every process.
     """
@@ -81,6 +82,7 @@ def refill(learner: Learner, rewards: Rewards, sampling: Sampling, own: Experien
         if not sum(counts):
             break
         refilled += sum(counts)
+        # Every process deals the same prompts and takes those that replace its own groups.
         first = sum(counts[: accelerator.process_index])
         prompts = more(sum(counts))[first:][: counts[accelerator.process_index]]
         if prompts:
@@ -93,7 +95,7 @@ def refill(learner: Learner, rewards: Rewards, sampling: Sampling, own: Experien
 
 
 def step_rows(learner: Learner, rewards: Rewards, sampling: Sampling, own: Experience) -> StepRows:
-    """This process's rows, with what the estimator asks for besides rewards."""
+    """Return this process's rows, with the numbers that the estimator needs besides rewards."""
     prompts, rollout, result = own
     estimator = learner.estimator
 
@@ -108,7 +110,7 @@ def step_rows(learner: Learner, rewards: Rewards, sampling: Sampling, own: Exper
         values = column(learner.critic.values(rollout.hidden).detach())
     if estimator.needs_greedy:
         greedy = column(greedy_rewards(learner, rewards, sampling, prompts))[rollout.prompt_index]
-    assert rollout.entropy is not None  # `sample` has it computed
+    assert rollout.entropy is not None  # `sample` asks for it
     return StepRows(
         rewards=column(result.total),
         by_function=column(result.values),
@@ -126,10 +128,11 @@ def step_rows(learner: Learner, rewards: Rewards, sampling: Sampling, own: Exper
 
 
 def old_logprobs(learner: Learner, rollout: Rollout) -> Tensor | None:
-    """Log-probabilities [n, T] under the policy that sampled, as the trainer computes them.
+    """Return the log-probabilities [n, T] under the policy that sampled, as the scoring pass computes them.
 
-    None where no update needs them: without a ratio, or if the only update is that of this very policy, whose
-    ratio is 1.
+    They are not taken from the rollout, because the generator's numbers may differ by rounding, and the ratio
+    of the first update must be exactly 1. None if no update needs them: the estimator has no ratio, or the
+    step has a single update, in which the ratio is 1 by definition.
     """
     several = learner.args.num_iterations * learner.args.num_minibatches > 1
     if learner.estimator.needs_old_logprobs and several:
@@ -138,21 +141,21 @@ def old_logprobs(learner: Learner, rollout: Rollout) -> Tensor | None:
 
 
 def logprobs_under(learner: Learner, model: nn.Module, rollout: Rollout) -> Tensor:
-    """Log-probabilities [n, T] of this process's rows under a model, without graph."""
+    """Return the log-probabilities [n, T] of this process's rows under a model, without a graph."""
     size = learner.args.micro_batch_size
     with learner.accelerator.autocast():
         return score_in_parts(model, rollout, rows_at_once=size, **learner.scoring).logprobs
 
 
 def greedy_rewards(learner: Learner, rewards: Rewards, sampling: Sampling, prompts: Prompts) -> np.ndarray:
-    """Reward [B] of the greedy completion of each prompt."""
+    """Return the reward [B] of the greedy completion of each prompt, the baseline of ReMax (2310.10505)."""
     rollout = sample(learner, prompts, replace(sampling, num_generations=0, keep_hidden=False))
     state = trainer_state(learner, sampling.step)
     return reward_rows(learner.policy, rewards, [row for _, row in prompts], rollout, **state).total
 
 
 def _replaced(old: Experience, dead: Tensor, new: Experience) -> Experience:
-    """The old groups, with new ones in the places of those that are dead [B]."""
+    """Return the old groups, with the new ones in place of those where `dead` [B] is True."""
     n, size = len(old.rollout.mask), len(old.rollout.mask) // len(dead)
     index = torch.arange(n, device=dead.device)
     index[dead.repeat_interleave(size)] = n + torch.arange(len(new.prompts) * size, device=dead.device)

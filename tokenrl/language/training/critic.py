@@ -1,4 +1,4 @@
-"""A learned value of every prefix, for the estimators that have a critic."""
+"""The critic: learns the value of every prefix of a completion, for the estimators that need values."""
 
 from __future__ import annotations
 
@@ -13,18 +13,27 @@ from tokenrl.core.estimator import Estimator
 class Critic:
     """A linear head on the policy's last hidden state, with an optimiser of its own.
 
-    It reads the features and does not change them, so the policy's gradient is what the estimator says. A
-    value depends on the prompt and the tokens before the action, never on the action, so any value is a valid
-    baseline.
+    The critic's loss does not reach the policy's weights, so the policy's gradient is the estimator's alone.
+    A value depends on the prompt and on the tokens before the action, never on the action itself; therefore
+    it is a valid baseline, however wrong it is.
 
     Attributes:
-        head: layer norm and linear map, in float32; it starts at the value 0.
+        head: layer norm and linear map, in float32; at the start all values are 0.
+        optimizer: AdamW over the head's parameters.
+        iterations: passes over the step's rows in each update.
     """
 
     def __init__(
         self, hidden_size: int, device: torch.device, *, learning_rate: float, iterations: int
     ) -> None:
-        """Start at the value 0 everywhere; `iterations` passes over the step are made in each update."""
+        """Make a critic whose values are all 0.
+
+        Args:
+            hidden_size: width H of the hidden states.
+            device: device of the head.
+            learning_rate: learning rate of AdamW.
+            iterations: passes over the step's rows in each update.
+        """
         linear = nn.Linear(hidden_size, 1)
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
@@ -33,24 +42,25 @@ class Critic:
         self.iterations = iterations
 
     def values(self, hidden: Tensor | None) -> Tensor:
-        """Values [n, T] of the states whose features are `hidden` [n, T, H]."""
+        """Return the values [n, T] of the states whose features are `hidden` [n, T, H]."""
         assert hidden is not None, "sample with keep_hidden=True"
         return self.head(hidden.float()).squeeze(-1)
 
     def update(
         self, estimator: Estimator, hidden: Tensor, returns: Tensor, weights: Tensor, accelerator: Any
     ) -> float:
-        """Move the values towards the returns; the rows are this process's, the weights the whole step's.
+        """Fit the values to the returns.
 
         Args:
-            estimator: gives the loss.
+            estimator: defines the loss.
             hidden: features of this process's rows [n, T, H].
-            returns: what followed each state [n, T].
-            weights: weight of each state in the whole step [n, T].
+            returns: return from each state on [n, T], the target of its value.
+            weights: weight of each state in the loss of the whole step [n, T]; over all processes they sum
+                to 1.
             accelerator: sums gradients over processes.
 
         Returns:
-            The loss before the update, over all processes.
+            The loss before the update, summed over all processes.
         """
         old = self.values(hidden).detach()
         first = 0.0
@@ -60,7 +70,7 @@ class Critic:
                 self.values(hidden), returns.float(), weights.float(), old_values=old
             )
             loss.backward()
-            for parameter in self.head.parameters():
+            for parameter in self.head.parameters():  # summed, not averaged: the weights are the whole step's
                 parameter.grad = accelerator.reduce(parameter.grad, reduction="sum")
             if iteration == 0:
                 first = float(accelerator.reduce(loss.detach(), reduction="sum"))

@@ -1,4 +1,4 @@
-"""Reward of a policy on held-out prompts: of the greedy completion, and of sampled ones."""
+"""Evaluates a policy on held-out prompts: the rewards of its greedy and of its sampled completions."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import RewardResult, Rewards
 from tokenrl.language.rollout.generator import Generator
-from tokenrl.language.rollout.judged import judged
+from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode
-from tokenrl.language.rollout.scoring import completed, score_in_parts
+from tokenrl.language.rollout.scoring import score_in_parts, with_missing_fields
 from tokenrl.language.training.evaluation_metrics import check_sizes, details
 from tokenrl.language.training.kl_control import completion_kl
 
-LOGITS = 2**26  # most logits at once when a reference scores completions: 256 MiB
+LOGITS = 2**26  # most logits at once when a reference scores completions: 256 MiB in float32
 
 
 class Evaluation(NamedTuple):
-    """Numbers of one evaluation, and the greedy completions (of this process) for people to read."""
+    """The metrics of an evaluation, and its greedy completions as table rows, one for each prompt."""
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
@@ -45,28 +45,31 @@ def evaluate_policy(
     k: Sequence[int] = (),
     reference: Policy | None = None,
 ) -> Evaluation:
-    """Evaluate on held-out prompts; several processes share them.
+    """Evaluate a policy on held-out prompts; several processes share them.
 
     Args:
         policy: the policy.
         prompts: rows with a `prompt`; other columns reach the rewards.
         rewards: the reward functions.
-        sampling: how to sample; 0 generations evaluate the greedy completion only. Evaluations with the same
-            seed share their random numbers, whatever the step.
-        generator: what samples; None for the policy's own model.
+        sampling: how completions are sampled; with 0 generations only the greedy completion is evaluated.
+            Evaluations with the same seed use the same random numbers in every step of a run.
+        generator: samples the completions; None for the policy's own model.
         batch_size: completions in one batch; changes memory only.
-        accelerator: accelerate's, in a run of several processes.
-        detailed: also say what the same completions tell without further work; see `details`.
-        k: with `detailed`, the sizes of its pass@k or best-of-k.
-        reference: with `detailed`, a policy to which the sampled completions' KL is estimated; both at the
-            temperature of sampling.
+        accelerator: accelerate's handle, in a run of several processes.
+        detailed: also compute the metrics of `details` from the same completions.
+        k: with `detailed`, the values of k for pass@k or best@k.
+        reference: with `detailed`, the policy to which the KL of the sampled completions is estimated; both
+            policies at the temperature of sampling.
 
     Returns:
-        `reward_greedy`, `reward` (sampled mean) with its standard error over prompts `reward_stderr`,
-        `completions/mean_length` and `completions/clipped_ratio` of the sampled completions; and the details.
+        The metrics `reward_greedy`; `reward`, the mean over sampled completions, with its standard error over
+        prompts `reward_stderr`; `completions/mean_length` in tokens and `completions/clipped_ratio`, of the
+        sampled completions; and those of `details`.
 
     Raises:
-        Refused: no prompts, prompts too long, a k too large, or a reference of another vocabulary.
+        Refused: there are no prompts, a prompt is too long, a k is larger than the number of generations, or
+            the reference has another vocabulary.
+        Stopped: a reward function failed.
     """
     k = check_sizes(k, sampling.num_generations)
     if not prompts:
@@ -81,8 +84,10 @@ def evaluate_policy(
     for generations in dict.fromkeys((0, sampling.num_generations)):
         rows: list[dict[str, Any]] = []
         how = replace(sampling, num_generations=generations)
-        for places, rollout, result in judged(policy, prompts, rewards, how, stream="evaluation", **shared):
-            known = completed(policy, rollout, sampling.temperature, entropy=True)
+        for places, rollout, result in sample_and_reward(
+            policy, prompts, rewards, how, stream="evaluation", **shared
+        ):
+            known = with_missing_fields(policy, rollout, sampling.temperature, entropy=True)
             kl = _kl(reference if generations else None, known, sampling.temperature)
             rows += _completions(policy, prompts, places, known, result, kl)
         everywhere = rows if accelerator is None else gather_object(rows)
@@ -94,38 +99,38 @@ def evaluate_policy(
 
 
 def check_reference(policy: Policy, reference: Policy, longest_prompt: int, sampling: Sampling) -> None:
-    """Refuse a reference that cannot score the policy's completions.
+    """Refuse a reference to which no KL can be estimated.
 
     Args:
         policy: the policy that samples.
         reference: the policy that scores.
-        longest_prompt: most tokens of a prompt.
+        longest_prompt: number of tokens of the longest prompt.
         sampling: how completions are sampled.
 
     Raises:
-        Refused: other tokens, a shorter context, or no samples to estimate a KL from.
+        Refused: the reference has another vocabulary or too short a context, or nothing is sampled.
     """
     longest = longest_prompt + sampling.max_completion_length
     rows = [p.model.get_input_embeddings().num_embeddings for p in (policy, reference)]  # type: ignore[operator]
     if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab() or rows[0] != rows[1]:
         raise Refused(
-            f"The reference {reference.source!r} has another vocabulary than {policy.source!r}, so there is "
-            "no KL between them. Give the model that training started from."
+            f"The reference {reference.source!r} has another vocabulary than {policy.source!r}, so the KL "
+            "between them is not defined. Give the model that training started from."
         )
     if reference.context is not None and longest > reference.context:
         raise Refused(
-            f"Prompt and completion may have {longest} tokens, more than the context of "
-            f"{reference.context} of the reference {reference.source!r}. Lower max_completion_length."
+            f"Prompt and completion may have {longest} tokens together, but the context of the reference "
+            f"{reference.source!r} is {reference.context} tokens. Lower max_completion_length."
         )
     if not sampling.num_generations:
         raise Refused(
             "The KL to a reference is estimated from sampled completions, but num_generations=0 samples "
-            "none. Give 1 or more, or no reference."
+            "none. Give 1 or more, or leave the reference out."
         )
 
 
 def _kl(reference: Policy | None, rollout: Rollout, temperature: float) -> list[dict[str, float]]:
-    """Both estimates of the KL of each completion; nothing of each without a reference."""
+    """Estimate the KL of each completion to the reference (k1 and k3); empty rows without a reference."""
     n, width = rollout.mask.shape
     if reference is None:
         return [{}] * n
@@ -149,7 +154,7 @@ def _completions(
     result: RewardResult,
     kl: Sequence[Mapping[str, float]],
 ) -> list[dict[str, Any]]:
-    """One row a completion; its reward is NaN where every reward function abstained."""
+    """Return a row for each completion; its reward is NaN if every reward function abstained."""
     texts = policy.decode(rollout.completion_ids, rollout.mask)
     lengths, truncated = rollout.mask.sum(dim=1).tolist(), rollout.truncated.tolist()
     assert rollout.entropy is not None
@@ -172,13 +177,13 @@ def _completions(
 
 
 def _summary(passes: list[list[dict[str, Any]]]) -> dict[str, float]:
-    """Means over completions; the standard error is that of the means of prompts."""
+    """Average over completions; the standard error is that of the prompts' mean rewards."""
     table = [
-        torch.tensor([[row[k] for k in ("reward", "length", "truncated", "place")] for row in rows]).double()
+        torch.tensor([[row[k] for k in ("reward", "length", "truncated")] for row in rows]).double()
         for rows in passes
     ]
     metrics = {"reward_greedy": table[0][:, 0].nanmean()}
-    reward, length, truncated, _ = table[-1].unbind(dim=1)
+    reward, length, truncated = table[-1].unbind(dim=1)
     if len(passes) > 1:
         metrics["reward"] = reward.nanmean()
         generations = len(passes[1]) // len(passes[0])

@@ -1,7 +1,7 @@
-"""What the completions of an evaluation say beside their mean reward, and the table a person reads.
+"""Computes the detailed metrics of an evaluation (pass@k, diversity, KL, entropy) and prints them as a table.
 
-Every number is a mean over prompts of something estimated within one prompt, so that its standard error is
-that of the prompts' values; lengths, truncations, entropy and the functions' rewards are means over
+pass@k, best@k, diversity and KL are estimated for each prompt and averaged over prompts, so their standard
+errors are over prompts; lengths, truncations, entropy and the rewards of single functions are averaged over
 completions or tokens.
 """
 
@@ -24,30 +24,31 @@ Row = Mapping[str, Any]
 
 
 def distinct(completions: Sequence[Sequence[int]], n: int) -> float:
-    """Share of the n-grams of a prompt's completions that are different ones (Li et al. 2016, 1510.03055).
+    """Share of distinct n-grams among those of a prompt's completions (Li et al. 2016, arXiv 1510.03055).
 
-    1 where nothing is said twice, about 1/G where G completions are the same. It falls with their number and
-    length, so compare it between equal evaluations. nan where no completion has n tokens.
+    It is 1 if no n-gram occurs twice, and about 1/G if G completions are the same. It falls with the number
+    and length of the completions, so compare it only between equal evaluations. It is nan if no completion
+    has n tokens.
 
     Args:
-        completions: token ids of each, EOS included.
-        n: tokens of an n-gram.
+        completions: token ids of each completion, EOS included.
+        n: length of the n-grams in tokens.
     """
     grams = [tuple(ids[i : i + n]) for ids in completions for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
 def check_sizes(k: Iterable[int], num_generations: int) -> tuple[int, ...]:
-    """The sizes k in order, each once.
+    """Sort the values of k and drop repeated ones.
 
     Raises:
-        Refused: fewer completions a prompt than a k asks for, of which nothing can be said without bias.
+        Refused: a k is larger than the number of completions per prompt, so there is no unbiased estimate.
     """
     sizes = tuple(sorted(set(k)))
     if sizes and not (sizes[0] >= 1 and sizes[-1] <= num_generations):
         raise Refused(
             f"k={' '.join(map(str, sizes))}, but num_generations={num_generations}: the best of k is "
-            f"estimated from k or more samples of a prompt. Give k from 1 to {num_generations}, or more "
+            f"estimated from at least k samples per prompt. Give k from 1 to {num_generations}, or raise "
             "num_generations."
         )
     return sizes
@@ -56,19 +57,19 @@ def check_sizes(k: Iterable[int], num_generations: int) -> tuple[int, ...]:
 def details(
     greedy: Sequence[Row], sampled: Sequence[Row], names: Sequence[str], *, k: Sequence[int]
 ) -> dict[str, float]:
-    """What `evaluate_policy` says in detail of its completions.
+    """Compute the detailed metrics of `evaluate_policy`.
 
     Args:
-        greedy: a row for each of B prompts.
-        sampled: G rows for each, prompt-major; may be empty.
-        names: of the reward functions.
-        k: sizes of the best-of-k, at most G.
+        greedy: the row of the greedy completion of each of B prompts.
+        sampled: the rows of the B * G sampled completions, prompt by prompt; may be empty.
+        names: names of the reward functions.
+        k: values of k for pass@k or best@k, at most G.
 
     Returns:
-        `reward_greedy_stderr`; of the sampled rows (of the greedy ones, if there are none)
-        `rewards/{name}/mean` and `entropy` in nats a token; of the sampled ones `pass@k` if every reward is 0
-        or 1, else `best@k`, with `_stderr`; `distinct_1` and `distinct_2`; where they have them, `kl` and
-        `kl_k3` with `_stderr`.
+        `reward_greedy_stderr`. From the sampled rows, or from the greedy ones if there are no samples:
+        `rewards/{name}/mean`, and `entropy` in nats per token. From the sampled rows: `pass@k` if every
+        reward is 0 or 1, else `best@k`; `distinct_1` and `distinct_2`; and, if the rows have them, `kl` and
+        `kl_k3` in nats per completion. pass@k, best@k and the KLs come with standard errors (`..._stderr`).
     """
     metrics = {"reward_greedy_stderr": over_prompts([row["reward"] for row in greedy]).stderr}
     rows = sampled or greedy
@@ -83,7 +84,7 @@ def details(
 
 
 def _of_groups(sampled: Sequence[Row], size: int, k: Sequence[int]) -> dict[str, float]:
-    """Means over prompts of what is estimated from each prompt's samples."""
+    """Average over prompts what is estimated from the samples of each prompt."""
     groups = [sampled[i : i + size] for i in range(0, len(sampled), size)]
     known = [[row["reward"] for row in group if not math.isnan(row["reward"])] for group in groups]
     binary = all(reward in (0.0, 1.0) for rewards in known for reward in rewards)
@@ -105,25 +106,25 @@ def _of_groups(sampled: Sequence[Row], size: int, k: Sequence[int]) -> dict[str,
 MEANINGS = {
     "reward_greedy": "the greedy completion",
     "reward": "mean of all samples (avg@k)",
-    "rewards/": "that function alone, before its weight",
-    "pass@": "at least one of so many samples is right",
-    "best@": "best of so many samples",
-    "best_of_n@": "chosen among n by --reward: the task's own reward",
-    "best_of_n_proxy@": "the same choice: the reward that chose",
-    "best_of_n_kl@": "the same choice: KL to the model, in nats",
-    "kl": "KL to the reference, nats a completion (k1)",
-    "kl_k3": "the same by k3: less noisy near the reference",
-    "entropy": "nats a token",
-    "distinct_1": "share of different tokens among a prompt's samples",
-    "distinct_2": "share of different pairs of tokens",
+    "rewards/": "this reward function alone, before its weight",
+    "pass@": "probability that at least one of k samples is right",
+    "best@": "expected best reward of k samples",
+    "best_of_n@": "task's own reward of the best of n, chosen by --reward",
+    "best_of_n_proxy@": "reward of the same choice by --reward itself",
+    "best_of_n_kl@": "KL of best-of-n to the model, in nats",
+    "kl": "KL to the reference, nats per completion (k1)",
+    "kl_k3": "the same KL estimated by k3: less noise near the reference",
+    "entropy": "nats per token",
+    "distinct_1": "different tokens / all tokens, among a prompt's samples",
+    "distinct_2": "different pairs of adjacent tokens / all pairs",
     "completions/mean_length": "tokens, EOS included",
-    "completions/clipped_ratio": "share cut before an EOS",
+    "completions/clipped_ratio": "share cut at the maximum length, before an EOS",
 }
-"""What each line of the table says, in its order; a key that ends with / or @ stands for all it begins."""
+"""Meaning of each metric, in the order of the table; a key that ends with / or @ is a prefix of names."""
 
 
 def evaluation_table(metrics: Mapping[str, float], *, title: str) -> Table:
-    """Table for people: name, value, standard error over prompts, meaning."""
+    """Make a table of the metrics: name, value, standard error over prompts, meaning."""
     table = rich_table(title, ("",), ("value", "stderr"), overflow="fold")
     table.add_column("")
     order = {name: place for place, name in enumerate(MEANINGS)}

@@ -1,12 +1,12 @@
-"""The loop around the training step: evaluate, step, record, save. There is one loop and no trainer class."""
+"""Trains a language model: prepares the run, then loops over training steps, evaluations and checkpoints."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,13 +34,20 @@ from tokenrl.settings import arguments
 def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
     """Train a language model by policy gradients; the keywords are the fields of `TrainArguments`.
 
-    Objects may stand where the command line takes names: `model` a directory, a hub name, a `(model,
-    tokenizer)` pair or a `Policy`; `task` a name or a task object; `reward` one function or several;
+    Where the command line takes names, the keywords also take objects: `model` a directory, a hub name, a
+    `(model, tokenizer)` pair or a `Policy`; `task` a name or a task object; `reward` one function or several;
     `estimator` a preset's name or an `Estimator`.
 
+    Args:
+        args: all arguments at once, instead of keywords.
+        **options: the fields of `TrainArguments`.
+
+    Returns:
+        The trained policy, the evaluations before and after training, and how the run ended.
+
     Raises:
-        Refused: something was unusable before the first step.
-        Stopped: the run could not go on; what was saved stays.
+        Refused: the arguments, the model or the data cannot be used; raised before the first step.
+        Stopped: the run failed after it had begun; what was saved until then is kept.
 
     Example:
         >>> import tokenrl
@@ -58,26 +65,27 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         quiet=args.quiet,
         every=args.logging_steps if args.logging_steps > 1 else 10,
         main=accelerator.is_main_process,
-        agreed=_largest_over(accelerator),
+        agreed=partial(_largest, accelerator),
     ) as session:
         run = _prepare(args, task, rewards, accelerator, session)
-        session.open(f"tokenrl train: {run.task.name}", facts(run))
-        _check_lengths(run)
-        session.evaluated(_evaluate(run, step=0))
-        if args.check:
-            session.console.note(
-                "Check passed: model, data, sampling, rewards and estimator work together. Nothing trained."
-            )
-            return run.result(session, "check")
-        names = {"task": run.task.name, "model": run.learner.policy.source}
-        session.begin(args, names=names, title=run.title, solved=getattr(run.task, "solved", None))
-        _start_trackers(run, session)
         with closing(run.learner.generator):
+            session.open(f"tokenrl train: {run.task.name}", facts(run))
+            _check_lengths(run)
+            session.evaluated(_evaluate(run, step=0))
+            if args.check:
+                session.console.note(
+                    "Check passed: model, data, sampling, rewards and estimator work together. Nothing "
+                    "trained."
+                )
+                return run.result(session, "check")
+            names = {"task": run.task.name, "model": run.learner.policy.source}
+            session.begin(args, names=names, title=run.title, solved=getattr(run.task, "solved", None))
+            _start_trackers(run, session)
             return _loop(run, session)
 
 
 def _loop(run: Run, session: Session) -> RunResult:
-    """Train to the last step, to the first signal, or until nothing is left to learn."""
+    """Train until the last step, a signal to stop, or a step after which nothing is left to learn."""
     args, reason = run.args, "finished"
     for step in session.steps(args.max_steps):
         record = _one_step(run, step)
@@ -98,7 +106,7 @@ def _loop(run: Run, session: Session) -> RunResult:
 
 
 def _prepare(args: TrainSettings, task: Task, rewards: Rewards, accelerator: Any, session: Session) -> Run:
-    """Load the policy, make what updates it, and choose the prompts."""
+    """Load the policy, make optimiser and generator, and choose the training prompts."""
     with accelerator.main_process_first():
         policy = make_policy(args, task, session.console.note)
     learner, schedule = make_learner(args, policy, accelerator)
@@ -127,9 +135,9 @@ def _prepare(args: TrainSettings, task: Task, rewards: Rewards, accelerator: Any
 
 
 def _check_lengths(run: Run) -> None:
-    """Refuse a prompt that is too long, before anything is sampled."""
+    """Refuse prompts that are too long for the model's context, before anything is sampled."""
     args, policy = run.args, run.learner.policy
-    for number, row in enumerate(run.task.train_prompts):  # one by one: their ids need not all be in memory
+    for number, row in enumerate(run.task.train_prompts):  # one by one, to save memory
         policy.encode_all(
             [row["prompt"]],
             max_completion_length=args.max_completion_length,
@@ -171,22 +179,23 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
 
 
 def _nothing_left(run: Run, session: Session, metrics: dict[str, float]) -> bool:
-    """Warn of what makes learning impossible; whether the run is over because nothing is left to learn.
+    """Warn if a step could teach nothing; return whether the run is over because the task is learnt.
 
     Raises:
-        Stopped: for many steps there was nothing to learn from, and the reward is no better than before.
+        Stopped: in many consecutive steps there was nothing to learn from, and the reward is no better than
+            before training.
     """
     args = run.args
     groups = args.estimator.needs_groups
     flat = metrics["frac_reward_zero_std"] == 1 if groups else metrics["reward_std"] == 0
     run.flat_steps = run.flat_steps + 1 if flat else 0
-    differ = f"no two completions of {'a prompt' if groups else 'the step'} differ in reward"
+    differ = f"no two completions of {'the same prompt' if groups else 'the step'} differ in reward"
     better = metrics["reward"] > session.eval_before.get("reward", math.inf)
     if run.flat_steps and not better:
         session.warn_once(
             "flat",
             f"step {session.step}: {differ}, so there is nothing to learn from. Is the task too hard for "
-            "this policy, or the reward constant?",
+            "this policy, or is the reward constant?",
         )
     if args.stop_after_zero_spread and run.flat_steps >= args.stop_after_zero_spread:
         if better:
@@ -194,28 +203,21 @@ def _nothing_left(run: Run, session: Session, metrics: dict[str, float]) -> bool
             return True
         raise Stopped(
             f"In {run.flat_steps} steps in a row {differ}: nothing is being learnt. Use prompts that the "
-            "policy sometimes solves, a graded reward, or more generations a prompt; "
-            "stop_after_zero_spread=0 lets such a run go on."
+            "policy sometimes solves, a graded reward, or more generations per prompt. "
+            "stop_after_zero_spread=0 lets such a run continue."
         )
     if metrics["completions/clipped_ratio"] == 1:
         session.warn_once(
             "cut",
-            f"step {session.step}: every completion was cut at {args.max_completion_length} tokens before "
+            f"step {session.step}: every completion was cut at {args.max_completion_length} tokens, before "
             "an EOS. Raise max_completion_length, or start from a model that ends its answers.",
         )
     return False
 
 
-def _largest_over(accelerator: Any) -> Callable[[int], int]:
-    """Make the function that gives every process the largest of the numbers that all of them give."""
-    if accelerator.num_processes == 1:
-        return lambda number: number
-
-    def largest(number: int) -> int:
-        mine = torch.tensor([float(number)], device=accelerator.device)
-        return int(accelerator.gather(mine).max())
-
-    return largest
+def _largest(accelerator: Any, number: int) -> int:
+    """Return the largest of the numbers that the processes give, the same on each of them."""
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
 def _start_trackers(run: Run, session: Session) -> None:
@@ -224,6 +226,6 @@ def _start_trackers(run: Run, session: Session) -> None:
     accelerator = run.learner.accelerator
     try:
         accelerator.init_trackers("tokenrl", config={"task": run.task.name, "seed": run.args.seed})
-    except Exception as error:  # a tracker that is offline must not cost the run; metrics.jsonl has all
+    except Exception as error:  # a tracker that is offline must not end the run
         accelerator.trackers = []
-        session.console.warn(f"no tracker was started ({error}); metrics.jsonl is written all the same.")
+        session.console.warn(f"no tracker was started ({error}); metrics.jsonl is still written.")

@@ -1,6 +1,7 @@
-"""What a policy can do before training: sample each prompt several times, and read off what to expect.
+"""Measures what a policy can do before it is trained, from several samples of each prompt.
 
-Rewards and groups are estimated without bias for each prompt, with a standard error over prompts.
+The expected reward, the best of k rewards and the share of groups with equal rewards are estimated without
+bias for each prompt, and averaged over prompts with a standard error.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import numpy as np
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.judged import judged
+from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling
 
 
 class Estimate(NamedTuple):
-    """A mean over prompts and its standard error; nan for the error of a single prompt."""
+    """A mean over prompts and its standard error, which is nan for a single prompt."""
 
     value: float
     stderr: float
@@ -28,19 +29,19 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Probe:
-    """What a policy did with some training prompts.
+    """Summary of what a policy achieved on some training prompts.
 
     Attributes:
-        prompts: prompts sampled from.
-        samples: completions of each.
+        prompts: number of prompts.
+        samples: number of completions of each prompt.
         binary: whether every reward was 0 or 1, so that `best_of` is pass@k.
         reward: mean reward; pass@1 if binary.
-        best_of: by k, the expected best reward of k completions; pass@k if binary.
-        dead_groups: by G, the share of groups of G completions whose rewards are all equal.
-        truncated: share of completions cut at the longest length before an EOS.
-        length: mean tokens a completion.
-        longest: most tokens of any.
-        entropy: mean entropy of the policy, in nats a token.
+        best_of: for each k, the expected best reward of k completions; pass@k if binary.
+        dead_groups: for each G, the probability that G completions of a prompt have equal rewards.
+        truncated: share of completions cut at the maximum length before an EOS.
+        length: mean number of tokens per completion.
+        longest: number of tokens of the longest completion.
+        entropy: mean entropy of the policy, in nats per token.
     """
 
     prompts: int
@@ -56,13 +57,14 @@ class Probe:
 
 
 def best_of(rewards: np.ndarray, k: int) -> float:
-    """Unbiased estimate of the expected best of k draws, from n >= k draws of one prompt.
+    """Unbiased estimate of the expected best reward of k samples, from n >= k samples of one prompt.
 
-    The i-th smallest (from 1) is the best in `C(i-1, k-1)` of the `C(n, k)` subsets of size k. For rewards of
-    0 and 1 this is pass@k, `1 - C(n-c, k)/C(n, k)` with c ones (Chen et al. 2021, arXiv 2107.03374, eq. 1).
+    It is the mean, over all `C(n, k)` subsets of size k, of the largest reward in the subset: the i-th
+    smallest reward (counted from 1) is the largest in `C(i-1, k-1)` of them. For rewards of 0 and 1 this is
+    pass@k, `1 - C(n-c, k)/C(n, k)` with c ones (Chen et al. 2021, arXiv 2107.03374, eq. 1).
 
     Args:
-        rewards: of the draws, [n].
+        rewards: rewards of the samples [n].
         k: size of the subsets.
     """
     n = len(rewards)
@@ -71,12 +73,13 @@ def best_of(rewards: np.ndarray, k: int) -> float:
 
 
 def all_equal(rewards: np.ndarray, k: int) -> float:
-    """Unbiased estimate of the probability that k draws have equal rewards, from n >= k draws of one prompt.
+    """Unbiased estimate of the probability that k samples have equal rewards, from n >= k of one prompt.
 
-    The share of the subsets of size k within one value: `sum_v C(n_v, k) / C(n, k)`, n_v draws of value v.
+    It is the share of the subsets of size k whose rewards are all equal: `sum_v C(n_v, k) / C(n, k)`, where
+    n_v samples have the reward v.
 
     Args:
-        rewards: of the draws, [n].
+        rewards: rewards of the samples [n].
         k: size of the subsets.
     """
     _, counts = np.unique(rewards, return_counts=True)
@@ -84,7 +87,14 @@ def all_equal(rewards: np.ndarray, k: int) -> float:
 
 
 def over_prompts(values: Sequence[float]) -> Estimate:
-    """Mean of one value a prompt, and its standard error `sd / sqrt(B)`; values that are nan are left out."""
+    """Mean over prompts of one value per prompt, and its standard error `sd / sqrt(B)`.
+
+    Args:
+        values: one number for each of B prompts; nan values are left out.
+
+    Returns:
+        The mean and its standard error; nan for both without a value, for the error with a single one.
+    """
     known = np.array([value for value in values if not math.isnan(value)])
     if not len(known):
         return Estimate(math.nan, math.nan)
@@ -100,29 +110,30 @@ def probe_policy(
     *,
     batch_size: int = 256,
 ) -> Probe:
-    """Sample completions of each prompt and say what training would find.
+    """Sample several completions of each prompt and summarise their rewards, lengths and entropy.
 
-    Completions on which every reward function abstains are left out; a prompt with fewer than k others does
-    not count in what is said of k.
+    Completions for which every reward function abstains are left out; a prompt with fewer than k remaining
+    completions is left out of the estimates for k.
 
     Args:
         policy: the policy.
         prompts: rows with a `prompt`; other columns reach the rewards.
         rewards: the reward functions.
-        sampling: how to sample; two completions of each prompt or more.
+        sampling: how completions are sampled; at least two for each prompt.
         batch_size: completions in one batch; changes memory only.
 
     Raises:
-        Refused: no prompts, fewer than two samples, or prompts that do not fit into the context.
+        Refused: there are no prompts or fewer than two samples, or a prompt does not fit into the context.
+        Stopped: a reward function failed.
     """
     samples = sampling.num_generations
     if not prompts or samples < 2:
         raise Refused(
-            f"The probe was given {len(prompts)} prompts and {samples} samples of each; it needs one prompt "
+            f"The probe was given {len(prompts)} prompts and {samples} samples of each. It needs one prompt "
             "or more, and two samples or more, to see whether rewards differ."
         )
     table, lengths, cut, entropy = [], [], [], 0.0
-    for _, rollout, result in judged(
+    for _, rollout, result in sample_and_reward(
         policy, prompts, rewards, sampling, stream="probe", batch_size=batch_size
     ):
         table.append(np.where(result.valid, result.total, np.nan).reshape(-1, samples))
@@ -135,7 +146,7 @@ def probe_policy(
 
 
 def _read(table: np.ndarray, lengths: np.ndarray, cut: np.ndarray, entropy: float) -> Probe:
-    """Summary of rewards and truncations [B, n], lengths [B * n] and the mean entropy."""
+    """Summarise rewards and truncations [B, n], lengths [B * n] and the mean entropy."""
     prompts, samples = table.shape
     rows = [row[~np.isnan(row)] for row in table]
     sizes = [2**power for power in range(1, samples.bit_length()) if 2**power <= samples]

@@ -1,8 +1,8 @@
-"""What several processes change in a step: each samples its share, all know the whole step, none waits alone.
+"""Splits a step over processes: shares prompts, gathers rows, and plans equally many backward passes.
 
-Advantages and weights are computed from the whole step, identically on every process, and then sliced; a
-group of completions never crosses processes. Each process makes the same number of backward passes, because
-the gradients are averaged in the last of them, where all processes meet.
+Advantages and weights are computed from the whole step, identically on every process, and then sliced; the
+completions of one prompt stay on one process. Each process makes the same number of backward passes, because
+the gradients are averaged over processes in the last of them: a process without one would hang the others.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ Whole = TypeVar("Whole", Tensor, list[Any])
 
 
 class StepRows(NamedTuple):
-    """Rows of a step, prompt-major: the n of this process or, once gathered, all N.
+    """Rows of a step, the G completions of each prompt one after the other: those of a process, or all N.
 
     Attributes:
         rewards: total reward of each completion [N].
-        by_function: reward by each function, NaN where it abstained [N, F].
+        by_function: reward from each of F functions, NaN where it abstained [N, F].
         valid: False where every function abstained [N].
-        truncated: True where the length cap came before an EOS [N].
-        prompt_length: tokens of the prompt [N].
+        truncated: True where the completion was cut at the maximum length before an EOS [N].
+        prompt_length: number of tokens of the prompt [N].
         mask: True on actions [N, T].
-        logprobs: of the tokens, under the distribution that they were sampled from [N, T].
-        entropy: of that distribution at each action, in nats [N, T].
-        ref_logprobs: of the tokens under the reference [N, T]; None without a KL.
-        values: the critic's, of the state before each action [N, T]; None without a critic.
-        score_norms: squared norm of each action's score [N, T]; None where no baseline weighs by it.
-        greedy_rewards: reward of the greedy completion of the row's prompt [N]; None where none is compared.
+        logprobs: log-probabilities of the tokens under the distribution they were sampled from [N, T].
+        entropy: entropy of that distribution at each action, in nats [N, T].
+        ref_logprobs: log-probabilities of the tokens under the reference [N, T]; None without a KL.
+        values: the critic's value of the state before each action [N, T]; None without a critic.
+        score_norms: squared norm of each action's score [N, T]; None unless the baseline is weighted by it.
+        greedy_rewards: reward of the greedy completion of the row's prompt [N]; None unless it is needed.
     """
 
     rewards: Tensor
@@ -49,51 +49,49 @@ class StepRows(NamedTuple):
     greedy_rewards: Tensor | None = None
 
     def inputs(self) -> dict[str, Tensor | None]:
-        """What `Estimator.advantages` may ask for besides rewards and mask, by its names."""
+        """Return keyword arguments of `Estimator.advantages`: those that come from the rows."""
         names = ("logprobs", "ref_logprobs", "values", "score_norms", "greedy_rewards")
         return {name: getattr(self, name) for name in names}
 
 
 def share(accelerator: Any, whole: Whole) -> Whole:
-    """This process's part of what all processes hold: as many prompts, or rows, for each of them."""
+    """Return this process's slice of what all processes hold; the slices have equal lengths."""
     size = len(whole) // accelerator.num_processes
     start = accelerator.process_index * size
     return whole[start : start + size]
 
 
 def gather(accelerator: Any, rows: StepRows) -> StepRows:
-    """The rows of every process in the order of the prompts, identical on all; columns padded to the widest.
+    """Gather the rows of all processes, in the order of the prompts and padded to the longest completion.
 
     Raises:
         Stopped: no row of the step has a reward.
     """
     if accelerator.num_processes > 1:
-        # Padding turns a bool into an int64, on those processes only that need any.
-        found = rows._replace(mask=rows.mask.to(torch.uint8))._asdict()
-        for name, x in found.items():
-            if x is not None:
-                found[name] = accelerator.gather(
-                    accelerator.pad_across_processes(x, dim=1) if x.ndim > 1 else x
-                )
-        rows = StepRows(**found | {"mask": found["mask"].bool()})
+        # Padding would turn a bool mask into int64, and only on the processes that need padding.
+        own = rows._replace(mask=rows.mask.to(torch.uint8))._asdict()
+        known = {name: x for name, x in own.items() if x is not None}
+        known = accelerator.gather(accelerator.pad_across_processes(known, dim=1))
+        rows = StepRows(**known | {"mask": known["mask"].bool()})
     if not rows.valid.any():
         raise Stopped(
             "Every reward function abstained from every completion of this step, so there is nothing to "
-            "learn from. Return None only where there is no number."
+            "learn from. A reward function should return None only for completions it cannot judge."
         )
     return rows
 
 
 def equal_passes(accelerator: Any, active: Tensor, size: int | None) -> list[Tensor]:
-    """This process's active rows, some for each backward pass; every process gets as many passes.
+    """Divide this process's active rows into backward passes; every process gets the same number of passes.
 
     Args:
         accelerator: accelerate's handle of the processes.
-        active: which rows of the step are computed, the same on every process [N].
-        size: most rows of a pass; None for all that a process has.
+        active: True for the rows of the step that are computed [N], the same on every process.
+        size: maximum number of rows in a pass; None for all that a process has.
 
     Returns:
-        Numbers of rows among this process's own, none of them in a pass in which only others have work.
+        For each pass, the indices of its rows among this process's own; empty for a pass in which only other
+        processes have work.
     """
     by_process = active.view(accelerator.num_processes, -1)  # [W, n]
     size = size or by_process.shape[1]

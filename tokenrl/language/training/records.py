@@ -1,13 +1,13 @@
-"""What a step records of its rows: metrics for the log, and completions for people."""
+"""Summarises the rows of a step: metrics for the log, and the completions as a table for people."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from tokenrl.core.sets import from_first
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import RewardResult
 from tokenrl.language.rollout.rollout import Rollout
@@ -16,23 +16,27 @@ from tokenrl.language.training.processes import StepRows
 
 
 def step_metrics(rows: StepRows, names: Sequence[str], group_size: int) -> dict[str, float]:
-    """Metrics of the step's rows under TRL's names.
+    """Compute the metrics of the step's rows, under TRL's names.
 
-    `frac_reward_zero_std` is the share of groups in which no two rewards differ: they teach a group baseline
-    nothing. `entropy` is the mean over sampled tokens, in nats; `kl` the mean over completions of the
-    log-ratio to the reference summed over tokens (k1, unbiased, in nats; `kl_metrics` has the others).
+    `frac_reward_zero_std` is the share of groups in which all rewards are equal; with a group baseline they
+    have no gradient. `entropy` is the mean over sampled tokens, in nats. `kl` is the mean over completions of
+    the log-ratio to the reference summed over tokens (k1: unbiased, in nats); see `kl_metrics` for the rest.
+
+    Args:
+        rows: all N rows of the step.
+        names: names of the F reward functions.
+        group_size: completions per prompt.
     """
     rewards, valid, mask = rows.rewards, rows.valid, rows.mask
     lengths, tokens = mask.sum(dim=1).double(), mask.sum().clamp(min=1)
-    # A prompt's only completion has none to differ from: then the whole step is the group.
-    groups = torch.where(valid, rewards, torch.nan).view(-1, group_size if group_size > 1 else len(rewards))
-    low = groups.nan_to_num(nan=torch.inf).min(dim=1).values
-    high = groups.nan_to_num(nan=-torch.inf).max(dim=1).values
+    # With one completion per prompt there are no groups to compare, so the whole step is taken as one group.
+    size = group_size if group_size > 1 else len(rewards)
+    differences, _ = from_first(rewards.view(-1, size), valid.view(-1, size))
     kept = rewards[valid].double()
     metrics = {
         "reward": kept.mean(),
         "reward_std": kept.std(correction=min(1, len(kept) - 1)),
-        "frac_reward_zero_std": (high <= low).double().mean(),
+        "frac_reward_zero_std": (differences == 0).all(dim=1).double().mean(),
         "entropy": (rows.entropy * mask).double().sum() / tokens,
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
@@ -53,6 +57,11 @@ def step_metrics(rows: StepRows, names: Sequence[str], group_size: int) -> dict[
     return {name: float(value) for name, value in metrics.items()}
 
 
+def prompt_text(prompt: Any) -> str:
+    """Return a prompt as a person would type it: the text itself, or the last of its chat messages."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
 def completion_rows(
     policy: Policy,
     prompts: Sequence[tuple[int, Mapping[str, Any]]],
@@ -61,7 +70,10 @@ def completion_rows(
     names: Sequence[str],
     advantages: Tensor,
 ) -> list[dict[str, Any]]:
-    """This process's completions with their rewards and advantages (the first action's, if one a token)."""
+    """Return this process's completions with their rewards and advantages, as rows of a table.
+
+    Where each token has an advantage of its own, the row holds that of the first token.
+    """
     texts = policy.decode(rollout.completion_ids, rollout.mask)
     first = (advantages if advantages.ndim == 1 else advantages[:, 0]).tolist()
     out = []

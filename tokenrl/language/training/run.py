@@ -1,4 +1,4 @@
-"""A training run of a policy: what it is made of, what it shows of a step, and what is left of it."""
+"""The state of a policy's training run, its result, and what it shows, records and saves."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainSettings
+from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.step import Record
 from tokenrl.language.training.update import Learner
 from tokenrl.runs.metrics import write_completions
@@ -27,14 +28,15 @@ from tokenrl.runs.session import Session
 
 @dataclass(frozen=True)
 class RunResult(Outcome):
-    """What a training run came to; see `Outcome` for the other fields.
+    """The result of a training run; see `Outcome` for the other fields.
 
     Attributes:
-        exit_reason: `finished`, `learnt` (early: all completions earn the same, more than before), `check`,
-            `SIGTERM` or `SIGINT`.
-        eval_before: `reward` (sampled), `reward_greedy` and more, on held-out prompts, before training.
+        exit_reason: `finished`; `learnt` (ended early: all rewards are equal, and higher than before
+            training); `check`; or the name of the signal that stopped the run, such as `SIGTERM`.
+        eval_before: evaluation on held-out prompts before training: `reward` (mean over samples),
+            `reward_greedy` and more.
         tokens_per_second: completion tokens sampled and trained on, per second of training steps.
-        flags: what to know of the outcome: `entropy-collapsed`, or nothing.
+        flags: warnings about the outcome: `entropy-collapsed`, or none.
         policy: the trained policy.
     """
 
@@ -45,21 +47,21 @@ class RunResult(Outcome):
 
 @dataclass
 class Run:
-    """What a run is made of, and how far it has come.
+    """The parts of a run, and how far it has come.
 
     Attributes:
-        args: the settings, with nothing left open.
-        task: prompts to train and to evaluate on.
+        args: the settings.
+        task: prompts to train on and to evaluate on.
         rewards: the reward functions.
-        learner: the policy and what updates it.
-        schedule: the learning rate's.
-        stream: deals the prompts out.
+        learner: the policy, its optimiser and the settings.
+        schedule: sets the learning rate of each step.
+        stream: deals the prompts out to steps.
         running_mean: mean reward of earlier steps.
-        tokens: prompt and completion tokens so far.
-        completion_tokens: completion tokens so far.
-        step_seconds: seconds of the steps so far.
-        entropies: of each step, in nats per token.
-        flat_steps: steps in a row in which no rewards differed.
+        tokens: number of prompt and completion tokens so far.
+        completion_tokens: number of completion tokens so far.
+        step_seconds: seconds spent in training steps so far.
+        entropies: mean entropy of each step, in nats per token.
+        flat_steps: number of consecutive steps, up to now, in which no rewards differed.
     """
 
     args: TrainSettings
@@ -91,12 +93,12 @@ class Run:
         return f"{self.task.name}, {preset_name(self.args.estimator)}, seed {self.args.seed}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts that a continuation needs, as plain numbers."""
+        """Return the counts that a continuation needs, as plain numbers."""
         names = ("tokens", "completion_tokens", "entropies", "flat_steps")
         return {name: getattr(self, name) for name in names}
 
     def result(self, session: Session, reason: str) -> RunResult:
-        """The run as its caller gets it; `reason` says how it ended, if no signal ended it."""
+        """Return the result for the caller; `reason` says how the run ended, unless a signal ended it."""
         collapsed = entropy_collapsed(self.args.estimator.entropy_coef, self.last_entropy)
         return RunResult(
             **session.outcome(reason),
@@ -107,7 +109,7 @@ class Run:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """What the header says of a run."""
+    """Return the lines of the header that is printed when the run starts."""
     args, policy = run.args, run.learner.policy
     trainable = sum(p.numel() for p in policy.trainable_parameters())
     estimator = args.estimator
@@ -124,7 +126,7 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def record_step(run: Run, session: Session, record: Record, metrics: dict[str, float]) -> None:
-    """Write a step to the log, the completions and the trackers, and show it."""
+    """Write a step's metrics and completions to the run directory and the trackers, and show them."""
     shown = run.args.log_completions
     session.record(metrics, record.timings | {"tokens_per_second": run.tokens_per_second})
     if session.directory is not None and shown and (session.step == 1 or session.due(shown)):
@@ -136,20 +138,16 @@ def record_step(run: Run, session: Session, record: Record, metrics: dict[str, f
 
 
 def _few(rows: Sequence[dict[str, Any]], group: int) -> list[dict[str, Any]]:
-    """Best and worst completion of the first two groups: what the comparison within a group looks like."""
+    """Choose the best and the worst completion of each of the first two groups, as an example for people."""
     out = []
-    rows = [
-        row if isinstance(row["prompt"], str) else row | {"prompt": row["prompt"][-1]["content"]}
-        for row in rows
-    ]
     for start in range(0, min(len(rows), 2 * group), group):
         ranked = sorted(rows[start : start + group], key=lambda row: row["reward"])
         out += [ranked[-1], ranked[0]] if group > 1 else ranked
-    return out
+    return [row | {"prompt": prompt_text(row["prompt"])} for row in out]
 
 
 def save_checkpoint(run: Run, session: Session) -> None:
-    """Save weights, tokenizer and critic, and the state of what the session knows."""
+    """Save weights, tokenizer and critic, and the state of every part registered with the session."""
 
     def write(path: Path) -> None:
         save_policy(run.learner.policy, path)
@@ -161,7 +159,7 @@ def save_checkpoint(run: Run, session: Session) -> None:
 
 
 def finish(run: Run, session: Session, ended: RunResult) -> None:
-    """Save the model with its card, write summary and report, and show the end."""
+    """Save the model with its card, write summary and report, and show how the run ended."""
     facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
     for when, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
         facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}

@@ -1,4 +1,7 @@
-"""From arguments to everything a run needs: what is unusable is refused here, before anything is trained."""
+"""Makes what a run needs from its arguments: settings, policy, accelerator, learner.
+
+Arguments that cannot be used are refused here, before anything is trained.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
 from tokenrl.language.policy.adapters import add_lora
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
-from tokenrl.language.policy.model import Policy, enable_gradient_checkpointing, load_policy, wrap
+from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
+from tokenrl.language.policy.model import Policy, load_policy, wrap
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.critic import Critic
-from tokenrl.language.training.kl_control import check_target
 from tokenrl.language.training.supervised import warm_started_base
 from tokenrl.language.training.update import Learner
 from tokenrl.settings import settled
@@ -32,10 +35,10 @@ DEFAULTS = {
 
 
 def resolve(args: TrainArguments, task: Task) -> TrainSettings:
-    """Settle what the arguments leave open, by what the task recommends, else by a default; then check.
+    """Fill in the arguments left open, from the task's recommendation or else a default, and check them.
 
     Raises:
-        Refused: two settings that do not go together.
+        Refused: two settings contradict each other.
     """
     recommended = dict(getattr(task, "train", None) or {})
     if getattr(task, "max_completion_length", None):
@@ -49,39 +52,48 @@ def resolve(args: TrainArguments, task: Task) -> TrainSettings:
 
 
 def check(args: TrainSettings) -> None:
-    """Refuse settings that do not go together; what each may be by itself stands beside the fields."""
+    """Refuse settings that contradict each other; the bounds of each one stand beside its field.
+
+    Raises:
+        Refused: two settings contradict each other, or the estimator refuses a step of this shape.
+    """
     if args.resume is not None:
         raise Refused(
-            "--resume is not built yet. To go on from the weights of a checkpoint, with a new optimiser and "
-            "a new run directory, give it as --model."
+            "--resume is not built yet. To continue from the weights of a checkpoint, with a new optimiser "
+            "and a new run directory, give the checkpoint as --model."
         )
-    check_target(args)
+    if args.target_kl is not None and not args.estimator.needs_kl:
+        raise Refused(
+            f"target_kl={args.target_kl:g} asks for a KL near that value, but the estimator has beta 0: "
+            "there is no reference to measure the KL to, and a weight of 0 stays 0 when it is multiplied. "
+            "Set --estimator.beta to the weight to start from, such as 0.05, or leave target_kl out."
+        )
     if args.estimator.needs_groups and args.num_generations == 1:
         raise Refused(
-            f"The estimator compares the completions of one prompt (baseline={args.estimator.baseline!r}, "
-            f"scale={args.estimator.scale!r}), but num_generations=1 gives a prompt only one. Give 2 or "
-            "more, or choose the estimator reinforce or reinforce_running_mean."
+            f"The estimator compares the completions of a prompt (baseline={args.estimator.baseline!r}, "
+            f"scale={args.estimator.scale!r}), but with num_generations=1 each prompt has only one. Give 2 "
+            "or more, or choose the estimator reinforce or reinforce_running_mean."
         )
     _try_out(args)
     check_horizon(args.estimator, args.max_completion_length, args.allow_no_baseline)
     if args.num_minibatches > args.prompts_per_step:
         raise Refused(
-            f"num_minibatches={args.num_minibatches} is more than prompts_per_step={args.prompts_per_step}; "
-            f"groups are not split, so give at most {args.prompts_per_step}."
+            f"num_minibatches={args.num_minibatches} is more than prompts_per_step={args.prompts_per_step}. "
+            f"The completions of a prompt are not split, so give at most {args.prompts_per_step}."
         )
     if args.dtype == "float16":
-        raise Refused("dtype='float16' cannot be trained: its gradients underflow. Use bfloat16 or float32.")
+        raise Refused("dtype='float16' cannot be trained: gradients underflow. Use bfloat16 or float32.")
     if args.estimator.ratio == "none" and args.num_iterations * args.num_minibatches > 1:
         raise Refused(
             f"num_iterations={args.num_iterations} and num_minibatches={args.num_minibatches} make several "
-            "updates from one rollout, but the estimator has ratio='none', which is right for the first of "
-            "them only. Use --estimator.ratio token (the presets grpo, dr_grpo and ppo_clip have it), or one "
-            "update a rollout."
+            "updates from one rollout, but the estimator has ratio='none', which is right only for the first "
+            "of them. Use --estimator.ratio token (the presets grpo, dr_grpo and ppo_clip have it), or one "
+            "update per rollout."
         )
 
 
 def _try_out(args: TrainSettings) -> None:
-    """Give the estimator a step of the right shape: what it refuses is better known now than later."""
+    """Call the estimator on a step of zeros, so that it refuses wrong settings before anything is loaded."""
     n = args.prompts_per_step * args.num_generations
     zeros = torch.zeros(n, 1)
     args.estimator.advantages(
@@ -99,7 +111,11 @@ def _try_out(args: TrainSettings) -> None:
 
 
 def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
-    """The policy that the arguments name: a model object, a directory, a hub name, or the task's own base."""
+    """Load the policy that the arguments name (object, directory or hub name), else the task's base model.
+
+    Raises:
+        Refused: the model cannot be loaded, or cannot be trained.
+    """
     source: Any = args.model
     if source is None:
         source = str(warm_started_base(task, seed=args.base_seed, announce=announce))
@@ -127,7 +143,11 @@ def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]
 
 
 def make_accelerator(args: TrainSettings) -> Any:
-    """Accelerate's handle, and the batch checked against the number of processes."""
+    """Make accelerate's handle of device, precision and processes.
+
+    Raises:
+        Refused: accelerate refuses the settings, or the processes cannot share the prompts equally.
+    """
     from accelerate import Accelerator
 
     try:
@@ -150,7 +170,7 @@ def make_accelerator(args: TrainSettings) -> Any:
 
 
 def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[Learner, Any]:
-    """Optimiser, reference and prepared model, and the learning-rate schedule."""
+    """Make the learner (with optimiser, reference, generator and critic) and the learning-rate schedule."""
     from transformers import get_scheduler
 
     if args.estimator.needs_reference:
@@ -179,7 +199,7 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple
 
 
 def load_placed(name: str, *, dtype: str, trust_remote_code: bool) -> Policy:
-    """Load a model onto the accelerator, if there is one."""
+    """Load a model and move it to the accelerator's device; without an accelerator that is the CPU."""
     from accelerate import PartialState
 
     policy = load_policy(name, dtype=dtype, trust_remote_code=trust_remote_code)

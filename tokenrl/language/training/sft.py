@@ -1,4 +1,4 @@
-"""What `tokenrl sft` does: supervised fine-tuning on demonstrations, as a run like any other."""
+"""Fine-tunes a model on demonstrations (`tokenrl sft`), with a run directory like every training."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ DEFAULTS = {"max_steps": 200, "batch_size": 64, "learning_rate": 2e-5}
 
 @dataclass(frozen=True)
 class SftResult(Outcome):
-    """What a supervised run came to; see `Outcome` for the other fields. Nothing is evaluated.
+    """The result of a supervised run; see `Outcome` for the other fields. Nothing is evaluated.
 
     Attributes:
-        loss_before: mean negative log-likelihood of the first batch, in nats per token; None without a step.
-        loss_after: that of the last batch.
+        loss_before: mean negative log-likelihood of the first batch before its update, in nats per token;
+            None if there was no step.
+        loss_after: the same of the last batch.
         policy: the trained policy.
     """
 
@@ -38,11 +39,18 @@ class SftResult(Outcome):
 def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
     """Fine-tune a model on demonstrations; the keywords are the fields of `SftArguments`.
 
-    The model lies in `model/` of the run directory; wherever a model is named, the run directory stands for
-    it too.
+    The model is saved in `model/` of the run directory. Arguments that name a model also accept the run
+    directory itself.
+
+    Args:
+        args: all arguments at once, instead of keywords.
+        **options: the fields of `SftArguments`.
+
+    Returns:
+        The trained policy and its loss before and after.
 
     Raises:
-        Refused: no demonstrations, no model, or an output directory that cannot be used.
+        Refused: there are no demonstrations or no model, or the output directory cannot be used.
         Stopped: the loss became NaN or infinite.
     """
     args = args or arguments(SftArguments, options)
@@ -76,28 +84,28 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
 
 
 def _resolve(args: SftArguments, task: Any) -> SftSettings:
-    """Settle what the arguments leave open, by the warm start that the task recommends, else by a default."""
+    """Fill in the arguments left open, from the warm start that the task recommends or else a default."""
     warm = getattr(task, "warm_start", None)
     recommended = {} if warm is None else {"batch_size": warm.batch_size, "max_steps": warm.steps}
-    if warm is not None and args.model is None:  # a rate for tiny models, not for pretrained ones
+    if warm is not None and args.model is None:  # that rate is for tiny models, not for pretrained ones
         recommended["learning_rate"] = warm.learning_rate
     return settled(SftSettings, args, DEFAULTS | recommended)
 
 
 def _demonstrations(args: SftArguments) -> tuple[Any, list[dict[str, Any]]]:
-    """The task, if there is one, and rows of prompt and completion."""
+    """Return the task (None for a data set) and its rows of prompt and completion."""
     if not isinstance(args.task, str) or ":" in args.task or _is_toy(args.task):
         task, _ = find_task(args)
         rows = list(getattr(task, "demonstrations", None) or [])
         if not rows:
             raise Refused(
-                f"The task {task.name!r} has no demonstrations; give a task that has, or a data set with a "
-                "prompt and a completion column."
+                f"The task {task.name!r} has no demonstrations. Give a task that has some, or a data set "
+                "with a prompt and a completion column."
             )
         return task, rows
     if args.model is None:
         raise Refused(
-            "A data set brings no model: say which to fine-tune with --model DIRECTORY_OR_HUB_NAME."
+            "A data set has no model of its own: name the one to fine-tune, --model DIRECTORY_OR_HUB_NAME."
         )
     splits = read_splits(args.task)
     if args.split not in splits:
@@ -106,7 +114,7 @@ def _demonstrations(args: SftArguments) -> tuple[Any, list[dict[str, Any]]]:
     if args.completion_column not in rows[0]:
         raise Refused(
             f"{args.task!r} has no column {args.completion_column!r}; it has {', '.join(rows[0])}. Name the "
-            "one that holds the completions with --completion-column."
+            "column of the completions with --completion-column."
         )
     return None, [row | {"completion": row[args.completion_column]} for row in rows]
 

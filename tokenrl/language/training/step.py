@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.rows import keep
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.judged import reward_rows
+from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.collect import (
@@ -33,7 +33,13 @@ from tokenrl.language.training.update import Batch, Learner, updates
 
 
 class Record(NamedTuple):
-    """What a step leaves behind: metrics, rows for people (made when called), seconds by part."""
+    """The results of one training step.
+
+    Attributes:
+        metrics: numbers for metrics.jsonl, under TRL's names.
+        rows: returns the completions as table rows; they are decoded only when it is called.
+        timings: seconds spent in each part of the step.
+    """
 
     metrics: dict[str, float]
     rows: Callable[[], list[dict[str, Any]]]
@@ -43,23 +49,23 @@ class Record(NamedTuple):
 def training_step(
     learner: Learner, rewards: Rewards, running_mean: RunningMean, step: int, prompts: Prompts, more: Deal
 ) -> Record:
-    """Sample, reward, update and record once.
+    """Run one training step: sample, reward, update, record.
 
     Args:
-        learner: the policy and what updates it.
+        learner: the policy, its optimiser and the settings.
         rewards: the reward functions.
-        running_mean: mean reward of earlier steps; read before it is updated, or a reward would enter its own
-            baseline.
+        running_mean: mean reward of earlier steps. It is read before it is updated, because otherwise a
+            reward would enter its own baseline.
         step: number of this step, from 1.
         prompts: the whole step's prompts, the same on every process.
-        more: deals further prompts, for estimators that refill a step.
+        more: deals further prompts, for estimators that replace groups of equal rewards.
     """
     policy, estimator, accelerator = learner.policy, learner.estimator, learner.accelerator
     sampling = replace(learner.sampling, step=step, keep_hidden=estimator.needs_values)
     g, times = sampling.group_size, [time.perf_counter()]
 
     mine = share(accelerator, prompts)
-    rollout = sample(learner, mine, sampling)  # n rows, g of each prompt
+    rollout = sample(learner, mine, sampling)  # n rows, g for each prompt
     result = reward_rows(policy, rewards, [row for _, row in mine], rollout, **trainer_state(learner, step))
     own = Experience(mine, rollout, result)
     if estimator.zero_spread == "refill":
@@ -67,8 +73,9 @@ def training_step(
         mine, rollout, result = own
     times.append(time.perf_counter())
 
-    rows = gather(accelerator, step_rows(learner, rewards, sampling, own))  # N rows, known everywhere
+    rows = gather(accelerator, step_rows(learner, rewards, sampling, own))  # all N rows, on every process
     kept = keep(estimator, rows.rewards, rows.mask, group_size=g, valid=rows.valid, truncated=rows.truncated)
+    # From all N rows on every process, so that advantages do not depend on how the step is split.
     advantages = estimator.advantages(
         rows.rewards,
         rows.mask,
@@ -89,7 +96,7 @@ def training_step(
             )
             update.backward(part, loss, scores.logprobs)
         history.append(update.apply())
-    learner.generator.sync(policy)
+    learner.generator.sync(policy)  # the next step samples from the new weights
 
     metrics = result.metrics | step_metrics(rows, rewards.names, g) | averaged(history)
     metrics |= teach_baselines(learner, running_mean, rollout, rows, advantages.returns)
@@ -104,14 +111,18 @@ def training_step(
 def teach_baselines(
     learner: Learner, running_mean: RunningMean, rollout: Rollout, rows: StepRows, returns: Tensor
 ) -> dict[str, float]:
-    """Teach the running mean and the critic what this step brought, once it has been used.
+    """Update the running mean and the critic with this step's rewards, after the policy's update used them.
 
     Args:
-        learner: has the critic.
+        learner: holds the critic.
         running_mean: mean reward of earlier steps.
         rollout: this process's n rows.
-        rows: all N rows.
+        rows: all N rows of the step.
         returns: the critic's targets [N, T].
+
+    Returns:
+        `baseline`, the running mean that this step used, and `value_loss`, the critic's loss before its
+        update; each only where the estimator has it.
     """
     metrics = {}
     if learner.estimator.baseline == "running_mean":
@@ -131,7 +142,7 @@ def teach_baselines(
 
 
 def averaged(history: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means of the updates' metrics, each over the updates that have it."""
+    """Average the metrics of the step's updates; each over the updates that report it."""
     return {
         name: sum(m.get(name, 0.0) for m in history) / sum(name in m for m in history) for name in history[0]
     }

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on demonstrations: the warm start from which reinforcement learning sets out."""
+"""Trains a policy on demonstrations (supervised fine-tuning), and makes warm-started bases for toy tasks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tokenrl.language.rollout.scoring import score
 from tokenrl.language.tasks.stream import Batches
 from tokenrl.runs.checkpoint import replace_directory
 
-MADE_BY = 2  # raised when this module or the tiny tokenizers change what a warm start gives
-Pair = tuple[list[int], list[int]]  # ids of a prompt and of its completion
+MADE_BY = 2  # raise it when a change of the code changes the weights that a warm start gives
+Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
 
 
 def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> list[Pair]:
-    """Ids of demonstrations; each completion ends with the tokenizer's EOS if it has one.
+    """Tokenise demonstrations; each completion ends with the tokenizer's EOS, if it has one.
 
     Raises:
-        Refused: a demonstration longer than the context, or without a completion.
+        Refused: a demonstration is longer than the context, or has no completion.
     """
     pairs: list[Pair] = []
     eos = policy.tokenizer.eos_token_id
@@ -36,16 +36,16 @@ def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> lis
             text = text[-1].get("content")
         if not isinstance(text, str) or "prompt" not in row:
             raise Refused(
-                f"Row {number} of the demonstrations has columns {', '.join(row)}; needed are prompt and "
-                "completion, a completion being text or a list that ends with the assistant's message."
+                f"Row {number} of the demonstrations has the columns {', '.join(row)}. It needs prompt and "
+                "completion; a completion is text, or a list that ends with the assistant's message."
             )
         ids = list(policy.tokenizer(text, add_special_tokens=False).input_ids)
         if eos is not None and (not ids or ids[-1] not in policy.eos_ids):
             ids.append(eos)
         if not ids:
             raise Refused(
-                f"The completion of row {number} of the demonstrations has no token, and the tokenizer no "
-                "EOS that could stand for an empty answer. Leave such rows out, or set tokenizer.eos_token."
+                f"The completion of row {number} of the demonstrations has no token, and the tokenizer has "
+                "no EOS to end an empty answer with. Leave such rows out, or set tokenizer.eos_token."
             )
         prompt = policy.encode_all([row["prompt"]], max_completion_length=len(ids), first_row=number)[0]
         pairs.append((prompt, ids))
@@ -53,7 +53,7 @@ def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> lis
 
 
 def demonstration_batch(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
-    """Encoded demonstrations in the shape of a rollout."""
+    """Put tokenised demonstrations into a rollout, one row for each, so that `score` can score them."""
     prompts, completions = zip(*pairs, strict=True)
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id, policy.device)
     width = max(map(len, completions))
@@ -66,9 +66,10 @@ def demonstration_batch(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
 
 
 class SupervisedTraining:
-    """AdamW on the mean negative log-likelihood of the completions' tokens; the policy is changed in place.
+    """Supervised training: minimises the mean negative log-likelihood of the completions' tokens with AdamW.
 
-    The learning rate falls linearly to 0. Rows are drawn without replacement, one epoch after the other.
+    The policy is changed in place. The learning rate falls linearly to 0. Rows are drawn without replacement,
+    one epoch after the other.
     """
 
     def __init__(
@@ -82,19 +83,19 @@ class SupervisedTraining:
         seed: int = 0,
         max_grad_norm: float = 1.0,
     ) -> None:
-        """Encode all rows, so that a bad one is found before an update.
+        """Tokenise all rows, so that an unusable one is refused before the first update.
 
         Args:
             policy: the policy to train.
             demonstrations: rows of `prompt` and `completion`.
-            max_steps: updates over which the learning rate falls.
+            max_steps: number of updates over which the learning rate falls to 0.
             batch_size: demonstrations per update.
             learning_rate: peak learning rate.
-            seed: of the order of the rows.
+            seed: seed of the order of the rows.
             max_grad_norm: gradients are clipped to this norm.
 
         Raises:
-            Refused: no demonstrations, or an unusable one.
+            Refused: there are no demonstrations, or one cannot be used.
         """
         from transformers import get_scheduler
 
@@ -109,10 +110,10 @@ class SupervisedTraining:
         self._step = 0
 
     def update(self) -> dict[str, float]:
-        """Learn from the next batch.
+        """Update the policy on the next batch.
 
         Returns:
-            `loss` in nats per token, and `grad_norm` before clipping.
+            `loss`, before the update, in nats per token, and `grad_norm` before clipping.
 
         Raises:
             Stopped: the loss became NaN or infinite.
@@ -138,20 +139,27 @@ class SupervisedTraining:
 def fit(
     policy: Policy, demonstrations: Sequence[dict[str, Any]], *, max_steps: int, **how: Any
 ) -> list[float]:
-    """Train for `max_steps` updates; returns the loss of each in nats per token.
+    """Fine-tune a policy on demonstrations for `max_steps` updates.
 
     Args:
         policy: the policy to train, in place.
         demonstrations: rows of `prompt` and `completion`.
-        max_steps: updates.
+        max_steps: number of updates.
         **how: further arguments of `SupervisedTraining`.
+
+    Returns:
+        The loss of each update in nats per token.
+
+    Raises:
+        Refused: there are no demonstrations, or one cannot be used.
+        Stopped: the loss became NaN or infinite.
     """
     training = SupervisedTraining(policy, demonstrations, max_steps=max_steps, **how)
     return [training.update()["loss"] for _ in range(max_steps)]
 
 
 def cache_directory() -> Path:
-    """Where warm-started bases are kept: $TOKENRL_CACHE, else tokenrl/ in the user's cache directory."""
+    """Return the directory of warm-started bases: $TOKENRL_CACHE, else tokenrl/ in the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TOKENRL_CACHE") or Path(home) / "tokenrl")
 
@@ -159,19 +167,25 @@ def cache_directory() -> Path:
 def warm_started_base(
     task: Any, *, seed: int = 0, announce: Callable[[str], None] = lambda text: None
 ) -> Path:
-    """Directory of a toy task's tiny model after its warm start, made once and then cached.
+    """Make the tiny model of a toy task, warm-started on its demonstrations, or take it from the cache.
 
     Args:
         task: a task with `build(seed)`, `demonstrations`, `warm_start` and `fingerprint`.
-        seed: of the initial weights and the order of demonstrations.
-        announce: told what is being made, since it takes some seconds.
+        seed: seed of the initial weights and of the order of demonstrations.
+        announce: prints a line for people, since making the model takes some seconds.
+
+    Returns:
+        The directory of model and tokenizer.
+
+    Raises:
+        Refused: the task has no model of its own.
     """
     from filelock import FileLock
 
     build = getattr(task, "build", None)
     if build is None:
         raise Refused(
-            f"The task {task.name!r} brings no model of its own. Say which to train: --model "
+            f"The task {task.name!r} has no model of its own. Name the one to train: --model "
             "DIRECTORY_OR_HUB_NAME."
         )
     recipe = f"{task.fingerprint} {seed} {torch.__version__.split('+')[0]} {MADE_BY}"

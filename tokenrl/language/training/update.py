@@ -1,8 +1,9 @@
-"""One update of the weights from rows of a rollout: micro-batches, processes and skipped rows change nothing.
+"""Updates the policy's weights from a rollout, in micro-batches and on several processes.
 
-The loss is a sum whose weights come from the whole step, so a micro-batch is a slice of it. Weights and
-advantages are identical on every process; each trains on its own rows, and the loss is multiplied by the
-number of processes because averaging gradients divides by it.
+The loss is a sum over tokens whose weights come from the whole step, so a micro-batch is a slice of it, and
+neither the size of a micro-batch, nor the number of processes, nor leaving out rows without gradient changes
+the update. Weights and advantages are identical on every process, and each process trains on its own rows.
+Processes average their gradients, so the loss is multiplied by their number.
 """
 
 from __future__ import annotations
@@ -30,25 +31,25 @@ from tokenrl.language.training.critic import Critic
 from tokenrl.language.training.processes import StepRows, equal_passes, share
 
 CLIPPED = ("token", "cispo")
-"""Ratios that are clipped token by token, so that one can say which tokens are beyond the range."""
+"""Ratios with a clip range for each token; for them the metric `clip_ratio` is reported."""
 
 
 @dataclass
 class Learner:
-    """What an update changes and needs: the policy, its optimiser, and the settings.
+    """The policy, its optimiser, and all that an update reads: everything that outlives a step.
 
     Attributes:
-        policy: the policy, whose model is the bare one.
-        model: the same model as prepared by accelerate, through which gradients flow.
-        optimizer: prepared optimiser over the policy's trainable parameters.
+        policy: the policy; its `model` is not wrapped.
+        model: the same model as wrapped by accelerate; gradients flow through this one.
+        optimizer: the optimiser of the policy's trainable parameters, wrapped by accelerate.
         accelerator: accelerate's handle of device, precision and processes.
-        estimator: what turns rewards into a loss.
-        args: settings with every None resolved.
+        estimator: turns rewards into advantages and a loss. KL control replaces it to change its `beta`.
+        args: the settings of the run.
         generator: samples the run's completions.
-        critic: learned values, for the estimators that need them.
-        diagnostics: measures the gradient's noise, if asked for.
-        nonfinite: updates in a row whose gradient was not finite.
-        skipped: all such updates so far.
+        critic: predicts values, for the estimators that need them; else None.
+        diagnostics: measures signal and noise of the gradient; None unless the run asks for it.
+        nonfinite: number of consecutive updates, up to now, whose gradient was not finite.
+        skipped: number of all updates so far that were skipped for such a gradient.
     """
 
     policy: Policy
@@ -65,7 +66,7 @@ class Learner:
 
     @property
     def sampling(self) -> Sampling:
-        """How the run samples, at no step in particular."""
+        """How the run samples; callers set the step."""
         args = self.args
         return Sampling(
             args.max_completion_length,
@@ -76,25 +77,25 @@ class Learner:
         )
 
     def state_dict(self) -> dict[str, float]:
-        """What a continuation needs beside weights: the KL's weight and the counts, as plain numbers."""
+        """Return what a continuation needs besides weights: the weight of the KL and the two counts."""
         return {"kl_coef": self.estimator.beta, "nonfinite": self.nonfinite, "skipped": self.skipped}
 
     @property
     def scoring(self) -> dict[str, Any]:
-        """How completions are scored, as `score` takes it: at the temperature that they were sampled at."""
+        """Keyword arguments of `score`: completions are scored at the temperature of sampling."""
         return {"temperature": self.args.temperature, "share_prompt": self.policy.share_prompt}
 
 
 class Batch(NamedTuple):
-    """What the updates of a step learn from: this process's n rows, and what all processes know of all N.
+    """The data that the updates of a step learn from: this process's n rows, and numbers of all N rows.
 
     Attributes:
-        rollout: this process's n rows, with columns up to its own longest completion.
+        rollout: this process's n rows, as wide as its own longest completion.
         rows: all N rows.
-        kept: which of them, and of their tokens [N, T], are learnt from and divided by.
-        advantages: of all rows [N] or, where each token has its own, [N, T].
-        old_logprobs: this process's rows under the policy that sampled them [n, T]; None where the only
-            update is that policy's own.
+        kept: which rows, and which of their tokens [N, T], enter the loss and its divisor.
+        advantages: one for each row [N] or for each token [N, T].
+        old_logprobs: log-probabilities of this process's rows under the policy that sampled them [n, T]; None
+            if no update needs them (see `collect.old_logprobs`).
     """
 
     rollout: Rollout
@@ -109,10 +110,10 @@ class Part(NamedTuple):
 
     Attributes:
         rollout: the rows.
-        advantages: [m] or [m, T].
-        weights: of the tokens in the loss of the whole update [m, T].
-        ref_logprobs: under the reference [m, T]; None without a KL.
-        old_logprobs: under the policy that sampled [m, T]; None where that is the policy as it is now.
+        advantages: one for each row [m] or for each token [m, T].
+        weights: each token's weight in the loss of the whole update [m, T].
+        ref_logprobs: log-probabilities under the reference [m, T]; None without a KL.
+        old_logprobs: log-probabilities under the policy that sampled [m, T]; None if that is the present one.
     """
 
     rollout: Rollout
@@ -122,11 +123,15 @@ class Part(NamedTuple):
     old_logprobs: Tensor | None
 
     def old(self, logprobs: Tensor) -> Tensor:
-        """What the ratio is taken against [m, T], given the log-probabilities of the policy as it is now."""
+        """Return the denominator of the ratio as log-probabilities [m, T].
+
+        `logprobs` are those of the present policy. If it is also the one that sampled, the denominator is the
+        same number without its gradient: the ratio is 1, and its gradient is that of `logprobs`.
+        """
         return logprobs.detach() if self.old_logprobs is None else self.old_logprobs
 
     def inputs(self, scores: Scores) -> dict[str, Tensor | None]:
-        """What `Estimator.loss` may ask for besides its first four arguments, by its names."""
+        """Return the keyword arguments of `Estimator.loss`."""
         return {
             "old_logprobs": self.old(scores.logprobs),
             "sampling_logprobs": self.rollout.logprobs,
@@ -137,13 +142,13 @@ class Part(NamedTuple):
 
 @dataclass
 class Update:
-    """One step of the optimiser: the micro-batches whose gradients it adds up, and what is counted meanwhile.
+    """One step of the optimiser: adds up the gradients of its micro-batches, and what is reported of them.
 
     Attributes:
-        learner: what is updated.
+        learner: the policy, its optimiser and the settings.
         batch: the step's rows.
-        chosen: which of them this update learns from, the same on every process [N].
-        measure: whether to measure the gradient's signal and noise, by the two halves of the groups.
+        chosen: True for the rows that this update learns from [N], the same on every process.
+        measure: whether to measure signal and noise of the gradient, by comparing two halves of the groups.
     """
 
     learner: Learner
@@ -151,13 +156,14 @@ class Update:
     chosen: Tensor
     measure: bool = False
     _half: Tensor | None = None  # gradient of the first half of the groups
-    _sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))  # loss and two counts
+    # Sums over the micro-batches: the loss, the tokens outside the clip range, all tokens learnt from.
+    _sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
 
     def parts(self) -> Iterator[Part]:
-        """Yield the micro-batches, whose gradients add up from one to the next.
+        """Yield the micro-batches; their gradients accumulate in the parameters.
 
-        Every process gets as many. In all but the last, processes keep their gradients to themselves; the
-        backward pass of the last one averages the sums over processes.
+        Every process yields the same number, because the backward pass of the last micro-batch averages the
+        accumulated gradients over processes and would wait for ever for a process that has none.
         """
         learner, accelerator = self.learner, self.learner.accelerator
         size, active, weights = learner.args.micro_batch_size, self._active(), self._weights()
@@ -177,14 +183,14 @@ class Update:
                 parameter.grad = torch.zeros_like(parameter)
 
     def backward(self, part: Part, loss: Tensor, logprobs: Tensor) -> None:
-        """Add the gradient of a micro-batch's loss, and count what is reported of it.
+        """Add the gradient of a micro-batch's loss, and count its tokens outside the clip range.
 
-        The backward pass that all processes share averages over them, and the loss is a sum over all their
-        rows: so it is multiplied by their number.
+        `logprobs` are those of the present policy [m, T].
         """
         accelerator, estimator = self.learner.accelerator, self.learner.estimator
+        # The loss is a sum over the rows of all processes, but gradients are averaged over processes.
         accelerator.backward(loss * accelerator.num_processes)
-        counts = torch.zeros(2, dtype=torch.int64, device=loss.device)  # tokens beyond the range, tokens
+        counts = torch.zeros(2, dtype=torch.int64, device=loss.device)  # tokens outside the range, tokens
         if estimator.ratio in CLIPPED:
             ratio, learnt = (logprobs.detach() - part.old(logprobs)).exp(), part.weights != 0
             low, high = estimator.clip_range
@@ -196,11 +202,12 @@ class Update:
         """Clip the gradient and step the optimiser, or skip a gradient that is not finite.
 
         Returns:
-            `loss`, `grad_norm` before clipping; with a clipped ratio of tokens `clip_ratio`, the share of
-            tokens beyond the range; and, if it was measured, the gradient's signal and noise.
+            `loss`; `grad_norm`, before clipping; `clip_ratio`, the share of tokens whose ratio is outside the
+            clip range, for ratios that are clipped for each token; and signal and noise of the gradient, if
+            they were measured.
 
         Raises:
-            Stopped: too many updates in a row had a gradient that was not finite.
+            Stopped: too many consecutive updates had a gradient that was not finite.
         """
         learner, accelerator = self.learner, self.learner.accelerator
         parameters, metrics = learner.policy.trainable_parameters(), {}
@@ -220,26 +227,26 @@ class Update:
         return len(self.chosen) // self.learner.sampling.group_size
 
     def _active(self) -> Tensor:
-        """Rows [N] whose gradient is not zero whatever the policy; the others count in the weights only."""
+        """Return which rows [N] can have a gradient; the others count only in the weights."""
         batch = self.batch
         active = self.chosen & batch.kept.counted & batch.kept.mask.any(dim=1)
         if self.learner.estimator.loss_side_terms:
-            return active
+            return active  # a KL or an entropy term has a gradient also where the advantage is 0
         return active & (batch.advantages != 0).reshape(len(active), -1).any(dim=1)
 
     def _weights(self) -> Tensor:
-        """Weights [N, T] of the tokens of the chosen rows, zero elsewhere."""
+        """Return the weights [N, T] of the tokens of the chosen rows; 0 elsewhere."""
         kept, chosen = self.batch.kept, self.chosen
         weights = self.batch.advantages.new_zeros(kept.mask.shape)
         weights[chosen] = self.learner.estimator.token_weights(
-            kept.mask[chosen].to(weights.dtype),  # 1/N in the precision of the advantages
+            kept.mask[chosen].to(weights.dtype),  # so that 1/N has the precision of the advantages
             max_length=self.learner.sampling.max_completion_length,
             valid=kept.counted[chosen],
         )
         return weights
 
     def _part(self, rows: Tensor, weights: Tensor) -> Part:
-        """The micro-batch of some of this process's rows, none for a pass that only waits for the others."""
+        """Return the micro-batch of some of this process's rows; without any, one row of weight 0."""
         batch, waits = self.batch, len(rows) == 0
         rows = rows.new_zeros(1) if waits else rows
         rollout = batch.rollout.rows(rows)
@@ -258,11 +265,11 @@ class Update:
 
 
 def updates(learner: Learner, batch: Batch, step: int) -> Iterator[Update]:
-    """Yield a rollout's updates: `num_iterations` passes in `num_minibatches` parts, groups kept whole."""
+    """Yield the updates of a rollout: `num_minibatches` sets of groups in each of `num_iterations` passes."""
     args, size = learner.args, learner.sampling.group_size
     groups = len(batch.kept.mask) // size
     generator = torch.Generator().manual_seed(((args.seed << 32) + step) % 2**63)
-    # The first update of a rollout is the on-policy one, of which the diagnostics speak.
+    # Only the first update of a rollout is on-policy, and the diagnostics are about the on-policy gradient.
     measure = learner.diagnostics is not None and learner.diagnostics.due(step)
     for _ in range(args.num_iterations):
         order = torch.arange(groups)

@@ -1,4 +1,4 @@
-"""Rewards of answers: exact match and numbers, against a column of the data."""
+"""Rewards that compare a completion with the answer in a column of the data, as text or as a number."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _require_column(name: str, column: str, available: Iterable[str]) -> None:
     if column not in available:
         raise Refused(
             f"Reward {name} compares with the column '{column}', which the data does not have."
-            f"{suggest(column, available)} Name the one that holds the answers: {name}(column='...')."
+            f"{suggest(column, available)} Name the column that holds the answers: {name}(column='...')."
         )
 
 
@@ -33,9 +33,10 @@ class ExactMatch:
 
     Attributes:
         column: the column that holds the answer.
-        strip: whether white space around both is dropped.
-        ignore_case: whether case is.
-        ignore_punctuation: whether all but letters, digits and white space is dropped.
+        strip: whether white space around both texts is dropped.
+        ignore_case: whether upper and lower case count as equal.
+        ignore_punctuation: whether all characters but letters, digits, underscores and white space are
+            dropped.
         collapse_spaces: whether any run of white space counts as one space.
     """
 
@@ -66,10 +67,11 @@ class ExactMatch:
 
 
 def final_number(text: str) -> float | None:
-    r"""The number that a text ends on, None if there is none.
+    r"""The number that a text gives as its final answer; None if there is none.
 
-    In order: what stands in the last `\boxed{...}` (after its last `=`); the first number after the last
-    `####`, as in GSM8K; the last number anywhere. Read are `-1,234.5`, `1e-3`, `3/4`, `\frac{3}{4}`, `$5`.
+    It is the first number in the last `\boxed{...}` (after its last `=`). Without a box it is the first
+    number after the last `####`, as in GSM8K, else the last number of the text. Numbers may be written as
+    `-1,234.5`, `1e-3`, `3/4`, `\frac{3}{4}` or `$5`.
     """
     text = text.replace("\N{MINUS SIGN}", "-")
     if (boxed := _last_boxed(text)) is not None:
@@ -81,7 +83,7 @@ def final_number(text: str) -> float | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    r"""What the braces of the last complete `\boxed{` hold; they may nest."""
+    r"""The contents of the last complete `\boxed{...}`, whose braces may nest; None if there is none."""
     for start in [match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*{", text)][:-5:-1]:
         depth = 1
         for end in range(start, len(text)):
@@ -108,14 +110,15 @@ def _numbers(text: str) -> Iterator[float]:
 
 @dataclass(frozen=True)
 class NumericAnswer:
-    r"""1 where the completion's final number is that of a column, else 0.
+    r"""1 where the final number of the completion equals that of a column, else 0.
 
-    What is read, says `final_number`; equal is `|x - y| <= tolerance max(1, |y|)` in float64. Abstains where
-    the column holds no number. A number counts wherever it stands; pay for its place with `regex_format`.
+    `final_number` reads both. A number x equals the answer y if `|x - y| <= tolerance max(1, |y|)`, in
+    float64. The reward abstains where the column holds no number. A number counts
+    wherever it stands in the text; add `regex_format` to reward its place too.
 
     Attributes:
-        column: the column that holds the answer: a number, or a text such as GSM8K's that ends on one.
-        tolerance: largest difference, relative to answers above 1.
+        column: the column that holds the answer: a number, or a text that ends with one, as in GSM8K.
+        tolerance: the largest difference that counts as equal, relative to the size of answers above 1.
     """
 
     column: str = "answer"

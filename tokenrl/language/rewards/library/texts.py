@@ -1,4 +1,4 @@
-"""Rewards of texts as such: patterns, length, repetition, JSON, sentiment."""
+"""Rewards that read only the completion: its pattern, length, repetition, JSON or sentiment."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Unit = Literal["tokens", "words", "characters"]
 
 
 def completion_texts(completions: Sequence[Any]) -> list[str]:
-    """The text of each completion: itself, or the contents of its chat messages, one a line."""
+    """The text of each completion; of chat messages it is their contents, joined by line ends."""
     return [
         one if isinstance(one, str) else "\n".join(str(message["content"]) for message in one)
         for one in completions
@@ -36,20 +36,21 @@ def completion_texts(completions: Sequence[Any]) -> list[str]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether an option is a finite number; True and False are none."""
+    """Whether an option is a finite number; True and False are not numbers here."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
 class RegexFormat:
-    r"""1 where the completion has a form, given as a regular expression, else 0.
+    r"""1 where the completion matches a regular expression, else 0.
 
-    Nested repetition such as `(a+)+$` can take for ever on a text that a model wrote; with `reward_timeout`
-    that stops the run and says so.
+    Nested repetition such as `(a+)+$` can take for ever on a text that a model wrote; `reward_timeout` then
+    stops the run with a message.
 
     Attributes:
-        pattern: Python's `re`; flags go inside, as `(?s)` for a dot that takes line ends.
-        search: whether a match anywhere counts, and not only one of the whole text.
+        pattern: a regular expression of Python's `re`. Flags go inside, such as `(?s)`, with which the dot
+            matches line ends too.
+        search: whether a match anywhere in the text counts; by default the whole text has to match.
     """
 
     pattern: str
@@ -61,7 +62,7 @@ class RegexFormat:
             re.compile(self.pattern)
         except (re.error, TypeError) as error:
             raise Refused(
-                f"regex_format(pattern={self.pattern!r}) is no regular expression: {error}."
+                f"regex_format(pattern={self.pattern!r}): this is not a regular expression: {error}."
             ) from error
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
@@ -74,7 +75,7 @@ class RegexFormat:
 def _units(
     unit: Unit, completions: Sequence[Any], ids: Sequence[Sequence[int]] | None
 ) -> list[Sequence[Any]]:
-    """Each completion as a sequence of tokens, words or characters."""
+    """Each completion as a sequence of tokens, words (in lower case) or characters."""
     if unit == "tokens":
         if ids is None:
             raise ValueError("unit='tokens' needs completion_ids, which was not passed; use 'words'")
@@ -92,9 +93,9 @@ class Length:
     """Minus the relative distance from a length: `-|n - target| / target`, or `-max(0, n - max) / max`.
 
     Attributes:
-        target: the length wanted, or
-        max: the longest that costs nothing.
-        unit: tokens (the EOS among them), words or characters.
+        target: the length that is wanted.
+        max: the greatest length without a penalty. Exactly one of `target` and `max` is given.
+        unit: what is counted: tokens (EOS included), words or characters.
     """
 
     target: int | None = None
@@ -106,8 +107,8 @@ class Length:
         given = [limit for limit in (self.target, self.max) if limit is not None]
         if len(given) != 1 or not is_number(given[0]) or given[0] <= 0:
             raise Refused(
-                f"length(target={self.target!r}, max={self.max!r}): give one of the two, a number above 0, "
-                "as in length(target=20)."
+                f"length(target={self.target!r}, max={self.max!r}): give exactly one of the two, a number "
+                "above 0, as in length(target=20)."
             )
         _check_unit(self.__name__, self.unit)
 
@@ -122,13 +123,13 @@ class Length:
 
 @dataclass(frozen=True)
 class Repetition:
-    """Minus the share of n-grams that stood before: `(distinct n-grams) / (all n-grams) - 1`, from -1 to 0.
+    """Minus the share of n-grams that repeat an earlier one: `(distinct n-grams) / (all n-grams) - 1`.
 
-    0 for a completion too short for two n-grams. Weigh it with `reward_weights`.
+    The reward lies between -1 and 0. It is 0 for a completion that is too short for two n-grams.
 
     Attributes:
-        n: tokens, words or characters a gram.
-        unit: of what; words are compared without regard to case.
+        n: the number of units per n-gram.
+        unit: what an n-gram is made of: tokens, words (upper and lower case count as equal) or characters.
     """
 
     n: int = 3
@@ -151,10 +152,10 @@ class Repetition:
 
 @dataclass(frozen=True)
 class ValidJson:
-    """1 where the whole completion is JSON (RFC 8259: no NaN, nothing around it), else 0.
+    """1 where the whole completion is JSON (RFC 8259: no NaN, and no text around it), else 0.
 
     Attributes:
-        required: keys that it must have, as an object.
+        required: keys that the JSON value must have; it must then be an object.
     """
 
     required: Sequence[str] = ()
@@ -162,7 +163,9 @@ class ValidJson:
 
     def __post_init__(self) -> None:
         if isinstance(self.required, str) or not all(isinstance(key, str) for key in self.required):
-            raise Refused(f"valid_json(required={self.required!r}): give a list of keys, as ['name', 'age'].")
+            raise Refused(
+                f"valid_json(required={self.required!r}): give a list of keys, such as ['name', 'age']."
+            )
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
         """Reward N completions."""
@@ -170,26 +173,26 @@ class ValidJson:
 
     def _accepts(self, text: str) -> bool:
         try:
-            value = json.loads(text, parse_constant=_no_constant, parse_int=str)  # int() refuses long ones
+            value = json.loads(text, parse_constant=_no_constant, parse_int=str)  # int() refuses long numbers
         except (ValueError, RecursionError):
             return False
         return not self.required or (isinstance(value, dict) and set(self.required) <= set(value))
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 @dataclass(frozen=True)
 class Sentiment:
-    """Balance of words with a favourable and an unfavourable sound, `(p - q) / max(1, p + q)`, from -1 to 1.
+    """Balance of p favourable and q unfavourable words, `(p - q) / max(1, p + q)`, from -1 to 1.
 
-    A word right after a negation counts for the other side. A word list is easily gamed: a policy learns to
-    repeat one of them, so hold it with a KL penalty or `repetition`; it suits demonstrations.
+    A word right after a negation counts for the other side. This reward is for demonstrations: it is easily
+    exploited by a policy that repeats one favourable word, unless a KL penalty or `repetition` holds it back.
 
     Attributes:
-        positive: favourable words in lower case; empty takes a list of about 60.
-        negative: unfavourable ones.
+        positive: favourable words in lower case; empty means a built-in list of about 60 words.
+        negative: unfavourable words in lower case; empty means a built-in list of about 60 words.
     """
 
     positive: Sequence[str] = ()
