@@ -18,10 +18,10 @@ that noise does not choose the peak. Intervals are 95 %: Student's t over seeds;
 resampled seeds.
 
 By default (10 minutes on one core), seeds of 6 that fall under RL, under best-of-n, and held-out accuracy
-(gold itself: 0.87): 16:300 2, 2, 0.79; 64:300 3, 4, 0.82; 128:300 6, 3, 0.81; 64:50 1, 0, 0.69; 64:2000 4, 2,
-0.84. 128:300 under RL turns at d = 2.43 ± 0.56: after it gold loses 1.31 ± 1.17 and the proxy gains 0.78 ±
-0.18. No other mean loss is significant, for a seed either gushes or settles at two points. So here neither
-width nor data nor accuracy protects: the least accurate model falls least.
+(gold itself: 0.87): 16:300 3, 1, 0.79; 64:300 3, 4, 0.82; 128:300 5, 2, 0.81; 64:50 2, 1, 0.69; 64:2000 3, 1,
+0.84. 128:300 under RL turns at d = 2.12 ± 0.38: after it gold loses 1.19 ± 1.31 and the proxy gains 0.78 ±
+0.18. No mean loss is significant with six seeds, for a seed either gushes or settles at two points. So here
+neither width nor data nor accuracy protects: the least accurate model falls least.
 """
 
 import math
