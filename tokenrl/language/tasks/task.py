@@ -125,6 +125,12 @@ def load_task(
     return _finished(PromptTask(name, train_rows, eval_rows, reward), name, reward)
 
 
+def is_toy_task(name: str) -> bool:
+    """Return whether a task of this name is in `toy_tasks`."""
+    toy_tasks = _toy_tasks()
+    return toy_tasks is not None and name in toy_tasks.NAMES
+
+
 def _toy_tasks() -> Any:
     try:
         return importlib.import_module("toy_tasks")

@@ -217,6 +217,8 @@ def _nothing_left(run: Run, session: Session, metrics: dict[str, float]) -> bool
 
 def _largest(accelerator: Any, number: int) -> int:
     """Return the largest of the numbers that the processes give, the same on each of them."""
+    if accelerator.num_processes == 1:  # asked before every step: one process need not wait for its device
+        return number
     return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 

@@ -9,7 +9,7 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import model_card, save_policy
 from tokenrl.language.tasks.sources import read_splits, with_prompts
-from tokenrl.language.tasks.task import find_task
+from tokenrl.language.tasks.task import find_task, is_toy_task
 from tokenrl.language.training.arguments import SftArguments, SftSettings
 from tokenrl.language.training.setup import make_policy
 from tokenrl.language.training.supervised import SupervisedTraining
@@ -94,7 +94,7 @@ def _resolve(args: SftArguments, task: Any) -> SftSettings:
 
 def _demonstrations(args: SftArguments) -> tuple[Any, list[dict[str, Any]]]:
     """Return the task (None for a data set) and its rows of prompt and completion."""
-    if not isinstance(args.task, str) or ":" in args.task or _is_toy(args.task):
+    if not isinstance(args.task, str) or ":" in args.task or is_toy_task(args.task):
         task, _ = find_task(args)
         rows = list(getattr(task, "demonstrations", None) or [])
         if not rows:
@@ -117,12 +117,3 @@ def _demonstrations(args: SftArguments) -> tuple[Any, list[dict[str, Any]]]:
             "column of the completions with --completion-column."
         )
     return None, [row | {"completion": row[args.completion_column]} for row in rows]
-
-
-def _is_toy(name: str) -> bool:
-    try:
-        from importlib import import_module
-
-        return name in import_module("toy_tasks").NAMES
-    except ImportError:
-        return False
