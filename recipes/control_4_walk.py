@@ -1,4 +1,4 @@
-"""A walk on a line: a policy alone, with a value on the same layers, and with a value on layers of its own.
+"""A walk on a line, with a value head and without, and with returns normalised in each episode or not.
 
 First a table. An episode of ten steps has a reward of 1 at the end and 0 before; with gamma 0.99 the return
 of the action at step t is G_t = 0.99^(9 - t). A positive return makes the action taken more likely, and all
@@ -6,54 +6,64 @@ ten raw returns are positive, whatever was done. Normalised to mean 0 and sd 1, 
 actions less likely and the last five more likely. Both are the estimator's own numbers; ddof of the sd is 0.
 
 Then the walk. x starts at 0 and moves by 0.1 to the left or right. The episode ends when |x| exceeds 1, with
-a reward of 1 on the right and -1 on the left; each step costs 0.01, and after 50 steps the episode is cut.
-The best is eleven steps to the right, with a return of 0.89; random steps return -0.46, for most episodes are
-cut. With a baseline the advantage is G_t - V(x) without a gradient through V, else it is G_t. "Shared" is one
-network of two tanh layers with two outputs, and its loss is the policy's plus 0.5 times the value's;
-"separate" has a second such network for the value. Gradients are clipped at norm 0.5.
+a reward of 1 on the right and -1 on the left; every other step pays 0.01, and after 50 steps the episode is
+cut. Standing about returns 0.5, the straight path to the right 1.1. The agent is a textbook's: two tanh
+layers of 128, PyTorch's initial weights, Adam 3e-4, one episode an update, a mean over its steps, gradients
+clipped at norm 0.5, 400 episodes. With a value head on the same layers the advantage is G_t - V(x), and the
+head learns G_t by half its squared error. "Normalised" means that G_t is first shifted and scaled to mean 0
+and sd 1 within its episode; V then learns those numbers. It is the textbook's choice.
 
-Look for: the mean return of the last 100 of 400 episodes, and of all 400, seed by seed against no baseline.
-All three end near the best. The shared value learns most slowly, because its loss also changes the layers
-that the policy needs. A separate one is the fastest. Training without a baseline does well here, because 0
-already lies between the good returns and the bad. Intervals are 95 %, by bootstrap over seeds. By default the
-last 100 return 0.887 without a baseline, 0.883 with a shared value, 0.889 with a separate one; all 400, 0.55,
-0.35 and 0.60.
+RESULTS
+
+--env costly_walk is another environment, in which every such step costs 0.01: standing about returns -0.5.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import nn
 
 from tokenrl import Estimator, train_agent
+from tokenrl.control import Walk
 from tokenrl.runs import read_metrics
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
-GAMMA, BEST = 0.99, 0.89
-PLAIN = Estimator(baseline="none", returns="reward_to_go", gamma=GAMMA)
-CRITIC = Estimator.preset("a2c", gamma=GAMMA)
-KINDS = {"no baseline": (PLAIN, "shared"), "shared V": (CRITIC, "shared"), "separate V": (CRITIC, "separate")}
-COLOURS = dict(zip(KINDS, ("#D55E00", "#0072B2", "#009E73"), strict=True))  # Okabe and Ito
+GAMMA = 0.99
+PLAIN = Estimator(baseline="none", returns="reward_to_go", gamma=GAMMA, aggregation="sequence_mean")
+NORMALISED = replace(PLAIN, returns="episode_normalized", scale_eps=1e-8)
+KINDS = {
+    "normalised": NORMALISED,
+    "normalised, V": replace(NORMALISED, baseline="value"),
+    "raw": PLAIN,
+    "raw, V": replace(PLAIN, baseline="value"),
+}
+COLOURS = dict(zip(KINDS, ("#D55E00", "#E69F00", "#0072B2", "#009E73"), strict=True))  # Okabe and Ito
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Print the table of returns of ten steps, then learn the walk in three ways."""
+    """Print the table of returns of ten steps, then learn the walk in four ways."""
 
+    env: Literal["walk", "costly_walk"] = "walk"
+    """Whether a step pays 0.01 or costs it."""
     seeds: int = 10
     """Runs of each kind."""
     episodes: int = 400
-    """Episodes of a run."""
-    episodes_per_update: int = 4
-    """Episodes per update."""
+    """Episodes of a run, one an update."""
     hidden: tuple[int, ...] = (128, 128)
     """Units of each layer."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """Learning rate of Adam."""
+    initial_weights: Literal["orthogonal", "uniform"] = "uniform"
+    """Initial weights; uniform are PyTorch's own."""
+    textbook: bool = False
+    """Also train by a loop of the textbook's, in plain PyTorch with its seed 42."""
     output: Path = Path("walk.png")
     """Where the figure goes."""
     output_dir: Path = Path("runs/control_4_walk")
@@ -64,7 +74,7 @@ def ten_steps() -> tuple[torch.Tensor, torch.Tensor]:
     """Print and return the returns of ten actions, raw and normalised [10]."""
     rewards, mask = torch.zeros(1, 10, dtype=torch.double), torch.ones(1, 10, dtype=torch.bool)
     rewards[0, -1] = 1.0
-    normal = replace(PLAIN, scale="token_whiten", scale_ddof=0, scale_eps=0)
+    normal = replace(NORMALISED, scale_ddof=0, scale_eps=0)
     raw, normalised = (e.advantages(rewards, mask, group_size=None).policy[0] for e in (PLAIN, normal))
     print("  t  reward      G_t   normalised   the action taken becomes, raw / normalised")
     for t in range(10):
@@ -73,25 +83,59 @@ def ten_steps() -> tuple[torch.Tensor, torch.Tensor]:
     return raw, normalised
 
 
+def textbook(seed: int, *, value_head: bool, episodes: int = 400) -> float:
+    """Train by a plain loop, without tokenrl's trainer; returns the mean return of the last 100 episodes."""
+    torch.manual_seed(seed)
+    body = nn.Sequential(nn.Linear(4, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh())
+    heads = [nn.Linear(128, 2), *([nn.Linear(128, 1)] if value_head else [])]
+    parameters = [p for module in (body, *heads) for p in module.parameters()]
+    optimizer, env, found = torch.optim.Adam(parameters, lr=3e-4), Walk(), []
+    for _ in range(episodes):
+        seen, logprobs, rewards, over = [env.reset()[0]], [], [], False
+        while not over:
+            policy = torch.distributions.Categorical(logits=heads[0](body(torch.from_numpy(seen[-1]))))
+            action = policy.sample()
+            logprobs.append(policy.log_prob(action))
+            observation, reward, terminated, truncated, _ = env.step(int(action))
+            over = terminated or truncated
+            seen.append(observation)
+            rewards.append(reward)
+        returns = torch.tensor(
+            [sum(GAMMA**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))]
+        )
+        returns = (returns - returns.mean()) / (returns.std() + 1e-8)
+        loss = -(torch.stack(logprobs) * returns).mean()
+        if value_head:
+            values = heads[1](body(torch.from_numpy(np.stack(seen[:-1])))).squeeze(-1)
+            loss = -(torch.stack(logprobs) * (returns - values.detach())).mean()
+            loss = loss + 0.5 * (values - returns).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.step()
+        found.append(sum(rewards))
+    return float(np.mean(found[-100:]))
+
+
 def returns_of(args: Arguments, name: str) -> np.ndarray:
-    """Train once per seed; returns the mean returns of the updates, [seeds, updates]."""
-    estimator, value_network = KINDS[name]
+    """Train once per seed; returns the returns of the episodes, [seeds, episodes]."""
     found = []
     for seed in range(args.seeds):
         result = train_agent(
-            env="walk",
-            estimator=estimator,
+            env=args.env,
+            estimator=KINDS[name],
             hidden=args.hidden,
-            value_network=value_network,
-            value_coef=0.5,
+            initial_weights=args.initial_weights,
+            value_network="shared",
+            value_coef=1.0,  # of half the squared error, which is 0.5 of the squared error
             max_grad_norm=0.5,
-            num_envs=args.episodes_per_update,
-            max_steps=max(1, args.episodes // args.episodes_per_update),
+            num_envs=1,
+            max_steps=args.episodes,
             learning_rate=args.learning_rate,
             seed=seed,
             eval_every=0,
             eval_episodes=1,  # training episodes are on-policy and plenty
-            output_dir=str(args.output_dir / name.replace(" ", "_") / f"seed_{seed}"),
+            output_dir=str(args.output_dir / args.env / name.replace(", ", "_") / f"seed_{seed}"),
             overwrite=True,
             quiet=True,
         )
@@ -115,54 +159,86 @@ def say(x: np.ndarray) -> str:
 
 def draw_learning(axes: Axes, runs: dict[str, np.ndarray], args: Arguments) -> None:
     for name, returns in runs.items():
-        width = min(returns.shape[1], max(1, 20 // args.episodes_per_update))
+        width = min(returns.shape[1], 20)
         smooth = np.lib.stride_tricks.sliding_window_view(returns, width, axis=1).mean(-1)
         mean, low, high = interval(smooth)
-        episodes = (np.arange(len(mean)) + width) * args.episodes_per_update
+        episodes = np.arange(len(mean)) + width
         axes.fill_between(episodes, low, high, color=COLOURS[name], alpha=0.2, linewidth=0)
         axes.plot(episodes, mean, color=COLOURS[name], linewidth=2, label=name)
-    axes.axhline(BEST, color=GREY, linestyle=":", label="best possible")
+    step = 0.01 if args.env == "walk" else -0.01
+    for height, text in ((50 * step, "standing about"), (1 + 10 * step, "straight to the right")):
+        axes.axhline(height, color=GREY, linestyle=":")
+        axes.annotate(
+            text, (args.episodes, height), (0, 3), textcoords="offset points", color=GREY, ha="right"
+        )
     axes.set_xlabel("episodes (rolling mean of 20)")
-    axes.set_ylabel("mean return of an episode")
-    axes.legend(loc="lower right", frameon=False)
+    axes.set_ylabel("return of an episode")
+    axes.legend(loc="upper left", frameon=False)
+
+
+def draw_seeds(axes: Axes, last: dict[str, np.ndarray]) -> None:
+    """Draw each seed as a point, with the mean of each kind and its interval beside them."""
+    for i, (name, values) in enumerate(last.items()):
+        axes.plot(np.full(len(values), i - 0.1), values, "o", color=COLOURS[name], alpha=0.5)
+        mean, low, high = interval(values)
+        axes.errorbar(i + 0.15, mean, [[mean - low], [high - mean]], fmt="s", color=COLOURS[name], capsize=4)
+    axes.set_xticks(range(len(last)), last)
+    axes.set_ylabel("mean return of the last 100 episodes, by seed")
 
 
 def draw_table(axes: Axes, raw: torch.Tensor, normalised: torch.Tensor) -> None:
     axes.axhline(0, color=GREY, linewidth=1)
-    axes.plot(raw, "o-", color=ORANGE)
-    axes.plot(normalised, "s-", color=BLUE)
+    axes.plot(raw, "o-", color=BLUE)
+    axes.plot(normalised, "s-", color=ORANGE)
     for text, at, shift, colour in (
-        ("G_t: every action taken becomes likelier", (0, raw[0]), (0, 10), ORANGE),
-        ("normalised:\nthe first five rarer", (3, normalised[3]), (10, -18), BLUE),
+        ("G_t: every action taken becomes likelier", (0, raw[0]), (0, 10), BLUE),
+        ("normalised:\nthe first five rarer", (3, normalised[3]), (10, -18), ORANGE),
     ):
         axes.annotate(text, at, shift, textcoords="offset points", color=colour)
     axes.set_xlabel("step t of ten, the last pays 1")
     axes.set_ylabel("what the action is paid")
 
 
-def main(args: Arguments) -> None:
-    table = ten_steps()
-    runs = {name: returns_of(args, name) for name in KINDS}
-    tail, plain = max(1, 100 // args.episodes_per_update), runs["no baseline"]
-    print(f"\nThe walk: mean returns over {args.seeds} seeds [95 % interval], and the gain over no baseline")
-    for name, returns in runs.items():
-        gains = [interval((returns - plain)[:, -n:].mean(1)) for n in (tail, returns.shape[1])]
-        print(
-            f"{name:12} last 100 episodes {say(interval(returns[:, -tail:].mean(1)))}, gain {say(gains[0])}"
-        )
-        print(f"{'':12} all {args.episodes} episodes  {say(interval(returns.mean(1)))}, gain {say(gains[1])}")
-    figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
-    left, right = figure.subplots(1, 2)
+def draw(args: Arguments, runs: dict[str, np.ndarray], last: dict[str, np.ndarray], table: tuple) -> Figure:
+    figure = Figure(figsize=(15, 4.4), dpi=110, layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     draw_learning(left, runs, args)
-    least = min(returns[:, -tail:].mean() for returns in runs.values())
-    slowest = min(runs, key=lambda name: runs[name].mean())
-    left.set_title(f"All end at {least:.2f} or more, the slowest is {slowest}", loc="left", fontsize=11)
+    best = max(last, key=lambda name: last[name].mean())
+    left.set_title(f"{args.env}: {best} ends highest, at {last[best].mean():.2f}", loc="left", fontsize=11)
+    draw_seeds(middle, last)
+    low, high = last["normalised, V"].min(), last["normalised, V"].max()
+    title = f"Normalised with V: seeds end between {low:.2f} and {high:.2f}"
+    middle.set_title(title, loc="left", fontsize=11)
     draw_table(right, *table)
     right.set_title("Ten steps, gamma 0.99: normalising turns half the signs", loc="left", fontsize=11)
-    for axes in (left, right):
+    for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#EAEAEA", linewidth=0.8)
-    figure.savefig(args.output)
+    return figure
+
+
+def main(args: Arguments) -> None:
+    table = ten_steps()
+    if args.textbook:
+        for value_head in (False, True):
+            words = "with" if value_head else "without"
+            print(
+                f"textbook's loop, seed 42, {words} the value head: {textbook(42, value_head=value_head):.4f}"
+            )
+    print(f"\n{args.env}: mean returns over {args.seeds} seeds [95 % interval], last 100 episodes and all")
+    runs: dict[str, np.ndarray] = {}
+    for name in KINDS:
+        runs[name] = returns_of(args, name)
+        each = runs[name][:, -100:].mean(1)
+        print(
+            f"{name:14} last {say(interval(each))}, seeds from {each.min():.2f} to {each.max():.2f}; "
+            f"all {say(interval(runs[name].mean(1)))}",
+            flush=True,
+        )
+    last = {name: returns[:, -100:].mean(1) for name, returns in runs.items()}
+    for one, other in (("normalised, V", "normalised"), ("raw, V", "raw"), ("raw, V", "normalised, V")):
+        print(f"{one} minus {other}, seed by seed: {say(interval(last[one] - last[other]))}")
+    draw(args, runs, last, table).savefig(args.output)
     print(f"figure: {args.output}")
 
 

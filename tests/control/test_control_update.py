@@ -89,12 +89,40 @@ def test_the_update_is_reinforce_by_hand():
     torch.testing.assert_close(moved(agent, rollout), expected)
 
 
+@pytest.mark.parametrize("value_head", [False, True])
+def test_the_update_of_the_textbook_agent_of_the_walk(value_head):
+    """One episode, returns normalised over its steps, then V subtracted; V learns the normalised returns."""
+    estimator = Estimator(
+        baseline="value" if value_head else "none", returns="episode_normalized", gamma=0.99, scale_eps=1e-8,
+        aggregation="sequence_mean",
+    )  # fmt: skip
+    agent = agent_of(estimator, critic="shared", value_coef=1.0, max_grad_norm=0.5)
+    every = rollout_of()
+    rollout = every._replace(
+        **{name: getattr(every, name)[:1] for name in every._fields if name != "env_steps"}
+    )
+    policy = agent.policy
+    to_go = torch.stack([sum(0.99**k * r for k, r in enumerate(rollout.rewards[0, t:])) for t in range(4)])
+    returns = (to_go - to_go.mean()) / (to_go.std() + 1e-8)
+    logprobs = policy(rollout.observations[0]).log_softmax(-1)[range(4), rollout.actions[0]]
+    loss = -(logprobs * returns).mean()
+    if value_head:
+        values = policy.values(rollout.observations[0])
+        loss = -(logprobs * (returns - values.detach())).mean() + 0.5 * (values - returns).square().mean()
+    slopes = torch.autograd.grad(loss, policy.policy_parameters())
+    slope = torch.cat([x.reshape(-1) for x in slopes])
+    assert slope.norm() > 0.5 or not value_head  # the gradient is clipped in one case at least
+    expected = -slope * min(1.0, 0.5 / (float(slope.norm()) + 1e-6))
+    torch.testing.assert_close(moved(agent, rollout), expected)
+
+
 EVERY = [
     Estimator(baseline="none"),
     Estimator(baseline="rloo"),
     Estimator(baseline="timestep_mean", returns="reward_to_go"),
     Estimator(baseline="optimal", returns="reward_to_go", optimal_form="per_timestep"),
     Estimator(baseline="episode_mean", scale="episode_std", returns="reward_to_go", gamma=0.9),
+    Estimator(baseline="value", returns="episode_normalized", gamma=0.9),
     Estimator.preset("a2c"),
     Estimator.preset("ppo", gamma=0.9, entropy_coef=0.1),
     Estimator.preset("grpo"),

@@ -29,7 +29,7 @@ def test_cartpole():
         ("Pendulum-v1", 3, None, 1, 200, None),
         ("FrozenLake-v1", 16, 4, 0, 100, 0.7),  # discrete observations are one-hot
         ("gridworld", 16, 4, 0, 50, 0.93),
-        ("walk", 1, 2, 0, 50, 0.88),
+        ("walk", 4, 2, 0, 50, 1.1),
         ("bandit", 1, 2, 0, 1, None),
     ],
 )
@@ -49,7 +49,7 @@ def test_lunar_lander_continuous():
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        ("Nope-v1", "no environment 'Nope-v1'.*gridworld, walk, bandit"),
+        ("Nope-v1", "no environment 'Nope-v1'.*gridworld, walk, costly_walk, bandit"),
         ("LunarLander-v2", "use `LunarLander-v3` instead"),
         ("CartPole-v9", "provides versioned environments"),
         ("CartPole", "with its version"),

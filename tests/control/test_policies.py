@@ -23,6 +23,22 @@ def observations(count=6):
     return torch.randn(count, 3, generator=torch.Generator().manual_seed(2), dtype=torch.double)
 
 
+def test_initial_weights():
+    """Orthogonal weights with a head near 0 make a uniform policy; the uniform ones are those of PyTorch."""
+    x = observations()
+    first = Policy(Shape(3, "softmax", 4, (64,)), torch.Generator().manual_seed(1)).double()
+    torch.testing.assert_close(first(x).softmax(-1), torch.full((6, 4), 0.25).double(), atol=0.02, rtol=0)
+    kind = Shape(3, "softmax", 4, (64,), critic="shared", initial_weights="uniform")
+    policy, again = (Policy(kind, torch.Generator().manual_seed(1)) for _ in range(2))
+    for layer in (policy.body[0], policy.head, policy.critic):
+        for weight in layer.parameters():
+            bound = layer.in_features**-0.5
+            assert weight.abs().max() <= bound and weight.abs().max() > 0.3 * bound
+    deviation = policy.head.weight.std() * 64**0.5
+    assert float(deviation) == pytest.approx(3**-0.5, rel=0.15)  # of numbers uniform between -1 and 1
+    assert all(map(torch.equal, policy.parameters(), again.parameters()))
+
+
 def test_softmax_scores():
     policy, x = policy_of("softmax", 4), observations()
     actions = torch.tensor([0, 1, 2, 3, 1, 0])

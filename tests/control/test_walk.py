@@ -9,6 +9,9 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
+from tokenrl.control.environments import Environments
+from tokenrl.control.policies import Policy, Shape
+from tokenrl.control.rollouts import collect_episodes
 from tokenrl.control.worlds.walk import Walk
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
@@ -18,36 +21,68 @@ def play(actions: list[int], **options) -> list[tuple]:
     """(x, reward, terminated, truncated) of each step until the episode ends."""
     env = Walk(**options)
     start, _ = env.reset(seed=0)
-    assert start.tolist() == [0]
+    assert start.tolist() == [0, 0, 0, 0]
     seen = []
     for action in actions:
         observation, *rest, _ = env.step(action)
+        assert observation[1:].tolist() == [0, 0, 0]
         seen.append((float(observation[0]), *rest))
         if rest[1] or rest[2]:
             break
     return seen
 
 
-def test_gymnasium_accepts_it():
-    env = Walk()
+@pytest.mark.parametrize("step_reward", [0.01, -0.01])
+def test_gymnasium_accepts_it(step_reward):
+    env = Walk(step_reward=step_reward)
     check_env(env)
     assert env.observation_space.dtype == np.float32
 
 
+@pytest.mark.parametrize(("name", "step_reward", "best"), [("walk", 0.01, 1.1), ("costly_walk", -0.01, 0.9)])
 @pytest.mark.parametrize(("action", "side"), [(1, 1), (0, -1)])
-def test_it_ends_beyond_1_and_pays_by_the_side(action, side):
-    seen = play([action] * 20)
+def test_it_ends_beyond_1_and_pays_by_the_side(action, side, name, step_reward, best):
+    seen = play([action] * 20, step_reward=step_reward)
     assert [x for x, *_ in seen] == pytest.approx([side * 0.1 * k for k in range(1, 12)])
-    assert [reward for _, reward, *_ in seen] == pytest.approx([-0.01] * 10 + [side - 0.01])
+    assert [reward for _, reward, *_ in seen] == pytest.approx([step_reward] * 10 + [side])
     assert [(t, u) for *_, t, u in seen] == [(False, False)] * 10 + [(True, False)]
-    assert sum(reward for _, reward, *_ in seen) == pytest.approx({1: 0.89, -1: -1.11}[side])
+    if side == 1:
+        assert sum(reward for _, reward, *_ in seen) == pytest.approx(best)
+        envs = Environments(name, 1)
+        envs.reset(0)
+        assert sum(float(envs.step(np.ones(1, int))[1][0]) for _ in range(11)) == pytest.approx(best)
+        envs.close()
 
 
-def test_standing_about_is_cut_after_50_steps_and_costs():
+def test_standing_about_pays_and_is_cut_after_50_steps():
     seen = play([0, 1] * 40)
     assert len(seen) == 50
     assert [(t, u) for *_, t, u in seen] == [(False, False)] * 49 + [(False, True)]
-    assert sum(reward for _, reward, *_ in seen) == pytest.approx(-0.5)
+    assert sum(reward for _, reward, *_ in seen) == pytest.approx(0.5)
+
+
+def test_the_return_of_a_uniform_policy():
+    """Summed over all paths; the docstring states it."""
+    chances, total = {0: 1.0}, 0.0
+    for _ in range(50):
+        after: dict[int, float] = {}
+        for place, chance in chances.items():
+            for to in (place - 1, place + 1):
+                ended = abs(to) >= 11
+                total += chance / 2 * (np.sign(to) if ended else 0.01)
+                if not ended:
+                    after[to] = after.get(to, 0.0) + chance / 2
+        chances = after
+    assert (total, sum(chances.values())) == pytest.approx((0.459, 0.762), abs=5e-4)
+    envs = Environments("walk", 4000)
+    policy = Policy(Shape(4, "softmax", 2, ()), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        policy.head.weight.zero_()
+    found = collect_episodes(envs, policy, 50, torch.Generator().manual_seed(0), seed=0)
+    envs.close()
+    error = float(found.returns.std()) / 4000**0.5
+    assert float(found.returns.mean()) == pytest.approx(total, abs=4 * error)
+    assert float(found.truncated.double().mean()) == pytest.approx(0.762, abs=0.03)
 
 
 def test_the_last_step_may_end_it_at_the_limit():
@@ -67,6 +102,8 @@ def test_tenths_do_not_drift():
 def test_what_is_refused():
     with pytest.raises(Refused, match="time_limit"):
         Walk(time_limit=0)
+    with pytest.raises(Refused, match="step_reward"):
+        Walk(step_reward=float("nan"))
     env = Walk()
     env.reset()
     for action in (-1, 2):

@@ -10,6 +10,7 @@ from tokenrl.core import Estimator
 from tokenrl.core.axes import AXES
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.returns import in_window, lambda_return, reward_to_go, token_rewards
+from tokenrl.core.validation import IN_UNITS_OF_THE_EPISODE
 from tokenrl.errors import Refused
 
 BASELINES, SCALES = AXES["baseline"], AXES["scale"]
@@ -139,12 +140,18 @@ def test_equal_rewards_give_exactly_zero_when_the_first_row_abstains(baseline) -
         assert (got == 0).all()
 
 
+def exclude_each_other(baseline: str, scale: str, returns: str) -> bool:
+    if returns == "total":
+        return "episode" in baseline + scale
+    return returns == "episode_normalized" and baseline not in IN_UNITS_OF_THE_EPISODE
+
+
 @pytest.mark.parametrize("returns", AXES["returns"])
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_abstaining_rows_count_nowhere(baseline, scale, returns) -> None:
     """Removing the row gives the others the same advantages, whatever the row holds."""
-    if returns == "total" and "episode" in baseline + scale:
+    if exclude_each_other(baseline, scale, returns):
         return
     rewards = torch.tensor([1.0, 2.5, 4.0, 0.5, 3.0, -1.0, 2.0, 0.1], dtype=torch.double)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]] * 2).double()
@@ -198,6 +205,33 @@ def test_a_window_of_blame() -> None:
     mask = torch.ones(1, 4)
     got = advantages(rewards, mask=mask, group_size=None, baseline="none", returns="blame_window", window=3)
     assert got.tolist() == [[7, 14, 12, 8]]
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_returns_normalised_in_each_episode(ddof) -> None:
+    """By hand in each row; and without a critic they are the baseline and the scale of the same name."""
+    draw = torch.Generator().manual_seed(4)
+    lengths = [5, 3, 1]
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    rewards = torch.randn(3, 5, generator=draw, dtype=torch.double) * mask
+    values = torch.randn(3, 5, generator=draw, dtype=torch.double).masked_fill(~mask, torch.nan)
+    shared = {"gamma": 0.9, "scale_ddof": ddof, "scale_eps": 1e-8}
+    e = Estimator(baseline="value", returns="episode_normalized", **shared)
+    got = e.advantages(rewards, mask, group_size=None, values=values)
+    for row, n in enumerate(lengths):
+        to_go = torch.stack([sum(0.9 ** (u - t) * rewards[row, u] for u in range(t, n)) for t in range(n)])
+        deviation = to_go.std(correction=ddof) if n > 1 else 0.0
+        wanted = (to_go - to_go.mean()) / (deviation + 1e-8)
+        torch.testing.assert_close(got.returns[row, :n], wanted)
+        torch.testing.assert_close(got.policy[row, :n], wanted - values[row, :n])
+    assert (got.policy[~mask] == 0).all() and (got.returns[~mask] == 0).all()
+    plain = {"baseline": "none", "returns": "episode_normalized"}
+    other = {"baseline": "episode_mean", "scale": "episode_std", "returns": "reward_to_go"}
+    one, two = (
+        Estimator(**fields, **shared).advantages(rewards, mask, group_size=None).policy
+        for fields in (plain, other)
+    )
+    torch.testing.assert_close(one, two)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
@@ -388,7 +422,7 @@ def test_precision_is_kept_and_vmap_agrees_with_a_loop(dtype, returns) -> None:
     more = some_inputs(6, 3, dtype)
     for baseline in BASELINES:
         for scale in SCALES:
-            if returns == "total" and "episode" in baseline + scale:
+            if exclude_each_other(baseline, scale, returns):
                 continue
             e = Estimator(
                 baseline=baseline,

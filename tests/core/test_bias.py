@@ -26,6 +26,7 @@ from tokenrl.core.axes import AXES
 from tokenrl.core.choices import CHOICES, KL_EFFECTS
 from tokenrl.core.effects import FROM_BEST_TO_WORST
 from tokenrl.core.presets import PRESETS
+from tokenrl.core.validation import IN_UNITS_OF_THE_EPISODE
 
 # The axes one by one, over the unbiased defaults.
 SINGLE = [
@@ -34,7 +35,13 @@ SINGLE = [
     for name in AXES[axis]
 ]
 SINGLE += [{"beta": 0.3, "kl_placement": place, "kl_estimator": name} for place, name in KL_EFFECTS]
-SINGLE += [{"returns": name, "gamma": gamma, "window": 1} for name in AXES["returns"] for gamma in (1.0, 0.7)]
+SINGLE += [
+    {"returns": name, "gamma": gamma, "window": 1}
+    | ({"baseline": "none"} if name == "episode_normalized" else {})
+    for name in AXES["returns"]
+    for gamma in (1.0, 0.7)
+]
+SINGLE += [{"returns": "episode_normalized", "baseline": name} for name in IN_UNITS_OF_THE_EPISODE]
 SINGLE += [{"returns": "gae", "lam": 1.0, "baseline": "value"}]
 SINGLE += [{"baseline": "optimal", "optimal_form": form} for form in AXES["optimal_form"]]
 SINGLE += [

@@ -93,6 +93,9 @@ def test_choices_that_exclude_each_other_are_refused() -> None:
     for fields in ({"baseline": "episode_mean"}, {"scale": "episode_std"}):
         with pytest.raises(Refused, match="reward_to_go"):
             Estimator(**fields)
+    for baseline in ("rloo", "running_mean", "remax", "batch_mean"):
+        with pytest.raises(Refused, match="in other units.*the baseline 'none' or 'value'"):
+            Estimator(baseline=baseline, returns="episode_normalized")
 
 
 def test_status_of_what_depends_on_several_fields() -> None:

@@ -14,7 +14,7 @@ class ControlArguments(Settings):
     """Train an agent in a gymnasium environment with the same estimators as language models."""
 
     env: str = "CartPole-v1"
-    """Id of a gymnasium environment, or gridworld, walk, bandit."""
+    """Id of a gymnasium environment, or gridworld, walk, costly_walk, bandit."""
     estimator: Estimator = field(default_factory=lambda: Estimator.preset("reinforce_timestep_mean"))
     """How the policy gradient is estimated from returns."""
     output_dir: str = "runs/control"
@@ -34,10 +34,12 @@ class ControlArguments(Settings):
     """Units of each hidden layer; with no layer the policy is linear in the observations."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Activation function between layers."""
+    initial_weights: Literal["orthogonal", "uniform"] = "orthogonal"
+    """Orthogonal, with a head near 0 and so a nearly uniform first policy; or uniform, as PyTorch's layers."""
     value_network: Literal["separate", "shared"] = "separate"
     """The critic is a network of its own, or one more output of the policy's layers."""
     value_coef: NonNegative = 0.5
-    """Weight of the loss of a shared critic beside the policy's loss."""
+    """Weight of a shared critic's loss, half the squared error, beside the policy's loss."""
     normalize_observations: bool = False
     """Shift and scale observations by the mean and standard deviation of all observations so far."""
     reward_scale: Positive = 1.0

@@ -32,8 +32,15 @@ OWN: dict[str, dict[str, Any]] = {
         "id": "tokenrl/Walk-v0",
         "entry_point": "tokenrl.control.worlds.walk:Walk",
         "max_episode_steps": 50,
-        "reward_threshold": 0.88,
+        "reward_threshold": 1.1,  # the return of the straight path
         "kwargs": {"time_limit": None},
+    },
+    "costly_walk": {
+        "id": "tokenrl/CostlyWalk-v0",
+        "entry_point": "tokenrl.control.worlds.walk:Walk",
+        "max_episode_steps": 50,
+        "reward_threshold": 0.88,  # the return of a path two steps longer than the shortest
+        "kwargs": {"time_limit": None, "step_reward": -0.01},
     },
     "bandit": {
         "id": "tokenrl/Bandit-v0",

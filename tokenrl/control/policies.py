@@ -50,6 +50,9 @@ class Shape:
         activation: activation function between layers.
         critic: None, a `separate` network with the same layers, or one more output (`shared`).
         normalize_observations: shift and scale observations by the mean and std of those seen so far.
+        initial_weights: `orthogonal` (Saxe et al. 2014) without biases, near 0 for the head, so that the
+            first policy is nearly uniform; or weights and biases `uniform` between -1/sqrt(n) and 1/sqrt(n)
+            for n inputs, as PyTorch's own layers begin.
     """
 
     observation_size: int
@@ -59,6 +62,7 @@ class Shape:
     activation: Literal["tanh", "relu"] = "tanh"
     critic: Literal["separate", "shared"] | None = None
     normalize_observations: bool = False
+    initial_weights: Literal["orthogonal", "uniform"] = "orthogonal"
 
 
 class Scored(NamedTuple):
@@ -111,17 +115,18 @@ class Policy(nn.Module):
     """
 
     def __init__(self, shape: Shape, generator: torch.Generator | None = None) -> None:
-        """Draw orthogonal weights, near 0 for the head, so that the first policy is nearly uniform."""
+        """Draw the initial weights."""
         super().__init__()
         self.shape = shape
         self.scale = ObservationScale(shape.observation_size) if shape.normalize_observations else None
         width = [shape.observation_size, *shape.hidden][-1]
+        kind = shape.initial_weights
         self.body = _layers(shape, generator)
         outputs = shape.action_size * (2 if shape.head == "gaussian" else 1)
-        self.head = _linear(width, outputs, 0.01, generator)
+        self.head = _linear(width, outputs, 0.01, generator, kind)
         self.critic: nn.Module | None = None
         if shape.critic is not None:
-            top = _linear(width, 1, 1.0, generator)
+            top = _linear(width, 1, 1.0, generator, kind)
             self.critic = top if shape.critic == "shared" else nn.Sequential(_layers(shape, generator), top)
 
     def forward(self, observations: Tensor) -> Tensor:
@@ -197,12 +202,17 @@ def _layers(shape: Shape, generator: torch.Generator | None) -> nn.Sequential:
     activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[shape.activation]
     layers: list[nn.Module] = []
     for before, after in pairwise([shape.observation_size, *shape.hidden]):
-        layers += [_linear(before, after, math.sqrt(2), generator), activation()]
+        layers += [_linear(before, after, math.sqrt(2), generator, shape.initial_weights), activation()]
     return nn.Sequential(*layers)
 
 
-def _linear(before: int, after: int, gain: float, generator: torch.Generator | None) -> nn.Linear:
+def _linear(before: int, after: int, gain: float, generator: torch.Generator | None, kind: str) -> nn.Linear:
     layer = nn.Linear(before, after)
+    if kind == "uniform":
+        bound = 1 / math.sqrt(before)
+        for parameter in layer.parameters():
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        return layer
     nn.init.orthogonal_(layer.weight, gain, generator=generator)
     nn.init.zeros_(layer.bias)
     return layer

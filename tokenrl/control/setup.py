@@ -51,6 +51,7 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
         activation=args.activation,
         critic=args.value_network if estimator.needs_values else None,
         normalize_observations=args.normalize_observations,
+        initial_weights=args.initial_weights,
     )
     if args.num_steps is None:
         for axis in ("baseline", "scale"):

@@ -190,6 +190,11 @@ CHOICES: dict[str, dict[str, Choice]] = {
                 BIASED, "rewards beyond the window are credited to no action, and the others are discounted"
             ),
         ),
+        "episode_normalized": Choice(
+            BIASED,
+            "the mean and the spread of each episode's own returns to go depend on its actions: it is the "
+            "gradient of no objective, and in sum a good episode gets as much credit as a bad one, none",
+        ),
         "gae": Choice(
             BIASED,
             "with lam < 1 values replace later rewards; unbiased only if they are exact, V^pi of the state "

@@ -73,7 +73,8 @@ class Estimator(Settings):
     entropy_form: axes.EntropyForm = "per_step"
     """per_step, the usual bonus, ignores the effect of an action on later entropy; sequence includes it."""
     returns: axes.Returns = "total"
-    """Credit each action with the whole return, the reward to go, its next rewards, or GAE's return."""
+    """Credit each action with the whole return, the reward to go (also normalised over its episode), its next
+    rewards, or GAE's return."""
     window: Count = 16
     """Steps of reward that 'blame_window' credits to an action, its own step included."""
     lam: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.95

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenrl.core.guards import given
 from tokenrl.core.masking import zero_outside
+from tokenrl.core.sets import divide, set_mean, set_std
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
@@ -110,11 +111,25 @@ def gae(
     return lambda_return(rewards, known, actions, gamma=estimator.gamma, lam=estimator.lam)
 
 
+def episode_normalized(
+    estimator: Estimator, rewards: Float[Tensor, "N T"], actions: Bool[Tensor, "N T"]
+) -> Float[Tensor, "N T"]:
+    """Return `(G_t - mean) / (std + eps)`, with mean and std of the reward to go over the row's own steps.
+
+    A critic then learns these numbers, and the baseline 'value' is subtracted from them. `scale_ddof` and
+    `scale_eps` of the estimator are used for the standard deviation.
+    """
+    returns = reward_to_go(rewards, estimator.gamma)
+    centred = zero_outside(returns - set_mean(returns, actions), actions)
+    return divide(centred, set_std(returns, actions, estimator.scale_ddof), estimator.scale_eps)
+
+
 RETURNS: dict[str, Callable[[Estimator, Tensor, Tensor, Tensor | None], Tensor]] = {
     # With 'total' every action is credited with the first column; the others are targets of a critic.
     "total": lambda e, rewards, actions, values: reward_to_go(rewards, e.gamma),
     "reward_to_go": lambda e, rewards, actions, values: reward_to_go(rewards, e.gamma),
     "blame_window": lambda e, rewards, actions, values: in_window(rewards, e.window, e.gamma),
     "gae": gae,
+    "episode_normalized": lambda e, rewards, actions, values: episode_normalized(e, rewards, actions),
 }
 """The formula of each name in `choices.CHOICES["returns"]`, from rewards [N, T] to returns [N, T]."""

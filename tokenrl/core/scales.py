@@ -16,23 +16,10 @@ from torch import Tensor
 
 from tokenrl.core.inputs import Step
 from tokenrl.core.masking import zero_outside
-from tokenrl.core.sets import from_first, has_others_in_set, in_sets, set_mean
+from tokenrl.core.sets import divide, from_first, has_others_in_set, in_sets, set_mean, set_std
 
 Scaled = tuple[Tensor, Tensor]
 """Advantages [N, 1] or [N, T], and the mask [N] of the rows that have a scale."""
-
-
-def set_std(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], ddof: int) -> Float[Tensor, "S n"]:
-    """Return the standard deviation of the valid rows of each set: `sqrt(sum (R - mean)^2 / (n - ddof))`.
-
-    It is exactly 0 for equal totals, because they are measured from the first one, and for a set of one row.
-    """
-    differences, _ = from_first(totals, valid)
-    count = valid.sum(-1, keepdim=True)
-    centred = zero_outside(differences - differences.sum(-1, keepdim=True) / count.clamp(min=1), valid)
-    # Two passes: E[R^2] - E[R]^2 would lose all digits where the spread is small compared with the mean.
-    variance = centred.square().sum(-1, keepdim=True) / (count - ddof).clamp(min=1)
-    return variance.sqrt().expand_as(totals)
 
 
 def others_std(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], ddof: int) -> Float[Tensor, "S n"]:
@@ -72,15 +59,6 @@ def other_sets_std(
 def has_rows_in_other_sets(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Bool[Tensor, "S n"]:
     """Return which rows are valid and have two or more valid rows in the other sets."""
     return valid & (valid.sum() - valid.sum(-1, keepdim=True) >= 2)
-
-
-def divide(
-    advantages: Float[Tensor, " N *T"], std: Float[Tensor, " N *T"], eps: float
-) -> Float[Tensor, " N *T"]:
-    """Divide by `std + eps`, with eps outside the root; the result is 0 where `std + eps` is 0."""
-    divisor = std + eps
-    spread = divisor > 0  # False only for equal returns with eps 0
-    return zero_outside(advantages / torch.where(spread, divisor, 1.0), spread.expand_as(advantages))
 
 
 def by_sets(

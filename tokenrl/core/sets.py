@@ -1,4 +1,4 @@
-"""Computes means over sets of rows, with and without the row itself, weighted or not.
+"""Computes means and spreads over sets of rows, with and without the row itself, weighted or not.
 
 The functions take sets of rows [S, n]: the groups of a step, or the whole step as a single set. They average
 the differences from the first valid row of the set. So the mean of equal returns is exactly that return, and
@@ -36,6 +36,19 @@ def set_mean(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[
     differences, first = from_first(totals, valid)
     count = valid.sum(-1, keepdim=True).clamp(min=1)  # the mean of no valid rows is not used
     return (first + differences.sum(-1, keepdim=True) / count).expand_as(totals)
+
+
+def set_std(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"], ddof: int) -> Float[Tensor, "S n"]:
+    """Return the standard deviation of the valid rows of each set: `sqrt(sum (R - mean)^2 / (n - ddof))`.
+
+    It is exactly 0 for equal totals, because they are measured from the first one, and for a set of one row.
+    """
+    differences, _ = from_first(totals, valid)
+    count = valid.sum(-1, keepdim=True)
+    centred = zero_outside(differences - differences.sum(-1, keepdim=True) / count.clamp(min=1), valid)
+    # Two passes: E[R^2] - E[R]^2 would lose all digits where the spread is small compared with the mean.
+    variance = centred.square().sum(-1, keepdim=True) / (count - ddof).clamp(min=1)
+    return variance.sqrt().expand_as(totals)
 
 
 def leave_one_out(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tensor, "S n"]:
@@ -125,3 +138,12 @@ def has_others_in_set(
 def in_sets(f: Callable[..., Tensor], size: int, totals: Float[Tensor, " N"], *others: Tensor) -> Tensor:
     """Apply a function of sets [S, n] to the rows of a step [N], with n = `size` consecutive rows per set."""
     return f(totals.reshape(-1, size), *(x.reshape(-1, size) for x in others)).reshape(-1)
+
+
+def divide(
+    advantages: Float[Tensor, " N *T"], std: Float[Tensor, " N *T"], eps: float
+) -> Float[Tensor, " N *T"]:
+    """Divide by `std + eps`, with eps outside the root; the result is 0 where `std + eps` is 0."""
+    divisor = std + eps
+    spread = divisor > 0  # False only for equal returns with eps 0
+    return zero_outside(advantages / torch.where(spread, divisor, 1.0), spread.expand_as(advantages))

@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokenrl.core.scales import set_std
-from tokenrl.core.sets import leave_one_out, set_mean
+from tokenrl.core.sets import leave_one_out, set_mean, set_std
 
 
 def shrunk(

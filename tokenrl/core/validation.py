@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
 
 
+IN_UNITS_OF_THE_EPISODE = ("none", "constant", "value", "timestep_mean", "episode_mean")
+"""Baselines that do not use the total returns of rows, or that learn the same numbers as are credited."""
+
+
 def check(estimator: Estimator) -> None:
     """Refuse choices that exclude each other. The bounds of each field by itself stand beside the field.
 
@@ -31,3 +35,10 @@ def check(estimator: Estimator) -> None:
                 f"{name!r} compares the steps of one row, but with returns 'total' every step has the same "
                 "return. Set returns 'reward_to_go', or choose another baseline and scale."
             )
+    of_totals = not callable(estimator.baseline) and estimator.baseline not in IN_UNITS_OF_THE_EPISODE
+    if estimator.returns == "episode_normalized" and of_totals:
+        raise Refused(
+            "returns 'episode_normalized' have mean 0 and standard deviation 1 in each episode, but the "
+            f"baseline {estimator.baseline!r} is made of whole returns, which are in other units. Choose the "
+            "baseline 'none' or 'value', or returns 'reward_to_go'."
+        )

@@ -16,6 +16,7 @@ NEEDS: dict[str, dict[str, object]] = {
     "episode_std": {"returns": "reward_to_go"},
     "blame_window": {"window": 1},
     "gae": {"baseline": "value"},
+    "episode_normalized": {"baseline": "none"},
 }
 """Other fields that an axis, or one choice on it, needs in order to have an effect."""
 
@@ -52,6 +53,7 @@ EXTRA: dict[str, dict[str, object]] = {
         "returns": "reward_to_go",
         "gamma": 0.99,
     },
+    "value, episode normalised": {"baseline": "value", "returns": "episode_normalized"},
     "none, zero spread dropped": {"baseline": "none", "zero_spread": "drop"},
     "overlong penalty": {"overlong_buffer": 4},
 }

@@ -115,6 +115,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "to go, episode mean, reward 1 per step": (EPISODE, {"reward": 1.0}),
     "to go, episode mean and std": (STANDARD, {}),
     "to go, episode mean and std, reward 1": (STANDARD, {"reward": 1.0}),
+    "episode normalised, then V": ({"baseline": "value", "returns": "episode_normalized"}, {}),
     "cut, V^pi follows": (VALUE, {**TRUE, **CUT}),
     "cut, total, V^pi follows, discounted": ({"gamma": 0.9}, {**TRUE, **CUT}),
     "cut, any V follows": (VALUE, CUT),
