@@ -168,12 +168,11 @@ def draw_learning(axes: Axes, runs: dict[str, np.ndarray], args: Arguments) -> N
     step = 0.01 if args.env == "walk" else -0.01
     for height, text in ((50 * step, "standing about"), (1 + 10 * step, "straight to the right")):
         axes.axhline(height, color=GREY, linestyle=":")
-        axes.annotate(
-            text, (args.episodes, height), (0, 3), textcoords="offset points", color=GREY, ha="right"
-        )
+        axes.annotate(text, (0, height), (2, 3), textcoords="offset points", color=GREY)
     axes.set_xlabel("episodes (rolling mean of 20)")
     axes.set_ylabel("return of an episode")
-    axes.legend(loc="upper left", frameon=False)
+    axes.set_ylim(bottom=-0.1 if step > 0 else None)
+    axes.legend(loc="lower right", frameon=False, ncol=2)
 
 
 def draw_seeds(axes: Axes, last: dict[str, np.ndarray]) -> None:
@@ -207,7 +206,7 @@ def draw(args: Arguments, runs: dict[str, np.ndarray], last: dict[str, np.ndarra
     left.set_title(f"{args.env}: {best} ends highest, at {last[best].mean():.2f}", loc="left", fontsize=11)
     draw_seeds(middle, last)
     low, high = last["normalised, V"].min(), last["normalised, V"].max()
-    title = f"Normalised with V: seeds end between {low:.2f} and {high:.2f}"
+    title = f"Normalised, V: one seed ends at {low:.2f}, another at {high:.2f}"
     middle.set_title(title, loc="left", fontsize=11)
     draw_table(right, *table)
     right.set_title("Ten steps, gamma 0.99: normalising turns half the signs", loc="left", fontsize=11)

@@ -368,6 +368,17 @@ def test_walk(tmp_path, monkeypatch, capsys):
     normalised = [float(row[3]) for row in table]
     assert sum(normalised) == pytest.approx(0, abs=1e-3)
     assert sum(x * x for x in normalised) == pytest.approx(10, abs=1e-2)
+    kinds = [line[:14].strip() for line in out.splitlines() if " last " in line and ";" in line]
+    assert kinds == ["normalised", "normalised, V", "raw", "raw, V"]
+    assert out.count("seed by seed") == 3 and (tmp_path / "walk.png").stat().st_size > 10_000
+
+
+def test_the_walk_of_the_textbook():
+    """Its plain loop runs by itself, and finds the same numbers for the same seed."""
+    textbook = runpy.run_path(str(RECIPES / "control_4_walk.py"))["textbook"]
+    first, again = (textbook(42, value_head=True, episodes=20) for _ in range(2))
+    assert first == again and -1.1 <= first <= 1.5
+    assert textbook(43, value_head=True, episodes=20) != first
 
 
 def test_agents(tmp_path, monkeypatch, capsys):

@@ -34,7 +34,7 @@ def test_initial_weights():
         for weight in layer.parameters():
             bound = layer.in_features**-0.5
             assert weight.abs().max() <= bound and weight.abs().max() > 0.3 * bound
-    deviation = policy.head.weight.std() * 64**0.5
+    deviation = policy.head.weight.detach().std() * 64**0.5
     assert float(deviation) == pytest.approx(3**-0.5, rel=0.15)  # of numbers uniform between -1 and 1
     assert all(map(torch.equal, policy.parameters(), again.parameters()))
 

@@ -94,7 +94,7 @@ def test_choices_that_exclude_each_other_are_refused() -> None:
         with pytest.raises(Refused, match="reward_to_go"):
             Estimator(**fields)
     for baseline in ("rloo", "running_mean", "remax", "batch_mean"):
-        with pytest.raises(Refused, match="in other units.*the baseline 'none' or 'value'"):
+        with pytest.raises(Refused, match=r"in other units.*the baseline 'none' or 'value'"):
             Estimator(baseline=baseline, returns="episode_normalized")
 
 

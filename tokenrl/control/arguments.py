@@ -35,7 +35,7 @@ class ControlArguments(Settings):
     activation: Literal["tanh", "relu"] = "tanh"
     """Activation function between layers."""
     initial_weights: Literal["orthogonal", "uniform"] = "orthogonal"
-    """Orthogonal, with a head near 0 and so a nearly uniform first policy; or uniform, as PyTorch's layers."""
+    """Orthogonal, with a head near 0 and so a nearly uniform first policy; or uniform, as in PyTorch."""
     value_network: Literal["separate", "shared"] = "separate"
     """The critic is a network of its own, or one more output of the policy's layers."""
     value_coef: NonNegative = 0.5

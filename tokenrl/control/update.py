@@ -95,11 +95,13 @@ def check_supported(estimator: Estimator, args: ControlArguments) -> None:
             f"cut off; there is none (baseline {estimator.baseline!r}, returns {estimator.returns!r}). "
             "Choose the baseline 'value' (presets a2c, ppo), or leave num_steps out to use whole episodes."
         )
-    if estimator.baseline != "value" or estimator.scale not in ("none", "token_whiten"):
+    whole = estimator.returns == "episode_normalized"
+    if estimator.baseline != "value" or estimator.scale not in ("none", "token_whiten") or whole:
         raise Refused(
             f"num_steps {args.num_steps} cuts episodes, and pieces of episodes cannot be compared with "
-            f"each other as baseline {estimator.baseline!r} with scale {estimator.scale!r} does. Choose the "
-            "baseline 'value' with scale 'none' or 'token_whiten', or leave num_steps out for whole episodes."
+            f"each other, or normalised, as baseline {estimator.baseline!r}, scale {estimator.scale!r} and "
+            f"returns {estimator.returns!r} do. Choose the baseline 'value' with scale 'none' or "
+            "'token_whiten' and returns 'gae' or 'reward_to_go', or leave num_steps out for whole episodes."
         )
 
 
@@ -157,8 +159,10 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat,
         values = in_rows(policy.values(rollout.observations[mask]), mask)
         # A terminal state has value 0. A truncated episode would have gone on: the critic's value stands for
         # the rest, except with gamma 1, where the return of an episode is the sum of its own rewards.
+        # Nor can a value of normalised returns stand for rewards: it is in other units.
         goes_on = ~rollout.terminated & (~rollout.truncated if estimator.gamma == 1 else True)
-        bootstrap = torch.where(goes_on, policy.values(rollout.final_observations), 0.0)
+        if estimator.returns != "episode_normalized":
+            bootstrap = torch.where(goes_on, policy.values(rollout.final_observations), 0.0)
     rewards = rollout.rewards * agent.args.reward_scale
     advantages = estimator.advantages(
         rewards,

@@ -76,7 +76,8 @@ class Moments:
     def noise(self) -> float:
         """Variance / |E[g]|^2, which no constant factor of the loss changes; infinite if E[g] is 0."""
         signal = float(self.mean.sum(0).square().sum())
-        return self.variance / signal if signal > 0 else float("inf")
+        rounding = 1e-24 * self.second  # what sums that should be 0 leave behind
+        return self.variance / signal if signal > rounding else float("inf")
 
 
 def exact_moments(
