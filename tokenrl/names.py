@@ -32,33 +32,46 @@ def import_attribute(spec: str, what: str) -> Any:
     source, _, attribute = spec.rpartition(":")
     if not source or not attribute:
         raise Refused(f"{what} '{spec}': expected module:attribute or path/to/file.py:attribute.")
-    file = Path(source) if source.endswith(".py") else None
-    if file is not None and not file.is_file():
-        raise Refused(f"{what} '{spec}': there is no file {source}; give its path from {Path.cwd()}.")
-    folder = str(file.resolve().parent if file else Path.cwd())
-    # The folder stands first in sys.path during the import, so that a user's file wins over an installed
-    # module of the same name. Afterwards it stands last: imports that the file makes later still work, and
-    # it cannot hide a package that tokenrl imports later.
-    sys.path.insert(0, folder)
-    try:
-        module = import_file(file) if file else importlib.import_module(source)
-    except (Exception, SystemExit) as error:
-        missing = isinstance(error, ModuleNotFoundError) and source.split(".")[0] == error.name
-        reason = f"there is no module {source}" if missing else f"importing it raised {describe(error)}"
-        raise Refused(
-            f"{what} '{spec}': {reason}. The module has to be installed or lie in {folder}."
-        ) from error
-    finally:
-        sys.path.remove(folder)
-        if folder not in sys.path:
-            sys.path.append(folder)
-    found = module
+    found = import_source(source, f"{what} '{spec}'")
     for part in attribute.split("."):
         if not hasattr(found, part):
             names = [name for name in dir(found) if not name.startswith("_")]
             raise Refused(f"{what} '{spec}': {source} has no {part}.{suggest(part, names)}")
         found = getattr(found, part)
     return found
+
+
+def import_source(source: str, whose: str) -> Any:
+    """Import a module by its name, or a file by its path, which ends in .py; the module is returned.
+
+    Args:
+        source: the module, which is installed or lies in the current directory, or the file.
+        whose: what the import is for, with which an error message begins.
+
+    Raises:
+        Refused: the module or the file does not exist, or importing it raised an error.
+    """
+    file = Path(source) if source.endswith(".py") else None
+    if file is not None and not file.is_file():
+        raise Refused(f"{whose}: there is no file {source}; give its path from {Path.cwd()}.")
+    folder = str(file.resolve().parent if file else Path.cwd())
+    # The folder stands first in sys.path during the import, so that a user's file wins over an installed
+    # module of the same name. Afterwards it stands last: imports that the file makes later still work, and
+    # it cannot hide a package that tokenrl imports later.
+    sys.path.insert(0, folder)
+    try:
+        return import_file(file) if file else importlib.import_module(source)
+    except (Exception, SystemExit) as error:
+        missing = isinstance(error, ModuleNotFoundError) and source.split(".")[0] == error.name
+        reason = f"there is no module {source}" if missing else f"importing it raised {describe(error)}"
+        place = (
+            f" The module has to be installed or lie in {folder}." if isinstance(error, ImportError) else ""
+        )
+        raise Refused(f"{whose}: {reason}.{place}") from error
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def import_file(file: Path) -> Any:

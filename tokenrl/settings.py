@@ -125,13 +125,13 @@ def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
     _choice(tuple(allowed)).check(what, given)
 
 
-def check_number(what: str, given: object, **bounds: float) -> None:
-    """Refuse a value that is not a finite number within the bounds, which are the keywords of `Bounds`.
+def check_number(what: str, given: object, kind: type[float] = float, **bounds: float) -> None:
+    """Refuse a value that is no finite (or whole, if `kind` is int) number within the bounds of `Bounds`.
 
     Raises:
-        Refused: The value is no finite number, or outside the bounds.
+        Refused: The value is no such number, or outside the bounds.
     """
-    _number(float, Bounds(**bounds)).check(what, given)
+    _number(kind, Bounds(**bounds)).check(what, given)
 
 
 @cache

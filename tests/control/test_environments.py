@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
 import gymnasium
 import numpy as np
 import pytest
 from counting_env import register
 from gymnasium import spaces
 
+from tokenrl.cli import main
 from tokenrl.control.environments import OWN, Environments, describe, find, make
 from tokenrl.control.evaluation import SEEDS, check_film, seed_of
-from tokenrl.control.training import train_agent as train
 from tokenrl.errors import Refused
 
 
@@ -52,29 +50,17 @@ def test_lunar_lander_continuous():
         ("Nope-v1", "no environment 'Nope-v1'.*gridworld, walk, costly_walk, bandit"),
         ("LunarLander-v2", "use `LunarLander-v3` instead"),
         ("CartPole-v9", "provides versioned environments"),
-        ("CartPole", "with its version"),
-        ("no_such_module:Foo-v0", "No module named 'no_such_module'"),
+        ("CartPole", "Did you mean 'CartPole-v1'.*with its version"),
+        ("cartpole", "Did you mean 'CartPole-v1'"),
+        ("gridwrld", "Did you mean 'gridworld'"),
         ("Blackjack-v1", "no limit in length.*--max-episode-steps"),
         ("", "no environment ''"),
+        (gymnasium.spec("CartPole-v1"), "given as a EnvSpec; give the id"),
     ],
 )
 def test_names_that_lead_nowhere(env, message):
     with pytest.raises(Refused, match=message):
         describe(env)
-
-
-def test_a_module_may_be_named_that_registers_an_environment(tmp_path, monkeypatch):
-    (tmp_path / "my_envs.py").write_text(
-        "import gymnasium\n"
-        "gymnasium.register('Mine-v0', entry_point='gymnasium.envs.classic_control:CartPoleEnv',"
-        " max_episode_steps=7)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    assert describe("my_envs:Mine-v0").horizon == 7
-    options = {"num_envs": 2, "max_steps": 0, "eval_episodes": 2, "quiet": True}
-    run = train(env="my_envs:Mine-v0", output_dir=str(tmp_path / "run"), **options)
-    written = json.loads((run.output_dir / "config.json").read_text())
-    assert written["env"] == "my_envs:Mine-v0"  # else a later `--config` would not find the environment
 
 
 def test_an_environment_without_a_limit_of_its_own_may_be_filmed_with_one():
@@ -91,22 +77,91 @@ def test_missing_box2d_says_what_to_install(monkeypatch):
         describe("LunarLander-v3")
 
 
-@pytest.mark.parametrize(
-    ("observations", "actions", "message"),
-    [
-        (spaces.Dict({"a": spaces.Discrete(2)}), spaces.Discrete(2), "Observations of .* kind Dict"),
-        (spaces.Discrete(3), spaces.MultiDiscrete([2, 2]), "Actions of .* kind MultiDiscrete"),
-        (spaces.Discrete(3), spaces.Box(-1, 1, (2, 2)), "Actions of .* kind Box"),
-    ],
-)
-def test_spaces_that_are_not_supported(observations, actions, message):
+def register_odd(observations, actions=spaces.Discrete(2)):  # noqa: B008 (spaces are not changed)
+    """Register an environment with these spaces, and return its id."""
+
     class Odd(gymnasium.Env):
         observation_space, action_space = observations, actions
 
     gymnasium.registry.pop("tokenrl-tests/Odd-v0", None)
     gymnasium.register("tokenrl-tests/Odd-v0", entry_point=Odd, max_episode_steps=3, disable_env_checker=True)
-    with pytest.raises(Refused, match=message):
-        describe("tokenrl-tests/Odd-v0")
+    return "tokenrl-tests/Odd-v0"
+
+
+@pytest.mark.parametrize(
+    ("observations", "actions", "message"),
+    [
+        (
+            spaces.Dict({"a": spaces.Discrete(2)}),
+            spaces.Discrete(2),
+            "kind Dict.*wrappers.FlattenObservation",
+        ),
+        (spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), r"Actions of .* MultiDiscrete\(\[2 3\]\)"),
+        (spaces.Discrete(3), spaces.Box(-1, 1, (2, 2)), r"Box\(.*\(2, 2\).*with one axis"),
+        (spaces.Discrete(3), spaces.Box(0, 9, (2,), np.int64), "int64.*Box of real numbers"),
+    ],
+)
+def test_spaces_that_are_not_supported(observations, actions, message):
+    for use in (describe, lambda env: Environments(env, 2)):
+        with pytest.raises(Refused, match=message):
+            use(register_odd(observations, actions))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "picture"),
+    [
+        ((96, 96, 3), np.uint8, True),
+        ((4, 4), np.uint8, True),
+        ((64, 64, 3), np.float32, True),  # the same picture with its colours between 0 and 1
+        ((5, 205), np.float32, True),  # one more than 1,024 numbers
+        ((32, 32), np.float32, False),
+        ((5, 7), np.float64, False),  # a table of features
+        ((128,), np.uint8, False),  # the memory of a game
+        ((5000,), np.float32, False),
+    ],
+)
+def test_pictures_are_refused_and_tables_of_features_are_flattened(shape, kind, picture):
+    env = register_odd(spaces.Box(0, 255, shape, kind))
+    if picture:
+        shown = " x ".join(map(str, shape))
+        with pytest.raises(Refused, match=rf"pictures \(Box, shape {shown}, dtype {np.dtype(kind)}\)"):
+            describe(env)
+    else:
+        assert describe(env).observation_size == np.prod(shape)
+
+
+@pytest.mark.parametrize("command", ["control", "advise"])
+def test_both_commands_say_what_to_do_about_pictures(command, capsys):
+    assert main([command, "--env", register_odd(spaces.Box(0, 255, (9, 9, 3), np.uint8))]) == 2
+    assert "no convolutional layers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", [0, -1, 2.5, "7", True])
+def test_a_limit_that_is_no_number_of_steps(limit):
+    wrong = rf"max_episode_steps was given as {limit!r}; it must be a whole number of at least 1"
+    for use in (describe, lambda env, limit: Environments(env, 2, limit)):
+        with pytest.raises(Refused, match=wrong):
+            use("CartPole-v1", limit)
+        with pytest.raises(Refused, match=wrong):
+            use("Acrobot-v1", limit)
+    with pytest.raises(Refused, match="num_envs was given as 0"):
+        Environments("CartPole-v1", 0)
+
+
+@pytest.mark.parametrize("command", ["control", "advise"])
+def test_both_commands_refuse_a_limit_of_0(command, capsys):
+    assert main([command, "--env", "CartPole-v1", "--max-episode-steps", "0"]) == 2
+    assert "max_episode_steps was given as 0" in capsys.readouterr().err
+
+
+def test_actions_without_bounds_are_taken_as_they_are(recwarn):
+    low, high = np.array([-np.inf, 0, -2], np.float32), np.array([np.inf, np.inf, 4], np.float32)
+    envs = Environments(register_odd(spaces.Discrete(3), spaces.Box(low, high)), 1)
+    assert envs.translate(np.array([[7.0, 2.0, 0.5], [-7.0, -2.0, -1.0]])).tolist() == [
+        [7, 2, 2.5],
+        [-7, 0, -2],
+    ]
+    assert [str(one.message) for one in recwarn] == []
 
 
 def test_a_limit_of_ones_own():

@@ -204,7 +204,7 @@ def test_an_update_is_made_of_the_mean_over_its_own_episodes() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"env": "CartPole-v99"}, "cannot be made"),
+        ({"env": "CartPole-v99"}, "no environment .CartPole-v99"),
         ({"env": "Acrobot-v1"}, "between two actions"),
         ({"env": "Pendulum-v1"}, "between two actions"),
         ({"env": "Blackjack-v1"}, "reads a vector"),

@@ -16,7 +16,8 @@ class AdviseArguments(ModelArguments, TaskArguments):
     """Recommend settings for an environment or a language task, with reasons, from a short measurement."""
 
     env: str = ""
-    """Id of a gymnasium environment, or gridworld, walk, bandit."""
+    """Id of a gymnasium environment, or gridworld, trap, walk, costly_walk, bandit.
+    An own one with the file or module that registers it: my_envs.py:Mine-v0, my_package.envs:Mine-v0."""
     task: str = ""
     """Name of a language task, as for training."""
     head: Literal["auto", "softmax", "gaussian"] = "auto"

@@ -18,6 +18,7 @@ from tokenrl.control.rollouts import collect_episodes
 from tokenrl.core.axes import AXES
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
+from tokenrl.errors import Refused, Stopped
 from tokenrl.settings import check_choice
 
 
@@ -62,8 +63,8 @@ def advise_environment(args: AdviseArguments) -> Advice:
     """Measure an environment and recommend settings for `tokenrl control`.
 
     Raises:
-        Refused: the environment cannot be made; the head cannot give its actions; there is no baseline
-            although episodes may be longer than 500 steps.
+        Refused: the environment cannot be made, or fails in the measurement; the head cannot give its
+            actions; there is no baseline although episodes may be longer than 500 steps.
     """
     check_choice("baseline", args.baseline or "none", [b for b in AXES["baseline"] if b != "remax"])
     spec = describe(args.env, args.max_episode_steps)
@@ -114,6 +115,8 @@ def measure(spec: Spec, args: AdviseArguments, hidden: tuple[int, ...]) -> Retur
     environments = Environments(args.env, episodes, args.max_episode_steps)
     try:
         rollout = collect_episodes(environments, policy, spec.horizon, generator, seed=args.seed)
+    except Stopped as error:  # nothing has been trained
+        raise Refused(str(error)) from error
     finally:
         environments.close()
     returns = rollout.returns.double()

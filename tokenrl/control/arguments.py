@@ -14,7 +14,10 @@ class ControlArguments(Settings):
     """Train an agent in a gymnasium environment with the same estimators as language models."""
 
     env: str = "CartPole-v1"
-    """Id of a gymnasium environment, or gridworld, walk, costly_walk, bandit."""
+    """Id of a gymnasium environment, or gridworld, trap, walk, costly_walk, bandit.
+    An own one with the file or module that registers it: my_envs.py:Mine-v0, my_package.envs:Mine-v0.
+    Observations are a Box, flattened, or Discrete, one-hot. A Box with several axes is refused as a picture
+    if its numbers are bytes or more than 1,024."""
     estimator: Estimator = field(default_factory=lambda: Estimator.preset("reinforce_timestep_mean"))
     """How the policy gradient is estimated from returns."""
     output_dir: str = "runs/control"

@@ -7,9 +7,9 @@ and `rollouts` leaves it out.
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium
@@ -18,7 +18,11 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from tokenrl.errors import Refused
+from tokenrl.control.failures import raised, refusing
+from tokenrl.control.spaces import action_size, observation_size
+from tokenrl.errors import Refused, Stopped, nearest, suggest
+from tokenrl.names import import_source
+from tokenrl.settings import check_number
 
 OWN: dict[str, dict[str, Any]] = {
     "gridworld": {
@@ -49,6 +53,9 @@ OWN: dict[str, dict[str, Any]] = {
     },
 }
 """The environments of tokenrl by their short names, with the arguments to register them in gymnasium."""
+
+_IMPORTED: dict[str, set[str]] = {}
+"""By file or module that was imported for an environment, the ids that it registered."""
 
 for _own in OWN.values():
     if _own["id"] not in gymnasium.registry:
@@ -92,7 +99,7 @@ def describe(env: str, max_episode_steps: int | None = None) -> Spec:
     """Return the facts about an environment.
 
     Args:
-        env: id of a gymnasium environment, or a name in `OWN`.
+        env: id of a gymnasium environment; see `find`.
         max_episode_steps: limit of an episode's length that replaces the environment's own.
 
     Raises:
@@ -105,9 +112,9 @@ def describe(env: str, max_episode_steps: int | None = None) -> Spec:
     made.close()
     return Spec(
         env=spec.id,
-        observation_size=_observation_size(spec.id, observations),
+        observation_size=observation_size(spec.id, observations),
         actions=int(actions.n) if isinstance(actions, spaces.Discrete) else None,
-        action_size=_action_size(spec.id, actions),
+        action_size=action_size(spec.id, actions),
         horizon=_horizon(spec, max_episode_steps),
         solved=None if spec.reward_threshold is None else float(spec.reward_threshold),
         fast=spec.vector_entry_point is not None,
@@ -117,22 +124,44 @@ def describe(env: str, max_episode_steps: int | None = None) -> Spec:
 def find(env: str) -> EnvSpec:
     """Look an environment up in gymnasium's registry.
 
+    Args:
+        env: a name in `OWN`, the id of a gymnasium environment, or that of one which a file or module
+            registers: `path/to/file.py:id` or `package.module:id`. It is imported once in a process; a
+            module may lie in the current directory.
+
     Raises:
-        Refused: there is no environment of that name.
+        Refused: there is no environment of that name, or the file or module cannot be imported.
     """
-    env = OWN[env]["id"] if env in OWN else env
+    if not isinstance(env, str):
+        raise Refused(f"env was given as a {type(env).__name__}; give the id under which it is registered.")
+    source, _, name = OWN.get(env, {"id": env})["id"].rpartition(":")
+    added = _imported(source, f"env '{env}'") if source else set()
     try:
-        if ":" in env:  # `module:id` names the module that registers it
-            importlib.import_module(env.partition(":")[0])
-            env = env.partition(":")[2]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about older versions: the id given is used
-            return gymnasium.spec(env)
-    except (gymnasium.error.Error, ImportError) as error:
+            return gymnasium.spec(name)
+    except gymnasium.error.Error as error:
+        if source:
+            hint = suggest(name, added) if added else f" Call gymnasium.register({name!r}, ...) in it."
+            raise Refused(f"env '{env}': {source} registers no environment {name!r}.{hint}") from error
+        reason = str(error).partition(" Did you mean")[0].rstrip(".")
         raise Refused(
-            f"There is no environment {env!r} ({error}). Give a gymnasium id with its version, such as "
-            f"CartPole-v1, Acrobot-v1 or LunarLander-v3, or one of {', '.join(OWN)}."
+            f"There is no environment {env!r} ({reason}).{nearest(name, [*OWN, *gymnasium.registry])} Give a "
+            "gymnasium id with its version, such as CartPole-v1, Acrobot-v1 or LunarLander-v3, one of "
+            f"{', '.join(OWN)}, or your own, as my_envs.py:Mine-v0 if my_envs.py registers Mine-v0."
         ) from error
+
+
+def _imported(source: str, whose: str) -> set[str]:
+    """Import a file or module, unless that was done before; return the ids that it registered."""
+    key = str(Path(source).resolve()) if source.endswith(".py") else source
+    if key not in _IMPORTED:
+        before = dict(gymnasium.registry)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*Overriding environment")  # imported before by another name
+            import_source(source, whose)
+        _IMPORTED[key] = {name for name, spec in gymnasium.registry.items() if before.get(name) is not spec}
+    return _IMPORTED[key]
 
 
 def make(env: str, num_envs: int, max_episode_steps: int | None = None) -> VectorEnv:
@@ -142,52 +171,28 @@ def make(env: str, num_envs: int, max_episode_steps: int | None = None) -> Vecto
         Refused: the environment cannot be made; see `describe`.
     """
     spec = find(env)
+    check_number("num_envs", num_envs, int, at_least=1)
     limit = _horizon(spec, max_episode_steps)
     mode = "sync" if spec.vector_entry_point is None else "vector_entry_point"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = gymnasium.make_vec(spec.id, num_envs, vectorization_mode=mode, max_episode_steps=limit)
-    except gymnasium.error.DependencyNotInstalled as error:
-        extra = 'pip install "gymnasium[box2d]"' if "box2d" in str(error).lower() else "see the message"
-        raise Refused(
-            f"{spec.id} needs a package that is not installed ({error}). To mend: {extra}."
-        ) from error
-    except (gymnasium.error.Error, ImportError, TypeError) as error:
-        raise Refused(f"The environment {spec.id} could not be made ({error}).") from error
+    with refusing(spec.id):
+        made = gymnasium.make_vec(spec.id, num_envs, vectorization_mode=mode, max_episode_steps=limit)
     if made.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP) != AutoresetMode.NEXT_STEP:
         raise Refused(f"The environment {spec.id} does not reset on the next step; give one that does.")
+    observation_size(spec.id, made.single_observation_space)
+    action_size(spec.id, made.single_action_space)
     return made
 
 
 def _horizon(spec: EnvSpec, limit: int | None) -> int:
-    limit = limit or spec.max_episode_steps
-    if limit is None:
+    if limit is not None:
+        check_number("max_episode_steps", limit, int, at_least=1)
+        return limit
+    if spec.max_episode_steps is None:
         raise Refused(
             f"Episodes of {spec.id} have no limit in length. Set one: --max-episode-steps 200 (in Python: "
             "max_episode_steps=200)."
         )
-    return limit
-
-
-def _observation_size(env: str, space: spaces.Space[Any]) -> int:
-    if isinstance(space, (spaces.Box, spaces.Discrete)):
-        return int(spaces.flatdim(space))
-    raise Refused(
-        f"Observations of {env} are of kind {type(space).__name__}; supported are Box (flattened) and "
-        "Discrete (one-hot). Wrap the environment so that it returns one of these."
-    )
-
-
-def _action_size(env: str, space: spaces.Space[Any]) -> int:
-    if isinstance(space, spaces.Discrete):
-        return 0
-    if isinstance(space, spaces.Box) and len(space.shape) == 1:
-        return int(space.shape[0])
-    raise Refused(
-        f"Actions of {env} are of kind {type(space).__name__}; supported are Discrete and Box with one axis. "
-        "Wrap the environment so that it takes one of these."
-    )
+    return spec.max_episode_steps
 
 
 class Environments:
@@ -196,21 +201,28 @@ class Environments:
     def __init__(self, env: str, num_envs: int, max_episode_steps: int | None = None) -> None:
         """Make the copies; see `make`."""
         self.vector = make(env, num_envs, max_episode_steps)
-        self.num_envs = num_envs
+        self.env, self.num_envs = find(env).id, num_envs
         self._observations: Any = self.vector.single_observation_space
         actions: Any = self.vector.single_action_space
         self._start = int(actions.start) if isinstance(actions, spaces.Discrete) else None
         if self._start is None:
             low, high = np.asarray(actions.low, np.float32), np.asarray(actions.high, np.float32)
             bounded = np.isfinite(low) & np.isfinite(high)
-            self._middle = np.where(bounded, (low + high) / 2, 0.0).astype(np.float32)
-            self._half = np.where(bounded, (high - low) / 2, 1.0).astype(np.float32)
+            least, most = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
+            self._middle = ((least + most) / 2).astype(np.float32)
+            self._half = ((most - least) / 2).astype(np.float32)
             self._low, self._high = low, high
 
     def reset(self, seed: int | None = None) -> np.ndarray:
-        """Start a new episode in every copy; return the observations [E, O]."""
-        observations, _ = self.vector.reset(seed=seed)
-        return self.flat(observations)
+        """Start a new episode in every copy; return the observations [E, O].
+
+        Raises:
+            Stopped: the environment raised an error.
+        """
+        try:
+            return self.flat(self.vector.reset(seed=seed)[0])
+        except Exception as error:
+            raise Stopped(f"The environment {self.env} failed in reset(): {raised(error)}.") from error
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Step every copy.
@@ -223,9 +235,20 @@ class Environments:
         Returns:
             Observations [E, O], where the last of an episode is its final one; rewards, terminated and
             truncated, each [E].
+
+        Raises:
+            Stopped: the environment raised an error.
         """
-        observations, rewards, terminated, truncated, _ = self.vector.step(self.translate(actions))
-        return self.flat(observations), rewards, terminated, truncated
+        try:
+            observations, rewards, terminated, truncated, _ = self.vector.step(self.translate(actions))
+            return self.flat(observations), rewards, terminated, truncated
+        except Exception as error:
+            strange = (
+                "" if np.isfinite(actions).all() else " Its observations before were not finite numbers."
+            )
+            raise Stopped(
+                f"The environment {self.env} failed in step(): {raised(error)}.{strange}"
+            ) from error
 
     def translate(self, actions: np.ndarray) -> np.ndarray:
         """Convert actions of the policy to actions of the environment."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import gymnasium
@@ -59,7 +62,7 @@ def film(policy: Policy, spec: Spec, folder: Path, *, seed: int) -> Path:
 
     Call `check_film` first: it refuses an environment that cannot be filmed.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _no_window():
         warnings.simplefilter("ignore")
         single = gymnasium.make(spec.env, render_mode="rgb_array", max_episode_steps=spec.horizon)
         single = RecordVideo(single, str(folder), name_prefix="episode", disable_logger=True)
@@ -74,6 +77,22 @@ def film(policy: Policy, spec: Spec, folder: Path, *, seed: int) -> Path:
         single.close()
         copies.close()
     return folder / "episode-episode-0.mp4"
+
+
+@contextlib.contextmanager
+def _no_window() -> Iterator[None]:
+    """Let SDL, with which environments draw, open no window; else it complains where there is no display.
+
+    Only for a while, so that environments which the process makes later still open theirs.
+    """
+    driver = "SDL_VIDEODRIVER"
+    given = driver in os.environ
+    os.environ.setdefault(driver, "dummy")
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ[driver]
 
 
 def check_film(spec: Spec) -> None:

@@ -23,6 +23,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from tokenrl.control.failures import check_finite, refusing
 from tokenrl.errors import Refused
 from tokenrl.settings import Bounds, Count, Natural, Positive, Settings
 
@@ -34,7 +35,7 @@ class NumpySettings(Settings):
     """Settings of the agent; the defaults learn CartPole-v1."""
 
     env: str = "CartPole-v1"
-    """Gymnasium id of an environment with a vector of observations and two actions."""
+    """An environment, as for `tokenrl control`, with a vector of observations and two actions."""
     hidden: Count = 100
     """Number of hidden units (ReLU)."""
     gamma: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.99
@@ -123,7 +124,11 @@ def ascend(weights: Weights, gradient: Weights, squares: Weights, settings: Nump
 
 
 def play(env: Any, weights: Weights, generator: np.random.Generator) -> Episode:
-    """Play one episode with sampled actions, until it terminates or is truncated."""
+    """Play one episode with sampled actions, until it terminates or is truncated.
+
+    Raises:
+        Stopped: A reward or an observation is not finite.
+    """
     observations, actions, rewards, over = [env.reset()[0]], [], [], False
     while not over:
         _, probability = forward(weights, observations[-1])
@@ -132,6 +137,7 @@ def play(env: Any, weights: Weights, generator: np.random.Generator) -> Episode:
         observations.append(observation)
         rewards.append(reward)
         over = terminated or truncated
+    check_finite(env.spec.id, np.array(observations), np.array(rewards, float))
     return Episode(np.array(observations[:-1], dtype=np.float64), np.array(actions), np.array(rewards))
 
 
@@ -165,12 +171,11 @@ def make(name: str) -> Any:
     """
     import gymnasium
 
-    try:
-        env = gymnasium.make(name, disable_env_checker=True)
-    except gymnasium.error.Error as error:
-        raise Refused(
-            f"env {name!r} cannot be made: {error} Give a gymnasium id, such as CartPole-v1."
-        ) from None
+    from tokenrl.control.environments import find
+
+    spec = find(name)
+    with refusing(spec.id):
+        env = gymnasium.make(spec, disable_env_checker=True)
     seen, done = env.observation_space, env.action_space
     if len(seen.shape or ()) != 1 or done != gymnasium.spaces.Discrete(2):
         raise Refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenrl.control.environments import Environments
+from tokenrl.control.failures import check_finite
 from tokenrl.control.policies import Policy
 
 NOISE_CHUNK = 64
@@ -57,6 +59,9 @@ def collect_episodes(
         horizon: the largest number of steps of an episode.
         generator: random numbers of the actions; None for the most probable actions.
         seed: seed of the starting states; None continues with the random states of the environments.
+
+    Raises:
+        Stopped: the environment raised an error, or gave a reward or an observation that is not finite.
     """
     observation = envs.reset(seed)
     alive = np.ones(envs.num_envs, bool)
@@ -84,14 +89,36 @@ def collect_episodes(
     final = np.where(alive[:, None], observation, final)
     mask = torch.from_numpy(np.stack(masks, 1))
     # An environment whose episode has ended plays on until the others end; those rewards do not count.
-    counted = torch.from_numpy(np.stack(rewards, 1).astype(np.float32)) * mask
+    counted = torch.from_numpy(np.stack(rewards, 1).astype(np.float32)).where(mask, 0.0)
     ended = torch.from_numpy(terminated)
     shown = torch.stack(seen, 1)
     taken = torch.stack(acts, 1)
-    return Rollout(
+    rollout = Rollout(
         shown, taken, counted, mask, ended, ~ended, torch.from_numpy(np.asarray(final, np.float32)),
         counted.sum(1), mask.sum(1), int(mask.sum()),
     )  # fmt: skip
+    check_rollout(envs.env, rollout, np.zeros(envs.num_envs, int))
+    return rollout
+
+
+def check_rollout(env: str, rollout: Rollout, taken: np.ndarray) -> None:
+    """Stop at a reward or an observation that is not finite, among those that count.
+
+    Args:
+        env: id of the environment.
+        rollout: what was collected.
+        taken: steps of each row's episode before this rollout, [N].
+
+    Raises:
+        Stopped: a number is not finite; the message names it and the step of the episode.
+    """
+    # One sum is many times faster than a look at every number. It is finite only if all of them are.
+    numbers = (rollout.rewards, rollout.observations, rollout.final_observations)
+    if math.isfinite(sum(float(x.sum()) for x in numbers)):
+        return
+    for row, mask in enumerate(rollout.mask):
+        seen = torch.cat([rollout.observations[row, mask], rollout.final_observations[row, None]])
+        check_finite(env, seen.numpy(), rollout.rewards[row, mask].numpy(), int(taken[row]))
 
 
 class Pieces:
@@ -107,7 +134,12 @@ class Pieces:
 
     @torch.no_grad()
     def collect(self, policy: Policy, generator: torch.Generator) -> Rollout:
-        """Take `num_steps` steps in every environment; every episode with a step among them gives a row."""
+        """Take `num_steps` steps in every environment; every episode with a step among them gives a row.
+
+        Raises:
+            Stopped: the environment raised an error, or gave a reward or an observation that is not finite.
+        """
+        before = self._length.copy()
         noise = policy.noise(self.num_steps, self.envs.num_envs, generator=generator)
         taken: list[tuple[Tensor, ...]] = []
         returns: list[float] = []
@@ -121,7 +153,12 @@ class Pieces:
             self._count(reward, done | cut, returns, lengths)
         after = torch.from_numpy(self._observation)
         steps = Steps(*(torch.stack(values, 1) for values in zip(*taken, strict=True)))
-        return into_rows(steps, after, torch.tensor(returns), torch.tensor(lengths))
+        rollout = into_rows(steps, after, torch.tensor(returns), torch.tensor(lengths))
+        rows = _first_of_rows(steps.dummy).sum(1).numpy()  # of each environment, one after the other
+        began = np.zeros(rows.sum(), int)
+        began[rows.cumsum() - rows] = before
+        check_rollout(self.envs.env, rollout, began)
+        return rollout
 
     def _count(self, reward: np.ndarray, over: np.ndarray, returns: list[float], lengths: list[int]) -> None:
         self._returns += np.where(self._dummy, 0.0, reward)
@@ -147,6 +184,11 @@ class Steps(NamedTuple):
     dummy: Tensor
 
 
+def _first_of_rows(dummy: Tensor) -> Tensor:
+    """Return where a row begins, [E, n]: at the first step, and after every dummy step."""
+    return ~dummy & torch.nn.functional.pad(dummy[:, :-1], (1, 0), value=True)
+
+
 def into_rows(steps: Steps, after: Tensor, returns: Tensor, lengths: Tensor) -> Rollout:
     """Split the steps into rows at the ends of episodes, without the dummy steps.
 
@@ -157,7 +199,7 @@ def into_rows(steps: Steps, after: Tensor, returns: Tensor, lengths: Tensor) -> 
         lengths: lengths of those episodes.
     """
     real = ~steps.dummy
-    first = real & torch.nn.functional.pad(steps.dummy[:, :-1], (1, 0), value=True)
+    first = _first_of_rows(steps.dummy)
     row = first.flatten().cumsum(0).reshape(first.shape) - 1  # [E, n]
     count = int(first.sum())
     time = torch.arange(real.shape[1]).expand(real.shape)

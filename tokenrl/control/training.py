@@ -17,6 +17,7 @@ from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
 from tokenrl.control.run import ControlResult, Run, facts, finish, save
 from tokenrl.control.setup import prepare, resolve
 from tokenrl.control.update import learn
+from tokenrl.errors import describe as describe_error
 from tokenrl.runs.session import Session
 from tokenrl.settings import arguments
 
@@ -82,8 +83,11 @@ def _loop(run: Run, session: Session) -> ControlResult:
     if session.owes_evaluation:
         session.evaluated(_evaluate(run))
     if args.video and not session.stop.requested:
-        made = film(run.agent.policy, run.spec, session.output_dir / "videos", seed=args.seed)
-        session.console.note(f"video   {made}")
+        try:
+            made = film(run.agent.policy, run.spec, session.output_dir / "videos", seed=args.seed)
+            session.console.note(f"video   {made}")
+        except Exception as error:  # raised by the environment; a trained policy is not lost over a picture
+            session.console.warn(f"No video could be made: {describe_error(error)}")
     ended = run.result(session, "solved" if solved else "finished")
     finish(run, session, ended)
     return ended
