@@ -203,5 +203,14 @@ def test_the_agent_without_autodiff_stops_too():
         list(islice(train_numpy(NumpySettings(env=register(raises="__init__"))), 1))
 
 
+def test_an_entry_point_that_is_not_there_is_named():
+    register()
+    gymnasium.registry[ID].entry_point = "no_such_module:Failing"
+    with pytest.raises(
+        Refused, match=r"could not be made: it raised ModuleNotFoundError: .*no_such_module'\.$"
+    ):
+        describe(ID)
+
+
 def test_describing_does_not_play():
     assert describe(register(raises="reset")).horizon == 20

@@ -38,6 +38,8 @@ def refusing(env: str) -> Iterator[None]:
 
 def raised(error: Exception) -> str:
     """Say in words what was raised and where, as 'it raised ValueError: no map (my_envs.py, line 7)'."""
+    if isinstance(error, ImportError):  # the line is one of Python's own, and the message names the module
+        return f"it raised {describe(error)}"
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"it raised {describe(error)} ({Path(last.filename).name}, line {last.lineno})"
 
