@@ -1,4 +1,4 @@
-"""What a baseline and an entropy bonus do, on a 4x4 grid with a softmax policy linear in the one-hot cell.
+"""What a baseline does, on a 4x4 grid with a softmax policy linear in the one-hot cell.
 
 The agent walks from one corner to the other. Each step costs 0.01, the goal has a reward of 1, and an episode
 is cut after 50 steps; the best return is 0.94. Nearly all episodes that reach the goal have about the same
@@ -11,18 +11,18 @@ of 100 returns lies within two wasted steps (0.02) of the best and stays there t
 that never gets there counts with its full length, which makes ratios to it too small. Part 2, the reason: the
 variance of the gradient of 10 episodes in the logits of the cells, many times at the same weights, against
 that with the exact expected return J subtracted, which is what a running mean estimates, or the exact V(s).
-Part 3: an entropy bonus of weight beta, falling linearly to 0 over the run. Its sweet spot is the largest
-beta whose final return is within one step (0.01) of the best with 95 % confidence.
+What an entropy bonus does, here and where it is needed, is in `control_entropy.py`.
 
 Look for: for the first policy a baseline does little, since J is small beside the spread of its returns. The
 better the policy, the more alike its returns and the larger their mean, so the ratio grows from 1 to
 hundreds. By default vanilla takes 1466 episodes, a running mean 392, V(s) 340, and normalising, which centres
-too, 173. The sweet spot is beta 0.01; a larger bonus lowers the return, and the run is too short to recover.
-Intervals are 95 %, by bootstrap over seeds (part 2: over gradients); differences and ratios are between runs
-of the same seed, or gradients of the same episodes.
+too, 173. Intervals are 95 %, by bootstrap over seeds (part 2: over gradients); differences and ratios are
+between runs of the same seed, or gradients of the same episodes.
 """
 
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,8 @@ import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
 
 from tokenrl import Estimator, train_agent
 from tokenrl.control import (
@@ -43,7 +45,7 @@ from tokenrl.control import (
 from tokenrl.runs import read_metrics
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A8A8A"  # Okabe and Ito
-BEST, NEAR, STEP = 0.94, 0.02, 0.01
+BEST, NEAR = 0.94, 0.02
 EPISODES = 10  # per update
 WINDOW = 10  # updates in a rolling mean: 100 episodes
 ESTIMATORS = {
@@ -53,21 +55,16 @@ ESTIMATORS = {
     "normalised": Estimator(baseline="none", returns="reward_to_go", scale="token_whiten"),
 }
 COLOURS = dict(zip(ESTIMATORS, (ORANGE, BLUE, GREEN, PURPLE), strict=True))
-BETA_COLOURS = (BLUE, GREEN, PURPLE, ORANGE)
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train on the grid with several estimators, measure their gradients, sweep an entropy bonus."""
+    """Train on the grid with several estimators, and measure their gradients."""
 
     seeds: int = 20
     """Runs of each kind."""
     updates: int = 250
     """Updates of 10 episodes each in part 1."""
-    entropy_updates: int = 100
-    """Updates of 10 episodes each in part 3."""
-    betas: tuple[float, ...] = (0.0, 0.01, 0.1, 1.0)
-    """Weights of the entropy bonus at the start."""
     learning_rate: float = 0.1
     """Learning rate of Adam, for the policy and V."""
     stages: tuple[int, ...] = (0, 2, 5, 10, 30)
@@ -75,14 +72,12 @@ class Arguments:
     gradients: int = 200
     """Gradients measured at each stage."""
     output: Path = Path("gridworld.png")
-    """Where the figure of parts 1 and 2 goes."""
-    entropy_output: Path = Path("gridworld_entropy.png")
-    """Where the figure of part 3 goes."""
+    """Where the figure goes."""
     output_dir: Path = Path("runs/control_2_gridworld")
     """Directory of the runs."""
 
 
-def run(args: Arguments, name: str, estimator: Estimator, *, seed: int, updates: int, **options):
+def run(args: Arguments, name: str, estimator: Estimator, *, seed: int, updates: int):
     result = train_agent(
         env="gridworld",
         max_episode_steps=GRIDWORLD_STEPS,
@@ -98,21 +93,32 @@ def run(args: Arguments, name: str, estimator: Estimator, *, seed: int, updates:
         output_dir=str(args.output_dir / name.replace(" ", "_") / f"seed_{seed}"),
         overwrite=True,
         quiet=True,
-        **options,
     )
     if result.exit_code:  # a signal ended the run; it is meant for the whole program
+        print(f"stopped; the finished runs stay in {args.output_dir}", file=sys.stderr)
         raise SystemExit(result.exit_code)
     return result
 
 
-def histories(args: Arguments, name: str, estimator: Estimator, updates: int, **options) -> dict:
+def watched(what: str, seeds: int) -> Iterator[int]:
+    """Yield the seeds; show a bar on a terminal, and otherwise a line per run, both on stderr."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from track(range(seeds), what, console=console)
+        return
+    for seed in range(seeds):
+        print(f"{what}: run {seed + 1} of {seeds}", file=sys.stderr, flush=True)
+        yield seed
+
+
+def histories(args: Arguments, name: str, estimator: Estimator) -> dict:
     """Train once per seed; returns each metric by update, [seeds, updates]."""
     runs = []
-    for seed in range(args.seeds):
-        result = run(args, name, estimator, seed=seed, updates=updates, **options)
+    for seed in watched(name, args.seeds):
+        result = run(args, name, estimator, seed=seed, updates=args.updates)
         metrics = read_metrics(result.output_dir / "metrics.jsonl")
         runs.append(metrics[1:])  # the first line is the evaluation before training
-    keys = ("reward", "reward_std", "entropy", "num_env_steps")
+    keys = ("reward", "reward_std", "num_env_steps")
     return {key: np.array([[row[key] for row in rows] for rows in runs]) for key in keys}
 
 
@@ -147,7 +153,7 @@ def say(x: np.ndarray, digits: int = 3) -> str:
 
 def learning(args: Arguments) -> tuple[dict, dict]:
     """Part 1; returns the histories and how many times sooner than vanilla each converges."""
-    runs = {name: histories(args, name, e, args.updates) for name, e in ESTIMATORS.items()}
+    runs = {name: histories(args, name, e) for name, e in ESTIMATORS.items()}
     until = {name: converged(h["reward"]) for name, h in runs.items()}
     vanilla, ratios = until["vanilla"][0], {}
     print(f"1. Learning: {args.seeds} seeds, {args.updates * EPISODES} episodes each; mean [95 % interval]")
@@ -208,25 +214,6 @@ def variance_ratio(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return np.array([ratios[0], *np.quantile(ratios[1:], (0.025, 0.975))])
 
 
-def entropy_sweep(args: Arguments) -> tuple[dict[float, dict], float]:
-    """Part 3; returns the histories by beta, and the sweet spot."""
-    runs, updates = {}, args.entropy_updates
-    for beta in args.betas:
-        bonus = replace(ESTIMATORS["running mean"], entropy_coef=beta)
-        runs[beta] = histories(args, f"beta_{beta:g}", bonus, updates, entropy_schedule="linear")
-    final = {beta: h["reward"][:, -WINDOW:].mean(1) for beta, h in runs.items()}
-    best = max(final, key=lambda beta: final[beta].mean())
-    print(f"\n3. Entropy bonus, falling to 0 over {updates * EPISODES} episodes; the last 100 of them")
-    behind = {beta: interval(final[best] - final[beta]) for beta in runs}
-    for beta, h in runs.items():
-        entropy = interval(h["entropy"][:, -WINDOW:].mean(1))
-        print(f"beta {beta:<5g} return {say(interval(final[beta]))}   entropy {say(entropy)} nats   "
-              f"behind beta {best:g} by {say(behind[beta])}")  # fmt: skip
-    sweet = max(beta for beta, (_, _, high) in behind.items() if high <= STEP)
-    print(f"sweet spot: beta {sweet:g}, the largest that is surely within {STEP:g} of the best return")
-    return runs, sweet
-
-
 def draw_bands(axes: Axes, x: np.ndarray, colour: str, label: str) -> None:
     """Draw the mean over seeds of rolling means, and its interval."""
     mean, low, high = interval(rolling(x))
@@ -235,20 +222,15 @@ def draw_bands(axes: Axes, x: np.ndarray, colour: str, label: str) -> None:
     axes.plot(episodes, mean, color=colour, linewidth=2, label=label)
 
 
-def panels(n: int, title: str) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(5 * n, 4.4), dpi=120, layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-    axes = list(figure.subplots(1, n))
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(color="#EAEAEA", linewidth=0.8)
-        each.set_xlabel("episodes (rolling mean of 100)")
-    return figure, axes
-
-
 def draw_learning(runs: dict, ratios: dict, variances: dict[int, tuple[float, dict]]) -> Figure:
     title = f"Learning converges {ratios['running mean'][0]:.1f} times sooner with a running mean"
-    figure, (left, middle, right) = panels(3, title)
+    figure = Figure(figsize=(15, 4.4), dpi=120, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    left, middle, right = figure.subplots(1, 3)
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#EAEAEA", linewidth=0.8)
+        axes.set_xlabel("episodes (rolling mean of 100)")
     for name, h in runs.items():
         draw_bands(left, h["reward"], COLOURS[name], name)
         draw_bands(middle, h["reward_std"], COLOURS[name], name)
@@ -270,29 +252,16 @@ def draw_learning(runs: dict, ratios: dict, variances: dict[int, tuple[float, di
     return figure
 
 
-def draw_entropy(runs: dict[float, dict], sweet: float) -> Figure:
-    title = f"Entropy bonus, falling to 0: up to beta = {sweet:g} the return ends within a step of the best"
-    figure, (left, right) = panels(2, title)
-    for (beta, h), colour in zip(runs.items(), BETA_COLOURS, strict=False):
-        draw_bands(left, h["reward"], colour, f"beta = {beta:g}")
-        draw_bands(right, h["entropy"], colour, f"beta = {beta:g}")
-    left.axhline(BEST, color=GREY, linestyle=":", label="best possible")
-    left.set_ylabel("mean return of an episode")
-    left.legend(loc="lower right", frameon=False)
-    right.axhline(np.log(4), color=GREY, linestyle=":")
-    right.set(ylim=(0, 1.5), ylabel="entropy of the policy (nats; dotted: all four equal)")
-    return figure
-
-
 def main(args: Arguments) -> None:
     runs, ratios = learning(args)
     print(f"\n2. Variance of the gradient of {EPISODES} episodes, {args.gradients} times at the same weights")
     variances = {updates: measure(args, updates) for updates in args.stages}
     draw_learning(runs, ratios, variances).savefig(args.output)
-    sweep, sweet = entropy_sweep(args)
-    draw_entropy(sweep, sweet).savefig(args.entropy_output)
-    print(f"figures: {args.output}, {args.entropy_output}")
+    print(f"figure: {args.output}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    try:
+        main(tyro.cli(Arguments))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -47,7 +47,8 @@ FIGURES = {
 CONTROL = {
     "control_1_bandit": "--samples 20",
     "control_variance_horizon": "--horizons 1 2 4 --episodes 200",
-    "control_2_gridworld": "--seeds 1 --updates 3 --entropy-updates 2 --betas 0 1 --stages 0 --gradients 20",
+    "control_2_gridworld": "--seeds 1 --updates 3 --stages 0 --gradients 20",
+    "control_entropy": "--seeds 2 --updates 2 --betas 0 1",
     "control_3_numpy": "--seeds 0 --episodes 20 --variation window",
     "control_4_walk": "--seeds 1 --episodes 8 --hidden 8",
     "control_5_agents": "--env Acrobot-v1 --seeds 1 --max-steps 1 --eval-episodes 2",
@@ -350,8 +351,16 @@ def test_variance_against_the_horizon(tmp_path, monkeypatch, capsys):
 
 def test_gridworld(tmp_path, monkeypatch, capsys):
     out = printed("control_2_gridworld", tmp_path, monkeypatch, capsys)
-    assert "vanilla" in out and "sweet spot" in out
-    assert len(list(tmp_path.rglob("*.png"))) >= 2
+    assert "vanilla" in out and "after   0 updates" in out
+    assert (tmp_path / "gridworld.png").stat().st_size > 1000
+
+
+def test_entropy(tmp_path, monkeypatch, capsys):
+    out = printed("control_entropy", tmp_path, monkeypatch, capsys)
+    assert out.count("sweet spot: ") == 2
+    assert "goal 0.900, decoy 0.490; of a uniform policy 0.340" in out
+    assert len(re.findall(r"^ +[01] .*goal \d, decoy \d, neither \d$", out, re.MULTILINE)) == 4
+    assert (tmp_path / "entropy.png").stat().st_size > 1000
 
 
 def test_numpy_agent(tmp_path, monkeypatch, capsys):

@@ -27,7 +27,9 @@ def test_cartpole():
         ("Pendulum-v1", 3, None, 1, 200, None),
         ("FrozenLake-v1", 16, 4, 0, 100, 0.7),  # discrete observations are one-hot
         ("gridworld", 16, 4, 0, 50, 0.93),
+        ("trap", 36, 4, 0, 50, 0.8),
         ("walk", 4, 2, 0, 50, 1.1),
+        ("costly_walk", 4, 2, 0, 50, 0.88),
         ("bandit", 1, 2, 0, 1, None),
     ],
 )
@@ -47,7 +49,7 @@ def test_lunar_lander_continuous():
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        ("Nope-v1", "no environment 'Nope-v1'.*gridworld, walk, costly_walk, bandit"),
+        ("Nope-v1", "no environment 'Nope-v1'.*gridworld, trap, walk, costly_walk, bandit"),
         ("LunarLander-v2", "use `LunarLander-v3` instead"),
         ("CartPole-v9", "provides versioned environments"),
         ("CartPole", "Did you mean 'CartPole-v1'.*with its version"),

@@ -194,6 +194,11 @@ def test_estimators_on_every_episode_give_the_slope_of_the_exact_return(preset, 
         ({"time_limit": 0}, "time_limit"),
         ({"render_mode": "human"}, "render_mode"),
         ({"goal_reward": float("nan")}, "goal_reward"),
+        ({"decoy": 1, "decoy_reward": float("inf")}, "decoy_reward"),
+        ({"decoy": 0}, "decoy was given as 0.*from 1 to 14"),
+        ({"decoy": 15}, "decoy was given as 15"),
+        ({"decoy": 1.0}, "decoy was given as 1.0"),
+        ({"decoy_reward": 0.5}, "decoy was given as None"),
     ],
 )
 def test_settings_are_refused(options, word):
@@ -207,7 +212,7 @@ def test_policies_and_actions_are_refused():
         with pytest.raises(Refused, match="policy"):
             exact_values(env, policy)
     always_up = np.eye(4)[[UP] * 16]
-    with pytest.raises(Refused, match="never reaches the goal from cell 0"):
+    with pytest.raises(Refused, match="From cell 0 the policy never ends"):
         exact_values(env, always_up)
     assert exact_values(env, always_up, gamma=0.5)[0] == pytest.approx(-0.02)
     assert exact_values(env, always_up, horizon=50)[0] == pytest.approx(-0.5)

@@ -32,6 +32,13 @@ OWN: dict[str, dict[str, Any]] = {
         "reward_threshold": 0.93,  # the return of a path one step longer than the shortest
         "kwargs": {"time_limit": None},  # gymnasium's wrapper truncates episodes
     },
+    "trap": {
+        "id": "tokenrl/Trap-v0",
+        "entry_point": "tokenrl.control.worlds.gridworld:GridWorld",
+        "max_episode_steps": 50,
+        "reward_threshold": 0.8,  # between the return of the decoy, 0.49, and that of the goal, at most 0.9
+        "kwargs": {"size": 6, "decoy": 1, "decoy_reward": 0.5, "time_limit": None},
+    },
     "walk": {
         "id": "tokenrl/Walk-v0",
         "entry_point": "tokenrl.control.worlds.walk:Walk",

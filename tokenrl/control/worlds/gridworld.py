@@ -1,4 +1,4 @@
-"""A small square grid, whose expected returns can also be computed exactly."""
+"""A small square grid, with a decoy or without, whose expected returns can also be computed exactly."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ GRIDWORLD_STEPS = 50
 """Steps after which an episode of the default environment is truncated."""
 
 FLOOR, START, GOAL, AGENT = (240, 240, 240), (204, 222, 235), (0, 158, 115), (213, 94, 0)
+DECOY = (204, 121, 167)
 TILE = 32  # pixels
 
 
@@ -34,6 +35,12 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
     reaches the goal in 56 % of episodes and its mean return is 0.187. Returns of paths that reach the goal
     differ little, such as 0.94 and 0.90, compared with their size; that is why a baseline helps.
 
+    A decoy is one more cell that ends the episode, with a reward of its own. The environment `trap` is a grid
+    of 6 x 6 cells with a decoy of 0.5 in cell 1, one step to the right of the start. The return of this step
+    is 0.49, that of the shortest path to the goal, 10 steps, 0.90. A uniform policy ends in the decoy in
+    83.9 % of episodes and at the goal in 4.6 %, and its mean return is 0.340. Stepping down first, away from
+    the decoy, and acting uniformly from there has a mean return of 0.210: the gradient points to the decoy.
+
     Actions: `Discrete(4)`, up, right, down, left. Observations: `Box(0, 1, [size^2], float32)`.
     """
 
@@ -47,6 +54,8 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
         random_start: bool = False,
         step_reward: float = -0.01,
         goal_reward: float = 1.0,
+        decoy: int | None = None,
+        decoy_reward: float = 0.0,
         time_limit: int | None = GRIDWORLD_STEPS,
         render_mode: str | None = None,
     ) -> None:
@@ -55,9 +64,11 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
         Args:
             size: Number of cells per side, at least 2.
             slip: Probability that a step goes in a direction drawn uniformly from all four instead.
-            random_start: Start in any cell but the goal, all equally likely, instead of cell 0.
+            random_start: Start in any cell that is no end, all equally likely, instead of cell 0.
             step_reward: Reward of each step.
             goal_reward: Added to the reward of the step into the goal.
+            decoy: A cell that ends the episode too, neither the start nor the goal; None for no such cell.
+            decoy_reward: Added to the reward of the step into the decoy.
             time_limit: Steps until truncation; None if a wrapper such as gymnasium's TimeLimit truncates.
             render_mode: `ansi` for text, `rgb_array` for a picture [32 size, 32 size, 3], None for neither.
 
@@ -71,13 +82,19 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
         check_number("slip", slip, at_least=0, at_most=1)
         check_number("step_reward", step_reward)
         check_number("goal_reward", goal_reward)
+        check_number("decoy_reward", decoy_reward)
         if time_limit is not None:
             check_number("time_limit", time_limit, at_least=1)
         if render_mode is not None:
             check_choice("render_mode", render_mode, self.metadata["render_modes"])
         self.size, self.cells, self.goal = size, size * size, size * size - 1
+        self.ends = {self.goal: goal_reward}  # by cell
+        if decoy is not None or decoy_reward:
+            self.ends[_checked_decoy(decoy, self.goal)] = decoy_reward
+        self.decoy = decoy
+        self.starts = [cell for cell in range(self.cells) if cell not in self.ends] if random_start else [0]
         self.slip, self.random_start, self.time_limit = slip, random_start, time_limit
-        self.step_reward, self.goal_reward, self.render_mode = step_reward, goal_reward, render_mode
+        self.step_reward, self.render_mode = step_reward, render_mode
         self.action_space = gymnasium.spaces.Discrete(len(MOVES))
         self.observation_space = gymnasium.spaces.Box(0.0, 1.0, (self.cells,), np.float32)
         self.next_cells = next_cells(size)
@@ -92,7 +109,7 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
             The observation, and {"cell": its number}.
         """
         super().reset(seed=seed)
-        self.cell = int(self.np_random.integers(self.goal)) if self.random_start else 0
+        self.cell = self.starts[int(self.np_random.integers(len(self.starts)))] if self.random_start else 0
         self.steps = 0
         return self.observe(), {"cell": self.cell}
 
@@ -113,9 +130,9 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
             action = int(self.np_random.integers(len(MOVES)))
         self.cell = int(self.next_cells[self.cell, action])
         self.steps += 1
-        terminated = self.cell == self.goal
+        terminated = self.cell in self.ends
         truncated = not terminated and self.time_limit is not None and self.steps >= self.time_limit
-        reward = self.step_reward + self.goal_reward * terminated
+        reward = self.step_reward + self.ends.get(self.cell, 0.0)
         return self.observe(), reward, terminated, truncated, {"cell": self.cell}
 
     def observe(self) -> NDArray[np.float32]:
@@ -125,18 +142,28 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
         return observation
 
     def render(self) -> str | NDArray[np.uint8] | None:  # type: ignore[override]
-        """Show the grid: S start, G goal, A the agent; as text or as a picture, by `render_mode`."""
+        """Show the grid: S start, G goal, D decoy, A the agent; as text or as a picture, by `render_mode`."""
+        decoy = [] if self.decoy is None else [self.decoy]
         if self.render_mode == "ansi":
             marks = np.full(self.cells, ".")
-            marks[0], marks[self.goal], marks[self.cell] = "S", "G", "A"
+            marks[0], marks[decoy], marks[self.goal], marks[self.cell] = "S", "D", "G", "A"
             return "\n".join(" ".join(row) for row in marks.reshape(self.size, self.size)) + "\n"
         if self.render_mode == "rgb_array":
             colours = np.full((self.cells, 3), FLOOR, np.uint8)
-            colours[0], colours[self.goal], colours[self.cell] = START, GOAL, AGENT
+            colours[0], colours[decoy], colours[self.goal], colours[self.cell] = START, DECOY, GOAL, AGENT
             picture = colours.reshape(self.size, self.size, 3).repeat(TILE, 0).repeat(TILE, 1)
             picture[::TILE], picture[:, ::TILE] = 255, 255
             return picture
         return None
+
+
+def _checked_decoy(decoy: int | None, goal: int) -> int:
+    if isinstance(decoy, bool) or not isinstance(decoy, int) or not 0 < decoy < goal:
+        raise Refused(
+            f"decoy was given as {decoy!r} with a decoy_reward; it must be the number of a cell, from 1 to "
+            f"{goal - 1}: the start is cell 0 and the goal is cell {goal}."
+        )
+    return decoy
 
 
 def next_cells(size: int) -> NDArray[np.int64]:
@@ -149,10 +176,10 @@ def next_cells(size: int) -> NDArray[np.int64]:
 
 
 def transitions(env: GridWorld) -> NDArray[np.float64]:
-    """Return `P(s' | s, a)`, [cells, 4, cells]. Rows of the goal are 0, because the episode ends there."""
+    """Return `P(s' | s, a)`, [cells, 4, cells]; 0 from goal and decoy, where the episode ends."""
     intended = np.eye(env.cells)[env.next_cells]
     chances = (1 - env.slip) * intended + env.slip * intended.mean(1, keepdims=True)
-    chances[env.goal] = 0.0
+    chances[list(env.ends)] = 0.0
     return chances
 
 
@@ -172,11 +199,11 @@ def exact_values(
         horizon: Number of steps still to take; None for no limit.
 
     Returns:
-        Values of the cells, [cells]; 0 at the goal.
+        Values of the cells, [cells]; 0 at the goal and at the decoy.
 
     Raises:
         Refused: The policy is not such a table; or gamma is 1, there is no horizon, and from some cell the
-            goal is never reached.
+            episode never ends.
     """
     policy = np.asarray(policy, np.float64)
     if policy.shape != (env.cells, 4) or (policy < 0).any() or not np.allclose(policy.sum(1), 1, atol=1e-6):
@@ -186,17 +213,18 @@ def exact_values(
         )
     chances = transitions(env)
     moves = np.einsum("sa,sat->st", policy, chances)
-    alive = np.arange(env.cells) != env.goal
-    rewards = env.step_reward * alive + env.goal_reward * moves[:, env.goal]
+    ends, paid = list(env.ends), list(env.ends.values())
+    alive = ~np.isin(np.arange(env.cells), ends)
+    rewards = env.step_reward * alive + moves[:, ends] @ paid
     if horizon is not None:
         values = np.zeros(env.cells)
         for _ in range(horizon):
             values = rewards + gamma * moves @ values
         return values
-    ever = np.linalg.matrix_power((moves > 0) + np.eye(env.cells), env.cells)[:, env.goal] > 0
+    ever = np.linalg.matrix_power((moves > 0) + np.eye(env.cells), env.cells)[:, ends].any(1)
     if gamma >= 1 and not ever.all():
         raise Refused(
-            f"The policy never reaches the goal from cell {int(np.argmin(ever))}, so its undiscounted return "
+            f"From cell {int(np.argmin(ever))} the policy never ends an episode, so its undiscounted return "
             "is not finite. Give gamma below 1, or a horizon."
         )
     return np.linalg.solve(np.eye(env.cells) - gamma * moves, rewards)
@@ -211,4 +239,4 @@ def exact_return(
         Refused: As for `exact_values`.
     """
     values = exact_values(env, policy, gamma=gamma, horizon=horizon)
-    return float(values[: env.goal].mean() if env.random_start else values[0])
+    return float(values[env.starts].mean())

@@ -1,0 +1,295 @@
+"""What an entropy bonus is for: it frees a policy from a trap, and on a plain grid it only costs.
+
+In the environment `trap` a grid of 6 x 6 cells has a goal with a reward of 1 in the far corner, and a decoy
+with a reward of 0.5 one step from the start. Both end the episode, each step costs 0.01, and an episode is
+cut after 50 steps. The plain `gridworld`, 4 x 4 cells, has the goal alone. REINFORCE with a running mean as
+its baseline trains a softmax policy, linear in the one-hot cell, with a bonus of beta times the entropy of
+each step. Beta falls linearly to 0 over the run; what counts is the exact return of the final policy.
+
+Why it is a trap: to a policy that does not know the way yet, the decoy is the better choice. The step into it
+returns 0.49; the step away from it, with uniform actions afterwards, 0.21. And a gradient is estimated from
+the episodes that were played: at first 84 % end in the decoy and 5 % at the goal. Each update that makes the
+decoy more probable leaves fewer episodes to learn the way from, until there are none, although the whole path
+returns 0.90. The bonus keeps the first step away from the decoy probable while the way is learnt. Once its
+return is above 0.49 the gradient turns, and as beta falls the policy commits to the goal.
+
+The sweet spot is the beta with the highest mean return over seeds. Others are not told apart from it if the
+95 % interval (bootstrap) of the difference over pairs of equal seeds reaches 0. If beta 0 is highest or among
+these, there is no sweet spot. A run ends at the goal or at the decoy if more than half of the episodes of the
+final policy do. A run without a bonus is flagged `entropy-collapsed` if its last entropy is below 0.1.
+
+Look for: by default, with beta 0, 0.01, 0.1, 0.3 and 1, 14, 12, 7, 0 and 0 of 20 runs in `trap` end at the
+decoy, and the mean returns are 0.61, 0.65, 0.74, 0.86 and 0.80. Beta 1 is not caught either, but nearly
+uniform for most of the run, and no time is left to commit. 0.3 has its price too: the 6 runs that find the
+goal without a bonus return 0.90. Of the 12 flagged runs 9 are at the decoy and 3 at the goal: the flag says
+that a policy has chosen, not that it chose badly. On the plain grid all runs find the goal, and each larger
+beta is a little worse: 0.939, 0.938, 0.925, 0.908, 0.883.
+"""
+
+import copy
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium
+import numpy as np
+import torch
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+
+from tokenrl import Estimator, train_agent
+from tokenrl.control import GRIDWORLD_STEPS, GridWorld, describe, exact_return, exact_values
+from tokenrl.runs import read_metrics
+
+COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7")  # Okabe and Ito
+GREY = "#8A8A8A"
+ENVIRONMENTS = ("trap", "gridworld")
+EPISODES = 10  # per update
+WINDOW = 10  # updates in a rolling mean: 100 episodes
+ENDS = ("goal", "decoy", "neither")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Sweep an entropy bonus in a grid with a decoy and in one without."""
+
+    seeds: int = 20
+    """Runs of each kind."""
+    updates: int = 200
+    """Updates of 10 episodes each."""
+    betas: tuple[float, ...] = (0.0, 0.01, 0.1, 0.3, 1.0)
+    """Weights of the entropy bonus at the start."""
+    learning_rate: float = 0.2
+    """Learning rate of Adam."""
+    output: Path = Path("entropy.png")
+    """Where the figure goes."""
+    output_dir: Path = Path("runs/control_entropy")
+    """Directory of the runs."""
+
+
+class Sweep(NamedTuple):
+    """The runs of one environment; S seeds for each of B betas, in the order of the arguments."""
+
+    env: str
+    betas: tuple[float, ...]
+    rewards: np.ndarray  # [B, S, updates], mean return of the episodes of an update
+    entropies: np.ndarray  # [B, S, updates], nats per action
+    returns: np.ndarray  # [B, S], exact expected return of the final policy
+    chances: np.ndarray  # [B, S, 3], exact chances of its episodes to end at goal, decoy, neither
+    collapsed: np.ndarray  # [B, S], whether the run was flagged `entropy-collapsed`
+
+    @property
+    def best(self) -> int:
+        """Place of the beta with the highest mean return."""
+        return int(self.returns.mean(1).argmax())
+
+    def behind(self) -> np.ndarray:
+        """Return the mean difference of each beta to the best, over pairs of equal seeds, [3, B]."""
+        return interval((self.returns[self.best] - self.returns).T)
+
+
+def watched(what: str, seeds: int) -> Iterator[int]:
+    """Yield the seeds; show a bar on a terminal, and otherwise a line per run, both on stderr."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from track(range(seeds), what, console=console)
+        return
+    for seed in range(seeds):
+        print(f"{what}: run {seed + 1} of {seeds}", file=sys.stderr, flush=True)
+        yield seed
+
+
+def grid_of(env: str) -> GridWorld:
+    """Return the grid itself, whose returns can be computed."""
+    return gymnasium.make(describe(env).env).unwrapped
+
+
+def chances_of(grid: GridWorld, policy: np.ndarray) -> np.ndarray:
+    """Return the chances [3] that an episode ends at the goal, at the decoy, or is cut.
+
+    The chance of an end is the expected return where this end alone pays, and pays 1.
+    """
+    chances, alone = [], copy.copy(grid)
+    alone.step_reward = 0.0
+    for end in (grid.goal, grid.decoy):
+        alone.ends = {cell: float(cell == end) for cell in grid.ends}
+        chances.append(exact_return(alone, policy, horizon=GRIDWORLD_STEPS))
+    return np.array([*chances, 1 - sum(chances)])
+
+
+def train(args: Arguments, env: str, beta: float, seed: int):
+    """Train once; returns the result."""
+    result = train_agent(
+        env=env,
+        max_episode_steps=GRIDWORLD_STEPS,
+        estimator=Estimator(baseline="running_mean", returns="reward_to_go", entropy_coef=beta),
+        entropy_schedule="linear",
+        hidden=(),  # linear in the one-hot cell
+        num_envs=EPISODES,
+        max_steps=args.updates,
+        learning_rate=args.learning_rate,
+        seed=seed,
+        eval_every=0,
+        eval_episodes=1,  # the final policy is judged exactly
+        output_dir=str(args.output_dir / env / f"beta_{beta:g}" / f"seed_{seed}"),
+        overwrite=True,
+        quiet=True,
+    )
+    if result.exit_code:  # a signal ended the run; it is meant for the whole program
+        print(f"stopped; the finished runs stay in {args.output_dir}", file=sys.stderr)
+        raise SystemExit(result.exit_code)
+    return result
+
+
+def sweep(args: Arguments, env: str) -> Sweep:
+    """Train with every beta and every seed."""
+    grid = grid_of(env)
+    found: dict[str, list] = {name: [] for name in Sweep._fields[2:]}
+    for beta in args.betas:
+        for seed in watched(f"{env}, beta {beta:g}", args.seeds):
+            result = train(args, env, beta, seed)
+            with torch.no_grad():
+                policy = result.policy(torch.eye(grid.cells)).double().softmax(-1).numpy()
+            metrics = read_metrics(result.output_dir / "metrics.jsonl")[1:]  # without the evaluation before
+            found["rewards"].append([row["reward"] for row in metrics])
+            found["entropies"].append([row["entropy"] for row in metrics])
+            found["returns"].append(exact_return(grid, policy, horizon=GRIDWORLD_STEPS))
+            found["chances"].append(chances_of(grid, policy))
+            found["collapsed"].append("entropy-collapsed" in result.flags)
+    shaped = {k: np.array(v).reshape(len(args.betas), args.seeds, *np.shape(v)[1:]) for k, v in found.items()}
+    return Sweep(env, args.betas, **shaped)
+
+
+def interval(x: np.ndarray) -> np.ndarray:
+    """Return mean, low and high of the mean over the first axis, the seeds; 95 %, by bootstrap."""
+    weights = np.random.default_rng(0).multinomial(len(x), np.full(len(x), 1 / len(x)), 2000) / len(x)
+    return np.concatenate([[x.mean(0)], np.quantile(weights @ x, (0.025, 0.975), axis=0)])
+
+
+def say(x: np.ndarray) -> str:
+    mean, low, high = x
+    return f"{mean:6.3f} [{low:6.3f}, {high:6.3f}]"
+
+
+def paths(grid: GridWorld) -> dict[str, float]:
+    """Return the exact returns of the shortest path to each end: down, then right; or right at once."""
+    cells = np.arange(grid.cells)
+    moves = {"goal": np.where(cells < grid.cells - grid.size, 2, 1), "decoy": np.full(grid.cells, 1)}
+    names = ENDS[: len(grid.ends)]
+    return {end: exact_return(grid, np.eye(4)[moves[end]], horizon=GRIDWORLD_STEPS) for end in names}
+
+
+def print_facts(env: str) -> None:
+    """Print exact returns: of the shortest path to each end, of a uniform policy and of its first steps."""
+    grid, uniform = grid_of(env), np.full((grid_of(env).cells, 4), 0.25)
+    best = ", ".join(f"{end} {value:.3f}" for end, value in paths(grid).items())
+    ends = ", ".join(f"{end} {p:.1%}" for end, p in zip(ENDS, chances_of(grid, uniform), strict=True))
+    mean = exact_return(grid, uniform, horizon=GRIDWORLD_STEPS)
+    print(f"\n{env}: returns of the shortest paths: {best}; of a uniform policy {mean:.3f} (ends: {ends})")
+    if grid.decoy is not None:
+        later = exact_values(grid, uniform, horizon=GRIDWORLD_STEPS - 1)[grid.size]
+        print(f"a first step down, away from the decoy, then uniform: {grid.step_reward + later:.3f}")
+
+
+def print_table(s: Sweep) -> None:
+    """Print a line per beta, and the sweet spot with the betas that are as good."""
+    print(f"{'beta':>5}  {'final return':22}  {'behind the best':22}  entropy  flagged  ends at")
+    last, seeds = max(1, s.entropies.shape[2] // 10), s.returns.shape[1]
+    for i, beta in enumerate(s.betas):
+        goal, decoy = (s.chances[i, :, :2] > 0.5).sum(0)
+        print(
+            f"{beta:5g}  {say(interval(s.returns[i]))}  {say(s.behind()[:, i])}  "
+            f"{s.entropies[i, :, -last:].mean():7.3f}  {s.collapsed[i].sum():2} of {seeds:2}  "
+            f"goal {goal}, decoy {decoy}, neither {seeds - goal - decoy}"
+        )
+    print(verdict(s))
+
+
+def verdict(s: Sweep) -> str:
+    """Name the sweet spot: the beta with the highest mean return, and those not told apart from it."""
+    best, low = s.betas[s.best], s.behind()[1]
+    alike = [beta for beta, least in zip(s.betas, low, strict=True) if least <= 0 and beta != best]
+    names = ", ".join(f"{beta:g}" for beta in alike)
+    others = f"not told apart from it: {names}" if alike else "all others are worse"
+    if best == 0:
+        return f"sweet spot: none; no bonus is best ({others})"
+    if 0 in alike:
+        return f"sweet spot: none; beta {best:g} is highest, but no bonus is as good ({others})"
+    return f"sweet spot: beta {best:g} ({others})"
+
+
+def draw_bands(axes: Axes, s: Sweep, x: np.ndarray) -> None:
+    """Draw the means over seeds of rolling means of [B, S, updates], with their intervals."""
+    for beta, colour, runs in zip(s.betas, itertools.cycle(COLOURS), x, strict=False):
+        window = min(WINDOW, runs.shape[1])
+        mean, low, high = interval(np.lib.stride_tricks.sliding_window_view(runs, window, axis=1).mean(-1))
+        episodes = (np.arange(len(mean)) + window) * EPISODES
+        axes.fill_between(episodes, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(episodes, mean, color=colour, linewidth=2, label=f"beta = {beta:g}")
+    axes.set_xlabel("episodes (rolling mean of 100)")
+
+
+def draw_final(axes: Axes, s: Sweep) -> None:
+    """Draw the final return of every seed, and its mean with the interval, by beta."""
+    spread = np.random.default_rng(0).uniform(-0.25, 0.25, s.returns.shape[1])
+    for i, colour in zip(range(len(s.betas)), itertools.cycle(COLOURS), strict=False):
+        mean, low, high = interval(s.returns[i])
+        axes.scatter(i + spread, s.returns[i], s=14, color=colour, alpha=0.6, linewidth=0)
+        bar = [[mean - low], [high - mean]]
+        axes.errorbar(i, mean, bar, fmt="_", color="black", capsize=4, markersize=14)
+    axes.set_xticks(range(len(s.betas)), [f"{beta:g}" for beta in s.betas])
+    for end, value in paths(grid_of(s.env)).items():
+        axes.axhline(value, color=GREY, linestyle=":", zorder=0)
+        axes.text(len(s.betas) - 0.5, value, end, color=GREY, ha="right", va="bottom")
+    axes.set(xlabel="beta at the start (dots: seeds; bars: mean, 95 %)", ylabel="return of the final policy")
+
+
+def draw(sweeps: list[Sweep]) -> Figure:
+    figure = Figure(figsize=(15, 8.4), dpi=100, layout="constrained")
+    grid = figure.subplots(len(sweeps), 3, squeeze=False)
+    for s, (left, middle, right) in zip(sweeps, grid, strict=True):
+        draw_bands(left, s, s.rewards)
+        draw_bands(middle, s, s.entropies)
+        draw_final(right, s)
+        left.set_ylabel("mean return of an episode")
+        left.set_title(f"{s.env}, {verdict(s)}", loc="left", fontsize=11)
+        middle.set(ylim=(0, 1.5), ylabel="entropy (nats; dotted: uniform)")
+        middle.axhline(np.log(4), color=GREY, linestyle=":")
+        for axes in (left, middle, right):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(color="#EAEAEA", linewidth=0.8)
+    handles = grid[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="upper right", ncols=len(handles[0]), frameon=False)
+    figure.suptitle(title(sweeps[0]), x=0.01, ha="left", fontsize=13)
+    return figure
+
+
+def title(s: Sweep) -> str:
+    """State how many runs the first beta brings to the goal, and how many the best."""
+    first, best = ((s.chances[i, :, 0] > 0.5).sum() for i in (0, s.best))
+    runs, betas = s.returns.shape[1], (s.betas[0], s.betas[s.best])
+    return f"{first} of {runs} runs escape the {s.env} with beta {betas[0]:g}, {best} with beta {betas[1]:g}"
+
+
+def main(args: Arguments) -> None:
+    print(f"{args.seeds} seeds, {args.updates * EPISODES} episodes each; mean [95 % interval over seeds]")
+    sweeps = []
+    for env in ENVIRONMENTS:
+        print_facts(env)
+        sweeps.append(sweep(args, env))
+        print_table(sweeps[-1])
+    draw(sweeps).savefig(args.output)
+    print(f"\nfigure: {args.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Arguments))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
