@@ -1,41 +1,56 @@
-"""Recommends settings for an environment or a language task, each with its reason.
+"""Recommends settings for an environment or a language task, and diagnoses runs, each with its reasons.
 
-The advice rests on a short measurement: random episodes of an environment, or samples of the model on
-training prompts. It refuses and warns by the rules of `core.guards`, which training applies too.
+Advice before a run rests on a short measurement: random episodes of an environment, or samples of the model
+on training prompts. A diagnosis rests on the metrics that the run has recorded. Both judge by the rules of
+`core.entropy`, `core.guards` and `core.kl`, which training applies too, and by those of `advisor.rules`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.errors import Refused
+
+if TYPE_CHECKING:
+    from tokenrl.advisor.show import Advice
 
 
 def run(args: AdviseArguments) -> int:
     """Print the advice, write the files that `args` asks for, and return the exit code.
 
     Raises:
-        Refused: not exactly one of env and task was given, a rule forbids a choice, or a file cannot be
-            written.
+        Refused: not exactly one of env, task and run was given, a rule forbids a choice, the run cannot be
+            diagnosed, or a file cannot be written.
     """
-    if bool(args.env) == bool(args.task):
+    if sum(map(bool, (args.env, args.task, args.run))) != 1:
         raise Refused(
-            "Say what the advice is for: --env ID for control, or --task NAME for a language model."
+            "Say what the advice is for, one of three: --env ID for control, --task NAME for a language "
+            "model, or --run DIR for a run of either that has been started."
         )
-    for path in (args.config, args.json):
+    for path in (args.config, args.json, args.markdown):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise Refused(f"{path} cannot be written: its directory does not exist. Make it first.")
-    from tokenrl.advisor.show import print_advice, write_advice
+    from tokenrl.advisor.page import print_page
+    from tokenrl.advisor.show import write_advice
 
+    advice = _advice(args)
+    page = advice.page(args.config)
+    print_page(page)
+    write_advice(advice, page, config=args.config, json=args.json, md=args.markdown)
+    return 0
+
+
+def _advice(args: AdviseArguments) -> Advice:
     if args.env:
         from tokenrl.advisor.environment import advise_environment
 
-        advice = advise_environment(args)
-    else:
+        return advise_environment(args)
+    if args.task:
         from tokenrl.advisor.language import advise_language
 
-        advice = advise_language(args)
-    print_advice(advice, args.config)
-    write_advice(advice, config=args.config, json=args.json)
-    return 0
+        return advise_language(args)
+    from tokenrl.advisor.diagnosis import advise_run
+
+    return advise_run(args.run)

@@ -13,13 +13,15 @@ from tokenrl.settings import Bounds, Count, Natural, Positive
 
 @dataclass(frozen=True)
 class AdviseArguments(ModelArguments, TaskArguments):
-    """Recommend settings for an environment or a language task, with reasons, from a short measurement."""
+    """Recommend settings for an environment or a language task, or diagnose a run, with reasons."""
 
     env: str = ""
     """Id of a gymnasium environment, or gridworld, trap, walk, costly_walk, bandit.
     An own one with the file or module that registers it: my_envs.py:Mine-v0, my_package.envs:Mine-v0."""
     task: str = ""
     """Name of a language task, as for training."""
+    run: str = ""
+    """Directory of a run of `tokenrl train` or `tokenrl control`, finished or not, to diagnose."""
     head: Literal["auto", "softmax", "gaussian"] = "auto"
     """Distribution of an agent's actions; auto chooses by the action space."""
     baseline: Baseline | None = None
@@ -34,6 +36,8 @@ class AdviseArguments(ModelArguments, TaskArguments):
     """Number of training prompts that a language model is measured on."""
     num_samples: Annotated[int, Bounds(at_least=2)] = 32
     """Completions per prompt; groups of up to this size can be recommended."""
+    num_generations: Count | None = None
+    """Completions per prompt to train with; with 1, no group is compared. Default: the one recommended."""
     max_completion_length: Count | None = None
     """Largest number of tokens in a completion. Default: the task's, else 256."""
     temperature: Positive = 1.0
@@ -44,3 +48,5 @@ class AdviseArguments(ModelArguments, TaskArguments):
     """Write the settings to this file, for --config of `tokenrl control` or `tokenrl train`."""
     json: str | None = None
     """Write settings, reasons and measurements to this file, as JSON."""
+    markdown: str | None = None
+    """Write the advice to this file, as a document in GitHub's Markdown."""

@@ -9,12 +9,23 @@ from typing import Any, NamedTuple
 import torch
 
 from tokenrl.advisor.arguments import AdviseArguments
-from tokenrl.advisor.environment_reasons import ENTROPY, RARE, Returns, doubts, facts, heads, settings
+from tokenrl.advisor.baseline import Choice, axes, choose_baseline, measured
+from tokenrl.advisor.environment_reasons import (
+    RARE,
+    Returns,
+    doubts,
+    facts,
+    heads,
+    settings,
+    why_critic,
+)
+from tokenrl.advisor.noise import Noise, measure_noise, noise_facts
+from tokenrl.advisor.rules import ENTROPY, one_figure
 from tokenrl.advisor.show import Advice, judge_horizon
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Environments, Spec, describe
 from tokenrl.control.policies import Policy, Shape, check_head
-from tokenrl.control.rollouts import collect_episodes
+from tokenrl.control.rollouts import Rollout, collect_episodes
 from tokenrl.core.axes import AXES
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
@@ -35,6 +46,12 @@ WAYS = {
         "reinforce_timestep_mean",
         {},
         {"max_steps": 100, "num_envs": 64, "hidden": (64,), "learning_rate": 2e-2},
+    ),
+    "critic_episodes": Way(
+        "a2c",
+        {},
+        {"max_steps": 100, "num_envs": 64, "hidden": (64,), "learning_rate": 2e-2,
+         "learning_rate_schedule": "linear"},
     ),
     "critic": Way(
         "ppo",
@@ -70,11 +87,12 @@ def advise_environment(args: AdviseArguments) -> Advice:
     spec = describe(args.env, args.max_episode_steps)
     check_head(args.head, spec.discrete)
     way = choose(spec, args.baseline)
-    estimator = Estimator.preset(WAYS[way].preset, **WAYS[way].axes)
-    if way == "episodes" and args.baseline is not None:
-        estimator = replace(estimator, baseline=args.baseline)
+    policy, rollout = play(spec, args, WAYS[way].arguments["hidden"])
+    found = returns(rollout)
+    noises = measure_noise(policy, rollout) if way == "episodes" else {}
+    choice = baseline(spec, found, noises, args.baseline, way)
+    estimator = Estimator.preset(WAYS[way].preset, **WAYS[way].axes | choice.axes)
     warnings = judge_horizon(estimator, spec.horizon, args.allow_no_baseline)
-    found = measure(spec, args, WAYS[way].arguments["hidden"])
     control = ControlArguments(
         env=args.env,
         estimator=estimator,
@@ -89,44 +107,63 @@ def advise_environment(args: AdviseArguments) -> Advice:
         subject=spec.env,
         command="control",
         arguments=control,
-        facts=facts(spec, found),
-        settings=settings(control, spec, found, way),
-        measurements={"environment": spec, "returns": found},
+        facts=facts(spec, found) | noise_facts(noises),
+        settings=settings(control, spec, found, choice.reason),
+        measurements={"environment": spec, "returns": found, "noise": noises},
         heads=heads(control, spec),
         warnings=warnings + doubts(spec, found),
     )
 
 
 def choose(spec: Spec, baseline: str | None) -> str:
-    """Choose a key of `WAYS`: episodes without a critic, or a critic. A baseline that was given decides."""
+    """Choose a key of `WAYS`: whole episodes with or without a critic, or pieces of episodes with one.
+
+    A baseline that was given decides about the critic; the environment decides whether episodes stay whole.
+    """
     cheap = spec.fast or spec.horizon * WAYS["episodes"].arguments["num_envs"] <= SLOW_STEPS
     whole = spec.discrete and spec.horizon <= LONGEST_WITHOUT_BASELINE and cheap
-    if baseline is not None:
-        whole = baseline != "value"
-    return "episodes" if whole else "critic" if spec.discrete else "continuous"
+    if baseline == "value":
+        return "critic_episodes" if whole else "critic" if spec.discrete else "continuous"
+    if whole or baseline is not None:
+        return "episodes"
+    return "critic" if spec.discrete else "continuous"
 
 
-def measure(spec: Spec, args: AdviseArguments, hidden: tuple[int, ...]) -> Returns:
-    """Measure returns of the policy before training, whose actions are nearly random."""
+def baseline(spec: Spec, found: Returns, noises: dict[str, Noise], asked: str | None, way: str) -> Choice:
+    """Return the baseline that was asked for, or that follows from the way to train or from the noise."""
+    if way != "episodes":
+        return Choice("value", {}, why_critic(spec, way, asked))
+    if asked is None:
+        return choose_baseline(spec, found, noises)
+    plain = "plain REINFORCE; " if asked == "none" else ""
+    return Choice(asked, axes(asked, found), f"as you asked; {plain}{measured(noises)}")
+
+
+def play(spec: Spec, args: AdviseArguments, hidden: tuple[int, ...]) -> tuple[Policy, Rollout]:
+    """Play episodes with a policy before training, whose actions are nearly random."""
     episodes = min(args.episodes, max(10, MEASURED_STEPS // spec.horizon))
     generator = torch.Generator().manual_seed(args.seed)
     shape = Shape(spec.observation_size, spec.head, spec.actions or spec.action_size, hidden)
     policy = Policy(shape, generator)
     environments = Environments(args.env, episodes, args.max_episode_steps)
     try:
-        rollout = collect_episodes(environments, policy, spec.horizon, generator, seed=args.seed)
+        return policy, collect_episodes(environments, policy, spec.horizon, generator, seed=args.seed)
     except Stopped as error:  # nothing has been trained
         raise Refused(str(error)) from error
     finally:
         environments.close()
-    returns = rollout.returns.double()
-    (_, commonest), *_ = Counter(returns.tolist()).most_common(1)
+
+
+def returns(rollout: Rollout) -> Returns:
+    """Summarise the returns of whole episodes."""
+    totals = rollout.returns.double()
+    (_, commonest), *_ = Counter(totals.tolist()).most_common(1)
     return Returns(
-        episodes=episodes,
-        mean=float(returns.mean()),
-        sd=float(returns.std()),
+        episodes=len(totals),
+        mean=float(totals.mean()),
+        sd=float(totals.std()),
         length=float(rollout.lengths.double().mean()),
-        unusual=1 - commonest / episodes,
+        unusual=1 - commonest / len(totals),
         truncated=float(rollout.truncated.double().mean()),
     )
 
@@ -137,10 +174,12 @@ def fitted(control: ControlArguments, spec: Spec, found: Returns) -> ControlArgu
     spread = found.sd or max(1.0, abs(found.mean))
     if estimator.needs_values:
         control = replace(control, reward_scale=one_figure(1 / spread))
-        spread = 1.0  # advantages are whitened
+        spread = 1.0  # returns are scaled to it, or advantages are whitened
         if found.truncated == 1 and not spec.discrete:
             estimator = replace(estimator, gamma=ENDLESS_GAMMA)
             control = replace(control, estimator=estimator)
+    elif estimator.scale == "token_whiten":
+        spread = 1.0
     if spec.discrete:
         bonus = one_figure(ENTROPY * spread)
         estimator = replace(estimator, entropy_coef=bonus)
@@ -148,8 +187,3 @@ def fitted(control: ControlArguments, spec: Spec, found: Returns) -> ControlArgu
     slow = control.num_steps is None and not spec.fast and spec.horizon * control.num_envs > SLOW_STEPS
     envs = 16 if slow else control.num_envs
     return replace(control, num_envs=2 * envs if found.unusual < RARE else envs)
-
-
-def one_figure(number: float) -> float:
-    """Round to one significant figure, since only the order of magnitude matters."""
-    return float(f"{number:.0e}")

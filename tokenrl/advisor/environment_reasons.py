@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from tokenrl.advisor.rules import ENTROPY
 from tokenrl.advisor.show import Head, Setting
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Spec
 from tokenrl.control.policies import Policy, Shape
+from tokenrl.core.choices import choice_of
+from tokenrl.core.estimator import Estimator
 from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
 
-ENTROPY = 0.01
-"""Entropy bonus for discrete actions, in standard deviations of the returns (or whitened advantages)."""
 RARE = 0.1
 """The reward is called sparse if fewer episodes than this share have another return than the commonest."""
 
@@ -91,10 +92,10 @@ def doubts(spec: Spec, found: Returns) -> list[str]:
     return []
 
 
-def settings(control: ControlArguments, spec: Spec, found: Returns, way: str) -> list[Setting]:
+def settings(control: ControlArguments, spec: Spec, found: Returns, why_baseline: str) -> list[Setting]:
     """Return the recommended settings, each with its reason."""
     estimator, out = control.estimator, []
-    critic = estimator.needs_values
+    critic, pieces = estimator.needs_values, control.num_steps is not None
 
     def say(name: str, reason: str) -> None:
         axis = name.removeprefix("estimator.")
@@ -102,19 +103,19 @@ def settings(control: ControlArguments, spec: Spec, found: Returns, way: str) ->
 
     say("head", "the actions are a finite list" if spec.discrete else "the actions are real numbers")
     say("hidden", "tanh layers; the default size for this kind of environment")
-    say("estimator.baseline", _why_baseline(control, spec, way))
-    if critic:
-        say("estimator.returns", f"GAE with lam {estimator.lam:g} trades the critic's bias for less noise")
-        say("estimator.scale", "advantages of mean 0 and sd 1 over the update, whatever the rewards' size")
+    say("estimator.baseline", f"{why_baseline}; gradient {_bias(estimator)}, an entropy bonus aside")
+    say("estimator.returns", _why_returns(estimator))
+    say("estimator.scale", why_scale(estimator))
+    if pieces:
         reach = 1 / (1 - estimator.gamma)
         ends = "no random episode ended by itself: " if found.truncated == 1 else ""
         say("estimator.gamma", f"{ends}credit reaches about {reach:.0f} steps; nearer 1 for later rewards")
         say("estimator.ratio", f"PPO's clip at {estimator.epsilon:g} lets a rollout be used more than once")
     else:
-        say("estimator.returns", "the advantage of an action leaves out the rewards that came before it")
         say("estimator.ratio", "on-policy: every rollout is used for one update only")
     if spec.discrete:
-        size = "1 of whitened advantages" if critic else f"{found.sd:.3g} of the returns"
+        white = "1 of whitened advantages" if estimator.scale == "token_whiten" else "1 of scaled returns"
+        size = white if critic or estimator.scale == "token_whiten" else f"{found.sd:.3g} of the returns"
         say(
             "estimator.entropy_coef",
             f"{ENTROPY:g} of the spread ({size}), so that the policy explores at first",
@@ -123,7 +124,7 @@ def settings(control: ControlArguments, spec: Spec, found: Returns, way: str) ->
     else:
         say("estimator.entropy_coef", "the Gaussian learns its own spread, which starts at half the range")
     say("num_envs", _why_envs(control, found))
-    if critic:
+    if pieces:
         say(
             "num_steps",
             "pieces of episodes: the critic estimates the rest, so that updates need not wait for ends",
@@ -131,14 +132,15 @@ def settings(control: ControlArguments, spec: Spec, found: Returns, way: str) ->
         say("num_iterations", f"passes over each rollout, in {control.num_minibatches} minibatches; staler "
             "data gets clipped")  # fmt: skip
         say("num_minibatches", f"{_batch(control) // control.num_minibatches:,} actions per update")
-        say("reward_scale", f"about 1 / sd of returns ({found.sd:.3g}): a critic learns targets of size 1")
         say("normalize_observations", "observations of different sizes slow learning" if
             control.normalize_observations else "left off; try it if learning is slow")  # fmt: skip
+    if critic:
+        say("reward_scale", f"about 1 / sd of returns ({found.sd:.3g}): a critic learns targets of size 1")
     say("max_grad_norm", "limits how far one unusual rollout can move the weights")
     say("learning_rate", "Adam; halve it if the return rises and then falls")
     steps = f"{control.max_steps * _batch(control, spec.horizon):,} steps of the environment"
     early = "" if spec.solved is None else "; --stop-when-solved may end sooner"
-    say("max_steps", f"{'' if critic else 'at most '}{steps}{early}")
+    say("max_steps", f"{'' if pieces else 'at most '}{steps}{early}")
     return out
 
 
@@ -153,18 +155,46 @@ def _why_envs(control: ControlArguments, found: Returns) -> str:
     return f"as many whole episodes per update; the standard error of their mean return is {error:.2g}"
 
 
-def _why_baseline(control: ControlArguments, spec: Spec, way: str) -> str:
-    baseline = control.estimator.baseline
-    plain = replace(control.estimator, entropy_coef=0.0)  # the bonus changes the objective, not the bias
-    status = plain.bias_status.replace("_", " ")
-    if way != "episodes":
-        why = "a critic: " + ("continuous actions" if not spec.discrete else
-               f"{spec.horizon:,} steps per episode" if spec.horizon > LONGEST_WITHOUT_BASELINE else
-               "copies are stepped one by one, too slow for whole episodes")  # fmt: skip
-    elif baseline == "timestep_mean":
-        why = "episodes are short and many: the mean of the others at the same step needs no critic"
-    elif baseline == "none":
-        why = "as you asked: plain REINFORCE, the noisiest choice"
+def why_critic(spec: Spec, way: str, asked: str | None) -> str:
+    """Say why a critic is advised, and whether it learns from whole episodes or from pieces of them."""
+    if way == "critic_episodes":
+        return (
+            f"a critic, as you asked, on whole episodes (a2c): with {spec.horizon:,} steps they are cheap, "
+            "so that no rest is cut off that it would have to stand for, and its errors are no bias"
+        )
+    if not spec.discrete:
+        why = "continuous actions"
+    elif spec.horizon > LONGEST_WITHOUT_BASELINE:
+        why = f"{spec.horizon:,} steps per episode"
     else:
-        why = "as you asked"
-    return f"{why}; gradient {status}, an entropy bonus aside"
+        why = "copies are stepped one by one, too slow for whole episodes"
+    return f"a critic on pieces of episodes (ppo){', as you asked' if asked else ''}: {why}"
+
+
+def _why_returns(estimator: Estimator) -> str:
+    if estimator.returns == "gae":
+        return f"GAE with lam {estimator.lam:g} trades the critic's bias for less noise"
+    plain = "the advantage of an action leaves out the rewards that came before it"
+    return f"{plain}; nothing is bootstrapped" if estimator.needs_values else plain
+
+
+def why_scale(estimator: Estimator) -> str:
+    """Say why returns are normalised so, and what the other ways do to the expected gradient."""
+    update = f"over the update (token_whiten) {_effect('scale', 'token_whiten')}"
+    episode = (
+        f"per episode (baseline episode_mean {_effect('baseline', 'episode_mean')}, scale episode_std "
+        f"{_effect('scale', 'episode_std')})"
+    )
+    if estimator.scale == "token_whiten":
+        return f"mean 0 and sd 1 over the update, whatever the rewards' size; {update}, {episode}"
+    why = "no division, exact: Adam's steps have the same size whatever that of the returns"
+    return f"{why}. Of the alternatives, {update}, {episode}"
+
+
+def _effect(axis: str, name: str) -> str:
+    return f"is {choice_of(axis, name).status.replace('_', ' ')}"
+
+
+def _bias(estimator: Estimator) -> str:
+    """Return the bias of an estimator in words; the bonus changes the objective, not the bias."""
+    return replace(estimator, entropy_coef=0.0).bias_status.replace("_", " ")

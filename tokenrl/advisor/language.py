@@ -9,6 +9,16 @@ from typing import Any
 from accelerate import PartialState
 
 from tokenrl.advisor.arguments import AdviseArguments
+from tokenrl.advisor.language_baseline import bias_in_words, why_scale, with_baseline
+from tokenrl.advisor.rules import (
+    DEAD_GROUPS,
+    EASY,
+    ENTROPY,
+    HOPELESS,
+    SMALLEST_GROUP,
+    cut_too_often,
+    mostly_dead,
+)
 from tokenrl.advisor.show import Advice, Setting, judge_horizon
 from tokenrl.core.entropy import LEAST_ENTROPY
 from tokenrl.core.estimator import Estimator
@@ -20,21 +30,11 @@ from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.probe import Estimate, Probe, probe_policy
-from tokenrl.language.training.setup import make_policy, resolve
+from tokenrl.language.training.setup import check, make_policy, resolve
 from tokenrl.runs.console import Console
 
-DEAD_GROUPS = 0.5
-"""A group size may have at most this share of dead groups, whose rewards are all equal: no gradient."""
-SMALLEST_GROUP = 4
-"""A leave-one-out baseline of G - 1 others adds 1 / (G - 1) of the variance: groups of two double it."""
-HOPELESS, EASY = 0.9, 0.95
-"""A task is too hard above this share of dead groups of the largest size, too easy from this pass@1 on."""
-CUT = 0.1
-"""From this share of completions that are cut on, the largest length should grow."""
 REWARD_MODEL_BETA = 0.05
 """KL weight where the reward is a model, because a policy can learn to exploit its errors."""
-ENTROPY = 0.01
-"""Entropy bonus for a policy whose entropy is almost 0 before training."""
 
 
 def advise_language(args: AdviseArguments) -> Advice:
@@ -50,9 +50,12 @@ def advise_language(args: AdviseArguments) -> Advice:
             "finite list. Leave --head out: the model brings its own softmax."
         )
     shared = {f.name: getattr(args, f.name) for f in fields(TrainArguments) if hasattr(args, f.name)}
+    del shared["num_generations"]  # the number of completions in a step stays that of the task's settings
     task, rewards = find_task(args)
-    estimator = Estimator() if args.baseline is None else Estimator(baseline=args.baseline)
+    alone = args.num_generations == 1  # then no completions of a prompt can be compared
+    estimator = Estimator(baseline=args.baseline or ("running_mean" if alone else "rloo"))
     train = resolve(TrainArguments(**shared | {"estimator": estimator, "allow_no_baseline": True}), task)
+    check(replace(train, num_generations=args.num_generations or train.num_generations))
     warnings = judge_horizon(estimator, train.max_completion_length, args.allow_no_baseline)
     train = replace(train, allow_no_baseline=args.allow_no_baseline)
     policy = make_policy(args, task, Console().note)
@@ -72,10 +75,12 @@ def advise_language(args: AdviseArguments) -> Advice:
     solved = getattr(task, "solved", None)
     reward_model = any(isinstance(function, RewardModel) for function in rewards.functions)
     room = None
-    if policy.context is not None and found.truncated.value >= CUT:
+    if policy.context is not None and cut_too_often(found.truncated.value):
         rows = [*task.train_prompts, *task.eval_prompts]
         room = policy.context - max(len(policy.encode(row["prompt"])) for row in rows)
-    train, settings = fitted(train, found, room, reward_model=reward_model)
+    train, settings = fitted(
+        train, found, room, reward_model=reward_model, size=args.num_generations, baseline=args.baseline
+    )
     return Advice(
         subject=f"{task.name}, {policy.source}",
         command="train",
@@ -101,11 +106,17 @@ def group_size(found: Probe) -> int:
     Larger groups need more completions per prompt, and gain little once most groups have unequal rewards.
     """
     sizes = [size for size in found.dead_groups if size >= SMALLEST_GROUP] or list(found.dead_groups)
-    return next((size for size in sizes if found.dead_groups[size].value <= DEAD_GROUPS), max(sizes))
+    return next((size for size in sizes if not mostly_dead(found.dead_groups[size].value)), max(sizes))
 
 
 def fitted(
-    train: TrainSettings, found: Probe, room: int | None, *, reward_model: bool
+    train: TrainSettings,
+    found: Probe,
+    room: int | None,
+    *,
+    reward_model: bool,
+    size: int | None = None,
+    baseline: str | None = None,
 ) -> tuple[TrainSettings, list[Setting]]:
     """Set what follows from the probe, and give the reason of each setting.
 
@@ -114,9 +125,12 @@ def fitted(
         found: the measurements.
         room: number of tokens that the model's context leaves beside the longest prompt; None if unknown.
         reward_model: whether one of the rewards is a model.
+        size: the group size that was asked for; None to choose it.
+        baseline: the baseline that was asked for; None to choose it.
     """
-    estimator, rows = train.estimator, train.prompts_per_step * train.num_generations
-    size = group_size(found)
+    rows = train.prompts_per_step * train.num_generations
+    size, why_size = (size, "as you asked") if size else (group_size(found), None)
+    estimator, why_baseline = with_baseline(train.estimator, found, size, baseline)
     length, why_length = completion_length(train.max_completion_length, found, room)
     if reward_model:
         estimator = replace(estimator, beta=REWARD_MODEL_BETA)
@@ -138,12 +152,12 @@ def fitted(
     entropy = f"the policy starts at {found.entropy:.3g} nats per token"
     entropy += ", almost certain of every token" if low else "; a run that ends below 0.1 is flagged"
     reasons = {
-        "num_generations": _why_size(size, found),
+        "num_generations": why_size or _why_size(size, found),
         "prompts_per_step": f"{rows} completions a step, as the task's settings have, in groups of {size}",
         "max_completion_length": why_length,
-        "estimator.baseline": _why_baseline(estimator),
+        "estimator.baseline": f"{why_baseline}; gradient {bias_in_words(estimator)}",
         "estimator.returns": "there is one reward, at the end: it is the return of every token",
-        "estimator.scale": "dividing by the group's std would give easy and hard prompts more weight",
+        "estimator.scale": why_scale(),
         "estimator.ratio": "on-policy: every rollout is used for one update only",
         "estimator.beta": beta,
         "estimator.entropy_coef": entropy,
@@ -157,7 +171,7 @@ def fitted(
 def completion_length(length: int, found: Probe, room: int | None) -> tuple[int, str]:
     """Keep the length, or double it if many completions were cut, as far as the context allows."""
     seen = f"{_percent(found.truncated)} cut, the longest had {found.longest} tokens"
-    if found.truncated.value < CUT:
+    if not cut_too_often(found.truncated.value):
         return length, f"enough: {seen}"
     longer = 2 * length if room is None else min(2 * length, room)
     if longer <= length:
@@ -177,9 +191,9 @@ def doubts(found: Probe, solved: float | None, train: TrainSettings) -> list[str
         )
     elif hard == "too easy":
         out.append("too easy: the policy already solves it; take harder prompts.")
-    elif found.dead_groups[size].value > DEAD_GROUPS:
+    elif size in found.dead_groups and mostly_dead(found.dead_groups[size].value):
         out.append(
-            f"more than {DEAD_GROUPS:.0%} of groups of {size}, the largest measured, are dead: --num-samples "
+            f"more than {DEAD_GROUPS:.0%} of groups of {size} are dead: --num-samples "
             "measures larger ones, and --estimator.zero-spread refill samples new prompts instead of them."
         )
     if train.max_completion_length > LONGEST_WITHOUT_BASELINE:
@@ -213,18 +227,11 @@ def _value(train: TrainSettings, name: str) -> Any:
 
 def _why_size(size: int, found: Probe) -> str:
     dead = found.dead_groups[size]
-    bound = "the smallest from 4 up with" if dead.value <= DEAD_GROUPS else "the largest measured; not"
+    enough = not mostly_dead(dead.value)
+    bound = "the largest measured" + (";" if enough else "; not")
+    if enough and size >= SMALLEST_GROUP:
+        bound = f"the smallest from {SMALLEST_GROUP} up with"
     return f"{bound} at most {DEAD_GROUPS:.0%} dead groups: {_percent(dead)} here"
-
-
-def _why_baseline(estimator: Estimator) -> str:
-    status = replace(estimator, entropy_coef=0.0).bias_status.replace("_", " ")
-    why = {
-        "rloo": "mean of the prompt's other rewards; with one completion per prompt, take running_mean",
-        "running_mean": "as you asked: it needs no groups, but is the same for all prompts",
-        "none": "as you asked: plain REINFORCE, the noisiest choice",
-    }
-    return f"{why.get(str(estimator.baseline), 'as you asked')}; gradient {status}"
 
 
 def _plus_minus(estimate: Estimate) -> str:

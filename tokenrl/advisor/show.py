@@ -1,18 +1,17 @@
-"""Holds the advice, prints it, and writes it to files."""
+"""Holds the advice, lays it out as a page, and writes it to files."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenrl.advisor.page import Page, Sheet, write_markdown
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.guards import check_horizon
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused
-from tokenrl.runs.console import rich_console, rich_table
 from tokenrl.runs.files import write_json
 
 
@@ -32,12 +31,32 @@ class Head(NamedTuple):
     reason: str
 
 
+class Finding(NamedTuple):
+    """One thing that the metrics of a run show.
+
+    Attributes:
+        topic: what was looked at, such as `entropy`.
+        verdict: `fine`, `watch` or `act`.
+        text: the number, and what it means.
+        value: the number itself; None if there is none.
+        steps: the first and the last step that the number is from.
+        changes: the settings to change, by name.
+    """
+
+    topic: str
+    verdict: str
+    text: str
+    value: float | None
+    steps: tuple[int, int]
+    changes: dict[str, Any]
+
+
 @dataclass
 class Advice:
     """Settings for a run, with their reasons and the measurements behind them.
 
     Attributes:
-        subject: the environment or the task.
+        subject: the environment, the task, or the run that is diagnosed.
         command: the command that trains, `control` or `train`.
         arguments: the arguments of that command, as its dataclass.
         facts: what was measured, as texts by name.
@@ -45,6 +64,8 @@ class Advice:
         measurements: the numbers behind the recommendations.
         heads: the policy heads; empty for a language model, which has its own.
         warnings: what may go wrong.
+        findings: what the metrics of a run show; only in a diagnosis.
+        again: the command that repeats the run with the changes advised; only in a diagnosis.
     """
 
     subject: str
@@ -55,6 +76,30 @@ class Advice:
     measurements: dict[str, Any]
     heads: list[Head] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    again: str = ""
+
+    def page(self, config: str | None) -> Page:
+        """Lay the advice out; `config` is the file with the settings that the command reads, if any."""
+        heads = [(h.name, "-" if h.parameters is None else f"{h.parameters:,}", h.reason) for h in self.heads]
+        settings = [(setting.name, written(setting.value), setting.reason) for setting in self.settings]
+        sheets = [
+            Sheet("Facts", ("", ""), list(self.facts.items())),
+            Sheet("Findings", ("", "verdict", "finding", "steps", "change"), list(map(_row, self.findings))),
+            Sheet("Policy heads", ("head", "parameters", "reason"), heads),
+            Sheet("Settings", ("setting", "value", "reason"), settings),
+        ]
+        line = f"tokenrl {self.command} --config {shlex.quote(config)}" if config else self.again
+        lead = "Run it again with" if self.findings else "Run it"
+        return Page(
+            f"tokenrl advise: {self.subject}", sheets, lead, line or command_line(self), self.warnings
+        )
+
+
+def _row(finding: Finding) -> tuple[str, ...]:
+    first, last = finding.steps
+    steps = str(last) if first == last else f"{first} to {last}"
+    return (finding.topic, finding.verdict, finding.text, steps, shlex.join(flags(finding.changes)) or "-")
 
 
 def judge_horizon(estimator: Estimator, horizon: int | None, allow_no_baseline: bool) -> list[str]:
@@ -72,31 +117,6 @@ def judge_horizon(estimator: Estimator, horizon: int | None, allow_no_baseline: 
     return []
 
 
-def print_advice(advice: Advice, config: str | None) -> None:
-    """Print facts, heads, settings with reasons, warnings, and the command that runs with these settings."""
-    console = rich_console()
-
-    def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-        table = rich_table(title, columns, show_header=any(columns), overflow="fold")
-        table.columns[1].style = "bold"
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-
-    show(f"tokenrl advise: {advice.subject}", ("", ""), list(advice.facts.items()))
-    if advice.heads:
-        rows = [
-            (h.name, "-" if h.parameters is None else f"{h.parameters:,}", h.reason) for h in advice.heads
-        ]
-        show("Policy heads", ("head", "parameters", "reason"), rows)
-    rows = [(setting.name, written(setting.value), setting.reason) for setting in advice.settings]
-    show("Settings", ("setting", "value", "reason"), rows)
-    for warning in advice.warnings:
-        console.print(f"warning: {warning}", style="yellow")
-    line = f"tokenrl {advice.command} --config {shlex.quote(config)}" if config else command_line(advice)
-    console.print(f"Run it: {line}", soft_wrap=True)
-
-
 def written(value: Any) -> str:
     """Return a value as text: 'none' for None, short numbers, layers as 64 x 64."""
     if value is None or value == ():
@@ -106,16 +126,22 @@ def written(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def write_advice(advice: Advice, *, config: str | None, json: str | None) -> None:
-    """Write the arguments to the file `config`, as in config.json, and the whole advice to `json`."""
+def write_advice(advice: Advice, page: Page, *, config: str | None, json: str | None, md: str | None) -> None:
+    """Write the arguments to `config`, as in config.json, the whole advice to `json`, and the page to `md`.
+
+    Raises:
+        Stopped: a file could not be written.
+    """
     if config is not None:
         write_json(Path(config), {"kind": advice.command, **asdict(advice.arguments)})
     if json is not None:
-        kept = ("subject", "command", "arguments", "measurements", "warnings")
-        record = {name: getattr(advice, name) for name in kept}
-        record["settings"] = [setting._asdict() for setting in advice.settings]
-        record["heads"] = [head._asdict() for head in advice.heads]
+        kept = ("subject", "command", "arguments", "facts", "measurements", "warnings")
+        record = {name: getattr(advice, name) for name in kept} | {"line": page.command}
+        for name in ("settings", "heads", "findings"):
+            record[name] = [entry._asdict() for entry in getattr(advice, name)]
         write_json(Path(json), record)
+    if md is not None:
+        write_markdown(page, Path(md))
 
 
 def command_line(advice: Advice) -> str:
@@ -128,8 +154,10 @@ def command_line(advice: Advice) -> str:
     estimator: Estimator = arguments.estimator
     preset = min(PRESETS, key=lambda name: len(_differences(estimator, Estimator.preset(name))))
     words += ["--estimator", preset]
-    words += _flags({name: value for name, value in given.items() if value != defaults[name]}, "--")
-    words += _flags(_differences(estimator, Estimator.preset(preset)), "--estimator.")
+    words += flags({name: value for name, value in given.items() if value != defaults[name]})
+    words += flags(
+        {f"estimator.{n}": v for n, v in _differences(estimator, Estimator.preset(preset)).items()}
+    )
     return shlex.join(words)
 
 
@@ -138,14 +166,17 @@ def _differences(given: Estimator, default: Estimator) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
-def _flags(values: dict[str, Any], prefix: str) -> list[str]:
+def flags(values: dict[str, Any]) -> list[str]:
+    """Return the words of the command line for settings by name, such as `estimator.entropy_coef`."""
     words = []
     for name, value in values.items():
-        flag = prefix + name.replace("_", "-")
+        path, _, last = name.rpartition(".")
+        last = f"no-{last}" if value is False else last
+        flag = "--" + ".".join(filter(None, (path, last))).replace("_", "-")
         if isinstance(value, bool):
-            words.append(flag if value else flag.replace(prefix, prefix + "no-", 1))
-        elif isinstance(value, tuple):
-            words += [flag, *map(str, value)]
+            words.append(flag)
+        elif str(value).startswith("-"):  # else the number would look like a flag
+            words.append(f"{flag}={value}")
         else:
-            words += [flag, str(value)]
+            words += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
     return words

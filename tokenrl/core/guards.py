@@ -5,6 +5,7 @@ Each message is one paragraph: what was given, what is allowed, how to mend it. 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from tokenrl.core.choices import choice_of
@@ -107,6 +108,17 @@ def subtracts_something(estimator: Estimator) -> bool:
     if estimator.baseline == "constant":
         return estimator.baseline_constant != 0
     return estimator.baseline != "none"
+
+
+def teaches_nothing(estimator: Estimator, metrics: Mapping[str, float]) -> bool:
+    """Whether a step has no signal, because no two rewards differ that the estimator compares.
+
+    Args:
+        estimator: The estimator.
+        metrics: Metrics of the step: `frac_reward_zero_std`, the share of groups with equal rewards, if the
+            estimator compares groups of completions; else `reward_std`, the spread of all rewards.
+    """
+    return metrics["frac_reward_zero_std"] == 1 if estimator.needs_groups else metrics["reward_std"] == 0
 
 
 def check_horizon(estimator: Estimator, horizon: int | None, allow_no_baseline: bool = False) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tokenrl.core.baselines import RunningMean
+from tokenrl.core.guards import teaches_nothing
 from tokenrl.errors import Stopped
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
@@ -186,10 +187,9 @@ def _nothing_left(run: Run, session: Session, metrics: dict[str, float]) -> bool
             before training.
     """
     args = run.args
-    groups = args.estimator.needs_groups
-    flat = metrics["frac_reward_zero_std"] == 1 if groups else metrics["reward_std"] == 0
-    run.flat_steps = run.flat_steps + 1 if flat else 0
-    differ = f"no two completions of {'the same prompt' if groups else 'the step'} differ in reward"
+    run.flat_steps = run.flat_steps + 1 if teaches_nothing(args.estimator, metrics) else 0
+    compared = "the same prompt" if args.estimator.needs_groups else "the step"
+    differ = f"no two completions of {compared} differ in reward"
     better = metrics["reward"] > session.eval_before.get("reward", math.inf)
     if run.flat_steps and not better:
         session.warn_once(

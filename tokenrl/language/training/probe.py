@@ -42,6 +42,8 @@ class Probe:
         length: mean number of tokens per completion.
         longest: number of tokens of the longest completion.
         entropy: mean entropy of the policy, in nats per token.
+        within: variance of the rewards of one prompt, averaged over prompts.
+        between: variance of the prompts' expected rewards; the error of their measured means is taken out.
     """
 
     prompts: int
@@ -54,6 +56,8 @@ class Probe:
     length: float
     longest: int
     entropy: float
+    within: float = math.nan
+    between: float = math.nan
 
 
 def best_of(rewards: np.ndarray, k: int) -> float:
@@ -165,4 +169,28 @@ def _read(table: np.ndarray, lengths: np.ndarray, cut: np.ndarray, entropy: floa
         length=float(lengths.mean()),
         longest=int(lengths.max()),
         entropy=entropy,
+        **spread(rows),
     )
+
+
+def spread(rows: Sequence[np.ndarray]) -> dict[str, float]:
+    """Split the variance of rewards into that within prompts and that between them, both without bias.
+
+    A measured mean of n rewards varies by `within / n` around the prompt's expected reward, which is
+    subtracted from the variance of the measured means; the rest may come out below 0 and is then 0.
+
+    Args:
+        rows: the rewards of each prompt; a prompt with fewer than two is left out.
+
+    Returns:
+        `within` and `between`; nan for what a single prompt, or none, cannot tell.
+    """
+    known = [row for row in rows if len(row) > 1]
+    if not known:
+        return {"within": math.nan, "between": math.nan}
+    variances = np.array([row.var(ddof=1) for row in known])
+    if len(known) < 2:
+        return {"within": float(variances[0]), "between": math.nan}
+    means, sizes = np.array([row.mean() for row in known]), np.array([len(row) for row in known])
+    between = means.var(ddof=1) - (variances / sizes).mean()
+    return {"within": float(variances.mean()), "between": max(0.0, float(between))}

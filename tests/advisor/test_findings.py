@@ -1,0 +1,158 @@
+"""The diagnosis of made-up runs: one run for each verdict on each topic."""
+
+from __future__ import annotations
+
+import pytest
+
+from tokenrl.advisor.diagnosis import advise_run
+from tokenrl.core import Estimator
+from tokenrl.core.entropy import LEAST_ENTROPY
+from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
+
+FLAT = {"reward": lambda step: 0.5 + 0.1 * (-1) ** step, "evaluated": {0: 0.5, 40: 0.51}}
+"""A reward that only jumps up and down."""
+PLAIN = Estimator(baseline="none")
+KL = Estimator(beta=0.05)
+LONG = {"max_completion_length": LONGEST_WITHOUT_BASELINE + 1, "allow_no_baseline": True, "estimator": PLAIN}
+PIECES = {"estimator": Estimator.preset("ppo"), "num_steps": 16}
+
+
+def entropy_of(value):
+    """Entropy that reaches `value` only in the last tenth of 40 steps, which are those that count."""
+    return lambda step: value if step > 36 else 1.0
+
+
+CASES = [
+    ("train", {}, "progress", "fine", {}),
+    ("train", FLAT, "progress", "act", {"learning_rate": 2e-3}),
+    ("train", FLAT | {"running": True, "steps": 12, "evaluated": {0: 0.5, 12: 0.5}}, "progress", "watch", {}),
+    ("train", {"evaluated": {0: 0.0, 20: 0.9, 40: 0.5}}, "progress", "act", {"learning_rate": 5e-4}),
+    ("train", {"reward": lambda step: step / 40}, "progress", "watch", {"max_steps": 80}),
+    ("control", {"evaluated": {0: 20.0, 20: 480, 40: 476}, "solved": 475.0}, "progress", "fine", {}),
+    ("train", {}, "entropy", "fine", {}),
+    ("train", {"entropy": entropy_of(0.05)}, "entropy", "act", {"estimator.entropy_coef": 0.01}),
+    ("train", {"entropy": entropy_of(0.05), "solved": 0.7}, "entropy", "watch", {}),
+    (
+        "train",
+        {"entropy": 0.05, "settings": {"estimator": Estimator(entropy_coef=0.01)}},
+        "entropy",
+        "watch",
+        {},
+    ),
+    ("control", {"entropy": 0.01, "reward_std": 12.0}, "entropy", "act", {"estimator.entropy_coef": 0.1}),
+    (
+        "control",
+        {"entropy": -3.0, "settings": {"env": "Pendulum-v1", "head": "gaussian"}},
+        "entropy",
+        "fine",
+        {},
+    ),
+    ("train", {}, "gradient noise", "fine", {}),
+    ("train", FLAT, "gradient noise", "watch", {"diagnostics_every": 2}),
+    ("train", {"gradient__snr": lambda step: 1.0 + step % 2}, "gradient noise", "fine", {}),
+    ("train", {"gradient__snr": lambda step: 0.05 + 0.01 * (step % 2)}, "gradient noise", "watch", {}),
+    (
+        "train",
+        FLAT | {"gradient__snr": lambda s: (-1) ** s},
+        "gradient noise",
+        "act",
+        {"prompts_per_step": 16},
+    ),
+    ("control", FLAT | {"gradient__snr": lambda s: (-1) ** s}, "gradient noise", "act", {"num_envs": 128}),
+    ("train", {}, "signal", "fine", {}),
+    ("train", {"frac_reward_zero_std": 0.4}, "signal", "watch", {}),
+    ("train", {"frac_reward_zero_std": 0.6}, "signal", "act", {"num_generations": 8}),
+    ("train", {"frac_reward_zero_std": 0.99, "solved": 0.7}, "signal", "watch", {}),
+    ("train", {"frac_reward_zero_std": 0.99, "reward": 0.96}, "signal", "watch", {}),
+    ("train", {"frac_reward_zero_std": 0.99, "reward": 9.6}, "signal", "act", {"num_generations": 8}),
+    ("control", {"reward_std": lambda step: step % 4}, "signal", "fine", {}),
+    ("control", {"reward_std": lambda step: step % 2}, "signal", "watch", {}),
+    ("control", {"reward_std": 0.0}, "signal", "act", {"num_envs": 128}),
+    ("train", {}, "truncation", "fine", {}),
+    ("train", {"completions__clipped_ratio": 0.06}, "truncation", "watch", {}),
+    ("train", {"completions__clipped_ratio": 0.1}, "truncation", "act", {"max_completion_length": 32}),
+    ("control", {}, "truncation", "fine", {}),
+    ("control", {"episode_length": 499.0}, "truncation", "watch", {}),
+    ("control", FLAT | {"episode_length": 499.0}, "truncation", "act", {"max_episode_steps": 1000}),
+    ("control", {"episode_length": 499.0, "solved": 0.7}, "truncation", "fine", {}),
+    ("train", {}, "horizon", "fine", {}),
+    ("train", {"settings": {"estimator": PLAIN}}, "horizon", "watch", {"estimator.baseline": "rloo"}),
+    ("train", {"settings": LONG}, "horizon", "act", {"estimator.baseline": "rloo"}),
+    ("control", {"settings": {"env": "bandit", "estimator": PLAIN}}, "horizon", "fine", {}),
+    ("train", {}, "skipped", "fine", {}),
+    ("train", {"skipped_steps": lambda step: step // 40}, "skipped", "act", {"learning_rate": 5e-4}),
+    (
+        "control",
+        {"skipped_steps": 1, "settings": PIECES | {"num_iterations": 4}},
+        "skipped",
+        "watch",
+        {},
+    ),
+    ("train", {"clip_ratio": 0.1}, "clipping", "fine", {}),
+    ("train", {"clip_ratio": 0.2}, "clipping", "watch", {}),
+    ("train", {"clip_ratio": 0.4}, "clipping", "act", {"learning_rate": 5e-4}),
+    ("train", {"kl": 3.0, "settings": {"estimator": KL}}, "KL", "fine", {}),
+    ("train", {"kl": 2.2, "settings": {"estimator": KL, "target_kl": 2.0}}, "KL", "fine", {}),
+    ("train", {"kl": 3.0, "settings": {"estimator": KL, "target_kl": 2.0}}, "KL", "watch", {}),
+    (
+        "train",
+        {"kl": 5.0, "settings": {"estimator": KL, "target_kl": 2.0}},
+        "KL",
+        "act",
+        {"estimator.beta": 0.1},
+    ),
+    (
+        "train",
+        {"kl": lambda step: step / 4, "evaluated": {0: 0, 20: 0.9, 40: 0.5}, "settings": {"estimator": KL}},
+        "KL",
+        "act",
+        {"target_kl": 5.0},
+    ),
+    ("control", {"explained_variance": 0.5, "settings": PIECES}, "critic", "fine", {}),
+    ("control", {"explained_variance": -0.5, "settings": PIECES}, "critic", "watch", {}),
+    (
+        "control",
+        FLAT | {"explained_variance": -0.5, "reward_std": 1.2, "settings": PIECES},
+        "critic",
+        "act",
+        {"value_learning_rate": 0.04},
+    ),
+    (
+        "control",
+        FLAT | {"explained_variance": -0.5, "reward_std": 50.0, "settings": PIECES},
+        "critic",
+        "act",
+        {"reward_scale": 0.02},
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "what", "topic", "verdict", "changes"), CASES)
+def test_every_verdict(made_up, kind, what, topic, verdict, changes):
+    advice = advise_run(str(made_up(kind, **what)))
+    found = {finding.topic: finding for finding in advice.findings}[topic]
+    assert (found.verdict, found.changes) == (verdict, changes), found.text
+    first, last = found.steps
+    assert 0 <= first <= last == what.get("steps", 40)
+    for name, value in changes.items():  # the arguments that are advised hold the change
+        axis = name.removeprefix("estimator.")
+        assert getattr(advice.arguments if axis == name else advice.arguments.estimator, axis) == value
+
+
+def test_every_topic_has_every_verdict_that_it_can_have():
+    seen = {(topic, verdict) for _, _, topic, verdict, _ in CASES}
+    topics = {topic for topic, _ in seen}
+    assert len(topics) == 9 + 1  # the checks of the diagnosis, and the progress
+    assert seen == {(topic, verdict) for topic in topics for verdict in ("fine", "watch", "act")}
+
+
+def test_the_entropy_is_that_of_the_last_tenth_and_the_threshold_that_of_training(made_up):
+    just_above = made_up("train", entropy=entropy_of(LEAST_ENTROPY))
+    just_below = made_up("train", entropy=entropy_of(LEAST_ENTROPY - 1e-6))
+    earlier = made_up("train", entropy=lambda step: 1.0 if step > 36 else 0.01)
+    verdicts = []
+    for path in (just_above, just_below, earlier):
+        found = {finding.topic: finding for finding in advise_run(str(path)).findings}["entropy"]
+        assert found.steps == (37, 40)
+        verdicts.append(found.verdict)
+    assert verdicts == ["fine", "act", "fine"]
