@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tokenrl.advisor.diagnosis import advise_run
 from tokenrl.advisor.history import read_run
 from tokenrl.advisor.progress import quarters, read_progress
 
@@ -54,6 +55,10 @@ def test_pure_noise_seldom_counts_as_progress(made_up):
     assert alarms <= 5
 
 
-def test_a_run_of_one_step_has_no_trend(made_up):
-    progress = read_progress(read_run(str(made_up("train", steps=1, evaluated={0: 0.1}))))
-    assert (progress.trend, progress.gained, progress.fell) == ("flat", False, False)
+@pytest.mark.parametrize(("steps", "trend"), [(1, "not known yet"), (9, "not known yet"), (10, "rising")])
+def test_too_few_steps_are_not_compared(made_up, steps, trend):
+    path = str(made_up("train", steps=steps, evaluated={0: 0.1}))
+    progress = read_progress(read_run(path))
+    assert (progress.trend, progress.gained, progress.fell) == (trend, steps == 10, False)
+    finding = advise_run(path).findings[0]
+    assert (finding.verdict == "watch") and ("too few steps to compare" in finding.text) == (steps < 10)

@@ -160,7 +160,8 @@ def why_critic(spec: Spec, way: str, asked: str | None) -> str:
     if way == "critic_episodes":
         return (
             f"a critic, as you asked, on whole episodes (a2c): with {spec.horizon:,} steps they are cheap, "
-            "so that no rest is cut off that it would have to stand for, and its errors are no bias"
+            "so that no rest is cut off that it would have to stand for, and its errors are no bias; pieces "
+            "(ppo) take fewer steps of the environment and more time for each"
         )
     if not spec.discrete:
         why = "continuous actions"

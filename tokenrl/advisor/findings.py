@@ -139,9 +139,7 @@ def horizon_finding(history: History, progress: Progress) -> Finding:
             f"episodes {length} and no baseline: the noise of the whole return hides the effect of one action"
         )
         return Finding("horizon", ACT, text, value, steps, changes)
-    text = (
-        f"episodes {length} and no baseline: short enough, but a baseline would lower the noise for nothing"
-    )
+    text = f"episodes {length} and no baseline: short enough, but a baseline costs nothing"
     return Finding("horizon", WATCH, text, value, steps, changes)
 
 
@@ -178,9 +176,7 @@ def clip_finding(history: History, progress: Progress) -> Finding | None:
     fewer = {"num_iterations": args.num_iterations // 2}
     slower = {"learning_rate": args.learning_rate / 2}
     changes = {} if verdict != ACT else fewer if args.num_iterations > 1 else slower
-    text = (
-        f"{share:.1%} of tokens clipped over {args.num_iterations} passes; clipped tokens learn nothing more"
-    )
+    text = f"{share:.1%} of tokens are clipped, and learn nothing more (num_iterations {args.num_iterations})"
     return Finding("clipping", verdict, text, share, recent.steps, changes)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 
 from tokenrl.advisor.history import History
 from tokenrl.advisor.progress import Progress
@@ -23,34 +23,37 @@ def noise_finding(history: History, progress: Progress) -> Finding:
     steps, values = history.series("gradient/snr")
     if not values:
         return _not_measured(history, progress)
-    rows, name = ("prompts", "prompts_per_step") if history.language else ("episodes", "num_envs")
+    rows, name = ("prompts", "prompts_per_step") if history.language else ("environments", "num_envs")
     count = getattr(history.arguments, name)
     mean = fmean(values)
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     text = f"signal-to-noise ratio {mean:.3g}"
     text += "" if math.isnan(error) else f" +- {error:.1g}"
     text += f" of an update of {count} {rows}, over {len(values)} measurements"
-    scales = history.series("gradient/noise_scale")[1]
-    if scales:
-        text += f"; signal and noise are equal at about {median(scales):.2g} {rows}"
-    verdict, more = FINE, {name: 2 * count}
+    if mean > 0:
+        text += f"; signal and noise are equal at about {count / mean:.2g} {rows}"
+    verdict = FINE
+    changes: dict[str, int] = {}
     if not history.solved and mean <= 2 * error:
-        verdict = WATCH if progress.gained else ACT
+        verdict, changes = (WATCH, {}) if progress.gained else (ACT, {name: 2 * count})
         text += "; no signal can be told from the noise"
     elif not history.solved and mean < WEAK_SIGNAL:
-        verdict, text = WATCH, f"{text}; below {WEAK_SIGNAL:g}, so progress is slow"
-    return Finding(
-        "gradient noise", verdict, text, mean, (steps[0], steps[-1]), more if verdict == ACT else {}
-    )
+        verdict, changes = WATCH, {name: 2 * count}
+        text += f"; below {WEAK_SIGNAL:g}, so progress is slow"
+    return Finding("gradient noise", verdict, text, mean, (steps[0], steps[-1]), changes)
 
 
 def _not_measured(history: History, progress: Progress) -> Finding:
-    every = max(1, history.arguments.max_steps // MEASUREMENTS)
-    verdict, changes = FINE, {}
-    text = f"not measured (--diagnostics-every {every} would)"
+    every, asked = max(1, history.arguments.max_steps // MEASUREMENTS), history.arguments.diagnostics_every
+    steps, verdict, changes = (1, history.step), FINE, {}
+    if asked and history.step >= asked:
+        verdict = FINE if history.solved else ACT
+        text = "the gradient was 0 in every measurement: nothing is learnt any more"
+        return Finding("gradient noise", verdict, text, 0.0, steps, {})
+    text = f"first measured at step {asked}" if asked else f"not measured (--diagnostics-every {every} would)"
     if progress.gained or history.solved:
         text += "; the reward has risen by more than its noise, so the gradient has a signal"
     else:
-        verdict, changes = WATCH, {"diagnostics_every": every}
-        text += "; as the reward does not rise, it would say whether steps are too small"
-    return Finding("gradient noise", verdict, text, None, (1, history.step), changes)
+        verdict, changes = WATCH, {} if asked else {"diagnostics_every": every}
+        text += "; as the reward does not rise, it would say whether updates are too small"
+    return Finding("gradient noise", verdict, text, None, steps, changes)

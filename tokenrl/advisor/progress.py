@@ -19,6 +19,8 @@ from tokenrl.advisor.show import Finding
 
 FALSE_ALARMS = 0.05
 """Probability that a run whose reward does not change is said to change."""
+LEAST_STEPS = 5
+"""Fewest steps whose mean is compared with that of others."""
 
 
 class Mean(NamedTuple):
@@ -34,7 +36,8 @@ class Progress(NamedTuple):
 
     Attributes:
         start, now, best: means, from evaluations or from quarters of the steps.
-        trend: `rising`, `flat` or `falling`, over the second half of the training steps.
+        trend: `rising`, `flat` or `falling`, over the second half of the training steps; `not known yet` with
+            too few of them.
         gained: whether `now` is higher than `start` by more than chance.
         fell: whether `now` is lower than `best` by more than chance.
         held_out: whether the means are those of evaluations.
@@ -55,13 +58,13 @@ def read_progress(history: History) -> Progress:
     held_out = len(found) > 1
     means = found if held_out else quarters(history)
     start, now, best = means[0], means[-1], max(means, key=lambda mean: mean.value)
-    halves = quarters(history)[-2:]
-    change = _sign(halves[-1], halves[0], 1)
+    *_, before, after = [None, *quarters(history)]
+    change = None if before is None else _sign(after, before, 1)
     return Progress(
         start=start,
         now=now,
         best=best,
-        trend={1: "rising", 0: "flat", -1: "falling"}[change],
+        trend={1: "rising", 0: "flat", -1: "falling", None: "not known yet"}[change],
         gained=_sign(now, start, len(means) - 1) > 0,
         fell=_sign(now, best, len(means) - 1) < 0,
         held_out=held_out,
@@ -81,9 +84,12 @@ def evaluations(history: History) -> list[Mean]:
 
 
 def quarters(history: History) -> list[Mean]:
-    """Return the mean training reward of each quarter of the steps; of fewer parts if there are few steps."""
+    """Return the mean training reward of each quarter of the steps; of fewer parts if there are few steps.
+
+    A part has at least five steps, because the error of the mean of fewer is itself too uncertain.
+    """
     steps, values = history.series("reward")
-    parts = max(1, min(4, len(values) // 2))
+    parts = max(1, min(4, len(values) // LEAST_STEPS))
     edges = [round(i * len(values) / parts) for i in range(parts + 1)]
     out = []
     for first, last in pairwise(edges):
@@ -119,6 +125,8 @@ def progress_finding(history: History, progress: Progress, explained: bool) -> F
     elif progress.gained and progress.trend == "rising" and not history.running:
         verdict, changes = WATCH, {"max_steps": 2 * history.arguments.max_steps}
         what = "risen, and still rising when the run ended"
+    elif progress.start is progress.now:
+        verdict, what = WATCH, "too few steps to compare"
     elif not progress.gained:
         early = history.running and 2 * history.step < history.arguments.max_steps
         verdict, what = (WATCH if early else ACT), "not changed by more than its noise"
@@ -132,4 +140,5 @@ def progress_finding(history: History, progress: Progress, explained: bool) -> F
 
 
 def _written(mean: Mean) -> str:
-    return f"{mean.value:.3g}" + ("" if math.isnan(mean.error) else f" +- {mean.error:.1g}")
+    error = f"{mean.error:.0f}" if mean.error >= 10 else f"{mean.error:.1g}"
+    return f"{mean.value:.3g}" + ("" if math.isnan(mean.error) else f" +- {error}")

@@ -85,7 +85,9 @@ class Advice:
         settings = [(setting.name, written(setting.value), setting.reason) for setting in self.settings]
         sheets = [
             Sheet("Facts", ("", ""), list(self.facts.items())),
-            Sheet("Findings", ("", "verdict", "finding", "steps", "change"), list(map(_row, self.findings))),
+            Sheet(
+                "Findings", ("topic", "verdict", "finding", "steps", "change"), list(map(_row, self.findings))
+            ),
             Sheet("Policy heads", ("head", "parameters", "reason"), heads),
             Sheet("Settings", ("setting", "value", "reason"), settings),
         ]
