@@ -1,143 +1,244 @@
-"""PyTorch agents on gymnasium's classic environments, over seeds, evaluated on fresh episodes.
+"""The classic agent of textbooks beside agents tuned for the environment, over seeds.
 
-    python recipes/control_5_agents.py --env CartPole-v1 --seeds 10
+    python recipes/control_5_agents.py                              # all three environments
+    python recipes/control_5_agents.py --env Pendulum-v1 --agent tuned --seeds 3
+    tokenrl control --agent classic --env Acrobot-v1                # one such run by the command line
 
-There are two agents. `classic` is the one of textbooks: one hidden layer of 16 ReLU units, Adam 0.01, reward
-to go, whitened over the update (mean 0, standard deviation 1), one whole episode in each of 16 environments.
-`tuned` has settings for each environment; the comments below say what each choice is for.
+`classic` has one hidden layer of 16 ReLU units, Adam at 0.01 and one episode an update; the returns to go of
+each episode (gamma 0.99) are shifted and scaled to mean 0 and standard deviation 1 over its own steps.
+`tuned` has settings for each environment. Both are in tokenrl/control/agents.py, where comments say what each
+choice is for. Every trained policy is judged by fresh episodes with sampled actions.
 """
 
 from __future__ import annotations
 
-import statistics
+import json
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from tokenrl import ControlResult, Estimator, train_agent
+from tokenrl import train_agent
+from tokenrl.control import agent_settings, describe
+from tokenrl.runs import read_metrics, smooth
 
-# Whitening subtracts the mean over all steps of the update: a baseline, and with gamma 0.99 a biased one.
-CLASSIC: dict[str, Any] = {
-    "estimator": Estimator(baseline="none", returns="reward_to_go", scale="token_whiten", gamma=0.99),
-    "hidden": (16,),
-    "activation": "relu",
-    "learning_rate": 0.01,
-    "num_envs": 16,
-}
-
-# The parts of PPO: the critic and GAE (lam) make credit local. A discount bounds how far ahead the critic
-# must see, and lets a time limit be bootstrapped. The clipped ratio allows several passes over the same
-# steps. Pieces of episodes keep slow environments busy. An entropy bonus keeps the lander from hovering too
-# early; it falls to 0, because the policy is evaluated with sampled actions. A falling learning rate
-# removes the noise of the last updates.
-PPO: dict[str, Any] = {
-    "num_envs": 16,
-    "num_iterations": 4,
-    "learning_rate_schedule": "linear",
-}
-LANDER: dict[str, Any] = PPO | {
-    "estimator": Estimator.preset("ppo", gamma=0.999, lam=0.98, entropy_coef=0.01, value_clip=None),
-    "num_steps": 512,
-    "num_minibatches": 16,
-    "learning_rate": 1e-3,
-    "hidden": (64, 64),
-    "reward_scale": 0.02,  # returns of some hundreds become targets of size 1 for the critic
-    "entropy_schedule": "linear",
-    "max_steps": 200,
-}
-TUNED: dict[str, dict[str, Any]] = {
-    # Short episodes that all start alike: the mean of the other episodes at the same step needs no critic.
-    "CartPole-v1": {"max_steps": 60},
-    "Acrobot-v1": PPO
-    | {
-        "estimator": Estimator.preset("ppo", gamma=0.99, lam=0.94),
-        "num_steps": 256,
-        "num_minibatches": 4,
-        "learning_rate": 3e-3,
-        "max_steps": 50,
-    },
-    "LunarLander-v3": LANDER,
-    "LunarLanderContinuous-v3": LANDER | {"hidden": (128, 128)},
-    "Pendulum-v1": PPO
-    | {
-        "estimator": Estimator.preset("ppo", gamma=0.9, lam=0.95, value_clip=None),
-        "num_steps": 256,
-        "num_iterations": 10,
-        "num_minibatches": 8,
-        "learning_rate": 1e-3,
-        "hidden": (128, 128),
-        "reward_scale": 0.1,
-        "max_steps": 50,
-    },
-}
+COLOURS = {"classic": "#D55E00", "tuned": "#0072B2"}  # Okabe and Ito
+SMOOTHED = 20  # episodes, at least, in each value of a learning curve
+AXES = {"num_env_steps": "environment steps", "played": "episodes"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Arguments:
-    """Train one kind of agent on one environment, over seeds."""
+    """Train agents by name on environments, over seeds, and draw how they learn."""
 
-    env: Literal["CartPole-v1", "Acrobot-v1", "LunarLander-v3", "LunarLanderContinuous-v3", "Pendulum-v1"] = (
-        "CartPole-v1"
-    )
-    """Environment."""
-    agent: Literal["tuned", "classic"] = "tuned"
-    """Settings."""
-    seeds: int = 5
-    """Seeds 0, 1, ... of weights, environments and actions."""
+    env: tuple[str, ...] = ("CartPole-v1", "Acrobot-v1", "LunarLander-v3")
+    """Environments."""
+    agent: tuple[Literal["classic", "tuned"], ...] = ("classic", "tuned")
+    """Agents."""
+    seeds: tuple[int, ...] = (10, 10, 5)
+    """Number of seeds of each environment; the last number counts for all further ones."""
     max_steps: int | None = None
-    """Updates. Default: as tuned; classic 200."""
+    """Updates. Default: those of the agent."""
     eval_episodes: int = 100
     """Fresh episodes of each evaluation."""
-    output_dir: Path = Path("runs")
-    """Where the run directories go."""
+    output: Path = Path("agents.png")
+    """Where the figure goes."""
+    output_dir: Path = Path("runs/agents")
+    """Where the run directories go. Finished runs in it that have the same settings are not run again."""
+    overwrite: bool = False
+    """Run them again nevertheless."""
     video: bool = False
     """Film an episode of each trained policy."""
 
 
-def row(seed: int, result: ControlResult) -> str:
-    """Return the line of one seed."""
-    before, after = result.eval_before, result.eval_after
-    verdict = {True: "solved", False: "not solved", None: ""}[result.solved]
-    return (
-        f"{seed:4} {before['reward']:9.1f} {after['reward']:9.1f} ± {after['reward_stderr']:<5.1f}"
-        f" {after['reward_greedy']:9.1f} {result.env_steps:11,} {result.train_cpu_seconds:8.1f}  {verdict}"
-    )
+class Run(NamedTuple):
+    """A finished run: what it was, its summary.json, and the rows of its updates in metrics.jsonl."""
 
+    env: str
+    agent: str
+    seed: int
+    summary: dict[str, Any]
+    updates: list[dict[str, Any]]
 
-def main(args: Arguments) -> None:
-    """Train seed by seed, and print a summary."""
-    settings = TUNED[args.env] if args.agent == "tuned" else CLASSIC | {"max_steps": 200}
-    if args.agent == "classic" and args.env.endswith(("Continuous-v3", "Pendulum-v1")):
-        print("The classic agent chooses among actions by softmax; here it gets the Gaussian head instead.")
-    if args.max_steps is not None:
-        settings = settings | {"max_steps": args.max_steps}
-    print(f"{args.env}, {args.agent}; mean return of {args.eval_episodes} fresh episodes, ± standard error")
-    print("seed    before     after           greedy   env steps  CPU s")
-    results = []
-    for seed in range(args.seeds):
-        folder = args.output_dir / f"{args.env}-{args.agent}-seed{seed}"
-        result = train_agent(
-            **settings,
-            env=args.env,
-            seed=seed,
-            output_dir=str(folder),
-            eval_episodes=args.eval_episodes,
-            eval_every=0,  # before and after: a hundred fresh episodes cost as much as several updates
-            video=args.video,
-            overwrite=True,
-            quiet=True,
+    def __str__(self) -> str:
+        s = self.summary
+        before, after = s["eval_before"], s["eval_after"]
+        verdict = {True: "solved", False: "not solved", None: ""}[s["solved"]]
+        return (
+            f"{self.env:25} {self.agent:8} {self.seed:4} {before['reward']:9.1f} {after['reward']:9.1f} "
+            f"± {after['reward_stderr']:<5.1f} {after['reward_greedy']:9.1f} {s['env_steps']:11,} "
+            f"{s['train_cpu_seconds']:8.1f}  {verdict}"
         )
-        print(row(seed, result), flush=True)
-        if result.exit_code:  # a signal ended this run: no further one
+
+
+def finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Return whether a folder holds a finished run with these settings."""
+    if not (folder / "summary.json").is_file():
+        return False
+    wanted = json.loads(json.dumps(settings, default=vars))
+    config, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
+    return summary["exit_reason"] == "finished" and wanted.items() <= config.items()
+
+
+def train(arguments: Arguments, env: str, agent: str, seed: int) -> Run:
+    """Train one agent, unless that has been done; a signal raises KeyboardInterrupt or SystemExit."""
+    settings = agent_settings(agent, env) | {"seed": seed, "video": arguments.video}
+    settings |= {"eval_episodes": arguments.eval_episodes, "eval_every": 0}  # before and after training
+    settings |= {} if arguments.max_steps is None else {"max_steps": arguments.max_steps}
+    folder = arguments.output_dir / f"{env}-{agent}-seed{seed}"
+    if arguments.overwrite or not finished(folder, settings):
+        result = train_agent(**settings, output_dir=str(folder), overwrite=True, quiet=True)
+        if result.exit_code:
             raise SystemExit(result.exit_code)
-        results.append(result)
-    after = [result.eval_after["reward"] for result in results]
-    spread = f", lowest {min(after):.1f}, highest {max(after):.1f}"
-    print(f"mean over {len(after)} seeds {statistics.fmean(after):.1f}{spread}")
-    if results[0].solved is not None:
-        print(f"solved: {sum(bool(result.solved) for result in results)} of {len(results)} seeds")
+    summary = json.loads((folder / "summary.json").read_text())
+    return Run(env, agent, seed, summary, read_metrics(folder / "metrics.jsonl")[1:])
+
+
+def train_all(arguments: Arguments) -> Iterator[Run]:
+    counts = arguments.seeds[: len(arguments.env)]
+    for env, seeds in zip_longest(arguments.env, counts, fillvalue=arguments.seeds[-1]):
+        if "classic" in arguments.agent and not describe(env).discrete:
+            print("The classic agent chooses among actions by softmax; here it gets the Gaussian head.")
+        for seed in range(seeds):
+            for agent in arguments.agent:
+                yield train(arguments, env, agent, seed)
+
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return mean [...] over seeds of values [S, ...], and the ends of its 95 % bootstrap interval."""
+    picks = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+    low, high = np.quantile(values[picks].mean(1), (0.025, 0.975), axis=0)
+    return values.mean(0), low, high
+
+
+def ends(runs: list[Run]) -> np.ndarray:
+    """Return the mean return of the fresh episodes of each run, [S]."""
+    return np.array([run.summary["eval_after"]["reward"] for run in runs])
+
+
+def solved(runs: list[Run]) -> int:
+    return sum(run.summary["solved"] is True for run in runs)
+
+
+def print_table(groups: dict[tuple[str, str], list[Run]]) -> None:
+    for (env, agent), runs in groups.items():
+        mean, low, high = interval(ends(runs))
+        threshold = runs[0].summary["threshold"]
+        score = "" if threshold is None else f", {solved(runs)} of {len(runs)} seeds reach {threshold:g}"
+        steps, cpu = (np.mean([r.summary[k] for r in runs]) for k in ("env_steps", "train_cpu_seconds"))
+        episodes = np.mean([sum(row["episodes"] for row in run.updates) for run in runs])
+        print(f"\n{env}, {agent}: {' '.join(f'{end:.1f}' for end in ends(runs))}")
+        print(f"  mean {mean:.1f} [{low:.1f}, {high:.1f}]{score}")
+        print(
+            f"  {episodes:,.0f} episodes, {steps:,.0f} environment steps, {cpu:.1f} CPU seconds of training"
+        )
+
+
+def curve(run: Run, axis: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps or episodes so far, and the mean return of at least `SMOOTHED` episodes around there."""
+    rows = [row for row in run.updates if row["episodes"]]
+    each = [row["episodes"] for row in rows]
+    so_far = np.cumsum(each) if axis == "played" else np.array([row["num_env_steps"] for row in rows])
+    window = 2 * round(SMOOTHED / 2 / np.mean(each)) + 1
+    return so_far, np.array(smooth([row["reward"] for row in rows], window))
+
+
+def draw_agent(axes: Axes, agent: str, runs: list[Run], axis: str) -> None:
+    """Draw the mean learning curve where all seeds have one, and the fresh episodes after it."""
+    curves = [curve(run, axis) for run in runs]
+    first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    places = np.geomspace(first, max(first, last), 200)
+    mean, low, high = interval(np.array([np.interp(places, x, y) for x, y in curves]))
+    axes.plot(places, mean, color=COLOURS[agent], linewidth=2)
+    axes.fill_between(places, low, high, color=COLOURS[agent], alpha=0.2, linewidth=0)
+    mean, low, high = interval(ends(runs))
+    end = float(np.mean([x[-1] for x, _ in curves]))
+    axes.errorbar(end, mean, [[mean - low], [high - mean]], fmt="o", color=COLOURS[agent], capsize=3)
+
+
+def draw_panel(axes: Axes, env: str, groups: dict[str, list[Run]], axis: str) -> None:
+    for agent, runs in groups.items():
+        draw_agent(axes, agent, runs, axis)
+    threshold = next(iter(groups.values()))[0].summary["threshold"]
+    if threshold is not None:
+        axes.axhline(threshold, color="#555555", linestyle=":", linewidth=1.5)
+        score = ", ".join(f"{agent} {solved(runs)} of {len(runs)}" for agent, runs in groups.items())
+        env += f"\nsolved at {threshold:g}: {score}"
+    axes.set_title(env, loc="left", fontsize=11)
+    axes.set_xscale("log")
+    axes.set_xlabel(AXES[axis])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#EAEAEA", linewidth=0.8)
+
+
+def draw(groups: dict[tuple[str, str], list[Run]]) -> Figure:
+    """Draw a column for each environment: learning curves by environment steps above, by episodes below."""
+    by_env: dict[str, dict[str, list[Run]]] = defaultdict(dict)
+    for (env, agent), runs in groups.items():
+        by_env[env][agent] = runs
+    figure = Figure(figsize=(1 + 3.9 * len(by_env), 7.2), dpi=100, layout="constrained")
+    grid = figure.subplots(2, len(by_env), squeeze=False)
+    for column, (env, agents) in enumerate(by_env.items()):
+        for row, axis in enumerate(AXES):
+            draw_panel(grid[row][column], env, agents, axis)
+            grid[row][column].set_ylabel("return" if column == 0 else "")
+    for line, agent in enumerate(dict.fromkeys(agent for _, agent in groups)):
+        place = {"transform": grid[0][0].transAxes, "va": "top", "color": COLOURS[agent]}
+        grid[0][0].text(0.03, 0.97 - 0.08 * line, agent, fontweight="bold", **place)
+    figure.suptitle(finding(by_env), x=0.01, ha="left", fontsize=13)
+    figure.supxlabel(
+        "lines: mean over seeds of the training episodes, bands: its 95 % interval; dots: fresh episodes "
+        "after training; dotted: threshold",
+        fontsize=9,
+        color="#555555",
+    )
+    return figure
+
+
+def finding(by_env: dict[str, dict[str, list[Run]]]) -> str:
+    """Say how many runs each agent solves, and how their budgets compare."""
+    score: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for agents in by_env.values():
+        for agent, runs in agents.items():
+            score[agent][0] += solved(runs)
+            score[agent][1] += len(runs) if runs[0].summary["threshold"] is not None else 0
+    counts = ", ".join(f"the {agent} agent {done} of {of}" for agent, (done, of) in score.items())
+    ratios = [
+        np.mean([run.summary["env_steps"] for run in agents["tuned"]])
+        / np.mean([run.summary["env_steps"] for run in agents["classic"]])
+        for agents in by_env.values()
+        if len(agents) == 2
+    ]
+    more = f"; tuned takes {min(ratios):.1f} to {max(ratios):.1f} times the steps" if ratios else ""
+    return f"Solved runs: {counts}{more}"
+
+
+def main(arguments: Arguments) -> None:
+    """Train, print each run as it ends, and draw what has been finished, also after an interruption."""
+    print(f"mean return of {arguments.eval_episodes} fresh episodes, sampled actions, ± standard error")
+    print(f"{'environment':25} agent    seed    before     after           greedy   env steps    CPU s")
+    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    code: Any = 0
+    try:
+        for run in train_all(arguments):
+            print(run, flush=True)
+            groups[run.env, run.agent].append(run)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = getattr(stop, "code", 130)
+        print("Interrupted: the run in progress does not count; those above are kept and drawn.")
+    if groups:
+        print_table(groups)
+        draw(groups).savefig(arguments.output)
+        print(f"figure: {arguments.output}")
+    if code:
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import runpy
+import signal
 import string
 import subprocess
 import sys
@@ -51,7 +52,7 @@ CONTROL = {
     "control_entropy": "--seeds 2 --updates 2 --betas 0 1",
     "control_3_numpy": "--seeds 0 --episodes 20 --variation window",
     "control_4_walk": "--seeds 1 --episodes 8 --hidden 8",
-    "control_5_agents": "--env Acrobot-v1 --seeds 1 --max-steps 1 --eval-episodes 2",
+    "control_5_agents": "--env CartPole-v1 Pendulum-v1 --seeds 2 1 --max-steps 1 --eval-episodes 2",
     "control_contrast": "--seeds 1 --updates 3 --episodes 4 --steps 2 --prompts 2 --bins 2",
 }
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
@@ -392,9 +393,40 @@ def test_the_walk_of_the_textbook():
 
 def test_agents(tmp_path, monkeypatch, capsys):
     out = printed("control_5_agents", tmp_path, monkeypatch, capsys)
-    assert "solved: 0 of 1 seeds" in out
-    summary = json.loads((tmp_path / "runs" / "Acrobot-v1-tuned-seed0" / "summary.json").read_text())
-    assert (summary["steps"], summary["solved"]) == (1, False)
+    assert "gets the Gaussian head" in out
+    for agent in ("classic", "tuned"):
+        assert re.search(rf"^CartPole-v1, {agent}: .*\n  mean .*, 0 of 2 seeds reach 475$", out, re.MULTILINE)
+        assert re.search(rf"^Pendulum-v1, {agent}: -\S+\n  mean [^,]+, [^,]+$", out, re.MULTILINE)
+        summary = json.loads((tmp_path / f"runs/agents/CartPole-v1-{agent}-seed1/summary.json").read_text())
+        assert (summary["steps"], summary["solved"]) == (1, False)
+        assert f"{summary['eval_after']['reward']:.1f} ± " in out
+    assert (tmp_path / "agents.png").stat().st_size > 1000
+
+
+def test_an_interruption_keeps_and_draws_the_agents_that_were_finished(tmp_path, monkeypatch, capsys):
+    from tokenrl.runs.session import Session
+
+    flags = "--env walk --agent classic --seeds 3 --max-steps 2 --eval-episodes 2"
+    monkeypatch.setitem(CONTROL, "control_5_agents", flags)
+    trained, begin = [], Session.begin
+
+    def begun(session, *args, **facts):
+        trained.append(session.output_dir.name[-1])
+        if len(trained) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return begin(session, *args, **facts)
+
+    monkeypatch.setattr(Session, "begin", begun)
+    with pytest.raises(SystemExit) as stopped:
+        printed("control_5_agents", tmp_path, monkeypatch, capsys)
+    assert stopped.value.code == 130 and trained == ["0", "1"]
+    assert "0 of 1 seeds reach 0.88" in capsys.readouterr().out
+    (tmp_path / "agents.png").unlink()
+    assert "0 of 3 seeds reach 0.88" in printed("control_5_agents", tmp_path, monkeypatch, capsys)
+    assert trained == ["0", "1", "1", "2"] and (tmp_path / "agents.png").exists()
+    monkeypatch.setitem(CONTROL, "control_5_agents", f"{flags} --max-steps 1")
+    printed("control_5_agents", tmp_path, monkeypatch, capsys)
+    assert trained[4:] == ["0", "1", "2"]  # other settings: none is kept
 
 
 def test_contrast(finished, tmp_path, monkeypatch, capsys):
@@ -412,5 +444,5 @@ def test_contrast(finished, tmp_path, monkeypatch, capsys):
 def test_tuned_agents_reach_the_threshold(tmp_path, monkeypatch, capsys, env):
     if env.startswith("Lunar"):
         pytest.importorskip("Box2D")
-    monkeypatch.setitem(CONTROL, "control_5_agents", f"--env {env} --seeds 1")
-    assert "solved: 1 of 1 seeds" in printed("control_5_agents", tmp_path, monkeypatch, capsys)
+    monkeypatch.setitem(CONTROL, "control_5_agents", f"--env {env} --agent tuned --seeds 1")
+    assert "1 of 1 seeds reach" in printed("control_5_agents", tmp_path, monkeypatch, capsys)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from tokenrl.advisor.arguments import AdviseArguments
+from tokenrl.control.agents import ABOUT_AGENT, agent_settings
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
@@ -186,12 +187,18 @@ def _help() -> str:
 
 
 def _parse(name: str, command: Command, argv: list[str]) -> Any:
-    """Parse the arguments of a command. --config and --estimator set defaults, which other flags change."""
+    """Parse a command's arguments. --config, --agent and --estimator set defaults; flags change them."""
     kind, about = command.arguments, command.arguments.__doc__
     default: Any = None
     if command.trains:
         argv, config = _take(argv, "--config")
         default = kind() if config is None else configured(kind, config, name)
+    if kind is ControlArguments:
+        argv, agent = _take(argv, "--agent")
+        if agent is not None and config is not None:
+            raise Refused("--agent and --config both say where the settings start; give one of them.")
+        env = _take(argv, "--env")[1] or default.env
+        default = default if agent is None else arguments(kind, agent_settings(agent, env))
     if hasattr(default, "estimator"):
         argv, preset = _take(argv, "--estimator")
         default = default if preset is None else replace(default, estimator=Estimator.preset(preset))
@@ -213,6 +220,8 @@ def _flags(kind: type[Any], default: Any) -> type[Any]:
         groups[owner.group].append(flag)
     if default is not None:
         groups[""].append(_flag("config", str | None, None, ABOUT_CONFIG, metavar="FILE"))
+    if kind is ControlArguments:
+        groups[""].append(_flag("agent", str | None, None, ABOUT_AGENT, metavar="AGENT"))
     about = {owner.group: owner.__doc__ for owner in _owners(kind)} | {"": ""}
     parts: list[Any] = []
     for title, flags in groups.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +30,10 @@ class ControlResult(Outcome):
         eval_before: before training, the mean return of evaluation episodes with sampled actions (`reward`)
             and with the most probable ones (`reward_greedy`).
         env_steps: number of environment steps that were trained on.
-        solved: whether `reward` after training reaches the environment's threshold; None without a threshold.
+        solved: whether `reward` after training reaches the environment's threshold; None without a threshold,
+            or if a signal ended the run before its evaluation.
+        threshold: the mean return from which the environment counts as solved; None if it names none.
+        verdict: `solved` in words, with the numbers that it rests on.
         flags: warnings about the result, such as `entropy-collapsed`.
         train_cpu_seconds: processor time of rollouts and updates.
         policy: the trained policy.
@@ -36,6 +41,8 @@ class ControlResult(Outcome):
 
     env_steps: int
     solved: bool | None
+    threshold: float | None
+    verdict: str
     flags: list[str]
     train_cpu_seconds: float
     policy: Policy = field(repr=False)
@@ -110,6 +117,8 @@ class Run:
             **outcome,
             env_steps=self.env_steps,
             solved=self.solved(outcome["eval_after"]),
+            threshold=self.spec.solved,
+            verdict=verdict(self.spec, outcome["eval_after"], self.args.eval_episodes, session.step),
             flags=self._flags(),
             train_cpu_seconds=self.cpu_seconds,
             policy=self.agent.policy,
@@ -120,6 +129,35 @@ class Run:
             return []
         collapsed = entropy_collapsed(self.args.estimator.entropy_coef, self.last_entropy)
         return ["entropy-collapsed"] if collapsed else []
+
+
+def verdict(spec: Spec, evaluation: Mapping[str, float], episodes: int, step: int) -> str:
+    """Return in words whether an environment is solved, and by which numbers.
+
+    Args:
+        spec: the environment, with its threshold if it has one.
+        evaluation: metrics of the evaluation of the trained policy; empty if there was none.
+        episodes: number of episodes of that evaluation.
+        step: number of updates made.
+    """
+    goal = f"{spec.env} has no threshold" if spec.solved is None else f"threshold {spec.solved:g}"
+    if "reward" not in evaluation:
+        return f"not evaluated: the run was ended at step {step}, before its evaluation; {goal}"
+    mean, error = evaluation["reward"], evaluation["reward_stderr"]
+    found = f"mean return {_with_error(mean, error)} of {episodes} fresh episodes, {goal}"
+    greedy = _with_error(evaluation["reward_greedy"], evaluation["reward_greedy_stderr"])
+    found = f"{found} (with the most probable actions {greedy})"
+    if spec.solved is None:
+        return found
+    near = abs(mean - spec.solved) < 2 * error
+    doubt = (
+        "; the threshold is within two standard errors, so more episodes may decide otherwise" if near else ""
+    )
+    return f"{'solved' if mean >= spec.solved else 'not solved'}: {found}{doubt}"
+
+
+def _with_error(mean: float, error: float) -> str:
+    return f"{mean:.5g}" + (f" +- {error:.2g}" if math.isfinite(error) else "")
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -158,3 +196,4 @@ def finish(run: Run, session: Session, ended: ControlResult) -> None:
     session.finish(ended, lambda path: save_policy(run.agent.policy, path, env=run.spec.env))
     if "entropy-collapsed" in ended.flags:
         session.console.warn(entropy_collapse_message(run.last_entropy))
+    session.console.note(ended.verdict)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from tokenrl.control.agents import agent_settings
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import describe
 from tokenrl.control.evaluation import evaluation_metrics, film, seed_of
@@ -17,17 +18,21 @@ from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
 from tokenrl.control.run import ControlResult, Run, facts, finish, save
 from tokenrl.control.setup import prepare, resolve
 from tokenrl.control.update import learn
-from tokenrl.errors import describe as describe_error
+from tokenrl.errors import Refused, describe as describe_error
 from tokenrl.runs.session import Session
 from tokenrl.settings import arguments
 
 
-def train_agent(args: ControlArguments | None = None, **options: Any) -> ControlResult:
+def train_agent(
+    args: ControlArguments | None = None, *, agent: str | None = None, **options: Any
+) -> ControlResult:
     """Train an agent by policy gradients; the keywords are the fields of `ControlArguments`.
 
     Args:
         args: all settings as one object.
-        **options: or the settings that differ from their defaults; `estimator` may be the name of a preset.
+        agent: `classic` or `tuned`: start from this agent's settings (see `agent_settings`).
+        **options: the settings that differ from those of the agent, or without an agent from the defaults;
+            `estimator` may be the name of a preset.
 
     Returns:
         The result of the run, with the trained policy and its evaluations.
@@ -39,8 +44,9 @@ def train_agent(args: ControlArguments | None = None, **options: Any) -> Control
     Example:
         >>> from tokenrl import train_agent
         >>> train_agent(env="CartPole-v1", output_dir="runs/cartpole").eval_after["reward_greedy"]
+        >>> train_agent(agent="classic", env="Acrobot-v1", hidden=(32,), output_dir="runs/acrobot").verdict
     """
-    args = args or arguments(ControlArguments, options)
+    args = _arguments(args, agent, options)
     spec = describe(args.env, args.max_episode_steps)
     args = resolve(args, spec)
     with (
@@ -61,6 +67,18 @@ def train_agent(args: ControlArguments | None = None, **options: Any) -> Control
                 return run.result(session, "check")
             session.begin(args, names={}, title=run.title, solved=spec.solved)
             return _loop(run, session)
+
+
+def _arguments(args: ControlArguments | None, agent: str | None, options: dict[str, Any]) -> ControlArguments:
+    if agent is None:
+        return args or arguments(ControlArguments, options)
+    if args is not None:
+        raise Refused(
+            f"agent {agent!r} was given beside finished settings, and both say where a run starts. Give the "
+            "agent with keywords, or make the settings from agent_settings(agent, env)."
+        )
+    named = agent_settings(agent, options.get("env", ControlArguments.env))
+    return arguments(ControlArguments, named | options)
 
 
 def _loop(run: Run, session: Session) -> ControlResult:

@@ -176,7 +176,7 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat,
     weights = estimator.token_weights(mask, max_length=agent.horizon)
     per_step = advantages.policy
     per_step = per_step[:, None].expand(mask.shape) if per_step.ndim == 1 else per_step
-    metrics = {"advantage_std": float(per_step[mask].std())}
+    metrics = {"advantage_std": float(per_step[mask].std()) if mask.sum() > 1 else 0.0}
     if values is not None:
         metrics["explained_variance"] = explained(values[mask], advantages.returns[mask])
     flat = Flat(

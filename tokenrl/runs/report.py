@@ -106,7 +106,8 @@ def write_report(
         path: where to write the file.
         config: content of config.json; "versions" and "command" are shown in sections of their own.
         metrics: rows of metrics.jsonl.
-        summary: content of summary.json; empty for a run that has not ended.
+        summary: content of summary.json; empty for a run that has not ended. Its `verdict`, a sentence on the
+            result, is shown below the heading if it has one.
         completions: sample rows by step; the first and the last step are shown.
         plot_path: a PNG to embed; None for no figure.
         title: heading of the page.
@@ -116,6 +117,7 @@ def write_report(
     command = command if isinstance(command, str) else " ".join(map(str, command))
     sections = [
         f"<h1>{escape(title)}</h1><p class=soft>{escape(ending(summary))}</p>",
+        f"<p><b>{escape(str(summary['verdict']))}</b></p>" if "verdict" in summary else "",
         _headline(summary),
         _image(plot_path),
         _section("Diagnostics", _diagnostics(metrics)),
