@@ -31,7 +31,7 @@ from tokenrl.runs import read_metrics, smooth
 
 COLOURS = {"classic": "#D55E00", "tuned": "#0072B2"}  # Okabe and Ito
 SMOOTHED = 20  # episodes, at least, in each value of a learning curve
-AXES = {"num_env_steps": "environment steps", "played": "episodes"}
+AXES = ("environment steps", "episodes")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def print_table(groups: dict[tuple[str, str], list[Run]]) -> None:
         threshold = runs[0].summary["threshold"]
         score = "" if threshold is None else f", {solved(runs)} of {len(runs)} seeds reach {threshold:g}"
         steps, cpu = (np.mean([r.summary[k] for r in runs]) for k in ("env_steps", "train_cpu_seconds"))
-        episodes = np.mean([sum(row["episodes"] for row in run.updates) for run in runs])
+        episodes = np.mean([played(run) for run in runs])
         print(f"\n{env}, {agent}: {' '.join(f'{end:.1f}' for end in ends(runs))}")
         print(f"  mean {mean:.1f} [{low:.1f}, {high:.1f}]{score}")
         print(
@@ -141,39 +141,41 @@ def print_table(groups: dict[tuple[str, str], list[Run]]) -> None:
         )
 
 
+def played(run: Run) -> int:
+    """Return the number of episodes that ended in training."""
+    return sum(row["episodes"] for row in run.updates)
+
+
 def curve(run: Run, axis: str) -> tuple[np.ndarray, np.ndarray]:
     """Return steps or episodes so far, and the mean return of at least `SMOOTHED` episodes around there."""
     rows = [row for row in run.updates if row["episodes"]]
     each = [row["episodes"] for row in rows]
-    so_far = np.cumsum(each) if axis == "played" else np.array([row["num_env_steps"] for row in rows])
+    so_far = np.cumsum(each) if axis == "episodes" else np.array([row["num_env_steps"] for row in rows])
     window = 2 * round(SMOOTHED / 2 / np.mean(each)) + 1
     return so_far, np.array(smooth([row["reward"] for row in rows], window))
 
 
 def draw_agent(axes: Axes, agent: str, runs: list[Run], axis: str) -> None:
-    """Draw the mean learning curve where all seeds have one, and the fresh episodes after it."""
-    curves = [curve(run, axis) for run in runs]
-    first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
-    places = np.geomspace(first, max(first, last), 200)
-    mean, low, high = interval(np.array([np.interp(places, x, y) for x, y in curves]))
-    axes.plot(places, mean, color=COLOURS[agent], linewidth=2)
-    axes.fill_between(places, low, high, color=COLOURS[agent], alpha=0.2, linewidth=0)
+    """Draw the mean learning curve, and the fresh episodes. A run that has ended keeps its last value."""
+    curves = [curve(run, axis) for run in runs if played(run)]
+    if curves:
+        places = np.geomspace(max(x[0] for x, _ in curves), max(x[-1] for x, _ in curves), 200)
+        mean, low, high = interval(np.array([np.interp(places, x, y) for x, y in curves]))
+        axes.plot(places, mean, color=COLOURS[agent], linewidth=2)
+        axes.fill_between(places, low, high, color=COLOURS[agent], alpha=0.2, linewidth=0)
     mean, low, high = interval(ends(runs))
-    end = float(np.mean([x[-1] for x, _ in curves]))
+    end = np.mean([played(run) if axis == "episodes" else run.summary["env_steps"] for run in runs])
     axes.errorbar(end, mean, [[mean - low], [high - mean]], fmt="o", color=COLOURS[agent], capsize=3)
 
 
-def draw_panel(axes: Axes, env: str, groups: dict[str, list[Run]], axis: str) -> None:
+def draw_panel(axes: Axes, groups: dict[str, list[Run]], axis: str) -> None:
     for agent, runs in groups.items():
         draw_agent(axes, agent, runs, axis)
     threshold = next(iter(groups.values()))[0].summary["threshold"]
     if threshold is not None:
         axes.axhline(threshold, color="#555555", linestyle=":", linewidth=1.5)
-        score = ", ".join(f"{agent} {solved(runs)} of {len(runs)}" for agent, runs in groups.items())
-        env += f"\nsolved at {threshold:g}: {score}"
-    axes.set_title(env, loc="left", fontsize=11)
     axes.set_xscale("log")
-    axes.set_xlabel(AXES[axis])
+    axes.set_xlabel(axis)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#EAEAEA", linewidth=0.8)
 
@@ -183,45 +185,59 @@ def draw(groups: dict[tuple[str, str], list[Run]]) -> Figure:
     by_env: dict[str, dict[str, list[Run]]] = defaultdict(dict)
     for (env, agent), runs in groups.items():
         by_env[env][agent] = runs
-    figure = Figure(figsize=(1 + 3.9 * len(by_env), 7.2), dpi=100, layout="constrained")
+    figure = Figure(figsize=(3.2 + 3.2 * len(by_env), 7.2), dpi=100, layout="constrained")
     grid = figure.subplots(2, len(by_env), squeeze=False)
     for column, (env, agents) in enumerate(by_env.items()):
         for row, axis in enumerate(AXES):
-            draw_panel(grid[row][column], env, agents, axis)
+            draw_panel(grid[row][column], agents, axis)
             grid[row][column].set_ylabel("return" if column == 0 else "")
+        grid[0][column].set_title(heading(env, agents), loc="left", fontsize=11)
     for line, agent in enumerate(dict.fromkeys(agent for _, agent in groups)):
         place = {"transform": grid[0][0].transAxes, "va": "top", "color": COLOURS[agent]}
         grid[0][0].text(0.03, 0.97 - 0.08 * line, agent, fontweight="bold", **place)
     figure.suptitle(finding(by_env), x=0.01, ha="left", fontsize=13)
-    figure.supxlabel(
-        "lines: mean over seeds of the training episodes, bands: its 95 % interval; dots: fresh episodes "
-        "after training; dotted: threshold",
-        fontsize=9,
-        color="#555555",
+    lines = f"lines: mean over seeds of the return in training, over {SMOOTHED} episodes or more"
+    rest = (
+        "a run that has ended keeps its last one; bands, bars: 95 %; dots: fresh episodes; dotted: threshold"
     )
+    figure.supxlabel(f"{lines}\n{rest}", fontsize=9, color="#555555")
     return figure
 
 
+def heading(env: str, groups: dict[str, list[Run]]) -> str:
+    threshold = next(iter(groups.values()))[0].summary["threshold"]
+    score = ", ".join(f"{agent} {solved(runs)} of {len(runs)}" for agent, runs in groups.items())
+    return env if threshold is None else f"{env}\nsolved at {threshold:g}: {score}"
+
+
 def finding(by_env: dict[str, dict[str, list[Run]]]) -> str:
-    """Say how many runs each agent solves, and how their budgets compare."""
-    score: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for agents in by_env.values():
-        for agent, runs in agents.items():
-            score[agent][0] += solved(runs)
-            score[agent][1] += len(runs) if runs[0].summary["threshold"] is not None else 0
-    counts = ", ".join(f"the {agent} agent {done} of {of}" for agent, (done, of) in score.items())
-    ratios = [
-        np.mean([run.summary["env_steps"] for run in agents["tuned"]])
-        / np.mean([run.summary["env_steps"] for run in agents["classic"]])
+    """Say how many runs each agent solves (without thresholds: its mean returns), and at which budgets."""
+    pairs = [(agent, runs) for agents in by_env.values() for agent, runs in agents.items()]
+    judged = [(agent, runs) for agent, runs in pairs if runs[0].summary["threshold"] is not None]
+    score: dict[str, list[int]] = {agent: [0, 0] for agent, _ in judged}
+    for agent, runs in judged:
+        score[agent][0] += solved(runs)
+        score[agent][1] += len(runs)
+    counts = [f"{agent} solves {done} of {of} runs" for agent, (done, of) in score.items()]
+    means = [f"{agent} earns {ends(runs).mean():.1f}" for agent, runs in pairs]
+    steps = [
+        {agent: np.mean([run.summary["env_steps"] for run in runs]) for agent, runs in agents.items()}
         for agents in by_env.values()
-        if len(agents) == 2
     ]
-    more = f"; tuned takes {min(ratios):.1f} to {max(ratios):.1f} times the steps" if ratios else ""
-    return f"Solved runs: {counts}{more}"
+    ratios = [f"{found['tuned'] / found['classic']:.2g}" for found in steps if len(found) == 2]
+    more = f"\ntuned takes {', '.join(ratios)} times as many environment steps" if ratios else ""
+    return ", ".join(counts or means) + more
 
 
 def main(arguments: Arguments) -> None:
-    """Train, print each run as it ends, and draw what has been finished, also after an interruption."""
+    """Train, print each run as it ends, and draw what has been finished, also after an interruption.
+
+    Raises:
+        Refused: an agent has no settings for an environment; raised before the first run.
+    """
+    for env in arguments.env:
+        for agent in arguments.agent:
+            agent_settings(agent, env)
     print(f"mean return of {arguments.eval_episodes} fresh episodes, sampled actions, ± standard error")
     print(f"{'environment':25} agent    seed    before     after           greedy   env steps    CPU s")
     groups: dict[tuple[str, str], list[Run]] = defaultdict(list)

@@ -52,7 +52,8 @@ CONTROL = {
     "control_entropy": "--seeds 2 --updates 2 --betas 0 1",
     "control_3_numpy": "--seeds 0 --episodes 20 --variation window",
     "control_4_walk": "--seeds 1 --episodes 8 --hidden 8",
-    "control_5_agents": "--env CartPole-v1 Pendulum-v1 --seeds 2 1 --max-steps 1 --eval-episodes 2",
+    "control_5_agents": "--env CartPole-v1 Acrobot-v1 Pendulum-v1 --seeds 2 1 --max-steps 1 "
+    "--eval-episodes 2",
     "control_contrast": "--seeds 1 --updates 3 --episodes 4 --steps 2 --prompts 2 --bins 2",
 }
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
