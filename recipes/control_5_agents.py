@@ -225,8 +225,8 @@ def finding(by_env: dict[str, dict[str, list[Run]]]) -> str:
         for agents in by_env.values()
     ]
     ratios = [f"{found['tuned'] / found['classic']:.2g}" for found in steps if len(found) == 2]
-    more = f"\ntuned takes {', '.join(ratios)} times as many environment steps" if ratios else ""
-    return ", ".join(counts or means) + more
+    more = f"\nTuned takes {', '.join(ratios)} times as many environment steps" if ratios else ""
+    return ", ".join(counts or means).capitalize() + more
 
 
 def main(arguments: Arguments) -> None:

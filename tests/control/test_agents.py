@@ -184,6 +184,7 @@ def test_the_verdict_is_printed_last_and_stands_in_summary_and_report(tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_classic_agent_brings_cartpole_to_its_end(tmp_path):
     """The middle one of three seeds; of ten, eight reach 475 (recipes/control_5_agents.py)."""
     results = [
