@@ -190,9 +190,9 @@ def test_a_step_with_positive_return_raises_the_probability_of_the_action_taken(
     assert sign * float((agent.policy.score(x, a).logprobs.sum() - before).detach()) > 0
 
 
-def bootstraps(gamma):
+def bootstraps(gamma, **options):
     estimator = Estimator(baseline="value", returns="gae", lam=0.9, gamma=gamma)
-    agent, rollout = agent_of(estimator, critic="separate"), rollout_of()
+    agent, rollout = agent_of(estimator, critic="separate", **options), rollout_of()
     flat, _ = prepare(agent, estimator, rollout)
     values = agent.policy.values(rollout.final_observations).detach()
     return flat, rollout, values
@@ -207,11 +207,12 @@ def test_what_follows_a_cut_or_a_time_limit_is_the_critics_value():
     torch.testing.assert_close(flat.returns[last, 0], expected)
 
 
-def test_without_a_discount_a_time_limit_belongs_to_the_task():
-    flat, rollout, values = bootstraps(1.0)
+@pytest.mark.parametrize(("gamma", "options"), [(1.0, {}), (0.9, {"time_limits": "end"})])
+def test_without_a_discount_or_if_so_set_a_time_limit_is_an_end(gamma, options):
+    flat, rollout, values = bootstraps(gamma, **options)
     last = LENGTHS.cumsum(0) - 1
     rewards = rollout.rewards[torch.arange(4), LENGTHS - 1]
-    torch.testing.assert_close(flat.returns[last, 0], rewards + torch.tensor([0, 0, 1, 0]) * values)
+    torch.testing.assert_close(flat.returns[last, 0], rewards + gamma * torch.tensor([0, 0, 1, 0]) * values)
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])

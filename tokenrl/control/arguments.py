@@ -31,6 +31,8 @@ class ControlArguments(Settings):
     Default: one whole episode of each environment."""
     max_episode_steps: Count | None = None
     """Steps after which an episode is cut. Default: the environment's own limit."""
+    time_limits: Literal["bootstrap", "end"] = "bootstrap"
+    """Let a critic estimate what a time limit cuts off, if gamma is below 1; or treat a limit as an end."""
     head: Literal["auto", "softmax", "gaussian"] = "auto"
     """Distribution of actions; auto chooses by the action space."""
     hidden: tuple[Count, ...] = (64,)

@@ -160,9 +160,11 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat,
         # A terminal state has value 0. A truncated episode would have gone on: the critic's value stands for
         # the rest, except with gamma 1, where the return of an episode is the sum of its own rewards.
         # Nor can a value of normalised returns stand for rewards: it is in other units.
-        goes_on = ~rollout.terminated & (~rollout.truncated if estimator.gamma == 1 else True)
+        ends = rollout.terminated
+        if estimator.gamma == 1 or agent.args.time_limits == "end":
+            ends = ends | rollout.truncated
         if estimator.returns != "episode_normalized":
-            bootstrap = torch.where(goes_on, policy.values(rollout.final_observations), 0.0)
+            bootstrap = torch.where(ends, 0.0, policy.values(rollout.final_observations))
     rewards = rollout.rewards * agent.args.reward_scale
     advantages = estimator.advantages(
         rewards,
