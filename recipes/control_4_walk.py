@@ -9,9 +9,10 @@ Then the walk. x starts at 0 and moves by 0.1 to the left or right. The episode 
 a reward of 1 on the right and -1 on the left; every other step pays 0.01, and after 50 steps the episode is
 cut. Standing about returns 0.5, the straight path to the right 1.1. The agent is a textbook's: two tanh
 layers of 128, PyTorch's initial weights, Adam 3e-4, one episode an update, a mean over its steps, gradients
-clipped at norm 0.5, 400 episodes, and the limit of 50 steps taken for an end. With a value head on the same layers the advantage is G_t - V(x), and the
-head learns G_t by half its squared error. "Normalised" means that G_t is first shifted and scaled to mean 0
-and sd 1 within its episode; V then learns those numbers. It is the textbook's choice.
+clipped at norm 0.5, 400 episodes, and a time limit that counts as an end. With a value head on the same
+layers the advantage is G_t - V(x), and the head learns G_t by half its squared error. "Normalised" means that
+G_t is first shifted and scaled to mean 0 and sd 1 within its episode; V then learns those numbers. This is
+the textbook's choice.
 
 RESULTS
 

@@ -171,3 +171,22 @@ def test_the_entropy_is_that_of_the_last_tenth_and_the_threshold_that_of_trainin
         assert found.steps == (37, 40)
         verdicts.append(found.verdict)
     assert verdicts == ["fine", "act", "fine"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_envs": 1},
+        {"estimator": Estimator(baseline="episode_mean", scale="episode_std", returns="reward_to_go")},
+        {"estimator": Estimator(baseline="value", returns="episode_normalized")},
+    ],
+)
+def test_equal_returns_are_no_lack_of_signal_where_episodes_are_not_compared(made_up, settings):
+    def topics(**chosen):
+        return [
+            finding.topic
+            for finding in advise_run(str(made_up("control", reward_std=0.0, **chosen))).findings
+        ]
+
+    assert "signal" in topics()
+    assert "signal" not in topics(settings=settings)

@@ -24,6 +24,7 @@ from tokenrl.advisor.rules import (
     one_figure,
 )
 from tokenrl.advisor.show import Finding
+from tokenrl.core.choices import choice_of
 from tokenrl.core.entropy import LEAST_ENTROPY, entropy_collapsed
 from tokenrl.core.guards import check_horizon, subtracts_something, teaches_nothing
 from tokenrl.core.kl import LARGEST_ERROR
@@ -64,7 +65,7 @@ def signal_finding(history: History, progress: Progress) -> Finding | None:
     """Judge how many groups of completions, or how many rollouts of episodes, have rewards that differ."""
     groups = history.estimator.needs_groups
     recent = history.recent("frac_reward_zero_std" if groups else "reward_std")
-    if recent is None:
+    if recent is None or _within_episodes(history):
         return None
     first, last = recent.steps
     rows = [row for row in history.rows if first <= row["step"] <= last and row.get("reward_std") is not None]
@@ -83,6 +84,15 @@ def signal_finding(history: History, progress: Progress) -> Finding | None:
     elif 2 * share > DEAD_GROUPS:
         verdict, text = WATCH, f"{text}; above {DEAD_GROUPS:.0%} it would waste most of the work"
     return Finding("signal", verdict, text, share, recent.steps, changes)
+
+
+def _within_episodes(history: History) -> bool:
+    """Whether steps are compared within their episode only, so that equal returns of episodes say nothing."""
+    estimator = history.estimator
+    compared = (
+        choice_of(axis, getattr(estimator, axis)).compares for axis in ("baseline", "scale", "returns")
+    )
+    return "row" in compared or (not history.language and history.arguments.num_envs == 1)
 
 
 def _easy(history: History) -> bool:

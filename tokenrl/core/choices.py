@@ -194,6 +194,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
             BIASED,
             "the mean and the spread of each episode's own returns to go depend on its actions: it is the "
             "gradient of no objective, and in sum a good episode gets as much credit as a bad one, none",
+            compares="row",
         ),
         "gae": Choice(
             BIASED,

@@ -68,5 +68,5 @@ def entropy_collapse_message(entropy: float) -> str:
         f"{LEAST_ENTROPY:g}) and the estimator has no entropy bonus (entropy_coef 0). It nearly always makes "
         "the same choice, so it no longer finds a better one, and its gradient vanishes. This may be what "
         "you want if each prompt or state has one right answer and the reward is good; otherwise set "
-        "--estimator.entropy-coef (0.01 is a start), or lower the learning rate."
+        "--estimator.entropy-coef (0.01 is a start; to leave a trap takes more), or lower the learning rate."
     )
