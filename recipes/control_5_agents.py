@@ -8,6 +8,19 @@
 each episode (gamma 0.99) are shifted and scaled to mean 0 and standard deviation 1 over its own steps.
 `tuned` has settings for each environment. Both are in tokenrl/control/agents.py, where comments say what each
 choice is for. Every trained policy is judged by fresh episodes with sampled actions.
+
+Look for: CartPole (solved at 475), where the classic agent ends at 456 [381, 497] (mean and 95 % bootstrap
+interval over ten seeds), at 467 to 500 but for one seed at 129. Nothing bounds its steps, so its return falls
+back several times before the end. The tuned agent ends at 500 with every seed, with 14 times as many
+environment steps but a third of the processor time, because it steps 64 environments at once.
+
+Acrobot (-100): eight of ten classic agents end between -165 and -93, two of them above -100, and the other
+two at -500: in 300 episodes they reached the goal once or never, and an episode is only compared with itself,
+so failing always teaches nothing. Noise is part of what was learnt: one agent has -104 with sampled actions
+and -476 with the most probable ones. Tuned: -90 [-93, -87], nine of ten above -100.
+
+LunarLander (200): after 1,000 episodes the classic agent ends at 117 [67, 175], one of five seeds above 200.
+Tuned: 273 [270, 276], with 4.3 times as many environment steps.
 """
 
 from __future__ import annotations
@@ -185,7 +198,7 @@ def draw(groups: dict[tuple[str, str], list[Run]]) -> Figure:
     by_env: dict[str, dict[str, list[Run]]] = defaultdict(dict)
     for (env, agent), runs in groups.items():
         by_env[env][agent] = runs
-    figure = Figure(figsize=(3.2 + 3.2 * len(by_env), 7.2), dpi=100, layout="constrained")
+    figure = Figure(figsize=(3.2 + 2.9 * len(by_env), 6.6), dpi=90, layout="constrained")
     grid = figure.subplots(2, len(by_env), squeeze=False)
     for column, (env, agents) in enumerate(by_env.items()):
         for row, axis in enumerate(AXES):
@@ -194,7 +207,7 @@ def draw(groups: dict[tuple[str, str], list[Run]]) -> Figure:
         grid[0][column].set_title(heading(env, agents), loc="left", fontsize=11)
     for line, agent in enumerate(dict.fromkeys(agent for _, agent in groups)):
         place = {"transform": grid[0][0].transAxes, "va": "top", "color": COLOURS[agent]}
-        grid[0][0].text(0.03, 0.97 - 0.08 * line, agent, fontweight="bold", **place)
+        grid[0][0].text(0.03, 0.8 - 0.09 * line, agent, fontweight="bold", **place)
     figure.suptitle(finding(by_env), x=0.01, ha="left", fontsize=13)
     lines = f"lines: mean over seeds of the return in training, over {SMOOTHED} episodes or more"
     rest = (
