@@ -1,213 +1,289 @@
-"""REINFORCE on CartPole-v1 in NumPy alone, its variations, and DQN on the same axes.
+"""REINFORCE on CartPole-v1 in NumPy alone, and DQN beside it, by episodes and by environment steps.
 
 The agent is one page, `tokenrl/control/numpy_agent.py`: read it beside this. 100 ReLU units, a gradient
-written by hand, RMSProp, five episodes an update. Each variation changes one thing:
+written by hand, RMSProp, five episodes an update. --dqn trains DQN of stable-baselines3 too, with the
+settings of rl-baselines3-zoo. The curves are rolling means of 100 training episodes, as they are played: with
+sampled actions, and by DQN with 4 % random ones. At the end both play 100 fresh episodes with their best
+actions only. Each finished run is kept as a file: Ctrl-C draws those, and --resume goes on from them.
 
-    gamma         how far ahead an action is credited with rewards: 0.8, 0.95, 0.99, 0.999
-    window        the same with a sharp limit: each reward is credited to the last 5, 10, 20, 50 actions only
-    plain         returns are not standardised within the episode
-    undiscounted  gamma 1, with standardisation and without
-
-Several are drawn side by side: --variation gamma window plain undiscounted.
-
-Expect: with the usual settings, seeds 0 to 4 reach a mean of 475 over 100 episodes after 1,961 to 2,860
-episodes (about a million steps and 15 seconds of one core each). Then they fluctuate: at episode 3,000 the
-means lie between 445 and 489. DQN has 50,000 steps, with 4 % random actions to the end, and reaches 179 to
-278. With seeds 0 and 1, the settings that look ahead by 50 steps or fewer (gamma 0.8 and 0.95, every window)
-mostly rise as fast at first and never exceed a mean of 405; gamma 0.99, 0.999 and 1 are much alike.
-Standardising does not help here: without it 475 is reached sooner (after 1,963 and 2,054 episodes), and
-without the discount too, the one setting whose gradient is unbiased, sooner still (1,520 and 1,325). Two
-seeds prove little; use more.
+Expect, with seeds 0 to 4 [95 % intervals of the mean]: REINFORCE reaches a mean of 475 with all of them,
+after 1,961 to 2,860 episodes, which are 647,511 to 801,892 steps. Then it fluctuates a little: the last 100
+of 3,000 episodes return 469 [456, 482], the best actions 496 [493, 499]. DQN never reaches 475. Until 60,000
+steps it is about as good as REINFORCE after as many (237 against 184 there, with intervals that overlap). Its
+highest means are 167 to 408; by 100,000 steps all five seeds have fallen, to 69 [52, 86]. Its best actions
+return 106 [73, 137], so the random ones are not the reason. This says nothing of DQN with other settings:
+these were tuned for 50,000 steps, and a mean of 475 over 100 episodes takes 47,500 by itself. A run of
+REINFORCE takes 15 seconds of one core, one of DQN two minutes.
 """
 
-from dataclasses import dataclass, replace
+import json
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
+import gymnasium
 import numpy as np
 import tyro
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tokenrl.control import NumpySettings, train_numpy
+from tokenrl.control import NumpySettings, seed_of, train_numpy
+from tokenrl.runs import write_json
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A8A8A"  # Okabe and Ito
+COLOURS = {"REINFORCE": "#0072B2", "DQN": "#D55E00"}  # Okabe and Ito
+GREY = "#8A8A8A"
 SUGGESTED = 475.0  # CartPole-v1's own reward threshold, for the mean of 100 episodes
-Curve = tuple[np.ndarray, int]  # the rolling mean of 100 episodes, and environment steps
+WIDTH = 100  # episodes in a rolling mean, and in the evaluation
+# rl-baselines3-zoo tuned these for 50,000 steps; exploration falls over the first 8,000, as it does there.
+DQN = {
+    "learning_rate": 2.3e-3, "batch_size": 64, "buffer_size": 100_000, "learning_starts": 1000, "gamma": 0.99,
+    "target_update_interval": 10, "train_freq": 256, "gradient_steps": 128, "exploration_final_eps": 0.04,
+    "policy_kwargs": {"net_arch": [256, 256]},
+}  # fmt: skip
+EXPLORATION_STEPS = 8000
+Act = Callable[[np.ndarray], np.ndarray]  # the best actions [N] for observations [N, 4]
 
 
 @dataclass
 class Args:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Seeds; one run for each."""
+    """Seeds; one run of each agent for each."""
     episodes: int = 3000
-    """Episodes per run."""
-    variation: tuple[Literal["gamma", "window", "plain", "undiscounted"], ...] = ()
-    """What to vary, with one panel for each. Default: nothing, and a curve for each seed."""
+    """Episodes of each run of REINFORCE."""
     dqn: bool = False
-    """Train DQN (stable-baselines3) too and draw it on the same axes."""
-    dqn_steps: int = 50_000
-    """Environment steps of each DQN run."""
+    """Train DQN (stable-baselines3) too."""
+    dqn_steps: int = 100_000
+    """Environment steps of each run of DQN."""
     output: Path = Path("numpy_cartpole.png")
     """Where the figure goes."""
+    output_dir: Path = Path("runs/control_3_numpy")
+    """Where each finished run goes, as a JSON file."""
+    resume: bool = False
+    """Take the runs of equal settings that the directory holds, and train only those that are missing."""
 
 
-def settings_of(variation: str) -> dict[str, NumpySettings]:
-    usual = NumpySettings()
-    if variation == "gamma":
-        return {f"gamma {gamma:g}": replace(usual, gamma=gamma) for gamma in (0.8, 0.95, 0.99, 0.999)}
-    if variation == "window":
-        windows = {f"window {n}": replace(usual, window=n) for n in (5, 10, 20, 50)}
-        return windows | {"no window": usual}
-    if variation == "plain":
-        return {"standardised": usual, "not standardised": replace(usual, standardise=False)}
-    undiscounted = replace(usual, gamma=1.0)
-    return {
-        "gamma 0.99": usual,
-        "gamma 1": undiscounted,
-        "gamma 1, not standardised": replace(undiscounted, standardise=False),
-    }
+class Run(NamedTuple):
+    """What is kept of a run; each step has a reward of 1, so that returns are numbers of steps too."""
+
+    returns: np.ndarray  # of each training episode
+    greedy: np.ndarray  # of 100 fresh episodes afterwards, always with the best action
+    seconds: float  # of CPU time
 
 
-def rolling(returns: list[float]) -> np.ndarray:
+def progress(name: str, done: str, returns: list[float]) -> None:
+    print(f"  {name}: {done}, mean {np.mean(returns[-WIDTH:]):.0f}", flush=True)
+
+
+def reinforce(seed: int, episodes: int) -> tuple[list[float], Act]:
+    """Train the NumPy agent; the best action is the one with the larger probability."""
+    settings, returns = NumpySettings(seed=seed), []
+    for weights, batch in islice(train_numpy(settings), -(-episodes // settings.episodes_per_update)):  # noqa: B007
+        returns += [float(episode.rewards.sum()) for episode in batch]
+        if len(returns) % 1000 == 0:
+            progress(f"REINFORCE, seed {seed}", f"{len(returns):,} of {episodes:,} episodes", returns)
+
+    def act(observations: np.ndarray) -> np.ndarray:
+        hidden = np.maximum(observations @ weights.w1.T + weights.b1, 0)
+        return (hidden @ weights.w2 + weights.b2 > 0).astype(int)
+
+    return returns[:episodes], act
+
+
+def dqn(seed: int, steps: int) -> tuple[list[float], Act]:
+    """Train DQN; 4 % of its training actions stay random."""
+    import torch
+    from stable_baselines3 import DQN as Agent
+    from stable_baselines3.common.monitor import Monitor
+
+    torch.set_num_threads(1)  # networks so small gain nothing from more
+    env, fraction = Monitor(gymnasium.make("CartPole-v1")), min(1.0, EXPLORATION_STEPS / steps)
+    agent = Agent("MlpPolicy", env, exploration_fraction=fraction, seed=seed, device="cpu", **DQN)
+
+    def goes_on(*_: object) -> bool:
+        if agent.num_timesteps % 10_000 == 0:
+            done = f"{agent.num_timesteps:,} of {steps:,} steps"
+            progress(f"DQN, seed {seed}", done, env.get_episode_rewards())
+        return True
+
+    agent.learn(steps, callback=goes_on)
+    return env.get_episode_rewards(), lambda seen: agent.predict(seen, deterministic=True)[0]
+
+
+def evaluate(act: Act, seed: int) -> np.ndarray:
+    """Return the returns of 100 fresh episodes, which start alike for both agents."""
+    envs = gymnasium.make_vec("CartPole-v1", WIDTH, vectorization_mode="sync")
+    observations, _ = envs.reset(seed=seed_of(seed, 1, evaluation=True))
+    returns, playing = np.zeros(WIDTH), np.ones(WIDTH, dtype=bool)
+    while playing.any():
+        observations, rewards, terminated, truncated, _ = envs.step(act(observations))
+        returns += rewards * playing
+        playing &= ~(terminated | truncated)
+    envs.close()
+    return returns
+
+
+def run(args: Args, kind: str, seed: int) -> Run:
+    """Train and evaluate one agent and write its file, or read that if it is there and may be used."""
+    if kind == "DQN":
+        asked = {**DQN, "seed": seed, "steps": args.dqn_steps}
+    else:
+        asked = {**asdict(NumpySettings(seed=seed)), "episodes": args.episodes}
+    path = args.output_dir / f"{kind}_seed_{seed}.json"
+    if args.resume and path.exists() and (kept := json.loads(path.read_text()))["asked"] == asked:
+        return Run(np.array(kept["returns"]), np.array(kept["greedy"]), kept["seconds"])
+    start = time.process_time()
+    returns, act = dqn(seed, args.dqn_steps) if kind == "DQN" else reinforce(seed, args.episodes)
+    greedy, seconds = evaluate(act, seed), time.process_time() - start
+    found = {"returns": returns, "greedy": greedy.tolist(), "seconds": seconds}
+    write_json(path, {"asked": asked} | found)
+    return Run(np.array(returns), greedy, seconds)
+
+
+def rolling(returns: np.ndarray) -> np.ndarray:
     """Mean of the last 100 episodes, from the hundredth on (of fewer, if there are fewer)."""
-    width = min(100, len(returns))
+    width = min(WIDTH, len(returns))
     return np.convolve(returns, np.ones(width) / width, mode="valid")
 
 
-def reinforce(settings: NumpySettings, episodes: int) -> Curve:
-    updates = islice(train_numpy(settings), -(-episodes // settings.episodes_per_update))
-    played = [episode.rewards for _, batch in updates for episode in batch][:episodes]
-    return rolling([float(rewards.sum()) for rewards in played]), sum(map(len, played))
+def curve(one: Run, axis: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return episodes or environment steps, and the rolling mean at the end of each, [n] both."""
+    mean = rolling(one.returns)
+    episodes = np.arange(len(mean)) + len(one.returns) - len(mean) + 1
+    return (episodes if axis == "episodes" else np.cumsum(one.returns)[episodes - 1]), mean
 
 
-def dqn(seed: int, steps: int) -> Curve:
-    """Train DQN with rl-baselines3-zoo's settings for CartPole-v1; 4 % of its actions stay random."""
-    import gymnasium
-    from stable_baselines3 import DQN
-    from stable_baselines3.common.monitor import Monitor
+def together(
+    curves: list[tuple[np.ndarray, np.ndarray]], points: int = 2000
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a grid [points] and each curve on it, interpolated, [seeds, points].
 
-    env = Monitor(gymnasium.make("CartPole-v1"))
-    agent = DQN(
-        "MlpPolicy", env, learning_rate=2.3e-3, batch_size=64, buffer_size=100_000, learning_starts=1000,
-        gamma=0.99, target_update_interval=10, train_freq=256, gradient_steps=128, exploration_fraction=0.16,
-        exploration_final_eps=0.04, policy_kwargs={"net_arch": [256, 256]}, seed=seed, device="cpu",
-    )  # fmt: skip
-    agent.learn(steps)
-    return rolling(env.get_episode_rewards()), env.get_total_steps()
+    The grid lies where all curves do: beyond, the mean would be of those seeds whose episodes were short.
+    """
+    first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    grid = np.geomspace(min(first, last), last, points)
+    return grid, np.array([np.interp(grid, x, mean) for x, mean in curves])
 
 
-def tell(name: str, curve: Curve) -> None:
-    """Print the best and the last mean of one run."""
-    mean, steps = curve
-    reached = np.flatnonzero(mean >= SUGGESTED)
-    when = f"{reached[0] + 100} episodes" if len(reached) else "never"
-    print(f"{name:34} best {mean.max():5.1f}   last {mean[-1]:5.1f}   475 after {when:13}   steps {steps:,}",
-          flush=True)  # fmt: skip
+def reached(one: Run) -> tuple[float, float]:
+    """Return episodes and steps until a rolling mean of 475, or infinities if there is none."""
+    mean = rolling(one.returns)
+    if mean.max() < SUGGESTED:
+        return np.inf, np.inf
+    episodes = int(np.argmax(mean >= SUGGESTED)) + len(one.returns) - len(mean) + 1
+    return episodes, float(one.returns[:episodes].sum())
 
 
-def line(axes: Axes, mean: np.ndarray, **style: object) -> None:
-    axes.plot(np.arange(len(mean)) + 100, mean, **style)
+def interval(x: np.ndarray) -> np.ndarray:
+    """Return mean, low and high of the mean over the first axis, the seeds; 95 %, 2000 resamples."""
+    n = len(x)
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 2000) / n
+    return np.concatenate([[x.mean(0)], np.quantile(weights @ x, (0.025, 0.975), axis=0)])
 
 
-def dress(axes: Axes, episodes: int) -> None:
-    axes.axhline(500, color=GREY, linewidth=1, linestyle="--")
-    axes.annotate(
-        "500, the most there is", (0, 500), (4, 3), textcoords="offset points", color=GREY, fontsize=9
-    )
-    axes.set_xlim(0, max(episodes, 101))
-    axes.set_ylim(0, 540)
-    axes.set_xlabel("episodes")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#EAEAEA", linewidth=0.8)
+def say(numbers: list[float]) -> str:
+    return "{:.0f} [{:.0f}, {:.0f}]".format(*interval(np.array(numbers)))
 
 
-def draw_seeds(runs: list[Curve], others: list[Curve], episodes: int) -> Figure:
-    """Draw a thin line for each run and, of NumPy's, a thick one for their mean."""
-    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    dress(axes, episodes)
-    for mean, _ in runs:
-        line(axes, mean, color=BLUE, linewidth=0.9, alpha=0.45)
-    line(axes, np.mean([mean for mean, _ in runs], axis=0), color=BLUE, linewidth=2.4)
-    for mean, _ in others:
-        line(axes, mean, color=ORANGE, linewidth=1.2, alpha=0.8)
-    steps = np.mean([steps for _, steps in runs])
-    text = f"REINFORCE in NumPy, {len(runs)} seeds and their mean\n{steps:,.0f} steps a run"
-    axes.annotate(text, (0.98, 0.10), xycoords="axes fraction", color=BLUE, ha="right")
-    reached = sum(mean.max() >= SUGGESTED for mean, _ in runs)
-    title = f"REINFORCE: {reached} of {len(runs)} seeds reach a mean of 475 within {episodes:,} episodes"
-    if others:
-        steps = np.mean([steps for _, steps in others])
-        text = f"DQN (stable-baselines3), {len(others)} seeds\n{steps:,.0f} steps a run"
-        axes.annotate(text, (0.98, 0.24), xycoords="axes fraction", color=ORANGE, ha="right")
-        last = min(len(mean) for mean, _ in [*runs, *others]) - 1  # the last episode that every run has
-        here, there = (np.mean([mean[last] for mean, _ in curves]) for curves in (runs, others))
-        title += f";\nafter {last + 100} episodes DQN is at {there:.0f}, REINFORCE at {here:.0f}"
-    axes.set_ylabel("return, mean of the last 100 episodes")
-    axes.set_title(title, loc="left", fontsize=11)
+def count(number: float) -> str:
+    return f"{number:,.0f}" if np.isfinite(number) else "never"
+
+
+def tell(name: str, one: Run) -> None:
+    """Print one run."""
+    episodes, steps = map(count, reached(one))
+    when = "475 never" if episodes == "never" else f"475 after {episodes} episodes, {steps} steps"
+    mean, size = rolling(one.returns), f"{len(one.returns):,} episodes, {one.returns.sum():,.0f} steps"
+    print(f"{name}: {when}; best {mean.max():.1f}, last {mean[-1]:.1f}, greedy {one.greedy.mean():.1f}; "
+          f"{size}, {one.seconds:.0f} s", flush=True)  # fmt: skip
+
+
+def summary(kind: str, runs: list[Run]) -> str:
+    """Print what the runs of one agent come to, and return a line for the title."""
+    when = np.array([reached(one) for one in runs])  # [seeds, 2]
+    episodes, steps = map(count, np.median(when, axis=0))  # never, if fewer than half of the seeds get there
+    number = f"{np.isfinite(when[:, 0]).sum()} of {len(runs)} seeds"
+    means = [rolling(one.returns) for one in runs]
+    best, last = [mean.max() for mean in means], [mean[-1] for mean in means]
+    greedy = [one.greedy.mean() for one in runs]
+    print(f"{kind}, {len(runs)} seeds: a mean of 475 in {number}, median {episodes} episodes, {steps} steps")
+    print(f"  highest mean of 100 training episodes {say(best)}")
+    print(f"  last 100 training episodes {say(last)}")
+    print(f"  100 fresh episodes with the best actions {say(greedy)}")
+    print(f"  CPU seconds {say([one.seconds for one in runs])}")
+    at = "" if steps == "never" else f" (median: after {steps} steps)"
+    ends = f"{np.mean(last):.0f}, with the best actions {np.mean(greedy):.0f}"
+    return f"{kind}: a mean of 475 in {number}{at}; highest {np.mean(best):.0f}; at the end {ends}"
+
+
+def draw(runs: dict[str, list[Run]], title: str) -> Figure:
+    figure = Figure(figsize=(12, 5.2), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, label in ((left, "episodes"), (right, "environment steps")):
+        for kind, of_kind in runs.items():
+            curves = [curve(one, label) for one in of_kind]
+            for x, mean in curves:
+                axes.plot(x, mean, color=COLOURS[kind], linewidth=0.7, alpha=0.4)
+            x, means = together(curves)
+            middle, low, high = interval(means)
+            axes.fill_between(x, low, high, color=COLOURS[kind], alpha=0.2, linewidth=0)
+            axes.plot(x, middle, color=COLOURS[kind], linewidth=2.4, label=f"{kind}, {len(of_kind)} seeds")
+        axes.axhline(500, color=GREY, linewidth=1, linestyle="--")
+        axes.set_xlabel(label)
+        axes.set_ylim(0, 540)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#EAEAEA", linewidth=0.8)
+    left.set_ylabel("training return, mean of the last 100 episodes")
+    left.set_xlim(left=0)
+    right.set_xscale("log")
+    for axes in (left, right):
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    left.annotate("500, the most there is", (30, 505), color=GREY, fontsize=9)
+    left.legend(frameon=False, loc="lower right")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    note = "bands: 95 % of the mean over seeds (bootstrap), as far as every seed goes; thin lines: each seed"
+    figure.supxlabel(note, fontsize=9)
     return figure
 
 
-TITLES = {
-    "gamma": "How far ahead an action answers",
-    "window": "Each reward is credited to the last actions only",
-    "plain": "Returns standardised within the episode, or not",
-    "undiscounted": "Without a discount",
-}
+def stop(number: int, _: object) -> None:
+    """End what is going on, for Ctrl-C and SIGTERM; the exit code is the shell's, 130 or 143."""
+    raise SystemExit(128 + number)
 
 
-def draw_variations(panels: dict[str, dict[str, list[Curve]]], others: list[Curve], episodes: int) -> Figure:
-    """Draw a panel for each variation, and in it the mean over the seeds; the usual setting is black."""
-    rows, columns = (2, 2) if len(panels) > 2 else (1, len(panels))
-    figure = Figure(figsize=(6 * columns, 4.2 * rows), dpi=100, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
-    for axes, (variation, curves) in zip(grid, panels.items(), strict=False):
-        dress(axes, episodes)
-        colours = iter((ORANGE, PURPLE, GREEN, BLUE))
-        for name, runs in curves.items():
-            mean = np.mean([mean for mean, _ in runs], axis=0)
-            colour = "black" if settings_of(variation)[name] == NumpySettings() else next(colours)
-            line(axes, mean, color=colour, linewidth=2, label=f"{name}: {mean[-1]:.0f} at the end")
-        for i, (mean, _) in enumerate(others):
-            line(axes, mean, color=GREY, linewidth=1, label=None if i else "DQN, each seed")
-        axes.legend(frameon=False, fontsize=9, loc="lower right")
-        axes.set_title(TITLES[variation], loc="left", fontsize=11)
-    for axes in figure.axes[::columns]:
-        axes.set_ylabel("return, mean of 100 episodes\nand of the seeds")
-    return figure
+def train(args: Args, runs: dict[str, list[Run]]) -> int:
+    """Add run after run, seed by seed so that both agents get on alike; return the exit code."""
+    total = len(runs) * len(args.seeds)
+    try:
+        for seed in args.seeds:
+            for kind in runs:
+                runs[kind].append(run(args, kind, seed))
+                tell(f"{kind}, seed {seed}", runs[kind][-1])
+    except SystemExit as end:
+        done = sum(map(len, runs.values()))
+        print(f"stopped: {done} of {total} runs are finished, in {args.output_dir}; --resume goes on")
+        return int(end.code or 0)
+    return 0
 
 
 def main(args: Args) -> None:
-    if args.dqn:
-        try:
-            import stable_baselines3  # noqa: F401
-        except ImportError:
-            raise SystemExit(
-                "--dqn trains DQN from stable-baselines3, which is not installed: pip install "
-                "stable-baselines3, or leave --dqn out."
-            ) from None
-    panels = {variation: settings_of(variation) for variation in args.variation}
-    wanted = {s: name for chosen in panels.values() for name, s in chosen.items()} or {
-        NumpySettings(): "NumPy"
-    }
-    found: dict[NumpySettings, list[Curve]] = {settings: [] for settings in wanted}
-    for settings, name in wanted.items():
-        for seed in args.seeds:
-            found[settings].append(reinforce(replace(settings, seed=seed), args.episodes))
-            tell(f"{name}, seed {seed}", found[settings][-1])
-    others = []
-    for seed in args.seeds if args.dqn else ():
-        others.append(dqn(seed, args.dqn_steps))
-        tell(f"DQN, seed {seed}", others[-1])
-    if panels:
-        drawn = {v: {name: found[s] for name, s in chosen.items()} for v, chosen in panels.items()}
-        figure = draw_variations(drawn, others, args.episodes)
-    else:
-        figure = draw_seeds(found[NumpySettings()], others, args.episodes)
-    figure.savefig(args.output)
-    print(f"figure: {args.output}")
+    if args.dqn and find_spec("stable_baselines3") is None:
+        raise SystemExit("--dqn needs stable-baselines3: pip install stable-baselines3, or leave --dqn out.")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    runs: dict[str, list[Run]] = {"REINFORCE": [], **({"DQN": []} if args.dqn else {})}
+    code = train(args, runs)
+    finished = {kind: of_kind for kind, of_kind in runs.items() if of_kind}
+    if finished:
+        title = "\n".join(summary(kind, of_kind) for kind, of_kind in finished.items())
+        draw(finished, title).savefig(args.output)
+        print(f"figure: {args.output}")
+    if code:
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

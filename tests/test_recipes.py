@@ -50,7 +50,8 @@ CONTROL = {
     "control_variance_horizon": "--horizons 1 2 4 --episodes 200",
     "control_2_gridworld": "--seeds 1 --updates 3 --stages 0 --gradients 20",
     "control_entropy": "--seeds 2 --updates 2 --betas 0 1",
-    "control_3_numpy": "--seeds 0 --episodes 20 --variation window",
+    "control_3_numpy": "--seeds 0 1 --episodes 20",
+    "control_3_variations": "--seeds 0 --episodes 20 --variation window",
     "control_4_walk": "--seeds 1 --episodes 8 --hidden 8",
     "control_5_agents": "--env CartPole-v1 Acrobot-v1 Pendulum-v1 --seeds 2 1 --max-steps 1 "
     "--eval-episodes 2",
@@ -365,11 +366,22 @@ def test_entropy(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "entropy.png").stat().st_size > 1000
 
 
-def test_numpy_agent(tmp_path, monkeypatch, capsys):
-    out = printed("control_3_numpy", tmp_path, monkeypatch, capsys)
-    bests = numbers("best +", out)
-    assert len(bests) == 5
+@pytest.fixture
+def handlers():
+    """Signals are caught to the end of a program's process; this process goes on."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("name", "runs"), [("control_3_numpy", 2), ("control_3_variations", 5)])
+def test_numpy_agent(name, runs, tmp_path, monkeypatch, capsys, handlers):
+    out = printed(name, tmp_path, monkeypatch, capsys)
+    bests = numbers("best", out)
+    assert len(bests) == len(list(tmp_path.glob("runs/*/*.json"))) == runs
     assert all(5 < best <= 500 for best in bests)
+    assert len(list(tmp_path.glob("*.png"))) == 1
 
 
 def test_walk(tmp_path, monkeypatch, capsys):
