@@ -168,9 +168,10 @@ def draw_learning(axes: Axes, runs: dict[str, np.ndarray], args: Arguments) -> N
         axes.fill_between(episodes, low, high, color=COLOURS[name], alpha=0.2, linewidth=0)
         axes.plot(episodes, mean, color=COLOURS[name], linewidth=2, label=name)
     step = 0.01 if args.env == "walk" else -0.01
-    for height, text in ((50 * step, "standing about"), (1 + 10 * step, "straight to the right")):
+    beside = axes.get_yaxis_transform()
+    for height, text in ((50 * step, "standing\nabout"), (1 + 10 * step, "straight")):
         axes.axhline(height, color=GREY, linestyle=":")
-        axes.annotate(text, (0, height), (2, 3), textcoords="offset points", color=GREY)
+        axes.text(1.01, height, text, transform=beside, color=GREY, fontsize=8, va="center")
     axes.set_xlabel("episodes (rolling mean of 20)")
     axes.set_ylabel("return of an episode")
     axes.set_ylim(bottom=-0.1 if step > 0 else None)
