@@ -419,7 +419,7 @@ def test_agents(tmp_path, monkeypatch, capsys):
 def test_an_interruption_keeps_and_draws_the_agents_that_were_finished(tmp_path, monkeypatch, capsys):
     from tokenrl.runs.session import Session
 
-    flags = "--env walk --agent classic --seeds 3 --max-steps 2 --eval-episodes 2"
+    flags = "--env CartPole-v1 --agent classic --seeds 3 --max-steps 2 --eval-episodes 2"
     monkeypatch.setitem(CONTROL, "control_5_agents", flags)
     trained, begin = [], Session.begin
 
@@ -433,9 +433,9 @@ def test_an_interruption_keeps_and_draws_the_agents_that_were_finished(tmp_path,
     with pytest.raises(SystemExit) as stopped:
         printed("control_5_agents", tmp_path, monkeypatch, capsys)
     assert stopped.value.code == 130 and trained == ["0", "1"]
-    assert "0 of 1 seeds reach 0.88" in capsys.readouterr().out
+    assert "0 of 1 seeds reach 475" in capsys.readouterr().out
     (tmp_path / "agents.png").unlink()
-    assert "0 of 3 seeds reach 0.88" in printed("control_5_agents", tmp_path, monkeypatch, capsys)
+    assert "0 of 3 seeds reach 475" in printed("control_5_agents", tmp_path, monkeypatch, capsys)
     assert trained == ["0", "1", "1", "2"] and (tmp_path / "agents.png").exists()
     monkeypatch.setitem(CONTROL, "control_5_agents", f"{flags} --max-steps 1")
     printed("control_5_agents", tmp_path, monkeypatch, capsys)
