@@ -69,6 +69,18 @@ def test_the_new_directory_is_one_that_does_not_exist(made_up):
     assert f"--output-dir {path}-3" in advise_run(str(path)).again
 
 
+def test_the_current_directory_may_be_the_run(made_up, monkeypatch):
+    path = made_up("control")
+    monkeypatch.chdir(path)
+    again = advise_run(".").again
+    assert again.startswith(f"tokenrl control --config config.json --output-dir {path.resolve()}-2")
+
+
+def test_a_threshold_may_be_infinite(made_up):
+    advice = advise_run(str(made_up("control", solved=float("inf"))))
+    assert advice.facts["solved at"] == "inf, not reached"
+
+
 def test_of_two_changes_to_one_setting_the_first_act_counts():
     def finding(verdict, changes):
         return Finding("x", verdict, "", None, (1, 2), changes)
@@ -118,6 +130,8 @@ def test_runs_that_cannot_be_diagnosed_are_refused(made_up, tmp_path, capsys):
         foreign: "is a run of `tokenrl sft`",
         nameless: "an unknown command",
         made_up("train", steps=0): "has not made a step yet",
+        made_up("control", reward=float("nan")): "in which an episode ended",  # pieces of long episodes
+        made_up("control", reward=float("inf")): "with a finite reward",
         broken: "Line 4 of",
         without: "cannot be read",
     }

@@ -107,7 +107,7 @@ def facts(history: History, findings: list[Finding]) -> dict[str, str]:
 
 def unused(run: Path) -> Path:
     """Return the name of a directory beside the run that does not exist yet: run-2, run-3 and so on."""
-    number = 2
-    while (found := run.with_name(f"{run.resolve().name}-{number}")).exists():
+    number, place = 2, run.resolve() if run.name in ("", "..") else run
+    while (found := place.with_name(f"{run.resolve().name}-{number}")).exists():
         number += 1
     return found

@@ -135,10 +135,10 @@ def read_run(path: str) -> History:
             "control`."
         )
     rows = read_metrics(run / "metrics.jsonl")
-    if not any(row.get("step", 0) > 0 and "reward" in row for row in rows):
+    if not any(row.get("step", 0) > 0 and isinstance(row.get("reward"), int | float) for row in rows):
         raise Refused(
-            f"{run} has not made a step yet: its metrics.jsonl has {len(rows)} lines, and none of them is of "
-            "an update. Ask again once the run has made some steps."
+            f"{run} has not made a step yet, or none in which an episode ended with a finite reward: none of "
+            f"the {len(rows)} lines of its metrics.jsonl has one. Ask again once the run has come further."
         )
     arguments = configured(KINDS[kind], run, kind)
     return History(
@@ -148,7 +148,7 @@ def read_run(path: str) -> History:
         rows=rows,
         summary=read_config(run / "summary.json") if (run / "summary.json").exists() else None,
         title=str(config.get("title", run.name)),
-        threshold=config.get("solved"),
+        threshold=None if config.get("solved") is None else float(config["solved"]),  # "Infinity" too
         horizon=_horizon(arguments),
     )
 
