@@ -12,6 +12,7 @@ from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
 FLAT = {"reward": lambda step: 0.5 + 0.1 * (-1) ** step, "evaluated": {0: 0.5, 40: 0.51}}
 """A reward that only jumps up and down."""
 PLAIN = Estimator(baseline="none")
+NORMALISED = Estimator(baseline="none", returns="episode_normalized")
 KL = Estimator(beta=0.05)
 LONG = {"max_completion_length": LONGEST_WITHOUT_BASELINE + 1, "allow_no_baseline": True, "estimator": PLAIN}
 PIECES = {"estimator": Estimator.preset("ppo"), "num_steps": 16}
@@ -94,6 +95,14 @@ CASES = [
     ("train", {"settings": {"estimator": PLAIN}}, "horizon", "watch", {"estimator.baseline": "rloo"}),
     ("train", {"settings": LONG}, "horizon", "act", {"estimator.baseline": "rloo"}),
     ("control", {"settings": {"env": "bandit", "estimator": PLAIN}}, "horizon", "fine", {}),
+    (
+        "control",
+        {"settings": {"num_envs": 1, "estimator": PLAIN}},
+        "horizon",
+        "watch",
+        {"estimator.baseline": "running_mean"},
+    ),
+    ("train", {"settings": {"estimator": NORMALISED}}, "horizon", "fine", {}),
     ("train", {}, "skipped", "fine", {}),
     ("train", {"skipped_steps": lambda step: step // 40}, "skipped", "act", {"learning_rate": 5e-4}),
     (

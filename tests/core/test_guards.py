@@ -22,6 +22,7 @@ WITH = [
     Estimator(baseline="running_mean"),
     Estimator(baseline="value", returns="gae"),
     Estimator(baseline="none", scale="token_whiten"),
+    Estimator(baseline="none", returns="episode_normalized"),
     Estimator(baseline=lambda totals, **_: totals * 0),
 ]
 
@@ -37,7 +38,7 @@ def test_without_a_baseline_500_steps_are_the_limit(estimator):
 
 
 @pytest.mark.parametrize(
-    "estimator", WITH, ids=lambda e: f"{getattr(e.baseline, '__name__', e.baseline)}-{e.scale}"
+    "estimator", WITH, ids=lambda e: f"{getattr(e.baseline, '__name__', e.baseline)}-{e.scale}-{e.returns}"
 )
 def test_with_a_baseline_there_is_no_limit(estimator):
     check_horizon(estimator, 10**6)

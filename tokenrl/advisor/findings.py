@@ -139,7 +139,7 @@ def horizon_finding(history: History, progress: Progress) -> Finding:
     length = "of unknown length" if horizon is None else f"of up to {horizon:,} actions"
     value = None if horizon is None else float(horizon)
     if subtracts_something(estimator) or horizon == 1:
-        text = f"episodes {length}, baseline {estimator.baseline}"
+        text = f"episodes {length}, baseline {estimator.baseline}, returns {estimator.returns}"
         return Finding("horizon", FINE, text, value, steps, {})
     changes = _some_baseline(history)
     try:
@@ -157,6 +157,8 @@ def _some_baseline(history: History) -> dict[str, str]:
     if history.language:
         several = history.arguments.num_generations > 1
         return {"estimator.baseline": "rloo" if several else "running_mean"}
+    if history.arguments.num_envs == 1:
+        return {"estimator.baseline": "running_mean"}
     return {"estimator.baseline": "timestep_mean", "estimator.returns": "reward_to_go"}
 
 

@@ -101,9 +101,10 @@ def subtracts_something(estimator: Estimator) -> bool:
     """Whether the estimator subtracts a baseline of any kind.
 
     A constant of 0 is not a baseline. Nor are the returns 'gae' by themselves: they mix values into the
-    return and subtract none. The scale 'token_whiten' is one, because it subtracts the mean over the step.
+    return and subtract none. The scale 'token_whiten' is one, because it subtracts the mean over the step,
+    and so are the returns 'episode_normalized', which subtract the mean over the episode.
     """
-    if estimator.scale == "token_whiten":
+    if estimator.scale == "token_whiten" or estimator.returns == "episode_normalized":
         return True
     if estimator.baseline == "constant":
         return estimator.baseline_constant != 0
