@@ -29,6 +29,13 @@ CASES = [
     ("train", FLAT | {"running": True, "steps": 12, "evaluated": {0: 0.5, 12: 0.5}}, "progress", "watch", {}),
     ("train", {"evaluated": {0: 0.0, 20: 0.9, 40: 0.5}}, "progress", "act", {"learning_rate": 5e-4}),
     ("train", {"reward": lambda step: step / 40}, "progress", "watch", {"max_steps": 80}),
+    (
+        "train",
+        {"reward": lambda step: step / 40, "steps": 30, "evaluated": {0: 0.0}},
+        "progress",
+        "watch",
+        {},
+    ),
     ("control", {"evaluated": {0: 20.0, 20: 480, 40: 476}, "solved": 475.0}, "progress", "fine", {}),
     ("train", {}, "entropy", "fine", {}),
     ("train", {"entropy": entropy_of(0.05)}, "entropy", "act", {"estimator.entropy_coef": 0.01}),
@@ -84,6 +91,7 @@ CASES = [
     ("control", {"reward_std": lambda step: step % 4}, "signal", "fine", {}),
     ("control", {"reward_std": lambda step: step % 2}, "signal", "watch", {}),
     ("control", {"reward_std": 0.0}, "signal", "act", {"num_envs": 128}),
+    ("control", {"reward_std": 0.0, "reward": 500.0, "solved": 475.0}, "signal", "watch", {}),
     ("train", {}, "truncation", "fine", {}),
     ("train", {"completions__clipped_ratio": 0.06}, "truncation", "watch", {}),
     ("train", {"completions__clipped_ratio": 0.1}, "truncation", "act", {"max_completion_length": 32}),
@@ -199,3 +207,17 @@ def test_equal_returns_are_no_lack_of_signal_where_episodes_are_not_compared(mad
 
     assert "signal" in topics()
     assert "signal" not in topics(settings=settings)
+
+
+def test_a_single_episode_has_no_spread_to_judge(made_up):
+    """A rollout of pieces records the spread of the episodes that ended in it, 0 for one of them."""
+    for episodes, judged in ((1, False), (2, True)):
+        path = made_up("control", settings=PIECES, reward_std=0.0, episodes=episodes)
+        assert ("signal" in [finding.topic for finding in advise_run(str(path)).findings]) == judged
+
+
+@pytest.mark.parametrize(("kind", "words"), [("train", "tokenrl sft"), ("control", "a shaped reward")])
+def test_what_is_too_hard_gets_the_help_that_fits(made_up, kind, words):
+    path = made_up(kind, reward_std=0.0, frac_reward_zero_std=1.0, reward=0.0)
+    text = next(finding.text for finding in advise_run(str(path)).findings if finding.topic == "signal")
+    assert f"too hard, so {words}" in text or f"too hard, so a warm start ({words})" in text

@@ -69,18 +69,22 @@ def signal_finding(history: History, progress: Progress) -> Finding | None:
         return None
     first, last = recent.steps
     rows = [row for row in history.rows if first <= row["step"] <= last and row.get("reward_std") is not None]
-    idle = sum(teaches_nothing(history.estimator, row) for row in rows) / max(1, len(rows))
+    rows = [row for row in rows if row.get("episodes", 2) > 1]  # of pieces: one return differs from no other
+    if not rows:
+        return None
+    idle = sum(teaches_nothing(history.estimator, row) for row in rows) / len(rows)
     share = recent.value if groups else idle
     text = f"{share:.0%} of {'groups' if groups else 'rollouts'} have equal rewards and so no gradient"
     if groups and idle:
         text += f"; in {idle:.0%} of the steps no group has one"
     verdict, changes = FINE, {}
     if mostly_dead(share) and (history.solved or _easy(history)):
-        verdict, text = WATCH, f"{text}; too easy by now, there is little left to learn: take harder tasks"
+        verdict, text = WATCH, f"{text}; too easy by now, there is little left to learn: take a harder task"
     elif mostly_dead(share):
         verdict, changes = ACT, _more_differences(history)
-        hard = "too hard, so a warm start (tokenrl sft) or a graded reward helps most"
-        text += f"; {hard if share > HOPELESS else f'more than {DEAD_GROUPS:.0%}'}"
+        start = "a warm start (tokenrl sft) or a graded reward"
+        start = start if history.language else "a shaped reward or a start nearer the goal"
+        text += f"; too hard, so {start} helps most" if share > HOPELESS else f"; more than {DEAD_GROUPS:.0%}"
     elif 2 * share > DEAD_GROUPS:
         verdict, text = WATCH, f"{text}; above {DEAD_GROUPS:.0%} it would waste most of the work"
     return Finding("signal", verdict, text, share, recent.steps, changes)
@@ -96,9 +100,13 @@ def _within_episodes(history: History) -> bool:
 
 
 def _easy(history: History) -> bool:
-    """Whether the reward looks like a success rate near 1, in a task without a threshold."""
+    """Whether the training reward reaches the threshold or, without one, looks like a success rate near 1."""
     reward = history.recent("reward")
-    return history.language and history.threshold is None and reward is not None and EASY <= reward.value <= 1
+    if reward is None:
+        return False
+    if history.threshold is not None:
+        return reward.value >= history.threshold
+    return history.language and EASY <= reward.value <= 1
 
 
 def _more_differences(history: History) -> dict[str, float]:

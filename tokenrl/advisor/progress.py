@@ -123,8 +123,9 @@ def progress_finding(history: History, progress: Progress, explained: bool) -> F
     elif progress.fell:
         verdict, changes, what = ACT, {"learning_rate": rate / 2}, "fallen from its best"
     elif progress.gained and progress.trend == "rising" and not history.running:
-        verdict, changes = WATCH, {"max_steps": 2 * history.arguments.max_steps}
-        what = "risen, and still rising when the run ended"
+        verdict, what = WATCH, "risen, and still rising when the run ended"
+        whole = history.step >= history.arguments.max_steps  # if stopped, it needs the other steps
+        changes = {"max_steps": 2 * history.arguments.max_steps} if whole else {}
     elif progress.start is progress.now:
         verdict, what = WATCH, "too few steps to compare"
     elif not progress.gained:
