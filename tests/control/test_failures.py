@@ -186,6 +186,13 @@ def test_what_fails_later_stops_a_run_that_is_kept(tmp_path, capsys, options, me
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) > 2
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_first_update_that_is_skipped_brings_no_warning(tmp_path):
+    register(rewards={1: 1e30})
+    assert run(tmp_path, "control", "--max-steps", "1", "--estimator", "reinforce") == 0
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])["skipped_steps"] == 1
+
+
 def test_an_error_after_an_observation_that_is_not_finite_says_so():
     """The policy answers such an observation with such an action, at which an environment may well raise."""
     envs = Environments(register(continuous=True, raises="step"), 1)

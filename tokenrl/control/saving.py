@@ -47,11 +47,11 @@ def load_policy(policy: Policy, folder: str | Path) -> None:
         Refused: the folder holds no policy, or one of another shape.
     """
     saved = read_policy(folder)
-    if saved.shape != policy.shape:
-        wanted, found = vars(policy.shape), vars(saved.shape)
-        other = ", ".join(
-            f"{k} {found[k]!r} instead of {wanted[k]!r}" for k in wanted if found[k] != wanted[k]
-        )
+    wanted, found = vars(policy.shape), vars(saved.shape)
+    # How the weights began is no matter, since those that are loaded replace them.
+    differ = [name for name in wanted if found[name] != wanted[name] and name != "initial_weights"]
+    if differ:
+        other = ", ".join(f"{name} {found[name]!r} instead of {wanted[name]!r}" for name in differ)
         raise Refused(
             f"The policy in {folder} has {other}. Give the settings it was trained with, or leave load out."
         )

@@ -15,8 +15,10 @@ from tokenrl.control.run import Run
 from tokenrl.control.saving import load_policy
 from tokenrl.control.update import Agent, check_supported
 from tokenrl.core.baselines import RunningMean
+from tokenrl.core.choices import choice_of
 from tokenrl.core.guards import check_horizon, set_size
 from tokenrl.core.statistics import GradientDiagnostics
+from tokenrl.errors import Refused
 from tokenrl.settings import settled
 
 
@@ -55,6 +57,13 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
     )
     if args.num_steps is None:
         for axis in ("baseline", "scale"):
+            name = getattr(estimator, axis)
+            if args.num_envs == 1 and choice_of(axis, name).compares in ("group", "step"):
+                raise Refused(
+                    f"{axis} {name!r} compares the episodes of an update, but num_envs is 1. Set num_envs "
+                    "to 2 or more, or choose the baseline 'running_mean', 'constant', 'value' or 'none' with "
+                    "the scale 'none'."
+                )
             set_size(estimator, axis, args.num_envs, args.num_envs)
     policy = Policy(shape, torch.Generator().manual_seed(seed_of(args.seed, 10)))
     if args.load is not None:

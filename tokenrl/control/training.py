@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,7 +88,9 @@ def _loop(run: Run, session: Session) -> ControlResult:
     solved = args.stop_when_solved and run.solved(session.eval_before) is True
     for step in session.steps(0 if solved else args.max_steps):
         metrics = _one_update(run, step)
-        schedule.step()
+        with warnings.catch_warnings():  # PyTorch's, if the first update was skipped
+            warnings.simplefilter("ignore", UserWarning)
+            schedule.step()
         if session.due(args.eval_every):
             found = _evaluate(run)
             metrics |= session.evaluated(found)
