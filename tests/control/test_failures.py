@@ -90,12 +90,14 @@ WRONG = [
 ]
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(("options", "message"), WRONG)
 def test_numbers_that_are_not_finite_are_named(options, message):
     with pytest.raises(Stopped, match=f"The environment {ID} gave.*{message}"):
         episodes(register(**options))
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(("options", "message"), WRONG)
 def test_the_step_is_that_of_the_episode_also_in_pieces(options, message):
     """Pieces of three steps: what is wrong lies in the first, the second or the third piece of an episode."""

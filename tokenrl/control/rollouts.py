@@ -89,7 +89,7 @@ def collect_episodes(
     final = np.where(alive[:, None], observation, final)
     mask = torch.from_numpy(np.stack(masks, 1))
     # An environment whose episode has ended plays on until the others end; those rewards do not count.
-    counted = torch.from_numpy(np.stack(rewards, 1).astype(np.float32)).where(mask, 0.0)
+    counted = torch.from_numpy(_in_32_bits(np.stack(rewards, 1))).where(mask, 0.0)
     ended = torch.from_numpy(terminated)
     shown = torch.stack(seen, 1)
     taken = torch.stack(acts, 1)
@@ -99,6 +99,12 @@ def collect_episodes(
     )  # fmt: skip
     check_rollout(envs.env, rollout, np.zeros(envs.num_envs, int))
     return rollout
+
+
+def _in_32_bits(rewards: np.ndarray) -> np.ndarray:
+    """Round rewards; one that is too large becomes infinite, which `check_rollout` names."""
+    with np.errstate(over="ignore"):
+        return np.asarray(rewards, np.float32)
 
 
 def check_rollout(env: str, rollout: Rollout, taken: np.ndarray) -> None:
@@ -148,7 +154,7 @@ class Pieces:
             now = torch.from_numpy(self._observation)
             actions = policy.act(now, noise[t])
             self._observation, reward, done, cut = self.envs.step(actions.numpy())
-            numbers = (np.asarray(reward, np.float32), done.copy(), cut.copy(), self._dummy)
+            numbers = (_in_32_bits(reward), done.copy(), cut.copy(), self._dummy)
             taken.append((now, actions, *map(torch.from_numpy, numbers)))
             self._count(reward, done | cut, returns, lengths)
         after = torch.from_numpy(self._observation)
