@@ -110,7 +110,7 @@ CASES = [
         "watch",
         {"estimator.baseline": "running_mean"},
     ),
-    ("train", {"settings": {"estimator": NORMALISED}}, "horizon", "fine", {}),
+    ("control", {"settings": {"estimator": NORMALISED}}, "horizon", "fine", {}),
     ("train", {}, "skipped", "fine", {}),
     ("train", {"skipped_steps": lambda step: step // 40}, "skipped", "act", {"learning_rate": 5e-4}),
     (

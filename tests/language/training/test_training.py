@@ -18,6 +18,8 @@ from tokenrl.runs.checkpoint import verify_checkpoint
 from toy_tasks.models import TinyModel
 
 LETTERS = "abcd>"
+WITHIN = Estimator(baseline="none", returns="episode_normalized")
+STANDARDISED = Estimator(baseline="none", returns="reward_to_go", scale="episode_std")
 
 
 def share_of_a(completions, **columns):
@@ -277,6 +279,7 @@ def test_a_constant_reward_changes_no_weight(run):
         assert torch.equal(before, after)
 
 
+@pytest.mark.filterwarnings("error:Detected call of")
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted_and_stops_the_run(run, tmp_path):
     model, tokenizer = TinyModel(tuple(LETTERS), layers=1, hidden=16, heads=2, context=16)(0)
     before = [p.detach().clone() for p in model.parameters()]
@@ -292,6 +295,8 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted_and_stops_the_run(
     [
         ({"num_generations": 1}, "num_generations=1"),
         ({"num_iterations": 2}, "ratio='none'"),
+        ({"estimator": WITHIN}, "returns 'episode_normalized' would compare the tokens of one completion"),
+        ({"estimator": STANDARDISED}, "scale 'episode_std'"),
         ({"num_minibatches": 5, "estimator": "grpo"}, "num_minibatches=5"),
         ({"max_steps": 0}, "max_steps was given as 0; it must be a whole number of at least 1"),
         ({"learning_rate": 0.0}, "learning_rate was given as 0.0; it must be a finite number above 0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -154,7 +155,9 @@ def _one_step(run: Run, step: int) -> Record:
     record.metrics["epoch"] = run.stream.epoch
     record.metrics["learning_rate"] = run.schedule.get_last_lr()[0]
     record.metrics["skipped_steps"] = run.learner.skipped
-    run.schedule.step()
+    with warnings.catch_warnings():  # PyTorch's, if the first update was skipped
+        warnings.simplefilter("ignore", UserWarning)
+        run.schedule.step()
     rows = run.args.prompts_per_step * run.args.num_generations
     run.completion_tokens += record.metrics["completions/mean_length"] * rows
     run.entropies.append(record.metrics["entropy"])

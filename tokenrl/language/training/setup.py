@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from tokenrl.core.choices import choice_of
+from tokenrl.core.estimator import Estimator
 from tokenrl.core.guards import check_horizon
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
@@ -74,6 +76,7 @@ def check(args: TrainSettings) -> None:
             f"scale={args.estimator.scale!r}), but with num_generations=1 each prompt has only one. Give 2 "
             "or more, or choose the estimator reinforce or reinforce_running_mean."
         )
+    _check_tokens_differ(args.estimator)
     _try_out(args)
     check_horizon(args.estimator, args.max_completion_length, args.allow_no_baseline)
     if args.num_minibatches > args.prompts_per_step:
@@ -89,6 +92,22 @@ def check(args: TrainSettings) -> None:
             "updates from one rollout, but the estimator has ratio='none', which is right only for the first "
             "of them. Use --estimator.ratio token (the presets grpo, dr_grpo and ppo_clip have it), or one "
             "update per rollout."
+        )
+
+
+def _check_tokens_differ(estimator: Estimator) -> None:
+    """Refuse to compare the tokens of a completion where all of them have the same return."""
+    compared = {axis: getattr(estimator, axis) for axis in ("returns", "baseline", "scale")}
+    within = [
+        f"{axis} {name!r}" for axis, name in compared.items() if choice_of(axis, name).compares == "row"
+    ]
+    penalty = estimator.needs_kl and estimator.kl_placement == "reward"  # a reward for each token
+    to_go = estimator.returns in ("reward_to_go", "episode_normalized")
+    if within and to_go and estimator.gamma == 1 and not penalty:
+        raise Refused(
+            f"{' and '.join(within)} would compare the tokens of one completion, but its reward comes at the "
+            "end: with gamma 1 and no KL in the reward all its tokens have the same return, and nothing "
+            "would be learnt. Compare completions instead: baseline 'rloo', returns 'total' and scale 'none'."
         )
 
 
