@@ -75,3 +75,12 @@ def test_all_three_kinds_of_advice_are_written(subject, sections, made_up, tmp_p
 def test_a_document_that_cannot_be_written_is_refused(capsys):
     assert main(["advise", "--env", "bandit", "--markdown", "nowhere/a.md"]) == 2
     assert "nowhere/a.md cannot be written" in capsys.readouterr().err
+
+
+def test_two_names_for_two_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["advise", "--env", "walk", "--config", "a.json", "--json", "./a.json"]) == 2
+    assert "a.json was given twice" in capsys.readouterr().err
+    assert main(["advise", "--env", "walk", "--markdown", "."]) == 2
+    assert "is a directory" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

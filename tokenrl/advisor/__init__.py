@@ -29,9 +29,14 @@ def run(args: AdviseArguments) -> int:
             "Say what the advice is for, one of three: --env ID for control, --task NAME for a language "
             "model, or --run DIR for a run of either that has been started."
         )
-    for path in (args.config, args.json, args.markdown):
-        if path is not None and not Path(path).absolute().parent.is_dir():
+    files = [Path(path).absolute() for path in (args.config, args.json, args.markdown) if path is not None]
+    for path in files:
+        if not path.parent.is_dir():
             raise Refused(f"{path} cannot be written: its directory does not exist. Make it first.")
+        if path.is_dir():
+            raise Refused(f"{path} cannot be written: it is a directory. Give the name of a file in it.")
+        if files.count(path) > 1:
+            raise Refused(f"{path} was given twice, and one file would replace the other. Give two names.")
     from tokenrl.advisor.page import print_page
     from tokenrl.advisor.show import write_advice
 
