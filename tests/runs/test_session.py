@@ -108,6 +108,22 @@ def test_a_signal_finishes_the_step_and_saves_without_an_evaluation(tmp_path, nu
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_while_the_report_is_written_ends_the_program_after_the_run(tmp_path):
+    """The outcome already says 'finished', so a program that makes one run after another must hear of it."""
+
+    def interrupted(run):
+        signal.raise_signal(signal.SIGINT)
+        (run / "report.html").write_text("whole")
+        return run / "report.html"
+
+    with pytest.raises(KeyboardInterrupt):
+        live(tmp_path, report=interrupted)
+    assert (tmp_path / "report.html").read_text() == "whole"
+    assert json.loads((tmp_path / "summary.json").read_text())["exit_reason"] == "finished"
+    with pytest.raises(Refused, match="overwrite"):  # the directory is unlocked, and holds the run
+        live(tmp_path)
+
+
 def test_a_loop_that_breaks_off_owes_the_last_evaluation(tmp_path):
     ended = live(tmp_path, evaluate=False)
     assert ended.eval_after == {"reward": -1.0}

@@ -103,6 +103,7 @@ class Session:
         self._begun, self._began, self._total = False, time.monotonic(), 0
         self._evaluations: dict[int, dict[str, float]] = {}  # metrics by step
         self._warned: set[str] = set()
+        self._told: int | None = None  # the exit code in the outcome
 
     def __enter__(self) -> Session:
         return self
@@ -124,6 +125,8 @@ class Session:
             self.stop.__exit__()
             if self.directory is not None:
                 self.directory.release()
+        if error is None and self._told == 0:  # a signal after the outcome, as during the report, is not lost
+            self.stop.pass_on()
 
     def open(self, title: str, facts: Mapping[str, Any], **options: Any) -> None:
         """Print the header (see `Console.start`), start the clock, and from here on catch signals."""
@@ -232,7 +235,7 @@ class Session:
 
     def outcome(self, reason: str) -> dict[str, Any]:
         """Make the fields of `Outcome`. If a signal ended the run, its name replaces `reason`."""
-        code = self.stop.exit_code
+        code = self._told = self.stop.exit_code
         return {
             "output_dir": self.output_dir,
             "exit_reason": SIGNALS.get(code, reason),

@@ -49,6 +49,11 @@ class GracefulStop:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
 
+    def pass_on(self) -> None:
+        """Raise the signal that came, if one did, once more: for the handler that was there before."""
+        if self.requested:
+            signal.raise_signal(self.requested)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
             self.requested = number
