@@ -256,4 +256,7 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    try:
+        main(tyro.cli(Arguments))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
