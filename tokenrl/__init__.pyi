@@ -3,16 +3,15 @@ from tokenrl.control.training import train_agent as train_agent
 from tokenrl.core.estimator import Estimator as Estimator
 from tokenrl.errors import Refused as Refused, Stopped as Stopped, TokenrlError as TokenrlError
 from tokenrl.lab.exact.verdict import measure_bias as measure_bias
-from tokenrl.language.inspect import evaluate as evaluate
 from tokenrl.language.inspect.chat import sample as sample
+from tokenrl.language.inspect.evaluate import evaluate as evaluate
 from tokenrl.language.policy.model import load_policy as load_policy
 from tokenrl.language.preferences.fit import train_reward_model as train_reward_model
 from tokenrl.language.preferences.report import RewardModelResult as RewardModelResult
 from tokenrl.language.rewards.model import RewardModel as RewardModel
 from tokenrl.language.tasks.task import PromptTask as PromptTask
-from tokenrl.language.training import sft as sft
 from tokenrl.language.training.loop import train as train
 from tokenrl.language.training.run import RunResult as RunResult
-from tokenrl.language.training.sft import SftResult as SftResult
+from tokenrl.language.training.sft import SftResult as SftResult, sft as sft
 
 __version__: str

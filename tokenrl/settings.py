@@ -241,7 +241,7 @@ def _converted(value: Any, hint: Any) -> Any:
     return os.fspath(value) if str in parts and isinstance(value, os.PathLike) else value
 
 
-RECORDED = ("kind", "versions", "title", "solved", "pairs", "command")
+RECORDED = ("kind", "versions", "title", "solved", "pairs", "command", "task_rows")
 """Names in the config.json of a run that are no settings."""
 
 

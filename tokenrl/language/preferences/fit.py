@@ -33,6 +33,7 @@ from tokenrl.language.preferences.report import (
     report_reward_model,
 )
 from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import Batches
 from tokenrl.runs.session import Session
 from tokenrl.settings import arguments, settled
@@ -218,7 +219,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         names = {"data": data.name, "model": reward_model.__name__, "policy": "in memory", "task": task}
         pairs = {"train": len(data.train), "held_out": len(data.held_out)}
         title = f"Reward model, {data.name}, seed {args.seed}"
-        session.begin(args, names=names, title=title, pairs=pairs)
+        session.begin(args, names=names, title=title, pairs=pairs, **recorded(data.task))
         for _ in session.steps(args.max_steps):
             metrics = training.update()
             if session.due(args.eval_every):

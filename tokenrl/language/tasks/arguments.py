@@ -17,7 +17,8 @@ class DataArguments(Settings, group="data"):
     """Seconds that one call of a reward function may take. The functions then run in a process of their own,
     which is killed at the deadline, and the run stops. Reward models are exempt. Default: no deadline."""
     prompt_column: str = "prompt"
-    """Column of a dataset that holds the prompt, which is text or chat messages."""
+    """Column of a dataset that holds the prompt, which is text or chat messages. Default: prompt, else
+    messages, of which a last turn of the assistant is the answer and no part of the prompt."""
     prompt_template: str | None = None
     """Template that makes the prompt from columns, such as '{question}\\nAnswer:'; replaces prompt_column."""
     split: str = "train"
@@ -35,7 +36,8 @@ class TaskArguments(DataArguments):
 
     task: str = "sort_digits"
     """Name of a toy task, `module:attribute`, a JSON, CSV or Parquet file, a folder or hub name that
-    `datasets` reads, or `reasoning_gym:NAME(size=500, seed=0)`."""
+    `datasets` reads, or `reasoning_gym:NAME(size=500, seed=0)`. From Python also a datasets.Dataset, a
+    DatasetDict, a list of rows or a task object."""
     reward: tuple[str, ...] = ()
     """`module:function`, `file.py:function`, a directory with a sequence classifier of one label, or a reward
     of the library: exact_match, numeric_answer, 'regex_format(pattern="...")', 'length(target=20)',

@@ -61,6 +61,10 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
 def with_prompts(rows: Sequence[Row], where: str, column: str, template: str | None) -> list[dict[str, Any]]:
     """Add a checked "prompt" to each row: the value of a column, or a template filled from the columns.
 
+    Of a column `messages`, which holds whole conversations, a last turn of the assistant is the answer: it
+    leaves the prompt, and its text becomes the columns `answer` (for rewards) and `completion` (for `sft`)
+    unless the row has them. Without a column `prompt`, the column `messages` is used.
+
     Args:
         rows: the rows as they were read; every row has the same columns.
         where: what error messages call the rows.
@@ -74,15 +78,20 @@ def with_prompts(rows: Sequence[Row], where: str, column: str, template: str | N
     if not rows:
         raise Refused(f"{where} is empty: give data with at least one row.")
     columns = list(rows[0])
+    if column == "prompt" and column not in columns and "messages" in columns:
+        column = "messages"
     if template is not None:
         fields = _template_fields(template, columns)
         made = [{**row, "prompt": _fill(template, fields, row, where, i)} for i, row in enumerate(rows)]
+    elif column == "messages" and column in columns:
+        made = _from_conversations(rows, where)
     elif column in columns:
         made = [{**row, "prompt": _without_nulls(row[column])} for row in rows]
     else:
         raise Refused(
-            f"{where} has no column '{column}'.{suggest(column, columns)} Name it with prompt_column, "
-            'or build prompts with a prompt_template such as "{question}\\nAnswer:".'
+            f"{where} has no column '{column}'.{suggest(column, columns)} Name it with prompt_column "
+            "(--prompt-column), or build prompts with a prompt_template (--prompt-template) such as "
+            '"{question}\\nAnswer:".'
         )
     check_prompts(made, where)
     return made
@@ -127,6 +136,31 @@ def _without_nulls(prompt: Any) -> Any:
     if not isinstance(prompt, list) or not all(isinstance(message, Mapping) for message in prompt):
         return prompt
     return [{key: value for key, value in message.items() if value is not None} for message in prompt]
+
+
+def _from_conversations(rows: Sequence[Row], where: str) -> list[dict[str, Any]]:
+    """Rows whose prompt is the conversation before the assistant's last turn, if it ends with one."""
+    whole = [_without_nulls(row["messages"]) for row in rows]
+    for index, messages in enumerate(whole):
+        if isinstance(messages, str):
+            raise Refused(
+                f"{where}, row {index}: messages is text, {messages!r:.100}; it must be a list of them."
+            )
+    check_prompts([{"prompt": messages} for messages in whole], f"{where}, column 'messages'")
+    answered = [messages[-1]["role"] == "assistant" for messages in whole]
+    if not any(answered):
+        return [{**row, "prompt": messages} for row, messages in zip(rows, whole, strict=True)]
+    if not all(answered):
+        raise Refused(
+            f"{where}: the messages of row {answered.index(True)} end with a turn of the assistant, which is "
+            f"taken for the answer, and those of row {answered.index(False)} do not. Give every conversation "
+            "an answer, or none."
+        )
+    made = []
+    for row, messages in zip(rows, whole, strict=True):
+        text = messages[-1]["content"]
+        made.append({"answer": text, "completion": text, **row, "prompt": messages[:-1]})
+    return made
 
 
 def check_prompts(rows: Iterable[Row], where: str) -> None:

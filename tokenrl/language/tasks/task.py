@@ -1,7 +1,8 @@
 """Finds or makes the task that a user names: prompts, a reward, and a limit for the completion length.
 
 A task is any object with the attributes of `Task`. `load_task` makes one from the name of a toy task, from
-`module:attribute`, or from any source that `datasets` reads. Streaming and multimodal data are left out.
+`module:attribute`, from any source that `datasets` reads, or of data in memory. Streaming and multimodal data
+are left out.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from tokenrl.errors import Refused, describe, suggest
 from tokenrl.language.rewards.composition import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits, refuse_replay
 from tokenrl.language.tasks.reasoning import reasoning_task
 from tokenrl.language.tasks.sources import FORMATS, Row, check_prompts, read_splits, with_prompts
 from tokenrl.names import import_attribute
@@ -60,6 +62,7 @@ class PromptTask:
         max_completion_length: the most tokens of a completion; None leaves it to the settings of the run.
         solved: the mean reward from which the task counts as solved; None if there is no such mark.
         demonstrations: rows with a `prompt` and a `completion`, for a supervised warm start.
+        origin: what config.json says of data given from Python: its rows, columns and fingerprint.
     """
 
     name: str
@@ -69,10 +72,11 @@ class PromptTask:
     max_completion_length: int | None = None
     solved: float | None = None
     demonstrations: Sequence[Any] = field(default_factory=list)
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_task(
-    name: str,
+    name: Any,
     *,
     prompt_column: str = "prompt",
     prompt_template: str | None = None,
@@ -82,12 +86,13 @@ def load_task(
     reward: Any = None,
     seed: int = 0,
 ) -> Task:
-    """Find a task by the name that a user gives.
+    """Find a task by the name that a user gives, or make one of data.
 
     Args:
         name: a name in `toy_tasks`; `module:attribute` or `file.py:attribute` (a task, or a callable without
             arguments that returns one); `reasoning_gym:NAME`; a data file or a folder; or a hub dataset
-            `owner/name` or `owner/name:config`.
+            `owner/name` or `owner/name:config`. Or the data itself: a `datasets.Dataset`, a list of rows, or
+            a mapping of splits such as a `DatasetDict`.
         prompt_column: column of a dataset that holds the prompt.
         prompt_template: `str.format` template over the columns of a dataset, used instead of a column.
         split: split of a dataset to train on.
@@ -104,6 +109,10 @@ def load_task(
         Refused: there is no task of that name, its data is empty or cannot be read, a prompt is neither text
             nor chat messages, or there is no reward.
     """
+    how: dict[str, Any] = {"column": prompt_column, "template": prompt_template}
+    how |= {"split": split, "eval_split": eval_split, "eval_size": eval_size, "seed": seed}
+    if not isinstance(name, str):
+        return _memory_task(name, reward, how)
     toy_tasks = _toy_tasks()
     if toy_tasks is not None and name in toy_tasks.NAMES:
         return _finished(toy_tasks.load(name), name, reward)
@@ -120,9 +129,21 @@ def load_task(
             f"task '{name}' is a dataset, which has prompts but no reward. Give one with "
             "--reward module:function (or path/to/file.py:function, or the folder of a reward model)."
         )
-    train_rows, eval_rows = _dataset_rows(name, split, eval_split, prompt_column, prompt_template)
-    train_rows, eval_rows = _separate(train_rows, eval_rows, eval_size, seed, name)
+    train_rows, eval_rows = _dataset_rows(read_splits(name), f"task '{name}'", **how)
     return _finished(PromptTask(name, train_rows, eval_rows, reward), name, reward)
+
+
+def _memory_task(data: Any, reward: Any, how: Mapping[str, Any]) -> Task:
+    splits = memory_splits(data)
+    if reward is None:
+        raise Refused(
+            f"task is data ({type(data).__name__}), which has prompts but no reward. Give one with "
+            "reward=function; function(prompts, completions, **columns) returns a list of numbers."
+        )
+    train_rows, eval_rows = _dataset_rows(splits, "task", **how)
+    origin = description(splits)
+    name = IN_MEMORY + origin["fingerprint"]
+    return _finished(PromptTask(name, train_rows, eval_rows, reward, origin=origin), name, reward)
 
 
 def is_toy_task(name: str) -> bool:
@@ -173,18 +194,25 @@ def _finished(task: Any, name: str, reward: Any) -> Task:
 
 
 def _dataset_rows(
-    name: str, split: str, eval_split: str | None, column: str, template: str | None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """Rows of the training split and of the evaluation split; None if there is no evaluation split."""
-    splits = read_splits(name)
+    splits: Mapping[str, Sequence[Row]],
+    where: str,
+    *,
+    column: str,
+    template: str | None,
+    split: str,
+    eval_split: str | None,
+    eval_size: int,
+    seed: int,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows to train and to evaluate on, which share no prompt."""
     wanted = [split, eval_split or next((s for s in EVAL_SPLITS if s in splits and s != split), None)]
     found: list[Any] = []
     for one in wanted:
         if one is not None and one not in splits:
-            raise Refused(f"task '{name}' has no split '{one}'.{suggest(one, splits)}")
-        where = f"task '{name}', split '{one}'"
-        found.append(None if one is None else with_prompts(splits[one], where, column, template))
-    return found[0], found[1]
+            raise Refused(f"{where} has no split '{one}'.{suggest(one, splits)}")
+        rows = None if one is None else with_prompts(splits[one], f"{where}, split '{one}'", column, template)
+        found.append(rows)
+    return _separate(found[0], found[1], eval_size, seed, where)
 
 
 def _separate(
@@ -192,7 +220,7 @@ def _separate(
     eval_rows: list[dict[str, Any]] | None,
     eval_size: int,
     seed: int,
-    name: str,
+    where: str,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training and evaluation rows that share no prompt; without `eval_rows`, training rows are held out."""
     if eval_size < 1:
@@ -207,7 +235,7 @@ def _separate(
     rest = [row for row in train_rows if _canonical(row["prompt"]) not in chosen]
     if not chosen or not rest:
         raise Refused(
-            f"task '{name}' has too few distinct prompts to train on some and evaluate on others: "
+            f"{where} has too few distinct prompts to train on some and evaluate on others: "
             f"{len(pool)} to evaluate on, {len(rest)} training rows that differ from those chosen. "
             "Give more data, another eval_split, or a smaller eval_size."
         )
@@ -221,15 +249,19 @@ def _canonical(value: Any) -> str:
 def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
     """The task of the arguments and its rewards.
 
-    `args.task` is a name or the task itself; the rewards are those of `args.reward`, else the task's own.
+    `args.task` is a name, data as `load_task` takes it, or the task itself; the rewards are those of
+    `args.reward`, else the task's own.
 
     Raises:
         Refused: there is no such task or no reward, or a reward asks for a column that the task lacks.
     """
+    task: Any = args.task
+    if isinstance(task, str):
+        refuse_replay(task)
     chosen = [load_reward(spec) for spec in args.reward]
-    if isinstance(args.task, str):
+    if not hasattr(task, "train_prompts"):
         task = load_task(
-            args.task,
+            task,
             prompt_column=args.prompt_column,
             prompt_template=args.prompt_template,
             split=args.split,
@@ -237,8 +269,6 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
             eval_size=args.eval_size,
             reward=chosen or None,
         )
-    else:
-        task = args.task
     functions = chosen or getattr(task, "reward", None)
     if functions is None or functions in ([], ()):
         raise Refused(

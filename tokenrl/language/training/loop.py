@@ -16,6 +16,7 @@ from tokenrl.core.baselines import RunningMean
 from tokenrl.core.guards import teaches_nothing
 from tokenrl.errors import Stopped
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
@@ -37,8 +38,14 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
     """Train a language model by policy gradients; the keywords are the fields of `TrainArguments`.
 
     Where the command line takes names, the keywords also take objects: `model` a directory, a hub name, a
-    `(model, tokenizer)` pair or a `Policy`; `task` a name or a task object; `reward` one function or several;
-    `estimator` a preset's name or an `Estimator`.
+    `(model, tokenizer)` pair or a `Policy`; `task` a name, a task object, or data; `reward` one function or
+    several; `estimator` a preset's name or an `Estimator`.
+
+    Data is a `datasets.Dataset`, a list of rows (dicts), or a dict of splits such as a `DatasetDict`. A row
+    has a `prompt`, text or chat messages, and its other columns reach the reward as lists. If it has a whole
+    conversation in `messages` instead, a last turn of the assistant becomes the column `answer`. The splits
+    train and validation or test become training and held-out prompts; data without splits is divided, as
+    `eval_size` says. The run's config.json describes data but does not hold it.
 
     Args:
         args: all arguments at once, instead of keywords.
@@ -81,7 +88,8 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
                 )
                 return run.result(session, "check")
             names = {"task": run.task.name, "model": run.learner.policy.source}
-            session.begin(args, names=names, title=run.title, solved=getattr(run.task, "solved", None))
+            known = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
+            session.begin(args, names=names, title=run.title, **known)
             _start_trackers(run, session)
             return _loop(run, session)
 

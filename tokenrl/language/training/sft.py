@@ -8,8 +8,9 @@ from typing import Any
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import model_card, save_policy
+from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits, recorded
 from tokenrl.language.tasks.sources import read_splits, with_prompts
-from tokenrl.language.tasks.task import find_task, is_toy_task
+from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task
 from tokenrl.language.training.arguments import SftArguments, SftSettings
 from tokenrl.language.training.setup import make_policy
 from tokenrl.language.training.supervised import SupervisedTraining
@@ -65,12 +66,12 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             "demonstrations": f"{len(rows):,}",
             "updates": f"{args.max_steps} of {args.batch_size}, learning rate {args.learning_rate:g}",
         }
-        name = args.task if isinstance(args.task, str) else args.task.name
+        name = args.task if isinstance(args.task, str) else str(task.name)
         title = f"{name}, supervised, seed {args.seed}"
         session.open(
             f"tokenrl sft: {name}", facts, note="The loss is the negative log-likelihood, in nats per token."
         )
-        session.begin(args, names={"task": name, "model": policy.source}, title=title)
+        session.begin(args, names={"task": name, "model": policy.source}, title=title, **recorded(task))
         losses = []
         for _ in session.steps(args.max_steps):
             metrics = training.update()
@@ -93,8 +94,9 @@ def _resolve(args: SftArguments, task: Any) -> SftSettings:
 
 
 def _demonstrations(args: SftArguments) -> tuple[Any, list[dict[str, Any]]]:
-    """Return the task (None for a data set) and its rows of prompt and completion."""
-    if not isinstance(args.task, str) or ":" in args.task or is_toy_task(args.task):
+    """Return the task (None for a data set that has a name) and its rows of prompt and completion."""
+    named = isinstance(args.task, str)
+    if hasattr(args.task, "train_prompts") or (named and (":" in args.task or is_toy_task(args.task))):
         task, _ = find_task(args)
         rows = list(getattr(task, "demonstrations", None) or [])
         if not rows:
@@ -107,13 +109,18 @@ def _demonstrations(args: SftArguments) -> tuple[Any, list[dict[str, Any]]]:
         raise Refused(
             "A data set has no model of its own: name the one to fine-tune, --model DIRECTORY_OR_HUB_NAME."
         )
-    splits = read_splits(args.task)
+    splits = read_splits(args.task) if named else memory_splits(args.task)
+    where = repr(args.task) if named else "The data"
     if args.split not in splits:
-        raise Refused(f"{args.task!r} has no split {args.split!r}; it has {', '.join(splits)}.")
-    rows = with_prompts(splits[args.split], args.task, args.prompt_column, args.prompt_template)
+        raise Refused(f"{where} has no split {args.split!r}; it has {', '.join(splits)}.")
+    rows = with_prompts(splits[args.split], where, args.prompt_column, args.prompt_template)
     if args.completion_column not in rows[0]:
         raise Refused(
-            f"{args.task!r} has no column {args.completion_column!r}; it has {', '.join(rows[0])}. Name the "
-            "column of the completions with --completion-column."
+            f"{where} has no column {args.completion_column!r}; it has {', '.join(rows[0])}. Name the "
+            "column of the completions with completion_column (--completion-column)."
         )
-    return None, [row | {"completion": row[args.completion_column]} for row in rows]
+    rows = [row | {"completion": row[args.completion_column]} for row in rows]
+    if named:
+        return None, rows
+    origin = description(splits)
+    return PromptTask(IN_MEMORY + origin["fingerprint"], rows, [], None, origin=origin), rows

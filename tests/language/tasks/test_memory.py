@@ -1,0 +1,311 @@
+"""Prompts that are given from Python: every form, what becomes of them, and the refusals."""
+
+from __future__ import annotations
+
+import json
+from collections import UserDict
+
+import datasets
+import pandas
+import pytest
+
+import tokenrl
+from tokenrl.cli import main
+from tokenrl.errors import Refused
+from tokenrl.language.tasks.memory import fingerprint, memory_splits
+from tokenrl.language.tasks.task import load_task
+from toy_tasks.models import TinyModel
+
+ROWS = [{"prompt": f"{x}{y}>", "answer": x, "marks": {"deep": [x, y]}} for x in "abcd" for y in "abcd"]
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+
+
+def chat(*turns):
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def exact(prompts, completions, answer, **columns):
+    return [float(text[:1] == a) for text, a in zip(completions, answer, strict=True)]
+
+
+def dataset(rows=ROWS):
+    return datasets.Dataset.from_list(rows)
+
+
+def tiny():
+    return TinyModel(tuple("abcd>"), layers=1, hidden=16, heads=2, context=16)(0)
+
+
+def start(tmp_path, **options):
+    defaults = {"model": tiny(), "reward": exact, "output_dir": tmp_path / "run", "max_steps": 2}
+    defaults |= {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 3, "quiet": True}
+    return tokenrl.train(**(defaults | options))
+
+
+def config_of(tmp_path):
+    return json.loads((tmp_path / "run" / "config.json").read_text())
+
+
+# ---- what is taken ----
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        dataset,
+        list,
+        tuple,
+        lambda rows: [UserDict(row) for row in rows],
+        lambda rows: {"train": rows},
+        lambda rows: datasets.DatasetDict(train=dataset(rows)),
+        lambda rows: dataset(rows).with_format("numpy"),
+        lambda rows: dataset([{**row, "prompt": ""} for row in rows]).with_transform(_restored),
+    ],
+)
+def test_every_form_gives_the_same_disjoint_prompts(make):
+    task = load_task(make(ROWS), reward=exact, eval_size=5)
+    assert (len(task.train_prompts), len(task.eval_prompts)) == (11, 5)
+    found = {row["prompt"]: row for row in [*task.train_prompts, *task.eval_prompts]}
+    assert list(found.values()) == [found[row["prompt"]] for row in [*task.train_prompts, *task.eval_prompts]]
+    assert sorted(found) == sorted(row["prompt"] for row in ROWS) and all(
+        row in found.values() for row in ROWS
+    )
+    assert task.name == "in-memory:" + fingerprint({"train": ROWS})
+
+
+def _restored(batch):
+    """A transform, which makes the prompt only when rows are read."""
+    return batch | {"prompt": ["".join(m["deep"]) + ">" for m in batch["marks"]]}
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_the_splits_of_a_dict_become_training_and_held_out_prompts(name):
+    splits = datasets.DatasetDict(train=dataset(), **{name: dataset(ROWS[:3]), "other": dataset(ROWS[:1])})
+    task = load_task(splits, reward=exact)
+    assert [row["prompt"] for row in task.eval_prompts] == ["aa>", "ab>", "ac>"]
+    assert [row["prompt"] for row in task.train_prompts] == [row["prompt"] for row in ROWS[3:]]
+    assert task.origin["rows"] == {"train": 16, name: 3, "other": 1}
+    assert len(load_task(splits, reward=exact, eval_split="other").eval_prompts) == 1
+
+
+def test_the_users_rows_are_copied_not_changed():
+    rows = [dict(row) for row in ROWS]
+    for made in load_task(rows, reward=exact).train_prompts:
+        made["prompt"] = "spoilt"
+    assert rows == ROWS
+
+
+def test_a_column_or_a_template_makes_the_prompt():
+    rows = [{"question": f"q{i}", "answer": str(i)} for i in range(8)]
+    by_column = load_task(rows, reward=exact, prompt_column="question")
+    assert {row["prompt"] for row in by_column.train_prompts} < {f"q{i}" for i in range(8)}
+    by_template = load_task(dataset(rows), reward=exact, prompt_template="{question} is\n")
+    assert all(row["prompt"] == row["question"] + " is\n" for row in by_template.train_prompts)
+
+
+# ---- conversations ----
+
+
+@pytest.mark.parametrize("make", [list, dataset])
+def test_the_assistants_last_turn_is_the_answer_and_leaves_the_prompt(make):
+    rows = [{"messages": chat(("system", "s"), ("user", f"u{i}"), ("assistant", f"a{i}"))} for i in range(4)]
+    task = load_task(make(rows), reward=exact, eval_size=1)
+    for row in [*task.train_prompts, *task.eval_prompts]:
+        number = row["prompt"][1]["content"][1:]
+        assert row["prompt"] == chat(("system", "s"), ("user", "u" + number))
+        assert row["answer"] == row["completion"] == "a" + number
+        assert row["messages"][-1]["content"] == "a" + number
+
+
+def test_an_own_answer_is_kept_and_a_question_alone_is_the_whole_prompt():
+    rows = [{"messages": chat(("user", f"u{i}"), ("assistant", "long")), "answer": str(i)} for i in range(4)]
+    assert all(
+        row["answer"] == row["prompt"][0]["content"][1] for row in load_task(rows, reward=exact).eval_prompts
+    )
+    rows = [{"messages": chat(("user", f"u{i}"))} for i in range(4)]
+    for row in load_task(rows, reward=exact).train_prompts:
+        assert row["prompt"] == row["messages"] and "answer" not in row
+
+
+def test_a_prompt_column_comes_before_messages_and_keeps_a_last_turn_of_the_assistant():
+    begun = chat(("user", "u"), ("assistant", "It is"))
+    rows = [
+        {"prompt": [*chat(("system", str(i))), *begun], "messages": chat(("user", "x"))} for i in range(4)
+    ]
+    assert all(row["prompt"][1:] == begun for row in load_task(rows, reward=exact).train_prompts)
+    named = [{"prompt": "title", "messages": chat(("user", str(i)), ("assistant", "a"))} for i in range(4)]
+    rows = load_task(named, reward=exact, prompt_column="messages").train_prompts
+    assert all(len(row["prompt"]) == 1 and row["answer"] == "a" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (chat(("user", "u")), r"row 0 end with a turn of the assistant.* row 2 do not"),
+        (chat(("assistant", "a")), "row 2: the prompt is an empty list"),
+        (None, r"column 'messages', row 2: the prompt is None"),
+        ([], r"row 2: the prompt is an empty list"),
+        ("text", "row 2: messages is text, 'text'"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "u"}]}],
+            "message 0 of the prompt has content",
+        ),
+        (
+            [*chat(("user", "u")), {"role": "assistant", "content": None}],
+            "message 1 of the prompt has content None",
+        ),
+    ],
+)
+def test_conversations_that_cannot_be_used_are_refused_with_their_row(messages, words):
+    good = [{"messages": chat(("user", f"u{i}"), ("assistant", "a"))} for i in range(2)]
+    with pytest.raises(Refused, match=words):
+        load_task([*good, {"messages": messages}], reward=exact)
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ([], "'train' is empty: give data with at least one row"),
+        ({}, "no split 'train'"),
+        (dataset([]), "'train' is empty"),
+        (
+            dataset([{"question": "a", "label": 1}]),
+            r"no column 'prompt'.*question.*prompt_template.*--prompt-template",
+        ),
+        (datasets.DatasetDict(test=dataset()), "no split 'train'.* Available: test"),
+        (
+            [ROWS[0], {"prompt": "b"}],
+            "row 1 and row 0 do not have the same columns; only one has answer, marks",
+        ),
+        ([{"prompt": "a"}, {"prompt": None}], r"row 1: the prompt is None \(NoneType\)"),
+        (dataset([{"prompt": "a"}, {"prompt": None}]), r"row 1: the prompt is None"),
+        ([{"prompt": 1}, {"prompt": 2}], r"row 0: the prompt is 1 \(int\)"),
+        ([{"prompt": [["a"]]}] * 2, r"message 0 of the prompt is \['a'\] \(list\)"),
+        ([{"prompt": {"role": "user", "content": "a"}}] * 2, r"\(dict\)"),
+        (dataset([{"prompt": ["a", "b"]}] * 2), r"message 0 of the prompt is 'a' \(str\)"),
+        (["a", "b"], r"row 0 is 'a' \(str\); a row is a dict.*for text in texts"),
+        ([ROWS[0], None], r"row 1 is None"),
+        ([{1: "a"}], "are not all text"),
+        (chat(("user", "a")), "no column 'prompt'.*content, role"),
+        ({"prompt": ["a", "b"], "answer": ["x", "y"]}, r"keys prompt, answer.*Dataset.from_dict\(task\)"),
+        ({"prompt": "a", "answer": "b"}, r"if it is one row, give \[task\]"),
+        ({1: ROWS}, "keys are not all names of splits"),
+        ({"train": ROWS, "test": "rows.jsonl"}, r"task, split 'test' is 'rows.jsonl' \(str\)"),
+        (dataset().to_iterable_dataset(), r"IterableDataset.*Dataset.from_list\(list\(data.take\(N\)\)\)"),
+        (
+            datasets.IterableDatasetDict(train=dataset().to_iterable_dataset()),
+            "split 'train' is an IterableDataset",
+        ),
+        (pandas.DataFrame(ROWS), r"DataFrame of pandas: give datasets.Dataset.from_pandas\(df"),
+        ({"train": pandas.DataFrame(ROWS)}, "split 'train' is a DataFrame of pandas"),
+        ((row for row in ROWS), r"\(generator\); it must be a name, a task object, a datasets.Dataset"),
+        (5, r"task is 5 \(int\)"),
+        (None, r"task is None"),
+        ([ROWS[0]] * 4, "too few distinct prompts"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_in_one_paragraph(tmp_path, data, words):
+    with pytest.raises(Refused, match=words) as caught:
+        start(tmp_path, task=data)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run" / "config.json").exists()
+
+
+def test_data_without_a_reward_or_with_the_wrong_columns_for_it_is_refused(tmp_path):
+    with pytest.raises(
+        Refused, match=r"task is data \(Dataset\), which has prompts but no reward.*reward=function"
+    ):
+        start(tmp_path, task=dataset(), reward=())
+    with pytest.raises(Refused, match="'answer'"):
+        start(tmp_path, task=dataset().remove_columns("answer"))
+
+
+# ---- fingerprints ----
+
+
+def test_the_fingerprint_is_that_of_the_rows_not_of_the_object_that_holds_them():
+    same = [fingerprint(memory_splits(data)) for data in (ROWS, dataset(), {"train": tuple(ROWS)})]
+    assert len(set(same)) == 1 and len(same[0]) == 12
+    others = [ROWS[:-1], ROWS[::-1], [{**row, "answer": "z"} for row in ROWS], {"train": ROWS, "test": ROWS}]
+    assert len({same[0], *(fingerprint(memory_splits(data)) for data in others)}) == 5
+    split_elsewhere = [{"train": ROWS[:2], "test": ROWS[2:]}, {"train": ROWS[:3], "test": ROWS[3:]}]
+    assert len({fingerprint(data) for data in split_elsewhere}) == 2
+
+
+# ---- whole runs ----
+
+
+def test_a_run_on_a_dataset_trains_and_its_columns_reach_the_reward_as_lists(tmp_path, capsys):
+    seen = []
+
+    def reward(prompts, completions, answer, marks, **columns):
+        seen.extend(zip(prompts, answer, marks, strict=True))
+        return exact(prompts, completions, answer)
+
+    result = start(
+        tmp_path, task=datasets.DatasetDict(train=dataset(), test=dataset(ROWS[:4])), reward=reward
+    )
+    assert result.steps == 2 and 0 <= result.eval_after["reward_greedy"] <= 1
+    assert len(seen) > 32 and all({"prompt": p, "answer": a, "marks": m} in ROWS for p, a, m in seen)
+    config = config_of(tmp_path)
+    rows = {"train": 16, "test": 4}
+    digits = fingerprint({"train": ROWS, "test": ROWS[:4]})
+    assert config["task_rows"] == {
+        "rows": rows,
+        "columns": ["prompt", "answer", "marks"],
+        "fingerprint": digits,
+    }
+    assert config["task"] == "in-memory:" + digits and digits in config["title"]
+    assert main(["train", "--config", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert f"in-memory:{digits}' was data given from Python" in said and "to_json('data.jsonl')" in said
+
+
+def test_a_run_from_a_configuration_takes_other_data(tmp_path):
+    start(tmp_path, task=ROWS)
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    model = tmp_path / "run" / "model"
+    flags = ["--config", str(tmp_path / "run"), "--task", str(tmp_path / "rows.jsonl"), "--model", str(model)]
+    flags += ["--reward", "exact_match", "--output-dir", str(tmp_path / "again")]
+    assert main(["train", *flags]) == 0
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["task"].endswith("rows.jsonl") and "task_rows" not in config
+
+
+def test_chat_messages_from_a_dataset_train_and_the_reward_sees_the_answer(tmp_path):
+    model, tokenizer = tiny()
+    tokenizer.chat_template = TEMPLATE
+    rows = [{"messages": chat(("user", row["prompt"][:2]), ("assistant", row["answer"]))} for row in ROWS]
+
+    def reward(prompts, completions, answer, **columns):
+        assert all(turns[-1]["role"] == "user" for turns in prompts)
+        return [float(turns[-1]["content"][:1] == a) for turns, a in zip(completions, answer, strict=True)]
+
+    assert start(tmp_path, task=dataset(rows), model=(model, tokenizer), reward=reward).steps == 2
+    assert config_of(tmp_path)["task_rows"]["columns"] == ["messages"]
+
+
+def test_evaluate_and_train_hold_out_the_same_rows(tmp_path):
+    after = start(tmp_path, task=dataset()).eval_after
+    model = str(tmp_path / "run" / "model")
+    found = tokenrl.evaluate(model=model, task=ROWS, reward=exact, max_completion_length=3)
+    assert found.metrics["reward_greedy"] == pytest.approx(after["reward_greedy"])
+    with pytest.raises(Refused, match="IterableDataset"):
+        tokenrl.evaluate(model=model, task=dataset().to_iterable_dataset(), reward=exact)
+
+
+def test_sft_learns_from_columns_and_from_conversations(tmp_path):
+    model, tokenizer = tiny()
+    tokenizer.chat_template = TEMPLATE
+    how = {"model": (model, tokenizer), "max_steps": 2, "batch_size": 4, "quiet": True}
+    result = tokenrl.sft(task=dataset(), completion_column="answer", output_dir=tmp_path / "run", **how)
+    assert result.steps == 2 and config_of(tmp_path)["task_rows"]["rows"] == {"train": 16}
+    talks = [{"messages": chat(("user", row["prompt"]), ("assistant", row["answer"]))} for row in ROWS]
+    assert tokenrl.sft(task=talks, output_dir=tmp_path / "talks", **how).steps == 2
+    with pytest.raises(Refused, match="The data has no column 'completion'; it has prompt, answer, marks"):
+        tokenrl.sft(task=ROWS, output_dir=tmp_path / "none", **how)
+    with pytest.raises(Refused, match="name the one to fine-tune"):
+        tokenrl.sft(task=ROWS, output_dir=tmp_path / "none")
+    assert main(["sft", "--config", str(tmp_path / "run")]) == 2
