@@ -23,6 +23,7 @@ from tokenrl.control.arguments import ControlArguments
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused, TokenrlError, suggest
+from tokenrl.foreign import check_flags
 from tokenrl.lab.exact.arguments import LabArguments
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
@@ -176,12 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    lines = [
-        "usage: tokenrl COMMAND [--help] ...",
-        "",
-        "Policy gradients on language models and gymnasium environments.",
-        "",
-    ]
+    about = "Policy gradients on language models and gymnasium environments."
+    lines = ["usage: tokenrl COMMAND [--help] ...", "", about, ""]
     lines += [f"  {name:13}{command.arguments.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(lines)
 
@@ -203,6 +200,7 @@ def _parse(name: str, command: Command, argv: list[str]) -> Any:
         argv, preset = _take(argv, "--estimator")
         default = default if preset is None else replace(default, estimator=Estimator.preset(preset))
         about += _about_presets()
+    argv = check_flags(argv, field_types(kind))
     groups = vars(tyro.cli(_flags(kind, default), args=argv, prog=f"tokenrl {name}", description=about))
     values = {flag: value for group in groups.values() for flag, value in vars(group).items()}
     values |= {"estimator": vars(groups["estimator"])} if "estimator" in groups else {}

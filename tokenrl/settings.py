@@ -23,7 +23,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
 
-from tokenrl.errors import Refused, nearest, suggest
+from tokenrl.errors import Refused, nearest
+from tokenrl.foreign import check_names
 
 T = TypeVar("T")
 
@@ -219,9 +220,7 @@ def arguments(kind: type[T], options: Mapping[str, Any]) -> T:
         Refused: A keyword is not the name of a field, or a value is not allowed.
     """
     hints = field_types(kind)  # type: ignore[arg-type]  # mypy does not know that a class can be hashed
-    for name in options:
-        if name not in hints:
-            raise Refused(f"There is no setting {name!r}.{suggest(name, hints)}")
+    check_names(options, hints)
     return kind(**{name: _converted(value, hints[name]) for name, value in options.items()})
 
 

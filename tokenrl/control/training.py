@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from tokenrl.calls import called
 from tokenrl.control.agents import agent_settings
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import describe
@@ -72,7 +73,7 @@ def train_agent(
 
 def _arguments(args: ControlArguments | None, agent: str | None, options: dict[str, Any]) -> ControlArguments:
     if agent is None:
-        return args or arguments(ControlArguments, options)
+        return called(ControlArguments, args, options)
     if args is not None:
         raise Refused(
             f"agent {agent!r} was given beside finished settings, and both say where a run starts. Give the "

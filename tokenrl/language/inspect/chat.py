@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tokenrl.calls import called
 from tokenrl.errors import Refused, TokenrlError
 from tokenrl.language.inspect.arguments import SampleArguments
 from tokenrl.language.policy.model import Policy
@@ -22,7 +23,6 @@ from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.setup import load_placed
-from tokenrl.settings import arguments
 
 
 class Completion(NamedTuple):
@@ -122,7 +122,7 @@ def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str
     Raises:
         Refused: no model or no prompt is named, or a prompt cannot be completed.
     """
-    args = args or arguments(SampleArguments, options)
+    args = called(SampleArguments, args, options)
     if not args.prompt:
         raise Refused("Give a prompt to complete: --prompt TEXT.")
     return [[each.text for each in group] for group in Sampler.load(args)(args.prompt, args)]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tokenrl.calls import called
 from tokenrl.errors import Refused
 from tokenrl.language.inspect.arguments import EvaluateArguments
 from tokenrl.language.inspect.best_of_n import best_of_n_metrics
@@ -16,7 +17,6 @@ from tokenrl.language.training.evaluation import Evaluation, evaluate_policy
 from tokenrl.language.training.evaluation_metrics import check_sizes
 from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.files import write_json
-from tokenrl.settings import arguments
 
 
 def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluation:
@@ -34,7 +34,7 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
         Refused: the model, the reference, the task or a reward cannot be used, or a number is out of range.
         Stopped: a reward function failed.
     """
-    args = args or arguments(EvaluateArguments, options)
+    args = called(EvaluateArguments, args, options)
     if not args.model:
         raise Refused("Name the model to evaluate: --model DIRECTORY_OR_HUB_NAME.")
     generations = max((4, *args.k)) if args.num_generations is None else args.num_generations

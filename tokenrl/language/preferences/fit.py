@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from tokenrl.calls import called
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.preferences.arguments import RewardModelArguments, RewardModelSettings
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
@@ -36,7 +37,7 @@ from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import Batches
 from tokenrl.runs.session import Session
-from tokenrl.settings import arguments, settled
+from tokenrl.settings import settled
 
 LOSS_NOTE = "The loss is the negative log-likelihood of the choices, in nats per pair; guessing gives 0.693."
 
@@ -196,7 +197,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         >>> result = train_reward_model(task="sort_digits", output_dir="runs/judge")
         >>> result.eval_after["accuracy"]
     """
-    args = args or arguments(RewardModelArguments, options)
+    args = called(RewardModelArguments, args, options)
     with Session(
         "reward-model",
         args.output_dir,

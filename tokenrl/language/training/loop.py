@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tokenrl.calls import called
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.guards import teaches_nothing
 from tokenrl.errors import Stopped
@@ -31,7 +32,6 @@ from tokenrl.language.training.setup import (
 )
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.runs.session import Session
-from tokenrl.settings import arguments
 
 
 def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
@@ -63,7 +63,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         >>> result = tokenrl.train(task="sort_digits", estimator="rloo", output_dir="runs/a")
         >>> result.eval_after["reward_greedy"]
     """
-    args = args or arguments(TrainArguments, options)
+    args = called(TrainArguments, args, options)
     task, rewards = find_task(args)
     args = resolve(args, task)
     accelerator = make_accelerator(args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokenrl.calls import called
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import model_card, save_policy
@@ -16,7 +17,7 @@ from tokenrl.language.training.setup import make_policy
 from tokenrl.language.training.supervised import SupervisedTraining
 from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.session import Session
-from tokenrl.settings import arguments, settled
+from tokenrl.settings import settled
 
 DEFAULTS = {"max_steps": 200, "batch_size": 64, "learning_rate": 2e-5}
 
@@ -54,7 +55,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         Refused: there are no demonstrations or no model, or the output directory cannot be used.
         Stopped: the loss became NaN or infinite.
     """
-    args = args or arguments(SftArguments, options)
+    args = called(SftArguments, args, options)
     with Session("sft", args.output_dir, overwrite=args.overwrite, quiet=args.quiet) as session:
         task, rows = _demonstrations(args)
         policy = make_policy(args, task, session.console.note)
