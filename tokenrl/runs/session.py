@@ -104,6 +104,7 @@ class Session:
         self._evaluations: dict[int, dict[str, float]] = {}  # metrics by step
         self._warned: set[str] = set()
         self._told: int | None = None  # the exit code in the outcome
+        self._objects: list[str] = []  # the settings that were objects from Python
 
     def __enter__(self) -> Session:
         return self
@@ -147,6 +148,7 @@ class Session:
             return
         values = {f.name: getattr(args, f.name) for f in fields(args)}
         objects = {name: word for name, word in names.items() if not isinstance(values[name], str | None)}
+        self._objects = list(objects)
         config = {**values, **objects, **facts, "kind": self.kind, "command": self.command}
         self.directory.write_config(config)
         self._log = MetricsLog(self.directory.metrics, self.directory.timings)
@@ -154,10 +156,11 @@ class Session:
 
     @property
     def command(self) -> str:
-        """The command line that repeats this run: the one that was typed or, in Python, one with --config."""
+        """The command line that repeats this run: as typed, or with --config; a comment names objects."""
         again = [self.kind, "--config", str(self.output_dir / "config.json"), "--overwrite"]
         typed = Path(sys.argv[0]).name == "tokenrl"
-        return shlex.join(["tokenrl", *(sys.argv[1:] if typed else again)])
+        comment = f"  # only from Python: {', '.join(self._objects)} as objects" if self._objects else ""
+        return shlex.join(["tokenrl", *(sys.argv[1:] if typed else again)]) + comment
 
     def steps(self, total: int) -> Iterator[int]:
         """Yield the numbers of the steps, 1 to `total`; end early once any process is asked to stop."""
