@@ -17,8 +17,9 @@ class DataArguments(Settings, group="data"):
     """Seconds that one call of a reward function may take. The functions then run in a process of their own,
     which is killed at the deadline, and the run stops. Reward models are exempt. Default: no deadline."""
     prompt_column: str = "prompt"
-    """Column of a dataset that holds the prompt, which is text or chat messages. Default: prompt, else
-    messages, of which a last turn of the assistant is the answer and no part of the prompt."""
+    """Column of a dataset that holds the prompt, which is text or chat messages. Data without a column
+    prompt may have messages, whole conversations: a last turn of the assistant is the answer, and no part of
+    the prompt."""
     prompt_template: str | None = None
     """Template that makes the prompt from columns, such as '{question}\\nAnswer:'; replaces prompt_column."""
     split: str = "train"
