@@ -15,6 +15,7 @@ from tokenrl.advisor.language import (
     completion_length,
     difficulty,
     doubts as language_doubts,
+    facts,
     fitted as language_fitted,
     group_size,
 )
@@ -179,7 +180,8 @@ def test_no_baseline_passes_with_a_warning_where_it_is_allowed(capsys):
 def probe(reward=0.25, dead=(0.6, 0.4, 0.2), cut=0.0, entropy=0.5, binary=True) -> Probe:
     shares = {size: Estimate(share, 0.01) for size, share in zip((2, 4, 8), dead, strict=True)}
     one = Estimate(reward, 0.02)
-    return Probe(64, 8, binary, one, {1: one}, shares, Estimate(cut, 0.01), 7.0, 8, entropy)
+    passed = {1: one} if binary else {}
+    return Probe(64, 8, binary, one, {1: one}, shares, Estimate(cut, 0.01), 7.0, 8, entropy, passed=passed)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +211,18 @@ def test_difficulty(found, solved, verdict):
     assert difficulty(found, solved) == verdict
     said = " ".join(language_doubts(found, solved, resolve(TrainArguments(), task=None)))
     assert (verdict in said) == (verdict != "fine")
+
+
+def test_pass_at_k_is_shown_where_the_reward_says_what_is_right():
+    declared, silent = facts(probe(), None), facts(probe(binary=False), None)
+    assert declared["pass@1"].startswith("0.250") and "mean reward" not in declared
+    assert silent["mean reward"].startswith("0.250") and "pass@1" not in silent
+    marked = facts(replace(probe(binary=False), passed={1: Estimate(0.96, 0.02)}), None)
+    assert (marked["mean reward"][:5], marked["pass@1"][:5], marked["difficulty"]) == (
+        "0.250",
+        "0.960",
+        "too easy",
+    )
 
 
 @pytest.mark.parametrize("cut, room, length", [(0.05, None, 8), (0.2, None, 16), (0.2, 12, 12), (0.2, 8, 8)])

@@ -92,6 +92,8 @@ def test_every_number_of_all_settings_has_bounds_or_needs_none():
     assert free == {
         ("Estimator", "baseline_constant"),
         ("Estimator", "running_mean_init"),
+        ("EvaluateArguments", "pass_threshold"),
+        ("AdviseArguments", "pass_threshold"),
         ("RewardModelArguments", "margin"),
         ("TrainArguments", "filter_difficulty"),
         *((kind, "reward_weights") for kind in with_a_task),

@@ -10,11 +10,12 @@ import random
 from typing import Any
 
 from toy_tasks.models import TinyModel
-from toy_tasks.task import Row, Task, WarmStart, demonstrate, hold_out, rows, settings
+from toy_tasks.task import Row, Task, WarmStart, binary, demonstrate, hold_out, rows, settings
 
 LIMIT = 50
 
 
+@binary
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """Return 1 for each completion that is exactly the sum, written with two digits, and 0 for any other."""
     return [float(text == right(prompt)) for prompt, text in zip(prompts, completions, strict=True)]

@@ -95,6 +95,7 @@ def make(seed: int = 0, largest: int = 12, wrong_share: float = 0.6, eval_size: 
         demonstrations=demonstrate(train, right, add_all, wrong_share, rng),
         max_completion_length=10,
         solved=0.45,
+        pass_threshold=1.0,
         warm_start=WarmStart(steps=500),
         train=settings(learning_rate=3e-4, max_steps=500),
         build=TinyModel(tuple("0123456789+-,=>")),

@@ -15,7 +15,7 @@ import re
 from typing import Any
 
 from toy_tasks.models import TinyModel
-from toy_tasks.task import Task, WarmStart, demonstrate, hold_out, rows, settings
+from toy_tasks.task import Task, WarmStart, binary, demonstrate, hold_out, rows, settings
 
 OPENINGS = ("", "honestly, ", "overall, ", "in short, ", "to be fair, ", "for once, ")
 SUBJECTS = (
@@ -38,6 +38,7 @@ _COMPLETION = re.compile(rf"{_PHRASE}(?: and{_PHRASE})?(?:{_REMARK})?\.")
 _WORD = re.compile(r" ?[a-z]+|[,.]")
 
 
+@binary
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """Return 1 for each completion that is grammatical and mostly favourable, else 0."""
     pairs = zip(prompts, completions, strict=True)

@@ -11,9 +11,10 @@ import random
 from typing import Any
 
 from toy_tasks.models import TinyModel
-from toy_tasks.task import Task, WarmStart, demonstrate, hold_out, rows, settings
+from toy_tasks.task import Task, WarmStart, binary, demonstrate, hold_out, rows, settings
 
 
+@binary
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """Return 1 for each completion that is exactly the prompt's digits in ascending order, else 0."""
     return [float(text == right(prompt)) for prompt, text in zip(prompts, completions, strict=True)]

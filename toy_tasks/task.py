@@ -44,6 +44,8 @@ class Task:
         demonstrations: Rows `{"prompt", "completion"}` for the warm start; empty where none is needed.
         max_completion_length: The most tokens that a completion may have, the end token included.
         solved: Mean reward of greedy completions of the held-out prompts that counts as solved.
+        pass_threshold: Least reward of a right completion; None where the reward is binary, which says so
+            itself, or where no completion is simply right.
         warm_start: Settings of the supervised stage, or None to start from random weights.
         train: Recommended training settings, with the names of the trainer's arguments.
         build: Makes a randomly initialised model and its tokenizer from a seed.
@@ -62,6 +64,7 @@ class Task:
     warm_start: WarmStart | None
     train: dict[str, Any]
     build: TinyModel
+    pass_threshold: float | None = None
     # It is not an argument, so dataclasses.replace(task, demonstrations=...) cannot keep an outdated hash.
     fingerprint: str = field(init=False)
 
@@ -70,6 +73,12 @@ class Task:
         parts = {"demonstrations": self.demonstrations, "build": asdict(self.build), "warm_start": warm_start}
         text = json.dumps(parts, sort_keys=True)
         object.__setattr__(self, "fingerprint", hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def binary(reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
+    """Declare that a reward is 1 for a right completion and 0 for a wrong one, which makes it pass@k."""
+    reward.binary = True  # type: ignore[attr-defined]
+    return reward
 
 
 def settings(**changes: Any) -> dict[str, Any]:

@@ -44,6 +44,9 @@ class AdviseArguments(ModelArguments, TaskArguments):
     """Temperature of sampling."""
     seed: Natural = 0
     """Seed of the measurement, and of the recommended training."""
+    pass_threshold: float | None = None
+    """Least total reward with which a completion is right, for pass@k. Default: 1 for a single reward that is
+    declared binary, else the threshold of the task, if it has one."""
     config: str | None = None
     """Write the settings to this file, for --config of `tokenrl control` or `tokenrl train`."""
     json: str | None = None

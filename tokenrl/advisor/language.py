@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields, replace
 from typing import Any
 
@@ -26,7 +25,7 @@ from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
 from tokenrl.errors import Refused
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.tasks.stream import PromptStream
+from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.probe import Estimate, Probe, probe_policy
@@ -88,13 +87,21 @@ def advise_language(args: AdviseArguments) -> Advice:
         facts=facts(found, solved),
         settings=settings,
         measurements={"probe": found, "solved": solved, "difficulty": difficulty(found, solved)},
-        warnings=warnings + doubts(found, solved, train),
+        warnings=warnings + few_prompts(task.train_prompts) + doubts(found, solved, train),
     )
 
 
 def difficulty(found: Probe, solved: float | None = None) -> str:
-    """Return how hard the task is for this policy: `too hard`, `too easy` or `fine`."""
-    if found.reward.value >= (solved if solved is not None else EASY if found.binary else math.inf):
+    """Return how hard the task is for this policy: `too hard`, `too easy` or `fine`.
+
+    It is too easy where the mean reward reaches the task's own mark, `solved`; without a mark, where pass@1
+    is near 1; and never where nothing says what a right answer is.
+    """
+    if solved is not None:
+        easy = found.reward.value >= solved
+    else:
+        easy = bool(found.passed) and found.passed[1].value >= EASY
+    if easy:
         return "too easy"
     largest = max(found.dead_groups)
     return "too hard" if found.dead_groups[largest].value > HOPELESS else "fine"
@@ -203,10 +210,14 @@ def doubts(found: Probe, solved: float | None, train: TrainSettings) -> list[str
 
 def facts(found: Probe, solved: float | None) -> dict[str, str]:
     """Return the facts that the advice shows."""
-    best = found.best_of[max(found.best_of)]
-    name = "pass@{}" if found.binary else "best of {}"
-    shown = {name.format(1) if found.binary else "mean reward": _plus_minus(found.reward)}
-    shown |= {name.format(max(found.best_of)): _plus_minus(best)}
+    most = max(found.best_of)
+    shown = {}
+    if not found.binary:
+        shown = {
+            "mean reward": _plus_minus(found.reward),
+            f"best of {most}": _plus_minus(found.best_of[most]),
+        }
+    shown |= {f"pass@{k}": _plus_minus(found.passed[k]) for k in (1, most) if k in found.passed}
     dead = (f"{size}: {_percent(share)}" for size, share in found.dead_groups.items())
     return shown | {
         "difficulty": difficulty(found, solved),

@@ -57,8 +57,8 @@ def test_a_published_pair_of_rewards_works_without_change(timeout):
 def test_a_puzzle_is_a_task_with_its_own_score():
     gym = pytest.importorskip("reasoning_gym")
     task = load_task("reasoning_gym:basic_arithmetic(size=20, eval_size=6, seed=3, max_digits=1)")
-    next_seed = gym.create_dataset("basic_arithmetic", size=6, seed=4, max_digits=1)
-    assert [row["prompt"] for row in task.eval_prompts] == [entry["question"] for entry in next_seed]
+    far = gym.create_dataset("basic_arithmetic", size=6, seed=3 + 2**31, max_digits=1)
+    assert [row["prompt"] for row in task.eval_prompts] == [entry["question"] for entry in far]
     assert 0 < len(task.train_prompts) <= 20 and len(task.eval_prompts) == 6
     held = {row["prompt"] for row in task.eval_prompts}
     assert not held & {row["prompt"] for row in task.train_prompts}

@@ -46,9 +46,12 @@ class Recorder:
         return [None if "d" in text else len(text) / 2 for text in completions]
 
 
-def evaluate(functions, policy=None, *, weights=None, generations=6, temperature=1.0, **options):
+Recorder.right.binary = True
+
+
+def evaluate(functions, policy=None, *, weights=None, mark=None, generations=6, temperature=1.0, **options):
     sampling = Sampling(4, generations, temperature)
-    rewards = Rewards(functions, weights)
+    rewards = Rewards(functions, weights, pass_threshold=mark)
     return evaluate_policy(policy or tiny(), ROWS, rewards, sampling, detailed=True, **options).metrics
 
 
@@ -69,6 +72,33 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
     greedy = [float(a in completion) for completion in seen.ids[: len(ROWS)]]
     assert found["reward_greedy"] == pytest.approx(np.mean(greedy))
     assert found["reward_greedy_stderr"] == pytest.approx(np.std(greedy, ddof=1) / math.sqrt(len(ROWS)))
+
+
+def test_a_sum_of_rewards_of_0_and_1_says_nothing_about_right_answers():
+    """The total of `right` and of 1 minus something is 0 or 1 too, and 1 for a wrong answer."""
+    seen = Recorder()
+
+    def consoled(completions):
+        return [0.0 if "a" in text else 1.0 for text in completions]
+
+    found = evaluate([seen.right, consoled], k=(1, 6))
+    assert found["reward"] == found["best@6"] == 1.0 and found["rewards/right/mean"] < 0.9
+    assert not any(name.startswith("pass@") for name in found)
+    undeclared = evaluate([lambda completions: seen.right(completions, completions, [])], k=(1, 6))
+    assert "pass@6" not in undeclared and "best@6" in undeclared
+
+
+def test_a_named_threshold_says_what_is_right():
+    def graded(completions):
+        return [0.25 * text.count("a") for text in completions]
+
+    found = evaluate([graded], mark=0.5, k=(1,))
+    right = evaluate([lambda completions: [float(text.count("a") >= 2) for text in completions]], k=(1,))
+    assert 0 < found["pass@1"] == right["reward"] < found["best@1"] + found["pass@1"]
+    assert found["best@1"] == pytest.approx(found["reward"]) != found["pass@1"]
+    half = evaluate([Recorder().right], weights=[0.5], k=(1, 6))
+    whole = evaluate([Recorder().right], k=(1, 6))
+    assert half["pass@6"] == whole["pass@6"] and half["best@6"] == pytest.approx(whole["pass@6"] / 2)
 
 
 def test_parts_of_the_reward_and_the_best_of_k_of_graded_ones():

@@ -71,6 +71,7 @@ def test_a_policy_is_probed(tiny):
         paid.extend(found)
         return found
 
+    reward.binary = True
     found = probe_policy(tiny, rows, Rewards(reward), Sampling(3, 8), batch_size=24)
     assert (found.prompts, found.samples, found.binary) == (16, 8, True)
     assert len(seen) == 128 and found.length == pytest.approx(np.mean(seen)) and found.longest == max(seen)

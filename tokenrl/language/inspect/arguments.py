@@ -49,7 +49,12 @@ class EvaluateArguments(TaskArguments):
     num_generations: Natural | None = None
     """Sampled completions per prompt, besides the greedy one; 0: none. Default: 4, or the largest k."""
     k: tuple[Count, ...] = ()
-    """Values of k for pass@k (best@k if rewards are not 0 or 1). Default: 1 and num_generations."""
+    """Values of k for pass@k and best@k. pass@k needs a reward that says what is right: one that is declared
+    binary, a threshold of the task, or --pass-threshold. Default: 1 and num_generations."""
+    pass_threshold: float | None = None
+    """Least total reward with which a completion is right, for pass@k. Default: 1 for a single reward that is
+    declared binary (of the library: exact_match, numeric_answer, regex_format, valid_json; or a function with
+    `function.binary = True`), else the threshold of the task, if it has one."""
     best_of: Natural = 0
     """Largest n of best-of-n. This many completions are sampled for each prompt, the rewards named by
     --reward choose among them, and the task's own reward measures the choice. 0: not measured."""

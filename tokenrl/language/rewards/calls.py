@@ -259,8 +259,21 @@ def unique_names(functions: Iterable[Reward]) -> list[str]:
     return taken
 
 
-def _name(function: Any) -> str:
+def is_binary(function: Reward) -> bool:
+    """Return whether a reward is declared binary by an attribute `binary = True`: 1 is right, 0 is wrong.
+
+    A function is declared by `function.binary = True`. The values that happen to occur declare nothing.
+    """
+    return getattr(_original(function), "binary", False) is True
+
+
+def _original(function: Any) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
+    return function
+
+
+def _name(function: Any) -> str:
+    function = _original(function)
     name = getattr(function, "__name__", type(function).__name__)
     return "reward" if name == "<lambda>" else name

@@ -20,6 +20,7 @@ from tokenrl.language.rewards.calls import (
     Reward,
     accepted_arguments,
     checked_rewards,
+    is_binary,
     run_rewards,
     unique_names,
 )
@@ -64,7 +65,8 @@ class Product(_Composed):
     """The product of the rewards of its parts, `prod_p r_p`; abstains where any part does.
 
     If all rewards lie in [0, 1], the product is high only where all of them are high: correct AND well
-    formed. Two negative rewards give a positive product, so the parts should not be negative.
+    formed. Two negative rewards give a positive product, so the parts should not be negative. The product of
+    binary rewards is binary.
 
     Example:
         >>> Product("exact_match", "valid_json(required=['answer'])")  # on the command line: product(...)
@@ -84,6 +86,7 @@ class Product(_Composed):
         if len(parts) < 2:
             raise Refused(f"product was given {len(parts)} rewards; give two or more to multiply.")
         super().__init__(*parts)
+        self.binary = all(map(is_binary, self.parts.values()))
 
     def __call__(self, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
         """Reward N completions."""
@@ -96,7 +99,8 @@ class Gate(_Composed):
 
     The condition r_1 itself adds nothing to the reward; to reward it too, name it beside the gate. The gate
     abstains where the condition abstains, and where the condition is met but the reward abstains. The reward
-    is also called on rows below the threshold, because functions see whole batches.
+    is also called on rows below the threshold, because functions see whole batches. The gate is binary if
+    the reward is, whatever the condition.
 
     Example:
         >>> Gate("exact_match", "length(target=20)", threshold=1)  # on the command line: gate(...)
@@ -122,6 +126,7 @@ class Gate(_Composed):
             )
         super().__init__(*parts)
         self.threshold = float(threshold)
+        self.binary = is_binary(list(self.parts.values())[1])
 
     def __call__(self, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
         """Reward N completions."""

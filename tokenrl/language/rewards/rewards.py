@@ -2,7 +2,8 @@
 
 A reward is a function `f(prompts, completions, **columns) -> list[float | None]`, sync or async, that is
 called with keyword arguments only; None abstains from a row. This is the signature of TRL's rewards, and
-reward models have it too.
+reward models have it too. A reward with an attribute `binary = True` promises 1 for right and 0 for wrong,
+which gives pass@k its meaning; the library's rewards say so themselves where it holds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.rewards.calls import Called, call_rewards, shorten, unique_names
+from tokenrl.language.rewards.calls import Called, call_rewards, is_binary, shorten, unique_names
 from tokenrl.language.rewards.composition import check_columns, load_reward
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.worker import RewardWorker
@@ -55,6 +56,8 @@ class Rewards:
         functions: the F functions.
         names: their distinct names, as metrics and messages use them.
         weights: float64 [F].
+        binary: whether the total is 0 or 1 by declaration: a single function declared binary, of weight 1.
+        pass_threshold: the least total with which a completion is right, for pass@k. None: nothing says so.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Rewards:
         *,
         timeout: float | None = None,
         sources: Sequence[Any] | None = None,
+        pass_threshold: float | None = None,
     ) -> None:
         """Take the functions; nothing is called yet.
 
@@ -75,6 +79,9 @@ class Rewards:
                 accelerator is, and has no deadline. None: all functions run here, without a deadline.
             sources: for each function, the spec from which that process loads it, as `load_reward` takes it;
                 None sends the functions themselves, which must then be picklable.
+            pass_threshold: the least total, after the weights, with which a completion is right. None: the
+                weight of the function if there is only one and it is declared binary, else no threshold; the
+                sum of several rewards does not say when an answer is right.
 
         Raises:
             Refused: there is no function, the weights are not finite or not one per function, the timeout is
@@ -93,6 +100,9 @@ class Rewards:
                 f"{len(self.functions)} finite number(s), one per function."
             )
         self.weights = np.asarray(weights, dtype=np.float64)  # [F]
+        declared = len(self.functions) == 1 and is_binary(self.functions[0]) and weights[0] > 0
+        self.binary = declared and weights[0] == 1 and pass_threshold in (None, 1.0)
+        self.pass_threshold = weights[0] if declared and pass_threshold is None else pass_threshold
         self._here = dict(zip(self.names, self.functions, strict=True))
         self._worker = None
         if timeout is not None:
@@ -141,12 +151,14 @@ class Rewards:
 
         Raises:
             Stopped: a function raised, it did not return a finite number or None for each completion (the
-                message names the function and the row), or all functions abstained from all rows.
+                message names the function and the row), it is declared binary and returned another number
+                than 0 or 1, or all functions abstained from all rows.
             Refused: a function asks for a column that does not exist.
         """
         rows = _rows(prompts, completions, completion_ids, columns)
         called = self._call(rows, {"global_step": step, "max_steps": max_steps, "epoch": epoch})
         values = np.stack([called.values[name] for name in self.names], axis=1)
+        self._check_binary(values, rows["completions"])
         valid = ~np.isnan(values).all(axis=1)  # [N]
         if not valid.any() and not all_may_abstain:
             raise Stopped(
@@ -157,6 +169,18 @@ class Rewards:
         logged = {name: float(np.mean(given)) for name, given in called.logged.items()}
         metrics = _metrics(self.names, values) | logged
         return RewardResult(values, np.nansum(values * self.weights, axis=1), valid, metrics, called.extra)
+
+    def _check_binary(self, values: np.ndarray, completions: Sequence[Any]) -> None:
+        """Stop if a function that is declared binary returned something else than 0, 1 or None."""
+        for name, function, column in zip(self.names, self.functions, values.T, strict=True):
+            wrong = np.flatnonzero(~(np.isin(column, (0.0, 1.0)) | np.isnan(column)))
+            if is_binary(function) and len(wrong):
+                row = int(wrong[0])
+                raise Stopped(
+                    f"Reward function {name} is declared binary and returned {column[row]:g} for row "
+                    f"{row}, completion {shorten(completions[row])}. Return 0 or 1 (None abstains), "
+                    "or leave its attribute binary out."
+                )
 
     def _call(self, rows: Mapping[str, list[Any]], state: Mapping[str, Any]) -> Called:
         """Call each function in its process: this one, or that of the worker."""

@@ -27,8 +27,9 @@ class DataArguments(Settings, group="data"):
     eval_split: str | None = None
     """Split to evaluate on. Default: a validation or test split if there is one, else rows held out of the
     training split."""
-    eval_size: Count = 128
-    """Most rows of a dataset to evaluate on."""
+    eval_size: Count | None = None
+    """Most prompts to evaluate on. Default: 128 of a dataset or of reasoning-gym, else all that the task
+    holds out."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,11 @@ from tokenrl.errors import Refused, describe, suggest
 from tokenrl.language.rewards.library.texts import completion_texts
 
 TASK_OPTIONS = {"size": 500, "seed": 0, "eval_size": 128, "chat": False}
+APART = 2**31
+"""Distance of the held-out seed from the training seed. Most puzzles draw item i from `seed + i`, so
+two seeds nearer to each other than the number of items share items. NumPy takes seeds below 2**32."""
+LARGEST = 2**30
+"""Bound of sizes and seeds, below which training and held-out items never share a seed."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +54,18 @@ def _answer(text: str) -> str:
     return opened.partition("</answer>")[0].strip()
 
 
-def reasoning_task(spec: str) -> SimpleNamespace:
-    """Make a task of a puzzle: training prompts come from one seed, held-out prompts from the next.
+def reasoning_task(spec: str, eval_size: int | None = None) -> SimpleNamespace:
+    """Make a task of a puzzle: training and held-out prompts come from seeds that are far apart.
 
     Each row has a `prompt`, an `answer` and an `entry`, which is the puzzle as `score_answer` takes it. Small
-    puzzles repeat, so training puzzles with a held-out question are dropped.
+    puzzles repeat all the same. So a held-out question is kept once, and training puzzles that ask it are
+    dropped. An answer counts as right where its score is 1.
 
     Args:
         spec: `reasoning_gym:NAME` or `reasoning_gym:NAME(option=value, ...)`. The options are `size` (500
             training puzzles), `eval_size` (128 held-out puzzles), `seed` (0), `chat` (False: the prompt is
             text), and those of the puzzle's own configuration. Values are literals.
+        eval_size: number of held-out puzzles where `spec` gives none; None means 128.
 
     Returns:
         An object with the attributes of `Task`.
@@ -75,37 +82,48 @@ def reasoning_task(spec: str) -> SimpleNamespace:
     name, given = _read(spec)
     if name not in DATASETS:
         raise Refused(f"task '{spec}': reasoning-gym has no puzzle '{name}'.{suggest(name, DATASETS)}")
-    ours = {option: given.pop(option, default) for option, default in TASK_OPTIONS.items()}
-    for option in ("size", "eval_size", "seed"):
-        least = 0 if option == "seed" else 1
-        if type(ours[option]) is not int or ours[option] < least:
-            raise Refused(
-                f"task '{spec}': {option}={ours[option]!r}; give a whole number of at least {least}."
-            )
+    ours = _own_options(spec, given, eval_size)
     known = sorted({field.name for field in fields(DATASETS[name][1])} | set(TASK_OPTIONS))
     for option in given:
         if option not in known:
             raise Refused(f"task '{spec}': {name} has no option '{option}'.{suggest(option, known)}")
     try:
         trained = _rows(name, given | {"size": ours["size"], "seed": ours["seed"]}, chat=ours["chat"])
-        held = _rows(name, given | {"size": ours["eval_size"], "seed": ours["seed"] + 1}, chat=ours["chat"])
+        apart = {"size": ours["eval_size"], "seed": ours["seed"] + APART}
+        drawn = _rows(name, given | apart, chat=ours["chat"])
     except Exception as error:  # configurations check themselves, by assertions too
         raise Refused(f"task '{spec}': {name} refuses these options ({describe(error)}).") from error
-    questions = {row["entry"]["question"] for row in held}
-    trained = [row for row in trained if row["entry"]["question"] not in questions]
-    if not trained:
+    held: dict[str, Any] = {}
+    for row in drawn:
+        held.setdefault(row["entry"]["question"], row)
+    kept = [row for row in trained if row["entry"]["question"] not in held]
+    if not kept:
         raise Refused(
             f"task '{spec}': all {ours['size']} training puzzles are among the {len(held)} held-out ones, "
             f"because {name} has few different puzzles. Give options that allow more, or a smaller eval_size."
         )
     return SimpleNamespace(
         name=spec,
-        train_prompts=trained,
-        eval_prompts=held,
+        train_prompts=kept,
+        eval_prompts=list(held.values()),
         reward=ReasoningScore(name, tuple(sorted(given.items()))),
+        pass_threshold=1.0,
         max_completion_length=None,
         demonstrations=[],
     )
+
+
+def _own_options(spec: str, given: dict[str, Any], eval_size: int | None) -> dict[str, Any]:
+    """Take the options of the task out of those that were given, and check them."""
+    defaults = TASK_OPTIONS | ({} if eval_size is None else {"eval_size": eval_size})
+    ours = {option: given.pop(option, default) for option, default in defaults.items()}
+    for option, least in (("size", 1), ("eval_size", 1), ("seed", 0)):
+        if type(ours[option]) is not int or not least <= ours[option] < LARGEST:
+            raise Refused(
+                f"task '{spec}': {option}={ours[option]!r}; give a whole number of at least {least} and "
+                "below 2**30."
+            )
+    return ours
 
 
 def _rows(name: str, options: dict[str, Any], *, chat: bool) -> list[dict[str, Any]]:

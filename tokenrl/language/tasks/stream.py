@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,6 +10,25 @@ import torch
 
 from tokenrl.errors import Refused
 from tokenrl.language.tasks.sources import Row
+
+FEW = 16
+"""With fewer distinct training prompts a policy can learn the answers by heart."""
+
+
+def few_prompts(rows: Sequence[Row]) -> list[str]:
+    """Return a warning if fewer than 16 distinct prompts are left to train on, else an empty list.
+
+    Args:
+        rows: training rows with a `prompt` each.
+    """
+    distinct = len({json.dumps(row["prompt"], sort_keys=True, default=str) for row in rows})
+    if distinct >= FEW:
+        return []
+    return [
+        f"only {distinct} distinct prompt{'s' * (distinct != 1)} in {len(rows):,} training rows: the policy "
+        "can learn the answers by heart, which says nothing about other prompts. Give more data, or options "
+        "of the task that make more."
+    ]
 
 
 class PromptStream:

@@ -32,7 +32,8 @@ EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 class Task(Protocol):
     """The attributes that training needs of a task.
 
-    Further attributes are optional: demonstrations and recommended settings.
+    Further attributes are optional: demonstrations, recommended settings, and `pass_threshold`, the least
+    reward of a right completion.
 
     Attributes:
         name: the task's name, for records and messages.
@@ -61,6 +62,8 @@ class PromptTask:
         reward: a reward function or a list of them.
         max_completion_length: the most tokens of a completion; None leaves it to the settings of the run.
         solved: the mean reward from which the task counts as solved; None if there is no such mark.
+        pass_threshold: the least reward of a right completion, for pass@k; None if only `reward` can say so,
+            by an attribute `binary`.
         demonstrations: rows with a `prompt` and a `completion`, for a supervised warm start.
         origin: what config.json says of data given from Python: its rows, columns and fingerprint.
     """
@@ -71,6 +74,7 @@ class PromptTask:
     reward: Any
     max_completion_length: int | None = None
     solved: float | None = None
+    pass_threshold: float | None = None
     demonstrations: Sequence[Any] = field(default_factory=list)
     origin: Mapping[str, Any] = field(default_factory=dict)
 
@@ -82,7 +86,7 @@ def load_task(
     prompt_template: str | None = None,
     split: str = "train",
     eval_split: str | None = None,
-    eval_size: int = 128,
+    eval_size: int | None = None,
     reward: Any = None,
     seed: int = 0,
 ) -> Task:
@@ -98,9 +102,10 @@ def load_task(
         split: split of a dataset to train on.
         eval_split: split to evaluate on; None means a validation or test split if there is one, else rows
             held out of `split`.
-        eval_size: the most rows of a dataset to evaluate on. They are chosen with `seed` and have distinct
-            prompts; held-out rows are at most half of all prompts. Rows with one of these prompts leave the
-            training set.
+        eval_size: the most rows to evaluate on, chosen with `seed`; None means 128 of a dataset or of
+            reasoning-gym, and else all that the task holds out. Those of a dataset have distinct prompts;
+            held-out rows are at most half of all prompts. Rows with one of these prompts leave the training
+            set.
         reward: a reward or a list of them that replaces the task's own: callables, or anything that
             `load_reward` takes. A dataset has no reward of its own.
         seed: seed of the choice of evaluation rows.
@@ -115,10 +120,10 @@ def load_task(
         return _memory_task(name, reward, how)
     toy_tasks = _toy_tasks()
     if toy_tasks is not None and name in toy_tasks.NAMES:
-        return _finished(toy_tasks.load(name), name, reward)
+        return smaller_evaluation(_finished(toy_tasks.load(name), name, reward), eval_size, seed)
     source = name.rpartition(":")[0]
     if source and not Path(name).exists() and (source.endswith(".py") or "/" not in source):
-        return _finished(_named_task(name), name, reward)
+        return smaller_evaluation(_finished(_named_task(name, eval_size), name, reward), eval_size, seed)
     if not (Path(name).exists() or "/" in name or Path(name).suffix in FORMATS):
         raise Refused(
             f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES if toy_tasks else ())} Other forms: "
@@ -161,9 +166,9 @@ def _toy_tasks() -> Any:
         return None  # toy tasks are optional
 
 
-def _named_task(spec: str) -> Any:
+def _named_task(spec: str, eval_size: int | None) -> Any:
     if spec.startswith("reasoning_gym:"):
-        return reasoning_task(spec)
+        return reasoning_task(spec, eval_size)
     found = import_attribute(spec, "task")
     if callable(found) and not hasattr(found, "train_prompts"):
         try:
@@ -188,9 +193,33 @@ def _finished(task: Any, name: str, reward: Any) -> Task:
     if reward is not None:
         several = isinstance(reward, Sequence) and not isinstance(reward, str)
         functions: Any = [load_reward(one) for one in reward] if several else load_reward(reward)
-        task = copy.copy(task)
-        object.__setattr__(task, "reward", functions)  # tasks may be frozen dataclasses
+        return _changed(task, reward=functions, pass_threshold=None)
     return task
+
+
+def _changed(task: Any, **attributes: Any) -> Any:
+    """Return a copy of a task with other attributes."""
+    task = copy.copy(task)
+    for name, value in attributes.items():
+        object.__setattr__(task, name, value)  # tasks may be frozen dataclasses
+    return task
+
+
+def smaller_evaluation(task: Any, eval_size: int | None, seed: int = 0) -> Any:
+    """Return the task with at most `eval_size` of its held-out rows, chosen with `seed`; None keeps all.
+
+    The training rows and the demonstrations stay the same, so a model that was warm-started on them has seen
+    no held-out prompt, whatever the size.
+
+    Raises:
+        Refused: the size is below 1.
+    """
+    if eval_size is not None and eval_size < 1:
+        raise Refused(f"eval_size is {eval_size}; it must be at least 1.")
+    if eval_size is None or eval_size >= len(task.eval_prompts):
+        return task
+    chosen = np.random.default_rng(seed).permutation(len(task.eval_prompts))[:eval_size]
+    return _changed(task, eval_prompts=[task.eval_prompts[i] for i in sorted(chosen.tolist())])
 
 
 def _dataset_rows(
@@ -201,7 +230,7 @@ def _dataset_rows(
     template: str | None,
     split: str,
     eval_split: str | None,
-    eval_size: int,
+    eval_size: int | None,
     seed: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows to train and to evaluate on, which share no prompt."""
@@ -212,7 +241,7 @@ def _dataset_rows(
             raise Refused(f"{where} has no split '{one}'.{suggest(one, splits)}")
         rows = None if one is None else with_prompts(splits[one], f"{where}, split '{one}'", column, template)
         found.append(rows)
-    return _separate(found[0], found[1], eval_size, seed, where)
+    return _separate(found[0], found[1], 128 if eval_size is None else eval_size, seed, where)
 
 
 def _separate(
@@ -269,13 +298,20 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
             eval_size=args.eval_size,
             reward=chosen or None,
         )
-    functions = chosen or getattr(task, "reward", None)
+    else:
+        task = smaller_evaluation(task, args.eval_size)
+    functions, own = chosen or getattr(task, "reward", None), not (chosen or args.reward_weights)
     if functions is None or functions in ([], ()):
         raise Refused(
             f"The task {task.name!r} has no reward of its own: name one with --reward module:function."
         )
+    mark = getattr(args, "pass_threshold", None)
     rewards = Rewards(
-        functions, list(args.reward_weights) or None, timeout=args.reward_timeout, sources=args.reward or None
+        functions,
+        list(args.reward_weights) or None,
+        timeout=args.reward_timeout,
+        sources=args.reward or None,
+        pass_threshold=getattr(task, "pass_threshold", None) if own and mark is None else mark,
     )
     rewards.check_columns(dict.fromkeys(name for row in task.train_prompts for name in row))
     return task, rewards

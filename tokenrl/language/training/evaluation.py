@@ -94,7 +94,7 @@ def evaluate_policy(
         passes.append(sorted(everywhere, key=lambda row: row["place"]))
     metrics = _summary(passes)
     if detailed:
-        metrics |= details(passes[0], passes[1] if len(passes) > 1 else [], rewards.names, k=k)
+        metrics |= details(passes[0], passes[1] if len(passes) > 1 else [], rewards, k=k)
     return Evaluation(metrics, passes[0])
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokenrl.errors import Refused
-from tokenrl.language.training.probe import best_of, over_prompts
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.training.probe import best_of_k, over_prompts, passed
 from tokenrl.runs.console import rich_table
 
 if TYPE_CHECKING:
@@ -55,44 +56,48 @@ def check_sizes(k: Iterable[int], num_generations: int) -> tuple[int, ...]:
 
 
 def details(
-    greedy: Sequence[Row], sampled: Sequence[Row], names: Sequence[str], *, k: Sequence[int]
+    greedy: Sequence[Row], sampled: Sequence[Row], rewards: Rewards, *, k: Sequence[int]
 ) -> dict[str, float]:
     """Compute the detailed metrics of `evaluate_policy`.
 
     Args:
         greedy: the row of the greedy completion of each of B prompts.
         sampled: the rows of the B * G sampled completions, prompt by prompt; may be empty.
-        names: names of the reward functions.
+        rewards: the reward functions, which say by `binary` and `pass_threshold` what a right answer is.
         k: values of k for pass@k or best@k, at most G.
 
     Returns:
         `reward_greedy_stderr`. From the sampled rows, or from the greedy ones if there are no samples:
-        `rewards/{name}/mean`, and `entropy` in nats per token. From the sampled rows: `pass@k` if every
-        reward is 0 or 1, else `best@k`; `distinct_1` and `distinct_2`; and, if the rows have them, `kl` and
-        `kl_k3` in nats per completion. pass@k, best@k and the KLs come with standard errors (`..._stderr`).
+        `rewards/{name}/mean`, and `entropy` in nats per token. From the sampled rows: `pass@k` if the
+        rewards have a `pass_threshold`, and `best@k` unless they are binary, where it is the same;
+        `distinct_1` and `distinct_2`; and, if the rows have them, `kl` and `kl_k3` in nats per completion.
+        pass@k, best@k and the KLs come with standard errors (`..._stderr`).
     """
     metrics = {"reward_greedy_stderr": over_prompts([row["reward"] for row in greedy]).stderr}
     rows = sampled or greedy
     by_function = np.array([row["rewards"] for row in rows], dtype=float)  # [N, F]
-    for name, column in zip(names, by_function.T, strict=True):
+    for name, column in zip(rewards.names, by_function.T, strict=True):
         if not np.isnan(column).all():
             metrics[f"rewards/{name}/mean"] = float(np.nanmean(column))
     metrics["entropy"] = sum(row["entropy"] for row in rows) / sum(row["length"] for row in rows)
     if sampled:
-        metrics |= _of_groups(sampled, len(sampled) // len(greedy), k)
+        metrics |= _of_groups(sampled, len(sampled) // len(greedy), rewards, k)
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
-def _of_groups(sampled: Sequence[Row], size: int, k: Sequence[int]) -> dict[str, float]:
+def _of_groups(sampled: Sequence[Row], size: int, rewards: Rewards, k: Sequence[int]) -> dict[str, float]:
     """Average over prompts what is estimated from the samples of each prompt."""
     groups = [sampled[i : i + size] for i in range(0, len(sampled), size)]
-    known = [[row["reward"] for row in group if not math.isnan(row["reward"])] for group in groups]
-    binary = all(reward in (0.0, 1.0) for rewards in known for reward in rewards)
+    totals = [np.array([row["reward"] for row in group]) for group in groups]
+    known = [total[~np.isnan(total)] for total in totals]
     metrics: dict[str, float] = {}
     for size_k in k:
-        values = [best_of(np.array(r), size_k) if len(r) >= size_k else math.nan for r in known]
-        name, found = f"{'pass' if binary else 'best'}@{size_k}", over_prompts(values)
-        metrics |= {name: found.value, name + "_stderr": found.stderr}
+        kinds = {} if rewards.binary else {"best": best_of_k(known, size_k)}
+        if rewards.pass_threshold is not None:
+            kinds["pass"] = best_of_k(passed(known, rewards.pass_threshold), size_k)
+        for kind, found in kinds.items():
+            name = f"{kind}@{size_k}"
+            metrics |= {name: found.value, name + "_stderr": found.stderr}
     for n in (1, 2):
         shares = [distinct([row["ids"] for row in group], n) for group in groups]
         metrics[f"distinct_{n}"] = over_prompts(shares).value

@@ -18,7 +18,7 @@ from tokenrl.core.guards import teaches_nothing
 from tokenrl.errors import Stopped
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.memory import recorded
-from tokenrl.language.tasks.stream import PromptStream
+from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.difficulty import filter_task
@@ -79,6 +79,8 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         run = _prepare(args, task, rewards, accelerator, session)
         with closing(run.learner.generator):
             session.open(f"tokenrl train: {run.task.name}", facts(run))
+            for warning in few_prompts(run.task.train_prompts):
+                session.console.warn(warning)
             _check_lengths(run)
             session.evaluated(_evaluate(run, step=0))
             if args.check:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +34,7 @@ class Probe:
     Attributes:
         prompts: number of prompts.
         samples: number of completions of each prompt.
-        binary: whether every reward was 0 or 1, so that `best_of` is pass@k.
+        binary: whether the reward is declared to be 0 or 1, so that `best_of` is pass@k.
         reward: mean reward; pass@1 if binary.
         best_of: for each k, the expected best reward of k completions; pass@k if binary.
         dead_groups: for each G, the probability that G completions of a prompt have equal rewards.
@@ -44,6 +44,8 @@ class Probe:
         entropy: mean entropy of the policy, in nats per token.
         within: variance of the rewards of one prompt, averaged over prompts.
         between: variance of the prompts' expected rewards; the error of their measured means is taken out.
+        passed: for each k, the probability that one or more of k completions have the `pass_threshold` of the
+            rewards; empty if they have none.
     """
 
     prompts: int
@@ -58,6 +60,7 @@ class Probe:
     entropy: float
     within: float = math.nan
     between: float = math.nan
+    passed: dict[int, Estimate] = field(default_factory=dict)
 
 
 def best_of(rewards: np.ndarray, k: int) -> float:
@@ -106,6 +109,26 @@ def over_prompts(values: Sequence[float]) -> Estimate:
     return Estimate(float(known.mean()), float(error))
 
 
+def best_of_k(rows: Sequence[np.ndarray], k: int) -> Estimate:
+    """Mean over prompts of `best_of`; a prompt with fewer than k rewards is left out.
+
+    Args:
+        rows: the rewards of each prompt.
+        k: number of completions to take the best of.
+    """
+    return over_prompts([best_of(row, k) if len(row) >= k else math.nan for row in rows])
+
+
+def passed(rows: Sequence[np.ndarray], threshold: float) -> list[np.ndarray]:
+    """Return 1 for each reward that is at least the threshold, else 0; its `best_of_k` is pass@k.
+
+    Args:
+        rows: the rewards of each prompt.
+        threshold: the least reward of a right answer.
+    """
+    return [(row >= threshold).astype(float) for row in rows]
+
+
 def probe_policy(
     policy: Policy,
     prompts: Sequence[Mapping[str, Any]],
@@ -146,25 +169,24 @@ def probe_policy(
         assert rollout.entropy is not None
         entropy += float(rollout.entropy.double().sum())
     every, length = np.concatenate(table), np.concatenate(lengths)
-    return _read(every, length, np.concatenate(cut), entropy / max(1, int(length.sum())))
+    return _read(rewards, every, length, np.concatenate(cut), entropy / max(1, int(length.sum())))
 
 
-def _read(table: np.ndarray, lengths: np.ndarray, cut: np.ndarray, entropy: float) -> Probe:
+def _read(rewards: Rewards, table: np.ndarray, lengths: np.ndarray, cut: np.ndarray, entropy: float) -> Probe:
     """Summarise rewards and truncations [B, n], lengths [B * n] and the mean entropy."""
     prompts, samples = table.shape
     rows = [row[~np.isnan(row)] for row in table]
     sizes = [2**power for power in range(1, samples.bit_length()) if 2**power <= samples]
-
-    def each(statistic: Any, k: int) -> Estimate:
-        return over_prompts([statistic(row, k) if len(row) >= k else math.nan for row in rows])
-
+    mark = rewards.pass_threshold
+    dead = {size: [all_equal(row, size) if len(row) >= size else math.nan for row in rows] for size in sizes}
     return Probe(
         prompts=prompts,
         samples=samples,
-        binary=all(np.isin(row, (0.0, 1.0)).all() for row in rows),
-        reward=each(best_of, 1),
-        best_of={k: each(best_of, k) for k in (1, *sizes)},
-        dead_groups={size: each(all_equal, size) for size in sizes},
+        binary=rewards.binary,
+        reward=best_of_k(rows, 1),
+        best_of={k: best_of_k(rows, k) for k in (1, *sizes)},
+        passed={} if mark is None else {k: best_of_k(passed(rows, mark), k) for k in (1, *sizes)},
+        dead_groups={size: over_prompts(shares) for size, shares in dead.items()},
         truncated=over_prompts(cut.mean(axis=1).tolist()),
         length=float(lengths.mean()),
         longest=int(lengths.max()),

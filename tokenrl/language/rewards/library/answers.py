@@ -46,6 +46,7 @@ class ExactMatch:
     ignore_punctuation: bool = False
     collapse_spaces: bool = False
     __name__ = "exact_match"
+    binary = True
 
     def check_columns(self, available: Iterable[str]) -> None:
         """Refuse data without the column."""
@@ -124,6 +125,7 @@ class NumericAnswer:
     column: str = "answer"
     tolerance: float = 1e-6
     __name__ = "numeric_answer"
+    binary = True
 
     def __post_init__(self) -> None:
         if not (is_number(self.tolerance) and self.tolerance >= 0):

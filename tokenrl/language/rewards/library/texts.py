@@ -56,6 +56,7 @@ class RegexFormat:
     pattern: str
     search: bool = False
     __name__ = "regex_format"
+    binary = True
 
     def __post_init__(self) -> None:
         try:
@@ -160,6 +161,7 @@ class ValidJson:
 
     required: Sequence[str] = ()
     __name__ = "valid_json"
+    binary = True
 
     def __post_init__(self) -> None:
         if isinstance(self.required, str) or not all(isinstance(key, str) for key in self.required):

@@ -1,0 +1,109 @@
+"""Which rewards say what a right answer is: declared binary, combined, weighted, or with a threshold."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+
+import toy_tasks
+from tokenrl.errors import Stopped
+from tokenrl.language.inspect.arguments import EvaluateArguments
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.tasks.task import find_task
+
+
+def right(completions, wanted="a"):
+    return [float(text == wanted) for text in completions]
+
+
+right.binary = True
+
+
+def silent(completions):
+    return [float(text == "a") for text in completions]
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights", "binary", "mark"),
+    [
+        (right, None, True, 1.0),
+        (partial(right, wanted="b"), None, True, 1.0),
+        (right, [2.0], False, 2.0),
+        (right, [-1.0], False, None),
+        (silent, None, False, None),
+        ([right, silent], None, False, None),
+        ([right, right], None, False, None),
+        ("exact_match", None, True, 1.0),
+        ("numeric_answer", None, True, 1.0),
+        ("valid_json", None, True, 1.0),
+        ("regex_format(pattern='a')", None, True, 1.0),
+        ("length(target=3)", None, False, None),
+        ("repetition", None, False, None),
+        ("sentiment", None, False, None),
+        ("product(exact_match, valid_json)", None, True, 1.0),
+        ("product(exact_match, repetition)", None, False, None),
+        ("gate(length(target=3), exact_match, threshold=-1)", None, True, 1.0),
+        ("gate(exact_match, length(target=3))", None, False, None),
+    ],
+)
+def test_what_a_reward_declares(functions, weights, binary, mark):
+    rewards = Rewards(functions, weights)
+    assert (rewards.binary, rewards.pass_threshold) == (binary, mark)
+
+
+def test_a_threshold_that_is_named_stands_above_a_declaration():
+    assert Rewards(right, pass_threshold=0.5).pass_threshold == 0.5
+    assert Rewards([right, silent], pass_threshold=2.0).pass_threshold == 2.0
+
+
+def test_a_reward_that_breaks_its_promise_stops_the_run():
+    def lies(completions):
+        return [0.0, None, 0.5]
+
+    lies.binary = True
+    with pytest.raises(Stopped, match=r"lies is declared binary and returned 0.5 for row 2, completion 'c'"):
+        Rewards(lies)([""] * 3, list("abc"), [[1]] * 3, {}, step=0)
+    lies.binary = False
+    assert Rewards(lies)([""] * 3, list("abc"), [[1]] * 3, {}, step=0).total.tolist() == [0, 0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [
+        *(("sort_digits", 1.0), ("addition", 1.0), ("sentiment", 1.0), ("countdown", 1.0)),
+        *(("vowels", None), ("reverse_text", None), ("target_length", None)),
+    ],
+)
+def test_toy_tasks_say_what_is_right(name, mark):
+    task, rewards = find_task(EvaluateArguments(task=name))
+    assert rewards.pass_threshold == mark and rewards.binary == (mark == 1.0 and name != "countdown")
+    if mark is None:
+        return
+    rows = [({"prompts": [row["prompt"]], "completions": [row["completion"]]}) for row in task.demonstrations]
+    paid = {task.reward(**row)[0] for row in rows[:200]}
+    assert max(paid) == mark > min(paid)
+
+
+def test_a_task_s_threshold_is_for_its_own_reward_and_a_setting_is_for_any():
+    rows = [{"prompt": "a"}]
+    task = SimpleNamespace(
+        name="t",
+        train_prompts=rows,
+        eval_prompts=rows,
+        reward=silent,
+        max_completion_length=2,
+        pass_threshold=0.5,
+    )
+
+    def mark(**options):
+        return find_task(EvaluateArguments(task=task, **options))[1].pass_threshold
+
+    assert mark() == 0.5 and mark(pass_threshold=0.75) == 0.75
+    assert mark(reward_weights=(3.0,)) is None and mark(reward=("repetition",)) is None
+    assert mark(reward=("repetition",), pass_threshold=-0.5) == -0.5
+    countdown = EvaluateArguments(task="countdown", reward=("toy_tasks.countdown:reward",))
+    assert (
+        find_task(countdown)[1].pass_threshold is None and toy_tasks.load("countdown").pass_threshold == 1.0
+    )
