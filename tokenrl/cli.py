@@ -29,6 +29,7 @@ from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
+from tokenrl.runs.quiet import hush_libraries, without_warnings
 from tokenrl.settings import Settings, arguments, configured, field_types, read_config
 
 ABOUT_CONFIG = "Read settings from this file: a run's config.json, or JSON or YAML. Flags override it."
@@ -139,19 +140,10 @@ COMMANDS = {
 }
 
 
-# Progress bars and advice of the libraries would hide what a run prints; a user can still turn them on.
-_QUIET = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    hush_libraries()
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
             print(_help())
@@ -165,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = COMMANDS.get(name)
         if command is None:
             raise Refused(f"There is no command {argv[0]!r}.{suggest(argv[0], COMMANDS)}")
-        return command.run(_parse(name, command, argv[len(name.split()) :]))
+        args = _parse(name, command, argv[len(name.split()) :])
+        with without_warnings(getattr(args, "quiet", False)):
+            return command.run(args)
     except TokenrlError as error:
         print(f"tokenrl: {error}", file=sys.stderr)
         return error.exit_code

@@ -42,6 +42,9 @@ td.text { font-family: ui-monospace, monospace; white-space: pre-wrap; overflow-
 pre { background: var(--card); border-radius: .6rem; padding: .8rem 1rem; overflow-x: auto;
   font-size: .85rem; }
 """
+_FROM_PYTHON = (
+    "Started from Python, with functions or objects that no command can name: run that program again."
+)
 _DIAGNOSTICS = (
     (
         "frac_reward_zero_std",
@@ -113,7 +116,7 @@ def write_report(
         title: heading of the page.
     """
     settings = {key: value for key, value in config.items() if key not in ("versions", "command")}
-    command = config.get("command") or f"tokenrl train --config {path.parent / 'config.json'}"
+    command = config.get("command", f"tokenrl train --config {path.parent / 'config.json'}") or _FROM_PYTHON
     command = command if isinstance(command, str) else " ".join(map(str, command))
     sections = [
         f"<h1>{escape(title)}</h1><p class=soft>{escape(ending(summary))}</p>",

@@ -24,11 +24,8 @@ Before `begin`, every error that a user can mend is raised as `Refused`. After i
 from __future__ import annotations
 
 import contextlib
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +35,9 @@ from tokenrl.runs.console import Console, Progress
 from tokenrl.runs.directory import RunDirectory
 from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import MetricsLog
+from tokenrl.runs.origin import Origin
 from tokenrl.runs.outcome import Outcome
+from tokenrl.runs.quiet import without_warnings
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.signals import GracefulStop
 
@@ -62,7 +61,10 @@ class Session:
         directory: the run directory; None on every process but the main one.
         stop: catches the signals that ask the run to stop.
         step: number of the current step, from 1; 0 before the first.
+        origin: how the run was started; known from `begin` on.
     """
+
+    origin: Origin
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class Session:
             kind: the command that runs.
             output_dir: the run directory.
             overwrite: replace the run that the directory already holds.
-            quiet: print nothing.
+            quiet: print nothing, and hide the warnings of libraries.
             every: steps between two printed lines where the output is no terminal.
             main: whether this is the main process.
             agreed: returns the largest of the numbers that all processes pass to it, so that all of them stop
@@ -93,9 +95,10 @@ class Session:
             Refused: the directory cannot be used (see `RunDirectory.create`).
         """
         self.kind, self.output_dir, self.step = kind, Path(output_dir), 0
-        self.console = Console(quiet=quiet or not main, every=every)
+        quiet = quiet or not main
+        self.console, self._warnings = Console(quiet=quiet, every=every), without_warnings(quiet)
         self.directory = RunDirectory.create(output_dir, overwrite=overwrite) if main else None
-        self.stop = GracefulStop(quiet=quiet or not main)
+        self.stop = GracefulStop(quiet=quiet)
         self._agreed, self._report = agreed, report
         self._parts: dict[str, Resumable] = {}
         self._log: MetricsLog | None = None
@@ -104,9 +107,9 @@ class Session:
         self._evaluations: dict[int, dict[str, float]] = {}  # metrics by step
         self._warned: set[str] = set()
         self._told: int | None = None  # the exit code in the outcome
-        self._objects: list[str] = []  # the settings that were objects from Python
 
     def __enter__(self) -> Session:
+        self._warnings.__enter__()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -123,6 +126,7 @@ class Session:
             if isinstance(error, Stopped):
                 raise self._failed(error) from error
         finally:
+            self._warnings.__exit__(None, None, None)
             self.stop.__exit__()
             if self.directory is not None:
                 self.directory.release()
@@ -144,23 +148,13 @@ class Session:
             **facts: further entries of config.json that the report needs, such as the title.
         """
         self._begun = True
+        self.origin = Origin.of(self.kind, args, names, self.output_dir / "config.json")
         if self.directory is None:
             return
-        values = {f.name: getattr(args, f.name) for f in fields(args)}
-        objects = {name: word for name, word in names.items() if not isinstance(values[name], str | None)}
-        self._objects = list(objects)
-        config = {**values, **objects, **facts, "kind": self.kind, "command": self.command}
+        config = {**self.origin.settings, **facts, "kind": self.kind, "command": self.origin.command}
         self.directory.write_config(config)
         self._log = MetricsLog(self.directory.metrics, self.directory.timings)
         self._log.write(0, _named(self.eval_before))
-
-    @property
-    def command(self) -> str:
-        """The command line that repeats this run: as typed, or with --config; a comment names objects."""
-        again = [self.kind, "--config", str(self.output_dir / "config.json"), "--overwrite"]
-        typed = Path(sys.argv[0]).name == "tokenrl"
-        comment = f"  # only from Python: {', '.join(self._objects)} as objects" if self._objects else ""
-        return shlex.join(["tokenrl", *(sys.argv[1:] if typed else again)]) + comment
 
     def steps(self, total: int) -> Iterator[int]:
         """Yield the numbers of the steps, 1 to `total`; end early once any process is asked to stop."""

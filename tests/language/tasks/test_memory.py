@@ -258,7 +258,7 @@ def test_a_run_on_a_dataset_trains_and_its_columns_reach_the_reward_as_lists(tmp
         "fingerprint": digits,
     }
     assert config["task"] == "in-memory:" + digits and digits in config["title"]
-    assert config["command"].endswith("--overwrite  # only from Python: task, model as objects")
+    assert config["command"] == ""  # no command can name the rows and the model
     assert config["command"] in (tmp_path / "run" / "model" / "README.md").read_text()
     assert main(["train", "--config", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err

@@ -18,7 +18,8 @@ class SampleArguments(Settings):
     prompt: tuple[str, ...] = ()
     """One or more prompts. Default: ask for them, or read them as lines from a pipe."""
     task: str | None = None
-    """Print the rewards of this task beside each completion."""
+    """Print the rewards of this task beside each completion. Prompts that are none of the task's are answered
+    too, without a reward where it needs more than the prompt."""
     reward: tuple[str, ...] = ()
     """Print these rewards instead of the task's own; they also work without a task. Named as in train."""
     reward_weights: tuple[float, ...] = ()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from tokenrl.calls import called
 from tokenrl.errors import Refused, TokenrlError
@@ -17,6 +18,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows
+from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.tasks.arguments import TaskArguments
@@ -26,7 +28,7 @@ from tokenrl.language.training.setup import load_placed
 
 
 class Completion(NamedTuple):
-    """A completion and its reward: None without reward functions, nan if every one of them abstained."""
+    """A completion and its reward: None if it is not rewarded, nan if every reward function abstained."""
 
     text: str
     reward: float | None
@@ -42,6 +44,7 @@ class Sampler:
         rows: the task's rows by the text of their prompt; their columns are passed to the rewards.
         length: maximum number of tokens in a completion, if the arguments leave it open.
         completed: number of prompts completed so far; each prompt gets random numbers of its own.
+        told: whether a message has said why a prompt has no reward; it is said once.
     """
 
     policy: Policy
@@ -49,6 +52,7 @@ class Sampler:
     rows: Mapping[str, Mapping[str, Any]]
     length: int
     completed: int = 0
+    told: bool = False
 
     @classmethod
     def load(cls, args: SampleArguments) -> Sampler:
@@ -79,18 +83,16 @@ class Sampler:
             args: how completions are sampled.
 
         Returns:
-            For each prompt, its completions with their rewards.
+            For each prompt, its completions with their rewards. A prompt that is none of the task's is
+            answered without a reward if a reward function needs a column of the task or fails on it.
 
         Raises:
-            Refused: a prompt cannot be completed, or lacks a column that a reward function requires.
-            Stopped: a reward function failed.
+            Refused: a prompt cannot be completed.
+            Stopped: a reward function failed on a prompt of the task.
         """
-        policy, rewards = self.policy, self.rewards
+        policy = self.policy
         prompts = [[{"role": "user", "content": text}] if args.chat else text for text in texts]
         rows = [{**self.rows.get(t, {}), "prompt": prompt} for t, prompt in zip(texts, prompts, strict=True)]
-        if rewards is not None:
-            for row in rows:
-                rewards.check_columns(row)
         length = args.max_completion_length
         if length is None:
             longest = max(len(policy.encode(prompt)) for prompt in prompts)
@@ -100,13 +102,34 @@ class Sampler:
         draws = uniforms("interactive", sampling, range(self.completed, self.completed + len(prompts)))
         self.completed += len(prompts)
         rollout = TransformersGenerator(policy).generate(ids, sampling, draws)
-        found: list[float | None] = [None] * len(rollout.mask)
-        if rewards is not None:
-            result = reward_rows(policy, rewards, rows, rollout, step=0)
-            found = np.where(result.valid, result.total, np.nan).tolist()
-        every = list(map(Completion, policy.decode(rollout.completion_ids, rollout.mask), found))
-        size = sampling.group_size
-        return [every[i : i + size] for i in range(0, len(every), size)]
+        decoded, size = policy.decode(rollout.completion_ids, rollout.mask), sampling.group_size
+        groups = []
+        for place, row in enumerate(rows):
+            mine = slice(place * size, (place + 1) * size)
+            index = torch.arange(mine.start, mine.stop, device=rollout.mask.device)
+            found = self._rewarded(texts[place], row, rollout.rows(index))
+            groups.append(list(map(Completion, decoded[mine], found)))
+        return groups
+
+    def _rewarded(self, text: str, row: Mapping[str, Any], rollout: Rollout) -> list[float | None]:
+        """Reward completions of one prompt; None for each if it is none of the task's and cannot be."""
+        silent: list[float | None] = [None] * len(rollout.mask)
+        if self.rewards is None:
+            return silent
+        try:
+            self.rewards.check_columns(row)
+            result = reward_rows(self.policy, self.rewards, [row], rollout, step=0)
+        except TokenrlError as error:
+            if text in self.rows or not self.rows:
+                raise
+            if not self.told:
+                reason = str(error).partition(". ")[0].rstrip(".")
+                print(
+                    f"tokenrl: no reward, for this prompt is none of the task's. {reason}.", file=sys.stderr
+                )
+            self.told = True
+            return silent
+        return np.where(result.valid, result.total, np.nan).tolist()
 
 
 def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str]]:

@@ -18,6 +18,7 @@ from torch.nn.functional import logsigmoid
 
 from tokenrl.calls import called
 from tokenrl.errors import Refused, Stopped
+from tokenrl.language.policy.cards import base_model
 from tokenrl.language.preferences.arguments import RewardModelArguments, RewardModelSettings
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
 from tokenrl.language.preferences.evaluation import (
@@ -232,7 +233,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
             session.evaluated(preference_metrics(rewards, data.held_out))
         curve = calibration(rewards[:, 0] - rewards[:, 1])
         ended = RewardModelResult(**session.outcome("finished"), calibration=curve, reward_model=reward_model)
-        finish(session, data, ended, rewards)
+        finish(session, data, ended, rewards, base_model(args.model))
         return ended
 
 

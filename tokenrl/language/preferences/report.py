@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tokenrl.errors import Refused
+from tokenrl.language.policy.cards import Card
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.backbone import save_reward_model
 from tokenrl.language.preferences.data import RewardData
@@ -55,7 +56,9 @@ def facts(args: RewardModelArguments, data: RewardData, reward_model: RewardMode
     }
 
 
-def finish(session: Session, data: RewardData, ended: RewardModelResult, rewards: np.ndarray) -> None:
+def finish(
+    session: Session, data: RewardData, ended: RewardModelResult, rewards: np.ndarray, base: str | None
+) -> None:
     """Save the model and the pairs, write summary and report, and show how the run ended.
 
     Args:
@@ -63,6 +66,7 @@ def finish(session: Session, data: RewardData, ended: RewardModelResult, rewards
         data: the pairs.
         ended: the result.
         rewards: rewards of the chosen and rejected completions of the held-out pairs [N, 2].
+        base: hub name or directory of the backbone; None if it came from neither.
     """
     directory = session.directory
     assert directory is not None  # a reward model trains in one process
@@ -82,7 +86,9 @@ def finish(session: Session, data: RewardData, ended: RewardModelResult, rewards
         for i in order
     ]
     write_completions(directory.completions, ended.steps, rows)
-    card = _card(read_config(directory.path), ended)
+    settings, numbers = read_config(directory.path), ended.eval_after
+    facts = {f"{name} on held-out pairs": value for name, value in numbers.items()}
+    card = Card(settings["title"], facts, session.origin.in_words(), base).reward_model()
     session.finish(ended, lambda path: save_reward_model(ended.reward_model, path, card=card))
     session.console.note(f"Train a policy on it: tokenrl train --reward {directory.model}")
 
@@ -111,38 +117,4 @@ def report_reward_model(run: str | Path) -> Path:
         completions={int(file.stem[5:]): read_completions(file) for file in files},
         plot_path=run / PLOT,
         title=title,
-    )
-
-
-def _card(settings: dict[str, Any], result: RewardModelResult) -> str:
-    """Return the model card, the README.md beside the model."""
-    numbers = [f"| {name} | {value:.4g} |" for name, value in result.eval_after.items()]
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: text-classification",
-            "tags: [reward-model, tokenrl]",
-            "---",
-            f"# {settings['title']}",
-            "",
-            "A reward model: one number for prompt + completion, trained on preferences (Bradley-Terry).",
-            "",
-            "```python",
-            "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
-            "model = AutoModelForSequenceClassification.from_pretrained(DIRECTORY)",
-            "tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)",
-            "```",
-            "",
-            "| on held-out pairs | |",
-            "|---|---|",
-            *numbers,
-            "",
-            "Made by",
-            "",
-            "```",
-            settings["command"],
-            "```",
-            "",
-        ]
     )

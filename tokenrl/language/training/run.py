@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.entropy import entropy_collapse_message, entropy_collapsed, final_entropy
 from tokenrl.core.presets import preset_name
+from tokenrl.language.policy.cards import Card, base_model
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.saving import model_card, save_policy
+from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
@@ -163,7 +164,7 @@ def finish(run: Run, session: Session, ended: RunResult) -> None:
     facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
     for when, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
         facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}
-    card = model_card(run.title, facts, command=session.command)
+    card = Card(run.title, facts, session.origin.in_words(), base_model(run.args.model))
     session.finish(ended, lambda path: save_policy(ended.policy, path, card=card))
     if "entropy-collapsed" in ended.flags:
         session.console.warn(entropy_collapse_message(run.last_entropy))

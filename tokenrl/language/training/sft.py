@@ -7,8 +7,9 @@ from typing import Any
 
 from tokenrl.calls import called
 from tokenrl.errors import Refused
+from tokenrl.language.policy.cards import Card, base_model
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.saving import model_card, save_policy
+from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits, recorded
 from tokenrl.language.tasks.sources import read_splits, with_prompts
 from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task
@@ -80,7 +81,8 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             session.record(metrics)
         first, last = (losses[0], losses[-1]) if losses else (None, None)
         ended = SftResult(**session.outcome("finished"), loss_before=first, loss_after=last, policy=policy)
-        card = model_card(title, facts | {"final loss": last}, command=session.command)
+        made = session.origin.in_words()
+        card = Card(title, facts | {"final loss": last}, made, base_model(args.model), ["sft"])
         session.finish(ended, lambda path: save_policy(policy, path, card=card))
         return ended
 

@@ -1,0 +1,63 @@
+"""`tokenrl sample` with a task answers any prompt, and rewards those that the task's reward can judge."""
+
+from __future__ import annotations
+
+import pytest
+
+from tokenrl.cli import main
+from tokenrl.errors import Refused, Stopped
+from tokenrl.language.inspect.arguments import SampleArguments
+from tokenrl.language.inspect.chat import Sampler
+from tokenrl.language.policy.model import wrap
+from tokenrl.language.policy.saving import save_policy
+from toy_tasks import load
+
+
+@pytest.fixture(scope="module", params=["target_length", "addition"])
+def task(request, tmp_path_factory):
+    """A task whose reward needs a column or fails on a prompt that it cannot read, and an untrained model."""
+    directory = tmp_path_factory.mktemp(request.param)
+    save_policy(wrap(*load(request.param).build(0)), directory)
+    return request.param, str(directory)
+
+
+def test_only_prompts_of_the_task_are_rewarded(task, capsys):
+    name, model = task
+    args = SampleArguments(model=model, task=name, num_generations=3)
+    row = load(name).train_prompts[1]
+    sampler = Sampler.load(args)
+    strange, known, other = sampler(["1", row["prompt"], "2"], args)
+    assert [one.reward for one in strange + other] == [None] * 6
+    columns = {key: [value] * 3 for key, value in row.items() if key != "prompt"}
+    texts = [one.text for one in known]
+    expected = load(name).reward([row["prompt"]] * 3, texts, **columns)
+    assert [one.reward for one in known] == pytest.approx(expected)
+    said = capsys.readouterr().err
+    assert said.count("no reward") == 1 and "none of the task's" in said  # once, not for each prompt
+    alone = Sampler.load(args)
+    assert [one.text for one in alone(["1"], args)[0]] == [one.text for one in strange]
+
+
+def test_the_command_answers_and_succeeds(task, capsys):
+    name, model = task
+    assert main(["sample", "--model", model, "--task", name, "--prompt", "1", "--num-generations", "2"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 2 and all(line.startswith("1") for line in out)
+
+
+def test_a_reward_that_fails_on_the_task_s_own_prompt_is_an_error(task, tmp_path):
+    name, model = task
+    args = SampleArguments(model=model, task=name, num_generations=1)
+    sampler = Sampler.load(args)
+
+    def broken(completions):
+        raise ValueError("no")
+
+    sampler.rewards.functions[:] = [broken]
+    sampler.rewards._here = {"broken": broken}
+    sampler.rewards.names = ["broken"]
+    with pytest.raises(Stopped, match="broken raised ValueError"):
+        sampler([load(name).train_prompts[0]["prompt"]], args)
+    needs = SampleArguments(model=model, reward=("exact_match",), num_generations=1)
+    with pytest.raises(Refused, match="column 'answer'"):  # without a task no prompt could ever be rewarded
+        Sampler.load(needs)(["1"], needs)

@@ -1,0 +1,78 @@
+"""--quiet: a run that succeeds prints nothing, neither its own lines nor those of the libraries."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tokenrl.cli import main
+from tokenrl.language.policy.model import wrap
+from tokenrl.language.policy.saving import save_policy
+from toy_tasks import load
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A saved model and a data file that suits train, sft and reward-model, which `datasets` has not seen."""
+    folder = tmp_path_factory.mktemp("quiet")
+    save_policy(wrap(*load("sort_digits").build(0)), folder / "model")
+    rows = [
+        {"prompt": f"{i}>", "answer": "1", "completion": "1", "chosen": "1", "rejected": "2"}
+        for i in range(30)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+STEP = [
+    "--prompts-per-step", "2", "--num-generations", "2", "--eval-generations", "0", "--max-steps", "1",
+    "--max-completion-length", "6"]  # fmt: skip
+RUNS = {
+    "train": ["train", "--task", "rows.jsonl", "--reward", "exact_match", "--lora-r", "2", *STEP],
+    "sft": ["sft", "--task", "rows.jsonl", "--max-steps", "1"],
+    "reward-model": ["reward-model", "--data", "rows.jsonl", "--max-steps", "1"],
+    "control": ["control", "--env", "CartPole-v1", "--max-steps", "1"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name != "train")]
+)
+def test_a_quiet_run_prints_nothing(name, files, tmp_path):
+    """A process of its own, because libraries warn only once and read the environment when imported."""
+    model = [] if name == "control" else ["--model", "model"]
+    words = [*RUNS[name], *model, "--quiet", "--output-dir", str(tmp_path / "run")]
+    env = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONWARNINGS": "default"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tokenrl", *words],
+        cwd=files,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == ""
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_quiet_run_still_says_what_is_wrong(files, capsys, monkeypatch):
+    monkeypatch.chdir(files)
+    assert main(["train", "--task", "no_such_task", "--quiet"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("tokenrl: ")
+
+
+def test_a_run_warns_of_few_prompts_and_a_quiet_one_does_not(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = (files / "rows.jsonl").read_text().splitlines()[:6]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    run = [*RUNS["train"], "--model", str(files / "model"), "--check"]
+    assert main(run) == 0
+    assert "only 3 distinct prompts in 3 training rows" in " ".join(capsys.readouterr().out.split())
+    assert main([*run, "--quiet"]) == 0
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,80 @@
+"""Says how a run was started: by a command, which can be typed again, or by a Python program."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenrl.runs.files import plain
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a run was started.
+
+    Attributes:
+        command: the command line that repeats the run; empty if there is none, because the program gave the
+            run objects that have no name outside of it, such as a lambda.
+        settings: all settings by field, with names in place of objects.
+        changed: the settings that are not the default, as JSON holds them.
+        typed: whether the command was typed, and not derived from the settings of a Python program.
+    """
+
+    command: str
+    settings: dict[str, Any]
+    changed: dict[str, Any]
+    typed: bool
+
+    @classmethod
+    def of(cls, kind: str, args: Any, names: Mapping[str, str | None], config: Path) -> Origin:
+        """Find out how this process was started.
+
+        Args:
+            kind: the command that runs, such as train.
+            args: the settings, a dataclass.
+            names: by field, the text that stands for an object given from Python.
+            config: where the settings are written, for a command that reads them.
+        """
+        values = {f.name: getattr(args, f.name) for f in fields(args)}
+        objects = {name: word for name, word in names.items() if not isinstance(values[name], str | None)}
+        settings = {**values, **objects}
+        program = Path(sys.argv[0])
+        module = program.name == "__main__.py" and program.parent.name == "tokenrl"  # python -m tokenrl
+        if module or program.stem == "tokenrl":
+            return cls(shlex.join(["tokenrl", *sys.argv[1:]]), settings, {}, True)
+        named = all(isinstance(values[name], os.PathLike) for name in objects) and _has_names(values)
+        again = ["tokenrl", kind, "--config", str(config), "--overwrite"] if named else []
+        defaults = {
+            f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)
+        }
+        written, default = plain(settings), plain(defaults)
+        changed = {name: value for name, value in written.items() if value != default[name]}
+        return cls(shlex.join(again), settings, changed, False)
+
+    def in_words(self) -> list[str]:
+        """Return lines of Markdown: the command that was typed, or else the settings of the program."""
+        if self.typed:
+            return ["It was made by this command:", "", "```sh", self.command, "```"]
+        settings = json.dumps(self.changed, indent=2, sort_keys=True, ensure_ascii=False)
+        said = "It was started from Python with these settings; the others had their defaults:"
+        return [said, "", "```json", settings, "```"]
+
+
+def _has_names(value: Any) -> bool:
+    """Return whether every function in the settings can be imported by its name in another program."""
+    if isinstance(value, Mapping):
+        return all(map(_has_names, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_has_names, value))
+    if callable(value):
+        name = getattr(value, "__qualname__", "<")
+        return "<" not in name and getattr(value, "__module__", "__main__") != "__main__"
+    if is_dataclass(value):
+        return all(_has_names(getattr(value, f.name)) for f in fields(value))
+    return True
