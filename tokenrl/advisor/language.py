@@ -25,6 +25,7 @@ from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
 from tokenrl.errors import Refused
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
@@ -59,6 +60,7 @@ def advise_language(args: AdviseArguments) -> Advice:
     train = replace(train, allow_no_baseline=args.allow_no_baseline)
     policy = make_policy(args, task, Console().note)
     policy.model.to(PartialState().device)
+    choose_way(policy, gradient=False)
     count = min(args.num_prompts, len(task.train_prompts))
     found = probe_policy(
         policy,

@@ -67,6 +67,7 @@ def measure_with(args: MeasureArguments, announce: Callable[[str], None] = lambd
     """
     from accelerate import Accelerator
 
+    from tokenrl.language.rollout.ways import choose_way
     from tokenrl.language.tasks.task import find_task
     from tokenrl.language.training.setup import make_policy
 
@@ -75,6 +76,7 @@ def measure_with(args: MeasureArguments, announce: Callable[[str], None] = lambd
     task, rewards = find_task(args)
     policy = make_policy(args, task, announce)
     policy.model.to(Accelerator(cpu=args.cpu).device)
+    choose_way(policy)
     rows = list(task.train_prompts)[: args.num_prompts]
     if len(rows) < args.num_prompts:
         raise Refused(f"num_prompts={args.num_prompts}, but the task has {len(rows)} training prompts.")

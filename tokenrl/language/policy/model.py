@@ -36,9 +36,9 @@ class Policy:
         context: the most tokens of a sequence that the model can take; None if there is no limit.
         source: where the model came from, for messages and records.
         share_prompt: whether the rows of a group may share the key/value cache of their prompt. False under
-            activation checkpointing, which keeps no cache.
-        reference: a frozen copy of the model for a KL term; None if no reference is needed, or if switching
-            the adapter off gives it.
+            activation checkpointing, which keeps no cache, and where `choose_way` found it to be wrong.
+        remark: what `choose_way` has to say of the prompts, for a run's header; empty if all is as usual.
+        reference: a frozen copy of the model for a KL term; None if none is needed, or an adapter gives it.
     """
 
     model: nn.Module
@@ -48,6 +48,7 @@ class Policy:
     context: int | None
     source: str = ""
     share_prompt: bool = True
+    remark: str = ""
     reference: nn.Module | None = field(default=None, repr=False)
 
     @property

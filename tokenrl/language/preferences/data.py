@@ -15,6 +15,7 @@ from tokenrl.language.preferences.pairs import Pair, load_pairs, read_pairs
 from tokenrl.language.preferences.sampled import make_preferences
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.setup import make_policy
@@ -73,6 +74,7 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
     if named is None and getattr(task, "build", None) is None:
         named = args.model
     policy = make_policy(ModelArguments(model=named, base_seed=args.base_seed), task, announce)
+    choose_way(policy, gradient=False)
     length = args.max_completion_length or task.max_completion_length or 256
     rows = {}
     parts: tuple[tuple[str, Sequence[Any], int, int], ...] = (

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tokenrl.core.entropy import entropy_of
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import log_softmax, score_norm_of
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.sampling import Sampling
@@ -55,8 +56,8 @@ class Generator(Protocol):
 class TransformersGenerator:
     """Samples from the policy's own model, so there are no weights to copy and nothing to free.
 
-    The forward pass of each distinct prompt is computed once and its key/value cache is repeated for the rows
-    of the group. Rows that are finished leave the batch.
+    The forward pass of each distinct prompt is computed once and its cache is repeated for the rows of the
+    group. Rows that are finished leave the batch.
 
     Attributes:
         policy: the policy whose model is sampled from.
@@ -138,7 +139,7 @@ def _decode(
 
 
 class _Decoder:
-    """The model, its key/value cache, and the logits of the next token for each row of the batch."""
+    """The model, its cache, and the logits of the next token for each row of the batch."""
 
     logits: Tensor  # [n, V]
     hidden: Tensor  # [n, H]; the logits stand in where hidden states are not wanted
@@ -172,7 +173,7 @@ class _Decoder:
 
     def _select(self, index: Tensor) -> None:
         """Make the rows `index` of everything that is held the new batch."""
-        self.cache.batch_select_indices(index)
+        self.cache.select(index)
         self.logits, self.hidden = self.logits[index], self.hidden[index]
         self.position = self.position[index]
         self.mask = None if self.mask is None else self.mask[index]
@@ -186,11 +187,12 @@ class _Decoder:
         self.position = self.position + 1
         if self.mask is not None:
             self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
-        self._take(self.model(token[:, None], **self._places(1), **self.options, past_key_values=self.cache))
+        places = self.cache.arguments(self._places(1))
+        self._take(self.model(token[:, None], **places, **self.options))
 
     def _take(self, out: Any) -> None:
         """Hold the cache, the last logits and the last hidden states of a forward pass."""
-        self.cache = out.past_key_values
+        self.cache = Cache.of(out)
         self.logits = out.logits[:, -1]
         self.hidden: Tensor = (
             out.hidden_states[-1][:, -1] if self.options["output_hidden_states"] else self.logits

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tokenrl.core.entropy import entropy_of
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import log_softmax, score_norm_of
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 
@@ -144,8 +145,8 @@ def _shared(model: nn.Module, rollout: Rollout, hidden: bool) -> tuple[Tensor, T
     state = out.hidden_states[-1][index, -1:] if hidden else None  # [N, 1, H]
     if width == 1:
         return first, state
-    cache = out.past_key_values
-    cache.batch_select_indices(index)
+    cache = Cache.of(out)
+    cache.select(index)
     inputs = rollout.completion_ids[:, :-1]  # [N, T-1]
     places = {}
     if padded:
@@ -153,7 +154,7 @@ def _shared(model: nn.Module, rollout: Rollout, hidden: bool) -> tuple[Tensor, T
         # padding needs no mask.
         whole = torch.cat([prompt_mask[index], torch.ones_like(inputs, dtype=torch.bool)], dim=1)
         places = {"attention_mask": whole, "position_ids": _positions(whole)[:, -inputs.shape[1] :]}
-    rest = model(inputs, **places, **options, past_key_values=cache)
+    rest = model(inputs, **cache.arguments(places), **options)
     states = None if state is None else torch.cat([state, rest.hidden_states[-1]], dim=1)
     return torch.cat([first, rest.logits], dim=1), states
 

@@ -122,6 +122,7 @@ def facts(run: Run) -> dict[str, Any]:
         f"ratio {estimator.ratio}, KL {estimator.beta:g}; bias: {estimator.bias_status}",
         "step": f"{args.prompts_per_step} prompts x {args.num_generations} completions of up to "
         f"{args.max_completion_length} tokens, learning rate {args.learning_rate:g}, seed {args.seed}",
+        **({"prompts": policy.remark} if policy.remark else {}),
         "run": args.output_dir,
     }
 

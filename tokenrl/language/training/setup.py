@@ -20,6 +20,7 @@ from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
 from tokenrl.language.policy.model import Policy, load_policy, wrap
 from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.critic import Critic
@@ -197,6 +198,7 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple
         if policy.reference is not None:
             policy.reference.to(accelerator.device)
     policy.model.to(accelerator.device)
+    choose_way(policy, hidden=args.estimator.needs_values, accelerator=accelerator)
     optimizer = torch.optim.AdamW(
         policy.trainable_parameters(),
         lr=args.learning_rate,
@@ -223,4 +225,5 @@ def load_placed(name: str, *, dtype: str, trust_remote_code: bool) -> Policy:
 
     policy = load_policy(name, dtype=dtype, trust_remote_code=trust_remote_code)
     policy.model.to(PartialState().device)
+    choose_way(policy, gradient=False)
     return policy

@@ -10,6 +10,7 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.cards import Card, base_model
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import save_policy
+from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits, recorded
 from tokenrl.language.tasks.sources import read_splits, with_prompts
 from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task
@@ -60,6 +61,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
     with Session("sft", args.output_dir, overwrite=args.overwrite, quiet=args.quiet) as session:
         task, rows = _demonstrations(args)
         policy = make_policy(args, task, session.console.note)
+        choose_way(policy)
         args = _resolve(args, task)
         how = {"max_steps": args.max_steps, "batch_size": args.batch_size, "seed": args.seed}
         training = SupervisedTraining(policy, rows, learning_rate=args.learning_rate, **how)
@@ -67,6 +69,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             "model": policy.source,
             "demonstrations": f"{len(rows):,}",
             "updates": f"{args.max_steps} of {args.batch_size}, learning rate {args.learning_rate:g}",
+            **({"prompts": policy.remark} if policy.remark else {}),
         }
         name = args.task if isinstance(args.task, str) else str(task.name)
         title = f"{name}, supervised, seed {args.seed}"

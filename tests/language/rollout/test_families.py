@@ -1,0 +1,80 @@
+"""Many architectures against a forward pass of each row alone, and what the probe makes of each of them."""
+
+import pytest
+import torch
+from families import FAMILIES, family_policy
+
+from tokenrl.errors import Refused
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.scoring import score
+from tokenrl.language.rollout.ways import choose_way
+
+PROMPTS = [[5, 9, 13, 21, 33], [40, 7], [3, 4, 5]]
+REFUSED = {"recurrent_gemma"}
+NOT_SHARED = {"mamba": "log-probabilities", "qwen3_5": "inplace", "qwen3_next": "inplace"}
+RIGHT = sorted(set(FAMILIES) - REFUSED)
+
+
+def sampled(policy, length=6):
+    """Nine completions of three prompts of unequal lengths, which end at several lengths."""
+    draws = torch.rand(9, length, generator=torch.Generator().manual_seed(1))
+    policy.eos_ids = tuple(range(0, 64, 7))
+    return TransformersGenerator(policy).generate(PROMPTS, Sampling(length, 3), draws)
+
+
+def alone(model, rollout):
+    """Log-probabilities [N, T] of each row in a forward pass of its own, 0 off the mask."""
+    rows = []
+    for index, ids, mask in zip(rollout.prompt_index, rollout.completion_ids, rollout.mask, strict=True):
+        prompt = PROMPTS[int(index)]
+        whole = torch.tensor([prompt + ids.tolist()])
+        logp = torch.log_softmax(model(whole, use_cache=False).logits[0, len(prompt) - 1 : -1], -1)
+        rows.append(torch.where(mask, logp.gather(1, ids[:, None])[:, 0], 0))
+    return torch.stack(rows)
+
+
+def slope(logprobs, model):
+    """Gradient of a weighted sum of log-probabilities in all weights, as one vector."""
+    weights = torch.cos(torch.arange(logprobs.numel())).view_as(logprobs)
+    found = torch.autograd.grad((logprobs * weights).sum(), list(model.parameters()), allow_unused=True)
+    pairs = zip(found, model.parameters(), strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+
+
+@pytest.mark.parametrize("family", RIGHT)
+def test_sampling_and_scoring_are_those_of_each_row_alone(family):
+    policy = family_policy(family)
+    rollout = sampled(policy)
+    assert len(set(rollout.mask.sum(1).tolist())) > 1  # some rows leave the batch before others
+    expected = alone(policy.model, rollout)
+    torch.testing.assert_close(rollout.logprobs, expected.detach(), atol=2e-5, rtol=0)
+    gradient = slope(expected, policy.model)
+    choose_way(policy)
+    for share in {False, policy.share_prompt}:
+        found = torch.where(rollout.mask, score(policy.model, rollout, share_prompt=share).logprobs, 0)
+        torch.testing.assert_close(found.detach(), expected.detach(), atol=2e-5, rtol=0)
+        assert float((slope(found, policy.model) - gradient).norm() / gradient.norm()) < 2e-5
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("family", RIGHT)
+def test_each_family_gets_the_fastest_way_that_is_right(family, hidden):
+    policy = family_policy(family)
+    before = torch.get_rng_state()
+    choose_way(policy, hidden=hidden)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.grad is None for p in policy.model.parameters())
+    assert policy.share_prompt == (family not in NOT_SHARED) == (not policy.remark)
+    assert NOT_SHARED.get(family, "") in policy.remark
+
+
+def test_without_gradients_the_prompt_is_shared_where_only_the_gradient_fails():
+    policy = family_policy("qwen3_5")
+    choose_way(policy, gradient=False)
+    assert policy.share_prompt and not policy.remark
+
+
+def test_a_model_that_keeps_its_states_to_itself_is_refused():
+    with pytest.raises(Refused, match=r"recurrent_gemma.* returns no cache"):
+        choose_way(family_policy("recurrent_gemma"))

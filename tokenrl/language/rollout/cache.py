@@ -1,0 +1,47 @@
+"""Holds what a model remembers of the tokens it was fed, whatever its architecture keeps of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tokenrl.errors import Refused
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The cache that a forward pass returned, and the name by which the model takes it back.
+
+    Attributes:
+        name: `past_key_values`, or `cache_params` where a model keeps recurrent states and nothing else.
+        held: a `transformers.Cache` of keys and values, of recurrent states, or of both.
+    """
+
+    name: str
+    held: Any
+
+    @classmethod
+    def of(cls, out: Any) -> Cache:
+        """Take the cache from the output of a forward pass with `use_cache`.
+
+        Raises:
+            Refused: the output holds none.
+        """
+        for name in ("past_key_values", "cache_params"):
+            if getattr(out, name, None) is not None:
+                return cls(name, getattr(out, name))
+        raise Refused("The model returns no cache of the tokens that it was fed, so none can follow them.")
+
+    def select(self, index: Tensor) -> None:
+        """Make the rows `index` the new batch; a row may be chosen several times, or never."""
+        # `batch_select_indices` would leave recurrent states as they are, or is missing where they are kept.
+        self.held.reorder_cache(index)
+
+    def arguments(self, places: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the next forward pass: this cache, with the mask and the positions.
+
+        A model of recurrent states alone takes neither, because its states already leave the padding out.
+        """
+        return {self.name: self.held} | (places if self.name == "past_key_values" else {})
