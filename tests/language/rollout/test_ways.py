@@ -38,6 +38,19 @@ def detached(options):
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
 
+def overwritten(options):
+    """Write over the cache in place after it was read, as a recurrent state may be."""
+    cache = options.get("past_key_values")
+
+    def write(out):
+        if cache is not None:
+            for layer in cache.layers:
+                layer.keys.add_(0.0)
+        return out
+
+    return write
+
+
 def steep_when_padded(options):
     """Right values and a wrong gradient, wherever there is a mask."""
     if options.get("attention_mask") is None:
@@ -85,6 +98,14 @@ def test_a_gradient_that_does_not_pass_the_cache_means_no_sharing():
     assert not policy.share_prompt and "shared prompt gives a gradient that is off" in policy.remark
 
 
+def test_a_cache_that_is_overwritten_is_shared_only_where_no_gradient_is_needed():
+    policy = changed(make_policy("gpt2"), overwritten)
+    choose_way(policy, gradient=False)
+    assert policy.share_prompt and not policy.remark
+    choose_way(policy)
+    assert not policy.share_prompt and "modified by an" in policy.remark
+
+
 def test_a_wrong_gradient_is_refused():
     with pytest.raises(Refused, match="scoring gives a gradient that is off by"):
         choose_way(changed(make_policy(), steep_when_padded))
@@ -109,6 +130,7 @@ def test_the_probe_fits_into_any_context(context):
     policy = make_policy("gpt2", n_positions=context or 64)
     policy.context = context
     choose_way(policy)
+    assert policy.share_prompt and not policy.remark
 
 
 @pytest.mark.parametrize("family", ["llama", "lfm2", "qwen3_5"])
@@ -116,7 +138,7 @@ def test_with_an_adapter(family):
     policy = family_policy(family)
     add_lora(policy, r=2)
     choose_way(policy, hidden=True)
-    assert policy.share_prompt == (family != "qwen3_5")
+    assert policy.share_prompt and not policy.remark
 
 
 def test_under_activation_checkpointing_nothing_is_shared_and_nothing_is_remarked():
@@ -172,7 +194,7 @@ def test_two_updates(family, tmp_path, capsys):
     after = result.policy.trainable_parameters()
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
     said = "computed anew for each completion" in " ".join(capsys.readouterr().out.split())
-    assert said == (not result.policy.share_prompt) == (family in ("mamba", "qwen3_5"))
+    assert said == (not result.policy.share_prompt) == (family == "mamba")
 
 
 def test_a_run_refuses_a_wrong_model(tmp_path):

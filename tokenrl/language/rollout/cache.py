@@ -39,9 +39,30 @@ class Cache:
         # `batch_select_indices` would leave recurrent states as they are, or is missing where they are kept.
         self.held.reorder_cache(index)
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether some layer keeps a recurrent state, which each forward pass would overwrite."""
+        return any(_is_recurrent(layer) for layer in self.held.layers)
+
+    def keep_states(self) -> None:
+        """Let the next forward pass read the recurrent states and leave them as they are.
+
+        Backward needs their values, so nothing may be written over them.
+        """
+        for layer in filter(_is_recurrent, self.held.layers):
+            layer.update_recurrent_state = _unwritten
+
     def arguments(self, places: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of the next forward pass: this cache, with the mask and the positions.
 
         A model of recurrent states alone takes neither, because its states already leave the padding out.
         """
         return {self.name: self.held} | (places if self.name == "past_key_values" else {})
+
+
+def _is_recurrent(layer: Any) -> bool:
+    return hasattr(layer, "update_recurrent_state")
+
+
+def _unwritten(states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return states

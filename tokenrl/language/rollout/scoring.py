@@ -148,6 +148,10 @@ def _shared(model: nn.Module, rollout: Rollout, hidden: bool) -> tuple[Tensor, T
     cache = Cache.of(out)
     cache.select(index)
     inputs = rollout.completion_ids[:, :-1]  # [N, T-1]
+    if cache.recurrent:
+        cache.keep_states()
+        if width == 2:  # one token alone takes the kernels of sampling, which have no gradient: feed another
+            inputs = torch.cat([inputs, inputs], dim=1)
     places = {}
     if padded:
         # Completions are padded on the right, and causal attention never looks to the right, so their
@@ -155,8 +159,8 @@ def _shared(model: nn.Module, rollout: Rollout, hidden: bool) -> tuple[Tensor, T
         whole = torch.cat([prompt_mask[index], torch.ones_like(inputs, dtype=torch.bool)], dim=1)
         places = {"attention_mask": whole, "position_ids": _positions(whole)[:, -inputs.shape[1] :]}
     rest = model(inputs, **cache.arguments(places), **options)
-    states = None if state is None else torch.cat([state, rest.hidden_states[-1]], dim=1)
-    return torch.cat([first, rest.logits], dim=1), states
+    states = None if state is None else torch.cat([state, rest.hidden_states[-1]], dim=1)[:, :width]
+    return torch.cat([first, rest.logits], dim=1)[:, :width], states
 
 
 def _plain(model: nn.Module, rollout: Rollout, hidden: bool) -> tuple[Tensor, Tensor | None]:
