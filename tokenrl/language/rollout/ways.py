@@ -8,7 +8,7 @@ pass of each row alone, which needs neither a cache nor padding. It draws no ran
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from textwrap import shorten
 from typing import Any
@@ -133,9 +133,9 @@ class _Probe:
             found = score(self.policy.model, self.rollout, share_prompt=share_prompt, hidden=self.hidden)
         self._compare(name, found.logprobs, found.hidden)
         if self.gradient:
-            pairs = list(zip(self._gradient(found.logprobs), self.expected_gradient, strict=True))
-            off = sum(float((a - b).double().square().sum()) for a, b in pairs) ** 0.5
-            norm = sum(float(b.double().square().sum()) for _, b in pairs) ** 0.5
+            expected = self.expected_gradient
+            off = _norm(a - b for a, b in zip(self._gradient(found.logprobs), expected, strict=True))
+            norm = _norm(expected)
             # Where float16 overflows in the gradient of each row alone, there is nothing to compare with.
             if math.isfinite(norm) and not off <= self.gradient_tolerance * norm:
                 raise _Wrong(
@@ -180,3 +180,8 @@ class _Probe:
             worst = float((by_prompt.mean(dim=1) if self.typical else by_prompt.amax(dim=1)).max())
             if not worst <= self.value_tolerance:
                 raise _Wrong(f"{name} gives {what} that are off by {worst:.2g} standard deviations")
+
+
+def _norm(parts: Iterable[Tensor]) -> float:
+    """Norm of a vector that is given in parts."""
+    return math.hypot(*(float(torch.linalg.vector_norm(x.float())) for x in parts))
