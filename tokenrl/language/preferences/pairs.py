@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from tokenrl.errors import Refused, suggest
+from tokenrl.language.tasks.held_out import EVAL_SPLITS
 from tokenrl.language.tasks.sources import FORMATS, read_splits
-from tokenrl.language.tasks.task import EVAL_SPLITS
 
 Row = Mapping[str, Any]
 

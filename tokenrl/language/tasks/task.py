@@ -7,26 +7,21 @@ are left out.
 
 from __future__ import annotations
 
-import copy
 import importlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from tokenrl.errors import Refused, describe, suggest
 from tokenrl.language.rewards.composition import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.language.tasks.held_out import changed, dataset_rows, smaller_evaluation
 from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits, refuse_replay
 from tokenrl.language.tasks.reasoning import reasoning_task
-from tokenrl.language.tasks.sources import FORMATS, Row, check_prompts, read_splits, with_prompts
+from tokenrl.language.tasks.sources import FORMATS, Row, check_prompts, read_splits
 from tokenrl.names import import_attribute
-
-EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 
 
 class Task(Protocol):
@@ -134,7 +129,7 @@ def load_task(
             f"task '{name}' is a dataset, which has prompts but no reward. Give one with "
             "--reward module:function (or path/to/file.py:function, or the folder of a reward model)."
         )
-    train_rows, eval_rows = _dataset_rows(read_splits(name), f"task '{name}'", **how)
+    train_rows, eval_rows = dataset_rows(read_splits(name), f"task '{name}'", **how)
     return _finished(PromptTask(name, train_rows, eval_rows, reward), name, reward)
 
 
@@ -145,7 +140,7 @@ def _memory_task(data: Any, reward: Any, how: Mapping[str, Any]) -> Task:
             f"task is data ({type(data).__name__}), which has prompts but no reward. Give one with "
             "reward=function; function(prompts, completions, **columns) returns a list of numbers."
         )
-    train_rows, eval_rows = _dataset_rows(splits, "task", **how)
+    train_rows, eval_rows = dataset_rows(splits, "task", **how)
     origin = description(splits)
     name = IN_MEMORY + origin["fingerprint"]
     return _finished(PromptTask(name, train_rows, eval_rows, reward, origin=origin), name, reward)
@@ -193,86 +188,8 @@ def _finished(task: Any, name: str, reward: Any) -> Task:
     if reward is not None:
         several = isinstance(reward, Sequence) and not isinstance(reward, str)
         functions: Any = [load_reward(one) for one in reward] if several else load_reward(reward)
-        return _changed(task, reward=functions, pass_threshold=None)
+        return changed(task, reward=functions, pass_threshold=None)
     return task
-
-
-def _changed(task: Any, **attributes: Any) -> Any:
-    """Return a copy of a task with other attributes."""
-    task = copy.copy(task)
-    for name, value in attributes.items():
-        object.__setattr__(task, name, value)  # tasks may be frozen dataclasses
-    return task
-
-
-def smaller_evaluation(task: Any, eval_size: int | None, seed: int = 0) -> Any:
-    """Return the task with at most `eval_size` of its held-out rows, chosen with `seed`; None keeps all.
-
-    The training rows and the demonstrations stay the same, so a model that was warm-started on them has seen
-    no held-out prompt, whatever the size.
-
-    Raises:
-        Refused: the size is below 1.
-    """
-    if eval_size is not None and eval_size < 1:
-        raise Refused(f"eval_size is {eval_size}; it must be at least 1.")
-    if eval_size is None or eval_size >= len(task.eval_prompts):
-        return task
-    chosen = np.random.default_rng(seed).permutation(len(task.eval_prompts))[:eval_size]
-    return _changed(task, eval_prompts=[task.eval_prompts[i] for i in sorted(chosen.tolist())])
-
-
-def _dataset_rows(
-    splits: Mapping[str, Sequence[Row]],
-    where: str,
-    *,
-    column: str,
-    template: str | None,
-    split: str,
-    eval_split: str | None,
-    eval_size: int | None,
-    seed: int,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows to train and to evaluate on, which share no prompt."""
-    wanted = [split, eval_split or next((s for s in EVAL_SPLITS if s in splits and s != split), None)]
-    found: list[Any] = []
-    for one in wanted:
-        if one is not None and one not in splits:
-            raise Refused(f"{where} has no split '{one}'.{suggest(one, splits)}")
-        rows = None if one is None else with_prompts(splits[one], f"{where}, split '{one}'", column, template)
-        found.append(rows)
-    return _separate(found[0], found[1], 128 if eval_size is None else eval_size, seed, where)
-
-
-def _separate(
-    train_rows: list[dict[str, Any]],
-    eval_rows: list[dict[str, Any]] | None,
-    eval_size: int,
-    seed: int,
-    where: str,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and evaluation rows that share no prompt; without `eval_rows`, training rows are held out."""
-    if eval_size < 1:
-        raise Refused(f"eval_size is {eval_size}; it must be at least 1.")
-    pool: dict[str, dict[str, Any]] = {}
-    for row in train_rows if eval_rows is None else eval_rows:
-        pool.setdefault(_canonical(row["prompt"]), row)
-    size = min(eval_size, len(pool) // 2 if eval_rows is None else len(pool))
-    order = np.random.default_rng(seed).permutation(len(pool))[:size]
-    keys = list(pool)
-    chosen = {keys[i]: pool[keys[i]] for i in sorted(order)}
-    rest = [row for row in train_rows if _canonical(row["prompt"]) not in chosen]
-    if not chosen or not rest:
-        raise Refused(
-            f"{where} has too few distinct prompts to train on some and evaluate on others: "
-            f"{len(pool)} to evaluate on, {len(rest)} training rows that differ from those chosen. "
-            "Give more data, another eval_split, or a smaller eval_size."
-        )
-    return rest, list(chosen.values())
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
 
 def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
