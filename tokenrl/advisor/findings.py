@@ -24,9 +24,8 @@ from tokenrl.advisor.rules import (
     one_figure,
 )
 from tokenrl.advisor.show import Finding
-from tokenrl.core.choices import choice_of
 from tokenrl.core.entropy import LEAST_ENTROPY, entropy_collapsed
-from tokenrl.core.guards import check_horizon, subtracts_something, teaches_nothing
+from tokenrl.core.guards import check_horizon, subtracts_something, teaches_nothing, within_rows
 from tokenrl.core.kl import LARGEST_ERROR
 from tokenrl.errors import Refused
 
@@ -92,11 +91,8 @@ def signal_finding(history: History, progress: Progress) -> Finding | None:
 
 def _within_episodes(history: History) -> bool:
     """Whether steps are compared within their episode only, so that equal returns of episodes say nothing."""
-    estimator = history.estimator
-    compared = (
-        choice_of(axis, getattr(estimator, axis)).compares for axis in ("baseline", "scale", "returns")
-    )
-    return "row" in compared or (not history.language and history.arguments.num_envs == 1)
+    one = not history.language and history.arguments.num_envs == 1
+    return one or bool(within_rows(history.estimator))
 
 
 def _easy(history: History) -> bool:

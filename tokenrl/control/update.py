@@ -15,6 +15,7 @@ from tokenrl.control.rollouts import Rollout
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.choices import choice_of
 from tokenrl.core.estimator import Estimator
+from tokenrl.core.guards import within_rows
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Refused, Stopped
 
@@ -95,7 +96,7 @@ def check_supported(estimator: Estimator, args: ControlArguments) -> None:
             f"cut off; there is none (baseline {estimator.baseline!r}, returns {estimator.returns!r}). "
             "Choose the baseline 'value' (presets a2c, ppo), or leave num_steps out to use whole episodes."
         )
-    whole = estimator.returns == "episode_normalized"
+    whole = "returns" in within_rows(estimator)
     if estimator.baseline != "value" or estimator.scale not in ("none", "token_whiten") or whole:
         raise Refused(
             f"num_steps {args.num_steps} cuts episodes, and pieces of episodes cannot be compared with "
@@ -163,7 +164,7 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat,
         ends = rollout.terminated
         if estimator.gamma == 1 or agent.args.time_limits == "end":
             ends = ends | rollout.truncated
-        if estimator.returns != "episode_normalized":
+        if "returns" not in within_rows(estimator):
             bootstrap = torch.where(ends, 0.0, policy.values(rollout.final_observations))
     rewards = rollout.rewards * agent.args.reward_scale
     advantages = estimator.advantages(

@@ -97,6 +97,12 @@ def given(name: str, value: T | None, purpose: str) -> T:
     return value
 
 
+def within_rows(estimator: Estimator) -> list[str]:
+    """List the axes, of returns, baseline and scale, on which the steps of one row are compared."""
+    axes = ("returns", "baseline", "scale")
+    return [axis for axis in axes if choice_of(axis, getattr(estimator, axis)).compares == "row"]
+
+
 def subtracts_something(estimator: Estimator) -> bool:
     """Whether the estimator subtracts a baseline of any kind.
 

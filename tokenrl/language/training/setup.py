@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from tokenrl.core.choices import choice_of
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.guards import check_horizon
+from tokenrl.core.guards import check_horizon, within_rows
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
 from tokenrl.language.policy.adapters import add_lora
@@ -98,10 +97,7 @@ def check(args: TrainSettings) -> None:
 
 def _check_tokens_differ(estimator: Estimator) -> None:
     """Refuse to compare the tokens of a completion where all of them have the same return."""
-    compared = {axis: getattr(estimator, axis) for axis in ("returns", "baseline", "scale")}
-    within = [
-        f"{axis} {name!r}" for axis, name in compared.items() if choice_of(axis, name).compares == "row"
-    ]
+    within = [f"{axis} {getattr(estimator, axis)!r}" for axis in within_rows(estimator)]
     penalty = estimator.needs_kl and estimator.kl_placement == "reward"  # a reward for each token
     to_go = estimator.returns in ("reward_to_go", "episode_normalized")
     if within and to_go and estimator.gamma == 1 and not penalty:
