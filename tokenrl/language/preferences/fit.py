@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tokenrl.calls import called
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Refused
 from tokenrl.language.policy.cards import base_model
 from tokenrl.language.preferences.arguments import RewardModelArguments, RewardModelSettings
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
@@ -37,6 +37,7 @@ from tokenrl.language.preferences.report import (
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import Batches
+from tokenrl.language.training.supervised import descend
 from tokenrl.runs.session import Session
 from tokenrl.settings import settled
 
@@ -129,17 +130,10 @@ class PreferenceTraining:
             center_rewards_coefficient=args.center_rewards_coefficient,
             label_smoothing=args.label_smoothing,
         )
-        if not torch.isfinite(loss):
-            raise Stopped(
-                f"The loss of the reward model is {loss.item()} at step {self._step}: lower the learning "
-                "rate."
-            )
-        self._optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, args.max_grad_norm or math.inf)
-        self._optimizer.step()
+        clip = args.max_grad_norm or math.inf
+        norm = descend(loss, self._optimizer, self._parameters, clip, of="the reward model", step=self._step)
         metrics = {"loss": loss.item(), **_batch_metrics(chosen.detach(), rejected.detach())}
-        metrics |= {"grad_norm": float(norm), "learning_rate": self._schedule.get_last_lr()[0]}
+        metrics |= {"grad_norm": norm, "learning_rate": self._schedule.get_last_lr()[0]}
         self._schedule.step()
         epoch = self._step * args.batch_size / len(self._encoded)
         return metrics | {"epoch": epoch, "num_tokens": self._tokens}

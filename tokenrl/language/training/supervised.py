@@ -65,6 +65,37 @@ def demonstration_batch(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
     return Rollout(prompt_ids, prompt_mask, index, ids_, mask, zeros, torch.zeros_like(lengths).bool())
 
 
+def descend(
+    loss: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+    max_grad_norm: float,
+    *,
+    of: str,
+    step: int,
+) -> float:
+    """Update by the gradient of a loss, clipped to a norm; return the norm before clipping.
+
+    Args:
+        loss: the loss, with gradient.
+        optimizer: steps the parameters.
+        parameters: what is trained.
+        max_grad_norm: gradients are clipped to this norm.
+        of: what is trained, in words, for the error.
+        step: the number of the update, for the error.
+
+    Raises:
+        Stopped: the loss is NaN or infinite; nothing is changed.
+    """
+    if not torch.isfinite(loss):
+        raise Stopped(f"The loss of {of} is {loss.item()} at step {step}: lower the learning rate.")
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    optimizer.step()
+    return float(norm)
+
+
 class SupervisedTraining:
     """Supervised training: minimises the mean negative log-likelihood of the completions' tokens with AdamW.
 
@@ -123,17 +154,10 @@ class SupervisedTraining:
         batch = demonstration_batch(policy, [self._pairs[i] for i in self._batches.next()])
         logprobs = score(policy.model, batch, share_prompt=policy.share_prompt).logprobs
         loss = -torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum()
-        if not torch.isfinite(loss):
-            raise Stopped(
-                f"The loss of the supervised stage is {loss.item()} at step {self._step}: lower the learning "
-                "rate."
-            )
-        self._optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
-        self._optimizer.step()
+        clip, of = self._max_grad_norm, "the supervised stage"
+        norm = descend(loss, self._optimizer, self._parameters, clip, of=of, step=self._step)
         self._schedule.step()
-        return {"loss": loss.item(), "grad_norm": float(norm)}
+        return {"loss": loss.item(), "grad_norm": norm}
 
 
 def fit(
