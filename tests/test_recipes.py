@@ -366,15 +366,6 @@ def test_entropy(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "entropy.png").stat().st_size > 1000
 
 
-@pytest.fixture
-def handlers():
-    """Signals are caught to the end of a program's process; this process goes on."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize(("name", "runs"), [("control_3_numpy", 2), ("control_3_variations", 5)])
 def test_numpy_agent(name, runs, tmp_path, monkeypatch, capsys, handlers):
     out = printed(name, tmp_path, monkeypatch, capsys)

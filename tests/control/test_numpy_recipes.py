@@ -39,15 +39,6 @@ def variations() -> ModuleType:
     return load("control_3_variations")
 
 
-@pytest.fixture
-def handlers():
-    """The programs catch signals to the end of their process; here the process goes on."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def run_of(recipe: ModuleType, returns: list[float] | np.ndarray, greedy: float = 500.0):
     return recipe.Run(np.array(returns, dtype=float), np.full(100, greedy), 1.0)
 
