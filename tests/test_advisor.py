@@ -20,10 +20,11 @@ from tokenrl.advisor.language import (
     group_size,
 )
 from tokenrl.advisor.show import Advice, command_line, written
-from tokenrl.cli import COMMANDS, _parse, main
+from tokenrl.cli import COMMANDS, main
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Spec
 from tokenrl.core import Estimator
+from tokenrl.flags import parse
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.probe import Estimate, Probe
 from tokenrl.language.training.setup import resolve
@@ -42,7 +43,7 @@ def workplace(tmp_path, monkeypatch):
 def parsed(line: str):
     """The arguments that a command line stands for."""
     name, *argv = line.split()[1:]
-    return _parse(name, COMMANDS[name], argv)
+    return parse(name, COMMANDS[name], argv)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_the_command_shown_has_the_advised_arguments(arguments):
 
     name = "control" if isinstance(arguments, ControlArguments) else "train"
     line = shlex.split(command_line(Advice("", name, arguments, {}, [], {})))
-    assert _parse(name, COMMANDS[name], line[2:]) == arguments
+    assert parse(name, COMMANDS[name], line[2:]) == arguments
 
 
 def test_a_gaussian_head_has_twice_the_outputs():

@@ -15,8 +15,9 @@ import time
 
 import pytest
 
-from tokenrl.cli import COMMANDS, _parse, main
+from tokenrl.cli import COMMANDS, main
 from tokenrl.core import Estimator
+from tokenrl.flags import parse
 from tokenrl.language.training.arguments import TrainArguments
 
 TRAIN = ["train", "--task", "vowels", "--max-steps", "2", "--prompts-per-step", "2", "--num-generations", "3"]
@@ -228,12 +229,12 @@ def test_the_configuration_of_a_run_repeats_it_byte_for_byte(command, model, cap
 
 def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text("task: vowels\nmax_steps: 7\nlearning_rate: 1e-3\nestimator: grpo\n")
-    args = _parse("train", COMMANDS["train"], ["--config", "mine.yaml", "--max-steps", "2"])
+    args = parse("train", COMMANDS["train"], ["--config", "mine.yaml", "--max-steps", "2"])
     assert args == TrainArguments(
         task="vowels", max_steps=2, learning_rate=1e-3, estimator=Estimator.preset("grpo")
     )
     flags = ["--config=mine.yaml", "--estimator", "dapo", "--estimator.scale-ddof", "0", "--no-quiet"]
-    args = _parse("train", COMMANDS["train"], flags)
+    args = parse("train", COMMANDS["train"], flags)
     assert args.estimator == Estimator.preset("dapo", scale_ddof=0) and args.max_steps == 7
     (tmp_path / "wrong.yaml").write_text("learning_rates: 1e-3")
     for command in ("train", "sft", "reward-model", "control"):

@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    *(["errors"], ["names"], ["foreign"], ["settings"], ["calls"]),
-    *(["core"], ["runs"], ["control", "language"], ["lab"], ["advisor"], ["cli"], ["__main__"]),
+    *(["errors"], ["names"], ["foreign"], ["settings"], ["configuration"], ["calls"]),
+    *(["core"], ["runs"], ["control", "language"], ["lab"], ["advisor"], ["flags"], ["cli"], ["__main__"]),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FACADE = len(LAYERS)  # tokenrl/__init__.py, above everything

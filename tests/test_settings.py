@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import pytest
 
 from tokenrl.cli import COMMANDS, main
+from tokenrl.configuration import configured
 from tokenrl.control.arguments import ControlArguments, ControlSettings
 from tokenrl.control.numpy_agent import NumpySettings
 from tokenrl.core import Estimator
@@ -27,7 +28,6 @@ from tokenrl.settings import (
     arguments,
     check_choice,
     check_number,
-    configured,
     settled,
 )
 

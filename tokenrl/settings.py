@@ -1,4 +1,4 @@
-"""Checks the values of settings, and makes settings from keywords and from files. Imports no torch.
+"""Checks the values of settings, and makes settings from keywords. Imports no torch.
 
 The type of a field says which values are allowed, and `check` reads them there::
 
@@ -10,16 +10,13 @@ A rule about two fields together is a plain `if` in the code that uses both.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from math import isfinite
 from numbers import Integral, Real
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
 
@@ -238,61 +235,3 @@ def _converted(value: Any, hint: Any) -> Any:
     if tuple in [typing.get_origin(part) for part in parts] and not (value is None and NoneType in parts):
         return tuple(value) if isinstance(value, (list, tuple)) else () if value is None else (value,)
     return os.fspath(value) if str in parts and isinstance(value, os.PathLike) else value
-
-
-RECORDED = ("kind", "versions", "title", "solved", "pairs", "command", "task_rows")
-"""Names in the config.json of a run that are no settings."""
-
-
-def configured(kind: type[T], path: str | os.PathLike[str], command: str) -> T:
-    """Make a dataclass of settings from a file: a run's config.json, or settings in JSON or YAML.
-
-    Args:
-        kind: The dataclass of settings to make.
-        path: The file, or the directory of a run.
-        command: The command that uses the settings; a run's config.json names its own command as its `kind`.
-
-    Raises:
-        Refused: The file cannot be read, belongs to another command, or has a setting that is not allowed.
-    """
-    stored = read_config(path)
-    other = stored.get("kind", command)
-    if other != command:
-        raise Refused(f"The configuration {path} is for `tokenrl {other}`; give it to that command.")
-    try:
-        return arguments(kind, {name: value for name, value in stored.items() if name not in RECORDED})
-    except Refused as error:
-        raise Refused(f"The configuration {path} cannot be used by tokenrl {command}: {error}") from error
-
-
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a configuration in JSON or YAML, or the config.json of a run directory.
-
-    Raises:
-        Refused: The file cannot be read, or it is not a mapping of names to values.
-    """
-    file = Path(path, "config.json") if Path(path).is_dir() else Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-        config = _yaml(text) if file.suffix in (".yaml", ".yml") else json.loads(text)
-    except (OSError, ValueError) as error:
-        found = f"The configuration {file} cannot be read ({error})"
-        raise Refused(f"{found}; give the config.json of a run, or a file in JSON or YAML.") from error
-    if not isinstance(config, dict):
-        raise Refused(f"The configuration {file} is a {type(config).__name__}; it must map names to values.")
-    return config
-
-
-def _yaml(text: str) -> Any:
-    """Read YAML, and `1e-5` in it as a number, as YAML 1.2 does; PyYAML alone would read it as text."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error

@@ -9,16 +9,17 @@ import pytest
 
 from tokenrl.advisor.diagnosis import advise_run, together
 from tokenrl.advisor.show import Finding
-from tokenrl.cli import COMMANDS, _parse, main
+from tokenrl.cli import COMMANDS, main
+from tokenrl.configuration import configured
 from tokenrl.core import Estimator
+from tokenrl.flags import parse
 from tokenrl.runs.directory import RunDirectory
-from tokenrl.settings import configured
 
 
 def parsed(line: str):
     """The arguments that a command line stands for."""
     name, *argv = shlex.split(line)[1:]
-    return _parse(name, COMMANDS[name], argv)
+    return parse(name, COMMANDS[name], argv)
 
 
 def test_a_finished_a_running_and_a_killed_run_are_told_apart(made_up):

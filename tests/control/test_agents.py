@@ -9,19 +9,20 @@ import pytest
 import torch
 
 from tokenrl import train_agent
-from tokenrl.cli import COMMANDS, _parse, main
+from tokenrl.cli import COMMANDS, main
 from tokenrl.control import ControlArguments, agent_settings, describe
 from tokenrl.control.agents import TUNED
 from tokenrl.control.run import verdict
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
+from tokenrl.flags import parse
 from tokenrl.settings import arguments
 
 SHORT = {"max_steps": 2, "eval_episodes": 5, "quiet": True}
 
 
 def parsed(*flags):
-    return _parse("control", COMMANDS["control"], list(flags))
+    return parse("control", COMMANDS["control"], list(flags))
 
 
 def test_the_classic_agent_normalises_each_episode_over_its_own_steps():

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs import directory
 from tokenrl.runs.directory import RunDirectory, versions
 from tokenrl.runs.files import plain
-from tokenrl.settings import read_config
 
 
 def tree(folder):

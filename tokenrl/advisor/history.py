@@ -7,13 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenrl.configuration import configured, read_config
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.core.entropy import final_entropy
 from tokenrl.errors import Refused
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.plots import series
-from tokenrl.settings import configured, read_config
 
 KINDS: dict[str, Any] = {"train": TrainArguments, "control": ControlArguments}
 """The commands whose runs can be diagnosed, with their arguments."""

@@ -16,9 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.files import write_json
-from tokenrl.settings import read_config
 
 _OWN_ENTRY = re.compile(r"\.?step_\d{6,}(\.parquet)?(\.partial)?|episode-episode-\d+\.mp4")
 _FILES = (

@@ -9,12 +9,12 @@ from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.console import ending, number
 from tokenrl.runs.files import plain, write_text
 from tokenrl.runs.metrics import read_completions, read_metrics
 from tokenrl.runs.plots import learning_curve, series
-from tokenrl.settings import read_config
 
 T = TypeVar("T")
 

@@ -350,8 +350,8 @@ def test_tensorboard_gets_the_metrics(run, tmp_path):
 
 
 def test_a_config_reads_back_into_the_same_run(run, tmp_path):
+    from tokenrl.configuration import configured
     from tokenrl.language.training.arguments import TrainArguments
-    from tokenrl.settings import configured
 
     run(estimator=Estimator.preset("grpo", beta=0.1), num_iterations=2)
     args = configured(TrainArguments, tmp_path / "run", "train")

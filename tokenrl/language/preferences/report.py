@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.language.policy.cards import Card
 from tokenrl.language.preferences.arguments import RewardModelArguments
@@ -21,7 +22,6 @@ from tokenrl.runs.metrics import read_completions, read_metrics, write_completio
 from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.report import write_report
 from tokenrl.runs.session import Session
-from tokenrl.settings import read_config
 
 PLOT = "calibration.png"
 

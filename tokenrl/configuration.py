@@ -1,0 +1,71 @@
+"""Reads settings from files: the config.json of a run, or settings in JSON or YAML. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tokenrl.errors import Refused
+from tokenrl.settings import arguments
+
+T = TypeVar("T")
+
+RECORDED = ("kind", "versions", "title", "solved", "pairs", "command", "task_rows")
+"""Names in the config.json of a run that are no settings."""
+
+
+def configured(kind: type[T], path: str | os.PathLike[str], command: str) -> T:
+    """Make a dataclass of settings from a file: a run's config.json, or settings in JSON or YAML.
+
+    Args:
+        kind: The dataclass of settings to make.
+        path: The file, or the directory of a run.
+        command: The command that uses the settings; a run's config.json names its own command as its `kind`.
+
+    Raises:
+        Refused: The file cannot be read, belongs to another command, or has a setting that is not allowed.
+    """
+    stored = read_config(path)
+    other = stored.get("kind", command)
+    if other != command:
+        raise Refused(f"The configuration {path} is for `tokenrl {other}`; give it to that command.")
+    try:
+        return arguments(kind, {name: value for name, value in stored.items() if name not in RECORDED})
+    except Refused as error:
+        raise Refused(f"The configuration {path} cannot be used by tokenrl {command}: {error}") from error
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a configuration in JSON or YAML, or the config.json of a run directory.
+
+    Raises:
+        Refused: The file cannot be read, or it is not a mapping of names to values.
+    """
+    file = Path(path, "config.json") if Path(path).is_dir() else Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+        config = _yaml(text) if file.suffix in (".yaml", ".yml") else json.loads(text)
+    except (OSError, ValueError) as error:
+        found = f"The configuration {file} cannot be read ({error})"
+        raise Refused(f"{found}; give the config.json of a run, or a file in JSON or YAML.") from error
+    if not isinstance(config, dict):
+        raise Refused(f"The configuration {file} is a {type(config).__name__}; it must map names to values.")
+    return config
+
+
+def _yaml(text: str) -> Any:
+    """Read YAML, and `1e-5` in it as a number, as YAML 1.2 does; PyYAML alone would read it as text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error

@@ -1,0 +1,151 @@
+"""Makes the flags of a command from the dataclass of its arguments, and parses them. Imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import field, fields, is_dataclass, make_dataclass, replace
+from inspect import get_annotations, getsource
+from itertools import pairwise
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from tokenrl.configuration import configured
+from tokenrl.control.agents import ABOUT_AGENT, agent_settings
+from tokenrl.control.arguments import ControlArguments
+from tokenrl.core.estimator import Estimator
+from tokenrl.core.presets import PRESETS
+from tokenrl.errors import Refused
+from tokenrl.foreign import check_flags
+from tokenrl.settings import arguments, field_types
+
+ABOUT_CONFIG = "Read settings from this file: a run's config.json, or JSON or YAML. Flags override it."
+
+
+class Command(NamedTuple):
+    """A command: its arguments, the function that runs it, and whether it trains (then it takes --config)."""
+
+    arguments: Any
+    run: Callable[[Any], int]
+    trains: bool = False
+
+
+def parse(name: str, command: Command, argv: list[str]) -> Any:
+    """Parse the arguments of a command. --config, --agent and --estimator set defaults; flags change them.
+
+    Args:
+        name: Name of the command.
+        command: The command.
+        argv: The words after the name.
+
+    Raises:
+        Refused: A flag or a value is not allowed.
+    """
+    kind, about = command.arguments, command.arguments.__doc__
+    default: Any = None
+    if command.trains:
+        argv, config = _take(argv, "--config")
+        default = kind() if config is None else configured(kind, config, name)
+    if kind is ControlArguments:
+        argv, agent = _take(argv, "--agent")
+        if agent is not None and config is not None:
+            raise Refused("--agent and --config both say where the settings start; give one of them.")
+        env = _take(argv, "--env")[1] or default.env
+        default = default if agent is None else arguments(kind, agent_settings(agent, env))
+    if hasattr(default, "estimator"):
+        argv, preset = _take(argv, "--estimator")
+        default = default if preset is None else replace(default, estimator=Estimator.preset(preset))
+        about += _about_presets()
+    argv = check_flags(argv, field_types(kind))
+    groups = vars(tyro.cli(_flags(kind, default), args=argv, prog=f"tokenrl {name}", description=about))
+    values = {flag: value for group in groups.values() for flag, value in vars(group).items()}
+    values |= {"estimator": vars(groups["estimator"])} if "estimator" in groups else {}
+    return arguments(kind, {one.name: values[one.name] for one in fields(kind)})
+
+
+def _flags(kind: type[Any], default: Any) -> type[Any]:
+    """Make the dataclass that tyro fills: one field for each group of the help, the estimator's axes last.
+
+    It does not check values. The settings are made from them afterwards, so that a value from the command
+    line is refused with the same message as one from Python.
+    """
+    groups: dict[str, list[Any]] = {owner.group: [] for owner in _owners(kind)}
+    for owner, flag in _each_flag(kind, default):
+        groups[owner.group].append(flag)
+    if default is not None:
+        groups[""].append(_flag("config", str | None, None, ABOUT_CONFIG, metavar="FILE"))
+    if kind is ControlArguments:
+        groups[""].append(_flag("agent", str | None, None, ABOUT_AGENT, metavar="AGENT"))
+    about = {owner.group: owner.__doc__ for owner in _owners(kind)} | {"": ""}
+    parts: list[Any] = []
+    for title, flags in groups.items():
+        group = make_dataclass("Group", flags, kw_only=True)
+        shown = tyro.conf.arg(name=title, help=about[title])
+        parts.append((f"group_{len(parts)}", Annotated[group, tyro.conf.OmitArgPrefixes, shown]))
+    if hasattr(default, "estimator"):
+        axes = make_dataclass("Axes", [flag for _, flag in _each_flag(Estimator, default.estimator)])
+        parts.append(("estimator", Annotated[axes, tyro.conf.arg(help=Estimator.__doc__)]))
+    return make_dataclass("Flags", parts)
+
+
+def _each_flag(kind: Any, default: Any) -> Iterator[tuple[type[Any], Any]]:
+    """Yield each field as a flag, with the class that declares it; --estimator takes a preset's name."""
+    texts = {name: text for owner in reversed(_owners(kind)) for name, text in _texts(owner)}
+    for one in fields(kind):
+        owner = next(owner for owner in _owners(kind) if one.name in get_annotations(owner))
+        if one.name == "estimator":
+            yield owner, _flag(one.name, str | None, None, texts[one.name], metavar="PRESET")
+        else:
+            value = one.default if default is None else getattr(default, one.name)
+            yield owner, _flag(one.name, field_types(kind)[one.name], value, texts[one.name])
+
+
+def _flag(name: str, hint: Any, default: Any, text: str, metavar: str | None = None) -> Any:
+    def hinted(shown: str) -> str:  # the text of the flag says what happens without it
+        return "" if shown in ("", "''", "None") else f"(default: {shown})"
+
+    shown = tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=hinted)
+    return name, Annotated[hint, shown], field(default=default)
+
+
+def _owners(kind: type[Any]) -> list[type[Any]]:
+    """Return the dataclass and its base dataclasses, which together declare its fields."""
+    return [owner for owner in kind.__mro__ if is_dataclass(owner)]
+
+
+def _texts(owner: type[Any]) -> Iterator[tuple[str, str]]:
+    """Yield each field that a class itself declares, with the docstring below it in the source."""
+    module = ast.parse(getsource(sys.modules[owner.__module__])).body
+    (declared,) = (node for node in module if isinstance(node, ast.ClassDef) and node.name == owner.__name__)
+    for line, below in pairwise(declared.body):
+        if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr):
+            yield ast.unparse(line.target), " ".join(ast.literal_eval(below.value).split())
+
+
+def _about_presets() -> str:
+    statuses = [f"  {name:24}{Estimator.preset(name).bias_status}" for name in PRESETS]
+    return "\n".join(
+        [
+            "",
+            "--estimator PRESET sets every axis of the estimator; --estimator.AXIS changes one axis.",
+            "The presets, and the bias of the expected gradient with each:",
+            *statuses,
+        ]
+    )
+
+
+def _take(argv: list[str], flag: str) -> tuple[list[str], str | None]:
+    """Return the command line without `flag VALUE` or `flag=VALUE`, and the value (None if it is absent)."""
+    rest, value, words = [], None, iter(argv)
+    for word in words:
+        if word == flag:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise Refused(f"{flag} needs a value.")
+        elif word.startswith(flag + "="):
+            value = word[len(flag) + 1 :]
+        else:
+            rest.append(word)
+    return rest, value
