@@ -90,6 +90,15 @@ def test_a_long_text_loses_its_beginning_and_an_empty_one_is_scored(tmp_path):
     )
 
 
+def test_torch_built_for_gpus_runs_on_a_machine_without_one(tmp_path, monkeypatch):
+    save_model(tmp_path / "judge", "gpt2")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert RewardModel(tmp_path / "judge").model.device.type == "cpu"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert RewardModel(tmp_path / "judge").model.device.type == "meta"
+
+
 def test_bfloat16_models_give_floats(tmp_path):
     model, _ = save_model(tmp_path / "judge", "gpt2")
     model.bfloat16().save_pretrained(tmp_path / "judge")

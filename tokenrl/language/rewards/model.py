@@ -65,8 +65,9 @@ class RewardModel:
         self.tokenizer: Any = copy.deepcopy(tokenizer)
         self.tokenizer.truncation_side = "left"
         self.batch_size = batch_size
-        if device is None and (accelerator := torch.accelerator.current_accelerator()):
-            device = accelerator.type
+        # Built for CUDA, torch names cuda as the current accelerator on a machine without a GPU too.
+        if device is None and torch.accelerator.is_available():
+            device = str(torch.accelerator.current_accelerator())
         self.model: Any = model.to(device or "cpu").eval()
         text_config = model.config.get_text_config()
         pads = (text_config.pad_token_id, self.tokenizer.pad_token_id)
