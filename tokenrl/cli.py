@@ -17,7 +17,7 @@ from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.configuration import read_config
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, TokenrlError, suggest
-from tokenrl.flags import Command, parse
+from tokenrl.flags import Command, parse, print_completion
 from tokenrl.lab.exact.arguments import LabArguments
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
@@ -137,6 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(__version__)
             return 0
+        if argv[0] == "--print-completion":
+            words = {"lab exact" if name == "lab" else name: command for name, command in COMMANDS.items()}
+            print_completion(argv[1] if argv[1:] else "", words)
         name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
         command = COMMANDS.get(name)
         if command is None:
@@ -158,7 +161,10 @@ def _help() -> str:
     about = "Policy gradients on language models and gymnasium environments."
     lines = ["usage: tokenrl COMMAND [--help] ...", "", about, ""]
     lines += [f"  {name:13}{command.arguments.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "\n".join(lines)
+    completion = (
+        'Completion in bash: eval "$(tokenrl --print-completion bash)"; there are scripts for zsh and fish.'
+    )
+    return "\n".join([*lines, "", completion])
 
 
 if __name__ == "__main__":  # `python -m tokenrl` is shorter, but older scripts name the module

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from inspect import get_annotations, getsource
 from itertools import pairwise
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Union
 
 import tyro
 
 from tokenrl.configuration import configured
-from tokenrl.control.agents import ABOUT_AGENT, agent_settings
+from tokenrl.control.agents import ABOUT_AGENT, AGENTS, agent_settings
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused
 from tokenrl.foreign import check_flags
-from tokenrl.settings import arguments, field_types
+from tokenrl.settings import arguments, check_choice, field_types
 
 ABOUT_CONFIG = "Read settings from this file: a run's config.json, or JSON or YAML. Flags override it."
+
+FILES_IN_BASH = r"""
+_tokenrl() {  # where no flag and no value fits, the name of a file may
+  _tyro_tokenrl
+  [[ "${COMPREPLY[*]}" ]] || COMPREPLY=()
+  (( COMP_CWORD == 1 )) || compopt -o filenames
+}
+complete -o default -F _tokenrl tokenrl"""
 
 
 class Command(NamedTuple):
@@ -65,6 +73,38 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     return arguments(kind, {one.name: values[one.name] for one in fields(kind)})
 
 
+def print_completion(shell: str, commands: Mapping[str, Command]) -> None:
+    """Print a script with which a shell completes commands, flags and values, and exit.
+
+    Args:
+        shell: bash, zsh or fish.
+        commands: The commands by name. Two of them may share their first word.
+
+    Raises:
+        Refused: There is no script for this shell.
+        SystemExit: Always, after printing, with code 0.
+    """
+    check_choice("--print-completion", shell, ("bash", "zsh", "fish"))
+    tree: dict[str, dict[str, Any]] = {}
+    for name, (kind, _, trains) in commands.items():
+        word, _, second = name.partition(" ")
+        tree.setdefault(word, {})[second] = _flags(kind, kind() if trains else None)
+    for below in tree.values():
+        below.setdefault("", make_dataclass("Second", [("word", _one_of(below))]))
+    kinds = _one_of({word: below[""] for word, below in tree.items()})
+    asked = ["--tyro-print-completion", shell]
+    try:
+        tyro.cli(kinds, args=asked, prog="tokenrl", config=(tyro.conf.OmitSubcommandPrefixes,))
+    finally:
+        print(FILES_IN_BASH if shell == "bash" else "")
+
+
+def _one_of(kinds: Mapping[str, Any]) -> Any:
+    """Return the type that is a choice between commands."""
+    named = tuple(Annotated[kind, tyro.conf.subcommand(word)] for word, kind in kinds.items())
+    return Union[named]  # noqa: UP007
+
+
 def _flags(kind: type[Any], default: Any) -> type[Any]:
     """Make the dataclass that tyro fills: one field for each group of the help, the estimator's axes last.
 
@@ -77,7 +117,7 @@ def _flags(kind: type[Any], default: Any) -> type[Any]:
     if default is not None:
         groups[""].append(_flag("config", str | None, None, ABOUT_CONFIG, metavar="FILE"))
     if kind is ControlArguments:
-        groups[""].append(_flag("agent", str | None, None, ABOUT_AGENT, metavar="AGENT"))
+        groups[""].append(_flag("agent", Literal[AGENTS] | None, None, ABOUT_AGENT, metavar="AGENT"))
     about = {owner.group: owner.__doc__ for owner in _owners(kind)} | {"": ""}
     parts: list[Any] = []
     for title, flags in groups.items():
@@ -96,7 +136,8 @@ def _each_flag(kind: Any, default: Any) -> Iterator[tuple[type[Any], Any]]:
     for one in fields(kind):
         owner = next(owner for owner in _owners(kind) if one.name in get_annotations(owner))
         if one.name == "estimator":
-            yield owner, _flag(one.name, str | None, None, texts[one.name], metavar="PRESET")
+            hint: Any = Literal[tuple(PRESETS)] | None
+            yield owner, _flag(one.name, hint, None, texts[one.name], metavar="PRESET")
         else:
             value = one.default if default is None else getattr(default, one.name)
             yield owner, _flag(one.name, field_types(kind)[one.name], value, texts[one.name])
