@@ -9,19 +9,26 @@ from pathlib import Path
 
 import pytest
 
+import tokenrl
+
 ROOT = Path(__file__).parents[1]
 SOURCE = (".py", ".pyi")  # a stub holds the public names of its package
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory):
+def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        return set(archive.namelist())
+        yield archive
+
+
+@pytest.fixture
+def names(wheel):
+    return set(wheel.namelist())
 
 
 def modules(package: str) -> set[str]:
@@ -35,6 +42,13 @@ def test_the_wheel_holds_the_modules_their_types_and_the_licence(names):
     assert about == {"METADATA", "WHEEL", "entry_points.txt", "RECORD", "licenses/LICENSE"}
     code = {name for name in names if ".dist-info/" not in name}
     assert code == modules("tokenrl") | modules("toy_tasks") | {"tokenrl/py.typed"}
+
+
+def test_the_distribution_has_a_name_of_its_own_and_the_command_keeps_its_name(wheel, names):
+    folder = f"tokenrl_lm-{tokenrl.__version__}.dist-info"
+    assert f"{folder}/METADATA" in names
+    assert "Name: tokenrl-lm\n" in wheel.read(f"{folder}/METADATA").decode()
+    assert wheel.read(f"{folder}/entry_points.txt").decode().split("\n")[1] == "tokenrl = tokenrl.cli:main"
 
 
 def test_the_rooms_are_all_there(names):

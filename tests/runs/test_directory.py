@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokenrl import __version__
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs import directory
@@ -211,4 +212,4 @@ def test_versions_name_packages_without_importing_them():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", torch.__version__]
-    assert "tokenrl" in versions() and plain(versions()) == versions()
+    assert versions()["tokenrl"] == __version__ and plain(versions()) == versions()

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tokenrl import __version__
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.files import write_json
@@ -31,8 +33,8 @@ _FILES = (
 )
 _FOLDERS = ("completions", "checkpoints", "model", "videos")
 _PACKAGES = (
-    *("tokenrl", "torch", "transformers", "accelerate", "datasets", "peft"),
-    *("gymnasium", "numpy", "safetensors", "tokenizers"),
+    *("torch", "transformers", "accelerate", "datasets", "peft", "gymnasium", "numpy", "safetensors"),
+    "tokenizers",
 )
 
 
@@ -136,13 +138,10 @@ class RunDirectory:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, the platform and the packages that decide the numbers of a run."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    found = {"python": platform.python_version(), "platform": platform.platform(), "tokenrl": __version__}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            if package == "tokenrl":  # not installed; the key still marks the file as that of a run
-                found[package] = "unknown"
     return found
 
 
