@@ -94,6 +94,9 @@ def test_every_public_name_is_there_and_documented(room):
         value = getattr(package, name)
         if callable(value) or isinstance(value, type(package)):
             assert value.__doc__ and len(value.__doc__) > 30, name
+        # Once a module of this name has been imported, Python gives the module in place of the name.
+        hidden = {path.stem for path in Path(package.__file__).parent.iterdir()}
+        assert name not in hidden, name
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'; it has "):
         package.nonsense  # noqa: B018
 

@@ -16,7 +16,7 @@ from tokenrl.core import Estimator
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.language_model import problem_of_policy, rollout_of_all
 from tokenrl.lab.measure.contributions import ascent_slopes, contributions
-from tokenrl.lab.measure.measurement import measure
+from tokenrl.lab.measure.measurement import measure_gradients
 from tokenrl.lab.measure.projections import Projections, blocks, chosen_parameters, probes, project
 from tokenrl.lab.measure.reading import record
 from tokenrl.lab.measure.rollouts import Samples, collect
@@ -185,13 +185,15 @@ def test_measure_from_python_and_its_record(policy: Policy) -> None:
         name="points", train_prompts=rows, eval_prompts=rows, reward=points, max_completion_length=2
     )
     options = {"num_prompts": 16, "num_generations": 4, "prompts_per_step": 2, "probes": 8}
-    found = measure(model=policy, task=task, estimators=("rloo", "grpo", "dapo"), per_layer=True, **options)
+    found = measure_gradients(
+        model=policy, task=task, estimators=("rloo", "grpo", "dapo"), per_layer=True, **options
+    )
     assert [m.estimator for m in found.estimators] == ["rloo", "grpo", "dapo"]
     assert list(found.layers) == ["outside the blocks", "block 0", "block 1"]
     text = json.dumps(record(found), allow_nan=False)
     assert json.loads(text)["estimators"][0]["noise"].keys() == {"value", "low", "high"}
     assert "95 %" in json.loads(text)["reading"]
-    again = measure(model=policy, task=task, estimators=("rloo",), rows_at_once=8, **options)
+    again = measure_gradients(model=policy, task=task, estimators=("rloo",), rows_at_once=8, **options)
     assert again.estimators[0].variance.value == pytest.approx(found.estimators[0].variance.value, rel=1e-9)
     for wrong, words_ in (
         ({"num_generations": 3}, "power of two"),
@@ -203,7 +205,7 @@ def test_measure_from_python_and_its_record(policy: Policy) -> None:
         ({"gradient_checkpointing": True}, "without it"),
     ):
         with pytest.raises(Refused, match=words_):
-            measure(model=policy, task=task, **(options | wrong))
+            measure_gradients(model=policy, task=task, **(options | wrong))
 
 
 def test_the_command_line_reaches_it(capsys) -> None:

@@ -21,4 +21,7 @@ from tokenrl.lab.exact.problems import (
     tabular_problem as tabular_problem,
 )
 from tokenrl.lab.exact.verdict import Verdict as Verdict, measure_bias as measure_bias
-from tokenrl.lab.measure.measurement import Measured as Measured, measure as measure
+from tokenrl.lab.measure.measurement import (
+    Measured as Measured,
+    measure_gradients as measure_gradients,
+)

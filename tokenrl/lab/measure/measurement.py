@@ -42,7 +42,7 @@ class Measured:
     layers: dict[str, tuple[Measurement, ...]]
 
 
-def measure(**options: Any) -> Measured:
+def measure_gradients(**options: Any) -> Measured:
     """Measure signal, noise and direction of estimators' gradients, as `tokenrl lab measure` does.
 
     Args:
@@ -53,7 +53,7 @@ def measure(**options: Any) -> Measured:
 
     Example::
 
-        measured = measure(task="sort_digits", num_prompts=64)
+        measured = measure_gradients(task="sort_digits", num_prompts=64)
         {m.estimator: m.noise for m in measured.estimators}
     """
     return measure_with(arguments(MeasureArguments, options))
