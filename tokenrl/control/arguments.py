@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive, Settings
+from tokenrl.runs.trackers import TrackerArguments
+from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive
 
 
 @dataclass(frozen=True)
-class ControlArguments(Settings):
+class ControlArguments(TrackerArguments):
     """Train an agent in a gymnasium environment with the same estimators as language models."""
 
     env: str = "CartPole-v1"
@@ -78,7 +79,7 @@ class ControlArguments(Settings):
     keep_checkpoints: Count = 2
     """Number of checkpoints kept, the newest ones."""
     logging_steps: Count = 10
-    """Steps between two printed lines where the output is no terminal."""
+    """Steps between two printed lines where the output is no terminal, and between records to trackers."""
     stop_after_nonfinite: Count = 5
     """Stop after this many updates in a row whose gradient is not finite."""
     load: str | None = None

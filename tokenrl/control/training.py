@@ -53,7 +53,12 @@ def train_agent(
     args = resolve(args, spec)
     with (
         Session(
-            "control", args.output_dir, overwrite=args.overwrite, quiet=args.quiet, every=args.logging_steps
+            "control",
+            args.output_dir,
+            overwrite=args.overwrite,
+            quiet=args.quiet,
+            every=args.logging_steps,
+            tracking=args,
         ) as session,
         _one_thread(),
     ):
@@ -88,7 +93,9 @@ def _loop(run: Run, session: Session) -> ControlResult:
     args, schedule = run.args, _schedule(run)
     solved = args.stop_when_solved and run.solved(session.eval_before) is True
     for step in session.steps(0 if solved else args.max_steps):
+        before = run.train_seconds
         metrics = _one_update(run, step)
+        seconds = run.train_seconds - before
         with warnings.catch_warnings():  # PyTorch's, if the first update was skipped
             warnings.simplefilter("ignore", UserWarning)
             schedule.step()
@@ -97,7 +104,8 @@ def _loop(run: Run, session: Session) -> ControlResult:
             metrics |= session.evaluated(found)
             solved = args.stop_when_solved and run.solved(found) is True
         rate = run.env_steps / max(run.train_seconds, 1e-9)
-        session.record(metrics, {"env_steps_per_second": rate, "cpu_seconds": run.cpu_seconds})
+        timings = {"env_steps_per_second": rate, "cpu_seconds": run.cpu_seconds, "step_seconds": seconds}
+        session.record(metrics, timings)
         if session.due(args.save_every, at_the_end=False):
             save(run, session)
         if solved:

@@ -15,13 +15,20 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.files import sync_file, sync_folder, write_json
 
 _NAME = re.compile(r"step_\d{6,}")
 _MANIFEST = "manifest.json"
+
+
+class Resumable(Protocol):
+    """A part of a training whose state must be saved to continue the run, as values that JSON can hold."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
 
 
 class Latest(NamedTuple):

@@ -31,7 +31,7 @@ _FILES = (
     "report.html",
     "learning_curve.png",
 )
-_FOLDERS = ("completions", "checkpoints", "model", "videos")
+_FOLDERS = ("completions", "checkpoints", "model", "tensorboard", "videos")
 _PACKAGES = (
     *("torch", "transformers", "accelerate", "datasets", "peft", "gymnasium", "numpy", "safetensors"),
     "tokenizers",
@@ -193,7 +193,7 @@ def _remove_run(run: Path) -> None:
         inside = run / folder
         if inside.is_symlink() or inside.is_file():
             inside.unlink()  # a link is removed, never followed
-        elif folder == "model" and inside.is_dir():
+        elif folder in ("model", "tensorboard") and inside.is_dir():
             shutil.rmtree(inside)
         elif inside.is_dir():
             for entry in inside.iterdir():

@@ -27,10 +27,10 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.checkpoint import latest_checkpoint, replace_directory, save_checkpoint
+from tokenrl.runs.checkpoint import Resumable, latest_checkpoint, replace_directory, save_checkpoint
 from tokenrl.runs.console import Console, Progress
 from tokenrl.runs.directory import RunDirectory
 from tokenrl.runs.files import write_json
@@ -39,17 +39,9 @@ from tokenrl.runs.origin import Origin
 from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.quiet import without_warnings
 from tokenrl.runs.report import report_from_directory
-from tokenrl.runs.signals import GracefulStop
-
-SIGNALS = {143: "SIGTERM", 130: "SIGINT"}
-"""The reason that summary.json gives for an exit code."""
-
-
-class Resumable(Protocol):
-    """A part of a training whose state must be saved to continue the run, as values that JSON can hold."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
+from tokenrl.runs.signals import SIGNALS, GracefulStop
+from tokenrl.runs.timings import peak_memory
+from tokenrl.runs.trackers import TrackerArguments, Trackers
 
 
 class Session:
@@ -77,6 +69,7 @@ class Session:
         main: bool = True,
         agreed: Callable[[int], int] = lambda number: number,
         report: Callable[[Path], Path] = report_from_directory,
+        tracking: TrackerArguments | None = None,
     ) -> None:
         """Make and lock the directory. A run that it already holds stays untouched until `begin`.
 
@@ -90,21 +83,24 @@ class Session:
             agreed: returns the largest of the numbers that all processes pass to it, so that all of them stop
                 at the same step.
             report: writes the report of a run directory and returns its path.
+            tracking: the experiment trackers that the run is recorded by too.
 
         Raises:
-            Refused: the directory cannot be used (see `RunDirectory.create`).
+            Refused: the directory (see `RunDirectory.create`) or a tracker cannot be used.
         """
         self.kind, self.output_dir, self.step = kind, Path(output_dir), 0
         quiet = quiet or not main
         self.console, self._warnings = Console(quiet=quiet, every=every), without_warnings(quiet)
+        self._trackers = Trackers(tracking or TrackerArguments(), self.console.warn)
         self.directory = RunDirectory.create(output_dir, overwrite=overwrite) if main else None
         self.stop = GracefulStop(quiet=quiet)
         self._agreed, self._report = agreed, report
         self._parts: dict[str, Resumable] = {}
-        self._log: MetricsLog | None = None
+        self._logs: list[MetricsLog | Trackers] = []
         self._progress: Progress | None = None
         self._begun, self._began, self._total = False, time.monotonic(), 0
         self._evaluations: dict[int, dict[str, float]] = {}  # metrics by step
+        self._recorded = 0  # the last step in the logs
         self._warned: set[str] = set()
         self._told: int | None = None  # the exit code in the outcome
 
@@ -120,7 +116,7 @@ class Session:
             Stopped: a `Stopped` came after `begin`; the message adds the step and the last checkpoint.
         """
         try:
-            self._close()
+            self._close_progress()  # still shown if an error has left the loop
             if isinstance(error, Stopped) and not self._begun:
                 raise Refused(f"Before the first step: {error}") from error
             if isinstance(error, Stopped):
@@ -130,6 +126,8 @@ class Session:
             self.stop.__exit__()
             if self.directory is not None:
                 self.directory.release()
+            for log in self._logs:  # last, since a tracker may be slow to end
+                log.close()
         if error is None and self._told == 0:  # a signal after the outcome, as during the report, is not lost
             self.stop.pass_on()
 
@@ -153,8 +151,10 @@ class Session:
             return
         config = {**self.origin.settings, **facts, "kind": self.kind, "command": self.origin.command}
         self.directory.write_config(config)
-        self._log = MetricsLog(self.directory.metrics, self.directory.timings)
-        self._log.write(0, _named(self.eval_before))
+        self._trackers.start(config, self.output_dir)
+        self._logs = [MetricsLog(self.directory.metrics, self.directory.timings), self._trackers]
+        for log in self._logs:
+            log.write(0, _named(self.eval_before))
 
     def steps(self, total: int) -> Iterator[int]:
         """Yield the numbers of the steps, 1 to `total`; end early once any process is asked to stop."""
@@ -175,6 +175,8 @@ class Session:
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""
         self._evaluations[self.step] = dict(metrics)
+        if self.step == self._recorded:  # after the last step, whose line is already written
+            self._trackers.write(self.step, _named(metrics))
         return _named(metrics)
 
     @property
@@ -193,11 +195,13 @@ class Session:
         return not self.is_evaluated and not self.stop.requested
 
     def record(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
-        """Write the metrics of this step to metrics.jsonl and its timings to timings.jsonl, and show both."""
-        if self._log is not None:
-            self._log.write(self.step, metrics, timings)
+        """Write metrics of this step to metrics.jsonl, timings to timings.jsonl, and show and track both."""
+        timings = {**(timings or {}), **peak_memory()}
+        for log in self._logs:
+            log.write(self.step, metrics, timings)
+        self._recorded = self.step
         if self._progress is not None:
-            self._progress.update(self.step, {**metrics, **(timings or {})})
+            self._progress.update(self.step, {**metrics, **timings})
 
     def warn_once(self, topic: str, message: str) -> None:
         """Print a warning the first time that its topic comes up, and never again."""
@@ -252,7 +256,7 @@ class Session:
         """
         if self.directory is None:
             return
-        self._close()
+        self._close_progress()
         replace_directory(self.directory.model, write_model)
         summary = ended.summary()
         self.directory.write_summary(summary)
@@ -266,11 +270,6 @@ class Session:
         if asked:  # otherwise a signal that came in between would be overwritten
             self.stop.requested = asked
         return bool(asked)
-
-    def _close(self) -> None:
-        self._close_progress()  # still shown if an error has left the loop
-        if self._log is not None:
-            self._log.close()
 
     def _close_progress(self) -> None:
         progress, self._progress = self._progress, None  # closed once: closing prints a line

@@ -9,6 +9,9 @@ import threading
 from types import FrameType
 from typing import Any
 
+SIGNALS = {143: "SIGTERM", 130: "SIGINT"}
+"""The reason that summary.json gives for an exit code."""
+
 
 class GracefulStop:
     """Context manager that catches SIGTERM and SIGINT; the loop reads `requested` between steps.

@@ -177,6 +177,8 @@ def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
     assert summary["eval_after"] == result.eval_after and summary["calibration"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(26))
+    timings = [json.loads(line) for line in (run / "timings.jsonl").read_text().splitlines()]
+    assert len(timings) == 25 and all(t["tokens_per_second"] > 0 < t["step_seconds"] for t in timings)
     assert lines[0]["eval_accuracy"] == result.eval_before["accuracy"]
     assert lines[25]["eval_accuracy"] == result.eval_after["accuracy"]
     config = json.loads((run / "config.json").read_text())

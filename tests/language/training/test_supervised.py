@@ -222,6 +222,8 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tuned, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert (rows[1]["loss"], rows[4]["loss"]) == (ended.loss_before, ended.loss_after)
+    timings = [json.loads(line) for line in (tmp_path / "run" / "timings.jsonl").read_text().splitlines()]
+    assert timings[3]["step_seconds"] > 0 and timings[3]["tokens_per_second"] > 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["kind"], config["max_steps"], config["task"]) == ("sft", 4, "toy")
     assert (tmp_path / "run" / "learning_curve.png").exists() and (tmp_path / "run" / "report.html").exists()

@@ -86,6 +86,10 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
         "eval_distinct_1",
         "eval_distinct_2",
     }
+    timings = [json.loads(line) for line in (directory / "timings.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in timings] == [1, 2, 3]
+    assert all(row["step_seconds"] >= row["collect"] + row["update"] for row in timings)
+    assert all(row["peak_memory_gib"] > 0.1 and row["tokens_per_second"] > 0 for row in timings)
     for name in (
         "reward",
         "reward_std",

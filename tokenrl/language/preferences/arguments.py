@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive, Settings
+from tokenrl.runs.trackers import TrackerArguments
+from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive
 
 
 @dataclass(frozen=True)
-class RewardModelArguments(Settings):
+class RewardModelArguments(TrackerArguments):
     """Train a reward model on preferences: rows with a prompt, a chosen and a rejected completion."""
 
     output_dir: str = "runs/reward-model"

@@ -39,6 +39,7 @@ from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import Batches
 from tokenrl.language.training.supervised import descend
 from tokenrl.runs.session import Session
+from tokenrl.runs.timings import Stopwatch
 from tokenrl.settings import settled
 
 LOSS_NOTE = "The loss is the negative log-likelihood of the choices, in nats per pair; guessing gives 0.693."
@@ -199,6 +200,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         overwrite=args.overwrite,
         quiet=args.quiet,
         report=report_reward_model,
+        tracking=args,
     ) as session:
         data = load_reward_data(args, session.console.note)
         reward_model = make_backbone(args, data.task, session.console.note)
@@ -216,12 +218,14 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         pairs = {"train": len(data.train), "held_out": len(data.held_out)}
         title = f"Reward model, {data.name}, seed {args.seed}"
         session.begin(args, names=names, title=title, pairs=pairs, **recorded(data.task))
+        watch = Stopwatch()
         for _ in session.steps(args.max_steps):
-            metrics = training.update()
+            metrics = watch.time(training.update)
+            timings = watch.timings(metrics["num_tokens"])
             if session.due(args.eval_every):
                 rewards = score_pairs(reward_model, held_out)
                 metrics |= session.evaluated(preference_metrics(rewards, data.held_out))
-            session.record(metrics)
+            session.record(metrics, timings)
         if not session.is_evaluated:
             rewards = score_pairs(reward_model, held_out)
             session.evaluated(preference_metrics(rewards, data.held_out))

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.runs.trackers import TrackerArguments
 from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive, Settings
 
 
@@ -97,8 +98,6 @@ class RecordArguments(Settings, group="checkpoints and logs"):
     log_completions: Natural | None = None
     """Steps between tables of sampled completions, printed and saved in completions/. Default: with each
     evaluation."""
-    report_to: tuple[str, ...] = ()
-    """Experiment trackers that accelerate supports, such as tensorboard."""
     resume: str | None = None
     """Not built yet: continue a run exactly. To start from its weights, give a checkpoint as --model."""
 
@@ -125,6 +124,7 @@ class TrainArguments(
     LoraArguments,
     EvaluationArguments,
     RecordArguments,
+    TrackerArguments,
     SafetyArguments,
 ):
     """Train a language model by policy gradients."""
@@ -170,7 +170,7 @@ class TrainSettings(TrainArguments):
 
 
 @dataclass(frozen=True)
-class SftArguments(ModelArguments, TaskArguments, LoraArguments):
+class SftArguments(ModelArguments, TaskArguments, LoraArguments, TrackerArguments):
     """Fine-tune a model on demonstrations: rows with a prompt and a completion."""
 
     output_dir: str = "runs/sft"

@@ -75,6 +75,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         every=args.logging_steps if args.logging_steps > 1 else 10,
         main=accelerator.is_main_process,
         agreed=partial(_largest, accelerator),
+        tracking=args,
     ) as session:
         run = _prepare(args, task, rewards, accelerator, session)
         with closing(run.learner.generator):
@@ -92,7 +93,6 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
             names = {"task": run.task.name, "model": run.learner.policy.source}
             known = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
             session.begin(args, names=names, title=run.title, **known)
-            _start_trackers(run, session)
             return _loop(run, session)
 
 
@@ -173,7 +173,8 @@ def _one_step(run: Run, step: int) -> Record:
     run.entropies.append(record.metrics["entropy"])
     run.tokens += int(record.metrics["num_tokens"])
     record.metrics["num_tokens"] = run.tokens
-    run.step_seconds += time.perf_counter() - began
+    record.timings["step_seconds"] = time.perf_counter() - began
+    run.step_seconds += record.timings["step_seconds"]
     return record
 
 
@@ -233,14 +234,3 @@ def _largest(accelerator: Any, number: int) -> int:
     if accelerator.num_processes == 1:  # asked before every step: one process need not wait for its device
         return number
     return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
-
-
-def _start_trackers(run: Run, session: Session) -> None:
-    if not run.args.report_to:
-        return
-    accelerator = run.learner.accelerator
-    try:
-        accelerator.init_trackers("tokenrl", config={"task": run.task.name, "seed": run.args.seed})
-    except Exception as error:  # a tracker that is offline must not end the run
-        accelerator.trackers = []
-        session.console.warn(f"no tracker was started ({error}); metrics.jsonl is still written.")

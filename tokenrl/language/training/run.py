@@ -128,15 +128,13 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def record_step(run: Run, session: Session, record: Record, metrics: dict[str, float]) -> None:
-    """Write a step's metrics and completions to the run directory and the trackers, and show them."""
+    """Record a step's metrics, and write and show its completions."""
     shown = run.args.log_completions
     session.record(metrics, record.timings | {"tokens_per_second": run.tokens_per_second})
     if session.directory is not None and shown and (session.step == 1 or session.due(shown)):
         rows = record.rows()
         write_completions(session.directory.completions, session.step, rows)
         session.console.completions_table(_few(rows, run.args.num_generations))
-    if run.args.report_to and session.due(run.args.logging_steps, at_the_end=False):
-        run.learner.accelerator.log(metrics, step=session.step)
 
 
 def _few(rows: Sequence[dict[str, Any]], group: int) -> list[dict[str, Any]]:
@@ -169,6 +167,4 @@ def finish(run: Run, session: Session, ended: RunResult) -> None:
     session.finish(ended, lambda path: save_policy(ended.policy, path, card=card))
     if "entropy-collapsed" in ended.flags:
         session.console.warn(entropy_collapse_message(run.last_entropy))
-    if run.args.report_to:
-        run.learner.accelerator.end_training()
     run.learner.accelerator.wait_for_everyone()

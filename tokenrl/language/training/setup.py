@@ -167,12 +167,7 @@ def make_accelerator(args: TrainSettings) -> Any:
     from accelerate import Accelerator
 
     try:
-        accelerator = Accelerator(
-            cpu=args.cpu,
-            mixed_precision=args.mixed_precision,
-            log_with=list(args.report_to) or None,
-            project_dir=args.output_dir,
-        )
+        accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
     except ValueError as error:
         raise Refused(f"accelerate cannot be set up as asked: {' '.join(str(error).split())}") from error
     world, prompts = accelerator.num_processes, args.prompts_per_step

@@ -19,6 +19,7 @@ from tokenrl.language.training.setup import make_policy
 from tokenrl.language.training.supervised import SupervisedTraining
 from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.session import Session
+from tokenrl.runs.timings import Stopwatch
 from tokenrl.settings import settled
 
 DEFAULTS = {"max_steps": 200, "batch_size": 64, "learning_rate": 2e-5}
@@ -58,7 +59,9 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         Stopped: the loss became NaN or infinite.
     """
     args = called(SftArguments, args, options)
-    with Session("sft", args.output_dir, overwrite=args.overwrite, quiet=args.quiet) as session:
+    with Session(
+        "sft", args.output_dir, overwrite=args.overwrite, quiet=args.quiet, tracking=args
+    ) as session:
         task, rows = _demonstrations(args)
         policy = make_policy(args, task, session.console.note)
         choose_way(policy)
@@ -77,11 +80,11 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             f"tokenrl sft: {name}", facts, note="The loss is the negative log-likelihood, in nats per token."
         )
         session.begin(args, names={"task": name, "model": policy.source}, title=title, **recorded(task))
-        losses = []
+        losses, watch = [], Stopwatch()
         for _ in session.steps(args.max_steps):
-            metrics = training.update()
+            metrics = watch.time(training.update)
             losses.append(metrics["loss"])
-            session.record(metrics)
+            session.record(metrics, watch.timings(training.tokens))
         first, last = (losses[0], losses[-1]) if losses else (None, None)
         ended = SftResult(**session.outcome("finished"), loss_before=first, loss_after=last, policy=policy)
         made = session.origin.in_words()

@@ -101,6 +101,9 @@ class SupervisedTraining:
 
     The policy is changed in place. The learning rate falls linearly to 0. Rows are drawn without replacement,
     one epoch after the other.
+
+    Attributes:
+        tokens: number of the completions' tokens so far.
     """
 
     def __init__(
@@ -138,7 +141,7 @@ class SupervisedTraining:
         self._parameters = policy.trainable_parameters()
         self._optimizer = torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=0.0, fused=True)
         self._schedule = get_scheduler("linear", self._optimizer, 0, max_steps)
-        self._step = 0
+        self._step = self.tokens = 0
 
     def update(self) -> dict[str, float]:
         """Update the policy on the next batch.
@@ -153,6 +156,7 @@ class SupervisedTraining:
         policy = self._policy
         batch = demonstration_batch(policy, [self._pairs[i] for i in self._batches.next()])
         logprobs = score(policy.model, batch, share_prompt=policy.share_prompt).logprobs
+        self.tokens += int(batch.mask.sum())
         loss = -torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum()
         clip, of = self._max_grad_norm, "the supervised stage"
         norm = descend(loss, self._optimizer, self._parameters, clip, of=of, step=self._step)

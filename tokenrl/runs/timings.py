@@ -1,0 +1,66 @@
+"""Measures what a run costs: the time of its updates and the most memory it has held. Imports no torch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_GIB = 1024**3
+
+
+class Stopwatch:
+    """Times updates one by one, without the evaluations between them.
+
+    Attributes:
+        last: seconds of the last update.
+        total: seconds of all updates so far.
+    """
+
+    last = total = 0.0
+
+    def time(self, update: Callable[[], T]) -> T:
+        """Make an update and return what it returns."""
+        began = time.perf_counter()
+        found = update()
+        self.last = time.perf_counter() - began
+        self.total += self.last
+        return found
+
+    def timings(self, tokens: float) -> dict[str, float]:
+        """Return the seconds of the last update, and the mean rate if all of them processed `tokens`."""
+        return {"step_seconds": self.last, "tokens_per_second": tokens / max(self.total, 1e-9)}
+
+
+def peak_memory() -> dict[str, float]:
+    """Return the most memory that this process has held so far, in GiB, as far as the system tells it.
+
+    Returns:
+        `peak_memory_gib`, the resident set; where there is a GPU, `peak_cuda_memory_gib`, the tensors on it.
+    """
+    found = {}
+    resident = _peak_resident()
+    if resident is not None:
+        found["peak_memory_gib"] = resident / _GIB
+    torch = sys.modules.get("torch")  # without it nothing is on a GPU
+    if torch is not None and torch.cuda.is_available():
+        found["peak_cuda_memory_gib"] = torch.cuda.max_memory_allocated() / _GIB
+    return found
+
+
+def _peak_resident() -> int | None:
+    """Return the largest resident set in bytes; None where it cannot be read, as on Windows."""
+    status = Path("/proc/self/status")
+    if status.exists():  # `getrusage` would also count the process that started this one
+        lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(lines[0].split()[1]) * 1024 if lines else None
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
