@@ -1,13 +1,62 @@
-"""Arguments that say which model is used and how it is held in memory. Imports no torch."""
+"""Arguments that say which model is used, how it is held in memory and how it is asked. Imports no torch."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from tokenrl.errors import Refused
 from tokenrl.settings import Natural, Positive, Settings
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64", "auto"]
+
+
+@dataclass(frozen=True)
+class PromptArguments(Settings, group="prompts and ends"):
+    """How prompts reach the model, and what ends its completions. Left out: as in the run that saved it."""
+
+    system_prompt: str | None = None
+    """Message of the system that is put before the chat messages of each prompt; rewards do not see it."""
+    chat: bool | None = None
+    """Send each prompt that is text as a chat message of the user. The rewards of a data set then get
+    messages, as if it held them; those of another task get its text."""
+    chat_template_kwargs: str | None = None
+    """Variables for the model's chat template, in JSON such as '{"enable_thinking": false}'; from Python a
+    dict."""
+    stop: tuple[str, ...] | None = None
+    """Strings that end a completion: it is finished where one appears in its text, which is cut before it. In
+    a shell write $'\\n' for a line break."""
+
+    def __post_init__(self) -> None:
+        """Check the values, and hold the variables of the template as JSON."""
+        super().__post_init__()
+        if self.chat_template_kwargs is not None:
+            object.__setattr__(self, "chat_template_kwargs", _as_json(self.chat_template_kwargs))
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for text in self.stop or ():
+            if not isinstance(text, str) or not text or re.search(r"\\[nrt](?![a-z])", text):
+                raise Refused(
+                    f"stop holds {text!r}. Give text that ends a completion, and at least one character; a "
+                    "backslash with a letter is no line break, which a shell makes of $'\\n'."
+                )
+
+
+def _as_json(given: Any) -> str:
+    """Return the JSON of an object that is given as such or as its JSON."""
+    try:
+        found = json.loads(given) if isinstance(given, str) else given
+        if isinstance(found, Mapping):
+            return json.dumps(dict(found), ensure_ascii=False, sort_keys=True)
+    except (TypeError, ValueError):
+        pass
+    raise Refused(
+        f"chat_template_kwargs was given as {given!r}; it must be an object in JSON, such as "
+        "'{\"enable_thinking\": false}', or from Python a dict of such values."
+    )
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.arguments import Dtype
+from tokenrl.language.policy.arguments import Dtype, PromptArguments
 from tokenrl.language.policy.bars import without_bars
+from tokenrl.language.policy.prompts import Prompt, check_form, encode_prompt, saved_form
+from tokenrl.language.policy.stops import StopStrings
 from tokenrl.runs.outcome import model_directory
-
-Prompt = str | list[dict[str, Any]]
 
 
 @dataclass
@@ -39,6 +39,8 @@ class Policy:
             activation checkpointing, which keeps no cache, and where `choose_way` found it to be wrong.
         remark: what `choose_way` has to say of the prompts, for a run's header; empty if all is as usual.
         reference: a frozen copy of the model for a KL term; None if none is needed, or an adapter gives it.
+        form: how the model is asked; `ask` changes it.
+        stops: ends completions at the stop strings of the form; None if it has none.
     """
 
     model: nn.Module
@@ -50,6 +52,8 @@ class Policy:
     share_prompt: bool = True
     remark: str = ""
     reference: nn.Module | None = field(default=None, repr=False)
+    form: PromptArguments = field(default_factory=PromptArguments, repr=False)
+    stops: StopStrings | None = field(default=None, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -66,49 +70,26 @@ class Policy:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of one prompt, which is a string or a list of chat messages.
+        """Token ids of one prompt, a string or a list of chat messages, in the form of `self.form`.
 
         Chat messages go through the chat template, which writes the special tokens itself, so none is added
         twice. A last message of the assistant is continued; after any other message a new answer begins.
 
         Raises:
-            Refused: the prompt is chat messages and the tokenizer has no chat template, or the prompt is
-                empty and the tokenizer has no BOS token.
+            Refused: the prompt is chat messages and the tokenizer has no chat template or one that refuses
+                them, the form does not fit the prompt, or the prompt is empty and the tokenizer has no BOS.
         """
-        tokenizer = self.tokenizer
-        if isinstance(prompt, str):
-            ids = list(tokenizer(prompt).input_ids)
-            if ids and ids[-1] in self.eos_ids and not self._ends_with_eos(prompt):
-                ids.pop()  # some tokenizers end every text with EOS; such a prompt is already finished
-        else:
-            if not getattr(tokenizer, "chat_template", None):
-                raise Refused(
-                    "The prompts are chat messages, but the tokenizer of "
-                    f"{self.source!r} has no chat template. Give the prompts as plain strings, or set "
-                    "tokenizer.chat_template."
-                )
-            last = prompt[-1].get("role") if prompt else None
-            ids = list(
-                tokenizer.apply_chat_template(
-                    prompt,
-                    tokenize=True,
-                    return_dict=False,
-                    add_generation_prompt=last != "assistant",
-                    continue_final_message=last == "assistant",
-                )
-            )
-        if not ids:
-            if tokenizer.bos_token_id is None:
-                raise Refused(
-                    "A prompt is empty and the tokenizer has no BOS token to start from. Give the prompt at "
-                    "least one token, or set tokenizer.bos_token."
-                )
-            ids = [tokenizer.bos_token_id]
-        return ids
+        return encode_prompt(self.tokenizer, prompt, self.form, self.eos_ids, self.source)
 
-    def _ends_with_eos(self, text: str) -> bool:
-        bare = self.tokenizer(text, add_special_tokens=False).input_ids
-        return bool(bare) and bare[-1] in self.eos_ids
+    def ask(self, form: PromptArguments) -> None:
+        """Ask the model in this form from now on, and end its completions at the stop strings of the form.
+
+        Raises:
+            Refused: the model cannot be asked so; the message says why.
+        """
+        if form != self.form:
+            check_form(self.tokenizer, form, self.source)
+            self.form, self.stops = form, StopStrings(self.tokenizer, form.stop) if form.stop else None
 
     def encode_all(
         self,
@@ -152,11 +133,14 @@ class Policy:
         return encoded
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
-        """Texts of N completions, given as `ids` [N, T] and `mask` [N, T]; special tokens are left out."""
+        """Texts of N completions, given as `ids` [N, T] and `mask` [N, T], without special tokens.
+
+        A text is cut before the stop string that ended it.
+        """
         rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.bool().cpu(), strict=True)]
-        return list(
-            self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        texts = list(self.tokenizer.batch_decode(rows, **how))
+        return texts if self.stops is None else [self.stops.cut(text) for text in texts]
 
     def add_reference(self) -> None:
         """Keep a frozen copy of the model as the reference of a KL term; an adapter makes it needless."""
@@ -237,7 +221,8 @@ def load_policy(
     LoRA adapter that is trained on top then has the merged model as its reference.
 
     Args:
-        name_or_path: local directory or hub name. The directory of a run means the model that the run saved.
+        name_or_path: local directory or hub name. The directory of a run means the model that the run saved,
+            which is asked as in the run.
         dtype: `float32`, `bfloat16`, `float16`, `float64`, or `auto` for the one the checkpoint was saved in.
         trust_remote_code: run Python code that is shipped with the model.
 
@@ -276,7 +261,9 @@ def load_policy(
             + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             + ". A classifier or an encoder cannot be the policy. Give a model saved with its language head."
         )
-    return wrap(model, tokenizer, source=name)
+    policy = wrap(model, tokenizer, source=name)
+    policy.ask(PromptArguments(**saved_form(name_or_path)))
+    return policy
 
 
 def _switch_dropout_off(model: nn.Module) -> None:

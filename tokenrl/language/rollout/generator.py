@@ -38,7 +38,8 @@ class Generator(Protocol):
                 random numbers of its own ignores their values, and only checks whether `draws` is None.
 
         Returns:
-            A `Rollout` of N = B * G rows. The optional fields `entropy`, `score_norms` and `hidden` may be
+            A `Rollout` of N = B * G rows, which end at an EOS of the policy or where one of its stop strings
+            is complete. The optional fields `entropy`, `score_norms` and `hidden` may be
             None; `scoring.with_missing_fields` computes those that are needed.
         """
         ...
@@ -112,6 +113,7 @@ def _decode(
     hidden = state.hidden.new_zeros(*shape, state.hidden.shape[-1]) if sampling.keep_hidden else None
     rows = torch.arange(shape[0], device=device)  # rows that are still in the batch
     alive = torch.ones_like(rows, dtype=torch.bool)  # which of those are unfinished
+    truncated = torch.ones_like(alive)  # [N], which have not ended
     for t in range(length):
         token, drawn = _draw(
             log_softmax(state.logits, sampling.temperature), None if draws is None else draws[rows, t]
@@ -122,7 +124,11 @@ def _decode(
         mask[where, t] = True
         if hidden is not None:
             hidden[where, t] = state.hidden[alive]
-        alive = alive & ~torch.isin(token, eos)
+        ended = torch.isin(token, eos)
+        if policy.stops is not None:
+            ended[alive] |= policy.stops.ended(ids, where, t)
+        alive = alive & ~ended
+        truncated[rows] = alive
         remaining = int(alive.sum())
         if not remaining or t + 1 == length:
             break
@@ -130,7 +136,6 @@ def _decode(
             state.keep(alive)
             rows, token, alive = rows[alive], token[alive], alive[alive]
         state.advance(token)
-    truncated = ~(mask & torch.isin(ids, eos)).any(dim=1)
     logprobs, entropy, norms = numbers
     rollout = Rollout(
         prompt_ids, prompt_mask, prompt_index, ids, mask, logprobs, truncated, entropy, norms, hidden

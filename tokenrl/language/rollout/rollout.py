@@ -24,9 +24,10 @@ class Rollout:
         prompt_mask: True on the tokens of the prompts, False on the padding [B, P].
         prompt_index: the number of the prompt that each row completes [N].
         completion_ids: sampled ids, padded on the right [N, T].
-        mask: True on actions, which are the tokens up to and including the first EOS [N, T].
+        mask: True on actions, which are the tokens up to and including the first EOS, or the
+            first that completes a stop string [N, T].
         logprobs: log-probabilities under the distribution that was sampled from, 0 off the mask [N, T].
-        truncated: True where the completion reached the length limit without an EOS [N].
+        truncated: True where the completion reached the length limit without an end [N].
         entropy: entropy in nats of that distribution at each action, 0 off the mask [N, T].
         score_norms: squared norm of the score of each action in logit space, `1 - 2 p(a) + sum_v p(v)^2`, 0
             off the mask [N, T]. The optimal baselines weight rewards by it, as a cheap substitute for the

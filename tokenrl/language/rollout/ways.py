@@ -120,7 +120,9 @@ class _Probe:
             return
         draws = (torch.arange(4 * length) * 0.6180339887 % 1).view(4, length)
         sampling = Sampling(length, 2, keep_hidden=self.hidden)
-        endless = TransformersGenerator(replace(policy, eos_ids=()))  # every completion has all its tokens
+        endless = TransformersGenerator(
+            replace(policy, eos_ids=(), stops=None)
+        )  # completions have all tokens
         self.rollout = endless.generate([longer, ids[-max(1, len(longer) // 2) :]], sampling, draws)
         with torch.set_grad_enabled(self.gradient):
             self._compute_alone()

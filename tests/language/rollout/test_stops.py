@@ -1,0 +1,245 @@
+"""Stop strings: a completion ends with the token that completes one, and its probability is what it was."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from tiny_models import (
+    PROMPTS,
+    apart,
+    completions,
+    gradient,
+    make_learner,
+    make_model,
+    make_policy,
+    make_tokenizer,
+    one_step,
+    textbook,
+    vowel_reward,
+)
+
+from tokenrl.errors import Refused
+from tokenrl.language.policy.arguments import PromptArguments
+from tokenrl.language.policy.model import wrap
+from tokenrl.language.policy.stops import StopStrings
+
+STOPS = [(" t",), ("at ", "\n "), ("ne t", "é"), ("\n\n", "at"), ("on the mat and",), ("😀", "o")]
+
+
+def fast(backend, **special):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def newlines():
+    """Five tokens, in which two line breaks can be written as one token, as two, or across a token's end."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocab = {"<eos>": 0, "a": 1, "Ċ": 2, "ĊĊ": 3, "aĊ": 4, "Ċa": 5}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    return fast(backend, eos_token="<eos>")
+
+
+def sentencepiece():
+    """As Llama 2 writes text: spaces as pieces, other characters as bytes, a first space stripped."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    pieces = [
+        "<s>",
+        "▁t",
+        "t",
+        "▁",
+        "▁on",
+        "o",
+        "n",
+        "▁the",
+        "he",
+        "mat",
+        "▁mat",
+        "▁and",
+        "at",
+        "ne",
+        "e",
+        "▁▁",
+        "a",
+    ]
+    pieces += [f"<0x{byte:02X}>" for byte in dict.fromkeys("é😀\nhmd".encode())]
+    backend = Tokenizer(
+        models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return fast(backend, bos_token="<s>")
+
+
+TOKENIZERS = {"byte-level": make_tokenizer, "newlines": newlines, "sentencepiece": sentencepiece}
+
+
+def text_of(tokenizer, ids):
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def length_by_definition(tokenizer, ids, stops, eos=()):
+    """Tokens up to the first after which the whole text holds a stop string, or that is an EOS."""
+    for n in range(1, len(ids) + 1):
+        if ids[n - 1] in eos or any(stop in text_of(tokenizer, ids[:n]) for stop in stops):
+            return n, True
+    return len(ids), False
+
+
+@pytest.mark.parametrize("stops", STOPS, ids=map(str, STOPS))
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_end_is_the_first_token_whose_text_holds_a_stop_string(kind, stops):
+    tokenizer = TOKENIZERS[kind]()
+    draws = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, len(tokenizer), (200, 60), generator=draws)  # special and partial tokens too
+    for row in range(0, 200, 4):  # a long string hardly comes about by chance
+        planted = torch.tensor(tokenizer(stops[0], add_special_tokens=False).input_ids)
+        ids[row, 1 + row // 5 :][: len(planted)] = planted[: 59 - row // 5]
+    found, alive = StopStrings(tokenizer, stops), torch.arange(200)
+    lengths = torch.full((200,), 60)
+    for t in range(60):
+        ended = found.ended(ids, alive, t)
+        lengths[alive[ended]] = t + 1
+        alive = alive[~ended]
+    expected = [length_by_definition(tokenizer, row, stops)[0] for row in ids.tolist()]
+    assert lengths.tolist() == expected
+    alphabet = set(text_of(tokenizer, list(range(len(tokenizer)))))
+    assert min(expected) < 60 or not any(set(stop) <= alphabet for stop in stops)
+
+
+def test_what_came_long_before_still_counts():
+    """Bytes of one run spoil each other unless all make characters; special tokens have no text."""
+    tokenizer = sentencepiece()
+
+    def pieces(text, *, between=()):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        return [*itertools.chain.from_iterable((i, *between) for i in ids[:-1]), ids[-1]]
+
+    stray = pieces("é")[1:]  # the second byte of a character alone
+    for ids, strings, length in (
+        (pieces("😀" * 8 + "é"), ("é", "ne t"), 34),  # the last 13 tokens begin inside a character
+        (stray + pieces("é" * 12), ("é", "one t"), None),  # the last 14 tokens are characters
+        (pieces("o" * 40 + "one t", between=[0] * 30), ("one t",), 45 + 30 * 44),
+    ):
+        stops = StopStrings(tokenizer, strings)
+        found = [bool(stops.ended(torch.tensor([ids]), torch.tensor([0]), t)) for t in range(len(ids))]
+        n, ended = length_by_definition(tokenizer, ids, strings)
+        assert (n if ended else None) == length == (found.index(True) + 1 if any(found) else None)
+
+
+def endings(tokenizer, stops, length, eos=(0,)):
+    """All completions of up to `length` tokens under the rule."""
+    for n in range(1, length + 1):
+        for ids in itertools.product(range(len(tokenizer)), repeat=n):
+            size, ended = length_by_definition(tokenizer, list(ids), stops, eos)
+            if size == n and (ended or n == length):
+                yield ids
+
+
+def test_the_probabilities_of_all_completions_sum_to_one_and_are_those_that_are_sampled():
+    tokenizer, stops, n = newlines(), ("\n\n",), 6000
+    model = make_model(vocabulary=6, bos_token_id=None, eos_token_id=0, initializer_range=0.15)
+    policy = wrap(model, tokenizer)
+    policy.ask(PromptArguments(stop=stops))
+    possible = list(endings(tokenizer, stops, 3))
+    logp = {}
+    with torch.no_grad():
+        for ids in possible:
+            logits = model(torch.tensor([[1, 2, *ids]])).logits[0, 1:-1].double()
+            logp[ids] = float(torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None]).sum())
+    exact = torch.tensor(list(logp.values())).exp()
+    assert float(exact.sum()) == pytest.approx(1, abs=1e-6)
+    assert (3,) in logp and (4, 5) in logp and (2, 3) in logp and (2, 1, 2) in logp and (2, 2, 1) not in logp
+    rollout = completions(policy, [[1, 2]], num_generations=n, max_completion_length=3, seed=5)
+    counts = dict.fromkeys(possible, 0)
+    for ids, keep, logprobs, cut in zip(
+        rollout.completion_ids, rollout.mask, rollout.logprobs, rollout.truncated, strict=True
+    ):
+        row = tuple(ids[keep].tolist())
+        counts[row] += 1  # a KeyError is a completion that goes on after its end, or stops before it
+        assert float(logprobs[keep].sum()) == pytest.approx(logp[row], abs=1e-4)
+        assert bool(cut) != length_by_definition(tokenizer, list(row), stops, (0,))[1]
+    expected = n * exact
+    common = expected >= 5
+    found = torch.tensor(list(counts.values()))
+    statistic = ((found - expected) ** 2 / expected)[common].sum()
+    df = int(common.sum()) - 1
+    tail = float(torch.special.gammaincc(torch.tensor(df / 2.0), statistic.float() / 2))
+    assert df > 20 and tail > 1e-3  # a right sampler fails here once in 1,000 seeds, and the seed is fixed
+
+
+@pytest.mark.parametrize("generations", [0, 6])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_rows_are_those_without_stop_strings_up_to_their_ends(architecture, generations):
+    policy, stops = make_policy(architecture), (" t", "og", "12", "a")
+    how = {"num_generations": generations, "max_completion_length": 12}
+    prompts = [policy.encode(prompt) for prompt in PROMPTS]
+    endless = completions(policy, prompts, **how)
+    policy.ask(PromptArguments(stop=stops))
+    rollout = completions(policy, prompts, **how)
+    texts = policy.decode(rollout.completion_ids, rollout.mask)
+    inside = 0
+    for row in range(len(rollout.mask)):
+        whole = endless.completion_ids[row][endless.mask[row]].tolist()
+        n, ended = length_by_definition(policy.tokenizer, whole, stops, policy.eos_ids)
+        assert rollout.mask[row].tolist() == [t < n for t in range(rollout.mask.shape[1])]
+        assert rollout.completion_ids[row, :n].tolist() == whole[:n]
+        assert bool(rollout.truncated[row]) == (not ended)
+        torch.testing.assert_close(rollout.logprobs[row, :n], endless.logprobs[row, :n], atol=1e-5, rtol=0)
+        text = text_of(policy.tokenizer, whole[:n])
+        places = [text.find(stop) for stop in stops if stop in text]
+        assert texts[row] == text[: min(places, default=None)]
+        inside += any(stop in text and not text.endswith(stop) for stop in stops)
+    assert inside or not generations  # some are completed in the middle of a token
+    assert 0 < rollout.truncated.sum() < len(rollout.mask) or not generations
+
+
+def test_rows_that_have_ended_are_not_sampled_on():
+    policy, fed = make_policy(), []
+    policy.ask(PromptArguments(stop=("e",)))
+    policy.model.register_forward_pre_hook(lambda _, args: fed.append(args[0].numel()))
+    rollout = completions(policy, [[5, 6]] * 4, num_generations=16, max_completion_length=40)
+    needed = int(rollout.mask.sum()) - 64  # the last token of a row needs no forward pass
+    assert needed <= sum(fed[1:]) <= 1.5 * needed + 64 < 39 * 64
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_gradient_is_that_of_the_tokens_up_to_the_end(shared):
+    policy, seen, texts = make_policy("gpt2", dtype="float64"), [], []
+    policy.share_prompt = shared
+    policy.ask(PromptArguments(stop=("e", " t")))
+
+    def reward(prompts, completions, completion_ids, **_):
+        rewards = vowel_reward(completions=completions, completion_ids=completion_ids)
+        seen.extend(zip(prompts, completion_ids, rewards, strict=True))
+        texts.extend(completions)
+        return rewards
+
+    before = copy.deepcopy(policy.model)
+    one_step(make_learner(policy, "reinforce", max_completion_length=10), reward=reward)
+    expected, _ = textbook(before, [(policy.encode(p), ids, r) for p, ids, r in seen])
+    assert apart(gradient(policy.model), expected) < 1e-9
+    lengths = {len(ids) for _, ids, _ in seen}
+    assert len(lengths) > 3 and not any("e" in text or " t" in text for text in texts)
+
+
+def test_the_name_of_a_special_token_ends_as_eos_does():
+    policy = make_policy()
+    policy.ask(PromptArguments(stop=("<pad>",)))
+    assert policy.tokenizer.pad_token_id not in policy.eos_ids
+    rollout = completions(policy, [[5, 6]], num_generations=200, max_completion_length=12)
+    last = rollout.completion_ids.gather(1, rollout.mask.sum(dim=1, keepdim=True) - 1).squeeze(1)
+    by_pad = last == policy.tokenizer.pad_token_id
+    assert by_pad.any() and not rollout.truncated[by_pad].any()
+    assert not (rollout.completion_ids == policy.tokenizer.pad_token_id)[rollout.mask][:-1].all()
+    with pytest.raises(Refused, match=r"'<eos>' is a special token.* Give '<eos>' alone"):
+        policy.ask(PromptArguments(stop=("a<eos>",)))
+    policy.ask(PromptArguments())
+    assert policy.stops is None

@@ -1,0 +1,210 @@
+"""Puts prompts into the form in which a model is asked: system prompt, chat messages, chat template."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tokenrl.configuration import read_config
+from tokenrl.errors import Refused, describe
+from tokenrl.language.policy.arguments import PromptArguments
+from tokenrl.settings import arguments
+
+Prompt = str | list[dict[str, Any]]
+A = TypeVar("A")
+
+FORM = tuple(field.name for field in fields(PromptArguments))
+OURS = ("messages", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict")
+"""Arguments of a chat template that are given by this module, and so by nobody else."""
+
+
+def form_of(args: Any) -> PromptArguments:
+    """Return the part of a command's arguments that says how prompts reach the model."""
+    return PromptArguments(**{name: getattr(args, name) for name in FORM})
+
+
+def saved_form(model: Any) -> dict[str, Any]:
+    """Return how the run that saved a model asked it: the fields of `PromptArguments` that were set.
+
+    Args:
+        model: a directory (of the run, of its `model/` or of a checkpoint), or a `Policy`; for anything else,
+            such as a hub name, nothing is known.
+    """
+    form: Any = getattr(model, "form", None)
+    if isinstance(model, str | os.PathLike) and Path(model).exists():
+        place = Path(model).resolve()
+        for run in (place, *place.parents[:2]):
+            ours = run == place or place.relative_to(run).parts[0] in ("model", "checkpoints")
+            if ours and (run / "metrics.jsonl").exists() and (run / "config.json").exists():
+                config = read_config(run)
+                form = arguments(PromptArguments, {name: config.get(name) for name in FORM})
+    return {name: value for name, value in vars(form).items() if value} if form is not None else {}
+
+
+def settled_form(args: A, model: Any = None) -> A:
+    """Fill in what the arguments leave open of the form of prompts, from the run that saved the model.
+
+    Args:
+        args: the arguments of a command.
+        model: the model; None for `args.model`.
+    """
+    found = saved_form(args.model if model is None else model)  # type: ignore[attr-defined]
+    taken = {name: value for name, value in found.items() if getattr(args, name) is None}
+    return replace(args, **taken)  # type: ignore[type-var]
+
+
+def asked(form: PromptArguments, model: Any = None) -> dict[str, str]:
+    """Describe the form as a line of a header, {"asked": ...}; empty if prompts go as they stand.
+
+    Args:
+        form: how the model is asked.
+        model: the model as it was named, to say where the form comes from if its run was asked so.
+    """
+    said = ["each text as a message of the user"] if form.chat else []
+    said += [f"system prompt {form.system_prompt!r}"] if form.system_prompt else []
+    said += [f"chat template with {form.chat_template_kwargs}"] if _variables(form) else []
+    said += [f"completions end at {' or '.join(map(repr, form.stop))}"] if form.stop else []
+    inherited = said and saved_form(model) == {name: value for name, value in vars(form).items() if value}
+    return {"asked": "; ".join(said) + (f" (as the run of {model})" if inherited else "")} if said else {}
+
+
+def say_form(form: PromptArguments, model: Any) -> None:
+    """Print in one line on the standard error how the model is asked, unless prompts go as they stand."""
+    for line in asked(form, model).values():
+        print(f"tokenrl: asked: {line}", file=sys.stderr)
+
+
+def check_form(tokenizer: Any, form: PromptArguments, name: str) -> None:
+    """Refuse a form in which the model cannot be asked.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        form: how the model is to be asked.
+        name: what the message calls the model.
+
+    Raises:
+        Refused: there is no chat template, it does not know one of the variables, or it refuses or leaves out
+            a message of the system.
+    """
+    variables = _variables(form)
+    if not (form.chat or variables or form.system_prompt):
+        return
+    _check_template(tokenizer, name)
+    text = str(tokenizer.get_chat_template())
+    for variable in variables:
+        if variable in OURS or not re.search(rf"\b{re.escape(variable)}\b", text):
+            why = (
+                "each prompt sets itself"
+                if variable in OURS
+                else f"the chat template of {name!r} never reads"
+            )
+            raise Refused(f"chat_template_kwargs sets {variable!r}, which {why}. Leave it out.")
+    question = [{"role": "user", "content": "?"}]
+    if form.system_prompt:
+        alone = render(tokenizer, question, form, name)
+        whole = [{"role": "system", "content": form.system_prompt}, *question]
+        if render(tokenizer, whole, form, name) == alone:
+            raise Refused(
+                f"The chat template of {name!r} leaves out messages of the system, so a system_prompt would "
+                "not reach the model. Write its words into the prompts, as with a prompt_template."
+            )
+
+
+def formed(prompt: Prompt, form: PromptArguments) -> Prompt:
+    """Return a prompt in the form in which the model is asked, text or chat messages.
+
+    Raises:
+        Refused: the form has a system prompt or variables of the template and the prompt is text, or the
+            prompt already has a message of the system.
+    """
+    if isinstance(prompt, str):
+        if form.chat:
+            prompt = [{"role": "user", "content": prompt}]
+        elif form.system_prompt or _variables(form):
+            setting = "system_prompt" if form.system_prompt else "chat_template_kwargs"
+            raise Refused(
+                f"{setting} is for chat messages, but a prompt is text: {prompt!r:.60}. Add chat (--chat) to "
+                "send text as a message of the user; for a model without a chat form leave it out, and write "
+                "the words into the prompts, as with a prompt_template."
+            )
+    if not isinstance(prompt, str) and form.system_prompt:
+        if prompt and prompt[0].get("role") == "system":
+            raise Refused(
+                f"A prompt already begins with a message of the system, {prompt[0].get('content')!r:.60}. "
+                "Leave system_prompt out, or that message."
+            )
+        prompt = [{"role": "system", "content": form.system_prompt}, *prompt]
+    return prompt
+
+
+def encode_prompt(
+    tokenizer: Any, prompt: Prompt, form: PromptArguments, ends: Sequence[int], name: str
+) -> list[int]:
+    """Token ids of a prompt, as `Policy.encode` says.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        prompt: text or chat messages.
+        form: how the model is asked.
+        ends: ids that end a text.
+        name: what a message calls the model.
+    """
+    prompt = formed(prompt, form)
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt).input_ids)
+        bare = tokenizer(prompt, add_special_tokens=False).input_ids if ids and ids[-1] in ends else []
+        if ids and ids[-1] in ends and not (bare and bare[-1] in ends):
+            ids.pop()  # some tokenizers end every text with EOS; such a prompt is already finished
+    else:
+        _check_template(tokenizer, name)
+        last = prompt[-1].get("role") if prompt else None
+        how = {"add_generation_prompt": last != "assistant", "continue_final_message": last == "assistant"}
+        ids = list(render(tokenizer, prompt, form, name, tokenize=True, return_dict=False, **how))
+    if not ids:
+        if tokenizer.bos_token_id is None:
+            raise Refused(
+                "A prompt is empty and the tokenizer has no BOS token to start from. Give the prompt at "
+                "least one token, or set tokenizer.bos_token."
+            )
+        ids = [tokenizer.bos_token_id]
+    return ids
+
+
+def render(
+    tokenizer: Any, messages: Any, form: PromptArguments, name: str, *, tokenize: bool = False, **how: Any
+) -> Any:
+    """Return messages as the chat template writes them, as text or as token ids.
+
+    Raises:
+        Refused: the template refuses them.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=tokenize, **how, **_variables(form))
+    except TemplateError as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        mend = "Leave system_prompt out and write its words into the prompts." if form.system_prompt else ""
+        raise Refused(
+            f"The chat template of {name!r} refuses messages of these roles: {roles} ({describe(error)}). "
+            + (mend or "Give prompts as the template takes them.")
+        ) from error
+
+
+def _variables(form: PromptArguments) -> dict[str, Any]:
+    """Return the variables that the form gives to the chat template."""
+    return dict(json.loads(form.chat_template_kwargs or "{}"))
+
+
+def _check_template(tokenizer: Any, name: str) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise Refused(
+            f"The prompts are chat messages, but the tokenizer of {name!r} has no chat template. Give the "
+            "prompts as plain strings without chat (--chat), or set tokenizer.chat_template."
+        )

@@ -1,0 +1,96 @@
+"""Ends completions at stop strings: finds the token that completes one, and cuts the text before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenrl.errors import Refused
+
+MARGIN = 8
+"""Characters that the decoded end of a text may lack at its own ends: a space that the tokenizer strips, and
+parts of a character whose bytes are several tokens."""
+
+
+class StopStrings:
+    """Strings that end a completion, as a tokenizer writes them.
+
+    A completion ends with the first token after which its text holds one of the strings, which a token may
+    complete in its middle. Whether it has ended depends on its own tokens alone, so the end is part of the
+    environment and the gradient is that of the tokens up to there. The name of a special token, which decoded
+    text leaves out, ends a completion as EOS does.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Iterable[str]) -> None:
+        """Find the tokens that can complete one of the strings.
+
+        Raises:
+            Refused: a string holds the name of a special token and other text.
+        """
+        self._tokenizer = tokenizer
+        special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        strings = list(strings)
+        for string in strings:
+            inside = [name for name in special if name in string and name != string]
+            if inside:
+                raise Refused(
+                    f"stop holds {string!r}, but {inside[0]!r} is a special token, which the text of a "
+                    f"completion leaves out. Give {inside[0]!r} alone, or a string without it."
+                )
+        self._ids = {special[string] for string in strings if string in special}
+        self.strings = [string for string in strings if string not in special]
+        self._longest = max(map(len, self.strings), default=0)
+        known = sorted(tokenizer.get_vocab().values())
+        # Twice, as some tokenizers strip a space in front; a part of a character decodes to U+FFFD.
+        texts = self._decode([[i, i] for i in known])
+        last = {string[-1] for string in self.strings} | ({"\ufffd"} if self.strings else set())
+        self._may_end = torch.zeros(known[-1] + 1, dtype=torch.bool)
+        self._may_end[known] = torch.tensor(
+            [i in self._ids or not last.isdisjoint(text) for i, text in zip(known, texts, strict=True)]
+        )
+
+    def ended(self, ids: Tensor, rows: Tensor, t: int) -> Tensor:
+        """Return which rows end with the token at position t.
+
+        Args:
+            ids: ids of N completions [N, T].
+            rows: the rows that have not ended before t [n].
+            t: the position.
+
+        Returns:
+            Booleans [n].
+        """
+        self._may_end = self._may_end.to(ids.device)
+        token = ids[rows, t].clamp(max=len(self._may_end) - 1)  # a model may have more ids than its tokenizer
+        ended = self._may_end[token]
+        texts = ids[rows[ended], : t + 1].tolist()
+        ended[ended.clone()] = torch.tensor([self._completes(row) for row in texts], device=ids.device).bool()
+        return ended
+
+    def cut(self, text: str) -> str:
+        """Return the text before the first stop string in it; all of it if there is none."""
+        places = [place for string in self.strings if (place := text.find(string)) >= 0]
+        return text[: min(places)] if places else text
+
+    def _completes(self, ids: Sequence[int]) -> bool:
+        """Return whether the last token completes a string, from as few tokens before it as show that."""
+        if ids[-1] in self._ids:
+            return True
+        width = self._longest + MARGIN
+        while width < len(ids):
+            before, text = self._decode([ids[-width - 1 : -1], ids[-width - 1 :]])
+            # Part of a character may spoil bytes beside it, so those are decoded with more before them.
+            if len(before) >= self._longest + MARGIN and "\ufffd" not in text[MARGIN:]:
+                if self.cut(text) == text:
+                    return False
+                break
+            width *= 2
+        (text,) = self._decode([ids])
+        return self.cut(text) != text
+
+    def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return list(self._tokenizer.batch_decode(rows, **how))
