@@ -260,8 +260,8 @@ def test_the_help_shows_flags_in_groups_those_that_matter_first(capsys, monkeypa
     assert exit.value.code == 0
     shown = groups_of(capsys.readouterr().out)
     assert list(shown) == [
-        *("", "sampling", "optimiser", "KL control", "model", "data", "LoRA", "evaluation"),
-        *("checkpoints and logs", "trackers", "safety stops", "estimator"),
+        *("", "sampling", "optimiser", "KL control", "model", "prompts and ends", "data", "LoRA"),
+        *("evaluation", "checkpoints and logs", "trackers", "safety stops", "estimator"),
     ]
     first = flags_of(shown[""])
     dozen = ["task", "reward", "model", "estimator", "output-dir", "max-steps", "prompts-per-step"]

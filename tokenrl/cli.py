@@ -69,8 +69,9 @@ def _sample(args: SampleArguments) -> int:
     if not args.prompt:
         converse(args)
         return 0
-    for prompt, completions in zip(args.prompt, Sampler.load(args)(args.prompt, args), strict=True):
-        show(prompt, completions, chat=args.chat)
+    sampler = Sampler.load(args)
+    for prompt, completions in zip(args.prompt, sampler(args.prompt, args), strict=True):
+        show(prompt, completions, chat=sampler.chat)
     return 0
 
 

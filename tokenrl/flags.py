@@ -70,6 +70,10 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     groups = vars(tyro.cli(_flags(kind, default), args=argv, prog=f"tokenrl {name}", description=about))
     values = {flag: value for group in groups.values() for flag, value in vars(group).items()}
     values |= {"estimator": vars(groups["estimator"])} if "estimator" in groups else {}
+    for name in _open_switches(kind):
+        flag = name.replace("_", "-")
+        if not {f"--{flag}", f"--no-{flag}"} & {word.replace("_", "-") for word in argv}:
+            values[name] = getattr(default, name, None)
     return arguments(kind, {one.name: values[one.name] for one in fields(kind)})
 
 
@@ -140,7 +144,15 @@ def _each_flag(kind: Any, default: Any) -> Iterator[tuple[type[Any], Any]]:
             yield owner, _flag(one.name, hint, None, texts[one.name], metavar="PRESET")
         else:
             value = one.default if default is None else getattr(default, one.name)
-            yield owner, _flag(one.name, field_types(kind)[one.name], value, texts[one.name])
+            hint = field_types(kind)[one.name]
+            if one.name in _open_switches(kind):
+                hint, value = bool, bool(value)
+            yield owner, _flag(one.name, hint, value, texts[one.name])
+
+
+def _open_switches(kind: Any) -> list[str]:
+    """Return the fields that are true, false or left open (None), whose flags are --NAME and --no-NAME."""
+    return [name for name, hint in field_types(kind).items() if hint == bool | None]
 
 
 def _flag(name: str, hint: Any, default: Any, text: str, metavar: str | None = None) -> Any:

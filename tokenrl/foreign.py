@@ -172,9 +172,16 @@ _MEANINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "top_p top_k min_p repetition_penalty generation_kwargs",
         (
             "There is none: completions are drawn from the policy itself, as the gradient requires; only "
-            "`temperature` changes them.",
+            "`temperature` changes them, and `stop` ends them.",
         ),
     ),
+    (
+        "stop_strings stop_sequences stop_words stop_token until",
+        ("It is `stop`: strings that end a completion.",),
+    ),
+    ("system_message", ("It is `system_prompt`.",)),
+    ("apply_chat_template", ("It is `chat`: text is sent as a message of the user.",)),
+    ("chat_template enable_thinking", ("Variables of the chat template are `chat_template_kwargs`.",)),
     ("use_vllm", ("vLLM is not used: transformers samples the completions, in the training process.",)),
     # precision, records, machines
     (

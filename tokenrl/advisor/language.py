@@ -23,6 +23,7 @@ from tokenrl.core.entropy import LEAST_ENTROPY
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
 from tokenrl.errors import Refused
+from tokenrl.language.policy.prompts import asked, settled_form
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.ways import choose_way
@@ -49,6 +50,7 @@ def advise_language(args: AdviseArguments) -> Advice:
             "head 'gaussian' draws vectors of real numbers, but a language model's actions are tokens, a "
             "finite list. Leave --head out: the model brings its own softmax."
         )
+    args = settled_form(args)
     shared = {f.name: getattr(args, f.name) for f in fields(TrainArguments) if hasattr(args, f.name)}
     del shared["num_generations"]  # the number of completions in a step stays that of the task's settings
     task, rewards = find_task(args)
@@ -86,7 +88,7 @@ def advise_language(args: AdviseArguments) -> Advice:
         subject=f"{task.name}, {policy.source}",
         command="train",
         arguments=train,
-        facts=facts(found, solved),
+        facts=asked(policy.form, args.model) | facts(found, solved),
         settings=settings,
         measurements={"probe": found, "solved": solved, "difficulty": difficulty(found, solved)},
         warnings=warnings + few_prompts(task.train_prompts) + doubts(found, solved, train),

@@ -128,6 +128,7 @@ def write_report(
             _section(f"Completions at step {step}", _samples(completions[step]))
             for step in _ends(sorted(completions))
         ),
+        _section("How the model was asked", _asked(config)),
         _section("To repeat", f"<pre>{escape(command)}</pre>"),
         _section("Configuration", f"<pre>{_json(settings)}</pre>"),
         _section("Versions", f"<pre>{_json(config.get('versions', {}))}</pre>"),
@@ -177,6 +178,17 @@ def _diagnostics(metrics: Sequence[Mapping[str, Any]]) -> str:
             rows.append([name, *map(number, numbers), meaning])
     header = ("", "first", "last", "lowest", "highest", "what it says")
     return _table(header, rows, numeric=range(1, 5)) if rows else ""
+
+
+def _asked(config: Mapping[str, Any]) -> str:
+    """Return the form of prompts, where it was set: system prompt, chat form, and what ends completions."""
+    names = ("system_prompt", "chat", "chat_template_kwargs", "stop")
+    rows = [
+        [name.replace("_", " "), json.dumps(config[name], ensure_ascii=False)]
+        for name in names
+        if config.get(name)
+    ]
+    return _table(("setting", "value"), rows, numeric=()) if rows else ""
 
 
 def _samples(rows: Sequence[Mapping[str, Any]]) -> str:

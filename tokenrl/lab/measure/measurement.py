@@ -72,7 +72,7 @@ def measure_with(args: MeasureArguments, announce: Callable[[str], None] = lambd
     from tokenrl.language.training.setup import make_policy
 
     chosen = {name: Estimator.preset(name) for name in args.estimators}
-    _check(args)
+    args = _checked(args, announce)
     task, rewards = find_task(args)
     policy = make_policy(args, task, announce)
     policy.model.to(Accelerator(cpu=args.cpu).device)
@@ -115,7 +115,10 @@ def measure_with(args: MeasureArguments, announce: Callable[[str], None] = lambd
     )
 
 
-def _check(args: MeasureArguments) -> None:
+def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> MeasureArguments:
+    """Return the arguments with the form in which the model is asked, which is announced."""
+    from tokenrl.language.policy.prompts import asked, form_of, settled_form
+
     g, b, p = args.num_generations, args.num_prompts, args.prompts_per_step
     if g & (g - 1):
         raise Refused(
@@ -128,6 +131,10 @@ def _check(args: MeasureArguments) -> None:
             f"num_prompts={b} with prompts_per_step={p}: steps are the independent units of some estimators, "
             f"so give a multiple of {p}, at least {4 * p}."
         )
+    args = settled_form(args)
+    for line in asked(form_of(args), args.model).values():
+        announce(f"Asked: {line}.")
+    return args
 
 
 def _settings(args: MeasureArguments, samples: Samples) -> dict[str, float]:

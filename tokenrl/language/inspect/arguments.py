@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenrl.language.policy.arguments import Dtype
+from tokenrl.language.policy.arguments import Dtype, PromptArguments
 from tokenrl.language.tasks.arguments import TaskArguments
-from tokenrl.settings import Count, Natural, Positive, Settings
+from tokenrl.settings import Count, Natural, Positive
 
 
 @dataclass(frozen=True)
-class SampleArguments(Settings):
+class SampleArguments(PromptArguments):
     """Complete the prompts given, or prompts read line by line."""
 
     model: str = ""
@@ -31,8 +31,6 @@ class SampleArguments(Settings):
     leaves."""
     temperature: Positive = 1.0
     """Temperature at which completions are sampled."""
-    chat: bool = False
-    """Send each prompt as a chat message of the user."""
     dtype: Dtype = "float32"
     """Precision of the weights."""
     trust_remote_code: bool = False
@@ -42,7 +40,7 @@ class SampleArguments(Settings):
 
 
 @dataclass(frozen=True)
-class EvaluateArguments(TaskArguments):
+class EvaluateArguments(TaskArguments, PromptArguments):
     """Evaluate a model on a task's held-out prompts, by greedy and by sampled completions."""
 
     model: str = ""

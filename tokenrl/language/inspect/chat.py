@@ -13,15 +13,15 @@ import torch
 
 from tokenrl.calls import called
 from tokenrl.errors import Refused, TokenrlError
-from tokenrl.language.inspect.arguments import SampleArguments
+from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.policy.prompts import form_of, say_form, settled_form
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.streams import uniforms
-from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.setup import load_placed
@@ -63,17 +63,24 @@ class Sampler:
         """
         if not args.model:
             raise Refused("Name the model that completes prompts: --model DIRECTORY_OR_HUB_NAME.")
+        args = settled_form(args)
         task, rewards = None, None
         if args.task is not None:
-            task, rewards = find_task(
-                TaskArguments(task=args.task, reward=args.reward, reward_weights=args.reward_weights)
-            )
+            chosen: dict[str, Any] = {"reward": args.reward, "reward_weights": args.reward_weights}
+            task, rewards = find_task(EvaluateArguments(task=args.task, chat=args.chat, **chosen))
         elif args.reward:
             rewards = Rewards(args.reward, args.reward_weights or None)
         every = [] if task is None else [*task.train_prompts, *task.eval_prompts]
         length = None if task is None else task.max_completion_length
         policy = load_placed(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+        policy.ask(form_of(args))
+        say_form(policy.form, args.model)
         return cls(policy, rewards, {prompt_text(row["prompt"]): row for row in every}, length or 64)
+
+    @property
+    def chat(self) -> bool:
+        """Whether prompts are sent as chat messages."""
+        return bool(self.policy.form.chat)
 
     def __call__(self, texts: Sequence[str], args: SampleArguments) -> list[list[Completion]]:
         """Complete prompts.
@@ -91,8 +98,8 @@ class Sampler:
             Stopped: a reward function failed on a prompt of the task.
         """
         policy = self.policy
-        prompts = [[{"role": "user", "content": text}] if args.chat else text for text in texts]
-        rows = [{**self.rows.get(t, {}), "prompt": prompt} for t, prompt in zip(texts, prompts, strict=True)]
+        rows = [self._row(text) for text in texts]
+        prompts = [row["prompt"] for row in rows]
         length = args.max_completion_length
         if length is None:
             longest = max(len(policy.encode(prompt)) for prompt in prompts)
@@ -110,6 +117,12 @@ class Sampler:
             found = self._rewarded(texts[place], row, rollout.rows(index))
             groups.append(list(map(Completion, decoded[mine], found)))
         return groups
+
+    def _row(self, text: str) -> Mapping[str, Any]:
+        """Return the task's row of this prompt, else a row of the prompt alone, of the kind that it has."""
+        like = next((row["prompt"] for row in self.rows.values()), [] if self.policy.form.chat else "")
+        alone = text if isinstance(like, str) else [{"role": "user", "content": text}]
+        return self.rows.get(text, {"prompt": alone})
 
     def _rewarded(self, text: str, row: Mapping[str, Any], rollout: Rollout) -> list[float | None]:
         """Reward completions of one prompt; None for each if it is none of the task's and cannot be."""
@@ -179,7 +192,7 @@ def converse(args: SampleArguments) -> None:
                 if line.startswith("/"):
                     args = _changed(args, line)
                 elif line:
-                    show(line, sampler([line], args)[0], chat=args.chat)
+                    show(line, sampler([line], args)[0], chat=sampler.chat)
             except TokenrlError as error:
                 print(f"tokenrl: {error}", file=sys.stderr, flush=True)
     except (EOFError, KeyboardInterrupt):

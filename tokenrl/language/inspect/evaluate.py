@@ -10,6 +10,7 @@ from tokenrl.calls import called
 from tokenrl.errors import Refused
 from tokenrl.language.inspect.arguments import EvaluateArguments
 from tokenrl.language.inspect.best_of_n import best_of_n_metrics
+from tokenrl.language.policy.prompts import form_of, say_form, settled_form
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.task import find_task
@@ -34,7 +35,7 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
         Refused: the model, the reference, the task or a reward cannot be used, or a number is out of range.
         Stopped: a reward function failed.
     """
-    args = called(EvaluateArguments, args, options)
+    args = settled_form(called(EvaluateArguments, args, options))
     if not args.model:
         raise Refused("Name the model to evaluate: --model DIRECTORY_OR_HUB_NAME.")
     generations = max((4, *args.k)) if args.num_generations is None else args.num_generations
@@ -49,6 +50,8 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
     )
     how: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     policy = load_placed(args.model, **how)
+    policy.ask(form_of(args))
+    say_form(policy.form, args.model)
     evaluation = evaluate_policy(
         policy,
         task.eval_prompts,

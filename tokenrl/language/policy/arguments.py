@@ -74,7 +74,7 @@ class HoldingArguments(Settings, group="model"):
 
 
 @dataclass(frozen=True)
-class ModelArguments(HoldingArguments):
+class ModelArguments(HoldingArguments, PromptArguments):
     """Which model is used, and how it is held in memory."""
 
     model: str | None = None

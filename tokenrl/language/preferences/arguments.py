@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.runs.trackers import TrackerArguments
 from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive
 
 
 @dataclass(frozen=True)
-class RewardModelArguments(TrackerArguments):
+class RewardModelArguments(PromptArguments, TrackerArguments):
     """Train a reward model on preferences: rows with a prompt, a chosen and a rejected completion."""
 
     output_dir: str = "runs/reward-model"

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenrl.errors import Refused, Stopped, describe
 from tokenrl.language.policy.arguments import ModelArguments
+from tokenrl.language.policy.prompts import form_of
 from tokenrl.language.preferences.backbone import reward_backbone
 from tokenrl.language.preferences.pairs import Pair, load_pairs, read_pairs
 from tokenrl.language.preferences.sampled import make_preferences
@@ -73,7 +74,8 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
     named = args.policy
     if named is None and getattr(task, "build", None) is None:
         named = args.model
-    policy = make_policy(ModelArguments(model=named, base_seed=args.base_seed), task, announce)
+    form = vars(form_of(args))
+    policy = make_policy(ModelArguments(model=named, base_seed=args.base_seed, **form), task, announce)
     choose_way(policy, gradient=False)
     length = args.max_completion_length or task.max_completion_length or 256
     rows = {}

@@ -19,6 +19,7 @@ from torch.nn.functional import logsigmoid
 from tokenrl.calls import called
 from tokenrl.errors import Refused
 from tokenrl.language.policy.cards import base_model
+from tokenrl.language.policy.prompts import form_of, settled_form
 from tokenrl.language.preferences.arguments import RewardModelArguments, RewardModelSettings
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
 from tokenrl.language.preferences.evaluation import (
@@ -194,6 +195,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         >>> result.eval_after["accuracy"]
     """
     args = called(RewardModelArguments, args, options)
+    args = settled_form(args, args.model if args.policy is None else args.policy)
     with Session(
         "reward-model",
         args.output_dir,
@@ -204,6 +206,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
     ) as session:
         data = load_reward_data(args, session.console.note)
         reward_model = make_backbone(args, data.task, session.console.note)
+        reward_model.ask(form_of(args))
         args = _resolve(args, data)
         training = PreferenceTraining(reward_model, data.train, args)  # refuses texts that are too long
         held_out = encode_pairs(reward_model, data.held_out)

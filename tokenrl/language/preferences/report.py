@@ -12,6 +12,7 @@ import numpy as np
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.language.policy.cards import Card
+from tokenrl.language.policy.prompts import asked
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.backbone import save_reward_model
 from tokenrl.language.preferences.data import RewardData
@@ -52,6 +53,7 @@ def facts(args: RewardModelArguments, data: RewardData, reward_model: RewardMode
         f"smoothing {args.label_smoothing:g}",
         "step": f"{args.max_steps} of {args.batch_size} pairs, learning rate {args.learning_rate:g}, seed "
         f"{args.seed}",
+        **asked(reward_model.form, args.model if args.policy is None else args.policy),
         "run": args.output_dir,
     }
 
@@ -87,7 +89,8 @@ def finish(
     ]
     write_completions(directory.completions, ended.steps, rows)
     settings, numbers = read_config(directory.path), ended.eval_after
-    facts = {f"{name} on held-out pairs": value for name, value in numbers.items()}
+    facts: dict[str, Any] = {f"{name} on held-out pairs": value for name, value in numbers.items()}
+    facts |= asked(ended.reward_model.form)
     card = Card(settings["title"], facts, session.origin.in_words(), base).reward_model()
     session.finish(ended, lambda path: save_reward_model(ended.reward_model, path, card=card))
     session.console.note(f"Train a policy on it: tokenrl train --reward {directory.model}")

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenrl.errors import Refused, describe
+from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.bars import without_bars
+from tokenrl.language.policy.prompts import check_form, formed, render, saved_form
 from tokenrl.runs.outcome import model_directory
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ class RewardModel:
         tokenizer: its tokenizer, which truncates on the left.
         pad_token_id: the id that the head skips as padding; `NO_PAD` if there is none.
         max_length: the most tokens of a text; None if there is no limit.
+        form: how prompts are put before a completion: of a reward model's run, as in that run.
         batch_size: texts per forward pass when scoring, which changes memory and speed only.
     """
 
@@ -62,6 +65,7 @@ class RewardModel:
             self.__name__ = Path(source).resolve().name
             model, tokenizer = _load(model_directory(str(source)))
             model.requires_grad_(False)
+        self.form = PromptArguments(**saved_form(source))
         self.tokenizer: Any = copy.deepcopy(tokenizer)
         self.tokenizer.truncation_side = "left"
         self.batch_size = batch_size
@@ -91,6 +95,15 @@ class RewardModel:
         """
         pairs = zip(prompts, completions, strict=True)
         return self.score([self.encode(prompt, completion) for prompt, completion in pairs])
+
+    def ask(self, form: PromptArguments) -> None:
+        """Put prompts in this form from now on.
+
+        Raises:
+            Refused: the chat template cannot.
+        """
+        check_form(self.tokenizer, form, self.__name__)
+        self.form = form
 
     def score(self, ids: Sequence[Sequence[int]]) -> list[float]:
         """Rewards of N encoded texts, without gradient, in batches of similar length."""
@@ -123,6 +136,7 @@ class RewardModel:
         Raises:
             Refused: the prompt is chat messages and the tokenizer has no chat template.
         """
+        prompt = formed(prompt, self.form)
         chat = not isinstance(prompt, str)
         if chat and not self.tokenizer.chat_template:
             raise Refused(
@@ -133,7 +147,7 @@ class RewardModel:
             answer = completion
             if isinstance(completion, str):
                 answer = [{"role": "assistant", "content": completion}]
-            text = self.tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
+            text = render(self.tokenizer, [*prompt, *answer], self.form, self.__name__)
         else:
             text = prompt + completion
         cut = {"truncation": True, "max_length": self.max_length} if self.max_length and truncate else {}

@@ -50,6 +50,7 @@ def dataset_rows(
     eval_split: str | None,
     eval_size: int | None,
     seed: int,
+    chat: bool,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows to train and to evaluate on, which share no prompt."""
     wanted = [split, eval_split or next((s for s in EVAL_SPLITS if s in splits and s != split), None)]
@@ -57,8 +58,8 @@ def dataset_rows(
     for one in wanted:
         if one is not None and one not in splits:
             raise Refused(f"{where} has no split '{one}'.{suggest(one, splits)}")
-        rows = None if one is None else with_prompts(splits[one], f"{where}, split '{one}'", column, template)
-        found.append(rows)
+        place = f"{where}, split '{one}'"
+        found.append(None if one is None else with_prompts(splits[one], place, column, template, chat=chat))
     return _separate(found[0], found[1], 128 if eval_size is None else eval_size, seed, where)
 
 

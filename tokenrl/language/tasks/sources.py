@@ -58,7 +58,9 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
         ) from error
 
 
-def with_prompts(rows: Sequence[Row], where: str, column: str, template: str | None) -> list[dict[str, Any]]:
+def with_prompts(
+    rows: Sequence[Row], where: str, column: str, template: str | None, *, chat: bool = False
+) -> list[dict[str, Any]]:
     """Add a checked "prompt" to each row: the value of a column, or a template filled from the columns.
 
     Of a column `messages`, which holds whole conversations, a last turn of the assistant is the answer: it
@@ -70,6 +72,7 @@ def with_prompts(rows: Sequence[Row], where: str, column: str, template: str | N
         where: what error messages call the rows.
         column: the column that holds the prompt if there is no template.
         template: a `str.format` template such as "Q: {question} A:"; None for no template.
+        chat: make each prompt that is text a message of the user.
 
     Raises:
         Refused: there are no rows or no such column, the template cannot be filled, or a prompt is neither
@@ -94,6 +97,9 @@ def with_prompts(rows: Sequence[Row], where: str, column: str, template: str | N
             '"{question}\\nAnswer:".'
         )
     check_prompts(made, where)
+    for row in made:
+        if chat and isinstance(row["prompt"], str):
+            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     return made
 
 

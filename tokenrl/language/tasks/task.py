@@ -84,6 +84,7 @@ def load_task(
     eval_size: int | None = None,
     reward: Any = None,
     seed: int = 0,
+    chat: bool = False,
 ) -> Task:
     """Find a task by the name that a user gives, or make one of data.
 
@@ -104,13 +105,14 @@ def load_task(
         reward: a reward or a list of them that replaces the task's own: callables, or anything that
             `load_reward` takes. A dataset has no reward of its own.
         seed: seed of the choice of evaluation rows.
+        chat: make prompts of a dataset that are text messages of the user.
 
     Raises:
         Refused: there is no task of that name, its data is empty or cannot be read, a prompt is neither text
             nor chat messages, or there is no reward.
     """
     how: dict[str, Any] = {"column": prompt_column, "template": prompt_template}
-    how |= {"split": split, "eval_split": eval_split, "eval_size": eval_size, "seed": seed}
+    how |= {"split": split, "eval_split": eval_split, "eval_size": eval_size, "seed": seed, "chat": chat}
     if not isinstance(name, str):
         return _memory_task(name, reward, how)
     toy_tasks = _toy_tasks()
@@ -214,6 +216,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
             eval_split=args.eval_split,
             eval_size=args.eval_size,
             reward=chosen or None,
+            chat=bool(getattr(args, "chat", None)),
         )
     else:
         task = smaller_evaluation(task, args.eval_size)

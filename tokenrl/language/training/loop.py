@@ -16,6 +16,7 @@ from tokenrl.calls import called
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.guards import teaches_nothing
 from tokenrl.errors import Stopped
+from tokenrl.language.policy.prompts import settled_form
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
@@ -63,7 +64,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         >>> result = tokenrl.train(task="sort_digits", estimator="rloo", output_dir="runs/a")
         >>> result.eval_after["reward_greedy"]
     """
-    args = called(TrainArguments, args, options)
+    args = settled_form(called(TrainArguments, args, options))
     task, rewards = find_task(args)
     args = resolve(args, task)
     accelerator = make_accelerator(args)
@@ -224,7 +225,8 @@ def _nothing_left(run: Run, session: Session, metrics: dict[str, float]) -> bool
         session.warn_once(
             "cut",
             f"step {session.step}: every completion was cut at {args.max_completion_length} tokens, before "
-            "an EOS. Raise max_completion_length, or start from a model that ends its answers.",
+            "an end. Raise max_completion_length, start from a model that ends its answers, or name strings "
+            "that end them (stop).",
         )
     return False
 

@@ -14,6 +14,7 @@ from tokenrl.core.entropy import entropy_collapse_message, entropy_collapsed, fi
 from tokenrl.core.presets import preset_name
 from tokenrl.language.policy.cards import Card, base_model
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.policy.prompts import asked
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
@@ -122,6 +123,7 @@ def facts(run: Run) -> dict[str, Any]:
         f"ratio {estimator.ratio}, KL {estimator.beta:g}; bias: {estimator.bias_status}",
         "step": f"{args.prompts_per_step} prompts x {args.num_generations} completions of up to "
         f"{args.max_completion_length} tokens, learning rate {args.learning_rate:g}, seed {args.seed}",
+        **asked(policy.form, args.model),
         **({"prompts": policy.remark} if policy.remark else {}),
         "run": args.output_dir,
     }
@@ -161,6 +163,7 @@ def save_checkpoint(run: Run, session: Session) -> None:
 def finish(run: Run, session: Session, ended: RunResult) -> None:
     """Save the model with its card, write summary and report, and show how the run ended."""
     facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
+    facts |= asked(ended.policy.form)
     for when, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
         facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}
     card = Card(run.title, facts, session.origin.in_words(), base_model(run.args.model))

@@ -18,6 +18,7 @@ from tokenrl.language.policy.adapters import add_lora
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
 from tokenrl.language.policy.model import Policy, load_policy, wrap
+from tokenrl.language.policy.prompts import form_of, settled_form
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.task import Task
@@ -130,7 +131,7 @@ def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]
     """Load the policy that the arguments name (object, directory or hub name), else the task's base model.
 
     Raises:
-        Refused: the model cannot be loaded, or cannot be trained.
+        Refused: the model cannot be loaded, cannot be asked as the arguments say, or cannot be trained.
     """
     source: Any = args.model
     if source is None:
@@ -141,6 +142,7 @@ def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]
         policy = wrap(*source, source=type(source[0]).__name__)
     else:
         policy = load_policy(source, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    policy.ask(form_of(settled_form(args)))
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
     if isinstance(args, LoraArguments) and args.lora_r:

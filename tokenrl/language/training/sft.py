@@ -9,6 +9,7 @@ from tokenrl.calls import called
 from tokenrl.errors import Refused
 from tokenrl.language.policy.cards import Card, base_model
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.policy.prompts import asked, settled_form
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits, recorded
@@ -58,7 +59,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         Refused: there are no demonstrations or no model, or the output directory cannot be used.
         Stopped: the loss became NaN or infinite.
     """
-    args = called(SftArguments, args, options)
+    args = settled_form(called(SftArguments, args, options))
     with Session(
         "sft", args.output_dir, overwrite=args.overwrite, quiet=args.quiet, tracking=args
     ) as session:
@@ -72,6 +73,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             "model": policy.source,
             "demonstrations": f"{len(rows):,}",
             "updates": f"{args.max_steps} of {args.batch_size}, learning rate {args.learning_rate:g}",
+            **asked(policy.form, args.model),
             **({"prompts": policy.remark} if policy.remark else {}),
         }
         name = args.task if isinstance(args.task, str) else str(task.name)

@@ -1,0 +1,154 @@
+"""The form in which a model is asked: system prompt, text as chat, variables of the template; refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_models import TEMPLATE, make_policy
+
+from tokenrl.cli import COMMANDS
+from tokenrl.errors import Refused
+from tokenrl.flags import parse
+from tokenrl.language.policy.arguments import PromptArguments
+from tokenrl.language.policy.prompts import FORM, asked, saved_form
+
+USER = [{"role": "user", "content": "the cat"}]
+SYSTEM = [{"role": "system", "content": "count to ten"}]
+TALK = [*USER, {"role": "assistant", "content": "sat on"}]
+FASTER = TEMPLATE + "{% if quick is defined and quick %}{{ 'sat ' }}{% endif %}"
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + TEMPLATE
+)
+DEAF = TEMPLATE.replace("in messages", "in messages if m['role'] != 'system'")
+
+
+def chat_policy(template=TEMPLATE, **form):
+    policy = make_policy(kind="chat")
+    policy.tokenizer.chat_template = template
+    policy.ask(PromptArguments(**form))
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("prompt", "form", "text"),
+    [
+        ("the cat", {}, "the cat"),
+        ("the cat", {"chat": True}, "u the cat a "),
+        (USER, {"chat": True}, "u the cat a "),
+        (USER, {"system_prompt": "count to ten"}, "s count to ten u the cat a "),
+        ("the cat", {"chat": True, "system_prompt": "count to ten"}, "s count to ten u the cat a "),
+        (TALK, {"system_prompt": "count to ten"}, "s count to ten u the cat a sat on"),
+        (USER, {"chat_template_kwargs": {"quick": True}}, "u the cat a sat "),
+        (USER, {"chat_template_kwargs": '{"quick": false}'}, "u the cat a "),
+        ("the cat", {"chat": False, "system_prompt": "", "chat_template_kwargs": {}}, "the cat"),
+    ],
+)
+def test_what_the_model_reads(prompt, form, text):
+    policy = chat_policy(FASTER, **form)
+    assert policy.tokenizer.decode(policy.encode(prompt), skip_special_tokens=True) == text
+    assert policy.encode(prompt).count(policy.tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "form", "prompt", "said"),
+    [
+        (TEMPLATE, {"system_prompt": "count"}, "the cat", "system_prompt is for chat .*'the cat'.*--chat"),
+        (FASTER, {"chat_template_kwargs": {"quick": 1}}, "a", "chat_template_kwargs is for chat messages"),
+        (TEMPLATE, {"system_prompt": "count"}, [*SYSTEM, *USER], "already begins with a message of the sys"),
+        (None, {"chat": True}, "the cat", "has no chat template.*without chat"),
+        (
+            GEMMA,
+            {"system_prompt": "count"},
+            USER,
+            "refuses messages of these roles: system, user .*System role",
+        ),
+        (GEMMA, {}, [*SYSTEM, *USER], "System role not supported.*Give prompts as the template takes them"),
+        (DEAF, {"system_prompt": "count"}, USER, "leaves out messages of the system.*prompt_template"),
+        (TEMPLATE, {"chat_template_kwargs": {"quick": True}}, USER, "sets 'quick', which the chat template"),
+        (
+            TEMPLATE,
+            {"chat_template_kwargs": {"messages": []}},
+            USER,
+            "sets 'messages', which each prompt sets",
+        ),
+    ],
+)
+def test_a_form_in_which_the_model_cannot_be_asked_is_refused(template, form, prompt, said):
+    with pytest.raises(Refused, match=said):
+        chat_policy(template, **form).encode(prompt)
+
+
+@pytest.mark.parametrize("given", ["{quick: 1}", "[1]", "3", {"quick": {1}}, 5, ""])
+def test_template_variables_are_a_json_object(given):
+    with pytest.raises(Refused, match=r"chat_template_kwargs was given as .*must be an object in JSON"):
+        PromptArguments(chat_template_kwargs=given)
+
+
+@pytest.mark.parametrize("given", ["", "a\\n", r"\n\nQ:", r"\t"])
+def test_a_stop_string_that_would_never_be_met_is_refused(given):
+    with pytest.raises(Refused, match=r"stop holds .* a shell makes of \$'"):
+        PromptArguments(stop=("Q:", given))
+    assert PromptArguments(stop=r"\neq").stop == (r"\neq",)  # a command of LaTeX
+
+
+ASKED = [name for name, command in COMMANDS.items() if hasattr(command.arguments, "system_prompt")]
+
+
+def test_every_command_that_asks_a_model_has_the_four_settings():
+    assert ASKED == ["train", "sft", "reward-model", "evaluate", "sample", "advise", "lab measure"]
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_flags_say_yes_no_or_nothing(name, tmp_path):
+    command = COMMANDS[name]
+    given = ["--system-prompt", "Be brief.", "--stop", "Q:", "\n\n"]
+    variables = ["--chat-template-kwargs", '{"enable_thinking": false}']
+    args = parse(name, command, [*given, *variables, "--chat"])
+    found = {field: getattr(args, field) for field in FORM}
+    assert found == {
+        "system_prompt": "Be brief.",
+        "chat": True,
+        "chat_template_kwargs": '{"enable_thinking": false}',
+        "stop": ("Q:", "\n\n"),
+    }
+    assert parse(name, command, ["--no-chat", "--stop"]).chat is False
+    assert {getattr(parse(name, command, []), field) for field in FORM} == {None}
+    if command.trains:
+        (tmp_path / "c.json").write_text(json.dumps({"chat": True, "stop": ["Q:"]}))
+        config = ["--config", str(tmp_path / "c.json")]
+        assert [parse(name, command, config).chat, parse(name, command, config).stop] == [True, ("Q:",)]
+        assert parse(name, command, [*config, "--no-chat"]).chat is False
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "model" / "adapter").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_1").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "config.json").write_text(
+        json.dumps({"kind": "sft", "chat": True, "stop": ["Q:"], "seed": 1})
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("part", ["", "model", "model/adapter", "checkpoints/step_1"])
+def test_a_run_and_its_models_are_asked_as_in_the_run(run, part, monkeypatch):
+    assert saved_form(run / part) == {"chat": True, "stop": ("Q:",)}
+    monkeypatch.chdir(run)
+    assert saved_form(part or ".") == {"chat": True, "stop": ("Q:",)}
+
+
+def test_nothing_else_is_taken_for_a_run(run, monkeypatch):
+    (run / "other").mkdir()
+    monkeypatch.chdir(run)
+    assert saved_form("other") == saved_form("owner/name") == saved_form(None) == saved_form(run.parent) == {}
+
+
+def test_the_form_in_words(run):
+    form = PromptArguments(system_prompt="Be brief.", chat=True, stop=("Q:", "\n"))
+    said = "each text as a message of the user; system prompt 'Be brief.'; completions end at 'Q:' or '\\n'"
+    assert asked(form) == {"asked": said} == asked(form, run)
+    assert asked(PromptArguments(**saved_form(run)), run)["asked"].endswith(f"'Q:' (as the run of {run})")
+    assert asked(PromptArguments(chat=False, system_prompt="", stop=(), chat_template_kwargs={})) == {}

@@ -1,0 +1,143 @@
+"""A run keeps how its model was asked, and every command that is given the run asks it so again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_models import make_model, make_tokenizer, vowel_reward
+
+import tokenrl
+from tokenrl.cli import main
+from tokenrl.errors import Refused
+from tokenrl.lab.measure.measurement import measure
+from tokenrl.language.policy.model import load_policy
+from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.tasks.task import PromptTask
+
+WORDS = ["cat", "dog", "mat", "log", "one", "two", "three", "four"]
+ROWS = [{"question": word, "completion": word[::-1]} for word in WORDS]
+FORM = {"system_prompt": "count", "chat": True, "stop": (" t", "e")}
+SMALL = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 8, "cpu": True, "quiet": True}
+SEEN: list[tuple] = []
+
+
+def looking(prompts, completions, completion_ids, **_):
+    SEEN.extend(zip(prompts, completions, strict=True))
+    return vowel_reward(completions=completions, completion_ids=completion_ids)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(directory)
+    make_tokenizer("chat").save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    """A fine-tuning of one step, asked in a form of its own."""
+    directory = tmp_path_factory.mktemp("runs") / "sft"
+    how = {"prompt_column": "question", "max_steps": 1, "batch_size": 2, "quiet": True}
+    tokenrl.sft(model=str(model), task=ROWS, output_dir=str(directory), **how, **FORM)
+    return directory
+
+
+def prompts_read(policy, monkeypatch):
+    """Every text that the policy's tokenizer makes of chat messages from now on."""
+    read, render = [], type(policy.tokenizer).apply_chat_template
+
+    def spy(self, messages, **how):
+        read.append(messages)
+        return render(self, messages, **how)
+
+    monkeypatch.setattr(type(policy.tokenizer), "apply_chat_template", spy)
+    return read
+
+
+def asked_of(word):
+    return [{"role": "system", "content": "count"}, {"role": "user", "content": word}]
+
+
+def test_config_card_and_report_of_a_run_say_it(run):
+    config = json.loads((run / "config.json").read_text())
+    assert [config[name] for name in FORM] == ["count", True, [" t", "e"]]
+    said = "each text as a message of the user; system prompt 'count'; completions end at ' t' or 'e'"
+    assert f"| asked | {said} |" in (run / "model" / "README.md").read_text()
+    report = (run / "report.html").read_text()
+    assert "How the model was asked" in report and "[&quot; t&quot;, &quot;e&quot;]" in report
+
+
+def test_training_goes_on_in_the_form_of_the_run_unless_told_otherwise(run, tmp_path, monkeypatch):
+    SEEN.clear()
+    policy = load_policy(run)
+    assert policy.form.stop == (" t", "e") and policy.stops is not None
+    read = prompts_read(policy, monkeypatch)
+    data = {"task": ROWS, "prompt_column": "question", "reward": looking, "max_steps": 1, **SMALL}
+    result = tokenrl.train(model=str(run), output_dir=str(tmp_path / "a"), **data)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert [config[name] for name in FORM] == ["count", True, [" t", "e"]]
+    assert all(asked_of(row["question"]) in read for row in ROWS)
+    prompts, completions = zip(*SEEN, strict=True)
+    assert all(prompt in [asked_of(row["question"])[1:] for row in ROWS] for prompt in prompts)  # messages
+    assert not any(stop in c[0]["content"] for c in completions for stop in FORM["stop"])
+    assert result.policy.form == policy.form and result.eval_after["completions/clipped_ratio"] < 1
+    other = tokenrl.train(
+        model=str(run), output_dir=str(tmp_path / "b"), **data, system_prompt="", stop=(), chat=False
+    )
+    assert other.policy.stops is None and other.policy.encode("cat") == policy.tokenizer("cat").input_ids
+
+
+def test_a_task_of_texts_keeps_them_for_its_rewards(run, tmp_path):
+    SEEN.clear()
+    rows = [{"prompt": row["question"]} for row in ROWS]
+    task = PromptTask("words", rows, rows[:2], looking)
+    tokenrl.train(model=str(run), task=task, max_steps=1, output_dir=str(tmp_path / "c"), **SMALL)
+    assert all(isinstance(prompt, str) and isinstance(text, str) for prompt, text in SEEN)
+
+
+def test_evaluate_and_sample_ask_as_the_run_did(run, capsys):
+    evaluation = {"task": ROWS, "prompt_column": "question", "reward": looking, "max_completion_length": 8}
+    SEEN.clear()
+    found = tokenrl.evaluate(model=str(run), **evaluation)
+    told = tokenrl.evaluate(model=str(run / "model"), **evaluation, **FORM)
+    assert found.rows == told.rows and SEEN[0][0][0]["role"] == "user"
+    line = "tokenrl: asked: each text as a message of the user; system prompt 'count'; completions end at"
+    assert capsys.readouterr().err.count(line) == 2
+    assert main(["sample", "--model", str(run), "--prompt", "cat", "--num-generations", "0"]) == 0
+    out = capsys.readouterr()
+    assert out.err.startswith(line) and str(run) in out.err and not out.out.startswith("cat")
+    assert "e" not in out.out and " t" not in out.out
+    plain = ["--no-chat", "--system-prompt", "", "--stop"]
+    assert main(["sample", "--model", str(run), "--prompt", "cat", "--num-generations", "0", *plain]) == 0
+    out = capsys.readouterr()
+    assert out.err == "" and out.out.startswith("cat")
+    with pytest.raises(Refused, match="system_prompt is for chat messages"):
+        tokenrl.sample(model=str(run), prompt="cat", chat=False)
+
+
+def test_the_lab_and_the_reward_model_ask_as_the_run_did(run, model, tmp_path, monkeypatch):
+    rows = [{"prompt": row["question"]} for row in ROWS]
+    task = PromptTask("words", rows, rows[:2], vowel_reward)
+    read = prompts_read(load_policy(run), monkeypatch)
+    sizes = {"num_prompts": 4, "prompts_per_step": 1, "num_generations": 2, "max_completion_length": 4}
+    measure(model=str(run), task=task, estimators=("rloo",), probes=2, quiet=True, **sizes)
+    assert asked_of("cat") in read
+    judge = tokenrl.train_reward_model(
+        model=str(model),
+        policy=str(run),
+        task=task,
+        num_pairs=4,
+        eval_size=2,
+        max_steps=1,
+        max_completion_length=4,
+        noise_temperature=1.0,
+        output_dir=str(tmp_path / "judge"),
+        quiet=True,
+    ).reward_model
+    again = RewardModel(tmp_path / "judge")
+    whole = [*asked_of("cat"), {"role": "assistant", "content": "mat"}]
+    text = judge.tokenizer.apply_chat_template(whole, tokenize=False)
+    expected = judge.tokenizer(text, add_special_tokens=False).input_ids
+    assert judge.encode("cat", "mat") == again.encode("cat", "mat") == expected
