@@ -13,6 +13,7 @@ import tokenrl
 
 ROOT = Path(__file__).parents[1]
 SOURCE = (".py", ".pyi")  # a stub holds the public names of its package
+DATA = {"tokenrl/py.typed", "tokenrl/runs/page.css", "tokenrl/runs/page.js"}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_the_wheel_holds_the_modules_their_types_and_the_licence(names):
     about = {name.partition("/")[2] for name in names if ".dist-info/" in name}
     assert about == {"METADATA", "WHEEL", "entry_points.txt", "RECORD", "licenses/LICENSE"}
     code = {name for name in names if ".dist-info/" not in name}
-    assert code == modules("tokenrl") | modules("toy_tasks") | {"tokenrl/py.typed"}
+    assert code == modules("tokenrl") | modules("toy_tasks") | DATA
 
 
 def test_the_distribution_has_a_name_of_its_own_and_the_command_keeps_its_name(wheel, names):

@@ -1,8 +1,9 @@
 import io
+import math
 
 import pytest
 
-from tokenrl.runs.console import Console, duration, ending, number, visible
+from tokenrl.runs.console import Console, duration, ending, measured, number, visible
 
 SUMMARY = {"exit_reason": "completed", "steps": 40, "wall_seconds": 75.2, "tokens_per_second": 12345.6,
            "eval_before": {"reward": 0.125}, "eval_after": {"reward": 0.875, "pass@8": 1.0}}  # fmt: skip
@@ -73,6 +74,15 @@ def test_before_and_after_stand_side_by_side():
     assert "completed, 40 steps, 1:15, 12,346 tokens/s" in printed()
 
 
+def test_a_standard_error_stands_beside_its_number():
+    file = io.StringIO()
+    after = {"kl": 1.0, "reward": 0.91234, "reward_stderr": 0.0123, "lone_stderr": 2.0}
+    Console(file=file).finish({"eval_before": {"reward": 0.5}, "eval_after": after})
+    rows = [line.split() for line in file.getvalue().splitlines()]
+    assert ["reward", "0.5", "0.912", "±", "0.012"] in rows and ["lone_stderr", "-", "2"] in rows
+    assert "reward_stderr" not in file.getvalue()
+
+
 def test_terminal_gets_one_live_line(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -99,5 +109,10 @@ def test_small_formats():
     assert [duration(seconds) for seconds in (0, 59.6, 3723)] == ["0:00", "1:00", "1:02:03"]
     assert [number(value) for value in (None, 0.12345, 5, "Infinity", "a\nb", float("nan"))] == [
         "-", "0.1235", "5", "inf", r"a\nb", "nan"]  # fmt: skip
+    for value, error, shown in (
+        *((0.91234, 0.0123, "0.912 ± 0.012"), (1234.5, 67.8, "1234 ± 68"), (0.94, 0.0, "0.94 ± 0")),
+        *((0.5, None, "0.5"), (None, 0.1, "-"), (0.5, math.nan, "0.5"), (1, 3e-9, "1 ± 3e-09")),
+    ):
+        assert measured(value, error) == shown
     assert ending({}) == "unfinished"
     assert ending({"exit_reason": "SIGTERM", "env_steps_per_second": 10}) == "SIGTERM, 10 env steps/s"

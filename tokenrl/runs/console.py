@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -14,6 +15,7 @@ _LOSS_NOTE = (
     "The loss is no measure of progress: it weights log-probabilities by advantages, "
     "which average to about 0 by construction; watch the reward and the evaluation."
 )
+_PLACES = 6  # most decimal places of a number with its error
 _CELL = 60  # characters of a prompt or completion shown in a table
 
 
@@ -115,10 +117,11 @@ class Console:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the evaluation before and after training, and how the run ended, from summary.json."""
         before, after = summary.get("eval_before") or {}, summary.get("eval_after") or {}
-        table = rich_table("Evaluation", ("",), ("before",))
+        table = rich_table("Evaluation (± standard error)", ("",), ("before",))
         table.add_column("after", justify="right", style="bold")
-        for name in dict.fromkeys([*before, *after]):
-            table.add_row(self._visible(name), number(before.get(name)), number(after.get(name)))
+        columns = with_errors(before), with_errors(after)
+        for name in dict.fromkeys(name for column in columns for name in column):
+            table.add_row(self._visible(name), *(column.get(name, "-") for column in columns))
         if table.rows:
             self.rich.print(table)
         self.rich.print(ending(summary))
@@ -195,6 +198,30 @@ def number(value: Any) -> str:
         return f"{float(value):.4g}"
     except (TypeError, ValueError):
         return visible(str(value), _CELL)
+
+
+def measured(value: Any, error: Any = None) -> str:
+    """Return a number with its standard error as text, such as 0.912 ± 0.012; one without error as `number`.
+
+    Both are rounded to the second significant figure of the error.
+    """
+    if value is None or not isinstance(error, (int, float)) or not math.isfinite(error):
+        return number(value)
+    places = 1 - math.floor(math.log10(error)) if error > 0 else _PLACES + 1
+    if places > _PLACES:
+        return f"{number(value)} ± {error:.1g}"
+    places = max(0, places)
+    return f"{float(value):.{places}f} ± {error:.{places}f}"
+
+
+def with_errors(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return each metric as text by its name, with the standard error that the metrics hold beside it.
+
+    The standard error of NAME is NAME_stderr; it has no entry of its own. The rewards come first.
+    """
+    names = [name for name in metrics if not (name.endswith("_stderr") and name[:-7] in metrics)]
+    names.sort(key=lambda name: name not in ("reward", "reward_greedy"))
+    return {name: measured(metrics[name], metrics.get(name + "_stderr")) for name in names}
 
 
 def duration(seconds: float) -> str:

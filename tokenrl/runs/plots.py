@@ -20,7 +20,7 @@ _EVALUATIONS = (
     ("eval_reward", _BLUE, "s-", "held-out sampled"),
     ("eval_reward_greedy", _ORANGE, "o-", "held-out greedy"),
 )
-_HEALTH = (
+HEALTH = (
     ("entropy", "entropy", "nats per action"),
     ("completions/mean_length", "completion length", "tokens"),
     ("episode_length", "episode length", "steps"),
@@ -72,7 +72,7 @@ def learning_curve(
     """
     from matplotlib.figure import Figure
 
-    health = [entry for entry in _HEALTH if series(metrics, entry[0])[0]]
+    health = [entry for entry in HEALTH if series(metrics, entry[0])[0]]
     figure = Figure(figsize=(12, 7), dpi=100, facecolor="white")
     figure.text(0.075, 0.94, _literal(title), fontsize=18, fontweight="bold", color=_INK)
     figure.text(0.075, 0.9, _literal(subtitle), fontsize=11.5, color="#555555")

@@ -207,7 +207,10 @@ def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
 
     first = (run / "metrics.jsonl").read_text()
     (run / "calibration.png").unlink()
-    report_reward_model(run)
+    page = report_reward_model(run).read_text("utf-8")
+    shown = [f"{one[name]:.4g}</t" for one in json.loads((run / "summary.json").read_text())["calibration"]
+             for name in ("predicted", "observed", "count")]  # fmt: skip
+    assert shown and all(words in page for words in [*shown, ">Calibration<", 'aria-label="accuracy,'])
     assert (run / "calibration.png").stat().st_size > 10_000 and "of held-out" not in first
     with pytest.raises(Refused, match="already holds a run"):
         train_reward_model(data=rows_to_learn(), model=str(saved()), output_dir=run, **options)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from tokenrl.language.preferences.data import RewardData
 from tokenrl.language.preferences.evaluation import Bin, draw_calibration
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.runs.metrics import read_completions, read_metrics, write_completions
+from tokenrl.runs.charts import Curve, chart
+from tokenrl.runs.console import number
+from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.outcome import Outcome
-from tokenrl.runs.report import write_report
+from tokenrl.runs.page import Html, section, table
+from tokenrl.runs.report import read_run, write_report
 from tokenrl.runs.session import Session
 
 PLOT = "calibration.png"
@@ -102,22 +106,26 @@ def report_reward_model(run: str | Path) -> Path:
     Raises:
         Refused: the directory holds no finished run of a reward model.
     """
-    run = Path(run)
-    if not (run / "summary.json").is_file():
+    found = read_run(run)
+    if not found.summary:
         raise Refused(f"{run} holds no summary.json; give the output directory of a finished run.")
-    settings, metrics = read_config(run), read_metrics(run / "metrics.jsonl")
-    summary = json.loads((run / "summary.json").read_text("utf-8"))
-    if not summary.get("eval_after"):
-        raise Refused(f"The run in {run} ended early ({summary.get('error', '')}); there is nothing to draw.")
-    curve, title = [Bin(**one) for one in summary["calibration"]], str(settings.get("title", run.name))
-    draw_calibration(run / PLOT, metrics, curve, summary["eval_after"], title=title)
-    files = sorted((run / "completions").glob("step_*.parquet"))
-    return write_report(
-        run / "report.html",
-        config=settings,
-        metrics=metrics,
-        summary=summary,
-        completions={int(file.stem[5:]): read_completions(file) for file in files},
-        plot_path=run / PLOT,
-        title=title,
+    if not (after := found.summary.get("eval_after")):
+        error = found.summary.get("error", "")
+        raise Refused(f"The run in {run} ended early ({error}); there is nothing to draw.")
+    bins = [Bin(**one) for one in found.summary["calibration"]]
+    draw_calibration(found.path / PLOT, found.metrics, bins, after, title=found.title)
+    return write_report(found, _calibration(bins))
+
+
+def _calibration(bins: Sequence[Bin]) -> Html:
+    """Show the calibration curve as a chart and as a table."""
+    predicted, observed = [b.predicted for b in bins], [b.observed for b in bins]
+    errors = [math.sqrt(p * (1 - p) / b.count) for p, b in zip(predicted, bins, strict=True)]
+    exact = Curve(predicted, predicted, errors=errors, colour=0, dots=True)
+    name = "observed share of choices, by their predicted probability"
+    unit = "grey: exact predictions, ± one standard error"
+    drawn = chart(
+        name, unit, [exact, Curve(predicted, observed, colour=2, dots=True)], large=True, whole=False
     )
+    rows = [[number(b.predicted), number(b.observed), str(b.count)] for b in bins]
+    return section("Calibration", drawn, table(("predicted", "observed", "pairs"), rows))
