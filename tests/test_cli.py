@@ -58,6 +58,12 @@ def test_train_evaluate_sample_report(capsys, tmp_path):
     (tmp_path / "run" / "report.html").unlink()
     assert main(["report", "run"]) == 0
     assert (tmp_path / "run" / "report.html").exists()
+    assert main(["report"]) == 2 and "Name the output directory" in capsys.readouterr().err
+    assert main([*TRAIN[:-1], "second", "--seed", "1", "--quiet"]) == 0
+    assert main(["report", "run", "second"]) == 0
+    assert "held-out greedy" in (tmp_path / capsys.readouterr().out.strip()).read_text()
+    assert main(["report", "second", "run", "--output", "both.html"]) == 0
+    assert (tmp_path / "both.html").exists()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import tyro
 
 from tokenrl.advisor.arguments import AdviseArguments
-from tokenrl.configuration import read_config
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, TokenrlError, suggest
 from tokenrl.flags import Command, parse, print_completion
@@ -29,10 +28,12 @@ from tokenrl.settings import Settings
 
 @dataclass(frozen=True)
 class ReportArguments(Settings):
-    """Draw the learning curve of a run and write its report again."""
+    """Draw the learning curve of a run and write its report again; or compare several runs on one page."""
 
-    run_dir: tyro.conf.Positional[str]
-    """Output directory of the run."""
+    run_dir: tyro.conf.Positional[tuple[str, ...]]
+    """Output directory of the run; of several runs to compare them."""
+    output: str = "comparison.html"
+    """File to write for several runs. The report of one run is report.html in its directory."""
 
 
 def _train(args: TrainArguments) -> int:
@@ -88,14 +89,18 @@ def _advise(args: AdviseArguments) -> int:
 
 
 def _report(args: ReportArguments) -> int:
-    config = read_config(args.run_dir) if os.path.exists(os.path.join(args.run_dir, "config.json")) else {}
-    # Older runs have no "kind" in config.json; among them only reward models have "pairs".
-    if config.get("kind", "reward-model" if "pairs" in config else "") == "reward-model":
-        from tokenrl.language.preferences.report import report_reward_model as report
-    else:
-        from tokenrl.runs.report import report_from_directory as report
+    from tokenrl.runs.report import read_run, report_from_directory as report
 
-    print(report(args.run_dir))
+    if not args.run_dir:
+        raise Refused("Name the output directory of a run, or of several runs to compare them.")
+    if len(args.run_dir) > 1:
+        from tokenrl.runs.comparison import compare_runs
+
+        print(compare_runs(args.run_dir, args.output))
+        return 0
+    if read_run(args.run_dir[0]).kind == "reward-model":
+        from tokenrl.language.preferences.report import report_reward_model as report
+    print(report(args.run_dir[0]))
     return 0
 
 

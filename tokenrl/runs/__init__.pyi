@@ -1,3 +1,4 @@
+from tokenrl.runs.comparison import compare_runs as compare_runs
 from tokenrl.runs.files import write_json as write_json
 from tokenrl.runs.metrics import read_completions as read_completions, read_metrics as read_metrics
 from tokenrl.runs.outcome import Outcome as Outcome
