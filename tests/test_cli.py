@@ -15,6 +15,7 @@ import time
 
 import pytest
 
+import tokenrl
 from tokenrl.cli import COMMANDS, main
 from tokenrl.core import Estimator
 from tokenrl.flags import parse
@@ -91,6 +92,28 @@ def test_evaluate_prints_a_table_and_writes_json(model, capsys, tmp_path):
     assert "num_generations=2" in capsys.readouterr().err
     assert main([*arguments, "--reference", model, "--num-generations", "0"]) == 2
     assert main([*arguments, "--temperature", "0"]) == 2
+
+
+def test_evaluate_compares_models_prompt_by_prompt(model, capsys, tmp_path):
+    assert main([*TRAIN, "--learning-rate", "3e-3", "--quiet"]) == 0
+    several = ["evaluate", "--task", "vowels", "--json", "numbers.json", "--model", model, "run"]
+    assert main(several) == 0
+    out = capsys.readouterr().out
+    assert "Minus" in out and "±" in out
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert list(numbers) == sorted([model, "run"])
+    base, trained = numbers[model], numbers["run"]
+    assert trained["difference/reward"] == pytest.approx(trained["reward"] - base["reward"]) != 0
+    unpaired = math.hypot(trained["reward_stderr"], base["reward_stderr"])
+    assert 0 < trained["difference/reward_stderr"] < unpaired
+    assert "difference/reward" not in base
+    alone = tokenrl.evaluate(model=tmp_path / "run", task="vowels")
+    together = tokenrl.evaluate(model=["run", model], task="vowels")
+    assert list(together) == ["run", model] and together["run"] == alone
+    assert alone.metrics == {k: v for k, v in trained.items() if not k.startswith("difference/")}
+    for wrong, words in ((["run", "run"], "given twice"), (["run", ""], "Name the model")):
+        assert main(["evaluate", "--task", "vowels", "--model", *wrong]) == 2
+        assert words in capsys.readouterr().err
 
 
 def talk(lines, *arguments, monkeypatch, capsys):

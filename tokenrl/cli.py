@@ -56,11 +56,18 @@ def _reward_model(args: RewardModelArguments) -> int:
 
 def _evaluate(args: EvaluateArguments) -> int:
     from tokenrl.language.inspect.evaluate import evaluate
-    from tokenrl.language.training.evaluation_metrics import evaluation_table
+    from tokenrl.language.training.evaluation_metrics import comparison_tables, evaluation_table
     from tokenrl.runs.console import rich_console
 
-    title = f"{args.model} on the held-out prompts of {args.task}"
-    rich_console().print(evaluation_table(evaluate(args).metrics, title=title))
+    found = evaluate(args)
+    if isinstance(found, dict):
+        title = f"Held-out prompts of {args.task}"
+        tables = comparison_tables({name: one.metrics for name, one in found.items()}, title=title)
+    else:
+        tables = [
+            evaluation_table(found.metrics, title=f"{args.model} on the held-out prompts of {args.task}")
+        ]
+    rich_console().print(*tables, sep="\n")
     return 0
 
 

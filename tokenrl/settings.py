@@ -209,7 +209,7 @@ def _several(parts: tuple[Any, ...]) -> Rule | None:
 def arguments(kind: type[T], options: Mapping[str, Any]) -> T:
     """Make a dataclass of settings from keywords, which come from a Python call or from a configuration file.
 
-    Some values are converted: where a tuple is expected, a single value becomes a tuple of one; where an
+    Some values are converted: where only a tuple is expected, a single value becomes a tuple of one; where an
     `Estimator` is expected, the name of a preset or a mapping of fields becomes an `Estimator`; where text is
     expected, a path becomes text.
 
@@ -232,6 +232,7 @@ def _converted(value: Any, hint: Any) -> Any:
         return arguments(hint, value)
     if isinstance(value, str) and hasattr(hint, "preset"):
         return hint.preset(value)
-    if tuple in [typing.get_origin(part) for part in parts] and not (value is None and NoneType in parts):
+    fits = (str in parts and isinstance(value, (str, os.PathLike))) or (value is None and NoneType in parts)
+    if tuple in [typing.get_origin(part) for part in parts] and not fits:
         return tuple(value) if isinstance(value, (list, tuple)) else () if value is None else (value,)
     return os.fspath(value) if str in parts and isinstance(value, os.PathLike) else value

@@ -14,7 +14,13 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training import evaluation
 from tokenrl.language.training.evaluation import evaluate_policy
-from tokenrl.language.training.evaluation_metrics import check_sizes, distinct, evaluation_table
+from tokenrl.language.training.evaluation_metrics import (
+    check_sizes,
+    comparison_tables,
+    distinct,
+    evaluation_table,
+    paired_differences,
+)
 from tokenrl.runs.console import rich_console
 from toy_tasks.models import TinyModel
 
@@ -129,6 +135,41 @@ def test_prompts_with_too_few_judged_samples_do_not_count():
     assert 0 < len(counted) < len(groups)
     best = [(g.max() * 5 + np.sort(g)[:-1].max()) / 6 if len(g) == 6 else g.max() for g in counted]
     assert found["best@5"] == pytest.approx(np.mean(best))
+
+
+def test_values_by_prompt_average_to_the_metrics_and_pair_two_policies():
+    sampling = Sampling(4, 6)
+    rewards = Rewards([Recorder().right, lambda completions: [t.count("b") for t in completions]])
+    options = {"detailed": True, "k": (1, 3), "reference": tiny(2)}
+    first, other = (evaluate_policy(tiny(s), ROWS, rewards, sampling, **options) for s in (0, 1))
+    for name, values in other.by_prompt.items():
+        assert len(values) == len(ROWS) and np.mean(values) == pytest.approx(other.metrics[name]), name
+    assert {"reward_greedy", "reward", "best@3", "distinct_2", "kl"} <= other.by_prompt.keys()
+    compared = paired_differences(first.by_prompt, other.by_prompt)
+    assert len(compared) == 2 * len(other.by_prompt)
+    apart = np.array(other.by_prompt["best@3"]) - np.array(first.by_prompt["best@3"])
+    assert compared["difference/best@3"] == pytest.approx(apart.mean()) != 0
+    assert compared["difference/best@3_stderr"] == pytest.approx(apart.std(ddof=1) / math.sqrt(len(ROWS)))
+    same = paired_differences(first.by_prompt, first.by_prompt)
+    assert set(same.values()) == {0.0}
+    assert evaluate_policy(tiny(), ROWS, rewards, sampling).by_prompt == {}
+
+
+def test_a_prompt_without_a_value_is_left_out_of_the_pairs():
+    found = paired_differences({"a": [1.0, math.nan, 3.0], "b": [1.0]}, {"a": [2.0, 5.0, 5.0], "c": [1.0]})
+    assert found == {"difference/a": 1.5, "difference/a_stderr": 0.5}
+    assert paired_differences({"a": [1.0]}, {"a": [3.0]}) == {"difference/a": 2.0}
+
+
+def test_tables_of_two_models(capsys):
+    first = {"reward": 0.5, "reward_stderr": 0.01, "entropy": 1.0}
+    second = {"reward": 0.75, "difference/reward": 0.25, "difference/reward_stderr": 0.013}
+    models = {"A": first, "B": second}
+    rich_console().print(*comparison_tables(models, title="t"))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for row in (["A", "B"], ["reward", "0.500", "±", "0.010", "0.75"], ["entropy", "1", "-"], ["B"],
+                ["reward", "+0.250", "±", "0.013"]):  # fmt: skip
+        assert row in rows
 
 
 def test_diversity_by_hand():

@@ -41,10 +41,11 @@ class SampleArguments(PromptArguments):
 
 @dataclass(frozen=True)
 class EvaluateArguments(TaskArguments, PromptArguments):
-    """Evaluate a model on a task's held-out prompts, by greedy and by sampled completions."""
+    """Evaluate one or more models on a task's held-out prompts, by greedy and by sampled completions."""
 
-    model: str = ""
-    """Local directory or hub name."""
+    model: str | tuple[str, ...] = ""
+    """Local directory or hub name. Several are evaluated one after the other, on the same prompts and with
+    the same random numbers, and each is compared with the first, prompt by prompt."""
     num_generations: Natural | None = None
     """Sampled completions per prompt, besides the greedy one; 0: none. Default: 4, or the largest k."""
     k: tuple[Count, ...] = ()
@@ -72,4 +73,4 @@ class EvaluateArguments(TaskArguments, PromptArguments):
     seed: Natural = 0
     """Seed of sampling."""
     json: str | None = None
-    """Also write the numbers to this file."""
+    """Also write the numbers to this file; those of several models by the model's name."""

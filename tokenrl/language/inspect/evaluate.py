@@ -1,10 +1,11 @@
-"""Evaluates a model on a task's held-out prompts, the command `tokenrl evaluate`."""
+"""Evaluates models on a task's held-out prompts, the command `tokenrl evaluate`."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from tokenrl.calls import called
 from tokenrl.errors import Refused
@@ -15,29 +16,63 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.evaluation import Evaluation, evaluate_policy
-from tokenrl.language.training.evaluation_metrics import check_sizes
+from tokenrl.language.training.evaluation_metrics import check_sizes, paired_differences
 from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.files import write_json
 
 
-def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluation:
-    """Evaluate a model on a task's held-out prompts; the keywords are the fields of `EvaluateArguments`.
+@overload
+def evaluate(
+    args: EvaluateArguments | None = None, *, model: str | os.PathLike[str] = "", **options: Any
+) -> Evaluation: ...
+
+
+@overload
+def evaluate(
+    args: EvaluateArguments | None = None, *, model: list[str] | tuple[str, ...], **options: Any
+) -> dict[str, Evaluation]: ...
+
+
+def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluation | dict[str, Evaluation]:
+    """Evaluate models on a task's held-out prompts; the keywords are the fields of `EvaluateArguments`.
+
+    Several models are loaded one after the other. All get the same prompts and the same random numbers.
 
     Args:
         args: all arguments at once, instead of keywords.
         **options: the fields of `EvaluateArguments`.
 
     Returns:
-        The metrics and the greedy completions. The metrics are those of `evaluate_policy` with `details`, and
-        with `best_of` those of `best_of_n_metrics`.
+        For one model its metrics and greedy completions. The metrics are those of `evaluate_policy` with
+        `details`, and with `best_of` those of `best_of_n_metrics`. For a list or tuple of models a dict of
+        these by model, in its order; the metrics of every model but the first also have those of
+        `paired_differences` to the first.
 
     Raises:
-        Refused: the model, the reference, the task or a reward cannot be used, or a number is out of range.
+        Refused: a model, the reference, the task or a reward cannot be used, or a number is out of range.
         Stopped: a reward function failed.
     """
-    args = settled_form(called(EvaluateArguments, args, options))
-    if not args.model:
+    args = called(EvaluateArguments, args, options)
+    names = (args.model,) if isinstance(args.model, str) else args.model
+    if not all(names) or not names:
         raise Refused("Name the model to evaluate: --model DIRECTORY_OR_HUB_NAME.")
+    if len(set(names)) < len(names):
+        raise Refused(f"A model is given twice among {', '.join(names)}; give each of them once.")
+    found: dict[str, Evaluation] = {}
+    for name in names:
+        one = _evaluated(replace(args, model=name))
+        compared = paired_differences(found[names[0]].by_prompt, one.by_prompt) if found else {}
+        found[name] = one._replace(metrics=one.metrics | compared)
+    if args.json:
+        numbers: dict[str, Any] = {name: one.metrics for name, one in found.items()}
+        write_json(Path(args.json), numbers if len(names) > 1 else numbers[names[0]])
+    return found[args.model] if isinstance(args.model, str) else found
+
+
+def _evaluated(args: EvaluateArguments) -> Evaluation:
+    """Evaluate one model, asked as its own run or the arguments say."""
+    assert isinstance(args.model, str)
+    args = settled_form(args)
     generations = max((4, *args.k)) if args.num_generations is None else args.num_generations
     check_sizes(args.k, generations)
     task, rewards = find_task(args)
@@ -66,8 +101,6 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
         pool = replace(sampling, num_generations=args.best_of)
         found = best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)
         evaluation = evaluation._replace(metrics=evaluation.metrics | found)
-    if args.json:
-        write_json(Path(args.json), evaluation.metrics)
     return evaluation
 
 

@@ -19,17 +19,21 @@ from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import score_in_parts, with_missing_fields
-from tokenrl.language.training.evaluation_metrics import check_sizes, details
+from tokenrl.language.training.evaluation_metrics import check_sizes, details, values_by_prompt
 from tokenrl.language.training.kl_control import completion_kl
 
 LOGITS = 2**26  # most logits at once when a reference scores completions: 256 MiB in float32
 
 
 class Evaluation(NamedTuple):
-    """The metrics of an evaluation, and its greedy completions as table rows, one for each prompt."""
+    """The metrics of an evaluation, and its greedy completions as table rows, one for each prompt.
+
+    With `detailed`, `by_prompt` has the values of `values_by_prompt`; else it is empty.
+    """
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
+    by_prompt: dict[str, list[float]]
 
 
 def evaluate_policy(
@@ -92,10 +96,12 @@ def evaluate_policy(
             rows += _completions(policy, prompts, places, known, result, kl)
         everywhere = rows if accelerator is None else gather_object(rows)
         passes.append(sorted(everywhere, key=lambda row: row["place"]))
-    metrics = _summary(passes)
+    metrics, each = _summary(passes), {}
     if detailed:
-        metrics |= details(passes[0], passes[1] if len(passes) > 1 else [], rewards, k=k)
-    return Evaluation(metrics, passes[0])
+        sampled = passes[1] if len(passes) > 1 else []
+        each = values_by_prompt(passes[0], sampled, rewards, k=k)
+        metrics |= details(passes[0], sampled, rewards, each)
+    return Evaluation(metrics, passes[0], each)
 
 
 def check_reference(policy: Policy, reference: Policy, longest_prompt: int, sampling: Sampling) -> None:

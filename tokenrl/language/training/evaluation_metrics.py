@@ -1,4 +1,4 @@
-"""Computes the detailed metrics of an evaluation (pass@k, diversity, KL, entropy) and prints them as a table.
+"""Computes the detailed metrics of an evaluation (pass@k, diversity, KL, entropy) and shows them in tables.
 
 pass@k, best@k, diversity and KL are estimated for each prompt and averaged over prompts, so their standard
 errors are over prompts; lengths, truncations, entropy and the rewards of single functions are averaged over
@@ -15,13 +15,14 @@ import numpy as np
 
 from tokenrl.errors import Refused
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.training.probe import best_of_k, over_prompts, passed
-from tokenrl.runs.console import rich_table
+from tokenrl.language.training.probe import each_best_of_k, over_prompts, passed
+from tokenrl.runs.console import measured, rich_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Row = Mapping[str, Any]
+_DIFFERENCE = "difference/"
 
 
 def distinct(completions: Sequence[Sequence[int]], n: int) -> float:
@@ -55,10 +56,10 @@ def check_sizes(k: Iterable[int], num_generations: int) -> tuple[int, ...]:
     return sizes
 
 
-def details(
+def values_by_prompt(
     greedy: Sequence[Row], sampled: Sequence[Row], rewards: Rewards, *, k: Sequence[int]
-) -> dict[str, float]:
-    """Compute the detailed metrics of `evaluate_policy`.
+) -> dict[str, list[float]]:
+    """Compute the metrics that are means over prompts, for each prompt by itself.
 
     Args:
         greedy: the row of the greedy completion of each of B prompts.
@@ -67,45 +68,85 @@ def details(
         k: values of k for pass@k or best@k, at most G.
 
     Returns:
-        `reward_greedy_stderr`. From the sampled rows, or from the greedy ones if there are no samples:
-        `rewards/{name}/mean`, and `entropy` in nats per token. From the sampled rows: `pass@k` if the
-        rewards have a `pass_threshold`, and `best@k` unless they are binary, where it is the same;
-        `distinct_1` and `distinct_2`; and, if the rows have them, `kl` and `kl_k3` in nats per completion.
-        pass@k, best@k and the KLs come with standard errors (`..._stderr`).
+        B values for each name, nan where there is none: `reward_greedy`, and from the sampled rows `reward`;
+        `pass@k` if the rewards have a `pass_threshold`, and `best@k` unless they are binary, where it is the
+        same; `distinct_1` and `distinct_2`; and, if the rows have them, `kl` and `kl_k3`.
     """
-    metrics = {"reward_greedy_stderr": over_prompts([row["reward"] for row in greedy]).stderr}
+    each = {"reward_greedy": [row["reward"] for row in greedy]}
+    if not sampled:
+        return each
+    size = len(sampled) // len(greedy)
+    groups = [sampled[i : i + size] for i in range(0, len(sampled), size)]
+    totals = [np.array([row["reward"] for row in group]) for group in groups]
+    known = [total[~np.isnan(total)] for total in totals]
+    each["reward"] = [float(total.mean()) if len(total) else math.nan for total in known]
+    for size_k in k:
+        if not rewards.binary:
+            each[f"best@{size_k}"] = each_best_of_k(known, size_k)
+        if rewards.pass_threshold is not None:
+            each[f"pass@{size_k}"] = each_best_of_k(passed(known, rewards.pass_threshold), size_k)
+    for n in (1, 2):
+        each[f"distinct_{n}"] = [distinct([row["ids"] for row in group], n) for group in groups]
+    for name in ("kl", "kl_k3"):
+        if name in sampled[0]:
+            each[name] = [float(np.mean([row[name] for row in group])) for group in groups]
+    return each
+
+
+def details(
+    greedy: Sequence[Row], sampled: Sequence[Row], rewards: Rewards, each: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    """Compute the detailed metrics of `evaluate_policy`.
+
+    Args:
+        greedy: the row of the greedy completion of each of B prompts.
+        sampled: the rows of the B * G sampled completions, prompt by prompt; may be empty.
+        rewards: the reward functions.
+        each: the values of `values_by_prompt`.
+
+    Returns:
+        The means of `each` over prompts, other than the rewards, with their standard errors (`..._stderr`)
+        but for the diversity; `reward_greedy_stderr`; and, from the sampled rows, or from the greedy ones if
+        there are no samples, `rewards/{name}/mean`, and `entropy` in nats per token.
+    """
     rows = sampled or greedy
+    metrics: dict[str, float] = {}
     by_function = np.array([row["rewards"] for row in rows], dtype=float)  # [N, F]
     for name, column in zip(rewards.names, by_function.T, strict=True):
         if not np.isnan(column).all():
             metrics[f"rewards/{name}/mean"] = float(np.nanmean(column))
     metrics["entropy"] = sum(row["entropy"] for row in rows) / sum(row["length"] for row in rows)
-    if sampled:
-        metrics |= _of_groups(sampled, len(sampled) // len(greedy), rewards, k)
+    for name, values in each.items():
+        found = over_prompts(values)
+        if name not in ("reward", "reward_greedy"):
+            metrics[name] = found.value
+        if name != "reward" and not name.startswith("distinct"):
+            metrics[name + "_stderr"] = found.stderr
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
-def _of_groups(sampled: Sequence[Row], size: int, rewards: Rewards, k: Sequence[int]) -> dict[str, float]:
-    """Average over prompts what is estimated from the samples of each prompt."""
-    groups = [sampled[i : i + size] for i in range(0, len(sampled), size)]
-    totals = [np.array([row["reward"] for row in group]) for group in groups]
-    known = [total[~np.isnan(total)] for total in totals]
-    metrics: dict[str, float] = {}
-    for size_k in k:
-        kinds = {} if rewards.binary else {"best": best_of_k(known, size_k)}
-        if rewards.pass_threshold is not None:
-            kinds["pass"] = best_of_k(passed(known, rewards.pass_threshold), size_k)
-        for kind, found in kinds.items():
-            name = f"{kind}@{size_k}"
-            metrics |= {name: found.value, name + "_stderr": found.stderr}
-    for n in (1, 2):
-        shares = [distinct([row["ids"] for row in group], n) for group in groups]
-        metrics[f"distinct_{n}"] = over_prompts(shares).value
-    for name in ("kl", "kl_k3"):
-        if name in sampled[0]:
-            found = over_prompts([float(np.mean([row[name] for row in group])) for group in groups])
-            metrics |= {name: found.value, name + "_stderr": found.stderr}
-    return metrics
+def paired_differences(
+    first: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    """Compare two policies that were evaluated on the same prompts, prompt by prompt.
+
+    The standard error is that of the mean of the prompts' differences. It is smaller than that of two
+    separate evaluations, because what makes a prompt hard is the same for both (Miller 2024, arXiv
+    2411.00640). It is about these two sets of weights, and not about trainings with other seeds.
+
+    Args:
+        first: the values of `values_by_prompt` of one policy.
+        other: those of the other.
+
+    Returns:
+        For each name that both have, `difference/NAME`, other minus first, and `difference/NAME_stderr`.
+        Prompts at which either has no value are left out.
+    """
+    found: dict[str, float] = {}
+    for name in [name for name in other if name in first]:
+        mean, error = over_prompts([b - a for a, b in zip(first[name], other[name], strict=True)])
+        found |= {f"{_DIFFERENCE}{name}": mean, f"{_DIFFERENCE}{name}_stderr": error}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 MEANINGS = {
@@ -132,14 +173,41 @@ def evaluation_table(metrics: Mapping[str, float], *, title: str) -> Table:
     """Make a table of the metrics: name, value, standard error over prompts, meaning."""
     table = rich_table(title, ("",), ("value", "stderr"), overflow="fold")
     table.add_column("")
-    order = {name: place for place, name in enumerate(MEANINGS)}
-
-    def kind(name: str) -> str:
-        return next((key for key in MEANINGS if key[-1] in "/@" and name.startswith(key)), name)
-
-    shown = [name for name in metrics if not name.endswith("_stderr")]
-    for name in sorted(shown, key=lambda name: order.get(kind(name), len(order))):
+    for name in _in_order(metrics):
         error = metrics.get(name + "_stderr")
         stderr = "" if error is None else f"{error:.4f}"
-        table.add_row(name, f"{metrics[name]:.4f}", stderr, MEANINGS.get(kind(name), ""))
+        table.add_row(name, f"{metrics[name]:.4f}", stderr, MEANINGS.get(_kind(name), ""))
     return table
+
+
+def comparison_tables(models: Mapping[str, Mapping[str, float]], *, title: str) -> list[Table]:
+    """Make two tables with a column per model: the metrics, and the paired differences to the first model.
+
+    Args:
+        models: metrics by model; those of every model but the first have those of `paired_differences`.
+        title: text above the first table.
+    """
+    first, *others = models
+    values = rich_table(f"{title} (± standard error)", ("",), list(models), overflow="fold")
+    differences = rich_table(f"Minus {first}, by prompt", ("",), others, overflow="fold")
+    for name in _in_order({name: 0.0 for metrics in models.values() for name in metrics}):
+        if not name.startswith(_DIFFERENCE):
+            cells = [measured(found.get(name), found.get(name + "_stderr")) for found in models.values()]
+            values.add_row(name, *cells)
+    for name in [name for name in _in_order(models[others[0]]) if name.startswith(_DIFFERENCE)]:
+        found = [(models[other].get(name), models[other].get(name + "_stderr")) for other in others]
+        cells = [("+" if value is not None and value > 0 else "") + measured(value, e) for value, e in found]
+        differences.add_row(name.removeprefix(_DIFFERENCE), *cells)
+    return [values, differences]
+
+
+def _in_order(metrics: Mapping[str, float]) -> list[str]:
+    """Return the names of the metrics in the order of `MEANINGS`, without those of standard errors."""
+    order = {name: place for place, name in enumerate(MEANINGS)}
+    shown = [name for name in metrics if not name.endswith("_stderr")]
+    return sorted(shown, key=lambda name: order.get(_kind(name.removeprefix(_DIFFERENCE)), len(order)))
+
+
+def _kind(name: str) -> str:
+    """Return the key of `MEANINGS` to which a metric belongs."""
+    return next((key for key in MEANINGS if key[-1] in "/@" and name.startswith(key)), name)

@@ -116,7 +116,12 @@ def best_of_k(rows: Sequence[np.ndarray], k: int) -> Estimate:
         rows: the rewards of each prompt.
         k: number of completions to take the best of.
     """
-    return over_prompts([best_of(row, k) if len(row) >= k else math.nan for row in rows])
+    return over_prompts(each_best_of_k(rows, k))
+
+
+def each_best_of_k(rows: Sequence[np.ndarray], k: int) -> list[float]:
+    """Return `best_of` for each prompt, nan for a prompt with fewer than k rewards."""
+    return [best_of(row, k) if len(row) >= k else math.nan for row in rows]
 
 
 def passed(rows: Sequence[np.ndarray], threshold: float) -> list[np.ndarray]:
