@@ -71,8 +71,8 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
 
 def _evaluated(args: EvaluateArguments) -> Evaluation:
     """Evaluate one model, asked as its own run or the arguments say."""
-    assert isinstance(args.model, str)
     args = settled_form(args)
+    assert isinstance(args.model, str)
     generations = max((4, *args.k)) if args.num_generations is None else args.num_generations
     check_sizes(args.k, generations)
     task, rewards = find_task(args)
