@@ -171,3 +171,14 @@ def test_a_policy_object_gets_the_adapter_too():
     assert policy is given and policy.has_adapter
     pair = (make_model(), make_tokenizer())
     assert from_arguments(TrainArguments(model=pair, lora_r=2), None, print).has_adapter
+
+
+def test_adding_and_saving_an_adapter_warns_of_nothing(tmp_path, recwarn):
+    policy = adapted()
+    save_policy(policy, tmp_path)
+    assert [str(w.message) for w in recwarn if w.category in (FutureWarning, DeprecationWarning)] == []
+    checkpointed = make_policy()
+    enable_gradient_checkpointing(checkpointed)
+    assert not policy.model.is_gradient_checkpointing
+    add_lora(checkpointed, r=2)
+    assert checkpointed.model.is_gradient_checkpointing  # peft still learns what it asked for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -51,6 +52,10 @@ def add_lora(
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in policy.model.modules()),
     )
+    kind: Any = type(policy.model)
+    if hasattr(kind, "is_activation_checkpointing"):
+        # peft asks for this under the name it had before transformers 5, and the old name warns.
+        kind.is_gradient_checkpointing = kind.is_activation_checkpointing
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy.model = get_peft_model(policy.model, config)  # type: ignore[arg-type]
