@@ -13,7 +13,7 @@ from tokenrl.settings import arguments
 
 T = TypeVar("T")
 
-RECORDED = ("kind", "versions", "title", "solved", "pairs", "command", "task_rows")
+RECORDED = ("kind", "versions", "title", "solved", "pairs", "command", "task_rows", "warm_started")
 """Names in the config.json of a run that are no settings."""
 
 

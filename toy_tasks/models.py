@@ -41,9 +41,13 @@ class TinyModel:
 
     def __call__(self, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         """Return a freshly initialised model and its tokenizer; equal seeds give equal weights."""
-        tokenizer = word_tokenizer(self.tokens) if self.words else character_tokenizer(self.tokens)
+        tokenizer = self.tokenizer()
         shape = {"layers": self.layers, "hidden": self.hidden, "heads": self.heads, "context": self.context}
         return tiny_llama(tokenizer, **shape, seed=seed), tokenizer
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Return the tokenizer alone, by whose vocabulary a model of the task is recognised."""
+        return word_tokenizer(self.tokens) if self.words else character_tokenizer(self.tokens)
 
 
 def character_tokenizer(alphabet: Iterable[str]) -> PreTrainedTokenizerFast:

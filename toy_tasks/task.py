@@ -42,12 +42,15 @@ class Task:
         eval_prompts: Held-out rows of the same columns; no prompt has the canonical form of a training one.
         reward: A pure function `reward(prompts, completions, **columns) -> list[float]`.
         demonstrations: Rows `{"prompt", "completion"}` for the warm start; empty where none is needed.
-        max_completion_length: The most tokens that a completion may have, the end token included.
+        max_completion_length: The most tokens that a completion may have, the end token included, as the
+            tokenizer of the task's own model counts them.
         solved: Mean reward of greedy completions of the held-out prompts that counts as solved.
         pass_threshold: Least reward of a right completion; None where the reward is binary, which says so
             itself, or where no completion is simply right.
-        warm_start: Settings of the supervised stage, or None to start from random weights.
-        train: Recommended training settings, with the names of the trainer's arguments.
+        warm_start: Settings of the supervised stage of the task's own model, or None to start from random
+            weights.
+        train: Training settings recommended for the task's own model, with the names of the trainer's
+            arguments.
         build: Makes a randomly initialised model and its tokenizer from a seed.
         fingerprint: Hash of everything that a warm-started base depends on besides the seed of its weights:
             the demonstrations, the tokenizer, the model's shape and the warm start. Caches use it as a key.

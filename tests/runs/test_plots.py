@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from tokenrl.runs import plots
 from tokenrl.runs.plots import learning_curve, series, smooth
 
 ROWS = [{"step": 0, "eval_reward": 0.1, "eval_reward_greedy": 0.2}] + [
@@ -46,6 +47,15 @@ def test_png_of_the_stated_size_whatever_is_missing(tmp_path, rows):
     path = learning_curve(tmp_path / "a.png", rows, title=r"costs $\frac$", solved=0.9, subtitle="50 % $")
     assert size(path) == (1200, 700)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("more, panels", [({}, ["loss"]), ({"reward": 0.5}, [])])
+def test_without_training_rewards_the_loss_has_a_panel_of_its_own(tmp_path, monkeypatch, more, panels):
+    rows = [{"step": step, "loss": 1.0 / (step + 1), "eval_reward": 0.1, **more} for step in range(3)]
+    drawn = []
+    monkeypatch.setattr(plots, "_health_panel", lambda axes, points, name, *_: drawn.append(name))
+    learning_curve(tmp_path / "curve.png", rows, title="t")
+    assert drawn == panels
 
 
 def test_same_metrics_same_picture(tmp_path):

@@ -56,11 +56,12 @@ def advise_language(args: AdviseArguments) -> Advice:
     task, rewards = find_task(args)
     alone = args.num_generations == 1  # then no completions of a prompt can be compared
     estimator = Estimator(baseline=args.baseline or ("running_mean" if alone else "rloo"))
-    train = resolve(TrainArguments(**shared | {"estimator": estimator, "allow_no_baseline": True}), task)
+    given = TrainArguments(**shared | {"estimator": estimator, "allow_no_baseline": True})
+    train = resolve(given, task)
     check(replace(train, num_generations=args.num_generations or train.num_generations))
     warnings = judge_horizon(estimator, train.max_completion_length, args.allow_no_baseline)
-    train = replace(train, allow_no_baseline=args.allow_no_baseline)
     policy = make_policy(args, task, Console().note)
+    train = replace(resolve(given, task, policy), allow_no_baseline=args.allow_no_baseline)
     policy.model.to(PartialState().device)
     choose_way(policy, gradient=False)
     count = min(args.num_prompts, len(task.train_prompts))
@@ -173,7 +174,7 @@ def fitted(
         "estimator.beta": beta,
         "estimator.entropy_coef": entropy,
         "temperature": "the same in sampling and in training",
-        "learning_rate": "recommended by the task, else the default for full weights or adapters",
+        "learning_rate": "recommended by the task for its own model, else by size (adapters: ten times that)",
         "max_grad_norm": "limits how far one unusual rollout can move the weights",
     }
     return train, [Setting(name, _value(train, name), reason) for name, reason in reasons.items()]

@@ -20,6 +20,7 @@ _EVALUATIONS = (
     ("eval_reward", _BLUE, "s-", "held-out sampled"),
     ("eval_reward_greedy", _ORANGE, "o-", "held-out greedy"),
 )
+_LOSS = (("loss", "loss", "nats per token"),)
 HEALTH = (
     ("entropy", "entropy", "nats per action"),
     ("completions/mean_length", "completion length", "tokens"),
@@ -72,7 +73,8 @@ def learning_curve(
     """
     from matplotlib.figure import Figure
 
-    health = [entry for entry in HEALTH if series(metrics, entry[0])[0]]
+    trained = bool(series(metrics, curve[0])[0])  # else only evaluations are drawn, and the loss goes below
+    health = [entry for entry in (*_LOSS[trained:], *HEALTH) if series(metrics, entry[0])[0]]
     figure = Figure(figsize=(12, 7), dpi=100, facecolor="white")
     figure.text(0.075, 0.94, _literal(title), fontsize=18, fontweight="bold", color=_INK)
     figure.text(0.075, 0.9, _literal(subtitle), fontsize=11.5, color="#555555")

@@ -86,13 +86,14 @@ def report_from_directory(run: str | Path) -> Path:
         Refused: the directory holds no metrics.jsonl.
     """
     found = read_run(run)
+    unrewarded = found.kind == "sft" and not series(found.metrics, "eval_reward")[0]
     learning_curve(
         found.path / "learning_curve.png",
         found.metrics,
         title=found.title,
         subtitle=ending(found.summary),
         solved=found.mark[1] if found.mark else None,
-        curve=("loss", "loss, nats per token") if found.kind == "sft" else ("reward", "mean reward"),
+        curve=("loss", "loss, nats per token") if unrewarded else ("reward", "mean reward"),
     )
     return write_report(found)
 
@@ -107,11 +108,13 @@ def write_report(run: RunFiles, *charts: Html) -> Path:
     config, summary = run.config, run.summary
     settings = {key: value for key, value in config.items() if key not in ("versions", "command")}
     command = config.get("command", f"tokenrl {run.kind} --config {run.path / 'config.json'}") or _FROM_PYTHON
+    warm = summary.get("warm_started") or {}
     return write_page(
         run.path / "report.html",
         run.title,
         tag("p", ending(summary), class_="soft"),
         tag("p", tag("b", str(summary["verdict"]))) if "verdict" in summary else "",
+        tag("p", f"Warm start on demonstrations: {warm['in_words']}.") if warm else "",
         _headline(summary),
         learning_curves(run.metrics, run.kind, run.mark),
         *charts,

@@ -231,6 +231,37 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tuned, tmp_path):
     assert torch.equal(weights(loaded.model), weights(ended.policy.model))
 
 
+def test_a_supervised_run_measures_the_held_out_reward_before_after_and_each_tenth(tuned, tmp_path, capsys):
+    ended = tuned(max_steps=20, quiet=False)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluated = {row["step"]: row["eval_reward"] for row in rows if "eval_reward" in row}
+    assert list(evaluated) == list(range(0, 21, 2))
+    assert all("eval_reward_greedy" in row for row in rows if row["step"] in evaluated)
+    assert (ended.eval_before["reward"], ended.eval_after["reward"]) == (evaluated[0], evaluated[20])
+    assert len(set(evaluated.values())) > 1
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval_after"] == ended.eval_after
+    said = capsys.readouterr().out
+    assert "step  2/20  loss" in said and "eval " in said and "reward_greedy" in said
+    assert "20 updates x 2 demonstrations (given)" in said
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"| reward_greedy after | {ended.eval_after['reward_greedy']:.4g} |" in card
+    again = tuned(max_steps=20, eval_every=0, overwrite=True)
+    assert again.eval_after == ended.eval_after  # an evaluation changes nothing in the training
+    assert torch.equal(weights(again.policy.model), weights(ended.policy.model))
+
+
+def test_a_data_set_is_evaluated_if_there_is_a_reward(tmp_path):
+    rows = [{"prompt": prompt, "answer": " sat"} for prompt in PROMPTS * 2]
+    given = {"task": rows, "model": make_policy(), "completion_column": "answer", "max_steps": 2}
+    given |= {"batch_size": 2, "output_dir": str(tmp_path / "run"), "quiet": True, "overwrite": True}
+    assert sft(**given).eval_after == {}
+    found = sft(**given, reward=(vowel_reward,), eval_size=2)
+    assert {"reward", "reward_greedy"} <= set(found.eval_before) and found.eval_before != found.eval_after
+    with pytest.raises(Refused, match="no demonstrations"):
+        sft(**given | {"completion_column": "gold"}, reward=(vowel_reward,))
+
+
 def test_a_supervised_run_replaces_runs_only(tuned, tmp_path):
     policy = make_policy()
     policy.model.save_pretrained(tmp_path / "mine")  # a model holds a config.json too
@@ -258,10 +289,15 @@ def test_a_signal_ends_a_supervised_run_with_its_model_saved(tuned, tmp_path, mo
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
-def test_a_loss_that_is_not_finite_leaves_a_summary(tuned, tmp_path):
-    policy = make_policy()
-    with torch.no_grad():
-        policy.model.lm_head.weight[0, 0] = math.nan
+def test_a_loss_that_is_not_finite_leaves_a_summary(tuned, tmp_path, monkeypatch):
+    policy, update = make_policy(), SupervisedTraining.update
+
+    def broken(training):
+        with torch.no_grad():
+            policy.model.lm_head.weight[0, 0] = math.nan
+        return update(training)
+
+    monkeypatch.setattr(SupervisedTraining, "update", broken)
     with pytest.raises(Stopped, match="At step 1: The loss of the supervised stage is nan"):
         tuned(model=policy)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "failed"

@@ -15,6 +15,7 @@ from tokenrl.language.policy.prompts import form_of, say_form, settled_form
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.task import find_task
+from tokenrl.language.training.defaults import completion_limit
 from tokenrl.language.training.evaluation import Evaluation, evaluate_policy
 from tokenrl.language.training.evaluation_metrics import check_sizes, paired_differences
 from tokenrl.language.training.setup import load_placed
@@ -87,6 +88,9 @@ def _evaluated(args: EvaluateArguments) -> Evaluation:
     policy = load_placed(args.model, **how)
     policy.ask(form_of(args))
     say_form(policy.form, args.model)
+    limit = completion_limit(task, args.model, policy)
+    if limit is not None and args.max_completion_length is None:
+        sampling = replace(sampling, max_completion_length=limit[0])
     evaluation = evaluate_policy(
         policy,
         task.eval_prompts,

@@ -1,7 +1,8 @@
 """Defines the arguments of `tokenrl train` and `tokenrl sft`, which are also the keywords of the functions.
 
-`None` stands for what the task recommends, or else for the default in the field's text. A run works on
-`TrainSettings` or `SftSettings`, in which every such `None` has been replaced. The module imports no torch.
+`None` stands for what the task recommends for its own model, or else for the default in the field's text. A
+run works on `TrainSettings` or `SftSettings`, in which every such `None` has been replaced. The module
+imports no torch.
 """
 
 from __future__ import annotations
@@ -115,6 +116,18 @@ class SafetyArguments(Settings, group="safety stops"):
 
 
 @dataclass(frozen=True)
+class WarmStartArguments(Settings, group="warm start"):
+    """A supervised stage before the first step, for models that never write anything like an answer."""
+
+    warm_start: bool = False
+    """First train all weights on the task's demonstrations (16 an update, with the learning rate of tokenrl
+    sft) until half of the groups have unequal rewards. An adapter is added afterwards. The result is cached.
+    Demonstrations are those of the task, or else training rows with a completion."""
+    warm_start_steps: Count = 250
+    """Most updates of this stage."""
+
+
+@dataclass(frozen=True)
 class TrainArguments(
     SamplingArguments,
     OptimiserArguments,
@@ -122,6 +135,7 @@ class TrainArguments(
     ModelArguments,
     TaskArguments,
     LoraArguments,
+    WarmStartArguments,
     EvaluationArguments,
     RecordArguments,
     TrackerArguments,
@@ -134,15 +148,18 @@ class TrainArguments(
     output_dir: str = "runs/train"
     """Directory of the run, for its config, metrics, completions, checkpoints, model and report."""
     max_steps: Count | None = None
-    """Training steps; each samples one rollout. Default: 200."""
+    """Training steps; each samples one rollout. Default: 200. A toy task with another model than its own:
+    60."""
     prompts_per_step: Count | None = None
-    """Prompts per step, over all processes. Default: 16."""
+    """Prompts per step, over all processes. Default: 16. A toy task with another model than its own: 8."""
     num_generations: Count | None = None
     """Completions per prompt (the group size G). Default: 8."""
     max_completion_length: Count | None = None
-    """Maximum number of tokens in a completion, EOS included. Default: 256."""
+    """Maximum number of tokens in a completion, EOS included. Default: 256. A toy task with another model
+    than its own: a quarter more than its longest demonstration has."""
     learning_rate: Positive | None = None
-    """Peak learning rate. Default: 1e-5 (with LoRA 1e-4)."""
+    """Peak learning rate. Default: by the model's size, such as 2e-4 for 1 M parameters, 1e-5 for 135 M, and
+    1e-6 from 1 B on; ten times that with LoRA, at most 1e-3."""
     seed: Natural = 0
     """Seed of the order of prompts, of sampling and of new adapters."""
     overwrite: bool = False
@@ -178,11 +195,15 @@ class SftArguments(ModelArguments, TaskArguments, LoraArguments, TrackerArgument
     completion_column: str = "completion"
     """Column of a data set that holds the completions."""
     max_steps: Count | None = None
-    """Updates. Default: 200."""
+    """Updates. Default: 200. A toy task with another model than its own: 250."""
     batch_size: Count | None = None
-    """Demonstrations per update. Default: 64."""
+    """Demonstrations per update. Default: 64. A toy task with another model than its own: 16."""
     learning_rate: Positive | None = None
-    """Peak learning rate, falling linearly to 0. Default: 2e-5."""
+    """Peak learning rate, falling linearly to 0. Default: by the model's size, such as 1e-4 for 135 M
+    parameters, and 2e-5 from 1 B on; ten times that with LoRA, at most 1e-3."""
+    eval_every: Natural | None = None
+    """Updates between evaluations on 64 held-out prompts (or eval_size of them), greedy and sampled, where
+    there is a reward; 0: only before and after training. Default: a tenth of the run."""
     seed: Natural = 0
     """Seed of the order of demonstrations."""
     overwrite: bool = False
@@ -198,3 +219,4 @@ class SftSettings(SftArguments):
     max_steps: Count
     batch_size: Count
     learning_rate: Positive
+    eval_every: Natural

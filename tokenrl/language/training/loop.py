@@ -21,17 +21,20 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
-from tokenrl.language.training.arguments import TrainArguments, TrainSettings
+from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.defaults import training_defaults
 from tokenrl.language.training.difficulty import filter_task
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.run import Run, RunResult, facts, finish, record_step, save_checkpoint
 from tokenrl.language.training.setup import (
+    adapt,
+    load_base,
     make_accelerator,
     make_learner,
-    make_policy,
     resolve,
 )
 from tokenrl.language.training.step import Record, training_step
+from tokenrl.language.training.warm_start import warm_start
 from tokenrl.runs.session import Session
 
 
@@ -66,8 +69,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
     """
     args = settled_form(called(TrainArguments, args, options))
     task, rewards = find_task(args)
-    args = resolve(args, task)
-    accelerator = make_accelerator(args)
+    accelerator = make_accelerator(resolve(args, task))  # refused before anything is loaded
     with Session(
         "train",
         args.output_dir,
@@ -79,6 +81,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         tracking=args,
     ) as session:
         run = _prepare(args, task, rewards, accelerator, session)
+        args = run.args
         with closing(run.learner.generator):
             session.open(f"tokenrl train: {run.task.name}", facts(run))
             for warning in few_prompts(run.task.train_prompts):
@@ -93,6 +96,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
                 return run.result(session, "check")
             names = {"task": run.task.name, "model": run.learner.policy.source}
             known = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
+            known |= {"warm_started": run.warm_started} if run.warm_started else {}
             session.begin(args, names=names, title=run.title, **known)
             return _loop(run, session)
 
@@ -118,10 +122,14 @@ def _loop(run: Run, session: Session) -> RunResult:
     return ended
 
 
-def _prepare(args: TrainSettings, task: Task, rewards: Rewards, accelerator: Any, session: Session) -> Run:
+def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, session: Session) -> Run:
     """Load the policy, make optimiser and generator, and choose the training prompts."""
     with accelerator.main_process_first():
-        policy = make_policy(args, task, session.console.note)
+        policy = load_base(given, task, session.console.note)
+        args, warmed = resolve(given, task, policy), {}
+        if args.warm_start:
+            warmed = warm_start(policy, task, rewards, args, session.console, accelerator.device)
+        adapt(args, policy)
     learner, schedule = make_learner(args, policy, accelerator)
     task = filter_task(
         task,
@@ -142,6 +150,8 @@ def _prepare(args: TrainSettings, task: Task, rewards: Rewards, accelerator: Any
         schedule=schedule,
         stream=PromptStream(task.train_prompts, args.prompts_per_step, args.seed),
         running_mean=RunningMean(estimator.running_mean_decay, estimator.running_mean_init),
+        origins=training_defaults(given, task, policy).origins,
+        warm_started=warmed,
     )
     session.register(run=run, stream=run.stream, running_mean=run.running_mean, learner=learner)
     return run

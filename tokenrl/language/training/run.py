@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainSettings
+from tokenrl.language.training.defaults import with_origins
 from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.step import Record
 from tokenrl.language.training.update import Learner
@@ -39,11 +41,13 @@ class RunResult(Outcome):
             `reward_greedy` and more.
         tokens_per_second: completion tokens sampled and trained on, per second of training steps.
         flags: warnings about the outcome: `entropy-collapsed`, or none.
+        warm_started: what `warm_start` found; empty without such a stage.
         policy: the trained policy.
     """
 
     tokens_per_second: float
     flags: tuple[str, ...]
+    warm_started: dict[str, Any]
     policy: Policy = field(repr=False)
 
 
@@ -64,6 +68,8 @@ class Run:
         step_seconds: seconds spent in training steps so far.
         entropies: mean entropy of each step, in nats per token.
         flat_steps: number of consecutive steps, up to now, in which no rewards differed.
+        origins: by setting, where its value comes from.
+        warm_started: what `warm_start` found; empty without such a stage.
     """
 
     args: TrainSettings
@@ -78,6 +84,8 @@ class Run:
     step_seconds: float = 0.0
     entropies: list[float] = field(default_factory=list)
     flat_steps: int = 0
+    origins: Mapping[str, str] = field(default_factory=dict)
+    warm_started: dict[str, Any] = field(default_factory=dict)
 
     @property
     def last_entropy(self) -> float:
@@ -106,6 +114,7 @@ class Run:
             **session.outcome(reason),
             tokens_per_second=self.tokens_per_second,
             flags=("entropy-collapsed",) if collapsed else (),
+            warm_started=self.warm_started,
             policy=self.learner.policy,
         )
 
@@ -115,14 +124,19 @@ def facts(run: Run) -> dict[str, Any]:
     args, policy = run.args, run.learner.policy
     trainable = sum(p.numel() for p in policy.trainable_parameters())
     estimator = args.estimator
+    told = partial(with_origins, args, run.origins)
     return {
         "model": f"{policy.source} ({trainable:,} trainable parameters, {policy.device}, {args.dtype})",
         "task": f"{len(run.task.train_prompts):,} training prompts, {len(run.task.eval_prompts):,} held out",
         "reward": ", ".join(run.rewards.names),
         "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {estimator.aggregation}, "
         f"ratio {estimator.ratio}, KL {estimator.beta:g}; bias: {estimator.bias_status}",
-        "step": f"{args.prompts_per_step} prompts x {args.num_generations} completions of up to "
-        f"{args.max_completion_length} tokens, learning rate {args.learning_rate:g}, seed {args.seed}",
+        "training": told(
+            " x ", max_steps="{} steps", prompts_per_step="{} prompts", num_generations="{} completions"
+        ),
+        "completions": told(max_completion_length="up to {} tokens"),
+        "learning rate": told(learning_rate="{:g}", lr_scheduler_type="{}"),
+        "seed": args.seed,
         **asked(policy.form, args.model),
         **({"prompts": policy.remark} if policy.remark else {}),
         "run": args.output_dir,
@@ -162,8 +176,10 @@ def save_checkpoint(run: Run, session: Session) -> None:
 
 def finish(run: Run, session: Session, ended: RunResult) -> None:
     """Save the model with its card, write summary and report, and show how the run ended."""
-    facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
-    facts |= asked(ended.policy.form)
+    facts: dict[str, Any] = {"task": run.task.name, "base": ended.policy.source}
+    if run.warm_started:
+        facts["warm start"] = run.warm_started["in_words"]
+    facts |= {"steps": ended.steps, **asked(ended.policy.form)}
     for when, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
         facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}
     card = Card(run.title, facts, session.origin.in_words(), base_model(run.args.model))

@@ -24,32 +24,23 @@ from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.critic import Critic
-from tokenrl.language.training.supervised import warm_started_base
+from tokenrl.language.training.defaults import demonstrations, training_defaults
+from tokenrl.language.training.supervised import check_trainable, warm_started_base
 from tokenrl.language.training.update import Learner
 from tokenrl.settings import settled
 
-DEFAULTS = {
-    "max_steps": 200,
-    "prompts_per_step": 16,
-    "num_generations": 8,
-    "max_completion_length": 256,
-    "lr_scheduler_type": "constant",
-}
 
+def resolve(args: TrainArguments, task: Task, policy: Policy | None = None) -> TrainSettings:
+    """Fill in the arguments left open (see `training_defaults`), and check them.
 
-def resolve(args: TrainArguments, task: Task) -> TrainSettings:
-    """Fill in the arguments left open, from the task's recommendation or else a default, and check them.
+    Without the policy, before it is loaded, what depends on its size or its tokenizer is provisional.
 
     Raises:
-        Refused: two settings contradict each other.
+        Refused: two settings contradict each other, or there are no demonstrations for a warm start.
     """
-    recommended = dict(getattr(task, "train", None) or {})
-    if getattr(task, "max_completion_length", None):
-        recommended["max_completion_length"] = task.max_completion_length
-    defaults = {**DEFAULTS, "learning_rate": 1e-4 if args.lora_r else 1e-5, **recommended}
-    every = defaults.setdefault("eval_every", max(1, (args.max_steps or defaults["max_steps"]) // 10))
-    defaults.setdefault("log_completions", every if args.eval_every is None else args.eval_every)
-    settings = settled(TrainSettings, args, defaults)
+    if args.warm_start:
+        demonstrations(task)
+    settings = settled(TrainSettings, args, training_defaults(args, task, policy).values)
     check(settings)
     return settings
 
@@ -128,10 +119,21 @@ def _try_out(args: TrainSettings) -> None:
 
 
 def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
-    """Load the policy that the arguments name (object, directory or hub name), else the task's base model.
+    """Load the policy that the arguments name, and add the adapter that they ask for.
 
     Raises:
         Refused: the model cannot be loaded, cannot be asked as the arguments say, or cannot be trained.
+    """
+    policy = load_base(args, task, announce)
+    adapt(args, policy)
+    return policy
+
+
+def load_base(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
+    """Load the policy that the arguments name (object, directory or hub name), else the task's base model.
+
+    Raises:
+        Refused: the model cannot be loaded.
     """
     source: Any = args.model
     if source is None:
@@ -145,19 +147,19 @@ def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]
     policy.ask(form_of(settled_form(args)))
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
+    return policy
+
+
+def adapt(args: ModelArguments, policy: Policy) -> None:
+    """Add the LoRA adapter that the arguments ask for, if any.
+
+    Raises:
+        Refused: the adapter does not fit, or the model cannot be trained.
+    """
     if isinstance(args, LoraArguments) and args.lora_r:
         modules, seed = args.lora_target_modules, getattr(args, "seed", 0)
         add_lora(policy, r=args.lora_r, alpha=args.lora_alpha, target_modules=modules, seed=seed)
-    if any(p.dtype == torch.float16 for p in policy.trainable_parameters()):
-        raise Refused(
-            f"The weights of {policy.source!r} are float16 (dtype={args.dtype!r}), which cannot be trained: "
-            "gradients underflow. Use bfloat16 or float32."
-        )
-    if not policy.trainable_parameters():
-        raise Refused(
-            f"The model {policy.source!r} has no trainable parameter: set requires_grad on some, or use LoRA."
-        )
-    return policy
+    check_trainable(policy)
 
 
 def make_accelerator(args: TrainSettings) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tokenrl.calls import called
@@ -11,11 +13,22 @@ from tokenrl.language.policy.cards import Card, base_model
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import asked, settled_form
 from tokenrl.language.policy.saving import save_policy
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.ways import choose_way
+from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits, recorded
 from tokenrl.language.tasks.sources import read_splits, with_prompts
 from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task
 from tokenrl.language.training.arguments import SftArguments, SftSettings
+from tokenrl.language.training.defaults import (
+    completion_limit,
+    demonstrations,
+    room,
+    sft_defaults,
+    with_origins,
+)
+from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.setup import make_policy
 from tokenrl.language.training.supervised import SupervisedTraining
 from tokenrl.runs.outcome import Outcome
@@ -23,12 +36,15 @@ from tokenrl.runs.session import Session
 from tokenrl.runs.timings import Stopwatch
 from tokenrl.settings import settled
 
-DEFAULTS = {"max_steps": 200, "batch_size": 64, "learning_rate": 2e-5}
+EVALUATED = 64
+"""Held-out prompts of an evaluation, each with one greedy and one sampled completion: a small cost."""
 
 
 @dataclass(frozen=True)
 class SftResult(Outcome):
-    """The result of a supervised run; see `Outcome` for the other fields. Nothing is evaluated.
+    """The result of a supervised run; see `Outcome` for the other fields.
+
+    Without a reward or held-out prompts the evaluations are empty.
 
     Attributes:
         loss_before: mean negative log-likelihood of the first batch before its update, in nats per token;
@@ -53,7 +69,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         **options: the fields of `SftArguments`.
 
     Returns:
-        The trained policy and its loss before and after.
+        The trained policy, its loss before and after, and where the task has a reward also the evaluations.
 
     Raises:
         Refused: there are no demonstrations or no model, or the output directory cannot be used.
@@ -63,16 +79,20 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
     with Session(
         "sft", args.output_dir, overwrite=args.overwrite, quiet=args.quiet, tracking=args
     ) as session:
-        task, rows = _demonstrations(args)
+        task, rewards, rows = _demonstrations(args)
         policy = make_policy(args, task, session.console.note)
         choose_way(policy)
-        args = _resolve(args, task)
+        found = sft_defaults(args, task, policy)
+        args = settled(SftSettings, args, found.values)
         how = {"max_steps": args.max_steps, "batch_size": args.batch_size, "seed": args.seed}
         training = SupervisedTraining(policy, rows, learning_rate=args.learning_rate, **how)
-        facts = {
+        evaluate = _evaluation(args, task, rewards, policy, training)
+        told = partial(with_origins, args, found.origins)
+        facts: dict[str, Any] = {
             "model": policy.source,
             "demonstrations": f"{len(rows):,}",
-            "updates": f"{args.max_steps} of {args.batch_size}, learning rate {args.learning_rate:g}",
+            "training": told(" x ", max_steps="{} updates", batch_size="{} demonstrations"),
+            "learning rate": told(learning_rate="{:g}") + ", falling to 0",
             **asked(policy.form, args.model),
             **({"prompts": policy.remark} if policy.remark else {}),
         }
@@ -81,41 +101,58 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         session.open(
             f"tokenrl sft: {name}", facts, note="The loss is the negative log-likelihood, in nats per token."
         )
+        session.evaluated(evaluate())
         session.begin(args, names={"task": name, "model": policy.source}, title=title, **recorded(task))
-        losses, watch = [], Stopwatch()
-        for _ in session.steps(args.max_steps):
-            metrics = watch.time(training.update)
-            losses.append(metrics["loss"])
-            session.record(metrics, watch.timings(training.tokens))
+        losses = _train(args, training, evaluate, session)
         first, last = (losses[0], losses[-1]) if losses else (None, None)
         ended = SftResult(**session.outcome("finished"), loss_before=first, loss_after=last, policy=policy)
+        facts |= {f"{k} after": v for k, v in ended.eval_after.items() if k.startswith("reward")}
         made = session.origin.in_words()
         card = Card(title, facts | {"final loss": last}, made, base_model(args.model), ["sft"])
         session.finish(ended, lambda path: save_policy(policy, path, card=card))
         return ended
 
 
-def _resolve(args: SftArguments, task: Any) -> SftSettings:
-    """Fill in the arguments left open, from the warm start that the task recommends or else a default."""
-    warm = getattr(task, "warm_start", None)
-    recommended = {} if warm is None else {"batch_size": warm.batch_size, "max_steps": warm.steps}
-    if warm is not None and args.model is None:  # that rate is for tiny models, not for pretrained ones
-        recommended["learning_rate"] = warm.learning_rate
-    return settled(SftSettings, args, DEFAULTS | recommended)
+def _train(
+    args: SftSettings,
+    training: SupervisedTraining,
+    evaluate: Callable[[], dict[str, float]],
+    session: Session,
+) -> list[float]:
+    """Make the updates, with an evaluation now and then; return the loss of each update."""
+    losses, watch = [], Stopwatch()
+    for _ in session.steps(args.max_steps):
+        metrics = watch.time(training.update)
+        losses.append(metrics["loss"])
+        timings = watch.timings(training.tokens)
+        if session.due(args.eval_every):
+            metrics |= session.evaluated(evaluate())
+        session.record(metrics, timings)
+    return losses
 
 
-def _demonstrations(args: SftArguments) -> tuple[Any, list[dict[str, Any]]]:
-    """Return the task (None for a data set that has a name) and its rows of prompt and completion."""
+def _evaluation(
+    args: SftSettings, task: Any, rewards: Rewards | None, policy: Policy, training: SupervisedTraining
+) -> Callable[[], dict[str, float]]:
+    """Return what evaluates the policy on some held-out prompts; without a reward it finds nothing."""
+    if rewards is None:
+        return dict
+    limit = completion_limit(task, args.model, policy)
+    sampling = Sampling(limit[0] if limit else room(training.pairs), seed=args.seed)
+    prompts = smaller_evaluation(task, args.eval_size or EVALUATED).eval_prompts
+    return lambda: evaluate_policy(policy, prompts, rewards, sampling).metrics
+
+
+def _demonstrations(args: SftArguments) -> tuple[Any, Rewards | None, list[dict[str, Any]]]:
+    """Return the task (None for a data set that has a name), its rewards, and rows of prompt and completion.
+
+    A data set without a reward is used whole; with one, some of its rows are held out.
+    """
     named = isinstance(args.task, str)
-    if hasattr(args.task, "train_prompts") or (named and (":" in args.task or is_toy_task(args.task))):
-        task, _ = find_task(args)
-        rows = list(getattr(task, "demonstrations", None) or [])
-        if not rows:
-            raise Refused(
-                f"The task {task.name!r} has no demonstrations. Give a task that has some, or a data set "
-                "with a prompt and a completion column."
-            )
-        return task, rows
+    own = hasattr(args.task, "train_prompts") or (named and (":" in args.task or is_toy_task(args.task)))
+    if own or (args.reward and args.model is not None):
+        task, rewards = find_task(args)
+        return task, rewards, demonstrations(task, args.completion_column)
     if args.model is None:
         raise Refused(
             "A data set has no model of its own: name the one to fine-tune, --model DIRECTORY_OR_HUB_NAME."
@@ -132,6 +169,6 @@ def _demonstrations(args: SftArguments) -> tuple[Any, list[dict[str, Any]]]:
         )
     rows = [row | {"completion": row[args.completion_column]} for row in rows]
     if named:
-        return None, rows
+        return None, None, rows
     origin = description(splits)
-    return PromptTask(IN_MEMORY + origin["fingerprint"], rows, [], None, origin=origin), rows
+    return PromptTask(IN_MEMORY + origin["fingerprint"], rows, [], None, origin=origin), None, rows

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,23 @@ from tokenrl.runs.checkpoint import replace_directory
 
 MADE_BY = 2  # raise it when a change of the code changes the weights that a warm start gives
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
+
+
+def check_trainable(policy: Policy) -> None:
+    """Check that there are weights to train, and that their precision allows it.
+
+    Raises:
+        Refused: no parameter requires a gradient, or one that does is float16.
+    """
+    if any(p.dtype == torch.float16 for p in policy.trainable_parameters()):
+        raise Refused(
+            f"The weights of {policy.source!r} are float16, which cannot be trained: gradients underflow. "
+            "Use bfloat16 or float32."
+        )
+    if not policy.trainable_parameters():
+        raise Refused(
+            f"The model {policy.source!r} has no trainable parameter: set requires_grad on some, or use LoRA."
+        )
 
 
 def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> list[Pair]:
@@ -103,6 +121,7 @@ class SupervisedTraining:
     one epoch after the other.
 
     Attributes:
+        pairs: token ids of the prompt and of the completion of each demonstration.
         tokens: number of the completions' tokens so far.
     """
 
@@ -136,8 +155,8 @@ class SupervisedTraining:
         if not demonstrations:
             raise Refused("There are no demonstrations to learn from. Give rows of prompt and completion.")
         self._policy, self._max_grad_norm = policy, max_grad_norm
-        self._pairs = encode_demonstrations(policy, demonstrations)
-        self._batches = Batches(len(self._pairs), batch_size, seed)
+        self.pairs = encode_demonstrations(policy, demonstrations)
+        self._batches = Batches(len(self.pairs), batch_size, seed)
         self._parameters = policy.trainable_parameters()
         self._optimizer = torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=0.0, fused=True)
         self._schedule = get_scheduler("linear", self._optimizer, 0, max_steps)
@@ -154,7 +173,7 @@ class SupervisedTraining:
         """
         self._step += 1
         policy = self._policy
-        batch = demonstration_batch(policy, [self._pairs[i] for i in self._batches.next()])
+        batch = demonstration_batch(policy, [self.pairs[i] for i in self._batches.next()])
         logprobs = score(policy.model, batch, share_prompt=policy.share_prompt).logprobs
         self.tokens += int(batch.mask.sum())
         loss = -torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum()
@@ -187,9 +206,20 @@ def fit(
 
 
 def cache_directory() -> Path:
-    """Return the directory of warm-started bases: $TOKENRL_CACHE, else tokenrl/ in the user's cache."""
+    """Return the directory of warm-started models: $TOKENRL_CACHE, else tokenrl/ in the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TOKENRL_CACHE") or Path(home) / "tokenrl")
+
+
+@contextlib.contextmanager
+def cache_entry(name: str) -> Iterator[Path]:
+    """Lock an entry of the cache, and give its directory; it exists if somebody has made it before."""
+    from filelock import FileLock
+
+    directory = cache_directory() / name
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(directory) + ".lock"):
+        yield directory
 
 
 def warm_started_base(
@@ -208,8 +238,6 @@ def warm_started_base(
     Raises:
         Refused: the task has no model of its own.
     """
-    from filelock import FileLock
-
     build = getattr(task, "build", None)
     if build is None:
         raise Refused(
@@ -217,9 +245,8 @@ def warm_started_base(
             "DIRECTORY_OR_HUB_NAME."
         )
     recipe = f"{task.fingerprint} {seed} {torch.__version__.split('+')[0]} {MADE_BY}"
-    directory = cache_directory() / f"{task.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(directory) + ".lock"):
+    name = f"{task.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    with cache_entry(name) as directory:
         if directory.exists():
             return directory
         policy = wrap(*build(seed), source=f"{task.name} base")

@@ -1,0 +1,144 @@
+"""Settings that were left open: which task, model and adapter get which, and what is said of their origin."""
+
+import json
+
+import pytest
+from tiny_models import make_model, make_policy, make_task, make_tokenizer
+
+import toy_tasks
+from tokenrl.configuration import configured
+from tokenrl.language.policy.adapters import add_lora
+from tokenrl.language.policy.model import wrap
+from tokenrl.language.training.arguments import SftArguments, TrainArguments
+from tokenrl.language.training.defaults import (
+    completion_limit,
+    default_rate,
+    demonstrations,
+    parameter_count,
+    room,
+    sft_defaults,
+    training_defaults,
+    with_origins,
+)
+from tokenrl.language.training.loop import train
+from tokenrl.language.training.supervised import encode_demonstrations
+
+OTHER = "default for other models"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return toy_tasks.load("sort_digits", eval_size=8)
+
+
+@pytest.fixture(scope="module")
+def own(digits):
+    return wrap(*digits.build(0))
+
+
+def test_the_rate_falls_with_size_through_the_known_points():
+    known = ((50_000, 1e-3), (134_515_008, 1e-5), (10**9, 1e-6))
+    assert [default_rate(size) for size, _ in known] == [rate for _, rate in known]
+    assert default_rate(100) == 1e-3 and default_rate(7 * 10**9) == 1e-6  # constant beyond the points
+    rates = [default_rate(10**power) for power in range(4, 11)]
+    assert rates == sorted(rates, reverse=True)
+    for size, lora, supervised, expected in (
+        (134_515_008, True, False, 1e-4),
+        (134_515_008, False, True, 1e-4),
+        (10**9, True, False, 1e-5),
+        (10**9, False, True, 2e-5),
+        (10**9, True, True, 2e-4),
+        (500_000, True, True, 1e-3),
+    ):
+        assert default_rate(size, lora=lora, supervised=supervised) == expected
+
+
+def test_an_adapter_is_not_counted():
+    policy = make_policy()
+    bare = parameter_count(policy)
+    add_lora(policy, r=2)
+    assert parameter_count(policy) == bare == sum(p.numel() for p in make_model().parameters())
+
+
+def test_a_recommendation_holds_for_the_models_of_the_task_only(digits, own):
+    for args, policy in ((TrainArguments(), own), (TrainArguments(), None), (TrainArguments(model="x"), own)):
+        found = training_defaults(args, digits, policy)
+        assert found.values.items() >= {**digits.train, "max_completion_length": 8}.items()
+        assert found.origins["learning_rate"] == found.origins["max_steps"] == "recommended by the task"
+        assert found.origins["max_completion_length"] == "the task's limit"
+    other = make_policy()
+    found = training_defaults(TrainArguments(model="x", lora_r=2), digits, other)
+    expected = {"max_steps": 60, "prompts_per_step": 8, "num_generations": 8, "eval_every": 6}
+    assert found.values.items() >= {**expected, "lr_scheduler_type": "constant"}.items()
+    assert found.values["learning_rate"] == default_rate(parameter_count(other), lora=True)
+    assert found.origins["learning_rate"] == "21.7 k parameters, LoRA"
+    assert found.origins["max_steps"] == OTHER
+
+
+def test_the_length_is_that_of_the_demonstrations_as_the_tokenizer_writes_them(digits):
+    other = make_policy()
+    longest = max(len(ids) for _, ids in encode_demonstrations(other, digits.demonstrations))
+    found = completion_limit(digits, "x", other)
+    assert longest == 7 and found == (11, "the longest demonstration has 7 with EOS")
+    assert room([([1], [5] * 40), ([1, 2, 3], [5])]) == 50
+    vowels = toy_tasks.load("vowels")  # without demonstrations
+    assert completion_limit(vowels, "x", other) == (12, "the task's limit")
+
+
+def test_own_tasks_and_given_values_win():
+    own = make_task()
+    own.train = {"max_steps": 7, "learning_rate": 0.5}
+    found = training_defaults(TrainArguments(model="x", max_steps=3), own, make_policy())
+    assert (found.values["learning_rate"], found.values["max_completion_length"]) == (0.5, 8)
+    assert found.origins["max_steps"] == "given" and found.values["eval_every"] == 1
+    plain = training_defaults(TrainArguments(model="x"), make_task(), make_policy())
+    assert (plain.values["max_steps"], plain.values["prompts_per_step"]) == (200, 16)
+
+
+def test_the_supervised_run_has_defaults_of_its_own(digits, own):
+    found = sft_defaults(SftArguments(), digits, own)
+    assert found.values == {"max_steps": 200, "batch_size": 64, "learning_rate": 1e-3, "eval_every": 20}
+    other = sft_defaults(SftArguments(model="x", max_steps=50), digits, make_policy())
+    assert other.values["batch_size"] == 16 and other.values["eval_every"] == 5
+    assert other.origins == {
+        "max_steps": "given",
+        "batch_size": OTHER,
+        "learning_rate": "21.7 k parameters",
+    }
+    data = sft_defaults(SftArguments(model="x"), None, make_policy())
+    assert (data.values["max_steps"], data.values["batch_size"]) == (200, 64)
+
+
+def test_neighbours_of_one_origin_share_it():
+    args = TrainArguments(max_steps=3, prompts_per_step=4, num_generations=5)
+    forms = {"max_steps": "{} steps", "prompts_per_step": "{} prompts", "num_generations": "{} each"}
+    origins = {"max_steps": "given", "prompts_per_step": OTHER, "num_generations": OTHER}
+    said = with_origins(args, origins, " x ", **forms)
+    assert said == "3 steps (given) x 4 prompts x 5 each (default for other models)"
+
+
+def test_demonstrations_are_the_tasks_or_rows_with_a_completion():
+    task = make_task()
+    task.train_prompts = [{"prompt": "a", "answer": "b"}]
+    assert demonstrations(task, "answer") == [{"prompt": "a", "answer": "b", "completion": "b"}]
+    task.demonstrations = [{"prompt": "c", "completion": "d"}]
+    assert demonstrations(task) == task.demonstrations
+
+
+def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tmp_path, capsys):
+    toy = make_task()
+    toy.train, toy.max_completion_length = {"learning_rate": 0.9}, 2
+    toy.demonstrations = [{"prompt": "a", "completion": "the cat sat on the mat"}]
+    toy.build = lambda seed: (make_model(), make_tokenizer())
+    given = {"max_steps": 1, "eval_every": 0, "cpu": True, "output_dir": str(tmp_path / "run")}
+    result = train(task=toy, model=str(saved()), **given)
+    said = capsys.readouterr().out
+    assert "1 steps (given) x 8 prompts x 8 completions (default for other models)" in said
+    assert "0.001 (21.7 k parameters), constant (default)" in said
+    longest = len(make_tokenizer()("the cat sat on the mat").input_ids) + 1
+    assert f"up to {longest + 4} tokens (the longest demonstration has {longest} with EOS)" in said
+    config = json.loads((result.output_dir / "config.json").read_text())
+    assert (config["learning_rate"], config["max_completion_length"]) == (1e-3, longest + 4)
+    again = configured(TrainArguments, result.output_dir, "train")
+    repeated = training_defaults(again, toy, make_policy())
+    assert set(repeated.origins.values()) == {"given"}

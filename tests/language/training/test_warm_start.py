@@ -1,0 +1,159 @@
+"""The supervised stage before the first step: when it ends, what it leaves, its cache, and its refusals."""
+
+import json
+import signal
+
+import pytest
+import torch
+from tiny_models import make_policy, make_task, weights
+
+from tokenrl.core.estimator import Estimator
+from tokenrl.errors import Refused
+from tokenrl.language.policy.adapters import add_lora
+from tokenrl.language.training import warm_start as stage
+from tokenrl.language.training.loop import train
+from tokenrl.language.training.supervised import SupervisedTraining, fit
+
+ROWS = [{"prompt": "the cat", "completion": " sat"}, {"prompt": "a", "completion": "d"}]
+
+
+def always_equal(completions, **_):
+    return [0.5] * len(completions)
+
+
+def lengths(completion_ids, **_):
+    """Equal where all completions have the same length, as those of an untrained model that are all cut."""
+    return [float(len(ids)) for ids in completion_ids]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run(reward, **options)`: a training of one step after a warm start of at most four updates."""
+
+    def run(reward=always_equal, rows=ROWS, **options):
+        task = make_task(reward=reward)
+        task.demonstrations = rows
+        given = {"model": make_policy(), "max_steps": 1, "prompts_per_step": 2, "num_generations": 2}
+        more = {"cpu": True, "overwrite": True, "eval_every": 0, "output_dir": str(tmp_path / "run")}
+        warm = {"warm_start": True, "warm_start_steps": 4}
+        return train(task=task, **(given | more | warm | options))
+
+    return run
+
+
+def by_hand(updates=4):
+    policy = make_policy()
+    fit(policy, ROWS, max_steps=updates, batch_size=stage.BATCH, learning_rate=1e-3)
+    return policy
+
+
+def test_all_weights_learn_the_demonstrations_before_the_adapter_is_added(run, tmp_path, capsys):
+    result = run(lora_r=2, estimator=Estimator(beta=0.1))
+    assert result.warm_started["updates"] == 4 and result.warm_started["spread_after"] == 0
+    with result.policy.reference_model() as reference:  # what the KL compares with
+        frozen = dict(reference.named_parameters())
+        expected = dict(by_hand().model.named_parameters())
+        for name, value in expected.items():
+            found = [p for n, p in frozen.items() if n.replace(".base_layer", "").endswith(f"model.{name}")]
+            torch.testing.assert_close(found[0], value, atol=1e-6, rtol=0)
+            assert found[0].grad is None  # of the supervised stage, which would take memory
+    said = capsys.readouterr().out
+    assert "at most 4 updates of all weights on 16 of 2 demonstrations" in said
+    assert "after 4 updates only 0% of the groups have unequal rewards" in said
+    for file, name in (("config.json", "warm_started"), ("summary.json", "warm_started")):
+        assert json.loads((tmp_path / "run" / file).read_text())[name] == result.warm_started
+    words = result.warm_started["in_words"]
+    assert "4 updates, loss" in words
+    for file in ("report.html", "model/README.md"):
+        assert "4 updates, loss" in (tmp_path / "run" / file).read_text()
+
+
+def test_it_ends_once_enough_groups_have_unequal_rewards(run, monkeypatch):
+    monkeypatch.setattr(stage, "EVERY", 2)
+    shares = iter([0.0, 0.4, 0.5])
+    monkeypatch.setattr(stage, "_spread", lambda found: found.spread)
+
+    class Found:
+        truncated = reward = type("Estimate", (), {"value": 0.25})
+
+        def __init__(self, *_):
+            self.spread = next(shares)
+
+    monkeypatch.setattr(stage, "_probe", Found)
+    facts = run(warm_start_steps=9).warm_started
+    assert (facts["updates"], facts["spread_before"], facts["spread_after"]) == (4, 0.0, 0.5)
+
+
+def test_a_model_with_signal_needs_none_and_completions_must_end(run):
+    policy = make_policy()
+    policy.eos_ids = tuple(range(1, 90, 3))  # completions of every length, most of which end
+    facts = run(lengths, model=policy).warm_started
+    assert facts["updates"] == 0 and facts["loss_after"] is None and "not needed" in facts["in_words"]
+    assert (
+        run(lambda completions, **_: list(range(len(completions)))).warm_started["updates"] == 4
+    )  # all are cut
+
+
+def test_the_result_is_made_once_for_what_it_depends_on(run, cache, capsys):
+    def entries():
+        return {path.name for path in cache.iterdir() if path.is_dir()}
+
+    first = run(max_steps=1, learning_rate=1e-9)
+    assert len(entries()) == 1
+    capsys.readouterr()
+    second = run(max_steps=1, learning_rate=1e-9)
+    assert "warm start, from the cache: 4 updates" in capsys.readouterr().out
+    assert second.warm_started == first.warm_started and len(entries()) == 1
+    assert torch.equal(weights(second.policy.model), weights(first.policy.model))
+    run(max_steps=1, learning_rate=1e-5, prompts_per_step=4)  # the stage does not depend on these
+    assert len(entries()) == 1
+    for number, changes in enumerate(
+        (
+            {"model": make_policy(seed=1)},
+            {"rows": ROWS[:1]},
+            {"warm_start_steps": 3},
+            {"seed": 1},
+            {"max_completion_length": 3},
+        )
+    ):
+        run(**changes)
+        assert len(entries()) == number + 2
+
+
+def test_an_interruption_says_that_nothing_is_kept(run, cache, tmp_path, monkeypatch, capsys):
+    update = SupervisedTraining.update
+
+    def interrupted(training):
+        update(training)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(SupervisedTraining, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert "interrupted in update 1 of the warm start: nothing of it is kept" in capsys.readouterr().out
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_what_cannot_be_warm_started_is_refused(run):
+    with pytest.raises(Refused, match="'tiny' has no demonstrations"):
+        run(rows=[])
+    adapted = make_policy()
+    add_lora(adapted, r=2)
+    with pytest.raises(Refused, match="has an adapter"):
+        run(model=adapted)
+
+
+def test_the_configuration_of_such_a_run_can_be_used_again(run, tmp_path):
+    from tokenrl.configuration import configured
+    from tokenrl.language.training.arguments import TrainArguments
+
+    run()
+    args = configured(TrainArguments, tmp_path / "run", "train")
+    assert (args.warm_start, args.warm_start_steps, args.max_steps) == (True, 4, 1)

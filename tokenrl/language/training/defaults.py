@@ -1,0 +1,210 @@
+"""Chooses the settings that a user left open, by task, model and LoRA, and says where each comes from.
+
+What a toy task recommends holds for its own tiny model. Any other model gets its learning rate from its size,
+and its completion length from the task's demonstrations as its own tokenizer writes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tokenrl.errors import Refused
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.training.arguments import SftArguments, TrainArguments
+from tokenrl.language.training.supervised import Pair, encode_demonstrations
+
+ANY = {
+    "max_steps": 200,
+    "prompts_per_step": 16,
+    "num_generations": 8,
+    "max_completion_length": 256,
+    "lr_scheduler_type": "constant",
+}
+TOY = {"max_steps": 60, "prompts_per_step": 8, "num_generations": 8}
+"""A toy task with another model than its own, which is far slower: 3 minutes on a CPU at 135 M parameters."""
+SFT_ANY = {"max_steps": 200, "batch_size": 64}
+SFT_TOY = {"max_steps": 250, "batch_size": 16}
+RATES = ((5e4, 1e-3), (1.35e8, 1e-5), (1e9, 1e-6))
+"""Parameters and learning rate: the toy tasks' tiny models; GPT-2 and its like (Ziegler et al. 2019 took
+1.4e-5 for 124 M); TRL's default, which is made for 1e9 and more (GRPO, DAPO and others take the same)."""
+LEAST_SUPERVISED, LARGEST_RATE = 2e-5, 1e-3
+OTHER = "default for other models"
+
+
+class Defaults(NamedTuple):
+    """The values of settings that were left open, and for each setting shown where its value comes from."""
+
+    values: dict[str, Any]
+    origins: dict[str, str]
+
+
+def default_rate(parameters: int, *, lora: bool = False, supervised: bool = False) -> float:
+    """Return the peak learning rate for a model of this size, to one significant figure.
+
+    It lies on the power laws between the points of `RATES`, and is constant beyond the first and the last.
+    Supervised training takes ten times that, at least 2e-5 (TRL's default). An adapter takes ten times the
+    rate of full weights (Schulman et al. 2025, "LoRA Without Regret"). No rate is above 1e-3.
+
+    Args:
+        parameters: number of the model's parameters, without an adapter.
+        lora: whether only a LoRA adapter is trained.
+        supervised: whether demonstrations are learnt from, not rewards.
+    """
+    sizes, rates = np.log(np.array(RATES)).T
+    rate = math.exp(np.interp(math.log(max(1, parameters)), sizes, rates))
+    if supervised:
+        rate = max(10 * rate, LEAST_SUPERVISED)
+    return min(LARGEST_RATE, float(f"{10 * rate if lora else rate:.0e}"))
+
+
+def parameter_count(policy: Policy) -> int:
+    """Return the number of the model's parameters, those of a LoRA adapter left out."""
+    return sum(p.numel() for name, p in policy.model.named_parameters() if "lora_" not in name)
+
+
+def demonstrations(task: Any, column: str = "completion") -> list[dict[str, Any]]:
+    """Return a task's demonstrations, or else those of its training rows that have a completion.
+
+    Args:
+        task: the task.
+        column: column of the training rows that holds the completions.
+
+    Returns:
+        Rows with a `prompt` and a `completion`.
+
+    Raises:
+        Refused: there are none.
+    """
+    rows = list(getattr(task, "demonstrations", None) or [])
+    rows = rows or [{**row, "completion": row[column]} for row in task.train_prompts if column in row]
+    if not rows:
+        raise Refused(
+            f"The task {task.name!r} has no demonstrations, which a supervised stage needs. Give a task that "
+            f"has some, or data with the columns prompt and {column}."
+        )
+    return rows
+
+
+def room(pairs: Sequence[Pair]) -> int:
+    """Return the tokens of the longest demonstration and its EOS, and a quarter more (at least 4)."""
+    longest = max(len(completion) for _, completion in pairs)
+    return longest + max(4, longest // 4)
+
+
+def completion_limit(task: Any, model: Any, policy: Policy | None) -> tuple[int, str] | None:
+    """Return the most tokens of a completion of a task, and where the number comes from; None if unknown.
+
+    A toy task's own limit counts the tokens of its own tokenizer; for any other it follows from the
+    demonstrations.
+
+    Args:
+        task: the task.
+        model: the model that the arguments name; None for the task's own.
+        policy: the policy; None before it is loaded.
+    """
+    rows = getattr(task, "demonstrations", None)
+    if hasattr(task, "build") and rows and policy is not None and not is_own(task, model, policy):
+        pairs = encode_demonstrations(policy, rows)
+        return room(pairs), f"the longest demonstration has {max(len(ids) for _, ids in pairs)} with EOS"
+    limit = getattr(task, "max_completion_length", None)
+    return (limit, "the task's limit") if limit else None
+
+
+def is_own(task: Any, model: Any, policy: Policy | None) -> bool:
+    """Return whether the model is the task's own, or was made of it: then it has the same vocabulary.
+
+    Args:
+        task: the task.
+        model: the model that the arguments name; None for the task's own.
+        policy: the policy; None before it is loaded.
+    """
+    tokenizer = getattr(getattr(task, "build", None), "tokenizer", None)
+    if model is None or policy is None or tokenizer is None:
+        return model is None
+    return bool(policy.tokenizer.get_vocab() == tokenizer().get_vocab())
+
+
+def training_defaults(args: TrainArguments, task: Any, policy: Policy | None = None) -> Defaults:
+    """Choose the settings of `tokenrl train` that were left open.
+
+    Args:
+        args: the arguments.
+        task: the task.
+        policy: the policy; None before it is loaded, when neither its size nor its tokenizer is known.
+    """
+    own, toy = is_own(task, args.model, policy), hasattr(task, "build")
+    layers: list[tuple[Mapping[str, Any], str]] = [(ANY, "default")]
+    if toy and not own:
+        layers.append((TOY, OTHER))
+    layers.append(_rate(policy, lora=bool(args.lora_r)))
+    if own or not toy:
+        layers.append((getattr(task, "train", None) or {}, "recommended by the task"))
+    limit = completion_limit(task, args.model, policy)
+    if limit is not None:
+        layers.append(({"max_completion_length": limit[0]}, limit[1]))
+    values, origins = _settle(args, layers)
+    every = values.setdefault("eval_every", max(1, (args.max_steps or values["max_steps"]) // 10))
+    values.setdefault("log_completions", every if args.eval_every is None else args.eval_every)
+    return Defaults(values, origins)
+
+
+def sft_defaults(args: SftArguments, task: Any, policy: Policy) -> Defaults:
+    """Choose the settings of `tokenrl sft` that were left open.
+
+    Args:
+        args: the arguments.
+        task: the task; None for a data set.
+        policy: the policy.
+    """
+    own, toy = is_own(task, args.model, policy), hasattr(task, "build")
+    layers: list[tuple[Mapping[str, Any], str]] = [(SFT_ANY, "default")]
+    if toy and not own:
+        layers.append((SFT_TOY, OTHER))
+    layers.append(_rate(policy, lora=bool(args.lora_r), supervised=True))
+    warm = getattr(task, "warm_start", None)
+    if warm is not None and (own or not toy):
+        named = {"max_steps": warm.steps, "batch_size": warm.batch_size, "learning_rate": warm.learning_rate}
+        layers.append((named, "recommended by the task"))
+    values, origins = _settle(args, layers)
+    values["eval_every"] = max(1, (args.max_steps or values["max_steps"]) // 10)
+    return Defaults(values, origins)
+
+
+def _rate(policy: Policy | None, **kind: bool) -> tuple[dict[str, float], str]:
+    """Return the learning rate by size, and in words what it depends on."""
+    count = int(RATES[1][0]) if policy is None else parameter_count(policy)
+    unit, letter = next(u for u in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= u[0] or u[0] == 1e3)
+    size = f"{count / unit:.3g} {letter}"
+    return {"learning_rate": default_rate(count, **kind)}, f"{size} parameters{', LoRA' * kind['lora']}"
+
+
+def _settle(args: Any, layers: Sequence[tuple[Mapping[str, Any], str]]) -> Defaults:
+    """Lay the values over each other, the last on top, and note for each from where it comes."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for found, origin in layers:
+        values |= found
+        origins |= dict.fromkeys(found, origin)
+    given = [name for name in values if getattr(args, name, None) is not None]
+    return Defaults(values, origins | dict.fromkeys(given, "given"))
+
+
+def with_origins(settings: Any, origins: Mapping[str, str], between: str = ", ", **forms: str) -> str:
+    """Write settings in one line, each with its origin; neighbours of the same origin share it.
+
+    Args:
+        settings: the settings.
+        origins: by setting, where its value comes from.
+        between: text between two settings.
+        **forms: by setting, a format of its value, such as "{} steps".
+    """
+    lines = []
+    for origin, names in groupby(forms, key=lambda name: origins[name]):
+        values = between.join(forms[name].format(getattr(settings, name)) for name in names)
+        lines.append(f"{values} ({origin})")
+    return between.join(lines)
