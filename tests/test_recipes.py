@@ -20,7 +20,10 @@ import pytest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ALL = sorted(path.stem for path in RECIPES.glob("*.py"))
-ELSEWHERE = {"rlhf_pipeline", "overoptimisation"}  # tests/test_rlhf_recipes.py
+ELSEWHERE = {  # tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py
+    *("rlhf_pipeline", "overoptimisation"),
+    "pretrained_toy_task",
+}
 TABLE = "estimators_table"
 NAMES = [
     name for name in ALL if not name.startswith(("figures_", "control_")) and name not in {*ELSEWHERE, TABLE}

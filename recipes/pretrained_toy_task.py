@@ -1,0 +1,165 @@
+"""A toy task with a pretrained model, from the model as it is over a warm start to the trained result.
+
+    python recipes/pretrained_toy_task.py MODEL                    MODEL is a directory or a hub name
+    python recipes/pretrained_toy_task.py MODEL --task addition --lora-r 16 --max-steps 120
+
+Asked for six sorted digits, a pretrained model writes something else and gets no reward, so REINFORCE has
+nothing to reinforce. `tokenrl.train(warm_start=True)` therefore shows it the demonstrations first, with all
+weights, until half of the groups of sampled completions have unequal rewards. Most demonstrations are wrong
+on purpose: they teach the form of an answer. A LoRA adapter then learns from the rewards alone. Learning rate
+and lengths are those that tokenrl chooses for a model of this size; the run's header says where each comes
+from.
+
+Look for: the greedy reward in the three rows of the table, and the step at which the sampled reward leaves
+that of the demonstrations. The program prints the seconds per step and the peak memory that it measured.
+
+What to expect. With a 135 M instruct model on a CPU this path was measured by hand, with the commands sft and
+train: 250 updates of 16 at 1e-4 took 6.5 minutes, and 60 steps of 8 x 8 completions with LoRA of rank 8 at
+1e-4 took 3.2 minutes; the greedy held-out reward rose from .04 to .92. Time grows about as the parameters do:
+on that CPU up to 5 minutes of warm start and 2.5 minutes of training per 100 M, so take a GPU from 500 M on.
+The warm start is what takes memory: 16 bytes for each parameter (weight, gradient, two moments of Adam, in
+float32), or 2.2 GB for 135 M, 8 GB for 500 M and 16 GB for 1 B; training an adapter takes 4 bytes and
+activations. The warm-started weights stay in tokenrl's cache, 4 bytes for each parameter, where a second run
+finds them.
+
+This program has been run with a Llama of 1 M parameters and a BPE tokenizer, pretrained for a minute on the
+docstrings of Python's standard library, and not with weights from the hub. That model is too small for sums
+and for sorting. `--task target_length` shows all three stages with it, in a minute: greedy -1.00, -0.79,
+-0.37.
+"""
+
+import json
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from matplotlib.figure import Figure
+
+import tokenrl
+from tokenrl.runs import read_metrics, smooth
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
+STAGES = ("as it is", "warm-started", "trained")
+
+
+@dataclass(frozen=True)
+class Args:
+    """A toy task with a pretrained model."""
+
+    model: tyro.conf.Positional[str]
+    """Directory or hub name of a causal language model."""
+    task: str = "sort_digits"
+    """A toy task with demonstrations: sort_digits, reverse_text, addition, countdown, sentiment or
+    target_length."""
+    lora_r: int = 8
+    """Rank of the adapter; 0 trains all weights."""
+    max_steps: int = 60
+    """Training steps."""
+    warm_start_steps: int = 250
+    """Most updates of the warm start."""
+    eval_size: int = 64
+    """Held-out prompts."""
+    learning_rate: float | None = None
+    """Peak learning rate; None for the one that tokenrl chooses by size."""
+    seed: int = 0
+    """Seed of everything."""
+    output_dir: Path = Path("runs/pretrained_toy_task")
+    """Run directory, in which pretrained_toy_task.png and stages.json are added."""
+    overwrite: bool = False
+    """Replace the run that output_dir holds."""
+
+
+def table(stages: dict[str, dict[str, float]]) -> str:
+    """The held-out reward of each stage: the greedy completion, and the mean of four samples."""
+    lines = [f"{'':14}{'greedy':>16}{'sampled':>18}{'cut at the limit':>18}"]
+    for name, found in stages.items():
+        greedy, sampled = ("{:.3f} ± {:.3f}".format(found[key], found.get(f"{key}_stderr", 0))
+                           for key in ("reward_greedy", "reward"))  # fmt: skip
+        cut = f"{found['completions/clipped_ratio']:.0%}"
+        lines.append(f"{name:14}{greedy:>16}{sampled:>18}{cut:>18}")
+    return "\n".join(lines)
+
+
+def draw(stages: dict[str, dict[str, float]], steps: list[dict], title: str, solved: float | None) -> Figure:
+    """Left: the stages. Right: training, from the warm-started model on."""
+    figure = Figure(figsize=(12, 4.5), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2))
+    names = list(stages)
+    for key, colour, name, shift in (
+        ("reward_greedy", ORANGE, "greedy", 0.1),
+        ("reward", BLUE, "sampled", -0.1),
+    ):
+        errors = [2 * stages[stage].get(f"{key}_stderr", 0) for stage in names]
+        at = [place + shift for place in range(len(names))]
+        values = [stages[stage][key] for stage in names]
+        left.errorbar(at, values, errors, color=colour, marker="o", capsize=3, linewidth=1, label=name)
+        known = [(row["step"], row[f"eval_{key}"]) for row in steps if f"eval_{key}" in row]
+        right.plot(*zip(*known, strict=True), color=colour, marker="o", label=f"held-out, {name}")
+    left.set_xticks(range(len(names)), names)
+    left.set(ylabel="reward")
+    left.set_title("Held-out prompts, 2 standard errors", loc="left", fontsize=11)
+    rewards = [(row["step"], row["reward"]) for row in steps if "reward" in row]
+    right.plot(
+        [s for s, _ in rewards], smooth([r for _, r in rewards], 5), color=GREY, label="training (mean of 5)"
+    )
+    right.set(xlabel="step (0: the warm-started model)")
+    right.set_title("Training on the rewards", loc="left", fontsize=11)
+    for axes in (left, right):
+        if solved is not None:
+            axes.axhline(solved, color="#009E73", linewidth=1, linestyle="--")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#EAEAEA", linewidth=0.8)
+        axes.legend(frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    return figure
+
+
+def costs(run: Path, seconds: float) -> str:
+    """The seconds per step of the run, and the peak memory of this process."""
+    rows = read_metrics(run / "timings.jsonl")
+    parts = [sum(v for k, v in row.items() if k not in ("step", "tokens_per_second")) for row in rows]
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kB elsewhere
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return (
+        f"{sum(parts) / len(parts):.2f} s per training step, {seconds / 60:.1f} min in all with warm start "
+        f"and evaluations, at most {memory:.1f} GiB of main memory"
+    )
+
+
+def main(args: Args) -> None:
+    began = time.monotonic()
+    print(f"{args.model} on {args.task}, as it is ...", flush=True)
+    baseline = tokenrl.evaluate(model=args.model, task=args.task, eval_size=args.eval_size, seed=args.seed)
+    result = tokenrl.train(
+        task=args.task,
+        model=args.model,
+        warm_start=True,
+        warm_start_steps=args.warm_start_steps,
+        lora_r=args.lora_r,
+        learning_rate=args.learning_rate,
+        max_steps=args.max_steps,
+        eval_size=args.eval_size,
+        seed=args.seed,
+        output_dir=args.output_dir,
+        overwrite=args.overwrite,
+    )
+    if result.exit_code:  # a signal ended the run; it is meant for the whole program
+        raise SystemExit(result.exit_code)
+    found = (baseline.metrics, result.eval_before, result.eval_after)
+    stages = dict(zip(STAGES, found, strict=True))
+    run = result.output_dir
+    (run / "stages.json").write_text(json.dumps(stages, indent=2) + "\n")
+    solved = json.loads((run / "config.json").read_text())["solved"]
+    title = f"{args.task}, {Path(args.model).name}: greedy reward " + " → ".join(
+        f"{metrics['reward_greedy']:.2f}" for metrics in found
+    )
+    figure = run / "pretrained_toy_task.png"
+    draw(stages, read_metrics(run / "metrics.jsonl"), title, solved).savefig(figure)
+    print(f"\n{table(stages)}\n{costs(run, time.monotonic() - began)}\nfigure: {figure}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
