@@ -290,7 +290,8 @@ def test_the_help_shows_flags_in_groups_those_that_matter_first(capsys, monkeypa
     shown = groups_of(capsys.readouterr().out)
     assert list(shown) == [
         *("", "sampling", "optimiser", "KL control", "model", "prompts and ends", "data", "LoRA"),
-        *("warm start", "evaluation", "checkpoints and logs", "trackers", "safety stops", "estimator"),
+        *("warm start", "evaluation", "checkpoints and logs", "trackers", "safety stops", "threads"),
+        "estimator",
     ]
     first = flags_of(shown[""])
     dozen = ["task", "reward", "model", "estimator", "output-dir", "max-steps", "prompts-per-step"]

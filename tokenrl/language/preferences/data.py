@@ -21,6 +21,8 @@ from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.setup import make_policy
 from tokenrl.language.training.supervised import warm_started_base
+from tokenrl.language.training.threads import stage_threads
+from tokenrl.runs.threads import Choice, using_threads
 
 HELD_OUT = 2**32  # added to the seed, so that held-out and training pairs use different random numbers
 
@@ -35,6 +37,7 @@ class RewardData:
         held_out: the pairs to evaluate on; their prompts are not in `train`.
         task: the task that the pairs were made from, or whose base model is the backbone; None for neither.
         rows: the rows to save in the run directory, by file name; empty if the data was given.
+        threads: the number of threads that sampled the pairs, and why; empty if none were sampled here.
     """
 
     name: str
@@ -42,6 +45,7 @@ class RewardData:
     held_out: list[Pair]
     task: Any = None
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    threads: dict[str, Choice] = field(default_factory=dict)
 
 
 def load_reward_data(args: Any, announce: Callable[[str], None]) -> RewardData:
@@ -77,6 +81,7 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
     form = vars(form_of(args))
     policy = make_policy(ModelArguments(model=named, base_seed=args.base_seed, **form), task, announce)
     choose_way(policy, gradient=False)
+    threads = stage_threads(policy, args, "sampling")
     length = args.max_completion_length or task.max_completion_length or 256
     rows = {}
     parts: tuple[tuple[str, Sequence[Any], int, int], ...] = (
@@ -86,19 +91,20 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
     for file, prompts, wanted, seed in parts:
         per_prompt = math.ceil(wanted / len(prompts))
         try:
-            rows[file] = make_preferences(
-                policy,
-                prompts[: math.ceil(wanted / per_prompt)],
-                rewards,
-                Sampling(length, 2 * per_prompt, args.temperature, seed),
-                noise_temperature=args.noise_temperature,
-            )
+            with using_threads(threads["sampling"].number if threads else None):
+                rows[file] = make_preferences(
+                    policy,
+                    prompts[: math.ceil(wanted / per_prompt)],
+                    rewards,
+                    Sampling(length, 2 * per_prompt, args.temperature, seed),
+                    noise_temperature=args.noise_temperature,
+                )
         except Stopped as error:
             raise Refused(f"Before the first step: {error}") from error
     made = len(rows["preferences.jsonl"])
     announce(f"{made:,} preferences from {args.num_pairs:,} sampled pairs; the others are ties.")
     train, held_out = (read_pairs(part, name) for name, part in rows.items())
-    return RewardData(task.name, train, held_out, task, rows)
+    return RewardData(task.name, train, held_out, task, rows, threads)
 
 
 def make_backbone(args: Any, task: Any, announce: Callable[[str], None]) -> RewardModel:

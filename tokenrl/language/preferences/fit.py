@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +41,7 @@ from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import Batches
 from tokenrl.language.training.supervised import descend
 from tokenrl.runs.session import Session
+from tokenrl.runs.threads import Choice, choose_threads, threads_in_words, using_threads, with_threads
 from tokenrl.runs.timings import Stopwatch
 from tokenrl.settings import settled
 
@@ -140,6 +142,21 @@ class PreferenceTraining:
         epoch = self._step * args.batch_size / len(self._encoded)
         return metrics | {"epoch": epoch, "num_tokens": self._tokens}
 
+    def threads(self) -> dict[str, Choice]:
+        """Choose the number of threads for training, by timing gradients of a few pairs.
+
+        Nothing is chosen where the model is on no CPU.
+        """
+        if self._model.model.device.type != "cpu":
+            return {}
+        texts = [text for pair in self._encoded[:4] for text in pair]
+
+        def work() -> None:
+            torch.autograd.grad(self._model.logits(texts).sum(), self._parameters, allow_unused=True)
+
+        size = sum(p.numel() for p in self._parameters)
+        return {"training": choose_threads(work, size, self._args.training_threads)}
+
 
 def fit_reward_model(
     reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelSettings
@@ -196,21 +213,19 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
     """
     args = called(RewardModelArguments, args, options)
     args = settled_form(args, args.model if args.policy is None else args.policy)
-    with Session(
-        "reward-model",
-        args.output_dir,
-        overwrite=args.overwrite,
-        quiet=args.quiet,
-        report=report_reward_model,
-        tracking=args,
-    ) as session:
+    how: dict[str, Any] = {"overwrite": args.overwrite, "quiet": args.quiet, "report": report_reward_model}
+    with Session("reward-model", args.output_dir, tracking=args, **how) as session, ExitStack() as stack:
         data = load_reward_data(args, session.console.note)
         reward_model = make_backbone(args, data.task, session.console.note)
         reward_model.ask(form_of(args))
         args = _resolve(args, data)
         training = PreferenceTraining(reward_model, data.train, args)  # refuses texts that are too long
         held_out = encode_pairs(reward_model, data.held_out)
-        session.open(f"tokenrl reward-model: {data.name}", facts(args, data, reward_model), note=LOSS_NOTE)
+        threads = data.threads | training.threads()
+        args = with_threads(args, threads)
+        stack.enter_context(using_threads(args.training_threads))
+        shown = facts(args, data, reward_model) | ({"threads": threads_in_words(threads)} if threads else {})
+        session.open(f"tokenrl reward-model: {data.name}", shown, note=LOSS_NOTE)
         rewards = score_pairs(reward_model, held_out)
         session.evaluated(preference_metrics(rewards, data.held_out))
         if args.check:

@@ -21,6 +21,7 @@ from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import log_softmax, score_norm_of
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.runs.threads import using_threads
 
 
 class Generator(Protocol):
@@ -62,9 +63,11 @@ class TransformersGenerator:
 
     Attributes:
         policy: the policy whose model is sampled from.
+        threads: with how many threads torch samples on a CPU; None for as many as it uses anyway.
     """
 
     policy: Policy
+    threads: int | None = None
 
     @torch.no_grad()
     def generate(
@@ -81,7 +84,8 @@ class TransformersGenerator:
         training = model.training
         model.eval()
         try:
-            return _decode(self.policy, prompt_ids, sampling, draws)
+            with using_threads(self.threads):
+                return _decode(self.policy, prompt_ids, sampling, draws)
         finally:
             model.train(training)
 

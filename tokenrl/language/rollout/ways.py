@@ -22,6 +22,7 @@ from tokenrl.language.rollout.distribution import log_softmax
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
+from tokenrl.runs.threads import using_threads
 
 TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (0.01, 0.03), torch.float16: (0.05, 0.2)}
 """By precision: the largest error of a value, in standard deviations of the logits (or of the hidden states),
@@ -46,7 +47,7 @@ def choose_way(
     Raises:
         Refused: sampling is wrong for this model, or both ways of scoring are.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), using_threads(1):
         probe = _Probe(policy, hidden, gradient)
         shared, wrong = None, _failure(probe.sample)
         if probe.finite and wrong is None:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.runs.threads import ThreadArguments, TrainingThreads
 from tokenrl.runs.trackers import TrackerArguments
 from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive, Settings
 
@@ -140,6 +141,7 @@ class TrainArguments(
     RecordArguments,
     TrackerArguments,
     SafetyArguments,
+    ThreadArguments,
 ):
     """Train a language model by policy gradients."""
 
@@ -187,7 +189,7 @@ class TrainSettings(TrainArguments):
 
 
 @dataclass(frozen=True)
-class SftArguments(ModelArguments, TaskArguments, LoraArguments, TrackerArguments):
+class SftArguments(ModelArguments, TaskArguments, LoraArguments, TrackerArguments, TrainingThreads):
     """Fine-tune a model on demonstrations: rows with a prompt and a completion."""
 
     output_dir: str = "runs/sft"

@@ -34,8 +34,10 @@ from tokenrl.language.training.setup import (
     resolve,
 )
 from tokenrl.language.training.step import Record, training_step
+from tokenrl.language.training.threads import settle_threads
 from tokenrl.language.training.warm_start import warm_start
 from tokenrl.runs.session import Session
+from tokenrl.runs.threads import using_threads
 
 
 def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
@@ -82,7 +84,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
     ) as session:
         run = _prepare(args, task, rewards, accelerator, session)
         args = run.args
-        with closing(run.learner.generator):
+        with closing(run.learner.generator), using_threads(args.training_threads):
             session.open(f"tokenrl train: {run.task.name}", facts(run))
             for warning in few_prompts(run.task.train_prompts):
                 session.console.warn(warning)
@@ -131,6 +133,7 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
             warmed = warm_start(policy, task, rewards, args, session.console, accelerator.device)
         adapt(args, policy)
     learner, schedule = make_learner(args, policy, accelerator)
+    threads = settle_threads(learner)
     task = filter_task(
         task,
         policy,
@@ -143,7 +146,8 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
     )
     estimator = args.estimator
     run = Run(
-        args=args,
+        args=learner.args,
+        threads=threads,
         task=task,
         rewards=rewards,
         learner=learner,

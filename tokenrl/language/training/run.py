@@ -28,6 +28,7 @@ from tokenrl.language.training.update import Learner
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.session import Session
+from tokenrl.runs.threads import Choice, threads_in_words
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Run:
         schedule: sets the learning rate of each step.
         stream: deals the prompts out to steps.
         running_mean: mean reward of earlier steps.
+        threads: the number of threads for sampling and training; empty where no CPU computes.
         tokens: number of prompt and completion tokens so far.
         completion_tokens: number of completion tokens so far.
         step_seconds: seconds spent in training steps so far.
@@ -79,6 +81,7 @@ class Run:
     schedule: Any
     stream: PromptStream
     running_mean: RunningMean
+    threads: dict[str, Choice]
     tokens: int = 0
     completion_tokens: float = 0.0
     step_seconds: float = 0.0
@@ -137,6 +140,7 @@ def facts(run: Run) -> dict[str, Any]:
         "completions": told(max_completion_length="up to {} tokens"),
         "learning rate": told(learning_rate="{:g}", lr_scheduler_type="{}"),
         "seed": args.seed,
+        **({"threads": threads_in_words(run.threads)} if run.threads else {}),
         **asked(policy.form, args.model),
         **({"prompts": policy.remark} if policy.remark else {}),
         "run": args.output_dir,

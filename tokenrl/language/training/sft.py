@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,8 +32,10 @@ from tokenrl.language.training.defaults import (
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.setup import make_policy
 from tokenrl.language.training.supervised import SupervisedTraining
+from tokenrl.language.training.threads import stage_threads
 from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.session import Session
+from tokenrl.runs.threads import threads_in_words, using_threads, with_threads
 from tokenrl.runs.timings import Stopwatch
 from tokenrl.settings import settled
 
@@ -76,16 +79,17 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         Stopped: the loss became NaN or infinite.
     """
     args = settled_form(called(SftArguments, args, options))
-    with Session(
-        "sft", args.output_dir, overwrite=args.overwrite, quiet=args.quiet, tracking=args
-    ) as session:
+    how: dict[str, Any] = {"overwrite": args.overwrite, "quiet": args.quiet, "tracking": args}
+    with Session("sft", args.output_dir, **how) as session, ExitStack() as stack:
         task, rewards, rows = _demonstrations(args)
         policy = make_policy(args, task, session.console.note)
         choose_way(policy)
         found = sft_defaults(args, task, policy)
-        args = settled(SftSettings, args, found.values)
-        how = {"max_steps": args.max_steps, "batch_size": args.batch_size, "seed": args.seed}
-        training = SupervisedTraining(policy, rows, learning_rate=args.learning_rate, **how)
+        threads = stage_threads(policy, args, "training")
+        args = with_threads(settled(SftSettings, args, found.values), threads)
+        stack.enter_context(using_threads(args.training_threads))
+        order = {"max_steps": args.max_steps, "batch_size": args.batch_size, "seed": args.seed}
+        training = SupervisedTraining(policy, rows, learning_rate=args.learning_rate, **order)
         evaluate = _evaluation(args, task, rewards, policy, training)
         told = partial(with_origins, args, found.origins)
         facts: dict[str, Any] = {
@@ -93,6 +97,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             "demonstrations": f"{len(rows):,}",
             "training": told(" x ", max_steps="{} updates", batch_size="{} demonstrations"),
             "learning rate": told(learning_rate="{:g}") + ", falling to 0",
+            **({"threads": threads_in_words(threads)} if threads else {}),
             **asked(policy.form, args.model),
             **({"prompts": policy.remark} if policy.remark else {}),
         }

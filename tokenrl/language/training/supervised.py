@@ -18,6 +18,7 @@ from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.tasks.stream import Batches
 from tokenrl.runs.checkpoint import replace_directory
+from tokenrl.runs.threads import using_threads
 
 MADE_BY = 2  # raise it when a change of the code changes the weights that a warm start gives
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
@@ -246,7 +247,7 @@ def warm_started_base(
         )
     recipe = f"{task.fingerprint} {seed} {torch.__version__.split('+')[0]} {MADE_BY}"
     name = f"{task.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-    with cache_entry(name) as directory:
+    with cache_entry(name) as directory, using_threads(1):  # the same weights for everyone
         if directory.exists():
             return directory
         policy = wrap(*build(seed), source=f"{task.name} base")

@@ -30,9 +30,11 @@ from tokenrl.language.training.supervised import (
     cache_entry,
     check_trainable,
 )
+from tokenrl.language.training.threads import stage_threads
 from tokenrl.runs.checkpoint import replace_directory
 from tokenrl.runs.console import Console
 from tokenrl.runs.files import write_json
+from tokenrl.runs.threads import using_threads
 
 BATCH = 16
 """Demonstrations per update."""
@@ -86,7 +88,9 @@ def warm_start(
             f"warm start: at most {most} updates of all weights on {BATCH} of {len(rows):,} demonstrations,\n"
             f"learning rate {rate:g}, until half of the groups have unequal rewards; kept in {directory}"
         )
-        facts = _train(policy, training, task, rewards, args, console)
+        threads = stage_threads(policy, args, "training")
+        with using_threads(threads["training"].number if threads else None):
+            facts = _train(policy, training, task, rewards, args, console)
 
         def write(path: Any) -> None:
             save_policy(policy, path)

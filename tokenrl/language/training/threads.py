@@ -1,0 +1,105 @@
+"""Chooses how many threads sample from a language model and train it, by timing a few of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.scoring import score
+from tokenrl.language.training.update import Learner
+from tokenrl.runs.threads import Choice, choose_threads, threads_in_words, with_threads
+
+Stage = Literal["sampling", "training"]
+WORK = 100_000_000
+"""Parameters times rows of what is timed, so that a large model is timed on few rows."""
+
+
+def stage_threads(policy: Policy, args: Any, *stages: Stage) -> dict[str, Choice]:
+    """Choose the number of threads for each stage; nothing is chosen where the model is on no CPU.
+
+    Args:
+        policy: the policy, on the device where it will run; it is left as it is.
+        args: the settings, in which `sampling_threads` and `training_threads` may say a number.
+        *stages: what the run does with the policy.
+
+    Raises:
+        Stopped: the model's logits are not finite.
+    """
+    if policy.device.type != "cpu":
+        return {}
+    parameters = sum(p.numel() for p in policy.model.parameters())
+    work = _Work(policy, max(2, min(16, WORK // (2 * parameters))))
+    with torch.random.fork_rng(devices=[]):
+        return {
+            stage: choose_threads(getattr(work, stage), parameters, getattr(args, f"{stage}_threads", None))
+            for stage in stages
+        }
+
+
+def settle_threads(learner: Learner) -> dict[str, Choice]:
+    """Choose the numbers of threads of a training run, and write them into its settings and its generator."""
+    threads = stage_threads(learner.policy, learner.args, "sampling", "training")
+    learner.args = with_threads(learner.args, threads)
+    if isinstance(learner.generator, TransformersGenerator):
+        learner.generator = replace(learner.generator, threads=learner.args.sampling_threads)
+    return threads
+
+
+def announced_threads(policy: Policy, stage: Stage, announce: Callable[[str], None]) -> int | None:
+    """Choose the number of threads for a stage of a command that records no settings.
+
+    Args:
+        policy: the policy, on the device where it will run.
+        stage: what the command does with it.
+        announce: prints a line for people, if something was measured.
+
+    Returns:
+        The number for `using_threads`.
+    """
+    choices = stage_threads(policy, None, stage)
+    for choice in choices.values():
+        if choice.measured:
+            announce(f"threads: {threads_in_words(choices)}")
+        return choice.number
+    return None
+
+
+@dataclass
+class _Work:
+    """Both stages on two prompts and a few tokens.
+
+    Attributes:
+        policy: the policy.
+        generations: completions of each prompt.
+    """
+
+    policy: Policy
+    generations: int
+
+    def sampling(self) -> Rollout:
+        """Sample completions, which never end early."""
+        vocabulary = self.policy.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        context = self.policy.context or 64
+        length = max(1, min(4, context // 3))
+        prompt = [i % vocabulary for i in range(max(1, min(8, context - length)))]
+        draws = torch.linspace(0.1, 0.9, 2 * self.generations * length).view(-1, length)
+        endless = TransformersGenerator(replace(self.policy, eos_ids=()))
+        return endless.generate([prompt, prompt[::-1]], Sampling(length, self.generations), draws)
+
+    @cached_property
+    def rollout(self) -> Rollout:
+        """What is trained on."""
+        return self.sampling()
+
+    def training(self) -> None:
+        """Score the completions and compute the gradient; the parameters and their `grad` stay."""
+        logprobs = score(self.policy.model, self.rollout, share_prompt=self.policy.share_prompt).logprobs
+        torch.autograd.grad(logprobs.sum(), self.policy.trainable_parameters(), allow_unused=True)
