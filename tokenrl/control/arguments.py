@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from tokenrl.core.estimator import Estimator
+from tokenrl.runs.threads import ThreadArguments
 from tokenrl.runs.trackers import TrackerArguments
 from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive
 
 
 @dataclass(frozen=True)
-class ControlArguments(TrackerArguments):
+class ControlArguments(TrackerArguments, ThreadArguments):
     """Train an agent in a gymnasium environment with the same estimators as language models."""
 
     env: str = "CartPole-v1"

@@ -19,6 +19,7 @@ from tokenrl.core.choices import choice_of
 from tokenrl.core.guards import check_horizon, set_size
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
+from tokenrl.runs.threads import Choice, choose_threads, using_threads
 from tokenrl.settings import settled
 
 
@@ -65,7 +66,8 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
                     "the scale 'none'."
                 )
             set_size(estimator, axis, args.num_envs, args.num_envs)
-    policy = Policy(shape, torch.Generator().manual_seed(seed_of(args.seed, 10)))
+    with using_threads(1):  # the same weights for everyone
+        policy = Policy(shape, torch.Generator().manual_seed(seed_of(args.seed, 10)))
     if args.load is not None:
         load_policy(policy, args.load)
     groups: list[dict[str, Any]] = [
@@ -89,3 +91,23 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
         eval_envs=Environments(spec.env, args.eval_episodes, args.max_episode_steps),
         actions=torch.Generator().manual_seed(seed_of(args.seed, 12)),
     )
+
+
+def stage_threads(run: Run) -> dict[str, Choice]:
+    """Choose the number of threads for sampling and for training, by timing the policy on zeros."""
+    args, policy, size = run.args, run.agent.policy, run.spec.observation_size
+    observations = torch.zeros(max(args.num_envs, 1024), size)
+
+    @torch.no_grad()
+    def sample() -> None:
+        policy(observations[: args.num_envs])
+
+    def train() -> None:
+        outputs = policy(observations).sum()
+        torch.autograd.grad(outputs, policy.policy_parameters(), allow_unused=True)
+
+    parameters = sum(p.numel() for p in policy.parameters())
+    return {
+        "sampling": choose_threads(sample, parameters, args.sampling_threads),
+        "training": choose_threads(train, parameters, args.training_threads),
+    }

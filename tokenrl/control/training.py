@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from tokenrl.calls import called
@@ -18,10 +16,11 @@ from tokenrl.control.environments import describe
 from tokenrl.control.evaluation import evaluation_metrics, film, seed_of
 from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
 from tokenrl.control.run import ControlResult, Run, facts, finish, save
-from tokenrl.control.setup import prepare, resolve
+from tokenrl.control.setup import prepare, resolve, stage_threads
 from tokenrl.control.update import learn
 from tokenrl.errors import Refused, describe as describe_error
 from tokenrl.runs.session import Session
+from tokenrl.runs.threads import threads_in_words, using_threads, with_threads
 from tokenrl.settings import arguments
 
 
@@ -60,19 +59,23 @@ def train_agent(
             every=args.logging_steps,
             tracking=args,
         ) as session,
-        _one_thread(),
+        contextlib.ExitStack() as stack,
     ):
         run = prepare(args, spec)
+        threads = stage_threads(run)
+        run.args = with_threads(run.args, threads)
+        stack.enter_context(using_threads(run.args.training_threads))
         session.register(run=run, agent=run.agent)
         with contextlib.closing(run.envs), contextlib.closing(run.eval_envs):
-            session.open(f"tokenrl control: {spec.env}", facts(run))
+            shown = {**facts(run), "threads": threads_in_words(threads)}
+            session.open(f"tokenrl control: {spec.env}", shown)
             session.evaluated(_evaluate(run))
             if args.check:
                 session.console.note(
                     "Check passed: environment, policy and estimator work together. Nothing was trained."
                 )
                 return run.result(session, "check")
-            session.begin(args, names={}, title=run.title, solved=spec.solved)
+            session.begin(run.args, names={}, title=run.title, solved=spec.solved)
             return _loop(run, session)
 
 
@@ -123,21 +126,11 @@ def _loop(run: Run, session: Session) -> ControlResult:
     return ended
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread: in layers this small, threads lose more by waiting for each other than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _one_update(run: Run, step: int) -> dict[str, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     agent = run.agent
-    rollout = _collect(run, step)
+    with using_threads(run.args.sampling_threads):
+        rollout = _collect(run, step)
     metrics = learn(agent, rollout, step)
     run.env_steps += rollout.env_steps
     if len(rollout.returns):
@@ -178,4 +171,5 @@ def _schedule(run: Run) -> LambdaLR:
 
 
 def _evaluate(run: Run) -> dict[str, float]:
-    return evaluation_metrics(run.agent.policy, run.eval_envs, run.spec, seed=run.args.seed)
+    with using_threads(run.args.sampling_threads):
+        return evaluation_metrics(run.agent.policy, run.eval_envs, run.spec, seed=run.args.seed)

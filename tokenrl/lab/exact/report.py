@@ -18,6 +18,7 @@ from tokenrl.lab.exact.verdict import Verdict, measure_bias
 from tokenrl.runs.console import rich_console, rich_table
 from tokenrl.runs.files import write_text
 from tokenrl.runs.plots import save_figure
+from tokenrl.runs.threads import using_threads
 
 # The palette of Okabe and Ito, which is readable with any colour vision.
 COLOURS = dict(
@@ -36,8 +37,6 @@ def exact(args: LabArguments) -> int:
     Raises:
         Refused: For an unknown estimator, or a file that cannot be written.
     """
-    import torch
-
     chosen = named_estimators()
     if unknown := [name for name in args.estimators if name not in chosen]:
         raise Refused(f"The lab knows no estimator {unknown[0]!r}; it knows: {'; '.join(chosen)}.")
@@ -46,16 +45,12 @@ def exact(args: LabArguments) -> int:
             raise Refused(f"{path} cannot be written: its directory does not exist. Make it first.")
     if args.figure is not None and args.figure.suffix not in FIGURES:
         raise Refused(f"{args.figure} cannot be drawn: its name must end in one of {', '.join(FIGURES)}.")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # many small sums, which a second thread only slows down
-    try:
+    with using_threads(1):  # many small sums, which a second thread only slows down
         verdicts = {
             name: measure_bias(e)
             for name, e in chosen.items()
             if not args.estimators or name in args.estimators
         }
-    finally:
-        torch.set_num_threads(threads)
     print_table(verdicts)
     if not args.estimators:
         print_objectives()
