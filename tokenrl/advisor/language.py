@@ -32,7 +32,9 @@ from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.probe import Estimate, Probe, probe_policy
 from tokenrl.language.training.setup import check, make_policy, resolve
+from tokenrl.language.training.threads import announced_threads
 from tokenrl.runs.console import Console
+from tokenrl.runs.threads import using_threads
 
 REWARD_MODEL_BETA = 0.05
 """KL weight where the reward is a model, because a policy can learn to exploit its errors."""
@@ -65,17 +67,15 @@ def advise_language(args: AdviseArguments) -> Advice:
     policy.model.to(PartialState().device)
     choose_way(policy, gradient=False)
     count = min(args.num_prompts, len(task.train_prompts))
-    found = probe_policy(
-        policy,
-        [row for _, row in PromptStream(task.train_prompts, count, args.seed).next()],
-        rewards,
-        Sampling(
-            max_completion_length=train.max_completion_length,
-            num_generations=args.num_samples,
-            temperature=args.temperature,
-            seed=args.seed,
-        ),
+    rows = [row for _, row in PromptStream(task.train_prompts, count, args.seed).next()]
+    sampling = Sampling(
+        max_completion_length=train.max_completion_length,
+        num_generations=args.num_samples,
+        temperature=args.temperature,
+        seed=args.seed,
     )
+    with using_threads(announced_threads(policy, "sampling", Console().note)):
+        found = probe_policy(policy, rows, rewards, sampling)
     solved = getattr(task, "solved", None)
     reward_model = any(isinstance(function, RewardModel) for function in rewards.functions)
     room = None

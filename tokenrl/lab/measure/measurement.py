@@ -18,6 +18,7 @@ from tokenrl.lab.measure.projections import Projections, blocks, chosen_paramete
 from tokenrl.lab.measure.rollouts import Samples, collect
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.runs.threads import using_threads
 from tokenrl.settings import arguments
 
 
@@ -70,6 +71,7 @@ def measure_with(args: MeasureArguments, announce: Callable[[str], None] = lambd
     from tokenrl.language.rollout.ways import choose_way
     from tokenrl.language.tasks.task import find_task
     from tokenrl.language.training.setup import make_policy
+    from tokenrl.language.training.threads import announced_threads
 
     chosen = {name: Estimator.preset(name) for name in args.estimators}
     args = _checked(args, announce)
@@ -83,24 +85,22 @@ def measure_with(args: MeasureArguments, announce: Callable[[str], None] = lambd
     every = chosen_parameters(policy)
     places = {", ".join(args.layers) or "all": list(chosen_parameters(policy, args.layers))}
     places |= blocks(every) if args.per_layer else {}
-    samples = collect(
-        policy,
-        rewards,
-        rows,
-        Sampling(
-            max_completion_length=args.max_completion_length or task.max_completion_length or 256,
-            num_generations=args.num_generations,
-            temperature=args.temperature,
-            seed=args.seed,
-        ),
-        rows_at_once=args.rows_at_once,
+    sampling = Sampling(
+        max_completion_length=args.max_completion_length or task.max_completion_length or 256,
+        num_generations=args.num_generations,
+        temperature=args.temperature,
+        seed=args.seed,
     )
+    with using_threads(announced_threads(policy, "sampling", announce)):
+        samples = collect(policy, rewards, rows, sampling, rows_at_once=args.rows_at_once)
+    threads = announced_threads(policy, "training", announce)
     found: dict[str, tuple[Measurement, ...]] = {}
     sizes: tuple[GroupSize, ...] = ()
     for place, names in places.items():
         size = sum(every[name].numel() for name in names)
         announce(f"Differentiating {len(samples.mask)} completions in {size:,} parameters ({place}).")
-        seen = project_all(policy, samples, {name: every[name] for name in names}, args)
+        with using_threads(threads):
+            seen = project_all(policy, samples, {name: every[name] for name in names}, args)
         options: dict[str, Any] = {"prompts_per_step": args.prompts_per_step, "seed": args.seed}
         sizes = sizes if found else compare_group_sizes(samples, seen, chosen, **options)
         found[place] = compare(samples, seen, chosen, **options)

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.setup import load_placed
+from tokenrl.language.training.threads import announced_threads
 
 
 class Completion(NamedTuple):
@@ -45,6 +47,7 @@ class Sampler:
         length: maximum number of tokens in a completion, if the arguments leave it open.
         completed: number of prompts completed so far; each prompt gets random numbers of its own.
         told: whether a message has said why a prompt has no reward; it is said once.
+        threads: with how many threads torch samples on a CPU; None for as many as it uses anyway.
     """
 
     policy: Policy
@@ -53,6 +56,7 @@ class Sampler:
     length: int
     completed: int = 0
     told: bool = False
+    threads: int | None = None
 
     @classmethod
     def load(cls, args: SampleArguments) -> Sampler:
@@ -75,7 +79,9 @@ class Sampler:
         policy = load_placed(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
         policy.ask(form_of(args))
         say_form(policy.form, args.model)
-        return cls(policy, rewards, {prompt_text(row["prompt"]): row for row in every}, length or 64)
+        rows = {prompt_text(row["prompt"]): row for row in every}
+        threads = announced_threads(policy, "sampling", partial(print, file=sys.stderr))
+        return cls(policy, rewards, rows, length or 64, threads=threads)
 
     @property
     def chat(self) -> bool:
@@ -108,7 +114,7 @@ class Sampler:
         ids = encode(policy, prompts, sampling)
         draws = uniforms("interactive", sampling, range(self.completed, self.completed + len(prompts)))
         self.completed += len(prompts)
-        rollout = TransformersGenerator(policy).generate(ids, sampling, draws)
+        rollout = TransformersGenerator(policy, self.threads).generate(ids, sampling, draws)
         decoded, size = policy.decode(rollout.completion_ids, rollout.mask), sampling.group_size
         groups = []
         for place, row in enumerate(rows):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,7 +21,9 @@ from tokenrl.language.training.defaults import completion_limit
 from tokenrl.language.training.evaluation import Evaluation, evaluate_policy
 from tokenrl.language.training.evaluation_metrics import check_sizes, paired_differences
 from tokenrl.language.training.setup import load_placed
+from tokenrl.language.training.threads import announced_threads
 from tokenrl.runs.files import write_json
+from tokenrl.runs.threads import using_threads
 
 
 @overload
@@ -91,20 +95,23 @@ def _evaluated(args: EvaluateArguments) -> Evaluation:
     limit = completion_limit(task, args.model, policy)
     if limit is not None and args.max_completion_length is None:
         sampling = replace(sampling, max_completion_length=limit[0])
-    evaluation = evaluate_policy(
-        policy,
-        task.eval_prompts,
-        rewards,
-        sampling,
-        detailed=True,
-        k=args.k or ((1, generations) if generations else ()),
-        reference=None if args.reference is None else load_placed(args.reference, **how),
-    )
-    if args.best_of:
-        gold = _own_rewards(args, rewards)
-        pool = replace(sampling, num_generations=args.best_of)
-        found = best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)
-        evaluation = evaluation._replace(metrics=evaluation.metrics | found)
+    reference = None if args.reference is None else load_placed(args.reference, **how)
+    threads = announced_threads(policy, "sampling", partial(print, file=sys.stderr))
+    with using_threads(threads):
+        evaluation = evaluate_policy(
+            policy,
+            task.eval_prompts,
+            rewards,
+            sampling,
+            detailed=True,
+            k=args.k or ((1, generations) if generations else ()),
+            reference=reference,
+        )
+        if args.best_of:
+            gold = _own_rewards(args, rewards)
+            pool = replace(sampling, num_generations=args.best_of)
+            found = best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)
+            evaluation = evaluation._replace(metrics=evaluation.metrics | found)
     return evaluation
 
 
