@@ -76,6 +76,10 @@ class Arguments:
     output_dir: Path = Path("runs/control_2_gridworld")
     """Directory of the runs."""
 
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError("--seeds must be at least 1.")
+
 
 def run(args: Arguments, name: str, estimator: Estimator, *, seed: int, updates: int):
     result = train_agent(

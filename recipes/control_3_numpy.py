@@ -66,6 +66,10 @@ class Args:
     resume: bool = False
     """Take the runs of equal settings that the directory holds, and train only those that are missing."""
 
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("--seeds needs at least one value.")
+
 
 class Run(NamedTuple):
     """What is kept of a run; each step has a reward of 1, so that returns are numbers of steps too."""

@@ -66,6 +66,10 @@ class Args:
     resume: bool = False
     """Take the runs of equal settings that the directory holds, and train only those that are missing."""
 
+    def __post_init__(self) -> None:
+        if not (self.seeds and self.variation):
+            raise ValueError("--seeds and --variation need at least one value.")
+
 
 def settings_of(variation: str) -> dict[str, NumpySettings]:
     """Return the settings of one panel by name; the usual one is among them."""

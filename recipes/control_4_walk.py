@@ -81,6 +81,10 @@ class Arguments:
     output_dir: Path = Path("runs/control_4_walk")
     """Directory of the runs."""
 
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError("--seeds must be at least 1.")
+
 
 def ten_steps() -> tuple[torch.Tensor, torch.Tensor]:
     """Print and return the returns of ten actions, raw and normalised [10]."""

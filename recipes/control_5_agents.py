@@ -72,6 +72,10 @@ class Arguments:
     video: bool = False
     """Film an episode of each trained policy."""
 
+    def __post_init__(self) -> None:
+        if not (self.env and self.agent and self.seeds and min(self.seeds) > 0):
+            raise ValueError("--env, --agent and --seeds need at least one value, and seeds at least 1.")
+
 
 class Run(NamedTuple):
     """A finished run: what it was, its summary.json, and the rows of its updates in metrics.jsonl."""

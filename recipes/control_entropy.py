@@ -72,6 +72,10 @@ class Arguments:
     output_dir: Path = Path("runs/control_entropy")
     """Directory of the runs."""
 
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or not self.betas:
+            raise ValueError("--seeds must be at least 1, and --betas needs a value.")
+
 
 class Sweep(NamedTuple):
     """The runs of one environment; S seeds for each of B betas, in the order of the arguments."""

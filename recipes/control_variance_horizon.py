@@ -53,6 +53,10 @@ class Arguments:
     seed: int = 0
     """Seed of the sampled actions."""
 
+    def __post_init__(self) -> None:
+        if not self.horizons:
+            raise ValueError("--horizons needs at least one value.")
+
 
 def episode_gradients(
     estimator: Estimator, theta: float, actions: torch.Tensor, rewards: torch.Tensor
