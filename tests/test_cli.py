@@ -336,6 +336,13 @@ def test_python_dash_m_is_the_command():
     assert done.returncode == 2 and done.stderr.startswith("tokenrl: There is no command 'fly'")
 
 
+def test_an_interruption_while_the_command_is_imported_is_silent(tmp_path, monkeypatch):
+    (tmp_path / "tyro.py").write_text("raise KeyboardInterrupt")  # imported first, as Ctrl-C would hit it
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run([sys.executable, "-m", "tokenrl", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -49,7 +49,8 @@ def test_the_distribution_has_a_name_of_its_own_and_the_command_keeps_its_name(w
     folder = f"tokenrl_lm-{tokenrl.__version__}.dist-info"
     assert f"{folder}/METADATA" in names
     assert "Name: tokenrl-lm\n" in wheel.read(f"{folder}/METADATA").decode()
-    assert wheel.read(f"{folder}/entry_points.txt").decode().split("\n")[1] == "tokenrl = tokenrl.cli:main"
+    commands = wheel.read(f"{folder}/entry_points.txt").decode().splitlines()
+    assert commands[1:] == ["tokenrl = tokenrl.__main__:main"]
 
 
 def test_the_rooms_are_all_there(names):
