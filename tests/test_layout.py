@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ INSIDE = {  # the folders of a room, from below
 SOURCES = sorted(path for part in ("tokenrl", "toy_tasks", "recipes") for path in (ROOT / part).rglob("*.py"))
 RECIPES = [path for path in SOURCES if path.is_relative_to(ROOT / "recipes")]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
+NOTEBOOKS = sorted((ROOT / "recipes").rglob("*.ipynb"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "recipes").rglob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
@@ -74,8 +76,14 @@ def test_recipes_use_public_names_only(path):
     assert deep_imports(path.read_text()) == []
 
 
+def code_cells(notebook: Path) -> list[str]:
+    cells = json.loads(notebook.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
 def test_documents_use_public_names_only():
     blocks = [b for d in DOCUMENTS for b in re.findall(r"```python\n(.*?)```", d.read_text(), re.DOTALL)]
+    blocks += [cell for notebook in NOTEBOOKS for cell in code_cells(notebook)]
     assert blocks
     assert [name for block in blocks for name in deep_imports(block)] == []
 

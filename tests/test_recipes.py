@@ -135,6 +135,8 @@ def test_every_recipe_is_in_the_list_with_its_command():
     text = (RECIPES / "README.md").read_text()
     assert sorted(re.findall(r"\]\((\w+)\.py\)", text)) == ALL
     assert sorted(set(re.findall(r"python recipes/(\w+)\.py", text))) == ALL
+    notebooks = {path.name for path in RECIPES.glob("*.ipynb")}  # tests/test_notebook.py
+    assert set(re.findall(r"\]\((\w+\.ipynb)\)", text)) == notebooks
     assert set(SHORT) == set(NAMES)
     assert {*FIGURES, *CONTROL, *ELSEWHERE, TABLE} == set(ALL) - set(NAMES)
 

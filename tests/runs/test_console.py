@@ -36,6 +36,13 @@ def test_quiet_prints_nothing(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_notebook_gets_the_lines_of_a_log(monkeypatch):
+    log = printed(every=10)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # ipykernel passes for a terminal
+    assert printed(every=10) == log
+
+
 def test_log_gets_plain_lines_each_k_steps():
     text = printed(every=10)
     lines = [line for line in text.splitlines() if line.startswith("step ")]

@@ -30,7 +30,10 @@ def rich_console(*, width: int = 110, quiet: bool = False, file: TextIO | None =
     from rich.console import Console as RichConsole
 
     # Brackets, colons and numbers in such texts must not be read as markup, emoji codes or highlights.
-    console = RichConsole(file=file, quiet=quiet, markup=False, emoji=False, highlight=False)
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    console = RichConsole(file=file, quiet=quiet, **plain)
+    if console.is_jupyter:  # rich would make every line an output of its own; ipykernel says it is a terminal
+        console = RichConsole(file=file, quiet=quiet, force_jupyter=False, force_terminal=False, **plain)
     if not console.is_terminal:
         console.width = width
     return console
