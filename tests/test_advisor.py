@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 
@@ -263,6 +264,20 @@ def test_a_task_is_measured_and_the_files_can_be_run(tmp_path, capsys, monkeypat
     assert main(["train", "--config", "c.json", "--eval-generations", "0", "--check", "--quiet"]) == 0
     assert main(["control", "--config", "c.json"]) == 2
     assert "is for `tokenrl train`" in capsys.readouterr().err
+
+
+def test_an_adapter_is_advised_as_it_was_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    few = ["--num-prompts", "4", "--num-samples", "2", "--lora-r", "2", "--lora-alpha", "3"]
+    assert main(["advise", "--task", "vowels", *few, "--json", "a.json"]) == 0
+    line = capsys.readouterr().out.partition("Run it: ")[2].splitlines()[0]
+    arguments = parsed(line)
+    assert (arguments.lora_r, arguments.lora_alpha) == (2, 3)
+    (reason,) = [
+        s for s in json.loads((tmp_path / "a.json").read_text())["settings"] if s["name"] == "lora_r"
+    ]
+    own, whole = (int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", reason["reason"]))
+    assert 0 < own < whole / 5
 
 
 def test_values_are_written_for_people():

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tokenrl.core.axes import Baseline
-from tokenrl.language.policy.arguments import ModelArguments
+from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.settings import Bounds, Count, Natural, Positive
 
 
 @dataclass(frozen=True)
-class AdviseArguments(ModelArguments, TaskArguments):
+class AdviseArguments(ModelArguments, TaskArguments, LoraArguments):
     """Recommend settings for an environment or a language task, or diagnose a run, with reasons."""
 
     env: str = ""

@@ -23,6 +23,7 @@ from tokenrl.core.entropy import LEAST_ENTROPY
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
 from tokenrl.errors import Refused
+from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import asked, settled_form
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.sampling import Sampling
@@ -90,10 +91,19 @@ def advise_language(args: AdviseArguments) -> Advice:
         command="train",
         arguments=train,
         facts=asked(policy.form, args.model) | facts(found, solved),
-        settings=settings,
+        settings=settings + _adapter(args.lora_r, policy),
         measurements={"probe": found, "solved": solved, "difficulty": difficulty(found, solved)},
         warnings=warnings + few_prompts(task.train_prompts) + doubts(found, solved, train),
     )
+
+
+def _adapter(rank: int, policy: Policy) -> list[Setting]:
+    """Say how many parameters an adapter of this rank trains; nothing without one."""
+    if not rank:
+        return []
+    own = sum(p.numel() for p in policy.trainable_parameters())
+    whole = sum(p.numel() for p in policy.model.parameters())
+    return [Setting("lora_r", rank, f"as you asked: trains {own:,} of {whole:,} parameters")]
 
 
 def difficulty(found: Probe, solved: float | None = None) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tokenrl.language.policy.arguments import ModelArguments
+from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.settings import Bounds, Count, Natural, Positive
 
@@ -17,7 +17,7 @@ DEFAULT_ESTIMATORS = (
 
 
 @dataclass(frozen=True)
-class MeasureArguments(ModelArguments, TaskArguments):
+class MeasureArguments(ModelArguments, TaskArguments, LoraArguments):
     """Measure signal, noise and direction of the gradients of estimators, on the same completions."""
 
     estimators: tuple[str, ...] = DEFAULT_ESTIMATORS
@@ -38,12 +38,14 @@ class MeasureArguments(ModelArguments, TaskArguments):
     """Use only parameters with one of these in their name; `last` for the last block and the head."""
     per_layer: bool = False
     """Also measure every block by itself; each costs as much as one measurement."""
-    rows_at_once: Count = 1024
-    """Completions per forward pass; changes memory, not the numbers."""
+    rows_at_once: Count | None = None
+    """Completions per forward pass; changes memory, not the numbers. Default: what fits, at most 1024."""
+    max_minutes: Positive | None = None
+    """Stop once the first part of the work predicts a longer time than this. Default: take any time."""
     cpu: bool = False
     """Stay on the CPU even if there is an accelerator."""
     seed: Natural = 0
-    """Seed of sampling, of the random directions and of the intervals."""
+    """Seed of sampling, of the random directions, of the intervals and of a new adapter."""
     json: Path | None = None
     """Also write all numbers to this file."""
     quiet: bool = False

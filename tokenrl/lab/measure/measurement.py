@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,13 +15,19 @@ from tokenrl.core import Estimator
 from tokenrl.core.rows import zero_spread
 from tokenrl.errors import Refused
 from tokenrl.lab.measure.arguments import MeasureArguments
+from tokenrl.lab.measure.cost import Budget, rows_at_once
 from tokenrl.lab.measure.paired import GroupSize, Measurement, compare, compare_group_sizes
-from tokenrl.lab.measure.projections import Projections, blocks, chosen_parameters, project
+from tokenrl.lab.measure.projections import AT_ONCE, Projections, blocks, chosen_parameters, project
 from tokenrl.lab.measure.rollouts import Samples, collect
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.runs.console import Console
 from tokenrl.runs.threads import using_threads
 from tokenrl.settings import arguments
+
+if TYPE_CHECKING:
+    from tokenrl.language.rewards.rewards import Rewards
+    from tokenrl.language.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -57,62 +65,96 @@ def measure_gradients(**options: Any) -> Measured:
         measured = measure_gradients(task="sort_digits", num_prompts=64)
         {m.estimator: m.noise for m in measured.estimators}
     """
-    return measure_with(arguments(MeasureArguments, options))
+    return measure_with(arguments(MeasureArguments, options), Console(quiet=True))
 
 
-def measure_with(args: MeasureArguments, announce: Callable[[str], None] = lambda text: None) -> Measured:
+def measure_with(args: MeasureArguments, console: Console) -> Measured:
     """Sample completions, project the scores of their tokens, and measure every estimator.
 
     Raises:
-        Refused: For a preset, a number or a layer that cannot be used.
+        Refused: For a preset, a number or a layer that cannot be used, or for lack of memory or time.
     """
-    from accelerate import Accelerator
-
-    from tokenrl.language.rollout.ways import choose_way
     from tokenrl.language.tasks.task import find_task
-    from tokenrl.language.training.setup import make_policy
     from tokenrl.language.training.threads import announced_threads
 
     chosen = {name: Estimator.preset(name) for name in args.estimators}
-    args = _checked(args, announce)
+    args = _checked(args, console.note)
     task, rewards = find_task(args)
-    policy = make_policy(args, task, announce)
-    policy.model.to(Accelerator(cpu=args.cpu).device)
-    choose_way(policy)
-    rows = list(task.train_prompts)[: args.num_prompts]
-    if len(rows) < args.num_prompts:
-        raise Refused(f"num_prompts={args.num_prompts}, but the task has {len(rows)} training prompts.")
+    policy = _policy(args, task, console)
     every = chosen_parameters(policy)
     places = {", ".join(args.layers) or "all": list(chosen_parameters(policy, args.layers))}
+    budget = Budget(console, args.max_minutes)
+    first = {name: every[name] for name in next(iter(places.values()))}
+    samples = _samples(policy, task, rewards, first, args, budget)
     places |= blocks(every) if args.per_layer else {}
-    sampling = Sampling(
-        max_completion_length=args.max_completion_length or task.max_completion_length or 256,
-        num_generations=args.num_generations,
-        temperature=args.temperature,
-        seed=args.seed,
-    )
-    with using_threads(announced_threads(policy, "sampling", announce)):
-        samples = collect(policy, rewards, rows, sampling, rows_at_once=args.rows_at_once)
-    threads = announced_threads(policy, "training", announce)
     found: dict[str, tuple[Measurement, ...]] = {}
     sizes: tuple[GroupSize, ...] = ()
-    for place, names in places.items():
-        size = sum(every[name].numel() for name in names)
-        announce(f"Differentiating {len(samples.mask)} completions in {size:,} parameters ({place}).")
-        with using_threads(threads):
-            seen = project_all(policy, samples, {name: every[name] for name in names}, args)
-        options: dict[str, Any] = {"prompts_per_step": args.prompts_per_step, "seed": args.seed}
-        sizes = sizes if found else compare_group_sizes(samples, seen, chosen, **options)
-        found[place] = compare(samples, seen, chosen, **options)
-    first, *layers = found
+    passes = len(places) * len(samples.parts) * math.ceil(args.probes / AT_ONCE)
+    threads = announced_threads(policy, "training", console.note)
+    with budget.stage("differentiating", passes) as after, using_threads(threads):
+        for place, names in places.items():
+            size = sum(every[name].numel() for name in names)
+            console.note(f"Differentiating {len(samples.mask)} completions in {size:,} parameters ({place}).")
+            seen = project_all(policy, samples, {name: every[name] for name in names}, args, after)
+            options: dict[str, Any] = {"prompts_per_step": args.prompts_per_step, "seed": args.seed}
+            sizes = sizes if found else compare_group_sizes(samples, seen, chosen, **options)
+            found[place] = compare(samples, seen, chosen, **options)
+    whole, *layers = found
     return Measured(
         model=policy.source,
         task=task.name,
         settings=_settings(args, samples),
-        estimators=found[first],
+        estimators=found[whole],
         group_sizes=sizes,
         layers={layer: found[layer] for layer in layers},
     )
+
+
+def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
+    """Load the policy; of a run that trained an adapter, the policy in which only that adapter trains."""
+    from accelerate import Accelerator
+
+    from tokenrl.language.policy.adapters import load_adapted
+    from tokenrl.language.rollout.ways import choose_way
+    from tokenrl.language.training.setup import make_policy
+
+    adapter = Path(args.model, "model", "adapter") if isinstance(args.model, (str, Path)) else None
+    if adapter is not None and adapter.is_dir() and not args.lora_r:
+        console.note(f"{args.model} trained an adapter, so the gradient is measured in the adapter.")
+        how = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+        args = replace(args, model=load_adapted(adapter, **how))  # type: ignore[arg-type]
+    policy = make_policy(args, task, console.note)
+    policy.model.to(Accelerator(cpu=args.cpu).device)
+    choose_way(policy)
+    return policy
+
+
+def _samples(
+    policy: Policy,
+    task: Task,
+    rewards: Rewards,
+    parameters: Mapping[str, Tensor],
+    args: MeasureArguments,
+    budget: Budget,
+) -> Samples:
+    from tokenrl.language.training.threads import announced_threads
+
+    rows = list(task.train_prompts)[: args.num_prompts]
+    if len(rows) < args.num_prompts:
+        raise Refused(f"num_prompts={args.num_prompts}, but the task has {len(rows)} training prompts.")
+    length = args.max_completion_length or task.max_completion_length or 256
+    prompts = [len(policy.encode(row["prompt"])) for row in rows]
+    at_once = rows_at_once(policy, parameters, prompts, length, args, entropy=_needs_entropy(args))
+    sampling = Sampling(
+        max_completion_length=length,
+        num_generations=args.num_generations,
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+    batches = math.ceil(len(rows) / max(1, at_once // args.num_generations))
+    threads = announced_threads(policy, "sampling", budget.console.note)
+    with budget.stage("sampling", batches) as after, using_threads(threads):
+        return collect(policy, rewards, rows, sampling, rows_at_once=at_once, after=after)
 
 
 def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> MeasureArguments:
@@ -151,11 +193,18 @@ def _settings(args: MeasureArguments, samples: Samples) -> dict[str, float]:
     }
 
 
+def _needs_entropy(args: MeasureArguments) -> bool:
+    return any(Estimator.preset(name).needs_entropy for name in args.estimators)
+
+
 def project_all(
-    policy: Policy, samples: Samples, parameters: Mapping[str, Tensor], args: MeasureArguments
+    policy: Policy,
+    samples: Samples,
+    parameters: Mapping[str, Tensor],
+    args: MeasureArguments,
+    after: Callable[[], None],
 ) -> Projections:
-    """Project the scores of all parts of the samples on the same probes."""
-    entropy = any(Estimator.preset(name).needs_entropy for name in args.estimators)
+    """Project the scores of all parts of the samples on the same probes; call `after` for each few probes."""
     parts = [
         project(
             policy,
@@ -165,7 +214,8 @@ def project_all(
             seed=args.seed,
             width=samples.mask.shape[1],
             temperature=args.temperature,
-            entropy=entropy,
+            entropy=_needs_entropy(args),
+            after=after,
         )
         for part in samples.parts
     ]

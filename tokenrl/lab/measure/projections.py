@@ -9,7 +9,7 @@ for every row and every token at once, so K derivatives serve all estimators.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,24 +82,29 @@ def _last(names: Sequence[str]) -> list[str]:
     return [name for name, n in zip(names[first:], numbers[first:], strict=True) if n in (highest, None)]
 
 
+AT_ONCE = 8
+"""Probes per pass of the model."""
+
+
 def probes(
-    parameters: Mapping[str, Tensor], count: int, *, seed: int, chunk: int = 8
+    parameters: Mapping[str, Tensor], count: int, *, seed: int, chunk: int = AT_ONCE
 ) -> Iterator[dict[str, Tensor]]:
     """Yield `count` probes of random signs, in chunks: a dict of signs [c, *shape] with c at most `chunk`.
 
     Probe k depends on the seed and k only, not on the chunk.
     """
     for start in range(0, count, chunk):
-        drawn: list[dict[str, Tensor]] = []
-        for k in range(start, min(start + chunk, count)):
-            generator = torch.Generator().manual_seed((seed << 32) + k)
-            drawn.append({name: _signs(p, generator) for name, p in parameters.items()})
-        yield {name: torch.stack([d[name] for d in drawn]) for name in parameters}
+        yield _drawn(parameters, range(start, min(start + chunk, count)), seed)  # not kept here: it is large
 
 
-def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    bits = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
-    return (2 * bits - 1).to(device=like.device, dtype=like.dtype)
+def _drawn(parameters: Mapping[str, Tensor], numbers: range, seed: int) -> dict[str, Tensor]:
+    drawn = {name: p.new_empty(len(numbers), *p.shape) for name, p in parameters.items()}
+    for place, k in enumerate(numbers):
+        generator = torch.Generator().manual_seed((seed << 32) + k)
+        for p in drawn.values():
+            bits = torch.randint(0, 2, p.shape[1:], generator=generator, dtype=torch.int8)
+            p[place] = 2 * bits - 1
+    return drawn
 
 
 def project(
@@ -112,6 +117,7 @@ def project(
     width: int,
     temperature: float = 1.0,
     entropy: bool = False,
+    after: Callable[[], None] = lambda: None,
 ) -> Projections:
     """Project the score of every token of a rollout on `count` probes.
 
@@ -127,6 +133,7 @@ def project(
         width: T of the result, at least that of the rollout.
         temperature: Temperature of sampling.
         entropy: Whether to project the derivatives of the entropies too.
+        after: Called after each pass of eight probes.
 
     Returns:
         The projections, in the precision of the model.
@@ -151,6 +158,8 @@ def project(
         for directions in probes(parameters, count, seed=seed):
             # vmap batches only the tangents, so the model itself is computed once for all of them.
             found.append(torch.vmap(slopes)(directions))  # [c, n, t] each
+            del directions  # the next ones are made first
+            after()
     out = []
     for tangents in zip(*found, strict=True):
         inside = torch.where(part.mask, torch.cat(tangents), 0)

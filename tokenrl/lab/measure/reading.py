@@ -13,7 +13,7 @@ from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.measurement import Measured, measure_with
 from tokenrl.lab.measure.paired import GroupSize, Measurement
 from tokenrl.lab.measure.unit_statistics import Estimate, reciprocal
-from tokenrl.runs.console import rich_console, rich_table
+from tokenrl.runs.console import Console, rich_console, rich_table
 from tokenrl.runs.files import write_text
 
 
@@ -25,7 +25,7 @@ def run(args: MeasureArguments) -> int:
     """
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise Refused(f"{args.json} cannot be written: its directory does not exist. Make it first.")
-    measured = measure_with(args, announce=(lambda text: None) if args.quiet else print)
+    measured = measure_with(args, Console(quiet=args.quiet))
     if not args.quiet:
         print_tables(measured)
         print(reading(measured))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +55,7 @@ def collect(
     sampling: Sampling,
     *,
     rows_at_once: int = 1024,
+    after: Callable[[], None] = lambda: None,
 ) -> Samples:
     """Sample, reward and score G completions of each prompt, and its greedy completion.
 
@@ -64,6 +65,7 @@ def collect(
         rows: One per prompt, with the columns that the reward functions need.
         sampling: How to sample the G completions of each prompt.
         rows_at_once: Completions per forward pass; changes memory only.
+        after: Called after each batch of as many.
 
     Raises:
         Refused: When a greedy completion has no reward.
@@ -89,6 +91,7 @@ def collect(
         }
         parts.append(rollout)
         columns.append(shared | _scores(policy, rollout, sampling))
+        after()
     whole = {name: torch.cat([c[name].cpu() for c in columns]) for name in columns[0]}
     whole = {k: x.double() if x.is_floating_point() else x for k, x in whole.items()}
     return Samples(parts=tuple(parts), group_size=g, **whole)

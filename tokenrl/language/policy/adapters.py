@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tokenrl.errors import Refused
-from tokenrl.language.policy.model import Policy
+from tokenrl.errors import Refused, describe
+from tokenrl.language.policy.model import Policy, wrap
 
 
 def add_lora(
@@ -61,6 +62,32 @@ def add_lora(
         policy.model = get_peft_model(policy.model, config)  # type: ignore[arg-type]
     if not policy.trainable_parameters():
         raise Refused("The adapter leaves no parameter to train. Choose other lora_target_modules.")
+
+
+def load_adapted(directory: Path, *, dtype: str, trust_remote_code: bool) -> Policy:
+    """Load an adapter on its base model, apart from it, so that the adapter can be trained on.
+
+    Args:
+        directory: the folder `model/adapter` of a run.
+        dtype: precision of the weights.
+        trust_remote_code: run Python code that is shipped with the model.
+
+    Raises:
+        Refused: the adapter or its base model cannot be loaded.
+    """
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "is_trainable": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        model = AutoPeftModelForCausalLM.from_pretrained(str(directory), **options)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise Refused(
+            f"The adapter {directory} cannot be loaded on its base model ({describe(error)}). Give "
+            f"{directory.parent}, in which both are merged; then all weights count."
+        ) from error
+    return wrap(model, tokenizer, source=str(directory))
 
 
 def _adaptable(module: nn.Module) -> bool:
