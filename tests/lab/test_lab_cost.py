@@ -13,7 +13,7 @@ from tokenrl.errors import Refused
 from tokenrl.lab.measure import cost
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.cost import Budget, bytes_of_group, rows_at_once
-from tokenrl.lab.measure.measurement import measure, measure_with
+from tokenrl.lab.measure.measurement import measure_gradients, measure_with
 from tokenrl.lab.measure.projections import chosen_parameters
 from tokenrl.language.policy.adapters import add_lora
 from tokenrl.language.policy.model import load_policy
@@ -114,7 +114,7 @@ def test_a_new_adapter_is_measured_by_itself():
     found = measure_with(args, Console(file=page))
     own = sum(p.numel() for p in policy.trainable_parameters())
     assert f"Differentiating 64 completions in {own:,} parameters (all)." in page.getvalue()
-    whole = measure(model=tiny_policy(), task=TASK, estimators=("rloo",), **FEW)
+    whole = measure_gradients(model=tiny_policy(), task=TASK, estimators=("rloo",), **FEW)
     assert 0 < found.estimators[0].variance.value < whole.estimators[0].variance.value
 
 
@@ -133,10 +133,10 @@ def test_of_a_run_that_trained_an_adapter_that_adapter_is_measured(tmp_path):
     page = io.StringIO()
     found = measure_with(MeasureArguments(model=str(tmp_path / "run"), **how), Console(file=page))
     assert "trained an adapter" in page.getvalue() and found.model.endswith("adapter")
-    again = measure(model=policy, **how)
+    again = measure_gradients(model=policy, **how)
     assert found.estimators[0].variance.value == pytest.approx(again.estimators[0].variance.value, rel=1e-9)
-    merged = measure(model=str(tmp_path / "run" / "model"), **how)  # all weights
+    merged = measure_gradients(model=str(tmp_path / "run" / "model"), **how)  # all weights
     assert merged.estimators[0].variance.value > 2 * found.estimators[0].variance.value
     (tmp_path / "base" / "config.json").unlink()
     with pytest.raises(Refused, match="cannot be loaded on its base model"):
-        measure(model=str(tmp_path / "run"), **how)
+        measure_gradients(model=str(tmp_path / "run"), **how)
