@@ -265,9 +265,11 @@ def test_reward_scale_scales_the_gradient():
 def test_the_gradient_is_clipped_and_its_norm_reported_before():
     agent = agent_of(Estimator(baseline="none"), max_grad_norm=0.01)
     before = weights(agent)
-    norm = learn(agent, rollout_of(), 1)["grad_norm"]
-    assert norm > 0.05
+    metrics = learn(agent, rollout_of(), 1)
+    assert metrics["grad_norm"] > 0.05 and metrics["grad_clipped"] == 1
     assert float((weights(agent) - before).norm()) == pytest.approx(0.01 * 0.1, rel=1e-3)
+    unlimited = agent_of(Estimator(baseline="none"), max_grad_norm=0.0)
+    assert learn(unlimited, rollout_of(), 1)["grad_clipped"] == 0
 
 
 def test_an_entropy_bonus_raises_the_entropy_and_falls_with_its_schedule():

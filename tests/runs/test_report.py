@@ -57,6 +57,13 @@ def test_a_standard_error_stands_beside_its_number_and_names_keep_their_undersco
     assert "stderr" not in page.text and len(page.all("div", "card")) == 4
 
 
+def test_how_often_the_gradient_was_clipped_stands_beside_its_norm(tmp_path):
+    rows = [{"step": step, "grad_norm": 2.0, "grad_clipped": float(step > 1)} for step in (1, 2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(report_from_directory(tmp_path).read_text("utf-8"))
+    assert "before clipping, which 75% of the updates needed" in page.text
+
+
 def test_all_text_is_escaped(run):
     text = report_from_directory(run.path).read_text("utf-8")
     assert text.count("<script") == 1 == text.count("</script") and "&lt;script&gt;" in text

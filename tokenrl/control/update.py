@@ -234,6 +234,7 @@ def _update(agent: Agent, estimator: Estimator, flat: Flat, rows: int, *, measur
     if half is not None:
         metrics |= agent.diagnostics.metrics(half, flat_gradient(parameters), rows)
     metrics["grad_norm"] = _apply(agent)
+    metrics["grad_clipped"] = float(metrics["grad_norm"] > (agent.args.max_grad_norm or math.inf))
     if policy.critic is not None:
         metrics["value_loss"] = value_loss
     return metrics

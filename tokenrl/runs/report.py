@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from tokenrl.configuration import read_config
@@ -33,6 +34,7 @@ _DIAGNOSTICS = (
     ("grad_norm", "gradient norm", "before clipping"),
     ("clip_ratio", "clipped ratios", "fraction of tokens at which the ratio was clipped"),
     ("skipped_steps", "skipped steps", "updates skipped because the gradient was not finite"),
+    ("idle_steps", "idle steps", "updates without any gradient, which left the weights alone"),
 )
 
 
@@ -145,6 +147,9 @@ def _diagnostics(metrics: Sequence[Mapping[str, Any]]) -> Html:
     rows = []
     for key, name, meaning in _DIAGNOSTICS:
         _, values = series(metrics, key)
+        _, clipped = series(metrics, "grad_clipped") if key == "grad_norm" else ((), ())
+        if clipped:
+            meaning = f"{meaning}, which {fmean(clipped):.0%} of the updates needed"
         if values:
             numbers = (values[0], values[-1], min(values), max(values))
             rows.append([name, *map(number, numbers), meaning])

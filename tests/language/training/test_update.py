@@ -122,14 +122,61 @@ def test_rows_of_zero_advantage_are_skipped_but_counted(monkeypatch):
     assert sum(scored) == 12  # a term of the loss's own reaches every row
 
 
-def test_nothing_to_learn_is_a_zero_gradient_and_no_change_without_moments():
+def equal(completions, **_):
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    "estimator, options",
+    [
+        ("rloo", {}),
+        ("grpo", {"num_iterations": 2, "num_minibatches": 2}),
+        ("dapo", {"max_refills": 1}),
+        ("ppo", {"num_iterations": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_step_without_a_signal_leaves_the_weights_and_the_moments_alone(estimator, options):
     policy = make_policy()
-    before = weights(policy.model)
-    learner = make_learner(policy, "rloo")
-    record = one_step(learner, reward=lambda completions, **_: [1.0] * len(completions))
+    learner = make_learner(policy, estimator, weight_decay=0.1, **options)
+    if learner.critic is not None:  # values that predict every reward leave no advantage
+        learner.critic.values = lambda hidden: torch.ones(hidden.shape[:2])
+        learner.critic.update = lambda *_: 0.0
+    one_step(learner)
+    before, idle = weights(policy.model), learner.idle
+    moments = copy.deepcopy(learner.optimizer.state_dict()["state"])
+    assert any(state["exp_avg"].any() for state in moments.values())
+    record = one_step(learner, step=2, reward=equal)
     assert record.metrics["loss"] == 0 and record.metrics["grad_norm"] == 0
     assert record.metrics["frac_reward_zero_std"] == 1
     assert torch.equal(weights(policy.model), before) and not gradient(policy.model).any()
+    after = learner.optimizer.state_dict()["state"]
+    assert all(torch.equal(moments[k][name], after[k][name]) for k in moments for name in moments[k])
+    assert learner.idle - idle == learner.args.num_iterations * learner.args.num_minibatches
+    one_step(learner, step=3)
+    assert not torch.equal(weights(policy.model), before)
+
+
+@pytest.mark.parametrize("term", [{"beta": 0.3, "kl_placement": "loss"}, {"entropy_coef": 0.1}])
+def test_equal_rewards_are_no_idle_step_where_the_loss_has_a_term_of_its_own(term):
+    policy = make_policy()
+    if "beta" in term:
+        policy.reference = make_policy(seed=1).model.requires_grad_(False)
+    before = weights(policy.model)
+    learner = make_learner(policy, Estimator.preset("grpo", **term))
+    record = one_step(learner, reward=equal)
+    assert record.metrics["grad_norm"] > 0 and learner.idle == 0
+    assert not torch.equal(weights(policy.model), before)
+
+
+def test_the_share_of_clipped_updates_stands_beside_the_norm():
+    norm = one_step(make_learner(make_policy(), "rloo")).metrics["grad_norm"]
+    for limit, share in ((0.0, 0.0), (norm * 1.01, 0.0), (norm / 2, 1.0)):
+        metrics = one_step(make_learner(make_policy(), "rloo", max_grad_norm=limit)).metrics
+        assert metrics["grad_norm"] == pytest.approx(norm) and metrics["grad_clipped"] == share
+    several = make_learner(make_policy(), "grpo", num_minibatches=4, max_grad_norm=1e-9)
+    metrics = one_step(several, reward=flat_second_prompt).metrics
+    assert metrics["grad_clipped"] == 0.75 and several.idle == 1  # a prompt of equal rewards
 
 
 def test_kl_in_the_reward_is_the_textbook_with_other_rewards():

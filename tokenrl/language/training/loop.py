@@ -180,6 +180,7 @@ def _one_step(run: Run, step: int) -> Record:
     record.metrics["epoch"] = run.stream.epoch
     record.metrics["learning_rate"] = run.schedule.get_last_lr()[0]
     record.metrics["skipped_steps"] = run.learner.skipped
+    record.metrics["idle_steps"] = run.learner.idle
     with warnings.catch_warnings():  # PyTorch's, if the first update was skipped
         warnings.simplefilter("ignore", UserWarning)
         run.schedule.step()

@@ -16,6 +16,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.scoring import score
+from tokenrl.language.training.batch import Batch
 from tokenrl.language.training.collect import (
     Deal,
     Experience,
@@ -29,7 +30,7 @@ from tokenrl.language.training.collect import (
 from tokenrl.language.training.kl_control import adapt_beta
 from tokenrl.language.training.processes import StepRows, gather, share
 from tokenrl.language.training.records import completion_rows, step_metrics
-from tokenrl.language.training.update import Batch, Learner, updates
+from tokenrl.language.training.update import Learner, updates
 
 
 class Record(NamedTuple):

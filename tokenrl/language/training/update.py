@@ -12,23 +12,21 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.rows import Kept
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.generator import Generator
-from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import Scores
 from tokenrl.language.training.arguments import TrainSettings
+from tokenrl.language.training.batch import Batch, Part
 from tokenrl.language.training.critic import Critic
-from tokenrl.language.training.processes import StepRows, equal_passes, share
+from tokenrl.language.training.processes import equal_passes, share
 
 CLIPPED = ("token", "cispo")
 """Ratios with a clip range for each token; for them the metric `clip_ratio` is reported."""
@@ -50,6 +48,7 @@ class Learner:
         diagnostics: measures signal and noise of the gradient; None unless the run asks for it.
         nonfinite: number of consecutive updates, up to now, whose gradient was not finite.
         skipped: number of all updates so far that were skipped for such a gradient.
+        idle: number of all updates so far that were left out because no row could have a gradient.
     """
 
     policy: Policy
@@ -63,6 +62,7 @@ class Learner:
     diagnostics: GradientDiagnostics | None = None
     nonfinite: int = 0
     skipped: int = 0
+    idle: int = 0
 
     @property
     def sampling(self) -> Sampling:
@@ -77,67 +77,14 @@ class Learner:
         )
 
     def state_dict(self) -> dict[str, float]:
-        """Return what a continuation needs besides weights: the weight of the KL and the two counts."""
-        return {"kl_coef": self.estimator.beta, "nonfinite": self.nonfinite, "skipped": self.skipped}
+        """Return what a continuation needs besides weights: the weight of the KL and the three counts."""
+        counts = {name: getattr(self, name) for name in ("nonfinite", "skipped", "idle")}
+        return {"kl_coef": self.estimator.beta, **counts}
 
     @property
     def scoring(self) -> dict[str, Any]:
         """Keyword arguments of `score`: completions are scored at the temperature of sampling."""
         return {"temperature": self.args.temperature, "share_prompt": self.policy.share_prompt}
-
-
-class Batch(NamedTuple):
-    """The data that the updates of a step learn from: this process's n rows, and numbers of all N rows.
-
-    Attributes:
-        rollout: this process's n rows, as wide as its own longest completion.
-        rows: all N rows.
-        kept: which rows, and which of their tokens [N, T], enter the loss and its divisor.
-        advantages: one for each row [N] or for each token [N, T].
-        old_logprobs: log-probabilities of this process's rows under the policy that sampled them [n, T]; None
-            if no update needs them (see `collect.old_logprobs`).
-    """
-
-    rollout: Rollout
-    rows: StepRows
-    kept: Kept
-    advantages: Tensor
-    old_logprobs: Tensor | None
-
-
-class Part(NamedTuple):
-    """A micro-batch: m of this process's rows, cut to their longest completion.
-
-    Attributes:
-        rollout: the rows.
-        advantages: one for each row [m] or for each token [m, T].
-        weights: each token's weight in the loss of the whole update [m, T].
-        ref_logprobs: log-probabilities under the reference [m, T]; None without a KL.
-        old_logprobs: log-probabilities under the policy that sampled [m, T]; None if that is the present one.
-    """
-
-    rollout: Rollout
-    advantages: Tensor
-    weights: Tensor
-    ref_logprobs: Tensor | None
-    old_logprobs: Tensor | None
-
-    def old(self, logprobs: Tensor) -> Tensor:
-        """Return the denominator of the ratio as log-probabilities [m, T].
-
-        `logprobs` are those of the present policy. If it is also the one that sampled, the denominator is the
-        same number without its gradient: the ratio is 1, and its gradient is that of `logprobs`.
-        """
-        return logprobs.detach() if self.old_logprobs is None else self.old_logprobs
-
-    def inputs(self, scores: Scores) -> dict[str, Tensor | None]:
-        """Return the keyword arguments of `Estimator.loss`."""
-        return {
-            "old_logprobs": self.old(scores.logprobs),
-            "sampling_logprobs": self.rollout.logprobs,
-            "ref_logprobs": self.ref_logprobs,
-            "entropy": scores.entropy,
-        }
 
 
 @dataclass
@@ -155,6 +102,7 @@ class Update:
     batch: Batch
     chosen: Tensor
     measure: bool = False
+    _idle: bool = False  # no row of any process can have a gradient
     _half: Tensor | None = None  # gradient of the first half of the groups
     # Sums over the micro-batches: the loss, the tokens outside the clip range, all tokens learnt from.
     _sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
@@ -178,9 +126,7 @@ class Update:
             last = k + 1 == len(passes)
             with contextlib.nullcontext() if last else accelerator.no_sync(learner.model):
                 yield self._part(rows, weights)
-        if not passes:  # nothing to learn: a zero gradient, not none, so that the optimiser's moments go on
-            for parameter in learner.policy.trainable_parameters():
-                parameter.grad = torch.zeros_like(parameter)
+        self._idle = not passes
 
     def backward(self, part: Part, loss: Tensor, logprobs: Tensor) -> None:
         """Add the gradient of a micro-batch's loss, and count its tokens outside the clip range.
@@ -201,10 +147,13 @@ class Update:
     def apply(self) -> dict[str, float]:
         """Clip the gradient and step the optimiser, or skip a gradient that is not finite.
 
+        An update without any gradient leaves weights and moments alone: the optimiser would go on along its
+        momentum, and decay the weights, where the data say nothing.
+
         Returns:
-            `loss`; `grad_norm`, before clipping; `clip_ratio`, the share of tokens whose ratio is outside the
-            clip range, for ratios that are clipped for each token; and signal and noise of the gradient, if
-            they were measured.
+            `loss`; `grad_norm`, before clipping; `grad_clipped`, 1 if it was clipped, else 0; `clip_ratio`,
+            the share of tokens whose ratio is outside the clip range, for ratios that are clipped for each
+            token; and signal and noise of the gradient, if they were measured.
 
         Raises:
             Stopped: too many consecutive updates had a gradient that was not finite.
@@ -215,9 +164,12 @@ class Update:
             metrics = learner.diagnostics.metrics(self._half, flat_gradient(parameters), self._groups)
         limit = learner.args.max_grad_norm or math.inf
         norm = float(accelerator.clip_grad_norm_(parameters, limit))
-        _step_optimizer(learner, norm)
+        if self._idle:
+            learner.idle += 1
+        else:
+            _step_optimizer(learner, norm)
         sums = accelerator.reduce(self._sums.float().to(accelerator.device), reduction="sum").cpu()
-        metrics |= {"loss": float(sums[0]), "grad_norm": norm}
+        metrics |= {"loss": float(sums[0]), "grad_norm": norm, "grad_clipped": float(norm > limit)}
         if learner.estimator.ratio in CLIPPED:
             metrics["clip_ratio"] = float(sums[1] / sums[2].clamp(min=1))
         return metrics
