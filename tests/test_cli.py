@@ -389,7 +389,8 @@ def test_a_collapsed_policy_is_flagged_once(capsys, tmp_path):
     cold = [*TRAIN, "--temperature", "0.001"]  # so cold that every token is all but certain
     for bonus, flags in (("0", ["entropy-collapsed"]), ("0.01", [])):
         assert main([*cold, "--estimator.entropy-coef", bonus, "--overwrite"]) == 0
-        assert json.loads((tmp_path / "run" / "summary.json").read_text())["flags"] == flags
+        found = json.loads((tmp_path / "run" / "summary.json").read_text())["flags"]
+        assert found == ["nothing-learnt", *flags]  # greedy from the start, so no two completions differ
         assert capsys.readouterr().out.count("warning: entropy-collapsed") == len(flags)
 
 

@@ -123,3 +123,8 @@ def test_small_formats():
         assert measured(value, error) == shown
     assert ending({}) == "unfinished"
     assert ending({"exit_reason": "SIGTERM", "env_steps_per_second": 10}) == "SIGTERM, 10 env steps/s"
+    flags = ["entropy-collapsed", "nothing-learnt"]  # the first may be what one wants
+    assert (
+        ending({"exit_reason": "finished", "flags": flags, "steps": 6})
+        == "finished (nothing-learnt), 6 steps"
+    )

@@ -16,6 +16,8 @@ _LOSS_NOTE = (
     "which average to about 0 by construction; watch the reward and the evaluation."
 )
 _PLACES = 6  # most decimal places of a number with its error
+FAILURES = ("policy-destroyed", "nothing-learnt")
+"""Flags of a summary without which the reason why a run ended would mislead."""
 _CELL = 60  # characters of a prompt or completion shown in a table
 
 
@@ -235,8 +237,9 @@ def duration(seconds: float) -> str:
 
 
 def ending(summary: Mapping[str, Any]) -> str:
-    """Return one line on how a run ended (reason, steps, time, rate), from the content of summary.json."""
-    parts = [visible(str(summary.get("exit_reason", "unfinished")))]
+    """Return one line on how a run ended (reason with flags, steps, time, rate), from summary.json."""
+    failed = [f"({flag})" for flag in summary.get("flags") or () if flag in FAILURES]
+    parts = [visible(" ".join([str(summary.get("exit_reason", "unfinished")), *failed]))]
     if summary.get("steps") is not None:
         parts.append(f"{summary['steps']} steps")
     if summary.get("wall_seconds") is not None:

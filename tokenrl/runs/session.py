@@ -89,6 +89,7 @@ class Session:
             Refused: the directory (see `RunDirectory.create`) or a tracker cannot be used.
         """
         self.kind, self.output_dir, self.step = kind, Path(output_dir), 0
+        self.flags: list[str] = []  # warnings about the outcome
         quiet = quiet or not main
         self.console, self._warnings = Console(quiet=quiet, every=every), without_warnings(quiet)
         self._trackers = Trackers(tracking or TrackerArguments(), self.console.warn)
@@ -282,7 +283,7 @@ class Session:
             return error
         steps = max(0, self.step - 1)  # the current step is lost
         found = self.outcome("failed") | {"exit_reason": "failed", "steps": steps, "eval_after": None}
-        self.directory.write_summary(Outcome(**found).summary() | {"error": str(error)})
+        self.directory.write_summary(Outcome(**found).summary() | {"flags": self.flags, "error": str(error)})
         with contextlib.suppress(Refused):  # some reports need a finished run
             self._report(self.directory.path)
         last = latest_checkpoint(self.directory.checkpoints).path

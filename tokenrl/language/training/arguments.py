@@ -109,7 +109,8 @@ class SafetyArguments(Settings, group="safety stops"):
     """When a run is refused or stopped."""
 
     stop_after_zero_spread: Natural = 50
-    """Stop after this many consecutive steps in which all groups have equal rewards; 0: never."""
+    """Stop after this many consecutive steps in which all groups have equal rewards, and save a checkpoint;
+    0: never. Such a step changes no weight, unless the loss has a KL or entropy term."""
     stop_after_nonfinite: Count = 5
     """Stop after this many consecutive updates with a gradient that is not finite."""
     allow_no_baseline: bool = False
@@ -167,7 +168,7 @@ class TrainArguments(
     overwrite: bool = False
     """Replace the run that output_dir holds."""
     check: bool = False
-    """Do everything up to the first update, report whether it works, and stop."""
+    """Do everything up to the first update, report whether it works and whether rewards differ, and stop."""
     cpu: bool = False
     """Use the CPU even if there is a GPU."""
     quiet: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from contextlib import closing
@@ -14,8 +13,7 @@ import torch
 
 from tokenrl.calls import called
 from tokenrl.core.baselines import RunningMean
-from tokenrl.core.guards import teaches_nothing
-from tokenrl.errors import Stopped
+from tokenrl.core.destroyed import Watch
 from tokenrl.language.policy.prompts import settled_form
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.memory import recorded
@@ -35,6 +33,7 @@ from tokenrl.language.training.setup import (
 )
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.threads import settle_threads
+from tokenrl.language.training.verdicts import check_signal, judge, nothing_left
 from tokenrl.language.training.warm_start import warm_start
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import using_threads
@@ -91,10 +90,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
             _check_lengths(run)
             session.evaluated(_evaluate(run, step=0))
             if args.check:
-                session.console.note(
-                    "Check passed: model, data, sampling, rewards and estimator work together. Nothing "
-                    "trained."
-                )
+                check_signal(run, session)
                 return run.result(session, "check")
             names = {"task": run.task.name, "model": run.learner.policy.source}
             known = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
@@ -113,14 +109,15 @@ def _loop(run: Run, session: Session) -> RunResult:
             metrics |= session.evaluated(_evaluate(run, step))
         record_step(run, session, record, metrics)
         if session.due(args.save_every, at_the_end=False):
-            save_checkpoint(run, session)
-        if _nothing_left(run, session, metrics):
-            reason = "learnt"
+            save_checkpoint(run, session, keep=args.keep_checkpoints)
+        if ended_by := nothing_left(run, session, metrics):
+            reason = ended_by
             break
     if session.owes_evaluation:
         session.evaluated(_evaluate(run, session.step))
+    warnings = judge(run, session, reason)
     ended = run.result(session, reason)
-    finish(run, session, ended)
+    finish(run, session, ended, warnings)
     return ended
 
 
@@ -187,6 +184,7 @@ def _one_step(run: Run, step: int) -> Record:
     rows = run.args.prompts_per_step * run.args.num_generations
     run.completion_tokens += record.metrics["completions/mean_length"] * rows
     run.entropies.append(record.metrics["entropy"])
+    run.cut = record.metrics["completions/clipped_ratio"]
     run.tokens += int(record.metrics["num_tokens"])
     record.metrics["num_tokens"] = run.tokens
     record.timings["step_seconds"] = time.perf_counter() - began
@@ -197,7 +195,7 @@ def _one_step(run: Run, step: int) -> Record:
 def _evaluate(run: Run, step: int) -> dict[str, float]:
     args, learner = run.args, run.learner
     with learner.accelerator.autocast():
-        return evaluate_policy(
+        found = evaluate_policy(
             learner.policy,
             run.task.eval_prompts,
             run.rewards,
@@ -206,44 +204,12 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
             accelerator=learner.accelerator,
             detailed=True,
             k=(args.eval_generations,) if args.eval_generations else (),
-        ).metrics
-
-
-def _nothing_left(run: Run, session: Session, metrics: dict[str, float]) -> bool:
-    """Warn if a step could teach nothing; return whether the run is over because the task is learnt.
-
-    Raises:
-        Stopped: in many consecutive steps there was nothing to learn from, and the reward is no better than
-            before training.
-    """
-    args = run.args
-    run.flat_steps = run.flat_steps + 1 if teaches_nothing(args.estimator, metrics) else 0
-    compared = "the same prompt" if args.estimator.needs_groups else "the step"
-    differ = f"no two completions of {compared} differ in reward"
-    better = metrics["reward"] > session.eval_before.get("reward", math.inf)
-    if run.flat_steps and not better:
-        session.warn_once(
-            "flat",
-            f"step {session.step}: {differ}, so there is nothing to learn from. Is the task too hard for "
-            "this policy, or is the reward constant?",
         )
-    if args.stop_after_zero_spread and run.flat_steps >= args.stop_after_zero_spread:
-        if better:
-            session.console.note(f"In {run.flat_steps} steps in a row {differ}: the task is learnt.")
-            return True
-        raise Stopped(
-            f"In {run.flat_steps} steps in a row {differ}: nothing is being learnt. Use prompts that the "
-            "policy sometimes solves, a graded reward, or more generations per prompt. "
-            "stop_after_zero_spread=0 lets such a run continue."
-        )
-    if metrics["completions/clipped_ratio"] == 1:
-        session.warn_once(
-            "cut",
-            f"step {session.step}: every completion was cut at {args.max_completion_length} tokens, before "
-            "an end. Raise max_completion_length, start from a model that ends its answers, or name strings "
-            "that end them (stop).",
-        )
-    return False
+    each = found.by_prompt
+    run.means = [*run.means[:1], torch.tensor(each.get("reward", each["reward_greedy"])).double()]
+    if step == 0:
+        run.watch = Watch(found.metrics, args.prompts_per_step, getattr(run.task, "solved", None))
+    return found.metrics
 
 
 def _largest(accelerator: Any, number: int) -> int:

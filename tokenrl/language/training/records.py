@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from tokenrl.core.sets import from_first
+from tokenrl.core.statistics import mean_and_error
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import RewardResult
 from tokenrl.language.rollout.rollout import Rollout
@@ -19,7 +21,8 @@ def step_metrics(rows: StepRows, names: Sequence[str], group_size: int) -> dict[
     """Compute the metrics of the step's rows, under TRL's names.
 
     `frac_reward_zero_std` is the share of groups in which all rewards are equal; with a group baseline they
-    have no gradient. `entropy` is the mean over sampled tokens, in nats. `kl` is the mean over completions of
+    have no gradient. `reward_stderr` is the standard error of `reward` over prompts; it is missing with a
+    single prompt. `entropy` is the mean over sampled tokens, in nats. `kl` is the mean over completions of
     the log-ratio to the reference summed over tokens (k1: unbiased, in nats); see `kl_metrics` for the rest.
 
     Args:
@@ -33,6 +36,8 @@ def step_metrics(rows: StepRows, names: Sequence[str], group_size: int) -> dict[
     size = group_size if group_size > 1 else len(rewards)
     differences, _ = from_first(rewards.view(-1, size), valid.view(-1, size))
     kept = rewards[valid].double()
+    means = rewards.double().masked_fill(~valid, math.nan).view(-1, group_size).nanmean(dim=1)
+    error = mean_and_error(means[~means.isnan()])[1]
     metrics = {
         "reward": kept.mean(),
         "reward_std": kept.std(correction=min(1, len(kept) - 1)),
@@ -44,6 +49,8 @@ def step_metrics(rows: StepRows, names: Sequence[str], group_size: int) -> dict[
         "completions/clipped_ratio": rows.truncated.double().mean(),
         "num_tokens": lengths.sum() + rows.prompt_length.sum(),
     }
+    if not error.isnan():
+        metrics["reward_stderr"] = error
     if rows.ref_logprobs is not None:
         metrics |= kl_metrics(rows.logprobs, rows.ref_logprobs, mask, group_size)
     if len(kept) < len(rewards):

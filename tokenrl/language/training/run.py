@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from tokenrl.core.baselines import RunningMean
+from tokenrl.core.destroyed import Watch
 from tokenrl.core.entropy import entropy_collapse_message, entropy_collapsed, final_entropy
 from tokenrl.core.presets import preset_name
 from tokenrl.language.policy.cards import Card, base_model
@@ -37,11 +39,14 @@ class RunResult(Outcome):
 
     Attributes:
         exit_reason: `finished`; `learnt` (ended early: all rewards are equal, and higher than before
-            training); `check`; or the name of the signal that stopped the run, such as `SIGTERM`.
+            training); `stuck` (ended early too, but below what counts as solved); `check`; or the name of the
+            signal that stopped the run, such as `SIGTERM`.
         eval_before: evaluation on held-out prompts before training: `reward` (mean over samples),
             `reward_greedy` and more.
         tokens_per_second: completion tokens sampled and trained on, per second of training steps.
-        flags: warnings about the outcome: `entropy-collapsed`, or none.
+        flags: warnings about the outcome: `policy-destroyed` (the reward fell and did not recover),
+            `nothing-learnt` (no gain of held-out rewards beyond noise), `entropy-collapsed`; of a check
+            `nothing-to-learn` (all rewards are equal).
         warm_started: what `warm_start` found; empty without such a stage.
         policy: the trained policy.
     """
@@ -72,6 +77,10 @@ class Run:
         flat_steps: number of consecutive steps, up to now, in which no rewards differed.
         origins: by setting, where its value comes from.
         warm_started: what `warm_start` found; empty without such a stage.
+        all_flat: number of all steps so far in which no rewards differed.
+        cut: share of the latest step's completions that were cut.
+        means: the mean reward of each held-out prompt [B], before training and at the latest evaluation.
+        watch: notices the step that destroys the policy; None until the evaluation before training.
     """
 
     args: TrainSettings
@@ -89,11 +98,20 @@ class Run:
     flat_steps: int = 0
     origins: Mapping[str, str] = field(default_factory=dict)
     warm_started: dict[str, Any] = field(default_factory=dict)
+    all_flat: int = 0
+    cut: float = 0.0
+    means: list[Tensor] = field(default_factory=list)
+    watch: Watch | None = None
 
     @property
     def last_entropy(self) -> float:
         """Mean entropy over the last tenth of the steps, in nats per token; nan before the first."""
         return final_entropy(self.entropies)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the entropy has collapsed at the end."""
+        return entropy_collapsed(self.args.estimator.entropy_coef, self.last_entropy)
 
     @property
     def tokens_per_second(self) -> float:
@@ -107,16 +125,15 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts that a continuation needs, as plain numbers."""
-        names = ("tokens", "completion_tokens", "entropies", "flat_steps")
+        names = ("tokens", "completion_tokens", "entropies", "flat_steps", "all_flat")
         return {name: getattr(self, name) for name in names}
 
     def result(self, session: Session, reason: str) -> RunResult:
         """Return the result for the caller; `reason` says how the run ended, unless a signal ended it."""
-        collapsed = entropy_collapsed(self.args.estimator.entropy_coef, self.last_entropy)
         return RunResult(
             **session.outcome(reason),
             tokens_per_second=self.tokens_per_second,
-            flags=("entropy-collapsed",) if collapsed else (),
+            flags=tuple(dict.fromkeys([*session.flags, *(["entropy-collapsed"] if self.collapsed else [])])),
             warm_started=self.warm_started,
             policy=self.learner.policy,
         )
@@ -166,20 +183,23 @@ def _few(rows: Sequence[dict[str, Any]], group: int) -> list[dict[str, Any]]:
     return [row | {"prompt": prompt_text(row["prompt"])} for row in out]
 
 
-def save_checkpoint(run: Run, session: Session) -> None:
-    """Save weights, tokenizer and critic, and the state of every part registered with the session."""
+def save_checkpoint(run: Run, session: Session, *, keep: int | None) -> None:
+    """Save weights, tokenizer and critic, and the state of every part registered with the session.
+
+    `keep` is how many checkpoints are kept, with this one; None keeps all.
+    """
 
     def write(path: Path) -> None:
         save_policy(run.learner.policy, path)
         if run.learner.critic is not None:
             save_file(run.learner.critic.head.state_dict(), path / "critic.safetensors")
 
-    session.save(write, keep=run.args.keep_checkpoints)
+    session.save(write, keep=keep)
     run.learner.accelerator.wait_for_everyone()
 
 
-def finish(run: Run, session: Session, ended: RunResult) -> None:
-    """Save the model with its card, write summary and report, and show how the run ended."""
+def finish(run: Run, session: Session, ended: RunResult, warnings: Sequence[str]) -> None:
+    """Save the model with its card, write summary and report, and show how the run ended, with warnings."""
     facts: dict[str, Any] = {"task": run.task.name, "base": ended.policy.source}
     if run.warm_started:
         facts["warm start"] = run.warm_started["in_words"]
@@ -188,6 +208,8 @@ def finish(run: Run, session: Session, ended: RunResult) -> None:
         facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}
     card = Card(run.title, facts, session.origin.in_words(), base_model(run.args.model))
     session.finish(ended, lambda path: save_policy(ended.policy, path, card=card))
-    if "entropy-collapsed" in ended.flags:
+    for warning in warnings:
+        session.console.warn(warning)
+    if run.collapsed:
         session.console.warn(entropy_collapse_message(run.last_entropy))
     run.learner.accelerator.wait_for_everyone()

@@ -1,0 +1,218 @@
+"""Runs that destroy their policy, have nothing to learn from, or learn nothing: when they say so, and how."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+
+import pytest
+from tiny_models import make_task
+
+import tokenrl
+from tokenrl.errors import Stopped
+from tokenrl.runs.checkpoint import verify_checkpoint
+from toy_tasks.models import TinyModel
+
+PROMPTS = [f"{x}{y}>" for x in "abcd" for y in "abcd"]
+
+
+def first_letter(prompts, completions, **_):
+    return [float(text == prompt[0]) for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def nothing(completions, **_):
+    return [0.0] * len(completions)
+
+
+def tiny():
+    return TinyModel(tuple("abcd>"), layers=1, hidden=16, heads=2, context=16)(0)
+
+
+def train(folder, reward=first_letter, task=(), **options):
+    given = make_task(PROMPTS, reward)
+    given.eval_prompts, given.max_completion_length = given.train_prompts, 3
+    vars(given).update(task)
+    defaults = {
+        "model": tiny(),
+        "task": given,
+        "output_dir": folder,
+        "max_steps": 12,
+        "prompts_per_step": 16,
+        "num_generations": 8,
+        "learning_rate": 1e-2,
+        "eval_every": 0,
+    }
+    return tokenrl.train(**(defaults | options))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A policy that is right about half of the time, and what training it left behind."""
+    return train(tmp_path_factory.mktemp("base") / "run", max_steps=30, quiet=True)
+
+
+def said(capsys) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_a_run_that_learns_has_no_flag(trained):
+    assert trained.eval_after["reward"] > 0.4
+    assert trained.flags == () and summary_of(trained.output_dir)["flags"] == []
+
+
+def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(trained, tmp_path, capsys):
+    model = copy.deepcopy(trained.policy.model), trained.policy.tokenizer
+    with pytest.raises(Stopped) as caught:
+        train(tmp_path / "run", model=model, learning_rate=0.3, stop_after_zero_spread=5, max_steps=40)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    shown, message = said(capsys), str(caught.value)
+    step, after = map(
+        float, re.search(r"warning: step (\d+): The policy is destroyed.* to (\S+), and", shown).groups()
+    )
+    assert step <= 5 and after == pytest.approx(sum(row["reward"] for row in rows[2:5]) / 3, abs=1e-3)
+    assert shown.count("The policy is destroyed") == 1 and "more generations" not in shown + message
+    assert f"fell from {rows[0]['eval_reward']:.3g} (evaluation before training) to" in message
+    assert "The learning rate, 0.3, is the likely cause: for this model the default is 1e-05" in message
+    last = tmp_path / "run" / "checkpoints" / f"step_{len(rows) - 1:06d}"
+    assert message.endswith(f"The last complete checkpoint is {last}.")
+    verify_checkpoint(last)
+    summary = summary_of(tmp_path / "run")
+    assert (summary["exit_reason"], summary["flags"]) == ("failed", ["policy-destroyed"])
+    assert rows[-1]["idle_steps"] >= 5
+
+
+def test_a_destroyed_policy_that_runs_to_the_end_has_the_flag(trained, tmp_path, capsys):
+    model = copy.deepcopy(trained.policy.model), trained.policy.tokenizer
+    recommended = {"train": {"learning_rate": 1e-3}, "demonstrations": []}
+    result = train(tmp_path / "run", task=recommended, model=model, learning_rate=0.3)
+    assert (result.exit_reason, result.flags[0]) == ("finished", "policy-destroyed")
+    shown = said(capsys)
+    assert "finished (policy-destroyed), 12 steps" in shown
+    assert "warning: policy-destroyed: the held-out reward was 0." in shown
+
+
+def test_the_recommended_rate_is_the_tasks_for_its_own_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    own = {"build": lambda seed: tiny(), "fingerprint": "x", "warm_start": None, "demonstrations": []}
+    own |= {"train": {"learning_rate": 1e-3}}
+    fallen = Falling(6)
+    with pytest.raises(Stopped, match=re.escape("the task recommends 0.001 (--learning-rate 0.001)")):
+        train(tmp_path / "run", fallen, own, model=None, stop_after_zero_spread=5)
+    with pytest.raises(Stopped, match=re.escape("not above the usual 0.001: try --learning-rate 0.00025")):
+        train(tmp_path / "two", Falling(6), own, model=None, learning_rate=1e-3, stop_after_zero_spread=5)
+
+
+class Falling:
+    """A reward for texts with an a that is 0 after some calls, as if the policy had been lost."""
+
+    __name__ = "falling"
+
+    def __init__(self, good_calls):
+        self.left = good_calls
+
+    def __call__(self, completions, **_):
+        self.left -= 1
+        return [float("a" in text) * (self.left >= 0) for text in completions]
+
+
+class Flickering(Falling):
+    """After the fall one completion in every third step is right."""
+
+    __name__ = "flickering"
+
+    def __call__(self, completions, **_):
+        rewards = super().__call__(completions)
+        return [1.0, *rewards[1:]] if self.left < 0 and self.left % 3 == 0 else rewards
+
+
+def test_luck_once_in_a_while_does_not_keep_a_destroyed_policy_running(tmp_path):
+    with pytest.raises(Stopped, match=r"At step \d+: The policy is destroyed"):
+        train(tmp_path / "run", Flickering(6), learning_rate=1e-9, stop_after_zero_spread=8, max_steps=40)
+    assert summary_of(tmp_path / "run")["steps"] < 20
+
+
+def test_without_a_signal_a_run_says_so_at_step_3_and_its_end_is_not_plain(tmp_path, capsys):
+    result = train(tmp_path / "run", nothing, max_steps=6)
+    assert (result.exit_reason, result.flags) == ("finished", ("nothing-learnt",))
+    shown = said(capsys)
+    assert "warning: step 3: In 3 steps in a row no two completions of the same prompt differ" in shown
+    assert "finished (nothing-learnt), 6 steps" in shown
+    assert "held-out reward was 0 before training and 0 after it, a difference of 0 +- 0 over 16" in shown
+    assert "In 6 of 6 steps no two completions" in shown
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "finished (nothing-learnt), 6 steps" in report
+
+
+def test_a_signal_that_is_lost_is_told_from_one_that_never_was(tmp_path):
+    lost = (
+        r"nothing to learn from: the mean reward is 0, down from 0\.\d+ before training\. The learning rate"
+    )
+    with pytest.raises(Stopped, match=lost):
+        train(tmp_path / "run", Falling(5), prompts_per_step=1, stop_after_zero_spread=5)
+    for reward in (nothing, Falling(2)):  # in the second the held-out rewards are better
+        with pytest.raises(Stopped, match=r"the mean reward is 0\. Use prompts .* or more generations"):
+            train(
+                tmp_path / reward.__name__, reward, max_completion_length=12, prompts_per_step=1,
+                stop_after_zero_spread=5,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "task, options, remedy",
+    [
+        ({"demonstrations": [{"prompt": "ab>", "completion": "a"}]}, {}, "add --warm-start"),
+        ({}, {"max_completion_length": 1}, "cut at 1 tokens, before an EOS: raise --max-completion-length"),
+        ({}, {"max_completion_length": 12}, "a graded reward"),
+    ],
+    ids=["demonstrations", "truncated", "constant"],
+)
+def test_a_check_without_a_signal_says_what_helps(task, options, remedy, tmp_path, capsys):
+    result = train(tmp_path / "run", nothing, {"demonstrations": [], **task}, check=True, **options)
+    assert (result.exit_reason, result.flags, result.steps) == ("check", ("nothing-to-learn",), 0)
+    shown = said(capsys)
+    assert "In none of 16 groups of 8 completions do the rewards differ" in shown and remedy in shown
+    assert "Check passed" not in shown
+
+
+def test_a_model_with_a_chat_template_is_to_be_asked_in_a_chat(tmp_path, capsys):
+    model, tokenizer = tiny()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    train(tmp_path / "run", nothing, model=(model, tokenizer), max_completion_length=1, check=True)
+    assert "the model has a chat template, so give it chat messages" in said(capsys)
+
+
+def test_a_check_with_a_signal_counts_its_groups(trained, tmp_path, capsys):
+    model = trained.policy.model, trained.policy.tokenizer
+    result = train(tmp_path / "run", model=model, check=True)
+    assert result.flags == ()
+    share = int(re.search(r"Check passed: .* In (\d+)% of 16 groups of 8 completions", said(capsys))[1])
+    assert 20 < share <= 100
+    alone = train(tmp_path / "run", model=model, check=True, estimator="reinforce", num_generations=1)
+    assert alone.flags == ()
+
+
+def test_a_gain_within_noise_is_told_and_a_real_one_is_not_hidden_by_hard_prompts(tmp_path, capsys):
+    tiny_steps = train(tmp_path / "run", learning_rate=1e-9, max_steps=2)
+    assert tiny_steps.flags == ("nothing-learnt",)
+    assert "It is no gain beyond noise. More steps" in said(capsys)
+
+
+def test_equal_rewards_below_what_counts_as_solved_are_no_success(tmp_path, capsys):
+    """From 0 to .25 for all: a policy that writes the same letter whatever the prompt."""
+
+    def better(completions, **_):
+        better.calls += 1
+        return [0.25 * (better.calls > 4)] * len(completions)
+
+    for name, solved, reason in (("low", 0.9, "stuck"), ("high", 0.2, "learnt"), ("unknown", None, "learnt")):
+        better.calls = 0
+        result = train(tmp_path / name, better, {"solved": solved}, stop_after_zero_spread=3)
+        assert result.exit_reason == reason and (tmp_path / name / "model").exists()
+        assert ("the policy is stuck. The mean reward is 0.25, and 0.9 counts" in said(capsys)) == (
+            name == "low"
+        )

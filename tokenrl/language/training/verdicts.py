@@ -1,0 +1,190 @@
+"""Says whether a run has anything to learn from, has destroyed its policy, or has learnt nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from tokenrl.core.guards import teaches_nothing
+from tokenrl.core.statistics import mean_and_error
+from tokenrl.errors import Stopped
+from tokenrl.language.training.defaults import training_defaults
+from tokenrl.language.training.probe import probe_policy
+from tokenrl.language.training.run import Run, save_checkpoint
+from tokenrl.runs.session import Session
+
+FLAT_STEPS = 3
+"""After this many steps in a row without a signal a run says so."""
+CUT = 0.5
+"""From this share of completions on that are cut, their length is what to mend first."""
+FELL = 3
+"""Standard errors of the evaluation before training by which a reward without a signal counts as fallen."""
+FEW = 0.1
+"""Up to this share of groups whose rewards differ a check calls the signal weak."""
+
+
+def nothing_left(run: Run, session: Session, metrics: dict[str, float]) -> str | None:
+    """Warn of a step that destroys the policy or can teach nothing; return why the run ends now, or None.
+
+    Raises:
+        Stopped: in many consecutive steps there was nothing to learn from, and the reward is no better than
+            before training. The policy is saved as a checkpoint.
+    """
+    args = run.args
+    assert run.watch is not None
+    if found := run.watch.see(session.step, metrics):
+        session.flags.append(found.flag)
+        session.console.warn(f"step {session.step}: {_lost(run)}")
+    flat = teaches_nothing(args.estimator, metrics)
+    # A lost policy is right once in a while by luck, and its steps without a signal still add up.
+    run.flat_steps = run.flat_steps + flat if flat or _still_lost(run, metrics["reward"]) else 0
+    run.all_flat += flat
+    better = metrics["reward"] > session.eval_before.get("reward", math.inf)
+    if run.flat_steps >= FLAT_STEPS and not (better or run.watch.found):
+        session.warn_once("flat", f"step {session.step}: {_flat(run, session, metrics)}")
+    if args.stop_after_zero_spread and run.flat_steps >= args.stop_after_zero_spread:
+        if better:
+            return _learnt(run, session, metrics["reward"])
+        why = _lost(run) if run.watch.found else _flat(run, session, metrics)
+        session.flags = session.flags or ["nothing-learnt"]
+        if not session.due(args.save_every, at_the_end=False):
+            save_checkpoint(run, session, keep=None)
+        raise Stopped(f"{why} (--stop-after-zero-spread 0 lets such a run continue.)")
+    if metrics["completions/clipped_ratio"] == 1:
+        session.warn_once(
+            "cut",
+            f"step {session.step}: every completion was cut at {args.max_completion_length} tokens, before "
+            "an EOS. Raise max_completion_length, or start from a model that ends its answers.",
+        )
+    return None
+
+
+def _learnt(run: Run, session: Session, reward: float) -> str:
+    """Say why a run ends whose rewards are all equal and higher than before; return it in a word."""
+    solved = getattr(run.task, "solved", None)
+    if solved is None or reward >= solved:
+        session.console.note(f"{_in_a_row(run)}: the task is learnt.")
+        return "learnt"
+    session.console.warn(
+        f"{_in_a_row(run)}: the policy is stuck. The mean reward is {reward:.3g}, and {solved:g} counts as "
+        f"solved. {_slower(run)} A bonus for entropy (--estimator.entropy-coef) helps too."
+    )
+    return "stuck"
+
+
+def check_signal(run: Run, session: Session) -> None:
+    """Sample the completions of a first step, and say as the result of a check whether they could teach."""
+    learner, args = run.learner, run.args
+    sampling = replace(learner.sampling, num_generations=max(2, args.num_generations))
+    with learner.accelerator.autocast():
+        prompts = [row for _, row in run.stream.next()]
+        probe = probe_policy(learner.policy, prompts, run.rewards, sampling)
+    size, dead = max(probe.dead_groups.items())
+    parts = "model, data, sampling, rewards and estimator work together"
+    constant = probe.within == 0 and (args.estimator.needs_groups or not probe.between > 0)
+    if constant:
+        session.flags.append("nothing-to-learn")
+        session.console.warn(
+            f"Not passed: {parts}, but there is nothing to learn from. In none of {probe.prompts} groups of "
+            f"{size} completions do the rewards differ; their mean is {probe.reward.value:.3g}. "
+            f"{_remedy(run, probe.truncated.value)} Nothing was trained."
+        )
+        return
+    share = 1 - dead.value
+    session.console.note(
+        f"Check passed: {parts}. In {share:.0%} of {probe.prompts} groups of {size} completions the rewards "
+        "differ. Nothing trained."
+    )
+    if share <= FEW and args.estimator.needs_groups:
+        session.console.warn(f"only these groups can teach anything. {_remedy(run, probe.truncated.value)}")
+
+
+def judge(run: Run, session: Session, reason: str) -> list[str]:
+    """Set the flags of a run that has ended, from its evaluations before and after; return them in words.
+
+    The difference of two evaluations is that of each prompt's mean reward, so that easy and hard prompts
+    add no noise to it. It is a gain if it exceeds two standard errors.
+    """
+    if not session.is_evaluated or session.step == 0:
+        return []
+    change = run.means[-1] - run.means[0]
+    difference, error = mean_and_error(change[~change.isnan()])
+    if reason == "learnt" or difference > 2 * error.nan_to_num(0.0):
+        session.flags = [flag for flag in session.flags if flag != "policy-destroyed"]  # it has recovered
+        return []
+    before, after = (float(means.nanmean()) for means in run.means)
+    found = (
+        f"the held-out reward was {before:.3g} before training and {after:.3g} after it, a difference of "
+        f"{float(difference):.2g} +- {float(error):.1g} over {len(change)} prompts"
+    )
+    if "policy-destroyed" in session.flags:
+        return [f"policy-destroyed: {found}. {_lost(run)}"]
+    session.flags.append("nothing-learnt")
+    if run.watch is not None and run.watch.found:
+        why = _lost(run)
+    elif difference < -2 * error:
+        why = f"It has fallen. {_slower(run)}"
+    elif 2 * run.all_flat >= session.step:
+        idle = f"In {run.all_flat} of {session.step} steps no two completions of {_compared(run)} differed"
+        why = f"It is no gain beyond noise. {idle} in reward. {_remedy(run, run.cut)}"
+    else:
+        why = "It is no gain beyond noise. More steps, more completions a step or a higher rate may give one."
+    return [f"nothing-learnt: {found}. {why}"]
+
+
+def _still_lost(run: Run, reward: float) -> bool:
+    """Whether the policy was destroyed and has not won back half of its reward in this step."""
+    found = run.watch.found if run.watch else None
+    return bool(found and found.flag == "policy-destroyed" and 2 * reward < found.before + found.after)
+
+
+def _lost(run: Run) -> str:
+    assert run.watch is not None
+    return f"{run.watch.found} {_slower(run)}"
+
+
+def _slower(run: Run) -> str:
+    """Say that the learning rate is the likely cause of a loss, and which one to take."""
+    args, task = run.args, run.task
+    rate = args.learning_rate
+    advised = training_defaults(args, task, run.learner.policy).values["learning_rate"]
+    cause = f"The learning rate, {rate:g}, is the likely cause"
+    if rate > advised:
+        own = (getattr(task, "train", None) or {}).get("learning_rate") == advised
+        whose = "the task recommends" if own else "for this model the default is"
+        return f"{cause}: {whose} {advised:g} (--learning-rate {advised:g})."
+    return f"{cause}, though it is not above the usual {advised:g}: try --learning-rate {rate / 4:g}."
+
+
+def _compared(run: Run) -> str:
+    return "the same prompt" if run.args.estimator.needs_groups else "the step"
+
+
+def _in_a_row(run: Run) -> str:
+    return f"In {run.flat_steps} steps in a row no two completions of {_compared(run)} differ in reward"
+
+
+def _flat(run: Run, session: Session, metrics: dict[str, float]) -> str:
+    """Say that there is no signal, what was seen, and what to change."""
+    text = f"{_in_a_row(run)}, so there is nothing to learn from: the mean reward is {metrics['reward']:.3g}"
+    before, error = (session.eval_before.get(name, math.nan) for name in ("reward", "reward_stderr"))
+    if run.all_flat < session.step and metrics["reward"] < before - FELL * error:
+        return f"{text}, down from {before:.3g} before training. {_slower(run)}"
+    return f"{text}. {_remedy(run, metrics['completions/clipped_ratio'])}"
+
+
+def _remedy(run: Run, cut: float) -> str:
+    """Say what helps a run without a signal most, from the share of completions that were cut."""
+    args, policy = run.args, run.learner.policy
+    warmed = getattr(args, "warm_start", False)
+    if args.model is not None and getattr(run.task, "demonstrations", None) and not warmed:
+        return "This model cannot do the task yet: add --warm-start, to begin with the task's demonstrations."
+    if cut >= CUT:
+        text = f"{cut:.0%} of the completions are cut at {args.max_completion_length} tokens, before an EOS: "
+        if policy.tokenizer.chat_template and isinstance(run.task.train_prompts[0]["prompt"], str):
+            return text + "the model has a chat template, so give it chat messages, not plain text."
+        return text + "raise --max-completion-length, or take a model that ends its answers."
+    return (
+        "Use prompts that the policy sometimes solves, a graded reward, demonstrations first (tokenrl sft), "
+        "or more generations per prompt."
+    )
