@@ -221,3 +221,26 @@ def test_what_is_too_hard_gets_the_help_that_fits(made_up, kind, words):
     path = made_up(kind, reward_std=0.0, frac_reward_zero_std=1.0, reward=0.0)
     text = next(finding.text for finding in advise_run(str(path)).findings if finding.topic == "signal")
     assert f"too hard, so {words}" in text or f"too hard, so a warm start ({words})" in text
+
+
+LOST = {
+    "evaluated": {0: 0.4},
+    "reward": lambda step: 0.4 if step == 1 else 0.0,
+    "reward_stderr": lambda step: 0.05 if step == 1 else 0.0,
+    "frac_reward_zero_std": lambda step: 0.1 if step == 1 else 1.0,
+    "grad_norm": lambda step: 9.0 if step == 1 else 0.0,
+    "completions__clipped_ratio": 0.5,
+}
+
+
+def test_a_destroyed_policy_is_not_mistaken_for_a_task_that_is_too_hard(made_up):
+    path = made_up("train", settings={"learning_rate": 8e-4}, **LOST)
+    advice = advise_run(str(path))
+    found = {finding.topic: finding for finding in advice.findings}
+    assert found["policy-destroyed"].verdict == "act" and found["policy-destroyed"].steps == (1, 4)
+    assert "fell from 0.4 (evaluation before training) to 0.1," in found["policy-destroyed"].text
+    assert "too hard" not in found["signal"].text
+    assert advice.again.endswith("--learning-rate 0.0002")  # and no other change
+    recovered = LOST | {"evaluated": {0: 0.4, 40: 0.9}}
+    topics = {finding.topic for finding in advise_run(str(made_up("train", **recovered))).findings}
+    assert "policy-destroyed" not in topics

@@ -11,6 +11,7 @@ from typing import Any
 from tokenrl.advisor.findings import (
     clip_finding,
     critic_finding,
+    destroyed_finding,
     entropy_finding,
     horizon_finding,
     kl_finding,
@@ -25,6 +26,7 @@ from tokenrl.advisor.rules import ACT, FINE, WATCH
 from tokenrl.advisor.show import Advice, Finding, flags
 
 CHECKS = (
+    destroyed_finding,
     entropy_finding,
     noise_finding,
     signal_finding,
@@ -72,6 +74,8 @@ def diagnose(history: History) -> list[Finding]:
     """Return the findings: first the progress of the reward, then what may explain it."""
     progress = read_progress(history)
     causes = [finding for check in CHECKS if (finding := check(history, progress)) is not None]
+    if progress.lost:  # the other numbers are those of a policy that is lost, and its settings may be right
+        causes = [causes[0], *(finding._replace(changes={}) for finding in causes[1:])]
     explained = any(finding.verdict == ACT for finding in causes)
     return [progress_finding(history, progress, explained), *causes]
 

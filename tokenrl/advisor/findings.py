@@ -60,6 +60,15 @@ def _bonus(history: History) -> float:
     return one_figure(ENTROPY * spread * history.arguments.reward_scale)
 
 
+def destroyed_finding(history: History, progress: Progress) -> Finding | None:
+    """Judge whether the updates destroyed the policy; None if they did not."""
+    lost, rate = progress.lost, history.arguments.learning_rate
+    if lost is None:
+        return None
+    text = f"{lost} The learning rate, {rate:g}, is the likely cause"
+    return Finding(lost.flag, ACT, text, lost.after, (lost.since, lost.step), {"learning_rate": rate / 4})
+
+
 def signal_finding(history: History, progress: Progress) -> Finding | None:
     """Judge how many groups of completions, or how many rollouts of episodes, have rewards that differ."""
     groups = history.estimator.needs_groups
@@ -79,6 +88,8 @@ def signal_finding(history: History, progress: Progress) -> Finding | None:
     verdict, changes = FINE, {}
     if mostly_dead(share) and (history.solved or _easy(history)):
         verdict, text = WATCH, f"{text}; too easy by now, there is little left to learn: take a harder task"
+    elif mostly_dead(share) and progress.lost:
+        verdict, text = WATCH, f"{text}; it was lost with the policy"
     elif mostly_dead(share):
         verdict, changes = ACT, _more_differences(history)
         start = "a warm start (tokenrl sft) or a graded reward"

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from tokenrl.advisor.history import History
 from tokenrl.advisor.rules import ACT, FINE, WATCH
 from tokenrl.advisor.show import Finding
+from tokenrl.core.destroyed import Destroyed, Watch
 
 FALSE_ALARMS = 0.05
 """Probability that a run whose reward does not change is said to change."""
@@ -41,6 +42,7 @@ class Progress(NamedTuple):
         gained: whether `now` is higher than `start` by more than chance.
         fell: whether `now` is lower than `best` by more than chance.
         held_out: whether the means are those of evaluations.
+        lost: how the policy was destroyed, by the rule of training; None if it was not, or has recovered.
     """
 
     start: Mean
@@ -50,6 +52,7 @@ class Progress(NamedTuple):
     gained: bool
     fell: bool
     held_out: bool
+    lost: Destroyed | None = None
 
 
 def read_progress(history: History) -> Progress:
@@ -60,15 +63,26 @@ def read_progress(history: History) -> Progress:
     start, now, best = means[0], means[-1], max(means, key=lambda mean: mean.value)
     *_, before, after = [None, *quarters(history)]
     change = None if before is None else _sign(after, before, 1)
+    gained = _sign(now, start, len(means) - 1) > 0
     return Progress(
         start=start,
         now=now,
         best=best,
         trend={1: "rising", 0: "flat", -1: "falling", None: "not known yet"}[change],
-        gained=_sign(now, start, len(means) - 1) > 0,
+        gained=gained,
         fell=_sign(now, best, len(means) - 1) < 0,
         held_out=held_out,
+        lost=None if gained else destroyed(history),
     )
+
+
+def destroyed(history: History) -> Destroyed | None:
+    """Return how updates destroyed a language model, by the rule of training; None if they did not."""
+    if not history.language:
+        return None
+    before = {name.removeprefix("eval_"): value for name, value in history.rows[0].items()}
+    watch = Watch(before, history.arguments.prompts_per_step, history.threshold)
+    return next(filter(None, (watch.see(row["step"], row) for row in history.rows if row["step"])), None)
 
 
 def evaluations(history: History) -> list[Mean]:
@@ -121,7 +135,8 @@ def progress_finding(history: History, progress: Progress, explained: bool) -> F
     if history.solved:
         what = "solved, though no longer at its best" if progress.fell else "solved"
     elif progress.fell:
-        verdict, changes, what = ACT, {"learning_rate": rate / 2}, "fallen from its best"
+        changes = {"learning_rate": rate / (4 if progress.lost else 2)}
+        verdict, what = ACT, "fallen from its best"
     elif progress.gained and progress.trend == "rising" and not history.running:
         verdict, what = WATCH, "risen, and still rising when the run ended"
         whole = history.step >= history.arguments.max_steps  # if stopped, it needs the other steps
