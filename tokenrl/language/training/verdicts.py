@@ -8,7 +8,7 @@ from dataclasses import replace
 from tokenrl.core.guards import teaches_nothing
 from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Stopped
-from tokenrl.language.training.defaults import training_defaults
+from tokenrl.language.training.defaults import is_own, training_defaults
 from tokenrl.language.training.probe import probe_policy
 from tokenrl.language.training.run import Run, save_checkpoint
 from tokenrl.runs.session import Session
@@ -54,7 +54,8 @@ def nothing_left(run: Run, session: Session, metrics: dict[str, float]) -> str |
         session.warn_once(
             "cut",
             f"step {session.step}: every completion was cut at {args.max_completion_length} tokens, before "
-            "an EOS. Raise max_completion_length, or start from a model that ends its answers.",
+            "an end. Raise max_completion_length, start from a model that ends its answers, or name strings "
+            "that end them (stop).",
         )
     return None
 
@@ -175,15 +176,17 @@ def _flat(run: Run, session: Session, metrics: dict[str, float]) -> str:
 
 def _remedy(run: Run, cut: float) -> str:
     """Say what helps a run without a signal most, from the share of completions that were cut."""
-    args, policy = run.args, run.learner.policy
-    warmed = getattr(args, "warm_start", False)
-    if args.model is not None and getattr(run.task, "demonstrations", None) and not warmed:
+    args, policy, task = run.args, run.learner.policy, run.task
+    shown = getattr(task, "demonstrations", None)
+    if shown and not (args.warm_start or is_own(task, args.model, policy)):
         return "This model cannot do the task yet: add --warm-start, to begin with the task's demonstrations."
     if cut >= CUT:
-        text = f"{cut:.0%} of the completions are cut at {args.max_completion_length} tokens, before an EOS: "
-        if policy.tokenizer.chat_template and isinstance(run.task.train_prompts[0]["prompt"], str):
-            return text + "the model has a chat template, so give it chat messages, not plain text."
-        return text + "raise --max-completion-length, or take a model that ends its answers."
+        text = f"{cut:.0%} of the completions are cut at {args.max_completion_length} tokens, before an end: "
+        plain = isinstance(task.train_prompts[0]["prompt"], str) and not args.chat
+        if policy.tokenizer.chat_template and plain:
+            return text + "the model has a chat template, so ask it in chat messages, with --chat."
+        more = "raise --max-completion-length, name strings that end them (--stop), or take a model that "
+        return f"{text}{more}ends its answers."
     return (
         "Use prompts that the policy sometimes solves, a graded reward, demonstrations first (tokenrl sft), "
         "or more generations per prompt."
