@@ -29,6 +29,7 @@ from tokenrl.flags import parse
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.probe import Estimate, Probe
 from tokenrl.language.training.setup import resolve
+from tokenrl.settings import arguments
 
 CARTPOLE = Spec("CartPole-v1", 4, 2, 0, 500, 475.0, fast=True)
 LANDER = Spec("LunarLander-v3", 8, 4, 0, 1000, 200.0, fast=False)
@@ -112,9 +113,7 @@ def test_an_environment_is_measured_and_the_files_can_be_run(tmp_path, capsys):
 
 
 def shown_command(record: dict) -> str:
-    arguments = record["arguments"] | {"hidden": tuple(record["arguments"]["hidden"])}
-    arguments["estimator"] = Estimator(**arguments["estimator"])
-    return command_line(Advice("", "control", ControlArguments(**arguments), {}, [], {}))
+    return command_line(Advice("", "control", arguments(ControlArguments, record["arguments"]), {}, [], {}))
 
 
 @pytest.mark.parametrize(

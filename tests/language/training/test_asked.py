@@ -10,7 +10,7 @@ from tiny_models import make_model, make_tokenizer, vowel_reward
 import tokenrl
 from tokenrl.cli import main
 from tokenrl.errors import Refused
-from tokenrl.lab.measure.measurement import measure
+from tokenrl.lab.measure.measurement import measure_gradients
 from tokenrl.language.policy.model import load_policy
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.task import PromptTask
@@ -122,7 +122,7 @@ def test_the_lab_and_the_reward_model_ask_as_the_run_did(run, model, tmp_path, m
     task = PromptTask("words", rows, rows[:2], vowel_reward)
     read = prompts_read(load_policy(run), monkeypatch)
     sizes = {"num_prompts": 4, "prompts_per_step": 1, "num_generations": 2, "max_completion_length": 4}
-    measure(model=str(run), task=task, estimators=("rloo",), probes=2, quiet=True, **sizes)
+    measure_gradients(model=str(run), task=task, estimators=("rloo",), probes=2, quiet=True, **sizes)
     assert asked_of("cat") in read
     judge = tokenrl.train_reward_model(
         model=str(model),

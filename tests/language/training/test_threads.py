@@ -14,7 +14,7 @@ from tokenrl.language.rollout import generator
 from tokenrl.language.training import collect, threads, update
 from tokenrl.runs.threads import Choice, using_threads
 
-TASK = ["--task", "sort_digits", "--prompts-per-step", "2", "--num-generations", "2", "--max-steps", "1"]
+TASK = ["--task", "sort_digits", "--prompts-per-step", "2", "--num-generations", "8", "--max-steps", "1"]
 SMALL_RUN = [*TASK, "--eval-size", "4", "--eval-generations", "1", "--cpu"]
 
 

@@ -112,7 +112,7 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
     table = parquet.read_table(directory / "completions" / "step_000003.parquet")
     assert table.num_rows == 16 and {"prompt", "completion", "reward", "advantage"} <= set(table.column_names)
     assert (directory / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
-    assert "<script" not in (directory / "report.html").read_text()
+    assert (directory / "report.html").read_text().count("<script") == 1  # that of the page itself
     checkpoint = directory / "checkpoints" / "step_000002"
     verify_checkpoint(checkpoint)
     assert json.loads((checkpoint / "trainer_state.json").read_text())["stream"]["position"] == 8

@@ -77,7 +77,7 @@ def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(trai
     assert step <= 5 and after == pytest.approx(sum(row["reward"] for row in rows[2:5]) / 3, abs=1e-3)
     assert shown.count("The policy is destroyed") == 1 and "more generations" not in shown + message
     assert f"fell from {rows[0]['eval_reward']:.3g} (evaluation before training) to" in message
-    assert "The learning rate, 0.3, is the likely cause: for this model the default is 1e-05" in message
+    assert "The learning rate, 0.3, is the likely cause: for this model the default is 0.001" in message
     last = tmp_path / "run" / "checkpoints" / f"step_{len(rows) - 1:06d}"
     assert message.endswith(f"The last complete checkpoint is {last}.")
     verify_checkpoint(last)
@@ -166,7 +166,7 @@ def test_a_signal_that_is_lost_is_told_from_one_that_never_was(tmp_path):
     "task, options, remedy",
     [
         ({"demonstrations": [{"prompt": "ab>", "completion": "a"}]}, {}, "add --warm-start"),
-        ({}, {"max_completion_length": 1}, "cut at 1 tokens, before an EOS: raise --max-completion-length"),
+        ({}, {"max_completion_length": 1}, "cut at 1 tokens, before an end: raise --max-completion-length"),
         ({}, {"max_completion_length": 12}, "a graded reward"),
     ],
     ids=["demonstrations", "truncated", "constant"],
@@ -183,7 +183,7 @@ def test_a_model_with_a_chat_template_is_to_be_asked_in_a_chat(tmp_path, capsys)
     model, tokenizer = tiny()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     train(tmp_path / "run", nothing, model=(model, tokenizer), max_completion_length=1, check=True)
-    assert "the model has a chat template, so give it chat messages" in said(capsys)
+    assert "the model has a chat template, so ask it in chat messages" in said(capsys)
 
 
 def test_a_check_with_a_signal_counts_its_groups(trained, tmp_path, capsys):
