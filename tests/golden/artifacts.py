@@ -58,8 +58,8 @@ def _tensors(path: Path) -> Iterator[tuple[str, bytes]]:
 def difference(before: dict[str, Content], after: dict[str, Content]) -> str | None:
     """Say where the second run first differs from the first one, or return None.
 
-    A file that only the second run has is no difference: a change may add a file. Metrics come first, because
-    their first line that differs says most about the cause.
+    A file or a value that only the second run has is no difference: a change may measure more. Metrics come
+    first, because their first line that differs says most about the cause.
     """
     if not before:
         return "the first run left nothing that could be compared"
@@ -72,7 +72,8 @@ def difference(before: dict[str, Content], after: dict[str, Content]) -> str | N
             continue
         if isinstance(content, dict) and isinstance(other, dict):
             return f"{name}, tensor {_first_tensor(content, other)}"
-        return f"{name}, {_first_line(list(content), list(other))}"
+        if found := _first_line(list(content), list(other)):
+            return f"{name}, {found}"
     return None
 
 
@@ -81,23 +82,23 @@ def _first_tensor(before: dict[str, bytes], after: dict[str, bytes]) -> str:
     return next(name for name in names if before.get(name) != after.get(name))
 
 
-def _first_line(before: list[str], after: list[str]) -> str:
+def _first_line(before: list[str], after: list[str]) -> str | None:
     """Name the first line that differs, and its first value that does if both lines are JSON objects."""
     for number, (old, new) in enumerate(zip(before, after, strict=False), start=1):
-        if old != new:
-            return f"line {number}: {_first_value(old, new)}"
-    return f"{len(before)} lines became {len(after)}"
+        if old != new and (found := _first_value(old, new)):
+            return f"line {number}: {found}"
+    return None if len(before) == len(after) else f"{len(before)} lines became {len(after)}"
 
 
-def _first_value(before: str, after: str) -> str:
+def _first_value(before: str, after: str) -> str | None:
     try:
         old, new = _flat(json.loads(before)), _flat(json.loads(after))
     except ValueError:
         return f"{before[:80]} became {after[:80]}"
-    for name in sorted({*old, *new}):
-        if name not in old or name not in new or repr(old[name]) != repr(new[name]):
-            return f"{name} {old.get(name, 'absent')!r} became {new.get(name, 'absent')!r}"
-    return "the same values are written in another way"
+    for name in sorted(old):
+        if name not in new or repr(old[name]) != repr(new[name]):
+            return f"{name} {old[name]!r} became {new.get(name, 'absent')!r}"
+    return None if len(new) > len(old) else "the same values are written in another way"
 
 
 def _flat(value: Any, name: str = "value") -> dict[str, Any]:

@@ -88,6 +88,15 @@ def test_a_changed_line_is_named(run):
     assert difference({}, before) == "the first run left nothing that could be compared"
 
 
+def test_a_value_that_only_the_second_run_has_is_no_difference(run):
+    folder, read_run = run
+    before = read_run()
+    (folder / "metrics.jsonl").write_text('{"step": 0, "a": 1.0, "b": 2}\n{"step": 1, "a": -0.0}\n')
+    assert difference(before, read_run()) is None
+    (folder / "metrics.jsonl").write_text('{"step": 0, "b": 2}\n{"step": 1, "a": -0.0}\n')
+    assert difference(before, read_run()) == "run/metrics.jsonl, line 1: a 1.0 became 'absent'"
+
+
 def test_a_changed_evaluation_is_named_but_no_clock(run):
     folder, read_run = run
     before = read_run()
