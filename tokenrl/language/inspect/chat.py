@@ -24,6 +24,7 @@ from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.tasks.task import find_task
+from tokenrl.language.training.defaults import completion_limit
 from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.setup import load_placed
 from tokenrl.language.training.threads import announced_threads
@@ -75,13 +76,13 @@ class Sampler:
         elif args.reward:
             rewards = Rewards(args.reward, args.reward_weights or None)
         every = [] if task is None else [*task.train_prompts, *task.eval_prompts]
-        length = None if task is None else task.max_completion_length
         policy = load_placed(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
         policy.ask(form_of(args))
         say_form(policy.form, args.model)
         rows = {prompt_text(row["prompt"]): row for row in every}
+        limit = None if task is None else completion_limit(task, args.model, policy)
         threads = announced_threads(policy, "sampling", partial(print, file=sys.stderr))
-        return cls(policy, rewards, rows, length or 64, threads=threads)
+        return cls(policy, rewards, rows, limit[0] if limit else 64, threads=threads)
 
     @property
     def chat(self) -> bool:
