@@ -56,7 +56,8 @@ def test_nothing_to_draw_is_no_chart_and_names_are_escaped():
 
 
 ROWS = [{"step": 0, "eval_reward": 0.2, "eval_reward_stderr": 0.1, "eval_reward_greedy": 0.3},
-        *({"step": s, "reward": s / 4, "loss": 1 / s, "grad_norm": 1.0, "entropy": 2.0} for s in (1, 2)),
+        *({"step": s, "reward": s / 4, "reward_stderr": 0.1, "loss": 1 / s, "grad_norm": 1.0, "entropy": 2.0}
+          for s in (1, 2)),
         {"step": 2, "eval_reward": 0.4, "eval_reward_stderr": 0.1}]  # fmt: skip
 
 

@@ -77,9 +77,10 @@ def compared_curves(runs: Mapping[str, Rows], kind: str, mark: tuple[str, float]
 def _curve(metrics: Rows, key: str, name: str = "", colour: int = 1) -> Curve:
     """Make the curve of a metric; that of an evaluation has dots and, if they are known, standard errors."""
     x, y = series(metrics, key)
-    known = dict(zip(*series(metrics, key + "_stderr"), strict=True))
+    evaluated = key.startswith("eval_")  # the band of a single step would hide the running mean
+    known = dict(zip(*series(metrics, key + "_stderr"), strict=True)) if evaluated else {}
     errors = [known.get(step, math.nan) for step in x] if known else []
-    return Curve(x, y, name, errors, colour, dots=key.startswith("eval_"))
+    return Curve(x, y, name, errors, colour, dots=evaluated)
 
 
 def _charts(heading: str, charts: Sequence[Html]) -> Html:
