@@ -7,12 +7,13 @@ import pytest
 import torch
 from tiny_models import make_policy, make_task, weights
 
+import toy_tasks
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.language.policy.adapters import add_lora
 from tokenrl.language.training import warm_start as stage
 from tokenrl.language.training.loop import train
-from tokenrl.language.training.supervised import SupervisedTraining, fit
+from tokenrl.language.training.supervised import SupervisedTraining, fit, warm_started_base
 
 ROWS = [{"prompt": "the cat", "completion": " sat"}, {"prompt": "a", "completion": "d"}]
 
@@ -124,6 +125,39 @@ def test_the_result_is_made_once_for_what_it_depends_on(run, cache, capsys):
     ):
         run(**changes)
         assert len(entries()) == number + 2
+
+
+@pytest.mark.parametrize("file", ["warm_start.json", "model.safetensors", "tokenizer.json", "config.json"])
+def test_a_damaged_entry_of_the_cache_is_made_again(run, cache, capsys, file):
+    first = run(learning_rate=1e-9)
+    (entry,) = (path for path in cache.iterdir() if path.is_dir())
+    whole = (entry / file).read_bytes()
+    (entry / file).write_bytes(whole[: len(whole) // 2])
+    capsys.readouterr()
+    second = run(learning_rate=1e-9)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is damaged, and is made again" in said and "warm start: 4 updates" in said
+    assert second.warm_started == first.warm_started and (entry / file).read_bytes() == whole
+    assert torch.equal(weights(second.policy.model), weights(first.policy.model))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_damaged_base_of_a_toy_task_is_made_again(cache, file):
+    task, said = toy_tasks.load("vowels"), []
+    base = warm_started_base(task)
+    whole = (base / file).read_bytes()
+    (base / file).write_bytes(whole[: len(whole) // 2])
+    assert warm_started_base(task, announce=said.append) == base
+    assert f"{base} is damaged, and is made again" in said[0] and (base / file).read_bytes() == whole
+
+
+def test_an_entry_with_the_weights_of_another_model_is_made_again(run, cache, capsys):
+    first = run(learning_rate=1e-9)
+    (entry,) = (path for path in cache.iterdir() if path.is_dir())
+    make_policy(hidden_size=16).model.save_pretrained(entry)
+    second = run(learning_rate=1e-9)
+    assert "its weights are those of another model" in " ".join(capsys.readouterr().out.split())
+    assert torch.equal(weights(second.policy.model), weights(first.policy.model))
 
 
 def test_an_interruption_says_that_nothing_is_kept(run, cache, tmp_path, monkeypatch, capsys):

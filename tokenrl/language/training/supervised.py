@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from tokenrl.errors import Refused, Stopped
-from tokenrl.language.policy.model import Policy, wrap
+from tokenrl.errors import Refused, Stopped, describe
+from tokenrl.language.policy.model import Policy, load_policy, wrap
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.scoring import score
@@ -223,6 +223,20 @@ def cache_entry(name: str) -> Iterator[Path]:
         yield directory
 
 
+def say_damaged(directory: Path, error: Exception, warn: Callable[[str], None]) -> None:
+    """Warn that an entry of the cache cannot be loaded and is made again."""
+    warn(f"the cached model {directory} is damaged, and is made again. {describe(error)}")
+
+
+def _loads(directory: Path, announce: Callable[[str], None]) -> bool:
+    try:
+        load_policy(directory, dtype="auto")
+    except (OSError, ValueError, Refused) as error:
+        say_damaged(directory, error, announce)
+        return False
+    return True
+
+
 def warm_started_base(
     task: Any, *, seed: int = 0, announce: Callable[[str], None] = lambda text: None
 ) -> Path:
@@ -248,7 +262,7 @@ def warm_started_base(
     recipe = f"{task.fingerprint} {seed} {torch.__version__.split('+')[0]} {MADE_BY}"
     name = f"{task.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     with cache_entry(name) as directory, using_threads(1):  # the same weights for everyone
-        if directory.exists():
+        if directory.exists() and _loads(directory, announce):
             return directory
         policy = wrap(*build(seed), source=f"{task.name} base")
         warm = task.warm_start

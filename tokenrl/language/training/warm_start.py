@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from tokenrl.language.training.supervised import (
     SupervisedTraining,
     cache_entry,
     check_trainable,
+    say_damaged,
 )
 from tokenrl.language.training.threads import stage_threads
 from tokenrl.runs.checkpoint import replace_directory
@@ -77,11 +79,7 @@ def warm_start(
         policy, rows, max_steps=most, batch_size=BATCH, learning_rate=rate, seed=args.seed
     )
     with cache_entry(f"warm-start-{_key(policy, training, rewards, args, rate)}") as directory:
-        file = directory / "warm_start.json"
-        if file.exists():
-            loaded = load_policy(directory, dtype="auto", trust_remote_code=args.trust_remote_code)
-            policy.model.load_state_dict(loaded.model.state_dict())
-            facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if directory.exists() and (facts := _cached(directory, policy, args, console)):
             console.note(f"warm start, from the cache: {facts['in_words']}.")
             return facts
         console.note(
@@ -98,6 +96,21 @@ def warm_start(
 
         replace_directory(directory, write)
     console.note(f"warm start: {facts['in_words']}.")
+    return facts
+
+
+def _cached(directory: Path, policy: Policy, args: TrainSettings, console: Console) -> dict[str, Any] | None:
+    """Load the weights of an entry of the cache, and return its facts; None if the entry is damaged."""
+    try:
+        facts: dict[str, Any] = json.loads((directory / "warm_start.json").read_text(encoding="utf-8"))
+        loaded = load_policy(directory, dtype="auto", trust_remote_code=args.trust_remote_code)
+        weights, own = loaded.model.state_dict(), policy.model.state_dict()
+        if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in own.items()}:
+            raise ValueError("its weights are those of another model")
+    except (OSError, ValueError, Refused) as error:
+        say_damaged(directory, error, console.warn)
+        return None
+    policy.model.load_state_dict(weights)
     return facts
 
 
