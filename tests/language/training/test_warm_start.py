@@ -121,6 +121,7 @@ def test_the_result_is_made_once_for_what_it_depends_on(run, cache, capsys):
             {"warm_start_steps": 3},
             {"seed": 1},
             {"max_completion_length": 3},
+            {"stop": ("t",)},
         )
     ):
         run(**changes)

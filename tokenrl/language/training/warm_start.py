@@ -193,7 +193,10 @@ def _facts(before: Probe, after: Probe, losses: list[float]) -> dict[str, Any]:
 def _key(
     policy: Policy, training: SupervisedTraining, rewards: Rewards, args: TrainSettings, rate: float
 ) -> str:
-    """Hash what the weights after the stage depend on; of a reward function that is its name alone."""
+    """Hash what the weights after the stage depend on; of a reward function that is its name alone.
+
+    The chat form is part of the demonstrations as the tokenizer writes them; stop strings are not.
+    """
     digest = hashlib.sha256()
     for name, tensor in policy.model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -201,7 +204,7 @@ def _key(
     settings: Mapping[str, Any] = {
         "pairs": training.pairs,  # prompts and completions as the tokenizer writes them
         "rewards": rewards.names,
-        "sampling": [args.max_completion_length, args.num_generations, args.temperature],
+        "sampling": [args.max_completion_length, args.num_generations, args.temperature, policy.form.stop],
         "training": [args.warm_start_steps, BATCH, EVERY, PROMPTS, ENOUGH, rate, args.seed],
         "made by": [torch.__version__.split("+")[0], policy.device.type, MADE_BY],
     }
