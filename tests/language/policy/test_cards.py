@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import yaml
 
 import tokenrl
@@ -55,3 +57,19 @@ def test_a_name_is_written_as_yaml_reads_it(tmp_path):
             path.write_text(text)
             assert read(path)[0]["base_model"] == name and "c\\|d" in text
     assert base_model(tmp_path) == str(tmp_path) and base_model(None) is None
+
+
+def test_a_value_is_shown_as_it_is_by_markdown():
+    strange = r"""cost $5 or $6 & <b>*x*</b> `y` [z](u) ~~w~~ __v__ \n a|b &lt; in_side"""
+    facts = {"asked": f"{strange}\r\nsecond", "rewards/__main__:<lambda>|x": 0.5, "before -> after": None}
+    lines = Card(f"{strange}\nsecond", facts, ["made"]).policy().splitlines()
+    title = next(line for line in lines if line.startswith("# "))
+    rows = [line for line in lines if line.startswith("| ")][1:]
+    assert len(rows) == 3 and rows[2] == "| before -> after | None |"
+    shown = [re.split(r"(?<!\\)\|", row)[1:-1] for row in rows]
+    assert [len(cells) for cells in shown] == [2, 2, 2]
+    for text, written in ((f"{strange} second", title[2:]), (f"{strange} second", shown[0][1].strip()),
+                          ("rewards/__main__:<lambda>|x", shown[1][0].strip())):  # fmt: skip
+        assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", written) == text  # an escaped mark is shown as itself
+        assert not re.search(r"(?<!\\)[$&<*`~\[\]]", written) and "__" not in written
+    assert "in_side" in title

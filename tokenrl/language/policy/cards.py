@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_MARKS = re.compile(r"[\\`*~$&<|\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""What Markdown or mathematics in it may read as a mark; an underscore only at the edge of a word."""
 _LOAD = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({model})
@@ -66,10 +69,10 @@ class Card:
             f"pipeline_tag: {pipeline}",
             f"tags: [{', '.join(tags)}]",
             "---",
-            *(f"# {self.title}", "", about, ""),
+            *(f"# {_plain(self.title)}", "", about, ""),
             *("```python", code, "```", ""),
             *("| | |", "|---|---|"),
-            *(f"| {name} | {_cell(value)} |" for name, value in self.facts.items()),
+            *(f"| {_plain(name)} | {_plain(value)} |" for name, value in self.facts.items()),
             *("", *self.origin, ""),
         ]
         return "\n".join(lines)
@@ -80,6 +83,7 @@ def base_model(model: Any) -> str | None:
     return os.fspath(model) if isinstance(model, str | os.PathLike) else None
 
 
-def _cell(value: Any) -> str:
+def _plain(value: Any) -> str:
+    """Write a value on one line so that Markdown shows it as it is, in a table too."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _MARKS.sub(r"\\\g<0>", " ".join(text.splitlines()))
