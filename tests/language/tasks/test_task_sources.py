@@ -4,8 +4,11 @@ import sys
 
 import pytest
 
+import toy_tasks
 from tokenrl.errors import Refused, describe
+from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.language.tasks.sources import check_prompts, with_prompts
+from tokenrl.language.tasks.task import find_task
 from tokenrl.names import import_attribute
 
 ROWS = [{"question": f"q{i}", "hint": {"text": i}} for i in range(3)]
@@ -89,3 +92,13 @@ def test_an_error_is_described_on_one_line_with_its_root():
     except ValueError as error:
         assert describe(error) == "ValueError: failed caused by OSError: disk full"
         assert describe(error.__cause__) == "OSError: disk full"
+
+
+def test_the_mark_of_a_solved_task_is_that_of_its_own_reward(tmp_path):
+    (tmp_path / "own.py").write_text("def zero(completions, **_): return [0.0] * len(completions)")
+    task = toy_tasks.load("target_length")  # its rewards are negative, so any other reward is above the mark
+    assert find_task(TaskArguments(task="target_length"))[0].solved == task.solved == -0.05
+    for options in ({"reward": (f"{tmp_path}/own.py:zero",)}, {"reward_weights": (2.0,)}):
+        found, _ = find_task(TaskArguments(task="target_length", **options))
+        assert found.solved is None and found.train_prompts == task.train_prompts
+        assert found.fingerprint == task.fingerprint  # the base model is still the same

@@ -198,7 +198,8 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
     """The task of the arguments and its rewards.
 
     `args.task` is a name, data as `load_task` takes it, or the task itself; the rewards are those of
-    `args.reward`, else the task's own.
+    `args.reward`, else the task's own. What counts as solved or right holds for those alone, unweighted: with
+    others the task has no such marks.
 
     Raises:
         Refused: there is no such task or no reward, or a reward asks for a column that the task lacks.
@@ -225,6 +226,8 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         raise Refused(
             f"The task {task.name!r} has no reward of its own: name one with --reward module:function."
         )
+    if not own and getattr(task, "solved", None) is not None:
+        task = changed(task, solved=None)
     mark = getattr(args, "pass_threshold", None)
     rewards = Rewards(
         functions,
