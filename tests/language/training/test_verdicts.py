@@ -179,6 +179,21 @@ def test_a_check_without_a_signal_says_what_helps(task, options, remedy, tmp_pat
     assert "Check passed" not in shown
 
 
+@pytest.mark.parametrize("mark", [{"solved": 0.9}, {"reward": "right"}], ids=["the task", "the reward"])
+def test_who_already_solves_the_prompts_is_not_told_to_learn_them(mark, tmp_path, capsys):
+    def right(completions, **_):
+        return [1.0] * len(completions)
+
+    right.binary = "reward" in mark
+    task = mark | {"demonstrations": [{"prompt": "ab>", "completion": "a"}], "reward": right}
+    train(tmp_path / "check", right, task, check=True)
+    result = train(tmp_path / "run", right, task, max_steps=3)
+    assert result.flags == ("nothing-learnt",)
+    shown = said(capsys)
+    assert shown.count("The policy already solves these prompts") == 3  # check, third step, end
+    assert "--warm-start" not in shown and "cannot do the task" not in shown
+
+
 def test_a_model_with_a_chat_template_is_to_be_asked_in_a_chat(tmp_path, capsys):
     model, tokenizer = tiny()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"

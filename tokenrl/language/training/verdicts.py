@@ -22,6 +22,8 @@ FELL = 3
 FEW = 0.1
 """Up to this share of groups whose rewards differ a check calls the signal weak."""
 
+SOLVED = "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."
+
 
 def nothing_left(run: Run, session: Session, metrics: dict[str, float]) -> str | None:
     """Warn of a step that destroys the policy or can teach nothing; return why the run ends now, or None.
@@ -88,7 +90,7 @@ def check_signal(run: Run, session: Session) -> None:
         session.console.warn(
             f"Not passed: {parts}, but there is nothing to learn from. In none of {probe.prompts} groups of "
             f"{size} completions do the rewards differ; their mean is {probe.reward.value:.3g}. "
-            f"{_remedy(run, probe.truncated.value)} Nothing was trained."
+            f"{_remedy(run, probe.truncated.value, probe.reward.value)} Nothing was trained."
         )
         return
     share = 1 - dead.value
@@ -97,7 +99,8 @@ def check_signal(run: Run, session: Session) -> None:
         "differ. Nothing trained."
     )
     if share <= FEW and args.estimator.needs_groups:
-        session.console.warn(f"only these groups can teach anything. {_remedy(run, probe.truncated.value)}")
+        remedy = _remedy(run, probe.truncated.value, probe.reward.value)
+        session.console.warn(f"only these groups can teach anything. {remedy}")
 
 
 def judge(run: Run, session: Session, reason: str) -> list[str]:
@@ -125,9 +128,11 @@ def judge(run: Run, session: Session, reason: str) -> list[str]:
         why = _lost(run)
     elif difference < -2 * error:
         why = f"It has fallen. {_slower(run)}"
+    elif _solves(run, before):
+        why = f"It is no gain beyond noise, and little was left to gain. {SOLVED}"
     elif 2 * run.all_flat >= session.step:
         idle = f"In {run.all_flat} of {session.step} steps no two completions of {_compared(run)} differed"
-        why = f"It is no gain beyond noise. {idle} in reward. {_remedy(run, run.cut)}"
+        why = f"It is no gain beyond noise. {idle} in reward. {_remedy(run, run.cut, after)}"
     else:
         why = "It is no gain beyond noise. More steps, more completions a step or a higher rate may give one."
     return [f"nothing-learnt: {found}. {why}"]
@@ -171,11 +176,20 @@ def _flat(run: Run, session: Session, metrics: dict[str, float]) -> str:
     before, error = (session.eval_before.get(name, math.nan) for name in ("reward", "reward_stderr"))
     if run.all_flat < session.step and metrics["reward"] < before - FELL * error:
         return f"{text}, down from {before:.3g} before training. {_slower(run)}"
-    return f"{text}. {_remedy(run, metrics['completions/clipped_ratio'])}"
+    return f"{text}. {_remedy(run, metrics['completions/clipped_ratio'], metrics['reward'])}"
 
 
-def _remedy(run: Run, cut: float) -> str:
-    """Say what helps a run without a signal most, from the share of completions that were cut."""
+def _solves(run: Run, reward: float) -> bool:
+    """Whether a mean reward counts as solved: by the task's mark, else by that of a right answer."""
+    mark = getattr(run.task, "solved", None)
+    mark = run.rewards.pass_threshold if mark is None else mark
+    return mark is not None and reward >= mark
+
+
+def _remedy(run: Run, cut: float, reward: float) -> str:
+    """Say what helps a run without a signal most, from the share of completions cut and the mean reward."""
+    if _solves(run, reward):
+        return SOLVED
     args, policy, task = run.args, run.learner.policy, run.task
     shown = getattr(task, "demonstrations", None)
     if shown and not (args.warm_start or is_own(task, args.model, policy)):
