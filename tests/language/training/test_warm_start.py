@@ -161,6 +161,14 @@ def test_an_entry_with_the_weights_of_another_model_is_made_again(run, cache, ca
     assert torch.equal(weights(second.policy.model), weights(first.policy.model))
 
 
+def test_a_cache_that_cannot_be_written_is_refused(run, cache):
+    cache.write_text("a file, not a directory")
+    with pytest.raises(Refused, match=r"kept in .* cannot be written .* TOKENRL_CACHE"):
+        run()
+    with pytest.raises(Refused, match="TOKENRL_CACHE"):
+        warm_started_base(toy_tasks.load("vowels"))
+
+
 def test_an_interruption_says_that_nothing_is_kept(run, cache, tmp_path, monkeypatch, capsys):
     update = SupervisedTraining.update
 

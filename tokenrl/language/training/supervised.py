@@ -214,13 +214,27 @@ def cache_directory() -> Path:
 
 @contextlib.contextmanager
 def cache_entry(name: str) -> Iterator[Path]:
-    """Lock an entry of the cache, and give its directory; it exists if somebody has made it before."""
+    """Lock an entry of the cache, and give its directory; it exists if somebody has made it before.
+
+    Raises:
+        Refused: the cache cannot be written.
+    """
     from filelock import FileLock
 
     directory = cache_directory() / name
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(directory) + ".lock"):
+    lock = FileLock(str(directory) + ".lock")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise Refused(
+            f"Warm-started models are kept in {directory.parent}, which cannot be written "
+            f"({describe(error)}). Name another directory with the environment variable TOKENRL_CACHE."
+        ) from error
+    try:
         yield directory
+    finally:
+        lock.release()
 
 
 def say_damaged(directory: Path, error: Exception, warn: Callable[[str], None]) -> None:
