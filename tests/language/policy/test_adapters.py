@@ -1,5 +1,8 @@
 """LoRA: what trains, what it is compared with, what is refused, and what the saved model is."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny_models import (
@@ -182,3 +185,26 @@ def test_adding_and_saving_an_adapter_warns_of_nothing(tmp_path, recwarn):
     assert not policy.model.is_gradient_checkpointing
     add_lora(checkpointed, r=2)
     assert checkpointed.model.is_gradient_checkpointing  # peft still learns what it asked for
+
+
+def test_loading_an_adapter_warns_of_nothing(tmp_path):
+    base = tmp_path / "base"
+    save_policy(make_policy(), base)
+    policy = load_policy(base)
+    add_lora(policy, r=2)
+    save_policy(policy, tmp_path / "model")
+    code = (
+        "from tokenrl.language.policy.adapters import load_adapted; "
+        "from tokenrl.language.policy.model import load_policy; "
+        "{}('{}', dtype='float32', trust_remote_code=False)"
+    )
+    for load in ("load_policy", "load_adapted"):  # afresh: transformers warns once a process
+        run = [
+            sys.executable,
+            "-W",
+            "error::FutureWarning",
+            "-c",
+            code.format(load, tmp_path / "model/adapter"),
+        ]
+        ran = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr[-600:]

@@ -10,6 +10,7 @@ from torch import nn
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.model import Policy, wrap
+from tokenrl.language.policy.peft_names import answer_peft
 
 
 def add_lora(
@@ -53,10 +54,7 @@ def add_lora(
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in policy.model.modules()),
     )
-    kind: Any = type(policy.model)
-    if hasattr(kind, "is_activation_checkpointing"):
-        # peft asks for this under the name it had before transformers 5, and the old name warns.
-        kind.is_gradient_checkpointing = kind.is_activation_checkpointing
+    answer_peft()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy.model = get_peft_model(policy.model, config)  # type: ignore[arg-type]
@@ -79,6 +77,7 @@ def load_adapted(directory: Path, *, dtype: str, trust_remote_code: bool) -> Pol
     from transformers import AutoTokenizer
 
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "is_trainable": True}
+    answer_peft()
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
         model = AutoPeftModelForCausalLM.from_pretrained(str(directory), **options)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import Dtype, PromptArguments
 from tokenrl.language.policy.bars import without_bars
+from tokenrl.language.policy.peft_names import answer_peft
 from tokenrl.language.policy.prompts import Prompt, check_form, encode_prompt, saved_form
 from tokenrl.language.policy.stops import StopStrings
 from tokenrl.runs.outcome import model_directory
@@ -244,6 +245,7 @@ def load_policy(
         if find_adapter_config_file(name) is not None:
             from peft import AutoPeftModelForCausalLM
 
+            answer_peft()
             model = AutoPeftModelForCausalLM.from_pretrained(name, **options).merge_and_unload()
             model.requires_grad_(True)
         else:
