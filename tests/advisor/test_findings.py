@@ -216,7 +216,9 @@ def test_a_single_episode_has_no_spread_to_judge(made_up):
         assert ("signal" in [finding.topic for finding in advise_run(str(path)).findings]) == judged
 
 
-@pytest.mark.parametrize(("kind", "words"), [("train", "tokenrl sft"), ("control", "a shaped reward")])
+@pytest.mark.parametrize(
+    ("kind", "words"), [("train", "--warm-start, or tokenrl sft"), ("control", "a shaped reward")]
+)
 def test_what_is_too_hard_gets_the_help_that_fits(made_up, kind, words):
     path = made_up(kind, reward_std=0.0, frac_reward_zero_std=1.0, reward=0.0)
     text = next(finding.text for finding in advise_run(str(path)).findings if finding.topic == "signal")

@@ -92,7 +92,7 @@ def signal_finding(history: History, progress: Progress) -> Finding | None:
         verdict, text = WATCH, f"{text}; it was lost with the policy"
     elif mostly_dead(share):
         verdict, changes = ACT, _more_differences(history)
-        start = "a warm start (tokenrl sft) or a graded reward"
+        start = "a warm start (--warm-start, or tokenrl sft) or a graded reward"
         start = start if history.language else "a shaped reward or a start nearer the goal"
         text += f"; too hard, so {start} helps most" if share > HOPELESS else f"; more than {DEAD_GROUPS:.0%}"
     elif 2 * share > DEAD_GROUPS:

@@ -208,8 +208,8 @@ def doubts(found: Probe, solved: float | None, train: TrainSettings) -> list[str
     if hard == "too hard":
         out.append(
             f"too hard: {found.dead_groups[max(found.dead_groups)].value:.0%} of groups of "
-            f"{max(found.dead_groups)} have equal rewards. Warm-start on demonstrations (tokenrl sft), take "
-            "easier prompts, or grade the reward."
+            f"{max(found.dead_groups)} have equal rewards. Begin with demonstrations (--warm-start, or "
+            "tokenrl sft), take easier prompts, or grade the reward."
         )
     elif hard == "too easy":
         out.append("too easy: the policy already solves it; take harder prompts.")

@@ -202,6 +202,6 @@ def _remedy(run: Run, cut: float, reward: float) -> str:
         more = "raise --max-completion-length, name strings that end them (--stop), or take a model that "
         return f"{text}{more}ends its answers."
     return (
-        "Use prompts that the policy sometimes solves, a graded reward, demonstrations first (tokenrl sft), "
-        "or more generations per prompt."
+        "Use prompts that the policy sometimes solves, a graded reward, demonstrations first (--warm-start, "
+        "or tokenrl sft), or more generations per prompt."
     )
