@@ -76,3 +76,21 @@ def test_a_run_warns_of_few_prompts_and_a_quiet_one_does_not(files, tmp_path, mo
     assert "only 3 distinct prompts in 3 training rows" in " ".join(capsys.readouterr().out.split())
     assert main([*run, "--quiet"]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_a_file_read_from_python_shows_no_bar_and_other_bars_stay(files, tmp_path, monkeypatch, capfd):
+    import datasets
+
+    from tokenrl.language.tasks.sources import read_splits
+
+    monkeypatch.delenv("HF_DATASETS_DISABLE_PROGRESS_BARS", raising=False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    before = datasets.are_progress_bars_disabled()
+    datasets.enable_progress_bars()
+    try:
+        read_splits(str(files / "rows.jsonl"))
+        assert not datasets.are_progress_bars_disabled()
+    finally:
+        if before:
+            datasets.disable_progress_bars()
+    assert capfd.readouterr().err == ""

@@ -31,3 +31,22 @@ def without_warnings(quiet: bool) -> Iterator[None]:
         if quiet:
             warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Hide the progress bars of `datasets` inside the block, and leave them as they were before.
+
+    From Python, `datasets` may have been imported before `hush_libraries` could be called. Whoever turns the
+    bars on by HF_DATASETS_DISABLE_PROGRESS_BARS=0 sees them.
+    """
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    if shown and os.environ.get("HF_DATASETS_DISABLE_PROGRESS_BARS") is None:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown and datasets.are_progress_bars_disabled():
+            datasets.enable_progress_bars()

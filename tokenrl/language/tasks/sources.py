@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import Refused, describe, suggest
+from tokenrl.runs.quiet import without_progress_bars
 
 Row = Mapping[str, Any]
 
@@ -41,13 +42,14 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
     try:
         import datasets
 
-        if path.is_file():
-            data = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path))
-        elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            data = datasets.load_from_disk(os.fspath(path))
-        else:
-            hub_name, _, config = (name, "", "") if path.exists() else name.partition(":")
-            data = datasets.load_dataset(hub_name, config or None)
+        with without_progress_bars():
+            if path.is_file():
+                data = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path))
+            elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+                data = datasets.load_from_disk(os.fspath(path))
+            else:
+                hub_name, _, config = (name, "", "") if path.exists() else name.partition(":")
+                data = datasets.load_dataset(hub_name, config or None)
         splits = data if isinstance(data, dict) else {"train": data}
         return {split: rows.to_list() for split, rows in splits.items()}
     except Exception as error:  # each backend (arrow, pandas, hub, http) has its own errors
