@@ -75,6 +75,12 @@ def test_the_kind_of_a_run_decides_what_is_drawn():
     assert "loss" not in Page(learning_curves(ROWS, "train", None)).text
 
 
+def test_numbers_near_the_largest_one_are_drawn_too():
+    rows = [{"step": i, "reward": 1.7e308 * (-1) ** (i // 60)} for i in range(120)]
+    places = [xy for line in points(Page(learning_curves(rows, "train", None))) for xy in line]
+    assert places and all(0 <= v <= 1000 for xy in places for v in xy)
+
+
 def test_runs_are_overlaid_each_in_a_look_of_its_own():
     runs = {f"run_{place}": ROWS for place in range(8)}
     page = Page(compared_curves(runs, "train", ("solved", 0.9)))

@@ -31,6 +31,7 @@ def size(path):
         [],
         [{"step": 1, "reward": math.nan, "entropy": None}, {"step": 2, "reward": "Infinity", "entropy": 0.0}],
         [{"step": step, "reward": -200.0 - step, "grad_norm": 0.0} for step in range(4)],
+        [{"step": step, "reward": 1.7e308 * (-1) ** (step // 60), "kl": 1.7e308} for step in range(120)],
     ],
     ids=[
         "all",
@@ -41,6 +42,7 @@ def size(path):
         "none",
         "nan",
         "negative",
+        "huge",
     ],
 )
 def test_png_of_the_stated_size_whatever_is_missing(tmp_path, rows):

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenrl.runs.charts import Curve, chart
 from tokenrl.runs.page import Html, section, tag
-from tokenrl.runs.plots import HEALTH, series
+from tokenrl.runs.plots import HEALTH, drawable
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -76,9 +76,9 @@ def compared_curves(runs: Mapping[str, Rows], kind: str, mark: tuple[str, float]
 
 def _curve(metrics: Rows, key: str, name: str = "", colour: int = 1) -> Curve:
     """Make the curve of a metric; that of an evaluation has dots and, if they are known, standard errors."""
-    x, y = series(metrics, key)
+    x, y = drawable(metrics, key)
     evaluated = key.startswith("eval_")  # the band of a single step would hide the running mean
-    known = dict(zip(*series(metrics, key + "_stderr"), strict=True)) if evaluated else {}
+    known = dict(zip(*drawable(metrics, key + "_stderr"), strict=True)) if evaluated else {}
     errors = [known.get(step, math.nan) for step in x] if known else []
     return Curve(x, y, name, errors, colour, dots=evaluated)
 

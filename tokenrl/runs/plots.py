@@ -20,6 +20,7 @@ _EVALUATIONS = (
     ("eval_reward", _BLUE, "s-", "held-out sampled"),
     ("eval_reward_greedy", _ORANGE, "o-", "held-out greedy"),
 )
+_LARGEST = 1e300  # a number that can be drawn
 _LOSS = (("loss", "loss", "nats per token"),)
 HEALTH = (
     ("entropy", "entropy", "nats per action"),
@@ -44,6 +45,12 @@ def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], l
             steps.append(int(row["step"]))
             values.append(value)
     return steps, values
+
+
+def drawable(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Return `series` with values beyond 1e300 moved to there: means and ranges of axes would overflow."""
+    steps, values = series(metrics, key)
+    return steps, [min(max(value, -_LARGEST), _LARGEST) for value in values]
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -86,7 +93,7 @@ def learning_curve(
             1, len(health), left=0.075, right=0.98, top=0.235, bottom=0.065, wspace=0.34
         )
         for column, (key, name, unit) in enumerate(health):
-            _health_panel(figure.add_subplot(grid[column]), series(metrics, key), name, unit, last)
+            _health_panel(figure.add_subplot(grid[column]), drawable(metrics, key), name, unit, last)
     save_figure(figure, path)
     return path
 
@@ -111,12 +118,12 @@ def _main_panel(
     last: int,
 ) -> None:
     labels: list[tuple[float, str, str]] = []
-    steps, rewards = series(metrics, curve[0])
+    steps, rewards = drawable(metrics, curve[0])
     if steps:
         averaged = _draw_smoothed(axes, steps, rewards, color=_GREY, alpha=0.4, linewidth=2.2)
         labels.append((averaged[-1], "training", "#666666"))
     for key, colour, marker, name in _EVALUATIONS:
-        steps, values = series(metrics, key)
+        steps, values = drawable(metrics, key)
         if steps:
             axes.plot(
                 steps, values, marker, color=colour, markersize=7, linewidth=2.2, clip_on=False, zorder=5
