@@ -19,7 +19,7 @@ class RewardModelArguments(PromptArguments, TrackerArguments, ThreadArguments):
     """Train a reward model on preferences: rows with a prompt, a chosen and a rejected completion."""
 
     output_dir: str = "runs/reward-model"
-    """Directory of the run, for its config, metrics, summary, calibration plot, model and report."""
+    """Directory of the run, for its config, metrics, summary, model and report."""
     data: str | None = None
     """JSON/CSV/Parquet file, folder or `datasets` name with the columns chosen and rejected, and usually
     prompt. Default: preferences made from the task."""

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.preferences.pairs import Pair
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.runs.plots import save_figure
 
 BINS = 10
 Encoded = tuple[list[int], list[int]]  # token ids of prompt + chosen, and of prompt + rejected
@@ -157,93 +153,3 @@ def expected_calibration_error(curve: Sequence[Bin]) -> float:
     """Mean over pairs of |observed - predicted| in the pair's bin (Naeini et al. 2015; Guo et al. 2017)."""
     total = sum(b.count for b in curve)
     return sum(b.count * abs(b.observed - b.predicted) for b in curve) / total
-
-
-def draw_calibration(
-    path: str | os.PathLike[str],
-    metrics: Sequence[Mapping[str, Any]],
-    curve: Sequence[Bin],
-    after: Mapping[str, float],
-    *,
-    title: str,
-) -> None:
-    """Draw accuracy over the steps and the calibration curve, 1200 x 560 pixels.
-
-    Args:
-        path: the PNG file to write.
-        metrics: rows of metrics.jsonl.
-        curve: calibration curve of the held-out pairs after training.
-        after: metrics of the held-out pairs after training.
-        title: title of the run.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5.6), dpi=100, facecolor="white")
-    figure.text(0.06, 0.93, _finding(after), fontsize=15, fontweight="bold")
-    figure.text(0.06, 0.87, _details(title, after), fontsize=11.5, color="#555555")
-    grid = figure.add_gridspec(
-        1, 2, left=0.06, right=0.97, bottom=0.12, top=0.78, width_ratios=[1.35, 1], wspace=0.2
-    )
-    _draw_accuracy(figure.add_subplot(grid[0]), metrics, after)
-    _draw_curve(figure.add_subplot(grid[1]), curve)
-    save_figure(figure, Path(path))
-
-
-def _finding(after: Mapping[str, float]) -> str:
-    error = f" ± {after['accuracy_stderr']:.3f}" if "accuracy_stderr" in after else ""
-    ceiling = (
-        f"; the gold reward itself reaches {after['noise_ceiling']:.3f}" if "noise_ceiling" in after else ""
-    )
-    return f"{after['accuracy']:.3f}{error} of held-out choices predicted{ceiling}"
-
-
-def _details(title: str, after: Mapping[str, float]) -> str:
-    parts = [title.replace("$", r"\$"), f"calibration error {after['calibration_error']:.3f}"]
-    if "gold_agreement" in after:
-        parts.append(f"agreement with the gold reward {after['gold_agreement']:.3f}")
-    return ", ".join(parts)
-
-
-def _draw_accuracy(axes: Any, metrics: Sequence[Mapping[str, Any]], after: Mapping[str, float]) -> None:
-    trained = [(row["step"], row["accuracy"]) for row in metrics if row.get("accuracy") is not None]
-    held = [row for row in metrics if row.get("eval_accuracy") is not None]
-    if trained:
-        axes.plot(
-            *zip(*trained, strict=True), color="#8A8A8A", linewidth=1, alpha=0.6, label="training batch"
-        )
-    steps, seen = [row["step"] for row in held], [row["eval_accuracy"] for row in held]
-    errors = [row.get("eval_accuracy_stderr") or 0.0 for row in held]
-    axes.errorbar(steps, seen, errors, color="#0072B2", marker="o", linewidth=2, capsize=3,
-                  label="held out (bars: one standard error)")  # fmt: skip
-    if "noise_ceiling" in after:
-        axes.axhline(
-            after["noise_ceiling"], color="#009E73", linestyle="--", label="gold reward on these labels"
-        )
-    axes.axhline(0.5, color="#BBBBBB", linewidth=1)
-    axes.set(
-        xlabel="step (updates; 0 is before training)", ylabel="accuracy (share of pairs)", ylim=(0.3, 1.02)
-    )
-    axes.set_title("Accuracy on the labels", loc="left", fontsize=11)
-    axes.legend(loc="lower right", frameon=False, fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_curve(axes: Any, curve: Sequence[Bin]) -> None:
-    axes.plot([0.5, 1], [0.5, 1], color="#8A8A8A", linewidth=1)
-    total = sum(b.count for b in curve)
-    for b in curve:
-        # One standard error under exact predictions, so that a bin of few pairs does not look miscalibrated.
-        error = math.sqrt(b.predicted * (1 - b.predicted) / b.count)
-        ends = [max(0.0, b.predicted - error), min(1.0, b.predicted + error)]
-        axes.plot([b.predicted] * 2, ends, color="#8A8A8A", linewidth=5, alpha=0.35, solid_capstyle="butt")
-        size = 20 + 200 * b.count / total
-        axes.scatter([b.predicted], [b.observed], s=size, color="#D55E00", zorder=3, clip_on=False)
-        axes.annotate(f"{b.count}", (b.predicted, b.observed), xytext=(0, -17), textcoords="offset points",
-                      ha="center", fontsize=8.5, color="#666666")  # fmt: skip
-    lowest = min(b.observed for b in curve)
-    axes.set(
-        xlabel="predicted P(preferred completion was chosen)", ylabel="observed share", xlim=(0.49, 1.02)
-    )
-    axes.set_ylim(0.4 if lowest >= 0.5 else -0.1, 1.03)
-    axes.set_title("Calibration (number: pairs; grey: exact, ± 1 s.e.)", loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -17,7 +17,7 @@ from tokenrl.language.policy.prompts import asked
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.backbone import save_reward_model
 from tokenrl.language.preferences.data import RewardData
-from tokenrl.language.preferences.evaluation import Bin, draw_calibration
+from tokenrl.language.preferences.evaluation import Bin
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.runs.charts import Curve, chart
@@ -27,8 +27,6 @@ from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.page import Html, section, table
 from tokenrl.runs.report import read_run, write_report
 from tokenrl.runs.session import Session
-
-PLOT = "calibration.png"
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def finish(
 
 
 def report_reward_model(run: str | Path) -> Path:
-    """Draw the calibration plot and write the report of a finished run from what lies in its directory.
+    """Write the report of a finished run from what lies in its directory.
 
     Raises:
         Refused: the directory holds no finished run of a reward model.
@@ -109,11 +107,10 @@ def report_reward_model(run: str | Path) -> Path:
     found = read_run(run)
     if not found.summary:
         raise Refused(f"{run} holds no summary.json; give the output directory of a finished run.")
-    if not (after := found.summary.get("eval_after")):
+    if not found.summary.get("eval_after"):
         error = found.summary.get("error", "")
         raise Refused(f"The run in {run} ended early ({error}); there is nothing to draw.")
     bins = [Bin(**one) for one in found.summary["calibration"]]
-    draw_calibration(found.path / PLOT, found.metrics, bins, after, title=found.title)
     return write_report(found, _calibration(bins))
 
 
