@@ -163,3 +163,24 @@ def test_a_command_in_words_or_from_python(tmp_path):
     for command, shown in ((["tokenrl", "train"], "tokenrl train"), (None, "Started from Python")):
         (tmp_path / "config.json").write_text(json.dumps({"command": command}))
         assert shown in Page(report_from_directory(tmp_path).read_text()).text
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("summary.json", '{"exit_reason": "fin'),
+        ("summary.json", "[1]"),
+        ("metrics.jsonl", '{"reward": 1.0}\n'),
+        ("metrics.jsonl", '{"step": null, "reward": 1.0}\n'),
+        ("completions/step_000001.parquet", "PAR1"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_to_do(run, name, text):
+    (run.path / name).write_text(text)
+    with pytest.raises(Refused, match=rf"(?s){re.escape(name)}.*[Rr]emove"):
+        report_from_directory(run.path)
+
+
+def test_a_file_of_somebody_else_among_the_completions_is_left_out(run):
+    (run.completions / "step_final.parquet").write_text("mine")
+    assert "& last" in Page(report_from_directory(run.path).read_text("utf-8")).text

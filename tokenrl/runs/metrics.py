@@ -117,10 +117,18 @@ def write_completions(folder: Path, step: int, rows: Sequence[Mapping[str, Any]]
 
 
 def read_completions(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a file that `write_completions` wrote."""
+    """Read the rows of a file that `write_completions` wrote.
+
+    Raises:
+        Refused: the file cannot be read, or it is no parquet file.
+    """
+    import pyarrow
     import pyarrow.parquet as parquet
 
-    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise Refused(f"{path} is damaged ({error}). Remove it, and the rest can be shown.") from error
     return rows
 
 

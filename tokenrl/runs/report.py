@@ -70,15 +70,40 @@ def read_run(run: str | Path) -> RunFiles:
     """Read the files of a run, finished or not.
 
     Raises:
-        Refused: the directory holds no metrics.jsonl.
+        Refused: the directory holds no metrics.jsonl, or a file of it is damaged.
     """
     run = Path(run)
     if not (run / "metrics.jsonl").is_file():
         raise Refused(f"{run} holds no metrics.jsonl; give the output directory of a run.")
     config = read_config(run) if (run / "config.json").is_file() else {}
-    ended = run / "summary.json"
-    summary = json.loads(ended.read_text("utf-8")) if ended.is_file() else {}
-    return RunFiles(run, config, read_metrics(run / "metrics.jsonl"), summary)
+    return RunFiles(run, config, _numbered(run / "metrics.jsonl"), _summary(run / "summary.json"))
+
+
+def _numbered(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of metrics.jsonl, each of which must say its step."""
+    rows = read_metrics(path)
+    for place, row in enumerate(rows, start=1):
+        if not isinstance(row.get("step"), int):
+            raise Refused(
+                f"Row {place} of {path} has the step {row.get('step')!r:.40}; it must be a whole number, as "
+                "tokenrl writes it. Remove the row, and the others can be shown."
+            )
+    return rows
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """Read summary.json; empty if there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}, not an object")
+    except (OSError, ValueError) as error:
+        raise Refused(
+            f"{path} is damaged ({error}). Remove it, and the run is shown as one that has not ended."
+        ) from error
+    return found
 
 
 def report_from_directory(run: str | Path) -> Path:

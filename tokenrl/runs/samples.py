@@ -21,7 +21,8 @@ def completions_section(folder: Path) -> Html:
     Args:
         folder: `completions/` of a run directory; it may be missing.
     """
-    files = sorted(folder.glob("step_*.parquet"), key=lambda file: int(file.stem[5:]))
+    files = [file for file in folder.glob("step_*.parquet") if file.stem[5:].isdecimal()]
+    files.sort(key=lambda file: int(file.stem[5:]))
     apart = (len(files) - 1) / (_STEPS - 1)
     kept = files if apart <= 1 else [files[round(i * apart)] for i in range(_STEPS)]
     rows = [

@@ -107,7 +107,7 @@ def report_reward_model(run: str | Path) -> Path:
     found = read_run(run)
     if not found.summary:
         raise Refused(f"{run} holds no summary.json; give the output directory of a finished run.")
-    if not found.summary.get("eval_after"):
+    if not found.summary.get("eval_after") or "calibration" not in found.summary:
         error = found.summary.get("error", "")
         raise Refused(f"The run in {run} ended early ({error}); there is nothing to draw.")
     bins = [Bin(**one) for one in found.summary["calibration"]]
