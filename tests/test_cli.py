@@ -438,3 +438,9 @@ def test_a_signal_finishes_the_step_saves_and_exits(number, code, tmp_path):
     assert summary["exit_reason"] == number.name and summary["steps"] >= 3
     assert summary["eval_before"]["reward"] > 0 and summary["eval_after"] == {}
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_an_output_that_one_report_would_ignore_is_refused(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    assert main(["report", str(tmp_path), "--output", "page.html"]) == 2
+    assert "several runs" in capsys.readouterr().err and not list(tmp_path.glob("*.html"))

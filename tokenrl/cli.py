@@ -32,8 +32,9 @@ class ReportArguments(Settings):
 
     run_dir: tyro.conf.Positional[tuple[str, ...]]
     """Output directory of the run; of several runs to compare them."""
-    output: str = "comparison.html"
-    """File to write for several runs. The report of one run is report.html in its directory."""
+    output: str | None = None
+    """File to write for several runs (default: comparison.html). The report of one run is report.html in its
+    directory."""
 
 
 def _train(args: TrainArguments) -> int:
@@ -103,8 +104,13 @@ def _report(args: ReportArguments) -> int:
     if len(args.run_dir) > 1:
         from tokenrl.runs.comparison import compare_runs
 
-        print(compare_runs(args.run_dir, args.output))
+        print(compare_runs(args.run_dir, "comparison.html" if args.output is None else args.output))
         return 0
+    if args.output is not None:
+        raise Refused(
+            f"--output was given as {args.output!r}, but the report of one run is report.html in its "
+            "directory. Leave --output out, or name several runs to compare them on one page."
+        )
     if read_run(args.run_dir[0]).kind == "reward-model":
         from tokenrl.language.preferences.report import report_reward_model as report
     print(report(args.run_dir[0]))
