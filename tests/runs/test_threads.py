@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from tokenrl.errors import Stopped
+from tokenrl.errors import Refused, Stopped
 from tokenrl.runs import threads
 from tokenrl.runs.threads import (
     SMALL,
@@ -146,6 +146,12 @@ def test_the_line_and_the_settings():
     assert with_threads(args, {}) == args
     made = ThreadArguments(sampling_threads=1, training_threads=2)
     assert with_threads(args, {"sampling": one, "training": two}) == made
+
+
+@pytest.mark.parametrize("number", [0, 1025])  # 100,000 threads end the process
+def test_a_number_that_no_machine_has_is_refused(number):
+    with pytest.raises(Refused, match=r"training_threads was given as .*of at least 1 and at most 1024"):
+        ThreadArguments(training_threads=number)
 
 
 def test_the_variable_reaches_torch():

@@ -31,7 +31,7 @@ class Arguments(TrackerArguments):
 @pytest.fixture
 def fake(monkeypatch):
     """Trackers by the names `fake` and `other`, which keep what they are told, or raise in `broken` calls."""
-    told, broken = [], set()
+    told, broken = [], {}
 
     def make(kind):
         class Fake(tracking.GeneralTracker):
@@ -44,7 +44,7 @@ def fake(monkeypatch):
             def tell(self, call, *content):
                 told.append((kind, call, *content))
                 if (kind, call) in broken:
-                    raise ConnectionError("no network")
+                    raise broken[kind, call]
 
             @property
             def tracker(self):
@@ -114,15 +114,18 @@ def test_it_gets_every_so_many_steps_and_each_evaluation(fake, tmp_path):
     assert [step for step, _ in calls(fake[0], "log")] == [0, 2, 3, 4]
 
 
+@pytest.mark.parametrize("error", [ConnectionError("no network"), SystemExit("no network")])
 @pytest.mark.parametrize("call", ["init", "start", "config", "log", "finish"])
-def test_one_that_fails_warns_once_and_leaves_the_run_and_the_others_alone(fake, tmp_path, capsys, call):
+def test_one_that_fails_warns_once_and_leaves_the_run_and_the_others_alone(
+    fake, tmp_path, capsys, call, error
+):
     told, broken = fake
-    broken.add(("fake", call))
+    broken["fake", call] = error
     live(tmp_path / "run", report_to=("fake", "other"))
     said = " ".join(capsys.readouterr().out.split())
     when = {"log": "at step 0", "finish": "at its end"}.get(call, "at its start")
     assert said.count("tracker fake failed") == 1 and "tracker other" not in said
-    assert f"The tracker fake failed {when} (ConnectionError: no network)" in said
+    assert f"The tracker fake failed {when} ({type(error).__name__}: no network)" in said
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "finished"
     assert len(calls(told, call)) in (1, 2)  # a run that did not end is asked to end once more
     assert len(calls(told, "log", "other")) == 5 and len(calls(told, "finish", "other")) == 1
@@ -145,7 +148,7 @@ def test_none_is_none_and_twice_is_once(fake, tmp_path):
     ("names", "words"),
     [
         (("fak",), r"report_to was given as 'fak'.*fake.*Did you mean 'fake'"),
-        (("none", "fake"), "report_to was given as 'none'"),
+        (("none", "fake"), "report_to was given as none fake; none stands alone"),
         (("fake", "comet_ml"), "'comet_ml', but that tracker is not installed: pip install comet-ml"),
     ],
 )

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from tokenrl.settings import Count, Settings
+from tokenrl.settings import Bounds, Settings
 
 T = TypeVar("T", bound=Any)
 
@@ -29,12 +29,15 @@ PAIRS = 4
 ENOUGH = 1.0
 """Seconds after which two pairs are enough, since each is long."""
 
+Threads = Annotated[int, Bounds(at_least=1, at_most=1024)]
+"""A number of threads; far more of them than processors end the process instead of speeding it up."""
+
 
 @dataclass(frozen=True)
 class TrainingThreads(Settings, group="threads"):
     """With how many threads torch computes on a CPU. Their number changes results by rounding only."""
 
-    training_threads: Count | None = None
+    training_threads: Threads | None = None
     """Threads for updates. Default: OMP_NUM_THREADS if it is set; else 1 for a small model, and for others
     what a short measurement at the start finds."""
 
@@ -43,7 +46,7 @@ class TrainingThreads(Settings, group="threads"):
 class ThreadArguments(TrainingThreads, group="threads"):
     """With how many threads torch computes on a CPU. Their number changes results by rounding only."""
 
-    sampling_threads: Count | None = None
+    sampling_threads: Threads | None = None
     """Threads for sampling. Default: as for training, with a measurement of its own."""
 
 

@@ -99,12 +99,12 @@ class Trackers:
     def _attempt(self, name: str, act: Callable[[], Any], when: str) -> None:
         try:
             act()
-        except Exception as error:  # of any kind, as of the network; a run is not lost over its picture
+        except (Exception, SystemExit) as error:  # as of the network; a run is not lost over its picture
             self._warn(
                 f"The tracker {name} failed {when} ({describe(error)}) and gets nothing more. The run goes "
                 "on, and metrics.jsonl and timings.jsonl have everything."
             )
-            with suppress(Exception):  # keep what it has already got
+            with suppress(Exception, SystemExit):  # keep what it has already got
                 self._started.pop(name).finish()
 
 
@@ -116,12 +116,14 @@ def _installed(names: tuple[str, ...]) -> list[str]:
     """
     if names in ((), ("none",)):
         return []
+    if "none" in names:
+        raise Refused(f"report_to was given as {' '.join(names)}; none stands alone, or is left out.")
     from accelerate import utils
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS as KNOWN
 
     there = [name for name in KNOWN if getattr(utils, f"is_{name}_available", lambda: True)()]
     for name in names:
-        check_choice("report_to", name, (*sorted(KNOWN), "all", *(["none"] if len(names) == 1 else [])))
+        check_choice("report_to", name, (*sorted(KNOWN), "all", "none"))
         if name in KNOWN and name not in there:
             raise Refused(
                 f"report_to was given as {name!r}, but that tracker is not installed: pip install "
