@@ -396,7 +396,7 @@ def test_a_collapsed_policy_is_flagged_once(capsys, tmp_path):
 def test_the_last_tenth_of_a_run_is_judged():
     from tokenrl.language.training.run import Run
 
-    run = Run(*[None] * 8)
+    run = Run(*[None] * 9)
     assert math.isnan(run.last_entropy)
     run.entropies = [1.0, 0.5]
     assert run.last_entropy == 0.5

@@ -137,14 +137,13 @@ def _samples(
     args: MeasureArguments,
     budget: Budget,
 ) -> Samples:
-    from tokenrl.language.training.defaults import completion_limit
+    from tokenrl.language.training.defaults import length_of
     from tokenrl.language.training.threads import announced_threads
 
     rows = list(task.train_prompts)[: args.num_prompts]
     if len(rows) < args.num_prompts:
         raise Refused(f"num_prompts={args.num_prompts}, but the task has {len(rows)} training prompts.")
-    limit = completion_limit(task, args.model, policy)
-    length = args.max_completion_length or (limit[0] if limit else 256)
+    length = args.max_completion_length or length_of(task, args.model, policy)
     prompts = [len(policy.encode(row["prompt"])) for row in rows]
     at_once = rows_at_once(policy, parameters, prompts, length, args, entropy=_needs_entropy(args))
     sampling = Sampling(

@@ -24,7 +24,7 @@ from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.tasks.task import find_task
-from tokenrl.language.training.defaults import completion_limit
+from tokenrl.language.training.defaults import length_of
 from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.setup import load_placed
 from tokenrl.language.training.threads import announced_threads
@@ -80,9 +80,9 @@ class Sampler:
         policy.ask(form_of(args))
         say_form(policy.form, args.model)
         rows = {prompt_text(row["prompt"]): row for row in every}
-        limit = None if task is None else completion_limit(task, args.model, policy)
+        length = length_of(task, args.model, policy, otherwise=64)
         threads = announced_threads(policy, "sampling", partial(print, file=sys.stderr))
-        return cls(policy, rewards, rows, limit[0] if limit else 64, threads=threads)
+        return cls(policy, rewards, rows, length, threads=threads)
 
     @property
     def chat(self) -> bool:

@@ -17,7 +17,7 @@ from tokenrl.language.policy.prompts import form_of, say_form, settled_form
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.task import find_task
-from tokenrl.language.training.defaults import completion_limit
+from tokenrl.language.training.defaults import length_of
 from tokenrl.language.training.evaluation import Evaluation, evaluate_policy
 from tokenrl.language.training.evaluation_metrics import check_sizes, paired_differences
 from tokenrl.language.training.setup import load_placed
@@ -82,7 +82,7 @@ def _evaluated(args: EvaluateArguments) -> Evaluation:
     check_sizes(args.k, generations)
     task, rewards = find_task(args)
     sampling = Sampling(  # made first: numbers out of range are refused before the model is loaded
-        max_completion_length=args.max_completion_length or task.max_completion_length or 256,
+        max_completion_length=args.max_completion_length or 256,
         num_generations=generations,
         temperature=args.temperature,
         seed=args.seed,
@@ -92,9 +92,8 @@ def _evaluated(args: EvaluateArguments) -> Evaluation:
     policy = load_placed(args.model, **how)
     policy.ask(form_of(args))
     say_form(policy.form, args.model)
-    limit = completion_limit(task, args.model, policy)
-    if limit is not None and args.max_completion_length is None:
-        sampling = replace(sampling, max_completion_length=limit[0])
+    if args.max_completion_length is None:
+        sampling = replace(sampling, max_completion_length=length_of(task, args.model, policy))
     reference = None if args.reference is None else load_placed(args.reference, **how)
     threads = announced_threads(policy, "sampling", partial(print, file=sys.stderr))
     with using_threads(threads):

@@ -19,7 +19,7 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.language.tasks.task import find_task
-from tokenrl.language.training.defaults import completion_limit
+from tokenrl.language.training.defaults import length_of
 from tokenrl.language.training.setup import make_policy
 from tokenrl.language.training.supervised import warm_started_base
 from tokenrl.language.training.threads import stage_threads
@@ -83,8 +83,7 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
     policy = make_policy(ModelArguments(model=named, base_seed=args.base_seed, **form), task, announce)
     choose_way(policy, gradient=False)
     threads = stage_threads(policy, args, "sampling")
-    limit = completion_limit(task, named, policy)
-    length = args.max_completion_length or (limit[0] if limit else 256)
+    length = args.max_completion_length or length_of(task, named, policy)
     rows = {}
     parts: tuple[tuple[str, Sequence[Any], int, int], ...] = (
         ("preferences.jsonl", task.train_prompts, args.num_pairs, args.seed),

@@ -115,6 +115,12 @@ def completion_limit(task: Any, model: Any, policy: Policy | None) -> tuple[int,
     return (limit, "the task's limit") if limit else None
 
 
+def length_of(task: Any, model: Any, policy: Policy, otherwise: int = 256) -> int:
+    """Return the most tokens of a completion of a task (see `completion_limit`), `otherwise` if unknown."""
+    limit = completion_limit(task, model, policy)
+    return otherwise if limit is None else limit[0]
+
+
 def is_own(task: Any, model: Any, policy: Policy | None) -> bool:
     """Return whether the model is the task's own, or was made of it: then it has the same vocabulary.
 

@@ -30,6 +30,7 @@ from tokenrl.language.training.setup import (
     make_accelerator,
     make_learner,
     resolve,
+    resolved,
 )
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.threads import settle_threads
@@ -125,7 +126,8 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
     """Load the policy, make optimiser and generator, and choose the training prompts."""
     with accelerator.main_process_first():
         policy = load_base(given, task, session.console.note)
-        args, warmed = resolve(given, task, policy), {}
+        defaults, warmed = training_defaults(given, task, policy), {}
+        args = resolved(given, defaults)
         if args.warm_start:
             warmed = warm_start(policy, task, rewards, args, session.console, accelerator.device)
         adapt(args, policy)
@@ -151,7 +153,7 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
         schedule=schedule,
         stream=PromptStream(task.train_prompts, args.prompts_per_step, args.seed),
         running_mean=RunningMean(estimator.running_mean_decay, estimator.running_mean_init),
-        origins=training_defaults(given, task, policy).origins,
+        defaults=defaults,
         warm_started=warmed,
     )
     session.register(run=run, stream=run.stream, running_mean=run.running_mean, learner=learner)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainSettings
-from tokenrl.language.training.defaults import with_origins
+from tokenrl.language.training.defaults import Defaults, with_origins
 from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.step import Record
 from tokenrl.language.training.update import Learner
@@ -70,12 +70,12 @@ class Run:
         stream: deals the prompts out to steps.
         running_mean: mean reward of earlier steps.
         threads: the number of threads for sampling and training; empty where no CPU computes.
+        defaults: the value that each setting has if it is left open, and where the run's value comes from.
         tokens: number of prompt and completion tokens so far.
         completion_tokens: number of completion tokens so far.
         step_seconds: seconds spent in training steps so far.
         entropies: mean entropy of each step, in nats per token.
         flat_steps: number of consecutive steps, up to now, in which no rewards differed.
-        origins: by setting, where its value comes from.
         warm_started: what `warm_start` found; empty without such a stage.
         all_flat: number of all steps so far in which no rewards differed.
         cut: share of the latest step's completions that were cut.
@@ -91,12 +91,12 @@ class Run:
     stream: PromptStream
     running_mean: RunningMean
     threads: dict[str, Choice]
+    defaults: Defaults
     tokens: int = 0
     completion_tokens: float = 0.0
     step_seconds: float = 0.0
     entropies: list[float] = field(default_factory=list)
     flat_steps: int = 0
-    origins: Mapping[str, str] = field(default_factory=dict)
     warm_started: dict[str, Any] = field(default_factory=dict)
     all_flat: int = 0
     cut: float = 0.0
@@ -144,7 +144,7 @@ def facts(run: Run) -> dict[str, Any]:
     args, policy = run.args, run.learner.policy
     trainable = sum(p.numel() for p in policy.trainable_parameters())
     estimator = args.estimator
-    told = partial(with_origins, args, run.origins)
+    told = partial(with_origins, args, run.defaults.origins)
     return {
         "model": f"{policy.source} ({trainable:,} trainable parameters, {policy.device}, {args.dtype})",
         "task": f"{len(run.task.train_prompts):,} training prompts, {len(run.task.eval_prompts):,} held out",

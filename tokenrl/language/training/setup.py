@@ -24,7 +24,7 @@ from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.critic import Critic
-from tokenrl.language.training.defaults import demonstrations, training_defaults
+from tokenrl.language.training.defaults import Defaults, demonstrations, training_defaults
 from tokenrl.language.training.supervised import check_trainable, warm_started_base
 from tokenrl.language.training.update import Learner
 from tokenrl.settings import settled
@@ -40,7 +40,16 @@ def resolve(args: TrainArguments, task: Task, policy: Policy | None = None) -> T
     """
     if args.warm_start:
         demonstrations(task)
-    settings = settled(TrainSettings, args, training_defaults(args, task, policy).values)
+    return resolved(args, training_defaults(args, task, policy))
+
+
+def resolved(args: TrainArguments, found: Defaults) -> TrainSettings:
+    """Fill in the arguments left open from what has been found for them, and check them.
+
+    Raises:
+        Refused: two settings contradict each other.
+    """
+    settings = settled(TrainSettings, args, found.values)
     check(settings)
     return settings
 

@@ -23,8 +23,8 @@ from tokenrl.language.tasks.sources import read_splits, with_prompts
 from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task
 from tokenrl.language.training.arguments import SftArguments, SftSettings
 from tokenrl.language.training.defaults import (
-    completion_limit,
     demonstrations,
+    length_of,
     room,
     sft_defaults,
     with_origins,
@@ -142,8 +142,8 @@ def _evaluation(
     """Return what evaluates the policy on some held-out prompts; without a reward it finds nothing."""
     if rewards is None:
         return dict
-    limit = completion_limit(task, args.model, policy)
-    sampling = Sampling(limit[0] if limit else room(training.pairs), seed=args.seed)
+    length = length_of(task, args.model, policy, otherwise=room(training.pairs))
+    sampling = Sampling(length, seed=args.seed)
     prompts = smaller_evaluation(task, args.eval_size or EVALUATED).eval_prompts
     return lambda: evaluate_policy(policy, prompts, rewards, sampling).metrics
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from tokenrl.core.guards import teaches_nothing
 from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Stopped
-from tokenrl.language.training.defaults import is_own, training_defaults
+from tokenrl.language.training.defaults import is_own
 from tokenrl.language.training.probe import probe_policy
 from tokenrl.language.training.run import Run, save_checkpoint
 from tokenrl.runs.session import Session
@@ -153,7 +153,7 @@ def _slower(run: Run) -> str:
     """Say that the learning rate is the likely cause of a loss, and which one to take."""
     args, task = run.args, run.task
     rate = args.learning_rate
-    advised = training_defaults(args, task, run.learner.policy).values["learning_rate"]
+    advised = run.defaults.values["learning_rate"]
     cause = f"The learning rate, {rate:g}, is the likely cause"
     if rate > advised:
         own = (getattr(task, "train", None) or {}).get("learning_rate") == advised
