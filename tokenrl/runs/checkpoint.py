@@ -25,10 +25,13 @@ _MANIFEST = "manifest.json"
 
 
 class Resumable(Protocol):
-    """A part of a training whose state must be saved to continue the run, as values that JSON can hold."""
+    """A part of a training whose state must be saved to continue the run."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
+        """Return the state: plain values, tensors and arrays; see `runs.states`."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
 
 
 class Latest(NamedTuple):

@@ -95,9 +95,9 @@ class Console:
         self.rich.print(table)
         self.rich.print(note, style="italic dim")
 
-    def progress(self, total: int) -> Progress:
-        """Make the live line of a run of `total` steps, as a context manager."""
-        return Progress(self, total)
+    def progress(self, total: int, first: int = 0) -> Progress:
+        """Make the live line of a run of `total` steps after `first`, as a context manager."""
+        return Progress(self, total, first)
 
     def completions_table(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Print prompt, completion, reward and advantage of each row; control characters are made visible."""
@@ -140,11 +140,11 @@ class Console:
 class Progress:
     """Shows step, reward, last evaluation, rate and time left, as a live line or as lines of a log."""
 
-    def __init__(self, console: Console, total: int) -> None:
-        """Prepare the line; it appears on entering the context."""
+    def __init__(self, console: Console, total: int, first: int = 0) -> None:
+        """Prepare the line for steps after `first`; it appears on entering the context."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn
 
-        self._console, self._total, self._first, self._began = console, total, 0, time.monotonic()
+        self._console, self._total, self._first, self._began = console, total, first, time.monotonic()
         self._evaluation = ""
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[line]}"))
         self._live = RichProgress(*columns, console=console.rich, disable=not console.rich.is_terminal)
@@ -182,9 +182,9 @@ class Progress:
             )
 
     def _left(self, step: int) -> str:
-        if not 0 < step < self._total:
+        if not self._first < step < self._total:
             return ""
-        seconds = round((time.monotonic() - self._began) / step * (self._total - step))
+        seconds = round((time.monotonic() - self._began) / (step - self._first) * (self._total - step))
         return f"ETA {duration(seconds)}"
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from tokenrl import __version__
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.runs.files import write_json
+from tokenrl.runs.files import write_json, write_text
 
 _OWN_ENTRY = re.compile(r"\.?step_\d{6,}(\.parquet)?(\.partial)?|episode-episode-\d+\.mp4")
 _FILES = (
@@ -63,17 +63,21 @@ class RunDirectory:
         self.plot = path / "learning_curve.png"
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], *, overwrite: bool = False) -> RunDirectory:
+    def create(
+        cls, path: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False
+    ) -> RunDirectory:
         """Make the folder, or use one that is empty or holds a run, and lock it.
 
         Args:
             path: the folder; its parents are made too.
             overwrite: replace the run that the folder holds. It is removed at `begin` and not before, so that
                 a refusal in between loses no results. Only files that a run writes are removed; others stay.
+            resume: continue the run that the folder may hold.
 
         Raises:
-            Refused: the path contains `..` or is a file; the folder holds a run and `overwrite` is False; it
-                holds files that no run wrote; another run is using it; or it cannot be written.
+            Refused: the path contains `..` or is a file; the folder holds a run that is neither to be
+                replaced nor continued; it holds files that no run wrote; another run is using it; or it
+                cannot be written.
         """
         run = Path(path)
         if ".." in run.parts:
@@ -92,10 +96,10 @@ class RunDirectory:
             ) from error
         try:
             _refuse_foreign(run)  # again: another run may have written here before we had the lock
-            if _holds_run(run) and not overwrite:
+            if _holds_run(run) and not (overwrite or resume):
                 raise Refused(
-                    f"The output directory {run} already holds a run; give another directory, "
-                    "or replace that run with --overwrite (in Python: overwrite=True)."
+                    f"The output directory {run} already holds a run; give another directory, continue that "
+                    "run with --resume auto (in Python: resume='auto'), or replace it with --overwrite."
                 )
         except BaseException:
             lock.release()
@@ -115,6 +119,22 @@ class RunDirectory:
             message = f"The run in {self.path} cannot be replaced ({error}); give another directory."
             raise Refused(message) from error
         self._begun = True
+
+    def cut_back(self, step: int) -> None:
+        """Keep the run that the folder holds, but remove what it wrote after a step: that is made again.
+
+        Raises:
+            Stopped: a file cannot be written.
+        """
+        self._begun = True
+        for path in (self.metrics, self.timings):
+            if path.exists():
+                lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # whole lines
+                write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        for path in [*self.completions.glob("step_*.parquet"), *self.checkpoints.glob("step_*")]:
+            if int(path.stem.removeprefix("step_")) > step:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.summary.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Release the lock, so that another run may use the directory."""

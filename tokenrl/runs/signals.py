@@ -9,15 +9,17 @@ import threading
 from types import FrameType
 from typing import Any
 
-SIGNALS = {143: "SIGTERM", 130: "SIGINT"}
+SIGNALS = {143: "SIGTERM", 130: "SIGINT", 129: "SIGHUP"}
 """The reason that summary.json gives for an exit code."""
 
 
 class GracefulStop:
-    """Context manager that catches SIGTERM and SIGINT; the loop reads `requested` between steps.
+    """Context manager that catches SIGTERM, SIGINT and SIGHUP; the loop reads `requested` between steps.
+
+    SIGHUP comes when the terminal is closed; where it is ignored already, as under nohup, it stays so.
 
     The first signal only sets `requested`. After that, SIGINT (a second Ctrl-C) raises KeyboardInterrupt at
-    once, and another SIGTERM changes nothing. Outside the main thread, where Python delivers no signals, this
+    once, and the others change nothing. Outside the main thread, where Python delivers no signals, this
     class does nothing.
 
     Attributes:
@@ -38,13 +40,15 @@ class GracefulStop:
 
     @property
     def exit_code(self) -> int:
-        """0 if no signal came, else 128 plus its number: 143 for SIGTERM, 130 for SIGINT."""
+        """0 if no signal came, else 128 plus its number: 143 for SIGTERM, 130 for SIGINT, 129 for SIGHUP."""
         return 128 + self.requested if self.requested else 0
 
     def __enter__(self) -> GracefulStop:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
+            for name in SIGNALS.values():  # Windows has no SIGHUP
+                number = getattr(signal, name, None)
+                if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
