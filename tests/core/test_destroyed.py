@@ -1,5 +1,6 @@
 """When a policy counts as destroyed: at the step where it happens, and never for the noise of small steps."""
 
+import json
 import math
 
 import numpy as np
@@ -95,3 +96,22 @@ def test_noise_is_no_loss_and_a_loss_in_noise_is_found(groups, generations):
         assert watched(rows, before={"reward": 0.3, "reward_stderr": 0.02}, groups=groups)[0] is None
         found, _ = watched([*rows, *[step(1e-9) for _ in range(200)]], groups=groups)
         assert 300 < found.step <= 300 + 12 * max(3, 32 // groups)
+
+
+@pytest.mark.parametrize("at", [0, 1, 4, 9, 14])
+def test_a_watch_of_another_run_continues_from_its_state(at):
+    rows = [row(0.2 + 0.06 * i, norm=i) for i in range(9)] + [row(0.5, equal=0.2 * i) for i in range(3)]
+    rows += [flat(0.1)] * 4
+    whole, told = Watch(BEFORE, 16, solved=0.9), []
+    for step, metrics in enumerate(rows, start=1):
+        if step == at + 1:
+            state = json.loads(json.dumps(whole.state_dict()))
+        told.append(whole.see(step, metrics))
+    again = Watch({}, groups=1)
+    again.load_state_dict(state)
+    assert [again.see(step, rows[step - 1]) for step in range(at + 1, len(rows) + 1)] == told[at:]
+    assert again.found == whole.found is not None and str(again.found) == str(whole.found)
+    assert again.state_dict() == whole.state_dict()
+    finished = Watch({}, groups=1)
+    finished.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    assert finished.found == whole.found and finished.see(99, rows[-1]) is None

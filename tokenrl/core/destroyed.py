@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SURE, SURE_OF_BEST = 4.5, 6.0
 """Standard errors by which the reward must fall, from the evaluation before training or from the best steps.
@@ -116,6 +116,31 @@ class Watch:
         self._latest = [*self._latest, now][-2 * self._sizes[-1] :]
         self.found = next(filter(None, map(self._compare, self._sizes)), None)
         return self.found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the watch knows, as plain values; a watch of any run can continue from it."""
+        return {
+            "sizes": list(self._sizes),
+            "evaluation": list(self._evaluation),
+            "solved": self._solved,
+            "best": {str(size): list(steps) for size, steps in self._best.items()},
+            "latest": [list(step) for step in self._latest],
+            "start": None if self._start is None else list(self._start),
+            "norms": list(self._norms),
+            "found": None if self.found is None else self.found._asdict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned, whatever this watch was made for."""
+        self._sizes, self._evaluation = tuple(state["sizes"]), tuple(state["evaluation"])
+        self._solved, self._norms = state["solved"], (state["norms"][0], state["norms"][1])
+        self._best = {int(size): Stretch(*steps) for size, steps in state["best"].items()}
+        self._latest = [Stretch(*step) for step in state["latest"]]
+        self._start = None if state["start"] is None else Stretch(*state["start"])
+        self.found = None
+        if found := state["found"]:
+            low, high = found["norms"]
+            self.found = Destroyed(**{**found, "signs": tuple(found["signs"]), "norms": (low, high)})
 
     def _compare(self, size: int) -> Destroyed | None:
         """Compare the latest steps with earlier ones, of which none may be among the latest."""

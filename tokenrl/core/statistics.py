@@ -9,6 +9,7 @@ update in another order; the only extra cost is one copy of the gradient and thr
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -78,10 +79,19 @@ class GradientDiagnostics:
             "gradient/noise_scale": prompts * noise / signal if signal > 0 else math.nan,
         }
         if self._previous is not None:
-            norm = float(whole.norm() * self._previous.norm())
-            out["gradient/cosine_previous"] = float(whole @ self._previous) / norm if norm else math.nan
+            previous = self._previous.to(whole.device)  # a saved one comes back on the CPU
+            norm = float(whole.norm() * previous.norm())
+            out["gradient/cosine_previous"] = float(whole @ previous) / norm if norm else math.nan
         self._previous = whole
         return out
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """Return the previous gradient [D], with which the next one is compared; None before the first."""
+        return {"previous": self._previous}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | None]) -> None:
+        """Continue from what `state_dict` returned."""
+        self._previous = state["previous"]
 
 
 def flat_gradient(parameters: list[nn.Parameter], accelerator: Any = None) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tokenrl.errors import Refused
-from tokenrl.language.tasks.stream import PromptStream
+from tokenrl.language.tasks.stream import Batches, PromptStream
 from tokenrl.language.tasks.task import PromptTask, load_task
 
 ROWS = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(20)]
@@ -283,3 +283,27 @@ def test_a_stream_refuses_another_runs_state_and_impossible_settings():
     for rows, per_step, seed in (([], 2, 0), (ROWS, 0, 0), (ROWS, 1, -1)):
         with pytest.raises(Refused):
             PromptStream(rows, per_step, seed)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.integers(1, 7), size=st.integers(1, 9), skip=st.integers(0, 9), seed=st.integers(0, 5))
+def test_batches_repeat_nothing_within_an_epoch_and_continue_exactly(rows, size, skip, seed):
+    whole, first, second = (Batches(rows, size, seed) for _ in range(3))
+    batches = [whole.next() for _ in range(20)]
+    given_out = [row for batch in batches for row in batch]
+    for start in range(0, len(given_out) - rows + 1, rows):
+        assert sorted(given_out[start : start + rows]) == list(range(rows))
+    for _ in range(skip):
+        first.next()
+    second.next()  # a state replaces whatever has been given out
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [second.next() for _ in range(20 - skip)] == batches[skip:]
+    assert second.state_dict() == whole.state_dict()
+
+
+def test_batches_refuse_the_state_of_another_run():
+    state = Batches(20, 2, seed=0).state_dict()
+    with pytest.raises(Refused, match="num_rows 20 and this run has 19"):
+        Batches(19, 2, seed=0).load_state_dict(state)
+    with pytest.raises(Refused, match="seed 0 and this run has 1"):
+        Batches(20, 2, seed=1).load_state_dict(state)

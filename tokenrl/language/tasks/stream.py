@@ -89,23 +89,22 @@ class PromptStream:
         own = self.state_dict()
         for key in ("seed", "num_rows"):
             if state[key] != own[key]:
-                raise Refused(
-                    f"The saved prompt order has {key} {state[key]} and this run has {own[key]}, so the run "
-                    "would continue with other prompts. Resume with the same data and seed, or start anew."
-                )
+                raise _other_order(key, state[key], own[key])
         self._position = int(state["position"])
 
 
 class Batches:
     """Gives out row numbers in batches without end: no row comes twice before all have come once.
 
-    A batch may take the end of one epoch and the start of the next.
+    A batch may take the end of one epoch and the start of the next. The order of all epochs follows from the
+    seed, so the number of rows given out so far is the whole state.
     """
 
     def __init__(self, rows: int, size: int, seed: int) -> None:
         """Start before the first epoch of `rows` rows, in batches of `size`."""
-        self._rows, self._size = rows, size
+        self._rows, self._size, self._seed = rows, size, seed
         self._generator = torch.Generator().manual_seed(seed)
+        self._given = 0
         self._left: list[int] = []
 
     def next(self) -> list[int]:
@@ -113,4 +112,34 @@ class Batches:
         while len(self._left) < self._size:
             self._left += torch.randperm(self._rows, generator=self._generator).tolist()
         batch, self._left = self._left[: self._size], self._left[self._size :]
+        self._given += self._size
         return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The state that is needed to continue exactly, as plain integers."""
+        return {"given": self._given, "seed": self._seed, "num_rows": self._rows}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue after the rows that a saved state has given out; their epochs are shuffled again.
+
+        Raises:
+            Refused: the state belongs to another seed or another number of rows, and so to another order.
+        """
+        own = self.state_dict()
+        for key in ("seed", "num_rows"):
+            if state[key] != own[key]:
+                raise _other_order(key, state[key], own[key])
+        self._given, order = int(state["given"]), torch.empty(0)
+        self._generator.manual_seed(self._seed)
+        epochs = -(-self._given // self._rows)
+        for _ in range(epochs):
+            order = torch.randperm(self._rows, generator=self._generator)
+        left = epochs * self._rows - self._given
+        self._left = order[self._rows - left :].tolist()
+
+
+def _other_order(key: str, saved: int, own: int) -> Refused:
+    return Refused(
+        f"The saved order of the rows has {key} {saved} and this run has {own}, so the run would continue "
+        "with other rows. Resume with the same data and seed, or start anew."
+    )

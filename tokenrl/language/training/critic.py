@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenrl.core.estimator import Estimator
+from tokenrl.runs.optimizers import load_optimizer_state, optimizer_state
 
 
 class Critic:
@@ -76,3 +78,12 @@ class Critic:
                 first = float(accelerator.reduce(loss.detach(), reduction="sum"))
             self.optimizer.step()
         return first
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights of the head and the state of its optimiser."""
+        return {"head": self.head.state_dict(), "optimizer": optimizer_state(self.optimizer)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.head.load_state_dict(state["head"])
+        load_optimizer_state(self.optimizer, state["optimizer"])

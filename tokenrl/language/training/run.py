@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,13 @@ from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.step import Record
 from tokenrl.language.training.update import Learner
 from tokenrl.runs.metrics import write_completions
+from tokenrl.runs.optimizers import load_schedule
 from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import Choice, threads_in_words
+
+PROGRESS = ("tokens", "completion_tokens", "step_seconds", "entropies", "flat_steps", "all_flat", "cut")
+"""The fields of a `Run` that say how far it has come, and that are numbers or lists of numbers."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +128,25 @@ class Run:
         return f"{self.task.name}, {preset_name(self.args.estimator)}, seed {self.args.seed}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts that a continuation needs, as plain numbers."""
-        names = ("tokens", "completion_tokens", "entropies", "flat_steps", "all_flat")
-        return {name: getattr(self, name) for name in names}
+        """Return what a continuation needs of the run itself; its parts have states of their own."""
+        return {
+            **{name: getattr(self, name) for name in PROGRESS},
+            "means": {str(number): means for number, means in enumerate(self.means)},
+            "watch": None if self.watch is None else self.watch.state_dict(),
+            "scheduled": self.schedule.last_epoch,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned; the learning rate becomes that of this run's schedule."""
+        for name in PROGRESS:
+            setattr(self, name, state[name])
+        self.entropies = list(self.entropies)
+        self.means = [state["means"][name] for name in sorted(state["means"])]
+        self.watch = None
+        if state["watch"] is not None:
+            self.watch = Watch({}, groups=self.args.prompts_per_step)
+            self.watch.load_state_dict(state["watch"])
+        load_schedule(self.schedule, state["scheduled"])
 
     def result(self, session: Session, reason: str) -> RunResult:
         """Return the result for the caller; `reason` says how the run ended, unless a signal ended it."""

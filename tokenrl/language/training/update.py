@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,9 +27,12 @@ from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.language.training.batch import Batch, Part
 from tokenrl.language.training.critic import Critic
 from tokenrl.language.training.processes import equal_passes, share
+from tokenrl.runs.optimizers import load_optimizer_state, optimizer_state
 
 CLIPPED = ("token", "cispo")
 """Ratios with a clip range for each token; for them the metric `clip_ratio` is reported."""
+COUNTS = ("nonfinite", "skipped", "idle")
+"""The counts of a `Learner`."""
 
 
 @dataclass
@@ -76,10 +79,27 @@ class Learner:
             truncate_prompts=args.truncate_prompts,
         )
 
-    def state_dict(self) -> dict[str, float]:
-        """Return what a continuation needs besides weights: the weight of the KL and the three counts."""
-        counts = {name: getattr(self, name) for name in ("nonfinite", "skipped", "idle")}
-        return {"kl_coef": self.estimator.beta, **counts}
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a continuation needs besides the weights; tensors are references, not copies."""
+        counts = {name: getattr(self, name) for name in COUNTS}
+        return {
+            "kl_coef": self.estimator.beta,
+            **counts,
+            "optimizer": optimizer_state(self.optimizer),
+            "critic": None if self.critic is None else self.critic.state_dict(),
+            "diagnostics": None if self.diagnostics is None else self.diagnostics.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned; the weights of the policy are loaded apart from this."""
+        if state["kl_coef"] != self.estimator.beta:
+            self.estimator = replace(self.estimator, beta=state["kl_coef"])
+        for name in COUNTS:
+            setattr(self, name, int(state[name]))
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        for part, saved in ((self.critic, state["critic"]), (self.diagnostics, state["diagnostics"])):
+            if part is not None and saved is not None:
+                part.load_state_dict(saved)
 
     @property
     def scoring(self) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""Keeps what an optimiser and its schedule have become, so that a run can go on exactly where it was.
+
+The settings of an optimiser (weight decay, betas) are not kept: they come from the run's configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tokenrl.errors import Refused
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LambdaLR
+
+
+def optimizer_state(optimizer: Any) -> dict[str, Any]:
+    """Return the moments and counts of every parameter, and the learning rate of every group.
+
+    Args:
+        optimizer: an optimiser of torch, bare or wrapped by accelerate.
+
+    Returns:
+        `parameters`: by the number of the parameter, as text, its tensors by name (a parameter without any
+        gradient so far has none); `rates`: the learning rates; `sizes`: the number of parameters of each
+        group. The tensors are the optimiser's own, not copies.
+    """
+    saved = _bare(optimizer).state_dict()
+    return {
+        "parameters": {str(number): dict(state) for number, state in saved["state"].items()},
+        "rates": [float(group["lr"]) for group in saved["param_groups"]],
+        "sizes": [len(group["params"]) for group in saved["param_groups"]],
+    }
+
+
+def load_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> None:
+    """Continue from what `optimizer_state` returned; the optimiser takes over the tensors.
+
+    Args:
+        optimizer: an optimiser of the same parameters in the same order.
+        state: the saved state.
+
+    Raises:
+        Refused: the optimiser has other parameters than the one that was saved.
+    """
+    bare = _bare(optimizer)
+    own = bare.state_dict()
+    groups, tensors = own["param_groups"], state["parameters"]
+    sizes = [len(group["params"]) for group in groups]
+    weights = [weight for group in bare.param_groups for weight in group["params"]]
+    unlike = [
+        number
+        for number, kept in tensors.items()
+        for tensor in kept.values()
+        if int(number) >= len(weights) or (tensor.ndim and tensor.shape != weights[int(number)].shape)
+    ]
+    if sizes != list(state["sizes"]) or unlike:
+        raise Refused(
+            f"The saved optimiser has groups of {state['sizes']} parameters and this run has {sizes}"
+            + (f"; the shape of number {unlike[0]} differs" if unlike else "")
+            + ". Resume with the model and the adapter that the run was started with, or start anew."
+        )
+    for group, rate in zip(groups, state["rates"], strict=True):
+        group["lr"] = rate
+    bare.load_state_dict({"state": {int(k): kept for k, kept in tensors.items()}, "param_groups": groups})
+
+
+def load_schedule(schedule: LambdaLR, updates: int) -> None:
+    """Put a schedule to where it is after a number of updates, and set the rates that it gives there.
+
+    The rates are computed anew, so they are those of this schedule even if the saved run had another length;
+    with the same length they are the same bit for bit.
+
+    Args:
+        schedule: the schedule, which may be in any position.
+        updates: number of times that the schedule has been stepped.
+    """
+    schedule.last_epoch = updates
+    rates = [base * rate(updates) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
+
+
+def _bare(optimizer: Any) -> Any:
+    """Return the optimiser that accelerate has wrapped, or the optimiser itself."""
+    return getattr(optimizer, "optimizer", optimizer)
