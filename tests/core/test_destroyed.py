@@ -113,5 +113,7 @@ def test_a_watch_of_another_run_continues_from_its_state(at):
     assert again.found == whole.found is not None and str(again.found) == str(whole.found)
     assert again.state_dict() == whole.state_dict()
     finished = Watch({}, groups=1)
-    finished.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    plain = whole.state_dict()
+    assert json.loads(json.dumps(plain)) == plain  # no tuples
+    finished.load_state_dict(plain)
     assert finished.found == whole.found and finished.see(99, rows[-1]) is None

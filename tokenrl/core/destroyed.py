@@ -119,6 +119,8 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the watch knows, as plain values; a watch of any run can continue from it."""
+        found = self.found
+        signs, norms = ([], []) if found is None else (list(found.signs), list(found.norms))
         return {
             "sizes": list(self._sizes),
             "evaluation": list(self._evaluation),
@@ -127,7 +129,7 @@ class Watch:
             "latest": [list(step) for step in self._latest],
             "start": None if self._start is None else list(self._start),
             "norms": list(self._norms),
-            "found": None if self.found is None else self.found._asdict(),
+            "found": None if found is None else found._asdict() | {"signs": signs, "norms": norms},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from saved_states import equal, through_a_checkpoint
 from tiny_models import ARCHITECTURES, apart, gradient, make_model, make_policy, make_tokenizer, weights
 
 from tokenrl.errors import Refused, Stopped
@@ -19,7 +20,12 @@ from tokenrl.language.preferences.evaluation import (
     preference_metrics,
     score_pairs,
 )
-from tokenrl.language.preferences.fit import bradley_terry_loss, fit_reward_model, train_reward_model
+from tokenrl.language.preferences.fit import (
+    PreferenceTraining,
+    bradley_terry_loss,
+    fit_reward_model,
+    train_reward_model,
+)
 from tokenrl.language.preferences.pairs import Pair, read_pairs
 from tokenrl.language.preferences.report import report_reward_model
 from tokenrl.language.rewards.model import RewardModel
@@ -296,6 +302,33 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         train_reward_model(output_dir=tmp_path / "other", **options)
     with pytest.raises(Refused, match="ended early"):
         report_reward_model(tmp_path / "run")
+
+
+def test_a_training_that_is_saved_and_loaded_continues(tmp_path):
+    args = RewardModelSettings(max_steps=7, batch_size=2, learning_rate=0.01, eval_every=1, weight_decay=0.1)
+    judges = [untrained() for _ in range(2)]
+    whole, part = (PreferenceTraining(judge, PAIRS, args) for judge in judges)
+    for _ in range(4):
+        whole.update()
+    state, weights = (through_a_checkpoint(x.state_dict()) for x in (whole, judges[0].model))
+    part.load_state_dict(state)
+    judges[1].model.load_state_dict(weights)
+    for _ in range(4, 7):
+        assert equal(part.update(), whole.update())
+    assert equal(part.state_dict(), whole.state_dict())
+    assert equal(*(dict(judge.model.state_dict()) for judge in judges))
+    with pytest.raises(Refused, match="num_rows 3 and this run has 2"):
+        PreferenceTraining(judges[1], PAIRS[:2], args).load_state_dict(state)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
+    judge = untrained()
+    before = weights(judge.model)
+    judge.model.score.weight.register_hook(lambda gradient: gradient * math.inf)
+    args = RewardModelSettings(max_steps=1, batch_size=2, learning_rate=0.1, eval_every=1)
+    with pytest.raises(Stopped, match=r"norm of the gradient of the reward model is .* at step 1"):
+        fit_reward_model(judge, PAIRS, args)
+    assert torch.equal(weights(judge.model), before)
 
 
 def test_chat_preferences_are_scored_as_the_reward_is(tmp_path):

@@ -7,10 +7,12 @@ from saved_states import equal, through_a_checkpoint
 from tiny_models import PROMPTS, make_learner, make_policy, make_task, one_step, vowel_reward
 
 from tokenrl.core import Estimator
+from tokenrl.errors import Refused
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.training import loop
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.setup import make_accelerator
+from tokenrl.language.training.supervised import SupervisedTraining
 from tokenrl.language.training.verdicts import nothing_left
 from tokenrl.runs.session import Session
 from tokenrl.settings import arguments
@@ -97,3 +99,37 @@ def test_a_run_continues(tmp_path):
         assert equal(part.learner.state_dict(), whole.learner.state_dict())
         assert len(part.means) == 2 and len(part.entropies) == 7
         assert part.schedule.get_last_lr() == whole.schedule.get_last_lr()
+
+
+def supervised(policy, max_steps=7, **options):
+    rows = [{"prompt": prompt, "completion": " dog" * (i % 4 + 1)} for i, prompt in enumerate(PROMPTS * 2)]
+    how = {"max_steps": max_steps, "batch_size": 3, "learning_rate": 0.01, "seed": 4} | options
+    return SupervisedTraining(policy, rows, **how)
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_a_supervised_training_continues(at):
+    policies = [make_policy() for _ in range(2)]
+    whole, part = map(supervised, policies)
+    for _ in range(at):
+        whole.update()
+    state, weights = (through_a_checkpoint(x.state_dict()) for x in (whole, policies[0].model))
+    part.update()
+    part.load_state_dict(state)
+    policies[1].model.load_state_dict(weights)
+    for _ in range(at, 7):
+        assert equal(part.update(), whole.update())
+    assert equal(*(through_a_checkpoint(one.state_dict()) for one in (whole, part)))
+    assert equal(*(dict(policy.model.state_dict()) for policy in policies))
+    assert part.descent.step == 7 and part.descent.loss_before == whole.descent.loss_before
+    with pytest.raises(Refused, match="seed 4 and this run has 5"):
+        supervised(make_policy(), seed=5).load_state_dict(state)
+
+
+def test_a_longer_supervised_training_continues_with_its_own_rates():
+    whole, longer = supervised(make_policy()), supervised(make_policy(), max_steps=70)
+    for _ in range(6):
+        whole.update()
+    longer.load_state_dict(through_a_checkpoint(whole.state_dict()))
+    assert whole.descent.learning_rate == pytest.approx(0.01 / 7)
+    assert longer.descent.learning_rate == pytest.approx(0.01 * 64 / 70)

@@ -149,6 +149,18 @@ def test_a_loss_that_is_not_finite_stops():
         fit(policy, ROWS, max_steps=2, batch_size=2, learning_rate=0.1)
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(wrong):
+    policy = make_policy()
+    training = SupervisedTraining(policy, ROWS, max_steps=3, batch_size=2, learning_rate=0.1)
+    training.update()
+    before = weights(policy.model)
+    policy.model.lm_head.weight.register_hook(lambda gradient: gradient * wrong)
+    with pytest.raises(Stopped, match=r"norm of the gradient of the supervised stage is .* at step 2"):
+        training.update()
+    assert torch.equal(weights(policy.model), before)
+
+
 @dataclasses.dataclass
 class Warm:
     steps: int = 4

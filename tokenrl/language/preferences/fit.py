@@ -8,7 +8,7 @@ left out, so a whole batch passes through the model at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -38,8 +38,7 @@ from tokenrl.language.preferences.report import (
 )
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.memory import recorded
-from tokenrl.language.tasks.stream import Batches
-from tokenrl.language.training.supervised import descend
+from tokenrl.language.training.descent import Descent
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import Choice, choose_threads, threads_in_words, using_threads, with_threads
 from tokenrl.runs.timings import Stopwatch
@@ -85,6 +84,9 @@ class PreferenceTraining:
 
     The reward model is changed in place. The learning rate falls linearly to 0. Pairs are drawn without
     replacement, one epoch after the other. Dropout is off.
+
+    Attributes:
+        descent: the optimiser, and how far it has come.
     """
 
     def __init__(self, reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelSettings) -> None:
@@ -98,19 +100,21 @@ class PreferenceTraining:
         Raises:
             Refused: a text is longer than the model's context.
         """
-        from transformers import get_scheduler
-
         self._args, self._model = args, reward_model
         self._encoded = encode_pairs(reward_model, pairs)
         self._margins = [args.margin if pair.margin is None else pair.margin for pair in pairs]
-        self._batches = Batches(len(pairs), args.batch_size, args.seed)
-        self._parameters = [p for p in reward_model.model.parameters() if p.requires_grad]
-        fused = reward_model.model.device.type in ("cpu", "cuda")
-        self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=fused
+        self.descent = Descent(
+            [p for p in reward_model.model.parameters() if p.requires_grad],
+            len(pairs),
+            of="the reward model",
+            max_steps=args.max_steps,
+            batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            seed=args.seed,
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm or math.inf,
         )
-        self._schedule = get_scheduler("linear", self._optimizer, 0, args.max_steps)
-        self._step = self._tokens = 0
+        self._tokens = 0
 
     def update(self) -> dict[str, float]:
         """Update the reward model on the next batch.
@@ -119,10 +123,9 @@ class PreferenceTraining:
             Metrics of the batch, from before the update.
 
         Raises:
-            Stopped: the loss became NaN or infinite.
+            Stopped: the loss or its gradient became NaN or infinite.
         """
-        self._step += 1
-        args, part = self._args, self._batches.next()
+        args, part, rate = self._args, self.descent.batch(), self.descent.learning_rate
         texts = [self._encoded[i][0] for i in part] + [self._encoded[i][1] for i in part]
         self._tokens += sum(map(len, texts))
         chosen, rejected = self._model.logits(texts).chunk(2)
@@ -134,13 +137,24 @@ class PreferenceTraining:
             center_rewards_coefficient=args.center_rewards_coefficient,
             label_smoothing=args.label_smoothing,
         )
-        clip = args.max_grad_norm or math.inf
-        norm = descend(loss, self._optimizer, self._parameters, clip, of="the reward model", step=self._step)
+        norm = self.descent.update(loss)
         metrics = {"loss": loss.item(), **_batch_metrics(chosen.detach(), rejected.detach())}
-        metrics |= {"grad_norm": norm, "learning_rate": self._schedule.get_last_lr()[0]}
-        self._schedule.step()
-        epoch = self._step * args.batch_size / len(self._encoded)
+        metrics |= {"grad_norm": norm, "learning_rate": rate}
+        epoch = self.descent.step * args.batch_size / len(self._encoded)
         return metrics | {"epoch": epoch, "num_tokens": self._tokens}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a continuation needs besides the weights; tensors are references, not copies."""
+        return {"tokens": self._tokens, "descent": self.descent.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned; the weights are loaded apart from this.
+
+        Raises:
+            Refused: the pairs, the seed or the trained weights are not those of the saved run.
+        """
+        self._tokens = int(state["tokens"])
+        self.descent.load_state_dict(state["descent"])
 
     def threads(self) -> dict[str, Choice]:
         """Choose the number of threads for training, by timing gradients of a few pairs.
@@ -152,9 +166,9 @@ class PreferenceTraining:
         texts = [text for pair in self._encoded[:4] for text in pair]
 
         def work() -> None:
-            torch.autograd.grad(self._model.logits(texts).sum(), self._parameters, allow_unused=True)
+            torch.autograd.grad(self._model.logits(texts).sum(), self.descent.parameters, allow_unused=True)
 
-        size = sum(p.numel() for p in self._parameters)
+        size = sum(p.numel() for p in self.descent.parameters)
         return {"training": choose_threads(work, size, self._args.training_threads)}
 
 
@@ -173,7 +187,7 @@ def fit_reward_model(
 
     Raises:
         Refused: a text is longer than the model's context.
-        Stopped: the loss became NaN or infinite.
+        Stopped: the loss or its gradient became NaN or infinite.
     """
     training = PreferenceTraining(reward_model, pairs, args)
     return [training.update() for _ in range(args.max_steps)]

@@ -76,7 +76,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
 
     Raises:
         Refused: there are no demonstrations or no model, or the output directory cannot be used.
-        Stopped: the loss became NaN or infinite.
+        Stopped: the loss or its gradient became NaN or infinite.
     """
     args = settled_form(called(SftArguments, args, options))
     how: dict[str, Any] = {"overwrite": args.overwrite, "quiet": args.quiet, "tracking": args}
@@ -108,8 +108,8 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         )
         session.evaluated(evaluate())
         session.begin(args, names={"task": name, "model": policy.source}, title=title, **recorded(task))
-        losses = _train(args, training, evaluate, session)
-        first, last = (losses[0], losses[-1]) if losses else (None, None)
+        _train(args, training, evaluate, session)
+        first, last = training.descent.loss_before, training.descent.loss_after
         ended = SftResult(**session.outcome("finished"), loss_before=first, loss_after=last, policy=policy)
         facts |= {f"{k} after": v for k, v in ended.eval_after.items() if k.startswith("reward")}
         made = session.origin.in_words()
@@ -123,17 +123,15 @@ def _train(
     training: SupervisedTraining,
     evaluate: Callable[[], dict[str, float]],
     session: Session,
-) -> list[float]:
-    """Make the updates, with an evaluation now and then; return the loss of each update."""
-    losses, watch = [], Stopwatch()
+) -> None:
+    """Make the updates, with an evaluation now and then."""
+    watch = Stopwatch()
     for _ in session.steps(args.max_steps):
         metrics = watch.time(training.update)
-        losses.append(metrics["loss"])
         timings = watch.timings(training.tokens)
         if session.due(args.eval_every):
             metrics |= session.evaluated(evaluate())
         session.record(metrics, timings)
-    return losses
 
 
 def _evaluation(

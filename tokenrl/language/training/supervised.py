@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tokenrl.errors import Refused, Stopped, describe
+from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy, load_policy, wrap
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.scoring import score
-from tokenrl.language.tasks.stream import Batches
+from tokenrl.language.training.cache import cache_entry, say_damaged
+from tokenrl.language.training.descent import Descent
 from tokenrl.runs.checkpoint import replace_directory
 from tokenrl.runs.threads import using_threads
 
@@ -84,37 +83,6 @@ def demonstration_batch(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
     return Rollout(prompt_ids, prompt_mask, index, ids_, mask, zeros, torch.zeros_like(lengths).bool())
 
 
-def descend(
-    loss: torch.Tensor,
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[torch.nn.Parameter],
-    max_grad_norm: float,
-    *,
-    of: str,
-    step: int,
-) -> float:
-    """Update by the gradient of a loss, clipped to a norm; return the norm before clipping.
-
-    Args:
-        loss: the loss, with gradient.
-        optimizer: steps the parameters.
-        parameters: what is trained.
-        max_grad_norm: gradients are clipped to this norm.
-        of: what is trained, in words, for the error.
-        step: the number of the update, for the error.
-
-    Raises:
-        Stopped: the loss is NaN or infinite; nothing is changed.
-    """
-    if not torch.isfinite(loss):
-        raise Stopped(f"The loss of {of} is {loss.item()} at step {step}: lower the learning rate.")
-    optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    optimizer.step()
-    return float(norm)
-
-
 class SupervisedTraining:
     """Supervised training: minimises the mean negative log-likelihood of the completions' tokens with AdamW.
 
@@ -123,6 +91,7 @@ class SupervisedTraining:
 
     Attributes:
         pairs: token ids of the prompt and of the completion of each demonstration.
+        descent: the optimiser, with the losses in nats per token.
         tokens: number of the completions' tokens so far.
     """
 
@@ -151,17 +120,20 @@ class SupervisedTraining:
         Raises:
             Refused: there are no demonstrations, or one cannot be used.
         """
-        from transformers import get_scheduler
-
         if not demonstrations:
             raise Refused("There are no demonstrations to learn from. Give rows of prompt and completion.")
-        self._policy, self._max_grad_norm = policy, max_grad_norm
+        self._policy, self.tokens = policy, 0
         self.pairs = encode_demonstrations(policy, demonstrations)
-        self._batches = Batches(len(self.pairs), batch_size, seed)
-        self._parameters = policy.trainable_parameters()
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=0.0, fused=True)
-        self._schedule = get_scheduler("linear", self._optimizer, 0, max_steps)
-        self._step = self.tokens = 0
+        self.descent = Descent(
+            policy.trainable_parameters(),
+            len(self.pairs),
+            of="the supervised stage",
+            max_steps=max_steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+            max_grad_norm=max_grad_norm,
+        )
 
     def update(self) -> dict[str, float]:
         """Update the policy on the next batch.
@@ -170,18 +142,28 @@ class SupervisedTraining:
             `loss`, before the update, in nats per token, and `grad_norm` before clipping.
 
         Raises:
-            Stopped: the loss became NaN or infinite.
+            Stopped: the loss or its gradient became NaN or infinite.
         """
-        self._step += 1
         policy = self._policy
-        batch = demonstration_batch(policy, [self.pairs[i] for i in self._batches.next()])
+        batch = demonstration_batch(policy, [self.pairs[i] for i in self.descent.batch()])
         logprobs = score(policy.model, batch, share_prompt=policy.share_prompt).logprobs
         self.tokens += int(batch.mask.sum())
         loss = -torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum()
-        clip, of = self._max_grad_norm, "the supervised stage"
-        norm = descend(loss, self._optimizer, self._parameters, clip, of=of, step=self._step)
-        self._schedule.step()
+        norm = self.descent.update(loss)
         return {"loss": loss.item(), "grad_norm": norm}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a continuation needs besides the weights; tensors are references, not copies."""
+        return {"tokens": self.tokens, "descent": self.descent.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned; the weights of the policy are loaded apart from this.
+
+        Raises:
+            Refused: the demonstrations, the seed or the trained weights are not those of the saved run.
+        """
+        self.tokens = int(state["tokens"])
+        self.descent.load_state_dict(state["descent"])
 
 
 def fit(
@@ -200,46 +182,10 @@ def fit(
 
     Raises:
         Refused: there are no demonstrations, or one cannot be used.
-        Stopped: the loss became NaN or infinite.
+        Stopped: the loss or its gradient became NaN or infinite.
     """
     training = SupervisedTraining(policy, demonstrations, max_steps=max_steps, **how)
     return [training.update()["loss"] for _ in range(max_steps)]
-
-
-def cache_directory() -> Path:
-    """Return the directory of warm-started models: $TOKENRL_CACHE, else tokenrl/ in the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TOKENRL_CACHE") or Path(home) / "tokenrl")
-
-
-@contextlib.contextmanager
-def cache_entry(name: str) -> Iterator[Path]:
-    """Lock an entry of the cache, and give its directory; it exists if somebody has made it before.
-
-    Raises:
-        Refused: the cache cannot be written.
-    """
-    from filelock import FileLock
-
-    directory = cache_directory() / name
-    lock = FileLock(str(directory) + ".lock")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise Refused(
-            f"Warm-started models are kept in {directory.parent}, which cannot be written "
-            f"({describe(error)}). Name another directory with the environment variable TOKENRL_CACHE."
-        ) from error
-    try:
-        yield directory
-    finally:
-        lock.release()
-
-
-def say_damaged(directory: Path, error: Exception, warn: Callable[[str], None]) -> None:
-    """Warn that an entry of the cache cannot be loaded and is made again."""
-    warn(f"the cached model {directory} is damaged, and is made again. {describe(error)}")
 
 
 def _loads(directory: Path, announce: Callable[[str], None]) -> bool:

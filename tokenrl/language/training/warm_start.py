@@ -23,15 +23,10 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.arguments import TrainSettings
+from tokenrl.language.training.cache import cache_entry, say_damaged
 from tokenrl.language.training.defaults import default_rate, demonstrations, parameter_count
 from tokenrl.language.training.probe import Probe, probe_policy
-from tokenrl.language.training.supervised import (
-    MADE_BY,
-    SupervisedTraining,
-    cache_entry,
-    check_trainable,
-    say_damaged,
-)
+from tokenrl.language.training.supervised import MADE_BY, SupervisedTraining, check_trainable
 from tokenrl.language.training.threads import stage_threads
 from tokenrl.runs.checkpoint import replace_directory
 from tokenrl.runs.console import Console
