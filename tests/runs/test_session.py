@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.checkpoint import verify_checkpoint
+from tokenrl.runs.arguments import SavingArguments
+from tokenrl.runs.checkpoint import latest_checkpoint, verify_checkpoint
 from tokenrl.runs.outcome import Outcome, model_directory
+from tokenrl.runs.resume import Maker
+from tokenrl.runs.saving import Saver
 from tokenrl.runs.session import Session
+from tokenrl.runs.states import read_state
 
 
 @dataclass
@@ -22,40 +28,70 @@ class Settings:
 
 
 class Counter:
-    """A training whose only state is a number."""
+    """A training whose state is a number, and whose model is one weight."""
 
     def __init__(self):
         self.number = 0
+        self.weight = torch.zeros(1)
+
+    def update(self, step):
+        self.number += step
+        self.weight += step
 
     def state_dict(self):
         return {"number": self.number}
 
+    def load_state_dict(self, state):
+        self.number = state["number"]
 
-def write_model(folder):
-    (folder / "model.txt").write_text("trained")
+    def write(self, folder):
+        save_file({"weight": self.weight}, folder / "weights.safetensors")
+
+    def read(self, folder):
+        self.weight.copy_(load_file(folder / "weights.safetensors")["weight"])
+
+    def tensors(self):
+        return [self.weight]
 
 
-def live(directory, at_step=lambda session: None, *, every=2, evaluate=True, settings=None, **options):
-    """A whole run; `at_step` is called in the middle of each step."""
-    counter = Counter()
-    with Session("train", directory, quiet=True, **options) as session:
-        session.register(counter=counter)
+def nothing(session):
+    pass
+
+
+def live(
+    directory,
+    at_step=nothing,
+    *,
+    before=nothing,
+    every=2,
+    evaluate=True,
+    settings=None,
+    maker=None,
+    resume=None,
+    save_every=2,
+    **options,
+):
+    """A whole run; `before` is called at the start of each step, and `at_step` after its update."""
+    counter, settings = Counter(), settings or Settings()
+    saving = SavingArguments(save_every=save_every, save_minutes=0, keep_checkpoints=2, resume=resume)
+    with Session("train", directory, quiet=True, saving=saving, **options) as session:
+        session.keep(counter, maker or Maker(), counter=counter)
         session.open("counting", {})
-        session.evaluated({"reward": 0.0})
-        session.begin(settings or Settings(), names={"task": "an object"}, title="counting")
-        for step in session.steps(5):
-            counter.number += step
+        if not session.continues:
+            session.evaluated({"reward": 0.0})
+        session.begin(settings, names={"task": "an object"}, title="counting")
+        for step in session.steps(settings.max_steps):
+            before(session)
+            counter.update(step)
             at_step(session)
-            metrics = {"reward": float(step)}
+            metrics = {"reward": float(counter.weight) / counter.number}
             if evaluate and session.due(every):
                 metrics |= session.evaluated({"reward": 10.0 * step})
             session.record(metrics, {"seconds": 1.0})
-            if session.due(every, at_the_end=False):
-                session.save(write_model, keep=None)
         if session.owes_evaluation:
             session.evaluated({"reward": -1.0})
         ended = Outcome(**session.outcome("finished"))
-        session.finish(ended, write_model)
+        session.finish(ended, counter.write)
         return ended
 
 
@@ -76,14 +112,14 @@ def test_a_run_from_its_directory_to_its_end(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["kind"], config["max_steps"], config["task"]) == ("train", 5, "counting")
     assert config["command"] == f"tokenrl train --config {tmp_path / 'config.json'} --overwrite"
-    assert (tmp_path / "model" / "model.txt").exists() and (tmp_path / "report.html").exists()
+    assert (tmp_path / "model" / "weights.safetensors").exists() and (tmp_path / "report.html").exists()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
-        "step_000002",
         "step_000004",
+        "step_000005",
     ]
     verify_checkpoint(tmp_path / "checkpoints" / "step_000004")
-    state = json.loads((tmp_path / "checkpoints" / "step_000004" / "trainer_state.json").read_text())
-    assert state == {"step": 4, "counter": {"number": 1 + 2 + 3 + 4}}
+    state = read_state(tmp_path / "checkpoints" / "step_000004")
+    assert (state["step"], state["counter"]) == (4, {"number": 1 + 2 + 3 + 4})
 
 
 def test_an_object_is_written_down_by_its_name(tmp_path):
@@ -92,7 +128,8 @@ def test_an_object_is_written_down_by_its_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "reason", "code"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "SIGINT", 130)]
+    ("number", "reason", "code"),
+    [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "SIGINT", 130), (signal.SIGHUP, "SIGHUP", 129)],
 )
 def test_a_signal_finishes_the_step_and_saves_without_an_evaluation(tmp_path, number, reason, code):
     def at_step(session):
@@ -103,7 +140,7 @@ def test_a_signal_finishes_the_step_and_saves_without_an_evaluation(tmp_path, nu
     ended = live(tmp_path, at_step)
     assert (ended.exit_reason, ended.exit_code, ended.steps) == (reason, code, 3)
     assert ended.eval_after == {} and lines(tmp_path)[-1]["step"] == 3
-    assert (tmp_path / "model" / "model.txt").exists()
+    assert (tmp_path / "model" / "weights.safetensors").exists()
     assert json.loads((tmp_path / "summary.json").read_text())["exit_reason"] == reason
     assert signal.getsignal(number) == before
 
@@ -129,18 +166,27 @@ def test_a_loop_that_breaks_off_owes_the_last_evaluation(tmp_path):
     assert ended.eval_after == {"reward": -1.0}
 
 
-def test_what_stops_a_run_is_written_down_with_the_last_checkpoint(tmp_path):
-    def at_step(session):
+def test_a_step_that_fails_before_its_update_leaves_a_checkpoint_of_the_step_before(tmp_path):
+    def before(session):
         if session.step == 4:
             raise Stopped("The reward has gone.")
 
-    with pytest.raises(Stopped, match=r"At step 4: The reward has gone. The last .* is .*step_000002"):
-        live(tmp_path, at_step)
+    with pytest.raises(Stopped, match=r"At step 4: The reward has gone. The last .* is .*step_000003"):
+        live(tmp_path, before=before)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["exit_reason"], summary["steps"], summary["eval_after"]) == ("failed", 3, None)
     assert summary["error"] == "The reward has gone."
     assert not (tmp_path / "model").exists() and (tmp_path / "report.html").exists()
     live(tmp_path, overwrite=True)  # the lock was given back
+
+
+def test_a_step_that_fails_after_its_update_does_not_save_weights_of_no_step(tmp_path):
+    def at_step(session):
+        if session.step == 4:
+            raise Stopped("The reward has gone.")
+
+    with pytest.raises(Stopped, match=r"The last complete checkpoint is .*step_000002"):
+        live(tmp_path, at_step)
 
 
 def test_what_stops_a_run_without_checkpoints_says_so(tmp_path):
@@ -169,7 +215,8 @@ def test_other_errors_pass_and_leave_the_directory_unlocked(tmp_path):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        live(tmp_path, at_step)
+        live(tmp_path, before=at_step)
+    assert json.loads((tmp_path / "summary.json").read_text())["error"] == "ZeroDivisionError: "
     assert live(tmp_path, overwrite=True).steps == 5
 
 
@@ -184,9 +231,9 @@ def test_a_second_run_in_the_directory_is_refused_while_the_first_is_at_work(tmp
 def test_only_the_main_process_writes_and_all_stop_together(tmp_path):
     asked = []
 
-    def agreed(number):
-        asked.append(number)
-        return signal.SIGTERM if len(asked) == 3 else number  # another process was asked to stop
+    def agreed(numbers):
+        asked.append(numbers)
+        return [signal.SIGTERM, 0] if len(asked) == 3 else numbers  # another process was asked to stop
 
     ended = live(tmp_path / "other", main=False, agreed=agreed)
     assert not (tmp_path / "other").exists()
@@ -201,12 +248,12 @@ def test_a_warning_is_given_once_for_each_topic(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("every", "at_the_end", "expected"),
-    [(2, True, [2, 4, 5]), (2, False, [2, 4]), (0, True, [5]), (0, False, [])],
+    ("every", "expected"),
+    [(2, [2, 4, 5]), (0, [5])],
 )
-def test_what_is_due(tmp_path, every, at_the_end, expected):
+def test_what_is_due(tmp_path, every, expected):
     with Session("train", tmp_path, quiet=True) as session:
-        found = [step for step in session.steps(5) if session.due(every, at_the_end=at_the_end)]
+        found = [step for step in session.steps(5) if session.due(every)]
     assert found == expected
 
 
@@ -215,3 +262,139 @@ def test_a_run_directory_stands_for_its_model(tmp_path):
     assert model_directory(tmp_path) == tmp_path / "model"
     assert model_directory(str(tmp_path / "model")) == str(tmp_path / "model")
     assert model_directory("owner/name") == "owner/name"
+
+
+class Killed(BaseException):
+    """Ends a run at once, as SIGKILL does: nothing is saved."""
+
+
+def same(one, other):
+    """Whether two runs have left the same lines, and the same weights."""
+    weights = [load_file(run / "model" / "weights.safetensors")["weight"] for run in (one, other)]
+    return lines(one) == lines(other) and torch.equal(*weights)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_a_run_that_was_killed_continues_to_the_same_end(tmp_path, step):
+    def at_step(session):
+        if session.step == step:
+            raise Killed
+
+    whole = live(tmp_path / "whole")
+    with pytest.raises(Killed):
+        live(tmp_path / "run", at_step)
+    ended = live(tmp_path / "run", resume="auto")
+    assert same(tmp_path / "whole", tmp_path / "run")
+    assert (ended.steps, ended.eval_before, ended.eval_after) == (5, whole.eval_before, whole.eval_after)
+
+
+def test_a_continuation_replays_what_was_done_after_the_checkpoint(tmp_path):
+    live(tmp_path / "whole")
+    seen = []
+    live(tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "rew')  # cut by a crash
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000004"
+    live(tmp_path / "run", lambda session: seen.append(session.step), resume=str(checkpoint))
+    assert seen == [5] and same(tmp_path / "whole", tmp_path / "run")
+    assert [row["step"] for row in lines(tmp_path / "run", "timings.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_nothing_is_left_to_do_for_a_run_that_has_finished_and_max_steps_may_grow(tmp_path):
+    live(tmp_path, settings=Settings(max_steps=3))
+    seen = []
+    ended = live(tmp_path, seen.append, settings=Settings(max_steps=3), resume="auto")
+    assert (seen, ended.exit_reason, ended.steps) == ([], "finished", 3)
+    live(tmp_path, lambda session: seen.append(session.step), resume="auto")
+    assert seen == [4, 5] and [row["step"] for row in lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
+    assert json.loads((tmp_path / "config.json").read_text())["max_steps"] == 5
+
+
+def test_there_is_nothing_to_continue_before_the_first_checkpoint_so_the_run_starts(tmp_path):
+    assert live(tmp_path / "new", resume="auto").steps == 5
+
+    def at_step(session):
+        raise Killed
+
+    with pytest.raises(Killed):
+        live(tmp_path / "killed", at_step)
+    assert live(tmp_path / "killed", resume="auto").steps == 5
+
+
+def test_a_damaged_checkpoint_is_skipped_and_named_and_an_explicit_one_refused(tmp_path, capsys):
+    live(tmp_path)
+    newest = tmp_path / "checkpoints" / "step_000005"
+    (newest / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(Refused, match=r"weights\.safetensors"):
+        live(tmp_path, resume=str(newest))
+    seen = []
+    live(tmp_path, lambda session: seen.append(session.step), resume="auto")
+    assert seen == [5] and verify_checkpoint(newest) is None
+
+
+def test_without_a_whole_checkpoint_a_run_with_results_is_not_started_again(tmp_path):
+    live(tmp_path)
+    for checkpoint in (tmp_path / "checkpoints").iterdir():
+        (checkpoint / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(Refused, match=r"cannot be continued.*step_000005.*--overwrite"):
+        live(tmp_path, resume="auto")
+    assert (tmp_path / "model").exists()
+
+
+def test_a_continuation_with_other_settings_is_refused_and_changes_nothing(tmp_path):
+    live(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(Refused, match="task: 'counting', now 'sorting'"):
+        live(tmp_path, resume="auto", settings=Settings(task="sorting"))
+    with pytest.raises(Refused, match="The tokenizer is not the same"):
+        live(tmp_path, resume="auto", maker=Maker({"tokenizer": "abc"}))
+    with pytest.raises(Refused, match="had 1 processes and now has 2"):
+        live(tmp_path, resume="auto", maker=Maker(processes=2))
+    with pytest.raises(Refused, match="give one of both"):
+        live(tmp_path, resume="auto", overwrite=True)
+    with pytest.raises(Refused, match="checkpoint of the run in output_dir"):
+        live(tmp_path, resume=str(tmp_path / "elsewhere"))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_run_continues_after_a_signal_as_if_none_had_come(tmp_path, number):
+    def at_step(session):
+        if session.step == 3:
+            signal.raise_signal(number)
+
+    live(tmp_path / "whole")
+    assert live(tmp_path / "run", at_step, save_every=0).exit_code == 128 + number
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").path.name == "step_000003"
+    live(tmp_path / "run", resume="auto")
+    assert same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    class Broken(Counter):
+        def update(self, step):
+            super().update(step)
+            self.weight /= 3 - step  # infinite after step 3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "Counter", Broken)
+        with pytest.raises(Stopped, match="After step 3 the weights are not finite"):
+            live(tmp_path, settings=Settings(max_steps=3))
+    assert latest_checkpoint(tmp_path / "checkpoints").path.name == "step_000002"
+    assert not (tmp_path / "model").exists()
+
+
+def test_minutes_between_checkpoints(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("tokenrl.runs.saving.time", SimpleNamespace(monotonic=lambda: now[0]))
+    saver = Saver(tmp_path, SavingArguments(save_minutes=10.0))
+    counter = Counter()
+    saver.keep(counter, {"counter": counter})
+    due = []
+    for step in range(1, 8):
+        now[0] += 200.0  # seconds
+        saver.settle(step)
+        due.append(saver.due(step))
+        if due[-1]:
+            saver.save()
+    assert due == [False, False, True, False, False, True, False]

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from tokenrl.core.estimator import Estimator
+from tokenrl.runs.arguments import SavingArguments
 from tokenrl.runs.threads import ThreadArguments
 from tokenrl.runs.trackers import TrackerArguments
 from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive
 
 
 @dataclass(frozen=True)
-class ControlArguments(TrackerArguments, ThreadArguments):
+class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     """Train an agent in a gymnasium environment with the same estimators as language models."""
 
     env: str = "CartPole-v1"
@@ -75,10 +76,6 @@ class ControlArguments(TrackerArguments, ThreadArguments):
     """End the run at the first evaluation that reaches the environment's reward threshold."""
     diagnostics_every: Natural = 0
     """Steps between measurements of the gradient's signal and noise; 0: none."""
-    save_every: Natural = 0
-    """Steps between checkpoints; 0: only the final policy is saved."""
-    keep_checkpoints: Count = 2
-    """Number of checkpoints kept, the newest ones."""
     logging_steps: Count = 10
     """Steps between two printed lines where the output is no terminal, and between records to trackers."""
     stop_after_nonfinite: Count = 5

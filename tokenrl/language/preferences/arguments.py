@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from tokenrl.language.policy.arguments import PromptArguments
+from tokenrl.runs.arguments import SavingArguments
 from tokenrl.runs.threads import ThreadArguments
 from tokenrl.runs.trackers import TrackerArguments
 from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive
 
 
 @dataclass(frozen=True)
-class RewardModelArguments(PromptArguments, TrackerArguments, ThreadArguments):
+class RewardModelArguments(PromptArguments, SavingArguments, TrackerArguments, ThreadArguments):
     """Train a reward model on preferences: rows with a prompt, a chosen and a rejected completion."""
 
     output_dir: str = "runs/reward-model"

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.runs.arguments import SavingArguments
 from tokenrl.runs.threads import ThreadArguments, TrainingThreads
 from tokenrl.runs.trackers import TrackerArguments
 from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive, Settings
@@ -88,21 +89,14 @@ class EvaluationArguments(Settings, group="evaluation"):
 
 
 @dataclass(frozen=True)
-class RecordArguments(Settings, group="checkpoints and logs"):
-    """What a run saves and prints."""
+class LogArguments(Settings, group="logs"):
+    """What a run prints, and what it records of its completions."""
 
-    save_every: Natural = 0
-    """Steps between checkpoints; 0: only the final model is saved."""
-    keep_checkpoints: Count = 2
-    """How many checkpoints are kept, the newest ones."""
     logging_steps: Count = 1
     """Steps between printed lines where the output is no terminal, and between records to trackers."""
     log_completions: Natural | None = None
     """Steps between tables of sampled completions, printed and saved in completions/. Default: with each
     evaluation."""
-    resume: str | None = None
-    """Not built yet: continue a run exactly. To start from its weights, give a checkpoint as --model."""
-
 
 @dataclass(frozen=True)
 class SafetyArguments(Settings, group="safety stops"):
@@ -139,7 +133,8 @@ class TrainArguments(
     LoraArguments,
     WarmStartArguments,
     EvaluationArguments,
-    RecordArguments,
+    SavingArguments,
+    LogArguments,
     TrackerArguments,
     SafetyArguments,
     ThreadArguments,
@@ -190,7 +185,9 @@ class TrainSettings(TrainArguments):
 
 
 @dataclass(frozen=True)
-class SftArguments(ModelArguments, TaskArguments, LoraArguments, TrackerArguments, TrainingThreads):
+class SftArguments(
+    ModelArguments, TaskArguments, LoraArguments, SavingArguments, TrackerArguments, TrainingThreads
+):
     """Fine-tune a model on demonstrations: rows with a prompt and a completion."""
 
     output_dir: str = "runs/sft"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.defaults import training_defaults
 from tokenrl.language.training.difficulty import filter_task
 from tokenrl.language.training.evaluation import evaluate_policy
-from tokenrl.language.training.run import Run, RunResult, facts, finish, record_step, save_checkpoint
+from tokenrl.language.training.run import Run, RunResult, facts, finish, record_step
 from tokenrl.language.training.setup import (
     adapt,
     load_base,
@@ -36,6 +37,7 @@ from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.threads import settle_threads
 from tokenrl.language.training.verdicts import check_signal, judge, nothing_left
 from tokenrl.language.training.warm_start import warm_start
+from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import using_threads
 
@@ -70,6 +72,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         >>> result.eval_after["reward_greedy"]
     """
     args = settled_form(called(TrainArguments, args, options))
+    args = taken_up(args, args.resume, args.output_dir)
     task, rewards = find_task(args)
     accelerator = make_accelerator(resolve(args, task))  # refused before anything is loaded
     with Session(
@@ -81,6 +84,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         main=accelerator.is_main_process,
         agreed=partial(_largest, accelerator),
         tracking=args,
+        saving=args,
     ) as session:
         run = _prepare(args, task, rewards, accelerator, session)
         args = run.args
@@ -89,7 +93,8 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
             for warning in few_prompts(run.task.train_prompts):
                 session.console.warn(warning)
             _check_lengths(run)
-            session.evaluated(_evaluate(run, step=0))
+            if not session.continues:
+                session.evaluated(_evaluate(run, step=0))
             if args.check:
                 check_signal(run, session)
                 return run.result(session, "check")
@@ -102,15 +107,13 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
 
 def _loop(run: Run, session: Session) -> RunResult:
     """Train until the last step, a signal to stop, or a step after which nothing is left to learn."""
-    args, reason = run.args, "finished"
+    args, reason = run.args, session.ended or "finished"
     for step in session.steps(args.max_steps):
         record = _one_step(run, step)
         metrics = dict(record.metrics)
         if session.due(args.eval_every):
             metrics |= session.evaluated(_evaluate(run, step))
         record_step(run, session, record, metrics)
-        if session.due(args.save_every, at_the_end=False):
-            save_checkpoint(run, session, keep=args.keep_checkpoints)
         if ended_by := nothing_left(run, session, metrics):
             reason = ended_by
             break
@@ -156,7 +159,6 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
         defaults=defaults,
         warm_started=warmed,
     )
-    session.register(run=run, stream=run.stream, running_mean=run.running_mean, learner=learner)
     return run
 
 
@@ -214,8 +216,9 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
     return found.metrics
 
 
-def _largest(accelerator: Any, number: int) -> int:
-    """Return the largest of the numbers that the processes give, the same on each of them."""
+def _largest(accelerator: Any, numbers: Sequence[int]) -> Sequence[int]:
+    """Return for each number the largest that a process gives, the same on each of them."""
     if accelerator.num_processes == 1:  # asked before every step: one process need not wait for its device
-        return number
-    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+        return numbers
+    found: list[int] = accelerator.gather(torch.tensor([numbers], device=accelerator.device)).amax(0).tolist()
+    return found

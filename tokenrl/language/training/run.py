@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenrl.core.baselines import RunningMean
@@ -201,21 +199,6 @@ def _few(rows: Sequence[dict[str, Any]], group: int) -> list[dict[str, Any]]:
         ranked = sorted(rows[start : start + group], key=lambda row: row["reward"])
         out += [ranked[-1], ranked[0]] if group > 1 else ranked
     return [row | {"prompt": prompt_text(row["prompt"])} for row in out]
-
-
-def save_checkpoint(run: Run, session: Session, *, keep: int | None) -> None:
-    """Save weights, tokenizer and critic, and the state of every part registered with the session.
-
-    `keep` is how many checkpoints are kept, with this one; None keeps all.
-    """
-
-    def write(path: Path) -> None:
-        save_policy(run.learner.policy, path)
-        if run.learner.critic is not None:
-            save_file(run.learner.critic.head.state_dict(), path / "critic.safetensors")
-
-    session.save(write, keep=keep)
-    run.learner.accelerator.wait_for_everyone()
 
 
 def finish(run: Run, session: Session, ended: RunResult, warnings: Sequence[str]) -> None:

@@ -60,11 +60,6 @@ def check(args: TrainSettings) -> None:
     Raises:
         Refused: two settings contradict each other, or the estimator refuses a step of this shape.
     """
-    if args.resume is not None:
-        raise Refused(
-            "--resume is not built yet. To continue from the weights of a checkpoint, with a new optimiser "
-            "and a new run directory, give the checkpoint as --model."
-        )
     if args.target_kl is not None and not args.estimator.needs_kl:
         raise Refused(
             f"target_kl={args.target_kl:g} asks for a KL near that value, but the estimator has beta 0: "

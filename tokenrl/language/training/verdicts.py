@@ -10,7 +10,7 @@ from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Stopped
 from tokenrl.language.training.defaults import is_own
 from tokenrl.language.training.probe import probe_policy
-from tokenrl.language.training.run import Run, save_checkpoint
+from tokenrl.language.training.run import Run
 from tokenrl.runs.session import Session
 
 FLAT_STEPS = 3
@@ -30,7 +30,7 @@ def nothing_left(run: Run, session: Session, metrics: dict[str, float]) -> str |
 
     Raises:
         Stopped: in many consecutive steps there was nothing to learn from, and the reward is no better than
-            before training. The policy is saved as a checkpoint.
+            before training.
     """
     args = run.args
     assert run.watch is not None
@@ -49,8 +49,6 @@ def nothing_left(run: Run, session: Session, metrics: dict[str, float]) -> str |
             return _learnt(run, session, metrics["reward"])
         why = _lost(run) if run.watch.found else _flat(run, session, metrics)
         session.flags = session.flags or ["nothing-learnt"]
-        if not session.due(args.save_every, at_the_end=False):
-            save_checkpoint(run, session, keep=None)
         raise Stopped(f"{why} (--stop-after-zero-spread 0 lets such a run continue.)")
     if metrics["completions/clipped_ratio"] == 1:
         session.warn_once(
