@@ -11,7 +11,8 @@ import torch
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import Rollout
-from tokenrl.control.update import Agent, check_supported, explained, learn, prepare, scheduled
+from tokenrl.control.setup import check_supported
+from tokenrl.control.update import Agent, explained, learn, prepare, scheduled
 from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient

@@ -10,8 +10,9 @@ import sys
 import gymnasium
 import pytest
 
-from tokenrl.control.environments import describe, find
+from tokenrl.control.environments import describe
 from tokenrl.control.numpy_agent import NumpySettings, train_numpy
+from tokenrl.control.registered import find
 from tokenrl.errors import Refused
 
 FILE = """

@@ -7,9 +7,9 @@ and `rollouts` leaves it out.
 
 from __future__ import annotations
 
-import warnings
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium
@@ -19,54 +19,11 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from tokenrl.control.failures import raised, refusing
+from tokenrl.control.registered import find
 from tokenrl.control.spaces import action_size, observation_size
-from tokenrl.errors import Refused, Stopped, nearest, suggest
-from tokenrl.names import import_source
+from tokenrl.control.state import load_state, record, state_of
+from tokenrl.errors import Refused, Stopped
 from tokenrl.settings import check_number
-
-OWN: dict[str, dict[str, Any]] = {
-    "gridworld": {
-        "id": "tokenrl/GridWorld-v0",
-        "entry_point": "tokenrl.control.worlds.gridworld:GridWorld",
-        "max_episode_steps": 50,
-        "reward_threshold": 0.93,  # the return of a path one step longer than the shortest
-        "kwargs": {"time_limit": None},  # gymnasium's wrapper truncates episodes
-    },
-    "trap": {
-        "id": "tokenrl/Trap-v0",
-        "entry_point": "tokenrl.control.worlds.gridworld:GridWorld",
-        "max_episode_steps": 50,
-        "reward_threshold": 0.8,  # between the return of the decoy, 0.49, and that of the goal, at most 0.9
-        "kwargs": {"size": 6, "decoy": 1, "decoy_reward": 0.5, "time_limit": None},
-    },
-    "walk": {
-        "id": "tokenrl/Walk-v0",
-        "entry_point": "tokenrl.control.worlds.walk:Walk",
-        "max_episode_steps": 50,
-        "reward_threshold": 1.1,  # the return of the straight path
-        "kwargs": {"time_limit": None},
-    },
-    "costly_walk": {
-        "id": "tokenrl/CostlyWalk-v0",
-        "entry_point": "tokenrl.control.worlds.walk:Walk",
-        "max_episode_steps": 50,
-        "reward_threshold": 0.88,  # the return of a path two steps longer than the shortest
-        "kwargs": {"time_limit": None, "step_reward": -0.01},
-    },
-    "bandit": {
-        "id": "tokenrl/Bandit-v0",
-        "entry_point": "tokenrl.control.worlds.bandit:Bandit",
-        "max_episode_steps": 1,
-    },
-}
-"""The environments of tokenrl by their short names, with the arguments to register them in gymnasium."""
-
-_IMPORTED: dict[str, set[str]] = {}
-"""By file or module that was imported for an environment, the ids that it registered."""
-
-for _own in OWN.values():
-    if _own["id"] not in gymnasium.registry:
-        gymnasium.register(**_own)
 
 
 @dataclass(frozen=True)
@@ -128,49 +85,6 @@ def describe(env: str, max_episode_steps: int | None = None) -> Spec:
     )
 
 
-def find(env: str) -> EnvSpec:
-    """Look an environment up in gymnasium's registry.
-
-    Args:
-        env: a name in `OWN`, the id of a gymnasium environment, or that of one which a file or module
-            registers: `path/to/file.py:id` or `package.module:id`. It is imported once in a process; a
-            module may lie in the current directory.
-
-    Raises:
-        Refused: there is no environment of that name, or the file or module cannot be imported.
-    """
-    if not isinstance(env, str):
-        raise Refused(f"env was given as a {type(env).__name__}; give the id under which it is registered.")
-    source, _, name = OWN.get(env, {"id": env})["id"].rpartition(":")
-    added = _imported(source, f"env '{env}'") if source else set()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about older versions: the id given is used
-            return gymnasium.spec(name)
-    except gymnasium.error.Error as error:
-        if source:
-            hint = suggest(name, added) if added else f" Call gymnasium.register({name!r}, ...) in it."
-            raise Refused(f"env '{env}': {source} registers no environment {name!r}.{hint}") from error
-        reason = str(error).partition(" Did you mean")[0].rstrip(".")
-        raise Refused(
-            f"There is no environment {env!r} ({reason}).{nearest(name, [*OWN, *gymnasium.registry])} Give a "
-            "gymnasium id with its version, such as CartPole-v1, Acrobot-v1 or LunarLander-v3, one of "
-            f"{', '.join(OWN)}, or your own, as my_envs.py:Mine-v0 if my_envs.py registers Mine-v0."
-        ) from error
-
-
-def _imported(source: str, whose: str) -> set[str]:
-    """Import a file or module, unless that was done before; return the ids that it registered."""
-    key = str(Path(source).resolve()) if source.endswith(".py") else source
-    if key not in _IMPORTED:
-        before = dict(gymnasium.registry)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*Overriding environment")  # imported before by another name
-            import_source(source, whose)
-        _IMPORTED[key] = {name for name, spec in gymnasium.registry.items() if before.get(name) is not spec}
-    return _IMPORTED[key]
-
-
 def make(env: str, num_envs: int, max_episode_steps: int | None = None) -> VectorEnv:
     """Make `num_envs` copies that are stepped together, by the environment's own vector code if it has any.
 
@@ -203,12 +117,18 @@ def _horizon(spec: EnvSpec, limit: int | None) -> int:
 
 
 class Environments:
-    """Copies of one environment: observations are flat float32 vectors, actions are those of a policy."""
+    """Copies of one environment: observations are flat float32 vectors, actions are those of a policy.
+
+    Attributes:
+        exact: whether the `state_dict` last returned holds all state, or all of the one last loaded was
+            restored.
+    """
 
     def __init__(self, env: str, num_envs: int, max_episode_steps: int | None = None) -> None:
         """Make the copies; see `make`."""
         self.vector = make(env, num_envs, max_episode_steps)
-        self.env, self.num_envs = find(env).id, num_envs
+        self.env, self.num_envs, self.exact = find(env).id, num_envs, True
+        self._horizon = _horizon(find(env), max_episode_steps)
         self._observations: Any = self.vector.single_observation_space
         actions: Any = self.vector.single_action_space
         self._start = int(actions.start) if isinstance(actions, spaces.Discrete) else None
@@ -262,6 +182,31 @@ class Environments:
         if self._start is not None:
             return actions + self._start if self._start else actions
         return np.clip(self._middle + self._half * actions, self._low, self._high)
+
+    def record(self) -> None:
+        """Record all episodes from the next reset on, if only that makes `load_state_dict` exact."""
+        with contextlib.closing(Environments(self.env, 1, self._horizon)) as probe:
+            probe.reset(seed=0)
+            record(self.vector, probe.vector, self._horizon)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all copies; its entry `exact` is False if some of it cannot be saved."""
+        state = state_of(self.vector)
+        self.exact = state["exact"]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned; `exact` says afterwards whether it is the same state.
+
+        Raises:
+            Stopped: the environment raised an error.
+        """
+        try:
+            self.exact = load_state(self.vector, state)
+        except Exception as error:
+            raise Stopped(
+                f"The environment {self.env} failed while its state was restored: {raised(error)}."
+            ) from error
 
     def close(self) -> None:
         """Close the copies."""

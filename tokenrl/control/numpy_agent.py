@@ -171,7 +171,7 @@ def make(name: str) -> Any:
     """
     import gymnasium
 
-    from tokenrl.control.environments import find
+    from tokenrl.control.registered import find
 
     spec = find(name)
     with refusing(spec.id):

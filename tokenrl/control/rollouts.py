@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -137,6 +138,21 @@ class Pieces:
         self._dummy = np.zeros(envs.num_envs, bool)  # whether the next step only resets
         self._returns = np.zeros(envs.num_envs)
         self._length = np.zeros(envs.num_envs, int)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the episodes are; the state of the environments is their own."""
+        return {name: getattr(self, f"_{name}") for name in ("observation", "dummy", "returns", "length")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned, with environments that have been given their state.
+
+        If they could not be given exactly that state, all of them start a new episode.
+        """
+        if not self.envs.exact:
+            self._observation = self.envs.reset()
+            return
+        for name in self.state_dict():
+            setattr(self, f"_{name}", state[name].copy())
 
     @torch.no_grad()
     def collect(self, policy: Policy, generator: torch.Generator) -> Rollout:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from tokenrl.control.arguments import ControlSettings
@@ -58,6 +59,10 @@ class ControlResult(Outcome):
         return super().summary() | rate
 
 
+NUMBERS = {"env_steps": int, "cpu_seconds": float, "train_seconds": float, "last_reward": float}
+"""The numbers of a `Run` that are saved."""
+
+
 @dataclass
 class Run:
     """The parts of a run, and its progress.
@@ -101,8 +106,44 @@ class Run:
         return f"{self.spec.env}, {preset_name(self.args.estimator)}, seed {self.args.seed}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the progress that is needed to continue the run, as plain numbers."""
-        return {"env_steps": self.env_steps, "last_reward": self.last_reward, "entropies": self.entropies}
+        """Return the progress and the state of the environments, with which the run continues exactly."""
+        return {
+            **{name: getattr(self, name) for name in NUMBERS},
+            "entropies": np.array(self.entropies, np.float64),
+            "actions": self.actions.get_state(),
+            "envs": self.envs.state_dict(),
+            "eval_envs": self.eval_envs.state_dict(),
+            "pieces": None if self.pieces is None else self.pieces.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned; see `inexact` afterwards.
+
+        Raises:
+            Stopped: the environment raised an error while its state was restored.
+        """
+        for name, kind in NUMBERS.items():
+            setattr(self, name, kind(state[name]))
+        self.entropies = state["entropies"].tolist()
+        self.actions.set_state(state["actions"])
+        if state["pieces"] is not None:
+            self.pieces = Pieces(self.envs, self.args.num_steps or 0, seed=0)
+        self.envs.load_state_dict(state["envs"])
+        self.eval_envs.load_state_dict(state["eval_envs"])
+        if self.pieces is not None:
+            self.pieces.load_state_dict(state["pieces"])
+
+    @property
+    def inexact(self) -> str | None:
+        """Why the run, resumed from the state last saved or loaded, is not bit-exact; None if it is."""
+        if self.envs.exact and self.eval_envs.exact:
+            return None
+        began = "" if self.args.num_steps is None else " Its episodes begin anew at every resume."
+        return (
+            f"{self.spec.env} has state that cannot be saved, or that replaying its episodes does not bring "
+            f"back, so a resumed run is not bit-exact.{began} State in the attributes of the environment is "
+            "saved if it consists of numbers, texts, arrays, random generators, and lists or dicts of these."
+        )
 
     def solved(self, evaluation: dict[str, float]) -> bool | None:
         """Return whether an evaluation reaches the environment's threshold; None if either is missing."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.errors import Refused
@@ -56,3 +59,32 @@ def load_policy(policy: Policy, folder: str | Path) -> None:
             f"The policy in {folder} has {other}. Give the settings it was trained with, or leave load out."
         )
     policy.load_state_dict(saved.state_dict())
+
+
+@dataclass(frozen=True)
+class SavedPolicy:
+    """The weights of a policy, for the checkpoints of a run.
+
+    Attributes:
+        policy: the policy that is trained.
+        env: id of its environment.
+    """
+
+    policy: Policy
+    env: str
+
+    def write(self, folder: Path) -> None:
+        """Write the policy into an existing folder."""
+        save_policy(self.policy, folder, env=self.env)
+
+    def read(self, folder: Path) -> None:
+        """Give the policy exactly the weights, and the scale of observations, that were saved in a folder.
+
+        Raises:
+            Refused: the folder holds no policy, or one of another shape.
+        """
+        load_policy(self.policy, folder)
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Return all that `write` writes, which must be finite."""
+        return self.policy.state_dict().values()

@@ -13,10 +13,11 @@ from tokenrl.control.evaluation import check_film, seed_of
 from tokenrl.control.policies import Policy, Shape, check_head
 from tokenrl.control.run import Run
 from tokenrl.control.saving import load_policy
-from tokenrl.control.update import Agent, check_supported
+from tokenrl.control.update import Agent
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.choices import choice_of
-from tokenrl.core.guards import check_horizon, set_size
+from tokenrl.core.estimator import Estimator
+from tokenrl.core.guards import check_horizon, set_size, within_rows
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
 from tokenrl.runs.threads import Choice, choose_threads, using_threads
@@ -37,6 +38,41 @@ def resolve(args: ControlArguments, spec: Spec) -> ControlSettings:
         check_film(spec)
     found = {"eval_every": max(1, args.max_steps // 10), "value_learning_rate": args.learning_rate}
     return settled(ControlSettings, replace(args, head=spec.head), found)
+
+
+def check_supported(estimator: Estimator, args: ControlArguments) -> None:
+    """Refuse settings of the estimator that have no meaning in an environment.
+
+    Raises:
+        Refused: the message names the field, and what to choose.
+    """
+    wrong = {
+        "beta": estimator.beta > 0 and "there is no reference policy",
+        "baseline 'remax'": estimator.needs_greedy and "no second episode starts in the same state",
+        "zero_spread": estimator.zero_spread != "keep" and "there are no prompts to leave out",
+        "truncations": estimator.truncations != "keep"
+        and "time limits are handled by the value that follows",
+        "overlong_buffer": estimator.overlong_buffer > 0 and "the environment itself rewards length",
+    }
+    for what, why in wrong.items():
+        if why:
+            raise Refused(f"In control {what} cannot be set: {why}. Leave it at its default.")
+    if args.num_steps is None:
+        return
+    if not estimator.needs_values:
+        raise Refused(
+            f"num_steps {args.num_steps} cuts episodes, and only a critic can estimate the returns that are "
+            f"cut off; there is none (baseline {estimator.baseline!r}, returns {estimator.returns!r}). "
+            "Choose the baseline 'value' (presets a2c, ppo), or leave num_steps out to use whole episodes."
+        )
+    whole = "returns" in within_rows(estimator)
+    if estimator.baseline != "value" or estimator.scale not in ("none", "token_whiten") or whole:
+        raise Refused(
+            f"num_steps {args.num_steps} cuts episodes, and pieces of episodes cannot be compared with "
+            f"each other, or normalised, as baseline {estimator.baseline!r}, scale {estimator.scale!r} and "
+            f"returns {estimator.returns!r} do. Choose the baseline 'value' with scale 'none' or "
+            "'token_whiten' and returns 'gae' or 'reward_to_go', or leave num_steps out for whole episodes."
+        )
 
 
 def prepare(args: ControlSettings, spec: Spec) -> Run:
@@ -83,7 +119,7 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
         diagnostics=GradientDiagnostics(args.diagnostics_every),
         generator=torch.Generator().manual_seed(seed_of(args.seed, 11)),
     )
-    return Run(
+    run = Run(
         args=args,
         spec=spec,
         agent=agent,
@@ -91,6 +127,9 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
         eval_envs=Environments(spec.env, args.eval_episodes, args.max_episode_steps),
         actions=torch.Generator().manual_seed(seed_of(args.seed, 12)),
     )
+    run.envs.record()
+    run.eval_envs.record()
+    return run
 
 
 def stage_threads(run: Run) -> dict[str, Choice]:

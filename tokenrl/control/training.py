@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from typing import Any
-
-from torch.optim.lr_scheduler import LambdaLR
 
 from tokenrl.calls import called
 from tokenrl.control.agents import agent_settings
@@ -93,15 +90,12 @@ def _arguments(args: ControlArguments | None, agent: str | None, options: dict[s
 
 def _loop(run: Run, session: Session) -> ControlResult:
     """Train until the last step, the first signal, or until the environment is solved."""
-    args, schedule = run.args, _schedule(run)
+    args = run.args
     solved = args.stop_when_solved and run.solved(session.eval_before) is True
     for step in session.steps(0 if solved else args.max_steps):
         before = run.train_seconds
         metrics = _one_update(run, step)
         seconds = run.train_seconds - before
-        with warnings.catch_warnings():  # PyTorch's, if the first update was skipped
-            warnings.simplefilter("ignore", UserWarning)
-            schedule.step()
         if session.due(args.eval_every):
             found = _evaluate(run)
             metrics |= session.evaluated(found)
@@ -131,6 +125,7 @@ def _one_update(run: Run, step: int) -> dict[str, float]:
     agent = run.agent
     with using_threads(run.args.sampling_threads):
         rollout = _collect(run, step)
+    _set_learning_rates(run, step)
     metrics = learn(agent, rollout, step)
     run.env_steps += rollout.env_steps
     if len(rollout.returns):
@@ -160,14 +155,13 @@ def _collect(run: Run, step: int) -> Rollout:
     return run.pieces.collect(run.agent.policy, run.actions)
 
 
-def _schedule(run: Run) -> LambdaLR:
+def _set_learning_rates(run: Run, step: int) -> None:
     """Let the learning rates of policy and critic stay, or fall linearly to 0 over the run."""
     args = run.args
-
-    def share(updates: int) -> float:
-        return 1.0 if args.learning_rate_schedule == "constant" else 1 - updates / max(args.max_steps, 1)
-
-    return LambdaLR(run.agent.optimizer, share)
+    share = 1.0 if args.learning_rate_schedule == "constant" else 1 - (step - 1) / max(args.max_steps, 1)
+    rates = (args.learning_rate, args.value_learning_rate)
+    for group, rate in zip(run.agent.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * share
 
 
 def _evaluate(run: Run) -> dict[str, float]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tokenrl.control.arguments import ControlArguments, ControlSettings
+from tokenrl.control.arguments import ControlSettings
 from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import Rollout
 from tokenrl.core.baselines import RunningMean
@@ -17,7 +18,8 @@ from tokenrl.core.choices import choice_of
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.guards import within_rows
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Stopped
+from tokenrl.runs.optimizers import load_optimizer_state, optimizer_state
 
 
 @dataclass
@@ -47,9 +49,27 @@ class Agent:
     skipped: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state beside the weights that is needed to continue, as plain numbers."""
-        mean = self.running_mean.state_dict()
-        return {"running_mean": mean, "nonfinite": self.nonfinite, "skipped": self.skipped}
+        """Return what is needed to continue beside the weights; tensors are references, not copies."""
+        return {
+            "optimizer": optimizer_state(self.optimizer),
+            "running_mean": self.running_mean.state_dict(),
+            "diagnostics": self.diagnostics.state_dict(),
+            "generator": self.generator.get_state(),
+            "nonfinite": self.nonfinite,
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned; the weights are loaded apart from this.
+
+        Raises:
+            Refused: the optimiser has other parameters than the one that was saved.
+        """
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.running_mean.load_state_dict(state["running_mean"])
+        self.diagnostics.load_state_dict(state["diagnostics"])
+        self.generator.set_state(state["generator"])
+        self.nonfinite, self.skipped = int(state["nonfinite"]), int(state["skipped"])
 
 
 class Flat(NamedTuple):
@@ -69,41 +89,6 @@ class Flat(NamedTuple):
     def part(self, chosen: Tensor) -> Flat:
         """Return some of the units."""
         return Flat(*(x[chosen] for x in self))
-
-
-def check_supported(estimator: Estimator, args: ControlArguments) -> None:
-    """Refuse settings of the estimator that have no meaning in an environment.
-
-    Raises:
-        Refused: the message names the field, and what to choose.
-    """
-    wrong = {
-        "beta": estimator.beta > 0 and "there is no reference policy",
-        "baseline 'remax'": estimator.needs_greedy and "no second episode starts in the same state",
-        "zero_spread": estimator.zero_spread != "keep" and "there are no prompts to leave out",
-        "truncations": estimator.truncations != "keep"
-        and "time limits are handled by the value that follows",
-        "overlong_buffer": estimator.overlong_buffer > 0 and "the environment itself rewards length",
-    }
-    for what, why in wrong.items():
-        if why:
-            raise Refused(f"In control {what} cannot be set: {why}. Leave it at its default.")
-    if args.num_steps is None:
-        return
-    if not estimator.needs_values:
-        raise Refused(
-            f"num_steps {args.num_steps} cuts episodes, and only a critic can estimate the returns that are "
-            f"cut off; there is none (baseline {estimator.baseline!r}, returns {estimator.returns!r}). "
-            "Choose the baseline 'value' (presets a2c, ppo), or leave num_steps out to use whole episodes."
-        )
-    whole = "returns" in within_rows(estimator)
-    if estimator.baseline != "value" or estimator.scale not in ("none", "token_whiten") or whole:
-        raise Refused(
-            f"num_steps {args.num_steps} cuts episodes, and pieces of episodes cannot be compared with "
-            f"each other, or normalised, as baseline {estimator.baseline!r}, scale {estimator.scale!r} and "
-            f"returns {estimator.returns!r} do. Choose the baseline 'value' with scale 'none' or "
-            "'token_whiten' and returns 'gae' or 'reward_to_go', or leave num_steps out for whole episodes."
-        )
 
 
 def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
@@ -140,7 +125,7 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
     return metrics | {name: sum(values) / len(values) for name, values in known.items()}
 
 
-def scheduled(args: ControlArguments, step: int) -> Estimator:
+def scheduled(args: ControlSettings, step: int) -> Estimator:
     """Return the estimator of a step, counted from 1; its entropy bonus may fall to 0 over the run."""
     if args.entropy_schedule == "constant" or not args.estimator.needs_entropy:
         return args.estimator

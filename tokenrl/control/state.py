@@ -1,0 +1,190 @@
+"""Saves the state of environments and gives it to fresh copies, so that a resumed run continues exactly.
+
+What Python can show is saved: numbers, texts, arrays and random generators, and lists, tuples, dicts, sets
+and deques of them, in the attributes of an environment, of its wrappers and of the copies that are stepped
+together. Other state, such as the bodies of a physics engine, cannot be saved. A copy that has such state
+records the actions of its episode. To load it, the episode is replayed from its beginning, and what can be
+compared must be equal afterwards; so an environment that is not deterministic is found out.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import SyncVectorEnv, VectorEnv
+
+from tokenrl.control.values import Hidden, Reader, Writer
+
+FIXED = {"metadata", "_metadata", "autoreset_mode", "spec"}
+"""Attributes, by their names in gymnasium, that no step changes."""
+COPIES = {"envs", "env_fns"}
+"""The copies in a vector environment of gymnasium, which are saved each by itself, and what made them."""
+FIXED_TYPES = (
+    *(EnvSpec, np.dtype, type, types.ModuleType, functools.partial),
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
+)
+LONGEST_REPLAY = 20_000
+"""Environments with longer episodes are not recorded, since replaying many copies would take minutes."""
+
+
+class Captured(NamedTuple):
+    """The state of one environment: JSON texts by attribute, and the attributes that cannot be saved."""
+
+    values: dict[str, str]
+    hidden: list[str]
+
+
+def capture(environment: gymnasium.Env[Any, Any] | VectorEnv) -> Captured:
+    """Return the state of an environment and of all that it wraps; `restore` gives it to another."""
+    found = dict(_attributes(environment, set()))
+    hidden: list[str] = []
+    while True:  # again without what is hidden, so that no text refers to it
+        writer, values, before = Writer(found), dict[str, str](), len(hidden)
+        for path, value in found.items():
+            try:
+                values[path] = writer.attribute(path, value)
+            except Hidden:
+                hidden.append(path)
+        if len(hidden) == before:
+            return Captured(values, hidden)
+        found = {path: value for path, value in found.items() if path in values}
+
+
+def restore(environment: gymnasium.Env[Any, Any] | VectorEnv, values: Mapping[str, str]) -> None:
+    """Give a fresh environment that has been reset the state that `capture` found in an equal one."""
+    owners = {path: _owner(environment, path) for path in values}
+    now = {path: owner.get(path.rpartition(".")[2]) for path, owner in owners.items()}
+    reader = Reader(values, now)
+    for path, owner in owners.items():
+        owner[path.rpartition(".")[2]] = reader.attribute(path)
+
+
+def _attributes(thing: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Yield paths and values of all attributes that a step or a reset may change."""
+    seen.add(id(thing))
+    fixed = FIXED | COPIES if isinstance(thing, SyncVectorEnv) else FIXED
+    for name, value in vars(thing).items():
+        if name in fixed or isinstance(value, FIXED_TYPES):
+            continue
+        if isinstance(value, gymnasium.Space):  # only its random generator, with which it samples, changes
+            if vars(value).get("_np_random") is not None:
+                yield f"{name}._np_random", vars(value)["_np_random"]
+        elif not isinstance(value, (gymnasium.Env, VectorEnv)):
+            yield name, value
+        elif id(value) not in seen:
+            yield from ((f"{name}.{path}", found) for path, found in _attributes(value, seen))
+
+
+def _owner(thing: Any, path: str) -> dict[str, Any]:
+    """Return the attributes among which is the last one of a path."""
+    for name in path.split(".")[:-1]:
+        thing = vars(thing)[name]
+    return vars(thing)
+
+
+class Recorded(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Records how to replay the current episode: the state before its reset, the seed, and all actions."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+        """Record from the next reset on."""
+        super().__init__(env)
+        self.before: dict[str, str] | None = None
+        self.seed: int | None = None
+        self.actions: list[Any] = []
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
+        """Begin an episode, and its record."""
+        self.before, self.seed, self.actions = capture(self.env).values, seed, []
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Take a step, and record its action."""
+        self.actions.append(action)
+        return self.env.step(action)
+
+    def replay(self, before: Mapping[str, str], seed: int | None, actions: np.ndarray) -> Any:
+        """Play a recorded episode; return its last observation."""
+        restore(self.env, before)
+        observation = self.reset(seed=seed)[0]
+        for action in actions:
+            observation = self.step(action)[0]
+        return observation
+
+
+def record(vector: VectorEnv, probe: VectorEnv, horizon: int) -> None:
+    """Let copies record their episodes from their next reset on, if they have state that cannot be saved.
+
+    Copies that are stepped together by the environment's own code cannot be replayed one by one.
+
+    Args:
+        vector: the copies.
+        probe: one more copy, which has been reset and so shows whether there is such state.
+        horizon: the largest number of steps of an episode.
+    """
+    if not isinstance(vector, SyncVectorEnv) or not isinstance(probe, SyncVectorEnv):
+        return
+    if horizon <= LONGEST_REPLAY and capture(probe.envs[0]).hidden:
+        vector.envs = [Recorded(copy) for copy in vector.envs]
+
+
+def state_of(vector: VectorEnv) -> dict[str, Any]:
+    """Return the state of all copies, as plain values.
+
+    The entry `exact` says whether `load_state` can restore all of it.
+    """
+    copies = list(vector.envs) if isinstance(vector, SyncVectorEnv) else []
+    replays = [copy for copy in copies if isinstance(copy, Recorded)]
+    found = [capture(copy.env if isinstance(copy, Recorded) else copy) for copy in copies]
+    whole = capture(vector)
+    replay = None
+    if replays and all(copy.before is not None for copy in replays):
+        replay = {
+            "before": _columns([copy.before or {} for copy in replays]),
+            "seeds": [copy.seed for copy in replays],
+            "actions": [Writer({}).text(np.array(copy.actions)) for copy in replays],
+        }
+    return {
+        "vector": whole.values,
+        "copies": _columns([one.values for one in found]),
+        "replay": replay,
+        "exact": not whole.hidden and (bool(replays) or not any(one.hidden for one in found)),
+    }
+
+
+def load_state(vector: VectorEnv, state: Mapping[str, Any]) -> bool:
+    """Give fresh copies what `state_of` returned; return whether their state is exactly the saved one."""
+    vector.reset(seed=0)  # makes what only a reset makes
+    exact = bool(state["exact"])
+    copies = list(vector.envs) if isinstance(vector, SyncVectorEnv) else []
+    last = Reader(state["vector"], {}).attribute("_env_obs") if copies else []
+    for i, copy in enumerate(copies):
+        values = _row(state["copies"], i)
+        if not isinstance(copy, Recorded):
+            restore(copy, values)
+        elif state["replay"] is not None:
+            replay = state["replay"]
+            actions = Reader({}, {}).value(json.loads(replay["actions"][i]))
+            seen = copy.replay(_row(replay["before"], i), replay["seeds"][i], actions)
+            same = np.array_equal(seen, last[i], equal_nan=True)
+            exact = exact and same and capture(copy.env).values == values
+    restore(vector, state["vector"])
+    return exact
+
+
+def _columns(rows: list[dict[str, str]]) -> dict[str, Any]:
+    """Collect the texts of every path over the copies, [E]; a text that all share is kept once."""
+    columns = {path: [row.get(path) for row in rows] for path in sorted(set().union(*rows))}
+    return {path: column[0] if len(set(column)) == 1 else column for path, column in columns.items()}
+
+
+def _row(columns: Mapping[str, Any], copy: int) -> dict[str, str]:
+    """Return the texts of one copy by path."""
+    row = {path: column if isinstance(column, str) else column[copy] for path, column in columns.items()}
+    return {path: text for path, text in row.items() if text is not None}
