@@ -225,13 +225,6 @@ def facts(run: Run) -> dict[str, Any]:
     }
 
 
-def save(run: Run, session: Session) -> None:
-    """Save a checkpoint: the policy, and the states that are registered with the session."""
-    session.save(
-        lambda path: save_policy(run.agent.policy, path, env=run.spec.env), keep=run.args.keep_checkpoints
-    )
-
-
 def finish(run: Run, session: Session, ended: ControlResult) -> None:
     """Save the policy, write summary and report, and print the result."""
     session.finish(ended, lambda path: save_policy(run.agent.policy, path, env=run.spec.env))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -88,3 +89,11 @@ class SavedPolicy:
     def tensors(self) -> Iterable[Tensor]:
         """Return all that `write` writes, which must be finite."""
         return self.policy.state_dict().values()
+
+
+def fingerprint(policy: Policy) -> str:
+    """Return a hash of a policy's weights and of all else that it saves."""
+    digest = hashlib.sha256()
+    for name, tensor in policy.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()

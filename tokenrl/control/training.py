@@ -12,10 +12,12 @@ from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import describe
 from tokenrl.control.evaluation import evaluation_metrics, film, seed_of
 from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
-from tokenrl.control.run import ControlResult, Run, facts, finish, save
+from tokenrl.control.run import ControlResult, Run, facts, finish
+from tokenrl.control.saving import SavedPolicy, fingerprint
 from tokenrl.control.setup import prepare, resolve, stage_threads
 from tokenrl.control.update import learn
 from tokenrl.errors import Refused, describe as describe_error
+from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import threads_in_words, using_threads, with_threads
 from tokenrl.settings import arguments
@@ -45,6 +47,7 @@ def train_agent(
         >>> train_agent(agent="classic", env="Acrobot-v1", hidden=(32,), output_dir="runs/acrobot").verdict
     """
     args = _arguments(args, agent, options)
+    args = taken_up(args, args.resume, args.output_dir)
     spec = describe(args.env, args.max_episode_steps)
     args = resolve(args, spec)
     with (
@@ -55,6 +58,7 @@ def train_agent(
             quiet=args.quiet,
             every=args.logging_steps,
             tracking=args,
+            saving=args,
         ) as session,
         contextlib.ExitStack() as stack,
     ):
@@ -62,17 +66,21 @@ def train_agent(
         threads = stage_threads(run)
         run.args = with_threads(run.args, threads)
         stack.enter_context(using_threads(run.args.training_threads))
-        session.register(run=run, agent=run.agent)
+        maker = Maker({"initial policy": fingerprint(run.agent.policy)})
+        session.keep(SavedPolicy(run.agent.policy, spec.env), maker, agent=run.agent, run=run)
         with contextlib.closing(run.envs), contextlib.closing(run.eval_envs):
             shown = {**facts(run), "threads": threads_in_words(threads)}
             session.open(f"tokenrl control: {spec.env}", shown)
-            session.evaluated(_evaluate(run))
+            if not session.continues:
+                session.evaluated(_evaluate(run))
             if args.check:
                 session.console.note(
                     "Check passed: environment, policy and estimator work together. Nothing was trained."
                 )
                 return run.result(session, "check")
             session.begin(run.args, names={}, title=run.title, solved=spec.solved)
+            if session.continues and run.inexact:
+                session.console.warn(run.inexact)
             return _loop(run, session)
 
 
@@ -91,7 +99,7 @@ def _arguments(args: ControlArguments | None, agent: str | None, options: dict[s
 def _loop(run: Run, session: Session) -> ControlResult:
     """Train until the last step, the first signal, or until the environment is solved."""
     args = run.args
-    solved = args.stop_when_solved and run.solved(session.eval_before) is True
+    solved = (args.stop_when_solved and run.solved(session.eval_before) is True) or session.ended == "solved"
     for step in session.steps(0 if solved else args.max_steps):
         before = run.train_seconds
         metrics = _one_update(run, step)
@@ -103,8 +111,6 @@ def _loop(run: Run, session: Session) -> ControlResult:
         rate = run.env_steps / max(run.train_seconds, 1e-9)
         timings = {"env_steps_per_second": rate, "cpu_seconds": run.cpu_seconds, "step_seconds": seconds}
         session.record(metrics, timings)
-        if session.due(args.save_every, at_the_end=False):
-            save(run, session)
         if solved:
             break
     if session.owes_evaluation:

@@ -120,6 +120,13 @@ class RunDirectory:
             raise Refused(message) from error
         self._begun = True
 
+    @property
+    def steps(self) -> int | None:
+        """Number of steps of the run that has ended in the folder; None if that is not known."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return int(json.loads(self.summary.read_text(encoding="utf-8"))["steps"])
+        return None
+
     def cut_back(self, step: int) -> None:
         """Keep the run that the folder holds, but remove what it wrote after a step: that is made again.
 

@@ -91,7 +91,7 @@ def _verified(directory: RunDirectory, resume: str) -> Latest:
         verify_checkpoint(path)
         return Latest(path, [])
     found = latest_checkpoint(directory.checkpoints)
-    if found.path is None and (found.skipped or directory.model.exists()):
+    if found.path is None and (found.skipped or (directory.model.exists() and directory.steps != 0)):
         why = " ".join(found.skipped) or "It holds a model, but no checkpoint."
         raise Refused(
             f"The run in {directory.path} cannot be continued. {why} To start it again, which replaces what "

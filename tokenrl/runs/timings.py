@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +30,14 @@ class Stopwatch:
         self.last = time.perf_counter() - began
         self.total += self.last
         return found
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the time so far."""
+        return {"total": self.total}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.total = state["total"]
 
     def timings(self, tokens: float) -> dict[str, float]:
         """Return the seconds of the last update, and the mean rate if all of them processed `tokens`."""

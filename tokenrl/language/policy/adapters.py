@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from tokenrl.errors import Refused, describe
+from tokenrl.language.policy.fingerprints import check_base, note_base
 from tokenrl.language.policy.model import Policy, wrap
 from tokenrl.language.policy.peft_names import answer_peft
 
@@ -58,6 +59,9 @@ def add_lora(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy.model = get_peft_model(policy.model, config)  # type: ignore[arg-type]
+    if config.base_model_name_or_path and Path(config.base_model_name_or_path).is_dir():
+        # so that the adapter finds its base from wherever it is loaded
+        config.base_model_name_or_path = str(Path(config.base_model_name_or_path).resolve())
     if not policy.trainable_parameters():
         raise Refused("The adapter leaves no parameter to train. Choose other lora_target_modules.")
 
@@ -71,7 +75,7 @@ def load_adapted(directory: Path, *, dtype: str, trust_remote_code: bool) -> Pol
         trust_remote_code: run Python code that is shipped with the model.
 
     Raises:
-        Refused: the adapter or its base model cannot be loaded.
+        Refused: the adapter or its base model cannot be loaded, or the base is not that of the adapter.
     """
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
@@ -86,7 +90,70 @@ def load_adapted(directory: Path, *, dtype: str, trust_remote_code: bool) -> Pol
             f"The adapter {directory} cannot be loaded on its base model ({describe(error)}). Give "
             f"{directory.parent}, in which both are merged; then all weights count."
         ) from error
+    check_base(model, Path(directory))
     return wrap(model, tokenizer, source=str(directory))
+
+
+def check_adapter(policy: Policy) -> None:
+    """Check that the adapter alone holds all that is trained, so that a checkpoint of it is complete.
+
+    Raises:
+        Refused: weights outside the adapter are trained too.
+    """
+    from peft import get_peft_model_state_dict
+
+    model: Any = policy.model
+    held = {w.data_ptr() for w in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
+    outside = [name for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in held]
+    if outside:
+        raise Refused(
+            f"The model has an adapter, but {len(outside)} weights outside it would be trained too, such as "
+            f"{outside[0]}. Freeze them (requires_grad_(False)), name their modules in peft's "
+            "modules_to_save, or merge the adapter and train all weights."
+        )
+
+
+def write_adapter(policy: Policy, folder: Path) -> None:
+    """Write the adapter alone, with its tokenizer and the fingerprint of the base that it belongs to.
+
+    Args:
+        policy: a policy with an adapter.
+        folder: is made if absent, and then loads as a model, on top of the base.
+    """
+    model: Any = policy.model
+    # Frozen embeddings belong to the base; otherwise peft would ask the hub for the base's configuration.
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's template, without content
+    policy.tokenizer.save_pretrained(folder)
+    note_base(model, folder)
+
+
+def read_adapter(policy: Policy, folder: Path) -> None:
+    """Give a policy's adapter the weights that `write_adapter` wrote, bit for bit.
+
+    Args:
+        policy: a policy with an adapter of the same shape, on the same base.
+        folder: what `write_adapter` wrote.
+
+    Raises:
+        Refused: the folder holds no adapter, another one, or one that was trained on another base.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    model: Any = policy.model
+    try:
+        saved = load_file(folder / "adapter_model.safetensors")
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+        if {name: w.shape for name, w in saved.items()} != {name: w.shape for name, w in own.items()}:
+            raise ValueError("the names or the shapes of its weights differ")
+    except Exception as error:  # files that are absent, damaged or something else raise many kinds of errors
+        raise Refused(
+            f"The adapter in {folder} is not that of this run ({describe(error)}). Resume with the model, "
+            "the rank and the target modules that the run was started with, or start a new run."
+        ) from error
+    check_base(model, folder)
+    set_peft_model_state_dict(model, saved)
 
 
 def _adaptable(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import Dtype, PromptArguments
 from tokenrl.language.policy.bars import without_bars
+from tokenrl.language.policy.fingerprints import check_base
 from tokenrl.language.policy.peft_names import answer_peft
 from tokenrl.language.policy.prompts import Prompt, check_form, encode_prompt, saved_form
 from tokenrl.language.policy.stops import StopStrings
@@ -229,7 +230,8 @@ def load_policy(
 
     Raises:
         Refused: the model or its tokenizer cannot be loaded (the loader's message is quoted), weights are
-            missing, the tokenizer does not fit the model, or `dtype` is unknown.
+            missing, an adapter was trained on another base, the tokenizer does not fit the model, or `dtype`
+            is unknown.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -246,8 +248,7 @@ def load_policy(
             from peft import AutoPeftModelForCausalLM
 
             answer_peft()
-            model = AutoPeftModelForCausalLM.from_pretrained(name, **options).merge_and_unload()
-            model.requires_grad_(True)
+            model = AutoPeftModelForCausalLM.from_pretrained(name, **options, is_trainable=True)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, output_loading_info=True)
             model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
@@ -263,6 +264,9 @@ def load_policy(
             + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             + ". A classifier or an encoder cannot be the policy. Give a model saved with its language head."
         )
+    if hasattr(model, "merge_and_unload"):
+        check_base(model, Path(name))
+        model = model.merge_and_unload().requires_grad_(True)
     policy = wrap(model, tokenizer, source=name)
     policy.ask(PromptArguments(**saved_form(name_or_path)))
     return policy

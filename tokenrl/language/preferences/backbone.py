@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.bars import without_bars
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.policy.saving import read_weights
 from tokenrl.language.rewards.model import RewardModel
 
 
@@ -126,3 +128,30 @@ def save_reward_model(reward_model: RewardModel, directory: Path, *, card: str |
     reward_model.tokenizer.save_pretrained(directory)
     if card is not None:
         (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+@dataclass
+class SavedRewardModel:
+    """A reward model as checkpoints hold it.
+
+    Attributes:
+        reward_model: the reward model.
+    """
+
+    reward_model: RewardModel
+
+    def write(self, folder: Path) -> None:
+        """Write the weights and the tokenizer into an existing folder, which then loads as a reward model."""
+        save_reward_model(self.reward_model, folder)
+
+    def read(self, folder: Path) -> None:
+        """Give the reward model the weights that `write` wrote, bit for bit.
+
+        Raises:
+            Refused: the folder holds the weights of another model.
+        """
+        read_weights(self.reward_model.model, folder)
+
+    def tensors(self) -> Iterable[torch.Tensor]:
+        """Return the weights that are trained."""
+        return [p for p in self.reward_model.model.parameters() if p.requires_grad]

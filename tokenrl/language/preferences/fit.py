@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ from torch.nn.functional import logsigmoid
 from tokenrl.calls import called
 from tokenrl.errors import Refused
 from tokenrl.language.policy.cards import base_model
+from tokenrl.language.policy.fingerprints import fingerprint, tokenizer_fingerprint
 from tokenrl.language.policy.prompts import form_of, settled_form
 from tokenrl.language.preferences.arguments import RewardModelArguments, RewardModelSettings
+from tokenrl.language.preferences.backbone import SavedRewardModel
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
 from tokenrl.language.preferences.evaluation import (
     calibration,
@@ -37,8 +39,9 @@ from tokenrl.language.preferences.report import (
     report_reward_model,
 )
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.language.tasks.memory import recorded
+from tokenrl.language.tasks.memory import fingerprint as rows_fingerprint, recorded
 from tokenrl.language.training.descent import Descent
+from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import Choice, choose_threads, threads_in_words, using_threads, with_threads
 from tokenrl.runs.timings import Stopwatch
@@ -227,8 +230,12 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
     """
     args = called(RewardModelArguments, args, options)
     args = settled_form(args, args.model if args.policy is None else args.policy)
+    args = taken_up(args, args.resume, args.output_dir)
     how: dict[str, Any] = {"overwrite": args.overwrite, "quiet": args.quiet, "report": report_reward_model}
-    with Session("reward-model", args.output_dir, tracking=args, **how) as session, ExitStack() as stack:
+    with (
+        Session("reward-model", args.output_dir, tracking=args, saving=args, **how) as session,
+        ExitStack() as stack,
+    ):
         data = load_reward_data(args, session.console.note)
         reward_model = make_backbone(args, data.task, session.console.note)
         reward_model.ask(form_of(args))
@@ -239,9 +246,11 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         args = with_threads(args, threads)
         stack.enter_context(using_threads(args.training_threads))
         shown = facts(args, data, reward_model) | ({"threads": threads_in_words(threads)} if threads else {})
+        watch, maker = Stopwatch(), _made_from(reward_model, data)
+        session.keep(SavedRewardModel(reward_model), maker, training=training, watch=watch)
         session.open(f"tokenrl reward-model: {data.name}", shown, note=LOSS_NOTE)
-        rewards = score_pairs(reward_model, held_out)
-        session.evaluated(preference_metrics(rewards, data.held_out))
+        if not session.continues:
+            session.evaluated(preference_metrics(score_pairs(reward_model, held_out), data.held_out))
         if args.check:
             session.console.note("Check passed: data, model and loss work together. Nothing trained.")
             return RewardModelResult(**session.outcome("check"), calibration=[], reward_model=reward_model)
@@ -250,21 +259,31 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         pairs = {"train": len(data.train), "held_out": len(data.held_out)}
         title = f"Reward model, {data.name}, seed {args.seed}"
         session.begin(args, names=names, title=title, pairs=pairs, **recorded(data.task))
-        watch = Stopwatch()
         for _ in session.steps(args.max_steps):
             metrics = watch.time(training.update)
             timings = watch.timings(metrics["num_tokens"])
             if session.due(args.eval_every):
-                rewards = score_pairs(reward_model, held_out)
-                metrics |= session.evaluated(preference_metrics(rewards, data.held_out))
+                found = preference_metrics(score_pairs(reward_model, held_out), data.held_out)
+                metrics |= session.evaluated(found)
             session.record(metrics, timings)
+        rewards = score_pairs(reward_model, held_out)
         if not session.is_evaluated:
-            rewards = score_pairs(reward_model, held_out)
             session.evaluated(preference_metrics(rewards, data.held_out))
         curve = calibration(rewards[:, 0] - rewards[:, 1])
         ended = RewardModelResult(**session.outcome("finished"), calibration=curve, reward_model=reward_model)
         finish(session, data, ended, rewards, base_model(args.model))
         return ended
+
+
+def _made_from(reward_model: RewardModel, data: RewardData) -> Maker:
+    """Describe what the training is made from; only with the same can it be continued."""
+    pairs = {"train": data.train, "held_out": data.held_out}
+    fingerprints = {
+        "data": rows_fingerprint({name: [asdict(pair) for pair in rows] for name, rows in pairs.items()}),
+        "tokenizer": tokenizer_fingerprint(reward_model.tokenizer),
+        "base model": fingerprint(reward_model.model),
+    }
+    return Maker(fingerprints, device=reward_model.model.device.type)
 
 
 def _resolve(args: RewardModelArguments, data: RewardData) -> RewardModelSettings:

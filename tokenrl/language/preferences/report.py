@@ -89,6 +89,8 @@ def finish(
         }
         for i in order
     ]
+    for earlier in directory.completions.glob("step_*.parquet"):  # of a run that this one continues
+        earlier.unlink()
     write_completions(directory.completions, ended.steps, rows)
     settings, numbers = read_config(directory.path), ended.eval_after
     facts: dict[str, Any] = {f"{name} on held-out pairs": value for name, value in numbers.items()}

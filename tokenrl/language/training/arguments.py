@@ -98,6 +98,7 @@ class LogArguments(Settings, group="logs"):
     """Steps between tables of sampled completions, printed and saved in completions/. Default: with each
     evaluation."""
 
+
 @dataclass(frozen=True)
 class SafetyArguments(Settings, group="safety stops"):
     """When a run is refused or stopped."""

@@ -16,6 +16,7 @@ from tokenrl.calls import called
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.destroyed import Watch
 from tokenrl.language.policy.prompts import settled_form
+from tokenrl.language.policy.saving import SavedPolicy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
@@ -28,6 +29,7 @@ from tokenrl.language.training.run import Run, RunResult, facts, finish, record_
 from tokenrl.language.training.setup import (
     adapt,
     load_base,
+    made_from,
     make_accelerator,
     make_learner,
     resolve,
@@ -37,7 +39,7 @@ from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.threads import settle_threads
 from tokenrl.language.training.verdicts import check_signal, judge, nothing_left
 from tokenrl.language.training.warm_start import warm_start
-from tokenrl.runs.resume import Maker, taken_up
+from tokenrl.runs.resume import taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import using_threads
 
@@ -134,6 +136,7 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
         if args.warm_start:
             warmed = warm_start(policy, task, rewards, args, session.console, accelerator.device)
         adapt(args, policy)
+    maker = made_from(policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator)
     learner, schedule = make_learner(args, policy, accelerator)
     threads = settle_threads(learner)
     task = filter_task(
@@ -158,6 +161,14 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
         running_mean=RunningMean(estimator.running_mean_decay, estimator.running_mean_init),
         defaults=defaults,
         warm_started=warmed,
+    )
+    session.keep(
+        SavedPolicy(policy),
+        maker,
+        stream=run.stream,
+        running_mean=run.running_mean,
+        learner=learner,
+        run=run,
     )
     return run
 

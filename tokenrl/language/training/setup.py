@@ -5,7 +5,7 @@ Arguments that cannot be used are refused here, before anything is trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,16 +17,19 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.adapters import add_lora
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
+from tokenrl.language.policy.fingerprints import fingerprint, tokenizer_fingerprint
 from tokenrl.language.policy.model import Policy, load_policy, wrap
 from tokenrl.language.policy.prompts import form_of, settled_form
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.ways import choose_way
+from tokenrl.language.tasks.memory import fingerprint as rows_fingerprint
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.critic import Critic
 from tokenrl.language.training.defaults import Defaults, demonstrations, training_defaults
 from tokenrl.language.training.supervised import check_trainable, warm_started_base
 from tokenrl.language.training.update import Learner
+from tokenrl.runs.resume import Maker
 from tokenrl.settings import settled
 
 
@@ -216,6 +219,24 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple
     if args.diagnostics_every:
         learner.diagnostics = GradientDiagnostics(args.diagnostics_every)
     return learner, schedule
+
+
+def made_from(policy: Policy, rows: Mapping[str, Sequence[Any]], accelerator: Any = None) -> Maker:
+    """Describe what a run is made from, before its first step: only with the same can it be continued.
+
+    Args:
+        policy: the policy, with the weights that it starts from.
+        rows: all rows of data that decide what is learnt, in named parts.
+        accelerator: accelerate's handle of device and processes; None for one process without it.
+    """
+    fingerprints = {
+        "data": rows_fingerprint(rows),
+        "tokenizer": tokenizer_fingerprint(policy.tokenizer),
+        "base model": fingerprint(policy.model),
+    }
+    if accelerator is None:
+        return Maker(fingerprints, device=policy.device.type)
+    return Maker(fingerprints, accelerator.num_processes, accelerator.device.type)
 
 
 def load_placed(name: str, *, dtype: str, trust_remote_code: bool) -> Policy:

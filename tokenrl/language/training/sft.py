@@ -13,7 +13,7 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.cards import Card, base_model
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import asked, settled_form
-from tokenrl.language.policy.saving import save_policy
+from tokenrl.language.policy.saving import SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.ways import choose_way
@@ -30,10 +30,11 @@ from tokenrl.language.training.defaults import (
     with_origins,
 )
 from tokenrl.language.training.evaluation import evaluate_policy
-from tokenrl.language.training.setup import make_policy
+from tokenrl.language.training.setup import made_from, make_policy
 from tokenrl.language.training.supervised import SupervisedTraining
 from tokenrl.language.training.threads import stage_threads
 from tokenrl.runs.outcome import Outcome
+from tokenrl.runs.resume import taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import threads_in_words, using_threads, with_threads
 from tokenrl.runs.timings import Stopwatch
@@ -79,7 +80,9 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         Stopped: the loss or its gradient became NaN or infinite.
     """
     args = settled_form(called(SftArguments, args, options))
+    args = taken_up(args, args.resume, args.output_dir)
     how: dict[str, Any] = {"overwrite": args.overwrite, "quiet": args.quiet, "tracking": args}
+    how |= {"saving": args}
     with Session("sft", args.output_dir, **how) as session, ExitStack() as stack:
         task, rewards, rows = _demonstrations(args)
         policy = make_policy(args, task, session.console.note)
@@ -90,7 +93,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         stack.enter_context(using_threads(args.training_threads))
         order = {"max_steps": args.max_steps, "batch_size": args.batch_size, "seed": args.seed}
         training = SupervisedTraining(policy, rows, learning_rate=args.learning_rate, **order)
-        evaluate = _evaluation(args, task, rewards, policy, training)
+        evaluate, watch = _evaluation(args, task, rewards, policy, training), Stopwatch()
         told = partial(with_origins, args, found.origins)
         facts: dict[str, Any] = {
             "model": policy.source,
@@ -103,12 +106,15 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         }
         name = args.task if isinstance(args.task, str) else str(task.name)
         title = f"{name}, supervised, seed {args.seed}"
+        maker = made_from(policy, {"demonstrations": rows})
+        session.keep(SavedPolicy(policy), maker, training=training, watch=watch)
         session.open(
             f"tokenrl sft: {name}", facts, note="The loss is the negative log-likelihood, in nats per token."
         )
-        session.evaluated(evaluate())
+        if not session.continues:
+            session.evaluated(evaluate())
         session.begin(args, names={"task": name, "model": policy.source}, title=title, **recorded(task))
-        _train(args, training, evaluate, session)
+        _train(args, training, evaluate, session, watch)
         first, last = training.descent.loss_before, training.descent.loss_after
         ended = SftResult(**session.outcome("finished"), loss_before=first, loss_after=last, policy=policy)
         facts |= {f"{k} after": v for k, v in ended.eval_after.items() if k.startswith("reward")}
@@ -123,9 +129,9 @@ def _train(
     training: SupervisedTraining,
     evaluate: Callable[[], dict[str, float]],
     session: Session,
+    watch: Stopwatch,
 ) -> None:
     """Make the updates, with an evaluation now and then."""
-    watch = Stopwatch()
     for _ in session.steps(args.max_steps):
         metrics = watch.time(training.update)
         timings = watch.timings(training.tokens)
