@@ -9,8 +9,9 @@ from counting_env import register
 from gymnasium import spaces
 
 from tokenrl.cli import main
-from tokenrl.control.environments import OWN, Environments, describe, find, make
+from tokenrl.control.environments import Environments, describe, make
 from tokenrl.control.evaluation import SEEDS, check_film, seed_of
+from tokenrl.control.registered import OWN, find
 from tokenrl.errors import Refused
 
 

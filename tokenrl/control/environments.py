@@ -8,7 +8,7 @@ and `rollouts` leaves it out.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,14 +120,14 @@ class Environments:
     """Copies of one environment: observations are flat float32 vectors, actions are those of a policy.
 
     Attributes:
-        exact: whether the `state_dict` last returned holds all state, or all of the one last loaded was
-            restored.
+        exact: whether the state last saved was complete, or the one last loaded was restored completely.
     """
 
     def __init__(self, env: str, num_envs: int, max_episode_steps: int | None = None) -> None:
         """Make the copies; see `make`."""
         self.vector = make(env, num_envs, max_episode_steps)
         self.env, self.num_envs, self.exact = find(env).id, num_envs, True
+        self._moves = 0  # resets and steps so far
         self._horizon = _horizon(find(env), max_episode_steps)
         self._observations: Any = self.vector.single_observation_space
         actions: Any = self.vector.single_action_space
@@ -146,6 +146,7 @@ class Environments:
         Raises:
             Stopped: the environment raised an error.
         """
+        self._moves += 1
         try:
             return self.flat(self.vector.reset(seed=seed)[0])
         except Exception as error:
@@ -166,6 +167,7 @@ class Environments:
         Raises:
             Stopped: the environment raised an error.
         """
+        self._moves += 1
         try:
             observations, rewards, terminated, truncated, _ = self.vector.step(self.translate(actions))
             return self.flat(observations), rewards, terminated, truncated
@@ -184,19 +186,28 @@ class Environments:
         return np.clip(self._middle + self._half * actions, self._low, self._high)
 
     def record(self) -> None:
-        """Record all episodes from the next reset on, if only that makes `load_state_dict` exact."""
+        """Record all episodes from the next reset on, if `load_state` needs that to restore them."""
         with contextlib.closing(Environments(self.env, 1, self._horizon)) as probe:
             probe.reset(seed=0)
             record(self.vector, probe.vector, self._horizon)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of all copies; its entry `exact` is False if some of it cannot be saved."""
-        state = state_of(self.vector)
-        self.exact = state["exact"]
+    def state_when_saved(self) -> Callable[[], dict[str, Any]]:
+        """Return a function that returns the state of all copies, since that takes as long as many steps.
+
+        The state that it returns has the entry `exact`, which is False if some of the state cannot be saved,
+        or if a copy has been stepped or reset before the function is called.
+        """
+        moves = self._moves
+
+        def state() -> dict[str, Any]:
+            found = state_of(self.vector)
+            found["exact"] = self.exact = found["exact"] and moves == self._moves
+            return found
+
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned; `exact` says afterwards whether it is the same state.
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state that was saved; `exact` says afterwards whether all of it was restored.
 
         Raises:
             Stopped: the environment raised an error.

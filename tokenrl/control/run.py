@@ -106,13 +106,17 @@ class Run:
         return f"{self.spec.env}, {preset_name(self.args.estimator)}, seed {self.args.seed}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the progress and the state of the environments, with which the run continues exactly."""
+        """Return the progress and the state of the environments, with which the run continues exactly.
+
+        What takes time is returned as a function, which is called only if a checkpoint is written.
+        """
+        updates = len(self.entropies)
         return {
             **{name: getattr(self, name) for name in NUMBERS},
-            "entropies": np.array(self.entropies, np.float64),
+            "entropies": lambda: np.array(self.entropies[:updates], np.float64),
             "actions": self.actions.get_state(),
-            "envs": self.envs.state_dict(),
-            "eval_envs": self.eval_envs.state_dict(),
+            "envs": self.envs.state_when_saved(),
+            "eval_envs": self.eval_envs.state_when_saved(),
             "pieces": None if self.pieces is None else self.pieces.state_dict(),
         }
 
@@ -128,21 +132,20 @@ class Run:
         self.actions.set_state(state["actions"])
         if state["pieces"] is not None:
             self.pieces = Pieces(self.envs, self.args.num_steps or 0, seed=0)
-        self.envs.load_state_dict(state["envs"])
-        self.eval_envs.load_state_dict(state["eval_envs"])
+        self.envs.load_state(state["envs"])
+        self.eval_envs.load_state(state["eval_envs"])
         if self.pieces is not None:
             self.pieces.load_state_dict(state["pieces"])
 
     @property
     def inexact(self) -> str | None:
-        """Why the run, resumed from the state last saved or loaded, is not bit-exact; None if it is."""
-        if self.envs.exact and self.eval_envs.exact:
+        """Why the run does not continue bit for bit from the state last loaded; None if it does."""
+        if self.envs.exact:
             return None
-        began = "" if self.args.num_steps is None else " Its episodes begin anew at every resume."
+        began = "" if self.pieces is None else " Its episodes begin anew."
         return (
-            f"{self.spec.env} has state that cannot be saved, or that replaying its episodes does not bring "
-            f"back, so a resumed run is not bit-exact.{began} State in the attributes of the environment is "
-            "saved if it consists of numbers, texts, arrays, random generators, and lists or dicts of these."
+            f"The continuation is not bit-exact: {self.spec.env} has state that was not saved, or that "
+            f"replaying its episodes did not bring back.{began}"
         )
 
     def solved(self, evaluation: dict[str, float]) -> bool | None:

@@ -30,38 +30,57 @@ FIXED_TYPES = (
     *(EnvSpec, np.dtype, type, types.ModuleType, functools.partial),
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
 )
+LARGE = 10
+"""Containers with this many items, such as tables of transitions, are compared between copies."""
 LONGEST_REPLAY = 20_000
 """Environments with longer episodes are not recorded, since replaying many copies would take minutes."""
 
 
 class Captured(NamedTuple):
-    """The state of one environment: JSON texts by attribute, and the attributes that cannot be saved."""
+    """The state of one environment, by the path of the attribute: texts, values, and what has no text."""
 
-    values: dict[str, str]
+    texts: dict[str, str]
+    values: dict[str, Any]
     hidden: list[str]
 
 
-def capture(environment: gymnasium.Env[Any, Any] | VectorEnv) -> Captured:
-    """Return the state of an environment and of all that it wraps; `restore` gives it to another."""
-    found = dict(_attributes(environment, set()))
+def capture(environment: gymnasium.Env[Any, Any] | VectorEnv, like: Captured | None = None) -> Captured:
+    """Return the state of an environment and of all that it wraps; `restore` gives it to another.
+
+    Args:
+        environment: the environment.
+        like: the state of another copy. Large tables that are equal in both are not written again.
+    """
+    values = dict(_attributes(environment, set()))
     hidden: list[str] = []
     while True:  # again without what is hidden, so that no text refers to it
-        writer, values, before = Writer(found), dict[str, str](), len(hidden)
-        for path, value in found.items():
+        writer, texts, before = Writer(values), dict[str, str](), len(hidden)
+        for path, value in values.items():
             try:
-                values[path] = writer.attribute(path, value)
+                known = like is not None and path in like.texts and _same_table(value, like.values[path])
+                texts[path] = like.texts[path] if like and known else writer.attribute(path, value)
             except Hidden:
                 hidden.append(path)
         if len(hidden) == before:
-            return Captured(values, hidden)
-        found = {path: value for path, value in found.items() if path in values}
+            return Captured(texts, values, hidden)
+        values = {path: value for path, value in values.items() if path in texts}
 
 
-def restore(environment: gymnasium.Env[Any, Any] | VectorEnv, values: Mapping[str, str]) -> None:
-    """Give a fresh environment that has been reset the state that `capture` found in an equal one."""
-    owners = {path: _owner(environment, path) for path in values}
+def _same_table(one: Any, other: Any) -> bool:
+    """Return whether both are large containers of numbers and texts, and equal."""
+    if type(one) is not type(other) or type(one) not in (dict, list, tuple) or len(one) < LARGE:
+        return False
+    try:
+        return bool(one == other)
+    except ValueError:  # of arrays inside
+        return False
+
+
+def restore(environment: gymnasium.Env[Any, Any] | VectorEnv, texts: Mapping[str, str]) -> None:
+    """Give a fresh environment that has been reset the texts that `capture` found in an equal one."""
+    owners = {path: _owner(environment, path) for path in texts}
     now = {path: owner.get(path.rpartition(".")[2]) for path, owner in owners.items()}
-    reader = Reader(values, now)
+    reader = Reader(texts, now)
     for path, owner in owners.items():
         owner[path.rpartition(".")[2]] = reader.attribute(path)
 
@@ -101,7 +120,7 @@ class Recorded(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
         """Begin an episode, and its record."""
-        self.before, self.seed, self.actions = capture(self.env).values, seed, []
+        self.before, self.seed, self.actions = capture(self.env).texts, seed, []
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
@@ -141,7 +160,10 @@ def state_of(vector: VectorEnv) -> dict[str, Any]:
     """
     copies = list(vector.envs) if isinstance(vector, SyncVectorEnv) else []
     replays = [copy for copy in copies if isinstance(copy, Recorded)]
-    found = [capture(copy.env if isinstance(copy, Recorded) else copy) for copy in copies]
+    found: list[Captured] = []
+    for copy in copies:
+        inside = copy.env if isinstance(copy, Recorded) else copy
+        found.append(capture(inside, found[0] if found else None))
     whole = capture(vector)
     replay = None
     if replays and all(copy.before is not None for copy in replays):
@@ -151,8 +173,8 @@ def state_of(vector: VectorEnv) -> dict[str, Any]:
             "actions": [Writer({}).text(np.array(copy.actions)) for copy in replays],
         }
     return {
-        "vector": whole.values,
-        "copies": _columns([one.values for one in found]),
+        "vector": whole.texts,
+        "copies": _columns([one.texts for one in found]),
         "replay": replay,
         "exact": not whole.hidden and (bool(replays) or not any(one.hidden for one in found)),
     }
@@ -165,15 +187,15 @@ def load_state(vector: VectorEnv, state: Mapping[str, Any]) -> bool:
     copies = list(vector.envs) if isinstance(vector, SyncVectorEnv) else []
     last = Reader(state["vector"], {}).attribute("_env_obs") if copies else []
     for i, copy in enumerate(copies):
-        values = _row(state["copies"], i)
+        texts = _row(state["copies"], i)
         if not isinstance(copy, Recorded):
-            restore(copy, values)
+            restore(copy, texts)
         elif state["replay"] is not None:
             replay = state["replay"]
             actions = Reader({}, {}).value(json.loads(replay["actions"][i]))
             seen = copy.replay(_row(replay["before"], i), replay["seeds"][i], actions)
             same = np.array_equal(seen, last[i], equal_nan=True)
-            exact = exact and same and capture(copy.env).values == values
+            exact = exact and same and capture(copy.env).texts == texts
     restore(vector, state["vector"])
     return exact
 

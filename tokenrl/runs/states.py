@@ -32,7 +32,8 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     Args:
         folder: gets the two files.
         state: plain values, also NaN and integers of any size; tensors; numpy arrays; and dicts with text as
-            keys and lists of all these. A tuple becomes a list.
+            keys and lists of all these. A tuple becomes a list. A function stands for what it returns: it
+            is called now, so that what takes long to find is found only if it is written.
 
     Raises:
         TypeError: the state holds something else.
@@ -79,6 +80,7 @@ def versions(state: Any) -> list[int]:
 
 
 def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    value = value() if callable(value) else value
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().contiguous()
         return {_TENSOR: name}
