@@ -89,7 +89,8 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     overwrite: bool = False
     """Replace the run that output_dir holds."""
     check: bool = False
-    """Do everything up to the first update, print the result, and stop."""
+    """Try everything out without a change of the weights, print all problems with how to mend them, and how
+    long the run will take, and stop. Exit code 0: passed (remarks apart); 2: there is a problem."""
     quiet: bool = False
     """Print nothing but errors."""
 

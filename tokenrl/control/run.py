@@ -35,7 +35,8 @@ class ControlResult(Outcome):
             or if a signal ended the run before its evaluation.
         threshold: the mean return from which the environment counts as solved; None if it names none.
         verdict: `solved` in words, with the numbers that it rests on.
-        flags: warnings about the result, such as `entropy-collapsed`.
+        flags: warnings about the result, such as `entropy-collapsed`; of a check, a short name for each
+            problem and then for each remark.
         train_cpu_seconds: processor time of rollouts and updates.
         policy: the trained policy.
     """

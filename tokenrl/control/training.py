@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from functools import partial
 from typing import Any
 
 from tokenrl.calls import called
 from tokenrl.control.agents import agent_settings
 from tokenrl.control.arguments import ControlArguments
+from tokenrl.control.check import check_agent
 from tokenrl.control.environments import describe
 from tokenrl.control.evaluation import evaluation_metrics, film, seed_of
 from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
@@ -71,13 +73,10 @@ def train_agent(
         with contextlib.closing(run.envs), contextlib.closing(run.eval_envs):
             shown = {**facts(run), "threads": threads_in_words(threads)}
             session.open(f"tokenrl control: {spec.env}", shown)
+            if args.check:
+                return check_agent(run, session, partial(_evaluate, run), partial(_collect, run, 1))
             if not session.continues:
                 session.evaluated(_evaluate(run))
-            if args.check:
-                session.console.note(
-                    "Check passed: environment, policy and estimator work together. Nothing was trained."
-                )
-                return run.result(session, "check")
             session.begin(run.args, names={}, title=run.title, solved=spec.solved)
             if session.continues and run.inexact:
                 session.console.warn(run.inexact)

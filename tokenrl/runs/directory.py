@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,15 @@ class RunDirectory:
             folder, which need not exist yet.
     """
 
-    def __init__(self, path: Path, lock: Any, *, begun: bool) -> None:
-        """Wrap a folder whose lock is already held; use `create` instead."""
+    def __init__(self, path: Path, lock: Any, *, begun: bool, made: Sequence[Path] = ()) -> None:
+        """Wrap a folder whose lock is already held; use `create` instead.
+
+        `made` are the folders that did not exist before, the innermost first.
+        """
         self.path = path
         self._lock = lock
         self._begun = begun
+        self._made = made
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
         self.timings = path / "timings.jsonl"
@@ -86,6 +90,7 @@ class RunDirectory:
             if run.exists() and not run.is_dir():
                 raise Refused(f"The output directory {run} is a file; give a directory that is new or empty.")
             _refuse_foreign(run)
+            made = [folder for folder in (run, *run.parents) if not folder.exists()]
             run.mkdir(parents=True, exist_ok=True)
             lock = _acquire(run)
         except Refused:
@@ -104,7 +109,7 @@ class RunDirectory:
         except BaseException:
             lock.release()
             raise
-        return cls(run, lock, begun=not _holds_run(run))
+        return cls(run, lock, begun=not _holds_run(run), made=made)
 
     def begin(self) -> None:
         """Remove the run that the folder held. `write_config` calls this; a second call does nothing.
@@ -144,7 +149,15 @@ class RunDirectory:
         self.summary.unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Release the lock, so that another run may use the directory."""
+        """Release the lock, so that another run may use the directory.
+
+        Folders that `create` made are removed if nothing has been written into them, as after a check.
+        """
+        with contextlib.suppress(OSError):  # it is not empty; or Windows, where an open file stays
+            if self._made and [entry.name for entry in self.path.iterdir()] == [".lock"]:
+                (self.path / ".lock").unlink()  # while it is held, so that no other run can take it
+                for folder in self._made:
+                    folder.rmdir()
         self._lock.release()
 
     def __enter__(self) -> RunDirectory:

@@ -14,7 +14,7 @@ class Outcome:
     Attributes:
         output_dir: the run directory.
         exit_reason: `finished`, `check`, `SIGTERM`, `SIGINT`, or another reason that the training gives.
-        exit_code: 0, or 128 plus the number of the signal that ended the run.
+        exit_code: 0; 2 if a check found a problem; 128 plus the number of the signal that ended the run.
         steps: number of updates made.
         eval_before: metrics of the evaluation before training.
         eval_after: metrics of the evaluation after the last update; may be empty after a signal.

@@ -75,7 +75,8 @@ class RewardModelArguments(PromptArguments, SavingArguments, TrackerArguments, T
     overwrite: bool = False
     """Replace the run that output_dir holds."""
     check: bool = False
-    """Do everything up to the first update, report whether it works, and stop."""
+    """Do everything up to the first update, look for mistakes in the pairs, and stop. Exit code 0: passed
+    (remarks apart); 2: there is a problem."""
     quiet: bool = False
     """Print nothing but errors."""
 

@@ -24,6 +24,7 @@ from tokenrl.language.policy.fingerprints import fingerprint, tokenizer_fingerpr
 from tokenrl.language.policy.prompts import form_of, settled_form
 from tokenrl.language.preferences.arguments import RewardModelArguments, RewardModelSettings
 from tokenrl.language.preferences.backbone import SavedRewardModel
+from tokenrl.language.preferences.check import check_pairs
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
 from tokenrl.language.preferences.evaluation import (
     calibration,
@@ -41,6 +42,7 @@ from tokenrl.language.preferences.report import (
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.memory import fingerprint as rows_fingerprint, recorded
 from tokenrl.language.training.descent import Descent
+from tokenrl.runs.checkup import checked
 from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import Choice, choose_threads, threads_in_words, using_threads, with_threads
@@ -252,8 +254,9 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         if not session.continues:
             session.evaluated(preference_metrics(score_pairs(reward_model, held_out), data.held_out))
         if args.check:
-            session.console.note("Check passed: data, model and loss work together. Nothing trained.")
-            return RewardModelResult(**session.outcome("check"), calibration=[], reward_model=reward_model)
+            code = check_pairs(session, data.train, data.held_out)
+            ended = RewardModelResult(**session.outcome("check"), calibration=[], reward_model=reward_model)
+            return checked(ended, code)
         task = None if data.task is None else data.task.name
         names = {"data": data.name, "model": reward_model.__name__, "policy": "in memory", "task": task}
         pairs = {"train": len(data.train), "held_out": len(data.held_out)}

@@ -22,6 +22,7 @@ from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.check import check_run
 from tokenrl.language.training.defaults import training_defaults
 from tokenrl.language.training.difficulty import filter_task
 from tokenrl.language.training.evaluation import evaluate_policy
@@ -37,7 +38,7 @@ from tokenrl.language.training.setup import (
 )
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.threads import settle_threads
-from tokenrl.language.training.verdicts import check_signal, judge, nothing_left
+from tokenrl.language.training.verdicts import judge, nothing_left
 from tokenrl.language.training.warm_start import warm_start
 from tokenrl.runs.resume import taken_up
 from tokenrl.runs.session import Session
@@ -94,12 +95,11 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
             session.open(f"tokenrl train: {run.task.name}", facts(run))
             for warning in few_prompts(run.task.train_prompts):
                 session.console.warn(warning)
+            if args.check:
+                return check_run(run, session, partial(_evaluate, run, step=0))
             _check_lengths(run)
             if not session.continues:
                 session.evaluated(_evaluate(run, step=0))
-            if args.check:
-                check_signal(run, session)
-                return run.result(session, "check")
             names = {"task": run.task.name, "model": run.learner.policy.source}
             known = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
             known |= {"warm_started": run.warm_started} if run.warm_started else {}

@@ -47,8 +47,9 @@ class RunResult(Outcome):
             `reward_greedy` and more.
         tokens_per_second: completion tokens sampled and trained on, per second of training steps.
         flags: warnings about the outcome: `policy-destroyed` (the reward fell and did not recover),
-            `nothing-learnt` (no gain of held-out rewards beyond noise), `entropy-collapsed`; of a check
-            `nothing-to-learn` (all rewards are equal).
+            `nothing-learnt` (no gain of held-out rewards beyond noise), `entropy-collapsed`. Of a check, a
+            short name for each problem and then for each remark, such as `nothing-to-learn` (all rewards are
+            equal); the exit code is 2 if there was a problem.
         warm_started: what `warm_start` found; empty without such a stage.
         policy: the trained policy.
     """

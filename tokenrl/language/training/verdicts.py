@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from tokenrl.core.guards import teaches_nothing
 from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Stopped
 from tokenrl.language.training.defaults import is_own
-from tokenrl.language.training.probe import probe_policy
 from tokenrl.language.training.run import Run
 from tokenrl.runs.session import Session
 
@@ -19,8 +17,6 @@ CUT = 0.5
 """From this share of completions on that are cut, their length is what to mend first."""
 FELL = 3
 """Standard errors of the evaluation before training by which a reward without a signal counts as fallen."""
-FEW = 0.1
-"""Up to this share of groups whose rewards differ a check calls the signal weak."""
 
 SOLVED = "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."
 
@@ -73,34 +69,6 @@ def _learnt(run: Run, session: Session, reward: float) -> str:
     return "stuck"
 
 
-def check_signal(run: Run, session: Session) -> None:
-    """Sample the completions of a first step, and say as the result of a check whether they could teach."""
-    learner, args = run.learner, run.args
-    sampling = replace(learner.sampling, num_generations=max(2, args.num_generations))
-    with learner.accelerator.autocast():
-        prompts = [row for _, row in run.stream.next()]
-        probe = probe_policy(learner.policy, prompts, run.rewards, sampling)
-    size, dead = max(probe.dead_groups.items())
-    parts = "model, data, sampling, rewards and estimator work together"
-    constant = probe.within == 0 and (args.estimator.needs_groups or not probe.between > 0)
-    if constant:
-        session.flags.append("nothing-to-learn")
-        session.console.warn(
-            f"Not passed: {parts}, but there is nothing to learn from. In none of {probe.prompts} groups of "
-            f"{size} completions do the rewards differ; their mean is {probe.reward.value:.3g}. "
-            f"{_remedy(run, probe.truncated.value, probe.reward.value)} Nothing was trained."
-        )
-        return
-    share = 1 - dead.value
-    session.console.note(
-        f"Check passed: {parts}. In {share:.0%} of {probe.prompts} groups of {size} completions the rewards "
-        "differ. Nothing trained."
-    )
-    if share <= FEW and args.estimator.needs_groups:
-        remedy = _remedy(run, probe.truncated.value, probe.reward.value)
-        session.console.warn(f"only these groups can teach anything. {remedy}")
-
-
 def judge(run: Run, session: Session, reason: str) -> list[str]:
     """Set the flags of a run that has ended, from its evaluations before and after; return them in words.
 
@@ -126,11 +94,11 @@ def judge(run: Run, session: Session, reason: str) -> list[str]:
         why = _lost(run)
     elif difference < -2 * error:
         why = f"It has fallen. {_slower(run)}"
-    elif _solves(run, before):
+    elif solves(run, before):
         why = f"It is no gain beyond noise, and little was left to gain. {SOLVED}"
     elif 2 * run.all_flat >= session.step:
         idle = f"In {run.all_flat} of {session.step} steps no two completions of {_compared(run)} differed"
-        why = f"It is no gain beyond noise. {idle} in reward. {_remedy(run, run.cut, after)}"
+        why = f"It is no gain beyond noise. {idle} in reward. {remedy(run, run.cut, after)}"
     else:
         why = "It is no gain beyond noise. More steps, more completions a step or a higher rate may give one."
     return [f"nothing-learnt: {found}. {why}"]
@@ -174,32 +142,44 @@ def _flat(run: Run, session: Session, metrics: dict[str, float]) -> str:
     before, error = (session.eval_before.get(name, math.nan) for name in ("reward", "reward_stderr"))
     if run.all_flat < session.step and metrics["reward"] < before - FELL * error:
         return f"{text}, down from {before:.3g} before training. {_slower(run)}"
-    return f"{text}. {_remedy(run, metrics['completions/clipped_ratio'], metrics['reward'])}"
+    return f"{text}. {remedy(run, metrics['completions/clipped_ratio'], metrics['reward'])}"
 
 
-def _solves(run: Run, reward: float) -> bool:
+def solves(run: Run, reward: float) -> bool:
     """Whether a mean reward counts as solved: by the task's mark, else by that of a right answer."""
     mark = getattr(run.task, "solved", None)
     mark = run.rewards.pass_threshold if mark is None else mark
     return mark is not None and reward >= mark
 
 
-def _remedy(run: Run, cut: float, reward: float) -> str:
+def remedy(run: Run, cut: float, reward: float) -> str:
     """Say what helps a run without a signal most, from the share of completions cut and the mean reward."""
-    if _solves(run, reward):
+    if solves(run, reward):
         return SOLVED
     args, policy, task = run.args, run.learner.policy, run.task
     shown = getattr(task, "demonstrations", None)
     if shown and not (args.warm_start or is_own(task, args.model, policy)):
         return "This model cannot do the task yet: add --warm-start, to begin with the task's demonstrations."
     if cut >= CUT:
-        text = f"{cut:.0%} of the completions are cut at {args.max_completion_length} tokens, before an end: "
-        plain = isinstance(task.train_prompts[0]["prompt"], str) and not args.chat
-        if policy.tokenizer.chat_template and plain:
-            return text + "the model has a chat template, so ask it in chat messages, with --chat."
-        more = "raise --max-completion-length, name strings that end them (--stop), or take a model that "
-        return f"{text}{more}ends its answers."
+        limit = args.max_completion_length
+        return f"{cut:.0%} of the completions are cut at {limit} tokens, before an end: {uncut(run)}"
     return (
         "Use prompts that the policy sometimes solves, a graded reward, demonstrations first (--warm-start, "
         "or tokenrl sft), or more generations per prompt."
+    )
+
+
+def to_chat(run: Run) -> bool:
+    """Whether the model has a chat template and its prompts are plain text, which it is not made for."""
+    plain = isinstance(run.task.train_prompts[0]["prompt"], str) and not run.args.chat
+    return bool(plain and run.learner.policy.tokenizer.chat_template)
+
+
+def uncut(run: Run) -> str:
+    """Say what lets completions end that are cut."""
+    if to_chat(run):
+        return "the model has a chat template, so ask it in chat messages, with --chat."
+    return (
+        "raise --max-completion-length, name strings that end them (--stop), or take a model that ends its "
+        "answers."
     )
