@@ -72,10 +72,11 @@ def test_a_run_warns_of_few_prompts_and_a_quiet_one_does_not(files, tmp_path, mo
     rows = (files / "rows.jsonl").read_text().splitlines()[:6]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     run = [*RUNS["train"], "--model", str(files / "model"), "--check"]
-    assert main(run) == 0
+    assert main(run) == 2  # an untrained model is never right
     assert "only 3 distinct prompts in 3 training rows" in " ".join(capsys.readouterr().out.split())
-    assert main([*run, "--quiet"]) == 0
-    assert capsys.readouterr().out == ""
+    assert main([*run, "--quiet"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and "1. nothing-to-learn: In none of 16 groups of 2" in shown.err
 
 
 def test_a_file_read_from_python_shows_no_bar_and_other_bars_stay(files, tmp_path, monkeypatch, capfd):

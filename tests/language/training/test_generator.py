@@ -118,5 +118,8 @@ def test_a_run_samples_everything_by_its_generator_and_closes_it(monkeypatch, tm
     assert made[0].prompts == len(PROMPTS) + 2 * 2 * 2 + 2 * 2
     assert made[0].synced == 2 and made[0].closed
     assert torch.equal(weights(made[0].policy.model), weights(policy.model))
+    before = weights(policy.model)
     tokenrl.train(**options, check=True, overwrite=True)
-    assert made[1].closed and not made[1].synced
+    assert made[1].closed and made[1].prompts > 0
+    assert torch.equal(weights(policy.model), before)
+    assert torch.equal(weights(made[1].policy.model), before)

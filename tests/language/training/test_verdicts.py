@@ -53,7 +53,8 @@ def trained(tmp_path_factory):
 
 
 def said(capsys) -> str:
-    return " ".join(capsys.readouterr().out.split())
+    """What was printed, problems of a check after the rest."""
+    return " ".join("".join(capsys.readouterr()).split())
 
 
 def summary_of(folder):
@@ -173,7 +174,8 @@ def test_a_signal_that_is_lost_is_told_from_one_that_never_was(tmp_path):
 )
 def test_a_check_without_a_signal_says_what_helps(task, options, remedy, tmp_path, capsys):
     result = train(tmp_path / "run", nothing, {"demonstrations": [], **task}, check=True, **options)
-    assert (result.exit_reason, result.flags, result.steps) == ("check", ("nothing-to-learn",), 0)
+    assert (result.exit_reason, result.exit_code, result.steps) == ("check", 2, 0)
+    assert result.flags == ("nothing-to-learn",)
     shown = said(capsys)
     assert "In none of 16 groups of 8 completions do the rewards differ" in shown and remedy in shown
     assert "Check passed" not in shown
@@ -204,11 +206,12 @@ def test_a_model_with_a_chat_template_is_to_be_asked_in_a_chat(tmp_path, capsys)
 def test_a_check_with_a_signal_counts_its_groups(trained, tmp_path, capsys):
     model = trained.policy.model, trained.policy.tokenizer
     result = train(tmp_path / "run", model=model, check=True)
-    assert result.flags == ()
-    share = int(re.search(r"Check passed: .* In (\d+)% of 16 groups of 8 completions", said(capsys))[1])
+    assert (result.flags, result.exit_code) == ((), 0)
+    share = int(re.search(r"Check passed: .* within (\d+)% of 16 groups of 8 completions", said(capsys))[1])
     assert 20 < share <= 100
     alone = train(tmp_path / "run", model=model, check=True, estimator="reinforce", num_generations=1)
     assert alone.flags == ()
+    assert "within 100% of 1 group of 16 completions" in said(capsys)
 
 
 def test_a_gain_within_noise_is_told_and_a_real_one_is_not_hidden_by_hard_prompts(tmp_path, capsys):

@@ -1,27 +1,20 @@
 """Checks a run before its first update (`--check`): tries it out, and tells all problems at once.
 
-One pass looks at texts and settings, evaluates the policy, and makes two training steps that change nothing:
-one with the run's rewards, which shows whether there is a signal, and one in which every completion has a
-reward of its own, which shows what a full update costs.
+One pass looks at texts and settings, evaluates the policy, makes training steps that change nothing, and
+compares the log-probabilities of sampling and scoring.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
 
 from tokenrl.core.entropy import LEAST_ENTROPY
-from tokenrl.core.guards import teaches_nothing
-from tokenrl.errors import TokenrlError
-from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.training.checked_texts import Texts, check_texts
+from tokenrl.language.training.checked_texts import check_texts
 from tokenrl.language.training.cost import disk_cost, disk_finding, memory_cost, size, time_cost
 from tokenrl.language.training.run import Run, RunResult
-from tokenrl.language.training.step import Record
-from tokenrl.language.training.trial import Gap, scoring_gap, spread_rewards, trial_step
+from tokenrl.language.training.step import averaged
+from tokenrl.language.training.trial import Trials, try_out
 from tokenrl.language.training.verdicts import SOLVED, remedy, solves, to_chat, uncut
 from tokenrl.runs.checkup import Finding, checked, conclude, rate_finding
 from tokenrl.runs.session import Session
@@ -33,29 +26,6 @@ NO_ENTROPY = 0.01
 LARGE_GAP, NOTABLE_GAP = 0.05, 0.005
 """Mean differences of log-probabilities, in nats: a problem, as of another model, and a remark. Float32 gives
 about 1e-6, bfloat16 about 1e-2."""
-
-
-class Trials(NamedTuple):
-    """What was tried out; None stands for what could not be.
-
-    Attributes:
-        real: a training step with the run's rewards.
-        full: a training step in which every row has a gradient.
-        gap: how far sampling and scoring are apart.
-        evaluation: seconds of the evaluation.
-        findings: what failed.
-    """
-
-    real: Record | None
-    full: Record | None
-    gap: Gap | None
-    evaluation: float
-    findings: list[Finding]
-
-    @property
-    def records(self) -> list[Record]:
-        """The steps that succeeded."""
-        return [record for record in (self.real, self.full) if record is not None]
 
 
 def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, float]]) -> RunResult:
@@ -70,13 +40,13 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
         The result, with exit code 2 if there is a problem, else 0; its `flags` name problems and remarks.
     """
     texts = check_texts(run)
-    trials = _try_out(run, session, texts, evaluate)
-    disk = disk_cost(run, session.output_dir, trials.real or trials.full)
+    trials = try_out(run, session, texts, evaluate)
+    disk = disk_cost(run, session.output_dir, trials.records)
     usual = run.defaults.values["learning_rate"]
     found = [
         *texts.findings,
         *trials.findings,
-        *_signal_findings(run, session, trials.real),
+        *_signal_findings(run, session, trials),
         *_sampling_findings(run, trials),
         rate_finding(run.args.learning_rate, usual, "this model"),
         disk_finding(run, disk),
@@ -91,49 +61,22 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     return checked(run.result(session, "check"), code)
 
 
-def _try_out(run: Run, session: Session, texts: Texts, evaluate: Callable[[], Mapping[str, float]]) -> Trials:
-    """Evaluate, and make the trial steps, on the prompts that can be asked."""
-    findings: list[Finding] = []
-
-    def attempt(what: str, work: Callable[[], Any]) -> Any:
-        try:
-            return work()
-        except TokenrlError as error:
-            found, why = f"A trial of the {what} failed.", "Training would stop at the same error."
-            findings.append(Finding(f"{what}-failed", found, why, str(error)))
-            return None
-
-    began = time.perf_counter()
-    if len(texts.held_out) == len(run.task.eval_prompts):
-        session.evaluated(attempt("evaluation", evaluate) or {})
-    evaluation = time.perf_counter() - began
-    if not texts.train:
-        return Trials(None, None, None, evaluation, findings)
-    stream = PromptStream(texts.train, run.args.prompts_per_step, run.args.seed)
-    real = None
-    if not findings:  # else the rewards would fail again
-        real = attempt("step", lambda: trial_step(run, run.rewards, stream, 1))
-    full = attempt("update", lambda: trial_step(run, Rewards(spread_rewards), stream, 2))
-    gap = attempt("scoring", lambda: scoring_gap(run, texts.train))
-    return Trials(real, full, gap, evaluation, findings)
-
-
-def _signal_findings(run: Run, session: Session, real: Record | None) -> list[Finding]:
-    """Return what is wrong with the rewards of a step."""
-    if real is None:
+def _signal_findings(run: Run, session: Session, trials: Trials) -> list[Finding]:
+    """Return what is wrong with the rewards of the trial steps."""
+    if not trials.rewarded:
         return []
-    metrics, compares = real.metrics, run.args.estimator.needs_groups
+    metrics, groups = averaged(trials.sampled), _groups(run, len(trials.rewarded))
     cut = metrics["completions/clipped_ratio"]
     mend = remedy(run, cut, metrics["reward"])
     if cut == 1 and _has_ends(run):
         mend = "Let completions end first, as said under all-truncated."
-    if teaches_nothing(run.args.estimator, metrics):
-        found = f"In none of {_groups(run)} do the rewards differ; their mean is {metrics['reward']:.3g}."
+    if trials.flat:
+        found = f"In none of {groups} do the rewards differ; their mean is {metrics['reward']:.3g}."
         return [Finding("nothing-to-learn", found, "There is nothing to learn from.", mend)]
     findings = []
     share = 1 - metrics["frac_reward_zero_std"]
-    if compares and share <= FEW:
-        found = f"In only {share:.0%} of {_groups(run)} the rewards differ."
+    if run.args.estimator.needs_groups and share <= FEW:
+        found = f"In only {share:.0%} of {groups} the rewards differ."
         findings.append(
             Finding("few-signals", found, "Only these groups can teach anything.", mend, grave=False)
         )
@@ -150,16 +93,16 @@ def _signal_findings(run: Run, session: Session, real: Record | None) -> list[Fi
 
 def _sampling_findings(run: Run, trials: Trials) -> list[Finding]:
     """Return what is wrong with the completions and their log-probabilities."""
-    findings = []
-    gap = trials.gap
-    for record in trials.records[:1]:
-        cut, entropy = record.metrics["completions/clipped_ratio"], record.metrics["entropy"]
+    findings, gap = [], trials.gap
+    if trials.records:
+        metrics = averaged(trials.sampled)
+        cut, entropy = metrics["completions/clipped_ratio"], metrics["entropy"]
         if cut == 1 and _has_ends(run):
             found = f"Every completion was cut at {run.args.max_completion_length} tokens, before an end."
             why = "A reward for whole answers cannot tell them apart."
-            flat = trials.real is None or teaches_nothing(run.args.estimator, record.metrics)
-            grave = flat or to_chat(run)
-            findings.append(Finding("all-truncated", found, why, _sentence(uncut(run)), grave))
+            mend = uncut(run)
+            grave = trials.flat or to_chat(run)
+            findings.append(Finding("all-truncated", found, why, mend[:1].upper() + mend[1:], grave))
         if entropy < LEAST_ENTROPY:
             found = f"The policy's entropy is {entropy:.2g} nats per token."
             why = "It nearly always writes the same completion, so there is little to compare."
@@ -169,10 +112,8 @@ def _sampling_findings(run: Run, trials: Trials) -> list[Finding]:
         found = f"Log-probabilities of the sampler and of training differ by {gap.mean:.2g} nats per token "
         found += f"on average, by {gap.largest:.2g} at most."
         why = "The gradient is then that of another policy than the one that sampled."
-        mend = (
-            "Take float32 (--dtype float32, --mixed-precision no), or weight tokens by the ratio of the two "
-        )
-        mend += "with --estimator.importance-cap 2."
+        mend = "Take float32 (--dtype float32, --mixed-precision no), or weight tokens by the ratio of the "
+        mend += "two, with --estimator.importance-cap 2."
         weighted = run.args.estimator.importance_cap is not None
         grave = not gap.mean <= LARGE_GAP and not weighted
         findings.append(Finding("sampling-differs", found, why, mend, grave))
@@ -182,15 +123,16 @@ def _sampling_findings(run: Run, trials: Trials) -> list[Finding]:
 def _measured(run: Run, trials: Trials) -> dict[str, str]:
     """Return the first lines of the table: what the completions are like."""
     lines = {}
-    if trials.real is not None:
-        metrics = trials.real.metrics
-        share = f"{1 - metrics['frac_reward_zero_std']:.0%} of {_groups(run)}"
+    if trials.rewarded:
+        metrics = averaged(trials.sampled)
+        share = f"{1 - metrics['frac_reward_zero_std']:.0%} of {_groups(run, len(trials.rewarded))}"
         lines["reward"] = f"{metrics['reward']:.3g} on average; differs within {share}"
-    for record in trials.records[:1]:
-        length, cut = (record.metrics[f"completions/{name}"] for name in ("mean_length", "clipped_ratio"))
+    if trials.records:
+        metrics = averaged(trials.sampled)
+        length, cut = (metrics[f"completions/{name}"] for name in ("mean_length", "clipped_ratio"))
         limit = run.args.max_completion_length
         lines["completions"] = f"{length:.1f} tokens on average; {cut:.0%} cut at {limit}"
-        lines["entropy"] = f"{record.metrics['entropy']:.3g} nats per token"
+        lines["entropy"] = f"{metrics['entropy']:.3g} nats per token"
     if trials.gap is not None:
         apart = f"{trials.gap.mean:.1g} nats per token on average, {trials.gap.largest:.1g} at most"
         lines["scoring"] = f"differs from sampling by {apart}"
@@ -202,11 +144,8 @@ def _has_ends(run: Run) -> bool:
     return bool(run.learner.policy.eos_ids or run.learner.policy.stops)
 
 
-def _groups(run: Run) -> str:
-    """Say between how many completions of how many prompts the rewards are compared."""
+def _groups(run: Run, steps: int) -> str:
+    """Say between how many completions of how many prompts the rewards of the trial steps are compared."""
     prompts, size = run.args.prompts_per_step, run.args.num_generations
-    return f"{prompts} groups of {size} completions" if size > 1 else f"1 group of {prompts} completions"
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    count, each = (steps * prompts, size) if size > 1 else (steps, prompts)
+    return f"{count} group{'s' * (count != 1)} of {each} completion{'s' * (each != 1)}"

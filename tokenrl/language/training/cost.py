@@ -54,7 +54,7 @@ def time_cost(run: Run, records: Sequence[Record], evaluation: float) -> str:
     return f"{time_needed(low, high)} for {args.max_steps} steps and {count} evaluations"
 
 
-def disk_cost(run: Run, place: Path, record: Record | None) -> Disk:
+def disk_cost(run: Run, place: Path, records: Sequence[Record]) -> Disk:
     """Estimate the bytes that the run needs at most: checkpoints, model and logs.
 
     One checkpoint more than are kept lies there while a new one is written. A checkpoint has the weights (of
@@ -63,12 +63,12 @@ def disk_cost(run: Run, place: Path, record: Record | None) -> Disk:
     Args:
         run: the run.
         place: the run directory.
-        record: a trial step, for the size of the tables of completions; None if there was none.
+        records: trial steps, the first of which shows the size of a table of completions.
     """
     args, policy = run.args, run.learner.policy
     model, trained = _bytes(list(policy.model.parameters())), _bytes(policy.trainable_parameters())
     weights = trained if policy.has_adapter else model
-    table = 0 if record is None else sum(len(str(row).encode()) for row in record.rows())
+    table = sum(len(str(row).encode()) for record in records[:1] for row in record.rows())
     tables = 1 + args.max_steps // args.log_completions if args.log_completions else 0
     return Disk(
         (args.keep_checkpoints + 1) * (weights + MOMENTS * trained),
