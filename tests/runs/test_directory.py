@@ -213,3 +213,21 @@ def test_versions_name_packages_without_importing_them():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", metadata.version("torch")]
     assert versions()["tokenrl"] == __version__ and plain(versions()) == versions()
+
+
+def test_folders_that_were_made_for_nothing_are_removed_again(tmp_path):
+    (tmp_path / "there").mkdir()
+    with RunDirectory.create(tmp_path / "there" / "runs" / "one") as run:
+        assert tree(tmp_path / "there") == {"runs": True, "runs/one": True, "runs/one/.lock": b""}
+        with pytest.raises(Refused, match="Another run is using"):
+            RunDirectory.create(run.path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"] and tree(tmp_path / "there") == {}
+    with RunDirectory.create(tmp_path / "there"):  # it was there before
+        pass
+    assert list(tree(tmp_path / "there")) == [".lock"]
+    with RunDirectory.create(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "other.txt").write_text("x")  # somebody else writes beside it
+    assert list(tree(tmp_path / "a")) == ["other.txt"]
+    with RunDirectory.create(tmp_path / "kept") as run:
+        run.write_config({})
+    assert "config.json" in tree(run.path)

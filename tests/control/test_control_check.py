@@ -1,0 +1,86 @@
+"""`tokenrl control --check`: what it finds, told at once, without a change of the policy."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import counting_env
+import pytest
+import torch
+
+from tokenrl.cli import main
+from tokenrl.control import training
+from tokenrl.control.check import check_agent
+from tokenrl.control.training import train_agent
+
+
+@pytest.fixture
+def check(tmp_path):
+    def start(**options):
+        small = {"num_envs": 4, "eval_episodes": 4, "max_steps": 10, "check": True}
+        return train_agent(output_dir=str(tmp_path / "run"), **(small | options))
+
+    return start
+
+
+def said(capsys) -> str:
+    return " ".join("".join(capsys.readouterr()).split())
+
+
+def test_a_check_that_passes_shows_returns_and_time(check, tmp_path, capsys):
+    result = check()
+    assert (result.exit_code, result.exit_reason, result.flags, result.steps) == (0, "check", [], 0)
+    assert result.eval_before["reward"] > 8
+    shown = said(capsys)
+    assert re.search(
+        r"Check passed.* returns \d+ to \d+ in 4 episodes observations [0-3]\.\d+ at most", shown
+    )
+    assert re.search(r"time about 0:\d\d .*for 10 updates and 11 evaluations", shown)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("estimator", ["reinforce_timestep_mean", "reinforce_running_mean", "ppo"])
+def test_a_check_changes_nothing_of_the_agent(check, monkeypatch, estimator):
+    seen = []
+
+    def watched(run, *rest):
+        before = copy.deepcopy(run.agent)
+        result = check_agent(run, *rest)
+        seen.append((before, run.agent))
+        return result
+
+    monkeypatch.setattr(training, "check_agent", watched)
+    check(estimator=estimator, normalize_observations=True)
+    ((before, after),) = seen
+    for name, value in before.policy.state_dict().items():
+        assert torch.equal(value, after.policy.state_dict()[name]), name
+    assert before.state_dict() == after.state_dict() and not after.optimizer.state
+    assert all(p.grad is None for p in after.policy.parameters())
+
+
+def test_all_problems_are_told_at_once_and_quiet_ones_too(tmp_path, capsys):
+    words = ["--env", "MountainCar-v0", "--max-episode-steps", "10", "--learning-rate", "3"]
+    words += ["--num-envs", "4", "--eval-episodes", "4", "--check", "--quiet"]
+    assert main(["control", *words, "--output-dir", str(tmp_path / "run")]) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert captured.out == "" and len(lines) == 3
+    assert "1. nothing-to-learn: All 4 episodes had the same return, -10, and the same length." in lines[1]
+    assert "2. unusual-rate: The learning rate 3 is 150 times the 0.02 that is usual" in lines[2]
+
+
+def test_pieces_without_a_reward_are_a_remark_if_whole_episodes_differ(check, capsys):
+    result = check(env="gridworld", estimator="a2c", num_steps=2, eval_episodes=50)
+    assert (result.exit_code, result.flags) == (0, ["nothing-to-learn"])
+    assert "No episode ended in 8 steps, and every reward was -0.01." in said(capsys)
+
+
+def test_observations_far_from_1_are_a_remark_unless_they_are_normalised(check, capsys):
+    env = counting_env.register(lengths=(30, 20))
+    result = check(env=env)  # its rewards do not depend on the actions
+    assert (result.exit_code, result.flags) == (2, ["nothing-to-learn", "observations-far-from-1"])
+    assert "warning: observations-far-from-1: The largest absolute value of an observation was 29." in said(
+        capsys
+    )
+    assert check(env=env, normalize_observations=True).flags == ["nothing-to-learn"]

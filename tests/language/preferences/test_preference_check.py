@@ -1,0 +1,51 @@
+"""`tokenrl reward-model --check`: what it finds in the pairs."""
+
+from __future__ import annotations
+
+import pytest
+
+from tokenrl.language.preferences.fit import train_reward_model
+
+
+def rows(count, *, first=0, chosen="the cat", rejected="the dog"):
+    return [
+        {"prompt": f"count {i}", "chosen": chosen, "rejected": rejected} for i in range(first, first + count)
+    ]
+
+
+@pytest.fixture
+def check(saved, tmp_path):
+    def start(train, held_out):
+        data = {"train": train, "test": held_out}
+        options = {"model": str(saved()), "output_dir": tmp_path / "run", "check": True, "quiet": True}
+        return train_reward_model(data=data, **options)
+
+    return start
+
+
+def problems(capsys) -> list[str]:
+    """The problems on the standard error, between the bars of libraries."""
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
+
+
+def test_pairs_of_equal_length_without_mistakes_pass(check, capsys):
+    assert check(rows(20), rows(5, first=20)).exit_code == 0
+    assert problems(capsys) == []
+
+
+def test_held_out_pairs_that_are_trained_on_and_contradictions_are_told_together(check, capsys):
+    both = rows(10) + rows(10, chosen="the dog", rejected="the cat")
+    assert check(both, rows(3) + rows(2, first=50)).exit_code == 2
+    first, second = problems(capsys)
+    assert "1. held-out-in-training: 3 of 5 held-out pairs are also trained on." in first
+    assert "2. contradictory-pairs: 20 of 20 training pairs are there in both orders." in second
+    assert check(rows(20), rows(1) + rows(4, first=50)).exit_code == 0  # few of them are a remark
+
+
+@pytest.mark.parametrize(("chosen", "which"), [("the cat sat on the mat", "longer"), ("a", "shorter")])
+def test_a_length_that_decides_is_a_remark(chosen, which, saved, tmp_path, capsys):
+    data = {"train": rows(20, chosen=chosen), "test": rows(5, first=20)}
+    result = train_reward_model(data=data, model=str(saved()), output_dir=tmp_path / "run", check=True)
+    assert result.exit_code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"length-decides: In 100% of the training pairs the {which} completion is chosen." in shown

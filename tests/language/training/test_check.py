@@ -1,0 +1,295 @@
+"""`--check`: every problem is provoked, several are told at once, and no weight moves."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from tiny_models import PROMPTS, Engine, make_model, make_policy, make_task, make_tokenizer, weights
+
+import tokenrl
+from tokenrl.language.training import setup, trial
+from toy_tasks.models import TinyModel
+
+LETTERS = [f"{x}{y}>" for x in "abcd" for y in "abcd"]
+
+
+def starts_with_a(completions, **_):
+    return [float(text.startswith("a")) for text in completions]
+
+
+def nothing(completions, **_):
+    return [0.0] * len(completions)
+
+
+def abstain(completions, **_):
+    return [None] * len(completions)
+
+
+def broken(completions, **_):
+    raise ValueError("no such file")
+
+
+def letters():
+    return TinyModel(tuple("abcd>"), layers=1, hidden=16, heads=2, context=16)(0)
+
+
+def letter_task(reward=starts_with_a, prompts=LETTERS):
+    task = make_task(prompts, reward)
+    task.max_completion_length = 4
+    return task
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Check a run; without options one of a tiny model of letters, in which nothing is wrong."""
+
+    def start(task=None, **options):
+        defaults = {
+            "model": letters(),
+            "task": task or letter_task(),
+            "output_dir": tmp_path / "new" / "run",
+            "max_steps": 12,
+            "prompts_per_step": 16,
+            "num_generations": 8,
+            "check": True,
+            "quiet": True,
+            "cpu": True,
+        }
+        return tokenrl.train(**(defaults | options))
+
+    return start
+
+
+@pytest.fixture
+def check_policy(check):
+    """Check a run on the four prompts of the tiny models' task."""
+
+    def start(policy, task=None, **options):
+        small = {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 8}
+        return check(task or make_task(), model=policy, **(small | options))
+
+    return start
+
+
+def problems(capsys) -> list[str]:
+    """The numbered lines on the standard error, from which every other line must differ."""
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == f"tokenrl: Check not passed: {len(lines)} problem{'s' * (len(lines) > 1)}. " + (
+        "Nothing was trained."
+    )
+    assert [line[:5] for line in lines] == [f"  {i}. " for i in range(1, len(lines) + 1)]
+    return [line[5:] for line in lines]
+
+
+def test_a_check_that_passes_shows_what_the_run_takes(check, tmp_path, capsys):
+    result = check(quiet=False)
+    assert (result.exit_code, result.exit_reason, result.flags, result.steps) == (0, "check", (), 0)
+    assert "reward_greedy" in result.eval_before
+    captured = capsys.readouterr()
+    shown = " ".join(captured.out.split())
+    assert captured.err == "" and "Check passed: model, data" in shown
+    for pattern in (
+        r"reward 0\.\d+ on average; differs within \d+% of 16 groups of 8 completions",
+        r"completions \d\.\d tokens on average; \d+% cut at 4",
+        r"scoring differs from sampling by \S+ nats per token on average, (\S+) at most",
+        r"learning rate 0\.001 \(usual: 0\.001\)",
+        r"time about 0:\d\d .*for 12 steps and 13 evaluations",
+        r"memory about \d+ MiB of the computer",
+        r"disk up to [\d.]+ MiB of .* that are free",
+    ):
+        assert re.search(pattern, shown), pattern
+    assert float(re.search(r"average, (\S+) at most", shown)[1]) < 1e-4
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "ppo", "dapo", "remax", "grpo"])
+def test_a_check_changes_no_weight(check, estimator):
+    model, tokenizer = letters()
+    before = weights(model)
+    changes = {"beta": 0.1} if estimator == "grpo" else {}
+    result = check(model=(model, tokenizer), estimator=tokenrl.Estimator.preset(estimator, **changes))
+    assert result.exit_code == 0 and torch.equal(weights(model), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_run_after_a_check_is_the_same_as_without(check, tmp_path):
+    options = {"estimator": "ppo", "max_steps": 2, "eval_every": 0}
+    model = letters()
+    check(model=model, **options)
+    after, plain = (
+        check(model=one, check=False, output_dir=tmp_path / name, **options).policy.model
+        for name, one in (("after", model), ("plain", letters()))
+    )
+    assert torch.equal(weights(after), weights(plain))
+    assert not torch.equal(weights(plain), weights(letters()[0]))
+
+
+def test_an_adapter_on_bfloat16_is_checked_too(check_policy, capsys):
+    model = make_model(dtype="bfloat16"), make_tokenizer()
+    result = check_policy(model, lora_r=2, lora_target_modules=["q_proj"], micro_batch_size=5, quiet=False)
+    assert result.exit_code == 0 and set(result.flags) <= {"sampling-differs"}
+    apart = re.search(r"differs from sampling by (\S+) nats", " ".join(capsys.readouterr().out.split()))
+    assert 1e-5 < float(apart[1]) < 0.05  # far more than float32, and far less than another model
+
+
+def test_all_problems_are_told_at_once(check, capsys, tmp_path):
+    task = letter_task(nothing, [*LETTERS[:13], *(10 * letter for letter in "abc")])
+    task.demonstrations = [{"prompt": "ab>", "completion": "abcdabcdab"}]
+    task.eval_prompts = task.train_prompts[:4]
+    result = check(task, max_completion_length=8, learning_rate=0.1, keep_checkpoints=10**9, warm_start=False)
+    assert (result.exit_code, result.exit_reason) == (2, "check")
+    found = problems(capsys)
+    assert [line.partition(":")[0] for line in found] == list(result.flags)
+    assert result.flags == (
+        *("context-too-short", "answers-too-long", "nothing-to-learn", "unusual-rate", "disk-too-small"),
+    )
+    for line, words in zip(
+        found,
+        (
+            "3 of 16 training prompts do not fit: the longest has 10 tokens, and with 8 for the completion "
+            "that is more than the model's context of 16.",
+            "1 of the first 1 demonstrations have more than 8 tokens; the longest has 11.",
+            "In none of 16 groups of 8 completions do the rewards differ; their mean is 0.",
+            "The learning rate 0.1 is 100 times the 0.001 that is usual for this model.",
+            "for checkpoints, and",
+        ),
+        strict=True,
+    ):
+        assert words in line
+    assert "--max-completion-length 6 or less" in found[0] and "--learning-rate 0.001" in found[3]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("reward", "flag", "words"),
+    [
+        (broken, "evaluation-failed", "broken raised ValueError: no such file"),
+        (abstain, "step-failed", "abstained from every completion of this step"),
+    ],
+)
+def test_a_reward_that_fails_does_not_hide_the_rest(check, reward, flag, words, capsys):
+    result = check(letter_task(reward), learning_rate=0.5, quiet=False)
+    assert result.exit_code == 2 and result.flags == (flag, "unusual-rate")
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert "tokens on average" in captured.out and "for 12 steps and 13 evaluations" in captured.out
+
+
+def test_small_steps_are_repeated_until_there_is_a_signal(check):
+    calls = []
+
+    def late(completions, **_):
+        calls.append(len(completions))
+        return [float(i == 0 and calls.count(2) == 5) for i in range(len(completions))]
+
+    small = {"prompts_per_step": 1, "num_generations": 2, "eval_generations": 0}
+    assert check(letter_task(late), **small).exit_code == 0
+    assert calls.count(2) == 5  # the evaluation of two prompts, and steps 1 to 4
+    assert check(letter_task(nothing), **small).flags == ("nothing-to-learn",)
+
+
+def test_few_groups_with_a_signal_are_a_remark(check, capsys):
+    def rare(prompts, completions, **_):
+        return [float(p == "ab>" and text[:1] == "a") for p, text in zip(prompts, completions, strict=True)]
+
+    result = check(letter_task(rare), quiet=False)
+    assert result.exit_code == 0 and result.flags == ("few-signals",)
+    assert "warning: few-signals: In only 6% of 16 groups of 8" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_task_that_is_already_solved_is_a_remark(check):
+    task = letter_task()
+    task.solved = -1.0
+    assert check(task).flags == ("already-solved",)
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_long_prompts_are_a_problem_unless_they_may_be_cut(check, truncate, capsys):
+    task = letter_task(prompts=[*LETTERS, 14 * "a"])
+    result = check(task, truncate_prompts=truncate)
+    assert result.flags == ("context-too-short",) and result.exit_code == (0 if truncate else 2)
+    task.eval_prompts, task.train_prompts = task.train_prompts[-2:], task.train_prompts[:-1]
+    capsys.readouterr()
+    assert check(task).eval_before == {}
+    assert "1 of 2 held-out prompts do not fit" in problems(capsys)[0]
+
+
+def test_without_a_prompt_that_fits_the_settings_are_still_checked(check, capsys):
+    result = check(max_completion_length=16, learning_rate=1.0)
+    assert result.flags == ("context-too-short", "unusual-rate")
+    train, held_out, _ = problems(capsys)
+    assert "16 of 16 training prompts" in train and "--max-completion-length 13 or less" in train
+    assert "2 of 2 held-out prompts" in held_out
+
+
+def test_prompts_that_cannot_be_asked_are_counted(check, capsys):
+    task = letter_task()
+    task.train_prompts = [*task.train_prompts, {"prompt": [{"role": "user", "content": "a"}]}]
+    assert check(task).flags == ("prompts-refused",)
+    found = problems(capsys)[0]
+    assert "1 of 17 training prompts cannot be asked, the first in row 16." in found
+    assert "has no chat template" in found
+
+
+def test_a_doubled_bos_is_found_in_text_and_in_a_chat(check_policy, capsys):
+    texts = [f"<bos>{prompt}" for prompt in PROMPTS[:2]] + PROMPTS[2:]
+    assert check_policy(make_policy(kind="chat"), make_task(texts)).flags == ("doubled-bos",)
+    assert "2 of 4 training prompts begin with two BOS tokens (<bos>)" in (found := problems(capsys)[0])
+    assert "take <bos> away from the beginning of the prompts" in found
+    policy = make_policy(kind="chat")
+    policy.tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    chat = [[{"role": "user", "content": text}] for text in texts]
+    assert check_policy(policy, make_task(chat, lambda completions, **_: range_of(completions))).flags == (
+        "doubled-bos",
+    )
+    assert "take <bos> out of the messages or out of the template" in problems(capsys)[0]
+    assert check_policy(make_policy(kind="chat")).flags == ()
+
+
+def range_of(completions):
+    return [float(i) for i in range(len(completions))]
+
+
+def test_completions_that_never_end_are_a_problem_of_a_chat_model_asked_in_plain_text(check_policy, capsys):
+    """The model's weights forbid an end; only its tokenizer says how to ask it."""
+    model = make_model(eos_token_id=95)
+    for kind, code in (("chat", 2), ("pad", 0)):
+        tokenizer = make_tokenizer(kind)
+        options = {"max_completion_length": 2, "max_steps": 2, "temperature": 0.3}
+        result = check_policy((model, tokenizer), **options)
+        assert (result.exit_code, result.flags) == (code, ("all-truncated",))
+        shown = capsys.readouterr().err
+        assert ("Every completion was cut at 2 tokens" in shown and "--chat" in shown) == (kind == "chat")
+
+
+def test_a_sampler_with_other_weights_is_found(check_policy, monkeypatch, capsys):
+    def engine(policy):
+        made = Engine(policy)
+        with torch.no_grad():
+            for p in made.policy.model.parameters():
+                p.mul_(1.1)
+        made.sync = lambda policy: None
+        return made
+
+    monkeypatch.setattr(setup, "TransformersGenerator", engine)
+    assert check_policy(make_policy()).flags == ("sampling-differs",)
+    assert re.search(r"differ by 0\.\d+ nats per token on average, by \d\S* at most", problems(capsys)[0])
+    corrected = tokenrl.Estimator.preset("rloo", importance_cap=2.0)
+    assert check_policy(make_policy(), estimator=corrected).exit_code == 0
+
+
+def test_a_policy_without_entropy_is_found(check_policy):
+    result = check_policy(make_policy(), temperature=1e-3)
+    assert result.exit_code == 2 and "no-entropy" in result.flags
+
+
+def test_the_trial_step_works_on_copies(check, monkeypatch):
+    """With an optimiser that moves, the test of the weights would notice."""
+    monkeypatch.setattr(trial.Still, "step", lambda self: self._optimizer.step())
+    model = letters()
+    before = copy.deepcopy(model[0])
+    check(model=model)
+    assert not torch.equal(weights(model[0]), weights(before))
