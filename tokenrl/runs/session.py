@@ -18,7 +18,6 @@ writes its own loop and asks the session what is due::
         session.finish(Outcome(**session.outcome("finished")), write_model)
 
 Checkpoints are saved between two steps: when one is due, and at the end of the run, whatever ends it.
-
 Before `begin`, every error that a user can mend is raised as `Refused`. After it, the error is raised as
 `Stopped`: the state is saved, summary.json says why the run failed, and the message names the checkpoint.
 """

@@ -22,10 +22,10 @@ from tokenrl.language.preferences.evaluation import (
 )
 from tokenrl.language.preferences.fit import (
     PreferenceTraining,
-    bradley_terry_loss,
     fit_reward_model,
     train_reward_model,
 )
+from tokenrl.language.preferences.loss import bradley_terry_loss
 from tokenrl.language.preferences.pairs import Pair, read_pairs
 from tokenrl.language.preferences.report import report_reward_model
 from tokenrl.language.rewards.model import RewardModel

@@ -1,7 +1,6 @@
 """Trains a reward model on preferences with the Bradley-Terry loss.
 
-The model is that of Bradley & Terry 1952, the loss that of Stiennon et al. 2020 and Ouyang et al. 2022,
-equation 1. Training uses one process and one device. Adapters, mixed precision and gradient accumulation are
+Training uses one process and one device. Adapters, mixed precision and gradient accumulation are
 left out, so a whole batch passes through the model at once.
 """
 
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from tokenrl.calls import called
 from tokenrl.errors import Refused
@@ -32,6 +30,7 @@ from tokenrl.language.preferences.evaluation import (
     preference_metrics,
     score_pairs,
 )
+from tokenrl.language.preferences.loss import bradley_terry_loss
 from tokenrl.language.preferences.pairs import Pair
 from tokenrl.language.preferences.report import (
     RewardModelResult,
@@ -50,38 +49,6 @@ from tokenrl.runs.timings import Stopwatch
 from tokenrl.settings import settled
 
 LOSS_NOTE = "The loss is the negative log-likelihood of the choices, in nats per pair; guessing gives 0.693."
-
-
-def bradley_terry_loss(
-    chosen_rewards: Tensor,
-    rejected_rewards: Tensor,
-    *,
-    margin: Tensor | float = 0.0,
-    center_rewards_coefficient: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Mean negative log-likelihood of the choices, P(chosen) = sigmoid(d) with d = r_c - r_r - margin.
-
-        mean[-(1 - e) log sigmoid(d) - e log sigmoid(-d)] + coefficient mean[(r_c + r_r)^2]
-
-    The first term depends only on differences of rewards; the second (Eisenstein et al. 2023) keeps their
-    mean near 0. The margin is that of Llama 2 (Touvron et al. 2023, equation 2).
-
-    Args:
-        chosen_rewards: rewards r_c of the chosen completions [B].
-        rejected_rewards: rewards r_r of the rejected completions [B].
-        margin: by how much r_c should exceed r_r: a number, or one per pair [B].
-        center_rewards_coefficient: weight of the second term.
-        label_smoothing: e, the assumed share of flipped labels.
-
-    Returns:
-        A scalar.
-    """
-    difference = chosen_rewards - rejected_rewards - margin  # [B]
-    likelihood = (1 - label_smoothing) * logsigmoid(difference) + label_smoothing * logsigmoid(-difference)
-    return (
-        -likelihood.mean() + center_rewards_coefficient * (chosen_rewards + rejected_rewards).square().mean()
-    )
 
 
 class PreferenceTraining:
