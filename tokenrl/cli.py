@@ -1,7 +1,8 @@
 """The commands of the command line. Parsing arguments and printing help import nothing heavy, such as torch.
 
 Exit codes: 0 for success; 2 if the command was refused before the first step; 1 if it failed during the run;
-130 or 143 if a signal stopped it after saving. A user's mistake prints one paragraph and no traceback.
+129, 130 or 143 if a signal stopped it after saving; 141 if the program that read its output ended first, as
+with `| head`, which no training minds. A user's mistake prints one paragraph and no traceback.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import tyro
 
@@ -22,6 +24,7 @@ from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
+from tokenrl.runs.output import open_closed_streams, printing
 from tokenrl.runs.quiet import hush_libraries, without_warnings
 from tokenrl.settings import Settings
 
@@ -147,33 +150,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     hush_libraries()
+    open_closed_streams()
     try:
-        if not argv or argv[0] in ("-h", "--help", "help"):
-            print(_help())
-            return 0 if argv else 2
-        if argv[0] == "--version":
-            from tokenrl import __version__
-
-            print(__version__)
-            return 0
-        if argv[0] == "--print-completion":
-            words = {"lab exact" if name == "lab" else name: command for name, command in COMMANDS.items()}
-            print_completion(argv[1] if argv[1:] else "", words)
-        name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
-        command = COMMANDS.get(name)
-        if command is None:
-            raise Refused(f"There is no command {argv[0]!r}.{suggest(argv[0], COMMANDS)}")
-        args = parse(name, command, argv[len(name.split()) :])
-        with without_warnings(getattr(args, "quiet", False)):
+        with printing(needed=True):
+            found = _found(argv)
+            if isinstance(found, int):
+                return found
+        command, args = found
+        with printing(needed=not command.trains), without_warnings(getattr(args, "quiet", False)):
             return command.run(args)
     except TokenrlError as error:
-        print(f"tokenrl: {error}", file=sys.stderr)
+        with printing(needed=False):
+            print(f"tokenrl: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the program that read our output has ended, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+
+
+def _found(argv: list[str]) -> tuple[Command, Any] | int:
+    """Return the command that is asked for and its arguments, or the exit code if its answer is printed."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from tokenrl import __version__
+
+        print(__version__)
+        return 0
+    if argv[0] == "--print-completion":
+        words = {"lab exact" if name == "lab" else name: command for name, command in COMMANDS.items()}
+        print_completion(argv[1] if argv[1:] else "", words)
+    name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
+    command = COMMANDS.get(name)
+    if command is None:
+        raise Refused(f"There is no command {argv[0]!r}.{suggest(argv[0], COMMANDS)}")
+    _check_working_directory()
+    return command, parse(name, command, argv[len(name.split()) :])
+
+
+def _check_working_directory() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:  # PyTorch would end the process with a message about something else
+        raise Refused(
+            f"The current working directory cannot be used ({error}); it was probably deleted. Change to one "
+            "that exists, as by cd, and run the command again."
+        ) from error
 
 
 def _help() -> str:

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Refused
 from tokenrl.runs.metrics import MetricsLog, read_completions, read_metrics, write_completions
 
 
@@ -59,22 +59,6 @@ def test_metrics_are_flat(tmp_path, value):
         write(tmp_path, (1, {"x": value}, None))
 
 
-def test_full_disk_stops_the_run(tmp_path):
-    with MetricsLog(tmp_path / "m", tmp_path / "t") as log:
-
-        class Full:
-            def write(self, text):
-                raise OSError(28, "No space left on device")
-
-            def close(self):
-                pass
-
-        log._files[0].close()
-        log._files[0] = Full()
-        with pytest.raises(Stopped, match=r"step 3.*No space"):
-            log.write(3, {"a": 1})
-
-
 def test_completions_come_back(tmp_path):
     rows = [
         {"prompt": "1+1=", "completion": "2\n\x00é", "reward": 1, "advantage": 0.5, "ok": True},
@@ -110,16 +94,5 @@ def test_chat_messages_and_mixtures_are_stored_as_json_text(tmp_path):
     assert json.loads(first["prompt"]) == messages and first["mixed"] == "1" and first["empty"] == "{}"
 
 
-def test_no_rows_and_full_disk(tmp_path, monkeypatch):
-    import pyarrow.parquet
-
+def test_a_step_without_rows(tmp_path):
     assert read_completions(write_completions(tmp_path, 1, [])) == []
-
-    def full(table, path):
-        path.write_text("part")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(pyarrow.parquet, "write_table", full)
-    with pytest.raises(Stopped, match="No space"):
-        write_completions(tmp_path, 2, [{"prompt": "a"}])
-    assert [entry.name for entry in tmp_path.iterdir()] == ["step_000001.parquet"]

@@ -193,7 +193,7 @@ def test_what_stops_a_run_without_checkpoints_says_so(tmp_path):
     def at_step(session):
         raise Stopped("Out of luck.")
 
-    with pytest.raises(Stopped, match=r"At step 1: Out of luck. No checkpoint had been saved"):
+    with pytest.raises(Stopped, match=r"At step 1: Out of luck. The run directory holds no checkpoint"):
         live(tmp_path, at_step)
 
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.files import sync_file, sync_folder, write_json
+from tokenrl.errors import Refused, Stopped, describe
+from tokenrl.runs.files import not_written, sync_file, sync_folder, write_json
 
 _NAME = re.compile(r"step_\d{6,}")
 _MANIFEST = "manifest.json"
@@ -62,7 +62,7 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, k
     final = folder / f"step_{step:06d}"
     partial = folder / f".{final.name}.partial"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         # Left by a crash. Nobody is writing there now, because this run holds the lock of the directory.
         for stale in folder.glob(".step_*.partial"):
             shutil.rmtree(stale)
@@ -80,10 +80,8 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, k
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, Stopped) or not isinstance(error, Exception):
             raise
-        kept = latest_checkpoint(folder).path
         raise Stopped(
-            f"The checkpoint of step {step} could not be saved in {folder} ({error!r}); "
-            + (f"the last complete one is {kept}." if kept else "there is no earlier one.")
+            f"The checkpoint of step {step} could not be saved in {folder} ({describe(error)})."
         ) from error
     _prune(folder, step, keep)
     return final
@@ -178,10 +176,14 @@ def _prune(folder: Path, step: int, keep: int | None) -> None:
 
 
 def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
-    """Write a new folder aside and rename it to `directory`, so that no reader sees it half written."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    """Write a new folder aside and rename it to `directory`, so that no reader sees it half written.
+
+    Raises:
+        Stopped: the folder could not be written; an old one is unchanged.
+    """
+    aside = None
     try:
+        aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         aside.chmod(0o755)  # mkdtemp lets only the owner read
         write(aside)
         if directory.exists():
@@ -191,5 +193,10 @@ def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(old)
         else:
             os.rename(aside, directory)
+    except Stopped:
+        raise
+    except Exception as error:  # on a full disk, tokenizers raises a bare Exception
+        raise not_written(directory, error) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)

@@ -31,9 +31,13 @@ def write_result(
     replace_directory(directory.model, write_model)
     summary = ended.summary()
     directory.write_summary(summary)
-    report = write_report(directory.path)
+    try:
+        where = f"report  {write_report(directory.path)}"
+    except Exception as error:  # of a full disk or of matplotlib; a trained model is not lost over a picture
+        where = ""
+        console.warn(f"No report could be made: {error} For another attempt: tokenrl report {directory.path}")
     console.finish(summary)
-    console.note(f"model   {directory.model}\nreport  {report}")
+    console.note(f"model   {directory.model}\n{where}".strip())
 
 
 def write_failure(
@@ -53,5 +57,5 @@ def write_failure(
         write_report(directory.path)
     path = latest_checkpoint(directory.checkpoints).path
     if path is None:
-        return "No checkpoint had been saved."
+        return "The run directory holds no checkpoint."
     return f"The last complete checkpoint is {path}; --resume auto continues from it."

@@ -6,6 +6,7 @@ string "Infinity" or "-Infinity", which `float` reads back.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import Stopped
+from tokenrl.errors import Stopped, describe
 
 
 @contextmanager
@@ -36,12 +37,21 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
             sync_folder(path.parent)
     except OSError as error:
-        raise Stopped(
-            f"{path} could not be written ({error}). Free space or change permissions, and run again."
-        ) from error
+        raise not_written(path, error) from error
     finally:
         if not stream:
             partial.unlink(missing_ok=True)
+
+
+def not_written(path: Path, error: Exception) -> Stopped:
+    """Return the error for a file or folder that could not be written, with what helps."""
+    if isinstance(error, FileNotFoundError) or not path.parent.is_dir():
+        mend = "It or its folder was removed or moved; leave a run's directory alone until the run has ended."
+    elif isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+        mend = "Change the permissions, or write to another place."
+    else:
+        mend = "Free space there, or write to another place."
+    return Stopped(f"{path} could not be written ({describe(error)}). {mend}")
 
 
 def write_text(path: Path, text: str) -> None:

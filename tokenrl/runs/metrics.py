@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.files import plain, replacing
+from tokenrl.errors import Refused
+from tokenrl.runs.files import not_written, plain, replacing
 
 
 class MetricsLog:
@@ -23,9 +24,17 @@ class MetricsLog:
     """
 
     def __init__(self, metrics: Path, timings: Path) -> None:
-        """Open both files for appending."""
-        self._paths = (metrics, timings)
-        self._files: list[TextIO] = [path.open("a", encoding="utf-8") for path in self._paths]
+        """Open both files for appending.
+
+        Raises:
+            Stopped: a file cannot be written.
+        """
+        self._files: list[FileIO] = []
+        for path in (metrics, timings):
+            try:
+                self._files.append(FileIO(path, "a"))
+            except OSError as error:
+                raise not_written(path, error) from error
 
     def write(self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
         """Append a line to each file: `step` first, then the other keys in alphabetical order.
@@ -37,9 +46,10 @@ class MetricsLog:
 
         Raises:
             TypeError: a value holds several numbers.
-            Stopped: the disk is full or the file was removed.
+            Stopped: the disk is full, or the file was removed or moved.
         """
-        for path, file, row in zip(self._paths, self._files, (metrics, timings), strict=True):
+        for file, row in zip(self._files, (metrics, timings), strict=True):
+            path = Path(file.name)
             if row is None:
                 continue
             values = {key: plain(row[key]) for key in sorted(row) if key != "step"}
@@ -49,11 +59,7 @@ class MetricsLog:
                     f"a line of {path.name} is flat, name to number; {nested[0]!r} holds several values"
                 )
             line = json.dumps({"step": int(step), **values}, allow_nan=False, ensure_ascii=False)
-            try:
-                file.write(line + "\n")
-                file.flush()
-            except OSError as error:
-                raise Stopped(f"{path} could not be written at step {step} ({error}). Free space.") from error
+            _append(file, path, f"{line}\n".encode())
 
     def close(self) -> None:
         """Close both files."""
@@ -65,6 +71,26 @@ class MetricsLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _append(file: FileIO, path: Path, line: bytes) -> None:
+    """Append a whole line or nothing.
+
+    Raises:
+        Stopped: the disk is full, or the file was removed or moved.
+    """
+    try:
+        if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            raise FileNotFoundError("another file has its name")
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(end)
+            raise
+    except OSError as error:
+        raise not_written(path, error) from error
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -111,7 +137,7 @@ def write_completions(folder: Path, step: int, rows: Sequence[Mapping[str, Any]]
     table = pyarrow.table({name: _column([row.get(name) for row in rows]) for name in names})
     path = folder / f"step_{step:06d}.parquet"
     with replacing(path) as partial:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         parquet.write_table(table, partial)
     return path
 

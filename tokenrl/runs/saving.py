@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenrl.errors import Refused, Stopped, describe
 from tokenrl.runs.arguments import SavingArguments
 from tokenrl.runs.checkpoint import Resumable, save_checkpoint
+from tokenrl.runs.rescue import rescue
 from tokenrl.runs.states import frozen, read_state, versions, write_state
 
 
@@ -72,11 +73,17 @@ class Saver:
         Raises:
             Stopped: a weight is NaN or infinite.
         """
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in self._tensors()):
+        if not self._finite():
             raise Stopped(
                 f"After step {step} the weights are not finite, so they are not saved. The learning rate is "
                 "the likely cause: lower it, and start again."
             )
+
+    @property
+    def needed(self) -> int:
+        """About how many bytes a run needs: kept and new checkpoints with two moments a weight, and a model."""
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+        return weights * (3 * (self._args.keep_checkpoints + 1) + 1) if self._active else 0
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint is due by the number of steps or by the time since the last."""
@@ -90,6 +97,16 @@ class Saver:
         Raises:
             Stopped: the weights are not finite, or the checkpoint could not be written.
         """
+        path = self._save_in(self._folder)
+        if path is not None:
+            self._saved, self._at = self.step, time.monotonic()
+        return path
+
+    def rescue(self) -> str:
+        """Save the state in another place, since the run's folder cannot be written; say in words where."""
+        return rescue(self._save_in, self._folder) if self._finite() else ""
+
+    def _save_in(self, checkpoints: Path) -> Path | None:
         model = self._model
         if model is None or self.step == 0 or self._versions != self._changes(self._live()):
             return None  # a step that failed has changed the weights: they are those of no step
@@ -99,9 +116,7 @@ class Saver:
             model.write(folder)
             write_state(folder, {"step": self.step, **self._state})
 
-        path = save_checkpoint(self._folder, self.step, fill, keep=self._args.keep_checkpoints)
-        self._saved, self._at = self.step, time.monotonic()
-        return path
+        return save_checkpoint(checkpoints, self.step, fill, keep=self._args.keep_checkpoints)
 
     def restore(self, path: Path) -> int:
         """Continue from a checkpoint; return its step.
@@ -126,6 +141,9 @@ class Saver:
         self._saved = int(state["step"])
         self.settle(self._saved)
         return self._saved
+
+    def _finite(self) -> bool:
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self._tensors())
 
     def _live(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._parts.items()}

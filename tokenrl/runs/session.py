@@ -38,12 +38,13 @@ from tokenrl.runs.ending import Report, write_failure, write_result
 from tokenrl.runs.history import History
 from tokenrl.runs.origin import Origin
 from tokenrl.runs.outcome import Outcome
-from tokenrl.runs.quiet import without_warnings
+from tokenrl.runs.output import undisturbed
 from tokenrl.runs.recorder import Recorder
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import Maker, check_settings, find_checkpoint
 from tokenrl.runs.saving import Model, Saver
 from tokenrl.runs.signals import SIGNALS, GracefulStop
+from tokenrl.runs.space import check_space
 from tokenrl.runs.trackers import TrackerArguments
 
 
@@ -95,7 +96,7 @@ class Session(History):
         super().__init__()
         self.kind, self.output_dir = kind, Path(output_dir)
         quiet = quiet or not main
-        self.console, self._warnings = Console(quiet=quiet, every=every), without_warnings(quiet)
+        self.console, self._undisturbed = Console(quiet=quiet, every=every), undisturbed(quiet)
         self._recorder = Recorder(self.console, tracking)
         self._saving, self._agreed, self._report = saving or SavingArguments(), agreed, report
         resume = self._saving.resume
@@ -112,7 +113,7 @@ class Session(History):
         self._told: int | None = None  # the exit code in the outcome
 
     def __enter__(self) -> Session:
-        self._warnings.__enter__()
+        self._undisturbed.__enter__()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -132,7 +133,7 @@ class Session(History):
                     raise failed from error
                 self.console.warn(str(failed))  # and the error itself goes on, with its traceback
         finally:
-            self._warnings.__exit__(None, None, None)
+            self._undisturbed.__exit__(None, None, None)
             self.stop.__exit__()
             if self.directory is not None:
                 self.directory.release()
@@ -162,11 +163,12 @@ class Session(History):
             **facts: further entries of config.json that the report needs, such as the title.
 
         Raises:
-            Refused: the checkpoint belongs to a run with other settings, data or models.
+            Refused: the checkpoint is of other settings, data or models, or the disk has too little space.
         """
         self.origin = Origin.of(self.kind, args, names, self.output_dir / "config.json")
         settings = {**self.origin.settings, "kind": self.kind}
         differ = check_settings(self.directory, settings) if self.directory and self._saving.resume else []
+        check_space(self.output_dir, self._saver.needed)
         if self._latest.path is not None:
             self._continue(self._latest.path, differ)
         self._begun = True
@@ -257,9 +259,7 @@ class Session(History):
     def finish(self, ended: Outcome, write_model: Callable[[Path], None]) -> None:
         """Save a checkpoint and the model, write summary, plot and report, and print the result.
 
-        Args:
-            ended: the result of the run.
-            write_model: writes the model into the empty folder that it is given, which then becomes `model/`.
+        `write_model` writes the model into the empty folder that it is given, which then becomes `model/`.
 
         Raises:
             Stopped: the weights are not finite, or the model could not be written.
@@ -288,7 +288,7 @@ class Session(History):
         try:
             self._save()
         except Stopped as fault:
-            said = f"{said} {fault}"
+            said = " ".join(dict.fromkeys([said, str(fault), self._saver.rescue()]))
         failed = {"exit_reason": "failed", "steps": self._recorder.last, "eval_after": None}
         ended = Outcome(**self.outcome("failed") | failed)
         left = write_failure(self.directory, ended, self.flags, said, self._report)

@@ -13,6 +13,7 @@ from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.projections import AT_ONCE
 from tokenrl.language.policy.model import Policy
 from tokenrl.runs.console import Console
+from tokenrl.runs.space import in_words
 
 MOST_ROWS = 1024
 """Completions per forward pass if memory allows more."""
@@ -57,10 +58,10 @@ def rows_at_once(
     if fit < 1 or (args.rows_at_once is not None and fit < wanted):
         count = max(1, wanted if args.rows_at_once is not None else 1)
         raise Refused(
-            f"The measurement would need about {_gib(probes + kept + count * group)} of memory, and "
-            f"{_gib(free)} can be used: {_gib(probes)} for {AT_ONCE} random directions at once, "
-            f"{_gib(kept)} for all projections, {_gib(count * group)} for {count * g} completions at once. "
-            + (f"Give rows_at_once={fit * g}, or leave it out." if fit >= 1 else CHEAPER)
+            f"The measurement would need about {in_words(probes + kept + count * group)} of memory, and "
+            f"{in_words(free)} can be used: {in_words(probes)} for {AT_ONCE} random directions at once, "
+            f"{in_words(kept)} for all projections, {in_words(count * group)} for {count * g} completions "
+            "at once. " + (f"Give rows_at_once={fit * g}, or leave it out." if fit >= 1 else CHEAPER)
         )
     return args.rows_at_once or min(fit * g, MOST_ROWS)
 
@@ -96,10 +97,6 @@ def free_memory(policy: Policy) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2g} GiB" if size < 100 * 2**30 else f"{size / 2**30:.0f} GiB"
 
 
 class Budget:

@@ -19,6 +19,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.runs.files import write_text
 from tokenrl.settings import check_number
 
 Row = Mapping[str, Any]
@@ -115,4 +116,4 @@ def _row(
 def write_preferences(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
     """Write rows as JSON lines, a format that `datasets` and `tokenrl reward-model --data` read."""
     lines = [json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    write_text(Path(path), "".join(lines))

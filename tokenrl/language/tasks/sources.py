@@ -39,9 +39,9 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
         raise Refused(f"task '{name}': there is no such file. Give its path from {Path.cwd()}.")
     if path.is_file() and path.suffix not in FORMATS:
         raise Refused(f"task '{name}': cannot read '{path.suffix}' files; allowed are {', '.join(FORMATS)}.")
-    try:
-        import datasets
+    import datasets
 
+    try:
         with without_progress_bars():
             if path.is_file():
                 data = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path))
@@ -56,7 +56,8 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
         raise Refused(
             f"task '{name}': the data could not be read ({describe(error)}). Give a toy task, "
             f"module:attribute, a {'/'.join(FORMATS)} file, a folder, or a hub dataset as owner/name or "
-            "owner/name:config; the hub needs a network connection or a local cache."
+            "owner/name:config; the hub needs a network connection or a local cache. That cache, "
+            f"{datasets.config.HF_DATASETS_CACHE}, must be writable; HF_HOME names another place for it."
         ) from error
 
 
