@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    *(["errors"], ["names"], ["foreign"], ["settings"], ["configuration"], ["calls"]),
+    *(["errors"], ["user_code"], ["names"], ["foreign"], ["settings"], ["configuration"], ["calls"]),
     *(["core"], ["runs"], ["control", "language"], ["lab"], ["advisor"], ["flags"], ["cli"], ["__main__"]),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

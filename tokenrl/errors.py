@@ -42,9 +42,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return 'Type: message' of an error and of the first error that caused it, on one line."""
+    """Return 'Type: message' of an error and of the first error that caused it, on one line.
+
+    An error without a message is only its type.
+    """
     root = error
     while root.__cause__ is not None:
         root = root.__cause__
-    parts = [f"{type(e).__name__}: {' '.join(str(e).split())[:400]}" for e in dict.fromkeys((error, root))]
-    return " caused by ".join(parts)
+    texts = {e: " ".join(str(e).split())[:400] for e in (error, root)}
+    return " caused by ".join(f"{type(e).__name__}: {text}".removesuffix(": ") for e, text in texts.items())

@@ -32,26 +32,33 @@ class Failing(gymnasium.Env):
 
     taken = 0
 
-    def __init__(self, length=8, rewards=(), observations=(), after=0, raises="", continuous=False):
+    def __init__(
+        self, length=8, rewards=(), observations=(), after=0, raises="", continuous=False,
+        error=None,
+    ):  # fmt: skip
         self.observation_space = spaces.Box(-1, 1, (2,), np.float32)
         self.action_space = spaces.Box(-1, 1, (1,), np.float32) if continuous else spaces.Discrete(2)
         self.length, self.after, self.raises = length, after, raises
+        self.error = error or RuntimeError("the motor broke")
         self.rewards, self.observations = dict(rewards), dict(observations)
         if raises == "__init__":
-            raise OSError("no such file: map.txt")
+            raise error or OSError("no such file: map.txt")
 
     def _find(self, numbers, otherwise):
         return numbers.get(self.steps, otherwise) if Failing.taken >= self.after else otherwise
 
     def _fail(self, method):
         if self.raises == method and Failing.taken >= self.after:
-            raise RuntimeError("the motor broke")
+            raise self.error
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.steps = 0
         self._fail("reset")
         return np.array([0, self._find(self.observations, 0)], np.float32), {}
+
+    def close(self):
+        self._fail("close")
 
     def step(self, action):
         self.steps += 1
@@ -82,6 +89,10 @@ WRONG = [
     ({"rewards": {3: NAN}}, r"at step 3 of an episode the reward was nan.*its step\(\)"),
     ({"rewards": {8: -INF}}, "at step 8 of an episode the reward was -inf"),
     ({"rewards": {4: 1e300}}, "at step 4 of an episode the reward was inf.*32 bits"),
+    (
+        {"rewards": {7: -1.1e12}},
+        "that is too large: at step 7 of.*was -1.1.*return rewards from -1e.12 to 1e.12",
+    ),
     ({"rewards": {2: None}}, "at step 2 of an episode the reward was nan"),
     ({"observations": {5: NAN}}, "at step 5 of an episode number 1 of the observation.*was nan"),
     ({"observations": {8: INF}}, "at step 8 of an episode number 1 of the observation.*was inf"),
@@ -117,8 +128,8 @@ def test_the_step_is_counted_from_the_latest_start():
 
 
 def test_large_numbers_are_finite_even_if_their_sum_is_not():
-    rollout = episodes(register(rewards={1: 3e38}, length=1))
-    assert rollout.rewards.isfinite().all() and not rollout.rewards.sum().isfinite()
+    rollout = episodes(register(observations={0: 3e38}, length=1))
+    assert rollout.observations.isfinite().all() and not rollout.observations.sum().isfinite()
 
 
 def test_numbers_after_the_end_of_an_episode_do_not_count():
@@ -190,8 +201,10 @@ def test_what_fails_later_stops_a_run_that_is_kept(tmp_path, capsys, options, me
 
 @pytest.mark.filterwarnings("error")
 def test_a_first_update_that_is_skipped_brings_no_warning(tmp_path):
-    register(rewards={1: 1e30})
-    assert run(tmp_path, "control", "--max-steps", "1", "--estimator", "reinforce") == 0
+    register()
+    # The squares of such a gradient are beyond float32.
+    flags = ["--estimator.baseline", "constant", "--estimator.baseline-constant", "1e30"]
+    assert run(tmp_path, "control", "--max-steps", "1", "--estimator", "reinforce", *flags) == 0
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])["skipped_steps"] == 1
 
 
@@ -223,3 +236,40 @@ def test_an_entry_point_that_is_not_there_is_named():
 
 def test_describing_does_not_play():
     assert describe(register(raises="reset")).horizon == 20
+
+
+class Own(BaseException):
+    """An error that `except Exception` does not catch."""
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt("no"), Own("own")], ids=repr)
+@pytest.mark.parametrize("method", ["__init__", "reset", "step"])
+def test_whatever_is_raised_is_a_failure_of_the_environment(tmp_path, capsys, method, error):
+    register(raises=method, error=error, after=0 if method == "__init__" else 100)
+    assert run(tmp_path, "control") == (2 if method == "__init__" else 1)
+    said = capsys.readouterr().err
+    assert f"it raised {type(error).__name__}: {error}" in said and ID in said and "Traceback" not in said
+    if method != "__init__":
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "failed"
+
+
+def test_a_real_interrupt_of_an_environment_passes():
+    register(raises="step", error=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):  # outside a run, where Python handles signals itself
+        episodes(ID)
+
+
+def test_an_environment_that_cannot_be_closed_loses_nothing(tmp_path):
+    register(raises="close", error=SystemExit(0))
+    with pytest.warns(UserWarning, match=r"failed in close\(\): it raised SystemExit: 0"):
+        assert main(
+            ["control", "--env", ID, "--max-steps", "1", "--num-envs", "2", "--eval-episodes", "2",
+             "--output-dir", str(tmp_path / "run")]
+        ) == 0  # fmt: skip
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "finished"
+
+
+def test_the_agent_without_autodiff_names_what_was_raised():
+    for method in ("reset", "step"):
+        with pytest.raises(Stopped, match=rf"failed in {method}\(\): it raised SystemExit: 0"):
+            list(islice(train_numpy(NumpySettings(env=register(raises=method, error=SystemExit(0)))), 1))

@@ -11,7 +11,7 @@ from tokenrl.core.axes import AXES
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.returns import in_window, lambda_return, reward_to_go, token_rewards
 from tokenrl.core.validation import IN_UNITS_OF_THE_EPISODE
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, Stopped
 
 BASELINES, SCALES = AXES["baseline"], AXES["scale"]
 MEANS = ("batch_mean", "group_mean", "rloo", "opo", "optimal", "shrinkage", "timestep_mean")
@@ -291,6 +291,12 @@ def test_a_baseline_of_the_users_own() -> None:
     ):
         with pytest.raises(Refused, match=f"returned {words}.*one number per row"):
             advantages(rewards, baseline=wrong)
+    with pytest.raises(Stopped, match=r"'leaves' failed: it raised SystemExit: 0 \(test_advantages.py, line"):
+        advantages(rewards, baseline=leaves)
+
+
+def leaves(totals, **_):
+    raise SystemExit(0)
 
 
 def test_means_along_the_row_and_across_rows_by_hand() -> None:

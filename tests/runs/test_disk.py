@@ -112,7 +112,7 @@ def test_an_older_model_stays_whichever_writer_finds_the_disk_full(tmp_path, wri
     }[writer]
     model = tmp_path / "model"
     replace_directory(model, lambda folder: (folder / "a").write_text("older"))
-    with largest_file(50), pytest.raises(Stopped, match="model could not be written .*File too large"):
+    with largest_file(50), pytest.raises(Stopped, match=r"model could not be written .*File too large"):
         replace_directory(model, write)
     assert names(tmp_path) == ["model/a"] and os.listdir(tmp_path) == ["model"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import sqlite3
 import sys
 import time
@@ -43,8 +44,10 @@ def fake(monkeypatch):
 
             def tell(self, call, *content):
                 told.append((kind, call, *content))
-                if (kind, call) in broken:
-                    raise broken[kind, call]
+                error = broken.get((kind, call))
+                error = error(*content) if callable(error) else error
+                if error is not None:
+                    raise error
 
             @property
             def tracker(self):
@@ -114,21 +117,36 @@ def test_it_gets_every_so_many_steps_and_each_evaluation(fake, tmp_path):
     assert [step for step, _ in calls(fake[0], "log")] == [0, 2, 3, 4]
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no network"), SystemExit("no network")])
+@pytest.mark.parametrize("kind", [ConnectionError, SystemExit, KeyboardInterrupt])
 @pytest.mark.parametrize("call", ["init", "start", "config", "log", "finish"])
 def test_one_that_fails_warns_once_and_leaves_the_run_and_the_others_alone(
-    fake, tmp_path, capsys, call, error
+    fake, tmp_path, capsys, call, kind
 ):
     told, broken = fake
-    broken["fake", call] = error
+    broken["fake", call] = kind("no network")
     live(tmp_path / "run", report_to=("fake", "other"))
     said = " ".join(capsys.readouterr().out.split())
     when = {"log": "at step 0", "finish": "at its end"}.get(call, "at its start")
     assert said.count("tracker fake failed") == 1 and "tracker other" not in said
-    assert f"The tracker fake failed {when} ({type(error).__name__}: no network)" in said
+    assert f"The tracker fake failed {when} ({kind.__name__}: no network)" in said
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "finished"
     assert len(calls(told, call)) in (1, 2)  # a run that did not end is asked to end once more
     assert len(calls(told, "log", "other")) == 5 and len(calls(told, "finish", "other")) == 1
+
+
+def test_one_that_fails_in_the_middle_keeps_the_steps_before(fake, tmp_path, capsys):
+    told, broken = fake
+    broken["fake", "log"] = lambda step, values: SystemExit(0) if step == 3 else None
+    live(tmp_path / "run", report_to=("fake",))
+    assert [step for step, _ in calls(told, "log")] == [0, 1, 2, 3] and len(calls(told, "finish")) == 1
+    assert "The tracker fake failed at step 3 (SystemExit: 0)" in " ".join(capsys.readouterr().out.split())
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_tracker_that_is_slow_to_end_can_be_interrupted(fake, tmp_path):
+    fake[1]["fake", "finish"] = lambda: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        live(tmp_path / "run", report_to=("fake",))
 
 
 def test_a_run_that_fails_is_ended_in_the_trackers_too(fake, tmp_path):

@@ -18,12 +18,13 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from tokenrl.control.failures import raised, refusing
+from tokenrl.control.failures import close, failed, refusing
 from tokenrl.control.registered import find
 from tokenrl.control.spaces import action_size, observation_size
 from tokenrl.control.state import load_state, record, state_of
 from tokenrl.errors import Refused, Stopped
 from tokenrl.settings import check_number
+from tokenrl.user_code import raised
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def describe(env: str, max_episode_steps: int | None = None) -> Spec:
     spec = find(env)
     made = make(env, 1, max_episode_steps)
     observations, actions = made.single_observation_space, made.single_action_space
-    made.close()
+    close(spec.id, made)
     return Spec(
         env=spec.id,
         observation_size=observation_size(spec.id, observations),
@@ -149,8 +150,8 @@ class Environments:
         self._moves += 1
         try:
             return self.flat(self.vector.reset(seed=seed)[0])
-        except Exception as error:
-            raise Stopped(f"The environment {self.env} failed in reset(): {raised(error)}.") from error
+        except BaseException as error:
+            raise failed(self.env, "reset", error) from error
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Step every copy.
@@ -171,13 +172,10 @@ class Environments:
         try:
             observations, rewards, terminated, truncated, _ = self.vector.step(self.translate(actions))
             return self.flat(observations), rewards, terminated, truncated
-        except Exception as error:
-            strange = (
-                "" if np.isfinite(actions).all() else " Its observations before were not finite numbers."
-            )
-            raise Stopped(
-                f"The environment {self.env} failed in step(): {raised(error)}.{strange}"
-            ) from error
+        except BaseException as error:
+            sane = np.isfinite(actions).all()
+            strange = "" if sane else " Its observations before were not finite numbers."
+            raise failed(self.env, "step", error, strange) from error
 
     def translate(self, actions: np.ndarray) -> np.ndarray:
         """Convert actions of the policy to actions of the environment."""
@@ -221,7 +219,7 @@ class Environments:
 
     def close(self) -> None:
         """Close the copies."""
-        self.vector.close()
+        close(self.env, self.vector)
 
     def flat(self, observations: np.ndarray) -> np.ndarray:
         """Flatten the observations of E copies to [E, O]."""

@@ -14,6 +14,7 @@ import torch
 from gymnasium.wrappers import RecordVideo
 
 from tokenrl.control.environments import Environments, Spec, make
+from tokenrl.control.failures import close
 from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import collect_episodes
 from tokenrl.core.statistics import mean_and_error
@@ -107,7 +108,7 @@ def check_film(spec: Spec) -> None:
         raise Refused(f'A video needs moviepy ({error}): pip install "gymnasium[other]".') from error
     vector = make(spec.env, 1, spec.horizon)
     modes = vector.metadata.get("render_modes", [])
-    vector.close()
+    close(spec.env, vector)
     if "rgb_array" not in modes:
         raise Refused(
             f"{spec.env} cannot be filmed: it draws {', '.join(modes) or 'nothing'}. Leave --video out."

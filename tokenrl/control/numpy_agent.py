@@ -23,7 +23,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from tokenrl.control.failures import check_finite, refusing
+from tokenrl.control.failures import check_finite, failed, refusing
 from tokenrl.errors import Refused
 from tokenrl.settings import Bounds, Count, Natural, Positive, Settings
 
@@ -127,18 +127,25 @@ def play(env: Any, weights: Weights, generator: np.random.Generator) -> Episode:
     """Play one episode with sampled actions, until it terminates or is truncated.
 
     Raises:
-        Stopped: A reward or an observation is not finite.
+        Stopped: The environment raised an error, or a reward or an observation cannot be used.
     """
-    observations, actions, rewards, over = [env.reset()[0]], [], [], False
+    observations, actions, rewards, over = [_called(env, "reset")[0]], [], [], False
     while not over:
         _, probability = forward(weights, observations[-1])
         actions.append(int(generator.random() < probability[0]))
-        observation, reward, terminated, truncated, _ = env.step(actions[-1])
+        observation, reward, terminated, truncated, _ = _called(env, "step", actions[-1])
         observations.append(observation)
         rewards.append(reward)
         over = terminated or truncated
     check_finite(env.spec.id, np.array(observations), np.array(rewards, float))
     return Episode(np.array(observations[:-1], dtype=np.float64), np.array(actions), np.array(rewards))
+
+
+def _called(env: Any, method: str, *args: Any, **options: Any) -> Any:
+    try:
+        return getattr(env, method)(*args, **options)
+    except BaseException as error:
+        raise failed(env.spec.id, method, error) from error
 
 
 def train_numpy(settings: NumpySettings) -> Iterator[tuple[Weights, list[Episode]]]:
@@ -151,7 +158,7 @@ def train_numpy(settings: NumpySettings) -> Iterator[tuple[Weights, list[Episode
     """
     first, actions, world = np.random.SeedSequence(settings.seed).spawn(3)
     env, generator = make(settings.env), np.random.default_rng(actions)
-    env.reset(seed=int(world.generate_state(1)[0]))
+    _called(env, "reset", seed=int(world.generate_state(1)[0]))
     weights = initial_weights(env.observation_space.shape[0], settings.hidden, np.random.default_rng(first))
     squares = Weights(*map(np.zeros_like, weights))
     while True:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenrl.control.environments import Environments
 from tokenrl.control.failures import check_finite
 from tokenrl.control.policies import Policy
+from tokenrl.core.guards import LARGEST_REWARD
 
 NOISE_CHUNK = 64
 """Steps for which random numbers are drawn at once, because each draw has a fixed cost."""
@@ -62,7 +63,7 @@ def collect_episodes(
         seed: seed of the starting states; None continues with the random states of the environments.
 
     Raises:
-        Stopped: the environment raised an error, or gave a reward or an observation that is not finite.
+        Stopped: the environment raised an error, or gave a number that `check_finite` stops at.
     """
     observation = envs.reset(seed)
     alive = np.ones(envs.num_envs, bool)
@@ -109,7 +110,7 @@ def _in_32_bits(rewards: np.ndarray) -> np.ndarray:
 
 
 def check_rollout(env: str, rollout: Rollout, taken: np.ndarray) -> None:
-    """Stop at a reward or an observation that is not finite, among those that count.
+    """Stop at a reward or an observation that `check_finite` stops at, among those that count.
 
     Args:
         env: id of the environment.
@@ -117,11 +118,11 @@ def check_rollout(env: str, rollout: Rollout, taken: np.ndarray) -> None:
         taken: steps of each row's episode before this rollout, [N].
 
     Raises:
-        Stopped: a number is not finite; the message names it and the step of the episode.
+        Stopped: a number cannot be used; the message names it and the step of the episode.
     """
     # One sum is many times faster than a look at every number. It is finite only if all of them are.
-    numbers = (rollout.rewards, rollout.observations, rollout.final_observations)
-    if math.isfinite(sum(float(x.sum()) for x in numbers)):
+    finite = math.isfinite(float(rollout.observations.sum()) + float(rollout.final_observations.sum()))
+    if finite and float(rollout.rewards.abs().max()) <= LARGEST_REWARD:  # a nan is the largest
         return
     for row, mask in enumerate(rollout.mask):
         seen = torch.cat([rollout.observations[row, mask], rollout.final_observations[row, None]])
@@ -159,7 +160,7 @@ class Pieces:
         """Take `num_steps` steps in every environment; every episode with a step among them gives a row.
 
         Raises:
-            Stopped: the environment raised an error, or gave a reward or an observation that is not finite.
+            Stopped: the environment raised an error, or gave a number that `check_finite` stops at.
         """
         before = self._length.copy()
         noise = policy.noise(self.num_steps, self.envs.num_envs, generator=generator)

@@ -23,6 +23,7 @@ from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import threads_in_words, using_threads, with_threads
 from tokenrl.settings import arguments
+from tokenrl.user_code import is_interrupt
 
 
 def train_agent(
@@ -118,7 +119,9 @@ def _loop(run: Run, session: Session) -> ControlResult:
         try:
             made = film(run.agent.policy, run.spec, session.output_dir / "videos", seed=args.seed)
             session.console.note(f"video   {made}")
-        except Exception as error:  # raised by the environment; a trained policy is not lost over a picture
+        except BaseException as error:  # by the environment; a trained policy is not lost over a picture
+            if is_interrupt(error):
+                raise
             session.console.warn(f"No video could be made: {describe_error(error)}")
     ended = run.result(session, "solved" if solved else "finished")
     finish(run, session, ended)

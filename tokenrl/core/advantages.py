@@ -21,7 +21,8 @@ from tokenrl.core.returns import RETURNS, reward_to_go, token_rewards
 from tokenrl.core.rows import overlong_penalty
 from tokenrl.core.scales import SCALES
 from tokenrl.core.sets import has_others_in_set, in_sets
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, Stopped, TokenrlError
+from tokenrl.user_code import is_interrupt, raised
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
@@ -109,10 +110,17 @@ def from_function(function: Callable[..., Tensor], step: Step) -> Float[Tensor, 
     """Call a user's function for the baseline and check what it returns.
 
     Raises:
+        Stopped: When it raises an error.
         Refused: When it returns anything but a tensor [N] or [N, T].
     """
     mask, size = step.actions, step.inputs.group_size
-    found = function(step.totals, group_size=size, mask=mask, valid=step.valid)
+    try:
+        found = function(step.totals, group_size=size, mask=mask, valid=step.valid)
+    except BaseException as error:
+        if is_interrupt(error) or isinstance(error, TokenrlError):
+            raise
+        name = getattr(function, "__name__", type(function).__name__)
+        raise Stopped(f"The baseline {name!r} failed: {raised(error)}.") from error
     if not isinstance(found, Tensor) or found.shape not in (mask.shape[:1], mask.shape):
         what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise Refused(

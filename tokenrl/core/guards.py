@@ -19,6 +19,10 @@ T = TypeVar("T")
 LONGEST_WITHOUT_BASELINE = 500
 """Most steps of an episode without a baseline; in longer ones noise hides the effect of one action."""
 
+LARGEST_REWARD = 1e12
+"""Largest size of a reward. Advantages are float32 numbers, which end at 3.4e38, and some are divided by a
+standard deviation: a return of 10^4 such rewards is 1e16, and the sum of 10^6 squares of it is still 1e38."""
+
 
 def set_size(estimator: Estimator, axis: str, rows: int, group_size: int | None) -> int | None:
     """Return how many consecutive rows the baseline or the scale compares; None if it compares none.

@@ -81,7 +81,7 @@ class Saver:
 
     @property
     def needed(self) -> int:
-        """About how many bytes a run needs: kept and new checkpoints with two moments a weight, and a model."""
+        """About how many bytes a run needs: its checkpoints, with two moments per weight, and a model."""
         weights = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
         return weights * (3 * (self._args.keep_checkpoints + 1) + 1) if self._active else 0
 

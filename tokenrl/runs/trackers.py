@@ -1,6 +1,7 @@
 """Sends what a run records to experiment trackers, through accelerate's classes for them. Imports no torch.
 
-A tracker never decides about a run: one that raises is told of in a warning, and gets nothing more.
+A tracker never decides about a run: one that raises is told of in a warning, and gets nothing more. One that
+never returns holds the run up, because a call in this process cannot be given up.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from tokenrl.errors import Refused, describe
 from tokenrl.runs.files import plain
 from tokenrl.settings import Settings, check_choice
+from tokenrl.user_code import is_interrupt, marked_interrupts
 
 _NAME_OF_RUN = {
     "clearml": "task_name",
@@ -97,15 +98,28 @@ class Trackers:
         self._started.clear()
 
     def _attempt(self, name: str, act: Callable[[], Any], when: str) -> None:
-        try:
-            act()
-        except (Exception, SystemExit) as error:  # as of the network; a run is not lost over its picture
+        with marked_interrupts():
+            error = _error_of(act)
+            if error is None:
+                return
             self._warn(
                 f"The tracker {name} failed {when} ({describe(error)}) and gets nothing more. The run goes "
                 "on, and metrics.jsonl and timings.jsonl have everything."
             )
-            with suppress(Exception, SystemExit):  # keep what it has already got
-                self._started.pop(name).finish()
+            started = self._started.pop(name, None)
+            if started is not None:
+                _error_of(started.finish)  # keep what it has already got
+
+
+def _error_of(act: Callable[[], Any]) -> BaseException | None:
+    """Return what a tracker raises, for instance about the network; a Ctrl-C is raised on."""
+    try:
+        act()
+    except BaseException as error:  # a run is not lost over its picture
+        if is_interrupt(error):
+            raise
+        return error
+    return None
 
 
 def _installed(names: tuple[str, ...]) -> list[str]:

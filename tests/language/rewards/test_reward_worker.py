@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -36,7 +38,9 @@ def half(completions, completion_ids, level, trainer_state, log_extra, log_metri
 
 def backtracks(completions, **_):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    open("child", "w").write(str(child.pid))
+    with open("started.part", "w") as file:
+        file.write(f"{child.pid} {os.getpid()}")
+    os.rename("started.part", "started")
     for text in completions:
         re.match("(a+)+$", "a" * 40 + "b")  # 2^40 ways to fail, and the interpreter held all along
     return [0.0] * len(completions)
@@ -133,12 +137,31 @@ def test_a_pattern_that_backtracks_for_ever_is_killed_with_all_that_it_started(t
     ):
         rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0)
     assert rewards._worker._process is None
-    child = int((tmp_path / "child").read_text())
-    for _ in range(100):  # the system reaps it when it gets to it
-        if not running(child):
-            break
-        time.sleep(0.1)
-    assert not running(child)
+    wait_for(lambda: not any(map(running, started(tmp_path))))
+
+
+def test_a_trainer_that_is_killed_leaves_nothing_behind(tmp_path):
+    """The function holds the interpreter of its process, and has started a program of its own."""
+    program = "from tokenrl.language.rewards.rewards import Rewards\nif __name__ == '__main__':\n"
+    program += "    Rewards('worked.py:backtracks', timeout=600)(['p'], ['c'], [[1]], {}, step=0)\n"
+    (tmp_path / "trainer.py").write_text(program)
+    with subprocess.Popen([sys.executable, "trainer.py"]) as trainer:
+        wait_for((tmp_path / "started").exists)
+        left = started(tmp_path)
+        assert len(left) == 2 and all(map(running, left))
+        trainer.kill()
+    wait_for(lambda: not any(map(running, left)))
+
+
+def started(folder):
+    return [int(pid) for pid in (folder / "started").read_text().split()]
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20  # the system ends and reaps processes when it gets to it
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def running(pid):

@@ -1,4 +1,4 @@
-"""Calls reward functions: passes each the arguments it takes, awaits async ones, and checks the results.
+"""Calls reward functions: passes each the arguments it takes, times it, and checks what comes back.
 
 Results are checked and never repaired, because a NaN that passes here would ruin the policy later. Functions
 under a deadline run in a process of their own (worker.py), which calls them with the code of this module.
@@ -6,19 +6,21 @@ under a deadline run in a process of their own (worker.py), which calls them wit
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import math
 import numbers
-import threading
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tokenrl.core.guards import LARGEST_REWARD
 from tokenrl.errors import Refused, Stopped, TokenrlError, describe, suggest
+from tokenrl.language.rewards.awaiting import Attempt, await_all
+from tokenrl.user_code import is_interrupt, marked_interrupts
 
 Reward = Callable[..., Any]
 Announce = Callable[[str], None]
@@ -31,11 +33,13 @@ class Called(NamedTuple):
         values: rewards by name of the function, float64 [N], nan where it abstained.
         extra: the columns that functions gave to `log_extra`, by name.
         logged: the values that functions gave to `log_metric`, by name.
+        seconds: the time that each function took, by its name; async functions share theirs.
     """
 
     values: dict[str, np.ndarray]
     extra: dict[str, list[Any]]
     logged: dict[str, list[float]]
+    seconds: dict[str, float]
 
 
 def call_rewards(
@@ -54,8 +58,8 @@ def call_rewards(
             missed deadline can name it.
 
     Raises:
-        Stopped: a function raised, or it did not return a finite number or None for each completion; the
-            message names the function and the row.
+        Stopped: a function raised anything (SystemExit too), or did not return for each completion a number
+            within `LARGEST_REWARD`, or None; the message names the function and the row.
         Refused: a function has a parameter for a column that does not exist.
     """
     extra: dict[str, list[Any]] = {}
@@ -65,9 +69,16 @@ def call_rewards(
         "log_extra": lambda column, values: extra.setdefault(column, []).extend(values),
         "log_metric": lambda name, value: logged.setdefault(name, []).append(float(value)),
     }
-    outputs = zip(named, run_rewards(named, rows, shared, announce), strict=True)
-    values = {name: checked_rewards(name, output, rows["completions"]) for name, output in outputs}
-    return Called(values, extra, logged)
+    with marked_interrupts():
+        attempts = dict(zip(named, run_rewards(named, rows, shared, announce), strict=True))
+    return Called(
+        values={
+            name: checked_rewards(name, one.output, rows["completions"]) for name, one in attempts.items()
+        },
+        extra=extra,
+        logged=logged,
+        seconds={name: one.seconds for name, one in attempts.items()},
+    )
 
 
 def run_rewards(
@@ -75,7 +86,7 @@ def run_rewards(
     rows: Mapping[str, list[Any]],
     shared: Mapping[str, Any],
     announce: Announce = lambda stage: None,
-) -> list[Any]:
+) -> list[Attempt]:
     """Call every function; async functions run concurrently, after the sync ones.
 
     Args:
@@ -85,35 +96,40 @@ def run_rewards(
         announce: called before every stage with the function that is waited for.
 
     Returns:
-        The output of each function, unchecked.
+        What each function returned, unchecked, and the time that it took.
 
     Raises:
         Stopped: a function raised; the message names the function and the first row on which it raises when
             it is called on this row alone.
     """
-    outputs = {}
+    attempts = {}
     for name, function in named.items():
         announce(f"Reward function {name}")
-        outputs[name] = _attempt(function, name, {**rows, **shared})
-    waiting = {name: output for name, output in outputs.items() if inspect.isawaitable(output)}
+        attempts[name] = _attempt(function, name, {**rows, **shared})
+    waiting = {name: one for name, one in attempts.items() if inspect.isawaitable(one.output)}
     if waiting:
         announce(f"Of the async reward functions {', '.join(waiting)} at least one")
-    outputs |= zip(waiting, _await_all(list(waiting.values())), strict=True)
-    for name, output in outputs.items():
-        if isinstance(output, TokenrlError):
-            raise output
-        if isinstance(output, Exception):
-            announce(f"Reward function {name} raised {describe(output)}; called again on single rows, it")
+    attempts |= zip(waiting, await_all([one.output for one in waiting.values()]), strict=True)
+    for name, (_, error, _) in attempts.items():
+        if isinstance(error, TokenrlError):
+            raise error
+        if error is not None:
+            announce(f"Reward function {name} raised {describe(error)}; called again on single rows, it")
             where = _first_failing_row(named[name], name, rows, shared)
-            raise Stopped(f"Reward function {name} raised {describe(output)} ({where}).") from output
-    return list(outputs.values())
+            raise Stopped(f"Reward function {name} raised {describe(error)} ({where}).") from error
+    return list(attempts.values())
 
 
-def _attempt(function: Reward, name: str, arguments: Mapping[str, Any]) -> Any:
+def _attempt(function: Reward, name: str, arguments: Mapping[str, Any]) -> Attempt:
+    began = time.perf_counter()
+    output = error = None
     try:
-        return function(**{key: arguments[key] for key in accepted_arguments(function, name, arguments)})
-    except Exception as error:
-        return error
+        output = function(**{key: arguments[key] for key in accepted_arguments(function, name, arguments)})
+    except BaseException as raised:
+        if is_interrupt(raised):
+            raise
+        error = raised
+    return Attempt(output, error, time.perf_counter() - began)
 
 
 def accepted_arguments(function: Reward, name: str, available: Mapping[str, Any]) -> list[str]:
@@ -145,29 +161,6 @@ def accepted_arguments(function: Reward, name: str, available: Mapping[str, Any]
     return [p.name for p in parameters if p.kind in kinds and p.name in available]
 
 
-@functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """One event loop, in a thread of its own, for the life of the process.
-
-    Clients and locks that an async reward keeps between calls are bound to their loop, so all calls must use
-    the same one. A thread of its own works even if the caller's thread already runs a loop, as in a notebook.
-    """
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="tokenrl-rewards", daemon=True).start()
-    return loop
-
-
-def _await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
-    """Results of awaitables in order; where one raised, the exception stands in place of the result."""
-    if not awaitables:
-        return []
-
-    async def gathered() -> list[Any]:
-        return await asyncio.gather(*awaitables, return_exceptions=True)
-
-    return asyncio.run_coroutine_threadsafe(gathered(), _event_loop()).result()
-
-
 def _first_failing_row(
     function: Reward, name: str, rows: Mapping[str, list[Any]], shared: Mapping[str, Any]
 ) -> str:
@@ -175,10 +168,10 @@ def _first_failing_row(
     silent = {**shared, "log_extra": lambda *_: None, "log_metric": lambda *_: None}
     completions = rows["completions"]
     for i, completion in enumerate(completions):
-        output = _attempt(function, name, {key: values[i : i + 1] for key, values in rows.items()} | silent)
-        if inspect.isawaitable(output):
-            output = _await_all([output])[0]
-        if isinstance(output, Exception):
+        found = _attempt(function, name, {key: values[i : i + 1] for key, values in rows.items()} | silent)
+        if inspect.isawaitable(found.output):
+            found = await_all([found.output])[0]
+        if found.error is not None:
             return f"row {i} of {len(completions)}, completion {shorten(completion)}"
     first = shorten(completions[0]) if completions else "none"
     return f"rows 0 to {len(completions) - 1} together, but none alone; the first completion: {first}"
@@ -191,8 +184,8 @@ def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.nd
     numbers or None.
 
     Raises:
-        Stopped: the output is anything else, or a number in it is not finite. A single number is never
-            broadcast to all rows.
+        Stopped: the output is anything else, or a number in it is not finite or beyond `LARGEST_REWARD`. A
+            single number is never broadcast to all rows.
     """
     count = len(completions)
     shape = getattr(output, "shape", None)
@@ -224,13 +217,13 @@ def _number(item: Any, name: str, row: int, completion: Any) -> float:
         return math.nan
     if not isinstance(item, numbers.Real):
         found = f"{repr(item)[:80]} ({type(item).__name__})"
-    elif math.isfinite(value := _float(item)):
+    elif abs(value := _float(item)) <= LARGEST_REWARD:
         return value
     else:
         found = str(value)
     raise Stopped(
         f"Reward function {name} returned {found} for row {row}, completion {shorten(completion)}; "
-        "a reward is a finite number, or None to abstain."
+        f"a reward is a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, or None to abstain."
     )
 
 

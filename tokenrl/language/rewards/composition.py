@@ -51,11 +51,11 @@ class _Composed:
         """Rewards of the P parts [N, P], nan where a part abstained; logs the mean of each part."""
         rows = {name: values for name, values in arguments.items() if name not in NOT_A_ROW}
         shared = {name: arguments[name] for name in NOT_A_ROW if name in arguments}
-        outputs = run_rewards(self.parts, rows, shared)
+        attempts = run_rewards(self.parts, rows, shared)
         log = shared.get("log_metric") or (lambda name, value: None)
         columns = []
-        for name, output in zip(self.parts, outputs, strict=True):
-            columns.append(checked_rewards(name, output, rows["completions"]))
+        for name, attempt in zip(self.parts, attempts, strict=True):
+            columns.append(checked_rewards(name, attempt.output, rows["completions"]))
             if not np.isnan(columns[-1]).all():
                 log(f"rewards/{name}/mean", float(np.nanmean(columns[-1])))
         return np.stack(columns, axis=1)

@@ -4,6 +4,10 @@ A reward is a function `f(prompts, completions, **columns) -> list[float | None]
 called with keyword arguments only; None abstains from a row. This is the signature of TRL's rewards, and
 reward models have it too. A reward with an attribute `binary = True` promises 1 for right and 0 for wrong,
 which gives pass@k its meaning; the library's rewards say so themselves where it holds.
+
+A reward lies between -1e12 and 1e12, and so does the weighted sum (`LARGEST_REWARD`): far larger numbers
+would overflow float32, in which advantages are computed. Whatever a reward raises, `sys.exit` included,
+stops the run with a message that names the function and the row; only a Ctrl-C is not its failure.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from tokenrl.core.guards import LARGEST_REWARD
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rewards.calls import Called, call_rewards, is_binary, shorten, unique_names
 from tokenrl.language.rewards.composition import check_columns, load_reward
@@ -58,6 +63,7 @@ class Rewards:
         weights: float64 [F].
         binary: whether the total is 0 or 1 by declaration: a single function declared binary, of weight 1.
         pass_threshold: the least total with which a completion is right, for pass@k. None: nothing says so.
+        seconds: the time that each function has taken in all calls so far, by its name.
     """
 
     def __init__(
@@ -100,6 +106,7 @@ class Rewards:
                 f"{len(self.functions)} finite number(s), one per function."
             )
         self.weights = np.asarray(weights, dtype=np.float64)  # [F]
+        self.seconds = dict.fromkeys(self.names, 0.0)
         declared = len(self.functions) == 1 and is_binary(self.functions[0]) and weights[0] > 0
         self.binary = declared and weights[0] == 1 and pass_threshold in (None, 1.0)
         self.pass_threshold = weights[0] if declared and pass_threshold is None else pass_threshold
@@ -150,13 +157,16 @@ class Rewards:
             all_may_abstain: do not stop if no row has a reward; for a part of a step, and for evaluations.
 
         Raises:
-            Stopped: a function raised, it did not return a finite number or None for each completion (the
-                message names the function and the row), it is declared binary and returned another number
-                than 0 or 1, or all functions abstained from all rows.
+            Stopped: a function raised, it did not return a number within `LARGEST_REWARD` or None for each
+                completion (the message names the function and the row), it is declared binary and returned
+                another number than 0 or 1, a weighted sum is beyond `LARGEST_REWARD`, or all functions
+                abstained from all rows.
             Refused: a function asks for a column that does not exist.
         """
         rows = _rows(prompts, completions, completion_ids, columns)
         called = self._call(rows, {"global_step": step, "max_steps": max_steps, "epoch": epoch})
+        for name, spent in called.seconds.items():
+            self.seconds[name] += spent
         values = np.stack([called.values[name] for name in self.names], axis=1)
         self._check_binary(values, rows["completions"])
         valid = ~np.isnan(values).all(axis=1)  # [N]
@@ -168,7 +178,23 @@ class Rewards:
         _check_extra(called.extra, len(valid))
         logged = {name: float(np.mean(given)) for name, given in called.logged.items()}
         metrics = _metrics(self.names, values) | logged
-        return RewardResult(values, np.nansum(values * self.weights, axis=1), valid, metrics, called.extra)
+        return RewardResult(values, self._total(values, rows["completions"]), valid, metrics, called.extra)
+
+    def _total(self, values: np.ndarray, completions: Sequence[Any]) -> np.ndarray:
+        """Return the weighted sums [N] of the rewards [N, F]; stop at one that is too large."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            total: np.ndarray = np.nansum(values * self.weights, axis=1)
+        large = np.flatnonzero(~(np.abs(total) <= LARGEST_REWARD))  # not `>`, which is False for nan
+        if not len(large):
+            return total
+        row = int(large[0])
+        each = zip(self.weights, self.names, values[row], strict=True)
+        parts = " + ".join(f"{weight:g} x {value:g} ({name})" for weight, name, value in each)
+        raise Stopped(
+            f"The weighted sum of the rewards of row {row}, completion {shorten(completions[row])}, is "
+            f"{total[row]:g} = {parts}. It must lie between {-LARGEST_REWARD:g} and {LARGEST_REWARD:g}: give "
+            "smaller reward_weights."
+        )
 
     def _check_binary(self, values: np.ndarray, completions: Sequence[Any]) -> None:
         """Stop if a function that is declared binary returned something else than 0, 1 or None."""
@@ -188,7 +214,12 @@ class Rewards:
         if self._worker is None:
             return here
         away = self._worker(rows, state)
-        return Called(here.values | away.values, here.extra | away.extra, here.logged | away.logged)
+        return Called(
+            values=here.values | away.values,
+            extra=here.extra | away.extra,
+            logged=here.logged | away.logged,
+            seconds=here.seconds | away.seconds,
+        )
 
 
 def _check_extra(extra: Mapping[str, Sequence[Any]], count: int) -> None:

@@ -7,6 +7,11 @@ these can hang the child without any fault of the reward. Data is pickled throug
 program and its own child use.
 
 If a function changes globals or its own attributes, the change stays in that process.
+
+If this program is killed, which no exit handler sees, the process must not be left over, however its function
+hangs. So this program holds one end of a pipe, the lifeline, and never writes to it. When this program ends,
+the system closes the pipe and then sends SIGIO to the process and to all that it started, which ends them
+without asking an interpreter.
 """
 
 from __future__ import annotations
@@ -65,7 +70,7 @@ class RewardWorker:
             Refused: the process cannot be started with these functions.
         """
         if not self._pickled:
-            return Called({}, {}, {})
+            return Called({}, {}, {}, {})
         if self._connection is None:
             self._start()
         try:
@@ -82,13 +87,15 @@ class RewardWorker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
+        watched, lifeline = context.Pipe(duplex=False)
         # Not a daemon, which may not have children of its own: a reward may well use a process pool.
-        self._process = context.Process(target=_serve, args=(theirs,), name="tokenrl-rewards")
+        self._process = context.Process(target=_serve, args=(theirs, watched), name="tokenrl-rewards")
         self._process.start()
         theirs.close()  # else the pipe stays open when the process ends
-        end = weakref.finalize(self, _end, self._process, self._connection)
-        end.atexit = False
-        atexit.register(end)
+        watched.close()
+        self._end = weakref.finalize(self, _end, self._process, self._connection, lifeline)
+        self._end.atexit = False
+        atexit.register(self._end)
         # An import statement cannot find modules that were loaded from a file, so their paths are sent along.
         loaded = [(name, module) for name, module in sys.modules.items() if name.startswith(FILE_MODULE)]
         files = [(name, str(module.__file__)) for name, module in loaded]
@@ -138,7 +145,7 @@ class RewardWorker:
     def close(self) -> None:
         """Kill the process and all that it started; the next call starts a new one."""
         if self._process is not None:
-            _end(self._process, self._connection)
+            self._end()
         self._process = self._connection = None
 
 
@@ -155,19 +162,32 @@ def _pickled(name: str, source: Any) -> bytes:
         ) from error
 
 
-def _end(process: Any, connection: Any) -> None:
+def _end(process: Any, connection: Connection, lifeline: Connection) -> None:
     connection.close()
     if process.is_alive():
         with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):
             os.killpg(process.pid, signal.SIGKILL)  # its group: also what the functions started
         process.kill()
     process.join(10)
+    lifeline.close()
 
 
-def _serve(connection: Connection) -> None:
+def _end_with_the_trainer(watched: Connection) -> None:
+    """Let this process, and all that it will start, be ended as soon as the other end of a pipe is closed."""
+    import fcntl  # not on Windows
+
+    signal.signal(signal.SIGIO, signal.SIG_DFL)  # which ends the process
+    fcntl.fcntl(watched, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(watched, fcntl.F_SETFL, fcntl.fcntl(watched, fcntl.F_GETFL) | os.O_ASYNC)
+    if watched.poll():  # it was closed before
+        os._exit(1)
+
+
+def _serve(connection: Connection, watched: Connection) -> None:
     """Run in the process: load the functions, then answer calls until the pipe closes."""
-    with contextlib.suppress(AttributeError, OSError):
+    with contextlib.suppress(AttributeError, OSError, ImportError):  # as on Windows
         os.setsid()
+        _end_with_the_trainer(watched)
     # A signal to the whole job asks the training to finish its step, which needs rewards, so this process
     # goes on. It uses a handler because programs that a reward starts would inherit SIG_IGN.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -214,7 +234,7 @@ def _load(files: list[tuple[str, str]], pickled: Mapping[str, bytes]) -> dict[st
             functions[name] = load_reward(ForkingPickler.loads(data))
         except Refused:
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise Refused(
                 f"Reward function {name} cannot be loaded in the process that reward_timeout needs "
                 f"({describe(error)}). Write it at the top level of a file and name it, as in "

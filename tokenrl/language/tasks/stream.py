@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, Stopped
 from tokenrl.language.tasks.sources import Row
+from tokenrl.user_code import is_interrupt, raised
 
 FEW = 16
 """With fewer distinct training prompts a policy can learn the answers by heart."""
@@ -64,10 +65,19 @@ class PromptStream:
         return self.take(self._prompts_per_step)
 
     def take(self, count: int) -> list[tuple[int, Row]]:
-        """The next `count` prompts, each with its position."""
+        """The next `count` prompts, each with its position.
+
+        Raises:
+            Stopped: the rows are an object of the user's own, which raised an error.
+        """
         positions = range(self._position, self._position + count)
         self._position = positions.stop
-        return [(position, self._rows[self._index(position)]) for position in positions]
+        try:
+            return [(position, self._rows[self._index(position)]) for position in positions]
+        except BaseException as error:
+            if is_interrupt(error):
+                raise
+            raise Stopped(f"The training prompts could not be read: {raised(error)}.") from error
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self._rows))

@@ -7,13 +7,14 @@ are left out.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from tokenrl.errors import Refused, describe, suggest
+from tokenrl.errors import Refused, TokenrlError, suggest
 from tokenrl.language.rewards.composition import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.arguments import TaskArguments
@@ -22,6 +23,7 @@ from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits,
 from tokenrl.language.tasks.reasoning import reasoning_task
 from tokenrl.language.tasks.sources import FORMATS, Row, check_prompts, read_splits
 from tokenrl.names import import_attribute
+from tokenrl.user_code import is_interrupt, marked_interrupts, raised
 
 
 class Task(Protocol):
@@ -168,25 +170,40 @@ def _named_task(spec: str, eval_size: int | None) -> Any:
         return reasoning_task(spec, eval_size)
     found = import_attribute(spec, "task")
     if callable(found) and not hasattr(found, "train_prompts"):
-        try:
+        with _refusing(f"task '{spec}' was called without arguments, and"):
             found = found()
-        except Exception as error:
-            raise Refused(f"task '{spec}': calling it without arguments raised {describe(error)}.") from error
     return found
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Refuse a task whose own code raises an error, `sys.exit` included; `what` begins the message.
+
+    Raises:
+        Refused: it does.
+    """
+    with marked_interrupts():
+        try:
+            yield
+        except BaseException as error:
+            if is_interrupt(error) or isinstance(error, TokenrlError):
+                raise
+            raise Refused(f"{what} {raised(error)}.") from error
 
 
 def _finished(task: Any, name: str, reward: Any) -> Task:
     """Check a task, whatever its origin, and replace its reward by the user's if one is given."""
-    missing = [attribute for attribute in Task.__annotations__ if not hasattr(task, attribute)]
-    if missing:
-        raise Refused(
-            f"task '{name}' is a {type(task).__name__} without {', '.join(missing)}; a task has "
-            f"{', '.join(Task.__annotations__)} (tokenrl.language.tasks.task.PromptTask is one to fill in)."
-        )
-    for attribute in ("train_prompts", "eval_prompts"):
-        if len(getattr(task, attribute)) == 0:
-            raise Refused(f"task '{name}': {attribute} is empty; give at least one row.")
-        check_prompts(getattr(task, attribute), f"task '{name}', {attribute}")
+    with _refusing(f"task '{name}' was read, and"):
+        missing = [attribute for attribute in Task.__annotations__ if not hasattr(task, attribute)]
+        if missing:
+            raise Refused(
+                f"task '{name}' is a {type(task).__name__} without {', '.join(missing)}; a task has "
+                f"{', '.join(Task.__annotations__)}; tokenrl.PromptTask is one to fill in."
+            )
+        for attribute in ("train_prompts", "eval_prompts"):
+            if len(getattr(task, attribute)) == 0:
+                raise Refused(f"task '{name}': {attribute} is empty; give at least one row.")
+            check_prompts(getattr(task, attribute), f"task '{name}', {attribute}")
     if reward is not None:
         several = isinstance(reward, Sequence) and not isinstance(reward, str)
         functions: Any = [load_reward(one) for one in reward] if several else load_reward(reward)
@@ -208,7 +225,11 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
     if isinstance(task, str):
         refuse_replay(task)
     chosen = [load_reward(spec) for spec in args.reward]
-    if not hasattr(task, "train_prompts"):
+    with _refusing("The task was read, and"):
+        is_task = hasattr(task, "train_prompts")
+        if is_task:
+            task = smaller_evaluation(task, args.eval_size)
+    if not is_task:
         task = load_task(
             task,
             prompt_column=args.prompt_column,
@@ -219,8 +240,6 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
             reward=chosen or None,
             chat=bool(getattr(args, "chat", None)),
         )
-    else:
-        task = smaller_evaluation(task, args.eval_size)
     functions, own = chosen or getattr(task, "reward", None), not (chosen or args.reward_weights)
     if functions is None or functions in ([], ()):
         raise Refused(
@@ -236,5 +255,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         sources=args.reward or None,
         pass_threshold=getattr(task, "pass_threshold", None) if own and mark is None else mark,
     )
-    rewards.check_columns(dict.fromkeys(name for row in task.train_prompts for name in row))
+    with _refusing("The training prompts of the task were read, and"):
+        columns = dict.fromkeys(name for row in task.train_prompts for name in row)
+    rewards.check_columns(columns)
     return task, rewards

@@ -23,6 +23,7 @@ from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.language.training.defaults import Defaults, with_origins
 from tokenrl.language.training.records import prompt_text
+from tokenrl.language.training.reward_time import RewardTime
 from tokenrl.language.training.step import Record
 from tokenrl.language.training.update import Learner
 from tokenrl.runs.metrics import write_completions
@@ -83,6 +84,7 @@ class Run:
         all_flat: number of all steps so far in which no rewards differed.
         cut: share of the latest step's completions that were cut.
         means: the mean reward of each held-out prompt [B], before training and at the latest evaluation.
+        reward_time: time that the reward functions took in the steps of this process.
         watch: notices the step that destroys the policy; None until the evaluation before training.
     """
 
@@ -104,6 +106,7 @@ class Run:
     all_flat: int = 0
     cut: float = 0.0
     means: list[Tensor] = field(default_factory=list)
+    reward_time: RewardTime = field(default_factory=RewardTime)
     watch: Watch | None = None
 
     @property
@@ -186,6 +189,8 @@ def facts(run: Run) -> dict[str, Any]:
 def record_step(run: Run, session: Session, record: Record, metrics: dict[str, float]) -> None:
     """Record a step's metrics, and write and show its completions."""
     shown = run.args.log_completions
+    for name, warning in run.reward_time.add(record.timings).items():
+        session.warn_once(f"slow-reward/{name}", f"step {session.step}: {warning}")
     session.record(metrics, record.timings | {"tokens_per_second": run.tokens_per_second})
     if session.directory is not None and shown and (session.step == 1 or session.due(shown)):
         rows = record.rows()

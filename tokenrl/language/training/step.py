@@ -39,7 +39,7 @@ class Record(NamedTuple):
     Attributes:
         metrics: numbers for metrics.jsonl, under TRL's names.
         rows: returns the completions as table rows; they are decoded only when it is called.
-        timings: seconds spent in each part of the step.
+        timings: seconds spent in each part of the step, and in each reward function (`rewards/NAME/seconds`).
     """
 
     metrics: dict[str, float]
@@ -63,15 +63,14 @@ def training_step(
     """
     policy, estimator, accelerator = learner.policy, learner.estimator, learner.accelerator
     sampling = replace(learner.sampling, step=step, keep_hidden=estimator.needs_values)
-    g, times = sampling.group_size, [time.perf_counter()]
+    g, times, before = sampling.group_size, [time.perf_counter()], dict(rewards.seconds)
 
     mine = share(accelerator, prompts)
     rollout = sample(learner, mine, sampling)  # n rows, g for each prompt
     result = reward_rows(policy, rewards, [row for _, row in mine], rollout, **trainer_state(learner, step))
     own = Experience(mine, rollout, result)
     if estimator.zero_spread == "refill":
-        own = refill(learner, rewards, sampling, own, more)
-        mine, rollout, result = own
+        mine, rollout, result = own = refill(learner, rewards, sampling, own, more)
     times.append(time.perf_counter())
 
     rows = gather(accelerator, step_rows(learner, rewards, sampling, own))  # all N rows, on every process
@@ -106,7 +105,8 @@ def training_step(
     times.append(time.perf_counter())
     shown = share(accelerator, advantages.policy)
     table = partial(completion_rows, policy, mine, rollout, result, rewards.names, shown)
-    return Record(metrics, table, {"collect": times[1] - times[0], "update": times[2] - times[1]})
+    spent = {f"rewards/{name}/seconds": now - before[name] for name, now in rewards.seconds.items()}
+    return Record(metrics, table, {"collect": times[1] - times[0], "update": times[2] - times[1]} | spent)
 
 
 def teach_baselines(

@@ -1,0 +1,108 @@
+"""Tasks whose own code raises, and a hub that cannot be reached: one paragraph, and nothing is trained."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tokenrl.cli import main
+from tokenrl.errors import Refused, Stopped
+from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.language.tasks.stream import PromptStream
+from tokenrl.language.tasks.task import PromptTask, find_task
+from tokenrl.user_code import marked_interrupts
+
+
+class Rows:
+    """Rows that are read one by one; reading any but the first raises."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index:
+            raise self.error
+        return {"prompt": f"p{index}"}
+
+
+def zero(completions):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt("no"), OSError("disk")], ids=repr)
+def test_a_task_that_raises_is_refused(error):
+    kind = type(error).__name__
+    said = rf"training prompts of the task were read, and it raised {kind}: .*\(test_task_failures.py, line"
+    with pytest.raises(Refused, match=said):
+        find_task(TaskArguments(task=PromptTask("mine", Rows(error), [{"prompt": "a"}], zero)))
+    with pytest.raises(Refused, match="The task was read, and it raised"):
+        find_task(TaskArguments(task=PromptTask("mine", [{"prompt": "a"}], Rows(error), zero), eval_size=3))
+    stopped = pytest.raises(Stopped, match="training prompts could not be read: it raised")
+    with marked_interrupts(), stopped as caught:
+        PromptStream(Rows(error), 4, 0).next()
+    assert caught.value.__cause__ is error
+
+
+FILE = """
+import sys
+
+class Task:
+    name, reward, max_completion_length = "mine", "exact_match", 4
+    eval_prompts = [{"prompt": "a"}]
+
+    @property
+    def train_prompts(self):
+        RAISES
+
+def make():
+    RAISES
+
+read = Task()
+"""
+
+
+@pytest.mark.parametrize("raises", ["sys.exit(0)", "raise KeyboardInterrupt('no')"])
+@pytest.mark.parametrize("name", ["make", "read"])
+def test_so_is_one_in_a_file(tmp_path, monkeypatch, capsys, name, raises):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "mine.py").write_text(FILE.replace("RAISES", raises))
+    assert main(["train", "--task", f"mine.py:{name}", "--output-dir", "run", "--quiet"]) == 2
+    said = capsys.readouterr().err
+    how = "was called without arguments" if name == "make" else "was read"
+    assert f"task 'mine.py:{name}' {how}, and it raised " in said and "(mine.py, line" in said
+    assert "Traceback" not in said and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("raises", ["sys.exit(0)", "raise KeyboardInterrupt('no')"])
+def test_so_is_one_that_cannot_be_imported(tmp_path, monkeypatch, capsys, raises):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ends.py").write_text(f"import sys\n{raises}")
+    assert main(["train", "--task", "ends.py:task", "--output-dir", "run", "--quiet"]) == 2
+    assert "task 'ends.py:task': importing it raised" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--model", "some/name", "--task", "sort_digits"],
+            "No causal language model could be loaded from 'some/",
+        ),
+        (["--task", "some/rows", "--reward", "exact_match"], "task 'some/rows': the data could not be read"),
+    ],
+)
+def test_a_hub_that_cannot_be_reached_is_one_paragraph(tmp_path, flags, words):
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
+    command = [sys.executable, "-m", "tokenrl", "train", *flags, "--output-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"tokenrl: {words}")
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "run" / "config.json").exists()
