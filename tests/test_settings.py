@@ -28,7 +28,10 @@ from tokenrl.settings import (
     arguments,
     check_choice,
     check_number,
+    field_types,
     settled,
+    shown,
+    written,
 )
 
 KINDS = [*{command.arguments for command in COMMANDS.values()}, Estimator, NumpySettings]
@@ -56,14 +59,16 @@ def every_number() -> list[tuple[type[Any], str, Any, type, Bounds]]:
 
 def just_outside(number: type, bounds: Bounds) -> list[tuple[float, str]]:
     """A value beyond each bound, as near as can be, and the words for the bound."""
-    step = 1 if number is int else 1e-9
     return [
-        (number(limit + shift * step), f"{words} {limit:g}")
+        (
+            limit + shift if number is int else math.nextafter(limit, shift * math.inf),
+            f"{words} {written(limit)}",
+        )
         for words, limit, shift in (
             ("at least", bounds.at_least, -1),
-            ("above", bounds.above, 0),
+            ("above", bounds.above, -1),
             ("at most", bounds.at_most, 1),
-            ("below", bounds.below, 0),
+            ("below", bounds.below, 1),
         )
         if limit is not None
     ]
@@ -77,27 +82,47 @@ def test_every_number_of_all_settings_is_refused_outside_its_bounds(kind, name, 
     whole = "a whole number" if number is int else "a finite number"
     wrong: list[tuple[Any, str]] = [(True, whole), ("3", whole), (math.nan, whole), (math.inf, whole)]
     wrong += [(1.5, whole)] if number is int else []
+    wrong += [(10**400, whole), (-(10**400), whole), ([], whole), ({}, whole)]
     for value, words in [*wrong, *just_outside(number, bounds)]:
         given = (value, value) if "tuple" in str(hint) else value
         with pytest.raises(Refused) as error:
             kind(**{name: given})
         said = str(error.value)
-        assert said.startswith(f"{name} was given as {given!r}; it must be "), said
+        assert said.startswith(f"{name} was given as {shown(given)}; it must be "), said
+        assert len(said) < 400
         assert whole in said and words in said and "\n" not in said and error.value.exit_code == 2
 
 
-def test_every_number_of_all_settings_has_bounds_or_needs_none():
-    free = {(kind.__name__, name) for kind, name, _, _, bounds in every_number() if bounds == Bounds()}
-    with_a_task = {kind.__name__ for kind in KINDS if hasattr(kind, "reward_weights")}
-    assert free == {
-        ("Estimator", "baseline_constant"),
-        ("Estimator", "running_mean_init"),
-        ("EvaluateArguments", "pass_threshold"),
-        ("AdviseArguments", "pass_threshold"),
-        ("RewardModelArguments", "margin"),
-        ("TrainArguments", "filter_difficulty"),
-        *((kind, "reward_weights") for kind in with_a_task),
-    }
+def test_every_number_of_all_settings_has_bounds_on_both_sides():
+    for kind, name, _, _, bounds in every_number():
+        low, high = (bounds.at_least, bounds.above), (bounds.at_most, bounds.below)
+        assert low != (None, None) and high != (None, None), (kind.__name__, name)
+
+
+def test_every_seed_of_all_settings_has_the_same_bounds():
+    seeds = [(name, bounds) for _, name, _, _, bounds in every_number() if "seed" in name]
+    assert len(seeds) > 8 and {bounds for _, bounds in seeds} == {Bounds(at_least=0, at_most=2**32 - 1)}
+
+
+def every_text() -> list[Any]:
+    """Each text of all settings that takes no object, and each estimator: the settings and the name."""
+    found = []
+    for kind in sorted(KINDS, key=lambda kind: kind.__name__):
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+            if name == "estimator" or ("str" in str(hint) and "or an object" not in str(hint)):
+                found.append(pytest.param(kind, name, id=f"{kind.__name__}.{name}"))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "name"), every_text())
+@pytest.mark.parametrize("given", [5, {"a": 1}, [3], [["a"]], True, 1.5], ids=str)
+def test_what_is_no_text_is_refused_for_every_text_of_all_settings(kind, name, given):
+    others = {"run_dir": (), "what": "exact"}  # without a default
+    needed = {other: value for other, value in others.items() if other in field_types(kind)}
+    with pytest.raises(Refused) as error:
+        arguments(kind, needed | {name: given})
+    assert name in str(error.value) or name == "estimator", error.value
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +131,8 @@ def test_every_number_of_all_settings_has_bounds_or_needs_none():
 def test_every_command_refuses_a_number_in_the_same_sentence(command, capsys):
     assert main([*command.split(), "--seed", "-1"]) == 2
     error = capsys.readouterr().err
-    assert error == "tokenrl: seed was given as -1; it must be a whole number of at least 0.\n"
+    words = "a whole number of at least 0 and at most 4,294,967,295"
+    assert error == f"tokenrl: seed was given as -1; it must be {words}.\n"
 
 
 @pytest.mark.parametrize(
@@ -141,13 +167,16 @@ class Sample(Settings):
     estimator: Estimator = Estimator()  # noqa: RUF009
 
 
+MOST = " and at most 1,000,000,000"
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"count": 0}, "count was given as 0; it must be a whole number of at least 1."),
-        ({"count": 2.0}, "count was given as 2.0; it must be a whole number of at least 1."),
-        ({"count": None}, "count was given as None; it must be a whole number of at least 1."),
-        ({"rate": 0}, "rate was given as 0; it must be a finite number above 0, or None."),
+        ({"count": 0}, f"count was given as 0; it must be a whole number of at least 1{MOST}."),
+        ({"count": 2.0}, f"count was given as 2.0; it must be a whole number of at least 1{MOST}."),
+        ({"count": None}, f"count was given as None; it must be a whole number of at least 1{MOST}."),
+        ({"rate": 0}, "rate was given as 0; it must be a finite number above 0 and at most 1e+30, or None."),
         ({"share": 1}, "share was given as 1; it must be a finite number of at least 0 and below 1."),
         (
             {"shade": "drak"},
@@ -156,9 +185,9 @@ class Sample(Settings):
         ({"on": "yes"}, "on was given as 'yes'; it must be True or False."),
         (
             {"sizes": (1, 0)},
-            "sizes was given as (1, 0); it must be values, each a whole number of at least 1.",
+            f"sizes was given as (1, 0); it must be values, each a whole number of at least 1{MOST}.",
         ),
-        ({"sizes": 3}, "sizes was given as 3; it must be values, each a whole number of at least 1."),
+        ({"sizes": 3}, f"sizes was given as 3; it must be values, each a whole number of at least 1{MOST}."),
         ({"span": (1.0,)}, "span was given as (1.0,); it must be 2 values, each a finite number, or None."),
     ],
     ids=str,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenrl.errors import Refused
-from tokenrl.settings import arguments
+from tokenrl.settings import arguments, shown
 
 T = TypeVar("T")
 
@@ -44,16 +45,29 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         Refused: The file cannot be read, or it is not a mapping of names to values.
     """
-    file = Path(path, "config.json") if Path(path).is_dir() else Path(path)
+    file = Path(path)
     try:
+        file = file / "config.json" if file.is_dir() else file
         text = file.read_text(encoding="utf-8")
-        config = _yaml(text) if file.suffix in (".yaml", ".yml") else json.loads(text)
-    except (OSError, ValueError) as error:
-        found = f"The configuration {file} cannot be read ({error})"
+        yaml = file.suffix in (".yaml", ".yml")
+        config = _yaml(text) if yaml else json.loads(text, object_pairs_hook=_mapping)
+    except (OSError, ValueError, RecursionError) as error:
+        found = f"The configuration {file!s:.300} cannot be read ({error})"
         raise Refused(f"{found}; give the config.json of a run, or a file in JSON or YAML.") from error
     if not isinstance(config, dict):
         raise Refused(f"The configuration {file} is a {type(config).__name__}; it must map names to values.")
     return config
+
+
+def _mapping(pairs: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
+    """Make a mapping of names to values; refuse names that are no text, or given twice."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"the name {shown(name)} is no text")
+        if names.count(name) > 1:
+            raise ValueError(f"{shown(name)} is given twice")
+    return dict(pairs)
 
 
 def _yaml(text: str) -> Any:
@@ -61,7 +75,10 @@ def _yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            self.flatten_mapping(node)
+            made = [[self.construct_object(part, deep=True) for part in pair] for pair in node.value]
+            return _mapping([(name, value) for name, value in made])
 
     number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))

@@ -15,8 +15,9 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from math import isfinite
+from math import inf
 from numbers import Integral, Real
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
 
@@ -47,16 +48,27 @@ class Bounds:
     def __str__(self) -> str:
         limits = [("of at least", self.at_least), ("above", self.above)]
         limits += [("at most", self.at_most), ("below", self.below)]
-        return "".join(f" and {words} {limit:g}" for words, limit in limits if limit is not None)[5:]
+        return " and ".join(f"{words} {written(limit)}" for words, limit in limits if limit is not None)
 
 
-Positive = Annotated[float, Bounds(above=0)]
-NonNegative = Annotated[float, Bounds(at_least=0)]
-Count = Annotated[int, Bounds(at_least=1)]
-Natural = Annotated[int, Bounds(at_least=0)]
+LARGEST = 1e30
+"""Largest absolute value of a setting: beyond it numbers of 32 bits overflow, as weights and rewards are."""
+MOST = 10**9
+"""Largest whole number of a setting that counts something."""
+
+Number = Annotated[float, Bounds(at_least=-LARGEST, at_most=LARGEST)]
+Positive = Annotated[float, Bounds(above=0, at_most=LARGEST)]
+NonNegative = Annotated[float, Bounds(at_least=0, at_most=LARGEST)]
+Count = Annotated[int, Bounds(at_least=1, at_most=MOST)]
+Several = Annotated[int, Bounds(at_least=2, at_most=MOST)]
+Natural = Annotated[int, Bounds(at_least=0, at_most=MOST)]
+Seed = Annotated[int, Bounds(at_least=0, at_most=2**32 - 1)]
+"""A seed has 32 bits, as NumPy's: then a number of 64 bits can hold it beside the number of a step."""
 
 OR_FUNCTION = "or a function"
 """Metadata of a field that also takes a function, which only Python can give, not the command line."""
+OR_OBJECT = "or an object"
+"""Metadata of a field of text that also takes an object, such as a model, from Python."""
 
 
 class Settings:
@@ -92,21 +104,33 @@ class Rule(NamedTuple):
     def check(self, what: str, given: object) -> None:
         """Refuse a value that is not allowed; the message says what was given and what is allowed."""
         if not self.fits(given):
-            hint = nearest(str(given), self.names)
-            raise Refused(f"{what} was given as {given!r}; it must be {self.words}.{hint}")
+            hint = nearest(str(given)[:99], self.names)
+            raise Refused(f"{what} was given as {shown(given)}; it must be {self.words}.{hint}")
 
 
 def check(settings: Any) -> None:
     """Refuse a dataclass in which the value of a field is not one that the field's type allows.
 
-    Numbers, booleans, choices (`Literal`) and tuples of these are checked. Text and objects are not: in
-    Python an object may be given where the command line takes its name.
+    Numbers, booleans, text, choices (`Literal`), other dataclasses and tuples of these are checked.
 
     Raises:
         Refused: A field has a value that is not allowed; the message names the first such field.
     """
     for name, rule in _rules(type(settings)).items():  # type: ignore[arg-type]
         rule.check(name, getattr(settings, name))
+
+
+def written(limit: float) -> str:
+    """Return a bound as text: a whole number with all its digits."""
+    return f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
+
+
+def shown(given: object, most: int = 200) -> str:
+    """Return what was given as a message quotes it: as Python writes it, in at most `most` characters."""
+    if isinstance(given, int) and abs(given) > 10**most:
+        return "a number of more digits than Python writes"  # which would raise
+    text = repr(given)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
@@ -148,8 +172,10 @@ def _rules(kind: type[Any]) -> dict[str, Rule]:
 
 def _rule(hint: Any) -> Rule | None:
     """Return the rule of a type, or None if every value is allowed."""
-    hint, *metadata = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+    metadata, hint = getattr(hint, "__metadata__", ()), _bare(hint)
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if OR_OBJECT in metadata:
+        return None
     if OR_FUNCTION in metadata:
         named = _choice(parts)
         return named._replace(fits=lambda value: callable(value) or named.fits(value))
@@ -159,13 +185,29 @@ def _rule(hint: Any) -> Rule | None:
         return Rule(lambda value: isinstance(value, bool), "True or False")
     if hint is NoneType:
         return Rule(lambda value: value is None, "None")
+    if hint in (str, Path):
+        return Rule(lambda value: isinstance(value, (str, os.PathLike)), "text")
+    if is_dataclass(hint):
+        names = "the name of a preset, or " if hasattr(hint, "preset") else ""
+        return Rule(
+            lambda value: isinstance(value, hint), f"{names}a mapping of the fields of {hint.__name__}"
+        )
     if origin is Literal:
         return _choice(parts)
-    if origin in (Union, UnionType):
+    if _is_union(hint):
         return _either([_rule(part) for part in parts])
     if origin is tuple:
         return _several(parts)
     return None
+
+
+def _bare(hint: Any) -> Any:
+    """Return a type without its metadata."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (Union, UnionType)
 
 
 def _number(kind: type[Any], bounds: Bounds) -> Rule:
@@ -173,14 +215,18 @@ def _number(kind: type[Any], bounds: Bounds) -> Rule:
 
     def fits(value: Any) -> bool:
         counts = isinstance(value, number) and not isinstance(value, bool)
-        return counts and isfinite(value) and bounds.hold(value)
+        return counts and abs(value) < inf and bounds.hold(value)  # isfinite cannot take 10**400
 
     return Rule(fits, f"a {'whole' if kind is int else 'finite'} number {bounds}".strip())
 
 
 def _choice(names: tuple[Any, ...]) -> Rule:
-    shown = tuple(map(str, names))
-    return Rule(lambda value: value in names, f"one of {', '.join(shown)}", shown)
+    known, kinds = tuple(map(str, names)), tuple(map(type, names))
+
+    def fits(value: Any) -> bool:  # True is no 1, and an array equals nothing
+        return isinstance(value, kinds) and not isinstance(value, bool) and value in names
+
+    return Rule(fits, f"one of {', '.join(known)}", known)
 
 
 def _either(rules: list[Rule | None]) -> Rule | None:
@@ -227,11 +273,14 @@ def settled(kind: type[T], given: Any, found: Mapping[str, Any]) -> T:
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    parts = typing.get_args(hint) if typing.get_origin(hint) in (Union, UnionType) else (hint,)
+    hint = _bare(hint)
+    parts = [_bare(part) for part in typing.get_args(hint)] if _is_union(hint) else [hint]
     if isinstance(value, Mapping) and isinstance(hint, type) and is_dataclass(hint):
         return arguments(hint, value)
     if isinstance(value, str) and hasattr(hint, "preset"):
         return hint.preset(value)
+    if Path in parts and isinstance(value, str):
+        return Path(value)
     fits = (str in parts and isinstance(value, (str, os.PathLike))) or (value is None and NoneType in parts)
     if tuple in [typing.get_origin(part) for part in parts] and not fits:
         return tuple(value) if isinstance(value, (list, tuple)) else () if value is None else (value,)

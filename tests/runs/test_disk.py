@@ -73,10 +73,13 @@ def names(folder):
 
 
 def test_a_line_of_metrics_is_written_whole_or_not_at_all(tmp_path):
-    with MetricsLog(tmp_path / "m", tmp_path / "t") as log, largest_file(100):
-        with pytest.raises(Stopped, match=r"m could not be written \(OSError.*too large\)\. Free space"):
-            for step in range(100):
-                log.write(step, {"reward": 0.5}, {"seconds": 1.0})
+    with (
+        MetricsLog(tmp_path / "m", tmp_path / "t") as log,
+        largest_file(100),
+        pytest.raises(Stopped, match=r"m could not be written \(OSError.*too large\)\. Free space"),
+    ):
+        for step in range(100):
+            log.write(step, {"reward": 0.5}, {"seconds": 1.0})
     assert [row["step"] for row in read_metrics(tmp_path / "m")] == [0, 1, 2]
     assert (tmp_path / "m").read_bytes().endswith(b'"reward": 0.5}\n')
     with MetricsLog(tmp_path / "m", tmp_path / "t") as log:  # with space again, it goes on

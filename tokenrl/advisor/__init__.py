@@ -7,6 +7,7 @@ on training prompts. A diagnosis rests on the metrics that the run has recorded.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,9 +32,9 @@ def run(args: AdviseArguments) -> int:
         )
     files = [Path(path).absolute() for path in (args.config, args.json, args.markdown) if path is not None]
     for path in files:
-        if not path.parent.is_dir():
+        if not os.path.isdir(path.parent):
             raise Refused(f"{path} cannot be written: its directory does not exist. Make it first.")
-        if path.is_dir():
+        if os.path.isdir(path):
             raise Refused(f"{path} cannot be written: it is a directory. Give the name of a file in it.")
         if files.count(path) > 1:
             raise Refused(f"{path} was given twice, and one file would replace the other. Give two names.")

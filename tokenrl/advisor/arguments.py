@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 from tokenrl.core.axes import Baseline
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.tasks.arguments import TaskArguments
-from tokenrl.settings import Bounds, Count, Natural, Positive
+from tokenrl.settings import Count, Number, Positive, Seed, Several
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class AdviseArguments(ModelArguments, TaskArguments, LoraArguments):
     """Steps after which an episode is cut. Default: the environment's own limit."""
     allow_no_baseline: bool = False
     """Allow training without a baseline where episodes may be longer than 500 steps."""
-    episodes: Annotated[int, Bounds(at_least=2)] = 50
+    episodes: Several = 50
     """Number of random episodes that are measured; fewer if they are long."""
     num_prompts: Count = 64
     """Number of training prompts that a language model is measured on."""
-    num_samples: Annotated[int, Bounds(at_least=2)] = 32
+    num_samples: Several = 32
     """Completions per prompt; groups of up to this size can be recommended."""
     num_generations: Count | None = None
     """Completions per prompt to train with; with 1, no group is compared. Default: the one recommended."""
@@ -42,9 +42,9 @@ class AdviseArguments(ModelArguments, TaskArguments, LoraArguments):
     """Largest number of tokens in a completion. Default: the task's, else 256."""
     temperature: Positive = 1.0
     """Temperature of sampling."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of the measurement, and of the recommended training."""
-    pass_threshold: float | None = None
+    pass_threshold: Number | None = None
     """Least total reward with which a completion is right, for pass@k. Default: 1 for a single reward that is
     declared binary, else the threshold of the task, if it has one."""
     config: str | None = None

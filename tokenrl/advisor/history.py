@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenrl.configuration import configured, read_config
-from tokenrl.control.arguments import ControlArguments
+from tokenrl.configuration import configured
+from tokenrl.control.arguments import ControlArguments, ControlSettings
 from tokenrl.core.entropy import final_entropy
 from tokenrl.errors import Refused
-from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.runs.metrics import read_metrics
+from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.runs.plots import series
+from tokenrl.runs.recorded import recorded_config, recorded_rows, recorded_summary
+from tokenrl.settings import settled
 
-KINDS: dict[str, Any] = {"train": TrainArguments, "control": ControlArguments}
-"""The commands whose runs can be diagnosed, with their arguments."""
+KINDS: dict[str, tuple[Any, Any]] = {
+    "train": (TrainArguments, TrainSettings),
+    "control": (ControlArguments, ControlSettings),
+}
+"""The commands whose runs can be diagnosed, with their arguments and the settings of their runs."""
 
 
 class Recent(NamedTuple):
@@ -121,12 +126,12 @@ def read_run(path: str) -> History:
             has made no step yet.
     """
     run = Path(path)
-    if not (run / "config.json").is_file():
+    if not os.path.isfile(run / "config.json"):
         raise Refused(
             f"{run} holds no run: there is no config.json in it. Give the output directory of `tokenrl "
             "train` or `tokenrl control`; a run writes that file once it has evaluated the first policy."
         )
-    config = read_config(run)
+    config = recorded_config(run)
     kind = config.get("kind")
     if kind not in KINDS:
         raise Refused(
@@ -134,19 +139,21 @@ def read_run(path: str) -> History:
             "policy gradient can be diagnosed: give the output directory of `tokenrl train` or `tokenrl "
             "control`."
         )
-    rows = read_metrics(run / "metrics.jsonl")
-    if not any(row.get("step", 0) > 0 and isinstance(row.get("reward"), int | float) for row in rows):
+    rows = recorded_rows(run)
+    if not any(series(rows, "reward")[0]):
         raise Refused(
             f"{run} has not made a step yet, or none in which an episode ended with a finite reward: none of "
             f"the {len(rows)} lines of its metrics.jsonl has one. Ask again once the run has come further."
         )
-    arguments = configured(KINDS[kind], run, kind)
+    arguments, settings = KINDS[kind]
+    arguments = configured(arguments, run, kind)
+    settled(settings, arguments, {})  # refuses what a run never leaves open
     return History(
         path=run,
         kind=kind,
         arguments=arguments,
         rows=rows,
-        summary=read_config(run / "summary.json") if (run / "summary.json").exists() else None,
+        summary=recorded_summary(run) or None,
         title=str(config.get("title", run.name)),
         threshold=None if config.get("solved") is None else float(config["solved"]),  # "Infinity" too
         horizon=_horizon(arguments),

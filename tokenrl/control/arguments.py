@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.runs.arguments import SavingArguments
 from tokenrl.runs.threads import ThreadArguments
 from tokenrl.runs.trackers import TrackerArguments
-from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive
+from tokenrl.settings import Count, Natural, NonNegative, Positive, Seed, Several
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     """Number of rollouts that are collected and trained on; 0 only evaluates."""
     num_envs: Count = 64
     """Number of environments that are stepped together."""
-    num_steps: Annotated[int, Bounds(at_least=2)] | None = None
+    num_steps: Several | None = None
     """Steps of each environment per rollout. Needs a critic, which estimates the returns that are cut off.
     Default: one whole episode of each environment."""
     max_episode_steps: Count | None = None
@@ -66,7 +66,7 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     """Number of passes over each rollout."""
     num_minibatches: Count = 1
     """Number of updates per pass, each on a part of the actions."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of initial weights, environments and actions."""
     eval_episodes: Count = 100
     """Number of episodes per evaluation, from starting states that are never trained on."""

@@ -25,7 +25,7 @@ import numpy as np
 
 from tokenrl.control.failures import check_finite, failed, refusing
 from tokenrl.errors import Refused
-from tokenrl.settings import Bounds, Count, Natural, Positive, Settings
+from tokenrl.settings import Bounds, Count, Positive, Seed, Settings
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -52,7 +52,7 @@ class NumpySettings(Settings):
     """Decay per update of RMSProp's running mean of squared gradients."""
     epsilon: Positive = 1e-5
     """Added to the root of that mean, to avoid division by 0."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of initial weights, sampled actions and environment."""
 
 

@@ -109,7 +109,7 @@ class Watch:
         if self.found or error is None:
             return None
         names = ("frac_reward_zero_std", "entropy", "completions/clipped_ratio")
-        now = Stretch(step, step, metrics["reward"], error**2, *(metrics[name] for name in names))
+        now = Stretch(step, step, metrics["reward"], error * error, *(metrics[name] for name in names))
         self._start = self._start or now
         if 0 < (norm := metrics["grad_norm"]) < math.inf:
             self._norms = min(self._norms[0], norm), max(self._norms[1], norm)

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 from tokenrl.core import axes, bias, validation
 from tokenrl.core.choices import choice_of
 from tokenrl.core.presets import PRESETS
-from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive, Settings, arguments, check_choice
+from tokenrl.settings import (
+    LARGEST,
+    Bounds,
+    Count,
+    Natural,
+    NonNegative,
+    Number,
+    Positive,
+    Settings,
+    arguments,
+    check_choice,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -32,11 +43,11 @@ class Estimator(Settings):
     """What is subtracted from the return; rloo is the mean of the other completions of the prompt.
 
     From Python also a function f(totals, group_size=..., mask=..., valid=...) that returns [N] or [N, T]."""
-    baseline_constant: float = 0.0
+    baseline_constant: Number = 0.0
     """The value subtracted by the baseline 'constant'."""
     running_mean_decay: Annotated[float, Bounds(at_least=0, below=1)] | None = 0.9
     """Decay per step of the baseline 'running_mean'; None for the plain mean of all returns so far."""
-    running_mean_init: float = 0.0
+    running_mean_init: Number = 0.0
     """The value of the running mean before the first step."""
     leave_one_out: bool = True
     """Leave the row itself out of 'opo', 'optimal' and 'timestep_mean'. The papers include it: a bias."""
@@ -58,9 +69,9 @@ class Estimator(Settings):
     """The ratio is clipped below 1 - epsilon, and above 1 + epsilon unless epsilon_high is set."""
     epsilon_high: Positive | None = None
     """The ratio is clipped above 1 + epsilon_high; None for epsilon."""
-    dual_clip: Annotated[float, Bounds(above=1)] | None = None
+    dual_clip: Annotated[float, Bounds(above=1, at_most=LARGEST)] | None = None
     """Bound of the ratio where the advantage is negative, for 'token' and 'sequence_mean'; None for none."""
-    importance_cap: Annotated[float, Bounds(at_least=1)] | None = None
+    importance_cap: Annotated[float, Bounds(at_least=1, at_most=LARGEST)] | None = None
     """Weight tokens by trainer / sampler probability, at most this; None assumes that the two are equal."""
     beta: NonNegative = 0.0
     """Weight of the KL divergence from the reference policy; 0 needs no reference."""

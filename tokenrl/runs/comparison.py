@@ -46,7 +46,7 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
         named = " and ".join(f"{name} (tokenrl {kind})" for kind, name in kinds.items())
         raise Refused(f"Runs of different kinds have no curve in common: {named}. Compare runs of one kind.")
     output = Path(output)
-    if output.is_dir() or not output.parent.is_dir():
+    if os.path.isdir(output) or not os.path.isdir(output.parent):
         raise Refused(f"The page cannot be written to {output}; give a file in a folder that exists.")
     marks = {run.mark for run in found.values()}
     return write_page(

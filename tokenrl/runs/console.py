@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -18,6 +19,9 @@ _LOSS_NOTE = (
 _PLACES = 6  # most decimal places of a number with its error
 FAILURES = ("policy-destroyed", "nothing-learnt")
 """Flags of a summary without which the reason why a run ended would mislead."""
+_CONTROL = r"\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"  # all but newline and tab
+_DIRECTION = r"\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+_HARMFUL = re.compile(f"[{_CONTROL}{_DIRECTION}]")
 _CELL = 60  # characters of a prompt or completion shown in a table
 
 
@@ -195,13 +199,22 @@ def visible(text: str, limit: int | None = None) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def harmless(text: str) -> str:
+    r"""Return a text in which characters that could change a terminal are written as escapes, such as \x1b.
+
+    These are control characters but newline and tab, lone surrogates, and those that turn the direction of
+    writing, with which a text can show something else than it says.
+    """
+    return _HARMFUL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def number(value: Any) -> str:
     """Return a number as text with four significant figures, or a dash for None."""
     if value is None:
         return "-"
     try:
         return f"{float(value):.4g}"
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return visible(str(value), _CELL)
 
 

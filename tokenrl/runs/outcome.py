@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -38,4 +39,5 @@ class Outcome:
 def model_directory(name_or_path: str | Path) -> str | Path:
     """Return where a model lies: `model/` for a run directory, else the path or hub name itself."""
     run = Path(name_or_path)
-    return run / "model" if (run / "metrics.jsonl").exists() and (run / "model").is_dir() else name_or_path
+    there = os.path.exists(run / "metrics.jsonl") and os.path.isdir(run / "model")
+    return run / "model" if there else name_or_path

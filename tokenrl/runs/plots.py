@@ -39,7 +39,7 @@ def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], l
     for row in metrics:
         try:
             value = float(row[key])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue
         if math.isfinite(value):
             steps.append(int(row["step"]))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.console import ending, number, with_errors
-from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.page import Html, preformatted, section, table, tag, write_page
 from tokenrl.runs.panels import learning_curves
 from tokenrl.runs.plots import learning_curve, series
+from tokenrl.runs.recorded import recorded_config, recorded_rows, recorded_summary
 from tokenrl.runs.samples import completions_section
 
 _FROM_PYTHON = (
@@ -73,37 +73,9 @@ def read_run(run: str | Path) -> RunFiles:
         Refused: the directory holds no metrics.jsonl, or a file of it is damaged.
     """
     run = Path(run)
-    if not (run / "metrics.jsonl").is_file():
+    if not os.path.isfile(run / "metrics.jsonl"):
         raise Refused(f"{run} holds no metrics.jsonl; give the output directory of a run.")
-    config = read_config(run) if (run / "config.json").is_file() else {}
-    return RunFiles(run, config, _numbered(run / "metrics.jsonl"), _summary(run / "summary.json"))
-
-
-def _numbered(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of metrics.jsonl, each of which must say its step."""
-    rows = read_metrics(path)
-    for place, row in enumerate(rows, start=1):
-        if not isinstance(row.get("step"), int):
-            raise Refused(
-                f"Row {place} of {path} has the step {row.get('step')!r:.40}; it must be a whole number, as "
-                "tokenrl writes it. Remove the row, and the others can be shown."
-            )
-    return rows
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    """Read summary.json; empty if there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__}, not an object")
-    except (OSError, ValueError) as error:
-        raise Refused(
-            f"{path} is damaged ({error}). Remove it, and the run is shown as one that has not ended."
-        ) from error
-    return found
+    return RunFiles(run, recorded_config(run), recorded_rows(run), recorded_summary(run))
 
 
 def report_from_directory(run: str | Path) -> Path:

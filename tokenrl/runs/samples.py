@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenrl.runs.console import number
+from tokenrl.runs.console import harmless, number
 from tokenrl.runs.files import plain
 from tokenrl.runs.metrics import read_completions
 from tokenrl.runs.page import Html, section, tag
@@ -33,7 +33,8 @@ def completions_section(folder: Path) -> Html:
     if not rows:
         return Html()
     names = dict.fromkeys(name for row in rows for name in row)
-    numeric = [name for name in names if not any(isinstance(row.get(name), str) for row in rows)]
+    numbers = (int, float, type(None))
+    numeric = [name for name in names if all(isinstance(row.get(name), numbers) for row in rows)]
     items = tag("div", *(_sample(row, numeric) for row in rows), class_="list")
     return section("Completions", tag("div", _form(numeric), items, class_="samples"))
 
@@ -64,13 +65,13 @@ def _text(text: str) -> Html:
     """Show a text, or the messages of a chat with their roles."""
     messages = _messages(text)
     if messages is None:
-        return tag("div", text, class_="text")
+        return tag("div", harmless(text), class_="text")
     parts = []
     for message in messages:
         content = message["content"]
         words = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
         role = tag("span", str(message["role"]), class_="label")
-        parts.append(tag("div", role, tag("div", words, class_="text"), class_="message"))
+        parts.append(tag("div", role, tag("div", harmless(words), class_="text"), class_="message"))
     return tag("div", *parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +42,7 @@ def exact(args: LabArguments) -> int:
     if unknown := [name for name in args.estimators if name not in chosen]:
         raise Refused(f"The lab knows no estimator {unknown[0]!r}; it knows: {'; '.join(chosen)}.")
     for path in (args.json, args.figure):
-        if path is not None and not path.absolute().parent.is_dir():
+        if path is not None and not os.path.isdir(path.absolute().parent):
             raise Refused(f"{path} cannot be written: its directory does not exist. Make it first.")
     if args.figure is not None and args.figure.suffix not in FIGURES:
         raise Refused(f"{args.figure} cannot be drawn: its name must end in one of {', '.join(FIGURES)}.")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.tasks.arguments import TaskArguments
-from tokenrl.settings import Bounds, Count, Natural, Positive
+from tokenrl.settings import Count, Positive, Seed, Several
 
 DEFAULT_ESTIMATORS = (
     *("reinforce", "reinforce_running_mean", "reinforce_baseline", "remax", "rloo", "opo_loo", "shrinkage"),
@@ -24,7 +23,7 @@ class MeasureArguments(ModelArguments, TaskArguments, LoraArguments):
     """Presets to measure."""
     num_prompts: Count = 128
     """Number of training prompts; more prompts make intervals narrower."""
-    num_generations: Annotated[int, Bounds(at_least=2)] = 8
+    num_generations: Several = 8
     """Completions per prompt (G); a power of two, so that groups can be halved."""
     prompts_per_step: Count = 8
     """Prompts per step; the noise is that of one step, within which some estimators compare prompts."""
@@ -32,7 +31,7 @@ class MeasureArguments(ModelArguments, TaskArguments, LoraArguments):
     """Most tokens a completion may have. Default: the task's, else 256."""
     temperature: Positive = 1.0
     """Temperature at which the policy is sampled and scored."""
-    probes: Annotated[int, Bounds(at_least=2)] = 256
+    probes: Several = 256
     """Random directions to project gradients on; squared lengths have the relative error sqrt(2/probes)."""
     layers: tuple[str, ...] = ()
     """Use only parameters with one of these in their name; `last` for the last block and the head."""
@@ -44,7 +43,7 @@ class MeasureArguments(ModelArguments, TaskArguments, LoraArguments):
     """Stop once the first part of the work predicts a longer time than this. Default: take any time."""
     cpu: bool = False
     """Stay on the CPU even if there is an accelerator."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of sampling, of the random directions, of the intervals and of a new adapter."""
     json: Path | None = None
     """Also write all numbers to this file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,7 +120,7 @@ def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
     from tokenrl.language.training.setup import make_policy
 
     adapter = Path(args.model, "model", "adapter") if isinstance(args.model, (str, Path)) else None
-    if adapter is not None and adapter.is_dir() and not args.lora_r:
+    if adapter is not None and os.path.isdir(adapter) and not args.lora_r:
         console.note(f"{args.model} trained an adapter, so the gradient is measured in the adapter.")
         how = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
         args = replace(args, model=load_adapted(adapter, **how))  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -23,7 +24,7 @@ def run(args: MeasureArguments) -> int:
     Raises:
         Refused: For arguments that cannot be used.
     """
-    if args.json is not None and not args.json.absolute().parent.is_dir():
+    if args.json is not None and not os.path.isdir(args.json.absolute().parent):
         raise Refused(f"{args.json} cannot be written: its directory does not exist. Make it first.")
     measured = measure_with(args, Console(quiet=args.quiet))
     if not args.quiet:

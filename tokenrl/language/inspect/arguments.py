@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from tokenrl.language.policy.arguments import Dtype, PromptArguments
 from tokenrl.language.tasks.arguments import TaskArguments
-from tokenrl.settings import Count, Natural, Positive
+from tokenrl.settings import OR_OBJECT, Count, Natural, Number, Positive, Seed
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,12 @@ class SampleArguments(PromptArguments):
     """Local directory or hub name."""
     prompt: tuple[str, ...] = ()
     """One or more prompts. Default: ask for them, or read them as lines from a pipe."""
-    task: str | None = None
+    task: Annotated[str, OR_OBJECT] | None = None
     """Print the rewards of this task beside each completion. Prompts that are none of the task's are answered
     too, without a reward where it needs more than the prompt."""
-    reward: tuple[str, ...] = ()
+    reward: Annotated[tuple[str, ...], OR_OBJECT] = ()
     """Print these rewards instead of the task's own; they also work without a task. Named as in train."""
-    reward_weights: tuple[float, ...] = ()
+    reward_weights: tuple[Number, ...] = ()
     """One weight for each reward. Default: 1 each."""
     num_generations: Natural = 4
     """Completions per prompt; 0: only the greedy one."""
@@ -35,7 +36,7 @@ class SampleArguments(PromptArguments):
     """Precision of the weights."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of sampling."""
 
 
@@ -51,7 +52,7 @@ class EvaluateArguments(TaskArguments, PromptArguments):
     k: tuple[Count, ...] = ()
     """Values of k for pass@k and best@k. pass@k needs a reward that says what is right: one that is declared
     binary, a threshold of the task, or --pass-threshold. Default: 1 and num_generations."""
-    pass_threshold: float | None = None
+    pass_threshold: Number | None = None
     """Least total reward with which a completion is right, for pass@k. Default: 1 for a single reward that is
     declared binary (of the library: exact_match, numeric_answer, regex_format, valid_json; or a function with
     `function.binary = True`), else the threshold of the task, if it has one."""
@@ -70,7 +71,7 @@ class EvaluateArguments(TaskArguments, PromptArguments):
     """Run code that comes with the model."""
     truncate_prompts: bool = False
     """Cut prompts that are too long for the context on the left, instead of refusing them."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of sampling."""
     json: str | None = None
     """Also write the numbers to this file; those of several models by the model's name."""

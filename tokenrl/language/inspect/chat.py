@@ -17,6 +17,7 @@ from tokenrl.errors import Refused, TokenrlError
 from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import form_of, say_form, settled_form
+from tokenrl.language.policy.texts import check_characters, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows
@@ -28,6 +29,7 @@ from tokenrl.language.training.defaults import length_of
 from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.setup import load_placed
 from tokenrl.language.training.threads import announced_threads
+from tokenrl.runs.console import harmless, visible
 
 
 class Completion(NamedTuple):
@@ -48,6 +50,7 @@ class Sampler:
         length: maximum number of tokens in a completion, if the arguments leave it open.
         completed: number of prompts completed so far; each prompt gets random numbers of its own.
         told: whether a message has said why a prompt has no reward; it is said once.
+        warned: whether a message has said that a prompt contains a special token; it is said once.
         threads: with how many threads torch samples on a CPU; None for as many as it uses anyway.
     """
 
@@ -57,6 +60,7 @@ class Sampler:
     length: int
     completed: int = 0
     told: bool = False
+    warned: bool = False
     threads: int | None = None
 
     @classmethod
@@ -107,8 +111,11 @@ class Sampler:
         policy = self.policy
         rows = [self._row(text) for text in texts]
         prompts = [row["prompt"] for row in rows]
+        self._warn_of(prompts)
         length = args.max_completion_length
         if length is None:
+            for place, prompt in enumerate(prompts):
+                check_characters(policy.tokenizer, prompt, policy.context, f"The prompt of row {place}")
             longest = max(len(policy.encode(prompt)) for prompt in prompts)
             length = max(1, min(self.length, (policy.context or longest + self.length) - longest))
         sampling = Sampling(length, args.num_generations, args.temperature, args.seed)
@@ -124,6 +131,12 @@ class Sampler:
             found = self._rewarded(texts[place], row, rollout.rows(index))
             groups.append(list(map(Completion, decoded[mine], found)))
         return groups
+
+    def _warn_of(self, prompts: Sequence[Any]) -> None:
+        """Say once that a prompt contains the text of a special token."""
+        for warning in () if self.warned else special_texts(self.policy.tokenizer, prompts):
+            self.warned = True
+            print(f"tokenrl: {visible(warning)}", file=sys.stderr)
 
     def _row(self, text: str) -> Mapping[str, Any]:
         """Return the task's row of this prompt, else a row of the prompt alone, of the kind that it has."""
@@ -172,10 +185,13 @@ def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str
 
 
 def show(prompt: str, completions: Iterable[Completion], *, chat: bool) -> None:
-    """Print completions, each after its reward (if there is one) and, unless it is a chat, its prompt."""
+    """Print completions, each after its reward (if there is one) and, unless it is a chat, its prompt.
+
+    Control characters that could change the terminal are written as escapes.
+    """
     for text, reward in completions:
         judged = "" if reward is None else "    none  " if math.isnan(reward) else f"{reward:8.4f}  "
-        print(f"{judged}{'' if chat else prompt}{text}", flush=True)
+        print(harmless(f"{judged}{'' if chat else prompt}{text}"), flush=True)
 
 
 def converse(args: SampleArguments) -> None:

@@ -14,6 +14,7 @@ from tokenrl.errors import Refused
 from tokenrl.language.inspect.arguments import EvaluateArguments
 from tokenrl.language.inspect.best_of_n import best_of_n_metrics
 from tokenrl.language.policy.prompts import form_of, say_form, settled_form
+from tokenrl.language.policy.texts import special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.task import find_task
@@ -22,6 +23,7 @@ from tokenrl.language.training.evaluation import Evaluation, evaluate_policy
 from tokenrl.language.training.evaluation_metrics import check_sizes, paired_differences
 from tokenrl.language.training.setup import load_placed
 from tokenrl.language.training.threads import announced_threads
+from tokenrl.runs.console import visible
 from tokenrl.runs.files import write_json
 from tokenrl.runs.threads import using_threads
 
@@ -95,6 +97,8 @@ def _evaluated(args: EvaluateArguments) -> Evaluation:
     if args.max_completion_length is None:
         sampling = replace(sampling, max_completion_length=length_of(task, args.model, policy))
     reference = None if args.reference is None else load_placed(args.reference, **how)
+    for warning in special_texts(policy.tokenizer, [row["prompt"] for row in task.eval_prompts]):
+        print(f"tokenrl: {visible(warning)}", file=sys.stderr)
     threads = announced_threads(policy, "sampling", partial(print, file=sys.stderr))
     with using_threads(threads):
         evaluation = evaluate_policy(

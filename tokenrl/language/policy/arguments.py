@@ -6,10 +6,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Refused
-from tokenrl.settings import Natural, Positive, Settings
+from tokenrl.settings import OR_OBJECT, Natural, Positive, Seed, Settings, shown
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64", "auto"]
 
@@ -63,7 +63,7 @@ def _as_json(given: Any) -> str:
 class HoldingArguments(Settings, group="model"):
     """How the model is made and how it is held in memory."""
 
-    base_seed: Natural = 0
+    base_seed: Seed = 0
     """Seed of a toy task's own tiny model and of its warm start."""
     dtype: Dtype = "float32"
     """Precision of the weights; auto keeps the precision that they were saved in."""
@@ -77,7 +77,7 @@ class HoldingArguments(Settings, group="model"):
 class ModelArguments(HoldingArguments, PromptArguments):
     """Which model is used, and how it is held in memory."""
 
-    model: str | None = None
+    model: Annotated[str, OR_OBJECT] | None = None
     """Local directory or hub name. Default: the toy task's own tiny model, which is warm-started here and
     cached."""
 
@@ -92,3 +92,13 @@ class LoraArguments(Settings, group="LoRA"):
     """Scale alpha of the adapter, whose update is multiplied by alpha / rank. Default: twice the rank."""
     lora_target_modules: tuple[str, ...] = ()
     """Names of the linear layers to adapt. Default: all of them but the head."""
+
+    def __post_init__(self) -> None:
+        """Check the values, and refuse settings of an adapter without an adapter."""
+        super().__post_init__()
+        for name in ("lora_alpha", "lora_target_modules"):
+            if not self.lora_r and getattr(self, name):
+                raise Refused(
+                    f"{name} was given as {shown(getattr(self, name))}, but lora_r is 0: all weights are "
+                    f"trained, without an adapter. Set lora_r to a rank such as 16, or leave {name} out."
+                )

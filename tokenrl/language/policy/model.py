@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, get_args
 
 import torch
@@ -23,6 +24,7 @@ from tokenrl.language.policy.fingerprints import check_base
 from tokenrl.language.policy.peft_names import answer_peft
 from tokenrl.language.policy.prompts import Prompt, check_form, encode_prompt, saved_form
 from tokenrl.language.policy.stops import StopStrings
+from tokenrl.language.policy.texts import check_characters
 from tokenrl.runs.outcome import model_directory
 
 
@@ -119,6 +121,8 @@ class Policy:
                 f"max_completion_length={max_completion_length} leaves no room for a prompt: the model's "
                 f"context is {self.context} tokens. Give at most {(self.context or 0) - 1}."
             )
+        for row, prompt in enumerate(() if truncate else prompts):
+            check_characters(self.tokenizer, prompt, room, f"The prompt of row {first_row + row}")
         encoded = [self.encode(prompt) for prompt in prompts]
         for row, ids in enumerate(encoded):
             if room is None or len(ids) <= room:
@@ -233,7 +237,6 @@ def load_policy(
             missing, an adapter was trained on another base, the tokenizer does not fit the model, or `dtype`
             is unknown.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import find_adapter_config_file
 
@@ -252,7 +255,7 @@ def load_policy(
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, output_loading_info=True)
             model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # configuration, weights and tokenizer files each have errors of their own
         hint = "" if trust_remote_code else " (code shipped with a model runs only with trust_remote_code)"
         raise Refused(
             f"No causal language model could be loaded from {name!r}{hint}: {_first_lines(error)} Give a "
@@ -288,5 +291,7 @@ def _switch_dropout_off(model: nn.Module) -> None:
 
 
 def _first_lines(error: BaseException, limit: int = 300) -> str:
-    text = " ".join(str(error).split())
+    if isinstance(error, UnpicklingError):  # torch's message says how to run it
+        return "its file of weights is a pickle with more in it than weights, which could run as a program."
+    text = " ".join((str(error) or type(error).__name__).split())
     return (text if len(text) <= limit else text[:limit] + " ...").rstrip(".") + "."

@@ -37,7 +37,7 @@ def saved_form(model: Any) -> dict[str, Any]:
             such as a hub name, nothing is known.
     """
     form: Any = getattr(model, "form", None)
-    if isinstance(model, str | os.PathLike) and Path(model).exists():
+    if isinstance(model, str | os.PathLike) and os.path.exists(model):
         place = Path(model).resolve()
         for run in (place, *place.parents[:2]):
             ours = run == place or place.relative_to(run).parts[0] in ("model", "checkpoints")

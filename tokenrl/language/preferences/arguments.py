@@ -12,7 +12,7 @@ from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.runs.arguments import SavingArguments
 from tokenrl.runs.threads import ThreadArguments
 from tokenrl.runs.trackers import TrackerArguments
-from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive
+from tokenrl.settings import OR_OBJECT, Bounds, Count, NonNegative, Number, Positive, Seed
 
 
 @dataclass(frozen=True)
@@ -21,22 +21,22 @@ class RewardModelArguments(PromptArguments, SavingArguments, TrackerArguments, T
 
     output_dir: str = "runs/reward-model"
     """Directory of the run, for its config, metrics, summary, model and report."""
-    data: str | None = None
+    data: Annotated[str, OR_OBJECT] | None = None
     """JSON/CSV/Parquet file, folder or `datasets` name with the columns chosen and rejected, and usually
     prompt. Default: preferences made from the task."""
-    task: str | None = None
+    task: Annotated[str, OR_OBJECT] | None = None
     """A toy task. Its tiny model is the default backbone; without data, preferences are made by sampling
     from its policy and comparing with its rule-based reward."""
-    model: str | None = None
+    model: Annotated[str, OR_OBJECT] | None = None
     """Directory or hub name of a causal LM or of a one-label classifier. Default: the task's tiny model,
     warm-started and cached."""
-    base_seed: Natural = 0
+    base_seed: Seed = 0
     """Seed of that tiny model and its warm start."""
     hidden_size: Count | None = None
     """Width of that tiny model, a multiple of its heads such as 16 or 64. Default: the task's."""
-    reward: tuple[str, ...] = ()
+    reward: Annotated[tuple[str, ...], OR_OBJECT] = ()
     """Gold reward that chooses between completions, as in tokenrl train. Default: the task's own."""
-    policy: str | None = None
+    policy: Annotated[str, OR_OBJECT] | None = None
     """Model that samples the completions to compare. Default: the task's tiny model."""
     num_pairs: Count = 2000
     """Pairs sampled for training; fewer remain, because identical or equally good ones are left out."""
@@ -62,7 +62,7 @@ class RewardModelArguments(PromptArguments, SavingArguments, TrackerArguments, T
     """AdamW's decoupled weight decay."""
     max_grad_norm: NonNegative = 1.0
     """Gradients with a larger norm are scaled down to this norm; 0: never."""
-    margin: float = 0.0
+    margin: Number = 0.0
     """By how much the chosen reward should exceed the rejected one; a column `margin` sets it per pair."""
     center_rewards_coefficient: NonNegative = 0.0
     """Weight of the penalty (r_chosen + r_rejected)^2, which keeps rewards near 0 (TRL suggests 0.01)."""
@@ -70,7 +70,7 @@ class RewardModelArguments(PromptArguments, SavingArguments, TrackerArguments, T
     """Assumed share of wrong labels; at 0.5 the labels would carry no information."""
     eval_every: Count | None = None
     """Steps between evaluations. Default: a tenth of the run."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of the order of the data, the split, the sampled preferences and the new head."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def load_pairs(
         Refused: the data does not exist, or a reward model cannot be trained on it.
     """
     name = data if isinstance(data, str | Path) else "the preference data"
-    if isinstance(data, str | Path) and not Path(data).exists() and Path(data).suffix in FORMATS:
+    if isinstance(data, str | Path) and not os.path.exists(data) and Path(data).suffix in FORMATS:
         raise Refused(f"data '{data}': there is no such file; give its path from {Path.cwd()}.")
     splits = read_splits(str(data)) if isinstance(data, str | Path) else data
     splits = splits if isinstance(splits, Mapping) else {split: splits}

@@ -112,8 +112,13 @@ def report_reward_model(run: str | Path) -> Path:
     if not found.summary.get("eval_after") or "calibration" not in found.summary:
         error = found.summary.get("error", "")
         raise Refused(f"The run in {run} ended early ({error}); there is nothing to draw.")
-    bins = [Bin(**one) for one in found.summary["calibration"]]
-    return write_report(found, _calibration(bins))
+    try:
+        drawn = _calibration([Bin(**one) for one in found.summary["calibration"]])
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise Refused(
+            f"The calibration in {found.path / 'summary.json'} is damaged ({error}). Remove that entry."
+        ) from error
+    return write_report(found, drawn)
 
 
 def _calibration(bins: Sequence[Bin]) -> Html:

@@ -8,6 +8,7 @@ the mean reward of each part as `rewards/{part}/mean`.
 from __future__ import annotations
 
 import ast
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -176,7 +177,7 @@ def load_reward(spec: Any) -> Reward:
         return spec
     if not isinstance(spec, str | Path):
         raise Refused(f"reward {spec!r:.100} is a {type(spec).__name__}; give a callable or the name of one.")
-    if Path(spec).is_dir():
+    if os.path.isdir(spec):
         return RewardModel(spec)
     text = str(spec)
     if _LIBRARY_SPEC.fullmatch(text):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tokenrl.settings import Count, Natural, Positive, Settings
+from tokenrl.settings import Bounds, Count, Natural, Positive, Settings
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
@@ -21,8 +21,8 @@ class Sampling(Settings):
         num_generations: G, the number of completions per prompt; 0 means only the greedy completion.
         temperature: the logits are divided by it before the softmax; above 0. It is part of the policy: the
             same temperature is used for sampling and for scoring.
-        seed: seed of the random numbers, at least 0. Code that samples also names a stream (see `streams`),
-            so that different purposes with one seed use different numbers.
+        seed: seed of the random numbers, from 0 to 2**60 - 1. Code that samples also names a stream (see
+            `streams`), so that different purposes with one seed use different numbers.
         step: step of the run, at least 0. Training draws new random numbers in each step; rewards can read
             the step as `trainer_state.global_step`.
         truncate_prompts: drop tokens from the left of prompts that are too long, instead of refusing them.
@@ -36,7 +36,7 @@ class Sampling(Settings):
     max_completion_length: Count
     num_generations: Natural = 1
     temperature: Positive = 1.0
-    seed: Natural = 0
+    seed: Annotated[int, Bounds(at_least=0, at_most=2**60 - 1)] = 0
     step: Natural = 0
     truncate_prompts: bool = False
     keep_hidden: bool = False

@@ -26,7 +26,7 @@ STREAMS = {
 }
 """The number that each stream adds to the seed.
 
-Different numbers are at least 2**60 apart, so no usual seed leads from one stream into another.
+Different numbers are at least 2**60 apart, so no seed leads from one stream into another.
 Only training draws new random numbers in each step, and its steps count from 1. All other streams always use
 those of step 0, so that two evaluations of one run are compared on common random numbers. The stream
 "interactive" shares its number with training, and is separate because training never uses step 0.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from tokenrl.settings import Count, Positive, Settings
+from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings
 
 
 @dataclass(frozen=True)
 class DataArguments(Settings, group="data"):
     """How prompts are read, and how rewards are weighted and called."""
 
-    reward_weights: tuple[float, ...] = ()
+    reward_weights: tuple[Number, ...] = ()
     """One weight per reward. Default: 1 for each."""
-    reward_timeout: Positive | None = None
+    reward_timeout: Annotated[float, Bounds(above=0, at_most=1e6)] | None = None
     """Seconds that one call of a reward function may take. The functions then run in a process of their own,
     which is killed at the deadline, and the run stops. Reward models are exempt. Default: no deadline."""
     prompt_column: str = "prompt"
@@ -36,11 +37,11 @@ class DataArguments(Settings, group="data"):
 class TaskArguments(DataArguments):
     """Where prompts and rewards come from."""
 
-    task: str = "sort_digits"
+    task: Annotated[str, OR_OBJECT] = "sort_digits"
     """Name of a toy task, `module:attribute`, a JSON, CSV or Parquet file, a folder or hub name that
     `datasets` reads, or `reasoning_gym:NAME(size=500, seed=0)`. From Python also a datasets.Dataset, a
     DatasetDict, a list of rows or a task object."""
-    reward: tuple[str, ...] = ()
+    reward: Annotated[tuple[str, ...], OR_OBJECT] = ()
     """`module:function`, `file.py:function`, a directory with a sequence classifier of one label, or a reward
     of the library: exact_match, numeric_answer, 'regex_format(pattern="...")', 'length(target=20)',
     repetition, valid_json, sentiment, 'product(a, b)', 'gate(condition, reward, threshold=1)'. Several

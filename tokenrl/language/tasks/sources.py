@@ -35,7 +35,7 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
         Refused: nothing is there, it cannot be read, or the hub cannot be reached; the message says why.
     """
     path = Path(name)
-    if not path.exists() and path.suffix in FORMATS:
+    if not os.path.exists(path) and path.suffix in FORMATS:
         raise Refused(f"task '{name}': there is no such file. Give its path from {Path.cwd()}.")
     if path.is_file() and path.suffix not in FORMATS:
         raise Refused(f"task '{name}': cannot read '{path.suffix}' files; allowed are {', '.join(FORMATS)}.")
@@ -48,7 +48,7 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
             elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
                 data = datasets.load_from_disk(os.fspath(path))
             else:
-                hub_name, _, config = (name, "", "") if path.exists() else name.partition(":")
+                hub_name, _, config = (name, "", "") if os.path.exists(path) else name.partition(":")
                 data = datasets.load_dataset(hub_name, config or None)
         splits = data if isinstance(data, dict) else {"train": data}
         return {split: rows.to_list() for split, rows in splits.items()}

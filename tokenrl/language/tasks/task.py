@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,9 +122,9 @@ def load_task(
     if toy_tasks is not None and name in toy_tasks.NAMES:
         return smaller_evaluation(_finished(toy_tasks.load(name), name, reward), eval_size, seed)
     source = name.rpartition(":")[0]
-    if source and not Path(name).exists() and (source.endswith(".py") or "/" not in source):
+    if source and not os.path.exists(name) and (source.endswith(".py") or "/" not in source):
         return smaller_evaluation(_finished(_named_task(name, eval_size), name, reward), eval_size, seed)
-    if not (Path(name).exists() or "/" in name or Path(name).suffix in FORMATS):
+    if not (os.path.exists(name) or "/" in name or Path(name).suffix in FORMATS):
         raise Refused(
             f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES if toy_tasks else ())} Other forms: "
             f"module:attribute, a {'/'.join(FORMATS)} file, a folder, or a hub dataset owner/name."

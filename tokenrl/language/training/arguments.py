@@ -16,7 +16,7 @@ from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.runs.arguments import SavingArguments
 from tokenrl.runs.threads import ThreadArguments, TrainingThreads
 from tokenrl.runs.trackers import TrackerArguments
-from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive, Settings
+from tokenrl.settings import Bounds, Count, Natural, NonNegative, Number, Positive, Seed, Settings
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SamplingArguments(Settings, group="sampling"):
     """Temperature of the policy, in sampling and in the gradient."""
     truncate_prompts: bool = False
     """Cut prompts that are too long for the context on the left, instead of refusing them."""
-    filter_difficulty: tuple[float, float] | None = None
+    filter_difficulty: tuple[Number, Number] | None = None
     """Train only on prompts whose mean reward, measured before training, lies between LOW and HIGH (for
     rewards of 0 and 1 this is the success rate). This changes the distribution of prompts and so the
     objective, but not the gradient for each prompt. Default: all prompts."""
@@ -159,7 +159,7 @@ class TrainArguments(
     learning_rate: Positive | None = None
     """Peak learning rate. Default: by the model's size, such as 2e-4 for 1 M parameters, 1e-5 for 135 M, and
     1e-6 from 1 B on; ten times that with LoRA, at most 1e-3."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of the order of prompts, of sampling and of new adapters."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""
@@ -206,7 +206,7 @@ class SftArguments(
     eval_every: Natural | None = None
     """Updates between evaluations on 64 held-out prompts (or eval_size of them), greedy and sampled, where
     there is a reward; 0: only before and after training. Default: a tenth of the run."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of the order of demonstrations."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""

@@ -17,6 +17,7 @@ from tokenrl.core.baselines import RunningMean
 from tokenrl.core.destroyed import Watch
 from tokenrl.language.policy.prompts import settled_form
 from tokenrl.language.policy.saving import SavedPolicy
+from tokenrl.language.policy.texts import special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
@@ -26,6 +27,7 @@ from tokenrl.language.training.check import check_run
 from tokenrl.language.training.defaults import training_defaults
 from tokenrl.language.training.difficulty import filter_task
 from tokenrl.language.training.evaluation import evaluate_policy
+from tokenrl.language.training.mistakes import without_effect
 from tokenrl.language.training.run import Run, RunResult, facts, finish, record_step
 from tokenrl.language.training.setup import (
     adapt,
@@ -93,7 +95,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         args = run.args
         with closing(run.learner.generator), using_threads(args.training_threads):
             session.open(f"tokenrl train: {run.task.name}", facts(run))
-            for warning in few_prompts(run.task.train_prompts):
+            for warning in _warnings(run):
                 session.console.warn(warning)
             if args.check:
                 return check_run(run, session, partial(_evaluate, run, step=0))
@@ -171,6 +173,13 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
         run=run,
     )
     return run
+
+
+def _warnings(run: Run) -> list[str]:
+    """Return what is said before the first step of prompts and settings that are probably mistakes."""
+    rows = run.task.train_prompts
+    special = special_texts(run.learner.policy.tokenizer, [row["prompt"] for row in rows])
+    return [*few_prompts(rows), *special, *without_effect(run.args)]
 
 
 def _check_lengths(run: Run) -> None:

@@ -27,6 +27,7 @@ from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.critic import Critic
 from tokenrl.language.training.defaults import Defaults, demonstrations, training_defaults
+from tokenrl.language.training.mistakes import check_sizes
 from tokenrl.language.training.supervised import check_trainable, warm_started_base
 from tokenrl.language.training.update import Learner
 from tokenrl.runs.resume import Maker
@@ -175,8 +176,12 @@ def make_accelerator(args: TrainSettings) -> Any:
     Raises:
         Refused: accelerate refuses the settings, or the processes cannot share the prompts equally.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState
 
+    # accelerate remembers the device and the precision of the first run of a program; each run has its own.
+    alone = PartialState._shared_state.get("num_processes") == 1  # else processes must not be joined again
+    AcceleratorState._reset_state(reset_partial_state=alone)
     try:
         accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
     except ValueError as error:
@@ -192,9 +197,14 @@ def make_accelerator(args: TrainSettings) -> Any:
 
 
 def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[Learner, Any]:
-    """Make the learner (with optimiser, reference, generator and critic) and the learning-rate schedule."""
+    """Make the learner (with optimiser, reference, generator and critic) and the learning-rate schedule.
+
+    Raises:
+        Refused: settings do not fit the number of steps or the length of completions.
+    """
     from transformers import get_scheduler
 
+    check_sizes(args)
     if args.estimator.needs_reference:
         policy.add_reference()
         if policy.reference is not None:
@@ -207,7 +217,9 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple
         weight_decay=args.weight_decay,
         fused=accelerator.device.type in ("cpu", "cuda"),
     )
-    schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
+    kind = args.lr_scheduler_type  # transformers' "constant" would leave out the warm-up
+    kind = "constant_with_warmup" if kind == "constant" else kind
+    schedule = get_scheduler(kind, optimizer, args.warmup_steps, args.max_steps)
     model, prepared = accelerator.prepare(policy.model, optimizer)
     generator = TransformersGenerator(policy)
     learner = Learner(policy, model, prepared, accelerator, args.estimator, args, generator)

@@ -240,7 +240,7 @@ def updates(learner: Learner, batch: Batch, step: int) -> Iterator[Update]:
     """Yield the updates of a rollout: `num_minibatches` sets of groups in each of `num_iterations` passes."""
     args, size = learner.args, learner.sampling.group_size
     groups = len(batch.kept.mask) // size
-    generator = torch.Generator().manual_seed(((args.seed << 32) + step) % 2**63)
+    generator = torch.Generator().manual_seed((args.seed << 32) + step)
     # Only the first update of a rollout is on-policy, and the diagnostics are about the on-policy gradient.
     measure = learner.diagnostics is not None and learner.diagnostics.due(step)
     for _ in range(args.num_iterations):

@@ -1,0 +1,80 @@
+"""Settings that contradict each other are refused; those that do nothing are warned of."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import make_learner, make_policy, make_task
+
+from tokenrl import train
+from tokenrl.cli import main
+from tokenrl.core.estimator import Estimator
+from tokenrl.errors import Refused
+from tokenrl.language.training.arguments import SftArguments, TrainArguments
+from tokenrl.settings import arguments
+
+QUICK = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "eval_generations": 0, "cpu": True}
+
+
+def run(folder, **settings):
+    return train(model=make_policy(), task=make_task(), output_dir=folder, **QUICK | settings)
+
+
+@pytest.mark.parametrize("kind", [TrainArguments, SftArguments])
+@pytest.mark.parametrize("given", [{"lora_target_modules": "q_proj"}, {"lora_alpha": 8}])
+def test_settings_of_an_adapter_need_an_adapter(kind, given):
+    with pytest.raises(Refused, match=f"{next(iter(given))} was given as .*lora_r is 0"):
+        arguments(kind, given)
+    arguments(kind, given | {"lora_r": 2})
+
+
+def test_the_same_on_the_command_line(capsys, tmp_path):
+    for command in (["sft"], ["train"], ["lab", "measure"]):
+        assert main([*command, "--lora-alpha", "8"]) == 2
+        assert "lora_alpha was given as 8.0, but lora_r is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"warmup_steps": 2}, "warmup_steps=2 is not less than max_steps=2"),
+        ({"estimator": Estimator(overlong_buffer=6)}, "overlong_buffer=6 is not less than"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_run_are_refused_before_it(settings, said, tmp_path):
+    with pytest.raises(Refused, match=said):
+        run(tmp_path / "run", max_completion_length=6, **settings)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys):
+    idle = {
+        "filter_samples": 3,
+        "kl_gain": 0.2,
+        "value_iterations": 2,
+        "warm_start_steps": 9,
+        "max_refills": 1,
+    }
+    result = run(tmp_path / "run", **idle)
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name}={value} has no effect" in out for name, value in idle.items())
+    assert result.exit_code == 0 and out.count("has no effect") == len(idle)
+    needed = {"estimator": Estimator(beta=0.1), "target_kl": 0.1, "kl_gain": 0.2}
+    run(tmp_path / "second", **needed)
+    assert "has no effect" not in capsys.readouterr().out
+    assert main(["train", "--config", str(tmp_path / "run"), "--output-dir", str(tmp_path / "third")]) == 2
+    assert "no effect" not in capsys.readouterr().err  # refused for its objects alone: its settings load
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_every_schedule_warms_up(kind):
+    from tokenrl.language.training import setup
+
+    learner = make_learner(make_policy(), lr_scheduler_type=kind, warmup_steps=2, learning_rate=0.1)
+    _, schedule = setup.make_learner(learner.args, make_policy(), learner.accelerator)
+    rates = []
+    for _ in range(4):
+        rates += schedule.get_last_lr()
+        schedule.optimizer.step()
+        schedule.step()
+    assert rates[:3] == pytest.approx([0.0, 0.05, 0.1])
+    assert (rates[3] == pytest.approx(0.1)) is (kind == "constant")

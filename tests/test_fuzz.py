@@ -1,0 +1,135 @@
+"""Random settings and command lines: each trains, or is refused in one paragraph, whatever it says.
+
+A failure names its case; `FUZZ=train:17 pytest -m slow tests/test_fuzz.py` repeats that one alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent / "language"))
+
+from fuzz_values import drawn
+from tiny_models import make_model, make_task, make_tokenizer
+
+import tokenrl
+from tokenrl.control.arguments import ControlArguments
+from tokenrl.errors import Refused, Stopped
+from tokenrl.language.training.arguments import TrainArguments
+
+CASES, BLOCKS, SECONDS = 500, 10, 30
+REPEATED = os.environ.get("FUZZ", "").partition(":")
+
+
+def numbers(kind: str, block: int) -> list[int]:
+    """The cases of a block, or the one that was asked for."""
+    if REPEATED[0]:
+        return [int(REPEATED[2])] if (kind, block) == (REPEATED[0], 0) else []
+    return list(range(block, CASES, BLOCKS))
+
+
+@contextlib.contextmanager
+def deadline(seconds: int):
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"not done after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def checked(kind: str, block: int, run) -> None:
+    """Run the cases of a block; `run(rng, number)` returns what is wrong, or nothing."""
+    wrong = []
+    for number in numbers(kind, block):
+        try:
+            with deadline(SECONDS):
+                found = run(random.Random(f"{kind} {number}"))
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)
+            own = next(
+                (f"{one.filename}:{one.lineno}" for one in place[::-1] if "/tokenrl/" in one.filename), ""
+            )
+            found = f"{type(error).__name__}: {error!s:.300} at {own}"
+        if found:
+            wrong.append(f"FUZZ={kind}:{number}  {found}")
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The directory of a random model of 10,000 weights, with a chat template."""
+    path = tmp_path_factory.mktemp("tiny")
+    make_model().save_pretrained(path)
+    make_tokenizer("chat").save_pretrained(path)
+    return str(path)
+
+
+def finite(model: torch.nn.Module) -> bool:
+    return all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def trained(train, settings: dict[str, Any], folder: Path, weights) -> str:
+    """Say what is wrong with a training that neither trained nor was refused."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        result = train(**settings)
+    except (Refused, Stopped) as error:
+        return (
+            "" if "\n" not in str(error) and len(str(error)) < 9000 else f"no paragraph: {error}: {settings}"
+        )
+    except BaseException as error:
+        error.args = (f"{error!s:.300} {settings}",)
+        raise
+    if result.exit_reason == "check":
+        return ""
+    if result.exit_code or not (folder / "model").is_dir():
+        return f"exit code {result.exit_code}, model {(folder / 'model').is_dir()}: {settings}"
+    return "" if finite(weights(result)) else f"weights are not finite: {settings}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_random_settings_of_train(block, tiny, tmp_path):
+    def run(rng: random.Random) -> str:
+        fixed = {"output_dir": str(tmp_path / "run"), "quiet": True, "cpu": True, "overwrite": False}
+        fixed |= {"resume": None, "report_to": ()}
+        settings = drawn(rng, TrainArguments, fixed)
+        small = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "eval_generations": 1}
+        settings = small | {"task": make_task(), "max_completion_length": 6} | settings
+        if not isinstance(settings.get("model"), tuple) or rng.random() < 0.9:
+            settings["model"] = tiny
+        if rng.random() < 0.95:
+            settings |= {"task": make_task(), "reward": ()}
+        return trained(tokenrl.train, settings, tmp_path / "run", lambda result: result.policy.model)
+
+    checked("train", block, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_random_settings_of_control(block, tmp_path):
+    def run(rng: random.Random) -> str:
+        fixed = {"output_dir": str(tmp_path / "run"), "quiet": True, "overwrite": False, "report_to": ()}
+        settings = drawn(rng, ControlArguments, fixed)
+        if rng.random() < 0.95:
+            settings["env"] = rng.choice(["bandit", "gridworld", "walk", "CartPole-v1", "Pendulum-v1"])
+        settings = {"max_steps": 2, "num_envs": 3, "eval_episodes": 2, "max_episode_steps": 7} | settings
+        return trained(tokenrl.train_agent, settings, tmp_path / "run", lambda result: result.policy)
+
+    checked("control", block, run)

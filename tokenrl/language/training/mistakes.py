@@ -1,0 +1,59 @@
+"""Names settings that contradict each other or do nothing, which are mistakes. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import NamedTuple
+
+from tokenrl.errors import Refused
+from tokenrl.language.training.arguments import TrainSettings
+
+
+class _Needs(NamedTuple):
+    """What a setting needs, without which it does nothing."""
+
+    there: Callable[[TrainSettings], bool]
+    words: str
+
+
+_FILTER = _Needs(lambda args: args.filter_difficulty is not None, "filter_difficulty is not set")
+_CRITIC = _Needs(lambda args: args.estimator.needs_values, "the estimator has no critic")
+_NEEDS = {
+    "filter_samples": _FILTER,
+    "max_refills": _Needs(lambda args: args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
+    "value_learning_rate": _CRITIC,
+    "value_iterations": _CRITIC,
+    "kl_gain": _Needs(lambda args: args.target_kl is not None, "target_kl is not set"),
+    "warm_start_steps": _Needs(lambda args: args.warm_start, "warm_start is not set"),
+}
+
+
+def check_sizes(args: TrainSettings) -> None:
+    """Refuse settings that do not fit the number of steps, or the length of completions.
+
+    Raises:
+        Refused: the warm-up takes the whole run, or the overlong buffer the whole completion.
+    """
+    if args.warmup_steps >= args.max_steps:
+        raise Refused(
+            f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}, so the learning "
+            f"rate would never reach {args.learning_rate:g}. Give fewer warmup_steps (a tenth of the run is "
+            "usual), or more max_steps."
+        )
+    if args.estimator.overlong_buffer >= args.max_completion_length:
+        raise Refused(
+            f"overlong_buffer={args.estimator.overlong_buffer} is not less than max_completion_length="
+            f"{args.max_completion_length}, so every completion would be penalised for its length, from the "
+            "first token on. Give a shorter buffer (DAPO takes a fifth of the length), or a larger "
+            "max_completion_length."
+        )
+
+
+def without_effect(args: TrainSettings) -> Iterator[str]:
+    """Yield a warning for each setting that was changed, but does nothing beside the other settings."""
+    usual = {field.name: field.default for field in fields(args)}
+    for name, needs in _NEEDS.items():
+        value = getattr(args, name)
+        if value != usual[name] and not needs.there(args):
+            yield f"{name}={value} has no effect, because {needs.words}. Leave it out, or set what it needs."
