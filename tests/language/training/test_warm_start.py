@@ -11,6 +11,8 @@ import toy_tasks
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.language.policy.adapters import add_lora
+from tokenrl.language.policy.model import load_policy
+from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.training import warm_start as stage
 from tokenrl.language.training.loop import train
 from tokenrl.language.training.supervised import SupervisedTraining, fit, warm_started_base
@@ -200,3 +202,15 @@ def test_the_configuration_of_such_a_run_can_be_used_again(run, tmp_path):
     run()
     args = configured(TrainArguments, tmp_path / "run", "train")
     assert (args.warm_start, args.warm_start_steps, args.max_steps) == (True, 4, 1)
+
+
+def test_an_adapter_on_a_warm_start_names_it_as_its_base(run, cache, tmp_path):
+    save_policy(make_policy(), tmp_path / "base")
+    trained = run(model=str(tmp_path / "base"), lora_r=2).policy
+    (entry,) = (path for path in cache.iterdir() if path.is_dir())
+    folder = tmp_path / "run" / "model" / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(entry.resolve())
+    merged = weights(load_policy(folder).model)
+    assert torch.equal(merged, weights(load_policy(tmp_path / "run").model))
+    assert len(trained.trainable_parameters()) > 3

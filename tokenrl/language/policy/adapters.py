@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from tokenrl.errors import Refused, describe
-from tokenrl.language.policy.fingerprints import check_base, note_base
+from tokenrl.language.policy.fingerprints import BASE, check_base, check_base_is_named
 from tokenrl.language.policy.model import Policy, wrap
 from tokenrl.language.policy.peft_names import answer_peft
+from tokenrl.runs.files import write_json
 
 
 def add_lora(
@@ -82,6 +83,7 @@ def load_adapted(directory: Path, *, dtype: str, trust_remote_code: bool) -> Pol
 
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "is_trainable": True}
     answer_peft()
+    check_base_is_named(Path(directory) / "adapter_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
         model = AutoPeftModelForCausalLM.from_pretrained(str(directory), **options)
@@ -113,19 +115,20 @@ def check_adapter(policy: Policy) -> None:
         )
 
 
-def write_adapter(policy: Policy, folder: Path) -> None:
+def write_adapter(policy: Policy, folder: Path, base: Mapping[str, Any]) -> None:
     """Write the adapter alone, with its tokenizer and the fingerprint of the base that it belongs to.
 
     Args:
         policy: a policy with an adapter.
         folder: is made if absent, and then loads as a model, on top of the base.
+        base: what `base_of` returned for the policy's model.
     """
     model: Any = policy.model
     # Frozen embeddings belong to the base; otherwise peft would ask the hub for the base's configuration.
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's template, without content
     policy.tokenizer.save_pretrained(folder)
-    note_base(model, folder)
+    write_json(folder / BASE, base)
 
 
 def read_adapter(policy: Policy, folder: Path) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenrl.errors import Refused
-from tokenrl.runs.files import write_json
+from tokenrl.errors import Refused, describe
 
 BASE = "base.json"
 """In the folder of an adapter: the fingerprint of the base that it was trained on."""
@@ -55,9 +54,23 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def note_base(model: nn.Module, folder: Path) -> None:
-    """Write into the folder of an adapter which base it belongs to; `model` has the adapter."""
-    write_json(folder / BASE, {"sha256": frozen_fingerprint(model), "dtypes": _frozen_dtypes(model)})
+def base_of(model: nn.Module) -> dict[str, Any]:
+    """Return what tells the base under an adapter apart from others: its fingerprint and its precision."""
+    return {"sha256": frozen_fingerprint(model), "dtypes": _frozen_dtypes(model)}
+
+
+def check_base_is_named(config: Path) -> None:
+    """Check that the adapter_config.json of an adapter says which base to load; peft would ask for "None".
+
+    Raises:
+        Refused: it does not, or it is damaged.
+    """
+    if config.is_file() and not _read(config).get("base_model_name_or_path"):
+        raise Refused(
+            f"{config} does not name the base model that the adapter belongs to: the base was given in "
+            "memory. Give the run's model/, in which base and adapter are merged, or write the directory or "
+            "hub name of the base there, as base_model_name_or_path."
+        )
 
 
 def check_base(model: Any, folder: Path) -> None:
@@ -70,13 +83,13 @@ def check_base(model: Any, folder: Path) -> None:
         folder: what `write_adapter` wrote.
 
     Raises:
-        Refused: the weights of the base differ.
+        Refused: the weights of the base differ, or the fingerprint is damaged.
     """
     file = folder / BASE
     if not file.is_file():  # written by peft itself
         return
-    known = json.loads(file.read_text(encoding="utf-8"))
-    if known["dtypes"] == _frozen_dtypes(model) and known["sha256"] != frozen_fingerprint(model):
+    known = _read(file)
+    if known.get("dtypes") == _frozen_dtypes(model) and known != base_of(model):
         name = getattr(model.get_base_model(), "name_or_path", "") or "in memory"
         raise Refused(
             f"The adapter in {folder} was trained on another base than the model {name}: their weights "
@@ -84,6 +97,13 @@ def check_base(model: Any, folder: Path) -> None:
             "changed since. Give the run's model/, in which base and adapter are merged, or load the adapter "
             "onto its base yourself."
         )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise Refused(f"{file} is damaged ({describe(error)}). Give another copy of the adapter.") from error
 
 
 def _hash_of(weights: Iterable[tuple[str, Tensor]]) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import Dtype, PromptArguments
 from tokenrl.language.policy.bars import without_bars
-from tokenrl.language.policy.fingerprints import check_base
+from tokenrl.language.policy.fingerprints import check_base, check_base_is_named
 from tokenrl.language.policy.peft_names import answer_peft
 from tokenrl.language.policy.prompts import Prompt, check_form, encode_prompt, saved_form
 from tokenrl.language.policy.stops import StopStrings
@@ -247,14 +247,17 @@ def load_policy(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if find_adapter_config_file(name) is not None:
+        if (adapter := find_adapter_config_file(name)) is not None:
             from peft import AutoPeftModelForCausalLM
 
+            check_base_is_named(Path(adapter))
             answer_peft()
             model = AutoPeftModelForCausalLM.from_pretrained(name, **options, is_trainable=True)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, output_loading_info=True)
             model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
+    except Refused:
+        raise
     except Exception as error:  # configuration, weights and tokenizer files each have errors of their own
         hint = "" if trust_remote_code else " (code shipped with a model runs only with trust_remote_code)"
         raise Refused(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.adapters import check_adapter, read_adapter, write_adapter
 from tokenrl.language.policy.bars import without_bars
 from tokenrl.language.policy.cards import Card
+from tokenrl.language.policy.fingerprints import base_of
 from tokenrl.language.policy.model import Policy
 
 
@@ -33,7 +34,7 @@ def save_policy(policy: Policy, directory: Path, *, card: Card | None = None) ->
     """
     model: Any = policy.model
     if policy.has_adapter:
-        write_adapter(policy, directory / "adapter")
+        write_adapter(policy, directory / "adapter", base_of(model))
         if card is not None:
             (directory / "adapter" / "README.md").write_text(card.policy(adapter=True), encoding="utf-8")
         model = copy.deepcopy(model).merge_and_unload()
@@ -52,6 +53,7 @@ class SavedPolicy:
     """
 
     policy: Policy
+    _base: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check that what is trained can be held.
@@ -71,8 +73,9 @@ class SavedPolicy:
         if not self.policy.has_adapter:
             save_policy(self.policy, folder)
             return
+        self._base = self._base or base_of(self.policy.model)  # frozen, so once is enough
         with without_bars():
-            write_adapter(self.policy, folder)
+            write_adapter(self.policy, folder, self._base)
 
     def read(self, folder: Path) -> None:
         """Give the policy the weights that `write` wrote, bit for bit.
@@ -106,10 +109,12 @@ def read_weights(model: Any, folder: Path) -> None:
     # The widest precision of the model holds each of its weights without rounding.
     kinds = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
     dtype = reduce(torch.promote_types, kinds)
+    config = copy.deepcopy(model.config)  # that of the folder could be of any size
     try:
-        saved, found = type(model).from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, local_files_only=True
-        )
+        with torch.random.fork_rng(devices=[]):  # some classes draw weights before they load them
+            saved, found = type(model).from_pretrained(
+                folder, config=config, dtype=dtype, output_loading_info=True, local_files_only=True
+            )
         if wrong := [*found["missing_keys"], *found["mismatched_keys"], *found["unexpected_keys"]]:
             raise ValueError(f"the names or the shapes of {len(wrong)} weights differ, such as {wrong[0]}")
         model.load_state_dict(saved.state_dict())

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tokenrl.errors import Refused
+from tokenrl.language.policy.fingerprints import fingerprint
 from tokenrl.language.policy.model import Policy, load_policy
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.rewards import Rewards
@@ -74,6 +75,7 @@ def warm_start(
         policy, rows, max_steps=most, batch_size=BATCH, learning_rate=rate, seed=args.seed
     )
     with cache_entry(f"warm-start-{_key(policy, training, rewards, args, rate)}") as directory:
+        setattr(policy.model, "name_or_path", str(directory))  # noqa: B010  # an adapter names its base by it
         if directory.exists() and (facts := _cached(directory, policy, args, console)):
             console.note(f"warm start, from the cache: {facts['in_words']}.")
             return facts
@@ -192,16 +194,12 @@ def _key(
 
     The chat form is part of the demonstrations as the tokenizer writes them; stop strings are not.
     """
-    digest = hashlib.sha256()
-    for name, tensor in policy.model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     settings: Mapping[str, Any] = {
+        "weights": fingerprint(policy.model),
         "pairs": training.pairs,  # prompts and completions as the tokenizer writes them
         "rewards": rewards.names,
         "sampling": [args.max_completion_length, args.num_generations, args.temperature, policy.form.stop],
         "training": [args.warm_start_steps, BATCH, EVERY, PROMPTS, ENOUGH, rate, args.seed],
         "made by": [torch.__version__.split("+")[0], policy.device.type, MADE_BY],
     }
-    digest.update(json.dumps(settings).encode())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]

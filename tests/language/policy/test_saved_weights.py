@@ -1,0 +1,274 @@
+"""Weights come back bit for bit into a policy that was made anew, and another model's are refused."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from families import FAMILIES, family_policy
+from saved_states import equal, through_a_checkpoint
+from tiny_models import make_learner, make_model, make_policy, make_tokenizer, one_step
+
+from tokenrl.errors import Refused
+from tokenrl.language.policy.adapters import add_lora, load_adapted
+from tokenrl.language.policy.fingerprints import fingerprint, tokenizer_fingerprint
+from tokenrl.language.policy.model import load_policy, wrap
+from tokenrl.language.policy.saving import SavedPolicy, save_policy
+from tokenrl.language.preferences.backbone import SavedRewardModel, reward_backbone
+
+
+def scrambled(model):
+    """Other weights in the same model, of every size that its precision has."""
+    with torch.no_grad():
+        for number, weight in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(number)
+            drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            weight.copy_(drawn * 10.0 ** (3 * drawn))
+    return model
+
+
+def tensors_of(model):
+    return through_a_checkpoint(dict(model.state_dict()))
+
+
+def mixed(model):
+    """In bfloat16, but for one weight in float32, as models keep their norms or routers."""
+    model.to(torch.bfloat16)
+    kept = next(p for name, p in model.named_parameters() if "norm" in name or "ln" in name)
+    kept.data = kept.data.float()
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "mixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_weights_come_back(family, dtype, tmp_path):
+    first, again = (family_policy(family, seed=seed) for seed in (0, 1))
+    for policy in (first, again):
+        policy.tokenizer = make_tokenizer()
+        mixed(policy.model) if dtype == "mixed" else policy.model.to(getattr(torch, dtype))
+    scrambled(first.model)
+    before, state = tensors_of(first.model), torch.get_rng_state()
+    places = [weight.data_ptr() for weight in again.trainable_parameters()]
+    SavedPolicy(first).write(tmp_path)
+    SavedPolicy(again).read(tmp_path)
+    assert equal(tensors_of(again.model), before) and equal(tensors_of(first.model), before)
+    assert fingerprint(again.model) == fingerprint(first.model)
+    assert [weight.data_ptr() for weight in SavedPolicy(again).tensors()] == places  # the optimiser's own
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_alone_comes_back(architecture, dtype, tmp_path):
+    policies = [make_policy(architecture, dtype=dtype) for _ in range(2)]
+    for policy, seed in zip(policies, (0, 1), strict=True):
+        add_lora(policy, r=2, seed=seed)
+    first, again = policies
+    one_step(make_learner(first))
+    SavedPolicy(first).write(tmp_path)
+    assert not equal(tensors_of(again.model), tensors_of(first.model))
+    SavedPolicy(again).read(tmp_path)
+    assert equal(tensors_of(again.model), tensors_of(first.model))
+    assert len(list(SavedPolicy(again).tensors())) == len(again.trainable_parameters()) > 3
+    files = {file.name for file in tmp_path.iterdir()}
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"modules_to_save": ["lm_head"]}, {"use_dora": True}, {"bias": "all"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_an_adapter_of_ones_own_comes_back(options, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    policies = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        options = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options
+        policies.append(wrap(get_peft_model(make_model(), LoraConfig(r=2, **options)), make_tokenizer()))
+    first, again = policies
+    one_step(make_learner(first))
+    places = [weight.data_ptr() for weight in again.trainable_parameters()]
+    SavedPolicy(first).write(tmp_path)
+    SavedPolicy(again).read(tmp_path)
+    assert equal(tensors_of(again.model), tensors_of(first.model))
+    assert [weight.data_ptr() for weight in SavedPolicy(again).tensors()] == places
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"architecture": "gpt2"}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"intermediate_size": 40}],
+    ids=str,
+)
+def test_weights_of_another_model_are_refused_and_change_nothing(other, tmp_path):
+    SavedPolicy(make_policy(**other)).write(tmp_path)
+    policy = make_policy()
+    before = tensors_of(policy.model)
+    with pytest.raises(Refused, match=r"are not those of this run's model .* start a new run"):
+        SavedPolicy(policy).read(tmp_path)
+    assert equal(tensors_of(policy.model), before)
+
+
+@pytest.mark.parametrize("damage", ["cut", "absent"])
+def test_damaged_weights_are_refused(damage, tmp_path):
+    SavedPolicy(make_policy()).write(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8]) if damage == "cut" else file.unlink()
+    with pytest.raises(Refused, match="are not those of this run's model"):
+        SavedPolicy(make_policy()).read(tmp_path)
+
+
+def adapted(policy, **options):
+    add_lora(policy, **({"r": 2} | options))
+    return policy
+
+
+@pytest.mark.parametrize("case", ["rank", "modules", "base", "whole"])
+def test_another_adapter_is_refused_and_changes_nothing(case, tmp_path):
+    SavedPolicy(make_policy() if case == "whole" else adapted(make_policy())).write(tmp_path)
+    options = {"rank": {"r": 3}, "modules": {"target_modules": ["q_proj"]}}.get(case, {})
+    policy = adapted(make_policy(seed=case == "base"), **options)
+    before = tensors_of(policy.model)
+    words = "trained on another base" if case == "base" else "is not that of this run"
+    with pytest.raises(Refused, match=words):
+        SavedPolicy(policy).read(tmp_path)
+    assert equal(tensors_of(policy.model), before)
+
+
+def test_weights_trained_beside_an_adapter_are_refused():
+    policy = adapted(make_policy())
+    policy.model.get_base_model().lm_head.weight.requires_grad_(True)
+    with pytest.raises(Refused, match=r"1 weights outside it would be trained too, such as .*lm_head"):
+        SavedPolicy(policy)
+
+
+@pytest.fixture
+def base(tmp_path):
+    """The folder of a base model, and a policy with an adapter on it."""
+    save_policy(make_policy(), tmp_path / "base")
+    policy = adapted(load_policy(tmp_path / "base"))
+    one_step(make_learner(policy))
+    return tmp_path / "base", policy
+
+
+def test_a_folder_with_an_adapter_alone_loads_as_a_model_from_anywhere(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    policy = adapted(load_policy("base"))  # a relative path
+    SavedPolicy(policy).read(_written(base[1], tmp_path / "other"))
+    folder = _written(policy, tmp_path / "checkpoint")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = load_policy(folder)
+    save_policy(policy, tmp_path / "whole")
+    assert equal(tensors_of(loaded.model), tensors_of(load_policy(tmp_path / "whole").model))
+
+
+def _written(policy, folder):
+    folder.mkdir()
+    SavedPolicy(policy).write(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", ["changed", "merged", "memory"])
+def test_an_adapter_is_never_put_on_another_base_than_its_own(base, case, tmp_path):
+    where, policy = base
+    if case == "merged":
+        policy = adapted(load_policy(_written(policy, tmp_path / "first")))
+    elif case == "memory":
+        policy = adapted(make_policy())
+    folder = _written(policy, tmp_path / "checkpoint")
+    if case == "changed":
+        save_policy(make_policy(seed=1), where)
+    words = "does not name the base" if case == "memory" else "their weights differ"
+    with pytest.raises(Refused, match=words):
+        load_policy(folder)
+    with pytest.raises(Refused, match=words):
+        load_adapted(folder, dtype="float32", trust_remote_code=False)
+    if case == "changed":  # in another precision the bytes differ anyway
+        assert load_policy(folder, dtype="bfloat16").trainable_parameters()
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "base.json"])
+@pytest.mark.parametrize("text", ["", "[1]", '{"sha'])
+def test_a_damaged_description_of_an_adapter_is_refused(base, file, text, tmp_path):
+    folder = _written(base[1], tmp_path / "checkpoint")
+    (folder / file).write_text(text)
+    with pytest.raises(Refused, match=f"{file} is damaged"):
+        load_adapted(folder, dtype="float32", trust_remote_code=False)
+    with pytest.raises(Refused):
+        load_policy(folder)
+
+
+def test_saving_an_adapter_never_asks_the_hub(base, tmp_path, monkeypatch):
+    import peft.utils.save_and_load as of_peft
+
+    asked = []
+    monkeypatch.setattr(of_peft, "check_file_exists_on_hf_hub", lambda *found: asked.append(found))
+    where, policy = base
+    shutil.rmtree(where)
+    folder = _written(policy, tmp_path / "checkpoint")
+    assert not asked and (folder / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_reward_model_comes_back(architecture, tmp_path):
+    first, again = (
+        reward_backbone((make_model(architecture, seed=seed), make_tokenizer()), seed=seed) for seed in (0, 1)
+    )
+    SavedRewardModel(first).write(tmp_path)
+    SavedRewardModel(again).read(tmp_path)
+    assert equal(tensors_of(again.model), tensors_of(first.model))
+    assert len(list(SavedRewardModel(again).tensors())) == len(list(first.model.parameters()))
+    with pytest.raises(Refused, match="are not those of this run's model"):
+        SavedPolicy(make_policy(architecture)).read(tmp_path)
+
+
+# ---- fingerprints ----
+
+
+def test_a_fingerprint_follows_every_bit_of_every_weight():
+    model = make_model()
+    before = fingerprint(model)
+    assert before == fingerprint(make_model()) != fingerprint(make_model(seed=1))
+    assert before != fingerprint(make_model(dtype="bfloat16"))
+    for weight in model.parameters():
+        place = weight.data.reshape(-1).view(torch.int32)[-1:]
+        place ^= 1
+        assert fingerprint(model) != before
+        place ^= 1
+    assert fingerprint(model) == before
+
+
+def test_a_tokenizers_fingerprint_follows_what_it_writes_and_not_how_it_was_used():
+    before = tokenizer_fingerprint(make_tokenizer())
+    used = make_tokenizer()
+    used(["a", "the cat"], padding=True, truncation=True, max_length=1)
+    assert tokenizer_fingerprint(used) == before == tokenizer_fingerprint(make_tokenizer("pads_right"))
+    kinds = ["no_pad", "pad", "pad_is_eos", "chat", "closing"]
+    assert len({tokenizer_fingerprint(make_tokenizer(kind)) for kind in kinds}) == 5
+    templated = make_tokenizer("chat")
+    templated.chat_template += " "
+    added = make_tokenizer()
+    added.add_tokens(["dogs"])
+    others = [tokenizer_fingerprint(tokenizer) for tokenizer in (templated, added, make_tokenizer("chat"))]
+    assert len({before, *others}) == 4
+
+
+@pytest.mark.slow
+def test_fingerprints_are_the_same_in_every_process(tmp_path):
+    tokenizer = make_tokenizer("chat")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>", "<c>", "<d>", "<e>"]})
+    policy = wrap(make_model(vocabulary=128), tokenizer)
+    save_policy(policy, tmp_path)
+    code = (
+        "import sys; from tokenrl.language.policy.model import load_policy; "
+        "from tokenrl.language.policy.fingerprints import fingerprint, tokenizer_fingerprint; "
+        "p = load_policy(sys.argv[1]); print(fingerprint(p.model), tokenizer_fingerprint(p.tokenizer))"
+    )
+    for seed in ("1", "2"):  # of the order of sets
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        told = subprocess.check_output([sys.executable, "-c", code, tmp_path], text=True, env=environment)
+        assert told.split() == [fingerprint(policy.model), tokenizer_fingerprint(tokenizer)]
