@@ -121,7 +121,7 @@ class Environments:
     """Copies of one environment: observations are flat float32 vectors, actions are those of a policy.
 
     Attributes:
-        exact: whether the state last saved was complete, or the one last loaded was restored completely.
+        exact: whether the copies have exactly the state last loaded; True if none was.
     """
 
     def __init__(self, env: str, num_envs: int, max_episode_steps: int | None = None) -> None:
@@ -199,7 +199,7 @@ class Environments:
 
         def state() -> dict[str, Any]:
             found = state_of(self.vector)
-            found["exact"] = self.exact = found["exact"] and moves == self._moves
+            found["exact"] = found["exact"] and moves == self._moves
             return found
 
         return state

@@ -3,8 +3,8 @@
 What Python can show is saved: numbers, texts, arrays and random generators, and lists, tuples, dicts, sets
 and deques of them, in the attributes of an environment, of its wrappers and of the copies that are stepped
 together. Other state, such as the bodies of a physics engine, cannot be saved. A copy that has such state
-records the actions of its episode. To load it, the episode is replayed from its beginning, and what can be
-compared must be equal afterwards; so an environment that is not deterministic is found out.
+records its actions. To load it, they are replayed from a reset on, and what can be compared must be equal
+afterwards; so an environment that is not deterministic is found out.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ FIXED_TYPES = (
 )
 LARGE = 10
 """Containers with this many items, such as tables of transitions, are compared between copies."""
+ENOUGH = 1_000
+"""Moves after which a record is ended at the next reset, since to begin one takes as long as a few moves."""
 LONGEST_REPLAY = 20_000
 """Environments with longer episodes are not recorded, since replaying many copies would take minutes."""
 
@@ -61,7 +63,7 @@ def capture(environment: gymnasium.Env[Any, Any] | VectorEnv, like: Captured | N
                 texts[path] = like.texts[path] if like and known else writer.attribute(path, value)
             except Hidden:
                 hidden.append(path)
-        if len(hidden) == before:
+        if not writer.referred.intersection(hidden[before:]):
             return Captured(texts, values, hidden)
         values = {path: value for path, value in values.items() if path in texts}
 
@@ -109,32 +111,55 @@ def _owner(thing: Any, path: str) -> dict[str, Any]:
 
 
 class Recorded(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Records how to replay the current episode: the state before its reset, the seed, and all actions."""
+    """Records what to replay: the state before a reset, the seed, and all moves, from that reset on.
+
+    A move is an action, or None for a further reset. A new record begins with the first reset after `ENOUGH`
+    moves, or with a seed.
+    """
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
         """Record from the next reset on."""
         super().__init__(env)
         self.before: dict[str, str] | None = None
         self.seed: int | None = None
-        self.actions: list[Any] = []
+        self.moves: list[Any] = []
+        self.observation: Any = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
-        """Begin an episode, and its record."""
-        self.before, self.seed, self.actions = capture(self.env).texts, seed, []
-        return self.env.reset(seed=seed, options=options)
+        """Begin an episode, and perhaps a new record."""
+        if self.before is None or seed is not None or len(self.moves) >= ENOUGH:
+            self.before, self.seed, self.moves = capture(self.env).texts, seed, []
+        else:
+            self.moves.append(None)
+        self.observation, info = self.env.reset(seed=seed, options=options)
+        return self.observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Take a step, and record its action."""
-        self.actions.append(action)
-        return self.env.step(action)
+        self.moves.append(action)
+        answer = self.env.step(action)
+        self.observation = answer[0]
+        return answer
 
-    def replay(self, before: Mapping[str, str], seed: int | None, actions: np.ndarray) -> Any:
-        """Play a recorded episode; return its last observation."""
+    def tape(self) -> dict[str, Any]:
+        """Return the record, without the state before it, and the last observation, as plain values."""
+        resets = [place for place, move in enumerate(self.moves) if move is None]
+        actions = np.array([move for move in self.moves if move is not None])
+        texts = {"actions": Writer({}).text(actions), "observation": Writer({}).text(self.observation)}
+        return {"seed": self.seed, "resets": resets, **texts}
+
+    def replay(self, before: Mapping[str, str], tape: Mapping[str, Any]) -> bool:
+        """Play a record; return whether the record of it is the same."""
         restore(self.env, before)
-        observation = self.reset(seed=seed)[0]
-        for action in actions:
-            observation = self.step(action)[0]
-        return observation
+        self.before = None
+        self.reset(seed=tape["seed"])
+        self.before = dict(before)  # as it was recorded: without what only the first reset has made
+        moves = list(Reader({}, {}).value(json.loads(tape["actions"])))
+        for place in tape["resets"]:
+            moves.insert(place, None)
+        for move in moves:
+            self.reset() if move is None else self.step(move)
+        return self.tape() == tape
 
 
 def record(vector: VectorEnv, probe: VectorEnv, horizon: int) -> None:
@@ -169,8 +194,7 @@ def state_of(vector: VectorEnv) -> dict[str, Any]:
     if replays and all(copy.before is not None for copy in replays):
         replay = {
             "before": _columns([copy.before or {} for copy in replays]),
-            "seeds": [copy.seed for copy in replays],
-            "actions": [Writer({}).text(np.array(copy.actions)) for copy in replays],
+            "tapes": [copy.tape() for copy in replays],
         }
     return {
         "vector": whole.texts,
@@ -185,16 +209,12 @@ def load_state(vector: VectorEnv, state: Mapping[str, Any]) -> bool:
     vector.reset(seed=0)  # makes what only a reset makes
     exact = bool(state["exact"])
     copies = list(vector.envs) if isinstance(vector, SyncVectorEnv) else []
-    last = Reader(state["vector"], {}).attribute("_env_obs") if copies else []
     for i, copy in enumerate(copies):
         texts = _row(state["copies"], i)
         if not isinstance(copy, Recorded):
             restore(copy, texts)
         elif state["replay"] is not None:
-            replay = state["replay"]
-            actions = Reader({}, {}).value(json.loads(replay["actions"][i]))
-            seen = copy.replay(_row(replay["before"], i), replay["seeds"][i], actions)
-            same = np.array_equal(seen, last[i], equal_nan=True)
+            same = copy.replay(_row(state["replay"]["before"], i), state["replay"]["tapes"][i])
             exact = exact and same and capture(copy.env).texts == texts
     restore(vector, state["vector"])
     return exact

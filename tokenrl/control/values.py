@@ -36,11 +36,12 @@ class Writer:
     """
 
     def __init__(self, attributes: Mapping[str, Any]) -> None:
-        """Take all attributes by path, because they may share objects."""
+        """Take all attributes by path, because they may share objects; `referred` will tell to which."""
         self._paths: dict[int, str] = {}
         for path, value in attributes.items():
             if type(value) not in PLAIN:
                 self._paths.setdefault(id(value), path)
+        self.referred: set[str] = set()  # paths to whose values other texts refer
         self._inner: set[int] = set()
         self._memory: set[int] = set()  # of arrays: two that share memory would no longer do so
 
@@ -51,8 +52,8 @@ class Writer:
             Hidden: the value cannot be written.
         """
         first = self._paths.get(id(value), path)
-        form = self._form(value) if first == path or isinstance(value, tuple) else {"same": first}
-        return json.dumps(form)
+        alone = first == path or isinstance(value, tuple)
+        return json.dumps(self._form(value) if alone else self._same(first))
 
     def text(self, value: Any) -> str:
         """Return the text of a value that belongs to no attribute; see `attribute`."""
@@ -66,9 +67,13 @@ class Writer:
             if id(value) in self._inner or (id(value) in self._paths and type(value) in CHANGING):
                 raise Hidden
             if id(value) in self._paths:
-                return {"same": self._paths[id(value)]}
+                return self._same(self._paths[id(value)])
             self._inner.add(id(value))
         return self._form(value)
+
+    def _same(self, path: str) -> Any:
+        self.referred.add(path)
+        return {"same": path}
 
     def _form(self, value: Any) -> Any:
         kind = type(value)
