@@ -49,7 +49,7 @@ SMALL: dict[str, list[Any]] = {
     "reward_timeout": [None],  # a process of its own takes seconds to start
 }
 """Settings whose allowed values could take for ever, or fill the memory; a few that take neither."""
-TEXTS = ("", "x", "prompt", "../up", "é\x00", "x" * 5000, "\ud800", "{a", "none", "--seed")
+TEXTS = ("", "x", "prompt", "../up", "é\x00", "x" * 999, "\ud800", "{a", "none", "--seed")
 ODD = (math.nan, math.inf, -math.inf, -1, 0, 10**10, 2**63, 10**400, 1e31, 1e-45, -1e30, 1.5, True, None)
 WRONG = ("x", "", [], [1], {}, {"a": 1}, b"x", (math.nan,), (None, 1))
 
@@ -107,3 +107,26 @@ def drawn(rng: random.Random, kind: type, fixed: dict[str, Any]) -> dict[str, An
     if "estimator" in hints and rng.random() < 0.5:
         found["estimator"] = estimator(rng, odd / 2)
     return found | fixed
+
+
+def flags(rng: random.Random, kind: type, base: dict[str, str]) -> list[str]:
+    """Random flags of a command, which may replace those of `base`."""
+    given = drawn(rng, kind, {})
+    for name in ("estimator", "what", "run_dir"):  # no flags, or not of this form
+        given.pop(name, None)
+    words = {f"--{name.replace('_', '-')}": value for name, value in given.items() if name not in base}
+    argv = [word for flag, value in base.items() for word in (f"--{flag.replace('_', '-')}", *value.split())]
+    if "estimator" in field_types(kind) and rng.random() < 0.5:
+        for name, value in rng.sample(list(estimator(rng).items()), 2):
+            words[f"--estimator.{name.replace('_', '-')}"] = value
+        words["--estimator"] = rng.choice([*PRESETS, "nonsense"]) if rng.random() < 0.7 else None
+    for flag, value in words.items():
+        if isinstance(value, bool):
+            argv.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None:
+            several = value if isinstance(value, (tuple, list)) else [value]
+            argv += [flag, *("1" + "0" * 400 if one == 10**400 else str(one) for one in several)]
+    if rng.random() < 0.05:
+        place, word = rng.randrange(len(argv) + 1), rng.choice(["--", "-x", "extra", "--nonsense", ""])
+        argv.insert(place, word)
+    return [word.replace("\x00", "").replace("\ud800", "\udcff") for word in argv]  # as a shell can give

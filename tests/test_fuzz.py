@@ -6,6 +6,8 @@ A failure names its case; `FUZZ=train:17 pytest -m slow tests/test_fuzz.py` repe
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import os
 import random
 import shutil
@@ -20,10 +22,12 @@ import torch
 
 sys.path.append(str(Path(__file__).parent / "language"))
 
-from fuzz_values import drawn
+from fuzz_values import drawn, flags
+from safetensors.torch import load_file
 from tiny_models import make_model, make_task, make_tokenizer
 
 import tokenrl
+from tokenrl.cli import COMMANDS, main
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.training.arguments import TrainArguments
@@ -133,3 +137,90 @@ def test_random_settings_of_control(block, tmp_path):
         return trained(tokenrl.train_agent, settings, tmp_path / "run", lambda result: result.policy)
 
     checked("control", block, run)
+
+
+TOY = {"task": "sort_digits", "eval_size": "2"}
+BASES: dict[str, dict[str, str]] = {
+    "train": {**TOY, "max_steps": "1", "prompts_per_step": "2", "num_generations": "2", "output_dir": "run"},
+    "sft": {**TOY, "max_steps": "1", "output_dir": "run"},
+    "reward-model": {"data": "pairs.jsonl", "max_steps": "1", "output_dir": "run"},
+    "evaluate": {**TOY, "num_generations": "2", "max_completion_length": "6"},
+    "sample": {"max_completion_length": "6"},
+    "control": {
+        "max_steps": "1",
+        "num_envs": "2",
+        "eval_episodes": "2",
+        "max_episode_steps": "9",
+        "output_dir": "run",
+    },
+    "advise": {"num_prompts": "4", "num_samples": "4", "episodes": "3", "max_completion_length": "6"},
+    "report": {},
+    "lab": {"estimators": "rloo"},
+    "lab measure": {
+        **TOY,
+        "num_prompts": "4",
+        "num_generations": "2",
+        "prompts_per_step": "2",
+        "probes": "4",
+    },
+}
+"""Flags of each command with which it is done in a second."""
+
+
+def command_line(rng: random.Random, tiny: str, done: str) -> tuple[str, list[str]]:
+    """A command with its words, most of which could be meant."""
+    name = rng.choice(list(BASES))
+    base = {
+        key: value
+        for key, value in BASES[name].items()
+        if key in ("output_dir", "estimators") or rng.random() < 0.97
+    }
+    if name not in ("control", "report", "lab"):
+        base["model"] = tiny if rng.random() < 0.95 else "nowhere"
+    if name == "advise":
+        base |= rng.choice([{"env": "bandit"}, TOY, {"run": done}])
+    if name == "control":
+        base["env"] = rng.choice(["bandit", "gridworld", "CartPole-v1", "Pendulum-v1", "Nothing-v0"])
+    argv = flags(rng, COMMANDS[name].arguments, base)
+    if name == "report":
+        argv += rng.choice([[], [done], [done, done], [done, "run"], ["x" * 999], [done, "--output", "a/b"]])
+    return name, [*name.split(), *(["exact"] if name == "lab" else []), *argv]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_random_command_lines(block, tiny, tmp_path, monkeypatch):
+    """None ends with a traceback, with exit code 0 and no model, or with weights that are not finite."""
+    inside = tmp_path / "work" / "inside"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    tokenrl.train_agent(env="bandit", max_steps=1, num_envs=2, eval_episodes=2, output_dir="done", quiet=True)
+    pair = {"prompt": "a", "chosen": "the cat", "rejected": "the dog"}
+    Path("pairs.jsonl").write_text("".join(json.dumps(pair | {"prompt": p}) + "\n" for p in "abcdefgh"))
+
+    def run(rng: random.Random) -> str:
+        shutil.rmtree("run", ignore_errors=True)
+        name, argv = command_line(rng, tiny, "done")
+        out, error = io.TextIOWrapper(io.BytesIO(), "utf-8"), None
+        error = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
+        monkeypatch.setattr("sys.stdin", io.StringIO("a\n/n 1\nb\n"))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            try:
+                code = main(argv)
+            except SystemExit as exit:  # the parser's, which prints a box of its own, or --help
+                return "" if exit.code in (0, 2) else f"exit code {exit.code}: {argv}"
+            except BaseException as problem:
+                problem.args = (f"{problem!s:.300} {argv}",)
+                raise
+        error.seek(0)
+        said = [line for line in error.read().splitlines() if line.startswith("tokenrl:")]
+        if code not in (0, 1, 2) or (code and not said):
+            return f"exit code {code}, {said}: {argv}"
+        made = Path("run", "model").is_dir()
+        if code == 0 and "output_dir" in BASES[name] and not made and "--check" not in argv:
+            return f"exit code 0 without a model: {argv}"
+        files = Path("run", "model").glob("*.safetensors") if made else ()
+        weights = [tensor for file in files for tensor in load_file(file).values()]
+        return "" if all(bool(torch.isfinite(tensor).all()) for tensor in weights) else f"not finite: {argv}"
+
+    checked("line", block, run)

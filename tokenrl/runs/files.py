@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         Stopped: the file could not be written (disk full, no permission); an old file is untouched.
     """
-    stream = path.is_fifo() or path.is_char_device()
+    stream = _is_stream(path)
     partial = path if stream else path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -40,7 +40,15 @@ def replacing(path: Path) -> Iterator[Path]:
         raise not_written(path, error) from error
     finally:
         if not stream:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # a name too long, a folder that is gone
+                partial.unlink(missing_ok=True)
+
+
+def _is_stream(path: Path) -> bool:
+    try:
+        return path.is_fifo() or path.is_char_device()
+    except OSError:  # a name too long; `replacing` reports it
+        return False
 
 
 def not_written(path: Path, error: Exception) -> Stopped:
