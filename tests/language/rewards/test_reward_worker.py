@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -150,7 +151,11 @@ def test_a_trainer_that_is_killed_leaves_nothing_behind(tmp_path):
         left = started(tmp_path)
         assert len(left) == 2 and all(map(running, left))
         trainer.kill()
-    wait_for(lambda: not any(map(running, left)))
+    try:
+        wait_for(lambda: not any(map(running, left)))
+    finally:
+        for pid in filter(running, left):
+            os.kill(pid, signal.SIGKILL)
 
 
 def started(folder):
