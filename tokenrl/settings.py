@@ -187,7 +187,7 @@ def _rule(hint: Any) -> Rule | None:
         return Rule(lambda value: value is None, "None")
     if hint in (str, Path):
         return Rule(lambda value: isinstance(value, (str, os.PathLike)), "text")
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         names = "the name of a preset, or " if hasattr(hint, "preset") else ""
         return Rule(
             lambda value: isinstance(value, hint), f"{names}a mapping of the fields of {hint.__name__}"

@@ -5,21 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
+from tokenrl import settings
 from tokenrl.core import axes, bias, validation
 from tokenrl.core.choices import choice_of
 from tokenrl.core.presets import PRESETS
-from tokenrl.settings import (
-    LARGEST,
-    Bounds,
-    Count,
-    Natural,
-    NonNegative,
-    Number,
-    Positive,
-    Settings,
-    arguments,
-    check_choice,
-)
+from tokenrl.settings import Bounds, Count, Natural, NonNegative, Number, Positive, Settings
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -69,9 +59,9 @@ class Estimator(Settings):
     """The ratio is clipped below 1 - epsilon, and above 1 + epsilon unless epsilon_high is set."""
     epsilon_high: Positive | None = None
     """The ratio is clipped above 1 + epsilon_high; None for epsilon."""
-    dual_clip: Annotated[float, Bounds(above=1, at_most=LARGEST)] | None = None
+    dual_clip: Annotated[float, Bounds(above=1, at_most=settings.LARGEST)] | None = None
     """Bound of the ratio where the advantage is negative, for 'token' and 'sequence_mean'; None for none."""
-    importance_cap: Annotated[float, Bounds(at_least=1, at_most=LARGEST)] | None = None
+    importance_cap: Annotated[float, Bounds(at_least=1, at_most=settings.LARGEST)] | None = None
     """Weight tokens by trainer / sampler probability, at most this; None assumes that the two are equal."""
     beta: NonNegative = 0.0
     """Weight of the KL divergence from the reference policy; 0 needs no reference."""
@@ -119,8 +109,8 @@ class Estimator(Settings):
         Raises:
             Refused: For a preset, a field or a value that does not exist.
         """
-        check_choice("preset", name, PRESETS)
-        return arguments(cls, PRESETS[name].fields | overrides)
+        settings.check_choice("preset", name, PRESETS)
+        return settings.arguments(cls, PRESETS[name].fields | overrides)
 
     @property
     def bias_status(self) -> str:
@@ -279,8 +269,8 @@ class Estimator(Settings):
 
         The weights already divide by the whole step, so the losses of slices add up to that of the step. A
         row must not be split, because some terms sum over it. Where the mask or the weight is 0, the other
-        inputs may hold anything, also nan. Only `logprobs` and `entropy` carry a gradient. Inputs that the
-        chosen axes do not need are ignored.
+        inputs may hold anything, also nan, and so may inputs that the chosen axes do not need. Only
+        `logprobs` and `entropy` carry a gradient.
 
         Raises:
             ValueError: When the shapes of logprobs, weights and mask differ.
@@ -300,11 +290,7 @@ class Estimator(Settings):
         *,
         old_values: Float[Tensor, "N T"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Return the critic's loss, `sum w (V - G)^2 / 2`, over some rows; see `objectives.squared_error`.
-
-        Raises:
-            Refused: When value_clip is set and the old values are missing.
-        """
+        """Return the critic's loss, `sum w (V - G)^2 / 2`, over some rows; see `objectives.squared_error`."""
         from tokenrl.core import objectives
 
         return objectives.squared_error(values, returns, weights, old_values=old_values, clip=self.value_clip)

@@ -217,8 +217,8 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple
         weight_decay=args.weight_decay,
         fused=accelerator.device.type in ("cpu", "cuda"),
     )
-    kind = args.lr_scheduler_type  # transformers' "constant" would leave out the warm-up
-    kind = "constant_with_warmup" if kind == "constant" else kind
+    # transformers' "constant" would leave out the warm-up
+    kind = "constant_with_warmup" if args.lr_scheduler_type == "constant" else args.lr_scheduler_type
     schedule = get_scheduler(kind, optimizer, args.warmup_steps, args.max_steps)
     model, prepared = accelerator.prepare(policy.model, optimizer)
     generator = TransformersGenerator(policy)
