@@ -138,6 +138,8 @@ def main(args: Args) -> None:
         output_dir=args.output_dir,
         check=args.check,
     )
+    if args.check:  # 2 if it found a problem
+        raise SystemExit(result.exit_code)
     before, after = result.eval_before["reward_greedy"], result.eval_after["reward_greedy"]
     print(f"held-out reward, greedy (1.1 at most): {before:.3f} -> {after:.3f}")
 

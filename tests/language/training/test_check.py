@@ -10,7 +10,8 @@ import torch
 from tiny_models import PROMPTS, Engine, make_model, make_policy, make_task, make_tokenizer, weights
 
 import tokenrl
-from tokenrl.language.training import setup, trial
+from tokenrl.language.training import loop, setup, trial
+from tokenrl.language.training.check import check_run
 from toy_tasks.models import TinyModel
 
 LETTERS = [f"{x}{y}>" for x in "abcd" for y in "abcd"]
@@ -97,7 +98,7 @@ def test_a_check_that_passes_shows_what_the_run_takes(check, tmp_path, capsys):
         r"scoring differs from sampling by \S+ nats per token on average, (\S+) at most",
         r"learning rate 0\.001 \(usual: 0\.001\)",
         r"time about 0:\d\d .*for 12 steps and 13 evaluations",
-        r"memory about \d+ MiB of the computer",
+        r"memory about \d+ MiB of the computer in this trial",
         r"disk up to [\d.]+ MiB of .* that are free",
     ):
         assert re.search(pattern, shown), pattern
@@ -105,14 +106,24 @@ def test_a_check_that_passes_shows_what_the_run_takes(check, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("estimator", ["rloo", "ppo", "dapo", "remax", "grpo"])
-def test_a_check_changes_no_weight(check, estimator):
+@pytest.mark.parametrize("estimator", ["rloo", "ppo", "dapo", "reinforce_running_mean", "grpo"])
+def test_a_check_changes_no_weight(check, estimator, monkeypatch):
     model, tokenizer = letters()
-    before = weights(model)
+    before, states = weights(model), []
+
+    def watched(run, *rest):
+        for work in (lambda: None, lambda: check_run(run, *rest)):
+            result = work()
+            critic = {} if run.learner.critic is None else run.learner.critic.head.state_dict()
+            states.append(([x.tolist() for x in critic.values()], run.running_mean.state_dict()))
+        return result
+
+    monkeypatch.setattr(loop, "check_run", watched)
     changes = {"beta": 0.1} if estimator == "grpo" else {}
     result = check(model=(model, tokenizer), estimator=tokenrl.Estimator.preset(estimator, **changes))
     assert result.exit_code == 0 and torch.equal(weights(model), before)
     assert all(p.grad is None for p in model.parameters())
+    assert states[0] == states[1] and bool(states[0][0]) == (estimator == "ppo")
 
 
 def test_a_run_after_a_check_is_the_same_as_without(check, tmp_path):

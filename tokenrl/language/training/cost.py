@@ -100,7 +100,7 @@ def memory_cost(run: Run) -> str:
         if name in peak:
             more = moments if on_gpu == (name == "peak_cuda_memory_gib") else 0
             shown.append(f"about {size(round(peak[name] * GIB) + more)} {where}")
-    return ", ".join(shown) or "unknown"
+    return ", ".join(shown) + " in this trial" if shown else "unknown"
 
 
 def size(count: int) -> str:
