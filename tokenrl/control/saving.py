@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokenrl.control.policies import Policy, Shape
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, describe
 from tokenrl.runs.files import write_json
+from tokenrl.runs.outcome import model_directory
 
 
 def save_policy(policy: Policy, folder: Path, **facts: Any) -> None:
@@ -30,16 +30,15 @@ def read_policy(folder: str | Path) -> Policy:
     Raises:
         Refused: the folder holds no policy, or it is damaged.
     """
-    place = Path(folder)
-    place = place / "model" if (place / "model" / "policy.json").is_file() else place
+    place = Path(model_directory(folder))
     try:
         shape: dict[str, Any] = json.loads((place / "policy.json").read_text("utf-8"))["shape"]
         policy = Policy(Shape(**shape | {"hidden": tuple(shape["hidden"])}))
         policy.load_state_dict(load_file(place / "policy.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # JSON, shapes and weights each have errors of their own
         raise Refused(
-            f"No policy could be read from {place} ({error}). Give the output directory of a control run, or "
-            "one of its checkpoints."
+            f"No policy could be read from {place} ({describe(error)}). Give the output directory of a "
+            "control run, or one of its checkpoints."
         ) from error
     return policy
 

@@ -2,26 +2,27 @@
 
 A checkpoint is written to a hidden folder beside its place and synced to the disk; its files are listed with
 their hashes in manifest.json; last, the folder is renamed. A crash at any moment leaves the older checkpoints
-and at most one hidden folder, which the next save removes.
+and hidden folders, which the next save removes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from tokenrl.errors import Refused, Stopped, describe
-from tokenrl.runs.files import not_written, sync_file, sync_folder, write_json
+from tokenrl.errors import Refused, Stopped, TokenrlError, describe
+from tokenrl.runs.files import not_written, sync_folder, sync_tree
+from tokenrl.runs.manifest import is_sealed, seal, verify
 
-_NAME = re.compile(r"step_\d{6,}")
-_MANIFEST = "manifest.json"
+_NAME = re.compile(r"step_[0-9]{6,}")
+_MEND = (
+    "Use an earlier checkpoint; to load the model in it unverified, copy it without manifest.json elsewhere."
+)
 
 
 class Resumable(Protocol):
@@ -47,7 +48,8 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, k
     Args:
         folder: the run's folder `checkpoints`; made if absent. Only one process may save there.
         step: number of updates made so far. A complete checkpoint of this step is not written again.
-        write: fills the empty folder that it is given; the name manifest.json is reserved there.
+        write: fills the empty folder that it is given with files; no links, no empty folders, and no
+            manifest.json, which is added.
         keep: how many checkpoints to keep, with this one, at least 1; None keeps all.
 
     Returns:
@@ -64,17 +66,20 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, k
     try:
         folder.mkdir(exist_ok=True)
         # Left by a crash. Nobody is writing there now, because this run holds the lock of the directory.
-        for stale in folder.glob(".step_*.partial"):
-            shutil.rmtree(stale)
+        for stale in folder.glob(".step_*"):
+            if stale.suffix in (".partial", ".old"):
+                _remove(stale)
         if final.exists() and _is_complete(final):
             return final
         partial.mkdir()
         write(partial)
-        _seal(partial, step)
-        if final.exists():  # a damaged checkpoint of the same step
-            shutil.rmtree(final)
+        sync_tree(partial)
+        seal(partial, step=step)
+        if os.path.lexists(final):  # a damaged checkpoint of the same step
+            _discard(final)
         os.rename(partial, final)
         sync_folder(folder)
+        sync_folder(folder.parent)  # which may have got `folder` only now
         verify_checkpoint(final)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -88,30 +93,31 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, k
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Check every file of a checkpoint against its manifest (size, then SHA-256).
+    """Check that a checkpoint holds exactly the files that were saved, unchanged, and is that of its step.
 
     Raises:
-        Refused: a file is missing or altered; the message names it.
+        Refused: a file is missing, altered or one too many (the message names it), or the folder was renamed
+            to another step.
     """
-    try:
-        files: dict[str, dict[str, Any]] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
-    except FileNotFoundError as error:
+    step, name = verify(path, mend=_MEND), path.resolve().name
+    if _NAME.fullmatch(name) and name != f"step_{step:06d}":
         raise Refused(
-            f"The checkpoint {path} is not complete: it has no {_MANIFEST}. Use an earlier one."
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Refused(
-            f"The {_MANIFEST} of the checkpoint {path} is damaged ({error!r}); use an earlier one."
-        ) from error
-    for name, size, digest in expected:
-        file = path / name
-        if not file.is_file():
-            raise Refused(f"The checkpoint {path} lacks its file {name}; use an earlier one.")
-        if file.stat().st_size != size or _sha256(file) != digest:
-            raise Refused(
-                f"The file {name} of the checkpoint {path} was altered or cut short; use an earlier one."
-            )
+            f"The folder {path} cannot be used: it is the checkpoint of step {step}. Rename it back."
+        )
+
+
+def verify_source(folder: Path) -> None:
+    """Verify a folder from which a model is read, if it is a checkpoint, a copy of one, or inside of one.
+
+    Other folders pass, because nothing says what they should hold.
+
+    Raises:
+        Refused: see `verify_checkpoint`.
+    """
+    place = folder.resolve()
+    for path in (place, place.parent):
+        if is_sealed(path) or (path.parent.name == "checkpoints" and _NAME.fullmatch(path.name)):
+            verify_checkpoint(path)
 
 
 def latest_checkpoint(folder: Path) -> Latest:
@@ -144,59 +150,74 @@ def _is_complete(path: Path) -> bool:
     return True
 
 
-def _seal(partial: Path, step: int) -> None:
-    """Sync every file to the disk, then write the manifest, which lists them with size and hash."""
-    files = {}
-    for file in sorted(partial.rglob("*")):
-        if file.is_dir():
-            sync_folder(file)
-            continue
-        sync_file(file)
-        name = file.relative_to(partial).as_posix()
-        files[name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
-    write_json(partial / _MANIFEST, {"step": step, "files": files})
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _prune(folder: Path, step: int, keep: int | None) -> None:
     if keep is None:
         return
     older = [path for path in _steps(folder) if _step_of(path) < step]
     for path in older[: max(0, len(older) - (keep - 1))]:
-        doomed = folder / f".{path.name}.partial"
-        os.rename(path, doomed)  # first: an interrupted removal must not leave half a checkpoint here
-        shutil.rmtree(doomed, ignore_errors=True)
+        with contextlib.suppress(OSError):  # no reason to end a run whose newest checkpoint is complete
+            _discard(path)
 
 
-def replace_directory(directory: Path, write: Callable[[Path], None]) -> None:
+def _discard(path: Path) -> None:
+    """Remove a checkpoint; rename it first, since an interrupted removal must not leave half of it there."""
+    hidden = path.with_name(f".{path.name}.old")
+    os.rename(path, hidden)
+    _remove(hidden)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a file or link in its place; it may be absent."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_directory(directory: Path, write: Callable[[Path], None], *, sealed: bool = False) -> None:
     """Write a new folder aside and rename it to `directory`, so that no reader sees it half written.
 
+    A crash at any moment leaves the old folder or the new one; between two renames the old one is hidden, and
+    `settle_directory` brings it back. Only one process may write there.
+
+    Args:
+        directory: the folder to make or to replace; its parent exists.
+        write: fills the empty folder that it is given.
+        sealed: add a manifest, so that `model_directory` refuses the folder once a file of it was altered.
+
     Raises:
-        Stopped: the folder could not be written; an old one is unchanged.
+        Stopped: `write` failed or the disk is full; an old folder is unchanged.
     """
-    aside = None
+    aside, old = _beside(directory)
     try:
-        aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        aside.chmod(0o755)  # mkdtemp lets only the owner read
+        settle_directory(directory)
+        aside.mkdir()
         write(aside)
+        sync_tree(aside)
+        if sealed:
+            seal(aside)
         if directory.exists():
-            old = aside.with_suffix(".old")
             os.rename(directory, old)
-            os.rename(aside, directory)
-            shutil.rmtree(old)
-        else:
-            os.rename(aside, directory)
-    except Stopped:
+        os.rename(aside, directory)
+        sync_folder(directory.parent)
+    except TokenrlError:
         raise
     except Exception as error:  # on a full disk, tokenizers raises a bare Exception
         raise not_written(directory, error) from error
     finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            settle_directory(directory)
+
+
+def settle_directory(directory: Path) -> None:
+    """Bring back the folder that an interrupted `replace_directory` had hidden, and remove what it left."""
+    aside, old = _beside(directory)
+    if old.exists() and not directory.exists():
+        os.rename(old, directory)
+    _remove(aside)
+    _remove(old)
+
+
+def _beside(directory: Path) -> tuple[Path, Path]:
+    """Return the hidden folders beside a folder for what will replace it and for what it replaces."""
+    return directory.with_name(f".{directory.name}.partial"), directory.with_name(f".{directory.name}.old")

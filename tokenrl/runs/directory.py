@@ -20,9 +20,10 @@ from typing import Any
 from tokenrl import __version__
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
+from tokenrl.runs.checkpoint import settle_directory
 from tokenrl.runs.files import write_json, write_text
 
-_OWN_ENTRY = re.compile(r"\.?step_\d{6,}(\.parquet)?(\.partial)?|episode-episode-\d+\.mp4")
+_OWN_ENTRY = re.compile(r"\.?step_\d{6,}(\.parquet)?(\.partial|\.old)?|episode-episode-\d+\.mp4")
 _FILES = (
     "config.json",
     "metrics.jsonl",
@@ -100,6 +101,8 @@ class RunDirectory:
                 f"The output directory {str(run)!r} cannot be used ({error}); give another one."
             ) from error
         try:
+            with contextlib.suppress(OSError):  # what a crash left while the model was replaced
+                settle_directory(run / "model")
             _refuse_foreign(run)  # again: another run may have written here before we had the lock
             if _holds_run(run) and not (overwrite or resume):
                 raise Refused(

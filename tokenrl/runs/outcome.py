@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from tokenrl.runs.checkpoint import verify_source
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -37,7 +39,14 @@ class Outcome:
 
 
 def model_directory(name_or_path: str | Path) -> str | Path:
-    """Return where a model lies: `model/` for a run directory, else the path or hub name itself."""
+    """Return where a model lies: `model/` for a run directory, else the path or hub name itself.
+
+    Raises:
+        Refused: the path is a damaged checkpoint; the message names the file.
+    """
     run = Path(name_or_path)
     there = os.path.exists(run / "metrics.jsonl") and os.path.isdir(run / "model")
-    return run / "model" if there else name_or_path
+    found = run / "model" if there else name_or_path
+    if os.path.isdir(found):
+        verify_source(Path(found))
+    return found

@@ -87,7 +87,7 @@ def load_adapted(directory: Path, *, dtype: str, trust_remote_code: bool) -> Pol
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
         model = AutoPeftModelForCausalLM.from_pretrained(str(directory), **options)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:  # configuration, weights and tokenizer files each have errors of their own
         raise Refused(
             f"The adapter {directory} cannot be loaded on its base model ({describe(error)}). Give "
             f"{directory.parent}, in which both are merged; then all weights count."

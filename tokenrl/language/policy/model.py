@@ -233,9 +233,8 @@ def load_policy(
         trust_remote_code: run Python code that is shipped with the model.
 
     Raises:
-        Refused: the model or its tokenizer cannot be loaded (the loader's message is quoted), weights are
-            missing, an adapter was trained on another base, the tokenizer does not fit the model, or `dtype`
-            is unknown.
+        Refused: the model or its tokenizer cannot be loaded, they do not fit each other, weights are missing,
+            a checkpoint was altered, an adapter was trained on another base, or `dtype` is unknown.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import find_adapter_config_file

@@ -20,6 +20,7 @@ from tokenrl.language.policy.bars import without_bars
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import read_weights
 from tokenrl.language.rewards.model import RewardModel
+from tokenrl.runs.outcome import model_directory
 
 
 @without_bars()
@@ -30,9 +31,9 @@ def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
     2009.01325), so that rewards start near 0 and the predicted probabilities near 1/2.
 
     Args:
-        source: a directory or hub name of a causal language model or of a classifier with one label; a
-            `Policy`; or a pair of such a model and its tokenizer. A causal language model in memory is
-            copied; a classifier in memory is used itself.
+        source: a directory (that of a run means the model that it saved) or hub name of a causal language
+            model or of a classifier with one label; a `Policy`; or a pair of such a model and its tokenizer.
+            A causal language model in memory is copied; a classifier in memory is used itself.
         seed: seed of a new head.
 
     Raises:
@@ -47,7 +48,7 @@ def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
         if not type(model).__name__.endswith("ForSequenceClassification"):
             model, missing = _from_language_model(model)
     else:
-        model, tokenizer, missing = _from_files(str(source))
+        model, tokenizer, missing = _from_files(str(model_directory(source)))
     if model.config.num_labels != 1:
         raise Refused(
             f"The classifier {source!s:.100} has {model.config.num_labels} labels; a reward model has one. "

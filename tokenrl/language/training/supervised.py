@@ -241,5 +241,5 @@ def warm_started_base(
                 learning_rate=warm.learning_rate,
                 seed=seed,
             )
-        replace_directory(directory, lambda path: save_policy(policy, path))
+        replace_directory(directory, lambda path: save_policy(policy, path), sealed=True)
     return directory

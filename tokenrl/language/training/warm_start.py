@@ -91,7 +91,7 @@ def warm_start(
             save_policy(policy, path)
             write_json(path / "warm_start.json", facts)
 
-        replace_directory(directory, write)
+        replace_directory(directory, write, sealed=True)
     console.note(f"warm start: {facts['in_words']}.")
     return facts
 
@@ -101,13 +101,10 @@ def _cached(directory: Path, policy: Policy, args: TrainSettings, console: Conso
     try:
         facts: dict[str, Any] = json.loads((directory / "warm_start.json").read_text(encoding="utf-8"))
         loaded = load_policy(directory, dtype="auto", trust_remote_code=args.trust_remote_code)
-        weights, own = loaded.model.state_dict(), policy.model.state_dict()
-        if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in own.items()}:
-            raise ValueError("its weights are those of another model")
     except (OSError, ValueError, Refused) as error:
         say_damaged(directory, error, console.warn)
         return None
-    policy.model.load_state_dict(weights)
+    policy.model.load_state_dict(loaded.model.state_dict())
     return facts
 
 
