@@ -106,6 +106,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
             known = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
             known |= {"warm_started": run.warm_started} if run.warm_started else {}
             session.begin(args, names=names, title=run.title, **known)
+            run.learner.generator.sync(run.learner.policy)  # the weights may be those of a checkpoint
             return _loop(run, session)
 
 

@@ -187,14 +187,16 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def record_step(run: Run, session: Session, record: Record, metrics: dict[str, float]) -> None:
-    """Record a step's metrics, and write and show its completions."""
-    shown = run.args.log_completions
-    for name, warning in run.reward_time.add(record.timings).items():
-        session.warn_once(f"slow-reward/{name}", f"step {session.step}: {warning}")
-    session.record(metrics, record.timings | {"tokens_per_second": run.tokens_per_second})
+    """Record a step's metrics, and write and show its completions.
+
+    The metrics come last of what is written: with them a step is complete.
+    """
+    shown, rows = run.args.log_completions, []
     if session.directory is not None and shown and (session.step == 1 or session.due(shown)):
         rows = record.rows()
         write_completions(session.directory.completions, session.step, rows)
+    session.record(metrics, record.timings | {"tokens_per_second": run.tokens_per_second})
+    if rows:
         session.console.completions_table(_few(rows, run.args.num_generations))
 
 
