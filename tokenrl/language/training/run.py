@@ -192,6 +192,8 @@ def record_step(run: Run, session: Session, record: Record, metrics: dict[str, f
     The metrics come last of what is written: with them a step is complete.
     """
     shown, rows = run.args.log_completions, []
+    for name, warning in run.reward_time.add(record.timings).items():
+        session.warn_once(f"slow-reward/{name}", f"step {session.step}: {warning}")
     if session.directory is not None and shown and (session.step == 1 or session.due(shown)):
         rows = record.rows()
         write_completions(session.directory.completions, session.step, rows)
