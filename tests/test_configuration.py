@@ -81,3 +81,18 @@ def test_a_file_that_is_not_there_is_refused(name, tmp_path, capsys, monkeypatch
     assert main(["train", "--config", name]) == 2
     said = capsys.readouterr().err
     assert "cannot be read" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", ["", ".", "absent/file.json"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "lab exact --estimators rloo --json",
+        "lab measure --json",
+        "evaluate --model x --json",
+        "advise --env bandit --json",
+    ],
+)
+def test_a_file_of_results_that_cannot_be_written_is_refused_before_the_work(command, place, capsys):
+    assert main([*command.split(), place]) == 2
+    assert "cannot be written" in capsys.readouterr().err

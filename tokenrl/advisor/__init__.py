@@ -7,12 +7,12 @@ on training prompts. A diagnosis rests on the metrics that the run has recorded.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.errors import Refused
+from tokenrl.runs.files import check_place
 
 if TYPE_CHECKING:
     from tokenrl.advisor.show import Advice
@@ -32,10 +32,7 @@ def run(args: AdviseArguments) -> int:
         )
     files = [Path(path).absolute() for path in (args.config, args.json, args.markdown) if path is not None]
     for path in files:
-        if not os.path.isdir(path.parent):
-            raise Refused(f"{path} cannot be written: its directory does not exist. Make it first.")
-        if os.path.isdir(path):
-            raise Refused(f"{path} cannot be written: it is a directory. Give the name of a file in it.")
+        check_place(path)
         if files.count(path) > 1:
             raise Refused(f"{path} was given twice, and one file would replace the other. Give two names.")
     from tokenrl.advisor.page import print_page

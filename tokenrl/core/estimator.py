@@ -129,9 +129,8 @@ class Estimator(Settings):
 
     def _facts(self, name: str) -> list[object]:
         """Look up one column of the table of choices for the three axes that make the advantages."""
-        return [
-            getattr(choice_of(axis, getattr(self, axis)), name) for axis in ("baseline", "scale", "returns")
-        ]
+        three = ("baseline", "scale", "returns")
+        return [getattr(choice_of(axis, getattr(self, axis)), name) for axis in three]
 
     @property
     def needs_groups(self) -> bool:

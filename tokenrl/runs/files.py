@@ -16,7 +16,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import Stopped, describe
+from tokenrl.errors import Refused, Stopped, describe
 
 
 @contextmanager
@@ -42,6 +42,19 @@ def replacing(path: Path) -> Iterator[Path]:
         if not stream:
             with suppress(OSError):  # a name too long, a folder that is gone
                 partial.unlink(missing_ok=True)
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that cannot be written for its name, before the work whose result it shall hold.
+
+    Raises:
+        Refused: its folder does not exist, or it is a folder itself.
+    """
+    place = Path(path).absolute()
+    if not os.path.isdir(place.parent):
+        raise Refused(f"{path} cannot be written: its directory does not exist. Make it first.")
+    if os.path.isdir(place):
+        raise Refused(f"{place} cannot be written: it is a directory. Give the name of a file in it.")
 
 
 def _is_stream(path: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from tokenrl.lab.exact.catalogue import named_estimators
 from tokenrl.lab.exact.discounting import Match, objectives_on_control
 from tokenrl.lab.exact.verdict import Verdict, measure_bias
 from tokenrl.runs.console import rich_console, rich_table
-from tokenrl.runs.files import write_text
+from tokenrl.runs.files import check_place, write_text
 from tokenrl.runs.plots import save_figure
 from tokenrl.runs.threads import using_threads
 
@@ -42,8 +41,8 @@ def exact(args: LabArguments) -> int:
     if unknown := [name for name in args.estimators if name not in chosen]:
         raise Refused(f"The lab knows no estimator {unknown[0]!r}; it knows: {'; '.join(chosen)}.")
     for path in (args.json, args.figure):
-        if path is not None and not os.path.isdir(path.absolute().parent):
-            raise Refused(f"{path} cannot be written: its directory does not exist. Make it first.")
+        if path is not None:
+            check_place(path)
     if args.figure is not None and args.figure.suffix not in FIGURES:
         raise Refused(f"{args.figure} cannot be drawn: its name must end in one of {', '.join(FIGURES)}.")
     with using_threads(1):  # many small sums, which a second thread only slows down

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tokenrl.errors import Refused
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.measurement import Measured, measure_with
 from tokenrl.lab.measure.paired import GroupSize, Measurement
 from tokenrl.lab.measure.unit_statistics import Estimate, reciprocal
 from tokenrl.runs.console import Console, rich_console, rich_table
-from tokenrl.runs.files import write_text
+from tokenrl.runs.files import check_place, write_text
 
 
 def run(args: MeasureArguments) -> int:
@@ -24,8 +22,8 @@ def run(args: MeasureArguments) -> int:
     Raises:
         Refused: For arguments that cannot be used.
     """
-    if args.json is not None and not os.path.isdir(args.json.absolute().parent):
-        raise Refused(f"{args.json} cannot be written: its directory does not exist. Make it first.")
+    if args.json is not None:
+        check_place(args.json)
     measured = measure_with(args, Console(quiet=args.quiet))
     if not args.quiet:
         print_tables(measured)

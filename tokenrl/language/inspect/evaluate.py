@@ -24,7 +24,7 @@ from tokenrl.language.training.evaluation_metrics import check_sizes, paired_dif
 from tokenrl.language.training.setup import load_placed
 from tokenrl.language.training.threads import announced_threads
 from tokenrl.runs.console import visible
-from tokenrl.runs.files import write_json
+from tokenrl.runs.files import check_place, write_json
 from tokenrl.runs.threads import using_threads
 
 
@@ -65,12 +65,14 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
         raise Refused("Name the model to evaluate: --model DIRECTORY_OR_HUB_NAME.")
     if len(set(names)) < len(names):
         raise Refused(f"A model is given twice among {', '.join(names)}; give each of them once.")
+    if args.json is not None:
+        check_place(args.json)
     found: dict[str, Evaluation] = {}
     for name in names:
         one = _evaluated(replace(args, model=name))
         compared = paired_differences(found[names[0]].by_prompt, one.by_prompt) if found else {}
         found[name] = one._replace(metrics=one.metrics | compared)
-    if args.json:
+    if args.json is not None:
         numbers: dict[str, Any] = {name: one.metrics for name, one in found.items()}
         write_json(Path(args.json), numbers if len(names) > 1 else numbers[names[0]])
     return found[args.model] if isinstance(args.model, str) else found

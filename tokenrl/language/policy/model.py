@@ -11,7 +11,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, get_args
 
 import torch
@@ -293,7 +292,7 @@ def _switch_dropout_off(model: nn.Module) -> None:
 
 
 def _first_lines(error: BaseException, limit: int = 300) -> str:
-    if isinstance(error, UnpicklingError):  # torch's message says how to run it
+    if type(error).__name__ == "UnpicklingError":  # torch's message says how to run it
         return "its file of weights is a pickle with more in it than weights, which could run as a program."
     text = " ".join((str(error) or type(error).__name__).split())
     return (text if len(text) <= limit else text[:limit] + " ...").rstrip(".") + "."
