@@ -156,6 +156,11 @@ def check_number(what: str, given: object, kind: type[float] = float, **bounds: 
     _number(kind, Bounds(**bounds)).check(what, given)
 
 
+def check_seed(seed: object) -> None:
+    """Refuse a seed of a function that is no whole number of 32 bits, as settings refuse it."""
+    check_number("seed", seed, int, at_least=0, at_most=2**32 - 1)
+
+
 @cache
 def field_types(kind: type[Any]) -> dict[str, Any]:
     """Return the type of each field of a dataclass, with its metadata."""

@@ -65,6 +65,22 @@ def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys)
     assert "no effect" not in capsys.readouterr().err  # refused for its objects alone: its settings load
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 10**400, 1.5, "1", None])
+def test_functions_that_take_a_seed_refuse_what_is_none(seed):
+    from tokenrl.lab import random_mdp
+    from tokenrl.language import load_task, reward_backbone, warm_started_base
+
+    task = load_task("sort_digits")
+    for function in (
+        lambda: random_mdp(seed),
+        lambda: load_task("sort_digits", seed=seed),
+        lambda: reward_backbone("nowhere", seed=seed),
+        lambda: warm_started_base(task, seed=seed),
+    ):
+        with pytest.raises(Refused, match=r"seed was given as .* and at most 4,294,967,295"):
+            function()
+
+
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 def test_every_schedule_warms_up(kind):
     from tokenrl.language.training import setup

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tokenrl.core.entropy import token_entropy
 from tokenrl.lab.exact.problems import Problem
+from tokenrl.settings import check_seed
 
 
 class TabularMdp(NamedTuple):
@@ -63,7 +64,11 @@ def random_mdp(seed: int, *, one_start: bool = False, even: bool = False) -> Tab
         one_start: Always start in state 0, which halves the number of trajectories.
         even: Whether all probabilities, also those of actions, are 1/2, so that one step can hold every
             trajectory in exact proportion.
+
+    Raises:
+        Refused: The seed has more than 32 bits.
     """
+    check_seed(seed)
     draw = torch.Generator().manual_seed(seed)
     rewards = torch.randn(2, 2, 3, generator=draw, dtype=torch.double)
     logits, reference = torch.randn(2, 2, 2, generator=draw, dtype=torch.double)

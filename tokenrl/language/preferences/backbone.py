@@ -21,6 +21,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import read_weights
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.runs.outcome import model_directory
+from tokenrl.settings import check_seed
 
 
 @without_bars()
@@ -40,6 +41,7 @@ def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
         Refused: the source cannot be loaded, has another number of labels or an adapter, lacks weights of
             the backbone, or its tokenizer has neither a pad nor an EOS token.
     """
+    check_seed(seed)
     if isinstance(source, Policy):
         source = (source.model, source.tokenizer)
     if isinstance(source, tuple):

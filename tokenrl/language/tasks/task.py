@@ -24,6 +24,7 @@ from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits,
 from tokenrl.language.tasks.reasoning import reasoning_task
 from tokenrl.language.tasks.sources import FORMATS, Row, check_prompts, read_splits
 from tokenrl.names import import_attribute
+from tokenrl.settings import check_seed
 from tokenrl.user_code import is_interrupt, marked_interrupts, raised
 
 
@@ -114,6 +115,7 @@ def load_task(
         Refused: there is no task of that name, its data is empty or cannot be read, a prompt is neither text
             nor chat messages, or there is no reward.
     """
+    check_seed(seed)
     how: dict[str, Any] = {"column": prompt_column, "template": prompt_template}
     how |= {"split": split, "eval_split": eval_split, "eval_size": eval_size, "seed": seed, "chat": chat}
     if not isinstance(name, str):

@@ -19,6 +19,7 @@ from tokenrl.language.training.cache import cache_entry, say_damaged
 from tokenrl.language.training.descent import Descent
 from tokenrl.runs.checkpoint import replace_directory
 from tokenrl.runs.threads import using_threads
+from tokenrl.settings import check_seed
 
 MADE_BY = 2  # raise it when a change of the code changes the weights that a warm start gives
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
@@ -213,14 +214,13 @@ def warm_started_base(
         The directory of model and tokenizer.
 
     Raises:
-        Refused: the task has no model of its own.
+        Refused: the task has no model of its own, or the seed has more than 32 bits.
     """
     build = getattr(task, "build", None)
     if build is None:
-        raise Refused(
-            f"The task {task.name!r} has no model of its own. Name the one to train: --model "
-            "DIRECTORY_OR_HUB_NAME."
-        )
+        lacks = f"The task {task.name!r} has no model of its own."
+        raise Refused(f"{lacks} Name the one to train: --model DIRECTORY_OR_HUB_NAME.")
+    check_seed(seed)
     recipe = f"{task.fingerprint} {seed} {torch.__version__.split('+')[0]} {MADE_BY}"
     name = f"{task.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     with cache_entry(name) as directory, using_threads(1):  # the same weights for everyone
