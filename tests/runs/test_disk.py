@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.runs.test_session import Counter, lines, live
 from tokenrl.errors import Refused, Stopped
@@ -188,6 +189,15 @@ def test_a_directory_that_is_gone_stops_the_run_and_is_not_made_again(tmp_path, 
     with pytest.raises(Stopped, match=r"metrics.jsonl could not be written .* removed or moved") as caught:
         live(tmp_path / "run", at_step, save_every=0)
     assert not (tmp_path / "run").exists() and "\n" not in str(caught.value)
+    (saved,) = temporary.glob("tokenrl-*")
+    assert f"The weights alone were saved as {saved} instead" in str(caught.value)
+    assert load_file(saved / "weights.safetensors")["weight"].item() == 1 + 2 + 3  # step 3 was not recorded
+
+
+def test_a_disk_that_is_full_before_the_first_step_leaves_nothing_elsewhere(tmp_path, temporary):
+    with largest_file(50), pytest.raises(Stopped, match=r"At step 0: .*config.json could not be written"):
+        live(tmp_path / "run")
+    assert os.listdir(temporary) == []
 
 
 def test_space_is_compared_with_what_is_free(tmp_path):

@@ -6,10 +6,11 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Stopped, describe
 from tokenrl.runs.checkpoint import latest_checkpoint, replace_directory
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import RunDirectory
+from tokenrl.runs.files import NotWritten
 from tokenrl.runs.outcome import Outcome
 
 Report = Callable[[Path], Path]
@@ -40,6 +41,30 @@ def write_result(
     console.note(f"model   {directory.model}\n{where}".strip())
 
 
+def reason(error: Exception) -> str:
+    """Say why a run failed."""
+    return str(error) if isinstance(error, Stopped) else describe(error)
+
+
+def save_or_rescue(save: Callable[[], Path | None], rescue: Callable[[], str], error: Exception) -> str:
+    """Save the state of a run that failed; say why it failed, and what has become of the state.
+
+    Args:
+        save: saves a checkpoint; None if there is no whole state.
+        rescue: saves in another place what there is, and says where.
+        error: why the run failed.
+    """
+    said = [reason(error)]
+    try:
+        lost = save() is None and isinstance(error, NotWritten)
+    except Stopped as fault:
+        lost = True
+        said.append(str(fault))
+    if lost:
+        said.append(rescue())
+    return " ".join(dict.fromkeys(filter(None, said)))
+
+
 def write_failure(
     directory: RunDirectory, ended: Outcome, flags: Sequence[str], said: str, write_report: Report
 ) -> str:
@@ -52,7 +77,7 @@ def write_failure(
         said: why the run failed.
         write_report: writes the report; some reports need a finished run.
     """
-    with contextlib.suppress(Refused, Stopped):
+    with contextlib.suppress(Exception):
         directory.write_summary(ended.summary() | {"flags": flags, "error": said})
         write_report(directory.path)
     path = latest_checkpoint(directory.checkpoints).path

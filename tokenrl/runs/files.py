@@ -64,7 +64,11 @@ def _is_stream(path: Path) -> bool:
         return False
 
 
-def not_written(path: Path, error: Exception) -> Stopped:
+class NotWritten(Stopped):
+    """Raised when a file or folder of a run cannot be written."""
+
+
+def not_written(path: Path, error: Exception) -> NotWritten:
     """Return the error for a file or folder that could not be written, with what helps."""
     if isinstance(error, FileNotFoundError) or not path.parent.is_dir():
         mend = "It or its folder was removed or moved; leave a run's directory alone until the run has ended."
@@ -72,7 +76,7 @@ def not_written(path: Path, error: Exception) -> Stopped:
         mend = "Change the permissions, or write to another place."
     else:
         mend = "Free space there, or write to another place."
-    return Stopped(f"{path} could not be written ({describe(error)}). {mend}")
+    return NotWritten(f"{path} could not be written ({describe(error)}). {mend}")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Keeps a trained state that cannot be written into its run directory, because the disk is full or gone."""
+"""Keeps what was trained if the run directory is gone or its disk is full."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tokenrl.errors import Stopped
 
-
-def rescue(save: Callable[[Path], Path | None], wanted: Path) -> str:
-    """Save a checkpoint in the first place that takes it; return in words where it is.
+def rescue(save: Callable[[Path], Path | None], what: str, then: str) -> str:
+    """Save something in the first place that takes it; return in words where it is.
 
     Args:
         save: saves it in an empty folder and returns its path; None if there is nothing to save.
-        wanted: the folder that cannot be written.
+        what: what is saved, with its verb.
+        then: what can be done with it, as a sentence.
     """
     tried = []
     for place in _places():
@@ -25,17 +24,14 @@ def rescue(save: Callable[[Path], Path | None], wanted: Path) -> str:
         try:
             folder = Path(tempfile.mkdtemp(prefix="tokenrl-", dir=place))
             saved = save(folder)
-        except (OSError, Stopped):
+        except Exception:  # on a full disk, tokenizers raises a bare Exception
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
             continue
         if saved is None:
             folder.rmdir()
             return ""
-        return (
-            f"The state of the run was saved as {saved} instead. Move that folder into {wanted} to continue "
-            "from it, or start another run from its weights with --model."
-        )
+        return f"{what} saved as {saved} instead. {then}"
     return f"Nor could it be saved in {', '.join(tried)}."
 
 

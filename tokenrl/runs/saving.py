@@ -103,8 +103,23 @@ class Saver:
         return path
 
     def rescue(self) -> str:
-        """Save the state in another place, since the run's folder cannot be written; say in words where."""
-        return rescue(self._save_in, self._folder) if self._finite() else ""
+        """Save what was trained in another place, since the run's folder cannot be written; say where.
+
+        That is the state that was settled last, or, if a further step has changed the weights, those alone.
+        """
+        if not self._finite():
+            return ""
+        start = "start another run from the weights with --model."
+        move = f"Move that folder into {self._folder} to continue from it, or {start}"
+        return rescue(self._save_in, "The state of the run was", move) or rescue(
+            self._weights_in, "The weights alone were", start.capitalize()
+        )
+
+    def _weights_in(self, folder: Path) -> Path | None:
+        if self._model is None or self.step == 0:
+            return None
+        self._model.write(folder)
+        return folder
 
     def _save_in(self, checkpoints: Path) -> Path | None:
         model = self._model

@@ -29,12 +29,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import Refused, Stopped, describe
+from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.arguments import SavingArguments
 from tokenrl.runs.checkpoint import Resumable
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import RunDirectory
-from tokenrl.runs.ending import Report, write_failure, write_result
+from tokenrl.runs.ending import Report, reason, save_or_rescue, write_failure, write_result
 from tokenrl.runs.history import History
 from tokenrl.runs.origin import Origin
 from tokenrl.runs.outcome import Outcome
@@ -282,13 +282,9 @@ class Session(History):
 
     def _failed(self, error: Exception) -> Stopped:
         """Save the state of a run that failed, write its summary and report; return the error to tell."""
-        said = str(error) if isinstance(error, Stopped) else describe(error)
         if self.directory is None:
-            return Stopped(said)
-        try:
-            self._save()
-        except Stopped as fault:
-            said = " ".join(dict.fromkeys([said, str(fault), self._saver.rescue()]))
+            return Stopped(reason(error))
+        said = save_or_rescue(self._save, self._saver.rescue, error)
         failed = {"exit_reason": "failed", "steps": self._recorder.last, "eval_after": None}
         ended = Outcome(**self.outcome("failed") | failed)
         left = write_failure(self.directory, ended, self.flags, said, self._report)

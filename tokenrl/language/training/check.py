@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 
 from tokenrl.core.entropy import LEAST_ENTROPY
 from tokenrl.language.training.checked_texts import check_texts
-from tokenrl.language.training.cost import disk_cost, disk_finding, memory_cost, size, time_cost
+from tokenrl.language.training.cost import disk_cost, disk_finding, memory_cost, time_cost
 from tokenrl.language.training.run import Run, RunResult
 from tokenrl.language.training.step import averaged
 from tokenrl.language.training.trial import Trials, try_out
 from tokenrl.language.training.verdicts import SOLVED, remedy, solves, to_chat, uncut
 from tokenrl.runs.checkup import Finding, checked, conclude, rate_finding
 from tokenrl.runs.session import Session
+from tokenrl.runs.space import in_words
 
 FEW = 0.1
 """Up to this share of groups whose rewards differ, a check calls the signal weak."""
@@ -55,7 +56,7 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     if trials.records:
         measured["time"] = time_cost(run, trials.records, trials.evaluation)
     measured["memory"] = memory_cost(run)
-    measured["disk"] = f"up to {size(disk.needed)} of {size(disk.free)} that are free"
+    measured["disk"] = f"up to {in_words(disk.needed)} of {in_words(disk.free)} that are free"
     parts = "model, data, sampling, rewards and estimator"
     code = conclude(session, parts, measured, [finding for finding in found if finding is not None])
     return checked(run.result(session, "check"), code)

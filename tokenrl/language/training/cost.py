@@ -12,6 +12,7 @@ from torch import nn
 from tokenrl.language.training.run import Run
 from tokenrl.language.training.step import Record
 from tokenrl.runs.checkup import Finding, time_needed
+from tokenrl.runs.space import in_words
 from tokenrl.runs.timings import peak_memory
 
 GIB = 1024**3
@@ -83,8 +84,8 @@ def disk_finding(run: Run, disk: Disk) -> Finding | None:
     if disk.needed <= disk.free:
         return None
     found = (
-        f"The run may need {size(disk.needed)} on the disk of {run.args.output_dir}, of which "
-        f"{size(disk.checkpoints)} for checkpoints, and {size(disk.free)} are free."
+        f"The run may need {in_words(disk.needed)} on the disk of {run.args.output_dir}, of which "
+        f"{in_words(disk.checkpoints)} for checkpoints, and {in_words(disk.free)} are free."
     )
     mend = "Free space, give an --output-dir on another disk, or keep fewer (--keep-checkpoints 1)."
     return Finding("disk-too-small", found, "The run would stop when the disk is full.", mend)
@@ -99,14 +100,8 @@ def memory_cost(run: Run) -> str:
     for name, where in (("peak_cuda_memory_gib", "of the GPU"), ("peak_memory_gib", "of the computer")):
         if name in peak:
             more = moments if on_gpu == (name == "peak_cuda_memory_gib") else 0
-            shown.append(f"about {size(round(peak[name] * GIB) + more)} {where}")
+            shown.append(f"about {in_words(round(peak[name] * GIB) + more)} {where}")
     return ", ".join(shown) + " in this trial" if shown else "unknown"
-
-
-def size(count: int) -> str:
-    """Return bytes as text in MiB, or from 1 GiB on in GiB, with two significant figures or more."""
-    value, unit = (count / GIB, "GiB") if count >= GIB else (count / 1024**2, "MiB")
-    return f"{value:,.0f} {unit}" if value >= 10 else f"{value:.2g} {unit}"
 
 
 def _bytes(parameters: Sequence[nn.Parameter]) -> int:
