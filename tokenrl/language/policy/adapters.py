@@ -10,6 +10,7 @@ from torch import nn
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.fingerprints import BASE, check_base, check_base_is_named
+from tokenrl.language.policy.intact import intact_model
 from tokenrl.language.policy.model import Policy, wrap
 from tokenrl.language.policy.peft_names import answer_peft
 from tokenrl.runs.files import write_json
@@ -83,6 +84,7 @@ def load_adapted(directory: Path, *, dtype: str, trust_remote_code: bool) -> Pol
 
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "is_trainable": True}
     answer_peft()
+    intact_model(directory)
     check_base_is_named(Path(directory) / "adapter_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)

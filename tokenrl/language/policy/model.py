@@ -20,11 +20,11 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import Dtype, PromptArguments
 from tokenrl.language.policy.bars import without_bars
 from tokenrl.language.policy.fingerprints import check_base, check_base_is_named
+from tokenrl.language.policy.intact import intact_model
 from tokenrl.language.policy.peft_names import answer_peft
 from tokenrl.language.policy.prompts import Prompt, check_form, encode_prompt, saved_form
 from tokenrl.language.policy.stops import StopStrings
 from tokenrl.language.policy.texts import check_characters
-from tokenrl.runs.outcome import model_directory
 
 
 @dataclass
@@ -233,12 +233,12 @@ def load_policy(
 
     Raises:
         Refused: the model or its tokenizer cannot be loaded, they do not fit each other, weights are missing,
-            a checkpoint was altered, an adapter was trained on another base, or `dtype` is unknown.
+            a file is damaged, an adapter was trained on another base, or `dtype` is unknown.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import find_adapter_config_file
 
-    name = str(model_directory(name_or_path))
+    name = intact_model(name_or_path)
     if dtype not in get_args(Dtype):
         raise Refused(f"dtype={dtype!r} is unknown; allowed: {', '.join(get_args(Dtype))}.")
     missing: list[str] = []

@@ -17,10 +17,10 @@ from torch import nn
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.bars import without_bars
+from tokenrl.language.policy.intact import intact_model
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import read_weights
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.runs.outcome import model_directory
 from tokenrl.settings import check_seed
 
 
@@ -50,7 +50,7 @@ def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
         if not type(model).__name__.endswith("ForSequenceClassification"):
             model, missing = _from_language_model(model)
     else:
-        model, tokenizer, missing = _from_files(str(model_directory(source)))
+        model, tokenizer, missing = _from_files(intact_model(str(source)))
     if model.config.num_labels != 1:
         raise Refused(
             f"The classifier {source!s:.100} has {model.config.num_labels} labels; a reward model has one. "

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.bars import without_bars
+from tokenrl.language.policy.intact import intact_model
 from tokenrl.language.policy.prompts import check_form, formed, render, saved_form
-from tokenrl.runs.outcome import model_directory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ class RewardModel:
             model, tokenizer = source
         else:
             self.__name__ = Path(source).resolve().name
-            model, tokenizer = _load(model_directory(str(source)))
+            model, tokenizer = _load(intact_model(str(source)))
             model.requires_grad_(False)
         self.form = PromptArguments(**saved_form(source))
         self.tokenizer: Any = copy.deepcopy(tokenizer)

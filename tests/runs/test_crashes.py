@@ -1,0 +1,164 @@
+"""A crash between any two system calls leaves the old or the new, complete, and the next write goes well."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+import pytest
+
+from tokenrl.runs.checkpoint import latest_checkpoint, replace_directory, save_checkpoint, settle_directory
+from tokenrl.runs.files import replacing
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the crash happens in a forked process")
+CALLS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
+
+
+def dies_before_call(number, action):
+    """Run `action` in a child that dies before its `number`-th system call; False if it makes fewer."""
+    child = os.fork()
+    if child == 0:
+        made, fsync = 0, os.fsync
+
+        def count(event, arguments=()):
+            nonlocal made
+            made += event in CALLS
+            if made == number:
+                os._exit(9)
+
+        def counted(handle):
+            count("open")
+            fsync(handle)
+
+        sys.addaudithook(count)
+        os.fsync = counted
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def crashes(start, place, action):
+    """Yield after each crash of `action` at `place`, which is a copy of `start` each time."""
+    number = 0
+    while True:
+        number += 1
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(start, place)
+        if not dies_before_call(number, action):
+            break
+        yield number
+    assert number > 5
+
+
+def in_two_halves(path, text):
+    with path.open("w") as file:
+        for half in (text[:2], text[2:]):
+            file.write(half)
+            file.flush()
+            os.fsync(file.fileno())  # here, too, the process may die
+
+
+def writing(text):
+    def write(folder):
+        (folder / "sub").mkdir()
+        in_two_halves(folder / "a", text)
+        in_two_halves(folder / "sub" / "b", text)
+
+    return write
+
+
+def content(folder):
+    return {(folder / name).read_text() for name in ("a", "sub/b")}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def no_wait(monkeypatch):
+    """A process that dies loses nothing of what it wrote, so nobody has to wait for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.mark.parametrize("damaged", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_save_cut_short_anywhere_leaves_a_complete_checkpoint(tmp_path, damaged, no_wait):
+    start, place = tmp_path / "start", tmp_path / "place"
+    for step in (1, 2, 3) if damaged else (1, 2):
+        save_checkpoint(start, step, writing(f"step {step}"), keep=None)
+    if damaged:  # is replaced by the save
+        (start / "step_000003" / "a").write_text("other")
+    found = set()
+    for number in crashes(start, place, lambda: save_checkpoint(place, 3, writing("step 3 again"), keep=2)):
+        path, skipped = latest_checkpoint(place)
+        assert content(path) == {"step 2"} if path.name == "step_000002" else {"step 3 again"}, number
+        assert skipped == [] or damaged
+        found.add(path.name)
+        save_checkpoint(place, 4, writing("step 4"), keep=2)
+        assert content(latest_checkpoint(place).path) == {"step 4"}
+        assert not [name for name in names(place) if name.startswith(".")], number
+    assert found == {"step_000002", "step_000003"}
+    assert names(place) == ["step_000002", "step_000003"]  # the last time nothing crashed
+
+
+def test_a_folder_whose_replacement_is_cut_short_is_the_old_or_the_new(tmp_path, no_wait):
+    start, place = tmp_path / "start", tmp_path / "place"
+    replace_directory(start / "model", writing("old one"))
+    found = set()
+    for number in crashes(start, place, lambda: replace_directory(place / "model", writing("new one"))):
+        settle_directory(place / "model")
+        (text,) = content(place / "model")
+        assert names(place) == ["model"], number
+        found.add(text)
+    assert found == {"old one", "new one"}
+    for _ in crashes(start, place, lambda: replace_directory(place / "model", writing("new one"))):
+        replace_directory(place / "model", writing("newest"))  # also without settling first
+        assert names(place) == ["model"] and content(place / "model") == {"newest"}
+
+
+def test_a_file_whose_replacement_is_cut_short_is_the_old_or_the_new(tmp_path, no_wait):
+    start, place = tmp_path / "start", tmp_path / "place"
+    start.mkdir()
+    (start / "x").write_text("old")
+
+    def replace(text):
+        with replacing(place / "x") as partial:
+            in_two_halves(partial, text)
+
+    found = set()
+    for number in crashes(start, place, lambda: replace("newer")):
+        found.add((place / "x").read_text())
+        replace("newest")
+        assert names(place) == ["x"] and (place / "x").read_text() == "newest", number
+    assert found == {"old", "newer"}
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """A power failure may lose what was not flushed: files, the folders they lie in, and the manifest."""
+    flushed, checked, fsync, rename = set(), [], os.fsync, os.rename
+
+    def noted(handle):
+        fsync(handle)
+        flushed.add((os.fstat(handle).st_ino, os.fstat(handle).st_mtime_ns))
+
+    def checking(source, target):
+        for path in (source, *source.rglob("*")):
+            assert (path.stat().st_ino, path.stat().st_mtime_ns) in flushed, path
+        checked.append((source.name, len(list(source.rglob("*")))))
+        rename(source, target)
+
+    def write(folder):
+        (folder / "sub").mkdir()
+        (folder / "sub" / "b").write_text("b")
+        (folder / "a").write_text("a")
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", checking)
+    save_checkpoint(tmp_path / "a" / "checkpoints", 1, write, keep=1)
+    replace_directory(tmp_path / "b" / "model", write)
+    assert checked == [(".step_000001.partial", 4), (".model.partial", 3)]
+    for folder in (tmp_path / "a" / "checkpoints", tmp_path / "a", tmp_path / "b"):
+        assert (folder.stat().st_ino, folder.stat().st_mtime_ns) in flushed
