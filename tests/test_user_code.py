@@ -41,6 +41,27 @@ def test_the_second_interrupt_of_a_run_is_a_real_one():
         assert is_interrupt(caught(is_interrupted)) and stop.requested == signal.SIGINT
 
 
+def test_a_signal_that_the_program_itself_handles_is_one_too():
+    """Programs end themselves so: `signal.signal(SIGTERM, lambda *_: sys.exit(143))`."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        assert is_interrupt(caught(lambda: signal.raise_signal(signal.SIGTERM)))
+        assert not is_interrupt(caught(sys.exit))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_timeout_of_the_code_itself_is_none():
+    def expire(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, expire)
+    try:
+        assert not is_interrupt(caught(lambda: signal.raise_signal(signal.SIGALRM)))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_no_interrupt_arrives_in_another_thread():
     found = []
 

@@ -1,8 +1,8 @@
-"""Tells a failure of code that a user wrote from a Ctrl-C. Imports no torch.
+"""Tells a failure of code that a user wrote from a signal to end. Imports no torch.
 
 Rewards, environments, tasks, baselines and trackers are code that tokenrl calls but did not write. Whatever
 such code raises is its own failure, SystemExit and KeyboardInterrupt included: otherwise a `sys.exit(0)` in a
-reward would end a run without a word and with code 0. Only the Ctrl-C of a person passes through.
+reward would end a run without a word and with code 0. Only a signal to end, such as Ctrl-C, passes through.
 """
 
 from __future__ import annotations
@@ -16,23 +16,16 @@ from pathlib import Path
 
 from tokenrl.errors import describe
 
-_MARK = "Ctrl-C was pressed"
-
-
-def interrupt() -> KeyboardInterrupt:
-    """Return the KeyboardInterrupt that handlers of SIGINT raise, so that `is_interrupt` knows it.
-
-    It is no subclass, because Python gives a program that ends with one the exit code of an ordinary error.
-    """
-    return KeyboardInterrupt(_MARK)
+ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals that ask a program to end. Others, such as the SIGALRM of a timeout, belong to the code itself."""
 
 
 @contextlib.contextmanager
 def marked_interrupts() -> Iterator[None]:
-    """Let Ctrl-C raise `interrupt()` in this block, so that `is_interrupt` can tell it from a `raise`.
+    """Let `is_interrupt` tell a Ctrl-C from a `raise KeyboardInterrupt` in this block.
 
-    Only Python's own handler of SIGINT is replaced, and only in the main thread, where signals arrive. Ask
-    `is_interrupt` inside the block: outside it, nobody can tell.
+    Python's own handler of SIGINT leaves no trace in an error; here one that does takes its place, in the
+    main thread, where signals arrive. Ask `is_interrupt` inside the block: outside it, nobody can tell.
     """
     if not _pythons_own_handler():
         yield
@@ -45,15 +38,19 @@ def marked_interrupts() -> Iterator[None]:
 
 
 def _handle(*_: object) -> None:
-    raise interrupt()
+    raise KeyboardInterrupt
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Return whether a person's Ctrl-C raised the error, and not the code that ran.
+    """Return whether a person or the system ended the program by a signal, and not the code that ran.
 
+    The error was then raised by the handler of such a signal: ours, or that of a program that calls tokenrl.
     While Python's own handler of SIGINT is in place, any KeyboardInterrupt in the main thread counts as one.
     """
-    return isinstance(error, KeyboardInterrupt) and (error.args == (_MARK,) or _pythons_own_handler())
+    if isinstance(error, KeyboardInterrupt) and _pythons_own_handler():
+        return True
+    handlers = [getattr(signal.getsignal(number), "__code__", None) for number in ENDS]
+    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _pythons_own_handler() -> bool:

@@ -216,7 +216,7 @@ def test_other_errors_pass_and_leave_the_directory_unlocked(tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         live(tmp_path, before=at_step)
-    assert json.loads((tmp_path / "summary.json").read_text())["error"] == "ZeroDivisionError: "
+    assert json.loads((tmp_path / "summary.json").read_text())["error"] == "ZeroDivisionError"
     assert live(tmp_path, overwrite=True).steps == 5
 
 

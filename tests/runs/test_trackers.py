@@ -27,6 +27,7 @@ class Arguments(TrackerArguments):
     estimator: Estimator = field(default_factory=Estimator)
     hidden: tuple[int, ...] = (8, 4)
     logging_steps: int = 1
+    max_steps: int = 4
 
 
 @pytest.fixture

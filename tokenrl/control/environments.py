@@ -24,7 +24,7 @@ from tokenrl.control.spaces import action_size, observation_size
 from tokenrl.control.state import load_state, record, state_of
 from tokenrl.errors import Refused, Stopped
 from tokenrl.settings import check_number
-from tokenrl.user_code import raised
+from tokenrl.user_code import is_interrupt, raised
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,9 @@ class Environments:
         """
         try:
             self.exact = load_state(self.vector, state)
-        except Exception as error:
+        except BaseException as error:
+            if is_interrupt(error):
+                raise
             raise Stopped(
                 f"The environment {self.env} failed while its state was restored: {raised(error)}."
             ) from error

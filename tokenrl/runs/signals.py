@@ -9,8 +9,6 @@ import threading
 from types import FrameType
 from typing import Any
 
-from tokenrl.user_code import interrupt
-
 SIGNALS = {143: "SIGTERM", 130: "SIGINT", 129: "SIGHUP"}
 """The reason that summary.json gives for an exit code."""
 
@@ -74,4 +72,4 @@ class GracefulStop:
                     os.write(2, f"\n{line}\n".encode())
         elif number == signal.SIGINT:
             self.requested = number
-            raise interrupt()
+            raise KeyboardInterrupt
