@@ -82,16 +82,6 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
         Refused: the estimator compares more episodes than `num_envs`, or the policy to load does not fit.
     """
     estimator = args.estimator
-    shape = Shape(
-        observation_size=spec.observation_size,
-        head=args.head,
-        action_size=spec.actions or spec.action_size,
-        hidden=tuple(args.hidden),
-        activation=args.activation,
-        critic=args.value_network if estimator.needs_values else None,
-        normalize_observations=args.normalize_observations,
-        initial_weights=args.initial_weights,
-    )
     if args.num_steps is None:
         for axis in ("baseline", "scale"):
             name = getattr(estimator, axis)
@@ -103,7 +93,7 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
                 )
             set_size(estimator, axis, args.num_envs, args.num_envs)
     with using_threads(1):  # the same weights for everyone
-        policy = Policy(shape, torch.Generator().manual_seed(seed_of(args.seed, 10)))
+        policy = Policy(_shape(args, spec), torch.Generator().manual_seed(seed_of(args.seed, 10)))
     if args.load is not None:
         load_policy(policy, args.load)
     groups: list[dict[str, Any]] = [
@@ -130,6 +120,20 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
     run.envs.record()
     run.eval_envs.record()
     return run
+
+
+def _shape(args: ControlSettings, spec: Spec) -> Shape:
+    """Return the layers of the policy."""
+    return Shape(
+        observation_size=spec.observation_size,
+        head=args.head,
+        action_size=spec.actions or spec.action_size,
+        hidden=tuple(args.hidden),
+        activation=args.activation,
+        critic=args.value_network if args.estimator.needs_values else None,
+        normalize_observations=args.normalize_observations,
+        initial_weights=args.initial_weights,
+    )
 
 
 def stage_threads(run: Run) -> dict[str, Choice]:
