@@ -64,7 +64,7 @@ def left(run: Path) -> dict[str, object]:
 
 def _without_times(value):
     if isinstance(value, dict):
-        return {key: _without_times(item) for key, item in value.items() if "second" not in key}
+        return {key: _without_times(item) for key, item in value.items() if "second" not in key and key != "watch"}
     return value
 
 
