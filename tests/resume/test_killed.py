@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from killing import Nursery, kill_and_continue
 
@@ -30,7 +32,18 @@ POLICY_GRADIENT = {
     "adapter": ["--estimator", "remax", "--lora-r", "4"],
     "bfloat16": ["--estimator", "gspo", "--mixed-precision", "bf16"],
     "difficulty": ["--estimator", "rloo", "--filter-difficulty", "0.1", "0.9", "--filter-samples", "2"],
-    "epochs": ["--estimator", "opo", "--task-args.train-size", "10"],
+    "epochs": [
+        "--estimator",
+        "opo",
+        "--task",
+        "digits.jsonl",
+        "--model",
+        "warm",
+        "--eval-size",
+        "2",
+        "--max-completion-length",
+        "8",
+    ],
     "worker": ["--estimator", "rloo", "--reward-timeout", "30"],
 }
 
@@ -39,6 +52,8 @@ POLICY_GRADIENT = {
 def nursery(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nursery")
     (folder / "rewards.py").write_text(REWARD)
+    rows = [json.dumps({"prompt": f"{n * 98765 % 999999:06d}>"}) for n in range(1, 11)]
+    (folder / "digits.jsonl").write_text("\n".join(rows))
     found = Nursery(folder)
     warm = ["sft", "--task", "sort_digits", "--max-steps", "1", "--output-dir", "warm", "--quiet"]
     assert found.run(warm)[0] == 0  # the task's model is made once
@@ -56,7 +71,7 @@ def test_a_policy_that_is_killed_five_times(nursery, tmp_path, name):
     ("seed", "options"),
     [
         (1, ["--env", "CartPole-v1", "--estimator", "reinforce_running_mean"]),
-        (2, ["--env", "CartPole-v1", "--agent", "tuned", "--num-steps", "16"]),
+        (2, ["--env", "CartPole-v1", "--estimator", "a2c", "--num-steps", "16"]),
         (3, ["--env", "Pendulum-v1", "--max-episode-steps", "30", "--normalize-observations"]),
         (4, ["--env", "Acrobot-v1", "--estimator", "ppo", "--num-steps", "16", "--max-episode-steps", "50"]),
     ],
