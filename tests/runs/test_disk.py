@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -34,19 +35,21 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
-@contextmanager
-def disk_of(size, folder):
-    """Mount a disk of `size` kibibytes in memory."""
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 32 MB, in memory."""
+    folder = tmp_path / "disk"
     folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder], capture_output=True
-    )
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], capture_output=True)
     if made.returncode:
         pytest.skip("only a system that mounts has a small disk")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill(disk, left):
+    """Leave so many kibibytes free."""
+    (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 1024 * left))
 
 
 @pytest.fixture
@@ -136,18 +139,22 @@ def test_where_nothing_can_be_saved_the_failure_names_what_was_tried(tmp_path, t
     assert [row["step"] for row in lines(tmp_path / "run")] == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("size", "held", "rescued"), [(700, [], 1), (1500, [3], 1), (2500, [3, 5], 0)])
-def test_a_full_disk_leaves_a_state_from_which_the_run_continues(
-    tmp_path, temporary, large, size, held, rescued
+@pytest.mark.parametrize(("left", "held", "rescued"), [(700, [], 1), (1500, [3], 1), (2500, [3, 5], 0)])
+def test_a_disk_that_fills_up_leaves_a_state_from_which_the_run_continues(
+    disk, tmp_path, temporary, large, left, held, rescued
 ):
-    """The disks hold no checkpoint; one, but neither a further one nor the model; two, but no model."""
-    with disk_of(size, tmp_path / "disk") as disk:
-        with pytest.raises(Stopped) as caught:
-            live(disk / "run", save_every=3)
-        said = str(caught.value)
-        saved = list(temporary.glob("tokenrl-*/step_*"))
-        assert len(saved) == rescued and all(str(path) in said for path in saved) and "\n" not in said
-        shutil.copytree(disk / "run", tmp_path / "run")
+    """What is left holds no checkpoint; one, but neither a further one nor the model; two, but no model."""
+
+    def at_step(session):
+        if session.step == 1:
+            fill(disk, left)
+
+    with pytest.raises(Stopped) as caught:
+        live(disk / "run", at_step, save_every=3)
+    said = str(caught.value)
+    saved = list(temporary.glob("tokenrl-*/step_*"))
+    assert len(saved) == rescued and all(str(path) in said for path in saved) and "\n" not in said
+    shutil.copytree(disk / "run", tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(os.listdir(checkpoints)) == [f"step_{step:06d}" for step in held]
     assert not (tmp_path / "run" / "model").exists()
@@ -218,48 +225,59 @@ def test_space_is_compared_with_what_is_free(tmp_path):
     assert {size: in_words(size) for size in sizes} == sizes
 
 
+def test_a_run_that_the_disk_cannot_hold_is_refused_before_its_first_step(disk, large):
+    fill(disk, 5000)
+    with pytest.raises(Refused, match=r"needs about 9\.5 MiB in \S+ .* 4\.9 MiB are free there"):
+        live(disk / "run")
+    assert not (disk / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shell", ["{} >/dev/full", "{} | head -1", "{} >&- 2>&-"])
 def test_a_training_goes_on_without_its_output(tmp_path, shell):
-    done = trained(tmp_path / "run", shell)
-    assert done.returncode == 0 and done.stderr.count("\n") == (0 if "2>" in shell else 1)
+    code, _, errors = trained(tmp_path / "run", shell)
+    assert code == 0 and errors.count("\n") == (0 if "2>" in shell else 1)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "finished"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "reward-model", "sft"])
-@pytest.mark.parametrize("size", [4, 16, 64, 1024])
-def test_a_training_on_a_small_disk_ends_in_one_paragraph(tmp_path, command, size):
-    with disk_of(size, tmp_path / "disk") as disk:
-        done = trained(disk / "run", "{} >/dev/null", command, environment={"TMPDIR": str(tmp_path)})
-        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-        assert done.stderr.startswith("tokenrl: At step ") and "No space left" in done.stderr
-        assert not [name for name in names(disk) if ".partial" in name]
-        for path in (disk / "run" / "checkpoints").glob("step_*"):
+@pytest.mark.parametrize("left", [0, 16, 64, 1024])
+def test_a_training_whose_disk_fills_up_ends_in_one_paragraph(disk, tmp_path, command, left):
+    code, _, errors = trained(disk / "run", "{} >/dev/null", command, left=left, TMPDIR=str(tmp_path))
+    assert code == 1 and errors.count("\n") == 1, errors
+    assert errors.startswith("tokenrl: At step ") and "No space left" in errors
+    assert not [name for name in names(disk) if ".partial" in name]
+    assert read_metrics(disk / "run" / "metrics.jsonl")
+    found = list(tmp_path.glob("tokenrl-*"))
+    assert len(found) == (left > 0)  # without any space, step 1 fails, after which there is little to save
+    for saved in found:
+        assert f"saved as {saved}" in errors and list(saved.rglob("model.safetensors"))
+        for path in saved.glob("step_*"):
             verify_checkpoint(path)
-    if size > 4:  # else it ended before the first step
-        (saved,) = tmp_path.glob("tokenrl-*/step_*")
-        verify_checkpoint(saved)
-        assert str(saved) in done.stderr
 
 
 @pytest.mark.slow
-def test_a_disk_that_holds_the_model_but_no_checkpoint_is_enough(tmp_path):
-    with disk_of(3500, tmp_path / "disk") as disk:
-        done = trained(disk / "run", "{}")
-        assert done.returncode == 0 and done.stderr == ""
-        assert "warning: The checkpoint of step 4 could not be saved" in done.stdout
-        assert (disk / "run" / "model" / "model.safetensors").is_file()
-        assert not list((disk / "run" / "checkpoints").iterdir())
+def test_space_for_the_model_is_enough_at_the_end(disk):
+    code, output, errors = trained(disk / "run", "{}", left=3500)
+    assert code == 0 and errors == ""
+    assert "could not be saved" in " ".join(output.split()) and "model   " in output
+    assert (disk / "run" / "model" / "model.safetensors").is_file()
+    assert not list((disk / "run" / "checkpoints").iterdir())
 
 
-def trained(directory, shell, command="train", environment=None):
-    """Run a training of four steps in a process of its own, in a shell that says where its output goes."""
-    arguments = [command, "--task", "sort_digits", "--max-steps", "4", "--output-dir", str(directory)]
+def trained(run, shell, command="train", *, left=None, **environment):
+    """Run a training in a shell that says where its output goes; fill the disk once it has begun."""
+    steps = "4" if left is None else "60"
+    arguments = [command, "--task", "sort_digits", "--max-steps", steps, "--output-dir", str(run)]
     line = shell.format(" ".join([sys.executable, "-m", "tokenrl", *arguments]))
-    return subprocess.run(
+    process = subprocess.Popen(
         ["bash", "-c", f"set -o pipefail; {line}"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **(environment or {})},
-    )
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
+    )  # fmt: skip
+    if left is not None:
+        while not (run / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.002)
+        fill(run.parent, left)
+    output, errors = process.communicate()
+    return process.returncode, output, errors

@@ -29,6 +29,9 @@ IDS = [[1], [2, 3], [], [4]]
 FILE = """
 import asyncio, os, re, subprocess, sys, threading, time
 
+def prints(completions, **columns):
+    print("judged", flush=True)
+    return length(completions, **columns)
 def length(completions, **_):
     return [len(text) for text in completions]
 
@@ -129,6 +132,18 @@ def test_one_process_serves_every_call_and_keeps_its_own_state():
     process = rewards._worker._process
     del rewards
     assert process.exitcode is not None  # nothing is left over
+
+
+def test_a_function_may_print_where_nobody_reads_any_more():
+    kept, (reader, writer) = os.dup(1), os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    try:
+        assert call(["prints"]).total.tolist() == [3, 5, 0, 4]
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(writer)
 
 
 def test_a_pattern_that_backtracks_for_ever_is_killed_with_all_that_it_started(tmp_path):

@@ -35,6 +35,7 @@ from typing import Any
 from tokenrl.errors import Refused, Stopped, TokenrlError, describe
 from tokenrl.language.rewards.calls import Called, call_rewards
 from tokenrl.names import FILE_MODULE, import_file
+from tokenrl.runs.output import printing
 
 START_SECONDS = 120.0  # for imports, which do not count towards the deadline of a function
 
@@ -183,6 +184,7 @@ def _end_with_the_trainer(watched: Connection) -> None:
         os._exit(1)
 
 
+@printing(needed=False)
 def _serve(connection: Connection, watched: Connection) -> None:
     """Run in the process: load the functions, then answer calls until the pipe closes."""
     with contextlib.suppress(AttributeError, OSError, ImportError):  # as on Windows
