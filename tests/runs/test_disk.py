@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tests.runs.test_session import Counter, lines, live
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.checkpoint import replace_directory, verify_checkpoint
+from tokenrl.runs.checkpoint import replace_directory, save_checkpoint, verify_checkpoint
 from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import MetricsLog, read_metrics, write_completions
 from tokenrl.runs.space import check_space, in_words
@@ -201,10 +201,17 @@ def test_a_directory_that_is_gone_stops_the_run_and_is_not_made_again(tmp_path, 
     assert load_file(saved / "weights.safetensors")["weight"].item() == 1 + 2 + 3  # step 3 was not recorded
 
 
-def test_a_disk_that_is_full_before_the_first_step_leaves_nothing_elsewhere(tmp_path, temporary):
-    with largest_file(50), pytest.raises(Stopped, match=r"At step 0: .*config.json could not be written"):
-        live(tmp_path / "run")
+def test_a_disk_that_is_full_before_the_first_step_leaves_nothing_elsewhere(disk, temporary):
+    fill(disk, 4)
+    with pytest.raises(Stopped, match=r"At step 0: .*metrics.jsonl could not be written .*No space left"):
+        live(disk / "run")
     assert os.listdir(temporary) == []
+
+
+def test_a_checkpoint_makes_no_run_directory(tmp_path):
+    with pytest.raises(Stopped, match=r"step 1 could not be saved in \S+ \(FileNotFoundError"):
+        save_checkpoint(tmp_path / "run" / "checkpoints", 1, Counter().write, keep=1)
+    assert os.listdir(tmp_path) == []
 
 
 def test_space_is_compared_with_what_is_free(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from tokenrl.cli import main
 from tokenrl.errors import Stopped
-from tokenrl.runs.output import UNREAD, printing
+from tokenrl.runs.output import UNREAD, Output, printing
 
 GOES_ON = "nothing more can be printed"
 
@@ -128,6 +129,17 @@ def test_characters_that_the_encoding_lacks_are_escaped():
     code = "from tokenrl.runs.output import printing\nwith printing(needed=False): print('0.9 ± 0.1')"
     done = python(code, shell="PYTHONIOENCODING=ascii {}")
     assert (done.returncode, done.stdout) == (0, "0.9 \\xb1 0.1\n")
+
+
+def test_a_stream_without_a_descriptor_is_given_up_after_its_first_error():
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise OSError("broken")
+
+    failures = []
+    output = Output(Broken(), failures.append)
+    assert [output.write("a"), output.write("bc")] == [1, 2] and len(failures) == 1
+    assert str(output.lost) == "broken"
 
 
 def test_streams_come_back_and_an_error_of_the_block_passes_through(capsys):
