@@ -1,9 +1,9 @@
 """Runs command lines in forked processes that are killed at chosen moments. Started by `killing.Nursery`.
 
 Each line of stdin asks for one process: {"argv": [...], "die_at": [FILE, N] or null, "log": PATH}. It counts
-the calls of functions in each file of tokenrl, and kills itself with SIGKILL at the N-th of one file. The answer is
-{"code": ..., "calls": {FILE: N}}: the exit code, -9 if it was killed, and the calls if it was not. Forking costs
-no import.
+the calls of functions in each file of tokenrl, and kills itself with SIGKILL at the N-th of one file. The
+answer is {"code": ..., "calls": {FILE: N}}: the exit code, -9 if it was killed, and the calls if it was not.
+Forking costs no import.
 """
 
 from __future__ import annotations
