@@ -220,11 +220,18 @@ def test_a_saved_policy_acts_as_it_did(tmp_path):
 
 
 def test_a_damaged_policy_is_refused(tmp_path):
-    result = short(tmp_path)
-    weights = result.output_dir / "model" / "policy.safetensors"
-    weights.write_bytes(weights.read_bytes()[:50])
-    with pytest.raises(Refused, match="No policy could be read"):
-        read_policy(result.output_dir)
+    model = short(tmp_path).output_dir / "model"
+    for file in (model / "policy.safetensors", model / "policy.json"):
+        whole = file.read_bytes()
+        for damaged in (whole[:50], b"", b"[]", b'{"shape": [1]}', b"\xff" * 20, b"[" * 9999):
+            file.write_bytes(damaged)
+            with pytest.raises(Refused, match=f"No policy could be read from {model}"):
+                read_policy(model.parent)
+        file.unlink()
+        with pytest.raises(Refused, match=f"No policy could be read from {model}"):
+            read_policy(model.parent)
+        file.write_bytes(whole)
+    read_policy(model.parent)
 
 
 def test_an_evaluation_in_between_does_not_change_the_run(tmp_path):

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -118,7 +119,8 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
     (outside / "kept").write_text("kept")
     (run.path / "notes.txt").write_text("mine")
     (run.checkpoints / "best").mkdir()
-    (run.checkpoints / ".step_000004.partial").mkdir()
+    for hidden in (".step_000004.partial", ".step_000005.old"):
+        (run.checkpoints / hidden).mkdir()
     for link in (run.model / "link", run.checkpoints / "step_000009"):
         link.symlink_to(outside)
     with RunDirectory.create(run.path, overwrite=True) as again:
@@ -134,6 +136,16 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
         "completions/weights.bin",
     }
     assert (outside / "kept").read_text() == "kept"
+
+
+def test_a_model_hidden_by_a_crash_while_it_was_replaced_is_brought_back(tmp_path):
+    run = finished_run(tmp_path / "run")
+    before = tree(run.path)
+    run.model.rename(run.path / ".model.old")  # as between the two renames
+    shutil.copytree(run.path / ".model.old", run.path / ".model.partial")
+    with pytest.raises(Refused, match="already holds a run"):
+        RunDirectory.create(run.path)
+    assert tree(run.path) == before
 
 
 def test_linked_model_folder_is_unlinked_and_not_emptied(tmp_path):

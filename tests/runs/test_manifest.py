@@ -12,7 +12,7 @@ import pytest
 from tokenrl.errors import Refused
 from tokenrl.runs.checkpoint import latest_checkpoint, save_checkpoint, verify_checkpoint, verify_source
 from tokenrl.runs.files import write_json
-from tokenrl.runs.manifest import seal, verify
+from tokenrl.runs.manifest import is_sealed, seal, verify
 
 
 def write(folder):
@@ -184,8 +184,10 @@ def test_a_damaged_checkpoint_is_a_damaged_source_wherever_it_lies(saved, tmp_pa
 
 @pytest.mark.parametrize("foreign", ['{"name": "app", "icons": []}', "[]", '"text"'])
 def test_the_manifest_of_another_program_is_not_judged(tmp_path, foreign):
+    assert not is_sealed(tmp_path)
     (tmp_path / "manifest.json").write_text(foreign)
     verify_source(tmp_path)
+    assert not is_sealed(tmp_path)
 
 
 def test_only_the_newest_that_verifies_is_read(tmp_path, monkeypatch):

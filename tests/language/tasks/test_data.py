@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tokenrl.errors import Refused
+from tokenrl.language.tasks.sources import read_splits
 from tokenrl.language.tasks.stream import Batches, PromptStream
 from tokenrl.language.tasks.task import PromptTask, load_task
 
@@ -79,6 +80,21 @@ def test_folders_saved_datasets_and_their_evaluation_splits(tmp_path):
     assert (len(task.train_prompts), len(task.eval_prompts)) == (18, 2)
     with pytest.raises(Refused, match=r"no split 'frist'.*'first'"):
         load_task("both", split="frist", reward=reward)
+
+
+def test_a_damaged_cache_changes_no_data_file_and_is_named_for_a_folder(tmp_path):
+    file = write_rows(tmp_path / "rows.csv", ROWS)
+    write_rows(tmp_path / "folder" / "rows.csv", ROWS)
+    reads = [lambda: read_splits(file), lambda: read_splits(str(tmp_path / "folder"))]
+    first = [read() for read in reads]
+    assert first[0] == first[1]
+    cached = [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".arrow", ".json")]
+    assert cached
+    for path in cached:
+        path.write_bytes(path.read_bytes()[:60])
+    assert reads[0]() == first[0]
+    with pytest.raises(Refused, match=rf"if it is damaged, delete it in {tmp_path / 'cache'}"):
+        reads[1]()
 
 
 def test_a_hub_name_reaches_datasets_with_its_configuration(monkeypatch):

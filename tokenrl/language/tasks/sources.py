@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import string
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,22 +43,24 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
     import datasets
 
     try:
-        with without_progress_bars():
+        # A file is read anew each time: a damaged copy of it in the cache could give other rows in silence.
+        with without_progress_bars(), tempfile.TemporaryDirectory() as aside:
             if path.is_file():
-                data = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path))
+                data = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), cache_dir=aside)
             elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
                 data = datasets.load_from_disk(os.fspath(path))
             else:
                 hub_name, _, config = (name, "", "") if os.path.exists(path) else name.partition(":")
                 data = datasets.load_dataset(hub_name, config or None)
-        splits = data if isinstance(data, dict) else {"train": data}
-        return {split: rows.to_list() for split, rows in splits.items()}
+            splits = data if isinstance(data, dict) else {"train": data}
+            return {split: rows.to_list() for split, rows in splits.items()}
     except Exception as error:  # each backend (arrow, pandas, hub, http) has its own errors
         raise Refused(
             f"task '{name}': the data could not be read ({describe(error)}). Give a toy task, "
             f"module:attribute, a {'/'.join(FORMATS)} file, a folder, or a hub dataset as owner/name or "
-            "owner/name:config; the hub needs a network connection or a local cache. That cache, "
-            f"{datasets.config.HF_DATASETS_CACHE}, must be writable; HF_HOME names another place for it."
+            "owner/name:config; the hub needs a network connection or a whole copy in the local cache, "
+            f"{datasets.config.HF_DATASETS_CACHE}, which must be writable (HF_HOME names another place for "
+            "it; if it is damaged, delete it)."
         ) from error
 
 
