@@ -133,5 +133,5 @@ def test_folders_that_hold_no_reward_model_are_refused(tmp_path):
         load_reward(tmp_path / "headless")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
-    with pytest.raises(Refused, match="broken' could not be loaded"):
+    with pytest.raises(Refused, match=r"file config\.json of the model in .*broken is damaged"):
         load_reward(tmp_path / "broken")

@@ -78,14 +78,14 @@ def _from_files(name: str) -> tuple[Any, Any, list[str]]:
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         kinds: Iterable[str] = config.architectures or ()
         if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
             config.num_labels = 1
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True
+            name, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # configuration, weights and tokenizer raise many kinds of errors
         raise Refused(
             f"No model could be loaded from {name!r} ({describe(error)}). Give the directory (written by "

@@ -177,20 +177,21 @@ def _load(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     if not (Path(path) / "config.json").is_file():
         raise Refused(f"reward model '{path}': the folder has no config.json, so it holds no saved model.")
     try:
-        labels = AutoConfig.from_pretrained(path).num_labels
+        labels = AutoConfig.from_pretrained(path, trust_remote_code=False).num_labels
         if labels != 1:
             raise Refused(
                 f"reward model '{path}' has {labels} labels; a reward needs a sequence-classification "
                 "model with num_labels=1."
             )
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
+        options = {"trust_remote_code": False, "output_loading_info": True}
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(path, **options)
         model, loading = loaded
         if loading["missing_keys"]:
             raise Refused(
                 f"reward model '{path}' lacks {', '.join(sorted(loading['missing_keys']))[:200]}, which "
                 "would be random. Save a trained sequence-classification model there."
             )
-        return model, AutoTokenizer.from_pretrained(path)
+        return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Refused:
         raise
     except Exception as error:  # configuration, weights and tokenizer files each have errors of their own
