@@ -106,6 +106,7 @@ def test_a_save_cut_short_anywhere_leaves_a_complete_checkpoint(tmp_path, damage
 
 def test_a_folder_whose_replacement_is_cut_short_is_the_old_or_the_new(tmp_path, no_wait):
     start, place = tmp_path / "start", tmp_path / "place"
+    start.mkdir()
     replace_directory(start / "model", writing("old one"))
     found = set()
     for number in crashes(start, place, lambda: replace_directory(place / "model", writing("new one"))):
@@ -155,6 +156,8 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
         (folder / "sub" / "b").write_text("b")
         (folder / "a").write_text("a")
 
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
     monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(os, "rename", checking)
     save_checkpoint(tmp_path / "a" / "checkpoints", 1, write, keep=1)
