@@ -279,10 +279,22 @@ def test_the_rule_about_code_notices(line):
     assert unsafe("model.eval()\ntorch.load(path, weights_only=True)") == []
 
 
-def silent_tests(source: str) -> list[str]:
-    """Names of tests that only an error can fail: no assert, no raises, no check=True, no such helper."""
-    tree = ast.parse(source)
-    functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
+def functions_of(source: str) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+    nodes = ast.walk(ast.parse(source))
+    return {n.name: n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+def silent_tests(source: str, folder: Path = ROOT / "tests") -> list[str]:
+    """Names of tests that only an error can fail: no assert, no raises, no check=True, no such helper.
+
+    A helper stands in the test's file, or is imported from one in its `folder`.
+    """
+    own = functions_of(source)
+    functions = dict(own)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (beside := folder / f"{node.module}.py").is_file():
+            defined = functions_of(beside.read_text())
+            functions |= {a.name: defined[a.name] for a in node.names if a.name in defined.keys() - own}
 
     def asserts(name: str, seen: frozenset[str] = frozenset()) -> bool:
         for node in ast.walk(functions[name]):
@@ -297,19 +309,23 @@ def silent_tests(source: str) -> list[str]:
                     return True
         return False
 
-    return [name for name in functions if name.startswith("test") and not asserts(name)]
+    return [name for name in own if name.startswith("test") and not asserts(name)]
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_test_asserts_something(path):
-    assert silent_tests(path.read_text()) == []
+    assert silent_tests(path.read_text(), path.parent) == []
 
 
-def test_the_rule_about_tests_notices():
+def test_the_rule_about_tests_notices(tmp_path):
     helper = "def check(x):\n    assert x\n"
     assert silent_tests("def test_a():\n    print(1)\n") == ["test_a"]
     assert silent_tests(helper + "def test_b():\n    check(1)\n") == []
     assert silent_tests("def test_c():\n    test_c()\n") == ["test_c"]
+    (tmp_path / "helpers.py").write_text(helper + "def look(x):\n    print(x)\n")
+    imported = "from helpers import check, look\ndef test_d():\n    check(1)\ndef test_e():\n    look(1)\n"
+    assert silent_tests(imported, tmp_path) == ["test_e"]
+    assert silent_tests(imported) == ["test_d", "test_e"]
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,9 @@ def test_the_line_and_the_settings():
 
 @pytest.mark.parametrize("number", [0, 1025])  # 100,000 threads end the process
 def test_a_number_that_no_machine_has_is_refused(number):
-    with pytest.raises(Refused, match=r"training_threads was given as .*of at least 1 and at most 1024"):
+    with pytest.raises(
+        Refused, match=r"training_threads was given as .* at least 1 and at most 1,024, or None"
+    ):
         ThreadArguments(training_threads=number)
 
 
