@@ -332,6 +332,20 @@ def test_a_damaged_checkpoint_is_skipped_and_named_and_an_explicit_one_refused(t
     assert seen == [5] and verify_checkpoint(newest) is None
 
 
+def test_damaged_metrics_are_refused_before_anything_is_removed(tmp_path):
+    live(tmp_path)
+    damaged = "step 0\n" + (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(damaged)
+    (tmp_path / "checkpoints" / "step_mine").mkdir()  # not the run's: it stays
+    with pytest.raises(Refused, match=r"metrics.jsonl is damaged"):
+        live(tmp_path, resume=str(tmp_path / "checkpoints" / "step_000004"))
+    assert (tmp_path / "metrics.jsonl").read_text() == damaged
+    assert (tmp_path / "checkpoints" / "step_000005").exists() and (tmp_path / "summary.json").exists()
+    (tmp_path / "metrics.jsonl").write_text(damaged.partition("\n")[2])
+    assert live(tmp_path, resume=str(tmp_path / "checkpoints" / "step_000004")).steps == 5
+    assert (tmp_path / "checkpoints" / "step_mine").exists()
+
+
 def test_without_a_whole_checkpoint_a_run_with_results_is_not_started_again(tmp_path):
     live(tmp_path)
     for checkpoint in (tmp_path / "checkpoints").iterdir():

@@ -139,15 +139,15 @@ class RunDirectory:
         """Keep the run that the folder holds, but remove what it wrote after a step: that is made again.
 
         Raises:
+            Refused: metrics.jsonl or timings.jsonl is damaged; nothing has been removed.
             Stopped: a file cannot be written.
         """
+        kept = {path: _until(step, path) for path in (self.metrics, self.timings) if path.exists()}
         self._begun = True
-        for path in (self.metrics, self.timings):
-            if path.exists():
-                lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # whole lines
-                write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        for path, lines in kept.items():
+            write_text(path, lines)
         for path in [*self.completions.glob("step_*.parquet"), *self.checkpoints.glob("step_*")]:
-            if int(path.stem.removeprefix("step_")) > step:
+            if _OWN_ENTRY.fullmatch(path.name) and int(path.stem.removeprefix("step_")) > step:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.summary.unlink(missing_ok=True)
 
@@ -186,6 +186,18 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def _until(step: int, path: Path) -> str:
+    """Return the lines of metrics.jsonl or timings.jsonl up to a step, without a last one that was cut."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    try:
+        return "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(
+            f"{path} is damaged ({error!r}), so the run cannot be continued as if nothing had happened. "
+            "Mend that file, or start a new run from a checkpoint's weights with --model."
+        ) from error
 
 
 def _holds_run(run: Path) -> bool:
