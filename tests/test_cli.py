@@ -290,7 +290,7 @@ def test_the_help_shows_flags_in_groups_those_that_matter_first(capsys, monkeypa
     shown = groups_of(capsys.readouterr().out)
     assert list(shown) == [
         *("", "sampling", "optimiser", "KL control", "model", "prompts and ends", "data", "LoRA"),
-        *("warm start", "evaluation", "checkpoints and logs", "trackers", "safety stops", "threads"),
+        *("warm start", "evaluation", "checkpoints", "logs", "trackers", "safety stops", "threads"),
         "estimator",
     ]
     first = flags_of(shown[""])
@@ -359,7 +359,7 @@ def test_an_interruption_while_the_command_is_imported_is_silent(tmp_path, monke
         (["--model", "no/such/model"], "no/such/model"),
         (["--max-completion-length", "62"], "context of 64"),
         (["--config", "nosuch.json"], "nosuch.json"),
-        (["--resume", "auto"], "not built yet"),
+        (["--resume", "auto", "--overwrite"], "give one of both"),
         (["--num-generations", "1"], "num_generations=1"),
     ],
 )

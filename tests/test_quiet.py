@@ -79,19 +79,16 @@ def test_a_run_warns_of_few_prompts_and_a_quiet_one_does_not(files, tmp_path, mo
     assert shown.out == "" and "1. nothing-to-learn: In none of 16 groups of 2" in shown.err
 
 
-def test_a_file_read_from_python_shows_no_bar_and_other_bars_stay(files, tmp_path, monkeypatch, capfd):
-    import datasets
-
-    from tokenrl.language.tasks.sources import read_splits
-
-    monkeypatch.delenv("HF_DATASETS_DISABLE_PROGRESS_BARS", raising=False)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    before = datasets.are_progress_bars_disabled()
-    datasets.enable_progress_bars()
-    try:
-        read_splits(str(files / "rows.jsonl"))
-        assert not datasets.are_progress_bars_disabled()
-    finally:
-        if before:
-            datasets.disable_progress_bars()
-    assert capfd.readouterr().err == ""
+def test_a_file_read_from_python_shows_no_bar_and_other_bars_stay(files, tmp_path):
+    """A process of its own, because the library reads its environment when it is imported."""
+    program = (
+        "import datasets, sys\n"
+        "from tokenrl.language.tasks.sources import read_splits\n"
+        "read_splits(sys.argv[1])\n"
+        "assert not datasets.are_progress_bars_disabled()\n"
+    )
+    env = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    env.pop("HF_DATASETS_DISABLE_PROGRESS_BARS", None)
+    command = [sys.executable, "-c", program, str(files / "rows.jsonl")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -292,8 +292,11 @@ def test_classifiers_of_several_labels_and_incomplete_models_are_refused(tmp_pat
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     judge = untrained()
     options = {"data": rows_to_learn(20), "model": (judge.model, judge.tokenizer), "quiet": True}
+    center = {"margin": 1e30, "center_rewards_coefficient": 1e30}
+    with torch.no_grad():
+        judge.model.score.weight.mul_(1e6)
     with pytest.raises(Stopped, match="loss of the reward model is inf at step 1"):
-        train_reward_model(output_dir=tmp_path / "run", margin=1e39, **options)
+        train_reward_model(output_dir=tmp_path / "run", **center, **options)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["exit_reason"] == "failed" and "inf" in summary["error"]
     with torch.no_grad():

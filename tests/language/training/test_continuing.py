@@ -84,9 +84,9 @@ def test_a_run_continues(tmp_path):
         loop._evaluate(whole, 0)
         trained(whole, first, 3)
         whole.step_seconds = 2.5
-        states = {name: through_a_checkpoint(one.state_dict()) for name, one in first._parts.items()}
+        states = {name: through_a_checkpoint(one.state_dict()) for name, one in first._saver._parts.items()}
         weights = through_a_checkpoint(weights_of(whole.learner))
-        for name, one in second._parts.items():
+        for name, one in second._saver._parts.items():
             one.load_state_dict(states[name])
         part.learner.policy.model.load_state_dict(weights)
         second.step = 3

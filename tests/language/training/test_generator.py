@@ -116,7 +116,7 @@ def test_a_run_samples_everything_by_its_generator_and_closes_it(monkeypatch, tm
     tokenrl.train(**options, filter_difficulty=(-9.0, 9.0))
     # The filter, two evaluations (greedy and sampled) of two prompts each, two steps.
     assert made[0].prompts == len(PROMPTS) + 2 * 2 * 2 + 2 * 2
-    assert made[0].synced == 2 and made[0].closed
+    assert made[0].synced == 3 and made[0].closed  # the starting weights, and those of two steps
     assert torch.equal(weights(made[0].policy.model), weights(policy.model))
     before = weights(policy.model)
     tokenrl.train(**options, check=True, overwrite=True)

@@ -33,17 +33,15 @@ def test_the_same_on_the_command_line(capsys, tmp_path):
         assert "lora_alpha was given as 8.0, but lora_r is 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"warmup_steps": 2}, "warmup_steps=2 is not less than max_steps=2"),
-        ({"estimator": Estimator(overlong_buffer=6)}, "overlong_buffer=6 is not less than"),
-    ],
-)
-def test_sizes_that_do_not_fit_the_run_are_refused_before_it(settings, said, tmp_path):
-    with pytest.raises(Refused, match=said):
-        run(tmp_path / "run", max_completion_length=6, **settings)
+def test_a_buffer_that_takes_the_whole_completion_is_refused_before_the_run(tmp_path):
+    with pytest.raises(Refused, match="overlong_buffer=6 is not less than"):
+        run(tmp_path / "run", max_completion_length=6, estimator=Estimator(overlong_buffer=6))
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_warm_up_that_takes_the_whole_run_is_named(tmp_path, capsys):
+    assert run(tmp_path / "run", warmup_steps=2).exit_code == 0
+    assert "warmup_steps=2 is not less than max_steps=2" in " ".join(capsys.readouterr().out.split())
 
 
 def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys):

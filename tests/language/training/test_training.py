@@ -15,6 +15,7 @@ from tokenrl.core import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import verify_checkpoint
+from tokenrl.runs.states import read_state
 from toy_tasks.models import TinyModel
 
 LETTERS = "abcd>"
@@ -180,11 +181,9 @@ def test_a_baseline_of_your_own(run, tmp_path):
 
 
 def test_a_critic_is_saved_with_checkpoints(run, tmp_path):
-    from safetensors.torch import load_file
-
     result = run(estimator="a2c", save_every=3)
     assert result.steps == 3
-    saved = load_file(tmp_path / "run" / "checkpoints" / "step_000003" / "critic.safetensors")
+    saved = read_state(tmp_path / "run" / "checkpoints" / "step_000003")["learner"]["critic"]["head"]
     assert saved["1.weight"].shape == (1, 16) and saved["1.weight"].abs().sum() > 0
 
 
@@ -310,7 +309,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted_and_stops_the_run(
         ({"max_completion_length": 15}, "row 0 has 3 tokens"),
         ({"max_completion_length": 16}, "leaves no room"),
         ({"dtype": "float16"}, "float16"),
-        ({"resume": "auto"}, "not built yet"),
+        ({"resume": "elsewhere/step_000002"}, "checkpoint of the run in output_dir"),
         ({"estimator": "rlo"}, "Did you mean 'rloo'"),
         ({"reward": "math:nothing"}, "nothing"),
         ({"reward": lambda completions, answer: [0.0]}, "'answer'"),

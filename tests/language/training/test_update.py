@@ -210,18 +210,20 @@ def test_the_norm_is_clipped_and_reported_as_it_was():
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_counted_and_then_stops():
-    policy = make_policy()
-    learner = make_learner(policy, Estimator(baseline="none"), stop_after_nonfinite=2)
-    huge = lambda completions, **_: [1e38] * len(completions)  # noqa: E731
+    policy, level = make_policy(), [1e38]
+    far_below = Estimator(baseline=lambda totals, **_: totals - level[0])  # advantages of that size
+    learner = make_learner(policy, far_below, stop_after_nonfinite=2)
     before = weights(policy.model)
-    record = one_step(learner, reward=huge)
+    record = one_step(learner)
     assert not math.isfinite(record.metrics["grad_norm"]) and learner.skipped == 1
     assert torch.equal(weights(policy.model), before)
+    level[0] = 1.0
     one_step(learner)
     assert learner.nonfinite == 0 and not torch.equal(weights(policy.model), before)
-    one_step(learner, reward=huge)
+    level[0] = 1e38
+    one_step(learner)
     with pytest.raises(Stopped, match="2 updates in a row"):
-        one_step(learner, reward=huge)
+        one_step(learner)
     assert learner.skipped == 3 and torch.isfinite(weights(policy.model)).all()
 
 

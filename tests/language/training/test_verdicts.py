@@ -80,7 +80,7 @@ def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(trai
     assert f"fell from {rows[0]['eval_reward']:.3g} (evaluation before training) to" in message
     assert "The learning rate, 0.3, is the likely cause: for this model the default is 0.001" in message
     last = tmp_path / "run" / "checkpoints" / f"step_{len(rows) - 1:06d}"
-    assert message.endswith(f"The last complete checkpoint is {last}.")
+    assert f"The last complete checkpoint is {last}; --resume auto" in message
     verify_checkpoint(last)
     summary = summary_of(tmp_path / "run")
     assert (summary["exit_reason"], summary["flags"]) == ("failed", ["policy-destroyed"])

@@ -32,11 +32,11 @@ class PromptArguments(Settings, group="prompts and ends"):
 
     def __post_init__(self) -> None:
         """Check the values, and hold the variables of the template as JSON."""
-        super().__post_init__()
         if self.chat_template_kwargs is not None:
             object.__setattr__(self, "chat_template_kwargs", _as_json(self.chat_template_kwargs))
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        super().__post_init__()
         for text in self.stop or ():
             if not isinstance(text, str) or not text or re.search(r"\\[nrt](?![a-z])", text):
                 raise Refused(

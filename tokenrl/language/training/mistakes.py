@@ -30,17 +30,11 @@ _NEEDS = {
 
 
 def check_sizes(args: TrainSettings) -> None:
-    """Refuse settings that do not fit the number of steps, or the length of completions.
+    """Refuse settings that do not fit the length of completions.
 
     Raises:
-        Refused: the warm-up takes the whole run, or the overlong buffer the whole completion.
+        Refused: the overlong buffer takes the whole completion.
     """
-    if args.warmup_steps >= args.max_steps:
-        raise Refused(
-            f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}, so the learning "
-            f"rate would never reach {args.learning_rate:g}. Give fewer warmup_steps (a tenth of the run is "
-            "usual), or more max_steps."
-        )
     if args.estimator.overlong_buffer >= args.max_completion_length:
         raise Refused(
             f"overlong_buffer={args.estimator.overlong_buffer} is not less than max_completion_length="
@@ -51,7 +45,12 @@ def check_sizes(args: TrainSettings) -> None:
 
 
 def without_effect(args: TrainSettings) -> Iterator[str]:
-    """Yield a warning for each setting that was changed, but does nothing beside the other settings."""
+    """Yield a warning for each setting that was changed, but cannot do what it is for beside the others."""
+    if args.warmup_steps >= args.max_steps:
+        yield (
+            f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}, so the learning "
+            f"rate never reaches {args.learning_rate:g}. Give fewer warmup_steps (a tenth of the run is usual)."
+        )
     usual = {field.name: field.default for field in fields(args)}
     for name, needs in _NEEDS.items():
         value = getattr(args, name)
