@@ -5,37 +5,73 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow.parquet as parquet
 
 HERE = Path(__file__).parent
+REWARD = """
+def sorted_digits(prompts, completions, **_):
+    return [sum(a <= b for a, b in zip(c, c[1:])) / 6 + len(set(c)) / 60 for c in completions]
+"""
+TRAIN = [
+    *("train", "--task", "sort_digits", "--reward", "rewards.py:sorted_digits", "--quiet"),
+    *("--max-steps", "9", "--prompts-per-step", "4", "--num-generations", "4", "--eval-size", "8"),
+    *("--eval-every", "3", "--save-every", "2", "--log-completions", "2", "--learning-rate", "1e-3"),
+]
+
+
+class Moment(NamedTuple):
+    """When a process of a run sends itself a signal: at the `number`-th call in a place.
+
+    Attributes:
+        place: a file of tokenrl ("runs/session.py") or a function in it ("runs/session.py:record").
+        number: counts the calls in that place, from 1.
+        signal: the signal.
+        rank: which process.
+    """
+
+    place: str
+    number: int
+    signal: int = signal.SIGKILL
+    rank: int = 0
 
 
 class Nursery:
-    """A process that has imported everything, and forks one process for each command line."""
+    """A process that has imported everything, and forks the processes of each run."""
 
     def __init__(self, folder: Path):
-        self.log = folder / "log.txt"
-        environment = os.environ | {
+        self.folder, self.log = folder, folder / "log.txt"
+        self.environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "TOKENRL_CACHE": str(folder / "cache"),
         }
         command = [sys.executable, str(HERE / "nursery.py")]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, env=environment, cwd=folder, text=True, **pipes)
+        self.process = subprocess.Popen(command, env=self.environment, cwd=folder, text=True, **pipes)
         assert self.process.stdout.readline() == "ready\n"
 
-    def run(self, argv: list[str], die_at: tuple[str, int] | None = None) -> tuple[int, dict[str, int]]:
-        """Run a command line; return its exit code (-9 if it was killed) and its calls by file."""
-        wanted = {"argv": argv, "die_at": die_at, "log": str(self.log)}
+    def run(self, argv: list[str], *moments: Moment) -> int:
+        """Run a command line in one process; return its exit code, or minus the signal that killed it."""
+        return self.run_all(argv, *moments)[0]["code"]
+
+    def run_all(self, argv: list[str], *moments: Moment, processes: int = 1) -> list[dict]:
+        """Run a command line; return of each process its exit `code`, and its `calls` by place."""
+        at = [(one.rank, one.place, one.number, one.signal) for one in moments]
+        wanted = {"argv": argv, "moments": at, "processes": processes, "log": str(self.log)}
         self.process.stdin.write(json.dumps(wanted) + "\n")
         self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        return answer["code"], answer["calls"]
+        return json.loads(self.process.stdout.readline())
+
+    @property
+    def said(self) -> str:
+        """The end of what the runs have printed."""
+        return self.log.read_text()[-3000:]
 
     def close(self):
         self.process.stdin.close()
@@ -72,26 +108,50 @@ def _without_times(value):
     }
 
 
-def kill_and_continue(nursery: Nursery, folder: Path, argv: list[str], kills: int, seed: int) -> None:
+def kill_and_continue(
+    nursery: Nursery,
+    folder: Path,
+    argv: list[str],
+    kills: int,
+    seed: int,
+    *,
+    processes: int = 1,
+    places: tuple[str, ...] = ("",),
+) -> None:
     """Kill runs, continue them to their end, and compare each with a run that was not killed.
 
     A moment is a random call of a function in a random file of tokenrl, so that a save, an evaluation and an
-    update are hit as often as the rest.
+    update are hit as often as the rest; `places` are the folders whose files are meant. Of several processes
+    one is killed, and the others must end too.
     """
     chance = random.Random(seed)
     whole = folder / "whole"
-    code, calls = nursery.run([*argv, "--output-dir", str(whole)])
-    assert code == 0, nursery.log.read_text()[-3000:]
+    ended = nursery.run_all([*argv, "--output-dir", str(whole)], processes=processes)
+    assert all(one["code"] == 0 for one in ended), nursery.said
     expected = left(whole)
-    files, killed, number = sorted(calls), 0, 0
-    while killed < kills or code != 0:
-        run = folder / f"run{number}"
-        file = chance.choice(files)
-        moment = (file, chance.randint(1, calls[file])) if killed < kills else None
-        code, _ = nursery.run([*argv, "--output-dir", str(run), "--resume", "auto"], moment)
-        killed += code == -9
-        assert code in (0, -9), nursery.log.read_text()[-3000:]
-        if code == 0:
-            found, number = left(run), number + 1
-            for name in expected:
-                assert found[name] == expected[name], f"{name} differs: {nursery.log.read_text()[-3000:]}"
+    killed, number, codes = 0, 0, [-9]
+    while killed < kills or any(codes):
+        run, moments = folder / f"run{number}", []
+        if killed < kills:
+            rank = chance.randrange(processes)
+            calls = ended[rank]["calls"]
+            file = chance.choice(
+                sorted(name for name in calls if ":" not in name and name.startswith(places))
+            )
+            moments = [Moment(file, chance.randint(1, calls[file]), rank=rank)]
+        found = nursery.run_all(
+            [*argv, "--output-dir", str(run), "--resume", "auto"], *moments, processes=processes
+        )
+        codes = [one["code"] for one in found]
+        killed += -9 in codes
+        assert -9 in codes or not any(codes), nursery.said
+        assert all(code in (0, 1, -9, -15) for code in codes), (codes, nursery.said)
+        if not any(codes):
+            equal(left(run), expected, nursery)
+            number += 1
+
+
+def equal(found: dict[str, object], expected: dict[str, object], nursery: Nursery) -> None:
+    """Compare what two runs have left."""
+    for name in expected:
+        assert found[name] == expected[name], f"{name} differs: {nursery.said}"

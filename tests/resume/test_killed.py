@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from killing import Nursery, kill_and_continue
+from killing import TRAIN, kill_and_continue
 
 pytestmark = pytest.mark.slow
 
-REWARD = """
-def sorted_digits(prompts, completions, **_):
-    return [sum(a <= b for a, b in zip(c, c[1:])) / 6 + len(set(c)) / 60 for c in completions]
-"""
-TRAIN = [
-    *("train", "--task", "sort_digits", "--reward", "rewards.py:sorted_digits", "--quiet"),
-    *("--max-steps", "9", "--prompts-per-step", "4", "--num-generations", "4", "--eval-size", "8"),
-    *("--eval-every", "3", "--save-every", "2", "--log-completions", "2", "--learning-rate", "1e-3"),
-]
 CONTROL = ["control", "--max-steps", "12", "--num-envs", "8", "--eval-episodes", "8", "--quiet"]
 CONTROL += ["--eval-every", "4", "--save-every", "2"]
 POLICY_GRADIENT = {
@@ -46,19 +35,6 @@ POLICY_GRADIENT = {
     ],
     "worker": ["--estimator", "rloo", "--reward-timeout", "30"],
 }
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("nursery")
-    (folder / "rewards.py").write_text(REWARD)
-    rows = [json.dumps({"prompt": f"{n * 98765 % 999999:06d}>"}) for n in range(1, 11)]
-    (folder / "digits.jsonl").write_text("\n".join(rows))
-    found = Nursery(folder)
-    warm = ["sft", "--task", "sort_digits", "--max-steps", "1", "--output-dir", "warm", "--quiet"]
-    assert found.run(warm)[0] == 0  # the task's model is made once
-    yield found
-    found.close()
 
 
 @pytest.mark.parametrize("name", POLICY_GRADIENT)
@@ -90,3 +66,16 @@ def test_a_supervised_training_that_is_killed_five_times(nursery, tmp_path):
     argv = ["sft", "--task", "sort_digits", "--max-steps", "20", "--batch-size", "8", "--quiet"]
     argv += ["--eval-every", "5", "--save-every", "3", "--eval-size", "8"]
     kill_and_continue(nursery, tmp_path, argv, 5, seed=6)
+
+
+@pytest.mark.parametrize(
+    ("seed", "options"),
+    [
+        (7, ["--estimator", "rloo", "--micro-batch-size", "3"]),
+        (8, ["--estimator", "ppo", "--num-iterations", "2"]),
+    ],
+)
+def test_one_of_two_processes_that_is_killed_five_times(nursery, tmp_path, seed, options):
+    places = ("language/training", "language/rollout", "language/rewards", "runs")
+    argv = [*TRAIN, *options, "--cpu"]
+    kill_and_continue(nursery, tmp_path, argv, 5, seed, processes=2, places=places)

@@ -28,6 +28,7 @@ from tokenrl.language.training.defaults import training_defaults
 from tokenrl.language.training.difficulty import filter_task
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.mistakes import without_effect
+from tokenrl.language.training.processes import others_needed
 from tokenrl.language.training.run import Run, RunResult, facts, finish, record_step
 from tokenrl.language.training.setup import (
     adapt,
@@ -80,17 +81,20 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
     args = taken_up(args, args.resume, args.output_dir)
     task, rewards = find_task(args)
     accelerator = make_accelerator(resolve(args, task))  # refused before anything is loaded
-    with Session(
-        "train",
-        args.output_dir,
-        overwrite=args.overwrite,
-        quiet=args.quiet,
-        every=args.logging_steps if args.logging_steps > 1 else 10,
-        main=accelerator.is_main_process,
-        agreed=partial(_largest, accelerator),
-        tracking=args,
-        saving=args,
-    ) as session:
+    with (
+        Session(
+            "train",
+            args.output_dir,
+            overwrite=args.overwrite,
+            quiet=args.quiet,
+            every=args.logging_steps if args.logging_steps > 1 else 10,
+            main=accelerator.is_main_process,
+            agreed=partial(_largest, accelerator),
+            tracking=args,
+            saving=args,
+        ) as session,
+        others_needed(),
+    ):
         run = _prepare(args, task, rewards, accelerator, session)
         args = run.args
         with closing(run.learner.generator), using_threads(args.training_threads):
@@ -241,5 +245,7 @@ def _largest(accelerator: Any, numbers: Sequence[int]) -> Sequence[int]:
     """Return for each number the largest that a process gives, the same on each of them."""
     if accelerator.num_processes == 1:  # asked before every step: one process need not wait for its device
         return numbers
-    found: list[int] = accelerator.gather(torch.tensor([numbers], device=accelerator.device)).amax(0).tolist()
+    with others_needed():
+        gathered = accelerator.gather(torch.tensor([numbers], device=accelerator.device))
+    found: list[int] = gathered.amax(0).tolist()
     return found

@@ -7,12 +7,14 @@ the gradients are averaged over processes in the last of them: a process without
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from tokenrl.errors import Stopped
+from tokenrl.errors import Stopped, describe
 
 Whole = TypeVar("Whole", Tensor, list[Any])
 
@@ -52,6 +54,25 @@ class StepRows(NamedTuple):
         """Return keyword arguments of `Estimator.advantages`: those that come from the rows."""
         names = ("logprobs", "ref_logprobs", "values", "score_norms", "greedy_rewards")
         return {name: getattr(self, name) for name in names}
+
+
+@contextlib.contextmanager
+def others_needed() -> Iterator[None]:
+    """Say in words that this process lost the others, where PyTorch would raise an error of its network.
+
+    Raises:
+        Stopped: another process has ended, or does not answer.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        network = isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
+        if isinstance(error, Stopped) or not network:
+            raise
+        raise Stopped(
+            "Another process of this run has ended or does not answer, so this one ends too; what the other "
+            f"printed says why. Start all of them again to continue the run. PyTorch said: {describe(error)}"
+        ) from error
 
 
 def share(accelerator: Any, whole: Whole) -> Whole:

@@ -1,0 +1,19 @@
+"""One process that has imported everything, for all the tests here."""
+
+import json
+
+import pytest
+from killing import REWARD, Nursery
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nursery")
+    (folder / "rewards.py").write_text(REWARD)
+    rows = [json.dumps({"prompt": f"{n * 98765 % 999999:06d}>"}) for n in range(1, 11)]
+    (folder / "digits.jsonl").write_text("\n".join(rows))
+    found = Nursery(folder)
+    warm = ["sft", "--task", "sort_digits", "--max-steps", "1", "--output-dir", "warm", "--quiet"]
+    assert found.run(warm) == 0, found.said  # the task's model is made once
+    yield found
+    found.close()
