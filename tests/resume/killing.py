@@ -102,7 +102,7 @@ def _without_times(value):
     """Leave out times, and the random states of spaces, which nobody seeds and nobody draws from."""
     if not isinstance(value, dict):
         return value
-    left_out = ("second", "watch", "_space._np_random")
+    left_out = ("second", "_space._np_random")
     return {
         key: _without_times(item) for key, item in value.items() if not any(word in key for word in left_out)
     }

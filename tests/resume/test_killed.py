@@ -22,16 +22,8 @@ POLICY_GRADIENT = {
     "bfloat16": ["--estimator", "gspo", "--mixed-precision", "bf16"],
     "difficulty": ["--estimator", "rloo", "--filter-difficulty", "0.1", "0.9", "--filter-samples", "2"],
     "epochs": [
-        "--estimator",
-        "opo",
-        "--task",
-        "digits.jsonl",
-        "--model",
-        "warm",
-        "--eval-size",
-        "2",
-        "--max-completion-length",
-        "8",
+        *("--estimator", "opo", "--task", "digits.jsonl", "--model", "warm"),
+        *("--eval-size", "2", "--max-completion-length", "8"),
     ],
     "worker": ["--estimator", "rloo", "--reward-timeout", "30"],
 }
@@ -79,3 +71,11 @@ def test_one_of_two_processes_that_is_killed_five_times(nursery, tmp_path, seed,
     places = ("language/training", "language/rollout", "language/rewards", "runs")
     argv = [*TRAIN, *options, "--cpu"]
     kill_and_continue(nursery, tmp_path, argv, 5, seed, processes=2, places=places)
+
+
+def test_a_run_of_two_processes_is_not_continued_by_one(nursery, tmp_path):
+    argv = [*TRAIN, "--estimator", "rloo", "--cpu", "--max-steps", "2", "--output-dir", str(tmp_path / "run")]
+    assert [one["code"] for one in nursery.run_all(argv, processes=2)] == [0, 0], nursery.said
+    assert nursery.run([*argv, "--resume", "auto"]) == 2
+    assert "had 2 processes and now has 1" in nursery.said
+    assert [one["code"] for one in nursery.run_all([*argv, "--resume", "auto"], processes=2)] == [0, 0]

@@ -33,11 +33,11 @@ class Stopwatch:
 
     def state_dict(self) -> dict[str, float]:
         """Return the time so far."""
-        return {"total": self.total}
+        return {"seconds": self.total}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Continue from what `state_dict` returned."""
-        self.total = state["total"]
+        self.total = state["seconds"]
 
     def timings(self, tokens: float) -> dict[str, float]:
         """Return the seconds of the last update, and the mean rate if all of them processed `tokens`."""
