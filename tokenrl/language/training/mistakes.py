@@ -49,7 +49,7 @@ def without_effect(args: TrainSettings) -> Iterator[str]:
     if args.warmup_steps >= args.max_steps:
         yield (
             f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}, so the learning "
-            f"rate never reaches {args.learning_rate:g}. Give fewer warmup_steps (a tenth of the run is usual)."
+            f"rate never reaches {args.learning_rate:g}. Give fewer; a tenth of the run is usual."
         )
     usual = {field.name: field.default for field in fields(args)}
     for name, needs in _NEEDS.items():
