@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tokenrl.runs.files import write_text
 _PLAIN, _TENSORS = "trainer_state.json", "trainer_state.safetensors"
 _FLOAT, _TENSOR, _ARRAY = "<float>", "<tensor>", "<array>"
 """Keys of the only entry of a dict that stands for something else in JSON."""
+_VALUES = frozenset({float, int, bool, str, type(None)})
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -67,7 +68,7 @@ def frozen(state: Any) -> Any:
     if isinstance(state, Mapping):
         return {key: frozen(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return [frozen(value) for value in state]
+        return list(state) if _is_flat(state) else [frozen(value) for value in state]
     return state.copy() if isinstance(state, np.ndarray) else state
 
 
@@ -75,8 +76,15 @@ def versions(state: Any) -> list[int]:
     """Return how often each tensor of a state has been changed in place, as PyTorch counts it."""
     if isinstance(state, Tensor):
         return [state._version]
-    values = state.values() if isinstance(state, Mapping) else state if isinstance(state, list) else ()
-    return [version for value in values for version in versions(value)]
+    if isinstance(state, Mapping):
+        state = list(state.values())
+    nested = state if isinstance(state, list) and not _is_flat(state) else []
+    return [version for value in nested for version in versions(value)]
+
+
+def _is_flat(values: Sequence[Any]) -> bool:
+    """Return whether a list holds plain values alone; some have one for each step, so this must be quick."""
+    return _VALUES.issuperset(map(type, values))
 
 
 def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
