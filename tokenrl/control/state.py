@@ -32,8 +32,8 @@ FIXED_TYPES = (
 )
 LARGE = 10
 """Containers with this many items, such as tables of transitions, are compared between copies."""
-ENOUGH = 4_000
-"""Moves after which a record is ended at the next reset, since to begin one takes as long as 20 moves."""
+ENOUGH = 1_000
+"""Moves after which a record is ended at the next reset, since to begin one takes as long as a few moves."""
 LONGEST_REPLAY = 20_000
 """Environments with longer episodes are not recorded, since replaying many copies would take minutes."""
 
