@@ -1,0 +1,58 @@
+"""A long run holds no more memory and no more files at its end than near its beginning."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import tokenrl
+from tokenrl.runs.report import report_from_directory
+from toy_tasks.models import TinyModel
+
+pytestmark = pytest.mark.slow
+
+PAGE = os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory is read from /proc")
+def test_2000_steps_keep_memory_and_open_files_level(tmp_path):
+    held = []
+
+    def reward(completions, **_):
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE  # MiB
+        held.append((resident, len(os.listdir("/proc/self/fd"))))
+        return [text.count("a") / max(1, len(text)) for text in completions]
+
+    tokenrl.train(
+        model=TinyModel(tuple("abcd>"), layers=1, hidden=16, heads=2, context=16)(0),
+        task=[{"prompt": f"{x}{y}>"} for x in "abcd" for y in "abcd"],
+        reward=reward,
+        output_dir=tmp_path / "run",
+        max_steps=2000,
+        prompts_per_step=2,
+        num_generations=2,
+        max_completion_length=2,
+        eval_every=200,
+        save_every=200,
+        stop_after_zero_spread=0,
+        quiet=True,
+    )
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2001
+    (early, files), (late, files_late) = held[len(held) // 4], held[-1]
+    assert late < early + 40, f"{early:.0f} MiB became {late:.0f} MiB"
+    assert files_late <= files + 2
+
+
+def test_a_long_log_is_reported_whole(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    rows = [{"step": step, "reward": step % 7 / 7, "entropy": 1.0} for step in range(100_001)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "config.json").write_text(
+        json.dumps({"kind": "train", "title": "long", "versions": {"tokenrl": "1"}})
+    )
+    report = report_from_directory(run)
+    assert "100000" in report.read_text().replace(",", "") and report.stat().st_size < 3e6
