@@ -418,6 +418,7 @@ def test_the_bare_command(argv, code, capsys):
     assert ("train" in captured.out + captured.err) or argv == ["--version"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_exits(number, code, tmp_path):
     arguments = [*TRAIN[:3], "--max-steps", "100000", "--output-dir", "run", "--eval-every", "0"]

@@ -53,8 +53,14 @@ def tokenrl(*argv):
     )
 
 
-@pytest.mark.parametrize("entry", ["Mine", "'a_file:Mine'"])
-@pytest.mark.parametrize("source", ["a_file.py", "a_file"])
+@pytest.mark.parametrize(
+    ("source", "entry"),
+    [
+        ("a_file.py", "Mine"),
+        pytest.param("a_file.py", "'a_file:Mine'", marks=pytest.mark.slow),
+        *(pytest.param("a_file", entry, marks=pytest.mark.slow) for entry in ("Mine", "'a_file:Mine'")),
+    ],
+)
 def test_a_run_in_an_environment_of_ones_own_can_be_repeated(write, source, entry):
     """A file, or a module in the current directory; its class may be given by its name, too."""
     write("a_file", entry=entry)
