@@ -13,6 +13,7 @@ from tokenrl.settings import Bounds, field_types
 
 SMALL: dict[str, list[Any]] = {
     "max_steps": [1, 2],
+    "max_samples": [None, 1, 20],
     "prompts_per_step": [1, 2, 3, 4],
     "num_generations": [1, 2, 3, 4],
     "max_completion_length": [1, 2, 6, 20, 64],

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import toy_tasks
+from tokenrl.language.rewards.declared import declared_range
 
 TASKS = {name: toy_tasks.load(name) for name in toy_tasks.NAMES}
 MODULES = {name: importlib.import_module(f"toy_tasks.{name}") for name in toy_tasks.NAMES}
@@ -175,6 +176,7 @@ def test_the_right_answer_earns_the_most_on_every_prompt(name):
     prompts = [row["prompt"] for row in TASKS[name].train_prompts + TASKS[name].eval_prompts]
     pairs = [(prompt, right_answer(name, prompt)) for prompt in prompts]
     assert set(score(name, pairs)) == {BEST[name]}
+    assert declared_range(TASKS[name].reward, name) == (WORST[name], BEST[name])
     assert WORST[name] <= TASKS[name].solved <= BEST[name]
 
 

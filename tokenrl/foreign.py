@@ -91,13 +91,14 @@ _MEANINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("num_ppo_epochs ppo_epochs max_epochs", ("It is `num_iterations`, the passes over each rollout.",)),
     (
-        "num_train_epochs num_epochs epochs total_epochs total_episodes num_episodes total_training_steps",
+        "num_train_epochs num_epochs epochs total_epochs total_training_steps",
         (
             "It is `max_steps`; an epoch has as many steps as there are prompts / `prompts_per_step`.",
             "It is `max_steps`; an epoch has as many as there are rows / `batch_size`.",
             "It is `max_steps`.",
         ),
     ),
+    ("total_episodes num_episodes", ("It is `max_samples`, in completions.", "It is `max_steps`.")),
     ("lr actor_learning_rate", ("It is `learning_rate`.",)),
     ("critic_learning_rate vf_coef", ("The critic learns by itself, at the rate `value_learning_rate`.",)),
     (
@@ -108,10 +109,8 @@ _MEANINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "lr_scheduler lr_scheduler_type",
         ("It is `lr_scheduler_type`.", "There is no choice: `learning_rate` falls linearly to 0."),
     ),
-    (
-        "optim adam_beta1 adam_beta2 adam_epsilon",
-        ("There is no choice: it is AdamW with torch's constants; `learning_rate` can be set.",),
-    ),
+    ("optim", ("It is `optimizer`, adamw or sgd.", "There is no choice: it is AdamW.")),
+    ("adam_beta1 adam_beta2 adam_epsilon", ("There is no choice: AdamW has torch's constants.",)),
     ("grad_clip", ("It is `max_grad_norm`.",)),
     # the estimator
     (

@@ -1,5 +1,6 @@
 """Imports an object by its name, given as `package.module:attribute` or `path/to/file.py:attribute`.
 
+A `NamedFunction` is such a name that can be called; its function is imported when it is first called.
 The packages of tokenrl use `lazily`, which imports each of their public names when it is first used.
 """
 
@@ -18,6 +19,46 @@ from tokenrl.errors import Refused, describe, suggest
 from tokenrl.user_code import is_interrupt, marked_interrupts
 
 FILE_MODULE = "tokenrl_file_"
+
+
+class NamedFunction(str):
+    """The name of a function, as text that can be called.
+
+    It is written to files and compared as the text that it is, and another process to which it is sent
+    imports the function again.
+
+    Example:
+        >>> NamedFunction("math:sqrt")(4.0)
+        2.0
+    """
+
+    _found: Callable[..., Any] | None = None
+
+    @property
+    def __name__(self) -> str:
+        """The text, by which messages name the function."""
+        return str(self)
+
+    def load(self) -> Callable[..., Any]:
+        """Return the function, which is imported when it is first asked for.
+
+        Raises:
+            Refused: it cannot be imported (see `import_attribute`), or it is nothing that can be called.
+        """
+        found = self._found or import_attribute(str(self), "function")
+        if not callable(found):
+            raise Refused(
+                f"function '{self}' is a {type(found).__name__}, which cannot be called; name a function."
+            )
+        self._found = found
+        return found
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Call the function."""
+        return self.load()(*args, **options)
+
+    def __reduce__(self) -> tuple[type[NamedFunction], tuple[str]]:
+        return NamedFunction, (str(self),)
 
 
 def import_attribute(spec: str, what: str) -> Any:

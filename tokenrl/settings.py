@@ -66,7 +66,7 @@ Seed = Annotated[int, Bounds(at_least=0, at_most=2**32 - 1)]
 """A seed has 32 bits, as NumPy's: then a number of 64 bits can hold it beside the number of a step."""
 
 OR_FUNCTION = "or a function"
-"""Metadata of a field that also takes a function, which only Python can give, not the command line."""
+"""Metadata of a field of names that also takes a function: its own name, or from Python the function."""
 OR_OBJECT = "or an object"
 """Metadata of a field of text that also takes an object, such as a model, from Python."""
 
@@ -183,7 +183,8 @@ def _rule(hint: Any) -> Rule | None:
         return None
     if OR_FUNCTION in metadata:
         named = _choice(parts)
-        return named._replace(fits=lambda value: callable(value) or named.fits(value))
+        words = f"{named.words}, or a function: module:function or path/to/file.py:function"
+        return named._replace(fits=lambda value: callable(value) or named.fits(value), words=words)
     if hint in (int, float):
         return _number(hint, next((m for m in metadata if isinstance(m, Bounds)), Bounds()))
     if hint is bool:

@@ -17,7 +17,7 @@ import re
 from typing import Any
 
 from toy_tasks.models import TinyModel
-from toy_tasks.task import Task, WarmStart, demonstrate, hold_out, rows, settings
+from toy_tasks.task import Task, WarmStart, demonstrate, graded, hold_out, rows, settings
 
 LONGEST = 32  # characters; a sum of three two-digit numbers has eight
 _NUMBER = r"(?:0|[1-9][0-9]?)"
@@ -25,6 +25,7 @@ _SUM = re.compile(rf"{_NUMBER}(?:[+-]{_NUMBER})*")
 _TERM = re.compile(rf"([+-]?)({_NUMBER})")
 
 
+@graded(0.0, 1.0)
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """Return for each completion 0 (not a sum), 0.1 (a wrong sum) or 1 (each number once, right value)."""
     return [_grade(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]

@@ -10,11 +10,12 @@ import random
 from typing import Any
 
 from toy_tasks.models import TinyModel
-from toy_tasks.task import Task, WarmStart, demonstrate, hold_out, rows, settings
+from toy_tasks.task import Task, WarmStart, demonstrate, graded, hold_out, rows, settings
 
 LETTERS = "abcdefghijklmnop"
 
 
+@graded(0.0, 1.0)
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """Return for each completion the number of matching positions over the length of the longer text."""
     scores = []

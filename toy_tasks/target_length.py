@@ -13,11 +13,12 @@ import string
 from typing import Any
 
 from toy_tasks.models import TinyModel
-from toy_tasks.task import Row, Task, WarmStart, demonstrate, hold_out, settings
+from toy_tasks.task import Row, Task, WarmStart, demonstrate, graded, hold_out, settings
 
 SHORTEST, LONGEST = 2, 8
 
 
+@graded(-1.0, 0.0)
 def reward(prompts: list[str], completions: list[str], target: list[int], **columns: Any) -> list[float]:
     """Return minus the relative error of each completion's length, at least -1; `target` is in characters."""
     pairs = zip(completions, target, strict=True)

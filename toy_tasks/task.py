@@ -84,6 +84,16 @@ def binary(reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
     return reward
 
 
+def graded(low: float, high: float) -> Callable[[Callable[..., list[float]]], Callable[..., list[float]]]:
+    """Declare the least and the largest value of a reward with more than two values."""
+
+    def declare(reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
+        reward.range = (low, high)  # type: ignore[attr-defined]
+        return reward
+
+    return declare
+
+
 def settings(**changes: Any) -> dict[str, Any]:
     """Return the training settings that most tasks recommend, with the changes of one task."""
     common = {"prompts_per_step": 16, "num_generations": 8, "learning_rate": 2e-4, "max_steps": 400}

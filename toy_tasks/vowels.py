@@ -15,12 +15,13 @@ import string
 from typing import Any
 
 from toy_tasks.models import TinyModel
-from toy_tasks.task import Task, hold_out, rows, settings
+from toy_tasks.task import Task, graded, hold_out, rows, settings
 
 VOWELS = "aeiou"
 LONGEST = 8  # characters that can count
 
 
+@graded(0.0, 1.0)
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """Return for each completion the vowels among its first eight characters over all its characters."""
     pairs = zip(prompts, completions, strict=True)

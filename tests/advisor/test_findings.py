@@ -23,12 +23,16 @@ def entropy_of(value):
     return lambda step: value if step > 36 else 1.0
 
 
+BOUNDED = {"reward": lambda step: step / 40, "settings": {"max_samples": 1600}}
+"""A reward that still rises; the run may generate 1,600 completions."""
 CASES = [
     ("train", {}, "progress", "fine", {}),
     ("train", FLAT, "progress", "act", {"learning_rate": 2e-3}),
     ("train", FLAT | {"running": True, "steps": 12, "evaluated": {0: 0.5, 12: 0.5}}, "progress", "watch", {}),
     ("train", {"evaluated": {0: 0.0, 20: 0.9, 40: 0.5}}, "progress", "act", {"learning_rate": 5e-4}),
     ("train", {"reward": lambda step: step / 40}, "progress", "watch", {"max_steps": 80}),
+    ("train", BOUNDED | {"num_samples": lambda step: 45 * step}, "progress", "watch", {"max_samples": 3200}),
+    ("train", BOUNDED | {"num_samples": lambda step: 39 * step}, "progress", "watch", {}),
     (
         "train",
         {"reward": lambda step: step / 40, "steps": 30, "evaluated": {0: 0.0}},

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tokenrl.language.rewards.library import LIBRARY
+from tokenrl.names import NamedFunction
 from tokenrl.runs.origin import Origin
 
 
@@ -47,7 +48,8 @@ def test_a_command_that_was_typed_is_shown_as_it_was(program, monkeypatch):
 def test_a_program_s_settings_can_be_repeated_by_a_command_if_all_have_names(program, monkeypatch):
     monkeypatch.setattr(sys, "argv", [program])
     again = "tokenrl train --config 'runs/a b/config.json' --overwrite"
-    for options in ({}, {"max_steps": 7}, {"task": Path("x")}, {"reward": (paid, "length(max=3)")}):
+    by_name = {"estimator": Inner(NamedFunction("mine.py:half"))}
+    for options in ({}, {"max_steps": 7}, {"task": Path("x")}, {"reward": (paid, "length(max=3)")}, by_name):
         assert origin(**options).command == again
     said = "\n".join(origin(max_steps=7, reward=(paid,)).in_words())
     assert "started from Python" in said and '"max_steps": 7' in said and "tokenrl train" not in said

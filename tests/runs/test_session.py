@@ -122,6 +122,18 @@ def test_a_run_from_its_directory_to_its_end(tmp_path):
     assert (state["step"], state["counter"]) == (4, {"number": 1 + 2 + 3 + 4})
 
 
+def test_a_budget_of_another_kind_makes_a_step_the_last_and_may_grow(tmp_path):
+    def bounded(most):
+        return lambda session: setattr(session, "spent", lambda: session.step >= most)
+
+    ended = live(tmp_path, at_step=bounded(3), settings=Settings(max_steps=9))
+    assert (ended.exit_reason, ended.steps) == ("finished", 3)
+    assert [row["step"] for row in lines(tmp_path) if "eval_reward" in row] == [0, 2, 3]
+    assert read_state(tmp_path / "checkpoints" / "step_000003")["session"]["ended"] is None
+    more = live(tmp_path, at_step=bounded(5), settings=Settings(max_steps=9), resume="auto")
+    assert (more.steps, more.eval_after) == (5, {"reward": 50.0})
+
+
 def test_an_object_is_written_down_by_its_name(tmp_path):
     live(tmp_path, settings=Settings(task=SimpleNamespace()))
     assert json.loads((tmp_path / "config.json").read_text())["task"] == "an object"

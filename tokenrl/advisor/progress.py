@@ -139,8 +139,7 @@ def progress_finding(history: History, progress: Progress, explained: bool) -> F
         verdict, what = ACT, "fallen from its best"
     elif progress.gained and progress.trend == "rising" and not history.running:
         verdict, what = WATCH, "risen, and still rising when the run ended"
-        whole = history.step >= history.arguments.max_steps  # if stopped, it needs the other steps
-        changes = {"max_steps": 2 * history.arguments.max_steps} if whole else {}
+        changes = _longer(history)
     elif progress.start is progress.now:
         verdict, what = WATCH, "too few steps to compare"
     elif not progress.gained:
@@ -153,6 +152,15 @@ def progress_finding(history: History, progress: Progress, explained: bool) -> F
         text += f", best {_written(progress.best)} at step {progress.best.steps[1]}"
     text += f": {what}; over the last half of the steps the training reward is {progress.trend}"
     return Finding("progress", verdict, text, progress.now.value - progress.start.value, steps, changes)
+
+
+def _longer(history: History) -> dict[str, int]:
+    """Return the settings of a run of twice the length; none if it was stopped, for it needs its own rest."""
+    args, used = history.arguments, history.rows[-1].get("num_samples", 0)
+    samples = getattr(args, "max_samples", None)
+    if samples is not None:
+        return {"max_samples": 2 * samples} if used >= samples else {}
+    return {"max_steps": 2 * args.max_steps} if history.step >= args.max_steps else {}
 
 
 def _written(mean: Mean) -> str:

@@ -20,6 +20,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.guards import check_horizon, set_size, within_rows
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
+from tokenrl.names import NamedFunction
 from tokenrl.runs.threads import Choice, choose_threads, using_threads
 from tokenrl.settings import settled
 
@@ -44,8 +45,10 @@ def check_supported(estimator: Estimator, args: ControlArguments) -> None:
     """Refuse settings of the estimator that have no meaning in an environment.
 
     Raises:
-        Refused: the message names the field, and what to choose.
+        Refused: the message names the field, and what to choose; or the baseline cannot be imported.
     """
+    if isinstance(estimator.baseline, NamedFunction):
+        estimator.baseline.load()
     wrong = {
         "beta": estimator.beta > 0 and "there is no reference policy",
         "baseline 'remax'": estimator.needs_greedy and "no second episode starts in the same state",

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     Truncations = str
 else:
     Baseline = Literal[AXES["baseline"]]
-    BaselineOrFunction = Annotated[Baseline, OR_FUNCTION]  # a function can be given from Python only
+    BaselineOrFunction = Annotated[Baseline, OR_FUNCTION]
     OptimalForm = Literal[AXES["optimal_form"]]
     Scale = Literal[AXES["scale"]]
     Aggregation = Literal[AXES["aggregation"]]

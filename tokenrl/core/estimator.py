@@ -9,6 +9,7 @@ from tokenrl import settings
 from tokenrl.core import axes, bias, validation
 from tokenrl.core.choices import choice_of
 from tokenrl.core.presets import PRESETS
+from tokenrl.names import NamedFunction
 from tokenrl.settings import Bounds, Count, Natural, NonNegative, Number, Positive, Settings
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class Estimator(Settings):
     baseline: axes.BaselineOrFunction = "rloo"
     """What is subtracted from the return; rloo is the mean of the other completions of the prompt.
 
-    From Python also a function f(totals, group_size=..., mask=..., valid=...) that returns [N] or [N, T]."""
+    Also a function f(totals, group_size=..., mask=..., valid=...) that returns [N] or [N, T], by its name
+    module:function or path/to/file.py:function; from Python the function itself too."""
     baseline_constant: Number = 0.0
     """The value subtracted by the baseline 'constant'."""
     running_mean_decay: Annotated[float, Bounds(at_least=0, below=1)] | None = 0.9
@@ -93,6 +95,8 @@ class Estimator(Settings):
 
     def __post_init__(self) -> None:
         """Refuse unknown names, numbers out of range, and choices that exclude each other."""
+        if type(self.baseline) is str and ":" in self.baseline:
+            object.__setattr__(self, "baseline", NamedFunction(self.baseline))
         super().__post_init__()
         validation.check(self)
 

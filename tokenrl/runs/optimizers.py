@@ -65,7 +65,7 @@ def load_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> None:
     bare.load_state_dict({"state": {int(k): kept for k, kept in tensors.items()}, "param_groups": groups})
 
 
-def load_schedule(schedule: LambdaLR, updates: int) -> None:
+def load_schedule(schedule: LambdaLR, updates: float) -> None:
     """Put a schedule to where it is after a number of updates, and set the rates that it gives there.
 
     The rates are computed anew, so they are those of this schedule even if the saved run had another length;
@@ -73,10 +73,11 @@ def load_schedule(schedule: LambdaLR, updates: int) -> None:
 
     Args:
         schedule: the schedule, which may be in any position.
-        updates: number of times that the schedule has been stepped.
+        updates: number of times that the schedule has been stepped; it may also be between two of them.
     """
-    schedule.last_epoch = updates
-    rates = [base * rate(updates) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    place: Any = updates  # torch says int, and computes the rate of any number
+    schedule.last_epoch = place
+    rates = [base * rate(place) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates

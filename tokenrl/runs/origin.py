@@ -72,7 +72,7 @@ def _has_names(value: Any) -> bool:
         return all(map(_has_names, value.values()))
     if isinstance(value, list | tuple):
         return all(map(_has_names, value))
-    if callable(value):
+    if callable(value) and not isinstance(value, str):
         name = getattr(value, "__qualname__", "<")
         return "<" not in name and getattr(value, "__module__", "__main__") != "__main__"
     if is_dataclass(value):

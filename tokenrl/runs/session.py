@@ -58,6 +58,7 @@ class Session(History):
         stop: catches the signals that ask the run to stop.
         continues: whether the run goes on from a checkpoint.
         origin: how the run was started; known from `begin` on.
+        spent: says whether the run has used up a budget other than its steps, so that this step is the last.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Session(History):
         self._saver = Saver(self.output_dir / "checkpoints", self._saving, active=main)
         self._maker = Maker()
         self._begun, self._total = False, 0
+        self.spent: Callable[[], bool] = lambda: False
         self._told: int | None = None  # the exit code in the outcome
 
     def __enter__(self) -> Session:
@@ -176,7 +178,7 @@ class Session(History):
             return
         config = {**settings, **facts, "command": self.origin.command}
         self.directory.write_config(config)
-        if self.ended or self.step >= args.max_steps:
+        if self.ended or self.step >= args.max_steps or self.spent():
             self.console.note("Nothing is left to do: the run had ended.")
             return
         self._recorder.start(self.directory, config)
@@ -199,7 +201,7 @@ class Session(History):
         self._total = total
         self._recorder.show(total, self.step)
         try:
-            while self.step < total and not self.ended and not self._asked():
+            while self.step < total and not (self.spent() or self.ended or self._asked()):
                 self.step += 1
                 yield self.step
                 self._saver.settle(self.step)
@@ -217,7 +219,7 @@ class Session(History):
 
     def due(self, every: int) -> bool:
         """Return whether something is due now: every `every` steps (0: never), and in the last step."""
-        return self.step == self._total or bool(every and self.step % every == 0)
+        return self.step == self._total or self.spent() or bool(every and self.step % every == 0)
 
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""

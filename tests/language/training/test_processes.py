@@ -27,6 +27,7 @@ from tiny_models import (
 )
 
 from tokenrl.core.estimator import Estimator
+from tokenrl.language.training.processes import summed
 
 ENDS = tuple(range(1, 90, 3))  # short completions: the processes differ in their longest
 LATER = PROMPTS[2:]  # the prompts of the second process
@@ -104,6 +105,7 @@ def outcome(name: str) -> dict:
         "weights": weights(policy.model),
         "metrics": record.metrics,
         "widths": widths,
+        "samples": summed(learner.accelerator, learner.generated),
     }
 
 
@@ -199,6 +201,8 @@ def test_two_processes_make_the_update_of_one(two, name):
         else:
             assert not first[key].any()
     assert first["metrics"].keys() == alone["metrics"].keys()
+    assert first["samples"] == second["samples"] == alone["samples"] >= 12
+    assert (alone["samples"] > 12) == (name in ("greedy", "refilled"))
     for key, value in alone["metrics"].items():
         assert first["metrics"][key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
 

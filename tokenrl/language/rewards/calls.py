@@ -6,7 +6,6 @@ under a deadline run in a process of their own (worker.py), which calls them wit
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import numbers
@@ -20,6 +19,7 @@ import numpy as np
 from tokenrl.core.guards import LARGEST_REWARD
 from tokenrl.errors import Refused, Stopped, TokenrlError, describe, suggest
 from tokenrl.language.rewards.awaiting import Attempt, await_all
+from tokenrl.language.rewards.declared import original
 from tokenrl.user_code import is_interrupt, marked_interrupts
 
 Reward = Callable[..., Any]
@@ -252,21 +252,7 @@ def unique_names(functions: Iterable[Reward]) -> list[str]:
     return taken
 
 
-def is_binary(function: Reward) -> bool:
-    """Return whether a reward is declared binary by an attribute `binary = True`: 1 is right, 0 is wrong.
-
-    A function is declared by `function.binary = True`. The values that happen to occur declare nothing.
-    """
-    return getattr(_original(function), "binary", False) is True
-
-
-def _original(function: Any) -> Any:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function
-
-
 def _name(function: Any) -> str:
-    function = _original(function)
+    function = original(function)
     name = getattr(function, "__name__", type(function).__name__)
     return "reward" if name == "<lambda>" else name

@@ -21,10 +21,10 @@ from tokenrl.language.rewards.calls import (
     Reward,
     accepted_arguments,
     checked_rewards,
-    is_binary,
     run_rewards,
     unique_names,
 )
+from tokenrl.language.rewards.declared import declared_range, is_binary, range_of_product
 from tokenrl.language.rewards.library import LIBRARY
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.names import import_attribute
@@ -39,6 +39,7 @@ class _Composed:
     def __init__(self, *parts: Any) -> None:
         functions = [load_reward(part) for part in parts]
         self.parts = dict(zip(unique_names(functions), functions, strict=True))
+        self.ranges = [declared_range(part, name) for name, part in self.parts.items()]
 
     def check_columns(self, available: Iterable[str]) -> None:
         """Check that every part gets the arguments it asks for.
@@ -67,7 +68,7 @@ class Product(_Composed):
 
     If all rewards lie in [0, 1], the product is high only where all of them are high: correct AND well
     formed. Two negative rewards give a positive product, so the parts should not be negative. The product of
-    binary rewards is binary.
+    binary rewards is binary, and it has a range if all of them have one.
 
     Example:
         >>> Product("exact_match", "valid_json(required=['answer'])")  # on the command line: product(...)
@@ -88,6 +89,7 @@ class Product(_Composed):
             raise Refused(f"product was given {len(parts)} rewards; give two or more to multiply.")
         super().__init__(*parts)
         self.binary = all(map(is_binary, self.parts.values()))
+        self.range = range_of_product(self.ranges)
 
     def __call__(self, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
         """Reward N completions."""
@@ -101,7 +103,7 @@ class Gate(_Composed):
     The condition r_1 itself adds nothing to the reward; to reward it too, name it beside the gate. The gate
     abstains where the condition abstains, and where the condition is met but the reward abstains. The reward
     is also called on rows below the threshold, because functions see whole batches. The gate is binary if
-    the reward is, whatever the condition.
+    the reward is, and has a range if the reward has one, whatever the condition.
 
     Example:
         >>> Gate("exact_match", "length(target=20)", threshold=1)  # on the command line: gate(...)
@@ -127,7 +129,8 @@ class Gate(_Composed):
             )
         super().__init__(*parts)
         self.threshold = float(threshold)
-        self.binary = is_binary(list(self.parts.values())[1])
+        self.binary, inner = is_binary(list(self.parts.values())[1]), self.ranges[1]
+        self.range = inner and (min(inner[0], 0.0), max(inner[1], 0.0))
 
     def __call__(self, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
         """Reward N completions."""

@@ -3,7 +3,9 @@
 A reward is a function `f(prompts, completions, **columns) -> list[float | None]`, sync or async, that is
 called with keyword arguments only; None abstains from a row. This is the signature of TRL's rewards, and
 reward models have it too. A reward with an attribute `binary = True` promises 1 for right and 0 for wrong,
-which gives pass@k its meaning; the library's rewards say so themselves where it holds.
+which gives pass@k its meaning. One with an attribute `range = (low, high)` promises to stay between the two,
+which says how large a difference of rewards is; a binary one has the range (0, 1) by itself. The library's
+rewards say both themselves where they hold. A reward that breaks its promise stops the run.
 
 A reward lies between -1e12 and 1e12, and so does the weighted sum (`LARGEST_REWARD`): far larger numbers
 would overflow float32, in which advantages are computed. Whatever a reward raises, `sys.exit` included,
@@ -21,14 +23,17 @@ import numpy as np
 
 from tokenrl.core.guards import LARGEST_REWARD
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.rewards.calls import Called, call_rewards, is_binary, shorten, unique_names
+from tokenrl.language.rewards.calls import Called, call_rewards, shorten, unique_names
 from tokenrl.language.rewards.composition import check_columns, load_reward
+from tokenrl.language.rewards.declared import declared_range, is_binary, range_of_sum
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.worker import RewardWorker
 
 # Arguments that every reward may ask for. Columns of these names are not passed on, as in TRL.
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 WITHHELD = ("prompt", "completion", *GIVEN)
+ROUNDING = 1e-6
+"""How far a reward may leave its declared range, as a share of the range: sums of floats are rounded."""
 
 
 @dataclass
@@ -63,6 +68,8 @@ class Rewards:
         weights: float64 [F].
         binary: whether the total is 0 or 1 by declaration: a single function declared binary, of weight 1.
         pass_threshold: the least total with which a completion is right, for pass@k. None: nothing says so.
+        range: the least and the largest total where no function abstains: the weighted sum of the ranges that
+            the functions declare. None: one of them declares none.
         seconds: the time that each function has taken in all calls so far, by its name.
     """
 
@@ -91,7 +98,7 @@ class Rewards:
 
         Raises:
             Refused: there is no function, the weights are not finite or not one per function, the timeout is
-                not above 0, or a function cannot be sent to another process.
+                not above 0, a function declares a range that is none, or cannot be sent to another process.
         """
         several = isinstance(functions, Sequence) and not isinstance(functions, str)
         given = list(functions) if several else [functions]
@@ -106,6 +113,10 @@ class Rewards:
                 f"{len(self.functions)} finite number(s), one per function."
             )
         self.weights = np.asarray(weights, dtype=np.float64)  # [F]
+        self._ranges = [
+            declared_range(one, name) for one, name in zip(self.functions, self.names, strict=True)
+        ]
+        self.range = range_of_sum(self._ranges, weights)
         self.seconds = dict.fromkeys(self.names, 0.0)
         declared = len(self.functions) == 1 and is_binary(self.functions[0]) and weights[0] > 0
         self.binary = declared and weights[0] == 1 and pass_threshold in (None, 1.0)
@@ -159,8 +170,8 @@ class Rewards:
         Raises:
             Stopped: a function raised, it did not return a number within `LARGEST_REWARD` or None for each
                 completion (the message names the function and the row), it is declared binary and returned
-                another number than 0 or 1, a weighted sum is beyond `LARGEST_REWARD`, or all functions
-                abstained from all rows.
+                another number than 0 or 1, or one outside its declared range, a weighted sum is beyond
+                `LARGEST_REWARD`, or all functions abstained from all rows.
             Refused: a function asks for a column that does not exist.
         """
         rows = _rows(prompts, completions, completion_ids, columns)
@@ -168,7 +179,7 @@ class Rewards:
         for name, spent in called.seconds.items():
             self.seconds[name] += spent
         values = np.stack([called.values[name] for name in self.names], axis=1)
-        self._check_binary(values, rows["completions"])
+        self._check_declared(values, rows["completions"])
         valid = ~np.isnan(values).all(axis=1)  # [N]
         if not valid.any() and not all_may_abstain:
             raise Stopped(
@@ -196,16 +207,29 @@ class Rewards:
             "smaller reward_weights."
         )
 
-    def _check_binary(self, values: np.ndarray, completions: Sequence[Any]) -> None:
-        """Stop if a function that is declared binary returned something else than 0, 1 or None."""
-        for name, function, column in zip(self.names, self.functions, values.T, strict=True):
-            wrong = np.flatnonzero(~(np.isin(column, (0.0, 1.0)) | np.isnan(column)))
-            if is_binary(function) and len(wrong):
-                row = int(wrong[0])
+    def _check_declared(self, values: np.ndarray, completions: Sequence[Any]) -> None:
+        """Stop if a function returned a number that it has declared not to return."""
+        functions = zip(self.names, self.functions, self._ranges, values.T, strict=True)
+        for name, function, bounds, column in functions:
+            if is_binary(function):
+                wrong = ~(np.isin(column, (0.0, 1.0)) | np.isnan(column))
+                promise, mend = (
+                    "declared binary",
+                    "Return 0 or 1 (None abstains), or leave its attribute binary out.",
+                )
+            elif bounds is not None:
+                low, high = bounds
+                slack = ROUNDING * (high - low)
+                wrong = (column < low - slack) | (column > high + slack)  # False for nan
+                promise = f"declared to lie in the range {low:g} to {high:g}"
+                mend = "Mend the reward, or its attribute range."
+            else:
+                continue
+            if wrong.any():
+                row = int(wrong.argmax())
                 raise Stopped(
-                    f"Reward function {name} is declared binary and returned {column[row]:g} for row "
-                    f"{row}, completion {shorten(completions[row])}. Return 0 or 1 (None abstains), "
-                    "or leave its attribute binary out."
+                    f"Reward function {name} is {promise} and returned {column[row]:g} for row "
+                    f"{row}, completion {shorten(completions[row])}. {mend}"
                 )
 
     def _call(self, rows: Mapping[str, list[Any]], state: Mapping[str, Any]) -> Called:

@@ -39,7 +39,8 @@ class Task(Protocol):
         train_prompts: rows to train on. A row is a mapping with a "prompt", which is text or a list of chat
             messages; its other columns are passed to the reward as keyword arguments.
         eval_prompts: rows to evaluate on.
-        reward: a reward function or a list of them.
+        reward: a reward function or a list of them. A function may declare itself by the attributes
+            `binary = True` or `range = (low, high)`.
         max_completion_length: the most tokens of a completion; None leaves it to the settings of the run.
     """
 

@@ -42,12 +42,17 @@ class SamplingArguments(Settings, group="sampling"):
 class OptimiserArguments(Settings, group="optimiser"):
     """How the weights are updated from a rollout."""
 
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw divides each weight's step by the usual size of its gradient, so a factor of the loss changes
+    nothing. sgd, without momentum, subtracts learning_rate x gradient; it needs a learning_rate, and shows
+    factors if max_grad_norm is 0. A critic always learns with AdamW."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] | None = None
     """Schedule of the learning rate after the warm-up; linear and cosine fall to 0. Default: constant."""
     warmup_steps: Natural = 0
     """Steps over which the learning rate rises from 0 to its peak."""
     weight_decay: NonNegative = 0.0
-    """AdamW's decoupled weight decay."""
+    """Each update also shrinks the weights by learning_rate x weight_decay of their size, with sgd as with
+    adamw (decoupled)."""
     max_grad_norm: NonNegative = 1.0
     """Gradients with a larger norm are scaled down to this norm; 0: never."""
     num_iterations: Count = 1
@@ -80,8 +85,8 @@ class EvaluationArguments(Settings, group="evaluation"):
     """What is measured during training."""
 
     eval_every: Natural | None = None
-    """Steps between evaluations on held-out prompts; 0: only before and after training. Default: a tenth
-    of the run."""
+    """Steps between evaluations on held-out prompts (with max_samples, that many steps' worth of samples); 0:
+    only before and after training. Default: a tenth of the run."""
     eval_generations: Natural = 4
     """Sampled completions per held-out prompt, besides the greedy one."""
     diagnostics_every: Natural = 0
@@ -158,9 +163,14 @@ class TrainArguments(
     than its own: a quarter more than its longest demonstration has."""
     learning_rate: Positive | None = None
     """Peak learning rate. Default: by the model's size, such as 2e-4 for 1 M parameters, 1e-5 for 135 M, and
-    1e-6 from 1 B on; ten times that with LoRA, at most 1e-3."""
+    1e-6 from 1 B on; ten times that with LoRA, at most 1e-3. None with --optimizer sgd."""
     seed: Seed = 0
     """Seed of the order of prompts, of sampling and of new adapters."""
+    max_samples: Count | None = None
+    """Completions to generate in training, in place of max_steps, which then follows and is ignored if it is
+    given. ReMax's greedy completions and DAPO's refills count (metric num_samples); evaluations and
+    filter_difficulty do not. The run ends after the step that uses them up. The learning rate and eval_every
+    follow the samples: eval_every times prompts_per_step x num_generations lie between two evaluations."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""
     check: bool = False

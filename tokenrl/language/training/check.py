@@ -43,16 +43,17 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     texts = check_texts(run)
     trials = try_out(run, session, texts, evaluate)
     disk = disk_cost(run, session.output_dir, trials.records)
-    usual = run.defaults.values["learning_rate"]
+    rate, usual = run.args.learning_rate, run.defaults.values.get("learning_rate")
     found = [
         *texts.findings,
         *trials.findings,
         *_signal_findings(run, session, trials),
         *_sampling_findings(run, trials),
-        rate_finding(run.args.learning_rate, usual, "this model"),
+        None if usual is None else rate_finding(rate, usual, "this model"),
         disk_finding(run, disk),
     ]
-    measured = _measured(run, trials) | {"learning rate": f"{run.args.learning_rate:g} (usual: {usual:g})"}
+    known = f" (usual: {usual:g})" if usual is not None else f", {run.args.optimizer}"
+    measured = _measured(run, trials) | {"learning rate": f"{rate:g}{known}"}
     if trials.records:
         measured["time"] = time_cost(run, trials.records, trials.evaluation)
     measured["memory"] = memory_cost(run)

@@ -37,12 +37,16 @@ class Experience(NamedTuple):
 
 
 def sample(learner: Learner, prompts: Prompts, sampling: Sampling) -> Rollout:
-    """Sample completions with the run's generator, and compute what else the estimator needs of a rollout."""
+    """Sample completions with the run's generator, and compute what else the estimator needs of a rollout.
+
+    All completions of a training step come from here, and are counted in `learner.generated`.
+    """
     estimator = learner.estimator
     prompt_ids = encode(learner.policy, [row["prompt"] for _, row in prompts], sampling)
     draws = uniforms("training", sampling, [place for place, _ in prompts])
     with learner.accelerator.autocast():
         rollout = learner.generator.generate(prompt_ids, sampling, draws)
+        learner.generated += len(rollout.mask)
         if draws is None:  # greedy completions are only rewarded, never learnt from
             return rollout
         return with_missing_fields(

@@ -16,8 +16,8 @@ from tokenrl.runs.space import in_words
 from tokenrl.runs.timings import peak_memory
 
 GIB = 1024**3
-MOMENTS = 2
-"""Numbers that AdamW keeps for each trainable weight, in the weight's precision."""
+MOMENTS = {"adamw": 2, "sgd": 0}
+"""Numbers that each optimiser keeps for each trainable weight, in the weight's precision."""
 METRICS = 3000
 """About the bytes of a step in metrics.jsonl and timings.jsonl."""
 
@@ -50,7 +50,7 @@ def time_cost(run: Run, records: Sequence[Record], evaluation: float) -> str:
     """
     args = run.args
     parts = [[record.timings[name] for record in records] for name in ("collect", "update")]
-    count = 1 + -(-args.max_steps // args.eval_every) if args.eval_every else 2
+    count = 1 + -(-run.budget.plain_steps // args.eval_every) if args.eval_every else 2
     low, high = (args.max_steps * sum(map(end, parts)) + count * evaluation for end in (min, max))
     return f"{time_needed(low, high)} for {args.max_steps} steps and {count} evaluations"
 
@@ -59,7 +59,7 @@ def disk_cost(run: Run, place: Path, records: Sequence[Record]) -> Disk:
     """Estimate the bytes that the run needs at most: checkpoints, model and logs.
 
     One checkpoint more than are kept lies there while a new one is written. A checkpoint has the weights (of
-    an adapter the adapter's own) and AdamW's two moments.
+    an adapter the adapter's own) and the optimiser's moments.
 
     Args:
         run: the run.
@@ -70,9 +70,9 @@ def disk_cost(run: Run, place: Path, records: Sequence[Record]) -> Disk:
     model, trained = _bytes(list(policy.model.parameters())), _bytes(policy.trainable_parameters())
     weights = trained if policy.has_adapter else model
     table = sum(len(str(row).encode()) for record in records[:1] for row in record.rows())
-    tables = 1 + args.max_steps // args.log_completions if args.log_completions else 0
+    tables = 1 + run.budget.plain_steps // args.log_completions if args.log_completions else 0
     return Disk(
-        (args.keep_checkpoints + 1) * (weights + MOMENTS * trained),
+        (args.keep_checkpoints + 1) * (weights + MOMENTS[args.optimizer] * trained),
         model + (trained if policy.has_adapter else 0),
         tables * table + args.max_steps * METRICS,
         shutil.disk_usage(place).free,
@@ -93,7 +93,7 @@ def disk_finding(run: Run, disk: Disk) -> Finding | None:
 
 def memory_cost(run: Run) -> str:
     """Return in words the most memory held so far, and with the moments, which the first update makes."""
-    moments = MOMENTS * _bytes(run.learner.policy.trainable_parameters())
+    moments = MOMENTS[run.args.optimizer] * _bytes(run.learner.policy.trainable_parameters())
     peak = peak_memory()
     on_gpu = run.learner.policy.device.type == "cuda"
     shown = []

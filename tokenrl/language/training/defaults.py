@@ -16,7 +16,9 @@ import numpy as np
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
+from tokenrl.language.training.budget import Budget
 from tokenrl.language.training.supervised import Pair, encode_demonstrations
+from tokenrl.settings import settled
 
 ANY = {
     "max_steps": 200,
@@ -154,7 +156,12 @@ def training_defaults(args: TrainArguments, task: Any, policy: Policy | None = N
     if limit is not None:
         layers.append(({"max_completion_length": limit[0]}, limit[1]))
     values, origins = _settle(args, layers)
-    every = values.setdefault("eval_every", max(1, (args.max_steps or values["max_steps"]) // 10))
+    if args.optimizer != "adamw":  # for which alone rates are known
+        del values["learning_rate"]
+    budget = Budget.of(settled(TrainArguments, args, values))
+    if args.max_samples is not None:
+        values["max_steps"], origins["max_steps"] = budget.steps, f"max_samples {args.max_samples:,}"
+    every = values.setdefault("eval_every", max(1, budget.plain_steps // 10))
     values.setdefault("log_completions", every if args.eval_every is None else args.eval_every)
     return Defaults(values, origins)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -28,7 +27,7 @@ from tokenrl.language.training.defaults import training_defaults
 from tokenrl.language.training.difficulty import filter_task
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.mistakes import without_effect
-from tokenrl.language.training.processes import others_needed
+from tokenrl.language.training.processes import others_needed, summed
 from tokenrl.language.training.run import Run, RunResult, facts, finish, record_step
 from tokenrl.language.training.setup import (
     adapt,
@@ -77,8 +76,8 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         >>> result = tokenrl.train(task="sort_digits", estimator="rloo", output_dir="runs/a")
         >>> result.eval_after["reward_greedy"]
     """
-    args = settled_form(called(TrainArguments, args, options))
-    args = taken_up(args, args.resume, args.output_dir)
+    asked = settled_form(called(TrainArguments, args, options))
+    args = taken_up(asked, asked.resume, asked.output_dir)
     task, rewards = find_task(args)
     accelerator = make_accelerator(resolve(args, task))  # refused before anything is loaded
     with (
@@ -99,7 +98,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         args = run.args
         with closing(run.learner.generator), using_threads(args.training_threads):
             session.open(f"tokenrl train: {run.task.name}", facts(run))
-            for warning in _warnings(run):
+            for warning in _warnings(run, asked):
                 session.console.warn(warning)
             if args.check:
                 return check_run(run, session, partial(_evaluate, run, step=0))
@@ -120,7 +119,7 @@ def _loop(run: Run, session: Session) -> RunResult:
     for step in session.steps(args.max_steps):
         record = _one_step(run, step)
         metrics = dict(record.metrics)
-        if session.due(args.eval_every):
+        if run.due(session, args.eval_every):
             metrics |= session.evaluated(_evaluate(run, step))
         record_step(run, session, record, metrics)
         if ended_by := nothing_left(run, session, metrics):
@@ -169,6 +168,7 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
         defaults=defaults,
         warm_started=warmed,
     )
+    session.spent = lambda: run.spent
     session.keep(
         SavedPolicy(policy),
         maker,
@@ -180,11 +180,11 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
     return run
 
 
-def _warnings(run: Run) -> list[str]:
+def _warnings(run: Run, asked: TrainArguments) -> list[str]:
     """Return what is said before the first step of prompts and settings that are probably mistakes."""
     rows = run.task.train_prompts
     special = special_texts(run.learner.policy.tokenizer, [row["prompt"] for row in rows])
-    return [*few_prompts(rows), *special, *without_effect(run.args)]
+    return [*few_prompts(rows), *special, *without_effect(run.args, asked)]
 
 
 def _check_lengths(run: Run) -> None:
@@ -207,15 +207,16 @@ def _one_step(run: Run, step: int) -> Record:
     record.metrics["learning_rate"] = run.schedule.get_last_lr()[0]
     record.metrics["skipped_steps"] = run.learner.skipped
     record.metrics["idle_steps"] = run.learner.idle
-    with warnings.catch_warnings():  # PyTorch's, if the first update was skipped
-        warnings.simplefilter("ignore", UserWarning)
-        run.schedule.step()
     rows = run.args.prompts_per_step * run.args.num_generations
     run.completion_tokens += record.metrics["completions/mean_length"] * rows
     run.entropies.append(record.metrics["entropy"])
     run.cut = record.metrics["completions/clipped_ratio"]
     run.tokens += int(record.metrics["num_tokens"])
     record.metrics["num_tokens"] = run.tokens
+    run.latest, run.learner.generated = summed(run.learner.accelerator, run.learner.generated), 0
+    run.samples += run.latest
+    record.metrics["num_samples"] = run.samples
+    run.set_rate()
     record.timings["step_seconds"] = time.perf_counter() - began
     run.step_seconds += record.timings["step_seconds"]
     return record

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from tokenrl.errors import Refused
-from tokenrl.language.training.arguments import TrainSettings
+from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 
 
 class _Needs(NamedTuple):
@@ -29,6 +29,22 @@ _NEEDS = {
 }
 
 
+def check_rate(args: TrainArguments) -> None:
+    """Refuse to train without a learning rate where none can be recommended.
+
+    Raises:
+        Refused: the optimiser is SGD, and no learning rate is given.
+    """
+    if args.optimizer == "sgd" and args.learning_rate is None:
+        raise Refused(
+            "optimizer='sgd' was given without a learning_rate, and the default rates are made for AdamW. A "
+            "step of AdamW at the rate r has a norm of about r x sqrt(number of weights) at most, and one of "
+            "SGD learning_rate x grad_norm (a metric, at most max_grad_norm after clipping). Start with the "
+            "rate that makes both equal, such as 2e-4 x sqrt(100,000) / 1, about 0.06, and try factors of 2 "
+            "around it: --learning-rate 0.06."
+        )
+
+
 def check_sizes(args: TrainSettings) -> None:
     """Refuse settings that do not fit the length of completions.
 
@@ -44,8 +60,18 @@ def check_sizes(args: TrainSettings) -> None:
         )
 
 
-def without_effect(args: TrainSettings) -> Iterator[str]:
-    """Yield a warning for each setting that was changed, but cannot do what it is for beside the others."""
+def without_effect(args: TrainSettings, asked: TrainArguments) -> Iterator[str]:
+    """Yield a warning for each setting that was changed, but cannot do what it is for beside the others.
+
+    Args:
+        args: the settings of the run.
+        asked: what was asked for.
+    """
+    if args.max_samples is not None and asked.max_steps not in (None, args.max_steps):
+        yield (
+            f"max_steps={asked.max_steps} has no effect, because max_samples={args.max_samples} says how "
+            f"long the run is: {args.max_steps} steps or fewer. Leave one of the two out."
+        )
     if args.warmup_steps >= args.max_steps:
         yield (
             f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}, so the learning "

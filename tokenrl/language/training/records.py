@@ -24,6 +24,8 @@ def step_metrics(rows: StepRows, names: Sequence[str], group_size: int) -> dict[
     have no gradient. `reward_stderr` is the standard error of `reward` over prompts; it is missing with a
     single prompt. `entropy` is the mean over sampled tokens, in nats. `kl` is the mean over completions of
     the log-ratio to the reference summed over tokens (k1: unbiased, in nats); see `kl_metrics` for the rest.
+    The run adds `num_samples`, the number of completions generated so far, greedy and replaced ones included,
+    and adds up `num_tokens`, the tokens of prompts and of the completions learnt from.
 
     Args:
         rows: all N rows of the step.

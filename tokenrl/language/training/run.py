@@ -21,6 +21,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainSettings
+from tokenrl.language.training.budget import Budget
 from tokenrl.language.training.defaults import Defaults, with_origins
 from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.reward_time import RewardTime
@@ -32,7 +33,10 @@ from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import Choice, threads_in_words
 
-PROGRESS = ("tokens", "completion_tokens", "step_seconds", "entropies", "flat_steps", "all_flat", "cut")
+PROGRESS = (
+    *("tokens", "samples", "completion_tokens", "step_seconds", "entropies", "flat_steps", "all_flat"),
+    "cut",
+)
 """The fields of a `Run` that say how far it has come, and that are numbers or lists of numbers."""
 
 
@@ -76,6 +80,8 @@ class Run:
         threads: the number of threads for sampling and training; empty where no CPU computes.
         defaults: the value that each setting has if it is left open, and where the run's value comes from.
         tokens: number of prompt and completion tokens so far.
+        samples: number of completions generated so far, greedy and replaced ones included.
+        latest: the number of these that the latest step has generated.
         completion_tokens: number of completion tokens so far.
         step_seconds: seconds spent in training steps so far.
         entropies: mean entropy of each step, in nats per token.
@@ -98,6 +104,8 @@ class Run:
     threads: dict[str, Choice]
     defaults: Defaults
     tokens: int = 0
+    samples: int = 0
+    latest: int = 0
     completion_tokens: float = 0.0
     step_seconds: float = 0.0
     entropies: list[float] = field(default_factory=list)
@@ -108,6 +116,25 @@ class Run:
     means: list[Tensor] = field(default_factory=list)
     reward_time: RewardTime = field(default_factory=RewardTime)
     watch: Watch | None = None
+
+    @property
+    def budget(self) -> Budget:
+        """How long the run is."""
+        return Budget.of(self.args)
+
+    @property
+    def spent(self) -> bool:
+        """Whether the run has generated all completions that it may, where their number is bounded."""
+        return self.budget.spent(self.samples)
+
+    def due(self, session: Session, every: int) -> bool:
+        """Return whether something is due in this step: every `every` plain steps, and in the last step."""
+        passes = self.budget.passes(every, session.step, self.samples - self.latest, self.samples)
+        return passes or session.due(0)
+
+    def set_rate(self) -> None:
+        """Set the learning rate of the next step."""
+        load_schedule(self.schedule, self.budget.position(len(self.entropies), self.samples))
 
     @property
     def last_entropy(self) -> float:
@@ -135,7 +162,6 @@ class Run:
             **{name: getattr(self, name) for name in PROGRESS},
             "means": {str(number): means for number, means in enumerate(self.means)},
             "watch": None if self.watch is None else self.watch.state_dict(),
-            "scheduled": self.schedule.last_epoch,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -148,7 +174,7 @@ class Run:
         if state["watch"] is not None:
             self.watch = Watch({}, groups=self.args.prompts_per_step)
             self.watch.load_state_dict(state["watch"])
-        load_schedule(self.schedule, state["scheduled"])
+        self.set_rate()
 
     def result(self, session: Session, reason: str) -> RunResult:
         """Return the result for the caller; `reason` says how the run ended, unless a signal ended it."""
@@ -177,7 +203,8 @@ def facts(run: Run) -> dict[str, Any]:
             " x ", max_steps="{} steps", prompts_per_step="{} prompts", num_generations="{} completions"
         ),
         "completions": told(max_completion_length="up to {} tokens"),
-        "learning rate": told(learning_rate="{:g}", lr_scheduler_type="{}"),
+        "learning rate": told(learning_rate="{:g}", lr_scheduler_type="{}")
+        + (f", {args.optimizer}" if args.optimizer != "adamw" else ""),
         "seed": args.seed,
         **({"threads": threads_in_words(run.threads)} if run.threads else {}),
         **asked(policy.form, args.model),
@@ -194,7 +221,7 @@ def record_step(run: Run, session: Session, record: Record, metrics: dict[str, f
     shown, rows = run.args.log_completions, []
     for name, warning in run.reward_time.add(record.timings).items():
         session.warn_once(f"slow-reward/{name}", f"step {session.step}: {warning}")
-    if session.directory is not None and shown and (session.step == 1 or session.due(shown)):
+    if session.directory is not None and shown and (session.step == 1 or run.due(session, shown)):
         rows = record.rows()
         write_completions(session.directory.completions, session.step, rows)
     session.record(metrics, record.timings | {"tokens_per_second": run.tokens_per_second})

@@ -6,6 +6,7 @@ Arguments that cannot be used are refused here, before anything is trained.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.guards import check_horizon, within_rows
 from tokenrl.core.statistics import GradientDiagnostics
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.adapters import add_lora
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
@@ -27,7 +28,7 @@ from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.critic import Critic
 from tokenrl.language.training.defaults import Defaults, demonstrations, training_defaults
-from tokenrl.language.training.mistakes import check_sizes
+from tokenrl.language.training.mistakes import check_rate, check_sizes
 from tokenrl.language.training.supervised import check_trainable, warm_started_base
 from tokenrl.language.training.update import Learner
 from tokenrl.runs.resume import Maker
@@ -51,8 +52,11 @@ def resolved(args: TrainArguments, found: Defaults) -> TrainSettings:
     """Fill in the arguments left open from what has been found for them, and check them.
 
     Raises:
-        Refused: two settings contradict each other.
+        Refused: two settings contradict each other, or there is no learning rate for the optimiser.
     """
+    check_rate(args)
+    if args.max_samples is not None:
+        args = replace(args, max_steps=None)  # it follows from the samples
     settings = settled(TrainSettings, args, found.values)
     check(settings)
     return settings
@@ -112,18 +116,21 @@ def _try_out(args: TrainSettings) -> None:
     """Call the estimator on a step of zeros, so that it refuses wrong settings before anything is loaded."""
     n = args.prompts_per_step * args.num_generations
     zeros = torch.zeros(n, 1)
-    args.estimator.advantages(
-        zeros[:, 0],
-        zeros + 1,
-        group_size=args.num_generations,
-        logprobs=zeros,
-        ref_logprobs=zeros,
-        values=zeros,
-        greedy_rewards=zeros[:, 0],
-        score_norms=zeros + 1,
-        baseline_value=0.0,
-        max_length=args.max_completion_length,
-    )
+    try:
+        args.estimator.advantages(
+            zeros[:, 0],
+            zeros + 1,
+            group_size=args.num_generations,
+            logprobs=zeros,
+            ref_logprobs=zeros,
+            values=zeros,
+            greedy_rewards=zeros[:, 0],
+            score_norms=zeros + 1,
+            baseline_value=0.0,
+            max_length=args.max_completion_length,
+        )
+    except Stopped as error:
+        raise Refused(f"Tried on rewards of 0, before the run: {error}") from error
 
 
 def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
@@ -211,12 +218,7 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple
             policy.reference.to(accelerator.device)
     policy.model.to(accelerator.device)
     choose_way(policy, hidden=args.estimator.needs_values, accelerator=accelerator)
-    optimizer = torch.optim.AdamW(
-        policy.trainable_parameters(),
-        lr=args.learning_rate,
-        weight_decay=args.weight_decay,
-        fused=accelerator.device.type in ("cpu", "cuda"),
-    )
+    optimizer = make_optimizer(args, policy, accelerator.device.type)
     # transformers' "constant" would leave out the warm-up
     kind = "constant_with_warmup" if args.lr_scheduler_type == "constant" else args.lr_scheduler_type
     schedule = get_scheduler(kind, optimizer, args.warmup_steps, args.max_steps)
@@ -231,6 +233,15 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple
     if args.diagnostics_every:
         learner.diagnostics = GradientDiagnostics(args.diagnostics_every)
     return learner, schedule
+
+
+def make_optimizer(args: TrainSettings, policy: Policy, device: str) -> torch.optim.Optimizer:
+    """Make the optimiser of the policy's trainable parameters, which lie on a kind of device."""
+    parameters = policy.trainable_parameters()
+    rates: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(parameters, **rates)
+    return torch.optim.AdamW(parameters, **rates, fused=device in ("cpu", "cuda"))
 
 
 def made_from(policy: Policy, rows: Mapping[str, Sequence[Any]], accelerator: Any = None) -> Maker:

@@ -52,6 +52,7 @@ class Learner:
         nonfinite: number of consecutive updates, up to now, whose gradient was not finite.
         skipped: number of all updates so far that were skipped for such a gradient.
         idle: number of all updates so far that were left out because no row could have a gradient.
+        generated: number of completions that this process has generated since they were last counted.
     """
 
     policy: Policy
@@ -66,6 +67,7 @@ class Learner:
     nonfinite: int = 0
     skipped: int = 0
     idle: int = 0
+    generated: int = 0
 
     @property
     def sampling(self) -> Sampling:

@@ -119,8 +119,10 @@ def _slower(run: Run) -> str:
     """Say that the learning rate is the likely cause of a loss, and which one to take."""
     args, task = run.args, run.task
     rate = args.learning_rate
-    advised = run.defaults.values["learning_rate"]
+    advised = run.defaults.values.get("learning_rate")
     cause = f"The learning rate, {rate:g}, is the likely cause"
+    if advised is None:
+        return f"{cause}: try --learning-rate {rate / 4:g}."
     if rate > advised:
         own = (getattr(task, "train", None) or {}).get("learning_rate") == advised
         whose = "the task recommends" if own else "for this model the default is"

@@ -136,6 +136,7 @@ class Repetition:
     n: int = 3
     unit: Unit = "words"
     __name__ = "repetition"
+    range = (-1.0, 0.0)
 
     def __post_init__(self) -> None:
         if type(self.n) is not int or self.n < 1:
@@ -200,6 +201,7 @@ class Sentiment:
     positive: Sequence[str] = ()
     negative: Sequence[str] = ()
     __name__ = "sentiment"
+    range = (-1.0, 1.0)
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
         """Reward N completions."""

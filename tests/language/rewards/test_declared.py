@@ -1,4 +1,4 @@
-"""Which rewards say what a right answer is: declared binary, combined, weighted, or with a threshold."""
+"""What rewards declare: what a right answer is (binary, or with a threshold), and their range."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 import toy_tasks
-from tokenrl.errors import Stopped
+from tokenrl.errors import Refused, Stopped
 from tokenrl.language.inspect.arguments import EvaluateArguments
+from tokenrl.language.rewards.composition import Gate
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.task import find_task
 
@@ -67,6 +68,65 @@ def test_a_reward_that_breaks_its_promise_stops_the_run():
         Rewards(lies)([""] * 3, list("abc"), [[1]] * 3, {}, step=0)
     lies.binary = False
     assert Rewards(lies)([""] * 3, list("abc"), [[1]] * 3, {}, step=0).total.tolist() == [0, 0, 0.5]
+
+
+def between(completions):
+    return [0.5 for _ in completions]
+
+
+between.range = (-2, 3)
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights", "expected"),
+    [
+        (right, None, (0, 1)),
+        (partial(between), None, (-2, 3)),
+        (silent, None, None),
+        (between, [-2.0], (-6, 4)),
+        ([right, between], [10.0, 0.5], (-1, 11.5)),
+        ([right, between], [1.0, -1.0], (-3, 3)),
+        ([right, silent], None, None),
+        (["exact_match", "repetition", "sentiment"], [2.0, 1.0, 0.5], (-1.5, 2.5)),
+        ("length(target=3)", None, None),
+        ("product(exact_match, repetition)", None, (-1, 0)),
+        ("product(sentiment, repetition)", None, (-1, 1)),
+        ("product(exact_match, length(target=3))", None, None),
+        ("gate(length(target=3), exact_match, threshold=-1)", None, (0, 1)),
+        ("gate(exact_match, repetition)", None, (-1, 0)),
+        ("gate(exact_match, length(target=3))", None, None),
+    ],
+)
+def test_the_range_that_rewards_declare(functions, weights, expected):
+    assert Rewards(functions, weights).range == expected
+
+
+def test_a_gate_that_is_closed_pays_0_also_outside_the_range_of_its_reward():
+    def high(completions):
+        return [2.0 for _ in completions]
+
+    high.range = (1.0, 2.0)
+    assert Rewards(Gate(right, high)).range == (0, 2)
+
+
+@pytest.mark.parametrize("found", [(1, 0), (0, 0), (0,), 5, "01", (0, float("inf")), (False, True)])
+def test_a_range_that_is_none_is_refused(found):
+    def odd(completions):
+        return [0.0 for _ in completions]
+
+    odd.range = found
+    with pytest.raises(Refused, match=r"odd has an attribute range = .* such as \(0, 1\)"):
+        Rewards(odd)
+
+
+@pytest.mark.parametrize("outside", [1.01, -0.01])
+def test_a_reward_that_leaves_its_range_stops_the_run(outside):
+    def drifts(completions):
+        return [1.0 + 1e-9, None, outside]  # the first is rounding
+
+    drifts.range = (0, 1)
+    with pytest.raises(Stopped, match=rf"drifts is declared .* 0 to 1 and returned {outside} for row 2"):
+        Rewards(drifts)([""] * 3, list("abc"), [[1]] * 3, {}, step=0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,93 @@
+"""A baseline by its name: imported when it is used, written and compared as text, sent to other processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+
+import pytest
+import torch
+
+from tokenrl.core import Estimator
+from tokenrl.errors import Refused, Stopped
+from tokenrl.names import NamedFunction
+from tokenrl.settings import arguments
+
+FILE = """
+import torch
+from pathlib import Path
+times = Path(__file__).with_suffix(".times")
+times.write_text(times.read_text() + "x" if times.exists() else "x")
+constant = 5
+def half(totals, group_size, mask, valid):
+    return torch.full_like(totals, 0.5)
+def fails(totals, **rows):
+    raise ValueError("no idea")
+def narrow(totals, **rows):
+    return totals[:1]
+"""
+SCORES, MASK = torch.tensor([0.0, 1.0, 1.0, 3.0]), torch.ones(4, 2)
+
+
+@pytest.fixture
+def mine(tmp_path):
+    (tmp_path / "mine.py").write_text(FILE)
+    return str(tmp_path / "mine.py")
+
+
+def advantages(estimator):
+    return estimator.advantages(SCORES, MASK, group_size=2).policy
+
+
+def test_the_named_function_is_the_baseline_and_is_imported_once_when_it_is_used(mine, tmp_path):
+    estimator = Estimator(baseline=f"{mine}:half")
+    changed = dataclasses.replace(estimator, scale="group_std")
+    assert not (tmp_path / "mine.times").exists()
+    assert estimator.bias_status == "unknown" and not estimator.needs_groups
+    assert torch.equal(advantages(estimator), SCORES - 0.5)
+    again = dataclasses.replace(estimator, beta=0.1)
+    assert torch.equal(advantages(dataclasses.replace(again, beta=0.0)), SCORES - 0.5)
+    assert torch.equal(advantages(changed), advantages(dataclasses.replace(changed, beta=0.0)))
+    assert (tmp_path / "mine.times").read_text() == "x"
+
+
+def test_it_is_the_text_that_it_is(mine):
+    spec = f"{mine}:half"
+    estimator = Estimator(baseline=spec)
+    advantages(estimator)
+    sent = pickle.loads(pickle.dumps(estimator))
+    assert sent == estimator == arguments(Estimator, {"baseline": spec}) and hash(sent) == hash(estimator)
+    assert torch.equal(advantages(sent), SCORES - 0.5)
+    assert json.loads(json.dumps(dataclasses.asdict(estimator)))["baseline"] == spec
+    assert Estimator.preset("grpo", baseline=spec).baseline == spec != "rloo"
+    assert estimator != Estimator() and estimator.reference == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "words"),
+    [
+        ("fails", Stopped, "The baseline '.*mine.py:fails' failed: it raised ValueError: no idea"),
+        ("narrow", Refused, r"The baseline '.*mine.py:narrow' returned shape \(1,\)"),
+        ("constant", Refused, "mine.py:constant' is a int, which cannot be called"),
+        ("halv", Refused, "halv.*Did you mean 'half'"),
+    ],
+)
+def test_what_is_wrong_with_it_is_said(mine, name, error, words):
+    estimator = Estimator(baseline=f"{mine}:{name}")
+    with pytest.raises(error, match=words):
+        advantages(estimator)
+
+
+def test_a_name_without_its_function_is_refused_with_both_forms():
+    for wrong in ("mine.py", "roo", "", 5):
+        with pytest.raises(Refused, match=r"one of none, .*or a function: module:function or path/to"):
+            Estimator(baseline=wrong)
+    with pytest.raises(Refused, match=r"there is no file no/such\.py"):
+        advantages(Estimator(baseline="no/such.py:half"))
+
+
+def test_any_function_can_be_named():
+    root = NamedFunction("math:sqrt")
+    assert root(4.0) == 2.0 and root == "math:sqrt" and pickle.loads(pickle.dumps(root))(9.0) == 3.0
+    assert type(pickle.loads(pickle.dumps(root))) is NamedFunction and root.__name__ == "math:sqrt"

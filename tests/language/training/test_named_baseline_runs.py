@@ -1,0 +1,88 @@
+"""A baseline given by its name on the command line: a whole run, its config.json, its continuation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from tokenrl.cli import main
+
+FILE = """
+import torch
+def half(totals, group_size, mask, valid):
+    return torch.full_like(totals, 0.5)
+def fails(totals, **rows):
+    raise ValueError("no idea")
+"""
+REWARD = "def share(completions, **rows):\n    return [text.count('a') / 9 for text in completions]\n"
+QUICK = """--max-steps 4 --prompts-per-step 2 --num-generations 2 --eval-size 2 --save-every 2
+--max-completion-length 6 --training-threads 1 --sampling-threads 1"""
+AGENT = "control --output-dir run --num-envs 4 --max-steps 1 --eval-episodes 2 --quiet --overwrite"
+
+
+@pytest.fixture
+def train(saved, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(FILE)
+    (tmp_path / "paid.py").write_text(REWARD)
+    rows = [{"prompt": word} for word in ("the cat", "a dog", "the mat", "on", "the log", "sat")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    known = ["--task", "rows.jsonl", "--reward", "paid.py:share", "--model", str(saved()), "--cpu", "--quiet"]
+    known += QUICK.split()
+
+    def run(folder, *flags):
+        return main(["train", *known, "--output-dir", folder, *flags])
+
+    return run
+
+
+def test_a_run_with_a_named_baseline_repeats_continues_and_is_that_of_the_function(train, tmp_path, capsys):
+    def metrics(name):
+        return (tmp_path / name / "metrics.jsonl").read_text()
+
+    assert train("run", "--estimator.baseline", "mine.py:half") == 0
+    assert (
+        json.loads((tmp_path / "run" / "config.json").read_text())["estimator"]["baseline"] == "mine.py:half"
+    )
+    assert train("same", "--estimator.baseline", "constant", "--estimator.baseline-constant", "0.5") == 0
+    assert metrics("run") == metrics("same")
+    assert main(["train", "--config", "run", "--output-dir", "again"]) == 0
+    assert metrics("run") == metrics("again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_000004")
+    assert main(["train", "--config", "run", "--output-dir", "again", "--resume", "auto"]) == 0
+    assert metrics("run") == metrics("again")
+    capsys.readouterr()
+    other = ["--estimator.baseline", "rloo", "--resume", "auto"]
+    assert main(["train", "--config", "run", "--output-dir", "again", *other]) == 2
+    assert "estimator" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("mine.py:halv", "Did you mean 'half'"),
+        (
+            "mine.py:fails",
+            "before the run: The baseline 'mine.py:fails' failed: it raised ValueError: no idea",
+        ),
+        ("nowhere.py:half", "there is no file nowhere.py"),
+        ("mine.py", "module:function or path/to/file.py:function"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_the_run(train, tmp_path, capsys, spec, words):
+    assert train("run", "--estimator.baseline", spec) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_agent_takes_it_too(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(FILE)
+    monkeypatch.chdir(tmp_path)
+    for spec, code in (("mine.py:half", 0), ("mine.py:halv", 2)):
+        assert main([*AGENT.split(), "--estimator.baseline", spec]) == code
+    assert "Did you mean 'half'" in capsys.readouterr().err
+    assert (
+        json.loads((tmp_path / "run" / "config.json").read_text())["estimator"]["baseline"] == "mine.py:half"
+    )
