@@ -1,0 +1,1 @@
+"""Compares arms, such as baselines, over seeds: plan, runs, statistics and report."""

@@ -1,0 +1,1 @@
+"""Judges scores of several arms over seeds; it knows nothing of how they were made."""
