@@ -7,7 +7,7 @@ and all text is HTML beside the box; so a chart is as legible on a phone as on a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from tokenrl.runs.console import measured, number
@@ -73,6 +73,8 @@ def chart(
     large: bool = False,
     mark: tuple[str, float] | None = None,
     whole: bool = True,
+    places: Mapping[float, str] | None = None,
+    last: bool = True,
 ) -> Html:
     """Draw curves in one chart; empty if there is no point.
 
@@ -83,19 +85,17 @@ def chart(
         large: as wide as the page, else one of several in a row.
         mark: name and value of a horizontal line.
         whole: whether x counts something from 0, such as steps.
+        places: texts below the x axis by their places; None for numbers.
+        last: whether the legend tells the last value of each curve.
     """
     curves = [curve for curve in curves if len(curve.x)]
     if not curves:
         return Html()
     frame = _frame(curves, mark, whole)
-    parts, labels = [], []
-    for axis, (low, high), most in (("x", frame.x, 8 if large else 4), ("y", frame.y, 5 if large else 3)):
-        for tick in _ticks(low, high, most, whole and axis == "x"):
-            share = 100 * (tick - low) / (high - low)
-            side = "left" if axis == "x" else "bottom"
-            labels.append(tag("span", f"{tick:g}", class_=axis, style=f"{side}:{share:.1f}%"))
-            if axis == "y":
-                parts.append(tag("polyline", points=frame.line(frame.x, (tick, tick)), class_="grid"))
+    across = places or {tick: f"{tick:g}" for tick in ticks(*frame.x, 8 if large else 4, whole)}
+    up = {tick: f"{tick:g}" for tick in ticks(*frame.y, 5 if large else 3)}
+    labels = [*_labels("x", "left", frame.x, across), *_labels("y", "bottom", frame.y, up)]
+    parts = [tag("polyline", points=frame.line(frame.x, (tick, tick)), class_="grid") for tick in up]
     if mark is not None:
         green = Curve((), (), colour=3).look["style"]
         ends = frame.line(frame.x, (mark[1],) * 2)
@@ -106,7 +106,7 @@ def chart(
     parts += [tag("g", *_drawn(curve, frame), **curve.look) for curve in curves]
     drawing = tag("svg", *parts, viewBox="0 0 1000 1000", preserveAspectRatio="none", role="img",
                   aria_label=f"{name}, {unit}")  # fmt: skip
-    legend = [tag("li", f"{c.name} ", tag("b", c.at(-1)), **c.look) for c in curves if c.name]
+    legend = [tag("li", f"{c.name} ", *[tag("b", c.at(-1))] * last, **c.look) for c in curves if c.name]
     caption = tag(
         "figcaption",
         tag("b", name),
@@ -120,6 +120,12 @@ def chart(
         tag("div", drawing, *labels, class_="plot"),
         class_="chart large" if large else "chart",
     )
+
+
+def _labels(axis: str, side: str, ends: tuple[float, float], words: Mapping[float, str]) -> Iterator[Html]:
+    for place, text in words.items():
+        share = 100 * (place - ends[0]) / (ends[1] - ends[0])
+        yield tag("span", text, class_=axis, style=f"{side}:{share:.1f}%")
 
 
 def _frame(curves: Sequence[Curve], mark: tuple[str, float] | None, whole: bool) -> _Frame:
@@ -136,7 +142,15 @@ def _frame(curves: Sequence[Curve], mark: tuple[str, float] | None, whole: bool)
     return _Frame((left, right if right > left else left + 1), (bottom, high + margin))
 
 
-def _ticks(low: float, high: float, most: int, whole: bool) -> list[float]:
+def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
+    """Return round numbers for an axis.
+
+    Args:
+        low: the least value of the axis.
+        high: the greatest one.
+        most: about how many numbers at most.
+        whole: whether only whole numbers will do.
+    """
     from matplotlib.ticker import MaxNLocator
 
     found = MaxNLocator(most, integer=whole).tick_values(low, high)
@@ -152,7 +166,7 @@ def _band(curve: Curve) -> tuple[list[float], list[float]]:
 
 def _drawn(curve: Curve, frame: _Frame) -> Iterator[Html]:
     if curve.errors:
-        low, high = _band(curve)
+        low, high = ([max(frame.y[0], min(y, frame.y[1])) for y in edge] for edge in _band(curve))
         edge = frame.line(curve.x, high) + " " + frame.line(curve.x[::-1], low[::-1])
         yield tag("polygon", points=edge, class_="band")
     averaged = curve.y if curve.dots else smooth(curve.y, 2 * (len(curve.y) // 40) + 1)

@@ -18,7 +18,8 @@ from tokenrl.runs.files import plain
 T = TypeVar("T")
 
 FREE = (
-    *("output_dir", "max_steps", "save_every", "save_minutes", "keep_checkpoints", "resume", "overwrite"),
+    *("output_dir", "max_steps", "max_samples", "save_every", "save_minutes", "keep_checkpoints", "resume"),
+    "overwrite",
     *("logging_steps", "log_completions", "quiet", "report_to", "tracker_project", "run_name", "video"),
     *("stop_after_zero_spread", "stop_after_nonfinite", "check"),
 )
@@ -148,7 +149,7 @@ class Maker:
             "fingerprints": self.fingerprints,
             "processes": self.processes,
             "device": self.device,
-            "processor": _processor(),
+            "processor": processor(),
             "packages": _packages(),
         }
 
@@ -183,7 +184,7 @@ def _packages() -> dict[str, str]:
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
     """Name the processor: with another one PyTorch may choose instructions that round differently."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -30,13 +30,22 @@ def completions_section(folder: Path) -> Html:
         for file in kept
         for row in read_completions(file)[:_ROWS]
     ]
+    return section("Completions", sample_list(rows)) if rows else Html()
+
+
+def sample_list(rows: Sequence[Mapping[str, Any]]) -> Html:
+    """Show completions with what is known of each, and controls to sort and filter them; empty without any.
+
+    Args:
+        rows: texts and numbers of each completion by name. A number that only some have is missing in others.
+    """
     if not rows:
         return Html()
     names = dict.fromkeys(name for row in rows for name in row)
     numbers = (int, float, type(None))
     numeric = [name for name in names if all(isinstance(row.get(name), numbers) for row in rows)]
     items = tag("div", *(_sample(row, numeric) for row in rows), class_="list")
-    return section("Completions", tag("div", _form(numeric), items, class_="samples"))
+    return tag("div", _form(numeric), items, class_="samples")
 
 
 def _characters(row: Mapping[str, Any]) -> int:

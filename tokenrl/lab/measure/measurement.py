@@ -96,7 +96,8 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
         for place, names in places.items():
             size = sum(every[name].numel() for name in names)
             console.note(f"Differentiating {len(samples.mask)} completions in {size:,} parameters ({place}).")
-            seen = project_all(policy, samples, {name: every[name] for name in names}, args, after)
+            of = {name: every[name] for name in names}
+            seen = project_all(policy, samples, of, args, entropy=_needs_entropy(args), after=after)
             options: dict[str, Any] = {"prompts_per_step": args.prompts_per_step, "seed": args.seed}
             sizes = sizes if found else compare_group_sizes(samples, seen, chosen, **options)
             found[place] = compare(samples, seen, chosen, **options)
@@ -204,9 +205,14 @@ def project_all(
     samples: Samples,
     parameters: Mapping[str, Tensor],
     args: MeasureArguments,
-    after: Callable[[], None],
+    *,
+    entropy: bool,
+    after: Callable[[], None] = lambda: None,
 ) -> Projections:
-    """Project the scores of all parts of the samples on the same probes; call `after` for each few probes."""
+    """Project the scores of all parts of the samples on the same probes, and if asked slopes of entropies.
+
+    `after` is called for each few probes.
+    """
     parts = [
         project(
             policy,
@@ -216,7 +222,7 @@ def project_all(
             seed=args.seed,
             width=samples.mask.shape[1],
             temperature=args.temperature,
-            entropy=_needs_entropy(args),
+            entropy=entropy,
             after=after,
         )
         for part in samples.parts
