@@ -20,6 +20,7 @@ from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, TokenrlError, suggest
 from tokenrl.flags import Command, parse, print_completion
+from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.lab.exact.arguments import LabArguments
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
@@ -94,6 +95,12 @@ def _control(args: ControlArguments) -> int:
     return train_agent(args).exit_code
 
 
+def _compare(args: CompareArguments) -> int:
+    from tokenrl.lab.compare.run import compare
+
+    return getattr(compare(args), "exit_code", 0)
+
+
 def _advise(args: AdviseArguments) -> int:
     from tokenrl.advisor import run
 
@@ -140,6 +147,7 @@ COMMANDS = {
     "evaluate": Command(EvaluateArguments, _evaluate),
     "sample": Command(SampleArguments, _sample),
     "control": Command(ControlArguments, _control, trains=True),
+    "compare": Command(CompareArguments, _compare),
     "advise": Command(AdviseArguments, _advise),
     "report": Command(ReportArguments, _report),
     "lab": Command(LabArguments, _lab),

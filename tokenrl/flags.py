@@ -6,7 +6,7 @@ import ast
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field, fields, is_dataclass, make_dataclass, replace
-from inspect import get_annotations, getsource
+from inspect import cleandoc, get_annotations, getsource
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, Union
 
@@ -19,7 +19,10 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused
 from tokenrl.foreign import check_flags
-from tokenrl.settings import arguments, check_choice, field_types
+from tokenrl.lab.compare.arguments import CompareArguments
+from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.runs.files import plain
+from tokenrl.settings import OR_FUNCTION, arguments, check_choice, field_types
 
 ABOUT_CONFIG = "Read settings from this file: a run's config.json, or JSON or YAML. Flags override it."
 
@@ -51,9 +54,12 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     Raises:
         Refused: A flag or a value is not allowed.
     """
-    kind, about = command.arguments, command.arguments.__doc__
+    kind, about = command.arguments, cleandoc(command.arguments.__doc__)
     default: Any = None
-    if command.trains:
+    shared = None
+    if kind is CompareArguments:
+        argv, shared = _take_shared(argv)
+    elif command.trains:
         argv, config = _take(argv, "--config")
         default = kind() if config is None else configured(kind, config, name)
     if kind is ControlArguments:
@@ -74,7 +80,47 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
         flag = name.replace("_", "-")
         if not {f"--{flag}", f"--no-{flag}"} & {word.replace("_", "-") for word in argv}:
             values[name] = getattr(default, name, None)
+    values |= {} if shared is None else {"shared": shared}
     return arguments(kind, {one.name: values[one.name] for one in fields(kind)})
+
+
+def _take_shared(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Split the command line of a comparison into its own flags and the settings that its runs share.
+
+    Raises:
+        Refused: a setting of the runs is not allowed.
+    """
+    own = field_types(CompareArguments)
+    rest: list[str] = []
+    shared: list[str] = []
+    typed: set[str] = set()
+    control = any(word.partition("=")[0] == "--env" for word in argv)
+    name, kind = ("control", ControlArguments) if control else ("train", TrainArguments)
+    known, target = {"config", "agent", *field_types(kind)}.difference(own), rest
+    for word in argv:
+        if word.startswith("--"):
+            flag = word[2:].partition("=")[0].partition(".")[0].replace("-", "_")
+            names = {flag, flag.removeprefix("no_")} & known
+            typed |= names
+            target = shared if names else rest
+        target.append(word)
+    given = plain(parse(name, Command(kind, _nothing, trains=True), shared))
+    default = plain(kind())
+    chosen = {key for key, value in given.items() if key in typed or value != default[key]}
+    found = {key: given[key] for key in given if key in chosen - own.keys()}
+    if "estimator" in found:
+        axes, usual = found["estimator"], default["estimator"]
+        if any(word.partition("=")[0] in ("--estimator", "--agent") for word in shared):
+            raise Refused(
+                "A comparison names estimators as --arms; what all arms share are single axes, such as "
+                "--estimator.aggregation sequence_mean."
+            )
+        found["estimator"] = {axis: value for axis, value in axes.items() if value != usual[axis]}
+    return rest, found
+
+
+def _nothing(args: Any) -> int:
+    return 0
 
 
 def print_completion(shell: str, commands: Mapping[str, Command]) -> None:
@@ -138,6 +184,8 @@ def _each_flag(kind: Any, default: Any) -> Iterator[tuple[type[Any], Any]]:
     """Yield each field as a flag, with the class that declares it; --estimator takes a preset's name."""
     texts = {name: text for owner in reversed(_owners(kind)) for name, text in _texts(owner)}
     for one in fields(kind):
+        if not one.metadata.get("flag", True):
+            continue
         owner = next(owner for owner in _owners(kind) if one.name in get_annotations(owner))
         if one.name == "estimator":
             hint: Any = Literal[tuple(PRESETS)] | None
@@ -145,6 +193,8 @@ def _each_flag(kind: Any, default: Any) -> Iterator[tuple[type[Any], Any]]:
         else:
             value = one.default if default is None else getattr(default, one.name)
             hint = field_types(kind)[one.name]
+            if OR_FUNCTION in getattr(hint, "__metadata__", ()):
+                hint = hint | str  # the name of a function
             if one.name in _open_switches(kind):
                 hint, value = bool, bool(value)
             yield owner, _flag(one.name, hint, value, texts[one.name])

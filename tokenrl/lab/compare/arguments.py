@@ -1,0 +1,100 @@
+"""Defines the arguments of `tokenrl compare`, which are also keywords of `compare`. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from tokenrl.errors import Refused
+from tokenrl.settings import Bounds, Count, Positive, Seed, Settings, shown
+
+OWN = (
+    *("task", "env", "arms", "model", "num_generations", "learning_rate", "output_dir", "overwrite"),
+    *("quiet", "seed", "resume", "check", "sampling_threads", "training_threads"),
+)
+"""Settings of a run that a comparison sets itself."""
+
+
+@dataclass(frozen=True)
+class ProblemArguments(Settings, group="problems"):
+    """What the arms are compared on. Each combination of several values is a family of comparisons."""
+
+    task: tuple[str, ...] = ()
+    """Tasks, as tokenrl train takes them by name. Default, without an env: sort_digits."""
+    env: tuple[str, ...] = ()
+    """Environments, as tokenrl control takes them; the runs are then those of tokenrl control."""
+    model: tuple[str, ...] = ()
+    """Models. Default: each toy task's own, which is warm-started once."""
+    num_generations: tuple[Count, ...] = ()
+    """Group sizes. Default: as tokenrl train has it for the task."""
+    learning_rate: tuple[str, ...] = ("fixed",)
+    """fixed: what tokenrl train recommends, for all arms; tuned: for each arm the best of a grid around that,
+    on seeds of their own (successive halving); or numbers."""
+
+
+@dataclass(frozen=True)
+class JudgementArguments(Settings, group="judgement"):
+    """Which score decides, and what counts as a difference."""
+
+    reference: str | None = None
+    """The arm that each of the others is compared with. Default: the first."""
+    metric: Literal["area", "reward", "area_greedy", "reward_greedy"] = "area"
+    """Score that decides: area (mean held-out sampled reward over the evaluations of the budget, the one
+    before training left out), reward (the last of them), area_greedy, reward_greedy."""
+    margin: Positive | None = None
+    """Differences below it count as none. Default: .02 of the range that the reward declares; without a
+    declared range no two arms are called equivalent."""
+    against_itself: bool = True
+    """Also run the reference on other seeds: how far apart an arm lies from itself."""
+    noise: bool = True
+    """Also measure noise and bias of the arms' gradients at the same checkpoints of the reference."""
+
+
+@dataclass(frozen=True)
+class ExecutionArguments(Settings, group="execution"):
+    """Where the runs take place. Each is an ordinary run directory and takes one thread."""
+
+    executor: Literal["local", "ray"] = "local"
+    """local: processes of this machine; ray: tasks of a Ray cluster, or of a local one that is started."""
+    workers: Count | None = None
+    """Runs at the same time. Default: as many as there are processors."""
+    dry_run: bool = False
+    """Print the plan, the smallest difference that it can show, and the time from a measured step; then
+    stop."""
+    print_commands: bool = False
+    """Print a command for each run, for any other scheduler, and stop. Once they have run, the same
+    comparison without this flag reads their results."""
+
+
+@dataclass(frozen=True)
+class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments):
+    """Compare baselines, or other settings, over seeds: which is best, and how sure may one be.
+
+    Every other flag of tokenrl train (with --env: of tokenrl control) is taken too, and holds for all runs,
+    as --max-steps 100, --optimizer sgd or --estimator.aggregation sequence_mean. Killed and started again, a
+    comparison goes on where it was.
+    """
+
+    arms: tuple[str, ...] = ("reinforce", "reinforce_running_mean", "rloo", "grpo")
+    """What is compared: presets (rloo), presets with other axes or settings ("grpo,scale=none",
+    "rloo,num_generations=4,max_grad_norm=0"), baselines of your own (mine.py:baseline)."""
+    seeds: Annotated[int, Bounds(at_least=2, at_most=1000)] = 6
+    """Runs of each arm. Below 6 the numbers are shown without a verdict."""
+    first_seed: Seed = 0
+    """The first of the seeds, which follow one another."""
+    output_dir: str = "runs/compare"
+    """Directory of the comparison: plan.json, runs/, runs.csv, comparisons.csv, comparison.json and
+    report.html."""
+    overwrite: bool = False
+    """Replace the comparison that output_dir holds."""
+    quiet: bool = False
+    """Print nothing but errors."""
+    shared: Mapping[Any, Any] = field(default_factory=dict, metadata={"flag": False})
+    """Settings of tokenrl train or tokenrl control that all runs share."""
+
+    def __post_init__(self) -> None:
+        """Check the values; the shared settings are checked with each run's."""
+        super().__post_init__()
+        if not isinstance(self.shared, Mapping):
+            raise Refused(f"shared was given as {shown(self.shared)}; it must map settings to their values.")

@@ -1,0 +1,141 @@
+"""Reads the arms of a comparison: presets, presets with other axes, baselines of the user."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from tokenrl.core.estimator import Estimator
+from tokenrl.core.presets import PRESETS
+from tokenrl.errors import Refused, suggest
+from tokenrl.lab.compare.arguments import OWN
+from tokenrl.lab.compare.records import Arm
+from tokenrl.runs.files import plain
+from tokenrl.settings import arguments
+
+AXES = tuple(f.name for f in fields(Estimator))
+ALLOWED = ("num_generations", "learning_rate")
+"""Settings that a comparison sets itself, but that an arm may change."""
+MEASURE = (
+    *("reward", "reward_weights", "prompt_column", "prompt_template", "split", "eval_split", "eval_size"),
+    *("eval_generations", "eval_every", "max_steps", "max_samples", "num_envs", "num_steps", "eval_episodes"),
+    *("max_episode_steps", "filter_difficulty"),
+)
+"""Settings that decide what is measured, or how often and on how many samples: all arms share them."""
+
+
+def read_arms(texts: Sequence[str], axes: Mapping[str, Any], settings: Sequence[str]) -> tuple[Arm, ...]:
+    """Read all arms of a comparison.
+
+    Args:
+        texts: the arms as the user wrote them; see `read_arm`.
+        axes: axes of the estimator that all arms share; an arm's own come on top.
+        settings: the names of the settings that a run has.
+
+    Raises:
+        Refused: an arm cannot be read, two arms are the same, or there are fewer than two.
+    """
+    arms = [read_arm(text, axes, settings) for text in texts]
+    if len(arms) < 2:
+        raise Refused(f"arms names {len(arms)} arm; a comparison needs two or more, such as rloo grpo.")
+    for place, arm in enumerate(arms):
+        for other in arms[:place]:
+            if arm.label == other.label:
+                raise Refused(f"The arm {arm.label!r} is given twice; give each of them once.")
+            if arm.settings == other.settings:
+                raise Refused(
+                    f"The arms {other.label!r} and {arm.label!r} have the same settings, so there is nothing "
+                    "to compare. Leave one out; how far an arm lies from itself is shown anyway."
+                )
+    return tuple(arms)
+
+
+def read_arm(text: str, axes: Mapping[str, Any], settings: Sequence[str]) -> Arm:
+    """Read one arm, such as `rloo`, `grpo,scale=none`, `baseline=group_mean` or `mine.py:baseline`.
+
+    Args:
+        text: a preset or a function, which is a baseline of the user's own; then changes, each NAME=VALUE,
+            where a name is that of an axis of the estimator or of another setting of a run. Without a preset
+            the axes are those of the default estimator. Commas separate; those in brackets belong to a value.
+        axes: axes that all arms share.
+        settings: the names of the settings that a run has.
+
+    Raises:
+        Refused: there is no such preset, axis or setting, or a value is not allowed.
+    """
+    first, *others = [part.strip() for part in _parts(text)]
+    if not first:
+        raise Refused("An arm is empty; name a preset, such as rloo.")
+    parts = others if "=" not in first else [first, *others]
+    given: dict[str, Any] = {}
+    for part in parts:
+        name, equals, value = part.partition("=")
+        name = name.strip().removeprefix("--").removeprefix("estimator.").replace("-", "_")
+        if not equals or not name:
+            raise Refused(
+                f"The arm {text!r} holds {part!r}; after the preset write changes as NAME=VALUE, such as "
+                '"grpo,scale=none".'
+            )
+        _check_name(text, name, settings)
+        given[name] = _value(value.strip())
+    own = {name: value for name, value in given.items() if name in AXES}
+    try:
+        estimator = _estimator("" if "=" in first else first, {**axes, **own})
+    except Refused as error:
+        raise Refused(f"The arm {text!r} cannot be used: {error}") from error
+    rest = {name: value for name, value in given.items() if name not in AXES}
+    return Arm(text, {"estimator": changed_axes(estimator), **rest}, estimator.bias_status)
+
+
+def _estimator(preset: str, axes: Mapping[str, Any]) -> Estimator:
+    """Make the estimator of a preset, of a function as the baseline, or without either of the axes alone."""
+    if ":" in preset:
+        return arguments(Estimator, {"baseline": preset, **axes})
+    if preset and preset not in PRESETS:
+        raise Refused(
+            f"there is no preset {preset!r}.{suggest(preset, PRESETS)} A baseline of your own is written "
+            "file.py:function or module:function."
+        )
+    return Estimator.preset(preset, **axes) if preset else arguments(Estimator, axes)
+
+
+def changed_axes(estimator: Estimator) -> dict[str, Any]:
+    """Return the axes in which an estimator differs from the default one, as JSON holds them."""
+    default = Estimator()
+    return {
+        name: plain(getattr(estimator, name))
+        for name in AXES
+        if getattr(estimator, name) != getattr(default, name)
+    }
+
+
+def _check_name(text: str, name: str, settings: Sequence[str]) -> None:
+    if name in AXES or name in ALLOWED:
+        return
+    if name in OWN or name == "estimator":
+        raise Refused(f"The arm {text!r} sets {name}, which the comparison sets itself; leave it out there.")
+    if name in MEASURE:
+        raise Refused(
+            f"The arm {text!r} sets {name}, which decides what is measured; then its score could not be "
+            f"compared. Set it for all arms: --{name.replace('_', '-')}."
+        )
+    if name not in settings:
+        raise Refused(
+            f"The arm {text!r} sets {name}, which is no setting.{suggest(name, [*AXES, *settings])}"
+        )
+
+
+def _parts(text: str) -> list[str]:
+    """Split at commas that are in no bracket and in no quotes."""
+    return re.findall(r"(?:[^,(\[{\"']|\([^)]*\)|\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|'[^']*')+", text) or [text]
+
+
+def _value(text: str) -> Any:
+    """Read a number, a tuple, True, False or None as Python writes it; anything else is text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return {"true": True, "false": False}.get(text, text)
