@@ -20,14 +20,17 @@ import pytest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ALL = sorted(path.stem for path in RECIPES.glob("*.py"))
-ELSEWHERE = {  # tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py
+ELSEWHERE = {  # tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py, tests/lab/compare/
     *("rlhf_pipeline", "overoptimisation"),
     "pretrained_toy_task",
+    "compare_baselines",
 }
 TABLE = "estimators_table"
 NAMES = [
     name for name in ALL if not name.startswith(("figures_", "control_")) and name not in {*ELSEWHERE, TABLE}
 ]
+ALWAYS = ("reinforce_one_page", "train_lm", "ladder_3_rloo", "pretrained_gsm8k_lora")
+"""Recipes that run for the quick tests too."""
 RUNGS = {
     "ladder_1_vanilla": ("none", "exact"),
     "ladder_2_running_mean": ("running_mean", "exact"),
@@ -98,17 +101,25 @@ def make_base(cache: Path) -> None:
         supervised.warm_started_base(toy_tasks.load("sort_digits"))
 
 
+def quickly(name: str):
+    """A recipe as a parameter; the rungs differ in a line, so two of the four are left to the slow tests."""
+    slow = name in ("ladder_1_vanilla", "ladder_2_running_mean")
+    return pytest.param(name, marks=pytest.mark.slow) if slow else name
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Results by name; all recipes start at once, two at a time, since most of their time is importing."""
+def finished(tmp_path_factory, request):
+    """Results by name; the recipes start at once, two at a time, since most of their time is importing."""
     root = tmp_path_factory.mktemp("recipes")
-    folders = {name: root / name for name in NAMES}
+    wanted = " ".join(item.nodeid for item in request.session.items)
+    chosen = [name for name in NAMES if f"[{name}]" in wanted or name in ALWAYS]
+    folders = {name: root / name for name in chosen}
     for folder in folders.values():
         folder.mkdir()
     make_chat_model_and_data(folders["pretrained_gsm8k_lora"])
     make_base(root / "cache")
     with ThreadPoolExecutor(max_workers=2) as pool:
-        runs = {name: pool.submit(run, name, SHORT[name], folders[name], root / "cache") for name in NAMES}
+        runs = {name: pool.submit(run, name, SHORT[name], folders[name], root / "cache") for name in folders}
         yield {name: (future, folders[name]) for name, future in runs.items()}
         for future in runs.values():
             future.cancel()
@@ -161,7 +172,10 @@ def test_rungs_differ_in_the_estimator_alone():
     assert "NAME" in shared("ladder_1_vanilla")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "reinforce_one_page"])
+RUNS = [quickly(name) for name in NAMES if name != "reinforce_one_page"]
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_recipe_leaves_a_complete_run(finished, name):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -177,7 +191,7 @@ def test_recipe_leaves_a_complete_run(finished, name):
     assert model.config.vocab_size == len(tokenizer)
 
 
-@pytest.mark.parametrize("name", RUNGS)
+@pytest.mark.parametrize("name", map(quickly, RUNGS))
 def test_rung_is_what_it_says(finished, name):
     out, folder = result(finished, name)
     baseline, bias = RUNGS[name]

@@ -214,9 +214,9 @@ def test_stopped_before_the_first_run_there_is_no_figure(
 @pytest.mark.parametrize(
     ("name", "number", "after"),
     [
-        ("control_3_numpy", signal.SIGINT, "REINFORCE, seed 0: "),
+        pytest.param("control_3_numpy", signal.SIGINT, "REINFORCE, seed 0: ", marks=pytest.mark.slow),
         ("control_3_numpy", signal.SIGTERM, "REINFORCE, seed 2: "),
-        ("control_3_variations", signal.SIGINT, "usual, seed 0: "),
+        pytest.param("control_3_variations", signal.SIGINT, "usual, seed 0: ", marks=pytest.mark.slow),
         ("control_3_variations", signal.SIGINT, "gamma 0.95, seed 3: "),  # others have three seeds
     ],
 )

@@ -1,0 +1,42 @@
+"""Which baseline should I use, and how sure may I be? Four arms on two tasks, six seeds of each.
+
+sort_digits ends at the ceiling: with the usual budget every arm answers nearly all prompts, so what differs
+is how fast it gets there. reverse_text is graded and has no ceiling in reach. All arms generate the same
+number of completions, from the same initial weights, on the same prompts with the same random numbers.
+
+Look for, in this order: the verdicts, which come from differences paired by seed; the sentences below them,
+which say what a difference does not mean (no baseline may win in sampled reward by being surer, not by
+knowing more: compare entropy and greedy reward); and the reference against itself on other seeds, which
+shows how far apart two arms lie that are the same.
+
+Killed and started again, the program goes on where it was. `--seeds 2 --max-steps 40` is a quick look.
+"""
+
+import tyro
+
+import tokenrl
+
+
+def main(
+    tasks: tuple[str, ...] = ("sort_digits", "reverse_text"),
+    arms: tuple[str, ...] = ("reinforce", "reinforce_running_mean", "rloo", "grpo"),
+    seeds: int = 6,
+    max_steps: int | None = None,
+    output_dir: str = "runs/compare_baselines",
+) -> None:
+    found = tokenrl.compare(
+        task=tasks,
+        arms=arms,
+        seeds=seeds,
+        output_dir=output_dir,
+        **({"max_steps": max_steps} if max_steps else {}),
+    )
+    for family in found.judgement.families:
+        for difference in family.differences:
+            by, adjusted = difference.mean.value, difference.adjusted
+            words = f"{by:+.4f} [{adjusted.low:+.4f}, {adjusted.high:+.4f}] {difference.verdict}"
+            print(f"{family.problem}: {difference.arm} against {family.reference}: {words}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
