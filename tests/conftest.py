@@ -1,4 +1,4 @@
-"""One thread for every test: the models are tiny, and threads on a busy machine wait for each other."""
+"""One thread for every test, since the models are tiny; signals as a terminal has them."""
 
 import os
 import signal
@@ -6,6 +6,13 @@ import signal
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure() -> None:
+    """Undo what nohup and `&` do: below them Ctrl-C and hang-up are ignored, which many tests send."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 @pytest.fixture

@@ -76,8 +76,6 @@ def test_a_killed_process_loses_nothing(expected, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_and_started_again_the_runs_end_the_same(expected, tmp_path, number):
-    if number != signal.SIGKILL and signal.getsignal(number) == signal.SIG_IGN:
-        pytest.skip(f"{number.name} is ignored here, as below nohup")
     root = tmp_path / "grid"
     process = start(root, steps=STEPS)
     wait_for_lines(root, 8, process)
