@@ -5,7 +5,9 @@ import pytest
 from tokenrl.cli import COMMANDS, main
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
+from tokenrl.lab.compare.planning import make_plan
 from tokenrl.lab.compare.run import _arguments
+from tokenrl.language.training.arguments import TrainArguments
 
 
 def parsed(text):
@@ -26,6 +28,15 @@ def test_flags_of_the_runs_are_shared_and_the_others_are_its_own():
         "chat": False,
         "optimizer": "sgd",
     }
+
+
+def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():
+    usual = TrainArguments().stop_after_zero_spread
+    typed = parsed(f"--arms rloo grpo --stop-after-zero-spread {usual} --no-chat")
+    assert typed.shared == {"stop_after_zero_spread": usual, "chat": False}
+    plan = make_plan(typed, print)
+    assert plan.problems[0].settings["stop_after_zero_spread"] == usual
+    assert make_plan(parsed("--arms rloo grpo"), print).problems[0].settings["stop_after_zero_spread"] == 0
 
 
 def test_with_an_environment_the_settings_are_those_of_control():
