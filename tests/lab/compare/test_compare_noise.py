@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
+from made_up import plan, record
 
 import tokenrl
-from tokenrl.lab.compare import noise
+from tokenrl.lab.compare import checkpoints, noise
 from tokenrl.lab.compare.arms import read_arm
-from tokenrl.lab.compare.noise import checkpoints_of, measure_noise
+from tokenrl.lab.compare.checkpoints import checkpoints_of, noise_of_runs
+from tokenrl.lab.compare.noise import GradientNoise, measure_noise
+from tokenrl.lab.compare.planning import runs_of
 from tokenrl.lab.compare.problems import control_problem, language_problem
+from tokenrl.lab.compare.statistics.found import Interval
 from tokenrl.lab.measure.measurement import measure_gradients
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import field_types
@@ -91,3 +96,53 @@ def test_checkpoints_are_those_of_the_beginning_the_middle_and_the_end(given, pr
 
 def test_environments_are_not_measured():
     assert measure_noise(control_problem("bandit", {"env": "bandit"}), arms_of("rloo"), {"x": None}) == ()
+
+
+NUMBER = Interval(1 / 3, 0.1, math.inf)
+
+
+@pytest.fixture
+def one_run(tmp_path, monkeypatch):
+    """A comparison whose reference has a finished run, and the calls that measure its noise."""
+    planned, calls = plan(("reinforce", "rloo"), seeds=6), []
+    runs = {("sort_digits", arm.label): comparison_runs(planned, arm.label) for arm in planned.arms}
+    (tmp_path / runs["sort_digits", "reinforce"][0].run.path).mkdir(parents=True)
+    (tmp_path / runs["sort_digits", "reinforce"][0].run.path / "summary.json").write_text('{"steps": 4}')
+
+    def measured(on, arms, places):
+        calls.append(places)
+        return tuple(GradientNoise(on.label, "half way", arm.label, NUMBER, NUMBER) for arm in arms)
+
+    monkeypatch.setattr(checkpoints, "measure_noise", measured)
+    return (planned, runs, tmp_path, print), calls
+
+
+def comparison_runs(planned, arm):
+    return [record(run, planned.problems[0], 0.9) for run in runs_of(planned) if run.arm == arm]
+
+
+def test_it_is_measured_once_for_a_comparison(one_run):
+    given, calls = one_run
+    found = noise_of_runs(*given)
+    assert noise_of_runs(*given) == found and len(found) == 2 and len(calls) == 1
+    noise_of_runs(replace(given[0], arms=plan(("reinforce", "grpo")).arms),
+                  {**given[1], ("sort_digits", "grpo"): []}, *given[2:])  # fmt: skip
+    assert len(calls) == 2, "another arm"
+    (given[2] / checkpoints.FILE).write_text("{")
+    assert noise_of_runs(*given) == found and len(calls) == 3
+
+
+def test_a_failure_to_measure_is_a_note(one_run, monkeypatch):
+    given, _ = one_run
+
+    def fails(*_):
+        raise NotImplementedError("no forward-mode derivative")
+
+    monkeypatch.setattr(checkpoints, "measure_noise", fails)
+    found = noise_of_runs(*given)
+    assert [one.arm for one in found] == ["reinforce", "rloo"]
+    assert all(one.note == "not measured: NotImplementedError: no forward-mode derivative" for one in found)
+    assert all(math.isnan(one.noise.value) for one in found)
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoints, "measure_noise", lambda *_: ())
+    assert noise_of_runs(*given) == (), "it is tried again"

@@ -8,9 +8,9 @@ from itertools import product
 from pathlib import Path
 
 from tokenrl.errors import Stopped
+from tokenrl.lab.compare.checkpoints import noise_of_runs
 from tokenrl.lab.compare.comparison import Comparison
 from tokenrl.lab.compare.gates import void_reason
-from tokenrl.lab.compare.noise import GradientNoise, checkpoints_of, measure_noise
 from tokenrl.lab.compare.records import Plan, Problem, RunRecord
 from tokenrl.lab.compare.sentences import findings
 from tokenrl.lab.compare.statistics.found import Judgement
@@ -63,7 +63,7 @@ def judged(
         to_threshold={problem.label: _to_threshold(plan, problem, of) for problem in plan.problems},
         rates={**usual, **rates},
         sensitivity=sensitivity,
-        noise=_noise(plan, of, output_dir, announce) if plan.noise else (),
+        noise=noise_of_runs(plan, of, output_dir, announce) if plan.noise else (),
         overall=_overall(plan, of),
         versions=versions(),
         wall_seconds=0.0,
@@ -176,17 +176,3 @@ def _overall(plan: Plan, of: Runs) -> Overall | None:
     }
     complete = all(runs for arms in scores.values() for runs in arms.values())
     return overall(scores, ranges) if complete else None
-
-
-def _noise(
-    plan: Plan, of: Runs, output_dir: Path, announce: Callable[[str], None]
-) -> tuple[GradientNoise, ...]:
-    """Measure the gradients of all arms at the checkpoints of the reference's first run."""
-    found: list[GradientNoise] = []
-    for problem in plan.problems:
-        first = of[problem.label, plan.reference][0]
-        checkpoints = checkpoints_of(output_dir / first.run.path)
-        if checkpoints:
-            announce(f"Measuring the noise of the arms' gradients on {problem.label}.")
-            found += measure_noise(problem, plan.arms, checkpoints)
-    return tuple(found)

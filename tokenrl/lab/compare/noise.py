@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -71,34 +70,6 @@ class GradientNoise:
     note: str = ""
 
 
-def checkpoints_of(run: str | Path) -> dict[str, Path | None]:
-    """Find the weights of a finished run at its beginning, half way and at its end.
-
-    Args:
-        run: directory of the run.
-
-    Returns:
-        Directories by label. `before training` is None, which stands for the model that the run started
-        from. `half way` is there if a checkpoint was kept between a quarter and three quarters of the steps,
-        and `end` if the last weights were saved. All is empty if the run has not ended.
-    """
-    run = Path(run)
-    try:
-        steps = int(json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    found: dict[str, Path | None] = {"before training": None}
-    saved = {int(path.name.removeprefix("step_")): path for path in (run / "checkpoints").glob("step_*")}
-    middle = [step for step in saved if steps / 4 <= step <= 3 * steps / 4]
-    if middle:
-        found["half way"] = saved[min(middle, key=lambda step: abs(step - steps / 2))]
-    if steps in saved:
-        found["end"] = saved[steps]
-    elif (run / "model").is_dir():
-        found["end"] = run
-    return found
-
-
 def measure_noise(
     problem: Problem, arms: Sequence[Arm], checkpoints: Mapping[str, str | Path | None], *, seed: int = 0
 ) -> tuple[GradientNoise, ...]:
@@ -112,7 +83,7 @@ def measure_noise(
         problem: what the arms are compared on.
         arms: the arms.
         checkpoints: by label, directories of runs, of checkpoints or of models like the problem's; None for
-            the model from which the runs start. See `checkpoints_of`.
+            the model from which the runs start. See `checkpoints.checkpoints_of`.
         seed: seed of the completions, the random directions and the intervals.
 
     Returns:
