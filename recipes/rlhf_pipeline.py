@@ -5,8 +5,9 @@
 
 The task's own reward is the gold reward: it labels the preferences, with noise, and it measures the outcome.
 RL uses only the reward model (gold is recorded with weight 0). RL is compared with best-of-n: the reward
-model chooses among n samples of the base, without training. Each stage has a folder with inputs.json, which
-holds all settings that it depends on. In a second run, stages with unchanged settings are skipped.
+model chooses among n samples of the base, without training. Each stage has a folder, and beside it a
+file such as base.inputs.json with all settings that it depends on. In a second run, stages with unchanged
+settings are skipped.
 
 Look for: the gold reward at the end, above that of the base and of best-of-4, and its cost in KL. The KL of
 the policy is the log ratio summed over fresh completions (k1). That of best-of-n comes from the shares of the
@@ -89,8 +90,8 @@ class Args:
 
 
 def stage(args: Args, name: str, inputs: dict[str, Any], work: Callable[[Path], Any]) -> Path:
-    """Do one stage, unless its folder says that it was done with these inputs."""
-    folder, record = args.output_dir / name, args.output_dir / name / "inputs.json"
+    """Do one stage, unless the file beside its folder says that it was done with these inputs."""
+    folder, record = args.output_dir / name, args.output_dir / f"{name}.inputs.json"
     if record.is_file() and not args.overwrite and json.loads(record.read_text()) == inputs:
         print(f"{name}: skipped, done before with the same settings ({folder})", flush=True)
         return folder

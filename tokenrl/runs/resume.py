@@ -82,8 +82,9 @@ def find_checkpoint(
 
 def _verified(directory: RunDirectory, resume: str) -> Latest:
     path = Path(resume)
-    if resume != "auto" and path.resolve() != directory.path.resolve():
-        if path.parent.resolve() != directory.checkpoints.resolve():
+    strange = "\0" in resume  # no path can have it
+    if resume != "auto" and (strange or path.resolve() != directory.path.resolve()):
+        if strange or path.parent.resolve() != directory.checkpoints.resolve():
             raise Refused(
                 f"resume was given as {resume!r}; it must be auto, or a checkpoint of the run in output_dir, "
                 f"such as {directory.checkpoints / 'step_000100'}. To start a new run from the weights of "
