@@ -93,7 +93,8 @@ class RunDirectory:
             _refuse_foreign(run)
             made = [folder for folder in (run, *run.parents) if not folder.exists()]
             run.mkdir(parents=True, exist_ok=True)
-            lock = _acquire(run)
+            busy = f"Another run is using {run} and holds its lock"
+            lock = acquire_lock(run, f"{busy}; wait for it to end or give another directory.")
         except Refused:
             raise
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
@@ -227,18 +228,26 @@ def _refuse_foreign(run: Path) -> None:
     )
 
 
-def _acquire(run: Path) -> Any:
+def acquire_lock(folder: Path, busy: str) -> Any:
+    """Lock a folder and return the lock; the system unlocks it if this process is killed.
+
+    Args:
+        folder: the folder, which exists.
+        busy: what to say if another process holds the lock.
+
+    Raises:
+        Refused: another process holds the lock.
+        OSError: nothing can be written there.
+    """
     from filelock import FileLock, Timeout
 
     # Where nothing can be written, this raises an OSError; the lock alone would call it a timeout.
-    (run / ".lock").touch()
-    lock = FileLock(run / ".lock")
+    (folder / ".lock").touch()
+    lock = FileLock(folder / ".lock")
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
-        raise Refused(
-            f"Another run is using {run} and holds its lock; wait for it to end or give another directory."
-        ) from error
+        raise Refused(busy) from error
     return lock
 
 

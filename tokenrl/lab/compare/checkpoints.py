@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import TokenrlError, describe
-from tokenrl.lab.compare.noise import GradientNoise, measure_noise
+from tokenrl.lab.compare.noise import NOTHING, GradientNoise, measure_noise
 from tokenrl.lab.compare.records import Plan, Problem, RunRecord
 from tokenrl.lab.compare.statistics.found import Interval
 from tokenrl.runs.files import plain, write_json
@@ -19,7 +19,6 @@ FILE = "noise.json"
 """What was measured, in the directory of a comparison, so that repeating the command need not repeat it."""
 ALL = "all"
 """Label in place of a checkpoint's, where none could be measured; the next time it is tried again."""
-NOTHING = Interval(math.nan, math.nan, math.nan)
 
 
 def noise_of_runs(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenrl.lab.compare.noise import GradientNoise
-from tokenrl.lab.compare.records import Plan, RunRecord
+from tokenrl.lab.compare.records import Plan, RunRecord, runs_of_arm
 from tokenrl.lab.compare.statistics.found import Judgement
 from tokenrl.lab.compare.statistics.overall import Overall
 from tokenrl.lab.compare.statistics.survival import ToThreshold
@@ -50,9 +50,7 @@ class Comparison:
 
     def runs(self, problem: str, arm: str) -> list[RunRecord]:
         """Return the records of an arm's runs on a problem, without those of the tuning, by seed."""
-        key = (problem, arm, "comparison")
-        found = [r for r in self.records if (r.run.problem, r.run.arm, r.run.role) == key]
-        return sorted(found, key=lambda record: record.run.seed)
+        return runs_of_arm(self.records, problem, arm)
 
     @property
     def exit_code(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +10,11 @@ from pathlib import Path
 from statistics import median
 
 from tokenrl.errors import Refused
+from tokenrl.lab.compare.execution.local import processors
 from tokenrl.lab.compare.execution.one import run_one
 from tokenrl.lab.compare.planning import planned_run, runs_of
 from tokenrl.lab.compare.records import Plan, Problem
+from tokenrl.lab.compare.statistics.paired import LEAST_PAIRS
 from tokenrl.lab.compare.statistics.power import detectable_difference
 from tokenrl.runs.metrics import read_metrics
 
@@ -60,12 +61,12 @@ def expectation(plan: Plan, workers: int | None = None, *, measure: bool = False
         tuning += int(left)
         left = -(-left // 2)
     tuning *= problems * len(plan.arms)
-    found = detectable_difference(pairs, 1.0, others, POWER) if pairs >= 6 else None
+    found = detectable_difference(pairs, 1.0, others, POWER) if pairs >= LEAST_PAIRS else None
     seconds = {problem.label: _seconds(plan, problem) for problem in plan.problems} if measure else {}
     total = None
     if seconds:
         each = (runs + tuning) / problems
-        total = sum(seconds.values()) * each / (workers or os.cpu_count() or 1)
+        total = sum(seconds.values()) * each / (workers or processors())
     return Expectation(runs, tuning, found, seconds, total)
 
 

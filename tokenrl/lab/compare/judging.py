@@ -11,7 +11,7 @@ from tokenrl.errors import Stopped
 from tokenrl.lab.compare.checkpoints import noise_of_runs
 from tokenrl.lab.compare.comparison import Comparison
 from tokenrl.lab.compare.gates import void_reason
-from tokenrl.lab.compare.records import Plan, Problem, RunRecord
+from tokenrl.lab.compare.records import Plan, Problem, RunRecord, runs_of_arm
 from tokenrl.lab.compare.sentences import findings
 from tokenrl.lab.compare.statistics.found import Judgement
 from tokenrl.lab.compare.statistics.judge import judge_scores
@@ -46,7 +46,7 @@ def judged(
         Stopped: on a problem no arm has a score on a seed of the reference.
     """
     places = list(product(plan.problems, plan.arms))
-    of = {(p.label, a.label): _of(records, p, a.label) for p, a in places}
+    of = {(p.label, a.label): runs_of_arm(records, p.label, a.label) for p, a in places}
     _check_scores(plan, of)
     void = {key: reason for key, runs in of.items() if (reason := void_reason(runs))}
     judgement = _judge(plan, records, of, plan.metric, void)
@@ -73,13 +73,6 @@ def judged(
 
 Runs = Mapping[tuple[str, str], Sequence[RunRecord]]
 """The records of the comparison's own runs by problem and arm."""
-
-
-def _of(
-    records: Sequence[RunRecord], problem: Problem, arm: str, role: str = "comparison"
-) -> list[RunRecord]:
-    runs = [r for r in records if (r.run.problem, r.run.arm, r.run.role) == (problem.label, arm, role)]
-    return sorted(runs, key=lambda record: record.run.seed)
 
 
 def _comparable(plan: Plan, of: Runs, metric: str) -> set[tuple[str, str]]:

@@ -38,6 +38,8 @@ counted and not timed, so that the same comparison finds the same numbers again.
 PROMPTS, STEPS = 128, 8
 """Prompts that are measured, or if that is more those of so many steps, as long as it fits."""
 LEAST_STEPS = 4
+NOTHING = Interval(math.nan, math.nan, math.nan)
+"""In place of a number that could not be measured."""
 PROBES, LEAST_PROBES = 128, 32
 """Random directions on which gradients are projected."""
 SAMPLED = (
@@ -196,10 +198,9 @@ def _policy(args: TrainArguments, task: Task, place: str | Path | None, *, refer
 
 def _found(problem: Problem, label: str, arm: _Chosen, seen: _Seen | str, seed: int) -> GradientNoise:
     """Measure one arm."""
-    nothing = Interval(math.nan, math.nan, math.nan)
 
     def without(reason: object) -> GradientNoise:
-        return GradientNoise(problem.label, label, arm.label, nothing, nothing, f"not measured: {reason}")
+        return GradientNoise(problem.label, label, arm.label, NOTHING, NOTHING, f"not measured: {reason}")
 
     if arm.note or isinstance(seen, str):
         return without(arm.note or seen)

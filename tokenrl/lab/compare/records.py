@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -111,6 +112,19 @@ class RunRecord:
     training: dict[str, float] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     completions: tuple[dict[str, Any], ...] = ()
+
+
+def runs_of_arm(records: Iterable[RunRecord], problem: str, arm: str) -> list[RunRecord]:
+    """Return the records of an arm's runs on a problem, without those of other roles, by seed.
+
+    Args:
+        records: records of any runs.
+        problem: label of the problem.
+        arm: label of the arm.
+    """
+    key = (problem, arm, "comparison")
+    found = [r for r in records if (r.run.problem, r.run.arm, r.run.role) == key]
+    return sorted(found, key=lambda record: record.run.seed)
 
 
 @dataclass(frozen=True)

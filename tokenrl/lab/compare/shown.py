@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenrl.lab.compare.comparison import Comparison
 from tokenrl.lab.compare.expectation import Expectation
 from tokenrl.lab.compare.records import Plan, Problem
 from tokenrl.lab.compare.scores import SCORES
 from tokenrl.lab.compare.statistics.found import Family
+from tokenrl.lab.compare.statistics.paired import LEAST_PAIRS
 from tokenrl.lab.compare.statistics.words import sentence
 from tokenrl.runs.checkup import time_needed
 from tokenrl.runs.console import Console, number, rich_table
@@ -23,7 +26,7 @@ def show_plan(plan: Plan, expected: Expectation, console: Console) -> None:
         "arms": arms,
         "reference": plan.reference,
         **{f"on {p.label}": _budget(plan, p) for p in plan.problems},
-        "seeds": f"{_span(plan.seeds)}" + _other_seeds(plan),
+        "seeds": f"{span(plan.seeds)}" + _other_seeds(plan),
         "learning rate": _rates(plan),
         "metric": f"{plan.metric}: {SCORES[plan.metric].words}",
         "runs": f"{expected.runs}"
@@ -43,13 +46,14 @@ def _budget(plan: Plan, problem: Problem) -> str:
     return f"{shape}, " + ("no margin of equivalence" if margin is None else f"margin {margin:g}")
 
 
-def _span(seeds: tuple[int, ...]) -> str:
+def span(seeds: Sequence[int]) -> str:
+    """Return the first and the last of seeds that follow one another, in words."""
     return f"{seeds[0]} to {seeds[-1]}"
 
 
 def _other_seeds(plan: Plan) -> str:
     other = {"the reference against itself": plan.itself_seeds, "tuning": plan.tuning_seeds}
-    return "".join(f"; {_span(seeds)} for {what}" for what, seeds in other.items() if seeds)
+    return "".join(f"; {span(seeds)} for {what}" for what, seeds in other.items() if seeds)
 
 
 def _rates(plan: Plan) -> str:
@@ -61,7 +65,7 @@ def _rates(plan: Plan) -> str:
 
 def _can_show(plan: Plan, expected: Expectation) -> str:
     if expected.detectable is None:
-        return f"{len(plan.seeds)} pairs are too few for a verdict; give 6 seeds or more"
+        return f"{len(plan.seeds)} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
     low, high = (expected.detectable * spread for spread in SPREAD)
     return (
         f"with a power of 80 % a difference of {expected.detectable:.2g} standard deviations of a paired "

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
-from tokenrl.errors import Refused
 from tokenrl.lab.compare.execution.local import Death, LocalProcesses
 from tokenrl.lab.compare.execution.one import Interrupted, RunEnd
 from tokenrl.lab.compare.execution.progress import GridProgress
 from tokenrl.lab.compare.records import PlannedRun
 from tokenrl.runs.console import Console
+from tokenrl.runs.directory import acquire_lock
 from tokenrl.runs.signals import GracefulStop
 
 TICK = 0.5
@@ -127,21 +127,14 @@ def _places(executor: str, root: Path, workers: int | None) -> Places:
 
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """Lock the directory of a comparison; the system unlocks it if this process is killed.
+    """Hold the lock of the directory of a comparison.
 
     Raises:
-        Refused: another process holds the lock.
+        Refused: another process holds it.
     """
-    from filelock import FileLock, Timeout
-
     root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise Refused(
-            f"Another process makes the runs of {root}. Wait for it, or give another directory."
-        ) from error
+    busy = f"Another process makes the runs of {root}. Wait for it, or give another directory."
+    lock = acquire_lock(root, busy)
     try:
         yield
     finally:

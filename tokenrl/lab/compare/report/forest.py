@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from tokenrl.lab.compare.statistics.found import Difference, Family
-from tokenrl.lab.compare.statistics.words import shown
+from tokenrl.lab.compare.statistics.words import shown, signed
 from tokenrl.runs.charts import ticks
 from tokenrl.runs.page import Html, tag
 
@@ -19,16 +19,14 @@ COLOURS = {"better": 3, "worse": 2, "equivalent": 1}
 
 
 def forest(family: Family, unit: str) -> Html:
-    """Draw the differences of a family, and below them the reference against itself; empty without any.
+    """Draw the differences of a family, and below them the reference against itself.
 
     Args:
         family: the comparisons on one problem.
         unit: the score that is compared, in words.
     """
-    ours = list(family.differences)
+    ours = family.differences
     every = [*ours, *([family.itself] if family.itself else [])]
-    if not every:
-        return Html()
     low, high = _range(every, family.margin)
     rows = [_row(one, one.verdict, COLOURS.get(one.verdict, 0), low, high, family.margin) for one in ours]
     if family.itself:
@@ -40,9 +38,7 @@ def forest(family: Family, unit: str) -> Html:
 
 def _explained(family: Family, unit: str) -> str:
     """Say what the bars show."""
-    level = (
-        family.differences[0].level if family.differences else family.itself.level if family.itself else 0.95
-    )
+    level = family.differences[0].level
     text = (
         f"Difference in the {unit}, paired by seed: small dots, the seeds; dot, their mean; thick bar, "
         f"95 % interval; thin bar, the interval at {level:.2%}, which decides."
@@ -84,8 +80,7 @@ def _row(found: Difference, said: str, colour: int, low: float, high: float, mar
     parts += line(found.adjusted[1:])
     parts += line(found.mean[1:], class_="thick")
     parts.append(tag("path", d=f"M{across(found.mean.value):.1f},50h0", class_="dot"))
-    ends = found.adjusted
-    numbers = f"{found.mean.value:+.3g} [{shown(ends.low)}, {shown(ends.high)}]"
+    numbers = signed(found)
     drawing = tag("svg", *parts, viewBox="0 0 1000 100", preserveAspectRatio="none", role="img",
                   aria_label=f"{found.arm}: {numbers}")  # fmt: skip
     return tag(

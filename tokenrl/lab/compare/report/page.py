@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenrl.lab.compare.comparison import Comparison
@@ -13,6 +13,7 @@ from tokenrl.lab.compare.report.curves import learning_curves, performance_profi
 from tokenrl.lab.compare.report.forest import forest
 from tokenrl.lab.compare.report.raw import completions, differences_table, runs_table
 from tokenrl.lab.compare.scores import SCORES
+from tokenrl.lab.compare.shown import span
 from tokenrl.lab.compare.statistics.found import Family
 from tokenrl.lab.compare.statistics.words import headline, sentence, shown
 from tokenrl.lab.compare.tables import CITATION
@@ -105,12 +106,8 @@ def _budget(plan: Plan, problem: Problem) -> str:
 
 def _seeds(plan: Plan) -> str:
     other = {"tuning": plan.tuning_seeds, "the reference against itself": plan.itself_seeds}
-    named = [f"{_span(seeds)} for {what}" for what, seeds in other.items() if seeds]
-    return "; ".join([f"{_span(plan.seeds)}, the same for every arm", *named])
-
-
-def _span(seeds: Sequence[int]) -> str:
-    return f"{seeds[0]} to {seeds[-1]}"
+    named = [f"{span(seeds)} for {what}" for what, seeds in other.items() if seeds]
+    return "; ".join([f"{span(plan.seeds)}, the same for every arm", *named])
 
 
 def _rates(plan: Plan) -> str:

@@ -36,13 +36,12 @@ def runs_table(found: Comparison) -> Html:
 
 def completions(found: Comparison) -> Html:
     """Show some completions of the first run of each arm on each problem, to sort and to filter."""
-    kept: dict[tuple[str, str], int] = {}
-    rows = []
+    kept, rows = set(), []
     for record in found.records:
         key = (record.run.problem, record.run.arm)
         if record.run.role != "comparison" or not record.completions or key in kept:
             continue
-        kept[key] = record.run.seed
+        kept.add(key)
         one = {"problem": key[0], "arm": key[1], "seed": record.run.seed}
         step = max(1, len(record.completions) // COMPLETIONS)
         rows += [{**one, **row} for row in record.completions[::step][:COMPLETIONS]]

@@ -43,7 +43,7 @@ def _verdict(found: Difference, margin: float | None) -> str:
             f"needs {max(LEAST_PAIRS, found.seeds_needed or 0):,} seeds or more."
         )
     if found.verdict == "equivalent":
-        return f"{arm} and {other} are equivalent: the difference, {_signed(found)}, is smaller than the margin of {shown(margin)}{_yet(found)}."  # noqa: E501
+        return f"{arm} and {other} are equivalent: the difference, {signed(found)}, is smaller than the margin of {shown(margin)}{_yet(found)}."  # noqa: E501
     if found.verdict == "undecided":
         needed = found.seeds_needed
         more = (
@@ -51,7 +51,7 @@ def _verdict(found: Difference, margin: float | None) -> str:
             if needed
             else "no number of seeds up to 10,000 would"
         )
-        return f"{arm} against {other} is undecided: the difference, {_signed(found)}, may be of either sign; {more}."  # noqa: E501
+        return f"{arm} against {other} is undecided: the difference, {signed(found)}, may be of either sign; {more}."  # noqa: E501
     return f"{arm} is {found.verdict} than {other} by {by}."
 
 
@@ -93,7 +93,8 @@ def _span(found: Difference) -> str:
     return f"[{shown(low)}, {shown(high)}]"
 
 
-def _signed(found: Difference) -> str:
+def signed(found: Difference) -> str:
+    """Return a mean difference with its sign and the interval that decides, such as +0.14 [0.12, 0.17]."""
     return f"{found.mean.value:+.3g} {_bracket(found.adjusted)}"
 
 
