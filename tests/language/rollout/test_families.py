@@ -13,6 +13,7 @@ from tokenrl.language.rollout.ways import choose_way
 PROMPTS = [[5, 9, 13, 21, 33], [40, 7], [3, 4, 5]]
 REFUSED = {"recurrent_gemma"}
 NOT_SHARED = {"mamba": "log-probabilities"}  # it forgets its state where several tokens follow
+WHOLE_LOGITS = {"gemma2"}  # they come after more than a product
 RIGHT = sorted(set(FAMILIES) - REFUSED)
 
 
@@ -66,8 +67,9 @@ def test_each_family_gets_the_fastest_way_that_is_right(family, hidden):
     choose_way(policy, hidden=hidden)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in policy.model.parameters())
-    assert policy.share_prompt == (family not in NOT_SHARED) == (not policy.remark)
-    assert NOT_SHARED.get(family, "") in policy.remark
+    assert policy.share_prompt == (family not in NOT_SHARED) == ("prompts" not in policy.remarks)
+    assert NOT_SHARED.get(family, "") in policy.remarks.get("prompts", "")
+    assert (policy.tokens_at_once is None) == (family in WHOLE_LOGITS) == ("logits" in policy.remarks)
 
 
 @pytest.mark.parametrize("family", RIGHT)

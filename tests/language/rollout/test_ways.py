@@ -95,15 +95,17 @@ def test_absolute_positions_must_be_heeded():
 def test_a_gradient_that_does_not_pass_the_cache_means_no_sharing():
     policy = changed(make_policy(), detached)
     choose_way(policy)
-    assert not policy.share_prompt and "shared prompt gives a gradient that is off" in policy.remark
+    assert (
+        not policy.share_prompt and "shared prompt gives a gradient that is off" in policy.remarks["prompts"]
+    )
 
 
 def test_a_cache_that_is_overwritten_is_shared_only_where_no_gradient_is_needed():
     policy = changed(make_policy("gpt2"), overwritten)
     choose_way(policy, gradient=False)
-    assert policy.share_prompt and not policy.remark
+    assert policy.share_prompt and not policy.remarks
     choose_way(policy)
-    assert not policy.share_prompt and "modified by an" in policy.remark
+    assert not policy.share_prompt and "modified by an" in policy.remarks["prompts"]
 
 
 def test_a_wrong_gradient_is_refused():
@@ -130,7 +132,7 @@ def test_the_probe_fits_into_any_context(context):
     policy = make_policy("gpt2", n_positions=context or 64)
     policy.context = context
     choose_way(policy)
-    assert policy.share_prompt and not policy.remark
+    assert policy.share_prompt and not policy.remarks
 
 
 @pytest.mark.parametrize("family", ["llama", "lfm2", "qwen3_5"])
@@ -138,23 +140,23 @@ def test_with_an_adapter(family):
     policy = family_policy(family)
     add_lora(policy, r=2)
     choose_way(policy, hidden=True)
-    assert policy.share_prompt and not policy.remark
+    assert policy.share_prompt and not policy.remarks
 
 
 def test_under_activation_checkpointing_nothing_is_shared_and_nothing_is_remarked():
     policy = make_policy()
     enable_gradient_checkpointing(policy)
     choose_way(policy)
-    assert not policy.share_prompt and not policy.remark and policy.model.training
+    assert not policy.share_prompt and not policy.remarks and policy.model.training
 
 
 @pytest.mark.parametrize("worst", [0, 1, 2])
 def test_processes_take_the_slowest_way_that_one_of_them_needs(worst):
     seen = []
 
-    def gather(level):
-        seen.append(int(level))
-        return torch.tensor([int(level), worst])
+    def gather(failed):
+        seen.append([*map(bool, failed[0])])
+        return torch.tensor([failed[0].tolist(), [worst == 2, worst == 1, False]]).int()
 
     other = SimpleNamespace(num_processes=2, device="cpu", gather=gather)
     policy = make_policy()
@@ -163,11 +165,11 @@ def test_processes_take_the_slowest_way_that_one_of_them_needs(worst):
             choose_way(policy, accelerator=other)
     else:
         choose_way(policy, accelerator=other)
-        assert policy.share_prompt == (worst == 0) == (not policy.remark)
-    assert seen == [0]
+        assert policy.share_prompt == (worst == 0) == (not policy.remarks)
+    assert seen == [[False, False, False]]
     with pytest.raises(Refused, match="off by"):  # a process that refuses tells the others first
         choose_way(changed(make_policy(), without("attention_mask")), accelerator=other)
-    assert seen == [0, 2]
+    assert seen[1:] == [[True, False, False]]
 
 
 TRAINED = ["lfm2", "granite_hybrid", "falcon_h1", "mamba", "qwen3_5"]

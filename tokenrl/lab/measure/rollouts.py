@@ -100,7 +100,7 @@ def collect(
 @torch.no_grad()
 def _scores(policy: Policy, rollout: Rollout, sampling: Sampling) -> dict[str, Tensor]:
     """Return mask, log-probabilities and entropies of a rollout, padded to the most tokens allowed [n, T]."""
-    options: dict[str, Any] = {"temperature": sampling.temperature, "share_prompt": policy.share_prompt}
+    options: dict[str, Any] = {"temperature": sampling.temperature, **policy.ways}
     own = score(policy.model, rollout, entropy=True, **options)
     assert own.entropy is not None
     ref = own.logprobs

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import Dtype, PromptArguments
 from tokenrl.language.policy.bars import without_bars
+from tokenrl.language.policy.dropout import switch_dropout_off
 from tokenrl.language.policy.fingerprints import check_base, check_base_is_named
 from tokenrl.language.policy.intact import intact_model
 from tokenrl.language.policy.peft_names import answer_peft
@@ -40,7 +41,9 @@ class Policy:
         source: where the model came from, for messages and records.
         share_prompt: whether the rows of a group may share the key/value cache of their prompt. False under
             activation checkpointing, which keeps no cache, and where `choose_way` found it to be wrong.
-        remark: what `choose_way` has to say of the prompts, for a run's header; empty if all is as usual.
+        tokens_at_once: number of tokens whose logits may exist at once when they are scored; None if all
+            are computed in the forward pass. `choose_way` sets it.
+        remarks: what `choose_way` has to say of unusual ways, for a run's header; empty if all is as usual.
         reference: a frozen copy of the model for a KL term; None if none is needed, or an adapter gives it.
         form: how the model is asked; `ask` changes it.
         stops: ends completions at the stop strings of the form; None if it has none.
@@ -53,7 +56,8 @@ class Policy:
     context: int | None
     source: str = ""
     share_prompt: bool = True
-    remark: str = ""
+    tokens_at_once: int | None = None
+    remarks: dict[str, str] = field(default_factory=dict)
     reference: nn.Module | None = field(default=None, repr=False)
     form: PromptArguments = field(default_factory=PromptArguments, repr=False)
     stops: StopStrings | None = field(default=None, repr=False)
@@ -62,6 +66,11 @@ class Policy:
     def device(self) -> torch.device:
         """The device of the weights."""
         return next(self.model.parameters()).device
+
+    @property
+    def ways(self) -> dict[str, Any]:
+        """The keyword arguments by which `score` takes the fastest way that is right for this model."""
+        return {"share_prompt": self.share_prompt, "tokens_at_once": self.tokens_at_once}
 
     @property
     def has_adapter(self) -> bool:
@@ -202,7 +211,7 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
         if value is not None:
             eos.update([value] if isinstance(value, int) else value)
     pad = next(i for i in (tokenizer.pad_token_id, min(eos, default=None), 0) if i is not None)
-    _switch_dropout_off(model)
+    switch_dropout_off(model)
     return Policy(
         model=model,
         tokenizer=tokenizer,
@@ -274,21 +283,6 @@ def load_policy(
     policy = wrap(model, tokenizer, source=name)
     policy.ask(PromptArguments(**saved_form(name_or_path)))
     return policy
-
-
-def _switch_dropout_off(model: nn.Module) -> None:
-    """Set every dropout rate to zero.
-
-    With dropout, sampling and scoring would each draw masks of their own, and the log-probabilities that are
-    scored would not be those of the distribution that was sampled from.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):  # rates that the forward pass hands to functions
-            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
-                setattr(module, name, 0.0)
-    model.eval()
 
 
 def _first_lines(error: BaseException, limit: int = 300) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BLOCK = 256
+"""Tokens of a block; a larger vocabulary is drawn from in two steps, first a block and then a token of it."""
+
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """Log-probabilities [..., V] of logits [..., V] at a temperature, computed in float32 or better."""
@@ -24,3 +27,43 @@ def score_norm_of(chosen: Tensor, p: Tensor) -> Tensor:
         p: probabilities of all tokens [..., V].
     """
     return 1 - 2 * chosen.exp() + p.square().sum(dim=-1)
+
+
+def draw(p: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one token per row by inverting the CDF; a token of probability 0 is never drawn.
+
+    The uniforms are float64, since rounding errors of a float32 CDF could change which token is drawn. For a
+    large vocabulary only the sums of blocks are converted, and the probabilities of one block a row.
+
+    Args:
+        p: probabilities [n, V].
+        uniforms: random numbers in [0, 1) [n].
+
+    Returns:
+        The tokens [n].
+    """
+    vocabulary = p.shape[1]
+    if vocabulary <= BLOCK:
+        return _invert(p, uniforms)
+    whole = vocabulary // BLOCK * BLOCK
+    sums = p[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=2)  # [n, blocks]
+    if whole < vocabulary:
+        sums = torch.cat([sums, p[:, whole:].sum(dim=1, keepdim=True)], dim=1)
+    block = _invert(sums, uniforms)
+    inside = block[:, None] * BLOCK + torch.arange(BLOCK, device=p.device)  # [n, BLOCK]
+    values = torch.where(inside < vocabulary, p.gather(1, inside.clamp(max=vocabulary - 1)), 0)
+    # What is left of the uniform within its block is again uniform.
+    cdf = sums.to(uniforms.dtype).cumsum(dim=1)
+    chosen = sums.gather(1, block[:, None]).to(uniforms.dtype).squeeze(1)
+    below = cdf.gather(1, block[:, None]).squeeze(1) - chosen
+    rest = ((uniforms * cdf[:, -1] - below) / chosen).clamp(0, 1 - torch.finfo(uniforms.dtype).eps)
+    return block * BLOCK + _invert(values, rest)
+
+
+def _invert(p: Tensor, uniforms: Tensor) -> Tensor:
+    """Return in each row the first entry [n] below whose end in the CDF the uniform lies."""
+    cdf = p.to(uniforms.dtype).cumsum(dim=1)
+    # Rounding leaves the total, the last entry, near 1 and not at 1, so the uniform is scaled by it.
+    # right=True finds the first entry above the draw, so a token of probability 0 is never chosen.
+    found = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
+    return found.clamp(max=p.shape[1] - 1)

@@ -14,11 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tokenrl.core.entropy import entropy_of
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache
-from tokenrl.language.rollout.distribution import log_softmax, score_norm_of
+from tokenrl.language.rollout.distribution import draw, log_softmax, score_norm_of
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.threads import using_threads
@@ -75,7 +74,7 @@ class TransformersGenerator:
     ) -> Rollout:
         """Sample completions as `Generator.generate` says; every field of the `Rollout` is filled.
 
-        Only `hidden` is None unless `sampling.keep_hidden` asks for it.
+        Only `score_norms` and `hidden` are None unless `sampling` asks for them.
 
         Raises:
             Stopped: the model's logits are not finite.
@@ -113,15 +112,14 @@ def _decode(
 
     state = _Decoder(policy.model, prompt_ids, prompt_mask, prompt_index, sampling.keep_hidden)
     dtype = torch.promote_types(state.logits.dtype, torch.float32)
-    numbers = torch.zeros(3, *shape, device=device, dtype=dtype)  # logprobs, entropy, score norms
+    count = 3 if sampling.keep_score_norms else 2  # logprobs, entropy, score norms
+    numbers = torch.zeros(count, *shape, device=device, dtype=dtype)
     hidden = state.hidden.new_zeros(*shape, state.hidden.shape[-1]) if sampling.keep_hidden else None
     rows = torch.arange(shape[0], device=device)  # rows that are still in the batch
     alive = torch.ones_like(rows, dtype=torch.bool)  # which of those are unfinished
     truncated = torch.ones_like(alive)  # [N], which have not ended
     for t in range(length):
-        token, drawn = _draw(
-            log_softmax(state.logits, sampling.temperature), None if draws is None else draws[rows, t]
-        )
+        token, drawn = _next_token(state.logits, None if draws is None else draws[rows, t], sampling)
         where = rows[alive]
         ids[where, t] = token[alive]
         numbers[:, where, t] = drawn[:, alive]
@@ -140,7 +138,7 @@ def _decode(
             state.keep(alive)
             rows, token, alive = rows[alive], token[alive], alive[alive]
         state.advance(token)
-    logprobs, entropy, norms = numbers
+    logprobs, entropy, norms = (*numbers, None)[:3]
     rollout = Rollout(
         prompt_ids, prompt_mask, prompt_index, ids, mask, logprobs, truncated, entropy, norms, hidden
     )
@@ -208,15 +206,20 @@ class _Decoder:
         )
 
 
-def _draw(logp: Tensor, draw: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Draw one token per row from log-probabilities [n, V] with uniforms [n], or greedily without them.
+def _next_token(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Draw one token per row from logits [n, V] with uniforms [n], or greedily without them.
 
     Returns:
-        The tokens [n], and a tensor [3, n] of their log-probabilities, the entropies of the distributions,
-        and the squared norms of the scores.
+        The tokens [n], and a tensor [2, n] or [3, n] of their log-probabilities, the entropies of the
+        distributions, and the squared norms of the scores if they are wanted.
     """
+    logp = log_softmax(logits, sampling.temperature)
     p = logp.exp()
-    entropy = entropy_of(logp, p)  # [n]
+    token = logp.argmax(dim=-1) if uniforms is None else draw(p, uniforms)
+    chosen = logp.gather(1, token[:, None]).squeeze(1)
+    norms = [score_norm_of(chosen, p)] if sampling.keep_score_norms else []
+    # An impossible token has p = 0 and a log-probability of -inf, and adds 0 to the entropy.
+    entropy = -(p.mul_(logp.clamp_(min=torch.finfo(logp.dtype).min))).sum(dim=-1)  # [n]
     # A NaN in any logit of a row makes the entropy of the row NaN, so checking the entropy is enough.
     if not bool(torch.isfinite(entropy).all()):
         raise Stopped(
@@ -224,13 +227,4 @@ def _draw(logp: Tensor, draw: Tensor | None) -> tuple[Tensor, Tensor]:
             "lower the learning rate, or go back to an earlier checkpoint; with float16 try bfloat16 or "
             "float32."
         )
-    if draw is None:
-        token = logp.argmax(dim=-1)
-    else:
-        cdf = p.to(draw.dtype).cumsum(dim=-1)
-        # Rounding leaves the total, the last entry, near 1 and not at 1, so the uniform is scaled by it.
-        # right=True finds the first entry above the draw, so a token of probability 0 is never chosen.
-        token = torch.searchsorted(cdf, (draw * cdf[:, -1])[:, None], right=True).squeeze(1)
-        token = token.clamp(max=logp.shape[-1] - 1)
-    chosen = logp.gather(1, token[:, None]).squeeze(1)
-    return token, torch.stack([chosen, entropy, score_norm_of(chosen, p)])
+    return token, torch.stack([chosen, entropy, *norms])

@@ -26,8 +26,9 @@ class Sampling(Settings):
         step: step of the run, at least 0. Training draws new random numbers in each step; rewards can read
             the step as `trainer_state.global_step`.
         truncate_prompts: drop tokens from the left of prompts that are too long, instead of refusing them.
-        keep_hidden: also return the last hidden states, which a critic reads. A generator that cannot return
-            them leaves them to a scoring pass.
+        keep_score_norms: also return the squared norms of the scores, which the optimal baselines read. What
+            a generator cannot return is left to a scoring pass.
+        keep_hidden: also return the last hidden states, which a critic reads.
 
     Raises:
         Refused: a number is out of range.
@@ -39,6 +40,7 @@ class Sampling(Settings):
     seed: Annotated[int, Bounds(at_least=0, at_most=2**60 - 1)] = 0
     step: Natural = 0
     truncate_prompts: bool = False
+    keep_score_norms: bool = False
     keep_hidden: bool = False
 
     @property

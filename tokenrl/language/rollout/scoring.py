@@ -3,7 +3,7 @@
 The forward pass of each distinct prompt is computed once per group, also in training: its key/value cache
 stays in the autograd graph and is repeated for the rows of the group, whose completions are computed on top.
 The gradient equals that of the plain forward pass and costs less. Logits are computed for completion tokens
-only.
+only, and not all at once where they are many (see `head`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tokenrl.core.entropy import entropy_of
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import log_softmax, score_norm_of
+from tokenrl.language.rollout.head import head_of, score_tokens, without_head
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 
 
@@ -44,6 +45,7 @@ def score(
     *,
     temperature: float = 1.0,
     share_prompt: bool = True,
+    tokens_at_once: int | None = None,
     entropy: bool = False,
     score_norms: bool = False,
     hidden: bool = False,
@@ -56,11 +58,31 @@ def score(
         temperature: the temperature that was sampled with; the logits are divided by it.
         share_prompt: compute each distinct prompt once; False if no key/value cache may be kept, as under
             activation checkpointing.
+        tokens_at_once: number of tokens whose logits may exist at once; None if the forward pass has to
+            compute all of them, as where something comes after the head.
         entropy: also return the entropies.
         score_norms: also return the squared norms of the scores in logit space.
         hidden: also return the last hidden state before each token.
     """
-    logits, states = (_shared if share_prompt else _plain)(model, rollout, hidden)
+    forward = _shared if share_prompt else _plain
+    if tokens_at_once is not None and int(rollout.mask.sum()) > tokens_at_once:
+        head = head_of(model)
+        assert head is not None  # `choose_way` found it
+        with without_head(head) as left_out:
+            _, states = forward(model, rollout, hidden)
+        found = score_tokens(
+            _inputs(left_out.inputs, rollout, share_prompt),
+            head,
+            rollout.completion_ids[rollout.mask],
+            dtype=left_out.dtype,
+            at_once=tokens_at_once,
+            temperature=temperature,
+            entropy=entropy,
+            norms=score_norms,
+        )
+        logprobs, entropies, norms = (_spread(x, rollout.mask) for x in found)
+        return Scores(logprobs, entropies if entropy else None, norms if score_norms else None, states)
+    logits, states = forward(model, rollout, hidden)
     logp = log_softmax(logits, temperature)  # [N, T, V]
     logprobs = logp.gather(2, rollout.completion_ids[:, :, None]).squeeze(2)
     p = logp.exp() if entropy or score_norms else logp
@@ -70,6 +92,20 @@ def score(
         score_norm_of(logprobs, p) if score_norms else None,
         states,
     )
+
+
+def _inputs(passes: list[Tensor], rollout: Rollout, shared: bool) -> Tensor:
+    """Return what the head is given for each action [M, H], from what it was given in the forward passes."""
+    if shared:  # the first pass is over prompts, the second over completions
+        passes = [passes[0][rollout.prompt_index, -1:], *passes[1:]]
+    width = rollout.mask.shape[1]
+    whole = torch.cat(passes, dim=1)
+    return whole[:, :width][rollout.mask] if shared else whole[:, -width:][rollout.mask]
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Put values [M] where the mask [N, T] is True, and 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 @torch.no_grad()
@@ -120,7 +156,7 @@ def with_missing_fields(
     missing = {name: True for name in wanted if wanted[name] and getattr(rollout, name) is None}
     if not missing:
         return rollout
-    options = {"temperature": temperature, "share_prompt": policy.share_prompt, **missing}
+    options = {"temperature": temperature, **policy.ways, **missing}
     scores = score_in_parts(policy.model, rollout, rows_at_once=rows_at_once, **options)
     found = {name: getattr(scores, name) for name in missing}
     off = ~rollout.mask

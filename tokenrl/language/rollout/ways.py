@@ -11,15 +11,16 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from textwrap import shorten
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import log_softmax
 from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.head import head_of, tokens_at_once
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
 from tokenrl.runs.threads import using_threads
@@ -29,12 +30,14 @@ TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (0.01, 0.03), torch.fl
 and of a gradient, relative to its norm. Rounding stays far below them, in TensorFloat-32 too."""
 COARSE = (0.12, 0.5)
 """The same for bfloat16 and for quantised weights."""
+PIECE = 3
+"""Tokens that are tried at a time, of a few more."""
 
 
 def choose_way(
     policy: Policy, *, hidden: bool = False, gradient: bool = True, accelerator: Any = None
 ) -> None:
-    """Set `policy.share_prompt`, and say in `policy.remark` if it is not the usual way that is taken.
+    """Set how `policy` is scored, and say in `policy.remarks` if it is not the usual way that is taken.
 
     A model whose logits are not finite is left as it is: the run itself reports that.
 
@@ -47,34 +50,63 @@ def choose_way(
     Raises:
         Refused: sampling is wrong for this model, or both ways of scoring are.
     """
+    head, shared, whole = None, None, None
     with torch.random.fork_rng(devices=[]), using_threads(1):
         probe = _Probe(policy, hidden, gradient)
-        shared, wrong = None, _failure(probe.sample)
+        wrong = _failure(probe.sample)
         if probe.finite and wrong is None:
             if policy.share_prompt:
                 shared = _failure(lambda: probe.score(share_prompt=True))
             if shared or not policy.share_prompt:
                 wrong = _failure(lambda: probe.score(share_prompt=False))
-    _take(policy, shared, wrong, accelerator)
+            head = head_of(policy.model)
+            if head is None:
+                whole = "the head is no linear layer"
+            elif wrong is None:
+                share = policy.share_prompt and not shared
+                whole = _failure(lambda: probe.score(share_prompt=share, tokens_at_once=PIECE))
+    _take(policy, _agreed(accelerator, _Findings(wrong, shared, whole)), head)
 
 
-def _take(policy: Policy, shared: str | None, wrong: str | None, accelerator: Any) -> None:
-    """Take the slowest of the ways that the processes need, given what failed on this one."""
-    level = 2 if wrong else 1 if shared else 0
-    if accelerator is not None and accelerator.num_processes > 1:
-        level = int(accelerator.gather(torch.tensor([level], device=accelerator.device)).max())
+class _Findings(NamedTuple):
+    """What failed, in words; None where nothing did."""
+
+    wrong: str | None
+    """All ways of sampling or of scoring."""
+    shared: str | None
+    """Scoring with a shared prompt."""
+    whole: str | None
+    """Computing logits apart from the forward pass."""
+
+
+def _agreed(accelerator: Any, found: _Findings) -> _Findings:
+    """Return what failed on any of the processes, which all have to take the same way."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return found
+    failed = torch.tensor([[int(bool(one)) for one in found]], device=accelerator.device)
+    anywhere = accelerator.gather(failed).amax(dim=0).tolist()
     elsewhere = "it is wrong on another process"
-    if level == 2:
+    return _Findings(
+        *(one or (elsewhere if any_ else None) for one, any_ in zip(found, anywhere, strict=True))
+    )
+
+
+def _take(policy: Policy, found: _Findings, head: nn.Linear | None) -> None:
+    """Take the fastest ways that are right."""
+    if found.wrong:
         raise Refused(
             f"The model {policy.source!r} ({type(policy.model).__name__}) cannot be sampled and scored in "
-            f"batches as it should: {wrong or elsewhere}. This was tried on four short rows, against the "
+            f"batches as it should: {found.wrong}. This was tried on four short rows, against the "
             "forward pass of each row alone. A model must heed the attention_mask and position_ids of rows "
             "that are padded on the left, and return a cache of the tokens before. Choose another "
             "architecture, or try another release of transformers."
         )
-    if level == 1:
+    if found.shared:
         policy.share_prompt = False
-        policy.remark = f"computed anew for each completion when it is scored ({shared or elsewhere})"
+        policy.remarks["prompts"] = f"computed anew for each completion when it is scored ({found.shared})"
+    policy.tokens_at_once = tokens_at_once(head.out_features) if head and not found.whole else None
+    if found.whole:
+        policy.remarks["logits"] = f"of all tokens at once when they are scored ({found.whole})"
 
 
 class _Wrong(Exception):
@@ -129,11 +161,14 @@ class _Probe:
             self._compute_alone()
         self._compare("sampling", self.rollout.logprobs, self.rollout.hidden)
 
-    def score(self, *, share_prompt: bool) -> None:
+    def score(self, *, share_prompt: bool, tokens_at_once: int | None = None) -> None:
         """Score what was sampled, and compare with each row alone, in values and in the gradient."""
         name = "scoring with a shared prompt" if share_prompt else "scoring"
+        if tokens_at_once is not None:
+            name = "scoring some tokens at a time"
+        ways: dict[str, Any] = {"share_prompt": share_prompt, "tokens_at_once": tokens_at_once}
         with torch.set_grad_enabled(self.gradient):
-            found = score(self.policy.model, self.rollout, share_prompt=share_prompt, hidden=self.hidden)
+            found = score(self.policy.model, self.rollout, hidden=self.hidden, **ways)
         self._compare(name, found.logprobs, found.hidden)
         if self.gradient:
             expected = self.expected_gradient

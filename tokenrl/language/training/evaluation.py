@@ -146,7 +146,7 @@ def _kl(reference: Policy | None, rollout: Rollout, temperature: float) -> list[
         rollout,
         rows_at_once=max(1, LOGITS // (width * vocabulary)),
         temperature=temperature,
-        share_prompt=reference.share_prompt,
+        **reference.ways,
     ).logprobs
     each = {name: x.tolist() for name, x in completion_kl(rollout.logprobs, scored, rollout.mask).items()}
     return [{name: values[i] for name, values in each.items()} for i in range(n)]

@@ -208,7 +208,7 @@ def facts(run: Run) -> dict[str, Any]:
         "seed": args.seed,
         **({"threads": threads_in_words(run.threads)} if run.threads else {}),
         **asked(policy.form, args.model),
-        **({"prompts": policy.remark} if policy.remark else {}),
+        **policy.remarks,
         "run": args.output_dir,
     }
 

@@ -102,7 +102,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             "learning rate": told(learning_rate="{:g}") + ", falling to 0",
             **({"threads": threads_in_words(threads)} if threads else {}),
             **asked(policy.form, args.model),
-            **({"prompts": policy.remark} if policy.remark else {}),
+            **policy.remarks,
         }
         name = args.task if isinstance(args.task, str) else str(task.name)
         title = f"{name}, supervised, seed {args.seed}"

@@ -149,7 +149,7 @@ class SupervisedTraining:
         """
         policy = self._policy
         batch = demonstration_batch(policy, [self.pairs[i] for i in self.descent.batch()])
-        logprobs = score(policy.model, batch, share_prompt=policy.share_prompt).logprobs
+        logprobs = score(policy.model, batch, **policy.ways).logprobs
         self.tokens += int(batch.mask.sum())
         loss = -torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum()
         norm = self.descent.update(loss)

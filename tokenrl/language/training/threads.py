@@ -101,5 +101,5 @@ class _Work:
 
     def training(self) -> None:
         """Score the completions and compute the gradient; the parameters and their `grad` stay."""
-        logprobs = score(self.policy.model, self.rollout, share_prompt=self.policy.share_prompt).logprobs
+        logprobs = score(self.policy.model, self.rollout, **self.policy.ways).logprobs
         torch.autograd.grad(logprobs.sum(), self.policy.trainable_parameters(), allow_unused=True)

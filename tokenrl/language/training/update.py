@@ -106,7 +106,7 @@ class Learner:
     @property
     def scoring(self) -> dict[str, Any]:
         """Keyword arguments of `score`: completions are scored at the temperature of sampling."""
-        return {"temperature": self.args.temperature, "share_prompt": self.policy.share_prompt}
+        return {"temperature": self.args.temperature, **self.policy.ways}
 
 
 @dataclass

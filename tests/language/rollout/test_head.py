@@ -1,0 +1,177 @@
+"""Scoring some tokens at a time gives the values and gradients of all logits at once, which never exist."""
+
+import math
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, ENDS, PROMPTS, apart, completions, gradient, make_learner, make_policy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tokenrl.core.entropy import token_entropy
+from tokenrl.language.policy.adapters import add_lora
+from tokenrl.language.rollout.distribution import draw
+from tokenrl.language.rollout.head import TOKENS, head_of, score_tokens, tokens_at_once
+from tokenrl.language.rollout.scoring import score, score_in_parts
+from tokenrl.language.rollout.ways import choose_way
+
+
+def rollout_of(policy, length=6):
+    policy.eos_ids = ENDS
+    how = {"num_generations": 3, "max_completion_length": length, "temperature": 0.7, "seed": 1}
+    return completions(policy, [policy.encode(p) for p in PROMPTS], **how)
+
+
+def objective(policy, rollout, **how):
+    """The gradient of a weighted sum of log-probabilities and entropies, and all scores of the actions."""
+    policy.model.zero_grad()
+    scores = score(policy.model, rollout, temperature=0.7, entropy=True, score_norms=True, **how)
+    weights = torch.linspace(-1, 2, len(rollout.mask), dtype=scores.logprobs.dtype)[:, None]
+    torch.where(rollout.mask, scores.logprobs * weights + 0.1 * scores.entropy, 0).sum().backward()
+    values = torch.stack([x.detach()[rollout.mask] for x in scores[:3]])
+    return gradient(policy.model), values
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-13), ("float32", 1e-5), ("bfloat16", 0.02)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("share", [True, False])
+def test_some_tokens_at_a_time_are_all_at_once(architecture, dtype, tolerance, share):
+    policy = make_policy(architecture, dtype=dtype)
+    rollout = rollout_of(policy)
+    expected, values = objective(policy, rollout, share_prompt=share)
+    for at_once in (1, 7, int(rollout.mask.sum()) - 1):
+        found, same = objective(policy, rollout, share_prompt=share, tokens_at_once=at_once)
+        assert apart(found, expected) < tolerance
+        assert float((same - values).norm() / values.norm()) < tolerance
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_short_completions(length):
+    policy = make_policy()
+    rollout = rollout_of(policy, length)
+    expected, values = objective(policy, rollout)
+    found, same = objective(policy, rollout, tokens_at_once=2)
+    assert apart(found, expected) < 1e-5 and torch.allclose(same, values, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_gradient_is_that_of_numerical_differences(bias):
+    torch.manual_seed(0)
+    states = torch.randn(7, 3, dtype=torch.double, requires_grad=True)
+    head = torch.nn.Linear(3, 5, bias=bias).double()
+    ids = torch.randint(5, (7,))
+
+    def scores(*_):
+        how = {"dtype": torch.double, "at_once": 3, "temperature": 0.6, "entropy": True}
+        found = score_tokens(states, head, ids, **how)
+        return found.logprobs, found.entropy
+
+    assert torch.autograd.gradcheck(scores, (states, *head.parameters()))
+
+
+def test_impossible_tokens_have_neither_value_nor_gradient():
+    torch.manual_seed(0)
+    states = torch.randn(4, 3, dtype=torch.double, requires_grad=True)
+    head = torch.nn.Linear(3, 6).double()
+    with torch.no_grad():
+        head.bias[2:4] = -math.inf
+    ids = torch.tensor([0, 1, 4, 5])
+    how = {"dtype": torch.double, "at_once": 3, "entropy": True, "norms": True}
+    found = score_tokens(states, head, ids, **how)
+    logits = head(states)
+    logp = logits.log_softmax(-1)
+    chosen = logp.gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(found.logprobs, chosen)
+    torch.testing.assert_close(found.entropy, token_entropy(logits))
+    torch.testing.assert_close(found.norms, 1 - 2 * chosen.exp() + logp.exp().square().sum(-1))
+    inputs = (states, head.weight, head.bias)
+    mine = torch.autograd.grad((found.logprobs * 2 + found.entropy).sum(), inputs)
+    other = torch.autograd.grad((chosen * 2 + token_entropy(logits)).sum(), inputs)
+    for a, b in zip(mine, other, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_frozen_head_gets_no_gradient():
+    policy = make_policy()
+    add_lora(policy, r=2)
+    rollout = rollout_of(policy)
+    expected, _ = objective(policy, rollout)
+    found, _ = objective(policy, rollout, tokens_at_once=3)
+    assert apart(found, expected) < 1e-5
+    head = head_of(policy.model)
+    assert head is not None and head.weight.grad is None
+
+
+def test_an_adapted_head_is_left_to_the_forward_pass():
+    policy = make_policy()
+    add_lora(policy, r=2, target_modules=["lm_head"])
+    choose_way(policy)
+    assert policy.tokens_at_once is None and "no linear layer" in policy.remarks["logits"]
+
+
+def test_the_head_computes_in_the_precision_of_the_forward_pass():
+    learner = make_learner(make_policy(), mixed_precision="bf16")
+    rollout = rollout_of(learner.policy)
+    whole = score(learner.model, rollout).logprobs[rollout.mask]
+    parts = score(learner.model, rollout, tokens_at_once=5).logprobs[rollout.mask]
+    full = score(make_policy().model, rollout, tokens_at_once=5).logprobs[rollout.mask]
+    off, coarse = (float((x - whole).detach().abs().mean()) for x in (parts, full))
+    assert parts.dtype == torch.float32 and off < 0.1 * coarse
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the most entries of any tensor that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+        self.most = max([self.most, *sizes])
+        return found
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_logits_of_all_tokens_never_exist(trained):
+    policy = make_policy(vocabulary=20_000)
+    rollout = rollout_of(policy)
+    vocabulary, tokens = 20_000, int(rollout.mask.sum())
+    size = policy.model.get_input_embeddings().weight.numel()  # gradients of weights are as large as these
+    at_once = 8
+    assert tokens > 3 * at_once
+    with _Largest() as seen:
+        if trained:
+            score(policy.model, rollout, tokens_at_once=at_once, entropy=True).logprobs.sum().backward()
+        else:
+            score_in_parts(policy.model, rollout, rows_at_once=None, tokens_at_once=at_once, entropy=True)
+    assert seen.most == max(size, at_once * vocabulary)
+    with _Largest() as seen:
+        objective(policy, rollout)
+    assert seen.most >= tokens * vocabulary
+
+
+def test_the_number_at_once_falls_with_the_vocabulary_to_a_least():
+    assert tokens_at_once(100) > tokens_at_once(1000) > tokens_at_once(10**6) == TOKENS
+
+
+def test_drawing_in_two_steps_is_drawing_in_one():
+    torch.manual_seed(0)
+    p = torch.softmax(4 * torch.randn(2000, 1000), dim=1)
+    p[:, ::7] = 0
+    p[:, 256:512] = 0  # a block in which nothing is possible
+    p /= p.sum(dim=1, keepdim=True)
+    uniforms = torch.rand(2000, dtype=torch.double)
+    uniforms[:4] = torch.tensor([0.0, 1 - 2**-53, 0.5, 1e-300])
+    found = draw(p, uniforms)
+    cdf = p.double().cumsum(dim=1)
+    cdf = cdf / cdf[:, -1:]
+    expected = torch.searchsorted(cdf, uniforms[:, None], right=True).squeeze(1)
+    near = (cdf - uniforms[:, None]).abs().amin(dim=1) < 1e-5
+    assert torch.equal(found[~near], expected[~near]) and near.sum() < 400
+    assert (p.gather(1, found[:, None]) > 0).all()
+    # Near a boundary rounding may choose the other side, which is as near.
+    end = cdf.gather(1, found[:, None]).squeeze(1)
+    start = end - p.gather(1, found[:, None]).squeeze(1)
+    assert ((start - 1e-5 <= uniforms) & (uniforms <= end + 1e-5)).all()

@@ -1,0 +1,250 @@
+"""Scores tokens from hidden states, so that the logits of a whole batch never exist at once.
+
+With a large vocabulary the logits are by far the largest tensor of a step: 4,096 tokens times 50,000 entries
+take 0.8 GB in float32, and autograd keeps several of that size. Here the model computes hidden states only,
+and its head is applied to some tokens at a time. The backward pass computes the logits again and turns them
+into their gradient in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+LOGITS = 2**22
+"""Most logits at once: 16 MiB in float32, which processors keep near."""
+TOKENS = 256
+"""But at least those of so many tokens, since each chunk also adds to the gradient of the whole head."""
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """Return the number of tokens whose logits are best computed at once."""
+    return max(TOKENS, LOGITS // vocabulary)
+
+
+def head_of(model: nn.Module) -> nn.Linear | None:
+    """Return the linear layer that makes the logits, or None if the head is anything else.
+
+    `model` may be wrapped by peft, or for several processes.
+    """
+    bare: Any = getattr(model, "module", model)
+    head = bare.get_output_embeddings()
+    # A subclass is an adapter's or a quantised layer, which do more than a product with `weight`.
+    return head if type(head) is nn.Linear else None
+
+
+@dataclass
+class Captured:
+    """What the head would have been given in each forward pass.
+
+    Attributes:
+        inputs: the hidden states of each forward pass [n, t, H].
+        dtype: the precision that the head would have computed in.
+    """
+
+    inputs: list[Tensor] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
+
+
+@contextlib.contextmanager
+def without_head(head: nn.Linear) -> Iterator[Captured]:
+    """Let forward passes inside the block leave out the head, and collect what it would have been given."""
+    captured = Captured()
+
+    def leave_out(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states, kind = given[0], given[0].device.type
+        captured.inputs.append(states)
+        autocast = torch.is_autocast_enabled(kind)
+        captured.dtype = torch.get_autocast_dtype(kind) if autocast else head.weight.dtype
+        return (states[:, :0],)
+
+    handle = head.register_forward_pre_hook(leave_out)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+class TokenScores(NamedTuple):
+    """Scores of M tokens [M] each; what was not asked for is 0.
+
+    Attributes:
+        logprobs: log-probabilities.
+        entropy: entropies in nats of the distributions that the tokens were drawn from.
+        norms: squared norms of the scores in logit space, `1 - 2 p(a) + sum_v p(v)^2`, without a gradient.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    norms: Tensor
+
+
+def score_tokens(
+    states: Tensor,
+    head: nn.Linear,
+    ids: Tensor,
+    *,
+    dtype: torch.dtype,
+    at_once: int,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    norms: bool = False,
+) -> TokenScores:
+    """Score M tokens from the hidden states before them.
+
+    Args:
+        states: what the head is given for each token [M, H].
+        head: makes the logits.
+        ids: the tokens [M].
+        dtype: the precision of the product with the head; all else is computed in float32 or better.
+        at_once: tokens whose logits are computed at once.
+        temperature: divides the logits.
+        entropy: whether the entropies are needed.
+        norms: whether the squared norms of the scores are needed.
+    """
+    chunks = _Chunks(dtype, at_once, temperature, entropy, norms)
+    with torch.autocast(states.device.type, enabled=False):
+        return TokenScores(*_ScoredTokens.apply(states, head.weight, head.bias, ids, chunks))
+
+
+class _Chunk(NamedTuple):
+    """Some tokens and their logits; both tensors [m, V] may be written over."""
+
+    place: slice
+    logits: Tensor
+    narrow: Tensor
+    """In the precision of the products; the same tensor as `logits` if that is float32 or better."""
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """How logits are computed, some tokens at a time, and what is wanted of them; see `score_tokens`."""
+
+    dtype: torch.dtype
+    at_once: int
+    temperature: float
+    entropy: bool
+    norms: bool
+
+    def of(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[_Chunk]:
+        """Yield each chunk; the next one overwrites its memory."""
+        size = min(self.at_once, len(states))
+        # The memory is used again: to map as much anew for each chunk takes longer than to fill it.
+        narrow = weight.new_empty(size, len(weight))
+        wide = torch.promote_types(self.dtype, torch.float32)
+        logits = narrow if wide == self.dtype else torch.empty_like(narrow, dtype=wide)
+        for start in range(0, len(states), size):
+            place = slice(start, min(start + size, len(states)))
+            part = _Chunk(place, logits[: place.stop - start], narrow[: place.stop - start])
+            torch.mm(states[place], weight.T, out=part.narrow)
+            if bias is not None:
+                part.narrow.add_(bias)
+            if logits is not narrow:
+                part.logits.copy_(part.narrow)
+            if self.temperature != 1:
+                part.logits.div_(self.temperature)
+            yield part
+
+    def cast(self, *given: Tensor | None) -> tuple[Any, ...]:
+        """Return tensors in the precision of the products."""
+        return tuple(None if x is None else x.detach().to(self.dtype) for x in given)
+
+
+class _ScoredTokens(torch.autograd.Function):
+    """Scores of tokens, with a backward pass that computes the logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, chunks: _Chunks
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = torch.promote_types(chunks.dtype, torch.float32)
+        found = torch.zeros(4, len(ids), dtype=wide, device=ids.device)
+        for place, logits, _ in chunks.of(*chunks.cast(states, weight, bias)):
+            found[:, place] = _scores(logits, ids[place], chunks)
+        logprobs, entropy, norms, total = found
+        ctx.save_for_backward(states, weight, bias, ids, total, entropy)
+        ctx.chunks = chunks
+        ctx.mark_non_differentiable(norms)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy, norms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_logprob: Tensor | None, by_entropy: Tensor | None, _: Any) -> tuple[Any, ...]:
+        *inputs, ids, total, entropy = ctx.saved_tensors
+        chunks: _Chunks = ctx.chunks
+        states, weight, bias = chunks.cast(*inputs)
+        # Each chunk adds to the gradients of weight and bias, which therefore are summed in float32.
+        back = [
+            torch.zeros_like(x, dtype=total.dtype) if needed else None
+            for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+        ]
+        for place, logits, narrow in chunks.of(states, weight, bias):
+            a, b = (None if g is None else g[place, None] for g in (by_logprob, by_entropy))
+            slope = _slope(logits.sub_(total[place, None]), ids[place], a, b, entropy[place, None])
+            slope = slope.div_(chunks.temperature)
+            if back[2] is not None:
+                back[2] += slope.sum(dim=0)
+            slope = slope if narrow is logits else narrow.copy_(slope)
+            if back[0] is not None:
+                back[0][place] = slope @ weight
+            if back[1] is not None:
+                _add_product(back[1], slope.T, states[place])
+        return *(None if x is None else x.to(y.dtype) for x, y in zip(back, inputs, strict=True)), None, None
+
+
+def _scores(logits: Tensor, ids: Tensor, wanted: _Chunks) -> Tensor:
+    """Return log-probability, entropy, squared norm of the score and logsumexp [4, m]; overwrites logits."""
+    most = logits.amax(dim=1)
+    logits -= most[:, None]
+    chosen = logits.gather(1, ids[:, None]).squeeze(1)
+    p = logits.exp() if wanted.entropy else logits.exp_()
+    total = p.sum(dim=1)
+    entropy = norms = torch.zeros_like(total)
+    logp = chosen - total.log()
+    if wanted.norms:
+        norms = 1 - 2 * logp.exp() + torch.linalg.vector_norm(p, dim=1).div_(total).square_()
+    if wanted.entropy:  # an impossible token has p = 0 and a logit of -inf, and adds 0
+        entropy = total.log() - p.mul_(logits.clamp_(min=_least(logits))).sum(dim=1) / total
+    return torch.stack([logp, entropy, norms, most + total.log()])
+
+
+def _slope(
+    logp: Tensor, ids: Tensor, by_logprob: Tensor | None, by_entropy: Tensor | None, entropy: Tensor
+) -> Tensor:
+    """Return the gradient in the logits [m, V]: of log p(a), `onehot(a) - p`; of H, `-p (log p + H)`.
+
+    Args:
+        logp: log-probabilities [m, V], which are overwritten.
+        ids: the tokens [m].
+        by_logprob: the gradient of the loss in each log-probability [m, 1]; None if it is 0.
+        by_entropy: the same for each entropy [m, 1].
+        entropy: the entropies [m, 1].
+    """
+    if by_logprob is None:
+        by_logprob = torch.zeros_like(entropy)
+    if by_entropy is None:
+        slope = logp.exp_().mul_(-by_logprob)
+    else:
+        p = logp.exp()
+        slope = logp.clamp_(min=_least(logp)).add_(entropy).mul_(-by_entropy).sub_(by_logprob).mul_(p)
+    return slope.scatter_add_(1, ids[:, None], by_logprob)
+
+
+def _least(x: Tensor) -> float:
+    """Return a number that is finite, so that 0 times it is 0, and stays so after an addition."""
+    return torch.finfo(x.dtype).min / 2
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add the product of two matrices to a total, which may be of a higher precision."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
