@@ -12,7 +12,7 @@ from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import Rollout
 from tokenrl.control.setup import check_supported
-from tokenrl.control.update import Agent, explained, learn, prepare, scheduled
+from tokenrl.control.update import Agent, explained, in_rows, learn, prepare, scheduled, taken
 from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
@@ -158,6 +158,15 @@ def test_minibatches_are_each_an_unbiased_part(estimator):
     whole = moved(agent_of(estimator, **tiny), rollout_of())
     parts = moved(agent_of(estimator, num_minibatches=2, **tiny), rollout_of()) / 2
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [[[1, 1], [1, 0]], [[1, 1], [1, 1]], [[1], [1]]])
+def test_the_steps_taken_and_back_into_rows(mask):
+    mask = torch.tensor(mask).bool()
+    numbers = torch.randn(*mask.shape, 3)
+    vectors, first = taken(mask, numbers, numbers[..., 0])
+    assert torch.equal(vectors, numbers[mask])
+    assert torch.equal(in_rows(first, mask), numbers[..., 0] * mask)
 
 
 def test_minibatches_of_a_ratio_of_sequences_keep_rows_whole():

@@ -89,6 +89,40 @@ def test_score_norms_are_those_of_autograd(head, size):
         torch.testing.assert_close(norms[row], slope.square().sum())
 
 
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_outputs_and_gradients_are_those_of_the_modules(activation, critic):
+    policy, x = policy_of("softmax", 2, hidden=(5, 4), critic=critic, activation=activation), observations()
+    before = x.clone()
+    outputs = policy.head(policy.body(x)), policy.critic(policy.body(x) if critic == "shared" else x)[:, 0]
+    for found, wanted in zip((policy(x), policy.values(x)), outputs, strict=True):
+        assert torch.equal(found, wanted)
+        slopes = (
+            torch.autograd.grad(y.sum(), policy.parameters(), allow_unused=True) for y in (found, wanted)
+        )
+        for one, two in zip(*slopes, strict=True):
+            assert one is two is None or torch.equal(one, two)
+    assert torch.equal(x, before)
+
+
+def test_an_actor_follows_the_weights():
+    policy, x = policy_of("gaussian", 2), observations()
+    actor = policy.actor()
+    before = actor(x, None)
+    with torch.no_grad():
+        policy.head.weight.add_(1)
+    assert torch.equal(actor(x, None), policy.act(x, None))
+    assert not torch.equal(actor(x, None), before)
+
+
+def test_an_entropy_without_gradient_is_the_same_number():
+    policy, x, actions = policy_of("softmax", 4), observations(), torch.tensor([0, 1, 2, 3, 1, 0])
+    with_one = policy.score(x, actions)
+    without = policy.score(x, actions, entropy_gradient=False)
+    assert with_one.entropy.requires_grad and not without.entropy.requires_grad
+    assert torch.equal(with_one.entropy, without.entropy) and torch.equal(with_one.logprobs, without.logprobs)
+
+
 def test_drawn_actions_follow_the_softmax():
     policy, x = policy_of("softmax", 3), observations(1)
     with torch.no_grad():

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, NamedTuple
+from functools import partial
+from itertools import chain, pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tokenrl.core.entropy import token_entropy
+from tokenrl.core.entropy import entropy_of, token_entropy
 from tokenrl.errors import Refused
 from tokenrl.settings import check_choice
 
 LOG_STD_RANGE = (-20.0, 2.0)
 """The log std of a Gaussian is clamped to this range, so that its density stays finite."""
+IN_PLACE: dict[type[nn.Module], Any] = {nn.Tanh: torch.tanh_, nn.ReLU: torch.relu_}
+"""The activation functions, overwriting their inputs."""
 
 
 def check_head(head: str, discrete: bool) -> None:
@@ -131,14 +135,14 @@ class Policy(nn.Module):
 
     def forward(self, observations: Tensor) -> Tensor:
         """Return logits [M, A], or means and log stds [M, 2 D], for observations [M, O]."""
-        return self.head(self.body(self._scaled(observations)))
+        return _function(self.body, self.head)(self._scaled(observations))
 
     def values(self, observations: Tensor) -> Tensor:
         """Return the critic's value [M] of observations [M, O]."""
         if self.critic is None:
             raise ValueError("this policy has no critic")
-        scaled = self._scaled(observations)
-        return self.critic(self.body(scaled) if self.shape.critic == "shared" else scaled).squeeze(-1)
+        layers = (self.body, self.critic) if self.shape.critic == "shared" else (self.critic,)
+        return _function(*layers)(self._scaled(observations)).squeeze(-1)
 
     def act(self, observations: Tensor, noise: Tensor | None) -> Tensor:
         """Draw actions: indices [M] or vectors [M, D].
@@ -147,11 +151,20 @@ class Policy(nn.Module):
             observations: [M, O].
             noise: random numbers from `noise`, [M, A] or [M, D]; None for the most probable actions.
         """
-        parameters = self(observations)
-        if self.shape.head == "softmax":  # the argmax of logits plus Gumbel noise is a draw
-            return (parameters if noise is None else parameters + noise).argmax(-1)
-        mean, log_std = _mean_and_log_std(parameters)
-        return mean if noise is None else mean + log_std.exp() * noise
+        return self.actor()(observations, noise)
+
+    def actor(self) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """Return `act` for many calls in a row; it follows changes of the weights in place, and no others."""
+        forward, softmax = _function(self.body, self.head), self.shape.head == "softmax"
+
+        def act(observations: Tensor, noise: Tensor | None) -> Tensor:
+            parameters = forward(self._scaled(observations))
+            if softmax:  # the argmax of logits plus Gumbel noise is a draw
+                return (parameters if noise is None else parameters + noise).argmax(-1)
+            mean, log_std = _mean_and_log_std(parameters)
+            return mean if noise is None else mean + log_std.exp() * noise
+
+        return act
 
     def noise(self, *count: int, generator: torch.Generator) -> Tensor:
         """Draw the random numbers that `act` needs, [*count, A] (Gumbel) or [*count, D] (standard normal)."""
@@ -160,8 +173,14 @@ class Policy(nn.Module):
             return torch.empty(size).exponential_(generator=generator).log_().neg_()
         return torch.randn(size, generator=generator)
 
-    def score(self, observations: Tensor, actions: Tensor) -> Scored:
-        """Return the log-probabilities of actions [M] or [M, D], with gradient, and entropies."""
+    def score(self, observations: Tensor, actions: Tensor, *, entropy_gradient: bool = True) -> Scored:
+        """Return the log-probabilities of actions [M] or [M, D], with gradient, and entropies.
+
+        Args:
+            observations: [M, O].
+            actions: indices [M] or vectors [M, D].
+            entropy_gradient: whether the entropies of a softmax need a gradient, which takes longer.
+        """
         parameters = self(observations)
         if self.shape.head == "softmax":
             logprobs = parameters.log_softmax(-1)
@@ -169,7 +188,9 @@ class Policy(nn.Module):
             # The score in the logits is onehot(a) - pi; its squared norm is 1 - 2 pi(a) + sum pi^2.
             chances = logprobs.detach().exp()
             norms = 1 - 2 * taken.detach().exp() + chances.square().sum(-1)
-            return Scored(taken, token_entropy(parameters), norms)
+            if entropy_gradient:
+                return Scored(taken, token_entropy(parameters), norms)
+            return Scored(taken, entropy_of(logprobs.detach(), chances), norms)
         mean, log_std = _mean_and_log_std(parameters)
         z = (actions - mean) / log_std.exp()
         taken = (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
@@ -196,6 +217,27 @@ class Policy(nn.Module):
 def _mean_and_log_std(parameters: Tensor) -> tuple[Tensor, Tensor]:
     mean, log_std = parameters.chunk(2, dim=-1)
     return mean, log_std.clamp(*LOG_STD_RANGE)
+
+
+def _function(*layers: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what the layers compute one after the other, as a plain function of a tensor.
+
+    For the few observations of a step the bookkeeping of modules takes as long as the arithmetic. Activations
+    overwrite the outputs of the linear layers before them, which no gradient needs.
+    """
+    steps: list[Callable[[Tensor], Tensor]] = []
+    for layer in chain.from_iterable(each.modules() for each in layers):
+        if isinstance(layer, nn.Linear):
+            steps.append(partial(nn.functional.linear, weight=layer.weight, bias=layer.bias))
+        elif not isinstance(layer, nn.Sequential):
+            steps.append(IN_PLACE[type(layer)])
+
+    def computed(x: Tensor) -> Tensor:
+        for step in steps:
+            x = step(x)
+        return x
+
+    return computed
 
 
 def _layers(shape: Shape, generator: torch.Generator | None) -> nn.Sequential:

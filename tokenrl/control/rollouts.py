@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,23 +69,23 @@ def collect_episodes(
     alive = np.ones(envs.num_envs, bool)
     seen, acts, rewards, masks = [], [], [], []
     terminated, final = np.zeros(envs.num_envs, bool), observation
-    noise: Tensor | None = None
+    act = policy.actor()
+    noise: Sequence[Tensor | None] = [None] * NOISE_CHUNK
     for t in range(horizon):
         if generator is not None and t % NOISE_CHUNK == 0:
-            noise = policy.noise(min(NOISE_CHUNK, horizon - t), envs.num_envs, generator=generator)
+            noise = policy.noise(min(NOISE_CHUNK, horizon - t), envs.num_envs, generator=generator).unbind()
         now = torch.from_numpy(observation)
-        actions = policy.act(now, None if noise is None else noise[t % NOISE_CHUNK])
+        actions = act(now, noise[t % NOISE_CHUNK])
         observation, reward, done, cut = envs.step(actions.numpy())
         seen.append(now)
         acts.append(actions)
         rewards.append(reward)
         masks.append(alive)
-        over = done | cut
-        if over.any():
-            ending = alive & over
+        ending = alive & (done | cut)
+        if ending.any():
             final = np.where(ending[:, None], observation, final)
             terminated = terminated | (ending & done)
-            alive = alive & ~over
+            alive = alive & ~ending
             if not alive.any():
                 break
     final = np.where(alive[:, None], observation, final)
@@ -163,13 +163,14 @@ class Pieces:
             Stopped: the environment raised an error, or gave a number that `check_finite` stops at.
         """
         before = self._length.copy()
-        noise = policy.noise(self.num_steps, self.envs.num_envs, generator=generator)
+        act = policy.actor()
+        noise = policy.noise(self.num_steps, self.envs.num_envs, generator=generator).unbind()
         taken: list[tuple[Tensor, ...]] = []
         returns: list[float] = []
         lengths: list[int] = []
         for t in range(self.num_steps):
             now = torch.from_numpy(self._observation)
-            actions = policy.act(now, noise[t])
+            actions = act(now, noise[t])
             self._observation, reward, done, cut = self.envs.step(actions.numpy())
             numbers = (_in_32_bits(reward), done.copy(), cut.copy(), self._dummy)
             taken.append((now, actions, *map(torch.from_numpy, numbers)))

@@ -140,9 +140,9 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat,
     scored = values = bootstrap = None
     before = estimator.needs_old_logprobs or estimator.needs_sampling_logprobs
     if before or estimator.needs_score_norms:
-        scored = policy.score(rollout.observations[mask], rollout.actions[mask])
+        scored = policy.score(*taken(mask, rollout.observations, rollout.actions))
     if estimator.needs_values:
-        values = in_rows(policy.values(rollout.observations[mask]), mask)
+        values = in_rows(policy.values(*taken(mask, rollout.observations)), mask)
         # A terminal state has value 0. A truncated episode would have gone on: the critic's value stands for
         # the rest, except with gamma 1, where the return of an episode is the sum of its own rewards.
         # Nor can a value of normalised returns stand for rewards: it is in other units.
@@ -164,9 +164,9 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat,
     weights = estimator.token_weights(mask, max_length=agent.horizon)
     per_step = advantages.policy
     per_step = per_step[:, None].expand(mask.shape) if per_step.ndim == 1 else per_step
-    metrics = {"advantage_std": float(per_step[mask].std()) if mask.sum() > 1 else 0.0}
+    metrics = {"advantage_std": float(taken(mask, per_step)[0].std()) if mask.sum() > 1 else 0.0}
     if values is not None:
-        metrics["explained_variance"] = explained(values[mask], advantages.returns[mask])
+        metrics["explained_variance"] = explained(*taken(mask, values, advantages.returns))
     flat = Flat(
         rollout.observations,
         rollout.actions,
@@ -188,12 +188,23 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat,
 def one_by_one(rows: Flat) -> Flat:
     """Make every action a unit of its own, and leave out the padding."""
     mask = rows.mask
-    each = [x[mask][:, None] for x in rows[:-1]]
+    each = [x[:, None] for x in taken(mask, *rows[:-1])]
     return Flat._make([*each, rows.row.repeat_interleave(mask.sum(1))])
+
+
+def taken(mask: Tensor, *rows: Tensor) -> list[Tensor]:
+    """Return the entries [M, ...] of each tensor [N, T, ...] at the M steps where the mask is True."""
+    flat = [x.flatten(0, 1) for x in rows]
+    if mask.all():
+        return flat
+    chosen = mask.flatten().nonzero().squeeze(1)
+    return [x.index_select(0, chosen) for x in flat]
 
 
 def in_rows(numbers: Tensor, mask: Tensor) -> Tensor:
     """Place numbers of the M steps taken, [M], in rows [N, T] of zeros, where the mask is True."""
+    if mask.all():
+        return numbers.reshape(mask.shape)
     return numbers.new_zeros(mask.shape).masked_scatter(mask, numbers)
 
 
@@ -228,8 +239,8 @@ def _update(agent: Agent, estimator: Estimator, flat: Flat, rows: int, *, measur
 def _losses(agent: Agent, estimator: Estimator, part: Flat, actions: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the losses of policy and critic and the entropy: this part's share of means over `actions`."""
     policy, mask, args = agent.policy, part.mask, agent.args
-    observations = part.observations[mask]
-    scored = policy.score(observations, part.actions[mask])
+    observations, chosen = taken(mask, part.observations, part.actions)
+    scored = policy.score(observations, chosen, entropy_gradient=estimator.needs_entropy)
     objective = estimator.loss(
         in_rows(scored.logprobs, mask),
         part.advantages,

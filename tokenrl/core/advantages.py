@@ -48,8 +48,9 @@ def compute(estimator: Estimator, inputs: Inputs) -> tuple[Float[Tensor, " N *T"
     valid = actions.new_ones(mask.shape[0]) if inputs.valid is None else inputs.valid.bool()
     actions = actions & valid[:, None]
     rewards = rewards_in_time(estimator, inputs, actions, valid)  # [N, T]
-    totals = reward_to_go(rewards, estimator.gamma)[:, 0]
     targets = RETURNS[estimator.returns](estimator, rewards, actions, inputs.values)  # [N, T]
+    to_go = estimator.returns in ("total", "reward_to_go")  # its recursion over steps is slow: done once
+    totals = (targets if to_go else reward_to_go(rewards, estimator.gamma))[:, 0].clone()
     returns = totals[:, None] if estimator.returns == "total" else targets
     step = Step(estimator, inputs, valid, actions, totals, returns)
 
