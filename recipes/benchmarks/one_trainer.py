@@ -1,0 +1,287 @@
+"""Measures one trainer on one shape of work, and prints the result as a line of JSON.
+
+`step_against_trl.py` starts this program for each of its measurements, so that the peak of the memory belongs
+to that measurement alone; it also holds the shapes of work that are measured. To repeat one by hand:
+
+    python recipes/benchmarks/one_trainer.py '{"who": "tokenrl", "work": "short", "steps": 4}'
+    python recipes/benchmarks/one_trainer.py '{"who": "trl", "work": "short", "steps": 4, "bf16": true}'
+
+The reward function is the clock: both trainers call it once a step, so a step lasts from one call to the next
+and includes all that a trainer does. The peak is read at the last of these calls, before anything is saved.
+
+Look for: `seconds` fall to a steady level after the first steps; `tokens` are equal where no completion may
+end early.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+LETTERS = "".join(chr(c) for c in range(33, 127))
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ROLES = len("<user><assistant>")  # tokens that the chat template adds
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and the work of a step; the defaults are a Llama of 1 M parameters."""
+
+    prompts: int = 8
+    group: int = 8
+    prompt: int = 10  # tokens
+    length: int = 32  # tokens of a completion, at most
+    ends: int = 0  # how many words of the vocabulary end a completion; 0: none ends early
+    binary: bool = False  # rewards of 0 and 1, of which a seventh is 1
+    chat: bool = False
+    lora_r: int = 0
+    family: str = "llama"
+    vocabulary: int = 96
+    layers: int = 4
+    hidden: int = 128
+    intermediate: int = 512
+    heads: int = 4
+    kv_heads: int = 4
+    tied: bool = False  # whether head and embedding are the same weights
+
+
+M135: dict[str, Any] = {
+    **{"vocabulary": 49_152, "layers": 30, "hidden": 576, "intermediate": 1536, "heads": 9, "kv_heads": 3},
+    **{"prompts": 4, "tied": True},
+}
+M500: dict[str, Any] = {
+    **{"vocabulary": 150_000, "layers": 24, "hidden": 896, "intermediate": 4864, "heads": 14, "kv_heads": 2},
+    **{"family": "qwen2", "tied": True},
+}
+WORK = {
+    "fixed": Shape(),
+    "long_prompt": Shape(prompt=64),
+    "longer_prompt": Shape(group=4, prompt=128, length=64),
+    "long": Shape(length=128),
+    "short": Shape(prompts=16, length=8),
+    "variable": Shape(ends=1),
+    "verifiable": Shape(ends=6, binary=True),
+    "vocabulary": Shape(length=64, vocabulary=50_000),
+    "135m": Shape(**M135),
+    "lora": Shape(**M135, prompt=40, length=48, chat=True, lora_r=8),
+    "memory": Shape(**M500, length=256),
+}
+
+
+class Clock:
+    """The reward function of both trainers: something cheap that differs within a group."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.__name__, self.shape = "reward", shape
+        self.calls: list[float] = []
+        self.tokens: list[int] = []
+        self.peak = 0.0
+
+    def __call__(self, completions: list[Any], completion_ids: list[Any], **columns: Any) -> list[float]:
+        if len(completions) == self.shape.prompts * self.shape.group:  # else tokenrl evaluates one prompt
+            self.calls.append(time.perf_counter())
+            self.tokens.append(sum(map(len, completion_ids)))
+            self.peak = peak_megabytes()
+        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+        found = [sum(map(ord, text)) % 7 for text in texts]
+        return [float(one == 0 if self.shape.binary else one) for one in found]
+
+
+def peak_megabytes() -> float:
+    """The most memory so far: of tensors on a GPU if there is one, else of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def make_model(shape: Shape, attention: str | None = None) -> tuple[Any, Any]:
+    """A model with random weights, equal for equal shapes, and a tokenizer of single characters."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from toy_tasks.models import character_tokenizer
+
+    characters = (chr(c) for c in range(33, sys.maxunicode) if not 0xD800 <= c < 0xE000)
+    tokenizer = character_tokenizer(next(characters) for _ in range(shape.vocabulary - 2))
+    tokenizer.chat_template = CHAT if shape.chat else None
+    eos = [tokenizer.eos_token_id, *range(2, shape.ends + 1)]
+    config = AutoConfig.for_model(
+        shape.family,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=shape.tied,
+        bos_token_id=None,
+        eos_token_id=eos,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    return AutoModelForCausalLM.from_config(config, **chosen), tokenizer
+
+
+def make_prompts(shape: Shape, steps: int) -> list[dict[str, Any]]:
+    """Rows of random letters, more than the steps take."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.prompts * (steps + 1), shape.prompt - ROLES * shape.chat)
+    letters = torch.randint(len(LETTERS), size, generator=generator).tolist()
+    texts = ["".join(LETTERS[i] for i in row) for row in letters]
+    return [{"prompt": [{"role": "user", "content": text}] if shape.chat else text} for text in texts]
+
+
+def trl_settings(shape: Shape, spec: dict[str, Any], steps: int, folder: str) -> dict[str, Any]:
+    import torch
+
+    return {
+        "output_dir": folder,
+        "max_steps": steps,
+        "per_device_train_batch_size": shape.prompts * shape.group,
+        "num_generations": shape.group,
+        "max_completion_length": shape.length,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "beta": 0.0,
+        "bf16": spec.get("bf16", False),
+        "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing": False,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+
+
+def train_trl(shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, folder: str) -> dict[str, Any]:
+    import trl
+    from datasets import Dataset, disable_progress_bars
+    from peft import LoraConfig
+    from transformers import PrinterCallback
+
+    disable_progress_bars()
+    model, tokenizer = make_model(shape, spec.get("attention"))
+    if not shape.ends:  # an end that is beyond the model's vocabulary costs nothing and is never drawn
+        tokenizer.add_special_tokens({"eos_token": "<never>"})
+        model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    settings = trl_settings(shape, spec, steps, folder)
+    if spec.get("estimator", "grpo") == "grpo":
+        kind, config = trl.GRPOTrainer, trl.GRPOConfig(loss_type="grpo", **settings)
+    else:
+        kind, config = trl.RLOOTrainer, trl.RLOOConfig(**settings)
+    r = shape.lora_r
+    lora = (
+        LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM") if r else None
+    )
+    trainer = kind(
+        model=model,
+        reward_funcs=clock,
+        args=config,
+        train_dataset=Dataset.from_list(make_prompts(shape, steps)),
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return {}
+
+
+def train_tokenrl(
+    shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, folder: str
+) -> dict[str, Any]:
+    import tokenrl
+    from tokenrl.language import wrap
+    from tokenrl.runs import read_metrics
+
+    model, tokenizer = make_model(shape)
+    body = sum(p.numel() for p in model.base_model.parameters()) - shape.vocabulary * shape.hidden
+    policy = wrap(model, tokenizer)
+    if not shape.ends:
+        policy.eos_ids = ()
+    prompts = make_prompts(shape, steps)
+    task = SimpleNamespace(
+        name="benchmark",
+        train_prompts=prompts,
+        eval_prompts=prompts[:1],
+        reward=clock,
+        max_completion_length=shape.length,
+    )
+    options: dict[str, Any] = {
+        "estimator": spec.get("estimator", "grpo"),
+        "max_steps": steps,
+        "prompts_per_step": shape.prompts,
+        "num_generations": shape.group,
+        "learning_rate": 1e-4,
+        "lora_r": shape.lora_r,
+        "eval_every": 0,
+        "eval_generations": 0,
+        "log_completions": 0,
+        "quiet": True,
+    }
+    tokenrl.train(model=policy, task=task, output_dir=f"{folder}/run", **options | spec.get("options", {}))
+    rows = read_metrics(f"{folder}/run/timings.jsonl")
+    found: dict[str, Any] = {stage: [row[stage] for row in rows] for stage in ("collect", "update")}
+    return found | {"parameters": body + shape.vocabulary * shape.hidden, "gflops": matrix_gflops()}
+
+
+def matrix_gflops(size: int = 1024, repeats: int = 20) -> float:
+    """The rate of the fastest of several products of float32 matrices, with all threads that torch uses."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrix, fastest = torch.randn(size, size, device=device), float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for a GPU
+        fastest = min(fastest, time.perf_counter() - began)
+    return 2 * size**3 / fastest / 1e9
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Measure what a dict of JSON asks for; one step more than asked, because steps lie between calls."""
+    shape = Shape(**spec["shape"]) if "shape" in spec else WORK[spec["work"]]
+    clock, train = Clock(shape), {"trl": train_trl, "tokenrl": train_tokenrl}[spec["who"]]
+    with tempfile.TemporaryDirectory() as folder:
+        found = train(shape, spec, clock, spec["steps"] + 1, folder)
+    full = shape.prompts * shape.group * shape.length
+    if not shape.ends and set(clock.tokens) != {full}:
+        raise SystemExit(f"A step should have {full} tokens, but the steps had {clock.tokens}.")
+    seconds = [after - before for before, after in zip(clock.calls, clock.calls[1:], strict=False)]
+    return found | {"seconds": seconds, "tokens": clock.tokens, "peak_mb": clock.peak}
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"threads": torch.get_num_threads(), "gpu": gpu}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("asked", type=json.loads, help="what to measure, as an object in JSON")
+    asked = parser.parse_args().asked
+    print(json.dumps(machine() if asked["who"] == "machine" else measure(asked)))

@@ -1,0 +1,140 @@
+"""The benchmark of a step: its table and its numbers from made-up measurements, and one real measurement."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "recipes" / "benchmarks"
+TINY = {"prompts": 2, "group": 4, "length": 4, "layers": 1, "hidden": 16, "intermediate": 16}
+TINY |= {"heads": 2, "kv_heads": 1}
+SEVEN = [9.0, 9.0, 9.0, 9.0, 1.0, 2.0, 3.0]  # the first of the seven lies outside the last six
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The names of the program, whose neighbour is imported from its folder."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield runpy.run_path(str(FOLDER / "step_against_trl.py"))
+    sys.modules.pop("one_trainer", None)
+
+
+def test_table_has_ratios_of_rounds_and_the_highest_peaks(benchmark):
+    done = benchmark["Comparison"](
+        "fixed",
+        (True, "eager"),
+        trl=[(4.0, 900.0), (2.0, 1000.0), (3.0, 800.0)],
+        tokenrl=[(2.0, 500.0), (0.5, 400.0), (3.0, 300.0)],
+    )
+    row = benchmark["table_row"](done)
+    cells = " ".join(row.split())
+    assert cells == "fixed bfloat16 eager 3.000 2.000 2.00 (1.00 to 4.00) 1,000 500 2.00"
+    assert len(row) == len(benchmark["HEADING"])
+
+
+def test_table_shows_what_failed_and_leaves_it_out_of_the_ratio(benchmark):
+    comparison, row = benchmark["Comparison"], benchmark["table_row"]
+    one = comparison("long", (False, "sdpa"), [(4.0, 900.0), None], [(2.0, 500.0), (9.0, 500.0)])
+    assert "2.00 (2.00 to 2.00)" in row(one)
+    neither = comparison("memory", None, [None], [None])
+    assert row(neither).split() == ["memory", "failed", "failed", "failed"]
+    assert row(comparison("memory", None, [None], [(1.0, 5.0)])).split() == [
+        *("memory", "failed", "failed", "1.000", "5")
+    ]
+
+
+def measurements(sizes, seconds):
+    found = {"parameters": 1_000_000, "gflops": 100.0, "tokens": [1000] * 7, "peak_mb": 1.0}
+    return [[found | {"seconds": [one] * 6, "update": [one] * 7}] for one in seconds]
+
+
+def test_scaling_row_has_exponent_and_share(benchmark):
+    assert benchmark["exponent"]([1, 2, 4], [3.0, 3 * 2**1.5, 3 * 4**1.5]) == pytest.approx(1.5)
+    row = benchmark["scaling_row"]("prompts", measurements([4, 8, 16], [0.1, 0.2, 0.4]), 6)
+    # 6 x 1e6 x 1000 operations in 0.1 s are 60 GFLOP/s, of 100.
+    assert " ".join(row.split()) == "prompts 4, 8, 16 0.100, 0.200, 0.400 1.00 60%, 30%, 15%"
+    assert benchmark["scaling_row"]("prompts", [[], [], []], 6).split() == ["prompts", "failed"]
+
+
+def test_first_steps_are_left_out(benchmark):
+    steady = benchmark["steady"]
+    assert steady(SEVEN, 6) == 2.0  # of 9 9 9 1 2 3
+    assert steady([9.0, 1.0, 2.0, 3.0], 4) == 2.0
+    assert steady([9.0, 1.0], 2) == 1.0
+
+
+def test_best_setting_is_found_in_the_first_round_alone(benchmark):
+    asked = []
+
+    def run(what):
+        asked.append((what["who"], what.get("bf16"), what.get("attention")))
+        if what["who"] == "trl" and not what["bf16"] and what["attention"] == "sdpa":
+            return None  # one setting fails
+        seconds = 3.0 if what.get("attention") == "eager" else 4.0
+        return {"seconds": [seconds + what.get("bf16", 0)] * 4, "peak_mb": 10.0}
+
+    benchmark["compare"].__globals__["run"] = run
+    args = argparse.Namespace(steps=4, rounds=3, estimator="rloo", tokenrl={})
+    found = benchmark["compare"]("fixed", args)
+    assert found.setting == (False, "eager")
+    assert found.trl == [(3.0, 10.0)] * 3
+    assert found.tokenrl == [(4.0, 10.0)] * 3
+    once = [("trl", False, "eager"), ("tokenrl", None, None)]
+    tried = [("trl", bf16, attention) for bf16, attention in benchmark["SETTINGS"]]
+    assert asked == [*tried, once[1], *once, *once]
+
+
+def test_options_are_json_or_text(benchmark):
+    option = benchmark["option"]
+    assert dict(map(option, ["a=2", "b=1e-4", "c=true", "d=bf16", "e=null", "f=", "g=x=y"])) == {
+        **{"a": 2, "b": 1e-4, "c": True, "d": "bf16", "e": None, "f": "", "g": "x=y"}
+    }
+    for wrong in ("a", "=2", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="KEY=VALUE"):
+            option(wrong)
+
+
+def test_shapes_differ_in_what_their_names_say(benchmark):
+    shapes = benchmark["WORK"]
+    assert set(benchmark["LARGE"]) <= set(shapes)
+    assert all(shape.hidden % shape.heads == 0 for shape in shapes.values())
+    assert all(shape in found for found in benchmark["SIZES"].values() for shape in [shapes["fixed"]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["tokenrl", "trl"])
+@pytest.mark.parametrize("changed", [{}, {"chat": True, "prompt": 20, "lora_r": 2}, {"ends": 6}])
+def test_a_measurement(who, changed, tmp_path):
+    if importlib.util.find_spec(who) is None:
+        pytest.skip(f"{who} is not installed")
+    asked = {"who": who, "shape": TINY | changed, "steps": 3, "estimator": "rloo"}
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "one_trainer.py"), json.dumps(asked)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["seconds"]) == 3
+    assert all(math.isfinite(one) and one > 0 for one in found["seconds"])
+    assert found["peak_mb"] > 50
+    assert "ends" in changed or found["tokens"] == [32] * 4
+    if who == "tokenrl":
+        assert len(found["update"]) == 4
+        assert found["gflops"] > 0
+        body = (
+            16 * 16 * 3 + 3 * 16 * 16 + 3 * 16
+        )  # attention with half the keys and values; feed-forward; norms
+        assert found["parameters"] == body + 16 * 96
