@@ -24,7 +24,10 @@ FREE = (
     *("stop_after_zero_spread", "stop_after_nonfinite", "check"),
 )
 """Settings that may change when a run continues."""
-ROUNDING = ("micro_batch_size", "sampling_threads", "training_threads", "cpu", "gradient_checkpointing")
+ROUNDING = (
+    *("micro_batch_size", "sampling_threads", "training_threads", "cpu"),
+    *("gradient_checkpointing", "training_attention"),
+)
 """Settings that may change too, but then sums are rounded in another way, and the numbers drift apart."""
 
 

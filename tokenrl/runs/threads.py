@@ -19,9 +19,9 @@ from tokenrl.settings import Bounds, Settings
 
 T = TypeVar("T", bound=Any)
 
-SMALL = 2_000_000
-"""Models with fewer parameters get one thread without a measurement. At 1 million parameters, on a quiet
-machine, a second thread made sampling slower by a quarter and training faster by a quarter."""
+SMALL = 1_000_000
+"""Models with fewer parameters get one thread without a measurement, so that the results of toy tasks depend
+on no clock. At half a million parameters a second thread makes sampling slower and training little faster."""
 MARGIN = 1.3
 """More threads must be faster by this factor, because the machine may become busier during the run."""
 PAIRS = 4

@@ -114,7 +114,8 @@ def test_remax_subtracts_the_reward_of_the_greedy_completion():
 def test_score_norms_are_those_of_the_softmax():
     policy = make_policy()
     shape = {"num_generations": 3, "max_completion_length": 5}
-    rollout = completions(policy, [[3, 4, 5]], **shape)
+    assert completions(policy, [[3, 4, 5]], **shape).score_norms is None
+    rollout = completions(policy, [[3, 4, 5]], keep_score_norms=True, **shape)
     logits = policy.model(torch.cat([rollout.prompt_ids.expand(3, -1), rollout.completion_ids], 1)).logits[
         :, 2:-1
     ]

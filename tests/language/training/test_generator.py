@@ -38,7 +38,8 @@ FILLED = ("entropy", "score_norms", "hidden")
 def test_the_scoring_pass_finds_what_sampling_finds(architecture, share, rows_at_once):
     policy = make_policy(architecture)
     policy.eos_ids, policy.share_prompt = ENDS, share
-    how = {"num_generations": 3, "max_completion_length": 6, "temperature": 0.7, "keep_hidden": True}
+    how = {"num_generations": 3, "max_completion_length": 6, "temperature": 0.7}
+    how |= {"keep_score_norms": True, "keep_hidden": True}
     full = completions(policy, [policy.encode(p) for p in PROMPTS], **how)
     bare = dataclasses.replace(full, **dict.fromkeys(FILLED))
     options = {"temperature": 0.7, "rows_at_once": rows_at_once}

@@ -1,40 +1,220 @@
-"""Runs in one program, each with a device and a precision of its own, which accelerate would keep."""
+"""The bfloat16 copy of the weights, the attention of updates, and how both are chosen."""
 
 from __future__ import annotations
 
+import itertools
+import json
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny_models import make_learner, make_policy, make_task
+from families import family_policy
+from tiny_models import (
+    ARCHITECTURES,
+    apart,
+    gradient,
+    make_learner,
+    make_policy,
+    make_task,
+    make_tokenizer,
+    one_step,
+    weights,
+)
 
 from tokenrl import train
+from tokenrl.core.estimator import Estimator
+from tokenrl.language.policy.adapters import add_lora
+from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
+from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.scoring import score
+from tokenrl.language.training import forward
+from tokenrl.language.training.collect import sample
+from tokenrl.language.training.precision import HalfCopy, with_eager_attention
+
+KL = Estimator.preset("grpo", beta=0.1)
+
+
+def made_up() -> Rollout:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(60, (6, 5), generator=generator)
+    prompts = torch.tensor([[3, 4, 5], [2, 7, 9]])
+    masks = torch.ones_like(prompts).bool(), torch.ones_like(ids).bool()
+    index = torch.tensor([0, 0, 0, 1, 1, 1])
+    return Rollout(prompts, masks[0], index, ids, masks[1], torch.zeros(6, 5), torch.zeros(6).bool())
+
+
+def run(folder, **options):
+    options = {"model": make_policy(), "task": make_task(), "cpu": True, "quiet": True} | options
+    shape = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 6, "eval_generations": 0}
+    shape |= {"max_steps": 2, "learning_rate": 1e-3}
+    return train(output_dir=folder, **(shape | options))
 
 
 @pytest.mark.parametrize("order", [("no", "bf16", "no"), ("bf16", "bf16", "no")])
 def test_a_second_run_of_a_program_may_have_another_precision(order, tmp_path, recwarn):
-    found = []
     for place, precision in enumerate(order):
-        result = train(
-            model=str(tmp_path / str(place - 1)) if place else make_policy(),
-            task=make_task(),
-            mixed_precision=precision,
-            max_steps=1,
-            prompts_per_step=2,
-            num_generations=2,
-            eval_generations=0,
-            max_completion_length=6,
-            output_dir=tmp_path / str(place),
-            cpu=True,
-            quiet=True,
-        )
-        found.append(result.policy)
+        model = str(tmp_path / str(place - 1)) if place else make_policy()
+        result = run(tmp_path / str(place), model=model, mixed_precision=precision)
         assert result.exit_code == 0 and next(result.policy.model.parameters()).dtype == torch.float32
+        config = json.loads((tmp_path / str(place) / "config.json").read_text())
+        assert config["mixed_precision"] == precision and config["training_attention"] == "as_loaded"
     assert not [one for one in recwarn if "accelerat" in str(one.message).lower()]
 
 
-def test_each_run_works_in_its_own_precision():
-    ids, logits = torch.tensor([[4, 5, 6]]), []
-    for precision in ("bf16", "no"):
-        learner = make_learner(make_policy(), mixed_precision=precision)
-        with torch.no_grad(), learner.accelerator.autocast():
-            logits.append(learner.policy.model(ids).logits.float())
-    assert not torch.equal(*logits) and torch.allclose(*logits, atol=0.5)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_of_the_copy_reach_the_weights_in_float32(architecture):
+    policy = make_policy(architecture, initializer_range=0.1)
+    rollout = made_up()
+    score(policy.model, rollout).logprobs.sum().backward()
+    exact = gradient(policy.model)
+    policy.model.zero_grad()
+    half = HalfCopy(policy)
+    for _ in range(2):  # a second backward pass adds to the first
+        score(half.policy.model, rollout).logprobs.sum().backward()
+    assert all(p.grad is None for p in half.policy.model.parameters())
+    assert {p.grad.dtype for p in policy.trainable_parameters()} == {torch.float32}
+    assert 0 < apart(gradient(policy.model) / 2, exact) < 0.05
+    assert {b.dtype for b in half.policy.model.buffers()} <= {b.dtype for b in policy.model.buffers()}
+
+
+def test_the_copy_follows_the_weights_after_each_update():
+    learner = make_learner(make_policy(), "grpo", mixed_precision="bf16", num_minibatches=2)
+    before = weights(learner.policy.model)
+    one_step(learner)
+    after = weights(learner.policy.model)
+    assert not torch.equal(before, after)
+    assert not torch.equal(after, after.bfloat16().double())  # updates are added in float32
+    assert torch.equal(weights(learner.forward.policy.model), after.bfloat16().double())
+
+
+def test_sampling_and_training_see_the_same_policy():
+    learner = make_learner(make_policy(), "grpo", mixed_precision="bf16")
+    rollout = sample(learner, list(enumerate(make_task().train_prompts)), replace(learner.sampling, step=1))
+    with torch.no_grad():
+        same, exact = (
+            score(model, rollout).logprobs[rollout.mask] for model in (learner.model, make_policy().model)
+        )
+    off = [float((x - rollout.logprobs[rollout.mask]).abs().mean()) for x in (same, exact)]
+    assert off[0] < 0.5 * off[1]
+
+
+def test_the_kl_to_the_reference_starts_at_zero():
+    record = one_step(make_learner(make_policy(), KL, mixed_precision="bf16"))
+    assert record.metrics["kl"] == pytest.approx(0, abs=1e-6)
+    assert one_step(make_learner(make_policy(), KL)).metrics["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_frozen_base_is_kept_once():
+    policy = make_policy()
+    add_lora(policy, r=2)
+    learner = make_learner(policy, "rloo", mixed_precision="bf16")
+    one_step(learner)
+    pairs = zip(policy.model.parameters(), learner.forward.policy.model.parameters(), strict=True)
+    for mine, own in pairs:
+        assert own.dtype == torch.bfloat16
+        assert (mine.data_ptr() == own.data_ptr()) == (not mine.requires_grad)
+        assert mine.dtype == (torch.float32 if mine.requires_grad else torch.bfloat16)
+
+
+def test_weights_that_transformers_keeps_exact_stay_so():
+    policy = make_policy()
+    policy.model._keep_in_fp32_modules_strict = {"norm"}
+    model = HalfCopy(policy).policy.model
+    exact = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert exact == {"model.norm.weight"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_eager_attention_has_the_same_weights_and_gradient(architecture):
+    policy = make_policy(architecture)
+    rollout = made_up()
+    twin = with_eager_attention(policy.model)
+    assert twin.config._attn_implementation == "eager" != policy.model.config._attn_implementation
+    found = []
+    for model in (policy.model, twin):
+        score(model, rollout).logprobs.sum().backward()
+        found.append(gradient(policy.model))
+        policy.model.zero_grad()
+    assert apart(*found) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"lora_r": 2}])
+def test_twenty_updates_by_plain_sgd_are_the_same_with_eager_attention_and_chunks(options):
+    found = []
+    for fast in (False, True):
+        policy = make_policy(initializer_range=0.1)
+        if options.get("gradient_checkpointing"):
+            enable_gradient_checkpointing(policy)
+        if options.get("lora_r"):
+            add_lora(policy, r=2)
+        attention = "eager" if fast else "as_loaded"
+        how = {"optimizer": "sgd", "learning_rate": 0.02, "training_attention": attention, **options}
+        learner = make_learner(policy, "rloo", **how)
+        learner.forward.policy.tokens_at_once = 5 if fast else None
+        for step in range(1, 21):
+            one_step(learner, step=step)
+        found.append(weights(policy.model))
+    start = make_policy(initializer_range=0.1)
+    assert options.get("lora_r") or apart(weights(start.model), found[0]) > 1e-2
+    assert apart(*found) < 1e-4
+
+
+def chosen(monkeypatch, seconds, **options):
+    """What is chosen if the ways take so long, in their order; the clock's numbers come round again."""
+    monkeypatch.setattr(forward, "SMALL", 0)
+    times = itertools.cycle(seconds)
+
+    def timed(work):
+        work()
+        return next(times)
+
+    monkeypatch.setattr(forward, "_seconds", timed)
+    policy = make_policy()
+    learner = make_learner(policy, "rloo", **options)
+    assert all(p.grad is None for p in policy.model.parameters())
+    return learner.args.mixed_precision, learner.args.training_attention, policy.remarks
+
+
+WAYS = [("no", "as_loaded"), ("no", "eager"), ("bf16", "as_loaded"), ("bf16", "eager")]
+
+
+@pytest.mark.parametrize("best", range(4))
+def test_the_fastest_way_is_chosen_and_said(best, monkeypatch):
+    seconds = [2.0 if i != best else 1.0 for i in range(4)]
+    *found, said = chosen(monkeypatch, seconds)
+    assert tuple(found) == WAYS[best]
+    assert "measured: an update in 1 s" in said["forward passes"]
+    assert ("2 s in the usual way" in said["forward passes"]) == (best > 0)
+
+
+def test_a_small_gain_changes_nothing_and_settings_are_followed(monkeypatch):
+    assert chosen(monkeypatch, [1.0, 1.0, 1.0, 0.9])[:2] == ("no", "as_loaded")
+    assert chosen(monkeypatch, [1.0, 9.0], mixed_precision="bf16")[:2] == ("bf16", "as_loaded")
+    assert chosen(monkeypatch, [9.0, 1.0], training_attention="eager")[:2] == ("bf16", "eager")
+    assert chosen(monkeypatch, [], training_attention="eager", mixed_precision="no")[0] == "no"
+    assert chosen(monkeypatch, [2.0, 1.0], dtype="bfloat16")[0] in ("no", "bf16")
+
+
+def test_small_models_are_not_measured(monkeypatch):
+    monkeypatch.setattr(forward, "_seconds", lambda work: pytest.fail("measured"))
+    learner = make_learner(make_policy(), "rloo")
+    assert (learner.args.mixed_precision, learner.args.training_attention) == ("no", "as_loaded")
+    assert "forward passes" not in learner.policy.remarks
+
+
+def test_a_continuation_computes_as_the_run_did(tmp_path, monkeypatch):
+    run(tmp_path / "run", mixed_precision="bf16", training_attention="eager", save_every=1, max_steps=1)
+    monkeypatch.setattr(forward, "SMALL", 0)
+    monkeypatch.setattr(forward, "_seconds", lambda work: pytest.fail("measured again"))
+    result = run(tmp_path / "run", resume="auto", max_steps=2)
+    assert result.steps == 2
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["mixed_precision"], config["training_attention"]) == ("bf16", "eager")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma3", "mamba", "granite_hybrid"])
+def test_other_architectures_train_in_bfloat16_with_eager_attention(family, tmp_path):
+    policy = family_policy(family, vocabulary=96)
+    model = (policy.model, make_tokenizer())
+    result = run(tmp_path / "run", model=model, mixed_precision="bf16", training_attention="eager")
+    assert result.steps == 2 and result.exit_code == 0

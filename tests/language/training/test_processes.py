@@ -65,6 +65,7 @@ SCENARIOS = {
     "silent rank": ("rloo", {"micro_batch_size": 2}, silent_later),
     "nothing to learn": ("rloo", {}, flat),
     "float32": ("rloo", {}, vowel_reward),
+    "bfloat16": ("rloo", {"mixed_precision": "bf16", "micro_batch_size": 2}, vowel_reward),
     "checkpointing": ("rloo", {"gradient_checkpointing": True}, vowel_reward),
     "lora": ("rloo", {"lora_r": 2}, vowel_reward),
     "greedy": ("remax", {}, vowel_reward),
@@ -82,7 +83,7 @@ def outcome(name: str) -> dict:
     from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
 
     estimator, options, reward = SCENARIOS[name]
-    architecture, dtype = ("llama", "float32") if name == "float32" else ("gpt2", "float64")
+    architecture, dtype = ("llama", "float32") if "float" in name else ("gpt2", "float64")
     policy = make_policy(architecture, dtype=dtype, initializer_range=0.1, vocabulary=90)
     policy.eos_ids = ENDS
     if "kl" in name:
@@ -191,7 +192,7 @@ def two(tmp_path_factory):
 def test_two_processes_make_the_update_of_one(two, name):
     first, second = (outcomes[name] for outcomes in two[1])
     alone = outcome(name)
-    tolerance = 1e-6 if name == "float32" else 1e-12
+    tolerance = {"float32": 1e-6, "bfloat16": 0.05}.get(name, 1e-12)
     learns = name != "nothing to learn"
     assert bool(alone["gradient"].any()) == learns
     assert torch.equal(first["weights"], second["weights"])
@@ -203,6 +204,8 @@ def test_two_processes_make_the_update_of_one(two, name):
     assert first["metrics"].keys() == alone["metrics"].keys()
     assert first["samples"] == second["samples"] == alone["samples"] >= 12
     assert (alone["samples"] > 12) == (name in ("greedy", "refilled"))
+    if name == "bfloat16":  # rounding depends on how many rows are computed at once
+        return
     for key, value in alone["metrics"].items():
         assert first["metrics"][key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
 

@@ -44,20 +44,22 @@ def sample(learner: Learner, prompts: Prompts, sampling: Sampling) -> Rollout:
     estimator = learner.estimator
     prompt_ids = encode(learner.policy, [row["prompt"] for _, row in prompts], sampling)
     draws = uniforms("training", sampling, [place for place, _ in prompts])
-    with learner.accelerator.autocast():
-        rollout = learner.generator.generate(prompt_ids, sampling, draws)
-        learner.generated += len(rollout.mask)
-        if draws is None:  # greedy completions are only rewarded, never learnt from
-            return rollout
-        return with_missing_fields(
-            learner.policy,
-            rollout,
-            sampling.temperature,
-            entropy=True,
-            score_norms=estimator.needs_score_norms,
-            hidden=estimator.needs_values,
-            rows_at_once=learner.args.micro_batch_size,
-        )
+    if draws is not None:
+        norms, hidden = estimator.needs_score_norms, estimator.needs_values
+        sampling = replace(sampling, keep_score_norms=norms, keep_hidden=hidden)
+    rollout = learner.generator.generate(prompt_ids, sampling, draws)
+    learner.generated += len(rollout.mask)
+    if draws is None:  # greedy completions are only rewarded, never learnt from
+        return rollout
+    return with_missing_fields(
+        learner.forward.policy,
+        rollout,
+        sampling.temperature,
+        entropy=True,
+        score_norms=estimator.needs_score_norms,
+        hidden=estimator.needs_values,
+        rows_at_once=learner.args.micro_batch_size,
+    )
 
 
 def trainer_state(learner: Learner, step: int) -> dict[str, int]:
@@ -108,7 +110,7 @@ def step_rows(learner: Learner, rewards: Rewards, sampling: Sampling, own: Exper
 
     ref_logprobs = values = greedy = None
     if estimator.needs_reference:
-        with learner.policy.reference_model() as reference:
+        with learner.forward.policy.reference_model() as reference:
             ref_logprobs = column(logprobs_under(learner, reference, rollout))
     if learner.critic is not None:
         values = column(learner.critic.values(rollout.hidden).detach())
@@ -140,20 +142,19 @@ def old_logprobs(learner: Learner, rollout: Rollout) -> Tensor | None:
     """
     several = learner.args.num_iterations * learner.args.num_minibatches > 1
     if learner.estimator.needs_old_logprobs and several:
-        return logprobs_under(learner, learner.policy.model, rollout)
+        return logprobs_under(learner, learner.forward.model, rollout)
     return None
 
 
 def logprobs_under(learner: Learner, model: nn.Module, rollout: Rollout) -> Tensor:
     """Return the log-probabilities [n, T] of this process's rows under a model, without a graph."""
     size = learner.args.micro_batch_size
-    with learner.accelerator.autocast():
-        return score_in_parts(model, rollout, rows_at_once=size, **learner.scoring).logprobs
+    return score_in_parts(model, rollout, rows_at_once=size, **learner.scoring).logprobs
 
 
 def greedy_rewards(learner: Learner, rewards: Rewards, sampling: Sampling, prompts: Prompts) -> np.ndarray:
     """Return the reward [B] of the greedy completion of each prompt, the baseline of ReMax (2310.10505)."""
-    rollout = sample(learner, prompts, replace(sampling, num_generations=0, keep_hidden=False))
+    rollout = sample(learner, prompts, replace(sampling, num_generations=0))
     state = trainer_state(learner, sampling.step)
     return reward_rows(learner.policy, rewards, [row for _, row in prompts], rollout, **state).total
 

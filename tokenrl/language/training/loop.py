@@ -109,7 +109,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
             known = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
             known |= {"warm_started": run.warm_started} if run.warm_started else {}
             session.begin(args, names=names, title=run.title, **known)
-            run.learner.generator.sync(run.learner.policy)  # the weights may be those of a checkpoint
+            run.learner.sync()  # the weights may be those of a checkpoint
             return _loop(run, session)
 
 
@@ -224,17 +224,16 @@ def _one_step(run: Run, step: int) -> Record:
 
 def _evaluate(run: Run, step: int) -> dict[str, float]:
     args, learner = run.args, run.learner
-    with learner.accelerator.autocast():
-        found = evaluate_policy(
-            learner.policy,
-            run.task.eval_prompts,
-            run.rewards,
-            replace(learner.sampling, num_generations=args.eval_generations, step=step),
-            generator=learner.generator,
-            accelerator=learner.accelerator,
-            detailed=True,
-            k=(args.eval_generations,) if args.eval_generations else (),
-        )
+    found = evaluate_policy(
+        learner.forward.policy,
+        run.task.eval_prompts,
+        run.rewards,
+        replace(learner.sampling, num_generations=args.eval_generations, step=step),
+        generator=learner.generator,
+        accelerator=learner.accelerator,
+        detailed=True,
+        k=(args.eval_generations,) if args.eval_generations else (),
+    )
     each = found.by_prompt
     run.means = [*run.means[:1], torch.tensor(each.get("reward", each["reward_greedy"])).double()]
     if step == 0:

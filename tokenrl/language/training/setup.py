@@ -28,6 +28,7 @@ from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.critic import Critic
 from tokenrl.language.training.defaults import Defaults, demonstrations, training_defaults
+from tokenrl.language.training.forward import choose_forward
 from tokenrl.language.training.mistakes import check_rate, check_sizes
 from tokenrl.language.training.supervised import check_trainable, warm_started_base
 from tokenrl.language.training.update import Learner
@@ -190,7 +191,7 @@ def make_accelerator(args: TrainSettings) -> Any:
     alone = PartialState._shared_state.get("num_processes") == 1  # else processes must not be joined again
     AcceleratorState._reset_state(reset_partial_state=alone)
     try:
-        accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
+        accelerator = Accelerator(cpu=args.cpu, mixed_precision="no")
     except ValueError as error:
         raise Refused(f"accelerate cannot be set up as asked: {' '.join(str(error).split())}") from error
     world, prompts = accelerator.num_processes, args.prompts_per_step
@@ -222,9 +223,15 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple
     # transformers' "constant" would leave out the warm-up
     kind = "constant_with_warmup" if args.lr_scheduler_type == "constant" else args.lr_scheduler_type
     schedule = get_scheduler(kind, optimizer, args.warmup_steps, args.max_steps)
-    model, prepared = accelerator.prepare(policy.model, optimizer)
-    generator = TransformersGenerator(policy)
-    learner = Learner(policy, model, prepared, accelerator, args.estimator, args, generator)
+    forward = choose_forward(args, policy, accelerator)
+    if forward.in_words:
+        policy.remarks["forward passes"] = forward.in_words
+    prepared, model = accelerator.prepare(optimizer), forward.model
+    if forward.half is None:  # else gradients are averaged over processes where they are in float32
+        model = accelerator.prepare(model)
+    args = replace(args, **forward.settings)
+    generator = TransformersGenerator(forward.policy)
+    learner = Learner(policy, forward, model, prepared, accelerator, args.estimator, args, generator)
     if args.estimator.needs_values:
         text_config: Any = policy.model.config
         hidden = text_config.get_text_config().hidden_size

@@ -62,8 +62,7 @@ def training_step(
         more: deals further prompts, for estimators that replace groups of equal rewards.
     """
     policy, estimator, accelerator = learner.policy, learner.estimator, learner.accelerator
-    keep_too = {"keep_score_norms": estimator.needs_score_norms, "keep_hidden": estimator.needs_values}
-    sampling = replace(learner.sampling, step=step, **keep_too)
+    sampling = replace(learner.sampling, step=step)
     g, times, before = sampling.group_size, [time.perf_counter()], dict(rewards.seconds)
 
     mine = share(accelerator, prompts)

@@ -14,6 +14,7 @@ from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
+from tokenrl.language.training.forward import differentiate, made_up_rollout
 from tokenrl.language.training.update import Learner
 from tokenrl.runs.threads import Choice, choose_threads, threads_in_words, with_threads
 
@@ -22,13 +23,16 @@ WORK = 100_000_000
 """Parameters times rows of what is timed, so that a large model is timed on few rows."""
 
 
-def stage_threads(policy: Policy, args: Any, *stages: Stage) -> dict[str, Choice]:
+def stage_threads(
+    policy: Policy, args: Any, *stages: Stage, training: Callable[[], None] | None = None
+) -> dict[str, Choice]:
     """Choose the number of threads for each stage; nothing is chosen where the model is on no CPU.
 
     Args:
         policy: the policy, on the device where it will run; it is left as it is.
         args: the settings, in which `sampling_threads` and `training_threads` may say a number.
         *stages: what the run does with the policy.
+        training: a piece of the run's training, to be timed; None for that of a few short completions.
 
     Raises:
         Stopped: the model's logits are not finite.
@@ -37,16 +41,23 @@ def stage_threads(policy: Policy, args: Any, *stages: Stage) -> dict[str, Choice
         return {}
     parameters = sum(p.numel() for p in policy.model.parameters())
     work = _Work(policy, max(2, min(16, WORK // (2 * parameters))))
+    timed = {"sampling": work.sampling, "training": training or work.training}
     with torch.random.fork_rng(devices=[]):
         return {
-            stage: choose_threads(getattr(work, stage), parameters, getattr(args, f"{stage}_threads", None))
+            stage: choose_threads(timed[stage], parameters, getattr(args, f"{stage}_threads", None))
             for stage in stages
         }
 
 
 def settle_threads(learner: Learner) -> dict[str, Choice]:
     """Choose the numbers of threads of a training run, and write them into its settings and its generator."""
-    threads = stage_threads(learner.policy, learner.args, "sampling", "training")
+    forward = learner.forward
+    rollout = made_up_rollout(learner.args, forward.policy)
+
+    def training() -> None:
+        differentiate(forward, rollout)
+
+    threads = stage_threads(forward.policy, learner.args, "sampling", "training", training=training)
     learner.args = with_threads(learner.args, threads)
     if isinstance(learner.generator, TransformersGenerator):
         learner.generator = replace(learner.generator, threads=learner.args.sampling_threads)

@@ -26,6 +26,7 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.language.training.batch import Batch, Part
 from tokenrl.language.training.critic import Critic
+from tokenrl.language.training.forward import Forward
 from tokenrl.language.training.processes import equal_passes, share
 from tokenrl.runs.optimizers import load_optimizer_state, optimizer_state
 
@@ -40,8 +41,9 @@ class Learner:
     """The policy, its optimiser, and all that an update reads: everything that outlives a step.
 
     Attributes:
-        policy: the policy; its `model` is not wrapped.
-        model: the same model as wrapped by accelerate; gradients flow through this one.
+        policy: the policy, with the weights that the optimiser changes; its `model` is not wrapped.
+        forward: how forward passes are computed: what is sampled and scored, and what gradients flow through.
+        model: what gradients flow through, as wrapped by accelerate.
         optimizer: the optimiser of the policy's trainable parameters, wrapped by accelerate.
         accelerator: accelerate's handle of device, precision and processes.
         estimator: turns rewards into advantages and a loss. KL control replaces it to change its `beta`.
@@ -56,6 +58,7 @@ class Learner:
     """
 
     policy: Policy
+    forward: Forward
     model: nn.Module
     optimizer: Any
     accelerator: Any
@@ -103,10 +106,16 @@ class Learner:
             if part is not None and saved is not None:
                 part.load_state_dict(saved)
 
+    def sync(self) -> None:
+        """Sample and score with the weights that the policy has now."""
+        if self.forward.half is not None:
+            self.forward.half.refresh()
+        self.generator.sync(self.policy)
+
     @property
     def scoring(self) -> dict[str, Any]:
         """Keyword arguments of `score`: completions are scored at the temperature of sampling."""
-        return {"temperature": self.args.temperature, **self.policy.ways}
+        return {"temperature": self.args.temperature, **self.forward.policy.ways}
 
 
 @dataclass
@@ -181,7 +190,9 @@ class Update:
             Stopped: too many consecutive updates had a gradient that was not finite.
         """
         learner, accelerator = self.learner, self.learner.accelerator
-        parameters, metrics = learner.policy.trainable_parameters(), {}
+        parameters, metrics, half = learner.policy.trainable_parameters(), {}, learner.forward.half
+        if half is not None:
+            half.average_gradients(accelerator)
         if self._half is not None and learner.diagnostics is not None:
             metrics = learner.diagnostics.metrics(self._half, flat_gradient(parameters), self._groups)
         limit = learner.args.max_grad_norm or math.inf
@@ -190,6 +201,8 @@ class Update:
             learner.idle += 1
         else:
             _step_optimizer(learner, norm)
+            if half is not None:
+                half.refresh()
         sums = accelerator.reduce(self._sums.float().to(accelerator.device), reduction="sum").cpu()
         metrics |= {"loss": float(sums[0]), "grad_norm": norm, "grad_clipped": float(norm > limit)}
         if learner.estimator.ratio in CLIPPED:

@@ -21,6 +21,8 @@ from tokenrl.runs.signals import SIGNALS
 ONE_THREAD = {"sampling_threads": 1, "training_threads": 1}
 """Runs take place beside each other, so each computes with one thread. It also makes them repeatable: with
 more threads sums are rounded in another order."""
+UNMEASURED = {"mixed_precision": "no", "training_attention": "as_loaded"}
+"""What `tokenrl train` would choose by a measurement, which could differ between the arms of a comparison."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,17 @@ def write_settings(run: PlannedRun, root: Path) -> Path:
     """Write a run's settings into a file that `tokenrl train --config` reads (control alike); return it."""
     path = settings_file(run, root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"kind": run.kind, **run.settings, **ONE_THREAD})
+    write_json(path, {"kind": run.kind, **settings_of(run)})
     return path
+
+
+def settings_of(run: PlannedRun) -> dict[str, Any]:
+    """Return the settings of a run, with nothing left to a measurement."""
+    settings = {**run.settings, **ONE_THREAD}
+    if run.kind == "train":
+        left_open = {name for name in UNMEASURED if settings.get(name) is None}
+        settings |= {name: UNMEASURED[name] for name in left_open}
+    return settings
 
 
 def commands(runs: Sequence[PlannedRun], root: Path) -> list[str]:
@@ -100,7 +111,7 @@ def run_one(run: PlannedRun, root: Path) -> RunEnd:
     where: dict[str, Any] = {"output_dir": str(root / run.path), "resume": "auto", "quiet": True}
     try:
         write_settings(run, root)
-        code = _training(run.kind)(**{**run.settings, **ONE_THREAD, **where}).exit_code
+        code = _training(run.kind)(**{**settings_of(run), **where}).exit_code
     except TokenrlError as error:
         return RunEnd(run.path, "failed", str(error), time.monotonic() - began)
     except Exception as error:

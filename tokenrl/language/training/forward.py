@@ -1,0 +1,167 @@
+"""Chooses how forward passes are computed in training: their precision, and the attention of updates.
+
+Which is fastest depends on the processor, the model and the length of completions: on processors torch's
+fused attention has a slow backward pass in bfloat16, and without instructions for bfloat16 everything is slow
+in it. So the ways are timed once, before the first step. A run's settings record what was chosen, so that a
+continuation computes in the same way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.scoring import score
+from tokenrl.language.training.arguments import TrainSettings
+from tokenrl.language.training.precision import HalfCopy, with_eager_attention
+from tokenrl.runs.threads import SMALL
+
+MARGIN = 1.2
+"""Another way than float32 must be faster by this factor."""
+ROUNDS = 3
+"""How often each way is timed; the first only warms up."""
+WORK = 1e11
+"""Operations of what is timed, some tenths of a second with one thread."""
+PROMPT = 16
+"""Tokens of the prompts of what is timed."""
+
+Attention = Literal["as_loaded", "eager"]
+
+
+@dataclass
+class Forward:
+    """How forward passes are computed.
+
+    Attributes:
+        policy: what is sampled and scored.
+        model: what gradients flow through; it has the weights of `policy.model`.
+        half: the bfloat16 copy that both belong to; None in float32.
+        attention: the attention of updates.
+        why: in words, where this comes from; empty if all is as usual.
+    """
+
+    policy: Policy
+    model: nn.Module
+    half: HalfCopy | None = None
+    attention: Attention = "as_loaded"
+    why: str = ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of a run that computes in this way."""
+        return {"mixed_precision": "bf16" if self.half else "no", "training_attention": self.attention}
+
+    @property
+    def in_words(self) -> str:
+        """A line for the run's header; empty if all is as usual."""
+        if not self.why:
+            return ""
+        numbers = "bfloat16 (weights float32)" if self.half else "float32"
+        return f"{numbers}, {self.attention.replace('_', ' ')} attention in updates ({self.why})"
+
+
+def choose_forward(args: TrainSettings, policy: Policy, accelerator: Any) -> Forward:
+    """Choose how forward passes are computed, as the settings say or by a measurement.
+
+    Args:
+        args: the settings, in which `mixed_precision` and `training_attention` may be left open.
+        policy: the policy, on the device where it will run.
+        accelerator: accelerate's handle of device and processes.
+    """
+    half: str | None = args.mixed_precision
+    attention = args.training_attention
+    if all(p.dtype != torch.float32 for p in policy.trainable_parameters()):
+        half = "no"  # the weights have another precision, and everything has the precision of the weights
+    parameters = sum(p.numel() for p in policy.model.parameters())
+    on_gpu = accelerator.device.type != "cpu"
+    # Clocks of several processes would disagree, and a GPU with bfloat16 is always faster in it.
+    if on_gpu or parameters < SMALL or accelerator.num_processes > 1:
+        usual = "bf16" if on_gpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        half, attention = half or usual, attention or "as_loaded"
+    if half and attention:
+        given = args.mixed_precision or args.training_attention
+        plain = (half, attention) == ("no", "as_loaded")
+        why = "" if plain else "as set" if given else "a GPU with bfloat16"
+        found = _made(policy, half == "bf16", attention, why)
+    else:
+        found = _fastest(args, policy, half, attention)
+    if found.half is not None:
+        found.half.adopt_frozen()
+    return found
+
+
+def _made(policy: Policy, half: bool, attention: Attention, why: str = "") -> Forward:
+    copied = HalfCopy(policy) if half else None
+    acting = policy if copied is None else copied.policy
+    return _with_attention(Forward(acting, acting.model, copied, why=why), attention)
+
+
+def _with_attention(forward: Forward, attention: Attention) -> Forward:
+    model = forward.policy.model
+    if attention == "eager":
+        model = with_eager_attention(model)
+    return Forward(forward.policy, model, forward.half, attention, forward.why)
+
+
+def _fastest(
+    args: TrainSettings, policy: Policy, precision: str | None, attention: Attention | None
+) -> Forward:
+    """Time the ways that the settings leave open, and return the fastest."""
+    ways = []
+    for half in ("no", "bf16") if precision is None else (precision,):
+        base = _made(policy, half == "bf16", "as_loaded")
+        kinds: tuple[Attention, ...] = ("as_loaded", "eager") if attention is None else (attention,)
+        ways += [_with_attention(base, kind) for kind in kinds]
+    rollout = made_up_rollout(args, policy)
+    best = [float("inf")] * len(ways)
+    for round_ in range(ROUNDS):
+        for i, way in enumerate(ways):
+            seconds = _seconds(lambda way=way: differentiate(way, rollout))  # type: ignore[misc]
+            if round_:
+                best[i] = min(best[i], seconds)
+    usual, chosen = best[0], min(range(len(ways)), key=best.__getitem__)
+    if best[chosen] * MARGIN > usual:
+        chosen = 0
+    forward = ways[chosen]
+    forward.why = f"measured: an update in {best[chosen]:.2g} s"
+    if chosen:
+        forward.why += f", {usual:.2g} s in the usual way"
+    return forward
+
+
+def made_up_rollout(args: TrainSettings, policy: Policy) -> Rollout:
+    """Make up completions as long as those of a run may be, of as many rows as `WORK` allows."""
+    parameters = sum(p.numel() for p in policy.model.parameters())
+    context = policy.context or 10**9
+    length = max(1, min(args.max_completion_length, 128, context - PROMPT))
+    width = max(1, min(PROMPT, context - length))
+    most = args.micro_batch_size or args.prompts_per_step * args.num_generations
+    rows = max(2, min(most, int(WORK / (6 * parameters * length))))
+    vocabulary, device = policy.model.get_input_embeddings().num_embeddings, policy.device  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)  # never the generator of all
+    group = min(args.num_generations, rows)
+    prompts, index = -(-rows // group), torch.arange(rows) // group
+    ids = torch.randint(vocabulary, (prompts, width), generator=generator)
+    completions = torch.randint(vocabulary, (rows, length), generator=generator)
+    every, whole = torch.ones_like(ids, dtype=torch.bool), torch.ones_like(completions, dtype=torch.bool)
+    columns = (ids, every, index, completions, whole, torch.zeros(rows, length), torch.zeros(rows) > 0)
+    return Rollout(*(x.to(device) for x in columns))
+
+
+def differentiate(way: Forward, rollout: Rollout) -> None:
+    """Score and differentiate, without leaving a gradient anywhere."""
+    logprobs = score(way.model, rollout, **way.policy.ways).logprobs
+    torch.autograd.grad(logprobs.sum(), way.policy.trainable_parameters(), allow_unused=True)
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
