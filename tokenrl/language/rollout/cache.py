@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from tokenrl.errors import Refused
 
@@ -39,6 +40,16 @@ class Cache:
         # `batch_select_indices` would leave recurrent states as they are, or is missing where they are kept.
         self.held.reorder_cache(index)
 
+    def make_room(self, tokens: int) -> None:
+        """Set memory aside for more tokens, in layers that would otherwise copy all keys and values for each.
+
+        Layers of other kinds, such as those of a sliding window or of recurrent states, stay as they are.
+        """
+        layers = getattr(self.held, "layers", ())
+        for place, layer in enumerate(layers):
+            if type(layer) is DynamicLayer and layer.is_initialized:
+                layers[place] = GrowingLayer(layer, tokens)
+
     @property
     def recurrent(self) -> bool:
         """Whether some layer keeps a recurrent state, which each forward pass would overwrite."""
@@ -58,6 +69,36 @@ class Cache:
         A model of recurrent states alone takes neither, because its states already leave the padding out.
         """
         return {self.name: self.held} | (places if self.name == "past_key_values" else {})
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values [n, heads, t, d] as views of memory with room for more tokens, for use without autograd."""
+
+    def __init__(self, layer: DynamicLayer, tokens: int) -> None:
+        """Take over what a layer holds, and set aside memory for `tokens` more."""
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self._width = layer.keys.shape[2] + tokens
+        self._hold(layer.keys, layer.values)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of the next tokens, and return those of all tokens so far."""
+        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        for whole, new in zip(self._whole, (key_states, value_states), strict=True):
+            whole[:, :, start:end] = new
+        self.keys, self.values = (whole[:, :, :end] for whole in self._whole)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make the rows `beam_idx` the new batch."""
+        self._hold(self.keys[beam_idx], self.values[beam_idx])
+
+    def _hold(self, keys: Tensor, values: Tensor) -> None:
+        self._whole = [x.new_empty(*x.shape[:2], self._width, x.shape[3]) for x in (keys, values)]
+        self.keys, self.values = (whole[:, :, :0] for whole in self._whole)
+        self.update(keys, values)
 
 
 def _is_recurrent(layer: Any) -> bool:

@@ -111,6 +111,7 @@ def _decode(
     draws = None if draws is None else draws.to(device, cdf_dtype)
 
     state = _Decoder(policy.model, prompt_ids, prompt_mask, prompt_index, sampling.keep_hidden)
+    state.cache.make_room(length - 1)
     dtype = torch.promote_types(state.logits.dtype, torch.float32)
     count = 3 if sampling.keep_score_norms else 2  # logprobs, entropy, score norms
     numbers = torch.zeros(count, *shape, device=device, dtype=dtype)
