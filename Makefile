@@ -9,12 +9,13 @@ RUN       ?= runs/$(TASK)-$(ESTIMATOR)-seed$(SEED)
 BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
 
-.PHONY: install train test test-slow lint type format check clean
+.PHONY: install train test test-slow test-gpu lint type format check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train      install, then train the default task ($(TASK), $(ESTIMATOR)) into $(RUN)"
 	@echo "make test       quick tests            make test-slow   the slow ones"
+	@echo "make test-gpu   those that need a GPU (skipped without one)"
 	@echo "make lint type  ruff, mypy             make format      ruff format and fixes"
 	@echo "make check      lint, type, test       make clean       remove caches and the environment"
 
@@ -34,6 +35,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu" -n $(WORKERS) --timeout=1800
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

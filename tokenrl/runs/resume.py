@@ -26,7 +26,7 @@ FREE = (
 """Settings that may change when a run continues."""
 ROUNDING = (
     *("micro_batch_size", "sampling_threads", "training_threads", "cpu"),
-    *("gradient_checkpointing", "training_attention"),
+    *("sampling_batch_size", "gradient_checkpointing", "training_attention"),
 )
 """Settings that may change too, but then sums are rounded in another way, and the numbers drift apart."""
 

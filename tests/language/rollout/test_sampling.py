@@ -10,6 +10,7 @@ from tiny_models import ARCHITECTURES, ENDS, PROMPTS, completions, make_model, m
 
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
@@ -159,8 +160,27 @@ def test_same_completions_whatever_else_is_in_the_batch(architecture):
         assert together == [c for place in order for c in alone[place]]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("rows_at_once", [1, 4, 8, 100])
+@pytest.mark.parametrize("generations", [4, 0])
+def test_same_completions_however_many_are_sampled_at_once(rows_at_once, generations):
+    policy = make_policy()
+    policy.eos_ids = ENDS
+    prompts = [policy.encode(p) for p in PROMPTS]
+    sampling = Sampling(6, generations, seed=1, step=1, keep_score_norms=True, keep_hidden=True)
+    draws = uniforms("training", sampling, range(4))
+    whole = TransformersGenerator(policy).generate(prompts, sampling, draws)
+    parts = TransformersGenerator(policy, rows_at_once=rows_at_once).generate(prompts, sampling, draws)
+    assert texts(parts) == texts(whole) and torch.equal(parts.mask, whole.mask)
+    assert torch.equal(parts.prompt_index, whole.prompt_index)
+    assert torch.equal(parts.truncated, whole.truncated)
+    assert torch.equal(parts.prompt_ids[parts.prompt_mask], whole.prompt_ids[whole.prompt_mask])
+    for name in ("logprobs", "entropy", "score_norms", "hidden"):
+        a, b = getattr(parts, name), getattr(whole, name)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("several_eos", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_is_that_of_transformers(architecture, several_eos):
     policy = make_policy(architecture)
     policy.eos_ids = ENDS if several_eos else (1,)
@@ -249,6 +269,21 @@ def test_a_token_of_probability_zero_is_never_drawn():
     rollout = TransformersGenerator(policy).generate([[1]], Sampling(1, 4), draws)
     assert rollout.completion_ids[:, 0].tolist() == [1, 1, 3, 3]
     assert rollout.entropy[:, 0].tolist() == pytest.approx([math.log(2)] * 4)
+
+
+def test_memory_is_set_aside_for_all_tokens_and_no_copy_is_made():
+    policy = tiny()
+    out = policy.model(torch.tensor([[1, 2], [3, 1]]), use_cache=True)
+    cache = Cache.of(out)
+    cache.make_room(3)
+    layer = cache.held.layers[0]
+    place = layer.keys.data_ptr()
+    for length in (3, 4, 5):
+        policy.model(torch.tensor([[1], [2]]), past_key_values=cache.held, use_cache=True)
+        assert cache.held.get_seq_length() == length and layer.keys.data_ptr() == place
+    kept = layer.keys[1].clone()
+    cache.select(torch.tensor([1]))
+    assert torch.equal(cache.held.layers[0].keys[0], kept)
 
 
 def test_sampling_leaves_the_mode_of_the_model_alone():

@@ -45,7 +45,7 @@ class Cache:
 
         Layers of other kinds, such as those of a sliding window or of recurrent states, stay as they are.
         """
-        layers = getattr(self.held, "layers", ())
+        layers: Any = getattr(self.held, "layers", [])
         for place, layer in enumerate(layers):
             if type(layer) is DynamicLayer and layer.is_initialized:
                 layers[place] = GrowingLayer(layer, tokens)
@@ -72,20 +72,23 @@ class Cache:
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values [n, heads, t, d] as views of memory with room for more tokens, for use without autograd."""
+    """Keys and values [n, heads, t, d] as views of memory that has room for more tokens; without autograd."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, layer: DynamicLayer, tokens: int) -> None:
         """Take over what a layer holds, and set aside memory for `tokens` more."""
         super().__init__()
+        assert layer.keys is not None and layer.values is not None
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
         self._width = layer.keys.shape[2] + tokens
         self._hold(layer.keys, layer.values)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the keys and values of the next tokens, and return those of all tokens so far."""
-        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
         for whole, new in zip(self._whole, (key_states, value_states), strict=True):
             whole[:, :, start:end] = new
         self.keys, self.values = (whole[:, :, :end] for whole in self._whole)

@@ -18,7 +18,7 @@ from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import draw, log_softmax, score_norm_of
-from tokenrl.language.rollout.rollout import Rollout, pad_left
+from tokenrl.language.rollout.rollout import Rollout, joined, pad_left
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.threads import using_threads
 
@@ -63,10 +63,13 @@ class TransformersGenerator:
     Attributes:
         policy: the policy whose model is sampled from.
         threads: with how many threads torch samples on a CPU; None for as many as it uses anyway.
+        rows_at_once: number of completions that are sampled at once, of whole groups, which bounds the memory
+            of their caches and changes nothing else; None for all.
     """
 
     policy: Policy
     threads: int | None = None
+    rows_at_once: int | None = None
 
     @torch.no_grad()
     def generate(
@@ -84,9 +87,23 @@ class TransformersGenerator:
         model.eval()
         try:
             with using_threads(self.threads):
-                return _decode(self.policy, prompt_ids, sampling, draws)
+                return self._in_slices(prompt_ids, sampling, draws)
         finally:
             model.train(training)
+
+    def _in_slices(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
+    ) -> Rollout:
+        """Sample some groups after the others, and put them together."""
+        size, found = sampling.group_size, None
+        groups = max(1, (self.rows_at_once or len(prompt_ids) * size) // size)
+        for start in range(0, len(prompt_ids), groups):
+            end = start + groups
+            numbers = None if draws is None else draws[start * size : end * size]
+            part = _decode(self.policy, prompt_ids[start:end], sampling, numbers)
+            found = part if found is None else joined(found, part)
+        assert found is not None, "there are no prompts"
+        return found
 
     def sync(self, policy: Policy) -> None:
         """Do nothing, because the policy's own weights are sampled from."""

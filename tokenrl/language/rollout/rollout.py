@@ -76,11 +76,13 @@ def pad_right(x: Tensor, width: int) -> Tensor:
     return pad(x, (*(0, 0) * (x.ndim - 2), 0, width - x.shape[1]))
 
 
-def joined(old: Rollout, new: Rollout, index: Tensor) -> Rollout:
+def joined(old: Rollout, new: Rollout, index: Tensor | None = None) -> Rollout:
     """Concatenate two rollouts, which have the same fields, and select the rows `index` of the result.
 
-    The prompts of both are kept.
+    The prompts of both are kept. Without an `index` all rows are.
     """
+    if index is None:
+        index = torch.arange(len(old.mask) + len(new.mask), device=old.mask.device)
 
     def rows(a: Tensor, b: Tensor) -> Tensor:
         if a.ndim > 1:  # completions are padded on the right

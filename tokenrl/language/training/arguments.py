@@ -25,6 +25,8 @@ class SamplingArguments(Settings, group="sampling"):
 
     temperature: Positive = 1.0
     """Temperature of the policy, in sampling and in the gradient."""
+    sampling_batch_size: Count | None = None
+    """Completions that one process samples at once, of whole groups; changes memory only. Default: all."""
     truncate_prompts: bool = False
     """Cut prompts that are too long for the context on the left, instead of refusing them."""
     filter_difficulty: tuple[Number, Number] | None = None

@@ -27,8 +27,8 @@ MARGIN = 1.2
 """Another way than float32 must be faster by this factor."""
 ROUNDS = 3
 """How often each way is timed; the first only warms up."""
-WORK = 1e11
-"""Operations of what is timed, some tenths of a second with one thread."""
+WORK = 2e10
+"""Operations of what is timed: a tenth of a second with one thread, and less memory than an update takes."""
 PROMPT = 16
 """Tokens of the prompts of what is timed."""
 

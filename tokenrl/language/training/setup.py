@@ -230,7 +230,7 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple
     if forward.half is None:  # else gradients are averaged over processes where they are in float32
         model = accelerator.prepare(model)
     args = replace(args, **forward.settings)
-    generator = TransformersGenerator(forward.policy)
+    generator = TransformersGenerator(forward.policy, rows_at_once=args.sampling_batch_size)
     learner = Learner(policy, forward, model, prepared, accelerator, args.estimator, args, generator)
     if args.estimator.needs_values:
         text_config: Any = policy.model.config

@@ -1,0 +1,56 @@
+"""What runs differently on a GPU does what a processor does; skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import ENDS, PROMPTS, apart, completions, gradient, make_policy, make_task
+
+from tokenrl import train
+from tokenrl.language.rollout.scoring import score
+from tokenrl.language.training.precision import HalfCopy, with_eager_attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+
+
+def on(device: str):
+    policy = make_policy(initializer_range=0.1)
+    policy.eos_ids = ENDS
+    policy.model.to(device)
+    return policy
+
+
+def sampled(policy):
+    how = {"num_generations": 3, "max_completion_length": 6, "seed": 1}
+    return completions(policy, [policy.encode(p) for p in PROMPTS], **how)
+
+
+def test_sampling_draws_the_same_tokens():
+    here, there = (sampled(on(device)) for device in ("cpu", "cuda"))
+    assert torch.equal(here.completion_ids, there.completion_ids.cpu())
+    torch.testing.assert_close(here.logprobs, there.logprobs.cpu(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["plain", "chunks", "eager", "half"])
+def test_the_gradient_is_that_of_a_processor(way):
+    here, there = on("cpu"), on("cuda")
+    score(here.model, sampled(here)).logprobs.sum().backward()
+    model, options = there.model, {}
+    if way == "chunks":
+        options = {"tokens_at_once": 5}
+    if way == "eager":
+        model = with_eager_attention(model)
+    if way == "half":
+        model = HalfCopy(there).policy.model
+    score(model, sampled(there), **options).logprobs.sum().backward()
+    assert apart(gradient(there.model).cpu(), gradient(here.model)) < (0.05 if way == "half" else 1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_r": 2}, {"mixed_precision": "no"}, {"estimator": "ppo"}])
+def test_a_run_computes_in_bfloat16_unless_told_otherwise(options, tmp_path):
+    shape = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 6}
+    result = train(model=make_policy(), task=make_task(), output_dir=tmp_path, quiet=True, **shape, **options)
+    assert result.exit_code == 0 and result.policy.device.type == "cuda"
