@@ -22,7 +22,7 @@ T = TypeVar("T", bound=Any)
 SMALL = 1_000_000
 """Models with fewer parameters get one thread without a measurement, so that the results of toy tasks depend
 on no clock. At half a million parameters a second thread makes sampling slower and training little faster."""
-MARGIN = 1.3
+MARGIN = 1.2
 """More threads must be faster by this factor, because the machine may become busier during the run."""
 PAIRS = 4
 """How often fewer and more threads are compared; the first pair only warms up."""

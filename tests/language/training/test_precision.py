@@ -23,8 +23,10 @@ from tiny_models import (
 
 from tokenrl import train
 from tokenrl.core.estimator import Estimator
+from tokenrl.errors import Refused
 from tokenrl.language.policy.adapters import add_lora
 from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
+from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training import forward
@@ -114,14 +116,16 @@ def test_a_frozen_base_is_kept_once():
         assert own.dtype == torch.bfloat16
         assert (mine.data_ptr() == own.data_ptr()) == (not mine.requires_grad)
         assert mine.dtype == (torch.float32 if mine.requires_grad else torch.bfloat16)
+    assert policy.model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()  # what a run returns can be used
 
 
 def test_weights_that_transformers_keeps_exact_stay_so():
     policy = make_policy()
     policy.model._keep_in_fp32_modules_strict = {"norm"}
     model = HalfCopy(policy).policy.model
-    exact = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
-    assert exact == {"model.norm.weight"}
+    exact = {name: p for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert list(exact) == ["model.norm.weight"]
+    assert exact["model.norm.weight"] is policy.model.model.norm.weight
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -139,7 +143,8 @@ def test_eager_attention_has_the_same_weights_and_gradient(architecture):
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"lora_r": 2}])
-def test_twenty_updates_by_plain_sgd_are_the_same_with_eager_attention_and_chunks(options):
+def test_twenty_updates_by_plain_sgd_are_the_same_by_the_fast_paths_and_the_slow(options, monkeypatch):
+    grow = Cache.make_room
     found = []
     for fast in (False, True):
         policy = make_policy(initializer_range=0.1)
@@ -147,10 +152,13 @@ def test_twenty_updates_by_plain_sgd_are_the_same_with_eager_attention_and_chunk
             enable_gradient_checkpointing(policy)
         if options.get("lora_r"):
             add_lora(policy, r=2)
+        policy.share_prompt &= fast
         attention = "eager" if fast else "as_loaded"
         how = {"optimizer": "sgd", "learning_rate": 0.02, "training_attention": attention, **options}
-        learner = make_learner(policy, "rloo", **how)
-        learner.forward.policy.tokens_at_once = 5 if fast else None
+        learner = make_learner(policy, "rloo", whole_logits=not fast, **how)
+        if fast:
+            learner.forward.policy.tokens_at_once = 5  # few enough that they are several times as many
+        monkeypatch.setattr(Cache, "make_room", grow if fast else lambda self, tokens: None)
         for step in range(1, 21):
             one_step(learner, step=step)
         found.append(weights(policy.model))
@@ -192,7 +200,34 @@ def test_a_small_gain_changes_nothing_and_settings_are_followed(monkeypatch):
     assert chosen(monkeypatch, [1.0, 9.0], mixed_precision="bf16")[:2] == ("bf16", "as_loaded")
     assert chosen(monkeypatch, [9.0, 1.0], training_attention="eager")[:2] == ("bf16", "eager")
     assert chosen(monkeypatch, [], training_attention="eager", mixed_precision="no")[0] == "no"
-    assert chosen(monkeypatch, [2.0, 1.0], dtype="bfloat16")[0] in ("no", "bf16")
+
+
+def test_a_way_that_gives_other_numbers_or_none_is_not_taken(monkeypatch):
+    plain = forward.with_eager_attention
+
+    def wrong(model):
+        twin = plain(model)
+        twin.register_forward_hook(lambda m, given, out: setattr(out, "logits", out.logits.flip(-1)))
+        return twin
+
+    monkeypatch.setattr(forward, "with_eager_attention", wrong)
+    # Of four ways two are left: the first number is of float32, the second of bfloat16.
+    assert chosen(monkeypatch, [2.0, 1.0])[:2] == ("bf16", "as_loaded")
+
+    def refuse(model):
+        raise Refused("there is none")
+
+    monkeypatch.setattr(forward, "with_eager_attention", refuse)
+    assert chosen(monkeypatch, [2.0, 1.0])[:2] == ("bf16", "as_loaded")
+    with pytest.raises(Refused, match="there is none"):
+        chosen(monkeypatch, [2.0, 1.0], training_attention="eager")
+
+
+def test_a_model_without_eager_attention_is_refused():
+    policy = make_policy()
+    policy.model.set_attn_implementation = lambda name: 1 / 0
+    with pytest.raises(Refused, match="'eager' does not work with this model"):
+        make_learner(policy, "rloo", training_attention="eager")
 
 
 def test_small_models_are_not_measured(monkeypatch):

@@ -63,6 +63,9 @@ class OptimiserArguments(Settings, group="optimiser"):
     """Updates per pass, each on an equal share of the prompts."""
     micro_batch_size: Count | None = None
     """Completions in one forward pass of one process; changes memory only, not the update. Default: all."""
+    whole_logits: bool = False
+    """Compute the logits of all tokens at once. Otherwise those of a large vocabulary are computed for some
+    tokens at a time, and again in the backward pass, which takes less memory and no more time."""
     mixed_precision: Literal["no", "bf16"] | None = None
     """bf16: sample, score and differentiate with a bfloat16 copy of the weights, which stay float32. Default:
     bf16 if a short measurement finds it clearly faster; no below 1 M parameters or on several processes."""

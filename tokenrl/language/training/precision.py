@@ -16,63 +16,68 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.model import Policy
 
 
 class HalfCopy:
     """A copy of a policy whose weights are bfloat16, and whose gradients go to the policy's own weights.
 
+    Buffers, such as the frequencies of rotary positions, and weights that have to keep another precision are
+    those of the original.
+
     Attributes:
-        policy: the copy. Buffers, such as the frequencies of rotary positions, are those of the original.
+        policy: the copy.
     """
 
     def __init__(self, policy: Policy) -> None:
         """Copy the weights; the original stays as it is."""
-        exact = _exact_names(policy.model)
-        pairs = {
-            name: (p, nn.Parameter(_half(name, p, exact), requires_grad=p.requires_grad))
-            for name, p in policy.model.named_parameters()
-        }
-        model = _copied(policy.model, {id(p): own for p, own in pairs.values()})
-        self.policy = replace(policy, model=model)
-        self._pairs = list(pairs.values())
-        for original, own in self._pairs:
-            if own.requires_grad:
-                own.register_post_accumulate_grad_hook(_handing_to(original))
+        self._original = policy
+        pairs = [(p, nn.Parameter(_half(p), p.requires_grad)) for p in _to_be_halved(policy.model)]
+        self.policy = replace(policy, model=_copied(policy.model, {id(p): own for p, own in pairs}))
+        self._trained = [pair for pair in pairs if pair[0].requires_grad]
+        self._frozen = [pair for pair in pairs if not pair[0].requires_grad]
+        for original, own in self._trained:
+            own.register_post_accumulate_grad_hook(_handing_to(original))
 
     def adopt_frozen(self) -> None:
         """Let the original use the copy's frozen weights, such as the base of an adapter, to keep them once.
 
-        The same goes for a reference that is held apart.
+        A reference that is held apart becomes bfloat16 as well.
         """
-        for original, own in self._pairs:
-            if not original.requires_grad:
-                original.data = own.data
+        for original, own in self._frozen:
+            original.data = own.data
         if self.policy.reference is not None:
-            exact = _exact_names(self.policy.reference)
-            for name, p in self.policy.reference.named_parameters():
-                p.data = _half(name, p, exact)
+            for p in _to_be_halved(self.policy.reference):
+                p.data = _half(p)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the trainable weights again, which an update has changed."""
-        for original, own in self._pairs:
-            if original.requires_grad:
-                own.copy_(original)
+        """Copy the trained weights again, which an update has changed."""
+        for original, own in self._trained:
+            own.copy_(original)
 
     def average_gradients(self, accelerator: Any) -> None:
         """Average the gradients over processes, as accelerate does where it wraps the model."""
         if accelerator.num_processes > 1:
-            for original, _ in self._pairs:
-                if original.requires_grad:
-                    grad = torch.zeros_like(original) if original.grad is None else original.grad
-                    original.grad = accelerator.reduce(grad, reduction="mean")
+            for p in self._original.trainable_parameters():
+                grad = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = accelerator.reduce(grad, reduction="mean")
 
 
 def with_eager_attention(model: nn.Module) -> nn.Module:
-    """Return the same model, with the same weights, whose attention is computed by its plain formula."""
+    """Return the same model, with the same weights, whose attention is computed by its plain formula.
+
+    Raises:
+        Refused: the model has no such attention.
+    """
     twin: Any = _copied(model, {})
-    twin.set_attn_implementation("eager")
+    try:
+        twin.set_attn_implementation("eager")
+    except Exception as error:  # code of any architecture
+        raise Refused(
+            f"training_attention='eager' does not work with this model ({describe(error)}). Give as_loaded."
+        ) from error
     return twin  # type: ignore[no-any-return]
 
 
@@ -94,11 +99,15 @@ def _handing_to(original: nn.Parameter) -> Any:
     return hand_over
 
 
-def _half(name: str, p: torch.Tensor, exact: set[str]) -> torch.Tensor:
-    keep = p.dtype != torch.float32 or exact & set(name.split("."))
-    return p.detach().clone() if keep else p.detach().to(torch.bfloat16)
+def _half(p: torch.Tensor) -> torch.Tensor:
+    return p.detach().to(torch.bfloat16)
 
 
-def _exact_names(model: nn.Module) -> set[str]:
-    """Return the names of modules and weights that transformers keeps in float32 in any precision."""
-    return {name for m in model.modules() for name in getattr(m, "_keep_in_fp32_modules_strict", None) or ()}
+def _to_be_halved(model: nn.Module) -> list[nn.Parameter]:
+    """Return the float32 weights, but for those that transformers keeps in float32 in any precision."""
+    exact = {name for m in model.modules() for name in getattr(m, "_keep_in_fp32_modules_strict", None) or ()}
+    return [
+        p
+        for name, p in model.named_parameters()
+        if p.dtype == torch.float32 and not exact & set(name.split("."))
+    ]

@@ -219,6 +219,8 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple
             policy.reference.to(accelerator.device)
     policy.model.to(accelerator.device)
     choose_way(policy, hidden=args.estimator.needs_values, accelerator=accelerator)
+    if args.whole_logits:
+        policy.tokens_at_once = None
     optimizer = make_optimizer(args, policy, accelerator.device.type)
     # transformers' "constant" would leave out the warm-up
     kind = "constant_with_warmup" if args.lr_scheduler_type == "constant" else args.lr_scheduler_type
