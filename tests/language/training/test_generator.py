@@ -106,7 +106,7 @@ def test_evaluation_and_filtering_go_through_the_engine():
 def test_a_run_samples_everything_by_its_generator_and_closes_it(monkeypatch, tmp_path):
     made = []
 
-    def engine(policy):
+    def engine(policy, **_):
         made.append(Engine(policy))
         return made[-1]
 
