@@ -29,7 +29,7 @@ TABLE = "estimators_table"
 NAMES = [
     name for name in ALL if not name.startswith(("figures_", "control_")) and name not in {*ELSEWHERE, TABLE}
 ]
-ALWAYS = ("reinforce_one_page", "train_lm", "ladder_3_rloo", "pretrained_gsm8k_lora")
+ALWAYS = ("reinforce_one_page", "train_lm", "ladder_3_rloo")
 """Recipes that run for the quick tests too."""
 RUNGS = {
     "ladder_1_vanilla": ("none", "exact"),

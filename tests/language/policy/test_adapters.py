@@ -187,6 +187,7 @@ def test_adding_and_saving_an_adapter_warns_of_nothing(tmp_path, recwarn):
     assert checkpointed.model.is_gradient_checkpointing  # peft still learns what it asked for
 
 
+@pytest.mark.slow  # two programs
 def test_loading_an_adapter_warns_of_nothing(tmp_path):
     base = tmp_path / "base"
     save_policy(make_policy(), base)

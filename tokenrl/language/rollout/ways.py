@@ -50,22 +50,30 @@ def choose_way(
     Raises:
         Refused: sampling is wrong for this model, or both ways of scoring are.
     """
-    head, shared, whole = None, None, None
+    head, found = None, _Findings(None, None, None)
     with torch.random.fork_rng(devices=[]), using_threads(1):
         probe = _Probe(policy, hidden, gradient)
         wrong = _failure(probe.sample)
-        if probe.finite and wrong is None:
-            if policy.share_prompt:
-                shared = _failure(lambda: probe.score(share_prompt=True))
-            if shared or not policy.share_prompt:
-                wrong = _failure(lambda: probe.score(share_prompt=False))
+        if wrong is not None:
+            found = _Findings(wrong, None, None)
+        elif probe.finite:
             head = head_of(policy.model)
-            if head is None:
-                whole = "the head is no linear layer"
-            elif wrong is None:
-                share = policy.share_prompt and not shared
-                whole = _failure(lambda: probe.score(share_prompt=share, tokens_at_once=PIECE))
-    _take(policy, _agreed(accelerator, _Findings(wrong, shared, whole)), head)
+            found = _tried(probe, policy.share_prompt, head is not None)
+    _take(policy, _agreed(accelerator, found), head)
+
+
+def _tried(probe: _Probe, share: bool, linear: bool) -> _Findings:
+    """Try the ways of scoring; `share` says whether prompts may be shared, `linear` whether the head is."""
+    wrong = whole = None
+    shared = _failure(lambda: probe.score(share_prompt=True)) if share else None
+    if shared or not share:
+        wrong = _failure(lambda: probe.score(share_prompt=False))
+    if not linear:
+        whole = "the head is no linear layer"
+    elif wrong is None:
+        right = share and not shared
+        whole = _failure(lambda: probe.score(share_prompt=right, tokens_at_once=PIECE))
+    return _Findings(wrong, shared, whole)
 
 
 class _Findings(NamedTuple):
