@@ -414,6 +414,7 @@ def test_the_walk_of_the_textbook():
     assert textbook(43, value_head=True, episodes=20) != first
 
 
+@pytest.mark.slow
 def test_agents(tmp_path, monkeypatch, capsys):
     out = printed("control_5_agents", tmp_path, monkeypatch, capsys)
     assert "gets the Gaussian head" in out
@@ -452,6 +453,7 @@ def test_an_interruption_keeps_and_draws_the_agents_that_were_finished(tmp_path,
     assert trained[4:] == ["0", "1", "2"]  # other settings: none is kept
 
 
+@pytest.mark.slow
 def test_contrast(finished, tmp_path, monkeypatch, capsys):
     from accelerate.state import AcceleratorState
 

@@ -56,7 +56,7 @@ def tokenrl(*argv):
 @pytest.mark.parametrize(
     ("source", "entry"),
     [
-        ("a_file.py", "Mine"),
+        pytest.param("a_file.py", "Mine", marks=pytest.mark.slow),
         pytest.param("a_file.py", "'a_file:Mine'", marks=pytest.mark.slow),
         *(pytest.param("a_file", entry, marks=pytest.mark.slow) for entry in ("Mine", "'a_file:Mine'")),
     ],

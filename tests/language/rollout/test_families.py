@@ -43,7 +43,8 @@ def slope(logprobs, model):
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
 
 
-@pytest.mark.parametrize("length", [1, 2, 6])  # a single token may take other kernels than several
+# A single token may take other kernels than several.
+@pytest.mark.parametrize("length", [1, pytest.param(2, marks=pytest.mark.slow), 6])
 @pytest.mark.parametrize("family", RIGHT)
 def test_sampling_and_scoring_are_those_of_each_row_alone(family, length):
     policy = family_policy(family)
@@ -59,7 +60,7 @@ def test_sampling_and_scoring_are_those_of_each_row_alone(family, length):
         assert float((slope(found, policy.model) - gradient).norm() / gradient.norm()) < 2e-5
 
 
-@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("hidden", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("family", RIGHT)
 def test_each_family_gets_the_fastest_way_that_is_right(family, hidden):
     policy = family_policy(family)
