@@ -12,9 +12,10 @@ from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import Rollout
 from tokenrl.control.setup import check_supported
-from tokenrl.control.update import Agent, explained, in_rows, learn, prepare, scheduled, taken
+from tokenrl.control.update import Agent, explained, learn, prepare, scheduled, taken
 from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
+from tokenrl.core.rows import in_rows
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Refused, Stopped
 

@@ -17,6 +17,7 @@ from tokenrl.core.baselines import RunningMean
 from tokenrl.core.choices import choice_of
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.guards import within_rows
+from tokenrl.core.rows import in_rows
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Stopped
 from tokenrl.runs.optimizers import load_optimizer_state, optimizer_state
@@ -199,13 +200,6 @@ def taken(mask: Tensor, *rows: Tensor) -> list[Tensor]:
         return flat
     chosen = mask.flatten().nonzero().squeeze(1)
     return [x.index_select(0, chosen) for x in flat]
-
-
-def in_rows(numbers: Tensor, mask: Tensor) -> Tensor:
-    """Place numbers of the M steps taken, [M], in rows [N, T] of zeros, where the mask is True."""
-    if mask.all():
-        return numbers.reshape(mask.shape)
-    return numbers.new_zeros(mask.shape).masked_scatter(mask, numbers)
 
 
 def explained(values: Tensor, returns: Tensor) -> float:

@@ -87,3 +87,10 @@ def overlong_penalty(lengths: Int[Tensor, " N"], max_length: int, buffer: int) -
     2503.14476, eq. 13). It is part of the reward, so it is added before the baseline is computed.
     """
     return -((lengths - (max_length - buffer)) / buffer).clamp(0.0, 1.0)
+
+
+def in_rows(numbers: Float[Tensor, " M"], mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """Place the numbers of M actions in rows of zeros, where the mask is True."""
+    if mask.all():
+        return numbers.reshape(mask.shape)
+    return numbers.new_zeros(mask.shape).masked_scatter(mask, numbers)

@@ -62,7 +62,7 @@ def test_the_gradient_is_that_of_numerical_differences(bias):
     ids = torch.randint(5, (7,))
 
     def scores(*_):
-        how = {"dtype": torch.double, "at_once": 3, "temperature": 0.6, "entropy": True}
+        how = {"at_once": 3, "temperature": 0.6, "entropy": True}
         found = score_tokens(states, head, ids, **how)
         return found.logprobs, found.entropy
 
@@ -76,7 +76,7 @@ def test_impossible_tokens_have_neither_value_nor_gradient():
     with torch.no_grad():
         head.bias[2:4] = -math.inf
     ids = torch.tensor([0, 1, 4, 5])
-    how = {"dtype": torch.double, "at_once": 3, "entropy": True, "norms": True}
+    how = {"at_once": 3, "entropy": True, "norms": True}
     found = score_tokens(states, head, ids, **how)
     logits = head(states)
     logp = logits.log_softmax(-1)

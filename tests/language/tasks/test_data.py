@@ -24,13 +24,16 @@ def reward(completions, answer, **kwargs):
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
-    """The current directory and the dataset cache are temporary, the import state is put back."""
+    """The current directory and the dataset cache are temporary, modules written there are forgotten."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
     monkeypatch.setitem(sys.modules, "toy_tasks", None)  # importing it raises ModuleNotFoundError
     datasets.disable_progress_bars()
+    yield
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def write_rows(path, rows):

@@ -29,6 +29,19 @@ def score_norm_of(chosen: Tensor, p: Tensor) -> Tensor:
     return 1 - 2 * chosen.exp() + p.square().sum(dim=-1)
 
 
+def sum_p_log_p(p: Tensor, logp: Tensor) -> Tensor:
+    """Sum p log p over the vocabulary, [..., V] to [...], which is minus the entropy; overwrites both.
+
+    An impossible token has p = 0 and a logarithm of -inf, and adds 0.
+    """
+    return p.mul_(logp.clamp_(min=least(logp))).sum(dim=-1)
+
+
+def least(x: Tensor) -> float:
+    """Return a number that is finite, so that 0 times it is 0, and stays so after an addition."""
+    return torch.finfo(x.dtype).min / 2
+
+
 def draw(p: Tensor, uniforms: Tensor) -> Tensor:
     """Draw one token per row by inverting the CDF; a token of probability 0 is never drawn.
 
@@ -44,26 +57,29 @@ def draw(p: Tensor, uniforms: Tensor) -> Tensor:
     """
     vocabulary = p.shape[1]
     if vocabulary <= BLOCK:
-        return _invert(p, uniforms)
+        return _invert(_cdf(p, uniforms), uniforms)
     whole = vocabulary // BLOCK * BLOCK
     sums = p[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=2)  # [n, blocks]
     if whole < vocabulary:
         sums = torch.cat([sums, p[:, whole:].sum(dim=1, keepdim=True)], dim=1)
-    block = _invert(sums, uniforms)
+    cdf = _cdf(sums, uniforms)
+    block = _invert(cdf, uniforms)
     inside = block[:, None] * BLOCK + torch.arange(BLOCK, device=p.device)  # [n, BLOCK]
     values = torch.where(inside < vocabulary, p.gather(1, inside.clamp(max=vocabulary - 1)), 0)
     # What is left of the uniform within its block is again uniform.
-    cdf = sums.to(uniforms.dtype).cumsum(dim=1)
     chosen = sums.gather(1, block[:, None]).to(uniforms.dtype).squeeze(1)
     below = cdf.gather(1, block[:, None]).squeeze(1) - chosen
     rest = ((uniforms * cdf[:, -1] - below) / chosen).clamp(0, 1 - torch.finfo(uniforms.dtype).eps)
-    return block * BLOCK + _invert(values, rest)
+    return block * BLOCK + _invert(_cdf(values, uniforms), rest)
 
 
-def _invert(p: Tensor, uniforms: Tensor) -> Tensor:
-    """Return in each row the first entry [n] below whose end in the CDF the uniform lies."""
-    cdf = p.to(uniforms.dtype).cumsum(dim=1)
+def _cdf(p: Tensor, uniforms: Tensor) -> Tensor:
+    return p.to(uniforms.dtype).cumsum(dim=1)
+
+
+def _invert(cdf: Tensor, uniforms: Tensor) -> Tensor:
+    """Return in each row the first entry [n] below whose end in the CDF [n, V] the uniform lies."""
     # Rounding leaves the total, the last entry, near 1 and not at 1, so the uniform is scaled by it.
     # right=True finds the first entry above the draw, so a token of probability 0 is never chosen.
     found = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
-    return found.clamp(max=p.shape[1] - 1)
+    return found.clamp(max=cdf.shape[1] - 1)

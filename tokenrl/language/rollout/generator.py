@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache
-from tokenrl.language.rollout.distribution import draw, log_softmax, score_norm_of
+from tokenrl.language.rollout.distribution import draw, log_softmax, score_norm_of, sum_p_log_p
 from tokenrl.language.rollout.rollout import Rollout, joined, pad_left
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.threads import using_threads
@@ -95,15 +95,13 @@ class TransformersGenerator:
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
     ) -> Rollout:
         """Sample some groups after the others, and put them together."""
-        size, found = sampling.group_size, None
+        size, parts = sampling.group_size, []
         groups = max(1, (self.rows_at_once or len(prompt_ids) * size) // size)
         for start in range(0, len(prompt_ids), groups):
             end = start + groups
             numbers = None if draws is None else draws[start * size : end * size]
-            part = _decode(self.policy, prompt_ids[start:end], sampling, numbers)
-            found = part if found is None else joined(found, part)
-        assert found is not None, "there are no prompts"
-        return found
+            parts.append(_decode(self.policy, prompt_ids[start:end], sampling, numbers))
+        return parts[0] if len(parts) == 1 else joined(parts)
 
     def sync(self, policy: Policy) -> None:
         """Do nothing, because the policy's own weights are sampled from."""
@@ -236,8 +234,7 @@ def _next_token(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> 
     token = logp.argmax(dim=-1) if uniforms is None else draw(p, uniforms)
     chosen = logp.gather(1, token[:, None]).squeeze(1)
     norms = [score_norm_of(chosen, p)] if sampling.keep_score_norms else []
-    # An impossible token has p = 0 and a log-probability of -inf, and adds 0 to the entropy.
-    entropy = -(p.mul_(logp.clamp_(min=torch.finfo(logp.dtype).min))).sum(dim=-1)  # [n]
+    entropy = -sum_p_log_p(p, logp)  # [n]
     # A NaN in any logit of a row makes the entropy of the row NaN, so checking the entropy is enough.
     if not bool(torch.isfinite(entropy).all()):
         raise Stopped(

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from tokenrl.language.rollout.distribution import least, sum_p_log_p
 
 LOGITS = 2**22
 """Most logits at once: 16 MiB in float32, which processors keep near."""
@@ -39,34 +41,18 @@ def head_of(model: nn.Module) -> nn.Linear | None:
     return head if type(head) is nn.Linear else None
 
 
-@dataclass
-class Captured:
-    """What the head would have been given in each forward pass.
-
-    Attributes:
-        inputs: the hidden states of each forward pass [n, t, H].
-        dtype: the precision that the head would have computed in.
-    """
-
-    inputs: list[Tensor] = field(default_factory=list)
-    dtype: torch.dtype = torch.float32
-
-
 @contextlib.contextmanager
-def without_head(head: nn.Linear) -> Iterator[Captured]:
-    """Let forward passes inside the block leave out the head, and collect what it would have been given."""
-    captured = Captured()
+def without_head(head: nn.Linear) -> Iterator[list[Tensor]]:
+    """Let forward passes leave out the head, and collect what each would have given it [n, t, H]."""
+    inputs: list[Tensor] = []
 
     def leave_out(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        states, kind = given[0], given[0].device.type
-        captured.inputs.append(states)
-        autocast = torch.is_autocast_enabled(kind)
-        captured.dtype = torch.get_autocast_dtype(kind) if autocast else head.weight.dtype
-        return (states[:, :0],)
+        inputs.append(given[0])
+        return (given[0][:, :0],)
 
     handle = head.register_forward_pre_hook(leave_out)
     try:
-        yield captured
+        yield inputs
     finally:
         handle.remove()
 
@@ -90,7 +76,6 @@ def score_tokens(
     head: nn.Linear,
     ids: Tensor,
     *,
-    dtype: torch.dtype,
     at_once: int,
     temperature: float = 1.0,
     entropy: bool = False,
@@ -98,19 +83,20 @@ def score_tokens(
 ) -> TokenScores:
     """Score M tokens from the hidden states before them.
 
+    The product with the head has the precision of its weights; all else is computed in float32 or better.
+
     Args:
         states: what the head is given for each token [M, H].
         head: makes the logits.
         ids: the tokens [M].
-        dtype: the precision of the product with the head; all else is computed in float32 or better.
         at_once: tokens whose logits are computed at once.
         temperature: divides the logits.
         entropy: whether the entropies are needed.
         norms: whether the squared norms of the scores are needed.
     """
-    chunks = _Chunks(dtype, at_once, temperature, entropy, norms)
-    with torch.autocast(states.device.type, enabled=False):
-        return TokenScores(*_ScoredTokens.apply(states, head.weight, head.bias, ids, chunks))
+    chunks = _Chunks(at_once, temperature, entropy, norms)
+    states = states.to(head.weight.dtype)
+    return TokenScores(*_ScoredTokens.apply(states, head.weight, head.bias, ids, chunks))
 
 
 class _Chunk(NamedTuple):
@@ -126,7 +112,6 @@ class _Chunk(NamedTuple):
 class _Chunks:
     """How logits are computed, some tokens at a time, and what is wanted of them; see `score_tokens`."""
 
-    dtype: torch.dtype
     at_once: int
     temperature: float
     entropy: bool
@@ -137,8 +122,8 @@ class _Chunks:
         size = min(self.at_once, len(states))
         # The memory is used again: to map as much anew for each chunk takes longer than to fill it.
         narrow = weight.new_empty(size, len(weight))
-        wide = torch.promote_types(self.dtype, torch.float32)
-        logits = narrow if wide == self.dtype else torch.empty_like(narrow, dtype=wide)
+        wide = _wide(weight)
+        logits = narrow if wide == weight.dtype else torch.empty_like(narrow, dtype=wide)
         for start in range(0, len(states), size):
             place = slice(start, min(start + size, len(states)))
             part = _Chunk(place, logits[: place.stop - start], narrow[: place.stop - start])
@@ -151,10 +136,6 @@ class _Chunks:
                 part.logits.div_(self.temperature)
             yield part
 
-    def cast(self, *given: Tensor | None) -> tuple[Any, ...]:
-        """Return tensors in the precision of the products."""
-        return tuple(None if x is None else x.detach().to(self.dtype) for x in given)
-
 
 class _ScoredTokens(torch.autograd.Function):
     """Scores of tokens, with a backward pass that computes the logits again."""
@@ -163,9 +144,8 @@ class _ScoredTokens(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, chunks: _Chunks
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = torch.promote_types(chunks.dtype, torch.float32)
-        found = torch.zeros(4, len(ids), dtype=wide, device=ids.device)
-        for place, logits, _ in chunks.of(*chunks.cast(states, weight, bias)):
+        found = torch.zeros(4, len(ids), dtype=_wide(weight), device=ids.device)
+        for place, logits, _ in chunks.of(states, weight, bias):
             found[:, place] = _scores(logits, ids[place], chunks)
         logprobs, entropy, norms, total = found
         ctx.save_for_backward(states, weight, bias, ids, total, entropy)
@@ -178,8 +158,8 @@ class _ScoredTokens(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, by_logprob: Tensor | None, by_entropy: Tensor | None, _: Any) -> tuple[Any, ...]:
         *inputs, ids, total, entropy = ctx.saved_tensors
+        states, weight, bias = inputs
         chunks: _Chunks = ctx.chunks
-        states, weight, bias = chunks.cast(*inputs)
         # Each chunk adds to the gradients of weight and bias, which therefore are summed in float32.
         back = [
             torch.zeros_like(x, dtype=total.dtype) if needed else None
@@ -210,8 +190,8 @@ def _scores(logits: Tensor, ids: Tensor, wanted: _Chunks) -> Tensor:
     logp = chosen - total.log()
     if wanted.norms:
         norms = 1 - 2 * logp.exp() + torch.linalg.vector_norm(p, dim=1).div_(total).square_()
-    if wanted.entropy:  # an impossible token has p = 0 and a logit of -inf, and adds 0
-        entropy = total.log() - p.mul_(logits.clamp_(min=_least(logits))).sum(dim=1) / total
+    if wanted.entropy:
+        entropy = total.log() - sum_p_log_p(p, logits) / total
     return torch.stack([logp, entropy, norms, most + total.log()])
 
 
@@ -233,13 +213,12 @@ def _slope(
         slope = logp.exp_().mul_(-by_logprob)
     else:
         p = logp.exp()
-        slope = logp.clamp_(min=_least(logp)).add_(entropy).mul_(-by_entropy).sub_(by_logprob).mul_(p)
+        slope = logp.clamp_(min=least(logp)).add_(entropy).mul_(-by_entropy).sub_(by_logprob).mul_(p)
     return slope.scatter_add_(1, ids[:, None], by_logprob)
 
 
-def _least(x: Tensor) -> float:
-    """Return a number that is finite, so that 0 times it is 0, and stays so after an addition."""
-    return torch.finfo(x.dtype).min / 2
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -76,26 +77,26 @@ def pad_right(x: Tensor, width: int) -> Tensor:
     return pad(x, (*(0, 0) * (x.ndim - 2), 0, width - x.shape[1]))
 
 
-def joined(old: Rollout, new: Rollout, index: Tensor | None = None) -> Rollout:
-    """Concatenate two rollouts, which have the same fields, and select the rows `index` of the result.
+def joined(parts: Sequence[Rollout], index: Tensor | None = None) -> Rollout:
+    """Concatenate rollouts, which have the same fields, and select the rows `index` of the result; None: all.
 
-    The prompts of both are kept. Without an `index` all rows are.
+    The prompts of all are kept.
     """
-    if index is None:
-        index = torch.arange(len(old.mask) + len(new.mask), device=old.mask.device)
 
-    def rows(a: Tensor, b: Tensor) -> Tensor:
-        if a.ndim > 1:  # completions are padded on the right
-            width = max(a.shape[1], b.shape[1])
-            a, b = pad_right(a, width), pad_right(b, width)
-        return torch.cat([a, b])[index]
+    def rows(columns: list[Tensor]) -> Tensor:
+        if columns[0].ndim > 1:  # completions are padded on the right
+            width = max(x.shape[1] for x in columns)
+            columns = [pad_right(x, width) for x in columns]
+        whole = torch.cat(columns)
+        return whole if index is None else whole[index]
 
-    left = max(old.prompt_ids.shape[1], new.prompt_ids.shape[1])
+    left = max(part.prompt_ids.shape[1] for part in parts)
     prompts = {
-        name: torch.cat([pad(x, (left - x.shape[1], 0)) for x in (getattr(old, name), getattr(new, name))])
+        name: torch.cat([pad(x, (left - x.shape[1], 0)) for x in (getattr(part, name) for part in parts)])
         for name in ("prompt_ids", "prompt_mask")
     }
-    both = torch.cat([old.prompt_index, new.prompt_index + len(old.prompt_ids)])[index]
-    pairs = {name: (getattr(old, name), getattr(new, name)) for name in BY_ROW}
-    by_row = {name: rows(a, b) for name, (a, b) in pairs.items() if a is not None}
-    return replace(old, **prompts, prompt_index=both, **by_row)
+    starts = accumulate((len(part.prompt_ids) for part in parts[:-1]), initial=0)
+    places = [part.prompt_index + start for part, start in zip(parts, starts, strict=True)]
+    by_row = {name: [getattr(part, name) for part in parts] for name in BY_ROW}
+    chosen = {name: rows(columns) for name, columns in by_row.items() if columns[0] is not None}
+    return replace(parts[0], **prompts, prompt_index=rows(places), **chosen)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.core.entropy import entropy_of
+from tokenrl.core.rows import in_rows
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import log_softmax, score_norm_of
@@ -68,19 +69,18 @@ def score(
     if tokens_at_once is not None and int(rollout.mask.sum()) > tokens_at_once:
         head = head_of(model)
         assert head is not None  # `choose_way` found it
-        with without_head(head) as left_out:
+        with without_head(head) as passes:
             _, states = forward(model, rollout, hidden)
         found = score_tokens(
-            _inputs(left_out.inputs, rollout, share_prompt),
+            _inputs(passes, rollout, share_prompt),
             head,
             rollout.completion_ids[rollout.mask],
-            dtype=left_out.dtype,
             at_once=tokens_at_once,
             temperature=temperature,
             entropy=entropy,
             norms=score_norms,
         )
-        logprobs, entropies, norms = (_spread(x, rollout.mask) for x in found)
+        logprobs, entropies, norms = (in_rows(x, rollout.mask) for x in found)
         return Scores(logprobs, entropies if entropy else None, norms if score_norms else None, states)
     logits, states = forward(model, rollout, hidden)
     logp = log_softmax(logits, temperature)  # [N, T, V]
@@ -96,16 +96,12 @@ def score(
 
 def _inputs(passes: list[Tensor], rollout: Rollout, shared: bool) -> Tensor:
     """Return what the head is given for each action [M, H], from what it was given in the forward passes."""
-    if shared:  # the first pass is over prompts, the second over completions
-        passes = [passes[0][rollout.prompt_index, -1:], *passes[1:]]
     width = rollout.mask.shape[1]
-    whole = torch.cat(passes, dim=1)
-    return whole[:, :width][rollout.mask] if shared else whole[:, -width:][rollout.mask]
-
-
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """Put values [M] where the mask [N, T] is True, and 0 elsewhere."""
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    if not shared:
+        return passes[0][:, -width:][rollout.mask]
+    first, *rest = passes  # over prompts, and over completions
+    whole = torch.cat([first[rollout.prompt_index, -1:], *rest], dim=1)
+    return whole[:, :width][rollout.mask]
 
 
 @torch.no_grad()

@@ -173,6 +173,6 @@ def _replaced(old: Experience, dead: Tensor, new: Experience) -> Experience:
     extra = {name: [column[i] for i in order] for name, column in both.items()}
     return old._replace(
         prompts=old.prompts + new.prompts,
-        rollout=joined(old.rollout, new.rollout, index),
+        rollout=joined([old.rollout, new.rollout], index),
         result=replace(new.result, **arrays, extra=extra),
     )

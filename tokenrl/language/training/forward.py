@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -74,6 +75,16 @@ class Forward:
         numbers = "bfloat16 (weights float32)" if self.half else "float32"
         return f"{numbers}, {self.attention.replace('_', ' ')} attention in updates ({self.why})"
 
+    def refresh(self) -> None:
+        """Compute with the weights that an update has left."""
+        if self.half is not None:
+            self.half.refresh()
+
+    def average_gradients(self, accelerator: Any) -> None:
+        """Average the gradients over processes; in float32 accelerate has done so."""
+        if self.half is not None:
+            self.half.average_gradients(accelerator)
+
 
 def choose_forward(args: TrainSettings, policy: Policy, accelerator: Any) -> Forward:
     """Choose how forward passes are computed, as the settings say or by a measurement.
@@ -83,23 +94,23 @@ def choose_forward(args: TrainSettings, policy: Policy, accelerator: Any) -> For
         policy: the policy, on the device where it will run.
         accelerator: accelerate's handle of device and processes.
     """
-    half: str | None = args.mixed_precision
+    precision: str | None = args.mixed_precision
     attention = args.training_attention
     if all(p.dtype != torch.float32 for p in policy.trainable_parameters()):
-        half = "no"  # the weights have another precision, and everything has the precision of the weights
+        precision = "no"  # the weights have another precision, and everything has that of the weights
     parameters = sum(p.numel() for p in policy.model.parameters())
     on_gpu = accelerator.device.type != "cpu"
     # Clocks of several processes would disagree, and a GPU with bfloat16 is always faster in it.
     if on_gpu or parameters < SMALL or accelerator.num_processes > 1:
         usual = "bf16" if on_gpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-        half, attention = half or usual, attention or "as_loaded"
-    if half and attention:
+        precision, attention = precision or usual, attention or "as_loaded"
+    if precision and attention:
         given = args.mixed_precision or args.training_attention
-        plain = (half, attention) == ("no", "as_loaded")
+        plain = (precision, attention) == ("no", "as_loaded")
         why = "" if plain else "as set" if given else "a GPU with bfloat16"
-        found = _made(policy, half == "bf16", attention, why)
+        found = _made(policy, precision == "bf16", attention, why)
     else:
-        found = _fastest(args, policy, half, attention)
+        found = _fastest(args, policy, precision, attention)
     if found.half is not None:
         found.half.adopt_frozen()
     return found
@@ -115,7 +126,7 @@ def _with_attention(forward: Forward, attention: Attention) -> Forward:
     model = forward.policy.model
     if attention == "eager":
         model = with_eager_attention(model)
-    return Forward(forward.policy, model, forward.half, attention, forward.why)
+    return replace(forward, model=model, attention=attention)
 
 
 def _fastest(
@@ -124,13 +135,12 @@ def _fastest(
     """Time the ways that the settings leave open, and return the fastest of those that are right."""
     ways = list(_open_ways(policy, precision, attention))
     rollout = made_up_rollout(args, policy)
-    usual = differentiate(ways[0], rollout)
-    ways = [way for way in ways if _close(differentiate(way, rollout), usual)] or ways[:1]
+    found = [differentiate(way.policy, way.model, rollout) for way in ways]
+    ways = [way for way, one in zip(ways, found, strict=True) if _close(one, found[0])] or ways[:1]
     best = [float("inf")] * len(ways)
     for _ in range(ROUNDS):
         for i, way in enumerate(ways):
-            seconds = _seconds(lambda way=way: differentiate(way, rollout))  # type: ignore[misc]
-            best[i] = min(best[i], seconds)
+            best[i] = min(best[i], _seconds(partial(differentiate, way.policy, way.model, rollout)))
         if sum(best) > ENOUGH:
             break
     chosen = min(range(len(ways)), key=best.__getitem__)
@@ -178,10 +188,14 @@ def made_up_rollout(args: TrainSettings, policy: Policy) -> Rollout:
     return Rollout(*(x.to(device) for x in columns))
 
 
-def differentiate(way: Forward, rollout: Rollout) -> Tensor:
-    """Score and differentiate, without leaving a gradient anywhere; return the log-probabilities [N, T]."""
-    logprobs = score(way.model, rollout, **way.policy.ways).logprobs
-    torch.autograd.grad(logprobs.sum(), way.policy.trainable_parameters(), allow_unused=True)
+def differentiate(policy: Policy, model: nn.Module, rollout: Rollout) -> Tensor:
+    """Score and differentiate by a model with the policy's weights; `grad` of these stays as it is.
+
+    Returns:
+        The log-probabilities [N, T].
+    """
+    logprobs = score(model, rollout, **policy.ways).logprobs
+    torch.autograd.grad(logprobs.sum(), policy.trainable_parameters(), allow_unused=True)
     return logprobs.detach()
 
 

@@ -13,7 +13,6 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.forward import differentiate, made_up_rollout
 from tokenrl.language.training.update import Learner
 from tokenrl.runs.threads import Choice, choose_threads, threads_in_words, with_threads
@@ -55,7 +54,7 @@ def settle_threads(learner: Learner) -> dict[str, Choice]:
     rollout = made_up_rollout(learner.args, forward.policy)
 
     def training() -> None:
-        differentiate(forward, rollout)
+        differentiate(forward.policy, forward.model, rollout)
 
     threads = stage_threads(forward.policy, learner.args, "sampling", "training", training=training)
     learner.args = with_threads(learner.args, threads)
@@ -112,5 +111,4 @@ class _Work:
 
     def training(self) -> None:
         """Score the completions and compute the gradient; the parameters and their `grad` stay."""
-        logprobs = score(self.policy.model, self.rollout, **self.policy.ways).logprobs
-        torch.autograd.grad(logprobs.sum(), self.policy.trainable_parameters(), allow_unused=True)
+        differentiate(self.policy, self.policy.model, self.rollout)

@@ -108,8 +108,7 @@ class Learner:
 
     def sync(self) -> None:
         """Sample and score with the weights that the policy has now."""
-        if self.forward.half is not None:
-            self.forward.half.refresh()
+        self.forward.refresh()
         self.generator.sync(self.policy)
 
     @property
@@ -190,9 +189,8 @@ class Update:
             Stopped: too many consecutive updates had a gradient that was not finite.
         """
         learner, accelerator = self.learner, self.learner.accelerator
-        parameters, metrics, half = learner.policy.trainable_parameters(), {}, learner.forward.half
-        if half is not None:
-            half.average_gradients(accelerator)
+        parameters, metrics = learner.policy.trainable_parameters(), {}
+        learner.forward.average_gradients(accelerator)
         if self._half is not None and learner.diagnostics is not None:
             metrics = learner.diagnostics.metrics(self._half, flat_gradient(parameters), self._groups)
         limit = learner.args.max_grad_norm or math.inf
@@ -201,8 +199,7 @@ class Update:
             learner.idle += 1
         else:
             _step_optimizer(learner, norm)
-            if half is not None:
-                half.refresh()
+            learner.forward.refresh()
         sums = accelerator.reduce(self._sums.float().to(accelerator.device), reduction="sum").cpu()
         metrics |= {"loss": float(sums[0]), "grad_norm": norm, "grad_clipped": float(norm > limit)}
         if learner.estimator.ratio in CLIPPED:

@@ -65,17 +65,15 @@ def write_settings(run: PlannedRun, root: Path) -> Path:
     """Write a run's settings into a file that `tokenrl train --config` reads (control alike); return it."""
     path = settings_file(run, root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"kind": run.kind, **settings_of(run)})
+    write_json(path, {"kind": run.kind, **_settings(run)})
     return path
 
 
-def settings_of(run: PlannedRun) -> dict[str, Any]:
+def _settings(run: PlannedRun) -> dict[str, Any]:
     """Return the settings of a run, with nothing left to a measurement."""
-    settings = {**run.settings, **ONE_THREAD}
-    if run.kind == "train":
-        left_open = {name for name in UNMEASURED if settings.get(name) is None}
-        settings |= {name: UNMEASURED[name] for name in left_open}
-    return settings
+    usual = UNMEASURED if run.kind == "train" else {}
+    left_open = {name: value for name, value in usual.items() if run.settings.get(name) is None}
+    return {**run.settings, **left_open, **ONE_THREAD}
 
 
 def commands(runs: Sequence[PlannedRun], root: Path) -> list[str]:
@@ -111,7 +109,7 @@ def run_one(run: PlannedRun, root: Path) -> RunEnd:
     where: dict[str, Any] = {"output_dir": str(root / run.path), "resume": "auto", "quiet": True}
     try:
         write_settings(run, root)
-        code = _training(run.kind)(**{**settings_of(run), **where}).exit_code
+        code = _training(run.kind)(**{**_settings(run), **where}).exit_code
     except TokenrlError as error:
         return RunEnd(run.path, "failed", str(error), time.monotonic() - began)
     except Exception as error:
