@@ -15,6 +15,13 @@ def pytest_configure() -> None:
             signal.signal(number, usual)
 
 
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Only tests marked `drawn` draw learning curves of runs, which take longer than most of the runs."""
+    if not request.node.get_closest_marker("drawn"):
+        monkeypatch.setattr("tokenrl.runs.report.learning_curve", lambda path, *_, **__: path.touch())
+
+
 @pytest.fixture
 def handlers():
     """The programs catch signals to the end of their process; here the process goes on."""

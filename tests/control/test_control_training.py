@@ -29,6 +29,7 @@ def metrics_of(result):
     return [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.drawn
 def test_a_run_leaves_a_complete_directory(tmp_path):
     result = short(tmp_path, save_every=1, diagnostics_every=1)
     assert (result.exit_reason, result.exit_code, result.steps) == ("finished", 0, 2)

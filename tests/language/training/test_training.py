@@ -64,6 +64,7 @@ def metrics_of(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.drawn
 def test_a_run_leaves_the_whole_directory(run, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

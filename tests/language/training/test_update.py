@@ -40,7 +40,8 @@ def abstaining(prompts, completion_ids, **_):
 
 
 @pytest.mark.parametrize(
-    "architecture, dtype, tolerance", [("llama", "float32", 1e-6), ("gpt2", "float64", 1e-13)]
+    "architecture, dtype, tolerance",
+    [pytest.param("llama", "float32", 1e-6, marks=pytest.mark.slow), ("gpt2", "float64", 1e-13)],
 )
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_gradient_does_not_depend_on_micro_batches(name, architecture, dtype, tolerance):
