@@ -102,8 +102,8 @@ def make_base(cache: Path) -> None:
 
 
 def quickly(name: str):
-    """A recipe as a parameter; the rungs differ in a line, so two of the four are left to the slow tests."""
-    slow = name in ("ladder_1_vanilla", "ladder_2_running_mean")
+    """A recipe as a parameter; the rungs differ in a line, so one of the four is enough for the quick tests."""
+    slow = name.startswith("ladder") and name not in ALWAYS
     return pytest.param(name, marks=pytest.mark.slow) if slow else name
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import get_scheduler
 
 from tokenrl.errors import Refused
-from tokenrl.runs.optimizers import load_optimizer_state, load_schedule, optimizer_state
+from tokenrl.runs.optimizers import load_optimizer_state, load_schedule, make_schedule, optimizer_state
 
 
 def model(sizes=(3, 4)):
@@ -80,12 +80,24 @@ def test_an_optimizer_of_another_model_is_refused(sizes):
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup, length", [(0, 7), (3, 7), (7, 7), (9, 7), (0, 0)])
+def test_the_learning_rates_are_those_of_transformers(kind, warmup, length):
+    name = "constant_with_warmup" if kind == "constant" else kind
+    here, there = fused(model()), fused(model())
+    schedules = make_schedule(kind, here, length, warmup), get_scheduler(name, there, warmup, length)
+    for at in (0, 1, 2.5, 3, 5, 7, 9):
+        for schedule in schedules:
+            load_schedule(schedule, at)
+        assert here.param_groups[0]["lr"] == there.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("at", [0, 1, 2, 7, 10])
 def test_a_schedule_continues_and_a_longer_one_gives_its_own_rates(kind, at, recwarn):
     def made(length):
         layers = model()
         optimizer = two_groups(layers)
-        return layers, optimizer, get_scheduler(kind, optimizer, 3, length)
+        return layers, optimizer, make_schedule(kind, optimizer, length, 3)
 
     for length in (10, 20):
         layers, optimizer, schedule = made(length)

@@ -1,12 +1,15 @@
-"""Keeps what an optimiser and its schedule have become, so that a run can go on exactly where it was.
+"""Makes the schedule of a learning rate, and keeps what an optimiser and its schedule have become.
 
-The settings of an optimiser (weight decay, betas) are not kept: they come from the run's configuration.
+A run can then go on exactly where it was. The settings of an optimiser (weight decay, betas) are not kept:
+they come from the run's configuration.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenrl.errors import Refused
 
@@ -63,6 +66,36 @@ def load_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> None:
     for group, rate in zip(groups, state["rates"], strict=True):
         group["lr"] = rate
     bare.load_state_dict({"state": {int(k): kept for k, kept in tensors.items()}, "param_groups": groups})
+
+
+def make_schedule(
+    kind: Literal["constant", "linear", "cosine"], optimizer: Any, max_steps: int, warmup_steps: int = 0
+) -> LambdaLR:
+    """Make a schedule that is stepped after each update.
+
+    The learning rates are those of `transformers.get_scheduler`, of which the import takes longer than
+    hundreds of updates of a toy model.
+
+    Args:
+        kind: what the learning rate does after the warm-up: stay, or fall to 0.
+        optimizer: a torch optimiser with the peak learning rates.
+        max_steps: number of updates after which linear and cosine are at 0.
+        warmup_steps: number of updates over which the learning rate rises from 0 to its peak.
+    """
+    from torch.optim.lr_scheduler import LambdaLR
+
+    return LambdaLR(optimizer, partial(_share, kind=kind, last=max_steps, warmup=warmup_steps))
+
+
+def _share(done: float, *, kind: str, last: int, warmup: int) -> float:
+    """Return the share of the peak learning rate after a number of updates."""
+    if done < warmup:
+        return done / warmup
+    if kind == "linear":
+        return max(0.0, (last - done) / max(1, last - warmup))
+    if kind == "cosine":
+        return max(0.0, 0.5 * (1 + math.cos(math.pi * ((done - warmup) / max(1, last - warmup)))))
+    return 1.0
 
 
 def load_schedule(schedule: LambdaLR, updates: float) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Stopped
 from tokenrl.language.tasks.stream import Batches
-from tokenrl.runs.optimizers import load_optimizer_state, load_schedule, optimizer_state
+from tokenrl.runs.optimizers import load_optimizer_state, load_schedule, make_schedule, optimizer_state
 
 
 class Descent:
@@ -52,14 +52,12 @@ class Descent:
             weight_decay: AdamW's weight decay.
             max_grad_norm: gradients are clipped to this norm.
         """
-        from transformers import get_scheduler
-
         self.parameters, self._of, self._max_grad_norm = list(parameters), of, max_grad_norm
         self._batches = Batches(rows, batch_size, seed)
         fused = self.parameters[0].device.type in ("cpu", "cuda")
         options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, "fused": fused}
         self._optimizer = torch.optim.AdamW(self.parameters, **options)
-        self._schedule = get_scheduler("linear", self._optimizer, 0, max_steps)
+        self._schedule = make_schedule("linear", self._optimizer, max_steps)
         self.step = 0
         self.loss_before: float | None = None
         self.loss_after: float | None = None

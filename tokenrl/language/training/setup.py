@@ -32,6 +32,7 @@ from tokenrl.language.training.forward import choose_forward
 from tokenrl.language.training.mistakes import check_rate, check_sizes
 from tokenrl.language.training.supervised import check_trainable, warm_started_base
 from tokenrl.language.training.update import Learner
+from tokenrl.runs.optimizers import make_schedule
 from tokenrl.runs.resume import Maker
 from tokenrl.settings import settled
 
@@ -210,8 +211,6 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple
     Raises:
         Refused: settings do not fit the number of steps or the length of completions.
     """
-    from transformers import get_scheduler
-
     check_sizes(args)
     if args.estimator.needs_reference:
         policy.add_reference()
@@ -222,9 +221,7 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple
     if args.whole_logits:
         policy.tokens_at_once = None
     optimizer = make_optimizer(args, policy, accelerator.device.type)
-    # transformers' "constant" would leave out the warm-up
-    kind = "constant_with_warmup" if args.lr_scheduler_type == "constant" else args.lr_scheduler_type
-    schedule = get_scheduler(kind, optimizer, args.warmup_steps, args.max_steps)
+    schedule = make_schedule(args.lr_scheduler_type, optimizer, args.max_steps, args.warmup_steps)
     forward = choose_forward(args, policy, accelerator)
     if forward.in_words:
         policy.remarks["forward passes"] = forward.in_words
