@@ -102,9 +102,8 @@ def make_base(cache: Path) -> None:
 
 
 def quickly(name: str):
-    """A recipe as a parameter; the rungs differ in a line, so one of the four is enough for the quick tests."""
-    slow = name.startswith("ladder") and name not in ALWAYS
-    return pytest.param(name, marks=pytest.mark.slow) if slow else name
+    """A recipe as a parameter; a few of them are enough for the quick tests."""
+    return name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +115,8 @@ def finished(tmp_path_factory, request):
     folders = {name: root / name for name in chosen}
     for folder in folders.values():
         folder.mkdir()
-    make_chat_model_and_data(folders["pretrained_gsm8k_lora"])
+    if "pretrained_gsm8k_lora" in folders:
+        make_chat_model_and_data(folders["pretrained_gsm8k_lora"])
     make_base(root / "cache")
     with ThreadPoolExecutor(max_workers=2) as pool:
         runs = {name: pool.submit(run, name, SHORT[name], folders[name], root / "cache") for name in folders}
@@ -220,6 +220,7 @@ def test_train_lm_prints_reward_before_and_after(finished):
     assert {"rewards/alternates/mean", "rewards/six_long/mean"} <= set(metrics)
 
 
+@pytest.mark.slow
 def test_gsm8k_trains_an_adapter_on_chat_prompts_towards_its_reference(finished):
     out, folder = result(finished, "pretrained_gsm8k_lora")
     assert (folder / "model" / "adapter" / "adapter_model.safetensors").is_file()

@@ -151,6 +151,7 @@ def test_reinforce_evaluates_the_weights_it_trained(recipe):
     assert 0 < act(observations).mean() < 1
 
 
+@pytest.mark.slow
 def test_both_agents_are_drawn_and_kept(recipe, tmp_path, monkeypatch, capsys, handlers):
     """DQN is played by a stand-in here, since stable-baselines3 is optional; its curve has another length."""
     asked = []
@@ -217,7 +218,9 @@ def test_stopped_before_the_first_run_there_is_no_figure(
         pytest.param("control_3_numpy", signal.SIGINT, "REINFORCE, seed 0: ", marks=pytest.mark.slow),
         ("control_3_numpy", signal.SIGTERM, "REINFORCE, seed 2: "),
         pytest.param("control_3_variations", signal.SIGINT, "usual, seed 0: ", marks=pytest.mark.slow),
-        ("control_3_variations", signal.SIGINT, "gamma 0.95, seed 3: "),  # others have three seeds
+        pytest.param(  # the others have three seeds
+            "control_3_variations", signal.SIGINT, "gamma 0.95, seed 3: ", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_signal_keeps_what_was_finished(name, number, after, tmp_path):

@@ -165,7 +165,10 @@ def test_greedy_is_what_sampling_finds(policy: Policy, problem) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "groups"),
-    [({}, 64), (GRPO, 64), ({"beta": 0.3}, 64), ({"aggregation": "token_mean"}, 1)],
+    [
+        *(({}, 64), (GRPO, 64), ({"beta": 0.3}, 64)),
+        pytest.param({"aggregation": "token_mean"}, 1, marks=pytest.mark.slow),
+    ],
     ids=["rloo", "grpo", "kl", "token_mean"],
 )
 def test_training_has_the_exact_mean_and_variance(policy: Policy, problem, fields: dict, groups: int) -> None:

@@ -173,6 +173,7 @@ def test_compare_agrees_with_the_enumerated_truth(policy: Policy) -> None:
     assert found["reinforce"].quieter.value == 1.0
 
 
+@pytest.mark.slow
 def test_group_sizes_agree_with_the_enumerated_truth(policy: Policy) -> None:
     problem = problem_of_policy(policy, PROMPTS[:1], points_of, length=2, vocabulary=4)
     generator = torch.Generator().manual_seed(2)

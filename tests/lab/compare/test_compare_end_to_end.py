@@ -95,6 +95,7 @@ def test_another_experiment_in_the_same_directory_is_refused(walk):
         tokenrl.compare(**{**WALK, "max_steps": 5}, output_dir=str(folder))
 
 
+@pytest.mark.slow
 def test_printed_commands_make_the_same_runs(walk, tmp_path, capsys):
     _, folder = walk
     options = {**WALK, "output_dir": str(tmp_path / "walk")}
