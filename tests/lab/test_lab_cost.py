@@ -80,7 +80,7 @@ def fitting(monkeypatch, groups, *, rows=None, policy=None):
     group = bytes_of_group(policy, parameters, 2, 2, 4, entropy=False)
     probes = 8 * 8 * sum(p.numel() for p in parameters.values())
     room = probes + 24 * 16 * 4 * 2 * 8 + (groups + 0.5) * group
-    monkeypatch.setattr(cost, "free_memory", lambda policy: int(room / cost.FREE))
+    monkeypatch.setattr(cost, "free_memory", lambda device: int(room / cost.FREE))
     return rows_at_once(policy, parameters, [1, 2] * 8, 2, args, entropy=False)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -58,6 +58,34 @@ def peak_memory() -> dict[str, float]:
     if torch is not None and torch.cuda.is_available():
         found["peak_cuda_memory_gib"] = torch.cuda.max_memory_allocated() / _GIB
     return found
+
+
+def free_memory(device: Any) -> int:
+    """Return the bytes that are free on a torch device: of the computer, or of what a container may have."""
+    if device.type == "cuda":
+        import torch
+
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    return min([free, *left_to_container()])
+
+
+def left_to_container(groups: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Yield the bytes that a control group of Linux, of the new or the old kind, leaves under its limit."""
+    old = groups / "memory"
+    for limit, used, idle in (
+        (groups / "memory.max", groups / "memory.current", "inactive_file"),
+        (old / "memory.limit_in_bytes", old / "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            lines = (limit.parent / "memory.stat").read_text().splitlines()
+            freed = int(dict(line.split() for line in lines)[idle])  # files that are only kept for later
+            yield int(limit.read_text()) - int(used.read_text()) + freed
+        except (OSError, ValueError, KeyError):  # there is none, or it is "max"
+            continue
 
 
 def _peak_resident() -> int | None:

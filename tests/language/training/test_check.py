@@ -98,7 +98,7 @@ def test_a_check_that_passes_shows_what_the_run_takes(check, tmp_path, capsys):
         r"scoring differs from sampling by \S+ nats per token on average, (\S+) at most",
         r"learning rate 0\.001 \(usual: 0\.001\)",
         r"time about 0:\d\d .*for 12 steps and 13 evaluations",
-        r"memory about [\d.]+ [MG]iB of the computer in this trial",
+        r"memory about [\d.]+ [MG]iB of the computer",
         r"disk up to [\d.]+ [KM]iB of .* that are free",
     ):
         assert re.search(pattern, shown), pattern

@@ -14,6 +14,7 @@ from tokenrl.lab.measure.projections import AT_ONCE
 from tokenrl.language.policy.model import Policy
 from tokenrl.runs.console import Console
 from tokenrl.runs.space import in_words
+from tokenrl.runs.timings import free_memory
 
 MOST_ROWS = 1024
 """Completions per forward pass if memory allows more."""
@@ -49,7 +50,7 @@ def rows_at_once(
     Raises:
         Refused: not even the completions of one prompt fit; the message says what they need.
     """
-    g, free = args.num_generations, FREE * free_memory(policy)
+    g, free = args.num_generations, FREE * free_memory(policy.device)
     probes = AT_ONCE * sum(p.numel() * p.element_size() for p in parameters.values())
     kept = 24 * len(prompts) * g * length * args.probes  # projections in float32, and copies in float64
     group = bytes_of_group(policy, parameters, max(prompts), length, g, entropy=entropy)
@@ -86,17 +87,6 @@ def bytes_of_group(
     copied = any(p.data_ptr() == head.data_ptr() for p in parameters.values())
     copies = AT_ONCE * head.numel() * size * (1 if policy.share_prompt else g) if copied else 0
     return int(g * numbers * size * (1 + AT_ONCE) + copies)
-
-
-def free_memory(policy: Policy) -> int:
-    """Return the bytes that are free on the device of the policy."""
-    if policy.device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info(policy.device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 class Budget:

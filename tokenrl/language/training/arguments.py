@@ -26,7 +26,8 @@ class SamplingArguments(Settings, group="sampling"):
     temperature: Positive = 1.0
     """Temperature of the policy, in sampling and in the gradient."""
     sampling_batch_size: Count | None = None
-    """Completions that one process samples at once, of whole groups; changes memory only. Default: all."""
+    """Completions that one process samples at once, of whole groups; changes memory only. Default: all, or
+    as many as are found to fit."""
     truncate_prompts: bool = False
     """Cut prompts that are too long for the context on the left, instead of refusing them."""
     filter_difficulty: tuple[Number, Number] | None = None
@@ -62,7 +63,8 @@ class OptimiserArguments(Settings, group="optimiser"):
     num_minibatches: Count = 1
     """Updates per pass, each on an equal share of the prompts."""
     micro_batch_size: Count | None = None
-    """Completions in one forward pass of one process; changes memory only, not the update. Default: all."""
+    """Completions in one forward pass of one process; changes memory only, not the update. Default: all, or
+    as many as are found to fit."""
     whole_logits: bool = False
     """Compute the logits of all tokens at once. Otherwise those of a large vocabulary are computed for some
     tokens at a time, and again in the backward pass, which takes less memory and no more time."""

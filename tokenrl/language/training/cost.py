@@ -18,6 +18,8 @@ from tokenrl.runs.timings import peak_memory
 GIB = 1024**3
 MOMENTS = {"adamw": 2, "sgd": 0}
 """Numbers that each optimiser keeps for each trainable weight, in the weight's precision."""
+CREEP = 1.1
+"""By how much memory grows over the first steps, as freed memory comes back in pieces."""
 METRICS = 3000
 """About the bytes of a step in metrics.jsonl and timings.jsonl."""
 
@@ -92,7 +94,10 @@ def disk_finding(run: Run, disk: Disk) -> Finding | None:
 
 
 def memory_cost(run: Run) -> str:
-    """Return in words the most memory held so far, and with the moments, which the first update makes."""
+    """Return in words the most memory that the run will hold, if its completions become no longer.
+
+    It is what was held so far, and the moments, which the first update makes, and a little for `CREEP`.
+    """
     moments = MOMENTS[run.args.optimizer] * _bytes(run.learner.policy.trainable_parameters())
     peak = peak_memory()
     on_gpu = run.learner.policy.device.type == "cuda"
@@ -100,8 +105,9 @@ def memory_cost(run: Run) -> str:
     for name, where in (("peak_cuda_memory_gib", "of the GPU"), ("peak_memory_gib", "of the computer")):
         if name in peak:
             more = moments if on_gpu == (name == "peak_cuda_memory_gib") else 0
-            shown.append(f"about {in_words(round(peak[name] * GIB) + more)} {where}")
-    return ", ".join(shown) + " in this trial" if shown else "unknown"
+            creep = CREEP if name == "peak_memory_gib" else 1.0
+            shown.append(f"about {in_words(creep * (peak[name] * GIB + more))} {where}")
+    return ", ".join(shown) if shown else "unknown"
 
 
 def _bytes(parameters: Sequence[nn.Parameter]) -> int:

@@ -177,9 +177,13 @@ def made_up_rollout(args: TrainSettings, policy: Policy) -> Rollout:
     width = max(1, min(PROMPT, context - length))
     most = args.micro_batch_size or args.prompts_per_step * args.num_generations
     rows = max(2, min(most, max(-(-TOKENS // length), int(WORK / (6 * parameters * length)))))
+    return make_up(policy, rows, min(args.num_generations, rows), width, length)
+
+
+def make_up(policy: Policy, rows: int, group: int, width: int, length: int) -> Rollout:
+    """Make up completions of `length` random tokens, in groups, of prompts of `width` tokens."""
     vocabulary, device = policy.model.get_input_embeddings().num_embeddings, policy.device  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)  # never the generator of all
-    group = min(args.num_generations, rows)
     prompts, index = -(-rows // group), torch.arange(rows) // group
     ids = torch.randint(vocabulary, (prompts, width), generator=generator)
     completions = torch.randint(vocabulary, (rows, length), generator=generator)

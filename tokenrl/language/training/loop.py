@@ -26,6 +26,7 @@ from tokenrl.language.training.check import check_run
 from tokenrl.language.training.defaults import training_defaults
 from tokenrl.language.training.difficulty import filter_task
 from tokenrl.language.training.evaluation import evaluate_policy
+from tokenrl.language.training.fitting import settle_memory
 from tokenrl.language.training.mistakes import without_effect
 from tokenrl.language.training.processes import others_needed, summed
 from tokenrl.language.training.run import Run, RunResult, facts, finish, record_step
@@ -144,6 +145,7 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
         adapt(args, policy)
     maker = made_from(policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator)
     learner, schedule = make_learner(args, policy, accelerator)
+    settle_memory(learner, task.train_prompts)
     threads = settle_threads(learner)
     task = filter_task(
         task,
