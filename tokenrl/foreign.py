@@ -72,7 +72,7 @@ _MEANINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "per_device_train_batch_size train_batch_size batch_size generation_batch_size rollout_batch_size",
         (
             "A step samples `prompts_per_step` x `num_generations` completions, over all processes, and "
-            "learns from them; `micro_batch_size` only bounds the memory.",
+            "learns from them; `micro_batch_size` only bounds the memory, and by default fits it.",
             "It is `batch_size`, the rows of one update.",
         ),
     ),

@@ -21,7 +21,6 @@ from tokenrl.advisor.rules import (
 from tokenrl.advisor.show import Advice, Setting, judge_horizon
 from tokenrl.core.entropy import LEAST_ENTROPY
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import asked, settled_form
@@ -218,8 +217,6 @@ def doubts(found: Probe, solved: float | None, train: TrainSettings) -> list[str
             f"more than {DEAD_GROUPS:.0%} of groups of {size} are dead: --num-samples "
             "measures larger ones, and --estimator.zero-spread refill samples new prompts instead of them."
         )
-    if train.max_completion_length > LONGEST_WITHOUT_BASELINE:
-        out.append("completions are long: set micro_batch_size if memory runs out; the update is the same.")
     return out
 
 

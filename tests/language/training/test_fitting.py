@@ -92,6 +92,15 @@ def test_sampling_takes_no_more_than_is_said(architecture):
     assert 0.3 * said < found < 1.3 * said
 
 
+def test_a_bfloat16_copy_has_a_gradient_too():
+    policies = [make_policy() for _ in range(2)]
+    plain, half = (
+        update_cost(make_learner(policy, mixed_precision=precision), 6).fixed
+        for policy, precision in zip(policies, ("no", "bf16"), strict=True)
+    )
+    assert half - plain == 2 * sum(p.numel() for p in policies[0].trainable_parameters())
+
+
 def test_where_all_rows_fit_nothing_is_said_or_changed(scarce):
     learner = make_learner(make_policy())
     before = learner.args, learner.generator

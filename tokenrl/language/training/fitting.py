@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokenrl.errors import Refused
+from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import LOGITS
@@ -119,8 +120,9 @@ def update_cost(learner: Learner, width: int) -> Cost:
         return most_bytes(lambda: score(learner.model, rollout, **scoring))
 
     one, two = peak(1), peak(2)
-    optimiser = (1 + MOMENTS[learner.args.optimizer]) * _trainable(learner)
-    return Cost(max(0, 2 * one - two), max(1, two - one), optimiser + 2 * 4 * LOGITS)
+    optimiser = (1 + MOMENTS[learner.args.optimizer]) * _trainable(learner.policy)
+    copied = _trainable(policy) if learner.forward.half is not None else 0  # the copy has a gradient too
+    return Cost(max(0, 2 * one - two), max(1, two - one), optimiser + copied + 2 * 4 * LOGITS)
 
 
 @torch.no_grad()
@@ -137,12 +139,12 @@ def sampling_cost(learner: Learner, width: int) -> Cost:
     layers = getattr(Cache.of(held[0]).held, "layers", [])
     cached = sum(x.nbytes for x in tree_leaves([vars(layer) for layer in layers]) if isinstance(x, Tensor))
     row = (width + length) * cached // width + DRAWN * held[0].logits.shape[-1]
-    return Cost(group, row, MOMENTS[learner.args.optimizer] * _trainable(learner))
+    return Cost(group, row, MOMENTS[learner.args.optimizer] * _trainable(learner.policy))
 
 
-def _trainable(learner: Learner) -> int:
+def _trainable(policy: Policy) -> int:
     """Return the bytes of the weights that are trained, which their gradient takes too."""
-    return sum(p.numel() * p.element_size() for p in learner.policy.trainable_parameters())
+    return sum(p.numel() * p.element_size() for p in policy.trainable_parameters())
 
 
 def most_bytes(work: Callable[[], object]) -> int:
