@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from families import family_policy
 from tiny_models import ARCHITECTURES, PROMPTS, make_learner, make_policy
 
 import tokenrl
+from tokenrl.language.rollout.head import LOGITS
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training import fitting
 from tokenrl.language.training.fitting import Cost, most_bytes, sampling_cost, settle_memory, update_cost
@@ -78,7 +80,18 @@ def test_rows_cost_in_an_update_what_one_and_two_of_them_say(architecture, share
     found = most_bytes(lambda: score(learner.model, rollout, **learner.scoring))
     said = cost.of(12, 4) - cost.fixed
     assert found == pytest.approx(said, rel=0.15)
-    assert cost.fixed > 12 * sum(p.numel() for p in policy.trainable_parameters())  # gradient and moments
+    weights = sum(p.numel() for p in policy.trainable_parameters())
+    assert cost.fixed == 3 * 4 * weights + 8 * LOGITS  # gradient, two moments, two pieces of logits
+
+
+def test_logits_that_never_exist_whole_are_not_counted():
+    policy = make_policy(vocabulary=2000)
+    learner = make_learner(policy)
+    policy.tokens_at_once = 20  # more than one or two completions have
+    some = update_cost(learner, 6).row
+    policy.tokens_at_once = None
+    whole = update_cost(learner, 6).row
+    assert whole - some > 4 * 6 * 2000  # at least the logits themselves
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "mamba", "falcon_h1"])
@@ -90,6 +103,8 @@ def test_sampling_takes_no_more_than_is_said(architecture):
     found = most_bytes(lambda: learner.generator.generate(ids, learner.sampling, draws))
     said = cost.of(3 * size, size) - cost.fixed
     assert 0.3 * said < found < 1.3 * said
+    if architecture == "llama":  # keys and values of 12 tokens in 2 layers, 2 heads of 8 numbers of 4 bytes
+        assert cost.row == 2 * 12 * 2 * 2 * 8 * 4 + fitting.DRAWN * 96
 
 
 def test_a_bfloat16_copy_has_a_gradient_too():
@@ -136,6 +151,23 @@ def test_prompts_that_cannot_be_asked_are_left_to_others(scarce):
     asked = [{"prompt": [{"role": "user", "content": "there is no chat template"}]}, {"prompt": "abc"}]
     assert fitting._longest(learner, asked) == len(learner.policy.encode("abc"))
     settle_memory(learner, asked)
+
+
+def test_the_longest_prompt_decides_wherever_it_stands():
+    learner = make_learner(make_policy())
+    many = [{"prompt": "a"}] * 40
+    for place in (0, 20, 40):
+        prompts = [*many[:place], {"prompt": "abcdefgh"}, *many[place:]]
+        assert fitting._longest(learner, prompts) == len(learner.policy.encode("abcdefgh"))
+
+
+def test_the_process_with_the_least_memory_decides(scarce):
+    learner = make_learner(make_policy())
+    learner.accelerator = SimpleNamespace(
+        num_processes=2, gather=lambda own: torch.cat([own, torch.tensor([[2, 100]])])
+    )
+    settle_memory(learner, [{"prompt": "a"}])
+    assert (learner.args.micro_batch_size, learner.args.sampling_batch_size) == (2, None)
 
 
 def test_a_run_with_little_memory_is_that_with_much_and_keeps_its_numbers(scarce, tmp_path):
