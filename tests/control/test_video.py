@@ -36,7 +36,8 @@ def test_no_window_is_opened_and_later_ones_still_may_be(tmp_path, monkeypatch, 
     assert os.environ.get("SDL_VIDEODRIVER") == given
 
 
-@pytest.mark.parametrize("env", ["CartPole-v1", pytest.param("LunarLander-v3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("env", ["CartPole-v1", "LunarLander-v3"])
 def test_nothing_is_said_where_there_is_no_display(tmp_path, env):
     if env == "LunarLander-v3":
         pytest.importorskip("Box2D")

@@ -41,7 +41,9 @@ def mixed(model):
     return model
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "mixed"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bfloat16", "float64")), "mixed"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_weights_come_back(family, dtype, tmp_path):
     first, again = (family_policy(family, seed=seed) for seed in (0, 1))

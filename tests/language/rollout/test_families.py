@@ -44,7 +44,7 @@ def slope(logprobs, model):
 
 
 # A single token may take other kernels than several.
-@pytest.mark.parametrize("length", [1, pytest.param(2, marks=pytest.mark.slow), 6])
+@pytest.mark.parametrize("length", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 6])
 @pytest.mark.parametrize("family", RIGHT)
 def test_sampling_and_scoring_are_those_of_each_row_alone(family, length):
     policy = family_policy(family)
