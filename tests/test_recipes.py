@@ -191,7 +191,7 @@ def test_recipe_leaves_a_complete_run(finished, name):
     assert model.config.vocab_size == len(tokenizer)
 
 
-@pytest.mark.parametrize("name", map(quickly, RUNGS))
+@pytest.mark.parametrize("name", [quickly(name) for name in RUNGS])
 def test_rung_is_what_it_says(finished, name):
     out, folder = result(finished, name)
     baseline, bias = RUNGS[name]
