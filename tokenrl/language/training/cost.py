@@ -11,6 +11,7 @@ from torch import nn
 
 from tokenrl.language.training.run import Run
 from tokenrl.language.training.step import Record
+from tokenrl.language.training.update import Learner
 from tokenrl.runs.checkup import Finding, time_needed
 from tokenrl.runs.space import in_words
 from tokenrl.runs.timings import peak_memory
@@ -69,12 +70,12 @@ def disk_cost(run: Run, place: Path, records: Sequence[Record]) -> Disk:
         records: trial steps, the first of which shows the size of a table of completions.
     """
     args, policy = run.args, run.learner.policy
-    model, trained = _bytes(list(policy.model.parameters())), _bytes(policy.trainable_parameters())
+    model, trained = bytes_of(list(policy.model.parameters())), bytes_of(policy.trainable_parameters())
     weights = trained if policy.has_adapter else model
     table = sum(len(str(row).encode()) for record in records[:1] for row in record.rows())
     tables = 1 + run.budget.plain_steps // args.log_completions if args.log_completions else 0
     return Disk(
-        (args.keep_checkpoints + 1) * (weights + MOMENTS[args.optimizer] * trained),
+        (args.keep_checkpoints + 1) * (weights + moments_of(run.learner)),
         model + (trained if policy.has_adapter else 0),
         tables * table + args.max_steps * METRICS,
         shutil.disk_usage(place).free,
@@ -98,7 +99,7 @@ def memory_cost(run: Run) -> str:
 
     It is what was held so far, and the moments, which the first update makes, and a little for `CREEP`.
     """
-    moments = MOMENTS[run.args.optimizer] * _bytes(run.learner.policy.trainable_parameters())
+    moments = moments_of(run.learner)
     peak = peak_memory()
     on_gpu = run.learner.policy.device.type == "cuda"
     shown = []
@@ -110,5 +111,11 @@ def memory_cost(run: Run) -> str:
     return ", ".join(shown) if shown else "unknown"
 
 
-def _bytes(parameters: Sequence[nn.Parameter]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
+def moments_of(learner: Learner) -> int:
+    """Return the bytes that the optimiser keeps beside the weights."""
+    return MOMENTS[learner.args.optimizer] * bytes_of(learner.policy.trainable_parameters())
+
+
+def bytes_of(parameters: Sequence[nn.Parameter]) -> int:
+    """Return the bytes of weights, which their gradient takes too."""
+    return sum(p.nbytes for p in parameters)

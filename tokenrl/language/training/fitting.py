@@ -7,6 +7,7 @@ them, as long as the run's may become, by counting the tensors that live at the 
 from __future__ import annotations
 
 import contextlib
+import heapq
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,12 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import LOGITS
 from tokenrl.language.rollout.scoring import score
-from tokenrl.language.training.cost import MOMENTS
+from tokenrl.language.training.cost import bytes_of, moments_of
 from tokenrl.language.training.forward import make_up
 from tokenrl.language.training.update import Learner
 from tokenrl.runs.space import in_words
@@ -74,7 +74,7 @@ def settle_memory(learner: Learner, prompts: Sequence[Mapping[str, Any]]) -> Non
     """
     args, policy, accelerator = learner.args, learner.forward.policy, learner.accelerator
     size, processes = learner.sampling.group_size, accelerator.num_processes
-    rows = -(-args.prompts_per_step // processes) * size
+    rows = args.prompts_per_step // processes * size
     if sum(p.numel() for p in policy.model.parameters()) < SMALL:
         return
     width = _longest(learner, prompts)
@@ -120,9 +120,11 @@ def update_cost(learner: Learner, width: int) -> Cost:
         return most_bytes(lambda: score(learner.model, rollout, **scoring))
 
     one, two = peak(1), peak(2)
-    optimiser = (1 + MOMENTS[learner.args.optimizer]) * _trainable(learner.policy)
-    copied = _trainable(policy) if learner.forward.half is not None else 0  # the copy has a gradient too
-    return Cost(max(0, 2 * one - two), max(1, two - one), optimiser + copied + 2 * 4 * LOGITS)
+    gradients = bytes_of(learner.policy.trainable_parameters())
+    if learner.forward.half is not None:  # the copy has a gradient too
+        gradients += bytes_of(policy.trainable_parameters())
+    fixed = gradients + moments_of(learner) + 2 * 4 * LOGITS
+    return Cost(max(0, 2 * one - two), max(1, two - one), fixed)
 
 
 @torch.no_grad()
@@ -139,12 +141,7 @@ def sampling_cost(learner: Learner, width: int) -> Cost:
     layers = getattr(Cache.of(held[0]).held, "layers", [])
     cached = sum(x.nbytes for x in tree_leaves([vars(layer) for layer in layers]) if isinstance(x, Tensor))
     row = (width + length) * cached // width + DRAWN * held[0].logits.shape[-1]
-    return Cost(group, row, MOMENTS[learner.args.optimizer] * _trainable(learner.policy))
-
-
-def _trainable(policy: Policy) -> int:
-    """Return the bytes of the weights that are trained, which their gradient takes too."""
-    return sum(p.numel() * p.element_size() for p in policy.trainable_parameters())
+    return Cost(group, row, moments_of(learner))
 
 
 def most_bytes(work: Callable[[], object]) -> int:
@@ -188,7 +185,8 @@ class _Live(TorchDispatchMode):
 def _longest(learner: Learner, prompts: Sequence[Mapping[str, Any]]) -> int:
     """Return the number of tokens of the longest prompt that can be asked; others are refused elsewhere."""
     policy, found = learner.policy, 1
-    for prompt in sorted((row["prompt"] for row in prompts), key=lambda one: len(str(one)))[-CANDIDATES:]:
+    texts = (row["prompt"] for row in prompts)
+    for prompt in heapq.nlargest(CANDIDATES, texts, key=lambda text: len(str(text))):
         with contextlib.suppress(Refused):
             found = max(found, len(policy.encode(prompt)))
     return found if policy.context is None else max(1, min(found, policy.context - 1))
