@@ -8,7 +8,8 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,30 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+text_of = cache(Path.read_text)
+
+
+@cache
+def nodes_of(source: str) -> list[ast.AST]:
+    """All nodes of a source, which most of the rules go through."""
+    return list(ast.walk(ast.parse(source)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """The nodes are millions of objects, which would make the tests that follow slower."""
+    yield
+    for cached in (text_of, nodes_of, functions_of):
+        cached.cache_clear()
+
+
 def imports(source: str, module: str, *, package: bool = False) -> Iterator[str]:
     """Full names of what is imported anywhere, in functions and for type checkers too."""
-    for node in ast.walk(ast.parse(source)):
+    return imports_among(nodes_of(source), module, package=package)
+
+
+def imports_among(nodes: Iterable[ast.AST], module: str, *, package: bool = False) -> Iterator[str]:
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -62,7 +84,7 @@ def deep_imports(source: str, module: str = "recipes.x") -> list[str]:
     """What is imported from below a room, where only the public names of tokenrl and its rooms should be."""
     allowed = {"tokenrl", *(f"tokenrl.{room}" for room in PUBLIC_ROOMS)}
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tokenrl":
             found += [] if node.module in allowed else [node.module]
         if isinstance(node, ast.Import):
@@ -73,7 +95,7 @@ def deep_imports(source: str, module: str = "recipes.x") -> list[str]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_recipes_use_public_names_only(path):
-    assert deep_imports(path.read_text()) == []
+    assert deep_imports(text_of(path)) == []
 
 
 def code_cells(notebook: Path) -> list[str]:
@@ -144,7 +166,7 @@ def forbidden_imports(source: str, module: str, *, package: bool = False) -> lis
 @pytest.mark.parametrize("path", SOURCES + TESTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_only_go_down(path):
     package = path.name == "__init__.py"
-    assert forbidden_imports(path.read_text(), module_name(path), package=package) == []
+    assert forbidden_imports(text_of(path), module_name(path), package=package) == []
 
 
 @pytest.mark.parametrize(
@@ -187,12 +209,12 @@ def test_every_room_has_a_place_on_the_list():
 
 def imported_when_run(path: Path, known: set[str]) -> set[str]:
     """Modules of tokenrl that a file imports, in functions too but not for type checkers alone."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            node.body = [ast.Pass()]
+    nodes = nodes_of(text_of(path))
+    checks = [n for n in nodes if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    unused = {id(node) for check in checks for line in check.body for node in ast.walk(line)}
     module, found = module_name(path), set()
-    for name in imports(ast.unparse(tree), module, package=path.name == "__init__.py"):
+    run = (node for node in nodes if id(node) not in unused)
+    for name in imports_among(run, module, package=path.name == "__init__.py"):
         # `from package import module` runs the package and the module; of a name in a module, the module.
         found |= {part for part in (name, name.rpartition(".")[0]) if part in known}
     return found - {module}
@@ -221,11 +243,9 @@ def test_no_files_import_each_other_in_a_circle():
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_are_short(path):
-    text = path.read_text()
+    text = text_of(path)
     assert len(text.splitlines()) < 300
-    functions = [
-        n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
+    functions = [n for n in nodes_of(text) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     long = {f.name: code_lines(f) for f in functions if code_lines(f) >= 50}
     assert long == {}
 
@@ -246,7 +266,7 @@ def test_no_file_is_called_utils():
 def unsafe(source: str) -> list[str]:
     """Calls that run text or bytes as code."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             safe_load = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
@@ -264,7 +284,7 @@ def unsafe(source: str) -> list[str]:
     "path", [p for p in SOURCES if "recipes" not in p.parts], ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_nothing_runs_data_as_code(path):
-    assert unsafe(path.read_text()) == []
+    assert unsafe(text_of(path)) == []
 
 
 @pytest.mark.parametrize(
@@ -279,9 +299,9 @@ def test_the_rule_about_code_notices(line):
     assert unsafe("model.eval()\ntorch.load(path, weights_only=True)") == []
 
 
+@cache
 def functions_of(source: str) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
-    nodes = ast.walk(ast.parse(source))
-    return {n.name: n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
+    return {n.name: n for n in nodes_of(source) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 
 def silent_tests(source: str, folder: Path = ROOT / "tests") -> list[str]:
@@ -291,9 +311,9 @@ def silent_tests(source: str, folder: Path = ROOT / "tests") -> list[str]:
     """
     own = functions_of(source)
     functions = dict(own)
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.ImportFrom) and (beside := folder / f"{node.module}.py").is_file():
-            defined = functions_of(beside.read_text())
+            defined = functions_of(text_of(beside))
             functions |= {a.name: defined[a.name] for a in node.names if a.name in defined.keys() - own}
 
     def asserts(name: str, seen: frozenset[str] = frozenset()) -> bool:
@@ -314,7 +334,7 @@ def silent_tests(source: str, folder: Path = ROOT / "tests") -> list[str]:
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_test_asserts_something(path):
-    assert silent_tests(path.read_text(), path.parent) == []
+    assert silent_tests(text_of(path), path.parent) == []
 
 
 def test_the_rule_about_tests_notices(tmp_path):
@@ -366,7 +386,7 @@ def named_paths(text: str) -> set[str]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_documents_name_only_files_that_exist(path):
     missing = [
-        n for n in named_paths(path.read_text()) if not ((path.parent / n).exists() or (ROOT / n).exists())
+        n for n in named_paths(text_of(path)) if not ((path.parent / n).exists() or (ROOT / n).exists())
     ]
     assert missing == []
 

@@ -29,7 +29,7 @@ TABLE = "estimators_table"
 NAMES = [
     name for name in ALL if not name.startswith(("figures_", "control_")) and name not in {*ELSEWHERE, TABLE}
 ]
-ALWAYS = ("reinforce_one_page", "train_lm", "ladder_3_rloo")
+ALWAYS = ("reinforce_one_page", "train_lm")
 """Recipes that run for the quick tests too."""
 RUNGS = {
     "ladder_1_vanilla": ("none", "exact"),
@@ -89,16 +89,18 @@ def make_chat_model_and_data(folder: Path) -> None:
     (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
-def make_base(cache: Path) -> None:
-    """The base that the rungs share, under the name they look for, after a tenth of its warm start."""
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A cache with the base that the rungs share, after a tenth of its warm start."""
     import toy_tasks
     from tokenrl.language.training import supervised
 
-    fit = supervised.fit
+    cache, fit = tmp_path_factory.mktemp("cache"), supervised.fit
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOKENRL_CACHE", str(cache))
         patch.setattr(supervised, "fit", lambda *args, **options: fit(*args, **(options | {"max_steps": 20})))
         supervised.warm_started_base(toy_tasks.load("sort_digits"))
+    return cache
 
 
 def quickly(name: str):
@@ -117,9 +119,9 @@ def finished(tmp_path_factory, request):
         folder.mkdir()
     if "pretrained_gsm8k_lora" in folders:
         make_chat_model_and_data(folders["pretrained_gsm8k_lora"])
-    make_base(root / "cache")
+    cache = request.getfixturevalue("base") if RUNGS.keys() & folders else root / "cache"
     with ThreadPoolExecutor(max_workers=2) as pool:
-        runs = {name: pool.submit(run, name, SHORT[name], folders[name], root / "cache") for name in folders}
+        runs = {name: pool.submit(run, name, SHORT[name], folders[name], cache) for name in folders}
         yield {name: (future, folders[name]) for name, future in runs.items()}
         for future in runs.values():
             future.cancel()
@@ -455,10 +457,10 @@ def test_an_interruption_keeps_and_draws_the_agents_that_were_finished(tmp_path,
 
 
 @pytest.mark.slow
-def test_contrast(finished, tmp_path, monkeypatch, capsys):
+def test_contrast(base, tmp_path, monkeypatch, capsys):
     from accelerate.state import AcceleratorState
 
-    monkeypatch.setenv("TOKENRL_CACHE", str(finished["ladder_3_rloo"][1].parent / "cache"))
+    monkeypatch.setenv("TOKENRL_CACHE", str(base))
     out = printed("control_contrast", tmp_path, monkeypatch, capsys)
     AcceleratorState._reset_state(True)
     assert "CartPole-v1" in out and "sort_digits" in out

@@ -143,7 +143,7 @@ def expected_gradient(
         estimator: Whose loss is differentiated.
         problem: The policy and its rewards.
         group_size: Rows a prompt.
-        unordered: Take each multiset once, for larger groups.
+        unordered: Take each multiset of a group once, for larger groups and for several prompts.
         value: The running mean.
         behaviour: Logits [P, 7, 3] of the policy that samples; the problem's own by default.
         values: A critic [P, 15, 3]; a wrong one by default.
@@ -163,10 +163,11 @@ def expected_gradient(
     values = problem.values if values is None else values
     truncated = torch.zeros(15, dtype=torch.bool) if truncated is None else truncated
     if unordered:
-        assert prompts == 1
-        choices = torch.combinations(torch.arange(15), rows, with_replacement=True)
-        counts = torch.nn.functional.one_hot(choices, 15).sum(1).double()
-        ways = math.factorial(rows) / torch.lgamma(counts + 1).sum(-1).exp()
+        group = torch.combinations(torch.arange(15), group_size, with_replacement=True)
+        counts = torch.nn.functional.one_hot(group, 15).sum(1).double()
+        orders = math.factorial(group_size) / torch.lgamma(counts + 1).sum(-1).exp()
+        of_prompt = torch.cartesian_prod(*[torch.arange(len(group))] * prompts).reshape(-1, prompts)
+        choices, ways = group[of_prompt].flatten(1), orders[of_prompt].prod(-1)
     else:
         choices = torch.cartesian_prod(*[torch.arange(15)] * rows).reshape(-1, rows)
         ways = torch.ones(len(choices), dtype=torch.double)

@@ -116,7 +116,7 @@ def test_equal_rewards_give_exactly_zero(baseline, scale, dtype) -> None:
     values = torch.cat([torch.arange(1, 100) / 100, torch.arange(1, 100)])
     whole_step = {"batch_mean", "timestep_mean", "shrinkage", "batch_std", "other_groups_std", "token_whiten"}
     for size in (4, 8, 12, 16) if scale == "other_groups_std" else (2, 3, 4, 5, 7, 8, 11, 16):
-        for eps in (0.0, 1e-9, 1e-4):
+        for eps in (0.0, 1e-9):
             fields = {"baseline": baseline, "scale": scale, "scale_eps": eps, "group_size": size}
             if size % 2 == 0 and (scale == "other_groups_std" or baseline == "shrinkage"):
                 fields["group_size"] = size // 2 if size > 2 else 2
@@ -150,25 +150,22 @@ def exclude_each_other(baseline: str, scale: str, returns: str) -> bool:
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_abstaining_rows_count_nowhere(baseline, scale, returns) -> None:
-    """Removing the row gives the others the same advantages, whatever the row holds."""
+    """Removing a row of each group gives the others the same advantages, whatever the row holds."""
     if exclude_each_other(baseline, scale, returns):
         return
-    rewards = torch.tensor([1.0, 2.5, 4.0, 0.5, 3.0, -1.0, 2.0, 0.1], dtype=torch.double)
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]] * 2).double()
+    rewards = torch.tensor([1.0, 2.5, 4.0, 0.5, 3.0, -1.0, 2.0, 0.1, 0.7, -2.0, 5.0, 1.5, 0.2, 6.0, 1.1, 3.3])
+    rewards = rewards.double()
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]] * 4).double()
     fields = {"baseline": baseline, "scale": scale, "returns": returns}
-    more = some_inputs(8, 3)
-    for gone in ([0, 4], [1, 5], [2, 6], [3, 7]):
-        valid = torch.ones(8, dtype=torch.bool)
-        valid[gone] = False
-        spoiled = rewards.masked_fill(~valid, torch.nan)
-        spoilt = {
-            k: x.masked_fill(~valid.reshape(-1, *[1] * (x.ndim - 1)), torch.nan) for k, x in more.items()
-        }
-        got = advantages(spoiled, mask=mask, group_size=4, valid=valid, **fields, **spoilt)
-        rest = {k: x[valid] for k, x in more.items()}
-        without = advantages(rewards[valid], mask=mask[valid], group_size=3, **fields, **rest)
-        torch.testing.assert_close(got[valid], without)
-        assert (got[~valid] == 0).all()
+    more = some_inputs(16, 3)
+    valid = ~torch.eye(4, dtype=torch.bool).flatten()  # another place in each group
+    spoiled = rewards.masked_fill(~valid, torch.nan)
+    spoilt = {k: x.masked_fill(~valid.reshape(-1, *[1] * (x.ndim - 1)), torch.nan) for k, x in more.items()}
+    got = advantages(spoiled, mask=mask, group_size=4, valid=valid, **fields, **spoilt)
+    rest = {k: x[valid] for k, x in more.items()}
+    without = advantages(rewards[valid], mask=mask[valid], group_size=3, **fields, **rest)
+    torch.testing.assert_close(got[valid], without)
+    assert (got[~valid] == 0).all()
 
 
 @pytest.mark.parametrize("returns", ["total", "reward_to_go"])
@@ -421,10 +418,10 @@ def test_advantages_carry_no_gradient() -> None:
 @pytest.mark.parametrize("returns", AXES["returns"])
 def test_precision_is_kept_and_vmap_agrees_with_a_loop(dtype, returns) -> None:
     draw = torch.Generator().manual_seed(1)
-    rewards = torch.randn(5, 6, generator=draw, dtype=dtype)
-    mask = torch.rand(5, 6, 3, generator=draw) > 0.3
-    valid = torch.rand(5, 6, generator=draw) > 0.3
-    logp, ref = torch.randn(2, 5, 6, 3, generator=draw, dtype=dtype)
+    rewards = torch.randn(3, 6, generator=draw, dtype=dtype)
+    mask = torch.rand(3, 6, 3, generator=draw) > 0.3
+    valid = torch.rand(3, 6, generator=draw) > 0.3
+    logp, ref = torch.randn(2, 3, 6, 3, generator=draw, dtype=dtype)
     more = some_inputs(6, 3, dtype)
     for baseline in BASELINES:
         for scale in SCALES:

@@ -108,8 +108,10 @@ def kind_for(fields: dict) -> str:
 
 
 def prove(e: Estimator, problem: Problem, group_size: int) -> None:
+    """Rows of a group are taken in every order only where there is one prompt: with two it takes long."""
     cut = (LENGTHS == 3) & (IDS[:, 2] != 0)
-    found = expected_gradient(e, problem, group_size, truncated=cut)
+    unordered = len(problem.logits) > 1
+    found = expected_gradient(e, problem, group_size, truncated=cut, unordered=unordered)
     target = problem.target(e.beta, e.entropy_coef)
     scale = known_scale(e, group_size, group_size * len(problem.logits))
     if e.bias_status == "exact":
@@ -178,7 +180,7 @@ def test_the_worst_choice_decides_and_each_gives_its_reason() -> None:
 
 
 @pytest.mark.parametrize("ddof", [0, 1])
-@pytest.mark.parametrize(("group_size", "prompts"), [(2, 2), (3, 1), (6, 1)])
+@pytest.mark.parametrize(("group_size", "prompts"), [(2, 2), (3, 1), (5, 1)])
 def test_group_std_ascends_w_of_p_on_binary_rewards(ddof: int, group_size: int, prompts: int) -> None:
     e = Estimator(baseline="group_mean", scale="group_std", scale_ddof=ddof, scale_eps=0.01)
     problem = Problem.random(9, prompts=prompts, kind="binary")
@@ -226,7 +228,7 @@ def test_sequence_mean_ascends_reward_per_length(baseline: str) -> None:
 def test_asymptotic_choices_approach_the_gradient(choice: dict) -> None:
     problem = Problem.random(2)
     target = problem.target()
-    sizes = (3, 4, 6)  # a std over two rows is a special case: it falls only afterwards
+    sizes = (3, 4, 5)  # a std over two rows is a special case: it falls only afterwards
     angles = [
         1 - cosine(expected_gradient(Estimator(**choice), problem, n, unordered=True), target) for n in sizes
     ]

@@ -138,15 +138,21 @@ def test_what_is_not_told_apart_from_zero_is_not_told() -> None:
     assert interval(torch.tensor([1.0, 1.0, math.nan]).double()).low is None
 
 
-def test_compare_agrees_with_the_enumerated_truth(policy: Policy) -> None:
-    """2 prompts, 512 groups of two, exact scores in place of probes: noise and cosine within intervals."""
+@pytest.mark.parametrize("groups", [256, pytest.param(512, marks=pytest.mark.slow)])
+def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int) -> None:
+    """Groups of two of one prompt, exact scores in place of probes: noise and cosine within intervals.
+
+    The standard error of a variance is about 6 % for rloo and 8 % for remax with 512 groups, and falls with
+    the square root of their number.
+    """
+    rows = 2 * groups
     problem = problem_of_policy(policy, PROMPTS[:1], points_of, length=2, vocabulary=4)
     generator = torch.Generator().manual_seed(1)
-    chosen = torch.multinomial(problem.chances[0], 1024, replacement=True, generator=generator)
-    ones, old = torch.ones(1024).bool(), problem.logprobs[0, chosen]
+    chosen = torch.multinomial(problem.chances[0], rows, replacement=True, generator=generator)
+    ones, old = torch.ones(rows).bool(), problem.logprobs[0, chosen]
     samples = Samples(
         *((), 2, problem.mask[chosen].bool(), problem.totals[0, chosen], ones, ~ones),
-        *(problem.totals[0, problem.greedy].expand(1024), old, old, torch.zeros_like(old)),
+        *(problem.totals[0, problem.greedy].expand(rows), old, old, torch.zeros_like(old)),
     )
     seen = Projections(problem.scores[0, chosen], None)
     estimators = {
@@ -155,14 +161,14 @@ def test_compare_agrees_with_the_enumerated_truth(policy: Policy) -> None:
     found = {m.estimator: m for m in compare(samples, seen, estimators, prompts_per_step=4, replicates=300)}
     for name, m in found.items():
         exact = exact_moments(estimators[name], problem, group_size=2)
-        assert m.coupled == (name == "token") and m.units == (128 if name == "token" else 512)
+        assert m.coupled == (name == "token") and m.units == (groups // 4 if name == "token" else groups)
         if name == "token":  # its units are steps already
             units = contributions(estimators[name], samples, seen, prompts_per_step=4).values[:, 0]
             assert m.variance.value == pytest.approx(float(units.var(0).sum()), rel=1e-10)
             continue
         noise = exact.noise / 4  # of a step of four groups
         assert m.noise.low <= noise <= m.noise.high and m.noise.high / m.noise.low < 3, name
-        assert m.variance.value == pytest.approx(exact.variance / 4, rel=0.15)
+        assert m.variance.value == pytest.approx(exact.variance / 4, rel=0.15 * (512 / groups) ** 0.5)
         assert m.signal.value == pytest.approx(float(exact.mean.square().sum()), rel=0.5)
         assert m.cosine.low - 1e-9 <= exact.cosine <= m.cosine.high + 1e-9, name
     plain = exact_moments(estimators["reinforce"], problem, group_size=2)

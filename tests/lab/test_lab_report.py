@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
+from pathlib import Path
 
 import pytest
 
@@ -17,15 +20,27 @@ from tokenrl.lab.exact.verdict import Measurement, Verdict
 SOME = ["--estimators", "reinforce", "rloo", "grpo", "scale batch_std"]
 
 
-def test_a_table_records_and_a_figure(capsys, tmp_path) -> None:
-    paths = tmp_path / "lab.json", tmp_path / "lab.png"
-    assert main(["lab", "exact", "--json", str(paths[0]), "--figure", str(paths[1]), *SOME]) == 0
-    out = capsys.readouterr().out
+def written(folder: Path) -> tuple[int, str, Path, Path]:
+    """Exit code and output of the command, and what it wrote."""
+    paths = folder / "lab.json", folder / "lab.png"
+    with redirect_stdout(StringIO()) as out:
+        code = main(["lab", "exact", "--json", str(paths[0]), "--figure", str(paths[1]), *SOME])
+    return code, out.getvalue(), *paths
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("lab"))
+
+
+def test_a_table_records_and_a_figure(once) -> None:
+    code, out, *paths = once
+    assert code == 0
     assert "every declaration holds" in out and "4 estimators" in out
     (row,) = [line.split() for line in out.splitlines() if line.split()[:1] == ["rloo"]]
     assert row[1:4] == ["exact", "exact", "1.000000"] and row[-1] == "yes"
     assert paths[1].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["lab.json", "lab.png"]
+    assert sorted(p.name for p in paths[0].parent.iterdir()) == ["lab.json", "lab.png"]
 
     found = json.loads(paths[0].read_text())
     assert [r["estimator"] for r in found] == SOME[1:]
@@ -43,13 +58,11 @@ def test_a_table_records_and_a_figure(capsys, tmp_path) -> None:
     assert by_name["scale batch_std"]["found"] == "asymptotic"
 
 
-def test_the_same_command_writes_the_same_bytes(tmp_path) -> None:
-    for name in ("a", "b"):
-        main(
-            ["lab", "exact", "--json", str(tmp_path / name), "--figure", str(tmp_path / f"{name}.png"), *SOME]
-        )
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+def test_the_same_command_writes_the_same_bytes(once, tmp_path) -> None:
+    again = written(tmp_path)
+    assert again[:2] == once[:2]
+    for mine, other in zip(again[2:], once[2:], strict=True):
+        assert mine.read_bytes() == other.read_bytes()
 
 
 def test_a_wrong_declaration_ends_with_exit_code_1(capsys, monkeypatch, tmp_path) -> None:

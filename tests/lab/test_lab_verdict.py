@@ -22,9 +22,16 @@ from tokenrl.lab.exact.verdict import Measurement, Verdict, default_problems, st
 
 torch.set_num_threads(1)
 POINTS = named_estimators()
+FEW = ("reinforce", "rloo", "rloo_token_mean", "grpo", "dr_grpo", "gspo", "reinforce_pp", "ppo")
+"""Presets that are quick tests, as are all other points."""
 
 
-@pytest.mark.parametrize("name", POINTS)
+def quickly(name: str):
+    """A point as a parameter; the quick tests have every preset in tests/core/test_bias.py."""
+    return pytest.param(name, marks=pytest.mark.slow) if name in PRESETS and name not in FEW else name
+
+
+@pytest.mark.parametrize("name", [quickly(name) for name in POINTS])
 def test_what_is_declared_holds(name: str) -> None:
     verdict = measure_bias(POINTS[name], default_problems()[1:])  # the main one costs more than the rest
     assert verdict.ok, (verdict.declared, verdict.found, verdict.cosine, verdict.relative_bias)

@@ -21,6 +21,7 @@ WALK = {
     "num_envs": 4,
     "eval_episodes": 4,
     "quiet": True,
+    "workers": 1,  # which imports torch once; tests/lab/compare/test_compare_workers.py has two
 }
 
 
@@ -139,7 +140,7 @@ def test_killed_half_way_and_started_again_it_finds_the_same_bit_for_bit(tmp_pat
 @pytest.mark.slow
 def test_ray_finds_the_same_as_local_processes(walk, tmp_path):
     pytest.importorskip("ray")
-    tokenrl.compare(**WALK, output_dir=str(tmp_path / "walk"), executor="ray", workers=2)
+    tokenrl.compare(**{**WALK, "workers": 2}, output_dir=str(tmp_path / "walk"), executor="ray")
     assert found_in(tmp_path / "walk") == found_in(walk[1])
     assert metrics(tmp_path / "walk") == metrics(walk[1])
 

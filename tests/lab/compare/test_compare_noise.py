@@ -30,8 +30,9 @@ def arms_of(*texts):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(noise, "PROMPTS", 64)
-    monkeypatch.setattr(noise, "PROBES", 64)
+    monkeypatch.setattr(noise, "PROMPTS", 32)
+    monkeypatch.setattr(noise, "STEPS", 4)
+    monkeypatch.setattr(noise, "PROBES", 32)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_it_is_the_noise_that_the_lab_measures(given, problem):
     arms = arms_of("reinforce", "rloo", "rloo,num_generations=4", "grpo")
     found = {one.arm: one for one in measure_noise(problem, arms, {"before training": None})}
     measured = measure_gradients(
-        **{**given, "estimators": ("reinforce", "rloo", "grpo"), "num_prompts": 64, "probes": 64}
+        **{**given, "estimators": ("reinforce", "rloo", "grpo"), "num_prompts": 32, "probes": 32}
     )
     for one in measured.estimators:
         mine = found[one.estimator]

@@ -27,8 +27,17 @@ def train(directory, output, **options):
     return tokenrl.train(model=str(directory), output_dir=output, **(values | options))
 
 
-@pytest.mark.parametrize("lora_r", [0, 2])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+ADAPTED = ("llama", "gpt2")
+"""Architectures whose adapters are tested quickly: of plain and of transposed matrices."""
+
+
+@pytest.mark.parametrize(
+    ("architecture", "lora_r"),
+    [
+        *((name, 0) for name in ARCHITECTURES),
+        *(pytest.param(name, 2, marks=() if name in ADAPTED else pytest.mark.slow) for name in ARCHITECTURES),
+    ],
+)
 def test_train_save_and_load_in_plain_transformers(architecture, lora_r, saved, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,18 +55,26 @@ def test_train_save_and_load_in_plain_transformers(architecture, lora_r, saved, 
     assert text.startswith("the cat")
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "lora_r": 2},
-        {"dtype": "bfloat16"},
-        {"estimator": "grpo", "num_iterations": 2, "num_minibatches": 3, "micro_batch_size": 2},
-        {"estimator": "reinforce_running_mean", "num_generations": 1},
-    ],
-    ids=lambda options: "-".join(options),
-)
+OPTIONS = [
+    {"gradient_checkpointing": True},
+    {"gradient_checkpointing": True, "lora_r": 2},
+    {"dtype": "bfloat16"},
+    {"estimator": "grpo", "num_iterations": 2, "num_minibatches": 3, "micro_batch_size": 2},
+    {"estimator": "reinforce_running_mean", "num_generations": 1},
+]
+
+
+def both(options):
+    """Two architectures with these options, which take turns to be the quick test."""
+    names = ("llama", "gpt2")
+    quick = names[OPTIONS.index(options) % 2]
+    ids = "-".join(options)
+    for name in names:
+        marks = () if name == quick else pytest.mark.slow
+        yield pytest.param(name, options, marks=marks, id=f"{ids}-{name}")
+
+
+@pytest.mark.parametrize(("architecture", "options"), [one for options in OPTIONS for one in both(options)])
 def test_options_run(architecture, options, saved, tmp_path):
     result = train(saved(architecture), tmp_path / "run", **options)
     assert result.steps == 2 and (tmp_path / "run" / "model" / "model.safetensors").exists()

@@ -52,10 +52,21 @@ def test_the_scoring_pass_finds_what_sampling_finds(architecture, share, rows_at
     assert with_missing_fields(policy, full, **options, entropy=True) is full  # nothing is missing
 
 
+DIFFERENT = ("reinforce", "rloo", "remax", "optimal", "a2c", "grpo", "dapo", "gspo", "ppo")
+"""Presets that need something of the engine that the others do not, or that take it elsewhere."""
+
+
 @pytest.mark.parametrize(
-    ("architecture", "dtype", "tolerance"), [("llama", "float32", 1e-6), ("gpt2", "float64", 1e-10)]
+    ("preset", "architecture", "dtype", "tolerance"),
+    [
+        pytest.param(preset, *values, marks=() if preset in presets else pytest.mark.slow)
+        for *values, presets in (
+            ("llama", "float32", 1e-6, ("ppo", "optimal")),
+            ("gpt2", "float64", 1e-10, DIFFERENT),
+        )
+        for preset in PRESETS
+    ],
 )
-@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains_with_an_engine_that_returns_ids_and_logprobs_only(
     preset, architecture, dtype, tolerance
 ):

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -141,50 +142,62 @@ def _with_ends(policy):
 
 def main(directory: Path) -> None:
     """What one of the processes does."""
+    torch.set_num_threads(1)
     outcomes = {name: outcome(name) for name in SCENARIOS}
     whole_run(directory / "run")
     torch.save(outcomes, directory / f"rank{os.environ['RANK']}.pt")
 
 
-def launch(program: list[str], world: int = 2, timeout: float = 240) -> None:
-    """Start the processes as a launcher would, and wait for them."""
+def import_all() -> None:
+    """What the processes will need, so that none of them imports it for itself.
+
+    No gradient may be computed here: torch refuses to compute one in a process forked after that.
+    """
+    from tokenrl.language.policy.adapters import add_lora
+
+    import_module("tokenrl.language.training.loop")
+    for architecture in ("gpt2", "llama"):
+        add_lora(make_policy(architecture), r=2)
+
+
+def fork_ranks(directory: Path, world: int = 2) -> None:
+    """Be a launcher: one process that imports, and forks the ranks."""
+    from tokenrl.runs import report
+
+    import_all()
+    report.learning_curve = lambda path, *_, **__: path.touch()  # as `undrawn` has it for the tests
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = os.environ | {
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, [os.getcwd(), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
-        ),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *program],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        said = [process.communicate(timeout=timeout)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert all(process.returncode == 0 for process in ranks), "\n".join(text[-3000:] for text in said)
+    shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def rank(number: int) -> None:
+        of_rank = shared | {"RANK": number, "LOCAL_RANK": number}
+        os.environ.update({name: str(value) for name, value in of_rank.items()})
+        main(directory)
+
+    torch.multiprocessing.start_processes(rank, nprocs=world, start_method="fork")
+
+
+def launch(*arguments: str) -> None:
+    """Start this file as a program that forks its ranks, and wait for them."""
+    paths = [os.getcwd(), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), *arguments],
+        env=os.environ | settings | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What the two processes saved: directory and outcomes by rank."""
     directory = tmp_path_factory.mktemp("two")
-    launch([str(Path(__file__).resolve()), str(directory)])
+    launch(str(directory))
     return directory, [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -261,8 +274,9 @@ def test_one_process_that_fails_ends_the_run(tmp_path):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if sys.argv[2:] == ["fail"]:
+    if "RANK" not in os.environ:
+        fork_ranks(Path(sys.argv[1]))
+    elif sys.argv[2:] == ["fail"]:
         whole_run(Path(sys.argv[1]) / "run", reward=failing_in_the_second)
     else:
         main(Path(sys.argv[1]))

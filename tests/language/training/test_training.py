@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pyarrow.parquet as parquet
 import pytest
 import torch
+from tiny_models import ALIKE
 
 import tokenrl
 from tokenrl.core import Estimator
@@ -140,7 +141,9 @@ def test_it_learns(run):
     assert result.eval_after["reward"] > result.eval_before["reward"] + 0.3
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in PRESETS]
+)
 def test_every_preset_trains(run, preset):
     result = run(estimator=preset)
     assert result.steps == 3 and result.eval_after != result.eval_before
