@@ -51,6 +51,16 @@ class Cache:
                 layers[place] = GrowingLayer(layer, tokens)
 
     @property
+    def growing(self) -> bool:
+        """Whether there is nothing but keys and values in memory that has been set aside."""
+        return all(type(layer) is GrowingLayer for layer in getattr(self.held, "layers", [None]))
+
+    def forget(self, tokens: int) -> None:
+        """Leave out the last tokens, if the cache is `growing`."""
+        for layer in self.held.layers:
+            layer.length -= tokens
+
+    @property
     def recurrent(self) -> bool:
         """Whether some layer keeps a recurrent state, which each forward pass would overwrite."""
         return any(_is_recurrent(layer) for layer in self.held.layers)
@@ -72,35 +82,51 @@ class Cache:
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values [n, heads, t, d] as views of memory that has room for more tokens; without autograd."""
+    """Keys and values of t tokens, in memory that has room for more; without autograd.
 
-    keys: Tensor
-    values: Tensor
+    Attributes:
+        whole: the memory of keys and of values, each [n, heads, room, d].
+        length: t.
+    """
+
+    whole: list[Tensor]
+    length: int
 
     def __init__(self, layer: DynamicLayer, tokens: int) -> None:
         """Take over what a layer holds, and set aside memory for `tokens` more."""
-        super().__init__()
         assert layer.keys is not None and layer.values is not None
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self._width = layer.keys.shape[2] + tokens
-        self._hold(layer.keys, layer.values)
+        self._hold(layer.keys, layer.values, layer.keys.shape[2] + tokens)
+
+    @property
+    def keys(self) -> Tensor:  # type: ignore[override]
+        """The keys of all tokens so far [n, heads, t, d], a view."""
+        return self.whole[0][:, :, : self.length]
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """Their values, alike."""
+        return self.whole[1][:, :, : self.length]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the keys and values of the next tokens, and return those of all tokens so far."""
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
-        for whole, new in zip(self._whole, (key_states, value_states), strict=True):
+        start = self.length
+        self.length = end = start + key_states.shape[2]
+        for whole, new in zip(self.whole, (key_states, value_states), strict=True):
             whole[:, :, start:end] = new
-        self.keys, self.values = (whole[:, :, :end] for whole in self._whole)
         return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Return t."""
+        return self.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make the rows `beam_idx` the new batch."""
-        self._hold(self.keys[beam_idx], self.values[beam_idx])
+        self._hold(self.keys[beam_idx], self.values[beam_idx], self.whole[0].shape[2])
 
-    def _hold(self, keys: Tensor, values: Tensor) -> None:
-        self._whole = [x.new_empty(*x.shape[:2], self._width, x.shape[3]) for x in (keys, values)]
-        self.keys, self.values = (whole[:, :, :0] for whole in self._whole)
+    def _hold(self, keys: Tensor, values: Tensor, room: int) -> None:
+        self.whole = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (keys, values)]
+        self.length = 0
         self.update(keys, values)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache
+from tokenrl.language.rollout.compiled import CompiledStep
 from tokenrl.language.rollout.distribution import draw, log_softmax, score_norm_of, sum_p_log_p
 from tokenrl.language.rollout.rollout import Rollout, joined, pad_left
 from tokenrl.language.rollout.sampling import Sampling
@@ -65,11 +66,14 @@ class TransformersGenerator:
         threads: with how many threads torch samples on a CPU; None for as many as it uses anyway.
         rows_at_once: number of completions that are sampled at once, of whole groups, which bounds the memory
             of their caches and changes nothing else; None for all.
+        step: compiled code for the forward pass of one token; None for the model as it is. It is not used
+            where hidden states are wanted.
     """
 
     policy: Policy
     threads: int | None = None
     rows_at_once: int | None = None
+    step: CompiledStep | None = None
 
     @torch.no_grad()
     def generate(
@@ -95,12 +99,15 @@ class TransformersGenerator:
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
     ) -> Rollout:
         """Sample some groups after the others, and put them together."""
-        size, parts = sampling.group_size, []
+        size, parts, device = sampling.group_size, [], self.policy.device
+        if draws is not None:
+            # float64, as rounding errors of a float32 CDF could change which token is drawn; MPS has none.
+            draws = draws.to(device, torch.float32 if device.type == "mps" else torch.float64)
         groups = max(1, (self.rows_at_once or len(prompt_ids) * size) // size)
         for start in range(0, len(prompt_ids), groups):
             end = start + groups
             numbers = None if draws is None else draws[start * size : end * size]
-            parts.append(_decode(self.policy, prompt_ids[start:end], sampling, numbers))
+            parts.append(_decode(self.policy, prompt_ids[start:end], sampling, numbers, self.step))
         return parts[0] if len(parts) == 1 else joined(parts)
 
     def sync(self, policy: Policy) -> None:
@@ -111,7 +118,11 @@ class TransformersGenerator:
 
 
 def _decode(
-    policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    draws: Tensor | None,
+    step: CompiledStep | None,
 ) -> Rollout:
     """Sample token by token; the batch holds only unfinished rows and, for a while, a few finished ones."""
     device, length = policy.device, sampling.max_completion_length
@@ -121,12 +132,8 @@ def _decode(
     ids = torch.full(shape, policy.pad_id, device=device)  # [N, T]
     mask = torch.zeros(shape, dtype=torch.bool, device=device)
     eos = torch.tensor(policy.eos_ids, device=device)
-    # float64, as rounding errors of a float32 CDF could change which token is drawn; MPS has no float64.
-    cdf_dtype = torch.float32 if device.type == "mps" else torch.float64
-    draws = None if draws is None else draws.to(device, cdf_dtype)
 
-    state = _Decoder(policy.model, prompt_ids, prompt_mask, prompt_index, sampling.keep_hidden)
-    state.cache.make_room(length - 1)
+    state = _Decoder(policy.model, prompt_ids, prompt_mask, prompt_index, sampling, step)
     dtype = torch.promote_types(state.logits.dtype, torch.float32)
     count = 3 if sampling.keep_score_norms else 2  # logprobs, entropy, score norms
     numbers = torch.zeros(count, *shape, device=device, dtype=dtype)
@@ -173,16 +180,20 @@ class _Decoder:
         prompt_ids: Tensor,
         prompt_mask: Tensor,
         prompt_index: Tensor,
-        keep_hidden: bool,
+        sampling: Sampling,
+        step: CompiledStep | None,
     ) -> None:
         self.model = model
-        self.options = {"use_cache": True, "output_hidden_states": keep_hidden}
+        self.step = None if sampling.keep_hidden else step
+        self.options = {"use_cache": True, "output_hidden_states": sampling.keep_hidden}
         # If no prompt is padded, no mask is passed, and attention can use a faster kernel.
         self.mask = None if bool(prompt_mask.all()) else prompt_mask
         self.position = prompt_mask.sum(dim=1)  # [B], position of the next token
         out = model(prompt_ids, **self._places(prompt_ids.shape[1]), **self.options, logits_to_keep=1)
         self._take(out)
         self._select(prompt_index)
+        # One more than is needed: compiled code expects that there is always room left.
+        self.cache.make_room(sampling.max_completion_length)
 
     def _places(self, width: int) -> dict[str, Tensor]:
         """Attention mask and positions of the `width` tokens that are fed next; none if nothing is padded."""
@@ -210,8 +221,12 @@ class _Decoder:
         self.position = self.position + 1
         if self.mask is not None:
             self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
-        places = self.cache.arguments(self._places(1))
-        self._take(self.model(token[:, None], **places, **self.options))
+        places = self._places(1)
+        if self.step is not None:
+            self.logits = self.hidden = self.step(self.model, token, self.cache, places)
+        else:
+            arguments = self.cache.arguments(places)
+            self._take(self.model(token[:, None], **arguments, **self.options))
 
     def _take(self, out: Any) -> None:
         """Hold the cache, the last logits and the last hidden states of a forward pass."""

@@ -28,6 +28,10 @@ class SamplingArguments(Settings, group="sampling"):
     sampling_batch_size: Count | None = None
     """Completions that one process samples at once, of whole groups; changes memory only. Default: all, or
     as many as are found to fit."""
+    compile_sampling: bool | None = None
+    """Compile the forward pass of one token, which samples from a small model on a CPU 1.4 to 1.6 times as
+    fast. It takes some seconds a layer, once: the code is kept. Default: from 1 M parameters on, if a
+    measurement says that the run is long enough; no on several processes or a GPU."""
     truncate_prompts: bool = False
     """Cut prompts that are too long for the context on the left, instead of refusing them."""
     filter_difficulty: tuple[Number, Number] | None = None

@@ -23,6 +23,7 @@ from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.check import check_run
+from tokenrl.language.training.compiling import settle_compilation
 from tokenrl.language.training.defaults import training_defaults
 from tokenrl.language.training.difficulty import filter_task
 from tokenrl.language.training.evaluation import evaluate_policy
@@ -147,6 +148,7 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
     learner, schedule = make_learner(args, policy, accelerator)
     settle_memory(learner, task.train_prompts)
     threads = settle_threads(learner)
+    settle_compilation(learner, task.train_prompts)
     task = filter_task(
         task,
         policy,

@@ -1,0 +1,202 @@
+"""Sampling by compiled code gives what the model gives, on any sizes, or says why it is left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, family_policy
+from tiny_models import make_policy
+
+from tokenrl.language.policy.adapters import add_lora
+from tokenrl.language.rollout import compiled
+from tokenrl.language.rollout.compiled import CompiledStep
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.sampling import Sampling
+
+PADDED = [[5, 9, 13, 21, 33], [40, 7], [3, 4, 5]]
+EVEN = [[5, 9, 13], [40, 7, 8], [3, 4, 5]]
+ENDS = tuple(range(0, 64, 7))
+GROWING = {"llama", "qwen2", "smollm3", "gpt2", "opt", "bloom", "falcon", "deepseek_v3", "olmo2", "mixtral"}
+"""Families that keep keys and values of all tokens and nothing else."""
+
+
+def sampled(policy, step=None, prompts=PADDED, length=8, group=3):
+    draws = torch.rand(len(prompts) * group, length, generator=torch.Generator().manual_seed(1))
+    return TransformersGenerator(policy, step=step).generate(prompts, Sampling(length, group), draws)
+
+
+def assert_same(policy, step, tolerance=2e-5, **options):
+    """Sample both ways, and return the completions."""
+    found, expected = sampled(policy, step, **options), sampled(policy, **options)
+    assert torch.equal(found.completion_ids, expected.completion_ids)
+    for name in ("logprobs", "entropy"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=tolerance, rtol=0)
+    return found
+
+
+@pytest.fixture
+def by_the_model(monkeypatch):
+    """The number of rows of each call that the model itself has answered for the step."""
+    calls, usual = [], compiled.logits_after
+
+    def counted(model, token, arguments):
+        calls.append(len(token))
+        return usual(model, token, arguments)
+
+    monkeypatch.setattr(compiled, "logits_after", counted)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A policy, the directory of its compiled code, and the step that made it, for padded prompts."""
+    policy = make_policy(num_hidden_layers=1)
+    policy.eos_ids = ENDS
+    directory = tmp_path_factory.mktemp("compiled")
+    step = CompiledStep(directory)
+    sampled(policy, step)
+    assert step.failure == "" and step.seconds > 0 and len(list(directory.iterdir())) == 1
+    return policy, directory, step
+
+
+@pytest.mark.slow
+def test_code_gives_what_the_model_gives_on_other_sizes_and_weights(made, by_the_model):
+    policy, _, step = made
+    for options in ({}, {"length": 14, "group": 5}, {"prompts": [[1] * 9, [2, 3, 4]], "group": 2}):
+        assert_same(policy, step, **options)
+    assert not [n for n in by_the_model if n > 1]  # those of a single row are left to the model
+    rollout = assert_same(policy, step, length=14, group=5)
+    assert len(set(rollout.mask.sum(1).tolist())) > 3  # rows left the batch
+    before = [p.clone() for p in policy.model.parameters()]
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.mul_(1.1)
+    other = assert_same(policy, step, length=14, group=5)
+    assert not torch.equal(other.completion_ids, rollout.completion_ids)
+    with torch.no_grad():
+        for p, old in zip(policy.model.parameters(), before, strict=True):
+            p.copy_(old)
+
+
+@pytest.mark.slow
+def test_kept_code_is_loaded_and_made_again_where_it_is_damaged(made, by_the_model, monkeypatch):
+    policy, directory, _ = made
+    step = CompiledStep(directory)
+    assert step.is_kept(policy.model, padded=True) and not step.is_kept(policy.model, padded=False)
+    monkeypatch.setattr(compiled, "_compiled", None)  # cannot be called
+    assert_same(policy, step)
+    assert step.failure == "" and len([n for n in by_the_model if n > 1]) == 1  # what it is compared with
+    (path,) = directory.iterdir()
+    path.write_bytes(path.read_bytes()[:1000])
+    again = CompiledStep(directory)
+    assert_same(policy, again)
+    assert again.failure == "TypeError: 'NoneType' object is not callable"
+
+
+def test_the_name_of_kept_code_says_what_it_depends_on(tmp_path):
+    policy, step = make_policy(num_hidden_layers=1), CompiledStep(tmp_path)
+    paths = {step._path(policy.model, padded=padded) for padded in (True, False)}
+    paths |= {step._path(make_policy(**options).model, padded=True) for options in ({"hidden_size": 64},)}
+    for change in ({"dtype": "bfloat16"}, {"architecture": "qwen2"}):
+        paths.add(step._path(make_policy(**change).model, padded=True))
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    paths.add(step._path(policy.model, padded=True))
+    torch.set_num_threads(before)
+    adapted = make_policy()
+    add_lora(adapted, r=2)
+    paths.add(step._path(adapted.model, padded=True))
+    assert len(paths) == 7 and None not in paths
+    alike = make_policy(num_hidden_layers=1, seed=5).model
+    assert step._path(alike, padded=True) in paths  # the weights do not matter
+    stranger = make_policy().model
+    stranger.__class__ = type("Own", (type(stranger),), {"__module__": "somewhere"})
+    assert step._path(stranger, padded=True) is None
+    assert CompiledStep()._path(policy.model, padded=True) is None
+
+
+class Wrong:
+    """Code whose logits are those of the model, and a little more."""
+
+    def __init__(self, off):
+        self.off = off
+
+    def guard_check(self, *_):
+        return True
+
+    def disable_guard_check(self):
+        pass
+
+    def __call__(self, model, token, arguments):
+        logits = compiled.logits_after(model, token, arguments)
+        return logits + self.off * logits.std() * torch.eye(1, logits.shape[1])
+
+
+@pytest.mark.parametrize(("off", "wrong"), [(0.0, False), (5e-4, False), (2e-3, True), (torch.nan, True)])
+def test_wrong_code_is_not_taken(off, wrong, monkeypatch):
+    monkeypatch.setattr(compiled, "_compiled", lambda *_: Wrong(off))
+    policy, step = make_policy(), CompiledStep()
+    rollout, expected = sampled(policy, step), sampled(policy)
+    assert bool(step.failure) == wrong
+    if wrong:
+        assert "off by" in step.failure
+        assert torch.equal(rollout.completion_ids, expected.completion_ids)
+        assert torch.equal(rollout.logprobs, expected.logprobs)
+
+
+def test_a_compiler_that_fails_leaves_the_sampling_as_it_is(monkeypatch):
+    def fail(model, token, arguments):
+        compiled.logits_after(model, token, arguments)
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(compiled, "_compiled", fail)
+    policy, step = make_policy(), CompiledStep()
+    assert torch.equal(sampled(policy, step).logprobs, sampled(policy).logprobs)
+    assert step.failure == "RuntimeError: no C++ compiler"
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral", "mamba", "falcon_h1"])
+def test_other_memories_are_left_to_the_model(family):
+    policy, step = family_policy(family), CompiledStep()
+    assert torch.equal(sampled(policy, step).logprobs, sampled(policy).logprobs)
+    assert "something else than keys and values" in step.failure
+
+
+def test_hidden_states_come_from_the_model():
+    policy, step = make_policy(), CompiledStep()
+    draws = torch.rand(2, 4, generator=torch.Generator().manual_seed(1))
+    generator = TransformersGenerator(policy, step=step)
+    rollout = generator.generate([[1, 2]], Sampling(4, 2, keep_hidden=True), draws)
+    assert rollout.hidden is not None and step.seconds == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompts", [PADDED, EVEN])
+@pytest.mark.parametrize("family", sorted(GROWING & set(FAMILIES)))
+def test_families(family, prompts, by_the_model):
+    policy, step = family_policy(family), CompiledStep()
+    policy.eos_ids = ENDS
+    assert_same(policy, step, prompts=prompts, length=12, group=4)
+    assert step.failure == ""
+    by_the_model.clear()
+    assert_same(policy, step, prompts=prompts, length=10, group=6)
+    assert not [n for n in by_the_model if n > 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["bfloat16", "lora", "float64"])
+def test_precisions_and_adapters(how):
+    policy, step = make_policy(dtype="float32" if how == "lora" else how), CompiledStep()
+    if how == "lora":
+        add_lora(policy, r=2)
+        with torch.no_grad():
+            for p in policy.trainable_parameters():
+                p.normal_(std=0.2)
+    if how == "bfloat16":  # another rounding may draw another token
+        found, expected = sampled(policy, step), sampled(policy)
+        first = (found.completion_ids[:, :2] == expected.completion_ids[:, :2]).all(1)
+        assert float(first.float().mean()) > 0.6
+        assert (found.logprobs - expected.logprobs)[first, :2].abs().max() < 0.2
+    else:
+        assert_same(policy, step, 1e-9 if how == "float64" else 2e-5)
+    assert step.failure == ""
