@@ -1,8 +1,7 @@
-"""Splits a step over processes: shares prompts, gathers rows, and plans equally many backward passes.
+"""Splits a step over processes: shares prompts and gathers rows.
 
 Advantages and weights are computed from the whole step, identically on every process, and then sliced; the
-completions of one prompt stay on one process. Each process makes the same number of backward passes, because
-the gradients are averaged over processes in the last of them: a process without one would hang the others.
+completions of one prompt stay on one process.
 """
 
 from __future__ import annotations
@@ -107,22 +106,3 @@ def gather(accelerator: Any, rows: StepRows) -> StepRows:
             "learn from. A reward function should return None only for completions it cannot judge."
         )
     return rows
-
-
-def equal_passes(accelerator: Any, active: Tensor, size: int | None) -> list[Tensor]:
-    """Divide this process's active rows into backward passes; every process gets the same number of passes.
-
-    Args:
-        accelerator: accelerate's handle of the processes.
-        active: True for the rows of the step that are computed [N], the same on every process.
-        size: maximum number of rows in a pass; None for all that a process has.
-
-    Returns:
-        For each pass, the indices of its rows among this process's own; empty for a pass in which only other
-        processes have work.
-    """
-    by_process = active.view(accelerator.num_processes, -1)  # [W, n]
-    size = size or by_process.shape[1]
-    count = -(-int(by_process.sum(dim=1).max()) // size)
-    mine = by_process[accelerator.process_index].nonzero().squeeze(1)
-    return [mine[k * size : (k + 1) * size] for k in range(count)]

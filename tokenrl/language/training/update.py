@@ -27,8 +27,10 @@ from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.language.training.batch import Batch, Part
 from tokenrl.language.training.critic import Critic
 from tokenrl.language.training.forward import Forward
-from tokenrl.language.training.processes import equal_passes, share
+from tokenrl.language.training.passes import FIXED, Lengths, equal_passes
+from tokenrl.language.training.processes import share
 from tokenrl.runs.optimizers import load_optimizer_state, optimizer_state
+from tokenrl.runs.threads import SMALL
 
 CLIPPED = ("token", "cispo")
 """Ratios with a clip range for each token; for them the metric `clip_ratio` is reported."""
@@ -147,8 +149,9 @@ class Update:
         size, active, weights = learner.args.micro_batch_size, self._active(), self._weights()
         row = torch.arange(len(active), device=active.device)
         middle = self._groups // 2 * learner.sampling.group_size if self.measure else len(row)
-        early = equal_passes(accelerator, active & (row < middle), size)
-        passes = early + equal_passes(accelerator, active & (row >= middle), size)
+        lengths = self._lengths()
+        early = equal_passes(accelerator, active & (row < middle), size, lengths)
+        passes = early + equal_passes(accelerator, active & (row >= middle), size, lengths)
         learner.optimizer.zero_grad()
         for k, rows in enumerate(passes):
             if self.measure and k == len(early):
@@ -217,6 +220,15 @@ class Update:
         if self.learner.estimator.loss_side_terms:
             return active  # a KL or an entropy term has a gradient also where the advantage is 0
         return active & (batch.advantages != 0).reshape(len(active), -1).any(dim=1)
+
+    def _lengths(self) -> Lengths:
+        """Return what the rows of the step cost."""
+        rows, policy = self.batch.rows, self.learner.forward.policy
+        kind = "gpu"
+        if policy.device.type == "cpu":
+            kind = "small" if sum(p.numel() for p in policy.model.parameters()) < SMALL else "large"
+        prompt = int(rows.prompt_length.max()) if policy.share_prompt else 0
+        return Lengths(rows.mask.sum(dim=1), prompt, self.learner.sampling.group_size, FIXED[kind])
 
     def _weights(self) -> Tensor:
         """Return the weights [N, T] of the tokens of the chosen rows; 0 elsewhere."""

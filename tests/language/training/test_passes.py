@@ -1,0 +1,128 @@
+"""Rows are divided into passes so that little padding is computed, and equally many on every process."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import ENDS, apart, gradient, make_learner, make_policy, one_step
+
+from tokenrl.language.training import passes
+from tokenrl.language.training.passes import Lengths, equal_passes
+
+
+def planned(lengths, *, active=None, size=None, prompt=0, group=1, fixed=0, world=1):
+    """The passes of every process, as lists of rows."""
+    lengths = torch.tensor(lengths)
+    active = torch.ones(len(lengths), dtype=torch.bool) if active is None else torch.tensor(active).bool()
+    found = []
+    for index in range(world):
+        accelerator = SimpleNamespace(num_processes=world, process_index=index)
+        plan = equal_passes(accelerator, active, size, Lengths(lengths, prompt, group, fixed))
+        found.append([rows.tolist() for rows in plan])
+    return found if world > 1 else found[0]
+
+
+def cost(plan, lengths, *, prompt=0, group=1, fixed=0):
+    return sum(
+        len(rows) * max(lengths[i] for i in rows) + len({i // group for i in rows}) * prompt + fixed
+        for rows in plan
+    )
+
+
+def test_rows_of_like_lengths_are_computed_together():
+    assert planned([1, 9, 1, 9, 1, 9]) == [[1, 3, 5], [0, 2, 4]]  # the longest first
+    assert planned([1, 9, 1, 9, 1, 9], fixed=30) == [
+        [0, 1, 2, 3, 4, 5]
+    ]  # 24 tokens are saved by a pass of 30
+    assert planned([1, 9, 1, 9, 1, 9], fixed=20, group=2, prompt=5) == [[0, 1, 2, 3, 4, 5]]
+    assert planned([1, 1, 1, 9, 9, 9], fixed=10, group=3, prompt=5) == [[3, 4, 5], [0, 1, 2]]
+    assert planned([9, 9, 9, 9, 9, 8]) == [[0, 1, 2, 3, 4, 5]]  # too little padding to change anything
+    assert planned([4]) == [[0]] and planned([4, 7], active=[0, 0]) == []
+
+
+def test_a_limit_of_rows_is_kept():
+    assert planned([5] * 7, size=3) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert planned([9, 1] * 4, size=3) == [[4, 6], [0, 2], [5, 7], [1, 3]]
+    assert planned([9, 1, 9, 1], active=[1, 1, 0, 1], size=2) == [[0], [1, 3]]
+
+
+@pytest.mark.parametrize("fixed", [0, 3, 10])
+@pytest.mark.parametrize("size", [None, 2, 4])
+def test_the_plan_costs_least_of_all_cuts_between_lengths(fixed, size, monkeypatch):
+    monkeypatch.setattr(passes, "LESS", 2.0)  # sorted in any case
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        lengths = torch.randint(1, 9, (9,), generator=generator).tolist()
+        plan = planned(lengths, size=size, fixed=fixed)
+        assert sorted(itertools.chain(*plan)) == list(range(9))
+        assert all(len(rows) <= (size or 9) for rows in plan)
+        unique = sorted(set(lengths))
+        least = float("inf")
+        for cuts in itertools.product([False, True], repeat=len(unique) - 1):
+            ranges, top = [[unique[0]]], 0
+            for length, cut in zip(unique[1:], cuts, strict=True):
+                ranges = [*ranges, [length]] if cut else [*ranges[:-1], [*ranges[-1], length]]
+            top = 0
+            for one in ranges:
+                count = sum(length in one for length in lengths)
+                top += count * max(one) + -(-count // (size or 9)) * fixed
+            least = min(least, top)
+        found = cost(plan, lengths, fixed=fixed)
+        assert found == least if size is None else found <= least  # parts of a range may have shorter ones
+
+
+def test_no_plan_costs_more_than_rows_as_they_come():
+    generator = torch.Generator().manual_seed(5)
+    saved = 0
+    for number in range(200):
+        lengths = torch.randint(1, 40, (24,), generator=generator).tolist()
+        options = {"prompt": 3 * (number % 5), "group": 4, "fixed": 10 * (number % 7)}
+        size = (None, 4, 7)[number % 3]
+        plan = planned(lengths, size=size, **options)
+        assert sorted(itertools.chain(*plan)) == list(range(24))
+        usual = [list(range(k, min(24, k + (size or 24)))) for k in range(0, 24, size or 24)]
+        ratio = cost(plan, lengths, **options) / cost(usual, lengths, **options)
+        assert plan == usual or ratio < 0.9
+        saved += plan != usual
+    assert 50 < saved < 200
+
+
+def test_processes_make_equally_many_passes():
+    lengths = [1, 9, 1, 9, 5, 5, 5, 5]
+    first, second = planned(lengths, world=2)
+    assert first == [[1, 3], [0, 2]] and second == [[0, 1, 2, 3], []]
+    first, second = planned(lengths, world=2, active=[0, 0, 0, 0, 1, 1, 1, 1], size=2)
+    assert first == [[], []] and second == [[0, 1], [2, 3]]
+
+
+def tokens_of_completions(policy):
+    """Tokens of each forward pass of completions that gradients flow through, padding too."""
+    seen = []
+
+    def note(_, arguments, options):
+        ids = options.get("input_ids", arguments[0] if arguments else None)
+        if torch.is_grad_enabled() and options.get("past_key_values") is not None:
+            seen.append(tuple(ids.shape))
+
+    policy.model.register_forward_pre_hook(note, with_kwargs=True)
+    return seen
+
+
+def test_an_update_computes_fewer_tokens_and_finds_the_same_gradient(monkeypatch):
+    found, counts = [], []
+    for fixed in (768, 0):
+        monkeypatch.setitem(passes.FIXED, "small", fixed)
+        policy = make_policy("gpt2", dtype="float64", vocabulary=90)
+        policy.eos_ids = ENDS
+        seen = tokens_of_completions(policy)
+        learner = make_learner(policy, "rloo", max_completion_length=24, num_generations=6)
+        seen.clear()
+        one_step(learner)
+        found.append(gradient(policy.model))
+        counts.append([rows * width for rows, width in seen])
+    assert len(counts[0]) == 1 < len(counts[1])
+    assert sum(counts[1]) < 0.8 * counts[0][0]
+    assert found[0].norm() > 0.01 and apart(*found) < 1e-12
