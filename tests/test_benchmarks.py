@@ -10,9 +10,12 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from tokenrl.language import load_task
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "benchmarks"
 TINY = {"prompts": 2, "group": 4, "length": 4, "layers": 1, "hidden": 16, "intermediate": 16}
@@ -108,6 +111,64 @@ def test_shapes_differ_in_what_their_names_say(benchmark):
     assert set(benchmark["LARGE"]) <= set(shapes)
     assert all(shape.hidden % shape.heads == 0 for shape in shapes.values())
     assert all(shape in found for found in benchmark["SIZES"].values() for shape in [shapes["fixed"]])
+
+
+@pytest.fixture
+def race(monkeypatch):
+    """The names of the program that measures the time to a held-out reward."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield runpy.run_path(str(FOLDER / "time_to_reward.py"))
+    for name in ("one_trainer", "step_against_trl"):
+        sys.modules.pop(name, None)
+
+
+def history(seconds, steps, reward=0.96):
+    return [(0, 5.0, 0.1), *[(steps - k, seconds - k, reward + 0.01 * (k - 1.5)) for k in (3, 2, 1, 0)]]
+
+
+def test_a_race_is_told_by_medians_over_seeds(race):
+    done = [
+        {"trl": history(20.0, 40), "tokenrl": history(10.0, 50)},
+        {"trl": history(30.0, 60), "tokenrl": history(10.0, 40)},
+        {"trl": history(12.0, 50), "tokenrl": history(12.0, 60)},
+    ]
+    row = race["table_row"]("sort_digits", 0.95, done)
+    cells = " ".join(row.split())
+    assert cells == "sort_digits 0.100 to 0.95 20.0 50 10.0 50 2.00 (1.00 to 3.00)"
+    assert len(row) == len(race["HEADING"])
+    missed = {"trl": history(40.0, 200, 0.9), "tokenrl": history(9.0, 30)}
+    row = race["table_row"]("sort_digits", 0.95, [*done, missed, {"trl": None, "tokenrl": history(9.0, 30)}])
+    assert row.endswith("2.00 (1.00 to 3.00)  reached by both with 3 of 5 seeds")
+    assert "reached by both with no seed" in race["table_row"]("sort_digits", 0.95, [missed])
+    assert race["level"](history(20.0, 40)) == pytest.approx(0.96)
+    assert race["level"](history(20.0, 40)[:4]) < 0.8 and race["level"](history(20.0, 40)[2:]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["tokenrl", "trl"])
+@pytest.mark.parametrize(("target", "last"), [(0.0, 3), (2.0, 5)])
+def test_a_racer_stops_at_the_target_or_at_the_end(who, target, last, tmp_path, monkeypatch):
+    if importlib.util.find_spec(who) is None:
+        pytest.skip(f"{who} is not installed")
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    task = load_task("sort_digits")
+    task.build(0)[0].save_pretrained(tmp_path / "model")
+    task.build(0)[1].save_pretrained(tmp_path / "model")
+    asked = {"who": who, "task": "sort_digits", "model": str(tmp_path / "model"), "target": target}
+    asked |= {"prompts": 4, "group": 4, "rate": 1e-4, "steps": 6, "every": 1, "held_out": 4, "seed": 1}
+    asked |= {"bf16": False, "options": {}, "started": time.time()}
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "time_to_reward.py"), "--child", json.dumps(asked)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])["history"]
+    assert [step for step, _, _ in found] == list(range(last + 1))
+    assert all(0 < seconds < 120 and 0 <= reward <= 1 for _, seconds, reward in found)
 
 
 @pytest.mark.slow
