@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -92,9 +93,9 @@ class Watch:
 
 
 def level(history: list[tuple[int, float, float]]) -> float:
-    """The mean reward of the last evaluations; 0 before there are enough."""
+    """The mean reward of the last evaluations; minus infinity before there are enough."""
     rewards = [reward for _, _, reward in history[-WINDOW:]]
-    return statistics.fmean(rewards) if len(rewards) == WINDOW else 0.0
+    return statistics.fmean(rewards) if len(rewards) == WINDOW else -math.inf
 
 
 def train_tokenrl(watch: Watch, folder: str) -> None:
