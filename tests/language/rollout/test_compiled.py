@@ -198,5 +198,5 @@ def test_precisions_and_adapters(how):
         assert float(first.float().mean()) > 0.6
         assert (found.logprobs - expected.logprobs)[first, :2].abs().max() < 0.2
     else:
-        assert_same(policy, step, 1e-9 if how == "float64" else 2e-5)
+        assert_same(policy, step)  # positions are rotated in float32 even where all else is float64
     assert step.failure == ""
