@@ -24,11 +24,18 @@ SEVEN = [9.0, 9.0, 9.0, 9.0, 1.0, 2.0, 3.0]  # the first of the seven lies outsi
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    """The names of the program, whose neighbour is imported from its folder."""
+def program(monkeypatch):
+    """Gives the names of a program, which imports its neighbours from its folder."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    yield runpy.run_path(str(FOLDER / "step_against_trl.py"))
-    sys.modules.pop("one_trainer", None)
+    yield lambda name: runpy.run_path(str(FOLDER / name))
+    for name in ("one_trainer", "step_against_trl"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def benchmark(program):
+    """The names of the program that measures a step."""
+    return program("step_against_trl.py")
 
 
 def test_table_has_ratios_of_rounds_and_the_highest_peaks(benchmark):
@@ -114,12 +121,9 @@ def test_shapes_differ_in_what_their_names_say(benchmark):
 
 
 @pytest.fixture
-def race(monkeypatch):
+def race(program):
     """The names of the program that measures the time to a held-out reward."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield runpy.run_path(str(FOLDER / "time_to_reward.py"))
-    for name in ("one_trainer", "step_against_trl"):
-        sys.modules.pop(name, None)
+    return program("time_to_reward.py")
 
 
 def history(seconds, steps, reward=0.96):

@@ -52,6 +52,8 @@ class Watch:
     """
 
     def __init__(self, asked: dict[str, Any]) -> None:
+        from transformers import AutoModelForCausalLM  # noqa: F401  # both need it: its import counts
+
         began = time.time()
         import tokenrl.language as language
 

@@ -101,8 +101,7 @@ def _adapter(rank: int, policy: Policy) -> list[Setting]:
     if not rank:
         return []
     own = sum(p.numel() for p in policy.trainable_parameters())
-    whole = sum(p.numel() for p in policy.model.parameters())
-    return [Setting("lora_r", rank, f"as you asked: trains {own:,} of {whole:,} parameters")]
+    return [Setting("lora_r", rank, f"as you asked: trains {own:,} of {policy.size:,} parameters")]
 
 
 def difficulty(found: Probe, solved: float | None = None) -> str:

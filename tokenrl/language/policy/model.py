@@ -68,6 +68,11 @@ class Policy:
         return next(self.model.parameters()).device
 
     @property
+    def size(self) -> int:
+        """The number of the model's parameters, with those that are not trained."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
     def ways(self) -> dict[str, Any]:
         """The keyword arguments by which `score` takes the fastest way that is right for this model."""
         return {"share_prompt": self.share_prompt, "tokens_at_once": self.tokens_at_once}

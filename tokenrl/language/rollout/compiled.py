@@ -74,7 +74,7 @@ class CompiledStep:
             return logits_after(model, token, arguments)
         padded = bool(places)
         if padded not in self._codes:
-            return self._first(model, token, cache, arguments)
+            return self._first(model, token, cache, arguments, padded)
         code = self._codes[padded]
         if code is None or not code.guard_check(model, token, arguments):
             return logits_after(model, token, arguments)
@@ -86,10 +86,12 @@ class CompiledStep:
         path = self._path(model, padded)
         return path is not None and path.is_file()
 
-    def _first(self, model: nn.Module, token: Tensor, cache: Cache, arguments: dict[str, Any]) -> Tensor:
+    def _first(
+        self, model: nn.Module, token: Tensor, cache: Cache, arguments: dict[str, Any], padded: bool
+    ) -> Tensor:
         """Make or load the code, and take it if it gives what the model gives."""
-        length, began, found = cache.held.get_seq_length(), time.perf_counter(), None
-        code, padded = None, len(arguments) > 1
+        length, began = cache.held.get_seq_length(), time.perf_counter()
+        code = found = None
         try:
             code = self._made(model, token, arguments, self._path(model, padded))
             found = code(model, token, arguments)

@@ -43,27 +43,30 @@ def settle_compilation(learner: Learner, prompts: Sequence[Mapping[str, Any]]) -
         Refused: a prompt does not fit into the model's context.
         Stopped: the model's logits are not finite.
     """
+    fast = _compiled(learner, prompts)
+    if fast is not None:
+        learner.generator = fast
+    learner.args = replace(learner.args, compile_sampling=fast is not None)
+
+
+def _compiled(learner: Learner, prompts: Sequence[Mapping[str, Any]]) -> TransformersGenerator | None:
+    """Return a generator that samples by compiled code; None where it is not wanted or does not pay."""
     args, plain = learner.args, learner.generator
     if not isinstance(plain, TransformersGenerator) or args.estimator.needs_values:
-        learner.args = replace(args, compile_sampling=False)
-        return
-    if args.compile_sampling is None and not _may_pay(learner):
-        learner.args = replace(args, compile_sampling=False)
-    if learner.args.compile_sampling is False:
-        return
+        return None
+    asked = args.compile_sampling
+    if asked is False or not (asked or _may_pay(learner)):
+        return None
     work = _Work(learner, prompts)
     step = CompiledStep(cache_directory() / "compiled")
-    if args.compile_sampling is None and not _is_long_enough(learner, work, step):
-        learner.args = replace(args, compile_sampling=False)
-        return
+    if not (asked or _is_long_enough(learner, work, step)):
+        return None
     fast = replace(plain, step=step)
     work.sample(fast)
-    remark, taken = _judged(work, plain, fast, step, asked=args.compile_sampling is not None)
+    remark, taken = _judged(work, plain, fast, step, asked=bool(asked))
     if remark:
         learner.policy.remarks["compiled sampling"] = remark
-    learner.args = replace(args, compile_sampling=taken)
-    if taken:
-        learner.generator = fast
+    return fast if taken else None
 
 
 class _Work:
@@ -87,9 +90,8 @@ class _Work:
 
 def _may_pay(learner: Learner) -> bool:
     """Whether a measurement makes sense at all: clocks of several processes would disagree."""
-    parameters = sum(p.numel() for p in learner.policy.model.parameters())
     alone = learner.accelerator.num_processes == 1 and learner.policy.device.type == "cpu"
-    return alone and parameters >= SMALL and not learner.args.check
+    return alone and learner.policy.size >= SMALL and not learner.args.check
 
 
 def _is_long_enough(learner: Learner, work: _Work, step: CompiledStep) -> bool:
@@ -100,7 +102,6 @@ def _is_long_enough(learner: Learner, work: _Work, step: CompiledStep) -> bool:
     with using_threads(plain.threads):  # the code is made for a number of threads
         kept = step.is_kept(learner.forward.policy.model, padded)
     cost = LOADING if kept else COMPILING + LAYER * layers
-    work.sample(plain)
     return SAVED * work.seconds(plain) * learner.args.max_steps >= WORTH * cost
 
 

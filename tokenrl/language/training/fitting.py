@@ -75,7 +75,7 @@ def settle_memory(learner: Learner, prompts: Sequence[Mapping[str, Any]]) -> Non
     args, policy, accelerator = learner.args, learner.forward.policy, learner.accelerator
     size, processes = learner.sampling.group_size, accelerator.num_processes
     rows = args.prompts_per_step // processes * size
-    if sum(p.numel() for p in policy.model.parameters()) < SMALL:
+    if policy.size < SMALL:
         return
     width = _longest(learner, prompts)
     free = int(SHARE * free_memory(policy.device)) // (processes if policy.device.type == "cpu" else 1)

@@ -98,10 +98,9 @@ def choose_forward(args: TrainSettings, policy: Policy, accelerator: Any) -> For
     attention = args.training_attention
     if all(p.dtype != torch.float32 for p in policy.trainable_parameters()):
         precision = "no"  # the weights have another precision, and everything has that of the weights
-    parameters = sum(p.numel() for p in policy.model.parameters())
     on_gpu = accelerator.device.type != "cpu"
     # Clocks of several processes would disagree, and a GPU with bfloat16 is always faster in it.
-    if on_gpu or parameters < SMALL or accelerator.num_processes > 1:
+    if on_gpu or policy.size < SMALL or accelerator.num_processes > 1:
         usual = "bf16" if on_gpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
         precision, attention = precision or usual, attention or "as_loaded"
     if precision and attention:
@@ -171,12 +170,11 @@ def _close(found: Tensor, usual: Tensor) -> bool:
 
 def made_up_rollout(args: TrainSettings, policy: Policy) -> Rollout:
     """Make up completions as long as those of a run may be, of as many rows as `WORK` allows."""
-    parameters = sum(p.numel() for p in policy.model.parameters())
     context = policy.context or 10**9
     length = max(1, min(args.max_completion_length, 128, context - PROMPT))
     width = max(1, min(PROMPT, context - length))
     most = args.micro_batch_size or args.prompts_per_step * args.num_generations
-    rows = max(2, min(most, max(-(-TOKENS // length), int(WORK / (6 * parameters * length)))))
+    rows = max(2, min(most, max(-(-TOKENS // length), int(WORK / (6 * policy.size * length)))))
     return make_up(policy, rows, min(args.num_generations, rows), width, length)
 
 

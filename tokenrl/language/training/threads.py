@@ -38,7 +38,7 @@ def stage_threads(
     """
     if policy.device.type != "cpu":
         return {}
-    parameters = sum(p.numel() for p in policy.model.parameters())
+    parameters = policy.size
     work = _Work(policy, max(2, min(16, WORK // (2 * parameters))))
     timed = {"sampling": work.sampling, "training": training or work.training}
     with torch.random.fork_rng(devices=[]):

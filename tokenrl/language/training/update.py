@@ -226,7 +226,7 @@ class Update:
         rows, policy = self.batch.rows, self.learner.forward.policy
         kind = "gpu"
         if policy.device.type == "cpu":
-            kind = "small" if sum(p.numel() for p in policy.model.parameters()) < SMALL else "large"
+            kind = "small" if policy.size < SMALL else "large"
         prompt = int(rows.prompt_length.max()) if policy.share_prompt else 0
         return Lengths(rows.mask.sum(dim=1), prompt, self.learner.sampling.group_size, FIXED[kind])
 
