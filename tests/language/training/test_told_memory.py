@@ -20,8 +20,8 @@ PLAIN = ["--mixed-precision", "no", "--training-attention", "as_loaded", "--max-
 def model(tmp_path_factory):
     """Some 20 million parameters, so that the run takes more than the libraries alone.
 
-    No completion ends early. Else there are fewer rows of a length in some steps than in others, and they become
-    shorter as the policy learns.
+    No completion ends early. Else there are fewer rows of a length in some steps than in others, and they
+    become shorter as the policy learns.
     """
     folder = tmp_path_factory.mktemp("model")
     _, tokenizer = load("vowels").build(0)
