@@ -8,7 +8,7 @@ from families import FAMILIES, family_policy
 from tiny_models import make_policy
 
 from tokenrl.language.policy.adapters import add_lora
-from tokenrl.language.rollout import compiled
+from tokenrl.language.rollout import ahead, compiled
 from tokenrl.language.rollout.compiled import CompiledStep
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
@@ -83,7 +83,7 @@ def test_kept_code_is_loaded_and_made_again_where_it_is_damaged(made, by_the_mod
     policy, directory, _ = made
     step = CompiledStep(directory)
     assert step.is_kept(policy.model, padded=True) and not step.is_kept(policy.model, padded=False)
-    monkeypatch.setattr(compiled, "_compiled", None)  # cannot be called
+    monkeypatch.setattr(ahead, "compiled", None)  # cannot be called
     assert_same(policy, step)
     assert step.failure == "" and len([n for n in by_the_model if n > 1]) == 1  # what it is compared with
     (path,) = directory.iterdir()
@@ -134,7 +134,7 @@ class Wrong:
 
 @pytest.mark.parametrize(("off", "wrong"), [(0.0, False), (5e-4, False), (2e-3, True), (torch.nan, True)])
 def test_wrong_code_is_not_taken(off, wrong, monkeypatch):
-    monkeypatch.setattr(compiled, "_compiled", lambda *_: Wrong(off))
+    monkeypatch.setattr(ahead, "compiled", lambda *_: Wrong(off))
     policy, step = make_policy(), CompiledStep()
     rollout, expected = sampled(policy, step), sampled(policy)
     assert bool(step.failure) == wrong
@@ -145,11 +145,11 @@ def test_wrong_code_is_not_taken(off, wrong, monkeypatch):
 
 
 def test_a_compiler_that_fails_leaves_the_sampling_as_it_is(monkeypatch):
-    def fail(model, token, arguments):
-        compiled.logits_after(model, token, arguments)
+    def fail(function, arguments):
+        function(*arguments)
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(compiled, "_compiled", fail)
+    monkeypatch.setattr(ahead, "compiled", fail)
     policy, step = make_policy(), CompiledStep()
     assert torch.equal(sampled(policy, step).logprobs, sampled(policy).logprobs)
     assert step.failure == "RuntimeError: no C++ compiler"

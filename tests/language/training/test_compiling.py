@@ -1,7 +1,8 @@
-"""Sampling is compiled where the run is long enough to pay it back, and elsewhere if it is asked for."""
+"""Code is compiled where the run is long enough to pay it back, and elsewhere if it is asked for."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 
@@ -11,7 +12,7 @@ from tiny_models import PROMPTS, make_learner, make_policy, make_task
 
 import tokenrl
 from tokenrl.language.training import compiling
-from tokenrl.language.training.compiling import settle_compilation
+from tokenrl.language.training.compiling import _wrong, settle_compilation
 
 ROWS = [{"prompt": p} for p in PROMPTS]
 
@@ -41,14 +42,14 @@ def settled(monkeypatch, tmp_path):
     """Settle, with a clock that says that sampling takes these seconds, in turn."""
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path))
 
-    def settle(seconds, *, small=0, estimator="rloo", step=None, processes=1, **options):
+    def settle(seconds, *, small=0, estimator="rloo", step=None, processes=1, clock=None, **options):
         attributes = {"made": [], **(step or {})}
         kind = type("Made", (Step,), attributes)
         monkeypatch.setattr(compiling, "CompiledStep", kind)
         monkeypatch.setattr(compiling, "SMALL", small)
         times = itertools.cycle(seconds)
-        monkeypatch.setattr(compiling._Work, "seconds", lambda *_: next(times))
-        learner = make_learner(make_policy(), estimator, **options)
+        monkeypatch.setattr(compiling, "_seconds", clock or (lambda _: next(times)))
+        learner = make_learner(make_policy(), estimator, **{"compile_training": False} | options)
         if processes > 1:
             learner.accelerator = type("Several", (), {"num_processes": processes})()
         settle_compilation(learner, ROWS)
@@ -86,13 +87,13 @@ def test_a_run_must_be_long_enough(seconds, steps, kept, taken, settled):
 def test_code_that_is_hardly_faster_is_left(quick, taken, settled):
     learner, _ = settled([1.0, *(1.0, quick) * 3], **LONG)
     assert learner.args.compile_sampling is taken
-    assert f"in {quick:.2g} s, 1 s as they are" in learner.policy.remarks["compiled sampling"]
+    assert f"in {quick:.2g} s, 1 s without it" in learner.policy.remarks["compiled sampling"]
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        *({"small": 10**9}, {"check": True}, {"processes": 2}, {"estimator": "a2c"}),
+        *({"small": 10**9}, {"check": True}, {"processes": 2}, {"estimator": "a2c"}, {"max_steps": 19}),
         *({"compile_sampling": False}, {"compile_sampling": True, "estimator": "a2c"}),
     ],
 )
@@ -114,6 +115,130 @@ def test_a_failure_is_said_where_it_was_asked_for(asked, settled):
     assert learner.args.compile_sampling is False
     remark = learner.policy.remarks.get("compiled sampling")
     assert remark == ("none (no compiler)" if asked else None)
+
+
+class Layers:
+    """Stands for compiled layers: the model itself, or something that failed."""
+
+    made, failure, seconds, making, missing, off = 2, "", 40.0, False, 2, 0.0
+
+    def __init__(self, model, directory):
+        self.model, self.directory, self.wanted = model, directory, {}
+
+    @contextlib.contextmanager
+    def inside(self):
+        if not self.making:
+            self.wanted = {k: self.directory / f"{k}.bin" for k in range(self.missing)}
+            for path in self.wanted.values():
+                assert not path.exists()
+        handle = self.model.lm_head.register_forward_hook(lambda _m, _x, logits: logits * (1 + self.off))
+        yield
+        handle.remove()
+
+
+@pytest.fixture
+def trained(monkeypatch, settled):
+    """Settle, with a clock that says that updates take these seconds, in turn."""
+
+    def settle(seconds, *, layers=None, **options):
+        kind = type("Compiled", (Layers,), layers or {})
+        monkeypatch.setattr(compiling, "CompiledLayers", kind)
+
+        def timed(work):
+            work()
+            return next(times)
+
+        times = itertools.chain(seconds)
+        options = {"compile_training": None, "compile_sampling": False} | options
+        learner, _ = settled([], clock=timed, **options)
+        assert isinstance(learner.forward.layers, kind) == learner.args.compile_training
+        assert all(p.grad is None for p in learner.policy.model.parameters())
+        return learner, learner.policy.remarks.get("compiled training")
+
+    return settle
+
+
+@pytest.mark.parametrize(
+    ("seconds", "options", "missing", "taken"),
+    [
+        # 20 s for each piece of code and 4 s to load; a quarter saved; worth twice what it costs
+        (0.1, {"max_steps": 3_519}, 2, False),
+        (0.1, {"max_steps": 3_520}, 2, True),
+        (0.1, {"max_steps": 1_920}, 1, True),
+        (0.1, {"max_steps": 1_919}, 1, False),
+        (
+            0.1,
+            {"max_steps": 880, "num_iterations": 2, "micro_batch_size": 6, "estimator": "grpo"},
+            2,
+            True,
+        ),  # of 12 rows
+        (0.1, {"max_steps": 879, "num_iterations": 2, "micro_batch_size": 6, "estimator": "grpo"}, 2, False),
+        (0.1, {"max_steps": 99_999}, 0, False),  # nothing fits
+    ],
+)
+def test_updates_must_be_long_enough(seconds, options, missing, taken, trained):
+    times = [seconds, *(seconds, seconds / 2) * 3]
+    learner, remark = trained(times, layers={"missing": missing}, **options)
+    assert learner.args.compile_training is taken
+    assert remark == ("measured: a gradient in 0.05 s, 0.1 s without it; ready after 40 s" if taken else None)
+
+
+@pytest.mark.parametrize(("quick", "taken"), [(0.9, True), (0.92, False)])
+def test_layers_that_are_hardly_faster_are_left(quick, taken, trained):
+    learner, remark = trained([1.0, *(1.0, quick) * 3], **LONG)
+    assert learner.args.compile_training is taken and "1 s without it" in remark
+
+
+@pytest.mark.parametrize(
+    ("layers", "remark"),
+    [
+        ({"failure": "no compiler"}, "none (no compiler)"),
+        ({"made": 0}, "none (no layer keeps keys and values of all tokens, and nothing else)"),
+        ({"off": 0.1}, "none (its log-probabilities are off by 0.1"),
+        ({"off": float("nan")}, "none (its log-probabilities are off by nan"),
+        ({"off": 1e-5}, "as set"),
+    ],
+)
+@pytest.mark.parametrize("asked", [None, True])
+def test_wrong_layers_are_told_where_they_were_asked_for(asked, layers, remark, trained):
+    learner, found = trained([1.0] + [1.0, 0.5] * 3, layers=layers, compile_training=asked, **LONG)
+    assert learner.args.compile_training is (remark == "as set")
+    if asked:
+        assert found.startswith(remark)
+    elif remark != "as set":
+        assert found is None
+
+
+def test_gradients_are_compared_too():
+    logprobs, gradient = torch.linspace(-2, -1, 5), [torch.ones(3), torch.zeros(2)]
+    same = [x.clone() for x in gradient]
+    assert _wrong((logprobs, same), (logprobs, gradient)) == ""
+    same[1][0] += 2e-3 * 3**0.5
+    assert _wrong((logprobs, same), (logprobs, gradient)) == "its gradients are off by 0.002 of their size"
+
+
+@pytest.mark.slow
+def test_a_run_with_compiled_updates_learns_what_another_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    options = {"max_steps": 4, "prompts_per_step": 4, "num_generations": 4, "cpu": True, "quiet": True}
+    options |= {"estimator": "grpo", "num_minibatches": 2, "eval_every": 0}
+    metrics = {}
+    for asked in (False, True):
+        tokenrl.train(
+            model=make_policy(initializer_range=0.1),
+            task=make_task(),
+            output_dir=tmp_path / str(asked),
+            compile_training=asked,
+            **options,
+        )
+        lines = (tmp_path / str(asked) / "metrics.jsonl").read_text().splitlines()
+        metrics[asked] = [json.loads(line) for line in lines]
+    assert json.loads((tmp_path / "True" / "config.json").read_text())["compile_training"] is True
+    assert len(list((tmp_path / "cache" / "compiled").iterdir())) == 2
+    for mine, other in zip(metrics[True], metrics[False], strict=True):
+        assert mine["reward"] == other["reward"] if "reward" in other else mine.keys() == other.keys()
+        if "grad_norm" in other:
+            assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.slow

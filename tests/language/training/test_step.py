@@ -18,7 +18,7 @@ from tiny_models import (
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
-from tokenrl.language.training import step as step_module
+from tokenrl.language.training import update as update_module
 from tokenrl.language.training.update import Update
 
 GRPO = Estimator.preset("grpo")
@@ -101,13 +101,13 @@ def test_minibatches_keep_groups_whole(monkeypatch, minibatches):
 
 
 def test_a_minibatch_computes_its_own_rows_only(monkeypatch):
-    scored, real = [], step_module.score
+    scored, real = [], update_module.score
 
     def counting(model, part, **options):
         scored.append(len(part.mask))
         return real(model, part, **options)
 
-    monkeypatch.setattr(step_module, "score", counting)
+    monkeypatch.setattr(update_module, "score", counting)
     stepped(GRPO, num_minibatches=2, reward=vowel_reward)
     assert scored == [6, 6]
 

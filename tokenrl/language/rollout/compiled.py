@@ -7,13 +7,7 @@ long as a step of training, and kept in a directory for later runs.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import inspect
-import json
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -22,25 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import describe
+from tokenrl.language.rollout.ahead import COARSE, TOLERANCES, code_for, file_of
 from tokenrl.language.rollout.cache import Cache
-from tokenrl.runs.directory import versions
-from tokenrl.runs.resume import processor
-
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""By precision: the largest difference from the model's own logits, in their standard deviations."""
-COARSE = 0.12
-"""The same for other precisions."""
 
 
-def logits_after(model: nn.Module, token: Tensor, arguments: dict[str, Any]) -> Tensor:
+def logits_after(module: nn.Module, token: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Feed each row one token [n], and return the logits of the next [n, V].
 
     Args:
-        model: a causal language model.
+        module: a causal language model.
         token: the tokens.
         arguments: the cache of the tokens before, and the places of the new ones; see `Cache.arguments`.
     """
-    logits: Tensor = model(token[:, None], **arguments, use_cache=True).logits
+    logits: Tensor = module(token[:, None], **arguments, use_cache=True).logits
     return logits[:, -1]
 
 
@@ -93,7 +81,8 @@ class CompiledStep:
         length, began = cache.held.get_seq_length(), time.perf_counter()
         code = found = None
         try:
-            code = self._made(model, token, arguments, self._path(model, padded))
+            path = self._path(model, padded)
+            code = code_for(logits_after, (model, token, arguments), path, _mark_sizes)
             found = code(model, token, arguments)
         except torch.OutOfMemoryError:
             raise
@@ -109,55 +98,14 @@ class CompiledStep:
         self.seconds += time.perf_counter() - began
         return expected
 
-    def _made(self, model: nn.Module, token: Tensor, arguments: dict[str, Any], path: Path | None) -> Any:
-        """Load the code, or else compile it and keep it."""
-        code: Any = None
-        if path is not None and path.is_file():
-            # What cannot be loaded is made again.
-            with contextlib.suppress(Exception), path.open("rb") as file:
-                code = torch.compiler.load_compiled_function(file)  # type: ignore[attr-defined]
-        if code is None or not code.guard_check(model, token, arguments):
-            code = _compiled(model, token, arguments)
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                code.save_compiled_function(str(path))
-        code.disable_guard_check()  # `__call__` checks, and has another way
-        return code
-
     def _path(self, model: nn.Module, padded: bool) -> Path | None:
-        """Return the file of the code, named after all that it depends on."""
-        # The code of a model that is a program of its own may change without a change of version.
-        library = type(model).__module__.partition(".")[0]
-        if self.directory is None or library not in ("transformers", "peft"):
-            return None
-        inner: Any = model
-        known = {
-            "source": [inspect.getsource(sys.modules[name]) for name in (__name__, Cache.__module__)],
-            "versions": versions(),
-            "processor": [processor(), str(getattr(torch.cpu, "get_capabilities", list)())],
-            "device": str(next(model.parameters()).device),
-            "threads": torch.get_num_threads(),
-            "padded": padded,
-            "modules": str(model),
-            "config": inner.config.to_json_string(use_diff=False),
-            "attention": inner.config._attn_implementation,
-            "weights": [(name, str(p.dtype), list(p.shape)) for name, p in model.named_parameters()],
-        }
-        return self.directory / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]}.bin"
+        """Return the file of the code."""
+        sources = (__name__, Cache.__module__)
+        return file_of(self.directory, model, model, sources, padded=padded)
 
 
-def _compiled(model: nn.Module, token: Tensor, arguments: dict[str, Any]) -> Any:
-    _mark_sizes(token, arguments)
-    # The numbers of a model, such as the epsilon of its norms, never change.
-    with torch._dynamo.config.patch(specialize_float=True):
-        whole: Any = torch.compile(
-            logits_after, fullgraph=True, dynamic=True, options={"guard_filter_fn": _of_sizes}
-        )
-        return whole.aot_compile(((model, token, arguments), {}))
-
-
-def _mark_sizes(token: Tensor, arguments: dict[str, Any]) -> None:
-    """Say which sizes change from call to call; a refusal to compile is better than code for one size."""
+def _mark_sizes(_: nn.Module, token: Tensor, arguments: dict[str, Any]) -> None:
+    """Mark the numbers of rows and of tokens."""
     torch._dynamo.mark_dynamic(token, 0)
     for layer in arguments["past_key_values"].layers:
         for whole in layer.whole:
@@ -165,12 +113,3 @@ def _mark_sizes(token: Tensor, arguments: dict[str, Any]) -> None:
     if "attention_mask" in arguments:
         torch._dynamo.mark_dynamic(arguments["attention_mask"], (0, 1))
         torch._dynamo.mark_dynamic(arguments["position_ids"], 0)
-
-
-def _of_sizes(guards: Sequence[Any]) -> list[bool]:
-    """Choose the conditions that each call checks: those of sizes. All others hold as long as the model."""
-    return [
-        guard.guard_type == "SHAPE_ENV"
-        or (guard.guard_type == "TENSOR_MATCH" and not guard.name.startswith("L['model']"))
-        for guard in guards
-    ]

@@ -142,7 +142,8 @@ def old_logprobs(learner: Learner, rollout: Rollout) -> Tensor | None:
     """
     several = learner.args.num_iterations * learner.args.num_minibatches > 1
     if learner.estimator.needs_old_logprobs and several:
-        return logprobs_under(learner, learner.forward.model, rollout)
+        with learner.forward.in_updates():
+            return logprobs_under(learner, learner.forward.model, rollout)
     return None
 
 

@@ -1,29 +1,41 @@
-"""Chooses whether a run samples by compiled code: where a measurement says that it is paid back in time."""
+"""Chooses whether a run computes by compiled code: where a measurement says that it is paid back in time."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from tokenrl.language.rollout.ahead import COARSE, TOLERANCES
 from tokenrl.language.rollout.compiled import CompiledStep
 from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.layers import CompiledLayers
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.training.cache import cache_directory
+from tokenrl.language.training.forward import gradients
 from tokenrl.language.training.update import Learner
 from tokenrl.runs.threads import SMALL, using_threads
 
 SAVED = 0.25
-"""Share of the time of sampling that compiled code is expected to save, before it is measured."""
+"""Share of the time of sampling, or of updates, that compiled code saves, before it is measured."""
 COMPILING, LAYER = 12.0, 3.0
-"""Seconds that it takes to compile, and those for each layer; measured on two processors."""
+"""Seconds that it takes to compile sampling, and those for each layer; measured on two processors."""
+TRAINING = 20.0
+"""Seconds that it takes to compile a layer for updates: once for prompts, once for completions."""
 LOADING = 4.0
 """Seconds that it takes to load code that was compiled before; most are imports of torch's compiler."""
 WORTH = 2.0
 """The saving must be this many times what it costs, because completions may become shorter."""
+LEAST = 20
+"""Steps below which nothing is timed, for that takes as long as a step."""
 MARGIN = 1.1
 """Once it is made, the code must be faster by this factor to be kept."""
 ROUNDS = 3
@@ -31,90 +43,180 @@ ROUNDS = 3
 
 
 def settle_compilation(learner: Learner, prompts: Sequence[Mapping[str, Any]]) -> None:
-    """Choose `compile_sampling` where it is left open, and compile.
+    """Choose `compile_sampling` and `compile_training` where they are left open, and compile.
 
-    The choice is written into the learner's settings and generator, and into `policy.remarks`.
+    The choice is written into the learner's settings, generator and forward passes, and into
+    `policy.remarks`.
 
     Args:
-        learner: the learner, whose weights stay as they are.
+        learner: the learner, whose weights and gradients stay as they are.
         prompts: all training prompts, of which as many as a step has are sampled from.
 
     Raises:
         Refused: a prompt does not fit into the model's context.
         Stopped: the model's logits are not finite.
     """
-    fast = _compiled(learner, prompts)
+    work = _Work(learner, prompts)
+    fast = _compiled_sampling(learner, work)
     if fast is not None:
         learner.generator = fast
-    learner.args = replace(learner.args, compile_sampling=fast is not None)
+    layers = _compiled_training(learner, work)
+    learner.forward.layers = layers
+    learner.args = replace(
+        learner.args, compile_sampling=fast is not None, compile_training=layers is not None
+    )
 
 
-def _compiled(learner: Learner, prompts: Sequence[Mapping[str, Any]]) -> TransformersGenerator | None:
+class _Work:
+    """Sampling and training as in a step of the run."""
+
+    def __init__(self, learner: Learner, prompts: Sequence[Mapping[str, Any]]) -> None:
+        self._learner, self.sampling = learner, learner.sampling
+        self._texts = [row["prompt"] for row in prompts[: learner.args.prompts_per_step]]
+
+    @cached_property
+    def ids(self) -> list[list[int]]:
+        """The prompts of this process."""
+        count = self._learner.args.prompts_per_step // self._learner.accelerator.num_processes
+        return encode(self._learner.forward.policy, self._texts[:count], self.sampling)
+
+    def sample(self, generator: Any) -> Rollout:
+        """Sample a step's completions."""
+        found: Rollout = generator.generate(
+            self.ids, self.sampling, uniforms("probe", self.sampling, range(len(self.ids)))
+        )
+        return found
+
+    @cached_property
+    def rows(self) -> Rollout:
+        """Completions that are differentiated at once."""
+        rollout, size = self.sample(self._learner.generator), self._learner.args.micro_batch_size
+        return rollout.rows(torch.arange(len(rollout.mask), device=rollout.mask.device)[:size])
+
+    @property
+    def shares(self) -> float:
+        """How many times as much is differentiated in a step."""
+        return len(self.ids) * self.sampling.group_size / len(self.rows.mask)
+
+    def gradients(self, layers: CompiledLayers | None) -> tuple[Tensor, list[Tensor]]:
+        """Return log-probabilities [M] and the gradient of their sum."""
+        forward = self._learner.forward
+        with nullcontext() if layers is None else layers.inside():
+            logprobs, found = gradients(forward.policy, forward.model, self.rows)
+        return logprobs[self.rows.mask], found
+
+
+def _compiled_sampling(learner: Learner, work: _Work) -> TransformersGenerator | None:
     """Return a generator that samples by compiled code; None where it is not wanted or does not pay."""
     args, plain = learner.args, learner.generator
     if not isinstance(plain, TransformersGenerator) or args.estimator.needs_values:
         return None
-    asked = args.compile_sampling
-    if asked is False or not (asked or _may_pay(learner)):
+    if not _wanted(args.compile_sampling, learner):
         return None
-    work = _Work(learner, prompts)
     step = CompiledStep(cache_directory() / "compiled")
-    if not (asked or _is_long_enough(learner, work, step)):
-        return None
+    if not args.compile_sampling:
+        padded = len({len(ids) for ids in work.ids}) > 1
+        model: Any = learner.forward.policy.model
+        with using_threads(plain.threads):  # the code is made for a number of threads
+            kept = step.is_kept(model, padded)
+        layers = model.config.get_text_config().num_hidden_layers
+        cost = LOADING if kept else COMPILING + LAYER * layers
+        if not _pays(_seconds(lambda: work.sample(plain)), cost, learner):
+            return None
     fast = replace(plain, step=step)
     work.sample(fast)
-    remark, taken = _judged(work, plain, fast, step, asked=bool(asked))
-    if remark:
-        learner.policy.remarks["compiled sampling"] = remark
+    ways = (lambda: work.sample(plain), lambda: work.sample(fast))
+    taken = _is_taken("compiled sampling", "a step's completions", step, ways, learner, args.compile_sampling)
     return fast if taken else None
 
 
-class _Work:
-    """Sampling as in a step of the run."""
+def _compiled_training(learner: Learner, work: _Work) -> CompiledLayers | None:
+    """Return compiled code for the layers in updates; None where it is not wanted or does not pay."""
+    args = learner.args
+    if not _wanted(args.compile_training, learner):
+        return None
+    layers = CompiledLayers(learner.forward.model, cache_directory() / "compiled")
+    work.rows  # noqa: B018  # sampled with another number of threads
+    with using_threads(args.training_threads):
+        spent = _seconds(lambda: work.gradients(layers)) * work.shares * args.num_iterations
+        missing = [path for path in layers.wanted.values() if path is None or not path.is_file()]
+        cost = LOADING + TRAINING * len(missing)
+        if not (args.compile_training or (layers.wanted and _pays(spent, cost, learner))):
+            return None
+        layers.making = True
+        found = work.gradients(layers)
+        layers.making = False
+        if not layers.failure and not layers.made:
+            layers.failure = "no layer keeps keys and values of all tokens, and nothing else"
+        if not layers.failure:
+            layers.failure = _wrong(found, work.gradients(None))
+        ways = (lambda: work.gradients(None), lambda: work.gradients(layers))
+        taken = _is_taken("compiled training", "a gradient", layers, ways, learner, args.compile_training)
+    return layers if taken else None
 
-    def __init__(self, learner: Learner, prompts: Sequence[Mapping[str, Any]]) -> None:
-        count = learner.args.prompts_per_step // learner.accelerator.num_processes
-        self.sampling = learner.sampling
-        texts = [row["prompt"] for row in prompts[:count]]
-        self.ids = encode(learner.forward.policy, texts, self.sampling)
-        self.draws = uniforms("probe", self.sampling, range(len(texts)))
 
-    def sample(self, generator: TransformersGenerator) -> Rollout:
-        return generator.generate(self.ids, self.sampling, self.draws)
-
-    def seconds(self, generator: TransformersGenerator) -> float:
-        began = time.perf_counter()
-        self.sample(generator)
-        return time.perf_counter() - began
-
-
-def _may_pay(learner: Learner) -> bool:
-    """Whether a measurement makes sense at all: clocks of several processes would disagree."""
+def _wanted(asked: bool | None, learner: Learner) -> bool:
+    """Whether code is asked for, or a measurement makes sense: clocks of several processes would disagree."""
+    if asked is not None:
+        return asked
     alone = learner.accelerator.num_processes == 1 and learner.policy.device.type == "cpu"
-    return alone and learner.policy.size >= SMALL and not learner.args.check
+    args = learner.args
+    return alone and learner.policy.size >= SMALL and args.max_steps >= LEAST and not args.check
 
 
-def _is_long_enough(learner: Learner, work: _Work, step: CompiledStep) -> bool:
-    """Whether the run samples for so long that compiling will be paid back."""
-    plain: Any = learner.generator
-    padded = len({len(ids) for ids in work.ids}) > 1
-    layers = learner.policy.model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr,operator]
-    with using_threads(plain.threads):  # the code is made for a number of threads
-        kept = step.is_kept(learner.forward.policy.model, padded)
-    cost = LOADING if kept else COMPILING + LAYER * layers
-    return SAVED * work.seconds(plain) * learner.args.max_steps >= WORTH * cost
+def _pays(seconds: float, cost: float, learner: Learner) -> bool:
+    """Whether the run computes for so long, with these seconds a step, that compiling will be paid back."""
+    return SAVED * seconds * learner.args.max_steps >= WORTH * cost
 
 
-def _judged(
-    work: _Work, plain: TransformersGenerator, fast: TransformersGenerator, step: CompiledStep, *, asked: bool
-) -> tuple[str, bool]:
-    """Return what there is to say of the compiled code, and whether it is taken."""
-    if step.failure:
-        return (f"none ({step.failure})" if asked else ""), False
+def _wrong(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> str:
+    """Say what is wrong with log-probabilities and gradients; nothing if they are near enough."""
+    (mine, back), (logprobs, gradient) = found, expected
+    sizes = [
+        sum(float(x.double().square().sum()) for x in xs) for xs in ((logprobs - logprobs.mean(),), gradient)
+    ]
+    apart = [float((mine - logprobs).double().square().sum())]
+    apart += [sum(float((x - y).double().square().sum()) for x, y in zip(back, gradient, strict=True))]
+    for name, far, size in zip(("log-probabilities", "gradients"), apart, sizes, strict=True):
+        off = (far / max(size, 1e-30)) ** 0.5
+        if not off <= TOLERANCES.get(gradient[0].dtype, COARSE):
+            return f"its {name} are off by {off:.2g} of their size"
+    return ""
+
+
+def _is_taken(
+    name: str,
+    what: str,
+    code: CompiledStep | CompiledLayers,
+    ways: tuple[Callable[[], object], Callable[[], object]],
+    learner: Learner,
+    asked: bool | None,
+) -> bool:
+    """Return whether compiled code is taken, and say why in `policy.remarks`.
+
+    Args:
+        name: of the remark.
+        what: is timed.
+        code: the compiled code.
+        ways: the work as it is, and by the code.
+        learner: the learner.
+        asked: whether it was asked for.
+    """
+    if code.failure:
+        if asked:
+            learner.policy.remarks[name] = f"none ({code.failure})"
+        return False
     if asked:
-        return "as set", True
-    pairs = [(work.seconds(plain), work.seconds(fast)) for _ in range(ROUNDS)]
+        learner.policy.remarks[name] = "as set"
+        return True
+    pairs = [[_seconds(way) for way in ways] for _ in range(ROUNDS)]
     slow, quick = (min(times) for times in zip(*pairs, strict=True))
-    found = f"measured: a step's completions in {quick:.2g} s, {slow:.2g} s as they are; ready after"
-    found += f" {step.seconds:.2g} s"
-    return found, slow >= MARGIN * quick
+    found = f"measured: {what} in {quick:.2g} s, {slow:.2g} s without it; ready after {code.seconds:.2g} s"
+    learner.policy.remarks[name] = found
+    return slow >= MARGIN * quick
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began

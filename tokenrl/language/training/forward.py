@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.layers import CompiledLayers
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.arguments import TrainSettings
@@ -54,6 +56,7 @@ class Forward:
         half: the bfloat16 copy that both belong to; None in float32.
         attention: the attention of updates.
         why: in words, where this comes from; empty if all is as usual.
+        layers: compiled code for the layers of `model` in updates; None for the model as it is.
     """
 
     policy: Policy
@@ -61,6 +64,7 @@ class Forward:
     half: HalfCopy | None = None
     attention: Attention = "as_loaded"
     why: str = ""
+    layers: CompiledLayers | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -74,6 +78,10 @@ class Forward:
             return ""
         numbers = "bfloat16 (weights float32)" if self.half else "float32"
         return f"{numbers}, {self.attention.replace('_', ' ')} attention in updates ({self.why})"
+
+    def in_updates(self) -> AbstractContextManager[None]:
+        """Compute the layers by compiled code inside the block, if there is some."""
+        return contextlib.nullcontext() if self.layers is None else self.layers.inside()
 
     def refresh(self) -> None:
         """Compute with the weights that an update has left."""
@@ -196,9 +204,15 @@ def differentiate(policy: Policy, model: nn.Module, rollout: Rollout) -> Tensor:
     Returns:
         The log-probabilities [N, T].
     """
+    return gradients(policy, model, rollout)[0]
+
+
+def gradients(policy: Policy, model: nn.Module, rollout: Rollout) -> tuple[Tensor, list[Tensor]]:
+    """Do what `differentiate` does; return the gradients of the trainable parameters too."""
     logprobs = score(model, rollout, **policy.ways).logprobs
-    torch.autograd.grad(logprobs.sum(), policy.trainable_parameters(), allow_unused=True)
-    return logprobs.detach()
+    parameters = policy.trainable_parameters()
+    found = torch.autograd.grad(logprobs.sum(), parameters, allow_unused=True, materialize_grads=True)
+    return logprobs.detach(), list(found)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -15,7 +15,6 @@ from tokenrl.core.rows import keep
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.rollout import Rollout
-from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.batch import Batch
 from tokenrl.language.training.collect import (
     Deal,
@@ -90,7 +89,7 @@ def training_step(
     history = []
     for update in updates(learner, batch, step):
         for part in update.parts():
-            scores = score(learner.model, part.rollout, entropy=estimator.needs_entropy, **learner.scoring)
+            scores = learner.scores(part.rollout)
             loss = estimator.loss(
                 scores.logprobs, part.advantages, part.weights, part.rollout.mask, **part.inputs(scores)
             )

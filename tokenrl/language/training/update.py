@@ -22,7 +22,9 @@ from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.generator import Generator
+from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.scoring import Scores, score
 from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.language.training.batch import Batch, Part
 from tokenrl.language.training.critic import Critic
@@ -117,6 +119,11 @@ class Learner:
     def scoring(self) -> dict[str, Any]:
         """Keyword arguments of `score`: completions are scored at the temperature of sampling."""
         return {"temperature": self.args.temperature, **self.forward.policy.ways}
+
+    def scores(self, rollout: Rollout) -> Scores:
+        """Score completions with a gradient."""
+        with self.forward.in_updates():
+            return score(self.model, rollout, entropy=self.estimator.needs_entropy, **self.scoring)
 
 
 @dataclass
@@ -224,9 +231,8 @@ class Update:
     def _lengths(self) -> Lengths:
         """Return what the rows of the step cost."""
         rows, policy = self.batch.rows, self.learner.forward.policy
-        kind = "gpu"
-        if policy.device.type == "cpu":
-            kind = "small" if policy.size < SMALL else "large"
+        on_cpu = "small" if policy.size < SMALL else "large"
+        kind = on_cpu if policy.device.type == "cpu" else "gpu"
         prompt = int(rows.prompt_length.max()) if policy.share_prompt else 0
         return Lengths(rows.mask.sum(dim=1), prompt, self.learner.sampling.group_size, FIXED[kind])
 

@@ -21,7 +21,10 @@ from tokenrl.runs.signals import SIGNALS
 ONE_THREAD = {"sampling_threads": 1, "training_threads": 1}
 """Runs take place beside each other, so each computes with one thread. It also makes them repeatable: with
 more threads sums are rounded in another order."""
-UNMEASURED = {"mixed_precision": "no", "training_attention": "as_loaded", "compile_sampling": False}
+UNMEASURED = {
+    **{"mixed_precision": "no", "training_attention": "as_loaded"},
+    **{"compile_sampling": False, "compile_training": False},
+}
 """What `tokenrl train` would choose by a measurement, which could differ between the arms of a comparison."""
 
 
