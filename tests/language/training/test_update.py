@@ -112,12 +112,12 @@ def test_one_plain_sgd_step_goes_up_the_reward():
 
 
 def test_rows_of_zero_advantage_are_skipped_but_counted(monkeypatch):
-    from tokenrl.language.training import step as step_module
+    from tokenrl.language.training import update as update_module
 
     scored = []
-    real = step_module.score
+    real = update_module.score
     monkeypatch.setattr(
-        step_module,
+        update_module,
         "score",
         lambda model, part, **kw: scored.append(len(part.mask)) or real(model, part, **kw),
     )

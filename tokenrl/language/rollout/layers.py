@@ -7,6 +7,7 @@ before and after the layers is the model's own, such as masks and positions.
 from __future__ import annotations
 
 import inspect
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tokenrl.errors import describe
 from tokenrl.language.rollout.ahead import code_for, file_of
@@ -69,7 +69,7 @@ class CompiledLayers:
 
     Attributes:
         making: whether code is loaded or made where it is missing.
-        wanted: files of the code that was missing while none was made; None for what cannot be kept.
+        wanted: files of the code that was missing before any was made; None for what cannot be kept.
         seconds: how long it took so far to make or load code.
         failure: in words, why layers are computed as they are; empty if they need not be.
     """
@@ -82,6 +82,8 @@ class CompiledLayers:
             directory: where code is kept between runs; None to keep none. Code is run, so nobody else may be
                 able to write there.
         """
+        from transformers.modeling_layers import GradientCheckpointingLayer  # takes a second to import
+
         self.making = False
         self.wanted: dict[Any, Path | None] = {}
         self.seconds = 0.0
@@ -89,7 +91,7 @@ class CompiledLayers:
         self._codes: dict[Any, Any] = {}
         self._layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self.failure = _unfit(self._layers)
-        self._builds = [_build(layer) for layer in self._layers]
+        self._builds = [sys.intern(_build(layer)) for layer in self._layers]
 
     @property
     def made(self) -> int:
@@ -132,6 +134,8 @@ class CompiledLayers:
         """Return the code for arguments of a kind, which may have to be made."""
         if kind in self._codes:
             return self._codes[kind]
+        if not self.making and (self._codes or kind in self.wanted):
+            return None
         path = file_of(self._directory, self._model, inputs[0], (__name__,), kind=repr(kind))
         if not self.making:
             self.wanted[kind] = path
