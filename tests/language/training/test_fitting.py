@@ -11,6 +11,7 @@ from families import family_policy
 from tiny_models import ARCHITECTURES, PROMPTS, make_learner, make_policy
 
 import tokenrl
+from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
 from tokenrl.language.rollout.head import LOGITS
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training import fitting
@@ -105,6 +106,16 @@ def test_sampling_takes_no_more_than_is_said(architecture):
     assert 0.3 * said < found < 1.3 * said
     if architecture == "llama":  # keys and values of 12 tokens in 2 layers, 2 heads of 8 numbers of 4 bytes
         assert cost.row == 2 * 12 * 2 * 2 * 8 * 4 + fitting.DRAWN * 96
+
+
+def test_recomputed_activations_are_left_out_and_change_no_cost_of_sampling():
+    learner = make_learner(make_policy())
+    kept, cache = update_cost(learner, 6), sampling_cost(learner, 6)
+    enable_gradient_checkpointing(learner.policy)
+    assert learner.policy.model.training
+    assert sampling_cost(learner, 6) == cache
+    assert update_cost(learner, 6).row < kept.row
+    assert learner.policy.model.training
 
 
 def test_a_bfloat16_copy_has_a_gradient_too():

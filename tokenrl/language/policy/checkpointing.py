@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from torch import nn
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.model import Policy
@@ -29,3 +33,14 @@ def enable_gradient_checkpointing(policy: Policy) -> None:
     model.enable_input_require_grads()
     model.train()  # transformers checkpoints only in training mode; every dropout rate is zero
     policy.share_prompt = False
+
+
+@contextmanager
+def with_cache(model: nn.Module) -> Iterator[None]:
+    """Let a model keep a key/value cache inside the block, even if it recomputes activations in training."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import Stopped
+from tokenrl.language.policy.checkpointing import with_cache
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.compiled import CompiledStep
@@ -86,14 +87,8 @@ class TransformersGenerator:
         Raises:
             Stopped: the model's logits are not finite.
         """
-        model = self.policy.model
-        training = model.training
-        model.eval()
-        try:
-            with using_threads(self.threads):
-                return self._in_slices(prompt_ids, sampling, draws)
-        finally:
-            model.train(training)
+        with with_cache(self.policy.model), using_threads(self.threads):
+            return self._in_slices(prompt_ids, sampling, draws)
 
     def _in_slices(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None

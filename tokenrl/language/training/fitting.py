@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokenrl.errors import Refused
+from tokenrl.language.policy.checkpointing import with_cache
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import LOGITS
@@ -137,7 +138,8 @@ def sampling_cost(learner: Learner, width: int) -> Cost:
     """
     policy, length = learner.forward.policy, _length(learner, width)
     ids, held = make_up(policy, 1, 1, width, length).prompt_ids, []
-    group = most_bytes(lambda: held.append(policy.model(ids, use_cache=True, logits_to_keep=1)))
+    with with_cache(policy.model):
+        group = most_bytes(lambda: held.append(policy.model(ids, use_cache=True, logits_to_keep=1)))
     layers = getattr(Cache.of(held[0]).held, "layers", [])
     cached = sum(x.nbytes for x in tree_leaves([vars(layer) for layer in layers]) if isinstance(x, Tensor))
     row = (width + length) * cached // width + DRAWN * held[0].logits.shape[-1]
