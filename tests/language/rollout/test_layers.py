@@ -123,6 +123,20 @@ def test_nothing_is_made_unless_it_is_asked_for(codes, tmp_path):
     assert [code.calls for code in codes] == [count + 2 for count in calls]
 
 
+def test_nothing_is_made_without_a_gradient(codes):
+    policy = make_policy()
+    layers = CompiledLayers(policy.model)
+    layers.making = True
+    with torch.no_grad(), layers.inside():
+        score(policy.model, rollout_of(policy))
+    assert codes == []
+    assert_same(policy, layers, rollout_of(policy), 0)
+    before = [code.calls for code in codes]
+    with torch.no_grad(), layers.inside():  # but it is used
+        score(policy.model, rollout_of(policy))
+    assert [code.calls for code in codes] == [2 + count for count in before] and len(codes) == 2
+
+
 def test_code_that_does_not_hold_is_left(codes):
     policy = make_policy()
     layers = CompiledLayers(policy.model)

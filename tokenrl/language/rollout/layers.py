@@ -118,7 +118,7 @@ class CompiledLayers:
         keys = values = None
         if isinstance(held, DynamicLayer) and held.is_initialized:
             keys, values = held.keys, held.values
-        kind = (self._builds[place], name, keys is None, _form(arguments))
+        kind = (self._builds[place], name, _form((keys, values, arguments)))
         inputs = (layer, arguments, name, keys, values)
         code = None if name is not None and type(held) is not DynamicLayer else self._code(kind, inputs)
         if code is None or not code.guard_check(*inputs):
@@ -135,6 +135,8 @@ class CompiledLayers:
         if kind in self._codes:
             return self._codes[kind]
         if not self.making and (self._codes or kind in self.wanted):
+            return None
+        if not torch.is_grad_enabled():  # code that is made now would have no backward pass
             return None
         path = file_of(self._directory, self._model, inputs[0], (__name__,), kind=repr(kind))
         if not self.making:
