@@ -74,9 +74,10 @@ class Comparison:
     tokenrl: list[tuple[float, float] | None] = field(default_factory=list)
 
 
-def run(asked: dict[str, Any]) -> dict[str, Any] | None:
-    """Measure in a new process; None if that failed, which is told on stderr."""
-    done = subprocess.run([sys.executable, str(CHILD), json.dumps(asked)], capture_output=True, text=True)
+def run(asked: dict[str, Any], *program: str) -> dict[str, Any] | None:
+    """Measure in a new process, of `CHILD` or another; None if that failed, which is told on stderr."""
+    command = [sys.executable, *(program or [str(CHILD)]), json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return dict(json.loads(done.stdout.splitlines()[-1]))
     killed = "It was killed, perhaps for want of memory." if done.returncode < 0 else ""

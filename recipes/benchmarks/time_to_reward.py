@@ -27,13 +27,12 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
 
-from step_against_trl import option
+from step_against_trl import option, run
 
 TASKS = {"sort_digits": 0.95, "reverse_text": 0.85}
 """Tasks, and the held-out reward of greedy completions that is to be reached."""
@@ -163,14 +162,12 @@ def train_trl(watch: Watch, folder: str) -> None:
     trainer.train()
 
 
-def run(asked: dict[str, Any]) -> list[tuple[int, float, float]] | None:
+def race(asked: dict[str, Any]) -> list[tuple[int, float, float]] | None:
     """Train in a new process, and return its history; None if it failed, which is told on stderr."""
-    command = [sys.executable, __file__, "--child", json.dumps(asked | {"started": time.time()})]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode or not done.stdout:
-        print(f"  failed: {json.dumps(asked)}\n{done.stderr[-1500:]}", file=sys.stderr, flush=True)
+    found = run(asked | {"started": time.time()}, __file__, "--child")
+    if found is None:
         return None
-    history: list[tuple[int, float, float]] = json.loads(done.stdout.splitlines()[-1])["history"]
+    history: list[tuple[int, float, float]] = found["history"]
     step, seconds, _ = history[-1]
     words = f"{asked['who']}, {asked['task']}, seed {asked['seed']}: {history[0][2]:.3f} at first, "
     print(f"  {words}{level(history):.3f} after {step} steps, {seconds:.1f} s", file=sys.stderr, flush=True)
@@ -192,7 +189,7 @@ def compare(name: str, args: argparse.Namespace) -> str:
         "options": dict(args.tokenrl),
     }
     found = [
-        {who: run(asked | {"who": who, "seed": seed}) for who in ("trl", "tokenrl")}
+        {who: race(asked | {"who": who, "seed": seed}) for who in ("trl", "tokenrl")}
         for seed in range(args.seeds)
     ]
     return table_row(name, target, found)

@@ -48,7 +48,7 @@ def settled(monkeypatch, tmp_path):
         monkeypatch.setattr(compiling, "CompiledStep", kind)
         monkeypatch.setattr(compiling, "SMALL", small)
         times = itertools.cycle(seconds)
-        monkeypatch.setattr(compiling, "_seconds", clock or (lambda _: next(times)))
+        monkeypatch.setattr(compiling, "seconds_of", clock or (lambda _: next(times)))
         learner = make_learner(make_policy(), estimator, **{"compile_training": False} | options)
         if processes > 1:
             learner.accelerator = type("Several", (), {"num_processes": processes})()

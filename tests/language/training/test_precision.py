@@ -176,7 +176,7 @@ def chosen(monkeypatch, seconds, **options):
         work()
         return next(times)
 
-    monkeypatch.setattr(forward, "_seconds", timed)
+    monkeypatch.setattr(forward, "seconds_of", timed)
     policy = make_policy()
     learner = make_learner(policy, "rloo", **options)
     assert all(p.grad is None for p in policy.model.parameters())
@@ -231,7 +231,7 @@ def test_a_model_without_eager_attention_is_refused():
 
 
 def test_small_models_are_not_measured(monkeypatch):
-    monkeypatch.setattr(forward, "_seconds", lambda work: pytest.fail("measured"))
+    monkeypatch.setattr(forward, "seconds_of", lambda work: pytest.fail("measured"))
     learner = make_learner(make_policy(), "rloo")
     assert (learner.args.mixed_precision, learner.args.training_attention) == ("no", "as_loaded")
     assert "forward passes" not in learner.policy.remarks
@@ -240,7 +240,7 @@ def test_small_models_are_not_measured(monkeypatch):
 def test_a_continuation_computes_as_the_run_did(tmp_path, monkeypatch):
     run(tmp_path / "run", mixed_precision="bf16", training_attention="eager", save_every=1, max_steps=1)
     monkeypatch.setattr(forward, "SMALL", 0)
-    monkeypatch.setattr(forward, "_seconds", lambda work: pytest.fail("measured again"))
+    monkeypatch.setattr(forward, "seconds_of", lambda work: pytest.fail("measured again"))
     result = run(tmp_path / "run", resume="auto", max_steps=2)
     assert result.steps == 2
     config = json.loads((tmp_path / "run" / "config.json").read_text())

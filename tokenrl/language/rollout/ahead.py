@@ -14,12 +14,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import nn
 
-from tokenrl.errors import TokenrlError
+from tokenrl.errors import TokenrlError, describe
 from tokenrl.runs.directory import versions
 from tokenrl.runs.files import replacing
 from tokenrl.runs.resume import processor
@@ -72,6 +73,17 @@ def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
             function, fullgraph=True, dynamic=True, options={"guard_filter_fn": _of_sizes}
         )
         return whole.aot_compile((arguments, {}))
+
+
+def failure_of(error: Exception) -> str:
+    """Say in a line why there is no code: a compiler may be missing, or fail in any way.
+
+    Raises:
+        torch.OutOfMemoryError: that is the error; it has nothing to do with compiling.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    return shorten(describe(error), 140, placeholder=" ...")
 
 
 def file_of(

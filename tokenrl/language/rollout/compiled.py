@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenrl.errors import describe
-from tokenrl.language.rollout.ahead import COARSE, TOLERANCES, code_for, file_of
+from tokenrl.language.rollout.ahead import COARSE, TOLERANCES, code_for, failure_of, file_of
 from tokenrl.language.rollout.cache import Cache
 
 
@@ -84,10 +82,8 @@ class CompiledStep:
             path = self._path(model, padded)
             code = code_for(logits_after, (model, token, arguments), path, _mark_sizes)
             found = code(model, token, arguments)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # of a compiler, which may be missing or fail in any way
-            self.failure, code = shorten(describe(error), 140, placeholder=" ..."), None
+        except Exception as error:  # of any kind
+            self.failure, code = failure_of(error), None
         cache.forget(cache.held.get_seq_length() - length)
         expected = logits_after(model, token, arguments)
         if found is not None:

@@ -13,15 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from tokenrl.errors import describe
-from tokenrl.language.rollout.ahead import code_for, file_of
+from tokenrl.language.rollout.ahead import code_for, failure_of, file_of
 
 
 class Kept:
@@ -100,7 +98,7 @@ class CompiledLayers:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Compute the layers by compiled code inside the block, which is for passes with a gradient."""
+        """Compute the layers by compiled code inside the block; it is made under a gradient only."""
         layers = [] if self.failure else self._layers
         try:
             for place, layer in enumerate(layers):
@@ -134,9 +132,8 @@ class CompiledLayers:
         """Return the code for arguments of a kind, which may have to be made."""
         if kind in self._codes:
             return self._codes[kind]
-        if not self.making and (self._codes or kind in self.wanted):
-            return None
-        if not torch.is_grad_enabled():  # code that is made now would have no backward pass
+        # Code that is made where no gradient is kept would have no backward pass.
+        if not torch.is_grad_enabled() or (not self.making and (self._codes or kind in self.wanted)):
             return None
         path = file_of(self._directory, self._model, inputs[0], (__name__,), kind=repr(kind))
         if not self.making:
@@ -146,10 +143,8 @@ class CompiledLayers:
         compute = vars(inputs[0]).pop("forward")  # else all of this would be kept with the code
         try:
             code = code_for(layer_pass, _example(*inputs), path, _mark_sizes)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # of a compiler, which may be missing or fail in any way
-            self.failure = shorten(describe(error), 140, placeholder=" ...")
+        except Exception as error:  # of any kind
+            self.failure = failure_of(error)
         inputs[0].forward = compute
         self.seconds += time.perf_counter() - began
         self._codes[kind] = code

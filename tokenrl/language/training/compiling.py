@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -20,7 +19,7 @@ from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.training.cache import cache_directory
-from tokenrl.language.training.forward import gradients
+from tokenrl.language.training.forward import gradients, seconds_of
 from tokenrl.language.training.update import Learner
 from tokenrl.runs.threads import SMALL, using_threads
 
@@ -73,6 +72,7 @@ class _Work:
     def __init__(self, learner: Learner, prompts: Sequence[Mapping[str, Any]]) -> None:
         self._learner, self.sampling = learner, learner.sampling
         self._texts = [row["prompt"] for row in prompts[: learner.args.prompts_per_step]]
+        self._sampled: Rollout | None = None
 
     @cached_property
     def ids(self) -> list[list[int]]:
@@ -82,15 +82,16 @@ class _Work:
 
     def sample(self, generator: Any) -> Rollout:
         """Sample a step's completions."""
-        found: Rollout = generator.generate(
-            self.ids, self.sampling, uniforms("probe", self.sampling, range(len(self.ids)))
-        )
+        draws = uniforms("probe", self.sampling, range(len(self.ids)))
+        found: Rollout = generator.generate(self.ids, self.sampling, draws)
+        self._sampled = found
         return found
 
     @cached_property
     def rows(self) -> Rollout:
         """Completions that are differentiated at once."""
-        rollout, size = self.sample(self._learner.generator), self._learner.args.micro_batch_size
+        rollout = self._sampled or self.sample(self._learner.generator)
+        size = self._learner.args.micro_batch_size
         return rollout.rows(torch.arange(len(rollout.mask), device=rollout.mask.device)[:size])
 
     @property
@@ -121,7 +122,7 @@ def _compiled_sampling(learner: Learner, work: _Work) -> TransformersGenerator |
             kept = step.is_kept(model, padded)
         layers = model.config.get_text_config().num_hidden_layers
         cost = LOADING if kept else COMPILING + LAYER * layers
-        if not _pays(_seconds(lambda: work.sample(plain)), cost, learner):
+        if not _pays(seconds_of(lambda: work.sample(plain)), cost, learner):
             return None
     fast = replace(plain, step=step)
     work.sample(fast)
@@ -136,9 +137,9 @@ def _compiled_training(learner: Learner, work: _Work) -> CompiledLayers | None:
     if not _wanted(args.compile_training, learner):
         return None
     layers = CompiledLayers(learner.forward.model, cache_directory() / "compiled")
-    work.rows  # noqa: B018  # sampled with another number of threads
+    times = work.shares * args.num_iterations
     with using_threads(args.training_threads):
-        spent = _seconds(lambda: work.gradients(layers)) * work.shares * args.num_iterations
+        spent = times * seconds_of(lambda: work.gradients(layers))
         missing = [path for path in layers.wanted.values() if path is None or not path.is_file()]
         cost = LOADING + TRAINING * len(missing)
         if not (args.compile_training or (layers.wanted and _pays(spent, cost, learner))):
@@ -172,16 +173,17 @@ def _pays(seconds: float, cost: float, learner: Learner) -> bool:
 def _wrong(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> str:
     """Say what is wrong with log-probabilities and gradients; nothing if they are near enough."""
     (mine, back), (logprobs, gradient) = found, expected
-    sizes = [
-        sum(float(x.double().square().sum()) for x in xs) for xs in ((logprobs - logprobs.mean(),), gradient)
-    ]
-    apart = [float((mine - logprobs).double().square().sum())]
-    apart += [sum(float((x - y).double().square().sum()) for x, y in zip(back, gradient, strict=True))]
-    for name, far, size in zip(("log-probabilities", "gradients"), apart, sizes, strict=True):
-        off = (far / max(size, 1e-30)) ** 0.5
-        if not off <= TOLERANCES.get(gradient[0].dtype, COARSE):
-            return f"its {name} are off by {off:.2g} of their size"
-    return ""
+    limit = TOLERANCES.get(gradient[0].dtype, COARSE)
+    off = (_squares([mine - logprobs]) / max(_squares([logprobs - logprobs.mean()]), 1e-30)) ** 0.5
+    if not off <= limit:
+        return f"its log-probabilities are off by {off:.2g} of their size"
+    apart = _squares(x - y for x, y in zip(back, gradient, strict=True))
+    off = (apart / max(_squares(gradient), 1e-30)) ** 0.5
+    return "" if off <= limit else f"its gradients are off by {off:.2g} of their size"
+
+
+def _squares(tensors: Iterable[Tensor]) -> float:
+    return sum(float(x.double().square().sum()) for x in tensors)
 
 
 def _is_taken(
@@ -209,14 +211,8 @@ def _is_taken(
     if asked:
         learner.policy.remarks[name] = "as set"
         return True
-    pairs = [[_seconds(way) for way in ways] for _ in range(ROUNDS)]
+    pairs = [[seconds_of(way) for way in ways] for _ in range(ROUNDS)]
     slow, quick = (min(times) for times in zip(*pairs, strict=True))
     found = f"measured: {what} in {quick:.2g} s, {slow:.2g} s without it; ready after {code.seconds:.2g} s"
     learner.policy.remarks[name] = found
     return slow >= MARGIN * quick
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began

@@ -147,7 +147,7 @@ def _fastest(
     best = [float("inf")] * len(ways)
     for _ in range(ROUNDS):
         for i, way in enumerate(ways):
-            best[i] = min(best[i], _seconds(partial(differentiate, way.policy, way.model, rollout)))
+            best[i] = min(best[i], seconds_of(partial(differentiate, way.policy, way.model, rollout)))
         if sum(best) > ENOUGH:
             break
     chosen = min(range(len(ways)), key=best.__getitem__)
@@ -211,11 +211,12 @@ def gradients(policy: Policy, model: nn.Module, rollout: Rollout) -> tuple[Tenso
     """Do what `differentiate` does; return the gradients of the trainable parameters too."""
     logprobs = score(model, rollout, **policy.ways).logprobs
     parameters = policy.trainable_parameters()
-    found = torch.autograd.grad(logprobs.sum(), parameters, allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(logprobs.sum(), parameters, materialize_grads=True)
     return logprobs.detach(), list(found)
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
+    """Do some work, and return the seconds that it took."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
