@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from families import FAMILIES, family_policy
@@ -12,6 +14,7 @@ from tokenrl.language.rollout import ahead, compiled
 from tokenrl.language.rollout.compiled import CompiledStep
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.runs.threads import using_threads
 
 PADDED = [[5, 9, 13, 21, 33], [40, 7], [3, 4, 5]]
 EVEN = [[5, 9, 13], [40, 7, 8], [3, 4, 5]]
@@ -55,7 +58,7 @@ def made(tmp_path_factory):
     directory = tmp_path_factory.mktemp("compiled")
     step = CompiledStep(directory)
     sampled(policy, step)
-    assert step.failure == "" and step.seconds > 0 and len(list(directory.iterdir())) == 1
+    assert step.failure == "" and step.seconds > 0 and len(list(directory.glob("*.bin"))) == 1
     return policy, directory, step
 
 
@@ -65,7 +68,8 @@ def test_code_gives_what_the_model_gives_on_other_sizes_and_weights(made, by_the
     for options in ({}, {"length": 14, "group": 5}, {"prompts": [[1] * 9, [2, 3, 4]], "group": 2}):
         assert_same(policy, step, **options)
     assert not [n for n in by_the_model if n > 1]  # those of a single row are left to the model
-    rollout = assert_same(policy, step, length=14, group=5)
+    with using_threads(1 + torch.get_num_threads() % 2):  # the code is for any number
+        rollout = assert_same(policy, step, length=14, group=5)
     assert len(set(rollout.mask.sum(1).tolist())) > 3  # rows left the batch
     before = [p.clone() for p in policy.model.parameters()]
     with torch.no_grad():
@@ -79,30 +83,49 @@ def test_code_gives_what_the_model_gives_on_other_sizes_and_weights(made, by_the
 
 
 @pytest.mark.slow
-def test_kept_code_is_loaded_and_made_again_where_it_is_damaged(made, by_the_model, monkeypatch):
+def test_kept_code_is_loaded_and_made_again_where_it_is_damaged(made, by_the_model, monkeypatch, tmp_path):
     policy, directory, _ = made
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # as after a restart
     step = CompiledStep(directory)
     assert step.is_kept(policy.model, padded=True) and not step.is_kept(policy.model, padded=False)
     monkeypatch.setattr(ahead, "compiled", None)  # cannot be called
     assert_same(policy, step)
     assert step.failure == "" and len([n for n in by_the_model if n > 1]) == 1  # what it is compared with
-    (path,) = directory.iterdir()
+    assert list(tmp_path.iterdir()) == [] and os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+    (path,) = directory.glob("*.bin")
     path.write_bytes(path.read_bytes()[:1000])
     again = CompiledStep(directory)
     assert_same(policy, again)
     assert again.failure == "TypeError: 'NoneType' object is not callable"
 
 
-def test_the_name_of_kept_code_says_what_it_depends_on(tmp_path):
+def test_libraries_are_kept_beside_the_code_that_loads_them(tmp_path, monkeypatch):
+    seen = []
+
+    def made(*_, **__):
+        seen.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        return Wrong(0.0)
+
+    elsewhere = str(tmp_path / "elsewhere")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", elsewhere)
+    monkeypatch.setattr(ahead, "compiled", made)
+    for directory in (tmp_path, None):
+        sampled(make_policy(), CompiledStep(directory))
+    assert seen == [str(tmp_path / "kernels"), elsewhere]
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == elsewhere
+
+
+def test_the_name_of_kept_code_says_what_it_depends_on(tmp_path, monkeypatch):
     policy, step = make_policy(num_hidden_layers=1), CompiledStep(tmp_path)
     paths = {step._path(policy.model, padded=padded) for padded in (True, False)}
     paths |= {step._path(make_policy(**options).model, padded=True) for options in ({"hidden_size": 64},)}
     for change in ({"dtype": "bfloat16"}, {"architecture": "qwen2"}):
         paths.add(step._path(make_policy(**change).model, padded=True))
-    before = torch.get_num_threads()
-    torch.set_num_threads(before + 1)
-    paths.add(step._path(policy.model, padded=True))
-    torch.set_num_threads(before)
+    with using_threads(torch.get_num_threads() + 1):  # the code is for any number
+        assert step._path(policy.model, padded=True) in paths
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(ahead.os, "cpu_count", lambda: 77)
+        paths.add(step._path(policy.model, padded=True))
     adapted = make_policy()
     add_lora(adapted, r=2)
     paths.add(step._path(adapted.model, padded=True))
@@ -134,7 +157,7 @@ class Wrong:
 
 @pytest.mark.parametrize(("off", "wrong"), [(0.0, False), (5e-4, False), (2e-3, True), (torch.nan, True)])
 def test_wrong_code_is_not_taken(off, wrong, monkeypatch):
-    monkeypatch.setattr(ahead, "compiled", lambda *_: Wrong(off))
+    monkeypatch.setattr(ahead, "compiled", lambda *_, **__: Wrong(off))
     policy, step = make_policy(), CompiledStep()
     rollout, expected = sampled(policy, step), sampled(policy)
     assert bool(step.failure) == wrong
@@ -145,7 +168,7 @@ def test_wrong_code_is_not_taken(off, wrong, monkeypatch):
 
 
 def test_a_compiler_that_fails_leaves_the_sampling_as_it_is(monkeypatch):
-    def fail(function, arguments):
+    def fail(function, arguments, **_):
         function(*arguments)
         raise RuntimeError("no C++ compiler")
 

@@ -13,6 +13,7 @@ from tiny_models import PROMPTS, make_learner, make_policy, make_task
 import tokenrl
 from tokenrl.language.training import compiling
 from tokenrl.language.training.compiling import _wrong, settle_compilation
+from tokenrl.runs.threads import Choice
 
 ROWS = [{"prompt": p} for p in PROMPTS]
 
@@ -42,7 +43,18 @@ def settled(monkeypatch, tmp_path):
     """Settle, with a clock that says that sampling takes these seconds, in turn."""
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path))
 
-    def settle(seconds, *, small=0, estimator="rloo", step=None, processes=1, clock=None, **options):
+    def settle(
+        seconds,
+        *,
+        small=0,
+        estimator="rloo",
+        step=None,
+        processes=1,
+        clock=None,
+        threads=(),
+        again=None,
+        **options,
+    ):
         attributes = {"made": [], **(step or {})}
         kind = type("Made", (Step,), attributes)
         monkeypatch.setattr(compiling, "CompiledStep", kind)
@@ -52,7 +64,9 @@ def settled(monkeypatch, tmp_path):
         learner = make_learner(make_policy(), estimator, **{"compile_training": False} | options)
         if processes > 1:
             learner.accelerator = type("Several", (), {"num_processes": processes})()
-        settle_compilation(learner, ROWS)
+        monkeypatch.setattr(compiling, "choose_threads", again)
+        found = settle_compilation(learner, ROWS, dict(threads))
+        assert found.keys() == dict(threads).keys()
         assert bool(kind.made) or not hasattr(learner.generator, "step") or learner.generator.step is None
         assert (learner.generator.step is not None) == learner.args.compile_sampling
         return learner, kind.made
@@ -217,6 +231,31 @@ def test_gradients_are_compared_too():
     assert _wrong((logprobs, same), (logprobs, gradient)) == "its gradients are off by 0.002 of their size"
 
 
+@pytest.mark.parametrize(
+    ("before", "again"),
+    [
+        (Choice(1, "measured: both", True), {"sampling", "training"}),
+        (Choice(2, "measured: both", True), set()),  # there are no more
+        (Choice(1, "as set"), set()),
+    ],
+)
+def test_threads_are_measured_again_for_compiled_code(before, again, trained, monkeypatch):
+    measured, chosen = [], Choice(2, "measured: 2 ms with 1, 1 ms with 2", True)
+
+    def choose(work, parameters):
+        assert parameters == size
+        measured.append(work())  # samples, or computes a gradient
+        return chosen
+
+    size = make_policy().size
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    options = {"compile_sampling": True, "compile_training": True, "again": choose}
+    learner, _ = trained([1.0], threads={"sampling": before, "training": before}, **options)
+    expected = {f"{stage}_threads": 2 if stage in again else None for stage in ("sampling", "training")}
+    assert {name: getattr(learner.args, name) for name in expected} == expected
+    assert learner.generator.threads == (2 if again else None) and len(measured) == len(again)
+
+
 @pytest.mark.slow
 def test_a_run_with_compiled_updates_learns_what_another_does(tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
@@ -234,7 +273,7 @@ def test_a_run_with_compiled_updates_learns_what_another_does(tmp_path, monkeypa
         lines = (tmp_path / str(asked) / "metrics.jsonl").read_text().splitlines()
         metrics[asked] = [json.loads(line) for line in lines]
     assert json.loads((tmp_path / "True" / "config.json").read_text())["compile_training"] is True
-    assert len(list((tmp_path / "cache" / "compiled").iterdir())) == 2
+    assert len(list((tmp_path / "cache" / "compiled").glob("*.bin"))) == 2
     for mine, other in zip(metrics[True], metrics[False], strict=True):
         assert mine["reward"] == other["reward"] if "reward" in other else mine.keys() == other.keys()
         if "grad_norm" in other:
@@ -264,7 +303,7 @@ def test_a_run_repeats_what_it_has_compiled_and_samples_what_another_does(tmp_pa
         return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
     plain, fast = (run(str(asked), 4, compile_sampling=asked) for asked in (False, True))
-    assert len(list((tmp_path / "cache" / "compiled").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "compiled").glob("*.bin"))) == 1
     for mine, other in zip(lines("False"), lines("True"), strict=True):
         assert mine["step"] == other["step"] and mine.get("reward") == other.get("reward")
     for a, b in zip(plain.policy.model.parameters(), fast.policy.model.parameters(), strict=True):

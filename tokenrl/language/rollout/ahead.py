@@ -10,9 +10,10 @@ import contextlib
 import hashlib
 import inspect
 import json
+import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -29,6 +30,8 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 """By precision: the largest difference from the model's own logits, in their standard deviations."""
 COARSE = 0.12
 """The same for other precisions."""
+KERNELS = "kernels"
+"""Where the compiler's libraries are kept, beside the code that loads them."""
 
 
 def code_for(
@@ -36,6 +39,7 @@ def code_for(
     arguments: tuple[Any, ...],
     path: Path | None,
     mark: Callable[..., None],
+    **options: Any,
 ) -> Any:
     """Load the code of a function, or else compile it and keep it.
 
@@ -45,33 +49,53 @@ def code_for(
         path: where the code is kept; None to keep none.
         mark: marks in the arguments which sizes have to change, with `torch._dynamo.mark_dynamic`: a refusal
             to compile is better than code for one size.
+        **options: options of the compiler besides the usual ones; see `compiled`.
 
     Returns:
         The code. It is called like the function, but checks nothing; its `guard_check` says whether it holds
         for some arguments.
     """
     code: Any = None
-    if path is not None and path.is_file():
-        # What cannot be loaded is made again.
-        with contextlib.suppress(Exception), path.open("rb") as file:
-            code = torch.compiler.load_compiled_function(file)  # type: ignore[attr-defined]
-    if code is None or not code.guard_check(*arguments):
-        mark(*arguments)  # not before, for kept code holds for unmarked arguments alone
-        code = compiled(function, arguments)
-        if path is not None:
-            _keep(code, path)
+    with _kernels_in(None if path is None else path.parent / KERNELS):
+        if path is not None and path.is_file():
+            # What cannot be loaded is made again.
+            with contextlib.suppress(Exception), path.open("rb") as file:
+                code = torch.compiler.load_compiled_function(file)  # type: ignore[attr-defined]
+        if code is None or not code.guard_check(*arguments):
+            mark(*arguments)  # not before, for kept code holds for unmarked arguments alone
+            code = compiled(function, arguments, **options)
+            if path is not None:
+                _keep(code, path)
     code.disable_guard_check()
     return code
 
 
-def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Compile a function for any sizes of its marked arguments."""
+@contextlib.contextmanager
+def _kernels_in(directory: Path | None) -> Iterator[None]:
+    """Let the compiler keep here what kept code loads: its own directory may be gone after a restart."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    try:
+        if directory is not None:
+            os.environ[name] = str(directory)
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
+def compiled(function: Callable[..., Any], arguments: tuple[Any, ...], **options: Any) -> Any:
+    """Compile a function for any sizes of its marked arguments, and for any number of threads."""
+    usual: dict[str, Any] = {
+        "guard_filter_fn": _of_sizes,
+        "cpp.threads": os.cpu_count() or 1,  # the most that it can use
+        "cpp.dynamic_threads": True,  # of which it uses as many as torch does
+    }
     # The numbers of a model, such as the epsilon of its norms, never change.
     with torch._dynamo.config.patch(specialize_float=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        whole: Any = torch.compile(
-            function, fullgraph=True, dynamic=True, options={"guard_filter_fn": _of_sizes}
-        )
+        whole: Any = torch.compile(function, fullgraph=True, dynamic=True, options=usual | options)
         return whole.aot_compile((arguments, {}))
 
 
@@ -111,7 +135,7 @@ def file_of(
         "versions": versions(),
         "processor": [processor(), str(getattr(torch.cpu, "get_capabilities", list)())],
         "device": str(next(model.parameters()).device),
-        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
         "modules": str(part),
         "config": inner.config.to_json_string(use_diff=False),
         "attention": inner.config._attn_implementation,

@@ -80,7 +80,8 @@ class CompiledStep:
         code = found = None
         try:
             path = self._path(model, padded)
-            code = code_for(logits_after, (model, token, arguments), path, _mark_sizes)
+            # Calls between its many small parts are compiled too.
+            code = code_for(logits_after, (model, token, arguments), path, _mark_sizes, cpp_wrapper=True)
             found = code(model, token, arguments)
         except Exception as error:  # of any kind
             self.failure, code = failure_of(error), None

@@ -7,6 +7,7 @@ of processes, and two estimators can be compared on common random numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -127,7 +128,6 @@ def _decode(
     ids = torch.full(shape, policy.pad_id, device=device)  # [N, T]
     mask = torch.zeros(shape, dtype=torch.bool, device=device)
     eos = torch.tensor(policy.eos_ids, device=device)
-
     state = _Decoder(policy.model, prompt_ids, prompt_mask, prompt_index, sampling, step)
     dtype = torch.promote_types(state.logits.dtype, torch.float32)
     count = 3 if sampling.keep_score_norms else 2  # logprobs, entropy, score norms
@@ -135,20 +135,17 @@ def _decode(
     hidden = state.hidden.new_zeros(*shape, state.hidden.shape[-1]) if sampling.keep_hidden else None
     rows = torch.arange(shape[0], device=device)  # rows that are still in the batch
     alive = torch.ones_like(rows, dtype=torch.bool)  # which of those are unfinished
-    truncated = torch.ones_like(alive)  # [N], which have not ended
     for t in range(length):
         token, drawn = _next_token(state.logits, None if draws is None else draws[rows, t], sampling)
-        where = rows[alive]
-        ids[where, t] = token[alive]
-        numbers[:, where, t] = drawn[:, alive]
-        mask[where, t] = True
+        mask[rows, t] = alive
+        ids[rows, t] = token
+        numbers[:, rows, t] = drawn
         if hidden is not None:
-            hidden[where, t] = state.hidden[alive]
+            hidden[rows, t] = state.hidden
         ended = torch.isin(token, eos)
         if policy.stops is not None:
-            ended[alive] |= policy.stops.ended(ids, where, t)
+            ended[alive] |= policy.stops.ended(ids, rows[alive], t)
         alive = alive & ~ended
-        truncated[rows] = alive
         remaining = int(alive.sum())
         if not remaining or t + 1 == length:
             break
@@ -156,7 +153,11 @@ def _decode(
             state.keep(alive)
             rows, token, alive = rows[alive], token[alive], alive[alive]
         state.advance(token)
-    logprobs, entropy, norms = (*numbers, None)[:3]
+    truncated = torch.zeros_like(mask[:, 0]).index_put((rows,), alive)  # [N], which have not ended
+    off = ~mask  # finished rows were fed more tokens until they left
+    ids[off] = policy.pad_id
+    logprobs, entropy, norms = (*numbers.masked_fill_(off, 0), None)[:3]
+    hidden = None if hidden is None else hidden.masked_fill_(off[..., None], 0)
     rollout = Rollout(
         prompt_ids, prompt_mask, prompt_index, ids, mask, logprobs, truncated, entropy, norms, hidden
     )
@@ -245,8 +246,8 @@ def _next_token(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> 
     chosen = logp.gather(1, token[:, None]).squeeze(1)
     norms = [score_norm_of(chosen, p)] if sampling.keep_score_norms else []
     entropy = -sum_p_log_p(p, logp)  # [n]
-    # A NaN in any logit of a row makes the entropy of the row NaN, so checking the entropy is enough.
-    if not bool(torch.isfinite(entropy).all()):
+    # A NaN in any logit of a row makes the entropy of the row NaN, so checking their sum is enough.
+    if not math.isfinite(float(entropy.sum())):
         raise Stopped(
             "The model's logits are not finite while sampling. Its weights have probably diverged: "
             "lower the learning rate, or go back to an earlier checkpoint; with float16 try bfloat16 or "

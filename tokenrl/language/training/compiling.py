@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.training.cache import cache_directory
 from tokenrl.language.training.forward import gradients, seconds_of
 from tokenrl.language.training.update import Learner
-from tokenrl.runs.threads import SMALL, using_threads
+from tokenrl.runs.threads import SMALL, Choice, choose_threads, using_threads, with_threads
 
 SAVED = 0.25
 """Share of the time of sampling, or of updates, that compiled code saves, before it is measured."""
@@ -41,7 +41,9 @@ ROUNDS = 3
 """How often both ways are timed, in turn."""
 
 
-def settle_compilation(learner: Learner, prompts: Sequence[Mapping[str, Any]]) -> None:
+def settle_compilation(
+    learner: Learner, prompts: Sequence[Mapping[str, Any]], threads: Mapping[str, Choice]
+) -> dict[str, Choice]:
     """Choose `compile_sampling` and `compile_training` where they are left open, and compile.
 
     The choice is written into the learner's settings, generator and forward passes, and into
@@ -50,6 +52,11 @@ def settle_compilation(learner: Learner, prompts: Sequence[Mapping[str, Any]]) -
     Args:
         learner: the learner, whose weights and gradients stay as they are.
         prompts: all training prompts, of which as many as a step has are sampled from.
+        threads: the numbers of threads that were chosen for the model as it is, by stage.
+
+    Returns:
+        The numbers of threads by stage. Compiled code gains more from threads than the model itself does, so
+        numbers that were measured and could be larger are measured again.
 
     Raises:
         Refused: a prompt does not fit into the model's context.
@@ -57,13 +64,25 @@ def settle_compilation(learner: Learner, prompts: Sequence[Mapping[str, Any]]) -
     """
     work = _Work(learner, prompts)
     fast = _compiled_sampling(learner, work)
-    if fast is not None:
-        learner.generator = fast
     layers = _compiled_training(learner, work)
     learner.forward.layers = layers
     learner.args = replace(
         learner.args, compile_sampling=fast is not None, compile_training=layers is not None
     )
+    ways: dict[str, Callable[[], object]] = {}
+    if fast is not None:
+        ways["sampling"] = partial(work.sample, replace(fast, threads=None))
+    if layers is not None:
+        ways["training"] = partial(work.gradients, layers)
+    again = {
+        stage: choose_threads(way, learner.policy.size)
+        for stage, way in ways.items()
+        if stage in threads and threads[stage].measured and threads[stage].number < torch.get_num_threads()
+    }
+    learner.args = with_threads(learner.args, again)
+    if fast is not None:
+        learner.generator = replace(fast, threads=learner.args.sampling_threads)
+    return {**threads, **again}
 
 
 class _Work:
@@ -118,10 +137,8 @@ def _compiled_sampling(learner: Learner, work: _Work) -> TransformersGenerator |
     if not args.compile_sampling:
         padded = len({len(ids) for ids in work.ids}) > 1
         model: Any = learner.forward.policy.model
-        with using_threads(plain.threads):  # the code is made for a number of threads
-            kept = step.is_kept(model, padded)
         layers = model.config.get_text_config().num_hidden_layers
-        cost = LOADING if kept else COMPILING + LAYER * layers
+        cost = LOADING if step.is_kept(model, padded) else COMPILING + LAYER * layers
         if not _pays(seconds_of(lambda: work.sample(plain)), cost, learner):
             return None
     fast = replace(plain, step=step)

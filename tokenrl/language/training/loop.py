@@ -147,8 +147,7 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
     maker = made_from(policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator)
     learner, schedule = make_learner(args, policy, accelerator)
     settle_memory(learner, task.train_prompts)
-    threads = settle_threads(learner)
-    settle_compilation(learner, task.train_prompts)
+    threads = settle_compilation(learner, task.train_prompts, settle_threads(learner))
     task = filter_task(
         task,
         policy,
