@@ -102,7 +102,7 @@ def test_kept_code_is_loaded_and_made_again_where_it_is_damaged(made, by_the_mod
 def test_libraries_are_kept_beside_the_code_that_loads_them(tmp_path, monkeypatch):
     seen = []
 
-    def made(*_, **__):
+    def made(*_):
         seen.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
         return Wrong(0.0)
 
@@ -157,7 +157,7 @@ class Wrong:
 
 @pytest.mark.parametrize(("off", "wrong"), [(0.0, False), (5e-4, False), (2e-3, True), (torch.nan, True)])
 def test_wrong_code_is_not_taken(off, wrong, monkeypatch):
-    monkeypatch.setattr(ahead, "compiled", lambda *_, **__: Wrong(off))
+    monkeypatch.setattr(ahead, "compiled", lambda *_: Wrong(off))
     policy, step = make_policy(), CompiledStep()
     rollout, expected = sampled(policy, step), sampled(policy)
     assert bool(step.failure) == wrong
@@ -168,7 +168,7 @@ def test_wrong_code_is_not_taken(off, wrong, monkeypatch):
 
 
 def test_a_compiler_that_fails_leaves_the_sampling_as_it_is(monkeypatch):
-    def fail(function, arguments, **_):
+    def fail(function, arguments):
         function(*arguments)
         raise RuntimeError("no C++ compiler")
 

@@ -39,7 +39,6 @@ def code_for(
     arguments: tuple[Any, ...],
     path: Path | None,
     mark: Callable[..., None],
-    **options: Any,
 ) -> Any:
     """Load the code of a function, or else compile it and keep it.
 
@@ -49,7 +48,6 @@ def code_for(
         path: where the code is kept; None to keep none.
         mark: marks in the arguments which sizes have to change, with `torch._dynamo.mark_dynamic`: a refusal
             to compile is better than code for one size.
-        **options: options of the compiler besides the usual ones; see `compiled`.
 
     Returns:
         The code. It is called like the function, but checks nothing; its `guard_check` says whether it holds
@@ -63,7 +61,7 @@ def code_for(
                 code = torch.compiler.load_compiled_function(file)  # type: ignore[attr-defined]
         if code is None or not code.guard_check(*arguments):
             mark(*arguments)  # not before, for kept code holds for unmarked arguments alone
-            code = compiled(function, arguments, **options)
+            code = compiled(function, arguments)
             if path is not None:
                 _keep(code, path)
     code.disable_guard_check()
@@ -85,9 +83,9 @@ def _kernels_in(directory: Path | None) -> Iterator[None]:
             os.environ[name] = before
 
 
-def compiled(function: Callable[..., Any], arguments: tuple[Any, ...], **options: Any) -> Any:
+def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Compile a function for any sizes of its marked arguments, and for any number of threads."""
-    usual: dict[str, Any] = {
+    options: dict[str, Any] = {
         "guard_filter_fn": _of_sizes,
         "cpp.threads": os.cpu_count() or 1,  # the most that it can use
         "cpp.dynamic_threads": True,  # of which it uses as many as torch does
@@ -95,7 +93,7 @@ def compiled(function: Callable[..., Any], arguments: tuple[Any, ...], **options
     # The numbers of a model, such as the epsilon of its norms, never change.
     with torch._dynamo.config.patch(specialize_float=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        whole: Any = torch.compile(function, fullgraph=True, dynamic=True, options=usual | options)
+        whole: Any = torch.compile(function, fullgraph=True, dynamic=True, options=options)
         return whole.aot_compile((arguments, {}))
 
 

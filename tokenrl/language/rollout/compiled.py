@@ -80,8 +80,7 @@ class CompiledStep:
         code = found = None
         try:
             path = self._path(model, padded)
-            # Calls between its many small parts are compiled too.
-            code = code_for(logits_after, (model, token, arguments), path, _mark_sizes, cpp_wrapper=True)
+            code = code_for(logits_after, (model, token, arguments), path, _mark_sizes)
             found = code(model, token, arguments)
         except Exception as error:  # of any kind
             self.failure, code = failure_of(error), None
