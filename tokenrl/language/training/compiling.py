@@ -25,8 +25,9 @@ from tokenrl.runs.threads import SMALL, Choice, choose_threads, using_threads, w
 
 SAVED = 0.25
 """Share of the time of sampling, or of updates, that compiled code saves, before it is measured."""
-COMPILING, LAYER = 12.0, 3.0
-"""Seconds that it takes to compile sampling, and those for each layer; measured on two processors."""
+COMPILING, MODULE = 12.0, 0.35
+"""Seconds that it takes to compile sampling, and those for each module with weights, of which adapters have
+many more; measured on two processors."""
 TRAINING = 20.0
 """Seconds that it takes to compile a layer for updates: once for prompts, once for completions."""
 LOADING = 4.0
@@ -137,8 +138,8 @@ def _compiled_sampling(learner: Learner, work: _Work) -> TransformersGenerator |
     if not args.compile_sampling:
         padded = len({len(ids) for ids in work.ids}) > 1
         model: Any = learner.forward.policy.model
-        layers = model.config.get_text_config().num_hidden_layers
-        cost = LOADING if step.is_kept(model, padded) else COMPILING + LAYER * layers
+        modules = sum(any(True for _ in m.parameters(recurse=False)) for m in model.modules())
+        cost = LOADING if step.is_kept(model, padded) else COMPILING + MODULE * modules
         if not _pays(seconds_of(lambda: work.sample(plain)), cost, learner):
             return None
     fast = replace(plain, step=step)
