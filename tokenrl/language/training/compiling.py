@@ -20,8 +20,9 @@ from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.training.cache import cache_directory
 from tokenrl.language.training.forward import gradients, seconds_of
+from tokenrl.language.training.threads import take_threads
 from tokenrl.language.training.update import Learner
-from tokenrl.runs.threads import SMALL, Choice, choose_threads, using_threads, with_threads
+from tokenrl.runs.threads import SMALL, Choice, choose_threads, using_threads
 
 SAVED = 0.25
 """Share of the time of sampling, or of updates, that compiled code saves, before it is measured."""
@@ -65,6 +66,8 @@ def settle_compilation(
     """
     work = _Work(learner, prompts)
     fast = _compiled_sampling(learner, work)
+    if fast is not None:
+        learner.generator = fast
     layers = _compiled_training(learner, work)
     learner.forward.layers = layers
     learner.args = replace(
@@ -76,13 +79,11 @@ def settle_compilation(
     if layers is not None:
         ways["training"] = partial(work.gradients, layers)
     again = {
-        stage: choose_threads(way, learner.policy.size)
-        for stage, way in ways.items()
-        if stage in threads and threads[stage].measured and threads[stage].number < torch.get_num_threads()
+        stage: choose_threads(ways[stage], learner.policy.size)
+        for stage, choice in threads.items()
+        if stage in ways and choice.measured and choice.number < torch.get_num_threads()
     }
-    learner.args = with_threads(learner.args, again)
-    if fast is not None:
-        learner.generator = replace(fast, threads=learner.args.sampling_threads)
+    take_threads(learner, again)
     return {**threads, **again}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -57,10 +57,15 @@ def settle_threads(learner: Learner) -> dict[str, Choice]:
         differentiate(forward.policy, forward.model, rollout)
 
     threads = stage_threads(forward.policy, learner.args, "sampling", "training", training=training)
+    take_threads(learner, threads)
+    return threads
+
+
+def take_threads(learner: Learner, threads: Mapping[str, Choice]) -> None:
+    """Write numbers of threads into the settings of a training run and into its generator."""
     learner.args = with_threads(learner.args, threads)
     if isinstance(learner.generator, TransformersGenerator):
         learner.generator = replace(learner.generator, threads=learner.args.sampling_threads)
-    return threads
 
 
 def announced_threads(policy: Policy, stage: Stage, announce: Callable[[str], None]) -> int | None:
