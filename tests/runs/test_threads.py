@@ -63,14 +63,22 @@ def test_more_threads_are_taken_where_they_are_clearly_faster(most, seconds, num
     assert (choice.number, choice.measured) == (number, True)
 
 
-def test_a_call_that_is_disturbed_decides_for_fewer_threads():
-    disturbed = Machine(lambda n, call: 0.010 if n == 1 else 0.2 if call == 3 else 0.005)
+def test_one_long_wait_decides_for_fewer_threads():
+    waits = Machine(lambda n, call: 0.010 if n == 1 else 0.2 if call == 3 else 0.005)
     with using_threads(2):
-        assert disturbed.choose().number == 1
-    # With one thread a disturbed call says nothing: its shortest time counts.
-    disturbed = Machine(lambda n, call: 0.008 if n == 2 else 0.009 if call == 1 else 0.3)
+        assert waits.choose().number == 1
+    assert waits.calls == [1, 2] * 4  # and ends the measurement
+
+
+@pytest.mark.parametrize("disturbed", range(1, 6))
+def test_a_call_that_is_disturbed_decides_nothing(disturbed):
+    def seconds(quick, slow):
+        return lambda n, call: (quick if n == 2 else 0.010) * (slow.get(n, 1) if call == disturbed else 1)
+
     with using_threads(2):
-        assert disturbed.choose().number == 1
+        assert Machine(seconds(0.007, {2: 1.9})).choose().number == 2
+        assert Machine(seconds(0.009, {1: 30})).choose().number == 1
+        assert Machine(seconds(0.007, {1: 0.5})).choose().number == 2
 
 
 def test_threads_that_wait_for_each_other_are_tried_once_and_the_first_call_only_warms_up():

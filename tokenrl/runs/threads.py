@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from tokenrl.settings import Bounds, Settings
@@ -24,8 +25,10 @@ SMALL = 1_000_000
 on no clock. At half a million parameters a second thread makes sampling slower and training little faster."""
 MARGIN = 1.2
 """More threads must be faster by this factor, because the machine may become busier during the run."""
-PAIRS = 4
+PAIRS = 6
 """How often fewer and more threads are compared; the first pair only warms up."""
+WAITING = 2.0
+"""One call that takes so many times as long with more threads shows that they wait for other programs."""
 ENOUGH = 1.0
 """Seconds after which two pairs are enough, since each is long."""
 
@@ -125,31 +128,31 @@ def _multiply() -> None:
 def _faster(
     work: Callable[[], object], fewer: int, more: int, best: dict[int, float], clock: Callable[[], float]
 ) -> bool:
-    """Return whether more threads are clearly faster in every pair; the first that says no ends it.
+    """Return whether more threads are clearly faster in the middle of several pairs, and never far slower.
 
-    On a busy machine some of many calls happen to be undisturbed, so that the shortest time with more threads
-    says nothing. Therefore each time with more threads must be below the shortest one with fewer.
+    The middle leaves out calls that happen to be disturbed, of either number. Threads that wait for other
+    programs make some calls far longer than one thread ever takes: a single such call decides.
 
     Args:
         work: what is timed.
         fewer: a number of threads.
         more: a larger one.
-        best: the shortest time so far by number of threads, in seconds; it is added to.
+        best: the time in the middle so far by number of threads, in seconds; it is added to.
         clock: returns the time in seconds.
     """
-    start = clock()
+    start, times = clock(), dict[int, list[float]]({fewer: [], more: []})
     for pair in range(PAIRS):
-        for number in (fewer, more):
+        for number, taken in times.items():
             with using_threads(number):
                 began = clock()
                 work()
-                taken = clock() - began
-            best[number] = min(taken, best.get(number, taken))
-        if taken > best[fewer] * (2 if pair == 0 else 1 / MARGIN):
+                taken.append(clock() - began)
+        best.update({number: median(taken[1:] or taken) for number, taken in times.items()})
+        if times[more][-1] > WAITING * best[fewer]:
             return False
         if pair and clock() - start > ENOUGH:
             break
-    return True
+    return best[more] * MARGIN <= best[fewer]
 
 
 def threads_in_words(choices: Mapping[str, Choice]) -> str:
