@@ -12,7 +12,7 @@ import torch
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs import threads
 from tokenrl.runs.threads import (
-    SMALL,
+    FEW,
     Choice,
     ThreadArguments,
     choose_threads,
@@ -33,7 +33,7 @@ class Machine:
         self.now += self.seconds(threads, self.calls.count(threads))
         self.calls.append(threads)
 
-    def choose(self, parameters=SMALL, given=None):
+    def choose(self, parameters=FEW, given=None):
         return choose_threads(self.work, parameters, given, clock=lambda: self.now)
 
 
@@ -95,7 +95,7 @@ def test_on_a_busy_machine_the_work_itself_is_not_tried(monkeypatch):
     busy, machine = Machine(lambda n, call: 0.010 if n == 1 else 0.2), Machine(lambda n, call: 1.0 / n)
     monkeypatch.setattr(threads, "_multiply", busy.work)
     with using_threads(2):
-        choice = choose_threads(machine.work, SMALL, clock=lambda: busy.now)
+        choice = choose_threads(machine.work, FEW, clock=lambda: busy.now)
     assert choice == Choice(1, "measured: the processors are busy", measured=True)
     assert (busy.calls, machine.calls) == ([1, 2], [])
 
@@ -111,7 +111,7 @@ def test_of_long_work_two_pairs_are_enough():
 def test_what_decides_without_a_measurement(monkeypatch):
     machine = Machine(lambda n, call: 0.010 / n)
     with using_threads(2):
-        assert machine.choose(SMALL - 1) == Choice(1, "more are no use to 999,999 parameters")
+        assert machine.choose(FEW - 1) == Choice(1, "more are no use to 249,999 parameters")
         assert machine.choose(given=3) == Choice(3, "as set")
     with using_threads(1):  # by OMP_NUM_THREADS or by a call of torch.set_num_threads
         assert machine.choose() == Choice(1, "torch has no more")
@@ -125,7 +125,7 @@ def test_what_decides_without_a_measurement(monkeypatch):
 def test_several_processes_keep_what_started_them_has_set(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with using_threads(2):
-        choice = choose_threads(pytest.fail, SMALL)
+        choice = choose_threads(pytest.fail, FEW)
     assert choice == Choice(2, "one of several processes")
 
 
@@ -141,7 +141,7 @@ def test_the_number_is_as_before_after_an_error():
         raise Stopped("not finite")
 
     with using_threads(2), pytest.raises(Stopped):
-        choose_threads(fails, SMALL, clock=lambda: 0.0)
+        choose_threads(fails, FEW, clock=lambda: 0.0)
     assert torch.get_num_threads() == before
 
 

@@ -20,8 +20,9 @@ SMALL_RUN = [*TASK, "--eval-size", "4", "--eval-generations", "1", "--cpu"]
 
 @pytest.fixture
 def three_threads(monkeypatch):
-    """As many as torch uses before a run; no environment variable decides."""
+    """As many as torch uses before a run; no environment variable decides, and the models count as tiny."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("tokenrl.runs.threads.FEW", 600_000)
     with using_threads(3):
         yield
 

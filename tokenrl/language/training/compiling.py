@@ -19,10 +19,10 @@ from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.training.cache import cache_directory
-from tokenrl.language.training.forward import gradients, seconds_of
+from tokenrl.language.training.forward import SMALL, gradients, seconds_of
 from tokenrl.language.training.threads import take_threads
 from tokenrl.language.training.update import Learner
-from tokenrl.runs.threads import SMALL, Choice, choose_threads, using_threads
+from tokenrl.runs.threads import Choice, choose_threads, using_threads
 
 SAVED = 0.25
 """Share of the time of sampling, or of updates, that compiled code saves, before it is measured."""

@@ -25,10 +25,9 @@ from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import LOGITS
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.cost import bytes_of, moments_of
-from tokenrl.language.training.forward import make_up
+from tokenrl.language.training.forward import SMALL, make_up
 from tokenrl.language.training.update import Learner
 from tokenrl.runs.space import in_words
-from tokenrl.runs.threads import SMALL
 from tokenrl.runs.timings import free_memory
 
 SHARE = 0.8

@@ -28,11 +28,10 @@ from tokenrl.language.rollout.scoring import Scores, score
 from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.language.training.batch import Batch, Part
 from tokenrl.language.training.critic import Critic
-from tokenrl.language.training.forward import Forward
+from tokenrl.language.training.forward import SMALL, Forward
 from tokenrl.language.training.passes import FIXED, Lengths, equal_passes
 from tokenrl.language.training.processes import share
 from tokenrl.runs.optimizers import load_optimizer_state, optimizer_state
-from tokenrl.runs.threads import SMALL
 
 CLIPPED = ("token", "cispo")
 """Ratios with a clip range for each token; for them the metric `clip_ratio` is reported."""
