@@ -29,7 +29,7 @@ PAIRS = 6
 """How often fewer and more threads are compared; the first pair only warms up."""
 WAITING = 2.0
 """One call that takes so many times as long with more threads shows that they wait for other programs."""
-ENOUGH = 1.0
+ENOUGH = 0.5
 """Seconds after which two pairs are enough, since each is long."""
 
 Threads = Annotated[int, Bounds(at_least=1, at_most=1024)]

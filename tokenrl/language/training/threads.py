@@ -20,10 +20,12 @@ from tokenrl.runs.threads import Choice, choose_threads, threads_in_words, with_
 Stage = Literal["sampling", "training"]
 WORK = 100_000_000
 """Parameters times rows of what is timed, so that a large model is timed on few rows."""
+MOST_ROWS = 256
+"""The most rows that are timed."""
 
 
 def stage_threads(
-    policy: Policy, args: Any, *stages: Stage, training: Callable[[], None] | None = None
+    policy: Policy, args: Any, *stages: Stage, training: Callable[[], None] | None = None, rows: int = 32
 ) -> dict[str, Choice]:
     """Choose the number of threads for each stage; nothing is chosen where the model is on no CPU.
 
@@ -32,6 +34,7 @@ def stage_threads(
         args: the settings, in which `sampling_threads` and `training_threads` may say a number.
         *stages: what the run does with the policy.
         training: a piece of the run's training, to be timed; None for that of a few short completions.
+        rows: number of completions that are sampled at once; fewer are timed if the model is large.
 
     Raises:
         Stopped: the model's logits are not finite.
@@ -39,7 +42,7 @@ def stage_threads(
     if policy.device.type != "cpu":
         return {}
     parameters = policy.size
-    work = _Work(policy, max(2, min(16, WORK // (2 * parameters))))
+    work = _Work(policy, max(2, min(rows, WORK // parameters) // 2))
     timed = {"sampling": work.sampling, "training": training or work.training}
     with torch.random.fork_rng(devices=[]):
         return {
@@ -56,7 +59,11 @@ def settle_threads(learner: Learner) -> dict[str, Choice]:
     def training() -> None:
         differentiate(forward.policy, forward.model, rollout)
 
-    threads = stage_threads(forward.policy, learner.args, "sampling", "training", training=training)
+    args = learner.args
+    rows = args.sampling_batch_size or args.prompts_per_step * args.num_generations
+    threads = stage_threads(
+        forward.policy, args, "sampling", "training", training=training, rows=min(rows, MOST_ROWS)
+    )
     take_threads(learner, threads)
     return threads
 
