@@ -45,6 +45,18 @@ def test_some_tokens_at_a_time_are_all_at_once(architecture, dtype, tolerance, s
         assert float((same - values).norm() / values.norm()) < tolerance
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_frozen_head_is_given_no_gaps_for_which_its_weights_would_be_copied(architecture):
+    policy, gaps = make_policy(architecture), []
+    head = head_of(policy.model).requires_grad_(False)
+    handle = head.register_forward_pre_hook(lambda _, given: gaps.append(not given[0].is_contiguous()))
+    rollout = rollout_of(policy)
+    for share in (True, False):
+        score(policy.model, rollout, share_prompt=share)
+    handle.remove()
+    assert len(gaps) > 6 and not any(gaps)
+
+
 @pytest.mark.parametrize("length", [1, 2])
 def test_short_completions(length):
     policy = make_policy()

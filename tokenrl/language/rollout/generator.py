@@ -21,6 +21,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.compiled import CompiledStep
 from tokenrl.language.rollout.distribution import draw, log_softmax, score_norm_of, sum_p_log_p
+from tokenrl.language.rollout.head import last
 from tokenrl.language.rollout.rollout import Rollout, joined, pad_left
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.threads import using_threads
@@ -185,7 +186,8 @@ class _Decoder:
         # If no prompt is padded, no mask is passed, and attention can use a faster kernel.
         self.mask = None if bool(prompt_mask.all()) else prompt_mask
         self.position = prompt_mask.sum(dim=1)  # [B], position of the next token
-        out = model(prompt_ids, **self._places(prompt_ids.shape[1]), **self.options, logits_to_keep=1)
+        kept = last(1, prompt_ids.device)
+        out = model(prompt_ids, **self._places(prompt_ids.shape[1]), **self.options, logits_to_keep=kept)
         self._take(out)
         self._select(prompt_index)
         # One more than is needed: compiled code expects that there is always room left.

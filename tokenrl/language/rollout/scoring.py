@@ -19,7 +19,7 @@ from tokenrl.core.rows import in_rows
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import log_softmax, score_norm_of
-from tokenrl.language.rollout.head import head_of, score_tokens, without_head
+from tokenrl.language.rollout.head import head_of, last, score_tokens, without_head
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 
 
@@ -172,7 +172,7 @@ def _shared(model: nn.Module, rollout: Rollout, hidden: bool) -> tuple[Tensor, T
     padded = not bool(prompt_mask.all())
     places = {"attention_mask": prompt_mask, "position_ids": _positions(prompt_mask)} if padded else {}
     options = {"use_cache": True, "output_hidden_states": hidden}
-    out = model(rollout.prompt_ids, **places, **options, logits_to_keep=1)
+    out = model(rollout.prompt_ids, **places, **options, logits_to_keep=last(1, prompt_mask.device))
     first = out.logits[index]  # [N, 1, V]
     state = out.hidden_states[-1][index, -1:] if hidden else None  # [N, 1, H]
     if width == 1:
@@ -202,5 +202,6 @@ def _plain(model: nn.Module, rollout: Rollout, hidden: bool) -> tuple[Tensor, Te
     ids = torch.cat([rollout.prompt_ids[rollout.prompt_index], rollout.completion_ids], dim=1)[:, :-1]
     mask = torch.cat([prompt_mask, torch.ones_like(rollout.mask)], dim=1)[:, :-1]
     options = {"use_cache": False, "output_hidden_states": hidden}
-    out = model(ids, attention_mask=mask, position_ids=_positions(mask), **options, logits_to_keep=width)
+    places = {"attention_mask": mask, "position_ids": _positions(mask)}
+    out = model(ids, **places, **options, logits_to_keep=last(width, mask.device))
     return out.logits, out.hidden_states[-1][:, -width:] if hidden else None

@@ -22,7 +22,7 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.checkpointing import with_cache
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.head import LOGITS
+from tokenrl.language.rollout.head import LOGITS, last
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.cost import bytes_of, moments_of
 from tokenrl.language.training.forward import SMALL, make_up
@@ -138,7 +138,8 @@ def sampling_cost(learner: Learner, width: int) -> Cost:
     policy, length = learner.forward.policy, _length(learner, width)
     ids, held = make_up(policy, 1, 1, width, length).prompt_ids, []
     with with_cache(policy.model):
-        group = most_bytes(lambda: held.append(policy.model(ids, use_cache=True, logits_to_keep=1)))
+        kept = last(1, ids.device)
+        group = most_bytes(lambda: held.append(policy.model(ids, use_cache=True, logits_to_keep=kept)))
     layers = getattr(Cache.of(held[0]).held, "layers", [])
     cached = sum(x.nbytes for x in tree_leaves([vars(layer) for layer in layers]) if isinstance(x, Tensor))
     row = (width + length) * cached // width + DRAWN * held[0].logits.shape[-1]
