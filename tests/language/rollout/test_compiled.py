@@ -13,6 +13,7 @@ from tokenrl.language.policy.adapters import add_lora
 from tokenrl.language.rollout import ahead, compiled
 from tokenrl.language.rollout.compiled import CompiledStep
 from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.layer_steps import layer_step
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.threads import using_threads
 
@@ -97,6 +98,82 @@ def test_kept_code_is_loaded_and_made_again_where_it_is_damaged(made, by_the_mod
     again = CompiledStep(directory)
     assert_same(policy, again)
     assert again.failure == "TypeError: 'NoneType' object is not callable"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_of_a_deep_model_one_layer_is_compiled(architecture, adapted, by_the_model, monkeypatch, tmp_path):
+    monkeypatch.setattr(compiled, "DEEP", 0)
+    policy = make_policy(architecture, **({"num_hidden_layers": 3} if architecture == "llama" else {}))
+    policy.eos_ids = ENDS
+    if adapted:
+        add_lora(policy, r=2)
+        with torch.no_grad():
+            for p in policy.trainable_parameters():
+                p.normal_(std=0.2)
+    assert_same(policy, CompiledStep(tmp_path))
+    assert len(list(tmp_path.glob("*.bin"))) == 1
+    monkeypatch.setattr(ahead, "compiled", None)  # cannot be called
+    step, answered = CompiledStep(tmp_path), len(by_the_model)
+    assert_same(policy, step)
+    assert step.failure == "" and "forward" not in vars(compiled.compiled_part(policy.model))
+    for options in ({"length": 14, "group": 5}, {"prompts": [[1] * 9, [2, 3, 4]], "group": 2}):
+        assert_same(policy, step, **options)
+    assert len(by_the_model) > answered  # which calls the code of the layers
+
+
+def test_code_of_a_layer_serves_all_that_are_built_alike(monkeypatch):
+    made, called = [], []
+
+    def code(function, arguments):
+        made.append(arguments[0])
+
+        class Code:
+            guard_check, disable_guard_check = staticmethod(lambda *_: True), staticmethod(lambda: None)
+
+            def __call__(self, module, *rest):
+                called.append(module)
+                return function(module, *rest)
+
+        return Code()
+
+    monkeypatch.setattr(compiled, "DEEP", 0)
+    monkeypatch.setattr(ahead, "compiled", code)
+    policy, step = make_policy(num_hidden_layers=3), CompiledStep()
+    found, expected = sampled(policy, step), sampled(policy)
+    assert step.failure == "" and torch.equal(found.logprobs, expected.logprobs)
+    layers = list(policy.model.model.layers)
+    assert made == layers[:1] and called[:6] == layers * 2 and len(called) == 3 * 7
+
+
+def test_code_that_fails_in_the_middle_of_the_layers_leaves_the_sampling_as_it_is(monkeypatch):
+    class Half:
+        guard_check, disable_guard_check = staticmethod(lambda *_: True), staticmethod(lambda: None)
+
+        def __call__(self, module, arguments, name, held):
+            if module is policy.model.model.layers[1]:
+                raise RuntimeError("no")
+            return layer_step(module, arguments, name, held)
+
+    monkeypatch.setattr(compiled, "DEEP", 0)
+    monkeypatch.setattr(ahead, "compiled", lambda *_: Half())
+    policy, step = make_policy(num_hidden_layers=3), CompiledStep()
+    found, expected = sampled(policy, step), sampled(policy)
+    assert step.failure == "RuntimeError: no" and torch.equal(found.logprobs, expected.logprobs)
+    assert not any("forward" in vars(layer) for layer in policy.model.model.layers)
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_what_is_compiled_and_how_many_modules_it_has(deep, monkeypatch):
+    model = make_policy(num_hidden_layers=2).model
+    if deep:
+        monkeypatch.setattr(compiled, "DEEP", compiled.weighted(model))
+    part = compiled.compiled_part(model)
+    assert part is (model.model.layers[0] if deep else model)
+    assert compiled.weighted(part) == (9 if deep else 21)  # 7 products and 2 norms
+    model.model.layers[1].gradient_checkpointing = True
+    assert compiled.compiled_part(model) is model
 
 
 def test_libraries_are_kept_beside_the_code_that_loads_them(tmp_path, monkeypatch):

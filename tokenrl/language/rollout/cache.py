@@ -55,10 +55,10 @@ class Cache:
         """Whether there is nothing but keys and values in memory that has been set aside."""
         return all(type(layer) is GrowingLayer for layer in getattr(self.held, "layers", [None]))
 
-    def forget(self, tokens: int) -> None:
-        """Leave out the last tokens, if the cache is `growing`."""
+    def cut(self, length: int) -> None:
+        """Leave out all but the first tokens, if the cache is `growing`."""
         for layer in self.held.layers:
-            layer.length -= tokens
+            layer.length = length
 
     @property
     def recurrent(self) -> bool:

@@ -2,7 +2,8 @@
 
 The code holds for any number of rows and tokens: keys and values lie in memory that was set aside, and each
 call sees as much of it as there are tokens. It is made once for a model's shape, which takes many times as
-long as a step of training, and kept in a directory for later runs.
+long as a step of training, and kept in a directory for later runs. Of a deep model one layer is compiled, for
+all that are built alike.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from torch import Tensor, nn
 
 from tokenrl.language.rollout.ahead import COARSE, TOLERANCES, code_for, failure_of, file_of
 from tokenrl.language.rollout.cache import Cache
+from tokenrl.language.rollout.layer_steps import LayerSteps
+from tokenrl.language.rollout.layers import layers_of, unfit
+
+DEEP = 60
+"""Modules with weights from which on a layer is compiled: all together would take half a minute and more, and
+calling code for each layer takes little time beside what so many modules compute."""
 
 
 def logits_after(module: nn.Module, token: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -28,6 +35,17 @@ def logits_after(module: nn.Module, token: Tensor, arguments: dict[str, Any]) ->
     """
     logits: Tensor = module(token[:, None], **arguments, use_cache=True).logits
     return logits[:, -1]
+
+
+def compiled_part(model: nn.Module) -> nn.Module:
+    """Return what is compiled: the model, or its first layer if it has many that can share code."""
+    layers = layers_of(model)
+    return model if weighted(model) < DEEP or unfit(layers) else layers[0]
+
+
+def weighted(module: nn.Module) -> int:
+    """Return the number of modules that have weights, on which depends how long compiling takes."""
+    return sum(any(True for _ in m.parameters(recurse=False)) for m in module.modules())
 
 
 class CompiledStep:
@@ -68,7 +86,10 @@ class CompiledStep:
         return found
 
     def is_kept(self, model: nn.Module, padded: bool) -> bool:
-        """Return whether code for the model is in the directory, so that it need not be made."""
+        """Return whether code for the model is in the directory, so that it need not be made.
+
+        For code of layers it is not known before the first token, and False is returned.
+        """
         path = self._path(model, padded)
         return path is not None and path.is_file()
 
@@ -79,12 +100,15 @@ class CompiledStep:
         length, began = cache.held.get_seq_length(), time.perf_counter()
         code = found = None
         try:
-            path = self._path(model, padded)
-            code = code_for(logits_after, (model, token, arguments), path, _mark_sizes)
+            if compiled_part(model) is model:
+                path = self._path(model, padded)
+                code = code_for(logits_after, (model, token, arguments), path, _mark_sizes)
+            else:
+                code = LayerSteps(model, self.directory, logits_after)
             found = code(model, token, arguments)
         except Exception as error:  # of any kind
             self.failure, code = failure_of(error), None
-        cache.forget(cache.held.get_seq_length() - length)
+        cache.cut(length)
         expected = logits_after(model, token, arguments)
         if found is not None:
             off = float((found - expected).abs().max() / expected.std())
@@ -95,7 +119,9 @@ class CompiledStep:
         return expected
 
     def _path(self, model: nn.Module, padded: bool) -> Path | None:
-        """Return the file of the code."""
+        """Return the file of the code; None where none can be kept, or layers are compiled."""
+        if compiled_part(model) is not model:
+            return None
         sources = (__name__, Cache.__module__)
         return file_of(self.directory, model, model, sources, padded=padded)
 

@@ -44,8 +44,8 @@ def head_of(model: nn.Module) -> nn.Linear | None:
 def last(count: int, device: torch.device) -> Tensor:
     """Return the last positions [count], to be given to a model as its `logits_to_keep`.
 
-    A number would give the head a view with gaps. Of a frozen head torch then copies the weights for each row,
-    which takes more time than the product itself.
+    A number would give the head a view with gaps. Of a frozen head torch then copies the weights for each
+    row, which takes more time than the product itself.
     """
     return torch.arange(-count, 0, device=device)
 

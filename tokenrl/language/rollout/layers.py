@@ -80,16 +80,14 @@ class CompiledLayers:
             directory: where code is kept between runs; None to keep none. Code is run, so nobody else may be
                 able to write there.
         """
-        from transformers.modeling_layers import GradientCheckpointingLayer  # takes a second to import
-
         self.making = False
         self.wanted: dict[Any, Path | None] = {}
         self.seconds = 0.0
         self._model, self._directory = model, directory
         self._codes: dict[Any, Any] = {}
-        self._layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        self.failure = _unfit(self._layers)
-        self._builds = [sys.intern(_build(layer)) for layer in self._layers]
+        self._layers = layers_of(model)
+        self.failure = unfit(self._layers)
+        self._builds = [build_of(layer) for layer in self._layers]
 
     @property
     def made(self) -> int:
@@ -110,13 +108,13 @@ class CompiledLayers:
 
     def _compute(self, place: int, layer: nn.Module, *given: Any, **named: Any) -> Any:
         """Compute the layer at this place among all, by compiled code if there is some."""
-        arguments = _by_name(layer, given, named)
+        arguments = arguments_by_name(layer, given, named)
         name = next((name for name, x in arguments.items() if isinstance(x, Cache)), None)
-        held = None if name is None else _held(arguments.pop(name), place)
+        held = None if name is None else held_at(arguments.pop(name), place)
         keys = values = None
         if isinstance(held, DynamicLayer) and held.is_initialized:
             keys, values = held.keys, held.values
-        kind = (self._builds[place], name, _form((keys, values, arguments)))
+        kind = (self._builds[place], name, form_of((keys, values, arguments)))
         inputs = (layer, arguments, name, keys, values)
         code = None if name is not None and type(held) is not DynamicLayer else self._code(kind, inputs)
         if code is None or not code.guard_check(*inputs):
@@ -151,7 +149,14 @@ class CompiledLayers:
         return code
 
 
-def _unfit(layers: list[Any]) -> str:
+def layers_of(model: nn.Module) -> list[Any]:
+    """Return what transformers names the layers of a model."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # takes a second to import
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def unfit(layers: list[Any]) -> str:
     """Say why layers cannot share compiled code; nothing if they may."""
     if not layers:
         return "the model names no layers"
@@ -162,7 +167,7 @@ def _unfit(layers: list[Any]) -> str:
     return ""
 
 
-def _build(layer: nn.Module) -> str:
+def build_of(layer: nn.Module) -> str:
     """Return all that decides what a layer computes, besides its weights and its arguments."""
     plain = (bool, int, float, str)
     traits = [
@@ -171,10 +176,10 @@ def _build(layer: nn.Module) -> str:
         for name, value in sorted(vars(module).items())
         if isinstance(value, plain) and not name.endswith("_idx")
     ]
-    return f"{type(layer)} {layer} {traits}"
+    return sys.intern(f"{type(layer)} {layer} {traits}")
 
 
-def _by_name(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+def arguments_by_name(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a layer's forward pass by their names."""
     signature = inspect.signature(type(layer).forward)
     arguments = dict(signature.bind(layer, *given, **named).arguments)
@@ -185,20 +190,20 @@ def _by_name(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) ->
     return arguments
 
 
-def _held(whole: Cache, place: int) -> Any:
+def held_at(whole: Cache, place: int) -> Any:
     """Return what a cache holds for the layer at a place; None if it has another number of layers."""
     layers = getattr(whole, "layers", [])
     return layers[place] if place < len(layers) else None
 
 
-def _form(x: Any) -> Any:
+def form_of(x: Any) -> Any:
     """Return what code depends on in an argument: all of a number, of a tensor which sizes are 1."""
     if isinstance(x, Tensor):
         return str(x.dtype), tuple(size == 1 for size in x.shape)
     if isinstance(x, dict):
-        return tuple((name, _form(x[name])) for name in sorted(x))
+        return tuple((name, form_of(x[name])) for name in sorted(x))
     if isinstance(x, (tuple, list)):
-        return tuple(_form(one) for one in x)
+        return tuple(form_of(one) for one in x)
     return x if isinstance(x, (bool, int, float, str, type(None))) else repr(type(x))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenrl.language.rollout.ahead import COARSE, TOLERANCES
-from tokenrl.language.rollout.compiled import CompiledStep
+from tokenrl.language.rollout.compiled import CompiledStep, compiled_part, weighted
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.layers import CompiledLayers
 from tokenrl.language.rollout.rollout import Rollout
@@ -139,8 +139,8 @@ def _compiled_sampling(learner: Learner, work: _Work) -> TransformersGenerator |
     if not args.compile_sampling:
         padded = len({len(ids) for ids in work.ids}) > 1
         model: Any = learner.forward.policy.model
-        modules = sum(any(True for _ in m.parameters(recurse=False)) for m in model.modules())
-        cost = LOADING if step.is_kept(model, padded) else COMPILING + MODULE * modules
+        making = COMPILING + MODULE * weighted(compiled_part(model))
+        cost = LOADING if step.is_kept(model, padded) else making
         if not _pays(seconds_of(lambda: work.sample(plain)), cost, learner):
             return None
     fast = replace(plain, step=step)
