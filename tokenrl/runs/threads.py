@@ -140,7 +140,8 @@ def _faster(
         best: the time in the middle so far by number of threads, in seconds; it is added to.
         clock: returns the time in seconds.
     """
-    start, times = clock(), dict[int, list[float]]({fewer: [], more: []})
+    times: dict[int, list[float]] = {fewer: [], more: []}
+    start = clock()
     for pair in range(PAIRS):
         for number, taken in times.items():
             with using_threads(number):
