@@ -267,6 +267,17 @@ def test_torchrun_does_the_same(two, tmp_path):
 
 
 @pytest.mark.slow
+def test_torchrun_joins_its_processes_where_there_is_no_gpu_and_nothing_says_so(tmp_path):
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    program += ["-m", "tokenrl", "train", "--max-steps", "1", "--eval-size", "2", "--eval-generations", "1"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    options = {"capture_output": True, "text": True, "timeout": 240, "env": environment}
+    done = subprocess.run([*program, "--output-dir", str(tmp_path / "run")], **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("finished (") == 1 and (tmp_path / "run" / "model").is_dir()
+
+
+@pytest.mark.slow
 def test_one_process_that_fails_ends_the_run(tmp_path):
     done = torchrun(str(tmp_path), "fail")  # a timeout here is a rank that waits for ever
     assert done.returncode != 0 and "raised ValueError: on purpose" in done.stdout + done.stderr

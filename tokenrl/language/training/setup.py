@@ -192,7 +192,9 @@ def make_accelerator(args: TrainSettings) -> Any:
     alone = PartialState._shared_state.get("num_processes") == 1  # else processes must not be joined again
     AcceleratorState._reset_state(reset_partial_state=alone)
     try:
-        accelerator = Accelerator(cpu=args.cpu, mixed_precision="no")
+        # Without a GPU accelerate joins the processes that torchrun has started only if it is told so.
+        cpu = args.cpu or not torch.accelerator.is_available()
+        accelerator = Accelerator(cpu=cpu, mixed_precision="no")
     except ValueError as error:
         raise Refused(f"accelerate cannot be set up as asked: {' '.join(str(error).split())}") from error
     world, prompts = accelerator.num_processes, args.prompts_per_step
