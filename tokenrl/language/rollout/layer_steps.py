@@ -6,18 +6,22 @@ It does what code for the whole model does, a little slower, but 30 layers take 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache as AnyCache
 
-from tokenrl.errors import Refused
 from tokenrl.language.rollout.ahead import code_for, file_of
 from tokenrl.language.rollout.cache import Cache, GrowingLayer
-from tokenrl.language.rollout.layers import arguments_by_name, build_of, form_of, held_at, layers_of, unfit
+from tokenrl.language.rollout.layers import (
+    arguments_by_name,
+    build_of,
+    computed_by,
+    form_of,
+    layers_of,
+    take_cache,
+)
 
 
 def layer_step(module: nn.Module, arguments: dict[str, Any], name: str, held: GrowingLayer) -> Any:
@@ -39,16 +43,11 @@ class LayerSteps:
         """Look at the layers, and make nothing yet.
 
         Args:
-            model: a causal language model.
+            model: a causal language model, whose layers can share code; see `layers.unfit`.
             directory: where code is kept between runs; None to keep none.
             compute: the function of the model, the tokens and its other arguments whose layers are compiled.
-
-        Raises:
-            Refused: the layers cannot share code.
         """
         self._layers = layers_of(model)
-        if why := unfit(self._layers):
-            raise Refused(why)
         self._model, self._directory, self._function = model, directory, compute
         self._builds = [build_of(layer) for layer in self._layers]
         self._codes: dict[Any, Any] = {}
@@ -60,20 +59,15 @@ class LayerSteps:
 
     def __call__(self, model: nn.Module, token: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Compute the function; code is made in the first call only."""
-        try:
-            for place, layer in enumerate(self._layers):
-                layer.forward = partial(self._compute, place, layer)
-            return self._function(model, token, arguments)
-        finally:
-            self._making = False
-            for layer in self._layers:
-                layer.__dict__.pop("forward", None)
+        with computed_by(self._compute, self._layers):
+            found = self._function(model, token, arguments)
+        self._making = False
+        return found
 
     def _compute(self, place: int, layer: nn.Module, *given: Any, **named: Any) -> Any:
         """Compute the layer at this place among all, by compiled code if there is some."""
         arguments = arguments_by_name(layer, given, named)
-        name = next((name for name, x in arguments.items() if isinstance(x, AnyCache)), None)
-        held = None if name is None else held_at(arguments.pop(name), place)
+        name, held = take_cache(arguments, place)
         if type(held) is GrowingLayer:
             inputs = (layer, arguments, name, held)
             code = self._code((self._builds[place], name, form_of(arguments)), inputs)

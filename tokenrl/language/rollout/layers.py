@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +98,13 @@ class CompiledLayers:
     def inside(self) -> Iterator[None]:
         """Compute the layers by compiled code inside the block; it is made under a gradient only."""
         layers = [] if self.failure else self._layers
-        try:
-            for place, layer in enumerate(layers):
-                layer.forward = partial(self._compute, place, layer)  # type: ignore[method-assign]
+        with computed_by(self._compute, layers):
             yield
-        finally:
-            for layer in layers:
-                layer.__dict__.pop("forward", None)
 
     def _compute(self, place: int, layer: nn.Module, *given: Any, **named: Any) -> Any:
         """Compute the layer at this place among all, by compiled code if there is some."""
         arguments = arguments_by_name(layer, given, named)
-        name = next((name for name, x in arguments.items() if isinstance(x, Cache)), None)
-        held = None if name is None else held_at(arguments.pop(name), place)
+        name, held = take_cache(arguments, place)
         keys = values = None
         if isinstance(held, DynamicLayer) and held.is_initialized:
             keys, values = held.keys, held.values
@@ -156,6 +150,18 @@ def layers_of(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
+@contextmanager
+def computed_by(compute: Callable[..., Any], layers: list[Any]) -> Iterator[None]:
+    """Let a function of the place, the layer and its arguments compute the layers inside the block."""
+    try:
+        for place, layer in enumerate(layers):
+            layer.forward = partial(compute, place, layer)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
 def unfit(layers: list[Any]) -> str:
     """Say why layers cannot share compiled code; nothing if they may."""
     if not layers:
@@ -181,7 +187,7 @@ def build_of(layer: nn.Module) -> str:
 
 def arguments_by_name(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a layer's forward pass by their names."""
-    signature = inspect.signature(type(layer).forward)
+    signature = _signature(type(layer).forward)
     arguments = dict(signature.bind(layer, *given, **named).arguments)
     del arguments[next(iter(signature.parameters))]
     for name, parameter in signature.parameters.items():
@@ -190,10 +196,21 @@ def arguments_by_name(layer: nn.Module, given: tuple[Any, ...], named: dict[str,
     return arguments
 
 
-def held_at(whole: Cache, place: int) -> Any:
-    """Return what a cache holds for the layer at a place; None if it has another number of layers."""
-    layers = getattr(whole, "layers", [])
-    return layers[place] if place < len(layers) else None
+@cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def take_cache(arguments: dict[str, Any], place: int) -> tuple[str | None, Any]:
+    """Take the cache out of a layer's arguments.
+
+    Returns:
+        The name of the argument, and what the cache holds for the layer at this place; None where one is
+        missing.
+    """
+    name = next((name for name, x in arguments.items() if isinstance(x, Cache)), None)
+    layers = [] if name is None else getattr(arguments.pop(name), "layers", [])
+    return name, layers[place] if place < len(layers) else None
 
 
 def form_of(x: Any) -> Any:
