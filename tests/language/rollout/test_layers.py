@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from pathlib import Path
 
 import pytest
 import torch
+from codes import stand_in
 from families import FAMILIES, family_policy
 from tiny_models import make_policy
 
@@ -46,37 +46,10 @@ def assert_same(policy, layers, rollout, tolerance=1e-5, **options):
     return found
 
 
-class Code:
-    """Stands for compiled code: the function itself."""
-
-    def __init__(self, function):
-        self.function, self.fits, self.calls = function, True, 0
-
-    def guard_check(self, *_):
-        return self.fits
-
-    def disable_guard_check(self):
-        pass
-
-    def save_compiled_function(self, path):
-        Path(path).write_bytes(b"no code")
-
-    def __call__(self, *arguments):
-        self.calls += 1
-        return self.function(*arguments)
-
-
 @pytest.fixture
 def codes(monkeypatch):
     """All code that is made, none of which is compiled."""
-    made = []
-
-    def make(function, arguments):
-        made.append(Code(function))
-        return made[-1]
-
-    monkeypatch.setattr(ahead, "compiled", make)
-    return made
+    return stand_in(monkeypatch)
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"recurrent_gemma", "granite_hybrid", "mamba2"}))
@@ -236,6 +209,21 @@ def test_code_gives_what_the_model_gives_on_other_sizes_and_weights(made, by_the
 def slopes_without_graph(policy, rollout, layers):
     with layers.inside():
         return score(policy.model, rollout).logprobs
+
+
+@pytest.mark.slow
+def test_as_many_rows_as_a_head_is_wide_are_no_fixed_size(request):
+    policy = make_policy()
+    width = policy.model.config.head_dim
+    layers = CompiledLayers(policy.model)
+    layers.making = True
+    slopes(policy, rollout_of(policy, rows=width, padded=False), layers)
+    layers.making = False
+    assert layers.failure == "" and layers.made == 2
+    by_the_model = request.getfixturevalue("by_the_model")  # once it is compiled
+    for rows in (width, 2 * width - 1):
+        slopes(policy, rollout_of(policy, rows=rows, length=width, padded=False), layers)
+    assert by_the_model == []
 
 
 @pytest.mark.slow

@@ -90,8 +90,13 @@ def compiled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         "cpp.threads": os.cpu_count() or 1,  # the most that it can use
         "cpp.dynamic_threads": True,  # of which it uses as many as torch does
     }
-    # The numbers of a model, such as the epsilon of its norms, never change.
-    with torch._dynamo.config.patch(specialize_float=True), warnings.catch_warnings():
+    with (
+        # The numbers of a model, such as the epsilon of its norms, never change.
+        torch._dynamo.config.patch(specialize_float=True),
+        # Equal numbers, such as those of rows and of a head's width, are different sizes.
+        torch.fx.experimental._config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         whole: Any = torch.compile(function, fullgraph=True, dynamic=True, options=options)
         return whole.aot_compile((arguments, {}))
