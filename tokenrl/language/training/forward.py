@@ -33,7 +33,7 @@ MARGIN = 1.2
 """Another way than float32 must be faster by this factor."""
 ROUNDS = 2
 """How often each way is timed, after once to warm up."""
-ENOUGH = 1.0
+ENOUGH = 3.0
 """Seconds after which one round is enough, since a long piece of work is disturbed by little."""
 CLOSE = 0.1
 """The largest difference of log-probabilities between two ways, on average, in standard deviations."""
