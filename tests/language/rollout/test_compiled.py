@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from codes import stand_in
 from families import FAMILIES, family_policy
 from tiny_models import make_policy
 
@@ -22,6 +23,13 @@ EVEN = [[5, 9, 13], [40, 7, 8], [3, 4, 5]]
 ENDS = tuple(range(0, 64, 7))
 GROWING = {"llama", "qwen2", "smollm3", "gpt2", "opt", "bloom", "falcon", "deepseek_v3", "olmo2", "mixtral"}
 """Families that keep keys and values of all tokens and nothing else."""
+
+
+def a_step(directory=None):
+    """A step that makes code where it is missing."""
+    step = CompiledStep(directory)
+    step.making = True
+    return step
 
 
 def sampled(policy, step=None, prompts=PADDED, length=8, group=3):
@@ -57,7 +65,7 @@ def made(tmp_path_factory):
     policy = make_policy(num_hidden_layers=1)
     policy.eos_ids = ENDS
     directory = tmp_path_factory.mktemp("compiled")
-    step = CompiledStep(directory)
+    step = a_step(directory)
     sampled(policy, step)
     assert step.failure == "" and step.seconds > 0 and len(list(directory.glob("*.bin"))) == 1
     return policy, directory, step
@@ -87,15 +95,14 @@ def test_code_gives_what_the_model_gives_on_other_sizes_and_weights(made, by_the
 def test_kept_code_is_loaded_and_made_again_where_it_is_damaged(made, by_the_model, monkeypatch, tmp_path):
     policy, directory, _ = made
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # as after a restart
-    step = CompiledStep(directory)
-    assert step.is_kept(policy.model, padded=True) and not step.is_kept(policy.model, padded=False)
+    step = a_step(directory)
     monkeypatch.setattr(ahead, "compiled", None)  # cannot be called
     assert_same(policy, step)
     assert step.failure == "" and len([n for n in by_the_model if n > 1]) == 1  # what it is compared with
     assert list(tmp_path.iterdir()) == [] and os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
     (path,) = directory.glob("*.bin")
     path.write_bytes(path.read_bytes()[:1000])
-    again = CompiledStep(directory)
+    again = a_step(directory)
     assert_same(policy, again)
     assert again.failure == "TypeError: 'NoneType' object is not callable"
 
@@ -112,10 +119,10 @@ def test_of_a_deep_model_one_layer_is_compiled(architecture, adapted, by_the_mod
         with torch.no_grad():
             for p in policy.trainable_parameters():
                 p.normal_(std=0.2)
-    assert_same(policy, CompiledStep(tmp_path))
+    assert_same(policy, a_step(tmp_path))
     assert len(list(tmp_path.glob("*.bin"))) == 1
     monkeypatch.setattr(ahead, "compiled", None)  # cannot be called
-    step, answered = CompiledStep(tmp_path), len(by_the_model)
+    step, answered = a_step(tmp_path), len(by_the_model)
     assert_same(policy, step)
     assert step.failure == "" and "forward" not in vars(compiled.compiled_part(policy.model))
     for options in ({"length": 14, "group": 5}, {"prompts": [[1] * 9, [2, 3, 4]], "group": 2}):
@@ -123,28 +130,32 @@ def test_of_a_deep_model_one_layer_is_compiled(architecture, adapted, by_the_mod
     assert len(by_the_model) > answered  # which calls the code of the layers
 
 
+@pytest.mark.parametrize("deep", [False, True])
+def test_code_that_is_missing_is_known_before_it_is_made(deep, monkeypatch, tmp_path):
+    made = stand_in(monkeypatch)
+    if deep:
+        monkeypatch.setattr(compiled, "DEEP", 0)
+    policy, step = make_policy(), CompiledStep(tmp_path)
+    expected = sampled(policy)
+    assert torch.equal(sampled(policy, step).logprobs, expected.logprobs)
+    assert made == [] and list(tmp_path.iterdir()) == [] and step.seconds == 0
+    padded = dict(step.wanted)
+    sampled(policy, step, prompts=EVEN)
+    assert len(padded) == 1 and len(step.wanted) == 2 == len(set(step.wanted.values()))
+    step.making = True
+    sampled(policy, step)
+    assert set(tmp_path.glob("*.bin")) == set(padded.values()) and len(made) == 1
+    assert step.failure == "" and len(step.wanted) == 2
+
+
 def test_code_of_a_layer_serves_all_that_are_built_alike(monkeypatch):
-    made, called = [], []
-
-    def code(function, arguments):
-        made.append(arguments[0])
-
-        class Code:
-            guard_check, disable_guard_check = staticmethod(lambda *_: True), staticmethod(lambda: None)
-
-            def __call__(self, module, *rest):
-                called.append(module)
-                return function(module, *rest)
-
-        return Code()
-
+    made = stand_in(monkeypatch)
     monkeypatch.setattr(compiled, "DEEP", 0)
-    monkeypatch.setattr(ahead, "compiled", code)
-    policy, step = make_policy(num_hidden_layers=3), CompiledStep()
+    policy, step = make_policy(num_hidden_layers=3), a_step()
     found, expected = sampled(policy, step), sampled(policy)
     assert step.failure == "" and torch.equal(found.logprobs, expected.logprobs)
-    layers = list(policy.model.model.layers)
-    assert made == layers[:1] and called[:6] == layers * 2 and len(called) == 3 * 7
+    (code,) = made
+    assert code.modules == list(policy.model.model.layers) * 7
 
 
 def test_code_that_fails_in_the_middle_of_the_layers_leaves_the_sampling_as_it_is(monkeypatch):
@@ -158,7 +169,7 @@ def test_code_that_fails_in_the_middle_of_the_layers_leaves_the_sampling_as_it_i
 
     monkeypatch.setattr(compiled, "DEEP", 0)
     monkeypatch.setattr(ahead, "compiled", lambda *_: Half())
-    policy, step = make_policy(num_hidden_layers=3), CompiledStep()
+    policy, step = make_policy(num_hidden_layers=3), a_step()
     found, expected = sampled(policy, step), sampled(policy)
     assert step.failure == "RuntimeError: no" and torch.equal(found.logprobs, expected.logprobs)
     assert not any("forward" in vars(layer) for layer in policy.model.model.layers)
@@ -187,13 +198,13 @@ def test_libraries_are_kept_beside_the_code_that_loads_them(tmp_path, monkeypatc
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", elsewhere)
     monkeypatch.setattr(ahead, "compiled", made)
     for directory in (tmp_path, None):
-        sampled(make_policy(), CompiledStep(directory))
+        sampled(make_policy(), a_step(directory))
     assert seen == [str(tmp_path / "kernels"), elsewhere]
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == elsewhere
 
 
 def test_the_name_of_kept_code_says_what_it_depends_on(tmp_path, monkeypatch):
-    policy, step = make_policy(num_hidden_layers=1), CompiledStep(tmp_path)
+    policy, step = make_policy(num_hidden_layers=1), a_step(tmp_path)
     paths = {step._path(policy.model, padded=padded) for padded in (True, False)}
     paths |= {step._path(make_policy(**options).model, padded=True) for options in ({"hidden_size": 64},)}
     for change in ({"dtype": "bfloat16"}, {"architecture": "qwen2"}):
@@ -212,7 +223,7 @@ def test_the_name_of_kept_code_says_what_it_depends_on(tmp_path, monkeypatch):
     stranger = make_policy().model
     stranger.__class__ = type("Own", (type(stranger),), {"__module__": "somewhere"})
     assert step._path(stranger, padded=True) is None
-    assert CompiledStep()._path(policy.model, padded=True) is None
+    assert a_step()._path(policy.model, padded=True) is None
 
 
 class Wrong:
@@ -235,7 +246,7 @@ class Wrong:
 @pytest.mark.parametrize(("off", "wrong"), [(0.0, False), (5e-4, False), (2e-3, True), (torch.nan, True)])
 def test_wrong_code_is_not_taken(off, wrong, monkeypatch):
     monkeypatch.setattr(ahead, "compiled", lambda *_: Wrong(off))
-    policy, step = make_policy(), CompiledStep()
+    policy, step = make_policy(), a_step()
     rollout, expected = sampled(policy, step), sampled(policy)
     assert bool(step.failure) == wrong
     if wrong:
@@ -250,20 +261,20 @@ def test_a_compiler_that_fails_leaves_the_sampling_as_it_is(monkeypatch):
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(ahead, "compiled", fail)
-    policy, step = make_policy(), CompiledStep()
+    policy, step = make_policy(), a_step()
     assert torch.equal(sampled(policy, step).logprobs, sampled(policy).logprobs)
     assert step.failure == "RuntimeError: no C++ compiler"
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral", "mamba", "falcon_h1"])
 def test_other_memories_are_left_to_the_model(family):
-    policy, step = family_policy(family), CompiledStep()
+    policy, step = family_policy(family), a_step()
     assert torch.equal(sampled(policy, step).logprobs, sampled(policy).logprobs)
     assert "something else than keys and values" in step.failure
 
 
 def test_hidden_states_come_from_the_model():
-    policy, step = make_policy(), CompiledStep()
+    policy, step = make_policy(), a_step()
     draws = torch.rand(2, 4, generator=torch.Generator().manual_seed(1))
     generator = TransformersGenerator(policy, step=step)
     rollout = generator.generate([[1, 2]], Sampling(4, 2, keep_hidden=True), draws)
@@ -274,7 +285,7 @@ def test_hidden_states_come_from_the_model():
 @pytest.mark.parametrize("prompts", [PADDED, EVEN])
 @pytest.mark.parametrize("family", sorted(GROWING & set(FAMILIES)))
 def test_families(family, prompts, request):
-    policy, step = family_policy(family), CompiledStep()
+    policy, step = family_policy(family), a_step()
     policy.eos_ids = ENDS
     assert_same(policy, step, prompts=prompts, length=12, group=4)
     assert step.failure == ""
@@ -286,7 +297,7 @@ def test_families(family, prompts, request):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["bfloat16", "lora", "float64"])
 def test_precisions_and_adapters(how):
-    policy, step = make_policy(dtype="float32" if how == "lora" else how), CompiledStep()
+    policy, step = make_policy(dtype="float32" if how == "lora" else how), a_step()
     if how == "lora":
         add_lora(policy, r=2)
         with torch.no_grad():

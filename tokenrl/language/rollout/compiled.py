@@ -56,6 +56,8 @@ class CompiledStep:
     Attributes:
         directory: where code is kept between runs; None to keep none. Code is run, so nobody else may be able
             to write there.
+        making: whether code is loaded or made where it is missing.
+        wanted: files of the code that was missing before any was made; None for what cannot be kept.
         seconds: how long it took so far to make or load code.
         failure: in words, why the model is called as it is; empty if it need not be.
     """
@@ -63,9 +65,12 @@ class CompiledStep:
     def __init__(self, directory: Path | None = None) -> None:
         """Make nothing yet."""
         self.directory = directory
+        self.making = False
+        self.wanted: dict[Any, Path | None] = {}
         self.seconds = 0.0
         self.failure = ""
         self._codes: dict[bool, Any] = {}
+        self._seen: set[bool] = set()
 
     def __call__(self, model: nn.Module, token: Tensor, cache: Cache, places: dict[str, Any]) -> Tensor:
         """Return the logits of the next token [n, V]; the cache then holds `token` [n] too."""
@@ -77,21 +82,26 @@ class CompiledStep:
         if len(token) < 2 or cache.held.get_seq_length() < 2:
             return logits_after(model, token, arguments)
         padded = bool(places)
-        if padded not in self._codes:
+        if self.making and padded not in self._codes:
             return self._first(model, token, cache, arguments, padded)
-        code = self._codes[padded]
+        if not self.making and padded not in self._seen:
+            return self._look(model, token, arguments, padded)
+        code = self._codes.get(padded)
         if code is None or not code.guard_check(model, token, arguments):
             return logits_after(model, token, arguments)
         found: Tensor = code(model, token, arguments)
         return found
 
-    def is_kept(self, model: nn.Module, padded: bool) -> bool:
-        """Return whether code for the model is in the directory, so that it need not be made.
-
-        For code of layers it is not known before the first token, and False is returned.
-        """
-        path = self._path(model, padded)
-        return path is not None and path.is_file()
+    def _look(self, model: nn.Module, token: Tensor, arguments: dict[str, Any], padded: bool) -> Tensor:
+        """Note which code is missing, and let the model answer."""
+        self._seen.add(padded)
+        if compiled_part(model) is model:
+            self.wanted[padded] = self._path(model, padded)
+            return logits_after(model, token, arguments)
+        layers = LayerSteps(model, self.directory, logits_after, making=False)
+        logits = layers(model, token, arguments)
+        self.wanted |= layers.wanted
+        return logits
 
     def _first(
         self, model: nn.Module, token: Tensor, cache: Cache, arguments: dict[str, Any], padded: bool
@@ -104,7 +114,7 @@ class CompiledStep:
                 path = self._path(model, padded)
                 code = code_for(logits_after, (model, token, arguments), path, _mark_sizes)
             else:
-                code = LayerSteps(model, self.directory, logits_after)
+                code = LayerSteps(model, self.directory, logits_after, making=True)
             found = code(model, token, arguments)
         except Exception as error:  # of any kind
             self.failure, code = failure_of(error), None
@@ -119,11 +129,8 @@ class CompiledStep:
         return expected
 
     def _path(self, model: nn.Module, padded: bool) -> Path | None:
-        """Return the file of the code; None where none can be kept, or layers are compiled."""
-        if compiled_part(model) is not model:
-            return None
-        sources = (__name__, Cache.__module__)
-        return file_of(self.directory, model, model, sources, padded=padded)
+        """Return the file of the code for the whole model; None where none can be kept."""
+        return file_of(self.directory, model, model, (__name__, Cache.__module__), padded=padded)
 
 
 def _mark_sizes(_: nn.Module, token: Tensor, arguments: dict[str, Any]) -> None:

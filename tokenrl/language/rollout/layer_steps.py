@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenrl.language.rollout.ahead import code_for, file_of
+from tokenrl.language.rollout.ahead import file_of
 from tokenrl.language.rollout.cache import Cache, GrowingLayer
 from tokenrl.language.rollout.layers import (
     arguments_by_name,
     build_of,
+    code_of_layer,
     computed_by,
     form_of,
     layers_of,
@@ -37,31 +38,40 @@ def layer_step(module: nn.Module, arguments: dict[str, Any], name: str, held: Gr
 
 
 class LayerSteps:
-    """Feeds each row a token as the model does, with compiled code for its layers."""
+    """Feeds each row a token as the model does, with compiled code for its layers.
 
-    def __init__(self, model: nn.Module, directory: Path | None, compute: Callable[..., Tensor]) -> None:
+    Attributes:
+        making: whether the next call loads or makes code where it is missing.
+        wanted: files of the code that was missing in other calls; None for what cannot be kept.
+    """
+
+    def __init__(
+        self, model: nn.Module, directory: Path | None, compute: Callable[..., Tensor], making: bool
+    ) -> None:
         """Look at the layers, and make nothing yet.
 
         Args:
             model: a causal language model, whose layers can share code; see `layers.unfit`.
             directory: where code is kept between runs; None to keep none.
             compute: the function of the model, the tokens and its other arguments whose layers are compiled.
+            making: whether the first call makes code.
         """
+        self.making = making
+        self.wanted: dict[Any, Path | None] = {}
         self._layers = layers_of(model)
         self._model, self._directory, self._function = model, directory, compute
         self._builds = [build_of(layer) for layer in self._layers]
         self._codes: dict[Any, Any] = {}
-        self._making = True
 
     def guard_check(self, *_: Any) -> bool:
         """Return True: each layer checks for itself whether code holds for its arguments."""
         return True
 
     def __call__(self, model: nn.Module, token: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """Compute the function; code is made in the first call only."""
+        """Compute the function; later calls make no code."""
         with computed_by(self._compute, self._layers):
             found = self._function(model, token, arguments)
-        self._making = False
+        self.making = False
         return found
 
     def _compute(self, place: int, layer: nn.Module, *given: Any, **named: Any) -> Any:
@@ -77,12 +87,14 @@ class LayerSteps:
 
     def _code(self, kind: Any, inputs: tuple[Any, ...]) -> Any:
         """Return the code for arguments of a kind, which may have to be made; None if there is none."""
-        if self._making and kind not in self._codes:
+        known = self._codes if self.making else self._codes | self.wanted
+        if kind not in known:
             layer, sources = inputs[0], (__name__, Cache.__module__)
             path = file_of(self._directory, self._model, layer, sources, kind=repr(kind))
-            compute = vars(layer).pop("forward")  # else all of this would be kept with the code
-            self._codes[kind] = code_for(layer_step, inputs, path, _mark_sizes)
-            layer.forward = compute
+            if self.making:
+                self._codes[kind] = code_of_layer(layer_step, inputs, path, _mark_sizes)
+            else:
+                self.wanted[kind] = path
         return self._codes.get(kind)
 
 

@@ -132,12 +132,10 @@ class CompiledLayers:
             self.wanted[kind] = path
             return None
         began, code = time.perf_counter(), None
-        compute = vars(inputs[0]).pop("forward")  # else all of this would be kept with the code
         try:
-            code = code_for(layer_pass, _example(*inputs), path, _mark_sizes)
+            code = code_of_layer(layer_pass, _example(*inputs), path, _mark_sizes)
         except Exception as error:  # of any kind
             self.failure = failure_of(error)
-        inputs[0].forward = compute
         self.seconds += time.perf_counter() - began
         self._codes[kind] = code
         return code
@@ -160,6 +158,18 @@ def computed_by(compute: Callable[..., Any], layers: list[Any]) -> Iterator[None
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
+
+
+def code_of_layer(
+    function: Callable[..., Any], inputs: tuple[Any, ...], path: Path | None, mark: Callable[..., None]
+) -> Any:
+    """Load or make the code of a function of a layer that is `computed_by` another; see `code_for`."""
+    layer = inputs[0]
+    compute = vars(layer).pop("forward")  # else all that computes it would be kept with the code
+    try:
+        return code_for(function, inputs, path, mark)
+    finally:
+        layer.forward = compute
 
 
 def unfit(layers: list[Any]) -> str:

@@ -26,13 +26,13 @@ from tokenrl.runs.threads import Choice, choose_threads, using_threads
 
 SAVED = 0.25
 """Share of the time of sampling, or of updates, that compiled code saves, before it is measured."""
-COMPILING, MODULE = 12.0, 0.35
-"""Seconds that it takes to compile sampling, and those for each module with weights, of which adapters have
-many more; measured on two processors."""
-TRAINING = 20.0
-"""Seconds that it takes to compile a layer for updates: once for prompts, once for completions."""
 LOADING = 4.0
 """Seconds that it takes to load code that was compiled before; most are imports of torch's compiler."""
+COMPILING, MODULE = 8.0, 0.35
+"""Seconds more that it takes to compile sampling, and those for each module with weights, of which adapters
+have many more; measured on two processors."""
+TRAINING = 20.0
+"""The same for a layer in updates: once for prompts, once for completions."""
 WORTH = 2.0
 """The saving must be this many times what it costs, because completions may become shorter."""
 LEAST = 20
@@ -136,16 +136,15 @@ def _compiled_sampling(learner: Learner, work: _Work) -> TransformersGenerator |
     if not _wanted(args.compile_sampling, learner):
         return None
     step = CompiledStep(cache_directory() / "compiled")
-    if not args.compile_sampling:
-        padded = len({len(ids) for ids in work.ids}) > 1
-        model: Any = learner.forward.policy.model
-        making = COMPILING + MODULE * weighted(compiled_part(model))
-        cost = LOADING if step.is_kept(model, padded) else making
-        if not _pays(seconds_of(lambda: work.sample(plain)), cost, learner):
-            return None
     fast = replace(plain, step=step)
-    work.sample(fast)
-    ways = (lambda: work.sample(plain), lambda: work.sample(fast))
+    model: Any = learner.forward.policy.model
+    making = COMPILING + MODULE * weighted(compiled_part(model))
+    sample = partial(work.sample, fast)
+    if not (args.compile_sampling or _pays(sample, 1, step, making, learner)):
+        return None
+    step.making = True
+    sample()
+    ways = (lambda: work.sample(plain), sample)
     taken = _is_taken("compiled sampling", "a step's completions", step, ways, learner, args.compile_sampling)
     return fast if taken else None
 
@@ -157,20 +156,18 @@ def _compiled_training(learner: Learner, work: _Work) -> CompiledLayers | None:
         return None
     layers = CompiledLayers(learner.forward.model, cache_directory() / "compiled")
     times = work.shares * args.num_iterations
+    quick = partial(work.gradients, layers)
     with using_threads(args.training_threads):
-        spent = times * seconds_of(lambda: work.gradients(layers))
-        missing = [path for path in layers.wanted.values() if path is None or not path.is_file()]
-        cost = LOADING + TRAINING * len(missing)
-        if not (args.compile_training or (layers.wanted and _pays(spent, cost, learner))):
+        if not (args.compile_training or _pays(quick, times, layers, TRAINING, learner)):
             return None
         layers.making = True
-        found = work.gradients(layers)
+        found = quick()
         layers.making = False
         if not layers.failure and not layers.made:
             layers.failure = "no layer keeps keys and values of all tokens, and nothing else"
         if not layers.failure:
             layers.failure = _wrong(found, work.gradients(None))
-        ways = (lambda: work.gradients(None), lambda: work.gradients(layers))
+        ways = (lambda: work.gradients(None), quick)
         taken = _is_taken("compiled training", "a gradient", layers, ways, learner, args.compile_training)
     return layers if taken else None
 
@@ -184,9 +181,26 @@ def _wanted(asked: bool | None, learner: Learner) -> bool:
     return alone and learner.policy.size >= SMALL and args.max_steps >= LEAST and not args.check
 
 
-def _pays(seconds: float, cost: float, learner: Learner) -> bool:
-    """Whether the run computes for so long, with these seconds a step, that compiling will be paid back."""
-    return SAVED * seconds * learner.args.max_steps >= WORTH * cost
+def _pays(
+    way: Callable[[], object],
+    times: float,
+    code: CompiledStep | CompiledLayers,
+    each: float,
+    learner: Learner,
+) -> bool:
+    """Whether the run computes for so long that compiling will be paid back.
+
+    Args:
+        way: the work, for which code is not yet made.
+        times: how often a step does it.
+        code: the code.
+        each: seconds that it takes to make a piece of code.
+        learner: the learner.
+    """
+    spent = times * seconds_of(way)
+    missing = sum(path is None or not path.is_file() for path in code.wanted.values())
+    cost = LOADING + each * missing
+    return bool(code.wanted) and SAVED * spent * learner.args.max_steps >= WORTH * cost
 
 
 def _wrong(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> str:
