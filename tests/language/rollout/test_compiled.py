@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from codes import stand_in
-from families import FAMILIES, family_policy
+from families import FAMILIES, GROWING, family_policy
 from tiny_models import make_policy
 
 from tokenrl.language.policy.adapters import add_lora
@@ -21,8 +21,6 @@ from tokenrl.runs.threads import using_threads
 PADDED = [[5, 9, 13, 21, 33], [40, 7], [3, 4, 5]]
 EVEN = [[5, 9, 13], [40, 7, 8], [3, 4, 5]]
 ENDS = tuple(range(0, 64, 7))
-GROWING = {"llama", "qwen2", "smollm3", "gpt2", "opt", "bloom", "falcon", "deepseek_v3", "olmo2", "mixtral"}
-"""Families that keep keys and values of all tokens and nothing else."""
 
 
 def a_step(directory=None):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, family_policy
+from families import FAMILIES, GROWING, family_policy
 
 from tokenrl.errors import Refused
 from tokenrl.language.rollout.generator import TransformersGenerator
@@ -77,6 +77,7 @@ def test_each_family_gets_the_fastest_way_that_is_right(family, hidden):
     assert all(p.grad is None for p in policy.model.parameters())
     assert policy.share_prompt == (family not in NOT_SHARED) == ("prompts" not in policy.remarks)
     assert NOT_SHARED.get(family, "") in policy.remarks.get("prompts", "")
+    assert policy.share_passes == (family in GROWING)
     assert (policy.tokens_at_once is None) == (family in WHOLE_LOGITS) == ("logits" in policy.remarks)
 
 

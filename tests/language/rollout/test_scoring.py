@@ -4,10 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from families import family_policy
 from tiny_models import ARCHITECTURES, ENDS, PROMPTS, apart, completions, gradient, make_policy
 
+from tokenrl.errors import Refused
 from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
+from tokenrl.language.rollout.prompts import SharedPrompts
 from tokenrl.language.rollout.scoring import score
+from tokenrl.language.training.forward import make_up
 
 # RoPE models compute cos and sin in float32 inside transformers, so float64 is exact for GPT-2 alone.
 CASES = [
@@ -32,6 +36,17 @@ def objective(policy, rollout, **options):
     value = torch.where(rollout.mask, total, 0).sum()
     value.backward()
     return scores, value.item(), gradient(policy.model)
+
+
+def forward_passes(policy):
+    """The shapes of what the model is given from now on."""
+    seen = []
+
+    def note(_, arguments, options):
+        seen.append(tuple(options.get("input_ids", arguments[0] if arguments else None).shape))
+
+    policy.model.register_forward_pre_hook(note, with_kwargs=True)
+    return seen
 
 
 def close(a, b, mask, tolerance):
@@ -71,6 +86,39 @@ def test_rows_one_by_one_add_up_to_the_whole(architecture, dtype, tolerance, sha
         close(scores.logprobs[0], whole.logprobs[row, : part.mask.shape[1]], part.mask[0], tolerance)
     assert total == pytest.approx(value, rel=tolerance)
     assert apart(gradient(policy.model), expected) < tolerance
+
+
+@pytest.mark.parametrize("tokens_at_once", [None, 3])
+@pytest.mark.parametrize("architecture, dtype, tolerance", CASES)
+def test_passes_that_share_their_prompts_add_up_to_the_whole(architecture, dtype, tolerance, tokens_at_once):
+    policy = make_policy(architecture, dtype=dtype)
+    rollout = rollout_of(policy)
+    whole, value, expected = objective(policy, rollout)
+    policy.model.zero_grad()
+    seen = forward_passes(policy)
+    weights = torch.linspace(-1, 2, len(rollout.mask), dtype=whole.logprobs.dtype)
+    rows, prompts, total = torch.arange(len(rollout.mask)), SharedPrompts(), 0.0
+    for chosen in (rows[::5], rows[1::5], torch.cat([rows[2::5], rows[3::5]]), rows[4::5]):
+        part = rollout.rows(chosen, rows)
+        options = {"prompts": prompts, "tokens_at_once": tokens_at_once, "entropy": True}
+        scores = score(policy.model, part, **options)
+        close(scores.logprobs, whole.logprobs[chosen][:, : part.mask.shape[1]], part.mask, tolerance)
+        found = scores.logprobs * weights[chosen, None] + 0.1 * scores.entropy
+        part_value = torch.where(part.mask, found, 0).sum()
+        part_value.backward()
+        total += part_value.item()
+    before = gradient(policy.model)
+    prompts.backward()
+    assert seen == [tuple(rollout.prompt_ids.shape), *seen[1:]] and len(seen) == 5
+    assert total == pytest.approx(value, rel=tolerance)
+    assert apart(before, expected) > 0.01 > tolerance > apart(gradient(policy.model), expected)
+
+
+def test_nothing_is_shared_that_later_tokens_change():
+    policy = family_policy("mistral")
+    rollout = make_up(policy, 4, 2, 5, 3)
+    with pytest.raises(Refused, match="something else than keys and values"):
+        score(policy.model, rollout, prompts=SharedPrompts())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

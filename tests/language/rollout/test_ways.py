@@ -11,6 +11,7 @@ import tokenrl
 from tokenrl.errors import Refused
 from tokenrl.language.policy.adapters import add_lora
 from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
+from tokenrl.language.rollout.prompts import SharedPrompts
 from tokenrl.language.rollout.ways import choose_way
 
 
@@ -108,6 +109,22 @@ def test_a_cache_that_is_overwritten_is_shared_only_where_no_gradient_is_needed(
     assert not policy.share_prompt and "modified by an" in policy.remarks["prompts"]
 
 
+def test_prompts_are_not_shared_between_passes_where_that_is_wrong(monkeypatch):
+    policy = make_policy()
+    marks = [torch.full_like(p, 7.0) for p in policy.trainable_parameters()]
+    for p, mark in zip(policy.trainable_parameters(), marks, strict=True):
+        p.grad = mark
+    choose_way(policy, gradient=False)
+    assert not policy.share_passes
+    choose_way(policy)
+    assert policy.share_passes
+    monkeypatch.setattr(SharedPrompts, "backward", lambda _: None)
+    choose_way(policy)
+    assert not policy.share_passes and policy.share_prompt and not policy.remarks
+    assert all(p.grad is mark for p, mark in zip(policy.trainable_parameters(), marks, strict=True))
+    assert all(bool((mark == 7).all()) for mark in marks)
+
+
 def test_a_wrong_gradient_is_refused():
     with pytest.raises(Refused, match="scoring gives a gradient that is off by"):
         choose_way(changed(make_policy(), steep_when_padded))
@@ -156,7 +173,7 @@ def test_processes_take_the_slowest_way_that_one_of_them_needs(worst):
 
     def gather(failed):
         seen.append([*map(bool, failed[0])])
-        return torch.tensor([failed[0].tolist(), [worst == 2, worst == 1, False]]).int()
+        return torch.tensor([failed[0].tolist(), [worst == 2, worst == 1, False, False]]).int()
 
     other = SimpleNamespace(num_processes=2, device="cpu", gather=gather)
     policy = make_policy()
@@ -166,10 +183,10 @@ def test_processes_take_the_slowest_way_that_one_of_them_needs(worst):
     else:
         choose_way(policy, accelerator=other)
         assert policy.share_prompt == (worst == 0) == (not policy.remarks)
-    assert seen == [[False, False, False]]
+    assert seen == [[False] * 4]
     with pytest.raises(Refused, match="off by"):  # a process that refuses tells the others first
         choose_way(changed(make_policy(), without("attention_mask")), accelerator=other)
-    assert seen[1:] == [[True, False, False]]
+    assert seen[1:] == [[True, False, False, False]]
 
 
 TRAINED = ["lfm2", "granite_hybrid", "falcon_h1", "mamba", "qwen3_5"]

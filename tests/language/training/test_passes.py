@@ -9,19 +9,22 @@ import pytest
 import torch
 from tiny_models import ENDS, apart, gradient, make_learner, make_policy, one_step
 
+from tokenrl.core.estimator import Estimator
 from tokenrl.language.training import passes
 from tokenrl.language.training.passes import Lengths, equal_passes
 
 
-def planned(lengths, *, active=None, size=None, prompt=0, group=1, fixed=0, world=1):
-    """The passes of every process, as lists of rows."""
+def planned(lengths, *, active=None, size=None, prompt=0, group=1, fixed=0, world=1, shared=False):
+    """The passes of every process, as lists of rows; with `shared`, the blocks of passes."""
     lengths = torch.tensor(lengths)
     active = torch.ones(len(lengths), dtype=torch.bool) if active is None else torch.tensor(active).bool()
     found = []
     for index in range(world):
         accelerator = SimpleNamespace(num_processes=world, process_index=index)
-        plan = equal_passes(accelerator, active, size, Lengths(lengths, prompt, group, fixed))
-        found.append([rows.tolist() for rows in plan])
+        plan = equal_passes(accelerator, active, size, Lengths(lengths, prompt, group, fixed, shared))
+        blocks = [[rows.tolist() for rows in block] for block in plan]
+        assert shared or all(len(block) == 1 for block in blocks)
+        found.append(blocks if shared else [block[0] for block in blocks])
     return found if world > 1 else found[0]
 
 
@@ -90,6 +93,49 @@ def test_no_plan_costs_more_than_rows_as_they_come():
     assert 50 < saved < 200
 
 
+def test_passes_of_a_block_share_their_prompts():
+    halves = [[[2, 3], [0, 1]], [[6, 7], [4, 5]]]
+    assert planned([5] * 8, group=4, size=2, prompt=20, shared=True) == halves
+    as_they_come = [[[0, 1]], [[2, 3]], [[4, 5]], [[6, 7]]]
+    assert planned([5] * 8, group=4, size=2, prompt=0, shared=True) == as_they_come
+    assert planned([5] * 8, group=4, size=4, prompt=20, shared=True) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    # Of three prompts two fit into a pass of 10 rows.
+    found = planned([5] * 12, group=4, size=10, prompt=50, shared=True)
+    assert found == [[[0, 1, 2, 3, 4, 5, 6, 7]], [[8, 9, 10, 11]]]
+    # Rows of like lengths: a pass more costs half of what it does with prompts of its own.
+    lengths, options = [9, 1, 9, 1], {"group": 2, "prompt": 30, "fixed": 4}
+    assert planned(lengths, **options) == [[0, 1, 2, 3]]
+    assert planned(lengths, **options, shared=True) == [[[0, 2], [1, 3]]]
+    assert planned([9, 1, 9, 1], active=[1, 0, 1, 0], **options, shared=True) == [[[0, 2]]]
+
+
+def test_no_block_costs_more_or_has_more_prompts_than_a_pass_could():
+    generator = torch.Generator().manual_seed(6)
+    several = 0
+    for number in range(200):
+        lengths = torch.randint(1, 40, (24,), generator=generator).tolist()
+        active = (torch.rand(24, generator=generator) < 0.8).tolist()
+        options = {"prompt": 7 * (number % 5), "group": 4, "fixed": 10 * (number % 7)}
+        size = (None, 3, 4, 7, 10)[number % 5]
+        blocks = planned(lengths, active=active, size=size, **options, shared=True)
+        rows = [row for block in blocks for rows in block for row in rows]
+        assert sorted(rows) == [i for i, one in enumerate(active) if one]
+        for block in blocks:
+            assert all(len(rows) <= (size or 24) for rows in block)
+            prompts = {row // 4 for rows in block for row in rows}
+            assert len(block) == 1 or len(prompts) == 1 or sum(map(len, block)) <= (size or 24)
+        alone = planned(lengths, active=active, size=size, **options)
+        several += any(len(block) > 1 for block in blocks)
+        shared = sum(
+            cost(block, lengths, fixed=options["fixed"] / 2)
+            + options["fixed"] / 2
+            + options["prompt"] * len({row // 4 for rows in block for row in rows})
+            for block in blocks
+        )
+        assert shared <= cost(alone, lengths, **options)
+    assert several > 50
+
+
 def test_processes_make_equally_many_passes():
     lengths = [1, 9, 1, 9, 5, 5, 5, 5]
     first, second = planned(lengths, world=2)
@@ -98,17 +144,51 @@ def test_processes_make_equally_many_passes():
     assert first == [[], []] and second == [[0, 1], [2, 3]]
 
 
-def tokens_of_completions(policy):
-    """Tokens of each forward pass of completions that gradients flow through, padding too."""
+def tokens_of_completions(policy, *, prompts=False):
+    """Tokens of each forward pass of completions that gradients flow through, padding too; or of prompts."""
     seen = []
 
     def note(_, arguments, options):
         ids = options.get("input_ids", arguments[0] if arguments else None)
-        if torch.is_grad_enabled() and options.get("past_key_values") is not None:
+        if torch.is_grad_enabled() and (options.get("past_key_values") is None) == prompts:
             seen.append(tuple(ids.shape))
 
     policy.model.register_forward_pre_hook(note, with_kwargs=True)
     return seen
+
+
+def learner_with(share, estimator="rloo", **options):
+    """A learner whose passes share prompts or not, and the shapes of the prompts that it computes."""
+    policy = make_policy("gpt2", dtype="float64", vocabulary=90)
+    policy.eos_ids = ENDS
+    policy.reference = make_policy("gpt2", dtype="float64", vocabulary=90, seed=1).model.requires_grad_(False)
+    prompts = tokens_of_completions(policy, prompts=True)
+    learner = make_learner(policy, estimator, max_completion_length=24, num_generations=6, **options)
+    assert policy.share_passes
+    policy.share_passes = share
+    prompts.clear()
+    return learner, prompts
+
+
+@pytest.mark.parametrize("size", [None, 2, 4])
+@pytest.mark.parametrize("estimator", [Estimator(), Estimator.preset("grpo", beta=0.1)], ids=["", "kl"])
+def test_an_update_computes_each_prompt_once_and_finds_the_same_gradient(size, estimator, monkeypatch):
+    monkeypatch.setitem(passes.FIXED, "small", 0)
+    found, counts = [], []
+    for share in (False, True):
+        learner, prompts = learner_with(share, estimator, micro_batch_size=size)
+        one_step(learner)
+        found.append(gradient(learner.policy.model))
+        counts.append(sum(rows for rows, _ in prompts))
+    assert counts[1] == 4 < counts[0] and apart(*found) < 1e-12 < 0.01 < found[0].norm()
+
+
+def test_the_halves_of_a_measured_gradient_share_no_prompts():
+    found = []
+    for share in (False, True):
+        learner, _ = learner_with(share, micro_batch_size=2, diagnostics_every=1)
+        found.append(one_step(learner).metrics)
+    assert found[0]["gradient/snr"] > 0 and found[0] == pytest.approx(found[1], rel=1e-9)
 
 
 def test_an_update_computes_fewer_tokens_and_finds_the_same_gradient(monkeypatch):

@@ -9,6 +9,7 @@ only, and not all at once where they are many (see `head`).
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import log_softmax, score_norm_of
 from tokenrl.language.rollout.head import head_of, last, score_tokens, without_head
+from tokenrl.language.rollout.prompts import PromptPass, SharedPrompts
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 
 
@@ -46,6 +48,7 @@ def score(
     *,
     temperature: float = 1.0,
     share_prompt: bool = True,
+    prompts: SharedPrompts | None = None,
     tokens_at_once: int | None = None,
     entropy: bool = False,
     score_norms: bool = False,
@@ -59,20 +62,22 @@ def score(
         temperature: the temperature that was sampled with; the logits are divided by it.
         share_prompt: compute each distinct prompt once; False if no key/value cache may be kept, as under
             activation checkpointing.
+        prompts: shared by several calls with other rows of the same prompts, whose gradients reach the model
+            with `SharedPrompts.backward`; None to compute the prompts for these rows alone.
         tokens_at_once: number of tokens whose logits may exist at once; None if the forward pass has to
             compute all of them, as where something comes after the head.
         entropy: also return the entropies.
         score_norms: also return the squared norms of the scores in logit space.
         hidden: also return the last hidden state before each token.
     """
-    forward = _shared if share_prompt else _plain
+    forward = partial(_shared, shared=prompts) if share_prompt else _plain
     if tokens_at_once is not None and int(rollout.mask.sum()) > tokens_at_once:
         head = head_of(model)
         assert head is not None  # `choose_way` found it
-        with without_head(head) as passes:
-            _, states = forward(model, rollout, hidden)
+        with without_head(head) as inputs:
+            given, states = forward(model, rollout, hidden, inputs)
         found = score_tokens(
-            _inputs(passes, rollout, share_prompt),
+            given[rollout.mask],
             head,
             rollout.completion_ids[rollout.mask],
             at_once=tokens_at_once,
@@ -82,7 +87,7 @@ def score(
         )
         logprobs, entropies, norms = (in_rows(x, rollout.mask) for x in found)
         return Scores(logprobs, entropies if entropy else None, norms if score_norms else None, states)
-    logits, states = forward(model, rollout, hidden)
+    logits, states = forward(model, rollout, hidden, None)
     logp = log_softmax(logits, temperature)  # [N, T, V]
     logprobs = logp.gather(2, rollout.completion_ids[:, :, None]).squeeze(2)
     p = logp.exp() if entropy or score_norms else logp
@@ -92,16 +97,6 @@ def score(
         score_norm_of(logprobs, p) if score_norms else None,
         states,
     )
-
-
-def _inputs(passes: list[Tensor], rollout: Rollout, shared: bool) -> Tensor:
-    """Return what the head is given for each action [M, H], from what it was given in the forward passes."""
-    width = rollout.mask.shape[1]
-    if not shared:
-        return passes[0][:, -width:][rollout.mask]
-    first, *rest = passes  # over prompts, and over completions
-    whole = torch.cat([first[rollout.prompt_index, -1:], *rest], dim=1)
-    return whole[:, :width][rollout.mask]
 
 
 @torch.no_grad()
@@ -165,38 +160,60 @@ def _positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def _shared(model: nn.Module, rollout: Rollout, hidden: bool) -> tuple[Tensor, Tensor | None]:
-    """Logits [N, T, V] and hidden states [N, T, H], with each distinct prompt computed once."""
+def _shared(
+    model: nn.Module,
+    rollout: Rollout,
+    hidden: bool,
+    inputs: list[Tensor] | None,
+    *,
+    shared: SharedPrompts | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [N, T, V] and hidden states [N, T, H], with each distinct prompt computed once.
+
+    Where the head is left out, what it would have been given [N, T, H] stands for the logits; it is taken
+    from the `inputs` that `without_head` collects.
+    """
     index, width = rollout.prompt_index, rollout.completion_ids.shape[1]
     prompt_mask = rollout.prompt_mask
-    padded = not bool(prompt_mask.all())
-    places = {"attention_mask": prompt_mask, "position_ids": _positions(prompt_mask)} if padded else {}
-    options = {"use_cache": True, "output_hidden_states": hidden}
-    out = model(rollout.prompt_ids, **places, **options, logits_to_keep=last(1, prompt_mask.device))
-    first = out.logits[index]  # [N, 1, V]
-    state = out.hidden_states[-1][index, -1:] if hidden else None  # [N, 1, H]
+    compute = partial(_prompt_pass, model, rollout, hidden, inputs)
+    prompt = compute() if shared is None else shared.take(compute)
+    first = prompt.last[index]  # [N, 1, V]
+    state = None if prompt.state is None else prompt.state[index]  # [N, 1, H]
     if width == 1:
         return first, state
-    cache = Cache.of(out)
+    cache = prompt.cache
     cache.select(index)
-    inputs = rollout.completion_ids[:, :-1]  # [N, T-1]
+    tokens = rollout.completion_ids[:, :-1]  # [N, T-1]
     if cache.recurrent:
         cache.keep_states()
         if width == 2:  # one token alone takes the kernels of sampling, which have no gradient: feed another
-            inputs = torch.cat([inputs, inputs], dim=1)
+            tokens = torch.cat([tokens, tokens], dim=1)
     places = {}
-    if padded:
+    if not bool(prompt_mask.all()):
         # Completions are padded on the right, and causal attention never looks to the right, so their
         # padding needs no mask.
-        whole = torch.cat([prompt_mask[index], torch.ones_like(inputs, dtype=torch.bool)], dim=1)
-        places = {"attention_mask": whole, "position_ids": _positions(whole)[:, -inputs.shape[1] :]}
-    rest = model(inputs, **cache.arguments(places), **options)
+        whole = torch.cat([prompt_mask[index], torch.ones_like(tokens, dtype=torch.bool)], dim=1)
+        places = {"attention_mask": whole, "position_ids": _positions(whole)[:, -tokens.shape[1] :]}
+    rest = model(tokens, **cache.arguments(places), use_cache=True, output_hidden_states=hidden)
+    logits = rest.logits if inputs is None else inputs.pop()
     states = None if state is None else torch.cat([state, rest.hidden_states[-1]], dim=1)[:, :width]
-    return torch.cat([first, rest.logits], dim=1)[:, :width], states
+    return torch.cat([first, logits], dim=1)[:, :width], states
 
 
-def _plain(model: nn.Module, rollout: Rollout, hidden: bool) -> tuple[Tensor, Tensor | None]:
-    """Logits [N, T, V] and hidden states [N, T, H], with the prompt computed again for each row."""
+def _prompt_pass(model: nn.Module, rollout: Rollout, hidden: bool, inputs: list[Tensor] | None) -> PromptPass:
+    """Compute each distinct prompt."""
+    mask = rollout.prompt_mask
+    places = {} if bool(mask.all()) else {"attention_mask": mask, "position_ids": _positions(mask)}
+    options = {"use_cache": True, "output_hidden_states": hidden, "logits_to_keep": last(1, mask.device)}
+    out = model(rollout.prompt_ids, **places, **options)
+    logits = out.logits if inputs is None else inputs.pop()[:, -1:]
+    return PromptPass(logits, out.hidden_states[-1][:, -1:] if hidden else None, Cache.of(out))
+
+
+def _plain(
+    model: nn.Module, rollout: Rollout, hidden: bool, inputs: list[Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """The same as `_shared`, with the prompt computed again for each row."""
     width = rollout.completion_ids.shape[1]
     prompt_mask = rollout.prompt_mask[rollout.prompt_index]
     ids = torch.cat([rollout.prompt_ids[rollout.prompt_index], rollout.completion_ids], dim=1)[:, :-1]
@@ -204,4 +221,5 @@ def _plain(model: nn.Module, rollout: Rollout, hidden: bool) -> tuple[Tensor, Te
     options = {"use_cache": False, "output_hidden_states": hidden}
     places = {"attention_mask": mask, "position_ids": _positions(mask)}
     out = model(ids, **places, **options, logits_to_keep=last(width, mask.device))
-    return out.logits, out.hidden_states[-1][:, -width:] if hidden else None
+    logits = out.logits if inputs is None else inputs.pop()[:, -width:]
+    return logits, out.hidden_states[-1][:, -width:] if hidden else None

@@ -21,6 +21,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.distribution import log_softmax
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import head_of, tokens_at_once
+from tokenrl.language.rollout.prompts import SharedPrompts
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
 from tokenrl.runs.threads import using_threads
@@ -50,12 +51,12 @@ def choose_way(
     Raises:
         Refused: sampling is wrong for this model, or both ways of scoring are.
     """
-    head, found = None, _Findings(None, None, None)
+    head, found = None, _Findings(None, None, None, "not tried")
     with torch.random.fork_rng(devices=[]), using_threads(1):
         probe = _Probe(policy, hidden, gradient)
         wrong = _failure(probe.sample)
         if wrong is not None:
-            found = _Findings(wrong, None, None)
+            found = _Findings(wrong, None, None, None)
         elif probe.finite:
             head = head_of(policy.model)
             found = _tried(probe, policy.share_prompt, head is not None)
@@ -65,6 +66,7 @@ def choose_way(
 def _tried(probe: _Probe, share: bool, linear: bool) -> _Findings:
     """Try the ways of scoring; `share` says whether prompts may be shared, `linear` whether the head is."""
     wrong = whole = None
+    apart: str | None = "there are no prompts, or no gradients, to share"
     shared = _failure(lambda: probe.score(share_prompt=True)) if share else None
     if shared or not share:
         wrong = _failure(lambda: probe.score(share_prompt=False))
@@ -73,7 +75,9 @@ def _tried(probe: _Probe, share: bool, linear: bool) -> _Findings:
     elif wrong is None:
         right = share and not shared
         whole = _failure(lambda: probe.score(share_prompt=right, tokens_at_once=PIECE))
-    return _Findings(wrong, shared, whole)
+    if probe.gradient and share and not shared:
+        apart = _failure(lambda: probe.score_apart(tokens_at_once=None if whole else PIECE))
+    return _Findings(wrong, shared, whole, apart)
 
 
 class _Findings(NamedTuple):
@@ -85,6 +89,8 @@ class _Findings(NamedTuple):
     """Scoring with a shared prompt."""
     whole: str | None
     """Computing logits apart from the forward pass."""
+    apart: str | None
+    """Sharing prompts between several passes, each with a backward pass of its own."""
 
 
 def _agreed(accelerator: Any, found: _Findings) -> _Findings:
@@ -112,6 +118,7 @@ def _take(policy: Policy, found: _Findings, head: nn.Linear | None) -> None:
     if found.shared:
         policy.share_prompt = False
         policy.remarks["prompts"] = f"computed anew for each completion when it is scored ({found.shared})"
+    policy.share_passes = not found.apart
     policy.tokens_at_once = tokens_at_once(head.out_features) if head and not found.whole else None
     if found.whole:
         policy.remarks["logits"] = f"of all tokens at once when they are scored ({found.whole})"
@@ -179,14 +186,29 @@ class _Probe:
             found = score(self.policy.model, self.rollout, hidden=self.hidden, **ways)
         self._compare(name, found.logprobs, found.hidden)
         if self.gradient:
-            expected = self.expected_gradient
-            off = _norm(a - b for a, b in zip(self._gradient(found.logprobs), expected, strict=True))
-            norm = _norm(expected)
-            # Where float16 overflows in the gradient of each row alone, there is nothing to compare with.
-            if math.isfinite(norm) and not off <= self.gradient_tolerance * norm:
-                raise _Wrong(
-                    f"{name} gives a gradient that is off by {off / max(norm, 1e-30):.2g} of its norm"
-                )
+            self._compare_gradient(name, self._gradient(found.logprobs))
+
+    def score_apart(self, tokens_at_once: int | None) -> None:
+        """Score in two passes that share their prompts, and compare the gradient with that of each row alone.
+
+        The gradients of the weights themselves are put back.
+        """
+        parameters, rows = self.policy.trainable_parameters(), torch.arange(4, device=self.policy.device)
+        before = [p.grad for p in parameters]
+        try:
+            for p in parameters:
+                p.grad = None
+            prompts = SharedPrompts()
+            for part in (rows[::3], rows[1:3]):
+                rollout = self.rollout.rows(part, rows)
+                found = score(self.policy.model, rollout, prompts=prompts, tokens_at_once=tokens_at_once)
+                self._weighted(found.logprobs, part).backward()
+            prompts.backward()
+            gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            self._compare_gradient("scoring in passes that share their prompts", gradient)
+        finally:
+            for p, grad in zip(parameters, before, strict=True):
+                p.grad = grad
 
     def _compute_alone(self) -> None:
         """Compute each row without padding, mask and cache."""
@@ -207,12 +229,25 @@ class _Probe:
         self.expected, self.spread = expected.detach(), torch.stack(spread).mean()
         self.expected_hidden = torch.cat(hidden) if hidden else None
 
+    def _weighted(self, logprobs: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return a sum of log-probabilities of some rows, each with a weight of its own."""
+        numbers = torch.arange(self.rollout.mask.numel(), device=logprobs.device)
+        weights = torch.cos(numbers).view_as(self.rollout.mask)
+        return (logprobs * (weights if rows is None else weights[rows])).sum()
+
     def _gradient(self, logprobs: Tensor) -> list[Tensor]:
-        """Gradient of a sum of log-probabilities, each with a weight of its own."""
-        weights = torch.cos(torch.arange(logprobs.numel(), device=logprobs.device)).view_as(logprobs)
+        """Return the gradient of that sum over all rows."""
         parameters = self.policy.trainable_parameters()
-        found = torch.autograd.grad((logprobs * weights).sum(), parameters, allow_unused=True)
+        found = torch.autograd.grad(self._weighted(logprobs), parameters, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+    def _compare_gradient(self, name: str, found: list[Tensor]) -> None:
+        """Raise `_Wrong` if a gradient is too far from that of each row alone."""
+        off = _norm(a - b for a, b in zip(found, self.expected_gradient, strict=True))
+        norm = _norm(self.expected_gradient)
+        # Where float16 overflows in the gradient of each row alone, there is nothing to compare with.
+        if math.isfinite(norm) and not off <= self.gradient_tolerance * norm:
+            raise _Wrong(f"{name} gives a gradient that is off by {off / max(norm, 1e-30):.2g} of its norm")
 
     def _compare(self, name: str, logprobs: Tensor, hidden: Tensor | None) -> None:
         """Raise `_Wrong` if log-probabilities or hidden states are too far from those of each row alone."""

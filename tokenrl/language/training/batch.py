@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tokenrl.core.rows import Kept
+from tokenrl.language.rollout.prompts import SharedPrompts
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.scoring import Scores
-from tokenrl.language.training.processes import StepRows
+from tokenrl.language.training.processes import StepRows, share
 
 
 class Batch(NamedTuple):
@@ -30,6 +33,31 @@ class Batch(NamedTuple):
     advantages: Tensor
     old_logprobs: Tensor | None
 
+    def part(self, rows: Tensor, weights: Tensor, accelerator: Any, block: Sequence[Tensor]) -> Part:
+        """Return the micro-batch of some of this process's rows; without any, one row of weight 0.
+
+        Args:
+            rows: numbers of rows [m].
+            weights: each token's weight in the loss of the whole update [N, T].
+            accelerator: accelerate's handle of the processes.
+            block: the rows of each pass that shares its prompts with this one.
+        """
+        waits = len(rows) == 0
+        rows = rows.new_zeros(1) if waits else rows
+        rollout = self.rollout.rows(rows, torch.cat(list(block)) if len(block) > 1 else None)
+
+        def own(whole: Tensor) -> Tensor:
+            mine = share(accelerator, whole)[rows]
+            return mine if mine.ndim == 1 else mine[:, : rollout.mask.shape[1]]
+
+        return Part(
+            rollout,
+            own(self.advantages),
+            own(weights) * (0.0 if waits else 1.0),
+            None if self.rows.ref_logprobs is None else own(self.rows.ref_logprobs),
+            None if self.old_logprobs is None else self.old_logprobs[rows, : rollout.mask.shape[1]],
+        )
+
 
 class Part(NamedTuple):
     """A micro-batch: m of this process's rows, cut to their longest completion.
@@ -40,6 +68,7 @@ class Part(NamedTuple):
         weights: each token's weight in the loss of the whole update [m, T].
         ref_logprobs: log-probabilities under the reference [m, T]; None without a KL.
         old_logprobs: log-probabilities under the policy that sampled [m, T]; None if that is the present one.
+        prompts: shared with the next micro-batches; None to compute the prompts for this one alone.
     """
 
     rollout: Rollout
@@ -47,6 +76,7 @@ class Part(NamedTuple):
     weights: Tensor
     ref_logprobs: Tensor | None
     old_logprobs: Tensor | None
+    prompts: SharedPrompts | None = None
 
     def old(self, logprobs: Tensor) -> Tensor:
         """Return the denominator of the ratio as log-probabilities [m, T].

@@ -1,13 +1,16 @@
 """Plans the backward passes of an update: which rows are computed together.
 
-In a pass every row costs as many tokens as the longest one has, so rows of like lengths are computed together
-where that leaves out much padding. But each pass takes some time of its own, and computes the prompts of its
-rows again. Each process makes the same number of passes, because the gradients are averaged over processes in
-the last of them: a process without one would hang the others.
+In a pass every row costs as many tokens as the longest one has, so rows of like lengths are computed
+together where that leaves out much padding. But each pass takes some time of its own, and computes the
+prompts of its rows again, unless it belongs to a block of passes that share their prompts.
+
+Each process makes the same number of passes, because the gradients are averaged over processes in the last of
+them: a process without one would hang the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +20,13 @@ from torch import Tensor
 FIXED = {"small": 768, "large": 320, "gpu": 16_384}
 """Tokens that could be computed in the time that a pass takes beside its tokens. Measured on two processors:
 720 to 765 at 60,000 parameters, 120 to 480 at 1 M, 40 to 80 at 10 M. On a GPU not measured."""
+PROMPTS = 0.5
+"""The share of it that goes into the prompts, which passes of a block compute once."""
 LESS = 0.9
 """Rows are sorted if that leaves a smaller share of the work than this; it rounds sums in another order."""
+
+Block = list[np.ndarray]
+"""Rows of each pass of a block."""
 
 
 class Lengths(NamedTuple):
@@ -30,37 +38,39 @@ class Lengths(NamedTuple):
             computes it for each row, however they are divided.
         group: rows of a prompt, which follow one another.
         fixed: tokens that a pass costs besides.
+        shared: whether the passes of a block may share the prompts of their rows.
     """
 
     completions: Tensor
     prompt: int
     group: int
     fixed: int
+    shared: bool = False
 
 
-def equal_passes(accelerator: Any, active: Tensor, size: int | None, lengths: Lengths) -> list[Tensor]:
+def equal_passes(accelerator: Any, active: Tensor, size: int | None, lengths: Lengths) -> list[list[Tensor]]:
     """Divide this process's active rows into backward passes; every process gets the same number of passes.
 
     Args:
         accelerator: accelerate's handle of the processes.
         active: True for the rows of the step that are computed [N], the same on every process.
         size: maximum number of rows in a pass; None for all that a process has.
-        lengths: what the rows cost, the same on every process.
+        lengths: what the rows cost, the same on every process. Prompts are shared by one process alone.
 
     Returns:
-        For each pass, the indices of its rows among this process's own; empty for a pass in which only other
-        processes have work.
+        For each block, for each of its passes, the indices of its rows among this process's own; empty for a
+        pass in which only other processes have work.
     """
     world = accelerator.num_processes
     by_process = zip(*(x.view(world, -1).cpu().numpy() for x in (active, lengths.completions)), strict=True)
     plans = [_divided(chosen.nonzero()[0], tokens, size, lengths) for chosen, tokens in by_process]
     mine = plans[accelerator.process_index]
-    mine += [np.empty(0, dtype=np.int64)] * (max(map(len, plans)) - len(mine))
-    return [torch.from_numpy(rows).to(active.device) for rows in mine]
+    mine += [[np.empty(0, dtype=np.int64)]] * (max(map(len, plans)) - len(mine))
+    return [[torch.from_numpy(rows).to(active.device) for rows in block] for block in mine]
 
 
-def _divided(rows: np.ndarray, tokens: np.ndarray, size: int | None, lengths: Lengths) -> list[np.ndarray]:
-    """Divide some rows of a process into passes: as they come, or sorted where that costs clearly less.
+def _divided(rows: np.ndarray, tokens: np.ndarray, size: int | None, lengths: Lengths) -> list[Block]:
+    """Divide some rows of a process into passes: as they come, or in the way that costs clearly less.
 
     Args:
         rows: indices of rows.
@@ -69,28 +79,60 @@ def _divided(rows: np.ndarray, tokens: np.ndarray, size: int | None, lengths: Le
         lengths: what else they cost.
     """
     size = size or max(1, len(rows))
-    as_they_come = [rows[k : k + size] for k in range(0, len(rows), size)]
-    chosen = tokens[rows]
-    if not len(rows) or chosen.max() * len(rows) - chosen.sum() <= (1 - LESS) * chosen.sum():
-        return as_they_come
-    by_length = _sorted(rows, chosen, size, lengths)
-    costs = [sum(_cost(part, tokens, lengths) for part in plan) for plan in (by_length, as_they_come)]
-    return by_length if costs[0] < LESS * costs[1] else as_they_come
+    as_they_come = [[rows[k : k + size]] for k in range(0, len(rows), size)]
+    best, least = as_they_come, LESS * _cost(as_they_come, tokens, lengths)
+    for plan in _others(rows, tokens, size, lengths) if len(rows) else ():
+        cost = _cost(plan, tokens, lengths)
+        if cost < least:
+            best, least = plan, cost
+    return best
 
 
-def _sorted(rows: np.ndarray, tokens: np.ndarray, size: int, lengths: Lengths) -> list[np.ndarray]:
+def _others(rows: np.ndarray, tokens: np.ndarray, size: int, lengths: Lengths) -> Iterator[list[Block]]:
+    """Yield other ways to divide rows: all sorted by length, and those of some prompts at a time."""
+    prompts, whole = len(np.unique(rows // lengths.group)), tokens[rows].sum()
+    padded = tokens[rows].max() * len(rows) - whole > (1 - LESS) * whole
+    if padded:
+        yield [[part] for part in _sorted(rows, tokens[rows], size, lengths.fixed, lengths.prompt, prompts)]
+    if lengths.shared and (padded or len(rows) > size):
+        fixed = round((1 - PROMPTS) * lengths.fixed)
+        yield [_sorted(part, tokens[part], size, fixed) for part in _of_prompts(rows, size, lengths.group)]
+
+
+def _of_prompts(rows: np.ndarray, size: int, group: int) -> Iterator[np.ndarray]:
+    """Yield rows of some prompts: as many prompts as one pass could take, at least one."""
+    cuts = np.flatnonzero(np.diff(rows // group)) + 1  # where the rows of another prompt begin
+    begin = last = 0
+    for cut in (*cuts.tolist(), len(rows)):
+        if cut - begin > size and last > begin:
+            yield rows[begin:last]
+            begin = last
+        last = cut
+    yield rows[begin:]
+
+
+def _sorted(
+    rows: np.ndarray, tokens: np.ndarray, size: int, fixed: int, prompt: int = 0, prompts: int = 0
+) -> Block:
     """Return the division of rows with these tokens into ranges of lengths that costs least, longest first.
 
     The least cost of all rows up to a length is found from those of shorter ones.
+
+    Args:
+        rows: indices of rows.
+        tokens: tokens of each.
+        size: maximum number of rows in a pass.
+        fixed: tokens that a pass costs besides.
+        prompt: tokens of a prompt that a pass computes.
+        prompts: how many prompts the rows have.
     """
     longest, counts = np.unique(tokens, return_counts=True)
     ends = counts.cumsum()
     starts = ends - counts
-    prompts = len(np.unique(rows // lengths.group))
     least, begins = np.zeros(len(longest) + 1), []
     for k, (top, end) in enumerate(zip(longest, ends, strict=True)):
         count = end - starts[: k + 1]  # rows of a range that begins at each shorter length, or here
-        each = lengths.fixed + lengths.prompt * np.minimum(np.minimum(count, size), prompts)
+        each = fixed + prompt * np.minimum(np.minimum(count, size), prompts)
         costs = least[: k + 1] + count * top + -(-count // size) * each
         begins.append(int(costs.argmin()))
         least[k + 1] = costs.min()
@@ -103,7 +145,11 @@ def _sorted(rows: np.ndarray, tokens: np.ndarray, size: int, lengths: Lengths) -
     return plan
 
 
-def _cost(rows: np.ndarray, tokens: np.ndarray, lengths: Lengths) -> int:
-    """Return the tokens that a pass costs."""
-    prompts = len(np.unique(rows // lengths.group))
-    return int(len(rows) * tokens[rows].max() + prompts * lengths.prompt + lengths.fixed)
+def _cost(plan: list[Block], tokens: np.ndarray, lengths: Lengths) -> float:
+    """Return the tokens that a plan costs."""
+    cost = 0.0
+    for block in plan:
+        prompts = len(np.unique(np.concatenate(block) // lengths.group))
+        cost += prompts * lengths.prompt + PROMPTS * lengths.fixed
+        cost += sum(len(rows) * tokens[rows].max() + (1 - PROMPTS) * lengths.fixed for rows in block)
+    return cost

@@ -89,7 +89,7 @@ def training_step(
     history = []
     for update in updates(learner, batch, step):
         for part in update.parts():
-            scores = learner.scores(part.rollout)
+            scores = learner.scores(part)
             loss = estimator.loss(
                 scores.logprobs, part.advantages, part.weights, part.rollout.mask, **part.inputs(scores)
             )

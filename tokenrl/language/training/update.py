@@ -22,7 +22,7 @@ from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.generator import Generator
-from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.prompts import SharedPrompts
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scores, score
 from tokenrl.language.training.arguments import TrainSettings
@@ -30,7 +30,6 @@ from tokenrl.language.training.batch import Batch, Part
 from tokenrl.language.training.critic import Critic
 from tokenrl.language.training.forward import SMALL, Forward
 from tokenrl.language.training.passes import FIXED, Lengths, equal_passes
-from tokenrl.language.training.processes import share
 from tokenrl.runs.optimizers import load_optimizer_state, optimizer_state
 
 CLIPPED = ("token", "cispo")
@@ -119,10 +118,11 @@ class Learner:
         """Keyword arguments of `score`: completions are scored at the temperature of sampling."""
         return {"temperature": self.args.temperature, **self.forward.policy.ways}
 
-    def scores(self, rollout: Rollout) -> Scores:
+    def scores(self, part: Part) -> Scores:
         """Score completions with a gradient."""
+        needed = self.estimator.needs_entropy
         with self.forward.in_updates():
-            return score(self.model, rollout, entropy=self.estimator.needs_entropy, **self.scoring)
+            return score(self.model, part.rollout, prompts=part.prompts, entropy=needed, **self.scoring)
 
 
 @dataclass
@@ -157,15 +157,19 @@ class Update:
         middle = self._groups // 2 * learner.sampling.group_size if self.measure else len(row)
         lengths = self._lengths()
         early = equal_passes(accelerator, active & (row < middle), size, lengths)
-        passes = early + equal_passes(accelerator, active & (row >= middle), size, lengths)
+        blocks = early + equal_passes(accelerator, active & (row >= middle), size, lengths)
         learner.optimizer.zero_grad()
-        for k, rows in enumerate(passes):
+        for k, block in enumerate(blocks):
             if self.measure and k == len(early):
                 self._half = flat_gradient(learner.policy.trainable_parameters(), accelerator)
-            last = k + 1 == len(passes)
+            prompts = SharedPrompts() if len(block) > 1 else None
+            last = k + 1 == len(blocks)  # in a block of several, prompts are shared, by one process alone
             with contextlib.nullcontext() if last else accelerator.no_sync(learner.model):
-                yield self._part(rows, weights)
-        self._idle = not passes
+                for rows in block:
+                    yield self.batch.part(rows, weights, accelerator, block)._replace(prompts=prompts)
+            if prompts is not None:
+                prompts.backward()
+        self._idle = not blocks
 
     def backward(self, part: Part, loss: Tensor, logprobs: Tensor) -> None:
         """Add the gradient of a micro-batch's loss, and count its tokens outside the clip range.
@@ -233,7 +237,9 @@ class Update:
         on_cpu = "small" if policy.size < SMALL else "large"
         kind = on_cpu if policy.device.type == "cpu" else "gpu"
         prompt = int(rows.prompt_length.max()) if policy.share_prompt else 0
-        return Lengths(rows.mask.sum(dim=1), prompt, self.learner.sampling.group_size, FIXED[kind])
+        shared = policy.share_passes and self.learner.accelerator.num_processes == 1
+        lengths = rows.mask.sum(dim=1)
+        return Lengths(lengths, prompt, self.learner.sampling.group_size, FIXED[kind], shared)
 
     def _weights(self) -> Tensor:
         """Return the weights [N, T] of the tokens of the chosen rows; 0 elsewhere."""
@@ -245,24 +251,6 @@ class Update:
             valid=kept.counted[chosen],
         )
         return weights
-
-    def _part(self, rows: Tensor, weights: Tensor) -> Part:
-        """Return the micro-batch of some of this process's rows; without any, one row of weight 0."""
-        batch, waits = self.batch, len(rows) == 0
-        rows = rows.new_zeros(1) if waits else rows
-        rollout = batch.rollout.rows(rows)
-
-        def own(whole: Tensor) -> Tensor:
-            mine = share(self.learner.accelerator, whole)[rows]
-            return mine if mine.ndim == 1 else mine[:, : rollout.mask.shape[1]]
-
-        return Part(
-            rollout,
-            own(batch.advantages),
-            own(weights) * (0.0 if waits else 1.0),
-            None if batch.rows.ref_logprobs is None else own(batch.rows.ref_logprobs),
-            None if batch.old_logprobs is None else batch.old_logprobs[rows, : rollout.mask.shape[1]],
-        )
 
 
 def updates(learner: Learner, batch: Batch, step: int) -> Iterator[Update]:
