@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 PLACES = {
     "evaluation before the first step": ("language/training/evaluation.py:_completions", 1),
     "step": ("language/training/loop.py:_one_step", 4),
-    "generation": ("language/rollout/generator.py:_draw", 80),
+    "generation": ("language/rollout/generator.py:_next_token", 80),
     "update": ("language/training/update.py:backward", 5),
     "optimiser": ("language/training/update.py:_step_optimizer", 4),
     "evaluation": ("language/training/evaluation.py:_completions", 5),
