@@ -39,9 +39,8 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name != "train")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(RUNS))
 def test_a_quiet_run_prints_nothing(name, files, tmp_path):
     """A process of its own, because libraries warn only once and read the environment when imported."""
     model = [] if name == "control" else ["--model", "model"]

@@ -212,15 +212,14 @@ def test_stopped_before_the_first_run_there_is_no_figure(
     assert not arguments.output.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "number", "after"),
     [
-        pytest.param("control_3_numpy", signal.SIGINT, "REINFORCE, seed 0: ", marks=pytest.mark.slow),
+        ("control_3_numpy", signal.SIGINT, "REINFORCE, seed 0: "),
         ("control_3_numpy", signal.SIGTERM, "REINFORCE, seed 2: "),
-        pytest.param("control_3_variations", signal.SIGINT, "usual, seed 0: ", marks=pytest.mark.slow),
-        pytest.param(  # the others have three seeds
-            "control_3_variations", signal.SIGINT, "gamma 0.95, seed 3: ", marks=pytest.mark.slow
-        ),
+        ("control_3_variations", signal.SIGINT, "usual, seed 0: "),
+        ("control_3_variations", signal.SIGINT, "gamma 0.95, seed 3: "),  # the others have three seeds
     ],
 )
 def test_a_signal_keeps_what_was_finished(name, number, after, tmp_path):

@@ -23,6 +23,9 @@ NONE = {"mistral", "falcon_h1", "mamba2"}
 SOME = {"gemma2", "gemma3", "gpt_oss", "lfm2", "qwen3_5", "qwen3_next", "granite_hybrid"}
 """Families of which one layer of two keeps them."""
 
+LONG = {"falcon_h1", "qwen3_5", "qwen3_next"}
+"""Families that take longest, of which the quick tests have relatives: lfm2 and mamba."""
+
 
 def rollout_of(policy, *, rows=6, width=5, length=7, padded=True):
     rollout = make_up(policy, rows, 3, width, length)
@@ -52,7 +55,13 @@ def codes(monkeypatch):
     return stand_in(monkeypatch)
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"recurrent_gemma", "granite_hybrid", "mamba2"}))
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=pytest.mark.slow) if family in LONG else family
+        for family in sorted(set(FAMILIES) - {"recurrent_gemma", "granite_hybrid", "mamba2"})
+    ],
+)
 def test_layers_of_every_family_may_be_computed_apart(family, codes):
     policy = family_policy(family)
     layers = CompiledLayers(policy.model)

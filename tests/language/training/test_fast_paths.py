@@ -65,16 +65,21 @@ def compiled(model):
     return layers
 
 
-@pytest.mark.parametrize(
-    "layers", [None, pytest.param(compiled, marks=pytest.mark.slow)], ids=["", "compiled"]
+SEVERAL = (
+    Estimator.preset("grpo", beta=0.1, entropy_coef=0.05),
+    {"num_minibatches": 2, "num_iterations": 2},
 )
+"""Several updates of a rollout, with a KL and an entropy term."""
+
+
 @pytest.mark.parametrize(
-    ("estimator", "options"),
+    ("estimator", "options", "layers"),
     [
-        (Estimator(), {}),
-        (Estimator.preset("grpo", beta=0.1, entropy_coef=0.05), {"num_minibatches": 2, "num_iterations": 2}),
+        (Estimator(), {}, None),
+        (*SEVERAL, None),
+        pytest.param(*SEVERAL, compiled, marks=pytest.mark.slow),  # takes minutes
     ],
-    ids=["plain", "several updates with a KL and an entropy term"],
+    ids=["plain", "several updates", "compiled"],
 )
 def test_every_fast_path_changes_the_weights_alike(estimator, options, layers, monkeypatch):
     counts, usual = [], update.equal_passes

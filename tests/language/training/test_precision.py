@@ -142,7 +142,10 @@ def test_eager_attention_has_the_same_weights_and_gradient(architecture):
     assert apart(*found) < 1e-5
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"lora_r": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow), {"lora_r": 2}],
+)
 def test_twenty_updates_by_plain_sgd_are_the_same_by_the_fast_paths_and_the_slow(options, monkeypatch):
     grow = Cache.make_room
     found = []
