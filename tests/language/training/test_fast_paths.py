@@ -8,7 +8,7 @@ from tiny_models import ENDS, make_learner, make_policy, one_step, weights
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.layers import CompiledLayers
-from tokenrl.language.training import passes, update
+from tokenrl.language.training import update
 
 STEPS = 20
 
@@ -45,7 +45,6 @@ def trained(monkeypatch, estimator, *, fast, rollouts=None, layers=None, **optio
     policy.reference = make_policy(seed=1).model.requires_grad_(False)
     learner = make_learner(policy, estimator, optimizer="sgd", learning_rate=0.02, **options)
     # Passes that save time by themselves have rows of one length each; one that costs much has all rows.
-    monkeypatch.setattr(passes, "PROMPTS", 0.0)
     monkeypatch.setitem(update.FIXED, "small", -(10**3) if fast else 10**9)
     if rollouts is None:
         learner.generator = Recorder(policy)

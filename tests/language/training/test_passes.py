@@ -102,7 +102,7 @@ def test_passes_of_a_block_share_their_prompts():
     # Of three prompts two fit into a pass of 10 rows.
     found = planned([5] * 12, group=4, size=10, prompt=50, shared=True)
     assert found == [[[0, 1, 2, 3, 4, 5, 6, 7]], [[8, 9, 10, 11]]]
-    # Rows of like lengths: a pass more costs half of what it does with prompts of its own.
+    # Rows of like lengths, which do not pay with prompts of their own.
     lengths, options = [9, 1, 9, 1], {"group": 2, "prompt": 30, "fixed": 4}
     assert planned(lengths, **options) == [[0, 1, 2, 3]]
     assert planned(lengths, **options, shared=True) == [[[0, 2], [1, 3]]]
@@ -127,8 +127,7 @@ def test_no_block_costs_more_or_has_more_prompts_than_a_pass_could():
         alone = planned(lengths, active=active, size=size, **options)
         several += any(len(block) > 1 for block in blocks)
         shared = sum(
-            cost(block, lengths, fixed=options["fixed"] / 2)
-            + options["fixed"] / 2
+            cost(block, lengths, fixed=options["fixed"])
             + options["prompt"] * len({row // 4 for rows in block for row in rows})
             for block in blocks
         )

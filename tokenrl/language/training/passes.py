@@ -20,8 +20,6 @@ from torch import Tensor
 FIXED = {"small": 768, "large": 320, "gpu": 16_384}
 """Tokens that could be computed in the time that a pass takes beside its tokens. Measured on two processors:
 720 to 765 at 60,000 parameters, 120 to 480 at 1 M, 40 to 80 at 10 M. On a GPU not measured."""
-PROMPTS = 0.5
-"""The share of it that goes into the prompts, which passes of a block compute once."""
 LESS = 0.9
 """Rows are sorted if that leaves a smaller share of the work than this; it rounds sums in another order."""
 
@@ -95,8 +93,8 @@ def _others(rows: np.ndarray, tokens: np.ndarray, size: int, lengths: Lengths) -
     if padded:
         yield [[part] for part in _sorted(rows, tokens[rows], size, lengths.fixed, lengths.prompt, prompts)]
     if lengths.shared and (padded or len(rows) > size):
-        fixed = round((1 - PROMPTS) * lengths.fixed)
-        yield [_sorted(part, tokens[part], size, fixed) for part in _of_prompts(rows, size, lengths.group)]
+        parts = _of_prompts(rows, size, lengths.group)
+        yield [_sorted(part, tokens[part], size, lengths.fixed) for part in parts]
 
 
 def _of_prompts(rows: np.ndarray, size: int, group: int) -> Iterator[np.ndarray]:
@@ -145,11 +143,8 @@ def _sorted(
     return plan
 
 
-def _cost(plan: list[Block], tokens: np.ndarray, lengths: Lengths) -> float:
+def _cost(plan: list[Block], tokens: np.ndarray, lengths: Lengths) -> int:
     """Return the tokens that a plan costs."""
-    cost = 0.0
-    for block in plan:
-        prompts = len(np.unique(np.concatenate(block) // lengths.group))
-        cost += prompts * lengths.prompt + PROMPTS * lengths.fixed
-        cost += sum(len(rows) * tokens[rows].max() + (1 - PROMPTS) * lengths.fixed for rows in block)
-    return cost
+    prompts = sum(len(np.unique(np.concatenate(block) // lengths.group)) for block in plan)
+    passes = sum(len(rows) * int(tokens[rows].max()) + lengths.fixed for block in plan for rows in block)
+    return prompts * lengths.prompt + passes
