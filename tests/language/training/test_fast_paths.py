@@ -43,7 +43,9 @@ def trained(monkeypatch, estimator, *, fast, rollouts=None, layers=None, **optio
     policy.eos_ids, policy.share_prompt = ENDS, fast
     policy.tokens_at_once = 5 if fast else None
     policy.reference = make_policy(seed=1).model.requires_grad_(False)
-    learner = make_learner(policy, estimator, optimizer="sgd", learning_rate=0.02, **options)
+    size = 2 if fast else None  # of a group's three rows, whose passes share their prompts
+    options |= {"optimizer": "sgd", "learning_rate": 0.02, "micro_batch_size": size}
+    learner = make_learner(policy, estimator, **options)
     # Passes that save time by themselves have rows of one length each; one that costs much has all rows.
     monkeypatch.setitem(update.FIXED, "small", -(10**3) if fast else 10**9)
     if rollouts is None:
@@ -92,6 +94,6 @@ def test_every_fast_path_changes_the_weights_alike(estimator, options, layers, m
     slow, rollouts = trained(monkeypatch, estimator, fast=False, **options)
     assert max(counts) == 1
     fast, _ = trained(monkeypatch, estimator, fast=True, rollouts=rollouts, layers=layers, **options)
-    assert max(counts) > 2 and len(rollouts) == STEPS
+    assert max(counts) > 1 and len(rollouts) == STEPS
     assert slow.norm() > 0.01
     assert (fast - slow).norm() <= 1e-4 * slow.norm()

@@ -102,11 +102,12 @@ def test_passes_of_a_block_share_their_prompts():
     # Of three prompts two fit into a pass of 10 rows.
     found = planned([5] * 12, group=4, size=10, prompt=50, shared=True)
     assert found == [[[0, 1, 2, 3, 4, 5, 6, 7]], [[8, 9, 10, 11]]]
-    # Rows of like lengths, which do not pay with prompts of their own.
-    lengths, options = [9, 1, 9, 1], {"group": 2, "prompt": 30, "fixed": 4}
-    assert planned(lengths, **options) == [[0, 1, 2, 3]]
-    assert planned(lengths, **options, shared=True) == [[[0, 2], [1, 3]]]
-    assert planned([9, 1, 9, 1], active=[1, 0, 1, 0], **options, shared=True) == [[[0, 2]]]
+    # Rows of like lengths, which do not pay with prompts of their own; but not where all fit into a pass.
+    lengths, options = [9, 1, 9, 1], {"group": 4, "prompt": 30, "fixed": 4}
+    assert planned(lengths, **options, size=3) == [[0, 1, 2], [3]]
+    assert planned(lengths, **options, size=3, shared=True) == [[[0, 2], [1, 3]]]
+    assert planned(lengths, **options, shared=True) == [[[0, 1, 2, 3]]]
+    assert planned(lengths, active=[1, 0, 1, 0], **options, size=3, shared=True) == [[[0, 2]]]
 
 
 def test_no_block_costs_more_or_has_more_prompts_than_a_pass_could():
@@ -170,7 +171,7 @@ def learner_with(share, estimator="rloo", **options):
 
 
 @pytest.mark.parametrize(
-    ("size", "estimator"), [(None, Estimator()), (3, Estimator.preset("grpo", beta=0.1)), (4, Estimator())]
+    ("size", "estimator"), [(2, Estimator()), (3, Estimator.preset("grpo", beta=0.1)), (4, Estimator())]
 )
 def test_an_update_computes_each_prompt_once_and_finds_the_same_gradient(size, estimator, monkeypatch):
     monkeypatch.setitem(passes.FIXED, "small", 0)

@@ -87,12 +87,12 @@ def _divided(rows: np.ndarray, tokens: np.ndarray, size: int | None, lengths: Le
 
 
 def _others(rows: np.ndarray, tokens: np.ndarray, size: int, lengths: Lengths) -> Iterator[list[Block]]:
-    """Yield other ways to divide rows: all sorted by length, and those of some prompts at a time."""
+    """Yield other ways to divide rows: all sorted by length, and those of some prompts after the other."""
     prompts, whole = len(np.unique(rows // lengths.group)), tokens[rows].sum()
     padded = tokens[rows].max() * len(rows) - whole > (1 - LESS) * whole
     if padded:
         yield [[part] for part in _sorted(rows, tokens[rows], size, lengths.fixed, lengths.prompt, prompts)]
-    if lengths.shared and (padded or len(rows) > size):
+    if lengths.shared and len(rows) > size:  # else nothing is gained: a further pass takes what is saved
         parts = _of_prompts(rows, size, lengths.group)
         yield [_sorted(part, tokens[part], size, lengths.fixed) for part in parts]
 
