@@ -29,7 +29,7 @@ from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.language.training.batch import Batch, Part
 from tokenrl.language.training.critic import Critic
 from tokenrl.language.training.forward import SMALL, Forward
-from tokenrl.language.training.passes import FIXED, Lengths, equal_passes
+from tokenrl.language.training.passes import FIXED, MIDDLE, Lengths, equal_passes
 from tokenrl.runs.optimizers import load_optimizer_state, optimizer_state
 
 CLIPPED = ("token", "cispo")
@@ -234,7 +234,7 @@ class Update:
     def _lengths(self) -> Lengths:
         """Return what the rows of the step cost."""
         rows, policy = self.batch.rows, self.learner.forward.policy
-        on_cpu = "small" if policy.size < SMALL else "large"
+        on_cpu = "small" if policy.size < SMALL else "middle" if policy.size < MIDDLE else "large"
         kind = on_cpu if policy.device.type == "cpu" else "gpu"
         prompt = int(rows.prompt_length.max()) if policy.share_prompt else 0
         shared = policy.share_passes and self.learner.accelerator.num_processes == 1
