@@ -8,10 +8,12 @@ from tokenrl.language.rollout import ahead
 
 
 class Code:
-    """Stands for compiled code: the function itself. It keeps the modules that it has computed."""
+    """Stands for compiled code: the function itself. It keeps the module that it is made
+    from, and those that it has computed.
+    """
 
-    def __init__(self, function):
-        self.function, self.fits, self.modules = function, True, []
+    def __init__(self, function, example):
+        self.function, self.example, self.fits, self.modules = function, example, True, []
 
     @property
     def calls(self):
@@ -36,7 +38,7 @@ def stand_in(monkeypatch):
     made = []
 
     def make(function, arguments):
-        made.append(Code(function))
+        made.append(Code(function, arguments[0]))
         return made[-1]
 
     monkeypatch.setattr(ahead, "compiled", make)

@@ -153,7 +153,8 @@ def test_code_of_a_layer_serves_all_that_are_built_alike(monkeypatch):
     found, expected = sampled(policy, step), sampled(policy)
     assert step.failure == "" and torch.equal(found.logprobs, expected.logprobs)
     (code,) = made
-    assert code.modules == list(policy.model.model.layers) * 7
+    layers = list(policy.model.model.layers)
+    assert code.example is layers[0] and code.modules == layers * 7
 
 
 def test_code_that_fails_in_the_middle_of_the_layers_leaves_the_sampling_as_it_is(monkeypatch):

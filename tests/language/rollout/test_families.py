@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, GROWING, family_policy
+from families import FAMILIES, GROWING, family_policy, quickly
 
 from tokenrl.errors import Refused
 from tokenrl.language.rollout.generator import TransformersGenerator
@@ -17,11 +17,6 @@ WHOLE_LOGITS = {"gemma2"}  # they come after more than a product
 RIGHT = sorted(set(FAMILIES) - REFUSED)
 LONG = {"mamba2", "granite_hybrid", "qwen3_next"}
 """Families that take longest, of which the quick tests have relatives: falcon_h1, lfm2 and qwen3_5."""
-
-
-def quickly(family):
-    """A family as a parameter."""
-    return pytest.param(family, marks=pytest.mark.slow) if family in LONG else family
 
 
 def sampled(policy, length):
@@ -52,7 +47,7 @@ def slope(logprobs, model):
 
 # A single token may take other kernels than several.
 @pytest.mark.parametrize("length", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 6])
-@pytest.mark.parametrize("family", [quickly(name) for name in RIGHT])
+@pytest.mark.parametrize("family", quickly(RIGHT, LONG))
 def test_sampling_and_scoring_are_those_of_each_row_alone(family, length):
     policy = family_policy(family)
     rollout = sampled(policy, length)
@@ -68,11 +63,11 @@ def test_sampling_and_scoring_are_those_of_each_row_alone(family, length):
 
 
 @pytest.mark.parametrize("hidden", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("family", [quickly(name) for name in RIGHT])
+@pytest.mark.parametrize("family", quickly(RIGHT, LONG))
 def test_each_family_gets_the_fastest_way_that_is_right(family, hidden):
     policy = family_policy(family)
     before = torch.get_rng_state()
-    choose_way(policy, hidden=hidden)
+    choose_way(policy, hidden=hidden, passes=True)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in policy.model.parameters())
     assert policy.share_prompt == (family not in NOT_SHARED) == ("prompts" not in policy.remarks)
@@ -81,7 +76,7 @@ def test_each_family_gets_the_fastest_way_that_is_right(family, hidden):
     assert (policy.tokens_at_once is None) == (family in WHOLE_LOGITS) == ("logits" in policy.remarks)
 
 
-@pytest.mark.parametrize("family", [quickly(name) for name in RIGHT])
+@pytest.mark.parametrize("family", quickly(RIGHT, LONG))
 def test_bfloat16_is_not_mistaken_for_an_error(family):
     policy = family_policy(family, dtype="bfloat16")
     choose_way(policy, hidden=True)

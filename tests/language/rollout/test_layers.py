@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 from codes import stand_in
-from families import FAMILIES, family_policy
+from families import FAMILIES, family_policy, quickly
 from tiny_models import make_policy
 
 from tokenrl.language.policy.adapters import add_lora
@@ -56,11 +56,7 @@ def codes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, marks=pytest.mark.slow) if family in LONG else family
-        for family in sorted(set(FAMILIES) - {"recurrent_gemma", "granite_hybrid", "mamba2"})
-    ],
+    "family", quickly(sorted(set(FAMILIES) - {"recurrent_gemma", "granite_hybrid", "mamba2"}), LONG)
 )
 def test_layers_of_every_family_may_be_computed_apart(family, codes):
     policy = family_policy(family)

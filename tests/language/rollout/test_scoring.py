@@ -97,7 +97,8 @@ def test_passes_that_share_their_prompts_add_up_to_the_whole(architecture, dtype
     policy.model.zero_grad()
     seen = forward_passes(policy)
     weights = torch.linspace(-1, 2, len(rollout.mask), dtype=whole.logprobs.dtype)
-    rows, prompts, total = torch.arange(len(rollout.mask)), SharedPrompts(), 0.0
+    rows = torch.arange(len(rollout.mask))
+    prompts, total = SharedPrompts(rows), 0.0
     for chosen in (rows[::5], rows[1::5], torch.cat([rows[2::5], rows[3::5]]), rows[4::5]):
         part = rollout.rows(chosen, rows)
         options = {"prompts": prompts, "tokens_at_once": tokens_at_once, "entropy": True}
@@ -118,7 +119,7 @@ def test_nothing_is_shared_that_later_tokens_change():
     policy = family_policy("mistral")
     rollout = make_up(policy, 4, 2, 5, 3)
     with pytest.raises(Refused, match="something else than keys and values"):
-        score(policy.model, rollout, prompts=SharedPrompts())
+        score(policy.model, rollout, prompts=SharedPrompts(torch.arange(4)))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -245,21 +245,25 @@ def test_a_run_of_two_processes_writes_the_metrics_of_one(two, tmp_path):
         torch.testing.assert_close(both[name], tensor, atol=1e-9, rtol=0)
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess:
+THIS = str(Path(__file__).resolve())
+
+
+def torchrun(*program: str, **variables: str) -> subprocess.CompletedProcess:
     """By torch's launcher; accelerate's own starts one process only on a CPU, unless there is MPI."""
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join([os.getcwd(), str(Path(__file__).parents[1])])
     return subprocess.run(
-        [*program, str(Path(__file__).resolve()), *arguments],
+        [*launcher, *program],
         capture_output=True,
         text=True,
         timeout=240,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), str(Path(__file__).parents[1])])},
+        env=os.environ | {"PYTHONPATH": paths} | variables,
     )
 
 
 @pytest.mark.slow
 def test_torchrun_does_the_same(two, tmp_path):
-    done = torchrun(str(tmp_path))
+    done = torchrun(THIS, str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     launched = torch.load(tmp_path / "rank0.pt", weights_only=True)
     for name, expected in two[1][0].items():
@@ -268,18 +272,15 @@ def test_torchrun_does_the_same(two, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_joins_its_processes_where_there_is_no_gpu_and_nothing_says_so(tmp_path):
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    program += ["-m", "tokenrl", "train", "--max-steps", "1", "--eval-size", "2", "--eval-generations", "1"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    options = {"capture_output": True, "text": True, "timeout": 240, "env": environment}
-    done = subprocess.run([*program, "--output-dir", str(tmp_path / "run")], **options)
+    program = ["-m", "tokenrl", "train", "--max-steps", "1", "--eval-size", "2", "--eval-generations", "1"]
+    done = torchrun(*program, "--output-dir", str(tmp_path / "run"), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("finished (") == 1 and (tmp_path / "run" / "model").is_dir()
 
 
 @pytest.mark.slow
 def test_one_process_that_fails_ends_the_run(tmp_path):
-    done = torchrun(str(tmp_path), "fail")  # a timeout here is a rank that waits for ever
+    done = torchrun(THIS, str(tmp_path), "fail")  # a timeout here is a rank that waits for ever
     assert done.returncode != 0 and "raised ValueError: on purpose" in done.stdout + done.stderr
     assert not (tmp_path / "run" / "model").exists()
 

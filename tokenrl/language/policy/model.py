@@ -41,7 +41,7 @@ class Policy:
         source: where the model came from, for messages and records.
         share_prompt: whether the rows of a group may share the key/value cache of their prompt. False under
             activation checkpointing, which keeps no cache, and where `choose_way` found it to be wrong.
-        share_passes: whether several passes with gradients may share that cache. `choose_way` sets it.
+        share_passes: whether passes of an update may share that cache. `choose_way` sets it on request.
         tokens_at_once: number of tokens whose logits may exist at once when they are scored; None if all
             are computed in the forward pass. `choose_way` sets it.
         remarks: what `choose_way` has to say of unusual ways, for a run's header; empty if all is as usual.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.language.rollout.ahead import COARSE, TOLERANCES, code_for, failure_of, file_of
-from tokenrl.language.rollout.cache import Cache
+from tokenrl.language.rollout.cache import OTHERS, Cache
 from tokenrl.language.rollout.layer_steps import LayerSteps
 from tokenrl.language.rollout.layers import layers_of, unfit
 
@@ -76,7 +76,7 @@ class CompiledStep:
         """Return the logits of the next token [n, V]; the cache then holds `token` [n] too."""
         arguments = cache.arguments(places)
         if not cache.growing:
-            self.failure = "the model keeps something else than keys and values of all tokens"
+            self.failure = OTHERS
             return logits_after(model, token, arguments)
         # The code for a single row would differ, and nothing is gained by it.
         if len(token) < 2 or cache.held.get_seq_length() < 2:

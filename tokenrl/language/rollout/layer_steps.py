@@ -87,8 +87,7 @@ class LayerSteps:
 
     def _code(self, kind: Any, inputs: tuple[Any, ...]) -> Any:
         """Return the code for arguments of a kind, which may have to be made; None if there is none."""
-        known = self._codes if self.making else self._codes | self.wanted
-        if kind not in known:
+        if kind not in self._codes and (self.making or kind not in self.wanted):
             layer, sources = inputs[0], (__name__, Cache.__module__)
             path = file_of(self._directory, self._model, layer, sources, kind=repr(kind))
             if self.making:

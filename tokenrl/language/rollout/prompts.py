@@ -6,16 +6,14 @@ over the passes. One backward pass through the prompts follows the last of them.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from tokenrl.errors import Refused
-from tokenrl.language.rollout.cache import Cache
+from tokenrl.language.rollout.cache import OTHERS, Cache
 
 
 class PromptPass(NamedTuple):
@@ -34,10 +32,15 @@ class PromptPass(NamedTuple):
 
 
 class SharedPrompts:
-    """The forward pass of some prompts, from which several passes over completions go on."""
+    """The forward pass of some prompts, from which several passes over completions go on.
 
-    def __init__(self) -> None:
+    Attributes:
+        rows: numbers of the completions whose prompts are shared [n].
+    """
+
+    def __init__(self, rows: Tensor) -> None:
         """Compute nothing yet."""
+        self.rows = rows
         self._first: PromptPass | None = None
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
@@ -49,11 +52,11 @@ class SharedPrompts:
         """
         if self._first is None:
             found = compute()
-            if not all(type(layer) is DynamicLayer for layer in getattr(found.cache.held, "layers", [None])):
-                raise Refused("the model keeps something else than keys and values of all tokens")
+            if not found.cache.plain:
+                raise Refused(OTHERS)
             state = None if found.state is None else self._apart(found.state)
-            self._first = PromptPass(self._apart(found.last), state, _copied(found.cache, self._apart))
-        return self._first._replace(cache=_copied(self._first.cache, lambda x: x))
+            self._first = PromptPass(self._apart(found.last), state, found.cache.changed(self._apart))
+        return self._first._replace(cache=self._first.cache.changed(lambda x: x))
 
     def backward(self) -> None:
         """Send the gradients that the passes have left back through the prompts."""
@@ -69,12 +72,3 @@ class SharedPrompts:
         if x.requires_grad:
             self._pairs.append((x, own.requires_grad_()))
         return own
-
-
-def _copied(cache: Cache, change: Callable[[Tensor], Tensor]) -> Cache:
-    """Return a cache of the same tokens whose keys and values are `change`d."""
-    held: Any = copy.copy(cache.held)
-    held.layers = [copy.copy(layer) for layer in held.layers]
-    for layer in held.layers:
-        layer.keys, layer.values = change(layer.keys), change(layer.values)
-    return Cache(cache.name, held)

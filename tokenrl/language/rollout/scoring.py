@@ -175,7 +175,8 @@ def _shared(
     """
     index, width = rollout.prompt_index, rollout.completion_ids.shape[1]
     prompt_mask = rollout.prompt_mask
-    compute = partial(_prompt_pass, model, rollout, hidden, inputs)
+    padded = not bool(prompt_mask.all())
+    compute = partial(_prompt_pass, model, rollout, hidden, inputs, padded)
     prompt = compute() if shared is None else shared.take(compute)
     first = prompt.last[index]  # [N, 1, V]
     state = None if prompt.state is None else prompt.state[index]  # [N, 1, H]
@@ -189,7 +190,7 @@ def _shared(
         if width == 2:  # one token alone takes the kernels of sampling, which have no gradient: feed another
             tokens = torch.cat([tokens, tokens], dim=1)
     places = {}
-    if not bool(prompt_mask.all()):
+    if padded:
         # Completions are padded on the right, and causal attention never looks to the right, so their
         # padding needs no mask.
         whole = torch.cat([prompt_mask[index], torch.ones_like(tokens, dtype=torch.bool)], dim=1)
@@ -200,10 +201,12 @@ def _shared(
     return torch.cat([first, logits], dim=1)[:, :width], states
 
 
-def _prompt_pass(model: nn.Module, rollout: Rollout, hidden: bool, inputs: list[Tensor] | None) -> PromptPass:
+def _prompt_pass(
+    model: nn.Module, rollout: Rollout, hidden: bool, inputs: list[Tensor] | None, padded: bool
+) -> PromptPass:
     """Compute each distinct prompt."""
     mask = rollout.prompt_mask
-    places = {} if bool(mask.all()) else {"attention_mask": mask, "position_ids": _positions(mask)}
+    places = {"attention_mask": mask, "position_ids": _positions(mask)} if padded else {}
     options = {"use_cache": True, "output_hidden_states": hidden, "logits_to_keep": last(1, mask.device)}
     out = model(rollout.prompt_ids, **places, **options)
     logits = out.logits if inputs is None else inputs.pop()[:, -1:]

@@ -36,7 +36,12 @@ PIECE = 3
 
 
 def choose_way(
-    policy: Policy, *, hidden: bool = False, gradient: bool = True, accelerator: Any = None
+    policy: Policy,
+    *,
+    hidden: bool = False,
+    gradient: bool = True,
+    passes: bool = False,
+    accelerator: Any = None,
 ) -> None:
     """Set how `policy` is scored, and say in `policy.remarks` if it is not the usual way that is taken.
 
@@ -46,27 +51,30 @@ def choose_way(
         policy: the policy, on the device where it will run; its weights and gradients are left as they are.
         hidden: whether the hidden states are needed too, as by a critic.
         gradient: whether gradients are needed too.
+        passes: whether to try if several passes may share their prompts, as one process does in updates.
         accelerator: accelerate's handle of the processes, which then take the same way; None for one process.
 
     Raises:
         Refused: sampling is wrong for this model, or both ways of scoring are.
     """
-    head, found = None, _Findings(None, None, None, "not tried")
+    head, found, apart = None, _Findings(None, None, None), False
     with torch.random.fork_rng(devices=[]), using_threads(1):
         probe = _Probe(policy, hidden, gradient)
         wrong = _failure(probe.sample)
         if wrong is not None:
-            found = _Findings(wrong, None, None, None)
+            found = _Findings(wrong, None, None)
         elif probe.finite:
             head = head_of(policy.model)
             found = _tried(probe, policy.share_prompt, head is not None)
+            if passes and probe.gradient and policy.share_prompt and not found.shared:
+                apart = _failure(lambda: probe.score_apart(None if found.whole else PIECE)) is None
+    policy.share_passes = apart
     _take(policy, _agreed(accelerator, found), head)
 
 
 def _tried(probe: _Probe, share: bool, linear: bool) -> _Findings:
     """Try the ways of scoring; `share` says whether prompts may be shared, `linear` whether the head is."""
     wrong = whole = None
-    apart: str | None = "there are no prompts, or no gradients, to share"
     shared = _failure(lambda: probe.score(share_prompt=True)) if share else None
     if shared or not share:
         wrong = _failure(lambda: probe.score(share_prompt=False))
@@ -75,9 +83,7 @@ def _tried(probe: _Probe, share: bool, linear: bool) -> _Findings:
     elif wrong is None:
         right = share and not shared
         whole = _failure(lambda: probe.score(share_prompt=right, tokens_at_once=PIECE))
-    if probe.gradient and share and not shared:
-        apart = _failure(lambda: probe.score_apart(tokens_at_once=None if whole else PIECE))
-    return _Findings(wrong, shared, whole, apart)
+    return _Findings(wrong, shared, whole)
 
 
 class _Findings(NamedTuple):
@@ -89,8 +95,6 @@ class _Findings(NamedTuple):
     """Scoring with a shared prompt."""
     whole: str | None
     """Computing logits apart from the forward pass."""
-    apart: str | None
-    """Sharing prompts between several passes, each with a backward pass of its own."""
 
 
 def _agreed(accelerator: Any, found: _Findings) -> _Findings:
@@ -118,7 +122,6 @@ def _take(policy: Policy, found: _Findings, head: nn.Linear | None) -> None:
     if found.shared:
         policy.share_prompt = False
         policy.remarks["prompts"] = f"computed anew for each completion when it is scored ({found.shared})"
-    policy.share_passes = not found.apart
     policy.tokens_at_once = tokens_at_once(head.out_features) if head and not found.whole else None
     if found.whole:
         policy.remarks["logits"] = f"of all tokens at once when they are scored ({found.whole})"
@@ -198,9 +201,9 @@ class _Probe:
         try:
             for p in parameters:
                 p.grad = None
-            prompts = SharedPrompts()
+            prompts = SharedPrompts(rows)
             for part in (rows[::3], rows[1:3]):
-                rollout = self.rollout.rows(part, rows)
+                rollout = self.rollout.rows(part, prompts.rows)
                 found = score(self.policy.model, rollout, prompts=prompts, tokens_at_once=tokens_at_once)
                 self._weighted(found.logprobs, part).backward()
             prompts.backward()

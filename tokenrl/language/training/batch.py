@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tokenrl.core.rows import Kept
@@ -33,18 +31,18 @@ class Batch(NamedTuple):
     advantages: Tensor
     old_logprobs: Tensor | None
 
-    def part(self, rows: Tensor, weights: Tensor, accelerator: Any, block: Sequence[Tensor]) -> Part:
+    def part(self, rows: Tensor, weights: Tensor, accelerator: Any, prompts: SharedPrompts | None) -> Part:
         """Return the micro-batch of some of this process's rows; without any, one row of weight 0.
 
         Args:
             rows: numbers of rows [m].
             weights: each token's weight in the loss of the whole update [N, T].
             accelerator: accelerate's handle of the processes.
-            block: the rows of each pass that shares its prompts with this one.
+            prompts: shared with other micro-batches; None to compute the prompts for this one alone.
         """
         waits = len(rows) == 0
         rows = rows.new_zeros(1) if waits else rows
-        rollout = self.rollout.rows(rows, torch.cat(list(block)) if len(block) > 1 else None)
+        rollout = self.rollout.rows(rows, None if prompts is None else prompts.rows)
 
         def own(whole: Tensor) -> Tensor:
             mine = share(accelerator, whole)[rows]
@@ -56,6 +54,7 @@ class Batch(NamedTuple):
             own(weights) * (0.0 if waits else 1.0),
             None if self.rows.ref_logprobs is None else own(self.rows.ref_logprobs),
             None if self.old_logprobs is None else self.old_logprobs[rows, : rollout.mask.shape[1]],
+            prompts,
         )
 
 
@@ -68,7 +67,7 @@ class Part(NamedTuple):
         weights: each token's weight in the loss of the whole update [m, T].
         ref_logprobs: log-probabilities under the reference [m, T]; None without a KL.
         old_logprobs: log-probabilities under the policy that sampled [m, T]; None if that is the present one.
-        prompts: shared with the next micro-batches; None to compute the prompts for this one alone.
+        prompts: shared with other micro-batches; None to compute the prompts for this one alone.
     """
 
     rollout: Rollout
@@ -76,7 +75,7 @@ class Part(NamedTuple):
     weights: Tensor
     ref_logprobs: Tensor | None
     old_logprobs: Tensor | None
-    prompts: SharedPrompts | None = None
+    prompts: SharedPrompts | None
 
     def old(self, logprobs: Tensor) -> Tensor:
         """Return the denominator of the ratio as log-probabilities [m, T].

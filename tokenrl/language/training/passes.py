@@ -91,13 +91,13 @@ def _divided(rows: np.ndarray, tokens: np.ndarray, size: int | None, lengths: Le
 
 def _others(rows: np.ndarray, tokens: np.ndarray, size: int, lengths: Lengths) -> Iterator[list[Block]]:
     """Yield other ways to divide rows: all sorted by length, and those of some prompts after the other."""
-    prompts, whole = len(np.unique(rows // lengths.group)), tokens[rows].sum()
+    whole = tokens[rows].sum()
     padded = tokens[rows].max() * len(rows) - whole > (1 - LESS) * whole
     if padded:
-        yield [[part] for part in _sorted(rows, tokens[rows], size, lengths.fixed, lengths.prompt, prompts)]
+        yield [[part] for part in _sorted(rows, tokens[rows], size, lengths)]
     if lengths.shared and len(rows) > size:  # else nothing is gained: a further pass takes what is saved
-        parts = _of_prompts(rows, size, lengths.group)
-        yield [_sorted(part, tokens[part], size, lengths.fixed) for part in parts]
+        parts, once = _of_prompts(rows, size, lengths.group), lengths._replace(prompt=0)
+        yield [_sorted(part, tokens[part], size, once) for part in parts]
 
 
 def _of_prompts(rows: np.ndarray, size: int, group: int) -> Iterator[np.ndarray]:
@@ -112,28 +112,19 @@ def _of_prompts(rows: np.ndarray, size: int, group: int) -> Iterator[np.ndarray]
     yield rows[begin:]
 
 
-def _sorted(
-    rows: np.ndarray, tokens: np.ndarray, size: int, fixed: int, prompt: int = 0, prompts: int = 0
-) -> Block:
+def _sorted(rows: np.ndarray, tokens: np.ndarray, size: int, lengths: Lengths) -> Block:
     """Return the division of rows with these tokens into ranges of lengths that costs least, longest first.
 
     The least cost of all rows up to a length is found from those of shorter ones.
-
-    Args:
-        rows: indices of rows.
-        tokens: tokens of each.
-        size: maximum number of rows in a pass.
-        fixed: tokens that a pass costs besides.
-        prompt: tokens of a prompt that a pass computes.
-        prompts: how many prompts the rows have.
     """
     longest, counts = np.unique(tokens, return_counts=True)
     ends = counts.cumsum()
     starts = ends - counts
+    prompts = len(np.unique(rows // lengths.group))
     least, begins = np.zeros(len(longest) + 1), []
     for k, (top, end) in enumerate(zip(longest, ends, strict=True)):
         count = end - starts[: k + 1]  # rows of a range that begins at each shorter length, or here
-        each = fixed + prompt * np.minimum(np.minimum(count, size), prompts)
+        each = lengths.fixed + lengths.prompt * np.minimum(np.minimum(count, size), prompts)
         costs = least[: k + 1] + count * top + -(-count // size) * each
         begins.append(int(costs.argmin()))
         least[k + 1] = costs.min()

@@ -219,7 +219,8 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple
         if policy.reference is not None:
             policy.reference.to(accelerator.device)
     policy.model.to(accelerator.device)
-    choose_way(policy, hidden=args.estimator.needs_values, accelerator=accelerator)
+    needed, alone = args.estimator.needs_values, accelerator.num_processes == 1
+    choose_way(policy, hidden=needed, passes=alone, accelerator=accelerator)
     if args.whole_logits:
         policy.tokens_at_once = None
     optimizer = make_optimizer(args, policy, accelerator.device.type)

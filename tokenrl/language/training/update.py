@@ -162,11 +162,11 @@ class Update:
         for k, block in enumerate(blocks):
             if self.measure and k == len(early):
                 self._half = flat_gradient(learner.policy.trainable_parameters(), accelerator)
-            prompts = SharedPrompts() if len(block) > 1 else None
+            prompts = SharedPrompts(torch.cat(block)) if len(block) > 1 else None
             last = k + 1 == len(blocks)  # in a block of several, prompts are shared, by one process alone
             with contextlib.nullcontext() if last else accelerator.no_sync(learner.model):
                 for rows in block:
-                    yield self.batch.part(rows, weights, accelerator, block)._replace(prompts=prompts)
+                    yield self.batch.part(rows, weights, accelerator, prompts)
             if prompts is not None:
                 prompts.backward()
         self._idle = not blocks
@@ -237,9 +237,8 @@ class Update:
         on_cpu = "small" if policy.size < SMALL else "middle" if policy.size < MIDDLE else "large"
         kind = on_cpu if policy.device.type == "cpu" else "gpu"
         prompt = int(rows.prompt_length.max()) if policy.share_prompt else 0
-        shared = policy.share_passes and self.learner.accelerator.num_processes == 1
-        lengths = rows.mask.sum(dim=1)
-        return Lengths(lengths, prompt, self.learner.sampling.group_size, FIXED[kind], shared)
+        lengths, group = rows.mask.sum(dim=1), self.learner.sampling.group_size
+        return Lengths(lengths, prompt, group, FIXED[kind], policy.share_passes)
 
     def _weights(self) -> Tensor:
         """Return the weights [N, T] of the tokens of the chosen rows; 0 elsewhere."""
