@@ -47,7 +47,7 @@ def trained(monkeypatch, estimator, *, fast, rollouts=None, layers=None, **optio
     options |= {"optimizer": "sgd", "learning_rate": 0.02, "micro_batch_size": size}
     learner = make_learner(policy, estimator, **options)
     # Passes that save time by themselves have rows of one length each; one that costs much has all rows.
-    monkeypatch.setitem(update.FIXED, "small", -(10**3) if fast else 10**9)
+    monkeypatch.setattr(update, "fixed_cost", lambda *_: -(10**3) if fast else 10**9)
     if rollouts is None:
         learner.generator = Recorder(policy)
         learner.generator.rollouts = rollouts = []

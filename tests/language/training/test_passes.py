@@ -10,8 +10,8 @@ import torch
 from tiny_models import ENDS, apart, gradient, make_learner, make_policy, one_step
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.language.training import passes
-from tokenrl.language.training.passes import Lengths, equal_passes
+from tokenrl.language.training import passes, update
+from tokenrl.language.training.passes import FIXED, ON_GPU, Lengths, equal_passes, fixed_cost
 
 
 def planned(lengths, *, active=None, size=None, prompt=0, group=1, fixed=0, world=1, shared=False):
@@ -174,7 +174,7 @@ def learner_with(share, estimator="rloo", **options):
     ("size", "estimator"), [(2, Estimator()), (3, Estimator.preset("grpo", beta=0.1)), (4, Estimator())]
 )
 def test_an_update_computes_each_prompt_once_and_finds_the_same_gradient(size, estimator, monkeypatch):
-    monkeypatch.setitem(passes.FIXED, "small", 0)
+    monkeypatch.setattr(update, "fixed_cost", lambda *_: 0)
     found, counts = [], []
     for share in (False, True):
         learner, prompts = learner_with(share, estimator, micro_batch_size=size)
@@ -195,7 +195,7 @@ def test_the_halves_of_a_measured_gradient_share_no_prompts():
 def test_an_update_computes_fewer_tokens_and_finds_the_same_gradient(monkeypatch):
     found, counts = [], []
     for fixed in (768, 0):
-        monkeypatch.setitem(passes.FIXED, "small", fixed)
+        monkeypatch.setattr(update, "fixed_cost", lambda *_, fixed=fixed: fixed)
         policy = make_policy("gpt2", dtype="float64", vocabulary=90)
         policy.eos_ids = ENDS
         seen = tokens_of_completions(policy)
@@ -207,3 +207,28 @@ def test_an_update_computes_fewer_tokens_and_finds_the_same_gradient(monkeypatch
     assert len(counts[0]) == 1 < len(counts[1])
     assert sum(counts[1]) < 0.8 * counts[0][0]
     assert found[0].norm() > 0.01 and apart(*found) < 1e-12
+
+
+def test_a_pass_costs_more_tokens_where_a_token_takes_less_time():
+    for dtype, costs in FIXED.items():
+        assert [fixed_cost(n, dtype, "cpu") for n in (60_000, 999_999)] == [costs[0]] * 2
+        assert [fixed_cost(n, dtype, "cpu") for n in (10**6, 10**7 - 1)] == [costs[1]] * 2
+        assert fixed_cost(10**7, dtype, "cpu") == costs[2] < costs[1]
+        assert fixed_cost(10**6, dtype, "cuda") == ON_GPU
+    fewest, most = FIXED[torch.float32], FIXED[torch.bfloat16]
+    assert all(few < many for few, many in zip(fewest, most, strict=True))
+    assert fixed_cost(10**6, torch.float64, "cpu") == fewest[1]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_an_update_reckons_with_the_precision_of_its_forward_passes(precision, monkeypatch):
+    seen, usual = [], update.fixed_cost
+
+    def recorded(*given):
+        seen.append(given)
+        return usual(*given)
+
+    monkeypatch.setattr(update, "fixed_cost", recorded)
+    policy = make_policy()
+    one_step(make_learner(policy, mixed_precision=precision))
+    assert set(seen) == {(policy.size, torch.bfloat16 if precision == "bf16" else torch.float32, "cpu")}

@@ -10,6 +10,7 @@ them: a process without one would hang the others.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,17 +18,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FIXED = {"small": 768, "middle": 1_000, "large": 320, "gpu": 16_384}
-"""Tokens that could be computed in the time that a pass takes beside its tokens. Measured on two processors
-in float32: 720 to 765 at 60,000 parameters, 120 to 480 at 1 M, 40 to 80 at 10 M. In bfloat16 tokens take less
-time: at 1 M updates are a sixth to a quarter faster with 1,000 than with 320. On a GPU not measured."""
-MIDDLE = 10_000_000
-"""Models with as many parameters are large."""
+FIXED = {torch.float32: (768, 320, 110), torch.bfloat16: (1_000, 1_000, 400)}
+"""Tokens that could be computed in the time that a pass takes beside its tokens, with fewer parameters than
+each of `SIZES`, and with more. Measured on two processors. In float32: 720 to 765 with 60,000 parameters,
+280 to 390 with 0.8 M, 140 with 3 M, 100 to 140 with 11 M, 110 with 32 M. In bfloat16, where tokens take less
+time: 720 to 950 with 0.8 M, 610 to 760 with 3 M, 340 to 490 with 11 M, 260 to 410 with 32 M."""
+SIZES = (1_000_000, 10_000_000)
+"""Numbers of parameters."""
+ON_GPU = 16_384
+"""As `FIXED`, on a GPU; not measured."""
 LESS = 0.9
 """Rows are sorted if that leaves a smaller share of the work than this; it rounds sums in another order."""
 
 Block = list[np.ndarray]
 """Rows of each pass of a block."""
+
+
+def fixed_cost(parameters: int, dtype: torch.dtype, device: str) -> int:
+    """Return the tokens that could be computed in the time that a pass takes beside its tokens.
+
+    Args:
+        parameters: number of the model's parameters.
+        dtype: of the parameters.
+        device: type of the device, such as `cpu`.
+    """
+    if device != "cpu":
+        return ON_GPU
+    return FIXED.get(dtype, FIXED[torch.float32])[bisect_right(SIZES, parameters)]
 
 
 class Lengths(NamedTuple):

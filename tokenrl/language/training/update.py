@@ -28,8 +28,8 @@ from tokenrl.language.rollout.scoring import Scores, score
 from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.language.training.batch import Batch, Part
 from tokenrl.language.training.critic import Critic
-from tokenrl.language.training.forward import SMALL, Forward
-from tokenrl.language.training.passes import FIXED, MIDDLE, Lengths, equal_passes
+from tokenrl.language.training.forward import Forward
+from tokenrl.language.training.passes import Lengths, equal_passes, fixed_cost
 from tokenrl.runs.optimizers import load_optimizer_state, optimizer_state
 
 CLIPPED = ("token", "cispo")
@@ -234,11 +234,11 @@ class Update:
     def _lengths(self) -> Lengths:
         """Return what the rows of the step cost."""
         rows, policy = self.batch.rows, self.learner.forward.policy
-        on_cpu = "small" if policy.size < SMALL else "middle" if policy.size < MIDDLE else "large"
-        kind = on_cpu if policy.device.type == "cpu" else "gpu"
+        dtype = next(policy.model.parameters()).dtype
+        fixed = fixed_cost(policy.size, dtype, policy.device.type)
         prompt = int(rows.prompt_length.max()) if policy.share_prompt else 0
         lengths, group = rows.mask.sum(dim=1), self.learner.sampling.group_size
-        return Lengths(lengths, prompt, group, FIXED[kind], policy.share_passes)
+        return Lengths(lengths, prompt, group, fixed, policy.share_passes)
 
     def _weights(self) -> Tensor:
         """Return the weights [N, T] of the tokens of the chosen rows; 0 elsewhere."""
