@@ -1,5 +1,6 @@
 """One thread for every test, since the models are tiny; signals as a terminal has them."""
 
+import gc
 import os
 import signal
 
@@ -13,6 +14,18 @@ def pytest_configure() -> None:
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, usual)
+
+
+def pytest_collection() -> None:
+    """Collect no garbage while tests are found: each time all modules of torch would be looked through."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is there by now out of later collections."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

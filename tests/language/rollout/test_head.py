@@ -34,7 +34,7 @@ def objective(policy, rollout, **how):
 
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-13), ("float32", 1e-5), ("bfloat16", 0.02)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_some_tokens_at_a_time_are_all_at_once(architecture, dtype, tolerance, share):
     policy = make_policy(architecture, dtype=dtype)
     rollout = rollout_of(policy)

@@ -52,7 +52,7 @@ def sequences(vocabulary, length, eos):
             yield from ((*head, last) for last in range(vocabulary) if n == length or last in eos)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
 @pytest.mark.parametrize("eos", [(0,), (0, 2), ()])
 def test_frequencies_are_the_exact_probabilities(eos, temperature):
     policy = tiny(eos, initializer_range=0.15)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import family_policy
+from families import family_policy, quickly
 from tiny_models import ARCHITECTURES, make_policy, make_task, make_tokenizer
 
 import tokenrl
@@ -77,7 +77,7 @@ def hidden_of_the_first_layer(options):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-@pytest.mark.parametrize("spread", [0.25, 0.02])
+@pytest.mark.parametrize("spread", [0.25, pytest.param(0.02, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_right_models_pass_and_those_without_mask_or_cache_do_not(architecture, spread, dtype):
     options = {"dtype": dtype, "initializer_range": spread}
@@ -193,7 +193,7 @@ def test_processes_take_the_slowest_way_that_one_of_them_needs(worst):
 TRAINED = ["lfm2", "granite_hybrid", "falcon_h1", "mamba", "qwen3_5"]
 
 
-@pytest.mark.parametrize("family", TRAINED)
+@pytest.mark.parametrize("family", quickly(TRAINED, {"granite_hybrid", "falcon_h1", "qwen3_5"}))
 def test_two_updates(family, tmp_path, capsys):
     policy = family_policy(family, vocabulary=96)
     before = [p.detach().clone() for p in policy.trainable_parameters()]

@@ -76,7 +76,7 @@ SEVERAL = (
 @pytest.mark.parametrize(
     ("estimator", "options", "layers"),
     [
-        (Estimator(), {}, None),
+        pytest.param(Estimator(), {}, None, marks=pytest.mark.slow),
         (*SEVERAL, None),
         pytest.param(*SEVERAL, compiled, marks=pytest.mark.slow),  # takes minutes
     ],

@@ -70,7 +70,7 @@ def any_policy(name):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "mamba", "falcon_h1"])
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_rows_cost_in_an_update_what_one_and_two_of_them_say(architecture, share):
     policy = any_policy(architecture)
     learner = make_learner(policy, micro_batch_size=None)

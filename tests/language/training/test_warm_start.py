@@ -130,7 +130,14 @@ def test_the_result_is_made_once_for_what_it_depends_on(run, cache, capsys):
         assert len(entries()) == number + 2
 
 
-@pytest.mark.parametrize("file", ["warm_start.json", "model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "warm_start.json",
+        "model.safetensors",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tokenizer.json", "config.json")),
+    ],
+)
 def test_a_damaged_entry_of_the_cache_is_made_again(run, cache, capsys, file):
     first = run(learning_rate=1e-9)
     (entry,) = (path for path in cache.iterdir() if path.is_dir())
