@@ -72,11 +72,6 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 """Prefix of the class names in transformers, and the settings of a tiny model, by family."""
 
 
-def quickly(families, long):
-    """Families as parameters, of which the long ones are left to the slow tests."""
-    return [pytest.param(one, marks=pytest.mark.slow) if one in long else one for one in families]
-
-
 def family_policy(family: str, *, dtype: str = "float32", seed: int = 0, vocabulary: int = 64) -> Policy:
     """A random policy of one family, without EOS: 2 layers x 32."""
     import transformers

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 
+import pytest
 import torch
 
 from tokenrl.core.estimator import Estimator
@@ -28,6 +29,11 @@ ALIKE = {
 }
 """Presets that differ from the others in their advantages alone; some tests of them all are slow."""
 PROMPTS = ["the cat", "a", "count to ten one two", "sat on the"]
+
+
+def quickly(values, long):
+    """Values of a parameter, of which the long ones are left to the slow tests."""
+    return [pytest.param(one, marks=pytest.mark.slow) if one in long else one for one in values]
 
 
 def make_tokenizer(kind: str = "pad"):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from families import FAMILIES, GROWING, family_policy, quickly
+from families import FAMILIES, GROWING, family_policy
+from tiny_models import quickly
 
 from tokenrl.errors import Refused
 from tokenrl.language.rollout.generator import TransformersGenerator
@@ -79,8 +80,9 @@ def test_each_family_gets_the_fastest_way_that_is_right(family, hidden):
 @pytest.mark.parametrize("family", quickly(RIGHT, LONG))
 def test_bfloat16_is_not_mistaken_for_an_error(family):
     policy = family_policy(family, dtype="bfloat16")
-    choose_way(policy, hidden=True)
+    choose_way(policy, hidden=True, passes=True)
     assert policy.share_prompt or family in NOT_SHARED
+    assert policy.share_passes == (family in GROWING)
 
 
 def test_a_model_that_keeps_its_states_to_itself_is_refused():

@@ -8,8 +8,8 @@ import functools
 import pytest
 import torch
 from codes import stand_in
-from families import FAMILIES, family_policy, quickly
-from tiny_models import make_policy
+from families import FAMILIES, family_policy
+from tiny_models import make_policy, quickly
 
 from tokenrl.language.policy.adapters import add_lora
 from tokenrl.language.rollout import ahead

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import family_policy, quickly
-from tiny_models import ARCHITECTURES, make_policy, make_task, make_tokenizer
+from families import family_policy
+from tiny_models import ARCHITECTURES, make_policy, make_task, make_tokenizer, quickly
 
 import tokenrl
 from tokenrl.errors import Refused

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import family_policy, quickly
+from families import family_policy
 from tiny_models import (
     ARCHITECTURES,
     apart,
@@ -18,6 +18,7 @@ from tiny_models import (
     make_task,
     make_tokenizer,
     one_step,
+    quickly,
     weights,
 )
 
@@ -53,7 +54,7 @@ def run(folder, **options):
 
 
 @pytest.mark.parametrize(
-    "order", [("no", "bf16", "no"), pytest.param(("bf16", "bf16", "no"), marks=pytest.mark.slow)]
+    "order", quickly([("no", "bf16", "no"), ("bf16", "bf16", "no")], {("bf16", "bf16", "no")})
 )
 def test_a_second_run_of_a_program_may_have_another_precision(order, tmp_path, recwarn):
     for place, precision in enumerate(order):

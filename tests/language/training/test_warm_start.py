@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from tiny_models import make_policy, make_task, weights
+from tiny_models import make_policy, make_task, quickly, weights
 
 import toy_tasks
 from tokenrl.core.estimator import Estimator
@@ -17,6 +17,7 @@ from tokenrl.language.training import warm_start as stage
 from tokenrl.language.training.loop import train
 from tokenrl.language.training.supervised import SupervisedTraining, fit, warm_started_base
 
+FILES = ("model.safetensors", "tokenizer.json", "config.json")
 ROWS = [{"prompt": "the cat", "completion": " sat"}, {"prompt": "a", "completion": "d"}]
 
 
@@ -130,14 +131,7 @@ def test_the_result_is_made_once_for_what_it_depends_on(run, cache, capsys):
         assert len(entries()) == number + 2
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        "warm_start.json",
-        "model.safetensors",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tokenizer.json", "config.json")),
-    ],
-)
+@pytest.mark.parametrize("file", quickly(["warm_start.json", *FILES], {"tokenizer.json", "config.json"}))
 def test_a_damaged_entry_of_the_cache_is_made_again(run, cache, capsys, file):
     first = run(learning_rate=1e-9)
     (entry,) = (path for path in cache.iterdir() if path.is_dir())
@@ -151,7 +145,7 @@ def test_a_damaged_entry_of_the_cache_is_made_again(run, cache, capsys, file):
     assert torch.equal(weights(second.policy.model), weights(first.policy.model))
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("file", FILES)
 def test_a_damaged_base_of_a_toy_task_is_made_again(cache, file):
     task, said = toy_tasks.load("vowels"), []
     base = warm_started_base(task)
