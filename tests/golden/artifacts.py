@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
 from pathlib import Path
 from typing import Any
 
-Content = list[str] | dict[str, bytes]
-"""Lines of text, or tensors as bytes that begin with their type and shape."""
+Content = list[dict[str, Any]]
+"""Rows of values: lines of JSON, rows of a table, or one row of tensors, each a list of numbers."""
 
 SUMMARY = ("exit_reason", "steps", "eval_before", "eval_after")
 """What is compared of summary.json; the rest was measured by a clock, or is for people."""
 
+RELATIVE, ABSOLUTE = 1e-5, 1e-6
+LOOSE = ("kl", "clip_ratio", "gradient/", "weight_norm", "grad_norm", "ratio")
+"""Beginnings of names that are differences of near numbers, or sums over all weights: 1e-4 for them."""
+
 
 def artifacts(folder: Path) -> dict[str, Content]:
-    """Read what is compared of a run: metrics, evaluations, completions, preferences, weights.
+    """Read what is compared of a run: metrics, evaluations, completions, preferences, final weights.
 
     The folder name `model` is left out of the keys, so that weights count as the same file whether a command
-    writes them to its output directory or to `model` in it.
+    writes them to its output directory or to `model` in it. Checkpoints are left out.
     """
     found: dict[str, Content] = {}
     for path in sorted(file for file in folder.rglob("*") if file.is_file()):
-        content = _content(path)
+        parts = [part for part in path.relative_to(folder).parts if part != "model"]
+        content = None if "checkpoints" in parts else _content(path)
         if content is not None:
-            parts = [part for part in path.relative_to(folder).parts if part != "model"]
             found["/".join(parts)] = content
     return found
 
@@ -32,31 +36,34 @@ def artifacts(folder: Path) -> dict[str, Content]:
 def _content(path: Path) -> Content | None:
     """Return what is compared of a file, or None if it is not compared."""
     if path.suffix == ".safetensors":
-        return dict(_tensors(path))
+        from safetensors.torch import load_file
+
+        return [{name: tensor.double().flatten() for name, tensor in sorted(load_file(path).items())}]
     if path.name in ("metrics.jsonl", "preferences.jsonl", "preferences_eval.jsonl", "evaluation.json"):
-        return path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
+        return [flat(json.loads(line)) for line in ([text] if path.suffix == ".json" else text.splitlines())]
     if path.name == "summary.json":
         summary = json.loads(path.read_text(encoding="utf-8"))
-        return [json.dumps({name: summary.get(name)}, sort_keys=True) for name in SUMMARY]
+        return [flat({name: summary.get(name) for name in SUMMARY})]
     if path.suffix == ".parquet":
         import pyarrow.parquet as parquet
 
-        return [json.dumps(row, sort_keys=True) for row in parquet.read_table(path).to_pylist()]
+        return [flat(row) for row in parquet.read_table(path).to_pylist()]
     return None
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield name and bytes of each tensor, so that 0 and -0 differ and a nan equals itself."""
-    import torch
-    from safetensors.torch import load_file
-
-    for name, tensor in sorted(load_file(path).items()):
-        raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        yield name, f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + raw
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Turn nested objects and lists into one mapping, with the names of the levels joined by dots."""
+    if isinstance(value, list):
+        value = {str(number): item for number, item in enumerate(value)}
+    if not isinstance(value, dict):
+        return {name: value}
+    levels = [flat(item, f"{name}.{key}" if name else str(key)) for key, item in value.items()]
+    return {key: item for level in levels for key, item in level.items()}
 
 
 def difference(before: dict[str, Content], after: dict[str, Content]) -> str | None:
-    """Say where the second run first differs from the first one, or return None.
+    """Say where the second run first differs from the first one by more than rounding, or return None.
 
     A file or a value that only the second run has is no difference: a change may measure more. Metrics come
     first, because their first line that differs says most about the cause.
@@ -64,46 +71,35 @@ def difference(before: dict[str, Content], after: dict[str, Content]) -> str | N
     if not before:
         return "the first run left nothing that could be compared"
     for name in sorted(before, key=lambda name: (not name.endswith("metrics.jsonl"), name)):
-        content = before[name]
-        if name not in after:
+        old, new = before[name], after.get(name)
+        if new is None:
             return f"{name} is missing"
-        other = after[name]
-        if content == other:
-            continue
-        if isinstance(content, dict) and isinstance(other, dict):
-            return f"{name}, tensor {_first_tensor(content, other)}"
-        if found := _first_line(list(content), list(other)):
-            return f"{name}, {found}"
+        for number, (first, second) in enumerate(zip(old, new, strict=False), start=1):
+            for key, value in first.items():
+                if key not in second:
+                    return f"{name}, line {number}: {key} is missing"
+                if not equal(key, value, second[key]):
+                    return f"{name}, line {number}: {key} {brief(value)} became {brief(second[key])}"
+        if len(old) != len(new):
+            return f"{name}, {len(old)} lines became {len(new)}"
     return None
 
 
-def _first_tensor(before: dict[str, bytes], after: dict[str, bytes]) -> str:
-    names = sorted({*before, *after})
-    return next(name for name in names if before.get(name) != after.get(name))
+def equal(name: str, before: Any, after: Any) -> bool:
+    """Compare numbers and tensors within the tolerance of their name, and anything else exactly."""
+    import torch
+
+    relative = 1e-4 if any(part.startswith(LOOSE) for part in (name, name.split(".")[-1])) else RELATIVE
+    if isinstance(before, torch.Tensor):
+        same = isinstance(after, torch.Tensor) and before.shape == after.shape
+        return same and torch.allclose(after, before, rtol=relative, atol=ABSOLUTE, equal_nan=True)
+    numbers = [value for value in (before, after) if isinstance(value, (int, float))]
+    if len(numbers) == 2 and not any(isinstance(value, bool) for value in numbers):
+        within = abs(before - after) <= ABSOLUTE * (relative / RELATIVE) + relative * abs(before)
+        return within or (math.isnan(before) and math.isnan(after)) or before == after
+    return bool(before == after)
 
 
-def _first_line(before: list[str], after: list[str]) -> str | None:
-    """Name the first line that differs, and its first value that does if both lines are JSON objects."""
-    for number, (old, new) in enumerate(zip(before, after, strict=False), start=1):
-        if old != new and (found := _first_value(old, new)):
-            return f"line {number}: {found}"
-    return None if len(before) == len(after) else f"{len(before)} lines became {len(after)}"
-
-
-def _first_value(before: str, after: str) -> str | None:
-    try:
-        old, new = _flat(json.loads(before)), _flat(json.loads(after))
-    except ValueError:
-        return f"{before[:80]} became {after[:80]}"
-    for name in sorted(old):
-        if name not in new or repr(old[name]) != repr(new[name]):
-            return f"{name} {old[name]!r} became {new.get(name, 'absent')!r}"
-    return None if len(new) > len(old) else "the same values are written in another way"
-
-
-def _flat(value: Any, name: str = "value") -> dict[str, Any]:
-    """Turn nested objects into one, with the names of the levels joined by dots."""
-    if not isinstance(value, dict):
-        return {name: value}
-    levels = [_flat(item, key if name == "value" else f"{name}.{key}") for key, item in value.items()]
-    return {key: item for level in levels for key, item in level.items()}
+def brief(value: Any) -> str:
+    """Show a value in a few words."""
+    return f"a tensor of {len(value)}" if hasattr(value, "numel") else repr(value)[:80]

@@ -1,4 +1,4 @@
-"""Run the golden runs with the code of a commit and of the working tree, and compare them byte for byte.
+"""Run the golden runs with the code of a commit and of the working tree, and compare them within rounding.
 
     python tests/golden/compare.py COMMIT [--only NAME ...] [--jobs 2] [--cache DIR] [--keep DIR]
 

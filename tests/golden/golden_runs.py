@@ -62,12 +62,7 @@ RUNS: dict[str, Run] = {
         )
     ),
     "dapo_refill": Run((_TRAIN + "--estimator dapo --num-generations 4 --max-refills 3",)),
-    "running_mean": Run(
-        (
-            _TRAIN + "--estimator reinforce_running_mean --reward-timeout 60 "
-            "--filter-difficulty 0.1 0.9 --filter-samples 2",
-        )
-    ),
+    "running_mean": Run((_TRAIN + "--estimator reinforce_running_mean --reward-timeout 60",)),
     "remax_graded": Run(
         (_TRAIN + "--task vowels --estimator remax --estimator.entropy-coef 0.01 --num-generations 4",)
     ),

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from artifacts import artifacts, difference
+from artifacts import artifacts, difference, equal
 from golden_runs import HERE, ROOT, RUNS, environment, execute
 from references import FILES, deviations, read, rounded, rows_of, weight_rows
 from safetensors.torch import save_file
@@ -76,12 +76,16 @@ def run(tmp_path):
     return folder, lambda: artifacts(tmp_path)
 
 
+def write_metrics(folder, *rows):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_a_changed_line_is_named(run):
     folder, read_run = run
     before = read_run()
-    (folder / "metrics.jsonl").write_text('{"step": 0, "a": 1.0}\n{"step": 1, "a": 0.0}\n')
-    assert difference(before, read_run()) == "run/metrics.jsonl, line 2: a -0.0 became 0.0"
-    (folder / "metrics.jsonl").write_text('{"step": 0, "a": 1.0}\n')
+    write_metrics(folder, {"step": 0, "a": 1.0}, {"step": 1, "a": 0.5})
+    assert difference(before, read_run()) == "run/metrics.jsonl, line 2: a -0.0 became 0.5"
+    write_metrics(folder, {"step": 0, "a": 1.0})
     assert difference(before, read_run()) == "run/metrics.jsonl, 2 lines became 1"
     (folder / "metrics.jsonl").unlink()
     assert difference(before, read_run()) == "run/metrics.jsonl is missing"
@@ -91,10 +95,28 @@ def test_a_changed_line_is_named(run):
 def test_a_value_that_only_the_second_run_has_is_no_difference(run):
     folder, read_run = run
     before = read_run()
-    (folder / "metrics.jsonl").write_text('{"step": 0, "a": 1.0, "b": 2}\n{"step": 1, "a": -0.0}\n')
+    write_metrics(folder, {"step": 0, "a": 1.0, "b": 2}, {"step": 1, "a": -0.0})
     assert difference(before, read_run()) is None
-    (folder / "metrics.jsonl").write_text('{"step": 0, "b": 2}\n{"step": 1, "a": -0.0}\n')
-    assert difference(before, read_run()) == "run/metrics.jsonl, line 1: a 1.0 became 'absent'"
+    write_metrics(folder, {"step": 0, "b": 2}, {"step": 1, "a": -0.0})
+    assert difference(before, read_run()) == "run/metrics.jsonl, line 1: a is missing"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "same", "different"),
+    [
+        ("reward", 1.0, 1.00001, 1.00002),
+        ("reward", 0.0, 1e-6, 2e-6),
+        ("kl", 1.0, 1.0001, 1.0003),
+        ("gradient/norm", 1.0, 1.0001, 1.0003),
+        ("reward", float("nan"), float("nan"), 0.0),
+        ("reward", None, None, 0.0),
+        ("reward", True, True, False),
+        ("completion", "1234", "1234", "1243"),
+    ],
+)
+def test_rounding_is_no_difference(name, value, same, different):
+    assert equal(name, value, same)
+    assert not equal(name, value, different)
 
 
 def test_a_changed_evaluation_is_named_but_no_clock(run):
@@ -104,21 +126,27 @@ def test_a_changed_evaluation_is_named_but_no_clock(run):
     assert difference(before, read_run()) is None
     (folder / "summary.json").write_text(json.dumps({"eval_after": {"reward": 1.5}, "wall_seconds": 3}))
     found = difference(before, read_run())
-    assert found == "run/summary.json, line 4: eval_after.reward 1.0 became 1.5"
+    assert found == "run/summary.json, line 1: eval_after.reward 1.0 became 1.5"
 
 
 @pytest.mark.parametrize(
-    "tensor",
-    [torch.zeros(3).neg(), torch.zeros(4), torch.zeros(3).double(), torch.tensor([0, 0, 1e-45])],
-    ids=["sign of zero", "shape", "type", "last bit"],
+    ("tensor", "same"),
+    [
+        (torch.zeros(3).neg(), True),
+        (torch.full((3,), 5e-7), True),
+        (torch.full((3,), 2e-6), False),
+        (torch.zeros(4), False),
+    ],
+    ids=["sign of zero", "rounding", "more than rounding", "shape"],
 )
-def test_a_changed_tensor_is_named(run, tensor):
+def test_a_changed_tensor_is_named(run, tensor, same):
     folder, read_run = run
     before = read_run()
     (folder / "model" / "model.safetensors").rename(folder / "model.safetensors")
     assert difference(before, read_run()) is None
     save_file({"w": tensor, "v": torch.ones(2)}, folder / "model.safetensors")
-    assert difference(before, read_run()) == "run/model.safetensors, tensor w"
+    changed = f"run/model.safetensors, line 1: w a tensor of 3 became a tensor of {len(tensor)}"
+    assert difference(before, read_run()) == (None if same else changed)
 
 
 def test_code_from_another_tree_is_refused(tmp_path):
