@@ -108,7 +108,8 @@ def _advise(args: AdviseArguments) -> int:
 
 
 def _report(args: ReportArguments) -> int:
-    from tokenrl.runs.report import read_run, report_from_directory as report
+    from tokenrl.runs.reader import read_run
+    from tokenrl.runs.report import report_from_directory as report
 
     if not args.run_dir:
         raise Refused("Name the output directory of a run, or of several runs to compare them.")

@@ -13,7 +13,7 @@ from tokenrl.control.arguments import ControlArguments, ControlSettings
 from tokenrl.core.entropy import final_entropy
 from tokenrl.errors import Refused
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
-from tokenrl.runs.plots import series
+from tokenrl.runs.reader import series
 from tokenrl.runs.recorded import recorded_config, recorded_rows, recorded_summary
 from tokenrl.settings import settled
 

@@ -14,7 +14,7 @@ from tokenrl.runs.charts import Curve
 from tokenrl.runs.console import ending, number, visible, with_errors
 from tokenrl.runs.page import Html, section, table, tag, write_page
 from tokenrl.runs.panels import compared_curves
-from tokenrl.runs.report import RunFiles, read_run
+from tokenrl.runs.reader import RecordedRun, read_run
 
 _NOT_COMPARED = {*RECORDED, "output_dir", "overwrite", "quiet"}
 _CAUTION = (
@@ -64,7 +64,7 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
     )
 
 
-def _legend(runs: Mapping[str, RunFiles], output: Path) -> Html:
+def _legend(runs: Mapping[str, RecordedRun], output: Path) -> Html:
     """List the runs in the colours of their curves, with links to those reports that exist."""
     items = []
     for place, (name, run) in enumerate(runs.items(), start=1):
@@ -75,7 +75,7 @@ def _legend(runs: Mapping[str, RunFiles], output: Path) -> Html:
     return tag("ul", *items, class_="runs")
 
 
-def _final_numbers(runs: Mapping[str, RunFiles]) -> Html:
+def _final_numbers(runs: Mapping[str, RecordedRun]) -> Html:
     columns = {name: with_errors(run.summary.get("eval_after") or {}) for name, run in runs.items()}
     for name, run in runs.items():
         if run.summary.get("loss_after") is not None:
@@ -83,7 +83,7 @@ def _final_numbers(runs: Mapping[str, RunFiles]) -> Html:
     return _side_by_side(columns)
 
 
-def _differences(runs: Mapping[str, RunFiles]) -> Html:
+def _differences(runs: Mapping[str, RecordedRun]) -> Html:
     settings = {name: _flat(run.config) for name, run in runs.items()}
     names = dict.fromkeys(key for column in settings.values() for key in column)
     differ = [key for key in sorted(names) if len({column.get(key) for column in settings.values()}) > 1]

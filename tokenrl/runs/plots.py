@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from tokenrl.runs.files import replacing
+from tokenrl.runs.reader import series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,20 +31,6 @@ HEALTH = (
     ("kl", "KL to the reference", "nats per completion"),
     ("grad_norm", "gradient norm", "before clipping"),
 )
-
-
-def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Return the steps at which `key` is a finite number, and those numbers."""
-    steps, values = [], []
-    for row in metrics:
-        try:
-            value = float(row[key])
-        except (KeyError, TypeError, ValueError, OverflowError):
-            continue
-        if math.isfinite(value):
-            steps.append(int(row["step"]))
-            values.append(value)
-    return steps, values
 
 
 def drawable(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
-from tokenrl.errors import Refused
 from tokenrl.runs.console import ending, number, with_errors
 from tokenrl.runs.page import Html, preformatted, section, table, tag, write_page
 from tokenrl.runs.panels import learning_curves
-from tokenrl.runs.plots import learning_curve, series
-from tokenrl.runs.recorded import recorded_config, recorded_rows, recorded_summary
+from tokenrl.runs.plots import learning_curve
+from tokenrl.runs.reader import RecordedRun, read_run, series
 from tokenrl.runs.samples import completions_section
 
 _FROM_PYTHON = (
@@ -38,46 +36,6 @@ _DIAGNOSTICS = (
 )
 
 
-class RunFiles(NamedTuple):
-    """What the files of a run directory say; config and summary are empty if the file is missing."""
-
-    path: Path
-    config: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    summary: dict[str, Any]
-
-    @property
-    def title(self) -> str:
-        """The title of the run, or else the name of its directory."""
-        return str(self.config.get("title") or self.path.resolve().name)
-
-    @property
-    def kind(self) -> str:
-        """The command that made the run. Older runs do not say; of them only reward models have pairs."""
-        return str(self.config.get("kind", "reward-model" if "pairs" in self.config else "train"))
-
-    @property
-    def mark(self) -> tuple[str, float] | None:
-        """Name and value of a line to reach: where a task counts as solved, or a reward model's ceiling."""
-        ceiling = (self.summary.get("eval_after") or {}).get("noise_ceiling")
-        for name, value in (("solved", self.config.get("solved")), ("gold reward on these labels", ceiling)):
-            if isinstance(value, (int, float)):
-                return name, float(value)
-        return None
-
-
-def read_run(run: str | Path) -> RunFiles:
-    """Read the files of a run, finished or not.
-
-    Raises:
-        Refused: the directory holds no metrics.jsonl, or a file of it is damaged.
-    """
-    run = Path(run)
-    if not os.path.isfile(run / "metrics.jsonl"):
-        raise Refused(f"{run} holds no metrics.jsonl; give the output directory of a run.")
-    return RunFiles(run, recorded_config(run), recorded_rows(run), recorded_summary(run))
-
-
 def report_from_directory(run: str | Path) -> Path:
     """Draw the learning curve and write the report of a run, finished or not, from its directory.
 
@@ -97,7 +55,7 @@ def report_from_directory(run: str | Path) -> Path:
     return write_report(found)
 
 
-def write_report(run: RunFiles, *charts: Html) -> Path:
+def write_report(run: RecordedRun, *charts: Html) -> Path:
     """Write report.html into the directory of a run: one self-contained file.
 
     Args:

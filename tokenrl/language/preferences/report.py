@@ -25,7 +25,8 @@ from tokenrl.runs.console import number
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.page import Html, section, table
-from tokenrl.runs.report import read_run, write_report
+from tokenrl.runs.reader import read_run
+from tokenrl.runs.report import write_report
 from tokenrl.runs.session import Session
 
 

@@ -1,0 +1,93 @@
+"""One reader of a run: what its files say, and files that somebody has edited or a disk has damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from tokenrl.cli import main
+from tokenrl.control import train_agent
+from tokenrl.errors import Refused
+from tokenrl.runs import read_run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "finished"
+    train_agent(env="bandit", max_steps=3, eval_every=2, num_envs=4, output_dir=path, quiet=True)
+    return path
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_run_says_what_it_was_and_what_it_has_measured(finished):
+    found = read_run(finished)
+    assert (found.kind, found.title, found.path) == ("control", found.config["title"], finished)
+    assert found.mark is None and replace(found, config={"solved": 0.5}).mark == ("solved", 0.5)
+    assert [row["step"] for row in found.metrics] == [0, 1, 2, 3]
+    assert [row["step"] for row in found.timings] == [1, 2, 3]
+    assert [row["step"] for row in found.evaluations] == [0, 2, 3]
+    assert found.evaluations[-1]["reward"] == found.summary["eval_after"]["reward"]
+    assert found.series("eval_reward")[0] == [0, 2, 3] and found.completions() == []
+
+
+def test_the_evaluation_after_an_early_end_is_found_in_the_summary(run):
+    rows = [{"step": 0, "eval_reward": 1.0}, {"step": 1, "reward": "Infinity", "kl": None}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 2, "re')
+    (run / "summary.json").write_text(json.dumps({"steps": 1, "eval_after": {"reward": 2.0}}))
+    found = read_run(run)
+    assert found.evaluations == [{"step": 0, "reward": 1.0}, {"step": 1, "reward": 2.0}]
+    assert found.metrics[1]["reward"] == float("inf") and found.series("reward") == ([], [])
+    (run / "summary.json").unlink()
+    (run / "config.json").unlink()
+    assert (read_run(run).summary, read_run(run).config, read_run(run).title) == ({}, {}, "run")
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(Refused, match=r"holds no metrics\.jsonl; give the output directory of a run"):
+        read_run(tmp_path)
+
+
+ODD = [
+    "x",
+    [1],
+    {"a": [1]},
+    10**400,
+    *(pytest.param(odd, marks=pytest.mark.slow) for odd in (-1, None, True, [])),
+]
+PLACES = [
+    *(("summary.json", name) for name in ("exit_reason", "flags", "steps", "wall_seconds", "eval_after")),
+    *(("config.json", name) for name in ("title", "kind", "solved", "versions", "command", "estimator")),
+    *(("metrics.jsonl", name) for name in ("step", "reward", "eval_reward_stderr", "new")),
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: str(odd)[:12])
+@pytest.mark.parametrize(("name", "entry"), PLACES)
+def test_files_with_odd_entries_are_shown_or_refused_by_name(name, entry, odd, run, capsys):
+    path = run / name
+    lines = path.read_text().splitlines() if name == "metrics.jsonl" else [path.read_text()]
+    lines[-1] = json.dumps(json.loads(lines[-1]) | {entry: odd})
+    path.write_text("\n".join(lines) + "\n")
+    capsys.readouterr()
+    for command in (["report", str(run)], ["advise", "--run", str(run)]):
+        code, error = main(command), capsys.readouterr().err
+        assert code in (0, 2) and error.count("\n") == (code == 2), (code, error)
+        assert code == 0 or str(run) in error
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.json", "metrics.jsonl"])
+def test_files_that_are_cut_short_are_shown_or_refused(name, run, capsys):
+    whole = (run / name).read_bytes()
+    for length in (0, 1, len(whole) // 2, len(whole) - 2):
+        (run / name).write_bytes(whole[:length] + b"\xff" * (length % 2))
+        capsys.readouterr()
+        code, error = main(["report", str(run)]), capsys.readouterr().err
+        assert code in (0, 2) and error.count("\n") == (code == 2), (length, error)
+        assert code == 0 or name in error

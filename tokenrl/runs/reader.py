@@ -1,0 +1,169 @@
+"""Reads what a run has written into its directory, for reports, diagnoses and comparisons.
+
+`read_run` reads a run that has ended or is still at work. Files that cannot be read, as after an edit by hand
+or on a damaged disk, are refused in one paragraph that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenrl.errors import Refused
+from tokenrl.runs.metrics import read_completions, read_metrics
+from tokenrl.settings import MOST, shown
+
+_NUMBER = int | float | None
+_CONFIG = {
+    **{"kind": str, "title": str | None, "solved": _NUMBER | str, "versions": dict},
+    "command": str | list | None,
+}
+_SUMMARY = {
+    **dict.fromkeys(("exit_reason", "error", "verdict"), str),
+    **dict.fromkeys(("flags", "calibration"), list),
+    **dict.fromkeys(("eval_before", "eval_after", "warm_started"), dict | None),
+    **dict.fromkeys(("steps", "wall_seconds", "tokens_per_second", "env_steps_per_second"), _NUMBER),
+}
+"""The types of entries that the readers of a run rely on."""
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What the files of a run directory say.
+
+    Attributes:
+        path: the run directory.
+        config: config.json; empty if the file is missing.
+        metrics: the rows of metrics.jsonl in order, each with its `step` and otherwise numbers or None.
+        summary: summary.json; empty if the file is missing, as long as the run has not ended.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The title of the run, or else the name of its directory."""
+        return str(self.config.get("title") or self.path.resolve().name)
+
+    @property
+    def kind(self) -> str:
+        """The command that made the run: train, control, sft or reward-model."""
+        return str(self.config.get("kind", "train"))
+
+    @property
+    def mark(self) -> tuple[str, float] | None:
+        """Name and value of a line to reach: where a task counts as solved, or a reward model's ceiling."""
+        ceiling = (self.summary.get("eval_after") or {}).get("noise_ceiling")
+        for name, value in (("solved", self.config.get("solved")), ("gold reward on these labels", ceiling)):
+            if isinstance(value, (int, float)):
+                return name, float(value)
+        return None
+
+    @cached_property
+    def timings(self) -> list[dict[str, Any]]:
+        """The rows of timings.jsonl in order; empty if the file is missing."""
+        path = self.path / "timings.jsonl"
+        return read_metrics(path) if path.exists() else []
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The evaluations in order: `step`, and the metrics by their names without `eval_`.
+
+        A run that ends early is evaluated after its last step's row was written; then summary.json alone has
+        that evaluation.
+        """
+        found = [
+            {"step": row["step"], **{n.removeprefix("eval_"): v for n, v in row.items() if n[:5] == "eval_"}}
+            for row in self.metrics
+        ]
+        found = [row for row in found if len(row) > 1]
+        last, steps = self.summary.get("eval_after"), self.summary.get("steps")
+        if last and steps is not None and (not found or found[-1]["step"] < steps):
+            found.append({"step": steps, **last})
+        return found
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Return the steps at which a metric is a finite number, and those numbers."""
+        return series(self.metrics, name)
+
+    def completions(self) -> list[dict[str, Any]]:
+        """Return the rows of the newest table of completions; empty if there is none.
+
+        Raises:
+            Refused: the table is damaged.
+        """
+        files = sorted((self.path / "completions").glob("step_*.parquet"))
+        return read_completions(files[-1]) if files else []
+
+
+def read_run(run: str | os.PathLike[str]) -> RecordedRun:
+    """Read the directory of a run, finished or not.
+
+    Raises:
+        Refused: the directory holds no metrics.jsonl, or a file of it is damaged.
+    """
+    path = Path(run)
+    if not os.path.isfile(path / "metrics.jsonl"):
+        raise Refused(f"{path} holds no metrics.jsonl; give the output directory of a run.")
+    config = _object(path / "config.json", _CONFIG)
+    rows = _rows(path / "metrics.jsonl")
+    return RecordedRun(path, config, rows, _object(path / "summary.json", _SUMMARY))
+
+
+def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Return the steps at which a metric is a finite number, and those numbers."""
+    steps, values = [], []
+    for row in rows:
+        try:
+            value = float(row[name])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            continue
+        if math.isfinite(value):
+            steps.append(int(row["step"]))
+            values.append(value)
+    return steps, values
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of metrics.jsonl; an infinity, which JSON cannot hold, becomes a number again."""
+    rows = read_metrics(path)
+    for place, row in enumerate(rows, start=1):
+        for name, value in {"step": None, **row}.items():
+            number = float(value) if value in ("Infinity", "-Infinity") else value
+            is_step = type(number) is int and 0 <= number <= MOST
+            if not (is_step if name == "step" else _fits(number, _NUMBER)):
+                raise Refused(
+                    f"Row {place} of {path} has {shown(value, 40)} for {shown(name, 40)}, and a run writes "
+                    "its step and numbers. Remove the row, and the others can be shown."
+                )
+            row[name] = number
+    return rows
+
+
+def _object(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Read config.json or summary.json; empty if the file is missing."""
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not an object")
+        for name, kind in kinds.items():
+            if name in found and not _fits(found[name], kind):
+                raise ValueError(f"{name} is {shown(found[name], 60)}, which no run writes")
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(f"{path} is damaged ({error}). Mend or remove it, and the run can be shown.") from error
+    return found
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Return whether a value is of a kind, and if it is a whole number, whether a float can hold it."""
+    return isinstance(value, kind) and not (isinstance(value, int) and abs(value) > sys.float_info.max)
