@@ -191,6 +191,7 @@ _MEANINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     ("fp16", ("There is no training in float16; `dtype` may be bfloat16.",)),
+    ("training_threads sampling_threads", ("It is `threads`, for sampling and updates alike.",)),
     ("torch_dtype", ("It is `dtype`.",)),
     ("no_cuda use_cpu", ("It is `cpu`.",)),
     (

@@ -209,7 +209,7 @@ def option(text: str) -> tuple[str, Any]:
     """The key and the value of KEY=VALUE; a value that is no JSON is a string."""
     key, equals, value = text.partition("=")
     if not key or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} should be KEY=VALUE, such as training_threads=2")
+        raise argparse.ArgumentTypeError(f"{text!r} should be KEY=VALUE, such as threads=2")
     try:
         return key, json.loads(value)
     except ValueError:

@@ -16,7 +16,7 @@ from tokenrl.control.saving import read_policy
 from tokenrl.control.training import train_agent as train
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.threads import Choice, using_threads
+from tokenrl.runs.threads import using_threads
 
 SHORT = {"max_steps": 2, "num_envs": 4, "eval_episodes": 5, "quiet": True}
 
@@ -172,28 +172,24 @@ def test_the_last_entropy_is_that_of_the_last_tenth():
 
 
 def test_threads_while_it_trains_and_as_many_as_before_afterwards(tmp_path, monkeypatch, capsys):
-    from tokenrl.control import setup, training
+    from tokenrl.control import training
 
     def counted(function):
         return lambda *a, **k: (seen.append(torch.get_num_threads()), function(*a, **k))[1]
 
-    def numbers(name, **options):
+    def number(name, **options):
         run = short(tmp_path, name, **options).output_dir
-        config = json.loads((run / "config.json").read_text())
-        return config["sampling_threads"], config["training_threads"]
+        return json.loads((run / "config.json").read_text())["threads"]
 
-    seen, asked = [], []
+    seen = []
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(training, "learn", counted(training.learn))
     monkeypatch.setattr(training, "collect_episodes", counted(training.collect_episodes))
     with using_threads(2):
-        assert numbers("small", quiet=False) == (1, 1)
-        said = " ".join(capsys.readouterr().out.split())
-        assert "threads 1 for sampling and training (more are no use to " in said
-        assert numbers("set", training_threads=3) == (1, 3)
-        monkeypatch.setattr(setup, "choose_threads", lambda work, *a: asked.append(work()) or Choice(2, ""))
-        assert numbers("large") == (2, 2) and asked == [None, None]
-        assert seen == [1] * 4 + [1, 3] * 2 + [2] * 4 and torch.get_num_threads() == 2
+        assert number("small", quiet=False) == 1
+        assert "threads 1 (fewer than 2 M parameters)" in " ".join(capsys.readouterr().out.split())
+        assert number("set", threads=3) == 3
+        assert set(seen[:4]) == {1} and set(seen[4:]) == {3} and torch.get_num_threads() == 2
 
 
 def test_check_writes_nothing(tmp_path):

@@ -32,9 +32,8 @@ from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.probe import Estimate, Probe, probe_policy
 from tokenrl.language.training.setup import check, make_policy, resolve
-from tokenrl.language.training.threads import announced_threads
 from tokenrl.runs.console import Console
-from tokenrl.runs.threads import using_threads
+from tokenrl.runs.threads import choose_threads, using_threads
 
 REWARD_MODEL_BETA = 0.05
 """KL weight where the reward is a model, because a policy can learn to exploit its errors."""
@@ -74,7 +73,7 @@ def advise_language(args: AdviseArguments) -> Advice:
         temperature=args.temperature,
         seed=args.seed,
     )
-    with using_threads(announced_threads(policy, "sampling", Console().note)):
+    with using_threads(choose_threads(policy.size)[0]):
         found = probe_policy(policy, rows, rewards, sampling)
     solved = getattr(task, "solved", None)
     reward_model = any(isinstance(function, RewardModel) for function in rewards.functions)

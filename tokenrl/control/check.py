@@ -13,7 +13,6 @@ from tokenrl.control.run import ControlResult, Run
 from tokenrl.control.update import learn
 from tokenrl.runs.checkup import Finding, checked, conclude, rate_finding, time_needed
 from tokenrl.runs.session import Session
-from tokenrl.runs.threads import using_threads
 
 USUAL_RATES = 1e-3, 2e-2
 """Adam's usual learning rates for agents, from deep networks to small ones (see `agents` and the default)."""
@@ -41,8 +40,7 @@ def check_agent(
     args, began = run.args, time.perf_counter()
     session.evaluated(evaluate())
     evaluated = time.perf_counter()
-    with using_threads(args.sampling_threads):
-        rollout = collect()
+    rollout = collect()
     metrics = learn(copy.deepcopy(run.agent), rollout, 1)
     evaluation, update = evaluated - began, time.perf_counter() - evaluated
     largest = float(rollout.observations[rollout.mask].abs().max())

@@ -21,7 +21,7 @@ from tokenrl.core.guards import check_horizon, set_size, within_rows
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
-from tokenrl.runs.threads import Choice, choose_threads, using_threads
+from tokenrl.runs.threads import using_threads
 from tokenrl.settings import settled
 
 
@@ -147,23 +147,3 @@ def _shape(args: ControlSettings, spec: Spec) -> Shape:
         normalize_observations=args.normalize_observations,
         initial_weights=args.initial_weights,
     )
-
-
-def stage_threads(run: Run) -> dict[str, Choice]:
-    """Choose the number of threads for sampling and for training, by timing the policy on zeros."""
-    args, policy, size = run.args, run.agent.policy, run.spec.observation_size
-    observations = torch.zeros(max(args.num_envs, 1024), size)
-
-    @torch.no_grad()
-    def sample() -> None:
-        policy(observations[: args.num_envs])
-
-    def train() -> None:
-        outputs = policy(observations).sum()
-        torch.autograd.grad(outputs, policy.policy_parameters(), allow_unused=True)
-
-    parameters = sum(p.numel() for p in policy.parameters())
-    return {
-        "sampling": choose_threads(sample, parameters, args.sampling_threads),
-        "training": choose_threads(train, parameters, args.training_threads),
-    }

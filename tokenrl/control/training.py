@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,12 +17,12 @@ from tokenrl.control.evaluation import evaluation_metrics, film, seed_of
 from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
 from tokenrl.control.run import ControlResult, Run, facts, finish
 from tokenrl.control.saving import SavedPolicy, fingerprint
-from tokenrl.control.setup import prepare, resolve, stage_threads
+from tokenrl.control.setup import prepare, resolve
 from tokenrl.control.update import learn
 from tokenrl.errors import Refused, describe as describe_error
 from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
-from tokenrl.runs.threads import threads_in_words, using_threads, with_threads
+from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments
 from tokenrl.user_code import is_interrupt
 
@@ -66,13 +67,13 @@ def train_agent(
         contextlib.ExitStack() as stack,
     ):
         run = prepare(args, spec)
-        threads = stage_threads(run)
-        run.args = with_threads(run.args, threads)
-        stack.enter_context(using_threads(run.args.training_threads))
+        threads, why = choose_threads(sum(p.numel() for p in run.agent.policy.parameters()), args.threads)
+        run.args = replace(run.args, threads=threads)
+        stack.enter_context(using_threads(threads))
         maker = Maker({"initial policy": fingerprint(run.agent.policy)})
         session.keep(SavedPolicy(run.agent.policy, spec.env), maker, agent=run.agent, run=run)
         with contextlib.closing(run.envs), contextlib.closing(run.eval_envs):
-            shown = {**facts(run), "threads": threads_in_words(threads)}
+            shown = {**facts(run), "threads": f"{threads} ({why})"}
             session.open(f"tokenrl control: {spec.env}", shown)
             if args.check:
                 return check_agent(run, session, partial(_evaluate, run), partial(_collect, run, 1))
@@ -131,8 +132,7 @@ def _loop(run: Run, session: Session) -> ControlResult:
 def _one_update(run: Run, step: int) -> dict[str, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     agent = run.agent
-    with using_threads(run.args.sampling_threads):
-        rollout = _collect(run, step)
+    rollout = _collect(run, step)
     _set_learning_rates(run, step)
     metrics = learn(agent, rollout, step)
     run.env_steps += rollout.env_steps
@@ -173,5 +173,4 @@ def _set_learning_rates(run: Run, step: int) -> None:
 
 
 def _evaluate(run: Run) -> dict[str, float]:
-    with using_threads(run.args.sampling_threads):
-        return evaluation_metrics(run.agent.policy, run.eval_envs, run.spec, seed=run.args.seed)
+    return evaluation_metrics(run.agent.policy, run.eval_envs, run.spec, seed=run.args.seed)

@@ -25,7 +25,7 @@ FREE = (
 )
 """Settings that may change when a run continues."""
 ROUNDING = (
-    *("micro_batch_size", "sampling_threads", "training_threads", "cpu"),
+    *("micro_batch_size", "threads", "cpu"),
     *("sampling_batch_size", "gradient_checkpointing", "training_attention"),
     *("whole_logits", "compile_sampling", "compile_training"),
 )

@@ -132,9 +132,9 @@ def test_a_directory_with_other_settings_is_refused_by_the_name_of_the_setting(
 
 
 def test_settings_that_decide_nothing_may_differ(tmp_path: Path) -> None:
-    config = {"quiet": True, "training_threads": 7, "temperature": 1.0, "estimator": {"baseline": "rloo"}}
+    config = {"quiet": True, "threads": 7, "temperature": 1.0, "estimator": {"baseline": "rloo"}}
     write_run(tmp_path, rows_of(FIVE), config=config)
-    assert is_done(planned(quiet=False, training_threads=1, temperature=None), tmp_path)
+    assert is_done(planned(quiet=False, threads=1, temperature=None), tmp_path)
 
 
 def test_samples_are_completions_also_those_that_no_step_row_adds_up(tmp_path: Path) -> None:

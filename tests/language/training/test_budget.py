@@ -27,8 +27,7 @@ QUICK = {
     "eval_every": 3,
     "eval_generations": 0,
     "cpu": True,
-    "training_threads": 1,
-    "sampling_threads": 1,
+    "threads": 1,
     "quiet": True,
 }
 

@@ -14,7 +14,6 @@ from tiny_models import PROMPTS, make_learner, make_policy, make_task
 import tokenrl
 from tokenrl.language.training import compiling
 from tokenrl.language.training.compiling import _wrong, settle_compilation
-from tokenrl.runs.threads import Choice
 
 ROWS = [{"prompt": p} for p in PROMPTS]
 
@@ -52,8 +51,6 @@ def settled(monkeypatch, tmp_path):
         step=None,
         processes=1,
         clock=None,
-        threads=(),
-        again=None,
         **options,
     ):
         attributes = {"made": [], **(step or {})}
@@ -65,9 +62,7 @@ def settled(monkeypatch, tmp_path):
         learner = make_learner(make_policy(), estimator, **{"compile_training": False} | options)
         if processes > 1:
             learner.accelerator = type("Several", (), {"num_processes": processes})()
-        monkeypatch.setattr(compiling, "choose_threads", again)
-        found = settle_compilation(learner, ROWS, dict(threads))
-        assert found.keys() == dict(threads).keys()
+        settle_compilation(learner, ROWS)
         assert bool(kind.made) or not hasattr(learner.generator, "step") or learner.generator.step is None
         assert (learner.generator.step is not None) == learner.args.compile_sampling
         return learner, kind.made
@@ -230,31 +225,6 @@ def test_gradients_are_compared_too():
     assert _wrong((logprobs, same), (logprobs, gradient)) == ""
     same[1][0] += 2e-3 * 3**0.5
     assert _wrong((logprobs, same), (logprobs, gradient)) == "its gradients are off by 0.002 of their size"
-
-
-@pytest.mark.parametrize(
-    ("before", "again"),
-    [
-        (Choice(1, "measured: both", True), {"sampling", "training"}),
-        (Choice(2, "measured: both", True), set()),  # there are no more
-        (Choice(1, "as set"), set()),
-    ],
-)
-def test_threads_are_measured_again_for_compiled_code(before, again, trained, monkeypatch):
-    measured, chosen = [], Choice(2, "measured: 2 ms with 1, 1 ms with 2", True)
-
-    def choose(work, parameters):
-        assert parameters == size
-        measured.append(work())  # samples, or computes a gradient
-        return chosen
-
-    size = make_policy().size
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    options = {"compile_sampling": True, "compile_training": True, "again": choose}
-    learner, _ = trained([1.0], threads={"sampling": before, "training": before}, **options)
-    expected = {f"{stage}_threads": 2 if stage in again else None for stage in ("sampling", "training")}
-    assert {name: getattr(learner.args, name) for name in expected} == expected
-    assert learner.generator.threads == (2 if again else None) and len(measured) == len(again)
 
 
 @pytest.mark.slow

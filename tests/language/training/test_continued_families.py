@@ -32,7 +32,7 @@ def continued(tmp_path, family, dtype="float32", **options):
             **{"model": policy, "task": make_task(), "reward": vowel_reward, "output_dir": run, "cpu": True},
             **{"estimator": "rloo", "max_steps": 4, "prompts_per_step": 3, "num_generations": 2},
             **{"max_completion_length": 6, "learning_rate": 0.01, "save_every": 2, "eval_every": 2},
-            **{"warmup_steps": 3, "sampling_threads": 1, "training_threads": 1, "quiet": True},
+            **{"warmup_steps": 3, "threads": 1, "quiet": True},
         }
         return tokenrl.train(**(settings | options), resume=resume)
 

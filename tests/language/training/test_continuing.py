@@ -58,7 +58,7 @@ def prepared(folder, session):
         **{"model": None, "task": make_task(), "reward": vowel_reward, "output_dir": folder},
         **{"estimator": "reinforce_running_mean", "max_steps": 9, "prompts_per_step": 3},
         **{"num_generations": 2, "learning_rate": 0.01, "max_completion_length": 6, "cpu": True},
-        **{"lr_scheduler_type": "cosine", "warmup_steps": 2, "eval_generations": 2, "training_threads": 1},
+        **{"lr_scheduler_type": "cosine", "warmup_steps": 2, "eval_generations": 2, "threads": 1},
     }
     args = arguments(TrainArguments, options | {"model": make_policy()})
     task = make_task([*PROMPTS, "the log"])

@@ -27,8 +27,7 @@ def train(saved, tmp_path):
             **{"num_generations": 2, "max_completion_length": 4, "eval_size": 2, "eval_every": 1},
             **{
                 "learning_rate": 0.01,
-                "sampling_threads": 1,
-                "training_threads": 1,
+                "threads": 1,
                 "quiet": True,
                 "cpu": True,
             },

@@ -19,8 +19,7 @@ QUICK = {
     "num_generations": 3,
     "eval_generations": 0,
     "cpu": True,
-    "training_threads": 1,
-    "sampling_threads": 1,
+    "threads": 1,
     "quiet": True,
 }
 

@@ -11,7 +11,7 @@ from tokenrl.settings import Bounds, Count, Positive, Seed, Settings, shown
 
 OWN = (
     *("task", "env", "arms", "model", "num_generations", "learning_rate", "output_dir", "overwrite"),
-    *("quiet", "seed", "resume", "check", "sampling_threads", "training_threads"),
+    *("quiet", "seed", "resume", "check", "threads"),
 )
 """Settings of a run that a comparison sets itself."""
 

@@ -23,7 +23,7 @@ from tokenrl.lab.measure.rollouts import Samples, collect
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.console import Console
-from tokenrl.runs.threads import using_threads
+from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments
 
 if TYPE_CHECKING:
@@ -76,7 +76,6 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
         Refused: For a preset, a number or a layer that cannot be used, or for lack of memory or time.
     """
     from tokenrl.language.tasks.task import find_task
-    from tokenrl.language.training.threads import announced_threads
 
     chosen = {name: Estimator.preset(name) for name in args.estimators}
     args = _checked(args, console.note)
@@ -91,7 +90,7 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
     found: dict[str, tuple[Measurement, ...]] = {}
     sizes: tuple[GroupSize, ...] = ()
     passes = len(places) * len(samples.parts) * math.ceil(args.probes / AT_ONCE)
-    threads = announced_threads(policy, "training", console.note)
+    threads, _ = choose_threads(policy.size)
     with budget.stage("differentiating", passes) as after, using_threads(threads):
         for place, names in places.items():
             size = sum(every[name].numel() for name in names)
@@ -140,7 +139,6 @@ def _samples(
     budget: Budget,
 ) -> Samples:
     from tokenrl.language.training.defaults import length_of
-    from tokenrl.language.training.threads import announced_threads
 
     rows = list(task.train_prompts)[: args.num_prompts]
     if len(rows) < args.num_prompts:
@@ -155,7 +153,7 @@ def _samples(
         seed=args.seed,
     )
     batches = math.ceil(len(rows) / max(1, at_once // args.num_generations))
-    threads = announced_threads(policy, "sampling", budget.console.note)
+    threads, _ = choose_threads(policy.size)
     with budget.stage("sampling", batches) as after, using_threads(threads):
         return collect(policy, rewards, rows, sampling, rows_at_once=at_once, after=after)
 

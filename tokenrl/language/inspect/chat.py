@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,8 +27,8 @@ from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.defaults import length_of
 from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.setup import load_placed
-from tokenrl.language.training.threads import announced_threads
 from tokenrl.runs.console import harmless, visible
+from tokenrl.runs.threads import choose_threads, using_threads
 
 
 class Completion(NamedTuple):
@@ -85,7 +84,7 @@ class Sampler:
         say_form(policy.form, args.model)
         rows = {prompt_text(row["prompt"]): row for row in every}
         length = length_of(task, args.model, policy, otherwise=64)
-        threads = announced_threads(policy, "sampling", partial(print, file=sys.stderr))
+        threads = choose_threads(policy.size)[0]
         return cls(policy, rewards, rows, length, threads=threads)
 
     @property
@@ -122,7 +121,8 @@ class Sampler:
         ids = encode(policy, prompts, sampling)
         draws = uniforms("interactive", sampling, range(self.completed, self.completed + len(prompts)))
         self.completed += len(prompts)
-        rollout = TransformersGenerator(policy, self.threads).generate(ids, sampling, draws)
+        with using_threads(self.threads):
+            rollout = TransformersGenerator(policy).generate(ids, sampling, draws)
         decoded, size = policy.decode(rollout.completion_ids, rollout.mask), sampling.group_size
         groups = []
         for place, row in enumerate(rows):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -22,10 +21,9 @@ from tokenrl.language.training.defaults import length_of
 from tokenrl.language.training.evaluation import Evaluation, evaluate_policy
 from tokenrl.language.training.evaluation_metrics import check_sizes, paired_differences
 from tokenrl.language.training.setup import load_placed
-from tokenrl.language.training.threads import announced_threads
 from tokenrl.runs.console import visible
 from tokenrl.runs.files import check_place, write_json
-from tokenrl.runs.threads import using_threads
+from tokenrl.runs.threads import choose_threads, using_threads
 
 
 @overload
@@ -101,8 +99,7 @@ def _evaluated(args: EvaluateArguments) -> Evaluation:
     reference = None if args.reference is None else load_placed(args.reference, **how)
     for warning in special_texts(policy.tokenizer, [row["prompt"] for row in task.eval_prompts]):
         print(f"tokenrl: {visible(warning)}", file=sys.stderr)
-    threads = announced_threads(policy, "sampling", partial(print, file=sys.stderr))
-    with using_threads(threads):
+    with using_threads(choose_threads(policy.size)[0]):
         evaluation = evaluate_policy(
             policy,
             task.eval_prompts,

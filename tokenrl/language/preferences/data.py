@@ -22,8 +22,7 @@ from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.defaults import length_of
 from tokenrl.language.training.setup import make_policy
 from tokenrl.language.training.supervised import warm_started_base
-from tokenrl.language.training.threads import stage_threads
-from tokenrl.runs.threads import Choice, using_threads
+from tokenrl.runs.threads import choose_threads, using_threads
 
 HELD_OUT = 2**32  # added to the seed, so that held-out and training pairs use different random numbers
 
@@ -38,7 +37,6 @@ class RewardData:
         held_out: the pairs to evaluate on; their prompts are not in `train`.
         task: the task that the pairs were made from, or whose base model is the backbone; None for neither.
         rows: the rows to save in the run directory, by file name; empty if the data was given.
-        threads: the number of threads that sampled the pairs, and why; empty if none were sampled here.
     """
 
     name: str
@@ -46,7 +44,6 @@ class RewardData:
     held_out: list[Pair]
     task: Any = None
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    threads: dict[str, Choice] = field(default_factory=dict)
 
 
 def load_reward_data(args: Any, announce: Callable[[str], None]) -> RewardData:
@@ -82,7 +79,6 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
     form = vars(form_of(args))
     policy = make_policy(ModelArguments(model=named, base_seed=args.base_seed, **form), task, announce)
     choose_way(policy, gradient=False)
-    threads = stage_threads(policy, args, "sampling")
     length = args.max_completion_length or length_of(task, named, policy)
     rows = {}
     parts: tuple[tuple[str, Sequence[Any], int, int], ...] = (
@@ -92,7 +88,7 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
     for file, prompts, wanted, seed in parts:
         per_prompt = math.ceil(wanted / len(prompts))
         try:
-            with using_threads(threads["sampling"].number if threads else None):
+            with using_threads(choose_threads(policy.size, args.threads)[0]):
                 rows[file] = make_preferences(
                     policy,
                     prompts[: math.ceil(wanted / per_prompt)],
@@ -105,7 +101,7 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
     made = len(rows["preferences.jsonl"])
     announce(f"{made:,} preferences from {args.num_pairs:,} sampled pairs; the others are ties.")
     train, held_out = (read_pairs(part, name) for name, part in rows.items())
-    return RewardData(task.name, train, held_out, task, rows, threads)
+    return RewardData(task.name, train, held_out, task, rows)
 
 
 def make_backbone(args: Any, task: Any, announce: Callable[[str], None]) -> RewardModel:

@@ -44,7 +44,7 @@ from tokenrl.language.training.descent import Descent
 from tokenrl.runs.checkup import checked
 from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
-from tokenrl.runs.threads import Choice, choose_threads, threads_in_words, using_threads, with_threads
+from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.runs.timings import Stopwatch
 from tokenrl.settings import settled
 
@@ -128,21 +128,6 @@ class PreferenceTraining:
         self._tokens = int(state["tokens"])
         self.descent.load_state_dict(state["descent"])
 
-    def threads(self) -> dict[str, Choice]:
-        """Choose the number of threads for training, by timing gradients of a few pairs.
-
-        Nothing is chosen where the model is on no CPU.
-        """
-        if self._model.model.device.type != "cpu":
-            return {}
-        texts = [text for pair in self._encoded[:4] for text in pair]
-
-        def work() -> None:
-            torch.autograd.grad(self._model.logits(texts).sum(), self.descent.parameters, allow_unused=True)
-
-        size = sum(p.numel() for p in self.descent.parameters)
-        return {"training": choose_threads(work, size, self._args.training_threads)}
-
 
 def fit_reward_model(
     reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelSettings
@@ -211,10 +196,10 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         args = _resolve(args, data)
         training = PreferenceTraining(reward_model, data.train, args)  # refuses texts that are too long
         held_out = encode_pairs(reward_model, data.held_out)
-        threads = data.threads | training.threads()
-        args = with_threads(args, threads)
-        stack.enter_context(using_threads(args.training_threads))
-        shown = facts(args, data, reward_model) | ({"threads": threads_in_words(threads)} if threads else {})
+        threads, why = choose_threads(sum(p.numel() for p in reward_model.model.parameters()), args.threads)
+        args = replace(args, threads=threads)
+        stack.enter_context(using_threads(threads))
+        shown = facts(args, data, reward_model) | {"threads": f"{threads} ({why})"}
         watch, maker = Stopwatch(), _made_from(reward_model, data)
         session.keep(SavedRewardModel(reward_model), maker, training=training, watch=watch)
         session.open(f"tokenrl reward-model: {data.name}", shown, note=LOSS_NOTE)

@@ -24,7 +24,6 @@ from tokenrl.language.rollout.distribution import draw, log_softmax, score_norm_
 from tokenrl.language.rollout.head import last
 from tokenrl.language.rollout.rollout import Rollout, joined, pad_left
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.runs.threads import using_threads
 
 
 class Generator(Protocol):
@@ -66,7 +65,6 @@ class TransformersGenerator:
 
     Attributes:
         policy: the policy whose model is sampled from.
-        threads: with how many threads torch samples on a CPU; None for as many as it uses anyway.
         rows_at_once: number of completions that are sampled at once, of whole groups, which bounds the memory
             of their caches and changes nothing else; None for all.
         step: compiled code for the forward pass of one token; None for the model as it is. It is not used
@@ -74,7 +72,6 @@ class TransformersGenerator:
     """
 
     policy: Policy
-    threads: int | None = None
     rows_at_once: int | None = None
     step: CompiledStep | None = None
 
@@ -89,7 +86,7 @@ class TransformersGenerator:
         Raises:
             Stopped: the model's logits are not finite.
         """
-        with with_cache(self.policy.model), using_threads(self.threads):
+        with with_cache(self.policy.model):
             return self._in_slices(prompt_ids, sampling, draws)
 
     def _in_slices(

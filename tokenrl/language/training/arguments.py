@@ -14,7 +14,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.runs.arguments import SavingArguments
-from tokenrl.runs.threads import ThreadArguments, TrainingThreads
+from tokenrl.runs.threads import ThreadArguments
 from tokenrl.runs.trackers import TrackerArguments
 from tokenrl.settings import Bounds, Count, Natural, NonNegative, Number, Positive, Seed, Settings
 
@@ -217,7 +217,7 @@ class TrainSettings(TrainArguments):
 
 @dataclass(frozen=True)
 class SftArguments(
-    ModelArguments, TaskArguments, LoraArguments, SavingArguments, TrackerArguments, TrainingThreads
+    ModelArguments, TaskArguments, LoraArguments, SavingArguments, TrackerArguments, ThreadArguments
 ):
     """Fine-tune a model on demonstrations: rows with a prompt and a completion."""
 

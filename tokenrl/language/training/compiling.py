@@ -20,9 +20,7 @@ from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.training.cache import cache_directory
 from tokenrl.language.training.forward import SMALL, gradients, seconds_of
-from tokenrl.language.training.threads import take_threads
 from tokenrl.language.training.update import Learner
-from tokenrl.runs.threads import Choice, choose_threads, using_threads
 
 SAVED = 0.25
 """Share of the time of sampling, or of updates, that compiled code saves, before it is measured."""
@@ -43,9 +41,7 @@ ROUNDS = 3
 """How often both ways are timed, in turn."""
 
 
-def settle_compilation(
-    learner: Learner, prompts: Sequence[Mapping[str, Any]], threads: Mapping[str, Choice]
-) -> dict[str, Choice]:
+def settle_compilation(learner: Learner, prompts: Sequence[Mapping[str, Any]]) -> None:
     """Choose `compile_sampling` and `compile_training` where they are left open, and compile.
 
     The choice is written into the learner's settings, generator and forward passes, and into
@@ -54,11 +50,6 @@ def settle_compilation(
     Args:
         learner: the learner, whose weights and gradients stay as they are.
         prompts: all training prompts, of which as many as a step has are sampled from.
-        threads: the numbers of threads that were chosen for the model as it is, by stage.
-
-    Returns:
-        The numbers of threads by stage. Compiled code gains more from threads than the model itself does, so
-        numbers that were measured and could be larger are measured again.
 
     Raises:
         Refused: a prompt does not fit into the model's context.
@@ -73,18 +64,6 @@ def settle_compilation(
     learner.args = replace(
         learner.args, compile_sampling=fast is not None, compile_training=layers is not None
     )
-    ways: dict[str, Callable[[], object]] = {}
-    if fast is not None:
-        ways["sampling"] = partial(work.sample, replace(fast, threads=None))
-    if layers is not None:
-        ways["training"] = partial(work.gradients, layers)
-    again = {
-        stage: choose_threads(ways[stage], learner.policy.size)
-        for stage, choice in threads.items()
-        if stage in ways and choice.measured and choice.number < torch.get_num_threads()
-    }
-    take_threads(learner, again)
-    return {**threads, **again}
 
 
 class _Work:
@@ -157,18 +136,17 @@ def _compiled_training(learner: Learner, work: _Work) -> CompiledLayers | None:
     layers = CompiledLayers(learner.forward.model, cache_directory() / "compiled")
     times = work.shares * args.num_iterations
     quick = partial(work.gradients, layers)
-    with using_threads(args.training_threads):
-        if not (args.compile_training or _pays(quick, times, layers, TRAINING, learner)):
-            return None
-        layers.making = True
-        found = quick()
-        layers.making = False
-        if not layers.failure and not layers.made:
-            layers.failure = "no layer keeps keys and values of all tokens, and nothing else"
-        if not layers.failure:
-            layers.failure = _wrong(found, work.gradients(None))
-        ways = (lambda: work.gradients(None), quick)
-        taken = _is_taken("compiled training", "a gradient", layers, ways, learner, args.compile_training)
+    if not (args.compile_training or _pays(quick, times, layers, TRAINING, learner)):
+        return None
+    layers.making = True
+    found = quick()
+    layers.making = False
+    if not layers.failure and not layers.made:
+        layers.failure = "no layer keeps keys and values of all tokens, and nothing else"
+    if not layers.failure:
+        layers.failure = _wrong(found, work.gradients(None))
+    ways = (lambda: work.gradients(None), quick)
+    taken = _is_taken("compiled training", "a gradient", layers, ways, learner, args.compile_training)
     return layers if taken else None
 
 

@@ -41,12 +41,11 @@ from tokenrl.language.training.setup import (
     resolved,
 )
 from tokenrl.language.training.step import Record, training_step
-from tokenrl.language.training.threads import settle_threads
 from tokenrl.language.training.verdicts import judge, nothing_left
 from tokenrl.language.training.warm_start import warm_start
 from tokenrl.runs.resume import taken_up
 from tokenrl.runs.session import Session
-from tokenrl.runs.threads import using_threads
+from tokenrl.runs.threads import choose_threads, using_threads
 
 
 def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
@@ -98,7 +97,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
     ):
         run = _prepare(args, task, rewards, accelerator, session)
         args = run.args
-        with closing(run.learner.generator), using_threads(args.training_threads):
+        with closing(run.learner.generator), using_threads(args.threads):
             session.open(f"tokenrl train: {run.task.name}", facts(run))
             for warning in _warnings(run, asked):
                 session.console.warn(warning)
@@ -145,9 +144,11 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
             warmed = warm_start(policy, task, rewards, args, session.console, accelerator.device)
         adapt(args, policy)
     maker = made_from(policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator)
-    learner, schedule = make_learner(args, policy, accelerator)
-    settle_memory(learner, task.train_prompts)
-    threads = settle_compilation(learner, task.train_prompts, settle_threads(learner))
+    threads, why = choose_threads(policy.size, args.threads)
+    with using_threads(threads):
+        learner, schedule = make_learner(replace(args, threads=threads), policy, accelerator)
+        settle_memory(learner, task.train_prompts)
+        settle_compilation(learner, task.train_prompts)
     task = filter_task(
         task,
         policy,
@@ -161,7 +162,7 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
     estimator = args.estimator
     run = Run(
         args=learner.args,
-        threads=threads,
+        threads=f"{threads} ({why})",
         task=task,
         rewards=rewards,
         learner=learner,

@@ -31,7 +31,6 @@ from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.optimizers import load_schedule
 from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.session import Session
-from tokenrl.runs.threads import Choice, threads_in_words
 
 PROGRESS = (
     *("tokens", "samples", "completion_tokens", "step_seconds", "entropies", "flat_steps", "all_flat"),
@@ -77,7 +76,7 @@ class Run:
         schedule: sets the learning rate of each step.
         stream: deals the prompts out to steps.
         running_mean: mean reward of earlier steps.
-        threads: the number of threads for sampling and training; empty where no CPU computes.
+        threads: the number of threads of torch, and in words where it comes from.
         defaults: the value that each setting has if it is left open, and where the run's value comes from.
         tokens: number of prompt and completion tokens so far.
         samples: number of completions generated so far, greedy and replaced ones included.
@@ -101,7 +100,7 @@ class Run:
     schedule: Any
     stream: PromptStream
     running_mean: RunningMean
-    threads: dict[str, Choice]
+    threads: str
     defaults: Defaults
     tokens: int = 0
     samples: int = 0
@@ -206,7 +205,7 @@ def facts(run: Run) -> dict[str, Any]:
         "learning rate": told(learning_rate="{:g}", lr_scheduler_type="{}")
         + (f", {args.optimizer}" if args.optimizer != "adamw" else ""),
         "seed": args.seed,
-        **({"threads": threads_in_words(run.threads)} if run.threads else {}),
+        "threads": run.threads,
         **asked(policy.form, args.model),
         **policy.remarks,
         "run": args.output_dir,

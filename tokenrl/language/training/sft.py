@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -32,11 +32,10 @@ from tokenrl.language.training.defaults import (
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.setup import made_from, make_policy
 from tokenrl.language.training.supervised import SupervisedTraining
-from tokenrl.language.training.threads import stage_threads
 from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.resume import taken_up
 from tokenrl.runs.session import Session
-from tokenrl.runs.threads import threads_in_words, using_threads, with_threads
+from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.runs.timings import Stopwatch
 from tokenrl.settings import settled
 
@@ -88,9 +87,9 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         policy = make_policy(args, task, session.console.note)
         choose_way(policy)
         found = sft_defaults(args, task, policy)
-        threads = stage_threads(policy, args, "training")
-        args = with_threads(settled(SftSettings, args, found.values), threads)
-        stack.enter_context(using_threads(args.training_threads))
+        threads, why = choose_threads(policy.size, args.threads)
+        args = replace(settled(SftSettings, args, found.values), threads=threads)
+        stack.enter_context(using_threads(threads))
         order = {"max_steps": args.max_steps, "batch_size": args.batch_size, "seed": args.seed}
         training = SupervisedTraining(policy, rows, learning_rate=args.learning_rate, **order)
         evaluate, watch = _evaluation(args, task, rewards, policy, training), Stopwatch()
@@ -100,7 +99,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             "demonstrations": f"{len(rows):,}",
             "training": told(" x ", max_steps="{} updates", batch_size="{} demonstrations"),
             "learning rate": told(learning_rate="{:g}") + ", falling to 0",
-            **({"threads": threads_in_words(threads)} if threads else {}),
+            "threads": f"{threads} ({why})",
             **asked(policy.form, args.model),
             **policy.remarks,
         }

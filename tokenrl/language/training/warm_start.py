@@ -28,11 +28,10 @@ from tokenrl.language.training.cache import cache_entry, say_damaged
 from tokenrl.language.training.defaults import default_rate, demonstrations, parameter_count
 from tokenrl.language.training.probe import Probe, probe_policy
 from tokenrl.language.training.supervised import MADE_BY, SupervisedTraining, check_trainable
-from tokenrl.language.training.threads import stage_threads
 from tokenrl.runs.checkpoint import replace_directory
 from tokenrl.runs.console import Console
 from tokenrl.runs.files import write_json
-from tokenrl.runs.threads import using_threads
+from tokenrl.runs.threads import choose_threads, using_threads
 
 BATCH = 16
 """Demonstrations per update."""
@@ -83,8 +82,7 @@ def warm_start(
             f"warm start: at most {most} updates of all weights on {BATCH} of {len(rows):,} demonstrations,\n"
             f"learning rate {rate:g}, until half of the groups have unequal rewards; kept in {directory}"
         )
-        threads = stage_threads(policy, args, "training")
-        with using_threads(threads["training"].number if threads else None):
+        with using_threads(choose_threads(policy.size, args.threads)[0]):
             facts = _train(policy, training, task, rewards, args, console)
 
         def write(path: Any) -> None:

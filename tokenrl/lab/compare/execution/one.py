@@ -18,7 +18,7 @@ from tokenrl.lab.compare.records import PlannedRun
 from tokenrl.runs.files import write_json
 from tokenrl.runs.signals import SIGNALS
 
-ONE_THREAD = {"sampling_threads": 1, "training_threads": 1}
+ONE_THREAD = {"threads": 1}
 """Runs take place beside each other, so each computes with one thread. It also makes them repeatable: with
 more threads sums are rounded in another order."""
 UNMEASURED = {
