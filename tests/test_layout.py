@@ -244,9 +244,9 @@ def test_no_files_import_each_other_in_a_circle():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_are_short(path):
     text = text_of(path)
-    assert len(text.splitlines()) < 300
+    assert len(text.splitlines()) <= 400
     functions = [n for n in nodes_of(text) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    long = {f.name: code_lines(f) for f in functions if code_lines(f) >= 50}
+    long = {f.name: code_lines(f) for f in functions if code_lines(f) > 60}
     assert long == {}
 
 

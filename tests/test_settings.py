@@ -139,12 +139,23 @@ def test_every_command_refuses_a_number_in_the_same_sentence(command, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [name for name, one in COMMANDS.items() if hasattr(one.arguments, "seed")]
+    ("words", "said"),
+    [
+        ("--learning-rate 1e-5x", "--learning-rate was given as '1e-5x'; it must be a finite number above 0"),
+        ("--seed nine", "--seed was given as 'nine'; it must be a whole number of at least 0"),
+        ("--lr-scheduler-type linea", "given as 'linea'. Did you mean 'linear'? It must be one of constant,"),
+        ("--estimator.scale-ddof 3", "--estimator.scale-ddof was given as '3'; it must be one of 0, 1."),
+        ("--estimator grppo", "preset was given as 'grppo'. Did you mean 'grpo'? It must be one of"),
+        ("--lerning-rate 3", "Unrecognized options: --lerning-rate, 3. Did you mean --learning-rate?"),
+        ("--max-steps", "Missing value for argument '--max-steps'"),
+        ("extra", "Unrecognized options: extra. See tokenrl train --help."),
+    ],
 )
-def test_what_is_no_number_at_all_is_refused_by_the_parser(command, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main([*command.split(), "--seed", "nine"])
-    assert exit.value.code == 2 and "seed" in capsys.readouterr().err
+def test_what_the_parser_refuses_is_said_in_one_paragraph_too(words, said, capsys):
+    assert main(["train", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tokenrl: ") and said in error and error.count("\n") == 1
+    assert "│" not in error and "Annotated" not in error
 
 
 def test_an_axis_is_refused_on_the_command_line_in_the_same_sentence(capsys):
@@ -183,7 +194,7 @@ MOST = " and at most 1,000,000,000"
         ({"share": 1}, "share was given as 1; it must be a finite number of at least 0 and below 1."),
         (
             {"shade": "drak"},
-            "shade was given as 'drak'; it must be one of light, dark, none, or None. Did you mean 'dark'?",
+            "shade was given as 'drak'. Did you mean 'dark'? It must be one of light, dark, none, or None.",
         ),
         ({"on": "yes"}, "on was given as 'yes'; it must be True or False."),
         (
@@ -216,7 +227,9 @@ def test_checks_for_what_is_no_dataclass_say_the_same():
         Refused, match=r"^slip was given as 2; it must be a finite number of at least 0 and at"
     ):
         check_number("slip", 2, at_least=0, at_most=1)
-    with pytest.raises(Refused, match=r"^head was given as 'gauss'; it must be one of a, gaussian. Did you"):
+    with pytest.raises(
+        Refused, match=r"^head was given as 'gauss'. Did you mean 'gaussian'\? It must be one of a, "
+    ):
         check_choice("head", "gauss", ["a", "gaussian"])
 
 
@@ -230,7 +243,10 @@ def test_arguments_are_made_of_keywords():
     for options, said in (
         ({"cuont": 2}, "There is no setting 'cuont'. Did you mean 'count'? Available: count, "),
         ({"estimator": {"betta": 1}}, "There is no setting 'betta'. Did you mean 'beta'?"),
-        ({"estimator": "grop"}, "preset was given as 'grop'; it must be one of reinforce, "),
+        (
+            {"estimator": "grop"},
+            "preset was given as 'grop'. Did you mean 'grpo'? It must be one of reinforce, ",
+        ),
     ):
         with pytest.raises(Refused) as error:
             arguments(Sample, options)

@@ -8,6 +8,7 @@ no traceback.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -42,25 +43,8 @@ class ReportArguments(Settings):
     directory."""
 
 
-def _train(args: TrainArguments) -> int:
-    from tokenrl.language.training.loop import train
-
-    return train(args).exit_code
-
-
-def _sft(args: SftArguments) -> int:
-    from tokenrl.language.training.sft import sft
-
-    return sft(args).exit_code
-
-
-def _reward_model(args: RewardModelArguments) -> int:
-    from tokenrl.language.preferences.fit import train_reward_model
-
-    return train_reward_model(args).exit_code
-
-
-def _evaluate(args: EvaluateArguments) -> int:
+def print_evaluation(args: EvaluateArguments) -> int:
+    """Evaluate one or several models and print the tables."""
     from tokenrl.language.inspect.evaluate import evaluate
     from tokenrl.language.training.evaluation_metrics import comparison_tables, evaluation_table
     from tokenrl.runs.console import rich_console
@@ -77,7 +61,8 @@ def _evaluate(args: EvaluateArguments) -> int:
     return 0
 
 
-def _sample(args: SampleArguments) -> int:
+def print_samples(args: SampleArguments) -> int:
+    """Print completions of the prompts that were given, or of those that are typed."""
     from tokenrl.language.inspect.chat import Sampler, converse, show
 
     if not args.prompt:
@@ -89,25 +74,8 @@ def _sample(args: SampleArguments) -> int:
     return 0
 
 
-def _control(args: ControlArguments) -> int:
-    from tokenrl.control.training import train_agent
-
-    return train_agent(args).exit_code
-
-
-def _compare(args: CompareArguments) -> int:
-    from tokenrl.lab.compare.run import compare
-
-    return getattr(compare(args), "exit_code", 0)
-
-
-def _advise(args: AdviseArguments) -> int:
-    from tokenrl.advisor import run
-
-    return run(args)
-
-
-def _report(args: ReportArguments) -> int:
+def write_report(args: ReportArguments) -> int:
+    """Write the page of one run, or of several, and print where it lies."""
     from tokenrl.runs.reader import read_run
     from tokenrl.runs.report import report_from_directory as report
 
@@ -129,30 +97,20 @@ def _report(args: ReportArguments) -> int:
     return 0
 
 
-def _lab(args: LabArguments) -> int:
-    from tokenrl.lab.exact.report import exact
-
-    return exact(args)
-
-
-def _lab_measure(args: MeasureArguments) -> int:
-    from tokenrl.lab.measure.reading import run
-
-    return run(args)
-
-
 COMMANDS = {
-    "train": Command(TrainArguments, _train, trains=True),
-    "sft": Command(SftArguments, _sft, trains=True),
-    "reward-model": Command(RewardModelArguments, _reward_model, trains=True),
-    "evaluate": Command(EvaluateArguments, _evaluate),
-    "sample": Command(SampleArguments, _sample),
-    "control": Command(ControlArguments, _control, trains=True),
-    "compare": Command(CompareArguments, _compare),
-    "advise": Command(AdviseArguments, _advise),
-    "report": Command(ReportArguments, _report),
-    "lab": Command(LabArguments, _lab),
-    "lab measure": Command(MeasureArguments, _lab_measure),
+    "train": Command(TrainArguments, "tokenrl.language.training.loop:train", trains=True),
+    "sft": Command(SftArguments, "tokenrl.language.training.sft:sft", trains=True),
+    "reward-model": Command(
+        RewardModelArguments, "tokenrl.language.preferences.fit:train_reward_model", trains=True
+    ),
+    "evaluate": Command(EvaluateArguments, "tokenrl.cli:print_evaluation"),
+    "sample": Command(SampleArguments, "tokenrl.cli:print_samples"),
+    "control": Command(ControlArguments, "tokenrl.control.training:train_agent", trains=True),
+    "compare": Command(CompareArguments, "tokenrl.lab.compare.run:compare"),
+    "advise": Command(AdviseArguments, "tokenrl.advisor:run"),
+    "report": Command(ReportArguments, "tokenrl.cli:write_report"),
+    "lab": Command(LabArguments, "tokenrl.lab.exact.report:exact"),
+    "lab measure": Command(MeasureArguments, "tokenrl.lab.measure.reading:run"),
 }
 
 
@@ -168,7 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return found
         command, args = found
         with printing(needed=not command.trains), without_warnings(getattr(args, "quiet", False)):
-            return command.run(args)
+            module, _, function = command.function.partition(":")
+            result = getattr(importlib.import_module(module), function)(args)
+            return result if isinstance(result, int) else getattr(result, "exit_code", 0)
     except TokenrlError as error:
         with printing(needed=False):
             print(f"tokenrl: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenrl.errors import Refused
-from tokenrl.settings import arguments, shown
+from tokenrl.settings import arguments
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         file = file / "config.json" if file.is_dir() else file
         text = file.read_text(encoding="utf-8")
         yaml = file.suffix in (".yaml", ".yml")
-        config = _yaml(text) if yaml else json.loads(text, object_pairs_hook=_mapping)
+        config = _from_yaml(text) if yaml else json.loads(text, object_pairs_hook=_without_repeats)
     except (OSError, ValueError, RecursionError) as error:
         found = f"The configuration {file!s:.300} cannot be read ({error})"
         raise Refused(f"{found}; give the config.json of a run, or a file in JSON or YAML.") from error
@@ -59,30 +59,26 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def _mapping(pairs: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
-    """Make a mapping of names to values; refuse names that are no text, or given twice."""
+def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a mapping; refuse a name that is given twice, of which one value would be lost."""
     names = [name for name, _ in pairs]
     for name in names:
-        if not isinstance(name, str):
-            raise ValueError(f"the name {shown(name)} is no text")
         if names.count(name) > 1:
-            raise ValueError(f"{shown(name)} is given twice")
+            raise ValueError(f"{name!r} is given twice")
     return dict(pairs)
 
 
-def _yaml(text: str) -> Any:
+def _from_yaml(text: str) -> Any:
     """Read YAML, and `1e-5` in it as a number, as YAML 1.2 does; PyYAML alone would read it as text."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            self.flatten_mapping(node)
-            made = [[self.construct_object(part, deep=True) for part in pair] for pair in node.value]
-            return _mapping([(name, value) for name, value in made])
+        pass
 
     number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:
-        return yaml.load(text, Loader)
+        config = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
+    return {str(name): value for name, value in config.items()} if isinstance(config, dict) else config

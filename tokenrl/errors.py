@@ -8,7 +8,16 @@ what was given, what is allowed, how to mend it. The command line prints only th
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
+
+USER_CODE_FAILED = (Exception, SystemExit)
+"""What code that a user wrote (rewards, environments, tasks, baselines) may raise as its own failure.
+
+SystemExit is among them: otherwise a `sys.exit(0)` in a reward would end a run without a word and with
+code 0. KeyboardInterrupt is not: it is the user who presses Ctrl-C.
+"""
 
 
 class TokenrlError(Exception):
@@ -36,9 +45,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return ' Did you mean X? Available: a, b, c.' for an error message."""
+    """Return ' Did you mean X? Available: a, b, c.' for an error message.
+
+    A long list is left out where a near name is known.
+    """
     known = sorted(known)
-    return nearest(name, known) + f" Available: {', '.join(known) or 'none'}."
+    near = nearest(name, known)
+    if near and len(known) > 30:
+        return near
+    return near + f" Available: {', '.join(known) or 'none'}."
 
 
 def describe(error: BaseException) -> str:
@@ -51,3 +66,11 @@ def describe(error: BaseException) -> str:
         root = root.__cause__
     texts = {e: " ".join(str(e).split())[:400] for e in (error, root)}
     return " caused by ".join(f"{type(e).__name__}: {text}".removesuffix(": ") for e, text in texts.items())
+
+
+def raised(error: BaseException) -> str:
+    """Say in words what a user's code raised and where: 'it raised ValueError: no map (envs.py, line 7)'."""
+    if isinstance(error, ImportError):  # the line is one of Python's own, and the message names the module
+        return f"it raised {describe(error)}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"it raised {describe(error)} ({Path(last.filename).name}, line {last.lineno})"

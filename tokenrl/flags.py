@@ -1,13 +1,20 @@
-"""Makes the flags of a command from the dataclass of its arguments, and parses them. Imports no torch."""
+"""Makes the flags of a command from the dataclass of its arguments, and parses them. Imports no torch.
+
+tyro parses the flags and prints the help. What it refuses, and what the settings refuse afterwards, is said
+in the same one paragraph, so that a value from the command line gets the message that Python gives.
+"""
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from inspect import cleandoc, get_annotations, getsource
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Annotated, Any, Literal, NamedTuple, Union
 
 import tyro
@@ -22,24 +29,22 @@ from tokenrl.foreign import check_flags
 from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.files import plain
-from tokenrl.settings import OR_FUNCTION, arguments, check_choice, field_types
+from tokenrl.settings import OR_FUNCTION, arguments, check_choice, field_types, rules_of
 
 ABOUT_CONFIG = "Read settings from this file: a run's config.json, or JSON or YAML. Flags override it."
 
-FILES_IN_BASH = r"""
-_tokenrl() {  # where no flag and no value fits, the name of a file may
-  _tyro_tokenrl
-  [[ "${COMPREPLY[*]}" ]] || COMPREPLY=()
-  (( COMP_CWORD == 1 )) || compopt -o filenames
-}
-complete -o default -F _tokenrl tokenrl"""
+FRAME = re.compile(r"^.*[─-]{8,}.*$", re.MULTILINE)
+"""A line of the frame around tyro's errors."""
 
 
 class Command(NamedTuple):
-    """A command: its arguments, the function that runs it, and whether it trains (then it takes --config)."""
+    """A command: its arguments, the function that runs it, and whether it trains (then it takes --config).
+
+    The function is given by name, as `module:function`, so that its module is imported only when it runs.
+    """
 
     arguments: Any
-    run: Callable[[Any], int]
+    function: str
     trains: bool = False
 
 
@@ -56,7 +61,7 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     """
     kind, about = command.arguments, cleandoc(command.arguments.__doc__)
     default: Any = None
-    shared = None
+    config = shared = None
     if kind is CompareArguments:
         argv, shared = _take_shared(argv)
     elif command.trains:
@@ -66,22 +71,60 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
         argv, agent = _take(argv, "--agent")
         if agent is not None and config is not None:
             raise Refused("--agent and --config both say where the settings start; give one of them.")
-        env = _take(argv, "--env")[1] or default.env
-        default = default if agent is None else arguments(kind, agent_settings(agent, env))
+        if agent is not None:
+            default = arguments(kind, agent_settings(agent, _take(argv, "--env")[1] or default.env))
     if hasattr(default, "estimator"):
         argv, preset = _take(argv, "--estimator")
         default = default if preset is None else replace(default, estimator=Estimator.preset(preset))
         about += _about_presets()
-    argv = check_flags(argv, field_types(kind))
-    groups = vars(tyro.cli(_flags(kind, default), args=argv, prog=f"tokenrl {name}", description=about))
-    values = {flag: value for group in groups.values() for flag, value in vars(group).items()}
-    values |= {"estimator": vars(groups["estimator"])} if "estimator" in groups else {}
-    for name in _open_switches(kind):
-        flag = name.replace("_", "-")
-        if not {f"--{flag}", f"--no-{flag}"} & {word.replace("_", "-") for word in argv}:
-            values[name] = getattr(default, name, None)
-    values |= {} if shared is None else {"shared": shared}
+    check_flags(argv, field_types(kind))
+    values = _parsed(kind, default, argv, f"tokenrl {name}", about)
+    for switch in _open_switches(kind):
+        flags = {f"--{switch}", f"--no-{switch}"}
+        if not flags & {"--" + word[2:].replace("-", "_") for word in argv if word.startswith("--")}:
+            values[switch] = getattr(default, switch, None)
+    if shared is not None:
+        values["shared"] = shared
     return arguments(kind, {one.name: values[one.name] for one in fields(kind)})
+
+
+def _parsed(kind: Any, default: Any, argv: list[str], prog: str, about: str) -> dict[str, Any]:
+    """Parse flags with tyro, and return the values by name; what it refuses becomes one paragraph."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            groups = vars(tyro.cli(_flags(kind, default), args=argv, prog=prog, description=about))
+    except SystemExit as exit:
+        if not exit.code:
+            raise  # --help
+        raise _refusal(kind, argv, prog, said.getvalue()) from None
+    values = {flag: value for group in groups.values() for flag, value in vars(group).items()}
+    return values | ({"estimator": vars(groups["estimator"])} if "estimator" in groups else {})
+
+
+def _refusal(kind: Any, argv: list[str], prog: str, said: str) -> Refused:
+    """Turn the box in which tyro writes an error into the paragraph that the settings themselves would write.
+
+    Args:
+        kind: the dataclass of the arguments.
+        argv: the words that were parsed.
+        prog: the command.
+        said: the box.
+    """
+    # Lines of the frame divide it into a title, what is wrong, and advice; without colours it has no sides.
+    _, text, *advice = [" ".join(re.sub("[│|]", " ", part).split()) for part in FRAME.split(said)]
+    flag = re.search(r"--[\w.-]+", text)
+    if flag and not text.startswith("Unrecognized"):
+        words = list(argv)
+        given = words[words.index(flag[0]) + 1 :] if flag[0] in words else []
+        values = list(takewhile(lambda word: not word.startswith("--"), given))
+        owner, name = (Estimator, flag[0][12:]) if flag[0].startswith("--estimator.") else (kind, flag[0][2:])
+        rule = rules_of(owner).get(name.replace("-", "_"))
+        if rule is not None and values:
+            return rule.refusal(flag[0], values[0] if len(values) == 1 else values)
+    meant = re.search(r"Perhaps you meant:\s*(--[\w.-]+)", " ".join(advice))
+    hint = f" Did you mean {meant[1]}?" if meant else ""
+    return Refused(f"{text.split(' Got errors:')[0].rstrip('. ')}.{hint} See {prog} --help.")
 
 
 def _take_shared(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -104,7 +147,7 @@ def _take_shared(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
             typed |= names
             target = shared if names else rest
         target.append(word)
-    given = plain(parse(name, Command(kind, _nothing, trains=True), shared))
+    given = plain(parse(name, Command(kind, "", trains=True), shared))
     default = plain(kind())
     chosen = {key for key, value in given.items() if key in typed or value != default[key]}
     found = {key: given[key] for key in given if key in chosen - own.keys()}
@@ -119,12 +162,8 @@ def _take_shared(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     return rest, found
 
 
-def _nothing(args: Any) -> int:
-    return 0
-
-
 def print_completion(shell: str, commands: Mapping[str, Command]) -> None:
-    """Print a script with which a shell completes commands, flags and values, and exit.
+    """Print tyro's script with which a shell completes commands, flags and values, and exit.
 
     Args:
         shell: bash, zsh or fish.
@@ -143,10 +182,7 @@ def print_completion(shell: str, commands: Mapping[str, Command]) -> None:
         below.setdefault("", make_dataclass("Second", [("word", _one_of(below))]))
     kinds = _one_of({word: below[""] for word, below in tree.items()})
     asked = ["--tyro-print-completion", shell]
-    try:
-        tyro.cli(kinds, args=asked, prog="tokenrl", config=(tyro.conf.OmitSubcommandPrefixes,))
-    finally:
-        print(FILES_IN_BASH if shell == "bash" else "")
+    tyro.cli(kinds, args=asked, prog="tokenrl", config=(tyro.conf.OmitSubcommandPrefixes,))
 
 
 def _one_of(kinds: Mapping[str, Any]) -> Any:
@@ -187,17 +223,15 @@ def _each_flag(kind: Any, default: Any) -> Iterator[tuple[type[Any], Any]]:
         if not one.metadata.get("flag", True):
             continue
         owner = next(owner for owner in _owners(kind) if one.name in get_annotations(owner))
+        hint, metavar = field_types(kind)[one.name], None
+        value = one.default if default is None else getattr(default, one.name)
         if one.name == "estimator":
-            hint: Any = Literal[tuple(PRESETS)] | None
-            yield owner, _flag(one.name, hint, None, texts[one.name], metavar="PRESET")
-        else:
-            value = one.default if default is None else getattr(default, one.name)
-            hint = field_types(kind)[one.name]
-            if OR_FUNCTION in getattr(hint, "__metadata__", ()):
-                hint = hint | str  # the name of a function
-            if one.name in _open_switches(kind):
-                hint, value = bool, bool(value)
-            yield owner, _flag(one.name, hint, value, texts[one.name])
+            hint, value, metavar = Literal[tuple(PRESETS)] | None, None, "PRESET"
+        elif OR_FUNCTION in getattr(hint, "__metadata__", ()):
+            hint = hint | str  # the name of a function
+        elif hint == bool | None:
+            hint, value = bool, bool(value)
+        yield owner, _flag(one.name, hint, value, texts[one.name], metavar)
 
 
 def _open_switches(kind: Any) -> list[str]:

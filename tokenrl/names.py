@@ -15,8 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import Refused, describe, suggest
-from tokenrl.user_code import is_interrupt, marked_interrupts
+from tokenrl.errors import USER_CODE_FAILED, Refused, describe, suggest
 
 FILE_MODULE = "tokenrl_file_"
 
@@ -102,27 +101,18 @@ def import_source(source: str, whose: str) -> Any:
     # it cannot hide a package that tokenrl imports later.
     sys.path.insert(0, folder)
     try:
-        with marked_interrupts():
-            return _imported(file or source, whose, folder)
-    finally:
-        sys.path.remove(folder)
-        if folder not in sys.path:
-            sys.path.append(folder)
-
-
-def _imported(source: Path | str, whose: str, folder: str) -> Any:
-    try:
-        return import_file(source) if isinstance(source, Path) else importlib.import_module(source)
-    except BaseException as error:
-        if is_interrupt(error):
-            raise
-        name = source.split(".")[0] if isinstance(source, str) else None
-        missing = isinstance(error, ModuleNotFoundError) and name == error.name
+        return import_file(file) if file else importlib.import_module(source)
+    except USER_CODE_FAILED as error:
+        missing = isinstance(error, ModuleNotFoundError) and source.split(".")[0] == error.name
         reason = f"there is no module {source}" if missing else f"importing it raised {describe(error)}"
         place = (
             f" The module has to be installed or lie in {folder}." if isinstance(error, ImportError) else ""
         )
         raise Refused(f"{whose}: {reason}.{place}") from error
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def import_file(file: Path) -> Any:

@@ -102,10 +102,17 @@ class Rule(NamedTuple):
     names: tuple[str, ...] = ()
 
     def check(self, what: str, given: object) -> None:
-        """Refuse a value that is not allowed; the message says what was given and what is allowed."""
+        """Refuse a value that is not allowed."""
         if not self.fits(given):
-            hint = nearest(str(given)[:99], self.names)
-            raise Refused(f"{what} was given as {shown(given)}; it must be {self.words}.{hint}")
+            raise self.refusal(what, given)
+
+    def refusal(self, what: str, given: object) -> Refused:
+        """Return the error that says what was given, which name was probably meant, and what is allowed."""
+        hint = nearest(str(given)[:99], self.names)
+        said = f"{what} was given as {shown(given)}"
+        return Refused(
+            f"{said}.{hint} It must be {self.words}." if hint else f"{said}; it must be {self.words}."
+        )
 
 
 def check(settings: Any) -> None:
@@ -116,7 +123,7 @@ def check(settings: Any) -> None:
     Raises:
         Refused: A field has a value that is not allowed; the message names the first such field.
     """
-    for name, rule in _rules(type(settings)).items():  # type: ignore[arg-type]
+    for name, rule in rules_of(type(settings)).items():  # type: ignore[arg-type]
         rule.check(name, getattr(settings, name))
 
 
@@ -169,7 +176,7 @@ def field_types(kind: type[Any]) -> dict[str, Any]:
 
 
 @cache
-def _rules(kind: type[Any]) -> dict[str, Rule]:
+def rules_of(kind: type[Any]) -> dict[str, Rule]:
     """Return the rule of each field that has one; cached, because estimators are made by the thousand."""
     found = {name: _rule(hint) for name, hint in field_types(kind).items()}  # type: ignore[arg-type]
     return {name: rule for name, rule in found.items() if rule is not None}
@@ -195,25 +202,18 @@ def _rule(hint: Any) -> Rule | None:
         return Rule(lambda value: isinstance(value, (str, os.PathLike)), "text")
     if isinstance(hint, type) and is_dataclass(hint):
         names = "the name of a preset, or " if hasattr(hint, "preset") else ""
-        return Rule(
-            lambda value: isinstance(value, hint), f"{names}a mapping of the fields of {hint.__name__}"
-        )
+        words = f"{names}a mapping of the fields of {hint.__name__}"
+        return Rule(lambda value: isinstance(value, hint), words)
     if origin is Literal:
         return _choice(parts)
-    if _is_union(hint):
+    if origin in (Union, UnionType):
         return _either([_rule(part) for part in parts])
-    if origin is tuple:
-        return _several(parts)
-    return None
+    return _several(parts) if origin is tuple else None
 
 
 def _bare(hint: Any) -> Any:
     """Return a type without its metadata."""
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (Union, UnionType)
 
 
 def _number(kind: type[Any], bounds: Bounds) -> Rule:
@@ -241,8 +241,7 @@ def _either(rules: list[Rule | None]) -> Rule | None:
     if len(known) < len(rules):
         return None
     names = tuple(name for rule in known for name in rule.names)
-    words = ", or ".join(rule.words for rule in known)
-    return Rule(lambda value: any(rule.fits(value) for rule in known), words, names)
+    return Rule(lambda value: any(r.fits(value) for r in known), ", or ".join(r.words for r in known), names)
 
 
 def _several(parts: tuple[Any, ...]) -> Rule | None:
@@ -256,6 +255,27 @@ def _several(parts: tuple[Any, ...]) -> Rule | None:
         return whole and all(map(rule.fits, value))
 
     return Rule(fits, f"{'values' if length is None else f'{length} values'}, each {rule.words}")
+
+
+def called(kind: type[T], args: Any, options: Mapping[str, Any]) -> T:
+    """Return the settings of a call of a public function: `args`, all at once, or made from keywords.
+
+    Raises:
+        Refused: `args` is something else, both are given, or a keyword cannot be used (see `arguments`).
+    """
+    if args is None:
+        return arguments(kind, options)
+    if not isinstance(args, kind):
+        raise Refused(
+            f"args is {args!r:.60} ({type(args).__name__}); it must be {kind.__name__}. Give settings as "
+            "keywords, such as seed=1, and leave args out."
+        )
+    if options:
+        raise Refused(
+            f"args holds all settings, so the keywords {', '.join(options)} would be lost. Give one of the "
+            "two, or change args with dataclasses.replace(args, ...)."
+        )
+    return args
 
 
 def arguments(kind: type[T], options: Mapping[str, Any]) -> T:
@@ -280,7 +300,8 @@ def settled(kind: type[T], given: Any, found: Mapping[str, Any]) -> T:
 
 def _converted(value: Any, hint: Any) -> Any:
     hint = _bare(hint)
-    parts = [_bare(part) for part in typing.get_args(hint)] if _is_union(hint) else [hint]
+    union = typing.get_origin(hint) in (Union, UnionType)
+    parts = [_bare(part) for part in typing.get_args(hint)] if union else [hint]
     if isinstance(value, Mapping) and isinstance(hint, type) and is_dataclass(hint):
         return arguments(hint, value)
     if isinstance(value, str) and hasattr(hint, "preset"):

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tokenrl.calls import called
 from tokenrl.control.agents import agent_settings
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.check import check_agent
@@ -23,7 +22,7 @@ from tokenrl.errors import Refused, describe as describe_error
 from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments
+from tokenrl.settings import arguments, called
 from tokenrl.user_code import is_interrupt
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tokenrl.calls import called
 from tokenrl.errors import Refused, TokenrlError
 from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.policy.model import Policy
@@ -29,6 +28,7 @@ from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import harmless, visible
 from tokenrl.runs.threads import choose_threads, using_threads
+from tokenrl.settings import called
 
 
 class Completion(NamedTuple):

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
-from tokenrl.calls import called
 from tokenrl.errors import Refused
 from tokenrl.language.inspect.arguments import EvaluateArguments
 from tokenrl.language.inspect.best_of_n import best_of_n_metrics
@@ -24,6 +23,7 @@ from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import visible
 from tokenrl.runs.files import check_place, write_json
 from tokenrl.runs.threads import choose_threads, using_threads
+from tokenrl.settings import called
 
 
 @overload

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenrl.calls import called
 from tokenrl.errors import Refused
 from tokenrl.language.policy.cards import base_model
 from tokenrl.language.policy.fingerprints import fingerprint, tokenizer_fingerprint
@@ -46,7 +45,7 @@ from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.runs.timings import Stopwatch
-from tokenrl.settings import settled
+from tokenrl.settings import called, settled
 
 LOSS_NOTE = "The loss is the negative log-likelihood of the choices, in nats per pair; guessing gives 0.693."
 

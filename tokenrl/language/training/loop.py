@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from tokenrl.calls import called
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.destroyed import Watch
 from tokenrl.language.policy.prompts import settled_form
@@ -46,6 +45,7 @@ from tokenrl.language.training.warm_start import warm_start
 from tokenrl.runs.resume import taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
+from tokenrl.settings import called
 
 
 def train(args: TrainArguments | None = None, **options: Any) -> RunResult:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from tokenrl.calls import called
 from tokenrl.errors import Refused
 from tokenrl.language.policy.cards import Card, base_model
 from tokenrl.language.policy.model import Policy
@@ -37,7 +36,7 @@ from tokenrl.runs.resume import taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.runs.timings import Stopwatch
-from tokenrl.settings import settled
+from tokenrl.settings import called, settled
 
 EVALUATED = 64
 """Held-out prompts of an evaluation, each with one greedy and one sampled completion: a small cost."""
