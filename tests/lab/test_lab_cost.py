@@ -15,7 +15,7 @@ from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.cost import Budget, bytes_of_group, rows_at_once
 from tokenrl.lab.measure.measurement import measure_gradients, measure_with
 from tokenrl.lab.measure.projections import chosen_parameters
-from tokenrl.language.policy.adapters import add_lora
+from tokenrl.language.policy.lora import add_lora
 from tokenrl.language.policy.model import load_policy
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.runs.console import Console

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_models import TEMPLATE, make_policy
+from tiny_models import TEMPLATE, make_policy, make_task, make_tokenizer
 
-from tokenrl.cli import COMMANDS
+from tokenrl import evaluate, train
+from tokenrl.cli import COMMANDS, main
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
+from tokenrl.language.inspect.chat import Completion, show
 from tokenrl.language.policy.arguments import PromptArguments
-from tokenrl.language.policy.prompts import FORM, asked, saved_form
+from tokenrl.language.policy.prompts import FORM, asked, saved_form, special_texts
+from tokenrl.runs.console import harmless
 
 USER = [{"role": "user", "content": "the cat"}]
 SYSTEM = [{"role": "system", "content": "count to ten"}]
@@ -71,7 +74,7 @@ def test_what_the_model_reads(prompt, form, text):
             TEMPLATE,
             {"chat_template_kwargs": {"messages": []}},
             USER,
-            "sets 'messages', which each prompt sets",
+            "sets 'messages', which .* each prompt sets itself",
         ),
     ],
 )
@@ -100,7 +103,9 @@ def test_every_command_that_asks_a_model_has_the_four_settings():
     assert ASKED == ["train", "sft", "reward-model", "evaluate", "sample", "advise", "lab measure"]
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize(
+    "name", [n if n == "sft" else pytest.param(n, marks=pytest.mark.slow) for n in ASKED]
+)
 def test_flags_say_yes_no_or_nothing(name, tmp_path):
     command = COMMANDS[name]
     given = ["--system-prompt", "Be brief.", "--stop", "Q:", "\n\n"]
@@ -152,3 +157,39 @@ def test_the_form_in_words(run):
     assert asked(form) == {"asked": said} == asked(form, run)
     assert asked(PromptArguments(**saved_form(run)), run)["asked"].endswith(f"'Q:' (as the run of {run})")
     assert asked(PromptArguments(chat=False, system_prompt="", stop=(), chat_template_kwargs={})) == {}
+
+
+# ---- special tokens in a prompt, and what a model writes ----
+
+QUICK = {"max_steps": 1, "prompts_per_step": 2, "num_generations": 2, "eval_generations": 0, "cpu": True}
+
+
+def test_special_tokens_in_a_prompt_are_named_with_the_first_row():
+    tokenizer = make_tokenizer("chat")
+    rows = ["the cat", "a <eos> b", [{"role": "user", "content": "x<pad>"}]]
+    (said,) = special_texts(tokenizer, rows)
+    assert 'row 1 contains "<eos>"' in said and "and 1 more rows" in said
+    assert not special_texts(tokenizer, ["the <eo s>", [{"role": "<eos>", "content": "cat"}]])
+    assert tokenizer("a <eos> b").input_ids.count(tokenizer.eos_token_id) == 1  # as the message says
+    tokenizer.split_special_tokens = True
+    assert not special_texts(tokenizer, rows)
+
+
+def test_sample_evaluate_and_train_warn_of_special_tokens_once(saved, tmp_path, capsys):
+    model, words = str(saved(kind="chat")), 'contains "<eos>"'
+    assert main(["sample", "--model", model, "--prompt", "a <eos> b", "<eos>", "--num-generations", "0"]) == 0
+    assert capsys.readouterr().err.count(words) == 1
+    task = make_task(["a <eos> b", "the cat"])
+    evaluate(model=model, task=task, num_generations=0)
+    assert capsys.readouterr().err.count(words) == 1
+    train(model=model, task=task, output_dir=tmp_path / "run", **QUICK)
+    assert " ".join(capsys.readouterr().out.split()).count(words) == 1
+
+
+def test_what_a_model_writes_cannot_change_the_terminal(capsys):
+    text = "a\tb\nc\x1b[31m\x07\r\x00\x9b\u202e\u2066 é 日本　👩‍💻"
+    shown = r"c\x1b[31m\x07\r\x00\x9b\u202e\u2066 é 日本　👩‍💻"
+    assert harmless(text) == f"a\tb\n{shown}"
+    show("\x1b]0;title\x07", [Completion(text, 1.0)], chat=False)
+    out = capsys.readouterr().out
+    assert shown in out and out.isprintable() is False and "\x1b" not in out and "\x07" not in out

@@ -191,7 +191,7 @@ def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
     assert config["pairs"] == {"train": 128, "held_out": 32} and config["max_steps"] == 25
     assert (config["kind"], config["command"]) == ("reward-model", "")  # no command can name rows in memory
     card = (run / "model" / "README.md").read_text()
-    assert "started from Python" in card and f'base_model: "{config["model"]}"' in card
+    assert "started from Python" in card and f"base_model: {config['model']}" in card
     assert f"| accuracy on held-out pairs | {result.eval_after['accuracy']:.4g} |" in card
 
     model, loading = AutoModelForSequenceClassification.from_pretrained(
@@ -255,7 +255,7 @@ GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
     [
         ({"data": None}, "--data FILE.*--task NAME"),
         ({"model": None}, "--model DIRECTORY_OR_HUB_NAME"),
-        ({"model": "no/such/model"}, "No model could be loaded from 'no/such/model'"),
+        ({"model": "no/such/model"}, "There is no directory 'no/such/model'"),
         ({"data": []}, "is empty"),
         ({"data": [{"prompt": "p", "completion": "a"}]}, "no column 'chosen'"),
         ({"data": [GOOD | {"rejected": "a"}] * 4}, "identical in every one"),

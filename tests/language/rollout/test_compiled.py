@@ -10,7 +10,7 @@ from codes import stand_in
 from families import FAMILIES, GROWING, family_policy
 from tiny_models import make_policy
 
-from tokenrl.language.policy.adapters import add_lora
+from tokenrl.language.policy.lora import add_lora
 from tokenrl.language.rollout import ahead, compiled
 from tokenrl.language.rollout.compiled import CompiledStep
 from tokenrl.language.rollout.generator import TransformersGenerator

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokenrl.core.entropy import token_entropy
-from tokenrl.language.policy.adapters import add_lora
+from tokenrl.language.policy.lora import add_lora
 from tokenrl.language.rollout.distribution import draw
 from tokenrl.language.rollout.head import TOKENS, head_of, score_tokens, tokens_at_once
 from tokenrl.language.rollout.scoring import score, score_in_parts

@@ -11,7 +11,7 @@ from codes import stand_in
 from families import FAMILIES, family_policy
 from tiny_models import make_policy, quickly
 
-from tokenrl.language.policy.adapters import add_lora
+from tokenrl.language.policy.lora import add_lora
 from tokenrl.language.rollout import ahead
 from tokenrl.language.rollout.layers import CompiledLayers
 from tokenrl.language.rollout.scoring import score

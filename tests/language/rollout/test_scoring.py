@@ -8,7 +8,7 @@ from families import family_policy
 from tiny_models import ARCHITECTURES, ENDS, PROMPTS, apart, completions, gradient, make_policy
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
+from tokenrl.language.policy.model import enable_gradient_checkpointing
 from tokenrl.language.rollout.prompts import SharedPrompts
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.forward import make_up

@@ -9,8 +9,8 @@ from tiny_models import ARCHITECTURES, make_policy, make_task, make_tokenizer, q
 
 import tokenrl
 from tokenrl.errors import Refused
-from tokenrl.language.policy.adapters import add_lora
-from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
+from tokenrl.language.policy.lora import add_lora
+from tokenrl.language.policy.model import enable_gradient_checkpointing
 from tokenrl.language.rollout.prompts import SharedPrompts
 from tokenrl.language.rollout.ways import choose_way
 

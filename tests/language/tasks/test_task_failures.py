@@ -94,7 +94,7 @@ def test_so_is_one_that_cannot_be_imported(tmp_path, monkeypatch, capsys, raises
     [
         (
             ["--model", "some/name", "--task", "sort_digits"],
-            "No causal language model could be loaded from 'some/",
+            "There is no directory 'some/name'",
         ),
         (["--task", "some/rows", "--reward", "exact_match"], "task 'some/rows': the data could not be read"),
     ],

@@ -9,7 +9,7 @@ import toy_tasks
 from tokenrl.configuration import configured
 from tokenrl.language.inspect.arguments import SampleArguments
 from tokenrl.language.inspect.chat import Sampler
-from tokenrl.language.policy.adapters import add_lora
+from tokenrl.language.policy.lora import add_lora
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.training.arguments import SftArguments, TrainArguments

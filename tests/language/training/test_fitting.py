@@ -11,7 +11,7 @@ from families import family_policy
 from tiny_models import ARCHITECTURES, PROMPTS, make_learner, make_policy
 
 import tokenrl
-from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
+from tokenrl.language.policy.model import enable_gradient_checkpointing
 from tokenrl.language.rollout.head import LOGITS
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training import fitting

@@ -75,7 +75,7 @@ def forwards(estimator: Estimator, lora_r: int = 0) -> tuple[int, int]:
     """Forward passes of the trained model and of a reference in one step; -1 where there is no reference."""
     policy, counts = make_policy(), {}
     if lora_r:
-        from tokenrl.language.policy.adapters import add_lora
+        from tokenrl.language.policy.lora import add_lora
 
         add_lora(policy, r=lora_r, alpha=None, target_modules=(), seed=0)
     learner = make_learner(policy, estimator)

@@ -25,8 +25,8 @@ from tiny_models import (
 from tokenrl import train
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
-from tokenrl.language.policy.adapters import add_lora
-from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
+from tokenrl.language.policy.lora import add_lora
+from tokenrl.language.policy.model import enable_gradient_checkpointing
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.scoring import score

@@ -19,8 +19,7 @@ from tiny_models import (
 )
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
-from tokenrl.language.policy.model import load_policy
+from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy
 from tokenrl.language.training.sft import sft
 from tokenrl.language.training.supervised import (
     SupervisedTraining,

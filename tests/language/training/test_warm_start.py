@@ -10,7 +10,7 @@ from tiny_models import make_policy, make_task, quickly, weights
 import toy_tasks
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
-from tokenrl.language.policy.adapters import add_lora
+from tokenrl.language.policy.lora import add_lora
 from tokenrl.language.policy.model import load_policy
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.training import warm_start as stage

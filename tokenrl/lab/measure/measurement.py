@@ -115,15 +115,15 @@ def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
     """Load the policy; of a run that trained an adapter, the policy in which only that adapter trains."""
     from accelerate import Accelerator
 
-    from tokenrl.language.policy.adapters import load_adapted
+    from tokenrl.language.policy.model import load_policy
     from tokenrl.language.rollout.ways import choose_way
     from tokenrl.language.training.setup import make_policy
 
     adapter = Path(args.model, "model", "adapter") if isinstance(args.model, (str, Path)) else None
     if adapter is not None and os.path.isdir(adapter) and not args.lora_r:
         console.note(f"{args.model} trained an adapter, so the gradient is measured in the adapter.")
-        how = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-        args = replace(args, model=load_adapted(adapter, **how))  # type: ignore[arg-type]
+        how: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+        args = replace(args, model=load_policy(adapter, merge_adapter=False, **how))  # type: ignore[arg-type]
     policy = make_policy(args, task, console.note)
     policy.model.to(Accelerator(cpu=args.cpu).device)
     choose_way(policy)

@@ -14,8 +14,7 @@ import torch
 from tokenrl.errors import Refused, TokenrlError
 from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import form_of, say_form, settled_form
-from tokenrl.language.policy.texts import check_characters, special_texts
+from tokenrl.language.policy.prompts import form_of, say_form, settled_form, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows
@@ -113,8 +112,6 @@ class Sampler:
         self._warn_of(prompts)
         length = args.max_completion_length
         if length is None:
-            for place, prompt in enumerate(prompts):
-                check_characters(policy.tokenizer, prompt, policy.context, f"The prompt of row {place}")
             longest = max(len(policy.encode(prompt)) for prompt in prompts)
             length = max(1, min(self.length, (policy.context or longest + self.length) - longest))
         sampling = Sampling(length, args.num_generations, args.temperature, args.seed)

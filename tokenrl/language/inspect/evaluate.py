@@ -11,8 +11,7 @@ from typing import Any, overload
 from tokenrl.errors import Refused
 from tokenrl.language.inspect.arguments import EvaluateArguments
 from tokenrl.language.inspect.best_of_n import best_of_n_metrics
-from tokenrl.language.policy.prompts import form_of, say_form, settled_form
-from tokenrl.language.policy.texts import special_texts
+from tokenrl.language.policy.prompts import form_of, say_form, settled_form, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.task import find_task

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +17,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import Dtype, PromptArguments
-from tokenrl.language.policy.bars import without_bars
-from tokenrl.language.policy.dropout import switch_dropout_off
-from tokenrl.language.policy.fingerprints import check_base, check_base_is_named
-from tokenrl.language.policy.intact import intact_model
-from tokenrl.language.policy.peft_names import answer_peft
+from tokenrl.language.policy.loading import find_model, loading
 from tokenrl.language.policy.prompts import Prompt, check_form, encode_prompt, saved_form
+from tokenrl.language.policy.saving import check_base
 from tokenrl.language.policy.stops import StopStrings
-from tokenrl.language.policy.texts import check_characters
 
 
 @dataclass
@@ -136,8 +133,6 @@ class Policy:
                 f"max_completion_length={max_completion_length} leaves no room for a prompt: the model's "
                 f"context is {self.context} tokens. Give at most {(self.context or 0) - 1}."
             )
-        for row, prompt in enumerate(() if truncate else prompts):
-            check_characters(self.tokenizer, prompt, room, f"The prompt of row {first_row + row}")
         encoded = [self.encode(prompt) for prompt in prompts]
         for row, ids in enumerate(encoded):
             if room is None or len(ids) <= room:
@@ -208,15 +203,10 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
             f"vocabulary has only {rows} rows. Use the tokenizer that belongs to the model, or resize the "
             "embedding."
         )
-    generation = getattr(model, "generation_config", None)
     eos: set[int] = set()
-    for value in (
-        getattr(generation, "eos_token_id", None),
-        getattr(text_config, "eos_token_id", None),
-        tokenizer.eos_token_id,
-    ):
-        if value is not None:
-            eos.update([value] if isinstance(value, int) else value)
+    for part in (getattr(model, "generation_config", None), text_config, tokenizer):
+        value = getattr(part, "eos_token_id", None)
+        eos.update([value] if isinstance(value, int) else value or ())
     pad = next(i for i in (tokenizer.pad_token_id, min(eos, default=None), 0) if i is not None)
     switch_dropout_off(model)
     return Policy(
@@ -229,12 +219,12 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
     )
 
 
-@without_bars()
 def load_policy(
     name_or_path: str | Path,
     *,
     dtype: str = "float32",
     trust_remote_code: bool = False,
+    merge_adapter: bool = True,
 ) -> Policy:
     """Load a causal language model and its tokenizer from a local directory or a hub name.
 
@@ -246,6 +236,7 @@ def load_policy(
             which is asked as in the run.
         dtype: `float32`, `bfloat16`, `float16`, `float64`, or `auto` for the one the checkpoint was saved in.
         trust_remote_code: run Python code that is shipped with the model.
+        merge_adapter: False leaves an adapter apart from its base, so that it alone can be trained on.
 
     Raises:
         Refused: the model or its tokenizer cannot be loaded, they do not fit each other, weights are missing,
@@ -254,46 +245,90 @@ def load_policy(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import find_adapter_config_file
 
-    name = intact_model(name_or_path)
+    name = find_model(name_or_path)
     if dtype not in get_args(Dtype):
         raise Refused(f"dtype={dtype!r} is unknown; allowed: {', '.join(get_args(Dtype))}.")
     missing: list[str] = []
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    try:
+    with loading("causal language model", name, trust_remote_code=trust_remote_code):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         if (adapter := find_adapter_config_file(name)) is not None:
             from peft import AutoPeftModelForCausalLM
 
-            check_base_is_named(Path(adapter))
-            answer_peft()
+            _check_base_is_named(Path(adapter))
             model = AutoPeftModelForCausalLM.from_pretrained(name, **options, is_trainable=True)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, output_loading_info=True)
             model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
-    except Refused:
-        raise
-    except Exception as error:  # configuration, weights and tokenizer files each have errors of their own
-        hint = "" if trust_remote_code else " (code shipped with a model runs only with trust_remote_code)"
-        raise Refused(
-            f"No causal language model could be loaded from {name!r}{hint}: {_first_lines(error)} Give a "
-            "local directory written by save_pretrained, or a hub name."
-        ) from error
     if missing:  # transformers would fill them with random numbers, and only warn
         raise Refused(
             f"{name!r} is not a complete causal language model: it lacks {', '.join(missing[:3])}"
             + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             + ". A classifier or an encoder cannot be the policy. Give a model saved with its language head."
         )
-    if hasattr(model, "merge_and_unload"):
+    if adapter is not None:
         check_base(model, Path(name))
-        model = model.merge_and_unload().requires_grad_(True)
+        if merge_adapter:
+            model = model.merge_and_unload().requires_grad_(True)
     policy = wrap(model, tokenizer, source=name)
     policy.ask(PromptArguments(**saved_form(name_or_path)))
     return policy
 
 
-def _first_lines(error: BaseException, limit: int = 300) -> str:
-    if type(error).__name__ == "UnpicklingError":  # torch's message says how to run it
-        return "its file of weights is a pickle with more in it than weights, which could run as a program."
-    text = " ".join((str(error) or type(error).__name__).split())
-    return (text if len(text) <= limit else text[:limit] + " ...").rstrip(".") + "."
+def _check_base_is_named(config: Path) -> None:
+    """Refuse an adapter whose adapter_config.json names no base; peft would ask the hub for "None"."""
+    if not json.loads(config.read_bytes()).get("base_model_name_or_path"):
+        raise Refused(
+            f"{config} does not name the base model that the adapter belongs to: the base was given in "
+            "memory. Give the run's model/, in which base and adapter are merged, or write the directory or "
+            "hub name of the base there, as base_model_name_or_path."
+        )
+
+
+def switch_dropout_off(model: nn.Module) -> None:
+    """Set every dropout rate to zero.
+
+    With dropout, sampling and scoring would each draw masks of their own, and the log-probabilities that are
+    scored would not be those of the distribution that was sampled from.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):  # rates that the forward pass hands to functions
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
+    model.eval()
+
+
+def enable_gradient_checkpointing(policy: Policy) -> None:
+    """Recompute activations in the backward pass, which takes less memory and more time.
+
+    No key/value cache exists then, so the rows of a group do not share the computation of their prompt.
+
+    Raises:
+        Refused: the architecture does not support it.
+    """
+    model: Any = policy.model
+    # transformers 5 renamed the method in a later release; its first releases have only the older name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise Refused(
+            f"gradient_checkpointing does not work with this model ({describe(error)}). Leave it off."
+        ) from error
+    # Under LoRA the embedding is frozen, so without this no input of a block would require a gradient.
+    model.enable_input_require_grads()
+    model.train()  # transformers checkpoints only in training mode; every dropout rate is zero
+    policy.share_prompt = False
+
+
+@contextlib.contextmanager
+def with_cache(model: nn.Module) -> Iterator[None]:
+    """Let a model keep a key/value cache inside the block, even if it recomputes activations in training."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

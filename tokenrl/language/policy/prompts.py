@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,15 +96,12 @@ def check_form(tokenizer: Any, form: PromptArguments, name: str) -> None:
     if not (form.chat or variables or form.system_prompt):
         return
     _check_template(tokenizer, name)
-    text = str(tokenizer.get_chat_template())
-    for variable in variables:
-        if variable in OURS or not re.search(rf"\b{re.escape(variable)}\b", text):
-            why = (
-                "each prompt sets itself"
-                if variable in OURS
-                else f"the chat template of {name!r} never reads"
-            )
-            raise Refused(f"chat_template_kwargs sets {variable!r}, which {why}. Leave it out.")
+    read = set(re.findall(r"\w+", str(tokenizer.get_chat_template()))).difference(OURS)
+    if unread := [variable for variable in variables if variable not in read]:
+        raise Refused(
+            f"chat_template_kwargs sets {unread[0]!r}, which the chat template of {name!r} never reads, or "
+            "which each prompt sets itself. Leave it out."
+        )
     question = [{"role": "user", "content": "?"}]
     if form.system_prompt:
         alone = render(tokenizer, question, form, name)
@@ -208,3 +205,46 @@ def _check_template(tokenizer: Any, name: str) -> None:
             f"The prompts are chat messages, but the tokenizer of {name!r} has no chat template. Give the "
             "prompts as plain strings without chat (--chat), or set tokenizer.chat_template."
         )
+
+
+def special_texts(tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
+    """Return a warning if a prompt contains the text of a special token, else an empty list.
+
+    The tokenizer reads such text as the token itself: an `<eos>` in a prompt ends it for the model. Special
+    tokens that a chat template writes around messages are not meant.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        prompts: texts or chat messages, as the user wrote them.
+    """
+    if getattr(tokenizer, "split_special_tokens", False):
+        return []
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    names = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+    found = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if name))
+    if not found.pattern:
+        return []
+    rows = [
+        (number, match[0])
+        for number, prompt in enumerate(prompts)
+        if (match := next(filter(None, map(found.search, _texts(prompt))), None))
+    ]
+    if not rows:
+        return []
+    number, name = rows[0]
+    others = f" (and {len(rows) - 1:,} more rows contain one)" if rows[1:] else ""
+    return [
+        f'The prompt of row {number} contains "{name}", which the tokenizer reads as a special token, not as '
+        f"these characters{others}. If it is meant as text, write it otherwise, as with a space inside."
+    ]
+
+
+def _texts(prompt: Any) -> Iterator[str]:
+    """Yield the texts that a user wrote in a prompt: the text itself, or what chat messages say."""
+    if isinstance(prompt, str):
+        yield prompt
+    elif isinstance(prompt, dict):
+        yield from _texts(prompt.get("content", prompt.get("text", "")))
+    elif isinstance(prompt, Sequence):
+        for part in prompt:
+            yield from _texts(part)

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
-from tokenrl.language.policy.adapters import check_adapter, read_adapter, write_adapter
-from tokenrl.language.policy.bars import without_bars
-from tokenrl.language.policy.cards import Card
-from tokenrl.language.policy.fingerprints import base_of
-from tokenrl.language.policy.model import Policy
+from tokenrl.language.policy.loading import quietly
+from tokenrl.runs.files import write_json
+
+if TYPE_CHECKING:
+    from tokenrl.language.policy.model import Policy
+
+BASE = "base.json"
+"""In the folder of an adapter: the fingerprint of the base that it was trained on."""
 
 
-@without_bars()
+@quietly()
 def save_policy(policy: Policy, directory: Path, *, card: Card | None = None) -> None:
     """Write the model and the tokenizer with `save_pretrained`, and the model card.
 
@@ -34,14 +41,14 @@ def save_policy(policy: Policy, directory: Path, *, card: Card | None = None) ->
     """
     model: Any = policy.model
     if policy.has_adapter:
-        write_adapter(policy, directory / "adapter", base_of(model))
+        _write_adapter(policy, directory / "adapter", _base_of(model))
         if card is not None:
-            (directory / "adapter" / "README.md").write_text(card.policy(adapter=True), encoding="utf-8")
+            (directory / "adapter" / "README.md").write_text(card.text("adapter"), encoding="utf-8")
         model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(directory)
     policy.tokenizer.save_pretrained(directory)
     if card is not None:
-        (directory / "README.md").write_text(card.policy(), encoding="utf-8")
+        (directory / "README.md").write_text(card.text("policy"), encoding="utf-8")
 
 
 @dataclass
@@ -56,13 +63,22 @@ class SavedPolicy:
     _base: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check that what is trained can be held.
+        """Check that the adapter alone holds all that is trained, so that a checkpoint of it is complete.
 
         Raises:
             Refused: beside an adapter other weights are trained too.
         """
-        if self.policy.has_adapter:
-            check_adapter(self.policy)
+        if not self.policy.has_adapter:
+            return
+        held = {weight.data_ptr() for weight in _adapter_weights(self.policy.model).values()}
+        trained = {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
+        outside = [name for name, p in trained.items() if p.data_ptr() not in held]
+        if outside:
+            raise Refused(
+                f"The model has an adapter, but {len(outside)} weights outside it would be trained too, such "
+                f"as {outside[0]}. Freeze them (requires_grad_(False)), name their modules in peft's "
+                "modules_to_save, or merge the adapter and train all weights."
+            )
 
     def write(self, folder: Path) -> None:
         """Write the weights and the tokenizer into an existing folder, which then loads as a model.
@@ -73,9 +89,9 @@ class SavedPolicy:
         if not self.policy.has_adapter:
             save_policy(self.policy, folder)
             return
-        self._base = self._base or base_of(self.policy.model)  # frozen, so once is enough
-        with without_bars():
-            write_adapter(self.policy, folder, self._base)
+        self._base = self._base or _base_of(self.policy.model)  # frozen, so once is enough
+        with quietly():
+            _write_adapter(self.policy, folder, self._base)
 
     def read(self, folder: Path) -> None:
         """Give the policy the weights that `write` wrote, bit for bit.
@@ -84,7 +100,7 @@ class SavedPolicy:
             Refused: the folder holds the weights of another model, or of an adapter on another base.
         """
         if self.policy.has_adapter:
-            read_adapter(self.policy, folder)
+            _read_adapter(self.policy, folder)
         else:
             read_weights(self.policy.model, folder)
 
@@ -93,7 +109,7 @@ class SavedPolicy:
         return self.policy.trainable_parameters()
 
 
-@without_bars()
+@quietly()
 def read_weights(model: Any, folder: Path) -> None:
     """Give a model the weights that its `save_pretrained` wrote, bit for bit.
 
@@ -124,3 +140,187 @@ def read_weights(model: Any, folder: Path) -> None:
             "model and the settings that the run was started with, or start a new run from these weights "
             "with --model."
         ) from error
+
+
+def _adapter_weights(model: Any) -> dict[str, Tensor]:
+    """Return an adapter's weights; frozen embeddings belong to the base, of which peft would ask the hub."""
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def _write_adapter(policy: Policy, folder: Path, base: Mapping[str, Any]) -> None:
+    """Write the adapter alone, with its tokenizer and what `_base_of` says of the base it belongs to."""
+    model: Any = policy.model
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's template, without content
+    policy.tokenizer.save_pretrained(folder)
+    write_json(folder / BASE, base)
+
+
+def _read_adapter(policy: Policy, folder: Path) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    model: Any = policy.model
+    try:
+        saved, present = load_file(folder / "adapter_model.safetensors"), _adapter_weights(model)
+        if {name: w.shape for name, w in saved.items()} != {name: w.shape for name, w in present.items()}:
+            raise ValueError("the names or the shapes of its weights differ")
+    except Exception as error:  # files that are absent, damaged or something else raise many kinds of errors
+        raise Refused(
+            f"The adapter in {folder} is not that of this run ({describe(error)}). Resume with the model, "
+            "the rank and the target modules that the run was started with, or start a new run."
+        ) from error
+    check_base(model, folder)
+    set_peft_model_state_dict(model, saved)
+
+
+def check_base(model: Any, folder: Path) -> None:
+    """Check that an adapter has been put on the base that it was trained on, if its folder tells.
+
+    A base in another precision has other bytes, so then nothing can be said.
+
+    Args:
+        model: the model with the adapter.
+        folder: the folder of the adapter.
+
+    Raises:
+        Refused: the weights of the base differ, or the fingerprint is damaged.
+    """
+    try:
+        known = dict(json.loads((folder / BASE).read_bytes()))
+    except FileNotFoundError:  # written by peft itself
+        return
+    except (OSError, ValueError, TypeError) as error:
+        raise Refused(
+            f"{folder / BASE} is damaged ({describe(error)}). Give another copy of the adapter."
+        ) from error
+    base = _base_of(model)
+    if known.get("dtypes") == base["dtypes"] and known != base:
+        name = getattr(model.get_base_model(), "name_or_path", "") or "in memory"
+        raise Refused(
+            f"The adapter in {folder} was trained on another base than the model {name}: their weights "
+            "differ. The base may have been given in memory, warm-started, merged with an earlier adapter or "
+            "changed since. Give the run's model/, in which base and adapter are merged, or load the adapter "
+            "onto its base yourself."
+        )
+
+
+def _base_of(model: nn.Module) -> dict[str, Any]:
+    """Return what tells the base under an adapter apart from others: its fingerprint and its precision."""
+    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    return {"sha256": _hash_of(frozen), "dtypes": sorted({str(p.dtype) for p in frozen.values()})}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash the names, precisions, shapes and bytes of all weights and saved buffers of a model.
+
+    Returns:
+        A SHA-256 in hexadecimal digits, the same in every process and on every machine.
+    """
+    return _hash_of(model.state_dict())
+
+
+def _hash_of(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash what decides how a tokenizer writes text as ids, and ids as text.
+
+    That is the vocabulary with its merges and every rule of a fast tokenizer, the special tokens, and the
+    chat template. Padding and truncation, which each use may set anew, do not count.
+
+    Returns:
+        A SHA-256 in hexadecimal digits, the same in every process and on every machine.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
+    known = {
+        "rules": {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")},
+        "vocabulary": tokenizer.get_vocab() if backend is None else None,
+        "special tokens": tokenizer.special_tokens_map,
+        "special ids": sorted(tokenizer.all_special_ids),
+        "chat template": getattr(tokenizer, "chat_template", None),
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+
+
+_LOAD = """\
+from transformers import {auto}, AutoTokenizer
+model = {auto}.from_pretrained({model})
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)"""
+_LOAD_ADAPTER = """
+from peft import PeftModel
+model = PeftModel.from_pretrained(model, DIRECTORY)"""
+_MARKS = re.compile(r"[\\`*~$&<|\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""What Markdown or mathematics in it may read as a mark; an underscore only at the edge of a word."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says, the README.md beside saved weights: what the model is, and how to load it.
+
+    Attributes:
+        title: the heading.
+        facts: rows of the table.
+        origin: lines of Markdown that say how the run was started.
+        base: hub name or directory of the model that training started from; None if it came from neither.
+        tags: how the model was trained, as the hub's tags.
+    """
+
+    title: str
+    facts: Mapping[str, Any]
+    origin: Sequence[str]
+    base: str | None = None
+    tags: Sequence[str] = ("reinforcement-learning", "reinforce")
+
+    def text(self, kind: str) -> str:
+        """Return the card of a "policy", of its "adapter" alone, or of a "reward model"."""
+        from huggingface_hub import ModelCardData
+
+        library, pipeline, auto, base = "transformers", "text-generation", "AutoModelForCausalLM", "DIRECTORY"
+        about, more, tags = (
+            "This model was trained by tokenrl. It loads in plain transformers:",
+            "",
+            self.tags,
+        )
+        if kind == "adapter":
+            library, more, tags = "peft", _LOAD_ADAPTER, [*self.tags, "lora"]
+            base = "BASE_MODEL" if self.base is None else json.dumps(self.base)
+            named = "the model that training started from" if self.base is None else f"`{self.base}`"
+            about = f"This is the LoRA adapter alone, trained by tokenrl. Load it on top of {named}:"
+        elif kind == "reward model":
+            pipeline, auto, tags = "text-classification", "AutoModelForSequenceClassification", [kind]
+            about = (
+                "A reward model: one number for prompt + completion, trained on preferences (Bradley-Terry)."
+            )
+        data = ModelCardData(
+            library_name=library,
+            base_model=self.base,
+            pipeline_tag=pipeline,
+            tags=[*(tag.replace(" ", "-") for tag in tags), "tokenrl"],
+        )
+        lines = [
+            *("---", data.to_yaml().strip(), "---", f"# {_plain(self.title)}", "", about, ""),
+            *("```python", _LOAD.format(auto=auto, model=base) + more, "```", "", "| | |", "|---|---|"),
+            *(f"| {_plain(name)} | {_plain(value)} |" for name, value in self.facts.items()),
+            *("", *self.origin, ""),
+        ]
+        return "\n".join(lines)
+
+
+def base_model(model: Any) -> str | None:
+    """Return the hub name or directory that was given as a model, or None for an object or nothing."""
+    return os.fspath(model) if isinstance(model, str | os.PathLike) else None
+
+
+def _plain(value: Any) -> str:
+    """Write a value on one line so that Markdown shows it as it is, in a table too."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return _MARKS.sub(r"\\\g<0>", " ".join(text.splitlines()))

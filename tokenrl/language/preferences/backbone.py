@@ -15,16 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokenrl.errors import Refused, describe
-from tokenrl.language.policy.bars import without_bars
-from tokenrl.language.policy.intact import intact_model
+from tokenrl.errors import Refused
+from tokenrl.language.policy.loading import quietly
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.saving import read_weights
-from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.rewards.model import RewardModel, load_classifier
 from tokenrl.settings import check_seed
 
 
-@without_bars()
 def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
     """Make a trainable reward model.
 
@@ -50,7 +48,7 @@ def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
         if not type(model).__name__.endswith("ForSequenceClassification"):
             model, missing = _from_language_model(model)
     else:
-        model, tokenizer, missing = _from_files(intact_model(str(source)))
+        model, tokenizer, missing = load_classifier(str(source), dtype=torch.float32)
     if model.config.num_labels != 1:
         raise Refused(
             f"The classifier {source!s:.100} has {model.config.num_labels} labels; a reward model has one. "
@@ -72,26 +70,6 @@ def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return RewardModel((model.requires_grad_(True), tokenizer))
-
-
-def _from_files(name: str) -> tuple[Any, Any, list[str]]:
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        kinds: Iterable[str] = config.architectures or ()
-        if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-            config.num_labels = 1
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # configuration, weights and tokenizer raise many kinds of errors
-        raise Refused(
-            f"No model could be loaded from {name!r} ({describe(error)}). Give the directory (written by "
-            "save_pretrained) or hub name of a causal language model or of a classifier with one label."
-        ) from error
-    return loaded[0], tokenizer, sorted(loaded[1]["missing_keys"])
 
 
 def _from_language_model(model: nn.Module) -> tuple[Any, list[str]]:
@@ -124,7 +102,7 @@ def _draw(model: nn.Module, names: Iterable[str], seed: int) -> None:
             weight.copy_(drawn / (weight.shape[-1] + 1) ** 0.5)
 
 
-@without_bars()
+@quietly()
 def save_reward_model(reward_model: RewardModel, directory: Path, *, card: str | None = None) -> None:
     """Save model and tokenizer so that `RewardModel`, transformers and TRL can load them."""
     reward_model.model.save_pretrained(directory)

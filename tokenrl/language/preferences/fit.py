@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.cards import base_model
-from tokenrl.language.policy.fingerprints import fingerprint, tokenizer_fingerprint
 from tokenrl.language.policy.prompts import form_of, settled_form
+from tokenrl.language.policy.saving import base_model, fingerprint, tokenizer_fingerprint
 from tokenrl.language.preferences.arguments import RewardModelArguments, RewardModelSettings
 from tokenrl.language.preferences.backbone import SavedRewardModel
 from tokenrl.language.preferences.check import check_pairs

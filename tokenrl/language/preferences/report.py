@@ -12,8 +12,8 @@ import numpy as np
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.language.policy.cards import Card
 from tokenrl.language.policy.prompts import asked
+from tokenrl.language.policy.saving import Card
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.backbone import save_reward_model
 from tokenrl.language.preferences.data import RewardData
@@ -96,7 +96,7 @@ def finish(
     settings, numbers = read_config(directory.path), ended.eval_after
     facts: dict[str, Any] = {f"{name} on held-out pairs": value for name, value in numbers.items()}
     facts |= asked(ended.reward_model.form)
-    card = Card(settings["title"], facts, session.origin.in_words(), base).reward_model()
+    card = Card(settings["title"], facts, session.origin.in_words(), base).text("reward model")
     session.finish(ended, lambda path: save_reward_model(ended.reward_model, path, card=card))
     session.console.note(f"Train a policy on it: tokenrl train --reward {directory.model}")
 

@@ -13,10 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenrl.errors import Refused, describe
+from tokenrl.errors import Refused
 from tokenrl.language.policy.arguments import PromptArguments
-from tokenrl.language.policy.bars import without_bars
-from tokenrl.language.policy.intact import intact_model
+from tokenrl.language.policy.loading import find_model, loading
 from tokenrl.language.policy.prompts import check_form, formed, render, saved_form
 
 if TYPE_CHECKING:
@@ -63,7 +62,12 @@ class RewardModel:
             model, tokenizer = source
         else:
             self.__name__ = Path(source).resolve().name
-            model, tokenizer = _load(intact_model(str(source)))
+            model, tokenizer, missing = load_classifier(str(source))
+            if missing:
+                raise Refused(
+                    f"reward model '{source}' lacks {', '.join(missing)[:200]}, which would be random. "
+                    "Save a trained sequence-classification model there, such as tokenrl reward-model makes."
+                )
             model.requires_grad_(False)
         self.form = PromptArguments(**saved_form(source))
         self.tokenizer: Any = copy.deepcopy(tokenizer)
@@ -169,30 +173,32 @@ class RewardModel:
             yield batch
 
 
-@without_bars()
-def _load(path: str | os.PathLike[str]) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder that holds a trained classifier with one label."""
+def load_classifier(name_or_path: str, **options: Any) -> tuple[Any, Any, list[str]]:
+    """Load a sequence classifier with one label and its tokenizer; a causal language model gets a new head.
+
+    Args:
+        name_or_path: a directory, that of a run for the model that it saved, or a hub name.
+        **options: further arguments of `from_pretrained`, such as `dtype`.
+
+    Returns:
+        The model, its tokenizer, and the names of the weights that were not saved and are random.
+
+    Raises:
+        Refused: nothing can be loaded, or a classifier has another number of labels.
+    """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    if not (Path(path) / "config.json").is_file():
-        raise Refused(f"reward model '{path}': the folder has no config.json, so it holds no saved model.")
-    try:
-        labels = AutoConfig.from_pretrained(path, trust_remote_code=False).num_labels
-        if labels != 1:
+    place = find_model(name_or_path)
+    with loading("reward model", place):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        if not any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ()):
+            config.num_labels = 1
+        if config.num_labels != 1:
             raise Refused(
-                f"reward model '{path}' has {labels} labels; a reward needs a sequence-classification "
-                "model with num_labels=1."
+                f"The classifier {place!r} has {config.num_labels} labels; a reward model has one. Give a "
+                "model that was saved with num_labels=1."
             )
-        options = {"trust_remote_code": False, "output_loading_info": True}
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(path, **options)
-        model, loading = loaded
-        if loading["missing_keys"]:
-            raise Refused(
-                f"reward model '{path}' lacks {', '.join(sorted(loading['missing_keys']))[:200]}, which "
-                "would be random. Save a trained sequence-classification model there."
-            )
-        return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Refused:
-        raise
-    except Exception as error:  # configuration, weights and tokenizer files each have errors of their own
-        raise Refused(f"reward model '{path}' could not be loaded ({describe(error)}).") from error
+        options |= {"config": config, "trust_remote_code": False, "output_loading_info": True}
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(place, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    return loaded[0], tokenizer, sorted(loaded[1]["missing_keys"])

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import Stopped
-from tokenrl.language.policy.checkpointing import with_cache
-from tokenrl.language.policy.model import Policy
+from tokenrl.language.policy.model import Policy, with_cache
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.compiled import CompiledStep
 from tokenrl.language.rollout.distribution import draw, log_softmax, score_norm_of, sum_p_log_p

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.checkpointing import with_cache
+from tokenrl.language.policy.model import with_cache
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import LOGITS, last

@@ -13,9 +13,8 @@ import torch
 
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.destroyed import Watch
-from tokenrl.language.policy.prompts import settled_form
+from tokenrl.language.policy.prompts import settled_form, special_texts
 from tokenrl.language.policy.saving import SavedPolicy
-from tokenrl.language.policy.texts import special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import PromptStream, few_prompts

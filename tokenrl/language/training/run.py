@@ -13,10 +13,9 @@ from tokenrl.core.baselines import RunningMean
 from tokenrl.core.destroyed import Watch
 from tokenrl.core.entropy import entropy_collapse_message, entropy_collapsed, final_entropy
 from tokenrl.core.presets import preset_name
-from tokenrl.language.policy.cards import Card, base_model
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import asked
-from tokenrl.language.policy.saving import save_policy
+from tokenrl.language.policy.saving import Card, base_model, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task

@@ -15,12 +15,11 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.guards import check_horizon, within_rows
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.policy.adapters import add_lora
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
-from tokenrl.language.policy.checkpointing import enable_gradient_checkpointing
-from tokenrl.language.policy.fingerprints import fingerprint, tokenizer_fingerprint
-from tokenrl.language.policy.model import Policy, load_policy, wrap
+from tokenrl.language.policy.lora import add_lora
+from tokenrl.language.policy.model import Policy, enable_gradient_checkpointing, load_policy, wrap
 from tokenrl.language.policy.prompts import form_of, settled_form
+from tokenrl.language.policy.saving import fingerprint, tokenizer_fingerprint
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.memory import fingerprint as rows_fingerprint

@@ -9,10 +9,9 @@ from functools import partial
 from typing import Any
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.cards import Card, base_model
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import asked, settled_form
-from tokenrl.language.policy.saving import SavedPolicy, save_policy
+from tokenrl.language.policy.saving import Card, SavedPolicy, base_model, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.ways import choose_way

@@ -12,7 +12,6 @@ import torch
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy, load_policy, wrap
 from tokenrl.language.policy.saving import save_policy
-from tokenrl.language.policy.texts import check_characters
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.cache import cache_entry, say_damaged
@@ -59,7 +58,6 @@ def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> lis
                 f"Row {number} of the demonstrations has the columns {', '.join(row)}. It needs prompt and "
                 "completion; a completion is text, or a list that ends with the assistant's message."
             )
-        check_characters(policy.tokenizer, text, policy.context, f"The completion of row {number}")
         ids = list(policy.tokenizer(text, add_special_tokens=False).input_ids)
         if eos is not None and (not ids or ids[-1] not in policy.eos_ids):
             ids.append(eos)

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.fingerprints import fingerprint
 from tokenrl.language.policy.model import Policy, load_policy
-from tokenrl.language.policy.saving import save_policy
+from tokenrl.language.policy.saving import fingerprint, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.ways import choose_way

@@ -1,22 +1,29 @@
 """Weights come back bit for bit into a policy that was made anew, and another model's are refused."""
 
-import os
+import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+import yaml
 from families import FAMILIES, family_policy
 from saved_states import equal, through_a_checkpoint
 from tiny_models import make_learner, make_model, make_policy, make_tokenizer, one_step
 
+import tokenrl
 from tokenrl.errors import Refused
-from tokenrl.language.policy.adapters import add_lora, load_adapted
-from tokenrl.language.policy.fingerprints import fingerprint, tokenizer_fingerprint
+from tokenrl.language.policy.lora import add_lora
 from tokenrl.language.policy.model import load_policy, wrap
-from tokenrl.language.policy.saving import SavedPolicy, save_policy
+from tokenrl.language.policy.saving import (
+    Card,
+    SavedPolicy,
+    base_model,
+    fingerprint,
+    save_policy,
+    tokenizer_fingerprint,
+)
 from tokenrl.language.preferences.backbone import SavedRewardModel, reward_backbone
+from toy_tasks.models import TinyModel
 
 
 def scrambled(model):
@@ -61,8 +68,7 @@ def test_all_weights_come_back(family, dtype, tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("architecture", "dtype"), [("llama", "float32"), ("gpt2", "bfloat16")])
 def test_an_adapter_alone_comes_back(architecture, dtype, tmp_path):
     policies = [make_policy(architecture, dtype=dtype) for _ in range(2)]
     for policy, seed in zip(policies, (0, 1), strict=True):
@@ -80,7 +86,11 @@ def test_an_adapter_alone_comes_back(architecture, dtype, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"modules_to_save": ["lm_head"]}, {"use_dora": True}, {"bias": "all"}],
+    [
+        {"modules_to_save": ["lm_head"]},
+        pytest.param({"use_dora": True}, marks=pytest.mark.slow),
+        pytest.param({"bias": "all"}, marks=pytest.mark.slow),
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_an_adapter_of_ones_own_comes_back(options, tmp_path):
@@ -188,20 +198,9 @@ def test_an_adapter_is_never_put_on_another_base_than_its_own(base, case, tmp_pa
     with pytest.raises(Refused, match=words):
         load_policy(folder)
     with pytest.raises(Refused, match=words):
-        load_adapted(folder, dtype="float32", trust_remote_code=False)
+        load_policy(folder, merge_adapter=False)
     if case == "changed":  # in another precision the bytes differ anyway
         assert load_policy(folder, dtype="bfloat16").trainable_parameters()
-
-
-@pytest.mark.parametrize("file", ["adapter_config.json", "base.json"])
-@pytest.mark.parametrize("text", ["", "[1]", '{"sha'])
-def test_a_damaged_description_of_an_adapter_is_refused(base, file, text, tmp_path):
-    folder = _written(base[1], tmp_path / "checkpoint")
-    (folder / file).write_text(text)
-    with pytest.raises(Refused, match=f"{file} (of the model in .* )?is damaged"):
-        load_adapted(folder, dtype="float32", trust_remote_code=False)
-    with pytest.raises(Refused):
-        load_policy(folder)
 
 
 def test_saving_an_adapter_never_asks_the_hub(base, tmp_path, monkeypatch):
@@ -259,18 +258,68 @@ def test_a_tokenizers_fingerprint_follows_what_it_writes_and_not_how_it_was_used
     assert len({before, *others}) == 4
 
 
-@pytest.mark.slow
-def test_fingerprints_are_the_same_in_every_process(tmp_path):
-    tokenizer = make_tokenizer("chat")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>", "<c>", "<d>", "<e>"]})
-    policy = wrap(make_model(vocabulary=128), tokenizer)
-    save_policy(policy, tmp_path)
-    code = (
-        "import sys; from tokenrl.language.policy.model import load_policy; "
-        "from tokenrl.language.policy.fingerprints import fingerprint, tokenizer_fingerprint; "
-        "p = load_policy(sys.argv[1]); print(fingerprint(p.model), tokenizer_fingerprint(p.tokenizer))"
-    )
-    for seed in ("1", "2"):  # of the order of sets
-        environment = os.environ | {"PYTHONHASHSEED": seed}
-        told = subprocess.check_output([sys.executable, "-c", code, tmp_path], text=True, env=environment)
-        assert told.split() == [fingerprint(policy.model), tokenizer_fingerprint(tokenizer)]
+# ---- model cards, as the hub reads them ----
+
+
+def read(path):
+    """The front matter of a card as YAML, and its text."""
+    _, front, text = path.read_text().split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def short(**options):
+    return tokenrl.train(
+        task="vowels", max_steps=1, prompts_per_step=2, num_generations=2, eval_generations=1, eval_size=2,
+        lora_r=2, quiet=True, **options,
+    )  # fmt: skip
+
+
+def test_the_cards_of_a_model_and_of_its_adapter(tmp_path):
+    base = tmp_path / "base: one"
+    model, tokenizer = TinyModel(tuple("abcdefghijklmnopqrstuvwxyz>"), layers=1, hidden=16, heads=2)(0)
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    reward = (lambda completions, **_: [float(len(text)) for text in completions],)
+    short(model=str(base), reward=reward, output_dir=tmp_path / "run", save_every=1)
+    saved = tmp_path / "run" / "model"
+    front, text = read(saved / "README.md")
+    assert (front["base_model"], front["library_name"]) == (str(base), "transformers")
+    assert "started from Python" in text and "tokenrl train" not in text
+    front, text = read(saved / "adapter" / "README.md")
+    assert (front["base_model"], front["library_name"]) == (str(base), "peft")
+    assert "PeftModel.from_pretrained" in text and "More Information Needed" not in text
+    assert "no command can name" in (tmp_path / "run" / "report.html").read_text()
+    assert not list((tmp_path / "run" / "checkpoints").rglob("README.md"))  # peft's template is not kept
+
+
+def test_a_model_from_memory_has_no_base_model(tmp_path):
+    short(model=TinyModel(tuple("abcdefghijklmnopqrstuvwxyz>"), layers=1)(0), output_dir=tmp_path / "run")
+    for path in ("README.md", "adapter/README.md"):
+        front, _ = read(tmp_path / "run" / "model" / path)
+        assert "base_model" not in front
+
+
+def test_a_name_is_written_as_yaml_reads_it(tmp_path):
+    for name in ('owner/name: "x" #1', "owner/näme"):
+        card = Card("t", {"a|b\n": "c|d"}, ["made"], base_model(name))
+        for number, text in enumerate(map(card.text, ("policy", "adapter", "reward model"))):
+            path = tmp_path / f"{number}.md"
+            path.write_text(text)
+            assert read(path)[0]["base_model"] == name and "c\\|d" in text
+    assert base_model(tmp_path) == str(tmp_path) and base_model(None) is None
+
+
+def test_a_value_is_shown_as_it_is_by_markdown():
+    strange = r"""cost $5 or $6 & <b>*x*</b> `y` [z](u) ~~w~~ __v__ \n a|b &lt; in_side"""
+    facts = {"asked": f"{strange}\r\nsecond", "rewards/__main__:<lambda>|x": 0.5, "before -> after": None}
+    lines = Card(f"{strange}\nsecond", facts, ["made"]).text("policy").splitlines()
+    title = next(line for line in lines if line.startswith("# "))
+    rows = [line for line in lines if line.startswith("| ")][1:]
+    assert len(rows) == 3 and rows[2] == "| before -> after | None |"
+    shown = [re.split(r"(?<!\\)\|", row)[1:-1] for row in rows]
+    assert [len(cells) for cells in shown] == [2, 2, 2]
+    for text, written in ((f"{strange} second", title[2:]), (f"{strange} second", shown[0][1].strip()),
+                          ("rewards/__main__:<lambda>|x", shown[1][0].strip())):  # fmt: skip
+        assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", written) == text  # an escaped mark is shown as itself
+        assert not re.search(r"(?<!\\)[$&<*`~\[\]]", written) and "__" not in written
+    assert "in_side" in title

@@ -1,0 +1,172 @@
+"""Prompts to ids and ids to text, what ends a completion, dropout, and the reference of a KL term."""
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, TEMPLATE, completions, make_model, make_policy, make_tokenizer
+
+from tokenrl.errors import Refused
+from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy, wrap
+from tokenrl.language.training.arguments import SftArguments
+
+CHAT = [{"role": "user", "content": "the cat"}]
+LONG = "count to ten " * 6
+
+
+def ids_of(policy, text):
+    return list(policy.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_load_from_a_directory(saved, architecture):
+    policy = load_policy(saved(architecture))
+    assert policy.eos_ids == (1,) and policy.context == 64 and not policy.has_adapter
+    assert policy.source == str(saved(architecture)) and not policy.model.training
+    assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}
+    expected = make_model(architecture).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in policy.model.state_dict().items())
+
+
+def test_float16_is_refused_for_training_also_if_it_was_saved_so(tmp_path):
+    from tokenrl.language.training import setup
+
+    make_model(dtype="float16").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    for kind in (setup.TrainArguments, SftArguments):
+        with pytest.raises(Refused, match="float16"):
+            setup.make_policy(kind(model=str(tmp_path), dtype="auto"), None, print)
+
+
+def test_every_eos_of_config_generation_config_and_tokenizer_counts():
+    model = make_model(eos_token_id=[5, 7])
+    model.generation_config.eos_token_id = [9, 5]
+    assert wrap(model, make_tokenizer()).eos_ids == (1, 5, 7, 9)
+    model = make_model(eos_token_id=None)
+    model.generation_config.eos_token_id = None
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    assert (wrap(model, tokenizer).eos_ids, wrap(model, tokenizer).pad_id) == ((), 2)
+    tokenizer.pad_token = None
+    assert wrap(model, tokenizer).pad_id == 0
+    model.generation_config.eos_token_id = 10_000  # of another vocabulary: can never be drawn
+    assert wrap(model, tokenizer).eos_ids == ()
+    assert wrap(make_model(vocabulary=128), make_tokenizer()).pad_id == 2  # a padded embedding is common
+
+
+@pytest.mark.parametrize("kind", ["no_pad", "pad_is_eos", "pads_right"])
+def test_padding_of_the_tokenizer_changes_no_completion(kind):
+    def complete(policy):
+        prompts = [policy.encode(p) for p in ("the cat", "a", "count to ten")]
+        rollout = completions(policy, prompts, num_generations=2, max_completion_length=5)
+        return policy.decode(rollout.completion_ids, rollout.mask), rollout.logprobs
+
+    texts, logprobs = complete(make_policy(kind="pad"))
+    same, close = complete(make_policy(kind=kind))
+    assert same == texts
+    torch.testing.assert_close(close, logprobs)
+
+
+def test_chat_has_one_bos_and_a_generation_prompt(saved):
+    for policy in (make_policy(kind="chat"), load_policy(saved("llama", "chat"))):
+        assert policy.tokenizer.chat_template == TEMPLATE
+        assert policy.encode(CHAT) == [0, *ids_of(policy, "u the cat a ")]
+        assert policy.encode("the cat") == [0, *ids_of(policy, "the cat")]  # plain text gets its one BOS too
+        begun = [*CHAT, {"role": "assistant", "content": "the mat"}]
+        assert policy.encode(begun) == [0, *ids_of(policy, "u the cat a the mat")]  # to be continued
+
+
+def test_an_empty_prompt_is_the_bos_or_refused():
+    assert make_policy(kind="chat").encode("") == [0]
+    for kind in ("pad", "closing"):  # the only token of the second would be the EOS
+        with pytest.raises(Refused, match="BOS"):
+            make_policy(kind=kind).encode("")
+    policy = make_policy()
+    policy.tokenizer.bos_token = "<bos>"  # known but not added by itself
+    assert policy.encode("") == [0]
+
+
+def test_a_tokenizer_that_closes_every_text_leaves_the_prompt_open():
+    policy = make_policy(kind="closing")
+    assert policy.tokenizer("the cat").input_ids[-1] == 1
+    assert policy.encode("the cat") == ids_of(policy, "the cat")
+    assert policy.encode("the cat<eos>")[-1] == 1  # written by the user: part of the prompt
+
+
+def test_too_long_a_prompt_is_refused_with_row_and_lengths_or_cut_on_the_left():
+    policy = make_policy()
+    length = len(policy.encode(LONG))
+    assert 32 < length <= 64
+    with pytest.raises(Refused) as caught:
+        policy.encode_all(["a", "the cat", LONG], max_completion_length=32)
+    for fact in ("row 2", f"{length} tokens", f"{length + 32}", "context of 64", "truncate_prompts"):
+        assert fact in str(caught.value)
+    with pytest.raises(Refused, match="no room for a prompt"):
+        policy.encode_all(["a"], max_completion_length=64)
+    assert len(policy.encode_all([LONG], max_completion_length=64 - length)[0]) == length
+    short, cut = policy.encode_all(["the cat", LONG], max_completion_length=32, truncate=True)
+    assert short == policy.encode("the cat") and cut == policy.encode(LONG)[-32:] != policy.encode(LONG)[:32]
+    policy.context = None  # a model that states no context takes any length
+    assert len(policy.encode_all(["the cat " * 40], max_completion_length=1000)[0]) > 64
+
+
+def test_decoding_survives_broken_unicode_keeps_spaces_and_drops_special_tokens():
+    policy = make_policy()
+    face = ids_of(policy, "😀")
+    assert len(face) > 1
+    ids = torch.tensor([face, [*face[:-1], 1], [84] * (len(face) - 1) + [2]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    whole, broken, plain = policy.decode(ids, mask)
+    assert whole == "😀" and "\ufffd" in broken
+    assert plain == policy.tokenizer.decode([84] * (len(face) - 1))
+    mask[0] = False
+    assert policy.decode(ids, mask)[0] == ""
+    ids = torch.tensor([ids_of(policy, "ten . the cat , 12")])
+    assert policy.decode(ids, torch.ones_like(ids).bool()) == ["ten . the cat , 12"]
+
+
+def test_the_reference_is_a_frozen_copy():
+    policy = make_policy()
+    with pytest.raises(RuntimeError, match="add_reference"), policy.reference_model():
+        pass
+    policy.add_reference()
+    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.add_(1.0)
+    policy.add_reference()  # once taken it stays
+    with policy.reference_model() as reference:
+        assert all(torch.equal(value, before[name]) for name, value in reference.state_dict().items())
+        assert not any(p.requires_grad for p in reference.parameters())
+
+
+def opt(**config):
+    """A family that keeps its dropout rates in plain attributes and hands them to functions."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    shape = {"vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 2, "ffn_dim": 16}
+    shape |= {"num_attention_heads": 2, "max_position_embeddings": 64, "word_embed_proj_dim": 16}
+    return OPTForCausalLM(OPTConfig(**shape, **config))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: make_model("gpt2", resid_pdrop=0.5),
+        lambda: make_model("llama", attention_dropout=0.5),
+        lambda: opt(dropout=0.5, layerdrop=0.5),
+    ],
+    ids=["gpt2", "llama", "opt"],
+)
+def test_dropout_is_off_also_where_checkpointing_needs_training_mode(model):
+    policy = wrap(model(), make_tokenizer())
+    ids = torch.tensor([[84, 56, 44, 39]])
+    expected = policy.model(ids).logits
+    enable_gradient_checkpointing(policy)
+    assert policy.model.training
+    torch.testing.assert_close(policy.model(ids, use_cache=False).logits, expected)
+
+
+def test_checkpointing_is_refused_where_it_is_not_supported(monkeypatch):
+    policy = make_policy()
+    monkeypatch.setattr(type(policy.model), "supports_gradient_checkpointing", False)
+    with pytest.raises(Refused, match="gradient_checkpointing"):
+        enable_gradient_checkpointing(policy)

@@ -1,0 +1,156 @@
+"""Finds the files of a saved model, and refuses damaged or unsuitable ones before a library reads them.
+
+Libraries quote the error of a damaged file without its name, and go on in silence without a
+generation_config.json that cannot be read, although the tokens that end a completion stand there.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenrl.errors import Refused, describe
+from tokenrl.runs.outcome import model_directory
+
+
+def find_model(name_or_path: str | Path) -> str:
+    """Return the local directory or the hub name from which a model can be loaded.
+
+    Args:
+        name_or_path: a directory, a hub name, or the directory of a run, which means the model it saved.
+
+    Raises:
+        Refused: neither a directory nor a model of the hub has this name; the directory is a damaged
+            checkpoint or holds no language model; or one of its files is cut short or no JSON. The message
+            names the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    place = Path(model_directory(name_or_path))
+    if not place.is_dir():
+        _check_hub(str(name_or_path))
+        return str(name_or_path)
+    for file in sorted(place.iterdir()):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            elif file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):  # its header must cover the whole file
+                    pass
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            raise Refused(
+                f"The file {file.name} of the model in {place} is damaged ({error}). Copy or save the model "
+                "there once more."
+            ) from error
+    _check_contents(place, Path(name_or_path))
+    return str(place)
+
+
+def _check_hub(name: str) -> None:
+    """Ask the hub once whether it has a model; transformers itself would ask for a minute without a network.
+
+    Raises:
+        Refused: there is no such model, or the hub cannot be asked and no copy of the model is in its cache.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        if not any(try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json")):
+            HfApi().model_info(name, timeout=10)
+    except GatedRepoError:
+        return  # transformers says how to ask for access
+    except Exception as error:  # names that cannot be, unknown models, and a network in all its states
+        raise Refused(
+            f"There is no directory {name!r} in {Path.cwd()}, and no such model was found on the hub "
+            f"({describe(error)}). Give a local directory written by save_pretrained, or a hub name."
+        ) from error
+
+
+def _check_contents(place: Path, given: Path) -> None:
+    """Refuse a directory without a model or without a tokenizer, and say what it is instead.
+
+    Args:
+        place: the directory that should hold the model.
+        given: the directory as it was given, that of a run perhaps.
+    """
+    config, why = _settings(place), f"{place} holds no saved model: it has no config.json of one."
+    kinds = {_settings(folder).get("kind") for folder in (given, given.parent)}
+    if "control" in kinds:
+        why = f"{given} is of an agent that tokenrl control trained, which is no language model."
+    elif "kind" in config:
+        saved = sorted((place / "checkpoints").glob("step_*"))
+        why = f"The run in {place} has not saved its model yet: model/ is written when a run ends." + (
+            f" Its latest checkpoint is {saved[-1]}." if saved else ""
+        )
+    elif (place / "plan.json").exists():
+        why = f"{place} is the directory of a comparison. Give that of one of its runs."
+    elif (place / "config.json").exists() or (place / "adapter_config.json").exists():
+        if any(place.glob("tokenizer*")) or any(place.glob("vocab*")) or any(place.glob("*.model")):
+            return
+        why = f"The model in {place} has no tokenizer beside it: save it there with save_pretrained too."
+    raise Refused(f"{why} A model is a local directory written by save_pretrained, or a hub name.")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Return the content of config.json, of a run or of a model; empty if it cannot be read."""
+    try:
+        return dict(json.loads((folder / "config.json").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+@contextmanager
+def loading(what: str, place: str, *, trust_remote_code: bool = False) -> Iterator[None]:
+    """Load a model inside the block: without the libraries' progress bars, and refused where they fail.
+
+    Args:
+        what: what should be loaded, such as "causal language model", for the message.
+        place: what `find_model` returned.
+        trust_remote_code: whether Python code that is shipped with the model may run.
+
+    Raises:
+        Refused: something in the block raised an error; the message quotes it.
+    """
+    hint = "" if trust_remote_code else " (code shipped with a model runs only with trust_remote_code)"
+    try:
+        with quietly():
+            yield
+    except Refused:
+        raise
+    except Exception as error:  # configuration, weights and tokenizer files each have errors of their own
+        raise Refused(
+            f"No {what} could be loaded from {place!r}{hint}: {_in_short(error)} Give a local directory "
+            "written by save_pretrained, or a hub name."
+        ) from error
+
+
+def _in_short(error: BaseException, limit: int = 300) -> str:
+    if type(error).__name__ == "UnpicklingError":  # torch's message says how to run it
+        return "its file of weights is a pickle with more in it than weights, which could run as a program."
+    text = " ".join((str(error) or type(error).__name__).split())
+    return (text if len(text) <= limit else text[:limit] + " ...").rstrip(".") + "."
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Hide the progress bars of transformers inside the block, and a warning between it and peft.
+
+    A run has a progress bar of its own. Peft asks a model whether it recomputes activations under the name
+    that this had before transformers 5.
+    """
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
