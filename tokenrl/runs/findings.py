@@ -1,0 +1,55 @@
+"""What a rule about numbers says: a finding with its weight, and the table that rules are entered into."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from tokenrl.runs.facts import Facts
+
+Weight = Literal["watch", "act", "void"]
+
+
+class Finding(NamedTuple):
+    """What a rule found.
+
+    Attributes:
+        flag: a short name for programs, such as `policy-destroyed`.
+        weight: `watch` is a remark; `act` says that a setting should change; `void` says that the numbers
+            mean nothing as they are: a check is then not passed, and an arm gets no verdict.
+        text: one or more whole sentences, with the numbers.
+        changes: the settings to change, by name, such as `{"estimator.entropy_coef": 0.01}`.
+    """
+
+    flag: str
+    weight: Weight
+    text: str
+    changes: Mapping[str, Any] = {}
+
+    def __str__(self) -> str:
+        """Return the finding as one line, its flag first."""
+        return f"{self.flag}: {self.text}"
+
+
+Told = tuple[Weight | None, str, Mapping[str, Any]]
+"""What a rule says: the weight (None for nothing), the sentence with facts in braces, the changes."""
+RULES: list[tuple[str, Callable[[Facts], Told]]] = []
+"""The table: a flag and its rule, in the order in which findings are told."""
+
+
+def rule(flag: str) -> Callable[[Callable[[Facts], Told]], Callable[[Facts], Told]]:
+    """Enter a rule into the table under a flag."""
+
+    def entered(function: Callable[[Facts], Told]) -> Callable[[Facts], Told]:
+        RULES.append((flag, function))
+        return function
+
+    return entered
+
+
+def above(
+    number: float, *, watch: float = math.inf, act: float = math.inf, void: float = math.inf
+) -> Weight | None:
+    """Return the gravest weight whose limit a number exceeds; None if it exceeds none."""
+    return "void" if number > void else "act" if number > act else "watch" if number > watch else None
