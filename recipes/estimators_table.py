@@ -1,7 +1,7 @@
 """Writes the table of all presets: what each declares about its gradient, and what enumeration finds.
 
-`recipes/estimators.md` is its output. Only the table is replaced; the text above it stays. With `--output`
-another file is written, and with `--estimators` the table has these presets only.
+`recipes/estimators.md` is its output. Only the table is replaced; the text above and below it stays. With
+`--output` another file is written, and with `--estimators` the table has these presets only.
 """
 
 from collections.abc import Iterator
@@ -31,8 +31,10 @@ def rows(estimators: tuple[str, ...]) -> Iterator[str]:
 
 def main(output: Path = PAGE, estimators: tuple[str, ...] = tuple(PRESETS)) -> None:
     """Write the page."""
-    words = PAGE.read_text(encoding="utf-8").partition(HEAD)[0]
-    output.write_text(words + "\n".join(rows(estimators)) + "\n", encoding="utf-8")
+    above, _, rest = PAGE.read_text(encoding="utf-8").partition(HEAD)
+    below = rest.partition("\n\n")[2]
+    table = "\n".join(rows(estimators))
+    output.write_text(f"{above}{table}\n\n{below}", encoding="utf-8")
     print(f"{output}: {len(estimators)} presets")
 
 

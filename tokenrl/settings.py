@@ -55,6 +55,9 @@ LARGEST = 1e30
 """Largest absolute value of a setting: beyond it numbers of 32 bits overflow, as weights and rewards are."""
 MOST = 10**9
 """Largest whole number of a setting that counts something."""
+LARGEST_REWARD = 1e12
+"""Largest size of a reward. Advantages are float32 numbers, which end at 3.4e38, and some are divided by a
+standard deviation: a return of 10^4 such rewards is 1e16, and the sum of 10^6 squares of it is still 1e38."""
 
 Number = Annotated[float, Bounds(at_least=-LARGEST, at_most=LARGEST)]
 Positive = Annotated[float, Bounds(above=0, at_most=LARGEST)]

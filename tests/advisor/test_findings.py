@@ -6,8 +6,8 @@ import pytest
 
 from tokenrl.advisor.diagnosis import advise_run
 from tokenrl.core import Estimator
+from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
 from tokenrl.core.entropy import LEAST_ENTROPY
-from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
 
 FLAT = {"reward": lambda step: 0.5 + 0.1 * (-1) ** step, "evaluated": {0: 0.5, 40: 0.51}}
 """A reward that only jumps up and down."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from tokenrl.core import Estimator
-from tokenrl.core.axes import AXES
 from tokenrl.core.baselines import RunningMean
+from tokenrl.core.choices import AXES
+from tokenrl.core.estimator import IN_UNITS_OF_THE_EPISODE
 from tokenrl.core.returns import in_window, lambda_return, reward_to_go, token_rewards
-from tokenrl.core.validation import IN_UNITS_OF_THE_EPISODE
 from tokenrl.errors import Refused, Stopped
 
 BASELINES, SCALES = AXES["baseline"], AXES["scale"]
@@ -117,6 +119,8 @@ def test_equal_rewards_give_exactly_zero(baseline, scale, dtype) -> None:
     whole_step = {"batch_mean", "timestep_mean", "shrinkage", "batch_std", "other_groups_std", "token_whiten"}
     for size in (4, 8, 12, 16) if scale == "other_groups_std" else (2, 3, 4, 5, 7, 8, 11, 16):
         for eps in (0.0, 1e-9):
+            if scale in ("loo_std", "other_groups_std"):
+                eps = eps or 1e-30  # 0 is refused
             fields = {"baseline": baseline, "scale": scale, "scale_eps": eps, "group_size": size}
             if size % 2 == 0 and (scale == "other_groups_std" or baseline == "shrinkage"):
                 fields["group_size"] = size // 2 if size > 2 else 2
@@ -512,3 +516,26 @@ def test_running_mean() -> None:
         mean.update(torch.tensor([10.0]))
     assert again.value == plain.value == pytest.approx(40 / 7)
     assert all(type(v) is float for v in plain.state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_spread_of_equal_others_is_exactly_zero(dtype) -> None:
+    rewards = torch.tensor([1.0, 0.1, 0.1, 0.1, 0.3, 0.7, 0.7, 0.7], dtype=dtype)
+    for scale, size, eps in (("loo_std", 4, 1e-6), ("other_groups_std", 2, 1e-6)):
+        rewards = rewards if scale == "loo_std" else rewards[[0, 4, 1, 1]]
+        e = Estimator(scale=scale, scale_eps=eps)
+        got = e.advantages(rewards, torch.ones(len(rewards), 1), group_size=size).policy
+        plain = Estimator().advantages(rewards, torch.ones(len(rewards), 1), group_size=size).policy
+        torch.testing.assert_close(got[0], plain[0] / eps, rtol=1e-6, atol=0)
+        with pytest.raises(Refused, match=f"{scale}.*Give a scale_eps above 0"):
+            dataclasses.replace(e, scale_eps=0.0)
+
+
+def test_a_baseline_of_your_own_may_change_its_arguments_in_place() -> None:
+    def greedy(totals, *, group_size, mask, valid):
+        mask.zero_(), valid.zero_()
+        return totals.mul_(2.0) * 0
+
+    rewards, mask = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.ones(4, 2)
+    got = Estimator(baseline=greedy).advantages(rewards, mask, group_size=2).policy
+    assert got.tolist() == rewards.tolist() == [1.0, 2.0, 3.0, 4.0]

@@ -22,11 +22,9 @@ from tabular_policy import (
 )
 
 from tokenrl.core import Estimator
-from tokenrl.core.axes import AXES
-from tokenrl.core.choices import CHOICES, KL_EFFECTS
-from tokenrl.core.effects import FROM_BEST_TO_WORST
+from tokenrl.core.choices import AXES, CHOICES, FROM_BEST_TO_WORST, KL_EFFECTS
+from tokenrl.core.estimator import IN_UNITS_OF_THE_EPISODE
 from tokenrl.core.presets import PRESETS
-from tokenrl.core.validation import IN_UNITS_OF_THE_EPISODE
 
 # The axes one by one, over the unbiased defaults.
 SINGLE = [
@@ -290,7 +288,7 @@ def test_kl_in_the_loss(beta: float) -> None:
 
 @pytest.mark.parametrize("name", ["k2", "k3"])
 def test_kl_in_the_reward_lacks_the_estimates_own_gradient(name: str) -> None:
-    from tokenrl.core.kl import PER_TOKEN
+    from tokenrl.core.losses import PER_TOKEN
 
     problem, beta = Problem.random(13), 0.4
     ref = logprobs_of(problem.reference[0])
@@ -302,7 +300,7 @@ def test_kl_in_the_reward_lacks_the_estimates_own_gradient(name: str) -> None:
 
 def test_values_of_the_kl_estimates() -> None:
     """The mean of k1 and of k3 is the KL of the step, that of k2 is not; k3 is never negative."""
-    from tokenrl.core.kl import k1, k2, k3
+    from tokenrl.core.losses import k1, k2, k3
 
     problem = Problem.random(14)
     p, q = problem.logits[0].log_softmax(-1), problem.reference[0].log_softmax(-1)

@@ -8,25 +8,27 @@ import pytest
 import tyro
 
 from tokenrl.core import Estimator
-from tokenrl.core.axes import AXES
 from tokenrl.core.baselines import BASELINES
-from tokenrl.core.choices import CHOICES, KL_EFFECTS
-from tokenrl.core.effects import FROM_BEST_TO_WORST, UNKNOWN
-from tokenrl.core.kl import PER_TOKEN
-from tokenrl.core.objectives import DIVISORS, RATIOS
-from tokenrl.core.returns import RETURNS
+from tokenrl.core.choices import AXES, CHOICES, FROM_BEST_TO_WORST, KL_EFFECTS, UNKNOWN
+from tokenrl.core.losses import PER_TOKEN
 from tokenrl.core.scales import SCALES
 
 FORMULAS = {
     "baseline": BASELINES,
     "scale": SCALES,
-    "aggregation": DIVISORS,
-    "ratio": RATIOS,
-    "returns": RETURNS,
     "kl_estimator": PER_TOKEN,
 }
-# These say where or in which form the formula of another axis is used, or which rows are used at all.
-WITHOUT_FORMULA = {"optimal_form", "kl_placement", "entropy_form", "zero_spread", "truncations"}
+# Names within one formula, or which say how the formula of another axis is used, or which rows are used.
+WITHOUT_FORMULA = {
+    "aggregation",
+    "ratio",
+    "returns",
+    "optimal_form",
+    "kl_placement",
+    "entropy_form",
+    "zero_spread",
+    "truncations",
+}
 EVERY_NAME = [(axis, name) for axis, names in AXES.items() for name in names]
 
 

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from tokenrl.core.entropy import entropy_collapse_message, entropy_collapsed, final_entropy, token_entropy
+from tokenrl.core.entropy import entropy_collapse_message, entropy_collapsed, final_entropy
+from tokenrl.core.losses import token_entropy
 
 
 def test_entropy_of_a_token() -> None:

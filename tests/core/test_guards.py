@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tokenrl.core import Estimator
-from tokenrl.core.guards import check_horizon, subtracts_something
+from tokenrl.core.baselines import check_horizon
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused
 
@@ -34,7 +34,7 @@ def test_without_a_baseline_500_steps_are_the_limit(estimator):
     for horizon in (501, None):
         with pytest.raises(Refused, match="--allow-no-baseline"):
             check_horizon(estimator, horizon)
-    assert not subtracts_something(estimator)
+    assert not estimator.subtracts_baseline
 
 
 @pytest.mark.parametrize(
@@ -43,11 +43,11 @@ def test_without_a_baseline_500_steps_are_the_limit(estimator):
 def test_with_a_baseline_there_is_no_limit(estimator):
     check_horizon(estimator, 10**6)
     check_horizon(estimator, None)
-    assert subtracts_something(estimator)
+    assert estimator.subtracts_baseline
 
 
 def test_plain_reinforce_is_the_only_preset_without_a_baseline():
-    assert [name for name in PRESETS if not subtracts_something(Estimator.preset(name))] == ["reinforce"]
+    assert [name for name in PRESETS if not Estimator.preset(name).subtracts_baseline] == ["reinforce"]
 
 
 def test_the_refusal_says_what_was_given_and_how_to_mend_it():

@@ -11,9 +11,8 @@ import torch
 from tabular_policy import Problem, expected_gradient, logprobs_of, probabilities_of, relative_error
 
 from tokenrl.core import Estimator
-from tokenrl.core.choices import KL_EFFECTS
-from tokenrl.core.effects import EXACT
-from tokenrl.core.kl import LEAST_BETA, k1, k2, k3, next_beta
+from tokenrl.core.choices import EXACT, KL_EFFECTS
+from tokenrl.core.losses import LEAST_BETA, k1, k2, k3, next_beta
 from tokenrl.core.statistics import mean_and_error
 
 

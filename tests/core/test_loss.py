@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from tokenrl.core import Estimator
-from tokenrl.core.axes import AXES
+from tokenrl.core.choices import AXES
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused
 

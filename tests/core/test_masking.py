@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenrl.core.masking import completion_mask, zero_outside
+from tokenrl.core.rows import completion_mask, zero_outside
 
 IDS = torch.tensor([[5, 2, 2, 2], [5, 3, 6, 2], [5, 6, 7, 8], [2, 2, 2, 2]])
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tokenrl.cli import main
-from tokenrl.core.choices import CHOICES
-from tokenrl.core.effects import FROM_BEST_TO_WORST
+from tokenrl.core.choices import CHOICES, FROM_BEST_TO_WORST
 from tokenrl.lab import measure_bias, named_estimators
 from tokenrl.lab.exact.report import draw_map, records
 from tokenrl.lab.exact.verdict import Measurement, Verdict

@@ -26,9 +26,9 @@ from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Environments, Spec, describe
 from tokenrl.control.policies import Policy, Shape, check_head
 from tokenrl.control.rollouts import Rollout, collect_episodes
-from tokenrl.core.axes import AXES
+from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
+from tokenrl.core.choices import AXES
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
 from tokenrl.errors import Refused, Stopped
 from tokenrl.settings import check_choice
 

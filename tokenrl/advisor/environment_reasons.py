@@ -10,9 +10,9 @@ from tokenrl.advisor.show import Head, Setting
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Spec
 from tokenrl.control.policies import Policy, Shape
+from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
 from tokenrl.core.choices import choice_of
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
 
 RARE = 0.1
 """The reward is called sparse if fewer episodes than this share have another return than the commonest."""

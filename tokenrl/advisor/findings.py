@@ -24,9 +24,10 @@ from tokenrl.advisor.rules import (
     one_figure,
 )
 from tokenrl.advisor.show import Finding
+from tokenrl.core.baselines import check_horizon
 from tokenrl.core.entropy import LEAST_ENTROPY, entropy_collapsed
-from tokenrl.core.guards import check_horizon, subtracts_something, teaches_nothing, within_rows
-from tokenrl.core.kl import LARGEST_ERROR
+from tokenrl.core.losses import LARGEST_ERROR
+from tokenrl.core.rows import teaches_nothing
 from tokenrl.errors import Refused
 
 
@@ -103,7 +104,7 @@ def signal_finding(history: History, progress: Progress) -> Finding | None:
 def _within_episodes(history: History) -> bool:
     """Whether steps are compared within their episode only, so that equal returns of episodes say nothing."""
     one = not history.language and history.arguments.num_envs == 1
-    return one or bool(within_rows(history.estimator))
+    return one or bool(history.estimator.within_rows)
 
 
 def _easy(history: History) -> bool:
@@ -153,7 +154,7 @@ def horizon_finding(history: History, progress: Progress) -> Finding:
     estimator, steps, horizon = history.estimator, (1, history.step), history.horizon
     length = "of unknown length" if horizon is None else f"of up to {horizon:,} actions"
     value = None if horizon is None else float(horizon)
-    if subtracts_something(estimator) or horizon == 1:
+    if estimator.subtracts_baseline or horizon == 1:
         text = f"episodes {length}, baseline {estimator.baseline}, returns {estimator.returns}"
         return Finding("horizon", FINE, text, value, steps, {})
     changes = _some_baseline(history)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenrl.advisor.page import Page, Sheet, write_markdown
+from tokenrl.core.baselines import check_horizon
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.guards import check_horizon
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused
 from tokenrl.runs.files import write_json

@@ -14,8 +14,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from tokenrl.core.guards import LARGEST_REWARD
 from tokenrl.errors import Refused, Stopped
+from tokenrl.settings import LARGEST_REWARD
 from tokenrl.user_code import is_interrupt, marked_interrupts, raised
 
 

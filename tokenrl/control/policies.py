@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenrl.core.entropy import entropy_of, token_entropy
+from tokenrl.core.losses import entropy_of, token_entropy
 from tokenrl.errors import Refused
 from tokenrl.settings import check_choice
 

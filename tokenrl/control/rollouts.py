@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenrl.control.environments import Environments
 from tokenrl.control.failures import check_finite
 from tokenrl.control.policies import Policy
-from tokenrl.core.guards import LARGEST_REWARD
+from tokenrl.settings import LARGEST_REWARD
 
 NOISE_CHUNK = 64
 """Steps for which random numbers are drawn at once, because each draw has a fixed cost."""

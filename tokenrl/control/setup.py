@@ -14,10 +14,9 @@ from tokenrl.control.policies import Policy, Shape, check_head
 from tokenrl.control.run import Run
 from tokenrl.control.saving import load_policy
 from tokenrl.control.update import Agent
-from tokenrl.core.baselines import RunningMean
+from tokenrl.core.baselines import RunningMean, check_horizon, set_size
 from tokenrl.core.choices import choice_of
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.guards import check_horizon, set_size, within_rows
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
@@ -68,7 +67,7 @@ def check_supported(estimator: Estimator, args: ControlArguments) -> None:
             f"cut off; there is none (baseline {estimator.baseline!r}, returns {estimator.returns!r}). "
             "Choose the baseline 'value' (presets a2c, ppo), or leave num_steps out to use whole episodes."
         )
-    whole = "returns" in within_rows(estimator)
+    whole = "returns" in estimator.within_rows
     if estimator.baseline != "value" or estimator.scale not in ("none", "token_whiten") or whole:
         raise Refused(
             f"num_steps {args.num_steps} cuts episodes, and pieces of episodes cannot be compared with "

@@ -16,7 +16,6 @@ from tokenrl.control.rollouts import Rollout
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.choices import choice_of
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.guards import within_rows
 from tokenrl.core.rows import in_rows
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Stopped
@@ -150,7 +149,7 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat,
         ends = rollout.terminated
         if estimator.gamma == 1 or agent.args.time_limits == "end":
             ends = ends | rollout.truncated
-        if "returns" not in within_rows(estimator):
+        if "returns" not in estimator.within_rows:
             bootstrap = torch.where(ends, 0.0, policy.values(rollout.final_observations))
     rewards = rollout.rewards * agent.args.reward_scale
     advantages = estimator.advantages(

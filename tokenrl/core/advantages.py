@@ -5,22 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokenrl.core.baselines import BASELINES
-from tokenrl.core.guards import given
-from tokenrl.core.inputs import Inputs, Step
-from tokenrl.core.kl import PER_TOKEN
-from tokenrl.core.masking import zero_outside
-from tokenrl.core.returns import RETURNS, reward_to_go, token_rewards
-from tokenrl.core.rows import overlong_penalty
+from tokenrl.core.baselines import BASELINES, set_size
+from tokenrl.core.choices import choice_of, given
+from tokenrl.core.losses import PER_TOKEN
+from tokenrl.core.returns import credited, reward_to_go, token_rewards
+from tokenrl.core.rows import overlong_penalty, zero_outside
 from tokenrl.core.scales import SCALES
-from tokenrl.core.sets import has_others_in_set, in_sets
 from tokenrl.errors import Refused, Stopped, TokenrlError
 from tokenrl.user_code import is_interrupt, raised
 
@@ -28,8 +25,44 @@ if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
 
 
-def compute(estimator: Estimator, inputs: Inputs) -> tuple[Float[Tensor, " N *T"], Float[Tensor, "N T"]]:
-    """Compute what `Estimator.advantages` returns.
+class Step(NamedTuple):
+    """What baselines and scales are computed from, its rows in S sets of n that are compared.
+
+    `compute` makes it with the rows side by side, [N, ...], and `in_sets` puts them into sets, [S, n, ...].
+    """
+
+    estimator: Estimator
+    group_size: int | None
+    totals: Float[Tensor, "S n"]
+    """Return of each row: the sum of its rewards, discounted by gamma."""
+    valid: Bool[Tensor, "S n"]
+    actions: Bool[Tensor, "S n T"]
+    """The actions of valid rows."""
+    returns: Float[Tensor, "S n #T"]
+    """Return of each action [S, n, T], or [S, n, 1] where all actions of a row share the row's."""
+    needed: Float[Tensor, ...]
+    """The input that the baseline requires: a single number, [S, n] or [S, n, T]; 0 if it requires none."""
+
+    def in_sets(self, axis: str) -> Step:
+        """Return the step with its rows in the sets that the baseline or the scale compares.
+
+        Raises:
+            Refused: When rows do not fall into such sets.
+        """
+        size = set_size(self.estimator, axis, len(self.totals), self.group_size) or 1
+        columns = (x.reshape(-1, size, *x.shape[1:]) if x.ndim else x for x in self[2:])
+        return Step(self.estimator, self.group_size, *columns)
+
+
+def compute(
+    estimator: Estimator,
+    rewards: Float[Tensor, " N *T"],
+    mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
+    group_size: int | None,
+    valid: Bool[Tensor, " N"] | None,
+    inputs: Mapping[str, Any],
+) -> tuple[Float[Tensor, " N *T"], Float[Tensor, "N T"]]:
+    """Compute what `Estimator.advantages` returns; `inputs` are its other arguments by name.
 
     Returns:
         The advantages, [N] if all actions of a row share one and [N, T] otherwise, and the targets of a
@@ -39,94 +72,122 @@ def compute(estimator: Estimator, inputs: Inputs) -> tuple[Float[Tensor, " N *T"
         Refused: When the estimator needs an input that is missing, or rows do not fall into groups.
         ValueError: When the rewards have neither the shape of the rows nor that of the mask.
     """
-    mask, rewards = inputs.mask, inputs.rewards
     if rewards.shape not in (mask.shape[:1], mask.shape):
         raise ValueError(
             f"rewards {tuple(rewards.shape)} fit neither the rows nor the mask {tuple(mask.shape)}"
         )
-    actions = mask.bool()
-    valid = actions.new_ones(mask.shape[0]) if inputs.valid is None else inputs.valid.bool()
-    actions = actions & valid[:, None]
-    rewards = rewards_in_time(estimator, inputs, actions, valid)  # [N, T]
-    targets = RETURNS[estimator.returns](estimator, rewards, actions, inputs.values)  # [N, T]
+    mask = mask.bool()
+    valid = mask.new_ones(mask.shape[0]) if valid is None else valid.bool()
+    actions = mask & valid[:, None]
+    rewards = rewards_in_time(estimator, rewards.detach(), mask, valid, inputs)  # [N, T]
+    targets = credited(estimator, rewards, actions, inputs["values"])  # [N, T]
     to_go = estimator.returns in ("total", "reward_to_go")  # its recursion over steps is slow: done once
     totals = (targets if to_go else reward_to_go(rewards, estimator.gamma))[:, 0].clone()
     returns = totals[:, None] if estimator.returns == "total" else targets
-    step = Step(estimator, inputs, valid, actions, totals, returns)
+    name = choice_of("baseline", estimator.baseline).needs
+    needed = given(name, inputs[name], f"the baseline {estimator.baseline!r}") if name else 0.0
+    needed = torch.as_tensor(needed, dtype=totals.dtype, device=totals.device).detach()
+    step = Step(estimator, group_size, totals, valid, actions, returns, needed)
 
     baseline, compared = baseline_of(step)
-    policy, scaled = SCALES[estimator.scale](step, returns - baseline)
+    sets = step.in_sets("scale")
+    policy, scaled = SCALES[estimator.scale](sets, (returns - baseline).reshape(*sets.valid.shape, -1))
+    policy = policy.flatten(0, 1)  # [N, 1] or [N, T]
     # A row without others to compare with gets the advantage 0. Its return minus nothing would be a gradient
     # without a baseline, of another scale than that of all other rows.
-    usable = compared & scaled
+    usable = compared & scaled.flatten()
     if estimator.returns == "total" and policy.shape[1] == 1:
         return zero_outside(policy[:, 0], usable), targets
     return zero_outside(policy.expand_as(actions), usable[:, None] & actions), targets
 
 
 def rewards_in_time(
-    estimator: Estimator, inputs: Inputs, actions: Bool[Tensor, "N T"], valid: Bool[Tensor, " N"]
+    estimator: Estimator,
+    rewards: Float[Tensor, " N *T"],
+    mask: Bool[Tensor, "N T"],
+    valid: Bool[Tensor, " N"],
+    inputs: Mapping[str, Any],
 ) -> Float[Tensor, "N T"]:
     """Place the rewards in time and add the overlong penalty, the bootstrap value and the KL penalty.
 
     Returns:
         The reward of each position [N, T], which the returns are then made of.
     """
-    rewards = inputs.rewards.detach()
     rewards = rewards if rewards.is_floating_point() else rewards.to(torch.get_default_dtype())
-    mask = inputs.mask.bool()
     rewards = token_rewards(rewards, mask, valid)
     if estimator.overlong_buffer:
-        length = given("max_length", inputs.max_length, "overlong_buffer")
+        length = given("max_length", inputs["max_length"], "overlong_buffer")
         penalty = overlong_penalty(mask.sum(-1), length, estimator.overlong_buffer)
         rewards = rewards + token_rewards(penalty.to(rewards.dtype), mask, valid)
-    if inputs.bootstrap is not None:
+    if inputs["bootstrap"] is not None:
         # The state after the last action is one step later, hence one more gamma: r_T + gamma V(s_{T+1}).
-        beyond = estimator.gamma * inputs.bootstrap.detach().to(rewards.dtype)
+        beyond = estimator.gamma * inputs["bootstrap"].detach().to(rewards.dtype)
         rewards = rewards + token_rewards(beyond, mask, valid)
     if estimator.needs_kl and estimator.kl_placement == "reward":
         # Before the baseline, so that the baseline also subtracts the mean KL of the rows it averages.
-        logprobs = given("logprobs", inputs.logprobs, "a KL in the reward").detach()
-        ref = given("ref_logprobs", inputs.ref_logprobs, "a KL in the reward").detach()
-        penalty = PER_TOKEN[estimator.kl_estimator](
-            zero_outside(logprobs, actions), zero_outside(ref, actions)
+        policy, reference = (
+            zero_outside(given(name, inputs[name], "a KL in the reward").detach(), mask & valid[:, None])
+            for name in ("logprobs", "ref_logprobs")
         )
-        rewards = rewards - estimator.beta * penalty
+        rewards = rewards - estimator.beta * PER_TOKEN[estimator.kl_estimator](policy, reference)
     return rewards
 
 
-def baseline_of(step: Step) -> tuple[Float[Tensor, " N *T"], Bool[Tensor, " N"]]:
+def baseline_of(
+    step: Step,
+) -> tuple[
+    Float[
+        Tensor,
+        (
+            N  # T
+        ),
+    ],
+    Bool[Tensor, " N"],
+]:
     """Return the baseline, [N, 1] or [N, T], and the mask [N] of the rows that have one."""
     chosen = step.estimator.baseline
     if callable(chosen):
         return from_function(chosen, step), step.valid
-    baseline = BASELINES[chosen](step)
-    usable = step.valid
-    if size := step.set_size("baseline"):
-        usable = in_sets(has_others_in_set, size, step.totals, step.valid)
-    return (baseline[:, None] if baseline.ndim == 1 else baseline), usable
+    sets = step.in_sets("baseline")
+    baseline = BASELINES[chosen](sets).flatten(0, 1)
+    usable = sets.valid
+    if choice_of("baseline", chosen).compares in ("group", "step"):
+        usable = usable & (usable.sum(-1, keepdim=True) > 1)  # a row and another one of its set
+    return (baseline[:, None] if baseline.ndim == 1 else baseline), usable.flatten()
 
 
-def from_function(function: Callable[..., Tensor], step: Step) -> Float[Tensor, " N *T"]:
+def from_function(
+    function: Callable[..., Tensor], step: Step
+) -> Float[
+    Tensor,
+    (
+        N  # T
+    ),
+]:
     """Call a user's function for the baseline and check what it returns.
+
+    The function is given copies, so that changing them in place changes nothing else.
 
     Raises:
         Stopped: When it raises an error.
         Refused: When it returns anything but a tensor [N] or [N, T].
     """
-    mask, size = step.actions, step.inputs.group_size
+    totals, mask, valid = step.totals, step.actions, step.valid
+    name = getattr(function, "__name__", type(function).__name__)
     try:
-        found = function(step.totals, group_size=size, mask=mask, valid=step.valid)
+        baseline = function(
+            totals.clone(), group_size=step.group_size, mask=mask.clone(), valid=valid.clone()
+        )
     except BaseException as error:
         if is_interrupt(error) or isinstance(error, TokenrlError):
             raise
-        name = getattr(function, "__name__", type(function).__name__)
         raise Stopped(f"The baseline {name!r} failed: {raised(error)}.") from error
-    if not isinstance(found, Tensor) or found.shape not in (mask.shape[:1], mask.shape):
-        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(baseline, Tensor) or baseline.shape not in (mask.shape[:1], mask.shape):
+        is_tensor = isinstance(baseline, Tensor)
+        what = f"shape {tuple(baseline.shape)}" if is_tensor else type(baseline).__name__
         raise Refused(
-            f"The baseline {getattr(function, '__name__', function)!r} returned {what}; it must return a "
-            f"tensor of one number per row, {tuple(mask.shape[:1])}, or one per token, {tuple(mask.shape)}."
+            f"The baseline {name!r} returned {what}; it must return a tensor of one number per row, "
+            f"{tuple(mask.shape[:1])}, or one per token, {tuple(mask.shape)}."
         )
-    found = found.detach().to(step.totals.dtype)
-    return found[:, None] if found.ndim == 1 else zero_outside(found, mask)
+    baseline = baseline.detach().to(totals.dtype)
+    return baseline[:, None] if baseline.ndim == 1 else zero_outside(baseline, mask)

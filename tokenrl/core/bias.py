@@ -3,7 +3,8 @@
 What each choice does by itself is in the table of `choices`. The target is the gradient of
 `J = E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, averaged over prompts. A status is about the expected
 gradient of the first on-policy update, before gradient clipping and the optimiser, when no row abstains. It
-holds for every reward and every policy.
+holds for every policy and for every reward of a row that depends on that row alone; a reward that compares
+the rows of a group, such as a judge that ranks them, is outside of every status.
 
 - R is the undiscounted sum of rewards, including what is added to them: the penalty on long rows, and the
   value of the state after a truncation. If that value is V^pi, the result is the gradient of the whole return
@@ -19,8 +20,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tokenrl.core.choices import KL_EFFECTS, choice_of
-from tokenrl.core.effects import ASYMPTOTIC, BIASED, EXACT, FROM_BEST_TO_WORST, UNKNOWN, UP_TO_SCALE, Effect
+from tokenrl.core.choices import (
+    ASYMPTOTIC,
+    BIASED,
+    EXACT,
+    FROM_BEST_TO_WORST,
+    KL_EFFECTS,
+    UNKNOWN,
+    UP_TO_SCALE,
+    Effect,
+    choice_of,
+)
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator

@@ -1,9 +1,8 @@
 """Lists every choice on every axis: its name, its effect on the expected gradient and why, and its needs.
 
 The names are written in this table only. A new choice is one row here and one formula in the module of its
-axis: `baselines`, `scales`, `returns`, `kl`, or `objectives` for aggregations and ratios. The command line
-then offers the choice, the checks accept it and the lab measures it. `bias` says what all choices of one
-estimator do together.
+axis: `baselines`, `scales`, `returns` or `losses`. The command line then offers the choice, the checks accept
+it and the lab measures it. `bias` says what all choices of one estimator do together.
 
 In the reasons, G is the number of completions per prompt, N the number of rows in the step, R the return of a
 row, b the baseline, L the length of a row and p the probability of a correct completion. This module imports
@@ -12,7 +11,65 @@ no torch.
 
 from __future__ import annotations
 
-from tokenrl.core.effects import ASYMPTOTIC, BIASED, EXACT, PER_PROMPT, UNKNOWN, UP_TO_SCALE, Choice, Effect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+from tokenrl.errors import Refused
+from tokenrl.settings import OR_FUNCTION
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+EXACT = "exact"
+UP_TO_SCALE = "exact_up_to_scale"
+PER_PROMPT = "exact_per_prompt"
+ASYMPTOTIC = "asymptotic"
+BIASED = "biased"
+UNKNOWN = "unknown"
+
+FROM_BEST_TO_WORST = (EXACT, UP_TO_SCALE, PER_PROMPT, ASYMPTOTIC, BIASED, UNKNOWN)
+"""What the expected gradient is, compared with the gradient of the objective:
+
+- `exact`: that gradient itself.
+- `exact_up_to_scale`: that gradient times one positive number, the same for all prompts.
+- `exact_per_prompt`: each prompt's gradient times a positive number of its own.
+- `asymptotic`: right in direction in the limit of many rows per step.
+- `biased`: wrong in direction; the reason names the objective that is ascended instead, if there is one.
+- `unknown`: not decided by the settings."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a choice does to the expected gradient: a status of `FROM_BEST_TO_WORST`, and the reason."""
+
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice(Effect):
+    """One name on one axis: its effect, and every other fact about it that the code uses.
+
+    Attributes:
+        compares: What a baseline or scale compares: the rows of a group, the rows of the whole step, or the
+            steps of one row. None if it compares nothing.
+        needs: The argument of `Estimator.advantages` that the choice requires; empty if none.
+        centred: Whether the baseline equals the return in every group of equal returns.
+        whole_row: Whether a ratio or an entropy sums over the row, which must then not be split.
+        row_inside: The effect with `leave_one_out=False`, for a baseline that has both forms.
+        discounted: The effect with gamma below 1.
+    """
+
+    compares: Literal["group", "step", "row"] | None = None
+    needs: str = ""
+    centred: bool = False
+    whole_row: bool = False
+    row_inside: Effect | None = None
+    discounted: Effect | None = None
+
 
 CHOICES: dict[str, dict[str, Choice]] = {
     "baseline": {
@@ -270,3 +327,53 @@ YOUR_OWN = Choice(UNKNOWN, "a baseline of your own is exact if it contains nothi
 def choice_of(axis: str, name: object) -> Choice:
     """Return the row of the table for a name, or for a function given as the baseline (bias unknown)."""
     return YOUR_OWN if callable(name) else CHOICES[axis][str(name)]
+
+
+AXES: dict[str, tuple[str, ...]] = {axis: tuple(rows) for axis, rows in CHOICES.items()} | {
+    "kl_estimator": tuple(dict.fromkeys(estimate for _, estimate in KL_EFFECTS)),
+    "kl_placement": tuple(dict.fromkeys(place for place, _ in KL_EFFECTS)),
+}
+"""The names of each axis."""
+
+# The type of each axis: the `Literal` of its names, from which the command line lists and checks them. A type
+# checker cannot read the table, so for it each of them is `str`.
+if TYPE_CHECKING:
+    Baseline = str
+    BaselineOrFunction = str | Callable[..., Tensor]
+    OptimalForm = str
+    Scale = str
+    Aggregation = str
+    Ratio = str
+    KlEstimator = str
+    KlPlacement = str
+    EntropyForm = str
+    Returns = str
+    ZeroSpread = str
+    Truncations = str
+else:
+    Baseline = Literal[AXES["baseline"]]
+    BaselineOrFunction = Annotated[Baseline, OR_FUNCTION]
+    OptimalForm = Literal[AXES["optimal_form"]]
+    Scale = Literal[AXES["scale"]]
+    Aggregation = Literal[AXES["aggregation"]]
+    Ratio = Literal[AXES["ratio"]]
+    KlEstimator = Literal[AXES["kl_estimator"]]
+    KlPlacement = Literal[AXES["kl_placement"]]
+    EntropyForm = Literal[AXES["entropy_form"]]
+    Returns = Literal[AXES["returns"]]
+    ZeroSpread = Literal[AXES["zero_spread"]]
+    Truncations = Literal[AXES["truncations"]]
+
+
+def given(name: str, value: T | None, purpose: str) -> T:
+    """Return an input that the estimator needs.
+
+    Raises:
+        Refused: When it is missing.
+    """
+    if value is None:
+        raise Refused(
+            f"{name} was not given, and {purpose} needs it. Pass {name}, or choose an estimator that does "
+            "not need it."
+        )
+    return value

@@ -6,15 +6,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from tokenrl import settings
-from tokenrl.core import axes, bias, validation
-from tokenrl.core.choices import choice_of
+from tokenrl.core import choices
+from tokenrl.core.bias import declared
+from tokenrl.core.choices import KL_EFFECTS, choice_of
 from tokenrl.core.presets import PRESETS
+from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
 from tokenrl.settings import Bounds, Count, Natural, NonNegative, Number, Positive, Settings
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
+
+
+IN_UNITS_OF_THE_EPISODE = ("none", "constant", "value", "timestep_mean", "episode_mean")
+"""Baselines that do not use the total returns of rows, or that learn the same numbers as are credited."""
 
 
 class Advantages(NamedTuple):
@@ -30,7 +36,7 @@ class Advantages(NamedTuple):
 class Estimator(Settings):
     """How rewards become a gradient. The defaults are RLOO, which is unbiased, with any KL in the reward."""
 
-    baseline: axes.BaselineOrFunction = "rloo"
+    baseline: choices.BaselineOrFunction = "rloo"
     """What is subtracted from the return; rloo is the mean of the other completions of the prompt.
 
     Also a function f(totals, group_size=..., mask=..., valid=...) that returns [N] or [N, T], by its name
@@ -43,19 +49,19 @@ class Estimator(Settings):
     """The value of the running mean before the first step."""
     leave_one_out: bool = True
     """Leave the row itself out of 'opo', 'optimal' and 'timestep_mean'. The papers include it: a bias."""
-    optimal_form: axes.OptimalForm = "sequence"
+    optimal_form: choices.OptimalForm = "sequence"
     """What 'optimal' weights by: the row's |S|^2, the token's |s_t|^2, or the sum of |s_t|^2 so far."""
     shrinkage_weight: Annotated[float, Bounds(at_least=0, at_most=1)] | None = None
     """Weight of the prompt's own mean in 'shrinkage'; None to estimate it from the other prompts."""
-    scale: axes.Scale = "none"
+    scale: choices.Scale = "none"
     """What the advantage is divided by. Standard deviations that contain the row itself bias the gradient."""
     scale_ddof: Literal[0, 1] = 1
     """1 divides the sum of squares by n - 1, 0 by n."""
     scale_eps: NonNegative = 1e-4
     """Added to the standard deviation, outside the root."""
-    aggregation: axes.Aggregation = "sequence_sum"
+    aggregation: choices.Aggregation = "sequence_sum"
     """How tokens are averaged; sequence_sum, the mean over sequences of their token sums, is unbiased."""
-    ratio: axes.Ratio = "none"
+    ratio: choices.Ratio = "none"
     """Importance ratio of the policy to the one that sampled; token is PPO's clipped ratio."""
     epsilon: Annotated[float, Bounds(above=0, at_most=1)] = 0.2
     """The ratio is clipped below 1 - epsilon, and above 1 + epsilon unless epsilon_high is set."""
@@ -67,15 +73,15 @@ class Estimator(Settings):
     """Weight tokens by trainer / sampler probability, at most this; None assumes that the two are equal."""
     beta: NonNegative = 0.0
     """Weight of the KL divergence from the reference policy; 0 needs no reference."""
-    kl_estimator: axes.KlEstimator = "k1"
+    kl_estimator: choices.KlEstimator = "k1"
     """k1 is the log ratio, k2 half its square, k3 is never negative; full_path is exact in the loss."""
-    kl_placement: axes.KlPlacement = "reward"
+    kl_placement: choices.KlPlacement = "reward"
     """Subtract the KL from the reward (exact with k1), or add it to the loss (exact with full_path)."""
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus in the loss."""
-    entropy_form: axes.EntropyForm = "per_step"
+    entropy_form: choices.EntropyForm = "per_step"
     """per_step, the usual bonus, ignores the effect of an action on later entropy; sequence includes it."""
-    returns: axes.Returns = "total"
+    returns: choices.Returns = "total"
     """Credit each action with the whole return, the reward to go (also normalised over its episode), its next
     rewards, or GAE's return."""
     window: Count = 16
@@ -84,9 +90,9 @@ class Estimator(Settings):
     """GAE's lambda: 1 uses observed rewards only, 0 one reward and the value of the next state."""
     gamma: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
     """Discount per step; below 1 the gradient is no longer that of the undiscounted return."""
-    zero_spread: axes.ZeroSpread = "keep"
+    zero_spread: choices.ZeroSpread = "keep"
     """Keep groups of equal rewards (they count in the divisor), drop them, or refill with new prompts."""
-    truncations: axes.Truncations = "keep"
+    truncations: choices.Truncations = "keep"
     """Keep completions cut off at the maximum length, mask their gradient, or drop them entirely."""
     overlong_buffer: Natural = 0
     """Number of tokens before the maximum length over which the reward falls linearly by up to 1."""
@@ -98,13 +104,13 @@ class Estimator(Settings):
         if type(self.baseline) is str and ":" in self.baseline:
             object.__setattr__(self, "baseline", NamedFunction(self.baseline))
         super().__post_init__()
-        validation.check(self)
+        self._check_combinations()
 
     @classmethod
     def preset(cls, name: str, **overrides: object) -> Estimator:
         """Return the estimator of a named preset, with some fields changed.
 
-        `tokenrl.core.PRESETS[name]` has the preset's paper, its formula and how other toolkits differ.
+        `recipes/estimators.md` has the formula of each, and how other toolkits differ.
 
         Args:
             name: One of `PRESETS`: reinforce, rloo, grpo, ppo and so on.
@@ -116,30 +122,76 @@ class Estimator(Settings):
         settings.check_choice("preset", name, PRESETS)
         return settings.arguments(cls, PRESETS[name].fields | overrides)
 
+    def _check_combinations(self) -> None:
+        """Refuse choices that exclude each other."""
+        place, kind = self.kl_placement, self.kl_estimator
+        if self.needs_kl and (place, kind) not in KL_EFFECTS:
+            raise Refused(
+                f"kl_estimator {kind!r} is made for the loss, where its gradient is that of the KL, but "
+                f"kl_placement is {place!r}. Set kl_placement 'loss', or take kl_estimator 'k1', which is "
+                "exact in the reward."
+            )
+        for axis in self.within_rows:
+            if axis != "returns" and self.returns == "total":
+                raise Refused(
+                    f"{getattr(self, axis)!r} compares the steps of one row, but with returns 'total' every "
+                    "step has the same return. Set returns 'reward_to_go', or choose another baseline and "
+                    "scale."
+                )
+        of_totals = not callable(self.baseline) and self.baseline not in IN_UNITS_OF_THE_EPISODE
+        if self.returns == "episode_normalized" and of_totals:
+            raise Refused(
+                "returns 'episode_normalized' have mean 0 and standard deviation 1 in each episode, but the "
+                f"baseline {self.baseline!r} is made of whole returns, which are in other units. Choose the "
+                "baseline 'none' or 'value', or returns 'reward_to_go'."
+            )
+        if self.scale in ("loo_std", "other_groups_std") and self.scale_eps == 0:
+            raise Refused(
+                f"scale {self.scale!r} divides by the spread of other rows plus scale_eps, which would be 0 "
+                "wherever all of them have the same reward. Give a scale_eps above 0; its preset has 0.1."
+            )
+
     @property
     def bias_status(self) -> str:
         """The bias of the expected gradient of the first on-policy update, as `effects` defines the words."""
-        return bias.declared(self).status
+        return declared(self).status
 
     @property
     def bias_reason(self) -> str:
         """Why `bias_status` holds; if biased, the objective that is ascended instead, if there is one."""
-        return bias.declared(self).reason
+        return declared(self).reason
 
     @property
     def reference(self) -> str:
         """The paper of the preset that has exactly these fields, or an empty string."""
         return next((p.paper for name, p in PRESETS.items() if type(self).preset(name) == self), "")
 
-    def _facts(self, name: str) -> list[object]:
+    def _facts(self, name: str) -> dict[str, object]:
         """Look up one column of the table of choices for the three axes that make the advantages."""
-        three = ("baseline", "scale", "returns")
-        return [getattr(choice_of(axis, getattr(self, axis)), name) for axis in three]
+        three = ("returns", "baseline", "scale")
+        return {axis: getattr(choice_of(axis, getattr(self, axis)), name) for axis in three}
+
+    @property
+    def within_rows(self) -> list[str]:
+        """The axes, of returns, baseline and scale, on which the steps of one row are compared."""
+        return [axis for axis, compares in self._facts("compares").items() if compares == "row"]
+
+    @property
+    def subtracts_baseline(self) -> bool:
+        """Whether a baseline of any kind is subtracted.
+
+        A constant of 0 is not a baseline. Nor are the returns 'gae' by themselves: they mix values into the
+        return and subtract none. The scale 'token_whiten' is one, because it subtracts the mean over the
+        step, and so are the returns 'episode_normalized', which subtract the mean over the episode.
+        """
+        if self.scale == "token_whiten" or self.returns == "episode_normalized":
+            return True
+        return self.baseline_constant != 0 if self.baseline == "constant" else self.baseline != "none"
 
     @property
     def needs_groups(self) -> bool:
         """Whether several completions of each prompt are compared."""
-        return "group" in self._facts("compares") or self.zero_spread != "keep"
+        return "group" in self._facts("compares").values() or self.zero_spread != "keep"
 
     @property
     def needs_kl(self) -> bool:
@@ -156,17 +208,17 @@ class Estimator(Settings):
     @property
     def needs_values(self) -> bool:
         """Whether a critic's values are needed."""
-        return "values" in self._facts("needs")
+        return "values" in self._facts("needs").values()
 
     @property
     def needs_greedy(self) -> bool:
         """Whether the reward of each prompt's greedy completion is needed."""
-        return "greedy_rewards" in self._facts("needs")
+        return "greedy_rewards" in self._facts("needs").values()
 
     @property
     def needs_score_norms(self) -> bool:
         """Whether the squared norm of each token's score is needed."""
-        return "score_norms" in self._facts("needs")
+        return "score_norms" in self._facts("needs").values()
 
     @property
     def needs_sampling_logprobs(self) -> bool:
@@ -231,13 +283,18 @@ class Estimator(Settings):
             ValueError: When rewards and mask do not fit together.
         """
         from tokenrl.core.advantages import compute
-        from tokenrl.core.inputs import Inputs
 
-        inputs = Inputs(
-            *(rewards, mask, group_size, valid, logprobs, ref_logprobs, values, bootstrap),
-            *(greedy_rewards, score_norms, baseline_value, max_length),
-        )
-        return Advantages(*compute(self, inputs))
+        inputs = {
+            "logprobs": logprobs,
+            "ref_logprobs": ref_logprobs,
+            "values": values,
+            "bootstrap": bootstrap,
+            "greedy_rewards": greedy_rewards,
+            "score_norms": score_norms,
+            "baseline_value": baseline_value,
+            "max_length": max_length,
+        }
+        return Advantages(*compute(self, rewards, mask, group_size, valid, inputs))
 
     def token_weights(
         self,
@@ -246,15 +303,15 @@ class Estimator(Settings):
         max_length: int | None,
         valid: Bool[Tensor, " N"] | None = None,
     ) -> Float[Tensor, "N T"]:
-        """Return the weight of every token of the step [N, T]; see `objectives.token_weights`.
+        """Return the weight of every token of the step [N, T]; see `losses.token_weights`.
 
         Raises:
             Refused: When the aggregation is 'fixed_length' and no length is given.
         """
-        from tokenrl.core import objectives
+        from tokenrl.core import losses
 
         valid = mask.new_ones(mask.shape[0]).bool() if valid is None else valid.bool()
-        return objectives.token_weights(mask, valid, aggregation=self.aggregation, max_length=max_length)
+        return losses.token_weights(mask, valid, aggregation=self.aggregation, max_length=max_length)
 
     def loss(
         self,
@@ -275,15 +332,30 @@ class Estimator(Settings):
         inputs may hold anything, also nan, and so may inputs that the chosen axes do not need. Only
         `logprobs` and `entropy` carry a gradient.
 
+        Args:
+            logprobs: Log-probabilities of the tokens under the policy being trained [N, T].
+            advantages: `Advantages.policy` of these rows [N] or [N, T].
+            weights: `token_weights` of these rows [N, T].
+            mask: 1 where the token is an action that is learnt from [N, T].
+            old_logprobs: Log-probabilities under the policy that sampled, computed by the trainer [N, T]; for
+                a ratio.
+            sampling_logprobs: The same, as the sampler reported them [N, T]; for importance_cap.
+            ref_logprobs: Log-probabilities under the reference policy [N, T]; for a KL in the loss.
+            entropy: Entropy of the policy at each token, in nats [N, T]; for the entropy bonus.
+
         Raises:
             ValueError: When the shapes of logprobs, weights and mask differ.
             Refused: When the estimator needs an input that is missing.
         """
-        from tokenrl.core import objectives
+        from tokenrl.core import losses
 
-        return objectives.loss(
-            self, logprobs, advantages, weights, mask, old_logprobs, sampling_logprobs, ref_logprobs, entropy
-        )
+        inputs = {
+            "old_logprobs": old_logprobs,
+            "sampling_logprobs": sampling_logprobs,
+            "ref_logprobs": ref_logprobs,
+            "entropy": entropy,
+        }
+        return losses.loss(self, logprobs, advantages, weights, mask, inputs)
 
     def critic_loss(
         self,
@@ -293,7 +365,7 @@ class Estimator(Settings):
         *,
         old_values: Float[Tensor, "N T"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Return the critic's loss, `sum w (V - G)^2 / 2`, over some rows; see `objectives.squared_error`."""
-        from tokenrl.core import objectives
+        """Return the critic's loss, `sum w (V - G)^2 / 2`, over some rows; see `losses.squared_error`."""
+        from tokenrl.core import losses
 
-        return objectives.squared_error(values, returns, weights, old_values=old_values, clip=self.value_clip)
+        return losses.squared_error(values, returns, weights, old_values=old_values, clip=self.value_clip)

@@ -1,15 +1,149 @@
-"""Collects the presets: named estimators with their fields, their paper, and how other toolkits differ."""
+"""Names points of the space of estimators: for each preset the fields that it sets, and its paper.
+
+What each preset computes, and in what other toolkits differ from it, is in `recipes/estimators.md`. This
+module imports no torch.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenrl.core.presets_ppo import PPO
-from tokenrl.core.presets_reinforce import REINFORCE, Preset
+Fields = dict[str, str | float | int | bool | None]
 
-__all__ = ["PRESETS", "Preset", "preset_name"]
+WILLIAMS = (
+    "Williams 1992, Simple statistical gradient-following algorithms for connectionist reinforcement learning"
+)
+GREENSMITH = (
+    "Greensmith et al. 2004, Variance reduction techniques for gradient estimates in reinforcement learning"
+)
+KOOL = "Kool et al. 2019, Buy 4 REINFORCE samples, get a baseline for free"
+GRPO_PAPER = "Shao et al. 2024, DeepSeekMath, arXiv 2402.03300"
+OPO_PAPER = "Hao et al. 2025, On-policy RL with optimal reward baseline, arXiv 2505.23585"
+OTB_PAPER = "Optimal token baseline, arXiv 2602.07078"
+PP_PAPER = "Hu et al. 2025, REINFORCE++, arXiv 2501.03262"
 
-PRESETS: dict[str, Preset] = REINFORCE | PPO
+
+class Preset(NamedTuple):
+    """The fields that a preset sets, all others being those of RLOO, and the paper that it follows."""
+
+    fields: Fields
+    paper: str
+
+
+TO_GO: Fields = {"returns": "reward_to_go"}
+CLIP: Fields = {"ratio": "token", "epsilon": 0.2}
+"""PPO's clipped ratio."""
+GROUP_STD: Fields = {"baseline": "group_mean", "scale": "group_std", "scale_ddof": 1, "scale_eps": 1e-4}
+"""The advantage of GRPO: `(R - mean) / (std + eps)` over the group."""
+GRPO: Fields = {
+    **GROUP_STD,
+    **CLIP,
+    "aggregation": "sequence_mean",
+    "kl_estimator": "k3",
+    "kl_placement": "loss",
+}
+WHITENED: Fields = {
+    **CLIP,
+    "scale": "token_whiten",
+    "scale_ddof": 1,
+    "scale_eps": 1e-8,
+    "aggregation": "token_mean",
+}
+"""The fields that PPO and the two forms of REINFORCE++ share."""
+
+PRESETS: dict[str, Preset] = {
+    # Without an importance ratio: REINFORCE with its baselines and scales.
+    "reinforce": Preset({"baseline": "none"}, WILLIAMS),
+    "reinforce_running_mean": Preset({"baseline": "running_mean", "running_mean_decay": 0.9}, WILLIAMS),
+    "reinforce_baseline": Preset({"baseline": "batch_mean"}, WILLIAMS),
+    "reinforce_timestep_mean": Preset(
+        {**TO_GO, "baseline": "timestep_mean"}, f"{GREENSMITH}, for baselines that depend on the step"
+    ),
+    "rloo": Preset({}, f"{KOOL}; Ahmadian et al. 2024, arXiv 2402.14740"),
+    "rloo_token_mean": Preset({"aggregation": "token_mean"}, "Ahmadian et al. 2024, arXiv 2402.14740"),
+    "loo_std": Preset(
+        {"scale": "loo_std", "scale_eps": 0.1}, f"{KOOL}, for the baseline; the divisor has no paper"
+    ),
+    "other_groups_std": Preset(
+        {"scale": "other_groups_std", "scale_eps": 0.1}, f"{KOOL}, for the baseline; the divisor has no paper"
+    ),
+    "remax": Preset({"baseline": "remax"}, "Li et al. 2024, ReMax, arXiv 2310.10505"),
+    "opo": Preset({"baseline": "opo", "leave_one_out": False}, OPO_PAPER),
+    "opo_loo": Preset({"baseline": "opo"}, f"{OPO_PAPER}, without the row itself"),
+    "optimal": Preset({"baseline": "optimal"}, f"{GREENSMITH}; Weaver & Tao 2001"),
+    "optimal_per_timestep": Preset(
+        {**TO_GO, "baseline": "optimal", "optimal_form": "per_timestep"}, GREENSMITH
+    ),
+    "otb": Preset(
+        {**TO_GO, "baseline": "optimal", "optimal_form": "cumulative", "leave_one_out": False}, OTB_PAPER
+    ),
+    "otb_loo": Preset(
+        {**TO_GO, "baseline": "optimal", "optimal_form": "cumulative"}, f"{OTB_PAPER}, without the row itself"
+    ),
+    "shrinkage": Preset(
+        {"baseline": "shrinkage"},
+        "arXiv 2511.03710, James-Stein shrinkage of prompt means, with two leave-one-out levels",
+    ),
+    "a2c": Preset(
+        {**TO_GO, "baseline": "value"},
+        "Mnih et al. 2016, Asynchronous methods for deep reinforcement learning, arXiv 1602.01783",
+    ),
+    # With an importance ratio: PPO, and the forms that trainers of language models use.
+    "grpo": Preset(GRPO, GRPO_PAPER),
+    "dr_grpo": Preset(
+        {**CLIP, "baseline": "group_mean", "aggregation": "fixed_length"},
+        "Liu et al. 2025, Understanding R1-Zero-like training: a critical perspective, arXiv 2503.20783",
+    ),
+    "ppo_clip": Preset(
+        {**CLIP, "baseline": "batch_mean"},
+        "Schulman et al. 2017, Proximal policy optimization algorithms, arXiv 1707.06347",
+    ),
+    "ppo": Preset(
+        {**WHITENED, "baseline": "value", "returns": "gae", "lam": 0.95, "value_clip": 0.2},
+        "Schulman et al. 2017, arXiv 1707.06347, with GAE, Schulman et al. 2016, arXiv 1506.02438",
+    ),
+    "grpo_no_std": Preset(
+        {**GRPO, "scale": "none"},
+        f"{GRPO_PAPER}, without its std, as Liu et al. 2025, arXiv 2503.20783 advise",
+    ),
+    "grpo_batch_std": Preset({**GRPO, "scale": "batch_std"}, f"{GRPO_PAPER}, with the std of the step"),
+    "dapo": Preset(
+        {
+            **GROUP_STD,
+            **CLIP,
+            "aggregation": "token_mean",
+            "epsilon_high": 0.28,
+            "zero_spread": "refill",
+        },
+        "Yu et al. 2025, DAPO, arXiv 2503.14476",
+    ),
+    "gspo": Preset(
+        {
+            **GROUP_STD,
+            "aggregation": "sequence_mean",
+            "ratio": "sequence_mean",
+            "epsilon": 3e-4,
+            "epsilon_high": 4e-4,
+        },
+        "Zheng et al. 2025, Group sequence policy optimization, arXiv 2507.18071",
+    ),
+    "cispo": Preset(
+        # The ratio is clipped to [0, 5], bounds that are relative to 1.
+        {
+            **GROUP_STD,
+            "aggregation": "token_mean",
+            "ratio": "cispo",
+            "epsilon": 1.0,
+            "epsilon_high": 4.0,
+        },
+        "MiniMax 2025, MiniMax-M1, arXiv 2506.13585",
+    ),
+    "reinforce_pp": Preset({**WHITENED, **TO_GO, "baseline": "none"}, PP_PAPER),
+    "reinforce_pp_baseline": Preset(
+        {**WHITENED, "baseline": "group_mean", "kl_estimator": "k2", "kl_placement": "loss"},
+        f"{PP_PAPER}, the variant with a group baseline",
+    ),
+}
 
 
 def preset_name(estimator: Any) -> str:

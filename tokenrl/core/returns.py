@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokenrl.core.guards import given
-from tokenrl.core.masking import zero_outside
-from tokenrl.core.sets import divide, set_mean, set_std
+from tokenrl.core.baselines import mean, std
+from tokenrl.core.choices import given
+from tokenrl.core.rows import zero_outside
+from tokenrl.core.scales import divide
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
@@ -100,36 +100,28 @@ def lambda_return(
     return torch.stack(backwards[::-1], dim=-1)
 
 
-def gae(
+def credited(
     estimator: Estimator,
     rewards: Float[Tensor, "N T"],
     actions: Bool[Tensor, "N T"],
     values: Float[Tensor, "N T"] | None,
 ) -> Float[Tensor, "N T"]:
-    """Return the targets whose difference from the values is GAE's advantage; see `lambda_return`."""
-    known = given("values", values, "returns 'gae'").detach().to(rewards.dtype)
-    return lambda_return(rewards, known, actions, gamma=estimator.gamma, lam=estimator.lam)
+    """Return what each action is credited with, by the returns of the estimator; also a critic's targets.
 
+    With 'total' every action is credited with the first column; the others are only targets of a critic.
+    With 'episode_normalized' the reward to go G becomes `(G_t - mean) / (std + eps)`, mean and std over the
+    row's own steps; a critic then learns these numbers, and the baseline 'value' is subtracted from them.
 
-def episode_normalized(
-    estimator: Estimator, rewards: Float[Tensor, "N T"], actions: Bool[Tensor, "N T"]
-) -> Float[Tensor, "N T"]:
-    """Return `(G_t - mean) / (std + eps)`, with mean and std of the reward to go over the row's own steps.
-
-    A critic then learns these numbers, and the baseline 'value' is subtracted from them. `scale_ddof` and
-    `scale_eps` of the estimator are used for the standard deviation.
+    Raises:
+        Refused: When values are needed and missing.
     """
+    if estimator.returns == "blame_window":
+        return in_window(rewards, estimator.window, estimator.gamma)
+    if estimator.returns == "gae":
+        known = given("values", values, "returns 'gae'").detach().to(rewards.dtype)
+        return lambda_return(rewards, known, actions, gamma=estimator.gamma, lam=estimator.lam)
     returns = reward_to_go(rewards, estimator.gamma)
-    centred = zero_outside(returns - set_mean(returns, actions), actions)
-    return divide(centred, set_std(returns, actions, estimator.scale_ddof), estimator.scale_eps)
-
-
-RETURNS: dict[str, Callable[[Estimator, Tensor, Tensor, Tensor | None], Tensor]] = {
-    # With 'total' every action is credited with the first column; the others are targets of a critic.
-    "total": lambda e, rewards, actions, values: reward_to_go(rewards, e.gamma),
-    "reward_to_go": lambda e, rewards, actions, values: reward_to_go(rewards, e.gamma),
-    "blame_window": lambda e, rewards, actions, values: in_window(rewards, e.window, e.gamma),
-    "gae": gae,
-    "episode_normalized": lambda e, rewards, actions, values: episode_normalized(e, rewards, actions),
-}
-"""The formula of each name in `choices.CHOICES["returns"]`, from rewards [N, T] to returns [N, T]."""
+    if estimator.returns == "episode_normalized":
+        centred = zero_outside(returns - mean(returns, actions), actions)
+        return divide(centred, std(returns, actions, estimator.scale_ddof), estimator.scale_eps)
+    return returns

@@ -1,17 +1,85 @@
-"""Decides which rows of a step are learnt from: truncations, groups of equal rewards, long completions."""
+"""Decides which rows and tokens of a step count: masks, truncations, groups of equal rewards, long rows.
+
+A mask is 1 (or True) where the policy chose the token.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenrl.core import guards
-from tokenrl.core.sets import from_first
+from tokenrl.core.choices import given
+from tokenrl.errors import Refused
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
+
+
+def completion_mask(
+    completion_ids: Int[Tensor, "N T"],
+    eos_ids: Sequence[int],
+    lengths: Int[Tensor, " N"] | None = None,
+) -> Bool[Tensor, "N T"]:
+    """Mark the tokens up to and including the first EOS of each row.
+
+    To end is an action like any other, so the EOS is inside the mask. The mask is never found by comparison
+    with the padding token: where that equals an EOS, as is common, the EOS would be left out of training.
+
+    With `eos_ids=(2, 3)`::
+
+        completion_ids   [[5, 2, 2, 2],      mask   [[1, 1, 0, 0],    the padding looks like an EOS
+                          [5, 3, 6, 2],              [1, 1, 0, 0],    either id ends the row
+                          [5, 6, 7, 8],              [1, 1, 1, 1],    cut off by the length
+                          [2, 2, 2, 2]]              [1, 0, 0, 0]]    ended at once: one action
+
+    Args:
+        completion_ids: Token ids, padded on the right with anything.
+        eos_ids: Every id that ends a completion; empty for a model that never ends by itself.
+        lengths: Number of tokens generated in each row [N], for rows that may end earlier than the width
+            without an EOS.
+
+    Returns:
+        The mask, boolean.
+    """
+    ends = torch.tensor(list(eos_ids), dtype=completion_ids.dtype, device=completion_ids.device)
+    ended = (completion_ids[..., None] == ends).any(-1)
+    mask = ended.cumsum(-1) - ended.long() == 0  # no EOS strictly before
+    if lengths is not None:
+        positions = torch.arange(completion_ids.shape[-1], device=completion_ids.device)
+        mask = mask & (positions < lengths[..., None])
+    return mask
+
+
+def zero_outside(x: Float[Tensor, "*shape"], inside: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Set everything outside to 0, also nan and infinity.
+
+    A product with the mask would keep them (0 * nan is nan), in the value and in the gradient. Therefore this
+    is applied before any arithmetic.
+    """
+    return torch.where(inside, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def from_first(
+    totals: Float[Tensor, "*S n"], valid: Bool[Tensor, "*S n"]
+) -> tuple[Float[Tensor, "*S n"], Float[Tensor, "*S 1"]]:
+    """Subtract from each set the total of its first valid row.
+
+    Returns:
+        The differences (0 in rows that are not valid) and the total of the first valid row.
+    """
+    first = totals.gather(-1, valid.long().argmax(-1, keepdim=True))  # argmax returns the first maximum
+    return zero_outside(totals - first, valid), first
+
+
+def in_rows(numbers: Float[Tensor, " M"], mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """Place the numbers of M actions in rows of zeros, where the mask is True."""
+    if mask.all():
+        return numbers.reshape(mask.shape)
+    return numbers.new_zeros(mask.shape).masked_scatter(mask, numbers)
 
 
 class Kept(NamedTuple):
@@ -55,7 +123,7 @@ def keep(
     actions = mask.bool()
     compared = actions.new_ones(len(actions)) if valid is None else valid.bool()
     if estimator.truncations != "keep":
-        cut = guards.given("truncated", truncated, f"truncations {estimator.truncations!r}").bool()
+        cut = given("truncated", truncated, f"truncations {estimator.truncations!r}").bool()
         if estimator.truncations == "drop":
             compared = compared & ~cut
         actions = actions & ~cut[:, None]
@@ -75,9 +143,45 @@ def zero_spread(
         Refused: When rows do not fall into groups of two or more.
     """
     totals = rewards.sum(-1) if rewards.ndim == 2 else rewards
-    size = guards.check_groups("zero_spread", len(totals), group_size)
+    size = check_groups("zero_spread", len(totals), group_size)
     differences, _ = from_first(totals.reshape(-1, size), valid.reshape(-1, size))
     return (differences == 0).all(-1)  # exact: a standard deviation would suffer from rounding
+
+
+def teaches_nothing(estimator: Estimator, metrics: Mapping[str, float]) -> bool:
+    """Whether a step has no signal, because no two rewards differ that the estimator compares.
+
+    Args:
+        estimator: The estimator.
+        metrics: Metrics of the step: `frac_reward_zero_std`, the share of groups with equal rewards, if the
+            estimator compares groups of completions; else `reward_std`, the spread of all rewards.
+    """
+    return metrics["frac_reward_zero_std"] == 1 if estimator.needs_groups else metrics["reward_std"] == 0
+
+
+def check_groups(choice: str, rows: int, group_size: int | None) -> int:
+    """Return the group size; refuse rows that do not fall into groups of two or more.
+
+    Args:
+        choice: The baseline or scale that compares the rows of a group.
+        rows: Rows in the step.
+        group_size: Consecutive rows per prompt; None if there are no groups.
+
+    Raises:
+        Refused: Without groups, with groups of one, or when `rows` is no multiple of `group_size`.
+    """
+    if group_size is None or group_size < 2:
+        raise Refused(
+            f"{choice!r} compares several completions of one prompt, but group_size is {group_size}. Sample "
+            "two or more per prompt (num_generations), or choose the baseline 'batch_mean', 'running_mean', "
+            "'constant' or 'none', with the scale 'batch_std' or 'none'."
+        )
+    if rows % group_size:
+        raise Refused(
+            f"{rows} rows do not fall into groups of {group_size} consecutive rows per prompt. "
+            "Give a number of rows that is a multiple of group_size."
+        )
+    return group_size
 
 
 def overlong_penalty(lengths: Int[Tensor, " N"], max_length: int, buffer: int) -> Float[Tensor, " N"]:
@@ -87,10 +191,3 @@ def overlong_penalty(lengths: Int[Tensor, " N"], max_length: int, buffer: int) -
     2503.14476, eq. 13). It is part of the reward, so it is added before the baseline is computed.
     """
     return -((lengths - (max_length - buffer)) / buffer).clamp(0.0, 1.0)
-
-
-def in_rows(numbers: Float[Tensor, " M"], mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
-    """Place the numbers of M actions in rows of zeros, where the mask is True."""
-    if mask.all():
-        return numbers.reshape(mask.shape)
-    return numbers.new_zeros(mask.shape).masked_scatter(mask, numbers)

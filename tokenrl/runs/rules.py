@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tokenrl.core.guards import LONGEST_WITHOUT_BASELINE
+from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
 from tokenrl.runs.facts import MOST, Facts, Unknown, signs
 from tokenrl.runs.findings import RULES, Finding, Told, Weight, above, rule
 

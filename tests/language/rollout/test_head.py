@@ -8,7 +8,7 @@ from tiny_models import ARCHITECTURES, ENDS, PROMPTS, apart, completions, gradie
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tokenrl.core.entropy import token_entropy
+from tokenrl.core.losses import token_entropy
 from tokenrl.language.policy.lora import add_lora
 from tokenrl.language.rollout.distribution import draw
 from tokenrl.language.rollout.head import TOKENS, head_of, score_tokens, tokens_at_once

@@ -12,7 +12,7 @@ from tiny_models import PROMPTS, apart, gradient, make_learner, make_policy, mak
 
 import tokenrl
 from tokenrl.core import Estimator
-from tokenrl.core.kl import next_beta
+from tokenrl.core.losses import next_beta
 from tokenrl.errors import Refused
 from tokenrl.language.training import setup
 from tokenrl.language.training.kl_control import completion_kl, kl_metrics

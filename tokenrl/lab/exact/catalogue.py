@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tokenrl.core import Estimator
-from tokenrl.core.axes import AXES
-from tokenrl.core.choices import KL_EFFECTS
+from tokenrl.core.choices import AXES, KL_EFFECTS
+from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 
 NEEDS: dict[str, dict[str, object]] = {

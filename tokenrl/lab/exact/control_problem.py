@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenrl.core.entropy import token_entropy
+from tokenrl.core.losses import token_entropy
 from tokenrl.lab.exact.problems import Problem
 from tokenrl.settings import check_seed
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenrl.core import Estimator
+from tokenrl.core.estimator import Estimator
 from tokenrl.lab.exact.enumeration import exact_moments
 from tokenrl.lab.exact.problems import Problem
 

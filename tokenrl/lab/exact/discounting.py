@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokenrl.core import Estimator
-from tokenrl.core.effects import EXACT, UP_TO_SCALE
+from tokenrl.core.choices import EXACT, UP_TO_SCALE
+from tokenrl.core.estimator import Estimator
 from tokenrl.lab.exact.control_problem import problem_of_mdp, random_mdp
 from tokenrl.lab.exact.enumeration import Moments, exact_moments, target_of
 from tokenrl.lab.exact.problems import Problem

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokenrl.core import Estimator
+from tokenrl.core.estimator import Estimator
 from tokenrl.core.rows import keep, zero_spread
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.problems import Problem

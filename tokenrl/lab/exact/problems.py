@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenrl.core.entropy import token_entropy
+from tokenrl.core.losses import token_entropy
 from tokenrl.core.returns import at_last_action, reward_to_go
 from tokenrl.core.rows import overlong_penalty
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tokenrl.core.effects import EXACT, FROM_BEST_TO_WORST, UP_TO_SCALE
+from tokenrl.core.choices import EXACT, FROM_BEST_TO_WORST, UP_TO_SCALE
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.arguments import LabArguments
 from tokenrl.lab.exact.catalogue import named_estimators

@@ -9,7 +9,8 @@ from functools import cache
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenrl.core import Estimator, effects
+from tokenrl.core import choices
+from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.control_problem import problem_of_mdp, random_mdp
 from tokenrl.lab.exact.enumeration import Moments, exact_moments, proportional_step
@@ -50,11 +51,11 @@ class Verdict:
     @property
     def ok(self) -> bool:
         """Whether what was found is at least as good as declared, and a declared bias was found."""
-        if self.declared == effects.UNKNOWN:
+        if self.declared == choices.UNKNOWN:
             return True
-        if self.declared == effects.BIASED:
-            return self.found == effects.BIASED
-        return effects.FROM_BEST_TO_WORST.index(self.found) <= effects.FROM_BEST_TO_WORST.index(self.declared)
+        if self.declared == choices.BIASED:
+            return self.found == choices.BIASED
+        return choices.FROM_BEST_TO_WORST.index(self.found) <= choices.FROM_BEST_TO_WORST.index(self.declared)
 
     @property
     def cosine(self) -> float:
@@ -121,9 +122,9 @@ def measure_bias(estimator: Estimator, problems: Sequence[Problem] | None = None
         measurements.append(_measurement(problem.name, moments))
     if not measurements:
         raise refusal
-    found = max((m.status for m in measurements), key=effects.FROM_BEST_TO_WORST.index)
-    if found == effects.BIASED and tends_to_the_gradient(estimator):
-        found = effects.ASYMPTOTIC
+    found = max((m.status for m in measurements), key=choices.FROM_BEST_TO_WORST.index)
+    if found == choices.BIASED and tends_to_the_gradient(estimator):
+        found = choices.ASYMPTOTIC
     return Verdict(estimator.bias_status, found, tuple(measurements))
 
 
@@ -145,12 +146,12 @@ def status_of(moments: Moments) -> str:
     """Return the best status that the numbers of one problem allow, one of the exact ones or 'biased'."""
     mean, target = moments.mean, moments.target  # [P, D]
     if float((mean - target).norm()) < TOLERANCE * float(target.norm()):
-        return effects.EXACT
+        return choices.EXACT
     if _sine_between(mean.flatten(), target.flatten()) < TOLERANCE:
-        return effects.UP_TO_SCALE
+        return choices.UP_TO_SCALE
     if all(_sine_between(m, t) < TOLERANCE for m, t in zip(mean, target, strict=True)):
-        return effects.PER_PROMPT
-    return effects.BIASED
+        return choices.PER_PROMPT
+    return choices.BIASED
 
 
 def _sine_between(mean: Float[Tensor, " D"], target: Float[Tensor, " D"]) -> float:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenrl.core import Estimator
+from tokenrl.core.estimator import Estimator
 from tokenrl.core.rows import keep
 from tokenrl.errors import Refused
 from tokenrl.lab.measure.projections import Projections

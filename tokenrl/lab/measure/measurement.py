@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokenrl.core import Estimator
+from tokenrl.core.estimator import Estimator
 from tokenrl.core.rows import zero_spread
 from tokenrl.errors import Refused
 from tokenrl.lab.measure.arguments import MeasureArguments

@@ -8,8 +8,8 @@ from functools import cache
 
 from torch import Tensor
 
-from tokenrl.core import Estimator
-from tokenrl.core.effects import EXACT
+from tokenrl.core.choices import EXACT
+from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.lab.measure.contributions import Contributions, contributions
 from tokenrl.lab.measure.projections import Projections

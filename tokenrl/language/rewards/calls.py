@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenrl.core.guards import LARGEST_REWARD
 from tokenrl.errors import Refused, Stopped, TokenrlError, describe, suggest
 from tokenrl.language.rewards.awaiting import Attempt, await_all
 from tokenrl.language.rewards.declared import original
+from tokenrl.settings import LARGEST_REWARD
 from tokenrl.user_code import is_interrupt, marked_interrupts
 
 Reward = Callable[..., Any]

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from tokenrl.core.guards import LARGEST_REWARD
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rewards.calls import Called, call_rewards, shorten, unique_names
 from tokenrl.language.rewards.composition import check_columns, load_reward
 from tokenrl.language.rewards.declared import declared_range, is_binary, range_of_sum
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.worker import RewardWorker
+from tokenrl.settings import LARGEST_REWARD
 
 # Arguments that every reward may ask for. Columns of these names are not passed on, as in TRL.
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")

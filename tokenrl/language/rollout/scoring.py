@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenrl.core.entropy import entropy_of
+from tokenrl.core.losses import entropy_of
 from tokenrl.core.rows import in_rows
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache

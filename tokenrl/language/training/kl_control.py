@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tokenrl.core.kl import k1, k3, next_beta
-from tokenrl.core.masking import zero_outside
+from tokenrl.core.losses import k1, k3, next_beta
+from tokenrl.core.rows import zero_outside
 from tokenrl.core.statistics import mean_and_error
 from tokenrl.language.training.update import Learner
 

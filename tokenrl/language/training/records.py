@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenrl.core.sets import from_first
+from tokenrl.core.rows import from_first
 from tokenrl.core.statistics import mean_and_error
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import RewardResult

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from tokenrl.core.baselines import check_horizon
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.guards import check_horizon, within_rows
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
@@ -102,7 +102,7 @@ def check(args: TrainSettings) -> None:
 
 def _check_tokens_differ(estimator: Estimator) -> None:
     """Refuse to compare the tokens of a completion where all of them have the same return."""
-    within = [f"{axis} {getattr(estimator, axis)!r}" for axis in within_rows(estimator)]
+    within = [f"{axis} {getattr(estimator, axis)!r}" for axis in estimator.within_rows]
     penalty = estimator.needs_kl and estimator.kl_placement == "reward"  # a reward for each token
     to_go = estimator.returns in ("reward_to_go", "episode_normalized")
     if within and to_go and estimator.gamma == 1 and not penalty:

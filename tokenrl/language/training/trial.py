@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.guards import teaches_nothing
+from tokenrl.core.rows import teaches_nothing
 from tokenrl.errors import TokenrlError
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.scoring import score

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tokenrl.core.guards import teaches_nothing
+from tokenrl.core.rows import teaches_nothing
 from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Stopped
 from tokenrl.language.training.defaults import is_own

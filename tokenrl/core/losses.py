@@ -1,0 +1,310 @@
+"""Computes the loss: for each token a gain, the quantity to ascend, and the weight with which it counts.
+
+sg(x) denotes x without its gradient (stop-gradient), rho the ratio pi / pi_old, A the advantage, and l the
+log ratio `log pi - log ref` of a token that the policy sampled.
+
+KL(pi || ref) is estimated from l; k1, k2 and k3 are Schulman's names (2020, Approximating KL divergence,
+joschu.net/blog/kl-approx.html). The mean of k1 and of k3 is the KL, that of k2 is not. The bias of the
+gradient is a separate question: it depends on whether the estimate is in the reward or in the loss, see
+`choices`. No value is clamped, because a clamp sets the gradient to zero where the policies differ most.
+Log-probabilities must be 0 where the position is not an action.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokenrl.core.choices import given
+from tokenrl.core.returns import reward_to_go
+from tokenrl.core.rows import zero_outside
+from tokenrl.errors import Refused
+
+if TYPE_CHECKING:
+    from tokenrl.core.estimator import Estimator
+
+
+def token_weights(
+    mask: Float[Tensor, "N T"], valid: Bool[Tensor, " N"], *, aggregation: str, max_length: int | None
+) -> Float[Tensor, "N T"]:
+    """Return the weight of every token of the whole step; the losses of slices add up to that of the step.
+
+    With m the mask, L_i the number of actions of row i, and N the number of valid rows::
+
+        sequence_sum  m / N                 sequence_mean  m / (N L_i)
+        token_mean    m / sum_i L_i         fixed_length   m / (N max_length)
+
+    N counts every valid row, also one without any action: it was sampled, and its gradient is zero. Rows that
+    are not valid get weight 0 and count nowhere. 'fixed_length' (Dr. GRPO, arXiv 2503.20783) never divides by
+    the padded width, which depends on what was sampled and would bias the gradient.
+
+    Args:
+        mask: 1 where the token is an action of the policy [N, T].
+        valid: False where a row counts nowhere [N]; all True if all rows count.
+        aggregation: One of the names above.
+        max_length: The largest number of actions that a row may have, for the aggregation 'fixed_length'.
+
+    Raises:
+        Refused: When the aggregation is 'fixed_length' and no length is given.
+    """
+    if aggregation == "fixed_length" and (max_length is None or max_length < 1):
+        raise Refused(
+            f"'fixed_length' divides by the maximum length, but max_length is {max_length}. Give the "
+            "largest number of actions that a row may have, or choose the aggregation 'sequence_sum'."
+        )
+    actions = mask.bool() & valid[:, None]
+    lengths = actions.sum(-1, keepdim=True)
+    rows = valid.sum().clamp(min=1)  # of the whole step: never divide a slice by its own rows
+    divisors = {
+        "sequence_sum": rows,
+        "fixed_length": rows * (max_length or 1),
+        "token_mean": lengths.sum().clamp(min=1),
+        "sequence_mean": rows * lengths.clamp(min=1),
+    }
+    dtype = mask.dtype if mask.is_floating_point() else torch.get_default_dtype()
+    return actions.to(dtype) / divisors[aggregation]
+
+
+def loss(
+    estimator: Estimator,
+    logprobs: Float[Tensor, "N T"],
+    advantages: Float[Tensor, " N *T"],
+    weights: Float[Tensor, "N T"],
+    mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
+    inputs: Mapping[str, Float[Tensor, "N T"] | None],
+) -> Float[Tensor, ""]:
+    """Compute what `Estimator.loss` returns; `inputs` are its other arguments by name."""
+    if not logprobs.shape == weights.shape == mask.shape:
+        raise ValueError(f"shapes differ: {logprobs.shape=}, {weights.shape=}, {mask.shape=}")
+    live = mask.bool() & (weights != 0)
+
+    def inside(name: str, purpose: str) -> Tensor:
+        return zero_outside(given(name, inputs[name], purpose), live)
+
+    # Tokens that do not count may hold anything, also nan, so they are set to 0 before any arithmetic.
+    logprobs = zero_outside(logprobs, live)
+    advantages = advantages.detach() if advantages.ndim == 2 else advantages.detach()[:, None]
+    advantages = zero_outside(advantages.expand(live.shape), live)
+    old = logprobs.detach()  # on-policy: the ratio is 1, and its gradient is the score
+    if estimator.needs_old_logprobs:
+        old = inside("old_logprobs", f"the ratio {estimator.ratio!r}").detach()
+    elif estimator.importance_cap is not None and inputs["old_logprobs"] is not None:
+        old = inside("old_logprobs", "the importance weight").detach()
+    gain = policy_gain(estimator, logprobs, logprobs - old, advantages, live)
+    if estimator.importance_cap is not None:
+        sampled = inside("sampling_logprobs", "importance_cap").detach()
+        # Truncated importance weights: the cap bounds the variance, and biases tokens that exceed it.
+        gain = gain * (old - sampled).exp().clamp(max=estimator.importance_cap)
+    if estimator.needs_kl and estimator.kl_placement == "loss":
+        reference = inside("ref_logprobs", "a KL in the loss").detach()
+        # After the importance weight, which corrects the policy's gain and does not apply to the KL.
+        gain = gain - estimator.beta * PER_TOKEN[estimator.kl_estimator](logprobs, reference)
+    if estimator.needs_entropy:
+        bonus = inside("entropy", "an entropy bonus")
+        if estimator.entropy_form == "sequence":
+            bonus = along_path(bonus, logprobs)
+        gain = gain + estimator.entropy_coef * bonus
+    return -(zero_outside(weights, live) * gain).sum()  # minus: optimisers descend
+
+
+def policy_gain(
+    estimator: Estimator,
+    logprobs: Float[Tensor, "N T"],
+    log_ratio: Float[Tensor, "N T"],
+    advantages: Float[Tensor, "N T"],
+    live: Bool[Tensor, "N T"],
+) -> Float[Tensor, "N T"]:
+    """Return the gain of each token by the ratio of the estimator.
+
+    ::
+
+        none              A log pi, whose gradient is the advantage times the score (Williams 1992)
+        token             PPO's gain, clipped token by token (Schulman et al. 2017, arXiv 1707.06347, eq. 7)
+        sequence_mean     GSPO's, with the clipped geometric mean of the row's ratios (arXiv 2507.18071)
+        sequence_product  with the ratio of the whole sequence, unclipped, hence exact off-policy too
+        cispo             sg(clip(rho)) A log pi: clipped tokens keep a gradient (arXiv 2506.13585)
+
+    Args:
+        estimator: The estimator whose ratio and bounds are used.
+        logprobs: log pi, with a gradient; 0 outside `live`, as all that follow.
+        log_ratio: log rho = log pi - log pi_old, where pi_old is the policy that sampled.
+        advantages: A, without a gradient.
+        live: True where the token is an action and its weight is not 0.
+    """
+    if estimator.ratio == "none":
+        return advantages * logprobs
+    if estimator.ratio == "cispo":
+        return advantages * log_ratio.detach().exp().clamp(*estimator.clip_range) * logprobs
+    if estimator.ratio == "token":
+        return clipped(estimator, log_ratio.exp(), advantages)
+    of_sequence = log_ratio.sum(-1, keepdim=True)
+    if estimator.ratio == "sequence_mean":
+        of_sequence = of_sequence / live.sum(-1, keepdim=True).clamp(min=1)
+    # The ratio of the sequence for each token, sg(ratio) pi_t / sg(pi_t): its gradient is the ratio times the
+    # token's score. With one advantage per row, the sum over the row's tokens has the gradient of the ratio
+    # itself, up to the number of tokens over which 'sequence_mean' averages; with one advantage per token,
+    # each score meets its own. logprobs - sg(logprobs) is 0 in value.
+    ratio = (of_sequence.detach() + logprobs - logprobs.detach()).exp()
+    if estimator.ratio == "sequence_product":
+        return advantages * ratio
+    return clipped(estimator, ratio, advantages)
+
+
+def clipped(
+    estimator: Estimator, ratio: Float[Tensor, "N T"], advantages: Float[Tensor, "N T"]
+) -> Float[Tensor, "N T"]:
+    """Return `min(rho A, clip(rho, low, high) A)` (PPO, eq. 7), and for A < 0 no less than `dual_clip A`.
+
+    At rho = 1 its gradient is that of REINFORCE. The second bound removes the gradient of a token of negative
+    advantage whose ratio exceeds `dual_clip` (dual clip, Ye et al. 2020, arXiv 1912.09729).
+    """
+    low, high = estimator.clip_range
+    # The minimum is clipped only where the ratio has already moved in the direction of the advantage. A token
+    # that moved in the other direction keeps its gradient, which brings it back.
+    gain = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    if estimator.dual_clip is None:
+        return gain
+    return torch.where(advantages < 0, torch.maximum(gain, estimator.dual_clip * advantages), gain)
+
+
+def k1(logprobs: Float[Tensor, "*N T"], ref_logprobs: Float[Tensor, "*N T"]) -> Float[Tensor, "*N T"]:
+    """Return `l`: its mean is the KL, and a single value may be negative."""
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs: Float[Tensor, "*N T"], ref_logprobs: Float[Tensor, "*N T"]) -> Float[Tensor, "*N T"]:
+    """Return `l^2 / 2`: its mean is not the KL; its gradient in a loss is `l grad log pi`."""
+    return (logprobs - ref_logprobs).square() / 2
+
+
+def k3(logprobs: Float[Tensor, "*N T"], ref_logprobs: Float[Tensor, "*N T"]) -> Float[Tensor, "*N T"]:
+    """Return `exp(-l) - 1 + l`: its mean is the KL, and it is never negative."""
+    log_ratio = logprobs - ref_logprobs
+    # Near the reference exp(-l) - 1 would lose its digits to cancellation and k3 could be negative; expm1
+    # does not.
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def k2_sequence(logprobs: Float[Tensor, "N T"], ref_logprobs: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """Return each token's share of `(sum_t l_t)^2 / 2`: `l_t sum_u l_u / 2`.
+
+    In a loss the sum over tokens has the gradient `(sum_t l_t) grad log pi(y)`, whose mean is the gradient of
+    the KL of the whole sequence.
+    """
+    log_ratio = logprobs - ref_logprobs
+    # Both factors carry a gradient, so the gradient of the sum over t is (sum_t l_t) grad log pi(y).
+    return log_ratio * log_ratio.sum(-1, keepdim=True) / 2
+
+
+def full_path(logprobs: Float[Tensor, "N T"], ref_logprobs: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """Return k1 in value, with the gradient `(sum_{u >= t} l_u) grad log pi_t`.
+
+    The mean of this gradient is that of the KL of the whole sequence, as for `k2_sequence`. The log ratios of
+    earlier tokens are left out, because they do not depend on this token and only add noise.
+    """
+    log_ratio = (logprobs - ref_logprobs).detach()
+    # The second term is 0 in value; its gradient is the sum of the log ratios from t on times the score.
+    return log_ratio + reward_to_go(log_ratio) * (logprobs - logprobs.detach())
+
+
+PER_TOKEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "k1": k1,
+    "k2": k2,
+    "k3": k3,
+    "k2_sequence": k2_sequence,
+    "full_path": full_path,
+}
+
+
+def token_entropy(logits: Float[Tensor, "*N V"]) -> Float[Tensor, " *N"]:
+    """Return `H = -sum_v p_v log p_v` in nats; a token whose logit is -inf is impossible and adds 0."""
+    logprobs = logits.log_softmax(-1)
+    return entropy_of(logprobs, logprobs.exp())
+
+
+def entropy_of(logprobs: Float[Tensor, "*N V"], probabilities: Float[Tensor, "*N V"]) -> Float[Tensor, " *N"]:
+    """Return the entropy in nats of distributions, given both as log-probabilities and as probabilities.
+
+    Both are arguments because sampling and scoring have both already, and the exponential over the whole
+    vocabulary is the expensive part.
+    """
+    # 0 log 0 is 0 in the entropy; without the fill it would be 0 * -inf = nan, in the gradient too.
+    return -(probabilities * logprobs.masked_fill(probabilities == 0, 0.0)).sum(-1)
+
+
+def along_path(entropy: Float[Tensor, "N T"], logprobs: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """Return the entropy of each step, with a gradient whose mean is that of the sequence's entropy.
+
+    The value at step t is H_t and the gradient is `grad H_t + (sum_{u > t} H_u) grad log pi_t`. Its mean is
+    `-E[grad log pi(y) log pi(y)]`, with the entropy of each step computed and not sampled. Both arguments
+    must be 0 where the position is not an action.
+    """
+    later = entropy.detach()
+    later = reward_to_go(later) - later  # sum_{u > t} H_u, without the step's own entropy
+    # logprobs - sg(logprobs) is 0 in value and has the score as its gradient.
+    return entropy + later * (logprobs - logprobs.detach())
+
+
+def squared_error(
+    values: Float[Tensor, "N T"],
+    returns: Float[Tensor, "N T"],
+    weights: Float[Tensor, "N T"],
+    *,
+    old_values: Float[Tensor, "N T"] | None = None,
+    clip: float | None = None,
+) -> Float[Tensor, ""]:
+    """Return `sum w (V - G)^2 / 2`; where the weight is 0, values and returns may hold anything.
+
+    With `clip`, each token's error is the larger of this and that of `V_old + clip(V - V_old, -clip, clip)`,
+    as in the published code of PPO (Schulman et al. 2017).
+
+    Args:
+        values: The critic's values V [N, T]; they carry the gradient.
+        returns: `Advantages.returns`, the targets G [N, T].
+        weights: `token_weights` [N, T].
+        old_values: The values before the update [N, T], for value_clip.
+        clip: The field value_clip; None for no clip.
+    """
+    live = weights != 0
+    values, goal = zero_outside(values, live), zero_outside(returns.detach(), live)
+    error = (values - goal).square()
+    if clip is not None:
+        old = zero_outside(given("old_values", old_values, "value_clip").detach(), live)
+        # The larger error: clipping may remove a gradient, but never makes the error look smaller.
+        error = torch.maximum(error, (old + (values - old).clamp(-clip, clip) - goal).square())
+    return (zero_outside(weights, live) * error).sum() / 2
+
+
+LARGEST_ERROR = 0.2
+"""The relative error of the KL at which `next_beta` clips: beyond it beta moves no faster."""
+LEAST_BETA = 1e-8
+"""The lower bound of beta, because from 0 it could never rise again."""
+
+
+def next_beta(beta: float, kl: float, *, target: float, gain: float = 0.1) -> float:
+    """Move beta so that the KL nears its target: `beta (1 + gain clip((KL - target)/target, -0.2, 0.2))`.
+
+    This is the proportional controller of Ziegler et al. 2019 (arXiv 1909.08593), with their gain of 0.1.
+    Given the past, the beta of a step is a constant, so its gradient is as exact as with a fixed beta. Two
+    things to know: a run starts at its reference, where the KL is 0, so beta falls at first; and beta
+    accumulates past errors while the KL responds late, so a large gain makes both oscillate.
+
+    Args:
+        beta: Weight of the KL in the step just made, above 0.
+        kl: The KL measured in that step, in nats per completion; nan leaves beta unchanged.
+        target: The KL that is wanted, in nats per completion, above 0.
+        gain: Above 0, and below 5 so that beta stays positive. Beta changes by at most gain / 5 per step,
+            relatively.
+
+    Returns:
+        The weight of the KL in the next step, at least `LEAST_BETA`.
+    """
+    if math.isnan(kl):
+        return beta
+    error = min(max((kl - target) / target, -LARGEST_ERROR), LARGEST_ERROR)
+    return max(beta * (1 + gain * error), LEAST_BETA)
