@@ -273,9 +273,3 @@ def test_the_agent_without_autodiff_names_what_was_raised():
     for method in ("reset", "step"):
         with pytest.raises(Stopped, match=rf"failed in {method}\(\): it raised SystemExit: 0"):
             list(islice(train_numpy(NumpySettings(env=register(raises=method, error=SystemExit(0)))), 1))
-
-
-def test_an_environment_that_exits_while_its_state_is_restored_is_named():
-    envs = Environments(register(raises="reset", error=SystemExit(0)), 1)
-    with pytest.raises(Stopped, match=r"failed while its state was restored: it raised SystemExit: 0"):
-        envs.load_state({"exact": True})

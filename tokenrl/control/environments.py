@@ -7,8 +7,6 @@ and `rollouts` leaves it out.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,10 +19,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from tokenrl.control.failures import close, failed, refusing
 from tokenrl.control.registered import find
 from tokenrl.control.spaces import action_size, observation_size
-from tokenrl.control.state import load_state, record, state_of
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Refused
 from tokenrl.settings import check_number
-from tokenrl.user_code import is_interrupt, raised
 
 
 @dataclass(frozen=True)
@@ -118,18 +114,12 @@ def _horizon(spec: EnvSpec, limit: int | None) -> int:
 
 
 class Environments:
-    """Copies of one environment: observations are flat float32 vectors, actions are those of a policy.
-
-    Attributes:
-        exact: whether the copies have exactly the state last loaded; True if none was.
-    """
+    """Copies of one environment: observations are flat float32 vectors, actions are those of a policy."""
 
     def __init__(self, env: str, num_envs: int, max_episode_steps: int | None = None) -> None:
         """Make the copies; see `make`."""
         self.vector = make(env, num_envs, max_episode_steps)
-        self.env, self.num_envs, self.exact = find(env).id, num_envs, True
-        self._moves = 0  # resets and steps so far
-        self._horizon = _horizon(find(env), max_episode_steps)
+        self.env, self.num_envs = find(env).id, num_envs
         self._observations: Any = self.vector.single_observation_space
         actions: Any = self.vector.single_action_space
         self._start = int(actions.start) if isinstance(actions, spaces.Discrete) else None
@@ -147,7 +137,6 @@ class Environments:
         Raises:
             Stopped: the environment raised an error.
         """
-        self._moves += 1
         try:
             return self.flat(self.vector.reset(seed=seed)[0])
         except BaseException as error:
@@ -168,7 +157,6 @@ class Environments:
         Raises:
             Stopped: the environment raised an error.
         """
-        self._moves += 1
         try:
             observations, rewards, terminated, truncated, _ = self.vector.step(self.translate(actions))
             return self.flat(observations), rewards, terminated, truncated
@@ -182,42 +170,6 @@ class Environments:
         if self._start is not None:
             return actions + self._start if self._start else actions
         return np.clip(self._middle + self._half * actions, self._low, self._high)
-
-    def record(self) -> None:
-        """Record all episodes from the next reset on, if `load_state` needs that to restore them."""
-        with contextlib.closing(Environments(self.env, 1, self._horizon)) as probe:
-            probe.reset(seed=0)
-            record(self.vector, probe.vector, self._horizon)
-
-    def state_when_saved(self) -> Callable[[], dict[str, Any]]:
-        """Return a function that returns the state of all copies, since that takes as long as many steps.
-
-        The state that it returns has the entry `exact`, which is False if some of the state cannot be saved,
-        or if a copy has been stepped or reset before the function is called.
-        """
-        moves = self._moves
-
-        def state() -> dict[str, Any]:
-            found = state_of(self.vector)
-            found["exact"] = found["exact"] and moves == self._moves
-            return found
-
-        return state
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state that was saved; `exact` says afterwards whether all of it was restored.
-
-        Raises:
-            Stopped: the environment raised an error.
-        """
-        try:
-            self.exact = load_state(self.vector, state)
-        except BaseException as error:
-            if is_interrupt(error):
-                raise
-            raise Stopped(
-                f"The environment {self.env} failed while its state was restored: {raised(error)}."
-            ) from error
 
     def close(self) -> None:
         """Close the copies."""

@@ -24,9 +24,16 @@ SEEDS = 2**30
 """Seeds of training are below this number and those of evaluation are not, so that they never share one."""
 
 
-def seed_of(seed: int, purpose: int, *, evaluation: bool = False) -> int:
-    """Return the seed of one purpose in a run, which differs from those of other runs and purposes."""
-    number = int(np.random.SeedSequence([seed, purpose]).generate_state(1)[0]) % (SEEDS - 10**6)
+def seed_of(seed: int, purpose: int, rollout: int = 0, *, evaluation: bool = False) -> int:
+    """Return the seed of one purpose in a run, which differs from those of other runs and purposes.
+
+    Args:
+        seed: seed of the run.
+        purpose: what is drawn; 0 for the starting states of training.
+        rollout: number of rollouts before, for a purpose that needs a seed in each of them.
+        evaluation: whether it is for an evaluation.
+    """
+    number = int(np.random.SeedSequence([seed, purpose, rollout]).generate_state(1)[0]) % (SEEDS - 10**6)
     return number + SEEDS if evaluation else number
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def collect_episodes(
-    envs: Environments, policy: Policy, horizon: int, generator: torch.Generator | None, *, seed: int | None
+    envs: Environments, policy: Policy, horizon: int, generator: torch.Generator | None, *, seed: int
 ) -> Rollout:
     """Play one whole episode in every environment.
 
@@ -60,7 +60,7 @@ def collect_episodes(
         policy: chooses the actions.
         horizon: the largest number of steps of an episode.
         generator: random numbers of the actions; None for the most probable actions.
-        seed: seed of the starting states; None continues with the random states of the environments.
+        seed: seed of the starting states.
 
     Raises:
         Stopped: the environment raised an error, or gave a number that `check_finite` stops at.
@@ -139,21 +139,6 @@ class Pieces:
         self._dummy = np.zeros(envs.num_envs, bool)  # whether the next step only resets
         self._returns = np.zeros(envs.num_envs)
         self._length = np.zeros(envs.num_envs, int)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where the episodes are; the state of the environments is their own."""
-        return {name: getattr(self, f"_{name}") for name in ("observation", "dummy", "returns", "length")}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned, with environments that have been given their state.
-
-        If they could not be given exactly that state, all of them start a new episode.
-        """
-        if not self.envs.exact:
-            self._observation = self.envs.reset()
-            return
-        for name in self.state_dict():
-            setattr(self, f"_{name}", state[name].copy())
 
     @torch.no_grad()
     def collect(self, policy: Policy, generator: torch.Generator) -> Rollout:

@@ -107,47 +107,24 @@ class Run:
         return f"{self.spec.env}, {preset_name(self.args.estimator)}, seed {self.args.seed}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the progress and the state of the environments, with which the run continues exactly.
+        """Return the progress and the random numbers, with which the run continues.
 
-        What takes time is returned as a function, which is called only if a checkpoint is written.
+        Environments have no state here: a rollout of whole episodes is reset with a seed from its step. The
+        entropies are returned as a function, which is called only if a checkpoint is written.
         """
         updates = len(self.entropies)
         return {
             **{name: getattr(self, name) for name in NUMBERS},
             "entropies": lambda: np.array(self.entropies[:updates], np.float64),
             "actions": self.actions.get_state(),
-            "envs": self.envs.state_when_saved(),
-            "eval_envs": self.eval_envs.state_when_saved(),
-            "pieces": None if self.pieces is None else self.pieces.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned; see `inexact` afterwards.
-
-        Raises:
-            Stopped: the environment raised an error while its state was restored.
-        """
+        """Continue from what `state_dict` returned."""
         for name, kind in NUMBERS.items():
             setattr(self, name, kind(state[name]))
         self.entropies = state["entropies"].tolist()
         self.actions.set_state(state["actions"])
-        if state["pieces"] is not None:
-            self.pieces = Pieces(self.envs, self.args.num_steps or 0, seed=0)
-        self.envs.load_state(state["envs"])
-        self.eval_envs.load_state(state["eval_envs"])
-        if self.pieces is not None:
-            self.pieces.load_state_dict(state["pieces"])
-
-    @property
-    def inexact(self) -> str | None:
-        """Why the run does not continue bit for bit from the state last loaded; None if it does."""
-        if self.envs.exact:
-            return None
-        began = "" if self.pieces is None else " Its episodes begin anew."
-        return (
-            f"The continuation is not bit-exact: {self.spec.env} has state that was not saved, or that "
-            f"replaying its episodes did not bring back.{began}"
-        )
 
     def solved(self, evaluation: dict[str, float]) -> bool | None:
         """Return whether an evaluation reaches the environment's threshold; None if either is missing."""

@@ -119,8 +119,6 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
         eval_envs=Environments(spec.env, args.eval_episodes, args.max_episode_steps),
         actions=torch.Generator().manual_seed(seed_of(args.seed, 12)),
     )
-    run.envs.record()
-    run.eval_envs.record()
     _keep_freed_memory()
     return run
 

@@ -1,4 +1,9 @@
-"""Trains an agent: the loop that rolls out, updates, evaluates, records and saves."""
+"""Trains an agent: the loop that rolls out, updates, evaluates, records and saves.
+
+The state of environments is not saved. The starting states of each rollout follow from the seed and the
+step, so a continuation of whole episodes is exact, unless an environment remembers something from one episode
+to the next. Pieces of episodes (num_steps) go on in the next rollout: a continuation begins new episodes.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +29,11 @@ from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments, called
 from tokenrl.user_code import is_interrupt
+
+ANEW = (
+    "The continuation begins new episodes, because with num_steps episodes go on from one rollout to the "
+    "next and are not saved. Its numbers can be repeated, but are not those of an uninterrupted run."
+)
 
 
 def train_agent(
@@ -79,8 +89,8 @@ def train_agent(
             if not session.continues:
                 session.evaluated(_evaluate(run))
             session.begin(run.args, names={}, title=run.title, solved=spec.solved)
-            if session.continues and run.inexact:
-                session.console.warn(run.inexact)
+            if session.continues and args.num_steps is not None:
+                session.console.warn(ANEW)
             return _loop(run, session)
 
 
@@ -153,12 +163,16 @@ def _one_update(run: Run, step: int) -> dict[str, float]:
 
 
 def _collect(run: Run, step: int) -> Rollout:
-    args = run.args
+    """Collect the rollout of a step; the starting states of its episodes follow from the seed and the step.
+
+    Pieces of episodes go on from one rollout to the next. Only the first rollout of a run, or of its
+    continuation, starts them anew.
+    """
+    args, start = run.args, seed_of(run.args.seed, 0, step - 1)
     if args.num_steps is None:
-        start = seed_of(args.seed, 0) if step == 1 else None
         return collect_episodes(run.envs, run.agent.policy, run.spec.horizon, run.actions, seed=start)
     if run.pieces is None:
-        run.pieces = Pieces(run.envs, args.num_steps, seed=seed_of(args.seed, 0))
+        run.pieces = Pieces(run.envs, args.num_steps, seed=start)
     return run.pieces.collect(run.agent.policy, run.actions)
 
 
