@@ -10,8 +10,8 @@ completions raise the weight of rare successes and rare failures, up to about sq
 p)), as if the objective were 2 arcsin sqrt(p) (Davis and Recht 2025, arXiv 2510.13651), is reached only where
 G is well above 1/p.
 
-Lines come from `tokenrl.lab.weight_of_difficulty`, through the preset's own advantages; dots are the whole
-gradient of the preset, summed over all groups that can be drawn; the formula is printed beside them.
+Lines come from the preset's own advantages (`weight_of_difficulty`); dots are the whole gradient of the
+preset, summed over all groups that can be drawn; the formula is printed beside them.
 """
 
 from dataclasses import replace
@@ -22,10 +22,38 @@ import tyro
 from matplotlib.figure import Figure
 
 from tokenrl import Estimator
-from tokenrl.lab import exact_moments, tabular_problem, weight_of_difficulty
+from tokenrl.lab import exact_moments, tabular_problem
 
 COLOURS = {2: "#0072B2", 4: "#56B4E9", 8: "#009E73", 16: "#E69F00", 64: "#D55E00"}  # Okabe and Ito
 GRPO = Estimator.preset("grpo")
+
+
+def weight_of_difficulty(estimator: Estimator, chances: list[float], group_size: int) -> torch.Tensor:
+    """Return the weight w in `E[g] = w grad p` for a prompt with binary rewards, solved with probability p.
+
+    w depends on the policy through p only: given its reward, the mean score of a completion is `grad p / p`
+    or `-grad p / (1 - p)`. It is 1 for RLOO, (G-1)/G for the group mean, and for GRPO's advantages `E[s_K^2 /
+    (std_K + eps)] / (p (1 - p))` with `s_K^2 = K/G (1 - K/G)` and K ~ Binomial(G, p).
+
+    Args:
+        estimator: The estimator whose advantages are used, with one prompt per step; the aggregation over
+            tokens plays no part.
+        chances: The K probabilities p, each strictly between 0 and 1.
+        group_size: G, completions per prompt; the cost grows as G^2.
+
+    Returns:
+        The weight w for each p [K].
+    """
+    p = torch.tensor(chances, dtype=torch.double)
+    solved = torch.arange(group_size + 1)  # K
+    rewards = (torch.arange(group_size) < solved[:, None]).double()  # [G + 1, G]
+    mask = torch.ones(group_size, 1, dtype=torch.double)
+    advantages = torch.vmap(lambda r: estimator.advantages(r, mask, group_size=group_size).policy)(rewards)
+    binomial = torch.distributions.Binomial(group_size, p[:, None])
+    chance = binomial.log_prob(solved.double()).exp()  # [K, G + 1]
+    right = (advantages.reshape(rewards.shape) * rewards).mean(-1)
+    wrong = (advantages.reshape(rewards.shape) * (1 - rewards)).mean(-1)
+    return (chance * (right / p[:, None] - wrong / (1 - p[:, None]))).sum(-1)
 
 
 def formula(chances: list[float], size: int) -> torch.Tensor:

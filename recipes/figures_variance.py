@@ -16,19 +16,39 @@ wrong ones; every group is enumerated.
 
 from pathlib import Path
 
+import torch
 import tyro
 from matplotlib.figure import Figure
 
 from tokenrl import Estimator
-from tokenrl.lab import (
-    Problem,
-    best_constant_baseline,
-    exact_moments,
-    tabular_problem,
-    variance_with_constant_baselines,
-)
+from tokenrl.lab import Problem, exact_moments, tabular_problem
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito
+
+
+def variance_with_constant_baselines(problem: Problem, constants: list[float]) -> torch.Tensor:
+    """Return the trace of the covariance of the gradient with one completion per prompt, for each constant b.
+
+    The gradient is `(R - b) S`, averaged over prompts, with S the sum of the scores of a completion. The
+    curve [K] is a parabola with its minimum at `best_constant_baseline`.
+
+    Args:
+        problem: The problem to enumerate.
+        constants: The K values of b.
+    """
+    return torch.tensor(
+        [
+            exact_moments(Estimator(baseline="constant", baseline_constant=b), problem, group_size=1).variance
+            for b in constants
+        ],
+        dtype=torch.double,
+    )
+
+
+def best_constant_baseline(problem: Problem) -> float:
+    """Return the b of least variance, `E[|S|^2 R]/E[|S|^2]` (Greensmith et al. 2004; Weaver and Tao 2001)."""
+    norms = problem.chances * problem.scores.sum(2).square().sum(-1)  # [P, M]
+    return float((norms * problem.totals).sum() / norms.sum())
 
 
 def rloo_variance(problem: Problem, size: int) -> float:

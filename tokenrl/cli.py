@@ -22,7 +22,7 @@ from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, TokenrlError, suggest
 from tokenrl.flags import Command, parse, print_completion
 from tokenrl.lab.compare.arguments import CompareArguments
-from tokenrl.lab.exact.arguments import LabArguments
+from tokenrl.lab.exact.catalogue import LabArguments
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.preferences.arguments import RewardModelArguments

@@ -10,11 +10,6 @@ import torch
 
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
-from tokenrl.lab.exact.curves import (
-    best_constant_baseline,
-    variance_with_constant_baselines,
-    weight_of_difficulty,
-)
 from tokenrl.lab.exact.enumeration import Moments, exact_moments, proportional_step
 from tokenrl.lab.exact.problems import Problem, tabular_problem
 
@@ -132,48 +127,33 @@ def test_reinforce_averages_independent_rows_and_prompts() -> None:
 
 
 def test_variance_against_a_constant_baseline_is_a_parabola() -> None:
-    """Var(b) - Var(b*) = (b - b*)^2 E|S|^2."""
+    """Var(b) - Var(b*) = (b - b*)^2 E|S|^2, with b* = E[|S|^2 R]/E[|S|^2]."""
     problem = tabular_problem(5)
-    best = best_constant_baseline(problem)
-    norm = float((problem.chances * problem.scores.sum(2).square().sum(-1)).sum())
-    constants = [best, best - 1, best + 0.3, 4.0]
-    lowest, *others = variance_with_constant_baselines(problem, constants).tolist()
-    for b, variance in zip(constants[1:], others, strict=True):
-        assert variance - lowest == pytest.approx((b - best) ** 2 * norm, rel=1e-10)
-    two = tabular_problem(6, prompts=2, length=2)
-    best = best_constant_baseline(two)
-    below, lowest, above = variance_with_constant_baselines(two, [best - 1e-3, best, best + 1e-3]).tolist()
-    assert lowest < below and below == pytest.approx(above, rel=1e-9)
+    norms = problem.chances * problem.scores.sum(2).square().sum(-1)  # [P, M]
+    best, norm = float((norms * problem.totals).sum() / norms.sum()), float(norms.sum())
+
+    def variance(b: float) -> float:
+        constant = Estimator(baseline="constant", baseline_constant=b)
+        return exact_moments(constant, problem, group_size=1).variance
+
+    for b in (best - 1, best + 0.3, 4.0):
+        assert variance(b) - variance(best) == pytest.approx((b - best) ** 2 * norm, rel=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("fields", "ddof"),
-    [
-        ({"baseline": "group_mean", "scale": "group_std", "scale_ddof": 0, "scale_eps": 0.01}, 0),
-        ({"baseline": "group_mean", "scale": "group_std", "scale_ddof": 1, "scale_eps": 0.01}, 1),
-    ],
-)
-def test_weight_of_difficulty_of_a_group_std(fields: dict, ddof: int) -> None:
-    chances = [0.05, 0.3, 0.5, 0.9]
-    for size in (2, 3, 8, 64):
-        found = weight_of_difficulty(Estimator(**fields), chances, size)
-        for p, w in zip(chances, found.tolist(), strict=True):
-            wanted = 0.0
-            for k in range(size + 1):
-                variance = k / size * (1 - k / size)
-                std = (variance * size / (size - ddof)) ** 0.5
-                wanted += comb(size, k) * p**k * (1 - p) ** (size - k) * variance / (std + 0.01)
-            assert w == pytest.approx(wanted / (p * (1 - p)), rel=1e-9)
-
-
-def test_weight_of_difficulty_is_what_enumeration_finds() -> None:
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_weight_of_difficulty_of_a_group_std(ddof: int) -> None:
+    """Binary rewards: E[g] = w_G(p) grad p, w = E[s_K^2/(std_K + eps)]/(p(1 - p)), K ~ Binomial(G, p)."""
     problem = tabular_problem(7, rewards="binary")
     p = float((problem.chances * problem.totals).sum())
-    for fields in ({}, {"baseline": "group_mean"}, {"scale": "group_std", "scale_eps": 0.1}):
-        found = exact_moments(Estimator(**fields), problem, group_size=3)
-        (w,) = weight_of_difficulty(Estimator(**fields), [p], 3).tolist()
-        torch.testing.assert_close(found.mean, w * problem.gradient(), **CLOSE)
-    assert weight_of_difficulty(Estimator(), [0.1, 0.7], 5).tolist() == pytest.approx([1, 1])
+    grpo = Estimator(baseline="group_mean", scale="group_std", scale_ddof=ddof, scale_eps=0.01)
+    for size in (2, 3, 4):
+        wanted = 0.0
+        for k in range(size + 1):
+            variance = k / size * (1 - k / size)
+            std = (variance * size / (size - ddof)) ** 0.5
+            wanted += comb(size, k) * p**k * (1 - p) ** (size - k) * variance / (std + 0.01)
+        found = exact_moments(grpo, problem, group_size=size)
+        torch.testing.assert_close(found.mean, wanted / (p * (1 - p)) * problem.gradient(), **CLOSE)
 
 
 def test_a_proportional_step_is_the_limit_of_many_groups() -> None:

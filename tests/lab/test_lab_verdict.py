@@ -148,6 +148,18 @@ def test_a_baseline_that_cannot_be_computed_at_once_is_refused() -> None:
         measure_bias(Estimator(baseline=branching))
 
 
+def test_a_baseline_with_a_memory_is_refused() -> None:
+    class Average:
+        value = 0.0
+
+        def __call__(self, totals, **_):
+            before, self.value = self.value, 0.9 * self.value + 0.1 * totals.mean()
+            return totals * 0 + before
+
+    with pytest.raises(Refused, match=r"'Average' returned two different results .* has a memory"):
+        measure_bias(Estimator(baseline=Average()))
+
+
 def test_the_example_in_the_docstring() -> None:
     done = doctest.testmod(verdict_module)
     assert done.attempted >= 5 and done.failed == 0

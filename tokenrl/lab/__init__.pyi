@@ -5,11 +5,6 @@ from tokenrl.lab.exact.control_problem import (
     problem_of_mdp as problem_of_mdp,
     random_mdp as random_mdp,
 )
-from tokenrl.lab.exact.curves import (
-    best_constant_baseline as best_constant_baseline,
-    variance_with_constant_baselines as variance_with_constant_baselines,
-    weight_of_difficulty as weight_of_difficulty,
-)
 from tokenrl.lab.exact.discounting import (
     WhichObjective as WhichObjective,
     which_objective as which_objective,

@@ -1,12 +1,34 @@
-"""Lists the estimators that the lab measures: every preset, and RLOO with each axis changed by itself."""
+"""Says what `tokenrl lab exact` measures: its arguments, and every estimator that it knows by name.
+
+The estimators are every preset, and RLOO with each axis changed by itself. Imports no torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
 
 from tokenrl.core.choices import AXES, KL_EFFECTS
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
+from tokenrl.settings import Settings
+
+
+@dataclass(frozen=True)
+class LabArguments(Settings):
+    """Check the declared bias of every estimator by summing over everything that can be sampled."""
+
+    what: tyro.conf.Positional[Literal["exact"]]
+    """exact: enumerate every group of completions of tiny problems, in float64."""
+    json: Path | None = None
+    """Write one record per estimator to this JSON file."""
+    estimators: tuple[str, ...] = ()
+    """Measure only these estimators, named as in the table. Default: all."""
+
 
 NEEDS: dict[str, dict[str, object]] = {
     "entropy_form": {"entropy_coef": 0.3},

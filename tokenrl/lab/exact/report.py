@@ -1,35 +1,26 @@
-"""Runs `tokenrl lab exact`: prints a table, writes records, draws a map of noise against bias."""
+"""Runs `tokenrl lab exact`: prints its progress and a table, and writes records."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from tokenrl.core.choices import EXACT, FROM_BEST_TO_WORST, UP_TO_SCALE
-from tokenrl.errors import Refused
-from tokenrl.lab.exact.arguments import LabArguments
-from tokenrl.lab.exact.catalogue import named_estimators
+from tokenrl.core.choices import EXACT, UP_TO_SCALE
+from tokenrl.errors import Refused, nearest
+from tokenrl.lab.exact.catalogue import LabArguments, named_estimators
 from tokenrl.lab.exact.discounting import Match, objectives_on_control
 from tokenrl.lab.exact.verdict import Verdict, measure_bias
 from tokenrl.runs.console import rich_console, rich_table
 from tokenrl.runs.files import check_place, write_text
-from tokenrl.runs.plots import save_figure
 from tokenrl.runs.threads import using_threads
-
-# The palette of Okabe and Ito, which is readable with any colour vision.
-COLOURS = dict(
-    zip(FROM_BEST_TO_WORST, ("#009E73", "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#8A8A8A"), strict=True)
-)
-
-FIGURES = (".png", ".svg", ".pdf")
 
 
 def exact(args: LabArguments) -> int:
-    """Measure the estimators, print the tables and write the files.
+    """Measure the estimators, print the tables and write the file.
 
     Returns:
         The exit code: 1 if any declaration is wrong, else 0.
@@ -37,27 +28,24 @@ def exact(args: LabArguments) -> int:
     Raises:
         Refused: For an unknown estimator, or a file that cannot be written.
     """
-    chosen = named_estimators()
-    if unknown := [name for name in args.estimators if name not in chosen]:
-        raise Refused(f"The lab knows no estimator {unknown[0]!r}; it knows: {'; '.join(chosen)}.")
-    for path in (args.json, args.figure):
-        if path is not None:
-            check_place(path)
-    if args.figure is not None and args.figure.suffix not in FIGURES:
-        raise Refused(f"{args.figure} cannot be drawn: its name must end in one of {', '.join(FIGURES)}.")
+    from rich.progress import track
+
+    known = named_estimators()
+    for name in args.estimators:
+        if name not in known:
+            hint = nearest(name, known)
+            raise Refused(f"The lab knows no estimator {name!r}.{hint} It knows: {'; '.join(known)}.")
+    if args.json is not None:
+        check_place(args.json)
+    chosen = [name for name in known if not args.estimators or name in args.estimators]
+    progress = track(chosen, "enumerating", console=rich_console(file=sys.stderr))
     with using_threads(1):  # many small sums, which a second thread only slows down
-        verdicts = {
-            name: measure_bias(e)
-            for name, e in chosen.items()
-            if not args.estimators or name in args.estimators
-        }
+        verdicts = {name: measure_bias(known[name]) for name in progress}
     print_table(verdicts)
     if not args.estimators:
         print_objectives()
     if args.json is not None:
         write_text(args.json, json.dumps(records(verdicts), indent=1, allow_nan=False) + "\n")
-    if args.figure is not None:
-        draw_map(verdicts, args.figure)
     return 0 if all(v.ok for v in verdicts.values()) else 1
 
 
@@ -130,56 +118,3 @@ def _against(match: Match) -> str:
     if match.status == UP_TO_SCALE:
         return f"{match.scale:.3f} of it"
     return f"off by {match.relative_bias:.3f}, cos {match.cosine:.4f}"
-
-
-def draw_map(verdicts: Mapping[str, Verdict], path: Path) -> Path:
-    """Draw each estimator's noise against the angle of its bias, both on the first problem.
-
-    Estimators at the same place share a number; the list at the right names them.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 9), dpi=100, facecolor="white")
-    axes = figure.add_axes((0.05, 0.07, 0.62, 0.87))
-    listing = figure.add_axes((0.69, 0.07, 0.31, 0.87))
-    listing.axis("off")
-    spots = sorted(_spots(verdicts).items(), key=lambda item: -item[0][1])
-    for number, ((angle, noise, found), names) in enumerate(spots, start=1):
-        colour = COLOURS[found]
-        axes.scatter([angle], [noise], color=colour, s=190, alpha=0.85, linewidths=0, zorder=3)
-        axes.annotate(str(number), (angle, noise), ha="center", va="center", fontsize=7.5, color="white",
-                      fontweight="bold", zorder=4)  # fmt: skip
-        height = 1 - number / (len(spots) + 1)
-        listing.text(0, height, str(number), color=colour, fontsize=8, fontweight="bold", ha="right")
-        listing.text(0.02, height, _shortened(names), color="#222222", fontsize=8)
-    for status in dict.fromkeys(sorted((v.found for v in verdicts.values()), key=FROM_BEST_TO_WORST.index)):
-        axes.scatter([], [], color=COLOURS[status], s=60, label=status)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_xlabel("angle between the expected gradient and the gradient of J, degrees")
-    axes.set_ylabel("noise: tr Var g / |E g|²")
-    axes.set_title("Bias and noise of every estimator: further left is truer, lower is quieter", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#E8E8E8", linewidth=0.8)
-    if spots:
-        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.06, 1.0), title="found")
-    save_figure(figure, path)
-    return path
-
-
-def _spots(verdicts: Mapping[str, Verdict]) -> dict[tuple[float, float, str], list[str]]:
-    """Group names by (angle in degrees, noise, status), rounded; leave out those without a gradient."""
-    spots: dict[tuple[float, float, str], list[str]] = {}
-    for name, v in verdicts.items():
-        first = v.measurements[0]
-        if math.isfinite(first.noise) and first.noise > 0:
-            angle = math.degrees(math.acos(max(-1.0, min(1.0, first.cosine))))
-            spot = (round(angle, 2), float(f"{first.noise:.3g}"), v.found)
-            spots.setdefault(spot, []).append(name)
-    return spots
-
-
-def _shortened(names: Sequence[str]) -> str:
-    text = ", ".join(names)
-    return text if len(text) <= 62 else text[:61] + "…"

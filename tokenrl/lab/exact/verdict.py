@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -88,14 +89,15 @@ def measure_bias(estimator: Estimator, problems: Sequence[Problem] | None = None
 
     Args:
         estimator: Any estimator, also one whose bias is unknown. A baseline of your own must work under
-            `torch.vmap` (no `.item()`, no branch on a value).
+            `torch.vmap` (no `.item()`, no branch on a value) and have no memory of earlier calls: given the
+            past, a memory that is updated after use is a constant, so measure it with its memory held fixed.
         problems: Problems to use instead of `default_problems()`; the first is the main one.
 
     Returns:
         The declared status, the status found, and the numbers of each problem.
 
     Raises:
-        Refused: When the estimator can be used on none of the problems.
+        Refused: When the estimator can be used on none of the problems, or its baseline has a memory.
 
     Example:
         >>> from tokenrl import Estimator
@@ -111,6 +113,7 @@ def measure_bias(estimator: Estimator, problems: Sequence[Problem] | None = None
         >>> verdict.declared, verdict.found, round(verdict.measurements[0].scale, 3)
         ('unknown', 'exact_up_to_scale', 0.875)
     """
+    _check_memory(estimator)
     measurements = []
     refusal = Refused("There is no problem to measure on; give at least one.")
     for problem in default_problems() if problems is None else problems:
@@ -126,6 +129,24 @@ def measure_bias(estimator: Estimator, problems: Sequence[Problem] | None = None
     if found == choices.BIASED and tends_to_the_gradient(estimator):
         found = choices.ASYMPTOTIC
     return Verdict(estimator.bias_status, found, tuple(measurements))
+
+
+def _check_memory(estimator: Estimator) -> None:
+    """Refuse a baseline of the user's own that returns something else for the same step called again."""
+    if not callable(estimator.baseline):
+        return
+    draw = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 4, generator=draw, dtype=torch.double)
+    mask = torch.ones(4, 1, dtype=torch.double)
+    first, _, again = (estimator.advantages(x, mask, group_size=2).policy for x in (one, other, one))
+    if not first.equal(again):
+        name = getattr(estimator.baseline, "__name__", type(estimator.baseline).__name__)
+        raise Refused(
+            f"The baseline {name!r} returned two different results for the same step, so it has a memory or "
+            "draws random numbers. The lab enumerates steps and needs a function of the step alone: measure "
+            "it with its memory held fixed. If it is updated only after it was used, its memory is a "
+            "constant and changes no expected gradient."
+        )
 
 
 def tends_to_the_gradient(estimator: Estimator) -> bool:
