@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import toy_tasks
-from tokenrl.language.rewards.declared import declared_range
+from tokenrl.language.rewards.loading import declared_range
 
 TASKS = {name: toy_tasks.load(name) for name in toy_tasks.NAMES}
 MODULES = {name: importlib.import_module(f"toy_tasks.{name}") for name in toy_tasks.NAMES}

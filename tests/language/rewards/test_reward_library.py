@@ -15,8 +15,8 @@ from tokenrl.language.rewards.library import (
     Repetition,
     Sentiment,
     ValidJson,
+    final_number,
 )
-from tokenrl.language.rewards.library.answers import final_number
 from tokenrl.language.rewards.rewards import Rewards
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tokenrl.errors import Refused
-from tokenrl.language.rewards.composition import load_reward
+from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.rewards import Rewards
 

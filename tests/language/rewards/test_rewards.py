@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.rewards.composition import load_reward
+from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 
 COMPLETIONS = ["one", "three", "", "x" * 500]

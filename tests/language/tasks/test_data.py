@@ -254,7 +254,7 @@ def test_at_most_half_is_held_out_and_one_prompt_is_too_few(tmp_path):
     assert (len(task.train_prompts), len(task.eval_prompts)) == (10, 10)
     with pytest.raises(Refused, match="too few distinct prompts"):
         load_task(write_rows(tmp_path / "one.jsonl", ROWS[:1] * 5), reward=reward)
-    with pytest.raises(Refused, match="eval_size is 0"):
+    with pytest.raises(Refused, match="eval_size was given as 0"):
         load_task(str(tmp_path / "h.jsonl"), reward=reward, eval_size=0)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import toy_tasks
 from tokenrl.errors import Refused, describe
-from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.language.tasks.arguments import DataArguments, TaskArguments
 from tokenrl.language.tasks.sources import check_prompts, with_prompts
 from tokenrl.language.tasks.task import find_task
 from tokenrl.names import import_attribute
@@ -18,22 +18,24 @@ def test_columns_and_templates():
     with pytest.raises(
         Refused, match=r"here has no column 'prompt'.*Available: hint, question.*prompt_template"
     ):
-        with_prompts(ROWS, "here", "prompt", None)
-    rows = with_prompts(ROWS, "here", "question", None)
+        with_prompts(ROWS, "here", DataArguments())
+    rows = with_prompts(ROWS, "here", DataArguments(prompt_column="question"))
     assert rows[1] == {"prompt": "q1", **ROWS[1]}
-    rows = with_prompts(ROWS, "here", "prompt", "{question} ({hint[text]}) {{}}\nAnswer:")
+    rows = with_prompts(
+        ROWS, "here", DataArguments(prompt_template="{question} ({hint[text]}) {{}}\nAnswer:")
+    )
     assert rows[2] == {"prompt": "q2 (2) {}\nAnswer:", **ROWS[2]}
     for template in ("{questoin}", "{}", "{question", "no field", "{hint[gone]}"):
         with pytest.raises(Refused, match="prompt_template"):
-            with_prompts(ROWS, "here", "prompt", template)
+            with_prompts(ROWS, "here", DataArguments(prompt_template=template))
     with pytest.raises(Refused, match="here is empty"):
-        with_prompts([], "here", "prompt", None)
+        with_prompts([], "here", DataArguments())
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")])
 def test_a_missing_value_never_becomes_a_word_in_a_prompt(missing):
     with pytest.raises(Refused, match=f"row 3: column 'question' of prompt_template is {missing}"):
-        with_prompts([*ROWS, {"question": missing}], "here", "prompt", "{question}")
+        with_prompts([*ROWS, {"question": missing}], "here", DataArguments(prompt_template="{question}"))
 
 
 @pytest.mark.parametrize(

@@ -6,24 +6,40 @@ under a deadline run in a process of their own (worker.py), which calls them wit
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import functools
 import inspect
 import math
 import numbers
+import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenrl.errors import Refused, Stopped, TokenrlError, describe, suggest
-from tokenrl.language.rewards.awaiting import Attempt, await_all
-from tokenrl.language.rewards.declared import original
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe, suggest
 from tokenrl.settings import LARGEST_REWARD
-from tokenrl.user_code import is_interrupt, marked_interrupts
 
 Reward = Callable[..., Any]
 Announce = Callable[[str], None]
+
+
+class Attempt(NamedTuple):
+    """The result of one call of a reward function.
+
+    Attributes:
+        output: what it returned, unchecked; None if it raised.
+        error: what it raised (`sys.exit` raises SystemExit); None if it returned.
+        seconds: the time that it took.
+    """
+
+    output: Any
+    error: BaseException | None
+    seconds: float
 
 
 class Called(NamedTuple):
@@ -48,7 +64,7 @@ def call_rewards(
     state: Mapping[str, Any],
     announce: Announce = lambda stage: None,
 ) -> Called:
-    """Call every function on N completions, check what came back, and collect what was logged.
+    """Call every function on N completions, async ones together; check the results, collect what was logged.
 
     Args:
         named: the functions by their distinct names.
@@ -69,71 +85,94 @@ def call_rewards(
         "log_extra": lambda column, values: extra.setdefault(column, []).extend(values),
         "log_metric": lambda name, value: logged.setdefault(name, []).append(float(value)),
     }
-    with marked_interrupts():
-        attempts = dict(zip(named, run_rewards(named, rows, shared, announce), strict=True))
-    return Called(
-        values={
-            name: checked_rewards(name, one.output, rows["completions"]) for name, one in attempts.items()
-        },
-        extra=extra,
-        logged=logged,
-        seconds={name: one.seconds for name, one in attempts.items()},
-    )
-
-
-def run_rewards(
-    named: Mapping[str, Reward],
-    rows: Mapping[str, list[Any]],
-    shared: Mapping[str, Any],
-    announce: Announce = lambda stage: None,
-) -> list[Attempt]:
-    """Call every function; async functions run concurrently, after the sync ones.
-
-    Args:
-        named: the functions by their distinct names.
-        rows: arguments with one value per completion, "completions" among them.
-        shared: arguments that do not belong to a row.
-        announce: called before every stage with the function that is waited for.
-
-    Returns:
-        What each function returned, unchecked, and the time that it took.
-
-    Raises:
-        Stopped: a function raised; the message names the function and the first row on which it raises when
-            it is called on this row alone.
-    """
     attempts = {}
-    for name, function in named.items():
-        announce(f"Reward function {name}")
-        attempts[name] = _attempt(function, name, {**rows, **shared})
-    waiting = {name: one for name, one in attempts.items() if inspect.isawaitable(one.output)}
-    if waiting:
-        announce(f"Of the async reward functions {', '.join(waiting)} at least one")
-    attempts |= zip(waiting, await_all([one.output for one in waiting.values()]), strict=True)
-    for name, (_, error, _) in attempts.items():
-        if isinstance(error, TokenrlError):
-            raise error
-        if error is not None:
-            announce(f"Reward function {name} raised {describe(error)}; called again on single rows, it")
-            where = _first_failing_row(named[name], name, rows, shared)
-            raise Stopped(f"Reward function {name} raised {describe(error)} ({where}).") from error
-    return list(attempts.values())
+    with no_exit():
+        for name, function in named.items():
+            announce(f"Reward function {name}")
+            attempts[name] = _attempt(function, name, {**rows, **shared})
+        waiting = {name: one.output for name, one in attempts.items() if inspect.isawaitable(one.output)}
+        if waiting:
+            announce(f"Of the async reward functions {', '.join(waiting)} at least one")
+            attempts |= zip(waiting, _await_all(list(waiting.values())), strict=True)
+        for name, (_, error, _) in attempts.items():
+            if isinstance(error, TokenrlError):
+                raise error
+            if error is not None:
+                announce(f"Reward function {name} raised {describe(error)}; called again on single rows, it")
+                where = _first_failing_row(named[name], name, rows, shared)
+                raise Stopped(f"Reward function {name} raised {describe(error)} ({where}).") from error
+    values = {name: checked_rewards(name, one.output, rows["completions"]) for name, one in attempts.items()}
+    return Called(values, extra, logged, {name: one.seconds for name, one in attempts.items()})
+
+
+@contextlib.contextmanager
+def no_exit() -> Iterator[None]:
+    """Let `os._exit` of this process raise SystemExit inside the block: a run must not end without a word.
+
+    Processes that a reward forks still end by it.
+    """
+    real, owner = os._exit, os.getpid()
+
+    def refuse(code: int) -> None:
+        if os.getpid() != owner:
+            real(code)
+        raise SystemExit(f"os._exit({code})")
+
+    os._exit = refuse  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = real
 
 
 def _attempt(function: Reward, name: str, arguments: Mapping[str, Any]) -> Attempt:
     began = time.perf_counter()
-    output = error = None
+    output: Any = None
+    failure: BaseException | None = None
     try:
         output = function(**{key: arguments[key] for key in accepted_arguments(function, name, arguments)})
-    except BaseException as raised:
-        if is_interrupt(raised):
-            raise
-        error = raised
-    return Attempt(output, error, time.perf_counter() - began)
+    except USER_CODE_FAILED as error:
+        failure = error
+    return Attempt(output, failure, time.perf_counter() - began)
+
+
+def _await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Attempt]:
+    """Await all of them at the same time; return what came of each, in order."""
+
+    async def attempt(awaitable: Awaitable[Any]) -> Attempt:
+        began = time.perf_counter()
+        try:
+            output, failure = await awaitable, None
+        except BaseException as error:  # no Ctrl-C is among them: Python raises it in the main thread only
+            output, failure = None, error
+        return Attempt(output, failure, time.perf_counter() - began)
+
+    async def gathered() -> list[Attempt]:
+        return await asyncio.gather(*map(attempt, awaitables))
+
+    return asyncio.run_coroutine_threadsafe(gathered(), _event_loop()).result()
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Return one event loop, in a thread of its own, for the life of the process.
+
+    Clients and locks that an async reward keeps between calls are bound to their loop, so all calls must use
+    the same one. A thread of its own works even if the caller's thread already runs a loop, as in a notebook.
+    """
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        while not loop.is_closed():  # SystemExit in a task that a reward started ends `run_forever`
+            with contextlib.suppress(BaseException):
+                loop.run_forever()
+
+    threading.Thread(target=run, name="tokenrl-rewards", daemon=True).start()
+    return loop
 
 
 def accepted_arguments(function: Reward, name: str, available: Mapping[str, Any]) -> list[str]:
-    """The names among `available` that the function has parameters for: all of them if it takes **kwargs.
+    """Return the names among `available` that the function has parameters for: all if it takes **kwargs.
 
     Raises:
         Refused: a parameter without a default is not among them, or cannot be passed by keyword.
@@ -144,11 +183,9 @@ def accepted_arguments(function: Reward, name: str, available: Mapping[str, Any]
         return list(available)
     for parameter in parameters:
         bad_kind = parameter.kind is parameter.POSITIONAL_ONLY
-        optional = parameter.default is not parameter.empty or parameter.kind in (
-            parameter.VAR_KEYWORD,
-            parameter.VAR_POSITIONAL,
-        )
-        if not optional and (bad_kind or parameter.name not in available):
+        several = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        needed = parameter.default is parameter.empty and not several
+        if needed and (bad_kind or parameter.name not in available):
             raise Refused(
                 f"Reward function {name} has a parameter '{parameter.name}'"
                 + (" that cannot be passed by keyword." if bad_kind else " and the data has no such column.")
@@ -168,10 +205,10 @@ def _first_failing_row(
     silent = {**shared, "log_extra": lambda *_: None, "log_metric": lambda *_: None}
     completions = rows["completions"]
     for i, completion in enumerate(completions):
-        found = _attempt(function, name, {key: values[i : i + 1] for key, values in rows.items()} | silent)
-        if inspect.isawaitable(found.output):
-            found = await_all([found.output])[0]
-        if found.error is not None:
+        alone = _attempt(function, name, {key: values[i : i + 1] for key, values in rows.items()} | silent)
+        if inspect.isawaitable(alone.output):
+            alone = _await_all([alone.output])[0]
+        if alone.error is not None:
             return f"row {i} of {len(completions)}, completion {shorten(completion)}"
     first = shorten(completions[0]) if completions else "none"
     return f"rows 0 to {len(completions) - 1} together, but none alone; the first completion: {first}"
@@ -190,10 +227,10 @@ def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.nd
     count = len(completions)
     shape = getattr(output, "shape", None)
     if not isinstance(output, list | tuple) and (shape is None or len(shape) != 1):
-        shown = f"of shape {tuple(shape)}" if shape else repr(output)[:80]
+        what = f"of shape {tuple(shape)}" if shape else repr(output)[:80]
         hint = " Is a return missing?" if output is None else ""
         raise Stopped(
-            f"Reward function {name} returned a {type(output).__name__} ({shown}) for {count} completions "
+            f"Reward function {name} returned a {type(output).__name__} ({what}) for {count} completions "
             f"(row 0: {shorten(completions[0]) if count else 'none'}); it must return a list of {count} "
             f"numbers.{hint}"
         )
@@ -215,36 +252,30 @@ def _number(item: Any, name: str, row: int, completion: Any) -> float:
         item = item.item()
     if item is None:
         return math.nan
-    if not isinstance(item, numbers.Real):
-        found = f"{repr(item)[:80]} ({type(item).__name__})"
-    elif abs(value := _float(item)) <= LARGEST_REWARD:
-        return value
-    else:
-        found = str(value)
+    # An integer beyond float64 compares, but cannot be converted.
+    if isinstance(item, numbers.Real) and -LARGEST_REWARD <= item <= LARGEST_REWARD:  # type: ignore[operator]
+        return float(item)
+    number = isinstance(item, float)
     raise Stopped(
-        f"Reward function {name} returned {found} for row {row}, completion {shorten(completion)}; "
+        f"Reward function {name} returned {item if number else f'{item!r:.80} ({type(item).__name__})'} for "
+        f"row {row}, completion {shorten(completion)}; "
         f"a reward is a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, or None to abstain."
     )
 
 
-def _float(item: Any) -> float:
-    try:
-        return float(item)
-    except OverflowError:  # an integer beyond float64
-        return math.inf
-
-
 def shorten(completion: Any) -> str:
-    """The completion as text that is short enough for an error message."""
+    """Return the completion as text that is short enough for an error message."""
     text = repr(completion)
     return text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
 
 
 def unique_names(functions: Iterable[Reward]) -> list[str]:
-    """A distinct name for each function, for metrics and messages; a name that is taken gets a number."""
+    """Return a distinct name for each function, for metrics and messages; a taken one gets a number."""
     taken: list[str] = []
-    for name in map(_name, functions):
-        number, unique = 1, name
+    for function in map(original, functions):
+        name = getattr(function, "__name__", type(function).__name__)
+        name = unique = "reward" if name == "<lambda>" else name
+        number = 1
         while unique in taken:
             number += 1
             unique = f"{name}_{number}"
@@ -252,7 +283,8 @@ def unique_names(functions: Iterable[Reward]) -> list[str]:
     return taken
 
 
-def _name(function: Any) -> str:
-    function = original(function)
-    name = getattr(function, "__name__", type(function).__name__)
-    return "reward" if name == "<lambda>" else name
+def original(function: Any) -> Any:
+    """Return the function that a partial application was made of, or the function itself."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function

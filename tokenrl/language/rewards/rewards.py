@@ -23,8 +23,7 @@ import numpy as np
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.rewards.calls import Called, call_rewards, shorten, unique_names
-from tokenrl.language.rewards.composition import check_columns, load_reward
-from tokenrl.language.rewards.declared import declared_range, is_binary, range_of_sum
+from tokenrl.language.rewards.loading import Range, check_columns, declared_range, is_binary, load_reward
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.worker import RewardWorker
 from tokenrl.settings import LARGEST_REWARD
@@ -116,7 +115,7 @@ class Rewards:
         self._ranges = [
             declared_range(one, name) for one, name in zip(self.functions, self.names, strict=True)
         ]
-        self.range = range_of_sum(self._ranges, weights)
+        self.range = self._range_of_total()
         self.seconds = dict.fromkeys(self.names, 0.0)
         declared = len(self.functions) == 1 and is_binary(self.functions[0]) and weights[0] > 0
         self.binary = declared and weights[0] == 1 and pass_threshold in (None, 1.0)
@@ -128,6 +127,15 @@ class Rewards:
             away = [name for name, function in self._here.items() if not isinstance(function, RewardModel)]
             self._worker = RewardWorker({name: origin[name] for name in away}, timeout)
             self._here = {name: self._here[name] for name in self._here if name not in away}
+
+    def _range_of_total(self) -> Range | None:
+        ends = [
+            sorted(weight * np.array(r)) for weight, r in zip(self.weights, self._ranges, strict=True) if r
+        ]
+        if len(ends) < len(self._ranges):
+            return None
+        low, high = np.sum(ends, axis=0)
+        return float(low), float(high)
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Check, before anything is sampled, that every function gets the arguments it asks for.
@@ -211,24 +219,25 @@ class Rewards:
         """Stop if a function returned a number that it has declared not to return."""
         functions = zip(self.names, self.functions, self._ranges, values.T, strict=True)
         for name, function, bounds, column in functions:
+            if bounds is None:
+                continue
+            low, high = bounds
+            slack = ROUNDING * (high - low)
+            wrong = (column < low - slack) | (column > high + slack)  # False for nan
+            promise, mend = (
+                f"lie in the range {low:g} to {high:g}",
+                "Mend the reward, or its attribute range.",
+            )
             if is_binary(function):
                 wrong = ~(np.isin(column, (0.0, 1.0)) | np.isnan(column))
                 promise, mend = (
-                    "declared binary",
+                    "be binary",
                     "Return 0 or 1 (None abstains), or leave its attribute binary out.",
                 )
-            elif bounds is not None:
-                low, high = bounds
-                slack = ROUNDING * (high - low)
-                wrong = (column < low - slack) | (column > high + slack)  # False for nan
-                promise = f"declared to lie in the range {low:g} to {high:g}"
-                mend = "Mend the reward, or its attribute range."
-            else:
-                continue
             if wrong.any():
                 row = int(wrong.argmax())
                 raise Stopped(
-                    f"Reward function {name} is {promise} and returned {column[row]:g} for row "
+                    f"Reward function {name} is declared to {promise} and returned {column[row]:g} for row "
                     f"{row}, completion {shorten(completions[row])}. {mend}"
                 )
 
@@ -239,10 +248,10 @@ class Rewards:
             return here
         away = self._worker(rows, state)
         return Called(
-            values=here.values | away.values,
-            extra=here.extra | away.extra,
-            logged=here.logged | away.logged,
-            seconds=here.seconds | away.seconds,
+            here.values | away.values,
+            here.extra | away.extra,
+            here.logged | away.logged,
+            here.seconds | away.seconds,
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tokenrl.errors import Refused, suggest
+from tokenrl.language.tasks.arguments import DataArguments
 from tokenrl.language.tasks.sources import Row, with_prompts
 
 EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
@@ -41,26 +42,29 @@ def smaller_evaluation(task: Any, eval_size: int | None, seed: int = 0) -> Any:
 
 
 def dataset_rows(
-    splits: Mapping[str, Sequence[Row]],
-    where: str,
-    *,
-    column: str,
-    template: str | None,
-    split: str,
-    eval_split: str | None,
-    eval_size: int | None,
-    seed: int,
-    chat: bool,
+    splits: Mapping[str, Sequence[Row]], where: str, how: DataArguments, *, seed: int = 0, chat: bool = False
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows to train and to evaluate on, which share no prompt."""
-    wanted = [split, eval_split or next((s for s in EVAL_SPLITS if s in splits and s != split), None)]
-    found: list[Any] = []
-    for one in wanted:
-        if one is not None and one not in splits:
-            raise Refused(f"{where} has no split '{one}'.{suggest(one, splits)}")
-        place = f"{where}, split '{one}'"
-        found.append(None if one is None else with_prompts(splits[one], place, column, template, chat=chat))
-    return _separate(found[0], found[1], 128 if eval_size is None else eval_size, seed, where)
+    """Return rows to train and to evaluate on, which share no prompt.
+
+    Args:
+        splits: the rows of each split.
+        where: what error messages call the data.
+        how: the splits to take, how many rows are held out, and how prompts are made.
+        seed: chooses the rows that are held out.
+        chat: make each prompt that is text a message of the user.
+
+    Raises:
+        Refused: there is no such split, too few prompts, or a prompt cannot be made.
+    """
+    validation = (s for s in EVAL_SPLITS if s in splits and s != how.split)
+    wanted = [how.split, how.eval_split or next(validation, None)]
+    made: list[Any] = []
+    for split in wanted:
+        if split is not None and split not in splits:
+            raise Refused(f"{where} has no split '{split}'.{suggest(split, splits)}")
+        place = f"{where}, split '{split}'"
+        made.append(None if split is None else with_prompts(splits[split], place, how, chat=chat))
+    return _separate(made[0], made[1], 128 if how.eval_size is None else how.eval_size, seed, where)
 
 
 def _separate(

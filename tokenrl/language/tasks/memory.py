@@ -14,8 +14,8 @@ IN_MEMORY = "in-memory:"
 """How the names of such tasks begin; a fingerprint of the rows follows. No module can have this name."""
 
 FORMS = (
-    "a name, a task object, a datasets.Dataset, a list of rows (a row is a dict, such as "
-    '{"prompt": ..., "answer": ...}), or splits of such data: a DatasetDict, or a dict '
+    "a name, a task object, a datasets.Dataset (from_pandas, from_dict and from_list make one), a list of "
+    'rows, such as [{"prompt": ..., "answer": ...}], or splits of such data: a DatasetDict, or a dict '
     '{"train": ..., "test": ...}'
 )
 
@@ -32,69 +32,40 @@ def memory_splits(data: Any) -> dict[str, list[dict[str, Any]]]:
     Raises:
         Refused: the data is streamed or of another type, a row is no mapping, or rows have different columns.
     """
-    if not isinstance(data, Mapping):
-        return {"train": _rows(data, "task")}
-    if not all(isinstance(name, str) for name in data):
-        raise Refused(f"task is a dict whose keys are not all names of splits; give {FORMS}.")
-    if data and not any(_holds_rows(value) for value in data.values()):
-        raise Refused(
-            f"task is a dict with the keys {', '.join(data)}, which do not hold rows. If they are columns, "
-            "give datasets.Dataset.from_dict(task); if it is one row, give [task]. A dict of splits is "
-            '{"train": rows, "test": rows}.'
-        )
-    return {name: _rows(value, f"task, split '{name}'") for name, value in data.items()}
-
-
-def _holds_rows(value: Any) -> bool:
-    """Whether a value in a dict can be a split. A column is a list too, but of values that are no rows."""
-    if isinstance(value, list | tuple):
-        return not value or isinstance(value[0], Mapping)
-    return hasattr(value, "column_names") or _is_frame(value)
-
-
-def _is_frame(value: Any) -> bool:
-    return type(value).__name__ == "DataFrame"
+    if isinstance(data, Mapping):
+        return {str(name): _rows(value, f"task, split '{name}'") for name, value in data.items()}
+    return {"train": _rows(data, "task")}
 
 
 def _rows(data: Any, where: str) -> list[dict[str, Any]]:
-    if isinstance(data, list | tuple):
-        _check_rows(data, where)
-        return [dict(row) for row in data]
-    import datasets
+    if not isinstance(data, list | tuple):
+        import datasets
 
-    if isinstance(data, datasets.Dataset):
-        if data.format["type"] == "custom":  # a function that with_transform applies to rows that are read
-            return [dict(row) for row in data]
-        return data.to_list()  # type: ignore[no-any-return]
-    if isinstance(data, datasets.IterableDataset):
-        raise Refused(
-            f"{where} is an IterableDataset, a stream, but here some prompts are held out and the others "
-            "are shuffled, which needs all of them. Take N rows: "
-            "datasets.Dataset.from_list(list(data.take(N)))."
-        )
-    if _is_frame(data):
-        library = type(data).__module__.partition(".")[0]
-        maker = "from_polars(df)" if library == "polars" else "from_pandas(df, preserve_index=False)"
-        raise Refused(f"{where} is a DataFrame of {library}: give datasets.Dataset.{maker}.")
-    raise Refused(f"{where} is {data!r:.100} ({type(data).__name__}); it must be {FORMS}.")
-
-
-def _check_rows(rows: Sequence[Any], where: str) -> None:
-    """Refuse rows that are no mappings, or that do not all have the same columns."""
-    for index, row in enumerate(rows):
+        if isinstance(data, datasets.Dataset):
+            # A function that with_transform applies to rows is applied where they are read one by one.
+            custom = data.format["type"] == "custom"
+            return [dict(row) for row in data] if custom else data.to_list()  # type: ignore[return-value]
+        if isinstance(data, datasets.IterableDataset):
+            raise Refused(
+                f"{where} is an IterableDataset, a stream, but here some prompts are held out and the others "
+                "are shuffled, which needs all of them. Take N rows: "
+                "datasets.Dataset.from_list(list(data.take(N)))."
+            )
+        what = " ".join(repr(data).split())
+        raise Refused(f"{where} is {what:.100} ({type(data).__name__}); it must be {FORMS}.")
+    for index, row in enumerate(data):
         if not isinstance(row, Mapping):
             raise Refused(
-                f"{where}, row {index} is {row!r:.100} ({type(row).__name__}); a row is a dict. Make rows of "
-                'plain prompts with [{"prompt": text} for text in texts].'
+                f"{where}, row {index} is {row!r:.100} ({type(row).__name__}); a row is a dict, and the task "
+                f"must be {FORMS}."
             )
-        if not all(isinstance(name, str) for name in row):
-            raise Refused(f"{where}, row {index}: the columns {list(row)!r:.100} are not all text.")
-        if row.keys() != rows[0].keys():
-            differ = ", ".join(sorted(row.keys() ^ rows[0].keys()))
+        if row.keys() != data[0].keys():
+            differ = ", ".join(sorted(map(str, row.keys() ^ data[0].keys())))
             raise Refused(
                 f"{where}: row {index} and row 0 do not have the same columns; only one has {differ}. "
                 "Give every row every column, with None where there is no value."
             )
+    return [dict(row) for row in data]
 
 
 def fingerprint(splits: Mapping[str, Sequence[Row]]) -> str:

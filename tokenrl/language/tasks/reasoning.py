@@ -6,7 +6,6 @@ A task is named `reasoning_gym:leg_counting` or, with options,
 
 from __future__ import annotations
 
-import ast
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from tokenrl.errors import Refused, describe, suggest
-from tokenrl.language.rewards.library.texts import completion_texts
+from tokenrl.language.rewards.library import completion_texts
+from tokenrl.language.rewards.loading import parse_spec
 
 TASK_OPTIONS = {"size": 500, "seed": 0, "eval_size": 128, "chat": False}
 APART = 2**31
@@ -79,7 +79,7 @@ def reasoning_task(spec: str, eval_size: int | None = None) -> SimpleNamespace:
         raise Refused(
             f"task '{spec}' needs the package reasoning-gym ({describe(error)}): pip install reasoning-gym."
         ) from error
-    name, given = _read(spec)
+    name, given = parse_spec(spec.partition(":")[2].strip(), "task", "reasoning_gym:NAME(size=500, seed=0)")
     if name not in DATASETS:
         raise Refused(f"task '{spec}': reasoning-gym has no puzzle '{name}'.{suggest(name, DATASETS)}")
     ours = _own_options(spec, given, eval_size)
@@ -135,20 +135,3 @@ def _rows(name: str, options: dict[str, Any], *, chat: bool) -> list[dict[str, A
         prompt = [{"role": "user", "content": question}] if chat else question
         rows.append({"prompt": prompt, "answer": entry["answer"], "entry": entry})
     return rows
-
-
-def _read(spec: str) -> tuple[str, dict[str, Any]]:
-    """Name and options of a spec. Options are literals; no code is evaluated."""
-    text = spec.partition(":")[2].strip()
-    try:
-        node: Any = ast.parse(text, mode="eval").body
-        if isinstance(node, ast.Name):
-            return node.id, {}
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)) or node.args:
-            raise ValueError("it is not a name with options")
-        return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise Refused(
-            f"task '{spec}' cannot be read ({describe(error)}). Write reasoning_gym:NAME, or with options "
-            "reasoning_gym:NAME(size=500, seed=0)."
-        ) from error

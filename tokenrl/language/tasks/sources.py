@@ -6,7 +6,6 @@ library tells a user neither what was asked for nor how to mend it.
 
 from __future__ import annotations
 
-import math
 import os
 import string
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import Refused, describe, suggest
+from tokenrl.language.tasks.arguments import DataArguments
 from tokenrl.runs.quiet import without_progress_bars
 
 Row = Mapping[str, Any]
@@ -65,7 +65,7 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def with_prompts(
-    rows: Sequence[Row], where: str, column: str, template: str | None, *, chat: bool = False
+    rows: Sequence[Row], where: str, how: DataArguments, *, chat: bool = False
 ) -> list[dict[str, Any]]:
     """Add a checked "prompt" to each row: the value of a column, or a template filled from the columns.
 
@@ -76,8 +76,7 @@ def with_prompts(
     Args:
         rows: the rows as they were read; every row has the same columns.
         where: what error messages call the rows.
-        column: the column that holds the prompt if there is no template.
-        template: a `str.format` template such as "Q: {question} A:"; None for no template.
+        how: `prompt_column` holds the prompt, unless there is a `prompt_template`.
         chat: make each prompt that is text a message of the user.
 
     Raises:
@@ -86,12 +85,11 @@ def with_prompts(
     """
     if not rows:
         raise Refused(f"{where} is empty: give data with at least one row.")
-    columns = list(rows[0])
+    columns, column = list(rows[0]), how.prompt_column
     if column == "prompt" and column not in columns and "messages" in columns:
         column = "messages"
-    if template is not None:
-        fields = _template_fields(template, columns)
-        made = [{**row, "prompt": _fill(template, fields, row, where, i)} for i, row in enumerate(rows)]
+    if how.prompt_template is not None:
+        made = _filled(how.prompt_template, rows, where)
     elif column == "messages" and column in columns:
         made = _from_conversations(rows, where)
     elif column in columns:
@@ -109,34 +107,28 @@ def with_prompts(
     return made
 
 
-def _template_fields(template: str, columns: Sequence[str]) -> list[str]:
+def _filled(template: str, rows: Sequence[Row], where: str) -> list[dict[str, Any]]:
+    """Return the rows with prompts made by a template from their columns."""
     try:
         parsed = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
         raise Refused(f"prompt_template {template!r}: {error}. Write {{{{ and }}}} for braces.") from error
-    fields = [field.replace("[", ".").split(".")[0] for field in parsed]
-    for field in fields:
+    columns, fields = list(rows[0]), [field.replace("[", ".").split(".")[0] for field in parsed]
+    for field in fields or [""]:
         if field not in columns:
-            raise Refused(
-                f"prompt_template {template!r} names '{field}', which is no column.{suggest(field, columns)}"
-            )
-    if not fields:
-        raise Refused(f"prompt_template {template!r} uses no column.{suggest('', columns)}")
-    return fields
-
-
-def _fill(template: str, fields: Sequence[str], row: Row, where: str, index: int) -> str:
-    for field in fields:
-        if _is_missing(row[field]):  # format() would write the word None or nan into the prompt
-            raise Refused(f"{where}, row {index}: column '{field}' of prompt_template is {row[field]!r}.")
-    try:
-        return template.format(**row)
-    except Exception as error:
-        raise Refused(f"{where}, row {index}: prompt_template {template!r}: {describe(error)}.") from error
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+            what = f"names '{field}', which is no column" if field else "uses no column"
+            raise Refused(f"prompt_template {template!r} {what}.{suggest(field, columns)}")
+    made = []
+    for index, row in enumerate(rows):
+        for field in fields:
+            if row[field] is None or row[field] != row[field]:  # the word None or nan would enter the prompt
+                raise Refused(f"{where}, row {index}: column '{field}' of prompt_template is {row[field]!r}.")
+        try:
+            made.append({**row, "prompt": template.format(**row)})
+        except Exception as error:
+            what = f"prompt_template {template!r}: {describe(error)}"
+            raise Refused(f"{where}, row {index}: {what}.") from error
+    return made
 
 
 def _without_nulls(prompt: Any) -> Any:
@@ -154,11 +146,9 @@ def _from_conversations(rows: Sequence[Row], where: str) -> list[dict[str, Any]]
     """Rows whose prompt is the conversation before the assistant's last turn, if it ends with one."""
     whole = [_without_nulls(row["messages"]) for row in rows]
     for index, messages in enumerate(whole):
-        if isinstance(messages, str):
-            raise Refused(
-                f"{where}, row {index}: messages is text, {messages!r:.100}; it must be a list of them."
-            )
-    check_prompts([{"prompt": messages} for messages in whole], f"{where}, column 'messages'")
+        fault = "it is text" if isinstance(messages, str) else _prompt_fault(messages)
+        if fault:
+            raise Refused(f"{where}, row {index}: of the column 'messages', {fault}; it holds chat messages.")
     answered = [messages[-1]["role"] == "assistant" for messages in whole]
     if not any(answered):
         return [{**row, "prompt": messages} for row, messages in zip(rows, whole, strict=True)]

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised
 from tokenrl.language.tasks.sources import Row
-from tokenrl.user_code import is_interrupt, raised
 
 FEW = 16
 """With fewer distinct training prompts a policy can learn the answers by heart."""
@@ -45,10 +44,11 @@ class PromptStream:
         Raises:
             Refused: there are no rows, a step has no prompts, or the seed is negative.
         """
-        if len(rows) == 0:
-            raise Refused("There are no prompts to train on: the data is empty. Give at least one row.")
-        if prompts_per_step < 1 or seed < 0:
-            raise Refused(f"prompts_per_step {prompts_per_step} must be at least 1, seed {seed} at least 0.")
+        if len(rows) == 0 or prompts_per_step < 1 or seed < 0:
+            raise Refused(
+                f"There are {len(rows)} rows to train on, prompts_per_step is {prompts_per_step} and seed is "
+                f"{seed}; give at least one row, one prompt per step, and a seed of at least 0."
+            )
         self._rows = rows
         self._prompts_per_step = prompts_per_step
         self._seed = seed
@@ -74,9 +74,7 @@ class PromptStream:
         self._position = positions.stop
         try:
             return [(position, self._rows[self._index(position)]) for position in positions]
-        except BaseException as error:
-            if is_interrupt(error):
-                raise
+        except USER_CODE_FAILED as error:
             raise Stopped(f"The training prompts could not be read: {raised(error)}.") from error
 
     def _index(self, position: int) -> int:
@@ -96,10 +94,7 @@ class PromptStream:
         Raises:
             Refused: the state belongs to another seed or another number of rows, and so to another order.
         """
-        own = self.state_dict()
-        for key in ("seed", "num_rows"):
-            if state[key] != own[key]:
-                raise _other_order(key, state[key], own[key])
+        _check_same_order(state, self.state_dict())
         self._position = int(state["position"])
 
 
@@ -135,10 +130,7 @@ class Batches:
         Raises:
             Refused: the state belongs to another seed or another number of rows, and so to another order.
         """
-        own = self.state_dict()
-        for key in ("seed", "num_rows"):
-            if state[key] != own[key]:
-                raise _other_order(key, state[key], own[key])
+        _check_same_order(state, self.state_dict())
         self._given, order = int(state["given"]), torch.empty(0)
         self._generator.manual_seed(self._seed)
         epochs = -(-self._given // self._rows)
@@ -148,8 +140,10 @@ class Batches:
         self._left = order[self._rows - left :].tolist()
 
 
-def _other_order(key: str, saved: int, own: int) -> Refused:
-    return Refused(
-        f"The saved order of the rows has {key} {saved} and this run has {own}, so the run would continue "
-        "with other rows. Resume with the same data and seed, or start anew."
-    )
+def _check_same_order(saved: Mapping[str, int], own: Mapping[str, int]) -> None:
+    for key in ("seed", "num_rows"):
+        if saved[key] != own[key]:
+            raise Refused(
+                f"The saved order of the rows has {key} {saved[key]} and this run has {own[key]}, so the run "
+                "would continue with other rows. Resume with the same data and seed, or start anew."
+            )

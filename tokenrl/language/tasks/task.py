@@ -15,17 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from tokenrl.errors import Refused, TokenrlError, suggest
-from tokenrl.language.rewards.composition import load_reward
+from tokenrl.errors import USER_CODE_FAILED, Refused, TokenrlError, raised, suggest
+from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.language.tasks.arguments import DataArguments, TaskArguments
 from tokenrl.language.tasks.held_out import changed, dataset_rows, smaller_evaluation
 from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits, refuse_replay
 from tokenrl.language.tasks.reasoning import reasoning_task
 from tokenrl.language.tasks.sources import FORMATS, Row, check_prompts, read_splits
 from tokenrl.names import import_attribute
-from tokenrl.settings import check_seed
-from tokenrl.user_code import is_interrupt, marked_interrupts, raised
+from tokenrl.settings import arguments, check_seed
 
 
 class Task(Protocol):
@@ -79,18 +78,7 @@ class PromptTask:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load_task(
-    name: Any,
-    *,
-    prompt_column: str = "prompt",
-    prompt_template: str | None = None,
-    split: str = "train",
-    eval_split: str | None = None,
-    eval_size: int | None = None,
-    reward: Any = None,
-    seed: int = 0,
-    chat: bool = False,
-) -> Task:
+def load_task(name: Any, *, reward: Any = None, seed: int = 0, chat: bool = False, **options: Any) -> Task:
     """Find a task by the name that a user gives, or make one of data.
 
     Args:
@@ -98,59 +86,50 @@ def load_task(
             arguments that returns one); `reasoning_gym:NAME`; a data file or a folder; or a hub dataset
             `owner/name` or `owner/name:config`. Or the data itself: a `datasets.Dataset`, a list of rows, or
             a mapping of splits such as a `DatasetDict`.
-        prompt_column: column of a dataset that holds the prompt.
-        prompt_template: `str.format` template over the columns of a dataset, used instead of a column.
-        split: split of a dataset to train on.
-        eval_split: split to evaluate on; None means a validation or test split if there is one, else rows
-            held out of `split`.
-        eval_size: the most rows to evaluate on, chosen with `seed`; None means 128 of a dataset or of
-            reasoning-gym, and else all that the task holds out. Those of a dataset have distinct prompts;
-            held-out rows are at most half of all prompts. Rows with one of these prompts leave the training
-            set.
         reward: a reward or a list of them that replaces the task's own: callables, or anything that
             `load_reward` takes. A dataset has no reward of its own.
         seed: seed of the choice of evaluation rows.
         chat: make prompts of a dataset that are text messages of the user.
+        options: fields of `DataArguments`: `prompt_column`, `prompt_template`, `split`, `eval_split` and
+            `eval_size`. Rows of a dataset that are evaluated on have distinct prompts; held-out rows are at
+            most half of all prompts, and rows with one of these prompts leave the training set.
 
     Raises:
         Refused: there is no task of that name, its data is empty or cannot be read, a prompt is neither text
             nor chat messages, or there is no reward.
     """
     check_seed(seed)
-    how: dict[str, Any] = {"column": prompt_column, "template": prompt_template}
-    how |= {"split": split, "eval_split": eval_split, "eval_size": eval_size, "seed": seed, "chat": chat}
+    return _loaded(name, arguments(DataArguments, options), reward, seed, chat)
+
+
+def _loaded(name: Any, how: DataArguments, reward: Any, seed: int, chat: bool) -> Task:
     if not isinstance(name, str):
-        return _memory_task(name, reward, how)
-    toy_tasks = _toy_tasks()
-    if toy_tasks is not None and name in toy_tasks.NAMES:
-        return smaller_evaluation(_finished(toy_tasks.load(name), name, reward), eval_size, seed)
-    source = name.rpartition(":")[0]
-    if source and not os.path.exists(name) and (source.endswith(".py") or "/" not in source):
-        return smaller_evaluation(_finished(_named_task(name, eval_size), name, reward), eval_size, seed)
-    if not (os.path.exists(name) or "/" in name or Path(name).suffix in FORMATS):
-        raise Refused(
-            f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES if toy_tasks else ())} Other forms: "
-            f"module:attribute, a {'/'.join(FORMATS)} file, a folder, or a hub dataset owner/name."
-        )
+        splits = memory_splits(name)
+        origin = description(splits)
+        rows, name, where = splits, IN_MEMORY + origin["fingerprint"], f"task is data ({type(name).__name__})"
+    else:
+        toy_tasks = _toy_tasks()
+        if toy_tasks is not None and name in toy_tasks.NAMES:
+            return smaller_evaluation(_finished(toy_tasks.load(name), name, reward), how.eval_size, seed)
+        source = name.rpartition(":")[0]
+        if source and not os.path.exists(name) and (source.endswith(".py") or "/" not in source):
+            task = _finished(_named_task(name, how.eval_size), name, reward)
+            return smaller_evaluation(task, how.eval_size, seed)
+        if not (os.path.exists(name) or "/" in name or Path(name).suffix in FORMATS):
+            raise Refused(
+                f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES if toy_tasks else ())} Other "
+                f"forms: module:attribute, a {'/'.join(FORMATS)} file, a folder, or a hub dataset owner/name."
+            )
+        rows, origin, where = None, {}, f"task '{name}' is a dataset"
     if reward is None:
         raise Refused(
-            f"task '{name}' is a dataset, which has prompts but no reward. Give one with "
-            "--reward module:function (or path/to/file.py:function, or the folder of a reward model)."
+            f"{where}, which has prompts but no reward. Give one with --reward module:function (or "
+            "path/to/file.py:function, or the folder of a reward model); from Python reward=function, and "
+            "function(prompts, completions, **columns) returns a list of numbers."
         )
-    train_rows, eval_rows = dataset_rows(read_splits(name), f"task '{name}'", **how)
-    return _finished(PromptTask(name, train_rows, eval_rows, reward), name, reward)
-
-
-def _memory_task(data: Any, reward: Any, how: Mapping[str, Any]) -> Task:
-    splits = memory_splits(data)
-    if reward is None:
-        raise Refused(
-            f"task is data ({type(data).__name__}), which has prompts but no reward. Give one with "
-            "reward=function; function(prompts, completions, **columns) returns a list of numbers."
-        )
-    train_rows, eval_rows = dataset_rows(splits, "task", **how)
-    origin = description(splits)
-    name = IN_MEMORY + origin["fingerprint"]
+    splits = read_splits(name) if rows is None else rows
+    where = f"task '{name}'" if rows is None else "task"
+    train_rows, eval_rows = dataset_rows(splits, where, how, seed=seed, chat=chat)
     return _finished(PromptTask(name, train_rows, eval_rows, reward, origin=origin), name, reward)
 
 
@@ -186,13 +165,12 @@ def _refusing(what: str) -> Iterator[None]:
     Raises:
         Refused: it does.
     """
-    with marked_interrupts():
-        try:
-            yield
-        except BaseException as error:
-            if is_interrupt(error) or isinstance(error, TokenrlError):
-                raise
-            raise Refused(f"{what} {raised(error)}.") from error
+    try:
+        yield
+    except TokenrlError:
+        raise
+    except USER_CODE_FAILED as error:
+        raise Refused(f"{what} {raised(error)}.") from error
 
 
 def _finished(task: Any, name: str, reward: Any) -> Task:
@@ -234,16 +212,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         if is_task:
             task = smaller_evaluation(task, args.eval_size)
     if not is_task:
-        task = load_task(
-            task,
-            prompt_column=args.prompt_column,
-            prompt_template=args.prompt_template,
-            split=args.split,
-            eval_split=args.eval_split,
-            eval_size=args.eval_size,
-            reward=chosen or None,
-            chat=bool(getattr(args, "chat", None)),
-        )
+        task = _loaded(task, args, chosen or None, 0, bool(getattr(args, "chat", None)))
     functions, own = chosen or getattr(task, "reward", None), not (chosen or args.reward_weights)
     if functions is None or functions in ([], ()):
         raise Refused(

@@ -167,7 +167,7 @@ def _demonstrations(args: SftArguments) -> tuple[Any, Rewards | None, list[dict[
     where = repr(args.task) if named else "The data"
     if args.split not in splits:
         raise Refused(f"{where} has no split {args.split!r}; it has {', '.join(splits)}.")
-    rows = with_prompts(splits[args.split], where, args.prompt_column, args.prompt_template)
+    rows = with_prompts(splits[args.split], where, args)
     if args.completion_column not in rows[0]:
         raise Refused(
             f"{where} has no column {args.completion_column!r}; it has {', '.join(rows[0])}. Name the "

@@ -1,4 +1,4 @@
-"""What rewards declare: what a right answer is (binary, or with a threshold), and their range."""
+"""Rewards by name, and what they declare: what is right (binary, or with a threshold), and their range."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import toy_tasks
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.inspect.arguments import EvaluateArguments
-from tokenrl.language.rewards.composition import Gate
+from tokenrl.language.rewards.library import ExactMatch, Length, RegexFormat, ValidJson
+from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.task import find_task
 
@@ -43,10 +44,6 @@ def silent(completions):
         ("length(target=3)", None, False, None),
         ("repetition", None, False, None),
         ("sentiment", None, False, None),
-        ("product(exact_match, valid_json)", None, True, 1.0),
-        ("product(exact_match, repetition)", None, False, None),
-        ("gate(length(target=3), exact_match, threshold=-1)", None, True, 1.0),
-        ("gate(exact_match, length(target=3))", None, False, None),
     ],
 )
 def test_what_a_reward_declares(functions, weights, binary, mark):
@@ -64,7 +61,9 @@ def test_a_reward_that_breaks_its_promise_stops_the_run():
         return [0.0, None, 0.5]
 
     lies.binary = True
-    with pytest.raises(Stopped, match=r"lies is declared binary and returned 0.5 for row 2, completion 'c'"):
+    with pytest.raises(
+        Stopped, match=r"lies is declared to be binary and returned 0.5 for row 2, completion 'c'"
+    ):
         Rewards(lies)([""] * 3, list("abc"), [[1]] * 3, {}, step=0)
     lies.binary = False
     assert Rewards(lies)([""] * 3, list("abc"), [[1]] * 3, {}, step=0).total.tolist() == [0, 0, 0.5]
@@ -89,27 +88,13 @@ between.range = (-2, 3)
         ([right, silent], None, None),
         (["exact_match", "repetition", "sentiment"], [2.0, 1.0, 0.5], (-1.5, 2.5)),
         ("length(target=3)", None, None),
-        ("product(exact_match, repetition)", None, (-1, 0)),
-        ("product(sentiment, repetition)", None, (-1, 1)),
-        ("product(exact_match, length(target=3))", None, None),
-        ("gate(length(target=3), exact_match, threshold=-1)", None, (0, 1)),
-        ("gate(exact_match, repetition)", None, (-1, 0)),
-        ("gate(exact_match, length(target=3))", None, None),
     ],
 )
 def test_the_range_that_rewards_declare(functions, weights, expected):
     assert Rewards(functions, weights).range == expected
 
 
-def test_a_gate_that_is_closed_pays_0_also_outside_the_range_of_its_reward():
-    def high(completions):
-        return [2.0 for _ in completions]
-
-    high.range = (1.0, 2.0)
-    assert Rewards(Gate(right, high)).range == (0, 2)
-
-
-@pytest.mark.parametrize("found", [(1, 0), (0, 0), (0,), 5, "01", (0, float("inf")), (False, True)])
+@pytest.mark.parametrize("found", [(1, 0), (0, 0), (0,), 5, "ab", (0, float("inf"))])
 def test_a_range_that_is_none_is_refused(found):
     def odd(completions):
         return [0.0 for _ in completions]
@@ -167,3 +152,37 @@ def test_a_task_s_threshold_is_for_its_own_reward_and_a_setting_is_for_any():
     assert (
         find_task(countdown)[1].pass_threshold is None and toy_tasks.load("countdown").pass_threshold == 1.0
     )
+
+
+def test_rewards_of_the_library_by_name(tmp_path, monkeypatch):
+    assert load_reward("exact_match") == ExactMatch()
+    assert load_reward("length(target=20)") == Length(target=20)
+    assert load_reward(" length ( max = 3, unit='words' )") == Length(max=3, unit="words")
+    assert load_reward("regex_format(pattern='a:b/c(d)')") == RegexFormat("a:b/c(d)")
+    assert load_reward("valid_json(required=['a', 'b'])") == ValidJson(["a", "b"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "length").mkdir()  # a folder of that name is a model
+    with pytest.raises(Refused, match=r"reward model 'length': the folder has no config\.json"):
+        load_reward("length")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("lenght(target=20)", "no reward 'lenght'.*Did you mean 'length'.*module:function"),
+        ("exact", "no reward 'exact'.*Did you mean 'exact_match'"),
+        ("length", r"length\(target=None, max=None\): give exactly one of the two"),
+        ("length(20)", "cannot be read"),
+        ("length(targt=20)", "length got an unexpected keyword argument 'targt'"),
+        ("length(target=20", "cannot be read. Write options as name=value"),
+        ("length(target=1+1)", "cannot be read"),
+        ("length(target=__import__('os').getpid())", "cannot be read"),
+        ("length(**{'target': 3})", "cannot be read"),
+        ("length(target=1)(2)", "cannot be read"),
+        ("regex_format", "regex_format missing 1 required positional argument: 'pattern'"),
+    ],
+)
+def test_specs_that_cannot_be_read_are_refused(spec, words):
+    with pytest.raises(Refused, match=words) as caught:
+        load_reward(spec)
+    assert "\n" not in str(caught.value)

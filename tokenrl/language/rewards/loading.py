@@ -1,0 +1,144 @@
+"""Finds the reward that a user names, and reads what it declares of its values."""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenrl.errors import Refused, suggest
+from tokenrl.language.rewards.calls import Reward, accepted_arguments, original
+from tokenrl.language.rewards.library import LIBRARY
+from tokenrl.language.rewards.model import RewardModel
+from tokenrl.names import import_attribute
+
+Range = tuple[float, float]
+"""The least and the largest value that a reward may have."""
+
+_LIBRARY_SPEC = re.compile(r"\s*[A-Za-z_]\w*\s*(?:\(.*)?", re.DOTALL)
+_FORMS = (
+    "Give module:function, path/to/file.py:function, the folder of a sequence-classification model with one "
+    "label, or a reward of the library, such as length(target=20)."
+)
+
+
+def load_reward(spec: Any) -> Reward:
+    """Find or load the reward that a user names.
+
+    Args:
+        spec: a callable, which is returned as it is; a reward of the library, such as `exact_match` or
+            `length(target=20)`, with plain values as options; `module:function` (the current directory is
+            importable); `path/to/file.py:function`; or a folder with a sequence-classification model of one
+            label and its tokenizer.
+
+    Returns:
+        A function `f(prompts, completions, **columns) -> list[float | None]`, where None abstains.
+
+    Raises:
+        Refused: `spec` is none of these, importing or loading it failed, or the result cannot be called.
+    """
+    if callable(spec):
+        return spec
+    if not isinstance(spec, str | Path):
+        raise Refused(f"reward {spec!r:.100} is a {type(spec).__name__}; give a callable or the name of one.")
+    if os.path.isdir(spec):
+        return RewardModel(spec)
+    text = str(spec)
+    if _LIBRARY_SPEC.fullmatch(text):
+        name, options = parse_spec(text.strip(), "reward", "length(target=20), exact_match(column='target')")
+        if name not in LIBRARY:
+            raise Refused(
+                f"reward '{text}': the library has no reward '{name}', and there is no such folder here."
+                f"{suggest(name, LIBRARY)} {_FORMS}"
+            )
+        try:
+            return LIBRARY[name](**options)
+        except TypeError as error:
+            reason = str(error).partition(") ")[2] or str(error)
+            about = LIBRARY[name].__doc__.splitlines()[0]
+            raise Refused(f"reward '{text}': {name} {reason}. {about}") from error
+    if ":" not in text:
+        raise Refused(f"reward '{text}': there is no such folder here. {_FORMS}")
+    function = import_attribute(text, "reward")
+    if not callable(function):
+        kind = type(function).__name__
+        raise Refused(f"reward '{text}' is a {kind}, which cannot be called; name a function.")
+    return function
+
+
+def parse_spec(text: str, what: str, examples: str) -> tuple[str, dict[str, Any]]:
+    """Read `name` or `name(option=value, ...)`; values are literals, and no code is evaluated.
+
+    Args:
+        text: what the user gave.
+        what: what it names, for the error message.
+        examples: specs as they should be, for the error message.
+
+    Raises:
+        Refused: the text is no such spec.
+    """
+    try:
+        call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args and all(one.arg for one in call.keywords)
+        return ast.unparse(call.func), {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
+    except (AssertionError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise Refused(
+            f"{what} '{text}' cannot be read. Write options as name=value with plain values: {examples}."
+        ) from error
+
+
+def check_columns(named: Mapping[str, Reward], available: Iterable[str]) -> None:
+    """Check that every function gets the arguments that its signature or its options ask for.
+
+    Args:
+        named: the functions by their names.
+        available: names of the arguments that exist.
+
+    Raises:
+        Refused: a parameter without a default, or a column that an option names, is not available.
+    """
+    available = dict.fromkeys(available)
+    for name, function in named.items():
+        accepted_arguments(function, name, available)
+        if hasattr(function, "check_columns"):
+            function.check_columns(available)
+
+
+def is_binary(function: Any) -> bool:
+    """Return whether a reward is declared binary by an attribute `binary = True`: 1 is right, 0 is wrong.
+
+    A function is declared by `function.binary = True`. The values that happen to occur declare nothing.
+    """
+    return getattr(original(function), "binary", False) is True
+
+
+def declared_range(function: Any, name: str) -> Range | None:
+    """Return the range that a reward declares by an attribute `range = (low, high)`; binary ones have (0, 1).
+
+    Args:
+        function: the reward.
+        name: its name, for the error message.
+
+    Returns:
+        The least and the largest value; None if nothing is declared.
+
+    Raises:
+        Refused: the attribute is not a pair of finite numbers, the smaller one first.
+    """
+    declared = getattr(original(function), "range", None)
+    if declared is None:
+        return (0.0, 1.0) if is_binary(function) else None
+    try:
+        low, high = map(float, declared)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if -math.inf < low < high < math.inf:
+        return low, high
+    raise Refused(
+        f"Reward function {name} has an attribute range = {declared!r:.100}, which declares its least and "
+        "its largest value. Give two finite numbers, the smaller one first, such as (0, 1), or leave it out."
+    )
