@@ -162,7 +162,7 @@ def test_rewards_of_the_library_by_name(tmp_path, monkeypatch):
     assert load_reward("valid_json(required=['a', 'b'])") == ValidJson(["a", "b"])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "length").mkdir()  # a folder of that name is a model
-    with pytest.raises(Refused, match=r"reward model 'length': the folder has no config\.json"):
+    with pytest.raises(Refused, match=r"length holds no saved model: it has no config\.json"):
         load_reward("length")
 
 
