@@ -13,7 +13,7 @@ import tokenrl
 
 ROOT = Path(__file__).parents[1]
 SOURCE = (".py", ".pyi")  # a stub holds the public names of its package
-DATA = {"tokenrl/py.typed", "tokenrl/runs/page.css", "tokenrl/runs/page.js"}
+DATA = {"tokenrl/py.typed", *(f"tokenrl/runs/page.{kind}" for kind in ("html", "css", "js"))}
 
 
 @pytest.fixture(scope="module")

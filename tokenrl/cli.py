@@ -76,14 +76,11 @@ def print_samples(args: SampleArguments) -> int:
 
 def write_report(args: ReportArguments) -> int:
     """Write the page of one run, or of several, and print where it lies."""
-    from tokenrl.runs.reader import read_run
-    from tokenrl.runs.report import report_from_directory as report
+    from tokenrl.runs.report import compare_runs, report_from_directory
 
     if not args.run_dir:
         raise Refused("Name the output directory of a run, or of several runs to compare them.")
     if len(args.run_dir) > 1:
-        from tokenrl.runs.comparison import compare_runs
-
         print(compare_runs(args.run_dir, "comparison.html" if args.output is None else args.output))
         return 0
     if args.output is not None:
@@ -91,9 +88,7 @@ def write_report(args: ReportArguments) -> int:
             f"--output was given as {args.output!r}, but the report of one run is report.html in its "
             "directory. Leave --output out, or name several runs to compare them on one page."
         )
-    if read_run(args.run_dir[0]).kind == "reward-model":
-        from tokenrl.language.preferences.report import report_reward_model as report
-    print(report(args.run_dir[0]))
+    print(report_from_directory(args.run_dir[0]))
     return 0
 
 

@@ -23,7 +23,7 @@ PLACES = {
     "pruning": ("runs/checkpoint.py:_discard", 1),
     "last checkpoint": ("language/policy/saving.py:write", 5),
     "model": ("runs/checkpoint.py:replace_directory", 1),
-    "report": ("runs/report.py:write_report", 1),
+    "report": ("runs/html.py:write_page", 1),
 }
 AFTER_THE_OUTCOME = ("last checkpoint", "model", "report")
 ARGV = [*TRAIN, "--estimator", "rloo", "--diagnostics-every", "2"]

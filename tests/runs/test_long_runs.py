@@ -46,6 +46,7 @@ def test_2000_steps_keep_memory_and_open_files_level(tmp_path):
     assert files_late <= files + 2
 
 
+@pytest.mark.drawn
 def test_a_long_log_is_reported_whole(tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -1,88 +1,94 @@
 import math
+import re
 import subprocess
 import sys
 
 import pytest
 
-from tokenrl.runs import plots
-from tokenrl.runs.plots import learning_curve, series, smooth
+from tokenrl.runs.plots import COLOURS, Chart, Curve, Difference, Forest, picture, smooth, svg
 
-ROWS = [{"step": 0, "eval_reward": 0.1, "eval_reward_greedy": 0.2}] + [
-    {"step": step, "reward": step / 50, "entropy": 2.0 - step / 50, "kl": step / 100, "grad_norm": 1.0,
-     "completions/mean_length": 12.0, "frac_reward_zero_std": 0.1}
-    for step in range(1, 51)
-]  # fmt: skip
-
-
-def size(path):
-    data = path.read_bytes()
-    assert data.startswith(b"\x89PNG")
-    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+RANGES = {
+    "rising": [0.0, 0.5, 1.0],
+    "one point": [3.0],
+    "constant": [5.0, 5.0],
+    "negative": [-200.0, -201.0, -202.0],
+    "far apart": [-1e-9, 1e9],
+    "near the largest number": [1e300 * (-1) ** (i // 60) for i in range(120)],
+    "long": [0.0] * 20_000 + [7.0] + [0.0] * 20_000,
+}
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        ROWS,
-        [{key: row[key] for key in ("step", "reward") if key in row} for row in ROWS],
-        ROWS[:1],
-        ROWS[:2],
-        ROWS[1:2],
-        [],
-        [{"step": 1, "reward": math.nan, "entropy": None}, {"step": 2, "reward": "Infinity", "entropy": 0.0}],
-        [{"step": step, "reward": -200.0 - step, "grad_norm": 0.0} for step in range(4)],
-        [{"step": step, "reward": 1.7e308 * (-1) ** (step // 60), "kl": 1.7e308} for step in range(120)],
-    ],
-    ids=[
-        "all",
-        "reward only",
-        "before training only",
-        "one step",
-        "one step, no evaluation",
-        "none",
-        "nan",
-        "negative",
-        "huge",
-    ],
-)
-def test_png_of_the_stated_size_whatever_is_missing(tmp_path, rows):
-    path = learning_curve(tmp_path / "a.png", rows, title=r"costs $\frac$", solved=0.9, subtitle="50 % $")
-    assert size(path) == (1200, 700)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
+def numbers(drawn):
+    """All coordinates of the lines of a drawing, as (x, y)."""
+    paths = " ".join(re.findall(r'<path d="(M[^"]*)"', drawn))
+    return [tuple(map(float, pair)) for pair in re.findall(r"[ML] (-?[\d.]+) (-?[\d.]+)", paths)]
 
 
-@pytest.mark.parametrize("more, panels", [({}, ["loss"]), ({"reward": 0.5}, [])])
-def test_without_training_rewards_the_loss_has_a_panel_of_its_own(tmp_path, monkeypatch, more, panels):
-    rows = [{"step": step, "loss": 1.0 / (step + 1), "eval_reward": 0.1, **more} for step in range(3)]
-    drawn = []
-    monkeypatch.setattr(plots, "_health_panel", lambda axes, points, name, *_: drawn.append(name))
-    learning_curve(tmp_path / "curve.png", rows, title="t")
-    assert drawn == panels
+@pytest.mark.parametrize("values", RANGES.values(), ids=RANGES)
+def test_any_values_are_drawn_inside_the_picture_with_a_scale(values):
+    few = len(values) < 9
+    curve = Curve(range(len(values)), values, "name", [0.1, math.nan, 0.2][: len(values)] * few, dots=few)
+    drawn = svg(Chart("n", "u", [curve, Curve([], [])], mark=("solved", 0.5)), 400, 200)
+    places = numbers(drawn)
+    assert len(places) > 4 and all(-1 <= x <= 401 and -1 <= y <= 201 for x, y in places)
+    assert len(re.findall("<text", drawn)) >= 4 and ">solved: 0.5</text>" in drawn
+    assert len(drawn) < 60_000
 
 
-def test_same_metrics_same_picture(tmp_path):
-    first, second = (
-        learning_curve(tmp_path / name, ROWS, title="t", solved=None, subtitle="").read_bytes()
-        for name in "ab"
-    )
-    assert first == second
-    assert learning_curve(tmp_path / "c", ROWS, title="t", solved=0.5, subtitle="").read_bytes() != first
+def test_a_peak_of_a_long_curve_is_not_lost():
+    heights = [y for _, y in numbers(svg(Chart("n", "u", [Curve(range(40_001), RANGES["long"])]), 400, 200))]
+    assert min(y for y in heights if y > 0) < 30  # the plot begins at 10
 
 
-def test_global_state_of_pyplot_is_left_alone(tmp_path):
+def test_a_band_reaches_one_standard_error_to_either_side():
+    drawn = svg(Chart("n", "u", [Curve([0, 1], [1.0, 1.0], errors=[0.25, 0.25], dots=True)]), 400, 200)
+    (band,) = re.findall(r'<path id="[^"]*" d="([^"C]*)"', drawn)  # curves (C) are those of dots
+    heights = [float(y) for y in re.findall(r"[ML] \S+ (\S+)", band)]
+    lines = [y for _, y in numbers(drawn)]
+    bottom, value = lines[5], lines[-1]  # the line of 0 follows the frame; the curve at 1 comes last
+    assert max(heights) - min(heights) == pytest.approx((bottom - value) / 2, abs=0.01)
+    assert 'fill-opacity: 0.2"' in drawn
+    assert "fill-opacity" not in svg(Chart("n", "u", [Curve([0, 1], [1.0, 1.0], dots=True)]), 400, 200)
+
+
+def test_colours_are_variables_of_the_page_and_repeat_with_dashes():
+    drawn = [svg(Chart("n", "u", [Curve([0, 1], [0, 1], colour=c)]), 400, 200) for c in range(COLOURS + 2)]
+    assert len(set(drawn)) == len(drawn) and all("var(--c" in one for one in drawn)
+    assert not [one for one in drawn if re.search(r"#[0-9a-f]{6}|rgb\(|black|white", one)]
+    assert "stroke-dasharray" in drawn[-1] and "stroke-dasharray" not in drawn[1]
+
+
+def test_a_forest_plot_has_a_line_for_each_difference_and_escapes_its_texts():
+    rows = [
+        Difference("<b>$one$", "better: 0.5 & more", 0.5, (0.4, 0.6), (0.3, 0.7), [0.2, 0.8], colour=3),
+        Difference("two", "too few runs", 0.0, (math.nan, math.nan), (-math.inf, math.inf)),
+    ]
+    drawn = svg(Forest("n", "u", rows, margin=0.1), 400, 160)
+    assert "&lt;b&gt;$one$</text>" in drawn and "0.5 &amp; more</text>" in drawn and "<b>" not in drawn
+    assert ">two</text>" in drawn and "nan" not in drawn and "inf" not in drawn
+    assert drawn != svg(Forest("n", "u", rows), 400, 160)
+    assert all(-1 <= x <= 401 and -1 <= y <= 161 for x, y in numbers(drawn))
+
+
+def test_the_same_numbers_give_the_same_bytes_and_others_do_not(tmp_path):
+    def drawn(name, value):
+        charts = [Chart("$n$", "u", [Curve([0, 1], [0.0, value], "a")], large=True), Chart("n", "u", [])]
+        return picture(tmp_path / name, charts, title=r"costs $\frac$", subtitle="50 % $").read_bytes()
+
+    first = drawn("a.png", 1.0)
+    assert first.startswith(b"\x89PNG") and first == drawn("b", 1.0) != drawn("c.png", 2.0)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.png", "b", "c.png"]
+    assert picture(tmp_path / "empty.png", [], title="t").stat().st_size > 1000
+
+
+def test_matplotlib_is_loaded_when_something_is_drawn_and_pyplot_never():
     code = (
-        "import pathlib, sys; from tokenrl.runs.plots import learning_curve\n"
-        "assert 'matplotlib' not in sys.modules\n"
-        "learning_curve(pathlib.Path(sys.argv[1]), [{'step': 0, 'reward': 1.0}], title='t')\n"
-        "assert 'matplotlib.pyplot' not in sys.modules"
+        "import sys, tokenrl; from tokenrl.runs import html, plots, report\n"
+        "assert not {'matplotlib', 'jinja2', 'pandas'} & set(sys.modules)\n"
+        "plots.svg(plots.Chart('n', 'u', [plots.Curve([0, 1], [0, 1])]), 400, 200)\n"
+        "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], check=True)
-
-
-def test_series_takes_finite_numbers_with_their_steps():
-    rows = [{"step": 1, "a": 1}, {"step": 2}, {"step": 3, "a": None}, {"step": 4, "a": "Infinity"},
-            {"step": 5, "a": math.nan}, {"step": 6, "a": 0.5}]  # fmt: skip
-    assert series(rows, "a") == ([1, 6], [1.0, 0.5])
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_smoothing_is_centred_and_shrinks_at_the_ends():

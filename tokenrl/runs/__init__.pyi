@@ -1,8 +1,11 @@
-from tokenrl.runs.comparison import compare_runs as compare_runs
 from tokenrl.runs.files import write_json as write_json
 from tokenrl.runs.metrics import read_completions as read_completions, read_metrics as read_metrics
 from tokenrl.runs.outcome import Outcome as Outcome
-from tokenrl.runs.plots import learning_curve as learning_curve, smooth as smooth
+from tokenrl.runs.plots import smooth as smooth
 from tokenrl.runs.reader import RecordedRun as RecordedRun, read_run as read_run
-from tokenrl.runs.report import report_from_directory as report_from_directory
+from tokenrl.runs.report import (
+    compare_runs as compare_runs,
+    learning_curve as learning_curve,
+    report_from_directory as report_from_directory,
+)
 from tokenrl.runs.session import Session as Session

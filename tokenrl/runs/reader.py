@@ -114,6 +114,8 @@ def read_run(run: str | os.PathLike[str]) -> RecordedRun:
     """
     path = Path(run)
     if not os.path.isfile(path / "metrics.jsonl"):
+        if os.path.isfile(path / "plan.json"):
+            raise Refused(f"{path} holds a comparison, not a run; its runs are in {path / 'runs'}.")
         raise Refused(f"{path} holds no metrics.jsonl; give the output directory of a run.")
     config = _object(path / "config.json", _CONFIG)
     rows = _rows(path / "metrics.jsonl")

@@ -1,119 +1,354 @@
-"""Writes the report of a run: one self-contained HTML file, made from the files of the run directory."""
+"""Writes the page of a run, or of several runs side by side, from the files of their directories."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from urllib.parse import quote
 
-from tokenrl.runs.console import ending, number, with_errors
-from tokenrl.runs.page import Html, preformatted, section, table, tag, write_page
-from tokenrl.runs.panels import learning_curves
-from tokenrl.runs.plots import learning_curve
+from tokenrl.configuration import RECORDED
+from tokenrl.errors import Refused
+from tokenrl.runs.console import ending, number, visible, with_errors
+from tokenrl.runs.html import (
+    Block,
+    Section,
+    cards,
+    completions,
+    drawings,
+    paragraph,
+    preformatted,
+    run_list,
+    table,
+    write_page,
+)
+from tokenrl.runs.metrics import read_completions
+from tokenrl.runs.plots import Chart, Curve, picture
 from tokenrl.runs.reader import RecordedRun, read_run, series
-from tokenrl.runs.samples import completions_section
+
+Rows = Sequence[Mapping[str, Any]]
 
 _FROM_PYTHON = (
     "Started from Python, with functions or objects that no command can name: run that program again."
 )
+_CAUTION = (
+    "Each column is one run. A standard error is over the held-out prompts, pairs or episodes of that run; "
+    "it does not say how much a run would differ with another seed. So a difference between two runs says "
+    "nothing yet about their settings: repeat each setting with several seeds before you conclude."
+)
+_CURVES = (
+    "By step (update; 0 is before training). Faint lines are single steps, the lines in them running means; "
+    "dots are evaluations, with bands of ± one standard error where it is known."
+)
+_REWARD = (
+    "reward",
+    "mean",
+    {"reward": "training", "eval_reward": "held-out sampled", "eval_reward_greedy": "held-out greedy"},
+)
+_LARGE = {
+    "sft": (("loss", "nats per token", {"loss": "training"}), _REWARD),
+    "reward-model": (
+        ("accuracy", "share of pairs", {"accuracy": "training batch", "eval_accuracy": "held out"}),
+    ),
+}
+"""The large charts of a kind of run (of other kinds the reward): name, unit, and metrics with their names."""
 _DIAGNOSTICS = (
+    ("entropy", "entropy", "nats per action", "; near 0 the policy no longer explores"),
+    ("completions/mean_length", "completion length", "tokens", ""),
+    ("episode_length", "episode length", "steps", ", mean of the episodes that ended"),
+    ("explained_variance", "critic", "explained variance", " of the returns; below 0 it does harm"),
     (
         "frac_reward_zero_std",
         "groups without signal",
-        "fraction of prompts whose completions all have the same reward",
+        "fraction",
+        " of prompts whose completions have one reward",
     ),
-    ("completions/clipped_ratio", "truncated", "fraction of completions cut at the length limit"),
-    ("entropy", "entropy", "nats per action (token); near 0 the policy no longer explores"),
-    ("kl", "KL to the reference", "nats per completion"),
-    ("episode_length", "episode length", "mean steps of the episodes that ended"),
-    ("explained_variance", "critic", "share of the returns' variance that it explains; below 0 it does harm"),
-    ("grad_norm", "gradient norm", "before clipping"),
-    ("clip_ratio", "clipped ratios", "fraction of tokens at which the ratio was clipped"),
-    ("skipped_steps", "skipped steps", "updates skipped because the gradient was not finite"),
-    ("idle_steps", "idle steps", "updates without any gradient, which left the weights alone"),
+    ("kl", "KL to the reference", "nats per completion", ""),
+    ("grad_norm", "gradient norm", "before clipping", ""),
+    ("completions/clipped_ratio", "truncated", "fraction", " of completions cut at the length limit"),
+    ("clip_ratio", "clipped ratios", "fraction", " of tokens at which the ratio was clipped"),
+    ("skipped_steps", "skipped steps", "updates", " skipped because the gradient was not finite"),
+    ("idle_steps", "idle steps", "updates", " without any gradient, which left the weights alone"),
 )
+"""Metrics of a run's health in one table: name, unit, and what more is to say."""
+_DRAWN = _DIAGNOSTICS[:7]
+_LARGEST = 1e300  # a number that can be drawn: beyond it means and ranges of axes would overflow
+_STEPS, _ROWS = 8, 16  # most steps, and most completions of each, on a page
+_NOT_COMPARED = {*RECORDED, "output_dir", "overwrite", "quiet"}
 
 
 def report_from_directory(run: str | Path) -> Path:
-    """Draw the learning curve and write the report of a run, finished or not, from its directory.
+    """Write the page of a run, finished or not, from its directory, and the PNG of its learning curve.
+
+    Returns:
+        The page. That of a comparison of several arms is left as it is.
 
     Raises:
-        Refused: the directory holds no metrics.jsonl.
+        Refused: the directory holds no run, or a file of it is damaged.
     """
+    page = Path(run) / "report.html"
+    if os.path.isfile(Path(run) / "plan.json") and page.is_file():
+        return page
     found = read_run(run)
-    unrewarded = found.kind == "sft" and not series(found.metrics, "eval_reward")[0]
+    about = {"title": found.title, "subtitle": ending(found.summary)}
     learning_curve(
-        found.path / "learning_curve.png",
-        found.metrics,
-        title=found.title,
-        subtitle=ending(found.summary),
-        solved=found.mark[1] if found.mark else None,
-        curve=("loss", "loss, nats per token") if unrewarded else ("reward", "mean reward"),
+        found.path / "learning_curve.png", found.metrics, kind=found.kind, mark=found.mark, **about
     )
-    return write_report(found)
+    return write_page(page, found.title, list(_sections(found)))
 
 
-def write_report(run: RecordedRun, *charts: Html) -> Path:
-    """Write report.html into the directory of a run: one self-contained file.
+def learning_curve(
+    path: Path,
+    metrics: Rows,
+    *,
+    title: str,
+    subtitle: str = "",
+    kind: str = "train",
+    mark: tuple[str, float] | None = None,
+) -> Path:
+    """Draw the learning curve of a run as a PNG of 1200 x 600 pixels.
 
     Args:
-        run: the run. Its summary may have a `verdict`, a sentence on the result, which is shown on top.
-        *charts: further charts, which follow the learning curve.
+        path: the file to write.
+        metrics: rows of metrics.jsonl; a missing key, null or NaN leaves a gap.
+        title: heading of the figure.
+        subtitle: a line of small print below the title.
+        kind: the command that made the run, which decides what is drawn.
+        mark: name and value of a line to reach.
     """
+    charts = [chart for chart in _charts({"": metrics}, kind, mark) if chart.large]
+    return picture(path, charts, title=title, subtitle=subtitle)
+
+
+def _sections(run: RecordedRun) -> Iterator[Section]:
     config, summary = run.config, run.summary
     settings = {key: value for key, value in config.items() if key not in ("versions", "command")}
     command = config.get("command", f"tokenrl {run.kind} --config {run.path / 'config.json'}") or _FROM_PYTHON
-    warm = summary.get("warm_started") or {}
+    warm = (summary.get("warm_started") or {}).get("in_words")
+    yield Section(
+        "",
+        [
+            paragraph(ending(summary), "soft"),
+            paragraph(str(summary.get("verdict", "")), "strong"),
+            paragraph(f"Warm start on demonstrations: {warm}." if warm else ""),
+        ],
+    )
+    before, after = (with_errors(_told_once(summary.get(name))) for name in ("eval_before", "eval_after"))
+    both = {name: (before.get(name, "-"), after.get(name, "-")) for name in dict.fromkeys([*before, *after])}
+    yield Section("Held-out evaluation, before → after training (± standard error)", [cards(both)])
+    yield _learning("Learning curve", _charts({"": run.metrics}, run.kind, run.mark))
+    if "calibration" in summary:
+        yield Section("Calibration", _calibration(run))
+    yield Section("Diagnostics", [_diagnostics(run.metrics)])
+    words = command if isinstance(command, str) else " ".join(map(str, command))
+    yield Section("To repeat", [preformatted(words)])
+    yield Section("How the model was asked", [_asked(config)])
+    yield Section("Configuration", [preformatted(settings)], closed=True)
+    yield Section("Versions", [preformatted(config.get("versions", {}))], closed=True)
+    yield Section("Completions", [completions(_completions(run.path / "completions"))])
+
+
+def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.html") -> Path:
+    """Write a page that shows runs side by side: final numbers, settings that differ, and learning curves.
+
+    Args:
+        runs: the directories of at least two runs of one kind, finished or not.
+        output: the file to write.
+
+    Returns:
+        The file.
+
+    Raises:
+        Refused: a directory holds no run, is given twice, or the runs are of different kinds.
+        Stopped: the file could not be written.
+    """
+    found = {str(run): read_run(run) for run in runs}
+    if len({run.path.resolve() for run in found.values()}) < len(runs):
+        raise Refused(f"A run is given twice among {', '.join(map(str, runs))}; give each of them once.")
+    kinds = {run.kind: name for name, run in found.items()}
+    if len(kinds) > 1:
+        named = " and ".join(f"{name} (tokenrl {kind})" for kind, name in kinds.items())
+        raise Refused(f"Runs of different kinds have no curve in common: {named}. Compare runs of one kind.")
+    output = Path(output)
+    if os.path.isdir(output) or not os.path.isdir(output.parent):
+        raise Refused(f"The page cannot be written to {output}; give a file in a folder that exists.")
+    links = {
+        name: quote(Path(os.path.relpath(run.path / "report.html", output.parent)).as_posix())
+        for name, run in found.items()
+        if (run.path / "report.html").is_file()
+    }
+    about = {name: f"{run.title}; {ending(run.summary)}" for name, run in found.items()}
+    marks = {run.mark for run in found.values()}
+    mark = marks.pop() if len(marks) == 1 else None
+    charts = _charts({name: run.metrics for name, run in found.items()}, next(iter(kinds)), mark)
     return write_page(
-        run.path / "report.html",
-        run.title,
-        tag("p", ending(summary), class_="soft"),
-        tag("p", tag("b", str(summary["verdict"]))) if "verdict" in summary else "",
-        tag("p", f"Warm start on demonstrations: {warm['in_words']}.") if warm else "",
-        _headline(summary),
-        learning_curves(run.metrics, run.kind, run.mark),
-        *charts,
-        section("Diagnostics", _diagnostics(run.metrics)),
-        section(
-            "To repeat", preformatted(command if isinstance(command, str) else " ".join(map(str, command)))
-        ),
-        section("How the model was asked", _asked(config)),
-        section("Configuration", preformatted(settings), closed=True),
-        section("Versions", preformatted(config.get("versions", {})), closed=True),
-        completions_section(run.path / "completions"),
+        output,
+        f"Comparison of {len(found)} runs",
+        [
+            Section("", [paragraph(_CAUTION, "soft")]),
+            Section("Runs", [run_list(about, links)]),
+            Section("Final numbers (± standard error)", [_final_numbers(found)]),
+            Section("Settings that differ", _differences(found)),
+            _learning("Learning curves", charts),
+        ],
     )
 
 
-def _headline(summary: Mapping[str, Any]) -> Html:
-    before, after = (with_errors(summary.get(name) or {}) for name in ("eval_before", "eval_after"))
-    cards = [
-        tag("div", tag("span", name, class_="soft"),
-            tag("b", tag("span", before.get(name, "-")), " → ", tag("span", after.get(name, "-"))),
-            class_="card")
-        for name in dict.fromkeys([*before, *after])
-    ]  # fmt: skip
-    heading = "Held-out evaluation, before → after training (± standard error)"
-    return section(heading, tag("div", *cards, class_="cards")) if cards else Html()
+def _learning(heading: str, charts: Sequence[Chart]) -> Section:
+    drawn = drawings(charts)
+    return Section(heading, [paragraph(_CURVES, "soft"), drawn] if drawn else [])
 
 
-def _diagnostics(metrics: Sequence[Mapping[str, Any]]) -> Html:
+def _charts(runs: Mapping[str, Rows], kind: str, mark: tuple[str, float] | None) -> list[Chart]:
+    """Return the large charts of a kind of run, and small ones of its health.
+
+    Args:
+        runs: rows of metrics.jsonl by the name of the run. Several runs have a large chart for each metric,
+            a single one has its metrics of one unit together.
+        kind: the command that made the runs.
+        mark: name and value of a line to reach.
+    """
+    charts = []
+    for name, unit, metrics in _LARGE.get(kind, (_REWARD,)):
+        line = None if name == "loss" else mark
+        if len(runs) == 1:
+            (rows,) = runs.values()
+            curves = [_curve(rows, key, label, place) for place, (key, label) in enumerate(metrics.items())]
+            charts.append(Chart(name, unit, curves, large=True, mark=line))
+            continue
+        for key, label in metrics.items():
+            curves = [_curve(rows, key, run, place) for place, (run, rows) in enumerate(runs.items(), 1)]
+            charts.append(Chart(f"{name}: {label}", unit, curves, large=True, mark=line))
+    for key, name, unit, _ in _DRAWN:
+        curves = [_curve(rows, key, "", place) for place, rows in enumerate(runs.values(), 1)]
+        charts.append(Chart(name, unit, curves))
+    return charts
+
+
+def _curve(metrics: Rows, key: str, name: str, colour: int) -> Curve:
+    """Make the curve of a metric; that of an evaluation has dots and, if they are known, standard errors."""
+    x, y = series(metrics, key)
+    y = [min(max(value, -_LARGEST), _LARGEST) for value in y]
+    evaluated = key.startswith("eval_")  # the band of a single step would hide the running mean
+    known = dict(zip(*series(metrics, key + "_stderr"), strict=True)) if evaluated else {}
+    errors = [min(known.get(step, math.nan), _LARGEST) for step in x] if known else []
+    return Curve(x, y, name, errors, colour, dots=evaluated)
+
+
+def _told_once(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return metrics without those of a single reward function, which repeat those of the reward itself."""
+    metrics = dict(metrics or {})
+    names = [name for name in metrics if name.startswith("rewards/")]
+    if len({name.split("/")[1] for name in names}) > 1:
+        return metrics
+    return {k: value for k, value in metrics.items() if k not in names or value != metrics.get("reward")}
+
+
+def _calibration(run: RecordedRun) -> list[Block]:
+    """Show the calibration of a reward model as a chart and as a table.
+
+    Raises:
+        Refused: the summary holds something else.
+    """
+    try:
+        bins = [
+            [float(one[name]) for name in ("predicted", "observed", "count")]
+            for one in run.summary["calibration"]
+        ]
+        predicted, observed = [one[0] for one in bins], [one[1] for one in bins]
+        errors = [math.sqrt(p * (1 - p) / count) for p, _, count in bins]
+    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
+        raise Refused(
+            f"The calibration in {run.path / 'summary.json'} is damaged ({error}). Remove that entry."
+        ) from error
+    exact = Curve(predicted, predicted, "exact predictions, ± one standard error", errors, 0, dots=True)
+    found = Curve(predicted, observed, "this model", colour=2, dots=True)
+    name = "observed share of choices, by their predicted probability"
+    chart = Chart(name, "", [exact, found], large=True, whole=False, last=False)
+    rows = [[number(p), number(o), f"{count:.0f}"] for p, o, count in bins]
+    return [drawings([chart]), table(("predicted", "observed", "pairs"), rows)]
+
+
+def _diagnostics(metrics: Rows) -> Block:
     rows = []
-    for key, name, meaning in _DIAGNOSTICS:
+    for key, name, unit, more in _DIAGNOSTICS:
         _, values = series(metrics, key)
         _, clipped = series(metrics, "grad_clipped") if key == "grad_norm" else ((), ())
         if clipped:
-            meaning = f"{meaning}, which {fmean(clipped):.0%} of the updates needed"
+            more = f", which {fmean(clipped):.0%} of the updates needed"
         if values:
             numbers = (values[0], values[-1], min(values), max(values))
-            rows.append([name, *map(number, numbers), meaning])
-    header = ("", "first", "last", "lowest", "highest", "what it says")
-    return tag("div", table(header, rows), class_="words") if rows else Html()
+            rows.append([name, *map(number, numbers), unit + more])
+    return table(("", "first", "last", "lowest", "highest", "what it says"), rows, "words")
 
 
-def _asked(config: Mapping[str, Any]) -> Html:
+def _asked(config: Mapping[str, Any]) -> Block:
     """Return the form of prompts, where it was set: system prompt, chat form, and what ends completions."""
     names = ("system_prompt", "chat", "chat_template_kwargs", "stop")
     rows = [[name, json.dumps(config[name], ensure_ascii=False)] for name in names if config.get(name)]
-    return tag("div", table(("setting", "value"), rows), class_="words") if rows else Html()
+    return table(("setting", "value"), rows, "words")
+
+
+def _completions(folder: Path) -> list[dict[str, Any]]:
+    """Return completions of the first step that was kept, of the last one and of some between them.
+
+    Args:
+        folder: `completions/` of a run directory; it may be missing.
+    """
+    files = [file for file in folder.glob("step_*.parquet") if file.stem[5:].isdecimal()]
+    files.sort(key=lambda file: int(file.stem[5:]))
+    apart = (len(files) - 1) / (_STEPS - 1)
+    kept = files if apart <= 1 else [files[round(i * apart)] for i in range(_STEPS)]
+    return [
+        {"step": int(file.stem[5:]), **_told_once(row), "characters": sum(map(len, _answers(row)))}
+        for file in kept
+        for row in read_completions(file)[:_ROWS]
+    ]
+
+
+def _answers(row: Mapping[str, Any]) -> list[str]:
+    """Return what was completed: all texts but the prompt."""
+    return [text for name, text in row.items() if isinstance(text, str) and name != "prompt"]
+
+
+def _final_numbers(runs: Mapping[str, RecordedRun]) -> Block:
+    columns = {name: with_errors(_told_once(run.summary.get("eval_after"))) for name, run in runs.items()}
+    for name, run in runs.items():
+        if run.summary.get("loss_after") is not None:
+            columns[name]["loss of the last batch"] = number(run.summary["loss_after"])
+    return _side_by_side(columns)
+
+
+def _differences(runs: Mapping[str, RecordedRun]) -> list[Block]:
+    """Show the settings in which runs differ, and warn where their rewards cannot be compared."""
+    settings = {name: _flat(run.config) for name, run in runs.items()}
+    names = sorted({key for column in settings.values() for key in column})
+    differ = [key for key in names if len({column.get(key) for column in settings.values()}) > 1]
+    if not differ:
+        return [paragraph("None: the runs have the same settings.")]
+    apart = " and ".join(key for key in ("task", "reward", "env", "data") if key in differ)
+    warning = f"The runs differ in {apart}, so their numbers do not measure the same." if apart else ""
+    shown = {name: {key: column.get(key, "-") for key in differ} for name, column in settings.items()}
+    return [paragraph(warning, "strong"), _side_by_side(shown)]
+
+
+def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, str]:
+    """Return settings as text by name; those of an estimator are named as its flags are."""
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{before}{key}.")
+        elif before or key not in _NOT_COMPARED:
+            found[before + key] = visible(str(value))
+    return found
+
+
+def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> Block:
+    """Make a table with a column per run; what a run lacks is a dash."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [[name, *(column.get(name, "-") for column in columns.values())] for name in names]
+    return table(["", *columns], rows, "wide")

@@ -27,9 +27,9 @@ from tokenrl.language.preferences.fit import (
 )
 from tokenrl.language.preferences.loss import bradley_terry_loss
 from tokenrl.language.preferences.pairs import Pair, read_pairs
-from tokenrl.language.preferences.report import report_reward_model
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.runs.report import report_from_directory
 
 TEXTS = [("the cat", " sat", " on the mat and the dog"), ("a", " log", " b"), ("count", " to ten", "")]
 PAIRS = [Pair(*texts) for texts in TEXTS]
@@ -213,11 +213,10 @@ def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
 
     first = (run / "metrics.jsonl").read_text()
     (run / "report.html").unlink()
-    page = report_reward_model(run).read_text("utf-8")
+    page = report_from_directory(run).read_text("utf-8")
     shown = [f"{one[name]:.4g}</t" for one in json.loads((run / "summary.json").read_text())["calibration"]
              for name in ("predicted", "observed", "count")]  # fmt: skip
     assert shown and all(words in page for words in [*shown, ">Calibration<", 'aria-label="accuracy,'])
-    assert not list(run.glob("*.png"))  # the page draws its curves itself
     with pytest.raises(Refused, match="already holds a run"):
         train_reward_model(data=rows_to_learn(), model=str(saved()), output_dir=run, **options)
     train_reward_model(data=rows_to_learn(), model=str(saved()), output_dir=run, overwrite=True, **options)
@@ -303,8 +302,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         judge.model.score.weight.fill_(math.nan)
     with pytest.raises(Refused, match=r"Before the first step: 8 of 8 rewards are not finite"):
         train_reward_model(output_dir=tmp_path / "other", **options)
-    with pytest.raises(Refused, match="ended early"):
-        report_reward_model(tmp_path / "run")
+    assert "failed" in report_from_directory(tmp_path / "run").read_text("utf-8")
 
 
 def test_a_training_that_is_saved_and_loaded_continues(tmp_path):

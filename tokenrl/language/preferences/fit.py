@@ -34,7 +34,6 @@ from tokenrl.language.preferences.report import (
     RewardModelResult,
     facts,
     finish,
-    report_reward_model,
 )
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.memory import fingerprint as rows_fingerprint, recorded
@@ -183,7 +182,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
     args = called(RewardModelArguments, args, options)
     args = settled_form(args, args.model if args.policy is None else args.policy)
     args = taken_up(args, args.resume, args.output_dir)
-    how: dict[str, Any] = {"overwrite": args.overwrite, "quiet": args.quiet, "report": report_reward_model}
+    how: dict[str, Any] = {"overwrite": args.overwrite, "quiet": args.quiet}
     with (
         Session("reward-model", args.output_dir, tracking=args, saving=args, **how) as session,
         ExitStack() as stack,

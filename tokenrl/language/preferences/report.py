@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tokenrl.configuration import read_config
-from tokenrl.errors import Refused
 from tokenrl.language.policy.prompts import asked
 from tokenrl.language.policy.saving import Card
 from tokenrl.language.preferences.arguments import RewardModelArguments
@@ -20,13 +16,8 @@ from tokenrl.language.preferences.data import RewardData
 from tokenrl.language.preferences.evaluation import Bin
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.runs.charts import Curve, chart
-from tokenrl.runs.console import number
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.outcome import Outcome
-from tokenrl.runs.page import Html, section, table
-from tokenrl.runs.reader import read_run
-from tokenrl.runs.report import write_report
 from tokenrl.runs.session import Session
 
 
@@ -99,38 +90,3 @@ def finish(
     card = Card(settings["title"], facts, session.origin.in_words(), base).text("reward model")
     session.finish(ended, lambda path: save_reward_model(ended.reward_model, path, card=card))
     session.console.note(f"Train a policy on it: tokenrl train --reward {directory.model}")
-
-
-def report_reward_model(run: str | Path) -> Path:
-    """Write the report of a finished run from what lies in its directory.
-
-    Raises:
-        Refused: the directory holds no finished run of a reward model.
-    """
-    found = read_run(run)
-    if not found.summary:
-        raise Refused(f"{run} holds no summary.json; give the output directory of a finished run.")
-    if not found.summary.get("eval_after") or "calibration" not in found.summary:
-        error = found.summary.get("error", "")
-        raise Refused(f"The run in {run} ended early ({error}); there is nothing to draw.")
-    try:
-        drawn = _calibration([Bin(**one) for one in found.summary["calibration"]])
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise Refused(
-            f"The calibration in {found.path / 'summary.json'} is damaged ({error}). Remove that entry."
-        ) from error
-    return write_report(found, drawn)
-
-
-def _calibration(bins: Sequence[Bin]) -> Html:
-    """Show the calibration curve as a chart and as a table."""
-    predicted, observed = [b.predicted for b in bins], [b.observed for b in bins]
-    errors = [math.sqrt(p * (1 - p) / b.count) for p, b in zip(predicted, bins, strict=True)]
-    exact = Curve(predicted, predicted, errors=errors, colour=0, dots=True)
-    name = "observed share of choices, by their predicted probability"
-    unit = "grey: exact predictions, ± one standard error"
-    drawn = chart(
-        name, unit, [exact, Curve(predicted, observed, colour=2, dots=True)], large=True, whole=False
-    )
-    rows = [[number(b.predicted), number(b.observed), str(b.count)] for b in bins]
-    return section("Calibration", drawn, table(("predicted", "observed", "pairs"), rows))
