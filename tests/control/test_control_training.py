@@ -162,15 +162,6 @@ def test_learning_rates_fall_to_zero_when_asked(tmp_path):
     assert [line["learning_rate"] for line in metrics_of(constant)[1:]] == [0.4, 0.4]
 
 
-def test_the_last_entropy_is_that_of_the_last_tenth():
-    from tokenrl.control.run import Run
-
-    run = Run(*[None] * 6)
-    assert math.isnan(run.last_entropy)
-    run.entropies = [1.0] * 18 + [0.2, 0.4]
-    assert run.last_entropy == pytest.approx(0.3)
-
-
 def test_threads_while_it_trains_and_as_many_as_before_afterwards(tmp_path, monkeypatch, capsys):
     from tokenrl.control import training
 

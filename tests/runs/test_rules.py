@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tokenrl.runs import facts as facts_module, rules
-from tokenrl.runs.facts import latest_facts, means
+from tokenrl.runs.facts import last_tenth, latest_facts, means
 from tokenrl.runs.findings import RULES
 from tokenrl.runs.rules import judge
 
@@ -230,6 +230,10 @@ def test_the_latest_steps_hold_enough_groups_and_are_compared_with_the_best_eval
     )  # a step of one prompt says nothing of its noise
     rows += [row(step, 0.0, equal=1.0) for step in range(9, 12)]
     assert "policy-destroyed" in [f.flag for f in judge(latest_facts(rows, 16, True) | {"learning_rate": 1})]
+
+
+def test_the_last_tenth_is_one_step_at_least():
+    assert [list(last_tenth(range(number))) for number in (20, 19, 2, 0)] == [[18, 19], [18], [1], []]
 
 
 def test_means_leave_out_what_is_no_number_and_count_equal_rewards():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import Pieces
 from tokenrl.control.saving import save_policy
 from tokenrl.control.update import Agent
-from tokenrl.core.entropy import entropy_collapse_message, entropy_collapsed, final_entropy
 from tokenrl.core.presets import preset_name
+from tokenrl.runs.facts import last_tenth
+from tokenrl.runs.findings import Finding
 from tokenrl.runs.outcome import Outcome
+from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
 
 
@@ -97,9 +100,13 @@ class Run:
     entropies: list[float] = field(default_factory=list)
 
     @property
-    def last_entropy(self) -> float:
-        """Mean entropy over the last tenth of the updates; nan before the first."""
-        return final_entropy(self.entropies)
+    def findings(self) -> list[Finding]:
+        """What the rules say of the entropy of the last tenth of the updates."""
+        entropies, estimator = last_tenth(self.entropies), self.args.estimator
+        if self.args.head != "softmax" or not entropies:  # the entropy of a density may well be negative
+            return []
+        bonus = {"has_entropy_bonus": estimator.entropy_coef > 0, "entropy_bonus": 0.01}
+        return judge({"recent_entropy": fmean(entropies), **bonus})
 
     @property
     def title(self) -> str:
@@ -141,16 +148,10 @@ class Run:
             solved=self.solved(outcome["eval_after"]),
             threshold=self.spec.solved,
             verdict=verdict(self.spec, outcome["eval_after"], self.args.eval_episodes, session.step),
-            flags=self._flags(),
+            flags=[finding.flag for finding in self.findings],
             train_cpu_seconds=self.cpu_seconds,
             policy=self.agent.policy,
         )
-
-    def _flags(self) -> list[str]:
-        if self.args.head != "softmax":  # the entropy of a density may well be negative
-            return []
-        collapsed = entropy_collapsed(self.args.estimator.entropy_coef, self.last_entropy)
-        return ["entropy-collapsed"] if collapsed else []
 
 
 def verdict(spec: Spec, evaluation: Mapping[str, float], episodes: int, step: int) -> str:
@@ -209,6 +210,6 @@ def facts(run: Run) -> dict[str, Any]:
 def finish(run: Run, session: Session, ended: ControlResult) -> None:
     """Save the policy, write summary and report, and print the result."""
     session.finish(ended, lambda path: save_policy(run.agent.policy, path, env=run.spec.env))
-    if "entropy-collapsed" in ended.flags:
-        session.console.warn(entropy_collapse_message(run.last_entropy))
+    for finding in run.findings:
+        session.console.warn(str(finding))
     session.console.note(ended.verdict)

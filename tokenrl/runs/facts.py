@@ -26,7 +26,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 MOST = 0.5
 """Above this share of groups with equal rewards, or of completions that are cut, most work is lost."""
@@ -52,6 +54,16 @@ class Facts(dict[str, Any]):
         raise Unknown(name)
 
 
+def is_number(value: Any) -> bool:
+    """Return whether a value of metrics.jsonl is a finite number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def last_tenth(rows: Sequence[T]) -> Sequence[T]:
+    """Return the last tenth of the steps, at least one; none of none."""
+    return rows[-max(1, len(rows) // 10) :]
+
+
 def means(prefix: str, rows: Sequence[Mapping[str, Any]], needs_groups: bool) -> dict[str, Any]:
     """Return the mean of each metric over some rows of metrics.jsonl, as facts with a prefix.
 
@@ -59,7 +71,7 @@ def means(prefix: str, rows: Sequence[Mapping[str, Any]], needs_groups: bool) ->
     """
     facts = {}
     for name, key in (METRICS | {"equal": "frac_reward_zero_std" if needs_groups else "reward_std"}).items():
-        known = [row for row in rows if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])]
+        known = [row for row in rows if is_number(row.get(key))]
         values = [share_equal(row, needs_groups) if name == "equal" else row[key] for row in known]
         facts[f"{prefix}_{name}"] = fmean(values) if values else None
     return facts
@@ -83,14 +95,14 @@ def latest_facts(rows: Sequence[Mapping[str, Any]], groups: int, needs_groups: b
         return {}
     latest, first = rows[-count:], rows[1]
     facts = means("latest", latest, needs_groups) | means("first", [first], needs_groups)
-    errors = [row["reward_stderr"] for row in latest if row.get("reward_stderr") is not None]
+    errors = [row["reward_stderr"] for row in latest if is_number(row.get("reward_stderr"))]
     if len(errors) == count:  # equal rewards show no noise, so that of the first step counts too
         spread = math.hypot(*errors) / count, (first.get("reward_stderr") or 0.0) / math.sqrt(count)
         facts["latest_stderr"] = max(spread)
-    evaluations = [row for row in rows if row.get("eval_reward_stderr") is not None]
+    evaluations = [row for row in rows if is_number(row.get("eval_reward"))]
     if evaluations:
         best = max(evaluations, key=lambda row: float(row["eval_reward"]))
-        facts |= {"best_reward": best["eval_reward"], "best_stderr": best["eval_reward_stderr"]}
+        facts |= {"best_reward": best["eval_reward"], "best_stderr": best.get("eval_reward_stderr")}
     since, step = latest[0]["step"], latest[-1]["step"]
     return facts | {"before_reward": rows[0].get("eval_reward"), "steps": f"steps {since} to {step}"}
 

@@ -154,11 +154,11 @@ def few_signals(facts: Facts) -> Told:
 
 @rule("no-signal")
 def no_signal(facts: Facts) -> Told:
-    """In three steps in a row no rewards differed (`steps_without_signal`).
+    """In as many steps in a row as `patience` says (three) no rewards differed (`steps_without_signal`).
 
     `had_signal` says whether they did in an earlier step, and `remedy` what gives such a training a signal.
     """
-    weight: Weight | None = "void" if facts["steps_without_signal"] >= 3 else None
+    weight: Weight | None = "void" if facts["steps_without_signal"] >= facts.get("patience", 3) else None
     text = "In {steps_without_signal} steps in a row no two rewards that are compared differed, so there is "
     text += "nothing to learn from: the mean reward is {step_reward:.3g}"
     before, error = facts.get("before_reward", math.nan), facts.get("before_stderr", math.nan)

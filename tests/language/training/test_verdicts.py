@@ -78,7 +78,7 @@ def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(trai
     assert step <= 5 and after == pytest.approx(sum(row["reward"] for row in rows[2:5]) / 3, abs=1e-3)
     assert shown.count("The policy is destroyed") == 1 and "more generations" not in shown + message
     assert f"fell from {rows[0]['eval_reward']:.3g} (evaluation before training) to" in message
-    assert "The learning rate, 0.3, is the likely cause: for this model the default is 0.001" in message
+    assert "The learning rate, 0.3, is the likely cause: try --learning-rate 0.001, which is usual" in message
     last = tmp_path / "run" / "checkpoints" / f"step_{len(rows) - 1:06d}"
     assert f"The last complete checkpoint is {last}; --resume auto" in message
     verify_checkpoint(last)
@@ -102,9 +102,9 @@ def test_the_recommended_rate_is_the_tasks_for_its_own_model(tmp_path, capsys, m
     own = {"build": lambda seed: tiny(), "fingerprint": "x", "warm_start": None, "demonstrations": []}
     own |= {"train": {"learning_rate": 1e-3}}
     fallen = Falling(6)
-    with pytest.raises(Stopped, match=re.escape("the task recommends 0.001 (--learning-rate 0.001)")):
+    with pytest.raises(Stopped, match=re.escape("try --learning-rate 0.001, which is usual here")):
         train(tmp_path / "run", fallen, own, model=None, stop_after_zero_spread=5)
-    with pytest.raises(Stopped, match=re.escape("not above the usual 0.001: try --learning-rate 0.00025")):
+    with pytest.raises(Stopped, match=re.escape("try --learning-rate 0.00025, although 0.001 is usual here")):
         train(tmp_path / "two", Falling(6), own, model=None, learning_rate=1e-3, stop_after_zero_spread=5)
 
 
@@ -141,10 +141,10 @@ def test_without_a_signal_a_run_says_so_at_step_3_and_its_end_is_not_plain(tmp_p
     result = train(tmp_path / "run", nothing, max_steps=6)
     assert (result.exit_reason, result.flags) == ("finished", ("nothing-learnt",))
     shown = said(capsys)
-    assert "warning: step 3: In 3 steps in a row no two completions of the same prompt differ" in shown
+    assert "warning: step 3: In 3 steps in a row no two rewards that are compared differed" in shown
     assert "finished (nothing-learnt), 6 steps" in shown
     assert "held-out reward was 0 before training and 0 after it, a difference of 0 +- 0 over 16" in shown
-    assert "In 6 of 6 steps no two completions" in shown
+    assert "In 100% of the steps no two rewards" in shown
     report = (tmp_path / "run" / "report.html").read_text()
     assert "finished (nothing-learnt), 6 steps" in report
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from tokenrl.core.entropy import LEAST_ENTROPY, entropy_collapsed
 from tokenrl.core.estimator import Estimator
 from tokenrl.lab.compare.records import RunRecord
+from tokenrl.runs.rules import LEAST_ENTROPY
 from tokenrl.settings import arguments
 
 HALF = 0.5
@@ -82,7 +82,7 @@ def _collapsed(records: Sequence[RunRecord]) -> str:
     learns, and a model that was trained for the task starts with little of it.
     """
     entropy = _mean(records, "entropy_start")
-    if not entropy_collapsed(_estimator(records).entropy_coef, entropy):
+    if _estimator(records).entropy_coef > 0 or not entropy < LEAST_ENTROPY:
         return ""
     curves = [[x for x in record.curves.get("reward", ()) if math.isfinite(x)] for record in records]
     gains = [curve[-1] - curve[0] for curve in curves if curve]

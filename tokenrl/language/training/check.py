@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from tokenrl.core.entropy import LEAST_ENTROPY
 from tokenrl.language.training.checked_texts import check_texts
 from tokenrl.language.training.cost import disk_cost, disk_finding, memory_cost, time_cost
 from tokenrl.language.training.run import Run, RunResult
 from tokenrl.language.training.step import averaged
 from tokenrl.language.training.trial import Trials, try_out
-from tokenrl.language.training.verdicts import SOLVED, remedy, solves, to_chat, uncut
+from tokenrl.language.training.verdicts import asks_in_text, pass_mark, remedy, uncut
 from tokenrl.runs.checkup import Finding, checked, conclude, rate_finding
+from tokenrl.runs.rules import LEAST_ENTROPY, SOLVED
 from tokenrl.runs.session import Session
 from tokenrl.runs.space import in_words
 
@@ -83,7 +83,8 @@ def _signal_findings(run: Run, session: Session, trials: Trials) -> list[Finding
             Finding("few-signals", found, "Only these groups can teach anything.", mend, grave=False)
         )
     greedy = session.eval_before.get("reward_greedy")
-    if greedy is not None and solves(run, greedy):
+    mark = pass_mark(run)
+    if greedy is not None and mark is not None and greedy >= mark:
         found = f"The greedy completions of held-out prompts already have a mean reward of {greedy:.3g}."
         findings.append(Finding("already-solved", found, "Little is left to gain.", SOLVED, grave=False))
     if not math.isfinite(metrics["grad_norm"]):
@@ -103,7 +104,7 @@ def _sampling_findings(run: Run, trials: Trials) -> list[Finding]:
             found = f"Every completion was cut at {run.args.max_completion_length} tokens, before an end."
             why = "A reward for whole answers cannot tell them apart."
             mend = uncut(run)
-            grave = trials.flat or to_chat(run)
+            grave = trials.flat or asks_in_text(run)
             findings.append(Finding("all-truncated", found, why, mend[:1].upper() + mend[1:], grave))
         if entropy < LEAST_ENTROPY:
             found = f"The policy's entropy is {entropy:.2g} nats per token."

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from tokenrl.core.baselines import RunningMean
-from tokenrl.core.destroyed import Watch
 from tokenrl.language.policy.prompts import settled_form, special_texts
 from tokenrl.language.policy.saving import SavedPolicy
 from tokenrl.language.rewards.rewards import Rewards
@@ -39,8 +38,9 @@ from tokenrl.language.training.setup import (
     resolved,
 )
 from tokenrl.language.training.step import Record, training_step
-from tokenrl.language.training.verdicts import judge, nothing_left
+from tokenrl.language.training.verdicts import judge_end, judge_step
 from tokenrl.language.training.warm_start import warm_start
+from tokenrl.runs.reader import read_run
 from tokenrl.runs.resume import taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
@@ -109,6 +109,10 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
             known = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
             known |= {"warm_started": run.warm_started} if run.warm_started else {}
             session.begin(args, names=names, title=run.title, **known)
+            if session.continues:
+                run.rows = [
+                    row for row in read_run(session.output_dir).metrics if row["step"] <= session.step
+                ]
             run.learner.sync()  # the weights may be those of a checkpoint
             return _loop(run, session)
 
@@ -122,14 +126,15 @@ def _loop(run: Run, session: Session) -> RunResult:
         if run.due(session, args.eval_every):
             metrics |= session.evaluated(_evaluate(run, step))
         record_step(run, session, record, metrics)
-        if ended_by := nothing_left(run, session, metrics):
+        run.rows.append({"step": step, **metrics})
+        if ended_by := judge_step(run, session):
             reason = ended_by
             break
     if session.owes_evaluation:
         session.evaluated(_evaluate(run, session.step))
-    warnings = judge(run, session, reason)
+    findings = judge_end(run, session, reason)
     ended = run.result(session, reason)
-    finish(run, session, ended, warnings)
+    finish(run, session, ended, findings)
     return ended
 
 
@@ -212,8 +217,8 @@ def _one_step(run: Run, step: int) -> Record:
     record.metrics["idle_steps"] = run.learner.idle
     rows = run.args.prompts_per_step * run.args.num_generations
     run.completion_tokens += record.metrics["completions/mean_length"] * rows
-    run.entropies.append(record.metrics["entropy"])
-    run.cut = record.metrics["completions/clipped_ratio"]
+    run.timings.append(record.timings)
+    run.steps = step
     run.tokens += int(record.metrics["num_tokens"])
     record.metrics["num_tokens"] = run.tokens
     run.latest, run.learner.generated = summed(run.learner.accelerator, run.learner.generated), 0
@@ -240,7 +245,7 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
     each = found.by_prompt
     run.means = [*run.means[:1], torch.tensor(each.get("reward", each["reward_greedy"])).double()]
     if step == 0:
-        run.watch = Watch(found.metrics, args.prompts_per_step, getattr(run.task, "solved", None))
+        run.rows = [{"step": 0, **{f"eval_{name}": value for name, value in found.metrics.items()}}]
     return found.metrics
 
 

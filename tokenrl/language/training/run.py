@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,8 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from tokenrl.core.baselines import RunningMean
-from tokenrl.core.destroyed import Watch
-from tokenrl.core.entropy import entropy_collapse_message, entropy_collapsed, final_entropy
 from tokenrl.core.presets import preset_name
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import asked
@@ -23,19 +22,16 @@ from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.language.training.budget import Budget
 from tokenrl.language.training.defaults import Defaults, with_origins
 from tokenrl.language.training.records import prompt_text
-from tokenrl.language.training.reward_time import RewardTime
 from tokenrl.language.training.step import Record
 from tokenrl.language.training.update import Learner
+from tokenrl.runs.findings import Finding
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.optimizers import load_schedule
 from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.session import Session
 
-PROGRESS = (
-    *("tokens", "samples", "completion_tokens", "step_seconds", "entropies", "flat_steps", "all_flat"),
-    "cut",
-)
-"""The fields of a `Run` that say how far it has come, and that are numbers or lists of numbers."""
+PROGRESS = ("steps", "tokens", "samples", "completion_tokens", "step_seconds")
+"""The fields of a `Run` that say how far it has come, and that are numbers."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +78,11 @@ class Run:
         latest: the number of these that the latest step has generated.
         completion_tokens: number of completion tokens so far.
         step_seconds: seconds spent in training steps so far.
-        entropies: mean entropy of each step, in nats per token.
-        flat_steps: number of consecutive steps, up to now, in which no rewards differed.
+        steps: number of steps so far.
         warm_started: what `warm_start` found; empty without such a stage.
-        all_flat: number of all steps so far in which no rewards differed.
-        cut: share of the latest step's completions that were cut.
+        rows: the rows of metrics.jsonl so far, that of the evaluation before training first.
         means: the mean reward of each held-out prompt [B], before training and at the latest evaluation.
-        reward_time: time that the reward functions took in the steps of this process.
-        watch: notices the step that destroys the policy; None until the evaluation before training.
+        timings: seconds of the latest steps of this process, with those of each reward function.
     """
 
     args: TrainSettings
@@ -106,14 +99,11 @@ class Run:
     latest: int = 0
     completion_tokens: float = 0.0
     step_seconds: float = 0.0
-    entropies: list[float] = field(default_factory=list)
-    flat_steps: int = 0
+    steps: int = 0
     warm_started: dict[str, Any] = field(default_factory=dict)
-    all_flat: int = 0
-    cut: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
     means: list[Tensor] = field(default_factory=list)
-    reward_time: RewardTime = field(default_factory=RewardTime)
-    watch: Watch | None = None
+    timings: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=20))
 
     @property
     def budget(self) -> Budget:
@@ -132,17 +122,7 @@ class Run:
 
     def set_rate(self) -> None:
         """Set the learning rate of the next step."""
-        load_schedule(self.schedule, self.budget.position(len(self.entropies), self.samples))
-
-    @property
-    def last_entropy(self) -> float:
-        """Mean entropy over the last tenth of the steps, in nats per token; nan before the first."""
-        return final_entropy(self.entropies)
-
-    @property
-    def collapsed(self) -> bool:
-        """Whether the entropy has collapsed at the end."""
-        return entropy_collapsed(self.args.estimator.entropy_coef, self.last_entropy)
+        load_schedule(self.schedule, self.budget.position(self.steps, self.samples))
 
     @property
     def tokens_per_second(self) -> float:
@@ -159,19 +139,13 @@ class Run:
         return {
             **{name: getattr(self, name) for name in PROGRESS},
             "means": {str(number): means for number, means in enumerate(self.means)},
-            "watch": None if self.watch is None else self.watch.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned; the learning rate becomes that of this run's schedule."""
         for name in PROGRESS:
             setattr(self, name, state[name])
-        self.entropies = list(self.entropies)
         self.means = [state["means"][name] for name in sorted(state["means"])]
-        self.watch = None
-        if state["watch"] is not None:
-            self.watch = Watch({}, groups=self.args.prompts_per_step)
-            self.watch.load_state_dict(state["watch"])
         self.set_rate()
 
     def result(self, session: Session, reason: str) -> RunResult:
@@ -179,7 +153,7 @@ class Run:
         return RunResult(
             **session.outcome(reason),
             tokens_per_second=self.tokens_per_second,
-            flags=tuple(dict.fromkeys([*session.flags, *(["entropy-collapsed"] if self.collapsed else [])])),
+            flags=tuple(dict.fromkeys(session.flags)),
             warm_started=self.warm_started,
             policy=self.learner.policy,
         )
@@ -217,8 +191,6 @@ def record_step(run: Run, session: Session, record: Record, metrics: dict[str, f
     The metrics come last of what is written: with them a step is complete.
     """
     shown, rows = run.args.log_completions, []
-    for name, warning in run.reward_time.add(record.timings).items():
-        session.warn_once(f"slow-reward/{name}", f"step {session.step}: {warning}")
     if session.directory is not None and shown and (session.step == 1 or run.due(session, shown)):
         rows = record.rows()
         write_completions(session.directory.completions, session.step, rows)
@@ -236,8 +208,8 @@ def _few(rows: Sequence[dict[str, Any]], group: int) -> list[dict[str, Any]]:
     return [row | {"prompt": prompt_text(row["prompt"])} for row in out]
 
 
-def finish(run: Run, session: Session, ended: RunResult, warnings: Sequence[str]) -> None:
-    """Save the model with its card, write summary and report, and show how the run ended, with warnings."""
+def finish(run: Run, session: Session, ended: RunResult, findings: Sequence[Finding]) -> None:
+    """Save the model with its card, write summary and report, and show how the run ended, with findings."""
     facts: dict[str, Any] = {"task": run.task.name, "base": ended.policy.source}
     if run.warm_started:
         facts["warm start"] = run.warm_started["in_words"]
@@ -246,8 +218,6 @@ def finish(run: Run, session: Session, ended: RunResult, warnings: Sequence[str]
         facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}
     card = Card(run.title, facts, session.origin.in_words(), base_model(run.args.model))
     session.finish(ended, lambda path: save_policy(ended.policy, path, card=card))
-    for warning in warnings:
-        session.console.warn(warning)
-    if run.collapsed:
-        session.console.warn(entropy_collapse_message(run.last_entropy))
+    for finding in findings:
+        session.console.warn(str(finding))
     run.learner.accelerator.wait_for_everyone()
