@@ -105,7 +105,7 @@ COMMANDS = {
     "advise": Command(AdviseArguments, "tokenrl.advisor:run"),
     "report": Command(ReportArguments, "tokenrl.cli:write_report"),
     "lab": Command(LabArguments, "tokenrl.lab.exact.report:exact"),
-    "lab measure": Command(MeasureArguments, "tokenrl.lab.measure.reading:run"),
+    "lab measure": Command(MeasureArguments, "tokenrl.lab.measure.report:run"),
 }
 
 

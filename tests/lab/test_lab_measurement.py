@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import io
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,15 +15,20 @@ from tokenrl.cli import main
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.language_model import problem_of_policy, rollout_of_all
+from tokenrl.lab.measure import measurement
+from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.contributions import ascent_slopes, contributions
-from tokenrl.lab.measure.measurement import measure_gradients
-from tokenrl.lab.measure.projections import Projections, blocks, chosen_parameters, probes, project
-from tokenrl.lab.measure.reading import record
+from tokenrl.lab.measure.measurement import measure_gradients, measure_with
+from tokenrl.lab.measure.projections import Projections, chosen_parameters, probes, project
+from tokenrl.lab.measure.report import print_tables, record
 from tokenrl.lab.measure.rollouts import Samples, collect
-from tokenrl.language.policy.model import Policy
+from tokenrl.language.policy.lora import add_lora
+from tokenrl.language.policy.model import Policy, load_policy
+from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
+from tokenrl.runs.console import Console
 
 torch.set_num_threads(1)
 GRPO = Estimator.preset("grpo")
@@ -95,9 +100,6 @@ def test_layers_are_chosen_by_name(policy: Policy) -> None:
     ]
     with pytest.raises(Refused, match="in its name"):
         chosen_parameters(policy, ["h.7"])
-    parts = blocks(chosen_parameters(policy))
-    assert sorted(itertools.chain(*parts.values())) == sorted(names)
-    assert list(parts) == ["outside the blocks", "block 0", "block 1"]
 
 
 # Estimators formed from projections
@@ -179,23 +181,28 @@ def test_smaller_groups_are_slices_of_the_larger(policy: Policy, samples: Sample
     assert slopes.entropy is None
 
 
-def test_measure_from_python_and_its_record(policy: Policy) -> None:
-    rows = [{"prompt": word} for word in WORDS * 8]
-    task = SimpleNamespace(
-        name="points", train_prompts=rows, eval_prompts=rows, reward=points, max_completion_length=2
-    )
-    options = {"num_prompts": 16, "num_generations": 4, "prompts_per_step": 2, "probes": 8}
-    found = measure_gradients(
-        model=policy, task=task, estimators=("rloo", "grpo", "dapo"), per_layer=True, **options
-    )
+ROWS = [{"prompt": word} for word in WORDS * 8]
+TASK = SimpleNamespace(
+    name="points", train_prompts=ROWS, eval_prompts=ROWS, reward=points, max_completion_length=2
+)
+FEW = {"task": TASK, "num_prompts": 16, "num_generations": 4, "prompts_per_step": 2, "probes": 8}
+
+
+def test_measure_from_python_its_record_and_its_tables(policy: Policy, capsys) -> None:
+    found = measure_gradients(model=policy, estimators=("rloo", "grpo", "dapo"), **FEW)
     assert [m.estimator for m in found.estimators] == ["rloo", "grpo", "dapo"]
-    assert list(found.layers) == ["outside the blocks", "block 0", "block 1"]
     text = json.dumps(record(found), allow_nan=False)
     assert json.loads(text)["estimators"][0]["noise"].keys() == {"value", "low", "high"}
-    assert "95 %" in json.loads(text)["reading"]
-    again = measure_gradients(model=policy, task=task, estimators=("rloo",), rows_at_once=8, **options)
+    print_tables(found)
+    printed = capsys.readouterr().out
+    assert "Over 16 prompts of points with 4 completions" in printed and "not resolved" in printed
+    again = measure_gradients(model=policy, estimators=("rloo",), rows_at_once=8, **FEW)
     assert again.estimators[0].variance.value == pytest.approx(found.estimators[0].variance.value, rel=1e-9)
-    for wrong, words_ in (
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
         ({"num_generations": 3}, "power of two"),
         ({"num_prompts": 9}, "multiple of 2"),
         ({"estimators": ("ppo",)}, "critic"),
@@ -203,9 +210,68 @@ def test_measure_from_python_and_its_record(policy: Policy) -> None:
         ({"probes": 0}, "probes"),
         ({"num_prompts": 32}, "has 16 training prompts"),
         ({"gradient_checkpointing": True}, "without it"),
-    ):
-        with pytest.raises(Refused, match=words_):
-            measure_gradients(model=policy, task=task, **(options | wrong))
+        ({"layers": ("h.7",)}, "in its name"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_refused(policy: Policy, wrong, words) -> None:
+    with pytest.raises(Refused, match=words):
+        measure_gradients(model=policy, **(FEW | wrong))
+
+
+def test_rows_are_halved_while_memory_runs_out(policy: Policy, monkeypatch) -> None:
+    """The numbers stay the same; when not even the completions of one prompt fit, that is refused."""
+    plain = measure_gradients(model=policy, estimators=("rloo",), **FEW)
+
+    def scarce(most: int):
+        def in_little_memory(policy, rollout, *args, **options):
+            if len(rollout.mask) > most:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+            return project(policy, rollout, *args, **options)
+
+        return in_little_memory
+
+    monkeypatch.setattr(measurement, "project", scarce(16))
+    found = measure_gradients(model=policy, estimators=("rloo",), **FEW)
+    assert found.estimators[0].variance.value == pytest.approx(plain.estimators[0].variance.value, rel=1e-9)
+    monkeypatch.setattr(measurement, "project", scarce(3))
+    with pytest.raises(Refused, match=r"Memory ran out .*--probes.*--layers last"):
+        measure_gradients(model=policy, estimators=("rloo",), **FEW)
+
+
+def test_a_new_adapter_is_measured_by_itself():
+    page = io.StringIO()
+    policy = tiny_policy()
+    args = MeasureArguments(model=policy, estimators=("rloo",), lora_r=2, **FEW)
+    found = measure_with(args, Console(file=page))
+    own = sum(p.numel() for p in policy.trainable_parameters())
+    assert f"Differentiating 64 completions in {own:,} parameters (all)." in page.getvalue()
+    whole = measure_gradients(model=tiny_policy(), estimators=("rloo",), **FEW)
+    assert 0 < found.estimators[0].variance.value < whole.estimators[0].variance.value
+
+
+def test_of_a_run_that_trained_an_adapter_that_adapter_is_measured(tmp_path):
+    base = tiny_policy()
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    policy = load_policy(tmp_path / "base", dtype="float64")
+    add_lora(policy, r=2)
+    with torch.no_grad():
+        for p in policy.trainable_parameters():
+            p.add_(0.1)
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    save_policy(policy, tmp_path / "run" / "model")
+    how = {"estimators": ("rloo",), "dtype": "float64", **FEW}
+    page = io.StringIO()
+    found = measure_with(MeasureArguments(model=str(tmp_path / "run"), **how), Console(file=page))
+    assert "trained an adapter" in page.getvalue() and found.model.endswith("adapter")
+    again = measure_gradients(model=policy, **how)
+    assert found.estimators[0].variance.value == pytest.approx(again.estimators[0].variance.value, rel=1e-9)
+    merged = measure_gradients(model=str(tmp_path / "run" / "model"), **how)  # all weights
+    assert merged.estimators[0].variance.value > 2 * found.estimators[0].variance.value
+    (tmp_path / "base" / "config.json").unlink()
+    with pytest.raises(Refused, match="could be loaded from"):
+        measure_gradients(model=str(tmp_path / "run"), **how)
 
 
 def test_the_command_line_reaches_it(capsys) -> None:

@@ -13,8 +13,7 @@ from tokenrl.errors import TokenrlError
 from tokenrl.lab.compare.records import Arm, Problem
 from tokenrl.lab.compare.statistics.found import Interval
 from tokenrl.lab.measure.arguments import MeasureArguments
-from tokenrl.lab.measure.cost import rows_at_once
-from tokenrl.lab.measure.measurement import project_all
+from tokenrl.lab.measure.measurement import project_all, rows_at_once
 from tokenrl.lab.measure.paired import compare
 from tokenrl.lab.measure.projections import AT_ONCE, Projections, chosen_parameters
 from tokenrl.lab.measure.rollouts import Samples, collect
@@ -164,7 +163,7 @@ def _seen(problem: Problem, chosen: Sequence[_Chosen], place: str | Path | None,
     if _tokens(lengths, size * length) > work / LEAST_PROBES:
         return "that would take longer than half a minute; see `tokenrl lab measure`"
     args = MeasureArguments(num_generations=size, temperature=train.temperature, seed=seed)
-    at_once = rows_at_once(policy, parameters, lengths, length, args, entropy=entropy)
+    at_once = args.rows_at_once or rows_at_once(policy, length)
     sampling = Sampling(length, size, train.temperature, seed, truncate_prompts=train.truncate_prompts)
     samples = collect(policy, rewards, rows, sampling, rows_at_once=at_once)
     fit = int(work / (sum(lengths) + int(samples.mask.sum()))) // AT_ONCE * AT_ONCE

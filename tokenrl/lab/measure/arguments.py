@@ -35,12 +35,9 @@ class MeasureArguments(ModelArguments, TaskArguments, LoraArguments):
     """Random directions to project gradients on; squared lengths have the relative error sqrt(2/probes)."""
     layers: tuple[str, ...] = ()
     """Use only parameters with one of these in their name; `last` for the last block and the head."""
-    per_layer: bool = False
-    """Also measure every block by itself; each costs as much as one measurement."""
     rows_at_once: Count | None = None
-    """Completions per forward pass; changes memory, not the numbers. Default: what fits, at most 1024."""
-    max_minutes: Positive | None = None
-    """Stop once the first part of the work predicts a longer time than this. Default: take any time."""
+    """Completions per forward pass, halved while memory runs out; changes no number. Default: as many as have
+    16 million logits, at most 1024."""
     cpu: bool = False
     """Stay on the CPU even if there is an accelerator."""
     seed: Seed = 0

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,8 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.rows import zero_spread
 from tokenrl.errors import Refused
 from tokenrl.lab.measure.arguments import MeasureArguments
-from tokenrl.lab.measure.cost import Budget, rows_at_once
 from tokenrl.lab.measure.paired import GroupSize, Measurement, compare, compare_group_sizes
-from tokenrl.lab.measure.projections import AT_ONCE, Projections, blocks, chosen_parameters, project
+from tokenrl.lab.measure.projections import AT_ONCE, Projections, chosen_parameters, project
 from tokenrl.lab.measure.rollouts import Samples, collect
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.sampling import Sampling
@@ -29,6 +29,11 @@ from tokenrl.settings import arguments
 if TYPE_CHECKING:
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.tasks.task import Task
+
+MOST_ROWS = 1024
+"""Completions per forward pass, if their logits are few."""
+LOGITS_AT_ONCE = 2**24
+"""With eight directions at once, in float32, the logits and their derivatives then take about 2 GB."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,6 @@ class Measured:
         settings: Numbers of prompts, completions and probes, and mean reward and length of the completions.
         estimators: One measurement per chosen estimator.
         group_sizes: Noise by group size, for estimators that compare only the completions of a prompt.
-        layers: The measurements in each block alone, by name, if `per_layer` is set.
     """
 
     model: str
@@ -49,7 +53,6 @@ class Measured:
     settings: dict[str, float]
     estimators: tuple[Measurement, ...]
     group_sizes: tuple[GroupSize, ...]
-    layers: dict[str, tuple[Measurement, ...]]
 
 
 def measure_gradients(**options: Any) -> Measured:
@@ -73,7 +76,7 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
     """Sample completions, project the scores of their tokens, and measure every estimator.
 
     Raises:
-        Refused: For a preset, a number or a layer that cannot be used, or for lack of memory or time.
+        Refused: For a preset, a number or a layer that cannot be used, or for lack of memory.
     """
     from tokenrl.language.tasks.task import find_task
 
@@ -81,34 +84,21 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
     args = _checked(args, console.note)
     task, rewards = find_task(args)
     policy = _policy(args, task, console)
-    every = chosen_parameters(policy)
-    places = {", ".join(args.layers) or "all": list(chosen_parameters(policy, args.layers))}
-    budget = Budget(console, args.max_minutes)
-    first = {name: every[name] for name in next(iter(places.values()))}
-    samples = _samples(policy, task, rewards, first, args, budget)
-    places |= blocks(every) if args.per_layer else {}
-    found: dict[str, tuple[Measurement, ...]] = {}
-    sizes: tuple[GroupSize, ...] = ()
-    passes = len(places) * len(samples.parts) * math.ceil(args.probes / AT_ONCE)
+    parameters = chosen_parameters(policy, args.layers)
+    size, where = sum(p.numel() for p in parameters.values()), ", ".join(args.layers) or "all"
+    rows = args.num_prompts * args.num_generations
+    console.note(f"Differentiating {rows} completions in {size:,} parameters ({where}).")
     threads, _ = choose_threads(policy.size)
-    with budget.stage("differentiating", passes) as after, using_threads(threads):
-        for place, names in places.items():
-            size = sum(every[name].numel() for name in names)
-            console.note(f"Differentiating {len(samples.mask)} completions in {size:,} parameters ({place}).")
-            of = {name: every[name] for name in names}
-            seen = project_all(policy, samples, of, args, entropy=_needs_entropy(args), after=after)
-            options: dict[str, Any] = {"prompts_per_step": args.prompts_per_step, "seed": args.seed}
-            sizes = sizes if found else compare_group_sizes(samples, seen, chosen, **options)
-            found[place] = compare(samples, seen, chosen, **options)
-    whole, *layers = found
-    return Measured(
-        model=policy.source,
-        task=task.name,
-        settings=_settings(args, samples),
-        estimators=found[whole],
-        group_sizes=sizes,
-        layers={layer: found[layer] for layer in layers},
-    )
+    with using_threads(threads):
+        samples, seen = _in_memory(policy, task, rewards, parameters, args, console)
+        options: dict[str, Any] = {"prompts_per_step": args.prompts_per_step, "seed": args.seed}
+        return Measured(
+            model=policy.source,
+            task=task.name,
+            settings=_settings(args, samples),
+            estimators=compare(samples, seen, chosen, **options),
+            group_sizes=compare_group_sizes(samples, seen, chosen, **options),
+        )
 
 
 def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
@@ -130,32 +120,60 @@ def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
     return policy
 
 
-def _samples(
+def _in_memory(
     policy: Policy,
     task: Task,
     rewards: Rewards,
     parameters: Mapping[str, Tensor],
     args: MeasureArguments,
-    budget: Budget,
-) -> Samples:
+    console: Console,
+) -> tuple[Samples, Projections]:
+    """Sample and project as many completions at once as memory allows: half as many whenever it runs out.
+
+    Raises:
+        Refused: When not even the completions of one prompt fit, or the task has too few prompts.
+    """
+    from accelerate.utils.memory import should_reduce_batch_size
+    from rich.progress import Progress
+
     from tokenrl.language.training.defaults import length_of
 
-    rows = list(task.train_prompts)[: args.num_prompts]
-    if len(rows) < args.num_prompts:
-        raise Refused(f"num_prompts={args.num_prompts}, but the task has {len(rows)} training prompts.")
-    length = args.max_completion_length or length_of(task, args.model, policy)
-    prompts = [len(policy.encode(row["prompt"])) for row in rows]
-    at_once = rows_at_once(policy, parameters, prompts, length, args, entropy=_needs_entropy(args))
+    prompts = list(task.train_prompts)[: args.num_prompts]
+    if len(prompts) < args.num_prompts:
+        raise Refused(f"num_prompts={args.num_prompts}, but the task has {len(prompts)} training prompts.")
     sampling = Sampling(
-        max_completion_length=length,
+        max_completion_length=args.max_completion_length or length_of(task, args.model, policy),
         num_generations=args.num_generations,
         temperature=args.temperature,
         seed=args.seed,
     )
-    batches = math.ceil(len(rows) / max(1, at_once // args.num_generations))
-    threads, _ = choose_threads(policy.size)
-    with budget.stage("sampling", batches) as after, using_threads(threads):
-        return collect(policy, rewards, rows, sampling, rows_at_once=at_once, after=after)
+    rows = args.rows_at_once or rows_at_once(policy, sampling.max_completion_length)
+    entropy = any(Estimator.preset(name).needs_entropy for name in args.estimators)
+    while True:
+        try:
+            with Progress(console=console.rich) as progress:
+                samples = collect(policy, rewards, prompts, sampling, rows_at_once=rows)
+                total = len(samples.parts) * math.ceil(args.probes / AT_ONCE)
+                bar = progress.add_task("differentiating", total=total)
+                after = partial(progress.advance, bar)
+                return samples, project_all(policy, samples, parameters, args, entropy=entropy, after=after)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if rows <= args.num_generations:
+                raise Refused(
+                    f"Memory ran out with the {rows} completions of one prompt at once. Fewer --probes or a "
+                    "shorter --max-completion-length need less; so do --layers last and, for large models, "
+                    "--lora-r 8, which measure the gradient in fewer parameters."
+                ) from error
+        rows //= 2
+        console.note(f"Memory ran out; going on with {rows} completions at once.")
+
+
+def rows_at_once(policy: Policy, length: int) -> int:
+    """Return how many completions of `length` tokens have 16 million logits, but at most 1024."""
+    vocabulary: int = policy.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    return max(1, min(MOST_ROWS, LOGITS_AT_ONCE // (length * vocabulary)))
 
 
 def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> MeasureArguments:
@@ -192,10 +210,6 @@ def _settings(args: MeasureArguments, samples: Samples) -> dict[str, float]:
         "frac_reward_zero_std": float(dead.double().mean()),
         "completions/mean_length": float(samples.mask.sum(-1).double().mean()),
     }
-
-
-def _needs_entropy(args: MeasureArguments) -> bool:
-    return any(Estimator.preset(name).needs_entropy for name in args.estimators)
 
 
 def project_all(

@@ -9,7 +9,7 @@ for every row and every token at once, so K derivatives serve all estimators.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,23 +60,10 @@ def chosen_parameters(policy: Policy, layers: Sequence[str] = ()) -> dict[str, T
     return chosen
 
 
-def blocks(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group the names of parameters by numbered block, and the rest, in the order given."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        number = _block(name)
-        groups.setdefault("outside the blocks" if number is None else f"block {number}", []).append(name)
-    return groups
-
-
-def _block(name: str) -> int | None:
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found.group(1)) if found else None
-
-
 def _last(names: Sequence[str]) -> list[str]:
     """Return the names in the last numbered block and after it; a tied head comes before the blocks."""
-    numbers = [_block(name) for name in names]
+    found = [re.search(r"\.(\d+)\.", name) for name in names]
+    numbers = [None if match is None else int(match[1]) for match in found]
     highest = max((n for n in numbers if n is not None), default=None)
     first = numbers.index(highest)
     return [name for name, n in zip(names[first:], numbers[first:], strict=True) if n in (highest, None)]
