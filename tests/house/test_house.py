@@ -1,0 +1,392 @@
+"""The rules of the house, enforced on the source: budgets, who may import whom, light imports, honest tests.
+
+A rule is a function from sources to what breaks it, so that it can be shown to notice a made-up breach.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+LIMITS = {}
+"""Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
+smaller; raising one is a line in a commit that says why."""
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 13_000, 150, 4_900, 13_000, 3_000, 560
+STEP, STEP_FILES, STEP_LINES, STEP_MODULES = "tokenrl.language.training.step", 40, 3_800, 45
+HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
+HEART_ROOMS += ("language/training", "runs/session")
+
+ORDER = [["errors"], ["names"], ["foreign"], ["settings"], ["configuration"], ["core"], ["runs"]]
+ORDER += [["control", "language"], ["lab"], ["advisor"], ["flags"], ["cli"], ["__main__"]]
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+INSIDE = {  # the folders of a room, from below
+    "language": ["policy", "rewards", "tasks", "rollout", "training", "preferences", "inspect"],
+    "lab": ["exact", "measure", "compare"],
+}
+PUBLIC_ROOMS = ("core", "runs", "control", "language", "lab")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of Python: the name of its module, and its text."""
+
+    module: str
+    text: str
+    package: bool = False
+
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(ast.parse(self.text)))
+
+    @cached_property
+    def functions(self) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+        return {n.name: n for n in self.nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+    @cached_property
+    def code(self) -> int:
+        """Lines that are neither blank, nor comment, nor docstring."""
+        texts = [n for n in self.nodes if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+        strings = [n for n in texts if isinstance(n.value.value, str)]
+        said = {line for n in strings for line in range(n.lineno, (n.end_lineno or n.lineno) + 1)}
+        lines = [line.strip() for line in self.text.splitlines()]
+        return sum(bool(s) and s[0] != "#" and n not in said for n, s in enumerate(lines, 1))
+
+    @property
+    def room(self) -> str:
+        """The room of the package that it lies in, with its folder where the room has several."""
+        parts = self.module.split(".")[1:]
+        if len(parts) < 2 and not self.package:
+            return "top"
+        return "/".join(parts[:2]) if parts[0] in INSIDE and parts[1:] else (parts or ["top"])[0]
+
+    def imports(self, *, types: bool = True) -> Iterator[str]:
+        """Full names of what is imported anywhere; without `types` not what type checkers alone see."""
+        unseen: set[int] = set()
+        for node in self.nodes:
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                unseen |= {id(inner) for line in node.body for inner in ast.walk(line)}
+        for node in self.nodes:
+            if not types and id(node) in unseen:
+                continue
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{self.module}: a relative import"
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def read(folder: str) -> list[Source]:
+    sources = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        package = parts[-1] == "__init__"
+        sources.append(Source(".".join(parts[:-1] if package else parts), path.read_text(), package))
+    return sources
+
+
+PACKAGE_SOURCES, TOY_SOURCES, RECIPE_SOURCES, TEST_SOURCES = map(
+    read, ("tokenrl", "toy_tasks", "recipes", "tests")
+)
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "recipes").rglob("*.md")])
+NOTEBOOKS = sorted((ROOT / "recipes").rglob("*.ipynb"))
+
+
+# ---- sizes ----
+
+
+def test_every_room_keeps_its_budget():
+    rooms: dict[str, int] = {}
+    for source in PACKAGE_SOURCES:
+        rooms[source.room] = rooms.get(source.room, 0) + source.code
+    assert {room: lines for room, lines in rooms.items() if lines > LIMITS.get(room, 0)} == {}
+    heart = [s for s in PACKAGE_SOURCES if s.module.replace(".", "/")[8:].startswith(HEART_ROOMS)]
+    sizes = {"package": sum(rooms.values()), "files": len(PACKAGE_SOURCES), "heart": total(heart)}
+    sizes |= {"tests": total(TEST_SOURCES), "recipes": total(RECIPE_SOURCES), "toys": total(TOY_SOURCES)}
+    limits = dict(zip(sizes, (PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS), strict=True))
+    assert {name: size for name, size in sizes.items() if size > limits[name]} == {}
+
+
+def total(sources: list[Source]) -> int:
+    return sum(source.code for source in sources)
+
+
+def oversized(sources: list[Source]) -> list[str]:
+    found = []
+    for source in sources:
+        found += [f"{source.module}: a long file"] * (source.text.count("\n") > 400)
+        small = source.code < 20 and not source.package and not source.module.endswith("__main__")
+        found += [f"{source.module}: part of a neighbour?"] * small
+        for function in source.functions.values():
+            body = function.body[1:] if ast.get_docstring(function) else function.body
+            first, last = body[0].lineno if body else function.lineno, function.end_lineno or 0
+            found += [f"{source.module}: {function.name} is long"] * (last - first >= 60)
+    return found
+
+
+def test_files_and_functions_have_a_size_that_can_be_read():
+    assert oversized(PACKAGE_SOURCES) == []
+    long = Source("tokenrl.x", "def f():\n" + "    pass\n" * 61)
+    assert oversized([long]) == ["tokenrl.x: f is long"]
+    assert oversized([Source("tokenrl.x", "a = 1\n" * 401), Source("tokenrl.y", "a = 1")]) != []
+
+
+def test_a_step_can_be_held_in_one_head():
+    graph = {source.module: reached(source) for source in PACKAGE_SOURCES}
+    seen, todo = set(), [STEP]
+    while todo:
+        module = todo.pop()
+        if module not in seen:
+            seen.add(module)
+            todo += graph[module]
+    ours = [source for source in PACKAGE_SOURCES if source.module in seen]
+    assert len(ours) <= STEP_FILES and total(ours) <= STEP_LINES, (len(ours), total(ours))
+    code = f"import sys, {STEP}; print(sum(name.startswith('tokenrl') for name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= STEP_MODULES
+
+
+def test_no_file_is_called_utils():
+    names = [source.module.split(".")[-1] for source in PACKAGE_SOURCES + RECIPE_SOURCES + TEST_SOURCES]
+    assert {"utils", "util", "helpers", "misc", "common"}.isdisjoint(names)
+
+
+# ---- imports ----
+
+KNOWN = {source.module for source in PACKAGE_SOURCES}
+
+
+def reached(source: Source) -> set[str]:
+    """Modules of the package that a file imports when it runs, in functions too."""
+    found = set()
+    for name in source.imports(types=False):
+        # `from package import module` runs the package and the module; of a name in a module, the module.
+        found |= {part for part in (name, name.rpartition(".")[0]) if part in KNOWN}
+    return found - {source.module, "tokenrl"}
+
+
+def upward(source: Source) -> list[str]:
+    """Imports that break the order of rooms or of the folders in one, and those between separate parts."""
+    found = []
+    top, *own = source.module.split(".")
+    for name in source.imports():
+        target, *other = name.split(".")
+        if target == "recipes" or {top, target} == {"tokenrl", "toy_tasks"}:
+            found.append(name)
+        if top != "tokenrl":
+            continue
+        foreign = target not in {*sys.stdlib_module_names, "torch", "jaxtyping", "tokenrl"}
+        if own[:1] == ["core"] and foreign:
+            found.append(f"{name}: core needs torch only")
+        if target != "tokenrl" or name == "tokenrl.__version__":
+            continue
+        facade = len(ORDER)
+        here, there = LEVEL.get((own or [""])[0], facade), LEVEL.get((other or [""])[0], facade)
+        if there > here or (there == here and own[:1] != other[:1]):
+            found.append(name)
+        folders = INSIDE.get(own[0], []) if own and own[:1] == other[:1] else []
+        if own[1:] and other[1:] and {own[1], other[1]} <= set(folders):
+            found += [name] * (folders.index(other[1]) > folders.index(own[1]))
+    return found
+
+
+def test_imports_only_go_down():
+    everything = PACKAGE_SOURCES + TOY_SOURCES + RECIPE_SOURCES
+    assert {s.module: upward(s) for s in everything if upward(s)} == {}
+    assert [s.module for s in TEST_SOURCES for name in s.imports() if name.split(".")[0] == "recipes"] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("tokenrl.core.losses", "from tokenrl.runs import metrics"),
+        ("tokenrl.core.losses", "def f():\n    import transformers"),
+        ("tokenrl.core.losses", "from tokenrl import Estimator"),
+        ("tokenrl.language.training.step", "import tokenrl.control.worlds.bandit"),
+        ("tokenrl.language.rewards.calls", "from tokenrl.language.tasks import task"),
+        ("tokenrl.lab.exact.report", "from tokenrl.lab.measure.measurement import measure"),
+        ("tokenrl.errors", "from tokenrl.core import Estimator"),
+        ("tokenrl.control.run", "if TYPE_CHECKING:\n    from tokenrl.language.policy.policy import Policy"),
+        ("tokenrl.advisor", "import tokenrl.cli"),
+        ("tokenrl.language.tasks.task", "import toy_tasks"),
+        ("toy_tasks.addition", "from tokenrl.core import Estimator"),
+        ("tokenrl.cli", "from recipes import train_lm"),
+    ],
+)
+def test_the_import_rule_notices(module, line):
+    assert len(upward(Source(module, line))) == 1
+
+
+def test_every_room_has_a_place_on_the_list():
+    def rooms(folder: Path) -> set[str]:
+        found = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
+        return found - {"__init__", "__pycache__"}
+
+    assert rooms(ROOT / "tokenrl") <= set(LEVEL)
+    for room, folders in INSIDE.items():
+        assert rooms(ROOT / "tokenrl" / room) <= set(folders), room
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {source.module: reached(source) for source in PACKAGE_SOURCES}
+    while free := [module for module, others in graph.items() if not others & graph.keys()]:
+        for module in free:
+            del graph[module]
+    assert graph == {}  # what is left imports itself, over others
+
+
+def deep_imports(source: Source) -> list[str]:
+    """What is imported from below a room, where only the public names of tokenrl and its rooms should be."""
+    allowed = {"tokenrl", *(f"tokenrl.{room}" for room in PUBLIC_ROOMS)}
+    found = []
+    for node in source.nodes:
+        if isinstance(node, ast.ImportFrom):
+            found += [node.module or ""]
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return [name for name in found if name.split(".")[0] == "tokenrl" and name not in allowed]
+
+
+def test_recipes_and_documents_use_public_names_only():
+    blocks = [b for d in DOCUMENTS for b in re.findall(r"```python\n(.*?)```", d.read_text(), re.DOTALL)]
+    cells = [cell for book in NOTEBOOKS for cell in json.loads(book.read_text())["cells"]]
+    blocks += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    shown = [*RECIPE_SOURCES, *(Source("document", block) for block in blocks)]
+    assert blocks and {s.module: deep_imports(s) for s in shown if deep_imports(s)} == {}
+    assert deep_imports(Source("recipes.x", "from tokenrl.core.kl import k1")) == ["tokenrl.core.kl"]
+    assert deep_imports(Source("recipes.x", "import tokenrl\nfrom tokenrl.lab import measure_bias")) == []
+
+
+@pytest.mark.parametrize("room", ["", *PUBLIC_ROOMS])
+def test_every_public_name_is_there_and_documented(room):
+    package = importlib.import_module("tokenrl" + (f".{room}" if room else ""))
+    assert dir(package)
+    for name in dir(package):
+        value = getattr(package, name)
+        if callable(value) or isinstance(value, type(package)):
+            assert value.__doc__ and len(value.__doc__) > 30, name
+        # Once a module of this name has been imported, Python gives the module in place of the name.
+        assert name not in {path.stem for path in Path(package.__file__).parent.iterdir()}, name
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'; it has "):
+        package.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import tokenrl, toy_tasks, tokenrl.cli",
+        "from tokenrl.core import Estimator; Estimator.preset('grpo').bias_status",
+        "from tokenrl.cli import main; main(['--help'])",
+        *(
+            f"from tokenrl.cli import main; main(['{name}', '--help'])"
+            for name in ("train", "reward-model", "control", "compare", "advise")
+        ),
+    ],
+)
+def test_light_imports_stay_light(code):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    times = [line for line in done.stderr.splitlines() if "import time:" in line]
+    imported = {line.rpartition("|")[2].strip() for line in times}
+    assert "tokenrl" in imported  # else the listing was not understood
+    heavy = {"torch", "transformers", "accelerate", "datasets", "peft", "matplotlib", "pandas", "gymnasium"}
+    assert imported & {*heavy, "jinja2", "scipy", "scipy.stats"} == set()
+
+
+# ---- safety and honesty ----
+
+
+def unsafe(source: Source) -> list[str]:
+    """Calls that run text or bytes as code."""
+    found = []
+    for node in source.nodes:
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            options = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            runs = name in ("eval", "exec", "builtins.eval", "builtins.exec", "__import__")
+            loads = name == "torch.load" and options.get("weights_only") != "True"
+            if runs or loads or options.get("allow_pickle", "False") != "False":
+                found.append(f"{source.module}, line {node.lineno}: {name}")
+    picklers = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    return found + [name for name in source.imports() if name.split(".")[0] in picklers]
+
+
+def test_nothing_runs_data_as_code():
+    assert [line for source in PACKAGE_SOURCES + TOY_SOURCES for line in unsafe(source)] == []
+    for line in (
+        *("eval(text)", "exec(text)", "import pickle", "from pickle import loads", "torch.load(path)"),
+        *("torch.load(path, weights_only=False)", "numpy.load(path, allow_pickle=True)"),
+    ):
+        assert len(unsafe(Source("x", line))) == 1
+    assert unsafe(Source("x", "model.eval()\ntorch.load(path, weights_only=True)")) == []
+
+
+def silent_tests(source: Source, beside: dict[str, Source]) -> list[str]:
+    """Names of tests that only an error can fail: no assert, no raises, no check=True, no such helper.
+
+    A helper stands in the test's file, or is imported from one of those `beside` it.
+    """
+    functions = dict(source.functions)
+    for node in source.nodes:
+        if isinstance(node, ast.ImportFrom) and node.module in beside:
+            theirs = beside[node.module].functions
+            functions |= {a.name: theirs[a.name] for a in node.names if a.name in theirs.keys() - functions}
+
+    def asserts(name: str, seen: frozenset[str] = frozenset()) -> bool:
+        for node in ast.walk(functions[name]):
+            if isinstance(node, ast.Assert):
+                return True
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func).split(".")[-1]
+                checked = any(k.arg == "check" and ast.unparse(k.value) == "True" for k in node.keywords)
+                if called in ("raises", "warns", "fail") or called.startswith("assert") or checked:
+                    return True
+                if called in functions and called not in seen and asserts(called, seen | {name}):
+                    return True
+        return False
+
+    return [name for name in source.functions if name.startswith("test") and not asserts(name)]
+
+
+def test_every_test_asserts_something():
+    beside = {source.module.split(".")[-1]: source for source in TEST_SOURCES}
+    assert {s.module: silent_tests(s, beside) for s in TEST_SOURCES if silent_tests(s, beside)} == {}
+    helper = "def check(x):\n    assert x\n"
+    assert silent_tests(Source("x", "def test_a():\n    print(1)\n"), {}) == ["test_a"]
+    assert silent_tests(Source("x", helper + "def test_b():\n    check(1)\n"), {}) == []
+    assert silent_tests(Source("x", "def test_c():\n    test_c()\n"), {}) == ["test_c"]
+    imported = Source("x", "from other import check\ndef test_d():\n    check(1)\n")
+    assert silent_tests(imported, {"other": Source("other", helper)}) == []
+    assert silent_tests(imported, {}) == ["test_d"]
+
+
+def named_paths(text: str) -> set[str]:
+    """Paths that a document names: relative links, and files or folders of this repository."""
+    links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+    words = re.findall(r"(?<![\w./-])((?:\./)?(?:tokenrl|toy_tasks|recipes|tests)/[\w./-]*\w\.\w+)", text)
+    return {path for path in {*links, *words} if path}
+
+
+def test_documents_name_only_files_that_exist():
+    missing = [
+        f"{document.name}: {name}"
+        for document in DOCUMENTS
+        for name in named_paths(document.read_text())
+        if not ((document.parent / name).exists() or (ROOT / name).exists())
+    ]
+    assert missing == []
+    text = "[a](docs/a.md#top), `python recipes/b.py --x`, https://x.org/tests/c.py, tokenrl/core/kl.py."
+    assert named_paths(text) == {"docs/a.md", "recipes/b.py", "tokenrl/core/kl.py"}
