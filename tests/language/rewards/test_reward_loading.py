@@ -159,7 +159,7 @@ def test_rewards_of_the_library_by_name(tmp_path, monkeypatch):
     assert load_reward("length(target=20)") == Length(target=20)
     assert load_reward(" length ( max = 3, unit='words' )") == Length(max=3, unit="words")
     assert load_reward("regex_format(pattern='a:b/c(d)')") == RegexFormat("a:b/c(d)")
-    assert load_reward("valid_json(required=['a', 'b'])") == ValidJson(["a", "b"])
+    assert load_reward("valid_json(required=['a', 'b'])") == ValidJson(("a", "b"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "length").mkdir()  # a folder of that name is a model
     with pytest.raises(Refused, match=r"length holds no saved model: it has no config\.json"):
@@ -173,13 +173,13 @@ def test_rewards_of_the_library_by_name(tmp_path, monkeypatch):
         ("exact", "no reward 'exact'.*Did you mean 'exact_match'"),
         ("length", r"length\(target=None, max=None\): give exactly one of the two"),
         ("length(20)", "cannot be read"),
-        ("length(targt=20)", "length got an unexpected keyword argument 'targt'"),
+        ("length(targt=20)", "There is no setting 'targt'. Did you mean 'target'"),
         ("length(target=20", "cannot be read. Write options as name=value"),
         ("length(target=1+1)", "cannot be read"),
         ("length(target=__import__('os').getpid())", "cannot be read"),
         ("length(**{'target': 3})", "cannot be read"),
         ("length(target=1)(2)", "cannot be read"),
-        ("regex_format", "regex_format missing 1 required positional argument: 'pattern'"),
+        ("regex_format", "missing 1 required positional argument: 'pattern'"),
     ],
 )
 def test_specs_that_cannot_be_read_are_refused(spec, words):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tokenrl.errors import Refused, suggest
+from tokenrl.settings import Count, NonNegative, Settings
 
 GOOD = """
 amazing beautiful best brilliant charming clever delightful enjoy enjoyed enjoyable excellent fantastic fine
@@ -40,13 +41,8 @@ def completion_texts(completions: Sequence[Any]) -> list[str]:
     ]
 
 
-def is_number(value: Any) -> bool:
-    """Whether an option is a finite number; True and False are not numbers here."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 @dataclass(frozen=True)
-class RegexFormat:
+class RegexFormat(Settings):
     r"""1 where the completion matches a regular expression, else 0.
 
     Nested repetition such as `(a+)+$` can take for ever on a text that a model wrote; `reward_timeout` then
@@ -64,12 +60,12 @@ class RegexFormat:
     binary = True
 
     def __post_init__(self) -> None:
+        """Refuse a pattern that is no regular expression."""
+        super().__post_init__()
         try:
             re.compile(self.pattern)
-        except (re.error, TypeError) as error:
-            raise Refused(
-                f"regex_format(pattern={self.pattern!r}): this is not a regular expression: {error}."
-            ) from error
+        except re.error as error:
+            raise Refused(f"pattern {self.pattern!r} is not a regular expression: {error}.") from error
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
         """Reward N completions."""
@@ -89,13 +85,8 @@ def _units(
     return [text.casefold().split() if unit == "words" else text for text in completion_texts(completions)]
 
 
-def _check_unit(name: str, unit: Any) -> None:
-    if unit not in ("tokens", "words", "characters"):
-        raise Refused(f"{name}(unit={unit!r}): give tokens, words or characters.")
-
-
 @dataclass(frozen=True)
-class Length:
+class Length(Settings):
     """Minus the relative distance from a length: `-|n - target| / target`, or `-max(0, n - max) / max`.
 
     Attributes:
@@ -104,19 +95,19 @@ class Length:
         unit: what is counted: tokens (EOS included), words or characters.
     """
 
-    target: int | None = None
-    max: int | None = None
+    target: Count | None = None
+    max: Count | None = None
     unit: Unit = "tokens"
     __name__ = "length"
 
     def __post_init__(self) -> None:
-        given = [limit for limit in (self.target, self.max) if limit is not None]
-        if len(given) != 1 or not is_number(given[0]) or given[0] <= 0:
+        """Refuse anything but one of the two lengths."""
+        super().__post_init__()
+        if (self.target is None) == (self.max is None):
             raise Refused(
-                f"length(target={self.target!r}, max={self.max!r}): give exactly one of the two, a number "
-                "above 0, as in length(target=20)."
+                f"length(target={self.target!r}, max={self.max!r}): give exactly one of the two, as in "
+                "length(target=20)."
             )
-        _check_unit(self.__name__, self.unit)
 
     def __call__(self, completions: Sequence[Any], completion_ids: Any = None, **_: Any) -> list[float]:
         """Reward N completions."""
@@ -128,7 +119,7 @@ class Length:
 
 
 @dataclass(frozen=True)
-class Repetition:
+class Repetition(Settings):
     """Minus the share of n-grams that repeat an earlier one: `(distinct n-grams) / (all n-grams) - 1`.
 
     The reward lies between -1 and 0. It is 0 for a completion that is too short for two n-grams.
@@ -138,15 +129,10 @@ class Repetition:
         unit: what an n-gram is made of: tokens, words (upper and lower case count as equal) or characters.
     """
 
-    n: int = 3
+    n: Count = 3
     unit: Unit = "words"
     __name__ = "repetition"
     range = (-1.0, 0.0)
-
-    def __post_init__(self) -> None:
-        if type(self.n) is not int or self.n < 1:
-            raise Refused(f"repetition(n={self.n!r}): give a whole number of at least 1.")
-        _check_unit(self.__name__, self.unit)
 
     def __call__(self, completions: Sequence[Any], completion_ids: Any = None, **_: Any) -> list[float]:
         """Reward N completions."""
@@ -158,22 +144,16 @@ class Repetition:
 
 
 @dataclass(frozen=True)
-class ValidJson:
+class ValidJson(Settings):
     """1 where the whole completion is JSON (RFC 8259: no NaN, and no text around it), else 0.
 
     Attributes:
         required: keys that the JSON value must have; it must then be an object.
     """
 
-    required: Sequence[str] = ()
+    required: tuple[str, ...] = ()
     __name__ = "valid_json"
     binary = True
-
-    def __post_init__(self) -> None:
-        if isinstance(self.required, str) or not all(isinstance(key, str) for key in self.required):
-            raise Refused(
-                f"valid_json(required={self.required!r}): give a list of keys, such as ['name', 'age']."
-            )
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
         """Reward N completions."""
@@ -192,7 +172,7 @@ def _no_constant(name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Sentiment:
+class Sentiment(Settings):
     """Balance of p favourable and q unfavourable words, `(p - q) / max(1, p + q)`, from -1 to 1.
 
     A word right after a negation counts for the other side. This reward is for demonstrations: it is easily
@@ -203,8 +183,8 @@ class Sentiment:
         negative: unfavourable words in lower case; empty means a built-in list of about 60 words.
     """
 
-    positive: Sequence[str] = ()
-    negative: Sequence[str] = ()
+    positive: tuple[str, ...] = ()
+    negative: tuple[str, ...] = ()
     __name__ = "sentiment"
     range = (-1.0, 1.0)
 
@@ -235,16 +215,33 @@ _NUMBER = re.compile(
 )
 
 
-def _require_column(name: str, column: str, available: Iterable[str]) -> None:
-    if column not in available:
-        raise Refused(
-            f"Reward {name} compares with the column '{column}', which the data does not have."
-            f"{suggest(column, available)} Name the column that holds the answers: {name}(column='...')."
-        )
+@dataclass(frozen=True)
+class _Answer(Settings):
+    """A reward that compares completions with the answers in a column of the data."""
+
+    column: str = "answer"
+    __name__ = ""
+
+    def check_columns(self, available: Iterable[str]) -> None:
+        """Refuse data without the column."""
+        if self.column not in available:
+            raise Refused(
+                f"Reward {self.__name__} compares with the column '{self.column}', which the data does not "
+                f"have.{suggest(self.column, available)} Name the column that holds the answers: "
+                f"{self.__name__}(column='...')."
+            )
+
+    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """Reward N completions."""
+        pairs = zip(completion_texts(completions), columns[self.column], strict=True)
+        return [None if answer is None else self._compare(text, str(answer)) for text, answer in pairs]
+
+    def _compare(self, text: str, answer: str) -> float | None:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class ExactMatch:
+class ExactMatch(_Answer):
     """1 where the completion is the text in a column of the data, else 0; abstains where the column is None.
 
     Attributes:
@@ -256,7 +253,6 @@ class ExactMatch:
         collapse_spaces: whether any run of white space counts as one space.
     """
 
-    column: str = "answer"
     strip: bool = True
     ignore_case: bool = False
     ignore_punctuation: bool = False
@@ -264,17 +260,8 @@ class ExactMatch:
     __name__ = "exact_match"
     binary = True
 
-    def check_columns(self, available: Iterable[str]) -> None:
-        """Refuse data without the column."""
-        _require_column(self.__name__, self.column, available)
-
-    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """Reward N completions."""
-        pairs = zip(completion_texts(completions), columns[self.column], strict=True)
-        return [
-            None if answer is None else float(self._normal(text) == self._normal(str(answer)))
-            for text, answer in pairs
-        ]
+    def _compare(self, text: str, answer: str) -> float:
+        return float(self._normal(text) == self._normal(answer))
 
     def _normal(self, text: str) -> str:
         text = text.casefold() if self.ignore_case else text
@@ -326,7 +313,7 @@ def _numbers(text: str) -> Iterator[float]:
 
 
 @dataclass(frozen=True)
-class NumericAnswer:
+class NumericAnswer(_Answer):
     r"""1 where the final number of the completion equals that of a column, else 0.
 
     `final_number` reads both. A number x equals the answer y if `|x - y| <= tolerance max(1, |y|)`, in
@@ -338,29 +325,15 @@ class NumericAnswer:
         tolerance: the largest difference that counts as equal, relative to the size of answers above 1.
     """
 
-    column: str = "answer"
-    tolerance: float = 1e-6
+    tolerance: NonNegative = 1e-6
     __name__ = "numeric_answer"
     binary = True
 
-    def __post_init__(self) -> None:
-        if not (is_number(self.tolerance) and self.tolerance >= 0):
-            raise Refused(f"numeric_answer(tolerance={self.tolerance!r}): give a number of at least 0.")
-
-    def check_columns(self, available: Iterable[str]) -> None:
-        """Refuse data without the column."""
-        _require_column(self.__name__, self.column, available)
-
-    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """Reward N completions."""
-        pairs = zip(completion_texts(completions), columns[self.column], strict=True)
-        return [self._compare(text, final_number(str(answer))) for text, answer in pairs]
-
-    def _compare(self, text: str, answer: float | None) -> float | None:
-        if answer is None:
+    def _compare(self, text: str, answer: str) -> float | None:
+        found, right = final_number(text), final_number(answer)
+        if right is None:
             return None
-        found = final_number(text)
-        return float(found is not None and abs(found - answer) <= self.tolerance * max(1.0, abs(answer)))
+        return float(found is not None and abs(found - right) <= self.tolerance * max(1.0, abs(right)))
 
 
 LIBRARY: dict[str, Any] = {

@@ -15,6 +15,7 @@ from tokenrl.language.rewards.calls import Reward, accepted_arguments, original
 from tokenrl.language.rewards.library import LIBRARY
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.names import import_attribute
+from tokenrl.settings import arguments
 
 Range = tuple[float, float]
 """The least and the largest value that a reward may have."""
@@ -56,11 +57,9 @@ def load_reward(spec: Any) -> Reward:
                 f"{suggest(name, LIBRARY)} {_FORMS}"
             )
         try:
-            return LIBRARY[name](**options)
-        except TypeError as error:
-            reason = str(error).partition(") ")[2] or str(error)
-            about = LIBRARY[name].__doc__.splitlines()[0]
-            raise Refused(f"reward '{text}': {name} {reason}. {about}") from error
+            return arguments(LIBRARY[name], options)
+        except (Refused, TypeError) as error:
+            raise Refused(f"reward '{text}': {error} {LIBRARY[name].__doc__.splitlines()[0]}") from error
     if ":" not in text:
         raise Refused(f"reward '{text}': there is no such folder here. {_FORMS}")
     function = import_attribute(text, "reward")

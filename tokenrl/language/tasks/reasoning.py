@@ -10,18 +10,28 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 from tokenrl.errors import Refused, describe, suggest
 from tokenrl.language.rewards.library import completion_texts
 from tokenrl.language.rewards.loading import parse_spec
+from tokenrl.settings import Bounds, Settings, field_types
 
-TASK_OPTIONS = {"size": 500, "seed": 0, "eval_size": 128, "chat": False}
 APART = 2**31
 """Distance of the held-out seed from the training seed. Most puzzles draw item i from `seed + i`, so
 two seeds nearer to each other than the number of items share items. NumPy takes seeds below 2**32."""
-LARGEST = 2**30
-"""Bound of sizes and seeds, below which training and held-out items never share a seed."""
+LARGEST = 2**30 - 1
+"""Largest size and seed, up to which training and held-out items never share a seed."""
+
+
+@dataclass(frozen=True)
+class PuzzleOptions(Settings):
+    """The options of a task, which stand beside those of the puzzle's own configuration."""
+
+    size: Annotated[int, Bounds(at_least=1, at_most=LARGEST)] = 500
+    seed: Annotated[int, Bounds(at_least=0, at_most=LARGEST)] = 0
+    eval_size: Annotated[int, Bounds(at_least=1, at_most=LARGEST)] = 128
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,15 +92,19 @@ def reasoning_task(spec: str, eval_size: int | None = None) -> SimpleNamespace:
     name, given = parse_spec(spec.partition(":")[2].strip(), "task", "reasoning_gym:NAME(size=500, seed=0)")
     if name not in DATASETS:
         raise Refused(f"task '{spec}': reasoning-gym has no puzzle '{name}'.{suggest(name, DATASETS)}")
-    ours = _own_options(spec, given, eval_size)
-    known = sorted({field.name for field in fields(DATASETS[name][1])} | set(TASK_OPTIONS))
+    own: dict[str, Any] = {} if eval_size is None else {"eval_size": eval_size}
+    own |= {option: given.pop(option) for option in field_types(PuzzleOptions) if option in given}
+    known = sorted({*(field.name for field in fields(DATASETS[name][1])), *field_types(PuzzleOptions)})
     for option in given:
         if option not in known:
             raise Refused(f"task '{spec}': {name} has no option '{option}'.{suggest(option, known)}")
     try:
-        trained = _rows(name, given | {"size": ours["size"], "seed": ours["seed"]}, chat=ours["chat"])
-        apart = {"size": ours["eval_size"], "seed": ours["seed"] + APART}
-        drawn = _rows(name, given | apart, chat=ours["chat"])
+        how = PuzzleOptions(**own)
+    except Refused as error:
+        raise Refused(f"task '{spec}': {error}") from error
+    try:
+        trained = _rows(name, given | {"size": how.size, "seed": how.seed}, chat=how.chat)
+        drawn = _rows(name, given | {"size": how.eval_size, "seed": how.seed + APART}, chat=how.chat)
     except Exception as error:  # configurations check themselves, by assertions too
         raise Refused(f"task '{spec}': {name} refuses these options ({describe(error)}).") from error
     held: dict[str, Any] = {}
@@ -99,7 +113,7 @@ def reasoning_task(spec: str, eval_size: int | None = None) -> SimpleNamespace:
     kept = [row for row in trained if row["entry"]["question"] not in held]
     if not kept:
         raise Refused(
-            f"task '{spec}': all {ours['size']} training puzzles are among the {len(held)} held-out ones, "
+            f"task '{spec}': all {how.size} training puzzles are among the {len(held)} held-out ones, "
             f"because {name} has few different puzzles. Give options that allow more, or a smaller eval_size."
         )
     return SimpleNamespace(
@@ -111,19 +125,6 @@ def reasoning_task(spec: str, eval_size: int | None = None) -> SimpleNamespace:
         max_completion_length=None,
         demonstrations=[],
     )
-
-
-def _own_options(spec: str, given: dict[str, Any], eval_size: int | None) -> dict[str, Any]:
-    """Take the options of the task out of those that were given, and check them."""
-    defaults = TASK_OPTIONS | ({} if eval_size is None else {"eval_size": eval_size})
-    ours = {option: given.pop(option, default) for option, default in defaults.items()}
-    for option, least in (("size", 1), ("eval_size", 1), ("seed", 0)):
-        if type(ours[option]) is not int or not least <= ours[option] < LARGEST:
-            raise Refused(
-                f"task '{spec}': {option}={ours[option]!r}; give a whole number of at least {least} and "
-                "below 2**30."
-            )
-    return ours
 
 
 def _rows(name: str, options: dict[str, Any], *, chat: bool) -> list[dict[str, Any]]:
