@@ -23,7 +23,6 @@ SMALL: dict[str, list[Any]] = {
     "num_minibatches": [1, 2, 3],
     "micro_batch_size": [None, 1, 3, 10**9],
     "value_iterations": [0, 1, 2],
-    "filter_samples": [1, 2],
     "warm_start_steps": [1, 2],
     "max_refills": [0, 1, 3],
     "lora_r": [0, 1, 2],

@@ -41,6 +41,7 @@ SHORT = {
     **dict.fromkeys(RUNGS, "--max-steps 2 --shift 1"),
     "reinforce_one_page": "--steps 2 --warm-steps 3 --prompts-per-step 2 --estimator grpo",
     "train_lm": "--max-steps 2 --prompts-per-step 2 --estimator reinforce_running_mean --lora-r 2",
+    "filter_by_difficulty": "--prompts 32 --samples 2 --low 0.4 --max-steps 2",
     "pretrained_gsm8k_lora": "--max-steps 2 --prompts-per-step 2 --num-generations 3 --lora-r 2 "
     "--max-completion-length 12 --model model --task sums.jsonl --beta 0.1",
 }
@@ -93,13 +94,13 @@ def make_chat_model_and_data(folder: Path) -> None:
 def base(tmp_path_factory) -> Path:
     """A cache with the base that the rungs share, after a tenth of its warm start."""
     import toy_tasks
-    from tokenrl.language.training import supervised
+    from tokenrl.language.training import warm_start
 
-    cache, fit = tmp_path_factory.mktemp("cache"), supervised.fit
+    cache, fit = tmp_path_factory.mktemp("cache"), warm_start.fit
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOKENRL_CACHE", str(cache))
-        patch.setattr(supervised, "fit", lambda *args, **options: fit(*args, **(options | {"max_steps": 20})))
-        supervised.warm_started_base(toy_tasks.load("sort_digits"))
+        patch.setattr(warm_start, "fit", lambda *args, **options: fit(*args, **(options | {"max_steps": 20})))
+        warm_start.warm_started_base(toy_tasks.load("sort_digits"))
     return cache
 
 

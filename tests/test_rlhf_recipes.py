@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tokenrl.language.training import supervised
+from tokenrl.language.training import warm_start
 from toy_tasks import sentiment
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -27,9 +27,9 @@ def pipeline():
 
 @pytest.fixture
 def short_warm_start(tmp_path, monkeypatch):
-    fit = supervised.fit
+    fit = warm_start.fit
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(supervised, "fit", lambda *args, **options: fit(*args, **options | {"max_steps": 10}))
+    monkeypatch.setattr(warm_start, "fit", lambda *args, **options: fit(*args, **options | {"max_steps": 10}))
 
 
 @pytest.mark.slow

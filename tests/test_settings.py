@@ -279,7 +279,7 @@ reward: [exact_match, repetition]
 estimator:
   baseline: group_mean
   scale_eps: 1e-6
-filter_difficulty: [0.2, 0.8]
+stop: [a, b]
 micro_batch_size: null
 """
 
@@ -292,7 +292,7 @@ def test_a_file_of_settings_is_json_or_yaml(tmp_path):
         max_steps=3,
         reward=("exact_match", "repetition"),
         estimator=Estimator(baseline="group_mean", scale_eps=1e-6),
-        filter_difficulty=(0.2, 0.8),
+        stop=("a", "b"),
     )
     recorded = {
         "kind": "train",
@@ -303,7 +303,7 @@ def test_a_file_of_settings_is_json_or_yaml(tmp_path):
     }
     values = {
         "task": "vowels", "learning_rate": 1e-3, "weight_decay": 2.5e-2, "max_steps": 3,
-        "reward": ["exact_match", "repetition"], "filter_difficulty": [0.2, 0.8], "micro_batch_size": None,
+        "reward": ["exact_match", "repetition"], "stop": ["a", "b"], "micro_batch_size": None,
         "estimator": {"baseline": "group_mean", "scale_eps": 1e-6},
     }  # fmt: skip
     for name, text in {

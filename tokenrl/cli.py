@@ -45,8 +45,7 @@ class ReportArguments(Settings):
 
 def print_evaluation(args: EvaluateArguments) -> int:
     """Evaluate one or several models and print the tables."""
-    from tokenrl.language.inspect.evaluate import evaluate
-    from tokenrl.language.training.evaluation_metrics import comparison_tables, evaluation_table
+    from tokenrl.language.inspect.evaluate import comparison_tables, evaluate, evaluation_table
     from tokenrl.runs.console import rich_console
 
     found = evaluate(args)

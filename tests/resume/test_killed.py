@@ -20,7 +20,6 @@ POLICY_GRADIENT = {
     "running mean": ["--estimator", "reinforce_running_mean", "--micro-batch-size", "3"],
     "adapter": ["--estimator", "remax", "--lora-r", "4"],
     "bfloat16": ["--estimator", "gspo", "--mixed-precision", "bf16"],
-    "difficulty": ["--estimator", "rloo", "--filter-difficulty", "0.1", "0.9", "--filter-samples", "2"],
     "epochs": [
         *("--estimator", "opo", "--task", "digits.jsonl", "--model", "warm"),
         *("--eval-size", "2", "--max-completion-length", "8"),

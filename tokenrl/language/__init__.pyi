@@ -50,4 +50,5 @@ from tokenrl.language.training.evaluation import (
     evaluate_policy as evaluate_policy,
 )
 from tokenrl.language.training.probe import over_prompts as over_prompts
-from tokenrl.language.training.supervised import fit as fit, warm_started_base as warm_started_base
+from tokenrl.language.training.supervised import fit as fit
+from tokenrl.language.training.warm_start import warm_started_base as warm_started_base

@@ -9,18 +9,12 @@ import pytest
 import torch
 
 from tokenrl.errors import Refused
+from tokenrl.language.inspect.evaluate import comparison_tables, evaluation_table
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training import evaluation
-from tokenrl.language.training.evaluation import evaluate_policy
-from tokenrl.language.training.evaluation_metrics import (
-    check_sizes,
-    comparison_tables,
-    distinct,
-    evaluation_table,
-    paired_differences,
-)
+from tokenrl.language.training.evaluation import check_sizes, distinct, evaluate_policy, paired_differences
 from tokenrl.runs.console import rich_console
 from toy_tasks.models import TinyModel
 

@@ -46,7 +46,6 @@ def test_a_warm_up_that_takes_the_whole_run_is_named(tmp_path, capsys):
 
 def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys):
     idle = {
-        "filter_samples": 3,
         "kl_gain": 0.2,
         "value_iterations": 2,
         "warm_start_steps": 9,

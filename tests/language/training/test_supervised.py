@@ -26,8 +26,8 @@ from tokenrl.language.training.supervised import (
     demonstration_batch,
     encode_demonstrations,
     fit,
-    warm_started_base,
 )
+from tokenrl.language.training.warm_start import warm_started_base
 
 ROWS = [
     {"prompt": "the cat", "completion": " sat on the mat"},

@@ -1,5 +1,6 @@
 """The supervised stage before the first step: when it ends, what it leaves, its cache, and its refusals."""
 
+import dataclasses
 import json
 import signal
 
@@ -15,7 +16,9 @@ from tokenrl.language.policy.model import load_policy
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.training import warm_start as stage
 from tokenrl.language.training.loop import train
-from tokenrl.language.training.supervised import SupervisedTraining, fit, warm_started_base
+from tokenrl.language.training.probe import Estimate
+from tokenrl.language.training.supervised import SupervisedTraining, fit
+from tokenrl.language.training.warm_start import warm_started_base
 
 FILES = ("model.safetensors", "tokenizer.json", "config.json")
 ROWS = [{"prompt": "the cat", "completion": " sat"}, {"prompt": "a", "completion": "d"}]
@@ -79,17 +82,17 @@ def test_all_weights_learn_the_demonstrations_before_the_adapter_is_added(run, t
 
 
 def test_it_ends_once_enough_groups_have_unequal_rewards(run, monkeypatch):
+    """Rewards that begin to differ while the stage goes on: half of the groups from the second probe on."""
     monkeypatch.setattr(stage, "EVERY", 2)
-    shares = iter([0.0, 0.4, 0.5])
-    monkeypatch.setattr(stage, "_spread", lambda found: found.spread)
+    probed, probe = [], stage.probe_policy
 
-    class Found:
-        truncated = reward = type("Estimate", (), {"value": 0.25})
+    def unequal(*args):
+        probed.append(probe(*args))
+        share = (0.0, 0.4, 0.5)[len(probed) - 1]
+        dead = {2: Estimate(1 - share, 0.0)}
+        return dataclasses.replace(probed[-1], dead_groups=dead, truncated=Estimate(0.25, 0.0))
 
-        def __init__(self, *_):
-            self.spread = next(shares)
-
-    monkeypatch.setattr(stage, "_probe", Found)
+    monkeypatch.setattr(stage, "probe_policy", unequal)
     facts = run(warm_start_steps=9).warm_started
     assert (facts["updates"], facts["spread_before"], facts["spread_after"]) == (4, 0.0, 0.5)
 
@@ -195,7 +198,7 @@ def test_an_interruption_says_that_nothing_is_kept(run, cache, tmp_path, monkeyp
     monkeypatch.setattr(SupervisedTraining, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert "interrupted in update 1 of the warm start: nothing of it is kept" in capsys.readouterr().out
+    assert "interrupted in the warm start: nothing of it is kept" in capsys.readouterr().out
     assert not [path for path in cache.iterdir() if path.is_dir()]
     assert not (tmp_path / "run" / "config.json").exists()
 

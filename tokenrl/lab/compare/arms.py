@@ -22,7 +22,7 @@ ALLOWED = ("num_generations", "learning_rate")
 MEASURE = (
     *("reward", "reward_weights", "prompt_column", "prompt_template", "split", "eval_split", "eval_size"),
     *("eval_generations", "eval_every", "max_steps", "max_samples", "num_envs", "num_steps", "eval_episodes"),
-    *("max_episode_steps", "filter_difficulty"),
+    "max_episode_steps",
 )
 """Settings that decide what is measured, or how often and on how many samples: all arms share them."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from tokenrl.errors import Refused
 from tokenrl.language.inspect.arguments import EvaluateArguments
@@ -16,12 +17,20 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.defaults import length_of
-from tokenrl.language.training.evaluation import Evaluation, evaluate_policy
-from tokenrl.language.training.evaluation_metrics import check_sizes, paired_differences
+from tokenrl.language.training.evaluation import (
+    DIFFERENCE,
+    Evaluation,
+    check_sizes,
+    evaluate_policy,
+    paired_differences,
+)
 from tokenrl.language.training.setup import load_placed
-from tokenrl.runs.console import visible
+from tokenrl.runs.console import measured, rich_table, visible
 from tokenrl.runs.files import check_place, write_json
 from tokenrl.runs.threads import choose_threads, using_threads
+
+if TYPE_CHECKING:
+    from rich.table import Table
 from tokenrl.settings import called
 
 
@@ -124,3 +133,67 @@ def _own_rewards(args: EvaluateArguments, rewards: Rewards) -> Rewards:
         return find_task(replace(args, reward=(), reward_weights=()))[1]
     except Refused:  # a data set has no reward of its own
         return rewards
+
+
+MEANINGS = {
+    "reward_greedy": "the greedy completion",
+    "reward": "mean of all samples (avg@k)",
+    "rewards/": "this reward function alone, before its weight",
+    "pass@": "probability that at least one of k samples is right",
+    "best@": "expected best reward of k samples",
+    "best_of_n@": "task's own reward of the best of n, chosen by --reward",
+    "best_of_n_proxy@": "reward of the same choice by --reward itself",
+    "best_of_n_kl@": "KL of best-of-n to the model, in nats",
+    "kl": "KL to the reference, nats per completion (k1)",
+    "kl_k3": "the same KL estimated by k3: less noise near the reference",
+    "entropy": "nats per token",
+    "distinct_1": "different tokens / all tokens, among a prompt's samples",
+    "distinct_2": "different pairs of adjacent tokens / all pairs",
+    "completions/mean_length": "tokens, EOS included",
+    "completions/clipped_ratio": "share cut at the maximum length, before an EOS",
+}
+"""Meaning of each metric, in the order of the table; a key that ends with / or @ is a prefix of names."""
+
+
+def evaluation_table(metrics: Mapping[str, float], *, title: str) -> Table:
+    """Make a table of the metrics: name, value, standard error over prompts, meaning."""
+    table = rich_table(title, ("",), ("value", "stderr"), overflow="fold")
+    table.add_column("")
+    for name in _in_order(metrics):
+        error = metrics.get(name + "_stderr")
+        stderr = "" if error is None else f"{error:.4f}"
+        table.add_row(name, f"{metrics[name]:.4f}", stderr, MEANINGS.get(_kind(name), ""))
+    return table
+
+
+def comparison_tables(models: Mapping[str, Mapping[str, float]], *, title: str) -> list[Table]:
+    """Make two tables with a column per model: the metrics, and the paired differences to the first model.
+
+    Args:
+        models: metrics by model; those of every model but the first have those of `paired_differences`.
+        title: text above the first table.
+    """
+    first, *others = models
+    values = rich_table(f"{title} (± standard error)", ("",), list(models), overflow="fold")
+    differences = rich_table(f"Minus {first}, by prompt", ("",), others, overflow="fold")
+    for name in _in_order({name: 0.0 for metrics in models.values() for name in metrics}):
+        if not name.startswith(DIFFERENCE):
+            cells = [measured(found.get(name), found.get(name + "_stderr")) for found in models.values()]
+            values.add_row(name, *cells)
+    for name in [name for name in _in_order(models[others[0]]) if name.startswith(DIFFERENCE)]:
+        found = [(models[other].get(name), models[other].get(name + "_stderr")) for other in others]
+        cells = [("+" if value is not None and value > 0 else "") + measured(value, e) for value, e in found]
+        differences.add_row(name.removeprefix(DIFFERENCE), *cells)
+    return [values, differences]
+
+
+def _in_order(metrics: Mapping[str, float]) -> list[str]:
+    """Return the names of the metrics in the order of `MEANINGS`, without those of standard errors."""
+    order = {name: place for place, name in enumerate(MEANINGS)}
+    shown = [name for name in metrics if not name.endswith("_stderr")]
+    return sorted(shown, key=lambda name: order.get(_kind(name.removeprefix(DIFFERENCE)), len(order)))
+
+
+def _kind(name: str) -> str:
+    """Return the key of `MEANINGS` to which a metric belongs."""
+    return next((key for key in MEANINGS if key[-1] in "/@" and name.startswith(key)), name)

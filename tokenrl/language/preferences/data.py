@@ -21,7 +21,7 @@ from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.defaults import length_of
 from tokenrl.language.training.setup import make_policy
-from tokenrl.language.training.supervised import warm_started_base
+from tokenrl.language.training.warm_start import warm_started_base
 from tokenrl.runs.threads import choose_threads, using_threads
 
 HELD_OUT = 2**32  # added to the seed, so that held-out and training pairs use different random numbers

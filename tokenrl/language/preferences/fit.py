@@ -37,7 +37,7 @@ from tokenrl.language.preferences.report import (
 )
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.memory import fingerprint as rows_fingerprint, recorded
-from tokenrl.language.training.descent import Descent
+from tokenrl.language.training.supervised import Descent
 from tokenrl.runs.checkup import checked
 from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
@@ -106,9 +106,8 @@ class PreferenceTraining:
             center_rewards_coefficient=args.center_rewards_coefficient,
             label_smoothing=args.label_smoothing,
         )
-        norm = self.descent.update(loss)
-        metrics = {"loss": loss.item(), **_batch_metrics(chosen.detach(), rejected.detach())}
-        metrics |= {"grad_norm": norm, "learning_rate": rate}
+        metrics = self.descent.update(loss) | _batch_metrics(chosen.detach(), rejected.detach())
+        metrics |= {"learning_rate": rate}
         epoch = self.descent.step * args.batch_size / len(self._encoded)
         return metrics | {"epoch": epoch, "num_tokens": self._tokens}
 

@@ -16,7 +16,7 @@ from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.runs.arguments import SavingArguments
 from tokenrl.runs.threads import ThreadArguments
 from tokenrl.runs.trackers import TrackerArguments
-from tokenrl.settings import Bounds, Count, Natural, NonNegative, Number, Positive, Seed, Settings
+from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive, Seed, Settings
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,6 @@ class SamplingArguments(Settings, group="sampling"):
     measurement says that the run is long enough; no on several processes or a GPU."""
     truncate_prompts: bool = False
     """Cut prompts that are too long for the context on the left, instead of refusing them."""
-    filter_difficulty: tuple[Number, Number] | None = None
-    """Train only on prompts whose mean reward, measured before training, lies between LOW and HIGH (for
-    rewards of 0 and 1 this is the success rate). This changes the distribution of prompts and so the
-    objective, but not the gradient for each prompt. Default: all prompts."""
-    filter_samples: Count = 8
-    """Completions per prompt to measure that mean reward with."""
     max_refills: Natural = 4
     """Rounds in which groups of equal rewards may be replaced by new prompts, with zero_spread refill
     (dapo)."""
@@ -187,8 +181,8 @@ class TrainArguments(
     """Seed of the order of prompts, of sampling and of new adapters."""
     max_samples: Count | None = None
     """Completions to generate in training, in place of max_steps, which then follows and is ignored if it is
-    given. ReMax's greedy completions and DAPO's refills count (metric num_samples); evaluations and
-    filter_difficulty do not. The run ends after the step that uses them up. The learning rate and eval_every
+    given. ReMax's greedy completions and DAPO's refills count (metric num_samples); evaluations do
+    not. The run ends after the step that uses them up. The learning rate and eval_every
     follow the samples: eval_every times prompts_per_step x num_generations lie between two evaluations."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""

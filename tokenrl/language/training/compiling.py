@@ -18,9 +18,9 @@ from tokenrl.language.rollout.layers import CompiledLayers
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import encode
 from tokenrl.language.rollout.streams import uniforms
-from tokenrl.language.training.cache import cache_directory
 from tokenrl.language.training.forward import SMALL, gradients, seconds_of
 from tokenrl.language.training.update import Learner
+from tokenrl.language.training.warm_start import cache_directory
 
 SAVED = 0.25
 """Share of the time of sampling, or of updates, that compiled code saves, before it is measured."""

@@ -1,34 +1,42 @@
-"""Evaluates a policy on held-out prompts: the rewards of its greedy and of its sampled completions."""
+"""Evaluates a policy on held-out prompts: the rewards of its greedy and of its sampled completions.
+
+pass@k, best@k, diversity and KL are estimated for each prompt and averaged over prompts, so their standard
+errors are over prompts; lengths, truncations, entropy and the rewards of single functions are averaged over
+completions or tokens.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 from accelerate.utils import gather_object
 
-from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rewards.rewards import RewardResult, Rewards
+from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import Generator
-from tokenrl.language.rollout.rewarded import sample_and_reward
+from tokenrl.language.rollout.rewarded import RewardedBatch, sample_and_reward
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import score_in_parts, with_missing_fields
-from tokenrl.language.training.evaluation_metrics import check_sizes, details, values_by_prompt
 from tokenrl.language.training.kl_control import completion_kl
+from tokenrl.language.training.probe import best_of, over_prompts
 
 LOGITS = 2**26  # most logits at once when a reference scores completions: 256 MiB in float32
+DIFFERENCE = "difference/"
+"""Begins the names of metrics that compare a policy with another."""
+Row = Mapping[str, Any]
 
 
 class Evaluation(NamedTuple):
     """The metrics of an evaluation, and its greedy completions as table rows, one for each prompt.
 
-    With `detailed`, `by_prompt` has the values of `values_by_prompt`; else it is empty.
+    With `detailed`, `by_prompt` has the metrics that are means over prompts, for each prompt by itself; else
+    it is empty.
     """
 
     metrics: dict[str, float]
@@ -38,7 +46,7 @@ class Evaluation(NamedTuple):
 
 def evaluate_policy(
     policy: Policy,
-    prompts: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Row],
     rewards: Rewards,
     sampling: Sampling,
     *,
@@ -54,13 +62,13 @@ def evaluate_policy(
     Args:
         policy: the policy.
         prompts: rows with a `prompt`; other columns reach the rewards.
-        rewards: the reward functions.
+        rewards: the reward functions; `binary` and `pass_threshold` say what a right answer is.
         sampling: how completions are sampled; with 0 generations only the greedy completion is evaluated.
             Evaluations with the same seed use the same random numbers in every step of a run.
         generator: samples the completions; None for the policy's own model.
         batch_size: completions in one batch; changes memory only.
         accelerator: accelerate's handle, in a run of several processes.
-        detailed: also compute the metrics of `details` from the same completions.
+        detailed: also compute the detailed metrics from the same completions.
         k: with `detailed`, the values of k for pass@k or best@k.
         reference: with `detailed`, the policy to which the KL of the sampled completions is estimated; both
             policies at the temperature of sampling.
@@ -68,7 +76,12 @@ def evaluate_policy(
     Returns:
         The metrics `reward_greedy`; `reward`, the mean over sampled completions, with its standard error over
         prompts `reward_stderr`; `completions/mean_length` in tokens and `completions/clipped_ratio`, of the
-        sampled completions; and those of `details`.
+        sampled completions.
+        With `detailed` also `reward_greedy_stderr`; of the sampled completions, or of the greedy ones if none
+        are sampled, `rewards/{name}/mean` and `entropy` in nats per token; and of the sampled completions
+        `pass@k` if the rewards have a `pass_threshold`, `best@k` unless they are binary, where it is the
+        same, `distinct_1` and `distinct_2`, and `kl` and `kl_k3` if there is a reference; with standard
+        errors over prompts (`..._stderr`), but for the diversity.
 
     Raises:
         Refused: there are no prompts, a prompt is too long, a k is larger than the number of generations, or
@@ -82,40 +95,46 @@ def evaluate_policy(
         )
     if reference is not None:
         longest = max(map(len, encode(policy, [row["prompt"] for row in prompts], sampling)))
-        check_reference(policy, reference, longest, sampling)
+        _check_reference(policy, reference, longest, sampling)
     shared = {"generator": generator, "accelerator": accelerator, "batch_size": batch_size}
     passes: list[list[dict[str, Any]]] = []
     for generations in dict.fromkeys((0, sampling.num_generations)):
-        rows: list[dict[str, Any]] = []
         how = replace(sampling, num_generations=generations)
-        for places, rollout, result in sample_and_reward(
-            policy, prompts, rewards, how, stream="evaluation", **shared
-        ):
-            known = with_missing_fields(policy, rollout, sampling.temperature, entropy=True)
-            kl = _kl(reference if generations else None, known, sampling.temperature)
-            rows += _completions(policy, prompts, places, known, result, kl)
+        rows: list[dict[str, Any]] = []
+        for batch in sample_and_reward(policy, prompts, rewards, how, stream="evaluation", **shared):
+            rollout = with_missing_fields(policy, batch.rollout, sampling.temperature, entropy=True)
+            found = list(_completions(policy, prompts, batch._replace(rollout=rollout)))
+            if generations and reference is not None:
+                found = [a | b for a, b in zip(found, _kl(reference, rollout, how), strict=True)]
+            rows += found
         everywhere = rows if accelerator is None else gather_object(rows)
         passes.append(sorted(everywhere, key=lambda row: row["place"]))
-    metrics, each = _summary(passes), {}
-    if detailed:
-        sampled = passes[1] if len(passes) > 1 else []
-        each = values_by_prompt(passes[0], sampled, rewards, k=k)
-        metrics |= details(passes[0], sampled, rewards, each)
-    return Evaluation(metrics, passes[0], each)
+    greedy, sampled = passes[0], passes[1] if len(passes) > 1 else []
+    by_prompt = _by_prompt(greedy, sampled, rewards, k)
+    metrics = _summary(greedy, sampled, by_prompt)
+    if not detailed:
+        return Evaluation(metrics, greedy, {})
+    return Evaluation(metrics | _details(sampled or greedy, rewards, by_prompt), greedy, by_prompt)
 
 
-def check_reference(policy: Policy, reference: Policy, longest_prompt: int, sampling: Sampling) -> None:
-    """Refuse a reference to which no KL can be estimated.
-
-    Args:
-        policy: the policy that samples.
-        reference: the policy that scores.
-        longest_prompt: number of tokens of the longest prompt.
-        sampling: how completions are sampled.
+def check_sizes(k: Iterable[int], num_generations: int) -> tuple[int, ...]:
+    """Sort the values of k and drop repeated ones.
 
     Raises:
-        Refused: the reference has another vocabulary or too short a context, or nothing is sampled.
+        Refused: a k is larger than the number of completions per prompt, so there is no unbiased estimate.
     """
+    sizes = tuple(sorted(set(k)))
+    if sizes and not (sizes[0] >= 1 and sizes[-1] <= num_generations):
+        raise Refused(
+            f"k={' '.join(map(str, sizes))}, but num_generations={num_generations}: the best of k is "
+            f"estimated from at least k samples per prompt. Give k from 1 to {num_generations}, or raise "
+            "num_generations."
+        )
+    return sizes
+
+
+def _check_reference(policy: Policy, reference: Policy, longest_prompt: int, sampling: Sampling) -> None:
+    """Refuse a reference to which no KL can be estimated; the longest prompt is counted in tokens."""
     longest = longest_prompt + sampling.max_completion_length
     rows = [p.model.get_input_embeddings().num_embeddings for p in (policy, reference)]  # type: ignore[operator]
     if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab() or rows[0] != rows[1]:
@@ -135,40 +154,31 @@ def check_reference(policy: Policy, reference: Policy, longest_prompt: int, samp
         )
 
 
-def _kl(reference: Policy | None, rollout: Rollout, temperature: float) -> list[dict[str, float]]:
-    """Estimate the KL of each completion to the reference (k1 and k3); empty rows without a reference."""
-    n, width = rollout.mask.shape
-    if reference is None:
-        return [{}] * n
+def _kl(reference: Policy, rollout: Rollout, sampling: Sampling) -> list[dict[str, float]]:
+    """Estimate the KL of each completion to the reference: `kl` (k1) and `kl_k3`."""
     vocabulary = reference.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     scored = score_in_parts(
         reference.model,
         rollout,
-        rows_at_once=max(1, LOGITS // (width * vocabulary)),
-        temperature=temperature,
+        rows_at_once=max(1, LOGITS // (rollout.mask.shape[1] * vocabulary)),
+        temperature=sampling.temperature,
         **reference.ways,
     ).logprobs
     each = {name: x.tolist() for name, x in completion_kl(rollout.logprobs, scored, rollout.mask).items()}
-    return [{name: values[i] for name, values in each.items()} for i in range(n)]
+    return [dict(zip(each, values, strict=True)) for values in zip(*each.values(), strict=True)]
 
 
-def _completions(
-    policy: Policy,
-    prompts: Sequence[Mapping[str, Any]],
-    places: Sequence[int],
-    rollout: Rollout,
-    result: RewardResult,
-    kl: Sequence[Mapping[str, float]],
-) -> list[dict[str, Any]]:
-    """Return a row for each completion; its reward is NaN if every reward function abstained."""
-    texts = policy.decode(rollout.completion_ids, rollout.mask)
-    lengths, truncated = rollout.mask.sum(dim=1).tolist(), rollout.truncated.tolist()
+def _completions(policy: Policy, prompts: Sequence[Row], batch: RewardedBatch) -> Iterator[dict[str, Any]]:
+    """Yield a row for each completion; its reward is NaN if every reward function abstained."""
+    rollout, result = batch.rollout, batch.result
     assert rollout.entropy is not None
-    ids, entropy = rollout.completion_ids.tolist(), rollout.entropy.sum(dim=1).tolist()
-    return [
-        {
-            "place": places[prompt],
-            "prompt": prompts[places[prompt]]["prompt"],
+    texts, lengths = policy.decode(rollout.completion_ids, rollout.mask), rollout.mask.sum(dim=1).tolist()
+    ids, truncated = rollout.completion_ids.tolist(), rollout.truncated.tolist()
+    entropy = rollout.entropy.sum(dim=1).tolist()
+    for i, prompt in enumerate(rollout.prompt_index.tolist()):
+        yield {
+            "place": batch.places[prompt],
+            "prompt": prompts[batch.places[prompt]]["prompt"],
             "completion": texts[i],
             "reward": float(result.total[i]) if result.valid[i] else math.nan,
             "rewards": result.values[i].tolist(),
@@ -176,26 +186,112 @@ def _completions(
             "entropy": entropy[i],
             "length": lengths[i],
             "truncated": truncated[i],
-            **kl[i],
         }
-        for i, prompt in enumerate(rollout.prompt_index.tolist())
-    ]
 
 
-def _summary(passes: list[list[dict[str, Any]]]) -> dict[str, float]:
-    """Average over completions; the standard error is that of the prompts' mean rewards."""
-    table = [
-        torch.tensor([[row[k] for k in ("reward", "length", "truncated")] for row in rows]).double()
-        for rows in passes
-    ]
-    metrics = {"reward_greedy": table[0][:, 0].nanmean()}
-    reward, length, truncated = table[-1].unbind(dim=1)
-    if len(passes) > 1:
-        metrics["reward"] = reward.nanmean()
-        generations = len(passes[1]) // len(passes[0])
-        means = reward.view(-1, generations).nanmean(dim=1)
-        _, error = mean_and_error(means[~means.isnan()])
-        if not error.isnan():
-            metrics["reward_stderr"] = error
-    metrics |= {"completions/mean_length": length.mean(), "completions/clipped_ratio": truncated.mean()}
-    return {name: float(value) for name, value in metrics.items()}
+def _by_prompt(
+    greedy: Sequence[Row], sampled: Sequence[Row], rewards: Rewards, k: Sequence[int]
+) -> dict[str, list[float]]:
+    """Compute the metrics that are means over prompts, for each of B prompts; nan where there is no value.
+
+    Args:
+        greedy: the row of the greedy completion of each of B prompts.
+        sampled: the rows of the B * G sampled completions, prompt by prompt; may be empty.
+        rewards: the reward functions.
+        k: values of k for pass@k or best@k, at most G.
+    """
+    each = {"reward_greedy": [row["reward"] for row in greedy]}
+    if not sampled:
+        return each
+    size = len(sampled) // len(greedy)
+    groups = [sampled[i : i + size] for i in range(0, len(sampled), size)]
+    known = [np.array([row["reward"] for row in group if not math.isnan(row["reward"])]) for group in groups]
+    each["reward"] = [float(total.mean()) if len(total) else math.nan for total in known]
+    for of in k:
+        if not rewards.binary:
+            each[f"best@{of}"] = [best_of(total, of) for total in known]
+        if rewards.pass_threshold is not None:
+            each[f"pass@{of}"] = [best_of(total >= rewards.pass_threshold, of) for total in known]
+    for n in (1, 2):
+        each[f"distinct_{n}"] = [distinct([row["ids"] for row in group], n) for group in groups]
+    for name in ("kl", "kl_k3"):
+        if name in sampled[0]:
+            each[name] = [float(np.mean([row[name] for row in group])) for group in groups]
+    return each
+
+
+def distinct(completions: Sequence[Sequence[int]], n: int) -> float:
+    """Share of distinct n-grams among those of a prompt's completions (Li et al. 2016, arXiv 1510.03055).
+
+    It is 1 if no n-gram occurs twice, and about 1/G if G completions are the same. It falls with the number
+    and length of the completions, so compare it only between equal evaluations. It is nan if no completion
+    has n tokens.
+
+    Args:
+        completions: token ids of each completion, EOS included.
+        n: length of the n-grams in tokens.
+    """
+    grams = [tuple(ids[i : i + n]) for ids in completions for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Return the mean of the values that are not nan; nan if there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _summary(
+    greedy: Sequence[Row], sampled: Sequence[Row], by_prompt: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    rows = sampled or greedy
+    metrics = {"reward_greedy": _mean(by_prompt["reward_greedy"])}
+    if sampled:
+        metrics["reward"] = _mean(row["reward"] for row in sampled)
+        error = over_prompts(by_prompt["reward"]).stderr
+        metrics |= {} if math.isnan(error) else {"reward_stderr": error}
+    metrics["completions/mean_length"] = _mean(row["length"] for row in rows)
+    metrics["completions/clipped_ratio"] = _mean(row["truncated"] for row in rows)
+    return metrics
+
+
+def _details(
+    rows: Sequence[Row], rewards: Rewards, by_prompt: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    """Average rewards of single functions over completions, the entropy over tokens, others over prompts."""
+    metrics = {
+        f"rewards/{name}/mean": _mean(row["rewards"][i] for row in rows)
+        for i, name in enumerate(rewards.names)
+    }
+    metrics["entropy"] = sum(row["entropy"] for row in rows) / sum(row["length"] for row in rows)
+    for name, values in by_prompt.items():
+        found = over_prompts(values)
+        if name not in ("reward", "reward_greedy"):
+            metrics[name] = found.value
+        if name != "reward" and not name.startswith("distinct"):
+            metrics[name + "_stderr"] = found.stderr
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def paired_differences(
+    first: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    """Compare two policies that were evaluated on the same prompts, prompt by prompt.
+
+    The standard error is that of the mean of the prompts' differences. It is smaller than that of two
+    separate evaluations, because what makes a prompt hard is the same for both (Miller 2024, arXiv
+    2411.00640). It is about these two sets of weights, and not about trainings with other seeds.
+
+    Args:
+        first: `Evaluation.by_prompt` of one policy.
+        other: that of the other.
+
+    Returns:
+        For each name that both have, `difference/NAME`, other minus first, and `difference/NAME_stderr`.
+        Prompts at which either has no value are left out.
+    """
+    found: dict[str, float] = {}
+    for name in [name for name in other if name in first]:
+        mean, error = over_prompts([b - a for a, b in zip(first[name], other[name], strict=True)])
+        found |= {f"{DIFFERENCE}{name}": mean, f"{DIFFERENCE}{name}_stderr": error}
+    return {name: value for name, value in found.items() if not math.isnan(value)}

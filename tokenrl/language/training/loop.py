@@ -22,7 +22,6 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.check import check_run
 from tokenrl.language.training.compiling import settle_compilation
 from tokenrl.language.training.defaults import training_defaults
-from tokenrl.language.training.difficulty import filter_task
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.fitting import settle_memory
 from tokenrl.language.training.mistakes import without_effect
@@ -153,16 +152,6 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
         learner, schedule = make_learner(replace(args, threads=threads), policy, accelerator)
         settle_memory(learner, task.train_prompts)
         settle_compilation(learner, task.train_prompts)
-    task = filter_task(
-        task,
-        policy,
-        rewards,
-        replace(learner.sampling, num_generations=args.filter_samples),
-        within=args.filter_difficulty,
-        announce=session.console.note,
-        generator=learner.generator,
-        accelerator=accelerator,
-    )
     estimator = args.estimator
     run = Run(
         args=learner.args,

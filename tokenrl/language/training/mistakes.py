@@ -17,10 +17,8 @@ class _Needs(NamedTuple):
     words: str
 
 
-_FILTER = _Needs(lambda args: args.filter_difficulty is not None, "filter_difficulty is not set")
 _CRITIC = _Needs(lambda args: args.estimator.needs_values, "the estimator has no critic")
 _NEEDS = {
-    "filter_samples": _FILTER,
     "max_refills": _Needs(lambda args: args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
     "value_learning_rate": _CRITIC,
     "value_iterations": _CRITIC,

@@ -68,27 +68,32 @@ def best_of(rewards: np.ndarray, k: int) -> float:
 
     It is the mean, over all `C(n, k)` subsets of size k, of the largest reward in the subset: the i-th
     smallest reward (counted from 1) is the largest in `C(i-1, k-1)` of them. For rewards of 0 and 1 this is
-    pass@k, `1 - C(n-c, k)/C(n, k)` with c ones (Chen et al. 2021, arXiv 2107.03374, eq. 1).
+    pass@k, `1 - C(n-c, k)/C(n, k)` with c ones (Chen et al. 2021, arXiv 2107.03374, eq. 1). It is nan for
+    n < k.
 
     Args:
         rewards: rewards of the samples [n].
         k: size of the subsets.
     """
     n = len(rewards)
-    ways = [math.comb(i, k - 1) / math.comb(n, k) for i in range(n)]
-    return float(np.sort(rewards) @ np.array(ways))
+    if n < k:
+        return math.nan
+    shares = [math.comb(i, k - 1) / math.comb(n, k) for i in range(n)]
+    return float(np.sort(rewards) @ np.array(shares))
 
 
 def all_equal(rewards: np.ndarray, k: int) -> float:
     """Unbiased estimate of the probability that k samples have equal rewards, from n >= k of one prompt.
 
     It is the share of the subsets of size k whose rewards are all equal: `sum_v C(n_v, k) / C(n, k)`, where
-    n_v samples have the reward v.
+    n_v samples have the reward v. It is nan for n < k.
 
     Args:
         rewards: rewards of the samples [n].
         k: size of the subsets.
     """
+    if len(rewards) < k:
+        return math.nan
     _, counts = np.unique(rewards, return_counts=True)
     return sum(math.comb(int(count), k) for count in counts) / math.comb(len(rewards), k)
 
@@ -107,31 +112,6 @@ def over_prompts(values: Sequence[float]) -> Estimate:
         return Estimate(math.nan, math.nan)
     error = known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else math.nan
     return Estimate(float(known.mean()), float(error))
-
-
-def best_of_k(rows: Sequence[np.ndarray], k: int) -> Estimate:
-    """Mean over prompts of `best_of`; a prompt with fewer than k rewards is left out.
-
-    Args:
-        rows: the rewards of each prompt.
-        k: number of completions to take the best of.
-    """
-    return over_prompts(each_best_of_k(rows, k))
-
-
-def each_best_of_k(rows: Sequence[np.ndarray], k: int) -> list[float]:
-    """Return `best_of` for each prompt, nan for a prompt with fewer than k rewards."""
-    return [best_of(row, k) if len(row) >= k else math.nan for row in rows]
-
-
-def passed(rows: Sequence[np.ndarray], threshold: float) -> list[np.ndarray]:
-    """Return 1 for each reward that is at least the threshold, else 0; its `best_of_k` is pass@k.
-
-    Args:
-        rows: the rewards of each prompt.
-        threshold: the least reward of a right answer.
-    """
-    return [(row >= threshold).astype(float) for row in rows]
 
 
 def probe_policy(
@@ -164,38 +144,35 @@ def probe_policy(
             f"The probe was given {len(prompts)} prompts and {samples} samples of each. It needs one prompt "
             "or more, and two samples or more, to see whether rewards differ."
         )
-    table, lengths, cut, entropy = [], [], [], 0.0
+    rows: list[np.ndarray] = []  # the rewards of each prompt, without abstentions
+    lengths: list[int] = []
+    truncated: list[float] = []  # for each prompt, the share of its completions
+    entropy = 0.0
     for _, rollout, result in sample_and_reward(
         policy, prompts, rewards, sampling, stream="probe", batch_size=batch_size
     ):
-        table.append(np.where(result.valid, result.total, np.nan).reshape(-1, samples))
-        lengths.append(rollout.mask.sum(dim=1).cpu().numpy())
-        cut.append(rollout.truncated.double().cpu().numpy().reshape(-1, samples))
+        total, valid = result.total.reshape(-1, samples), result.valid.reshape(-1, samples)
+        rows += [np.asarray(t[v], dtype=np.float64) for t, v in zip(total, valid, strict=True)]
+        lengths += rollout.mask.sum(dim=1).tolist()
+        truncated += rollout.truncated.double().reshape(-1, samples).mean(dim=1).tolist()
         assert rollout.entropy is not None
         entropy += float(rollout.entropy.double().sum())
-    every, length = np.concatenate(table), np.concatenate(lengths)
-    return _read(rewards, every, length, np.concatenate(cut), entropy / max(1, int(length.sum())))
-
-
-def _read(rewards: Rewards, table: np.ndarray, lengths: np.ndarray, cut: np.ndarray, entropy: float) -> Probe:
-    """Summarise rewards and truncations [B, n], lengths [B * n] and the mean entropy."""
-    prompts, samples = table.shape
-    rows = [row[~np.isnan(row)] for row in table]
-    sizes = [2**power for power in range(1, samples.bit_length()) if 2**power <= samples]
+    sizes = [2**power for power in range(samples.bit_length()) if 2**power <= samples]
     mark = rewards.pass_threshold
-    dead = {size: [all_equal(row, size) if len(row) >= size else math.nan for row in rows] for size in sizes}
+    best = {k: over_prompts([best_of(row, k) for row in rows]) for k in sizes}
+    right = {} if mark is None else {k: over_prompts([best_of(r >= mark, k) for r in rows]) for k in sizes}
     return Probe(
-        prompts=prompts,
+        prompts=len(rows),
         samples=samples,
         binary=rewards.binary,
-        reward=best_of_k(rows, 1),
-        best_of={k: best_of_k(rows, k) for k in (1, *sizes)},
-        passed={} if mark is None else {k: best_of_k(passed(rows, mark), k) for k in (1, *sizes)},
-        dead_groups={size: over_prompts(shares) for size, shares in dead.items()},
-        truncated=over_prompts(cut.mean(axis=1).tolist()),
-        length=float(lengths.mean()),
-        longest=int(lengths.max()),
-        entropy=entropy,
+        reward=best[1],
+        best_of=best,
+        dead_groups={k: over_prompts([all_equal(row, k) for row in rows]) for k in sizes[1:]},
+        truncated=over_prompts(truncated),
+        length=float(np.mean(lengths)),
+        longest=max(lengths),
+        entropy=entropy / max(1, sum(lengths)),
+        passed=right,
         **spread(rows),
     )
 
@@ -213,11 +190,8 @@ def spread(rows: Sequence[np.ndarray]) -> dict[str, float]:
         `within` and `between`; nan for what a single prompt, or none, cannot tell.
     """
     known = [row for row in rows if len(row) > 1]
-    if not known:
-        return {"within": math.nan, "between": math.nan}
-    variances = np.array([row.var(ddof=1) for row in known])
+    variances, means = np.array([row.var(ddof=1) for row in known]), np.array([row.mean() for row in known])
     if len(known) < 2:
-        return {"within": float(variances[0]), "between": math.nan}
-    means, sizes = np.array([row.mean() for row in known]), np.array([len(row) for row in known])
-    between = means.var(ddof=1) - (variances / sizes).mean()
+        return {"within": float(variances[0]) if known else math.nan, "between": math.nan}
+    between = means.var(ddof=1) - np.mean([row.var(ddof=1) / len(row) for row in known])
     return {"within": float(variances.mean()), "between": max(0.0, float(between))}

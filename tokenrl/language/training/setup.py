@@ -29,8 +29,9 @@ from tokenrl.language.training.critic import Critic
 from tokenrl.language.training.defaults import Defaults, demonstrations, training_defaults
 from tokenrl.language.training.forward import choose_forward
 from tokenrl.language.training.mistakes import check_rate, check_sizes
-from tokenrl.language.training.supervised import check_trainable, warm_started_base
+from tokenrl.language.training.supervised import check_trainable
 from tokenrl.language.training.update import Learner
+from tokenrl.language.training.warm_start import warm_started_base
 from tokenrl.runs.optimizers import make_schedule
 from tokenrl.runs.resume import Maker
 from tokenrl.settings import settled

@@ -111,7 +111,12 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         if not session.continues:
             session.evaluated(evaluate())
         session.begin(args, names={"task": name, "model": policy.source}, title=title, **recorded(task))
-        _train(args, training, evaluate, session, watch)
+        for _ in session.steps(args.max_steps):
+            metrics = watch.time(training.update)
+            timings = watch.timings(training.tokens)
+            if session.due(args.eval_every):
+                metrics |= session.evaluated(evaluate())
+            session.record(metrics, timings)
         first, last = training.descent.loss_before, training.descent.loss_after
         ended = SftResult(**session.outcome("finished"), loss_before=first, loss_after=last, policy=policy)
         facts |= {f"{k} after": v for k, v in ended.eval_after.items() if k.startswith("reward")}
@@ -119,22 +124,6 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         card = Card(title, facts | {"final loss": last}, made, base_model(args.model), ["sft"])
         session.finish(ended, lambda path: save_policy(policy, path, card=card))
         return ended
-
-
-def _train(
-    args: SftSettings,
-    training: SupervisedTraining,
-    evaluate: Callable[[], dict[str, float]],
-    session: Session,
-    watch: Stopwatch,
-) -> None:
-    """Make the updates, with an evaluation now and then."""
-    for _ in session.steps(args.max_steps):
-        metrics = watch.time(training.update)
-        timings = watch.timings(training.tokens)
-        if session.due(args.eval_every):
-            metrics |= session.evaluated(evaluate())
-        session.record(metrics, timings)
 
 
 def _evaluation(

@@ -1,27 +1,130 @@
-"""Trains a policy on demonstrations (supervised fine-tuning), and makes warm-started bases for toy tasks."""
+"""Minimises losses over rows of data with AdamW; the loss of demonstrations is here."""
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from tokenrl.errors import Refused
-from tokenrl.language.policy.model import Policy, load_policy, wrap
-from tokenrl.language.policy.saving import save_policy
+from tokenrl.errors import Refused, Stopped
+from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.scoring import score
-from tokenrl.language.training.cache import cache_entry, say_damaged
-from tokenrl.language.training.descent import Descent
-from tokenrl.runs.checkpoint import replace_directory
-from tokenrl.runs.threads import using_threads
-from tokenrl.settings import check_seed
+from tokenrl.language.tasks.stream import Batches
+from tokenrl.runs.optimizers import load_optimizer_state, load_schedule, make_schedule, optimizer_state
 
-MADE_BY = 2  # raise it when a change of the code changes the weights that a warm start gives
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
+
+
+class Descent:
+    """The optimiser of a supervised training, and how far it has come.
+
+    The learning rate falls linearly to 0. Rows are drawn without replacement, one epoch after the other.
+
+    Attributes:
+        parameters: the weights that are trained.
+        step: number of updates so far.
+        loss_before: loss of the first batch before its update; None before the first.
+        loss_after: the same of the latest batch.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        rows: int,
+        *,
+        of: str,
+        max_steps: int,
+        batch_size: int,
+        learning_rate: float,
+        seed: int = 0,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = math.inf,
+    ) -> None:
+        """Start before the first update.
+
+        Args:
+            parameters: the weights to train.
+            rows: number of rows in the data.
+            of: what is trained, in words, for errors.
+            max_steps: number of updates over which the learning rate falls to 0.
+            batch_size: rows per update.
+            learning_rate: peak learning rate.
+            seed: seed of the order of the rows.
+            weight_decay: AdamW's weight decay.
+            max_grad_norm: gradients are clipped to this norm.
+        """
+        self.parameters, self._of, self._max_grad_norm = list(parameters), of, max_grad_norm
+        self._batches = Batches(rows, batch_size, seed)
+        fused = self.parameters[0].device.type in ("cpu", "cuda")
+        options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, "fused": fused}
+        self._optimizer = torch.optim.AdamW(self.parameters, **options)
+        self._schedule = make_schedule("linear", self._optimizer, max_steps)
+        self.step = 0
+        self.loss_before: float | None = None
+        self.loss_after: float | None = None
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next update."""
+        return float(self._schedule.get_last_lr()[0])
+
+    def batch(self) -> list[int]:
+        """Return the numbers of the next batch's rows."""
+        return self._batches.next()
+
+    def update(self, loss: Tensor) -> dict[str, float]:
+        """Update the weights by the gradient of a loss.
+
+        Returns:
+            `loss`, before the update, and `grad_norm` before clipping.
+
+        Raises:
+            Stopped: the loss or the norm of its gradient is NaN or infinite; the weights are as before.
+        """
+        self.step += 1
+        self._optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm)
+        found = {"loss": loss.item(), "grad_norm": float(norm)}
+        for name, value in found.items():
+            if not math.isfinite(value):  # clipped, it would be NaN in every weight
+                self._optimizer.zero_grad()
+                what = "The loss" if name == "loss" else "The norm of the gradient"
+                raise Stopped(
+                    f"{what} of {self._of} is {value} at step {self.step}, and the weights stay as they were "
+                    "before it: lower the learning rate; in low precision try float32."
+                )
+        self._optimizer.step()
+        self._schedule.step()
+        self.loss_before = found["loss"] if self.loss_before is None else self.loss_before
+        self.loss_after = found["loss"]
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a continuation needs besides the weights; tensors are references, not copies."""
+        return {
+            "step": self.step,
+            "loss_before": self.loss_before,
+            "loss_after": self.loss_after,
+            "batches": self._batches.state_dict(),
+            "optimizer": optimizer_state(self._optimizer),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned; the weights are loaded apart from this.
+
+        Raises:
+            Refused: the number of rows, the seed or the shapes of the weights differ from what was saved.
+        """
+        self.step = int(state["step"])
+        self.loss_before, self.loss_after = state["loss_before"], state["loss_after"]
+        self._batches.load_state_dict(state["batches"])
+        load_optimizer_state(self._optimizer, state["optimizer"])
+        load_schedule(self._schedule, self.step)
 
 
 def check_trainable(policy: Policy) -> None:
@@ -85,10 +188,9 @@ def demonstration_batch(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
 
 
 class SupervisedTraining:
-    """Supervised training: minimises the mean negative log-likelihood of the completions' tokens with AdamW.
+    """Supervised training: minimises the mean negative log-likelihood of the completions' tokens.
 
-    The policy is changed in place. The learning rate falls linearly to 0. Rows are drawn without replacement,
-    one epoch after the other.
+    The policy is changed in place.
 
     Attributes:
         pairs: token ids of the prompt and of the completion of each demonstration.
@@ -101,22 +203,16 @@ class SupervisedTraining:
         policy: Policy,
         demonstrations: Sequence[dict[str, Any]],
         *,
-        max_steps: int,
-        batch_size: int,
-        learning_rate: float,
-        seed: int = 0,
         max_grad_norm: float = 1.0,
+        **how: Any,
     ) -> None:
         """Tokenise all rows, so that an unusable one is refused before the first update.
 
         Args:
             policy: the policy to train.
             demonstrations: rows of `prompt` and `completion`.
-            max_steps: number of updates over which the learning rate falls to 0.
-            batch_size: demonstrations per update.
-            learning_rate: peak learning rate.
-            seed: seed of the order of the rows.
             max_grad_norm: gradients are clipped to this norm.
+            **how: further arguments of `Descent`: `max_steps`, `batch_size`, `learning_rate`, `seed`.
 
         Raises:
             Refused: there are no demonstrations, or one cannot be used.
@@ -125,16 +221,8 @@ class SupervisedTraining:
             raise Refused("There are no demonstrations to learn from. Give rows of prompt and completion.")
         self._policy, self.tokens = policy, 0
         self.pairs = encode_demonstrations(policy, demonstrations)
-        self.descent = Descent(
-            policy.trainable_parameters(),
-            len(self.pairs),
-            of="the supervised stage",
-            max_steps=max_steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            seed=seed,
-            max_grad_norm=max_grad_norm,
-        )
+        how |= {"of": "the supervised stage", "max_grad_norm": max_grad_norm}
+        self.descent = Descent(policy.trainable_parameters(), len(self.pairs), **how)
 
     def update(self) -> dict[str, float]:
         """Update the policy on the next batch.
@@ -145,13 +233,10 @@ class SupervisedTraining:
         Raises:
             Stopped: the loss or its gradient became NaN or infinite.
         """
-        policy = self._policy
-        batch = demonstration_batch(policy, [self.pairs[i] for i in self.descent.batch()])
-        logprobs = score(policy.model, batch, **policy.ways).logprobs
+        batch = demonstration_batch(self._policy, [self.pairs[i] for i in self.descent.batch()])
+        logprobs = score(self._policy.model, batch, **self._policy.ways).logprobs
         self.tokens += int(batch.mask.sum())
-        loss = -torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum()
-        norm = self.descent.update(loss)
-        return {"loss": loss.item(), "grad_norm": norm}
+        return self.descent.update(-torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs besides the weights; tensors are references, not copies."""
@@ -168,14 +253,20 @@ class SupervisedTraining:
 
 
 def fit(
-    policy: Policy, demonstrations: Sequence[dict[str, Any]], *, max_steps: int, **how: Any
+    policy: Policy,
+    demonstrations: Sequence[dict[str, Any]],
+    *,
+    max_steps: int,
+    until: Callable[[list[float]], bool] = lambda losses: False,
+    **how: Any,
 ) -> list[float]:
-    """Fine-tune a policy on demonstrations for `max_steps` updates.
+    """Fine-tune a policy on demonstrations for `max_steps` updates, or until a condition holds.
 
     Args:
         policy: the policy to train, in place.
         demonstrations: rows of `prompt` and `completion`.
-        max_steps: number of updates.
+        max_steps: number of updates over which the learning rate falls to 0.
+        until: is asked before the first update and after each one, with the losses so far, whether to end.
         **how: further arguments of `SupervisedTraining`.
 
     Returns:
@@ -186,58 +277,7 @@ def fit(
         Stopped: the loss or its gradient became NaN or infinite.
     """
     training = SupervisedTraining(policy, demonstrations, max_steps=max_steps, **how)
-    return [training.update()["loss"] for _ in range(max_steps)]
-
-
-def _loads(directory: Path, announce: Callable[[str], None]) -> bool:
-    try:
-        load_policy(directory, dtype="auto")
-    except (OSError, ValueError, Refused) as error:
-        say_damaged(directory, error, announce)
-        return False
-    return True
-
-
-def warm_started_base(
-    task: Any, *, seed: int = 0, announce: Callable[[str], None] = lambda text: None
-) -> Path:
-    """Make the tiny model of a toy task, warm-started on its demonstrations, or take it from the cache.
-
-    Args:
-        task: a task with `build(seed)`, `demonstrations`, `warm_start` and `fingerprint`.
-        seed: seed of the initial weights and of the order of demonstrations.
-        announce: prints a line for people, since making the model takes some seconds.
-
-    Returns:
-        The directory of model and tokenizer.
-
-    Raises:
-        Refused: the task has no model of its own, or the seed has more than 32 bits.
-    """
-    build = getattr(task, "build", None)
-    if build is None:
-        lacks = f"The task {task.name!r} has no model of its own."
-        raise Refused(f"{lacks} Name the one to train: --model DIRECTORY_OR_HUB_NAME.")
-    check_seed(seed)
-    recipe = f"{task.fingerprint} {seed} {torch.__version__.split('+')[0]} {MADE_BY}"
-    name = f"{task.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-    with cache_entry(name) as directory, using_threads(1):  # the same weights for everyone
-        if directory.exists() and _loads(directory, announce):
-            return directory
-        policy = wrap(*build(seed), source=f"{task.name} base")
-        warm = task.warm_start
-        if warm is not None:
-            announce(
-                f"Warm-starting a tiny model on {len(task.demonstrations)} demonstrations ({warm.steps} "
-                "steps; cached for next time)."
-            )
-            fit(
-                policy,
-                task.demonstrations,
-                max_steps=warm.steps,
-                batch_size=warm.batch_size,
-                learning_rate=warm.learning_rate,
-                seed=seed,
-            )
-        replace_directory(directory, lambda path: save_policy(policy, path), sealed=True)
-    return directory
+    losses: list[float] = []
+    while not until(losses) and len(losses) < max_steps:
+        losses.append(training.update()["loss"])
+    return losses

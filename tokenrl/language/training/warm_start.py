@@ -1,43 +1,134 @@
-"""Teaches any model the form of a task's answers before it is rewarded: `tokenrl train --warm-start`.
+"""Teaches a model the form of a task's answers before it is rewarded, and keeps the result in a cache.
 
 A model that never writes anything like an answer gets equal rewards, from which nothing can be learnt. The
-stage trains all weights on the task's demonstrations, before an adapter is added, until enough groups of
-sampled completions have unequal rewards. The result is kept in the cache of warm-started bases.
+tiny models of toy tasks are made by a fixed number of updates on demonstrations. `tokenrl train --warm-start`
+trains all weights of any model, before an adapter is added, until enough groups of sampled completions have
+unequal rewards.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tokenrl.errors import Refused
-from tokenrl.language.policy.model import Policy, load_policy
-from tokenrl.language.policy.saving import fingerprint, save_policy
+from tokenrl.errors import Refused, describe
+from tokenrl.language.policy.loading import find_model
+from tokenrl.language.policy.model import Policy, wrap
+from tokenrl.language.policy.saving import fingerprint, read_weights, save_policy, tokenizer_fingerprint
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.arguments import TrainSettings
-from tokenrl.language.training.cache import cache_entry, say_damaged
 from tokenrl.language.training.defaults import default_rate, demonstrations, parameter_count
 from tokenrl.language.training.probe import Probe, probe_policy
-from tokenrl.language.training.supervised import MADE_BY, SupervisedTraining, check_trainable
+from tokenrl.language.training.supervised import check_trainable, fit
 from tokenrl.runs.checkpoint import replace_directory
 from tokenrl.runs.console import Console
 from tokenrl.runs.files import write_json
 from tokenrl.runs.threads import choose_threads, using_threads
+from tokenrl.settings import check_seed
 
+MADE_BY = 2  # raise it when a change of the code changes the weights that a warm start gives
 BATCH = 16
 """Demonstrations per update."""
 EVERY, PROMPTS = 20, 32
 """Updates between two probes of the sampled reward, and the training prompts of a probe."""
 ENOUGH = 0.5
 """The stage ends once this share of groups has unequal rewards, and this share of completions an end."""
+
+
+def cache_directory() -> Path:
+    """Return the directory of warm-started models: $TOKENRL_CACHE, else tokenrl/ in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TOKENRL_CACHE") or Path(home) / "tokenrl")
+
+
+def _made_once(name: str, make: Callable[[Path], None], warn: Callable[[str], None]) -> tuple[Path, bool]:
+    """Return the folder of a model in the cache, made by whoever needs it first.
+
+    Args:
+        name: the name of the folder, different for everything that the model depends on.
+        make: fills the empty folder that it is given, if there is none yet or it is damaged.
+        warn: prints a warning.
+
+    Returns:
+        The folder, and whether it was there before.
+
+    Raises:
+        Refused: the cache cannot be written.
+    """
+    from filelock import FileLock
+
+    directory = cache_directory() / name
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{directory}.lock").acquire()
+    except OSError as error:
+        raise Refused(
+            f"Warm-started models are kept in {directory.parent}, which cannot be written "
+            f"({describe(error)}). Name another directory with the environment variable TOKENRL_CACHE."
+        ) from error
+    with lock:
+        if directory.exists():
+            try:
+                find_model(directory)
+                return directory, True
+            except Refused as error:
+                warn(f"the cached model {directory} is damaged, and is made again. {error}")
+        replace_directory(directory, make, sealed=True)
+    return directory, False
+
+
+def _name(kind: str, made_from: Any) -> str:
+    """Name a folder by a hash of all that its weights depend on, such as the version of torch."""
+    known = json.dumps([made_from, torch.__version__.split("+")[0], MADE_BY], default=str)
+    return f"{kind}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
+
+
+def warm_started_base(
+    task: Any, *, seed: int = 0, announce: Callable[[str], None] = lambda text: None
+) -> Path:
+    """Make the tiny model of a toy task, warm-started on its demonstrations, or take it from the cache.
+
+    Args:
+        task: a task with `build(seed)`, `demonstrations`, `warm_start` and `fingerprint`.
+        seed: seed of the initial weights and of the order of demonstrations.
+        announce: prints a line for people, since making the model takes some seconds.
+
+    Returns:
+        The directory of model and tokenizer.
+
+    Raises:
+        Refused: the task has no model of its own, or the seed has more than 32 bits.
+    """
+    if getattr(task, "build", None) is None:
+        raise Refused(
+            f"The task {task.name!r} has no model of its own. Name the one to train: --model "
+            "DIRECTORY_OR_HUB_NAME."
+        )
+    check_seed(seed)
+
+    def make(folder: Path) -> None:
+        policy, warm = wrap(*task.build(seed), source=f"{task.name} base"), task.warm_start
+        if warm is not None:
+            rows = task.demonstrations
+            announce(
+                f"Warm-starting a tiny model on {len(rows)} demonstrations ({warm.steps} steps; cached for "
+                "next time)."
+            )
+            how = {"batch_size": warm.batch_size, "learning_rate": warm.learning_rate, "seed": seed}
+            fit(policy, rows, max_steps=warm.steps, **how)
+        save_policy(policy, folder)
+
+    with using_threads(1):  # the same weights for everyone
+        return _made_once(_name(task.name, [task.fingerprint, seed]), make, announce)[0]
 
 
 def warm_start(
@@ -69,78 +160,50 @@ def warm_start(
     policy.model.to(device)
     choose_way(policy)
     rate, most = default_rate(parameter_count(policy), supervised=True), args.warm_start_steps
-    training = SupervisedTraining(
-        policy, rows, max_steps=most, batch_size=BATCH, learning_rate=rate, seed=args.seed
+    name = _name(
+        "warm-start",
+        {
+            "model": [fingerprint(policy.model), tokenizer_fingerprint(policy.tokenizer), vars(policy.form)],
+            "rows": rows,
+            "rewards": rewards.names,
+            "sampling": [args.max_completion_length, args.num_generations, args.temperature],
+            "training": [most, BATCH, EVERY, PROMPTS, ENOUGH, rate, args.seed, device.type],
+        },
     )
-    with cache_entry(f"warm-start-{_key(policy, training, rewards, args, rate)}") as directory:
-        setattr(policy.model, "name_or_path", str(directory))  # noqa: B010  # an adapter names its base by it
-        if directory.exists() and (facts := _cached(directory, policy, args, console)):
-            console.note(f"warm start, from the cache: {facts['in_words']}.")
-            return facts
+
+    def make(folder: Path) -> None:
         console.note(
             f"warm start: at most {most} updates of all weights on {BATCH} of {len(rows):,} demonstrations,\n"
-            f"learning rate {rate:g}, until half of the groups have unequal rewards; kept in {directory}"
+            f"learning rate {rate:g}, until half of the groups have unequal rewards; kept in "
+            f"{cache_directory() / name}"
         )
         with using_threads(choose_threads(policy.size, args.threads)[0]):
-            facts = _train(policy, training, task, rewards, args, console)
+            facts = _train(policy, rows, task, rewards, args, console, rate)
+        save_policy(policy, folder)
+        write_json(folder / "warm_start.json", facts)
 
-        def write(path: Any) -> None:
-            save_policy(policy, path)
-            write_json(path / "warm_start.json", facts)
-
-        replace_directory(directory, write, sealed=True)
-    console.note(f"warm start: {facts['in_words']}.")
-    return facts
-
-
-def _cached(directory: Path, policy: Policy, args: TrainSettings, console: Console) -> dict[str, Any] | None:
-    """Load the weights of an entry of the cache, and return its facts; None if the entry is damaged."""
-    try:
-        facts: dict[str, Any] = json.loads((directory / "warm_start.json").read_text(encoding="utf-8"))
-        loaded = load_policy(directory, dtype="auto", trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError, Refused) as error:
-        say_damaged(directory, error, console.warn)
-        return None
-    policy.model.load_state_dict(loaded.model.state_dict())
+    directory, found = _made_once(name, make, console.warn)
+    if found:
+        read_weights(policy.model, directory)
+    setattr(policy.model, "name_or_path", str(directory))  # noqa: B010  # an adapter names its base by it
+    facts: dict[str, Any] = json.loads((directory / "warm_start.json").read_bytes())
+    console.note(f"warm start{', from the cache' * found}: {facts['in_words']}.")
     return facts
 
 
 def _train(
     policy: Policy,
-    training: SupervisedTraining,
+    rows: list[dict[str, Any]],
     task: Any,
     rewards: Rewards,
     args: TrainSettings,
     console: Console,
+    rate: float,
 ) -> dict[str, Any]:
-    """Alternate updates and probes until a probe is good enough, or the updates are used up."""
-    step, most, losses = 0, args.warm_start_steps, []
-    found = before = _probe(policy, task, rewards, args)
-    try:
-        with console.progress(most) as progress:
-            while step < most and not _enough(found):
-                step += 1
-                shown = training.update()
-                losses.append(shown["loss"])
-                if step % EVERY == 0 or step == most:
-                    found = _probe(policy, task, rewards, args)
-                    shown["reward"] = found.reward.value
-                progress.update(step, shown)
-    except KeyboardInterrupt:
-        console.warn(f"interrupted in update {step} of the warm start: nothing of it is kept.")
-        raise
-    policy.model.zero_grad(set_to_none=True)  # an adapter leaves these weights alone: free their gradients
-    if not _enough(found):
-        console.warn(
-            f"after {step} updates only {_spread(found):.0%} of the groups have unequal rewards, and "
-            f"{found.truncated.value:.0%} of the completions are cut: raise warm_start_steps."
-        )
-    return _facts(before, found, losses)
-
-
-def _probe(policy: Policy, task: Any, rewards: Rewards, args: TrainSettings) -> Probe:
-    """Sample groups for the same training prompts each time."""
+    """Update on demonstrations until a probe is good enough, or the updates are used up."""
+    most, probes = args.warm_start_steps, list[Probe]()
     stream = PromptStream(task.train_prompts, min(PROMPTS, len(task.train_prompts)), args.seed)
+    prompts = [row for _, row in stream.next()]
     sampling = Sampling(
         max_completion_length=args.max_completion_length,
         num_generations=max(2, args.num_generations),
@@ -148,7 +211,28 @@ def _probe(policy: Policy, task: Any, rewards: Rewards, args: TrainSettings) -> 
         seed=args.seed,
         truncate_prompts=args.truncate_prompts,
     )
-    return probe_policy(policy, [row for _, row in stream.next()], rewards, sampling)
+
+    def enough(losses: list[float]) -> bool:
+        if len(losses) % EVERY == 0 or len(losses) == most:  # the same prompts and numbers each time
+            probes.append(probe_policy(policy, prompts, rewards, sampling))
+        if losses:
+            progress.update(len(losses), {"loss": losses[-1], "reward": probes[-1].reward.value})
+        return _is_enough(probes[-1])
+
+    try:
+        with console.progress(most) as progress:
+            how = {"batch_size": BATCH, "learning_rate": rate, "seed": args.seed}
+            losses = fit(policy, rows, max_steps=most, until=enough, **how)
+    except KeyboardInterrupt:
+        console.warn("interrupted in the warm start: nothing of it is kept.")
+        raise
+    policy.model.zero_grad(set_to_none=True)  # an adapter leaves these weights alone: free their gradients
+    if not _is_enough(probes[-1]):
+        console.warn(
+            f"after {most} updates only {_spread(probes[-1]):.0%} of the groups have unequal rewards, and "
+            f"{probes[-1].truncated.value:.0%} of the completions are cut: raise warm_start_steps."
+        )
+    return _facts(probes[0], probes[-1], losses)
 
 
 def _spread(found: Probe) -> float:
@@ -156,7 +240,7 @@ def _spread(found: Probe) -> float:
     return 1 - found.dead_groups[max(found.dead_groups)].value
 
 
-def _enough(found: Probe) -> bool:
+def _is_enough(found: Probe) -> bool:
     return _spread(found) >= ENOUGH and found.truncated.value <= 1 - ENOUGH
 
 
@@ -170,30 +254,11 @@ def _facts(before: Probe, after: Probe, losses: list[float]) -> dict[str, Any]:
         "spread_before": _spread(before),
         "spread_after": _spread(after),
     }
-    if not losses:
-        said = f"not needed, since {_spread(before):.0%} of the groups already have unequal rewards"
-    else:
+    said = f"not needed, since {_spread(before):.0%} of the groups already have unequal rewards"
+    if losses:
         said = (
             f"{len(losses)} updates, loss {losses[0]:.3g} -> {losses[-1]:.3g} nats per token, sampled reward "
             f"{before.reward.value:.3g} -> {after.reward.value:.3g}, groups with unequal rewards "
             f"{_spread(before):.0%} -> {_spread(after):.0%}"
         )
     return facts | {"in_words": said}
-
-
-def _key(
-    policy: Policy, training: SupervisedTraining, rewards: Rewards, args: TrainSettings, rate: float
-) -> str:
-    """Hash what the weights after the stage depend on; of a reward function that is its name alone.
-
-    The chat form is part of the demonstrations as the tokenizer writes them; stop strings are not.
-    """
-    settings: Mapping[str, Any] = {
-        "weights": fingerprint(policy.model),
-        "pairs": training.pairs,  # prompts and completions as the tokenizer writes them
-        "rewards": rewards.names,
-        "sampling": [args.max_completion_length, args.num_generations, args.temperature, policy.form.stop],
-        "training": [args.warm_start_steps, BATCH, EVERY, PROMPTS, ENOUGH, rate, args.seed],
-        "made by": [torch.__version__.split("+")[0], policy.device.type, MADE_BY],
-    }
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]

@@ -109,7 +109,7 @@ def prepare(runs: Sequence[PlannedRun], announce: Callable[[str], None]) -> None
         return
     from tokenrl.language.tasks.task import find_task
     from tokenrl.language.training.arguments import TrainArguments
-    from tokenrl.language.training.supervised import warm_started_base
+    from tokenrl.language.training.warm_start import warm_started_base
     from tokenrl.settings import arguments
 
     for run in shared.values():
