@@ -96,6 +96,41 @@ class Base:
     gold: Pool  # the gold rewards of the samples
 
 
+def gain_form(d: np.ndarray, alpha: float, beta: float, form: str) -> np.ndarray:
+    """Gain in gold reward at the distances d > 0: `d (alpha - beta d)` or `d (alpha - beta log d)`."""
+    return d * (alpha - beta * (d if form == "d squared" else np.log(d)))
+
+
+def fit_gain(d: np.ndarray, gain: np.ndarray, form: str) -> tuple[float, float]:
+    """Fit alpha and beta by least squares.
+
+    Args:
+        d: square roots of the KL to the base, above 0; any shape.
+        gain: gold reward minus that of the base, of the same shape.
+        form: the form to fit.
+
+    Returns:
+        alpha and beta.
+    """
+    d = np.asarray(d, dtype=np.float64).ravel()
+    columns = np.stack([gain_form(d, 1.0, 0.0, form), gain_form(d, 0.0, 1.0, form)], axis=1)
+    alpha, beta = np.linalg.lstsq(columns, np.ravel(gain), rcond=None)[0]
+    return float(alpha), float(beta)
+
+
+def gain_peak(alpha: float, beta: float, form: str) -> float:
+    """Return the d at which the gain is highest, `alpha / (2 beta)` or `exp(alpha / beta - 1)`.
+
+    It is inf if the gain only rises, and 0 for a best-of-n that never gains (alpha <= 0).
+    """
+    if beta <= 0:
+        return math.inf
+    if form == "d squared":
+        return max(0.0, alpha / (2 * beta))
+    exponent = alpha / beta - 1
+    return math.exp(exponent) if exponent < 700 else math.inf  # exp overflows beyond
+
+
 def standard(values: Any, each: Pool) -> np.ndarray:
     """Standardise values by mean and standard deviation of the rewards `each` of the base's samples."""
     every = np.concatenate(each)
@@ -175,7 +210,7 @@ class Curve:
     def peak(self, seeds: Any) -> float:
         """Where the gold fitted to these seeds is highest; infinite if it does not fall within the d seen."""
         form = FORMS[self.how]
-        at = best_of_n.gain_peak(*best_of_n.fit_gain(self.d[seeds], self.gold[seeds], form), form)
+        at = gain_peak(*fit_gain(self.d[seeds], self.gold[seeds], form), form)
         return at if at < self.d.max() else math.inf
 
 
@@ -202,7 +237,7 @@ def findings(curve: Curve) -> dict[str, Any]:
     peaks = [curve.peak(rng.choice(len(seeds), len(seeds))) for _ in range(500)]
     return {
         "d": mean_of(np.take_along_axis(curve.d, best, axis=1)[fell, 0]), "gold": gold, "proxy": proxy,
-        "fit": best_of_n.fit_gain(curve.d, curve.gold, FORMS[curve.how]), "peak": curve.peak(seeds),
+        "fit": fit_gain(curve.d, curve.gold, FORMS[curve.how]), "peak": curve.peak(seeds),
         "peak_interval": np.quantile(peaks, (0.025, 0.975), method="nearest").tolist(),
         "fell": int(fell.sum()), "turned": sum(gold) < 0 < proxy[0] - proxy[1],
     }  # fmt: skip
@@ -238,7 +273,7 @@ def panel(axes: Axes, curve: Curve, found: dict[str, Any]) -> None:
         mean = values.mean(axis=0)
         axes.plot(d.mean(axis=0), mean, color=colour, linewidth=2.2, label=f"{name} (thin: a seed)")
     line = np.linspace(0.05, float(d.max()), 100)
-    fitted = best_of_n.gain_form(line, *found["fit"], FORMS[curve.how])
+    fitted = gain_form(line, *found["fit"], FORMS[curve.how])
     axes.plot(line, fitted, "k--", linewidth=1.2, label="fit to gold")
     if found["fell"]:
         label = "turn (mean of seeds that fall)"

@@ -1,6 +1,7 @@
 """The RLHF recipes, shortened: stages that are skipped or redone, and the arithmetic of over-optimisation."""
 
 import json
+import math
 import runpy
 from pathlib import Path
 
@@ -116,3 +117,19 @@ def test_the_study_runs_and_leaves_its_numbers_and_figure(study, short_warm_star
     assert (np.diff(best["proxy"], axis=1) >= 0).all()  # it is the proxy that chooses
     assert np.shape(results["16:20 RL"]["curves"]["d"]) == (2, 1)
     assert (tmp_path / "runs" / "overoptimisation.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(
+    ("form", "expected", "peak"),
+    [("d log d", 2 * (1.5 - 0.8 * math.log(2)), math.exp(1.5 / 0.8 - 1)), ("d squared", -0.2, 1.5 / 1.6)],
+)
+def test_a_fit_recovers_its_own_form_and_the_peak_is_the_highest_point(study, form, expected, peak):
+    gain_form, fit_gain, gain_peak = (study[name] for name in ("gain_form", "fit_gain", "gain_peak"))
+    d = np.linspace(0.1, 5, 4000)
+    gain = gain_form(d, 1.5, 0.8, form)
+    assert gain_form(np.array([2.0]), 1.5, 0.8, form)[0] == pytest.approx(expected, abs=1e-12)
+    assert fit_gain(d.reshape(2, -1), gain.reshape(2, -1), form) == pytest.approx((1.5, 0.8), rel=1e-9)
+    assert gain_peak(1.5, 0.8, form) == pytest.approx(peak, rel=1e-12)
+    assert d[gain.argmax()] == pytest.approx(peak, abs=0.002)
+    assert gain_peak(1.0, -0.1, form) == gain_peak(1.0, 0.0, form) == math.inf
+    assert gain_peak(-1.0, 0.5, form) == (0 if form == "d squared" else pytest.approx(math.exp(-3)))

@@ -43,36 +43,6 @@ class ReportArguments(Settings):
     directory."""
 
 
-def print_evaluation(args: EvaluateArguments) -> int:
-    """Evaluate one or several models and print the tables."""
-    from tokenrl.language.inspect.evaluate import comparison_tables, evaluate, evaluation_table
-    from tokenrl.runs.console import rich_console
-
-    found = evaluate(args)
-    if isinstance(found, dict):
-        title = f"Held-out prompts of {args.task}"
-        tables = comparison_tables({name: one.metrics for name, one in found.items()}, title=title)
-    else:
-        tables = [
-            evaluation_table(found.metrics, title=f"{args.model} on the held-out prompts of {args.task}")
-        ]
-    rich_console().print(*tables, sep="\n")
-    return 0
-
-
-def print_samples(args: SampleArguments) -> int:
-    """Print completions of the prompts that were given, or of those that are typed."""
-    from tokenrl.language.inspect.chat import Sampler, converse, show
-
-    if not args.prompt:
-        converse(args)
-        return 0
-    sampler = Sampler.load(args)
-    for prompt, completions in zip(args.prompt, sampler(args.prompt, args), strict=True):
-        show(prompt, completions, chat=sampler.chat)
-    return 0
-
-
 def write_report(args: ReportArguments) -> int:
     """Write the page of one run, or of several, and print where it lies."""
     from tokenrl.runs.report import compare_runs, report_from_directory
@@ -97,8 +67,8 @@ COMMANDS = {
     "reward-model": Command(
         RewardModelArguments, "tokenrl.language.preferences.fit:train_reward_model", trains=True
     ),
-    "evaluate": Command(EvaluateArguments, "tokenrl.cli:print_evaluation"),
-    "sample": Command(SampleArguments, "tokenrl.cli:print_samples"),
+    "evaluate": Command(EvaluateArguments, "tokenrl.language.inspect.evaluate:print_evaluation"),
+    "sample": Command(SampleArguments, "tokenrl.language.inspect.chat:print_samples"),
     "control": Command(ControlArguments, "tokenrl.control.training:train_agent", trains=True),
     "compare": Command(CompareArguments, "tokenrl.lab.compare.run:compare"),
     "advise": Command(AdviseArguments, "tokenrl.advisor:run"),

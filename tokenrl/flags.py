@@ -80,7 +80,7 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     check_flags(argv, field_types(kind))
     values = _parsed(kind, default, argv, f"tokenrl {name}", about)
     for switch in _open_switches(kind):
-        flags = {f"--{switch}", f"--no-{switch}"}
+        flags = {f"--{switch}", f"--no_{switch}"}
         if not flags & {"--" + word[2:].replace("-", "_") for word in argv if word.startswith("--")}:
             values[switch] = getattr(default, switch, None)
     if shared is not None:

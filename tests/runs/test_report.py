@@ -185,7 +185,6 @@ def test_a_command_in_words_or_from_python(tmp_path):
     [
         ("summary.json", '{"exit_reason": "fin'),
         ("summary.json", "[1]"),
-        ("summary.json", '{"calibration": [{"predicted": 2.0, "observed": 1, "count": 3}]}'),
         ("metrics.jsonl", '{"reward": 1.0}\n'),
         ("metrics.jsonl", '{"step": null, "reward": 1.0}\n'),
         ("completions/step_000001.parquet", "PAR1"),

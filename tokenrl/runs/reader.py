@@ -27,7 +27,7 @@ _CONFIG = {
 }
 _SUMMARY = {
     **dict.fromkeys(("exit_reason", "error", "verdict"), str),
-    **dict.fromkeys(("flags", "calibration"), list),
+    "flags": list,
     **dict.fromkeys(("eval_before", "eval_after", "warm_started"), dict | None),
     **dict.fromkeys(("steps", "wall_seconds", "tokens_per_second", "env_steps_per_second"), _NUMBER),
 }

@@ -141,8 +141,6 @@ def _sections(run: RecordedRun) -> Iterator[Section]:
     both = {name: (before.get(name, "-"), after.get(name, "-")) for name in dict.fromkeys([*before, *after])}
     yield Section("Held-out evaluation, before → after training (± standard error)", [cards(both)])
     yield _learning("Learning curve", _charts({"": run.metrics}, run.kind, run.mark))
-    if "calibration" in summary:
-        yield Section("Calibration", _calibration(run))
     yield Section("Diagnostics", [_diagnostics(run.metrics)])
     words = command if isinstance(command, str) else " ".join(map(str, command))
     yield Section("To repeat", [preformatted(words)])
@@ -246,31 +244,6 @@ def _told_once(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     if len({name.split("/")[1] for name in names}) > 1:
         return metrics
     return {k: value for k, value in metrics.items() if k not in names or value != metrics.get("reward")}
-
-
-def _calibration(run: RecordedRun) -> list[Block]:
-    """Show the calibration of a reward model as a chart and as a table.
-
-    Raises:
-        Refused: the summary holds something else.
-    """
-    try:
-        bins = [
-            [float(one[name]) for name in ("predicted", "observed", "count")]
-            for one in run.summary["calibration"]
-        ]
-        predicted, observed = [one[0] for one in bins], [one[1] for one in bins]
-        errors = [math.sqrt(p * (1 - p) / count) for p, _, count in bins]
-    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
-        raise Refused(
-            f"The calibration in {run.path / 'summary.json'} is damaged ({error}). Remove that entry."
-        ) from error
-    exact = Curve(predicted, predicted, "exact predictions, ± one standard error", errors, 0, dots=True)
-    found = Curve(predicted, observed, "this model", colour=2, dots=True)
-    name = "observed share of choices, by their predicted probability"
-    chart = Chart(name, "", [exact, found], large=True, whole=False, last=False)
-    rows = [[number(p), number(o), f"{count:.0f}"] for p, o, count in bins]
-    return [drawings([chart]), table(("predicted", "observed", "pairs"), rows)]
 
 
 def _diagnostics(metrics: Rows) -> Block:

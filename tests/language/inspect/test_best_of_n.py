@@ -13,9 +13,6 @@ from tokenrl.language.inspect.best_of_n import (
     best_of_n_kl,
     best_of_n_metrics,
     choice_weights,
-    fit_gain,
-    gain_form,
-    gain_peak,
     kl_bound,
     pool_rewards,
     sample_pool,
@@ -99,21 +96,6 @@ def test_each_text_of_a_pool_is_scored_once_with_its_own_row():
     found = pool_rewards(reward, rows, [["xx", "x", "xx"], ["x", "xxx", "x"]])
     assert [values.tolist() for values in found] == [[2, 1, 2], [-2, -6, -2]]
     assert asked == [("a", "xx", 1), ("a", "x", 1), ("b", "x", -2), ("b", "xxx", -2)]
-
-
-@pytest.mark.parametrize(
-    ("form", "expected", "peak"),
-    [("d log d", 2 * (1.5 - 0.8 * math.log(2)), math.exp(1.5 / 0.8 - 1)), ("d squared", -0.2, 1.5 / 1.6)],
-)
-def test_a_fit_recovers_its_own_form_and_the_peak_is_the_highest_point(form, expected, peak):
-    d = np.linspace(0.1, 5, 4000)
-    gain = gain_form(d, 1.5, 0.8, form)
-    assert gain_form(np.array([2.0]), 1.5, 0.8, form)[0] == pytest.approx(expected, abs=1e-12)
-    assert fit_gain(d.reshape(2, -1), gain.reshape(2, -1), form) == pytest.approx((1.5, 0.8), rel=1e-9)
-    assert gain_peak(1.5, 0.8, form) == pytest.approx(peak, rel=1e-12)
-    assert d[gain.argmax()] == pytest.approx(peak, abs=0.002)
-    assert gain_peak(1.0, -0.1, form) == gain_peak(1.0, 0.0, form) == math.inf
-    assert gain_peak(-1.0, 0.5, form) == (0 if form == "d squared" else pytest.approx(math.exp(-3)))
 
 
 def length(completions, **_):

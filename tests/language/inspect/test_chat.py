@@ -25,8 +25,8 @@ def test_only_prompts_of_the_task_are_rewarded(task, capsys):
     name, model = task
     args = SampleArguments(model=model, task=name, num_generations=3)
     row = load(name).train_prompts[1]
-    sampler = Sampler.load(args)
-    strange, known, other = sampler(["1", row["prompt"], "2"], args)
+    sampler = Sampler(args)
+    strange, known, other = (sampler(prompt) for prompt in ("1", row["prompt"], "2"))
     assert [one.reward for one in strange + other] == [None] * 6
     columns = {key: [value] * 3 for key, value in row.items() if key != "prompt"}
     texts = [one.text for one in known]
@@ -34,8 +34,7 @@ def test_only_prompts_of_the_task_are_rewarded(task, capsys):
     assert [one.reward for one in known] == pytest.approx(expected)
     said = capsys.readouterr().err
     assert said.count("no reward") == 1 and "none of the task's" in said  # once, not for each prompt
-    alone = Sampler.load(args)
-    assert [one.text for one in alone(["1"], args)[0]] == [one.text for one in strange]
+    assert [one.text for one in Sampler(args)("1")] == [one.text for one in strange]
 
 
 def test_the_command_answers_and_succeeds(task, capsys):
@@ -48,7 +47,7 @@ def test_the_command_answers_and_succeeds(task, capsys):
 def test_a_reward_that_fails_on_the_task_s_own_prompt_is_an_error(task, tmp_path):
     name, model = task
     args = SampleArguments(model=model, task=name, num_generations=1)
-    sampler = Sampler.load(args)
+    sampler = Sampler(args)
 
     def broken(completions):
         raise ValueError("no")
@@ -57,7 +56,7 @@ def test_a_reward_that_fails_on_the_task_s_own_prompt_is_an_error(task, tmp_path
     sampler.rewards._here = {"broken": broken}
     sampler.rewards.names = ["broken"]
     with pytest.raises(Stopped, match="broken raised ValueError"):
-        sampler([load(name).train_prompts[0]["prompt"]], args)
+        sampler(load(name).train_prompts[0]["prompt"])
     needs = SampleArguments(model=model, reward=("exact_match",), num_generations=1)
     with pytest.raises(Refused, match="column 'answer'"):  # without a task no prompt could ever be rewarded
-        Sampler.load(needs)(["1"], needs)
+        Sampler(needs)("1")

@@ -11,7 +11,6 @@ from tokenrl import evaluate, train
 from tokenrl.cli import COMMANDS, main
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
-from tokenrl.language.inspect.chat import Completion, show
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.language.policy.prompts import FORM, asked, saved_form, special_texts
 from tokenrl.runs.console import harmless
@@ -186,10 +185,10 @@ def test_sample_evaluate_and_train_warn_of_special_tokens_once(saved, tmp_path, 
     assert " ".join(capsys.readouterr().out.split()).count(words) == 1
 
 
-def test_what_a_model_writes_cannot_change_the_terminal(capsys):
+def test_what_a_model_writes_cannot_change_the_terminal(saved, capsys):
     text = "a\tb\nc\x1b[31m\x07\r\x00\x9b\u202e\u2066 é 日本　👩‍💻"
     shown = r"c\x1b[31m\x07\r\x00\x9b\u202e\u2066 é 日本　👩‍💻"
     assert harmless(text) == f"a\tb\n{shown}"
-    show("\x1b]0;title\x07", [Completion(text, 1.0)], chat=False)
+    assert main(["sample", "--model", str(saved()), "--prompt", "\x1b]0;title\x07"]) == 0
     out = capsys.readouterr().out
-    assert shown in out and out.isprintable() is False and "\x1b" not in out and "\x07" not in out
+    assert r"\x1b]0;title\x07" in out and "\x1b" not in out and "\x07" not in out

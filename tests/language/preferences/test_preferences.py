@@ -12,6 +12,7 @@ from tokenrl.language.preferences.pairs import Pair, hold_out, load_pairs, read_
 from tokenrl.language.preferences.sampled import first_is_chosen, make_preferences, write_preferences
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.tasks.sources import read_splits
 
 SIZES = {"sampling": Sampling(5, 6, seed=4)}
 
@@ -164,7 +165,7 @@ def test_margins_and_gold_rewards_are_read_and_identical_pairs_left_out():
         ([{"prompt": "p", "chosen": None, "rejected": "a"}], "row 0: chosen is None"),
         ([{"prompt": "p", "chosen": "a", "rejected": [BAD]}], "one of chosen and rejected is text"),
         ([{"prompt": "p", "chosen": [GOOD], "rejected": [BAD]}], "the prompt is text, but chosen"),
-        ([{"prompt": 3, "chosen": "a", "rejected": "b"}], "the prompt is 3"),
+        ([{"prompt": 3, "chosen": "a", "rejected": "b"}], "row 0: prompt is 3"),
         ([{"prompt": "p", "chosen": "a", "rejected": "b", "margin": "big"}], "margin is 'big'"),
     ],
 )
@@ -198,8 +199,10 @@ def test_splits_of_a_source(tmp_path):
         load_pairs({"train": rows}, eval_split="dev")
     with pytest.raises(Refused, match="no such file"):
         load_pairs(str(tmp_path / "nothing.jsonl"))
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(Refused, match=r"could not be read|empty"):
-        load_pairs(str(tmp_path / "empty.jsonl"))
+    for name, text in (("empty.jsonl", "\n"), ("empty.json", "[]"), ("empty.csv", "")):
+        (tmp_path / name).write_text(text)
+        for read in (load_pairs, read_splits):
+            with pytest.raises(Refused, match=f"{name}' is empty: give data with at least one row"):
+                read(str(tmp_path / name))
     (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert len(load_pairs(tmp_path / "some.jsonl")[1]) == 4

@@ -90,8 +90,8 @@ def test_the_length_is_that_of_the_demonstrations_as_the_tokenizer_writes_them(d
 
 def test_sampling_by_hand_has_that_length_too(tmp_path):
     save_policy(make_policy(), tmp_path)
-    assert Sampler.load(SampleArguments(model=str(tmp_path), task="sort_digits")).length == 11
-    assert Sampler.load(SampleArguments(model=str(tmp_path))).length == 64
+    assert Sampler(SampleArguments(model=str(tmp_path), task="sort_digits")).length == 11
+    assert Sampler(SampleArguments(model=str(tmp_path))).length == 64
 
 
 def test_own_tasks_and_given_values_win():

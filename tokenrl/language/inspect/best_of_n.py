@@ -2,9 +2,7 @@
 
 Best-of-n is the baseline for every policy trained against a reward model, because it only selects and does
 not train (Stiennon et al. 2020, arXiv 2009.01325). Each estimate is for one prompt and uses a pool of N >= n
-samples of it. The last functions fit the curves of over-optimisation (Gao, Schulman & Hilton 2022, arXiv
-2210.10760): the gain in gold reward over the base, as a function of d = sqrt(KL), is `d (alpha - beta d)` for
-best-of-n and `d (alpha - beta log d)` for RL.
+samples of it.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -25,8 +23,6 @@ from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.streams import uniforms
 from tokenrl.language.training.probe import over_prompts
 from tokenrl.settings import check_number
-
-Form = Literal["d squared", "d log d"]  # the curves of best-of-n and of RL
 
 
 def sample_pool(
@@ -199,38 +195,3 @@ def best_of_n_kl(proxy: np.ndarray, n: int) -> float:
 def kl_bound(n: int) -> float:
     """KL of best-of-n to the base in nats, `log n - (n - 1) / n`; an upper bound if rewards can be equal."""
     return math.log(n) - (n - 1) / n
-
-
-def gain_form(d: np.ndarray, alpha: float, beta: float, form: Form) -> np.ndarray:
-    """Gain in gold reward at the distances d > 0: `d (alpha - beta d)` or `d (alpha - beta log d)`."""
-    return d * (alpha - beta * (d if form == "d squared" else np.log(d)))
-
-
-def fit_gain(d: np.ndarray, gain: np.ndarray, form: Form) -> tuple[float, float]:
-    """Fit alpha and beta by least squares.
-
-    Args:
-        d: square roots of the KL to the base, above 0; any shape.
-        gain: gold reward minus that of the base, of the same shape.
-        form: the form to fit.
-
-    Returns:
-        alpha and beta.
-    """
-    d = np.asarray(d, dtype=np.float64).ravel()
-    columns = np.stack([gain_form(d, 1.0, 0.0, form), gain_form(d, 0.0, 1.0, form)], axis=1)
-    alpha, beta = np.linalg.lstsq(columns, np.ravel(gain), rcond=None)[0]
-    return float(alpha), float(beta)
-
-
-def gain_peak(alpha: float, beta: float, form: Form) -> float:
-    """Return the d at which the gain is highest, `alpha / (2 beta)` or `exp(alpha / beta - 1)`.
-
-    It is inf if the gain only rises, and 0 for a best-of-n that never gains (alpha <= 0).
-    """
-    if beta <= 0:
-        return math.inf
-    if form == "d squared":
-        return max(0.0, alpha / (2 * beta))
-    exponent = alpha / beta - 1
-    return math.exp(exponent) if exponent < 700 else math.inf  # exp overflows beyond

@@ -25,7 +25,7 @@ from tokenrl.language.training.evaluation import (
     paired_differences,
 )
 from tokenrl.language.training.setup import load_placed
-from tokenrl.runs.console import measured, rich_table, visible
+from tokenrl.runs.console import measured, rich_console, rich_table, visible
 from tokenrl.runs.files import check_place, write_json
 from tokenrl.runs.threads import choose_threads, using_threads
 
@@ -135,6 +135,19 @@ def _own_rewards(args: EvaluateArguments, rewards: Rewards) -> Rewards:
         return rewards
 
 
+def print_evaluation(args: EvaluateArguments) -> int:
+    """Evaluate one or several models and print the tables."""
+    found = evaluate(args)
+    if isinstance(found, dict):
+        models = {name: one.metrics for name, one in found.items()}
+        tables = evaluation_tables(models, title=f"Held-out prompts of {args.task}")
+    else:
+        title = f"{args.model} on the held-out prompts of {args.task}"
+        tables = evaluation_tables({str(args.model): found.metrics}, title=title)
+    rich_console().print(*tables, sep="\n")
+    return 0
+
+
 MEANINGS = {
     "reward_greedy": "the greedy completion",
     "reward": "mean of all samples (avg@k)",
@@ -155,36 +168,28 @@ MEANINGS = {
 """Meaning of each metric, in the order of the table; a key that ends with / or @ is a prefix of names."""
 
 
-def evaluation_table(metrics: Mapping[str, float], *, title: str) -> Table:
-    """Make a table of the metrics: name, value, standard error over prompts, meaning."""
-    table = rich_table(title, ("",), ("value", "stderr"), overflow="fold")
-    table.add_column("")
-    for name in _in_order(metrics):
-        error = metrics.get(name + "_stderr")
-        stderr = "" if error is None else f"{error:.4f}"
-        table.add_row(name, f"{metrics[name]:.4f}", stderr, MEANINGS.get(_kind(name), ""))
-    return table
-
-
-def comparison_tables(models: Mapping[str, Mapping[str, float]], *, title: str) -> list[Table]:
-    """Make two tables with a column per model: the metrics, and the paired differences to the first model.
+def evaluation_tables(models: Mapping[str, Mapping[str, float]], *, title: str) -> list[Table]:
+    """Make a table of the metrics; of several models another one of the differences to the first model.
 
     Args:
         models: metrics by model; those of every model but the first have those of `paired_differences`.
         title: text above the first table.
     """
     first, *others = models
-    values = rich_table(f"{title} (± standard error)", ("",), list(models), overflow="fold")
+    columns = list(models) if others else ["value"]
+    values = rich_table(f"{title} (± standard error)", ("",), columns, overflow="fold")
     differences = rich_table(f"Minus {first}, by prompt", ("",), others, overflow="fold")
+    if not others:
+        values.add_column("")
     for name in _in_order({name: 0.0 for metrics in models.values() for name in metrics}):
+        found = [(metrics.get(name), metrics.get(name + "_stderr")) for metrics in models.values()]
         if not name.startswith(DIFFERENCE):
-            cells = [measured(found.get(name), found.get(name + "_stderr")) for found in models.values()]
-            values.add_row(name, *cells)
-    for name in [name for name in _in_order(models[others[0]]) if name.startswith(DIFFERENCE)]:
-        found = [(models[other].get(name), models[other].get(name + "_stderr")) for other in others]
-        cells = [("+" if value is not None and value > 0 else "") + measured(value, e) for value, e in found]
+            meaning = [] if others else [MEANINGS.get(_kind(name), "")]
+            values.add_row(name, *(measured(*one) for one in found), *meaning)
+            continue
+        cells = [("+" if (value or 0) > 0 else "") + measured(value, error) for value, error in found[1:]]
         differences.add_row(name.removeprefix(DIFFERENCE), *cells)
-    return [values, differences]
+    return [values, differences] if others else [values]
 
 
 def _in_order(metrics: Mapping[str, float]) -> list[str]:

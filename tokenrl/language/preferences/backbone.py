@@ -91,15 +91,14 @@ def _from_language_model(model: nn.Module) -> tuple[Any, list[str]]:
 
 @torch.no_grad()
 def _draw(model: nn.Module, names: Iterable[str], seed: int) -> None:
+    """Draw the weights of a new head, and set its biases to 0."""
     generator, wanted = torch.Generator().manual_seed(seed), set(names)
     for name, weight in model.named_parameters():
-        if name in wanted:
-            drawn = (
-                torch.randn(weight.shape, generator=generator)
-                if weight.ndim > 1
-                else torch.zeros(weight.shape)
-            )
+        if name in wanted and weight.ndim > 1:
+            drawn = torch.randn(weight.shape, generator=generator)
             weight.copy_(drawn / (weight.shape[-1] + 1) ** 0.5)
+        elif name in wanted:
+            weight.zero_()
 
 
 @quietly()

@@ -80,26 +80,23 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
     policy = make_policy(ModelArguments(model=named, base_seed=args.base_seed, **form), task, announce)
     choose_way(policy, gradient=False)
     length = args.max_completion_length or length_of(task, named, policy)
-    rows = {}
-    parts: tuple[tuple[str, Sequence[Any], int, int], ...] = (
-        ("preferences.jsonl", task.train_prompts, args.num_pairs, args.seed),
-        ("preferences_eval.jsonl", task.eval_prompts, args.eval_size, HELD_OUT + args.seed),
-    )
-    for file, prompts, wanted, seed in parts:
+
+    def made(prompts: Sequence[Any], wanted: int, seed: int) -> list[dict[str, Any]]:
         per_prompt = math.ceil(wanted / len(prompts))
-        try:
-            with using_threads(choose_threads(policy.size, args.threads)[0]):
-                rows[file] = make_preferences(
-                    policy,
-                    prompts[: math.ceil(wanted / per_prompt)],
-                    rewards,
-                    Sampling(length, 2 * per_prompt, args.temperature, seed),
-                    noise_temperature=args.noise_temperature,
-                )
-        except Stopped as error:
-            raise Refused(f"Before the first step: {error}") from error
-    made = len(rows["preferences.jsonl"])
-    announce(f"{made:,} preferences from {args.num_pairs:,} sampled pairs; the others are ties.")
+        chosen = prompts[: math.ceil(wanted / per_prompt)]
+        sampling = Sampling(length, 2 * per_prompt, args.temperature, seed)
+        return make_preferences(policy, chosen, rewards, sampling, noise_temperature=args.noise_temperature)
+
+    try:
+        with using_threads(choose_threads(policy.size, args.threads)[0]):
+            rows = {
+                "preferences.jsonl": made(task.train_prompts, args.num_pairs, args.seed),
+                "preferences_eval.jsonl": made(task.eval_prompts, args.eval_size, HELD_OUT + args.seed),
+            }
+    except Stopped as error:
+        raise Refused(f"Before the first step: {error}") from error
+    count = len(rows["preferences.jsonl"])
+    announce(f"{count:,} preferences from {args.num_pairs:,} sampled pairs; the others are ties.")
     train, held_out = (read_pairs(part, name) for name, part in rows.items())
     return RewardData(task.name, train, held_out, task, rows)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,23 +11,7 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.language.preferences.pairs import Pair
 from tokenrl.language.rewards.model import RewardModel
 
-BINS = 10
 Encoded = tuple[list[int], list[int]]  # token ids of prompt + chosen, and of prompt + rejected
-
-
-@dataclass(frozen=True)
-class Bin:
-    """One bin of a calibration curve: pairs with similar predicted probabilities.
-
-    Attributes:
-        predicted: mean predicted probability that the completion with the higher reward was chosen.
-        observed: share of the pairs in which it was chosen.
-        count: number of pairs.
-    """
-
-    predicted: float
-    observed: float
-    count: int
 
 
 def encode_pairs(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[Encoded]:
@@ -101,7 +84,7 @@ def preference_metrics(rewards: np.ndarray, pairs: Sequence[Pair]) -> dict[str, 
     if (error := clustered_stderr(right, [pair.key for pair in pairs])) is not None:
         metrics["accuracy_stderr"] = error
     metrics |= {"loss": float(np.logaddexp(0, -difference).mean()), "margin": float(difference.mean())}
-    metrics["calibration_error"] = expected_calibration_error(calibration(difference))
+    metrics["calibration_error"] = expected_calibration_error(difference)
     golds = [pair.gold for pair in pairs if pair.gold is not None]
     if len(golds) == len(pairs):
         gold = np.asarray(golds)[:, 0] - np.asarray(golds)[:, 1]
@@ -131,8 +114,8 @@ def clustered_stderr(values: np.ndarray, groups: Sequence[Hashable]) -> float | 
     return float(math.sqrt(len(names) / (len(names) - 1) * (sums**2).sum()) / len(values))
 
 
-def calibration(difference: np.ndarray, bins: int = BINS) -> list[Bin]:
-    """The calibration curve of P(chosen is better) = sigmoid(r_chosen - r_rejected).
+def expected_calibration_error(difference: np.ndarray, bins: int = 10) -> float:
+    """Mean over pairs of |observed - predicted| in the pair's bin (Naeini et al. 2015; Guo et al. 2017).
 
     A prediction must not depend on which completion was chosen afterwards. So each pair is taken by the
     completion with the higher reward: the predicted probability that it was chosen is sigmoid(|difference|),
@@ -140,16 +123,9 @@ def calibration(difference: np.ndarray, bins: int = BINS) -> list[Bin]:
 
     Args:
         difference: reward of the chosen completion minus that of the rejected one [N].
-        bins: number of bins; empty bins are left out.
+        bins: number of bins.
     """
     predicted = 1 / (1 + np.exp(-np.abs(difference)))  # [N]
     place = np.minimum(((predicted - 0.5) * 2 * bins).astype(int), bins - 1)
-    right = _right(difference)
-    found = [place == k for k in range(bins)]
-    return [Bin(float(predicted[b].mean()), float(right[b].mean()), int(b.sum())) for b in found if b.any()]
-
-
-def expected_calibration_error(curve: Sequence[Bin]) -> float:
-    """Mean over pairs of |observed - predicted| in the pair's bin (Naeini et al. 2015; Guo et al. 2017)."""
-    total = sum(b.count for b in curve)
-    return sum(b.count * abs(b.observed - b.predicted) for b in curve) / total
+    gaps = np.bincount(place, weights=_right(difference) - predicted)  # of each bin, times its pairs
+    return float(np.abs(gaps).sum() / len(difference))

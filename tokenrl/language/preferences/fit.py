@@ -1,5 +1,7 @@
 """Trains a reward model on preferences with the Bradley-Terry loss.
 
+The model of choices is that of Bradley & Terry 1952, the loss that of Stiennon et al. 2020 and Ouyang et al.
+2022, equation 1.
 Training uses one process and one device. Adapters, mixed precision and gradient accumulation are
 left out, so a whole batch passes through the model at once.
 """
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.prompts import form_of, settled_form
@@ -23,12 +26,10 @@ from tokenrl.language.preferences.backbone import SavedRewardModel
 from tokenrl.language.preferences.check import check_pairs
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
 from tokenrl.language.preferences.evaluation import (
-    calibration,
     encode_pairs,
     preference_metrics,
     score_pairs,
 )
-from tokenrl.language.preferences.loss import bradley_terry_loss
 from tokenrl.language.preferences.pairs import Pair
 from tokenrl.language.preferences.report import (
     RewardModelResult,
@@ -46,6 +47,38 @@ from tokenrl.runs.timings import Stopwatch
 from tokenrl.settings import called, settled
 
 LOSS_NOTE = "The loss is the negative log-likelihood of the choices, in nats per pair; guessing gives 0.693."
+
+
+def bradley_terry_loss(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    *,
+    margin: Tensor | float = 0.0,
+    center_rewards_coefficient: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Mean negative log-likelihood of the choices, P(chosen) = sigmoid(d) with d = r_c - r_r - margin.
+
+        mean[-(1 - e) log sigmoid(d) - e log sigmoid(-d)] + coefficient mean[(r_c + r_r)^2]
+
+    The first term depends only on differences of rewards; the second (Eisenstein et al. 2023) keeps their
+    mean near 0. The margin is that of Llama 2 (Touvron et al. 2023, equation 2).
+
+    Args:
+        chosen_rewards: rewards r_c of the chosen completions [B].
+        rejected_rewards: rewards r_r of the rejected completions [B].
+        margin: by how much r_c should exceed r_r: a number, or one per pair [B].
+        center_rewards_coefficient: weight of the second term.
+        label_smoothing: e, the assumed share of flipped labels.
+
+    Returns:
+        A scalar.
+    """
+    difference = chosen_rewards - rejected_rewards - margin  # [B]
+    likelihood = (1 - label_smoothing) * logsigmoid(difference) + label_smoothing * logsigmoid(-difference)
+    return (
+        -likelihood.mean() + center_rewards_coefficient * (chosen_rewards + rejected_rewards).square().mean()
+    )
 
 
 class PreferenceTraining:
@@ -167,7 +200,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         **options: the fields of `RewardModelArguments`.
 
     Returns:
-        The trained reward model, its evaluations and its calibration.
+        The trained reward model, and its evaluations.
 
     Raises:
         Refused: the arguments, the model or the data cannot be used; raised before the first step.
@@ -203,7 +236,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
             session.evaluated(preference_metrics(score_pairs(reward_model, held_out), data.held_out))
         if args.check:
             code = check_pairs(session, data.train, data.held_out)
-            ended = RewardModelResult(**session.outcome("check"), calibration=[], reward_model=reward_model)
+            ended = RewardModelResult(**session.outcome("check"), reward_model=reward_model)
             return checked(ended, code)
         task = None if data.task is None else data.task.name
         names = {"data": data.name, "model": reward_model.__name__, "policy": "in memory", "task": task}
@@ -220,8 +253,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         rewards = score_pairs(reward_model, held_out)
         if not session.is_evaluated:
             session.evaluated(preference_metrics(rewards, data.held_out))
-        curve = calibration(rewards[:, 0] - rewards[:, 1])
-        ended = RewardModelResult(**session.outcome("finished"), calibration=curve, reward_model=reward_model)
+        ended = RewardModelResult(**session.outcome("finished"), reward_model=reward_model)
         finish(session, data, ended, rewards, base_model(args.model))
         return ended
 

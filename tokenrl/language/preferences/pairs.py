@@ -116,34 +116,26 @@ def read_pairs(rows: Sequence[Row], where: str) -> list[Pair]:
 
 def _pair(row: Row, where: str) -> Pair:
     prompt, chosen, rejected = (_clean(row.get(name)) for name in ("prompt", "chosen", "rejected"))
-    for name, value in (("chosen", chosen), ("rejected", rejected)):
-        if not (isinstance(value, str) or _is_chat(value)):
+    if type(chosen) is not type(rejected) and None not in (chosen, rejected):
+        raise Refused(f"{where}: one of chosen and rejected is text and the other is chat messages.")
+    for name, value in (("chosen", chosen), ("rejected", rejected), ("prompt", prompt)):
+        if not (isinstance(value, str) or _is_chat(value) or (name == "prompt" and value is None)):
             raise Refused(
                 f"{where}: {name} is {value!r:.100}; it must be text, or a list of chat messages "
                 '{"role": ..., "content": text}.'
             )
-    if type(chosen) is not type(rejected):
-        raise Refused(f"{where}: one of chosen and rejected is text and the other is chat messages.")
-    whole = prompt is None or (
-        isinstance(prompt, str)
-        and _is_chat(chosen)
-        and chosen[0]["content"] == rejected[0]["content"] == prompt
-    )  # some data sets repeat the first message as the prompt
-    if whole:
+    chats = not isinstance(chosen, str)
+    repeated = chats and chosen[0]["content"] == rejected[0]["content"] == prompt
+    if prompt is None or repeated:  # some data sets repeat the first message as the prompt
         cut = _common(chosen, rejected)
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
-    elif not (isinstance(prompt, str) or _is_chat(prompt)):
-        raise Refused(f"{where}: the prompt is {prompt!r:.100}; it must be text or chat messages.")
-    if isinstance(prompt, str) and not isinstance(chosen, str):
+    elif isinstance(prompt, str) and chats:
         raise Refused(
             f"{where}: the prompt is text, but chosen and rejected are chat messages. Give all three as "
             "text, or the prompt as messages too."
         )
-    margin = row.get("margin")
-    golds = (row.get("chosen_gold"), row.get("rejected_gold"))
-    gold = None if None in golds else (_number(golds[0], where, "chosen_gold"),
-                                       _number(golds[1], where, "rejected_gold"))  # fmt: skip
-    return Pair(prompt, chosen, rejected, None if margin is None else _number(margin, where, "margin"), gold)
+    margin, *golds = (_number(row, name, where) for name in ("margin", "chosen_gold", "rejected_gold"))
+    return Pair(prompt, chosen, rejected, margin, None if None in golds else (golds[0], golds[1]))  # type: ignore[arg-type]
 
 
 def _clean(value: Any) -> Any:
@@ -154,12 +146,14 @@ def _clean(value: Any) -> Any:
 
 
 def _is_chat(value: Any) -> bool:
+    """Return whether a value is a list of one message or more, each with a role and a text."""
     return (
-        isinstance(value, list)
-        and bool(value)
+        bool(value)
+        and isinstance(value, list)
         and all(
-            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in value
+            isinstance(message, Mapping) and isinstance(message.get(key), str)
+            for message in value
+            for key in ("role", "content")
         )
     )
 
@@ -172,14 +166,16 @@ def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     return max(0, chosen.rfind(" ", 0, cut)) if isinstance(chosen, str) else cut
 
 
-def _number(value: Any, where: str, name: str) -> float:
+def _number(row: Row, name: str, where: str) -> float | None:
+    """Return the number in a column; None without the column, or where it has no value."""
+    value = row.get(name)
     try:
-        number = float(value)
+        number = 0.0 if value is None else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
         raise Refused(f"{where}: {name} is {value!r:.100}; it must be a finite number.")
-    return number
+    return None if value is None else number
 
 
 def hold_out(pairs: Sequence[Pair], size: int, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -199,16 +195,11 @@ def hold_out(pairs: Sequence[Pair], size: int, seed: int) -> tuple[list[Pair], l
             f"eval_size={size} of {len(pairs)} different pairs: to train on some and evaluate on others, "
             "give an eval_size of at least 1 and at least 2 pairs."
         )
-    order = np.random.default_rng([seed, 2]).permutation(len(distinct))
-    wanted, held, count = min(size, max(1, len(pairs) // 5)), set(), 0
+    wanted, held, count = min(size, max(1, len(pairs) // 5)), set[str](), 0
     names = list(distinct)
-    for key in [names[i] for i in order[:-1]]:
-        if count >= wanted:
-            break
-        held.add(key)
-        count += distinct[key]
-    held_out = [key in held for key in keys]
-    return (
-        [pair for pair, out in zip(pairs, held_out, strict=True) if not out],
-        [pair for pair, out in zip(pairs, held_out, strict=True) if out],
-    )
+    for place in np.random.default_rng([seed, 2]).permutation(len(names))[:-1]:
+        if count < wanted:
+            held.add(names[place])
+            count += distinct[names[place]]
+    train = [pair for pair, key in zip(pairs, keys, strict=True) if key not in held]
+    return train, [pair for pair, key in zip(pairs, keys, strict=True) if key in held]

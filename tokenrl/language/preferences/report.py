@@ -1,4 +1,4 @@
-"""Writes the results of training a reward model: its result, its model card and its report."""
+"""What training a reward model shows at its start, and what it leaves at its end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from tokenrl.language.policy.saving import Card
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.backbone import save_reward_model
 from tokenrl.language.preferences.data import RewardData
-from tokenrl.language.preferences.evaluation import Bin
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.runs.metrics import write_completions
@@ -27,12 +26,10 @@ class RewardModelResult(Outcome):
 
     Attributes:
         eval_before: metrics on the held-out pairs before training; see `preference_metrics`.
-        calibration: calibration curve on the held-out pairs after training; empty after a check.
         reward_model: the trained model, which is itself a reward function; saved in `model/` of the run
             directory.
     """
 
-    calibration: list[Bin]
     reward_model: RewardModel = field(repr=False)
 
 
@@ -72,13 +69,8 @@ def finish(
             write_preferences(directory.path / name, data.rows[name])
     order = np.argsort(rewards[:, 0] - rewards[:, 1], kind="stable")  # the worst mistakes first
     rows = [
-        {
-            "prompt": data.held_out[i].prompt,
-            "chosen": data.held_out[i].chosen,
-            "rejected": data.held_out[i].rejected,
-            "reward_chosen": float(rewards[i, 0]),
-            "reward_rejected": float(rewards[i, 1]),
-        }
+        {name: getattr(data.held_out[i], name) for name in ("prompt", "chosen", "rejected")}
+        | {"reward_chosen": float(rewards[i, 0]), "reward_rejected": float(rewards[i, 1])}
         for i in order
     ]
     for earlier in directory.completions.glob("step_*.parquet"):  # of a run that this one continues

@@ -80,9 +80,15 @@ def make_preferences(
         for k in range(0, len(texts), 2):
             place, pair = divmod(k // 2, pairs)
             first = first_is_chosen(golds[k], golds[k + 1], noise_temperature, noise[places[place], pair])
-            if first is not None and texts[k] != texts[k + 1]:
-                chosen, rejected = (k, k + 1) if first else (k + 1, k)
-                rows.append(_row(prompts[places[place]]["prompt"], texts, golds, chosen, rejected))
+            if first is None or texts[k] == texts[k + 1]:
+                continue
+            chosen, rejected = (k, k + 1) if first else (k + 1, k)
+            prompt = prompts[places[place]]["prompt"]
+            answers: list[Any] = [texts[chosen], texts[rejected]]
+            if not isinstance(prompt, str):
+                answers = [[{"role": "assistant", "content": text}] for text in answers]
+            row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+            rows.append(row | {"chosen_gold": golds[chosen], "rejected_gold": golds[rejected]})
     if not rows:
         raise Refused(
             f"None of {len(prompts) * pairs} sampled pairs can be used: the policy repeats itself, or the "
@@ -101,16 +107,6 @@ def first_is_chosen(first: float, second: float, noise_temperature: float, draw:
         return difference > 0
     # sigmoid(x) = (1 + tanh(x / 2)) / 2, which does not overflow for large differences
     return draw < 0.5 * (1 + math.tanh(difference / noise_temperature / 2))
-
-
-def _row(
-    prompt: Any, texts: Sequence[str], golds: Sequence[float], chosen: int, rejected: int
-) -> dict[str, Any]:
-    answers: list[Any] = [texts[chosen], texts[rejected]]
-    if not isinstance(prompt, str):
-        answers = [[{"role": "assistant", "content": text}] for text in answers]
-    golden = {"chosen_gold": golds[chosen], "rejected_gold": golds[rejected]}
-    return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], **golden}
 
 
 def write_preferences(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:

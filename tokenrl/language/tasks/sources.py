@@ -40,6 +40,8 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
         raise Refused(f"task '{name}': there is no such file. Give its path from {Path.cwd()}.")
     if path.is_file() and path.suffix not in FORMATS:
         raise Refused(f"task '{name}': cannot read '{path.suffix}' files; allowed are {', '.join(FORMATS)}.")
+    if path.is_file() and path.stat().st_size < 64 and not path.read_bytes().strip(b"[] \t\r\n"):
+        raise Refused(f"The file '{name}' is empty: give data with at least one row.")
     import datasets
 
     try:
