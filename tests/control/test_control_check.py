@@ -36,7 +36,7 @@ def test_a_check_that_passes_shows_returns_and_time(check, tmp_path, capsys):
     assert re.search(
         r"Check passed.* returns \d+ to \d+ in 4 episodes observations [0-3]\.\d+ at most", shown
     )
-    assert re.search(r"time about 0:\d\d .*for 10 updates and 11 evaluations", shown)
+    assert re.search(r"time \S+ s per update, about 0:\d\d for 10 updates and 11 evaluations", shown)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -82,7 +82,5 @@ def test_observations_far_from_1_are_a_remark_unless_they_are_normalised(check, 
     env = counting_env.register(lengths=(30, 20))
     result = check(env=env)  # its rewards do not depend on the actions
     assert (result.exit_code, result.flags) == (2, ["nothing-to-learn", "observations-far-from-1"])
-    assert "warning: observations-far-from-1: The largest absolute value of an observation was 29." in said(
-        capsys
-    )
+    assert "observations-far-from-1: The largest absolute value of an observation was 29" in said(capsys)
     assert check(env=env, normalize_observations=True).flags == ["nothing-to-learn"]

@@ -11,7 +11,10 @@ from dataclasses import replace
 from tokenrl.control.rollouts import Rollout
 from tokenrl.control.run import ControlResult, Run
 from tokenrl.control.update import learn
-from tokenrl.runs.checkup import Finding, checked, conclude, rate_finding, time_needed
+from tokenrl.runs.checkup import checked, conclude
+from tokenrl.runs.console import duration
+from tokenrl.runs.findings import Finding
+from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
 
 USUAL_RATES = 1e-3, 2e-2
@@ -50,26 +53,36 @@ def check_agent(
         reached = f"{float(returns.min()):.4g} to {float(returns.max()):.4g} in {episodes}"
     else:
         reached = f"no episode ended; rewards from {float(rewards.min()):.4g} to {float(rewards.max()):.4g}"
+    count = 1 + -(-args.max_steps // args.eval_every) if args.eval_every else 2
+    whole = duration(args.max_steps * update + count * evaluation)
+    work = f"{args.max_steps} updates and {_counted(count, 'evaluation')}"
     measured = {
         "returns": reached,
         "observations": f"{largest:.3g} at most, in absolute value",
         "learning rate": f"{args.learning_rate:g}",
-        "time": _time_cost(run, evaluation, update),
+        "time": f"{update:.2g} s per update, about {whole} for {work}, if episodes stay as long as now",
     }
-    low, high = USUAL_RATES
-    nearest = min(max(args.learning_rate, low), high)
-    found = [
-        _signal_finding(rollout, alike=session.eval_before["reward_stderr"] == 0),
-        None if math.isfinite(metrics["grad_norm"]) else _not_finite(),
-        _scale_finding(run, largest),
-        rate_finding(args.learning_rate, nearest, "agents with Adam"),
-    ]
-    findings = [finding for finding in found if finding is not None]
+    findings = _signal(rollout, alike=session.eval_before["reward_stderr"] == 0)
+    findings += judge(
+        {
+            "learning_rate": args.learning_rate,
+            "lowest_rate": USUAL_RATES[0],
+            "highest_rate": USUAL_RATES[1],
+            "whose": "agents with Adam",
+            "step_grad_norm": metrics["grad_norm"] if math.isfinite(metrics["grad_norm"]) else math.inf,
+        }
+    )
+    if not (SMALL <= largest <= LARGE or args.normalize_observations):
+        text = (
+            f"The largest absolute value of an observation was {largest:.3g}, and networks learn best from "
+        )
+        text += "inputs near 1. Add --normalize-observations, or scale them in the environment."
+        findings.append(Finding("observations-far-from-1", "watch", text))
     code = conclude(session, "environment, policy and estimator", measured, findings)
     return checked(replace(run.result(session, "check"), flags=session.flags), code)
 
 
-def _signal_finding(rollout: Rollout, *, alike: bool) -> Finding | None:
+def _signal(rollout: Rollout, *, alike: bool) -> list[Finding]:
     """Return a finding if no two episodes differ in what they were rewarded, or no step was rewarded.
 
     Args:
@@ -80,42 +93,19 @@ def _signal_finding(rollout: Rollout, *, alike: bool) -> Finding | None:
     rewards, returns, lengths = rollout.rewards[rollout.mask], rollout.returns, rollout.lengths
     number = _counted(len(returns), "episode") if len(returns) else f"{rollout.env_steps} steps"
     if not rewards.any():
-        found = f"Every reward in {number} was 0."
+        text = f"Every reward in {number} was 0."
     elif len(returns) > 1 and returns.unique().numel() == lengths.unique().numel() == 1:
-        found = f"All {number} had the same return, {float(returns[0]):.4g}, and the same length."
+        text = f"All {number} had the same return, {float(returns[0]):.4g}, and the same length."
     elif not len(returns) and rewards.unique().numel() == 1:
-        found = f"No episode ended in {number}, and every reward was {float(rewards[0]):.4g}."
+        text = f"No episode ended in {number}, and every reward was {float(rewards[0]):.4g}."
     else:
-        return None
+        return []
     why = "There is nothing to learn from."
-    mend = "Reward steps towards the goal, let more episodes be tried (--num-envs), or make episodes longer "
-    mend += "(--max-episode-steps, --num-steps), so that some of them reach something."
     if not alike:
         why = "This rollout teaches nothing; episodes of the evaluation do differ, so later ones may."
-    return Finding("nothing-to-learn", found, why, mend, grave=alike)
-
-
-def _not_finite() -> Finding:
-    found, why = "The gradient is not finite.", "Such updates are skipped, and the run stops after some."
-    return Finding("gradient-not-finite", found, why, "Scale the rewards down with --reward-scale.")
-
-
-def _scale_finding(run: Run, largest: float) -> Finding | None:
-    if SMALL <= largest <= LARGE or run.args.normalize_observations:
-        return None
-    found = f"The largest absolute value of an observation was {largest:.3g}."
-    why = "Networks learn best from inputs near 1."
-    mend = "Add --normalize-observations, or scale them in the environment."
-    return Finding("observations-far-from-1", found, why, mend, grave=False)
-
-
-def _time_cost(run: Run, evaluation: float, update: float) -> str:
-    """Estimate the time of the run in words; episodes that become longer take longer."""
-    args = run.args
-    count = 1 + -(-args.max_steps // args.eval_every) if args.eval_every else 2
-    low, high = (args.max_steps * update * share + count * evaluation for share in (0.7, 1.3))
-    work = f"{args.max_steps} updates and {_counted(count, 'evaluation')}"
-    return f"{time_needed(low, high)} for {work}, if episodes stay as long as now"
+    mend = "Reward steps towards the goal, let more episodes be tried (--num-envs), or make episodes longer "
+    mend += "(--max-episode-steps, --num-steps), so that some of them reach something."
+    return [Finding("nothing-to-learn", "void" if alike else "watch", f"{text} {why} {mend}")]
 
 
 def _counted(count: int, word: str) -> str:

@@ -9,37 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from tokenrl.errors import Refused
-from tokenrl.runs.console import duration, number, rich_table
+from tokenrl.runs.console import duration, rich_table
+from tokenrl.runs.findings import Finding
 from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.session import Session
 
 R = TypeVar("R", bound=Outcome)
-
-
-class Finding(NamedTuple):
-    """Something that a check found; each text is one or more whole sentences.
-
-    Attributes:
-        flag: a short name for programs, such as `nothing-to-learn`.
-        found: what was found, with its numbers.
-        why: why it matters.
-        mend: how to mend it.
-        grave: whether it makes training pointless or wrong: a problem, with which a check is not passed. If
-            not, it is a remark.
-    """
-
-    flag: str
-    found: str
-    why: str
-    mend: str
-    grave: bool = True
-
-    def __str__(self) -> str:
-        """Return the finding as one line, its flag first."""
-        return f"{self.flag}: {self.found} {self.why} {self.mend}"
 
 
 def conclude(session: Session, parts: str, measured: Mapping[str, str], findings: Sequence[Finding]) -> int:
@@ -52,12 +30,13 @@ def conclude(session: Session, parts: str, measured: Mapping[str, str], findings
         session: the session of the run, which has not begun.
         parts: what was checked, in words, such as "model, data and rewards".
         measured: the lines of the table.
-        findings: problems and remarks.
+        findings: problems, which make training pointless or wrong (`void`), and remarks.
 
     Returns:
         0 if there is no problem, else that of a refusal, 2.
     """
-    problems, remarks = [f for f in findings if f.grave], [f for f in findings if not f.grave]
+    problems = [finding for finding in findings if finding.weight == "void"]
+    remarks = [finding for finding in findings if finding.weight != "void"]
     session.flags += [finding.flag for finding in (*problems, *remarks)]
     console = session.console
     if not problems:
@@ -90,27 +69,3 @@ def time_needed(low: float, high: float) -> str:
     """Return a range of seconds as text, such as "about 1:20 to 2:05"; one number if both are near."""
     shown = duration(low), duration(high)
     return "about " + (shown[1] if high < 1.2 * low or shown[0] == shown[1] else " to ".join(shown))
-
-
-def rate_finding(rate: float, usual: float, whose: str) -> Finding | None:
-    """Return a finding if a learning rate is out of the usual range, else None.
-
-    Up to ten times the usual rate, and down to a thirtieth of it, is within the range; more than thirty times
-    the usual rate is a problem, because it destroys most policies within a few steps.
-
-    Args:
-        rate: the peak learning rate.
-        usual: the rate that is usual here.
-        whose: for what it is usual, such as "a model of this size".
-    """
-    if usual / 30 <= rate <= 10 * usual * (1 + 1e-9):  # 1e-2 is ten times 1e-3, but for rounding
-        return None
-    found = (
-        f"The learning rate {rate:g} is {number(rate / usual)} times the {usual:g} that is usual for {whose}."
-    )
-    why = (
-        "Such a rate often destroys the policy within a few steps."
-        if rate > usual
-        else "The policy will hardly change during the run."
-    )
-    return Finding("unusual-rate", found, why, f"Set --learning-rate {usual:g}.", grave=rate > 30 * usual)

@@ -229,6 +229,11 @@ class Session(History):
         return _named(metrics)
 
     @property
+    def space_needed(self) -> int:
+        """About how many bytes the run needs for its checkpoints and its model."""
+        return self._saver.needed
+
+    @property
     def owes_evaluation(self) -> bool:
         """Whether the run ended by itself, not by a signal, and its last step has not been evaluated."""
         return not self.is_evaluated and not self.stop.requested

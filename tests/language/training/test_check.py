@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from tiny_models import PROMPTS, Engine, make_model, make_policy, make_task, make_tokenizer, weights
 
 import tokenrl
-from tokenrl.language.training import loop, setup, trial
+from tokenrl.language.training import loop, setup
 from tokenrl.language.training.check import check_run
 from toy_tasks.models import TinyModel
 
@@ -97,9 +96,9 @@ def test_a_check_that_passes_shows_what_the_run_takes(check, tmp_path, capsys):
         r"completions \d\.\d tokens on average; \d+% cut at 4",
         r"scoring differs from sampling by \S+ nats per token on average, (\S+) at most",
         r"learning rate 0\.001 \(usual: 0\.001\)",
-        r"time about 0:\d\d .*for 12 steps and 13 evaluations",
-        r"memory about [\d.]+ [MG]iB of the computer",
-        r"disk up to [\d.]+ [KM]iB of .* that are free",
+        r"time \S+ s per step, about 0:\d\d for 12 steps, 13 evaluations",
+        r"memory [\d.]+ [MG]iB of the computer so far",
+        r"disk [\d.]+ [MGT]iB are free",
     ):
         assert re.search(pattern, shown), pattern
     assert float(re.search(r"average, (\S+) at most", shown)[1]) < 1e-4
@@ -165,7 +164,7 @@ def test_all_problems_are_told_at_once(check, capsys, tmp_path):
             "1 of the first 1 demonstrations have more than 8 tokens; the longest has 11.",
             "In none of 16 groups of 8 completions do the rewards differ; their mean is 0.",
             "The learning rate 0.1 is 100 times the 0.001 that is usual for this model.",
-            "for checkpoints, and",
+            "The run needs about",
         ),
         strict=True,
     ):
@@ -186,7 +185,7 @@ def test_a_reward_that_fails_does_not_hide_the_rest(check, reward, flag, words, 
     assert result.exit_code == 2 and result.flags == (flag, "unusual-rate")
     captured = capsys.readouterr()
     assert words in captured.err
-    assert "tokens on average" in captured.out and "for 12 steps and 13 evaluations" in captured.out
+    assert "tokens on average" in captured.out and "for 12 steps, 13 evaluations" in captured.out
 
 
 def test_small_steps_are_repeated_until_there_is_a_signal(check):
@@ -208,7 +207,7 @@ def test_few_groups_with_a_signal_are_a_remark(check, capsys):
 
     result = check(letter_task(rare), quiet=False)
     assert result.exit_code == 0 and result.flags == ("few-signals",)
-    assert "warning: few-signals: In only 6% of 16 groups of 8" in " ".join(capsys.readouterr().out.split())
+    assert "warning: few-signals: In 94% of 16 groups of 8" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_task_that_is_already_solved_is_a_remark(check):
@@ -249,14 +248,13 @@ def test_a_doubled_bos_is_found_in_text_and_in_a_chat(check_policy, capsys):
     texts = [f"<bos>{prompt}" for prompt in PROMPTS[:2]] + PROMPTS[2:]
     assert check_policy(make_policy(kind="chat"), make_task(texts)).flags == ("doubled-bos",)
     assert "2 of 4 training prompts begin with two BOS tokens (<bos>)" in (found := problems(capsys)[0])
-    assert "take <bos> away from the beginning of the prompts" in found
+    assert "Take <bos> away from the beginning" in found
     policy = make_policy(kind="chat")
     policy.tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
     chat = [[{"role": "user", "content": text}] for text in texts]
     assert check_policy(policy, make_task(chat, lambda completions, **_: range_of(completions))).flags == (
         "doubled-bos",
     )
-    assert "take <bos> out of the messages or out of the template" in problems(capsys)[0]
     assert check_policy(make_policy(kind="chat")).flags == ()
 
 
@@ -295,12 +293,3 @@ def test_a_sampler_with_other_weights_is_found(check_policy, monkeypatch, capsys
 def test_a_policy_without_entropy_is_found(check_policy):
     result = check_policy(make_policy(), temperature=1e-3)
     assert result.exit_code == 2 and "no-entropy" in result.flags
-
-
-def test_the_trial_step_works_on_copies(check, monkeypatch):
-    """With an optimiser that moves, the test of the weights would notice."""
-    monkeypatch.setattr(trial.Still, "step", lambda self: self._optimizer.step())
-    model = letters()
-    before = copy.deepcopy(model[0])
-    check(model=model)
-    assert not torch.equal(weights(model[0]), weights(before))

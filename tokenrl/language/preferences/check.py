@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenrl.language.preferences.pairs import Pair
-from tokenrl.runs.checkup import Finding, conclude
+from tokenrl.runs.checkup import conclude
+from tokenrl.runs.findings import Finding, Weight
 from tokenrl.runs.session import Session
 
 MOSTLY = 0.95
@@ -35,27 +36,29 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
     }
     findings = []
     if seen:
-        found = f"{seen:,} of {len(held_out):,} held-out pairs are also trained on."
-        why = "The evaluation then rewards learning by heart."
-        mend = "Take them out of the training data, or leave --eval-split out, so that prompts are held out."
-        findings.append(Finding("held-out-in-training", found, why, mend, seen >= MANY * len(held_out)))
+        text = f"{seen:,} of {len(held_out):,} held-out pairs are also trained on, so that the evaluation "
+        text += "rewards learning by heart. Take them out of the training data, or leave --eval-split out, "
+        text += "so that prompts are held out."
+        findings.append(Finding("held-out-in-training", _weight(seen >= MANY * len(held_out)), text))
     if swapped:
-        found = f"{swapped:,} of {len(train):,} training pairs are there in both orders."
-        why = "Each cancels the other, so these teach nothing."
-        findings.append(
-            Finding("contradictory-pairs", found, why, "Take them out of the data.", swapped == len(train))
-        )
+        text = f"{swapped:,} of {len(train):,} training pairs are there in both orders. Each cancels the "
+        text += "other, so these teach nothing: take them out of the data."
+        findings.append(Finding("contradictory-pairs", _weight(swapped == len(train)), text))
     for which, share in shares.items():
         if share >= MOSTLY:
-            found = f"In {share:.0%} of the training pairs the {which} completion is chosen."
-            why = "A reward model can learn that alone, and a policy trained on it change its length alone."
-            mend = "Add pairs in which it is the other way."
-            findings.append(Finding("length-decides", found, why, mend, grave=False))
+            text = f"In {share:.0%} of the training pairs the {which} completion is chosen. A reward model "
+            text += "can learn that alone, and a policy trained on it change its length alone. Add pairs in "
+            text += "which it is the "
+            findings.append(Finding("length-decides", "watch", f"{text}other way."))
     measured = {
         "pairs": f"{len(train):,} to train on, {len(known):,} of them distinct; {len(held_out):,} held out",
         "chosen": ", ".join(f"the {which} in {share:.0%}" for which, share in shares.items()),
     }
     return conclude(session, "data, model and loss", measured, findings)
+
+
+def _weight(grave: bool) -> Weight:
+    return "void" if grave else "watch"
 
 
 def _key(prompt: Any, chosen: Any, rejected: Any) -> str:

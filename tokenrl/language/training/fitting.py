@@ -24,7 +24,6 @@ from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import LOGITS, last
 from tokenrl.language.rollout.scoring import score
-from tokenrl.language.training.cost import bytes_of, moments_of
 from tokenrl.language.training.forward import SMALL, make_up
 from tokenrl.language.training.update import Learner
 from tokenrl.runs.space import in_words
@@ -198,3 +197,13 @@ def _length(learner: Learner, width: int) -> int:
     """Return how long a completion may become."""
     context = learner.policy.context or 10**9
     return max(1, min(learner.args.max_completion_length, context - width))
+
+
+def moments_of(learner: Learner) -> int:
+    """Return the bytes that the optimiser keeps beside the weights: AdamW two numbers, SGD none."""
+    return (2 if learner.args.optimizer == "adamw" else 0) * bytes_of(learner.policy.trainable_parameters())
+
+
+def bytes_of(parameters: Sequence[torch.nn.Parameter]) -> int:
+    """Return the bytes of weights, which their gradient takes too."""
+    return sum(p.nbytes for p in parameters)

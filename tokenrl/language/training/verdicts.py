@@ -123,10 +123,10 @@ def _time_facts(run: Run) -> dict[str, Any]:
 
 def settings_facts(run: Run) -> dict[str, Any]:
     """Return the settings that rules read."""
-    args = run.args
+    args, usual = run.args, run.defaults.values.get("learning_rate")
     return {
         "learning_rate": args.learning_rate,
-        "usual_rate": run.defaults.values.get("learning_rate"),
+        "usual_rate": usual,
         "has_entropy_bonus": args.estimator.entropy_coef > 0,
         "entropy_bonus": 0.01,
         "solved_at": getattr(run.task, "solved", None),
