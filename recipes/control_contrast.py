@@ -10,7 +10,7 @@ Look for: CartPole has a reward of 1 for every step, so all returns are positive
 action is reinforced, only to different degrees: the noise is twice as large with short episodes, and hundreds
 of times with long ones. In the language task, with rewards of 1 and 0, wrong answers have reward 0 and the
 larger score norms, so the best constant is nearer to 0 than to the mean: here the baseline even adds noise.
-With rewards of 2 and 1 (`ladder_1_vanilla.py --shift 1`) the baseline is needed here too.
+With rewards of 2 and 1 (`ladder.py vanilla --shift 1`) the baseline is needed here too.
 """
 
 from __future__ import annotations

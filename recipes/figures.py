@@ -1,0 +1,277 @@
+"""Figures that teach: each is computed by enumeration in float64, where everything can be listed.
+
+    python recipes/figures.py map                    or kl, variance
+    python recipes/figures.py variance --seed 3 --output variance.png
+
+Each prints its numbers and writes its figure; `--help` after its name says what to look for.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from tokenrl import Estimator
+from tokenrl.core import PER_TOKEN, PRESETS
+from tokenrl.lab import Moments, Problem, all_completions, exact_moments, tabular_problem
+
+# The palette of Okabe and Ito.
+BLUE, GREEN, YELLOW, RED, PINK = "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
+EVERY = all_completions(vocabulary=3, length=3)  # 15 completions of 1 to 3 tokens
+ESTIMATES = {"k1": BLUE, "k2": YELLOW, "k3": RED, "k2_sequence": GREEN, "full_path": PINK}
+STATUSES = {  # by the declared status; `tokenrl lab exact` checks the declarations
+    "exact": (GREEN, "exact"),
+    "exact_up_to_scale": (BLUE, "exact up to one factor"),
+    "exact_per_prompt": (PINK, "exact for each prompt by itself"),
+    "asymptotic": (YELLOW, "exact in the limit of many rows a step"),
+    "biased": (RED, "biased"),
+}
+
+
+def write(
+    axes: Axes, text: str, at: tuple[float, float], shift: tuple[float, float] = (0, 0), **look: Any
+) -> None:
+    """Write a text at a place, shifted by points."""
+    look = {"va": "center", "annotation_clip": False, "textcoords": "offset points"} | look
+    axes.annotate(text, at, shift, **look)
+
+
+def label_ticks(axes: Axes, x: Sequence[float] = (), y: Sequence[float] = ()) -> None:
+    """Label these places alone, as plain numbers."""
+    for places, axis in ((x, axes.xaxis), (y, axes.yaxis)):
+        if places:
+            axis.set_ticks(places, [f"{place:g}" for place in places])
+            axis.set_ticks([], minor=True)
+
+
+def save(figure: Figure, output: Path) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#EAEAEA", linewidth=0.8)
+    figure.savefig(output)
+    print(f"figure: {output}")
+
+
+Measured = dict[tuple[str, str], tuple[float, float]]  # by (estimate, place): value, error of the gradient
+
+
+def measure_kl(logits: Tensor, reference: Tensor) -> tuple[float, Measured]:
+    """Return the KL, and by (estimate, place) the expected value and the relative error of the gradient."""
+    logits = logits.clone().requires_grad_()
+    logprobs, ref = (
+        table.log_softmax(-1)[EVERY.prefix, EVERY.ids] * EVERY.mask for table in (logits, reference)
+    )
+    chances = logprobs.sum(-1).exp()
+    kl = (chances * (logprobs - ref).sum(-1)).sum()
+    (truth,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    found = {}
+    for name, estimate in PER_TOKEN.items():
+        values = estimate(logprobs, ref).sum(-1)  # [M]
+        value = float((chances * values).sum().detach())
+        for place, objective in (
+            ("loss", chances.detach() * values),  # the completions are fixed, the estimate is differentiated
+            ("reward", chances * values.detach()),  # E[k S]: the estimate is a number
+        ):
+            if place == "reward" and name in ("k2_sequence", "full_path"):
+                continue  # these two are meant for the loss only
+            (slope,) = torch.autograd.grad(objective.sum(), logits, retain_graph=True)
+            found[name, place] = value, float((slope - truth).norm() / truth.norm())
+    return float(kl.detach()), found
+
+
+def kl(output: Path = Path("kl.png"), seed: int = 1) -> None:
+    """The value and the gradient of estimates of KL(pi || ref), as the policy leaves its reference.
+
+    With `l = log pi - log ref` at each token: k1 = l, k2 = l^2/2, k3 = exp(-l) - 1 + l (Schulman's names);
+    `k2_sequence` squares the sum of l over the completion; `full_path` gives each token the sum of l from
+    there on. All expectations are sums over every completion, of the functions that training calls.
+
+    Look for: a good estimate of the value need not have the right gradient. In the loss (differentiated),
+    k1 has the right value, and its expected gradient is 0. k2 and k3 miss what an action does to later
+    tokens, and k3 (GRPO) has the gradient of another divergence, KL(ref || pi) at each token. Only the two
+    estimates that use the whole completion are exact. In the reward (a number), k1 is exact, and near the
+    reference k2 and k3 have hardly any gradient.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    reference, line = torch.randn(2, len(EVERY.prefixes), 3, generator=draw, dtype=torch.double)
+    steps = torch.logspace(-1.1, 0.55, 60, dtype=torch.double)
+    kls, points = zip(*(measure_kl(reference + step * line, reference) for step in steps), strict=True)
+    print("relative error of the gradient:\n    KL " + " ".join(f"{n + ' ' + p:>18}" for n, p in points[0]))
+    for place in range(4, len(kls), 11):
+        print(f"{kls[place]:6.3f} " + " ".join(f"{error:18.2e}" for _, error in points[place].values()))
+    figure = Figure(figsize=(13, 4.4), dpi=100, layout="constrained")
+    ratios = {
+        n: [p[n, "loss"][0] / k for p, k in zip(points, kls, strict=True)]
+        for n in ("k2", "k2_sequence", "k1")
+    }
+    errors = {n: [p[n, "loss"][1] for p in points] for n in ("k1", "k2", "k3", "full_path", "k2_sequence")}
+    rewarded = {n: [p[n, "reward"][1] for p in points] for n in ("k2", "k3", "k1")}
+    for axes, title, lines, names in zip(
+        figure.subplots(1, 3),
+        (
+            "Value: expectation / KL",
+            "Gradient, in the loss: relative error",
+            "Gradient, in the reward: relative error",
+        ),
+        (ratios, errors, rewarded),
+        (
+            {"k1": "k1, k3,\nfull_path"},
+            {"k1": "k1: no pull", "full_path": "", "k2_sequence": "k2_sequence,\nfull_path"},
+            {},
+        ),
+        strict=True,
+    ):
+        for name, values in lines.items():
+            axes.plot(kls, values, color=ESTIMATES[name], linewidth=2.2)
+            look = {"color": ESTIMATES[name], "fontsize": 9.5, "fontweight": "bold"}
+            write(axes, names.get(name, name), (kls[-1], values[-1]), (6, 0), **look)
+        axes.set(xscale="log", xlim=(kls[0], kls[-1]), xlabel="true KL(π ‖ ref), nats a completion")
+        label_ticks(axes, (0.01, 0.1, 1))
+        axes.set_ylim(bottom=-0.03)
+        axes.set_title(title, loc="left")
+    save(figure, output)
+
+
+def constant_variances(problem: Problem, constants: list[float]) -> list[float]:
+    """Return the variance (trace) of `(R - b) S` with one completion per prompt, for each constant b."""
+    estimators = [Estimator(baseline="constant", baseline_constant=b) for b in constants]
+    return [exact_moments(estimator, problem, group_size=1).variance for estimator in estimators]
+
+
+def variance(
+    output: Path = Path("variance.png"), seed: int = 0, group_sizes: tuple[int, ...] = (2, 3, 4)
+) -> None:
+    """What a constant baseline does: the variance of `(R - b) S` against b, a parabola.
+
+    The expected gradient is the same for every b, for E[S] = 0. The variance is `Var(b*) + (b - b*)^2
+    E|S|^2`, least at `b* = E[|S|^2 R] / E[|S|^2]` (Greensmith et al. 2004), which is not the expected
+    reward J: completions with large scores count for more.
+
+    Look for: b = 0 (nothing subtracted) has a large variance; J has a smaller one, but not the least.
+    RLOO's baseline, the mean of the other G - 1 rewards of the prompt, has the mean J, but it is estimated.
+    So its variance (per completion: G times that of the step) lies above the curve, and approaches it as G
+    grows. With G = 2 it can be worse than no baseline at all, as here. That b* is the best constant is a
+    theorem; how far J is from it depends on the problem: try other values of --seed.
+
+    The problem has one prompt and 15 completions of at most 3 tokens, with reward 1 for right ones and 0
+    for wrong ones; every group is enumerated.
+    """
+    problem = tabular_problem(seed, rewards="binary")
+    norms = problem.chances * problem.scores.sum(2).square().sum(-1)  # [P, M]
+    best, mean = (
+        float((norms * problem.totals).sum() / norms.sum()),
+        float((problem.chances * problem.totals).sum()),
+    )
+    rloo = {
+        size: size * exact_moments(Estimator(), problem, group_size=size).variance for size in group_sizes
+    }
+    at_zero, at_mean, at_best, at_one = constant_variances(problem, [0.0, mean, best, 1.0])
+    for name, b, found in (
+        ("b = 0", 0, at_zero),
+        ("b = J", mean, at_mean),
+        ("b = b*", best, at_best),
+        ("b = 1", 1, at_one),
+    ):
+        print(f"{name:12} baseline {b:.4f}   variance {found:.4f}")
+    for size, found in rloo.items():
+        print(f"RLOO, G = {size:<2} baseline {mean:.4f}   variance {found:.4f}")
+    constants = [-0.6 + 0.025 * i for i in range(77)]
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(constants, constant_variances(problem, constants), color=BLUE, linewidth=2.2)
+    above = f"b = J = {mean:.3f}: {at_mean / at_best - 1:.0%} above the least"
+    for b, found, text, shift, side in (
+        (0.0, at_zero, "b = 0: nothing is subtracted", (-10, 0), "right"),
+        (best, at_best, f"b* = {best:.3f}: the least variance", (0, -16), "center"),
+        (mean, at_mean, above, (-12, -3), "right"),
+    ):
+        axes.scatter([b], [found], color=BLUE, edgecolors="white", s=70, zorder=3)
+        write(axes, text, (b, found), shift, color=BLUE, ha=side)
+    for size, found in rloo.items():
+        axes.scatter([mean], [found], color=RED, marker="D", edgecolors="white", s=60, zorder=3)
+        write(axes, f"RLOO, G = {size}", (mean, found), (10, 0), color=RED)
+    axes.set(ylim=(0, 1.12 * max(*rloo.values(), at_zero)), xlim=(constants[0], constants[-1]))
+    axes.set(
+        xlabel="baseline b; for RLOO, the mean of its baseline",
+        ylabel="variance of one completion's gradient",
+    )
+    title = "The expected reward is a good baseline, not the best; estimating it costs, less as G grows"
+    axes.set_title(title, loc="left", fontsize=11)
+    save(figure, output)
+
+
+def angle(moments: Moments) -> float:
+    """Degrees between E[g] and grad J."""
+    return math.degrees(math.acos(max(-1.0, min(1.0, moments.cosine))))
+
+
+def spread(heights: list[float], gap: float) -> list[float]:
+    """Push sorted heights apart until neighbours are `gap` from each other, and keep their mean."""
+    groups: list[list[float]] = []  # runs of labels that touch: their wanted centres, one a label
+    for height in heights:
+        groups.append([height])
+        while (
+            len(groups) > 1 and centre(groups[-1]) - centre(groups[-2]) < gap * sum(map(len, groups[-2:])) / 2
+        ):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [centre(g) + gap * (i - (len(g) - 1) / 2) for g in groups for i in range(len(g))]
+
+
+def centre(group: list[float]) -> float:
+    return sum(group) / len(group)
+
+
+def map_of_presets(output: Path = Path("map.png"), estimators: tuple[str, ...] = tuple(PRESETS)) -> None:
+    """Every preset by how far its expected gradient points from that of J, and how noisy it is.
+
+    One small problem: two prompts, four completions of each, rewards of any size. Every step that can be
+    drawn is enumerated. Noise is `tr Var g / |E g|^2`, which no constant factor of the loss changes.
+
+    Look for: the exact presets differ only in noise, and RLOO has the least of them here. The few presets
+    with less noise have an angle; GRPO is both noisier and biased. Where a point lies depends on the
+    problem; that the exact ones lie at 0 degrees does not.
+    """
+    problem = tabular_problem(1, prompts=2, group_size=4, vocabulary=2, rewards="continuous")
+    measured = {name: exact_moments(Estimator.preset(name), problem) for name in estimators}
+    places: dict[tuple[float, float, str], list[str]] = {}  # names at one place share it
+    for name, moments in sorted(measured.items(), key=lambda item: angle(item[1])):
+        status = Estimator.preset(name).bias_status
+        print(f"{name:24} angle {angle(moments):6.2f}   noise {moments.noise:6.3f}   {status}")
+        place = (round(angle(moments), 2), float(f"{moments.noise:.3g}"), status)
+        places.setdefault(place, []).append(name)
+    figure = Figure(figsize=(11, 6.5), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2.6), sharey=True)
+    for axes, aside, gap, title in (
+        (left, 0.25, 0.036, "The right direction"),
+        (right, 0.55, 0.03, "Another direction"),
+    ):
+        chosen = sorted(
+            (noise, degrees, status)
+            for degrees, noise, status in places
+            if (degrees < 0.01) == (axes is left)
+        )
+        heights = spread([math.log10(noise) for noise, _, _ in chosen], gap)
+        for (noise, degrees, status), height in zip(chosen, heights, strict=True):
+            colour, x = STATUSES[status][0], 0.0 if axes is left else degrees
+            axes.scatter([x], [noise], color=colour, s=55, zorder=3, edgecolors="white")
+            axes.plot([x, x + aside], [noise, 10**height], color=colour, linewidth=0.7, zorder=2)
+            names = ", ".join(places[degrees, noise, status])
+            write(axes, names, (x + aside, 10**height), (2, 0), fontsize=9, color=colour)
+        axes.set_title(title, loc="left")
+    left.set(yscale="log", xlim=(-0.2, 3), ylabel="noise: tr Var g / |E g|²")
+    label_ticks(left, [0], (0.7, 1, 1.5, 2, 3, 4))
+    right.set(xlim=(0, 36), xlabel="angle between the expected gradient and that of J, degrees")
+    for colour, meaning in STATUSES.values():
+        right.scatter([], [], color=colour, s=45, label=meaning)
+    right.legend(frameon=False, loc="upper right", fontsize=9)
+    save(figure, output)
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"map": map_of_presets, "variance": variance, "kl": kl})
