@@ -5,22 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 
 from tokenrl.core.entropy import entropy_collapse_message, entropy_collapsed, final_entropy
-from tokenrl.core.losses import token_entropy
-
-
-def test_entropy_of_a_token() -> None:
-    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, -torch.inf, -torch.inf]], dtype=torch.double)
-    logits.requires_grad_()
-    entropy = token_entropy(logits)
-    assert entropy.tolist() == pytest.approx([math.log(4), math.log(2)])
-    entropy.sum().backward()
-    assert logits.grad.isfinite().all()
-    x = torch.randn(5, 7, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(token_entropy(x), torch.distributions.Categorical(logits=x).entropy())
-    assert torch.autograd.gradcheck(token_entropy, x.requires_grad_())
 
 
 @pytest.mark.parametrize(

@@ -169,27 +169,6 @@ def test_a_proportional_step_is_the_limit_of_many_groups() -> None:
     )
 
 
-def test_dropped_and_refilled_groups_of_equal_rewards() -> None:
-    """One prompt: grad J / P(kept) either way. Refilled from two prompts: one number, 1 / mean P(kept)."""
-    one = tabular_problem(10, rewards="binary")
-    drop, refill = ({"zero_spread": what} for what in ("drop", "refill"))
-    p = float((one.chances * one.totals).sum())
-    for fields in (drop, refill):
-        found = exact_moments(Estimator(**fields), one, group_size=3).mean
-        share = 1.0 if fields is drop else 1 - p**3 - (1 - p) ** 3
-        torch.testing.assert_close(share * found, one.gradient(), **CLOSE)
-    two = tabular_problem(11, prompts=2, vocabulary=2, rewards="binary")
-    p = (two.chances * two.totals).sum(-1)
-    kept = 2 * p * (1 - p)
-    assert abs(float(kept[0] - kept[1])) > 0.05
-    found = exact_moments(Estimator(**refill), two).mean
-    torch.testing.assert_close(kept.mean() * found, two.gradient(), **CLOSE)
-    # dropped: a prompt counts by E[1/kept groups | it is kept], whatever the other one does
-    weights = kept.flip(0) / 2 + (1 - kept.flip(0))
-    found = exact_moments(Estimator(**drop), two).mean
-    torch.testing.assert_close(found, 2 * weights[:, None] * two.gradient(), **CLOSE)
-
-
 @pytest.mark.parametrize("kind", ["continuous", "dense"])
 def test_gae_is_exact_with_the_true_values_only(kind: str) -> None:
     gae = Estimator(baseline="value", returns="gae", lam=0.3)
@@ -197,18 +176,6 @@ def test_gae_is_exact_with_the_true_values_only(kind: str) -> None:
         problem = tabular_problem(13, prompts=2, rewards=kind, true_values=true_values)
         found = exact_moments(gae, problem, group_size=1)
         assert (found.relative_bias < 1e-10) == true_values
-
-
-def test_truncated_rows_dropped_leave_the_reward_given_no_cut() -> None:
-    """RLOO among the rows left: P(two or more left) grad E[R | not cut], for groups of two."""
-    problem = tabular_problem(12)
-    whole = ~problem.truncated
-    q = float(problem.chances[0, whole].sum())
-    inner = problem.chances[0] * whole / q
-    mean = (inner * problem.totals[0]).sum()
-    wanted = torch.einsum("m,mtd->d", inner * (problem.totals[0] - mean), problem.scores[0])
-    found = exact_moments(Estimator(truncations="drop"), problem, group_size=2).mean[0]
-    torch.testing.assert_close(found, q**2 * wanted, **CLOSE)
 
 
 def test_what_the_estimator_refuses_is_refused() -> None:

@@ -12,7 +12,6 @@ from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.choices import AXES
 from tokenrl.core.estimator import IN_UNITS_OF_THE_EPISODE
-from tokenrl.core.returns import in_window, lambda_return, reward_to_go, token_rewards
 from tokenrl.errors import Refused, Stopped
 
 BASELINES, SCALES = AXES["baseline"], AXES["scale"]
@@ -115,33 +114,15 @@ def test_a_mean_baseline_makes_the_gradient_a_covariance(baseline, ddof) -> None
 @pytest.mark.parametrize("scale", ROWWISE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_equal_rewards_give_exactly_zero(baseline, scale, dtype) -> None:
-    values = torch.cat([torch.arange(1, 100) / 100, torch.arange(1, 100)])
-    whole_step = {"batch_mean", "timestep_mean", "shrinkage", "batch_std", "other_groups_std", "token_whiten"}
-    for size in (4, 8, 12, 16) if scale == "other_groups_std" else (2, 3, 4, 5, 7, 8, 11, 16):
-        for eps in (0.0, 1e-9):
-            if scale in ("loo_std", "other_groups_std"):
-                eps = eps or 1e-30  # 0 is refused
-            fields = {"baseline": baseline, "scale": scale, "scale_eps": eps, "group_size": size}
-            if size % 2 == 0 and (scale == "other_groups_std" or baseline == "shrinkage"):
-                fields["group_size"] = size // 2 if size > 2 else 2
-            if not fits(scale, fields["group_size"], size):
-                continue
-            if {baseline, scale} & whole_step:
-                rewards = values[:, None].expand(-1, size).to(dtype)
-                got = torch.vmap(lambda r: advantages(r, mask=torch.ones(len(r), 3), **fields))(rewards)  # noqa: B023
-            else:
-                rewards = values.repeat_interleave(size).to(dtype)
-                got = advantages(rewards, mask=torch.ones(len(rewards), 3), **fields)
-            assert (got == 0).all(), (size, eps)
-
-
-@pytest.mark.parametrize("baseline", MEANS)
-def test_equal_rewards_give_exactly_zero_when_the_first_row_abstains(baseline) -> None:
-    for value in torch.arange(1, 100) / 100:
-        rewards, valid = value.repeat(9), torch.arange(9) % 9 > 0
-        fields = {"baseline": baseline, "scale": "group_std", "scale_eps": 1e-9, "group_size": 9}
-        got = advantages(rewards.masked_fill(~valid, torch.nan), mask=torch.ones(9, 3), valid=valid, **fields)
-        assert (got == 0).all()
+    """In any precision, with next to no eps, also where the first row of each group abstains."""
+    values = torch.cat([torch.arange(1, 100) / 100, torch.arange(1, 100)]).to(dtype)
+    for size in (4, 7, 16):
+        rewards, mask = values[:, None].expand(-1, 2 * size), torch.ones(2 * size, 3)
+        for valid in (torch.ones(2 * size).bool(), torch.arange(2 * size) % size > 0):
+            fields = {"baseline": baseline, "scale": scale, "scale_eps": 1e-30, "group_size": size}
+            spoilt = rewards.masked_fill(~valid, torch.nan)
+            got = torch.vmap(lambda r: advantages(r, mask=mask, valid=valid, **fields))(spoilt)  # noqa: B023
+            assert (got == 0).all(), size
 
 
 def exclude_each_other(baseline: str, scale: str, returns: str) -> bool:
@@ -185,27 +166,27 @@ def test_a_row_left_alone_has_no_advantage(returns) -> None:
     assert (nobody == 0).all()
 
 
-def test_a_reward_is_paid_at_the_last_action_and_summed_back() -> None:
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]]).bool()
-    rewards = token_rewards(torch.tensor([2.0, 3.0, 5.0]), mask, torch.ones(3).bool())
-    assert rewards.tolist() == [[0, 2, 0], [0, 0, 3], [5, 0, 0]]
-    assert reward_to_go(rewards).tolist() == [[2, 2, 0], [3, 3, 3], [5, 0, 0]]
-    assert reward_to_go(rewards, 0.5).tolist() == [[1, 2, 0], [0.75, 1.5, 3], [5, 0, 0]]
-    dense = torch.tensor([[1.0, 2.0, 4.0]])
-    assert reward_to_go(dense, 0.5).tolist() == [[3.0, 4.0, 4.0]]
-    torch.testing.assert_close(reward_to_go(dense, 1 - 1e-7), reward_to_go(dense))
-    assert reward_to_go(torch.ones(1, 3000), 0.5).isfinite().all()
+def returns_of(rewards, mask=None, **fields):
+    """The critic's targets: what each position is credited with."""
+    mask = torch.ones_like(rewards) if mask is None else mask
+    e = Estimator(baseline="none", **({"returns": "reward_to_go"} | fields))
+    return e.advantages(rewards, mask, group_size=None).returns.tolist()
 
 
-def test_a_window_of_blame() -> None:
-    rewards = torch.tensor([[1.0, 2.0, 4.0, 8.0]])
-    assert in_window(rewards, 1).tolist() == [[1, 2, 4, 8]]
-    assert in_window(rewards, 2).tolist() == [[3, 6, 12, 8]]
-    assert in_window(rewards, 2, 0.5).tolist() == [[2, 4, 8, 8]]
-    assert torch.equal(in_window(rewards, 9), reward_to_go(rewards))
-    mask = torch.ones(1, 4)
-    got = advantages(rewards, mask=mask, group_size=None, baseline="none", returns="blame_window", window=3)
-    assert got.tolist() == [[7, 14, 12, 8]]
+def test_returns_by_hand() -> None:
+    """A single reward is paid at the last action, or at the first position of a row without any."""
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]])
+    single, dense = torch.tensor([2.0, 3.0, 5.0]), torch.tensor([[1.0, 2.0, 4.0, 8.0]])
+    assert returns_of(single, mask) == [[2, 2, 0], [3, 3, 3], [5, 0, 0]]
+    assert returns_of(single, mask, gamma=0.5) == [[1, 2, 0], [0.75, 1.5, 3], [5, 0, 0]]
+    assert returns_of(dense, gamma=0.5) == [[4, 6, 8, 8]]
+    assert returns_of(dense, gamma=1 - 1e-7) == [pytest.approx([15, 14, 12, 8])]
+    assert all(x < 3 for x in returns_of(torch.ones(1, 3000), gamma=0.5)[0])  # no power overflows
+    for window, gamma, wanted in ((1, 1.0, dense[0]), (2, 1.0, [3, 6, 12, 8]), (2, 0.5, [2, 4, 8, 8])):
+        assert returns_of(dense, returns="blame_window", window=window, gamma=gamma) == [list(wanted)]
+    assert returns_of(dense, returns="blame_window", window=9) == [[15, 14, 12, 8]]
+    got = advantages(dense, mask=torch.ones(1, 4), group_size=None, baseline="none", returns="blame_window")
+    assert got.tolist() == [[15, 14, 12, 8]]
 
 
 @pytest.mark.parametrize("ddof", [0, 1])
@@ -257,9 +238,10 @@ def test_gae_is_the_sum_of_discounted_errors(gamma, lam) -> None:
 
 def test_gae_passes_through_what_is_no_action() -> None:
     """A reply of the environment between two actions has no value of its own, but may have a reward."""
-    mask = torch.tensor([[True, True, False, True]])
-    rewards, values = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[10.0, 20.0, torch.nan, 40.0]])
-    got = lambda_return(rewards, values, mask, lam=0.5)
+    mask, rewards = torch.tensor([[1.0, 1, 0, 1]]), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    values = torch.tensor([[10.0, 20.0, torch.nan, 40.0]])
+    e = Estimator(baseline="value", returns="gae", lam=0.5)
+    got = e.advantages(rewards, mask, group_size=None, values=values).returns
     # 4, 3 + 4, 2 + (3 + 40 + 7)/2, 1 + (20 + 27)/2
     assert got.tolist() == [[24.5, 27.0, 7.0, 4.0]]
 
@@ -427,10 +409,9 @@ def test_precision_is_kept_and_vmap_agrees_with_a_loop(dtype, returns) -> None:
     valid = torch.rand(3, 6, generator=draw) > 0.3
     logp, ref = torch.randn(2, 3, 6, 3, generator=draw, dtype=dtype)
     more = some_inputs(6, 3, dtype)
-    for baseline in BASELINES:
-        for scale in SCALES:
-            if exclude_each_other(baseline, scale, returns):
-                continue
+    pairs = [(b, "none") for b in BASELINES] + [("none", s) for s in SCALES]
+    for baseline, scale in pairs:
+        if not exclude_each_other(baseline, scale, returns):
             e = Estimator(
                 baseline=baseline,
                 scale=scale,
@@ -518,15 +499,13 @@ def test_running_mean() -> None:
     assert all(type(v) is float for v in plain.state_dict().values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_spread_of_equal_others_is_exactly_zero(dtype) -> None:
-    rewards = torch.tensor([1.0, 0.1, 0.1, 0.1, 0.3, 0.7, 0.7, 0.7], dtype=dtype)
-    for scale, size, eps in (("loo_std", 4, 1e-6), ("other_groups_std", 2, 1e-6)):
-        rewards = rewards if scale == "loo_std" else rewards[[0, 4, 1, 1]]
-        e = Estimator(scale=scale, scale_eps=eps)
-        got = e.advantages(rewards, torch.ones(len(rewards), 1), group_size=size).policy
-        plain = Estimator().advantages(rewards, torch.ones(len(rewards), 1), group_size=size).policy
-        torch.testing.assert_close(got[0], plain[0] / eps, rtol=1e-6, atol=0)
+def test_the_spread_of_equal_others_is_exactly_zero() -> None:
+    rewards, mask = torch.tensor([1.0, 0.1, 0.1, 0.1]), torch.ones(4, 1)
+    for scale, size in (("loo_std", 4), ("other_groups_std", 2)):
+        e = Estimator(scale=scale, scale_eps=1e-6)
+        got = e.advantages(rewards, mask, group_size=size).policy
+        plain = Estimator().advantages(rewards, mask, group_size=size).policy
+        torch.testing.assert_close(got[0], plain[0] / 1e-6, rtol=1e-6, atol=0)
         with pytest.raises(Refused, match=f"{scale}.*Give a scale_eps above 0"):
             dataclasses.replace(e, scale_eps=0.0)
 
@@ -539,3 +518,73 @@ def test_a_baseline_of_your_own_may_change_its_arguments_in_place() -> None:
     rewards, mask = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.ones(4, 2)
     got = Estimator(baseline=greedy).advantages(rewards, mask, group_size=2).policy
     assert got.tolist() == rewards.tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def test_equal_lengths_make_opo_a_plain_mean() -> None:
+    rewards = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    mask = torch.ones(6, 4)
+    for loo, twin in ((True, "rloo"), (False, "group_mean")):
+        a = Estimator(baseline="opo", leave_one_out=loo).advantages(rewards, mask, group_size=3).policy
+        b = Estimator(baseline=twin).advantages(rewards, mask, group_size=3).policy
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_opo_and_optimal_by_hand() -> None:
+    rewards = torch.tensor([1.0, 2.0, 4.0])
+    mask = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]])
+    opo = Estimator(baseline="opo").advantages(rewards, mask, group_size=3).policy
+    torch.testing.assert_close(opo, torch.tensor([1 - 16 / 5, 2 - 13 / 4, 4 - 5 / 3]))
+    norms = torch.tensor([[1.0, 9, 9], [2, 3, 9], [4, 5, 6]])  # 9 is padding
+    e = Estimator(baseline="optimal", returns="reward_to_go", optimal_form="per_timestep")
+    each = e.advantages(rewards, mask, group_size=3, score_norms=norms).policy
+    # at t = 0 the others; at t = 1 the other one that still acts; at t = 2 no row acts, so the last such mean
+    wanted = [[1 - 20 / 6, 0, 0], [2 - 17 / 5, 2 - 4, 0], [4 - 5 / 3, 4 - 2, 4 - 2]]
+    torch.testing.assert_close(each, torch.tensor(wanted))
+    e = Estimator(baseline="optimal", returns="reward_to_go", optimal_form="cumulative", leave_one_out=False)
+    each = e.advantages(rewards, mask, group_size=3, score_norms=norms).policy
+    wanted = [[1 - 21 / 7, 0, 0], [2 - 3, 2 - 46 / 14, 0], [4 - 3, 4 - 46 / 14, 0]]
+    torch.testing.assert_close(each, torch.tensor(wanted))
+
+
+def test_pairs_turn_rewards_into_signs() -> None:
+    rewards = torch.tensor([0.3, 7.0, 5.0, -2.0], dtype=torch.double)
+    e = Estimator.preset("grpo", scale_eps=0.0)
+    got = e.advantages(rewards, torch.ones(4, 2), group_size=2).policy
+    torch.testing.assert_close(got, torch.tensor([-1.0, 1, 1, -1], dtype=torch.double) / 2**0.5)
+
+
+def test_shrinkage_mixes_two_means_that_leave_the_row_out() -> None:
+    rewards = torch.tensor([1.0, 3.0, 10.0, 14.0, 5.0, 5.0], dtype=torch.double)
+    mask = torch.ones(6, 2)
+    e = Estimator(baseline="shrinkage", shrinkage_weight=0.25)
+    got = rewards - e.advantages(rewards, mask, group_size=2).policy
+    loo, elsewhere = [3, 1, 14, 10, 5, 5], [8.5, 8.5, 3.5, 3.5, 7, 7]
+    wanted = [0.25 * a + 0.75 * b for a, b in zip(loo, elsewhere, strict=True)]
+    torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.double))
+
+
+def test_the_weight_of_shrinkage_comes_from_the_other_prompts() -> None:
+    def shrunk(totals):
+        e, mask = Estimator(baseline="shrinkage"), torch.ones(totals.numel(), 1)
+        return totals - e.advantages(totals.flatten(), mask, group_size=5).policy.reshape(totals.shape)
+
+    totals = torch.randn(4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.double)
+    totals = totals + torch.arange(4)[:, None]
+    baselines = shrunk(totals)
+    others = totals[1:]
+    within, means = others.var(1).mean(), others.mean(1)
+    between = (means.var() - within / 5).clamp(min=0)
+    lam = between / (between + within / 4)
+    assert 0.2 < lam < 1
+    wanted = lam * (totals[0].sum() - totals[0]) / 4 + (1 - lam) * means.mean()
+    torch.testing.assert_close(baselines[0], wanted, **CLOSE)
+    for i in range(20):  # a row's own return plays no part, that of every other row does
+        moved = totals + torch.nn.functional.one_hot(torch.tensor(i), 20).reshape(4, 5)
+        change = (shrunk(moved) - baselines).flatten().abs()
+        assert change[i] < 1e-14 and (change > 1e-6).sum() == 19
+    alike = torch.zeros(4, 5, dtype=torch.double)
+    alike[:, 0], alike[:, 1] = 1, -1  # equal means of all prompts
+    torch.testing.assert_close(shrunk(alike + 3), torch.full((4, 5), 3.0, dtype=torch.double))

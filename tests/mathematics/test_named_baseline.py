@@ -1,4 +1,4 @@
-"""A baseline by its name: imported when it is used, written and compared as text, sent to other processes."""
+"""A baseline of the user's own, by its name: imported when used, written as text, sent to other processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
-from tokenrl.names import NamedFunction
 from tokenrl.settings import arguments
 
 FILE = """
@@ -85,9 +84,3 @@ def test_a_name_without_its_function_is_refused_with_both_forms():
             Estimator(baseline=wrong)
     with pytest.raises(Refused, match=r"there is no file no/such\.py"):
         advantages(Estimator(baseline="no/such.py:half"))
-
-
-def test_any_function_can_be_named():
-    root = NamedFunction("math:sqrt")
-    assert root(4.0) == 2.0 and root == "math:sqrt" and pickle.loads(pickle.dumps(root))(9.0) == 3.0
-    assert type(pickle.loads(pickle.dumps(root))) is NamedFunction and root.__name__ == "math:sqrt"

@@ -1,0 +1,340 @@
+"""What the expected gradient of each choice is, as a formula, by summing over every group in float64."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from math import comb
+
+import pytest
+import torch
+
+from tokenrl.core import Estimator
+from tokenrl.core.rows import overlong_penalty
+from tokenrl.lab import Problem, exact_moments, tabular_problem
+
+torch.set_num_threads(1)
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def mean_of(fields: dict, problem: Problem, size: int) -> torch.Tensor:
+    return exact_moments(Estimator(**fields), problem, group_size=size).mean
+
+
+def ascent(problem: Problem, worth: torch.Tensor) -> torch.Tensor:
+    """The gradient [P, D] of the mean over prompts of `E[worth]`, with worth [P, M] held fixed."""
+    return torch.einsum("pm,pmtd->pd", problem.chances * worth, problem.scores) / len(worth)
+
+
+def ascent_by_token(problem: Problem, worth: torch.Tensor) -> torch.Tensor:
+    """E[sum_t worth_t grad log pi_t] with worth [P, M, T]."""
+    return torch.einsum("pm,pmt,pmtd->pd", problem.chances, worth, problem.scores) / len(worth)
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+
+
+def to_go(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(-1).cumsum(-1).flip(-1)
+
+
+@pytest.mark.parametrize("baseline", ["rloo", "group_mean", "constant"])
+def test_sequence_mean_ascends_reward_per_length(baseline: str) -> None:
+    """Each baseline b is held fixed in E[(R - b)/L], and a mean that contains the row shrinks it."""
+    problem = tabular_problem(10)
+    j = (problem.chances * problem.totals).sum()
+    shift = 0.8 if baseline == "constant" else j
+    wanted = ascent(problem, (problem.totals - shift) / problem.mask.sum(-1))
+    wanted = wanted * (2 / 3 if baseline == "group_mean" else 1.0)
+    fields = {"baseline": baseline, "baseline_constant": 0.8, "aggregation": "sequence_mean"}
+    torch.testing.assert_close(mean_of(fields, problem, 3), wanted, **CLOSE)
+    assert cosine(wanted, problem.gradient()) < 0.999
+
+
+@pytest.mark.parametrize("scale", ["loo_std", "other_groups_std"])
+def test_a_divisor_of_other_rows_multiplies_the_gradient_by_its_mean(scale: str) -> None:
+    """E[1/(std of two rows + eps)], of the same prompt or of the other one."""
+    one = scale == "loo_std"
+    problem = tabular_problem(27, prompts=1 if one else 2, length=2)
+    found = mean_of({"scale": scale, "scale_eps": 0.1}, problem, 3 if one else 2)
+    for x in range(len(found)):
+        p, r = (
+            (problem.chances[0], problem.totals[0])
+            if one
+            else (problem.chances[1 - x], problem.totals[1 - x])
+        )
+        pairs = itertools.product(range(len(p)), repeat=2)
+        factor = sum(p[i] * p[j] / (torch.stack([r[i], r[j]]).std() + 0.1) for i, j in pairs)
+        torch.testing.assert_close(found[x], factor * problem.gradient()[x], **CLOSE)
+
+
+def weight_of(p: float, size: int, **fields: object) -> float:
+    """E[g] / grad p of a single yes or no, made of the estimator's own advantages."""
+    e = Estimator(**({"baseline": "group_mean", "scale": "group_std", "scale_eps": 1e-9} | fields))
+    total = 0.0
+    for k in range(1, size):
+        rewards = (torch.arange(size) < k).double()
+        advantages = e.advantages(rewards, torch.ones(size, 1), group_size=size).policy
+        total += comb(size, k) * p**k * (1 - p) ** (size - k) * float((advantages * (rewards - p)).mean())
+    return total / (p * (1 - p))
+
+
+def test_group_std_weighs_difficulty_as_stated() -> None:
+    for p, factors in ((0.1, (0.21, 0.44, 0.65, 0.83)), (0.5, (0.35, 0.70, 0.87, 0.94))):
+        for size, factor in zip((2, 4, 8, 16), factors, strict=True):
+            assert weight_of(p, size) * (p * (1 - p)) ** 0.5 == pytest.approx(factor, abs=0.006)
+    for size, ratio in ((2, 1.00), (8, 1.25), (256, 1.66)):
+        assert weight_of(0.1, size) / weight_of(0.5, size) == pytest.approx(ratio, abs=0.006)
+    for p in (0.1, 0.5, 0.8):  # with groups of two the weight does not depend on p
+        assert weight_of(p, 2) == pytest.approx(0.5**0.5) and weight_of(p, 2, scale_ddof=0) == pytest.approx(
+            1
+        )
+
+
+@pytest.mark.parametrize(("size", "ratio"), [(2, 0.90), (4, 0.85), (16, 0.94)])
+def test_whitening_weighs_hard_prompts_down_in_small_steps(size: int, ratio: float) -> None:
+    """Two prompts of one yes or no each, p = .1 and .5: the weight of the first relative to the second."""
+    e = Estimator(baseline="group_mean", scale="token_whiten", scale_eps=1e-8)
+    chances, weights = (0.1, 0.5), [0.0, 0.0]
+    for k in itertools.product(range(size + 1), repeat=2):
+        rewards = torch.cat([torch.arange(size) < n for n in k]).double()
+        advantages = e.advantages(rewards, torch.ones(2 * size, 1), group_size=size).policy
+        pairs = zip(k, chances, strict=True)
+        chance = torch.tensor([comb(size, n) * p**n * (1 - p) ** (size - n) for n, p in pairs]).prod()
+        for x, p in enumerate(chances):
+            rows = slice(x * size, (x + 1) * size)
+            slope = (advantages[rows] * (rewards[rows] - p)).mean()
+            weights[x] += float(chance * slope) / (p * (1 - p))
+    assert weights[0] / weights[1] == pytest.approx(ratio, abs=0.006)
+
+
+# KL and entropy
+
+
+def step_kl(problem: Problem) -> torch.Tensor:
+    """The log ratio of each listed token [P, M, T]."""
+    return problem.logprobs - problem.ref_logprobs
+
+
+@pytest.mark.parametrize("beta", [0.02, 1.5])
+def test_the_gradient_of_a_kl_in_the_loss(beta: float) -> None:
+    """Of k2 it is E[sum_t l_t s_t]: the KL of each step with its prefix held fixed; of k1 nothing."""
+    problem = tabular_problem(12)
+    plain, ratio = problem.gradient(), step_kl(problem)
+    wanted = {
+        "k1": plain,
+        "k2": plain - beta * ascent_by_token(problem, ratio),
+        # the forward KL of each step: its gradient is minus that of log pi under the reference
+        "k3": plain - beta * ascent_by_token(problem, 1 - (-ratio).exp()),
+        "full_path": problem.gradient(beta=beta),
+        "k2_sequence": problem.gradient(beta=beta),
+    }
+    for name, gradient in wanted.items():
+        fields = {"beta": beta, "kl_estimator": name, "kl_placement": "loss"}
+        torch.testing.assert_close(mean_of(fields, problem, 2), gradient, **CLOSE)
+        exact = name in ("full_path", "k2_sequence")
+        assert ((gradient - problem.gradient(beta=beta)).norm() < 1e-12) == exact
+
+
+def test_the_gradient_of_a_kl_in_the_reward_lacks_the_estimates_own() -> None:
+    problem, beta = tabular_problem(13), 0.4
+    ratio = step_kl(problem)
+    held = {"k1": ratio, "k2": ratio.square() / 2, "k3": (-ratio).exp() - 1 + ratio}
+    for name, penalty in held.items():
+        wanted = ascent(problem, problem.totals - beta * penalty.sum(-1))
+        found = mean_of({"beta": beta, "kl_estimator": name}, problem, 2)
+        torch.testing.assert_close(found, wanted, **CLOSE)
+        assert ((wanted - problem.gradient(beta=beta)).norm() < 1e-12) == (name == "k1")
+
+
+def test_the_entropy_bonus_holds_the_prefix_fixed_or_follows_the_path() -> None:
+    problem, coefficient = tabular_problem(15), 0.7
+    plain = torch.einsum("pm,pmtd->pd", problem.chances, problem.entropy_slopes)
+    later = ascent_by_token(problem, to_go(problem.entropy) - problem.entropy)
+    found = mean_of({"entropy_coef": coefficient}, problem, 2)
+    torch.testing.assert_close(found, problem.gradient() + coefficient * plain, **CLOSE)
+    whole = mean_of({"entropy_coef": coefficient, "entropy_form": "sequence"}, problem, 2)
+    torch.testing.assert_close(whole, found + coefficient * later, **CLOSE)
+    torch.testing.assert_close(whole, problem.gradient(entropy_coef=coefficient), **CLOSE)
+
+
+def test_a_term_in_the_loss_is_not_rescaled_with_the_advantage() -> None:
+    problem, kl = tabular_problem(29), {"beta": 0.4, "kl_placement": "loss", "kl_estimator": "full_path"}
+    target, penalty = problem.gradient(), problem.gradient() - problem.gradient(beta=0.4)
+    found = mean_of({"baseline": "group_mean", **kl}, problem, 3)
+    torch.testing.assert_close(found, target * 2 / 3 - penalty, **CLOSE)
+
+
+# Rows that are left out
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_masked_truncations_reward_their_avoidance(size: int) -> None:
+    """grad E[m R] - J grad P(m = 1), m = 1 for rows that ended by themselves."""
+    problem = tabular_problem(50)
+    j = (problem.chances * problem.totals).sum()
+    wanted = ascent(problem, (problem.totals - j) * ~problem.truncated)
+    torch.testing.assert_close(mean_of({"truncations": "mask"}, problem, size), wanted, **CLOSE)
+    assert cosine(wanted, problem.gradient()) < 0.999
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_dropped_truncations_ascend_the_reward_given_that_there_is_none(size: int) -> None:
+    """P(two or more are left) grad E[R | not truncated]."""
+    problem = tabular_problem(51)
+    left = problem.chances * ~problem.truncated
+    kept = float(left.sum())
+    two = 1 - (1 - kept) ** size - size * kept * (1 - kept) ** (size - 1)
+    mean = (left * problem.totals).sum() / kept
+    wanted = two * ascent(problem, (problem.totals - mean) * ~problem.truncated) / kept
+    torch.testing.assert_close(mean_of({"truncations": "drop"}, problem, size), wanted, **CLOSE)
+
+
+def spread_chances(problem: Problem, size: int) -> torch.Tensor:
+    """The probability [P] that the rewards of a group, 0 or 1, are not all equal."""
+    p = (problem.chances * problem.totals).sum(-1)
+    return 1 - p**size - (1 - p) ** size
+
+
+@pytest.mark.parametrize("baseline", ["rloo", "group_mean", "opo", "optimal"])
+def test_dropped_groups_change_the_step_by_their_own_zero(baseline: str) -> None:
+    """One prompt: a dropped group has no gradient, so the mean over steps is that without dropping."""
+    problem = tabular_problem(52, rewards="binary")
+    dropped = mean_of({"baseline": baseline, "zero_spread": "drop"}, problem, 3)
+    torch.testing.assert_close(dropped, mean_of({"baseline": baseline}, problem, 3), **CLOSE)
+
+
+def test_dropped_and_refilled_groups_weigh_prompts() -> None:
+    """Dropped: E[1/kept | it is kept], whatever the other does. Refilled: one number, 1/mean P(kept)."""
+    problem = tabular_problem(11, prompts=2, vocabulary=2, rewards="binary")
+    kept, target = spread_chances(problem, 2), problem.gradient()
+    assert abs(float(kept[0] - kept[1])) > 0.05
+    weights = kept.flip(0) / 2 + (1 - kept.flip(0))
+    dropped, refilled = (mean_of({"zero_spread": what}, problem, 2) for what in ("drop", "refill"))
+    torch.testing.assert_close(dropped, 2 * weights[:, None] * target, **CLOSE)
+    torch.testing.assert_close(refilled, target / kept.mean(), **CLOSE)
+
+
+def test_a_long_row_is_penalised_before_the_baseline() -> None:
+    penalty = overlong_penalty(torch.tensor([0, 6, 7, 8, 9, 10, 12]), 10, 4)
+    assert penalty.tolist() == [0, 0, -0.25, -0.5, -0.75, -1, -1]
+    e, mask = Estimator(overlong_buffer=2), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    got = e.advantages(torch.tensor([1.0, 3.0]), mask, group_size=2, max_length=4)
+    assert got.policy.tolist() == [-3.0, 3.0] and got.returns.tolist() == [[0] * 4, [3, 3, 0, 0]]
+    problem = tabular_problem(55)
+    penalty = overlong_penalty(problem.mask.sum(-1).long(), problem.max_length, 4)
+    wanted = ascent(problem, problem.totals + penalty)
+    torch.testing.assert_close(mean_of({"overlong_buffer": 4}, problem, 2), wanted, **CLOSE)
+
+
+# Baselines in the limit, and their variance
+
+
+@pytest.mark.parametrize("kind", ["graded", "dense"])
+def test_variance_is_a_parabola_in_a_baseline_of_each_timestep(kind: str) -> None:
+    """Through a function of the user's: b_t* = E[(S . s_t) R] / E|s_t|^2."""
+    problem = tabular_problem(24, rewards=kind)
+    p, r, s = problem.chances[0], problem.totals[0], problem.scores[0]
+    norms = torch.einsum("y,ytd->t", p, s.square())
+    best = torch.einsum("y,yd,ytd,y->t", p, s.sum(1), s, r) / norms
+
+    def variance(b: torch.Tensor) -> float:
+        e = Estimator(baseline=lambda totals, mask, **_: b.expand(mask.shape))
+        return exact_moments(e, problem, group_size=1).variance
+
+    for b in (torch.zeros(3), torch.tensor([1.0, -0.5, 0.2]), best + 0.1):
+        b = b.double()
+        wanted = float(((b - best).square() * norms).sum())
+        assert variance(b) - variance(best) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_baselines_of_large_groups_are_the_optima() -> None:
+    """A group that holds each completion in exact proportion is the limit of large groups."""
+    problem = tabular_problem(25, even=True)
+    counts = (problem.chances[0] / problem.chances.min()).round().long()
+    rows = torch.arange(15).repeat_interleave(counts)
+    p, r, s = problem.chances[0], problem.totals[0], problem.scores[0]
+    norms, mask = s.square().sum(-1), problem.mask
+    n = len(rows)
+
+    def baseline(**fields: object) -> torch.Tensor:
+        e = Estimator(leave_one_out=False, **fields)
+        kwargs = {"group_size": n, "score_norms": norms[rows]}
+        return r[rows, None] - e.advantages(r[rows], mask[rows], **kwargs).policy.reshape(n, -1)
+
+    norm, lengths = s.sum(1).square().sum(-1), mask.sum(-1)
+    torch.testing.assert_close(norm, norms.sum(-1), **CLOSE)  # prefixes share no logits here
+    scalar = p @ (norm * r) / (p @ norm)
+    torch.testing.assert_close(baseline(baseline="optimal"), scalar.expand(n, 1), **CLOSE)
+    by_length = p @ (lengths * r) / (p @ lengths)
+    torch.testing.assert_close(baseline(baseline="opo"), by_length.expand(n, 1), **CLOSE)
+    live = mask[rows].bool()
+    for form, w in (("per_timestep", norms), ("cumulative", norms.cumsum(-1) * mask)):
+        wanted = (p @ (w * r[:, None])) / (p @ w)
+        got = baseline(baseline="optimal", optimal_form=form, returns="reward_to_go")
+        torch.testing.assert_close(got[live], wanted.expand(n, 3)[live], **CLOSE)
+
+
+# Ratios, where the rows were sampled by another policy
+
+
+def off_policy(problem: Problem, **fields: object) -> torch.Tensor:
+    """The expected gradient [D] at the policy, over all pairs of rows that its reference sampled."""
+    e = Estimator(epsilon=1.0, epsilon_high=1e9, **fields)
+    pairs = torch.cartesian_prod(*[torch.arange(len(problem.mask))] * 2)  # [C, 2]
+    old, mask = problem.ref_logprobs[0, pairs], problem.mask[pairs]
+
+    def step(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = problem.mask[y]
+        got = e.advantages(problem.totals[0, y], rows, group_size=2, values=problem.values[0, y]).policy
+        return got, e.token_weights(rows, max_length=3)
+
+    advantages, weights = torch.vmap(step)(pairs)
+    weights = weights * old.sum((1, 2)).exp()[:, None, None]
+    theta = torch.zeros(problem.scores.shape[-1], dtype=torch.double, requires_grad=True)
+    logprobs = problem.logprobs[0, pairs] + problem.scores[0, pairs] @ theta
+    flat = (x.flatten(0, 1) for x in (logprobs, advantages, weights, mask))
+    return -torch.autograd.grad(e.loss(*flat, old_logprobs=old.flatten(0, 1)), theta)[0]
+
+
+@pytest.mark.parametrize("returns", ["total", "reward_to_go"])
+@pytest.mark.parametrize("baseline", ["none", "rloo", "value"])
+def test_the_sequence_ratio_is_exact_off_policy_and_the_others_are_not(baseline, returns) -> None:
+    problem = tabular_problem(40, length=2)
+    target = problem.gradient()[0]
+    exact = off_policy(problem, baseline=baseline, returns=returns, ratio="sequence_product")
+    torch.testing.assert_close(exact, target, **CLOSE)
+    for ratio in ("none", "token", "sequence_mean", "cispo"):
+        found = off_policy(problem, baseline=baseline, returns=returns, ratio=ratio)
+        assert float((found - target).norm() / target.norm()) > 0.01
+
+
+def test_a_sequence_ratio_is_reinforce_on_policy() -> None:
+    """Summed over tokens; with the mean over tokens it has the gradient of sequence_mean."""
+    problem = tabular_problem(41)
+    summed = mean_of({"ratio": "sequence_mean", "epsilon": 3e-4}, problem, 2)
+    torch.testing.assert_close(summed, problem.gradient(), **CLOSE)
+    a, b = (
+        mean_of({"ratio": r, "aggregation": "sequence_mean"}, problem, 2) for r in ("sequence_mean", "none")
+    )
+    torch.testing.assert_close(a, b, **CLOSE)
+    assert cosine(a, summed) < 0.999
+
+
+def test_importance_weights_make_one_token_exact_under_another_sampler() -> None:
+    """E_q[(p/q) A grad log p] = E_p[A grad log p]."""
+    problem = tabular_problem(5, length=1)
+    q, p, r = problem.ref_logprobs[0], problem.logprobs[0], problem.totals[0]
+    e = Estimator(baseline="none", importance_cap=1e9)
+    theta = torch.zeros(problem.scores.shape[-1], dtype=torch.double, requires_grad=True)
+    logprobs = p + problem.scores[0] @ theta
+    loss = e.loss(logprobs, r, q.exp(), problem.mask, sampling_logprobs=q)
+    torch.testing.assert_close(-torch.autograd.grad(loss, theta)[0], problem.gradient()[0], **CLOSE)
+
+
+def test_a_reward_that_is_shifted_by_a_function_of_the_prompt_changes_nothing() -> None:
+    problem = tabular_problem(60, prompts=2, length=2)
+    moved = replace(problem, rewards=problem.rewards + torch.tensor([[3.0], [-2.0]]).double())
+    for fields in ({}, {"baseline": "opo"}, {"baseline": "group_mean", "scale": "group_std"}):
+        torch.testing.assert_close(mean_of(fields, moved, 2), mean_of(fields, problem, 2), **CLOSE)
