@@ -8,7 +8,7 @@ import torch
 import yaml
 from families import FAMILIES, family_policy
 from saved_states import equal, through_a_checkpoint
-from tiny_models import make_learner, make_model, make_policy, make_tokenizer, one_step
+from tiny_models import make_learner, make_model, make_policy, make_tokenizer, one_step, quickly
 
 import tokenrl
 from tokenrl.errors import Refused
@@ -51,7 +51,7 @@ def mixed(model):
 @pytest.mark.parametrize(
     "dtype", ["float32", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bfloat16", "float64")), "mixed"]
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quickly(FAMILIES, set(FAMILIES) - {"llama", "gpt2", "mixtral", "gemma2"}))
 def test_all_weights_come_back(family, dtype, tmp_path):
     first, again = (family_policy(family, seed=seed) for seed in (0, 1))
     for policy in (first, again):

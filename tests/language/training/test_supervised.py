@@ -275,20 +275,6 @@ def test_a_data_set_is_evaluated_if_there_is_a_reward(tmp_path):
         sft(**given | {"completion_column": "gold"}, reward=(vowel_reward,))
 
 
-def test_a_supervised_run_replaces_runs_only(tuned, tmp_path):
-    policy = make_policy()
-    policy.model.save_pretrained(tmp_path / "mine")  # a model holds a config.json too
-    with pytest.raises(Refused, match="holds no run of tokenrl"):
-        tuned(output_dir=tmp_path / "mine", overwrite=True)
-    assert (tmp_path / "mine" / "model.safetensors").exists()
-    with pytest.raises(Refused, match=r"'\.\.'"):
-        tuned(output_dir=f"{tmp_path}/a/../b")
-    tuned()
-    with pytest.raises(Refused, match="already holds a run"):
-        tuned()
-    assert tuned(overwrite=True).steps == 4
-
-
 def test_a_signal_ends_a_supervised_run_with_its_model_saved(tuned, tmp_path, monkeypatch):
     update = SupervisedTraining.update
 
@@ -300,17 +286,3 @@ def test_a_signal_ends_a_supervised_run_with_its_model_saved(tuned, tmp_path, mo
     ended = tuned()
     assert (ended.exit_reason, ended.exit_code, ended.steps) == ("SIGTERM", 143, 1)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
-
-
-def test_a_loss_that_is_not_finite_leaves_a_summary(tuned, tmp_path, monkeypatch):
-    policy, update = make_policy(), SupervisedTraining.update
-
-    def broken(training):
-        with torch.no_grad():
-            policy.model.lm_head.weight[0, 0] = math.nan
-        return update(training)
-
-    monkeypatch.setattr(SupervisedTraining, "update", broken)
-    with pytest.raises(Stopped, match="At step 1: The loss of the supervised stage is nan"):
-        tuned(model=policy)
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "failed"

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from tiny_models import make_policy, make_task, quickly, weights
+from tiny_models import make_policy, make_task, weights
 
 import toy_tasks
 from tokenrl.core.estimator import Estimator
@@ -20,7 +20,6 @@ from tokenrl.language.training.probe import Estimate
 from tokenrl.language.training.supervised import SupervisedTraining, fit
 from tokenrl.language.training.warm_start import warm_started_base
 
-FILES = ("model.safetensors", "tokenizer.json", "config.json")
 ROWS = [{"prompt": "the cat", "completion": " sat"}, {"prompt": "a", "completion": "d"}]
 
 
@@ -134,28 +133,8 @@ def test_the_result_is_made_once_for_what_it_depends_on(run, cache, capsys):
         assert len(entries()) == number + 2
 
 
-@pytest.mark.parametrize("file", quickly(["warm_start.json", *FILES], {"tokenizer.json", "config.json"}))
-def test_a_damaged_entry_of_the_cache_is_made_again(run, cache, capsys, file):
-    first = run(learning_rate=1e-9)
-    (entry,) = (path for path in cache.iterdir() if path.is_dir())
-    whole = (entry / file).read_bytes()
-    (entry / file).write_bytes(whole[: len(whole) // 2])
-    capsys.readouterr()
-    second = run(learning_rate=1e-9)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "is damaged, and is made again" in said and "warm start: 4 updates" in said
-    assert second.warm_started == first.warm_started and (entry / file).read_bytes() == whole
-    assert torch.equal(weights(second.policy.model), weights(first.policy.model))
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_a_damaged_base_of_a_toy_task_is_made_again(cache, file):
-    task, said = toy_tasks.load("vowels"), []
-    base = warm_started_base(task)
-    whole = (base / file).read_bytes()
-    (base / file).write_bytes(whole[: len(whole) // 2])
-    assert warm_started_base(task, announce=said.append) == base
-    assert f"{base} is damaged, and is made again" in said[0] and (base / file).read_bytes() == whole
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-9])
 
 
 def flip_last_bit(file):
@@ -164,20 +143,23 @@ def flip_last_bit(file):
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-def test_one_altered_bit_of_a_cached_weight_is_noticed_and_mended(run, cache, capsys):
+@pytest.mark.parametrize("damage", [cut, flip_last_bit])
+def test_a_damaged_model_in_the_cache_is_noticed_and_made_again(run, cache, capsys, damage):
     first = run(learning_rate=1e-9)
     (entry,) = (path for path in cache.iterdir() if path.is_dir())
-    flip_last_bit(entry / "model.safetensors")
+    damage(entry / "model.safetensors")
     capsys.readouterr()
     second = run(learning_rate=1e-9)
-    assert "its file model.safetensors was altered" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "model.safetensors" in said and "is damaged, and is made again" in said
+    assert second.warm_started == first.warm_started
     assert torch.equal(weights(second.policy.model), weights(first.policy.model))
     task, said = toy_tasks.load("vowels"), []
     base = warm_started_base(task)
     whole = (base / "model.safetensors").read_bytes()
-    flip_last_bit(base / "model.safetensors")
+    damage(base / "model.safetensors")
     assert warm_started_base(task, announce=said.append) == base
-    assert "model.safetensors was altered" in said[0] and (base / "model.safetensors").read_bytes() == whole
+    assert "model.safetensors" in said[0] and (base / "model.safetensors").read_bytes() == whole
 
 
 def test_a_cache_that_cannot_be_written_is_refused(run, cache):

@@ -54,9 +54,9 @@ def settled_form(args: A, model: Any = None) -> A:
         args: the arguments of a command.
         model: the model; None for `args.model`.
     """
-    found = saved_form(args.model if model is None else model)  # type: ignore[attr-defined]
-    taken = {name: value for name, value in found.items() if getattr(args, name) is None}
-    return replace(args, **taken)  # type: ignore[type-var]
+    saved = saved_form(args.model if model is None else model)  # type: ignore[attr-defined]
+    left_open = {name: value for name, value in saved.items() if getattr(args, name) is None}
+    return replace(args, **left_open)  # type: ignore[type-var]
 
 
 def asked(form: PromptArguments, model: Any = None) -> dict[str, str]:
@@ -155,13 +155,14 @@ def encode_prompt(
     prompt = formed(prompt, form)
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt).input_ids)
-        bare = tokenizer(prompt, add_special_tokens=False).input_ids if ids and ids[-1] in ends else []
-        if ids and ids[-1] in ends and not (bare and bare[-1] in ends):
-            ids.pop()  # some tokenizers end every text with EOS; such a prompt is already finished
+        if ids and ids[-1] in ends:
+            bare = tokenizer(prompt, add_special_tokens=False).input_ids
+            if not (bare and bare[-1] in ends):
+                ids.pop()  # some tokenizers end every text with EOS; such a prompt is already finished
     else:
         _check_template(tokenizer, name)
-        last = prompt[-1].get("role") if prompt else None
-        how = {"add_generation_prompt": last != "assistant", "continue_final_message": last == "assistant"}
+        begun = bool(prompt) and prompt[-1].get("role") == "assistant"
+        how = {"add_generation_prompt": not begun, "continue_final_message": begun}
         ids = list(render(tokenizer, prompt, form, name, tokenize=True, return_dict=False, **how))
     if not ids:
         if tokenizer.bos_token_id is None:
@@ -221,18 +222,17 @@ def special_texts(tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
         return []
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     names = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-    found = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if name))
-    if not found.pattern:
-        return []
-    rows = [
-        (number, match[0])
+    longest_first = sorted(filter(None, names), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    matches = {
+        number: match[0]
         for number, prompt in enumerate(prompts)
-        if (match := next(filter(None, map(found.search, _texts(prompt))), None))
-    ]
-    if not rows:
+        if (match := next(filter(None, map(pattern.search, _texts(prompt))), None))
+    }
+    if not matches:
         return []
-    number, name = rows[0]
-    others = f" (and {len(rows) - 1:,} more rows contain one)" if rows[1:] else ""
+    number, name = next(iter(matches.items()))
+    others = f" (and {len(matches) - 1:,} more rows contain one)" if len(matches) > 1 else ""
     return [
         f'The prompt of row {number} contains "{name}", which the tokenizer reads as a special token, not as '
         f"these characters{others}. If it is meant as text, write it otherwise, as with a space inside."

@@ -80,14 +80,11 @@ class StopStrings:
         if ids[-1] in self._ids:
             return True
         width = self._longest + MARGIN
-        while width < len(ids):
+        if width < len(ids):
             before, text = self._decode([ids[-width - 1 : -1], ids[-width - 1 :]])
-            # Part of a character may spoil bytes beside it, so those are decoded with more before them.
-            if len(before) >= self._longest + MARGIN and "\ufffd" not in text[MARGIN:]:
-                if self.cut(text) == text:
-                    return False
-                break
-            width *= 2
+            # Part of a character may spoil bytes beside it, so those are decoded with all before them.
+            if len(before) >= width and "\ufffd" not in text[MARGIN:] and self.cut(text) == text:
+                return False
         (text,) = self._decode([ids])
         return self.cut(text) != text
 
