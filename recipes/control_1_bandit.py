@@ -4,132 +4,264 @@ The policy takes action 1 (reward 1) with probability s = sigmoid(theta), else a
 table shows single updates with learning rate 1: the score of the action, its gradient sample g = reward *
 score, and the new theta. Action 2 has reward 0, so its gradient sample is 0 too. The second table compares
 two ways to the same number: the derivative of the expected reward, s (1 - s), and the mean of N samples of g.
+The third repeats the bandit T times with one theta and compares the variance of an episode's gradient sample
+with its closed form, for the total return and the reward to go, without a baseline and with `timestep_mean`.
 
-Look for: the numbers by hand and by autograd are the same. In the figure the signal E[g] is largest where the
+Look for: the numbers by hand and by autograd are the same. In bandit.png the signal E[g] is largest where the
 policy is undecided (theta = 0, there 0.25 with sd 0.25, so 100 samples leave a standard error of 0.025), but
 the noise sd(g) = sqrt(s (1 - s)^3) is largest at theta = -1.1, where the good action has probability 1/4.
 The ratio of noise to signal is exp(-theta / 2): the worse the policy, the less one sample tells.
+
+In variance_horizon.png the variance grows like T^3 without a baseline, with either return; the reward to go
+only divides it by 3. The baseline removes one power of T, and the reward to go then has a quarter. The
+gradient itself grows like T, so Var[g] / E[g]^2, the episodes until the standard error is as small as the
+gradient, grows like T without a baseline (50 and 17 at T = 128) and stops growing with one, near 2 and 1/2.
+From T = 64 to 128 the exact slopes are 2.91, 2.89, 2.01 and 1.99.
 """
 
 from dataclasses import dataclass
+from itertools import product
+from math import log
 from pathlib import Path
 
 import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from tokenrl import Estimator
-from tokenrl.control import bandit
+from tokenrl.control import Bandit
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"  # Okabe and Ito
 CASES = ((-1.0, 1), (-1.0, 0), (0.0, 0))  # theta, and the action sampled there: 0 is action 1
-REINFORCE = Estimator.preset("reinforce")
+KINDS = tuple(product(("total", "reward_to_go"), ("none", "timestep_mean")))  # returns, baseline
+THETA = -1.0  # where the variance is measured over the horizon
+Found = dict[
+    tuple[int, str, str], tuple[float, float]
+]  # variance and standard error, by T, returns, baseline
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Compute the bandit's gradient by hand and by the estimator, and draw it over theta."""
+    """Compute the bandit's gradient by hand and by the estimator, and its variance over the horizon."""
 
-    output: Path = Path("bandit.png")
-    """Where the figure goes."""
     samples: int = 100
     """Actions sampled at each theta."""
     learning_rate: float = 1.0
     """Learning rate of the single updates."""
+    horizons: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    """Actions per episode in the third part; two or more numbers, in rising order."""
+    episodes: int = 2000
+    """Episodes sampled for each horizon, and shared by the four estimators."""
     seed: int = 0
     """Seed of the sampled actions."""
+    output_dir: Path = Path(".")
+    """Where the figures go: bandit.png and variance_horizon.png."""
 
 
-def by_estimator(theta: float, actions: torch.Tensor, rewards: torch.Tensor) -> float:
-    """Differentiate the loss of N episodes of one action each, [N], and negate the gradient, for ascent."""
-    parameter = torch.tensor(theta, dtype=torch.double, requires_grad=True)
-    mask = torch.ones(len(actions), 1, dtype=torch.double)  # [N, T]: each episode is one action
-    advantages = REINFORCE.advantages(rewards, mask, group_size=None).policy  # [N], the rewards themselves
-    weights = REINFORCE.token_weights(mask, max_length=None)  # 1 / N each
-    logits = torch.stack([parameter, torch.zeros_like(parameter)])  # their softmax is sigmoid(theta)
-    logprobs = logits.log_softmax(0)[actions][:, None]
-    (gradient,) = torch.autograd.grad(REINFORCE.loss(logprobs, advantages, weights, mask), parameter)
-    return 0.0 - float(gradient)  # 0 where the reward is 0, not -0
+def probability(theta: float | Tensor) -> Tensor:
+    """Return the probability of action 1, `s = sigmoid(theta)`."""
+    return torch.sigmoid(torch.as_tensor(theta, dtype=torch.double))
+
+
+def score(theta: float, action: int | Tensor) -> Tensor:
+    """Return the derivative of an action's logprob: 1 - s for action 1 (index 0), -s for action 2."""
+    return (torch.as_tensor(action) == 0).double() - probability(theta)
+
+
+def expected_gradient(theta: float | Tensor, steps: int = 1) -> Tensor:
+    """Return the gradient of the expected return of an episode of T steps: `E[g] = T s (1 - s)`."""
+    s = probability(theta)
+    return steps * s * (1 - s)
+
+
+def gradient_variance(
+    theta: float | Tensor, steps: int = 1, returns: str = "total", baseline: str = "none"
+) -> Tensor:
+    """Return the variance of one episode's gradient sample `g = sum_t (G_t - b_t) x_t`, x_t the score at t.
+
+    With `v = s (1 - s)`, a reward is `s + x_t`, and a score has only two values, so `x_t^2 = v + (1 - 2 s)
+    x_t`. Sorted by powers of different scores, which are uncorrelated, the sample is
+    `T v + sum_t (m_t - b_t + 1 - 2 s) x_t + k sum_{t<u} x_t x_u`, thus
+
+        Var[g] = v sum_t (m_t - b_t + 1 - 2 s)^2 + k^2 v^2 T (T - 1) / 2
+
+    For the total return `m_t = E[G_t] = T s` and k = 2; for the reward to go `m_t = (T - t) s` and k = 1. The
+    baseline `b_t = m_t` takes the T^3 out of the first sum. For T = 1 without a baseline: `s (1 - s)^3`.
+    """
+    s = probability(theta)[..., None]  # [*N, 1], to broadcast over [T]
+    v, to_go = s * (1 - s), torch.arange(steps, 0, -1, dtype=torch.double)
+    terms = to_go if returns == "reward_to_go" else torch.full_like(to_go, steps)  # rewards in G_t, [T]
+    mean = s * terms if baseline == "none" else torch.zeros_like(terms)
+    own = v * (mean + 1 - 2 * s).square()  # [*N, T]
+    pairs = v.square() * steps * (steps - 1) / 2
+    return own.sum(-1) + pairs[..., 0] * (4 if returns == "total" else 1)
+
+
+def episode_gradients(estimator: Estimator, theta: float, actions: Tensor) -> Tensor:
+    """Differentiate the estimator's loss for N episodes [N, T]; returns each one's own sample of g, [N]."""
+    rewards = (actions == 0).double()
+    copies = torch.full((len(actions), 1), theta, dtype=torch.double, requires_grad=True)  # one an episode
+    mask = torch.ones(actions.shape, dtype=torch.double)
+    advantages = estimator.advantages(rewards, mask, group_size=None).policy
+    weights = estimator.token_weights(mask, max_length=None)  # 1 / N
+    logprobs = torch.nn.functional.logsigmoid(torch.where(actions == 0, copies, -copies))
+    (gradients,) = torch.autograd.grad(estimator.loss(logprobs, advantages, weights, mask), copies)
+    return 0.0 - len(actions) * gradients[:, 0]  # for ascent; 0 where the reward is 0, not -0
+
+
+def sampled_actions(theta: float, generator: torch.Generator, *shape: int) -> Tensor:
+    uniforms = torch.rand(*shape, generator=generator, dtype=torch.double)
+    return torch.where(uniforms < probability(theta), 0, 1)
 
 
 def single_updates(learning_rate: float) -> None:
-    environment = bandit.Bandit()
+    environment, estimator = Bandit(), Estimator.preset("reinforce")
     print("  theta   P(a=1)  action  reward    score   g by hand  g by autograd  theta + lr g   P(a=1)")
     for theta, action in CASES:
         environment.reset()
-        reward = environment.step(action)[1]
-        score = float(bandit.score(theta, action))
-        by_hand = 0.0 + reward * score
-        by_autograd = by_estimator(theta, torch.tensor([action]), torch.tensor([reward]).double())
+        reward, x = environment.step(action)[1], float(score(theta, action))
+        by_hand = 0.0 + reward * x
+        by_autograd = float(episode_gradients(estimator, theta, torch.tensor([[action]])))
         after = theta + learning_rate * by_hand
-        before, then = float(bandit.probability(theta)), float(bandit.probability(after))
         print(
-            f"{theta:7.4f} {before:8.4f} {action + 1:7} {reward:7.0f} {score:8.4f} {by_hand:11.4f} "
-            f"{by_autograd:14.4f} {after:13.4f} {then:8.4f}"
+            f"{theta:7.4f} {probability(theta):8.4f} {action + 1:7} {reward:7.0f} {x:8.4f} {by_hand:11.4f} "
+            f"{by_autograd:14.4f} {after:13.4f} {probability(after):8.4f}"
         )
 
 
-def two_ways(samples: int, generator: torch.Generator) -> dict[float, torch.Tensor]:
+def two_ways(samples: int, generator: torch.Generator) -> dict[float, Tensor]:
     """Print E[g] by formula and by sampling; returns the gradient samples [N] by theta."""
-    rewards, found = torch.tensor(bandit.REWARDS, dtype=torch.double), {}
+    found = {}
     print(f"\nN = {samples}")
-    print("  theta     E[g]   mean of g  by autograd   Var[g]    sd   standard error   off, in s.e.")
+    print("  theta     E[g]   mean of g   Var[g]    sd   standard error   off, in s.e.")
     for theta in (x / 2 for x in range(-6, 7)):
-        uniforms = torch.rand(samples, generator=generator, dtype=torch.double)
-        actions = torch.where(uniforms < bandit.probability(theta), 0, 1)
-        g = found[theta] = bandit.gradient_sample(theta, actions)
-        mean, autograd = float(g.mean()), by_estimator(theta, actions, rewards[actions])
-        exact, variance = float(bandit.expected_gradient(theta)), float(bandit.gradient_variance(theta))
-        error = float(bandit.standard_error(theta, samples))
+        actions = sampled_actions(theta, generator, samples)
+        g = found[theta] = (actions == 0) * score(theta, actions)
+        exact, variance = float(expected_gradient(theta)), float(gradient_variance(theta))
+        error = (variance / samples) ** 0.5
         print(
-            f"{theta:7.1f} {exact:8.4f} {mean:11.4f} {autograd:12.4f} {variance:8.4f} {variance**0.5:6.3f} "
-            f"{error:15.4f} {(mean - exact) / error:14.1f}"
+            f"{theta:7.1f} {exact:8.4f} {g.mean():11.4f} {variance:8.4f} {variance**0.5:6.3f} {error:15.4f} "
+            f"{(float(g.mean()) - exact) / error:14.1f}"
         )
     return found
 
 
-def error_of_sd(g: torch.Tensor) -> float:
-    """Estimate the standard error of a standard deviation: `sqrt((m_4 - sd^4) / N) / (2 sd)`."""
-    centred, sd = g - g.mean(), g.std()
-    if sd == 0:
-        return 0.0
-    return float(((centred**4).mean() - sd**4).clamp(min=0).div(len(g)).sqrt() / (2 * sd))
+def variances(args: Arguments, generator: torch.Generator) -> Found:
+    """Print the variance of each estimator over the horizon, exact and measured, and its slopes."""
+    found: Found = {}
+    print("\n  T   returns       baseline            Var[g]     measured   ± 2 s.e.   Var[g] / E[g]^2")
+    for steps in args.horizons:
+        actions = sampled_actions(THETA, generator, args.episodes, steps)
+        for returns, baseline in KINDS:
+            g = episode_gradients(Estimator(returns=returns, baseline=baseline), THETA, actions)
+            variance, error = found[steps, returns, baseline] = with_error(g)
+            exact = float(gradient_variance(THETA, steps, returns, baseline))
+            print(
+                f"{steps:4}  {returns:13} {baseline:13} {exact:12.4f} {variance:12.4f} {2 * error:10.4f} "
+                f"{exact / float(expected_gradient(THETA, steps)) ** 2:17.3f}"
+            )
+    short, long = args.horizons[-2:]
+    print(f"\nslope of log Var[g] over log T, from T = {short} to {long}")
+    for kind in KINDS:
+        ends = [float(gradient_variance(THETA, steps, *kind)) for steps in (short, long)]
+        (a, error_a), (b, error_b) = (found[steps, kind[0], kind[1]] for steps in (short, long))
+        error = ((error_a / a) ** 2 + (error_b / b) ** 2) ** 0.5 / log(long / short)
+        print(
+            f"{kind[0]:13} {kind[1]:13} exact {log(ends[1] / ends[0]) / log(long / short):5.2f}   "
+            f"measured {log(b / a) / log(long / short):5.2f} ± {2 * error:.2f}"
+        )
+    return found
 
 
-def draw(axes: Axes, found: dict[float, torch.Tensor], samples: int) -> None:
+def with_error(g: Tensor) -> tuple[float, float]:
+    """Estimate the variance of g [N] and its standard error: `sqrt((m_4 - Var^2) / N)`."""
+    variance, fourth = g.var(), (g - g.mean()).pow(4).mean()
+    return float(variance), float((fourth - variance**2).clamp(min=0).div(len(g)).sqrt())
+
+
+def draw_bandit(found: dict[float, Tensor], samples: int) -> Figure:
+    """Draw signal and noise over theta: lines by formula, points by sampling."""
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
     theta = torch.linspace(-4, 4, 401, dtype=torch.double)
-    signal, noise = bandit.expected_gradient(theta), bandit.gradient_sd(theta)
-    axes.plot(theta, signal, color=BLUE, linewidth=2.2)
-    axes.plot(theta, noise, color=ORANGE, linewidth=2.2)
-    means, sds = [float(g.mean()) for g in found.values()], [float(g.std()) for g in found.values()]
+    axes.plot(theta, expected_gradient(theta), color=BLUE, linewidth=2.2)
+    axes.plot(theta, gradient_variance(theta).sqrt(), color=ORANGE, linewidth=2.2)
+    sds = [float(g.std()) for g in found.values()]
     errors = [2 * sd / samples**0.5 for sd in sds]
+    means = [float(g.mean()) for g in found.values()]
     axes.errorbar(list(found), means, errors, fmt="o", color=BLUE, capsize=3, markersize=8)
-    errors = [2 * error_of_sd(g) for g in found.values()]
+    # The error of an sd is that of the variance over twice the sd.
+    errors = [
+        2 * with_error(g)[1] / (2 * sd) if sd else 0.0 for g, sd in zip(found.values(), sds, strict=True)
+    ]
     axes.errorbar(list(found), sds, errors, fmt="D", color=ORANGE, markerfacecolor="white", capsize=3)
     axes.annotate("sd(g) = √(s(1 - s)³)", (-1.1, 0.325), (-95, 28), textcoords="offset points", color=ORANGE)
     axes.annotate("E[g] = s(1 - s)", (1.1, 0.19), (14, 10), textcoords="offset points", color=BLUE)
     for x, top, chance in ((0.0, 0.25, "1/2"), (-1.0986, 0.3248, "1/4")):
         axes.plot([x, x], [0, top], ":", color=GREY, linewidth=1)
         axes.annotate(f"P(a=1) = {chance}", (x, 0), (4, 6), textcoords="offset points", color="#555555")
-    axes.set_ylim(0, 0.45)
-    axes.set_xlim(-4, 4)
-    axes.set_xlabel("theta (log odds of the rewarded action)")
+    axes.set(xlim=(-4, 4), ylim=(0, 0.45), xlabel="theta (log odds of the rewarded action)")
     axes.set_ylabel("gradient sample g (reward per unit of theta)")
     axes.set_title("The signal is largest for an undecided policy, the noise for a bad one", loc="left")
-    axes.text(0.99, 0.97, f"points: {samples} samples each, ± 2 standard errors", transform=axes.transAxes,
-              ha="right", va="top", color="#555555", fontsize=9)  # fmt: skip
+    note = f"points: {samples} samples each, ± 2 standard errors"
+    axes.text(0.99, 0.97, note, transform=axes.transAxes, ha="right", va="top", color="#555555", fontsize=9)
+    style(axes)
+    return figure
+
+
+def draw_horizon(args: Arguments, found: Found) -> Figure:
+    """Draw the variance over the horizon, by itself and relative to the squared gradient."""
+    figure = Figure(figsize=(13, 5.2), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    every = range(args.horizons[0], args.horizons[-1] + 1)
+    for axes, power in ((left, 0), (right, 2)):
+        for returns, baseline in KINDS:
+            color = ORANGE if baseline == "none" else BLUE
+            total = returns == "total"
+            unit = {steps: float(expected_gradient(THETA, steps)) ** power for steps in every}
+            curve = [float(gradient_variance(THETA, t, returns, baseline)) / unit[t] for t in every]
+            axes.plot(every, curve, "-" if total else "--", color=color, linewidth=2)
+            values, errors = (
+                [found[t, returns, baseline][i] / unit[t] * (1, 2)[i] for t in args.horizons] for i in (0, 1)
+            )
+            face = color if total else "white"
+            axes.errorbar(
+                args.horizons, values, errors, fmt="o", color=color, markerfacecolor=face, capsize=3
+            )
+            label = "total return" if total else "reward to go"
+            axes.annotate(label, (every[-1], curve[-1]), (10, 0), textcoords="offset points", color=color)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(args.horizons, [str(steps) for steps in args.horizons])
+        axes.set_xlabel("horizon T (actions an episode)")
+        style(axes)
+    right.yaxis.set_major_formatter("{x:g}")
+    left.set_ylabel("Var[g] of one episode ((reward per unit of theta)²)")
+    right.set_ylabel("Var[g] / E[g]² (episodes until standard error = gradient)")
+    left.set_title(
+        "A baseline turns T³ into T²; reward to go only changes the factor", loc="left", fontsize=11
+    )
+    right.set_title("Noise against signal: grows like T without a baseline", loc="left", fontsize=11)
+    legend = (("no baseline", ORANGE), ("baseline: mean at each timestep", BLUE), ("lines: exact", "#555555"))
+    for line, (text, color) in enumerate(legend):
+        left.text(0.02, 0.97 - 0.055 * line, text, transform=left.transAxes, va="top", color=color)
+    return figure
+
+
+def style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#EAEAEA", linewidth=0.8)
 
 
-def main(arguments: Arguments) -> None:
-    single_updates(arguments.learning_rate)
-    found = two_ways(arguments.samples, torch.Generator().manual_seed(arguments.seed))
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    draw(figure.subplots(), found, arguments.samples)
-    figure.savefig(arguments.output)
-    print(f"figure: {arguments.output}")
+def main(args: Arguments) -> None:
+    generator = torch.Generator().manual_seed(args.seed)
+    single_updates(args.learning_rate)
+    draw_bandit(two_ways(args.samples, generator), args.samples).savefig(args.output_dir / "bandit.png")
+    generator = torch.Generator().manual_seed(args.seed)
+    draw_horizon(args, variances(args, generator)).savefig(args.output_dir / "variance_horizon.png")
+    print(f"figures: bandit.png and variance_horizon.png in {args.output_dir}")
 
 
 if __name__ == "__main__":

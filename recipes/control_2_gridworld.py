@@ -20,8 +20,6 @@ too, 173. Intervals are 95 %, by bootstrap over seeds (part 2: over gradients); 
 between runs of the same seed, or gradients of the same episodes.
 """
 
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +28,6 @@ import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import track
 
 from tokenrl import Estimator, train_agent
 from tokenrl.control import (
@@ -76,13 +72,9 @@ class Arguments:
     output_dir: Path = Path("runs/control_2_gridworld")
     """Directory of the runs."""
 
-    def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ValueError("--seeds must be at least 1.")
-
 
 def run(args: Arguments, name: str, estimator: Estimator, *, seed: int, updates: int):
-    result = train_agent(
+    return train_agent(
         env="gridworld",
         max_episode_steps=GRIDWORLD_STEPS,
         estimator=estimator,
@@ -98,27 +90,12 @@ def run(args: Arguments, name: str, estimator: Estimator, *, seed: int, updates:
         overwrite=True,
         quiet=True,
     )
-    if result.exit_code:  # a signal ended the run; it is meant for the whole program
-        print(f"stopped; the finished runs stay in {args.output_dir}", file=sys.stderr)
-        raise SystemExit(result.exit_code)
-    return result
-
-
-def watched(what: str, seeds: int) -> Iterator[int]:
-    """Yield the seeds; show a bar on a terminal, and otherwise a line per run, both on stderr."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        yield from track(range(seeds), what, console=console)
-        return
-    for seed in range(seeds):
-        print(f"{what}: run {seed + 1} of {seeds}", file=sys.stderr, flush=True)
-        yield seed
 
 
 def histories(args: Arguments, name: str, estimator: Estimator) -> dict:
     """Train once per seed; returns each metric by update, [seeds, updates]."""
     runs = []
-    for seed in watched(name, args.seeds):
+    for seed in range(args.seeds):
         result = run(args, name, estimator, seed=seed, updates=args.updates)
         metrics = read_metrics(result.output_dir / "metrics.jsonl")
         runs.append(metrics[1:])  # the first line is the evaluation before training
@@ -265,7 +242,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Arguments))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    main(tyro.cli(Arguments))

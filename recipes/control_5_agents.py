@@ -72,10 +72,6 @@ class Arguments:
     video: bool = False
     """Film an episode of each trained policy."""
 
-    def __post_init__(self) -> None:
-        if not (self.env and self.agent and self.seeds and min(self.seeds) > 0):
-            raise ValueError("--env, --agent and --seeds need at least one value, and seeds at least 1.")
-
 
 class Run(NamedTuple):
     """A finished run: what it was, its summary.json, and the rows of its updates in metrics.jsonl."""
@@ -130,6 +126,9 @@ def train_all(arguments: Arguments) -> Iterator[Run]:
                 yield train(arguments, env, agent, seed)
 
 
+Groups = dict[tuple[str, str], list[Run]]  # by environment and agent
+
+
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return mean [...] over seeds of values [S, ...], and the ends of its 95 % bootstrap interval."""
     picks = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
@@ -146,18 +145,16 @@ def solved(runs: list[Run]) -> int:
     return sum(run.summary["solved"] is True for run in runs)
 
 
-def print_table(groups: dict[tuple[str, str], list[Run]]) -> None:
+def print_table(groups: Groups) -> None:
     for (env, agent), runs in groups.items():
         mean, low, high = interval(ends(runs))
         threshold = runs[0].summary["threshold"]
         score = "" if threshold is None else f", {solved(runs)} of {len(runs)} seeds reach {threshold:g}"
         steps, cpu = (np.mean([r.summary[k] for r in runs]) for k in ("env_steps", "train_cpu_seconds"))
-        episodes = np.mean([played(run) for run in runs])
         print(f"\n{env}, {agent}: {' '.join(f'{end:.1f}' for end in ends(runs))}")
         print(f"  mean {mean:.1f} [{low:.1f}, {high:.1f}]{score}")
-        print(
-            f"  {episodes:,.0f} episodes, {steps:,.0f} environment steps, {cpu:.1f} CPU seconds of training"
-        )
+        episodes = np.mean([played(run) for run in runs])
+        print(f"  {episodes:,.0f} episodes, {steps:,.0f} environment steps, {cpu:.1f} CPU s of training")
 
 
 def played(run: Run) -> int:
@@ -187,34 +184,31 @@ def draw_agent(axes: Axes, agent: str, runs: list[Run], axis: str) -> None:
     axes.errorbar(end, mean, [[mean - low], [high - mean]], fmt="o", color=COLOURS[agent], capsize=3)
 
 
-def draw_panel(axes: Axes, groups: dict[str, list[Run]], axis: str) -> None:
-    for agent, runs in groups.items():
-        draw_agent(axes, agent, runs, axis)
-    threshold = next(iter(groups.values()))[0].summary["threshold"]
-    if threshold is not None:
-        axes.axhline(threshold, color="#555555", linestyle=":", linewidth=1.5)
-    axes.set_xscale("log")
-    axes.set_xlabel(axis)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#EAEAEA", linewidth=0.8)
-
-
-def draw(groups: dict[tuple[str, str], list[Run]]) -> Figure:
+def draw(groups: Groups) -> Figure:
     """Draw a column for each environment: learning curves by environment steps above, by episodes below."""
-    by_env: dict[str, dict[str, list[Run]]] = defaultdict(dict)
-    for (env, agent), runs in groups.items():
-        by_env[env][agent] = runs
-    figure = Figure(figsize=(3.2 + 2.9 * len(by_env), 6.6), dpi=90, layout="constrained")
-    grid = figure.subplots(2, len(by_env), squeeze=False)
-    for column, (env, agents) in enumerate(by_env.items()):
-        for row, axis in enumerate(AXES):
-            draw_panel(grid[row][column], agents, axis)
-            grid[row][column].set_ylabel("return" if column == 0 else "")
-        grid[0][column].set_title(heading(env, agents), loc="left", fontsize=11)
+    envs = list(dict.fromkeys(env for env, _ in groups))
+    figure = Figure(figsize=(3.2 + 2.9 * len(envs), 6.6), dpi=90, layout="constrained")
+    grid = figure.subplots(2, len(envs), squeeze=False)
+    for column, env in enumerate(envs):
+        agents = {agent: runs for (name, agent), runs in groups.items() if name == env}
+        threshold = next(iter(agents.values()))[0].summary["threshold"]
+        for axes, axis in zip(grid[:, column], AXES, strict=True):
+            for agent, runs in agents.items():
+                draw_agent(axes, agent, runs, axis)
+            if threshold is not None:
+                axes.axhline(threshold, color="#555555", linestyle=":", linewidth=1.5)
+            axes.set_xscale("log")
+            axes.set_xlabel(axis)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(color="#EAEAEA", linewidth=0.8)
+        score = ", ".join(f"{agent} {solved(runs)} of {len(runs)}" for agent, runs in agents.items())
+        title = env if threshold is None else f"{env}\nsolved at {threshold:g}: {score}"
+        grid[0][column].set_title(title, loc="left", fontsize=11)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("return")
     for line, agent in enumerate(dict.fromkeys(agent for _, agent in groups)):
         place = {"transform": grid[0][0].transAxes, "va": "top", "color": COLOURS[agent]}
         grid[0][0].text(0.03, 0.8 - 0.09 * line, agent, fontweight="bold", **place)
-    figure.suptitle(finding(by_env), x=0.01, ha="left", fontsize=13)
     lines = f"lines: mean over seeds of the return in training, over {SMOOTHED} episodes or more"
     rest = (
         "a run that has ended keeps its last one; bands, bars: 95 %; dots: fresh episodes; dotted: threshold"
@@ -223,58 +217,17 @@ def draw(groups: dict[tuple[str, str], list[Run]]) -> Figure:
     return figure
 
 
-def heading(env: str, groups: dict[str, list[Run]]) -> str:
-    threshold = next(iter(groups.values()))[0].summary["threshold"]
-    score = ", ".join(f"{agent} {solved(runs)} of {len(runs)}" for agent, runs in groups.items())
-    return env if threshold is None else f"{env}\nsolved at {threshold:g}: {score}"
-
-
-def finding(by_env: dict[str, dict[str, list[Run]]]) -> str:
-    """Say how many runs each agent solves (without thresholds: its mean returns), and at which budgets."""
-    pairs = [(agent, runs) for agents in by_env.values() for agent, runs in agents.items()]
-    judged = [(agent, runs) for agent, runs in pairs if runs[0].summary["threshold"] is not None]
-    score: dict[str, list[int]] = {agent: [0, 0] for agent, _ in judged}
-    for agent, runs in judged:
-        score[agent][0] += solved(runs)
-        score[agent][1] += len(runs)
-    counts = [f"{agent} solves {done} of {of} runs" for agent, (done, of) in score.items()]
-    means = [f"{agent} earns {ends(runs).mean():.1f}" for agent, runs in pairs]
-    steps = [
-        {agent: np.mean([run.summary["env_steps"] for run in runs]) for agent, runs in agents.items()}
-        for agents in by_env.values()
-    ]
-    ratios = [f"{found['tuned'] / found['classic']:.2g}" for found in steps if len(found) == 2]
-    more = f"\nTuned takes {', '.join(ratios)} times as many environment steps" if ratios else ""
-    return ", ".join(counts or means).capitalize() + more
-
-
 def main(arguments: Arguments) -> None:
-    """Train, print each run as it ends, and draw what has been finished, also after an interruption.
-
-    Raises:
-        Refused: an agent has no settings for an environment; raised before the first run.
-    """
-    for env in arguments.env:
-        for agent in arguments.agent:
-            agent_settings(agent, env)
     print(f"mean return of {arguments.eval_episodes} fresh episodes, sampled actions, ± standard error")
     print(f"{'environment':25} agent    seed    before     after           greedy   env steps    CPU s")
-    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
-    code: Any = 0
-    try:
-        for run in train_all(arguments):
-            print(run, flush=True)
-            groups[run.env, run.agent].append(run)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        code = getattr(stop, "code", 130)
-        print("Interrupted: the run in progress does not count; those above are kept and drawn.")
-    if groups:
-        print_table(groups)
-        draw(groups).savefig(arguments.output)
-        print(f"figure: {arguments.output}")
-    if code:
-        raise SystemExit(code)
+    groups: Groups = defaultdict(list)
+    for run in train_all(arguments):
+        print(run, flush=True)
+        groups[run.env, run.agent].append(run)
+    print_table(groups)
+    draw(groups).savefig(arguments.output)
+    print(f"figure: {arguments.output}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    main(tyro.cli(Arguments))

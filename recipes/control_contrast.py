@@ -64,10 +64,6 @@ class Arguments:
     bins: int = 5
     """Points of each curve of noise."""
 
-    def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ValueError("--seeds must be at least 1.")
-
 
 class Point(NamedTuple):
     """Updates with similar rewards: mean reward, mean noise of the gradient, and its interval."""

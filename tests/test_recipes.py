@@ -8,7 +8,6 @@ import math
 import os
 import re
 import runpy
-import signal
 import string
 import subprocess
 import sys
@@ -49,18 +48,6 @@ FIGURES = {
     "figures kl": "",
     "figures variance": "--group-sizes 2 3",
     "figures map": "--estimators rloo dr_grpo loo_std grpo gspo",
-}
-CONTROL = {
-    "control_1_bandit": "--samples 20",
-    "control_variance_horizon": "--horizons 1 2 4 --episodes 200",
-    "control_2_gridworld": "--seeds 1 --updates 3 --stages 0 --gradients 20",
-    "control_entropy": "--seeds 2 --updates 2 --betas 0 1",
-    "control_3_numpy": "--seeds 0 1 --episodes 20",
-    "control_3_variations": "--seeds 0 --episodes 20 --variation window",
-    "control_4_walk": "--seeds 1 --episodes 8 --hidden 8",
-    "control_5_agents": "--env CartPole-v1 Acrobot-v1 Pendulum-v1 --seeds 2 1 --max-steps 1 "
-    "--eval-episodes 2",
-    "control_contrast": "--seeds 1 --updates 3 --episodes 4 --steps 2 --prompts 2 --bins 2",
 }
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 
@@ -150,7 +137,8 @@ def test_every_recipe_is_in_the_list_with_its_command():
     assert sorted(set(re.findall(r"python recipes/(\w+)\.py", text))) == ALL
     notebooks = {path.name for path in RECIPES.glob("*.ipynb")}  # tests/test_notebook.py
     assert set(re.findall(r"\]\((\w+\.ipynb)\)", text)) == notebooks
-    assert {name.split()[0] for name in (*SHORT, *FIGURES, *CONTROL, *ELSEWHERE, TABLE)} == set(ALL)
+    control = {name for name in ALL if name.startswith("control_")}  # tests/control/test_control_recipes.py
+    assert {name.split()[0] for name in (*SHORT, *FIGURES, *control, *ELSEWHERE, TABLE)} == set(ALL)
 
 
 def test_one_page_is_one_page_of_torch_and_core():
@@ -338,129 +326,3 @@ def test_the_table_of_estimators_has_the_rows_of_the_page(tmp_path, monkeypatch,
     others = [line for line in page if line.startswith("| `") and not re.match(r"\| `(rloo|grpo)` ", line)]
     assert path.read_text().splitlines() == [line for line in page if line not in others]
     assert [line.split("`")[1] for line in page if line.startswith("* **`")] == list(PRESETS)  # the notes
-
-
-def printed(name: str, tmp_path, monkeypatch, capsys) -> str:
-    """What a program of the control ladder prints, run shortened in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [name, *CONTROL[name].split()])
-    runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
-    return capsys.readouterr().out
-
-
-def test_the_bandit_by_hand(tmp_path, monkeypatch, capsys):
-    """Every number of the worked example; the last three columns are returns of one update."""
-    out = printed("control_1_bandit", tmp_path, monkeypatch, capsys)
-    for number in ("0.2689", "0.7311", "-0.2689", "0.4332", "0.6225", "0.2500", "0.0625", "0.250"):
-        assert re.search(rf"(?<![\d.-]){re.escape(number)}\b", out), number
-    assert (tmp_path / "bandit.png").stat().st_size > 1000
-
-
-def test_variance_against_the_horizon(tmp_path, monkeypatch, capsys):
-    out = printed("control_variance_horizon", tmp_path, monkeypatch, capsys)
-    rows = [line.split() for line in out.splitlines() if re.match(r" +4 ", line)]
-    exact = {(returns, baseline): float(variance) for _, returns, baseline, variance, *_ in rows}
-    assert exact["reward_to_go", "mean"] < exact["total", "mean"] < exact["reward_to_go", "none"]
-    assert exact["reward_to_go", "none"] < exact["total", "none"]
-
-
-def test_gridworld(tmp_path, monkeypatch, capsys):
-    out = printed("control_2_gridworld", tmp_path, monkeypatch, capsys)
-    assert "vanilla" in out and "after   0 updates" in out
-    assert (tmp_path / "gridworld.png").stat().st_size > 1000
-
-
-def test_entropy(tmp_path, monkeypatch, capsys):
-    out = printed("control_entropy", tmp_path, monkeypatch, capsys)
-    assert out.count("sweet spot: ") == 2
-    assert "goal 0.900, decoy 0.490; of a uniform policy 0.340" in out
-    assert len(re.findall(r"^ +[01] .*goal \d, decoy \d, neither \d$", out, re.MULTILINE)) == 4
-    assert (tmp_path / "entropy.png").stat().st_size > 1000
-
-
-@pytest.mark.parametrize(("name", "runs"), [("control_3_numpy", 2), ("control_3_variations", 5)])
-def test_numpy_agent(name, runs, tmp_path, monkeypatch, capsys, handlers):
-    out = printed(name, tmp_path, monkeypatch, capsys)
-    bests = numbers("best", out)
-    assert len(bests) == len(list(tmp_path.glob("runs/*/*.json"))) == runs
-    assert all(5 < best <= 500 for best in bests)
-    assert len(list(tmp_path.glob("*.png"))) == 1
-
-
-def test_walk(tmp_path, monkeypatch, capsys):
-    out = printed("control_4_walk", tmp_path, monkeypatch, capsys)
-    table = [line.split()[:4] for line in out.splitlines() if re.match(r" +\d ", line)]
-    assert [float(row[2]) for row in table] == pytest.approx([0.99 ** (9 - t) for t in range(10)], abs=1e-4)
-    normalised = [float(row[3]) for row in table]
-    assert sum(normalised) == pytest.approx(0, abs=1e-3)
-    assert sum(x * x for x in normalised) == pytest.approx(10, abs=1e-2)
-    kinds = [line[:14].strip() for line in out.splitlines() if " last " in line and ";" in line]
-    assert kinds == ["normalised", "normalised, V", "raw", "raw, V"]
-    assert out.count("seed by seed") == 3 and (tmp_path / "walk.png").stat().st_size > 10_000
-
-
-def test_the_walk_of_the_textbook():
-    """Its plain loop runs by itself, and finds the same numbers for the same seed."""
-    textbook = runpy.run_path(str(RECIPES / "control_4_walk.py"))["textbook"]
-    first, again = (textbook(42, value_head=True, episodes=20) for _ in range(2))
-    assert first == again and -1.1 <= first <= 1.5
-    assert textbook(43, value_head=True, episodes=20) != first
-
-
-@pytest.mark.slow
-def test_agents(tmp_path, monkeypatch, capsys):
-    out = printed("control_5_agents", tmp_path, monkeypatch, capsys)
-    assert "gets the Gaussian head" in out
-    for agent in ("classic", "tuned"):
-        assert re.search(rf"^CartPole-v1, {agent}: .*\n  mean .*, 0 of 2 seeds reach 475$", out, re.MULTILINE)
-        assert re.search(rf"^Pendulum-v1, {agent}: -\S+\n  mean [^,]+, [^,]+$", out, re.MULTILINE)
-        summary = json.loads((tmp_path / f"runs/agents/CartPole-v1-{agent}-seed1/summary.json").read_text())
-        assert (summary["steps"], summary["solved"]) == (1, False)
-        assert f"{summary['eval_after']['reward']:.1f} ± " in out
-    assert (tmp_path / "agents.png").stat().st_size > 1000
-
-
-def test_an_interruption_keeps_and_draws_the_agents_that_were_finished(tmp_path, monkeypatch, capsys):
-    from tokenrl.runs.session import Session
-
-    flags = "--env CartPole-v1 --agent classic --seeds 3 --max-steps 2 --eval-episodes 2"
-    monkeypatch.setitem(CONTROL, "control_5_agents", flags)
-    trained, begin = [], Session.begin
-
-    def begun(session, *args, **facts):
-        trained.append(session.output_dir.name[-1])
-        if len(trained) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return begin(session, *args, **facts)
-
-    monkeypatch.setattr(Session, "begin", begun)
-    with pytest.raises(SystemExit) as stopped:
-        printed("control_5_agents", tmp_path, monkeypatch, capsys)
-    assert stopped.value.code == 130 and trained == ["0", "1"]
-    assert "0 of 1 seeds reach 475" in capsys.readouterr().out
-    (tmp_path / "agents.png").unlink()
-    assert "0 of 3 seeds reach 475" in printed("control_5_agents", tmp_path, monkeypatch, capsys)
-    assert trained == ["0", "1", "1", "2"] and (tmp_path / "agents.png").exists()
-    monkeypatch.setitem(CONTROL, "control_5_agents", f"{flags} --max-steps 1")
-    printed("control_5_agents", tmp_path, monkeypatch, capsys)
-    assert trained[4:] == ["0", "1", "2"]  # other settings: none is kept
-
-
-@pytest.mark.slow
-def test_contrast(base, tmp_path, monkeypatch, capsys):
-    from accelerate.state import AcceleratorState
-
-    monkeypatch.setenv("TOKENRL_CACHE", str(base))
-    out = printed("control_contrast", tmp_path, monkeypatch, capsys)
-    AcceleratorState._reset_state(True)
-    assert "CartPole-v1" in out and "sort_digits" in out
-    assert (tmp_path / "contrast.png").stat().st_size > 1000
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("env", ["Acrobot-v1", "LunarLander-v3"])
-def test_tuned_agents_reach_the_threshold(tmp_path, monkeypatch, capsys, env):
-    if env.startswith("Lunar"):
-        pytest.importorskip("Box2D")
-    monkeypatch.setitem(CONTROL, "control_5_agents", f"--env {env} --agent tuned --seeds 1")
-    assert "1 of 1 seeds reach" in printed("control_5_agents", tmp_path, monkeypatch, capsys)

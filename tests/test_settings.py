@@ -15,7 +15,6 @@ import pytest
 from tokenrl.cli import COMMANDS, main
 from tokenrl.configuration import configured
 from tokenrl.control.arguments import ControlArguments, ControlSettings
-from tokenrl.control.numpy_agent import NumpySettings
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
 from tokenrl.language.preferences.arguments import RewardModelArguments, RewardModelSettings
@@ -34,7 +33,7 @@ from tokenrl.settings import (
     written,
 )
 
-KINDS = [*{command.arguments for command in COMMANDS.values()}, Estimator, NumpySettings]
+KINDS = [*{command.arguments for command in COMMANDS.values()}, Estimator]
 
 
 def numbers(hint: Any, bounds: Bounds = Bounds()) -> list[tuple[type, Bounds]]:  # noqa: B008

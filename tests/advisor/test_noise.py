@@ -17,7 +17,6 @@ from tokenrl.advisor.noise import NAMES, Noise, advantages, gradients, measure_n
 from tokenrl.control.environments import Spec
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import Rollout
-from tokenrl.control.worlds.bandit import gradient_variance
 
 BANDIT = Spec("tokenrl/Bandit-v0", 1, 2, 0, 1, None, fast=False)
 GRID = Spec("tokenrl/GridWorld-v0", 16, 4, 0, 50, 0.93, fast=False)
@@ -55,8 +54,9 @@ def test_the_noise_is_the_closed_form_of_the_bandit(rewards, share):
     actions = (torch.arange(n) >= share * n).long()[:, None]
     found = measure_noise(linear(theta), rows(torch.tensor(rewards)[actions], actions))
     correction = 4 * n / (n - 1)
-    none = float(gradient_variance(theta, 1, rewards)) * correction
-    centred = float(gradient_variance(theta, 1, rewards, baseline="mean")) * correction
+    spread, rare = share * (1 - share), 1 - share  # of a score: its variance, and its value for action 0
+    none = spread * (rewards[0] * rare + rewards[1] * share) ** 2 * correction
+    centred = spread * ((rewards[0] - rewards[1]) * (rare - share)) ** 2 * correction
     assert found["none"].trace == pytest.approx(none, rel=1e-4)
     assert found["whitened"].trace == pytest.approx(centred, rel=1e-4, abs=1e-8)
     without_own = centred * (n / (n - 1)) ** 2

@@ -40,17 +40,6 @@ def test_the_classic_agent_normalises_each_episode_over_its_own_steps():
     assert estimator.aggregation == "sequence_sum" and estimator.ratio == "none"
 
 
-def test_the_classic_agent_is_the_same_everywhere_but_for_its_budget():
-    episodes = {}
-    for env in ("CartPole-v1", "Acrobot-v1", "LunarLander-v3", "gridworld", "Pendulum-v1"):
-        args = arguments(ControlArguments, agent_settings("classic", env))
-        assert (args.env, args.hidden, args.activation, args.learning_rate) == (env, (16,), "relu", 0.01)
-        assert (args.num_envs, args.num_steps, args.num_iterations, args.max_grad_norm) == (1, None, 1, 0)
-        episodes[env] = args.max_steps
-    assert episodes["CartPole-v1"] == 400 and episodes["Acrobot-v1"] == 300
-    assert episodes["gridworld"] == episodes["Pendulum-v1"] > 0
-
-
 @pytest.mark.parametrize("env", TUNED)
 def test_tuned_settings_are_settings_of_that_environment(env):
     found = agent_settings("tuned", env)
@@ -62,7 +51,7 @@ def test_tuned_settings_are_settings_of_that_environment(env):
 @pytest.mark.parametrize(
     ("agent", "env", "message"),
     [
-        ("clasic", "CartPole-v1", "agent was given as 'clasic'.*classic, tuned.*Did you mean 'classic'"),
+        ("clasic", "CartPole-v1", "agent was given as 'clasic'. Did you mean 'classic'"),
         ("tuned", "gridworld", "no settings for 'gridworld'.*CartPole-v1, Acrobot-v1, LunarLander-v3"),
     ],
 )
@@ -101,16 +90,6 @@ def test_an_agent_and_a_configuration_exclude_each_other(tmp_path, capsys):
     assert "--agent needs a value" in capsys.readouterr().err
     with pytest.raises(Refused, match="agent 'classic' was given beside finished settings"):
         train_agent(ControlArguments(), agent="classic")
-
-
-def test_only_control_has_agents_and_its_help_says_so(capsys):
-    shown = {}
-    for command in ("control", "train"):
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
-        shown[command] = capsys.readouterr().out
-    assert "--agent AGENT" in shown["control"] and "LunarLanderContinuous-v3" in shown["control"]
-    assert "--agent" not in shown["train"]
 
 
 def test_the_configuration_of_an_agents_run_repeats_it_without_the_name(tmp_path):
@@ -181,7 +160,7 @@ def test_the_verdict_is_printed_last_and_stands_in_summary_and_report(tmp_path, 
     assert summary["verdict"].startswith("not solved: mean return ")
     assert f"{summary['eval_after']['reward']:.5g} +- " in summary["verdict"]
     assert capsys.readouterr().out.splitlines()[-1] == summary["verdict"]
-    assert f"<p><b>{summary['verdict']}</b></p>" in (tmp_path / "report.html").read_text()
+    assert summary["verdict"] in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import gymnasium
 import numpy as np
 import pytest
 from counting_env import register
 from gymnasium import spaces
 
-from tokenrl.cli import main
 from tokenrl.control.environments import Environments, describe, make
-from tokenrl.control.evaluation import SEEDS, check_film, seed_of
+from tokenrl.control.evaluation import SEEDS, seed_of
 from tokenrl.control.registered import OWN, find
 from tokenrl.errors import Refused
 
@@ -66,20 +70,6 @@ def test_names_that_lead_nowhere(env, message):
         describe(env)
 
 
-def test_an_environment_without_a_limit_of_its_own_may_be_filmed_with_one():
-    pytest.importorskip("moviepy")
-    assert check_film(describe("CliffWalking-v1", 9)) is None
-
-
-def test_missing_box2d_says_what_to_install(monkeypatch):
-    def missing(*args, **options):
-        raise gymnasium.error.DependencyNotInstalled("Box2D is not installed, you can install it by ...")
-
-    monkeypatch.setattr(gymnasium, "make_vec", missing)
-    with pytest.raises(Refused, match=r'LunarLander-v3 needs a package.*pip install "gymnasium\[box2d\]"'):
-        describe("LunarLander-v3")
-
-
 def register_odd(observations, actions=spaces.Discrete(2)):  # noqa: B008 (spaces are not changed)
     """Register an environment with these spaces, and return its id."""
 
@@ -133,12 +123,6 @@ def test_pictures_are_refused_and_tables_of_features_are_flattened(shape, kind, 
         assert describe(env).observation_size == np.prod(shape)
 
 
-@pytest.mark.parametrize("command", ["control", "advise"])
-def test_both_commands_say_what_to_do_about_pictures(command, capsys):
-    assert main([command, "--env", register_odd(spaces.Box(0, 255, (9, 9, 3), np.uint8))]) == 2
-    assert "no convolutional layers" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("limit", [0, -1, 2.5, "7", True])
 def test_a_limit_that_is_no_number_of_steps(limit):
     wrong = rf"max_episode_steps was given as {limit!r}; it must be a whole number of at least 1"
@@ -149,12 +133,6 @@ def test_a_limit_that_is_no_number_of_steps(limit):
             use("Acrobot-v1", limit)
     with pytest.raises(Refused, match="num_envs was given as 0"):
         Environments("CartPole-v1", 0)
-
-
-@pytest.mark.parametrize("command", ["control", "advise"])
-def test_both_commands_refuse_a_limit_of_0(command, capsys):
-    assert main([command, "--env", "CartPole-v1", "--max-episode-steps", "0"]) == 2
-    assert "max_episode_steps was given as 0" in capsys.readouterr().err
 
 
 def test_actions_without_bounds_are_taken_as_they_are(recwarn):
@@ -229,3 +207,95 @@ def test_no_starting_state_is_trained_on_and_evaluated(seed):
         assert SEEDS <= seed_of(seed, purpose, evaluation=True) < 2**31 - copies
     assert seed_of(seed, 0) != seed_of(seed, 1)
     assert seed_of(seed, 0) != seed_of(seed + 1, 0)
+
+
+FILE = """
+import gymnasium
+from gymnasium.envs.classic_control import CartPoleEnv
+
+
+class Mine(CartPoleEnv):
+    pass
+
+
+gymnasium.register("{name}-v0", entry_point={entry}, max_episode_steps=7)
+gymnasium.register("{name}Other-v1", entry_point=Mine, max_episode_steps=8)
+"""
+SMALL = ["--num-envs", "2", "--max-steps", "1", "--eval-episodes", "2", "--quiet"]
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write a file in an empty current directory; afterwards, import paths are as they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def write(name, text=FILE, entry="Mine"):
+        (tmp_path / f"{name}.py").write_text(text.format(name=name, entry=entry))
+        return name
+
+    return write
+
+
+def tokenrl(*argv):
+    """Run a command as the console script does, which does not have the current directory in sys.path."""
+    root = os.path.dirname(os.path.dirname(find.__code__.co_filename))
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(root), "PYTHONSAFEPATH": "1"}
+    code = "import sys; from tokenrl.cli import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, env=env, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "entry"),
+    [
+        pytest.param("a_file.py", "Mine", marks=pytest.mark.slow),
+        pytest.param("a_file.py", "'a_file:Mine'", marks=pytest.mark.slow),
+        *(pytest.param("a_file", entry, marks=pytest.mark.slow) for entry in ("Mine", "'a_file:Mine'")),
+    ],
+)
+def test_a_run_in_an_environment_of_ones_own_can_be_repeated(write, source, entry):
+    """A file, or a module in the current directory; its class may be given by its name, too."""
+    write("a_file", entry=entry)
+    done = tokenrl("control", "--env", f"{source}:a_file-v0", "--output-dir", "one", *SMALL)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    with open("one/config.json") as file:
+        assert json.load(file)["env"] == f"{source}:a_file-v0"
+    again = tokenrl("control", "--config", "one/config.json", "--output-dir", "two", "--quiet")
+    assert (again.returncode, again.stderr) == (0, "")
+    with open("one/metrics.jsonl") as one, open("two/metrics.jsonl") as two:
+        assert one.read() == two.read()
+
+
+def test_it_is_imported_once_and_without_warnings(write, recwarn):
+    name = write("once")
+    specs = [find(f"{name}.py:{name}-v0") for _ in range(2)]
+    assert specs[0].entry_point is specs[1].entry_point is find(f"./once.py:{name}-v0").entry_point
+    assert find(f"{name}:{name}-v0").entry_point is not specs[0].entry_point  # the module registers anew
+    assert [str(one.message) for one in recwarn] == []
+    assert describe(f"{name}:{name}-v0").horizon == 7
+    assert describe(f"{name}.py:CartPole-v1").horizon == 500
+
+
+@pytest.mark.parametrize(
+    ("text", "env", "message"),
+    [
+        (FILE, "nofile.py:X-v0", "there is no file .*nofile.py; give its path from"),
+        (FILE, "nomodule:X-v0", "there is no module nomodule. The module has to be installed or lie in"),
+        ("raise RuntimeError('no licence')", "wrong.py:X-v0", r"raised RuntimeError: no licence\.$"),
+        ("import nopackage", "wrong.py:X-v0", "ModuleNotFoundError: No module named 'nopackage'"),
+        ("x = (", "wrong.py:X-v0", "SyntaxError.*never closed"),
+        ("", "wrong.py:X-v0", r"registers no environment 'X-v0'. Call gymnasium.register\('X-v0', ...\)"),
+        (FILE, "wrong.py:wrnog-v0", "Did you mean 'wrong-v0'.*Available: wrong-v0, wrongOther-v1"),
+        (FILE, "wrong.py:wrong", "Did you mean 'wrong-v0'"),
+        (FILE, "wrong.py:", "registers no environment ''. Available: wrong-v0, wrongOther-v1"),
+    ],
+)
+def test_files_that_lead_nowhere(write, text, env, message):
+    for name in ("wrong-v0", "wrongOther-v1"):
+        gymnasium.registry.pop(name, None)
+    write("wrong", text)
+    for _ in range(2):  # also if it has been imported before
+        with pytest.raises(Refused, match=message):
+            find(env)

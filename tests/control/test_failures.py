@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import islice
 
 import gymnasium
 import numpy as np
@@ -13,11 +12,10 @@ import torch
 from gymnasium import spaces
 
 from tokenrl.cli import main
-from tokenrl.control.environments import Environments, describe
-from tokenrl.control.numpy_agent import NumpySettings, train_numpy
+from tokenrl.control.environments import Environments
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import Pieces, collect_episodes
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Stopped
 
 ID = "tokenrl-tests/Failing-v0"
 NAN, INF = math.nan, math.inf
@@ -86,36 +84,21 @@ def episodes(env):
 
 
 WRONG = [
-    ({"rewards": {3: NAN}}, r"at step 3 of an episode the reward was nan.*its step\(\)"),
-    ({"rewards": {8: -INF}}, "at step 8 of an episode the reward was -inf"),
-    ({"rewards": {4: 1e300}}, "at step 4 of an episode the reward was inf.*32 bits"),
-    (
-        {"rewards": {7: -1.1e12}},
-        "that is too large: at step 7 of.*was -1.1.*return rewards from -1e.12 to 1e.12",
-    ),
-    ({"rewards": {2: None}}, "at step 2 of an episode the reward was nan"),
-    ({"observations": {5: NAN}}, "at step 5 of an episode number 1 of the observation.*was nan"),
-    ({"observations": {8: INF}}, "at step 8 of an episode number 1 of the observation.*was inf"),
-    ({"observations": {0: NAN}}, r"at the start of an episode number 1.*its reset\(\)"),
-    ({"rewards": {6: NAN}, "observations": {2: NAN}}, "at step 2 of"),
+    ({"rewards": {3: NAN}}, "gave the reward nan in step 3 of an episode"),
+    ({"rewards": {4: 1e300}}, "gave the reward inf in step 4"),
+    ({"rewards": {7: -1.1e12}}, "gave the reward -1.1e.12 in step 7.*at most 1e.12 in size"),
+    ({"rewards": {2: None}}, "gave the reward nan in step 2"),
+    ({"observations": {5: NAN}}, r"gave the observation \[0.0, nan\] in step 5"),
+    ({"observations": {0: NAN}}, r"gave the observation \[0.0, nan\] at reset"),
+    ({"rewards": {6: NAN}, "observations": {2: NAN}}, "in step 2 of"),
 ]
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(("options", "message"), WRONG)
-def test_numbers_that_are_not_finite_are_named(options, message):
-    with pytest.raises(Stopped, match=f"The environment {ID} gave.*{message}"):
+def test_numbers_that_cannot_be_used_are_named(options, message):
+    with pytest.raises(Stopped, match=f"The environment {ID} .*{message}"):
         episodes(register(**options))
-
-
-@pytest.mark.filterwarnings("error::RuntimeWarning")
-@pytest.mark.parametrize(("options", "message"), WRONG)
-def test_the_step_is_that_of_the_episode_also_in_pieces(options, message):
-    """Pieces of three steps: what is wrong lies in the first, the second or the third piece of an episode."""
-    pieces = Pieces(Environments(register(**options), 2), 3, seed=0)
-    with pytest.raises(Stopped, match=message):
-        for _ in range(4):
-            pieces.collect(policy(), torch.Generator().manual_seed(0))
 
 
 def test_the_step_is_counted_from_the_latest_start():
@@ -123,13 +106,8 @@ def test_the_step_is_counted_from_the_latest_start():
     pieces = Pieces(Environments(register(rewards={8: NAN}, after=2 * 12), 2), 3, seed=0)
     for _ in range(5):
         pieces.collect(policy(), torch.Generator().manual_seed(0))
-    with pytest.raises(Stopped, match="at step 8 of an episode the reward was nan"):
+    with pytest.raises(Stopped, match="the reward nan in step 8 of an episode"):
         pieces.collect(policy(), torch.Generator().manual_seed(0))
-
-
-def test_large_numbers_are_finite_even_if_their_sum_is_not():
-    rollout = episodes(register(observations={0: 3e38}, length=1))
-    assert rollout.observations.isfinite().all() and not rollout.observations.sum().isfinite()
 
 
 def test_numbers_after_the_end_of_an_episode_do_not_count():
@@ -162,7 +140,7 @@ def run(tmp_path, command, *more):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rewards": {3: NAN}}, "at step 3 of an episode the reward was nan"),
+        ({"rewards": {3: NAN}}, "gave the reward nan in step 3 of an episode"),
         (
             {"raises": "step"},
             "failed in step(): it raised RuntimeError: the motor broke (test_failures.py, line",
@@ -184,7 +162,7 @@ def test_both_commands_refuse_what_fails_at_once(tmp_path, capsys, command, opti
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rewards": {3: NAN}}, "at step 3 of an episode the reward was nan"),
+        ({"rewards": {3: NAN}}, "gave the reward nan in step 3 of an episode"),
         ({"raises": "step"}, "failed in step(): it raised RuntimeError: the motor broke"),
     ],
 )
@@ -197,45 +175,6 @@ def test_what_fails_later_stops_a_run_that_is_kept(tmp_path, capsys, options, me
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["exit_reason"] == "failed" and message in summary["error"]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) > 2
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_first_update_that_is_skipped_brings_no_warning(tmp_path):
-    register()
-    # The squares of such a gradient are beyond float32.
-    flags = ["--estimator.baseline", "constant", "--estimator.baseline-constant", "1e30"]
-    assert run(tmp_path, "control", "--max-steps", "1", "--estimator", "reinforce", *flags) == 0
-    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])["skipped_steps"] == 1
-
-
-def test_an_error_after_an_observation_that_is_not_finite_says_so():
-    """The policy answers such an observation with such an action, at which an environment may well raise."""
-    envs = Environments(register(continuous=True, raises="step"), 1)
-    envs.reset(0)
-    with pytest.raises(Stopped, match=r"the motor broke.*observations before were not finite numbers\.$"):
-        envs.step(np.array([[NAN]]))
-    with pytest.raises(Stopped, match=r"line \d+\)\.$"):
-        envs.step(np.array([[0.5]]))
-
-
-def test_the_agent_without_autodiff_stops_too():
-    with pytest.raises(Stopped, match="at step 3 of an episode the reward was nan"):
-        list(islice(train_numpy(NumpySettings(env=register(rewards={3: NAN}))), 1))
-    with pytest.raises(Refused, match="could not be made: it raised OSError"):
-        list(islice(train_numpy(NumpySettings(env=register(raises="__init__"))), 1))
-
-
-def test_an_entry_point_that_is_not_there_is_named():
-    register()
-    gymnasium.registry[ID].entry_point = "no_such_module:Failing"
-    with pytest.raises(
-        Refused, match=r"could not be made: it raised ModuleNotFoundError: .*no_such_module'\.$"
-    ):
-        describe(ID)
-
-
-def test_describing_does_not_play():
-    assert describe(register(raises="reset")).horizon == 20
 
 
 class Own(BaseException):
@@ -267,9 +206,3 @@ def test_an_environment_that_cannot_be_closed_loses_nothing(tmp_path):
              "--output-dir", str(tmp_path / "run")]
         ) == 0  # fmt: skip
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "finished"
-
-
-def test_the_agent_without_autodiff_names_what_was_raised():
-    for method in ("reset", "step"):
-        with pytest.raises(Stopped, match=rf"failed in {method}\(\): it raised SystemExit: 0"):
-            list(islice(train_numpy(NumpySettings(env=register(raises=method, error=SystemExit(0)))), 1))

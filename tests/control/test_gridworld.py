@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import runpy
+from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
+from tokenrl.control.environments import describe
+from tokenrl.control.training import train_agent
 from tokenrl.control.worlds.gridworld import GridWorld, exact_return, exact_values, transitions
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
@@ -52,12 +57,6 @@ def test_the_goal_terminates_and_pays():
     assert [(t, u) for *_, t, u in seen] == [(False, False)] * 6 + [(True, False)]
 
 
-def test_the_shortest_way_returns_0_94():
-    seen = play(GridWorld(), [RIGHT, DOWN] * 3)
-    assert sum(reward for _, reward, *_ in seen) == pytest.approx(0.94)
-    assert seen[-1][2:] == (True, False)
-
-
 def test_the_time_limit_truncates_but_not_at_the_goal():
     assert [s[2:] for s in play(GridWorld(time_limit=3), [UP] * 5)] == [(False, False)] * 2 + [(False, True)]
     assert play(GridWorld(time_limit=6), [RIGHT, DOWN] * 3)[-1][2:] == (True, False)
@@ -72,22 +71,6 @@ def test_only_the_seed_of_reset_decides():
     assert first == again != other
     starts = {env.reset()[1]["cell"] for _ in range(300)}
     assert starts == set(range(15))  # the goal is no start
-
-
-def test_slips_are_as_frequent_as_the_table_says():
-    env = GridWorld(size=3, slip=0.4)
-    table = transitions(env)
-    assert np.allclose(table.sum(2)[:8], 1)
-    assert (table[8] == 0).all()
-    assert table[4, RIGHT] == pytest.approx([0, 0.1, 0, 0.1, 0, 0.7, 0, 0.1, 0])
-    env.reset(seed=0)
-    count = np.zeros(9)
-    for _ in range(4000):
-        env.cell = 4
-        env.step(RIGHT)
-        count[env.cell] += 1
-    error = np.sqrt(table[4, RIGHT] * (1 - table[4, RIGHT]) / 4000)
-    assert (abs(count / 4000 - table[4, RIGHT]) <= 5 * error).all()
 
 
 def test_pictures():
@@ -129,25 +112,6 @@ def test_values_solve_bellmans_equation_and_are_the_limit_of_horizons(slip):
     assert np.allclose(values, exact_values(env, policy, gamma=0.97, horizon=3000), atol=1e-12)
 
 
-def test_exact_return_is_the_mean_of_episodes():
-    """Slips, random starts and the time limit included; 2000 episodes, five standard errors."""
-    env = GridWorld(slip=0.2, random_start=True, time_limit=12)
-    policy = np.random.default_rng(1).dirichlet((1, 3, 3, 1), 16)
-    actions, returns = np.random.default_rng(2), []
-    env.reset(seed=5)
-    for _ in range(2000):
-        env.reset()
-        total, over = 0.0, False
-        while not over:
-            action = int((actions.random() > policy[env.cell].cumsum()).sum())
-            _, reward, terminated, truncated, _ = env.step(action)
-            total, over = total + reward, terminated or truncated
-        returns.append(total)
-    error = np.std(returns) / np.sqrt(len(returns))
-    assert error < 0.012
-    assert abs(np.mean(returns) - exact_return(env, policy, horizon=12)) < 5 * error
-
-
 @pytest.mark.parametrize("preset", ["reinforce", "a2c"])
 @pytest.mark.parametrize("returns", ["total", "reward_to_go"])
 def test_estimators_on_every_episode_give_the_slope_of_the_exact_return(preset, returns):
@@ -185,38 +149,176 @@ def test_estimators_on_every_episode_give_the_slope_of_the_exact_return(preset, 
     torch.testing.assert_close(gradient, slopes, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"size": 1}, "size"),
-        ({"size": 2.5}, "size"),
-        ({"slip": 1.2}, "slip"),
-        ({"time_limit": 0}, "time_limit"),
-        ({"render_mode": "human"}, "render_mode"),
-        ({"goal_reward": float("nan")}, "goal_reward"),
-        ({"decoy": 1, "decoy_reward": float("inf")}, "decoy_reward"),
-        ({"decoy": 0}, "decoy was given as 0.*from 1 to 14"),
-        ({"decoy": 15}, "decoy was given as 15"),
-        ({"decoy": 1.0}, "decoy was given as 1.0"),
-        ({"decoy_reward": 0.5}, "decoy was given as None"),
-    ],
-)
-def test_settings_are_refused(options, word):
-    with pytest.raises(Refused, match=word):
-        GridWorld(**options)
+@pytest.fixture
+def trap():
+    return gymnasium.make(describe("trap").env).unwrapped
 
 
-def test_policies_and_actions_are_refused():
-    env = GridWorld()
-    for policy in (np.full((4, 4), 0.25), UNIFORM * 2, np.eye(4)[[0] * 16] * 2 - UNIFORM):
-        with pytest.raises(Refused, match="policy"):
-            exact_values(env, policy)
-    always_up = np.eye(4)[[UP] * 16]
-    with pytest.raises(Refused, match="From cell 0 the policy never ends"):
-        exact_values(env, always_up)
-    assert exact_values(env, always_up, gamma=0.5)[0] == pytest.approx(-0.02)
-    assert exact_values(env, always_up, horizon=50)[0] == pytest.approx(-0.5)
+def test_only_the_goal_reaches_the_threshold(trap):
+    right = np.eye(4)[[RIGHT] * 36]
+    down_then_right = np.eye(4)[[DOWN] * 30 + [RIGHT] * 6]
+    assert exact_return(trap, right, horizon=50) == pytest.approx(0.49)
+    assert exact_return(trap, down_then_right) == pytest.approx(0.9)
+    assert 0.49 < describe("trap").solved < 0.9
+
+
+def test_numbers_of_the_uniform_policy(trap):
+    """Those that the docstring of GridWorld states."""
+    uniform = np.full((36, 4), 0.25)
+    assert exact_return(trap, uniform, horizon=50) == pytest.approx(0.340, abs=5e-4)
+    assert exact_values(trap, uniform, horizon=49)[6] - 0.01 == pytest.approx(0.210, abs=5e-4)
+    for pays, chance in (("decoy_reward", 0.839), ("goal_reward", 0.046)):
+        options = {"goal_reward": 0.0, "step_reward": 0.0} | {pays: 1.0}
+        alone = GridWorld(6, decoy=1, **options)
+        assert exact_return(alone, uniform, horizon=50) == pytest.approx(chance, abs=5e-4)
+
+
+@pytest.mark.parametrize("decoy", [1, 2])
+def test_exact_return_is_the_sum_over_all_ways(decoy):
+    env = GridWorld(2, decoy=decoy, decoy_reward=-0.3, step_reward=-0.1)
+    policy = np.random.default_rng(0).dirichlet(np.ones(4), 4)
+    total = 0.0
+    for way in itertools.product(range(4), repeat=4):
+        env.reset()
+        chance, gain, over = 1.0, 0.0, False
+        for action in way:  # after the end, the rest of the way is summed out
+            chance *= policy[env.cell, action] if not over else 0.25
+            if not over:
+                _, reward, over, _, _ = env.step(action)
+                gain += reward
+        total += chance * gain
+    assert total == pytest.approx(exact_return(env, policy, horizon=4))
+
+
+def test_exact_return_is_the_mean_of_episodes():
+    """Slips, random starts and the time limit included; 2000 episodes, five standard errors."""
+    env = GridWorld(slip=0.2, random_start=True, time_limit=12, decoy=6, decoy_reward=0.5)
+    policy = np.random.default_rng(1).dirichlet((1, 3, 3, 1), 16)
+    actions, returns, starts = np.random.default_rng(2), [], set()
+    env.reset(seed=5)
+    for _ in range(2000):
+        starts.add(env.reset()[1]["cell"])
+        total, over = 0.0, False
+        while not over:
+            action = int((actions.random() > policy[env.cell].cumsum()).sum())
+            _, reward, terminated, truncated, _ = env.step(action)
+            total, over = total + reward, terminated or truncated
+        returns.append(total)
+    assert starts == set(range(15)) - {6}
+    error = np.std(returns) / np.sqrt(len(returns))
+    assert error < 0.012
+    assert abs(np.mean(returns) - exact_return(env, policy, horizon=12)) < 5 * error
+
+
+def test_it_is_drawn():
+    env = GridWorld(3, decoy=1, render_mode="ansi")
     env.reset()
-    for action in (-1, 4):
-        with pytest.raises(Refused, match="action"):
-            env.step(action)
+    assert env.render() == "A D .\n. . .\n. . G\n"
+    env = GridWorld(2, decoy=1, render_mode="rgb_array")
+    env.reset()
+    assert tuple(env.render()[16, 48]) == (204, 121, 167)
+
+
+def chance_of_goal(trap: GridWorld, beta: float, seed: int, updates: int, folder) -> float:
+    run = train_agent(
+        env="trap",
+        estimator=Estimator(baseline="running_mean", returns="reward_to_go", entropy_coef=beta),
+        entropy_schedule="linear",
+        hidden=(),
+        num_envs=10,
+        max_steps=updates,
+        learning_rate=0.2,
+        seed=seed,
+        eval_every=0,
+        eval_episodes=1,
+        output_dir=str(folder / f"{beta:g}-{seed}"),
+        quiet=True,
+    )
+    with torch.no_grad():
+        policy = run.policy(torch.eye(trap.cells)).double().softmax(-1).numpy()
+    goal_alone = GridWorld(trap.size, step_reward=0.0, decoy=trap.decoy)
+    return exact_return(goal_alone, policy, horizon=50)
+
+
+def test_a_bonus_frees_a_policy_that_is_caught_without(trap, tmp_path):
+    caught, freed = ([chance_of_goal(trap, beta, seed, 50, tmp_path) for seed in (3,)] for beta in (0.0, 0.3))
+    assert np.mean(caught) < 0.25
+    assert np.mean(freed) > 0.75
+
+
+@pytest.mark.slow
+def test_most_seeds_are_caught_without_a_bonus_and_none_with(trap, tmp_path):
+    """As in recipes/control_entropy.py, where 14 of 20 are caught, so 2 or fewer of 8 are 1 % likely."""
+    caught = [chance_of_goal(trap, 0.0, seed, 200, tmp_path) < 0.05 for seed in range(8)]
+    freed = [chance_of_goal(trap, 0.3, seed, 200, tmp_path) > 0.8 for seed in range(8)]
+    assert sum(caught) > 2
+    assert sum(freed) >= 7
+
+
+def test_mistakes_are_refused(trap):
+    for options, word in (({"size": 1}, "size"), ({"decoy": 0}, "decoy was given as 0.*from 1 to 14")):
+        with pytest.raises(Refused, match=word):
+            GridWorld(**options)
+    for policy in (np.full((4, 4), 0.25), UNIFORM * 2):
+        with pytest.raises(Refused, match="policy"):
+            exact_values(GridWorld(), policy)
+    with pytest.raises(Refused, match="From cell 2 the policy never ends"):  # it ends at the right wall
+        exact_values(trap, np.eye(4)[[RIGHT] * 36])
+
+
+GRID, ENTROPY = (
+    runpy.run_path(str(Path(__file__).parents[2] / "recipes" / f"{name}.py"))
+    for name in ("control_2_gridworld", "control_entropy")
+)
+NOISE = np.random.default_rng(0).normal(0, 0.2, 20)  # of the seed: the same for every beta
+
+
+def test_a_run_converges_where_the_rolling_mean_stays_near_the_best():
+    good, late, never, falls, dips = np.full((5, 50), 0.94)
+    late[:20], never[:], falls[-1], dips[24] = 0, 0.9, 0, 0
+    updates, reached = GRID["converged"](np.stack([good, late, never, falls, dips]))
+    assert updates.tolist() == [10, 30, 50, 50, 35]
+    assert reached.tolist() == [True, True, False, False, True]
+
+
+def test_ratios_of_variances_are_of_traces_around_the_mean():
+    noise = np.random.default_rng(0).normal(size=(100, 3))
+    ratio, low, high = GRID["variance_ratio"](5 + 2 * noise, 7 - noise)
+    assert ratio == pytest.approx(4)
+    assert (low, high) == pytest.approx((4, 4))  # the same episodes are drawn for both
+    noise[:, 0] *= 3
+    assert GRID["variance_ratio"](noise, noise[:, 1:])[0] == pytest.approx(
+        noise.var(0).sum() / noise[:, 1:].var(0).sum()
+    )
+
+
+def sweep(*returns):
+    """A sweep whose final returns are given, one row per beta."""
+    betas, nothing = (0.0, 0.01, 0.1, 1.0)[: len(returns)], np.zeros(0)
+    return ENTROPY["Sweep"]("grid", betas, nothing, nothing, np.stack(returns), nothing, nothing)
+
+
+def test_a_bonus_that_is_surely_better_is_the_sweet_spot():
+    """The differences of 0.05 are small beside the noise of the seeds, which pairs remove."""
+    verdict = ENTROPY["verdict"](sweep(NOISE, NOISE + 0.05, NOISE + 0.1, NOISE + 0.02))
+    assert verdict == "sweet spot: beta 0.1 (all others are worse)"
+
+
+def test_without_a_gain_there_is_no_sweet_spot():
+    assert ENTROPY["verdict"](sweep(NOISE, NOISE - 0.1)) == (
+        "sweet spot: none; no bonus is best (all others are worse)"
+    )
+    a_little = NOISE + np.where(np.arange(20) % 2, 0.06, -0.05)
+    assert ENTROPY["verdict"](sweep(NOISE, a_little, NOISE - 1)) == (
+        "sweet spot: none; beta 0.01 is highest, but no bonus is as good (not told apart from it: 0)"
+    )
+
+
+def test_chances_of_the_ends():
+    trap, plain = (ENTROPY["grid_of"](env) for env in ("trap", "gridworld"))
+    to_the_right, down = (np.eye(4)[[action] * 36] for action in (1, 2))
+    assert ENTROPY["chances_of"](trap, to_the_right) == pytest.approx([0, 1, 0])
+    assert ENTROPY["chances_of"](trap, down) == pytest.approx([0, 0, 1])
+    halves = (to_the_right + down) / 2  # down first, and then no step leads up to the decoy
+    assert ENTROPY["chances_of"](trap, halves) == pytest.approx([0.5, 0.5, 0], abs=1e-8)  # walls hold some up
+    assert ENTROPY["chances_of"](plain, halves[:16]) == pytest.approx([1, 0, 0], abs=1e-8)

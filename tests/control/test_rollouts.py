@@ -126,14 +126,6 @@ def test_rows_are_what_a_walk_through_the_steps_finds(envs, n, seed):
         assert torch.equal(rollout.final_observations[i], final)
 
 
-def test_greedy_episodes_need_no_draws_and_repeat():
-    envs = Environments("CartPole-v1", 4)
-    one = collect_episodes(envs, policy_of(4), 500, None, seed=5)
-    two = collect_episodes(envs, policy_of(4), 500, None, seed=5)
-    assert torch.equal(one.returns, two.returns)
-    assert torch.equal(one.observations, two.observations)
-
-
 def test_the_same_draws_give_the_same_episodes_and_others_do_not():
     envs = Environments("CartPole-v1", 8)
     one, two, three = (collect_episodes(envs, policy_of(4), 500, draws(s), seed=5) for s in (1, 1, 2))

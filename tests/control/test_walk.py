@@ -15,7 +15,6 @@ from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import collect_episodes
 from tokenrl.control.worlds.walk import Walk
 from tokenrl.core import Estimator
-from tokenrl.errors import Refused
 from tokenrl.runs import read_metrics
 
 
@@ -76,41 +75,21 @@ def test_the_return_of_a_uniform_policy():
                     after[to] = after.get(to, 0.0) + chance / 2
         chances = after
     assert (total, sum(chances.values())) == pytest.approx((0.459, 0.762), abs=5e-4)
-    envs = Environments("walk", 4000)
+    envs = Environments("walk", 1000)
     policy = Policy(Shape(4, "softmax", 2, ()), torch.Generator().manual_seed(0))
     with torch.no_grad():
         policy.head.weight.zero_()
     found = collect_episodes(envs, policy, 50, torch.Generator().manual_seed(0), seed=0)
     envs.close()
-    error = float(found.returns.std()) / 4000**0.5
+    error = float(found.returns.std()) / 1000**0.5
     assert float(found.returns.mean()) == pytest.approx(total, abs=4 * error)
-    assert float(found.truncated.double().mean()) == pytest.approx(0.762, abs=0.03)
+    assert float(found.truncated.double().mean()) == pytest.approx(0.762, abs=0.06)
 
 
 def test_the_last_step_may_end_it_at_the_limit():
     assert play([1] * 11, time_limit=11)[-1][2:] == (True, False)
     assert play([1] * 11, time_limit=10)[-1][2:] == (False, True)
     assert len(play([0, 1] * 40, time_limit=None)) == 80
-
-
-def test_tenths_do_not_drift():
-    """There and back 1000 times ends at 0 exactly, and the end lies where it lay."""
-    seen = play([1, 0] * 1000 + [1] * 11, time_limit=None)
-    assert seen[1999][0] == 0
-    assert len(seen) == 2011
-    assert seen[-1][2]
-
-
-def test_what_is_refused():
-    with pytest.raises(Refused, match="time_limit"):
-        Walk(time_limit=0)
-    with pytest.raises(Refused, match="step_reward"):
-        Walk(step_reward=float("nan"))
-    env = Walk()
-    env.reset()
-    for action in (-1, 2):
-        with pytest.raises(Refused, match="action"):
-            env.step(action)
 
 
 def test_ten_steps_with_a_reward_at_the_end():
@@ -125,19 +104,6 @@ def test_ten_steps_with_a_reward_at_the_end():
     mean, sd = float(wanted.mean()), float(wanted.std(correction=0))
     assert normalised.tolist() == pytest.approx([(g - mean) / sd for g in wanted.tolist()], rel=1e-10)
     assert (normalised < 0).tolist() == [True] * 5 + [False] * 5
-
-
-@pytest.mark.parametrize("paid", [0.7, -0.7])
-def test_a_step_with_positive_return_raises_the_probability_of_the_action_taken(paid):
-    estimator = Estimator(baseline="none", returns="reward_to_go")
-    logits = torch.tensor([0.3, -0.2], dtype=torch.double, requires_grad=True)
-    mask = torch.ones(1, 1, dtype=torch.double)
-    advantages = estimator.advantages(mask * paid, mask, group_size=None).policy
-    weights = estimator.token_weights(mask, max_length=1)
-    loss = estimator.loss(logits.log_softmax(0)[1].reshape(1, 1), advantages, weights, mask)
-    (slope,) = torch.autograd.grad(loss, logits)
-    before, after = (x.softmax(0)[1] for x in (logits.detach(), logits.detach() - 0.1 * slope))
-    assert (after > before) == (paid > 0)
 
 
 @pytest.mark.slow

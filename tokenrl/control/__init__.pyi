@@ -2,12 +2,11 @@ from tokenrl.control.agents import agent_settings as agent_settings
 from tokenrl.control.arguments import ControlArguments as ControlArguments
 from tokenrl.control.environments import Environments as Environments, describe as describe
 from tokenrl.control.evaluation import seed_of as seed_of
-from tokenrl.control.numpy_agent import NumpySettings as NumpySettings, train_numpy as train_numpy
 from tokenrl.control.policies import Policy as Policy
 from tokenrl.control.rollouts import collect_episodes as collect_episodes
 from tokenrl.control.run import ControlResult as ControlResult
 from tokenrl.control.training import train_agent as train_agent
-from tokenrl.control.worlds import bandit as bandit
+from tokenrl.control.worlds.bandit import Bandit as Bandit
 from tokenrl.control.worlds.gridworld import (
     GRIDWORLD_STEPS as GRIDWORLD_STEPS,
     GridWorld as GridWorld,

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers import RecordVideo
 
-from tokenrl.control.environments import Environments, Spec, make
-from tokenrl.control.failures import close
+from tokenrl.control.environments import Environments, Spec
 from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import collect_episodes
 from tokenrl.core.statistics import mean_and_error
@@ -66,41 +66,27 @@ def evaluation_metrics(policy: Policy, envs: Environments, spec: Spec, *, seed: 
 
 
 def film(policy: Policy, spec: Spec, folder: Path, *, seed: int) -> Path:
-    """Film one episode with the most probable actions; return the file.
+    """Film one episode with the most probable actions, by gymnasium's `RecordVideo`; return the file.
 
     Call `check_film` first: it refuses an environment that cannot be filmed.
     """
-    with warnings.catch_warnings(), _no_window():
-        warnings.simplefilter("ignore")
+
+    def camera() -> gymnasium.Env:
         single = gymnasium.make(spec.env, render_mode="rgb_array", max_episode_steps=spec.horizon)
-        single = RecordVideo(single, str(folder), name_prefix="episode", disable_logger=True)
-        copies = Environments(spec.env, 1, spec.horizon)
-        observation, _ = single.reset(seed=seed_of(seed, 2, evaluation=True))
-        over = False
-        while not over:
-            with torch.no_grad():
-                action = policy.act(torch.from_numpy(copies.flat(np.asarray(observation)[None])), None)
-            observation, _, terminated, truncated, _ = single.step(copies.translate(action.numpy())[0])
-            over = terminated or truncated
-        single.close()
-        copies.close()
-    return folder / "episode-episode-0.mp4"
+        return RecordVideo(single, str(folder), name_prefix="episode", disable_logger=True)
 
-
-@contextlib.contextmanager
-def _no_window() -> Iterator[None]:
-    """Let SDL, with which environments draw, open no window; else it complains where there is no display.
-
-    Only for a while, so that environments which the process makes later still open theirs.
-    """
-    driver = "SDL_VIDEODRIVER"
-    given = driver in os.environ
-    os.environ.setdefault(driver, "dummy")
+    # SDL, with which many environments draw, needs no window, and complains where there is no display.
+    given = os.environ.get("SDL_VIDEODRIVER")
+    os.environ["SDL_VIDEODRIVER"] = given or "dummy"
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with contextlib.closing(Environments(spec.env, 1, vector=SyncVectorEnv([camera]))) as envs:
+                collect_episodes(envs, policy, spec.horizon, None, seed=seed_of(seed, 2, evaluation=True))
     finally:
-        if not given:
-            del os.environ[driver]
+        if given is None:
+            del os.environ["SDL_VIDEODRIVER"]
+    return folder / "episode-episode-0.mp4"
 
 
 def check_film(spec: Spec) -> None:
@@ -109,13 +95,10 @@ def check_film(spec: Spec) -> None:
     Raises:
         Refused: the environment draws no picture, or moviepy is not installed.
     """
-    try:
-        import moviepy  # noqa: F401
-    except ImportError as error:
-        raise Refused(f'A video needs moviepy ({error}): pip install "gymnasium[other]".') from error
-    vector = make(spec.env, 1, spec.horizon)
-    modes = vector.metadata.get("render_modes", [])
-    close(spec.env, vector)
+    if find_spec("moviepy") is None:
+        raise Refused('A video needs moviepy: pip install "gymnasium[other]".')
+    with contextlib.closing(Environments(spec.env, 1, spec.horizon)) as envs:
+        modes = envs.vector.metadata.get("render_modes", [])
     if "rgb_array" not in modes:
         raise Refused(
             f"{spec.env} cannot be filmed: it draws {', '.join(modes) or 'nothing'}. Leave --video out."

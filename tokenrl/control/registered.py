@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,6 @@ OWN: dict[str, dict[str, Any]] = {
 }
 """The environments of tokenrl by their short names, with the arguments to register them in gymnasium."""
 
-_IMPORTED: dict[str, set[str]] = {}
-"""By file or module that was imported for an environment, the ids that it registered."""
-
 for _own in OWN.values():
     if _own["id"] not in gymnasium.registry:
         gymnasium.register(**_own)
@@ -71,13 +69,13 @@ def find(env: str) -> EnvSpec:
     if not isinstance(env, str):
         raise Refused(f"env was given as a {type(env).__name__}; give the id under which it is registered.")
     source, _, name = OWN.get(env, {"id": env})["id"].rpartition(":")
-    added = _imported(source, f"env '{env}'") if source else set()
+    added = _import(str(Path(source).resolve()) if source.endswith(".py") else source) if source else None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about older versions: the id given is used
             return gymnasium.spec(name)
     except gymnasium.error.Error as error:
-        if source:
+        if added is not None:
             hint = suggest(name, added) if added else f" Call gymnasium.register({name!r}, ...) in it."
             raise Refused(f"env '{env}': {source} registers no environment {name!r}.{hint}") from error
         reason = str(error).partition(" Did you mean")[0].rstrip(".")
@@ -88,13 +86,11 @@ def find(env: str) -> EnvSpec:
         ) from error
 
 
-def _imported(source: str, whose: str) -> set[str]:
-    """Import a file or module, unless that was done before; return the ids that it registered."""
-    key = str(Path(source).resolve()) if source.endswith(".py") else source
-    if key not in _IMPORTED:
-        before = dict(gymnasium.registry)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*Overriding environment")  # imported before by another name
-            import_source(source, whose)
-        _IMPORTED[key] = {name for name, spec in gymnasium.registry.items() if before.get(name) is not spec}
-    return _IMPORTED[key]
+@cache
+def _import(source: str) -> list[str]:
+    """Import a file or module once; return the ids that it registered."""
+    before = dict(gymnasium.registry)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Overriding environment")  # imported before by another name
+        import_source(source, "env")
+    return [name for name, spec in gymnasium.registry.items() if before.get(name) is not spec]

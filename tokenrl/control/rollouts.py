@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tokenrl.control.environments import Environments
-from tokenrl.control.failures import check_finite
 from tokenrl.control.policies import Policy
+from tokenrl.errors import Stopped
 from tokenrl.settings import LARGEST_REWARD
 
 NOISE_CHUNK = 64
@@ -110,7 +110,7 @@ def _in_32_bits(rewards: np.ndarray) -> np.ndarray:
 
 
 def check_rollout(env: str, rollout: Rollout, taken: np.ndarray) -> None:
-    """Stop at a reward or an observation that `check_finite` stops at, among those that count.
+    """Stop at a number of the environment that cannot be used, instead of much later at a gradient.
 
     Args:
         env: id of the environment.
@@ -118,7 +118,8 @@ def check_rollout(env: str, rollout: Rollout, taken: np.ndarray) -> None:
         taken: steps of each row's episode before this rollout, [N].
 
     Raises:
-        Stopped: a number cannot be used; the message names it and the step of the episode.
+        Stopped: an observation or a reward is not finite, or a reward is larger than `LARGEST_REWARD`, among
+            those that count; the message names it and the step of the episode.
     """
     # One sum is many times faster than a look at every number. It is finite only if all of them are.
     finite = math.isfinite(float(rollout.observations.sum()) + float(rollout.final_observations.sum()))
@@ -126,7 +127,19 @@ def check_rollout(env: str, rollout: Rollout, taken: np.ndarray) -> None:
         return
     for row, mask in enumerate(rollout.mask):
         seen = torch.cat([rollout.observations[row, mask], rollout.final_observations[row, None]])
-        check_finite(env, seen.numpy(), rollout.rewards[row, mask].numpy(), int(taken[row]))
+        rewards = rollout.rewards[row, mask]
+        bad_observation = ~seen.isfinite().all(1)  # [T + 1], before each step and after the last
+        bad_reward = ~(rewards.abs() <= LARGEST_REWARD)  # [T]; not `>`, which is False for nan
+        wrong = bad_observation | torch.nn.functional.pad(bad_reward, (1, 0))
+        if wrong.any():
+            step = int(wrong.int().argmax())
+            observation = f"the observation {seen[step].tolist()!s:.200}"
+            what = observation if bad_observation[step] else f"the reward {float(rewards[step - 1]):g}"
+            when = f"in step {step + int(taken[row])} of an episode" if step + int(taken[row]) else "at reset"
+            raise Stopped(
+                f"The environment {env} gave {what} {when}. Observations must be finite, and rewards at most "
+                f"{LARGEST_REWARD:g} in size. Look for a division by 0, a logarithm or an overflow in it."
+            )
 
 
 class Pieces:

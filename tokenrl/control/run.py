@@ -15,7 +15,7 @@ from tokenrl.control.arguments import ControlSettings
 from tokenrl.control.environments import Environments, Spec
 from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import Pieces
-from tokenrl.control.saving import save_policy
+from tokenrl.control.saving import SavedPolicy
 from tokenrl.control.update import Agent
 from tokenrl.core.presets import preset_name
 from tokenrl.runs.facts import last_tenth
@@ -41,6 +41,7 @@ class ControlResult(Outcome):
         flags: warnings about the result, such as `entropy-collapsed`; of a check, a short name for each
             problem and then for each remark.
         train_cpu_seconds: processor time of rollouts and updates.
+        train_seconds: wall-clock time of rollouts and updates.
         policy: the trained policy.
     """
 
@@ -50,6 +51,7 @@ class ControlResult(Outcome):
     verdict: str
     flags: list[str]
     train_cpu_seconds: float
+    train_seconds: float
     policy: Policy = field(repr=False)
 
     @property
@@ -58,13 +60,9 @@ class ControlResult(Outcome):
         return self.env_steps / max(self.train_cpu_seconds, 1e-9)
 
     def summary(self) -> dict[str, Any]:
-        """Return the content of summary.json, with the rate of training if there was any."""
-        rate = {"env_steps_per_second": self.env_steps_per_cpu_second} if self.env_steps else {}
+        """Return the content of summary.json, with the rate of training (by the clock) if there was any."""
+        rate = {"env_steps_per_second": self.env_steps / self.train_seconds} if self.env_steps else {}
         return super().summary() | rate
-
-
-NUMBERS = {"env_steps": int, "cpu_seconds": float, "train_seconds": float, "last_reward": float}
-"""The numbers of a `Run` that are saved."""
 
 
 @dataclass
@@ -108,11 +106,6 @@ class Run:
         bonus = {"has_entropy_bonus": estimator.entropy_coef > 0, "entropy_bonus": 0.01}
         return judge({"recent_entropy": fmean(entropies), **bonus})
 
-    @property
-    def title(self) -> str:
-        """Environment, estimator and seed of the run, for headings."""
-        return f"{self.spec.env}, {preset_name(self.args.estimator)}, seed {self.args.seed}"
-
     def state_dict(self) -> dict[str, Any]:
         """Return the progress and the random numbers, with which the run continues.
 
@@ -121,15 +114,18 @@ class Run:
         """
         updates = len(self.entropies)
         return {
-            **{name: getattr(self, name) for name in NUMBERS},
+            "env_steps": self.env_steps,
+            "cpu_seconds": self.cpu_seconds,
+            "train_seconds": self.train_seconds,
+            "last_reward": self.last_reward,
             "entropies": lambda: np.array(self.entropies[:updates], np.float64),
             "actions": self.actions.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        for name, kind in NUMBERS.items():
-            setattr(self, name, kind(state[name]))
+        self.env_steps, self.last_reward = int(state["env_steps"]), float(state["last_reward"])
+        self.cpu_seconds, self.train_seconds = float(state["cpu_seconds"]), float(state["train_seconds"])
         self.entropies = state["entropies"].tolist()
         self.actions.set_state(state["actions"])
 
@@ -150,6 +146,7 @@ class Run:
             verdict=verdict(self.spec, outcome["eval_after"], self.args.eval_episodes, session.step),
             flags=[finding.flag for finding in self.findings],
             train_cpu_seconds=self.cpu_seconds,
+            train_seconds=self.train_seconds,
             policy=self.agent.policy,
         )
 
@@ -167,15 +164,13 @@ def verdict(spec: Spec, evaluation: Mapping[str, float], episodes: int, step: in
     if "reward" not in evaluation:
         return f"not evaluated: the run was ended at step {step}, before its evaluation; {goal}"
     mean, error = evaluation["reward"], evaluation["reward_stderr"]
-    found = f"mean return {_with_error(mean, error)} of {episodes} fresh episodes, {goal}"
     greedy = _with_error(evaluation["reward_greedy"], evaluation["reward_greedy_stderr"])
+    found = f"mean return {_with_error(mean, error)} of {episodes} fresh episodes, {goal}"
     found = f"{found} (with the most probable actions {greedy})"
     if spec.solved is None:
         return found
-    near = abs(mean - spec.solved) < 2 * error
-    doubt = (
-        "; the threshold is within two standard errors, so more episodes may decide otherwise" if near else ""
-    )
+    near = "; the threshold is within two standard errors, so more episodes may decide otherwise"
+    doubt = near if abs(mean - spec.solved) < 2 * error else ""
     return f"{'solved' if mean >= spec.solved else 'not solved'}: {found}{doubt}"
 
 
@@ -186,18 +181,17 @@ def _with_error(mean: float, error: float) -> str:
 def facts(run: Run) -> dict[str, Any]:
     """Return the facts about a run that its header shows."""
     args, spec, policy, estimator = run.args, run.spec, run.agent.policy, run.args.estimator
-    own = sum(p.numel() for p in policy.policy_parameters())
-    critic = sum(p.numel() for p in policy.value_parameters())
-    layers = " x ".join(map(str, args.hidden)) or "linear"
     actions = f"{spec.actions} actions" if spec.discrete else f"{spec.action_size} continuous actions"
     goal = "" if spec.solved is None else f", solved at {spec.solved:g}"
-    data = (
-        f"one episode of up to {spec.horizon} steps" if args.num_steps is None else f"{args.num_steps} steps"
+    layers = f"{' x '.join(map(str, args.hidden))} {args.activation}" if args.hidden else "linear"
+    own, critic = (
+        sum(p.numel() for p in part) for part in (policy.policy_parameters(), policy.value_parameters())
     )
+    whole = f"one episode of up to {spec.horizon} steps"
+    data = whole if args.num_steps is None else f"{args.num_steps} steps"
     return {
         "environment": f"{spec.observation_size} observations, {actions}{goal}",
-        "policy": f"{args.head}, {layers} {args.activation if args.hidden else ''}, {own:,} parameters"
-        + (f", critic {critic:,}" if critic else ""),
+        "policy": f"{args.head}, {layers}, {own:,} parameters" + (f", critic {critic:,}" if critic else ""),
         "estimator": f"{preset_name(estimator)}: baseline {estimator.baseline}, returns {estimator.returns}, "
         f"gamma {estimator.gamma:g}, scale {estimator.scale}, ratio {estimator.ratio}; "
         f"bias: {estimator.bias_status}",
@@ -209,7 +203,7 @@ def facts(run: Run) -> dict[str, Any]:
 
 def finish(run: Run, session: Session, ended: ControlResult) -> None:
     """Save the policy, write summary and report, and print the result."""
-    session.finish(ended, lambda path: save_policy(run.agent.policy, path, env=run.spec.env))
+    session.finish(ended, SavedPolicy(run.agent.policy, run.spec.env).write)
     for finding in run.findings:
         session.console.warn(str(finding))
     session.console.note(ended.verdict)

@@ -9,19 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.errors import Refused, describe
 from tokenrl.runs.files import write_json
 from tokenrl.runs.outcome import model_directory
-
-
-def save_policy(policy: Policy, folder: Path, **facts: Any) -> None:
-    """Write a policy into an existing folder; `facts`, such as the environment, go into policy.json."""
-    write_json(folder / "policy.json", {"shape": policy.shape, **facts})
-    save_file(policy.state_dict(), folder / "policy.safetensors")
 
 
 def read_policy(folder: str | Path) -> Policy:
@@ -43,27 +37,9 @@ def read_policy(folder: str | Path) -> Policy:
     return policy
 
 
-def load_policy(policy: Policy, folder: str | Path) -> None:
-    """Give a policy the weights of a saved policy of the same shape.
-
-    Raises:
-        Refused: the folder holds no policy, or one of another shape.
-    """
-    saved = read_policy(folder)
-    wanted, found = vars(policy.shape), vars(saved.shape)
-    # How the weights began is no matter, since those that are loaded replace them.
-    differ = [name for name in wanted if found[name] != wanted[name] and name != "initial_weights"]
-    if differ:
-        other = ", ".join(f"{name} {found[name]!r} instead of {wanted[name]!r}" for name in differ)
-        raise Refused(
-            f"The policy in {folder} has {other}. Give the settings it was trained with, or leave load out."
-        )
-    policy.load_state_dict(saved.state_dict())
-
-
 @dataclass(frozen=True)
 class SavedPolicy:
-    """The weights of a policy, for the checkpoints of a run.
+    """A policy in the files of a run.
 
     Attributes:
         policy: the policy that is trained.
@@ -75,24 +51,31 @@ class SavedPolicy:
 
     def write(self, folder: Path) -> None:
         """Write the policy into an existing folder."""
-        save_policy(self.policy, folder, env=self.env)
+        write_json(folder / "policy.json", {"shape": self.policy.shape, "env": self.env})
+        save_file(self.policy.state_dict(), folder / "policy.safetensors")
 
-    def read(self, folder: Path) -> None:
+    def read(self, folder: str | Path) -> None:
         """Give the policy exactly the weights, and the scale of observations, that were saved in a folder.
 
         Raises:
             Refused: the folder holds no policy, or one of another shape.
         """
-        load_policy(self.policy, folder)
+        saved = read_policy(folder)
+        wanted, found = vars(self.policy.shape), vars(saved.shape)
+        # How the weights began is no matter, since those that are loaded replace them.
+        differ = [name for name in wanted if found[name] != wanted[name] and name != "initial_weights"]
+        if differ:
+            other = ", ".join(f"{name} {found[name]!r} instead of {wanted[name]!r}" for name in differ)
+            raise Refused(
+                f"The policy in {folder} has {other}. Give the settings it was trained with, or leave load "
+                "out."
+            )
+        self.policy.load_state_dict(saved.state_dict())
 
     def tensors(self) -> Iterable[Tensor]:
         """Return all that `write` writes, which must be finite."""
         return self.policy.state_dict().values()
 
-
-def fingerprint(policy: Policy) -> str:
-    """Return a hash of a policy's weights and of all else that it saves."""
-    digest = hashlib.sha256()
-    for name, tensor in policy.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()
+    def fingerprint(self) -> str:
+        """Return a hash of the weights and of all else that is saved."""
+        return hashlib.sha256(save(self.policy.state_dict())).hexdigest()

@@ -12,7 +12,7 @@ from tokenrl.control.environments import Environments, Spec
 from tokenrl.control.evaluation import check_film, seed_of
 from tokenrl.control.policies import Policy, Shape, check_head
 from tokenrl.control.run import Run
-from tokenrl.control.saving import load_policy
+from tokenrl.control.saving import SavedPolicy
 from tokenrl.control.update import Agent
 from tokenrl.core.baselines import RunningMean, check_horizon, set_size
 from tokenrl.core.choices import choice_of
@@ -97,7 +97,7 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
     with using_threads(1):  # the same weights for everyone
         policy = Policy(_shape(args, spec), torch.Generator().manual_seed(seed_of(args.seed, 10)))
     if args.load is not None:
-        load_policy(policy, args.load)
+        SavedPolicy(policy, spec.env).read(args.load)
     groups: list[dict[str, Any]] = [
         {"params": policy.policy_parameters()},
         {"params": policy.value_parameters(), "lr": args.value_learning_rate},
@@ -111,7 +111,7 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
         diagnostics=GradientDiagnostics(args.diagnostics_every),
         generator=torch.Generator().manual_seed(seed_of(args.seed, 11)),
     )
-    run = Run(
+    return Run(
         args=args,
         spec=spec,
         agent=agent,
@@ -119,17 +119,6 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
         eval_envs=Environments(spec.env, args.eval_episodes, args.max_episode_steps),
         actions=torch.Generator().manual_seed(seed_of(args.seed, 12)),
     )
-    _keep_freed_memory()
-    return run
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep some 60 MiB of freed memory, which else every update gives back to the system.
-
-    To get it again page by page takes up to a third of an update. glibc keeps twice the largest block that
-    was freed so far, counting blocks of up to 32 MiB; this one costs nothing, since it is never written to.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _shape(args: ControlSettings, spec: Spec) -> Shape:

@@ -20,15 +20,15 @@ from tokenrl.control.environments import describe
 from tokenrl.control.evaluation import evaluation_metrics, film, seed_of
 from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
 from tokenrl.control.run import ControlResult, Run, facts, finish
-from tokenrl.control.saving import SavedPolicy, fingerprint
+from tokenrl.control.saving import SavedPolicy
 from tokenrl.control.setup import prepare, resolve
 from tokenrl.control.update import learn
+from tokenrl.core.presets import preset_name
 from tokenrl.errors import Refused, describe as describe_error
 from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments, called
-from tokenrl.user_code import is_interrupt
 
 ANEW = (
     "The continuation begins new episodes, because with num_steps episodes go on from one rollout to the "
@@ -79,8 +79,9 @@ def train_agent(
         threads, why = choose_threads(sum(p.numel() for p in run.agent.policy.parameters()), args.threads)
         run.args = replace(run.args, threads=threads)
         stack.enter_context(using_threads(threads))
-        maker = Maker({"initial policy": fingerprint(run.agent.policy)})
-        session.keep(SavedPolicy(run.agent.policy, spec.env), maker, agent=run.agent, run=run)
+        saved = SavedPolicy(run.agent.policy, spec.env)
+        session.keep(saved, Maker({"initial policy": saved.fingerprint()}), agent=run.agent, run=run)
+        title = f"{spec.env}, {preset_name(args.estimator)}, seed {args.seed}"
         with contextlib.closing(run.envs), contextlib.closing(run.eval_envs):
             shown = {**facts(run), "threads": f"{threads} ({why})"}
             session.open(f"tokenrl control: {spec.env}", shown)
@@ -88,7 +89,7 @@ def train_agent(
                 return check_agent(run, session, partial(_evaluate, run), partial(_collect, run, 1))
             if not session.continues:
                 session.evaluated(_evaluate(run))
-            session.begin(run.args, names={}, title=run.title, solved=spec.solved)
+            session.begin(run.args, names={}, title=title, solved=spec.solved)
             if session.continues and args.num_steps is not None:
                 session.console.warn(ANEW)
             return _loop(run, session)
@@ -109,19 +110,27 @@ def _arguments(args: ControlArguments | None, agent: str | None, options: dict[s
 def _loop(run: Run, session: Session) -> ControlResult:
     """Train until the last step, the first signal, or until the environment is solved."""
     args = run.args
-    solved = (args.stop_when_solved and run.solved(session.eval_before) is True) or session.ended == "solved"
-    for step in session.steps(0 if solved else args.max_steps):
+    reached = run.solved(session.eval_before) is True
+    over = session.ended == "solved" or (args.stop_when_solved and reached)
+    for step in session.steps(0 if over else args.max_steps):
         before = run.train_seconds
         metrics = _one_update(run, step)
         seconds = run.train_seconds - before
         if session.due(args.eval_every):
             found = _evaluate(run)
             metrics |= session.evaluated(found)
-            solved = args.stop_when_solved and run.solved(found) is True
+            if run.solved(found):
+                over = args.stop_when_solved
+                if not (reached or over) and step < args.max_steps:
+                    session.console.note(
+                        f"Solved at step {step}, with a mean return of {found['reward']:.4g}. Training goes "
+                        f"on to step {args.max_steps}; with --stop-when-solved it ends here."
+                    )
+                reached = True
         rate = run.env_steps / max(run.train_seconds, 1e-9)
         timings = {"env_steps_per_second": rate, "cpu_seconds": run.cpu_seconds, "step_seconds": seconds}
         session.record(metrics, timings)
-        if solved:
+        if over:
             break
     if session.owes_evaluation:
         session.evaluated(_evaluate(run))
@@ -129,11 +138,9 @@ def _loop(run: Run, session: Session) -> ControlResult:
         try:
             made = film(run.agent.policy, run.spec, session.output_dir / "videos", seed=args.seed)
             session.console.note(f"video   {made}")
-        except BaseException as error:  # by the environment; a trained policy is not lost over a picture
-            if is_interrupt(error):
-                raise
+        except (Exception, SystemExit) as error:  # a trained policy is not lost over a picture
             session.console.warn(f"No video could be made: {describe_error(error)}")
-    ended = run.result(session, "solved" if solved else "finished")
+    ended = run.result(session, "solved" if over else "finished")
     finish(run, session, ended)
     return ended
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenrl.errors import Refused
-from tokenrl.settings import check_choice, check_number
+from tokenrl.settings import check_number
 
 MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))
 """Row and column of a step up, right, down, left: the actions 0 to 3."""
@@ -73,24 +73,18 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
             render_mode: `ansi` for text, `rgb_array` for a picture [32 size, 32 size, 3], None for neither.
 
         Raises:
-            Refused: A value is out of its range.
+            Refused: The decoy is no cell between the start and the goal.
         """
-        if isinstance(size, bool) or not isinstance(size, int) or size < 2:
+        check_number("size", size, int, at_least=2)
+        if (decoy is not None or decoy_reward) and decoy not in range(1, size * size - 1):
             raise Refused(
-                f"size was given as {size!r}; it must be a whole number of cells per side, at least 2."
+                f"decoy was given as {decoy!r} (reward {decoy_reward:g}); it must be the number "
+                f"of a cell from 1 to {size * size - 2}: the start is cell 0, the goal {size * size - 1}."
             )
-        check_number("slip", slip, at_least=0, at_most=1)
-        check_number("step_reward", step_reward)
-        check_number("goal_reward", goal_reward)
-        check_number("decoy_reward", decoy_reward)
-        if time_limit is not None:
-            check_number("time_limit", time_limit, at_least=1)
-        if render_mode is not None:
-            check_choice("render_mode", render_mode, self.metadata["render_modes"])
         self.size, self.cells, self.goal = size, size * size, size * size - 1
         self.ends = {self.goal: goal_reward}  # by cell
-        if decoy is not None or decoy_reward:
-            self.ends[_checked_decoy(decoy, self.goal)] = decoy_reward
+        if decoy is not None:
+            self.ends[decoy] = decoy_reward
         self.decoy = decoy
         self.starts = [cell for cell in range(self.cells) if cell not in self.ends] if random_start else [0]
         self.slip, self.random_start, self.time_limit = slip, random_start, time_limit
@@ -118,14 +112,7 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
 
         Returns:
             The observation, the reward, terminated, truncated, and {"cell": its number}.
-
-        Raises:
-            Refused: The action is not one of the four.
         """
-        if action not in range(len(MOVES)):
-            raise Refused(
-                f"action was given as {action!r}; it must be 0 (up), 1 (right), 2 (down) or 3 (left)."
-            )
         if self.slip and self.np_random.random() < self.slip:
             action = int(self.np_random.integers(len(MOVES)))
         self.cell = int(self.next_cells[self.cell, action])
@@ -155,15 +142,6 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
             picture[::TILE], picture[:, ::TILE] = 255, 255
             return picture
         return None
-
-
-def _checked_decoy(decoy: int | None, goal: int) -> int:
-    if isinstance(decoy, bool) or not isinstance(decoy, int) or not 0 < decoy < goal:
-        raise Refused(
-            f"decoy was given as {decoy!r} with a decoy_reward; it must be the number of a cell, from 1 to "
-            f"{goal - 1}: the start is cell 0 and the goal is cell {goal}."
-        )
-    return decoy
 
 
 def next_cells(size: int) -> NDArray[np.int64]:

@@ -8,9 +8,6 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenrl.errors import Refused
-from tokenrl.settings import check_number
-
 WALK_STEPS = 50
 """Steps after which an episode of the default environment is truncated."""
 
@@ -42,13 +39,7 @@ class Walk(gymnasium.Env[NDArray[np.float32], np.int64]):
         Args:
             step_reward: Reward of each step that does not end the episode at either end.
             time_limit: Steps until truncation; None if a wrapper such as gymnasium's TimeLimit truncates.
-
-        Raises:
-            Refused: The step reward is not a finite number, or the time limit is below 1.
         """
-        check_number("step_reward", step_reward)
-        if time_limit is not None:
-            check_number("time_limit", time_limit, at_least=1)
         self.step_reward, self.time_limit, self.render_mode = step_reward, time_limit, None
         self.action_space = gymnasium.spaces.Discrete(2)
         end = np.float32(LAST * STEP)
@@ -68,12 +59,7 @@ class Walk(gymnasium.Env[NDArray[np.float32], np.int64]):
 
         Returns:
             The observation, the reward, terminated, truncated, and an empty dict.
-
-        Raises:
-            Refused: The action is neither 0 nor 1.
         """
-        if action not in (0, 1):
-            raise Refused(f"action was given as {action!r}; it must be 0 (left) or 1 (right).")
         self.place += 2 * int(action) - 1
         self.steps += 1
         terminated = abs(self.place) >= LAST

@@ -1,0 +1,148 @@
+"""Every recipe of the control ladder runs, shortened, as a program in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenrl.core.statistics import GradientDiagnostics
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def printed(tmp_path, monkeypatch, capsys):
+    """Return a function that runs a recipe with some flags and returns what it prints."""
+
+    def run(name: str, flags: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *flags.split()])
+        runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_bandit(printed, tmp_path):
+    """Every number of the worked example, and the order of the variances over the horizon."""
+    out = printed("control_1_bandit", "--samples 20 --horizons 1 2 4 --episodes 200")
+    for number in ("0.2689", "0.7311", "-0.2689", "0.4332", "0.6225", "0.2500", "0.0625", "0.250"):
+        assert re.search(rf"(?<![\d.-]){re.escape(number)}\b", out), number
+    rows = [line.split() for line in out.splitlines() if re.match(r" +4 ", line)]
+    exact = {(returns, baseline): float(variance) for _, returns, baseline, variance, *_ in rows}
+    assert exact["reward_to_go", "timestep_mean"] < exact["total", "timestep_mean"]
+    assert exact["total", "timestep_mean"] < exact["reward_to_go", "none"] < exact["total", "none"]
+    for figure in ("bandit.png", "variance_horizon.png"):
+        assert (tmp_path / figure).stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_gridworld(printed, tmp_path):
+    out = printed("control_2_gridworld", "--seeds 1 --updates 3 --stages 0 --gradients 20")
+    assert "vanilla" in out and "after   0 updates" in out
+    assert (tmp_path / "gridworld.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_entropy(printed, tmp_path):
+    out = printed("control_entropy", "--seeds 2 --updates 2 --betas 0 1")
+    assert out.count("sweet spot: ") == 2
+    assert "goal 0.900, decoy 0.490; of a uniform policy 0.340" in out
+    assert len(re.findall(r"^ +[01] .*goal \d, decoy \d, neither \d$", out, re.MULTILINE)) == 4
+    assert (tmp_path / "entropy.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_numpy_alone_and_varied(printed, tmp_path):
+    out = printed("control_3_numpy", "--seeds 0 1 --episodes 120")
+    assert "REINFORCE, 2 seeds: a mean of 475 in 0 of 2 seeds, median never episodes" in out
+    varied = printed("control_3_numpy", "--seeds 0 1 --episodes 20 --vary window plain")
+    assert varied.count("475 in 0 of 2 seeds") == 6  # the usual setting is trained once
+    for figure in ("numpy_cartpole.png", "numpy_variations.png"):
+        assert (tmp_path / figure).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_numpy_beside_dqn(printed):
+    pytest.importorskip("stable_baselines3")
+    out = printed("control_3_numpy", "--seeds 0 --episodes 20 --dqn --dqn-steps 1500")
+    assert "DQN, 1 seeds: a mean of 475 in 0 of 1 seeds" in out
+
+
+def test_walk(printed, tmp_path):
+    out = printed("control_4_walk", "--seeds 1 --episodes 8 --hidden 8")
+    table = [line.split()[:4] for line in out.splitlines() if re.match(r" +\d ", line)]
+    assert [float(row[2]) for row in table] == pytest.approx([0.99 ** (9 - t) for t in range(10)], abs=1e-4)
+    normalised = [float(row[3]) for row in table]
+    assert sum(normalised) == pytest.approx(0, abs=1e-3)
+    assert sum(x * x for x in normalised) == pytest.approx(10, abs=1e-2)
+    kinds = [line[:14].strip() for line in out.splitlines() if " last " in line and ";" in line]
+    assert kinds == ["normalised", "normalised, V", "raw", "raw, V"]
+    assert out.count("seed by seed") == 3 and (tmp_path / "walk.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_walk_of_the_textbook():
+    """Its plain loop gives the numbers that the textbook states for its seed 42."""
+    textbook = runpy.run_path(str(RECIPES / "control_4_walk.py"))["textbook"]
+    assert textbook(42, value_head=False) == pytest.approx(0.4872, abs=5e-5)
+    assert textbook(42, value_head=True) == pytest.approx(1.1734, abs=5e-5)
+
+
+@pytest.mark.slow
+def test_agents(printed, tmp_path):
+    flags = "--env CartPole-v1 Acrobot-v1 Pendulum-v1 --seeds 2 1 --max-steps 1 --eval-episodes 2"
+    out = printed("control_5_agents", flags)
+    for agent in ("classic", "tuned"):
+        assert re.search(rf"^CartPole-v1, {agent}: .*\n  mean .*, 0 of 2 seeds reach 475$", out, re.MULTILINE)
+        assert re.search(rf"^Pendulum-v1, {agent}: -\S+\n  mean [^,]+, [^,]+$", out, re.MULTILINE)
+        summary = json.loads((tmp_path / f"runs/agents/CartPole-v1-{agent}-seed1/summary.json").read_text())
+        assert (summary["steps"], summary["solved"]) == (1, False)
+        assert f"{summary['eval_after']['reward']:.1f} ± " in out
+    assert (tmp_path / "agents.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env", ["Acrobot-v1", "LunarLander-v3"])
+def test_tuned_agents_reach_the_threshold(printed, env):
+    if env.startswith("Lunar"):
+        pytest.importorskip("Box2D")
+    assert "1 of 1 seeds reach" in printed("control_5_agents", f"--env {env} --agent tuned --seeds 1")
+
+
+@pytest.mark.slow
+def test_contrast(printed, tmp_path, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    out = printed("control_contrast", "--seeds 1 --updates 3 --episodes 4 --steps 2 --prompts 2 --bins 2")
+    AcceleratorState._reset_state(True)
+    assert "CartPole-v1" in out and "sort_digits" in out
+    assert (tmp_path / "contrast.png").stat().st_size > 1000
+
+
+def test_noise_is_compared_at_equal_rewards():
+    """Noise 3 R with a baseline and 12 R without: 4 times, though the variants earn differently often."""
+    recipe = runpy.run_path(str(RECIPES / "control_contrast.py"))
+
+    def run(rewards: list[float], factor: float) -> list[dict[str, float]]:
+        return [{"reward": r, "gradient/snr": 1.0, "grad_norm": (2 * factor * r) ** 0.5} for r in rewards]
+
+    updates = {"with": [run([1, 5, 5, 9], 3)], "without": [run([1, 1, 1, 5], 12), run([5, 8, 9, 10], 12)]}
+    found = recipe["curves"](recipe["Side"]("a world", "row", 1, {}, updates, {}), 3)
+    assert [point.reward for point in found["with"].values()] == [1, 5, 9]
+    assert [point.noise for point in found["with"].values()] == pytest.approx([3, 15, 27])
+    assert recipe["times"](found) == pytest.approx(4)
+    assert math.isnan(recipe["times"]({"with": {}, "without": {}}))
+    first, second = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    whole = (first + second) / 2  # of two halves: |first - second|^2 / 4 is the noise, wherever they point
+    ratio = GradientDiagnostics(1).metrics(first / 2, whole, 8)["gradient/snr"]
+    update = {"gradient/snr": ratio, "grad_norm": float(whole.norm())}
+    assert recipe["noise_of"](update) == pytest.approx(float((first - second).square().sum()) / 4)
