@@ -37,32 +37,20 @@ def seed_of(seed: int, purpose: int, rollout: int = 0, *, evaluation: bool = Fal
     return number + SEEDS if evaluation else number
 
 
-def evaluate(
-    policy: Policy, envs: Environments, spec: Spec, *, seed: int, greedy: bool
-) -> tuple[float, float, float]:
-    """Play one whole episode in every environment.
+def evaluation_metrics(policy: Policy, envs: Environments, spec: Spec, *, seed: int) -> dict[str, float]:
+    """Play a whole episode in every environment, with sampled actions and with the best ones.
 
     Returns:
-        Mean return (of unscaled rewards, undiscounted), its standard error over episodes, and mean length.
+        For both, the mean return (of unscaled rewards, undiscounted) and its standard error over episodes;
+        and the mean length of the episodes with sampled actions.
     """
-    generator = None if greedy else torch.Generator().manual_seed(seed)
+    found: dict[str, float] = {}
     start = seed_of(seed, 1, evaluation=True)
-    rollout = collect_episodes(envs, policy, spec.horizon, generator, seed=start)
-    mean, error = mean_and_error(rollout.returns.double())
-    return float(mean), float(error), float(rollout.lengths.double().mean())
-
-
-def evaluation_metrics(policy: Policy, envs: Environments, spec: Spec, *, seed: int) -> dict[str, float]:
-    """Evaluate a policy with sampled actions, as in training, and with the most probable actions."""
-    sampled, error, length = evaluate(policy, envs, spec, seed=seed, greedy=False)
-    greedy, greedy_error, _ = evaluate(policy, envs, spec, seed=seed, greedy=True)
-    return {
-        "reward": sampled,
-        "reward_stderr": error,
-        "reward_greedy": greedy,
-        "reward_greedy_stderr": greedy_error,
-        "episode_length": length,
-    }
+    for name, generator in (("reward", torch.Generator().manual_seed(seed)), ("reward_greedy", None)):
+        rollout = collect_episodes(envs, policy, spec.horizon, generator, seed=start)
+        found[name], found[f"{name}_stderr"] = map(float, mean_and_error(rollout.returns.double()))
+        found.setdefault("episode_length", float(rollout.lengths.double().mean()))
+    return found
 
 
 def film(policy: Policy, spec: Spec, folder: Path, *, seed: int) -> Path:
