@@ -52,6 +52,11 @@ def write_report(args: ReportArguments) -> int:
     if len(args.run_dir) > 1:
         print(compare_runs(args.run_dir, "comparison.html" if args.output is None else args.output))
         return 0
+    if args.output is None and os.path.isfile(os.path.join(args.run_dir[0], "plan.json")):
+        from tokenrl.lab.compare.run import report_comparison
+
+        print(report_comparison(args.run_dir[0]))
+        return 0
     if args.output is not None:
         raise Refused(
             f"--output was given as {args.output!r}, but the report of one run is report.html in its "

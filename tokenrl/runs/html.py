@@ -67,6 +67,11 @@ def bullets(items: Sequence[str]) -> Block:
     return {"kind": "bullets", "items": items} if items else {}
 
 
+def verdict(headline: str, sentences: Sequence[str], caveats: Sequence[str]) -> Block:
+    """Make a card of a result: a headline, the sentences that say it in full, and what to keep in mind."""
+    return {"kind": "verdict", "headline": headline, "sentences": sentences, "caveats": caveats}
+
+
 def run_list(names: Mapping[str, str], links: Mapping[str, str]) -> Block:
     """List names in the colours of their curves, with words on each, and links for those that have one."""
     items = [

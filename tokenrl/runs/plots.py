@@ -39,6 +39,7 @@ class Curve(NamedTuple):
         errors: standard errors of the values, drawn as a band; nan where there is none. May be empty.
         colour: place in the palette, from 1; those beyond the palette are dashed. 0 is grey.
         dots: draw each value as a dot and join them; else draw the values faintly, and their running mean.
+        band: the lower and the upper edge of a band that is given instead of errors.
     """
 
     x: Sequence[float]
@@ -47,6 +48,7 @@ class Curve(NamedTuple):
     errors: Sequence[float] = ()
     colour: int = 1
     dots: bool = False
+    band: tuple[Sequence[float], Sequence[float]] | None = None
 
     @property
     def dashed(self) -> bool:
@@ -64,8 +66,10 @@ class Curve(NamedTuple):
         return measured(self.y[-1], self.errors[-1] if self.errors else None)
 
     @property
-    def edges(self) -> tuple[list[float], list[float]]:
+    def edges(self) -> tuple[Sequence[float], Sequence[float]]:
         """The lower and the upper edge of the band; both are the value where no standard error is known."""
+        if self.band is not None:
+            return self.band
         errors = [0.0 if math.isnan(error) else error for error in self.errors or [0.0] * len(self.y)]
         both = list(zip(self.y, errors, strict=True))
         return [y - error for y, error in both], [y + error for y, error in both]
@@ -73,7 +77,7 @@ class Curve(NamedTuple):
     def draw(self, axes: Axes) -> None:
         """Draw the band, and the values or their running mean."""
         look: dict[str, Any] = {"color": PALETTE[self.variable], "clip_on": False}
-        if self.errors:
+        if self.errors or self.band:
             axes.fill_between(self.x, *self.edges, alpha=0.2, linewidth=0, **look)
         averaged = self.y
         if not self.dots:

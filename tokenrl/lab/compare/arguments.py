@@ -7,13 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Refused
-from tokenrl.settings import Bounds, Count, Positive, Seed, Settings, shown
-
-OWN = (
-    *("task", "env", "arms", "model", "num_generations", "learning_rate", "output_dir", "overwrite"),
-    *("quiet", "seed", "resume", "check", "threads"),
-)
-"""Settings of a run that a comparison sets itself."""
+from tokenrl.settings import Bounds, Count, Number, Positive, Seed, Settings, shown
 
 
 @dataclass(frozen=True)
@@ -31,6 +25,9 @@ class ProblemArguments(Settings, group="problems"):
     learning_rate: tuple[str, ...] = ("fixed",)
     """fixed: what tokenrl train recommends, for all arms; tuned: for each arm the best of a grid around that,
     on seeds of their own (successive halving); or numbers."""
+    runs: tuple[str, ...] = ()
+    """Instead of making runs, judge the directories of runs that exist, such as 'runs/*'. Their arms are the
+    settings in which they differ."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +36,18 @@ class JudgementArguments(Settings, group="judgement"):
 
     reference: str | None = None
     """The arm that each of the others is compared with. Default: the first."""
+    all_pairs: bool = False
+    """Compare all arms with each other, and not only with the reference; each verdict then needs more."""
     metric: Literal["area", "reward", "area_greedy", "reward_greedy"] = "area"
     """Score that decides: area (mean held-out sampled reward over the evaluations of the budget, the one
     before training left out), reward (the last of them), area_greedy, reward_greedy."""
     margin: Positive | None = None
     """Differences below it count as none. Default: .02 of the range that the reward declares; without a
     declared range no two arms are called equivalent."""
+    failure_below: Number | None = None
+    """A run that ends with a lower held-out sampled reward counts as failed, as one that breaks off does."""
     against_itself: bool = True
     """Also run the reference on other seeds: how far apart an arm lies from itself."""
-    noise: bool = True
-    """Also measure noise and bias of the arms' gradients at the same checkpoints of the reference."""
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,18 @@ from typing import Any
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused, suggest
-from tokenrl.lab.compare.arguments import OWN
-from tokenrl.lab.compare.records import Arm
+from tokenrl.lab.compare.plan import Arm
 from tokenrl.runs.files import plain
 from tokenrl.settings import arguments
 
-AXES = tuple(f.name for f in fields(Estimator))
+OWN = (
+    *("task", "env", "arms", "model", "output_dir", "overwrite", "quiet", "seed", "resume", "check"),
+    *("num_generations", "learning_rate", "threads"),
+)
+"""Settings of a run that a comparison sets itself."""
 ALLOWED = ("num_generations", "learning_rate")
-"""Settings that a comparison sets itself, but that an arm may change."""
+"""Those of them that an arm may change all the same."""
+AXES = tuple(f.name for f in fields(Estimator))
 MEASURE = (
     *("reward", "reward_weights", "prompt_column", "prompt_template", "split", "eval_split", "eval_size"),
     *("eval_generations", "eval_every", "max_steps", "max_samples", "num_envs", "num_steps", "eval_episodes"),

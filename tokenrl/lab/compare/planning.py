@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import product
 from typing import Any
 
 from tokenrl.control.arguments import ControlArguments
+from tokenrl.control.environments import describe
+from tokenrl.control.setup import resolve as resolve_control
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Refused, suggest
-from tokenrl.lab.compare.arguments import OWN, CompareArguments
-from tokenrl.lab.compare.arms import read_arms
-from tokenrl.lab.compare.problems import control_problem, language_problem, run_arguments
-from tokenrl.lab.compare.records import Arm, Kind, Plan, PlannedRun, Problem, Role
+from tokenrl.errors import Refused, nearest, suggest
+from tokenrl.lab.compare.arguments import CompareArguments
+from tokenrl.lab.compare.arms import OWN, read_arms
+from tokenrl.lab.compare.plan import Kind, Plan, Problem
+from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.settings import check_seed
+from tokenrl.language.training.setup import load_base, resolve
+from tokenrl.runs.files import plain
+from tokenrl.settings import arguments, check_seed
 
 MARGIN = 0.02
 """Differences below this share of the reward's declared range count as none."""
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Learning rates that are tried, relative to the recommended one: four times that often destroys a policy."""
 TUNING_SEEDS = 3
+EVALUATIONS = 10
 KINDS: dict[Kind, Any] = {"train": TrainArguments, "control": ControlArguments}
 
 
@@ -45,10 +50,6 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None], command: 
     names = [f.name for f in fields(KINDS[kind])]
     shared, axes = _shared(args.shared, names)
     arms = read_arms(args.arms, axes, names)
-    labels = [arm.label for arm in arms]
-    reference = labels[0] if args.reference is None else args.reference
-    if reference not in labels:
-        raise Refused(f"reference was given as {reference!r}, which is no arm.{suggest(reference, labels)}")
     modes = {"fixed", "tuned"}.intersection(args.learning_rate)
     if modes and len(args.learning_rate) > 1:
         raise Refused("learning_rate is fixed, tuned, or one or several numbers; they cannot be mixed.")
@@ -58,20 +59,44 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None], command: 
     plan = Plan(
         problems=problems,
         arms=arms,
-        reference=reference,
+        reference=reference_of(args, [arm.label for arm in arms]),
         metric=args.metric,
-        margins={p.label: _margin(args, p) for p in problems},
+        margins={p.label: margin_of(args, p) for p in problems},
         seeds=tuple(range(first, first + count)),
         itself_seeds=tuple(range(first + 10_000, first + 10_000 + count)) if args.against_itself else (),
         tuning_seeds=tuple(range(first + 20_000, first + 20_000 + TUNING_SEEDS)) if tuned else (),
         rates=FACTORS if tuned else (1.0,),
-        noise=args.noise and kind == "train",
+        failure_below=args.failure_below,
+        all_pairs=args.all_pairs,
         command=command,
     )
     check_seed(max(*plan.seeds, *plan.itself_seeds, *plan.tuning_seeds))
     for problem, arm in product(problems, arms):
-        _try(problem, arm, planned_run(plan, problem, arm, first, "comparison"))
+        try:
+            _check_run(kind, plan.run(problem, arm, first).settings)
+        except Refused as error:
+            raise Refused(f"The arm {arm.label!r} cannot train on {problem.label}: {error}") from error
     return plan
+
+
+def reference_of(args: CompareArguments, labels: Sequence[str]) -> str:
+    """Return the label of the reference arm.
+
+    Raises:
+        Refused: no arm has the label that was given.
+    """
+    reference = labels[0] if args.reference is None else args.reference
+    if reference not in labels:
+        raise Refused(f"reference was given as {reference!r}, which is no arm.{suggest(reference, labels)}")
+    return reference
+
+
+def margin_of(args: CompareArguments, problem: Problem) -> float | None:
+    """Return the margin of equivalence: the given one, else a share of the reward's range if it has one."""
+    if args.margin is not None or problem.reward_range is None:
+        return args.margin
+    low, high = problem.reward_range
+    return MARGIN * (high - low)
 
 
 def _shared(given: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -80,7 +105,7 @@ def _shared(given: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[str, A
         if name in OWN:
             raise Refused(f"{name} is set by the comparison itself; leave it out.")
         if name not in names:
-            raise Refused(f"There is no setting {name!r}.{suggest(name, names)}")
+            raise Refused(f"There is no setting {name!r}.{nearest(name, names)}")
     shared = dict(given)
     axes = shared.pop("estimator", {})
     if isinstance(axes, str | Estimator):
@@ -92,29 +117,17 @@ def _problems(
     args: CompareArguments, kind: Kind, shared: dict[str, Any], announce: Callable[[str], None]
 ) -> Iterator[Problem]:
     """Yield each combination of task (or environment), model, group size and learning rate."""
-    rates: Sequence[float | None] = [_rate(text) for text in args.learning_rate]
-    if kind == "control":
-        for env, rate in product(args.env, rates):
-            settings = {**shared, "env": env, "learning_rate": rate}
-            yield control_problem(_label(env, learning_rate=rate if len(rates) > 1 else None), settings)
-        return
-    tasks, models = args.task or ("sort_digits",), args.model or (None,)
-    sizes = args.num_generations or (None,)
-    for task, model, size, rate in product(tasks, models, sizes, rates):
-        named = {
-            "model": model if len(models) > 1 else None,
-            "num_generations": size if len(sizes) > 1 else None,
-            "learning_rate": rate if len(rates) > 1 else None,
-        }
-        settings = {**shared, "task": task, "model": model, "num_generations": size, "learning_rate": rate}
-        yield language_problem(_label(task, **named), settings, announce)
-
-
-def _label(name: str, **named: Any) -> str:
-    """Name a problem by its task or environment, and by what differs between problems."""
-    parts = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
-             for key, value in named.items() if value is not None]  # fmt: skip
-    return ", ".join([name, *parts])
+    named: dict[str, Sequence[Any]] = {"learning_rate": [_rate(text) for text in args.learning_rate]}
+    if kind == "train":
+        named = {"model": args.model or (None,), "num_generations": args.num_generations or (None,), **named}
+    for name, *values in product(args.env or args.task or ("sort_digits",), *named.values()):
+        own = dict(zip(named, values, strict=True))
+        parts = [f"{key}={own[key]}" for key, several in named.items() if len(several) > 1]
+        label = ", ".join([name, *parts])
+        if kind == "control":
+            yield _control_problem(label, {**shared, "env": name, **own})
+        else:
+            yield _language_problem(label, {**shared, "task": name, **own}, announce)
 
 
 def _rate(text: str) -> float | None:
@@ -129,85 +142,74 @@ def _rate(text: str) -> float | None:
         ) from None
 
 
-def _margin(args: CompareArguments, problem: Problem) -> float | None:
-    if args.margin is not None or problem.reward_range is None:
-        return args.margin
-    low, high = problem.reward_range
-    return MARGIN * (high - low)
+def _check_run(kind: Kind, settings: Mapping[str, Any]) -> None:
+    """Check all settings of a run that can be checked before a model is loaded."""
+    if kind == "control":
+        agent = arguments(ControlArguments, settings)
+        resolve_control(agent, describe(agent.env, agent.max_episode_steps))
+    else:
+        args = arguments(TrainArguments, settings)
+        resolve(args, find_task(args)[0])
 
 
-def planned_run(
-    plan: Plan, problem: Problem, arm: Arm, seed: int, role: Role, rate: float | None = None
-) -> PlannedRun:
-    """Plan one run: an arm on a problem with a seed.
+def _language_problem(label: str, settings: dict[str, Any], announce: Callable[[str], None]) -> Problem:
+    """Make the problem of a task: settings that are left open become what `tokenrl train` would take."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    args = arguments(TrainArguments, {**given, "estimator": "reinforce_running_mean"})  # fits every shape
+    task, rewards = find_task(args)
+    found = resolve(args, task, load_base(args, task, announce))
+    per_step = found.prompts_per_step * found.num_generations
+    steps = -(-args.max_samples // per_step) if args.max_samples else found.max_steps
+    open_ = ("prompts_per_step", "num_generations", "max_completion_length", "lr_scheduler_type")
+    budget_too = ("max_steps", "max_samples", "learning_rate")
+    shared = {name: plain(value) for name, value in given.items() if name not in budget_too}
+    every = max(1, steps // EVALUATIONS) if args.eval_every is None else args.eval_every
+    usual = {"stop_after_zero_spread": 0, "log_completions": every, "eval_every": every}
+    budget = args.max_samples or steps * per_step
+    return Problem(
+        label=label,
+        kind="train",
+        settings={**usual, **shared, **{name: getattr(found, name) for name in open_}},
+        budget=budget,
+        unit="completions",
+        per_step=per_step,
+        num_generations=found.num_generations,
+        learning_rate=found.learning_rate,
+        places=_places(budget, per_step * every),
+        reward_range=getattr(rewards, "range", None),
+        solved=getattr(task, "solved", None),
+    )
 
-    Args:
-        plan: the comparison.
-        problem: what the run trains on.
-        arm: how it trains.
-        seed: its seed.
-        role: why it is made.
-        rate: its learning rate; None for the arm's own, else the problem's.
+
+def _control_problem(label: str, settings: dict[str, Any]) -> Problem:
+    """Make the problem of an environment.
+
+    The budget is counted in episodes, or in steps of the environment if `num_steps` is set: then all arms
+    generate as many of them per update.
     """
-    settings = {**problem.settings, "learning_rate": problem.learning_rate, **arm.settings, "seed": seed}
-    folder = arm.label if role != "itself" else f"{arm.label} itself"
-    if rate is not None:
-        settings["learning_rate"] = rate
-    if role == "tuning":
-        folder = f"{arm.label} tuning {rate:g}"
-    if problem.kind == "train":
-        settings |= _same_samples(problem, settings)
-    settings["keep_checkpoints"] = 1
-    if plan.noise and (arm.label, seed, role) == (plan.reference, plan.seeds[0], "comparison"):
-        steps = problem.budget // (problem.prompts_per_step * problem.num_generations)
-        settings |= {"save_every": max(1, -(-steps // 2)), "keep_checkpoints": 2}  # one half way
-    place = [_slug(one, [o.label for o in others]) for one, others in
-             ((problem.label, plan.problems), (arm.label, plan.arms))]  # fmt: skip
-    place[1] += folder.removeprefix(arm.label).replace(" ", "-")
-    path = "/".join(["runs", *place, f"seed_{seed}"])
-    return PlannedRun(problem.label, arm.label, seed, role, problem.kind, path, settings)
+    given = {name: value for name, value in settings.items() if value is not None}
+    args = arguments(ControlArguments, given)
+    every = max(1, args.max_steps // EVALUATIONS) if args.eval_every is None else args.eval_every
+    shared = {name: plain(value) for name, value in given.items() if name != "learning_rate"}
+    per_step = args.num_envs * (args.num_steps or 1)
+    return Problem(
+        label=label,
+        kind="control",
+        settings={**shared, "max_steps": args.max_steps, "num_envs": args.num_envs, "eval_every": every},
+        budget=args.max_steps * per_step,
+        unit="environment steps" if args.num_steps else "episodes",
+        per_step=per_step,
+        num_generations=args.num_envs,
+        learning_rate=args.learning_rate,
+        places=_places(args.max_steps * per_step, per_step * every),
+        solved=describe(args.env, args.max_episode_steps).solved,
+    )
 
 
-def _same_samples(problem: Problem, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that give a run the problem's budget, and its evaluations at the same samples."""
-    size = settings["num_generations"]
-    every = settings["eval_every"] * problem.num_generations / size if settings["eval_every"] else 0
-    return {"max_samples": problem.budget, "eval_every": max(1, round(every)) if every else 0}
+def _places(budget: int, every: int) -> tuple[float, ...]:
+    """Return the samples at which runs are evaluated, without that before training; the last is the budget.
 
-
-def _slug(label: str, all_labels: Sequence[str]) -> str:
-    """Return a label as the name of a folder; labels that become the same get their place."""
-
-    def plainly(text: str) -> str:
-        return re.sub(r"[^A-Za-z0-9_.=-]+", "-", text).strip("-.")[:80] or "arm"
-
-    same = [other for other in all_labels if plainly(other).lower() == plainly(label).lower()]
-    return plainly(label) + (f"-{same.index(label) + 1}" if len(same) > 1 else "")
-
-
-def _try(problem: Problem, arm: Arm, run: PlannedRun) -> None:
-    """Refuse an arm that cannot be trained on a problem."""
-    try:
-        run_arguments(problem.kind, run.settings)
-    except Refused as error:
-        raise Refused(f"The arm {arm.label!r} cannot train on {problem.label}: {error}") from error
-
-
-def runs_of(plan: Plan, rates: Mapping[tuple[str, str], float] | None = None) -> list[PlannedRun]:
-    """Return the runs of the comparison, those of one seed together, so that pairs are complete early.
-
-    Args:
-        plan: the comparison.
-        rates: learning rates by problem and arm, where they have been tuned.
+    An arm with larger steps, because of greedy completions or refills, is evaluated a little later.
     """
-    chosen = rates or {}
-    runs = []
-    for problem in plan.problems:
-        for place, seed in enumerate(plan.seeds):
-            for arm in plan.arms:
-                rate = chosen.get((problem.label, arm.label))
-                runs.append(planned_run(plan, problem, arm, seed, "comparison", rate))
-                if arm.label == plan.reference and plan.itself_seeds:
-                    other = plan.itself_seeds[place]
-                    runs.append(planned_run(plan, problem, arm, other, "itself", rate))
-    return runs
+    count = math.ceil(budget / every) if every else 1
+    return tuple(float(min(place * every, budget)) for place in range(1, count + 1))

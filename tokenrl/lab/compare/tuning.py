@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from statistics import fmean
 
-from tokenrl.lab.compare.planning import planned_run
-from tokenrl.lab.compare.records import Arm, Plan, PlannedRun, Problem, RunRecord
+import pandas as pd
+
+from tokenrl.lab.compare.plan import Plan, PlannedRun
 
 Sensitivity = dict[tuple[str, str], dict[float, tuple[float, ...]]]
 """By problem and arm, the scores by learning rate, one for each tuning seed on which it was tried."""
@@ -21,7 +22,7 @@ WIDER = 2
 """How often the grid is widened where its best rate is the first or the last."""
 
 
-def tune(plan: Plan, execute: Callable[[Sequence[PlannedRun]], Sequence[RunRecord]]) -> Sensitivity:
+def tune(plan: Plan, execute: Callable[[Sequence[PlannedRun]], pd.DataFrame]) -> Sensitivity:
     """Try learning rates on the tuning seeds.
 
     A run that fails keeps the score that it had at its end, so a rate that destroys the policy is a bad rate
@@ -29,26 +30,32 @@ def tune(plan: Plan, execute: Callable[[Sequence[PlannedRun]], Sequence[RunRecor
 
     Args:
         plan: the comparison.
-        execute: makes runs and returns their records in the same order; runs made before are not repeated.
+        execute: makes runs and returns a row for each in the same order, with the scores; runs made before
+            are not repeated.
     """
     places = {(p.label, a.label): (p, a) for p, a in product(plan.problems, plan.arms)}
     tried: Sensitivity = {key: {} for key in places}
-    grids = {key: [factor * _usual(*place) for factor in plan.rates] for key, place in places.items()}
+    grids = {
+        key: [
+            factor * float(arm.settings.get("learning_rate", problem.learning_rate)) for factor in plan.rates
+        ]
+        for key, (problem, arm) in places.items()
+    }
 
     def attempt(wanted: Mapping[tuple[str, str], Sequence[float]], seed: int) -> None:
         pairs = [(key, rate) for key, rates in wanted.items() for rate in rates]
-        runs = [planned_run(plan, *places[key], seed, "tuning", rate) for key, rate in pairs]
-        for (key, rate), record in zip(pairs, execute(runs), strict=True):
-            tried[key][rate] = (*tried[key].get(rate, ()), record.scores.get(plan.metric, -math.inf))
+        runs = [plan.run(*places[key], seed, "tuning", rate) for key, rate in pairs]
+        scores = execute(runs)[plan.metric].fillna(-math.inf) if runs else []
+        for (key, rate), score in zip(pairs, scores, strict=True):
+            tried[key][rate] = (*tried[key].get(rate, ()), float(score))
 
     for seed in plan.tuning_seeds:
         attempt(grids, seed)
-        if seed == plan.tuning_seeds[0]:
-            for _ in range(WIDER):
-                wider = {key: _beyond(grid, tried[key]) for key, grid in grids.items()}
-                attempt(wider, seed)
-                grids = {key: [*grid, *wider[key]] for key, grid in grids.items()}
-        grids = {key: better_half(grid, tried[key]) for key, grid in grids.items()}
+        for _ in range(WIDER if seed == plan.tuning_seeds[0] else 0):
+            wider = {key: _beyond(grid, tried[key]) for key, grid in grids.items()}
+            attempt(wider, seed)
+            grids = {key: [*grid, *wider[key]] for key, grid in grids.items()}
+        grids = {key: _ranked(grid, tried[key])[: math.ceil(len(grid) / 2)] for key, grid in grids.items()}
     return tried
 
 
@@ -57,26 +64,16 @@ def chosen_rates(tried: Sensitivity) -> dict[tuple[str, str], float]:
     found = {}
     for key, scores in tried.items():
         most = max(map(len, scores.values()))
-        lasting = [rate for rate, values in scores.items() if len(values) == most]
-        found[key] = ranked(lasting, scores)[0]
+        found[key] = _ranked([rate for rate, values in scores.items() if len(values) == most], scores)[0]
     return found
 
 
-def better_half(grid: Sequence[float], scores: Mapping[float, Sequence[float]]) -> list[float]:
-    """Return the better half of the rates, by their mean score; of an odd number the larger half."""
-    return ranked(grid, scores)[: math.ceil(len(grid) / 2)]
-
-
-def ranked(grid: Sequence[float], scores: Mapping[float, Sequence[float]]) -> list[float]:
+def _ranked(grid: Sequence[float], scores: Mapping[float, Sequence[float]]) -> list[float]:
     """Return rates from the best to the worst; of equally good ones the smaller comes first."""
     return sorted(grid, key=lambda rate: (-fmean(scores[rate]), rate))
 
 
-def _usual(problem: Problem, arm: Arm) -> float:
-    return float(arm.settings.get("learning_rate", problem.learning_rate))
-
-
 def _beyond(grid: Sequence[float], scores: Mapping[float, Sequence[float]]) -> list[float]:
     """Return the rate beyond the edge of the grid, if the best one lies there, and none otherwise."""
-    best, low, high = ranked(grid, scores)[0], min(grid), max(grid)
+    best, low, high = _ranked(grid, scores)[0], min(grid), max(grid)
     return [low / 2] if best == low else [high * 2] if best == high else []

@@ -1,0 +1,106 @@
+"""Comparisons whose runs are written by hand, so that a test can choose every number in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenrl
+from tokenrl.lab.compare.comparison import Comparison
+from tokenrl.lab.compare.run import judge_directory
+from tokenrl.runs.files import write_json
+from tokenrl.runs.metrics import MetricsLog
+
+FINISHED = {"exit_reason": "finished", "steps": 50}
+PLAIN = {"entropy": 0.4, "grad_clipped": 0.2, "skipped_steps": 0}
+"""What each step of a run without any trouble tells of its training."""
+WALK = {
+    "env": "walk",
+    "max_steps": 50,
+    "num_envs": 8,
+    "eval_every": 10,
+    "quiet": True,
+    "against_itself": False,
+}
+"""A comparison with evaluations at 80, 160, 240, 320 and 400 episodes."""
+
+
+def noise(seed: int, size: float = 0.002) -> float:
+    """A spread over six seeds, with mean 0; no two arms get the same if their sizes differ."""
+    return size * (-1.0, 0.6, -0.2, 1.0, -0.6, 0.2)[seed % 6]
+
+
+def write_run(
+    folder: Path,
+    rewards: Sequence[float],
+    greedy: Sequence[float] | None = None,
+    *,
+    every: int = 10,
+    summary: Mapping[str, Any] | None = FINISHED,
+    config: Mapping[str, Any] | None = None,
+    counts: Callable[[int], Mapping[str, Any]] = lambda step: {"episodes": 8},
+    **metrics: Any,
+) -> None:
+    """Write a run as a session writes it, with an evaluation before training and at each tenth step.
+
+    Args:
+        folder: its directory.
+        rewards: sampled reward of each evaluation; a run with fewer of them ended early.
+        greedy: the same for greedy rewards.
+        every: steps between evaluations.
+        summary: summary.json; None for a run that was killed.
+        config: config.json.
+        counts: the counts of samples of a step.
+        **metrics: metrics of each step.
+    """
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", {"kind": "control", "versions": {}, **(config or {})})
+    pairs = list(zip(rewards, greedy or rewards, strict=True))
+    with MetricsLog(folder / "metrics.jsonl", folder / "timings.jsonl") as log:
+        for step in range(every * (len(rewards) - 1) + 1):
+            row = {**PLAIN, **counts(step), **metrics} if step else {}
+            if step % every == 0:
+                row |= {"eval_reward": pairs[step // every][0], "eval_reward_greedy": pairs[step // every][1]}
+            log.write(step, row)
+    if summary is not None:
+        write_json(folder / "summary.json", summary)
+
+
+Runs = Callable[[int], Mapping[str, Any]]
+"""By seed, the arguments of `write_run` for a run of an arm."""
+
+
+def rising(end: float, size: float = 0.002, **more: Any) -> Runs:
+    """Runs whose reward rises from 0 to an end that differs a little between seeds."""
+
+    def of_seed(seed: int) -> dict[str, Any]:
+        last = end + noise(seed, size * (1 + end))  # else the differences of two arms would all be equal
+        return {"rewards": [0.0, last / 2, *[last] * 4], **more}
+
+    return of_seed
+
+
+def compared(output_dir: Path, arms: Mapping[str, Runs], **options: Any) -> Comparison:
+    """Write the runs of a comparison that `tokenrl.compare` plans, and judge them.
+
+    Args:
+        output_dir: the directory.
+        arms: by arm, what its runs are like; the first is the reference. Those of an arm whose name ends with
+            ` itself` are its runs on other seeds.
+        **options: further keywords of `tokenrl.compare`.
+    """
+    labels = tuple(arm for arm in arms if not arm.endswith(" itself"))
+    given = {**WALK, "arms": labels, "output_dir": str(output_dir), **options}
+    plan = tokenrl.compare(**given, print_commands=True)
+    for run in plan.runs():
+        made = dict(arms[f"{run.arm} itself" if run.role == "itself" else run.arm](run.seed))
+        if made and not (output_dir / run.path).exists():
+            write_run(output_dir / run.path, **made)
+    return judge_directory(output_dir)
+
+
+def said(found: Comparison, first: str) -> list[str]:
+    """The caveats on the first problem that begin with a word."""
+    texts = [caveat.text for caveat in found.caveats[found.plan.problems[0].label]]
+    return [text for text in texts if text.startswith(first)]

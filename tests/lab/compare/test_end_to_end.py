@@ -1,0 +1,200 @@
+"""Comparisons from the command to the report: made, repeated, killed, printed, on Ray; and their page."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from made_runs import compared, rising
+
+import tokenrl
+from tokenrl.cli import main
+from tokenrl.errors import Refused
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+WALK = {
+    "env": "walk",
+    "arms": ("reinforce", "reinforce_timestep_mean"),
+    "seeds": 2,
+    "max_steps": 3,
+    "num_envs": 4,
+    "eval_episodes": 4,
+    "against_itself": False,
+    "quiet": True,
+}
+
+
+def found_in(folder):
+    """What the seeds determine."""
+    return [(folder / name).read_bytes() for name in ("comparisons.csv", "runs.csv")]
+
+
+def metrics(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("metrics.jsonl"))}
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare") / "walk"
+    return tokenrl.compare(**WALK, output_dir=str(folder)), folder
+
+
+@pytest.mark.slow
+def test_a_comparison_leaves_plan_runs_tables_and_report(walk):
+    found, folder = walk
+    assert found.exit_code == 0 and found.judgement.verdicts() == {("walk", WALK["arms"][1]): "descriptive"}
+    files = {"plan.json", "runs.csv", "comparisons.csv", "comparison.json", "report.html"}
+    assert files <= set(os.listdir(folder)) and not list(folder.rglob("*.log")), "nothing was printed"
+    for one in found.table.runs.itertuples():
+        rows = [json.loads(line) for line in (folder / one.path / "metrics.jsonl").read_text().splitlines()]
+        rewards = [row["eval_reward"] for row in rows if "eval_reward" in row]
+        assert one.state == "finished" and one.samples == 3 * 4
+        assert one.area == pytest.approx(sum(rewards[1:]) / len(rewards[1:])) and one.reward == rewards[-1]
+
+
+@pytest.mark.slow
+def test_arms_start_from_the_same_policy_and_are_evaluated_alike(walk):
+    _, folder = walk
+    first = {}
+    for path in folder.rglob("metrics.jsonl"):
+        first.setdefault(path.parent.name, set()).add(path.read_text().splitlines()[0])
+    assert all(len(lines) == 1 for lines in first.values()), "before training all arms are the same"
+
+
+@pytest.mark.slow
+def test_repeated_or_reported_it_runs_nothing_and_finds_the_same(walk):
+    _, folder = walk
+    before, times = found_in(folder), {p: p.stat().st_mtime_ns for p in folder.rglob("metrics.jsonl")}
+    tokenrl.compare(**WALK, output_dir=str(folder))
+    assert main(["report", str(folder)]) == 0
+    assert found_in(folder) == before
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("metrics.jsonl")} == times
+    with pytest.raises(Refused, match="another comparison"):
+        tokenrl.compare(**{**WALK, "max_steps": 5}, output_dir=str(folder))
+
+
+@pytest.mark.slow
+def test_a_printed_command_makes_the_same_run(walk, tmp_path, capsys):
+    _, folder = walk
+    options = {**WALK, "output_dir": str(tmp_path / "walk")}
+    tokenrl.compare(**options, print_commands=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(set(lines)) == 4
+    line = lines[0].replace("tokenrl control", f"{shlex.quote(sys.executable)} -m tokenrl control")
+    subprocess.run(line, shell=True, check=True, capture_output=True, timeout=300)
+    ((name, made),) = metrics(tmp_path / "walk").items()
+    assert metrics(folder)[name] == made
+    tokenrl.compare(**options, print_commands=True)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_killed_half_way_and_started_again_it_finds_the_same_bit_for_bit(tmp_path):
+    flags = "--env walk --arms reinforce reinforce_timestep_mean --seeds 3 --max-steps 40 --num-envs 8"
+    words = [
+        sys.executable,
+        "-m",
+        "tokenrl",
+        "compare",
+        *flags.split(),
+        "--no-against-itself",
+        "--output-dir",
+    ]
+    for number, wanted in ((signal.SIGKILL, 1), (signal.SIGTERM, 3)):
+        process = subprocess.Popen([*words, "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=-1)
+        while len(list(tmp_path.rglob("summary.json"))) < wanted and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == (-9 if number == signal.SIGKILL else 143), errors
+        assert b"Traceback" not in errors
+    for name in ("killed", "whole"):
+        subprocess.run([*words, name], cwd=tmp_path, check=True, capture_output=True, timeout=900)
+    assert found_in(tmp_path / "whole") == found_in(tmp_path / "killed")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_ray_finds_the_same_as_local_processes(walk, tmp_path):
+    pytest.importorskip("ray")
+    tokenrl.compare(**WALK, workers=2, output_dir=str(tmp_path / "walk"), executor="ray")
+    assert found_in(tmp_path / "walk") == found_in(walk[1])
+    assert metrics(tmp_path / "walk") == metrics(walk[1])
+
+
+@pytest.mark.slow
+def test_a_run_that_breaks_is_counted_and_its_words_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text(
+        "def reward(prompts, completions, **_):\n    raise KeyError('nothing')\n"
+    )
+    with pytest.raises(tokenrl.errors.Stopped, match="KeyError: 'nothing'"):
+        tokenrl.compare(
+            task="sort_digits",
+            reward="broken.py:reward",
+            arms=("rloo", "grpo"),
+            seeds=2,
+            max_steps=1,
+            eval_size=8,
+            against_itself=False,
+            workers=2,
+            output_dir="broken",
+        )
+    assert "failed (exit code 1; broken/runs/sort_digits/rloo/seed_0.log)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_dry_run_tells_the_time_and_makes_nothing(tmp_path, capsys):
+    tokenrl.compare(**WALK | {"quiet": False}, dry_run=True, output_dir=str(tmp_path / "dry"))
+    printed = capsys.readouterr().out
+    assert "a run on walk" in printed and "too few for a verdict" in printed
+    assert not (tmp_path / "dry").exists()
+
+
+@pytest.mark.slow
+def test_the_recipe_runs(tmp_path):
+    flags = "--tasks sort_digits --arms rloo grpo --seeds 2 --max-steps 2 --output-dir found"
+    done = subprocess.run(
+        [sys.executable, RECIPES / "compare_baselines.py", *flags.split()],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"sort_digits: grpo against rloo: [+-]\d\.\d+ \[.*\] descriptive", done.stdout)
+    assert (tmp_path / "found" / "report.html").is_file()
+
+
+@pytest.mark.drawn
+def test_the_page_shows_the_verdict_first_and_everything_that_was_found(tmp_path):
+    arms = {
+        "reinforce": rising(0.5),
+        "reinforce itself": rising(0.51),
+        "a2c": rising(0.6),
+        "rloo": rising(0.52),
+    }
+    found = compared(tmp_path, arms, against_itself=True, margin=0.05)
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    order = [found.headline("walk"), "What was compared", "Difference to", "<b>Reward</b>", "<h2>Arms"]
+    places = [page.index(text) for text in order]
+    assert places == sorted(places)
+    for text in (
+        "better, +0.09",
+        "equivalent, +0.0",
+        "reinforce against itself",
+        "0 of 6 [0%, 39%]",
+        "Student-t",
+    ):
+        assert text in page, text
+    assert "http://" not in page.replace("http://www.w3.org", "") and "src=" not in page
+    assert str(tmp_path) not in page.split("The plan")[0], "a page can be given away"

@@ -1,0 +1,307 @@
+"""What judge_scores finds in any table, and the sentences that say it."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from scipy import stats
+
+from tokenrl.errors import Refused
+from tokenrl.lab import judge_scores
+from tokenrl.lab.compare.judgement import Difference, Family
+from tokenrl.lab.compare.words import headline, sentence
+
+MIRRORED = {"better": "worse", "worse": "better"}
+exact = st.integers(-256, 256).map(lambda k: k / 64)
+"""Scores whose sums and differences are not rounded."""
+margins = st.sampled_from([None, 0.25, 1.0, 4.0])
+few = settings(max_examples=15, deadline=None)
+ZIGZAG = (0.1, -0.1, 0.2, -0.2, 0.1, -0.1)
+
+
+@st.composite
+def tables(draw, arms=(2, 3)):
+    """Scores by arm and seed, with differences of several sizes, so that all verdicts occur."""
+    names = [f"arm{i}" for i in range(draw(st.sampled_from(arms)))]
+    count = draw(st.sampled_from([6, 7, 10, 5, 2]))
+    above = {name: draw(st.sampled_from([-2.0, 0.0, 1.0])) for name in names}
+    size = draw(st.sampled_from([0.0625, 0.25, 1.0, 0.0]))
+    return {name: {s: draw(exact) * size + above[name] for s in range(count)} for name in names}
+
+
+def rows(table):
+    return [(arm, seed, score) for arm, scores in table.items() for seed, score in scores.items()]
+
+
+def family(table, **options) -> Family:
+    (found,) = judge_scores(rows(table) if isinstance(table, dict) else table, **options).families
+    return found
+
+
+def one(reference, arm, **options) -> tuple[Difference, str]:
+    """Judge two arms, given as the scores of seeds 0, 1, 2, ...; return the difference and its sentence."""
+    found = family({"ref": dict(enumerate(reference)), "arm": dict(enumerate(arm))}, **options)
+    return found.differences[0], sentence(found.differences[0], found)
+
+
+@few
+@given(tables(), margins, st.randoms(use_true_random=False))
+def test_the_order_of_the_rows_does_not_matter(table, margin, random):
+    mixed = rows(table)
+    random.shuffle(mixed)
+    first, second = (family(t, reference="arm0", margin=margin) for t in (table, mixed))
+    assert {d.arm: d for d in first.differences} == {d.arm: d for d in second.differences}
+
+
+@few
+@given(tables(arms=(2,)), margins, st.lists(exact, min_size=10, max_size=10))
+def test_what_a_seed_adds_to_all_arms_cancels(table, margin, added):
+    shifted = {arm: {s: x + added[s] for s, x in scores.items()} for arm, scores in table.items()}
+    assert family(shifted, margin=margin).differences == family(table, margin=margin).differences
+
+
+@few
+@given(tables(arms=(2,)), margins)
+def test_two_arms_give_the_opposite_when_the_other_one_is_the_reference(table, margin):
+    (there,) = family(table, reference="arm0", margin=margin).differences
+    (back,) = family(table, reference="arm1", margin=margin).differences
+    assert back.verdict == MIRRORED.get(there.verdict, there.verdict)
+    for name in ("mean", "adjusted"):
+        a, b = getattr(there, name), getattr(back, name)
+        assert (b.value, b.low, b.high) == pytest.approx((-a.value, -a.high, -a.low))
+    assert back.improvement == pytest.approx(
+        (1 - there.improvement.value, 1 - there.improvement.high, 1 - there.improvement.low)
+    )
+    same = ("p_sign_flip", "p_failures", "level", "seeds_needed")
+    assert [getattr(back, name) for name in same] == [getattr(there, name) for name in same]
+
+
+@few
+@given(tables(), margins)
+def test_a_verdict_is_what_the_interval_at_the_level_of_the_family_says(table, margin):
+    found = family(table, margin=margin)
+    for d in found.differences:
+        scores = [[table[arm][s] for s in d.differences] for arm in (d.arm, d.reference)]
+        low, high = d.adjusted.low, d.adjusted.high
+        if low < high:
+            for level, ends in ((0.95, d.mean), (1 - 0.05 / len(found.differences), d.adjusted)):
+                known = stats.ttest_rel(*scores).confidence_interval(level)
+                assert (ends.low, ends.high) == pytest.approx((known.low, known.high), abs=1e-9)
+        assert (d.verdict == "descriptive") == (len(d.differences) < 6)
+        if d.verdict == "equivalent":
+            assert margin is not None and -margin <= low < high <= margin
+        elif d.verdict in MIRRORED:
+            assert 0 < low < high if d.verdict == "better" else low < high < 0
+            assert margin is None or low < -margin or high > margin
+        elif d.verdict == "undecided":
+            assert low == high or (low <= 0 <= high and (margin is None or low < -margin or high > margin))
+            assert d.seeds_needed is None or d.seeds_needed > len(d.differences)
+        check_words(sentence(d, found), d.verdict)
+        assert d.arm in headline(found) and d.reference in headline(found)
+
+
+SAID = {
+    "better": "is better than",
+    "worse": "is worse than",
+    "equivalent": "are equivalent",
+    "undecided": "is undecided",
+    "descriptive": "too few for a verdict",
+    "void": "cannot be compared",
+}
+
+
+def check_words(text: str, verdict: str) -> None:
+    assert [other for other, words in SAID.items() if words in text] == [verdict], text
+    assert "No run of either failed" in text
+
+
+@pytest.mark.parametrize(
+    ("verdict", "differences", "options"),
+    [
+        ("better", [1 + x for x in ZIGZAG], {}),
+        ("worse", [x - 1 for x in ZIGZAG], {}),
+        ("better", [1 + x for x in ZIGZAG], {"margin": 0.5}),
+        ("equivalent", [x / 10 for x in ZIGZAG], {"margin": 0.5}),
+        ("equivalent", [0.2 + x / 10 for x in ZIGZAG], {"margin": 0.5}),  # it is one, and does not count
+        ("undecided", ZIGZAG, {}),
+        ("undecided", ZIGZAG, {"margin": 0.01}),
+        ("descriptive", [1.0] * 5, {"margin": 0.5}),
+        ("descriptive", [1.0], {}),
+        ("void", [1 + x for x in ZIGZAG], {"void": {("", "arm"): "its entropy collapsed"}}),
+        ("void", [1 + x for x in ZIGZAG], {"void": {("", "ref"): "half of its answers were cut"}}),
+    ],
+)
+def test_each_verdict_has_its_words(verdict, differences, options):
+    found, text = one([0.0] * len(differences), differences, **options)
+    assert found.verdict == verdict
+    check_words(text, verdict)
+    assert found.seeds_needed is None or verdict in ("undecided", "descriptive")
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.25, -0.25, 0.1])
+def test_an_interval_of_width_zero_decides_nothing(apart):
+    """Six equal differences show no spread; .1 is rounded differently in each pair of scores."""
+    reference = [0.0, 0.1, 0.2, 0.3, 0.4, 0.7]
+    found, text = one(reference, [x + apart for x in reference], margin=0.5)
+    assert found.verdict == "undecided" and found.seeds_needed is None
+    assert found.adjusted.low == found.adjusted.high
+    assert "says nothing of how they vary" in text
+
+
+def test_every_verdict_says_which_failure_rates_are_not_excluded():
+    assert "does not exclude that up to 39% would" in one([0.0] * 6, [1 + x for x in ZIGZAG])[1]
+    assert "up to 14% would" in one([0.0] * 20, [1 + x for x in (ZIGZAG * 4)[:20]])[1]
+
+
+def test_failures_are_counted_and_the_difference_is_that_of_the_others():
+    scores = [0.1, *(1 + x for x in ZIGZAG)]
+    for options in ({"failure_below": 0.5}, {"failed": [("arm", 0), ("ref", 6)]}):
+        reference = [1.2] * 6 + [0.2]
+        found, text = one(reference, scores, **options)
+        assert list(found.differences) == [1, 2, 3, 4, 5]
+        assert found.level == 0.975, "two parts share the level"
+        assert found.p_failures == pytest.approx(1.0) and found.verdict == "descriptive"
+        assert "1 of 7 runs of arm failed [1%, 52%] and 1 of 7 runs of ref failed" in text
+        assert found.improvement.value == pytest.approx((0.5 + 1) / 7), (
+            "a tie, and a win over a run that failed"
+        )
+
+
+@pytest.mark.parametrize(
+    ("arm_fails", "others", "verdict", "words"),
+    [
+        (6, -0.5, "worse", "because it fails more often"),
+        (6, 0.5, "undecided", "one fails more often, and the other is worse where neither fails"),
+        (1, -0.5, "worse", "by "),
+        (1, 0.5, "better", "by "),
+    ],
+)
+def test_an_arm_that_fails_more_often_is_not_better(arm_fails, others, verdict, words):
+    reference = [1.0] * 14
+    arm = [0.0] * arm_fails + [1 + others + x / 10 for x in (ZIGZAG * 3)[: 14 - arm_fails]]
+    found, text = one(reference, arm, failure_below=0.2)
+    assert found.verdict == verdict and words in text
+    assert found.p_failures == pytest.approx(
+        stats.fisher_exact([[arm_fails, 14 - arm_fails], [0, 14]]).pvalue
+    )
+
+
+def test_arms_of_which_all_runs_failed_are_worse_and_need_no_scores():
+    table = [("ref", s, 1 + s / 8) for s in range(8)] + [("arm", s, math.nan) for s in range(8)]
+    (found,) = family(table, failed=[("arm", s) for s in range(8)]).differences
+    assert found.verdict == "worse" and found.differences == {} and found.improvement.value == 0
+    marked = [{"arm": a, "seed": s, "score": x, "failed": a == "arm"} for a, s, x in table]
+    assert family(marked).differences[0].verdict == "worse", "a column failed says the same"
+
+
+def test_what_is_undecided_asks_for_more_seeds_than_there_were():
+    found, text = one([0.0] * 6, [0.05 + x for x in ZIGZAG])
+    assert found.verdict == "undecided" and found.seeds_needed > 6
+    assert f"at least {found.seeds_needed:,} seeds would be needed" in text
+
+
+def test_a_seed_that_one_arm_lacks_is_left_out_of_its_pairs_and_named():
+    table = {"ref": dict.fromkeys(range(8), 0.0), "arm": {s: 1 + s / 64 for s in range(8)}, "other": {}}
+    table["other"] = dict(table["arm"])
+    del table["arm"][3], table["ref"][5]
+    found = family(table)
+    arm, other = found.differences
+    assert list(arm.differences) == [0, 1, 2, 4, 6, 7] and arm.unpaired == (3, 5)
+    assert sentence(arm, found).endswith("Seeds 3 and 5 are left out: only one of the two has them.")
+    assert sentence(other, found).endswith("Seed 5 is left out: only one of the two has it.")
+
+
+def test_a_void_arm_is_shown_without_a_verdict_and_changes_nothing_for_the_others():
+    table = {arm: {s: i + s % 2 * i / 8 for s in range(6)} for i, arm in enumerate(("ref", "a", "b"))}
+    plain, void = family(table), family(table, void={("", "a"): "cut", ("elsewhere", "b"): "not here"})
+    assert [d.verdict for d in void.differences] == ["void", "better"]
+    assert [a.void for a in void.arms] == ["", "cut", ""]
+    assert void.differences[1] == plain.differences[1], "the level was planned for both"
+
+
+def test_the_reference_against_itself_belongs_to_no_family():
+    table = {arm: {s: float(s % 3) for s in range(6)} for arm in ("ref", "a", "b")}
+    alone, beside = family(table), family(table, itself={"": {100 + s: s / 8 for s in range(6)}})
+    assert beside.differences == alone.differences and alone.itself is None
+    assert beside.itself is not None and beside.itself.level == 0.95
+    assert list(beside.itself.differences.values()) == [s / 8 - s % 3 for s in range(6)]
+
+
+def test_all_pairs_share_one_level():
+    table = {arm: {s: i + s % 2 * i / 8 for s in range(6)} for i, arm in enumerate(("ref", "a", "b"))}
+    judged = judge_scores(rows(table), all_pairs=True)
+    (found,) = judged.families
+    assert [(d.arm, d.reference) for d in found.differences] == [("a", "ref"), ("b", "ref"), ("b", "a")]
+    assert [d.level for d in found.differences] == pytest.approx([1 - 0.05 / 3] * 3)
+    assert judged.verdicts() == {("", "a"): "better", ("", "b"): "better"}
+    assert list(judged.table()["verdict"]) == ["better"] * 3
+
+
+def test_every_problem_is_a_family_with_a_margin_of_its_own():
+    table = [
+        (arm, s, i * (0.1 + s / 100), p)
+        for p in ("sort", "add")
+        for i, arm in enumerate("ab")
+        for s in range(6)
+    ]
+    found = judge_scores(table, margin={"sort": 0.5, "add": None})
+    assert found.verdicts() == {("sort", "b"): "equivalent", ("add", "b"): "better"}
+    assert [f.margin for f in found.families] == [0.5, None]
+
+
+def test_a_table_may_be_a_csv_file_a_frame_mappings_or_tuples(tmp_path):
+    import pandas as pd
+
+    named = [
+        {"arm": a, "seed": s, "accuracy": s / 8 + i * s}
+        for i, a in enumerate(("None", "b"))
+        for s in range(6)
+    ]
+    frame = pd.DataFrame(named)
+    frame.to_csv(tmp_path / "scores.csv", index=False)
+    frame.to_csv(tmp_path / "sheet.csv", index=False, encoding="utf-8-sig")  # as spreadsheets write
+    for table in (tmp_path / "scores.csv", tmp_path / "sheet.csv", frame, named):
+        read = judge_scores(table, metric="accuracy")
+        assert read == judge_scores(named, metric="accuracy") and read.metric == "accuracy"
+    assert read.families == judge_scores([tuple(row.values()) for row in named]).families
+
+
+def test_seeds_may_be_whole_numbers_of_any_size_and_kind():
+    for kind in (str, int, np.int64, float):
+        table = [(a, kind(s), float(s)) for a in "ab" for s in range(6)]
+        assert list(judge_scores(table).families[0].differences[0].differences) == list(range(6))
+    large = [(a, 2**60 + 1 + s, float(s)) for a in "ab" for s in range(6)]
+    assert min(judge_scores(large).families[0].differences[0].differences) == 2**60 + 1
+
+
+GOOD = [(arm, seed, 0.5) for arm in ("ppo", "rloo") for seed in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "said"),
+    [
+        ([*GOOD, ("ppo", 6, math.nan)], {}, "Row 12 has no finite score: arm 'ppo', seed 6"),
+        ([*GOOD, ("ppo", 6, math.inf)], {}, "leaving failed runs out would flatter"),
+        ([*GOOD, ("ppo", 3, 0.1)], {}, "Row 12 gives arm 'ppo', seed 3 a second time"),
+        ([("ppo", s, 0.5) for s in range(6)], {}, "only the arm 'ppo'; give two arms or more"),
+        (GOOD, {"reference": "rlo"}, "'rlo', which is no arm. Did you mean 'rloo'"),
+        (GOOD, {"margin": 0}, "margin"),
+        (GOOD, {"margin": math.nan}, "margin"),
+        (GOOD, {"margin": {"sort": 0.1}}, "the problem 'sort', which has no scores"),
+        (GOOD, {"failed": [("ppo", 9)]}, "failed names the run ('ppo', 9)"),
+        ([("ppo", 0, 0.5), ("rloo", 1, 0.5)], {}, "no seed in common"),
+        ([], {}, "no rows"),
+        ([("ppo", 0.5, 0.5)], {}, "no whole number as its seed"),
+        ([("ppo", 0, "good")], {}, "Row 0"),
+        ([("ppo", 0)], {}, "Row 0"),
+        (["ppo"], {}, "Row 0"),
+        ([{"arm": "ppo", "seed": 0, "points": 1}], {"metric": "area"}, "score (or area)"),
+        ([{"seed": 0, "score": 1}], {}, "needs arm"),
+        ("no/such/file.csv", {}, "cannot be read"),
+    ],
+)
+def test_a_table_that_cannot_be_judged_is_refused(table, options, said):
+    with pytest.raises(Refused) as refused:
+        judge_scores(table, **options)
+    assert said in str(refused.value)

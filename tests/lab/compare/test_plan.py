@@ -1,0 +1,297 @@
+"""Plans: arms, equal samples, paired seeds, tuned rates, and what may change when a comparison goes on."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+
+from tokenrl.cli import COMMANDS, main
+from tokenrl.core.estimator import Estimator
+from tokenrl.errors import Refused
+from tokenrl.flags import parse
+from tokenrl.lab.compare.arguments import CompareArguments
+from tokenrl.lab.compare.arms import read_arm
+from tokenrl.lab.compare.plan import read_plan, settle_plan, write_plan
+from tokenrl.lab.compare.planning import make_plan
+from tokenrl.lab.compare.tuning import chosen_rates, tune
+from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.settings import arguments
+
+WALK = {"env": "walk", "arms": ("reinforce", "reinforce_timestep_mean"), "seeds": 3}
+SETTINGS = ("max_grad_norm", "lora_target_modules", "chat", "reward", "task", "temperature")
+
+
+def plan(shared=None, **options):
+    given = {**WALK, **options, "shared": {"max_steps": 4, "num_envs": 8, **(shared or {})}}
+    return make_plan(arguments(CompareArguments, given), lambda text: None)
+
+
+def toy(*arms, **options):
+    given = {"task": "sort_digits", "arms": arms, "shared": {"max_steps": 40}, **options}
+    return make_plan(arguments(CompareArguments, given), lambda text: None)
+
+
+def estimator(text, **axes):
+    return arguments(Estimator, read_arm(text, axes, SETTINGS).settings["estimator"])
+
+
+@pytest.mark.parametrize("name", ["reinforce", "grpo", "ppo", "reinforce_pp", "shrinkage"])
+def test_a_preset_keeps_all_its_axes(name):
+    assert estimator(name) == Estimator.preset(name)
+    assert read_arm(name, {}, SETTINGS).bias == Estimator.preset(name).bias_status
+
+
+def test_changes_come_on_top_of_the_preset_and_of_what_all_arms_share():
+    assert estimator("grpo,scale=none") == Estimator.preset("grpo", scale="none")
+    assert estimator("rloo", aggregation="token_mean") == Estimator.preset("rloo", aggregation="token_mean")
+    both = estimator("rloo,aggregation=sequence_mean", aggregation="token_mean", gamma=0.9)
+    assert both == Estimator.preset("rloo", aggregation="sequence_mean", gamma=0.9)
+    assert estimator("baseline=group_mean") == Estimator(baseline="group_mean")
+    assert estimator("rloo, --estimator.scale = batch_std") == Estimator.preset("rloo", scale="batch_std")
+
+
+def test_other_settings_are_read_as_python_writes_them():
+    arm = read_arm("rloo,max_grad_norm=0.5,lora_target_modules=('q','v'),chat=true", {}, SETTINGS)
+    own = {"max_grad_norm": 0.5, "lora_target_modules": ("q", "v"), "chat": True}
+    assert arm.settings == {"estimator": {}, **own}
+    arm = read_arm("rloo,num-generations=4,learning-rate=1e-4", {}, SETTINGS)
+    assert arm.settings == {"estimator": {}, "num_generations": 4, "learning_rate": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("arms", "words"),
+    [
+        (["rloo"], "two or more"),
+        (["rloo", "rloo"], "given twice"),
+        (["rloo", "baseline=rloo"], "the same settings"),
+        (["rlo", "grpo"], "Did you mean 'rloo'"),
+        (["rloo,scal=none", "grpo"], "Did you mean 'scale'"),
+        (["rloo,scale=non", "grpo"], "Did you mean 'none'"),
+        (["rloo,x", "grpo"], "NAME=VALUE"),
+        (["", "grpo"], "is empty"),
+        (["rloo,seed=3", "grpo"], "sets itself"),
+        (["rloo,reward=mine.py:f", "grpo"], "what is measured"),
+        (["rloo,gamma=2", "grpo"], "at most 1"),
+        (["remax", "reinforce"], "cannot train on walk"),
+    ],
+)
+def test_an_arm_that_cannot_be_used_is_refused_in_words(arms, words):
+    with pytest.raises(Refused, match=words):
+        plan(arms=arms)
+
+
+def test_an_unknown_name_in_an_arm_is_refused_without_a_list_of_all_settings():
+    with pytest.raises(Refused) as refused:
+        plan(arms=("rloo,max_stepz=3", "grpo"))
+    assert "which is no setting" in str(refused.value) and len(str(refused.value)) < 200
+
+
+def test_every_arm_has_the_same_seeds_and_the_reference_others_too():
+    runs = plan().runs()
+    seeds = {arm: [r.seed for r in runs if r.arm == arm and r.role == "comparison"] for arm in WALK["arms"]}
+    assert seeds == {arm: [0, 1, 2] for arm in WALK["arms"]}
+    itself = [r for r in runs if r.role == "itself"]
+    assert {r.arm for r in itself} == {"reinforce"} and not {r.seed for r in itself} & {0, 1, 2}
+    assert len({r.path for r in runs}) == len(runs)
+    assert all(r.settings["max_steps"] == 4 and r.settings["num_envs"] == 8 for r in runs)
+
+
+def test_all_arms_have_the_budget_of_the_task_in_samples():
+    made = toy("rloo", "remax", "grpo,num_generations=4", "rloo,learning_rate=1e-3")
+    (problem,) = made.problems
+    assert problem.budget == 40 * 16 * 8 and problem.unit == "completions" and problem.places[-1] == 5120
+    runs = {arm.label: made.run(problem, arm, 0).settings for arm in made.arms}
+    assert {run["max_samples"] for run in runs.values()} == {40 * 16 * 8}
+    assert not any("max_steps" in run for run in runs.values())
+    assert runs["grpo,num_generations=4"]["eval_every"] == 2 * runs["rloo"]["eval_every"], "the same samples"
+    assert [run["learning_rate"] for run in runs.values()] == [2e-4, 2e-4, 2e-4, 1e-3]
+    assert made.run(problem, made.arms[3], 0, rate=5e-4).settings["learning_rate"] == 5e-4
+
+
+def test_the_margin_is_a_share_of_the_declared_range():
+    assert toy("rloo", "grpo").margins == {"sort_digits": pytest.approx(0.02)}
+    assert toy("rloo", "grpo", margin=0.1).margins == {"sort_digits": 0.1}
+    assert plan().margins == {"walk": None}, "without a declared range there is no margin"
+
+
+def test_several_values_make_a_problem_each():
+    made = toy("rloo", "grpo", num_generations=(4, 8), learning_rate=("1e-4", "2e-4"))
+    assert [p.label for p in made.problems] == [
+        f"sort_digits, num_generations={size}, learning_rate={rate}"
+        for size in (4, 8)
+        for rate in ("0.0001", "0.0002")
+    ]
+    assert {p.learning_rate for p in made.problems} == {1e-4, 2e-4}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"reference": "rlo"}, "which is no arm"),
+        ({"learning_rate": ("fixed", "1e-3")}, "cannot be mixed"),
+        ({"learning_rate": ("fast",)}, "numbers"),
+        ({"shared": {"seed": 3}}, "set by the comparison itself"),
+        ({"shared": {"max_stepz": 3}}, "There is no setting"),
+        ({"shared": {"estimator": "rloo"}}, "as arms"),
+        ({"task": ("sort_digits",)}, "leave these out"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(options, words):
+    with pytest.raises(Refused, match=words):
+        make_plan(arguments(CompareArguments, {**WALK, **options}), lambda text: None)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A comparison of which a run has begun."""
+    write_plan(plan(), tmp_path, {})
+    (tmp_path / "runs" / "walk").mkdir(parents=True)
+    (tmp_path / "runs" / "walk" / "config.json").write_text("{}")
+    return tmp_path
+
+
+def test_the_same_plan_goes_on_and_is_read_back(begun):
+    assert settle_plan(plan(), begun, overwrite=False) == plan()
+    assert read_plan(begun).runs() == plan().runs()
+
+
+def test_more_seeds_and_arms_are_allowed_and_called_exploratory(begun):
+    more = settle_plan(plan(seeds=5), begun, overwrite=False)
+    assert more.changes == ("the number of seeds was changed from 3 to 5 on the way",)
+    added = settle_plan(plan(arms=(*WALK["arms"], "rloo,baseline=batch_mean")), begun, overwrite=False)
+    assert [arm.exploratory for arm in added.arms] == [False, False, True]
+    write_plan(added, begun, {})
+    again = settle_plan(plan(arms=(*WALK["arms"], "rloo,baseline=batch_mean")), begun, overwrite=False)
+    assert again.changes == added.changes and again.arms == added.arms, "it stays exploratory"
+
+
+def test_another_way_to_judge_is_exploratory(begun):
+    other = {"metric": "reward", "reference": WALK["arms"][1], "failure_below": 0.2, "all_pairs": True}
+    changes = settle_plan(plan(**other), begun, overwrite=False).changes
+    assert len(changes) == 4 and "metric was changed from area to reward" in " ".join(changes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"shared": {"max_steps": 5}}, {"env": "costly_walk"}, {"first_seed": 4}, {"arms": ("reinforce", "a2c")}],
+)
+def test_another_experiment_in_the_same_directory_is_refused(begun, options):
+    with pytest.raises(Refused, match="another comparison"):
+        settle_plan(plan(**options), begun, overwrite=False)
+    assert (begun / "plan.json").is_file()
+    assert settle_plan(plan(**options), begun, overwrite=True).changes == ()
+    assert not begun.exists()
+
+
+def test_before_the_first_run_a_plan_is_simply_replaced(tmp_path):
+    write_plan(plan(), tmp_path, {})
+    assert settle_plan(plan(seeds=5), tmp_path, overwrite=False).changes == ()
+
+
+def test_other_files_are_left_alone_and_a_damaged_plan_is_refused(begun, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    (other / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(Refused, match="holds files"):
+            settle_plan(plan(), other, overwrite=overwrite)
+    assert (other / "thesis.tex").is_file()
+    for text in (json.dumps({"plan": None})[:-3], "{}", '{"plan": {}}'):
+        (begun / "plan.json").write_text(text)
+        with pytest.raises(Refused, match="cannot be read"):
+            settle_plan(plan(), begun, overwrite=False)
+
+
+def scored(best):
+    """Runs whose score falls with the distance of the rate from the best one of its arm, in powers of 2."""
+    made = []
+
+    def execute(runs):
+        made.extend(runs)
+        return pd.DataFrame(
+            {"area": [-abs(math.log2(r.settings["learning_rate"] / best[r.arm])) for r in runs]}
+        )
+
+    return execute, made
+
+
+TUNED = {"arms": ("reinforce,learning_rate=0.1", "a2c,learning_rate=0.1"), "learning_rate": ("tuned",)}
+LABELS = [("walk", arm) for arm in TUNED["arms"]]
+
+
+def test_the_best_rate_of_each_arm_wins_and_fewer_rates_go_on():
+    execute, made = scored(dict(zip(TUNED["arms"], (0.05, 0.2), strict=True)))
+    tried = tune(plan(**TUNED), execute)
+    assert chosen_rates(tried) == dict(zip(LABELS, (0.05, 0.2), strict=True))
+    seeds = plan(**TUNED).tuning_seeds
+    assert [sum((r.seed, r.arm) == (s, TUNED["arms"][0]) for r in made) for s in seeds] == [5, 3, 2]
+    assert len({run.path for run in made}) == len(made) and not set(seeds) & set(plan(**TUNED).seeds)
+
+
+def test_a_best_rate_at_the_edge_widens_the_grid_but_not_without_end():
+    execute, _ = scored(dict(zip(TUNED["arms"], (0.0125, 100.0), strict=True)))
+    tried = tune(plan(**TUNED), execute)
+    assert chosen_rates(tried) == dict(zip(LABELS, (0.0125, 1.6), strict=True))
+    assert min(tried[LABELS[0]]) == 0.00625  # one beyond the best one, which shows that it is best
+
+
+def test_a_run_without_a_score_is_the_worst_and_the_mean_over_seeds_decides():
+    first = plan(**TUNED).tuning_seeds[0]
+    scores = {(0.1, True): 1.0, (0.1, False): 0.0, (0.2, True): 0.9, (0.2, False): 0.9}
+
+    def execute(runs):
+        each = [scores.get((run.settings["learning_rate"], run.seed == first), math.nan) for run in runs]
+        return pd.DataFrame({"area": each})
+
+    assert set(chosen_rates(tune(plan(**TUNED), execute)).values()) == {0.2}
+
+
+def parsed(text):
+    return parse("compare", COMMANDS["compare"], text.split())
+
+
+def test_flags_of_the_runs_are_shared_and_the_others_are_its_own(tmp_path):
+    found = parsed(
+        "--task sort_digits reverse_text --arms rloo grpo,scale=none --seeds 8 --max-steps 50 --lora-r 4 "
+        "--estimator.aggregation sequence_mean --no-chat --learning-rate 1e-4 2e-4 --optimizer=sgd"
+    )
+    assert found.task == ("sort_digits", "reverse_text") and found.arms == ("rloo", "grpo,scale=none")
+    assert found.seeds == 8 and found.learning_rate == ("1e-4", "2e-4")
+    shared = {"max_steps": 50, "lora_r": 4, "chat": False, "optimizer": "sgd"}
+    assert found.shared == {**shared, "estimator": {"aggregation": "sequence_mean"}}
+    control = parsed("--env walk CartPole-v1 --arms reinforce rloo --num-envs 8 --hidden 16 16")
+    assert control.env == ("walk", "CartPole-v1") and control.shared == {"num_envs": 8, "hidden": [16, 16]}
+    (tmp_path / "mine.yaml").write_text("max_steps: 30\ntemperature: 0.9\n")
+    assert parsed(f"--config {tmp_path}/mine.yaml").shared == {"max_steps": 30, "temperature": 0.9}
+
+
+def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():
+    usual = TrainArguments().stop_after_zero_spread
+    typed = parsed(f"--arms rloo grpo --stop-after-zero-spread {usual}")
+    made = make_plan(typed, print)
+    assert made.problems[0].settings["stop_after_zero_spread"] == usual
+    assert make_plan(parsed("--arms rloo grpo"), print).problems[0].settings["stop_after_zero_spread"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("--estimator grpo", "as --arms"),
+        ("--env walk --agent classic", "as --arms"),
+        ("--seeds 1", "at least 2"),
+        ("--max-steps -3", "at least 1"),
+        ("--margin 0", "above 0"),
+    ],
+)
+def test_flags_that_cannot_be_compared_are_refused(text, words):
+    with pytest.raises(Refused, match=words):
+        parsed(text)
+
+
+@pytest.mark.parametrize("text", ["--seeds many", "--no-such-flag 3", "--metric rewards"])
+def test_a_mistake_on_the_command_line_is_told_with_exit_code_2(text, capsys):
+    try:
+        code = main(["compare", *text.split()])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2 and "Traceback" not in capsys.readouterr().err

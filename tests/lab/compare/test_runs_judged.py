@@ -1,0 +1,305 @@
+"""What a comparison reads from its runs and says of them, with runs that are written by hand."""
+
+import json
+
+import pandas as pd
+import pytest
+from made_runs import FINISHED, WALK, compared, noise, rising, said, write_run
+
+import tokenrl
+from tokenrl.cli import main
+from tokenrl.errors import Refused, Stopped
+
+REWARDS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8)
+
+
+def rewards(*values, **more):
+    return lambda seed: {"rewards": list(values), **more}
+
+
+def row(found, arm, seed=0):
+    runs = found.table.of(found.plan.problems[0].label, arm)
+    return runs[runs["seed"] == seed].iloc[0]
+
+
+def curve(found, arm, seed=0):
+    curves = found.table.curves
+    return list(curves["reward"][curves["path"] == row(found, arm, seed)["path"]])
+
+
+def test_scores_are_those_of_the_evaluations_without_that_before_training(tmp_path):
+    greedy = [1 - x for x in REWARDS]
+    arms = {"reinforce": rewards(*REWARDS, greedy=greedy), "a2c": rewards(*REWARDS)}
+    found = compared(tmp_path, arms, seeds=2)
+    one = row(found, "reinforce")
+    assert (one["state"], one["reason"], one["samples"], one["failed"]) == ("finished", "", 400, False)
+    assert curve(found, "reinforce") == pytest.approx(REWARDS)
+    assert one["area"] == pytest.approx(0.5) and one["reward"] == 0.8
+    assert one["area_greedy"] == pytest.approx(0.5) and one["reward_greedy"] == pytest.approx(0.2)
+    assert one["entropy"] == pytest.approx(0.4) and one["grad_clipped"] == pytest.approx(0.2)
+
+
+def test_an_arm_with_more_samples_per_step_is_read_at_the_same_places(tmp_path):
+    """Ten samples per step and not eight: its evaluations come at 100, 200, 300, 400 and 500 samples."""
+    more = rewards(*REWARDS, counts=lambda step: {"episodes": 10})
+    found = compared(tmp_path, {"reinforce": rewards(*REWARDS), "a2c": more}, seeds=2)
+    expected = [0.1, 0.1 + 0.1 * 0.8, 0.2 + 0.1 * 0.6, 0.3 + 0.2 * 0.4, 0.5 + 0.2 * 0.2, 0.7]
+    assert curve(found, "a2c") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("summary", "state", "reason"),
+    [
+        ({"exit_reason": "failed", "error": "The loss is nan."}, "failed", "The loss is nan."),
+        ({"exit_reason": "check"}, "failed", "It ended as check."),
+        (None, "failed", "It was ended from outside, as for want of memory."),
+        ({"exit_reason": "SIGTERM"}, "missing", "It was stopped by SIGTERM; the same command continues it."),
+        ({"exit_reason": "stuck"}, "finished", ""),
+        ({"exit_reason": "solved", "steps": 25, "eval_after": {"reward": 0.4}}, "finished", ""),
+    ],
+)
+def test_a_run_that_ends_early_keeps_its_last_evaluation(tmp_path, summary, state, reason):
+    compared(tmp_path, {"reinforce": rewards(*REWARDS), "a2c": rewards(0.1, 0.2, 0.3)}, seeds=2)
+    path = tmp_path / "runs/walk/a2c/seed_0/summary.json"
+    path.unlink() if summary is None else path.write_text(json.dumps(summary))
+    assert main(["report", str(tmp_path)]) == 0, "which judges again, and runs nothing"
+    runs = pd.read_csv(tmp_path / "runs.csv", keep_default_na=False).set_index("path")
+    one = runs.loc["runs/walk/a2c/seed_0"]
+    assert (one["state"], one["reason"]) == (state, reason)
+    assert one["failed"] == (state == "failed")
+    last = 0.4 if "eval_after" in (summary or {}) else 0.3
+    assert float(one["reward"]) == last
+    if last == 0.3:
+        assert float(one["area"]) == pytest.approx((0.2 + 4 * 0.3) / 5)
+
+
+def test_failed_runs_are_counted_beside_the_difference_of_the_others(tmp_path):
+    def breaks(seed):
+        broken = {"summary": {"exit_reason": "failed", "error": "The loss is nan."}} if seed == 2 else {}
+        return {**rising(0.9)(seed), **broken}
+
+    found = compared(tmp_path, {"reinforce": rising(0.5), "a2c": breaks}, seeds=8, margin=0.02)
+    (difference,) = found.judgement.families[0].differences
+    assert difference.verdict == "better" and 2 not in difference.differences
+    assert "1 of 8 runs of a2c failed" in found.sentences("walk")[0]
+    assert "Runs failed: a2c in 1 of 8 runs." in found.headline("walk")
+    assert found.exit_code == 1
+
+
+def test_a_run_below_a_stated_reward_failed(tmp_path):
+    arms = {"reinforce": rising(0.5), "a2c": lambda seed: rising(0.1 if seed else 0.9)(seed)}
+    found = compared(tmp_path, arms, seeds=6, failure_below=0.2)
+    assert found.judgement.verdicts() == {("walk", "a2c"): "worse"}
+    assert "because it fails more often" in found.sentences("walk")[0]
+    assert row(found, "a2c", 1)["reason"].startswith("Its reward at the end, ")
+    assert found.exit_code == 0, "a run that ended is no error"
+
+
+def test_void_arms_have_no_verdict_in_any_metric_and_it_is_said_which_and_why(tmp_path, capsys):
+    lost = rising(0.0, 0.0, entropy=0.01)
+    arms = {"reinforce": rising(0.5), "a2c": lost, "rloo": rising(0.6)}
+    compared(tmp_path, arms)
+    capsys.readouterr()
+    found = tokenrl.compare(**WALK | {"quiet": False}, arms=tuple(arms), output_dir=str(tmp_path))
+    table = found.differences()
+    assert set(table["verdict"][table["arm"] == "a2c"]) == {"void"} and found.beside
+    assert found.judgement.verdicts()["walk", "rloo"] == "better"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "a2c is not valid: In the first tenth of the steps the entropy was 0.01 nats" in printed
+    assert "Not valid, so not compared with reinforce: a2c." in found.headline("walk")
+
+
+def test_a_ceiling_and_clipping_qualify_the_headline(tmp_path):
+    def slow(seed):
+        return {
+            "rewards": [0, 0.3 + noise(seed, 0.003), 0.5, 0.7, *[0.995 + noise(seed)] * 2],
+            "grad_clipped": 0.97,
+        }
+
+    found = compared(tmp_path, {"reinforce": rising(0.995), "a2c": slow}, env="CartPole-v1", margin=0.001)
+    assert said(found, "Ceiling") == [], "500 counts as solved there, and nothing was declared as the best"
+    (clipping,) = said(found, "Clipping")
+    assert "most updates of a2c" in clipping and "do not take comparable steps" in clipping
+    assert found.headline("CartPole-v1").startswith("Worse than reinforce: a2c. But up to 97% of the updates")
+
+
+def test_at_a_ceiling_the_budget_is_named_at_which_the_arms_lie_apart(tmp_path):
+    def solved(early, size=0.01):
+        def of_seed(seed):
+            apart = [x + noise(seed, 0.5 if x < 490 else size) for x in (early, 495, 499.9, 499.9, 499.9)]
+            return {"rewards": [20, *apart]}
+
+        return of_seed
+
+    found = compared(tmp_path, {"reinforce": solved(450.0), "a2c": solved(300.0, 0.02)}, env="CartPole-v1")
+    (text,) = said(found, "Ceiling")
+    assert "475 counts as solved" in text
+    assert "after 80 episodes the arms lay farthest apart" in text and "--max-steps 10" in text
+    assert "every arm ends at the ceiling" in found.headline("CartPole-v1")
+
+
+def test_a_sharper_arm_is_named_in_the_headline(tmp_path):
+    def arm(sampled, entropy):
+        def of_seed(seed):
+            runs = [0.0, *[sampled + noise(seed, 0.004 * sampled)] * 5]
+            return {"rewards": runs, "greedy": [0.0, *[0.95 + noise(seed + 1)] * 5],
+                    "entropy": entropy + noise(seed, 0.01)}  # fmt: skip
+
+        return of_seed
+
+    found = compared(tmp_path, {"reinforce": arm(0.9, 0.1), "a2c": arm(0.8, 0.4)})
+    (text,) = said(found, "Sharpness")
+    assert "reinforce has a sampled reward that is 0.1 higher than that of a2c" in text
+    assert found.headline("walk") == "Worse than reinforce: a2c. But reinforce may only be sharper than a2c."
+
+
+def test_skipped_updates_are_told(tmp_path):
+    found = compared(tmp_path, {"reinforce": rising(0.5), "a2c": rising(0.6, skipped_steps=10)}, seeds=2)
+    (text,) = said(found, "Updates of a2c")
+    assert "20.0% of the updates were skipped" in text
+
+
+def test_the_reference_against_itself_and_all_pairs(tmp_path):
+    arms = {
+        "reinforce": rising(0.5),
+        "reinforce itself": rising(0.5, 0.003),
+        "a2c": rising(0.6),
+        "rloo": rising(0.7),
+    }
+    found = compared(tmp_path, arms, against_itself=True, all_pairs=True)
+    (family,) = found.judgement.families
+    assert family.itself is not None and family.itself.verdict == "undecided"
+    assert len(family.differences) == 3 and family.differences[-1].arm == "rloo"
+    assert "rloo is better than a2c by 0.09" in " ".join(found.sentences("walk"))
+    assert list(found.differences()["decides"][:4]) == ["yes"] * 3 + ["no"]
+
+
+def test_the_way_to_a_threshold_counts_runs_that_never_reach_it(tmp_path):
+    def some(seed):
+        return {"rewards": [0.0, 0.5, *[0.9 if seed < 4 else 0.5] * 4]}
+
+    found = compared(
+        tmp_path, {"reinforce": rewards(0.0, *[0.8] * 5), "a2c": some}, env="CartPole-v1", seeds=6
+    )
+    assert (found.thresholds["reached"] == 0).all(), "CartPole counts as solved at 475"
+    arms = {"reinforce": rewards(0.0, *[1.2] * 5), "a2c": some}
+    found = compared(tmp_path / "bandit", arms, env="bandit", seeds=6)
+    first, second = found.thresholds.to_dict("records")
+    assert first["threshold"] == pytest.approx(0.6) and first["chosen"].startswith("half")
+    assert (first["reached"], first["median_samples"]) == (6, pytest.approx(40.0))
+    assert (second["reached"], second["runs"]) == (4, 6)
+    assert second["median_samples"] == pytest.approx(80 + 80 * 0.1 / 0.4)
+
+
+def test_tuned_rates_are_chosen_and_an_edge_is_told(tmp_path, capsys):
+    """The better the larger the rate, up to the end of the grid."""
+    options = {"learning_rate": "tuned", "seeds": 2}
+    arms = {"reinforce": rising(0.5), "a2c": rising(0.5)}
+    given = {"env": "walk", "max_steps": 50, "num_envs": 8, "eval_every": 10, "quiet": True, **options}
+    given |= {"arms": tuple(arms), "against_itself": False, "output_dir": str(tmp_path)}
+    found = None
+    while not hasattr(found, "judgement"):
+        found = tokenrl.compare(**given, print_commands=True)
+        for line in capsys.readouterr().out.splitlines():
+            words = line.split()
+            settings = json.loads((tmp_path.parent / words[words.index("--config") + 1]).read_text())
+            folder = tmp_path.parent / words[words.index("--output-dir") + 1]
+            write_run(folder, **rising(settings["learning_rate"])(settings["seed"]))
+    usual = found.plan.problems[0].learning_rate
+    assert set(row(found, "a2c")[["learning_rate"]]) == {16 * usual}
+    assert "is the greatest that was tried" in said(found, "Learning rate")[0]
+
+
+def test_several_problems_are_summarised_only_where_rewards_have_ranges(tmp_path):
+    found = compared(
+        tmp_path, {"reinforce": rising(0.5), "a2c": rising(0.6)}, env=("walk", "bandit"), seeds=2
+    )
+    assert len(found.judgement.families) == 2 and found.overall == {}
+
+
+def test_nothing_to_judge_is_told_with_the_reason(tmp_path):
+    broken = {"exit_reason": "failed", "error": "No memory."}
+    arms = {arm: rewards(summary=broken) for arm in ("reinforce", "a2c")}
+    with pytest.raises(Stopped, match="Nothing can be judged on walk"):
+        compared(tmp_path, arms, seeds=2)
+
+
+def config(estimator, seed, **more):
+    return {"kind": "train", "task": "sort_digits", "seed": seed, "max_steps": 50, "num_generations": 4,
+            "prompts_per_step": 2, "eval_size": 64, "learning_rate": 1e-3, "output_dir": "x",
+            "max_completion_length": 8, "estimator": estimator, **more}  # fmt: skip
+
+
+def existing(folder, label, estimator, end, *, seeds=6, more=None, **metrics):
+    for seed in range(seeds):
+        made = rising(end, counts=lambda step: {"num_samples": 8 * step}, **metrics)(seed)
+        write_run(folder / f"{label}{seed}", config=config(estimator, seed, **(more or {})), **made)
+
+
+def judge_existing(folder, **options):
+    given = {
+        "runs": str(folder / "runs" / "*"),
+        "output_dir": str(folder / "found"),
+        "quiet": True,
+        **options,
+    }
+    return tokenrl.compare(**given)
+
+
+def test_runs_that_exist_are_judged_by_the_settings_in_which_they_differ(tmp_path):
+    runs = tmp_path / "runs"
+    existing(runs, "a", {}, 0.5)
+    existing(runs, "b", {"baseline": "group_mean", "scale": "group_std"}, 0.7)
+    existing(runs, "c", {}, 0.6, more={"learning_rate": 2e-3})
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
+    found = judge_existing(tmp_path, margin=0.02)
+    labels = [arm.label for arm in found.plan.arms]
+    assert labels[0] == "rloo, learning_rate=0.001" and labels[2] == "rloo, learning_rate=0.002"
+    assert list(found.judgement.verdicts().values()) == ["better", "better"]
+    assert list(found.judgement.verdicts()) == [("sort_digits", label) for label in labels[1:]]
+    assert "Exploratory: the runs existed before" in said(found, "Exploratory")[0]
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == before
+    assert main(["report", str(tmp_path / "found")]) == 0
+
+
+def test_completions_that_are_cut_void_an_arm_and_groups_without_signal_only_one_that_compares_groups(
+    tmp_path,
+):
+    runs = tmp_path / "runs"
+    existing(runs, "a", {}, 0.5)
+    existing(runs, "b", {"baseline": "none"}, 0.7, frac_reward_zero_std=0.9)
+    existing(runs, "c", {"baseline": "group_mean"}, 0.7, frac_reward_zero_std=0.9)
+    existing(runs, "d", {"baseline": "batch_mean"}, 0.7, **{"completions/clipped_ratio": 0.6})
+    found = judge_existing(tmp_path)
+    assert list(found.judgement.verdicts().values()) == ["better", "void", "void"]
+    void = [arm.void for arm in found.judgement.families[0].arms]
+    assert "all rewards were equal" in void[2] and "60% of the completions are cut off at 8 tokens" in void[3]
+
+
+def test_runs_of_other_budgets_are_compared_up_to_the_smallest(tmp_path):
+    runs = tmp_path / "runs"
+    existing(runs, "a", {}, 0.5, seeds=2)
+    for seed in range(2):
+        long = {
+            "counts": lambda step: {"num_samples": 16 * step},
+            "config": config({"baseline": "none"}, seed),
+        }
+        write_run(runs / f"b{seed}", list(REWARDS), **long)
+    found = judge_existing(tmp_path)
+    assert found.plan.problems[0].budget == 400 and row(found, found.plan.arms[1].label)["reward"] == 0.4
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path):
+    runs = tmp_path / "runs"
+    existing(runs, "a", {}, 0.5, seeds=2)
+    with pytest.raises(Refused, match="nothing to compare"):
+        judge_existing(tmp_path)
+    existing(runs, "b", {}, 0.5, seeds=1)
+    existing(runs, "c", {"baseline": "none"}, 0.5, seeds=1)
+    with pytest.raises(Refused, match=r"a0 and .*b0 have the same settings and seed"):
+        judge_existing(tmp_path)
+    with pytest.raises(Refused, match="no run directory was found"):
+        tokenrl.compare(runs=str(tmp_path / "none" / "*"))
+    write_run(runs / "d", list(REWARDS), config={"kind": "sft", "seed": 0}, summary=FINISHED)
+    with pytest.raises(Refused, match="d is no run of tokenrl train or control"):
+        judge_existing(tmp_path)

@@ -1,1 +1,0 @@
-"""Makes the runs of a comparison: in processes of this machine, on a Ray cluster, or as command lines."""

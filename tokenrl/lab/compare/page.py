@@ -1,0 +1,258 @@
+"""Writes the page of a comparison: the verdict first, then what was compared, forest plots and curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+
+from tokenrl.lab.compare.comparison import CITATION, Comparison
+from tokenrl.lab.compare.judgement import Difference, Family
+from tokenrl.lab.compare.overall import METHOD
+from tokenrl.lab.compare.plan import Problem
+from tokenrl.lab.compare.scores import SCORES
+from tokenrl.lab.compare.words import facts_of, listed, shown, signed
+from tokenrl.runs.html import (
+    Block,
+    Section,
+    completions,
+    drawings,
+    paragraph,
+    preformatted,
+    table,
+    verdict,
+    write_page,
+)
+from tokenrl.runs.plots import Chart, Curve, Difference as Bars, Forest
+from tokenrl.runs.reader import read_run
+
+FROM_PYTHON = "Started from Python: the same call of tokenrl.compare goes on with it, or shows it again."
+COLOURS = {"better": 3, "worse": 2, "equivalent": 1}
+"""Colours of the verdicts in the palette of the charts; the others are grey."""
+BESIDE = {
+    "reward_greedy": ("Greedy reward", "held-out, of the most probable completion or action"),
+    "entropy": ("Entropy", "nats per action (token), held-out; near 0 the policy no longer explores"),
+    "completions/mean_length": ("Length", "tokens of a completion"),
+    "completions/clipped_ratio": ("Truncated", "share of completions cut at the length limit"),
+}
+"""Curves that are drawn beside the one of the reward, if the runs have them."""
+COMPLETIONS = 4
+"""Completions of each arm on each problem, from its first run."""
+
+
+def write_comparison(found: Comparison) -> Path:
+    """Write report.html into the directory of a comparison.
+
+    Raises:
+        Stopped: the file could not be written.
+    """
+    plan, labels = found.plan, [problem.label for problem in found.plan.problems]
+    version = found.versions.get("tokenrl", "")
+    origin = [preformatted(text) for text in (plan.command or FROM_PYTHON, CITATION.format(version=version))]
+    sections = [
+        *(Section(f"Verdict{_on(found, label)}", [_verdict(found, label)]) for label in labels),
+        Section("What was compared", [_facts(found)]),
+        *(part for problem in plan.problems for part in _of_problem(found, problem)),
+        Section("All problems together", _overall(found)),
+        Section("Sample completions", [completions(_completions(found))], closed=True),
+        Section("Every difference, in each metric", [_frame(found.differences())], closed=True),
+        Section("Every run", [_frame(found.table.runs)], closed=True),
+        Section("To repeat, and to cite", [*origin, preformatted(found.versions)], closed=True),
+        Section("The plan", [preformatted(asdict(plan))], closed=True),
+    ]
+    runs = found.table.runs[found.table.runs["role"] == "comparison"]
+    subtitle = paragraph(
+        f"{len(runs)} runs over {len(plan.seeds)} seeds, {runs['failed'].sum() or 'none'} of them failed; "
+        f"made with tokenrl {version}",
+        "soft",
+    )
+    title = f"Comparison of {len(plan.arms)} arms on {', '.join(labels)}"
+    return write_page(found.output_dir / "report.html", title, [Section("", [subtitle]), *sections])
+
+
+def _on(found: Comparison, label: str) -> str:
+    return f" on {label}" if len(found.plan.problems) > 1 else ""
+
+
+def _verdict(found: Comparison, label: str) -> Block:
+    """Say in plain words what was found on a problem, then each difference, and what to keep in mind."""
+    sentences = found.sentences(label)
+    if len(found.plan.arms) > 2 and not found.plan.all_pairs:
+        sentences.append(
+            f"Each was compared with {found.plan.reference}; --all-pairs compares them with each other."
+        )
+    return verdict(found.headline(label), sentences, [caveat.text for caveat in found.caveats[label]])
+
+
+def _facts(found: Comparison) -> Block:
+    plan = found.plan
+    levels = {one.level for family in found.judgement.families for one in family.differences}
+    below = "" if plan.failure_below is None else f", or ended with a reward below {plan.failure_below:g}"
+    rows = {
+        **{name.capitalize(): fact for name, fact in facts_of(plan).items()},
+        "Failures": f"runs that broke off{below}; their rates have exact limits, each of which holds with "
+        "95 %, and Fisher's test compares them",
+        "Intervals": "Student-t, of the mean difference paired by seed between runs that did not fail. The "
+        f"verdict is read from the interval at {listed([f'{level:.2%}' for level in sorted(levels)])}, so "
+        "that with 95 % all verdicts on a problem hold together.",
+    }
+    return table(["", ""], list(rows.items()), "words")
+
+
+def _of_problem(found: Comparison, problem: Problem) -> Iterator[Section]:
+    """Yield the sections on one problem."""
+    on, family = _on(found, problem.label), found.family(problem.label)
+    curves = found.table.curves.merge(found.table.of(problem.label)[["path", "arm"]], on="path")
+    small = [
+        Chart(name, unit, _curves(found, curves, metric))
+        for metric, (name, unit) in BESIDE.items()
+        if metric in curves and curves[metric].nunique() > 1
+    ]
+    unit = f"held-out, sampled, over {problem.unit}; mean over seeds, band from the lowest to the highest"
+    mark = None if problem.solved is None else ("solved", problem.solved)
+    reward = Chart("Reward", unit, _curves(found, curves, "reward"), large=True, mark=mark)
+    yield Section(f"Differences{on}", [drawings([_forest(found, family)])])
+    yield Section(f"Learning{on}", [drawings([reward, *small])])
+    yield Section(f"Arms{on}", [_arms(found, problem, family)])
+    yield Section(f"Learning rates{on}", _rates(found, problem))
+
+
+def _forest(found: Comparison, family: Family) -> Forest:
+    """Draw the differences of a family, and below them the reference against itself."""
+    words = (
+        f"in the {SCORES[found.plan.metric]}, paired by seed, of runs that did not fail. Small dots are "
+        "seeds, the dot is their mean, the thick bar its 95 % interval, the thin one decides."
+    )
+    if family.margin is not None:
+        words += f" The band is the margin of equivalence, {shown(family.margin)}."
+    if family.itself:
+        words += " The last line shows what no difference looks like."
+    reference = family.reference
+    rows = [
+        _bars(d, d.arm if d.reference == reference else f"{d.arm} - {d.reference}", d.verdict)
+        for d in family.differences
+        if d.differences
+    ]
+    itself = [_bars(family.itself, f"{reference} against itself", "same arm")] if family.itself else []
+    return Forest(f"Difference to {reference}", words, [*rows, *itself], family.margin)
+
+
+def _bars(one: Difference, name: str, said: str) -> Bars:
+    ends = (one.mean.low, one.mean.high), (one.adjusted.low, one.adjusted.high)
+    colour = COLOURS.get(said, 0)
+    return Bars(name, f"{said}, {signed(one)}", one.mean.value, *ends, list(one.differences.values()), colour)
+
+
+def _curves(found: Comparison, curves: pd.DataFrame, metric: str) -> list[Curve]:
+    """Return the mean of a metric over each arm's runs, with a band from the lowest to the highest run."""
+    drawn = []
+    for number, arm in enumerate(found.plan.arms, start=1):
+        of_arm = curves[curves["arm"] == arm.label].groupby("samples")[metric].agg(["mean", "min", "max"])
+        of_arm = of_arm.dropna()
+        band = list(of_arm["min"]), list(of_arm["max"])
+        x, y = list(of_arm.index), list(of_arm["mean"])
+        drawn.append(Curve(x, y, arm.label, colour=number, dots=True, band=band))
+    return drawn
+
+
+def _arms(found: Comparison, problem: Problem, family: Family) -> Block:
+    """Show each arm's failures and mean scores, the share of clipped updates and the way to a threshold."""
+    names = [found.plan.metric, *found.beside]
+    rows = []
+    for arm in family.arms:
+        runs = found.table.of(problem.label, arm.arm)
+        sound = runs[~runs["failed"]].mean(numeric_only=True)
+        reached = found.thresholds.query("problem == @problem.label and arm == @arm.arm").to_dict("records")
+        way = [f"{one['reached']} of {one['runs']}, {_samples(one['median_samples'])}" for one in reached]
+        clipped = sound.get("grad_clipped", math.nan)
+        rows.append(
+            [
+                arm.arm,
+                f"{len(arm.failed)} of {len(runs)} [{arm.failures.low:.0%}, {arm.failures.high:.0%}]",
+                *(shown(sound.get(name)) for name in names),
+                "-" if math.isnan(clipped) else f"{clipped:.0%}",
+                f"{runs['learning_rate'].iloc[0]:g}",
+                *way,
+            ]
+        )
+    header = ["arm", "failed", *names, "clipped updates", "learning rate"]
+    thresholds = found.thresholds[found.thresholds.get("problem") == problem.label]
+    if len(thresholds):
+        header.append(
+            f"reach {shown(thresholds['threshold'].iloc[0])} ({thresholds['chosen'].iloc[0]}), median"
+        )
+    return table(header, rows, "wide fit")
+
+
+def _samples(median: float) -> str:
+    return f"{median:,.0f}" if math.isfinite(median) else "never for half of them"
+
+
+def _rates(found: Comparison, problem: Problem) -> list[Block]:
+    """Draw the scores by learning rate on the tuning seeds, and list them; nothing unless tuned."""
+    curves, rows = [], []
+    for number, arm in enumerate(found.plan.arms, start=1):
+        tried = sorted(found.sensitivity.get((problem.label, arm.label), {}).items())
+        means = {math.log2(rate): sum(each) / len(each) for rate, each in tried if math.isfinite(min(each))}
+        curves.append(Curve(list(means), list(means.values()), arm.label, colour=number, dots=True))
+        rows += [[arm.label, f"{rate:g}", ", ".join(map(shown, scores))] for rate, scores in tried]
+    if not rows:
+        return []
+    places = {x: f"{2**x:.3g}" for curve in curves for x in curve.x}
+    words = "mean over the tuning seeds on which the rate was tried, which the comparison does not use"
+    chart = Chart("Score by learning rate", words, curves, True, whole=False, places=places, last=False)
+    return [drawings([chart]), table(["arm", "learning rate", "scores, one for each seed"], rows)]
+
+
+def _overall(found: Comparison) -> list[Block]:
+    """Show interquartile means, probabilities of improvement and performance profiles with bands."""
+    if not found.overall:
+        return []
+    rows, curves = [], []
+    for number, (arm, one) in enumerate(found.overall.items(), start=1):
+        cells = [f"{shown(i.value)} [{shown(i.low)}, {shown(i.high)}]" if i else "-"
+                 for i in (one["iqm"], one["improvement"])]  # fmt: skip
+        rows.append([arm, *cells])
+        x, share, low, high = (list(column) for column in zip(*one["profile"], strict=True))
+        curves.append(Curve(x, share, arm, colour=number, band=(low, high), dots=True))
+    words = (
+        f"Scores are shares of the range of the reward. This decides nothing: {METHOD}. Interquartile means "
+        "and profiles are not paired by seed."
+    )
+    unit = "share of runs that reach at least a score"
+    chart = Chart("Performance profile", unit, curves, True, whole=False, last=False)
+    header = [
+        "arm",
+        "interquartile mean",
+        f"probability of improvement over {found.plan.reference}, by pairs",
+    ]
+    return [paragraph(words, "soft"), table(header, rows), drawings([chart])]
+
+
+def _completions(found: Comparison) -> list[dict[str, object]]:
+    """Return some completions of the first run of each arm on each problem, to sort and to filter."""
+    rows: list[dict[str, object]] = []
+    runs = found.table.runs[
+        (found.table.runs["role"] == "comparison") & (found.table.runs["state"] != "missing")
+    ]
+    for (problem, arm), of_arm in runs.groupby(["problem", "arm"], sort=False):
+        path = found.output_dir / of_arm["path"].iloc[0]
+        kept = read_run(path).completions() if (path / "metrics.jsonl").is_file() else []
+        for one in kept[:: max(1, len(kept) // COMPLETIONS)][:COMPLETIONS]:
+            texts = {name: one.get(name) for name in ("prompt", "completion", "reward")}
+            rows.append({"problem": problem, "arm": arm, **texts})
+    return rows
+
+
+def _frame(frame: pd.DataFrame) -> Block:
+    rows = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
+    return table(list(map(str, frame.columns)), rows, "wide")
+
+
+def _cell(value: object) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,1 +1,0 @@
-"""Draws what a comparison found: one page that needs no other file and no network."""

@@ -1,1 +1,0 @@
-"""Judges scores of several arms over seeds; it knows nothing of how they were made."""
