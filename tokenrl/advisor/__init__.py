@@ -1,8 +1,8 @@
 """Recommends settings for an environment or a language task, and diagnoses runs, each with its reasons.
 
 Advice before a run rests on a short measurement: random episodes of an environment, or samples of the model
-on training prompts. A diagnosis rests on the metrics that the run has recorded. Both judge by the rules of
-`core.entropy`, `core.guards` and `core.kl`, which training applies too, and by those of `advisor.rules`.
+on training prompts. A diagnosis rests on the metrics that the run has recorded, judged by the rules that
+training applies too (`runs.rules`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tokenrl.errors import Refused
 from tokenrl.runs.files import check_place
 
 if TYPE_CHECKING:
-    from tokenrl.advisor.show import Advice
+    from tokenrl.advisor.advice import Advice
 
 
 def run(args: AdviseArguments) -> int:
@@ -30,18 +30,14 @@ def run(args: AdviseArguments) -> int:
             "Say what the advice is for, one of three: --env ID for control, --task NAME for a language "
             "model, or --run DIR for a run of either that has been started."
         )
-    files = [Path(path).absolute() for path in (args.config, args.json, args.markdown) if path is not None]
+    files = [Path(path).absolute() for path in (args.config, args.json) if path is not None]
     for path in files:
         check_place(path)
         if files.count(path) > 1:
             raise Refused(f"{path} was given twice, and one file would replace the other. Give two names.")
-    from tokenrl.advisor.page import print_page
-    from tokenrl.advisor.show import write_advice
-
     advice = _advice(args)
-    page = advice.page(args.config)
-    print_page(page)
-    write_advice(advice, page, config=args.config, json=args.json, md=args.markdown)
+    advice.show(args.config)
+    advice.write(args.config, args.json)
     return 0
 
 

@@ -51,5 +51,3 @@ class AdviseArguments(ModelArguments, TaskArguments, LoraArguments):
     """Write the settings to this file, for --config of `tokenrl control` or `tokenrl train`."""
     json: str | None = None
     """Write settings, reasons and measurements to this file, as JSON."""
-    markdown: str | None = None
-    """Write the advice to this file, as a document in GitHub's Markdown."""

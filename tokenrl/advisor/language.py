@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from accelerate import PartialState
 
+from tokenrl.advisor.advice import Advice, Setting, bias_in_words, judge_horizon
 from tokenrl.advisor.arguments import AdviseArguments
-from tokenrl.advisor.language_baseline import bias_in_words, why_scale, with_baseline
-from tokenrl.advisor.rules import (
-    DEAD_GROUPS,
-    EASY,
-    ENTROPY,
-    HOPELESS,
-    SMALLEST_GROUP,
-    cut_too_often,
-    mostly_dead,
-)
-from tokenrl.advisor.show import Advice, Setting, judge_horizon
-from tokenrl.core.entropy import LEAST_ENTROPY
+from tokenrl.core.choices import choice_of
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
-from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import asked, settled_form
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.sampling import Sampling
@@ -33,10 +22,20 @@ from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.probe import Estimate, Probe, probe_policy
 from tokenrl.language.training.setup import check, make_policy, resolve
 from tokenrl.runs.console import Console
+from tokenrl.runs.facts import MOST
+from tokenrl.runs.rules import LEAST_ENTROPY
 from tokenrl.runs.threads import choose_threads, using_threads
 
 REWARD_MODEL_BETA = 0.05
 """KL weight where the reward is a model, because a policy can learn to exploit its errors."""
+SMALLEST_GROUP = 4
+"""A leave-one-out baseline of G - 1 others adds 1 / (G - 1) of the variance: groups of two double it."""
+HOPELESS, EASY = 0.9, 0.95
+"""A task is too hard above this share of dead groups of the largest size, too easy from this pass@1 on."""
+CUT = 0.1
+"""From this share of completions that are cut on, the largest length should grow."""
+ENTROPY = 0.01
+"""Entropy bonus for a policy that is almost certain of every token."""
 
 
 def advise_language(args: AdviseArguments) -> Advice:
@@ -76,31 +75,25 @@ def advise_language(args: AdviseArguments) -> Advice:
     with using_threads(choose_threads(policy.size)[0]):
         found = probe_policy(policy, rows, rewards, sampling)
     solved = getattr(task, "solved", None)
-    reward_model = any(isinstance(function, RewardModel) for function in rewards.functions)
+    beta = REWARD_MODEL_BETA * any(isinstance(function, RewardModel) for function in rewards.functions)
     room = None
-    if policy.context is not None and cut_too_often(found.truncated.value):
+    if policy.context is not None and found.truncated.value >= CUT:
         rows = [*task.train_prompts, *task.eval_prompts]
         room = policy.context - max(len(policy.encode(row["prompt"])) for row in rows)
-    train, settings = fitted(
-        train, found, room, reward_model=reward_model, size=args.num_generations, baseline=args.baseline
-    )
+    train, settings = fitted(train, found, room, beta=beta, size=args.num_generations, baseline=args.baseline)
+    if args.lora_r:
+        own = sum(p.numel() for p in policy.trainable_parameters())
+        why = f"as you asked: trains {own:,} of {policy.size:,} parameters"
+        settings.append(Setting("lora_r", args.lora_r, why))
     return Advice(
         subject=f"{task.name}, {policy.source}",
         command="train",
         arguments=train,
-        facts=asked(policy.form, args.model) | facts(found, solved),
-        settings=settings + _adapter(args.lora_r, policy),
-        measurements={"probe": found, "solved": solved, "difficulty": difficulty(found, solved)},
-        warnings=warnings + few_prompts(task.train_prompts) + doubts(found, solved, train),
+        facts=asked(policy.form, args.model) | _facts(found, solved),
+        settings=settings,
+        measurements={"probe": asdict(found), "solved": solved, "difficulty": difficulty(found, solved)},
+        warnings=warnings + few_prompts(task.train_prompts) + _doubts(found, solved, train.num_generations),
     )
-
-
-def _adapter(rank: int, policy: Policy) -> list[Setting]:
-    """Say how many parameters an adapter of this rank trains; nothing without one."""
-    if not rank:
-        return []
-    own = sum(p.numel() for p in policy.trainable_parameters())
-    return [Setting("lora_r", rank, f"as you asked: trains {own:,} of {policy.size:,} parameters")]
 
 
 def difficulty(found: Probe, solved: float | None = None) -> str:
@@ -109,14 +102,12 @@ def difficulty(found: Probe, solved: float | None = None) -> str:
     It is too easy where the mean reward reaches the task's own mark, `solved`; without a mark, where pass@1
     is near 1; and never where nothing says what a right answer is.
     """
+    easy = bool(found.passed) and found.passed[1].value >= EASY
     if solved is not None:
         easy = found.reward.value >= solved
-    else:
-        easy = bool(found.passed) and found.passed[1].value >= EASY
     if easy:
         return "too easy"
-    largest = max(found.dead_groups)
-    return "too hard" if found.dead_groups[largest].value > HOPELESS else "fine"
+    return "too hard" if found.dead_groups[max(found.dead_groups)].value > HOPELESS else "fine"
 
 
 def group_size(found: Probe) -> int:
@@ -125,7 +116,37 @@ def group_size(found: Probe) -> int:
     Larger groups need more completions per prompt, and gain little once most groups have unequal rewards.
     """
     sizes = [size for size in found.dead_groups if size >= SMALLEST_GROUP] or list(found.dead_groups)
-    return next((size for size in sizes if not mostly_dead(found.dead_groups[size].value)), max(sizes))
+    return next((size for size in sizes if found.dead_groups[size].value <= MOST), max(sizes))
+
+
+def choose_baseline(found: Probe, size: int) -> tuple[str, str]:
+    """Choose the baseline from the size of groups and the spread of rewards; return it with the reason.
+
+    With the variance W of the rewards of one prompt and the variance B of the prompts' expected rewards, the
+    mean square of `reward - baseline` is W + B for a running mean, and W G / (G - 1) for `rloo` in groups of
+    G. Groups of four or more are compared whatever these are: while the policy learns, prompts come to differ
+    in difficulty, which only a mean of the prompt's own rewards follows.
+    """
+    if size == 1:
+        return "running_mean", "one completion per prompt leaves none to compare it with"
+    running, compared = found.within + found.between, found.within * size / (size - 1)
+    if size < SMALLEST_GROUP and running < compared:
+        why = (
+            f"groups are small: mean square of reward minus baseline {running:.2g}, {compared:.2g} with rloo"
+        )
+        return "running_mean", why
+    return "rloo", "mean of the prompt's other rewards; with one completion per prompt, take running_mean"
+
+
+def completion_length(length: int, found: Probe, room: int | None) -> tuple[int, str]:
+    """Keep the length, or double it if many completions were cut, as far as the context allows."""
+    seen = f"{_percent(found.truncated)} cut, the longest had {found.longest} tokens"
+    if found.truncated.value < CUT:
+        return length, f"enough: {seen}"
+    longer = 2 * length if room is None else min(2 * length, room)
+    if longer <= length:
+        return length, f"too short ({seen}), but the model's context leaves no more"
+    return longer, f"longer than {length}: {seen}, and a cut completion seldom gets a reward"
 
 
 def fitted(
@@ -133,7 +154,7 @@ def fitted(
     found: Probe,
     room: int | None,
     *,
-    reward_model: bool,
+    beta: float = 0.0,
     size: int | None = None,
     baseline: str | None = None,
 ) -> tuple[TrainSettings, list[Setting]]:
@@ -143,16 +164,20 @@ def fitted(
         train: the resolved settings.
         found: the measurements.
         room: number of tokens that the model's context leaves beside the longest prompt; None if unknown.
-        reward_model: whether one of the rewards is a model.
+        beta: weight of the KL, above 0 where one of the rewards is a model.
         size: the group size that was asked for; None to choose it.
         baseline: the baseline that was asked for; None to choose it.
     """
     rows = train.prompts_per_step * train.num_generations
-    size, why_size = (size, "as you asked") if size else (group_size(found), None)
-    estimator, why_baseline = with_baseline(train.estimator, found, size, baseline)
+    why_size = "as you asked" if size else _why_size(found)
+    size = size or group_size(found)
     length, why_length = completion_length(train.max_completion_length, found, room)
-    if reward_model:
-        estimator = replace(estimator, beta=REWARD_MODEL_BETA)
+    chosen, why_baseline = choose_baseline(found, size)
+    if baseline is not None:
+        chosen, why_baseline = baseline, "as you asked" + ("; plain REINFORCE" if baseline == "none" else "")
+    estimator = replace(train.estimator, baseline=chosen, beta=beta)
+    if chosen == "running_mean":
+        estimator = replace(estimator, running_mean_init=float(f"{found.reward.value:.2g}"))
     low = found.entropy < LEAST_ENTROPY
     if low:
         estimator = replace(estimator, entropy_coef=ENTROPY)
@@ -163,23 +188,21 @@ def fitted(
         max_completion_length=length,
         estimator=estimator,
     )
-    beta = (
-        "a policy can exploit a reward model"
-        if reward_model
-        else "a reward by rule needs no KL term; saves a model"
-    )
-    entropy = f"the policy starts at {found.entropy:.3g} nats per token"
-    entropy += ", almost certain of every token" if low else "; a run that ends below 0.1 is flagged"
+    scales = ("group_std", "loo_std", "batch_std", "token_whiten")
+    bias = ", ".join(f"{name} is {choice_of('scale', name).status.replace('_', ' ')}" for name in scales)
+    certain = ", almost certain of every token" if low else "; a run that ends below 0.1 is flagged"
     reasons = {
-        "num_generations": why_size or _why_size(size, found),
+        "num_generations": why_size,
         "prompts_per_step": f"{rows} completions a step, as the task's settings have, in groups of {size}",
         "max_completion_length": why_length,
         "estimator.baseline": f"{why_baseline}; gradient {bias_in_words(estimator)}",
         "estimator.returns": "there is one reward, at the end: it is the return of every token",
-        "estimator.scale": why_scale(),
+        "estimator.scale": f"no division, exact: a divisor would weight easy and hard prompts; {bias}",
         "estimator.ratio": "on-policy: every rollout is used for one update only",
-        "estimator.beta": beta,
-        "estimator.entropy_coef": entropy,
+        "estimator.beta": "a policy can exploit a reward model"
+        if beta
+        else "a reward by rule needs no KL term",
+        "estimator.entropy_coef": f"the policy starts at {found.entropy:.3g} nats per token{certain}",
         "temperature": "the same in sampling and in training",
         "learning_rate": "recommended by the task for its own model, else by size (adapters: ten times that)",
         "max_grad_norm": "limits how far one unusual rollout can move the weights",
@@ -187,46 +210,31 @@ def fitted(
     return train, [Setting(name, _value(train, name), reason) for name, reason in reasons.items()]
 
 
-def completion_length(length: int, found: Probe, room: int | None) -> tuple[int, str]:
-    """Keep the length, or double it if many completions were cut, as far as the context allows."""
-    seen = f"{_percent(found.truncated)} cut, the longest had {found.longest} tokens"
-    if not cut_too_often(found.truncated.value):
-        return length, f"enough: {seen}"
-    longer = 2 * length if room is None else min(2 * length, room)
-    if longer <= length:
-        return length, f"too short ({seen}), but the model's context leaves no more"
-    return longer, f"longer than {length}: {seen}, and a cut completion seldom gets a reward"
-
-
-def doubts(found: Probe, solved: float | None, train: TrainSettings) -> list[str]:
+def _doubts(found: Probe, solved: float | None, size: int) -> list[str]:
     """Return warnings about what may go wrong, judged by the measurements."""
-    size, out = train.num_generations, []
-    hard = difficulty(found, solved)
+    hard, largest = difficulty(found, solved), max(found.dead_groups)
     if hard == "too hard":
-        out.append(
-            f"too hard: {found.dead_groups[max(found.dead_groups)].value:.0%} of groups of "
-            f"{max(found.dead_groups)} have equal rewards. Begin with demonstrations (--warm-start, or "
-            "tokenrl sft), take easier prompts, or grade the reward."
-        )
-    elif hard == "too easy":
-        out.append("too easy: the policy already solves it; take harder prompts.")
-    elif size in found.dead_groups and mostly_dead(found.dead_groups[size].value):
-        out.append(
-            f"more than {DEAD_GROUPS:.0%} of groups of {size} are dead: --num-samples "
-            "measures larger ones, and --estimator.zero-spread refill samples new prompts instead of them."
-        )
-    return out
+        return [
+            f"too hard: {found.dead_groups[largest].value:.0%} of groups of {largest} have equal rewards. "
+            "Begin with demonstrations (--warm-start, or tokenrl sft), take easier prompts, or grade the "
+            "reward."
+        ]
+    if hard == "too easy":
+        return ["too easy: the policy already solves it; take harder prompts."]
+    if size in found.dead_groups and found.dead_groups[size].value > MOST:
+        return [
+            f"more than {MOST:.0%} of groups of {size} are dead: --num-samples measures larger ones, and "
+            "--estimator.zero-spread refill samples new prompts instead of them."
+        ]
+    return []
 
 
-def facts(found: Probe, solved: float | None) -> dict[str, str]:
+def _facts(found: Probe, solved: float | None) -> dict[str, str]:
     """Return the facts that the advice shows."""
-    most = max(found.best_of)
-    shown = {}
+    most, shown = max(found.best_of), {}
     if not found.binary:
-        shown = {
-            "mean reward": _plus_minus(found.reward),
-            f"best of {most}": _plus_minus(found.best_of[most]),
-        }
+        shown["mean reward"] = _plus_minus(found.reward)
+        shown[f"best of {most}"] = _plus_minus(found.best_of[most])
     shown |= {f"pass@{k}": _plus_minus(found.passed[k]) for k in (1, most) if k in found.passed}
     dead = (f"{size}: {_percent(share)}" for size, share in found.dead_groups.items())
     return shown | {
@@ -246,13 +254,13 @@ def _value(train: TrainSettings, name: str) -> Any:
     return getattr(train if axis == name else train.estimator, axis)
 
 
-def _why_size(size: int, found: Probe) -> str:
+def _why_size(found: Probe) -> str:
+    size = group_size(found)
     dead = found.dead_groups[size]
-    enough = not mostly_dead(dead.value)
-    bound = "the largest measured" + (";" if enough else "; not")
-    if enough and size >= SMALLEST_GROUP:
-        bound = f"the smallest from {SMALLEST_GROUP} up with"
-    return f"{bound} at most {DEAD_GROUPS:.0%} dead groups: {_percent(dead)} here"
+    bound = f"the smallest from {SMALLEST_GROUP} up with at most"
+    if dead.value > MOST or size < SMALLEST_GROUP:
+        bound = "the largest measured; at most"
+    return f"{bound} {MOST:.0%} dead groups are wanted: {_percent(dead)} here"
 
 
 def _plus_minus(estimate: Estimate) -> str:

@@ -5,7 +5,7 @@ A mask is 1 (or True) where the policy chose the token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -146,17 +146,6 @@ def zero_spread(
     size = check_groups("zero_spread", len(totals), group_size)
     differences, _ = from_first(totals.reshape(-1, size), valid.reshape(-1, size))
     return (differences == 0).all(-1)  # exact: a standard deviation would suffer from rounding
-
-
-def teaches_nothing(estimator: Estimator, metrics: Mapping[str, float]) -> bool:
-    """Whether a step has no signal, because no two rewards differ that the estimator compares.
-
-    Args:
-        estimator: The estimator.
-        metrics: Metrics of the step: `frac_reward_zero_std`, the share of groups with equal rewards, if the
-            estimator compares groups of completions; else `reward_std`, the spread of all rewards.
-    """
-    return metrics["frac_reward_zero_std"] == 1 if estimator.needs_groups else metrics["reward_std"] == 0
 
 
 def check_groups(choice: str, rows: int, group_size: int | None) -> int:

@@ -1,0 +1,239 @@
+"""`tokenrl advise --env` and `--task`: what is measured, what follows, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from tokenrl.advisor.advice import command_line
+from tokenrl.advisor.environment import choose_way
+from tokenrl.advisor.language import choose_baseline, difficulty, fitted
+from tokenrl.cli import COMMANDS, main
+from tokenrl.control.arguments import ControlArguments
+from tokenrl.control.environments import Spec
+from tokenrl.core import Estimator
+from tokenrl.flags import parse
+from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.probe import Estimate, Probe
+from tokenrl.language.training.setup import resolve
+
+CARTPOLE = Spec("CartPole-v1", 4, 2, 0, 500, 475.0, fast=True)
+LANDER = Spec("LunarLander-v3", 8, 4, 0, 1000, 200.0, fast=False)
+PENDULUM = Spec("Pendulum-v1", 3, None, 1, 200, None, fast=False)
+FEW = ["--num-prompts", "8", "--num-samples", "4"]
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def parsed(line: str):
+    """The arguments that a command line stands for."""
+    name, *argv = shlex.split(line)[1:]
+    return parse(name, COMMANDS[name], argv)
+
+
+def advised(capsys, *argv) -> tuple[str, dict]:
+    """What the command printed, and the record that it wrote beside the settings."""
+    assert main(["advise", *argv, "--json", "a.json", "--config", "c.json"]) == 0
+    with open("a.json") as file:
+        return capsys.readouterr().out, json.load(file)
+
+
+@pytest.mark.parametrize(
+    "spec, baseline, way",
+    [
+        (CARTPOLE, None, "episodes"),
+        (replace(CARTPOLE, horizon=501), None, "critic"),
+        (replace(CARTPOLE, fast=False), None, "critic"),
+        (replace(CARTPOLE, fast=False, horizon=100), None, "episodes"),
+        (CARTPOLE, "value", "critic_episodes"),
+        (LANDER, "value", "critic"),
+        (LANDER, "running_mean", "episodes"),
+        (PENDULUM, None, "continuous"),
+    ],
+)
+def test_the_way_follows_from_horizon_speed_and_actions(spec, baseline, way):
+    assert choose_way(spec, baseline) == way
+
+
+def test_an_environment_is_measured_and_the_files_can_be_run(capsys):
+    shown, advice = advised(capsys, "--env", "CartPole-v1")
+    assert "timestep_mean" in shown and "tokenrl control --config c.json" in shown
+    assert f"softmax, {4 * 64 + 64 + 64 * 2 + 2} parameters" in " ".join(shown.split())
+    returns = advice["measurements"]["returns"]
+    # Random play of CartPole lasts about 22 steps and pays 1 a step; 40 episodes give a standard error of 2.
+    assert returns["mean"] == pytest.approx(returns["length"]) and 14 < returns["mean"] < 32
+    arguments = parsed("tokenrl control --config c.json")
+    assert (arguments.estimator.baseline, arguments.estimator.entropy_coef) == ("timestep_mean", 0.1)
+    assert (arguments.head, arguments.num_envs, arguments.reward_scale) == ("softmax", 64, 1.0)
+    assert main(["control", "--config", "c.json", "--eval-episodes", "2", "--check", "--quiet"]) == 0
+    assert main(["train", "--config", "c.json"]) == 2
+    assert "is for `tokenrl control`" in capsys.readouterr().err
+
+
+def test_a_gaussian_head_has_twice_the_outputs_and_a_critic_scaled_rewards(capsys):
+    _, advice = advised(capsys, "--env", "Pendulum-v1", "--episodes", "2")
+    count = f"{3 * 128 + 128 + 128 * 128 + 128 + 2 * (128 + 1):,}"
+    assert advice["facts"]["policy"].startswith(f"gaussian, {count} parameters")
+    arguments = parsed("tokenrl control --config c.json")
+    assert arguments.head == "gaussian" and arguments.num_steps is not None and arguments.reward_scale < 1
+    assert arguments.estimator.gamma == 0.95  # no episode of Pendulum ends by itself
+    assert {"estimator.baseline", "reward_scale", "num_iterations"} <= {s["name"] for s in advice["settings"]}
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["MountainCar-v0", "--max-episode-steps", "20"], "no signal"),
+        (["trap", "--episodes", "2", "--max-episode-steps", "2"], "no signal"),
+        (["CartPole-v1", "--max-episode-steps", "1"], "sparse"),
+    ],
+)
+def test_returns_that_do_not_differ_are_doubted(argv, words, capsys):
+    _, advice = advised(capsys, "--env", *argv)
+    assert len(advice["warnings"]) <= 1 and all(words in warning for warning in advice["warnings"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ControlArguments(),
+        ControlArguments(env="Pendulum-v1", hidden=(128, 128), normalize_observations=True, num_steps=128,
+                         estimator=Estimator.preset("ppo", gamma=0.99, value_clip=None)),
+        TrainArguments(task="addition", num_generations=4, learning_rate=2e-4, prompt_template="a b {x}",
+                       estimator=Estimator(baseline="running_mean", leave_one_out=False, beta=0.05)),
+    ],
+)  # fmt: skip
+def test_the_command_shown_has_the_advised_arguments(arguments):
+    name = "control" if isinstance(arguments, ControlArguments) else "train"
+    assert parsed(command_line(name, arguments)) == arguments
+
+
+LONG = ["--env", "CartPole-v1", "--max-episode-steps", "501", "--episodes", "2"]
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "--env ID for control"),
+        (["--env", "CartPole-v1", "--task", "vowels"], "--env ID for control"),
+        (["--task", "vowels", "--run", "runs/a"], "one of three"),
+        (["--env", "CartPole-v7"], "CartPole-v7"),
+        (["--env", "Pendulum-v1", "--head", "softmax"], "head 'softmax'"),
+        (["--env", "CartPole-v1", "--head", "gaussian"], "head 'gaussian'"),
+        (["--task", "vowels", "--head", "gaussian"], "head 'gaussian'"),
+        ([*LONG, "--baseline", "none"], "--allow-no-baseline"),
+        ([*LONG, "--baseline", "remax"], "baseline was given as 'remax'; it must be one of"),
+        (["--env", "CartPole-v1", "--config", "nowhere/c.json"], "nowhere/c.json"),
+        (["--env", "CartPole-v1", "--episodes", "1"], "at least 2"),
+        (["--task", "vowels", "--baseline", "none", "--max-completion-length", "501"], "--allow-no-baseline"),
+    ],
+)
+def test_refusals_are_one_paragraph_and_exit_code_2(argv, words, capsys):
+    assert main(["advise", *argv]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_no_baseline_passes_with_a_warning_where_it_is_allowed(capsys):
+    shown, _ = advised(capsys, *LONG, "--baseline", "none", "--allow-no-baseline")
+    arguments = parsed("tokenrl control --config c.json")
+    assert "allowed by --allow-no-baseline" in shown
+    assert arguments.allow_no_baseline and arguments.estimator.baseline == "none"
+    shown, _ = advised(capsys, *LONG[:2], "--episodes", "2", "--baseline", "none")  # 500 steps are short
+    assert "allowed by" not in shown
+
+
+def probe(reward=0.25, dead=(0.6, 0.4, 0.2), cut=0.0, entropy=0.5, binary=True, spread=(0.1, 0.06)) -> Probe:
+    shares = {size: Estimate(share, 0.01) for size, share in zip((2, 4, 8), dead, strict=True)}
+    one = Estimate(reward, 0.02)
+    numbers = Probe(64, 8, binary, one, {1: one}, shares, Estimate(cut, 0.01), 7.0, 8, entropy, *spread)
+    return replace(numbers, passed={1: one} if binary else {})
+
+
+def settings_for(found, room=None, **how):
+    train = resolve(TrainArguments(prompts_per_step=16, max_completion_length=8), task=None)
+    return fitted(train, found, room, **how)[0]
+
+
+@pytest.mark.parametrize(
+    "dead, size", [((0.6, 0.4, 0.2), 4), ((0.7, 0.6, 0.5), 8), ((0.9, 0.8, 0.6), 8), ((0.0, 0.0, 0.0), 4)]
+)
+def test_the_smallest_group_of_which_half_live(dead, size):
+    found = settings_for(probe(dead=dead))
+    assert (found.num_generations, found.prompts_per_step) == (size, 128 // size)
+    asked = settings_for(probe(dead=dead), size=1)
+    assert (asked.num_generations, asked.estimator.baseline) == (1, "running_mean")
+    assert asked.estimator.running_mean_init == 0.25
+
+
+@pytest.mark.parametrize(
+    ("size", "spread", "baseline", "words"),
+    [
+        (8, (0.1, 0.06), "rloo", "mean of the prompt's other rewards"),
+        (4, (0.1, 0.0), "rloo", "mean of the prompt's other rewards"),  # prompts will differ later on
+        (2, (0.1, 0.06), "running_mean", "groups are small"),  # 0.16 against 0.2
+        (2, (0.1, 0.2), "rloo", "mean of the prompt's other rewards"),  # 0.3 against 0.2
+        (1, (0.1, 0.06), "running_mean", "one completion per prompt"),
+    ],
+)
+def test_the_baseline_follows_from_group_and_spread(size, spread, baseline, words):
+    chosen, why = choose_baseline(probe(spread=spread), size)
+    assert chosen == baseline and words in why
+
+
+@pytest.mark.parametrize(
+    "found, solved, verdict",
+    [
+        (probe(), 0.95, "fine"),
+        (probe(reward=0.96), None, "too easy"),
+        (probe(reward=0.96, binary=False), None, "fine"),
+        (probe(reward=-0.04, binary=False), -0.05, "too easy"),
+        (probe(reward=0.01, dead=(0.98, 0.95, 0.91)), 0.95, "too hard"),
+        (probe(reward=0.01, dead=(0.98, 0.95, 0.90)), 0.95, "fine"),
+    ],
+)
+def test_difficulty(found, solved, verdict):
+    assert difficulty(found, solved) == verdict
+
+
+@pytest.mark.parametrize("cut, room, length", [(0.05, None, 8), (0.2, None, 16), (0.2, 12, 12), (0.2, 8, 8)])
+def test_many_cut_completions_ask_for_a_longer_limit(cut, room, length):
+    assert settings_for(probe(cut=cut), room).max_completion_length == length
+
+
+def test_a_reward_model_gets_a_kl_and_a_certain_policy_an_entropy_bonus():
+    plain = settings_for(probe()).estimator
+    assert (plain.beta, plain.entropy_coef, plain.baseline) == (0, 0, "rloo")
+    judged = settings_for(probe(entropy=0.05), beta=0.05, baseline="none").estimator
+    assert (judged.beta, judged.entropy_coef, judged.baseline) == (0.05, 0.01, "none")
+
+
+def test_a_task_is_measured_and_the_files_can_be_run(capsys):
+    shown, advice = advised(capsys, "--task", "vowels", *FEW, "--lora-r", "2", "--lora-alpha", "3")
+    assert "dead groups" in shown and "rloo" in shown and "tokenrl train --config c.json" in shown
+    found = advice["measurements"]["probe"]
+    assert (found["prompts"], found["samples"]) == (8, 4) and advice["arguments"]["task"] == "vowels"
+    arguments = parsed("tokenrl train --config c.json")
+    assert (arguments.num_generations, arguments.lora_alpha) == (advice["arguments"]["num_generations"], 3)
+    (adapter,) = [setting["reason"] for setting in advice["settings"] if setting["name"] == "lora_r"]
+    own, whole = (int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", adapter))
+    assert 0 < own < whole / 5
+    assert main(["control", "--config", "c.json"]) == 2
+    assert "is for `tokenrl train`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "subject", [["--task", "vowels", *FEW, "--num-generations", "1"], ["--env", "bandit"]]
+)
+def test_the_command_line_that_is_shown_can_be_typed(subject, capsys):
+    assert main(["advise", *subject]) == 0
+    line = capsys.readouterr().out.partition("Run it: ")[2].splitlines()[0]
+    assert main([*shlex.split(line)[1:], "--check", "--quiet", "--output-dir", "run"]) == 0
