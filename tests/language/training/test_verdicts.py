@@ -234,3 +234,25 @@ def test_equal_rewards_below_what_counts_as_solved_are_no_success(tmp_path, caps
         assert ("the policy is stuck. The mean reward is 0.25, and 0.9 counts" in said(capsys)) == (
             name == "low"
         )
+
+
+class Breaking(Falling):
+    """A constant reward that raises an error in one call."""
+
+    __name__ = "breaking"
+
+    def __call__(self, completions, **_):
+        self.left -= 1
+        if self.left == 0:
+            raise ValueError("the service is away")
+        return [0.0] * len(completions)
+
+
+def test_a_continuation_knows_the_steps_before_it(tmp_path):
+    """Without a signal in steps 1 to 3, and after the resume in 4 and 5, the run ends at step 5."""
+    options = {"stop_after_zero_spread": 5, "eval_generations": 0, "quiet": True}
+    with pytest.raises(Stopped, match="the service is away"):
+        train(tmp_path / "run", Breaking(5), **options)  # one evaluation, steps 1 to 3, and an error
+    with pytest.raises(Stopped, match="At step 5: In 5 steps in a row no two rewards"):
+        train(tmp_path / "run", Breaking(0), resume="auto", **options)
+    assert summary_of(tmp_path / "run")["steps"] == 5
