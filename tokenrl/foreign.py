@@ -63,6 +63,8 @@ OURS: Mapping[str, str] = {
     "dtype": "torch_dtype",
     "cpu": "no_cuda use_cpu",
     "threads": "training_threads sampling_threads",
+    "compile": "compile_sampling compile_training",
+    "tokens_per_pass": "whole_logits",
     "eval_every": "eval_strategy evaluation_strategy eval_steps test_freq",
     "save_every": "save_strategy save_steps save_freq",
     "keep_checkpoints": "save_total_limit",

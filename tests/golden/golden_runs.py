@@ -57,7 +57,7 @@ RUNS: dict[str, Run] = {
     "grpo_kl": Run((_TRAIN + "--estimator grpo --estimator.beta 0.1 --num-iterations 2",)),
     "ppo_critic": Run(
         (
-            _TRAIN + "--estimator ppo --num-iterations 2 --num-minibatches 2 --micro-batch-size 12 "
+            _TRAIN + "--estimator ppo --num-iterations 2 --num-minibatches 2 "
             "--value-iterations 2 --save-every 2",
         )
     ),

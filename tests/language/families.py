@@ -21,9 +21,6 @@ LINEAR = {
 }
 STATES = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_expand": 2}
 
-GROWING = {"llama", "qwen2", "smollm3", "gpt2", "opt", "bloom", "falcon", "deepseek_v3", "olmo2", "mixtral"}
-"""Families that keep keys and values of all tokens and nothing else."""
-
 FAMILIES: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", GROUPED),
     "qwen2": ("Qwen2", GROUPED),

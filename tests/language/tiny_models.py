@@ -145,11 +145,17 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options)
     return setup.make_learner(args, policy, setup.make_accelerator(args))[0]
 
 
+def scored(learner, **how):
+    """The same learner, which scores in another way: see the fields of `Scoring`."""
+    scoring = dataclasses.replace(learner.forward.scoring, **how)
+    learner.forward = dataclasses.replace(learner.forward, scoring=scoring)
+    return learner
+
+
 def completions(policy: Policy, prompt_ids, *, places=None, step: int = 1, **how):
     """A rollout of the default generator with the training's random numbers; 0 generations are greedy."""
     from tokenrl.language.rollout.generator import TransformersGenerator
-    from tokenrl.language.rollout.sampling import Sampling
-    from tokenrl.language.rollout.streams import uniforms
+    from tokenrl.language.rollout.sampling import Sampling, uniforms
 
     sampling = Sampling(step=step, **how)
     draws = uniforms("training", sampling, range(len(prompt_ids)) if places is None else places)

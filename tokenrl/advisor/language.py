@@ -14,8 +14,8 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.language.policy.prompts import asked, settled_form
 from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
@@ -63,7 +63,7 @@ def advise_language(args: AdviseArguments) -> Advice:
     policy = make_policy(args, task, Console().note)
     train = replace(resolve(given, task, policy), allow_no_baseline=args.allow_no_baseline)
     policy.model.to(PartialState().device)
-    choose_way(policy, gradient=False)
+    agree(policy, gradient=False)
     count = min(args.num_prompts, len(task.train_prompts))
     rows = [row for _, row in PromptStream(task.train_prompts, count, args.seed).next()]
     sampling = Sampling(

@@ -27,7 +27,7 @@ FREE = (
 ROUNDING = (
     *("micro_batch_size", "threads", "cpu"),
     *("sampling_batch_size", "gradient_checkpointing", "training_attention"),
-    *("whole_logits", "compile_sampling", "compile_training"),
+    *("tokens_per_pass", "compile"),
 )
 """Settings that may change too, but then sums are rounded in another way, and the numbers drift apart."""
 

@@ -1,15 +1,15 @@
-"""Many architectures against a forward pass of each row alone, and what the probe makes of each of them."""
+"""Many architectures against a forward pass of each row alone, and what `agree` makes of each of them."""
 
 import pytest
 import torch
-from families import FAMILIES, GROWING, family_policy
+from families import FAMILIES, family_policy
 from tiny_models import quickly
 
 from tokenrl.errors import Refused
+from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import score
-from tokenrl.language.rollout.ways import choose_way
+from tokenrl.language.rollout.scoring import Scoring, score
 
 PROMPTS = [[5, 9, 13, 21, 33], [40, 7], [3, 4, 5]]
 REFUSED = {"recurrent_gemma"}
@@ -56,9 +56,8 @@ def test_sampling_and_scoring_are_those_of_each_row_alone(family, length):
     expected = alone(policy.model, rollout)
     torch.testing.assert_close(rollout.logprobs, expected.detach(), atol=2e-5, rtol=0)
     gradient = slope(expected, policy.model)
-    choose_way(policy)
-    for share in {False, policy.share_prompt}:
-        found = torch.where(rollout.mask, score(policy.model, rollout, share_prompt=share).logprobs, 0)
+    for share in {False, agree(policy).share_prompt}:
+        found = torch.where(rollout.mask, score(policy.model, rollout, Scoring(share)).logprobs, 0)
         torch.testing.assert_close(found.detach(), expected.detach(), atol=2e-5, rtol=0)
         assert float((slope(found, policy.model) - gradient).norm() / gradient.norm()) < 2e-5
 
@@ -68,23 +67,20 @@ def test_sampling_and_scoring_are_those_of_each_row_alone(family, length):
 def test_each_family_gets_the_fastest_way_that_is_right(family, hidden):
     policy = family_policy(family)
     before = torch.get_rng_state()
-    choose_way(policy, hidden=hidden, passes=True)
+    scoring = agree(policy, hidden=hidden)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in policy.model.parameters())
-    assert policy.share_prompt == (family not in NOT_SHARED) == ("prompts" not in policy.remarks)
-    assert NOT_SHARED.get(family, "") in policy.remarks.get("prompts", "")
-    assert policy.share_passes == (family in GROWING)
-    assert (policy.tokens_at_once is None) == (family in WHOLE_LOGITS) == ("logits" in policy.remarks)
+    assert scoring.share_prompt == (family not in NOT_SHARED) == ("prompts" not in scoring.remarks)
+    assert NOT_SHARED.get(family, "") in scoring.remarks.get("prompts", "")
+    assert (scoring.tokens_at_once is None) == (family in WHOLE_LOGITS) == ("logits" in scoring.remarks)
 
 
 @pytest.mark.parametrize("family", quickly(RIGHT, LONG))
 def test_bfloat16_is_not_mistaken_for_an_error(family):
     policy = family_policy(family, dtype="bfloat16")
-    choose_way(policy, hidden=True, passes=True)
-    assert policy.share_prompt or family in NOT_SHARED
-    assert policy.share_passes == (family in GROWING)
+    assert agree(policy, hidden=True).share_prompt or family in NOT_SHARED
 
 
 def test_a_model_that_keeps_its_states_to_itself_is_refused():
     with pytest.raises(Refused, match=r"recurrent_gemma.* returns no cache"):
-        choose_way(family_policy("recurrent_gemma"))
+        agree(family_policy("recurrent_gemma"))

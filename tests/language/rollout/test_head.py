@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 from tokenrl.core.losses import token_entropy
 from tokenrl.language.policy.lora import add_lora
+from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.distribution import draw
 from tokenrl.language.rollout.head import TOKENS, head_of, score_tokens, tokens_at_once
-from tokenrl.language.rollout.scoring import score, score_in_parts
-from tokenrl.language.rollout.ways import choose_way
+from tokenrl.language.rollout.scoring import Scoring, score, score_in_parts
 
 
 def rollout_of(policy, length=6):
@@ -25,7 +25,7 @@ def rollout_of(policy, length=6):
 def objective(policy, rollout, **how):
     """The gradient of a weighted sum of log-probabilities and entropies, and all scores of the actions."""
     policy.model.zero_grad()
-    scores = score(policy.model, rollout, temperature=0.7, entropy=True, score_norms=True, **how)
+    scores = score(policy.model, rollout, Scoring(**how), temperature=0.7, entropy=True, score_norms=True)
     weights = torch.linspace(-1, 2, len(rollout.mask), dtype=scores.logprobs.dtype)[:, None]
     torch.where(rollout.mask, scores.logprobs * weights + 0.1 * scores.entropy, 0).sum().backward()
     values = torch.stack([x.detach()[rollout.mask] for x in scores[:3]])
@@ -52,7 +52,7 @@ def test_a_frozen_head_is_given_no_gaps_for_which_its_weights_would_be_copied(ar
     handle = head.register_forward_pre_hook(lambda _, given: gaps.append(not given[0].is_contiguous()))
     rollout = rollout_of(policy)
     for share in (True, False):
-        score(policy.model, rollout, share_prompt=share)
+        score(policy.model, rollout, Scoring(share))
     handle.remove()
     assert len(gaps) > 6 and not any(gaps)
 
@@ -117,16 +117,16 @@ def test_a_frozen_head_gets_no_gradient():
 def test_an_adapted_head_is_left_to_the_forward_pass():
     policy = make_policy()
     add_lora(policy, r=2, target_modules=["lm_head"])
-    choose_way(policy)
-    assert policy.tokens_at_once is None and "no linear layer" in policy.remarks["logits"]
+    scoring = agree(policy)
+    assert scoring.tokens_at_once is None and "no linear layer" in scoring.remarks["logits"]
 
 
 def test_the_head_computes_in_the_precision_of_the_forward_pass():
     learner = make_learner(make_policy(), mixed_precision="bf16")
     rollout = rollout_of(learner.policy)
     whole = score(learner.model, rollout).logprobs[rollout.mask]
-    parts = score(learner.model, rollout, tokens_at_once=5).logprobs[rollout.mask]
-    full = score(make_policy().model, rollout, tokens_at_once=5).logprobs[rollout.mask]
+    parts = score(learner.model, rollout, Scoring(tokens_at_once=5)).logprobs[rollout.mask]
+    full = score(make_policy().model, rollout, Scoring(tokens_at_once=5)).logprobs[rollout.mask]
     off, coarse = (float((x - whole).detach().abs().mean()) for x in (parts, full))
     assert parts.dtype == torch.float32 and off < 0.1 * coarse
 
@@ -151,13 +151,13 @@ def test_logits_of_all_tokens_never_exist(trained):
     rollout = rollout_of(policy)
     vocabulary, tokens = 20_000, int(rollout.mask.sum())
     size = policy.model.get_input_embeddings().weight.numel()  # gradients of weights are as large as these
-    at_once = 8
+    at_once, how = 8, Scoring(tokens_at_once=8)
     assert tokens > 3 * at_once
     with _Largest() as seen:
         if trained:
-            score(policy.model, rollout, tokens_at_once=at_once, entropy=True).logprobs.sum().backward()
+            score(policy.model, rollout, how, entropy=True).logprobs.sum().backward()
         else:
-            score_in_parts(policy.model, rollout, rows_at_once=None, tokens_at_once=at_once, entropy=True)
+            score_in_parts(policy.model, rollout, how, rows_at_once=None, entropy=True)
     assert seen.most == max(size, at_once * vocabulary)
     with _Largest() as seen:
         objective(policy, rollout)

@@ -12,9 +12,8 @@ from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.sampling import Sampling, uniforms
 from tokenrl.language.rollout.scoring import score
-from tokenrl.language.rollout.streams import uniforms
 
 
 def tiny(eos=(0,), vocabulary=4, **options) -> Policy:

@@ -4,14 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from families import family_policy
 from tiny_models import ARCHITECTURES, ENDS, PROMPTS, apart, completions, gradient, make_policy
 
-from tokenrl.errors import Refused
 from tokenrl.language.policy.model import enable_gradient_checkpointing
-from tokenrl.language.rollout.prompts import SharedPrompts
-from tokenrl.language.rollout.scoring import score
-from tokenrl.language.training.forward import make_up
+from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.rollout.scoring import Scoring, score
 
 # RoPE models compute cos and sin in float32 inside transformers, so float64 is exact for GPT-2 alone.
 CASES = [
@@ -27,10 +24,10 @@ def rollout_of(policy, prompts=PROMPTS, generations=3, length=6, temperature=1.0
     return completions(policy, [policy.encode(p) for p in prompts], seed=1, **how)
 
 
-def objective(policy, rollout, **options):
+def objective(policy, rollout, share_prompt=True, **options):
     """A weighted sum of logprobs and entropies over the mask, and its gradient."""
     policy.model.zero_grad()
-    scores = score(policy.model, rollout, entropy=True, **options)
+    scores = score(policy.model, rollout, Scoring(share_prompt), entropy=True, **options)
     weights = torch.linspace(-1, 2, len(rollout.mask), dtype=scores.logprobs.dtype)[:, None]
     total = scores.logprobs * weights + 0.1 * scores.entropy
     value = torch.where(rollout.mask, total, 0).sum()
@@ -79,47 +76,13 @@ def test_rows_one_by_one_add_up_to_the_whole(architecture, dtype, tolerance, sha
     for row in range(len(rollout.mask)):
         part = rollout.rows(torch.tensor([row]))
         assert part.mask.all() and part.prompt_mask.all()
-        scores = score(policy.model, part, share_prompt=share, entropy=True)
+        scores = score(policy.model, part, Scoring(share), entropy=True)
         part_value = (scores.logprobs * weights[row] + 0.1 * scores.entropy).sum()
         part_value.backward()
         total += part_value.item()
         close(scores.logprobs[0], whole.logprobs[row, : part.mask.shape[1]], part.mask[0], tolerance)
     assert total == pytest.approx(value, rel=tolerance)
     assert apart(gradient(policy.model), expected) < tolerance
-
-
-@pytest.mark.parametrize("tokens_at_once", [None, 3])
-@pytest.mark.parametrize("architecture, dtype, tolerance", CASES)
-def test_passes_that_share_their_prompts_add_up_to_the_whole(architecture, dtype, tolerance, tokens_at_once):
-    policy = make_policy(architecture, dtype=dtype)
-    rollout = rollout_of(policy)
-    whole, value, expected = objective(policy, rollout)
-    policy.model.zero_grad()
-    seen = forward_passes(policy)
-    weights = torch.linspace(-1, 2, len(rollout.mask), dtype=whole.logprobs.dtype)
-    rows = torch.arange(len(rollout.mask))
-    prompts, total = SharedPrompts(rows), 0.0
-    for chosen in (rows[::5], rows[1::5], torch.cat([rows[2::5], rows[3::5]]), rows[4::5]):
-        part = rollout.rows(chosen, rows)
-        options = {"prompts": prompts, "tokens_at_once": tokens_at_once, "entropy": True}
-        scores = score(policy.model, part, **options)
-        close(scores.logprobs, whole.logprobs[chosen][:, : part.mask.shape[1]], part.mask, tolerance)
-        found = scores.logprobs * weights[chosen, None] + 0.1 * scores.entropy
-        part_value = torch.where(part.mask, found, 0).sum()
-        part_value.backward()
-        total += part_value.item()
-    before = gradient(policy.model)
-    prompts.backward()
-    assert seen == [tuple(rollout.prompt_ids.shape), *seen[1:]] and len(seen) == 5
-    assert total == pytest.approx(value, rel=tolerance)
-    assert apart(before, expected) > 0.01 > tolerance > apart(gradient(policy.model), expected)
-
-
-def test_nothing_is_shared_that_later_tokens_change():
-    policy = family_policy("mistral")
-    rollout = make_up(policy, 4, 2, 5, 3)
-    with pytest.raises(Refused, match="something else than keys and values"):
-        score(policy.model, rollout, prompts=SharedPrompts(torch.arange(4)))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -191,10 +154,10 @@ def test_gradient_checkpointing_gives_the_same_gradient(architecture):
     _, value, expected = objective(policy, rollout)
     enable_gradient_checkpointing(policy)
     layers = [m for m in policy.model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
-    assert layers and not policy.share_prompt
+    assert layers and not agree(policy).share_prompt
     calls = []
     next(layers[-1].children()).register_forward_pre_hook(lambda *_: calls.append(1))
-    _, same, found = objective(policy, rollout, share_prompt=policy.share_prompt)
+    _, same, found = objective(policy, rollout, share_prompt=False)
     assert len(calls) == 2  # once forward, once more in the backward pass
     assert same == pytest.approx(value, rel=2e-6) and apart(found, expected) < 2e-6
     again = rollout_of(policy)  # sampling uses a cache all the same

@@ -17,6 +17,7 @@ from tiny_models import (
     make_policy,
     make_tokenizer,
     one_step,
+    scored,
     textbook,
     vowel_reward,
 )
@@ -213,7 +214,6 @@ def test_rows_that_have_ended_are_not_sampled_on():
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_gradient_is_that_of_the_tokens_up_to_the_end(shared):
     policy, seen, texts = make_policy("gpt2", dtype="float64"), [], []
-    policy.share_prompt = shared
     policy.ask(PromptArguments(stop=("e", " t")))
 
     def reward(prompts, completions, completion_ids, **_):
@@ -223,7 +223,8 @@ def test_the_gradient_is_that_of_the_tokens_up_to_the_end(shared):
         return rewards
 
     before = copy.deepcopy(policy.model)
-    one_step(make_learner(policy, "reinforce", max_completion_length=10), reward=reward)
+    learner = make_learner(policy, "reinforce", max_completion_length=10)
+    one_step(scored(learner, share_prompt=shared), reward=reward)
     expected, _ = textbook(before, [(policy.encode(p), ids, r) for p, ids, r in seen])
     assert apart(gradient(policy.model), expected) < 1e-9
     lengths = {len(ids) for _, ids, _ in seen}

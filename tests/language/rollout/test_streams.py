@@ -9,8 +9,7 @@ import torch
 
 import tokenrl
 from tokenrl.errors import Refused
-from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.streams import STREAMS, key_of, uniforms
+from tokenrl.language.rollout.sampling import STREAMS, Sampling, key_of, uniforms
 
 PACKAGE = Path(tokenrl.__file__).parent
 SAMPLING = Sampling(6, 4, seed=3, step=5)
@@ -56,10 +55,10 @@ def streams_named(source: str) -> set[str]:
 
 
 def test_nothing_bypasses_the_registry():
-    """Only `streams` draws from the counter-based generator (`values` saves any); every stream is used."""
+    """Only `sampling` draws from the counter-based generator, and every stream is used."""
     sources = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
     found = {path.name for path, text in sources.items() if "philox" in text.lower()}
-    assert found == {"streams.py", "values.py"}
+    assert found == {"sampling.py"}
     used = {stream for text in sources.values() for stream in streams_named(text)}
     assert used == {*STREAMS, "stream"}
     assert streams_named("uniforms('a', s, p)\nsample_and_reward(p, stream='b')\nf(stream='c')") == {"a", "b"}

@@ -24,7 +24,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import with_missing_fields
+from tokenrl.language.rollout.scoring import Scoring, with_missing_fields
 from tokenrl.language.training import setup
 from tokenrl.language.training.evaluation import evaluate_policy
 
@@ -36,19 +36,19 @@ FILLED = ("entropy", "score_norms", "hidden")
 @pytest.mark.parametrize("rows_at_once", [None, 5])
 def test_the_scoring_pass_finds_what_sampling_finds(architecture, share, rows_at_once):
     policy = make_policy(architecture)
-    policy.eos_ids, policy.share_prompt = ENDS, share
+    policy.eos_ids, scoring = ENDS, Scoring(share)
     how = {"num_generations": 3, "max_completion_length": 6, "temperature": 0.7}
     how |= {"keep_score_norms": True, "keep_hidden": True}
     full = completions(policy, [policy.encode(p) for p in PROMPTS], **how)
     bare = dataclasses.replace(full, **dict.fromkeys(FILLED))
     options = {"temperature": 0.7, "rows_at_once": rows_at_once}
-    found = with_missing_fields(policy, bare, **options, **dict.fromkeys(FILLED, True))
+    found = with_missing_fields(policy, bare, scoring, **options, **dict.fromkeys(FILLED, True))
     for name in FILLED:
         mine, sampled = getattr(found, name), getattr(full, name)
         assert mine.shape == sampled.shape and not mine[~full.mask].any()
         torch.testing.assert_close(mine, sampled, atol=2e-5, rtol=0)
-        assert getattr(with_missing_fields(policy, bare, **options), name) is None  # only what is asked for
-    assert with_missing_fields(policy, full, **options, entropy=True) is full  # nothing is missing
+        assert getattr(with_missing_fields(policy, bare, scoring, **options), name) is None
+    assert with_missing_fields(policy, full, scoring, **options, entropy=True) is full  # nothing is missing
 
 
 DIFFERENT = ("reinforce", "rloo", "remax", "optimal", "a2c", "grpo", "dapo", "gspo", "ppo")
@@ -114,7 +114,7 @@ def test_evaluation_goes_through_the_engine():
 def test_a_run_samples_everything_by_its_generator_and_closes_it(monkeypatch, tmp_path):
     made = []
 
-    def engine(policy, **_):
+    def engine(policy, *_):
         made.append(Engine(policy))
         return made[-1]
 

@@ -7,7 +7,7 @@ import torch
 from tiny_models import ENDS, PROMPTS, apart, completions, gradient, make_policy, make_task
 
 from tokenrl import train
-from tokenrl.language.rollout.scoring import score
+from tokenrl.language.rollout.scoring import Scoring, score
 from tokenrl.language.training.precision import HalfCopy, with_eager_attention
 
 pytestmark = [
@@ -38,14 +38,17 @@ def test_sampling_draws_the_same_tokens():
 def test_the_gradient_is_that_of_a_processor(way):
     here, there = on("cpu"), on("cuda")
     score(here.model, sampled(here)).logprobs.sum().backward()
-    model, options = there.model, {}
+    model, scoring = there.model, Scoring()
     if way == "chunks":
-        options = {"tokens_at_once": 5}
+        scoring = Scoring(tokens_at_once=5)
     if way == "eager":
         model = with_eager_attention(model)
     if way == "half":
-        model = HalfCopy(there).policy.model
-    score(model, sampled(there), **options).logprobs.sum().backward()
+        half = HalfCopy(there)
+        model = half.policy.model
+    score(model, sampled(there), scoring).logprobs.sum().backward()
+    if way == "half":
+        half.hand_over()
     assert apart(gradient(there.model).cpu(), gradient(here.model)) < (0.05 if way == "half" else 1e-3)
 
 

@@ -15,7 +15,7 @@ from tokenrl.core import Estimator
 from tokenrl.core.losses import next_beta
 from tokenrl.errors import Refused
 from tokenrl.language.training import setup
-from tokenrl.language.training.kl_control import completion_kl, kl_metrics
+from tokenrl.language.training.records import completion_kl, kl_metrics
 
 KL = Estimator.preset("rloo", beta=0.5)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,8 +26,7 @@ from tokenrl import train
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.language.policy.lora import add_lora
-from tokenrl.language.policy.model import enable_gradient_checkpointing
-from tokenrl.language.rollout.cache import Cache
+from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training import forward
@@ -76,6 +75,7 @@ def test_gradients_of_the_copy_reach_the_weights_in_float32(architecture):
     half = HalfCopy(policy)
     for _ in range(2):  # a second backward pass adds to the first
         score(half.policy.model, rollout).logprobs.sum().backward()
+        half.hand_over()
     assert all(p.grad is None for p in half.policy.model.parameters())
     assert {p.grad.dtype for p in policy.trainable_parameters()} == {torch.float32}
     assert 0 < apart(gradient(policy.model) / 2, exact) < 0.05
@@ -145,92 +145,56 @@ def test_eager_attention_has_the_same_weights_and_gradient(architecture):
     assert apart(*found) < 1e-5
 
 
+class Gpu:
+    """Stands in for a machine of another kind, as far as the rules ask."""
+
+    def __init__(self, device="cuda", processes=1):
+        self.device, self.num_processes = SimpleNamespace(type=device), processes
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("parameters", "machine", "options", "precision", "attention", "compiles"),
     [
-        {},
-        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
-        pytest.param({"lora_r": 2}, marks=pytest.mark.slow),
+        (10**5, Gpu("cpu"), {}, "no", "as_loaded", False),
+        (2 * 10**6, Gpu("cpu"), {}, "no", "as_loaded", True),
+        (2 * 10**6, Gpu("cpu"), {"max_steps": 99}, "no", "as_loaded", False),
+        (2 * 10**6, Gpu("cpu", 2), {}, "no", "as_loaded", False),
+        (2 * 10**6, Gpu("cpu"), {"estimator": Estimator.preset("ppo")}, "no", "as_loaded", False),
+        (2 * 10**6, Gpu("cpu"), {"compile": "off", "mixed_precision": "bf16"}, "bf16", "as_loaded", False),
+        (10**5, Gpu("cpu"), {"compile": "on", "training_attention": "eager"}, "no", "eager", True),
+        (10**7, Gpu("cpu"), {}, "no", "eager", True),
+        (10**7, Gpu("cpu"), {"max_completion_length": 257}, "no", "as_loaded", True),
+        (10**7, Gpu("cpu"), {"training_attention": "as_loaded"}, "no", "as_loaded", True),
+        (10**7, Gpu(), {}, "bf16", "as_loaded", False),
+        (10**7, Gpu(), {"mixed_precision": "no"}, "no", "as_loaded", False),
     ],
 )
-def test_twenty_updates_by_plain_sgd_are_the_same_by_the_fast_paths_and_the_slow(options, monkeypatch):
-    grow = Cache.make_room
-    found = []
-    for fast in (False, True):
-        policy = make_policy(initializer_range=0.1)
-        if options.get("gradient_checkpointing"):
-            enable_gradient_checkpointing(policy)
-        if options.get("lora_r"):
-            add_lora(policy, r=2)
-        policy.share_prompt &= fast
-        attention = "eager" if fast else "as_loaded"
-        how = {"optimizer": "sgd", "learning_rate": 0.02, "training_attention": attention, **options}
-        learner = make_learner(policy, "rloo", whole_logits=not fast, **how)
-        if fast:
-            learner.forward.policy.tokens_at_once = 5  # few enough that they are several times as many
-        monkeypatch.setattr(Cache, "make_room", grow if fast else lambda self, tokens: None)
-        for step in range(1, 21):
-            one_step(learner, step=step)
-        found.append(weights(policy.model))
-    start = make_policy(initializer_range=0.1)
-    assert options.get("lora_r") or apart(weights(start.model), found[0]) > 1e-2
-    assert apart(*found) < 1e-4
+def test_how_a_run_computes_follows_from_rules(
+    parameters, machine, options, precision, attention, compiles, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(Policy, "size", property(lambda self: parameters))
+    args = replace(make_learner(make_policy(), "rloo").args, training_attention=None, mixed_precision=None)
+    args, policy = replace(args, **{"max_steps": 100} | options), make_policy()
+    assert forward._precision(args, policy, machine)[0] == precision
+    assert forward._attention(args, policy, machine) == attention
+    assert forward._compiles(args, policy, machine)[0] == compiles
 
 
-def chosen(monkeypatch, seconds, **options):
-    """What is chosen if the ways take so long, in their order; the clock's numbers come round again."""
-    monkeypatch.setattr(forward, "SMALL", 0)
-    times = itertools.cycle(seconds)
+def test_a_deep_model_is_not_compiled_by_itself(monkeypatch):
+    monkeypatch.setattr(Policy, "size", property(lambda self: 10**7))
+    policy, args = make_policy(), replace(make_learner(make_policy(), "rloo").args, max_steps=100)
+    policy.model.config.num_hidden_layers = 9
+    assert forward._compiles(args, policy, Gpu("cpu")) == (False, "more than 8 layers")
 
-    def timed(work):
-        work()
-        return next(times)
 
-    monkeypatch.setattr(forward, "seconds_of", timed)
+def test_attention_of_another_kind_is_left_where_a_model_has_none(monkeypatch):
+    monkeypatch.setattr(forward, "LARGE", 0)
     policy = make_policy()
-    learner = make_learner(policy, "rloo", **options)
-    assert all(p.grad is None for p in policy.model.parameters())
-    return learner.args.mixed_precision, learner.args.training_attention, policy.remarks
-
-
-WAYS = [("no", "as_loaded"), ("no", "eager"), ("bf16", "as_loaded"), ("bf16", "eager")]
-
-
-@pytest.mark.parametrize("best", range(4))
-def test_the_fastest_way_is_chosen_and_said(best, monkeypatch):
-    seconds = [2.0 if i != best else 1.0 for i in range(4)]
-    *found, said = chosen(monkeypatch, seconds)
-    assert tuple(found) == WAYS[best]
-    assert "measured: an update in 1 s" in said["forward passes"]
-    assert ("2 s in the usual way" in said["forward passes"]) == (best > 0)
-
-
-def test_a_small_gain_changes_nothing_and_settings_are_followed(monkeypatch):
-    assert chosen(monkeypatch, [1.0, 1.0, 1.0, 0.9])[:2] == ("no", "as_loaded")
-    assert chosen(monkeypatch, [1.0, 9.0], mixed_precision="bf16")[:2] == ("bf16", "as_loaded")
-    assert chosen(monkeypatch, [9.0, 1.0], training_attention="eager")[:2] == ("bf16", "eager")
-    assert chosen(monkeypatch, [], training_attention="eager", mixed_precision="no")[0] == "no"
-
-
-def test_a_way_that_gives_other_numbers_or_none_is_not_taken(monkeypatch):
-    plain = forward.with_eager_attention
-
-    def wrong(model):
-        twin = plain(model)
-        twin.register_forward_hook(lambda m, given, out: setattr(out, "logits", out.logits.flip(-1)))
-        return twin
-
-    monkeypatch.setattr(forward, "with_eager_attention", wrong)
-    # Of four ways two are left: the first number is of float32, the second of bfloat16.
-    assert chosen(monkeypatch, [2.0, 1.0])[:2] == ("bf16", "as_loaded")
-
-    def refuse(model):
-        raise Refused("there is none")
-
-    monkeypatch.setattr(forward, "with_eager_attention", refuse)
-    assert chosen(monkeypatch, [2.0, 1.0])[:2] == ("bf16", "as_loaded")
-    with pytest.raises(Refused, match="there is none"):
-        chosen(monkeypatch, [2.0, 1.0], training_attention="eager")
+    policy.model.set_attn_implementation = lambda name: 1 / 0
+    assert make_learner(policy, "rloo").args.training_attention == "as_loaded"
+    assert make_learner(make_policy(), "rloo").args.training_attention == "eager"
 
 
 def test_a_model_without_eager_attention_is_refused():
@@ -240,17 +204,8 @@ def test_a_model_without_eager_attention_is_refused():
         make_learner(policy, "rloo", training_attention="eager")
 
 
-def test_small_models_are_not_measured(monkeypatch):
-    monkeypatch.setattr(forward, "seconds_of", lambda work: pytest.fail("measured"))
-    learner = make_learner(make_policy(), "rloo")
-    assert (learner.args.mixed_precision, learner.args.training_attention) == ("no", "as_loaded")
-    assert "forward passes" not in learner.policy.remarks
-
-
-def test_a_continuation_computes_as_the_run_did(tmp_path, monkeypatch):
+def test_a_continuation_computes_as_the_run_did(tmp_path):
     run(tmp_path / "run", mixed_precision="bf16", training_attention="eager", save_every=1, max_steps=1)
-    monkeypatch.setattr(forward, "SMALL", 0)
-    monkeypatch.setattr(forward, "seconds_of", lambda work: pytest.fail("measured again"))
     result = run(tmp_path / "run", resume="auto", max_steps=2)
     assert result.steps == 2
     config = json.loads((tmp_path / "run" / "config.json").read_text())

@@ -28,7 +28,7 @@ from tiny_models import (
 )
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.language.training.processes import summed
+from tokenrl.language.training.batch import summed
 
 ENDS = tuple(range(1, 90, 3))  # short completions: the processes differ in their longest
 LATER = PROMPTS[2:]  # the prompts of the second process

@@ -18,22 +18,25 @@ from tiny_models import (
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
-from tokenrl.language.training import update as update_module
-from tokenrl.language.training.update import Update
+from tokenrl.language.training import step as module
 
 GRPO = Estimator.preset("grpo")
 
 
 def spy_updates(monkeypatch):
-    """Record (chosen rows, the step's rows, metrics) of every update."""
-    calls, real = [], Update.apply
+    """Record [chosen rows, the step's rows, metrics] of every update."""
+    calls, weigh, report = [], module.token_weights, module.update_metrics
 
-    def spying(update):
-        metrics = real(update)
-        calls.append((update.chosen.clone(), update.batch, metrics))
-        return metrics
+    def weights(learner, batch, chosen):
+        calls.append([chosen.clone(), batch])
+        return weigh(learner, batch, chosen)
 
-    monkeypatch.setattr(Update, "apply", spying)
+    def metrics(*given):
+        calls[-1].append(report(*given))
+        return calls[-1][2]
+
+    monkeypatch.setattr(module, "token_weights", weights)
+    monkeypatch.setattr(module, "update_metrics", metrics)
     return calls
 
 
@@ -101,13 +104,13 @@ def test_minibatches_keep_groups_whole(monkeypatch, minibatches):
 
 
 def test_a_minibatch_computes_its_own_rows_only(monkeypatch):
-    scored, real = [], update_module.score
+    scored, real = [], module.score
 
     def counting(model, part, **options):
         scored.append(len(part.mask))
         return real(model, part, **options)
 
-    monkeypatch.setattr(update_module, "score", counting)
+    monkeypatch.setattr(module, "score", counting)
     stepped(GRPO, num_minibatches=2, reward=vowel_reward)
     assert scored == [6, 6]
 

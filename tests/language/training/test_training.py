@@ -286,6 +286,24 @@ def test_a_constant_reward_changes_no_weight(run):
         assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA"),
+    ],
+)
+def test_too_little_memory_names_the_settings_that_bound_it(run, monkeypatch, error):
+    from tokenrl.language.training import step
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(step, "score", fail)
+    with pytest.raises(Stopped, match=r"(?s)At step 1: .*--tokens-per-pass .*--micro-batch-size"):
+        run()
+
+
 @pytest.mark.filterwarnings("error:Detected call of")
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted_and_stops_the_run(run, tmp_path):
     model, tokenizer = TinyModel(tuple(LETTERS), layers=1, hidden=16, heads=2, context=16)(0)

@@ -17,6 +17,7 @@ from tiny_models import (
     make_policy,
     one_step,
     recorded,
+    scored,
     stepped,
     textbook,
     vowel_reward,
@@ -26,7 +27,6 @@ from tiny_models import (
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Stopped
-from tokenrl.language.training import passes
 
 ESTIMATORS = {name: Estimator.preset(name) for name in PRESETS} | {
     "kl in the reward": Estimator(beta=0.3),
@@ -48,14 +48,14 @@ def abstaining(prompts, completion_ids, **_):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in ESTIMATORS]
 )
-def test_the_gradient_does_not_depend_on_micro_batches(name, architecture, dtype, tolerance, monkeypatch):
+def test_the_gradient_does_not_depend_on_micro_batches(name, architecture, dtype, tolerance):
     options = {"reward": abstaining, "architecture": architecture, "dtype": dtype}
     expected, record, _ = stepped(ESTIMATORS[name], **options)
     assert expected.norm() > 0.01
     assert record.metrics["frac_rows_abstained"] == pytest.approx(1 / 12)
-    for size in (1, 5):  # 12 rows: each alone, and parts of two sizes which cut through groups
-        found, other, _ = stepped(ESTIMATORS[name], micro_batch_size=size, **options)
-        monkeypatch.setattr(passes, "LESS", 2.0)  # the second time, rows are sorted by length in any case
+    # 12 rows: each alone; groups cut in two; and passes of whole groups by their tokens.
+    for limit in ({"micro_batch_size": 1}, {"micro_batch_size": 2}, {"tokens_per_pass": 70}):
+        found, other, _ = stepped(ESTIMATORS[name], **limit, **options)
         assert apart(found, expected) < tolerance
         for key, value in record.metrics.items():
             assert other.metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
@@ -73,10 +73,11 @@ def test_micro_batches_on_every_architecture(architecture):
 @pytest.mark.parametrize("name", ["reinforce", "reinforce_running_mean", "rloo", "dr_grpo", "grpo"])
 def test_the_gradient_is_the_textbook_sum(name, temperature, share):
     policy = make_policy("gpt2", dtype="float64")
-    policy.eos_ids, policy.share_prompt = ENDS, share
+    policy.eos_ids = ENDS
     before = copy.deepcopy(policy.model)
     seen = []
     learner = make_learner(policy, name, temperature=temperature, micro_batch_size=5)
+    scored(learner, share_prompt=share)
     record = one_step(learner, reward=recorded(flat_second_prompt, seen))
     rows = []
     for start in range(0, 12, 3):
@@ -112,20 +113,17 @@ def test_one_plain_sgd_step_goes_up_the_reward():
 
 
 def test_rows_of_zero_advantage_are_skipped_but_counted(monkeypatch):
-    from tokenrl.language.training import update as update_module
+    from tokenrl.language.training import step as module
 
-    scored = []
-    real = update_module.score
+    rows, real = [], module.score
     monkeypatch.setattr(
-        update_module,
-        "score",
-        lambda model, part, **kw: scored.append(len(part.mask)) or real(model, part, **kw),
+        module, "score", lambda model, part, **kw: rows.append(len(part.mask)) or real(model, part, **kw)
     )
     _, record, _ = stepped(ESTIMATORS["rloo"])
-    assert sum(scored) == 9 and record.metrics["completions/mean_length"] > 0
-    scored.clear()
+    assert sum(rows) == 9 and record.metrics["completions/mean_length"] > 0
+    rows.clear()
     stepped(ESTIMATORS["entropy"])
-    assert sum(scored) == 12  # a term of the loss's own reaches every row
+    assert sum(rows) == 12  # a term of the loss's own reaches every row
 
 
 def equal(completions, **_):

@@ -32,7 +32,6 @@ DEATHS = 2
 FIXED = {
     **{"threads": 1, "mixed_precision": "no"},
     **{"training_attention": "as_loaded", "compile": "off"},
-    **{"compile_sampling": False, "compile_training": False},
 }
 """How all runs compute, unless the user says otherwise: each beside others, with one thread."""
 

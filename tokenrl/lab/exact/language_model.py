@@ -53,7 +53,7 @@ def problem_of_policy(
     rollouts = [rollout_of_all(policy, prompt, vocabulary=vocabulary, length=length) for prompt in prompts]
     logprobs, entropy, slopes = [], [], []
     for rollout in rollouts:
-        scores = score(policy.model, rollout, temperature=temperature, entropy=True, **policy.ways)
+        scores = score(policy.model, rollout, temperature=temperature, entropy=True)
         assert scores.entropy is not None
         logprobs.append(scores.logprobs * every.mask)
         entropy.append(scores.entropy * every.mask)

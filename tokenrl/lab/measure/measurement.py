@@ -106,7 +106,6 @@ def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
     from accelerate import Accelerator
 
     from tokenrl.language.policy.model import load_policy
-    from tokenrl.language.rollout.ways import choose_way
     from tokenrl.language.training.setup import make_policy
 
     adapter = Path(args.model, "model", "adapter") if isinstance(args.model, (str, Path)) else None
@@ -116,7 +115,6 @@ def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
         args = replace(args, model=load_policy(adapter, merge_adapter=False, **how))  # type: ignore[arg-type]
     policy = make_policy(args, task, console.note)
     policy.model.to(Accelerator(cpu=args.cpu).device)
-    choose_way(policy)
     return policy
 
 
@@ -235,6 +233,7 @@ def project_all(
             width=samples.mask.shape[1],
             temperature=args.temperature,
             entropy=entropy,
+            scoring=samples.scoring,
             after=after,
         )
         for part in samples.parts

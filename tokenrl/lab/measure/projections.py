@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.rollout import Rollout
-from tokenrl.language.rollout.scoring import score
+from tokenrl.language.rollout.scoring import USUAL, Scoring, score
 
 
 class Projections(NamedTuple):
@@ -104,6 +104,7 @@ def project(
     width: int,
     temperature: float = 1.0,
     entropy: bool = False,
+    scoring: Scoring = USUAL,
     after: Callable[[], None] = lambda: None,
 ) -> Projections:
     """Project the score of every token of a rollout on `count` probes.
@@ -120,6 +121,7 @@ def project(
         width: T of the result, at least that of the rollout.
         temperature: Temperature of sampling.
         entropy: Whether to project the derivatives of the entropies too.
+        scoring: How the policy is scored; its logits are never computed in chunks here.
         after: Called after each pass of eight probes.
 
     Returns:
@@ -127,6 +129,7 @@ def project(
     """
     parameters = dict(parameters)
     first, place = _distinct(rollout)
+    whole = Scoring(scoring.share_prompt)
     part = rollout.rows(first)
 
     def scores(changed: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -134,7 +137,7 @@ def project(
             return torch.func.functional_call(policy.model, changed, args, options)
 
         # `score` only calls its model, so a function will do
-        found = score(model, part, temperature=temperature, share_prompt=policy.share_prompt, entropy=entropy)  # type: ignore[arg-type]
+        found = score(model, part, whole, temperature=temperature, entropy=entropy)  # type: ignore[arg-type]
         return (found.logprobs,) if found.entropy is None else (found.logprobs, found.entropy)
 
     def slopes(direction: dict[str, Tensor]) -> tuple[Tensor, ...]:

@@ -13,10 +13,11 @@ from torch import Tensor
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.scoring import score
+from tokenrl.language.rollout.scoring import USUAL, Scoring, score
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Samples:
         logprobs: Log-probabilities under the policy, as the trainer computes them [N, T].
         ref_logprobs: Log-probabilities under the reference, or under the policy if it has none [N, T].
         entropy: Entropy of the policy at each token, in nats [N, T].
+        scoring: How the policy is scored.
     """
 
     parts: tuple[Rollout, ...]
@@ -46,6 +48,7 @@ class Samples:
     logprobs: Float[Tensor, "N T"]
     ref_logprobs: Float[Tensor, "N T"]
     entropy: Float[Tensor, "N T"]
+    scoring: Scoring = USUAL
 
 
 def collect(
@@ -71,7 +74,7 @@ def collect(
         Refused: When a greedy completion has no reward.
     """
     g, greedy = sampling.num_generations, replace(sampling, num_generations=0)
-    size = max(1, rows_at_once // g)
+    size, scoring = max(1, rows_at_once // g), agree(policy)
     sampled = sample_and_reward(
         policy, rows, rewards, sampling, stream="measurement", batch_size=rows_at_once
     )
@@ -90,17 +93,17 @@ def collect(
             "greedy_rewards": torch.from_numpy(best.total).repeat_interleave(g),
         }
         parts.append(rollout)
-        columns.append(shared | _scores(policy, rollout, sampling))
+        columns.append(shared | _scores(policy, rollout, sampling, scoring))
         after()
     whole = {name: torch.cat([c[name].cpu() for c in columns]) for name in columns[0]}
     whole = {k: x.double() if x.is_floating_point() else x for k, x in whole.items()}
-    return Samples(parts=tuple(parts), group_size=g, **whole)
+    return Samples(parts=tuple(parts), group_size=g, scoring=scoring, **whole)
 
 
 @torch.no_grad()
-def _scores(policy: Policy, rollout: Rollout, sampling: Sampling) -> dict[str, Tensor]:
+def _scores(policy: Policy, rollout: Rollout, sampling: Sampling, scoring: Scoring) -> dict[str, Tensor]:
     """Return mask, log-probabilities and entropies of a rollout, padded to the most tokens allowed [n, T]."""
-    options: dict[str, Any] = {"temperature": sampling.temperature, **policy.ways}
+    options: dict[str, Any] = {"temperature": sampling.temperature, "scoring": scoring}
     own = score(policy.model, rollout, entropy=True, **options)
     assert own.entropy is not None
     ref = own.logprobs

@@ -19,8 +19,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows, sample_and_reward
-from tokenrl.language.rollout.sampling import Sampling, encode
-from tokenrl.language.rollout.streams import uniforms
+from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
 from tokenrl.language.training.probe import over_prompts
 from tokenrl.settings import check_number
 

@@ -15,8 +15,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.rollout import Rollout
-from tokenrl.language.rollout.sampling import Sampling, encode
-from tokenrl.language.rollout.streams import uniforms
+from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.defaults import length_of
 from tokenrl.language.training.records import prompt_text

@@ -36,12 +36,6 @@ class Policy:
         pad_id: the id that fills unused positions. A mask always hides it, so it may be any id.
         context: the most tokens of a sequence that the model can take; None if there is no limit.
         source: where the model came from, for messages and records.
-        share_prompt: whether the rows of a group may share the key/value cache of their prompt. False under
-            activation checkpointing, which keeps no cache, and where `choose_way` found it to be wrong.
-        share_passes: whether passes of an update may share that cache. `choose_way` sets it on request.
-        tokens_at_once: number of tokens whose logits may exist at once when they are scored; None if all
-            are computed in the forward pass. `choose_way` sets it.
-        remarks: what `choose_way` has to say of unusual ways, for a run's header; empty if all is as usual.
         reference: a frozen copy of the model for a KL term; None if none is needed, or an adapter gives it.
         form: how the model is asked; `ask` changes it.
         stops: ends completions at the stop strings of the form; None if it has none.
@@ -53,10 +47,6 @@ class Policy:
     pad_id: int
     context: int | None
     source: str = ""
-    share_prompt: bool = True
-    share_passes: bool = False
-    tokens_at_once: int | None = None
-    remarks: dict[str, str] = field(default_factory=dict)
     reference: nn.Module | None = field(default=None, repr=False)
     form: PromptArguments = field(default_factory=PromptArguments, repr=False)
     stops: StopStrings | None = field(default=None, repr=False)
@@ -70,11 +60,6 @@ class Policy:
     def size(self) -> int:
         """The number of the model's parameters, with those that are not trained."""
         return sum(p.numel() for p in self.model.parameters())
-
-    @property
-    def ways(self) -> dict[str, Any]:
-        """The keyword arguments by which `score` takes the fastest way that is right for this model."""
-        return {"share_prompt": self.share_prompt, "tokens_at_once": self.tokens_at_once}
 
     @property
     def has_adapter(self) -> bool:
@@ -320,15 +305,3 @@ def enable_gradient_checkpointing(policy: Policy) -> None:
     # Under LoRA the embedding is frozen, so without this no input of a block would require a gradient.
     model.enable_input_require_grads()
     model.train()  # transformers checkpoints only in training mode; every dropout rate is zero
-    policy.share_prompt = False
-
-
-@contextlib.contextmanager
-def with_cache(model: nn.Module) -> Iterator[None]:
-    """Let a model keep a key/value cache inside the block, even if it recomputes activations in training."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -15,8 +15,8 @@ from tokenrl.language.preferences.backbone import reward_backbone
 from tokenrl.language.preferences.pairs import Pair, load_pairs, read_pairs
 from tokenrl.language.preferences.sampled import make_preferences
 from tokenrl.language.rewards.model import RewardModel
+from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.arguments import TaskArguments
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.defaults import length_of
@@ -78,7 +78,7 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
         named = args.model
     form = vars(form_of(args))
     policy = make_policy(ModelArguments(model=named, base_seed=args.base_seed, **form), task, announce)
-    choose_way(policy, gradient=False)
+    agree(policy, gradient=False)
     length = args.max_completion_length or length_of(task, named, policy)
 
     def made(prompts: Sequence[Any], wanted: int, seed: int) -> list[dict[str, Any]]:

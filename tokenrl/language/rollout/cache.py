@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +9,6 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from tokenrl.errors import Refused
-
-OTHERS = "the model keeps something else than keys and values of all tokens"
-"""Why a cache of another kind is refused."""
 
 
 @dataclass(frozen=True)
@@ -56,25 +51,15 @@ class Cache:
                 layers[place] = GrowingLayer(layer, tokens)
 
     @property
-    def growing(self) -> bool:
-        """Whether there is nothing but keys and values in memory that has been set aside."""
-        return all(type(layer) is GrowingLayer for layer in getattr(self.held, "layers", [None]))
-
-    @property
-    def plain(self) -> bool:
-        """Whether there is nothing but keys and values, as a forward pass has left them."""
-        return all(type(layer) is DynamicLayer for layer in getattr(self.held, "layers", [None]))
-
-    def changed(self, change: Callable[[Tensor], Tensor]) -> Cache:
-        """Return another cache with changed keys and values of the same tokens, if this one is `plain`."""
-        held = copy.copy(self.held)
-        held.layers = [copy.copy(layer) for layer in held.layers]
-        for layer in held.layers:
-            layer.keys, layer.values = change(layer.keys), change(layer.values)
-        return Cache(self.name, held)
+    def length(self) -> int | None:
+        """The number of tokens, if there is nothing but keys and values in memory that has been set aside."""
+        layers = getattr(self.held, "layers", None)
+        if not layers or any(type(layer) is not GrowingLayer for layer in layers):
+            return None
+        return int(layers[0].length)
 
     def cut(self, length: int) -> None:
-        """Leave out all but the first tokens, if the cache is `growing`."""
+        """Leave out all but the first tokens, of a cache that has a `length`."""
         for layer in self.held.layers:
             layer.length = length
 

@@ -10,19 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tokenrl.errors import Stopped
-from tokenrl.language.policy.model import Policy, with_cache
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.compiled import CompiledStep
 from tokenrl.language.rollout.distribution import draw, log_softmax, score_norm_of, sum_p_log_p
 from tokenrl.language.rollout.head import last
 from tokenrl.language.rollout.rollout import Rollout, joined, pad_left
 from tokenrl.language.rollout.sampling import Sampling
+
+if TYPE_CHECKING:
+    from tokenrl.language.policy.model import Policy
 
 
 class Generator(Protocol):
@@ -66,13 +68,13 @@ class TransformersGenerator:
         policy: the policy whose model is sampled from.
         rows_at_once: number of completions that are sampled at once, of whole groups, which bounds the memory
             of their caches and changes nothing else; None for all.
-        step: compiled code for the forward pass of one token; None for the model as it is. It is not used
+        compiled: compiled code for the forward pass of one token; None for the model as it is. It is not used
             where hidden states are wanted.
     """
 
     policy: Policy
     rows_at_once: int | None = None
-    step: CompiledStep | None = None
+    compiled: CompiledStep | None = None
 
     @torch.no_grad()
     def generate(
@@ -85,8 +87,13 @@ class TransformersGenerator:
         Raises:
             Stopped: the model's logits are not finite.
         """
-        with with_cache(self.policy.model):
+        model = self.policy.model
+        recomputes = model.training  # only under activation checkpointing, which would keep no cache
+        try:
+            model.eval()
             return self._in_slices(prompt_ids, sampling, draws)
+        finally:
+            model.train(recomputes)
 
     def _in_slices(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
@@ -100,7 +107,7 @@ class TransformersGenerator:
         for start in range(0, len(prompt_ids), groups):
             end = start + groups
             numbers = None if draws is None else draws[start * size : end * size]
-            parts.append(_decode(self.policy, prompt_ids[start:end], sampling, numbers, self.step))
+            parts.append(_decode(self.policy, prompt_ids[start:end], sampling, numbers, self.compiled))
         return parts[0] if len(parts) == 1 else joined(parts)
 
     def sync(self, policy: Policy) -> None:
@@ -115,7 +122,7 @@ def _decode(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     draws: Tensor | None,
-    step: CompiledStep | None,
+    compiled: CompiledStep | None,
 ) -> Rollout:
     """Sample token by token; the batch holds only unfinished rows and, for a while, a few finished ones."""
     device, length = policy.device, sampling.max_completion_length
@@ -125,7 +132,7 @@ def _decode(
     ids = torch.full(shape, policy.pad_id, device=device)  # [N, T]
     mask = torch.zeros(shape, dtype=torch.bool, device=device)
     eos = torch.tensor(policy.eos_ids, device=device)
-    state = _Decoder(policy.model, prompt_ids, prompt_mask, prompt_index, sampling, step)
+    state = _Decoder(policy.model, prompt_ids, prompt_mask, prompt_index, sampling, compiled)
     dtype = torch.promote_types(state.logits.dtype, torch.float32)
     count = 3 if sampling.keep_score_norms else 2  # logprobs, entropy, score norms
     numbers = torch.zeros(count, *shape, device=device, dtype=dtype)
@@ -174,10 +181,10 @@ class _Decoder:
         prompt_mask: Tensor,
         prompt_index: Tensor,
         sampling: Sampling,
-        step: CompiledStep | None,
+        compiled: CompiledStep | None,
     ) -> None:
         self.model = model
-        self.step = None if sampling.keep_hidden else step
+        self.compiled = None if sampling.keep_hidden else compiled
         self.options = {"use_cache": True, "output_hidden_states": sampling.keep_hidden}
         # If no prompt is padded, no mask is passed, and attention can use a faster kernel.
         self.mask = None if bool(prompt_mask.all()) else prompt_mask
@@ -216,8 +223,8 @@ class _Decoder:
         if self.mask is not None:
             self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
         places = self._places(1)
-        if self.step is not None:
-            self.logits = self.hidden = self.step(self.model, token, self.cache, places)
+        if self.compiled is not None:
+            self.logits = self.hidden = self.compiled(self.model, token, self.cache, places)
         else:
             arguments = self.cache.arguments(places)
             self._take(self.model(token[:, None], **arguments, **self.options))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tokenrl.language.policy.model import Policy
-from tokenrl.language.rewards.rewards import RewardResult, Rewards
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout
-from tokenrl.language.rollout.sampling import Sampling, encode
-from tokenrl.language.rollout.streams import uniforms
+from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
+
+if TYPE_CHECKING:
+    from tokenrl.language.policy.model import Policy
+    from tokenrl.language.rewards.rewards import RewardResult, Rewards
 
 Row = Mapping[str, Any]
 

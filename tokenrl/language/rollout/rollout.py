@@ -47,14 +47,9 @@ class Rollout:
     score_norms: Tensor | None = None
     hidden: Tensor | None = None
 
-    def rows(self, index: Tensor, among: Tensor | None = None) -> Rollout:
-        """Select the rows `index` [n] and their prompts, cut to the longest prompt and completion left.
-
-        Args:
-            index: numbers of rows.
-            among: numbers of rows whose prompts are all kept, those of `index` too; None: of `index` alone.
-        """
-        used = torch.unique(self.prompt_index[index if among is None else among])
+    def rows(self, index: Tensor) -> Rollout:
+        """Select the rows `index` [n] and their prompts, cut to the longest prompt and completion left."""
+        used = torch.unique(self.prompt_index[index])
         prompt_index = torch.searchsorted(used, self.prompt_index[index])
         prompt_mask = self.prompt_mask[used]
         first = int(prompt_mask.int().argmax(dim=1).min())

@@ -1,4 +1,8 @@
-"""Describes how completions are sampled, as one value that callers pass on whole."""
+"""Describes how completions are sampled, as one value, and makes the random numbers that they are drawn with.
+
+All sampling of tokens takes its random numbers from here. Each purpose (training, evaluation, ...) has a
+stream of its own, so that two purposes with the same seed never share a random number.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from tokenrl.settings import Bounds, Count, Natural, Positive, Settings
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
+
+
+STREAMS = {
+    "training": 0,
+    "interactive": 0,
+    "preferences": 2**60,
+    "difficulty": 2**61,
+    "measurement": 2**62,
+    "probe": 2**62 + 2**61,
+    "evaluation": 2**63,
+    "best_of_n": 2**63 + 2**62,
+}
+"""The number that each stream adds to the seed.
+
+Different numbers are at least 2**60 apart, so no seed leads from one stream into another.
+Only training draws new random numbers in each step, and its steps count from 1. All other streams always use
+those of step 0, so that two evaluations of one run are compared on common random numbers. The stream
+"interactive" shares its number with training, and is separate because training never uses step 0.
+"""
 
 
 @dataclass(frozen=True)
@@ -22,7 +49,7 @@ class Sampling(Settings):
         temperature: the logits are divided by it before the softmax; above 0. It is part of the policy: the
             same temperature is used for sampling and for scoring.
         seed: seed of the random numbers, from 0 to 2**60 - 1. Code that samples also names a stream (see
-            `streams`), so that different purposes with one seed use different numbers.
+            `STREAMS`), so that different purposes with one seed use different numbers.
         step: step of the run, at least 0. Training draws new random numbers in each step; rewards can read
             the step as `trainer_state.global_step`.
         truncate_prompts: drop tokens from the left of prompts that are too long, instead of refusing them.
@@ -61,3 +88,47 @@ def encode(policy: Policy, prompts: Sequence[Any], sampling: Sampling) -> list[l
         max_completion_length=sampling.max_completion_length,
         truncate=sampling.truncate_prompts,
     )
+
+
+def uniforms(stream: str, sampling: Sampling, prompts: Sequence[int]) -> Tensor | None:
+    """Uniform random numbers in [0, 1) for one call of a generator, one for each token.
+
+    Each number depends only on the stream, the seed, the step (in training), the prompt, the generation and
+    the position of the token. A completion is therefore the same whatever else is sampled in the same call.
+
+    Args:
+        stream: a name in `STREAMS`.
+        sampling: gives the seed, the step, G and T.
+        prompts: a number that identifies each of the B prompts, such as its position in the prompt stream.
+
+    Returns:
+        float64 [B * G, T], or None for greedy completions, which need no random numbers.
+
+    Raises:
+        ValueError: the stream is "training" and the step is 0, whose numbers belong to another stream.
+    """
+    if not sampling.num_generations:
+        return None
+    key = key_of(stream, sampling)
+    table = _philox(key, prompts, sampling.num_generations, sampling.max_completion_length)
+    return torch.from_numpy(table.reshape(-1, sampling.max_completion_length))
+
+
+def key_of(stream: str, sampling: Sampling) -> tuple[int, int]:
+    """Key of the counter-based generator: the seed plus the stream's number, and in training the step."""
+    if stream == "training" and sampling.step < 1:
+        raise ValueError("the steps of training count from 1; step 0 belongs to another stream")
+    return STREAMS[stream] + sampling.seed, sampling.step if stream == "training" else 0
+
+
+def _philox(key: tuple[int, int], prompts: Sequence[int], generations: int, length: int) -> np.ndarray:
+    """Uniforms [B, G, T] of the counter-based generator Philox (Salmon et al. 2011)."""
+    bits = np.random.Philox(key=np.array(key, dtype=np.uint64))
+    generator, state = np.random.Generator(bits), bits.state
+    table = np.empty((len(prompts), generations, length))
+    for b, prompt in enumerate(prompts):
+        for g in range(generations):  # a counter per completion: its numbers depend on neither G nor T
+            state["state"]["counter"] = np.array([0, g, prompt, 0], dtype=np.uint64)
+            bits.state = state
+            generator.random(out=table[b, g])
+    return table

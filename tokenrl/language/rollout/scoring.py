@@ -8,21 +8,41 @@ only, and not all at once where they are many (see `head`).
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tokenrl.core.losses import entropy_of
 from tokenrl.core.rows import in_rows
-from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import log_softmax, score_norm_of
 from tokenrl.language.rollout.head import head_of, last, score_tokens, without_head
-from tokenrl.language.rollout.prompts import PromptPass, SharedPrompts
 from tokenrl.language.rollout.rollout import Rollout, pad_right
+
+if TYPE_CHECKING:
+    from tokenrl.language.policy.model import Policy
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a model is scored: in the usual way, or in a plainer one; `agreement.agree` finds the right one.
+
+    Attributes:
+        share_prompt: compute each distinct prompt once; False if no key/value cache may be kept.
+        tokens_at_once: number of tokens whose logits may exist at once; None if the forward pass has to
+            compute all of them, as where something comes after the head.
+        remarks: what is unusual, in words, for a run's header; empty if nothing is.
+    """
+
+    share_prompt: bool = True
+    tokens_at_once: int | None = None
+    remarks: Mapping[str, str] = field(default_factory=dict)
+
+
+USUAL = Scoring()
 
 
 class Scores(NamedTuple):
@@ -45,11 +65,9 @@ class Scores(NamedTuple):
 def score(
     model: nn.Module,
     rollout: Rollout,
+    scoring: Scoring = USUAL,
     *,
     temperature: float = 1.0,
-    share_prompt: bool = True,
-    prompts: SharedPrompts | None = None,
-    tokens_at_once: int | None = None,
     entropy: bool = False,
     score_norms: bool = False,
     hidden: bool = False,
@@ -59,28 +77,24 @@ def score(
     Args:
         model: a causal language model, bare or wrapped for several processes.
         rollout: N completions of B prompts; see `Rollout` for shapes.
+        scoring: how the model is scored.
         temperature: the temperature that was sampled with; the logits are divided by it.
-        share_prompt: compute each distinct prompt once; False if no key/value cache may be kept, as under
-            activation checkpointing.
-        prompts: shared by several calls with other rows of the same prompts, whose gradients reach the model
-            with `SharedPrompts.backward`; None to compute the prompts for these rows alone.
-        tokens_at_once: number of tokens whose logits may exist at once; None if the forward pass has to
-            compute all of them, as where something comes after the head.
         entropy: also return the entropies.
         score_norms: also return the squared norms of the scores in logit space.
         hidden: also return the last hidden state before each token.
     """
-    forward = partial(_shared, shared=prompts) if share_prompt else _plain
-    if tokens_at_once is not None and int(rollout.mask.sum()) > tokens_at_once:
+    forward = _shared if scoring.share_prompt else _plain
+    at_once = scoring.tokens_at_once
+    if at_once is not None and int(rollout.mask.sum()) > at_once:
         head = head_of(model)
-        assert head is not None  # `choose_way` found it
+        assert head is not None  # `agree` found it
         with without_head(head) as inputs:
             given, states = forward(model, rollout, hidden, inputs)
         found = score_tokens(
             given[rollout.mask],
             head,
             rollout.completion_ids[rollout.mask],
-            at_once=tokens_at_once,
+            at_once=at_once,
             temperature=temperature,
             entropy=entropy,
             norms=score_norms,
@@ -100,7 +114,9 @@ def score(
 
 
 @torch.no_grad()
-def score_in_parts(model: nn.Module, rollout: Rollout, *, rows_at_once: int | None, **options: Any) -> Scores:
+def score_in_parts(
+    model: nn.Module, rollout: Rollout, scoring: Scoring, *, rows_at_once: int | None, **wanted: Any
+) -> Scores:
     """Score without an autograd graph, some rows at a time.
 
     A part is cut to its longest completion; its entries beyond that are 0.
@@ -108,13 +124,14 @@ def score_in_parts(model: nn.Module, rollout: Rollout, *, rows_at_once: int | No
     Args:
         model: a causal language model.
         rollout: N completions.
+        scoring: how the model is scored.
         rows_at_once: rows per forward pass, which changes memory only; None for all.
-        **options: the options of `score`.
+        **wanted: the other options of `score`.
     """
     n, width = rollout.mask.shape
     parts = []
     for rows in torch.arange(n, device=rollout.mask.device).split(rows_at_once or n):
-        scores = score(model, rollout.rows(rows), **options)
+        scores = score(model, rollout.rows(rows), scoring, **wanted)
         parts.append([None if x is None else pad_right(x, width) for x in scores])
     columns = zip(*parts, strict=True)
     return Scores._make(None if column[0] is None else torch.cat(column) for column in columns)
@@ -123,12 +140,11 @@ def score_in_parts(model: nn.Module, rollout: Rollout, *, rows_at_once: int | No
 def with_missing_fields(
     policy: Policy,
     rollout: Rollout,
-    temperature: float,
+    scoring: Scoring,
     *,
-    entropy: bool = False,
-    score_norms: bool = False,
-    hidden: bool = False,
+    temperature: float,
     rows_at_once: int | None = None,
+    **wanted: bool,
 ) -> Rollout:
     """Compute the fields that are needed and that the generator did not return.
 
@@ -137,18 +153,16 @@ def with_missing_fields(
     Args:
         policy: the policy that the rollout was sampled from, with the weights it had then.
         rollout: N completions.
+        scoring: how its model is scored.
         temperature: the temperature that was sampled with.
-        entropy: whether the entropies are needed.
-        score_norms: whether the squared norms of the scores are needed.
-        hidden: whether the hidden states are needed.
         rows_at_once: rows per forward pass, which changes memory only; None for all.
+        **wanted: whether the `entropy`, the `score_norms` and the `hidden` states are needed.
     """
-    wanted = {"entropy": entropy, "score_norms": score_norms, "hidden": hidden}
     missing = {name: True for name in wanted if wanted[name] and getattr(rollout, name) is None}
     if not missing:
         return rollout
-    options = {"temperature": temperature, **policy.ways, **missing}
-    scores = score_in_parts(policy.model, rollout, rows_at_once=rows_at_once, **options)
+    how: dict[str, Any] = {"temperature": temperature, "rows_at_once": rows_at_once, **missing}
+    scores = score_in_parts(policy.model, rollout, scoring, **how)
     found = {name: getattr(scores, name) for name in missing}
     off = ~rollout.mask
     zeroed = {name: x.masked_fill(off if x.ndim == 2 else off[..., None], 0) for name, x in found.items()}
@@ -161,56 +175,38 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def _shared(
-    model: nn.Module,
-    rollout: Rollout,
-    hidden: bool,
-    inputs: list[Tensor] | None,
-    *,
-    shared: SharedPrompts | None,
+    model: nn.Module, rollout: Rollout, hidden: bool, inputs: list[Tensor] | None
 ) -> tuple[Tensor, Tensor | None]:
     """Logits [N, T, V] and hidden states [N, T, H], with each distinct prompt computed once.
 
     Where the head is left out, what it would have been given [N, T, H] stands for the logits; it is taken
     from the `inputs` that `without_head` collects.
     """
-    index, width = rollout.prompt_index, rollout.completion_ids.shape[1]
-    prompt_mask = rollout.prompt_mask
-    padded = not bool(prompt_mask.all())
-    compute = partial(_prompt_pass, model, rollout, hidden, inputs, padded)
-    prompt = compute() if shared is None else shared.take(compute)
-    first = prompt.last[index]  # [N, 1, V]
-    state = None if prompt.state is None else prompt.state[index]  # [N, 1, H]
+    index, mask, width = rollout.prompt_index, rollout.prompt_mask, rollout.completion_ids.shape[1]
+    padded = not bool(mask.all())
+    places = {"attention_mask": mask, "position_ids": _positions(mask)} if padded else {}
+    options = {"use_cache": True, "output_hidden_states": hidden}
+    out = model(rollout.prompt_ids, **places, **options, logits_to_keep=last(1, mask.device))
+    first = (out.logits if inputs is None else inputs.pop()[:, -1:])[index]  # [N, 1, V]
+    state = out.hidden_states[-1][:, -1:][index] if hidden else None  # [N, 1, H]
     if width == 1:
         return first, state
-    cache = prompt.cache
+    cache = Cache.of(out)
     cache.select(index)
     tokens = rollout.completion_ids[:, :-1]  # [N, T-1]
     if cache.recurrent:
         cache.keep_states()
         if width == 2:  # one token alone takes the kernels of sampling, which have no gradient: feed another
             tokens = torch.cat([tokens, tokens], dim=1)
-    places = {}
     if padded:
         # Completions are padded on the right, and causal attention never looks to the right, so their
         # padding needs no mask.
-        whole = torch.cat([prompt_mask[index], torch.ones_like(tokens, dtype=torch.bool)], dim=1)
+        whole = torch.cat([mask[index], torch.ones_like(tokens, dtype=torch.bool)], dim=1)
         places = {"attention_mask": whole, "position_ids": _positions(whole)[:, -tokens.shape[1] :]}
-    rest = model(tokens, **cache.arguments(places), use_cache=True, output_hidden_states=hidden)
+    rest = model(tokens, **cache.arguments(places), **options)
     logits = rest.logits if inputs is None else inputs.pop()
     states = None if state is None else torch.cat([state, rest.hidden_states[-1]], dim=1)[:, :width]
     return torch.cat([first, logits], dim=1)[:, :width], states
-
-
-def _prompt_pass(
-    model: nn.Module, rollout: Rollout, hidden: bool, inputs: list[Tensor] | None, padded: bool
-) -> PromptPass:
-    """Compute each distinct prompt."""
-    mask = rollout.prompt_mask
-    places = {"attention_mask": mask, "position_ids": _positions(mask)} if padded else {}
-    options = {"use_cache": True, "output_hidden_states": hidden, "logits_to_keep": last(1, mask.device)}
-    out = model(rollout.prompt_ids, **places, **options)
-    logits = out.logits if inputs is None else inputs.pop()[:, -1:]
-    return PromptPass(logits, out.hidden_states[-1][:, -1:] if hidden else None, Cache.of(out))
 
 
 def _plain(

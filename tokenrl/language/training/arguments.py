@@ -26,12 +26,11 @@ class SamplingArguments(Settings, group="sampling"):
     temperature: Positive = 1.0
     """Temperature of the policy, in sampling and in the gradient."""
     sampling_batch_size: Count | None = None
-    """Completions that one process samples at once, of whole groups; changes memory only. Default: all, or
-    as many as are found to fit."""
-    compile_sampling: bool | None = None
+    """Completions that one process samples at once, of whole groups; changes memory only. Default: all."""
+    compile: Literal["auto", "on", "off"] = "auto"
     """Compile the forward pass of one token, which samples from a small model on a CPU 1.4 to 1.6 times as
-    fast. It takes some seconds a layer, once: the code is kept. Default: from 1 M parameters on, if a
-    measurement says that the run is long enough; no on several processes or a GPU."""
+    fast. It takes 10 to 15 seconds once, and some 3 in later runs. auto: on in one process on a CPU, for a
+    model of at most 8 layers and at least 1 M parameters, in at least 100 steps."""
     truncate_prompts: bool = False
     """Cut prompts that are too long for the context on the left, instead of refusing them."""
     max_refills: Natural = 4
@@ -61,21 +60,18 @@ class OptimiserArguments(Settings, group="optimiser"):
     num_minibatches: Count = 1
     """Updates per pass, each on an equal share of the prompts."""
     micro_batch_size: Count | None = None
-    """Completions in one forward pass of one process; changes memory only, not the update. Default: all, or
-    as many as are found to fit."""
-    whole_logits: bool = False
-    """Compute the logits of all tokens at once. Otherwise those of a large vocabulary are computed for some
-    tokens at a time, and again in the backward pass, which takes less memory and no more time."""
+    """The most completions in one forward pass of one process, within tokens_per_pass; changes memory only,
+    not the update. Default: any number."""
+    tokens_per_pass: Count | None = None
+    """Tokens of prompts and completions in one forward pass of one process, which whole groups fill; a larger
+    group is split. Changes memory only. Default: as many as have activations of about 4 GiB, at 34 numbers
+    for each layer and hidden unit."""
     mixed_precision: Literal["no", "bf16"] | None = None
     """bf16: sample, score and differentiate with a bfloat16 copy of the weights, which stay float32. Default:
-    bf16 if a short measurement finds it clearly faster; no below 1 M parameters or on several processes."""
+    bf16 on a GPU that has it, else no."""
     training_attention: Literal["as_loaded", "eager"] | None = None
-    """Attention of updates: as the model was loaded (mostly sdpa), or by its plain formula, which is faster
-    on processors in bfloat16 unless completions are long. Default: measured like mixed_precision."""
-    compile_training: bool | None = None
-    """Compile the layers, forward and backward, which makes updates of a small model on a CPU 1.3 to 1.6
-    times as fast. It takes 30 to 60 seconds, once: the code is kept. Default: from 1 M parameters on, if a
-    measurement says that the run is long enough; no on several processes or a GPU."""
+    """Attention of updates: as the model was loaded (mostly sdpa), or by its plain formula. Default: eager on
+    a CPU from 10 M parameters on, with completions of at most 256 tokens; else as loaded."""
     value_learning_rate: Positive = 1e-3
     """Learning rate of the critic, for estimators that have one (a2c, ppo)."""
     value_iterations: Natural = 4

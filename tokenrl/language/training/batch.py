@@ -1,16 +1,160 @@
-"""Holds the data that the updates of a step learn from, whole and cut into micro-batches."""
+"""Splits a step over processes and into micro-batches: shares prompts, gathers rows, cuts out parts.
+
+Advantages and weights are computed from the whole step, identically on every process, and then sliced; the
+completions of one prompt stay on one process. Each process makes the same number of passes, because gradients
+are averaged over processes in the last of them: a process without one would hang the others.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
-from tokenrl.core.rows import Kept
-from tokenrl.language.rollout.prompts import SharedPrompts
+from tokenrl.core.rows import Kept, keep
+from tokenrl.errors import Stopped, describe
 from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scores
-from tokenrl.language.training.processes import StepRows, share
+
+if TYPE_CHECKING:
+    from tokenrl.core.estimator import Estimator
+
+Whole = TypeVar("Whole", Tensor, list[Any])
+
+
+class StepRows(NamedTuple):
+    """Rows of a step, the G completions of each prompt one after the other: those of a process, or all N.
+
+    Attributes:
+        rewards: total reward of each completion [N].
+        by_function: reward from each of F functions, NaN where it abstained [N, F].
+        valid: False where every function abstained [N].
+        truncated: True where the completion was cut at the maximum length before an EOS [N].
+        prompt_length: number of tokens of the prompt [N].
+        mask: True on actions [N, T].
+        logprobs: log-probabilities of the tokens under the distribution they were sampled from [N, T].
+        entropy: entropy of that distribution at each action, in nats [N, T].
+        ref_logprobs: log-probabilities of the tokens under the reference [N, T]; None without a KL.
+        values: the critic's value of the state before each action [N, T]; None without a critic.
+        score_norms: squared norm of each action's score [N, T]; None unless the baseline is weighted by it.
+        greedy_rewards: reward of the greedy completion of the row's prompt [N]; None unless it is needed.
+    """
+
+    rewards: Tensor
+    by_function: Tensor
+    valid: Tensor
+    truncated: Tensor
+    prompt_length: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    score_norms: Tensor | None = None
+    greedy_rewards: Tensor | None = None
+
+    def inputs(self, sampling: Sampling, baseline_value: Tensor | float) -> dict[str, Any]:
+        """Return keyword arguments of `Estimator.advantages`: those of the rows and their sizes."""
+        names = ("logprobs", "ref_logprobs", "values", "score_norms", "greedy_rewards")
+        sizes = {"group_size": sampling.group_size, "max_length": sampling.max_completion_length}
+        return sizes | {name: getattr(self, name) for name in names} | {"baseline_value": baseline_value}
+
+    def kept(self, estimator: Estimator, group_size: int) -> Kept:
+        """Say which rows are compared, and which of them, and of their tokens, are learnt from."""
+        sizes: dict[str, Any] = {"group_size": group_size, "valid": self.valid, "truncated": self.truncated}
+        return keep(estimator, self.rewards, self.mask, **sizes)
+
+
+@contextlib.contextmanager
+def others_needed() -> Iterator[None]:
+    """Say in words that this process lost the others, where PyTorch would raise an error of its network.
+
+    Raises:
+        Stopped: another process has ended, or does not answer.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        network = isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
+        if isinstance(error, Stopped) or not network:
+            raise
+        raise Stopped(
+            "Another process of this run has ended or does not answer, so this one ends too; what the other "
+            f"printed says why. Start all of them again to continue the run. PyTorch said: {describe(error)}"
+        ) from error
+
+
+def share(accelerator: Any, whole: Whole) -> Whole:
+    """Return this process's slice of what all processes hold; the slices have equal lengths."""
+    size = len(whole) // accelerator.num_processes
+    start = accelerator.process_index * size
+    return whole[start : start + size]
+
+
+def summed(accelerator: Any, number: int) -> int:
+    """Return the sum of a number over all processes, the same on each of them."""
+    if accelerator.num_processes == 1:  # one process need not wait for its device
+        return number
+    return int(accelerator.reduce(torch.tensor([number], device=accelerator.device), reduction="sum"))
+
+
+def gather(accelerator: Any, rows: StepRows) -> StepRows:
+    """Gather the rows of all processes, in the order of the prompts and padded to the longest completion.
+
+    Raises:
+        Stopped: no row of the step has a reward.
+    """
+    if accelerator.num_processes > 1:
+        # Padding would turn a bool mask into int64, and only on the processes that need padding.
+        own = rows._replace(mask=rows.mask.to(torch.uint8))._asdict()
+        known = {name: x for name, x in own.items() if x is not None}
+        known = accelerator.gather(accelerator.pad_across_processes(known, dim=1))
+        rows = StepRows(**known | {"mask": known["mask"].bool()})
+    if not rows.valid.any():
+        raise Stopped(
+            "Every reward function abstained from every completion of this step, so there is nothing to "
+            "learn from. A reward function should return None only for completions it cannot judge."
+        )
+    return rows
+
+
+class Part(NamedTuple):
+    """A micro-batch: m of this process's rows, cut to their longest completion.
+
+    Attributes:
+        rollout: the rows.
+        advantages: one for each row [m] or for each token [m, T].
+        weights: each token's weight in the loss of the whole update [m, T].
+        ref_logprobs: log-probabilities under the reference [m, T]; None without a KL.
+        old_logprobs: log-probabilities under the policy that sampled [m, T]; None if that is the present one.
+    """
+
+    rollout: Rollout
+    advantages: Tensor
+    weights: Tensor
+    ref_logprobs: Tensor | None
+    old_logprobs: Tensor | None
+
+    def old(self, logprobs: Tensor) -> Tensor:
+        """Return the denominator of the ratio as log-probabilities [m, T].
+
+        `logprobs` are those of the present policy. If it is also the one that sampled, the denominator is the
+        same number without its gradient: the ratio is 1, and its gradient is that of `logprobs`.
+        """
+        return logprobs.detach() if self.old_logprobs is None else self.old_logprobs
+
+    def inputs(self, scores: Scores) -> dict[str, Tensor | None]:
+        """Return the keyword arguments of `Estimator.loss`."""
+        return {
+            "old_logprobs": self.old(scores.logprobs),
+            "sampling_logprobs": self.rollout.logprobs,
+            "ref_logprobs": self.ref_logprobs,
+            "entropy": scores.entropy,
+        }
 
 
 class Batch(NamedTuple):
@@ -31,18 +175,17 @@ class Batch(NamedTuple):
     advantages: Tensor
     old_logprobs: Tensor | None
 
-    def part(self, rows: Tensor, weights: Tensor, accelerator: Any, prompts: SharedPrompts | None) -> Part:
+    def part(self, rows: Tensor, weights: Tensor, accelerator: Any) -> Part:
         """Return the micro-batch of some of this process's rows; without any, one row of weight 0.
 
         Args:
             rows: numbers of rows [m].
             weights: each token's weight in the loss of the whole update [N, T].
             accelerator: accelerate's handle of the processes.
-            prompts: shared with other micro-batches; None to compute the prompts for this one alone.
         """
         waits = len(rows) == 0
         rows = rows.new_zeros(1) if waits else rows
-        rollout = self.rollout.rows(rows, None if prompts is None else prompts.rows)
+        rollout = self.rollout.rows(rows)
 
         def own(whole: Tensor) -> Tensor:
             mine = share(accelerator, whole)[rows]
@@ -54,42 +197,73 @@ class Batch(NamedTuple):
             own(weights) * (0.0 if waits else 1.0),
             None if self.rows.ref_logprobs is None else own(self.rows.ref_logprobs),
             None if self.old_logprobs is None else self.old_logprobs[rows, : rollout.mask.shape[1]],
-            prompts,
         )
 
 
-class Part(NamedTuple):
-    """A micro-batch: m of this process's rows, cut to their longest completion.
+class Room(NamedTuple):
+    """How much one pass may hold.
 
     Attributes:
-        rollout: the rows.
-        advantages: one for each row [m] or for each token [m, T].
-        weights: each token's weight in the loss of the whole update [m, T].
-        ref_logprobs: log-probabilities under the reference [m, T]; None without a KL.
-        old_logprobs: log-probabilities under the policy that sampled [m, T]; None if that is the present one.
-        prompts: shared with other micro-batches; None to compute the prompts for this one alone.
+        tokens: tokens of prompts and completions, with their padding.
+        rows: completions; None for any number.
+        shared: whether a prompt is computed once for all its completions in a pass.
     """
 
-    rollout: Rollout
-    advantages: Tensor
-    weights: Tensor
-    ref_logprobs: Tensor | None
-    old_logprobs: Tensor | None
-    prompts: SharedPrompts | None
+    tokens: int
+    rows: int | None
+    shared: bool
 
-    def old(self, logprobs: Tensor) -> Tensor:
-        """Return the denominator of the ratio as log-probabilities [m, T].
 
-        `logprobs` are those of the present policy. If it is also the one that sampled, the denominator is the
-        same number without its gradient: the ratio is 1, and its gradient is that of `logprobs`.
-        """
-        return logprobs.detach() if self.old_logprobs is None else self.old_logprobs
+def equal_passes(
+    accelerator: Any, rows: StepRows, active: Tensor, group_size: int, room: Room
+) -> list[Tensor]:
+    """Divide this process's active rows into passes; every process gets the same number of them.
 
-    def inputs(self, scores: Scores) -> dict[str, Tensor | None]:
-        """Return the keyword arguments of `Estimator.loss`."""
-        return {
-            "old_logprobs": self.old(scores.logprobs),
-            "sampling_logprobs": self.rollout.logprobs,
-            "ref_logprobs": self.ref_logprobs,
-            "entropy": scores.entropy,
-        }
+    Whole groups of like lengths fill a pass. A group that is too large for one is split, and its prompt is
+    computed again.
+
+    Args:
+        accelerator: accelerate's handle of the processes.
+        rows: all N rows of the step.
+        active: True for the rows that are computed [N], the same on every process.
+        group_size: completions per prompt.
+        room: how much a pass may hold.
+
+    Returns:
+        For each pass the indices of its rows among this process's own; empty for a pass in which only other
+        processes have work.
+    """
+    world = accelerator.num_processes
+    columns = (active, rows.mask.sum(dim=1), rows.prompt_length)
+    flags, lengths, prompts = (x.view(world, -1).tolist() for x in columns)
+    plans = [_passes(*numbers, group_size, room) for numbers in zip(flags, lengths, prompts, strict=True)]
+    mine = plans[accelerator.process_index]
+    mine += [[]] * (max(map(len, plans)) - len(mine))
+    return [torch.tensor(sorted(part), dtype=torch.int64, device=active.device) for part in mine]
+
+
+def _passes(
+    active: Sequence[bool], lengths: Sequence[int], prompts: Sequence[int], size: int, room: Room
+) -> list[list[int]]:
+    """Divide the active rows of a process, the groups of the longest completions first."""
+
+    def fits(part: Sequence[int]) -> bool:
+        computed = len({i // size for i in part}) if room.shared else len(part)  # how many prompts
+        tokens = len(part) * max(lengths[i] for i in part) + computed * max(prompts[i] for i in part)
+        return tokens <= room.tokens and len(part) <= (room.rows or len(part))
+
+    groups = [[i for i in range(k, k + size) if active[i]] for k in range(0, len(active), size)]
+    plan: list[list[int]] = []
+    for group in sorted(filter(None, groups), key=lambda part: -max(lengths[i] for i in part)):
+        most = max(n for n in range(1, len(group) + 1) if n == 1 or fits(group[:n]))
+        for part in (group[k : k + most] for k in range(0, len(group), most)):
+            if plan and fits(plan[-1] + part):
+                plan[-1] += part
+            else:
+                plan.append(part)
+    return plan
+
+
+def averaging(accelerator: Any, model: Any, last: bool) -> contextlib.AbstractContextManager[None]:
+    """Let a backward pass average gradients over processes if it is the last one of an update."""
+    return contextlib.nullcontext() if last else accelerator.no_sync(model)  # type: ignore[no-any-return]

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tokenrl.core.rows import zero_spread
-from tokenrl.language.rewards.rewards import RewardResult, Rewards
 from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.rollout import Rollout, joined
-from tokenrl.language.rollout.sampling import Sampling, encode
+from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
 from tokenrl.language.rollout.scoring import score_in_parts, with_missing_fields
-from tokenrl.language.rollout.streams import uniforms
-from tokenrl.language.training.processes import StepRows
-from tokenrl.language.training.update import Learner
+from tokenrl.language.training.batch import StepRows
+
+if TYPE_CHECKING:
+    from tokenrl.language.rewards.rewards import RewardResult, Rewards
+    from tokenrl.language.training.learner import Learner
 
 Prompts = list[tuple[int, Mapping[str, Any]]]  # (place in the stream of prompts, row of the task)
 Deal = Callable[[int], Prompts]  # takes a number and returns that many further prompts
@@ -54,11 +55,11 @@ def sample(learner: Learner, prompts: Prompts, sampling: Sampling) -> Rollout:
     return with_missing_fields(
         learner.forward.policy,
         rollout,
-        sampling.temperature,
+        **learner.scoring,
+        rows_at_once=rows_at_once(learner, rollout),
         entropy=True,
         score_norms=estimator.needs_score_norms,
         hidden=estimator.needs_values,
-        rows_at_once=learner.args.micro_batch_size,
     )
 
 
@@ -142,15 +143,24 @@ def old_logprobs(learner: Learner, rollout: Rollout) -> Tensor | None:
     """
     several = learner.args.num_iterations * learner.args.num_minibatches > 1
     if learner.estimator.needs_old_logprobs and several:
-        with learner.forward.in_updates():
-            return logprobs_under(learner, learner.forward.model, rollout)
+        return logprobs_under(learner, learner.forward.model, rollout)
     return None
 
 
 def logprobs_under(learner: Learner, model: nn.Module, rollout: Rollout) -> Tensor:
     """Return the log-probabilities [n, T] of this process's rows under a model, without a graph."""
-    size = learner.args.micro_batch_size
+    size = rows_at_once(learner, rollout)
     return score_in_parts(model, rollout, rows_at_once=size, **learner.scoring).logprobs
+
+
+def rows_at_once(learner: Learner, rollout: Rollout) -> int:
+    """Return how many rows a forward pass without a gradient takes: as one with a gradient, at the most."""
+    args, size = learner.args, learner.sampling.group_size
+    width = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
+    assert args.tokens_per_pass is not None  # `choose_forward` has filled it in
+    groups = args.tokens_per_pass // (width * size)
+    rows = groups * size if groups else max(1, args.tokens_per_pass // width)
+    return min(rows, args.micro_batch_size or rows)
 
 
 def greedy_rewards(learner: Learner, rewards: Rewards, sampling: Sampling, prompts: Prompts) -> np.ndarray:

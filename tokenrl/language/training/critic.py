@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenrl.core.estimator import Estimator
 from tokenrl.runs.optimizers import load_optimizer_state, optimizer_state
+
+if TYPE_CHECKING:
+    from tokenrl.core.estimator import Estimator
 
 
 class Critic:

@@ -18,13 +18,14 @@ from accelerate.utils import gather_object
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rewarded import RewardedBatch, sample_and_reward
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode
-from tokenrl.language.rollout.scoring import score_in_parts, with_missing_fields
-from tokenrl.language.training.kl_control import completion_kl
+from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
 from tokenrl.language.training.probe import best_of, over_prompts
+from tokenrl.language.training.records import completion_kl
 
 LOGITS = 2**26  # most logits at once when a reference scores completions: 256 MiB in float32
 DIFFERENCE = "difference/"
@@ -56,6 +57,7 @@ def evaluate_policy(
     detailed: bool = False,
     k: Sequence[int] = (),
     reference: Policy | None = None,
+    scoring: Scoring = USUAL,
 ) -> Evaluation:
     """Evaluate a policy on held-out prompts; several processes share them.
 
@@ -72,6 +74,7 @@ def evaluate_policy(
         k: with `detailed`, the values of k for pass@k or best@k.
         reference: with `detailed`, the policy to which the KL of the sampled completions is estimated; both
             policies at the temperature of sampling.
+        scoring: how the policy is scored, for what a generator of another engine does not return.
 
     Returns:
         The metrics `reward_greedy`; `reward`, the mean over sampled completions, with its standard error over
@@ -102,7 +105,9 @@ def evaluate_policy(
         how = replace(sampling, num_generations=generations)
         rows: list[dict[str, Any]] = []
         for batch in sample_and_reward(policy, prompts, rewards, how, stream="evaluation", **shared):
-            rollout = with_missing_fields(policy, batch.rollout, sampling.temperature, entropy=True)
+            rollout = with_missing_fields(
+                policy, batch.rollout, scoring, temperature=sampling.temperature, entropy=True
+            )
             found = list(_completions(policy, prompts, batch._replace(rollout=rollout)))
             if generations and reference is not None:
                 found = [a | b for a, b in zip(found, _kl(reference, rollout, how), strict=True)]
@@ -160,9 +165,9 @@ def _kl(reference: Policy, rollout: Rollout, sampling: Sampling) -> list[dict[st
     scored = score_in_parts(
         reference.model,
         rollout,
+        agree(reference, gradient=False),
         rows_at_once=max(1, LOGITS // (rollout.mask.shape[1] * vocabulary)),
         temperature=sampling.temperature,
-        **reference.ways,
     ).logprobs
     each = {name: x.tolist() for name, x in completion_kl(rollout.logprobs, scored, rollout.mask).items()}
     return [dict(zip(each, values, strict=True)) for values in zip(*each.values(), strict=True)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tokenrl.core.baselines import RunningMean
+from tokenrl.errors import Stopped, describe
 from tokenrl.language.policy.prompts import settled_form, special_texts
 from tokenrl.language.policy.saving import SavedPolicy
 from tokenrl.language.rewards.rewards import Rewards
@@ -19,13 +20,11 @@ from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.batch import others_needed, summed
 from tokenrl.language.training.check import check_run
-from tokenrl.language.training.compiling import settle_compilation
 from tokenrl.language.training.defaults import training_defaults
 from tokenrl.language.training.evaluation import evaluate_policy
-from tokenrl.language.training.fitting import settle_memory
 from tokenrl.language.training.mistakes import without_effect
-from tokenrl.language.training.processes import others_needed, summed
 from tokenrl.language.training.run import Run, RunResult, facts, finish, record_step
 from tokenrl.language.training.setup import (
     adapt,
@@ -92,6 +91,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
             saving=args,
         ) as session,
         others_needed(),
+        memory_needed(),
     ):
         run = _prepare(args, task, rewards, accelerator, session)
         args = run.args
@@ -150,8 +150,6 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
     threads, why = choose_threads(policy.size, args.threads)
     with using_threads(threads):
         learner, schedule = make_learner(replace(args, threads=threads), policy, accelerator)
-        settle_memory(learner, task.train_prompts)
-        settle_compilation(learner, task.train_prompts)
     estimator = args.estimator
     run = Run(
         args=learner.args,
@@ -228,6 +226,7 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
         replace(learner.sampling, num_generations=args.eval_generations, step=step),
         generator=learner.generator,
         accelerator=learner.accelerator,
+        scoring=learner.forward.scoring,
         detailed=True,
         k=(args.eval_generations,) if args.eval_generations else (),
     )
@@ -236,6 +235,27 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
     if step == 0:
         run.rows = [{"step": 0, **{f"eval_{name}": value for name, value in found.metrics.items()}}]
     return found.metrics
+
+
+@contextmanager
+def memory_needed() -> Iterator[None]:
+    """Say in words that the memory did not suffice, and which settings bound it.
+
+    Raises:
+        Stopped: an allocation failed.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # Without a GPU torch raises an error of no kind of its own.
+        kinds = (torch.OutOfMemoryError, MemoryError)
+        if not isinstance(error, kinds) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise Stopped(
+            "There is too little memory. In updates, give fewer --tokens-per-pass (config.json has their "
+            "number) or a --micro-batch-size; in sampling, a --sampling-batch-size. --gradient-checkpointing "
+            f"and --mixed-precision bf16 take less too. PyTorch said: {describe(error)}"
+        ) from error
 
 
 def _largest(accelerator: Any, numbers: Sequence[int]) -> Sequence[int]:

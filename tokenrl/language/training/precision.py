@@ -21,7 +21,7 @@ from tokenrl.language.policy.model import Policy
 
 
 class HalfCopy:
-    """A copy of a policy whose weights are bfloat16, and whose gradients go to the policy's own weights.
+    """A copy of a policy whose weights are bfloat16; `hand_over` gives the policy its gradients.
 
     Buffers, such as the frequencies of rotary positions, and weights that have to keep another precision are
     those of the original.
@@ -37,8 +37,6 @@ class HalfCopy:
         self.policy = replace(policy, model=_copied(policy.model, {id(p): own for p, own in pairs}))
         self._trained = [pair for pair in pairs if pair[0].requires_grad]
         self._frozen = [pair for pair in pairs if not pair[0].requires_grad]
-        for original, own in self._trained:
-            own.register_post_accumulate_grad_hook(_handing_to(original))
 
     def adopt_frozen(self) -> None:
         """Let the original use the copy's frozen weights, such as the base of an adapter, to keep them once.
@@ -56,6 +54,14 @@ class HalfCopy:
         """Copy the trained weights again, which an update has changed."""
         for original, own in self._trained:
             own.copy_(original)
+
+    def hand_over(self) -> None:
+        """Add the gradients of a backward pass to those of the original weights, in their precision."""
+        for original, own in self._trained:
+            if own.grad is not None:
+                grad = own.grad.to(original.dtype)
+                original.grad = grad if original.grad is None else original.grad.add_(grad)
+                own.grad = None
 
     def average_gradients(self, accelerator: Any) -> None:
         """Average the gradients over processes, as accelerate does where it wraps the model."""
@@ -85,18 +91,6 @@ def _copied(model: nn.Module, other: dict[int, Any]) -> nn.Module:
     """Copy modules and configuration; weights and buffers are shared, but for the `other` ones by id."""
     shared: Iterable[torch.Tensor] = chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(x): x for x in shared} | other)
-
-
-def _handing_to(original: nn.Parameter) -> Any:
-    """Return a hook that adds a gradient to that of the original weight, in its precision."""
-
-    def hand_over(own: torch.Tensor) -> None:
-        assert own.grad is not None
-        grad = own.grad.to(original.dtype)
-        original.grad = grad if original.grad is None else original.grad.add_(grad)
-        own.grad = None
-
-    return hand_over
 
 
 def _half(p: torch.Tensor) -> torch.Tensor:

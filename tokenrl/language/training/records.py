@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from tokenrl.core.rows import from_first
+from tokenrl.core.losses import k1, k3
+from tokenrl.core.rows import from_first, zero_outside
 from tokenrl.core.statistics import mean_and_error
-from tokenrl.language.policy.model import Policy
-from tokenrl.language.rewards.rewards import RewardResult
 from tokenrl.language.rollout.rollout import Rollout
-from tokenrl.language.training.kl_control import kl_metrics
-from tokenrl.language.training.processes import StepRows
+from tokenrl.language.training.batch import StepRows
+
+if TYPE_CHECKING:
+    from tokenrl.language.policy.model import Policy
+    from tokenrl.language.rewards.rewards import RewardResult
 
 
 def step_metrics(rows: StepRows, names: Sequence[str], group_size: int) -> dict[str, float]:
@@ -64,6 +67,46 @@ def step_metrics(rows: StepRows, names: Sequence[str], group_size: int) -> dict[
             metrics[f"rewards/{name}/mean"] = values.mean()
             metrics[f"rewards/{name}/std"] = values.std(correction=min(1, len(values) - 1))
     return {name: float(value) for name, value in metrics.items()}
+
+
+def completion_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Estimate the KL of whole completions to the reference, from one sample each, in nats.
+
+    `kl` is the log-ratio summed over tokens (k1). `kl_k3` sums `ref/pi - 1 + log(pi/ref)` over tokens (k3;
+    Schulman 2020, "Approximating KL divergence"). Given the tokens before, the mean of a summand over the
+    next token is the KL of that token's distribution, so by the chain rule both sums are unbiased. k3 is
+    never negative; its variance is far smaller than that of k1 near the reference, and larger far from it.
+
+    Args:
+        logprobs: log-probabilities of the policy that sampled, at the temperature of sampling [N, T].
+        ref_logprobs: log-probabilities of the reference, at the same temperature [N, T].
+        mask: True on actions [N, T]; elsewhere both tensors may hold anything.
+
+    Returns:
+        `kl` and `kl_k3`, each [N].
+    """
+    log_pi, log_ref = (zero_outside(x.double(), mask) for x in (logprobs, ref_logprobs))
+    return {"kl": k1(log_pi, log_ref).sum(dim=1), "kl_k3": k3(log_pi, log_ref).sum(dim=1)}
+
+
+def kl_metrics(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, group_size: int) -> dict[str, Tensor]:
+    """Average both estimates of the KL over a step's completions, with standard errors over prompts.
+
+    Args:
+        logprobs: log-probabilities of the policy, as for `completion_kl` [N, T].
+        ref_logprobs: log-probabilities of the reference [N, T].
+        mask: True on actions [N, T].
+        group_size: completions per prompt.
+
+    Returns:
+        `kl`, `kl_stderr`, `kl_k3` and `kl_k3_stderr`; without the errors if there is a single completion.
+    """
+    metrics = {}
+    for name, values in completion_kl(logprobs, ref_logprobs, mask).items():
+        metrics[name], error = mean_and_error(values, group_size)
+        if not torch.isnan(error):
+            metrics[name + "_stderr"] = error
+    return metrics
 
 
 def prompt_text(prompt: Any) -> str:

@@ -21,9 +21,9 @@ from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.language.training.budget import Budget
 from tokenrl.language.training.defaults import Defaults, with_origins
+from tokenrl.language.training.learner import Learner
 from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.step import Record
-from tokenrl.language.training.update import Learner
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.optimizers import load_schedule
@@ -180,7 +180,8 @@ def facts(run: Run) -> dict[str, Any]:
         "seed": args.seed,
         "threads": run.threads,
         **asked(policy.form, args.model),
-        **policy.remarks,
+        "computing": run.learner.forward.words,
+        **run.learner.forward.scoring.remarks,
         "run": args.output_dir,
     }
 

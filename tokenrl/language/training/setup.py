@@ -20,17 +20,17 @@ from tokenrl.language.policy.lora import add_lora
 from tokenrl.language.policy.model import Policy, enable_gradient_checkpointing, load_policy, wrap
 from tokenrl.language.policy.prompts import form_of, settled_form
 from tokenrl.language.policy.saving import fingerprint, tokenizer_fingerprint
+from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.generator import TransformersGenerator
-from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.memory import fingerprint as rows_fingerprint
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.critic import Critic
 from tokenrl.language.training.defaults import Defaults, demonstrations, training_defaults
 from tokenrl.language.training.forward import choose_forward
+from tokenrl.language.training.learner import Learner
 from tokenrl.language.training.mistakes import check_rate, check_sizes
 from tokenrl.language.training.supervised import check_trainable
-from tokenrl.language.training.update import Learner
 from tokenrl.language.training.warm_start import warm_started_base
 from tokenrl.runs.optimizers import make_schedule
 from tokenrl.runs.resume import Maker
@@ -219,20 +219,13 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple
         if policy.reference is not None:
             policy.reference.to(accelerator.device)
     policy.model.to(accelerator.device)
-    needed, alone = args.estimator.needs_values, accelerator.num_processes == 1
-    choose_way(policy, hidden=needed, passes=alone, accelerator=accelerator)
-    if args.whole_logits:
-        policy.tokens_at_once = None
+    forward, args = choose_forward(args, policy, accelerator)
     optimizer = make_optimizer(args, policy, accelerator.device.type)
     schedule = make_schedule(args.lr_scheduler_type, optimizer, args.max_steps, args.warmup_steps)
-    forward = choose_forward(args, policy, accelerator)
-    if forward.in_words:
-        policy.remarks["forward passes"] = forward.in_words
     prepared, model = accelerator.prepare(optimizer), forward.model
     if forward.half is None:  # else gradients are averaged over processes where they are in float32
         model = accelerator.prepare(model)
-    args = replace(args, **forward.settings)
-    generator = TransformersGenerator(forward.policy, rows_at_once=args.sampling_batch_size)
+    generator = TransformersGenerator(forward.policy, args.sampling_batch_size, forward.compiled)
     learner = Learner(policy, forward, model, prepared, accelerator, args.estimator, args, generator)
     if args.estimator.needs_values:
         text_config: Any = policy.model.config
@@ -277,5 +270,5 @@ def load_placed(name: str, *, dtype: str, trust_remote_code: bool) -> Policy:
 
     policy = load_policy(name, dtype=dtype, trust_remote_code=trust_remote_code)
     policy.model.to(PartialState().device)
-    choose_way(policy, gradient=False)
+    agree(policy, gradient=False)
     return policy

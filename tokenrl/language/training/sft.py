@@ -13,8 +13,8 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import asked, settled_form
 from tokenrl.language.policy.saving import Card, SavedPolicy, base_model, save_policy
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits, recorded
 from tokenrl.language.tasks.sources import read_splits, with_prompts
@@ -83,13 +83,15 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
     with Session("sft", args.output_dir, **how) as session, ExitStack() as stack:
         task, rewards, rows = _demonstrations(args)
         policy = make_policy(args, task, session.console.note)
-        choose_way(policy)
+        scoring = agree(policy)
         found = sft_defaults(args, task, policy)
         threads, why = choose_threads(policy.size, args.threads)
         args = replace(settled(SftSettings, args, found.values), threads=threads)
         stack.enter_context(using_threads(threads))
         order = {"max_steps": args.max_steps, "batch_size": args.batch_size, "seed": args.seed}
-        training = SupervisedTraining(policy, rows, learning_rate=args.learning_rate, **order)
+        training = SupervisedTraining(
+            policy, rows, learning_rate=args.learning_rate, scoring=scoring, **order
+        )
         evaluate, watch = _evaluation(args, task, rewards, policy, training), Stopwatch()
         told = partial(with_origins, args, found.origins)
         facts: dict[str, Any] = {
@@ -99,7 +101,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             "learning rate": told(learning_rate="{:g}") + ", falling to 0",
             "threads": f"{threads} ({why})",
             **asked(policy.form, args.model),
-            **policy.remarks,
+            **scoring.remarks,
         }
         name = args.task if isinstance(args.task, str) else str(task.name)
         title = f"{name}, supervised, seed {args.seed}"

@@ -1,21 +1,25 @@
-"""One training step as a straight line: sample, reward, advantages, score, loss, backward, update, record."""
+"""One training step as a straight line: sample, reward, advantages, score, loss, backward, update, record.
+
+The loss is a sum over tokens whose weights come from the whole step, so a micro-batch is a slice of it, and
+neither the size of a micro-batch, nor the number of processes, nor leaving out rows without gradient changes
+the update. Weights and advantages are identical on every process, and each process trains on its own rows.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+import torch
 
-from tokenrl.core.baselines import RunningMean
-from tokenrl.core.rows import keep
-from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.core.statistics import flat_gradient
 from tokenrl.language.rollout.rewarded import reward_rows
-from tokenrl.language.rollout.rollout import Rollout
-from tokenrl.language.training.batch import Batch
+from tokenrl.language.rollout.scoring import score
+from tokenrl.language.training.batch import Batch, averaging, gather, share
 from tokenrl.language.training.collect import (
     Deal,
     Experience,
@@ -26,10 +30,22 @@ from tokenrl.language.training.collect import (
     step_rows,
     trainer_state,
 )
-from tokenrl.language.training.kl_control import adapt_beta
-from tokenrl.language.training.processes import StepRows, gather, share
 from tokenrl.language.training.records import completion_rows, step_metrics
-from tokenrl.language.training.update import Learner, updates
+from tokenrl.language.training.update import (
+    averaged,
+    counted,
+    minibatches,
+    passes,
+    signal,
+    teach_baselines,
+    token_weights,
+    update_metrics,
+)
+
+if TYPE_CHECKING:
+    from tokenrl.core.baselines import RunningMean
+    from tokenrl.language.rewards.rewards import Rewards
+    from tokenrl.language.training.learner import Learner
 
 
 class Record(NamedTuple):
@@ -61,11 +77,11 @@ def training_step(
         more: deals further prompts, for estimators that replace groups of equal rewards.
     """
     policy, estimator, accelerator = learner.policy, learner.estimator, learner.accelerator
-    sampling = replace(learner.sampling, step=step)
-    g, times, before = sampling.group_size, [time.perf_counter()], dict(rewards.seconds)
+    sampling, parameters = replace(learner.sampling, step=step), policy.trainable_parameters()
+    times, before, entropy = [time.perf_counter()], dict(rewards.seconds), estimator.needs_entropy
 
     mine = share(accelerator, prompts)
-    rollout = sample(learner, mine, sampling)  # n rows, g for each prompt
+    rollout = sample(learner, mine, sampling)  # n rows, G for each prompt
     result = reward_rows(policy, rewards, [row for _, row in mine], rollout, **trainer_state(learner, step))
     own = Experience(mine, rollout, result)
     if estimator.zero_spread == "refill":
@@ -73,76 +89,47 @@ def training_step(
     times.append(time.perf_counter())
 
     rows = gather(accelerator, step_rows(learner, rewards, sampling, own))  # all N rows, on every process
-    kept = keep(estimator, rows.rewards, rows.mask, group_size=g, valid=rows.valid, truncated=rows.truncated)
-    # From all N rows on every process, so that advantages do not depend on how the step is split.
+    kept = rows.kept(estimator, sampling.group_size)
     advantages = estimator.advantages(
-        rows.rewards,
-        rows.mask,
-        group_size=g,
-        valid=kept.compared,
-        baseline_value=running_mean.value,
-        max_length=sampling.max_completion_length,
-        **rows.inputs(),
+        rows.rewards, rows.mask, valid=kept.compared, **rows.inputs(sampling, running_mean.value)
     )
 
     batch = Batch(rollout, rows, kept, advantages.policy, old_logprobs(learner, rollout))
     history = []
-    for update in updates(learner, batch, step):
-        for part in update.parts():
-            scores = learner.scores(part)
-            loss = estimator.loss(
-                scores.logprobs, part.advantages, part.weights, part.rollout.mask, **part.inputs(scores)
-            )
-            update.backward(part, loss, scores.logprobs)
-        history.append(update.apply())
+    for chosen, measured in minibatches(learner, batch, step):  # rows of an update [N]
+        weights, half = token_weights(learner, batch, chosen), None  # [N, T]
+        parts, middle = passes(learner, batch, chosen, measured)
+        sums = torch.zeros(3, dtype=torch.float64)
+        learner.optimizer.zero_grad()
+        for number, index in enumerate(parts):
+            if measured and number == middle:
+                half = flat_gradient(parameters, accelerator)
+            part = batch.part(index, weights, accelerator)
+            with averaging(accelerator, learner.model, last=number + 1 == len(parts)):
+                scores = score(learner.model, part.rollout, **learner.scoring, entropy=entropy)
+                loss = estimator.loss(
+                    scores.logprobs, part.advantages, part.weights, part.rollout.mask, **part.inputs(scores)
+                )
+                # The loss is a sum over the rows of all processes, but gradients are averaged over processes.
+                accelerator.backward(loss * accelerator.num_processes)
+            learner.forward.hand_over()
+            sums += counted(estimator, part, loss, scores.logprobs)
+        learner.forward.average_gradients(accelerator)
+        noise = signal(learner, half)
+        norm = float(accelerator.clip_grad_norm_(parameters, learner.args.max_grad_norm or math.inf))
+        if not parts:  # the optimiser would go on along its momentum, and decay weights, where no data say so
+            learner.idle += 1
+        elif learner.accepts(norm):
+            learner.optimizer.step()
+        learner.forward.refresh()
+        history.append(update_metrics(learner, sums, norm) | noise)
     learner.generator.sync(policy)  # the next step samples from the new weights
 
-    metrics = result.metrics | step_metrics(rows, rewards.names, g) | averaged(history)
+    metrics = result.metrics | step_metrics(rows, rewards.names, sampling.group_size) | averaged(history)
     metrics |= teach_baselines(learner, running_mean, rollout, rows, advantages.returns)
-    if estimator.needs_kl:
-        metrics["kl_coef"] = adapt_beta(learner, metrics["kl"])
+    metrics |= learner.adapt_beta(metrics)
     times.append(time.perf_counter())
-    shown = share(accelerator, advantages.policy)
-    table = partial(completion_rows, policy, mine, rollout, result, rewards.names, shown)
+    own_advantages = share(accelerator, advantages.policy)
+    table = partial(completion_rows, policy, mine, rollout, result, rewards.names, own_advantages)
     spent = {f"rewards/{name}/seconds": now - before[name] for name, now in rewards.seconds.items()}
     return Record(metrics, table, {"collect": times[1] - times[0], "update": times[2] - times[1]} | spent)
-
-
-def teach_baselines(
-    learner: Learner, running_mean: RunningMean, rollout: Rollout, rows: StepRows, returns: Tensor
-) -> dict[str, float]:
-    """Update the running mean and the critic with this step's rewards, after the policy's update used them.
-
-    Args:
-        learner: holds the critic.
-        running_mean: mean reward of earlier steps.
-        rollout: this process's n rows.
-        rows: all N rows of the step.
-        returns: the critic's targets [N, T].
-
-    Returns:
-        `baseline`, the running mean that this step used, and `value_loss`, the critic's loss before its
-        update; each only where the estimator has it.
-    """
-    metrics = {}
-    if learner.estimator.baseline == "running_mean":
-        metrics["baseline"] = float(running_mean.value)
-        running_mean.update(rows.rewards, valid=rows.valid)
-    if learner.critic is not None and rollout.hidden is not None:
-        states = (rows.mask & rows.valid[:, None]).to(returns.dtype)
-        weights, width = states / states.sum().clamp(min=1), rollout.mask.shape[1]
-        metrics["value_loss"] = learner.critic.update(
-            learner.estimator,
-            rollout.hidden,
-            share(learner.accelerator, returns)[:, :width],
-            share(learner.accelerator, weights)[:, :width],
-            learner.accelerator,
-        )
-    return metrics
-
-
-def averaged(history: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Average the metrics of the step's updates; each over the updates that report it."""
-    return {
-        name: sum(m.get(name, 0.0) for m in history) / sum(name in m for m in history) for name in history[0]
-    }

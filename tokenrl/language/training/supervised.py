@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.rollout import Rollout, pad_left
-from tokenrl.language.rollout.scoring import score
+from tokenrl.language.rollout.scoring import USUAL, Scoring, score
 from tokenrl.language.tasks.stream import Batches
 from tokenrl.runs.optimizers import load_optimizer_state, load_schedule, make_schedule, optimizer_state
 
@@ -204,6 +204,7 @@ class SupervisedTraining:
         demonstrations: Sequence[dict[str, Any]],
         *,
         max_grad_norm: float = 1.0,
+        scoring: Scoring = USUAL,
         **how: Any,
     ) -> None:
         """Tokenise all rows, so that an unusable one is refused before the first update.
@@ -212,6 +213,7 @@ class SupervisedTraining:
             policy: the policy to train.
             demonstrations: rows of `prompt` and `completion`.
             max_grad_norm: gradients are clipped to this norm.
+            scoring: how the policy is scored.
             **how: further arguments of `Descent`: `max_steps`, `batch_size`, `learning_rate`, `seed`.
 
         Raises:
@@ -219,7 +221,7 @@ class SupervisedTraining:
         """
         if not demonstrations:
             raise Refused("There are no demonstrations to learn from. Give rows of prompt and completion.")
-        self._policy, self.tokens = policy, 0
+        self._policy, self._scoring, self.tokens = policy, scoring, 0
         self.pairs = encode_demonstrations(policy, demonstrations)
         how |= {"of": "the supervised stage", "max_grad_norm": max_grad_norm}
         self.descent = Descent(policy.trainable_parameters(), len(self.pairs), **how)
@@ -234,7 +236,7 @@ class SupervisedTraining:
             Stopped: the loss or its gradient became NaN or infinite.
         """
         batch = demonstration_batch(self._policy, [self.pairs[i] for i in self.descent.batch()])
-        logprobs = score(self._policy.model, batch, **self._policy.ways).logprobs
+        logprobs = score(self._policy.model, batch, self._scoring).logprobs
         self.tokens += int(batch.mask.sum())
         return self.descent.update(-torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum())
 

@@ -22,8 +22,8 @@ from tokenrl.language.policy.loading import find_model
 from tokenrl.language.policy.model import Policy, wrap
 from tokenrl.language.policy.saving import fingerprint, read_weights, save_policy, tokenizer_fingerprint
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.rollout.ways import choose_way
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.language.training.defaults import default_rate, demonstrations, parameter_count
@@ -158,7 +158,6 @@ def warm_start(
     rows = demonstrations(task)
     check_trainable(policy)
     policy.model.to(device)
-    choose_way(policy)
     rate, most = default_rate(parameter_count(policy), supervised=True), args.warm_start_steps
     name = _name(
         "warm-start",
@@ -222,7 +221,7 @@ def _train(
     try:
         with console.progress(most) as progress:
             how = {"batch_size": BATCH, "learning_rate": rate, "seed": args.seed}
-            losses = fit(policy, rows, max_steps=most, until=enough, **how)
+            losses = fit(policy, rows, max_steps=most, until=enough, scoring=agree(policy), **how)
     except KeyboardInterrupt:
         console.warn("interrupted in the warm start: nothing of it is kept.")
         raise

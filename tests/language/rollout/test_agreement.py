@@ -1,4 +1,4 @@
-"""The probe refuses models that are made wrong on purpose, and finds the same way under every option."""
+"""Models that are made wrong on purpose are refused, or scored in a plainer way, under every option."""
 
 from types import SimpleNamespace
 
@@ -11,8 +11,14 @@ import tokenrl
 from tokenrl.errors import Refused
 from tokenrl.language.policy.lora import add_lora
 from tokenrl.language.policy.model import enable_gradient_checkpointing
-from tokenrl.language.rollout.prompts import SharedPrompts
-from tokenrl.language.rollout.ways import choose_way
+from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.rollout.compiled import CompiledStep, logits_after
+from tokenrl.language.rollout.scoring import Scoring
+
+
+def usual(scoring: Scoring) -> bool:
+    """Whether nothing is done in a plainer way."""
+    return scoring.share_prompt and scoring.tokens_at_once is not None and not scoring.remarks
 
 
 def changed(policy, change):
@@ -81,95 +87,73 @@ def hidden_of_the_first_layer(options):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_right_models_pass_and_those_without_mask_or_cache_do_not(architecture, spread, dtype):
     options = {"dtype": dtype, "initializer_range": spread}
-    choose_way(make_policy(architecture, **options))
+    agree(make_policy(architecture, **options))
     for names in (("attention_mask",), ("attention_mask", "position_ids"), ("past_key_values",)):
         wrong = changed(make_policy(architecture, **options), without(*names))
         with pytest.raises(Refused, match=r"tiny .* sampling gives log-probabilities that are off by"):
-            choose_way(wrong)
+            agree(wrong)
 
 
 def test_absolute_positions_must_be_heeded():
     with pytest.raises(Refused, match="sampling gives"):
-        choose_way(changed(make_policy("gpt2"), without("position_ids")))
+        agree(changed(make_policy("gpt2"), without("position_ids")))
 
 
 def test_a_gradient_that_does_not_pass_the_cache_means_no_sharing():
     policy = changed(make_policy(), detached)
-    choose_way(policy)
-    assert (
-        not policy.share_prompt and "shared prompt gives a gradient that is off" in policy.remarks["prompts"]
-    )
+    scoring = agree(policy)
+    assert not scoring.share_prompt
+    assert "shared prompt gives a gradient that is off" in scoring.remarks["prompts"]
 
 
 def test_a_cache_that_is_overwritten_is_shared_only_where_no_gradient_is_needed():
     policy = changed(make_policy("gpt2"), overwritten)
-    choose_way(policy, gradient=False)
-    assert policy.share_prompt and not policy.remarks
-    choose_way(policy)
-    assert not policy.share_prompt and "modified by an" in policy.remarks["prompts"]
-
-
-def test_prompts_are_not_shared_between_passes_where_that_is_wrong(monkeypatch):
-    policy = make_policy()
-    marks = [torch.full_like(p, 7.0) for p in policy.trainable_parameters()]
-    for p, mark in zip(policy.trainable_parameters(), marks, strict=True):
-        p.grad = mark
-    for options in ({}, {"gradient": False, "passes": True}):
-        choose_way(policy, **options)
-        assert not policy.share_passes
-    choose_way(policy, passes=True)
-    assert policy.share_passes
-    monkeypatch.setattr(SharedPrompts, "backward", lambda _: None)
-    choose_way(policy, passes=True)
-    assert not policy.share_passes and policy.share_prompt and not policy.remarks
-    assert all(p.grad is mark for p, mark in zip(policy.trainable_parameters(), marks, strict=True))
-    assert all(bool((mark == 7).all()) for mark in marks)
+    assert usual(agree(policy, gradient=False))
+    scoring = agree(policy)
+    assert not scoring.share_prompt and "modified by an" in scoring.remarks["prompts"]
 
 
 def test_a_wrong_gradient_is_refused():
     with pytest.raises(Refused, match="scoring gives a gradient that is off by"):
-        choose_way(changed(make_policy(), steep_when_padded))
-    choose_way(changed(make_policy(), steep_when_padded), gradient=False)
+        agree(changed(make_policy(), steep_when_padded))
+    agree(changed(make_policy(), steep_when_padded), gradient=False)
 
 
 def test_wrong_hidden_states_are_refused_where_a_critic_reads_them():
-    choose_way(changed(make_policy(), hidden_of_the_first_layer))
+    agree(changed(make_policy(), hidden_of_the_first_layer))
     with pytest.raises(Refused, match="sampling gives hidden states that are off by"):
-        choose_way(changed(make_policy(), hidden_of_the_first_layer), hidden=True)
+        agree(changed(make_policy(), hidden_of_the_first_layer), hidden=True)
 
 
 def test_a_model_with_nan_weights_is_left_to_the_run():
     policy = make_policy()
     policy.trainable_parameters()[0].data.fill_(float("nan"))
-    choose_way(policy)
-    assert policy.share_prompt
+    assert usual(agree(policy))
 
 
 @pytest.mark.parametrize("context", [2, 3, 5, 8, None])
 def test_the_probe_fits_into_any_context(context):
     policy = make_policy("gpt2", n_positions=context or 64)
     policy.context = context
-    choose_way(policy)
-    assert policy.share_prompt and not policy.remarks
+    assert usual(agree(policy))
 
 
 @pytest.mark.parametrize("family", ["llama", "lfm2", "qwen3_5"])
 def test_with_an_adapter(family):
     policy = family_policy(family)
     add_lora(policy, r=2)
-    choose_way(policy, hidden=True)
-    assert policy.share_prompt and not policy.remarks
+    assert usual(agree(policy, hidden=True))
 
 
 def test_under_activation_checkpointing_nothing_is_shared_and_nothing_is_remarked():
     policy = make_policy()
     enable_gradient_checkpointing(policy)
-    choose_way(policy)
-    assert not policy.share_prompt and not policy.remarks and policy.model.training
+    scoring = agree(policy)
+    assert not scoring.share_prompt and not scoring.remarks and policy.model.training
 
 
 @pytest.mark.parametrize("worst", [0, 1, 2])
-def test_processes_take_the_slowest_way_that_one_of_them_needs(worst):
+def test_processes_score_in_the_plainest_way_that_one_of_them_needs(worst):
     seen = []
 
     def gather(failed):
@@ -180,13 +164,13 @@ def test_processes_take_the_slowest_way_that_one_of_them_needs(worst):
     policy = make_policy()
     if worst == 2:
         with pytest.raises(Refused, match="another process"):
-            choose_way(policy, accelerator=other)
+            agree(policy, accelerator=other)
     else:
-        choose_way(policy, accelerator=other)
-        assert policy.share_prompt == (worst == 0) == (not policy.remarks)
+        scoring = agree(policy, accelerator=other)
+        assert scoring.share_prompt == (worst == 0) == (not scoring.remarks)
     assert seen == [[False, False, False]]
     with pytest.raises(Refused, match="off by"):  # a process that refuses tells the others first
-        choose_way(changed(make_policy(), without("attention_mask")), accelerator=other)
+        agree(changed(make_policy(), without("attention_mask")), accelerator=other)
     assert seen[1:] == [[True, False, False]]
 
 
@@ -214,10 +198,23 @@ def test_two_updates(family, tmp_path, capsys):
     after = result.policy.trainable_parameters()
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
     said = "computed anew for each completion" in " ".join(capsys.readouterr().out.split())
-    assert said == (not result.policy.share_prompt) == (family == "mamba")
+    assert said == (family == "mamba")
 
 
 def test_a_run_refuses_a_wrong_model(tmp_path):
     policy = changed(make_policy(), without("attention_mask"))
     with pytest.raises(Refused, match="attention_mask"):
         tokenrl.train(model=policy, task=make_task(), output_dir=tmp_path / "run", cpu=True, quiet=True)
+
+
+def test_wrong_or_failing_code_for_sampling_is_said_and_left():
+    class Code(CompiledStep):
+        def __init__(self, failure=""):
+            self.failure = failure
+
+        def __call__(self, model, token, cache, places):
+            return logits_after(model, token, cache.arguments(places)).flip(-1)
+
+    wrong = Code()
+    assert usual(agree(make_policy(), compiled=wrong))
+    assert "its code gives log-probabilities that are off by" in wrong.failure

@@ -1,0 +1,252 @@
+"""Checks, on a few tokens, that a model is sampled and scored as it should be, and returns how to score it.
+
+Architectures differ in what they cache and in what they make of padding, and a model that does something else
+than is expected of it still trains, on wrong numbers. So values and gradients are compared with the forward
+pass of each row alone, which needs neither a cache nor padding. Where the fast way of scoring is wrong the
+plain one is taken, and a model is refused for which both are. No random numbers are drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from textwrap import shorten
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenrl.errors import Refused, describe
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.compiled import CompiledStep
+from tokenrl.language.rollout.distribution import log_softmax
+from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.head import head_of, tokens_at_once
+from tokenrl.language.rollout.rollout import Rollout
+from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.scoring import Scoring, score
+
+TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (0.01, 0.03), torch.float16: (0.05, 0.2)}
+"""By precision: the largest error of a value, in standard deviations of the logits (or of the hidden states),
+and of a gradient, relative to its norm. Rounding stays far below them, in TensorFloat-32 too."""
+COARSE = (0.12, 0.5)
+"""The same for bfloat16 and for quantised weights."""
+PIECE = 3
+"""Tokens whose logits are computed at once in a trial of chunks, of a few more."""
+
+
+def agree(
+    policy: Policy,
+    model: nn.Module | None = None,
+    *,
+    hidden: bool = False,
+    gradient: bool = True,
+    compiled: CompiledStep | None = None,
+    accelerator: Any = None,
+) -> Scoring:
+    """Return the fastest way of scoring that is right for a policy; its weights and gradients stay.
+
+    A model whose logits are not finite is not tried: the run itself reports that.
+
+    Args:
+        policy: the policy, on the device where it will run.
+        model: what gradients flow through, with the weights of `policy.model`; None for that model.
+        hidden: whether the hidden states are needed too, as by a critic.
+        gradient: whether gradients are needed too.
+        compiled: compiled code for sampling; its `failure` is set if it is wrong.
+        accelerator: accelerate's handle of the processes, which then score alike; None for one process.
+
+    Raises:
+        Refused: sampling is wrong for this model, or both ways of scoring are.
+    """
+    with torch.random.fork_rng(devices=[]):
+        wrong, prompts, logits = _on_any_process(
+            accelerator, _faults(policy, model or policy.model, hidden, gradient, compiled)
+        )
+    if wrong:
+        raise Refused(
+            f"The model {policy.source!r} ({type(policy.model).__name__}) cannot be sampled and scored in "
+            f"batches as it should: {wrong}. This was tried on four short rows, against the forward pass "
+            "of each row alone. A model must heed the attention_mask and position_ids of rows padded on "
+            "the left, and return a cache of the tokens before. Choose another architecture, or try another "
+            "release of transformers."
+        )
+    remarks = {}
+    if prompts:
+        remarks["prompts"] = f"computed anew for each completion when it is scored ({prompts})"
+    if logits:
+        remarks["logits"] = f"of all tokens at once when they are scored ({logits})"
+    head = head_of(policy.model)
+    at_once = None if logits or head is None else tokens_at_once(head.out_features)
+    return Scoring(not prompts and not _recomputes(policy), at_once, remarks)
+
+
+def _recomputes(policy: Policy) -> bool:
+    """Whether activations are recomputed in the backward pass, so that no cache is kept."""
+    return any(getattr(m, "gradient_checkpointing", False) and m.training for m in policy.model.modules())
+
+
+def _faults(
+    policy: Policy, model: nn.Module, hidden: bool, gradient: bool, compiled: CompiledStep | None
+) -> list[str]:
+    """Return in words what is wrong with all ways, with sharing prompts, and with logits in chunks."""
+    prompts, length = _prompts(policy)
+    with torch.no_grad():
+        first = policy.model(torch.tensor([prompts[0]], device=policy.device), use_cache=False)
+    if not torch.isfinite(first.logits).all():
+        return ["", "", ""]
+    draws = (torch.arange(4 * length) * 0.6180339887 % 1).view(4, length)
+    sampling = Sampling(length, 2, keep_hidden=hidden)
+    endless = replace(policy, eos_ids=(), stops=None)  # completions have all tokens
+    rollouts: list[Rollout] = []
+
+    def sample(code: CompiledStep | None) -> str:
+        make = TransformersGenerator(endless, compiled=code).generate
+        return _failure(lambda: rollouts.append(make(prompts, sampling, draws)))
+
+    wrong = sample(None)
+    if wrong:
+        return [wrong, "", ""]
+    trial = _Trial.of(policy, rollouts[0], hidden, gradient and bool(policy.trainable_parameters()))
+    wrong = _failure(lambda: trial.compare("sampling", rollouts[0].logprobs, rollouts[0].hidden))
+    if wrong:
+        return [wrong, "", ""]
+    if compiled is not None:
+        fault = sample(compiled) or _failure(lambda: trial.compare("its code", rollouts[1].logprobs, None))
+        compiled.failure = compiled.failure or fault
+    share, unshared = not _recomputes(policy), ""
+    if share:
+        unshared = _failure(lambda: trial.score(model, Scoring()))
+    if unshared or not share:
+        wrong = _failure(lambda: trial.score(model, Scoring(share_prompt=False)))
+    whole = "the head is no linear layer"
+    if head_of(model) is not None:
+        whole = _failure(lambda: trial.score(model, Scoring(share and not unshared, PIECE)))
+    return [wrong, unshared, "" if wrong else whole]
+
+
+def _prompts(policy: Policy) -> tuple[list[list[int]], int]:
+    """Return a longer and a shorter prompt, and how many tokens follow them, as the context allows."""
+    vocabulary = policy.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    context = policy.context or 64
+    length = max(1, min(4, context // 3))
+    ids = [(7 * i + 3) * vocabulary // 53 % vocabulary for i in range(7)]
+    longer = ids[: max(1, min(5, context - length))]
+    return [longer, ids[-max(1, len(longer) // 2) :]], length
+
+
+def _on_any_process(accelerator: Any, faults: list[str]) -> list[str]:
+    """Return what is wrong on any of the processes, which all have to take the same way."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return faults
+    wrong = torch.tensor([[int(bool(fault)) for fault in faults]], device=accelerator.device)
+    anywhere = accelerator.gather(wrong).amax(dim=0).tolist()
+    elsewhere = "it is wrong on another process"
+    return [fault or elsewhere * there for fault, there in zip(faults, anywhere, strict=True)]
+
+
+class _Wrong(Exception):
+    """A way gives other numbers than each row alone."""
+
+
+def _failure(way: Callable[[], None]) -> str:
+    """Try a way; say how it fails, or nothing if it does not."""
+    try:
+        way()
+    except (_Wrong, Refused) as error:
+        return str(error)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # code of any architecture, which may fail in any way
+        return shorten(describe(error), 140, placeholder=" ...")
+    return ""
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Two completions of a longer and of a shorter prompt, and what each row alone gives for them.
+
+    Attributes:
+        policy: the policy.
+        rollout: the completions, sampled together.
+        logprobs: log-probabilities of each row alone [4, T].
+        hidden: hidden states of each row alone [4, T, H]; None if they are not needed.
+        gradient: gradient of `_weighted(logprobs)`; None if it is not needed.
+        spread: standard deviation of the logits.
+    """
+
+    policy: Policy
+    rollout: Rollout
+    logprobs: Tensor
+    hidden: Tensor | None
+    gradient: list[Tensor] | None
+    spread: Tensor
+
+    @classmethod
+    def of(cls, policy: Policy, rollout: Rollout, hidden: bool, gradient: bool) -> _Trial:
+        """Compute each row without padding, mask and cache."""
+        width = rollout.completion_ids.shape[1]
+        logprobs, states, spread = [], [], []
+        with torch.set_grad_enabled(gradient):
+            for row in (rollout.rows(torch.tensor([i], device=rollout.mask.device)) for i in range(4)):
+                ids = torch.cat([row.prompt_ids, row.completion_ids], dim=1)
+                out = policy.model(ids, use_cache=False, output_hidden_states=hidden)
+                logp = log_softmax(out.logits[:, -width - 1 : -1], 1.0)
+                logprobs.append(logp.gather(2, row.completion_ids[:, :, None]).squeeze(2))
+                spread.append(logp.detach().std())
+                states += [out.hidden_states[-1][:, -width - 1 : -1].detach()] if hidden else []
+            found = torch.cat(logprobs)
+            slope = _gradient(policy, found) if gradient else None
+        alone = torch.cat(states) if states else None
+        return cls(policy, rollout, found.detach(), alone, slope, torch.stack(spread).mean())
+
+    @property
+    def tolerances(self) -> tuple[float, float]:
+        """The largest errors of values and of gradients, of the coarsest precision of the weights."""
+        return max(
+            TOLERANCES.get(dtype, COARSE) for dtype in {p.dtype for p in self.policy.model.parameters()}
+        )
+
+    def score(self, model: nn.Module, scoring: Scoring) -> None:
+        """Score what was sampled, and compare values and gradient with those of each row alone."""
+        name = "scoring with a shared prompt" if scoring.share_prompt else "scoring"
+        if scoring.tokens_at_once is not None:
+            name = "scoring some tokens at a time"
+        with torch.set_grad_enabled(self.gradient is not None):
+            found = score(model, self.rollout, scoring, hidden=self.hidden is not None)
+        self.compare(name, found.logprobs, found.hidden)
+        if self.gradient is None:
+            return
+        slope = _gradient(self.policy, found.logprobs)
+        off, norm = _norm(a - b for a, b in zip(slope, self.gradient, strict=True)), _norm(self.gradient)
+        # Where float16 overflows in the gradient of each row alone, there is nothing to compare with.
+        if math.isfinite(norm) and not off <= self.tolerances[1] * norm:
+            raise _Wrong(f"{name} gives a gradient that is off by {off / max(norm, 1e-30):.2g} of its norm")
+
+    def compare(self, name: str, logprobs: Tensor, hidden: Tensor | None) -> None:
+        """Raise `_Wrong` if log-probabilities or hidden states are too far from those of each row alone."""
+        limit = self.tolerances[0]
+        # In half precision a mixture of experts may send a few tokens elsewhere: their mean is compared then.
+        typical = limit > TOLERANCES[torch.float32][0]
+        errors = {"log-probabilities": (logprobs.detach() - self.logprobs).abs() / self.spread}
+        if self.hidden is not None and hidden is not None:
+            off = (hidden.detach() - self.hidden).float().square().mean(dim=2).sqrt()
+            errors["hidden states"] = off / self.hidden.float().std()
+        for what, error in errors.items():
+            by_prompt = error.view(2, -1)
+            worst = float((by_prompt.mean(dim=1) if typical else by_prompt.amax(dim=1)).max())
+            if not worst <= limit:
+                raise _Wrong(f"{name} gives {what} that are off by {worst:.2g} standard deviations")
+
+
+def _gradient(policy: Policy, logprobs: Tensor) -> list[Tensor]:
+    """Return the gradient of a sum of log-probabilities, each with a weight of its own."""
+    weights = torch.cos(torch.arange(logprobs.numel(), device=logprobs.device)).view_as(logprobs)
+    parameters = policy.trainable_parameters()
+    return list(torch.autograd.grad((logprobs * weights).sum(), parameters, materialize_grads=True))
+
+
+def _norm(parts: Iterable[Tensor]) -> float:
+    """Norm of a vector that is given in parts."""
+    return math.hypot(*(float(torch.linalg.vector_norm(x.float())) for x in parts))

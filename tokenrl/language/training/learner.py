@@ -1,0 +1,142 @@
+"""Holds the policy, its optimiser, and all that outlives a training step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from tokenrl.core.losses import next_beta
+from tokenrl.core.statistics import GradientDiagnostics
+from tokenrl.errors import Stopped
+from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.runs.optimizers import load_optimizer_state, optimizer_state
+
+if TYPE_CHECKING:
+    from tokenrl.core.estimator import Estimator
+    from tokenrl.language.policy.model import Policy
+    from tokenrl.language.rollout.generator import Generator
+    from tokenrl.language.training.arguments import TrainSettings
+    from tokenrl.language.training.critic import Critic
+    from tokenrl.language.training.forward import Forward
+
+COUNTS = ("nonfinite", "skipped", "idle")
+"""The counts of a `Learner`."""
+
+
+@dataclass
+class Learner:
+    """The policy, its optimiser, and all that an update reads: everything that outlives a step.
+
+    Attributes:
+        policy: the policy, with the weights that the optimiser changes; its `model` is not wrapped.
+        forward: how forward passes are computed: what is sampled and scored, and what gradients flow through.
+        model: what gradients flow through, as wrapped by accelerate.
+        optimizer: the optimiser of the policy's trainable parameters, wrapped by accelerate.
+        accelerator: accelerate's handle of device, precision and processes.
+        estimator: turns rewards into advantages and a loss. KL control replaces it to change its `beta`.
+        args: the settings of the run.
+        generator: samples the run's completions.
+        critic: predicts values, for the estimators that need them; else None.
+        diagnostics: measures signal and noise of the gradient; None unless the run asks for it.
+        nonfinite: number of consecutive updates, up to now, whose gradient was not finite.
+        skipped: number of all updates so far that were skipped for such a gradient.
+        idle: number of all updates so far that were left out because no row could have a gradient.
+        generated: number of completions that this process has generated since they were last counted.
+    """
+
+    policy: Policy
+    forward: Forward
+    model: nn.Module
+    optimizer: Any
+    accelerator: Any
+    estimator: Estimator
+    args: TrainSettings
+    generator: Generator
+    critic: Critic | None = None
+    diagnostics: GradientDiagnostics | None = None
+    nonfinite: int = 0
+    skipped: int = 0
+    idle: int = 0
+    generated: int = 0
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the run samples; callers set the step."""
+        args = self.args
+        return Sampling(
+            args.max_completion_length,
+            args.num_generations,
+            args.temperature,
+            args.seed,
+            truncate_prompts=args.truncate_prompts,
+        )
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """Keyword arguments of `score`: completions are scored at the temperature of sampling."""
+        return {"scoring": self.forward.scoring, "temperature": self.args.temperature}
+
+    def sync(self) -> None:
+        """Sample and score with the weights that the policy has now."""
+        self.forward.refresh()
+        self.generator.sync(self.policy)
+
+    def accepts(self, norm: float) -> bool:
+        """Count whether a gradient of this norm is finite, and return it: a NaN must never reach the weights.
+
+        Raises:
+            Stopped: too many consecutive updates had a gradient that was not finite.
+        """
+        if math.isfinite(norm):
+            self.nonfinite = 0
+            return True
+        self.skipped, self.nonfinite = self.skipped + 1, self.nonfinite + 1
+        if self.nonfinite >= self.args.stop_after_nonfinite:
+            raise Stopped(
+                f"The gradient was not finite in {self.nonfinite} updates in a row (all skipped; the weights "
+                "are as before them). Lower the learning rate or the scale of the rewards; in low precision "
+                "try float32."
+            )
+        return False
+
+    def adapt_beta(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Set the weight of the KL for the next step from the KL measured in this step (see `next_beta`).
+
+        Without a `target_kl` the weight stays as it is. Every process measures the same KL, so all processes
+        arrive at the same weight.
+
+        Returns:
+            `kl_coef`, the weight that this step used; nothing without a KL.
+        """
+        used, args = self.estimator.beta, self.args
+        if not self.estimator.needs_kl:
+            return {}
+        if args.target_kl is not None:
+            beta = next_beta(used, metrics["kl"], target=args.target_kl, gain=args.kl_gain)
+            self.estimator = replace(self.estimator, beta=beta)
+        return {"kl_coef": used}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a continuation needs besides the weights; tensors are references, not copies."""
+        return {
+            "kl_coef": self.estimator.beta,
+            **{name: getattr(self, name) for name in COUNTS},
+            "optimizer": optimizer_state(self.optimizer),
+            "critic": None if self.critic is None else self.critic.state_dict(),
+            "diagnostics": None if self.diagnostics is None else self.diagnostics.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned; the weights of the policy are loaded apart from this."""
+        if state["kl_coef"] != self.estimator.beta:
+            self.estimator = replace(self.estimator, beta=state["kl_coef"])
+        for name in COUNTS:
+            setattr(self, name, int(state[name]))
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        for part, saved in ((self.critic, state["critic"]), (self.diagnostics, state["diagnostics"])):
+            if part is not None and saved is not None:
+                part.load_state_dict(saved)
