@@ -147,7 +147,7 @@ def test_a_run_that_breaks_is_counted_and_its_words_are_told(tmp_path, monkeypat
             workers=2,
             output_dir="broken",
         )
-    assert "failed (exit code 1; broken/runs/sort_digits/rloo/seed_0.log)" in capsys.readouterr().out
+    assert "failed (exit code 2; broken/runs/sort_digits/rloo/seed_0.log)" in capsys.readouterr().out
 
 
 @pytest.mark.slow
