@@ -2,8 +2,7 @@
 
 Exit codes: 0 for success; 2 if the command was refused before the first step, or a check found a problem; 1
 if it failed during the run; 129, 130 or 143 if a signal stopped it after saving; 141 if the program that read
-its output ended first, as with `| head`, which no training minds. A user's mistake prints one paragraph and
-no traceback.
+its output ended first, as with `| head`. A user's mistake prints one paragraph and no traceback.
 """
 
 from __future__ import annotations
@@ -27,8 +26,14 @@ from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
-from tokenrl.runs.output import open_closed_streams, printing
-from tokenrl.runs.quiet import hush_libraries, without_warnings
+from tokenrl.runs.console import harmless
+from tokenrl.runs.output import (
+    UNREAD,
+    checked_output,
+    hush_libraries,
+    prepare_streams,
+    without_warnings,
+)
 from tokenrl.settings import Settings
 
 
@@ -87,23 +92,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     hush_libraries()
-    open_closed_streams()
+    prepare_streams()
     try:
-        with printing(needed=True):
-            found = _found(argv)
-            if isinstance(found, int):
-                return found
-        command, args = found
-        with printing(needed=not command.trains), without_warnings(getattr(args, "quiet", False)):
-            module, _, function = command.function.partition(":")
-            result = getattr(importlib.import_module(module), function)(args)
-            return result if isinstance(result, int) else getattr(result, "exit_code", 0)
+        with checked_output():
+            return _run(argv)
     except TokenrlError as error:
-        with printing(needed=False):
-            print(f"tokenrl: {error}", file=sys.stderr)
+        print(f"tokenrl: {harmless(str(error))}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        return UNREAD
     except KeyboardInterrupt:
         return 130
+
+
+def _run(argv: list[str]) -> int:
+    found = _found(argv)
+    if isinstance(found, int):
+        return found
+    command, args = found
+    module, _, function = command.function.partition(":")
+    with without_warnings(getattr(args, "quiet", False)):
+        result = getattr(importlib.import_module(module), function)(args)
+    return result if isinstance(result, int) else getattr(result, "exit_code", 0)
 
 
 def _found(argv: list[str]) -> tuple[Command, Any] | int:

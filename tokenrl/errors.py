@@ -74,3 +74,14 @@ def raised(error: BaseException) -> str:
         return f"it raised {describe(error)}"
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"it raised {describe(error)} ({Path(last.filename).name}, line {last.lineno})"
+
+
+def out_of_memory(error: BaseException) -> Stopped | None:
+    """Return the paragraph to show in place of an error that says that the memory is used up, else None."""
+    used_up = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not used_up and not (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+        return None
+    return Stopped(
+        f"There is not enough memory ({describe(error)}). Give less at once: of a language model a lower "
+        "--micro-batch-size, which changes no result, or shorter completions; of an agent fewer --num-envs."
+    )

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pyarrow.parquet as parquet
 
+from tests.states import state_of
+
 HERE = Path(__file__).parent
 REWARD = """
 def sorted_digits(prompts, completions, **_):
@@ -83,28 +85,16 @@ def left(run: Path) -> dict[str, object]:
     """What a run has left: all that it has computed, without the time that it took."""
     newest = max((run / "checkpoints").iterdir())
     summary = json.loads((run / "summary.json").read_text())
-    found = {
+    return {
         "metrics": (run / "metrics.jsonl").read_bytes(),
         "weights": {path.name: path.read_bytes() for path in (run / "model").rglob("*.safetensors")},
-        "moments": (newest / "trainer_state.safetensors").read_bytes(),
-        "state": _without_times(json.loads((newest / "trainer_state.json").read_text())),
-        "summary": _without_times(summary),
+        "state": state_of(newest),
+        "summary": {name: value for name, value in summary.items() if "second" not in name},
         "steps": [json.loads(line)["step"] for line in (run / "timings.jsonl").read_text().splitlines()],
         "completions": {
             path.name: parquet.read_table(path).to_pylist()
             for path in sorted((run / "completions").glob("*.parquet"))
         },
-    }
-    return found
-
-
-def _without_times(value):
-    """Leave out times, and the random states of spaces, which nobody seeds and nobody draws from."""
-    if not isinstance(value, dict):
-        return value
-    left_out = ("second", "_space._np_random")
-    return {
-        key: _without_times(item) for key, item in value.items() if not any(word in key for word in left_out)
     }
 
 

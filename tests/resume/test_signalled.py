@@ -20,9 +20,9 @@ PLACES = {
     "last evaluation": ("language/training/evaluation.py:_completions", 7),
     "completions": ("runs/metrics.py:write_completions", 3),
     "checkpoint": ("language/policy/saving.py:write", 2),
-    "pruning": ("runs/checkpoint.py:_discard", 1),
+    "pruning": ("runs/checkpoint.py:checkpoints", 3),
     "last checkpoint": ("language/policy/saving.py:write", 5),
-    "model": ("runs/checkpoint.py:replace_directory", 1),
+    "model": ("runs/folders.py:_seal", 6),
     "report": ("runs/html.py:write_page", 1),
 }
 AFTER_THE_OUTCOME = ("last checkpoint", "model", "report")

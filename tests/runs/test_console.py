@@ -97,14 +97,6 @@ def test_terminal_gets_one_live_line(monkeypatch):
     assert "\x1b" in text and "40/40" in text and "step 10/40" not in text
 
 
-def test_stream_without_unicode_does_not_break():
-    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    console = Console(file=file)
-    console.completions_table([{"prompt": "é→", "completion": "y" * 99, "reward": 0.5}])
-    file.flush()
-    assert rb"\xe9\u2192" in file.buffer.getvalue()
-
-
 @pytest.mark.parametrize(
     "text, shown", [("a\tb\r\n", r"a\tb\r\n"), ("\u202eabc", r"\u202eabc"), ("héé", "héé")]
 )

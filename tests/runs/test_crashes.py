@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from tokenrl.runs.checkpoint import latest_checkpoint, replace_directory, save_checkpoint, settle_directory
+from tokenrl.runs.checkpoint import latest_checkpoint, save_checkpoint
 from tokenrl.runs.files import replacing
+from tokenrl.runs.folders import atomic_directory, settle
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="what crashes is a forked process")
 CALLS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
@@ -78,6 +79,11 @@ def writing(text):
     return write
 
 
+def replace(folder, text):
+    with atomic_directory(folder) as partial:
+        writing(text)(partial)
+
+
 def content(folder):
     return {(folder / name).read_text() for name in ("a", "sub/b")}
 
@@ -96,7 +102,7 @@ def no_wait(monkeypatch):
 def test_a_save_cut_short_anywhere_leaves_a_complete_checkpoint(tmp_path, damaged, no_wait):
     start, place = tmp_path / "start", tmp_path / "place"
     for step in (1, 2, 3) if damaged else (1, 2):
-        save_checkpoint(start, step, writing(f"step {step}"), keep=None)
+        save_checkpoint(start, step, writing(f"step {step}"), keep=9)
     if damaged:  # is replaced by the save
         (start / "step_000003" / "a").write_text("other")
     found = set()
@@ -115,15 +121,15 @@ def test_a_save_cut_short_anywhere_leaves_a_complete_checkpoint(tmp_path, damage
 def test_a_folder_whose_replacement_is_cut_short_is_the_old_or_the_new(tmp_path, no_wait):
     start, place, other = (tmp_path / name for name in ("start", "place", "other"))
     start.mkdir()
-    replace_directory(start / "model", writing("old one"))
+    replace(start / "model", "old one")
     found = set()
-    for number in crashes(start, place, lambda: replace_directory(place / "model", writing("new one"))):
+    for number in crashes(start, place, lambda: replace(place / "model", "new one")):
         shutil.copytree(place, other)
-        settle_directory(place / "model")
+        settle(place / "model")
         (text,) = content(place / "model")
         assert names(place) == ["model"], number
         found.add(text)
-        replace_directory(other / "model", writing("newest"))  # also without settling first
+        replace(other / "model", "newest")  # also without settling first
         assert names(other) == ["model"] and content(other / "model") == {"newest"}
         shutil.rmtree(other)
     assert found == {"old one", "new one"}
@@ -170,7 +176,8 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(os, "rename", checking)
     save_checkpoint(tmp_path / "a" / "checkpoints", 1, write, keep=1)
-    replace_directory(tmp_path / "b" / "model", write)
-    assert checked == [(".step_000001.partial", 4), (".model.partial", 3)]
+    with atomic_directory(tmp_path / "b" / "model") as folder:
+        write(folder)
+    assert checked == [(".step_000001.partial", 4), (".model.partial", 4)]
     for folder in (tmp_path / "a" / "checkpoints", tmp_path / "a", tmp_path / "b"):
         assert (folder.stat().st_ino, folder.stat().st_mtime_ns) in flushed

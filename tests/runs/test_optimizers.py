@@ -57,30 +57,21 @@ def test_moments_counts_and_rates_continue(make, at):
     saved = copy.deepcopy(optimizer_state(optimizer))
     part.load_state_dict(copy.deepcopy(whole.state_dict()))
     again = make(part)
-    load_optimizer_state(again, copy.deepcopy(saved))
-    steps(whole, optimizer, range(at, 9))
-    steps(part, again, range(at, 9))
+    load_optimizer_state(again, saved)
+    assert steps(whole, optimizer, range(at, 9)) == steps(part, again, range(at, 9))
     assert all(map(torch.equal, whole.parameters(), part.parameters()))
-    now, then = optimizer_state(optimizer), optimizer_state(again)
-    assert now["rates"] == then["rates"] and now["parameters"].keys() == then["parameters"].keys()
-    assert all(
-        torch.equal(x, then["parameters"][k][n]) for k, s in now["parameters"].items() for n, x in s.items()
-    )
-    assert all(type(key) is str for key in saved["parameters"])
-    assert len(saved["parameters"]) == {0: 0, 2: 2, 5: 4}[at]
 
 
-@pytest.mark.parametrize("sizes", [(3,), (3, 4, 4), (4, 3)])
-def test_an_optimizer_of_another_model_is_refused(sizes):
+def test_an_optimizer_of_another_model_is_refused():
     layers = model()
     optimizer = fused(layers)
     steps(layers, optimizer, range(5))
-    with pytest.raises(Refused, match="or start anew"):
-        load_optimizer_state(fused(model(sizes)), optimizer_state(optimizer))
+    with pytest.raises(Refused, match=r"that of another model .* or start anew"):
+        load_optimizer_state(fused(model((3, 4, 4))), optimizer_state(optimizer))
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("warmup, length", [(0, 7), (3, 7), (7, 7), (9, 7), (0, 0)])
+@pytest.mark.parametrize("warmup, length", [(0, 7), (3, 7), (9, 7), (0, 0)])
 def test_the_learning_rates_are_those_of_transformers(kind, warmup, length):
     name = "constant_with_warmup" if kind == "constant" else kind
     here, there = fused(model()), fused(model())
@@ -92,22 +83,20 @@ def test_the_learning_rates_are_those_of_transformers(kind, warmup, length):
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("at", [0, 1, 2, 7, 10])
-def test_a_schedule_continues_and_a_longer_one_gives_its_own_rates(kind, at, recwarn):
+def test_a_schedule_continues_and_a_longer_one_gives_its_own_rates(kind, recwarn):
     def made(length):
         layers = model()
         optimizer = two_groups(layers)
         return layers, optimizer, make_schedule(kind, optimizer, length, 3)
 
-    for length in (10, 20):
+    for length, at in ((10, 2), (10, 7), (20, 5)):
         layers, optimizer, schedule = made(length)
         expected = steps(layers, optimizer, range(10), schedule)[at:]
-        after = schedule.get_last_lr()
-        saved_layers, saved_optimizer, saved_schedule = made(10)
-        steps(saved_layers, saved_optimizer, range(at), saved_schedule)
+        layers, optimizer, schedule = made(10)
+        steps(layers, optimizer, range(at), schedule)
+        saved = copy.deepcopy(optimizer_state(optimizer)), schedule.last_epoch
         layers, optimizer, schedule = made(length)
-        load_optimizer_state(optimizer, copy.deepcopy(optimizer_state(saved_optimizer)))
-        load_schedule(schedule, saved_schedule.last_epoch)
+        load_optimizer_state(optimizer, saved[0])
+        load_schedule(schedule, saved[1])
         assert steps(layers, optimizer, range(at, 10), schedule) == expected
-        assert schedule.get_last_lr() == after
     assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]

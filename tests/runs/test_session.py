@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,13 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.arguments import SavingArguments
-from tokenrl.runs.checkpoint import latest_checkpoint, verify_checkpoint
-from tokenrl.runs.outcome import Outcome, model_directory
+from tokenrl.runs.checkpoint import Saver, SavingArguments, latest_checkpoint, read_state
+from tokenrl.runs.folders import model_directory, verify
+from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.resume import Maker
-from tokenrl.runs.saving import Saver
 from tokenrl.runs.session import Session
-from tokenrl.runs.states import read_state
 
 
 @dataclass
@@ -28,21 +27,22 @@ class Settings:
 
 
 class Counter:
-    """A training whose state is a number, and whose model is one weight."""
+    """A training whose state is a number and a moment, and whose model is one weight."""
 
     def __init__(self):
         self.number = 0
-        self.weight = torch.zeros(1)
+        self.weight, self.moment = torch.zeros(1), torch.zeros(1)
 
     def update(self, step):
         self.number += step
-        self.weight += step
+        self.moment += self.number
+        self.weight += step * self.moment
 
     def state_dict(self):
-        return {"number": self.number}
+        return {"number": self.number, "moment": self.moment}
 
     def load_state_dict(self, state):
-        self.number = state["number"]
+        self.number, self.moment = state["number"], state["moment"]
 
     def write(self, folder):
         save_file({"weight": self.weight}, folder / "weights.safetensors")
@@ -117,9 +117,9 @@ def test_a_run_from_its_directory_to_its_end(tmp_path):
         "step_000004",
         "step_000005",
     ]
-    verify_checkpoint(tmp_path / "checkpoints" / "step_000004")
+    verify(tmp_path / "checkpoints" / "step_000004")
     state = read_state(tmp_path / "checkpoints" / "step_000004")
-    assert (state["step"], state["counter"]) == (4, {"number": 1 + 2 + 3 + 4})
+    assert (state["step"], state["counter"]["number"]) == (4, 1 + 2 + 3 + 4)
 
 
 def test_a_budget_of_another_kind_makes_a_step_the_last_and_may_grow(tmp_path):
@@ -132,11 +132,6 @@ def test_a_budget_of_another_kind_makes_a_step_the_last_and_may_grow(tmp_path):
     assert read_state(tmp_path / "checkpoints" / "step_000003")["session"]["ended"] is None
     more = live(tmp_path, at_step=bounded(5), settings=Settings(max_steps=9), resume="auto")
     assert (more.steps, more.eval_after) == (5, {"reward": 50.0})
-
-
-def test_an_object_is_written_down_by_its_name(tmp_path):
-    live(tmp_path, settings=Settings(task=SimpleNamespace()))
-    assert json.loads((tmp_path / "config.json").read_text())["task"] == "an object"
 
 
 @pytest.mark.parametrize(
@@ -173,11 +168,6 @@ def test_a_signal_while_the_report_is_written_ends_the_program_after_the_run(tmp
         live(tmp_path)
 
 
-def test_a_loop_that_breaks_off_owes_the_last_evaluation(tmp_path):
-    ended = live(tmp_path, evaluate=False)
-    assert ended.eval_after == {"reward": -1.0}
-
-
 def test_a_step_that_fails_before_its_update_leaves_a_checkpoint_of_the_step_before(tmp_path):
     def before(session):
         if session.step == 4:
@@ -198,14 +188,6 @@ def test_a_step_that_fails_after_its_update_does_not_save_weights_of_no_step(tmp
             raise Stopped("The reward has gone.")
 
     with pytest.raises(Stopped, match=r"The last complete checkpoint is .*step_000002"):
-        live(tmp_path, at_step)
-
-
-def test_what_stops_a_run_without_checkpoints_says_so(tmp_path):
-    def at_step(session):
-        raise Stopped("Out of luck.")
-
-    with pytest.raises(Stopped, match=r"At step 1: Out of luck. The run directory holds no checkpoint"):
         live(tmp_path, at_step)
 
 
@@ -267,13 +249,6 @@ def test_what_is_due(tmp_path, every, expected):
     with Session("train", tmp_path, quiet=True) as session:
         found = [step for step in session.steps(5) if session.due(every)]
     assert found == expected
-
-
-def test_a_run_directory_stands_for_its_model(tmp_path):
-    live(tmp_path)
-    assert model_directory(tmp_path) == tmp_path / "model"
-    assert model_directory(str(tmp_path / "model")) == str(tmp_path / "model")
-    assert model_directory("owner/name") == "owner/name"
 
 
 class Killed(BaseException):
@@ -341,21 +316,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named_and_an_explicit_one_refused(t
         live(tmp_path, resume=str(newest))
     seen = []
     live(tmp_path, lambda session: seen.append(session.step), resume="auto")
-    assert seen == [5] and verify_checkpoint(newest) is None
-
-
-def test_damaged_metrics_are_refused_before_anything_is_removed(tmp_path):
-    live(tmp_path)
-    damaged = "step 0\n" + (tmp_path / "metrics.jsonl").read_text()
-    (tmp_path / "metrics.jsonl").write_text(damaged)
-    (tmp_path / "checkpoints" / "step_mine").mkdir()  # not the run's: it stays
-    with pytest.raises(Refused, match=r"metrics.jsonl is damaged"):
-        live(tmp_path, resume=str(tmp_path / "checkpoints" / "step_000004"))
-    assert (tmp_path / "metrics.jsonl").read_text() == damaged
-    assert (tmp_path / "checkpoints" / "step_000005").exists() and (tmp_path / "summary.json").exists()
-    (tmp_path / "metrics.jsonl").write_text(damaged.partition("\n")[2])
-    assert live(tmp_path, resume=str(tmp_path / "checkpoints" / "step_000004")).steps == 5
-    assert (tmp_path / "checkpoints" / "step_mine").exists()
+    assert seen == [5] and verify(newest) is None
 
 
 def test_without_a_whole_checkpoint_a_run_with_results_is_not_started_again(tmp_path):
@@ -412,7 +373,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
 def test_minutes_between_checkpoints(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("tokenrl.runs.saving.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("tokenrl.runs.checkpoint.time", SimpleNamespace(monotonic=lambda: now[0]))
     saver = Saver(tmp_path, SavingArguments(save_minutes=10.0))
     counter = Counter()
     saver.keep(counter, {"counter": counter})
@@ -424,3 +385,127 @@ def test_minutes_between_checkpoints(tmp_path, monkeypatch):
         if due[-1]:
             saver.save()
     assert due == [False, False, True, False, False, True, False]
+
+
+def lose(directory, *, rows):
+    """Remove the last rows of metrics.jsonl, as a disk may that was not synced."""
+    kept = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)[:-rows]
+    (directory / "metrics.jsonl").write_text("".join(kept))
+
+
+def test_a_run_whose_metrics_have_lost_rows_goes_back_to_the_checkpoint_that_they_reach(tmp_path, capsys):
+    live(tmp_path / "whole", settings=Settings(max_steps=7))
+    run = tmp_path / "run"
+    live(run)
+    lose(run, rows=1)
+    with pytest.raises(Refused, match=r"step_000005 cannot be continued: rows .* lost, .* up to step 4 are"):
+        live(run, resume=str(run / "checkpoints" / "step_000005"), settings=Settings(max_steps=7))
+    live(run, resume="auto", settings=Settings(max_steps=7))
+    assert same(tmp_path / "whole", run)
+    assert [row["step"] for row in lines(run, "timings.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
+    damaged = "step 0\n" + (run / "metrics.jsonl").read_text()
+    for text, words in ((damaged, "Line 1 of .*metrics.jsonl is damaged"), ("", "only those up to step -1")):
+        (run / "metrics.jsonl").write_text(text)
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        with pytest.raises(Refused, match=words):
+            live(run, resume="auto", settings=Settings(max_steps=9))
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_metrics_are_on_the_disk_before_a_checkpoint_has_its_name(tmp_path, monkeypatch):
+    synced, fsync, rename = set(), os.fsync, os.rename
+
+    def noted(handle):
+        fsync(handle)
+        synced.add((os.fstat(handle).st_ino, os.fstat(handle).st_size))
+
+    def checked(source, target):
+        if target.parent.name == "checkpoints" and source.suffix == ".partial":
+            for name in ("metrics.jsonl", "timings.jsonl"):
+                found = (tmp_path / name).stat()
+                assert (found.st_ino, found.st_size) in synced
+            seen.append(target.name)
+        rename(source, target)
+
+    seen = []
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", checked)
+    live(tmp_path)
+    assert seen == ["step_000002", "step_000004", "step_000005"]
+
+
+def test_settings_are_compared_with_the_checkpoint_where_config_json_is_gone(tmp_path):
+    live(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(Refused, match="task: 'counting', now 'sorting'"):
+        live(tmp_path, resume="auto", settings=Settings(max_steps=7, task="sorting"))
+    assert live(tmp_path, resume="auto", settings=Settings(max_steps=7)).steps == 7
+
+
+def test_the_rows_of_a_run_that_is_continued_can_be_read(tmp_path):
+    live(tmp_path, settings=Settings(max_steps=3))
+    seen = []
+    live(tmp_path, lambda session: seen.append([row["step"] for row in session.recorded()]), resume="auto")
+    assert seen == [[0, 1, 2, 3], [0, 1, 2, 3, 4]]
+
+
+def test_a_reward_may_change_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = live("runs/a", lambda session: os.chdir("/"))
+    assert ended.output_dir == tmp_path / "runs" / "a" and (ended.output_dir / "model").is_dir()
+
+
+CPU_FULL = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ..."
+
+
+@pytest.mark.parametrize("error", [RuntimeError(CPU_FULL), MemoryError(), torch.OutOfMemoryError("CUDA")])
+def test_memory_that_is_used_up_is_one_paragraph(tmp_path, error):
+    def fail(session):
+        if session.step == 3:
+            raise error
+
+    with pytest.raises(
+        Stopped, match=r"At step 3: There is not enough memory .* --micro-batch-size"
+    ) as caught:
+        live(tmp_path / "run", before=fail)
+    assert "step_000002" in str(caught.value) and "\n" not in str(caught.value)
+    with (
+        pytest.raises(Refused, match="Before the first step: There is not enough memory"),
+        Session("train", tmp_path / "other", quiet=True) as session,
+    ):
+        session.open("counting", {})
+        raise error
+    with pytest.raises(RuntimeError, match="another"), Session("train", tmp_path / "third", quiet=True):
+        raise RuntimeError("another error passes as it is")
+
+
+def test_a_flipped_bit_of_the_model_is_noticed_when_it_is_loaded(tmp_path):
+    live(tmp_path)
+    assert model_directory(tmp_path) == tmp_path / "model" and model_directory("owner/name") == "owner/name"
+    (tmp_path / "model" / "README.md").write_text("The card of the model is for people to edit.")
+    assert model_directory(str(tmp_path / "model")) == str(tmp_path / "model")
+    weights = tmp_path / "model" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    for place in (tmp_path, tmp_path / "model"):
+        with pytest.raises(Refused, match=r"model cannot be used: its file weights.safetensors was altered"):
+            model_directory(place)
+
+
+def test_old_checkpoints_are_refused_in_one_sentence(tmp_path):
+    live(tmp_path)
+    (tmp_path / "checkpoints" / "step_000004" / "manifest.json").write_text('{"step": 4, "files": {}}')
+    with pytest.raises(Refused, match=r"it was written by an earlier release of tokenrl") as caught:
+        live(tmp_path, resume=str(tmp_path / "checkpoints" / "step_000004"))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_reward_says_cannot_change_the_terminal(tmp_path, capsys):
+    with Session("train", tmp_path) as session:
+        session.console.warn("the reward said \x1b[31mred\x07")
+        session.console.note("\x1b]0;title")
+    assert capsys.readouterr().out.split("\n")[:2] == [
+        "warning: the reward said \\x1b[31mred\\x07",
+        "\\x1b]0;title",
+    ]

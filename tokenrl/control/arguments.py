@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.runs.arguments import SavingArguments
+from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.threads import ThreadArguments
 from tokenrl.runs.trackers import TrackerArguments
 from tokenrl.settings import Count, Natural, NonNegative, Positive, Seed, Several

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.errors import Refused, describe
 from tokenrl.runs.files import write_json
-from tokenrl.runs.outcome import model_directory
+from tokenrl.runs.folders import model_directory
 
 
 def read_policy(folder: str | Path) -> Policy:

@@ -1,8 +1,7 @@
-"""Saves and verifies checkpoints, each of which is either complete or absent.
+"""Saves the state of a run in checkpoints, each of which is complete or absent, and restores it.
 
-A checkpoint is written to a hidden folder beside its place and synced to the disk; its files are listed with
-their hashes in manifest.json; last, the folder is renamed. A crash at any moment leaves the older checkpoints
-and hidden folders, which the next save removes.
+A checkpoint is a folder such as checkpoints/step_000100: the model, which also loads by itself, and in
+trainer_state.pt everything else that a continuation needs. Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -11,121 +10,225 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from tokenrl.errors import Refused, Stopped, TokenrlError, describe
-from tokenrl.runs.files import not_written, sync_folder, sync_tree
-from tokenrl.runs.manifest import is_sealed, seal, verify
+from tokenrl.errors import Refused, Stopped, describe
+from tokenrl.runs.folders import atomic_directory, fault_of, verify
+from tokenrl.settings import Count, Natural, NonNegative, Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NAME = re.compile(r"step_[0-9]{6,}")
-_MEND = (
-    "Use an earlier checkpoint; to load the model in it unverified, copy it without manifest.json elsewhere."
-)
+_STATE = "trainer_state.pt"
+
+
+@dataclass(frozen=True)
+class SavingArguments(Settings, group="checkpoints"):
+    """When a run saves checkpoints, and from which it continues.
+
+    A checkpoint is also saved at the end of a run, whatever ends it, so that the run can be continued.
+    """
+
+    save_every: Natural = 0
+    """Steps between checkpoints; 0: by time alone."""
+    save_minutes: NonNegative = 10.0
+    """Minutes between checkpoints; 0: by steps alone."""
+    keep_checkpoints: Count = 2
+    """How many checkpoints are kept, the newest ones."""
+    resume: str | None = None
+    """Continue the run that output_dir holds, bit for bit, as if it had never ended: auto takes its newest
+    whole checkpoint, and starts the run where there is none yet; or name a checkpoint. The other settings
+    must be those of the run; only max_steps, max_samples and what concerns saving, logging and safety stops
+    may change."""
 
 
 class Resumable(Protocol):
     """A part of a training whose state must be saved to continue the run."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: plain values, tensors and arrays; see `runs.states`."""
+        """Return the state: dicts and lists of plain values, tensors and arrays."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
+        """Continue from what `state_dict` returned; arrays come back as tensors."""
+
+
+class Model(Protocol):
+    """What a training trains, as a folder of files."""
+
+    def write(self, folder: Path) -> None:
+        """Write the model into an empty folder, from which it can also be loaded by itself."""
+
+    def read(self, folder: Path) -> None:
+        """Give the model, as it was made from the settings, the weights that `write` wrote."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Return the weights that are trained."""
 
 
 class Latest(NamedTuple):
-    """The newest complete checkpoint, if any, and for each damaged newer one what is wrong with it."""
+    """The newest usable checkpoint, if any, and for each newer one what is wrong with it."""
 
     path: Path | None
     skipped: list[str]
 
 
-def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, keep: int | None) -> Path:
+class Saver:
+    """Saves checkpoints of a model and of all else that a run needs in order to continue.
+
+    Attributes:
+        step: the step whose state was last settled, that is, whole.
+    """
+
+    def __init__(self, folder: Path, args: SavingArguments, *, active: bool = True) -> None:
+        """Prepare.
+
+        Args:
+            folder: the run's folder `checkpoints`.
+            args: how often to save.
+            active: whether this process saves; the others only continue from what it has saved.
+        """
+        self.step = 0
+        self._folder, self._args, self._active = folder, args, active
+        self._model: Model | None = None
+        self._parts: dict[str, Resumable] = {}
+        self._state: Any = None
+        self._versions: list[tuple[Tensor, int]] = []
+        self._saved, self._at = 0, time.monotonic()
+
+    def keep(self, model: Model, parts: dict[str, Resumable]) -> None:
+        """Register what checkpoints hold: what is trained, and everything else that has a state, by name.
+
+        The parts are restored in their order, and before the model.
+        """
+        self._model, self._parts = model, parts
+
+    def settle(self, step: int) -> None:
+        """Note that the state of this step is whole: should the next step fail, this state can be saved."""
+        if step > self.step and self._active and self._model is not None:
+            self.step = step
+            tensors = list(self._model.tensors())
+            self._state = _copied({name: part.state_dict() for name, part in self._parts.items()}, tensors)
+            self._versions = [(tensor, tensor._version) for tensor in tensors]
+
+    def check_finite(self) -> None:
+        """Refuse weights that are not finite.
+
+        Raises:
+            Stopped: a weight is NaN or infinite.
+        """
+        import torch
+
+        if self._model and not all(bool(torch.isfinite(tensor).all()) for tensor in self._model.tensors()):
+            raise Stopped(
+                f"After step {self.step} the weights are not finite, so they are not saved. The learning "
+                "rate is the likely cause: lower it, and start again."
+            )
+
+    @property
+    def needed(self) -> int:
+        """About how many bytes a run needs: its checkpoints, with two moments per weight, and a model."""
+        tensors = self._model.tensors() if self._model is not None else ()
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return weights * (3 * (self._args.keep_checkpoints + 1) + 1)
+
+    def due(self, step: int) -> bool:
+        """Return whether a checkpoint is due by the number of steps or by the time since the last."""
+        args, minutes = self._args, (time.monotonic() - self._at) / 60
+        by_steps = bool(args.save_every) and step % args.save_every == 0
+        return self._active and step > self._saved and (by_steps or 0 < args.save_minutes <= minutes)
+
+    def save(self) -> Path | None:
+        """Save the state that was settled last; return the checkpoint, None if there is nothing to save.
+
+        A step that failed after it had changed a tensor has left weights of no step, and these are not saved.
+
+        Raises:
+            Stopped: the weights are not finite, or the checkpoint could not be written.
+        """
+        model = self._model
+        changed = any(tensor._version != version for tensor, version in self._versions)
+        if model is None or self.step == 0 or changed:
+            return None
+        self.check_finite()
+
+        def write(folder: Path) -> None:
+            model.write(folder)
+            write_state(folder, {"step": self.step, **self._state})
+
+        path = save_checkpoint(self._folder, self.step, write, keep=self._args.keep_checkpoints)
+        self._saved, self._at = self.step, time.monotonic()
+        return path
+
+    def restore(self, path: Path) -> int:
+        """Continue from a checkpoint; return its step.
+
+        Raises:
+            Refused: the state does not fit this run.
+        """
+        assert self._model is not None, "keep comes before restore"
+        state = read_state(path)
+        if state["step"] != step_of(path):
+            raise Refused(f"The folder {path} is the checkpoint of step {state['step']}. Rename it back.")
+        for name, part in self._parts.items():
+            try:
+                part.load_state_dict(state[name])
+            except Refused:
+                raise
+            except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+                raise Refused(
+                    f"The state of {name!r} in {path} does not fit this run ({describe(error)}). Another "
+                    "version of tokenrl may have saved it: continue with that version, or start a new run "
+                    "from its weights with --model."
+                ) from error
+        self._model.read(path)
+        self._saved = int(state["step"])
+        self.settle(self._saved)
+        return self._saved
+
+
+def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
     """Save one checkpoint, verify it, and then remove the oldest ones.
 
     Args:
         folder: the run's folder `checkpoints`; made if absent. Only one process may save there.
         step: number of updates made so far. A complete checkpoint of this step is not written again.
-        write: fills the empty folder that it is given with files; no links, no empty folders, and no
-            manifest.json, which is added.
-        keep: how many checkpoints to keep, with this one, at least 1; None keeps all.
+        write: fills the empty folder that it is given with files.
+        keep: how many checkpoints to keep, with this one.
 
     Returns:
         The path of the checkpoint, such as `folder`/step_000100.
 
     Raises:
-        Refused: `keep` is below 1.
         Stopped: `write` failed or the disk is full; older checkpoints are unchanged.
     """
-    if keep is not None and keep < 1:
-        raise Refused(f"keep was given as {keep} checkpoints; it must be 1 or more, or None for all.")
-    final = folder / f"step_{step:06d}"
-    partial = folder / f".{final.name}.partial"
-    try:
-        folder.mkdir(exist_ok=True)
-        # Left by a crash. Nobody is writing there now, because this run holds the lock of the directory.
-        for stale in folder.glob(".step_*"):
-            if stale.suffix in (".partial", ".old"):
-                _remove(stale)
-        if final.exists() and _is_complete(final):
-            return final
-        partial.mkdir()
+    path = folder / f"step_{step:06d}"
+    for left in folder.glob(".step_*"):  # by a crash; this run holds the lock, so nobody writes there
+        shutil.rmtree(left, ignore_errors=True)
+    if path.exists() and not fault_of(path):
+        return path
+    with atomic_directory(path) as partial:
         write(partial)
-        sync_tree(partial)
-        seal(partial, step=step)
-        if os.path.lexists(final):  # a damaged checkpoint of the same step
-            _discard(final)
-        os.rename(partial, final)
-        sync_folder(folder)
-        sync_folder(folder.parent)  # which may have got `folder` only now
-        verify_checkpoint(final)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, Stopped) or not isinstance(error, Exception):
-            raise
-        raise Stopped(
-            f"The checkpoint of step {step} could not be saved in {folder} ({describe(error)})."
-        ) from error
-    _prune(folder, step, keep)
-    return final
+    if fault := fault_of(path):
+        raise Stopped(f"The checkpoint {path} was not written as it was meant to be: {fault}.")
+    for older in checkpoints(folder)[:-keep]:
+        hidden = older.with_name(f".{older.name}.old")  # an interrupted removal must not leave half of it
+        with contextlib.suppress(OSError):  # no reason to end a run whose newest checkpoint is complete
+            os.rename(older, hidden)
+            shutil.rmtree(hidden)
+    return path
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Check that a checkpoint holds exactly the files that were saved, unchanged, and is that of its step.
-
-    Raises:
-        Refused: a file is missing, altered or one too many (the message names it), or the folder was renamed
-            to another step.
-    """
-    step, name = verify(path, mend=_MEND), path.resolve().name
-    if _NAME.fullmatch(name) and name != f"step_{step:06d}":
-        raise Refused(
-            f"The folder {path} cannot be used: it is the checkpoint of step {step}. Rename it back."
-        )
-
-
-def verify_source(folder: Path) -> None:
-    """Verify a folder from which a model is read, if it is a checkpoint, a copy of one, or inside of one.
-
-    Other folders pass, because nothing says what they should hold.
-
-    Raises:
-        Refused: see `verify_checkpoint`.
-    """
-    place = folder.resolve()
-    for path in (place, place.parent):
-        if is_sealed(path) or (path.parent.name == "checkpoints" and _NAME.fullmatch(path.name)):
-            verify_checkpoint(path)
-
-
-def latest_checkpoint(folder: Path) -> Latest:
-    """Find the newest complete checkpoint; damaged newer ones are skipped, and the result says why."""
+def latest_checkpoint(folder: Path, reached: float = float("inf")) -> Latest:
+    """Find the newest complete checkpoint of at most the step `reached`, and say why newer ones are not."""
     skipped = []
-    for path in reversed(_steps(folder)):
+    for path in reversed(checkpoints(folder)):
         try:
-            verify_checkpoint(path)
+            check_checkpoint(path, reached)
         except Refused as fault:
             skipped.append(str(fault))
         else:
@@ -133,91 +236,87 @@ def latest_checkpoint(folder: Path) -> Latest:
     return Latest(None, skipped)
 
 
-def _steps(folder: Path) -> list[Path]:
+def check_checkpoint(path: Path, reached: float) -> None:
+    """Check that a checkpoint is whole and that the metrics of all its steps have been recorded.
+
+    Raises:
+        Refused: a file of it is damaged, or metrics.jsonl only has rows up to the step `reached`.
+    """
+    verify(path)
+    if step_of(path) > reached:
+        raise Refused(
+            f"The checkpoint {path} cannot be continued: rows of metrics.jsonl were lost, and only those "
+            f"up to step {reached} are there. Restore that file, or start a new run from the weights with "
+            "--model."
+        )
+
+
+def checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints, oldest first, by number: as text, step_1000000 would come before step_999999."""
-    return sorted((path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)), key=_step_of)
+    return sorted((path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint, from its name."""
     return int(path.name.removeprefix("step_"))
 
 
-def _is_complete(path: Path) -> bool:
-    try:
-        verify_checkpoint(path)
-    except Refused:
-        return False
-    return True
+def write_state(folder: Path, state: Any) -> None:
+    """Write dicts and lists of plain values, tensors and arrays into trainer_state.pt in a folder.
+
+    A function in it stands for what it returns: it is called now, so that what takes long to find is found
+    only if it is written.
+    """
+    import torch
+
+    torch.save(_savable(state), folder / _STATE)
 
 
-def _prune(folder: Path, step: int, keep: int | None) -> None:
-    if keep is None:
-        return
-    older = [path for path in _steps(folder) if _step_of(path) < step]
-    for path in older[: max(0, len(older) - (keep - 1))]:
-        with contextlib.suppress(OSError):  # no reason to end a run whose newest checkpoint is complete
-            _discard(path)
-
-
-def _discard(path: Path) -> None:
-    """Remove a checkpoint; rename it first, since an interrupted removal must not leave half of it there."""
-    hidden = path.with_name(f".{path.name}.old")
-    os.rename(path, hidden)
-    _remove(hidden)
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder, or a file or link in its place; it may be absent."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def replace_directory(directory: Path, write: Callable[[Path], None], *, sealed: bool = False) -> None:
-    """Write a new folder aside and rename it to `directory`, so that no reader sees it half written.
-
-    A crash at any moment leaves the old folder or the new one; between two renames the old one is hidden, and
-    `settle_directory` brings it back. Only one process may write there.
-
-    Args:
-        directory: the folder to make or to replace; its parent exists.
-        write: fills the empty folder that it is given.
-        sealed: add a manifest, so that `model_directory` refuses the folder once a file of it was altered.
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read what `write_state` wrote; tensors are on the CPU, and arrays have become tensors.
 
     Raises:
-        Stopped: `write` failed or the disk is full; an old folder is unchanged.
+        Refused: the file is missing or damaged, or it holds code, which is not run.
     """
-    aside, old = _beside(directory)
+    import torch
+
     try:
-        settle_directory(directory)
-        aside.mkdir()
-        write(aside)
-        sync_tree(aside)
-        if sealed:
-            seal(aside)
-        if directory.exists():
-            os.rename(directory, old)
-        os.rename(aside, directory)
-        sync_folder(directory.parent)
-    except TokenrlError:
-        raise
-    except Exception as error:  # on a full disk, tokenizers raises a bare Exception
-        raise not_written(directory, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            settle_directory(directory)
+        state: dict[str, Any] = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
+    except Exception as error:  # a damaged archive and a pickle with code raise many kinds of errors
+        raise Refused(
+            f"{folder} holds no state from which a run can continue ({describe(error)}). Give another "
+            "checkpoint, or start a new run from its weights with --model."
+        ) from error
+    return state
 
 
-def settle_directory(directory: Path) -> None:
-    """Bring back the folder that an interrupted `replace_directory` had hidden, and remove what it left."""
-    aside, old = _beside(directory)
-    if old.exists() and not directory.exists():
-        os.rename(old, directory)
-    _remove(aside)
-    _remove(old)
+def _copied(value: Any, tensors: list[Tensor]) -> Any:
+    """Copy a state but not its tensors, which are added to a list."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+    elif isinstance(value, Mapping):
+        return {name: _copied(item, tensors) for name, item in value.items()}
+    elif isinstance(value, list | tuple):
+        return [_copied(item, tensors) for item in value]
+    elif hasattr(value, "__array__"):
+        return value.copy()
+    return value
 
 
-def _beside(directory: Path) -> tuple[Path, Path]:
-    """Return the hidden folders beside a folder for what will replace it and for what it replaces."""
-    return directory.with_name(f".{directory.name}.partial"), directory.with_name(f".{directory.name}.old")
+def _savable(value: Any) -> Any:
+    """Return a state as `torch.load(weights_only=True)` reads it back: without arrays and functions."""
+    import numpy as np
+    import torch
+
+    value = value() if callable(value) else value
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {key: _savable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_savable(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    return value.item() if isinstance(value, np.generic) else value

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
+
+from tokenrl.runs.output import drop_output
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -35,11 +37,15 @@ def rich_console(*, width: int = 110, quiet: bool = False, file: TextIO | None =
     """
     from rich.console import Console as RichConsole
 
+    class Plain(RichConsole):
+        def on_broken_pipe(self) -> None:
+            raise  # where rich would end the program at once, before the run is saved
+
     # Brackets, colons and numbers in such texts must not be read as markup, emoji codes or highlights.
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-    console = RichConsole(file=file, quiet=quiet, **plain)
+    console = Plain(file=file, quiet=quiet, **plain)
     if console.is_jupyter:  # rich would make every line an output of its own; ipykernel says it is a terminal
-        console = RichConsole(file=file, quiet=quiet, force_jupyter=False, force_terminal=False, **plain)
+        console = Plain(file=file, quiet=quiet, force_jupyter=False, force_terminal=False, **plain)
     if not console.is_terminal:
         console.width = width
     return console
@@ -95,9 +101,9 @@ class Console:
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
         for name, fact in facts.items():
-            table.add_row(self._visible(name), self._visible(fact))
-        self.rich.print(table)
-        self.rich.print(note, style="italic dim")
+            table.add_row(visible(name), visible(str(fact)))
+        self.print(table)
+        self.print(note, style="italic dim")
 
     def progress(self, total: int, first: int = 0) -> Progress:
         """Make the live line of a run of `total` steps after `first`, as a context manager."""
@@ -111,17 +117,17 @@ class Console:
         for column in ("reward", "advantage"):
             table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
-            texts = [self._visible(row.get(key, ""), _CELL) for key in ("prompt", "completion")]
+            texts = [visible(str(row.get(key, "")), _CELL) for key in ("prompt", "completion")]
             table.add_row(*texts, *(number(row.get(key)) for key in ("reward", "advantage")))
-        self.rich.print(table)
+        self.print(table)
 
     def note(self, message: str) -> None:
         """Print a message without wrapping its lines."""
-        self.rich.print(message, soft_wrap=True)
+        self.print(harmless(message), soft_wrap=True)
 
     def warn(self, message: str) -> None:
         """Print a warning."""
-        self.rich.print(f"warning: {message}", style="yellow")
+        self.print(f"warning: {harmless(message)}", style="yellow")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the evaluation before and after training, and how the run ended, from summary.json."""
@@ -130,15 +136,28 @@ class Console:
         table.add_column("after", justify="right", style="bold")
         columns = with_errors(before), with_errors(after)
         for name in dict.fromkeys(name for column in columns for name in column):
-            table.add_row(self._visible(name), *(column.get(name, "-") for column in columns))
+            table.add_row(visible(name), *(column.get(name, "-") for column in columns))
         if table.rows:
-            self.rich.print(table)
-        self.rich.print(ending(summary))
+            self.print(table)
+        self.print(ending(summary))
 
-    def _visible(self, text: object, limit: int | None = None) -> str:
-        line = visible(str(text), limit)
-        encoding = self.rich.encoding or "utf-8"
-        return line.encode(encoding, "backslashreplace").decode(encoding)
+    def print(self, *what: Any, **options: Any) -> None:
+        """Print with rich. Where that fails, as on a full disk or a lost terminal, nothing more is printed.
+
+        Raises:
+            BrokenPipeError: the program that read the output has ended, as with `| head`.
+        """
+        self.attempt(lambda: self.rich.print(*what, **options))
+
+    def attempt(self, act: Callable[[], object]) -> None:
+        """Do what prints, and go on without output where that fails; see `print`."""
+        try:
+            act()
+        except BrokenPipeError:
+            raise
+        except OSError:  # the files of the run have everything
+            self.rich.quiet = True
+            drop_output()
 
 
 class Progress:
@@ -156,11 +175,11 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._began = time.monotonic()
-        self._live.start()
+        self._console.attempt(self._live.start)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._live.stop()
+        self._console.attempt(self._live.stop)
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show a step.
@@ -178,12 +197,10 @@ class Progress:
         value = "" if shown is None else f"{shown} {number(metrics[shown])}"
         parts = (value, self._evaluation, *_rates(metrics), self._left(step))
         line = "  ".join(part for part in parts if part)
-        self._live.update(self._task, completed=step, line=line)
+        self._console.attempt(lambda: self._live.update(self._task, completed=step, line=line))
         plain = not self._console.rich.is_terminal
         if plain and (step % self._console.every == 0 or step in (1, self._total) or evaluated is not None):
-            self._console.rich.print(
-                f"step {step:>{len(str(self._total))}}/{self._total}  {line}", soft_wrap=True
-            )
+            self._console.print(f"step {step:>{len(str(self._total))}}/{self._total}  {line}", soft_wrap=True)
 
     def _left(self, step: int) -> str:
         if not self._first < step < self._total:

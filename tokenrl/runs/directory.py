@@ -10,29 +10,23 @@ import contextlib
 import json
 import os
 import platform
-import re
 import shutil
 from collections.abc import Mapping, Sequence
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from tokenrl import __version__
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.runs.checkpoint import settle_directory
-from tokenrl.runs.files import write_json, write_text
+from tokenrl.runs.files import write_json
+from tokenrl.runs.folders import settle
 
-_OWN_ENTRY = re.compile(r"\.?step_\d{6,}(\.parquet)?(\.partial|\.old)?|episode-episode-\d+\.mp4")
-_FILES = (
-    "config.json",
-    "metrics.jsonl",
-    "timings.jsonl",
-    "summary.json",
-    "report.html",
-    "learning_curve.png",
+_WRITTEN = (
+    *("learning_curve.png", "report.html", "summary.json", "timings.jsonl", "metrics.jsonl", ".*.partial"),
+    *("model", "tensorboard", "videos/*episode*.mp4", "completions/step_*.parquet"),
+    *("completions/.step_*", "checkpoints/step_[0-9]*", "checkpoints/.step_*", "config.json"),
 )
-_FOLDERS = ("completions", "checkpoints", "model", "tensorboard", "videos")
+"""What a run writes, as patterns; config.json is the last, so that a removal cut short can be repeated."""
 _PACKAGES = (
     *("torch", "transformers", "accelerate", "datasets", "peft", "gymnasium", "numpy", "safetensors"),
     "tokenizers",
@@ -48,14 +42,13 @@ class RunDirectory:
             folder, which need not exist yet.
     """
 
-    def __init__(self, path: Path, lock: Any, *, begun: bool, made: Sequence[Path] = ()) -> None:
+    def __init__(self, path: Path, lock: Any, *, made: Sequence[Path] = ()) -> None:
         """Wrap a folder whose lock is already held; use `create` instead.
 
         `made` are the folders that did not exist before, the innermost first.
         """
         self.path = path
         self._lock = lock
-        self._begun = begun
         self._made = made
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
@@ -75,8 +68,8 @@ class RunDirectory:
 
         Args:
             path: the folder; its parents are made too.
-            overwrite: replace the run that the folder holds. It is removed at `begin` and not before, so that
-                a refusal in between loses no results. Only files that a run writes are removed; others stay.
+            overwrite: replace the run that the folder holds. It is removed by `write_config` and not before,
+                so that a refusal in between loses no results. Only files that a run writes are removed.
             resume: continue the run that the folder may hold.
 
         Raises:
@@ -103,7 +96,7 @@ class RunDirectory:
             ) from error
         try:
             with contextlib.suppress(OSError):  # what a crash left while the model was replaced
-                settle_directory(run / "model")
+                settle(run / "model")
             _refuse_foreign(run)  # again: another run may have written here before we had the lock
             if _holds_run(run) and not (overwrite or resume):
                 raise Refused(
@@ -113,21 +106,25 @@ class RunDirectory:
         except BaseException:
             lock.release()
             raise
-        return cls(run, lock, begun=not _holds_run(run), made=made)
+        return cls(run, lock, made=made)
 
-    def begin(self) -> None:
-        """Remove the run that the folder held. `write_config` calls this; a second call does nothing.
+    def write_config(self, config: Mapping[str, Any], *, keep: bool = False) -> None:
+        """Write `config` and the versions of the packages to config.json.
+
+        Args:
+            config: the entries of config.json.
+            keep: continue the run that the folder holds; otherwise it is removed.
 
         Raises:
             Refused: a file of that run cannot be removed.
         """
         try:
-            if not self._begun:
+            if not keep:
                 _remove_run(self.path)
         except OSError as error:
             message = f"The run in {self.path} cannot be replaced ({error}); give another directory."
             raise Refused(message) from error
-        self._begun = True
+        write_json(self.config, {"versions": versions(), **config})
 
     @property
     def steps(self) -> int | None:
@@ -135,22 +132,6 @@ class RunDirectory:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return int(json.loads(self.summary.read_text(encoding="utf-8"))["steps"])
         return None
-
-    def cut_back(self, step: int) -> None:
-        """Keep the run that the folder holds, but remove what it wrote after a step: that is made again.
-
-        Raises:
-            Refused: metrics.jsonl or timings.jsonl is damaged; nothing has been removed.
-            Stopped: a file cannot be written.
-        """
-        kept = {path: _until(step, path) for path in (self.metrics, self.timings) if path.exists()}
-        self._begun = True
-        for path, lines in kept.items():
-            write_text(path, lines)
-        for path in [*self.completions.glob("step_*.parquet"), *self.checkpoints.glob("step_*")]:
-            if _OWN_ENTRY.fullmatch(path.name) and int(path.stem.removeprefix("step_")) > step:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.summary.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Release the lock, so that another run may use the directory.
@@ -170,35 +151,34 @@ class RunDirectory:
     def __exit__(self, *exception: object) -> None:
         self.release()
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        """Call `begin`, then write `config` and the versions of the packages to config.json."""
-        self.begin()
-        write_json(self.config, {"versions": versions(), **config})
-
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, which is replaced as a whole."""
         write_json(self.summary, summary)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, the platform and the packages that decide the numbers of a run."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "tokenrl": __version__}
+    """Return the versions of Python, the platform and the packages that decide the numbers of a run.
+
+    So does the processor: with another one PyTorch may choose instructions that round differently.
+    """
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "tokenrl": import_module("tokenrl").__version__,
+    }
+    found["processor"] = processor()
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
 
 
-def _until(step: int, path: Path) -> str:
-    """Return the lines of metrics.jsonl or timings.jsonl up to a step, without a last one that was cut."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    try:
-        return "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
-    except (ValueError, KeyError, TypeError) as error:
-        raise Refused(
-            f"{path} is damaged ({error!r}), so the run cannot be continued as if nothing had happened. "
-            "Mend that file, or start a new run from a checkpoint's weights with --model."
-        ) from error
+def processor() -> str:
+    """Name the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _holds_run(run: Path) -> bool:
@@ -252,19 +232,12 @@ def acquire_lock(folder: Path, busy: str) -> Any:
 
 
 def _remove_run(run: Path) -> None:
-    """Remove the files of a run. config.json goes last, so that an interrupted removal can be repeated."""
-    for folder in _FOLDERS:
-        inside = run / folder
-        if inside.is_symlink() or inside.is_file():
-            inside.unlink()  # a link is removed, never followed
-        elif folder in ("model", "tensorboard") and inside.is_dir():
-            shutil.rmtree(inside)
-        elif inside.is_dir():
-            for entry in inside.iterdir():
-                if _OWN_ENTRY.fullmatch(entry.name):
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            if not any(inside.iterdir()):
-                inside.rmdir()
-    for name in reversed(_FILES):
-        (run / name).unlink(missing_ok=True)
-        (run / f".{name}.partial").unlink(missing_ok=True)
+    """Remove what a run has written; a link is removed, never followed."""
+    for path in [path for pattern in _WRITTEN for path in run.glob(pattern)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for name in ("videos", "completions", "checkpoints"):
+        with contextlib.suppress(OSError):  # it is not there, or holds files of others
+            (run / name).rmdir()

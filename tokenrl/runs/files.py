@@ -64,11 +64,7 @@ def _is_stream(path: Path) -> bool:
         return False
 
 
-class NotWritten(Stopped):
-    """Raised when a file or folder of a run cannot be written."""
-
-
-def not_written(path: Path, error: Exception) -> NotWritten:
+def not_written(path: Path, error: Exception) -> Stopped:
     """Return the error for a file or folder that could not be written, with what helps."""
     if isinstance(error, FileNotFoundError) or not path.parent.is_dir():
         mend = "It or its folder was removed or moved; leave a run's directory alone until the run has ended."
@@ -76,7 +72,7 @@ def not_written(path: Path, error: Exception) -> NotWritten:
         mend = "Change the permissions, or write to another place."
     else:
         mend = "Free space there, or write to another place."
-    return NotWritten(f"{path} could not be written ({describe(error)}). {mend}")
+    return Stopped(f"{path} could not be written ({describe(error)}). {mend}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -143,10 +139,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def sync_tree(folder: Path) -> None:
-    """Flush a folder with all that is in it to the disk."""
-    for path in folder.rglob("*"):
-        sync_folder(path) if path.is_dir() else sync_file(path)
-    sync_folder(folder)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tokenrl.runs.files import not_written, plain, replacing
 
 
 class MetricsLog:
-    """Appends one line per step to metrics.jsonl and to timings.jsonl, and flushes each line.
+    """Appends one line per step to metrics.jsonl and to timings.jsonl, and gives each to the system at once.
 
     Every line is strict JSON: NaN is written as null and an infinity as a string (see `runs.files`).
     """
@@ -29,10 +28,10 @@ class MetricsLog:
         Raises:
             Stopped: a file cannot be written.
         """
-        self._files: list[FileIO] = []
+        self._files = {}
         for path in (metrics, timings):
             try:
-                self._files.append(FileIO(path, "a"))
+                self._files[path] = path.open("ab", buffering=0)
             except OSError as error:
                 raise not_written(path, error) from error
 
@@ -46,24 +45,40 @@ class MetricsLog:
 
         Raises:
             TypeError: a value holds several numbers.
-            Stopped: the disk is full, or the file was removed or moved.
+            Stopped: the disk is full.
         """
-        for file, row in zip(self._files, (metrics, timings), strict=True):
-            path = Path(file.name)
+        for (path, file), row in zip(self._files.items(), (metrics, timings), strict=True):
             if row is None:
                 continue
             values = {key: plain(row[key]) for key in sorted(row) if key != "step"}
-            nested = [key for key, value in values.items() if isinstance(value, (dict, list))]
+            nested = [key for key, value in values.items() if isinstance(value, dict | list)]
             if nested:
                 raise TypeError(
                     f"a line of {path.name} is flat, name to number; {nested[0]!r} holds several values"
                 )
             line = json.dumps({"step": int(step), **values}, allow_nan=False, ensure_ascii=False)
-            _append(file, path, f"{line}\n".encode())
+            rest = f"{line}\n".encode()
+            try:
+                while rest:  # what does not fit on the disk any more is left over
+                    rest = rest[file.write(rest) :]
+            except OSError as error:
+                raise not_written(path, error) from error
+
+    def sync(self) -> None:
+        """Flush both files to the disk, so that a checkpoint never has more steps than they have.
+
+        Raises:
+            Stopped: the disk is full.
+        """
+        for path, file in self._files.items():
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise not_written(path, error) from error
 
     def close(self) -> None:
         """Close both files."""
-        for file in self._files:
+        for file in self._files.values():
             file.close()
 
     def __enter__(self) -> MetricsLog:
@@ -71,26 +86,6 @@ class MetricsLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _append(file: FileIO, path: Path, line: bytes) -> None:
-    """Append a whole line or nothing.
-
-    Raises:
-        Stopped: the disk is full, or the file was removed or moved.
-    """
-    try:
-        if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            raise FileNotFoundError("another file has its name")
-        end = file.seek(0, os.SEEK_END)
-        try:
-            while line:
-                line = line[file.write(line) :]
-        except OSError:
-            file.truncate(end)
-            raise
-    except OSError as error:
-        raise not_written(path, error) from error
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -158,16 +153,14 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _column(values: list[Any]) -> list[Any]:
+def _column(values: list[Any]) -> Any:
+    """Make a column of one type, or else of JSON texts."""
+    import pyarrow
+
     cells = [value if isinstance(value, float) else plain(value) for value in values]  # parquet has NaN
-    kinds = {
-        float if isinstance(cell, (int, float)) and not isinstance(cell, bool) else type(cell)
-        for cell in cells
-    }
-    kinds.discard(type(None))
-    if kinds == {float}:
-        whole = all(cell is None or isinstance(cell, int) for cell in cells)
-        return cells if whole else [None if cell is None else float(cell) for cell in cells]
-    if kinds <= {str} or kinds <= {bool}:
-        return cells
+    try:
+        if not any(isinstance(cell, dict | list) for cell in cells):
+            return pyarrow.array(cells)
+    except (pyarrow.ArrowException, OverflowError):
+        pass
     return [None if cell is None else json.dumps(plain(cell), ensure_ascii=False) for cell in cells]

@@ -1,8 +1,4 @@
-"""Makes the schedule of a learning rate, and keeps what an optimiser and its schedule have become.
-
-A run can then go on exactly where it was. The settings of an optimiser (weight decay, betas) are not kept:
-they come from the run's configuration.
-"""
+"""Makes the schedule of a learning rate, and keeps what an optimiser and its schedule have become."""
 
 from __future__ import annotations
 
@@ -11,61 +7,31 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, describe
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LambdaLR
 
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """Return the moments and counts of every parameter, and the learning rate of every group.
-
-    Args:
-        optimizer: an optimiser of torch, bare or wrapped by accelerate.
-
-    Returns:
-        `parameters`: by the number of the parameter, as text, its tensors by name (a parameter without any
-        gradient so far has none); `rates`: the learning rates; `sizes`: the number of parameters of each
-        group. The tensors are the optimiser's own, not copies.
-    """
-    saved = _bare(optimizer).state_dict()
-    return {
-        "parameters": {str(number): dict(state) for number, state in saved["state"].items()},
-        "rates": [float(group["lr"]) for group in saved["param_groups"]],
-        "sizes": [len(group["params"]) for group in saved["param_groups"]],
-    }
+    """Return the state of an optimiser, bare or wrapped by accelerate; its tensors are not copied."""
+    state: dict[str, Any] = optimizer.state_dict()
+    return state
 
 
 def load_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> None:
     """Continue from what `optimizer_state` returned; the optimiser takes over the tensors.
 
-    Args:
-        optimizer: an optimiser of the same parameters in the same order.
-        state: the saved state.
-
     Raises:
         Refused: the optimiser has other parameters than the one that was saved.
     """
-    bare = _bare(optimizer)
-    own = bare.state_dict()
-    groups, tensors = own["param_groups"], state["parameters"]
-    sizes = [len(group["params"]) for group in groups]
-    weights = [weight for group in bare.param_groups for weight in group["params"]]
-    unlike = [
-        number
-        for number, kept in tensors.items()
-        for tensor in kept.values()
-        if int(number) >= len(weights) or (tensor.ndim and tensor.shape != weights[int(number)].shape)
-    ]
-    if sizes != list(state["sizes"]) or unlike:
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
         raise Refused(
-            f"The saved optimiser has groups of {state['sizes']} parameters and this run has {sizes}"
-            + (f"; the shape of number {unlike[0]} differs" if unlike else "")
-            + ". Resume with the model and the adapter that the run was started with, or start anew."
-        )
-    for group, rate in zip(groups, state["rates"], strict=True):
-        group["lr"] = rate
-    bare.load_state_dict({"state": {int(k): kept for k, kept in tensors.items()}, "param_groups": groups})
+            f"The saved optimiser is that of another model ({describe(error)}). Resume with the model and "
+            "the adapter that the run was started with, or start anew."
+        ) from error
 
 
 def make_schedule(
@@ -114,8 +80,3 @@ def load_schedule(schedule: LambdaLR, updates: float) -> None:
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates
-
-
-def _bare(optimizer: Any) -> Any:
-    """Return the optimiser that accelerate has wrapped, or the optimiser itself."""
-    return getattr(optimizer, "optimizer", optimizer)

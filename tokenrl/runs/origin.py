@@ -22,14 +22,13 @@ class Origin:
         command: the command line that repeats the run; empty if there is none, because the program gave the
             run objects that have no name outside of it, such as a lambda.
         settings: all settings by field, with names in place of objects.
-        changed: the settings that are not the default, as JSON holds them.
-        typed: whether the command was typed, and not derived from the settings of a Python program.
+        changed: the settings of a Python program that are not the default, as JSON holds them; None if the
+            command was typed.
     """
 
     command: str
     settings: dict[str, Any]
-    changed: dict[str, Any]
-    typed: bool
+    changed: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, kind: str, args: Any, names: Mapping[str, str | None], config: Path) -> Origin:
@@ -47,31 +46,30 @@ class Origin:
         program = Path(sys.argv[0])
         module = program.name == "__main__.py" and program.parent.name == "tokenrl"  # python -m tokenrl
         if module or program.stem == "tokenrl":
-            return cls(shlex.join(["tokenrl", *sys.argv[1:]]), settings, {}, True)
+            return cls(shlex.join(["tokenrl", *sys.argv[1:]]), settings)
         named = all(isinstance(values[name], os.PathLike) for name in objects) and _has_names(values)
         again = ["tokenrl", kind, "--config", str(config), "--overwrite"] if named else []
-        defaults = {
-            f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)
-        }
-        written, default = plain(settings), plain(defaults)
+        written, default = plain(settings), plain({f.name: _default(f) for f in fields(args)})
         changed = {name: value for name, value in written.items() if value != default[name]}
-        return cls(shlex.join(again), settings, changed, False)
+        return cls(shlex.join(again), settings, changed)
 
     def in_words(self) -> list[str]:
         """Return lines of Markdown: the command that was typed, or else the settings of the program."""
-        if self.typed:
+        if self.changed is None:
             return ["It was made by this command:", "", "```sh", self.command, "```"]
         settings = json.dumps(self.changed, indent=2, sort_keys=True, ensure_ascii=False)
         said = "It was started from Python with these settings; the others had their defaults:"
         return [said, "", "```json", settings, "```"]
 
 
+def _default(field: Any) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
 def _has_names(value: Any) -> bool:
     """Return whether every function in the settings can be imported by its name in another program."""
-    if isinstance(value, Mapping):
-        return all(map(_has_names, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_has_names, value))
+    if isinstance(value, Mapping | list | tuple):
+        return all(map(_has_names, value.values() if isinstance(value, Mapping) else value))
     if callable(value) and not isinstance(value, str):
         name = getattr(value, "__qualname__", "<")
         return "<" not in name and getattr(value, "__module__", "__main__") != "__main__"

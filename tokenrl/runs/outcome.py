@@ -1,13 +1,10 @@
-"""The result of a run, and where its model lies."""
+"""The result of a run, as Python returns it and summary.json records it."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-
-from tokenrl.runs.checkpoint import verify_source
 
 
 @dataclass(frozen=True)
@@ -36,17 +33,3 @@ class Outcome:
         """Return the content of summary.json: the fields with `repr`, without directory and exit code."""
         shown = [f.name for f in fields(self) if f.repr and f.name not in ("output_dir", "exit_code")]
         return {name: getattr(self, name) for name in shown}
-
-
-def model_directory(name_or_path: str | Path) -> str | Path:
-    """Return where a model lies: `model/` for a run directory, else the path or hub name itself.
-
-    Raises:
-        Refused: the path is a damaged checkpoint; the message names the file.
-    """
-    run = Path(name_or_path)
-    there = os.path.exists(run / "metrics.jsonl") and os.path.isdir(run / "model")
-    found = run / "model" if there else name_or_path
-    if os.path.isdir(found):
-        verify_source(Path(found))
-    return found

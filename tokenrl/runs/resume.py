@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import platform
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tokenrl.configuration import RECORDED, read_config
+from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.runs.checkpoint import Latest, latest_checkpoint, verify_checkpoint
+from tokenrl.runs.checkpoint import Latest, check_checkpoint, checkpoints, latest_checkpoint, step_of
 from tokenrl.runs.directory import RunDirectory, versions
-from tokenrl.runs.files import plain
+from tokenrl.runs.files import write_text
+from tokenrl.runs.metrics import read_metrics
 
 T = TypeVar("T")
 
@@ -34,8 +35,6 @@ ROUNDING = (
 
 def taken_up(args: T, resume: str | None, output_dir: str) -> T:
     """Return settings in which what was left open is as in the run that is to be continued.
-
-    What a run has measured or looked up once, such as the number of threads, it then need not again.
 
     Args:
         args: the settings, a dataclass.
@@ -59,6 +58,8 @@ def find_checkpoint(
 ) -> Latest:
     """Find the checkpoint that `resume` asks for, and verify it; the main process tells the others its step.
 
+    A checkpoint whose rows of metrics.jsonl were lost is passed over, as a damaged one is.
+
     Args:
         output_dir: the directory of the run.
         directory: the same on the main process, locked; it is released on an error. None on the others.
@@ -80,23 +81,24 @@ def find_checkpoint(
         except Refused:
             directory.release()
             raise
-    (step,) = agreed([int(found.path.name.removeprefix("step_")) if found.path else 0])
+    (step,) = agreed([step_of(found.path) if found.path else 0])
     return found._replace(path=output_dir / "checkpoints" / f"step_{step:06d}" if step else None)
 
 
 def _verified(directory: RunDirectory, resume: str) -> Latest:
-    path = Path(resume)
+    path, folder = Path(resume), directory.path / "checkpoints"
+    reached = _recorded_until(directory.metrics)
     strange = "\0" in resume  # no path can have it
     if resume != "auto" and (strange or path.resolve() != directory.path.resolve()):
-        if strange or path.parent.resolve() != directory.checkpoints.resolve():
+        if strange or path.parent.resolve() != folder.resolve():
             raise Refused(
                 f"resume was given as {resume!r}; it must be auto, or a checkpoint of the run in output_dir, "
-                f"such as {directory.checkpoints / 'step_000100'}. To start a new run from the weights of "
-                "another, give its checkpoint as --model."
+                f"such as {folder / 'step_000100'}. To start a new run from the weights of another, give its "
+                "checkpoint as --model."
             )
-        verify_checkpoint(path)
+        check_checkpoint(path, reached)
         return Latest(path, [])
-    found = latest_checkpoint(directory.checkpoints)
+    found = latest_checkpoint(folder, reached)
     if found.path is None and (found.skipped or (directory.model.exists() and directory.steps != 0)):
         why = " ".join(found.skipped) or "It holds a model, but no checkpoint."
         raise Refused(
@@ -106,30 +108,36 @@ def _verified(directory: RunDirectory, resume: str) -> Latest:
     return found
 
 
-def check_settings(directory: RunDirectory, settings: Mapping[str, Any]) -> list[str]:
-    """Compare the settings with those of the run in the directory; return in words what makes it inexact.
+def _recorded_until(metrics: Path) -> int:
+    """Return the last step up to which metrics.jsonl has a row for every step; -1 if it has none."""
+    steps = [row.get("step") for row in read_metrics(metrics)] if metrics.exists() else []
+    return next((place for place, step in enumerate(steps) if step != place), len(steps)) - 1
+
+
+def cut_back(directory: RunDirectory, step: int) -> None:
+    """Remove what a run wrote after a step, which is made again.
 
     Raises:
-        Refused: a setting differs that decides what the run learns.
+        Refused: timings.jsonl is damaged; nothing has been removed.
+        Stopped: a file cannot be written.
     """
-    if not directory.config.exists():
-        return []
-    ours, stored = plain(settings), read_config(directory.path)
-    names = {*ours, *stored}.difference(RECORDED, FREE) | {"kind"}
-    missing = "(not there)"
-    differ = {
-        name: f"{name}: {stored.get(name, missing)!r}, now {ours.get(name, missing)!r}"
-        for name in sorted(names)
-        if stored.get(name) != ours.get(name)
-    }
-    wrong = [text for name, text in differ.items() if name not in ROUNDING]
-    if wrong:
-        raise Refused(
-            f"The run in {directory.path} was started with other settings: {'; '.join(wrong)}. Continue it "
-            "with its own, which `--config` and the config.json of the run give too, or start another run in "
-            "another output_dir."
-        )
-    return list(differ.values())
+    kept = {path: _until(step, path) for path in (directory.metrics, directory.timings) if path.exists()}
+    for path, lines in kept.items():
+        write_text(path, lines)
+    for path in checkpoints(directory.checkpoints):
+        if step_of(path) > step:
+            shutil.rmtree(path)
+    for path in directory.completions.glob("step_*.parquet"):
+        if path.stem[5:].isdigit() and int(path.stem[5:]) > step:
+            path.unlink()
+    directory.summary.unlink(missing_ok=True)
+
+
+def _until(step: int, path: Path) -> str:
+    """Return the lines up to a step as they are, without a last one that was cut."""
+    rows = read_metrics(path)
+    lines = [line for line in path.read_text("utf-8", "replace").split("\n") if line.strip()]
+    return "".join(f"{line}\n" for line, row in zip(lines, rows, strict=False) if row.get("step", 0) <= step)
 
 
 @dataclass
@@ -140,12 +148,14 @@ class Maker:
         fingerprints: of the data, the tokenizer and the base model, by these names.
         processes: the number of processes.
         device: `cpu`, or the kind of another device.
+        settings: the settings of the run as JSON holds them; known once the run begins.
         inexact: what may make the continuation inexact, in words; known once the state is loaded.
     """
 
     fingerprints: dict[str, str] = field(default_factory=dict)
     processes: int = 1
     device: str = "cpu"
+    settings: Mapping[str, Any] = field(default_factory=dict)
     inexact: list[str] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,17 +163,24 @@ class Maker:
         return {
             "fingerprints": self.fingerprints,
             "processes": self.processes,
-            "device": self.device,
-            "processor": processor(),
-            "packages": _packages(),
+            "settings": self.settings,
+            "versions": {**_versions(), "device": self.device},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Compare with what made the checkpoint.
 
         Raises:
-            Refused: the data, the tokenizer, the base model or the number of processes is another.
+            Refused: a setting that decides what the run learns, the data, the tokenizer, the base model or
+                the number of processes is another.
         """
+        differ = _differences(state["settings"], self.settings, {*self.settings, *state["settings"]})
+        if wrong := [text for name, text in differ.items() if name not in (*FREE, *ROUNDING)]:
+            raise Refused(
+                f"The run was started with other settings: {'; '.join(wrong)}. Continue it with its own, "
+                "which `--config` and the config.json of the run give too, or start another run in another "
+                "output_dir."
+            )
         for name, digest in self.fingerprints.items():
             if state["fingerprints"].get(name) != digest:
                 raise Refused(
@@ -175,23 +192,22 @@ class Maker:
                 f"The run had {state['processes']} processes and now has {self.processes}, which would split "
                 "its steps in another way. Start it with as many as before."
             )
-        now = self.state_dict()
-        there, here = ({**one["packages"], **one} for one in (state, now))
-        names = ("processor", "device", *now["packages"])
-        self.inexact = [f"{n} {there.get(n)}, now {here[n]}" for n in names if there.get(n) != here[n]]
+        now = {**_versions(), "device": self.device}
+        self.inexact = [differ[name] for name in differ if name in ROUNDING]
+        self.inexact += _differences(state["versions"], now, set(now)).values()
         if self.device != "cpu":
             self.inexact.append(f"some kernels on {self.device} add in an order that varies")
 
 
+def _differences(stored: Mapping[str, Any], ours: Mapping[str, Any], names: set[str]) -> dict[str, str]:
+    """Say by name what differs."""
+    return {
+        name: f"{name}: {stored.get(name, '(not there)')!r}, now {ours.get(name, '(not there)')!r}"
+        for name in sorted(names)
+        if stored.get(name) != ours.get(name)
+    }
+
+
 @cache
-def _packages() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     return {name: version for name, version in versions().items() if name != "platform"}
-
-
-@cache
-def processor() -> str:
-    """Name the processor: with another one PyTorch may choose instructions that round differently."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

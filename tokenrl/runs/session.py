@@ -24,40 +24,43 @@ Before `begin`, every error that a user can mend is raised as `Refused`. After i
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.arguments import SavingArguments
-from tokenrl.runs.checkpoint import Resumable
-from tokenrl.runs.console import Console
+from tokenrl.errors import Refused, Stopped, describe, out_of_memory
+from tokenrl.runs.checkpoint import Model, Resumable, Saver, SavingArguments, latest_checkpoint
+from tokenrl.runs.console import Console, Progress
 from tokenrl.runs.directory import RunDirectory
-from tokenrl.runs.ending import Report, reason, save_or_rescue, write_failure, write_result
-from tokenrl.runs.history import History
+from tokenrl.runs.files import plain
+from tokenrl.runs.folders import atomic_directory
+from tokenrl.runs.metrics import MetricsLog, read_metrics
 from tokenrl.runs.origin import Origin
 from tokenrl.runs.outcome import Outcome
-from tokenrl.runs.output import undisturbed
-from tokenrl.runs.recorder import Recorder
+from tokenrl.runs.output import without_warnings
 from tokenrl.runs.report import report_from_directory
-from tokenrl.runs.resume import Maker, check_settings, find_checkpoint
-from tokenrl.runs.saving import Model, Saver
+from tokenrl.runs.resume import Maker, cut_back, find_checkpoint
 from tokenrl.runs.signals import SIGNALS, GracefulStop
-from tokenrl.runs.space import check_space
-from tokenrl.runs.trackers import TrackerArguments
+from tokenrl.runs.timings import peak_memory
+from tokenrl.runs.trackers import TrackerArguments, Trackers
 
 
-class Session(History):
+class Session:
     """One run of a training, as a context manager. Only the main process writes files and prints.
 
     Attributes:
         kind: the command that runs, as in config.json: train, control, reward-model or sft.
+        output_dir: the run directory as an absolute path, so that a reward may change the working directory.
         console: prints for people.
         directory: the run directory; None on every process but the main one.
         stop: catches the signals that ask the run to stop.
         continues: whether the run goes on from a checkpoint.
         origin: how the run was started; known from `begin` on.
+        step: number of the current step, from 1; 0 before the first.
+        flags: warnings about the outcome.
+        ended: why the run ended by itself before its last step, if it did; else None.
         spent: says whether the run has used up a budget other than its steps, so that this step is the last.
     """
 
@@ -71,7 +74,7 @@ class Session(History):
         every: int = 10,
         main: bool = True,
         agreed: Callable[[Sequence[int]], Sequence[int]] = lambda numbers: numbers,
-        report: Report = report_from_directory,
+        report: Callable[[Path], Path] = report_from_directory,
         tracking: TrackerArguments | None = None,
         saving: SavingArguments | None = None,
     ) -> None:
@@ -94,28 +97,35 @@ class Session(History):
             Refused: the directory (see `RunDirectory.create`), the checkpoint to continue from (see
                 `find_checkpoint`) or a tracker cannot be used.
         """
-        super().__init__()
-        self.kind, self.output_dir = kind, Path(output_dir)
+        self.kind, self.output_dir = kind, Path(output_dir).absolute()
         quiet = quiet or not main
-        self.console, self._undisturbed = Console(quiet=quiet, every=every), undisturbed(quiet)
-        self._recorder = Recorder(self.console, tracking)
+        self.console, self._warnings = Console(quiet=quiet, every=every), without_warnings(quiet)
+        self._trackers = Trackers(tracking or TrackerArguments(), self.console.warn)
         self._saving, self._agreed, self._report = saving or SavingArguments(), agreed, report
         resume = self._saving.resume
         if overwrite and resume:
             raise Refused("overwrite replaces the run in output_dir, resume continues it: give one of both.")
         how = {"overwrite": overwrite, "resume": bool(resume)}
-        self.directory = RunDirectory.create(output_dir, **how) if main else None
+        self.directory = RunDirectory.create(self.output_dir, **how) if main else None
         self._latest = find_checkpoint(self.output_dir, self.directory, resume, agreed)
         self.continues = self._latest.path is not None
         self.stop = GracefulStop(quiet=quiet)
         self._saver = Saver(self.output_dir / "checkpoints", self._saving, active=main)
         self._maker = Maker()
-        self._begun, self._total = False, 0
+        self._log: MetricsLog | None = None
+        self._progress: Progress | None = None
+        self.step = self._recorded = self._total = 0  # the current step, the last in the log, that of the end
+        self.flags: list[str] = []
+        self.ended: str | None = None
         self.spent: Callable[[], bool] = lambda: False
+        self._begun = False
         self._told: int | None = None  # the exit code in the outcome
+        self._evaluations: dict[int, dict[str, float]] = {}  # metrics by step
+        self._warned: set[str] = set()
+        self._began, self._seconds = time.monotonic(), 0.0  # seconds before the run was continued
 
     def __enter__(self) -> Session:
-        self._undisturbed.__enter__()
+        self._warnings.__enter__()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -126,20 +136,24 @@ class Session(History):
             Stopped: a `Stopped` came after `begin`; the message adds the step and the last checkpoint.
         """
         try:
-            self._recorder.hide()  # still shown if an error has left the loop
-            if isinstance(error, Stopped) and not self._begun:
-                raise Refused(f"Before the first step: {error}") from error
+            self._hide()  # still shown if an error has left the loop
+            told = out_of_memory(error) if error is not None else None
+            told = error if isinstance(error, Stopped) else told
+            if told is not None and not self._begun:
+                raise Refused(f"Before the first step: {told}") from error
             if isinstance(error, Exception) and self._begun:
-                failed = self._failed(error)
-                if isinstance(error, Stopped):
+                failed = self._failed(told or error)
+                if told is not None:
                     raise failed from error
                 self.console.warn(str(failed))  # and the error itself goes on, with its traceback
         finally:
-            self._undisturbed.__exit__(None, None, None)
+            self._warnings.__exit__(None, None, None)
             self.stop.__exit__()
             if self.directory is not None:
                 self.directory.release()
-            self._recorder.close()  # last, since a tracker may be slow to end
+            if self._log is not None:
+                self._log.close()
+            self._trackers.close()  # last, since a tracker may be slow to end
         if error is None and self._told == 0:  # a signal after the outcome, as during the report, is not lost
             self.stop.pass_on()
 
@@ -165,57 +179,68 @@ class Session(History):
             **facts: further entries of config.json that the report needs, such as the title.
 
         Raises:
-            Refused: the checkpoint is of other settings, data or models, or the disk has too little space.
+            Refused: the checkpoint is of other settings, data or models.
         """
         self.origin = Origin.of(self.kind, args, names, self.output_dir / "config.json")
         settings = {**self.origin.settings, "kind": self.kind}
-        differ = check_settings(self.directory, settings) if self.directory and self._saving.resume else []
-        check_space(self.output_dir, self._saver.needed)
+        self._maker.settings = plain(settings)
         if self._latest.path is not None:
-            self._continue(self._latest.path, differ)
+            self._continue(self._latest.path)
         self._begun = True
         if self.directory is None:
             return
         config = {**settings, **facts, "command": self.origin.command}
-        self.directory.write_config(config)
+        self.directory.write_config(config, keep=self.continues)
         if self.ended or self.step >= args.max_steps or self.spent():
             self.console.note("Nothing is left to do: the run had ended.")
             return
-        self._recorder.start(self.directory, config)
+        self._trackers.start(config, self.output_dir)
+        self._log = MetricsLog(self.directory.metrics, self.directory.timings)
         if self.step == 0:
-            self._recorder.write(0, _named(self.eval_before))
+            self._write(_named(self.eval_before))
 
-    def _continue(self, path: Path, differ: list[str]) -> None:
+    def _continue(self, path: Path) -> None:
         """Restore the state of a checkpoint, and remove what the run wrote after it."""
-        self.step = self._recorder.last = self._saver.restore(path)
+        self.step = self._recorded = self._saver.restore(path)
         if self.directory is not None:
-            self.directory.cut_back(self.step)
+            cut_back(self.directory, self.step)
         for fault in self._latest.skipped:
             self.console.warn(f"skipped: {fault}")
         self.console.note(f"The run continues after step {self.step}, from {path}")
-        if inexact := differ + self._maker.inexact:
-            self.console.warn(f"The continuation may not be bit-exact: {'; '.join(inexact)}.")
+        if self._maker.inexact:
+            self.console.warn(f"The continuation may not be bit-exact: {'; '.join(self._maker.inexact)}.")
+
+    def recorded(self) -> list[dict[str, Any]]:
+        """Return the rows of metrics.jsonl up to the current step; those of a run that is continued too."""
+        path = self.output_dir / "metrics.jsonl"
+        return [row for row in read_metrics(path) if row["step"] <= self.step] if path.exists() else []
 
     def steps(self, total: int) -> Iterator[int]:
         """Yield the numbers of the steps that are left; end early if any process was asked to stop."""
         self._total = total
-        self._recorder.show(total, self.step)
+        self._progress = self.console.progress(total, self.step).__enter__()
         try:
             while self.step < total and not (self.spent() or self.ended or self._asked()):
                 self.step += 1
                 yield self.step
                 self._saver.settle(self.step)
         finally:
-            self._recorder.hide()
+            self._hide()
 
     def _asked(self) -> bool:
         """Save if it is time; return whether any process was asked to stop: all agree, or some would wait."""
         asked, save = self._agreed([self.stop.requested or 0, int(self._saver.due(self.step))])
         if save:
-            self._saver.save()
+            self._save()
         if asked:  # otherwise a signal that came in between would be overwritten
             self.stop.requested = asked
         return bool(asked)
+
+    def _hide(self) -> None:
+        """Take the live line away, which prints a line; a second call does nothing."""
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            progress.__exit__()
 
     def due(self, every: int) -> bool:
         """Return whether something is due now: every `every` steps (0: never), and in the last step."""
@@ -224,8 +249,8 @@ class Session(History):
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""
         self._evaluations[self.step] = dict(metrics)
-        if self.step == self._recorder.last:  # after the last step, whose line is already written
-            self._recorder.track(self.step, _named(metrics))
+        if self.step == self._recorded:  # after the last step, whose line is already written
+            self._trackers.write(self.step, _named(metrics))
         return _named(metrics)
 
     @property
@@ -234,19 +259,59 @@ class Session(History):
         return self._saver.needed
 
     @property
+    def eval_before(self) -> dict[str, float]:
+        """The metrics of the evaluation before training; empty if there was none."""
+        return self._evaluations.get(0, {})
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the current step has been evaluated."""
+        return self.step in self._evaluations
+
+    @property
     def owes_evaluation(self) -> bool:
         """Whether the run ended by itself, not by a signal, and its last step has not been evaluated."""
         return not self.is_evaluated and not self.stop.requested
 
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds that the run has taken, without those between its end and its continuation."""
+        return self._seconds + time.monotonic() - self._began
+
     def record(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
         """Write metrics of this step to metrics.jsonl, timings to timings.jsonl, and show and track both."""
-        self._recorder.write(self.step, metrics, timings or {})
+        self._write(metrics, {**(timings or {}), **peak_memory()})
+
+    def _write(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
+        if self._log is not None:
+            self._log.write(self.step, metrics, timings)
+            self._trackers.write(self.step, {**metrics, **(timings or {})})
+        self._recorded = self.step
+        if self._progress is not None:
+            self._progress.update(self.step, {**metrics, **(timings or {})})
 
     def warn_once(self, topic: str, message: str) -> None:
         """Print a warning the first time that its topic comes up, and never again."""
         if topic not in self._warned:
             self._warned.add(topic)
             self.console.warn(message)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a continuation must know; of the evaluations the first and the last."""
+        kept = sorted({0, max(self._evaluations, default=0)} & self._evaluations.keys())
+        return {
+            "evaluations": {step: self._evaluations[step] for step in kept},
+            "warned": sorted(self._warned),
+            "flags": list(self.flags),
+            "ended": self.ended,
+            "seconds": self.wall_seconds,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self._evaluations = {step: dict(metrics) for step, metrics in state["evaluations"].items()}
+        self._warned, self.flags = set(state["warned"]), list(state["flags"])
+        self.ended, self._seconds = state["ended"], state["seconds"]
 
     def outcome(self, reason: str) -> dict[str, Any]:
         """Make the fields of `Outcome`. If a signal ended the run, its name replaces `reason`."""
@@ -273,29 +338,51 @@ class Session(History):
         """
         if self.directory is None:
             return
-        self._recorder.hide()
+        self._hide()
         try:
             self._save()
         except Stopped as error:  # of a full disk: the model is smaller
             self.console.warn(str(error))
-        self._saver.check_finite(self.step)
-        write_result(self.directory, ended, write_model, self._report, self.console)
+        self._saver.check_finite()
+        with atomic_directory(self.directory.model) as folder:
+            write_model(folder)
+        summary = ended.summary()
+        self.directory.write_summary(summary)
+        try:
+            where = f"report  {self._report(self.output_dir)}"
+        except Exception as error:  # a trained model is not lost over a picture
+            again = f"tokenrl report {self.output_dir}"
+            where = ""
+            self.console.warn(f"No report could be made: {error} For another attempt: {again}")
+        self.console.finish(summary)
+        self.console.note(f"model   {self.directory.model}\n{where}".strip())
 
     def _save(self) -> Path | None:
         """Save a checkpoint of the last whole state; return it, or None if there is none to save."""
-        if self._recorder.last == self.step:  # nothing of a further step has happened
+        if self._recorded == self.step:  # nothing of a further step has happened
             self._saver.settle(self.step)
+        if self._log is not None:
+            self._log.sync()  # a checkpoint must never know more steps than metrics.jsonl
         return self._saver.save()
 
     def _failed(self, error: Exception) -> Stopped:
         """Save the state of a run that failed, write its summary and report; return the error to tell."""
+        said = [str(error) if isinstance(error, Stopped) else describe(error)]
         if self.directory is None:
-            return Stopped(reason(error))
-        said = save_or_rescue(self._save, self._saver.rescue, error)
-        failed = {"exit_reason": "failed", "steps": self._recorder.last, "eval_after": None}
+            return Stopped(said[0])
+        try:
+            self._save()
+        except Stopped as fault:
+            said = list(dict.fromkeys([*said, str(fault)]))
+        failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}
         ended = Outcome(**self.outcome("failed") | failed)
-        left = write_failure(self.directory, ended, self.flags, said, self._report)
-        return Stopped(f"At step {self.step}: {said} {left}")
+        with contextlib.suppress(Exception):  # the directory may be gone, or its disk full
+            self.directory.write_summary(ended.summary() | {"flags": self.flags, "error": " ".join(said)})
+            self._report(self.output_dir)
+        path = latest_checkpoint(self.directory.checkpoints).path
+        left = f"The last complete checkpoint is {path}; --resume auto continues from it."
+        none = "The run directory holds no checkpoint."
+        return Stopped(f"At step {self.step}: {' '.join(said)} {none if path is None else left}")
 
 
 def _named(metrics: Mapping[str, float]) -> dict[str, float]:

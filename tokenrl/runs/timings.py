@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,9 +51,11 @@ def peak_memory() -> dict[str, float]:
         `peak_memory_gib`, the resident set; where there is a GPU, `peak_cuda_memory_gib`, the tensors on it.
     """
     found = {}
-    resident = _peak_resident()
-    if resident is not None:
-        found["peak_memory_gib"] = resident / _GIB
+    status = Path("/proc/self/status")  # `getrusage` would also count the process that started this one
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            found["peak_memory_gib"] = int(line.split()[1]) * 1024 / _GIB
     torch = sys.modules.get("torch")  # without it nothing is on a GPU
     if torch is not None and torch.cuda.is_available():
         found["peak_cuda_memory_gib"] = torch.cuda.max_memory_allocated() / _GIB
@@ -61,7 +63,7 @@ def peak_memory() -> dict[str, float]:
 
 
 def free_memory(device: Any) -> int:
-    """Return the bytes that are free on a torch device: of the computer, or of what a container may have."""
+    """Return the bytes that are free on a torch device, or for a CPU in the computer."""
     if device.type == "cuda":
         import torch
 
@@ -69,34 +71,4 @@ def free_memory(device: Any) -> int:
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     import psutil
 
-    free = int(psutil.virtual_memory().available)
-    return min([free, *left_to_container()])
-
-
-def left_to_container(groups: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Yield the bytes that a control group of Linux, of the new or the old kind, leaves under its limit."""
-    old = groups / "memory"
-    for limit, used, idle in (
-        (groups / "memory.max", groups / "memory.current", "inactive_file"),
-        (old / "memory.limit_in_bytes", old / "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        try:
-            lines = (limit.parent / "memory.stat").read_text().splitlines()
-            freed = int(dict(line.split() for line in lines)[idle])  # files that are only kept for later
-            yield int(limit.read_text()) - int(used.read_text()) + freed
-        except (OSError, ValueError, KeyError):  # there is none, or it is "max"
-            continue
-
-
-def _peak_resident() -> int | None:
-    """Return the largest resident set in bytes; None where it cannot be read, as on Windows."""
-    status = Path("/proc/self/status")
-    if status.exists():  # `getrusage` would also count the process that started this one
-        lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(lines[0].split()[1]) * 1024 if lines else None
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return int(psutil.virtual_memory().available)

@@ -6,18 +6,17 @@ never returns holds the run up, because a call in this process cannot be given u
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import Refused, describe
 from tokenrl.runs.files import plain
 from tokenrl.settings import Settings, check_choice
-from tokenrl.user_code import is_interrupt, marked_interrupts
 
 _NAME_OF_RUN = {
     "clearml": "task_name",
@@ -64,7 +63,8 @@ class Trackers:
     def start(self, config: Mapping[str, Any], output_dir: Path) -> None:
         """Start the trackers and send them the configuration, flattened to `estimator.baseline` and so on."""
         for name in self._names:
-            self._attempt(name, partial(self._start, name, dict(_flat(config)), output_dir), "at its start")
+            with self._attempt(name, "at its start"):
+                self._start(name, dict(_flat(config)), output_dir)
 
     def _start(self, name: str, config: dict[str, Any], output_dir: Path) -> None:
         from accelerate import PartialState
@@ -76,50 +76,38 @@ class Trackers:
         if name == "tensorboard":  # it knows neither project nor name: a run is a folder
             project = name
         folder = [str(output_dir)] if kind.requires_logging_directory else []
-        run = args.run_name or output_dir.resolve().name
-        named = {_NAME_OF_RUN[name]: run} if name in _NAME_OF_RUN else {}
+        named = {_NAME_OF_RUN[name]: args.run_name or output_dir.name} if name in _NAME_OF_RUN else {}
         tracker = self._started[name] = kind(project, *folder, **named)
         tracker.start()
         tracker.store_init_configuration(config)
 
-    def write(self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Send the finite numbers of a step, if it is due or has been evaluated."""
         if step % self._every and not any(name.startswith("eval_") for name in metrics):
             return
-        numbers = plain({**metrics, **(timings or {})})
-        numbers = {key: value for key, value in numbers.items() if isinstance(value, (int, float))}
+        numbers = {key: value for key, value in plain(metrics).items() if isinstance(value, int | float)}
         for name, tracker in list(self._started.items()) if numbers else ():
-            self._attempt(name, partial(tracker.log, numbers, step=step), f"at step {step}")
+            with self._attempt(name, f"at step {step}"):
+                tracker.log(numbers, step=step)
 
     def close(self) -> None:
         """End the runs of the trackers; a second call does nothing."""
-        for name, tracker in list(self._started.items()):
-            self._attempt(name, tracker.finish, "at its end")
-        self._started.clear()
+        for name in list(self._started):
+            with self._attempt(name, "at its end"):
+                self._started.pop(name).finish()
 
-    def _attempt(self, name: str, act: Callable[[], Any], when: str) -> None:
-        with marked_interrupts():
-            error = _error_of(act)
-            if error is None:
-                return
+    @contextlib.contextmanager
+    def _attempt(self, name: str, when: str) -> Iterator[None]:
+        """Call a tracker; one that fails, for instance for want of a network, is told of and left out."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:  # a run is not lost over its picture
             self._warn(
                 f"The tracker {name} failed {when} ({describe(error)}) and gets nothing more. The run goes "
                 "on, and metrics.jsonl and timings.jsonl have everything."
             )
-            started = self._started.pop(name, None)
-            if started is not None:
-                _error_of(started.finish)  # keep what it has already got
-
-
-def _error_of(act: Callable[[], Any]) -> BaseException | None:
-    """Return what a tracker raises, for instance about the network; a Ctrl-C is raised on."""
-    try:
-        act()
-    except BaseException as error:  # a run is not lost over its picture
-        if is_interrupt(error):
-            raise
-        return error
-    return None
+            with contextlib.suppress(Exception, SystemExit):
+                self._started.pop(name).finish()  # keep what it has already got
 
 
 def _installed(names: tuple[str, ...]) -> list[str]:

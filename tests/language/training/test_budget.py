@@ -14,7 +14,7 @@ from tokenrl.core import Estimator
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.budget import Budget
 from tokenrl.language.training.setup import resolve
-from tokenrl.runs.states import read_state
+from tokenrl.runs.checkpoint import read_state
 
 PLAIN = 4 * 2  # prompts x completions of a step
 REFILLING = Estimator.preset("dapo", baseline="remax", overlong_buffer=0)  # greedy completions and refills

@@ -11,6 +11,7 @@ from families import FAMILIES, family_policy
 from tiny_models import ENDS, make_task, make_tokenizer, vowel_reward
 
 import tokenrl
+from tests.states import state_of
 
 KINDS = {
     "adapter": ("llama", "float32", {"lora_r": 2, "estimator": "remax"}),
@@ -38,7 +39,7 @@ def continued(tmp_path, family, dtype="float32", **options):
 
     def left():
         weights = {path.name: path.read_bytes() for path in (run / "model").rglob("*.safetensors")}
-        moments = (run / "checkpoints" / "step_000004" / "trainer_state.safetensors").read_bytes()
+        moments = state_of(run / "checkpoints" / "step_000004")
         summary = json.loads((run / "summary.json").read_text())
         results = {name: value for name, value in summary.items() if "second" not in name}
         return (run / "metrics.jsonl").read_bytes(), weights, moments, results

@@ -16,6 +16,7 @@ from tokenrl.core.losses import next_beta
 from tokenrl.errors import Refused
 from tokenrl.language.training import setup
 from tokenrl.language.training.records import completion_kl, kl_metrics
+from tokenrl.runs.checkpoint import read_state
 
 KL = Estimator.preset("rloo", beta=0.5)
 
@@ -148,7 +149,7 @@ def trained(directory, estimator, **options):
 
 def test_a_run_logs_the_weight_and_keeps_the_one_it_started_from(tmp_path):
     rows, config = trained(tmp_path / "run", KL, target_kl=1.0, max_steps=3, save_every=2)
-    state = json.loads((tmp_path / "run/checkpoints/step_000002/trainer_state.json").read_text())
+    state = read_state(tmp_path / "run/checkpoints/step_000002")
     assert state["learner"]["kl_coef"] == rows[2]["kl_coef"] != 0.5  # what the step after the checkpoint uses
     assert [row["kl_coef"] for row in rows][:2] == [0.5, pytest.approx(0.5 * 0.98)]
     assert all(row["kl_stderr"] > 0 for row in rows[1:])

@@ -11,7 +11,7 @@ from tiny_models import gradient, make_learner, make_policy, make_task, one_step
 
 import tokenrl
 from tokenrl.errors import Refused
-from tokenrl.runs.states import read_state
+from tokenrl.runs.checkpoint import read_state
 
 QUICK = {
     "prompts_per_step": 2,

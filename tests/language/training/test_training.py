@@ -15,8 +15,8 @@ import tokenrl
 from tokenrl.core import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.checkpoint import verify_checkpoint
-from tokenrl.runs.states import read_state
+from tokenrl.runs.checkpoint import read_state
+from tokenrl.runs.folders import verify
 from toy_tasks.models import TinyModel
 
 LETTERS = "abcd>"
@@ -117,8 +117,8 @@ def test_a_run_leaves_the_whole_directory(run, tmp_path):
     assert (directory / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
     assert (directory / "report.html").read_text().count("<script") == 1  # that of the page itself
     checkpoint = directory / "checkpoints" / "step_000002"
-    verify_checkpoint(checkpoint)
-    assert json.loads((checkpoint / "trainer_state.json").read_text())["stream"]["position"] == 8
+    verify(checkpoint)
+    assert read_state(checkpoint)["stream"]["position"] == 8
     model = AutoModelForCausalLM.from_pretrained(directory / "model")
     tokenizer = AutoTokenizer.from_pretrained(directory / "model")
     ids = tokenizer("ab>", return_tensors="pt").input_ids
@@ -243,7 +243,7 @@ def test_a_reward_that_fails_stops_the_run_and_keeps_the_checkpoint(run, tmp_pat
         run(make_task(Later(4, bad)), save_every=1, eval_every=0, max_steps=9)
     directory = tmp_path / "run"
     assert str(directory / "checkpoints" / "step_000002") in str(caught.value)
-    verify_checkpoint(directory / "checkpoints" / "step_000002")
+    verify(directory / "checkpoints" / "step_000002")
     assert json.loads((directory / "summary.json").read_text())["exit_reason"] == "failed"
     assert caught.value.exit_code == 1
 

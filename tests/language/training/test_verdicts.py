@@ -11,7 +11,7 @@ from tiny_models import make_task
 
 import tokenrl
 from tokenrl.errors import Stopped
-from tokenrl.runs.checkpoint import verify_checkpoint
+from tokenrl.runs.folders import verify
 from toy_tasks.models import TinyModel
 
 PROMPTS = [f"{x}{y}>" for x in "abcd" for y in "abcd"]
@@ -81,7 +81,7 @@ def test_a_destroyed_policy_is_told_at_its_step_and_at_the_end_and_is_saved(trai
     assert "The learning rate, 0.3, is the likely cause: try --learning-rate 0.001, which is usual" in message
     last = tmp_path / "run" / "checkpoints" / f"step_{len(rows) - 1:06d}"
     assert f"The last complete checkpoint is {last}; --resume auto" in message
-    verify_checkpoint(last)
+    verify(last)
     summary = summary_of(tmp_path / "run")
     assert (summary["exit_reason"], summary["flags"]) == ("failed", ["policy-destroyed"])
     assert rows[-1]["idle_steps"] >= 5

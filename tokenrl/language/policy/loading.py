@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import Refused, describe
-from tokenrl.runs.outcome import model_directory
+from tokenrl.runs.folders import model_directory
 
 
 def find_model(name_or_path: str | Path) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from tokenrl.language.policy.arguments import PromptArguments
-from tokenrl.runs.arguments import SavingArguments
+from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.threads import ThreadArguments
 from tokenrl.runs.trackers import TrackerArguments
 from tokenrl.settings import OR_OBJECT, Bounds, Count, NonNegative, Number, Positive, Seed

@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenrl.errors import Refused, describe, suggest
 from tokenrl.language.tasks.arguments import DataArguments
-from tokenrl.runs.quiet import without_progress_bars
+from tokenrl.runs.output import without_progress_bars
 
 Row = Mapping[str, Any]
 

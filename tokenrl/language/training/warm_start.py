@@ -29,9 +29,9 @@ from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.language.training.defaults import default_rate, demonstrations, parameter_count
 from tokenrl.language.training.probe import Probe, probe_policy
 from tokenrl.language.training.supervised import check_trainable, fit
-from tokenrl.runs.checkpoint import replace_directory
 from tokenrl.runs.console import Console
 from tokenrl.runs.files import write_json
+from tokenrl.runs.folders import atomic_directory
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import check_seed
 
@@ -82,7 +82,8 @@ def _made_once(name: str, make: Callable[[Path], None], warn: Callable[[str], No
                 return directory, True
             except Refused as error:
                 warn(f"the cached model {directory} is damaged, and is made again. {error}")
-        replace_directory(directory, make, sealed=True)
+        with atomic_directory(directory) as folder:
+            make(folder)
     return directory, False
 
 

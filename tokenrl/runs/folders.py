@@ -1,0 +1,173 @@
+"""Writes folders whole and hashed: a reader sees the old folder or the new one, and notices damaged files.
+
+Checkpoints, models, warm starts and comparisons are written so: into a hidden folder beside their place,
+which is synced to the disk, hashed, and renamed last. The hashes stand in its manifest.json:
+{name: [size, SHA-256]}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenrl.errors import Refused, TokenrlError
+from tokenrl.runs.files import not_written, sync_file, sync_folder, write_json
+
+MANIFEST = "manifest.json"
+_CARD = "README.md"  # people edit the card of a model before they share it
+_MEND = (
+    "Use another copy or an earlier checkpoint; to load what is there unverified, copy it elsewhere without "
+    f"{MANIFEST}."
+)
+
+
+@contextlib.contextmanager
+def atomic_directory(directory: Path) -> Iterator[Path]:
+    """Yield a hidden empty folder, which becomes `directory` when the block ends without an error.
+
+    A crash at any moment leaves the old folder or the new one; between two renames the old one is hidden, and
+    `settle` brings it back. Only one process may write there.
+
+    Args:
+        directory: the folder to make or to replace. Its parent is made if absent, but not those above.
+
+    Raises:
+        Stopped: the block failed or the disk is full; an old folder is unchanged.
+    """
+    aside, old = _beside(directory)
+    try:
+        directory.parent.mkdir(exist_ok=True)
+        settle(directory)
+        aside.mkdir()
+        yield aside
+        _seal(aside)
+        if directory.exists():
+            os.rename(directory, old)
+        os.rename(aside, directory)
+        sync_folder(directory.parent)
+        sync_folder(directory.parent.parent)  # which may have got the parent only now
+    except TokenrlError:
+        raise
+    except Exception as error:  # on a full disk, tokenizers raises a bare Exception
+        raise not_written(directory, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            settle(directory)
+
+
+def settle(directory: Path) -> None:
+    """Bring back the folder that an interrupted `atomic_directory` had hidden, and remove what it left."""
+    aside, old = _beside(directory)
+    if old.exists() and not directory.exists():
+        os.rename(old, directory)
+    for path in (aside, old):
+        if path.exists():
+            shutil.rmtree(path)
+
+
+def fault_of(folder: Path) -> str:
+    """Compare a folder with its manifest; say what is wrong with it, or nothing if all files are unchanged.
+
+    Files that are not in the manifest do not count.
+    """
+    try:
+        if not folder.is_dir():
+            return "there is no such folder"
+        if not (folder / MANIFEST).exists():
+            return f"it has no {MANIFEST}, so it is not complete"
+        files = _manifest(folder)
+        if isinstance(files, dict) and files.keys() >= {"step", "files"}:
+            return "it was written by an earlier release of tokenrl, which this one cannot read"
+        if not files or not _is_manifest(files):
+            return f"its {MANIFEST} was altered or cut short"
+        for name, (size, digest) in sorted(files.items()):
+            if not (folder / name).is_file():
+                return f"it lacks its file {name}"
+            if (folder / name).stat().st_size != size or _sha256(folder / name) != digest:
+                return f"its file {name} was altered or cut short"
+    except OSError as error:
+        return f"it cannot be read ({error})"
+    return ""
+
+
+def verify(folder: Path) -> None:
+    """Check that a folder holds the files that were written, unchanged.
+
+    Raises:
+        Refused: the manifest or a file is missing, altered or cut short; the message names it.
+    """
+    if fault := fault_of(folder):
+        raise Refused(f"The folder {folder} cannot be used: {fault}. {_MEND}")
+
+
+def model_directory(name_or_path: str | Path) -> str | Path:
+    """Return where a model lies: `model/` for a run directory, else the path or hub name itself.
+
+    A folder with a manifest, or inside of one, is verified. Others pass, since nothing says what they should
+    hold.
+
+    Raises:
+        Refused: the folder is damaged, or it lies where a checkpoint should be and is none.
+    """
+    run = Path(name_or_path)
+    there = os.path.exists(run / "metrics.jsonl") and os.path.isdir(run / "model")
+    found = run / "model" if there else name_or_path
+    if os.path.isdir(found):
+        place = Path(found).resolve()
+        for folder in (place, place.parent):
+            in_checkpoints = folder.parent.name == "checkpoints" and folder.name.startswith("step_")
+            if in_checkpoints or _is_sealed(folder):
+                verify(folder)
+    return found
+
+
+def _seal(folder: Path) -> None:
+    """Sync a folder with all that is in it to the disk, and write its manifest last."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+            continue
+        sync_file(path)
+        if path.name != _CARD:
+            files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _sha256(path)]
+    write_json(folder / MANIFEST, files)
+    sync_folder(folder)
+
+
+def _manifest(folder: Path) -> Any:
+    try:
+        return json.loads((folder / MANIFEST).read_bytes())
+    except ValueError:
+        return None
+
+
+def _is_manifest(content: Any) -> bool:
+    """Return whether this is what `_seal` writes; a manifest.json of another program is not judged."""
+    entries = content.values() if isinstance(content, dict) else [None]
+    return all(isinstance(entry, list) and [*map(type, entry)] == [int, str] for entry in entries)
+
+
+def _is_sealed(folder: Path) -> bool:
+    content = _manifest(folder) if (folder / MANIFEST).is_file() else ()
+    earlier = isinstance(content, dict) and content.keys() >= {"step", "files"}
+    return content is None or earlier or _is_manifest(content)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _beside(directory: Path) -> tuple[Path, Path]:
+    """Return the hidden folders beside a folder for what will replace it and for what it replaces."""
+    return directory.with_name(f".{directory.name}.partial"), directory.with_name(f".{directory.name}.old")
