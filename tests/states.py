@@ -9,8 +9,11 @@ from tokenrl.runs.checkpoint import read_state
 
 
 def state_of(checkpoint: Path) -> Any:
-    """Read the state that a checkpoint holds, with its tensors as lists and without times."""
-    return as_lists(read_state(checkpoint))
+    """Read the state that a checkpoint holds, with its tensors as lists, without times and places."""
+    state = as_lists(read_state(checkpoint))
+    for name in ("output_dir", "resume"):  # which may change when a run continues
+        state["maker"]["settings"].pop(name, None)
+    return state
 
 
 def as_lists(state: Any) -> Any:

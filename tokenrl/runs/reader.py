@@ -22,7 +22,7 @@ from tokenrl.settings import MOST, shown
 
 _NUMBER = int | float | None
 _CONFIG = {
-    **{"kind": str, "title": str | None, "solved": _NUMBER | str, "versions": dict},
+    **{"kind": str, "title": str | None, "solved": _NUMBER, "versions": dict},
     "command": str | list | None,
 }
 _SUMMARY = {
@@ -159,7 +159,8 @@ def _object(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}, not an object")
         for name, kind in kinds.items():
-            if name in found and not _fits(found[name], kind):
+            infinite = kind == _NUMBER and found.get(name) in ("Infinity", "-Infinity")
+            if name in found and not infinite and not _fits(found[name], kind):
                 raise ValueError(f"{name} is {shown(found[name], 60)}, which no run writes")
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path} is damaged ({error}). Mend or remove it, and the run can be shown.") from error
