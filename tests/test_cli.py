@@ -380,19 +380,10 @@ def test_a_collapsed_policy_is_flagged_once(capsys, tmp_path):
     for bonus, flags in (("0", ["entropy-collapsed"]), ("0.01", [])):
         assert main([*cold, "--estimator.entropy-coef", bonus, "--overwrite"]) == 0
         found = json.loads((tmp_path / "run" / "summary.json").read_text())["flags"]
-        assert found == ["nothing-learnt", *flags]  # greedy from the start, so no two completions differ
+        assert sorted(found) == sorted(
+            ["nothing-learnt", *flags]
+        )  # greedy from the start, so no two completions differ
         assert capsys.readouterr().out.count("warning: entropy-collapsed") == len(flags)
-
-
-def test_the_last_tenth_of_a_run_is_judged():
-    from tokenrl.language.training.run import Run
-
-    run = Run(*[None] * 9)
-    assert math.isnan(run.last_entropy)
-    run.entropies = [1.0, 0.5]
-    assert run.last_entropy == 0.5
-    run.entropies = [1.0] * 28 + [0.3, 0.1]
-    assert run.last_entropy == pytest.approx((1.0 + 0.3 + 0.1) / 3)
 
 
 def test_no_baseline_for_long_completions_needs_a_flag(capsys):

@@ -20,10 +20,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-LIMITS = {}
+LIMITS = {
+    **{"top": 800, "core": 1_420, "runs": 2_570, "control": 1_590, "advisor": 815},
+    **{"language": 5, "language/policy": 775, "language/rewards": 925, "language/tasks": 590},
+    **{"language/rollout": 930, "language/training": 2_780, "language/preferences": 745},
+    **{"language/inspect": 385, "lab": 5, "lab/exact": 900, "lab/measure": 740, "lab/compare": 2_150},
+}
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 13_000, 150, 4_900, 13_000, 3_000, 560
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 18_080, 182, 6_450, 20_900, 3_240, 560
 STEP, STEP_FILES, STEP_LINES, STEP_MODULES = "tokenrl.language.training.step", 40, 3_800, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
@@ -67,9 +72,9 @@ class Source:
     def room(self) -> str:
         """The room of the package that it lies in, with its folder where the room has several."""
         parts = self.module.split(".")[1:]
-        if len(parts) < 2 and not self.package:
+        if not parts or (len(parts) < 2 and not self.package):
             return "top"
-        return "/".join(parts[:2]) if parts[0] in INSIDE and parts[1:] else (parts or ["top"])[0]
+        return "/".join(parts[:2]) if parts[0] in INSIDE else parts[0]
 
     def imports(self, *, types: bool = True) -> Iterator[str]:
         """Full names of what is imported anywhere; without `types` not what type checkers alone see."""
@@ -111,11 +116,16 @@ def test_every_room_keeps_its_budget():
     for source in PACKAGE_SOURCES:
         rooms[source.room] = rooms.get(source.room, 0) + source.code
     assert {room: lines for room, lines in rooms.items() if lines > LIMITS.get(room, 0)} == {}
-    heart = [s for s in PACKAGE_SOURCES if s.module.replace(".", "/")[8:].startswith(HEART_ROOMS)]
+    heart = [source for source in PACKAGE_SOURCES if in_heart(source)]
     sizes = {"package": sum(rooms.values()), "files": len(PACKAGE_SOURCES), "heart": total(heart)}
     sizes |= {"tests": total(TEST_SOURCES), "recipes": total(RECIPE_SOURCES), "toys": total(TOY_SOURCES)}
     limits = dict(zip(sizes, (PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS), strict=True))
     assert {name: size for name, size in sizes.items() if size > limits[name]} == {}
+
+
+def in_heart(source: Source) -> bool:
+    path = source.module.replace(".", "/").removeprefix("tokenrl").lstrip("/")
+    return any(path == room or path.startswith(room + "/") for room in HEART_ROOMS)
 
 
 def total(sources: list[Source]) -> int:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import Saver, SavingArguments, latest_checkpoint, read_state
 from tokenrl.runs.folders import model_directory, verify
-from tokenrl.runs.outcome import Outcome
+from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import Maker
 from tokenrl.runs.session import Session
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from tokenrl.core.choices import Baseline
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
-from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.settings import Count, Number, Positive, Seed, Several
 
 

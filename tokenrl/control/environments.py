@@ -19,7 +19,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from tokenrl.control.failures import close, failed, refusing
 from tokenrl.control.registered import find
-from tokenrl.errors import Refused
+from tokenrl.errors import USER_CODE_FAILED, Refused
 from tokenrl.settings import check_number
 
 PICTURE = 1024
@@ -184,7 +184,7 @@ class Environments:
         """
         try:
             return self.flat(self.vector.reset(seed=seed)[0])
-        except BaseException as error:
+        except USER_CODE_FAILED as error:
             raise failed(self.env, "reset", error) from error
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -205,7 +205,7 @@ class Environments:
         try:
             observations, rewards, terminated, truncated, _ = self.vector.step(self.translate(actions))
             return self.flat(observations), rewards, terminated, truncated
-        except BaseException as error:
+        except USER_CODE_FAILED as error:
             raise failed(self.env, "step", error) from error
 
     def translate(self, actions: np.ndarray) -> np.ndarray:

@@ -9,8 +9,7 @@ from typing import Any
 
 import gymnasium
 
-from tokenrl.errors import Refused, Stopped
-from tokenrl.user_code import is_interrupt, marked_interrupts, raised
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised
 
 
 @contextlib.contextmanager
@@ -20,22 +19,18 @@ def refusing(env: str) -> Iterator[None]:
     Raises:
         Refused: the environment needs a package that is not installed, or could not be made.
     """
-    with marked_interrupts(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         except gymnasium.error.DependencyNotInstalled as error:
             raise Refused(f"{env} needs a package that is not installed: {error}") from error
-        except BaseException as error:
-            if is_interrupt(error):
-                raise
+        except USER_CODE_FAILED as error:
             raise Refused(f"The environment {env} could not be made: {raised(error)}.") from error
 
 
 def failed(env: str, method: str, error: BaseException) -> Stopped:
-    """Return the error to raise for one that came out of a method of an environment; Ctrl-C is raised on."""
-    if is_interrupt(error):
-        raise error
+    """Return the error to raise for one that came out of a method of an environment."""
     return Stopped(f"The environment {env} failed in {method}(): {raised(error)}.")
 
 
@@ -43,5 +38,5 @@ def close(env: str, vector: Any) -> None:
     """Close copies of an environment; an error then is only a warning: they are not needed any more."""
     try:
         vector.close()
-    except BaseException as error:
+    except USER_CODE_FAILED as error:
         warnings.warn(str(failed(env, "close", error)), stacklevel=3)

@@ -20,7 +20,7 @@ from tokenrl.control.update import Agent
 from tokenrl.core.presets import preset_name
 from tokenrl.runs.facts import last_tenth
 from tokenrl.runs.findings import Finding
-from tokenrl.runs.outcome import Outcome
+from tokenrl.runs.reader import Outcome
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
 

@@ -18,8 +18,7 @@ from tokenrl.core.losses import PER_TOKEN
 from tokenrl.core.returns import credited, reward_to_go, token_rewards
 from tokenrl.core.rows import overlong_penalty, zero_outside
 from tokenrl.core.scales import SCALES
-from tokenrl.errors import Refused, Stopped, TokenrlError
-from tokenrl.user_code import is_interrupt, raised
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, raised
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
@@ -178,9 +177,9 @@ def from_function(
         baseline = function(
             totals.clone(), group_size=step.group_size, mask=mask.clone(), valid=valid.clone()
         )
-    except BaseException as error:
-        if is_interrupt(error) or isinstance(error, TokenrlError):
-            raise
+    except TokenrlError:
+        raise
+    except USER_CODE_FAILED as error:
         raise Stopped(f"The baseline {name!r} failed: {raised(error)}.") from error
     if not isinstance(baseline, Tensor) or baseline.shape not in (mask.shape[:1], mask.shape):
         is_tensor = isinstance(baseline, Tensor)

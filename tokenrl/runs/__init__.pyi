@@ -1,8 +1,7 @@
 from tokenrl.runs.files import write_json as write_json
 from tokenrl.runs.metrics import read_completions as read_completions, read_metrics as read_metrics
-from tokenrl.runs.outcome import Outcome as Outcome
 from tokenrl.runs.plots import smooth as smooth
-from tokenrl.runs.reader import RecordedRun as RecordedRun, read_run as read_run
+from tokenrl.runs.reader import Outcome as Outcome, RecordedRun as RecordedRun, read_run as read_run
 from tokenrl.runs.report import (
     compare_runs as compare_runs,
     learning_curve as learning_curve,

@@ -14,7 +14,7 @@ from typing import TypeVar
 from tokenrl.errors import Refused
 from tokenrl.runs.console import duration, rich_table
 from tokenrl.runs.findings import Finding
-from tokenrl.runs.outcome import Outcome
+from tokenrl.runs.reader import Outcome
 from tokenrl.runs.session import Session
 
 R = TypeVar("R", bound=Outcome)
@@ -63,9 +63,3 @@ def conclude(session: Session, parts: str, measured: Mapping[str, str], findings
 def checked(result: R, code: int) -> R:
     """Return the result of a check with its exit code, unless a signal has ended it."""
     return replace(result, exit_code=result.exit_code or code)
-
-
-def time_needed(low: float, high: float) -> str:
-    """Return a range of seconds as text, such as "about 1:20 to 2:05"; one number if both are near."""
-    shown = duration(low), duration(high)
-    return "about " + (shown[1] if high < 1.2 * low or shown[0] == shown[1] else " to ".join(shown))

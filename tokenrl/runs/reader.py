@@ -1,4 +1,4 @@
-"""Reads what a run has written into its directory, for reports, diagnoses and comparisons.
+"""The result of a run, and the reader of all that it has written, for reports, diagnoses and comparisons.
 
 `read_run` reads a run that has ended or is still at work. Files that cannot be read, as after an edit by hand
 or on a damaged disk, are refused in one paragraph that names the file.
@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,34 @@ _SUMMARY = {
     **dict.fromkeys(("steps", "wall_seconds", "tokens_per_second", "env_steps_per_second"), _NUMBER),
 }
 """The types of entries that the readers of a run rely on."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a run; each training adds fields of its own.
+
+    Attributes:
+        output_dir: the run directory.
+        exit_reason: `finished`, `check`, `SIGTERM`, `SIGINT`, or another reason that the training gives.
+        exit_code: 0; 2 if a check found a problem; 128 plus the number of the signal that ended the run.
+        steps: number of updates made.
+        eval_before: metrics of the evaluation before training.
+        eval_after: metrics of the evaluation after the last update; may be empty after a signal.
+        wall_seconds: seconds since the run printed its header.
+    """
+
+    output_dir: Path
+    exit_reason: str
+    exit_code: int
+    steps: int
+    eval_before: dict[str, float]
+    eval_after: dict[str, float]
+    wall_seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """Return the content of summary.json: the fields with `repr`, without directory and exit code."""
+        shown = [f.name for f in fields(self) if f.repr and f.name not in ("output_dir", "exit_code")]
+        return {name: getattr(self, name) for name in shown}
 
 
 @dataclass(frozen=True)

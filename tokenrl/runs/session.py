@@ -38,8 +38,8 @@ from tokenrl.runs.files import plain
 from tokenrl.runs.folders import atomic_directory
 from tokenrl.runs.metrics import MetricsLog, read_metrics
 from tokenrl.runs.origin import Origin
-from tokenrl.runs.outcome import Outcome
 from tokenrl.runs.output import without_warnings
+from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import Maker, cut_back, find_checkpoint
 from tokenrl.runs.signals import SIGNALS, GracefulStop

@@ -206,7 +206,7 @@ def test_empty_data_is_refused(tmp_path, monkeypatch):
     for name, content in {"a.jsonl": "", "a.csv": "", "b.csv": "prompt,answer\n", "a.json": "[]"}.items():
         (tmp_path / name).write_text(content)
     for name in ("none", "a.jsonl", "a.csv", "b.csv", "a.json"):
-        with pytest.raises(Refused, match=f"task '{name}'"):
+        with pytest.raises(Refused, match=f"'{name}'"):
             load_task(name, reward=reward)
     toy_tasks(monkeypatch, empty=PromptTask("empty", [], ROWS, reward))
     with pytest.raises(Refused, match="train_prompts is empty"):

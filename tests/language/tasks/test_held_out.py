@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from tokenrl.errors import Refused
-from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.stream import few_prompts
 from tokenrl.language.tasks.task import find_task, load_task
 

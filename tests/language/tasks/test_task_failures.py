@@ -10,7 +10,7 @@ import pytest
 
 from tokenrl.cli import main
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import PromptTask, find_task
 

@@ -6,8 +6,7 @@ import pytest
 
 import toy_tasks
 from tokenrl.errors import Refused, describe
-from tokenrl.language.tasks.arguments import DataArguments, TaskArguments
-from tokenrl.language.tasks.sources import check_prompts, with_prompts
+from tokenrl.language.tasks.sources import DataArguments, TaskArguments, check_prompts, with_prompts
 from tokenrl.language.tasks.task import find_task
 from tokenrl.names import import_attribute
 

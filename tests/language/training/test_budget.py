@@ -153,4 +153,4 @@ def test_a_number_of_steps_beside_it_is_named_and_ignored(tmp_path, capsys):
 
 def test_a_check_estimates_the_time_of_the_budget(tmp_path, capsys):
     run(tmp_path / "run", estimator="remax", max_samples=960, eval_every=12, check=True, quiet=False)
-    assert "for 80 steps and 11 evaluations" in " ".join(capsys.readouterr().out.split())
+    assert "for 80 steps, 11 evaluations" in " ".join(capsys.readouterr().out.split())

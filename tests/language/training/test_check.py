@@ -275,7 +275,7 @@ def test_completions_that_never_end_are_a_problem_of_a_chat_model_asked_in_plain
 
 
 def test_a_sampler_with_other_weights_is_found(check_policy, monkeypatch, capsys):
-    def engine(policy, **_):
+    def engine(policy, *_):
         made = Engine(policy)
         with torch.no_grad():
             for p in made.policy.model.parameters():

@@ -40,4 +40,4 @@ def test_completions_that_never_end_are_counted_and_warned_of(tmp_path, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert result.exit_reason == "finished"
     assert '"completions/clipped_ratio": 1.0' in (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert shown.count("step 1: every completion was cut at 3 tokens") == 1
+    assert shown.count("step 1: Every completion was cut at 3 tokens") == 1

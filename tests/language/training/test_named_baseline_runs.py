@@ -18,7 +18,7 @@ def fails(totals, **rows):
 """
 REWARD = "def share(completions, **rows):\n    return [text.count('a') / 9 for text in completions]\n"
 QUICK = """--max-steps 4 --prompts-per-step 2 --num-generations 2 --eval-size 2 --save-every 2
---max-completion-length 6 --training-threads 1 --sampling-threads 1"""
+--max-completion-length 6 --threads 1"""
 AGENT = "control --output-dir run --num-envs 4 --max-steps 1 --eval-episodes 2 --quiet --overwrite"
 
 

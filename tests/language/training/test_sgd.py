@@ -54,7 +54,8 @@ def test_a_learner_continues_without_moments():
     whole, part = sgd(), sgd()
     one_step(whole)
     state = through_a_checkpoint(whole.state_dict())
-    assert state["optimizer"]["parameters"] == {}
+    moments = [value for one in state["optimizer"]["state"].values() for value in one.values()]
+    assert not any(isinstance(value, torch.Tensor) for value in moments)
     part.load_state_dict(state)
     part.policy.model.load_state_dict(through_a_checkpoint(dict(whole.policy.model.state_dict())))
     for learner in (whole, part):

@@ -264,7 +264,7 @@ def test_a_constant_reward_warns_and_stops(run, capsys):
     def constant(completions):
         return [1.0] * len(completions)
 
-    with pytest.raises(Stopped, match="In 3 steps in a row no two completions"):
+    with pytest.raises(Stopped, match="In 3 steps in a row no two rewards that are compared"):
         run(make_task(constant), max_steps=9, stop_after_zero_spread=3, quiet=False)
     assert "nothing to learn from" in " ".join(capsys.readouterr().out.split())
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
-from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.settings import Count, Positive, Seed, Several
 
 DEFAULT_ESTIMATORS = (

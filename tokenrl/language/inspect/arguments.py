@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from tokenrl.language.policy.arguments import Dtype, PromptArguments
-from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.settings import OR_OBJECT, Count, Natural, Number, Positive, Seed
 
 

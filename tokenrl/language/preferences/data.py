@@ -17,7 +17,7 @@ from tokenrl.language.preferences.sampled import make_preferences
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.defaults import length_of
 from tokenrl.language.training.setup import make_policy

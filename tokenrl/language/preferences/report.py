@@ -16,7 +16,7 @@ from tokenrl.language.preferences.data import RewardData
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.runs.metrics import write_completions
-from tokenrl.runs.outcome import Outcome
+from tokenrl.runs.reader import Outcome
 from tokenrl.runs.session import Session
 
 

@@ -24,7 +24,6 @@ STREAMS = {
     "training": 0,
     "interactive": 0,
     "preferences": 2**60,
-    "difficulty": 2**61,
     "measurement": 2**62,
     "probe": 2**62 + 2**61,
     "evaluation": 2**63,

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from tokenrl.errors import Refused, suggest
-from tokenrl.language.tasks.arguments import DataArguments
-from tokenrl.language.tasks.sources import Row, with_prompts
+from tokenrl.language.tasks.sources import DataArguments, Row, with_prompts
 
 EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 

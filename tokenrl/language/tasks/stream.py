@@ -10,6 +10,7 @@ import torch
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised
 from tokenrl.language.tasks.sources import Row
+from tokenrl.settings import check_number, check_seed
 
 FEW = 16
 """With fewer distinct training prompts a policy can learn the answers by heart."""
@@ -44,11 +45,10 @@ class PromptStream:
         Raises:
             Refused: there are no rows, a step has no prompts, or the seed is negative.
         """
-        if len(rows) == 0 or prompts_per_step < 1 or seed < 0:
-            raise Refused(
-                f"There are {len(rows)} rows to train on, prompts_per_step is {prompts_per_step} and seed is "
-                f"{seed}; give at least one row, one prompt per step, and a seed of at least 0."
-            )
+        if len(rows) == 0:
+            raise Refused("There are no prompts to train on: the data is empty. Give at least one row.")
+        check_number("prompts_per_step", prompts_per_step, int, at_least=1)
+        check_seed(seed)
         self._rows = rows
         self._prompts_per_step = prompts_per_step
         self._seed = seed

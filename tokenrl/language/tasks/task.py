@@ -18,11 +18,17 @@ from typing import Any, Protocol
 from tokenrl.errors import USER_CODE_FAILED, Refused, TokenrlError, raised, suggest
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.tasks.arguments import DataArguments, TaskArguments
 from tokenrl.language.tasks.held_out import changed, dataset_rows, smaller_evaluation
 from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits, refuse_replay
 from tokenrl.language.tasks.reasoning import reasoning_task
-from tokenrl.language.tasks.sources import FORMATS, Row, check_prompts, read_splits
+from tokenrl.language.tasks.sources import (
+    FORMATS,
+    DataArguments,
+    Row,
+    TaskArguments,
+    check_prompts,
+    read_splits,
+)
 from tokenrl.names import import_attribute
 from tokenrl.settings import arguments, check_seed
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
-from tokenrl.language.tasks.arguments import TaskArguments
+from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.threads import ThreadArguments
 from tokenrl.runs.trackers import TrackerArguments

@@ -280,10 +280,9 @@ def _lines(
     if records:
         seconds = fmean(sum(record.timings[name] for name in ("collect", "update")) for record in records)
         count = 1 + -(-run.budget.plain_steps // args.eval_every) if args.eval_every else 2
-        whole = duration(args.max_steps * seconds + count * evaluation)
-        lines["time"] = (
-            f"{seconds:.2g} s per step, about {whole} for {args.max_steps} steps, {count} evaluations"
-        )
+        steps = run.budget.steps
+        whole = duration(steps * seconds + count * evaluation)
+        lines["time"] = f"{seconds:.2g} s per step, about {whole} for {steps} steps, {count} evaluations"
     lines["memory"] = ", ".join(
         f"{in_words(size * 1024**3)} of the {'GPU' if 'cuda' in name else 'computer'} so far"
         for name, size in peak_memory().items()

@@ -27,7 +27,7 @@ from tokenrl.language.training.step import Record
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.optimizers import load_schedule
-from tokenrl.runs.outcome import Outcome
+from tokenrl.runs.reader import Outcome
 from tokenrl.runs.session import Session
 
 PROGRESS = ("steps", "tokens", "samples", "completion_tokens", "step_seconds")
