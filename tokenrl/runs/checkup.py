@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from tokenrl.errors import Refused
-from tokenrl.runs.console import duration, rich_table
+from tokenrl.runs.console import rich_table
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.session import Session
