@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sqlite3
+import sys
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -130,6 +134,15 @@ def test_one_that_fails_warns_once_and_leaves_the_run_and_the_others_alone(
     assert len(calls(told, "log", "other")) == 5 and len(calls(told, "finish", "other")) == 1
 
 
+def test_one_that_fails_in_the_middle_keeps_the_steps_before(fake, tmp_path, capsys):
+    told, broken = fake
+    broken["fake", "log"] = lambda step, values: SystemExit(0) if step == 3 else None
+    live(tmp_path / "run", report_to=("fake",))
+    assert [step for step, _ in calls(told, "log")] == [0, 1, 2, 3] and len(calls(told, "finish")) == 1
+    assert "The tracker fake failed at step 3 (SystemExit: 0)" in " ".join(capsys.readouterr().out.split())
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
+
+
 def test_a_run_that_fails_is_ended_in_the_trackers_too(fake, tmp_path):
     with pytest.raises(Stopped, match="It broke"):
         live(tmp_path / "run", report_to=("fake",), until=2)
@@ -184,6 +197,31 @@ def test_tensorboard_has_one_run_in_the_directory_also_after_it_was_replaced(tmp
     assert [(s.step, s.value) for s in found.Scalars("reward")] == [(1, 1), (2, 2), (3, 3)]
     assert [s.step for s in found.Scalars("eval_reward")] == [0, 3]
     assert [s.value for s in found.Scalars("step_seconds")] == [0.25] * 3
+
+
+def test_wandb_offline_writes_a_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    live(tmp_path / "mine", report_to=("wandb",), tracker_project="trying")
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    names = (b"trying", b"mine", b"estimator.baseline", b"step_seconds", b"peak_memory_gib", b"eval_reward")
+    end = time.monotonic() + 10
+    while not all(name in written.read_bytes() for name in names):  # another process writes the file
+        assert time.monotonic() < end, written.read_bytes()
+        time.sleep(0.05)
+
+
+def test_trackio_keeps_a_run(tmp_path, monkeypatch):
+    if importlib.util.find_spec("trackio") is None or "trackio" in sys.modules:
+        pytest.skip("trackio is not installed, or has read its directory already")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    live(tmp_path / "mine", report_to=("trackio",), tracker_project="trying")
+    with sqlite3.connect(tmp_path / "trackio" / "trying.db") as database:
+        found = database.execute("select run_name, step, metrics from metrics order by step").fetchall()
+    assert [(name, step) for name, step, _ in found] == [("mine", step) for step in range(5)]
+    assert json.loads(found[3][2])["eval_reward"] == 0.7
 
 
 def test_an_agent_is_tracked_too(fake, tmp_path):
