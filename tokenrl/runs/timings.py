@@ -60,15 +60,3 @@ def peak_memory() -> dict[str, float]:
     if torch is not None and torch.cuda.is_available():
         found["peak_cuda_memory_gib"] = torch.cuda.max_memory_allocated() / _GIB
     return found
-
-
-def free_memory(device: Any) -> int:
-    """Return the bytes that are free on a torch device, or for a CPU in the computer."""
-    if device.type == "cuda":
-        import torch
-
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
-    import psutil
-
-    return int(psutil.virtual_memory().available)
