@@ -5,12 +5,19 @@ import os
 import signal
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_configure() -> None:
-    """Undo what nohup and `&` do: below them Ctrl-C and hang-up are ignored, which many tests send."""
+def pytest_configure(config) -> None:
+    """Draw the same examples in every quick run, and new ones in `make test-slow` and in runs of one's own.
+
+    Undo what nohup and `&` do: below them Ctrl-C and hang-up are ignored, which many tests send.
+    """
+    settings.register_profile("same", derandomize=True)
+    if config.getoption("markexpr").startswith("not slow"):
+        settings.load_profile("same")
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, usual)

@@ -80,7 +80,7 @@ def sign_flip(differences: Array) -> float:
         return 1.0
     test = stats.permutation_test(
         (differences / np.abs(differences).max(),),
-        np.mean,
+        lambda signed, axis: np.round(np.mean(signed, axis), DIGITS),
         permutation_type="samples",
         vectorized=True,
         n_resamples=FLIPS,
