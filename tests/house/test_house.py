@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 LIMITS = {
     **{"top": 800, "core": 1_420, "runs": 2_570, "control": 1_590, "advisor": 815},
-    **{"language": 5, "language/policy": 775, "language/rewards": 925, "language/tasks": 590},
+    **{"language": 5, "language/policy": 775, "language/rewards": 845, "language/tasks": 590},
     **{"language/rollout": 930, "language/training": 2_780, "language/preferences": 745},
     **{"language/inspect": 385, "lab": 5, "lab/exact": 900, "lab/measure": 740, "lab/compare": 2_150},
 }

@@ -1,42 +1,115 @@
-"""Whatever a reward raises is its failure, `sys.exit` too; so are numbers that are too large."""
+"""What a reward may not return, whatever it raises (`sys.exit` too), and async functions run together."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
+import math
 import os
 import signal
+import threading
 import time
 
 import numpy as np
 import pytest
+import torch
 
-from tokenrl.cli import main
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Stopped
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.rewards import Rewards
 
-COMPLETIONS = ["one", "three", "", "aaaa"]
+COMPLETIONS = ["one", "three", "", "x" * 500]
 PROMPTS = ["p0", "p1", "p2", "p3"]
 IDS = [[1], [2, 3], [], [4]]
 
 
-def call(functions, weights=None, **options):
-    return Rewards(functions, weights, **options)(PROMPTS, COMPLETIONS, IDS, {}, step=3)
+def call(functions, weights=None):
+    return Rewards(functions, weights)(PROMPTS, COMPLETIONS, IDS, {}, step=3)
 
+
+def length(completions, **kwargs):
+    return [len(completion) for completion in completions]
+
+
+def returning(output):
+    def answer(completions):
+        return output
+
+    return answer
+
+
+# ---- what it returns ----
+
+
+@pytest.mark.parametrize(
+    ("bad", "shown"),
+    [
+        (math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf"), (np.float32("nan"), "nan"),
+        (10**400, r"10+ \(int\)"), (torch.tensor(math.nan), "nan"), (1.01e12, "1010000000000.0"),
+        ("1.0", r"'1.0' \(str\)"), ([1.0], r"\[1.0\] \(list\)"),
+        (torch.tensor([1.0]), r"tensor\(\[1.\]\) \(Tensor\)"), (1j, r"1j \(complex\)"), ({}, "dict"),
+    ],
+)  # fmt: skip
+def test_one_bad_value_stops_the_run_and_names_its_row(bad, shown):
+    said = (
+        rf"answer returned .*{shown}.* for row 3, completion 'xxx.*\.\.\.x+'; a reward is a number from -1e"
+    )
+    with pytest.raises(Stopped, match=said) as caught:
+        call([length, returning([1e12, None, -1e12, bad])])
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("bad", [np.array([0, 1, math.nan, 2]), torch.tensor([0, 1, math.inf, 2])])
+def test_a_bad_value_in_an_array_is_no_abstention(bad):
+    with pytest.raises(Stopped, match="row 2, completion ''"):
+        call(returning(bad))
+
+
+@pytest.mark.parametrize(
+    ("output", "shown"),
+    [
+        (1.0, r"a float \(1.0\)"), (np.float64(2), "float64"), (torch.tensor(2.0), "Tensor"),
+        ("abcd", r"a str \('abcd'\)"), (None, r"NoneType.* Is a return missing\?"), ({}, "dict"),
+        ({1}, "set"), ((x for x in [1, 2, 3, 4]), "generator"),
+        (np.ones((4, 1)), r"\[1.0\] \(list\) for row 0"),
+        (torch.ones(1, 4), "1 rewards for 4"), ([], r"0 rewards for 4 completions \(row 0, completion 'one'"),
+        ([1.0], r"1 rewards for 4 completions \(row 1, completion 'three'"), (np.ones(5), r"5 .*too many"),
+    ],
+)  # fmt: skip
+def test_an_output_that_is_no_list_of_as_many_is_never_broadcast(output, shown):
+    with pytest.raises(Stopped, match=rf"answer returned .*{shown}"):
+        call(returning(output))
+
+
+def test_a_sum_that_is_too_large_is_named():
+    half, growing = returning([0.5] * 4), functools.partial(returning([None, 1.0, 10.0, 100.0]))
+    assert call([half, growing], [1e12, 0.0]).total.tolist() == [5e11] * 4
+    said = r"row 2, completion '', is 2e\+12 = 2 x 0.5 \(answer\) \+ 2e\+11 x 10 \(answer_2\).*reward_weights"
+    with pytest.raises(Stopped, match=said):
+        call([half, growing], [2.0, 2e11])
+    with pytest.raises(Stopped, match="row 2, completion '', is nan"):  # inf - inf
+        call([growing, growing], [1.7e308, -1.7e308])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_largest_rewards_have_finite_advantages(name):
+    n, width = 1024, 8
+    rewards, zeros = torch.tensor([1e12, -1e12]).repeat(n // 2), torch.zeros(n, width)
+    inputs = {"logprobs": zeros, "ref_logprobs": zeros, "values": zeros, "bootstrap": zeros[:, 0]}
+    inputs |= {"greedy_rewards": rewards.roll(1), "score_norms": zeros + 1, "max_length": width}
+    how = {"group_size": 8, "baseline_value": 0.0, **inputs}
+    advantages = Estimator.preset(name).advantages(rewards, zeros == 0, **how)
+    assert advantages.policy.isfinite().all() and advantages.policy.abs().max() > 0
+
+
+# ---- what it raises ----
 
 KINDS = [SystemExit(0), RuntimeError("off"), MemoryError("gone")]
-WAYS = {}
 
 
-def way(function):
-    WAYS[function.__name__] = function
-    return function
-
-
-@way
 def plain(error):
     def bad(completions):
         if "" in completions:
@@ -46,7 +119,6 @@ def plain(error):
     return bad
 
 
-@way
 def awaited(error):
     async def bad(completions):
         await asyncio.sleep(0)
@@ -55,7 +127,6 @@ def awaited(error):
     return bad
 
 
-@way
 def in_a_task(error):
     """A task that the reward starts: in asyncio, SystemExit and KeyboardInterrupt of one end the loop."""
 
@@ -65,7 +136,6 @@ def in_a_task(error):
     return bad
 
 
-@way
 def reward_model(error):
     class Bad(RewardModel):
         def __init__(self):
@@ -77,28 +147,24 @@ def reward_model(error):
     return Bad()
 
 
-@way
-def logged(error):
-    class Number:
-        def __float__(self):
-            raise error
-
-    def bad(completions, log_metric):
-        log_metric("worst", Number() if "" in completions else 0.0)
-        return [0.0] * len(completions)
-
-    return bad
-
-
 @pytest.mark.parametrize("error", KINDS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("make", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("make", [plain, awaited, in_a_task, reward_model])
 def test_what_a_reward_raises_is_its_failure(make, error):
-    # In the calls on single rows, which look for the row, what is logged is not read.
-    where = "rows 0 to 3 together" if make is logged else "row 2 of 4, completion ''"
-    named = rf"Reward function bad raised {type(error).__name__}: .*\({where}"
+    named = rf"Reward function bad raised {type(error).__name__}: .*\(row 2 of 4, completion ''\)"
     with pytest.raises(Stopped, match=named) as caught:
-        call(make(error))
+        call([length, make(error)])
     assert caught.value.__cause__ is error and caught.value.exit_code == 1
+
+
+def test_a_failure_of_all_rows_together_is_told_as_such():
+    def batch_only(completions, log_metric):
+        log_metric("calls", 1)
+        if len(completions) > 1:
+            raise MemoryError("too many")
+        return [0.0]
+
+    with pytest.raises(Stopped, match=r"MemoryError: too many \(rows 0 to 3 together.*'one'\)"):
+        call(batch_only)
 
 
 def test_the_event_loop_survives_tasks_that_nobody_awaits():
@@ -119,43 +185,6 @@ def test_a_real_interrupt_passes_through():
 
     with pytest.raises(KeyboardInterrupt):
         call(patient)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-FILE = """
-import asyncio, sys
-
-KINDS = [SystemExit(0), RuntimeError("no")]
-
-def bad(completions, trainer_state, **_):
-    raise KINDS[trainer_state.global_step]
-
-async def awaited(completions, trainer_state, **_):
-    raise KINDS[trainer_state.global_step]
-
-def later(completions, trainer_state, **_):
-    if trainer_state.global_step == 1:
-        sys.exit(0)
-    return [float(i % 3) for i in range(len(completions))]
-"""
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bad.py").write_text(FILE)
-    return tmp_path
-
-
-@pytest.mark.parametrize("name", ["bad", "awaited"])
-def test_so_it_is_in_the_process_of_a_deadline(here, name):
-    rewards = Rewards(f"bad.py:{name}", timeout=60.0)
-    for step, said in enumerate(("SystemExit: 0", "RuntimeError: no")):
-        with pytest.raises(
-            Stopped, match=rf"{name} raised {said} \(row 0 of 4, completion 'one'\)"
-        ) as caught:
-            rewards(PROMPTS, COMPLETIONS, IDS, {}, step=step)
-        assert "bad.py" in str(caught.value.__cause__)
 
 
 def forks(completions):
@@ -176,82 +205,103 @@ def test_os_exit_of_this_process_is_a_failure_and_that_of_a_fork_is_its_own():
     assert os._exit is real
 
 
-def test_a_run_whose_reward_exits_has_failed(here, saved, capsys):
-    (here / "rows.jsonl").write_text("".join(f'{{"prompt": "a{x}"}}\n' for x in "abcdef"))
+FILE = """
+import sys
+
+def later(completions, trainer_state, **_):
+    if trainer_state.global_step == 1:
+        sys.exit(0)
+    return [float(i % 3) for i in range(len(completions))]
+"""
+
+
+def test_a_run_whose_reward_exits_has_failed(saved, tmp_path, monkeypatch, capsys):
+    from tokenrl.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.py").write_text(FILE)
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "a{x}"}}\n' for x in "abcdef"))
     flags = "--max-steps 3 --prompts-per-step 2 --num-generations 2 --max-completion-length 4 --eval-every 0"
     what = ["--model", str(saved()), "--task", "rows.jsonl", "--reward", "bad.py:later"]
-    code = main(["train", *what, "--output-dir", "run", "--quiet", *flags.split()])
+    assert main(["train", *what, "--output-dir", "run", "--quiet", *flags.split()]) == 1
     said = capsys.readouterr().err
-    assert code == 1 and "Traceback" not in said
     assert "At step 2: Reward function later raised SystemExit: 0 (row 0 of 4, completion" in said
-    summary = json.loads((here / "run" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["exit_reason"] == "failed" and "later raised SystemExit" in summary["error"]
+    assert "Traceback" not in said
 
 
-# ---- numbers that are too large ----
+# ---- async functions ----
 
 
-@pytest.mark.parametrize("value", [1e308, -1e308, 1.01e12, -(10**400), np.float32(3e38)])
-def test_a_reward_that_is_too_large_is_named(value):
-    def large(completions):
-        return [0.0, 1e12, -1e12, value]
+def meeting():
+    """Two functions that each wait for the other: run one after the other, neither would ever return."""
+    here, there = [], []
 
-    said = r"large returned \S+( \(int\))? for row 3, completion .aaaa.; a reward is a number from -1e\+12 to"
-    with pytest.raises(Stopped, match=said):
-        call(large)
+    def member(mine, other, value):
+        async def attend(completions):
+            mine.append(asyncio.Event())
+            mine[-1].set()
+            while not other:
+                await asyncio.sleep(0)
+            await asyncio.wait_for(other[-1].wait(), timeout=10)
+            return [value] * len(completions)
 
+        return attend
 
-def test_a_sum_that_is_too_large_is_named():
-    def half(completions):
-        return [0.5] * len(completions)
-
-    def growing(completions):
-        return [None, 1.0, 10.0, 100.0]
-
-    assert call([half, growing], [1e12, 0.0]).total.tolist() == [5e11] * 4
-    said = r"row 2, completion '', is 2e\+12 = 2 x 0.5 \(half\) \+ 2e\+11 x 10 \(growing\).*reward_weights"
-    with pytest.raises(Stopped, match=said):
-        call([half, growing], [2.0, 2e11])
-    with pytest.raises(Stopped, match="row 2, completion '', is nan"):  # inf - inf
-        call([growing, growing], [1.7e308, -1.7e308])
+    return [member(here, there, 1.0), member(there, here, 2.0)]
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_the_largest_rewards_have_finite_advantages(name):
-    estimator = Estimator.preset(name)
-    torch = pytest.importorskip("torch")
-    n, width = 4096, 8
-    mask = torch.ones(n, width, dtype=torch.bool)
-    rewards = torch.tensor([1e12, -1e12]).repeat(n // 2)
-    inputs = {"logprobs": torch.zeros(n, width), "ref_logprobs": torch.zeros(n, width)}
-    inputs |= {
-        "values": torch.zeros(n, width),
-        "bootstrap": torch.zeros(n),
-        "greedy_rewards": rewards.roll(1),
-    }
-    inputs |= {"score_norms": torch.ones(n, width), "baseline_value": 0.0, "max_length": width}
-    advantages = estimator.advantages(rewards, mask, group_size=8, **inputs)
-    assert advantages.policy.isfinite().all() and advantages.policy.abs().max() > 0
+def test_async_functions_run_together_in_a_thread_and_inside_a_running_loop():
+    async def notebook():
+        first, second = meeting()
+        return call([first, length, second]).values[1].tolist()
+
+    assert asyncio.run(notebook()) == [1.0, 5.0, 2.0]
+    found = []
+    thread = threading.Thread(target=lambda: found.append(call(meeting()).total.tolist()))
+    thread.start()
+    thread.join()
+    assert found == [[3.0] * 4]
 
 
-# ---- their time ----
+def test_what_an_async_function_keeps_between_calls_stays_usable():
+    kept = []
+
+    class Judge:
+        async def __call__(self, completions):
+            kept.append(asyncio.get_running_loop())
+            return [0.0] * len(completions)
+
+    call(Judge())
+    call([Judge(), functools.partial(Judge())])
+    assert len(kept) == 3 and len(set(kept)) == 1 and not kept[0].is_closed()
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_coroutine_is_left_over_when_a_sync_function_raises():
+    ran = []
+
+    async def later(completions):
+        ran.append(len(completions))
+        return [0.0] * len(completions)
+
+    with pytest.raises(Stopped, match="reward raised ZeroDivisionError"):
+        call([later, lambda completions: 1 / 0])
+    assert ran == [4]
 
 
 def test_the_time_of_each_function_adds_up():
     def slow(completions):
-        time.sleep(0.05)
+        time.sleep(0.02)
         return [0.0] * len(completions)
 
     async def waits(completions):
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.02)
         return [0.0] * len(completions)
 
-    def quick(completions):
-        return [0.0] * len(completions)
-
-    rewards = Rewards([slow, waits, quick])
+    rewards = Rewards([slow, waits, length])
     for _ in range(2):
         rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0)
-    assert (
-        rewards.seconds["slow"] > 0.1 and rewards.seconds["waits"] > 0.1 and rewards.seconds["quick"] < 0.05
-    )
+    spent = rewards.seconds
+    assert spent["slow"] > 0.04 and spent["waits"] > 0.04 and spent["length"] < 0.02

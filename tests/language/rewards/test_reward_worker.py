@@ -64,14 +64,17 @@ def strict(completions, **_):
 def infinite(completions, **_):
     return [0.0, 1.0, float("inf"), 0.0]
 
+async def exits(completions, **_):
+    sys.exit(0)
+
+def leaves(completions, **_):
+    os._exit(0)
+
 def gone(completions, **_):
     os.kill(os.getpid(), 9)
 
 def unsendable(completions, log_extra, **_):
     log_extra("lock", [threading.Lock()] * len(completions))
-    return [0.0] * len(completions)
-
-def forever(completions, **_):
     return [0.0] * len(completions)
 
 class Judge:
@@ -132,12 +135,9 @@ def test_one_process_serves_every_call_and_keeps_its_own_state():
 
 
 def test_a_pattern_that_backtracks_for_ever_is_killed_with_all_that_it_started(tmp_path):
-    rewards = Rewards(["worked.py:length", "worked.py:backtracks"], timeout=1.0)
-    with pytest.raises(
-        Stopped, match=r"^Reward function backtracks did not return within 1 s \(reward_timeout=1\)"
-    ):
-        rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0)
-    assert rewards._worker._process is None
+    said = r"^Reward function backtracks did not return within 1 s \(reward_timeout=1\)"
+    with pytest.raises(Stopped, match=said):
+        call(["length", "backtracks"], timeout=1.0)
     wait_for(lambda: not any(map(running, started(tmp_path))))
 
 
@@ -184,17 +184,19 @@ def test_async_functions_share_a_deadline_and_are_named():
 
 
 def test_faults_come_back_with_function_row_and_cause():
-    with pytest.raises(
-        Stopped, match=r"strict raised ZeroDivisionError: .*row 2 of 4, completion ''"
-    ) as caught:
-        call(["strict"])
-    assert "worked.py" in str(caught.value.__cause__) and "1 / len(text)" in str(caught.value.__cause__)
-    with pytest.raises(Stopped, match=r"infinite returned inf for row 2, completion ''"):
-        call(["infinite"])
-    with pytest.raises(Stopped, match=r"gone ended the process that it ran in \(signal 9\)"):
-        call(["gone"])
-    with pytest.raises(Stopped, match=r"log_extra \(lock\) cannot be sent back"):
-        call(["unsendable"])
+    for name, said in {
+        "strict": r"strict raised ZeroDivisionError: .*row 2 of 4, completion ''",
+        "exits": r"exits raised SystemExit: 0 \(row 0 of 4, completion 'one'\)",
+        "leaves": r"leaves raised SystemExit: os._exit\(0\)",
+        "infinite": r"infinite returned inf for row 2, completion ''",
+        "gone": r"gone ended the process that it ran in \(signal 9\)",
+        "unsendable": r"log_extra cannot be sent back \(TypeError: .*lock",
+    }.items():
+        with pytest.raises(Stopped, match=said) as caught:
+            call([name])
+        assert name != "strict" or all(
+            text in str(caught.value.__cause__) for text in ("worked.py", "1 / len(text)")
+        )
     with pytest.raises(Refused, match="half has a parameter 'level'"):
         call(["half"], columns={"other": [0] * 4})
     with pytest.raises(Stopped, match=r"arguments of the reward functions .*lock.* cannot be sent"):

@@ -1,18 +1,26 @@
-"""Reward functions as TRL's users write them: arguments, weights, abstentions, metrics, names."""
+"""Rewards as TRL's users write them: arguments, weights, abstentions, metrics, names, declarations."""
+
+from __future__ import annotations
 
 import functools
 import inspect
 import math
 import re
 import sys
+from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import toy_tasks
 from tokenrl.errors import Refused, Stopped
+from tokenrl.language.inspect.arguments import EvaluateArguments
+from tokenrl.language.rewards.library import ExactMatch, Length, RegexFormat, ValidJson
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.tasks.task import find_task
 
 COMPLETIONS = ["one", "three", "", "x" * 500]
 PROMPTS = ["p0", "p1", "p2", "p3"]
@@ -54,9 +62,8 @@ def test_a_function_gets_by_keyword_what_it_names_and_everything_with_kwargs():
     columns = {"level": [10, 20, 30, 40], "prompt": PROMPTS, "completion": ["reference"] * 4}
     result = call([only_completions, everything, some], columns, max_steps=9)
     assert result.values.tolist() == [[0, 1, 11], [0, 1, 22], [0, 1, 30], [0, 1, 41]]
-    assert set(seen) == {
-        "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "level"
-    }  # fmt: skip
+    given = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+    assert set(seen) == given | {"level"}
     assert (seen["prompts"], seen["completions"], seen["level"]) == (PROMPTS, COMPLETIONS, [10, 20, 30, 40])
 
 
@@ -85,9 +92,10 @@ def test_a_trl_style_format_reward_on_chat_messages():
 
     chat = [{"role": "user", "content": "hello"}]
     texts = ["<think>yes</think>", "no", "<think>", "<think></think>"]
-    assert call(format_reward, prompts=[chat] * 4, completions=texts).total.tolist() == [1, 0, 0, 1]
     ready = [[{"role": "assistant", "content": text}] for text in texts]
-    assert call(format_reward, prompts=[chat] * 4, completions=ready).total.tolist() == [1, 0, 0, 1]
+    for completions in (texts, ready):
+        result = call(format_reward, prompts=[chat] * 4, completions=completions)
+        assert result.total.tolist() == [1, 0, 0, 1]
 
 
 def test_a_column_that_is_missing_is_refused_before_the_first_step():
@@ -107,6 +115,30 @@ def test_a_column_that_is_missing_is_refused_before_the_first_step():
 
 
 # ---- sums, abstentions, metrics ----
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        [1, 0, 1, 0], (True, False, True, False), np.array([True, False] * 2),
+        torch.tensor([1.0, 0, 1, 0], requires_grad=True), torch.tensor([1, 0, 1, 0]).bfloat16(),
+        [np.float32(1), np.bool_(False), np.int8(1), np.array(0)],
+        [torch.tensor(1.0, requires_grad=True), Fraction(0), True, 0.0],
+        np.array([1, 0, True, 0.0], dtype=object),
+    ],
+)  # fmt: skip
+def test_every_kind_of_number_is_taken(output):
+    result = call(returning(output))
+    assert result.total.tolist() == [1, 0, 1, 0] and result.valid.all()
+
+
+@pytest.mark.gpu
+def test_tensors_on_an_accelerator_are_taken():
+    if not torch.accelerator.is_available():
+        pytest.skip("no accelerator")
+    rewards = torch.arange(4.0, device=torch.accelerator.current_accelerator())
+    assert call(returning(rewards)).total.tolist() == [0, 1, 2, 3]
+    assert call(returning(list(rewards))).total.tolist() == [0, 1, 2, 3]
 
 
 def test_weights_abstentions_and_metrics():
@@ -130,15 +162,13 @@ def test_weights_abstentions_and_metrics():
 
 
 def test_a_function_that_abstains_everywhere_has_no_metric_and_all_of_them_stop_the_run():
-    result = call([returning([None] * 4), length])
-    assert list(result.metrics) == ["rewards/length/mean", "rewards/length/std"]
-    assert call(returning([None, None, 5, None])).metrics == {
-        "rewards/answer/mean": 5,
-        "rewards/answer/std": 0,
-    }
+    none = returning([None] * 4)
+    assert list(call([none, length]).metrics) == ["rewards/length/mean", "rewards/length/std"]
+    one = call(returning([None, None, 5, None])).metrics
+    assert one == {"rewards/answer/mean": 5, "rewards/answer/std": 0}
     with pytest.raises(Stopped, match=r"answer, reward\) abstained from each of the 4 .* row 0, 'one'"):
-        call([returning([None] * 4), lambda **_: [None] * 4])
-    assert not call(returning([None] * 4), all_may_abstain=True).valid.any()
+        call([none, lambda **_: [None] * 4])
+    assert not call(none, all_may_abstain=True).valid.any()
 
 
 def test_what_functions_log_is_collected():
@@ -154,18 +184,15 @@ def test_what_functions_log_is_collected():
         call(lambda log_extra, **_: log_extra("half", [1, 2]) or [0.0] * 4)
 
 
-@pytest.mark.parametrize("weights", [[1], [1, 2, 3], [1, math.nan], [math.inf, 1], []])
-def test_weights_that_do_not_fit_are_refused(weights):
-    with pytest.raises(Refused, match=r"reward_weights .* length, reward: give 2 finite"):
-        Rewards([length, lambda **_: []], weights)
-
-
-def test_no_function_is_refused():
+def test_weights_that_do_not_fit_and_no_function_are_refused():
+    for weights in ([1], [1, 2, 3], [1, math.nan], [math.inf, 1], []):
+        with pytest.raises(Refused, match=r"reward_weights .* length, reward: give 2 finite"):
+            Rewards([length, lambda **_: []], weights)
     with pytest.raises(Refused, match="No reward function"):
         Rewards([])
 
 
-# ---- loading by name ----
+# ---- by name ----
 
 
 def test_rewards_by_name(tmp_path, monkeypatch):
@@ -182,6 +209,7 @@ def test_rewards_by_name(tmp_path, monkeypatch):
     rewards = Rewards(["my_rewards:slow", f"{tmp_path}/my_rewards.py:judge", length])
     assert rewards.names == ["slow", "Judge", "length"]
     assert rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0).values[0].tolist() == [1, 2, 3]
+    (tmp_path / "length").mkdir()  # a folder of that name is a model
     for spec, message in {
         "my_rewards:slaw": r"has no slaw.*Did you mean 'slow'.*judge",
         "my_rewards:number": "is a int, which cannot be called",
@@ -189,6 +217,133 @@ def test_rewards_by_name(tmp_path, monkeypatch):
         "no_rewards:f": "no module no_rewards",
         "lenght": "Give module:function, path/to/file.py:function, the folder",
         3: "is a int; give a callable",
+        "length": r"length holds no saved model: it has no config\.json",
     }.items():
         with pytest.raises(Refused, match=message):
             load_reward(spec)
+
+
+def test_rewards_of_the_library_by_name():
+    assert load_reward("exact_match") == ExactMatch()
+    assert load_reward("length(target=20)") == Length(target=20)
+    assert load_reward(" length ( max = 3, unit='words' )") == Length(max=3, unit="words")
+    assert load_reward("regex_format(pattern='a:b/c(d)')") == RegexFormat("a:b/c(d)")
+    assert load_reward("valid_json(required=['a', 'b'])") == ValidJson(("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("lenght(target=20)", "no reward 'lenght'.*Did you mean 'length'.*module:function"),
+        ("length", r"length\(target=None, max=None\): give exactly one of the two"),
+        ("length(20)", "cannot be read. Write options as name=value"),
+        ("length(targt=20)", "There is no setting 'targt'. Did you mean 'target'"),
+        ("length(target=20", "cannot be read"),
+        ("length(target=__import__('os').getpid())", "cannot be read"),
+        ("length(**{'target': 3})", "cannot be read"),
+        ("regex_format", "missing 1 required positional argument: 'pattern'"),
+    ],
+)
+def test_specs_that_cannot_be_read_are_refused(spec, words):
+    with pytest.raises(Refused, match=words) as caught:
+        load_reward(spec)
+    assert "\n" not in str(caught.value)
+
+
+# ---- what they declare ----
+
+
+def right(completions, wanted="a"):
+    return [float(text == wanted) for text in completions]
+
+
+def silent(completions):
+    return [float(text == "a") for text in completions]
+
+
+def between(completions):
+    return [0.5 for _ in completions]
+
+
+right.binary = True
+between.range = (-2, 3)
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights", "binary", "mark", "span"),
+    [
+        (right, None, True, 1.0, (0, 1)),
+        (functools.partial(right, wanted="b"), None, True, 1.0, (0, 1)),
+        (right, [2.0], False, 2.0, (0, 2)),
+        (right, [-1.0], False, None, (-1, 0)),
+        (silent, None, False, None, None),
+        ([right, silent], None, False, None, None),
+        ([right, between], [10.0, 0.5], False, None, (-1, 11.5)),
+        ([right, between], [1.0, -1.0], False, None, (-3, 3)),
+        (functools.partial(between), None, False, None, (-2, 3)),
+        ("exact_match", None, True, 1.0, (0, 1)),
+        (["exact_match", "repetition", "sentiment"], [2.0, 1.0, 0.5], False, None, (-1.5, 2.5)),
+        ("length(target=3)", None, False, None, None),
+    ],
+)
+def test_what_rewards_declare(functions, weights, binary, mark, span):
+    rewards = Rewards(functions, weights)
+    assert (rewards.binary, rewards.pass_threshold, rewards.range) == (binary, mark, span)
+    assert Rewards(functions, weights, pass_threshold=0.5).pass_threshold == 0.5
+
+
+@pytest.mark.parametrize("found", [(1, 0), (0, 0), (0,), 5, "ab", (0, float("inf"))])
+def test_a_range_that_is_none_is_refused(found):
+    def odd(completions):
+        return [0.0 for _ in completions]
+
+    odd.range = found
+    with pytest.raises(Refused, match=r"odd has an attribute range = .* such as \(0, 1\)"):
+        Rewards(odd)
+
+
+@pytest.mark.parametrize(
+    ("name", "promise", "value", "said"),
+    [
+        ("binary", True, 0.5, "be binary and returned 0.5"),
+        ("range", (0, 1), 1.01, "lie in the range 0 to 1 and returned 1.01"),
+        ("range", (0, 1), -0.01, "lie in the range 0 to 1 and returned -0.01"),
+    ],
+)
+def test_a_reward_that_breaks_its_promise_stops_the_run(name, promise, value, said):
+    def lies(completions):
+        return [1.0 + 1e-9 * (name == "range"), None, value, 0.0]  # the first is rounding
+
+    setattr(lies, name, promise)
+    with pytest.raises(Stopped, match=rf"lies is declared to {said} for row 2, completion ''"):
+        call(lies)
+    setattr(lies, name, None)
+    assert call(lies).total[2] == value
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [("sort_digits", 1.0), ("addition", 1.0), ("countdown", 1.0), ("vowels", None), ("target_length", None)],
+)
+def test_toy_tasks_say_what_is_right(name, mark):
+    task, rewards = find_task(EvaluateArguments(task=name))
+    assert rewards.pass_threshold == mark and rewards.binary == (mark == 1.0 and name != "countdown")
+    if mark is not None:
+        rows = [{"prompts": [d["prompt"]], "completions": [d["completion"]]} for d in task.demonstrations]
+        found = {task.reward(**row)[0] for row in rows[:200]}
+        assert max(found) == mark > min(found)
+
+
+def test_a_task_s_threshold_is_for_its_own_reward_and_a_setting_is_for_any():
+    rows = [{"prompt": "a"}]
+    what = {"train_prompts": rows, "eval_prompts": rows, "reward": silent, "max_completion_length": 2}
+    task = SimpleNamespace(name="t", pass_threshold=0.5, **what)
+
+    def mark(**options):
+        return find_task(EvaluateArguments(task=task, **options))[1].pass_threshold
+
+    assert mark() == 0.5 and mark(pass_threshold=0.75) == 0.75
+    assert mark(reward_weights=(3.0,)) is None and mark(reward=("repetition",)) is None
+    assert mark(reward=("repetition",), pass_threshold=-0.5) == -0.5
+    countdown = find_task(EvaluateArguments(task="countdown", reward=("toy_tasks.countdown:reward",)))
+    assert countdown[1].pass_threshold is None and toy_tasks.load("countdown").pass_threshold == 1.0

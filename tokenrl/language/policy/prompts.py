@@ -160,7 +160,6 @@ def encode_prompt(
             if not (bare and bare[-1] in ends):
                 ids.pop()  # some tokenizers end every text with EOS; such a prompt is already finished
     else:
-        _check_template(tokenizer, name)
         begun = bool(prompt) and prompt[-1].get("role") == "assistant"
         how = {"add_generation_prompt": not begun, "continue_final_message": begun}
         ids = list(render(tokenizer, prompt, form, name, tokenize=True, return_dict=False, **how))
@@ -180,10 +179,11 @@ def render(
     """Return messages as the chat template writes them, as text or as token ids.
 
     Raises:
-        Refused: the template refuses them.
+        Refused: there is no template, or it refuses them.
     """
     from jinja2 import TemplateError
 
+    _check_template(tokenizer, name)
     try:
         return tokenizer.apply_chat_template(messages, tokenize=tokenize, **how, **_variables(form))
     except TemplateError as error:

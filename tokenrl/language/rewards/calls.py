@@ -15,7 +15,7 @@ import numbers
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -25,7 +25,6 @@ from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, des
 from tokenrl.settings import LARGEST_REWARD
 
 Reward = Callable[..., Any]
-Announce = Callable[[str], None]
 
 
 class Attempt(NamedTuple):
@@ -62,7 +61,7 @@ def call_rewards(
     named: Mapping[str, Reward],
     rows: Mapping[str, list[Any]],
     state: Mapping[str, Any],
-    announce: Announce = lambda stage: None,
+    announce: Callable[[str], None] = lambda stage: None,
 ) -> Called:
     """Call every function on N completions, async ones together; check the results, collect what was logged.
 
@@ -178,24 +177,21 @@ def accepted_arguments(function: Reward, name: str, available: Mapping[str, Any]
         Refused: a parameter without a default is not among them, or cannot be passed by keyword.
     """
     try:
-        parameters = list(inspect.signature(function).parameters.values())
+        parameters = inspect.signature(function).parameters.values()
     except ValueError:  # some builtins and extension types have no signature
         return list(available)
-    for parameter in parameters:
-        bad_kind = parameter.kind is parameter.POSITIONAL_ONLY
-        several = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        needed = parameter.default is parameter.empty and not several
-        if needed and (bad_kind or parameter.name not in available):
+    named = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    for parameter in named.values():
+        if parameter.default is not parameter.empty:
+            continue
+        if parameter.kind is parameter.POSITIONAL_ONLY or parameter.name not in available:
             raise Refused(
-                f"Reward function {name} has a parameter '{parameter.name}'"
-                + (" that cannot be passed by keyword." if bad_kind else " and the data has no such column.")
-                + suggest(parameter.name, available)
-                + " Rename it, give it a default, or add the column."
+                f"Reward function {name} has a parameter '{parameter.name}' that is no column of the data, "
+                f"or that cannot be passed by keyword.{suggest(parameter.name, available)} Rename it, give "
+                "it a default, or add the column."
             )
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return list(available)
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [p.name for p in parameters if p.kind in kinds and p.name in available]
+    whole = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return [key for key in available if whole or key in named]
 
 
 def _first_failing_row(
@@ -210,7 +206,7 @@ def _first_failing_row(
             alone = _await_all([alone.output])[0]
         if alone.error is not None:
             return f"row {i} of {len(completions)}, completion {shorten(completion)}"
-    first = shorten(completions[0]) if completions else "none"
+    first = shorten([*completions, None][0])
     return f"rows 0 to {len(completions) - 1} together, but none alone; the first completion: {first}"
 
 
@@ -225,16 +221,14 @@ def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.nd
             single number is never broadcast to all rows.
     """
     count = len(completions)
-    shape = getattr(output, "shape", None)
-    if not isinstance(output, list | tuple) and (shape is None or len(shape) != 1):
-        what = f"of shape {tuple(shape)}" if shape else repr(output)[:80]
+    items = output.tolist() if hasattr(output, "tolist") else output  # of an array or tensor
+    if not isinstance(items, list | tuple):
         hint = " Is a return missing?" if output is None else ""
         raise Stopped(
-            f"Reward function {name} returned a {type(output).__name__} ({what}) for {count} completions "
-            f"(row 0: {shorten(completions[0]) if count else 'none'}); it must return a list of {count} "
+            f"Reward function {name} returned a {type(output).__name__} ({output!r:.80}) for {count} "
+            f"completions (row 0: {shorten([*completions, None][0])}); it must return a list of {count} "
             f"numbers.{hint}"
         )
-    items = list(output) if isinstance(output, list | tuple) else output.tolist()
     if len(items) != count:
         row = min(len(items), count)
         beyond = f"row {row}, completion {shorten(completions[row])}, has none" if row < count else "too many"
@@ -242,9 +236,7 @@ def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.nd
             f"Reward function {name} returned {len(items)} rewards for {count} completions ({beyond}); "
             "it must return one for each completion, or None to abstain."
         )
-    return np.array(
-        [_number(item, name, i, completions[i]) for i, item in enumerate(items)], dtype=np.float64
-    )
+    return np.array([_number(item, name, i, completions[i]) for i, item in enumerate(items)], np.float64)
 
 
 def _number(item: Any, name: str, row: int, completion: Any) -> float:
@@ -255,11 +247,10 @@ def _number(item: Any, name: str, row: int, completion: Any) -> float:
     # An integer beyond float64 compares, but cannot be converted.
     if isinstance(item, numbers.Real) and -LARGEST_REWARD <= item <= LARGEST_REWARD:  # type: ignore[operator]
         return float(item)
-    number = isinstance(item, float)
+    what = repr(item)[:80] if isinstance(item, float) else f"{item!r:.80} ({type(item).__name__})"
     raise Stopped(
-        f"Reward function {name} returned {item if number else f'{item!r:.80} ({type(item).__name__})'} for "
-        f"row {row}, completion {shorten(completion)}; "
-        f"a reward is a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, or None to abstain."
+        f"Reward function {name} returned {what} for row {row}, completion {shorten(completion)}; a reward "
+        f"is a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, or None to abstain."
     )
 
 
@@ -267,24 +258,3 @@ def shorten(completion: Any) -> str:
     """Return the completion as text that is short enough for an error message."""
     text = repr(completion)
     return text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
-
-
-def unique_names(functions: Iterable[Reward]) -> list[str]:
-    """Return a distinct name for each function, for metrics and messages; a taken one gets a number."""
-    taken: list[str] = []
-    for function in map(original, functions):
-        name = getattr(function, "__name__", type(function).__name__)
-        name = unique = "reward" if name == "<lambda>" else name
-        number = 1
-        while unique in taken:
-            number += 1
-            unique = f"{name}_{number}"
-        taken.append(unique)
-    return taken
-
-
-def original(function: Any) -> Any:
-    """Return the function that a partial application was made of, or the function itself."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ast
+import functools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import Refused, suggest
-from tokenrl.language.rewards.calls import Reward, accepted_arguments, original
+from tokenrl.language.rewards.calls import Reward
 from tokenrl.language.rewards.library import LIBRARY
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.names import import_attribute
@@ -90,21 +90,11 @@ def parse_spec(text: str, what: str, examples: str) -> tuple[str, dict[str, Any]
         ) from error
 
 
-def check_columns(named: Mapping[str, Reward], available: Iterable[str]) -> None:
-    """Check that every function gets the arguments that its signature or its options ask for.
-
-    Args:
-        named: the functions by their names.
-        available: names of the arguments that exist.
-
-    Raises:
-        Refused: a parameter without a default, or a column that an option names, is not available.
-    """
-    available = dict.fromkeys(available)
-    for name, function in named.items():
-        accepted_arguments(function, name, available)
-        if hasattr(function, "check_columns"):
-            function.check_columns(available)
+def original(function: Any) -> Any:
+    """Return the function that a partial application was made of, or the function itself."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 def is_binary(function: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,11 @@ class RewardModel:
                     "Save a trained sequence-classification model there, such as tokenrl reward-model makes."
                 )
             model.requires_grad_(False)
+        if model.config.num_labels != 1:
+            raise Refused(
+                f"The classifier {source!s:.100} has {model.config.num_labels} labels; a reward model has "
+                "one. Give a causal language model, or a classifier that was saved with num_labels=1."
+            )
         self.form = PromptArguments(**saved_form(source))
         self.tokenizer: Any = copy.deepcopy(tokenizer)
         self.tokenizer.truncation_side = "left"
@@ -142,11 +147,6 @@ class RewardModel:
         """
         prompt = formed(prompt, self.form)
         chat = not isinstance(prompt, str)
-        if chat and not self.tokenizer.chat_template:
-            raise Refused(
-                f"reward model {self.__name__}: the prompts are chat messages, but its tokenizer has no chat "
-                "template. Use plain text prompts, or save the tokenizer with a chat template."
-            )
         if chat:
             answer = completion
             if isinstance(completion, str):
@@ -160,21 +160,19 @@ class RewardModel:
         start = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, 0)
         return list(ids) or [next(token for token in start if token is not None)]
 
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Batches of row numbers, sorted by length to save padding; of equal length if there is no pad id."""
-        batch: list[int] = []
+        batches: list[list[int]] = [[]]
         for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-            unequal = self.pad_token_id == NO_PAD and batch and lengths[row] != lengths[batch[0]]
-            if unequal or len(batch) == self.batch_size:
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
+            unequal = self.pad_token_id == NO_PAD and lengths[row] != lengths[(batches[-1] or [row])[0]]
+            if unequal or len(batches[-1]) == self.batch_size:
+                batches.append([])
+            batches[-1].append(row)
+        return batches
 
 
 def load_classifier(name_or_path: str, **options: Any) -> tuple[Any, Any, list[str]]:
-    """Load a sequence classifier with one label and its tokenizer; a causal language model gets a new head.
+    """Load a sequence classifier and its tokenizer; a causal language model gets a new head with one label.
 
     Args:
         name_or_path: a directory, that of a run for the model that it saved, or a hub name.
@@ -184,7 +182,7 @@ def load_classifier(name_or_path: str, **options: Any) -> tuple[Any, Any, list[s
         The model, its tokenizer, and the names of the weights that were not saved and are random.
 
     Raises:
-        Refused: nothing can be loaded, or a classifier has another number of labels.
+        Refused: nothing can be loaded.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -193,11 +191,6 @@ def load_classifier(name_or_path: str, **options: Any) -> tuple[Any, Any, list[s
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         if not any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ()):
             config.num_labels = 1
-        if config.num_labels != 1:
-            raise Refused(
-                f"The classifier {place!r} has {config.num_labels} labels; a reward model has one. Give a "
-                "model that was saved with num_labels=1."
-            )
         options |= {"config": config, "trust_remote_code": False, "output_loading_info": True}
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(place, **options)
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)

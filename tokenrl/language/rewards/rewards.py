@@ -14,16 +14,18 @@ stops the run with a message that names the function and the row; only a Ctrl-C 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import or_
 from typing import Any
 
 import numpy as np
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.rewards.calls import Called, call_rewards, shorten, unique_names
-from tokenrl.language.rewards.loading import Range, check_columns, declared_range, is_binary, load_reward
+from tokenrl.language.rewards.calls import Called, accepted_arguments, call_rewards, shorten
+from tokenrl.language.rewards.loading import Range, declared_range, is_binary, load_reward, original
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.worker import RewardWorker
 from tokenrl.settings import LARGEST_REWARD
@@ -67,8 +69,6 @@ class Rewards:
         weights: float64 [F].
         binary: whether the total is 0 or 1 by declaration: a single function declared binary, of weight 1.
         pass_threshold: the least total with which a completion is right, for pass@k. None: nothing says so.
-        range: the least and the largest total where no function abstains: the weighted sum of the ranges that
-            the functions declare. None: one of them declares none.
         seconds: the time that each function has taken in all calls so far, by its name.
     """
 
@@ -105,36 +105,33 @@ class Rewards:
         self.names = unique_names(self.functions)
         if not self.functions:
             raise Refused("No reward function was given: give at least one.")
-        weights = [1.0] * len(self.functions) if weights is None else list(weights)
-        if len(weights) != len(self.functions) or not all(math.isfinite(weight) for weight in weights):
+        weights = [1.0] * len(given) if weights is None else list(weights)
+        if len(weights) != len(given) or not all(math.isfinite(weight) for weight in weights):
             raise Refused(
                 f"reward_weights {weights} do not fit the reward functions {', '.join(self.names)}: give "
-                f"{len(self.functions)} finite number(s), one per function."
+                f"{len(given)} finite number(s), one per function."
             )
         self.weights = np.asarray(weights, dtype=np.float64)  # [F]
-        self._ranges = [
-            declared_range(one, name) for one, name in zip(self.functions, self.names, strict=True)
-        ]
-        self.range = self._range_of_total()
+        self._ranges = list(map(declared_range, self.functions, self.names))
         self.seconds = dict.fromkeys(self.names, 0.0)
-        declared = len(self.functions) == 1 and is_binary(self.functions[0]) and weights[0] > 0
+        declared = len(given) == 1 and is_binary(self.functions[0]) and weights[0] > 0
         self.binary = declared and weights[0] == 1 and pass_threshold in (None, 1.0)
         self.pass_threshold = weights[0] if declared and pass_threshold is None else pass_threshold
         self._here = dict(zip(self.names, self.functions, strict=True))
         self._worker = None
         if timeout is not None:
             origin = dict(zip(self.names, sources or given, strict=True))
-            away = [name for name, function in self._here.items() if not isinstance(function, RewardModel)]
-            self._worker = RewardWorker({name: origin[name] for name in away}, timeout)
-            self._here = {name: self._here[name] for name in self._here if name not in away}
+            there = {n: origin[n] for n, one in self._here.items() if not isinstance(one, RewardModel)}
+            self._worker = RewardWorker(there, timeout) if there else None
+            self._here = {name: one for name, one in self._here.items() if name not in there}
 
-    def _range_of_total(self) -> Range | None:
-        ends = [
-            sorted(weight * np.array(r)) for weight, r in zip(self.weights, self._ranges, strict=True) if r
-        ]
-        if len(ends) < len(self._ranges):
+    @property
+    def range(self) -> Range | None:
+        """The least and the largest total where no function abstains; None if one declares no range."""
+        known = [declared for declared in self._ranges if declared is not None]
+        if len(known) < len(self._ranges):
             return None
-        low, high = np.sum(ends, axis=0)
+        low, high = np.sort(self.weights[:, None] * known, axis=1).sum(axis=0)
         return float(low), float(high)
 
     def check_columns(self, columns: Iterable[str]) -> None:
@@ -148,7 +145,10 @@ class Rewards:
                 reward.
         """
         available = dict.fromkeys((*GIVEN, *(column for column in columns if column not in WITHHELD)))
-        check_columns(dict(zip(self.names, self.functions, strict=True)), available)
+        for name, function in zip(self.names, self.functions, strict=True):
+            accepted_arguments(function, name, available)
+            if hasattr(function, "check_columns"):  # an option of the reward names a column
+                function.check_columns(available)
 
     def __call__(
         self,
@@ -182,8 +182,18 @@ class Rewards:
                 `LARGEST_REWARD`, or all functions abstained from all rows.
             Refused: a function asks for a column that does not exist.
         """
-        rows = _rows(prompts, completions, completion_ids, columns)
-        called = self._call(rows, {"global_step": step, "max_steps": max_steps, "epoch": epoch})
+        rows = {key: list(values) for key, values in columns.items() if key not in WITHHELD}
+        rows["prompts"], rows["completion_ids"] = list(prompts), list(completion_ids)
+        rows["completions"] = [
+            [{"role": "assistant", "content": text}]
+            if isinstance(text, str) and not isinstance(prompt, str)
+            else text
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
+        state = {"global_step": step, "max_steps": max_steps, "epoch": epoch}
+        called = call_rewards(self._here, rows, state)
+        if self._worker is not None:
+            called = Called(*map(or_, called, self._worker(rows, state)))
         for name, spent in called.seconds.items():
             self.seconds[name] += spent
         values = np.stack([called.values[name] for name in self.names], axis=1)
@@ -194,99 +204,61 @@ class Rewards:
                 f"Every reward function ({', '.join(self.names)}) abstained from each of the {len(valid)} "
                 f"completions, from row 0, {shorten([*completions, None][0])}, on, so nothing can be learnt."
             )
-        _check_extra(called.extra, len(valid))
-        logged = {name: float(np.mean(given)) for name, given in called.logged.items()}
-        metrics = _metrics(self.names, values) | logged
+        for column, given in called.extra.items():
+            if len(given) != len(valid):
+                raise Stopped(
+                    f"log_extra('{column}') got {len(given)} values for {len(valid)} completions; give one "
+                    "for each."
+                )
+        metrics = {}
+        for name, column in zip(self.names, values.T, strict=True):
+            if (known := column[~np.isnan(column)]).size:
+                metrics[f"rewards/{name}/mean"] = float(known.mean())
+                metrics[f"rewards/{name}/std"] = float(known.std(ddof=1)) if known.size > 1 else 0.0
+        metrics |= {name: float(np.mean(given)) for name, given in called.logged.items()}
         return RewardResult(values, self._total(values, rows["completions"]), valid, metrics, called.extra)
 
     def _total(self, values: np.ndarray, completions: Sequence[Any]) -> np.ndarray:
         """Return the weighted sums [N] of the rewards [N, F]; stop at one that is too large."""
         with np.errstate(over="ignore", invalid="ignore"):
             total: np.ndarray = np.nansum(values * self.weights, axis=1)
-        large = np.flatnonzero(~(np.abs(total) <= LARGEST_REWARD))  # not `>`, which is False for nan
-        if not len(large):
-            return total
-        row = int(large[0])
-        each = zip(self.weights, self.names, values[row], strict=True)
-        parts = " + ".join(f"{weight:g} x {value:g} ({name})" for weight, name, value in each)
-        raise Stopped(
-            f"The weighted sum of the rewards of row {row}, completion {shorten(completions[row])}, is "
-            f"{total[row]:g} = {parts}. It must lie between {-LARGEST_REWARD:g} and {LARGEST_REWARD:g}: give "
-            "smaller reward_weights."
-        )
+        large = ~(np.abs(total) <= LARGEST_REWARD)  # not `>`, which is False for nan
+        if large.any():
+            row = int(large.argmax())
+            each = zip(self.weights, self.names, values[row], strict=True)
+            parts = " + ".join(f"{weight:g} x {value:g} ({name})" for weight, name, value in each)
+            raise Stopped(
+                f"The weighted sum of the rewards of row {row}, completion {shorten(completions[row])}, is "
+                f"{total[row]:g} = {parts}. It must lie between {-LARGEST_REWARD:g} and "
+                f"{LARGEST_REWARD:g}: give smaller reward_weights."
+            )
+        return total
 
     def _check_declared(self, values: np.ndarray, completions: Sequence[Any]) -> None:
         """Stop if a function returned a number that it has declared not to return."""
         functions = zip(self.names, self.functions, self._ranges, values.T, strict=True)
         for name, function, bounds, column in functions:
-            if bounds is None:
-                continue
-            low, high = bounds
-            slack = ROUNDING * (high - low)
+            low, high = bounds or (-math.inf, math.inf)
+            slack = ROUNDING * (high - low) if bounds else 0.0
             wrong = (column < low - slack) | (column > high + slack)  # False for nan
-            promise, mend = (
-                f"lie in the range {low:g} to {high:g}",
-                "Mend the reward, or its attribute range.",
-            )
+            promise = f"lie in the range {low:g} to {high:g}"
             if is_binary(function):
-                wrong = ~(np.isin(column, (0.0, 1.0)) | np.isnan(column))
-                promise, mend = (
-                    "be binary",
-                    "Return 0 or 1 (None abstains), or leave its attribute binary out.",
-                )
+                wrong, promise = ~(np.isin(column, (0.0, 1.0)) | np.isnan(column)), "be binary"
             if wrong.any():
                 row = int(wrong.argmax())
                 raise Stopped(
                     f"Reward function {name} is declared to {promise} and returned {column[row]:g} for row "
-                    f"{row}, completion {shorten(completions[row])}. {mend}"
+                    f"{row}, completion {shorten(completions[row])}. Mend the reward, or what it declares of "
+                    "itself by its attribute binary or range."
                 )
 
-    def _call(self, rows: Mapping[str, list[Any]], state: Mapping[str, Any]) -> Called:
-        """Call each function in its process: this one, or that of the worker."""
-        here = call_rewards(self._here, rows, state)
-        if self._worker is None:
-            return here
-        away = self._worker(rows, state)
-        return Called(
-            here.values | away.values,
-            here.extra | away.extra,
-            here.logged | away.logged,
-            here.seconds | away.seconds,
-        )
 
-
-def _check_extra(extra: Mapping[str, Sequence[Any]], count: int) -> None:
-    for column, values in extra.items():
-        if len(values) != count:
-            raise Stopped(
-                f"log_extra('{column}') got {len(values)} values for {count} completions; give one for each."
-            )
-
-
-def _rows(
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    completion_ids: Sequence[Sequence[int]],
-    columns: Mapping[str, Sequence[Any]],
-) -> dict[str, list[Any]]:
-    """Arguments with one value per completion; the completion of chat messages is a list of one message."""
-    rows = {key: list(values) for key, values in columns.items() if key not in WITHHELD}
-    rows["prompts"] = list(prompts)
-    rows["completions"] = [
-        [{"role": "assistant", "content": text}]
-        if isinstance(text, str) and not isinstance(prompt, str)
-        else text
-        for prompt, text in zip(prompts, completions, strict=True)
-    ]
-    rows["completion_ids"] = list(completion_ids)
-    return rows
-
-
-def _metrics(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
-    metrics = {}
-    for name, column in zip(names, values.T, strict=True):
-        given = column[~np.isnan(column)]
-        if given.size:
-            metrics[f"rewards/{name}/mean"] = float(given.mean())
-            metrics[f"rewards/{name}/std"] = float(given.std(ddof=1)) if given.size > 1 else 0.0
-    return metrics
+def unique_names(functions: Sequence[Any]) -> list[str]:
+    """Return a distinct name for each function, for metrics and messages; a taken one gets a number."""
+    taken: list[str] = []
+    for function in map(original, functions):
+        name = getattr(function, "__name__", type(function).__name__)
+        name = "reward" if name == "<lambda>" else name
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        taken.append(next(one for one in itertools.chain([name], numbered) if one not in taken))
+    return taken

@@ -16,11 +16,10 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
-import traceback
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,6 @@ class RewardWorker:
             raise Refused(f"reward_timeout={timeout}: give seconds above 0, or leave it out for no deadline.")
         self.timeout = timeout
         self._pickled = {name: _pickled(name, source) for name, source in sources.items()}
-        self._pipe: Connection | None = None
         self._process: Any = None
 
     def __call__(self, rows: Mapping[str, list[Any]], state: Mapping[str, Any]) -> Called:
@@ -64,77 +62,65 @@ class RewardWorker:
             Stopped: as in `call_rewards`, or a function took too long or ended the process.
             Refused: the process cannot be started with these functions.
         """
-        if not self._pickled:
-            return Called({}, {}, {}, {})
-        if self._pipe is None:
+        if self._process is None:
             self._start()
         try:
-            self._pipe.send_bytes(ForkingPickler.dumps((dict(rows), dict(state))))  # type: ignore[union-attr]
-        except GONE:
-            raise self._died("The reward functions", Stopped) from None
+            with contextlib.suppress(*GONE):  # `_answer` says how the process ended
+                self._pipe.send((dict(rows), dict(state)))
         except Exception as error:
             raise Stopped(
                 f"The arguments of the reward functions ({', '.join(rows)}) cannot be sent to their process "
                 f"({describe(error)}). Keep plain values in the data's columns, or leave reward_timeout out."
             ) from error
-        return self._answer("The reward functions", self.timeout, Stopped)
+        answer: Called = self._answer("The reward functions", self.timeout, Stopped)
+        return answer
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
+        # An import statement cannot find modules that were loaded from a file, so their paths are sent along.
+        files = [str(module.__file__) for name, module in sys.modules.items() if name.startswith(FILE_MODULE)]
         # Not a daemon, which may not have children of its own: a reward may well use a process pool.
-        self._process = context.Process(target=_serve, args=(theirs,), name="tokenrl-rewards")
+        self._process = context.Process(target=_serve, args=(theirs, files, self._pickled))
         self._process.start()
         theirs.close()  # else the pipe stays open when the process ends
         self._end = weakref.finalize(self, _end, self._process, self._pipe)
-        # An import statement cannot find modules that were loaded from a file, so their paths are sent along.
-        loaded = [module for name, module in sys.modules.items() if name.startswith(FILE_MODULE)]
-        with contextlib.suppress(*GONE):  # `_answer` reports how the process ended
-            self._pipe.send(([str(module.__file__) for module in loaded], self._pickled))
         stage = f"The process of the reward functions {', '.join(self._pickled)}"
         self._answer(stage, max(START_SECONDS, self.timeout), Refused)
 
     def _answer(self, stage: str, seconds: float, fault: type[TokenrlError]) -> Any:
         """Wait for the next result; each stage that the process announces restarts the deadline."""
-        assert self._pipe is not None
-        deadline = time.monotonic() + seconds
-        while True:
-            if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
-                self.close()
-                raise fault(
-                    f"{stage} did not return within {seconds:g} s (reward_timeout={self.timeout:g}) and was "
-                    "killed. Make it faster (a regular expression with nested repetition can take for ever), "
-                    "set a shorter timeout on whatever it waits for, or raise reward_timeout."
-                )
-            try:
-                kind, content = self._pipe.recv()
-            except GONE:
-                raise self._died(stage, fault) from None
-            if kind == "stage":
-                stage, deadline = content, time.monotonic() + seconds
-            elif kind == "result":
-                return content
-            else:
-                error, cause = content
-                raise error from (RuntimeError(cause) if cause else None)
-
-    def _died(self, stage: str, fault: type[TokenrlError]) -> TokenrlError:
-        self._process.join(5)
-        code = self._process.exitcode
+        try:
+            while self._pipe.poll(seconds):
+                answer = self._pipe.recv()
+                if isinstance(answer, TokenrlError):
+                    raise answer
+                if not isinstance(answer, str):
+                    return answer
+                stage = answer
+        except GONE:
+            self._process.join(5)
+            code = self._process.exitcode
+            self.close()
+            how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+            raise fault(
+                f"{stage} ended the process that it ran in ({how}), so no reward came back. A crash in "
+                "compiled code or too little memory can be the cause. A program that calls tokenrl.train "
+                "with reward_timeout needs `if __name__ == '__main__':` around the call, because the process "
+                "imports that program."
+            ) from None
         self.close()
-        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        return fault(
-            f"{stage} ended the process that it ran in ({how}), so no reward came back. A crash in compiled "
-            "code or too little memory can be the cause. A program that calls tokenrl.train with "
-            "reward_timeout needs `if __name__ == '__main__':` around the call, because the process imports "
-            "that program."
+        raise fault(
+            f"{stage} did not return within {seconds:g} s (reward_timeout={self.timeout:g}) and was killed. "
+            "Make it faster (a regular expression with nested repetition can take for ever), set a shorter "
+            "timeout on whatever it waits for, or raise reward_timeout."
         )
 
     def close(self) -> None:
         """Kill the process and all that it started; the next call starts a new one."""
         if self._process is not None:
             self._end()
-        self._process = self._pipe = None
+        self._process = None
 
 
 def _pickled(name: str, source: Any) -> bytes:
@@ -158,60 +144,47 @@ def _end(process: Any, pipe: Connection) -> None:
     process.join(10)
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, files: list[str], pickled: Mapping[str, bytes]) -> None:
     """Run in the process: load the functions, then answer calls until the pipe closes."""
     with contextlib.suppress(AttributeError, OSError):  # as on Windows
         os.setsid()
+        # Linux alone: killed with the training, whatever hangs here.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # A signal to the whole job asks the training to finish its step, which needs rewards, so this process
     # goes on. It uses a handler because programs that a reward starts would inherit SIG_IGN.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    with contextlib.suppress(AttributeError, OSError):  # Linux: killed with the training, whatever hangs here
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    try:
-        functions = _load(*pipe.recv())
-        pipe.send(("result", None))
-        while True:
-            rows, state = pipe.recv()
-            try:
-                called = call_rewards(functions, rows, state, lambda stage: pipe.send(("stage", stage)))
-                _reply(pipe, called)
-            except TokenrlError as error:
-                cause = error.__cause__
-                text = "".join(traceback.format_exception(cause)) if cause is not None else ""
-                pipe.send(("error", (type(error)(str(error)), text)))
-    except Refused as error:
-        pipe.send(("error", (error, "")))
-    except GONE:
-        return  # the training has ended
-
-
-def _reply(pipe: Connection, called: Called) -> None:
-    try:
-        pipe.send(("result", called))
-    except GONE:
-        raise
-    except Exception as error:
-        raise Stopped(
-            f"The values that reward functions gave to log_extra ({', '.join(called.extra)}) cannot be sent "
-            f"back ({describe(error)}); give it numbers and texts."
-        ) from error
-
-
-def _load(files: list[str], pickled: Mapping[str, bytes]) -> dict[str, Any]:
-    functions = {}
     for file in files:
         with contextlib.suppress(*USER_CODE_FAILED):  # a function of that file says so below
             import_file(Path(file))
-    for name, data in pickled.items():
+    with contextlib.suppress(*GONE):  # the training has ended
         try:
-            functions[name] = load_reward(ForkingPickler.loads(data))
-        except Refused:
-            raise
+            functions = {name: load_reward(ForkingPickler.loads(data)) for name, data in pickled.items()}
         except USER_CODE_FAILED as error:
-            raise Refused(
-                f"Reward function {name} cannot be loaded in the process that reward_timeout needs "
-                f"({describe(error)}). Write it at the top level of a file and name it, as in "
-                "rewards.py:function, or leave reward_timeout out."
-            ) from error
-    return functions
+            pipe.send(
+                Refused(
+                    f"The reward functions cannot be loaded in the process that reward_timeout needs "
+                    f"({describe(error)}). Write them at the top level of a file and name them, as in "
+                    "rewards.py:function, or leave reward_timeout out."
+                )
+            )
+            return
+        pipe.send(None)
+        while True:
+            rows, state = pipe.recv()
+            pipe.send_bytes(_answered(functions, rows, state, pipe.send))
+
+
+def _answered(
+    functions: Mapping[str, Any], rows: Any, state: Any, announce: Callable[[str], None]
+) -> memoryview:
+    """Call the functions; return the pickled results, or the error that is to be raised in the training."""
+    answer: Any
+    try:
+        answer = call_rewards(functions, rows, state, announce)
+        return ForkingPickler.dumps(answer)
+    except TokenrlError as error:
+        answer = ExceptionWithTraceback(error, error.__traceback__)
+    except Exception as error:
+        answer = Stopped(f"What was given to log_extra cannot be sent back ({describe(error)}).")
+    return ForkingPickler.dumps(answer)
