@@ -13,9 +13,8 @@ import pytest
 from counting_env import register
 from gymnasium import spaces
 
-from tokenrl.control.environments import Environments, describe, make
+from tokenrl.control.environments import OWN, Environments, describe, find, make
 from tokenrl.control.evaluation import SEEDS, seed_of
-from tokenrl.control.registered import OWN, find
 from tokenrl.errors import Refused
 
 
@@ -181,11 +180,11 @@ def test_discrete_observations_and_actions_that_do_not_start_at_zero():
 
 
 def test_own_environments_are_gymnasiums_too():
-    for name, own in OWN.items():
-        assert find(name).id == own["id"]
-        made = gymnasium.make(own["id"], max_episode_steps=own["max_episode_steps"] + 2)
+    for name, (env, _, limit, _, _) in OWN.items():
+        assert find(name).id == env
+        made = gymnasium.make(env, max_episode_steps=limit + 2)
         made.reset(seed=0)
-        assert made.spec.max_episode_steps == own["max_episode_steps"] + 2
+        assert made.spec.max_episode_steps == limit + 2
 
 
 @pytest.mark.parametrize("env", ["gridworld", "walk"])

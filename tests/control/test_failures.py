@@ -89,7 +89,7 @@ WRONG = [
     ({"rewards": {7: -1.1e12}}, "gave the reward -1.1e.12 in step 7.*at most 1e.12 in size"),
     ({"rewards": {2: None}}, "gave the reward nan in step 2"),
     ({"observations": {5: NAN}}, r"gave the observation \[0.0, nan\] in step 5"),
-    ({"observations": {0: NAN}}, r"gave the observation \[0.0, nan\] at reset"),
+    ({"observations": {0: NAN}}, r"gave the observation \[0.0, nan\] at the start of an episode"),
     ({"rewards": {6: NAN}, "observations": {2: NAN}}, "in step 2 of"),
 ]
 
@@ -101,12 +101,12 @@ def test_numbers_that_cannot_be_used_are_named(options, message):
         episodes(register(**options))
 
 
-def test_the_step_is_counted_from_the_latest_start():
+def test_numbers_of_pieces_are_looked_at_too():
     """Episodes of 8 steps and one that resets: the sixth piece of three is steps 7 and 8, and a reset."""
     pieces = Pieces(Environments(register(rewards={8: NAN}, after=2 * 12), 2), 3, seed=0)
     for _ in range(5):
         pieces.collect(policy(), torch.Generator().manual_seed(0))
-    with pytest.raises(Stopped, match="the reward nan in step 8 of an episode"):
+    with pytest.raises(Stopped, match="the reward nan in step 2 of a piece of an episode"):
         pieces.collect(policy(), torch.Generator().manual_seed(0))
 
 

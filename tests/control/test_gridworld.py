@@ -14,7 +14,7 @@ from gymnasium.utils.env_checker import check_env
 
 from tokenrl.control.environments import describe
 from tokenrl.control.training import train_agent
-from tokenrl.control.worlds.gridworld import GridWorld, exact_return, exact_values, transitions
+from tokenrl.control.worlds import GridWorld, exact_return, exact_values, transitions
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
 

@@ -102,7 +102,7 @@ def test_rows_are_what_a_walk_through_the_steps_finds(envs, n, seed):
     after = -torch.arange(envs * 2.0).reshape(envs, 2) - 1
     steps = Steps(observations, torch.arange(envs * n).reshape(envs, n), observations[..., 0] + 0.5,
                   over & kind, over & ~kind, dummy)  # fmt: skip
-    rollout = into_rows(steps, after, torch.zeros(0), torch.zeros(0))
+    rollout = into_rows(steps, after)
     found = []
     for e in range(envs):
         row: list[int] = []

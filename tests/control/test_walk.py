@@ -13,7 +13,7 @@ from tokenrl import train_agent
 from tokenrl.control.environments import Environments
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import collect_episodes
-from tokenrl.control.worlds.walk import Walk
+from tokenrl.control.worlds import Walk
 from tokenrl.core import Estimator
 from tokenrl.runs import read_metrics
 

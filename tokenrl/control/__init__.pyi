@@ -6,11 +6,11 @@ from tokenrl.control.policies import Policy as Policy
 from tokenrl.control.rollouts import collect_episodes as collect_episodes
 from tokenrl.control.run import ControlResult as ControlResult
 from tokenrl.control.training import train_agent as train_agent
-from tokenrl.control.worlds.bandit import Bandit as Bandit
-from tokenrl.control.worlds.gridworld import (
+from tokenrl.control.worlds import (
     GRIDWORLD_STEPS as GRIDWORLD_STEPS,
+    Bandit as Bandit,
     GridWorld as GridWorld,
+    Walk as Walk,
     exact_return as exact_return,
     exact_values as exact_values,
 )
-from tokenrl.control.worlds.walk import Walk as Walk

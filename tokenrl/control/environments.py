@@ -1,14 +1,19 @@
-"""Describes gymnasium environments and steps many copies of one; refuses those in which no policy can act.
+"""Finds gymnasium environments, describes them and steps many copies; refuses those no policy can act in.
 
 Vector environments of gymnasium reset on the NEXT step: the step after the end of an episode ignores its
 action and returns the first observation of a new episode, with reward 0. Such a step belongs to no episode,
-and `rollouts` leaves it out.
+and `rollouts` leaves it out. Whatever the code of an environment raises is its failure, sys.exit too, and the
+errors here name the environment.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import warnings
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium
@@ -17,11 +22,28 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from tokenrl.control.failures import close, failed, refusing
-from tokenrl.control.registered import find
-from tokenrl.errors import USER_CODE_FAILED, Refused
+from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, nearest, raised, suggest
+from tokenrl.names import import_source
 from tokenrl.settings import check_number
 
+WORLDS = "tokenrl.control.worlds"
+GRID, WALK = f"{WORLDS}:GridWorld", f"{WORLDS}:Walk"
+TRAP = {"size": 6, "decoy": 1, "decoy_reward": 0.5}
+OWN: dict[str, tuple[str, str, int, float | None, dict[str, Any]]] = {
+    # The threshold of the grid is the return of a path one step longer than the shortest.
+    "gridworld": ("tokenrl/GridWorld-v0", GRID, 50, 0.93, {"time_limit": None}),
+    # Between the return of the decoy, 0.49, and that of the goal, at most 0.9.
+    "trap": ("tokenrl/Trap-v0", GRID, 50, 0.8, {**TRAP, "time_limit": None}),
+    # The return of the straight path.
+    "walk": ("tokenrl/Walk-v0", WALK, 50, 1.1, {"time_limit": None}),
+    # The return of a path two steps longer than the shortest.
+    "costly_walk": ("tokenrl/CostlyWalk-v0", WALK, 50, 0.88, {"time_limit": None, "step_reward": -0.01}),
+    "bandit": ("tokenrl/Bandit-v0", f"{WORLDS}:Bandit", 1, None, {}),
+}
+"""The environments of tokenrl by their short names: id, class, most steps, threshold, and its arguments.
+
+Their own time limits are off, because gymnasium's wrapper truncates episodes.
+"""
 PICTURE = 1024
 """A Box with several axes is a picture if its numbers are bytes (uint8), or if they are more than these.
 
@@ -29,6 +51,53 @@ Flattened, a picture would be thousands of inputs that do not know which of them
 one axis is never a picture, so `gymnasium.wrappers.FlattenObservation` still lets a user flatten any Box.
 """
 REGISTER = "Write a file that registers it in a wrapper{}, and give it as --env my_envs.py:Mine-v0."
+
+for _id, _class, _steps, _threshold, _arguments in OWN.values():
+    if _id not in gymnasium.registry:
+        gymnasium.register(
+            _id, _class, reward_threshold=_threshold, max_episode_steps=_steps, kwargs=_arguments
+        )
+
+
+def find(env: str) -> EnvSpec:
+    """Look an environment up in gymnasium's registry.
+
+    Args:
+        env: a name in `OWN`, the id of a gymnasium environment, or that of one which a file or module
+            registers: `path/to/file.py:id` or `package.module:id`. It is imported once in a process; a
+            module may lie in the current directory.
+
+    Raises:
+        Refused: there is no environment of that name, or the file or module cannot be imported.
+    """
+    if not isinstance(env, str):
+        raise Refused(f"env was given as a {type(env).__name__}; give the id under which it is registered.")
+    source, _, name = (OWN[env][0] if env in OWN else env).rpartition(":")
+    added = _import(str(Path(source).resolve()) if source.endswith(".py") else source) if source else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about older versions: the id given is used
+            return gymnasium.spec(name)
+    except gymnasium.error.Error as error:
+        if added is not None:
+            hint = suggest(name, added) if added else f" Call gymnasium.register({name!r}, ...) in it."
+            raise Refused(f"env '{env}': {source} registers no environment {name!r}.{hint}") from error
+        reason = str(error).partition(" Did you mean")[0].rstrip(".")
+        raise Refused(
+            f"There is no environment {env!r} ({reason}).{nearest(name, [*OWN, *gymnasium.registry])} Give a "
+            "gymnasium id with its version, such as CartPole-v1, Acrobot-v1 or LunarLander-v3, one of "
+            f"{', '.join(OWN)}, or your own, as my_envs.py:Mine-v0 if my_envs.py registers Mine-v0."
+        ) from error
+
+
+@cache
+def _import(source: str) -> list[str]:
+    """Import a file or module once; return the ids that it registered."""
+    before = dict(gymnasium.registry)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Overriding environment")  # imported before by another name
+        import_source(source, "env")
+    return [name for name, spec in gymnasium.registry.items() if before.get(name) is not spec]
 
 
 @dataclass(frozen=True)
@@ -43,6 +112,7 @@ class Spec:
         horizon: number of steps after which an episode is truncated.
         solved: mean return from which the environment counts as solved; None if it has no such threshold.
         fast: whether one call steps many copies; else they are stepped one by one.
+        render_modes: how the environment can draw itself.
     """
 
     env: str
@@ -52,6 +122,7 @@ class Spec:
     horizon: int
     solved: float | None
     fast: bool
+    render_modes: tuple[str, ...] = ()
 
     @property
     def discrete(self) -> bool:
@@ -76,17 +147,19 @@ def describe(env: str, max_episode_steps: int | None = None) -> Spec:
             not supported, or does not limit the length of an episode.
     """
     spec = find(env)
-    made = make(env, 1, max_episode_steps)
-    observations, actions = made.single_observation_space, made.single_action_space
-    close(spec.id, made)
+    with contextlib.closing(Environments(env, 1, max_episode_steps)) as envs:
+        observations, actions = envs.vector.single_observation_space, envs.vector.single_action_space
+        modes = envs.vector.metadata.get("render_modes", ())
+    discrete = isinstance(actions, spaces.Discrete)
     return Spec(
         env=spec.id,
         observation_size=int(spaces.flatdim(observations)),
         actions=int(actions.n) if isinstance(actions, spaces.Discrete) else None,
-        action_size=0 if isinstance(actions, spaces.Discrete) else int(spaces.flatdim(actions)),
+        action_size=0 if discrete else int(spaces.flatdim(actions)),
         horizon=_horizon(spec, max_episode_steps),
         solved=None if spec.reward_threshold is None else float(spec.reward_threshold),
         fast=spec.vector_entry_point is not None,
+        render_modes=tuple(modes),
     )
 
 
@@ -100,12 +173,17 @@ def make(env: str, num_envs: int, max_episode_steps: int | None = None) -> Vecto
     check_number("num_envs", num_envs, int, at_least=1)
     limit = _horizon(spec, max_episode_steps)
     mode = "sync" if spec.vector_entry_point is None else "vector_entry_point"
-    with refusing(spec.id):
-        made = gymnasium.make_vec(spec.id, num_envs, vectorization_mode=mode, max_episode_steps=limit)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = gymnasium.make_vec(spec.id, num_envs, vectorization_mode=mode, max_episode_steps=limit)
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise Refused(f"{spec.id} needs a package that is not installed: {error}") from error
+    except USER_CODE_FAILED as error:
+        raise Refused(f"The environment {spec.id} could not be made: {raised(error)}.") from error
     if made.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP) != AutoresetMode.NEXT_STEP:
         raise Refused(f"The environment {spec.id} does not reset on the next step; give one that does.")
-    _check_observations(spec.id, made.single_observation_space)
-    _check_actions(spec.id, made.single_action_space)
+    _check_spaces(spec.id, made.single_observation_space, made.single_action_space)
     return made
 
 
@@ -121,29 +199,27 @@ def _horizon(spec: EnvSpec, limit: int | None) -> int:
     return spec.max_episode_steps
 
 
-def _check_observations(env: str, space: spaces.Space[Any]) -> None:
-    if not isinstance(space, (spaces.Box, spaces.Discrete)):
+def _check_spaces(env: str, observations: spaces.Space[Any], actions: spaces.Space[Any]) -> None:
+    """Refuse observations that are no vectors or are pictures, and actions that no head here gives."""
+    shape = observations.shape or ()
+    if not isinstance(observations, (spaces.Box, spaces.Discrete)):
         raise Refused(
-            f"Observations of {env} are of kind {type(space).__name__}; supported are Box (flattened) and "
-            "Discrete (one-hot). "
+            f"Observations of {env} are of kind {type(observations).__name__}; supported are Box (flattened) "
+            "and Discrete (one-hot). "
             + REGISTER.format(" that returns one of these, such as gymnasium.wrappers.FlattenObservation")
         )
-    shape = space.shape or ()
-    if len(shape) > 1 and (space.dtype == np.uint8 or math.prod(shape) > PICTURE):
+    if len(shape) > 1 and (observations.dtype == np.uint8 or math.prod(shape) > PICTURE):
         raise Refused(
             f"Observations of {env} are pictures (Box, shape {' x '.join(map(str, shape))}, dtype "
-            f"{space.dtype}), and the policies here have no convolutional layers. "
+            f"{observations.dtype}), and the policies here have no convolutional layers. "
             + REGISTER.format(" that returns features instead (gymnasium.wrappers.TransformObservation)")
             + " Atari games have obs_type='ram' for this. If the numbers are no picture, the wrapper "
             f"gymnasium.wrappers.FlattenObservation makes a vector of all {math.prod(shape):,}."
         )
-
-
-def _check_actions(env: str, space: spaces.Space[Any]) -> None:
-    real = isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
-    if not isinstance(space, spaces.Discrete) and not (real and len(space.shape or ()) == 1):
+    real = isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating)
+    if not isinstance(actions, spaces.Discrete) and not (real and len(actions.shape or ()) == 1):
         raise Refused(
-            f"Actions of {env} are {space!s:.200}; supported are Discrete, and a Box of real numbers with "
+            f"Actions of {env} are {actions!s:.200}; supported are Discrete, and a Box of real numbers with "
             "one axis. "
             + REGISTER.format(" that takes one of these, such as gymnasium.wrappers.TransformAction")
         )
@@ -182,10 +258,8 @@ class Environments:
         Raises:
             Stopped: the environment raised an error.
         """
-        try:
-            return self.flat(self.vector.reset(seed=seed)[0])
-        except USER_CODE_FAILED as error:
-            raise failed(self.env, "reset", error) from error
+        observations: np.ndarray = self._call("reset", seed=seed)[0]
+        return observations
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Step every copy.
@@ -202,11 +276,16 @@ class Environments:
         Raises:
             Stopped: the environment raised an error.
         """
+        observations, rewards, terminated, truncated = self._call("step", self.translate(actions))
+        return observations, rewards, terminated, truncated
+
+    def _call(self, method: str, *given: Any, **options: Any) -> tuple[Any, ...]:
+        """Call a method of the copies; return its answer with flat observations, without the last info."""
         try:
-            observations, rewards, terminated, truncated, _ = self.vector.step(self.translate(actions))
-            return self.flat(observations), rewards, terminated, truncated
+            answer = getattr(self.vector, method)(*given, **options)
+            return () if answer is None else (self.flat(answer[0]), *answer[1:4])
         except USER_CODE_FAILED as error:
-            raise failed(self.env, "step", error) from error
+            raise Stopped(f"The environment {self.env} failed in {method}(): {raised(error)}.") from error
 
     def translate(self, actions: np.ndarray) -> np.ndarray:
         """Convert actions of the policy to actions of the environment."""
@@ -222,5 +301,8 @@ class Environments:
         return np.asarray(observations, np.float32).reshape(len(observations), -1)
 
     def close(self) -> None:
-        """Close the copies."""
-        close(self.env, self.vector)
+        """Close the copies; an error then is only a warning, because they are not needed any more."""
+        try:
+            self._call("close")
+        except Stopped as error:
+            warnings.warn(str(error), stacklevel=2)

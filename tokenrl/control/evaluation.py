@@ -85,9 +85,6 @@ def check_film(spec: Spec) -> None:
     """
     if find_spec("moviepy") is None:
         raise Refused('A video needs moviepy: pip install "gymnasium[other]".')
-    with contextlib.closing(Environments(spec.env, 1, spec.horizon)) as envs:
-        modes = envs.vector.metadata.get("render_modes", [])
-    if "rgb_array" not in modes:
-        raise Refused(
-            f"{spec.env} cannot be filmed: it draws {', '.join(modes) or 'nothing'}. Leave --video out."
-        )
+    if "rgb_array" not in spec.render_modes:
+        draws = ", ".join(spec.render_modes) or "nothing"
+        raise Refused(f"{spec.env} cannot be filmed: it draws {draws}. Leave --video out.")

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenrl.core.losses import entropy_of, token_entropy
+from tokenrl.core.losses import entropy_of
 from tokenrl.errors import Refused
 from tokenrl.settings import check_choice
 
@@ -185,12 +185,11 @@ class Policy(nn.Module):
         if self.shape.head == "softmax":
             logprobs = parameters.log_softmax(-1)
             taken = logprobs.gather(-1, actions[:, None]).squeeze(-1)
+            known = logprobs if entropy_gradient else logprobs.detach()
+            chances = known.exp()
             # The score in the logits is onehot(a) - pi; its squared norm is 1 - 2 pi(a) + sum pi^2.
-            chances = logprobs.detach().exp()
-            norms = 1 - 2 * taken.detach().exp() + chances.square().sum(-1)
-            if entropy_gradient:
-                return Scored(taken, token_entropy(parameters), norms)
-            return Scored(taken, entropy_of(logprobs.detach(), chances), norms)
+            norms = 1 - 2 * taken.detach().exp() + chances.detach().square().sum(-1)
+            return Scored(taken, entropy_of(known, chances), norms)
         mean, log_std = _mean_and_log_std(parameters)
         z = (actions - mean) / log_std.exp()
         taken = (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tokenrl.control.environments import Environments
 from tokenrl.control.policies import Policy
@@ -23,8 +22,8 @@ class Rollout(NamedTuple):
     """N rows of at most T steps; a row is an episode, or a piece of one.
 
     Attributes:
-        observations: the observation before each action, [N, T, O]; arbitrary where the mask is False.
-        actions: indices [N, T] or vectors [N, T, D]; arbitrary where the mask is False.
+        observations: the observation before each action, [N, T, O]; zero where the mask is False.
+        actions: indices [N, T] or vectors [N, T, D]; zero where the mask is False.
         rewards: unscaled rewards [N, T]; zero where the mask is False.
         mask: True for the steps that were taken, [N, T].
         terminated: True for rows that ended in a terminal state, [N].
@@ -47,7 +46,20 @@ class Rollout(NamedTuple):
     env_steps: int
 
 
-@torch.no_grad()
+class Steps(NamedTuple):
+    """The n steps of E environments, some of them idle: they only reset, or come after what counts.
+
+    Shapes are [E, n, O] for observations, [E, n] or [E, n, D] for actions, and [E, n] for all others.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    idle: Tensor
+
+
 def collect_episodes(
     envs: Environments, policy: Policy, horizon: int, generator: torch.Generator | None, *, seed: int
 ) -> Rollout:
@@ -63,83 +75,14 @@ def collect_episodes(
         seed: seed of the starting states.
 
     Raises:
-        Stopped: the environment raised an error, or gave a number that `check_finite` stops at.
+        Stopped: the environment raised an error, or gave a number that cannot be used.
     """
-    observation = envs.reset(seed)
-    alive = np.ones(envs.num_envs, bool)
-    seen, acts, rewards, masks = [], [], [], []
-    terminated, final = np.zeros(envs.num_envs, bool), observation
-    act = policy.actor()
-    noise: Sequence[Tensor | None] = [None] * NOISE_CHUNK
-    for t in range(horizon):
-        if generator is not None and t % NOISE_CHUNK == 0:
-            noise = policy.noise(min(NOISE_CHUNK, horizon - t), envs.num_envs, generator=generator).unbind()
-        now = torch.from_numpy(observation)
-        actions = act(now, noise[t % NOISE_CHUNK])
-        observation, reward, done, cut = envs.step(actions.numpy())
-        seen.append(now)
-        acts.append(actions)
-        rewards.append(reward)
-        masks.append(alive)
-        ending = alive & (done | cut)
-        if ending.any():
-            final = np.where(ending[:, None], observation, final)
-            terminated = terminated | (ending & done)
-            alive = alive & ~ending
-            if not alive.any():
-                break
-    final = np.where(alive[:, None], observation, final)
-    mask = torch.from_numpy(np.stack(masks, 1))
-    # An environment whose episode has ended plays on until the others end; those rewards do not count.
-    counted = torch.from_numpy(_in_32_bits(np.stack(rewards, 1))).where(mask, 0.0)
-    ended = torch.from_numpy(terminated)
-    shown = torch.stack(seen, 1)
-    taken = torch.stack(acts, 1)
-    rollout = Rollout(
-        shown, taken, counted, mask, ended, ~ended, torch.from_numpy(np.asarray(final, np.float32)),
-        counted.sum(1), mask.sum(1), int(mask.sum()),
-    )  # fmt: skip
-    check_rollout(envs.env, rollout, np.zeros(envs.num_envs, int))
-    return rollout
-
-
-def _in_32_bits(rewards: np.ndarray) -> np.ndarray:
-    """Round rewards; one that is too large becomes infinite, which `check_rollout` names."""
-    with np.errstate(over="ignore"):
-        return np.asarray(rewards, np.float32)
-
-
-def check_rollout(env: str, rollout: Rollout, taken: np.ndarray) -> None:
-    """Stop at a number of the environment that cannot be used, instead of much later at a gradient.
-
-    Args:
-        env: id of the environment.
-        rollout: what was collected.
-        taken: steps of each row's episode before this rollout, [N].
-
-    Raises:
-        Stopped: an observation or a reward is not finite, or a reward is larger than `LARGEST_REWARD`, among
-            those that count; the message names it and the step of the episode.
-    """
-    # One sum is many times faster than a look at every number. It is finite only if all of them are.
-    finite = math.isfinite(float(rollout.observations.sum()) + float(rollout.final_observations.sum()))
-    if finite and float(rollout.rewards.abs().max()) <= LARGEST_REWARD:  # a nan is the largest
-        return
-    for row, mask in enumerate(rollout.mask):
-        seen = torch.cat([rollout.observations[row, mask], rollout.final_observations[row, None]])
-        rewards = rollout.rewards[row, mask]
-        bad_observation = ~seen.isfinite().all(1)  # [T + 1], before each step and after the last
-        bad_reward = ~(rewards.abs() <= LARGEST_REWARD)  # [T]; not `>`, which is False for nan
-        wrong = bad_observation | torch.nn.functional.pad(bad_reward, (1, 0))
-        if wrong.any():
-            step = int(wrong.int().argmax())
-            observation = f"the observation {seen[step].tolist()!s:.200}"
-            what = observation if bad_observation[step] else f"the reward {float(rewards[step - 1]):g}"
-            when = f"in step {step + int(taken[row])} of an episode" if step + int(taken[row]) else "at reset"
-            raise Stopped(
-                f"The environment {env} gave {what} {when}. Observations must be finite, and rewards at most "
-                f"{LARGEST_REWARD:g} in size. Look for a division by 0, a logarithm or an overflow in it."
-            )
+    began = envs.reset(seed), np.zeros(envs.num_envs, bool)
+    steps, after, _ = _play(envs, policy, *began, horizon, generator, chunk=NOISE_CHUNK, once=True)
+    rollout = into_rows(steps, after)
+    _check_numbers(envs.env, rollout, "an episode")
+    returns, lengths = rollout.rewards.sum(1), rollout.mask.sum(1)
+    return rollout._replace(truncated=~rollout.terminated, returns=returns, lengths=lengths)
 
 
 class Pieces:
@@ -148,80 +91,96 @@ class Pieces:
     def __init__(self, envs: Environments, num_steps: int, *, seed: int) -> None:
         """Start an episode in every environment."""
         self.envs, self.num_steps = envs, num_steps
-        self._observation = envs.reset(seed)
-        self._dummy = np.zeros(envs.num_envs, bool)  # whether the next step only resets
-        self._returns = np.zeros(envs.num_envs)
-        self._length = np.zeros(envs.num_envs, int)
+        self._observation, self._idle = envs.reset(seed), np.zeros(envs.num_envs, bool)
+        self._returns, self._lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, int)
 
-    @torch.no_grad()
     def collect(self, policy: Policy, generator: torch.Generator) -> Rollout:
         """Take `num_steps` steps in every environment; every episode with a step among them gives a row.
 
         Raises:
-            Stopped: the environment raised an error, or gave a number that `check_finite` stops at.
+            Stopped: the environment raised an error, or gave a number that cannot be used.
         """
-        before = self._length.copy()
-        act = policy.actor()
-        noise = policy.noise(self.num_steps, self.envs.num_envs, generator=generator).unbind()
-        taken: list[tuple[Tensor, ...]] = []
+        now, n = (self._observation, self._idle), self.num_steps
+        steps, after, self._idle = _play(self.envs, policy, *now, n, generator, chunk=n, once=False)
+        self._observation = after.numpy()
+        rollout = into_rows(steps, after)
+        _check_numbers(self.envs.env, rollout, "a piece of an episode")
+        returns, lengths = self._ended(steps)
+        return rollout._replace(returns=torch.tensor(returns), lengths=torch.tensor(lengths))
+
+    def _ended(self, steps: Steps) -> tuple[list[float], list[int]]:
+        """Add up what episodes have returned so far; return the totals and lengths of those that ended."""
         returns: list[float] = []
         lengths: list[int] = []
-        for t in range(self.num_steps):
-            now = torch.from_numpy(self._observation)
-            actions = act(now, noise[t])
-            self._observation, reward, done, cut = self.envs.step(actions.numpy())
-            numbers = (_in_32_bits(reward), done.copy(), cut.copy(), self._dummy)
-            taken.append((now, actions, *map(torch.from_numpy, numbers)))
-            self._count(reward, done | cut, returns, lengths)
-        after = torch.from_numpy(self._observation)
-        steps = Steps(*(torch.stack(values, 1) for values in zip(*taken, strict=True)))
-        rollout = into_rows(steps, after, torch.tensor(returns), torch.tensor(lengths))
-        rows = _first_of_rows(steps.dummy).sum(1).numpy()  # of each environment, one after the other
-        began = np.zeros(rows.sum(), int)
-        began[rows.cumsum() - rows] = before
-        check_rollout(self.envs.env, rollout, began)
-        return rollout
-
-    def _count(self, reward: np.ndarray, over: np.ndarray, returns: list[float], lengths: list[int]) -> None:
-        self._returns += np.where(self._dummy, 0.0, reward)
-        self._length += ~self._dummy
-        over = over & ~self._dummy
-        returns += self._returns[over].tolist()
-        lengths += self._length[over].tolist()
-        self._returns[over], self._length[over] = 0.0, 0
-        self._dummy = over
+        columns = (steps.rewards.double(), ~steps.idle, steps.terminated | steps.truncated)
+        for reward, counts, over in zip(*(x.T.numpy() for x in columns), strict=True):
+            self._returns += np.where(counts, reward, 0.0)
+            self._lengths += counts
+            over = over & counts
+            returns += self._returns[over].tolist()
+            lengths += self._lengths[over].tolist()
+            self._returns[over], self._lengths[over] = 0.0, 0
+        return returns, lengths
 
 
-class Steps(NamedTuple):
-    """The n steps of E environments, with dummy steps, which only reset.
+@torch.no_grad()
+def _play(
+    envs: Environments,
+    policy: Policy,
+    observation: np.ndarray,
+    idle: np.ndarray,
+    steps: int,
+    generator: torch.Generator | None,
+    *,
+    chunk: int,
+    once: bool,
+) -> tuple[Steps, Tensor, np.ndarray]:
+    """Step all environments with the actions of a policy.
 
-    Shapes are [E, n, O] for observations, [E, n] or [E, n, D] for actions, and [E, n] for all others.
+    Args:
+        envs: the environments.
+        policy: chooses the actions.
+        observation: the latest observations [E, O].
+        idle: True for environments whose next step only resets [E].
+        steps: the largest number of steps.
+        generator: random numbers of the actions; None for the most probable actions.
+        chunk: steps for which random numbers are drawn at once.
+        once: whether only one episode of each environment counts. It plays on, idle, until all have ended.
+
+    Returns:
+        The steps, the observations after the last of them [E, O], and the next `idle`.
     """
+    act, taken = policy.actor(), []
+    noise: list[Tensor | None] = [None] * chunk
+    for t in range(steps):
+        if generator is not None and t % chunk == 0:
+            size = min(chunk, steps - t), envs.num_envs
+            noise = list(policy.noise(*size, generator=generator).unbind())
+        now = torch.from_numpy(observation)
+        actions = act(now, noise[t % chunk])
+        observation, reward, terminated, truncated = envs.step(actions.numpy())
+        taken.append((now, actions, reward, terminated.copy(), truncated.copy(), idle))
+        over = terminated | truncated
+        idle = idle | over if once else over & ~idle
+        if once and idle.all():
+            break
+    columns = [torch.stack([torch.as_tensor(x) for x in column], 1) for column in zip(*taken, strict=True)]
+    columns[2] = columns[2].float()  # a reward that is too large becomes infinite, and is named then
+    return Steps(*columns), torch.from_numpy(observation), idle
 
-    observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    dummy: Tensor
 
-
-def _first_of_rows(dummy: Tensor) -> Tensor:
-    """Return where a row begins, [E, n]: at the first step, and after every dummy step."""
-    return ~dummy & torch.nn.functional.pad(dummy[:, :-1], (1, 0), value=True)
-
-
-def into_rows(steps: Steps, after: Tensor, returns: Tensor, lengths: Tensor) -> Rollout:
-    """Split the steps into rows at the ends of episodes, without the dummy steps.
+def into_rows(steps: Steps, after: Tensor) -> Rollout:
+    """Split the steps into rows at the ends of episodes, without the idle steps.
 
     Args:
         steps: all steps of a rollout.
         after: observations after the last step, [E, O].
-        returns: undiscounted returns of the episodes that ended.
-        lengths: lengths of those episodes.
+
+    Returns:
+        The rollout, in which no episode is counted yet.
     """
-    real = ~steps.dummy
-    first = _first_of_rows(steps.dummy)
+    real = ~steps.idle
+    first = real & pad(steps.idle[:, :-1], (1, 0), value=True)  # a row begins here, [E, n]
     row = first.flatten().cumsum(0).reshape(first.shape) - 1  # [E, n]
     count = int(first.sum())
     time = torch.arange(real.shape[1]).expand(real.shape)
@@ -237,9 +196,36 @@ def into_rows(steps: Steps, after: Tensor, returns: Tensor, lengths: Tensor) -> 
     following = torch.cat([steps.observations[:, 1:], after[:, None]], 1)
     mask = rows(real)
     last = (torch.arange(count), mask.sum(1) - 1)
-    ended = rows(steps.terminated)[last]
+    ended, nothing = rows(steps.terminated)[last], torch.zeros(0)
     return Rollout(
         rows(steps.observations), rows(steps.actions), rows(steps.rewards), mask, ended,
-        rows(steps.truncated)[last] & ~ended,
-        rows(following)[last], returns, lengths, int(real.sum()),
+        rows(steps.truncated)[last] & ~ended, rows(following)[last], nothing, nothing, int(real.sum()),
     )  # fmt: skip
+
+
+def _check_numbers(env: str, rollout: Rollout, unit: str) -> None:
+    """Stop at a number of the environment that cannot be used, instead of much later at a gradient.
+
+    Raises:
+        Stopped: an observation or a reward is not finite, or a reward is larger than `LARGEST_REWARD`; the
+            message names it and its step in the row, which is a `unit`.
+    """
+    # One sum is many times faster than a look at every number. It is finite only if all of them are.
+    finite = (rollout.observations.sum() + rollout.final_observations.sum()).isfinite()
+    if finite and rollout.rewards.abs().max() <= LARGEST_REWARD:  # a nan is the largest
+        return
+    for row, mask in enumerate(rollout.mask):
+        seen = torch.cat([rollout.observations[row, mask], rollout.final_observations[row, None]])
+        rewards = rollout.rewards[row, mask]
+        bad_observation = ~seen.isfinite().all(1)  # [T + 1], before each step and after the last
+        bad_reward = ~(rewards.abs() <= LARGEST_REWARD)  # [T]; not `>`, which is False for nan
+        wrong = bad_observation | pad(bad_reward, (1, 0))
+        if wrong.any():
+            step = int(wrong.int().argmax())
+            observation = f"the observation {seen[step].tolist()!s:.200}"
+            what = observation if bad_observation[step] else f"the reward {float(rewards[step - 1]):g}"
+            raise Stopped(
+                f"The environment {env} gave {what} {f'in step {step}' if step else 'at the start'} of "
+                f"{unit}. Observations must be finite, and rewards at most {LARGEST_REWARD:g} in size. Look "
+                "for a division by 0, a logarithm or an overflow in it."
+            )

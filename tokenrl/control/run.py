@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 
 from tokenrl.control.arguments import ControlSettings
@@ -18,11 +16,14 @@ from tokenrl.control.rollouts import Pieces
 from tokenrl.control.saving import SavedPolicy
 from tokenrl.control.update import Agent
 from tokenrl.core.presets import preset_name
-from tokenrl.runs.facts import last_tenth
+from tokenrl.runs.facts import last_tenth, means
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
+
+PROGRESS = ("env_steps", "cpu_seconds", "train_seconds", "last_reward")
+"""The fields of a `Run` that a checkpoint holds, beside the random numbers of the actions."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,6 @@ class Run:
         cpu_seconds: processor time of rollouts and updates.
         train_seconds: wall-clock time of rollouts and updates.
         last_reward: mean return of the latest rollout in which an episode ended.
-        entropies: entropy of each update, in nats per action.
     """
 
     args: ControlSettings
@@ -94,39 +94,27 @@ class Run:
     env_steps: int = 0
     cpu_seconds: float = 0.0
     train_seconds: float = 0.0
-    last_reward: float = float("nan")
-    entropies: list[float] = field(default_factory=list)
+    last_reward: float = math.nan
 
-    @property
-    def findings(self) -> list[Finding]:
-        """What the rules say of the entropy of the last tenth of the updates."""
-        entropies, estimator = last_tenth(self.entropies), self.args.estimator
-        if self.args.head != "softmax" or not entropies:  # the entropy of a density may well be negative
+    def findings(self, session: Session) -> list[Finding]:
+        """Return what the rules say of the entropy of the last tenth of the updates."""
+        recent = means("recent", last_tenth(session.recorded()[1:]), needs_groups=False)["recent_entropy"]
+        if self.args.head != "softmax":  # the entropy of a density may well be negative
             return []
-        bonus = {"has_entropy_bonus": estimator.entropy_coef > 0, "entropy_bonus": 0.01}
-        return judge({"recent_entropy": fmean(entropies), **bonus})
+        bonus = {"has_entropy_bonus": self.args.estimator.entropy_coef > 0, "entropy_bonus": 0.01}
+        return judge({"recent_entropy": recent, **bonus})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the progress and the random numbers, with which the run continues.
 
-        Environments have no state here: a rollout of whole episodes is reset with a seed from its step. The
-        entropies are returned as a function, which is called only if a checkpoint is written.
+        Environments have no state here: a rollout of whole episodes is reset with a seed from its step.
         """
-        updates = len(self.entropies)
-        return {
-            "env_steps": self.env_steps,
-            "cpu_seconds": self.cpu_seconds,
-            "train_seconds": self.train_seconds,
-            "last_reward": self.last_reward,
-            "entropies": lambda: np.array(self.entropies[:updates], np.float64),
-            "actions": self.actions.get_state(),
-        }
+        return {name: getattr(self, name) for name in PROGRESS} | {"actions": self.actions.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        self.env_steps, self.last_reward = int(state["env_steps"]), float(state["last_reward"])
-        self.cpu_seconds, self.train_seconds = float(state["cpu_seconds"]), float(state["train_seconds"])
-        self.entropies = state["entropies"].tolist()
+        for name in PROGRESS:
+            setattr(self, name, state[name])
         self.actions.set_state(state["actions"])
 
     def solved(self, evaluation: dict[str, float]) -> bool | None:
@@ -144,7 +132,7 @@ class Run:
             solved=self.solved(outcome["eval_after"]),
             threshold=self.spec.solved,
             verdict=verdict(self.spec, outcome["eval_after"], self.args.eval_episodes, session.step),
-            flags=[finding.flag for finding in self.findings],
+            flags=[finding.flag for finding in self.findings(session)],
             train_cpu_seconds=self.cpu_seconds,
             train_seconds=self.train_seconds,
             policy=self.agent.policy,
@@ -204,6 +192,6 @@ def facts(run: Run) -> dict[str, Any]:
 def finish(run: Run, session: Session, ended: ControlResult) -> None:
     """Save the policy, write summary and report, and print the result."""
     session.finish(ended, SavedPolicy(run.agent.policy, run.spec.env).write)
-    for finding in run.findings:
+    for finding in run.findings(session):
         session.console.warn(str(finding))
     session.console.note(ended.verdict)

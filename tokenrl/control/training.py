@@ -163,7 +163,6 @@ def _one_update(run: Run, step: int) -> dict[str, float]:
         "learning_rate": agent.optimizer.param_groups[0]["lr"],
         "skipped_steps": agent.skipped,
     }
-    run.entropies.append(metrics["entropy"])
     run.cpu_seconds += time.process_time() - cpu
     run.train_seconds += time.perf_counter() - wall
     return metrics

@@ -132,17 +132,7 @@ def rewards_in_time(
     return rewards
 
 
-def baseline_of(
-    step: Step,
-) -> tuple[
-    Float[
-        Tensor,
-        (
-            N  # T
-        ),
-    ],
-    Bool[Tensor, " N"],
-]:
+def baseline_of(step: Step) -> tuple[Float[Tensor, "N _"], Bool[Tensor, " N"]]:
     """Return the baseline, [N, 1] or [N, T], and the mask [N] of the rows that have one."""
     chosen = step.estimator.baseline
     if callable(chosen):
@@ -155,14 +145,7 @@ def baseline_of(
     return (baseline[:, None] if baseline.ndim == 1 else baseline), usable.flatten()
 
 
-def from_function(
-    function: Callable[..., Tensor], step: Step
-) -> Float[
-    Tensor,
-    (
-        N  # T
-    ),
-]:
+def from_function(function: Callable[..., Tensor], step: Step) -> Float[Tensor, "N _"]:
     """Call a user's function for the baseline and check what it returns.
 
     The function is given copies, so that changing them in place changes nothing else.

@@ -38,15 +38,13 @@ if TYPE_CHECKING:
 
 def effects(estimator: Estimator) -> list[Effect]:
     """List the effect of every choice of an estimator; a term whose coefficient is 0 has none."""
-    return [
-        baseline_effect(estimator),
-        *(choice_of(axis, getattr(estimator, axis)) for axis in ("scale", "aggregation", "ratio")),
-        returns_effect(estimator),
-        zero_spread_effect(estimator),
-        choice_of("truncations", estimator.truncations),
-        *loss_term_effects(estimator),
-        *combination_effects(estimator),
-    ]
+    alone = [baseline_effect(estimator), returns_effect(estimator), zero_spread_effect(estimator)]
+    axes = ["scale", "aggregation", "ratio", "truncations"]
+    axes += ["entropy_form"] * estimator.needs_entropy
+    alone += [choice_of(axis, getattr(estimator, axis)) for axis in axes]
+    if estimator.needs_kl:
+        alone.append(KL_EFFECTS[estimator.kl_placement, estimator.kl_estimator])
+    return alone + combination_effects(estimator)
 
 
 def baseline_effect(estimator: Estimator) -> Effect:
@@ -89,48 +87,24 @@ def zero_spread_effect(estimator: Estimator) -> Effect:
     return effect
 
 
-def loss_term_effects(estimator: Estimator) -> list[Effect]:
-    """List the effects of the KL and of the entropy bonus, each by itself."""
-    found: list[Effect] = []
-    if estimator.needs_kl:
-        found.append(KL_EFFECTS[estimator.kl_placement, estimator.kl_estimator])
-    if estimator.needs_entropy:
-        found.append(choice_of("entropy_form", estimator.entropy_form))
-    return found
-
-
 def combination_effects(estimator: Estimator) -> list[Effect]:
     """List the effects that choices have only in combination."""
     found = []
     baseline = choice_of("baseline", estimator.baseline)
     shrinks = baseline.status == UP_TO_SCALE
-    if estimator.loss_side_terms:
+    rescaled = estimator.scale != "none" or (shrinks and baseline.compares == "group")
+    if estimator.loss_side_terms and rescaled:
         # A group mean multiplies the advantages by (G-1)/G, and so changes the weight of the loss term
-        # relative to them, for any number of prompts. The factor (N-1)/N of a batch mean tends to 1 as the
-        # step grows.
-        if estimator.scale != "none" or (shrinks and baseline.compares == "group"):
-            found.append(
-                Effect(
-                    BIASED,
-                    "the advantages are rescaled and the KL or entropy term in the loss is not, which "
-                    "changes its coefficient",
-                )
-            )
-        elif shrinks:
-            found.append(
-                Effect(
-                    ASYMPTOTIC,
-                    "the KL or entropy term in the loss is not multiplied by (N-1)/N as the advantages are",
-                )
-            )
+        # relative to them, for any number of prompts.
+        text = "the advantages are rescaled and the KL or entropy term in the loss is not, which changes its "
+        found.append(Effect(BIASED, text + "coefficient"))
+    elif estimator.loss_side_terms and shrinks:  # the factor of a batch mean tends to 1 as the step grows
+        text = "the KL or entropy term in the loss is not multiplied by (N-1)/N as the advantages are"
+        found.append(Effect(ASYMPTOTIC, text))
     limits = {baseline_effect(estimator).status, choice_of("aggregation", estimator.aggregation).status}
     if estimator.scale == "loo_std" and ASYMPTOTIC in limits:
-        found.append(
-            Effect(
-                BIASED,
-                "prompts stay weighted unequally, and the direction of each is right in the limit only",
-            )
-        )
+        text = "prompts stay weighted unequally, and the direction of each is right in the limit only"
+        found.append(Effect(BIASED, text))
     return found
 
 

@@ -1,11 +1,17 @@
-"""A small square grid, with a decoy or without, whose expected returns can also be computed exactly."""
+"""The small environments: a grid with or without a decoy, a walk on a line, and a bandit with two arms.
+
+The expected returns of the grid can also be computed exactly (`exact_values`). Mean and variance of the
+gradient on the bandit are known in closed form, which `recipes/control_1_bandit.py` computes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 
 from tokenrl.errors import Refused
@@ -89,8 +95,8 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
         self.starts = [cell for cell in range(self.cells) if cell not in self.ends] if random_start else [0]
         self.slip, self.random_start, self.time_limit = slip, random_start, time_limit
         self.step_reward, self.render_mode = step_reward, render_mode
-        self.action_space = gymnasium.spaces.Discrete(len(MOVES))
-        self.observation_space = gymnasium.spaces.Box(0.0, 1.0, (self.cells,), np.float32)
+        self.action_space = Discrete(len(MOVES))
+        self.observation_space = Box(0.0, 1.0, (self.cells,), np.float32)
         self.next_cells = next_cells(size)
         self.cell, self.steps = 0, 0
 
@@ -218,3 +224,112 @@ def exact_return(
     """
     values = exact_values(env, policy, gamma=gamma, horizon=horizon)
     return float(values[env.starts].mean())
+
+
+WALK_STEPS = 50
+"""Steps after which an episode of the default environment is truncated."""
+
+LAST = 11
+"""Steps of 0.1 from the middle of the walk to the first place beyond 1."""
+
+
+class Walk(gymnasium.Env[NDArray[np.float32], np.int64]):
+    """Start at x = 0 and step by 0.1 to the left or to the right, until x is beyond 1 or -1.
+
+    The step to x = 1.1 has a reward of 1, the step to x = -1.1 a reward of -1, and both end the episode
+    (terminated). Every other step has the reward `step_reward`. After `time_limit` steps the episode is
+    truncated, unless that step terminates it.
+
+    By default a step pays 0.01. Standing about for the whole episode returns 0.5, the straight path of eleven
+    steps to the right 1.1, and a path to the right that dawdles even more, 1.48 at most. A uniform policy
+    returns 0.459, and 76 % of its episodes are truncated. With a step reward of -0.01, which is the
+    environment `costly_walk`, standing about costs as much as it pays here; the best is the straight path,
+    with a return of 0.9.
+
+    Actions: `Discrete(2)`, left, right. Observations: `Box(-1.1, 1.1, [4], float32)`, which are (x, 0, 0, 0).
+    """
+
+    metadata = {"render_modes": []}  # noqa: RUF012  gymnasium's own form
+
+    def __init__(self, *, step_reward: float = 0.01, time_limit: int | None = WALK_STEPS) -> None:
+        """Make the walk.
+
+        Args:
+            step_reward: Reward of each step that does not end the episode at either end.
+            time_limit: Steps until truncation; None if a wrapper such as gymnasium's TimeLimit truncates.
+        """
+        self.step_reward, self.time_limit, self.render_mode = step_reward, time_limit, None
+        self.action_space = gymnasium.spaces.Discrete(2)
+        end = np.float32(LAST / 10)
+        self.observation_space = gymnasium.spaces.Box(-end, end, (4,), np.float32)
+        self.place, self.steps = 0, 0  # in whole steps: tenths added up in floating point miss the limit
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Begin an episode at x = 0. Nothing here is random, and no options are known."""
+        super().reset(seed=seed)
+        self.place, self.steps = 0, 0
+        return self.observe(), {}
+
+    def step(self, action: np.int64 | int) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Take one step, 0 to the left or 1 to the right.
+
+        Returns:
+            The observation, the reward, terminated, truncated, and an empty dict.
+        """
+        self.place += 2 * int(action) - 1
+        self.steps += 1
+        terminated = abs(self.place) >= LAST
+        truncated = not terminated and self.time_limit is not None and self.steps >= self.time_limit
+        reward = float(np.sign(self.place)) if terminated else self.step_reward
+        return self.observe(), reward, terminated, truncated, {}
+
+    def observe(self) -> NDArray[np.float32]:
+        """Return (x, 0, 0, 0)."""
+        return np.array([self.place / 10, 0, 0, 0], np.float32)
+
+
+class Bandit(gymnasium.Env[NDArray[np.float32], np.int64]):
+    """Two actions with fixed rewards and nothing to observe: the sigmoid bandit.
+
+    A policy with one parameter theta takes the first action with probability sigmoid(theta). An episode is
+    one action, or several in a row that share theta; it terminates then and is never truncated.
+
+    Actions: `Discrete(2)`. Observations: `Box(0, 1, [1], float32)`, always 1, as a linear policy needs it.
+    """
+
+    metadata = {"render_modes": []}  # noqa: RUF012  gymnasium's own form
+
+    def __init__(self, rewards: Sequence[float] = (1.0, 0.0), steps: int = 1) -> None:
+        """Make the bandit.
+
+        Args:
+            rewards: Rewards of the first action (index 0) and of the second.
+            steps: T, the number of actions of an episode.
+
+        Raises:
+            Refused: There are not two rewards.
+        """
+        if len(rewards) != 2:
+            raise Refused(
+                f"rewards were given as {rewards!r}; the bandit has two actions. Give one number for each, "
+                "such as (1.0, 0.0)."
+            )
+        self.rewards, self.steps = (float(rewards[0]), float(rewards[1])), steps
+        self.observation_space = Box(0.0, 1.0, (1,), np.float32)
+        self.action_space = Discrete(2)
+        self._left = steps  # actions until the end
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Begin an episode; the seed changes nothing, since nothing here is random."""
+        super().reset(seed=seed)
+        self._left = self.steps
+        return np.ones(1, np.float32), {}
+
+    def step(self, action: np.int64 | int) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Take an action; return observation, reward, terminated, truncated and an empty info."""
+        self._left -= 1
+        return np.ones(1, np.float32), self.rewards[action], self._left == 0, False, {}

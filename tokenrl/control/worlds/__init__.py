@@ -1,1 +1,0 @@
-"""Environments whose exact values are known: GridWorld, the walk and the bandit."""
