@@ -192,7 +192,7 @@ def test_the_page_shows_the_verdict_first_and_everything_that_was_found(tmp_path
         "better, +0.09",
         "equivalent, +0.0",
         "reinforce against itself",
-        "0 of 6 [0%, 39%]",
+        "0 of 6 runs [0%, 39%]",
         "Student-t",
     ):
         assert text in page, text

@@ -10,7 +10,6 @@ from scipy import stats
 from tokenrl.errors import Refused
 from tokenrl.lab import judge_scores
 from tokenrl.lab.compare.judgement import Difference, Family
-from tokenrl.lab.compare.words import headline, sentence
 
 MIRRORED = {"better": "worse", "worse": "better"}
 exact = st.integers(-256, 256).map(lambda k: k / 64)
@@ -42,7 +41,7 @@ def family(table, **options) -> Family:
 def one(reference, arm, **options) -> tuple[Difference, str]:
     """Judge two arms, given as the scores of seeds 0, 1, 2, ...; return the difference and its sentence."""
     found = family({"ref": dict(enumerate(reference)), "arm": dict(enumerate(arm))}, **options)
-    return found.differences[0], sentence(found.differences[0], found)
+    return found.differences[0], found.sentences()[0]
 
 
 @few
@@ -97,8 +96,8 @@ def test_a_verdict_is_what_the_interval_at_the_level_of_the_family_says(table, m
         elif d.verdict == "undecided":
             assert low == high or (low <= 0 <= high and (margin is None or low < -margin or high > margin))
             assert d.seeds_needed is None or d.seeds_needed > len(d.differences)
-        check_words(sentence(d, found), d.verdict)
-        assert d.arm in headline(found) and d.reference in headline(found)
+        check_words(next(text for text in found.sentences() if f"{d.arm} " in text), d.verdict)
+        assert d.arm in found.headline() and d.reference in found.headline()
 
 
 SAID = {
@@ -173,8 +172,8 @@ def test_failures_are_counted_and_the_difference_is_that_of_the_others():
     [
         (6, -0.5, "worse", "because it fails more often"),
         (6, 0.5, "undecided", "one fails more often, and the other is worse where neither fails"),
-        (1, -0.5, "worse", "by "),
-        (1, 0.5, "better", "by "),
+        (1, -0.5, "worse", "arm is worse than ref, by -0.499 [-0.509"),
+        (1, 0.5, "better", "arm is better than ref, by +0.501 [0.491"),
     ],
 )
 def test_an_arm_that_fails_more_often_is_not_better(arm_fails, others, verdict, words):
@@ -206,10 +205,10 @@ def test_a_seed_that_one_arm_lacks_is_left_out_of_its_pairs_and_named():
     table["other"] = dict(table["arm"])
     del table["arm"][3], table["ref"][5]
     found = family(table)
-    arm, other = found.differences
+    arm = found.differences[0]
     assert list(arm.differences) == [0, 1, 2, 4, 6, 7] and arm.unpaired == (3, 5)
-    assert sentence(arm, found).endswith("Seeds 3 and 5 are left out: only one of the two has them.")
-    assert sentence(other, found).endswith("Seed 5 is left out: only one of the two has it.")
+    assert found.sentences()[0].endswith("Seeds 3 and 5 are left out: only one of the two has them.")
+    assert found.sentences()[1].endswith("Seed 5 is left out: only one of the two has it.")
 
 
 def test_a_void_arm_is_shown_without_a_verdict_and_changes_nothing_for_the_others():
@@ -281,9 +280,9 @@ GOOD = [(arm, seed, 0.5) for arm in ("ppo", "rloo") for seed in range(6)]
 @pytest.mark.parametrize(
     ("table", "options", "said"),
     [
-        ([*GOOD, ("ppo", 6, math.nan)], {}, "Row 12 has no finite score: arm 'ppo', seed 6"),
+        ([*GOOD, ("ppo", 6, math.nan)], {}, "Row 12, arm 'ppo', seed 6, has no finite score"),
         ([*GOOD, ("ppo", 6, math.inf)], {}, "leaving failed runs out would flatter"),
-        ([*GOOD, ("ppo", 3, 0.1)], {}, "Row 12 gives arm 'ppo', seed 3 a second time"),
+        ([*GOOD, ("ppo", 3, 0.1)], {}, "Row 12, arm 'ppo', seed 3, is there a second time"),
         ([("ppo", s, 0.5) for s in range(6)], {}, "only the arm 'ppo'; give two arms or more"),
         (GOOD, {"reference": "rlo"}, "'rlo', which is no arm. Did you mean 'rloo'"),
         (GOOD, {"margin": 0}, "margin"),
@@ -291,13 +290,13 @@ GOOD = [(arm, seed, 0.5) for arm in ("ppo", "rloo") for seed in range(6)]
         (GOOD, {"margin": {"sort": 0.1}}, "the problem 'sort', which has no scores"),
         (GOOD, {"failed": [("ppo", 9)]}, "failed names the run ('ppo', 9)"),
         ([("ppo", 0, 0.5), ("rloo", 1, 0.5)], {}, "no seed in common"),
-        ([], {}, "no rows"),
+        ([], {}, "The table has 0 rows"),
         ([("ppo", 0.5, 0.5)], {}, "no whole number as its seed"),
         ([("ppo", 0, "good")], {}, "Row 0"),
-        ([("ppo", 0)], {}, "Row 0"),
-        (["ppo"], {}, "Row 0"),
+        ([("ppo", 0)], {}, "the columns arm, seed; it needs"),
+        (["ppo"], {}, "the columns arm; it needs"),
         ([{"arm": "ppo", "seed": 0, "points": 1}], {"metric": "area"}, "score (or area)"),
-        ([{"seed": 0, "score": 1}], {}, "needs arm"),
+        ([{"seed": 0, "score": 1}], {}, "with arm, seed"),
         ("no/such/file.csv", {}, "cannot be read"),
     ],
 )

@@ -170,7 +170,7 @@ def test_the_reference_against_itself_and_all_pairs(tmp_path):
     (family,) = found.judgement.families
     assert family.itself is not None and family.itself.verdict == "undecided"
     assert len(family.differences) == 3 and family.differences[-1].arm == "rloo"
-    assert "rloo is better than a2c by 0.09" in " ".join(found.sentences("walk"))
+    assert "rloo is better than a2c, by +0.09" in " ".join(found.sentences("walk"))
     assert list(found.differences()["decides"][:4]) == ["yes"] * 3 + ["no"]
 
 
@@ -205,7 +205,7 @@ def test_tuned_rates_are_chosen_and_an_edge_is_told(tmp_path, capsys):
             settings = json.loads((tmp_path.parent / words[words.index("--config") + 1]).read_text())
             folder = tmp_path.parent / words[words.index("--output-dir") + 1]
             write_run(folder, **rising(settings["learning_rate"])(settings["seed"]))
-    usual = found.plan.problems[0].learning_rate
+    usual = found.plan.problems[0].settings["learning_rate"]
     assert set(row(found, "a2c")[["learning_rate"]]) == {16 * usual}
     assert "is the greatest that was tried" in said(found, "Learning rate")[0]
 

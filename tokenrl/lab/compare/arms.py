@@ -9,20 +9,16 @@ from dataclasses import fields
 from typing import Any
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused, suggest
 from tokenrl.lab.compare.plan import Arm
 from tokenrl.runs.files import plain
 from tokenrl.settings import arguments
 
-OWN = (
-    *("task", "env", "arms", "model", "output_dir", "overwrite", "quiet", "seed", "resume", "check"),
-    *("num_generations", "learning_rate", "threads"),
-)
-"""Settings of a run that a comparison sets itself."""
-ALLOWED = ("num_generations", "learning_rate")
-"""Those of them that an arm may change all the same."""
 AXES = tuple(f.name for f in fields(Estimator))
+OWN = ("task", "env", "model", "output_dir", "overwrite", "quiet", "seed", "resume", "check", "threads")
+"""Settings of a run that a comparison sets itself."""
+SWEPT = ("num_generations", "learning_rate")
+"""Settings that a comparison takes itself, several of them at once; an arm may set them all the same."""
 MEASURE = (
     *("reward", "reward_weights", "prompt_column", "prompt_template", "split", "eval_split", "eval_size"),
     *("eval_generations", "eval_every", "max_steps", "max_samples", "num_envs", "num_steps", "eval_episodes"),
@@ -70,66 +66,50 @@ def read_arm(text: str, axes: Mapping[str, Any], settings: Sequence[str]) -> Arm
     Raises:
         Refused: there is no such preset, axis or setting, or a value is not allowed.
     """
-    first, *others = [part.strip() for part in _parts(text)]
-    if not first:
+    preset, *changes = [part.strip() for part in _parts(text)]
+    if not preset:
         raise Refused("An arm is empty; name a preset, such as rloo.")
-    parts = others if "=" not in first else [first, *others]
-    given: dict[str, Any] = {}
-    for part in parts:
-        name, equals, value = part.partition("=")
+    if "=" in preset:
+        preset, changes = "", [preset, *changes]
+    axes, own = dict(axes), dict[str, Any]()
+    for change in changes:
+        name, equals, value = change.partition("=")
         name = name.strip().removeprefix("--").removeprefix("estimator.").replace("-", "_")
         if not equals or not name:
             raise Refused(
-                f"The arm {text!r} holds {part!r}; after the preset write changes as NAME=VALUE, such as "
+                f"The arm {text!r} holds {change!r}; after the preset write changes as NAME=VALUE, such as "
                 '"grpo,scale=none".'
             )
-        _check_name(text, name, settings)
-        given[name] = _value(value.strip())
-    own = {name: value for name, value in given.items() if name in AXES}
+        if name not in AXES:
+            _check_name(text, name, settings)
+        (axes if name in AXES else own)[name] = _value(value.strip())
     try:
-        estimator = _estimator("" if "=" in first else first, {**axes, **own})
+        if preset and ":" not in preset:
+            estimator = Estimator.preset(preset, **axes)
+        else:
+            estimator = arguments(Estimator, {**({"baseline": preset} if preset else {}), **axes})
     except Refused as error:
         raise Refused(f"The arm {text!r} cannot be used: {error}") from error
-    rest = {name: value for name, value in given.items() if name not in AXES}
-    return Arm(text, {"estimator": changed_axes(estimator), **rest}, estimator.bias_status)
-
-
-def _estimator(preset: str, axes: Mapping[str, Any]) -> Estimator:
-    """Make the estimator of a preset, of a function as the baseline, or without either of the axes alone."""
-    if ":" in preset:
-        return arguments(Estimator, {"baseline": preset, **axes})
-    if preset and preset not in PRESETS:
-        raise Refused(
-            f"there is no preset {preset!r}.{suggest(preset, PRESETS)} A baseline of your own is written "
-            "file.py:function or module:function."
-        )
-    return Estimator.preset(preset, **axes) if preset else arguments(Estimator, axes)
+    return Arm(text, {"estimator": changed_axes(estimator), **own}, estimator.bias_status)
 
 
 def changed_axes(estimator: Estimator) -> dict[str, Any]:
     """Return the axes in which an estimator differs from the default one, as JSON holds them."""
-    default = Estimator()
-    return {
-        name: plain(getattr(estimator, name))
-        for name in AXES
-        if getattr(estimator, name) != getattr(default, name)
-    }
+    values, usual = plain(estimator), plain(Estimator())
+    return {name: value for name, value in values.items() if value != usual[name]}
 
 
 def _check_name(text: str, name: str, settings: Sequence[str]) -> None:
-    if name in AXES or name in ALLOWED:
-        return
-    if name in OWN or name == "estimator":
-        raise Refused(f"The arm {text!r} sets {name}, which the comparison sets itself; leave it out there.")
-    if name in MEASURE:
-        raise Refused(
-            f"The arm {text!r} sets {name}, which decides what is measured; then its score could not be "
-            f"compared. Set it for all arms: --{name.replace('_', '-')}."
-        )
-    if name not in settings:
-        raise Refused(
-            f"The arm {text!r} sets {name}, which is no setting.{suggest(name, [*AXES, *settings])}"
-        )
+    why = ""
+    if name in (*OWN, "estimator"):
+        why = "which the comparison sets itself; leave it out there."
+    elif name in MEASURE:
+        why = "which decides what is measured, so it is the same for all arms: "
+        why += f"--{name.replace('_', '-')}."
+    elif name not in settings:
+        why = f"which is no setting.{suggest(name, [*AXES, *settings])}"
+    if why:
+        raise Refused(f"The arm {text!r} sets {name}, {why}")
 
 
 def _parts(text: str) -> list[str]:

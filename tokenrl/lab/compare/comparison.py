@@ -8,26 +8,22 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from tokenrl.errors import Stopped
 from tokenrl.lab.compare.caveats import Caveat, caveats, findings
 from tokenrl.lab.compare.judge import judge_scores
 from tokenrl.lab.compare.judgement import Family, Judgement
-from tokenrl.lab.compare.overall import improvement_overall, overall
+from tokenrl.lab.compare.overall import overall
 from tokenrl.lab.compare.plan import Plan, Problem
-from tokenrl.lab.compare.scores import RunTable, to_threshold
-from tokenrl.lab.compare.tuning import Sensitivity
-from tokenrl.lab.compare.words import headline, sentence
+from tokenrl.lab.compare.scores import SCORES, RunTable, thresholds
 from tokenrl.runs.directory import versions
 from tokenrl.runs.files import write_json, write_text
+from tokenrl.runs.findings import Finding
 
-BESIDE = ("area", "reward", "area_greedy", "reward_greedy", "entropy")
-"""Scores that are shown beside the one that decides."""
 CITATION = """@software{{tokenrl,
   title = {{tokenrl: policy gradients on language models, with declared bias}},
-  version = {{{version}}},
+  version = {{{tokenrl}}},
   year = {{2026}},
 }}"""
 
@@ -44,9 +40,7 @@ class Comparison:
         beside: the same in other metrics, by name, which decide nothing.
         caveats: by problem, what the numbers do not mean.
         thresholds: by problem and arm, how many runs reach a reward, and the median of the samples to it.
-        sensitivity: by problem and arm, the scores by learning rate on the tuning seeds; empty unless tuned.
         overall: by arm, all problems together; empty for a single one, or without declared ranges.
-        versions: versions of the packages.
     """
 
     output_dir: Path
@@ -56,9 +50,7 @@ class Comparison:
     beside: dict[str, Judgement]
     caveats: dict[str, list[Caveat]]
     thresholds: pd.DataFrame
-    sensitivity: Sensitivity
     overall: dict[str, Any]
-    versions: dict[str, str]
 
     @property
     def exit_code(self) -> int:
@@ -74,76 +66,67 @@ class Comparison:
         """Return the verdicts on a problem in a sentence or two, with what qualifies them."""
         family = self.family(problem)
         decided = any(d.verdict in ("better", "worse", "equivalent") for d in family.differences)
-        return headline(family, [c.headline for c in self.caveats[problem] if c.headline and decided])
+        return family.headline([c.headline for c in self.caveats[problem] if c.headline and decided])
 
     def sentences(self, problem: str) -> list[str]:
         """Return the verdict of each difference on a problem, then why arms are not valid."""
-        family = self.family(problem)
-        void = [f"{arm.arm} is not valid: {arm.void}" for arm in family.arms if arm.void]
-        return [*(sentence(one, family) for one in family.differences), *void]
+        return self.family(problem).sentences()
 
     def differences(self) -> pd.DataFrame:
         """Return every difference in each metric; the column `decides` marks those that give the verdicts."""
         first = self.judgement.table()
-        own = ~first["arm"].str.endswith(" itself")
+        decides = first["arm"].str.endswith(" itself").map({True: "no", False: "yes"})
         others = [judgement.table().assign(decides="no") for judgement in self.beside.values()]
-        return pd.concat([first.assign(decides=own.map({True: "yes", False: "no"})), *others])
+        return pd.concat([first.assign(decides=decides), *others])
 
 
-def judge_runs(output_dir: Path, plan: Plan, table: RunTable, sensitivity: Sensitivity) -> Comparison:
+def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
     """Judge the runs of a comparison; those that have not been made are left out.
 
     Args:
         output_dir: its directory.
         plan: the plan.
         table: what was read from the runs, of all roles.
-        sensitivity: scores by learning rate on the tuning seeds.
 
     Raises:
         Stopped: on a problem no run has the score that decides.
     """
     ours = table.runs[(table.runs["role"] == "comparison") & (table.runs["state"] != "missing")]
-    for problem in plan.problems:
+    found: dict[str, dict[str, list[Finding]]] = {problem.label: {} for problem in plan.problems}
+    for problem, arm in product(plan.problems, plan.arms):
         runs = ours[ours["problem"] == problem.label]
         if runs[plan.metric].isna().all():
-            reasons = [f"{r.arm}, seed {r.seed}: {r.reason}" for r in runs.itertuples() if r.reason]
-            mend = (
-                f"{reasons[0]} Mend that, and give the same command again, which keeps the other runs."
-                if reasons
-                else "Its runs do not measure that; give another --metric."
-            )
-            raise Stopped(
-                f"Nothing can be judged on {problem.label}: no run has the score {plan.metric}. {mend}"
-            )
-    void = {}
-    for problem, arm in product(plan.problems, plan.arms):
-        runs = ours[(ours["problem"] == problem.label) & (ours["arm"] == arm.label)]
-        reasons = [one.text for one in findings(arm, problem, runs) if one.weight == "void"]
-        if reasons:
-            void[problem.label, arm.label] = " ".join(reasons)
-    measured = [name for name in BESIDE if name in ours and ours.loc[~ours["failed"], name].notna().all()]
+            raise _nothing(problem, plan.metric, runs)
+        found[problem.label][arm.label] = findings(arm, problem, runs[runs["arm"] == arm.label])
+    void = {
+        (problem, arm): " ".join(one.text for one in each if one.weight == "void")
+        for problem, by_arm in found.items()
+        for arm, each in by_arm.items()
+    }
     judgements = {
-        name: _judge(plan, table.runs, ours, name, void) for name in dict.fromkeys((plan.metric, *measured))
+        name: _judge(plan, table.runs, ours, name, void)
+        for name in dict.fromkeys((plan.metric, *SCORES, "entropy"))
+        if name == plan.metric or (name in ours and ours.loc[~ours["failed"], name].notna().all())
     }
-    judgement = judgements[plan.metric]
-    rates = {
-        p.label: {arm: t for (label, arm), t in sensitivity.items() if label == p.label}
-        for p in plan.problems
-    }
+    scores, ranges = ours.assign(score=ours[plan.metric]), {p.label: p.reward_range for p in plan.problems}
     return Comparison(
         output_dir=output_dir,
         plan=plan,
         table=table,
-        judgement=judgement,
+        judgement=judgements[plan.metric],
         beside={name: one for name, one in judgements.items() if name != plan.metric},
-        caveats={p.label: caveats(plan, p, table, judgements, rates[p.label]) for p in plan.problems},
-        thresholds=pd.DataFrame(
-            [row for problem in plan.problems for row in _thresholds(plan, problem, table)]
-        ),
-        sensitivity=sensitivity,
-        overall=_overall(plan, ours, judgement),
-        versions=versions(),
+        caveats={p.label: caveats(plan, p, table, judgements, found[p.label]) for p in plan.problems},
+        thresholds=pd.concat([thresholds(problem, table) for problem in plan.problems]),
+        overall=overall(scores, ranges, judgements[plan.metric]),
     )
+
+
+def _nothing(problem: Problem, metric: str, runs: pd.DataFrame) -> Stopped:
+    """Say why nothing can be judged on a problem."""
+    reasons = [f"{run.arm}, seed {run.seed}: {run.reason}" for run in runs.itertuples() if run.reason]
+    mend = "Mend that, and give the same command again, which keeps the other runs."
+    why = f"{reasons[0]} {mend}" if reasons else "Its runs do not measure that; give another --metric."
+    return Stopped(f"Nothing can be judged on {problem.label}: no run has the score {metric}. {why}")
 
 
 def _judge(
@@ -166,38 +149,6 @@ def _judge(
     )
 
 
-def _thresholds(plan: Plan, problem: Problem, table: RunTable) -> list[dict[str, Any]]:
-    """Measure the way to the reward that counts as solved, else to half of what the best arm gains."""
-    runs = table.of(problem.label)
-    curves = table.curves[table.curves["path"].isin(runs["path"])]
-    if curves.empty:
-        return []
-    start, best = runs["before"].mean(), runs.groupby("arm")["reward"].mean().max()
-    threshold = problem.solved if problem.solved is not None else (start + best) / 2
-    if problem.solved is None and not best > start:
-        return []
-    needed = to_threshold(curves, threshold)
-    rows = []
-    for arm in plan.arms:
-        each = needed.reindex(runs["path"][runs["arm"] == arm.label], fill_value=np.inf)
-        rows.append({"problem": problem.label, "arm": arm.label, "threshold": threshold,
-                     "chosen": "solved" if problem.solved is not None else "half of the best arm's gain",
-                     "runs": len(each), "reached": int(np.isfinite(each).sum()),
-                     "median_samples": float(each.median()) if len(each) else np.inf})  # fmt: skip
-    return rows
-
-
-def _overall(plan: Plan, ours: pd.DataFrame, judgement: Judgement) -> dict[str, Any]:
-    ranges = {p.label: p.reward_range for p in plan.problems if p.reward_range is not None}
-    scored = ours[ours[plan.metric].notna()]
-    complete = scored.groupby(["problem", "arm"]).ngroups == len(plan.problems) * len(plan.arms)
-    if len(plan.problems) < 2 or len(ranges) < len(plan.problems) or not complete:
-        return {}
-    found = overall(scored.assign(score=scored[plan.metric]), ranges)
-    improved = improvement_overall(judgement)
-    return {arm: {**one, "improvement": improved.get(arm)} for arm, one in found.items()}
-
-
 def write_tables(found: Comparison) -> None:
     """Write runs.csv, comparisons.csv and comparison.json, which hold no times.
 
@@ -208,12 +159,7 @@ def write_tables(found: Comparison) -> None:
     """
     write_text(found.output_dir / "runs.csv", found.table.runs.to_csv(index=False))
     write_text(found.output_dir / "comparisons.csv", found.differences().to_csv(index=False))
-    labels = [problem.label for problem in found.plan.problems]
-    sensitivity = [
-        {"problem": problem, "arm": arm, "rate": rate, "scores": scores}
-        for (problem, arm), tried in found.sensitivity.items()
-        for rate, scores in tried.items()
-    ]
+    labels, packages = [problem.label for problem in found.plan.problems], versions()
     write_json(
         found.output_dir / "comparison.json",
         {
@@ -222,12 +168,8 @@ def write_tables(found: Comparison) -> None:
             "sentences": {label: found.sentences(label) for label in labels},
             "caveats": {label: [c.text for c in found.caveats[label]] for label in labels},
             "thresholds": found.thresholds.to_dict("records"),
-            "sensitivity": sensitivity,
-            "overall": {
-                arm: {k: list(v) if v else v for k, v in one.items()} for arm, one in found.overall.items()
-            },
-            "versions": found.versions,
-            "command": found.plan.command,
-            "citation": CITATION.format(version=found.versions.get("tokenrl", "")),
+            "overall": found.overall,
+            "versions": packages,
+            "citation": CITATION.format(**packages),
         },
     )

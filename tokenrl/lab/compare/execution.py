@@ -10,43 +10,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import fields
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tokenrl.errors import Refused, Stopped, describe
-from tokenrl.lab.compare.plan import PlannedRun
+from tokenrl.lab.compare.plan import Plan, Run
 from tokenrl.lab.compare.planning import KINDS
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import acquire_lock
 from tokenrl.runs.files import write_json
-from tokenrl.runs.signals import SIGNALS, GracefulStop
+from tokenrl.runs.signals import GracefulStop
+from tokenrl.settings import field_types
 
 TICK = 0.2
 """Seconds between two looks at the runs under way."""
-DEATHS = 2
-"""A run counts as failed once its process was ended from outside so often."""
-FIXED = {
-    **{"threads": 1, "mixed_precision": "no"},
-    **{"training_attention": "as_loaded", "compile": "off"},
-}
+FIXED = {"threads": 1, "mixed_precision": "no", "training_attention": "as_loaded", "compile": "off"}
 """How all runs compute, unless the user says otherwise: each beside others, with one thread."""
-
-
-class Interrupted(Stopped):
-    """Raised when a signal ended runs, which the same command goes on with.
-
-    Attributes:
-        exit_code: 128 plus the number of the signal, as the exit code of a command.
-    """
-
-    def __init__(self, number: int, message: str) -> None:
-        """Make the error for the signal of a number; its name comes before the message."""
-        self.exit_code = 128 + number
-        super().__init__(f"{SIGNALS.get(self.exit_code, f'signal {number}')}: {message}")
 
 
 class Process(Protocol):
@@ -59,28 +39,28 @@ class Process(Protocol):
         """Ask the run to save and stop."""
 
 
-def command(run: PlannedRun, root: Path) -> str:
+def command(plan: Plan, run: Run, root: Path) -> str:
     """Return the command line that makes or continues a run, for any scheduler, and write its settings.
 
     It belongs into the current directory, from which its paths lead, and takes the settings from a file
     beside the directory of the run, such as seed_0.json.
 
     Args:
+        plan: the comparison.
         run: the run.
         root: the directory of the comparison.
     """
-    known = {field.name for field in fields(KINDS[run.kind])}
-    usual = {name: value for name, value in FIXED.items() if name in known}
-    path = root / f"{run.path}.json"
+    known, path = field_types(KINDS[plan.kind]), root / f"{run.path}.json"
+    settings = {name: value for name, value in FIXED.items() if name in known} | plan.settings(run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    given = {name: value for name, value in run.settings.items() if value is not None}
-    write_json(path, {"kind": run.kind, **usual, **given})
-    words = ["env", "OMP_NUM_THREADS=1", "tokenrl", run.kind, "--config", str(path)]
+    write_json(path, {"kind": plan.kind, **{n: value for n, value in settings.items() if value is not None}})
+    words = ["env", "OMP_NUM_THREADS=1", "tokenrl", plan.kind, "--config", str(path)]
     return shlex.join([*words, "--output-dir", str(root / run.path), "--resume", "auto", "--quiet"])
 
 
 def execute(
-    runs: Sequence[PlannedRun],
+    plan: Plan,
+    runs: Sequence[Run],
     root: Path,
     *,
     executor: Literal["local", "ray"] = "local",
@@ -93,6 +73,7 @@ def execute(
     killed is continued once. If this process is killed, its runs save and stop; the same call continues them.
 
     Args:
+        plan: the comparison.
         runs: the runs.
         root: the directory of the comparison.
         executor: `local` for processes of this machine, `ray` for tasks of a Ray cluster.
@@ -101,92 +82,88 @@ def execute(
 
     Raises:
         Refused: another process makes runs of this comparison, or there is no Ray.
-        Interrupted: a signal asked to stop. The runs under way have been saved.
+        Stopped: a signal asked to stop, whose exit code it has. The runs under way have been saved.
     """
     root.mkdir(parents=True, exist_ok=True)
     lock = acquire_lock(root, f"Another process makes the runs of {root}. Wait for it, or give another one.")
     try:
-        start, places = _ray(root, workers) if executor == "ray" else _local(root, workers)
+        start, places = _ray() if executor == "ray" else (_start, _processors())
         with GracefulStop(quiet=console.rich.quiet) as stop:
-            done = _make_all(runs, root, start, places, stop, console)
+            ended = _make_all(plan, runs, root, start, workers or places, stop, console)
     finally:
         lock.release()
     if stop.requested:
-        raise Interrupted(
-            stop.requested,
-            f"{done} of {len(runs)} runs have ended, and those under way were saved. The same command goes "
-            "on with the others.",
+        error = Stopped(
+            f"{signal.Signals(stop.requested).name}: {ended} of {len(runs)} runs have ended, and those under "
+            "way were saved. The same command goes on with the others."
         )
+        error.exit_code = stop.exit_code
+        raise error
 
 
 def _make_all(
-    runs: Sequence[PlannedRun],
+    plan: Plan,
+    runs: Sequence[Run],
     root: Path,
-    start: Callable[[PlannedRun], Process],
+    start: Callable[[str, str], Process],
     places: int,
     stop: GracefulStop,
     console: Console,
 ) -> int:
     """Keep all places busy until every run has ended, or a signal comes; return how many have ended."""
-    waiting, running, deaths, done = deque(runs), dict[str, tuple[PlannedRun, Process]](), Counter[str](), 0
-    asked = False
+    waiting, running, killed, ended = list(runs), dict[Run, Process](), set[Run](), 0
+    while any(_in_use(root / run.path) for run in runs) and not stop.requested:
+        time.sleep(TICK)  # runs of a comparison that was killed are still being saved
     try:
-        while running or (waiting and not stop.requested):
-            free = () if stop.requested else (run for run in waiting if not _in_use(root / run.path))
-            for run in list(islice(free, places - len(running))):
-                waiting.remove(run)
-                running[run.path] = run, start(run)
-            for run, process in list(running.values()):
-                code = process.poll()
-                if code is None:
-                    continue
-                del running[run.path]
-                deaths[run.path] += code < 0 or code > 128
-                if code and (code < 0 or code > 128) and deaths[run.path] < DEATHS:
-                    waiting.appendleft(run)
-                elif not stop.requested:
-                    done += 1
-                    log = Path(f"{root / run.path}.log")
-                    if log.is_file() and not log.stat().st_size:
-                        log.unlink()
-                    ending = "ended" if code == 0 else f"failed (exit code {code}; {root / run.path}.log)"
-                    console.note(f"run {done}/{len(runs)}  {run.problem}: {run.arm}, {_named(run)}: {ending}")
-            if stop.requested and not asked:
-                asked = True
-                for _, process in running.values():
-                    process.terminate()
+        while (running or waiting) and not stop.requested:
+            while waiting and len(running) < places:
+                run = waiting.pop(0)
+                running[run] = start(command(plan, run, root), f"{root / run.path}.log")
             time.sleep(TICK)
+            codes = {run: process.poll() for run, process in running.items()}
+            for run, code in ((run, code) for run, code in codes.items() if code is not None):
+                del running[run]
+                if (code < 0 or code > 128) and run not in killed and not stop.requested:
+                    killed.add(run)
+                    waiting.insert(0, run)
+                    continue
+                ended += 1
+                log = Path(f"{root / run.path}.log")
+                if log.is_file() and not log.stat().st_size:
+                    log.unlink()
+                ending = "ended" if code == 0 else f"failed (exit code {code}; {log})"
+                rate = f", learning rate {run.learning_rate:g}" * (run.role == "tuning")
+                itself = ", against itself" * (run.role == "itself")
+                said = f"{run.problem}: {run.arm}, seed {run.seed}{rate}{itself}: {ending}"
+                console.note(f"run {ended}/{len(runs)}  {said}")
     finally:
-        for _, process in running.values():
+        for process in running.values():
             process.terminate()
-    return done
-
-
-def _named(run: PlannedRun) -> str:
-    rate = f", learning rate {run.settings.get('learning_rate'):g}" if run.role == "tuning" else ""
-    return f"seed {run.seed}{rate}{', against itself' if run.role == 'itself' else ''}"
+    while any(process.poll() is None for process in running.values()):
+        time.sleep(TICK)
+    return ended
 
 
 def _in_use(directory: Path) -> bool:
-    """Return whether a process of a program that was killed still saves a run."""
-    if not directory.is_dir():
-        return False
+    """Return whether a process still works in the directory of a run."""
     try:
-        acquire_lock(directory, "").release()
+        if directory.is_dir():
+            acquire_lock(directory, "").release()
     except Refused:
         return True
     return False
 
 
-def _local(root: Path, workers: int | None) -> tuple[Callable[[PlannedRun], Process], int]:
-    """Return what starts a run on this machine, and how many take place at the same time."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    paths = os.pathsep.join(sys.path)  # what this program can import, such as a user's rewards, a run can too
-    environment = {**os.environ, "PYTHONPATH": paths}
-    return lambda run: _start(command(run, root), f"{root / run.path}.log", environment), workers or usable
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start(line: str, log: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def _environment() -> dict[str, str]:
+    """Return variables with which a run imports what this program can, such as a user's rewards."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def _start(line: str, log: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Start a command; what it prints goes to a file. On Linux it is asked to stop if this process dies."""
     _, variable, _, *words = shlex.split(line)
     name, _, value = variable.partition("=")
@@ -196,7 +173,7 @@ def _start(line: str, log: str, environment: dict[str, str]) -> subprocess.Popen
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env={**environment, name: value},
+            env={**(environment or _environment()), name: value},
             preexec_fn=_stop_with_parent if sys.platform == "linux" else None,
         )
 
@@ -205,8 +182,8 @@ def _stop_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _ray(root: Path, workers: int | None) -> tuple[Callable[[PlannedRun], Process], int]:
-    """Connect with Ray, or start it; return what starts a run there, and how many at the same time.
+def _ray() -> tuple[Callable[[str, str], Process], int]:
+    """Connect with Ray, or start it; return what starts a command there, and the number of processors.
 
     The cluster is the one that RAY_ADDRESS names; without it a local one is started. On a cluster of several
     machines tokenrl must be installed on each, and the current directory, that of the comparison and the
@@ -214,27 +191,23 @@ def _ray(root: Path, workers: int | None) -> tuple[Callable[[PlannedRun], Proces
     """
     try:
         ray: Any = importlib.import_module("ray")
-    except ImportError as error:
-        raise Refused(
-            f"executor ray needs Ray, which cannot be imported ({describe(error)}). Install it with "
-            "pip install 'tokenrl-lm[ray]', or leave executor at local."
-        ) from error
-    try:
         local = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
         ray.init(log_to_driver=False, ignore_reinit_error=True, **local)
-    except Exception as error:  # of many kinds, such as ConnectionError and RuntimeError
-        raise Refused(f"Ray cannot be started or reached ({describe(error)}).") from error
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    except Exception as error:  # of many kinds, such as ImportError, ConnectionError and RuntimeError
+        raise Refused(
+            f"executor ray needs Ray, which cannot be started or reached ({describe(error)}). Install it "
+            "with pip install 'tokenrl-lm[ray]', set RAY_ADDRESS, or leave executor at local."
+        ) from error
     task = ray.remote(num_cpus=1, max_retries=0)(_call)
+    environment = _environment()
 
-    def start(run: PlannedRun) -> Process:
-        log = f"{root / run.path}.log"
-        return _RayTask(ray, task.remote(command(run, root), log, os.getcwd(), environment))
+    def start(line: str, log: str) -> Process:
+        return _RayTask(ray, task.remote(line, log, os.getcwd(), environment))
 
-    return start, workers or int(ray.cluster_resources().get("CPU", 1))
+    return start, int(ray.cluster_resources().get("CPU", 1))
 
 
-def _call(line: str, log: str, directory: str, environment: dict[str, str]) -> int:
+def _call(line: str, log: str, directory: str, environment: Mapping[str, str]) -> int:
     """Run a command in a process of Ray; asked to stop, it passes that on and waits."""
     os.chdir(directory)
     process = _start(line, log, environment)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import combinations
 from typing import Any
 
@@ -14,10 +13,8 @@ import pandas as pd
 from tokenrl.errors import Refused, suggest
 from tokenrl.lab.compare.judgement import ArmScores, Difference, Family, Judgement, Verdict
 from tokenrl.lab.compare.paired import (
-    ALPHA,
     LEAST_PAIRS,
     Interval,
-    failure_rate,
     failures_differ,
     improvement,
     level_of,
@@ -26,7 +23,6 @@ from tokenrl.lab.compare.paired import (
     pairs_needed,
     sign_flip,
 )
-from tokenrl.lab.compare.score_table import read_scores
 from tokenrl.settings import check_number
 
 
@@ -89,39 +85,95 @@ def judge_scores(
         >>> rows = [("ppo", s, x) for s, x in enumerate(ppo)] + [("rloo", s, x) for s, x in enumerate(rloo)]
         >>> judge_scores(rows, margin=0.02, failure_below=0.5).families[0].differences[0].verdict
     """
-    frame = read_scores(table, metric, [tuple(run) for run in failed], failure_below)
+    frame = _read(table, metric, {tuple(run) for run in failed}, failure_below)
     problems = list(dict.fromkeys(frame["problem"]))
-    for problem in margin if isinstance(margin, Mapping) else ():
+    margins = margin if isinstance(margin, Mapping) else dict.fromkeys(problems, margin)
+    for problem, limit in margins.items():
         if problem not in problems:
             raise Refused(
                 f"margin names the problem {problem!r}, which has no scores.{suggest(problem, problems)}"
             )
-    families = []
-    for problem, rows in frame.groupby("problem", sort=False):
-        limit = margin.get(problem) if isinstance(margin, Mapping) else margin
         if limit is not None:
             check_number("margin", limit, above=0)
+    families = []
+    for problem, rows in frame.groupby("problem", sort=False):
         arms = [
-            _arm_scores(str(arm), runs, (void or {}).get((problem, arm), ""))
-            for arm, runs in rows.groupby("arm", sort=False)
+            _arm(str(arm), of_arm, (void or {}).get((str(problem), str(arm)), ""))
+            for arm, of_arm in rows.groupby("arm", sort=False)
         ]
-        first = arms[0].arm if reference is None else reference
-        labels = [arm.arm for arm in arms]
+        first, labels = arms[0].arm if reference is None else reference, [arm.arm for arm in arms]
         if first not in labels:
             raise Refused(f"reference was given as {first!r}, which is no arm.{suggest(first, labels)}")
         if len(arms) < 2:
             raise Refused(f"{problem or 'The table'} has only the arm {first!r}; give two arms or more.")
-        own = (itself or {}).get(str(problem))
-        families.append(_family(str(problem), arms, first, limit, all_pairs, own))
+        arms_again = (itself or {}).get(str(problem), {})
+        families.append(_family(str(problem), arms, first, margins.get(problem), all_pairs, arms_again))
     return Judgement(metric, tuple(families))
 
 
-def _arm_scores(arm: str, runs: pd.DataFrame, void: str) -> ArmScores:
+def _read(table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: float | None) -> pd.DataFrame:
+    """Return a table with the columns problem, arm, seed, score and failed; see `judge_scores`."""
+    frame = _as_frame(table)
+    other_names = {"score": metric, "problem": "task"}
+    frame = frame.rename(columns={b: a for a, b in other_names.items() if a not in frame and b in frame})
+    if frame.empty or not {"arm", "seed", "score"} <= set(frame):
+        raise Refused(
+            f"The table has {len(frame)} rows and the columns {', '.join(map(str, frame)) or 'none'}; it "
+            f"needs a row for each run, with arm, seed (a whole number) and score (or {metric}), and problem "
+            "if there are several."
+        )
+    found = pd.DataFrame(
+        {
+            "problem": frame["problem"].fillna("").astype(str) if "problem" in frame else "",
+            "arm": frame["arm"].astype(str),
+            "seed": pd.to_numeric(frame["seed"], errors="coerce"),
+            "score": pd.to_numeric(frame["score"], errors="coerce").astype(float),
+        }
+    ).reset_index(drop=True)
+    marked = (
+        frame["failed"].astype(str).str.lower().isin(["true", "1", "1.0", "yes"]) if "failed" in frame else ()
+    )
+    keys = list(zip(found["problem"], found["arm"], found["seed"], strict=True))
+    if unknown := failed - {*keys, *(key[1:] for key in keys)}:
+        raise Refused(
+            f"failed names the run {min(unknown)}, which the table does not have; give (arm, seed)."
+        )
+    found["failed"] = [key in failed or key[1:] in failed for key in keys]
+    found["failed"] |= np.array(marked, dtype=bool) if len(marked) else False
+    if failure_below is not None:
+        found["failed"] |= found["score"] < failure_below
+    wrong = {
+        "has no whole number as its seed": found["seed"] % 1 != 0,
+        "has no finite score; give the one that the run had at its end, or say that it failed (failed, or a "
+        "column failed); leaving failed runs out would flatter the arm": ~np.isfinite(found["score"])
+        & ~found["failed"],
+        "is there a second time; give each run once": found.duplicated(["problem", "arm", "seed"]),
+    }
+    for words, rows in wrong.items():
+        if rows.any():
+            run = found[rows].iloc[0]
+            raise Refused(f"Row {run.name}, arm {run['arm']!r}, seed {run['seed']:.0f}, {words}.")
+    return found.astype({"seed": int})
+
+
+def _as_frame(table: Any) -> pd.DataFrame:
+    """Make a data frame of a CSV file, of another library's table, or of rows."""
+    if isinstance(table, str | os.PathLike):
+        try:
+            return pd.read_csv(table, dtype=str, keep_default_na=False)  # "None" may be the name of an arm
+        except (OSError, ValueError) as error:
+            raise Refused(f"The table {table} cannot be read ({error}); give a CSV file.") from error
+    if hasattr(table, "to_pandas"):
+        return table.to_pandas()
+    if isinstance(table, pd.DataFrame):
+        return table
+    return pd.DataFrame(list(table)).rename(columns=dict(enumerate(("arm", "seed", "score", "problem"))))
+
+
+def _arm(label: str, runs: pd.DataFrame, void: str) -> ArmScores:
     sound = runs[~runs["failed"]]
-    scores = {int(seed): float(score) for seed, score in zip(sound["seed"], sound["score"], strict=True)}
-    failed = tuple(map(int, runs["seed"][runs["failed"]]))
-    mean = float(np.mean(list(scores.values()))) if scores else math.nan
-    return ArmScores(arm, scores, mean, failed, failure_rate(len(failed), len(runs)), void)
+    scores = dict(zip(sound["seed"].tolist(), sound["score"].tolist(), strict=True))
+    return ArmScores(label, scores, tuple(runs["seed"][runs["failed"]].tolist()), void)
 
 
 def _family(
@@ -130,24 +182,21 @@ def _family(
     reference: str,
     margin: float | None,
     all_pairs: bool,
-    itself: Mapping[int, float] | None,
+    again: Mapping[int, float],
 ) -> Family:
+    """Compare arms on a problem; `again` are the reference's scores on other seeds."""
     first = next(arm for arm in arms if arm.arm == reference)
-    others = [arm for arm in arms if arm.arm != reference]
+    others = [arm for arm in arms if arm is not first]
     pairs = [(arm, first) for arm in others]
     if all_pairs:
         pairs += [(arm, other) for other, arm in combinations(others, 2)]
-    own = None
-    if itself:
-        again = dict(zip(first.scores, itself.values(), strict=False))
-        other = ArmScores(f"{reference} itself", again, math.nan, (), first.failures)
-        own = _difference(other, _without_failures(first, again), margin, 1)
+    itself = None
+    if again:
+        scores = dict(zip(first.scores, again.values(), strict=False))  # paired with seeds of its own
+        own = ArmScores(reference, {seed: first.scores[seed] for seed in scores})
+        itself = _difference(ArmScores(f"{reference} itself", scores), own, margin, 1)
     differences = tuple(_difference(arm, other, margin, len(pairs)) for arm, other in pairs)
-    return Family(problem, reference, margin, tuple(arms), differences, own)
-
-
-def _without_failures(arm: ArmScores, seeds: Iterable[int]) -> ArmScores:
-    return ArmScores(arm.arm, {s: arm.scores[s] for s in seeds}, arm.mean, (), arm.failures)
+    return Family(problem, reference, margin, tuple(arms), differences, itself)
 
 
 def _difference(arm: ArmScores, other: ArmScores, margin: float | None, comparisons: int) -> Difference:
@@ -159,18 +208,18 @@ def _difference(arm: ArmScores, other: ArmScores, margin: float | None, comparis
         )
     differences = paired_differences(arm.scores, other.scores)
     values = np.array(list(differences.values()), dtype=np.float64)
-    failing = 2 if arm.failed or other.failed else 1  # both parts can then err
-    level = level_of(comparisons * failing)
-    p_failures = failures_differ(len(arm.failed), len(seeds), len(other.failed), len(other_seeds))
+    level = level_of(comparisons * (2 if arm.failed or other.failed else 1))  # both parts can then err
     adjusted = mean_interval(values, level)
-    verdict = _verdict(adjusted, len(values), margin)
-    if p_failures <= ALPHA / (comparisons * failing) and len(both) >= LEAST_PAIRS:
-        by_failures: Verdict = "worse" if arm.failures.value > other.failures.value else "better"
-        opposite = {by_failures, verdict} == {"better", "worse"}
-        verdict = "undecided" if opposite else by_failures
+    verdict: Verdict = _verdict(adjusted, len(values), margin)
+    p_failures = failures_differ(len(arm.failed), len(seeds), len(other.failed), len(other_seeds))
+    more_failures = ""
+    if p_failures <= 1 - level + 1e-12 and len(both) >= LEAST_PAIRS:
+        is_worse = arm.failures.value > other.failures.value
+        by_failures: Verdict = "worse" if is_worse else "better"
+        more_failures = arm.arm if is_worse else other.arm
+        verdict = "undecided" if {by_failures, verdict} == {"better", "worse"} else by_failures
     if arm.void or other.void:
         verdict = "void"
-    undecided = verdict in ("undecided", "descriptive")
     return Difference(
         arm=arm.arm,
         reference=other.arm,
@@ -181,9 +230,11 @@ def _difference(arm: ArmScores, other: ArmScores, margin: float | None, comparis
         p_sign_flip=sign_flip(values),
         improvement=improvement(sum(_win(arm, other, differences, s) for s in both), len(both)),
         p_failures=p_failures,
+        more_failures=more_failures,
         verdict=verdict,
-        seeds_needed=pairs_needed(values, margin, level) if undecided else None,
+        seeds_needed=pairs_needed(values, margin, level) if verdict in ("undecided", "descriptive") else None,
         unpaired=tuple(sorted(seeds ^ other_seeds)),
+        margin=margin,
     )
 
 

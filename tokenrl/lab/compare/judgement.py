@@ -1,17 +1,28 @@
-"""Defines what is found when arms are compared over seeds."""
+"""Holds what is found when arms are compared over seeds, and says it in plain words, never more than that."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
 
-from tokenrl.lab.compare.paired import Interval
+from tokenrl.lab.compare.paired import LEAST_PAIRS, Interval, failure_rate
 
 Verdict = Literal["better", "worse", "equivalent", "undecided", "descriptive", "void"]
 """Of an arm against another: better, worse, equivalent within the margin, or undecided. Without a verdict:
 descriptive, because there are fewer than six pairs; or void, because an arm is not valid."""
+WHOLE: dict[Verdict, str] = {
+    "better": "Better than {other}: {arms}.",
+    "worse": "Worse than {other}: {arms}.",
+    "equivalent": "Equivalent to {other} within {margin}: {arms}.",
+    "undecided": "Undecided against {other}: {arms}.",
+    "descriptive": "No verdict, because there are too few seeds: {arms} against {other}.",
+    "void": "Not valid, so not compared with {other}: {arms}.",
+}
+"""All verdicts, with the words for the arms that they are given to."""
 
 
 @dataclass(frozen=True)
@@ -21,19 +32,32 @@ class ArmScores:
     Attributes:
         arm: its label.
         scores: score by seed of the runs that did not fail.
-        mean: their mean; nan if all runs failed. It has no interval, because none from a few runs holds near
-            the ceiling of a score.
         failed: the seeds of the runs that failed.
-        failures: share of the runs that failed, with exact limits.
         void: why the arm is not valid, in words; empty if it is.
     """
 
     arm: str
     scores: dict[int, float]
-    mean: float
-    failed: tuple[int, ...]
-    failures: Interval
+    failed: tuple[int, ...] = ()
     void: str = ""
+
+    @property
+    def mean(self) -> float:
+        """The mean score of the runs that did not fail; nan if all failed.
+
+        It has no interval, because none from a few runs holds near the ceiling of a score.
+        """
+        return math.fsum(self.scores.values()) / len(self.scores) if self.scores else math.nan
+
+    @property
+    def failures(self) -> Interval:
+        """Share of the runs that failed, with exact limits."""
+        return failure_rate(len(self.failed), len(self.failed) + len(self.scores))
+
+    @property
+    def count(self) -> str:
+        """How many of the runs failed, in words."""
+        return f"{len(self.failed)} of {len(self.failed) + len(self.scores)} runs"
 
 
 @dataclass(frozen=True)
@@ -52,9 +76,11 @@ class Difference:
         improvement: share of all pairs in which the arm is better (ties count half, a run that failed is
             worse than one that did not), with an exact 95 % interval.
         p_failures: two-sided p of Fisher's exact test that both fail equally often.
+        more_failures: which of the two fails more often, at the level that decides; empty for neither.
         verdict: the verdict.
         seeds_needed: how many seeds at least would decide; None if it is decided, or if nothing can be said.
         unpaired: seeds that only one of the two has, which are therefore left out.
+        margin: differences smaller than this count as none; None if equivalence is not judged.
     """
 
     arm: str
@@ -66,14 +92,56 @@ class Difference:
     p_sign_flip: float
     improvement: Interval
     p_failures: float
+    more_failures: str
     verdict: Verdict
     seeds_needed: int | None
-    unpaired: tuple[int, ...] = ()
+    unpaired: tuple[int, ...]
+    margin: float | None
 
     @property
-    def failures_decide(self) -> bool:
-        """Whether one of the two fails more often, at the level that decides."""
-        return self.p_failures <= 1 - self.level + 1e-12
+    def apart(self) -> str:
+        """The mean difference with its sign and the interval that decides, such as +0.14 [0.12, 0.17]."""
+        return f"{self.mean.value:+.3g} [{shown(self.adjusted.low)}, {shown(self.adjusted.high)}]"
+
+    @property
+    def finding(self) -> str:
+        """The verdict in a sentence, of the runs that did not fail unless failures decide."""
+        arm, other, pairs = self.arm, self.reference, len(self.differences)
+        if self.verdict == "void":
+            return f"{arm} and {other} cannot be compared: one of them is not valid."
+        if self.verdict == "descriptive":
+            lies = f"{arm} lies {self.apart} from {other}; " if pairs else ""
+            few = f"{pairs} pair{'s are' if pairs != 1 else ' is'} too few for a verdict"
+            return f"{lies}{few}, which needs {max(LEAST_PAIRS, self.seeds_needed or 0):,} seeds or more."
+        if self.verdict == "undecided":
+            return f"{arm} against {other} is undecided: {self._why_undecided()}."
+        if self.verdict == "equivalent":
+            yet = "" if self.adjusted.low <= 0 <= self.adjusted.high else ", though it is not 0"
+            size = f"the difference, {self.apart}, is smaller than the margin of {shown(self.margin)}{yet}"
+            return f"{arm} and {other} are equivalent: {size}."
+        if self.more_failures:
+            often = "more" if self.more_failures == arm else "less"
+            return f"{arm} is {self.verdict} than {other}, because it fails {often} often."
+        return f"{arm} is {self.verdict} than {other}, by {self.apart}."
+
+    def _why_undecided(self) -> str:
+        if self.more_failures:
+            return f"one fails more often, and the other is worse where neither fails, {self.apart}"
+        if not self.adjusted.low < self.adjusted.high:
+            return f"all differences are {shown(self.mean.value)}, which says nothing of how they vary"
+        needed = f"at least {self.seeds_needed:,} seeds would be needed" if self.seeds_needed else ""
+        more = needed or "no number of seeds up to 10,000 would do"
+        return f"the difference, {self.apart}, may be of either sign; {more}"
+
+    def row(self) -> dict[str, Any]:
+        """Return the fields as cells of a table: intervals as three numbers, seeds as text."""
+        cells: dict[str, Any] = {"pairs": len(self.differences)}
+        for name, value in vars(self).items():
+            if isinstance(value, Interval):
+                cells |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+            elif name != "differences":
+                cells[name] = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        return cells
 
 
 @dataclass(frozen=True)
@@ -97,9 +165,37 @@ class Family:
     differences: tuple[Difference, ...]
     itself: Difference | None = None
 
-    def arm(self, label: str) -> ArmScores:
-        """Return the scores of an arm."""
-        return next(one for one in self.arms if one.arm == label)
+    @property
+    def against_reference(self) -> dict[str, Difference]:
+        """The differences to the reference, by arm."""
+        return {one.arm: one for one in self.differences if one.reference == self.reference}
+
+    def headline(self, qualified: Sequence[str] = ()) -> str:
+        """Return all verdicts against the reference in a sentence or two, with what qualifies them.
+
+        Args:
+            qualified: what qualifies the verdicts, such as "every arm ends at the ceiling".
+        """
+        said = []
+        for verdict, words in WHOLE.items():
+            arms = [one.arm for one in self.against_reference.values() if one.verdict == verdict]
+            if arms:
+                said.append(words.format(arms=listed(arms), other=self.reference, margin=shown(self.margin)))
+        failing = [f"{arm.arm} in {arm.count}" for arm in self.arms if arm.failed]
+        said += [f"Runs failed: {listed(failing)}."] if failing else []
+        return " ".join([*said, *([f"But {listed(qualified)}."] if qualified else [])])
+
+    def sentences(self) -> list[str]:
+        """Return the verdict of each difference in two parts, then why arms are not valid.
+
+        The parts are runs that did not fail, and failures. Seeds that only one of two arms has are named.
+        """
+        by_label = {arm.arm: arm for arm in self.arms}
+        said = [
+            f"{one.finding} {_failures(one, by_label[one.arm], by_label[one.reference])}{_left_out(one)}"
+            for one in self.differences
+        ]
+        return said + [f"{arm.arm} is not valid: {arm.void}" for arm in self.arms if arm.void]
 
 
 @dataclass(frozen=True)
@@ -116,27 +212,42 @@ class Judgement:
 
     def verdicts(self) -> dict[tuple[str, str], Verdict]:
         """Return the verdict against the reference by problem and arm."""
-        return {
-            (f.problem, d.arm): d.verdict for f in self.families for d in f.differences
-            if d.reference == f.reference
-        }  # fmt: skip
+        return {(f.problem, arm): d.verdict for f in self.families for arm, d in f.against_reference.items()}
 
     def table(self) -> pd.DataFrame:
         """Return a row for each difference, that of a reference to itself last in its family."""
         rows = [
-            {"problem": family.problem, "metric": self.metric, **_cells(one), "margin": family.margin}
+            {"problem": family.problem, "metric": self.metric, **one.row()}
             for family in self.families
             for one in (*family.differences, *([family.itself] if family.itself else []))
         ]
         return pd.DataFrame(rows).astype({"seeds_needed": "Int64"})
 
 
-def _cells(found: Difference) -> dict[str, Any]:
-    """Return the fields of a difference as cells of a table: intervals as three numbers, seeds as text."""
-    cells: dict[str, Any] = {"pairs": len(found.differences)}
-    for name, value in vars(found).items():
-        if isinstance(value, Interval):
-            cells |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
-        elif name != "differences":
-            cells[name] = " ".join(map(str, value)) if isinstance(value, tuple) else value
-    return cells
+def _failures(one: Difference, arm: ArmScores, other: ArmScores) -> str:
+    """Say how many runs of both failed, and what is not excluded."""
+    if not arm.failed and not other.failed:
+        most = max(arm.failures.high, other.failures.high)
+        return f"No run of either failed, which does not exclude that up to {most:.0%} would."
+    each = [
+        f"{a.count} of {a.arm} failed [{a.failures.low:.0%}, {a.failures.high:.0%}]" for a in (arm, other)
+    ]
+    return f"{listed(each)}, p = {shown(one.p_failures)}; the difference is that of the others."
+
+
+def _left_out(one: Difference) -> str:
+    if not one.unpaired:
+        return ""
+    if len(one.unpaired) == 1:
+        return f" Seed {one.unpaired[0]} is left out: only one of the two has it."
+    return f" Seeds {listed([str(s) for s in one.unpaired])} are left out: only one of the two has them."
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names with commas and a last `and`."""
+    return ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
+
+
+def shown(value: float | None) -> str:
+    """Write a number to three digits; a missing one as a dash."""
+    return "-" if value is None or math.isnan(value) else f"{value:.3g}"

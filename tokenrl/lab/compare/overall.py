@@ -6,14 +6,13 @@ still differ; what decides are the paired differences on each problem.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from tokenrl.errors import Refused
 from tokenrl.lab.compare.judgement import Judgement
 from tokenrl.lab.compare.paired import Array, Interval
 
@@ -26,7 +25,9 @@ METHOD = (
 )
 
 
-def overall(table: pd.DataFrame, ranges: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+def overall(
+    table: pd.DataFrame, ranges: Mapping[str, tuple[float, float] | None], judgement: Judgement
+) -> dict[str, dict[str, Any]]:
     """Summarise the scores of arms over problems, normalised to the ranges of their rewards.
 
     The bootstrap draws runs again within each problem (Agarwal et al. 2021, arXiv 2108.13264). In a
@@ -35,58 +36,37 @@ def overall(table: pd.DataFrame, ranges: Mapping[str, tuple[float, float]]) -> d
 
     Args:
         table: rows with `problem`, `arm` and `score`, in the units of the reward.
-        ranges: by problem, the least and the greatest reward that it declares.
+        ranges: by problem, the least and the greatest reward, if it declares them.
+        judgement: the differences of the arms, paired by seed.
 
     Returns:
         By arm, `iqm`: the interquartile mean (that of the middle half) of its runs on all problems together;
-        `profile`: rows (normalised score, share of runs that reach at least that, low, high), each problem
-        weighing the same.
-
-    Raises:
-        Refused: a problem has no range, or an arm has no scores on it.
+        `improvement`: the probability that it is better than the reference, the mean over problems of the
+        share of pairs in which it is (ties count half, pairs in which a run failed are left out), None for
+        the reference; `profile`: rows (normalised score, share of runs that reach at least that, low, high),
+        each problem weighing the same. Nothing for a single problem, or if one has no range or no scores.
     """
-    for problem in table["problem"].unique():
-        low, high = ranges.get(problem, (0.0, 0.0))
-        if not high > low:
-            raise Refused(
-                f"The problem {problem!r} has no range of rewards ({low:g} to {high:g}), so its scores "
-                "cannot be put beside those of others. Declare the range of its reward, or leave it out."
-            )
-    low_high = np.array([ranges[problem] for problem in table["problem"]])
-    scores = (table["score"].to_numpy(float) - low_high[:, 0]) / (low_high[:, 1] - low_high[:, 0])
-    grid = np.linspace(min(0.0, scores.min()), max(1.0, scores.max()), POINTS)
-    by_arm = {}
-    for arm in table["arm"].unique():
-        problems = [
-            scores[(table["arm"] == arm) & (table["problem"] == p)] for p in table["problem"].unique()
-        ]
-        if not all(map(len, problems)):
-            raise Refused(f"The arm {arm!r} has no scores on a problem; give its scores on every problem.")
-        drawn = _resampled(problems)
-        share = _profile(problems, grid)
-        low, high = np.percentile(_profile(drawn, grid), ENDS, axis=0)
-        profile = np.stack([grid, share, low, high], axis=1).tolist()
-        by_arm[str(arm)] = {"iqm": _interval(_iqm(problems), _iqm(drawn)), "profile": profile}
-    return by_arm
-
-
-def improvement_overall(judgement: Judgement) -> dict[str, Interval]:
-    """Return by arm the probability that it is better than the reference, over pairs of the same seed.
-
-    It is the mean over problems of the share of pairs in which the arm is better (ties count half), with a
-    percentile bootstrap over pairs, stratified by problem. Pairs in which a run failed are left out.
-    """
+    problems, arms = table["problem"].unique(), table["arm"].unique()
+    scored = table[table["score"].notna()]
+    complete = scored.groupby(["problem", "arm"]).ngroups == len(problems) * len(arms)
+    if len(problems) < 2 or not complete or any(ranges.get(problem) is None for problem in problems):
+        return {}
+    low_high = np.array([ranges[problem] for problem in scored["problem"]])
+    scored = scored.assign(score=(scored["score"] - low_high[:, 0]) / (low_high[:, 1] - low_high[:, 0]))
+    grid = np.linspace(min(0.0, scored["score"].min()), max(1.0, scored["score"].max()), POINTS)
+    against = [family.against_reference for family in judgement.families]
     found = {}
-    for arm in dict.fromkeys(d.arm for f in judgement.families for d in f.differences):
-        wins = [
-            0.5 + np.sign(list(d.differences.values())) / 2
-            for f in judgement.families
-            for d in f.differences
-            if (d.arm, d.reference) == (arm, f.reference) and d.differences
-        ]
-        if wins:
-            drawn = np.mean([one.mean(axis=-1) for one in _resampled(wins)], axis=0)
-            found[arm] = _interval(np.mean([one.mean() for one in wins]), drawn)
+    for arm in arms:
+        by_problem = scored[scored["arm"] == arm].groupby("problem")["score"]
+        runs = [scores.to_numpy() for _, scores in by_problem]
+        pairs = [list(one[arm].differences.values()) for one in against if arm in one]
+        wins = [0.5 + np.sign(differences) / 2 for differences in pairs if differences]
+        low, high = np.percentile(_profile(_resampled(runs), grid), ENDS, axis=0)
+        found[arm] = {
+            "iqm": _interval(_iqm, runs),
+            "improvement": _interval(_mean, wins) if wins else None,
+            "profile": np.stack([grid, _profile(runs, grid), low, high], axis=1).tolist(),
+        }
     return found
 
 
@@ -107,6 +87,11 @@ def _profile(problems: Sequence[Array], grid: Array) -> Array:
     return np.asarray(np.mean([(runs[..., None] >= reach).mean(axis=-2) for runs in problems], axis=0))
 
 
-def _interval(value: Any, drawn: Array) -> Interval:
-    low, high = np.percentile(drawn, ENDS)
-    return Interval(float(value), float(low), float(high))
+def _mean(problems: Sequence[Array]) -> Array:
+    """Return the mean over problems of the means of values [..., n]: [...]."""
+    return np.asarray(np.mean([values.mean(axis=-1) for values in problems], axis=0))
+
+
+def _interval(of: Callable[[Sequence[Array]], Array], problems: Sequence[Array]) -> Interval:
+    low, high = np.percentile(of(_resampled(problems)), ENDS)
+    return Interval(float(of(problems)), float(low), float(high))

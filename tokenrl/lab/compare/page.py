@@ -10,11 +10,11 @@ from pathlib import Path
 import pandas as pd
 
 from tokenrl.lab.compare.comparison import CITATION, Comparison
-from tokenrl.lab.compare.judgement import Difference, Family
+from tokenrl.lab.compare.judgement import Difference, Family, listed, shown
 from tokenrl.lab.compare.overall import METHOD
-from tokenrl.lab.compare.plan import Problem
+from tokenrl.lab.compare.plan import Plan, Problem
 from tokenrl.lab.compare.scores import SCORES
-from tokenrl.lab.compare.words import facts_of, listed, shown, signed
+from tokenrl.runs.directory import versions
 from tokenrl.runs.html import (
     Block,
     Section,
@@ -49,10 +49,16 @@ def write_comparison(found: Comparison) -> Path:
     Raises:
         Stopped: the file could not be written.
     """
-    plan, labels = found.plan, [problem.label for problem in found.plan.problems]
-    version = found.versions.get("tokenrl", "")
-    origin = [preformatted(text) for text in (plan.command or FROM_PYTHON, CITATION.format(version=version))]
+    plan, packages = found.plan, versions()
+    labels = [problem.label for problem in plan.problems]
+    runs = found.table.runs[found.table.runs["role"] == "comparison"]
+    subtitle = (
+        f"{len(runs)} runs over {len(plan.seeds)} seeds, {runs['failed'].sum() or 'none'} of them failed; "
+        f"made with tokenrl {packages['tokenrl']}"
+    )
+    origin = (plan.command or FROM_PYTHON, CITATION.format(**packages), packages)
     sections = [
+        Section("", [paragraph(subtitle, "soft")]),
         *(Section(f"Verdict{_on(found, label)}", [_verdict(found, label)]) for label in labels),
         Section("What was compared", [_facts(found)]),
         *(part for problem in plan.problems for part in _of_problem(found, problem)),
@@ -60,17 +66,32 @@ def write_comparison(found: Comparison) -> Path:
         Section("Sample completions", [completions(_completions(found))], closed=True),
         Section("Every difference, in each metric", [_frame(found.differences())], closed=True),
         Section("Every run", [_frame(found.table.runs)], closed=True),
-        Section("To repeat, and to cite", [*origin, preformatted(found.versions)], closed=True),
+        Section("To repeat, and to cite", [preformatted(one) for one in origin], closed=True),
         Section("The plan", [preformatted(asdict(plan))], closed=True),
     ]
-    runs = found.table.runs[found.table.runs["role"] == "comparison"]
-    subtitle = paragraph(
-        f"{len(runs)} runs over {len(plan.seeds)} seeds, {runs['failed'].sum() or 'none'} of them failed; "
-        f"made with tokenrl {version}",
-        "soft",
-    )
     title = f"Comparison of {len(plan.arms)} arms on {', '.join(labels)}"
-    return write_page(found.output_dir / "report.html", title, [Section("", [subtitle]), *sections])
+    return write_page(found.output_dir / "report.html", title, sections)
+
+
+def facts_of(plan: Plan) -> dict[str, str]:
+    """Say what is compared on which budget and seeds, by heading, for the console and the page."""
+    other = {"the reference against itself": plan.itself_seeds, "tuning": plan.tuning_seeds}
+    seeds = {"": plan.seeds, **{f" for {what}": several for what, several in other.items() if several}}
+    facts = {
+        "arms": ", ".join(f"{arm.label} ({arm.bias})" + " *" * arm.exploratory for arm in plan.arms),
+        "reference": plan.reference,
+        "metric": f"{plan.metric}: {SCORES[plan.metric]}",
+    }
+    for problem in plan.problems:
+        margin = "none" if problem.margin is None else f"{problem.margin:g}"
+        facts[f"on {problem.label}"] = f"{problem.budget:,} {problem.unit} a run, margin {margin}"
+    rates = {f"{run.learning_rate:g}" for run in plan.runs()}
+    tuned = "for each arm the best of a grid around the recommended one, by successive halving"
+    return {
+        **facts,
+        "seeds": "; ".join(f"{several[0]} to {several[-1]}{what}" for what, several in seeds.items()),
+        "learning rate": tuned if plan.tuning_seeds else ", ".join(sorted(rates, key=float)),
+    }
 
 
 def _on(found: Comparison, label: str) -> str:
@@ -88,12 +109,12 @@ def _verdict(found: Comparison, label: str) -> Block:
 
 
 def _facts(found: Comparison) -> Block:
-    plan = found.plan
+    below = found.plan.failure_below
+    also = "" if below is None else f", or ended with a reward below {below:g}"
     levels = {one.level for family in found.judgement.families for one in family.differences}
-    below = "" if plan.failure_below is None else f", or ended with a reward below {plan.failure_below:g}"
     rows = {
-        **{name.capitalize(): fact for name, fact in facts_of(plan).items()},
-        "Failures": f"runs that broke off{below}; their rates have exact limits, each of which holds with "
+        **{name.capitalize(): fact for name, fact in facts_of(found.plan).items()},
+        "Failures": f"runs that broke off{also}; their rates have exact limits, each of which holds with "
         "95 %, and Fisher's test compares them",
         "Intervals": "Student-t, of the mean difference paired by seed between runs that did not fail. The "
         f"verdict is read from the interval at {listed([f'{level:.2%}' for level in sorted(levels)])}, so "
@@ -128,22 +149,23 @@ def _forest(found: Comparison, family: Family) -> Forest:
     )
     if family.margin is not None:
         words += f" The band is the margin of equivalence, {shown(family.margin)}."
+    rows = [
+        _bars(
+            one, one.arm if one.reference == family.reference else f"{one.arm} - {one.reference}", one.verdict
+        )
+        for one in family.differences
+        if one.differences
+    ]
     if family.itself:
         words += " The last line shows what no difference looks like."
-    reference = family.reference
-    rows = [
-        _bars(d, d.arm if d.reference == reference else f"{d.arm} - {d.reference}", d.verdict)
-        for d in family.differences
-        if d.differences
-    ]
-    itself = [_bars(family.itself, f"{reference} against itself", "same arm")] if family.itself else []
-    return Forest(f"Difference to {reference}", words, [*rows, *itself], family.margin)
+        rows.append(_bars(family.itself, f"{family.reference} against itself", "same arm"))
+    return Forest(f"Difference to {family.reference}", words, rows, family.margin)
 
 
 def _bars(one: Difference, name: str, said: str) -> Bars:
     ends = (one.mean.low, one.mean.high), (one.adjusted.low, one.adjusted.high)
-    colour = COLOURS.get(said, 0)
-    return Bars(name, f"{said}, {signed(one)}", one.mean.value, *ends, list(one.differences.values()), colour)
+    colour, seeds = COLOURS.get(said, 0), list(one.differences.values())
+    return Bars(name, f"{said}, {one.apart}", one.mean.value, *ends, seeds, colour)
 
 
 def _curves(found: Comparison, curves: pd.DataFrame, metric: str) -> list[Curve]:
@@ -151,60 +173,55 @@ def _curves(found: Comparison, curves: pd.DataFrame, metric: str) -> list[Curve]
     drawn = []
     for number, arm in enumerate(found.plan.arms, start=1):
         of_arm = curves[curves["arm"] == arm.label].groupby("samples")[metric].agg(["mean", "min", "max"])
-        of_arm = of_arm.dropna()
-        band = list(of_arm["min"]), list(of_arm["max"])
-        x, y = list(of_arm.index), list(of_arm["mean"])
-        drawn.append(Curve(x, y, arm.label, colour=number, dots=True, band=band))
+        x, (y, *band) = list(of_arm.dropna().index), of_arm.dropna().to_numpy().T.tolist()
+        drawn.append(Curve(x, y, arm.label, colour=number, dots=True, band=(band[0], band[1])))
     return drawn
 
 
 def _arms(found: Comparison, problem: Problem, family: Family) -> Block:
     """Show each arm's failures and mean scores, the share of clipped updates and the way to a threshold."""
-    names = [found.plan.metric, *found.beside]
     rows = []
     for arm in family.arms:
         runs = found.table.of(problem.label, arm.arm)
-        sound = runs[~runs["failed"]].mean(numeric_only=True)
-        reached = found.thresholds.query("problem == @problem.label and arm == @arm.arm").to_dict("records")
-        way = [f"{one['reached']} of {one['runs']}, {_samples(one['median_samples'])}" for one in reached]
-        clipped = sound.get("grad_clipped", math.nan)
-        rows.append(
-            [
-                arm.arm,
-                f"{len(arm.failed)} of {len(runs)} [{arm.failures.low:.0%}, {arm.failures.high:.0%}]",
-                *(shown(sound.get(name)) for name in names),
-                "-" if math.isnan(clipped) else f"{clipped:.0%}",
-                f"{runs['learning_rate'].iloc[0]:g}",
-                *way,
-            ]
-        )
-    header = ["arm", "failed", *names, "clipped updates", "learning rate"]
-    thresholds = found.thresholds[found.thresholds.get("problem") == problem.label]
-    if len(thresholds):
-        header.append(
-            f"reach {shown(thresholds['threshold'].iloc[0])} ({thresholds['chosen'].iloc[0]}), median"
-        )
-    return table(header, rows, "wide fit")
-
-
-def _samples(median: float) -> str:
-    return f"{median:,.0f}" if math.isfinite(median) else "never for half of them"
+        means = runs[~runs["failed"]].mean(numeric_only=True)
+        clipped = means.get("grad_clipped", math.nan)
+        row: dict[str, object] = {
+            "arm": arm.arm,
+            "failed": f"{arm.count} [{arm.failures.low:.0%}, {arm.failures.high:.0%}]",
+            **{name: means.get(name) for name in (found.plan.metric, *found.beside)},
+            "clipped updates": "-" if math.isnan(clipped) else f"{clipped:.0%}",
+            "learning rate": runs["learning_rate"].iloc[0],
+        }
+        ways = found.thresholds.query("problem == @problem.label and arm == @arm.arm")
+        for way in ways.itertuples():
+            median = way.median_samples
+            needed = f"{median:,.0f}" if math.isfinite(median) else "never for half of them"
+            row[f"reach {shown(way.threshold)} ({way.chosen}), median"] = (
+                f"{way.reached} of {way.runs}, {needed}"
+            )
+        rows.append(row)
+    return _frame(pd.DataFrame(rows), "wide fit")
 
 
 def _rates(found: Comparison, problem: Problem) -> list[Block]:
     """Draw the scores by learning rate on the tuning seeds, and list them; nothing unless tuned."""
     curves, rows = [], []
+    tuning = found.table.of(problem.label, role="tuning")
     for number, arm in enumerate(found.plan.arms, start=1):
-        tried = sorted(found.sensitivity.get((problem.label, arm.label), {}).items())
-        means = {math.log2(rate): sum(each) / len(each) for rate, each in tried if math.isfinite(min(each))}
-        curves.append(Curve(list(means), list(means.values()), arm.label, colour=number, dots=True))
-        rows += [[arm.label, f"{rate:g}", ", ".join(map(shown, scores))] for rate, scores in tried]
-    if not rows:
-        return []
+        tried = tuning[tuning["arm"] == arm.label].groupby("learning_rate")[found.plan.metric]
+        means = tried.mean().dropna()
+        curves.append(
+            Curve([math.log2(x) for x in means.index], list(means), arm.label, colour=number, dots=True)
+        )
+        rows += [(arm.label, f"{rate:g}", ", ".join(map(shown, scores))) for rate, scores in tried]
     places = {x: f"{2**x:.3g}" for curve in curves for x in curve.x}
     words = "mean over the tuning seeds on which the rate was tried, which the comparison does not use"
     chart = Chart("Score by learning rate", words, curves, True, whole=False, places=places, last=False)
-    return [drawings([chart]), table(["arm", "learning rate", "scores, one for each seed"], rows)]
+    return (
+        [drawings([chart]), table(["arm", "learning rate", "scores, one for each seed"], rows)]
+        if rows
+        else []
+    )
 
 
 def _overall(found: Comparison) -> list[Block]:
@@ -213,9 +230,10 @@ def _overall(found: Comparison) -> list[Block]:
         return []
     rows, curves = [], []
     for number, (arm, one) in enumerate(found.overall.items(), start=1):
-        cells = [f"{shown(i.value)} [{shown(i.low)}, {shown(i.high)}]" if i else "-"
-                 for i in (one["iqm"], one["improvement"])]  # fmt: skip
-        rows.append([arm, *cells])
+        ends = [one["iqm"], one["improvement"]]
+        rows.append(
+            [arm, *(f"{shown(i.value)} [{shown(i.low)}, {shown(i.high)}]" if i else "-" for i in ends)]
+        )
         x, share, low, high = (list(column) for column in zip(*one["profile"], strict=True))
         curves.append(Curve(x, share, arm, colour=number, band=(low, high), dots=True))
     words = (
@@ -224,32 +242,28 @@ def _overall(found: Comparison) -> list[Block]:
     )
     unit = "share of runs that reach at least a score"
     chart = Chart("Performance profile", unit, curves, True, whole=False, last=False)
-    header = [
-        "arm",
-        "interquartile mean",
-        f"probability of improvement over {found.plan.reference}, by pairs",
-    ]
+    improved = f"probability of improvement over {found.plan.reference}, by pairs"
+    header = ["arm", "interquartile mean", improved]
     return [paragraph(words, "soft"), table(header, rows), drawings([chart])]
 
 
 def _completions(found: Comparison) -> list[dict[str, object]]:
     """Return some completions of the first run of each arm on each problem, to sort and to filter."""
+    runs = found.table.runs
+    runs = runs[(runs["role"] == "comparison") & (runs["state"] != "missing")]
     rows: list[dict[str, object]] = []
-    runs = found.table.runs[
-        (found.table.runs["role"] == "comparison") & (found.table.runs["state"] != "missing")
-    ]
-    for (problem, arm), of_arm in runs.groupby(["problem", "arm"], sort=False):
-        path = found.output_dir / of_arm["path"].iloc[0]
+    for run in runs.drop_duplicates(["problem", "arm"]).itertuples():
+        path = found.output_dir / str(run.path)
         kept = read_run(path).completions() if (path / "metrics.jsonl").is_file() else []
         for one in kept[:: max(1, len(kept) // COMPLETIONS)][:COMPLETIONS]:
             texts = {name: one.get(name) for name in ("prompt", "completion", "reward")}
-            rows.append({"problem": problem, "arm": arm, **texts})
+            rows.append({"problem": run.problem, "arm": run.arm, **texts})
     return rows
 
 
-def _frame(frame: pd.DataFrame) -> Block:
+def _frame(frame: pd.DataFrame, style: str = "wide") -> Block:
     rows = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
-    return table(list(map(str, frame.columns)), rows, "wide")
+    return table(list(map(str, frame.columns)), rows, style)
 
 
 def _cell(value: object) -> str:

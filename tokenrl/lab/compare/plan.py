@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tokenrl.errors import Refused
 from tokenrl.runs.files import plain, write_json
@@ -18,8 +18,8 @@ Kind = Literal["train", "control"]
 Role = Literal["comparison", "tuning", "itself"]
 """Why a run is made: for the comparison, to choose an arm's learning rate, or to compare the reference with
 itself on other seeds."""
-JUDGED = ("reference", "metric", "margins", "failure_below", "all_pairs")
-"""Fields of a plan that decide how runs are judged, and not which runs there are."""
+MAY_CHANGE = ("the number of seeds", "reference", "metric", "failure_below", "all_pairs", "margins")
+"""What may be changed when a comparison goes on: how many runs there are, and how they are judged."""
 
 
 @dataclass(frozen=True)
@@ -30,27 +30,23 @@ class Problem:
 
     Attributes:
         label: name in tables, such as `sort_digits`; if there are several, `sort_digits, num_generations=4`.
-        kind: the command that makes its runs.
         settings: the settings that all its runs share, as JSON holds them; `task` or `env` among them.
         budget: number of samples that each run may generate.
         unit: what a sample is: `completions`, or in control `episodes` (or `environment steps`).
         per_step: samples of a training step without greedy completions or refills.
-        num_generations: completions per prompt, in control episodes of an update.
-        learning_rate: the rate that is recommended for the problem.
         places: numbers of samples at which runs are evaluated, without that before training.
+        margin: the difference that counts as none; None where equivalence is not judged.
         reward_range: the least and the largest reward, if the reward declares them.
         solved: the reward from which the task counts as solved, if it says so.
     """
 
     label: str
-    kind: Kind
     settings: dict[str, Any]
     budget: int
     unit: str
     per_step: int
-    num_generations: int
-    learning_rate: float
     places: tuple[float, ...]
+    margin: float | None = None
     reward_range: tuple[float, float] | None = None
     solved: float | None = None
 
@@ -72,27 +68,24 @@ class Arm:
     exploratory: bool = False
 
 
-@dataclass(frozen=True)
-class PlannedRun:
-    """One run of a comparison, which becomes an ordinary run directory.
+class Run(NamedTuple):
+    """One run of a comparison: an ordinary run directory.
 
     Attributes:
         problem: label of the problem.
         arm: label of the arm.
-        seed: its seed.
         role: why it is made.
-        kind: the command that makes it.
+        seed: its seed.
+        learning_rate: its learning rate.
         path: its directory, relative to that of the comparison.
-        settings: all its settings but `output_dir` and `resume`, as JSON holds them.
     """
 
     problem: str
     arm: str
-    seed: int
     role: Role
-    kind: Kind
+    seed: int
+    learning_rate: float
     path: str
-    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -100,15 +93,14 @@ class Plan:
     """A comparison as it was planned, before anything was run.
 
     Attributes:
+        kind: the command that makes its runs.
         problems: what the arms are compared on.
         arms: the arms, in the order in which they were given.
         reference: label of the arm that the others are compared with.
         metric: name of the score that decides.
-        margins: by problem, the difference that counts as none; None where equivalence is not judged.
         seeds: seeds of the comparison.
         itself_seeds: seeds of the runs that compare the reference with itself; as many, or none.
         tuning_seeds: seeds on which learning rates are chosen; none unless they are tuned.
-        rates: factors of the recommended learning rate that are tried; (1,) unless they are tuned.
         failure_below: the reward at the end below which a run counts as failed.
         all_pairs: whether all arms are compared with each other.
         existing: the runs, where they existed before the comparison; else empty.
@@ -116,20 +108,24 @@ class Plan:
         command: the command line that repeats the comparison; empty if a Python program made it.
     """
 
+    kind: Kind
     problems: tuple[Problem, ...]
     arms: tuple[Arm, ...]
     reference: str
     metric: str
-    margins: dict[str, float | None]
     seeds: tuple[int, ...]
     itself_seeds: tuple[int, ...] = ()
     tuning_seeds: tuple[int, ...] = ()
-    rates: tuple[float, ...] = (1.0,)
     failure_below: float | None = None
     all_pairs: bool = False
-    existing: tuple[PlannedRun, ...] = ()
+    existing: tuple[Run, ...] = ()
     changes: tuple[str, ...] = ()
     command: str = ""
+
+    @property
+    def margins(self) -> dict[str, float | None]:
+        """The margins of equivalence by problem."""
+        return {problem.label: problem.margin for problem in self.problems}
 
     @property
     def comparisons(self) -> int:
@@ -139,28 +135,15 @@ class Plan:
 
     def run(
         self, problem: Problem, arm: Arm, seed: int, role: Role = "comparison", rate: float | None = None
-    ) -> PlannedRun:
-        """Plan one run: an arm on a problem with a seed.
-
-        Args:
-            problem: what the run trains on.
-            arm: how it trains.
-            seed: its seed.
-            role: why it is made.
-            rate: its learning rate; None for the arm's own, else the problem's.
-        """
-        settings = {**problem.settings, "learning_rate": problem.learning_rate, **arm.settings, "seed": seed}
-        settings |= {"keep_checkpoints": 1} | ({} if rate is None else {"learning_rate": rate})
-        if problem.kind == "train":  # the same budget, evaluated at the same numbers of samples
-            every = settings["eval_every"] * problem.num_generations / settings["num_generations"]
-            settings |= {"max_samples": problem.budget, "eval_every": max(1, round(every)) if every else 0}
+    ) -> Run:
+        """Plan one run; its learning rate is the one given, else the arm's own, else the problem's."""
+        usual = rate or arm.settings.get("learning_rate") or problem.settings["learning_rate"]
         folder = _slug(arm.label, [other.label for other in self.arms])
-        folder += {"comparison": "", "itself": "-itself", "tuning": f"-tuning-{rate or 0:g}"}[role]
-        place = _slug(problem.label, [other.label for other in self.problems])
-        path = f"runs/{place}/{folder}/seed_{seed}"
-        return PlannedRun(problem.label, arm.label, seed, role, problem.kind, path, settings)
+        folder += {"comparison": "", "itself": "-itself", "tuning": f"-tuning-{usual:g}"}[role]
+        path = f"runs/{_slug(problem.label, list(self.margins))}/{folder}/seed_{seed}"
+        return Run(problem.label, arm.label, role, seed, usual, path)
 
-    def runs(self, rates: Mapping[tuple[str, str], float] | None = None) -> list[PlannedRun]:
+    def runs(self, rates: Mapping[tuple[str, str], float] | None = None) -> list[Run]:
         """Return the runs of the comparison, those of one seed together, so that pairs are complete early.
 
         Args:
@@ -176,15 +159,26 @@ class Plan:
                         runs.append(self.run(problem, arm, self.itself_seeds[place], "itself", rate))
         return runs
 
+    def settings(self, run: Run) -> dict[str, Any]:
+        """Return all settings of a run but its directory: the same samples, evaluated at the same places."""
+        (problem,) = (one for one in self.problems if one.label == run.problem)
+        (arm,) = (one for one in self.arms if one.label == run.arm)
+        own = {"seed": run.seed, "learning_rate": run.learning_rate, "keep_checkpoints": 1}
+        settings = {**problem.settings, **arm.settings, **own}
+        if self.kind == "train":
+            size, own_size = problem.settings["num_generations"], settings["num_generations"]
+            every = settings["eval_every"] and max(1, round(settings["eval_every"] * size / own_size))
+            settings |= {"max_samples": problem.budget, "eval_every": every}
+        return settings
+
 
 def _slug(label: str, all_labels: Sequence[str]) -> str:
     """Return a label as the name of a folder; labels that become the same get their place."""
-
-    def plainly(text: str) -> str:
-        return re.sub(r"[^A-Za-z0-9_.=-]+", "-", text).strip("-.")[:80] or "arm"
-
-    same = [other for other in all_labels if plainly(other).lower() == plainly(label).lower()]
-    return plainly(label) + (f"-{same.index(label) + 1}" if len(same) > 1 else "")
+    plainly = {
+        other: re.sub(r"[^A-Za-z0-9_.=-]+", "-", other).strip("-.")[:80] or "arm" for other in all_labels
+    }
+    same = [other for other in all_labels if plainly[other].lower() == plainly[label].lower()]
+    return plainly[label] + (f"-{same.index(label) + 1}" if len(same) > 1 else "")
 
 
 def write_plan(plan: Plan, output_dir: Path, expected: Mapping[str, Any]) -> None:
@@ -202,10 +196,11 @@ def read_plan(output_dir: Path) -> Plan:
     path = output_dir / "plan.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["plan"]
-        kinds = {"problems": Problem, "arms": Arm, "existing": PlannedRun}
-        lists = {name: tuple(kind(**one) for one in found[name]) for name, kind in kinds.items()}
         values: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in found.items()}
-        return Plan(**values | lists)
+        values["problems"] = tuple(Problem(**one) for one in found["problems"])
+        values["arms"] = tuple(Arm(**one) for one in found["arms"])
+        values["existing"] = tuple(Run(*one) for one in found["existing"])
+        return Plan(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(
             f"{path} cannot be read ({error}). Give another --output-dir, or replace it with --overwrite."
@@ -251,39 +246,36 @@ def _changes(old: Plan, new: Plan, output_dir: Path) -> list[str]:
     Raises:
         Refused: it differs in more than it may.
     """
+    before, now = _facts(old), _facts(new)
     wrong, changes = [], []
-    for name in ("tuning_seeds", "rates", "existing"):
-        if plain(getattr(old, name)) != plain(getattr(new, name)):
-            wrong.append(f"{name}: {str(getattr(old, name))[:300]}, now {str(getattr(new, name))[:300]}")
-    for before, now in zip(old.problems, new.problems, strict=False):
-        one, other = ({**asdict(p), **p.settings, "settings": None} for p in (before, now))
-        names = [n for n in dict.fromkeys([*one, *other]) if plain(one.get(n)) != plain(other.get(n))]
-        wrong += [f"{n}: {one.get(n)}, now {other.get(n)}" for n in names if n != "places"]
-    if len(old.problems) != len(new.problems):
-        wrong.append(f"{len(old.problems)} problems, now {len(new.problems)}")
-    arms, added = {arm.label: plain(arm.settings) for arm in new.arms}, [arm.label for arm in new.arms]
-    for arm in old.arms:
-        if arms.get(arm.label) != plain(arm.settings):
-            wrong.append(
-                f"the arm {arm.label!r}: {'had other settings' if arm.label in arms else 'was there'}"
-            )
-        else:
-            added.remove(arm.label)
-    if added:
-        changes.append(f"the arms {', '.join(added)} were added after runs had begun")
-    if old.seeds[: len(new.seeds)] != new.seeds[: len(old.seeds)]:
-        wrong.append(f"seeds: {old.seeds}, now {new.seeds}")
-    elif len(old.seeds) != len(new.seeds):
-        changes.append(
-            f"the number of seeds was changed from {len(old.seeds)} to {len(new.seeds)} on the way"
-        )
-    for name in JUDGED:
-        before, now = plain(getattr(old, name)), plain(getattr(new, name))
-        if before != now:
-            changes.append(f"{name} was changed from {before} to {now} after runs had begun")
+    for name in dict.fromkeys([*before, *now]):
+        was, is_now = before.get(name), now.get(name)
+        if was != is_now and name in MAY_CHANGE:
+            changes.append(f"{name} was changed from {was} to {is_now} after runs had begun")
+        elif was is None and name.startswith("the arm"):
+            changes.append(f"{name} was added after runs had begun")
+        elif was != is_now:
+            wrong.append(f"{name}: {was}, now {is_now}")
     if wrong:
         raise Refused(
-            f"{output_dir} holds another comparison: {'; '.join(wrong)}. Give the arguments that it was "
-            "started with (plan.json has its command), another --output-dir, or --overwrite to replace it."
+            f"{output_dir} holds another comparison: {'; '.join(wrong)[:900]}. Give the arguments that it "
+            "was started with (plan.json has its command), another --output-dir, or --overwrite."
         )
     return changes
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    """Return what two plans are compared by, as JSON holds it, by name."""
+    found: dict[str, Any] = {
+        name: getattr(plan, name) for name in MAY_CHANGE if name != "the number of seeds"
+    }
+    found |= {"the number of seeds": len(plan.seeds), "the first seed": plan.seeds[0]}
+    found |= {
+        "tuning seeds": plan.tuning_seeds,
+        **{f"the arm {arm.label}": arm.settings for arm in plan.arms},
+    }
+    for problem in plan.problems:
+        of_problem = {**asdict(problem), **problem.settings}
+        for name in sorted(of_problem.keys() - {"settings", "places", "margin"}):
+            found[f"{name} on {problem.label}"] = of_problem[name]
+    return {name: plain(value) for name, value in found.items()}

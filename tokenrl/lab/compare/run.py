@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,17 +18,15 @@ from tokenrl.errors import Refused
 from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.lab.compare.comparison import Comparison, judge_runs, write_tables
 from tokenrl.lab.compare.execution import command, execute
-from tokenrl.lab.compare.existing import plan_of_runs
-from tokenrl.lab.compare.page import write_comparison
+from tokenrl.lab.compare.page import facts_of, write_comparison
 from tokenrl.lab.compare.paired import LEAST_PAIRS, detectable_difference
-from tokenrl.lab.compare.plan import Plan, PlannedRun, Problem, read_plan, settle_plan, write_plan
+from tokenrl.lab.compare.plan import Plan, Problem, Run, read_plan, settle_plan, write_plan
 from tokenrl.lab.compare.planning import make_plan
 from tokenrl.lab.compare.scores import RunTable, is_done, read_runs
-from tokenrl.lab.compare.tuning import chosen_rates, tune
-from tokenrl.lab.compare.words import facts_of
+from tokenrl.lab.compare.tuning import FACTORS, tune
 from tokenrl.runs.console import Console, duration, number, rich_table
 from tokenrl.runs.reader import read_run
-from tokenrl.settings import arguments, field_types
+from tokenrl.settings import called, field_types
 
 TIMED_STEPS = 6
 """Steps of the run that is timed; the first two are left out, because they are slower than later ones."""
@@ -60,25 +58,38 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         >>> found = tokenrl.compare(task="sort_digits", arms=("reinforce", "rloo"), seeds=6, max_steps=100)
         >>> found.judgement.verdicts()
     """
-    args = _arguments(args, options)
-    console, output_dir = Console(quiet=args.quiet), Path(args.output_dir)
-    plan = plan_of_runs(args, _command()) if args.runs else make_plan(args, console.note, _command())
-    plan = settle_plan(plan, output_dir, overwrite=args.overwrite and not args.dry_run)
+    args = called(CompareArguments, args, _with_shared(options) if options else {})
+    console, root = Console(quiet=args.quiet), Path(args.output_dir)
+    plan = settle_plan(
+        make_plan(args, console.note, _command()), root, overwrite=args.overwrite and not args.dry_run
+    )
     expected = _expected(plan)
     if args.dry_run:
-        seconds = {p.label: _seconds(plan, p) for p in plan.problems if not plan.existing}
+        seconds = {problem.label: _seconds(plan, problem) for problem in plan.problems if not plan.existing}
         _show_plan(plan, {**expected, "seconds": seconds}, console)
         return plan
-    write_plan(plan, output_dir, expected)
+    write_plan(plan, root, expected)
     _show_plan(plan, expected, console)
+
+    def make(runs: Sequence[Run]) -> None:
+        left = [run for run in runs if not plan.existing and not is_done(run, root)]
+        if left and args.print_commands:
+            print(*(command(plan, run, root) for run in left), sep="\n")
+            raise _Printed
+        if left:
+            execute(plan, left, root, executor=args.executor, workers=args.workers, console=console)
+
     try:
-        make = partial(_make, args, output_dir, console)
-        found = _judged(plan, output_dir, (lambda runs: None) if plan.existing else make)
+        found = _judged(plan, root, make)
     except _Printed:
         return plan
     _write(found)
     _show(found, console)
     return found
+
+
+class _Printed(Exception):
+    """The commands of runs that are not done yet were printed, and nothing more can be done without them."""
 
 
 def judge_directory(output_dir: str | Path) -> Comparison:
@@ -91,8 +102,8 @@ def judge_directory(output_dir: str | Path) -> Comparison:
         Refused: the plan or a run is damaged.
         Stopped: nothing can be judged yet.
     """
-    plan, root = read_plan(Path(output_dir)), Path(output_dir)
-    return _judged(plan, root, lambda runs: None)
+    root = Path(output_dir)
+    return _judged(read_plan(root), root, lambda runs: None)
 
 
 def report_comparison(output_dir: str | Path) -> Path:
@@ -104,37 +115,18 @@ def report_comparison(output_dir: str | Path) -> Path:
     return _write(judge_directory(output_dir))
 
 
-class _Printed(Exception):
-    """The commands of runs that are not done yet were printed, and nothing more can be done without them."""
-
-
-def _make(args: CompareArguments, output_dir: Path, console: Console, runs: Sequence[PlannedRun]) -> None:
-    """Make the runs that are not done, or print their commands.
-
-    Raises:
-        _Printed: some runs are not done, and their commands were to be printed.
-    """
-    left = [run for run in runs if not is_done(run, output_dir)]
-    if left and args.print_commands:
-        print(*(command(run, output_dir) for run in left), sep="\n")
-        raise _Printed
-    if left:
-        execute(left, output_dir, executor=args.executor, workers=args.workers, console=console)
-
-
-def _judged(plan: Plan, output_dir: Path, make: Callable[[Sequence[PlannedRun]], None]) -> Comparison:
+def _judged(plan: Plan, root: Path, make: Callable[[Sequence[Run]], None]) -> Comparison:
     """Choose learning rates, if they are tuned, then make, read and judge all runs."""
     tables: list[RunTable] = []
 
-    def work(runs: Sequence[PlannedRun]) -> pd.DataFrame:
+    def work(runs: Sequence[Run]) -> pd.DataFrame:
         make(runs)
-        tables.append(read_runs(runs, output_dir, plan.problems, plan.failure_below))
+        tables.append(read_runs(runs, root, plan.problems, plan.failure_below))
         return tables[-1].runs
 
-    sensitivity = tune(plan, work) if plan.tuning_seeds else {}
-    work(plan.runs(chosen_rates(sensitivity)))
+    work(plan.runs(tune(plan, work) if plan.tuning_seeds else {}))
     runs, curves = (pd.concat([getattr(t, n) for t in tables], ignore_index=True) for n in ("runs", "curves"))
-    return judge_runs(output_dir, plan, RunTable(runs, curves), sensitivity)
+    return judge_runs(root, plan, RunTable(runs, curves))
 
 
 def _write(found: Comparison) -> Path:
@@ -147,31 +139,26 @@ def _expected(plan: Plan) -> dict[str, Any]:
 
     That difference is a multiple of the standard deviation of a paired difference; None with too few pairs.
     """
-    tuning, left = 0, len(plan.rates)
-    for _ in plan.tuning_seeds:
-        tuning, left = tuning + left, -(-left // 2)
     pairs = len(plan.seeds)
     found = detectable_difference(pairs, 1.0, plan.comparisons) if pairs >= LEAST_PAIRS else None
-    places = len(plan.problems) * len(plan.arms)
-    return {"runs": len(plan.runs()), "tuning_runs": tuning * places, "detectable": found}
+    tried = sum(math.ceil(len(FACTORS) / 2**place) for place in range(len(plan.tuning_seeds)))
+    tuning = tried * len(plan.problems) * len(plan.arms)
+    return {"runs": len(plan.runs()), "tuning_runs": tuning, "detectable": found}
 
 
 def _seconds(plan: Plan, problem: Problem) -> float:
     """Time a short run of the reference: the seconds of a whole run follow from its steps and evaluations."""
-    arm = next(arm for arm in plan.arms if arm.label == plan.reference)
-    run = plan.run(problem, arm, plan.seeds[0])
-    length = (
-        {"max_samples": TIMED_STEPS * problem.per_step}
-        if problem.kind == "train"
-        else {"max_steps": TIMED_STEPS}
-    )
-    short = replace(run, path="run", settings={**run.settings, **length, "eval_every": 0})
+    (arm,) = (arm for arm in plan.arms if arm.label == plan.reference)
+    run = plan.run(problem, arm, plan.seeds[0])._replace(path="run")
+    few = {"eval_every": 0, **({"max_steps": TIMED_STEPS} if plan.kind == "control" else {})}
+    short = replace(problem, budget=TIMED_STEPS * problem.per_step, settings={**problem.settings, **few})
     with tempfile.TemporaryDirectory() as folder:
-        execute([short], Path(folder), console=Console(quiet=True))
-        if not is_done(short, Path(folder)):
-            reason = read_runs([short], Path(folder), [problem], None).runs["reason"][0]
+        root = Path(folder)
+        execute(replace(plan, problems=(short,)), [run], root, console=Console(quiet=True))
+        if not is_done(run, root):
+            reason = read_runs([run], root, [short], None).runs["reason"][0]
             raise Refused(f"A few steps of {arm.label} on {problem.label} were tried, and failed: {reason}")
-        timed = read_run(Path(folder, "run"))
+        timed = read_run(root / run.path)
     steps = [row["step_seconds"] for row in timed.timings if "step_seconds" in row]
     evaluation = max(0.0, (timed.summary["wall_seconds"] - sum(steps)) / 2)
     count = problem.budget / problem.per_step
@@ -180,20 +167,18 @@ def _seconds(plan: Plan, problem: Problem) -> float:
 
 def _show_plan(plan: Plan, expected: Mapping[str, Any], console: Console) -> None:
     """Print what will be compared, at what cost, and how small a difference it can show."""
-    detectable = expected["detectable"]
     can_show = f"{len(plan.seeds)} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
-    if detectable is not None:
-        low, high = (detectable * spread for spread in SPREAD)
+    if expected["detectable"] is not None:
+        low, high = (expected["detectable"] * spread for spread in SPREAD)
         can_show = (
-            f"with a power of 80 % a difference of {detectable:.2g} standard deviations of a paired "
-            f"difference; on the toy tasks that is about {low:.2g} to {high:.2g} of the range of the reward"
+            f"with a power of 80 % a difference of {expected['detectable']:.2g} standard deviations of a "
+            f"paired difference; on the toy tasks that is about {low:.2g} to {high:.2g} of the range of the "
+            "reward"
         )
     tuning = f" and about {expected['tuning_runs']} for tuning" * bool(plan.tuning_seeds)
     facts = {**facts_of(plan), "runs": f"{expected['runs']}{tuning}", "can show": can_show}
     for label, seconds in expected.get("seconds", {}).items():
         facts[f"a run on {label}"] = f"about {duration(seconds)} on one processor"
-    if plan.changes:
-        facts["exploratory"] = "; ".join(plan.changes)
     console.start("tokenrl compare", facts, note=NOTE)
 
 
@@ -201,44 +186,31 @@ def _show(found: Comparison, console: Console) -> None:
     """Print the scores and the verdict of each problem, what they do not mean, and where the report is."""
     for family in found.judgement.families:
         title = f"{family.problem}: {found.plan.metric}, mean over the seeds that did not fail"
-        table = rich_table(
-            title, ("arm",), ("seeds", "failed", "score", "against " + family.reference, "verdict")
-        )
-        by_arm = {d.arm: d for d in family.differences if d.reference == family.reference}
+        columns = ("failed", "score", f"against {family.reference}", "verdict")
+        table = rich_table(title, ("arm",), columns)
         for arm in family.arms:
-            d = by_arm.get(arm.arm)
-            apart = "" if d is None else f"{d.mean.value:+.3g} [{d.adjusted.low:.3g}, {d.adjusted.high:.3g}]"
-            verdict = "reference" if d is None else d.verdict
-            counts = str(len(arm.scores) + len(arm.failed)), str(len(arm.failed))
-            table.add_row(arm.arm, *counts, number(arm.mean), apart, verdict)
+            one = family.against_reference.get(arm.arm)
+            judged = (one.apart, one.verdict) if one else ("", "reference")
+            table.add_row(arm.arm, arm.count, number(arm.mean), *judged)
         console.rich.print(table)
         console.note(found.headline(family.problem))
-        for text in found.sentences(family.problem):
+        caveats = [caveat.text for caveat in found.caveats[family.problem]]
+        for text in (*family.sentences(), *caveats):
             console.note(f"- {text}")
-        for caveat in found.caveats[family.problem]:
-            console.note(f"- {caveat.text}")
     runs = found.table.runs
     for run in runs[runs["failed"]].itertuples():
         console.warn(f"{run.problem}: {run.arm}, seed {run.seed}, failed: {run.reason}")
     console.note(f"report  {found.output_dir / 'report.html'}")
 
 
-def _arguments(args: CompareArguments | None, options: Mapping[str, Any]) -> CompareArguments:
-    """Return the arguments of a call, in which keywords of the runs are put under `shared`."""
-    own = field_types(CompareArguments)
+def _with_shared(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the keywords that are settings of the runs under `shared`; learning rates become text, as typed."""
+    own = {name: value for name, value in options.items() if name in field_types(CompareArguments)}
     shared = {name: value for name, value in options.items() if name not in own}
-    rest = {name: value for name, value in options.items() if name in own}
-    if args is not None:
-        if options:
-            raise Refused(
-                "args holds all settings, so keywords beside it would be lost; give one of the two."
-            )
-        return args
-    rates = rest.get("learning_rate", ())
-    if not isinstance(rates, str):  # numbers are text on the command line
-        several = rates if isinstance(rates, list | tuple) else (rates,)
-        rest |= {"learning_rate": tuple(map(str, several))} if several else {}
-    return arguments(CompareArguments, {**rest, "shared": {**rest.get("shared", {}), **shared}})
+    if "learning_rate" in own:
+        rates = own["learning_rate"]
+        own["learning_rate"] = tuple(map(str, rates if isinstance(rates, list | tuple) else (rates,)))
+    return own | ({"shared": {**own.get("shared", {}), **shared}} if shared else {})
 
 
 def _command() -> str:

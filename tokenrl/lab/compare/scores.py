@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from tokenrl.lab.compare.plan import PlannedRun, Problem
+from tokenrl.lab.compare.plan import Problem, Run
 from tokenrl.runs.reader import RecordedRun, read_run, series
 from tokenrl.runs.signals import SIGNALS
 
@@ -22,11 +21,8 @@ SCORES = {
     "reward": "held-out sampled reward at the end",
     "area_greedy": "mean held-out greedy reward over the evaluations of the budget",
     "reward_greedy": "held-out greedy reward at the end",
-    "entropy": "entropy in the last tenth of the steps, nats per action (token)",
-    "kl": "KL to the reference policy in the last tenth of the steps, nats per completion",
 }
-"""The scores of a run in words; in control the rewards are returns of episodes. Of the first four a greater
-one is better."""
+"""The scores of a run in words; in control the rewards are returns of episodes."""
 CURVES = ("reward", "reward_greedy", "entropy", "completions/mean_length", "completions/clipped_ratio")
 COUNTS = {"completions": "num_samples", "environment steps": "num_env_steps", "episodes": "episodes"}
 """By the unit of the budget, the metric that counts samples."""
@@ -55,7 +51,7 @@ class RunTable:
 
 
 def read_runs(
-    runs: Iterable[PlannedRun], root: Path, problems: Sequence[Problem], failure_below: float | None
+    runs: Iterable[Run], root: Path, problems: Sequence[Problem], failure_below: float | None
 ) -> RunTable:
     """Read runs, finished or not.
 
@@ -70,41 +66,58 @@ def read_runs(
     Raises:
         Refused: a file of a run is damaged.
     """
-    by_label, rows, curves = {problem.label: problem for problem in problems}, [], []
+    by_label = {problem.label: problem for problem in problems}
+    rows, curves = [], list[pd.DataFrame]()
     for run in runs:
-        row, curve = _read_run(run, root, by_label[run.problem])
-        low = failure_below is not None and row.get("reward", math.inf) < failure_below
-        if low and not row["reason"]:
-            row["reason"] = f"Its reward at the end, {row['reward']:.3g}, is below {failure_below:g}."
-        rows.append({**row, "failed": row["state"] == "failed" or low, "path": run.path})
-        if curve is not None:
+        path = root / run.path
+        found = read_run(path) if (path / "metrics.jsonl").is_file() else None
+        state, reason = _state(found, path)
+        row = {**run._asdict(), "state": state, "reason": reason, **dict.fromkeys(SCORES, math.nan)}
+        if found and found.metrics:
+            scores, curve = _scores(found, by_label[run.problem])
+            row |= scores
             curves.append(curve.assign(path=run.path))
-    table = pd.DataFrame(rows)
-    table = table.reindex(columns=[*table.columns, *(n for n in ("area", "reward") if n not in table)])
+        low = failure_below is not None and row["reward"] < failure_below
+        if low and not reason:
+            row["reason"] = f"Its reward at the end, {row['reward']:.3g}, is below {failure_below:g}."
+        rows.append({**row, "failed": state == "failed" or low})
     empty = pd.DataFrame(columns=["path", "samples", "reward"])
-    return RunTable(table, pd.concat(curves, ignore_index=True) if curves else empty)
+    return RunTable(pd.DataFrame(rows), pd.concat(curves, ignore_index=True) if curves else empty)
 
 
-def _read_run(run: PlannedRun, root: Path, problem: Problem) -> tuple[dict[str, Any], pd.DataFrame | None]:
-    """Return the row and the curve of a run; None for a curve without any evaluation."""
-    found = read_run(root / run.path) if (root / run.path / "metrics.jsonl").is_file() else None
-    state, reason = _state(found, root / run.path)
-    row = {"problem": run.problem, "arm": run.arm, "seed": run.seed, "role": run.role, "state": state,
-           "reason": reason, "learning_rate": run.settings.get("learning_rate")}  # fmt: skip
-    if found is None or not found.metrics:
-        return row, None
-    steps = pd.DataFrame(found.metrics).set_index("step")
-    counts = steps.get(COUNTS[problem.unit], pd.Series(0.0, steps.index)).astype(float).fillna(0.0)
-    samples = counts.cumsum() if problem.unit == "episodes" else counts.cummax()
-    curve = _curve(found, samples, problem.places)
-    row |= {"samples": samples.iloc[-1]}
-    for name, suffix in (("reward", ""), ("reward_greedy", "_greedy")):
+def unit_of(run: RecordedRun) -> str:
+    """Return what the budget of a run is counted in."""
+    if run.kind == "train":
+        return "completions"
+    return "environment steps" if run.config.get("num_steps") else "episodes"
+
+
+def samples_of(run: RecordedRun, unit: str) -> pd.Series:
+    """Return by step the number of samples that a run had generated."""
+    steps = pd.DataFrame(run.metrics).set_index("step")
+    counts = steps.get(COUNTS[unit], pd.Series(0.0, steps.index)).astype(float).fillna(0.0)
+    return counts.cumsum() if unit == "episodes" else counts.cummax()
+
+
+def _scores(run: RecordedRun, problem: Problem) -> tuple[dict[str, float], pd.DataFrame]:
+    """Return the scores and facts of a run, and its curve at the places where all arms are compared.
+
+    Arms are evaluated after nearly, but not always exactly, the same numbers of samples: a step of ReMax, for
+    example, has more of them. Between two evaluations a curve is taken as straight.
+    """
+    samples = samples_of(run, problem.unit)
+    found, curve = {"samples": samples.iloc[-1]}, pd.DataFrame({"samples": [0.0, *problem.places]})
+    for name in CURVES:
+        steps, values = series(run.evaluations, name)
+        if steps:
+            curve[name] = np.interp(curve["samples"], samples.reindex(steps, method="ffill"), values)
+    for name, area in (("reward", "area"), ("reward_greedy", "area_greedy")):
         if name in curve:
-            row |= {f"area{suffix}": curve[name].iloc[1:].mean(), f"reward{suffix}": curve[name].iloc[-1]}
-    if "reward" not in curve:
-        return row, None
-    row |= {"before": curve["reward"].iloc[0], "gain": row["reward"] - curve["reward"].iloc[0]}
-    return row | _facts(steps[steps.index > 0], found.config), curve
+            found |= {area: curve[name].iloc[1:].mean(), name: curve[name].iloc[-1]}
+    if "reward" in curve:
+        before = curve["reward"].iloc[0]
+        found |= {"before": before, "gain": found["reward"] - before}
+    return found | _facts(run), curve
 
 
 def _state(found: RecordedRun | None, directory: Path) -> tuple[str, str]:
@@ -123,36 +136,21 @@ def _state(found: RecordedRun | None, directory: Path) -> tuple[str, str]:
     return "missing", "It has not been run."
 
 
-def is_done(run: PlannedRun, root: Path) -> bool:
+def is_done(run: Run, root: Path) -> bool:
     """Return whether a run has ended by itself; one that failed or was stopped by a signal has not."""
     there = (root / run.path / "metrics.jsonl").is_file()
     return there and read_run(root / run.path).summary.get("exit_reason") in ENDED
 
 
-def _curve(found: RecordedRun, samples: pd.Series, places: Sequence[float]) -> pd.DataFrame:
-    """Return the metrics of the evaluations at the places where all arms are compared, the first being 0.
-
-    Arms are evaluated after nearly, but not always exactly, the same numbers of samples: a step of ReMax, for
-    example, has more of them. Between two evaluations a curve is taken as straight.
-    """
-    curve = {"samples": np.array([0.0, *places])}
-    for name in CURVES:
-        steps, values = series(found.evaluations, name)
-        if steps:
-            at = samples.reindex(steps, method="ffill")
-            curve[name] = np.interp(curve["samples"], at, values)
-    return pd.DataFrame(curve)
-
-
-def _facts(steps: pd.DataFrame, config: dict[str, Any]) -> dict[str, float]:
-    """Return means over training steps: entropy and KL in the last tenth, and facts of `tokenrl.runs.rules`.
+def _facts(run: RecordedRun) -> dict[str, float]:
+    """Return means over training steps: entropy in the last tenth, and facts of `tokenrl.runs.rules`.
 
     A Gaussian head has no `early_entropy`, because the entropy of a density may be negative without harm.
     """
+    steps, config = pd.DataFrame(run.metrics).query("step > 0"), run.config
     tenth = max(1, len(steps) // 10)
     wanted = {
         "entropy": ("entropy", steps[-tenth:]),
-        "kl": ("kl", steps[-tenth:]),
         "early_entropy": ("entropy", steps[: 0 if config.get("head") == "gaussian" else tenth]),
         "early_equal": ("frac_reward_zero_std", steps[:tenth]),
         "recent_cut": ("completions/clipped_ratio", steps),
@@ -166,24 +164,33 @@ def _facts(steps: pd.DataFrame, config: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def to_threshold(curves: pd.DataFrame, threshold: float) -> pd.Series:
-    """Return by `path` the samples at which a run first reaches a reward; infinite if it never does.
+def thresholds(problem: Problem, table: RunTable) -> pd.DataFrame:
+    """Measure the way to the reward that counts as solved, else to half of what the best arm gains.
 
-    Between the first place that reaches it and the one before, the curve is taken as straight.
-
-    Args:
-        curves: rows with `path`, `samples` and `reward`.
-        threshold: the reward.
+    Returns:
+        By arm, how many runs reach it, and the median of the samples that they need, in which a run that
+        never does counts as infinite.
     """
+    runs = table.of(problem.label)
+    threshold, chosen = problem.solved, "solved"
+    if threshold is None:
+        start, best = runs["before"].mean(), runs.groupby("arm")["reward"].mean().max()
+        threshold, chosen = (start + best) / 2, "half of the best arm's gain"
+        if not best > start:
+            return pd.DataFrame(columns=["problem", "arm"])
+    curves = table.curves.groupby("path", sort=False)[["samples", "reward"]]
+    needed = curves.apply(lambda curve: _first(curve, threshold)).reindex(runs["path"], fill_value=math.inf)
+    by_arm = needed.groupby(runs["arm"].to_numpy(), sort=False)
+    found = by_arm.agg(runs="size", reached=lambda each: np.isfinite(each).sum(), median_samples="median")
+    told = {"problem": problem.label, "threshold": threshold, "chosen": chosen}
+    return found.rename_axis("arm").reset_index().assign(**told)
 
-    def first(curve: pd.DataFrame) -> float:
-        at, reward = curve["samples"].to_numpy(), curve["reward"].to_numpy()
-        reached = np.flatnonzero(reward >= threshold)
-        if not len(reached):
-            return math.inf
-        place = reached[0]
-        if place == 0:
-            return 0.0
-        return float(np.interp(threshold, reward[place - 1 : place + 1], at[place - 1 : place + 1]))
 
-    return curves.groupby("path", sort=False)[["samples", "reward"]].apply(first)
+def _first(curve: pd.DataFrame, threshold: float) -> float:
+    """Return the samples at which a curve first reaches a reward, else infinity."""
+    at, reward = curve["samples"].to_numpy(), curve["reward"].to_numpy()
+    reached = np.flatnonzero(reward >= threshold)
+    if not len(reached):
+        return math.inf
+    two = slice(max(0, reached[0] - 1), reached[0] + 1)
+    return float(np.interp(threshold, reward[two], at[two]))
