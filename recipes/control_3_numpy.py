@@ -187,12 +187,6 @@ VARIATIONS = {
         "gamma 1, not standardised": replace(USUAL, gamma=1.0, standardise=False),
     },
 }
-TITLES = {
-    "gamma": "How far ahead an action answers",
-    "window": "Each reward is credited to the last actions only",
-    "plain": "Returns standardised within the episode, or not",
-    "undiscounted": "Without a discount",
-}
 
 
 @dataclass(frozen=True)
@@ -358,7 +352,7 @@ def vary(args: Arguments) -> Figure:
                 band(axes, x, means, "black" if settings == USUAL else next(colours), f"{name}: {last}")
         style(axes, "episodes")
         axes.legend(frameon=False, fontsize=8.5, loc="lower right", title=f"mean of the last {TAIL} episodes")
-        axes.set_title(TITLES[variation], loc="left", fontsize=11)
+        axes.set_title(variation, loc="left", fontsize=11)
     figure.supylabel("return, mean of 100 episodes", fontsize=10)
     figure.supxlabel("bands and brackets: 95 % of the mean over seeds; black: the usual setting", fontsize=9)
     return figure

@@ -86,14 +86,10 @@ class Run(NamedTuple):
     updates: list[dict[str, Any]]
 
     def __str__(self) -> str:
-        s = self.summary
-        before, after = s["eval_before"], s["eval_after"]
-        verdict = {True: "solved", False: "not solved", None: ""}[s["solved"]]
-        return (
-            f"{self.env:25} {self.agent:8} {self.seed:4} {before['reward']:9.1f} {after['reward']:9.1f} "
-            f"± {after['reward_stderr']:<5.1f} {after['reward_greedy']:9.1f} {s['env_steps']:11,} "
-            f"{s['train_cpu_seconds']:8.1f}  {verdict}"
-        )
+        after, steps = self.summary["eval_after"], self.summary["env_steps"]
+        reward = f"{after['reward']:.1f} ± {after['reward_stderr']:.1f}"
+        best = f"with the best actions {after['reward_greedy']:.1f}"
+        return f"{self.env}, {self.agent}, seed {self.seed}: {reward}, {best}; {steps:,} environment steps"
 
 
 def finished(folder: Path, settings: dict[str, Any]) -> bool:
@@ -222,7 +218,6 @@ def draw(groups: Groups) -> Figure:
 
 def main(arguments: Arguments) -> None:
     print(f"mean return of {arguments.eval_episodes} fresh episodes, sampled actions, ± standard error")
-    print(f"{'environment':25} agent    seed    before     after           greedy   env steps    CPU s")
     groups: Groups = defaultdict(list)
     for run in train_all(arguments):
         print(run, flush=True)

@@ -15,7 +15,6 @@ With rewards of 2 and 1 (`ladder.py vanilla --shift 1`) the baseline is needed h
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 import tokenrl
-import toy_tasks
 from tokenrl import Estimator
-from tokenrl.control import ControlArguments, describe
-from tokenrl.language import TrainArguments
 from tokenrl.runs import read_metrics
 
 VARIANTS = {"with": Estimator.preset("rloo"), "without": Estimator.preset("reinforce")}
@@ -90,33 +86,26 @@ class Side(NamedTuple):
 
 def train_both(arguments: Arguments, name: str, estimator: Estimator, seed: int) -> tuple[Any, Any]:
     """Train the agent and the language model with the same object; returns the two results."""
-    common: dict[str, Any] = {"eval_every": 0, "diagnostics_every": 1, "overwrite": True, "quiet": True}
+    common: dict[str, Any] = {"estimator": estimator, "seed": seed, "eval_every": 0, "diagnostics_every": 1}
+    common |= {"overwrite": True, "quiet": True}
     folder = arguments.output_dir / f"{name}-seed{seed}"
-    agent = ControlArguments(
+    agent = tokenrl.train_agent(
         env=arguments.env,
-        estimator=estimator,
         num_envs=arguments.episodes,
         max_steps=arguments.updates,
         learning_rate=1e-2,
-        seed=seed,
         output_dir=str(folder / "control"),
         **common,
     )
-    model = TrainArguments(
+    model = tokenrl.train(
         task=TASK,
-        estimator=estimator,
         prompts_per_step=arguments.prompts,
         num_generations=GENERATIONS,
         max_steps=arguments.steps,
-        seed=seed,
         output_dir=str(folder / "language"),
         **common,
     )
-    assert agent.estimator is model.estimator is estimator
-    results = tokenrl.train_agent(agent), tokenrl.train(model)
-    saved = [json.loads((result.output_dir / "config.json").read_text())["estimator"] for result in results]
-    assert saved[0] == saved[1]
-    return results
+    return agent, model
 
 
 def noise_of(update: dict[str, Any]) -> float:
@@ -156,23 +145,15 @@ def side(name: str, unit: str, rows: int, length: str, facts: dict[str, str], re
 
 
 def sides(arguments: Arguments, agents: list[Any], models: list[Any]) -> list[Side]:
-    spec, task, model = describe(arguments.env), toy_tasks.load(TASK), models[0].policy.model
-    agent_facts = {
-        "compared with": "all others",
-        "horizon": f"{spec.horizon} actions",
-        "actions": str(spec.actions or f"{spec.action_size} numbers"),
-        "reward": "after every action",
-    }
-    model_facts = {
+    facts = {"compared with": "all others", "reward": "after every action"}
+    other_facts = {
         "compared with": f"the other {GENERATIONS - 1} of the prompt",
-        "horizon": f"{task.max_completion_length} actions",
-        "actions": f"{model.config.vocab_size} (tokens)",
         "reward": "once, at the end",
     }
     rows = arguments.prompts * GENERATIONS
     return [
-        side(arguments.env, "episode", arguments.episodes, "episode_length", agent_facts, agents),
-        side(TASK, "completion", rows, "completions/mean_length", model_facts, models),
+        side(arguments.env, "episode", arguments.episodes, "episode_length", facts, agents),
+        side(TASK, "completion", rows, "completions/mean_length", other_facts, models),
     ]
 
 

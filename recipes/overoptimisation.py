@@ -14,8 +14,7 @@ gold by least squares over all seeds: d (alpha - beta d) for best-of-n, d (alpha
 Seeds differ in pairs, head and samples; the base and its pool are shared. A seed falls if its gold ends 0.25
 below its best, and its proxy above its value there; "d of turn" is where those seeds were best. Gold and
 proxy "after" are changes to the end in all seeds, each from where the mean of the OTHER seeds is best, so
-that noise does not choose the peak. Intervals are 95 %: Student's t over seeds; for the fitted peak,
-resampled seeds.
+that noise does not choose the peak. Intervals are 95 %, Student's t over seeds.
 
 By default (10 minutes on one core), seeds of 6 that fall under RL, under best-of-n, and held-out accuracy
 (gold itself: 0.87): 16:300 3, 1, 0.79; 64:300 3, 4, 0.82; 128:300 5, 2, 0.81; 64:50 2, 1, 0.69; 64:2000 3, 1,
@@ -25,7 +24,6 @@ neither width nor data nor accuracy protects: the least accurate model falls lea
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -61,7 +59,7 @@ Pool = list[np.ndarray]  # by prompt, [N]
 Key = tuple[str, str]  # width:pairs of the reward model, RL or best-of-n
 LENGTH, WIDTH, PER_BLOCK = 16, 64, 5  # tokens of a review, width of the policy, RL steps averaged to a point
 FALL = 0.25  # a seed falls if it loses more gold than this after the turn; a point's error is below 0.08
-FORMS = {"RL": "d log d", "best-of-n": "d squared"}  # what bends the fit
+HOW = ("RL", "best-of-n")
 
 
 @dataclass(frozen=True)
@@ -96,39 +94,14 @@ class Base:
     gold: Pool  # the gold rewards of the samples
 
 
-def gain_form(d: np.ndarray, alpha: float, beta: float, form: str) -> np.ndarray:
-    """Gain in gold reward at the distances d > 0: `d (alpha - beta d)` or `d (alpha - beta log d)`."""
-    return d * (alpha - beta * (d if form == "d squared" else np.log(d)))
+def columns(d: np.ndarray, how: str) -> np.ndarray:
+    """What alpha and beta multiply in the gain at the distances d > 0 [n]: [n, 2]."""
+    return np.stack([d, -d * (d if how == "best-of-n" else np.log(d))], axis=1)
 
 
-def fit_gain(d: np.ndarray, gain: np.ndarray, form: str) -> tuple[float, float]:
-    """Fit alpha and beta by least squares.
-
-    Args:
-        d: square roots of the KL to the base, above 0; any shape.
-        gain: gold reward minus that of the base, of the same shape.
-        form: the form to fit.
-
-    Returns:
-        alpha and beta.
-    """
-    d = np.asarray(d, dtype=np.float64).ravel()
-    columns = np.stack([gain_form(d, 1.0, 0.0, form), gain_form(d, 0.0, 1.0, form)], axis=1)
-    alpha, beta = np.linalg.lstsq(columns, np.ravel(gain), rcond=None)[0]
-    return float(alpha), float(beta)
-
-
-def gain_peak(alpha: float, beta: float, form: str) -> float:
-    """Return the d at which the gain is highest, `alpha / (2 beta)` or `exp(alpha / beta - 1)`.
-
-    It is inf if the gain only rises, and 0 for a best-of-n that never gains (alpha <= 0).
-    """
-    if beta <= 0:
-        return math.inf
-    if form == "d squared":
-        return max(0.0, alpha / (2 * beta))
-    exponent = alpha / beta - 1
-    return math.exp(exponent) if exponent < 700 else math.inf  # exp overflows beyond
+def fit_gain(d: np.ndarray, gain: np.ndarray, how: str) -> np.ndarray:
+    """Fit alpha and beta [2] to gains in gold reward at square roots of the KL above 0, of any shape."""
+    return np.linalg.lstsq(columns(d.ravel(), how), gain.ravel(), rcond=None)[0]
 
 
 def standard(values: Any, each: Pool) -> np.ndarray:
@@ -207,12 +180,6 @@ class Curve:
     proxy: np.ndarray
     gold: np.ndarray
 
-    def peak(self, seeds: Any) -> float:
-        """Where the gold fitted to these seeds is highest; infinite if it does not fall within the d seen."""
-        form = FORMS[self.how]
-        at = gain_peak(*fit_gain(self.d[seeds], self.gold[seeds], form), form)
-        return at if at < self.d.max() else math.inf
-
 
 def mean_of(values: np.ndarray) -> tuple[float, float]:
     """Mean over seeds and half the width of its 95 % interval; nan where there are too few."""
@@ -223,8 +190,8 @@ def mean_of(values: np.ndarray) -> tuple[float, float]:
 
 
 def findings(curve: Curve) -> dict[str, Any]:
-    """The turn, where the mean of the other seeds is highest; what follows it; and the fitted peak."""
-    seeds, rng = range(len(curve.gold)), np.random.default_rng(0)
+    """The turn, where the mean of the other seeds is highest; what follows it; and the fit."""
+    seeds = range(len(curve.gold))
     others = [[s for s in seeds if s != seed] or [seed] for seed in seeds]
     turns = np.array([curve.gold[o].mean(axis=0).argmax() for o in others])[:, None]
     best = curve.gold.argmax(axis=1)[:, None]
@@ -234,11 +201,9 @@ def findings(curve: Curve) -> dict[str, Any]:
 
     fell = (change(best, curve.gold) < -FALL) & (change(best, curve.proxy) > 0)
     gold, proxy = (mean_of(change(turns, values)) for values in (curve.gold, curve.proxy))
-    peaks = [curve.peak(rng.choice(len(seeds), len(seeds))) for _ in range(500)]
     return {
         "d": mean_of(np.take_along_axis(curve.d, best, axis=1)[fell, 0]), "gold": gold, "proxy": proxy,
-        "fit": fit_gain(curve.d, curve.gold, FORMS[curve.how]), "peak": curve.peak(seeds),
-        "peak_interval": np.quantile(peaks, (0.025, 0.975), method="nearest").tolist(),
+        "fit": fit_gain(curve.d, curve.gold, curve.how).tolist(),
         "fell": int(fell.sum()), "turned": sum(gold) < 0 < proxy[0] - proxy[1],
     }  # fmt: skip
 
@@ -248,14 +213,14 @@ def draw(curves: dict[Key, Curve], found: dict[Key, dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(3.1 * len(names) + 0.6, 6.6), dpi=100, layout="constrained")
     grid = figure.subplots(2, len(names), sharey="row", squeeze=False)
     for (name, how), curve in curves.items():
-        axes = grid[list(FORMS).index(how), names.index(name)]
+        axes = grid[HOW.index(how), names.index(name)]
         panel(axes, curve, found[name, how])
         title = "{}, width {}, {} pairs: {} of {} fall"
         title = title.format(how, *name.split(":"), found[name, how]["fell"], len(curve.gold))
         axes.set_title(title, fontsize=9.5, loc="left")
     for axes in grid[:, 0]:
         axes.set_ylabel("gain on the base (its s.d.)")
-    count = {h: sum(found[name, h]["fell"] for name in names) for h in FORMS}
+    count = {h: sum(found[name, h]["fell"] for name in names) for h in HOW}
     title = f"Gold falls while the proxy rises: under RL with {count['RL']} of "
     title += f"{len(names) * len(curve.gold)} reward models, under best-of-n with {count['best-of-n']}"
     figure.suptitle(title, fontsize=13, fontweight="bold")
@@ -273,8 +238,7 @@ def panel(axes: Axes, curve: Curve, found: dict[str, Any]) -> None:
         mean = values.mean(axis=0)
         axes.plot(d.mean(axis=0), mean, color=colour, linewidth=2.2, label=f"{name} (thin: a seed)")
     line = np.linspace(0.05, float(d.max()), 100)
-    fitted = gain_form(line, *found["fit"], FORMS[curve.how])
-    axes.plot(line, fitted, "k--", linewidth=1.2, label="fit to gold")
+    axes.plot(line, columns(line, curve.how) @ found["fit"], "k--", linewidth=1.2, label="fit to gold")
     if found["fell"]:
         label = "turn (mean of seeds that fall)"
         axes.axvline(found["d"][0], color=GREY, linewidth=1, linestyle=":", label=label)
@@ -286,7 +250,6 @@ def panel(axes: Axes, curve: Curve, found: dict[str, Any]) -> None:
 def measure(args: Args, base: Base) -> dict[Key, Curve]:
     """Train all reward models and maximise each by RL and by best-of-n."""
     rows: dict[Key, list[np.ndarray]] = {}
-    cells, began = args.seeds * len(args.configurations), time.monotonic()
     most = max(int(name.split(":")[1]) for name in args.configurations)
     for seed in range(args.seeds):
         pairs, held = make_pairs(base, most, seed)
@@ -298,10 +261,8 @@ def measure(args: Args, base: Base) -> dict[Key, Curve]:
             run = args.output_dir / name.replace(":", "_") / f"seed_{seed}"
             rows.setdefault((name, "RL"), []).append(pursue(judge, base, proxies, args.max_steps, seed, run))
             rows.setdefault((name, "best-of-n"), []).append(best_of(base, proxies, args))
-            spent, done = time.monotonic() - began, sum(map(len, rows.values())) // 2
             accuracy = "accuracy {accuracy:.3f} of {noise_ceiling:.3f}".format(**metrics)
-            left = spent / done * (cells - done) / 60
-            print(f"seed {seed} {name:>8}: {accuracy}; {spent:4.0f} s, {left:.1f} min left", flush=True)
+            print(f"seed {seed} {name:>8}: {accuracy}", flush=True)
     curves = {key: np.moveaxis(np.stack(found), 2, 0) for key, found in rows.items()}
     # An estimate of a KL near 0 can be negative.
     return {key: Curve(key[1], np.sqrt(np.maximum(kl, 1e-4)), *gains) for key, (kl, *gains) in curves.items()}
@@ -310,7 +271,7 @@ def measure(args: Args, base: Base) -> dict[Key, Curve]:
 def main(args: Args) -> None:
     cells = args.seeds * len(args.configurations)
     guess = cells * (6 + 0.08 * args.max_steps) / 60
-    print(f"{cells} reward models and RL runs: about {guess:.0f} min on one core; a nearer guess follows.")
+    print(f"{cells} reward models and RL runs: about {guess:.0f} min on one core")
     task = narrow(WIDTH)
     path, rows = str(warm_started_base(task)), task.eval_prompts[:: len(task.eval_prompts) // 8][:8]
     prompts = [row["prompt"] for row in rows]
@@ -318,11 +279,10 @@ def main(args: Args) -> None:
     base = Base(task, path, rows, texts, best_of_n.pool_rewards(gold, rows, texts))
     curves = measure(args, base)
     found = {key: findings(curve) for key, curve in curves.items()}
-    print("\nwidth:pairs, by   d of turn      gold after    proxy after  peak of fit       fell   mean falls")
+    print("\nwidth:pairs, by   d of turn      gold after    proxy after  fell  mean falls")
     for (name, how), one in found.items():
         numbers = " ".join("{:6.2f} ± {:.2f}".format(*one[key]) for key in ("d", "gold", "proxy"))
-        peak = "{:.2f} [{:.2f}, {:.2f}]".format(one["peak"], *one["peak_interval"])
-        print(f"{name:>8} {how:>9} {numbers}  {peak:18} {one['fell']:3}   {one['turned']}")
+        print(f"{name:>8} {how:>9} {numbers} {one['fell']:6}  {one['turned']}")
     kept = {" ".join(key): {"curves": asdict(curve), **found[key]} for key, curve in curves.items()}
     write_json(args.output_dir / "results.json", kept)
     figure = args.output_dir / "overoptimisation.png"

@@ -25,7 +25,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,15 @@ from tokenrl import RewardModel, load_policy, train_reward_model
 from tokenrl.language import (
     Rewards,
     Sampling,
-    best_of_n_kl,
-    choice_weights,
+    best_of_n,
     evaluate_policy,
-    kl_bound,
     make_preferences,
-    over_prompts,
-    pool_rewards,
-    sample_pool,
     warm_started_base,
     write_preferences,
 )
 from tokenrl.runs import read_metrics, smooth, write_json
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
+BLUE, GREEN, GREY = "#0072B2", "#009E73", "#8A8A8A"
 SIZES = (1, 4, 16, 64)  # n of best-of-n
 HELD_OUT = 2**32  # added to the seed of the held-out preferences
 
@@ -105,9 +101,13 @@ def stage(args: Args, name: str, inputs: dict[str, Any], work: Callable[[Path], 
     return folder
 
 
-def prefer(args: Args, task: toy_tasks.Task, base: Path, folder: Path) -> None:
+def copy_base(args: Args, task: toy_tasks.Task, folders: dict[str, Path], folder: Path) -> None:
+    shutil.copytree(warm_started_base(task), folder, dirs_exist_ok=True)
+
+
+def prefer(args: Args, task: toy_tasks.Task, folders: dict[str, Path], folder: Path) -> None:
     """Sample pairs from the base, labelled by the gold reward, of training and of held-out prompts."""
-    policy = load_policy(str(base))
+    policy = load_policy(str(folders["base"]))
     for file, rows, count, seed in (
         ("train.jsonl", task.train_prompts, args.pairs, args.seed),
         ("test.jsonl", task.eval_prompts, args.pairs // 4, HELD_OUT + args.seed),
@@ -119,30 +119,30 @@ def prefer(args: Args, task: toy_tasks.Task, base: Path, folder: Path) -> None:
         write_preferences(folder / file, made)
 
 
-def judge(args: Args, base: Path, preferences: Path, folder: Path) -> None:
+def judge(args: Args, task: toy_tasks.Task, folders: dict[str, Path], folder: Path) -> None:
     """Train the reward model: the base with a new head."""
-    splits = {split: [json.loads(line) for line in (preferences / f"{split}.jsonl").open(encoding="utf-8")]
-              for split in ("train", "test")}  # fmt: skip
+    files = {split: folders["preferences"] / f"{split}.jsonl" for split in ("train", "test")}
+    splits = {split: [json.loads(line) for line in file.open()] for split, file in files.items()}
     steps = max(1, args.reward_epochs * len(splits["train"]) // 64)
     result = train_reward_model(
-        data=splits, eval_split="test", eval_size=len(splits["test"]), model=load_policy(str(base)),
-        max_steps=steps, learning_rate=1e-3, seed=args.seed, output_dir=str(folder),
-        overwrite=True, quiet=True,
+        data=splits, eval_split="test", eval_size=len(splits["test"]), max_steps=steps,
+        model=load_policy(str(folders["base"])), learning_rate=1e-3, seed=args.seed,
+        output_dir=str(folder), overwrite=True, quiet=True,
     )  # fmt: skip
     if result.exit_code:  # a signal ended the stage; it is meant for the whole program
         raise SystemExit(result.exit_code)
 
 
-def reinforce(args: Args, task: toy_tasks.Task, base: Path, reward_model: Path, folder: Path) -> None:
+def reinforce(args: Args, task: toy_tasks.Task, folders: dict[str, Path], folder: Path) -> None:
     """RLOO on the reward model's reward less beta KL."""
 
     def gold(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         return task.reward(prompts, completions, **columns)
 
-    proxy = RewardModel(reward_model / "model", batch_size=128)
+    proxy = RewardModel(folders["reward_model"] / "model", batch_size=128)
     proxy.__name__ = "proxy"
     result = tokenrl.train(
-        task=task, model=str(base), reward=(proxy, gold), reward_weights=(1.0, 0.0),
+        task=task, model=str(folders["base"]), reward=(proxy, gold), reward_weights=(1.0, 0.0),
         estimator=tokenrl.Estimator.preset("rloo", beta=args.beta), max_steps=args.max_steps,
         prompts_per_step=args.prompts_per_step, learning_rate=args.learning_rate,
         lr_scheduler_type="constant", seed=args.seed, output_dir=str(folder), overwrite=True, quiet=True,
@@ -169,25 +169,27 @@ def sampled(name: str, model: Path, base: Path, task: toy_tasks.Task, args: Args
 
 
 def selected(reward_model: Path, base: Path, task: toy_tasks.Task, args: Args) -> list[dict[str, Any]]:
-    """Rows of the table for best-of-n, by order statistics of a pool for each prompt."""
-    rows = task.eval_prompts
+    """Rows of the table for best-of-n: the reward model chooses, the gold reward measures the choice."""
     sampling = Sampling(task.max_completion_length, num_generations=args.pool, seed=args.seed)
-    texts = sample_pool(load_policy(str(base)), [row["prompt"] for row in rows], sampling)
-    proxies = pool_rewards(RewardModel(reward_model / "model", batch_size=256), rows, texts)
-    golds, found = pool_rewards(task.reward, rows, texts), []
-    for n in (n for n in SIZES if n <= args.pool):
-        both = zip(proxies, golds, strict=True)
-        gold = over_prompts([float(choice_weights(proxy, n) @ gold) for proxy, gold in both])
-        kl = over_prompts([best_of_n_kl(proxy, n) for proxy in proxies])
-        found.append({"name": f"best of {n}", "n": n, "gold": gold, "kl": kl, "bound": kl_bound(n)})
-    return found
+    judges = Rewards(RewardModel(reward_model / "model", batch_size=256)), Rewards(task.reward)
+    found = best_of_n.best_of_n_metrics(load_policy(str(base)), task.eval_prompts, *judges, sampling)
+
+    def measured(name: str, n: int) -> list[float]:
+        return [found[f"{name}@{n}"], found[f"{name}@{n}_stderr"]]
+
+    gold, kl = (partial(measured, name) for name in ("best_of_n", "best_of_n_kl"))
+    return [
+        {"name": f"best of {n}", "n": n, "gold": gold(n), "kl": kl(n), "bound": best_of_n.kl_bound(n)}
+        for n in SIZES
+        if n <= args.pool
+    ]
 
 
-def evaluate(folders: dict[str, Path], task: toy_tasks.Task, args: Args, folder: Path) -> None:
-    base, model = folders["base"], folders["policy"] / "model"
-    summary = json.loads((folders["reward_model"] / "summary.json").read_text())
-    rows = sampled("base", base, base, task, args) + selected(folders["reward_model"], base, task, args)
-    rows += sampled("RL", model, base, task, args)
+def evaluate(args: Args, task: toy_tasks.Task, folders: dict[str, Path], folder: Path) -> None:
+    base, judged = folders["base"], folders["reward_model"]
+    summary = json.loads((judged / "summary.json").read_text())
+    rows = sampled("base", base, base, task, args) + selected(judged, base, task, args)
+    rows += sampled("RL", folders["policy"] / "model", base, task, args)
     write_json(folder / "results.json", {"rows": rows, "reward_model": summary["eval_after"]})
 
 
@@ -218,65 +220,44 @@ def verdict(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], metrics: list[dict[str, Any]], task: str) -> Figure:
+    """Draw gold reward against the KL; the curves of the run are in policy/report.html."""
     steps = [row for row in metrics if "rewards/gold/mean" in row]
-    seen = {
-        k: smooth([row[k] for row in steps], 5) for k in ("rewards/gold/mean", "rewards/proxy/mean", "kl")
-    }
-    figure = Figure(figsize=(13, 4.3), dpi=100, layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for axes, name, colour in ((left, "gold", BLUE), (middle, "proxy", ORANGE)):
-        axes.plot([row["step"] for row in steps], seen[f"rewards/{name}/mean"], color=colour, linewidth=2)
-        axes.set(xlabel="RL step (mean of 5)", ylabel=f"{name} reward, training prompts")
-    left.set_title("Gold: the task's rule, never seen by RL", loc="left", fontsize=11)
-    middle.set_title("Proxy: the reward model, what RL pursues", loc="left", fontsize=11)
-    d = np.sqrt(np.maximum(seen["kl"], 0))
-    right.plot(d, seen["rewards/gold/mean"], color=BLUE, linewidth=1, alpha=0.5)
-    for row in results["rows"]:
-        if "kl" not in row:
-            continue
+    kl, gold = (smooth([row[name] for row in steps], 5) for name in ("kl", "rewards/gold/mean"))
+    figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(np.sqrt(np.maximum(kl, 0)), gold, color=BLUE, alpha=0.5)
+    for row in (row for row in results["rows"] if "kl" in row):
         colour = GREEN if "n" in row else BLUE if row["name"].startswith("RL") else GREY
         at = np.sqrt(max(row["kl"][0], 0)), row["gold"][0]
-        right.errorbar(*at, yerr=2 * row["gold"][1], color=colour, marker="o", capsize=3)
-        if row.get("n") != 1:
-            name = row["name"].removesuffix(", sampled")
-            aside = row.get("n") in (4, 16)
-            shift = (-9, -4) if aside else (0, -26) if "n" in row else (0, 10)
-            right.annotate(name, at, shift, textcoords="offset points", ha="right" if aside else "center",
-                           color=colour, fontsize=9)  # fmt: skip
-    right.margins(0.14)
-    right.set(xlabel="sqrt(KL to the base), sqrt(nats)", ylabel="gold reward, held-out prompts")
-    right.set_title("Line: RL in training; bars: 2 standard errors", loc="left", fontsize=11)
-    for axes in (left, middle, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#EAEAEA", linewidth=0.8)
-    figure.suptitle(f"{task}: {verdict(results)}", fontsize=13, fontweight="bold")
+        axes.errorbar(*at, yerr=2 * row["gold"][1], color=colour, marker="o", capsize=3)
+        look = {"ha": "right", "color": colour, "fontsize": 9, "textcoords": "offset points"}
+        axes.annotate(row["name"].removesuffix(", sampled"), at, (-7, 5), **look)
+    axes.margins(0.14)
+    axes.set(xlabel="sqrt(KL to the base), sqrt(nats)", ylabel="gold reward, held-out prompts")
+    axes.set_title(f"{task}: {verdict(results)}\nline: RL in training; bars: 2 standard errors", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#EAEAEA", linewidth=0.8)
     return figure
+
+
+STAGES = {  # in their order, each with the settings on which it depends beside those of the stages before
+    "base": (copy_base, ("task",)),
+    "preferences": (prefer, ("pairs", "noise", "seed", "eval_prompts")),
+    "reward_model": (judge, ("reward_epochs",)),
+    "policy": (reinforce, ("beta", "max_steps", "prompts_per_step", "learning_rate")),
+    "evaluation": (evaluate, ("pool",)),
+}
 
 
 def main(args: Args) -> None:
     task = toy_tasks.load(args.task)
     every = max(1, len(task.eval_prompts) // args.eval_prompts)
     task = replace(task, eval_prompts=task.eval_prompts[::every][: args.eval_prompts])
-    settings = {k: v for k, v in asdict(args).items() if k not in ("output_dir", "overwrite")}
-    needs = {
-        "base": ("task",),
-        "preferences": ("pairs", "noise", "seed", "eval_prompts"),
-        "reward_model": ("reward_epochs",),
-        "policy": ("beta", "max_steps", "prompts_per_step", "learning_rate"),
-        "evaluation": ("pool",),
-    }
     folders: dict[str, Path] = {}
-    works: dict[str, Callable[[Path], Any]] = {
-        "base": lambda folder: shutil.copytree(warm_started_base(task), folder, dirs_exist_ok=True),
-        "preferences": lambda folder: prefer(args, task, folders["base"], folder),
-        "reward_model": lambda folder: judge(args, folders["base"], folders["preferences"], folder),
-        "policy": lambda folder: reinforce(args, task, folders["base"], folders["reward_model"], folder),
-        "evaluation": lambda folder: evaluate(folders, task, args, folder),
-    }
     inputs: dict[str, Any] = {}
-    for name, fields in needs.items():
-        inputs |= {field: settings[field] for field in fields}  # a stage depends on all before it
-        folders[name] = stage(args, name, dict(inputs), works[name])
+    for name, (work, fields) in STAGES.items():
+        inputs |= {field: getattr(args, field) for field in fields}  # a stage depends on all before it
+        folders[name] = stage(args, name, dict(inputs), partial(work, args, task, folders))
     results = json.loads((folders["evaluation"] / "results.json").read_text())
     print("\n" + table(results) + "\n" + verdict(results))
     figure = args.output_dir / "rlhf_pipeline.png"

@@ -63,15 +63,13 @@ def test_table_shows_what_failed_and_leaves_it_out_of_the_ratio(benchmark):
 
 
 def measurements(sizes, seconds):
-    found = {"parameters": 1_000_000, "gflops": 100.0, "tokens": [1000] * 7, "peak_mb": 1.0}
-    return [[found | {"seconds": [one] * 6, "update": [one] * 7}] for one in seconds]
+    return [[{"parameters": 1_000_000, "peak_mb": 1.0, "seconds": [one] * 6}] for one in seconds]
 
 
-def test_scaling_row_has_exponent_and_share(benchmark):
+def test_scaling_row_has_the_exponent(benchmark):
     assert benchmark["exponent"]([1, 2, 4], [3.0, 3 * 2**1.5, 3 * 4**1.5]) == pytest.approx(1.5)
     row = benchmark["scaling_row"]("prompts", measurements([4, 8, 16], [0.1, 0.2, 0.4]), 6)
-    # 6 x 1e6 x 1000 operations in 0.1 s are 60 GFLOP/s, of 100.
-    assert " ".join(row.split()) == "prompts 4, 8, 16 0.100, 0.200, 0.400 1.00 60%, 30%, 15%"
+    assert " ".join(row.split()) == "prompts 4, 8, 16 0.100, 0.200, 0.400 1.00"
     assert benchmark["scaling_row"]("prompts", [[], [], []], 6).split() == ["prompts", "failed"]
 
 
@@ -193,9 +191,5 @@ def test_a_measurement(who, changed, tmp_path):
     assert found["peak_mb"] > 50
     assert "ends" in changed or found["tokens"] == [32] * 4
     if who == "tokenrl":
-        assert len(found["update"]) == 4
-        assert found["gflops"] > 0
-        body = (
-            16 * 16 * 3 + 3 * 16 * 16 + 3 * 16
-        )  # attention with half the keys and values; feed-forward; norms
-        assert found["parameters"] == body + 16 * 96
+        # attention with half the keys and values; feed-forward; norms; embedding and head
+        assert found["parameters"] == 16 * 16 * 3 + 3 * 16 * 16 + 3 * 16 + 2 * 16 * 96

@@ -74,5 +74,4 @@ def test_the_recipe_goes_from_the_model_as_it_is_over_the_warm_start_to_the_resu
     assert 0 < config["warm_started"]["updates"] < 250 and config["lora_r"] == 8
     said = capsys.readouterr().out
     assert "M parameters, LoRA)" in said or "k parameters, LoRA)" in said
-    assert "s per training step" in said and "GiB of main memory" in said
-    assert (run / "pretrained_toy_task.png").stat().st_size > 20_000
+    assert f"{rewards[2]:.3f} ±" in said.splitlines()[-2]  # the last row of the table

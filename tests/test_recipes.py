@@ -43,8 +43,8 @@ SHORT = {  # flags by recipe, and by its first argument where it has several
 }
 NAMES = list(SHORT)
 FIGURES = {
-    "figures_weights grpo-difficulty": "",
-    "figures_weights length-bias": "--sizes 2 4",
+    "figures grpo-difficulty": "",
+    "figures length-bias": "--sizes 2 4",
     "figures kl": "",
     "figures variance": "--group-sizes 2 3",
     "figures map": "--estimators rloo dr_grpo loo_std grpo gspo",
@@ -260,7 +260,7 @@ def drawn(name: str, tmp_path, monkeypatch, capsys) -> str:
 
 
 def test_figure_of_grpo_agrees_with_enumeration(tmp_path, monkeypatch, capsys):
-    out = drawn("figures_weights grpo-difficulty", tmp_path, monkeypatch, capsys)
+    out = drawn("figures grpo-difficulty", tmp_path, monkeypatch, capsys)
     rows = [line.split() for line in out.splitlines()[1:6]]
     assert [row[0] for row in rows] == ["2", "4", "8", "16", "64"]
     assert all(float(row[5]) < 1e-12 for row in rows[:3])
@@ -270,7 +270,7 @@ def test_figure_of_grpo_agrees_with_enumeration(tmp_path, monkeypatch, capsys):
 
 
 def test_figure_of_length_bias(tmp_path, monkeypatch, capsys):
-    out = drawn("figures_weights length-bias", tmp_path, monkeypatch, capsys)
+    out = drawn("figures length-bias", tmp_path, monkeypatch, capsys)
     rows = {(r[0], int(r[1])): [float(x) for x in r[2:]] for r in map(str.split, out.splitlines()[1:7])}
     assert all(row[3] < 1e-12 for row in rows.values())  # by exchange of rows as by enumeration
     assert all(rows["sequence_sum", n][2] < 1e-12 for n in (2, 4))

@@ -18,9 +18,7 @@ range, and the most memory of any round: of the process, or on a GPU of its tens
     python recipes/benchmarks/step_against_trl.py --scaling
 
 `--scaling` measures tokenrl alone, around the model of 1 M parameters, with three sizes of one thing at a
-time: the exponent e of seconds = constant x size^e, by least squares of the logarithms. It also shows which
-share of the rate of a float32 matrix product (1024 x 1024, all threads) the update reaches, if an update is
-counted as 6 x parameters (with the head, without the embedding) x tokens of completions.
+time: the exponent e of seconds = constant x size^e, by least squares of the logarithms.
 
 Look for: ratios above 1, where tokenrl takes less. They should grow with the prompt, which tokenrl reads once
 for its group, and with the vocabulary. Exponents are at most near 1, and below 1 where a part of the cost is
@@ -151,12 +149,6 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return statistics.linear_regression([math.log(x) for x in sizes], [math.log(y) for y in values]).slope
 
 
-def share_of_peak(found: dict[str, Any], steps: int) -> float:
-    """The rate of the update, in parts of the rate of a matrix product."""
-    work = 6 * found["parameters"] * statistics.median(found["tokens"])
-    return float(work / steady(found["update"], steps) / (found["gflops"] * 1e9))
-
-
 def scaling(args: argparse.Namespace) -> list[str]:
     """Measure each size in each round, and return the lines of the table."""
     found: dict[Shape, list[dict[str, Any]]] = {shape: [] for shapes in SIZES.values() for shape in shapes}
@@ -167,7 +159,7 @@ def scaling(args: argparse.Namespace) -> list[str]:
             tell(f"round {number + 1}: {shape}", seconds_and_peak(result, args.steps))
             results += [result] if result else []
     return [
-        f"{'grows':11} {'sizes':>28} {'seconds a step':>22} {'exponent':>8} {'update, of peak':>16}",
+        f"{'grows':11} {'sizes':>28} {'seconds a step':>22} {'exponent':>8}",
         *(scaling_row(name, [found[shape] for shape in SIZES[name]], args.steps) for name in SIZES),
     ]
 
@@ -181,24 +173,18 @@ def scaling_row(name: str, results: list[list[dict[str, Any]]], steps: int) -> s
     else:
         sizes = [getattr(shape, name) for shape in SIZES[name]]
     seconds = [statistics.median(steady(one["seconds"], steps) for one in rounds) for rounds in results]
-    shares = [statistics.median(share_of_peak(one, steps) for one in rounds) for rounds in results]
     return (
         f"{name:11} {', '.join(f'{size:,}' for size in sizes):>28} "
-        f"{', '.join(f'{one:.3f}' for one in seconds):>22} {exponent(sizes, seconds):8.2f} "
-        f"{', '.join(f'{share:.0%}' for share in shares):>16}"
+        f"{', '.join(f'{one:.3f}' for one in seconds):>22} {exponent(sizes, seconds):8.2f}"
     )
 
 
 def heading(args: argparse.Namespace) -> str:
     """The machine, the versions and the settings."""
     found = run({"who": "machine"}) or {"threads": "?", "gpu": None}
-    processor, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].partition(":")[2].strip() if names else processor
     names = ["torch", "transformers"] + ["trl"] * (not args.scaling)
     return (
-        f"{found['gpu'] + ', ' if found['gpu'] else ''}{processor}, {os.cpu_count()} cores, "
+        f"{found['gpu'] + ', ' if found['gpu'] else ''}{platform.processor()}, {os.cpu_count()} cores, "
         f"{found['threads']} threads; {', '.join(f'{name} {version(name)}' for name in names)}; "
         f"{args.estimator}, rounds {args.rounds}, steps {args.steps}"
         + (f"; tokenrl with {json.dumps(args.tokenrl)}" if args.tokenrl else "")

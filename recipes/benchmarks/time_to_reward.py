@@ -168,14 +168,8 @@ def compare(name: str, args: argparse.Namespace) -> str:
 
     task = language.load_task(name)
     target = TASKS[name] if args.target is None else args.target
-    asked = {"task": name, "model": str(language.warm_started_base(task)), "target": target}
-    asked |= {"prompts": 16, "group": 8, "rate": args.learning_rate, "steps": args.steps}
-    asked |= {
-        "every": args.every,
-        "held_out": args.held_out,
-        "bf16": args.bf16,
-        "options": dict(args.tokenrl),
-    }
+    asked = vars(args) | {"task": name, "model": str(language.warm_started_base(task)), "target": target}
+    asked |= {"prompts": 16, "group": 8, "rate": args.learning_rate, "options": dict(args.tokenrl)}
     found = [
         {who: race(asked | {"who": who, "seed": seed}) for who in ("trl", "tokenrl")}
         for seed in range(args.seeds)
