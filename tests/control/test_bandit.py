@@ -84,12 +84,6 @@ def test_powers_of_the_horizon():
         assert float(ratio) == pytest.approx(share, rel=1e-3)
 
 
-def test_standard_error_of_a_variance():
-    """Of a coin p, the variance of the sample variance is `p q (1 - 4 p q) / N` up to 1/N^2."""
-    coins = (torch.rand(2_000_000, generator=torch.Generator().manual_seed(0)) < 0.2).double()
-    assert with_error(coins)[1] * len(coins) ** 0.5 == pytest.approx((0.16 * (1 - 0.64)) ** 0.5, rel=0.02)
-
-
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.filterwarnings("error")
 def test_gymnasium_accepts_the_environment(steps):

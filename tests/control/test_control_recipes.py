@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from tokenrl.core.statistics import GradientDiagnostics
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -126,23 +122,3 @@ def test_contrast(printed, tmp_path, monkeypatch):
     AcceleratorState._reset_state(True)
     assert "CartPole-v1" in out and "sort_digits" in out
     assert (tmp_path / "contrast.png").stat().st_size > 1000
-
-
-def test_noise_is_compared_at_equal_rewards():
-    """Noise 3 R with a baseline and 12 R without: 4 times, though the variants earn differently often."""
-    recipe = runpy.run_path(str(RECIPES / "control_contrast.py"))
-
-    def run(rewards: list[float], factor: float) -> list[dict[str, float]]:
-        return [{"reward": r, "gradient/snr": 1.0, "grad_norm": (2 * factor * r) ** 0.5} for r in rewards]
-
-    updates = {"with": [run([1, 5, 5, 9], 3)], "without": [run([1, 1, 1, 5], 12), run([5, 8, 9, 10], 12)]}
-    found = recipe["curves"](recipe["Side"]("a world", "row", 1, {}, updates, {}), 3)
-    assert [point.reward for point in found["with"].values()] == [1, 5, 9]
-    assert [point.noise for point in found["with"].values()] == pytest.approx([3, 15, 27])
-    assert recipe["times"](found) == pytest.approx(4)
-    assert math.isnan(recipe["times"]({"with": {}, "without": {}}))
-    first, second = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.double)
-    whole = (first + second) / 2  # of two halves: |first - second|^2 / 4 is the noise, wherever they point
-    ratio = GradientDiagnostics(1).metrics(first / 2, whole, 8)["gradient/snr"]
-    update = {"gradient/snr": ratio, "grad_norm": float(whole.norm())}
-    assert recipe["noise_of"](update) == pytest.approx(float((first - second).square().sum()) / 4)

@@ -85,8 +85,8 @@ def by_hand(agent, rollout):
 
 def test_the_update_is_reinforce_by_hand():
     estimator = Estimator(baseline="none", returns="reward_to_go")
-    agent, rollout = agent_of(estimator), rollout_of()
-    expected = by_hand(agent, rollout)
+    agent, rollout = agent_of(estimator, reward_scale=3.0), rollout_of()
+    expected = 3 * by_hand(agent, rollout)
     torch.testing.assert_close(moved(agent, rollout), expected)
 
 
@@ -182,29 +182,20 @@ def test_a_step_with_positive_return_raises_the_probability_of_the_action_taken(
     assert sign * float((agent.policy.score(x, a).logprobs.sum() - before).detach()) > 0
 
 
-def bootstraps(gamma, **options):
+@pytest.mark.parametrize(
+    ("gamma", "options", "goes_on"),
+    [(0.9, {}, [0, 1, 1, 0]), (1.0, {}, [0, 0, 1, 0]), (0.9, {"time_limits": "end"}, [0, 0, 1, 0])],
+    ids=["discounted", "undiscounted", "an end"],
+)
+def test_what_follows_a_cut_or_a_time_limit_is_the_critics_value(gamma, options, goes_on):
+    """Rows 0 and 3 terminated, 1 met the time limit, 2 goes on; the last target is r + gamma V."""
     estimator = Estimator(baseline="value", returns="gae", lam=0.9, gamma=gamma)
     agent, rollout = agent_of(estimator, critic="separate", **options), rollout_of()
-    flat, _ = prepare(agent, estimator, rollout)
     values = agent.policy.values(rollout.final_observations).detach()
-    return flat, rollout, values
-
-
-def test_what_follows_a_cut_or_a_time_limit_is_the_critics_value():
-    """Rows 0 and 3 terminated, 1 met the time limit, 2 goes on; the last target is r + gamma V."""
-    flat, rollout, values = bootstraps(0.9)
-    last = LENGTHS.cumsum(0) - 1
+    flat, _ = prepare(agent, estimator, rollout)
     rewards = rollout.rewards[torch.arange(4), LENGTHS - 1]
-    expected = rewards + 0.9 * torch.tensor([0, 1, 1, 0]) * values
-    torch.testing.assert_close(flat.returns[last, 0], expected)
-
-
-@pytest.mark.parametrize(("gamma", "options"), [(1.0, {}), (0.9, {"time_limits": "end"})])
-def test_without_a_discount_or_if_so_set_a_time_limit_is_an_end(gamma, options):
-    flat, rollout, values = bootstraps(gamma, **options)
-    last = LENGTHS.cumsum(0) - 1
-    rewards = rollout.rewards[torch.arange(4), LENGTHS - 1]
-    torch.testing.assert_close(flat.returns[last, 0], rewards + gamma * torch.tensor([0, 0, 1, 0]) * values)
+    expected = rewards + gamma * torch.tensor(goes_on) * values
+    torch.testing.assert_close(flat.returns[LENGTHS.cumsum(0) - 1, 0], expected)
 
 
 def test_a_shared_critic_weighs_half_beside_the_policy():
@@ -223,12 +214,6 @@ def test_the_running_mean_learns_after_its_use():
     assert metrics["baseline"] == 3.0
     expected = 0.5 * 3.0 + 0.5 * 2 * float(rollout.rewards.sum(1).mean())
     assert agent.running_mean.value == pytest.approx(expected)
-
-
-def test_reward_scale_scales_the_gradient():
-    estimator = Estimator(baseline="none")
-    one, ten = (moved(agent_of(estimator, reward_scale=s), rollout_of()) for s in (1.0, 10.0))
-    torch.testing.assert_close(ten, 10 * one)
 
 
 def test_the_gradient_is_clipped_and_its_norm_reported_before():

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -63,15 +62,6 @@ def test_the_gradient_by_hand_is_autograds_of_the_estimator(name):
     assert estimator.bias_status == ("exact" if name == "undiscounted" else "biased")
 
 
-def test_returns_by_hand():
-    paid_at_the_end = np.eye(101)[100]
-    assert R.returns_of(paid_at_the_end, 0.99)[0] == pytest.approx(0.366, abs=5e-4)  # 0.99^100 = 0.37
-    rewards = np.array([1, 2, 4, 8])
-    assert R.returns_of(rewards, 0.5).tolist() == [4, 6, 8, 8]
-    assert R.returns_of(rewards, 1.0, window=2).tolist() == [3, 6, 12, 8]
-    assert R.returns_of(rewards, 0.5, window=2).tolist() == [2, 4, 8, 8]
-
-
 def test_rmsprop_is_that_of_torch():
     settings, generator = R.Settings(), np.random.default_rng(3)
     weights, squares = drawn_weights(), R.Weights(*map(np.zeros_like, drawn_weights()))
@@ -85,38 +75,6 @@ def test_rmsprop_is_that_of_torch():
         optimizer.step()
     for mine, theirs in zip(weights, parameters, strict=True):
         torch.testing.assert_close(torch.tensor(mine), theirs, **CLOSE)
-
-
-def test_actions_are_drawn_with_their_probability():
-    """On 40 episodes: the standard error of the mean difference is below 0.02, the bound is 4 of them."""
-    env, weights, generator = gymnasium.make("CartPole-v1"), drawn_weights(4), np.random.default_rng(5)
-    env.reset(seed=6)
-    episodes = [R.play(env, weights, generator) for _ in range(40)]
-    for episode in episodes:
-        assert len(episode.observations) == len(episode.actions) == episode.rewards.sum()
-        assert np.abs(episode.observations[0]).max() <= 0.05  # the first one seen is the one of reset
-    actions = np.concatenate([e.actions for e in episodes])
-    chances = np.concatenate([R.forward(weights, e.observations)[1] for e in episodes])
-    assert abs((actions - chances).mean()) < 0.08
-    assert not 0.45 < chances.mean() < 0.55  # else 1 - p would pass
-
-
-def test_475_is_reached_where_the_first_rolling_mean_is():
-    """After 200 episodes of 10, 95 of 500 and 5 of 10 have a mean of 475.5, 94 and 6 one of 470.6."""
-    returns = np.r_[np.full(200, 10.0), np.full(150, 500.0)]
-    run = R.Run(returns, returns, 1.0)
-    assert R.reached(run) == (295, 2000 + 95 * 500)
-    assert R.reached(run._replace(returns=returns[:294])) == (np.inf, np.inf)
-
-
-def test_evaluation_counts_each_environment_to_its_first_end():
-    """Pushed one way the pole falls within 11 steps; half of the environments go on for longer."""
-
-    def act(seen):
-        return np.where(np.arange(100) < 50, 1, seen[:, 2] + seen[:, 3] > 0).astype(int)
-
-    returns = R.evaluate(act, seed=3)
-    assert 8 <= returns[:50].min() <= returns[:50].max() <= 11 and returns[50:].min() > 100
 
 
 def returns_of_run(settings, episodes):

@@ -39,13 +39,20 @@ def test_initial_weights():
     assert all(map(torch.equal, policy.parameters(), again.parameters()))
 
 
-def test_softmax_scores():
-    policy, x = policy_of("softmax", 4), observations()
-    actions = torch.tensor([0, 1, 2, 3, 1, 0])
-    expected = Categorical(logits=policy(x))
+@pytest.mark.parametrize("head", ["softmax", "gaussian"])
+def test_scores_are_those_of_torch(head):
+    policy, x = policy_of(head, 2), observations()
+    if head == "softmax":
+        actions, expected = torch.tensor([0, 1, 1, 0, 1, 0]), Categorical(logits=policy(x))
+    else:
+        actions = torch.randn(6, 2, generator=torch.Generator().manual_seed(3), dtype=torch.double)
+        mean, log_std = policy(x).chunk(2, -1)
+        expected = Independent(Normal(mean, log_std.exp()), 1)
     scored = policy.score(x, actions)
     torch.testing.assert_close(scored.logprobs, expected.log_prob(actions))
     torch.testing.assert_close(scored.entropy, expected.entropy())
+    slopes = [torch.autograd.grad(y.sum(), policy.head.bias) for y in (scored.entropy, expected.entropy())]
+    torch.testing.assert_close(*slopes)
 
 
 def test_the_score_of_a_softmax_is_one_hot_minus_probabilities():
@@ -54,16 +61,6 @@ def test_the_score_of_a_softmax_is_one_hot_minus_probabilities():
     chances = policy(x).softmax(-1).detach()[0]
     expected = (torch.eye(4, dtype=torch.double)[2] - chances)[:, None] * x
     torch.testing.assert_close(policy.head.weight.grad, expected)
-
-
-def test_gaussian_scores():
-    policy, x = policy_of("gaussian", 2), observations()
-    actions = torch.randn(6, 2, generator=torch.Generator().manual_seed(3), dtype=torch.double)
-    mean, log_std = policy(x).chunk(2, -1)
-    expected = Independent(Normal(mean, log_std.exp()), 1)
-    scored = policy.score(x, actions)
-    torch.testing.assert_close(scored.logprobs, expected.log_prob(actions))
-    torch.testing.assert_close(scored.entropy, expected.entropy())
 
 
 def test_log_std_stays_in_its_range():
@@ -103,16 +100,6 @@ def test_outputs_and_gradients_are_those_of_the_modules(activation, critic):
         for one, two in zip(*slopes, strict=True):
             assert one is two is None or torch.equal(one, two)
     assert torch.equal(x, before)
-
-
-def test_an_actor_follows_the_weights():
-    policy, x = policy_of("gaussian", 2), observations()
-    actor = policy.actor()
-    before = actor(x, None)
-    with torch.no_grad():
-        policy.head.weight.add_(1)
-    assert torch.equal(actor(x, None), policy.act(x, None))
-    assert not torch.equal(actor(x, None), before)
 
 
 def test_drawn_actions_follow_the_softmax():

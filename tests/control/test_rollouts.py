@@ -78,13 +78,6 @@ def test_a_piece_that_is_cut_is_neither_terminated_nor_truncated():
     assert rest.observations[0, 0].tolist() == [0, 4]
 
 
-def test_a_piece_that_a_time_limit_ends_is_truncated():
-    pieces = Pieces(Environments(register(limit=2, lengths=(7,)), 1), 4, seed=0)
-    rollout = pieces.collect(policy_of(), draws())
-    assert rollout.truncated.tolist() == [True, False]
-    assert not rollout.terminated.any()
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 4), st.integers(2, 9), st.integers(0, 2**31))
 def test_rows_are_what_a_walk_through_the_steps_finds(envs, n, seed):
@@ -124,13 +117,6 @@ def test_rows_are_what_a_walk_through_the_steps_finds(envs, n, seed):
         assert (rollout.rewards[i, ~own] == 0).all()
         assert (bool(rollout.terminated[i]), bool(rollout.truncated[i])) == (terminated, truncated)
         assert torch.equal(rollout.final_observations[i], final)
-
-
-def test_the_same_draws_give_the_same_episodes_and_others_do_not():
-    envs = Environments("CartPole-v1", 8)
-    one, two, three = (collect_episodes(envs, policy_of(4), 500, draws(s), seed=5) for s in (1, 1, 2))
-    assert torch.equal(one.actions, two.actions)
-    assert one.actions.shape != three.actions.shape or not torch.equal(one.actions, three.actions)
 
 
 def test_continuous_actions_reach_the_environment_between_their_bounds():

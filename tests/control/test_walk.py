@@ -86,12 +86,6 @@ def test_the_return_of_a_uniform_policy():
     assert float(found.truncated.double().mean()) == pytest.approx(0.762, abs=0.06)
 
 
-def test_the_last_step_may_end_it_at_the_limit():
-    assert play([1] * 11, time_limit=11)[-1][2:] == (True, False)
-    assert play([1] * 11, time_limit=10)[-1][2:] == (False, True)
-    assert len(play([0, 1] * 40, time_limit=None)) == 80
-
-
 def test_ten_steps_with_a_reward_at_the_end():
     """G_t = 0.99^(9 - t); normalised, the first five actions are pushed down and the last five up."""
     rewards, mask = torch.zeros(1, 10, dtype=torch.double), torch.ones(1, 10, dtype=torch.bool)

@@ -9,12 +9,14 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 
 from tokenrl.cli import main
 from tokenrl.core.choices import CHOICES, FROM_BEST_TO_WORST
 from tokenrl.lab import measure_bias, named_estimators
+from tokenrl.lab.exact.enumeration import Moments
 from tokenrl.lab.exact.report import records
-from tokenrl.lab.exact.verdict import Measurement, Verdict
+from tokenrl.lab.exact.verdict import Verdict
 
 SOME = ["--estimators", "reinforce", "rloo", "grpo", "scale batch_std"]
 
@@ -87,7 +89,7 @@ def test_mistakes_are_refused_before_any_work(arguments, words, capsys, tmp_path
 
 
 def test_an_expected_gradient_of_zero_is_written_as_null() -> None:
-    numbers = Measurement("p", "biased", 0.0, 1.0, 0.0, 2.0, 3.0, float("inf"))
+    numbers = Moments(torch.zeros(1, 2).double(), torch.ones(1, 2).double(), 2.0)
     verdicts = {
         "zero": Verdict("biased", "biased", (numbers,)),
         "rloo": measure_bias(named_estimators()["rloo"]),

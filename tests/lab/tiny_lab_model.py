@@ -12,7 +12,7 @@ PROMPTS = [[1], [2, 3]]
 WORDS = ["a", "b c"]
 
 
-def tiny_policy(architecture: str = "gpt2", seed: int = 0, spread: float = 0.5) -> Policy:
+def tiny_policy(architecture: str = "gpt2", *, seed: int = 0, spread: float = 0.5, layers: int = 2) -> Policy:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         GPT2Config,
@@ -29,7 +29,7 @@ def tiny_policy(architecture: str = "gpt2", seed: int = 0, spread: float = 0.5) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if architecture == "gpt2":
-            shape = {"n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
+            shape = {"n_positions": 8, "n_embd": 8, "n_layer": layers, "n_head": 2}
             model = GPT2LMHeadModel(GPT2Config(**common, **shape))
         else:
             shape = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}

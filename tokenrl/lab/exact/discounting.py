@@ -13,16 +13,6 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.lab.exact.control_problem import problem_of_mdp, random_mdp
 from tokenrl.lab.exact.enumeration import Moments, exact_moments, target_of
 from tokenrl.lab.exact.problems import Problem
-from tokenrl.lab.exact.verdict import status_of
-
-
-class Match(NamedTuple):
-    """How an expected gradient compares with that of one objective; `Moments` explains the numbers."""
-
-    status: str
-    relative_bias: float
-    cosine: float
-    scale: float
 
 
 class WhichObjective(NamedTuple):
@@ -33,8 +23,8 @@ class WhichObjective(NamedTuple):
         discounted: Comparison with that of `J_gamma = E[sum_t gamma^t r_t]`, with the estimator's gamma.
     """
 
-    undiscounted: Match
-    discounted: Match
+    undiscounted: Moments
+    discounted: Moments
 
     @property
     def ascends(self) -> str:
@@ -76,11 +66,7 @@ def which_objective(estimator: Estimator, problem: Problem) -> WhichObjective:
     """
     moments = exact_moments(estimator, problem)
     targets = [target_of(estimator, problem, gamma) for gamma in (1.0, estimator.gamma)]
-    return WhichObjective(*(_match(replace(moments, target=target)) for target in targets))
-
-
-def _match(m: Moments) -> Match:
-    return Match(status_of(m), m.relative_bias, m.cosine, m.scale)
+    return WhichObjective(*(replace(moments, target=target) for target in targets))
 
 
 TO_GO: dict[str, Any] = {"returns": "reward_to_go"}

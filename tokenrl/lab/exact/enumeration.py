@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tokenrl.core.choices import BIASED, EXACT, PER_PROMPT, UP_TO_SCALE
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.rows import keep, zero_spread
 from tokenrl.errors import Refused
@@ -22,6 +23,8 @@ from tokenrl.lab.exact.problems import Problem
 
 CHUNK = 20_000
 """Number of steps computed at once; about 100 MB on the larger problems."""
+TOLERANCE = 1e-9
+"""Relative tolerance; rounding leaves about 1e-15, and the smallest bias on these problems is about 1e-3."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,23 @@ class Moments:
         mean: E[g], the contribution of each prompt's rows [P, D].
         target: grad J, the contribution of each prompt [P, D].
         second: E|g|^2, where g is the sum over prompts.
+        problem: Name of the problem.
     """
 
     mean: Float[Tensor, "P D"]
     target: Float[Tensor, "P D"]
     second: float
+    problem: str = ""
+
+    @property
+    def status(self) -> str:
+        """The best status that the numbers allow: one of the exact ones, or 'biased'."""
+        if float((self.mean - self.target).norm()) < TOLERANCE * float(self.target.norm()):
+            return EXACT
+        if sine_between(self.mean.flatten(), self.target.flatten()) < TOLERANCE:
+            return UP_TO_SCALE
+        pairs = zip(self.mean, self.target, strict=True)
+        return PER_PROMPT if all(sine_between(m, t) < TOLERANCE for m, t in pairs) else BIASED
 
     @property
     def bias(self) -> Float[Tensor, " D"]:
@@ -80,6 +95,14 @@ class Moments:
         return self.variance / signal if signal > rounding else float("inf")
 
 
+def sine_between(mean: Float[Tensor, " D"], target: Float[Tensor, " D"]) -> float:
+    """Return the sine of the angle between the two; 2 if it is 90 degrees or more, or `mean` is 0."""
+    along = float(mean @ target)
+    if along <= 0:
+        return 2.0
+    return float((mean - along / (target @ target) * target).norm() / mean.norm())
+
+
 def exact_moments(
     estimator: Estimator, problem: Problem, *, group_size: int | None = None, chunk: int = CHUNK
 ) -> Moments:
@@ -115,7 +138,7 @@ def exact_moments(
             shares += chance @ coefficients
             second = second + chance @ (coefficients @ slopes).square().sum(-1)
     mean = _by_prompt(problem, shares / total)
-    return Moments(mean, target_of(estimator, problem), float(second / total))
+    return Moments(mean, target_of(estimator, problem), float(second / total), problem.name)
 
 
 def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -> Moments:
@@ -135,7 +158,7 @@ def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -
     chosen = torch.cat([g.flatten() for g in groups])[None]  # [1, N]
     coefficients = _coefficients(estimator, problem, of_row, chosen, problem.group_size)[0]
     mean = _by_prompt(problem, coefficients)
-    return Moments(mean, target_of(estimator, problem), float(mean.sum(0).square().sum()))
+    return Moments(mean, target_of(estimator, problem), float(mean.sum(0).square().sum()), problem.name)
 
 
 def target_of(estimator: Estimator, problem: Problem, gamma: float = 1.0) -> Float[Tensor, "P D"]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.problems import Completions, Problem, all_completions
 from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.scoring import score
 
@@ -45,15 +46,17 @@ def problem_of_policy(
         The problem with all M completions of each prompt; D is the number of trainable parameters.
 
     Raises:
-        Refused: When there are too many completions to list, or the model is not in float64.
+        Refused: When there are too many completions to list, the model is not in float64, or `agree` finds
+            that it cannot be scored rightly.
     """
     parameters = policy.trainable_parameters()
     _check(policy, vocabulary, length)
+    scoring = agree(policy)
     every = all_completions(vocabulary, length, policy.eos_ids)
     rollouts = [rollout_of_all(policy, prompt, vocabulary=vocabulary, length=length) for prompt in prompts]
     logprobs, entropy, slopes = [], [], []
     for rollout in rollouts:
-        scores = score(policy.model, rollout, temperature=temperature, entropy=True)
+        scores = score(policy.model, rollout, scoring, temperature=temperature, entropy=True)
         assert scores.entropy is not None
         logprobs.append(scores.logprobs * every.mask)
         entropy.append(scores.entropy * every.mask)
@@ -61,7 +64,7 @@ def problem_of_policy(
     with torch.no_grad():
         chosen = torch.stack(logprobs).detach()
         reference = policy.model if policy.reference is None else policy.reference
-        ref = [score(reference, r, temperature=temperature).logprobs * every.mask for r in rollouts]
+        ref = [score(reference, r, scoring, temperature=temperature).logprobs * every.mask for r in rollouts]
     keep = every.mask.bool()
     lists = [ids[m].tolist() for ids, m in zip(every.ids, keep, strict=True)]
     return Problem(

@@ -6,17 +6,20 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from tokenrl.core.choices import EXACT, UP_TO_SCALE
 from tokenrl.errors import Refused, nearest
 from tokenrl.lab.exact.catalogue import LabArguments, named_estimators
-from tokenrl.lab.exact.discounting import Match, objectives_on_control
+from tokenrl.lab.exact.discounting import objectives_on_control
+from tokenrl.lab.exact.enumeration import Moments
 from tokenrl.lab.exact.verdict import Verdict, measure_bias
 from tokenrl.runs.console import rich_console, rich_table
 from tokenrl.runs.files import check_place, write_text
 from tokenrl.runs.threads import using_threads
+
+NUMBERS = ("problem", "status", "cosine", "relative_bias", "scale", "variance", "mse", "noise")
+"""What a record says of each problem; `Moments` explains the numbers."""
 
 
 def exact(args: LabArguments) -> int:
@@ -65,14 +68,14 @@ def records(verdicts: Mapping[str, Verdict]) -> list[dict[str, Any]]:
             "variance": v.variance,
             "noise": _finite(v.noise),
             "ok": v.ok,
-            "problems": [{**asdict(m), "noise": _finite(m.noise)} for m in v.measurements],
+            "problems": [{name: _finite(getattr(m, name)) for name in NUMBERS} for m in v.measurements],
         }
         for name, v in verdicts.items()
     ]
 
 
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
+def _finite(value: Any) -> Any:
+    return None if value == math.inf else value
 
 
 def print_table(verdicts: Mapping[str, Verdict]) -> None:
@@ -112,7 +115,7 @@ def print_objectives() -> None:
     )
 
 
-def _against(match: Match) -> str:
+def _against(match: Moments) -> str:
     if match.status == EXACT:
         return "the gradient"
     if match.status == UP_TO_SCALE:

@@ -7,32 +7,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from tokenrl.core import choices
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.control_problem import problem_of_mdp, random_mdp
-from tokenrl.lab.exact.enumeration import Moments, exact_moments, proportional_step
+from tokenrl.lab.exact.enumeration import TOLERANCE, Moments, exact_moments, proportional_step, sine_between
 from tokenrl.lab.exact.problems import Problem, tabular_problem
-
-TOLERANCE = 1e-9
-"""Relative tolerance; rounding leaves about 1e-15, and the smallest bias on these problems is about 1e-3."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """The numbers of one problem; `Moments` explains them."""
-
-    problem: str
-    status: str
-    cosine: float
-    relative_bias: float
-    scale: float
-    variance: float
-    mse: float
-    noise: float
 
 
 @dataclass(frozen=True)
@@ -42,12 +23,13 @@ class Verdict:
     Attributes:
         declared: The estimator's `bias_status`.
         found: The worst status over the problems.
-        measurements: One for each problem that the estimator can be used on; the first is the main problem.
+        measurements: The moments on each problem that the estimator can be used on; the first is the main
+            problem.
     """
 
     declared: str
     found: str
-    measurements: tuple[Measurement, ...]
+    measurements: tuple[Moments, ...]
 
     @property
     def ok(self) -> bool:
@@ -118,11 +100,9 @@ def measure_bias(estimator: Estimator, problems: Sequence[Problem] | None = None
     refusal = Refused("There is no problem to measure on; give at least one.")
     for problem in default_problems() if problems is None else problems:
         try:
-            moments = exact_moments(estimator, problem)
+            measurements.append(exact_moments(estimator, problem))
         except Refused as error:
             refusal = error
-            continue
-        measurements.append(_measurement(problem.name, moments))
     if not measurements:
         raise refusal
     found = max((m.status for m in measurements), key=choices.FROM_BEST_TO_WORST.index)
@@ -157,34 +137,10 @@ def tends_to_the_gradient(estimator: Estimator) -> bool:
             steps = [proportional_step(estimator, problem, copies) for copies in (1, 4)]
         except Refused:
             continue
-        angles.append([_sine_between(m.mean.sum(0), m.target.sum(0)) for m in steps])
+        angles.append([sine_between(m.mean.sum(0), m.target.sum(0)) for m in steps])
     # In four times as large a step an error of order 1/N is a quarter; one that does not vanish stays as it
     # is.
     return bool(angles) and all(large < max(TOLERANCE, 0.3 * small) for small, large in angles)
-
-
-def status_of(moments: Moments) -> str:
-    """Return the best status that the numbers of one problem allow, one of the exact ones or 'biased'."""
-    mean, target = moments.mean, moments.target  # [P, D]
-    if float((mean - target).norm()) < TOLERANCE * float(target.norm()):
-        return choices.EXACT
-    if _sine_between(mean.flatten(), target.flatten()) < TOLERANCE:
-        return choices.UP_TO_SCALE
-    if all(_sine_between(m, t) < TOLERANCE for m, t in zip(mean, target, strict=True)):
-        return choices.PER_PROMPT
-    return choices.BIASED
-
-
-def _sine_between(mean: Float[Tensor, " D"], target: Float[Tensor, " D"]) -> float:
-    """Return the sine of the angle between the two; 2 if it is 90 degrees or more, or `mean` is 0."""
-    along = float(mean @ target)
-    if along <= 0:
-        return 2.0
-    return float((mean - along / (target @ target) * target).norm() / mean.norm())
-
-
-def _measurement(name: str, m: Moments) -> Measurement:
-    return Measurement(name, status_of(m), m.cosine, m.relative_bias, m.scale, m.variance, m.mse, m.noise)
 
 
 @cache

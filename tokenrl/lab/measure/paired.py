@@ -78,14 +78,10 @@ def compare(
     estimators: Mapping[str, Estimator],
     *,
     prompts_per_step: int,
-    group_size: int | None = None,
     seed: int = 0,
     replicates: int = 1000,
 ) -> tuple[Measurement, ...]:
     """Measure estimators on the same rows.
-
-    With a `group_size` each group is divided into smaller ones of this size for the estimators, but the noise
-    stays that of as many completions: of a step with more prompts, or of several steps if they are coupled.
 
     All estimates use products of distinct units only, so a unit's own noise biases none of them, and the
     direction is compared with that of RLOO on other rows. Estimators declared exact have the same expectation
@@ -106,12 +102,10 @@ def compare(
 
     found = []
     for name, estimator in estimators.items():
-        mine = contributions(estimator, samples, projections, prompts_per_step=step, group_size=group_size)
-        draw = resampling(len(mine.values))
+        mine = contributions(estimator, samples, projections, prompts_per_step=step)
         rloo, none = (_in_units_of(mine, other) for other in (reference, nothing))
-        share = mine.groups / step
-        part = 1.0 if group_size is None else group_size / samples.group_size
-        found.append(_measured(name, estimator, mine, rloo, none, draw, share, part))
+        draw = resampling(len(mine.values))
+        found.append(_measured(name, estimator, mine, rloo, none, draw, mine.groups / step))
     return tuple(found)
 
 
@@ -123,14 +117,10 @@ def _measured(
     none: Tensor,
     draw: Resampling,
     share: float,
-    part: float,
 ) -> Measurement:
-    """Measure one estimator for `compare`.
-
-    `share` is the share of a unit in a step, and `part` the size of its groups relative to those of the rows.
-    """
+    """Measure one estimator for `compare`; `share` is the share of a unit in a step."""
     own, of_rloo = draw.product(mine.values, mine.values), draw.product(rloo, rloo)
-    variance, without = draw.variance(mine.values) * share * part, draw.variance(none) * share
+    variance, without = draw.variance(mine.values) * share, draw.variance(none) * share
     same = same_expectation(estimator)
     known = of_rloo if same else own
     signal, snr = interval(own), interval(known / variance)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from tiny_lab_model import PROMPTS, WORDS, points, points_of, tiny_policy
 
 from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
@@ -21,46 +20,13 @@ from tokenrl.language.training import setup
 from tokenrl.language.training.step import training_step
 
 torch.set_num_threads(1)
-PROMPTS = [[1], [2, 3]]
-WORDS = ["a", "b c"]
 GRPO = {"baseline": "group_mean", "scale": "group_std", "aggregation": "sequence_mean", "ratio": "token"}
-
-
-def tiny_policy(seed: int = 0) -> Policy:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2, "c": 3}, unk_token="<eos>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-    config = GPT2Config(
-        vocab_size=4,
-        n_positions=8,
-        n_embd=8,
-        n_layer=1,
-        n_head=2,
-        eos_token_id=0,
-        bos_token_id=0,
-        initializer_range=0.5,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = GPT2LMHeadModel(config).double()
-    return wrap(model, tokenizer, source="a tiny GPT-2")
-
-
-def points_of(prompt: int, ids: list[int]) -> float:
-    return math.sin(3 * prompt + sum((place + 1) * token for place, token in enumerate(ids))) + 0.4 * len(ids)
-
-
-def rewards_of(prompts, completion_ids, **_) -> list[float]:
-    return [points_of(WORDS.index(p), ids) for p, ids in zip(prompts, completion_ids, strict=True)]
 
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    policy = tiny_policy()
-    policy.reference = tiny_policy(1).model.requires_grad_(False)
+    policy = tiny_policy(layers=1)
+    policy.reference = tiny_policy(seed=1, layers=1).model.requires_grad_(False)
     return policy
 
 
@@ -107,22 +73,19 @@ def test_the_list_is_complete_and_its_gradient_that_of_j(policy: Policy, problem
 def test_the_loss_of_all_groups_through_the_scoring_code(policy: Policy, problem, fields: dict) -> None:
     """Sum over all 1600 groups of chance times loss, one backward pass through `score`."""
     estimator = Estimator(**fields)
-    choices = torch.cartesian_prod(torch.arange(40), torch.arange(40))  # [1600, 2]
-    chance = problem.chances[0, choices].prod(-1)
+    pairs = torch.cartesian_prod(torch.arange(40), torch.arange(40))  # [1600, 2]
     rollout = rollout_of_all(policy, PROMPTS[0], vocabulary=4, length=3)
     scores = score(policy.model, rollout, entropy=True)
-    loss = torch.zeros(()).double()
-    for pair, p in zip(choices, chance, strict=True):
-        mask, logprobs, old = problem.mask[pair], scores.logprobs[pair], problem.logprobs[0, pair]
-        ref = problem.ref_logprobs[0, pair]
-        advantages = estimator.advantages(
-            problem.rewards[0, pair], mask, group_size=2, logprobs=old, ref_logprobs=ref
-        ).policy
+
+    def loss_of(pair: torch.Tensor) -> torch.Tensor:
+        mask, old, ref = problem.mask[pair], problem.logprobs[0, pair], problem.ref_logprobs[0, pair]
+        given = {"group_size": 2, "logprobs": old, "ref_logprobs": ref}
+        advantages = estimator.advantages(problem.rewards[0, pair], mask, **given).policy
         weights = estimator.token_weights(mask, max_length=3)
-        entropy = scores.entropy[pair]
-        loss = loss + p * estimator.loss(
-            logprobs, advantages, weights, mask, old_logprobs=old, ref_logprobs=ref, entropy=entropy
-        )
+        new = {"old_logprobs": old, "ref_logprobs": ref, "entropy": scores.entropy[pair]}
+        return estimator.loss(scores.logprobs[pair], advantages, weights, mask, **new)
+
+    loss = problem.chances[0, pairs].prod(-1) @ torch.vmap(loss_of)(pairs)
     wanted = -flat_gradient(loss, policy.model)[None]
     torch.testing.assert_close(exact_moments(estimator, problem).mean, wanted, rtol=1e-9, atol=1e-12)
 
@@ -140,9 +103,27 @@ def test_declared_statuses_hold_on_a_transformer(problem) -> None:
 def test_limits_are_refused(policy: Policy) -> None:
     with pytest.raises(Refused, match="smaller length"):
         problem_of_policy(policy, PROMPTS, points_of, length=8, vocabulary=4)
-    single = wrap(tiny_policy().model.float(), policy.tokenizer)
+    single = wrap(tiny_policy(layers=1).model.float(), policy.tokenizer)
     with pytest.raises(Refused, match="float64"):
         problem_of_policy(single, PROMPTS, points_of, length=2, vocabulary=4)
+
+
+def test_a_model_that_cannot_share_a_prompt_is_scored_row_by_row() -> None:
+    """The gradient through its cache is wrong, as that of some architectures is."""
+    plain, wrong = (tiny_policy(layers=1) for _ in range(2))
+    forward = wrong.model.forward
+
+    def steep(ids, **options):
+        out = forward(ids, **options)
+        if options.get("past_key_values") is not None:
+            out.logits = 2 * out.logits - out.logits.detach()
+        return out
+
+    wrong.model.forward = steep
+    right, found = (
+        problem_of_policy(p, PROMPTS, points_of, length=2, vocabulary=4).scores for p in (plain, wrong)
+    )
+    torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)
 
 
 def test_the_temperature_is_part_of_the_policy(policy: Policy) -> None:
@@ -192,7 +173,7 @@ def test_training_has_the_exact_mean_and_variance(policy: Policy, problem, field
     args = setup.resolve(given, task=None)
     learner = setup.make_learner(args, policy, setup.make_accelerator(args))[0]
     learner.optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=0.0)  # the policy stays
-    rewards, running = Rewards(rewards_of), RunningMean(0.9)
+    rewards, running = Rewards(points), RunningMean(0.9)
     found = []
     for step in range(1, steps + 1):
         stream = [(step * groups + place, {"prompt": WORDS[0]}) for place in range(groups)]
