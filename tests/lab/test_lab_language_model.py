@@ -17,6 +17,7 @@ from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training import setup
+from tokenrl.language.training.learner import make_learner
 from tokenrl.language.training.step import training_step
 
 torch.set_num_threads(1)
@@ -171,7 +172,7 @@ def test_training_has_the_exact_mean_and_variance(policy: Policy, problem, field
         estimator=estimator,
     )
     args = setup.resolve(given, task=None)
-    learner = setup.make_learner(args, policy, setup.make_accelerator(args))[0]
+    learner = make_learner(args, policy, setup.make_accelerator(args))
     learner.optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=0.0)  # the policy stays
     rewards, running = Rewards(points), RunningMean(0.9)
     found = []

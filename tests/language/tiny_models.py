@@ -128,6 +128,7 @@ def make_task(prompts=PROMPTS, reward=vowel_reward) -> Task:
 def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options):
     """A learner on one process, with plain arguments resolved."""
     from tokenrl.language.training import setup
+    from tokenrl.language.training.learner import make_learner
     from tokenrl.settings import arguments
 
     estimator = Estimator.preset(estimator) if isinstance(estimator, str) else estimator
@@ -142,7 +143,7 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options)
     }
     args = arguments(setup.TrainArguments, values | options | {"estimator": estimator})
     args = setup.resolve(args, make_task())
-    return setup.make_learner(args, policy, setup.make_accelerator(args))[0]
+    return make_learner(args, policy, setup.make_accelerator(args))
 
 
 def scored(learner, **how):

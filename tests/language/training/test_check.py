@@ -9,7 +9,7 @@ import torch
 from tiny_models import PROMPTS, Engine, make_model, make_policy, make_task, make_tokenizer, weights
 
 import tokenrl
-from tokenrl.language.training import loop, setup
+from tokenrl.language.training import learner, loop
 from tokenrl.language.training.check import check_run
 from toy_tasks.models import TinyModel
 
@@ -283,7 +283,7 @@ def test_a_sampler_with_other_weights_is_found(check_policy, monkeypatch, capsys
         made.sync = lambda policy: None
         return made
 
-    monkeypatch.setattr(setup, "TransformersGenerator", engine)
+    monkeypatch.setattr(learner, "TransformersGenerator", engine)
     assert check_policy(make_policy()).flags == ("sampling-differs",)
     assert re.search(r"differ by 0\.\d+ nats per token on average, by \d\S* at most", problems(capsys)[0])
     corrected = tokenrl.Estimator.preset("rloo", importance_cap=2.0)

@@ -14,7 +14,8 @@ from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training import evaluation
-from tokenrl.language.training.evaluation import check_sizes, distinct, evaluate_policy, paired_differences
+from tokenrl.language.training.evaluation import check_sizes, evaluate_policy, paired_differences
+from tokenrl.language.training.probe import distinct
 from tokenrl.runs.console import rich_console
 from toy_tasks.models import TinyModel
 

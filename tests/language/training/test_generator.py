@@ -25,7 +25,7 @@ from tokenrl.core.presets import PRESETS
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scoring, with_missing_fields
-from tokenrl.language.training import setup
+from tokenrl.language.training import learner as parts
 from tokenrl.language.training.evaluation import evaluate_policy
 
 FILLED = ("entropy", "score_norms", "hidden")
@@ -118,7 +118,7 @@ def test_a_run_samples_everything_by_its_generator_and_closes_it(monkeypatch, tm
         made.append(Engine(policy))
         return made[-1]
 
-    monkeypatch.setattr(setup, "TransformersGenerator", engine)
+    monkeypatch.setattr(parts, "TransformersGenerator", engine)
     policy = make_policy()
     options = {"model": policy, "task": make_task(), "output_dir": tmp_path / "run", "max_steps": 2}
     options |= {"prompts_per_step": 2, "num_generations": 2, "eval_every": 0, "quiet": True, "cpu": True}

@@ -8,7 +8,7 @@ from tiny_models import ENDS, PROMPTS, apart, completions, gradient, make_policy
 
 from tokenrl import train
 from tokenrl.language.rollout.scoring import Scoring, score
-from tokenrl.language.training.precision import HalfCopy, with_eager_attention
+from tokenrl.language.training.forward import Forward, half_copy, with_eager_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,8 +44,8 @@ def test_the_gradient_is_that_of_a_processor(way):
     if way == "eager":
         model = with_eager_attention(model)
     if way == "half":
-        half = HalfCopy(there)
-        model = half.policy.model
+        copied, copies = half_copy(there)
+        model, half = copied.model, Forward(copied, copied.model, scoring, copies)
     score(model, sampled(there), scoring).logprobs.sum().backward()
     if way == "half":
         half.hand_over()

@@ -15,7 +15,8 @@ from tokenrl.core import Estimator
 from tokenrl.core.losses import next_beta
 from tokenrl.errors import Refused
 from tokenrl.language.training import setup
-from tokenrl.language.training.records import completion_kl, kl_metrics
+from tokenrl.language.training.batch import StepRows
+from tokenrl.language.training.records import completion_kl, step_metrics
 from tokenrl.runs.checkpoint import read_state
 
 KL = Estimator.preset("rloo", beta=0.5)
@@ -36,12 +37,32 @@ def test_a_step_logs_means_over_completions_and_errors_over_prompts():
     draw = torch.Generator().manual_seed(3)
     logprobs, ref = -torch.rand(2, 12, 5, generator=draw).double()
     mask = torch.rand(12, 5, generator=draw) < 0.7
-    found = kl_metrics(logprobs, ref, mask, 3)
+
+    def kl_metrics(rows, size):
+        n = torch.ones(rows, dtype=torch.long)
+        found = step_metrics(
+            StepRows(
+                n.double(),
+                n[:, None],
+                n > 0,
+                n > 1,
+                n,
+                mask[:rows],
+                logprobs[:rows],
+                logprobs[:rows],
+                ref[:rows],
+            ),
+            ["one"],
+            size,
+        )
+        return {name: value for name, value in found.items() if name.startswith("kl")}
+
+    found = kl_metrics(12, 3)
     each = ((logprobs - ref) * mask).sum(1)
     assert found["kl"] == pytest.approx(float(each.mean()))
     assert found["kl_stderr"] == pytest.approx(float(each.view(4, 3).mean(1).std() / 2))
     assert found.keys() == {"kl", "kl_stderr", "kl_k3", "kl_k3_stderr"}
-    assert kl_metrics(logprobs[:1], ref[:1], mask[:1], 1).keys() == {"kl", "kl_k3"}
+    assert kl_metrics(1, 1).keys() == {"kl", "kl_k3"}
 
 
 def test_the_weight_follows_the_measured_kl_and_the_next_step_uses_it():

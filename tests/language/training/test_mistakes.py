@@ -80,10 +80,8 @@ def test_functions_that_take_a_seed_refuse_what_is_none(seed):
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 def test_every_schedule_warms_up(kind):
-    from tokenrl.language.training import setup
-
-    learner = make_learner(make_policy(), lr_scheduler_type=kind, warmup_steps=2, learning_rate=0.1)
-    _, schedule = setup.make_learner(learner.args, make_policy(), learner.accelerator)
+    how = {"lr_scheduler_type": kind, "warmup_steps": 2, "learning_rate": 0.1}
+    schedule = make_learner(make_policy(), **how).schedule
     rates = []
     for _ in range(4):
         rates += schedule.get_last_lr()

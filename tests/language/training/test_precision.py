@@ -28,10 +28,10 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.lora import add_lora
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.rollout import Rollout
-from tokenrl.language.rollout.scoring import score
+from tokenrl.language.rollout.scoring import Scoring, score
 from tokenrl.language.training import forward
 from tokenrl.language.training.collect import sample
-from tokenrl.language.training.precision import HalfCopy, with_eager_attention
+from tokenrl.language.training.forward import Forward, half_copy, with_eager_attention
 
 KL = Estimator.preset("grpo", beta=0.1)
 
@@ -72,7 +72,8 @@ def test_gradients_of_the_copy_reach_the_weights_in_float32(architecture):
     score(policy.model, rollout).logprobs.sum().backward()
     exact = gradient(policy.model)
     policy.model.zero_grad()
-    half = HalfCopy(policy)
+    copied, copies = half_copy(policy)
+    half = Forward(copied, copied.model, Scoring(), copies)
     for _ in range(2):  # a second backward pass adds to the first
         score(half.policy.model, rollout).logprobs.sum().backward()
         half.hand_over()
@@ -125,7 +126,7 @@ def test_a_frozen_base_is_kept_once():
 def test_weights_that_transformers_keeps_exact_stay_so():
     policy = make_policy()
     policy.model._keep_in_fp32_modules_strict = {"norm"}
-    model = HalfCopy(policy).policy.model
+    model = half_copy(policy)[0].model
     exact = {name: p for name, p in model.named_parameters() if p.dtype == torch.float32}
     assert list(exact) == ["model.norm.weight"]
     assert exact["model.norm.weight"] is policy.model.model.norm.weight
@@ -175,8 +176,8 @@ def test_how_a_run_computes_follows_from_rules(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(Policy, "size", property(lambda self: parameters))
-    args = replace(make_learner(make_policy(), "rloo").args, training_attention=None, mixed_precision=None)
-    args, policy = replace(args, **{"max_steps": 100} | options), make_policy()
+    left_open = {"max_steps": 100, "training_attention": None, "mixed_precision": None, "compile": "auto"}
+    args, policy = replace(make_learner(make_policy()).args, **left_open | options), make_policy()
     assert forward._precision(args, policy, machine)[0] == precision
     assert forward._attention(args, policy, machine) == attention
     assert forward._compiles(args, policy, machine)[0] == compiles
@@ -184,7 +185,8 @@ def test_how_a_run_computes_follows_from_rules(
 
 def test_a_deep_model_is_not_compiled_by_itself(monkeypatch):
     monkeypatch.setattr(Policy, "size", property(lambda self: 10**7))
-    policy, args = make_policy(), replace(make_learner(make_policy(), "rloo").args, max_steps=100)
+    args = replace(make_learner(make_policy()).args, max_steps=100, compile="auto")
+    policy = make_policy()
     policy.model.config.num_hidden_layers = 9
     assert forward._compiles(args, policy, Gpu("cpu")) == (False, "more than 8 layers")
 
@@ -209,7 +211,8 @@ def test_a_continuation_computes_as_the_run_did(tmp_path):
     result = run(tmp_path / "run", resume="auto", max_steps=2)
     assert result.steps == 2
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (config["mixed_precision"], config["training_attention"]) == ("bf16", "eager")
+    found = [config[name] for name in ("mixed_precision", "training_attention", "compile")]
+    assert found == ["bf16", "eager", "off"]  # what the rules have decided, not "auto"
 
 
 @pytest.mark.parametrize(

@@ -23,43 +23,36 @@ from tokenrl.language.training import step as module
 GRPO = Estimator.preset("grpo")
 
 
-def spy_updates(monkeypatch):
-    """Record [chosen rows, the step's rows, metrics] of every update."""
-    calls, weigh, report = [], module.token_weights, module.update_metrics
+def spied(monkeypatch, name):
+    """Record what a function of the step returns."""
+    calls, real = [], getattr(module, name)
 
-    def weights(learner, batch, chosen):
-        calls.append([chosen.clone(), batch])
-        return weigh(learner, batch, chosen)
+    def spy(*given, **options):
+        calls.append(real(*given, **options))
+        return calls[-1]
 
-    def metrics(*given):
-        calls[-1].append(report(*given))
-        return calls[-1][2]
-
-    monkeypatch.setattr(module, "token_weights", weights)
-    monkeypatch.setattr(module, "update_metrics", metrics)
+    monkeypatch.setattr(module, name, spy)
     return calls
 
 
 def test_the_ratio_starts_at_one_and_then_moves(monkeypatch):
-    calls = spy_updates(monkeypatch)
+    old, updates = spied(monkeypatch, "old_logprobs"), spied(monkeypatch, "update_metrics")
     estimator = Estimator.preset("dr_grpo", epsilon=1e-4)
     first, _, _ = stepped(estimator)
-    assert calls[0][1].old_logprobs is None and calls[0][2]["clip_ratio"] == 0
-    calls.clear()
+    assert old == [None] and updates[0]["clip_ratio"] == 0
+    updates.clear()
     stepped(estimator, num_iterations=3, learning_rate=0.003)
-    clipped = [metrics["clip_ratio"] for *_, metrics in calls]
-    assert len(calls) == 3 and clipped[0] == 0 and min(clipped[1:]) > 0.2
-    old = calls[0][1].old_logprobs
-    assert all(torch.equal(batch.old_logprobs, old) for _, batch, _ in calls)
-    assert calls[0][2]["grad_norm"] == pytest.approx(float(first.norm()), rel=1e-5)
+    clipped = [metrics["clip_ratio"] for metrics in updates]
+    assert len(updates) == 3 and clipped[0] == 0 and min(clipped[1:]) > 0.2
+    assert updates[0]["grad_norm"] == pytest.approx(float(first.norm()), rel=1e-5)
 
 
 def test_old_logprobs_are_those_of_the_policy_that_sampled(monkeypatch):
-    calls = spy_updates(monkeypatch)
+    old, rows = spied(monkeypatch, "old_logprobs"), spied(monkeypatch, "step_rows")
     stepped(GRPO, num_iterations=2, micro_batch_size=5, temperature=0.7)
-    for _, batch, _ in calls:
-        mask, sampled = batch.rollout.mask, batch.rollout.logprobs
-        torch.testing.assert_close(batch.old_logprobs[mask], sampled[mask], atol=1e-5, rtol=0)
+    assert len(old) == 1  # once a step, before its updates
+    mask = rows[0].mask
+    torch.testing.assert_close(old[0][mask], rows[0].logprobs[mask], atol=1e-5, rtol=0)
 
 
 def test_a_second_iteration_uses_the_clipped_ratio():
@@ -92,15 +85,12 @@ def test_a_second_iteration_uses_the_clipped_ratio():
 
 
 @pytest.mark.parametrize("minibatches", [2, 3, 4])
-def test_minibatches_keep_groups_whole(monkeypatch, minibatches):
-    calls = spy_updates(monkeypatch)
-    stepped(GRPO, num_minibatches=minibatches, num_iterations=2)
-    assert len(calls) == 2 * minibatches
-    for first in (0, minibatches):
-        chosen = torch.stack([c for c, *_ in calls[first : first + minibatches]])
-        assert (chosen.sum(dim=0) == 1).all()  # each row once an iteration
-        groups = chosen.view(minibatches, 4, 3)
-        assert (groups.all(dim=2) == groups.any(dim=2)).all()
+def test_minibatches_keep_groups_whole(minibatches):
+    learner = make_learner(make_policy(), GRPO, num_minibatches=minibatches, num_iterations=2)
+    chosen = torch.stack([rows for rows, _ in module.minibatches(learner, 12, 1)]).view(2, minibatches, 12)
+    assert (chosen.sum(dim=1) == 1).all()  # each row once an iteration
+    groups = chosen.view(2, minibatches, 4, 3)
+    assert (groups.all(dim=3) == groups.any(dim=3)).all()
 
 
 def test_a_minibatch_computes_its_own_rows_only(monkeypatch):

@@ -153,11 +153,11 @@ def test_a_loss_that_is_not_finite_stops():
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(wrong):
     policy = make_policy()
     training = SupervisedTraining(policy, ROWS, max_steps=3, batch_size=2, learning_rate=0.1)
-    training.update()
+    training.learn()
     before = weights(policy.model)
     policy.model.lm_head.weight.register_hook(lambda gradient: gradient * wrong)
     with pytest.raises(Stopped, match=r"norm of the gradient of the supervised stage is .* at step 2"):
-        training.update()
+        training.learn()
     assert torch.equal(weights(policy.model), before)
 
 
@@ -277,13 +277,13 @@ def test_a_data_set_is_evaluated_if_there_is_a_reward(tmp_path):
 
 
 def test_a_signal_ends_a_supervised_run_with_its_model_saved(tuned, tmp_path, monkeypatch):
-    update = SupervisedTraining.update
+    update = SupervisedTraining.learn
 
     def signalled(training):
         signal.raise_signal(signal.SIGTERM)
         return update(training)
 
-    monkeypatch.setattr(SupervisedTraining, "update", signalled)
+    monkeypatch.setattr(SupervisedTraining, "learn", signalled)
     ended = tuned()
     assert (ended.exit_reason, ended.exit_code, ended.steps) == ("SIGTERM", 143, 1)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()

@@ -171,13 +171,13 @@ def test_a_cache_that_cannot_be_written_is_refused(run, cache):
 
 
 def test_an_interruption_says_that_nothing_is_kept(run, cache, tmp_path, monkeypatch, capsys):
-    update = SupervisedTraining.update
+    update = SupervisedTraining.learn
 
     def interrupted(training):
         update(training)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(SupervisedTraining, "update", interrupted)
+    monkeypatch.setattr(SupervisedTraining, "learn", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run()
     assert "interrupted in the warm start: nothing of it is kept" in capsys.readouterr().out

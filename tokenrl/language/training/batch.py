@@ -1,4 +1,4 @@
-"""Splits a step over processes and into micro-batches: shares prompts, gathers rows, cuts out parts.
+"""Splits a step over processes and into micro-batches: shares prompts, gathers rows, plans the passes.
 
 Advantages and weights are computed from the whole step, identically on every process, and then sliced; the
 completions of one prompt stay on one process. Each process makes the same number of passes, because gradients
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from tokenrl.core.rows import Kept, keep
-from tokenrl.errors import Stopped, describe
+from tokenrl.errors import Stopped, describe, out_of_memory
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scores
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
+    from tokenrl.language.training.learner import Learner
 
 Whole = TypeVar("Whole", Tensor, list[Any])
 
@@ -70,15 +71,22 @@ class StepRows(NamedTuple):
 
 
 @contextlib.contextmanager
-def others_needed() -> Iterator[None]:
-    """Say in words that this process lost the others, where PyTorch would raise an error of its network.
+def explained() -> Iterator[None]:
+    """Say in words what PyTorch says in its own: that memory is used up, or another process has gone.
 
     Raises:
-        Stopped: another process has ended, or does not answer.
+        Stopped: an allocation failed, or another process has ended or does not answer.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error) is not None:
+            raise Stopped(
+                "There is too little memory. In updates, give fewer --tokens-per-pass (config.json has their "
+                "number) or a --micro-batch-size; in sampling, a --sampling-batch-size. "
+                "--gradient-checkpointing and --mixed-precision bf16 take less too. PyTorch said: "
+                f"{describe(error)}"
+            ) from error
         network = isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
         if isinstance(error, Stopped) or not network:
             raise
@@ -122,6 +130,75 @@ def gather(accelerator: Any, rows: StepRows) -> StepRows:
     return rows
 
 
+def passes(
+    learner: Learner, rows: StepRows, kept: Kept, advantages: Tensor, chosen: Tensor, measured: bool
+) -> tuple[list[Tensor], int]:
+    """Divide the rows of an update into micro-batches, as many on every process.
+
+    Rows that can have no gradient are left out; they count in the weights alone.
+
+    Args:
+        learner: the settings.
+        rows: all N rows of the step.
+        kept: which of them, and of their tokens, are learnt from.
+        advantages: one for each row [N] or for each token [N, T].
+        chosen: True for the rows of the update [N].
+        measured: whether the gradient of the first half of the groups is wanted apart.
+
+    Returns:
+        For each micro-batch the numbers of its rows among this process's own, none where only other processes
+        have work; and how many micro-batches are those of the first half.
+    """
+    active = chosen & kept.counted & kept.mask.any(dim=1)
+    if not learner.estimator.loss_side_terms:  # a KL or an entropy term has a gradient everywhere
+        active &= (advantages != 0).reshape(len(active), -1).any(dim=1)
+    row = torch.arange(len(active), device=active.device)
+    size = learner.sampling.group_size
+    middle = len(row) // size // 2 * size if measured else 0
+    first, second = (_equally_many(learner, rows, active & half) for half in (row < middle, row >= middle))
+    return first + second, len(first)
+
+
+def _equally_many(learner: Learner, rows: StepRows, active: Tensor) -> list[Tensor]:
+    """Return the passes of this process, and empty ones until it has as many as any other process."""
+    accelerator = learner.accelerator
+    columns = (active, rows.mask.sum(dim=1), rows.prompt_length)
+    flags, lengths, prompts = (x.view(accelerator.num_processes, -1).tolist() for x in columns)
+    plans = [_packed(learner, *numbers) for numbers in zip(flags, lengths, prompts, strict=True)]
+    mine = plans[accelerator.process_index]
+    mine += [[]] * (max(map(len, plans)) - len(mine))
+    return [torch.tensor(sorted(part), dtype=torch.int64, device=active.device) for part in mine]
+
+
+def _packed(
+    learner: Learner, active: Sequence[bool], lengths: Sequence[int], prompts: Sequence[int]
+) -> list[list[int]]:
+    """Fill passes with the active rows of a process, in whole groups, those of the longest completions first.
+
+    A group that is too large for one pass is split, and its prompt is computed again.
+    """
+    args, size = learner.args, learner.sampling.group_size
+    shared = learner.forward.scoring.share_prompt
+    assert args.tokens_per_pass is not None  # `choose_forward` has filled it in
+    limit, most_rows = args.tokens_per_pass, args.micro_batch_size or len(active)
+
+    def fits(part: Sequence[int]) -> bool:
+        computed = len({i // size for i in part}) if shared else len(part)  # how many prompts
+        tokens = len(part) * max(lengths[i] for i in part) + computed * max(prompts[i] for i in part)
+        return tokens <= limit and len(part) <= most_rows
+
+    groups = [[i for i in range(k, k + size) if active[i]] for k in range(0, len(active), size)]
+    plan: list[list[int]] = []
+    for group in sorted(filter(None, groups), key=lambda part: -max(lengths[i] for i in part)):
+        most = max(n for n in range(1, len(group) + 1) if n == 1 or fits(group[:n]))
+        for part in (group[k : k + most] for k in range(0, len(group), most)):
+            if plan and fits(plan[-1] + part):
+                plan[-1] += part
+            else:
+                plan.append(part)
+    return plan
+
+
 class Part(NamedTuple):
     """A micro-batch: m of this process's rows, cut to their longest completion.
 
@@ -157,111 +234,42 @@ class Part(NamedTuple):
         }
 
 
-class Batch(NamedTuple):
-    """The data that the updates of a step learn from: this process's n rows, and numbers of all N rows.
-
-    Attributes:
-        rollout: this process's n rows, as wide as its own longest completion.
-        rows: all N rows.
-        kept: which rows, and which of their tokens [N, T], enter the loss and its divisor.
-        advantages: one for each row [N] or for each token [N, T].
-        old_logprobs: log-probabilities of this process's rows under the policy that sampled them [n, T]; None
-            if no update needs them (see `collect.old_logprobs`).
-    """
-
-    rollout: Rollout
-    rows: StepRows
-    kept: Kept
-    advantages: Tensor
-    old_logprobs: Tensor | None
-
-    def part(self, rows: Tensor, weights: Tensor, accelerator: Any) -> Part:
-        """Return the micro-batch of some of this process's rows; without any, one row of weight 0.
-
-        Args:
-            rows: numbers of rows [m].
-            weights: each token's weight in the loss of the whole update [N, T].
-            accelerator: accelerate's handle of the processes.
-        """
-        waits = len(rows) == 0
-        rows = rows.new_zeros(1) if waits else rows
-        rollout = self.rollout.rows(rows)
-
-        def own(whole: Tensor) -> Tensor:
-            mine = share(accelerator, whole)[rows]
-            return mine if mine.ndim == 1 else mine[:, : rollout.mask.shape[1]]
-
-        return Part(
-            rollout,
-            own(self.advantages),
-            own(weights) * (0.0 if waits else 1.0),
-            None if self.rows.ref_logprobs is None else own(self.rows.ref_logprobs),
-            None if self.old_logprobs is None else self.old_logprobs[rows, : rollout.mask.shape[1]],
-        )
-
-
-class Room(NamedTuple):
-    """How much one pass may hold.
-
-    Attributes:
-        tokens: tokens of prompts and completions, with their padding.
-        rows: completions; None for any number.
-        shared: whether a prompt is computed once for all its completions in a pass.
-    """
-
-    tokens: int
-    rows: int | None
-    shared: bool
-
-
-def equal_passes(
-    accelerator: Any, rows: StepRows, active: Tensor, group_size: int, room: Room
-) -> list[Tensor]:
-    """Divide this process's active rows into passes; every process gets the same number of them.
-
-    Whole groups of like lengths fill a pass. A group that is too large for one is split, and its prompt is
-    computed again.
+def micro_batch(
+    accelerator: Any,
+    index: Tensor,
+    rollout: Rollout,
+    advantages: Tensor,
+    weights: Tensor,
+    ref_logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
+) -> Part:
+    """Return the micro-batch of some of this process's rows; without any, one row of weight 0.
 
     Args:
         accelerator: accelerate's handle of the processes.
-        rows: all N rows of the step.
-        active: True for the rows that are computed [N], the same on every process.
-        group_size: completions per prompt.
-        room: how much a pass may hold.
-
-    Returns:
-        For each pass the indices of its rows among this process's own; empty for a pass in which only other
-        processes have work.
+        index: numbers of rows [m].
+        rollout: this process's n rows.
+        advantages: those of all N rows, as the weights and the log-probabilities under the reference are.
+        weights: each token's weight in the loss of the whole update [N, T].
+        ref_logprobs: [N, T], or None.
+        old_logprobs: of this process's rows [n, T], or None.
     """
-    world = accelerator.num_processes
-    columns = (active, rows.mask.sum(dim=1), rows.prompt_length)
-    flags, lengths, prompts = (x.view(world, -1).tolist() for x in columns)
-    plans = [_passes(*numbers, group_size, room) for numbers in zip(flags, lengths, prompts, strict=True)]
-    mine = plans[accelerator.process_index]
-    mine += [[]] * (max(map(len, plans)) - len(mine))
-    return [torch.tensor(sorted(part), dtype=torch.int64, device=active.device) for part in mine]
+    waits = len(index) == 0
+    index = index.new_zeros(1) if waits else index
+    part = rollout.rows(index)
+    width = part.mask.shape[1]
 
+    def own(whole: Tensor) -> Tensor:
+        mine = share(accelerator, whole)[index]
+        return mine if mine.ndim == 1 else mine[:, :width]
 
-def _passes(
-    active: Sequence[bool], lengths: Sequence[int], prompts: Sequence[int], size: int, room: Room
-) -> list[list[int]]:
-    """Divide the active rows of a process, the groups of the longest completions first."""
-
-    def fits(part: Sequence[int]) -> bool:
-        computed = len({i // size for i in part}) if room.shared else len(part)  # how many prompts
-        tokens = len(part) * max(lengths[i] for i in part) + computed * max(prompts[i] for i in part)
-        return tokens <= room.tokens and len(part) <= (room.rows or len(part))
-
-    groups = [[i for i in range(k, k + size) if active[i]] for k in range(0, len(active), size)]
-    plan: list[list[int]] = []
-    for group in sorted(filter(None, groups), key=lambda part: -max(lengths[i] for i in part)):
-        most = max(n for n in range(1, len(group) + 1) if n == 1 or fits(group[:n]))
-        for part in (group[k : k + most] for k in range(0, len(group), most)):
-            if plan and fits(plan[-1] + part):
-                plan[-1] += part
-            else:
-                plan.append(part)
-    return plan
+    return Part(
+        part,
+        own(advantages),
+        own(weights) * (0.0 if waits else 1.0),
+        None if ref_logprobs is None else own(ref_logprobs),
+        None if old_logprobs is None else old_logprobs[index, :width],
+    )
 
 
 def averaging(accelerator: Any, model: Any, last: bool) -> contextlib.AbstractContextManager[None]:

@@ -22,7 +22,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.collect import sample
-from tokenrl.language.training.defaults import demonstrations
+from tokenrl.language.training.defaults import demonstrations, plain_steps
 from tokenrl.language.training.run import Run, RunResult
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
@@ -279,8 +279,8 @@ def _lines(
     lines["learning rate"] = f"{args.learning_rate:g}{known or f', {args.optimizer}'}"
     if records:
         seconds = fmean(sum(record.timings[name] for name in ("collect", "update")) for record in records)
-        count = 1 + -(-run.budget.plain_steps // args.eval_every) if args.eval_every else 2
-        steps = run.budget.steps
+        count = 1 + -(-plain_steps(args) // args.eval_every) if args.eval_every else 2
+        steps = args.max_steps
         whole = duration(steps * seconds + count * evaluation)
         lines["time"] = f"{seconds:.2g} s per step, about {whole} for {steps} steps, {count} evaluations"
     lines["memory"] = ", ".join(

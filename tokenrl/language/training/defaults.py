@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -16,9 +17,7 @@ import numpy as np
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
-from tokenrl.language.training.budget import Budget
 from tokenrl.language.training.supervised import Pair, encode_demonstrations
-from tokenrl.settings import settled
 
 ANY = {
     "max_steps": 200,
@@ -35,7 +34,6 @@ RATES = ((5e4, 1e-3), (1.35e8, 1e-5), (1e9, 1e-6))
 """Parameters and learning rate: the toy tasks' tiny models; GPT-2 and its like (Ziegler et al. 2019 took
 1.4e-5 for 124 M); TRL's default, which is made for 1e9 and more (GRPO, DAPO and others take the same)."""
 LEAST_SUPERVISED, LARGEST_RATE = 2e-5, 1e-3
-OTHER = "default for other models"
 
 
 class Defaults(NamedTuple):
@@ -137,6 +135,19 @@ def is_own(task: Any, model: Any, policy: Policy | None) -> bool:
     return bool(policy.tokenizer.get_vocab() == tokenizer().get_vocab())
 
 
+def sizes_of_steps(args: TrainArguments) -> tuple[int, int]:
+    """Return the completions of a plain step, and of a step with greedy ones if the estimator needs them."""
+    prompts, generations = args.prompts_per_step, args.num_generations
+    assert prompts is not None and generations is not None  # they have been settled
+    return prompts * generations, prompts * (generations + args.estimator.needs_greedy)
+
+
+def plain_steps(args: TrainArguments) -> int:
+    """Return the length of a run in plain steps, in which the times of evaluations are counted."""
+    assert args.max_steps is not None  # it has been settled
+    return args.max_steps if args.max_samples is None else -(-args.max_samples // sizes_of_steps(args)[0])
+
+
 def training_defaults(args: TrainArguments, task: Any, policy: Policy | None = None) -> Defaults:
     """Choose the settings of `tokenrl train` that were left open.
 
@@ -145,25 +156,21 @@ def training_defaults(args: TrainArguments, task: Any, policy: Policy | None = N
         task: the task.
         policy: the policy; None before it is loaded, when neither its size nor its tokenizer is known.
     """
-    own, toy = is_own(task, args.model, policy), hasattr(task, "build")
-    layers: list[tuple[Mapping[str, Any], str]] = [(ANY, "default")]
-    if toy and not own:
-        layers.append((TOY, OTHER))
-    layers.append(_rate(policy, lora=bool(args.lora_r)))
-    if own or not toy:
-        layers.append((getattr(task, "train", None) or {}, "recommended by the task"))
     limit = completion_limit(task, args.model, policy)
-    if limit is not None:
-        layers.append(({"max_completion_length": limit[0]}, limit[1]))
-    values, origins = _settle(args, layers)
+    length = {} if limit is None else {"max_completion_length": limit[0]}
+    recommended = getattr(task, "train", None) or {}
+    found = _layered(args, task, policy, ANY, TOY, recommended, (length, limit[1] if limit else ""))
+    values, origins = found
     if args.optimizer != "adamw":  # for which alone rates are known
         del values["learning_rate"]
-    budget = Budget.of(settled(TrainArguments, args, values))
+    chosen = {name: getattr(args, name) or values[name] for name in TOY}
+    settled = replace(args, **chosen)
     if args.max_samples is not None:
-        values["max_steps"], origins["max_steps"] = budget.steps, f"max_samples {args.max_samples:,}"
-    every = values.setdefault("eval_every", max(1, budget.plain_steps // 10))
+        values["max_steps"] = -(-args.max_samples // sizes_of_steps(settled)[1])
+        origins["max_steps"] = f"max_samples {args.max_samples:,}"
+    every = values.setdefault("eval_every", max(1, plain_steps(settled) // 10))
     values.setdefault("log_completions", every if args.eval_every is None else args.eval_every)
-    return Defaults(values, origins)
+    return found
 
 
 def sft_defaults(args: SftArguments, task: Any, policy: Policy) -> Defaults:
@@ -174,37 +181,53 @@ def sft_defaults(args: SftArguments, task: Any, policy: Policy) -> Defaults:
         task: the task; None for a data set.
         policy: the policy.
     """
-    own, toy = is_own(task, args.model, policy), hasattr(task, "build")
-    layers: list[tuple[Mapping[str, Any], str]] = [(SFT_ANY, "default")]
-    if toy and not own:
-        layers.append((SFT_TOY, OTHER))
-    layers.append(_rate(policy, lora=bool(args.lora_r), supervised=True))
     warm = getattr(task, "warm_start", None)
-    if warm is not None and (own or not toy):
-        named = {"max_steps": warm.steps, "batch_size": warm.batch_size, "learning_rate": warm.learning_rate}
-        layers.append((named, "recommended by the task"))
-    values, origins = _settle(args, layers)
-    values["eval_every"] = max(1, (args.max_steps or values["max_steps"]) // 10)
-    return Defaults(values, origins)
+    names = ("batch_size", "learning_rate")
+    recommended = (
+        {} if warm is None else {"max_steps": warm.steps} | {name: getattr(warm, name) for name in names}
+    )
+    found = _layered(args, task, policy, SFT_ANY, SFT_TOY, recommended, ({}, ""))
+    found.values["eval_every"] = max(1, (args.max_steps or found.values["max_steps"]) // 10)
+    return found
 
 
-def _rate(policy: Policy | None, **kind: bool) -> tuple[dict[str, float], str]:
-    """Return the learning rate by size, and in words what it depends on."""
+def _layered(
+    args: TrainArguments | SftArguments,
+    task: Any,
+    policy: Policy | None,
+    usual: Mapping[str, Any],
+    usual_of_toys: Mapping[str, Any],
+    recommended: Mapping[str, Any],
+    last: tuple[Mapping[str, Any], str],
+) -> Defaults:
+    """Lay values over each other, the last on top, and note for each where it comes from.
+
+    Args:
+        args: the arguments; what they give keeps its default, but comes from the user.
+        task: the task; None for a data set.
+        policy: the policy; None before it is loaded.
+        usual: values for any task.
+        usual_of_toys: those for a toy task with another model than its own.
+        recommended: what the task recommends, for a toy task with its own model only.
+        last: further values, and where they come from.
+    """
+    toy, own = hasattr(task, "build"), is_own(task, args.model, policy)
+    kind = {"lora": bool(args.lora_r), "supervised": isinstance(args, SftArguments)}
     count = int(RATES[1][0]) if policy is None else parameter_count(policy)
     unit, letter = next(u for u in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= u[0] or u[0] == 1e3)
-    size = f"{count / unit:.3g} {letter}"
-    return {"learning_rate": default_rate(count, **kind)}, f"{size} parameters{', LoRA' * kind['lora']}"
-
-
-def _settle(args: Any, layers: Sequence[tuple[Mapping[str, Any], str]]) -> Defaults:
-    """Lay the values over each other, the last on top, and note for each from where it comes."""
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for found, origin in layers:
-        values |= found
-        origins |= dict.fromkeys(found, origin)
-    given = [name for name in values if getattr(args, name, None) is not None]
-    return Defaults(values, origins | dict.fromkeys(given, "given"))
+    size = f"{count / unit:.3g} {letter} parameters{', LoRA' * kind['lora']}"
+    layers = [(usual, "default"), ({"learning_rate": default_rate(count, **kind)}, size)]
+    if toy and not own:
+        layers.append((usual_of_toys, "default for other models"))
+    else:
+        layers.append((recommended, "recommended by the task"))
+    found = Defaults({}, {})
+    for values, origin in [*layers, last]:
+        found.values.update(values)
+        found.origins.update(dict.fromkeys(values, origin))
+    given = [name for name in found.values if getattr(args, name, None) is not None]
+    found.origins.update(dict.fromkeys(given, "given"))
+    return found
 
 
 def with_origins(settings: Any, origins: Mapping[str, str], between: str = ", ", **forms: str) -> str:

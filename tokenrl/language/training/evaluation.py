@@ -8,7 +8,7 @@ completions or tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -20,17 +20,16 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.generator import Generator
-from tokenrl.language.rollout.rewarded import RewardedBatch, sample_and_reward
+from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
-from tokenrl.language.training.probe import best_of, over_prompts
+from tokenrl.language.training.probe import Row, best_of, by_group, completion_rows, distinct, over_prompts
 from tokenrl.language.training.records import completion_kl
 
 LOGITS = 2**26  # most logits at once when a reference scores completions: 256 MiB in float32
 DIFFERENCE = "difference/"
 """Begins the names of metrics that compare a policy with another."""
-Row = Mapping[str, Any]
 
 
 class Evaluation(NamedTuple):
@@ -99,27 +98,36 @@ def evaluate_policy(
     if reference is not None:
         longest = max(map(len, encode(policy, [row["prompt"] for row in prompts], sampling)))
         _check_reference(policy, reference, longest, sampling)
-    shared = {"generator": generator, "accelerator": accelerator, "batch_size": batch_size}
     passes: list[list[dict[str, Any]]] = []
     for generations in dict.fromkeys((0, sampling.num_generations)):
         how = replace(sampling, num_generations=generations)
         rows: list[dict[str, Any]] = []
-        for batch in sample_and_reward(policy, prompts, rewards, how, stream="evaluation", **shared):
+        for batch in sample_and_reward(
+            policy,
+            prompts,
+            rewards,
+            how,
+            stream="evaluation",
+            generator=generator,
+            accelerator=accelerator,
+            batch_size=batch_size,
+        ):
+            temperature = sampling.temperature
             rollout = with_missing_fields(
-                policy, batch.rollout, scoring, temperature=sampling.temperature, entropy=True
+                policy, batch.rollout, scoring, temperature=temperature, entropy=True
             )
-            found = list(_completions(policy, prompts, batch._replace(rollout=rollout)))
+            found = list(completion_rows(policy, prompts, batch._replace(rollout=rollout)))
             if generations and reference is not None:
                 found = [a | b for a, b in zip(found, _kl(reference, rollout, how), strict=True)]
             rows += found
         everywhere = rows if accelerator is None else gather_object(rows)
         passes.append(sorted(everywhere, key=lambda row: row["place"]))
     greedy, sampled = passes[0], passes[1] if len(passes) > 1 else []
-    by_prompt = _by_prompt(greedy, sampled, rewards, k)
-    metrics = _summary(greedy, sampled, by_prompt)
-    if not detailed:
-        return Evaluation(metrics, greedy, {})
-    return Evaluation(metrics | _details(sampled or greedy, rewards, by_prompt), greedy, by_prompt)
+    by_prompt = {"reward_greedy": [row["reward"] for row in greedy]}
+    if sampled:
+        by_prompt |= _by_prompt(sampled, sampling.num_generations, rewards, k)
+    metrics = _metrics(sampled or greedy, by_prompt, rewards, detailed)
+    return Evaluation(metrics, greedy, by_prompt if detailed else {})
 
 
 def check_sizes(k: Iterable[int], num_generations: int) -> tuple[int, ...]:
@@ -173,45 +181,17 @@ def _kl(reference: Policy, rollout: Rollout, sampling: Sampling) -> list[dict[st
     return [dict(zip(each, values, strict=True)) for values in zip(*each.values(), strict=True)]
 
 
-def _completions(policy: Policy, prompts: Sequence[Row], batch: RewardedBatch) -> Iterator[dict[str, Any]]:
-    """Yield a row for each completion; its reward is NaN if every reward function abstained."""
-    rollout, result = batch.rollout, batch.result
-    assert rollout.entropy is not None
-    texts, lengths = policy.decode(rollout.completion_ids, rollout.mask), rollout.mask.sum(dim=1).tolist()
-    ids, truncated = rollout.completion_ids.tolist(), rollout.truncated.tolist()
-    entropy = rollout.entropy.sum(dim=1).tolist()
-    for i, prompt in enumerate(rollout.prompt_index.tolist()):
-        yield {
-            "place": batch.places[prompt],
-            "prompt": prompts[batch.places[prompt]]["prompt"],
-            "completion": texts[i],
-            "reward": float(result.total[i]) if result.valid[i] else math.nan,
-            "rewards": result.values[i].tolist(),
-            "ids": ids[i][: lengths[i]],
-            "entropy": entropy[i],
-            "length": lengths[i],
-            "truncated": truncated[i],
-        }
-
-
-def _by_prompt(
-    greedy: Sequence[Row], sampled: Sequence[Row], rewards: Rewards, k: Sequence[int]
-) -> dict[str, list[float]]:
+def _by_prompt(rows: Sequence[Row], size: int, rewards: Rewards, k: Sequence[int]) -> dict[str, list[float]]:
     """Compute the metrics that are means over prompts, for each of B prompts; nan where there is no value.
 
     Args:
-        greedy: the row of the greedy completion of each of B prompts.
-        sampled: the rows of the B * G sampled completions, prompt by prompt; may be empty.
+        rows: the rows of the B * G sampled completions, prompt by prompt.
+        size: G.
         rewards: the reward functions.
         k: values of k for pass@k or best@k, at most G.
     """
-    each = {"reward_greedy": [row["reward"] for row in greedy]}
-    if not sampled:
-        return each
-    size = len(sampled) // len(greedy)
-    groups = [sampled[i : i + size] for i in range(0, len(sampled), size)]
-    known = [np.array([row["reward"] for row in group if not math.isnan(row["reward"])]) for group in groups]
-    each["reward"] = [float(total.mean()) if len(total) else math.nan for total in known]
+    groups, known = by_group(rows, size)
+    each = {"reward": [float(total.mean()) if len(total) else math.nan for total in known]}
     for of in k:
         if not rewards.binary:
             each[f"best@{of}"] = [best_of(total, of) for total in known]
@@ -220,62 +200,35 @@ def _by_prompt(
     for n in (1, 2):
         each[f"distinct_{n}"] = [distinct([row["ids"] for row in group], n) for group in groups]
     for name in ("kl", "kl_k3"):
-        if name in sampled[0]:
+        if name in rows[0]:
             each[name] = [float(np.mean([row[name] for row in group])) for group in groups]
     return each
 
 
-def distinct(completions: Sequence[Sequence[int]], n: int) -> float:
-    """Share of distinct n-grams among those of a prompt's completions (Li et al. 2016, arXiv 1510.03055).
-
-    It is 1 if no n-gram occurs twice, and about 1/G if G completions are the same. It falls with the number
-    and length of the completions, so compare it only between equal evaluations. It is nan if no completion
-    has n tokens.
-
-    Args:
-        completions: token ids of each completion, EOS included.
-        n: length of the n-grams in tokens.
-    """
-    grams = [tuple(ids[i : i + n]) for ids in completions for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else math.nan
-
-
-def _mean(values: Iterable[float]) -> float:
-    """Return the mean of the values that are not nan; nan if there are none."""
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
-
-
-def _summary(
-    greedy: Sequence[Row], sampled: Sequence[Row], by_prompt: Mapping[str, Sequence[float]]
-) -> dict[str, float]:
-    rows = sampled or greedy
-    metrics = {"reward_greedy": _mean(by_prompt["reward_greedy"])}
-    if sampled:
-        metrics["reward"] = _mean(row["reward"] for row in sampled)
-        error = over_prompts(by_prompt["reward"]).stderr
-        metrics |= {} if math.isnan(error) else {"reward_stderr": error}
-    metrics["completions/mean_length"] = _mean(row["length"] for row in rows)
-    metrics["completions/clipped_ratio"] = _mean(row["truncated"] for row in rows)
-    return metrics
-
-
-def _details(
-    rows: Sequence[Row], rewards: Rewards, by_prompt: Mapping[str, Sequence[float]]
+def _metrics(
+    rows: Sequence[Row], by_prompt: Mapping[str, Sequence[float]], rewards: Rewards, detailed: bool
 ) -> dict[str, float]:
     """Average rewards of single functions over completions, the entropy over tokens, others over prompts."""
-    metrics = {
-        f"rewards/{name}/mean": _mean(row["rewards"][i] for row in rows)
-        for i, name in enumerate(rewards.names)
-    }
-    metrics["entropy"] = sum(row["entropy"] for row in rows) / sum(row["length"] for row in rows)
-    for name, values in by_prompt.items():
-        found = over_prompts(values)
-        if name not in ("reward", "reward_greedy"):
-            metrics[name] = found.value
-        if name != "reward" and not name.startswith("distinct"):
-            metrics[name + "_stderr"] = found.stderr
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+    def mean(values: Iterable[float]) -> float:
+        return over_prompts(list(values)).value
+
+    metrics = {"reward_greedy": mean(by_prompt["reward_greedy"])}
+    if "reward" in by_prompt:
+        metrics["reward"] = mean(row["reward"] for row in rows)
+        metrics["reward_stderr"] = over_prompts(by_prompt["reward"]).stderr
+    metrics["completions/mean_length"] = mean(row["length"] for row in rows)
+    metrics["completions/clipped_ratio"] = mean(row["truncated"] for row in rows)
+    for i, name in enumerate(rewards.names if detailed else ()):
+        metrics[f"rewards/{name}/mean"] = mean(row["rewards"][i] for row in rows)
+    if detailed:
+        metrics["entropy"] = sum(row["entropy"] for row in rows) / sum(row["length"] for row in rows)
+        for name, values in by_prompt.items():
+            value, error = over_prompts(values)
+            metrics.setdefault(name, value)
+            metrics |= {} if name.startswith("distinct") else {name + "_stderr": error}
+    rewarded = ("reward", "reward_greedy")
+    return {name: value for name, value in metrics.items() if name in rewarded or not math.isnan(value)}
 
 
 def paired_differences(

@@ -2,23 +2,32 @@
 
 Each rule is one sentence, which stands in the text of its setting. Nothing is measured before a run, so that
 a run's numbers never depend on how busy the machine is.
+
+In bfloat16 a copy of the weights is sampled, scored and differentiated. The weights that the optimiser
+changes stay in float32, since most updates are smaller than bfloat16 can add to a weight. The copy is
+refreshed once after each update, so that sampling and training see the same policy, and no weight is
+converted in a forward pass. Micikevicius et al. 2018, "Mixed Precision Training", sec. 3.1.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.compiled import CompiledStep
 from tokenrl.language.rollout.scoring import Scoring
 from tokenrl.language.training.arguments import TrainSettings
-from tokenrl.language.training.precision import HalfCopy, with_eager_attention
+
+Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]  # weights of a policy, each with its bfloat16 copy
 
 LAYERS, PARAMETERS, STEPS = 8, 1_000_000, 100
 """Sampling is compiled by itself for at most so many layers, and at least so many parameters and steps."""
@@ -39,7 +48,7 @@ class Forward:
         policy: what is sampled and scored.
         model: what gradients flow through; it has the weights of `policy.model`.
         scoring: how completions are scored.
-        half: the bfloat16 copy that both belong to; None in float32.
+        copies: the trained weights, each with the bfloat16 copy that `model` has of it; empty in float32.
         compiled: compiled code for sampling; None for the model as it is.
         words: the choices and their reasons in a line, for the run's header.
     """
@@ -47,24 +56,30 @@ class Forward:
     policy: Policy
     model: nn.Module
     scoring: Scoring
-    half: HalfCopy | None = None
+    copies: Copies = ()
     compiled: CompiledStep | None = None
     words: str = ""
 
+    @torch.no_grad()
     def refresh(self) -> None:
         """Compute with the weights that an update has left."""
-        if self.half is not None:
-            self.half.refresh()
+        for original, own in self.copies:
+            own.copy_(original)
 
     def hand_over(self) -> None:
-        """Give the policy's weights the gradients of a backward pass; in float32 they have them already."""
-        if self.half is not None:
-            self.half.hand_over()
+        """Add the gradients of a backward pass to those of the original weights, in their precision."""
+        for original, own in self.copies:
+            if own.grad is not None:
+                grad = own.grad.to(original.dtype)
+                original.grad = grad if original.grad is None else original.grad.add_(grad)
+                own.grad = None
 
-    def average_gradients(self, accelerator: Any) -> None:
+    def average_gradients(self, accelerator: Any, parameters: Sequence[nn.Parameter]) -> None:
         """Average the gradients over processes; in float32 accelerate has done so."""
-        if self.half is not None:
-            self.half.average_gradients(accelerator)
+        if self.copies and accelerator.num_processes > 1:
+            for p in parameters:
+                grad = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = accelerator.reduce(grad, reduction="mean")
 
 
 def choose_forward(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[Forward, TrainSettings]:
@@ -84,8 +99,7 @@ def choose_forward(args: TrainSettings, policy: Policy, accelerator: Any) -> tup
     precision, why = _precision(args, policy, accelerator)
     compiles, because = _compiles(args, policy, accelerator)
     attention, tokens = _attention(args, policy, accelerator), args.tokens_per_pass or _tokens(policy)
-    half = HalfCopy(policy) if precision == "bf16" else None
-    acting = policy if half is None else half.policy
+    acting, copies = half_copy(policy) if precision == "bf16" else (policy, ())
     model = acting.model
     if attention == "eager":
         try:
@@ -94,23 +108,26 @@ def choose_forward(args: TrainSettings, policy: Policy, accelerator: Any) -> tup
             if args.training_attention:
                 raise
             attention = "as_loaded"
-    if half is not None:
-        half.adopt_frozen()
     code = CompiledStep() if compiles else None
     scoring = agree(acting, model, hidden=args.estimator.needs_values, compiled=code, accelerator=accelerator)
     if code is not None and code.failure:
         because, code = code.failure, None
     words = (
-        f"{'bfloat16 (weights float32)' if half else 'precision of the weights'} ({why}), "
+        f"{'bfloat16 (weights float32)' if copies else 'precision of the weights'} ({why}), "
         f"attention {attention.replace('_', ' ')}, sampling {'' if code else 'not '}compiled ({because}), "
         f"up to {tokens:,} tokens in a pass"
     )
-    settled: dict[str, Any] = {"mixed_precision": precision, "training_attention": attention}
-    settled["tokens_per_pass"] = tokens
-    return Forward(acting, model, scoring, half, code, words), replace(args, **settled)
+    settled = replace(
+        args,
+        mixed_precision=precision,
+        training_attention=attention,
+        tokens_per_pass=tokens,
+        compile="on" if code else "off",
+    )
+    return Forward(acting, model, scoring, copies, code, words), settled
 
 
-def _precision(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[str, str]:
+def _precision(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[Literal["no", "bf16"], str]:
     """Return `bf16` for a bfloat16 copy of the weights or else `no`, and why."""
     if all(p.dtype != torch.float32 for p in policy.trainable_parameters()):
         return "no", "weights are not float32"
@@ -164,3 +181,49 @@ def _tokens(policy: Policy) -> int:
 def _shape(policy: Policy) -> Any:
     config: Any = policy.model.config
     return config.get_text_config()
+
+
+def half_copy(policy: Policy) -> tuple[Policy, Copies]:
+    """Return the policy with bfloat16 weights, and the trained weights with their copies.
+
+    Buffers, such as the frequencies of rotary positions, and weights that have to keep another precision are
+    shared. Frozen weights, such as the base of an adapter, are kept once: the original becomes bfloat16 too,
+    as does a reference that is held apart.
+    """
+    pairs = [(p, nn.Parameter(p.detach().to(torch.bfloat16), p.requires_grad)) for p in _halved(policy.model)]
+    model = _copied(policy.model, {id(p): own for p, own in pairs})
+    for original, own in pairs:
+        if not own.requires_grad:
+            original.data = own.data
+    for p in [] if policy.reference is None else _halved(policy.reference):
+        p.data = p.data.to(torch.bfloat16)
+    return replace(policy, model=model), [pair for pair in pairs if pair[0].requires_grad]
+
+
+def with_eager_attention(model: nn.Module) -> nn.Module:
+    """Return the same model, with the same weights, whose attention is computed by its plain formula.
+
+    Raises:
+        Refused: the model has no such attention.
+    """
+    twin: Any = _copied(model, {})
+    try:
+        twin.set_attn_implementation("eager")
+    except Exception as error:  # code of any architecture
+        raise Refused(
+            f"training_attention='eager' does not work with this model ({describe(error)}). Give as_loaded."
+        ) from error
+    return twin  # type: ignore[no-any-return]
+
+
+def _copied(model: nn.Module, other: dict[int, Any]) -> nn.Module:
+    """Copy modules and configuration; weights and buffers are shared, but for the `other` ones by id."""
+    shared: dict[int, Tensor] = {id(x): x for x in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared | other)
+
+
+def _halved(model: nn.Module) -> list[nn.Parameter]:
+    """Return the float32 weights, but for those that transformers keeps in float32 in any precision."""
+    exact = {name for m in model.modules() for name in getattr(m, "_keep_in_fp32_modules_strict", None) or ()}
+    named = model.named_parameters()
+    return [p for name, p in named if p.dtype == torch.float32 and not exact & set(name.split("."))]

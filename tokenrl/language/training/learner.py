@@ -1,30 +1,29 @@
-"""Holds the policy, its optimiser, and all that outlives a training step."""
+"""Makes and holds the policy, its optimiser, and all else that outlives a training step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import nn
 
+from tokenrl.core.estimator import Estimator
 from tokenrl.core.losses import next_beta
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Stopped
+from tokenrl.language.policy.model import Policy
+from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.runs.optimizers import load_optimizer_state, optimizer_state
-
-if TYPE_CHECKING:
-    from tokenrl.core.estimator import Estimator
-    from tokenrl.language.policy.model import Policy
-    from tokenrl.language.rollout.generator import Generator
-    from tokenrl.language.training.arguments import TrainSettings
-    from tokenrl.language.training.critic import Critic
-    from tokenrl.language.training.forward import Forward
+from tokenrl.language.training.arguments import TrainSettings
+from tokenrl.language.training.critic import Critic
+from tokenrl.language.training.forward import Forward, choose_forward
+from tokenrl.runs.optimizers import load_optimizer_state, make_schedule, optimizer_state
 
 COUNTS = ("nonfinite", "skipped", "idle")
-"""The counts of a `Learner`."""
+"""The counts of a `Learner` that a continuation goes on from."""
 
 
 @dataclass
@@ -36,6 +35,7 @@ class Learner:
         forward: how forward passes are computed: what is sampled and scored, and what gradients flow through.
         model: what gradients flow through, as wrapped by accelerate.
         optimizer: the optimiser of the policy's trainable parameters, wrapped by accelerate.
+        schedule: sets the learning rate of each step.
         accelerator: accelerate's handle of device, precision and processes.
         estimator: turns rewards into advantages and a loss. KL control replaces it to change its `beta`.
         args: the settings of the run.
@@ -52,6 +52,7 @@ class Learner:
     forward: Forward
     model: nn.Module
     optimizer: Any
+    schedule: Any
     accelerator: Any
     estimator: Estimator
     args: TrainSettings
@@ -132,11 +133,52 @@ class Learner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned; the weights of the policy are loaded apart from this."""
-        if state["kl_coef"] != self.estimator.beta:
-            self.estimator = replace(self.estimator, beta=state["kl_coef"])
+        self.estimator = replace(self.estimator, beta=state["kl_coef"])
         for name in COUNTS:
             setattr(self, name, int(state[name]))
         load_optimizer_state(self.optimizer, state["optimizer"])
         for part, saved in ((self.critic, state["critic"]), (self.diagnostics, state["diagnostics"])):
             if part is not None and saved is not None:
                 part.load_state_dict(saved)
+
+
+def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> Learner:
+    """Make the learner, with optimiser and schedule, reference, generator and critic.
+
+    Raises:
+        Refused: the model cannot be sampled and scored, or not in the way that the settings ask for.
+    """
+    device = accelerator.device
+    if args.estimator.needs_reference:
+        policy.add_reference()
+        if policy.reference is not None:
+            policy.reference.to(device)
+    policy.model.to(device)
+    forward, args = choose_forward(args, policy, accelerator)
+    rates: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    optimizer: torch.optim.Optimizer
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(policy.trainable_parameters(), **rates)
+    else:
+        fused = device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(policy.trainable_parameters(), **rates, fused=fused)
+    learner = Learner(
+        policy=policy,
+        forward=forward,
+        schedule=make_schedule(args.lr_scheduler_type, optimizer, args.max_steps, args.warmup_steps),
+        optimizer=accelerator.prepare(optimizer),
+        # The gradients of bfloat16 copies are averaged over processes where they are in float32.
+        model=forward.model if forward.copies else accelerator.prepare(forward.model),
+        accelerator=accelerator,
+        estimator=args.estimator,
+        args=args,
+        generator=TransformersGenerator(forward.policy, args.sampling_batch_size, forward.compiled),
+    )
+    if args.estimator.needs_values:
+        text_config: Any = policy.model.config
+        hidden = text_config.get_text_config().hidden_size
+        rate, iterations = args.value_learning_rate, args.value_iterations
+        learner.critic = Critic(hidden, device, learning_rate=rate, iterations=iterations)
+    if args.diagnostics_every:
+        learner.diagnostics = GradientDiagnostics(args.diagnostics_every)
+    return learner

@@ -1,10 +1,10 @@
-"""Trains a language model: prepares the run, then loops over training steps, evaluations and checkpoints."""
+"""Trains a language model: prepares a run, loops over steps, evaluations and checkpoints, and finishes it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,33 +12,34 @@ from typing import Any
 import torch
 
 from tokenrl.core.baselines import RunningMean
-from tokenrl.errors import Stopped, describe
-from tokenrl.language.policy.prompts import settled_form, special_texts
-from tokenrl.language.policy.saving import SavedPolicy
+from tokenrl.language.policy.prompts import asked as asked_in_words, settled_form, special_texts
+from tokenrl.language.policy.saving import Card, SavedPolicy, base_model, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.batch import others_needed, summed
+from tokenrl.language.training.batch import explained, summed
 from tokenrl.language.training.check import check_run
 from tokenrl.language.training.defaults import training_defaults
 from tokenrl.language.training.evaluation import evaluate_policy
-from tokenrl.language.training.mistakes import without_effect
-from tokenrl.language.training.run import Run, RunResult, facts, finish, record_step
+from tokenrl.language.training.learner import make_learner
+from tokenrl.language.training.records import prompt_text
+from tokenrl.language.training.run import Run, RunResult
 from tokenrl.language.training.setup import (
     adapt,
+    check_overlong,
     load_base,
     made_from,
     make_accelerator,
-    make_learner,
     resolve,
-    resolved,
+    settle,
+    without_effect,
 )
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import judge_end, judge_step
 from tokenrl.language.training.warm_start import warm_start
-from tokenrl.runs.reader import read_run
+from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.resume import taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
@@ -90,88 +91,57 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
             tracking=args,
             saving=args,
         ) as session,
-        others_needed(),
-        memory_needed(),
+        explained(),
     ):
         run = _prepare(args, task, rewards, accelerator, session)
-        args = run.args
-        with closing(run.learner.generator), using_threads(args.threads):
-            session.open(f"tokenrl train: {run.task.name}", facts(run))
+        with closing(run.learner.generator), using_threads(run.args.threads):
+            session.open(f"tokenrl train: {task.name}", run.facts())
             for warning in _warnings(run, asked):
                 session.console.warn(warning)
-            if args.check:
+            if run.args.check:
                 return check_run(run, session, partial(_evaluate, run, step=0))
-            _check_lengths(run)
-            if not session.continues:
-                session.evaluated(_evaluate(run, step=0))
-            names = {"task": run.task.name, "model": run.learner.policy.source}
-            known = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
-            known |= {"warm_started": run.warm_started} if run.warm_started else {}
-            session.begin(args, names=names, title=run.title, **known)
-            if session.continues:
-                run.rows = [
-                    row for row in read_run(session.output_dir).metrics if row["step"] <= session.step
-                ]
-            run.learner.sync()  # the weights may be those of a checkpoint
-            return _loop(run, session)
-
-
-def _loop(run: Run, session: Session) -> RunResult:
-    """Train until the last step, a signal to stop, or a step after which nothing is left to learn."""
-    args, reason = run.args, session.ended or "finished"
-    for step in session.steps(args.max_steps):
-        record = _one_step(run, step)
-        metrics = dict(record.metrics)
-        if run.due(session, args.eval_every):
-            metrics |= session.evaluated(_evaluate(run, step))
-        record_step(run, session, record, metrics)
-        run.rows.append({"step": step, **metrics})
-        if ended_by := judge_step(run, session):
-            reason = ended_by
-            break
-    if session.owes_evaluation:
-        session.evaluated(_evaluate(run, session.step))
-    findings = judge_end(run, session, reason)
-    ended = run.result(session, reason)
-    finish(run, session, ended, findings)
-    return ended
+            _begin(run, session)
+            reason = session.ended or "finished"
+            for step in session.steps(run.args.max_steps):
+                record = _one_step(run, step)
+                metrics = dict(record.metrics)
+                if run.due(session, run.args.eval_every):
+                    metrics |= session.evaluated(_evaluate(run, step))
+                _record(run, session, record, metrics)
+                if ended_by := judge_step(run, session):
+                    reason = ended_by
+                    break
+            return _finish(run, session, reason)
 
 
 def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, session: Session) -> Run:
-    """Load the policy, make optimiser and generator, and choose the training prompts."""
+    """Load the policy, make optimiser and generator, and register what checkpoints hold."""
     with accelerator.main_process_first():
         policy = load_base(given, task, session.console.note)
         defaults, warmed = training_defaults(given, task, policy), {}
-        args = resolved(given, defaults)
+        args = settle(given, defaults)
+        check_overlong(args)
         if args.warm_start:
             warmed = warm_start(policy, task, rewards, args, session.console, accelerator.device)
         adapt(args, policy)
     maker = made_from(policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator)
     threads, why = choose_threads(policy.size, args.threads)
     with using_threads(threads):
-        learner, schedule = make_learner(replace(args, threads=threads), policy, accelerator)
-    estimator = args.estimator
+        learner = make_learner(replace(args, threads=threads), policy, accelerator)
     run = Run(
         args=learner.args,
-        threads=f"{threads} ({why})",
         task=task,
         rewards=rewards,
         learner=learner,
-        schedule=schedule,
         stream=PromptStream(task.train_prompts, args.prompts_per_step, args.seed),
-        running_mean=RunningMean(estimator.running_mean_decay, estimator.running_mean_init),
+        running_mean=RunningMean(args.estimator.running_mean_decay, args.estimator.running_mean_init),
+        threads=f"{threads} ({why})",
         defaults=defaults,
         warm_started=warmed,
     )
     session.spent = lambda: run.spent
-    session.keep(
-        SavedPolicy(policy),
-        maker,
-        stream=run.stream,
-        running_mean=run.running_mean,
-        learner=learner,
-        run=run,
-    )
+    kept = (SavedPolicy(policy), maker)
+    session.keep(*kept, stream=run.stream, running_mean=run.running_mean, learner=learner, run=run)
     return run
 
 
@@ -182,8 +152,12 @@ def _warnings(run: Run, asked: TrainArguments) -> list[str]:
     return [*few_prompts(rows), *special, *without_effect(run.args, asked)]
 
 
-def _check_lengths(run: Run) -> None:
-    """Refuse prompts that are too long for the model's context, before anything is sampled."""
+def _begin(run: Run, session: Session) -> None:
+    """Evaluate the policy before training, or continue from the checkpoint that was found.
+
+    Raises:
+        Refused: a prompt is too long for the model's context, or the checkpoint is of another run.
+    """
     args, policy = run.args, run.learner.policy
     for number, row in enumerate(run.task.train_prompts):  # one by one, to save memory
         policy.encode_all(
@@ -192,32 +166,46 @@ def _check_lengths(run: Run) -> None:
             truncate=args.truncate_prompts,
             first_row=number,
         )
+    if not session.continues:
+        session.evaluated(_evaluate(run, step=0))
+    names = {"task": run.task.name, "model": policy.source}
+    known = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
+    known |= {"warm_started": run.warm_started} if run.warm_started else {}
+    session.begin(args, names=names, title=run.title, **known)
+    if session.continues:
+        run.rows = session.recorded()
+        run.set_rate(session.step)
+    run.learner.sync()  # the weights may be those of a checkpoint
 
 
 def _one_step(run: Run, step: int) -> Record:
-    began = time.perf_counter()
+    """Make a training step, and add it to what the run has done so far."""
+    began, learner = time.perf_counter(), run.learner
     prompts = run.stream.next()
-    record = training_step(run.learner, run.rewards, run.running_mean, step, prompts, run.stream.take)
-    record.metrics["epoch"] = run.stream.epoch
-    record.metrics["learning_rate"] = run.schedule.get_last_lr()[0]
-    record.metrics["skipped_steps"] = run.learner.skipped
-    record.metrics["idle_steps"] = run.learner.idle
+    record = training_step(learner, run.rewards, run.running_mean, step, prompts, run.stream.take)
+    metrics = record.metrics
     rows = run.args.prompts_per_step * run.args.num_generations
-    run.completion_tokens += record.metrics["completions/mean_length"] * rows
-    run.timings.append(record.timings)
-    run.steps = step
-    run.tokens += int(record.metrics["num_tokens"])
-    record.metrics["num_tokens"] = run.tokens
-    run.latest, run.learner.generated = summed(run.learner.accelerator, run.learner.generated), 0
+    run.completion_tokens += metrics["completions/mean_length"] * rows
+    run.tokens += int(metrics["num_tokens"])
+    run.latest, learner.generated = summed(learner.accelerator, learner.generated), 0
     run.samples += run.latest
-    record.metrics["num_samples"] = run.samples
-    run.set_rate()
+    metrics |= {
+        "epoch": run.stream.epoch,
+        "learning_rate": learner.schedule.get_last_lr()[0],
+        "skipped_steps": learner.skipped,
+        "idle_steps": learner.idle,
+        "num_tokens": run.tokens,
+        "num_samples": run.samples,
+    }
+    run.set_rate(step)
+    run.timings.append(record.timings)
     record.timings["step_seconds"] = time.perf_counter() - began
     run.step_seconds += record.timings["step_seconds"]
     return record
 
 
 def _evaluate(run: Run, step: int) -> dict[str, float]:
+    """Evaluate the policy on the held-out prompts, and keep the mean reward of each."""
     args, learner = run.args, run.learner
     found = evaluate_policy(
         learner.forward.policy,
@@ -237,32 +225,55 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
     return found.metrics
 
 
-@contextmanager
-def memory_needed() -> Iterator[None]:
-    """Say in words that the memory did not suffice, and which settings bound it.
+def _record(run: Run, session: Session, record: Record, metrics: dict[str, float]) -> None:
+    """Record a step's metrics, and write and show its completions.
 
-    Raises:
-        Stopped: an allocation failed.
+    The metrics come last of what is written: with them a step is complete.
     """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        # Without a GPU torch raises an error of no kind of its own.
-        kinds = (torch.OutOfMemoryError, MemoryError)
-        if not isinstance(error, kinds) and "DefaultCPUAllocator" not in str(error):
-            raise
-        raise Stopped(
-            "There is too little memory. In updates, give fewer --tokens-per-pass (config.json has their "
-            "number) or a --micro-batch-size; in sampling, a --sampling-batch-size. --gradient-checkpointing "
-            f"and --mixed-precision bf16 take less too. PyTorch said: {describe(error)}"
-        ) from error
+    shown, rows = run.args.log_completions, []
+    if session.directory is not None and shown and (session.step == 1 or run.due(session, shown)):
+        rows = record.rows()
+        write_completions(session.directory.completions, session.step, rows)
+    session.record(metrics, record.timings | {"tokens_per_second": run.tokens_per_second})
+    run.rows.append({"step": session.step, **metrics})
+    if rows:
+        session.console.completions_table(_few(rows, run.args.num_generations))
+
+
+def _few(rows: Sequence[dict[str, Any]], group: int) -> list[dict[str, Any]]:
+    """Choose the best and the worst completion of each of the first two groups, as an example for people."""
+    out = []
+    for start in range(0, min(len(rows), 2 * group), group):
+        ranked = sorted(rows[start : start + group], key=lambda row: row["reward"])
+        out += [ranked[-1], ranked[0]] if group > 1 else ranked
+    return [row | {"prompt": prompt_text(row["prompt"])} for row in out]
+
+
+def _finish(run: Run, session: Session, reason: str) -> RunResult:
+    """Judge the run, save the model with its card, write summary and report, and show how the run ended."""
+    if session.owes_evaluation:
+        session.evaluated(_evaluate(run, session.step))
+    findings = judge_end(run, session, reason)
+    ended = run.result(session, reason)
+    facts: dict[str, Any] = {"task": run.task.name, "base": ended.policy.source}
+    if run.warm_started:
+        facts["warm start"] = run.warm_started["in_words"]
+    facts |= {"steps": ended.steps, **asked_in_words(ended.policy.form)}
+    for when, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
+        facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}
+    card = Card(run.title, facts, session.origin.in_words(), base_model(run.args.model))
+    session.finish(ended, lambda path: save_policy(ended.policy, path, card=card))
+    for finding in findings:
+        session.console.warn(str(finding))
+    run.learner.accelerator.wait_for_everyone()
+    return ended
 
 
 def _largest(accelerator: Any, numbers: Sequence[int]) -> Sequence[int]:
     """Return for each number the largest that a process gives, the same on each of them."""
     if accelerator.num_processes == 1:  # asked before every step: one process need not wait for its device
         return numbers
-    with others_needed():
+    with explained():
         gathered = accelerator.gather(torch.tensor([numbers], device=accelerator.device))
     found: list[int] = gathered.amax(0).tolist()
     return found

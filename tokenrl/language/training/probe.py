@@ -1,4 +1,4 @@
-"""Measures what a policy can do before it is trained, from several samples of each prompt.
+"""Measures what a policy can do, from several rewarded samples of each prompt.
 
 The expected reward, the best of k rewards and the share of groups with equal rewards are estimated without
 bias for each prompt, and averaged over prompts with a standard error.
@@ -7,7 +7,7 @@ bias for each prompt, and averaged over prompts with a standard error.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,8 +16,10 @@ import numpy as np
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.rewarded import sample_and_reward
+from tokenrl.language.rollout.rewarded import RewardedBatch, sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling
+
+Row = Mapping[str, Any]
 
 
 class Estimate(NamedTuple):
@@ -61,6 +63,11 @@ class Probe:
     within: float = math.nan
     between: float = math.nan
     passed: dict[int, Estimate] = field(default_factory=dict)
+
+    @property
+    def unequal(self) -> float:
+        """Share of groups with unequal rewards, for the largest group size that was measured."""
+        return 1 - self.dead_groups[max(self.dead_groups)].value
 
 
 def best_of(rewards: np.ndarray, k: int) -> float:
@@ -114,9 +121,52 @@ def over_prompts(values: Sequence[float]) -> Estimate:
     return Estimate(float(known.mean()), float(error))
 
 
+def distinct(completions: Sequence[Sequence[int]], n: int) -> float:
+    """Share of distinct n-grams among those of a prompt's completions (Li et al. 2016, arXiv 1510.03055).
+
+    It is 1 if no n-gram occurs twice, and about 1/G if G completions are the same. It falls with the number
+    and length of the completions, so compare it only between equal evaluations. It is nan if no completion
+    has n tokens.
+
+    Args:
+        completions: token ids of each completion, EOS included.
+        n: length of the n-grams in tokens.
+    """
+    grams = [tuple(ids[i : i + n]) for ids in completions for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def completion_rows(policy: Policy, prompts: Sequence[Row], batch: RewardedBatch) -> Iterator[dict[str, Any]]:
+    """Yield a row for each completion; its reward is NaN if every reward function abstained."""
+    rollout, result = batch.rollout, batch.result
+    assert rollout.entropy is not None
+    texts, lengths = policy.decode(rollout.completion_ids, rollout.mask), rollout.mask.sum(dim=1).tolist()
+    ids, truncated = rollout.completion_ids.tolist(), rollout.truncated.tolist()
+    entropy = rollout.entropy.double().sum(dim=1).tolist()
+    for i, prompt in enumerate(rollout.prompt_index.tolist()):
+        yield {
+            "place": batch.places[prompt],
+            "prompt": prompts[batch.places[prompt]]["prompt"],
+            "completion": texts[i],
+            "reward": float(result.total[i]) if result.valid[i] else math.nan,
+            "rewards": result.values[i].tolist(),
+            "ids": ids[i][: lengths[i]],
+            "entropy": entropy[i],
+            "length": lengths[i],
+            "truncated": truncated[i],
+        }
+
+
+def by_group(rows: Sequence[Row], size: int) -> tuple[list[Sequence[Row]], list[np.ndarray]]:
+    """Return the rows of each prompt's `size` completions, and their rewards without abstentions."""
+    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+    rewards = [np.array([row["reward"] for row in group], dtype=np.float64) for group in groups]
+    return groups, [row[~np.isnan(row)] for row in rewards]
+
+
 def probe_policy(
     policy: Policy,
-    prompts: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Row],
     rewards: Rewards,
     sampling: Sampling,
     *,
@@ -144,36 +194,27 @@ def probe_policy(
             f"The probe was given {len(prompts)} prompts and {samples} samples of each. It needs one prompt "
             "or more, and two samples or more, to see whether rewards differ."
         )
-    rows: list[np.ndarray] = []  # the rewards of each prompt, without abstentions
-    lengths: list[int] = []
-    truncated: list[float] = []  # for each prompt, the share of its completions
-    entropy = 0.0
-    for _, rollout, result in sample_and_reward(
-        policy, prompts, rewards, sampling, stream="probe", batch_size=batch_size
-    ):
-        total, valid = result.total.reshape(-1, samples), result.valid.reshape(-1, samples)
-        rows += [np.asarray(t[v], dtype=np.float64) for t, v in zip(total, valid, strict=True)]
-        lengths += rollout.mask.sum(dim=1).tolist()
-        truncated += rollout.truncated.double().reshape(-1, samples).mean(dim=1).tolist()
-        assert rollout.entropy is not None
-        entropy += float(rollout.entropy.double().sum())
+    batches = sample_and_reward(policy, prompts, rewards, sampling, stream="probe", batch_size=batch_size)
+    rows = [row for batch in batches for row in completion_rows(policy, prompts, batch)]
+    groups, known = by_group(rows, samples)
+    lengths = [row["length"] for row in rows]
     sizes = [2**power for power in range(samples.bit_length()) if 2**power <= samples]
     mark = rewards.pass_threshold
-    best = {k: over_prompts([best_of(row, k) for row in rows]) for k in sizes}
-    right = {} if mark is None else {k: over_prompts([best_of(r >= mark, k) for r in rows]) for k in sizes}
+    best = {k: over_prompts([best_of(row, k) for row in known]) for k in sizes}
+    right = {} if mark is None else {k: over_prompts([best_of(r >= mark, k) for r in known]) for k in sizes}
     return Probe(
-        prompts=len(rows),
+        prompts=len(groups),
         samples=samples,
         binary=rewards.binary,
         reward=best[1],
         best_of=best,
-        dead_groups={k: over_prompts([all_equal(row, k) for row in rows]) for k in sizes[1:]},
-        truncated=over_prompts(truncated),
+        dead_groups={k: over_prompts([all_equal(row, k) for row in known]) for k in sizes[1:]},
+        truncated=over_prompts([float(np.mean([row["truncated"] for row in group])) for group in groups]),
         length=float(np.mean(lengths)),
         longest=max(lengths),
-        entropy=entropy / max(1, sum(lengths)),
+        entropy=sum(row["entropy"] for row in rows) / max(1, sum(lengths)),
         passed=right,
-        **spread(rows),
+        **spread(known),
     )
 
 

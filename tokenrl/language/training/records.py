@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from tokenrl.core.losses import k1, k3
 from tokenrl.core.rows import from_first, zero_outside
 from tokenrl.core.statistics import mean_and_error
-from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.training.batch import StepRows
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
-    from tokenrl.language.rewards.rewards import RewardResult
+    from tokenrl.language.training.collect import Experience
 
 
 def step_metrics(rows: StepRows, names: Sequence[str], group_size: int) -> dict[str, float]:
@@ -25,10 +23,10 @@ def step_metrics(rows: StepRows, names: Sequence[str], group_size: int) -> dict[
 
     `frac_reward_zero_std` is the share of groups in which all rewards are equal; with a group baseline they
     have no gradient. `reward_stderr` is the standard error of `reward` over prompts; it is missing with a
-    single prompt. `entropy` is the mean over sampled tokens, in nats. `kl` is the mean over completions of
-    the log-ratio to the reference summed over tokens (k1: unbiased, in nats); see `kl_metrics` for the rest.
-    The run adds `num_samples`, the number of completions generated so far, greedy and replaced ones included,
-    and adds up `num_tokens`, the tokens of prompts and of the completions learnt from.
+    single prompt. `entropy` is the mean over sampled tokens, in nats. `kl` and `kl_k3` are the means over
+    completions of both estimates of `completion_kl`, with standard errors over prompts. The run adds
+    `num_samples`, the number of completions generated so far, greedy and replaced ones included, and adds up
+    `num_tokens`, the tokens of prompts and of the completions learnt from.
 
     Args:
         rows: all N rows of the step.
@@ -42,7 +40,7 @@ def step_metrics(rows: StepRows, names: Sequence[str], group_size: int) -> dict[
     differences, _ = from_first(rewards.view(-1, size), valid.view(-1, size))
     kept = rewards[valid].double()
     means = rewards.double().masked_fill(~valid, math.nan).view(-1, group_size).nanmean(dim=1)
-    error = mean_and_error(means[~means.isnan()])[1]
+    errors = {"reward": mean_and_error(means[~means.isnan()])[1]}
     metrics = {
         "reward": kept.mean(),
         "reward_std": kept.std(correction=min(1, len(kept) - 1)),
@@ -54,10 +52,10 @@ def step_metrics(rows: StepRows, names: Sequence[str], group_size: int) -> dict[
         "completions/clipped_ratio": rows.truncated.double().mean(),
         "num_tokens": lengths.sum() + rows.prompt_length.sum(),
     }
-    if not error.isnan():
-        metrics["reward_stderr"] = error
     if rows.ref_logprobs is not None:
-        metrics |= kl_metrics(rows.logprobs, rows.ref_logprobs, mask, group_size)
+        for name, values in completion_kl(rows.logprobs, rows.ref_logprobs, mask).items():
+            metrics[name], errors[name] = mean_and_error(values, group_size)
+    metrics |= {f"{name}_stderr": error for name, error in errors.items() if not error.isnan()}
     if len(kept) < len(rewards):
         metrics["frac_rows_abstained"] = 1 - valid.double().mean()
     for column, name in enumerate(names):
@@ -89,53 +87,27 @@ def completion_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[
     return {"kl": k1(log_pi, log_ref).sum(dim=1), "kl_k3": k3(log_pi, log_ref).sum(dim=1)}
 
 
-def kl_metrics(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, group_size: int) -> dict[str, Tensor]:
-    """Average both estimates of the KL over a step's completions, with standard errors over prompts.
-
-    Args:
-        logprobs: log-probabilities of the policy, as for `completion_kl` [N, T].
-        ref_logprobs: log-probabilities of the reference [N, T].
-        mask: True on actions [N, T].
-        group_size: completions per prompt.
-
-    Returns:
-        `kl`, `kl_stderr`, `kl_k3` and `kl_k3_stderr`; without the errors if there is a single completion.
-    """
-    metrics = {}
-    for name, values in completion_kl(logprobs, ref_logprobs, mask).items():
-        metrics[name], error = mean_and_error(values, group_size)
-        if not torch.isnan(error):
-            metrics[name + "_stderr"] = error
-    return metrics
-
-
 def prompt_text(prompt: Any) -> str:
     """Return a prompt as a person would type it: the text itself, or the last of its chat messages."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def completion_rows(
-    policy: Policy,
-    prompts: Sequence[tuple[int, Mapping[str, Any]]],
-    rollout: Rollout,
-    result: RewardResult,
-    names: Sequence[str],
-    advantages: Tensor,
+    policy: Policy, own: Experience, names: Sequence[str], advantages: Tensor
 ) -> list[dict[str, Any]]:
     """Return this process's completions with their rewards and advantages, as rows of a table.
 
     Where each token has an advantage of its own, the row holds that of the first token.
     """
+    prompts, rollout, result = own
     texts = policy.decode(rollout.completion_ids, rollout.mask)
-    first = (advantages if advantages.ndim == 1 else advantages[:, 0]).tolist()
-    out = []
-    for i, prompt in enumerate(rollout.prompt_index.tolist()):
-        row = {
-            "prompt": prompts[prompt][1]["prompt"],
-            "completion": texts[i],
-            "reward": float(result.total[i]),
-        }
-        row |= {f"rewards/{name}": float(result.values[i, f]) for f, name in enumerate(names)}
-        row |= {name: column[i] for name, column in result.extra.items()}
-        out.append(row | {"advantage": first[i], "truncated": bool(rollout.truncated[i])})
-    return out
+    columns = {
+        "prompt": [prompts[i][1]["prompt"] for i in rollout.prompt_index.tolist()],
+        "completion": texts,
+        "reward": result.total.tolist(),
+        **{f"rewards/{name}": result.values[:, f].tolist() for f, name in enumerate(names)},
+        **result.extra,
+        "advantage": (advantages if advantages.ndim == 1 else advantages[:, 0]).tolist(),
+        "truncated": rollout.truncated.tolist(),
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

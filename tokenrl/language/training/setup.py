@@ -1,19 +1,18 @@
-"""Makes what a run needs from its arguments: settings, policy, accelerator, learner.
+"""Makes what a run needs from its arguments: settings, policy, accelerator.
 
 Arguments that cannot be used are refused here, before anything is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
 from tokenrl.core.baselines import check_horizon
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.policy.lora import add_lora
@@ -21,18 +20,12 @@ from tokenrl.language.policy.model import Policy, enable_gradient_checkpointing,
 from tokenrl.language.policy.prompts import form_of, settled_form
 from tokenrl.language.policy.saving import fingerprint, tokenizer_fingerprint
 from tokenrl.language.rollout.agreement import agree
-from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.tasks.memory import fingerprint as rows_fingerprint
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
-from tokenrl.language.training.critic import Critic
 from tokenrl.language.training.defaults import Defaults, demonstrations, training_defaults
-from tokenrl.language.training.forward import choose_forward
-from tokenrl.language.training.learner import Learner
-from tokenrl.language.training.mistakes import check_rate, check_sizes
 from tokenrl.language.training.supervised import check_trainable
 from tokenrl.language.training.warm_start import warm_started_base
-from tokenrl.runs.optimizers import make_schedule
 from tokenrl.runs.resume import Maker
 from tokenrl.settings import settled
 
@@ -47,16 +40,23 @@ def resolve(args: TrainArguments, task: Task, policy: Policy | None = None) -> T
     """
     if args.warm_start:
         demonstrations(task)
-    return resolved(args, training_defaults(args, task, policy))
+    return settle(args, training_defaults(args, task, policy))
 
 
-def resolved(args: TrainArguments, found: Defaults) -> TrainSettings:
+def settle(args: TrainArguments, found: Defaults) -> TrainSettings:
     """Fill in the arguments left open from what has been found for them, and check them.
 
     Raises:
         Refused: two settings contradict each other, or there is no learning rate for the optimiser.
     """
-    check_rate(args)
+    if args.optimizer == "sgd" and args.learning_rate is None:
+        raise Refused(
+            "optimizer='sgd' was given without a learning_rate, and the default rates are made for AdamW. A "
+            "step of AdamW at the rate r has a norm of about r x sqrt(number of weights) at most, and one of "
+            "SGD learning_rate x grad_norm (a metric, at most max_grad_norm after clipping). Start with the "
+            "rate that makes both equal, such as 2e-4 x sqrt(100,000) / 1, about 0.06, and try factors of 2 "
+            "around it: --learning-rate 0.06."
+        )
     if args.max_samples is not None:
         args = replace(args, max_steps=None)  # it follows from the samples
     settings = settled(TrainSettings, args, found.values)
@@ -135,6 +135,52 @@ def _try_out(args: TrainSettings) -> None:
         raise Refused(f"Tried on rewards of 0, before the run: {error}") from error
 
 
+def check_overlong(args: TrainSettings) -> None:
+    """Refuse an overlong buffer that takes the whole completion.
+
+    Raises:
+        Refused: every completion would be penalised.
+    """
+    if args.estimator.overlong_buffer >= args.max_completion_length:
+        raise Refused(
+            f"overlong_buffer={args.estimator.overlong_buffer} is not less than max_completion_length="
+            f"{args.max_completion_length}, so every completion would be penalised for its length, from the "
+            "first token on. Give a shorter buffer (DAPO takes a fifth of the length), or a larger "
+            "max_completion_length."
+        )
+
+
+def without_effect(args: TrainSettings, asked: TrainArguments) -> Iterator[str]:
+    """Yield a warning for each setting that was changed, but cannot do what it is for beside the others.
+
+    Args:
+        args: the settings of the run.
+        asked: what was asked for.
+    """
+    if args.max_samples is not None and asked.max_steps not in (None, args.max_steps):
+        yield (
+            f"max_steps={asked.max_steps} has no effect, because max_samples={args.max_samples} says how "
+            f"long the run is: {args.max_steps} steps or fewer. Leave one of the two out."
+        )
+    if args.warmup_steps >= args.max_steps:
+        yield (
+            f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}, so the learning "
+            f"rate never reaches {args.learning_rate:g}. Give fewer; a tenth of the run is usual."
+        )
+    needs = {
+        "max_refills": (args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
+        "value_learning_rate": (args.estimator.needs_values, "the estimator has no critic"),
+        "value_iterations": (args.estimator.needs_values, "the estimator has no critic"),
+        "kl_gain": (args.target_kl is not None, "target_kl is not set"),
+        "warm_start_steps": (args.warm_start, "warm_start is not set"),
+    }
+    usual = {field.name: field.default for field in fields(args)}
+    for name, (is_met, why) in needs.items():
+        value = getattr(args, name)
+        if value != usual[name] and not is_met:
+            yield f"{name}={value} has no effect, because {why}. Leave it out, or set what it needs."
+
+
 def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
     """Load the policy that the arguments name, and add the adapter that they ask for.
 
@@ -205,45 +251,6 @@ def make_accelerator(args: TrainSettings) -> Any:
             "split. Give " + (f"{down} or {up}." if down else f"{up}.")
         )
     return accelerator
-
-
-def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[Learner, Any]:
-    """Make the learner (with optimiser, reference, generator and critic) and the learning-rate schedule.
-
-    Raises:
-        Refused: settings do not fit the number of steps or the length of completions.
-    """
-    check_sizes(args)
-    if args.estimator.needs_reference:
-        policy.add_reference()
-        if policy.reference is not None:
-            policy.reference.to(accelerator.device)
-    policy.model.to(accelerator.device)
-    forward, args = choose_forward(args, policy, accelerator)
-    optimizer = make_optimizer(args, policy, accelerator.device.type)
-    schedule = make_schedule(args.lr_scheduler_type, optimizer, args.max_steps, args.warmup_steps)
-    prepared, model = accelerator.prepare(optimizer), forward.model
-    if forward.half is None:  # else gradients are averaged over processes where they are in float32
-        model = accelerator.prepare(model)
-    generator = TransformersGenerator(forward.policy, args.sampling_batch_size, forward.compiled)
-    learner = Learner(policy, forward, model, prepared, accelerator, args.estimator, args, generator)
-    if args.estimator.needs_values:
-        text_config: Any = policy.model.config
-        hidden = text_config.get_text_config().hidden_size
-        rate, iterations = args.value_learning_rate, args.value_iterations
-        learner.critic = Critic(hidden, accelerator.device, learning_rate=rate, iterations=iterations)
-    if args.diagnostics_every:
-        learner.diagnostics = GradientDiagnostics(args.diagnostics_every)
-    return learner, schedule
-
-
-def make_optimizer(args: TrainSettings, policy: Policy, device: str) -> torch.optim.Optimizer:
-    """Make the optimiser of the policy's trainable parameters, which lie on a kind of device."""
-    parameters = policy.trainable_parameters()
-    rates: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(parameters, **rates)
-    return torch.optim.AdamW(parameters, **rates, fused=device in ("cpu", "cuda"))
 
 
 def made_from(policy: Policy, rows: Mapping[str, Sequence[Any]], accelerator: Any = None) -> Maker:

@@ -114,12 +114,12 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             session.evaluated(evaluate())
         session.begin(args, names={"task": name, "model": policy.source}, title=title, **recorded(task))
         for _ in session.steps(args.max_steps):
-            metrics = watch.time(training.update)
+            metrics = watch.time(training.learn)
             timings = watch.timings(training.tokens)
             if session.due(args.eval_every):
                 metrics |= session.evaluated(evaluate())
             session.record(metrics, timings)
-        first, last = training.descent.loss_before, training.descent.loss_after
+        first, last = training.loss_before, training.loss_after
         ended = SftResult(**session.outcome("finished"), loss_before=first, loss_after=last, policy=policy)
         facts |= {f"{k} after": v for k, v in ended.eval_after.items() if k.startswith("reward")}
         made = session.origin.in_words()

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from tokenrl.core.statistics import flat_gradient
 from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.scoring import score
-from tokenrl.language.training.batch import Batch, averaging, gather, share
+from tokenrl.language.training.batch import averaging, gather, micro_batch, passes, share
 from tokenrl.language.training.collect import (
     Deal,
     Experience,
@@ -31,21 +33,17 @@ from tokenrl.language.training.collect import (
     trainer_state,
 )
 from tokenrl.language.training.records import completion_rows, step_metrics
-from tokenrl.language.training.update import (
-    averaged,
-    counted,
-    minibatches,
-    passes,
-    signal,
-    teach_baselines,
-    token_weights,
-    update_metrics,
-)
 
 if TYPE_CHECKING:
     from tokenrl.core.baselines import RunningMean
+    from tokenrl.core.rows import Kept
     from tokenrl.language.rewards.rewards import Rewards
+    from tokenrl.language.rollout.rollout import Rollout
+    from tokenrl.language.training.batch import Part, StepRows
     from tokenrl.language.training.learner import Learner
+
+CLIPPED = ("token", "cispo")
+"""Ratios with a clip range for each token; for them the metric `clip_ratio` is reported."""
 
 
 class Record(NamedTuple):
@@ -90,21 +88,21 @@ def training_step(
 
     rows = gather(accelerator, step_rows(learner, rewards, sampling, own))  # all N rows, on every process
     kept = rows.kept(estimator, sampling.group_size)
-    advantages = estimator.advantages(
+    advantages, returns = estimator.advantages(
         rows.rewards, rows.mask, valid=kept.compared, **rows.inputs(sampling, running_mean.value)
     )
 
-    batch = Batch(rollout, rows, kept, advantages.policy, old_logprobs(learner, rollout))
+    old = old_logprobs(learner, rollout)  # [n, T]; None: the policy of the update is the one that sampled
     history = []
-    for chosen, measured in minibatches(learner, batch, step):  # rows of an update [N]
-        weights, half = token_weights(learner, batch, chosen), None  # [N, T]
-        parts, middle = passes(learner, batch, chosen, measured)
+    for chosen, measured in minibatches(learner, len(kept.mask), step):  # rows of an update [N]
+        weights, half = token_weights(learner, kept, chosen, advantages), None  # [N, T]
+        parts, middle = passes(learner, rows, kept, advantages, chosen, measured)
         sums = torch.zeros(3, dtype=torch.float64)
         learner.optimizer.zero_grad()
         for number, index in enumerate(parts):
             if measured and number == middle:
                 half = flat_gradient(parameters, accelerator)
-            part = batch.part(index, weights, accelerator)
+            part = micro_batch(accelerator, index, rollout, advantages, weights, rows.ref_logprobs, old)
             with averaging(accelerator, learner.model, last=number + 1 == len(parts)):
                 scores = score(learner.model, part.rollout, **learner.scoring, entropy=entropy)
                 loss = estimator.loss(
@@ -113,9 +111,12 @@ def training_step(
                 # The loss is a sum over the rows of all processes, but gradients are averaged over processes.
                 accelerator.backward(loss * accelerator.num_processes)
             learner.forward.hand_over()
-            sums += counted(estimator, part, loss, scores.logprobs)
-        learner.forward.average_gradients(accelerator)
-        noise = signal(learner, half)
+            sums += counted(learner, part, loss, scores.logprobs)
+        learner.forward.average_gradients(accelerator, parameters)
+        noise = {}
+        if half is not None and learner.diagnostics is not None:
+            whole = flat_gradient(parameters)
+            noise = learner.diagnostics.metrics(half, whole, learner.args.prompts_per_step)
         norm = float(accelerator.clip_grad_norm_(parameters, learner.args.max_grad_norm or math.inf))
         if not parts:  # the optimiser would go on along its momentum, and decay weights, where no data say so
             learner.idle += 1
@@ -125,11 +126,109 @@ def training_step(
         history.append(update_metrics(learner, sums, norm) | noise)
     learner.generator.sync(policy)  # the next step samples from the new weights
 
-    metrics = result.metrics | step_metrics(rows, rewards.names, sampling.group_size) | averaged(history)
-    metrics |= teach_baselines(learner, running_mean, rollout, rows, advantages.returns)
+    metrics = result.metrics | step_metrics(rows, rewards.names, sampling.group_size)
+    # Each metric of an update is averaged over the updates that report it.
+    metrics |= {name: fmean(one[name] for one in history if name in one) for name in history[0]}
+    metrics |= teach_baselines(learner, running_mean, rollout, rows, returns)
     metrics |= learner.adapt_beta(metrics)
     times.append(time.perf_counter())
-    own_advantages = share(accelerator, advantages.policy)
-    table = partial(completion_rows, policy, mine, rollout, result, rewards.names, own_advantages)
+    table = partial(completion_rows, policy, own, rewards.names, share(accelerator, advantages))
     spent = {f"rewards/{name}/seconds": now - before[name] for name, now in rewards.seconds.items()}
     return Record(metrics, table, {"collect": times[1] - times[0], "update": times[2] - times[1]} | spent)
+
+
+def minibatches(learner: Learner, rows: int, step: int) -> Iterator[tuple[Tensor, bool]]:
+    """Yield the rows of each update: `num_minibatches` sets of groups in each of `num_iterations` passes.
+
+    Yields:
+        True for the rows that the update learns from [N], the same on every process, and whether signal and
+        noise of its gradient are measured.
+    """
+    args, size = learner.args, learner.sampling.group_size
+    order = torch.arange(rows // size)
+    generator = torch.Generator().manual_seed((args.seed << 32) + step)
+    # Only the first update of a rollout is on-policy, and the diagnostics are about the on-policy gradient.
+    measured = learner.diagnostics is not None and learner.diagnostics.due(step)
+    for _ in range(args.num_iterations):
+        if args.num_minibatches > 1:
+            order = torch.randperm(rows // size, generator=generator)
+        for part in order.tensor_split(args.num_minibatches):
+            chosen = torch.zeros(rows // size, dtype=torch.bool)
+            chosen[part] = True
+            yield chosen.repeat_interleave(size).to(learner.accelerator.device), measured
+            measured = False
+
+
+def token_weights(learner: Learner, kept: Kept, chosen: Tensor, like: Tensor) -> Tensor:
+    """Return the weights [N, T] of the tokens of the chosen rows, 0 elsewhere, in the precision of `like`."""
+    weights = like.new_zeros(kept.mask.shape)
+    weights[chosen] = learner.estimator.token_weights(
+        kept.mask[chosen].to(weights.dtype),  # so that 1/N has that precision
+        max_length=learner.sampling.max_completion_length,
+        valid=kept.counted[chosen],
+    )
+    return weights
+
+
+def counted(learner: Learner, part: Part, loss: Tensor, logprobs: Tensor) -> Tensor:
+    """Return the loss of a micro-batch, its tokens outside the clip range, and all that it learns from [3].
+
+    `logprobs` are those of the present policy [m, T].
+    """
+    counts = torch.zeros(2, dtype=torch.int64, device=loss.device)
+    if learner.estimator.ratio in CLIPPED:
+        ratio, learnt = (logprobs.detach() - part.old(logprobs)).exp(), part.weights != 0
+        low, high = learner.estimator.clip_range
+        beyond = ((ratio > high) | (ratio < low)) & learnt
+        counts = torch.stack([beyond.sum(), learnt.sum()])
+    return torch.cat([loss.detach()[None], counts]).cpu().double()
+
+
+def update_metrics(learner: Learner, sums: Tensor, norm: float) -> dict[str, float]:
+    """Return what is reported of an update.
+
+    Args:
+        learner: the settings.
+        sums: what `counted` returned, summed over the micro-batches of this process.
+        norm: norm of the gradient before clipping.
+
+    Returns:
+        `loss`; `grad_norm`; `grad_clipped`, 1 if the gradient was clipped, else 0; and `clip_ratio`, the
+        share of tokens whose ratio is outside the clip range, for ratios that are clipped for each token.
+    """
+    accelerator, limit = learner.accelerator, learner.args.max_grad_norm or math.inf
+    sums = accelerator.reduce(sums.float().to(accelerator.device), reduction="sum").cpu()
+    metrics = {"loss": float(sums[0]), "grad_norm": norm, "grad_clipped": float(norm > limit)}
+    if learner.estimator.ratio in CLIPPED:
+        metrics["clip_ratio"] = float(sums[1] / sums[2].clamp(min=1))
+    return metrics
+
+
+def teach_baselines(
+    learner: Learner, running_mean: RunningMean, rollout: Rollout, rows: StepRows, returns: Tensor
+) -> dict[str, float]:
+    """Update the running mean and the critic with this step's rewards, after the policy's update used them.
+
+    Args:
+        learner: holds the critic.
+        running_mean: mean reward of earlier steps.
+        rollout: this process's n rows.
+        rows: all N rows of the step.
+        returns: the critic's targets [N, T].
+
+    Returns:
+        `baseline`, the running mean that this step used, and `value_loss`, the critic's loss before its
+        update; each only where the estimator has it.
+    """
+    metrics = {}
+    if learner.estimator.baseline == "running_mean":
+        metrics["baseline"] = float(running_mean.value)
+        running_mean.update(rows.rewards, valid=rows.valid)
+    if learner.critic is not None and rollout.hidden is not None:
+        states = (rows.mask & rows.valid[:, None]).to(returns.dtype)
+        weights, width = states / states.sum().clamp(min=1), rollout.mask.shape[1]
+        targets, weights = (share(learner.accelerator, x)[:, :width] for x in (returns, weights))
+        metrics["value_loss"] = learner.critic.update(
+            learner.estimator, rollout.hidden, targets, weights, learner.accelerator
+        )
+    return metrics

@@ -17,6 +17,8 @@ from tokenrl.language.tasks.stream import Batches
 from tokenrl.runs.optimizers import load_optimizer_state, load_schedule, make_schedule, optimizer_state
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
+PROGRESS = ("step", "tokens", "loss_before", "loss_after")
+"""The fields of a `Descent` that say how far it has come."""
 
 
 class Descent:
@@ -27,6 +29,7 @@ class Descent:
     Attributes:
         parameters: the weights that are trained.
         step: number of updates so far.
+        tokens: number of tokens learnt from so far, where the training counts them.
         loss_before: loss of the first batch before its update; None before the first.
         loss_after: the same of the latest batch.
     """
@@ -63,7 +66,7 @@ class Descent:
         options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, "fused": fused}
         self._optimizer = torch.optim.AdamW(self.parameters, **options)
         self._schedule = make_schedule("linear", self._optimizer, max_steps)
-        self.step = 0
+        self.step = self.tokens = 0
         self.loss_before: float | None = None
         self.loss_after: float | None = None
 
@@ -107,9 +110,7 @@ class Descent:
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs besides the weights; tensors are references, not copies."""
         return {
-            "step": self.step,
-            "loss_before": self.loss_before,
-            "loss_after": self.loss_after,
+            **{name: getattr(self, name) for name in PROGRESS},
             "batches": self._batches.state_dict(),
             "optimizer": optimizer_state(self._optimizer),
         }
@@ -120,8 +121,8 @@ class Descent:
         Raises:
             Refused: the number of rows, the seed or the shapes of the weights differ from what was saved.
         """
-        self.step = int(state["step"])
-        self.loss_before, self.loss_after = state["loss_before"], state["loss_after"]
+        for name in PROGRESS:
+            setattr(self, name, state[name])
         self._batches.load_state_dict(state["batches"])
         load_optimizer_state(self._optimizer, state["optimizer"])
         load_schedule(self._schedule, self.step)
@@ -187,15 +188,13 @@ def demonstration_batch(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
     return Rollout(prompt_ids, prompt_mask, index, ids_, mask, zeros, torch.zeros_like(lengths).bool())
 
 
-class SupervisedTraining:
+class SupervisedTraining(Descent):
     """Supervised training: minimises the mean negative log-likelihood of the completions' tokens.
 
-    The policy is changed in place.
+    The policy is changed in place. Losses are in nats per token.
 
     Attributes:
         pairs: token ids of the prompt and of the completion of each demonstration.
-        descent: the optimiser, with the losses in nats per token.
-        tokens: number of the completions' tokens so far.
     """
 
     def __init__(
@@ -221,12 +220,12 @@ class SupervisedTraining:
         """
         if not demonstrations:
             raise Refused("There are no demonstrations to learn from. Give rows of prompt and completion.")
-        self._policy, self._scoring, self.tokens = policy, scoring, 0
+        self._policy, self._scoring = policy, scoring
         self.pairs = encode_demonstrations(policy, demonstrations)
         how |= {"of": "the supervised stage", "max_grad_norm": max_grad_norm}
-        self.descent = Descent(policy.trainable_parameters(), len(self.pairs), **how)
+        super().__init__(policy.trainable_parameters(), len(self.pairs), **how)
 
-    def update(self) -> dict[str, float]:
+    def learn(self) -> dict[str, float]:
         """Update the policy on the next batch.
 
         Returns:
@@ -235,23 +234,10 @@ class SupervisedTraining:
         Raises:
             Stopped: the loss or its gradient became NaN or infinite.
         """
-        batch = demonstration_batch(self._policy, [self.pairs[i] for i in self.descent.batch()])
+        batch = demonstration_batch(self._policy, [self.pairs[i] for i in self.batch()])
         logprobs = score(self._policy.model, batch, self._scoring).logprobs
         self.tokens += int(batch.mask.sum())
-        return self.descent.update(-torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a continuation needs besides the weights; tensors are references, not copies."""
-        return {"tokens": self.tokens, "descent": self.descent.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned; the weights of the policy are loaded apart from this.
-
-        Raises:
-            Refused: the demonstrations, the seed or the trained weights are not those of the saved run.
-        """
-        self.tokens = int(state["tokens"])
-        self.descent.load_state_dict(state["descent"])
+        return self.update(-torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum())
 
 
 def fit(
@@ -281,5 +267,5 @@ def fit(
     training = SupervisedTraining(policy, demonstrations, max_steps=max_steps, **how)
     losses: list[float] = []
     while not until(losses) and len(losses) < max_steps:
-        losses.append(training.update()["loss"])
+        losses.append(training.learn()["loss"])
     return losses

@@ -50,11 +50,14 @@ def cache_directory() -> Path:
     return Path(os.environ.get("TOKENRL_CACHE") or Path(home) / "tokenrl")
 
 
-def _made_once(name: str, make: Callable[[Path], None], warn: Callable[[str], None]) -> tuple[Path, bool]:
+def _made_once(
+    kind: str, made_from: Any, make: Callable[[Path], None], warn: Callable[[str], None]
+) -> tuple[Path, bool]:
     """Return the folder of a model in the cache, made by whoever needs it first.
 
     Args:
-        name: the name of the folder, different for everything that the model depends on.
+        kind: the beginning of the folder's name.
+        made_from: all that the weights depend on besides the version of torch; its hash ends the name.
         make: fills the empty folder that it is given, if there is none yet or it is damaged.
         warn: prints a warning.
 
@@ -66,7 +69,8 @@ def _made_once(name: str, make: Callable[[Path], None], warn: Callable[[str], No
     """
     from filelock import FileLock
 
-    directory = cache_directory() / name
+    known = json.dumps([made_from, torch.__version__.split("+")[0], MADE_BY], default=str)
+    directory = cache_directory() / f"{kind}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{directory}.lock").acquire()
@@ -85,12 +89,6 @@ def _made_once(name: str, make: Callable[[Path], None], warn: Callable[[str], No
         with atomic_directory(directory) as folder:
             make(folder)
     return directory, False
-
-
-def _name(kind: str, made_from: Any) -> str:
-    """Name a folder by a hash of all that its weights depend on, such as the version of torch."""
-    known = json.dumps([made_from, torch.__version__.split("+")[0], MADE_BY], default=str)
-    return f"{kind}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
 
 
 def warm_started_base(
@@ -129,7 +127,7 @@ def warm_started_base(
         save_policy(policy, folder)
 
     with using_threads(1):  # the same weights for everyone
-        return _made_once(_name(task.name, [task.fingerprint, seed]), make, announce)[0]
+        return _made_once(task.name, [task.fingerprint, seed], make, announce)[0]
 
 
 def warm_start(
@@ -160,29 +158,26 @@ def warm_start(
     check_trainable(policy)
     policy.model.to(device)
     rate, most = default_rate(parameter_count(policy), supervised=True), args.warm_start_steps
-    name = _name(
-        "warm-start",
-        {
-            "model": [fingerprint(policy.model), tokenizer_fingerprint(policy.tokenizer), vars(policy.form)],
-            "rows": rows,
-            "rewards": rewards.names,
-            "sampling": [args.max_completion_length, args.num_generations, args.temperature],
-            "training": [most, BATCH, EVERY, PROMPTS, ENOUGH, rate, args.seed, device.type],
-        },
-    )
+    depends_on = {
+        "model": [fingerprint(policy.model), tokenizer_fingerprint(policy.tokenizer), vars(policy.form)],
+        "rows": rows,
+        "rewards": rewards.names,
+        "sampling": [args.max_completion_length, args.num_generations, args.temperature],
+        "training": [most, BATCH, EVERY, PROMPTS, ENOUGH, rate, args.seed, device.type],
+    }
 
     def make(folder: Path) -> None:
         console.note(
             f"warm start: at most {most} updates of all weights on {BATCH} of {len(rows):,} demonstrations,\n"
             f"learning rate {rate:g}, until half of the groups have unequal rewards; kept in "
-            f"{cache_directory() / name}"
+            f"{cache_directory()}"
         )
         with using_threads(choose_threads(policy.size, args.threads)[0]):
             facts = _train(policy, rows, task, rewards, args, console, rate)
         save_policy(policy, folder)
         write_json(folder / "warm_start.json", facts)
 
-    directory, found = _made_once(name, make, console.warn)
+    directory, found = _made_once("warm-start", depends_on, make, console.warn)
     if found:
         read_weights(policy.model, directory)
     setattr(policy.model, "name_or_path", str(directory))  # noqa: B010  # an adapter names its base by it
@@ -200,7 +195,7 @@ def _train(
     console: Console,
     rate: float,
 ) -> dict[str, Any]:
-    """Update on demonstrations until a probe is good enough, or the updates are used up."""
+    """Update on demonstrations until a probe is good enough, or the updates are used up; return the facts."""
     most, probes = args.warm_start_steps, list[Probe]()
     stream = PromptStream(task.train_prompts, min(PROMPTS, len(task.train_prompts)), args.seed)
     prompts = [row for _, row in stream.next()]
@@ -227,38 +222,30 @@ def _train(
         console.warn("interrupted in the warm start: nothing of it is kept.")
         raise
     policy.model.zero_grad(set_to_none=True)  # an adapter leaves these weights alone: free their gradients
-    if not _is_enough(probes[-1]):
+    before, after = probes[0], probes[-1]
+    if not _is_enough(after):
         console.warn(
-            f"after {most} updates only {_spread(probes[-1]):.0%} of the groups have unequal rewards, and "
-            f"{probes[-1].truncated.value:.0%} of the completions are cut: raise warm_start_steps."
+            f"after {most} updates only {after.unequal:.0%} of the groups have unequal rewards, and "
+            f"{after.truncated.value:.0%} of the completions are cut: raise warm_start_steps."
         )
-    return _facts(probes[0], probes[-1], losses)
-
-
-def _spread(found: Probe) -> float:
-    """Return the share of groups with unequal rewards, for the largest group size that was measured."""
-    return 1 - found.dead_groups[max(found.dead_groups)].value
-
-
-def _is_enough(found: Probe) -> bool:
-    return _spread(found) >= ENOUGH and found.truncated.value <= 1 - ENOUGH
-
-
-def _facts(before: Probe, after: Probe, losses: list[float]) -> dict[str, Any]:
-    facts: dict[str, Any] = {
+    said = f"not needed, since {before.unequal:.0%} of the groups already have unequal rewards"
+    if losses:
+        said = (
+            f"{len(losses)} updates, loss {losses[0]:.3g} -> {losses[-1]:.3g} nats per token, sampled reward "
+            f"{before.reward.value:.3g} -> {after.reward.value:.3g}, groups with unequal rewards "
+            f"{before.unequal:.0%} -> {after.unequal:.0%}"
+        )
+    return {
         "updates": len(losses),
         "loss_before": losses[0] if losses else None,
         "loss_after": losses[-1] if losses else None,
         "reward_before": before.reward.value,
         "reward_after": after.reward.value,
-        "spread_before": _spread(before),
-        "spread_after": _spread(after),
+        "spread_before": before.unequal,
+        "spread_after": after.unequal,
+        "in_words": said,
     }
-    said = f"not needed, since {_spread(before):.0%} of the groups already have unequal rewards"
-    if losses:
-        said = (
-            f"{len(losses)} updates, loss {losses[0]:.3g} -> {losses[-1]:.3g} nats per token, sampled reward "
-            f"{before.reward.value:.3g} -> {after.reward.value:.3g}, groups with unequal rewards "
-            f"{_spread(before):.0%} -> {_spread(after):.0%}"
-        )
-    return facts | {"in_words": said}
+
+
+def _is_enough(found: Probe) -> bool:
+    return found.unequal >= ENOUGH and found.truncated.value <= 1 - ENOUGH
