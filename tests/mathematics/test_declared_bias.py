@@ -105,7 +105,10 @@ def test_scales_that_are_declared_have_the_stated_size(size: int) -> None:
             ({"baseline": "batch_mean"}, (rows - 1) / rows),
             ({"aggregation": "fixed_length"}, 1 / problem.max_length),
         ):
-            assert exact_moments(Estimator(**fields), problem).scale == pytest.approx(wanted, rel=1e-10)
+            found = exact_moments(Estimator(**fields), problem)
+            assert found.scale == pytest.approx(wanted, rel=1e-10)
+            bias = (wanted - 1) ** 2 * float(found.target.sum(0).square().sum())
+            assert found.mse == pytest.approx(found.variance + bias, rel=1e-10)
 
 
 def test_reasons_of_what_depends_on_several_fields() -> None:

@@ -100,46 +100,6 @@ def test_rloo_is_exact_and_its_variance_that_of_a_u_statistic(size: int) -> None
     assert found.noise == pytest.approx(found.variance / float(gradient.square().sum()), rel=1e-10)
 
 
-def test_the_group_mean_shrinks_rloo_by_one_row() -> None:
-    problem = tabular_problem(3, prompts=2, length=2, shared=True)
-    rloo, mean = exact_moments(Estimator(), problem), exact_moments(Estimator(baseline="group_mean"), problem)
-    torch.testing.assert_close(mean.mean, rloo.mean / 2, **CLOSE)
-    assert mean.variance == pytest.approx(rloo.variance / 4, rel=1e-10)
-    assert mean.relative_bias == pytest.approx(0.5, rel=1e-10) and mean.scale == pytest.approx(0.5, rel=1e-10)
-    assert mean.noise == pytest.approx(rloo.noise, rel=1e-9)
-    assert mean.mse == pytest.approx(mean.variance + float(rloo.target.sum(0).square().sum()) / 4, rel=1e-10)
-
-
-def test_reinforce_averages_independent_rows_and_prompts() -> None:
-    reinforce = Estimator(baseline="none")
-    problem = tabular_problem(4, prompts=2, vocabulary=2)
-    one, three = (exact_moments(reinforce, problem, group_size=n) for n in (1, 3))
-    assert three.variance == pytest.approx(one.variance / 3, rel=1e-10)
-    # independent prompts: the variance of their mean is a quarter of the sum of variances
-    alone = []
-    for x in range(2):
-        fields = {k: v for k, v in vars(problem).items() if k not in ("mask", "truncated")}
-        kept = {k: v[x : x + 1] if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
-        single = Problem(mask=problem.mask, truncated=problem.truncated, **kept)
-        alone.append(exact_moments(Estimator(), single, group_size=2))
-    both = exact_moments(Estimator(), problem, group_size=2)
-    assert both.variance == pytest.approx((alone[0].variance + alone[1].variance) / 4, rel=1e-10)
-
-
-def test_variance_against_a_constant_baseline_is_a_parabola() -> None:
-    """Var(b) - Var(b*) = (b - b*)^2 E|S|^2, with b* = E[|S|^2 R]/E[|S|^2]."""
-    problem = tabular_problem(5)
-    norms = problem.chances * problem.scores.sum(2).square().sum(-1)  # [P, M]
-    best, norm = float((norms * problem.totals).sum() / norms.sum()), float(norms.sum())
-
-    def variance(b: float) -> float:
-        constant = Estimator(baseline="constant", baseline_constant=b)
-        return exact_moments(constant, problem, group_size=1).variance
-
-    for b in (best - 1, best + 0.3, 4.0):
-        assert variance(b) - variance(best) == pytest.approx((b - best) ** 2 * norm, rel=1e-10)
-
-
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_weight_of_difficulty_of_a_group_std(ddof: int) -> None:
     """Binary rewards: E[g] = w_G(p) grad p, w = E[s_K^2/(std_K + eps)]/(p(1 - p)), K ~ Binomial(G, p)."""
@@ -167,15 +127,6 @@ def test_a_proportional_step_is_the_limit_of_many_groups() -> None:
     torch.testing.assert_close(
         per_length.mean, exact_moments(Estimator(aggregation="sequence_mean"), problem).mean, **CLOSE
     )
-
-
-@pytest.mark.parametrize("kind", ["continuous", "dense"])
-def test_gae_is_exact_with_the_true_values_only(kind: str) -> None:
-    gae = Estimator(baseline="value", returns="gae", lam=0.3)
-    for true_values in (True, False):
-        problem = tabular_problem(13, prompts=2, rewards=kind, true_values=true_values)
-        found = exact_moments(gae, problem, group_size=1)
-        assert (found.relative_bias < 1e-10) == true_values
 
 
 def test_what_the_estimator_refuses_is_refused() -> None:

@@ -69,29 +69,6 @@ def test_a_divisor_of_other_rows_multiplies_the_gradient_by_its_mean(scale: str)
         torch.testing.assert_close(found[x], factor * problem.gradient()[x], **CLOSE)
 
 
-def weight_of(p: float, size: int, **fields: object) -> float:
-    """E[g] / grad p of a single yes or no, made of the estimator's own advantages."""
-    e = Estimator(**({"baseline": "group_mean", "scale": "group_std", "scale_eps": 1e-9} | fields))
-    total = 0.0
-    for k in range(1, size):
-        rewards = (torch.arange(size) < k).double()
-        advantages = e.advantages(rewards, torch.ones(size, 1), group_size=size).policy
-        total += comb(size, k) * p**k * (1 - p) ** (size - k) * float((advantages * (rewards - p)).mean())
-    return total / (p * (1 - p))
-
-
-def test_group_std_weighs_difficulty_as_stated() -> None:
-    for p, factors in ((0.1, (0.21, 0.44, 0.65, 0.83)), (0.5, (0.35, 0.70, 0.87, 0.94))):
-        for size, factor in zip((2, 4, 8, 16), factors, strict=True):
-            assert weight_of(p, size) * (p * (1 - p)) ** 0.5 == pytest.approx(factor, abs=0.006)
-    for size, ratio in ((2, 1.00), (8, 1.25), (256, 1.66)):
-        assert weight_of(0.1, size) / weight_of(0.5, size) == pytest.approx(ratio, abs=0.006)
-    for p in (0.1, 0.5, 0.8):  # with groups of two the weight does not depend on p
-        assert weight_of(p, 2) == pytest.approx(0.5**0.5) and weight_of(p, 2, scale_ddof=0) == pytest.approx(
-            1
-        )
-
-
 @pytest.mark.parametrize(("size", "ratio"), [(2, 0.90), (4, 0.85), (16, 0.94)])
 def test_whitening_weighs_hard_prompts_down_in_small_steps(size: int, ratio: float) -> None:
     """Two prompts of one yes or no each, p = .1 and .5: the weight of the first relative to the second."""

@@ -85,24 +85,6 @@ def test_rows_one_by_one_add_up_to_the_whole(architecture, dtype, tolerance, sha
     assert apart(gradient(policy.model), expected) < tolerance
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("share", [True, False])
-def test_more_padding_on_the_left_changes_nothing(architecture, share):
-    policy = make_policy(architecture)
-    rollout = rollout_of(policy)
-    _, value, expected = objective(policy, rollout, share_prompt=share)
-    pad = torch.nn.functional.pad
-    for extra, filler in ((1, 2), (7, 50)):
-        wider = dataclasses.replace(
-            rollout,
-            prompt_ids=pad(rollout.prompt_ids, (extra, 0), value=filler),
-            prompt_mask=pad(rollout.prompt_mask, (extra, 0), value=False),
-        )
-        _, same, found = objective(policy, wider, share_prompt=share)
-        assert same == pytest.approx(value, rel=2e-6)
-        assert apart(found, expected) < 2e-6
-
-
 def test_what_stands_behind_the_mask_changes_nothing():
     policy = make_policy()
     rollout = rollout_of(policy)
