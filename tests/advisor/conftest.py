@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import fields
 
 import pytest
@@ -12,6 +12,7 @@ from tokenrl.control.arguments import ControlArguments, ControlSettings
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.setup import resolve
 from tokenrl.runs.directory import RunDirectory
+from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import MetricsLog
 from tokenrl.settings import settled
 
@@ -53,11 +54,11 @@ def made_up(tmp_path):
             arguments = settled(ControlSettings, ControlArguments(**CONTROL | dict(settings)), found)
         values = {f.name: getattr(arguments, f.name) for f in fields(arguments)}
         path = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        run = open_runs.enter_context(RunDirectory.create(path))
+        run = open_runs.enter_context(RunDirectory(path))
         run.write_config({**values, "kind": kind, "title": "a run", "solved": solved})
         rows = HEALTHY | (IN_TRAIN if kind == "train" else IN_CONTROL)
         rows |= {name.replace("__", "/"): value for name, value in metrics.items()}
-        with MetricsLog(run.metrics, run.timings) as log:
+        with closing(MetricsLog(run.path)) as log:
             for step in range(steps + 1):
                 row = {name: value(step) if callable(value) else value for name, value in rows.items()}
                 row = {name: value for name, value in row.items() if value is not None} if step else {}
@@ -66,7 +67,7 @@ def made_up(tmp_path):
                     row |= {"eval_reward": reward, "eval_reward_greedy": reward, "eval_reward_stderr": 0.01}
                 log.write(step, row)
         if not running:
-            run.write_summary({"exit_reason": "finished", "steps": steps})
+            write_json(run.summary, {"exit_reason": "finished", "steps": steps})
             run.release()
         return path
 

@@ -209,7 +209,7 @@ def test_the_files_hold_what_is_printed(made_up, tmp_path, capsys, monkeypatch):
 def test_runs_that_cannot_be_diagnosed_are_refused(made_up, tmp_path, capsys):
     empty, foreign = tmp_path / "empty", tmp_path / "sft"
     empty.mkdir()
-    with RunDirectory.create(foreign) as run:
+    with RunDirectory(foreign) as run:
         run.write_config({"kind": "sft"})
         run.metrics.touch()
     broken, without = made_up("train"), made_up("train")

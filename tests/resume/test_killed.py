@@ -76,5 +76,5 @@ def test_a_run_of_two_processes_is_not_continued_by_one(nursery, tmp_path):
     argv = [*TRAIN, "--estimator", "rloo", "--cpu", "--max-steps", "2", "--output-dir", str(tmp_path / "run")]
     assert [one["code"] for one in nursery.run_all(argv, processes=2)] == [0, 0], nursery.said
     assert nursery.run([*argv, "--resume", "auto"]) == 2
-    assert "had 2 processes and now has 1" in nursery.said
+    assert "processes: 2, now 1" in nursery.said
     assert [one["code"] for one in nursery.run_all([*argv, "--resume", "auto"], processes=2)] == [0, 0]

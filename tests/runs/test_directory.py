@@ -11,8 +11,9 @@ from tokenrl import __version__
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs import directory
-from tokenrl.runs.directory import RunDirectory, versions
-from tokenrl.runs.files import plain
+from tokenrl.runs.directory import RunDirectory
+from tokenrl.runs.files import plain, write_json
+from tokenrl.runs.origin import versions
 
 
 def tree(folder):
@@ -20,9 +21,9 @@ def tree(folder):
 
 
 def finished_run(path):
-    with RunDirectory.create(path) as run:
+    with RunDirectory(path) as run:
         run.write_config({"seed": 1})
-        run.write_summary({"steps": 3})
+        write_json(run.summary, {"steps": 3})
         run.metrics.write_text('{"step": 1}\n')
         for folder in (run.model, run.completions, run.checkpoints / "step_000003"):
             folder.mkdir(parents=True)
@@ -31,21 +32,11 @@ def finished_run(path):
     return run
 
 
-def test_paths_lie_in_the_directory_as_documented(tmp_path):
-    with RunDirectory.create(tmp_path / "a" / "run") as run:
-        names = {key: value.name for key, value in vars(run).items() if isinstance(value, Path)}
-    assert names == {
-        "path": "run", "config": "config.json", "metrics": "metrics.jsonl", "timings": "timings.jsonl",
-        "completions": "completions", "checkpoints": "checkpoints", "summary": "summary.json",
-        "model": "model", "report": "report.html", "plot": "learning_curve.png",
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("path", ["../run", "runs/../../etc", ".."])
 def test_parent_directory_in_the_path_is_refused(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refused, match=r"'\.\.'"):
-        RunDirectory.create(path)
+        RunDirectory(path)
     assert tree(tmp_path) == {}
 
 
@@ -53,11 +44,11 @@ def test_file_in_its_place_or_on_the_way_is_refused(tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(Refused, match="is a file"):
-        RunDirectory.create(file)
+        RunDirectory(file)
     with pytest.raises(Refused, match="cannot be used"):
-        RunDirectory.create(file / "run")
+        RunDirectory(file / "run")
     with pytest.raises(Refused, match="cannot be used"):
-        RunDirectory.create("a\0b")
+        RunDirectory("a\0b")
     assert file.read_text() == "mine"
 
 
@@ -65,7 +56,7 @@ def test_file_in_its_place_or_on_the_way_is_refused(tmp_path):
 def test_directory_that_cannot_be_written_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(Refused, match="cannot be used"):
-        RunDirectory.create(tmp_path)
+        RunDirectory(tmp_path)
 
 
 def test_denied_lock_file_is_a_refusal_and_not_another_run(tmp_path, monkeypatch):
@@ -74,24 +65,24 @@ def test_denied_lock_file_is_a_refusal_and_not_another_run(tmp_path, monkeypatch
 
     monkeypatch.setattr(Path, "touch", deny)
     with pytest.raises(Refused, match=r"cannot be used.*Permission denied"):
-        RunDirectory.create(tmp_path)
+        RunDirectory(tmp_path)
 
 
 def test_second_process_in_the_directory_is_refused(tmp_path):
     code = (
         "import sys\nfrom tokenrl.errors import Refused\n"
         "from tokenrl.runs.directory import RunDirectory\n"
-        "try:\n    RunDirectory.create(sys.argv[1], overwrite=True)\nexcept Refused as error:\n"
+        "try:\n    RunDirectory(sys.argv[1], overwrite=True)\nexcept Refused as error:\n"
         "    print(error); sys.exit(error.exit_code)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    with RunDirectory.create(tmp_path) as run:
+    with RunDirectory(tmp_path) as run:
         run.write_config({})
         second = subprocess.run(command, capture_output=True, text=True)
         assert second.returncode == 2 and "Another run" in second.stdout and str(tmp_path) in second.stdout
         assert run.config.exists()  # overwrite=True removed nothing of a run at work
         with pytest.raises(Refused, match="Another run"):
-            RunDirectory.create(tmp_path)
+            RunDirectory(tmp_path)
     assert subprocess.run(command).returncode == 0
 
 
@@ -101,7 +92,7 @@ def test_existing_run_is_refused_untouched_and_unlocked(tmp_path):
     caught = []  # kept, since an exception that is dropped would drop the lock with it
     for _ in range(2):
         with pytest.raises(Refused, match=r"already holds a run.*overwrite") as error:
-            RunDirectory.create(tmp_path)
+            RunDirectory(tmp_path)
         caught.append(error)
     assert tree(tmp_path) == before
 
@@ -117,7 +108,7 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
         (run.checkpoints / hidden).mkdir()
     for link in (run.model / "link", run.checkpoints / "step_000009"):
         link.symlink_to(outside)
-    with RunDirectory.create(run.path, overwrite=True) as again:
+    with RunDirectory(run.path, overwrite=True) as again:
         assert run.summary.exists()  # a run refused before it begins has lost nobody's results
         again.write_config({})
         left = set(tree(run.path))
@@ -139,7 +130,7 @@ def test_a_model_hidden_by_a_crash_while_it_was_replaced_is_brought_back(tmp_pat
     run.model.rename(run.path / ".model.old")  # as between the two renames
     shutil.copytree(run.path / ".model.old", run.path / ".model.partial")
     with pytest.raises(Refused, match="already holds a run"):
-        RunDirectory.create(run.path)
+        RunDirectory(run.path)
     assert tree(run.path) == before
 
 
@@ -147,10 +138,10 @@ def test_linked_model_folder_is_unlinked_and_not_emptied(tmp_path):
     outside = tmp_path / "elsewhere"
     outside.mkdir()
     (outside / "kept").write_text("kept")
-    with RunDirectory.create(tmp_path / "run") as run:
+    with RunDirectory(tmp_path / "run") as run:
         run.write_config({})
         run.model.symlink_to(outside)
-    with RunDirectory.create(tmp_path / "run", overwrite=True) as again:
+    with RunDirectory(tmp_path / "run", overwrite=True) as again:
         again.write_config({})
         assert not run.model.is_symlink() and (outside / "kept").exists()
 
@@ -163,7 +154,7 @@ def test_directory_of_other_people_is_refused_even_with_overwrite(tmp_path, over
     (tmp_path / "model").mkdir()
     before = tree(tmp_path)
     with pytest.raises(Refused, match=f"holds no run.*{name}"):
-        RunDirectory.create(tmp_path, overwrite=overwrite)
+        RunDirectory(tmp_path, overwrite=overwrite)
     assert tree(tmp_path) == before  # not even a lock file
 
 
@@ -180,14 +171,14 @@ def test_removal_cut_short_can_be_repeated(tmp_path, monkeypatch, module, name):
     with monkeypatch.context() as patch:
         patch.setattr(module, name, busy)
         with pytest.raises(Refused, match=r"cannot be replaced.*busy"):
-            RunDirectory.create(tmp_path, overwrite=True).write_config({})
-    with RunDirectory.create(tmp_path, overwrite=True) as run:
+            RunDirectory(tmp_path, overwrite=True).write_config({})
+    with RunDirectory(tmp_path, overwrite=True) as run:
         run.write_config({})
         assert not run.model.exists()
 
 
 def test_config_comes_back_with_versions_and_the_same_bytes_in_any_order(tmp_path):
-    with RunDirectory.create(tmp_path) as run:
+    with RunDirectory(tmp_path) as run:
         run.write_config({"seed": 1, "beta": 0.04, "model": Path("a")})
         first = run.config.read_bytes()
         run.write_config({"model": "a", "beta": 0.04, "seed": 1})
@@ -199,7 +190,7 @@ def test_config_comes_back_with_versions_and_the_same_bytes_in_any_order(tmp_pat
 
 def test_versions_name_packages_without_importing_them():
     code = (
-        "import sys; from tokenrl.runs.directory import versions; found = versions()\n"
+        "import sys; from tokenrl.runs.origin import versions; found = versions()\n"
         "print('torch' in sys.modules, found['torch'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -209,17 +200,17 @@ def test_versions_name_packages_without_importing_them():
 
 def test_folders_that_were_made_for_nothing_are_removed_again(tmp_path):
     (tmp_path / "there").mkdir()
-    with RunDirectory.create(tmp_path / "there" / "runs" / "one") as run:
+    with RunDirectory(tmp_path / "there" / "runs" / "one") as run:
         assert tree(tmp_path / "there") == {"runs": True, "runs/one": True, "runs/one/.lock": b""}
         with pytest.raises(Refused, match="Another run is using"):
-            RunDirectory.create(run.path)
+            RunDirectory(run.path)
     assert list(tmp_path.iterdir()) == [tmp_path / "there"] and tree(tmp_path / "there") == {}
-    with RunDirectory.create(tmp_path / "there"):  # it was there before
+    with RunDirectory(tmp_path / "there"):  # it was there before
         pass
     assert list(tree(tmp_path / "there")) == [".lock"]
-    with RunDirectory.create(tmp_path / "a" / "b"):
+    with RunDirectory(tmp_path / "a" / "b"):
         (tmp_path / "a" / "other.txt").write_text("x")  # somebody else writes beside it
     assert list(tree(tmp_path / "a")) == ["other.txt"]
-    with RunDirectory.create(tmp_path / "kept") as run:
+    with RunDirectory(tmp_path / "kept") as run:
         run.write_config({})
     assert "config.json" in tree(run.path)

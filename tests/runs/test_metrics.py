@@ -1,5 +1,6 @@
 import json
 import math
+from contextlib import closing
 
 import pytest
 import torch
@@ -9,14 +10,14 @@ from tokenrl.runs.metrics import MetricsLog, read_completions, read_metrics, wri
 
 
 def write(folder, *rows):
-    with MetricsLog(folder / "metrics.jsonl", folder / "timings.jsonl") as log:
+    with closing(MetricsLog(folder)) as log:
         for step, metrics, timings in rows:
             log.write(step, metrics, timings)
     return folder / "metrics.jsonl"
 
 
 def test_each_line_is_strict_json_and_on_disk_at_once(tmp_path):
-    with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "timings.jsonl") as log:
+    with closing(MetricsLog(tmp_path)) as log:
         log.write(1, {"reward": math.nan, "kl": math.inf, "entropy": torch.tensor(0.5), "b": 1, "a": None})
         text = (tmp_path / "metrics.jsonl").read_text()
     assert text == '{"step": 1, "a": null, "b": 1, "entropy": 0.5, "kl": "Infinity", "reward": null}\n'

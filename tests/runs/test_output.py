@@ -11,7 +11,7 @@ import pytest
 
 from tokenrl.cli import main
 
-TRAIN = ["control", "--env", "bandit", "--max-steps", "40", "--logging-steps", "1", "--save-every", "1"]
+TRAIN = ["control", "--env", "bandit", "--max-steps", "8", "--logging-steps", "1", "--save-every", "1"]
 
 
 def command(arguments, shell):
@@ -32,22 +32,25 @@ def test_help_that_cannot_be_written_stops(unbuffered):
     assert done.stderr.startswith("tokenrl: The output could not be written ([Errno 28] No space left on")
 
 
+@pytest.mark.slow
 def test_what_is_read_no_more_ends_quietly_and_a_run_is_saved(tmp_path):
     run = tmp_path / "run"
     done = command([*TRAIN, "--output-dir", str(run)], "PYTHONUNBUFFERED=1 {} | head -3")
     assert done.returncode == 141 and done.stderr == ""
     assert main([*TRAIN, "--output-dir", str(run), "--resume", "auto", "--quiet"]) == 0
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 41
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["{} >/dev/full", "{} >&- 2>&-", "PYTHONIOENCODING=ascii {}"])
 def test_a_run_goes_on_where_its_output_is_lost(tmp_path, shell):
     done = command([*TRAIN, "--output-dir", str(tmp_path / "run")], shell)
     assert done.returncode == 0 and done.stderr == ""
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "finished"
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 41
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 9
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_stops_a_run_after_saving(tmp_path):
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()

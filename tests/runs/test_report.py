@@ -1,12 +1,14 @@
 import json
 import math
 import re
+from contextlib import closing
 
 import pytest
 
 from runs.pages import EVIL, Page
 from tokenrl.errors import Refused
 from tokenrl.runs.directory import RunDirectory
+from tokenrl.runs.files import write_json
 from tokenrl.runs.html import Section, completions, table, write_page
 from tokenrl.runs.metrics import MetricsLog, write_completions
 from tokenrl.runs.report import compare_runs, report_from_directory
@@ -16,11 +18,11 @@ CHAT = [{"role": "system", "content": "be_brief"}, {"role": "user", "content": [
 
 @pytest.fixture
 def run(tmp_path):
-    with RunDirectory.create(tmp_path / "my run") as run:
+    with RunDirectory(tmp_path / "my run") as run:
         run.write_config(
             {"title": f"sorting {EVIL}", "seed": 3, "solved": 0.9, "command": f"tokenrl train {EVIL}"}
         )
-        with MetricsLog(run.metrics, run.timings) as log:
+        with closing(MetricsLog(run.path)) as log:
             log.write(0, {"eval_reward": 0.125, "eval_reward_greedy": 0.2, "eval_reward_stderr": 0.01})
             for step in (1, 2, 3, 4):
                 log.write(step, {"reward": 0.5, "grad_norm": 2.0, "grad_clipped": float(step > 1)})
@@ -34,7 +36,7 @@ def run(tmp_path):
             }
             write_completions(run.completions, step, [row] * 20)
         after = {"reward": 0.87654, "reward_stderr": 0.0123, "pass@4": 0.5, "reward_greedy": 1, EVIL: 2}
-        run.write_summary({"exit_reason": "completed", "steps": 2, "wall_seconds": 61, "verdict": EVIL,
+        write_json(run.summary, {"exit_reason": "completed", "steps": 2, "wall_seconds": 61, "verdict": EVIL,
                            "tokens_per_second": 99.0, "eval_before": {"reward": 0.125},
                            "eval_after": after})  # fmt: skip
     return run
@@ -51,9 +53,9 @@ def test_the_page_needs_the_run_directory_alone_and_tells_its_numbers(run):
                  "held-out sampled 0.125 ± 0.010", "solved: 0.9", '"seed": 3', '"python"', "To repeat",
                  "before clipping, which 75% of the updates needed"):  # fmt: skip
         assert part in page.text
-    assert (
-        run.plot.read_bytes().startswith(b"\x89PNG") and len(page.all("svg")) == 3
-    )  # two sizes, and the norm
+    assert (run.path / "learning_curve.png").read_bytes().startswith(b"\x89PNG") and len(
+        page.all("svg")
+    ) == 3  # two sizes, and the norm
 
 
 @pytest.mark.drawn

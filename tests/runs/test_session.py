@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.checkpoint import Saver, SavingArguments, latest_checkpoint, read_state
+from tokenrl.runs.checkpoint import Saver, SavingArguments, checkpoints, read_state
 from tokenrl.runs.folders import model_directory, verify
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import Maker
@@ -333,9 +333,9 @@ def test_a_continuation_with_other_settings_is_refused_and_changes_nothing(tmp_p
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(Refused, match="task: 'counting', now 'sorting'"):
         live(tmp_path, resume="auto", settings=Settings(task="sorting"))
-    with pytest.raises(Refused, match="The tokenizer is not the same"):
+    with pytest.raises(Refused, match=r"other data or models: tokenizer: .* now 'abc'\. Restore"):
         live(tmp_path, resume="auto", maker=Maker({"tokenizer": "abc"}))
-    with pytest.raises(Refused, match="had 1 processes and now has 2"):
+    with pytest.raises(Refused, match=r"other processes: processes: 1, now 2\. They split"):
         live(tmp_path, resume="auto", maker=Maker(processes=2))
     with pytest.raises(Refused, match="give one of both"):
         live(tmp_path, resume="auto", overwrite=True)
@@ -352,7 +352,7 @@ def test_a_run_continues_after_a_signal_as_if_none_had_come(tmp_path, number):
 
     live(tmp_path / "whole")
     assert live(tmp_path / "run", at_step, save_every=0).exit_code == 128 + number
-    assert latest_checkpoint(tmp_path / "run" / "checkpoints").path.name == "step_000003"
+    assert checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step_000003"
     live(tmp_path / "run", resume="auto")
     assert same(tmp_path / "whole", tmp_path / "run")
 
@@ -367,7 +367,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
         patch.setitem(globals(), "Counter", Broken)
         with pytest.raises(Stopped, match="After step 3 the weights are not finite"):
             live(tmp_path, settings=Settings(max_steps=3))
-    assert latest_checkpoint(tmp_path / "checkpoints").path.name == "step_000002"
+    assert checkpoints(tmp_path / "checkpoints")[-1].name == "step_000002"
     assert not (tmp_path / "model").exists()
 
 
@@ -442,13 +442,6 @@ def test_settings_are_compared_with_the_checkpoint_where_config_json_is_gone(tmp
     assert live(tmp_path, resume="auto", settings=Settings(max_steps=7)).steps == 7
 
 
-def test_the_rows_of_a_run_that_is_continued_can_be_read(tmp_path):
-    live(tmp_path, settings=Settings(max_steps=3))
-    seen = []
-    live(tmp_path, lambda session: seen.append([row["step"] for row in session.recorded()]), resume="auto")
-    assert seen == [[0, 1, 2, 3], [0, 1, 2, 3, 4]]
-
-
 def test_a_reward_may_change_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ended = live("runs/a", lambda session: os.chdir("/"))
@@ -509,3 +502,27 @@ def test_what_a_reward_says_cannot_change_the_terminal(tmp_path, capsys):
         "warning: the reward said \\x1b[31mred\\x07",
         "\\x1b]0;title",
     ]
+
+
+GRAVE, REMARK = SimpleNamespace(flag="grave", weight="void"), SimpleNamespace(flag="remark", weight="watch")
+
+
+@pytest.mark.parametrize(
+    ("findings", "code", "flags"),
+    [([], 0, []), ([REMARK], 0, ["remark"]), ([REMARK, GRAVE, GRAVE], 2, ["grave", "grave", "remark"])],
+)
+@pytest.mark.parametrize("options", [{}, {"quiet": True}, {"main": False}], ids=str)
+def test_a_check_tells_problems_on_the_standard_error_and_leaves_no_directory(
+    findings, code, flags, options, tmp_path, capsys
+):
+    with Session("train", tmp_path / "run", **options) as session:
+        assert session.conclude("all parts", {"size": "3 [bold]apples"}, findings) == code
+        assert session.flags == flags
+    captured = capsys.readouterr()
+    lines = ["tokenrl: Check not passed: 2 problems. Nothing was trained.", f"  1. {GRAVE}", f"  2. {GRAVE}"]
+    assert captured.err.splitlines() == (lines if code and "main" not in options else [])
+    said = " ".join(captured.out.split())
+    assert ("3 [bold]apples" in said) == (not options)
+    assert (f"warning: {REMARK}" in said) == (REMARK in findings and not options)
+    assert ("Check passed: all parts work together." in said) == (code == 0 and not options)
+    assert not (tmp_path / "run").exists()

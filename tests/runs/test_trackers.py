@@ -15,9 +15,9 @@ from accelerate import tracking, utils
 from tokenrl import train_agent
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
+from tokenrl.runs.metrics import Stopwatch, peak_memory
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.session import Session
-from tokenrl.runs.timings import Stopwatch, peak_memory
 from tokenrl.runs.trackers import TrackerArguments, Trackers
 
 

@@ -69,7 +69,7 @@ class Advice:
             (("setting", "value", "reason"), settings),
         ):
             if rows:
-                table = rich_table("", columns, show_header=any(columns), overflow="fold")
+                table = rich_table("", columns, header=any(columns), overflow="fold")
                 for row in rows:
                     table.add_row(*row)
                 console.print(table)

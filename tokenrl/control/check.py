@@ -11,7 +11,6 @@ from dataclasses import replace
 from tokenrl.control.rollouts import Rollout
 from tokenrl.control.run import ControlResult, Run
 from tokenrl.control.update import learn
-from tokenrl.runs.checkup import checked, conclude
 from tokenrl.runs.console import duration
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.rules import judge
@@ -78,8 +77,9 @@ def check_agent(
         )
         text += "inputs near 1. Add --normalize-observations, or scale them in the environment."
         findings.append(Finding("observations-far-from-1", "watch", text))
-    code = conclude(session, "environment, policy and estimator", measured, findings)
-    return checked(replace(run.result(session, "check"), flags=session.flags), code)
+    code = session.conclude("environment, policy and estimator", measured, findings)
+    result = run.result(session, "check")
+    return replace(result, flags=session.flags, exit_code=result.exit_code or code)
 
 
 def _signal(rollout: Rollout, *, alike: bool) -> list[Finding]:

@@ -11,13 +11,14 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenrl.errors import Refused, Stopped, describe
-from tokenrl.runs.folders import atomic_directory, fault_of, verify
+from tokenrl.runs.folders import atomic_directory, verify
 from tokenrl.settings import Count, Natural, NonNegative, Settings
 
 if TYPE_CHECKING:
@@ -70,13 +71,6 @@ class Model(Protocol):
         """Return the weights that are trained."""
 
 
-class Latest(NamedTuple):
-    """The newest usable checkpoint, if any, and for each newer one what is wrong with it."""
-
-    path: Path | None
-    skipped: list[str]
-
-
 class Saver:
     """Saves checkpoints of a model and of all else that a run needs in order to continue.
 
@@ -110,10 +104,14 @@ class Saver:
     def settle(self, step: int) -> None:
         """Note that the state of this step is whole: should the next step fail, this state can be saved."""
         if step > self.step and self._active and self._model is not None:
+            from torch import Tensor
+            from torch.utils._pytree import tree_leaves, tree_map
+
             self.step = step
-            tensors = list(self._model.tensors())
-            self._state = _copied({name: part.state_dict() for name, part in self._parts.items()}, tensors)
-            self._versions = [(tensor, tensor._version) for tensor in tensors]
+            state = {name: part.state_dict() for name, part in self._parts.items()}
+            self._state = tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else copy(leaf), state)
+            tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
+            self._versions = [(tensor, tensor._version) for tensor in (*self._model.tensors(), *tensors)]
 
     def check_finite(self) -> None:
         """Refuse weights that are not finite.
@@ -142,8 +140,8 @@ class Saver:
         by_steps = bool(args.save_every) and step % args.save_every == 0
         return self._active and step > self._saved and (by_steps or 0 < args.save_minutes <= minutes)
 
-    def save(self) -> Path | None:
-        """Save the state that was settled last; return the checkpoint, None if there is nothing to save.
+    def save(self) -> None:
+        """Save the state that was settled last, unless it is saved or there is none.
 
         A step that failed after it had changed a tensor has left weights of no step, and these are not saved.
 
@@ -152,17 +150,16 @@ class Saver:
         """
         model = self._model
         changed = any(tensor._version != version for tensor, version in self._versions)
-        if model is None or self.step == 0 or changed:
-            return None
+        if model is None or self.step == self._saved or changed:
+            return
         self.check_finite()
 
         def write(folder: Path) -> None:
             model.write(folder)
             write_state(folder, {"step": self.step, **self._state})
 
-        path = save_checkpoint(self._folder, self.step, write, keep=self._args.keep_checkpoints)
+        save_checkpoint(self._folder, self.step, write, keep=self._args.keep_checkpoints)
         self._saved, self._at = self.step, time.monotonic()
-        return path
 
     def restore(self, path: Path) -> int:
         """Continue from a checkpoint; return its step.
@@ -179,14 +176,14 @@ class Saver:
                 part.load_state_dict(state[name])
             except Refused:
                 raise
-            except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+            except Exception as error:
                 raise Refused(
                     f"The state of {name!r} in {path} does not fit this run ({describe(error)}). Another "
-                    "version of tokenrl may have saved it: continue with that version, or start a new run "
-                    "from its weights with --model."
+                    "model, or another version of tokenrl, may have saved it: continue with these, or start "
+                    "a new run from its weights with --model."
                 ) from error
         self._model.read(path)
-        self._saved = int(state["step"])
+        self._saved = step_of(path)
         self.settle(self._saved)
         return self._saved
 
@@ -196,7 +193,7 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, k
 
     Args:
         folder: the run's folder `checkpoints`; made if absent. Only one process may save there.
-        step: number of updates made so far. A complete checkpoint of this step is not written again.
+        step: number of updates made so far.
         write: fills the empty folder that it is given with files.
         keep: how many checkpoints to keep, with this one.
 
@@ -209,12 +206,12 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, k
     path = folder / f"step_{step:06d}"
     for left in folder.glob(".step_*"):  # by a crash; this run holds the lock, so nobody writes there
         shutil.rmtree(left, ignore_errors=True)
-    if path.exists() and not fault_of(path):
-        return path
     with atomic_directory(path) as partial:
         write(partial)
-    if fault := fault_of(path):
-        raise Stopped(f"The checkpoint {path} was not written as it was meant to be: {fault}.")
+    try:
+        verify(path)
+    except Refused as fault:
+        raise Stopped(str(fault)) from fault
     for older in checkpoints(folder)[:-keep]:
         hidden = older.with_name(f".{older.name}.old")  # an interrupted removal must not leave half of it
         with contextlib.suppress(OSError):  # no reason to end a run whose newest checkpoint is complete
@@ -223,42 +220,14 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, k
     return path
 
 
-def latest_checkpoint(folder: Path, reached: float = float("inf")) -> Latest:
-    """Find the newest complete checkpoint of at most the step `reached`, and say why newer ones are not."""
-    skipped = []
-    for path in reversed(checkpoints(folder)):
-        try:
-            check_checkpoint(path, reached)
-        except Refused as fault:
-            skipped.append(str(fault))
-        else:
-            return Latest(path, skipped)
-    return Latest(None, skipped)
-
-
-def check_checkpoint(path: Path, reached: float) -> None:
-    """Check that a checkpoint is whole and that the metrics of all its steps have been recorded.
-
-    Raises:
-        Refused: a file of it is damaged, or metrics.jsonl only has rows up to the step `reached`.
-    """
-    verify(path)
-    if step_of(path) > reached:
-        raise Refused(
-            f"The checkpoint {path} cannot be continued: rows of metrics.jsonl were lost, and only those "
-            f"up to step {reached} are there. Restore that file, or start a new run from the weights with "
-            "--model."
-        )
-
-
 def checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints, oldest first, by number: as text, step_1000000 would come before step_999999."""
     return sorted((path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """Return the step of a checkpoint, from its name."""
-    return int(path.name.removeprefix("step_"))
+    """Return the step of a checkpoint, or of a table of completions, from its name."""
+    return int(path.stem.removeprefix("step_"))
 
 
 def write_state(folder: Path, state: Any) -> None:
@@ -267,9 +236,18 @@ def write_state(folder: Path, state: Any) -> None:
     A function in it stands for what it returns: it is called now, so that what takes long to find is found
     only if it is written.
     """
+    import numpy as np
     import torch
+    from torch.utils._pytree import tree_map
 
-    torch.save(_savable(state), folder / _STATE)
+    def savable(leaf: Any) -> Any:
+        """Return a leaf as `torch.load(weights_only=True)` reads it back: without arrays and functions."""
+        leaf = leaf() if callable(leaf) else leaf
+        if isinstance(leaf, np.ndarray | torch.Tensor):
+            return torch.as_tensor(leaf).detach().cpu()
+        return leaf.item() if isinstance(leaf, np.generic) else leaf
+
+    torch.save(tree_map(savable, state), folder / _STATE)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -288,35 +266,3 @@ def read_state(folder: Path) -> dict[str, Any]:
             "checkpoint, or start a new run from its weights with --model."
         ) from error
     return state
-
-
-def _copied(value: Any, tensors: list[Tensor]) -> Any:
-    """Copy a state but not its tensors, which are added to a list."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-    elif isinstance(value, Mapping):
-        return {name: _copied(item, tensors) for name, item in value.items()}
-    elif isinstance(value, list | tuple):
-        return [_copied(item, tensors) for item in value]
-    elif hasattr(value, "__array__"):
-        return value.copy()
-    return value
-
-
-def _savable(value: Any) -> Any:
-    """Return a state as `torch.load(weights_only=True)` reads it back: without arrays and functions."""
-    import numpy as np
-    import torch
-
-    value = value() if callable(value) else value
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
-    if isinstance(value, Mapping):
-        return {key: _savable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_savable(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())
-    return value.item() if isinstance(value, np.generic) else value

@@ -56,7 +56,7 @@ def rich_table(
     left: Sequence[str] = (),
     right: Sequence[str] = (),
     *,
-    show_header: bool = True,
+    header: bool = True,
     **column: Any,
 ) -> Table:
     """Make a table of the library rich.
@@ -65,7 +65,7 @@ def rich_table(
         title: text above the table, aligned left.
         left: headers of the first columns, which are aligned left.
         right: headers of the columns after them, which are aligned right.
-        show_header: whether the headers are shown.
+        header: whether the headers are shown.
         **column: options of rich for all these columns, such as `no_wrap`.
     """
     from rich import box
@@ -73,11 +73,9 @@ def rich_table(
     from rich.text import Text
 
     heading = Text(title, style="bold") if title else None
-    table = Table(title=heading, title_justify="left", box=box.SIMPLE, show_header=show_header)
-    for name in left:
-        table.add_column(name, **column)
-    for name in right:
-        table.add_column(name, justify="right", **column)
+    table = Table(title=heading, title_justify="left", box=box.SIMPLE, show_header=header)
+    for name in (*left, *right):
+        table.add_column(name, justify="left" if name in left else "right", **column)
     return table
 
 
@@ -97,13 +95,17 @@ class Console:
 
     def start(self, title: str, facts: Mapping[str, Any], *, note: str = _LOSS_NOTE) -> None:
         """Print the header: a table of facts about the run, and a note below it."""
-        table = rich_table(title, show_header=False)
+        self.facts(title, facts)
+        self.print(note, style="italic dim")
+
+    def facts(self, title: str, facts: Mapping[str, Any]) -> None:
+        """Print a table of facts by name."""
+        table = rich_table(title, header=False)
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
         for name, fact in facts.items():
             table.add_row(visible(name), visible(str(fact)))
         self.print(table)
-        self.print(note, style="italic dim")
 
     def progress(self, total: int, first: int = 0) -> Progress:
         """Make the live line of a run of `total` steps after `first`, as a context manager."""
@@ -142,17 +144,17 @@ class Console:
         self.print(ending(summary))
 
     def print(self, *what: Any, **options: Any) -> None:
-        """Print with rich. Where that fails, as on a full disk or a lost terminal, nothing more is printed.
+        """Print with rich; see `attempt`."""
+        self.attempt(self.rich.print, *what, **options)
+
+    def attempt(self, show: Callable[..., object], *what: Any, **options: Any) -> None:
+        """Show something, and go on without output where that fails, as in a terminal that was closed.
 
         Raises:
             BrokenPipeError: the program that read the output has ended, as with `| head`.
         """
-        self.attempt(lambda: self.rich.print(*what, **options))
-
-    def attempt(self, act: Callable[[], object]) -> None:
-        """Do what prints, and go on without output where that fails; see `print`."""
         try:
-            act()
+            show(*what, **options)
         except BrokenPipeError:
             raise
         except OSError:  # the files of the run have everything
@@ -179,7 +181,8 @@ class Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._console.attempt(self._live.stop)
+        """Take the live line away; a second call does nothing."""
+        self._console.attempt(self._live.live.stop)
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show a step.
@@ -193,27 +196,16 @@ class Progress:
         evaluated = metrics.get("eval_reward_greedy", metrics.get("eval_reward"))
         if evaluated is not None:
             self._evaluation = f"eval {number(evaluated)}"
-        shown = next((name for name in ("reward", "loss") if name in metrics), None)
-        value = "" if shown is None else f"{shown} {number(metrics[shown])}"
-        parts = (value, self._evaluation, *_rates(metrics), self._left(step))
+        parts = [f"{name} {number(metrics[name])}" for name in ("reward", "loss") if name in metrics][:1]
+        parts += [self._evaluation, *_rates(metrics)]
+        if self._first < step < self._total:
+            each = (time.monotonic() - self._began) / (step - self._first)
+            parts.append(f"ETA {duration(each * (self._total - step))}")
         line = "  ".join(part for part in parts if part)
-        self._console.attempt(lambda: self._live.update(self._task, completed=step, line=line))
+        self._console.attempt(self._live.update, self._task, completed=step, line=line)
         plain = not self._console.rich.is_terminal
         if plain and (step % self._console.every == 0 or step in (1, self._total) or evaluated is not None):
             self._console.print(f"step {step:>{len(str(self._total))}}/{self._total}  {line}", soft_wrap=True)
-
-    def _left(self, step: int) -> str:
-        if not self._first < step < self._total:
-            return ""
-        seconds = round((time.monotonic() - self._began) / (step - self._first) * (self._total - step))
-        return f"ETA {duration(seconds)}"
-
-
-def visible(text: str, limit: int | None = None) -> str:
-    r"""Return a text on one line, at most `limit` characters, control characters written as \n or \x1b."""
-    if limit is not None and len(text) > limit:
-        text = text[: limit - 1] + "…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def harmless(text: str) -> str:
@@ -223,6 +215,13 @@ def harmless(text: str) -> str:
     writing, with which a text can show something else than it says.
     """
     return _HARMFUL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def visible(text: str, limit: int | None = None) -> str:
+    r"""Return a harmless text on one line, at most `limit` characters of it, with newlines as \n."""
+    if limit is not None and len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return harmless(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
 def number(value: Any) -> str:

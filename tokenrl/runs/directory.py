@@ -1,18 +1,15 @@
 """Makes and locks the directory of a run, and knows where its files lie.
 
-`RunDirectory.create` checks everything before it writes or removes anything. It then holds a lock until
-`release`, so that two runs never mix their files.
+`RunDirectory` checks everything before it writes or removes anything. It then holds a lock until `release`,
+so that two runs never mix their files. Importing this module imports no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import platform
 import shutil
-from collections.abc import Mapping, Sequence
-from importlib import import_module, metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.files import write_json
 from tokenrl.runs.folders import settle
+from tokenrl.runs.origin import versions
 
 _WRITTEN = (
     *("learning_curve.png", "report.html", "summary.json", "timings.jsonl", "metrics.jsonl", ".*.partial"),
@@ -27,10 +25,6 @@ _WRITTEN = (
     *("completions/.step_*", "checkpoints/step_[0-9]*", "checkpoints/.step_*", "config.json"),
 )
 """What a run writes, as patterns; config.json is the last, so that a removal cut short can be repeated."""
-_PACKAGES = (
-    *("torch", "transformers", "accelerate", "datasets", "peft", "gymnasium", "numpy", "safetensors"),
-    "tokenizers",
-)
 
 
 class RunDirectory:
@@ -38,32 +32,13 @@ class RunDirectory:
 
     Attributes:
         path: the folder.
-        config, metrics, timings, completions, checkpoints, summary, model, report, plot: paths inside the
-            folder, which need not exist yet.
+        config, metrics, completions, checkpoints, summary, model: paths inside the folder, which need not
+            exist yet.
     """
 
-    def __init__(self, path: Path, lock: Any, *, made: Sequence[Path] = ()) -> None:
-        """Wrap a folder whose lock is already held; use `create` instead.
-
-        `made` are the folders that did not exist before, the innermost first.
-        """
-        self.path = path
-        self._lock = lock
-        self._made = made
-        self.config = path / "config.json"
-        self.metrics = path / "metrics.jsonl"
-        self.timings = path / "timings.jsonl"
-        self.completions = path / "completions"
-        self.checkpoints = path / "checkpoints"
-        self.summary = path / "summary.json"
-        self.model = path / "model"
-        self.report = path / "report.html"
-        self.plot = path / "learning_curve.png"
-
-    @classmethod
-    def create(
-        cls, path: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False
-    ) -> RunDirectory:
+    def __init__(
+        self, path: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False
+    ) -> None:
         """Make the folder, or use one that is empty or holds a run, and lock it.
 
         Args:
@@ -77,36 +52,34 @@ class RunDirectory:
                 replaced nor continued; it holds files that no run wrote; another run is using it; or it
                 cannot be written.
         """
-        run = Path(path)
+        self.path = run = Path(path)
+        self.config, self.summary = run / "config.json", run / "summary.json"
+        self.metrics, self.model = run / "metrics.jsonl", run / "model"
+        self.completions, self.checkpoints = run / "completions", run / "checkpoints"
         if ".." in run.parts:
             raise Refused(f"The output directory {str(run)!r} contains '..'; give its path without it.")
         try:
             if run.exists() and not run.is_dir():
                 raise Refused(f"The output directory {run} is a file; give a directory that is new or empty.")
             _refuse_foreign(run)
-            made = [folder for folder in (run, *run.parents) if not folder.exists()]
+            self._made = [folder for folder in (run, *run.parents) if not folder.exists()]
             run.mkdir(parents=True, exist_ok=True)
             busy = f"Another run is using {run} and holds its lock"
-            lock = acquire_lock(run, f"{busy}; wait for it to end or give another directory.")
+            self._lock = acquire_lock(run, f"{busy}; wait for it to end or give another directory.")
         except Refused:
             raise
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
             raise Refused(
                 f"The output directory {str(run)!r} cannot be used ({error}); give another one."
             ) from error
-        try:
-            with contextlib.suppress(OSError):  # what a crash left while the model was replaced
-                settle(run / "model")
-            _refuse_foreign(run)  # again: another run may have written here before we had the lock
-            if _holds_run(run) and not (overwrite or resume):
-                raise Refused(
-                    f"The output directory {run} already holds a run; give another directory, continue that "
-                    "run with --resume auto (in Python: resume='auto'), or replace it with --overwrite."
-                )
-        except BaseException:
-            lock.release()
-            raise
-        return cls(run, lock, made=made)
+        with contextlib.suppress(OSError):  # what a crash left while the model was replaced
+            settle(self.model)
+        if (self.config.exists() or self.metrics.exists()) and not (overwrite or resume):
+            self.release()
+            raise Refused(
+                f"The output directory {run} already holds a run; give another directory, continue that run "
+                "with --resume auto (in Python: resume='auto'), or replace it with --overwrite."
+            )
 
     def write_config(self, config: Mapping[str, Any], *, keep: bool = False) -> None:
         """Write `config` and the versions of the packages to config.json.
@@ -126,17 +99,10 @@ class RunDirectory:
             raise Refused(message) from error
         write_json(self.config, {"versions": versions(), **config})
 
-    @property
-    def steps(self) -> int | None:
-        """Number of steps of the run that has ended in the folder; None if that is not known."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return int(json.loads(self.summary.read_text(encoding="utf-8"))["steps"])
-        return None
-
     def release(self) -> None:
         """Release the lock, so that another run may use the directory.
 
-        Folders that `create` made are removed if nothing has been written into them, as after a check.
+        Folders that were made are removed if nothing has been written into them, as after a check.
         """
         with contextlib.suppress(OSError):  # it is not empty; or Windows, where an open file stays
             if self._made and [entry.name for entry in self.path.iterdir()] == [".lock"]:
@@ -151,56 +117,14 @@ class RunDirectory:
     def __exit__(self, *exception: object) -> None:
         self.release()
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json, which is replaced as a whole."""
-        write_json(self.summary, summary)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python, the platform and the packages that decide the numbers of a run.
-
-    So does the processor: with another one PyTorch may choose instructions that round differently.
-    """
-    found = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "tokenrl": import_module("tokenrl").__version__,
-    }
-    found["processor"] = processor()
-    for package in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-def processor() -> str:
-    """Name the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _holds_run(run: Path) -> bool:
-    return (run / "config.json").exists() or (run / "metrics.jsonl").exists()
-
-
-def _written_by_run(run: Path) -> bool:
-    """Return whether tokenrl wrote what looks like a run; a saved model also has a config.json."""
-    try:
-        if (run / "config.json").exists():
-            return "tokenrl" in read_config(run).get("versions", {})
-        with (run / "metrics.jsonl").open(encoding="utf-8") as file:
-            return "step" in json.loads(file.readline() or '{"step": 0}')
-    except (OSError, ValueError, TypeError, AttributeError):
-        return False
-
 
 def _refuse_foreign(run: Path) -> None:
+    """Refuse a folder that holds something but no run; a saved model also has a config.json."""
     names = sorted(entry.name for entry in run.iterdir()) if run.is_dir() else []
     names = [name for name in names if name != ".lock" and not name.endswith(".partial")]
-    if not names or (_holds_run(run) and _written_by_run(run)):
-        return
+    with contextlib.suppress(Refused):
+        if not names or "timings.jsonl" in names or "tokenrl" in read_config(run).get("versions", ()):
+            return
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     raise Refused(
         f"The output directory {run} is not empty and holds no run of tokenrl ({shown}). Nothing in it was "
@@ -241,3 +165,32 @@ def _remove_run(run: Path) -> None:
     for name in ("videos", "completions", "checkpoints"):
         with contextlib.suppress(OSError):  # it is not there, or holds files of others
             (run / name).rmdir()
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Refuse a run for which there is not enough space.
+
+    Args:
+        directory: where the run writes; it and its parents need not exist yet.
+        needed: bytes of all that the run keeps at the same time.
+
+    Raises:
+        Refused: fewer bytes are free.
+    """
+    there = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise Refused(
+            f"The run needs about {in_words(needed)} in {directory} for its checkpoints and its model, and "
+            f"{in_words(free)} are free there. Free space, lower keep_checkpoints, or give an output_dir on "
+            "another disk."
+        )
+
+
+def in_words(size: float) -> str:
+    """Return a number of bytes as text with two significant figures, or whole units, such as 1.5 GiB."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while size >= 1000 and power < len(units) - 1:
+        size, power = size / 1024, power + 1
+    return f"{size:.2g} {units[power]}" if size < 10 and power else f"{size:.0f} {units[power]}"

@@ -18,6 +18,8 @@ from typing import Any
 
 from tokenrl.errors import Refused, Stopped, describe
 
+_INFINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -28,18 +30,19 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         Stopped: the file could not be written (disk full, no permission); an old file is untouched.
     """
-    stream = _is_stream(path)
-    partial = path if stream else path.with_name(f".{path.name}.partial")
+    partial = path
     try:
+        if not (path.is_fifo() or path.is_char_device()):
+            partial = path.with_name(f".{path.name}.partial")
         yield partial
-        if not stream:
-            sync_file(partial)
+        if partial != path:
+            sync(partial)
             os.replace(partial, path)
-            sync_folder(path.parent)
+            sync(path.parent)
     except OSError as error:
         raise not_written(path, error) from error
     finally:
-        if not stream:
+        if partial != path:
             with suppress(OSError):  # a name too long, a folder that is gone
                 partial.unlink(missing_ok=True)
 
@@ -55,13 +58,6 @@ def check_place(path: str | os.PathLike[str]) -> None:
         raise Refused(f"{path} cannot be written: its directory does not exist. Make it first.")
     if os.path.isdir(place):
         raise Refused(f"{place} cannot be written: it is a directory. Give the name of a file in it.")
-
-
-def _is_stream(path: Path) -> bool:
-    try:
-        return path.is_fifo() or path.is_char_device()
-    except OSError:  # a name too long; `replacing` reports it
-        return False
 
 
 def not_written(path: Path, error: Exception) -> Stopped:
@@ -106,9 +102,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, str):  # UTF-8 cannot hold a lone surrogate
         return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        return None if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+        return value if math.isfinite(value) else _INFINITE.get(value)
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
@@ -124,17 +118,11 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def sync_file(path: Path) -> None:
-    """Flush a file to the disk, so that its content survives a power failure."""
-    with path.open("rb+") as handle:
-        os.fsync(handle.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder to the disk, so that a rename in it survives a power failure; not on Windows."""
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk, so that it survives a power failure; not on Windows."""
     if os.name == "nt":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import Refused, TokenrlError
-from tokenrl.runs.files import not_written, sync_file, sync_folder, write_json
+from tokenrl.runs.files import not_written, sync, write_json
 
 MANIFEST = "manifest.json"
 _CARD = "README.md"  # people edit the card of a model before they share it
@@ -50,8 +50,8 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
         if directory.exists():
             os.rename(directory, old)
         os.rename(aside, directory)
-        sync_folder(directory.parent)
-        sync_folder(directory.parent.parent)  # which may have got the parent only now
+        sync(directory.parent)
+        sync(directory.parent.parent)  # which may have got the parent only now
     except TokenrlError:
         raise
     except Exception as error:  # on a full disk, tokenizers raises a bare Exception
@@ -71,39 +71,34 @@ def settle(directory: Path) -> None:
             shutil.rmtree(path)
 
 
-def fault_of(folder: Path) -> str:
-    """Compare a folder with its manifest; say what is wrong with it, or nothing if all files are unchanged.
-
-    Files that are not in the manifest do not count.
-    """
-    try:
-        if not folder.is_dir():
-            return "there is no such folder"
-        if not (folder / MANIFEST).exists():
-            return f"it has no {MANIFEST}, so it is not complete"
-        files = _manifest(folder)
-        if isinstance(files, dict) and files.keys() >= {"step", "files"}:
-            return "it was written by an earlier release of tokenrl, which this one cannot read"
-        if not files or not _is_manifest(files):
-            return f"its {MANIFEST} was altered or cut short"
-        for name, (size, digest) in sorted(files.items()):
-            if not (folder / name).is_file():
-                return f"it lacks its file {name}"
-            if (folder / name).stat().st_size != size or _sha256(folder / name) != digest:
-                return f"its file {name} was altered or cut short"
-    except OSError as error:
-        return f"it cannot be read ({error})"
-    return ""
-
-
 def verify(folder: Path) -> None:
-    """Check that a folder holds the files that were written, unchanged.
+    """Check that a folder holds the files that its manifest names, unchanged; other files do not count.
 
     Raises:
         Refused: the manifest or a file is missing, altered or cut short; the message names it.
     """
-    if fault := fault_of(folder):
+    try:
+        fault = _fault_of(folder)
+    except OSError as error:
+        fault = f"it cannot be read ({error})"
+    if fault:
         raise Refused(f"The folder {folder} cannot be used: {fault}. {_MEND}")
+
+
+def _fault_of(folder: Path) -> str:
+    files = _manifest(folder)
+    if files is None:
+        return f"it has no {MANIFEST}, so it is not complete"
+    if "files" in files:
+        return "it was written by an earlier release of tokenrl, which this one cannot read"
+    if not files:
+        return f"its {MANIFEST} was altered or cut short"
+    for name, (size, digest) in files.items():
+        if not (folder / name).is_file():
+            return f"it lacks its file {name}"
+        if (folder / name).stat().st_size != size or _sha256(folder / name) != digest:
+            return f"its file {name} was altered or cut short"
+    return ""
 
 
 def model_directory(name_or_path: str | Path) -> str | Path:
@@ -122,7 +117,7 @@ def model_directory(name_or_path: str | Path) -> str | Path:
         place = Path(found).resolve()
         for folder in (place, place.parent):
             in_checkpoints = folder.parent.name == "checkpoints" and folder.name.startswith("step_")
-            if in_checkpoints or _is_sealed(folder):
+            if in_checkpoints or _manifest(folder) is not None:
                 verify(folder)
     return found
 
@@ -131,33 +126,24 @@ def _seal(folder: Path) -> None:
     """Sync a folder with all that is in it to the disk, and write its manifest last."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            sync_folder(path)
-            continue
-        sync_file(path)
-        if path.name != _CARD:
+        sync(path)
+        if path.is_file() and path.name != _CARD:
             files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _sha256(path)]
     write_json(folder / MANIFEST, files)
-    sync_folder(folder)
+    sync(folder)
 
 
-def _manifest(folder: Path) -> Any:
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the entries of a manifest; none if it is damaged, None without one or with another program's."""
     try:
-        return json.loads((folder / MANIFEST).read_bytes())
-    except ValueError:
+        found = json.loads((folder / MANIFEST).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def _is_manifest(content: Any) -> bool:
-    """Return whether this is what `_seal` writes; a manifest.json of another program is not judged."""
-    entries = content.values() if isinstance(content, dict) else [None]
-    return all(isinstance(entry, list) and [*map(type, entry)] == [int, str] for entry in entries)
-
-
-def _is_sealed(folder: Path) -> bool:
-    content = _manifest(folder) if (folder / MANIFEST).is_file() else ()
-    earlier = isinstance(content, dict) and content.keys() >= {"step", "files"}
-    return content is None or earlier or _is_manifest(content)
+    except ValueError:
+        return {}
+    is_old = isinstance(found, dict) and found.keys() >= {"step", "files"}
+    is_ours = isinstance(found, dict) and all(isinstance(entry, list) for entry in found.values())
+    return found if is_old or is_ours else None
 
 
 def _sha256(file: Path) -> str:

@@ -1,19 +1,26 @@
-"""Writes and reads what a run records at each step: metrics as JSON lines, sample completions as parquet.
+"""Writes and reads what a run records: metrics and times of each step as JSON lines, completions as parquet.
 
 metrics.jsonl holds only numbers that the seed determines, so that two runs can be compared byte for byte.
-Times and rates go to timings.jsonl.
+Times, rates and memory go to timings.jsonl. Importing this module imports no torch.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, describe
 from tokenrl.runs.files import not_written, plain, replacing
+
+T = TypeVar("T")
+
+_GIB = 1024**3
 
 
 class MetricsLog:
@@ -22,14 +29,14 @@ class MetricsLog:
     Every line is strict JSON: NaN is written as null and an infinity as a string (see `runs.files`).
     """
 
-    def __init__(self, metrics: Path, timings: Path) -> None:
-        """Open both files for appending.
+    def __init__(self, run: Path) -> None:
+        """Open both files in a run directory for appending.
 
         Raises:
             Stopped: a file cannot be written.
         """
         self._files = {}
-        for path in (metrics, timings):
+        for path in (run / "metrics.jsonl", run / "timings.jsonl"):
             try:
                 self._files[path] = path.open("ab", buffering=0)
             except OSError as error:
@@ -50,14 +57,9 @@ class MetricsLog:
         for (path, file), row in zip(self._files.items(), (metrics, timings), strict=True):
             if row is None:
                 continue
-            values = {key: plain(row[key]) for key in sorted(row) if key != "step"}
-            nested = [key for key, value in values.items() if isinstance(value, dict | list)]
-            if nested:
-                raise TypeError(
-                    f"a line of {path.name} is flat, name to number; {nested[0]!r} holds several values"
-                )
-            line = json.dumps({"step": int(step), **values}, allow_nan=False, ensure_ascii=False)
-            rest = f"{line}\n".encode()
+            rest = line_of(
+                {"step": int(step), **{key: row[key] for key in sorted(row) if key != "step"}}
+            ).encode()
             try:
                 while rest:  # what does not fit on the disk any more is left over
                     rest = rest[file.write(rest) :]
@@ -81,11 +83,18 @@ class MetricsLog:
         for file in self._files.values():
             file.close()
 
-    def __enter__(self) -> MetricsLog:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+def line_of(row: Mapping[str, Any]) -> str:
+    """Return the line of a file that holds this row of numbers, which `read_metrics` reads back.
+
+    Raises:
+        TypeError: a value holds several numbers.
+    """
+    values = plain(row)
+    for key, value in values.items():
+        if isinstance(value, dict | list):
+            raise TypeError(f"a line is flat, name to number; {key!r} holds several values")
+    return json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -98,21 +107,20 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise Refused(f"The metrics {path} cannot be read ({error}); give the directory of a run.") from error
-    rows: list[dict[str, Any]] = []
+    rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-        except (ValueError, RecursionError) as error:
+            infinite = {name: float(x) for name, x in row.items() if x in ("Infinity", "-Infinity")}
+            rows.append({**row, **infinite, "step": int(row["step"])})
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number == len(lines):  # it has no newline: a crash cut it short
                 break
             raise Refused(
-                f"Line {number} of {path} is damaged ({error}); remove it, and the others can be read."
+                f"Line {number} of {path} is damaged ({describe(error)}); remove it to read the others."
             ) from error
-        rows.append(row)
     return rows
 
 
@@ -164,3 +172,49 @@ def _column(values: list[Any]) -> Any:
     except (pyarrow.ArrowException, OverflowError):
         pass
     return [None if cell is None else json.dumps(plain(cell), ensure_ascii=False) for cell in cells]
+
+
+class Stopwatch:
+    """Times updates one by one, without the evaluations between them.
+
+    Attributes:
+        last: seconds of the last update.
+        total: seconds of all updates so far.
+    """
+
+    last = total = 0.0
+
+    def time(self, update: Callable[[], T]) -> T:
+        """Make an update and return what it returns."""
+        began = time.perf_counter()
+        found = update()
+        self.last = time.perf_counter() - began
+        self.total += self.last
+        return found
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the time so far."""
+        return {"seconds": self.total}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.total = state["seconds"]
+
+    def timings(self, tokens: float) -> dict[str, float]:
+        """Return the seconds of the last update, and the mean rate if all of them processed `tokens`."""
+        return {"step_seconds": self.last, "tokens_per_second": tokens / max(self.total, 1e-9)}
+
+
+def peak_memory() -> dict[str, float]:
+    """Return the most memory that this process has held so far, in GiB, as far as the system tells it.
+
+    Returns:
+        `peak_memory_gib`, the resident set; where there is a GPU, `peak_cuda_memory_gib`, the tensors on it.
+    """
+    status = Path("/proc/self/status")  # `getrusage` would also count the process that started this one
+    held = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
+    found = {"peak_memory_gib": int(held[1]) * 1024 / _GIB} if held else {}
+    torch = sys.modules.get("torch")  # without it nothing is on a GPU
+    if torch is not None and torch.cuda.is_available():
+        found["peak_cuda_memory_gib"] = torch.cuda.max_memory_allocated() / _GIB
+    return found

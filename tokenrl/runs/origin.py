@@ -1,17 +1,27 @@
-"""Says how a run was started: by a command, which can be typed again, or by a Python program."""
+"""Says what made a run: the command or the Python program that started it, its settings, and its versions."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
 from tokenrl.runs.files import plain
+
+_PACKAGES = (
+    *("torch", "transformers", "accelerate", "datasets", "peft", "gymnasium", "numpy", "safetensors"),
+    "tokenizers",
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +59,10 @@ class Origin:
             return cls(shlex.join(["tokenrl", *sys.argv[1:]]), settings)
         named = all(isinstance(values[name], os.PathLike) for name in objects) and _has_names(values)
         again = ["tokenrl", kind, "--config", str(config), "--overwrite"] if named else []
-        written, default = plain(settings), plain({f.name: _default(f) for f in fields(args)})
-        changed = {name: value for name, value in written.items() if value != default[name]}
+        default = {
+            f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)
+        }
+        changed = {name: plain(value) for name, value in settings.items() if value != default[name]}
         return cls(shlex.join(again), settings, changed)
 
     def in_words(self) -> list[str]:
@@ -60,10 +72,6 @@ class Origin:
         settings = json.dumps(self.changed, indent=2, sort_keys=True, ensure_ascii=False)
         said = "It was started from Python with these settings; the others had their defaults:"
         return [said, "", "```json", settings, "```"]
-
-
-def _default(field: Any) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _has_names(value: Any) -> bool:
@@ -76,3 +84,23 @@ def _has_names(value: Any) -> bool:
     if is_dataclass(value):
         return all(_has_names(getattr(value, f.name)) for f in fields(value))
     return True
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions of Python, the platform and the packages that decide the numbers of a run.
+
+    So does the processor: with another one PyTorch may choose instructions that round differently.
+    """
+    info = Path("/proc/cpuinfo")
+    processor = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "tokenrl": import_module("tokenrl").__version__,
+        "processor": processor[1] if processor else platform.processor() or platform.machine(),
+    }
+    for package in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

@@ -38,36 +38,14 @@ def without_warnings(quiet: bool) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of `datasets` inside the block.
-
-    From Python, `datasets` may have been imported before `hush_libraries` could be called.
-    """
-    import datasets
-
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
 def prepare_streams() -> None:
     """Open /dev/null in place of each standard stream that was closed, as by `>&-`.
 
-    Otherwise the next file that is opened gets the number of the stream, and what libraries print there ends
-    up in that file. Characters that the encoding of a stream lacks are written as their numbers.
+    Characters that the encoding of a stream lacks are written as their numbers.
     """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, this one
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
         if name != "stdin" and hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="backslashreplace")
 

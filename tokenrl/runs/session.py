@@ -25,26 +25,29 @@ Before `begin`, every error that a user can mend is raised as `Refused`. After i
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenrl.errors import Refused, Stopped, describe, out_of_memory
-from tokenrl.runs.checkpoint import Model, Resumable, Saver, SavingArguments, latest_checkpoint
+from tokenrl.runs.checkpoint import Model, Resumable, Saver, SavingArguments, step_of
 from tokenrl.runs.console import Console, Progress
 from tokenrl.runs.directory import RunDirectory
-from tokenrl.runs.files import plain
+from tokenrl.runs.files import plain, write_json
 from tokenrl.runs.folders import atomic_directory
-from tokenrl.runs.metrics import MetricsLog, read_metrics
+from tokenrl.runs.metrics import MetricsLog, peak_memory
 from tokenrl.runs.origin import Origin
 from tokenrl.runs.output import without_warnings
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import Maker, cut_back, find_checkpoint
 from tokenrl.runs.signals import SIGNALS, GracefulStop
-from tokenrl.runs.timings import peak_memory
 from tokenrl.runs.trackers import TrackerArguments, Trackers
+
+if TYPE_CHECKING:
+    from tokenrl.runs.findings import Finding
 
 
 class Session:
@@ -99,33 +102,50 @@ class Session:
         """
         self.kind, self.output_dir = kind, Path(output_dir).absolute()
         quiet = quiet or not main
-        self.console, self._warnings = Console(quiet=quiet, every=every), without_warnings(quiet)
+        self.console, self._quiet = Console(quiet=quiet, every=every), quiet
         self._trackers = Trackers(tracking or TrackerArguments(), self.console.warn)
         self._saving, self._agreed, self._report = saving or SavingArguments(), agreed, report
         resume = self._saving.resume
         if overwrite and resume:
             raise Refused("overwrite replaces the run in output_dir, resume continues it: give one of both.")
         how = {"overwrite": overwrite, "resume": bool(resume)}
-        self.directory = RunDirectory.create(self.output_dir, **how) if main else None
-        self._latest = find_checkpoint(self.output_dir, self.directory, resume, agreed)
-        self.continues = self._latest.path is not None
+        self.directory = RunDirectory(self.output_dir, **how) if main else None
+        self._continued, self._skipped = self._find(resume) if resume else (None, [])
+        self.continues = self._continued is not None
         self.stop = GracefulStop(quiet=quiet)
         self._saver = Saver(self.output_dir / "checkpoints", self._saving, active=main)
         self._maker = Maker()
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
+        self._atexit = contextlib.ExitStack()
         self.step = self._recorded = self._total = 0  # the current step, the last in the log, that of the end
         self.flags: list[str] = []
         self.ended: str | None = None
         self.spent: Callable[[], bool] = lambda: False
         self._begun = False
-        self._told: int | None = None  # the exit code in the outcome
+        self._exit_code: int | None = None  # the one in the outcome
         self._evaluations: dict[int, dict[str, float]] = {}  # metrics by step
         self._warned: set[str] = set()
         self._began, self._seconds = time.monotonic(), 0.0  # seconds before the run was continued
 
+    def _find(self, resume: str) -> tuple[Path | None, list[str]]:
+        """Find the checkpoint to continue from; the main process tells the others its step."""
+        path: Path | None = None
+        skipped: list[str] = []
+        if self.directory is not None:
+            try:
+                path, skipped = find_checkpoint(self.output_dir, resume)
+            except Refused:
+                self.directory.release()
+                raise
+        (step,) = self._agreed([step_of(path) if path else 0])
+        return self.output_dir / "checkpoints" / f"step_{step:06d}" if step else None, skipped
+
     def __enter__(self) -> Session:
-        self._warnings.__enter__()
+        self._atexit.callback(self._trackers.close)  # last, since a tracker may be slow to end
+        if self.directory is not None:
+            self._atexit.callback(self.directory.release)
+        self._atexit.enter_context(without_warnings(self._quiet))
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -135,26 +155,20 @@ class Session:
             Refused: a `Stopped` came before `begin`, so that nothing has been lost.
             Stopped: a `Stopped` came after `begin`; the message adds the step and the last checkpoint.
         """
-        try:
-            self._hide()  # still shown if an error has left the loop
-            told = out_of_memory(error) if error is not None else None
-            told = error if isinstance(error, Stopped) else told
-            if told is not None and not self._begun:
-                raise Refused(f"Before the first step: {told}") from error
+        with self._atexit:
+            if self._progress is not None:
+                self._progress.__exit__()  # the live line is still shown if an error has left the loop
+            stopped = error if isinstance(error, Stopped) else out_of_memory(error) if error else None
+            if stopped is not None and not self._begun:
+                raise Refused(f"Before the first step: {stopped}") from error
             if isinstance(error, Exception) and self._begun:
-                failed = self._failed(told or error)
-                if told is not None:
+                failed = self._failed(stopped or error)
+                if stopped is not None:
                     raise failed from error
                 self.console.warn(str(failed))  # and the error itself goes on, with its traceback
-        finally:
-            self._warnings.__exit__(None, None, None)
-            self.stop.__exit__()
-            if self.directory is not None:
-                self.directory.release()
-            if self._log is not None:
-                self._log.close()
-            self._trackers.close()  # last, since a tracker may be slow to end
-        if error is None and self._told == 0:  # a signal after the outcome, as during the report, is not lost
+        if (
+            error is None and self._exit_code == 0
+        ):  # a signal after the outcome, as in the report, is not lost
             self.stop.pass_on()
 
     def keep(self, model: Model, maker: Maker, **parts: Resumable) -> None:
@@ -164,7 +178,7 @@ class Session:
 
     def open(self, title: str, facts: Mapping[str, Any], **options: Any) -> None:
         """Print the header (see `Console.start`), start the clock, and from here on catch signals."""
-        self.stop.__enter__()
+        self._atexit.enter_context(self.stop)
         self.console.start(title, facts, **options)
         self._began = time.monotonic()
 
@@ -184,8 +198,8 @@ class Session:
         self.origin = Origin.of(self.kind, args, names, self.output_dir / "config.json")
         settings = {**self.origin.settings, "kind": self.kind}
         self._maker.settings = plain(settings)
-        if self._latest.path is not None:
-            self._continue(self._latest.path)
+        if self._continued is not None:
+            self._continue(self._continued)
         self._begun = True
         if self.directory is None:
             return
@@ -195,37 +209,30 @@ class Session:
             self.console.note("Nothing is left to do: the run had ended.")
             return
         self._trackers.start(config, self.output_dir)
-        self._log = MetricsLog(self.directory.metrics, self.directory.timings)
+        self._log = MetricsLog(self.output_dir)
+        self._atexit.callback(self._log.close)
         if self.step == 0:
-            self._write(_named(self.eval_before))
+            self.record(_named(self.eval_before))
 
     def _continue(self, path: Path) -> None:
         """Restore the state of a checkpoint, and remove what the run wrote after it."""
         self.step = self._recorded = self._saver.restore(path)
         if self.directory is not None:
-            cut_back(self.directory, self.step)
-        for fault in self._latest.skipped:
+            cut_back(self.output_dir, self.step)
+        for fault in self._skipped:
             self.console.warn(f"skipped: {fault}")
         self.console.note(f"The run continues after step {self.step}, from {path}")
         if self._maker.inexact:
             self.console.warn(f"The continuation may not be bit-exact: {'; '.join(self._maker.inexact)}.")
 
-    def recorded(self) -> list[dict[str, Any]]:
-        """Return the rows of metrics.jsonl up to the current step; those of a run that is continued too."""
-        path = self.output_dir / "metrics.jsonl"
-        return [row for row in read_metrics(path) if row["step"] <= self.step] if path.exists() else []
-
     def steps(self, total: int) -> Iterator[int]:
         """Yield the numbers of the steps that are left; end early if any process was asked to stop."""
-        self._total = total
-        self._progress = self.console.progress(total, self.step).__enter__()
-        try:
+        self._total, self._progress = total, self.console.progress(total, self.step)
+        with self._progress:
             while self.step < total and not (self.spent() or self.ended or self._asked()):
                 self.step += 1
                 yield self.step
                 self._saver.settle(self.step)
-        finally:
-            self._hide()
 
     def _asked(self) -> bool:
         """Save if it is time; return whether any process was asked to stop: all agree, or some would wait."""
@@ -235,12 +242,6 @@ class Session:
         if asked:  # otherwise a signal that came in between would be overwritten
             self.stop.requested = asked
         return bool(asked)
-
-    def _hide(self) -> None:
-        """Take the live line away, which prints a line; a second call does nothing."""
-        progress, self._progress = self._progress, None
-        if progress is not None:
-            progress.__exit__()
 
     def due(self, every: int) -> bool:
         """Return whether something is due now: every `every` steps (0: never), and in the last step."""
@@ -280,15 +281,14 @@ class Session:
 
     def record(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
         """Write metrics of this step to metrics.jsonl, timings to timings.jsonl, and show and track both."""
-        self._write(metrics, {**(timings or {}), **peak_memory()})
-
-    def _write(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
+        timings = {**(timings or {}), **peak_memory()} if self.step else None
+        shown = {**metrics, **(timings or {})}
         if self._log is not None:
             self._log.write(self.step, metrics, timings)
-            self._trackers.write(self.step, {**metrics, **(timings or {})})
+            self._trackers.write(self.step, shown)
         self._recorded = self.step
         if self._progress is not None:
-            self._progress.update(self.step, {**metrics, **(timings or {})})
+            self._progress.update(self.step, shown)
 
     def warn_once(self, topic: str, message: str) -> None:
         """Print a warning the first time that its topic comes up, and never again."""
@@ -315,7 +315,7 @@ class Session:
 
     def outcome(self, reason: str) -> dict[str, Any]:
         """Make the fields of `Outcome`. If a signal ended the run, its name replaces `reason`."""
-        code = self._told = self.stop.exit_code
+        code = self._exit_code = self.stop.exit_code
         if self.step < self._total and not code:
             self.ended = reason
         return {
@@ -338,7 +338,6 @@ class Session:
         """
         if self.directory is None:
             return
-        self._hide()
         try:
             self._save()
         except Stopped as error:  # of a full disk: the model is smaller
@@ -347,23 +346,52 @@ class Session:
         with atomic_directory(self.directory.model) as folder:
             write_model(folder)
         summary = ended.summary()
-        self.directory.write_summary(summary)
+        write_json(self.directory.summary, summary)
         try:
-            where = f"report  {self._report(self.output_dir)}"
+            report = f"\nreport  {self._report(self.output_dir)}"
         except Exception as error:  # a trained model is not lost over a picture
-            again = f"tokenrl report {self.output_dir}"
-            where = ""
+            again, report = f"tokenrl report {self.output_dir}", ""
             self.console.warn(f"No report could be made: {error} For another attempt: {again}")
         self.console.finish(summary)
-        self.console.note(f"model   {self.directory.model}\n{where}".strip())
+        self.console.note(f"model   {self.directory.model}{report}")
 
-    def _save(self) -> Path | None:
-        """Save a checkpoint of the last whole state; return it, or None if there is none to save."""
+    def conclude(self, parts: str, measured: Mapping[str, str], findings: Sequence[Finding]) -> int:
+        """Print what a check measured and found, set the flags, and return the exit code.
+
+        The table and the remarks go to the standard output, which `quiet` switches off; the problems go to
+        the standard error, as errors do.
+
+        Args:
+            parts: what was checked, in words, such as "model, data and rewards".
+            measured: the lines of the table.
+            findings: problems, which make training pointless or wrong (`void`), and remarks.
+
+        Returns:
+            0 if there is no problem, else that of a refusal, 2.
+        """
+        problems = [finding for finding in findings if finding.weight == "void"]
+        remarks = [finding for finding in findings if finding.weight != "void"]
+        self.flags += [finding.flag for finding in (*problems, *remarks)]
+        if not problems:
+            self.console.note(f"Check passed: {parts} work together. Nothing was trained.")
+        self.console.facts("", measured)
+        for remark in remarks:
+            self.console.warn(str(remark))
+        if problems and self.directory is not None:
+            sys.stdout.flush()  # the table first, where both go to one place
+            count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+            print(f"tokenrl: Check not passed: {count}. Nothing was trained.", file=sys.stderr)
+            for place, problem in enumerate(problems, 1):
+                print(f"  {place}. {problem}", file=sys.stderr)
+        return Refused.exit_code if problems else 0
+
+    def _save(self) -> None:
+        """Save a checkpoint of the last whole state, if there is one."""
         if self._recorded == self.step:  # nothing of a further step has happened
             self._saver.settle(self.step)
         if self._log is not None:
             self._log.sync()  # a checkpoint must never know more steps than metrics.jsonl
-        return self._saver.save()
+        self._saver.save()
 
     def _failed(self, error: Exception) -> Stopped:
         """Save the state of a run that failed, write its summary and report; return the error to tell."""
@@ -375,14 +403,15 @@ class Session:
         except Stopped as fault:
             said = list(dict.fromkeys([*said, str(fault)]))
         failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}
-        ended = Outcome(**self.outcome("failed") | failed)
+        summary = Outcome(**self.outcome("failed") | failed).summary()
         with contextlib.suppress(Exception):  # the directory may be gone, or its disk full
-            self.directory.write_summary(ended.summary() | {"flags": self.flags, "error": " ".join(said)})
+            write_json(self.directory.summary, summary | {"flags": self.flags, "error": " ".join(said)})
             self._report(self.output_dir)
-        path = latest_checkpoint(self.directory.checkpoints).path
-        left = f"The last complete checkpoint is {path}; --resume auto continues from it."
-        none = "The run directory holds no checkpoint."
-        return Stopped(f"At step {self.step}: {' '.join(said)} {none if path is None else left}")
+        left = "The run directory holds no checkpoint."
+        with contextlib.suppress(Refused):
+            if path := find_checkpoint(self.output_dir)[0]:
+                left = f"The last complete checkpoint is {path}; --resume auto continues from it."
+        return Stopped(f"At step {self.step}: {' '.join(said)} {left}")
 
 
 def _named(metrics: Mapping[str, float]) -> dict[str, float]:

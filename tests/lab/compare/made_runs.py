@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def write_run(
     folder.mkdir(parents=True)
     write_json(folder / "config.json", {"kind": "control", "versions": {}, **(config or {})})
     pairs = list(zip(rewards, greedy or rewards, strict=True))
-    with MetricsLog(folder / "metrics.jsonl", folder / "timings.jsonl") as log:
+    with closing(MetricsLog(folder)) as log:
         for step in range(every * (len(rewards) - 1) + 1):
             row = {**PLAIN, **counts(step), **metrics} if step else {}
             if step % every == 0:

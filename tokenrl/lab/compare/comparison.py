@@ -17,9 +17,9 @@ from tokenrl.lab.compare.judgement import Family, Judgement
 from tokenrl.lab.compare.overall import overall
 from tokenrl.lab.compare.plan import Plan, Problem
 from tokenrl.lab.compare.scores import SCORES, RunTable, thresholds
-from tokenrl.runs.directory import versions
 from tokenrl.runs.files import write_json, write_text
 from tokenrl.runs.findings import Finding
+from tokenrl.runs.origin import versions
 
 CITATION = """@software{{tokenrl,
   title = {{tokenrl: policy gradients on language models, with declared bias}},

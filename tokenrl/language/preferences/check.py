@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenrl.language.preferences.pairs import Pair
-from tokenrl.runs.checkup import conclude
 from tokenrl.runs.findings import Finding, Weight
 from tokenrl.runs.session import Session
 
@@ -54,7 +53,7 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
         "pairs": f"{len(train):,} to train on, {len(known):,} of them distinct; {len(held_out):,} held out",
         "chosen": ", ".join(f"the {which} in {share:.0%}" for which, share in shares.items()),
     }
-    return conclude(session, "data, model and loss", measured, findings)
+    return session.conclude("data, model and loss", measured, findings)
 
 
 def _weight(grave: bool) -> Weight:

@@ -39,11 +39,10 @@ from tokenrl.language.preferences.report import (
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.memory import fingerprint as rows_fingerprint, recorded
 from tokenrl.language.training.supervised import Descent
-from tokenrl.runs.checkup import checked
+from tokenrl.runs.metrics import Stopwatch
 from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.runs.timings import Stopwatch
 from tokenrl.settings import called, settled
 
 LOSS_NOTE = "The loss is the negative log-likelihood of the choices, in nats per pair; guessing gives 0.693."
@@ -237,7 +236,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         if args.check:
             code = check_pairs(session, data.train, data.held_out)
             ended = RewardModelResult(**session.outcome("check"), reward_model=reward_model)
-            return checked(ended, code)
+            return replace(ended, exit_code=ended.exit_code or code)
         task = None if data.task is None else data.task.name
         names = {"data": data.name, "model": reward_model.__name__, "policy": "in memory", "task": task}
         pairs = {"train": len(data.train), "held_out": len(data.held_out)}

@@ -27,14 +27,13 @@ from tokenrl.language.training.run import Run, RunResult
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
 from tokenrl.language.training.verdicts import asks_in_text, needs_groups, remedy, settings_facts
-from tokenrl.runs.checkup import checked, conclude
 from tokenrl.runs.console import duration
+from tokenrl.runs.directory import check_space, in_words
 from tokenrl.runs.facts import share_equal
 from tokenrl.runs.findings import Finding
+from tokenrl.runs.metrics import peak_memory
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
-from tokenrl.runs.space import check_space, in_words
-from tokenrl.runs.timings import peak_memory
 
 T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
@@ -77,8 +76,9 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     _attempt(findings, "disk-too-small", lambda: check_space(session.output_dir, session.space_needed))
     lines = _lines(run, facts, [*rewarded, *full], evaluation)
     lines["disk"] = f"{in_words(shutil.disk_usage(session.output_dir).free)} are free"
-    code = conclude(session, "model, data, sampling, rewards and estimator", lines, findings)
-    return checked(run.result(session, "check"), code)
+    code = session.conclude("model, data, sampling, rewards and estimator", lines, findings)
+    result = run.result(session, "check")
+    return replace(result, exit_code=result.exit_code or code)
 
 
 def _attempt(findings: list[Finding], what: str, work: Callable[[], T]) -> T | None:

@@ -30,11 +30,11 @@ from tokenrl.language.training.defaults import (
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.setup import made_from, make_policy
 from tokenrl.language.training.supervised import SupervisedTraining
+from tokenrl.runs.metrics import Stopwatch
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.runs.timings import Stopwatch
 from tokenrl.settings import called, settled
 
 EVALUATED = 64
