@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    **{"top": 800, "core": 1_382, "runs": 2_570, "control": 1_497, "advisor": 815},
+    **{"top": 800, "core": 1_382, "runs": 2_420, "control": 1_497, "advisor": 815},
     **{"language": 5, "language/policy": 775, "language/rewards": 845, "language/tasks": 590},
     **{"language/rollout": 930, "language/training": 2_630, "language/preferences": 745},
     **{"language/inspect": 385, "lab": 5, "lab/exact": 880, "lab/measure": 735, "lab/compare": 1_900},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -130,6 +131,36 @@ class Console:
     def warn(self, message: str) -> None:
         """Print a warning."""
         self.print(f"warning: {harmless(message)}", style="yellow")
+
+    def check(
+        self, parts: str, measured: Mapping[str, str], problems: Iterable[str], remarks: Iterable[str]
+    ) -> None:
+        """Print what a check of a training measured and found.
+
+        The table and the remarks go to the standard output, which `quiet` switches off; the problems go to
+        the standard error, as errors do.
+
+        Args:
+            parts: what was checked, in words, such as "model, data and rewards".
+            measured: the lines of the table.
+            problems: what makes training pointless or wrong.
+            remarks: what else was found.
+        """
+        numbered = [f"  {place}. {problem}" for place, problem in enumerate(problems, 1)]
+        if not numbered:
+            self.note(f"Check passed: {parts} work together. Nothing was trained.")
+        self.facts("", measured)
+        for remark in remarks:
+            self.warn(remark)
+        if numbered:
+            sys.stdout.flush()  # the table first, where both go to one place
+            count = f"{len(numbered)} problem{'s' * (len(numbered) > 1)}"
+            print(
+                f"tokenrl: Check not passed: {count}. Nothing was trained.",
+                *numbered,
+                sep="\n",
+                file=sys.stderr,
+            )
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the evaluation before and after training, and how the run ended, from summary.json."""

@@ -18,14 +18,13 @@ writes its own loop and asks the session what is due::
         session.finish(Outcome(**session.outcome("finished")), write_model)
 
 Checkpoints are saved between two steps: when one is due, and at the end of the run, whatever ends it.
-Before `begin`, every error that a user can mend is raised as `Refused`. After it, the error is raised as
-`Stopped`: the state is saved, summary.json says why the run failed, and the message names the checkpoint.
+Before `begin`, every error that a user can mend is raised as `Refused`. After it, as `Stopped`: the state is
+saved, summary.json says why the run failed, and the message names the checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from tokenrl.runs.console import Console, Progress
 from tokenrl.runs.directory import RunDirectory
 from tokenrl.runs.files import plain, write_json
 from tokenrl.runs.folders import atomic_directory
-from tokenrl.runs.metrics import MetricsLog, peak_memory
+from tokenrl.runs.metrics import MetricsLog, peak_memory, read_metrics
 from tokenrl.runs.origin import Origin
 from tokenrl.runs.output import without_warnings
 from tokenrl.runs.reader import Outcome
@@ -63,7 +62,7 @@ class Session:
         origin: how the run was started; known from `begin` on.
         step: number of the current step, from 1; 0 before the first.
         flags: warnings about the outcome.
-        ended: why the run ended by itself before its last step, if it did; else None.
+        ended: why the run ended by itself before its last step; None if it did not.
         spent: says whether the run has used up a budget other than its steps, so that this step is the last.
     """
 
@@ -104,8 +103,8 @@ class Session:
         quiet = quiet or not main
         self.console, self._quiet = Console(quiet=quiet, every=every), quiet
         self._trackers = Trackers(tracking or TrackerArguments(), self.console.warn)
-        self._saving, self._agreed, self._report = saving or SavingArguments(), agreed, report
-        resume = self._saving.resume
+        self._agreed, self._report, saving = agreed, report, saving or SavingArguments()
+        resume = saving.resume
         if overwrite and resume:
             raise Refused("overwrite replaces the run in output_dir, resume continues it: give one of both.")
         how = {"overwrite": overwrite, "resume": bool(resume)}
@@ -113,7 +112,7 @@ class Session:
         self._continued, self._skipped = self._find(resume) if resume else (None, [])
         self.continues = self._continued is not None
         self.stop = GracefulStop(quiet=quiet)
-        self._saver = Saver(self.output_dir / "checkpoints", self._saving, active=main)
+        self._saver = Saver(self.output_dir / "checkpoints", saving, active=main)
         self._maker = Maker()
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
@@ -130,16 +129,16 @@ class Session:
 
     def _find(self, resume: str) -> tuple[Path | None, list[str]]:
         """Find the checkpoint to continue from; the main process tells the others its step."""
-        path: Path | None = None
-        skipped: list[str] = []
-        if self.directory is not None:
-            try:
-                path, skipped = find_checkpoint(self.output_dir, resume)
-            except Refused:
-                self.directory.release()
-                raise
-        (step,) = self._agreed([step_of(path) if path else 0])
-        return self.output_dir / "checkpoints" / f"step_{step:06d}" if step else None, skipped
+        if self.directory is None:
+            (step,) = self._agreed([0])
+            return (self.output_dir / "checkpoints" / f"step_{step:06d}" if step else None), []
+        try:
+            path, skipped = find_checkpoint(self.output_dir, resume)
+        except Refused:
+            self.directory.release()
+            raise
+        self._agreed([step_of(path) if path else 0])
+        return path, skipped
 
     def __enter__(self) -> Session:
         self._atexit.callback(self._trackers.close)  # last, since a tracker may be slow to end
@@ -225,6 +224,11 @@ class Session:
         if self._maker.inexact:
             self.console.warn(f"The continuation may not be bit-exact: {'; '.join(self._maker.inexact)}.")
 
+    def recorded(self) -> list[dict[str, Any]]:
+        """Return the rows of metrics.jsonl up to the current step; those of a run that is continued too."""
+        path = self.output_dir / "metrics.jsonl"
+        return [row for row in read_metrics(path) if row["step"] <= self.step] if path.exists() else []
+
     def steps(self, total: int) -> Iterator[int]:
         """Yield the numbers of the steps that are left; end early if any process was asked to stop."""
         self._total, self._progress = total, self.console.progress(total, self.step)
@@ -239,8 +243,7 @@ class Session:
         asked, save = self._agreed([self.stop.requested or 0, int(self._saver.due(self.step))])
         if save:
             self._save()
-        if asked:  # otherwise a signal that came in between would be overwritten
-            self.stop.requested = asked
+        self.stop.requested = asked or self.stop.requested  # or one that came in between
         return bool(asked)
 
     def due(self, every: int) -> bool:
@@ -338,6 +341,7 @@ class Session:
         """
         if self.directory is None:
             return
+        run = self.output_dir
         try:
             self._save()
         except Stopped as error:  # of a full disk: the model is smaller
@@ -345,44 +349,22 @@ class Session:
         self._saver.check_finite()
         with atomic_directory(self.directory.model) as folder:
             write_model(folder)
-        summary = ended.summary()
-        write_json(self.directory.summary, summary)
+        write_json(self.directory.summary, ended.summary())
         try:
-            report = f"\nreport  {self._report(self.output_dir)}"
+            report = f"\nreport  {self._report(run)}"
         except Exception as error:  # a trained model is not lost over a picture
-            again, report = f"tokenrl report {self.output_dir}", ""
-            self.console.warn(f"No report could be made: {error} For another attempt: {again}")
-        self.console.finish(summary)
+            report = ""
+            self.console.warn(f"No report could be made: {error} For another attempt: tokenrl report {run}")
+        self.console.finish(ended.summary())
         self.console.note(f"model   {self.directory.model}{report}")
 
     def conclude(self, parts: str, measured: Mapping[str, str], findings: Sequence[Finding]) -> int:
-        """Print what a check measured and found, set the flags, and return the exit code.
-
-        The table and the remarks go to the standard output, which `quiet` switches off; the problems go to
-        the standard error, as errors do.
-
-        Args:
-            parts: what was checked, in words, such as "model, data and rewards".
-            measured: the lines of the table.
-            findings: problems, which make training pointless or wrong (`void`), and remarks.
-
-        Returns:
-            0 if there is no problem, else that of a refusal, 2.
-        """
+        """Tell what a check measured and found, and return the exit code: 2 if a finding is `void`."""
         problems = [finding for finding in findings if finding.weight == "void"]
         remarks = [finding for finding in findings if finding.weight != "void"]
         self.flags += [finding.flag for finding in (*problems, *remarks)]
-        if not problems:
-            self.console.note(f"Check passed: {parts} work together. Nothing was trained.")
-        self.console.facts("", measured)
-        for remark in remarks:
-            self.console.warn(str(remark))
-        if problems and self.directory is not None:
-            sys.stdout.flush()  # the table first, where both go to one place
-            count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-            print(f"tokenrl: Check not passed: {count}. Nothing was trained.", file=sys.stderr)
-            for place, problem in enumerate(problems, 1):
-                print(f"  {place}. {problem}", file=sys.stderr)
+        if self.directory is not None:  # the main process
+            self.console.check(parts, measured, map(str, problems), map(str, remarks))
         return Refused.exit_code if problems else 0
 
     def _save(self) -> None:

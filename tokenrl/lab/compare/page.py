@@ -14,7 +14,6 @@ from tokenrl.lab.compare.judgement import Difference, Family, listed, shown
 from tokenrl.lab.compare.overall import METHOD
 from tokenrl.lab.compare.plan import Plan, Problem
 from tokenrl.lab.compare.scores import SCORES
-from tokenrl.runs.directory import versions
 from tokenrl.runs.html import (
     Block,
     Section,
@@ -26,6 +25,7 @@ from tokenrl.runs.html import (
     verdict,
     write_page,
 )
+from tokenrl.runs.origin import versions
 from tokenrl.runs.plots import Chart, Curve, Difference as Bars, Forest
 from tokenrl.runs.reader import read_run
 
