@@ -7,8 +7,10 @@ from tokenrl.lab.exact.verdict import measure_bias as measure_bias
 from tokenrl.language.inspect.chat import sample as sample
 from tokenrl.language.inspect.evaluate import evaluate as evaluate
 from tokenrl.language.policy.model import load_policy as load_policy
-from tokenrl.language.preferences.fit import train_reward_model as train_reward_model
-from tokenrl.language.preferences.report import RewardModelResult as RewardModelResult
+from tokenrl.language.preferences.fit import (
+    RewardModelResult as RewardModelResult,
+    train_reward_model as train_reward_model,
+)
 from tokenrl.language.rewards.model import RewardModel as RewardModel
 from tokenrl.language.tasks.task import PromptTask as PromptTask
 from tokenrl.language.training.loop import train as train

@@ -18,11 +18,11 @@ from tokenrl.language.preferences.evaluation import (
     score_pairs as score_pairs,
 )
 from tokenrl.language.preferences.fit import (
+    RewardModelResult as RewardModelResult,
     fit_reward_model as fit_reward_model,
     train_reward_model as train_reward_model,
 )
 from tokenrl.language.preferences.pairs import Pair as Pair, read_pairs as read_pairs
-from tokenrl.language.preferences.report import RewardModelResult as RewardModelResult
 from tokenrl.language.preferences.sampled import (
     make_preferences as make_preferences,
     write_preferences as write_preferences,

@@ -28,7 +28,6 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setitem(sys.modules, "toy_tasks", None)  # importing it raises ModuleNotFoundError
     datasets.disable_progress_bars()
     yield
     for name, module in list(sys.modules.items()):
@@ -249,39 +248,49 @@ def test_the_seed_chooses_what_is_held_out(tmp_path):
     assert choices[0] == choices[1] != choices[2]
 
 
-def test_at_most_half_is_held_out_and_one_prompt_is_too_few(tmp_path):
-    task = load_task(write_rows(tmp_path / "h.jsonl", ROWS), reward=reward)  # 128 asked for
+def test_at_most_half_is_held_out_and_one_prompt_is_too_few():
+    task = load_task(ROWS, reward=reward)  # 128 asked for
     assert (len(task.train_prompts), len(task.eval_prompts)) == (10, 10)
     with pytest.raises(Refused, match="too few distinct prompts"):
-        load_task(write_rows(tmp_path / "one.jsonl", ROWS[:1] * 5), reward=reward)
+        load_task(ROWS[:1] * 5, reward=reward)
     with pytest.raises(Refused, match="eval_size was given as 0"):
-        load_task(str(tmp_path / "h.jsonl"), reward=reward, eval_size=0)
+        load_task(ROWS, reward=reward, eval_size=0)
 
 
 # ---- the stream ----
 
 
-@settings(max_examples=50, deadline=None)
-@given(num_rows=st.integers(1, 7), per_step=st.integers(1, 9), skip=st.integers(0, 9), seed=st.integers(0, 5))
-def test_the_stream_repeats_nothing_within_an_epoch_and_continues_exactly(num_rows, per_step, skip, seed):
-    rows = [{"prompt": str(i)} for i in range(num_rows)]
-    stream = PromptStream(rows, per_step, seed)
-    steps = [stream.next() for _ in range(20)]
-    dealt = [pair for step in steps for pair in step]
-    assert [position for position, _ in dealt] == list(range(20 * per_step))
-    for start in range(0, len(dealt) - num_rows + 1, num_rows):
-        assert {row["prompt"] for _, row in dealt[start : start + num_rows]} == {
-            str(i) for i in range(num_rows)
-        }
-    assert stream.epoch == 20 * per_step / num_rows
+def prompts_of(rows, size, seed):
+    stream = PromptStream([{"prompt": number} for number in range(rows)], size, seed)
+    return stream, lambda: [row["prompt"] for _, row in stream.next()]
 
-    first = PromptStream(rows, per_step, seed)
+
+def batches_of(rows, size, seed):
+    batches = Batches(rows, size, seed)
+    return batches, batches.next
+
+
+@pytest.mark.parametrize("make", [prompts_of, batches_of])
+@settings(max_examples=50, deadline=None)
+@given(rows=st.integers(1, 7), size=st.integers(1, 9), skip=st.integers(0, 9), seed=st.integers(0, 5))
+def test_rows_repeat_nothing_within_an_epoch_and_continue_exactly(make, rows, size, skip, seed):
+    (whole, deal), (first, deal_first), (second, deal_second) = (make(rows, size, seed) for _ in range(3))
+    steps = [deal() for _ in range(20)]
+    dealt = [number for step in steps for number in step]
+    for start in range(0, len(dealt) - rows + 1, rows):
+        assert sorted(dealt[start : start + rows]) == list(range(rows))
     for _ in range(skip):
-        first.next()
-    second = PromptStream(rows, per_step, seed)
+        deal_first()
+    deal_second()  # a state replaces whatever has been given out
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert [second.next() for _ in range(20 - skip)] == steps[skip:]
-    assert second.state_dict() == stream.state_dict()
+    assert [deal_second() for _ in range(20 - skip)] == steps[skip:]
+    assert second.state_dict() == whole.state_dict()
+
+
+def test_positions_and_epochs_count_what_was_given_out():
+    stream = PromptStream(ROWS, 8, seed=0)
+    assert [position for _ in range(4) for position, _ in stream.next()] == list(range(32))
+    assert stream.epoch == 32 / 20 and [position for position, _ in stream.take(2)] == [32, 33]
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
@@ -293,36 +302,13 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert len(set(orders)) == 3 and tuple(str(i) for i in range(30)) not in orders
 
 
-def test_a_stream_refuses_another_runs_state_and_impossible_settings():
-    state = PromptStream(ROWS, 2, seed=0).state_dict()
-    with pytest.raises(Refused, match="num_rows 20 and this run has 19"):
-        PromptStream(ROWS[1:], 2, seed=0).load_state_dict(state)
-    with pytest.raises(Refused, match="seed 0 and this run has 1"):
-        PromptStream(ROWS, 2, seed=1).load_state_dict(state)
+def test_the_state_of_another_run_and_impossible_settings_are_refused():
+    for make in (prompts_of, batches_of):
+        state = make(20, 2, 0)[0].state_dict()
+        with pytest.raises(Refused, match="num_rows 20 and this run has 19"):
+            make(19, 2, 0)[0].load_state_dict(state)
+        with pytest.raises(Refused, match="seed 0 and this run has 1"):
+            make(20, 2, 1)[0].load_state_dict(state)
     for rows, per_step, seed in (([], 2, 0), (ROWS, 0, 0), (ROWS, 1, -1)):
         with pytest.raises(Refused):
             PromptStream(rows, per_step, seed)
-
-
-@settings(max_examples=50, deadline=None)
-@given(rows=st.integers(1, 7), size=st.integers(1, 9), skip=st.integers(0, 9), seed=st.integers(0, 5))
-def test_batches_repeat_nothing_within_an_epoch_and_continue_exactly(rows, size, skip, seed):
-    whole, first, second = (Batches(rows, size, seed) for _ in range(3))
-    batches = [whole.next() for _ in range(20)]
-    given_out = [row for batch in batches for row in batch]
-    for start in range(0, len(given_out) - rows + 1, rows):
-        assert sorted(given_out[start : start + rows]) == list(range(rows))
-    for _ in range(skip):
-        first.next()
-    second.next()  # a state replaces whatever has been given out
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert [second.next() for _ in range(20 - skip)] == batches[skip:]
-    assert second.state_dict() == whole.state_dict()
-
-
-def test_batches_refuse_the_state_of_another_run():
-    state = Batches(20, 2, seed=0).state_dict()
-    with pytest.raises(Refused, match="num_rows 20 and this run has 19"):
-        Batches(19, 2, seed=0).load_state_dict(state)
-    with pytest.raises(Refused, match="seed 0 and this run has 1"):
-        Batches(20, 2, seed=1).load_state_dict(state)

@@ -65,7 +65,7 @@ def test_questions_that_repeat_are_held_out_once_and_not_trained_on(gym):
     assert len(held) == len(set(held)) <= 3 and not set(held) & set(prompts(task.train_prompts))
     (warning,) = few_prompts(task.train_prompts)
     assert f"only {len(set(prompts(task.train_prompts)))} distinct prompts" in warning
-    with pytest.raises(Refused, match="all 64 training puzzles are among the 8 held-out ones"):
+    with pytest.raises(Refused, match=r"too few distinct prompts .* 8 to evaluate on, 0 training rows"):
         load_task("reasoning_gym:coins(size=64, sides=8)")
     for option in ("size=1073741824", "seed=1073741824", "eval_size=1073741824"):
         with pytest.raises(Refused, match=r"at most 1,073,741,823"):

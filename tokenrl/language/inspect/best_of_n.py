@@ -116,8 +116,8 @@ def best_of_n_metrics(
         known = (result.valid & measured.valid).reshape(len(places), -1)
         proxies, golds = (found.total.reshape(len(places), -1) for found in (result, measured))
         pools += [(p[k], g[k]) for p, g, k in zip(proxies, golds, known, strict=True)]
-    metrics: dict[str, float] = {}
-    for n in _doubling(sampling.num_generations):
+    metrics, most = dict[str, float](), sampling.num_generations
+    for n in sorted({*(2**k for k in range(most.bit_length())), most}):
         chosen = [(choice_weights(p, n), p, g) for p, g in pools if len(p) >= n]
         for name, values in (
             ("best_of_n", [float(w @ g) for w, _, g in chosen]),
@@ -127,11 +127,6 @@ def best_of_n_metrics(
             found = over_prompts(values)
             metrics |= {f"{name}@{n}": found.value, f"{name}@{n}_stderr": found.stderr}
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
-
-
-def _doubling(most: int) -> list[int]:
-    """Return 1, 2, 4 ... up to `most`, and `most` itself."""
-    return sorted({*(2**k for k in range(most.bit_length())), most})
 
 
 def choice_weights(proxy: np.ndarray, n: int) -> np.ndarray:
@@ -157,17 +152,10 @@ def choice_weights(proxy: np.ndarray, n: int) -> np.ndarray:
         raise Refused(f"n={n}: the best of n is estimated from at least n samples; there are {size}.")
     _, level, counts = np.unique(proxy, return_inverse=True, return_counts=True)
     below = np.cumsum(counts)  # number of samples with this reward or a lower one
-    all_below = np.array([_subsets(int(m), n) - _subsets(size, n) for m in below])
-    chance = np.diff(np.exp(all_below), prepend=0.0)  # probability that this reward is the highest of n
+    all_below = [math.comb(int(m), n) / math.comb(size, n) for m in below]
+    chance = np.diff(all_below, prepend=0.0)  # probability that this reward is the highest of n
     weights: np.ndarray = (chance / counts)[level.reshape(-1)]
     return weights
-
-
-def _subsets(size: int, n: int) -> float:
-    """Return log C(size, n), or -inf if size < n; the binomials themselves would overflow."""
-    if size < n:
-        return -math.inf
-    return math.lgamma(size + 1) - math.lgamma(n + 1) - math.lgamma(size - n + 1)
 
 
 def best_of_n_kl(proxy: np.ndarray, n: int) -> float:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from tokenrl.errors import Refused, describe
@@ -78,22 +79,22 @@ def _check_contents(place: Path, given: Path) -> None:
         place: the directory that should hold the model.
         given: the directory as it was given, that of a run perhaps.
     """
-    config, why = _settings(place), f"{place} holds no saved model: it has no config.json of one."
-    kinds = {_settings(folder).get("kind") for folder in (given, given.parent)}
+    kinds = [_settings(folder).get("kind") for folder in (place, given, given.parent)]
     if "control" in kinds:
-        why = f"{given} is of an agent that tokenrl control trained, which is no language model."
-    elif "kind" in config:
-        saved = sorted((place / "checkpoints").glob("step_*"))
-        why = f"The run in {place} has not saved its model yet: model/ is written when a run ends." + (
-            f" Its latest checkpoint is {saved[-1]}." if saved else ""
-        )
+        what = "is of an agent that tokenrl control trained, which is no language model"
+    elif kinds[0] is not None:
+        saved = [str(path) for path in sorted((place / "checkpoints").glob("step_*"))]
+        latest = f" Its latest checkpoint is {saved[-1]}" if saved else ""
+        what = f"is a run that has not saved its model yet: model/ is written when a run ends.{latest}"
     elif (place / "plan.json").exists():
-        why = f"{place} is the directory of a comparison. Give that of one of its runs."
-    elif (place / "config.json").exists() or (place / "adapter_config.json").exists():
-        if any(place.glob("tokenizer*")) or any(place.glob("vocab*")) or any(place.glob("*.model")):
-            return
-        why = f"The model in {place} has no tokenizer beside it: save it there with save_pretrained too."
-    raise Refused(f"{why} A model is a local directory written by save_pretrained, or a hub name.")
+        what = "is the directory of a comparison; give that of one of its runs"
+    elif not ((place / "config.json").exists() or (place / "adapter_config.json").exists()):
+        what = "holds no saved model: it has no config.json of one"
+    elif not [file for name in ("tokenizer*", "vocab*", "*.model") for file in place.glob(name)]:
+        what = "has no tokenizer beside its model: save it there with save_pretrained too"
+    else:
+        return
+    raise Refused(f"{given} {what}. A model is a local directory written by save_pretrained, or a hub name.")
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -123,17 +124,13 @@ def loading(what: str, place: str, *, trust_remote_code: bool = False) -> Iterat
     except Refused:
         raise
     except Exception as error:  # configuration, weights and tokenizer files each have errors of their own
+        said = " ".join((str(error) or type(error).__name__).split())
+        if type(error).__name__ == "UnpicklingError":  # torch's message says how to run it
+            said = "its weights are a pickle with more in it than weights, which could run as a program"
         raise Refused(
-            f"No {what} could be loaded from {place!r}{hint}: {_in_short(error)} Give a local directory "
-            "written by save_pretrained, or a hub name."
+            f"No {what} could be loaded from {place!r}{hint}: {shorten(said, 300).rstrip('.')}. Give a local "
+            "directory written by save_pretrained, or a hub name."
         ) from error
-
-
-def _in_short(error: BaseException, limit: int = 300) -> str:
-    if type(error).__name__ == "UnpicklingError":  # torch's message says how to run it
-        return "its file of weights is a pickle with more in it than weights, which could run as a program."
-    text = " ".join((str(error) or type(error).__name__).split())
-    return (text if len(text) <= limit else text[:limit] + " ...").rstrip(".") + "."
 
 
 @contextmanager

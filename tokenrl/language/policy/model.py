@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -233,41 +233,40 @@ def load_policy(
     name = find_model(name_or_path)
     if dtype not in get_args(Dtype):
         raise Refused(f"dtype={dtype!r} is unknown; allowed: {', '.join(get_args(Dtype))}.")
-    missing: list[str] = []
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     with loading("causal language model", name, trust_remote_code=trust_remote_code):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         if (adapter := find_adapter_config_file(name)) is not None:
-            from peft import AutoPeftModelForCausalLM
-
-            _check_base_is_named(Path(adapter))
-            model = AutoPeftModelForCausalLM.from_pretrained(name, **options, is_trainable=True)
+            model = _with_adapter(name, Path(adapter), options)
+            if merge_adapter:
+                model = model.merge_and_unload().requires_grad_(True)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, output_loading_info=True)
             model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
-    if missing:  # transformers would fill them with random numbers, and only warn
-        raise Refused(
-            f"{name!r} is not a complete causal language model: it lacks {', '.join(missing[:3])}"
-            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            + ". A classifier or an encoder cannot be the policy. Give a model saved with its language head."
-        )
-    if adapter is not None:
-        check_base(model, Path(name))
-        if merge_adapter:
-            model = model.merge_and_unload().requires_grad_(True)
+            if missing:  # transformers would fill them with random numbers, and only warn
+                raise Refused(
+                    f"{name!r} is not a complete causal language model: it lacks {', '.join(missing)[:200]}. "
+                    "A classifier or an encoder cannot be the policy. Give a model saved with its language "
+                    "head."
+                )
     policy = wrap(model, tokenizer, source=name)
     policy.ask(PromptArguments(**saved_form(name_or_path)))
     return policy
 
 
-def _check_base_is_named(config: Path) -> None:
-    """Refuse an adapter whose adapter_config.json names no base; peft would ask the hub for "None"."""
+def _with_adapter(name: str, config: Path, options: Mapping[str, Any]) -> Any:
+    """Load the adapter in a directory on top of the base model that its adapter_config.json names."""
+    from peft import AutoPeftModelForCausalLM
+
     if not json.loads(config.read_bytes()).get("base_model_name_or_path"):
         raise Refused(
             f"{config} does not name the base model that the adapter belongs to: the base was given in "
             "memory. Give the run's model/, in which base and adapter are merged, or write the directory or "
             "hub name of the base there, as base_model_name_or_path."
         )
+    model = AutoPeftModelForCausalLM.from_pretrained(name, **options, is_trainable=True)
+    check_base(model, Path(name))
+    return model
 
 
 def switch_dropout_off(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -218,33 +218,19 @@ def special_texts(tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
         tokenizer: the model's tokenizer.
         prompts: texts or chat messages, as the user wrote them.
     """
-    if getattr(tokenizer, "split_special_tokens", False):
-        return []
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     names = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-    longest_first = sorted(filter(None, names), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-    matches = {
-        number: match[0]
-        for number, prompt in enumerate(prompts)
-        if (match := next(filter(None, map(pattern.search, _texts(prompt))), None))
-    }
-    if not matches:
+    pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+    found = []
+    for number, prompt in enumerate(prompts):
+        text = prompt if isinstance(prompt, str) else " ".join(str(message["content"]) for message in prompt)
+        if match := pattern.search(text):
+            found.append((number, match[0]))
+    if not found or getattr(tokenizer, "split_special_tokens", False):
         return []
-    number, name = next(iter(matches.items()))
-    others = f" (and {len(matches) - 1:,} more rows contain one)" if len(matches) > 1 else ""
+    others = f" (and {len(found) - 1:,} more rows contain one)" if len(found) > 1 else ""
     return [
-        f'The prompt of row {number} contains "{name}", which the tokenizer reads as a special token, not as '
-        f"these characters{others}. If it is meant as text, write it otherwise, as with a space inside."
+        f'The prompt of row {found[0][0]} contains "{found[0][1]}", which the tokenizer reads as a special '
+        f"token, not as these characters{others}. If it is meant as text, write it otherwise, as with a "
+        "space inside."
     ]
-
-
-def _texts(prompt: Any) -> Iterator[str]:
-    """Yield the texts that a user wrote in a prompt: the text itself, or what chat messages say."""
-    if isinstance(prompt, str):
-        yield prompt
-    elif isinstance(prompt, dict):
-        yield from _texts(prompt.get("content", prompt.get("text", "")))
-    elif isinstance(prompt, Sequence):
-        for part in prompt:
-            yield from _texts(part)

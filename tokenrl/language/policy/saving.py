@@ -1,4 +1,4 @@
-"""Saves a policy so that plain transformers can load it, writes its model card, and reads weights back."""
+"""Saves a model so that plain transformers can load it, writes its model card, and reads weights back."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import reduce
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,47 +20,51 @@ from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.loading import quietly
 from tokenrl.runs.files import write_json
 
-if TYPE_CHECKING:
-    from tokenrl.language.policy.model import Policy
-
 BASE = "base.json"
 """In the folder of an adapter: the fingerprint of the base that it was trained on."""
 
 
+class Loaded(Protocol):
+    """A policy, or a reward model: what has a model and the tokenizer that belongs to it."""
+
+    model: Any
+    tokenizer: Any
+
+
 @quietly()
-def save_policy(policy: Policy, directory: Path, *, card: Card | None = None) -> None:
+def save_policy(policy: Loaded, directory: Path, *, card: Card | None = None) -> None:
     """Write the model and the tokenizer with `save_pretrained`, and the model card.
 
-    An adapter is merged into a copy of the weights, so that `AutoModelForCausalLM` needs nothing else to load
-    the model; the adapter alone is written to `adapter/`.
+    An adapter is merged into a copy of the weights, so that transformers alone can load the model; the
+    adapter alone is written to `adapter/`.
 
     Args:
-        policy: the policy to save.
+        policy: the policy or the reward model to save.
         directory: an existing folder.
         card: what README.md says, in the folder of the adapter too; None writes no card.
     """
-    model: Any = policy.model
-    if policy.has_adapter:
+    model = policy.model
+    if _has_adapter(model):
         _write_adapter(policy, directory / "adapter", _base_of(model))
         if card is not None:
-            (directory / "adapter" / "README.md").write_text(card.text("adapter"), encoding="utf-8")
+            text = replace(card, kind="adapter").text()
+            (directory / "adapter" / "README.md").write_text(text, encoding="utf-8")
         model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(directory)
     policy.tokenizer.save_pretrained(directory)
     if card is not None:
-        (directory / "README.md").write_text(card.text("policy"), encoding="utf-8")
+        (directory / "README.md").write_text(card.text(), encoding="utf-8")
 
 
 @dataclass
 class SavedPolicy:
-    """A policy as checkpoints hold it: all of its weights, or its adapter alone.
+    """A policy or a reward model as checkpoints hold it: all of its weights, or its adapter alone.
 
     Attributes:
-        policy: the policy.
+        policy: the policy or the reward model.
     """
 
-    policy: Policy
-    _base: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    policy: Loaded
 
     def __post_init__(self) -> None:
         """Check that the adapter alone holds all that is trained, so that a checkpoint of it is complete.
@@ -68,7 +72,7 @@ class SavedPolicy:
         Raises:
             Refused: beside an adapter other weights are trained too.
         """
-        if not self.policy.has_adapter:
+        if not _has_adapter(self.policy.model):
             return
         held = {weight.data_ptr() for weight in _adapter_weights(self.policy.model).values()}
         trained = {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
@@ -80,33 +84,37 @@ class SavedPolicy:
                 "modules_to_save, or merge the adapter and train all weights."
             )
 
+    @cached_property
+    def _base(self) -> dict[str, Any]:
+        return _base_of(self.policy.model)  # frozen, so once is enough
+
     def write(self, folder: Path) -> None:
         """Write the weights and the tokenizer into an existing folder, which then loads as a model.
 
         A folder with an adapter alone loads on top of the base model that the adapter was trained on, and is
         refused where that model is not to be found.
         """
-        if not self.policy.has_adapter:
+        if not _has_adapter(self.policy.model):
             save_policy(self.policy, folder)
             return
-        self._base = self._base or _base_of(self.policy.model)  # frozen, so once is enough
         with quietly():
             _write_adapter(self.policy, folder, self._base)
 
     def read(self, folder: Path) -> None:
-        """Give the policy the weights that `write` wrote, bit for bit.
+        """Give the model the weights that `write` wrote, bit for bit.
 
         Raises:
             Refused: the folder holds the weights of another model, or of an adapter on another base.
         """
-        if self.policy.has_adapter:
-            _read_adapter(self.policy, folder)
-        else:
-            read_weights(self.policy.model, folder)
+        (_read_adapter if _has_adapter(self.policy.model) else read_weights)(self.policy.model, folder)
 
     def tensors(self) -> Iterable[Tensor]:
         """Return the weights that are trained."""
-        return self.policy.trainable_parameters()
+        return [p for p in self.policy.model.parameters() if p.requires_grad]
+
+
+def _has_adapter(model: Any) -> bool:
+    return hasattr(model, "disable_adapter")
 
 
 @quietly()
@@ -149,20 +157,18 @@ def _adapter_weights(model: Any) -> dict[str, Tensor]:
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
-def _write_adapter(policy: Policy, folder: Path, base: Mapping[str, Any]) -> None:
+def _write_adapter(policy: Loaded, folder: Path, base: Mapping[str, Any]) -> None:
     """Write the adapter alone, with its tokenizer and what `_base_of` says of the base it belongs to."""
-    model: Any = policy.model
-    model.save_pretrained(folder, save_embedding_layers=False)
+    policy.model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's template, without content
     policy.tokenizer.save_pretrained(folder)
     write_json(folder / BASE, base)
 
 
-def _read_adapter(policy: Policy, folder: Path) -> None:
+def _read_adapter(model: Any, folder: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    model: Any = policy.model
     try:
         saved, present = load_file(folder / "adapter_model.safetensors"), _adapter_weights(model)
         if {name: w.shape for name, w in saved.items()} != {name: w.shape for name, w in present.items()}:
@@ -186,18 +192,12 @@ def check_base(model: Any, folder: Path) -> None:
         folder: the folder of the adapter.
 
     Raises:
-        Refused: the weights of the base differ, or the fingerprint is damaged.
+        Refused: the weights of the base differ.
     """
-    try:
-        known = dict(json.loads((folder / BASE).read_bytes()))
-    except FileNotFoundError:  # written by peft itself
+    if not (folder / BASE).exists():  # written by peft itself
         return
-    except (OSError, ValueError, TypeError) as error:
-        raise Refused(
-            f"{folder / BASE} is damaged ({describe(error)}). Give another copy of the adapter."
-        ) from error
-    base = _base_of(model)
-    if known.get("dtypes") == base["dtypes"] and known != base:
+    known, base = json.loads((folder / BASE).read_bytes()), _base_of(model)
+    if known["dtypes"] == base["dtypes"] and known != base:
         name = getattr(model.get_base_model(), "name_or_path", "") or "in memory"
         raise Refused(
             f"The adapter in {folder} was trained on another base than the model {name}: their weights "
@@ -251,13 +251,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
-_LOAD = """\
-from transformers import {auto}, AutoTokenizer
-model = {auto}.from_pretrained({model})
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)"""
-_LOAD_ADAPTER = """
-from peft import PeftModel
-model = PeftModel.from_pretrained(model, DIRECTORY)"""
+_AUTO = {
+    "policy": ("transformers", "AutoModelForCausalLM"),
+    "adapter": ("peft", "AutoPeftModelForCausalLM"),
+    "reward model": ("transformers", "AutoModelForSequenceClassification"),
+}
+"""By kind of card, the library and its class that load what is saved beside the card."""
 _MARKS = re.compile(r"[\\`*~$&<|\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """What Markdown or mathematics in it may read as a mark; an underscore only at the edge of a word."""
 
@@ -272,6 +271,7 @@ class Card:
         origin: lines of Markdown that say how the run was started.
         base: hub name or directory of the model that training started from; None if it came from neither.
         tags: how the model was trained, as the hub's tags.
+        kind: "policy", its "adapter" alone, or "reward model".
     """
 
     title: str
@@ -279,36 +279,30 @@ class Card:
     origin: Sequence[str]
     base: str | None = None
     tags: Sequence[str] = ("reinforcement-learning", "reinforce")
+    kind: str = "policy"
 
-    def text(self, kind: str) -> str:
-        """Return the card of a "policy", of its "adapter" alone, or of a "reward model"."""
+    def text(self) -> str:
+        """Return the card as Markdown, with the front matter that the hub reads."""
         from huggingface_hub import ModelCardData
 
-        library, pipeline, auto, base = "transformers", "text-generation", "AutoModelForCausalLM", "DIRECTORY"
-        about, more, tags = (
-            "This model was trained by tokenrl. It loads in plain transformers:",
-            "",
-            self.tags,
-        )
-        if kind == "adapter":
-            library, more, tags = "peft", _LOAD_ADAPTER, [*self.tags, "lora"]
-            base = "BASE_MODEL" if self.base is None else json.dumps(self.base)
-            named = "the model that training started from" if self.base is None else f"`{self.base}`"
-            about = f"This is the LoRA adapter alone, trained by tokenrl. Load it on top of {named}:"
-        elif kind == "reward model":
-            pipeline, auto, tags = "text-classification", "AutoModelForSequenceClassification", [kind]
-            about = (
-                "A reward model: one number for prompt + completion, trained on preferences (Bradley-Terry)."
-            )
+        library, auto = _AUTO[self.kind]
+        rewards = self.kind == "reward model"
+        about = "This model was trained by tokenrl. It loads so:"
+        if rewards:
+            about = "A reward model: one number for prompt + completion, trained on preferences."
+        elif self.kind == "adapter":
+            about = f"This is the LoRA adapter alone, trained by tokenrl on top of {self.base or 'a model'}."
         data = ModelCardData(
             library_name=library,
             base_model=self.base,
-            pipeline_tag=pipeline,
-            tags=[*(tag.replace(" ", "-") for tag in tags), "tokenrl"],
+            pipeline_tag="text-classification" if rewards else "text-generation",
+            tags=[*self.tags, *(["lora"] if self.kind == "adapter" else []), "tokenrl"],
         )
         lines = [
-            *("---", data.to_yaml().strip(), "---", f"# {_plain(self.title)}", "", about, ""),
-            *("```python", _LOAD.format(auto=auto, model=base) + more, "```", "", "| | |", "|---|---|"),
+            *("---", data.to_yaml().strip(), "---", f"# {_plain(self.title)}", "", _plain(about), ""),
+            *("```python", "from transformers import AutoTokenizer", f"from {library} import {auto}"),
+            f"model = {auto}.from_pretrained(DIRECTORY)",
+            *("tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)", "```", "", "| | |", "|---|---|"),
             *(f"| {_plain(name)} | {_plain(value)} |" for name, value in self.facts.items()),
             *("", *self.origin, ""),
         ]

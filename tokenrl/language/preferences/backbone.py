@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.loading import quietly
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.saving import read_weights
 from tokenrl.language.rewards.model import RewardModel, load_classifier
 from tokenrl.settings import check_seed
 
@@ -43,17 +39,11 @@ def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
     if isinstance(source, Policy):
         source = (source.model, source.tokenizer)
     if isinstance(source, tuple):
-        model, tokenizer = source
-        missing: list[str] = []
+        (model, tokenizer), missing = source, list[str]()
         if not type(model).__name__.endswith("ForSequenceClassification"):
             model, missing = _from_language_model(model)
     else:
         model, tokenizer, missing = load_classifier(str(source), dtype=torch.float32)
-    if model.config.num_labels != 1:
-        raise Refused(
-            f"The classifier {source!s:.100} has {model.config.num_labels} labels; a reward model has one. "
-            "Give a causal language model, or a classifier with num_labels=1."
-        )
     inside = [name for name in missing if name.startswith(model.base_model_prefix + ".")]
     if inside:
         raise Refused(
@@ -61,13 +51,12 @@ def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
         )
     _draw(model, missing, seed)
     tokenizer = copy.deepcopy(tokenizer)
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise Refused(
-                f"The tokenizer of {source!s:.100} has neither a pad nor an EOS token, so texts of different "
-                "lengths cannot be padded. Set tokenizer.pad_token."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise Refused(
+            f"The tokenizer of {source!s:.100} has neither a pad nor an EOS token, so texts of different "
+            "lengths cannot be padded. Set tokenizer.pad_token."
+        )
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return RewardModel((model.requires_grad_(True), tokenizer))
 
@@ -99,39 +88,3 @@ def _draw(model: nn.Module, names: Iterable[str], seed: int) -> None:
             weight.copy_(drawn / (weight.shape[-1] + 1) ** 0.5)
         elif name in wanted:
             weight.zero_()
-
-
-@quietly()
-def save_reward_model(reward_model: RewardModel, directory: Path, *, card: str | None = None) -> None:
-    """Save model and tokenizer so that `RewardModel`, transformers and TRL can load them."""
-    reward_model.model.save_pretrained(directory)
-    reward_model.tokenizer.save_pretrained(directory)
-    if card is not None:
-        (directory / "README.md").write_text(card, encoding="utf-8")
-
-
-@dataclass
-class SavedRewardModel:
-    """A reward model as checkpoints hold it.
-
-    Attributes:
-        reward_model: the reward model.
-    """
-
-    reward_model: RewardModel
-
-    def write(self, folder: Path) -> None:
-        """Write the weights and the tokenizer into an existing folder, which then loads as a reward model."""
-        save_reward_model(self.reward_model, folder)
-
-    def read(self, folder: Path) -> None:
-        """Give the reward model the weights that `write` wrote, bit for bit.
-
-        Raises:
-            Refused: the folder holds the weights of another model.
-        """
-        read_weights(self.reward_model.model, folder)
-
-    def tensors(self) -> Iterable[torch.Tensor]:
-        """Return the weights that are trained."""
-        return [p for p in self.reward_model.model.parameters() if p.requires_grad]

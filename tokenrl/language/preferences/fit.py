@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,27 +19,26 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.prompts import form_of, settled_form
-from tokenrl.language.policy.saving import base_model, fingerprint, tokenizer_fingerprint
+from tokenrl.language.policy.prompts import asked, form_of, settled_form
+from tokenrl.language.policy.saving import (
+    Card,
+    SavedPolicy,
+    base_model,
+    fingerprint,
+    save_policy,
+    tokenizer_fingerprint,
+)
 from tokenrl.language.preferences.arguments import RewardModelArguments, RewardModelSettings
-from tokenrl.language.preferences.backbone import SavedRewardModel
 from tokenrl.language.preferences.check import check_pairs
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
-from tokenrl.language.preferences.evaluation import (
-    encode_pairs,
-    preference_metrics,
-    score_pairs,
-)
+from tokenrl.language.preferences.evaluation import encode_pairs, preference_metrics, score_pairs
 from tokenrl.language.preferences.pairs import Pair
-from tokenrl.language.preferences.report import (
-    RewardModelResult,
-    facts,
-    finish,
-)
+from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.memory import fingerprint as rows_fingerprint, recorded
 from tokenrl.language.training.supervised import Descent
-from tokenrl.runs.metrics import Stopwatch
+from tokenrl.runs.metrics import Stopwatch, write_completions
+from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
@@ -188,6 +187,19 @@ def _batch_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True)
+class RewardModelResult(Outcome):
+    """The result of training a reward model; see `Outcome` for the other fields.
+
+    Attributes:
+        eval_before: metrics on the held-out pairs before training; see `preference_metrics`.
+        reward_model: the trained model, which is itself a reward function; saved in `model/` of the run
+            directory.
+    """
+
+    reward_model: RewardModel = field(repr=False)
+
+
 def train_reward_model(args: RewardModelArguments | None = None, **options: Any) -> RewardModelResult:
     """Train a reward model; the keywords are the fields of `RewardModelArguments`.
 
@@ -221,39 +233,42 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         data = load_reward_data(args, session.console.note)
         reward_model = make_backbone(args, data.task, session.console.note)
         reward_model.ask(form_of(args))
-        args = _resolve(args, data)
+        threads, why = choose_threads(sum(p.numel() for p in reward_model.model.parameters()), args.threads)
+        stack.enter_context(using_threads(threads))
+        args = _resolve(args, data, threads)
         training = PreferenceTraining(reward_model, data.train, args)  # refuses texts that are too long
         held_out = encode_pairs(reward_model, data.held_out)
-        threads, why = choose_threads(sum(p.numel() for p in reward_model.model.parameters()), args.threads)
-        args = replace(args, threads=threads)
-        stack.enter_context(using_threads(threads))
-        shown = facts(args, data, reward_model) | {"threads": f"{threads} ({why})"}
-        watch, maker = Stopwatch(), _made_from(reward_model, data)
-        session.keep(SavedRewardModel(reward_model), maker, training=training, watch=watch)
+        watch = Stopwatch()
+        session.keep(
+            SavedPolicy(reward_model), _made_from(reward_model, data), training=training, watch=watch
+        )
+        shown = _header(args, data, reward_model) | {"threads": f"{threads} ({why})"}
         session.open(f"tokenrl reward-model: {data.name}", shown, note=LOSS_NOTE)
+
+        def evaluate() -> dict[str, float]:
+            return session.evaluated(preference_metrics(score_pairs(reward_model, held_out), data.held_out))
+
         if not session.continues:
-            session.evaluated(preference_metrics(score_pairs(reward_model, held_out), data.held_out))
+            evaluate()
         if args.check:
             code = check_pairs(session, data.train, data.held_out)
             ended = RewardModelResult(**session.outcome("check"), reward_model=reward_model)
             return replace(ended, exit_code=ended.exit_code or code)
         task = None if data.task is None else data.task.name
         names = {"data": data.name, "model": reward_model.__name__, "policy": "in memory", "task": task}
-        pairs = {"train": len(data.train), "held_out": len(data.held_out)}
         title = f"Reward model, {data.name}, seed {args.seed}"
-        session.begin(args, names=names, title=title, pairs=pairs, **recorded(data.task))
+        counts = {"train": len(data.train), "held_out": len(data.held_out)}
+        session.begin(args, names=names, title=title, pairs=counts, **recorded(data.task))
         for _ in session.steps(args.max_steps):
             metrics = watch.time(training.update)
             timings = watch.timings(metrics["num_tokens"])
             if session.due(args.eval_every):
-                found = preference_metrics(score_pairs(reward_model, held_out), data.held_out)
-                metrics |= session.evaluated(found)
+                metrics |= evaluate()
             session.record(metrics, timings)
-        rewards = score_pairs(reward_model, held_out)
         if not session.is_evaluated:
-            session.evaluated(preference_metrics(rewards, data.held_out))
+            evaluate()
         ended = RewardModelResult(**session.outcome("finished"), reward_model=reward_model)
-        finish(session, data, ended, rewards, base_model(args.model))
+        _finish(session, data, ended, title, score_pairs(reward_model, held_out), base_model(args.model))
         return ended
 
 
@@ -268,7 +283,7 @@ def _made_from(reward_model: RewardModel, data: RewardData) -> Maker:
     return Maker(fingerprints, device=reward_model.model.device.type)
 
 
-def _resolve(args: RewardModelArguments, data: RewardData) -> RewardModelSettings:
+def _resolve(args: RewardModelArguments, data: RewardData, threads: int) -> RewardModelSettings:
     """Fill in the arguments left open, and refuse a margin that is given twice."""
     if args.margin and any(pair.margin is not None for pair in data.train):
         raise Refused(f"margin={args.margin} and a column 'margin' were both given: give one of the two.")
@@ -276,4 +291,55 @@ def _resolve(args: RewardModelArguments, data: RewardData) -> RewardModelSetting
     steps = args.max_steps or math.ceil(len(data.train) / batch)
     rate = 1e-3 if args.model is None else 1e-5
     found = {"max_steps": steps, "learning_rate": rate, "eval_every": max(1, steps // 10)}
-    return settled(RewardModelSettings, replace(args, batch_size=batch), found)
+    return settled(RewardModelSettings, replace(args, batch_size=batch, threads=threads), found)
+
+
+def _header(args: RewardModelSettings, data: RewardData, reward_model: RewardModel) -> dict[str, Any]:
+    """Return the lines of the header that is printed when the run starts."""
+    model = reward_model.model
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "model": f"{reward_model.__name__} ({size:,} trainable parameters, {model.device})",
+        "data": f"{len(data.train):,} training pairs, {len(data.held_out):,} held out",
+        "loss": f"Bradley-Terry, margin {args.margin:g}, centring {args.center_rewards_coefficient:g}, label "
+        f"smoothing {args.label_smoothing:g}",
+        "step": f"{args.max_steps} of {args.batch_size} pairs, learning rate {args.learning_rate:g}, seed "
+        f"{args.seed}",
+        **asked(reward_model.form, args.model if args.policy is None else args.policy),
+        "run": args.output_dir,
+    }
+
+
+def _finish(
+    session: Session, data: RewardData, ended: RewardModelResult, title: str, rewards: Any, base: str | None
+) -> None:
+    """Save the model and the pairs, write summary and report, and show how the run ended.
+
+    Args:
+        session: the session of the run.
+        data: the pairs.
+        ended: the result.
+        title: the title of the run.
+        rewards: rewards of the chosen and rejected completions of the held-out pairs [N, 2].
+        base: hub name or directory of the backbone; None if it came from neither.
+    """
+    directory = session.directory
+    assert directory is not None  # a reward model trains in one process
+    for name in ("preferences.jsonl", "preferences_eval.jsonl"):
+        (directory.path / name).unlink(missing_ok=True)  # left by a run that this one replaces
+        if name in data.rows:
+            write_preferences(directory.path / name, data.rows[name])
+    rows = [
+        {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        | {"reward_chosen": float(chosen), "reward_rejected": float(rejected)}
+        for pair, (chosen, rejected) in zip(data.held_out, rewards, strict=True)
+    ]
+    rows.sort(key=lambda row: row["reward_chosen"] - row["reward_rejected"])  # the worst mistakes first
+    for earlier in directory.completions.glob("step_*.parquet"):  # of a run that this one continues
+        earlier.unlink()
+    write_completions(directory.completions, ended.steps, rows)
+    facts: dict[str, Any] = {f"{name} on held-out pairs": value for name, value in ended.eval_after.items()}
+    facts |= asked(ended.reward_model.form)
+    card = Card(title, facts, session.origin.in_words(), base, ["reward-model"], kind="reward model")
+    session.finish(ended, lambda path: save_policy(ended.reward_model, path, card=card))
+    session.console.note(f"Train a policy on it: tokenrl train --reward {directory.model}")

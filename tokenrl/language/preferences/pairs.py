@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from tokenrl.errors import Refused, suggest
-from tokenrl.language.tasks.held_out import EVAL_SPLITS
-from tokenrl.language.tasks.sources import FORMATS, read_splits
+from tokenrl.language.tasks.held_out import eval_split as find_eval_split
+from tokenrl.language.tasks.sources import fault_of_prompt, read_splits, without_nulls
 
 Row = Mapping[str, Any]
 
@@ -67,15 +66,11 @@ def load_pairs(
     Raises:
         Refused: the data does not exist, or a reward model cannot be trained on it.
     """
-    name = data if isinstance(data, str | Path) else "the preference data"
-    if isinstance(data, str | Path) and not os.path.exists(data) and Path(data).suffix in FORMATS:
-        raise Refused(f"data '{data}': there is no such file; give its path from {Path.cwd()}.")
-    splits = read_splits(str(data)) if isinstance(data, str | Path) else data
+    named = isinstance(data, str | Path)
+    name = f"data '{data}'" if named else "the preference data"
+    splits = read_splits(str(data)) if named else data
     splits = splits if isinstance(splits, Mapping) else {split: splits}
-    other = eval_split or next((s for s in EVAL_SPLITS if s in splits and s != split), None)
-    for one in (split, other):
-        if one is not None and one not in splits:
-            raise Refused(f"{name} has no split '{one}'.{suggest(one, splits)}")
+    other = find_eval_split(splits, name, split, eval_split)
     pairs = read_pairs(splits[split], f"{name}, split '{split}'")
     if other is None:
         return hold_out(pairs, eval_size, seed)
@@ -115,47 +110,27 @@ def read_pairs(rows: Sequence[Row], where: str) -> list[Pair]:
 
 
 def _pair(row: Row, where: str) -> Pair:
-    prompt, chosen, rejected = (_clean(row.get(name)) for name in ("prompt", "chosen", "rejected"))
-    if type(chosen) is not type(rejected) and None not in (chosen, rejected):
-        raise Refused(f"{where}: one of chosen and rejected is text and the other is chat messages.")
+    prompt, chosen, rejected = (without_nulls(row.get(name)) for name in ("prompt", "chosen", "rejected"))
     for name, value in (("chosen", chosen), ("rejected", rejected), ("prompt", prompt)):
-        if not (isinstance(value, str) or _is_chat(value) or (name == "prompt" and value is None)):
+        fault = "" if name == "prompt" and value is None else fault_of_prompt(value, name)
+        if fault:
             raise Refused(
-                f"{where}: {name} is {value!r:.100}; it must be text, or a list of chat messages "
+                f"{where}: {fault}; it must be text, or a list of chat messages "
                 '{"role": ..., "content": text}.'
             )
     chats = not isinstance(chosen, str)
-    repeated = chats and chosen[0]["content"] == rejected[0]["content"] == prompt
+    alike = chats != isinstance(rejected, str)
+    repeated = chats and alike and chosen[0]["content"] == rejected[0]["content"] == prompt
+    if not alike or (chats and isinstance(prompt, str) and not repeated):
+        raise Refused(
+            f"{where}: some of prompt, chosen and rejected are text and others are chat messages. Give "
+            "chosen and rejected alike; only a prompt of messages may stand before text."
+        )
     if prompt is None or repeated:  # some data sets repeat the first message as the prompt
         cut = _common(chosen, rejected)
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
-    elif isinstance(prompt, str) and chats:
-        raise Refused(
-            f"{where}: the prompt is text, but chosen and rejected are chat messages. Give all three as "
-            "text, or the prompt as messages too."
-        )
     margin, *golds = (_number(row, name, where) for name in ("margin", "chosen_gold", "rejected_gold"))
     return Pair(prompt, chosen, rejected, margin, None if None in golds else (golds[0], golds[1]))  # type: ignore[arg-type]
-
-
-def _clean(value: Any) -> Any:
-    """Drop the keys of messages that Arrow filled with None, because a chat template would use them."""
-    if isinstance(value, list | tuple) and all(isinstance(message, Mapping) for message in value):
-        return [{k: v for k, v in message.items() if v is not None} for message in value]
-    return value
-
-
-def _is_chat(value: Any) -> bool:
-    """Return whether a value is a list of one message or more, each with a role and a text."""
-    return (
-        bool(value)
-        and isinstance(value, list)
-        and all(
-            isinstance(message, Mapping) and isinstance(message.get(key), str)
-            for message in value
-            for key in ("role", "content")
-        )
-    )
 
 
 def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:

@@ -29,11 +29,7 @@ def smaller_evaluation(task: Any, eval_size: int | None, seed: int = 0) -> Any:
     The training rows and the demonstrations stay the same, so a model that was warm-started on them has seen
     no held-out prompt, whatever the size.
 
-    Raises:
-        Refused: the size is below 1.
     """
-    if eval_size is not None and eval_size < 1:
-        raise Refused(f"eval_size is {eval_size}; it must be at least 1.")
     if eval_size is None or eval_size >= len(task.eval_prompts):
         return task
     chosen = np.random.default_rng(seed).permutation(len(task.eval_prompts))[:eval_size]
@@ -55,27 +51,47 @@ def dataset_rows(
     Raises:
         Refused: there is no such split, too few prompts, or a prompt cannot be made.
     """
-    validation = (s for s in EVAL_SPLITS if s in splits and s != how.split)
-    wanted = [how.split, how.eval_split or next(validation, None)]
-    made: list[Any] = []
-    for split in wanted:
-        if split is not None and split not in splits:
-            raise Refused(f"{where} has no split '{split}'.{suggest(split, splits)}")
-        place = f"{where}, split '{split}'"
-        made.append(None if split is None else with_prompts(splits[split], place, how, chat=chat))
-    return _separate(made[0], made[1], 128 if how.eval_size is None else how.eval_size, seed, where)
+    other = eval_split(splits, where, how.split, how.eval_split)
+    train, held_out = (
+        None if split is None else with_prompts(splits[split], f"{where}, split '{split}'", how, chat=chat)
+        for split in (how.split, other)
+    )
+    return separate(train or [], held_out, how.eval_size or 128, seed, where)
 
 
-def _separate(
+def eval_split(splits: Mapping[str, Any], where: str, split: str, wanted: str | None) -> str | None:
+    """Return the split to evaluate on: the wanted one, else one for validation or test if there is any.
+
+    Raises:
+        Refused: the split to train on, or the wanted one, does not exist.
+    """
+    for name in filter(None, (split, wanted)):
+        if name not in splits:
+            raise Refused(f"{where} has no split '{name}'.{suggest(name, splits)}")
+    return wanted or next((name for name in EVAL_SPLITS if name in splits and name != split), None)
+
+
+def separate(
     train_rows: list[dict[str, Any]],
     eval_rows: list[dict[str, Any]] | None,
     eval_size: int,
     seed: int,
     where: str,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and evaluation rows that share no prompt; without `eval_rows`, training rows are held out."""
-    if eval_size < 1:
-        raise Refused(f"eval_size is {eval_size}; it must be at least 1.")
+    """Return training and evaluation rows that share no prompt.
+
+    Rows to evaluate on have distinct prompts; rows with one of these prompts leave the training set.
+
+    Args:
+        train_rows: rows to train on, with a `prompt` each.
+        eval_rows: rows to evaluate on; None holds out training rows, at most half of their prompts.
+        eval_size: the most rows to evaluate on.
+        seed: chooses them.
+        where: what error messages call the data.
+
+    Raises:
+        Refused: nothing is left to train on, or there is nothing to evaluate on.
+    """
     pool: dict[str, dict[str, Any]] = {}
     for row in train_rows if eval_rows is None else eval_rows:
         pool.setdefault(_canonical(row["prompt"]), row)

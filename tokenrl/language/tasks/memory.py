@@ -14,7 +14,8 @@ IN_MEMORY = "in-memory:"
 """How the names of such tasks begin; a fingerprint of the rows follows. No module can have this name."""
 
 FORMS = (
-    "a name, a task object, a datasets.Dataset (from_pandas, from_dict and from_list make one), a list of "
+    "a name, a task object, a datasets.Dataset (from_pandas, from_dict and from_list make one; of a stream "
+    "datasets.Dataset.from_list(list(data.take(N))), since prompts are held out and shuffled), a list of "
     'rows, such as [{"prompt": ..., "answer": ...}], or splits of such data: a DatasetDict, or a dict '
     '{"train": ..., "test": ...}'
 )
@@ -45,12 +46,6 @@ def _rows(data: Any, where: str) -> list[dict[str, Any]]:
             # A function that with_transform applies to rows is applied where they are read one by one.
             custom = data.format["type"] == "custom"
             return [dict(row) for row in data] if custom else data.to_list()  # type: ignore[return-value]
-        if isinstance(data, datasets.IterableDataset):
-            raise Refused(
-                f"{where} is an IterableDataset, a stream, but here some prompts are held out and the others "
-                "are shuffled, which needs all of them. Take N rows: "
-                "datasets.Dataset.from_list(list(data.take(N)))."
-            )
         what = " ".join(repr(data).split())
         raise Refused(f"{where} is {what:.100} ({type(data).__name__}); it must be {FORMS}.")
     for index, row in enumerate(data):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 from tokenrl.errors import Refused, describe, suggest
 from tokenrl.language.rewards.library import completion_texts
 from tokenrl.language.rewards.loading import parse_spec
+from tokenrl.language.tasks.held_out import separate
 from tokenrl.settings import Bounds, Settings, field_types
 
 APART = 2**31
@@ -64,12 +64,15 @@ def _answer(text: str) -> str:
     return opened.partition("</answer>")[0].strip()
 
 
-def reasoning_task(spec: str, eval_size: int | None = None) -> SimpleNamespace:
-    """Make a task of a puzzle: training and held-out prompts come from seeds that are far apart.
+Rows = list[dict[str, Any]]
+
+
+def puzzles(spec: str, eval_size: int | None = None) -> tuple[Rows, Rows, ReasoningScore]:
+    """Make training and held-out prompts of a puzzle, from seeds that are far apart, and their reward.
 
     Each row has a `prompt`, an `answer` and an `entry`, which is the puzzle as `score_answer` takes it. Small
     puzzles repeat all the same. So a held-out question is kept once, and training puzzles that ask it are
-    dropped. An answer counts as right where its score is 1.
+    dropped.
 
     Args:
         spec: `reasoning_gym:NAME` or `reasoning_gym:NAME(option=value, ...)`. The options are `size` (500
@@ -78,7 +81,7 @@ def reasoning_task(spec: str, eval_size: int | None = None) -> SimpleNamespace:
         eval_size: number of held-out puzzles where `spec` gives none; None means 128.
 
     Returns:
-        An object with the attributes of `Task`.
+        Rows to train on, rows to evaluate on, and the reward.
 
     Raises:
         Refused: the package is missing, there is no such puzzle, or it does not take these options.
@@ -94,40 +97,20 @@ def reasoning_task(spec: str, eval_size: int | None = None) -> SimpleNamespace:
         raise Refused(f"task '{spec}': reasoning-gym has no puzzle '{name}'.{suggest(name, DATASETS)}")
     own: dict[str, Any] = {} if eval_size is None else {"eval_size": eval_size}
     own |= {option: given.pop(option) for option in field_types(PuzzleOptions) if option in given}
-    known = sorted({*(field.name for field in fields(DATASETS[name][1])), *field_types(PuzzleOptions)})
-    for option in given:
-        if option not in known:
-            raise Refused(f"task '{spec}': {name} has no option '{option}'.{suggest(option, known)}")
     try:
         how = PuzzleOptions(**own)
-    except Refused as error:
-        raise Refused(f"task '{spec}': {error}") from error
-    try:
         trained = _rows(name, given | {"size": how.size, "seed": how.seed}, chat=how.chat)
         drawn = _rows(name, given | {"size": how.eval_size, "seed": how.seed + APART}, chat=how.chat)
     except Exception as error:  # configurations check themselves, by assertions too
-        raise Refused(f"task '{spec}': {name} refuses these options ({describe(error)}).") from error
-    held: dict[str, Any] = {}
-    for row in drawn:
-        held.setdefault(row["entry"]["question"], row)
-    kept = [row for row in trained if row["entry"]["question"] not in held]
-    if not kept:
+        known = sorted({*(field.name for field in fields(DATASETS[name][1])), *field_types(PuzzleOptions)})
         raise Refused(
-            f"task '{spec}': all {how.size} training puzzles are among the {len(held)} held-out ones, "
-            f"because {name} has few different puzzles. Give options that allow more, or a smaller eval_size."
-        )
-    return SimpleNamespace(
-        name=spec,
-        train_prompts=kept,
-        eval_prompts=list(held.values()),
-        reward=ReasoningScore(name, tuple(sorted(given.items()))),
-        pass_threshold=1.0,
-        max_completion_length=None,
-        demonstrations=[],
-    )
+            f"task '{spec}': {name} refuses these options ({describe(error)}). It takes {', '.join(known)}."
+        ) from error
+    score = ReasoningScore(name, tuple(sorted(given.items())))
+    return *separate(trained, drawn, how.eval_size, 0, f"task '{spec}'"), score
 
 
-def _rows(name: str, options: dict[str, Any], *, chat: bool) -> list[dict[str, Any]]:
+def _rows(name: str, options: dict[str, Any], *, chat: bool) -> Rows:
     import reasoning_gym
 
     rows = []

@@ -135,7 +135,7 @@ def with_prompts(
     elif column == "messages" and column in columns:
         made = _from_conversations(rows, where)
     elif column in columns:
-        made = [{**row, "prompt": _without_nulls(row[column])} for row in rows]
+        made = [{**row, "prompt": without_nulls(row[column])} for row in rows]
     else:
         raise Refused(
             f"{where} has no column '{column}'.{suggest(column, columns)} Name it with prompt_column "
@@ -153,27 +153,23 @@ def _filled(template: str, rows: Sequence[Row], where: str) -> list[dict[str, An
     """Return the rows with prompts made by a template from their columns."""
     try:
         parsed = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-    except ValueError as error:
-        raise Refused(f"prompt_template {template!r}: {error}. Write {{{{ and }}}} for braces.") from error
-    columns, fields = list(rows[0]), [field.replace("[", ".").split(".")[0] for field in parsed]
-    for field in fields or [""]:
-        if field not in columns:
-            what = f"names '{field}', which is no column" if field else "uses no column"
-            raise Refused(f"prompt_template {template!r} {what}.{suggest(field, columns)}")
-    made = []
-    for index, row in enumerate(rows):
-        for field in fields:
-            if row[field] is None or row[field] != row[field]:  # the word None or nan would enter the prompt
-                raise Refused(f"{where}, row {index}: column '{field}' of prompt_template is {row[field]!r}.")
-        try:
+        fields = [field.replace("[", ".").split(".")[0] for field in parsed]
+        unknown = [field for field in fields or [""] if field not in rows[0]]
+        if unknown:
+            raise Refused(f"no column is named {unknown[0]!r}.{suggest(unknown[0], rows[0])}")
+        made = []
+        for index, row in enumerate(rows):
+            empty = [field for field in fields if row[field] is None or row[field] != row[field]]
+            if empty:  # the word None or nan would enter the prompt
+                raise Refused(f"column '{empty[0]}' of row {index} is {row[empty[0]]!r}.")
             made.append({**row, "prompt": template.format(**row)})
-        except Exception as error:
-            what = f"prompt_template {template!r}: {describe(error)}"
-            raise Refused(f"{where}, row {index}: {what}.") from error
+    except Exception as error:
+        what = str(error) if isinstance(error, Refused) else f"{describe(error)}. Write {{{{ for a brace."
+        raise Refused(f"{where}, prompt_template {template!r}: {what}") from error
     return made
 
 
-def _without_nulls(prompt: Any) -> Any:
+def without_nulls(prompt: Any) -> Any:
     """Drop keys that are None from chat messages.
 
     Arrow gives every message the keys of all messages, with None where it had none, and a chat template would
@@ -186,24 +182,22 @@ def _without_nulls(prompt: Any) -> Any:
 
 def _from_conversations(rows: Sequence[Row], where: str) -> list[dict[str, Any]]:
     """Rows whose prompt is the conversation before the assistant's last turn, if it ends with one."""
-    whole = [_without_nulls(row["messages"]) for row in rows]
-    for index, messages in enumerate(whole):
-        fault = "it is text" if isinstance(messages, str) else _prompt_fault(messages)
+    made, answered = [], []
+    for index, row in enumerate(rows):
+        messages = without_nulls(row["messages"])
+        fault = "it is text" if isinstance(messages, str) else fault_of_prompt(messages)
         if fault:
             raise Refused(f"{where}, row {index}: of the column 'messages', {fault}; it holds chat messages.")
-    answered = [messages[-1]["role"] == "assistant" for messages in whole]
-    if not any(answered):
-        return [{**row, "prompt": messages} for row, messages in zip(rows, whole, strict=True)]
-    if not all(answered):
+        answered.append(messages[-1]["role"] == "assistant")
+        text, turns = messages[-1]["content"], messages[:-1] if answered[-1] else messages
+        answer = {"answer": text, "completion": text} if answered[-1] else {}
+        made.append({**answer, **row, "prompt": turns})
+    if any(answered) and not all(answered):
         raise Refused(
             f"{where}: the messages of row {answered.index(True)} end with a turn of the assistant, which is "
             f"taken for the answer, and those of row {answered.index(False)} do not. Give every conversation "
             "an answer, or none."
         )
-    made = []
-    for row, messages in zip(rows, whole, strict=True):
-        text = messages[-1]["content"]
-        made.append({"answer": text, "completion": text, **row, "prompt": messages[:-1]})
     return made
 
 
@@ -216,7 +210,7 @@ def check_prompts(rows: Iterable[Row], where: str) -> None:
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping) or "prompt" not in row:
             raise Refused(f"{where}, row {index}: expected a mapping with a 'prompt', found {row!r:.200}.")
-        fault = _prompt_fault(row["prompt"])
+        fault = fault_of_prompt(row["prompt"])
         if fault:
             raise Refused(
                 f"{where}, row {index}: {fault}. A prompt is text, or a list of chat messages "
@@ -224,17 +218,17 @@ def check_prompts(rows: Iterable[Row], where: str) -> None:
             )
 
 
-def _prompt_fault(prompt: Any) -> str:
+def fault_of_prompt(prompt: Any, what: str = "prompt") -> str:
+    """Say why a value is neither text nor a list of chat messages; nothing if it is one of the two."""
     if isinstance(prompt, str):
         return ""
-    if not isinstance(prompt, list | tuple):
-        return f"the prompt is {prompt!r:.100} ({type(prompt).__name__})"
-    if not prompt:
-        return "the prompt is an empty list"
+    if not isinstance(prompt, list | tuple) or not prompt:
+        empty = "an empty list" if prompt == [] else f"{prompt!r:.100} ({type(prompt).__name__})"
+        return f"the {what} is {empty}"
     for position, message in enumerate(prompt):
         if not isinstance(message, Mapping):
-            return f"message {position} of the prompt is {message!r:.100} ({type(message).__name__})"
+            return f"message {position} of the {what} is {message!r:.100} ({type(message).__name__})"
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                return f"message {position} of the prompt has {key} {message.get(key)!r:.100}"
+                return f"message {position} of the {what} has {key} {message.get(key)!r:.100}"
     return ""

@@ -20,7 +20,7 @@ from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.held_out import changed, dataset_rows, smaller_evaluation
 from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits, refuse_replay
-from tokenrl.language.tasks.reasoning import reasoning_task
+from tokenrl.language.tasks.reasoning import puzzles
 from tokenrl.language.tasks.sources import (
     FORMATS,
     DataArguments,
@@ -109,59 +109,52 @@ def load_task(name: Any, *, reward: Any = None, seed: int = 0, chat: bool = Fals
 
 
 def _loaded(name: Any, how: DataArguments, reward: Any, seed: int, chat: bool) -> Task:
-    if not isinstance(name, str):
-        splits = memory_splits(name)
-        origin = description(splits)
-        rows, name, where = splits, IN_MEMORY + origin["fingerprint"], f"task is data ({type(name).__name__})"
+    if isinstance(name, str):
+        task = _named_task(name, how.eval_size)
+        if task is not None:
+            return smaller_evaluation(_finished(task, name, reward), how.eval_size, seed)
+        splits, origin, where = None, {}, f"task '{name}' is a dataset"
     else:
-        toy_tasks = _toy_tasks()
-        if toy_tasks is not None and name in toy_tasks.NAMES:
-            return smaller_evaluation(_finished(toy_tasks.load(name), name, reward), how.eval_size, seed)
-        source = name.rpartition(":")[0]
-        if source and not os.path.exists(name) and (source.endswith(".py") or "/" not in source):
-            task = _finished(_named_task(name, how.eval_size), name, reward)
-            return smaller_evaluation(task, how.eval_size, seed)
-        if not (os.path.exists(name) or "/" in name or Path(name).suffix in FORMATS):
-            raise Refused(
-                f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES if toy_tasks else ())} Other "
-                f"forms: module:attribute, a {'/'.join(FORMATS)} file, a folder, or a hub dataset owner/name."
-            )
-        rows, origin, where = None, {}, f"task '{name}' is a dataset"
+        splits = memory_splits(name)
+        origin, where = description(splits), f"task is data ({type(name).__name__})"
+        name = IN_MEMORY + origin["fingerprint"]
     if reward is None:
         raise Refused(
             f"{where}, which has prompts but no reward. Give one with --reward module:function (or "
             "path/to/file.py:function, or the folder of a reward model); from Python reward=function, and "
             "function(prompts, completions, **columns) returns a list of numbers."
         )
-    splits = read_splits(name) if rows is None else rows
-    where = f"task '{name}'" if rows is None else "task"
+    where = "task" if splits else f"task '{name}'"
+    splits = read_splits(name) if splits is None else splits
     train_rows, eval_rows = dataset_rows(splits, where, how, seed=seed, chat=chat)
     return _finished(PromptTask(name, train_rows, eval_rows, reward, origin=origin), name, reward)
 
 
 def is_toy_task(name: str) -> bool:
     """Return whether a task of this name is in `toy_tasks`."""
-    toy_tasks = _toy_tasks()
-    return toy_tasks is not None and name in toy_tasks.NAMES
+    return name in importlib.import_module("toy_tasks").NAMES
 
 
-def _toy_tasks() -> Any:
-    try:
-        return importlib.import_module("toy_tasks")
-    except ModuleNotFoundError as error:
-        if error.name != "toy_tasks":
-            raise
-        return None  # toy tasks are optional
-
-
-def _named_task(spec: str, eval_size: int | None) -> Any:
-    if spec.startswith("reasoning_gym:"):
-        return reasoning_task(spec, eval_size)
-    found = import_attribute(spec, "task")
-    if callable(found) and not hasattr(found, "train_prompts"):
-        with _refusing(f"task '{spec}' was called without arguments, and"):
-            found = found()
-    return found
+def _named_task(name: str, eval_size: int | None) -> Any:
+    """Return the task of this name; None if it is that of a file, a folder or a hub dataset."""
+    toy_tasks = importlib.import_module("toy_tasks")
+    if name in toy_tasks.NAMES:
+        return toy_tasks.load(name)
+    if name.startswith("reasoning_gym:"):
+        return PromptTask(name, *puzzles(name, eval_size), pass_threshold=1.0)
+    source = name.rpartition(":")[0]
+    if source and not os.path.exists(name) and (source.endswith(".py") or "/" not in source):
+        found = import_attribute(name, "task")
+        if callable(found) and not hasattr(found, "train_prompts"):
+            with _refusing(f"task '{name}' was called without arguments, and"):
+                found = found()
+        return found
+    if not (os.path.exists(name) or "/" in name or Path(name).suffix in FORMATS):
+        raise Refused(
+            f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES)} Other forms: module:attribute, a "
+            f"{'/'.join(FORMATS)} file, a folder, or a hub dataset owner/name."
+        )
+    return None
 
 
 @contextlib.contextmanager
