@@ -11,7 +11,7 @@ import pytest
 
 from tokenrl.advisor.advice import command_line
 from tokenrl.advisor.environment import choose_way
-from tokenrl.advisor.language import choose_baseline, difficulty, fitted
+from tokenrl.advisor.language import fitted
 from tokenrl.cli import COMMANDS, main
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Spec
@@ -66,9 +66,9 @@ def test_the_way_follows_from_horizon_speed_and_actions(spec, baseline, way):
 def test_an_environment_is_measured_and_the_files_can_be_run(capsys):
     shown, advice = advised(capsys, "--env", "CartPole-v1")
     assert "timestep_mean" in shown and "tokenrl control --config c.json" in shown
-    assert f"softmax, {4 * 64 + 64 + 64 * 2 + 2} parameters" in " ".join(shown.split())
-    returns = advice["measurements"]["returns"]
+    returns = advice["measured"]
     # Random play of CartPole lasts about 22 steps and pays 1 a step; 40 episodes give a standard error of 2.
+    assert returns["parameters"] == 4 * 64 + 64 + 64 * 2 + 2
     assert returns["mean"] == pytest.approx(returns["length"]) and 14 < returns["mean"] < 32
     arguments = parsed("tokenrl control --config c.json")
     assert (arguments.estimator.baseline, arguments.estimator.entropy_coef) == ("timestep_mean", 0.1)
@@ -80,8 +80,7 @@ def test_an_environment_is_measured_and_the_files_can_be_run(capsys):
 
 def test_a_gaussian_head_has_twice_the_outputs_and_a_critic_scaled_rewards(capsys):
     _, advice = advised(capsys, "--env", "Pendulum-v1", "--episodes", "2")
-    count = f"{3 * 128 + 128 + 128 * 128 + 128 + 2 * (128 + 1):,}"
-    assert advice["facts"]["policy"].startswith(f"gaussian, {count} parameters")
+    assert advice["measured"]["parameters"] == 3 * 128 + 128 + 128 * 128 + 128 + 2 * (128 + 1)
     arguments = parsed("tokenrl control --config c.json")
     assert arguments.head == "gaussian" and arguments.num_steps is not None and arguments.reward_scale < 1
     assert arguments.estimator.gamma == 0.95  # no episode of Pendulum ends by itself
@@ -89,16 +88,17 @@ def test_a_gaussian_head_has_twice_the_outputs_and_a_critic_scaled_rewards(capsy
 
 
 @pytest.mark.parametrize(
-    "argv, words",
+    "argv, flags",
     [
-        (["MountainCar-v0", "--max-episode-steps", "20"], "no signal"),
-        (["trap", "--episodes", "2", "--max-episode-steps", "2"], "no signal"),
-        (["CartPole-v1", "--max-episode-steps", "1"], "sparse"),
+        (["MountainCar-v0", "--max-episode-steps", "20", "--episodes", "5"], ["nothing-to-learn"]),
+        (["CartPole-v1", "--max-episode-steps", "2", "--episodes", "5"], ["nothing-to-learn"]),
+        (["gridworld", "--max-episode-steps", "12", "--episodes", "100"], ["few-signals"]),
+        (["CartPole-v1", "--episodes", "20"], []),
     ],
 )
-def test_returns_that_do_not_differ_are_doubted(argv, words, capsys):
+def test_returns_that_do_not_differ_are_doubted(argv, flags, capsys):
     _, advice = advised(capsys, "--env", *argv)
-    assert len(advice["warnings"]) <= 1 and all(words in warning for warning in advice["warnings"])
+    assert [finding["flag"] for finding in advice["findings"]] == flags
 
 
 @pytest.mark.parametrize(
@@ -142,84 +142,71 @@ def test_refusals_are_one_paragraph_and_exit_code_2(argv, words, capsys):
     assert words in error and error.count("\n") == 1
 
 
-def test_no_baseline_passes_with_a_warning_where_it_is_allowed(capsys):
-    shown, _ = advised(capsys, *LONG, "--baseline", "none", "--allow-no-baseline")
-    arguments = parsed("tokenrl control --config c.json")
-    assert "allowed by --allow-no-baseline" in shown
-    assert arguments.allow_no_baseline and arguments.estimator.baseline == "none"
-    shown, _ = advised(capsys, *LONG[:2], "--episodes", "2", "--baseline", "none")  # 500 steps are short
-    assert "allowed by" not in shown
+def test_no_baseline_passes_with_a_finding_where_it_is_allowed(capsys):
+    for more, weight in (([], "act"), (["--max-episode-steps", "400"], "watch")):
+        argv = [*LONG, *more, "--baseline", "none", "--allow-no-baseline"]
+        _, advice = advised(capsys, *argv)
+        found = {finding["flag"]: finding["weight"] for finding in advice["findings"]}
+        assert found["no-baseline"] == weight
+        arguments = parsed("tokenrl control --config c.json")
+        assert arguments.allow_no_baseline and arguments.estimator.baseline == "none"
 
 
-def probe(reward=0.25, dead=(0.6, 0.4, 0.2), cut=0.0, entropy=0.5, binary=True, spread=(0.1, 0.06)) -> Probe:
-    shares = {size: Estimate(share, 0.01) for size, share in zip((2, 4, 8), dead, strict=True)}
+def fitted_to(*, reward=0.25, dead=(0.4, 0.2, 0.1), cut=0.0, entropy=0.5, binary=True, solved=None, size=None,
+              room=None, **axes):  # fmt: skip
+    """The settings for a policy with these numbers, and the flags of what is found."""
+    shares = {of: Estimate(share, 0.01) for of, share in zip((2, 4, 8), dead, strict=True)}
     one = Estimate(reward, 0.02)
-    numbers = Probe(64, 8, binary, one, {1: one}, shares, Estimate(cut, 0.01), 7.0, 8, entropy, *spread)
-    return replace(numbers, passed={1: one} if binary else {})
-
-
-def settings_for(found, room=None, **how):
-    train = resolve(TrainArguments(prompts_per_step=16, max_completion_length=8), task=None)
-    return fitted(train, found, room, **how)[0]
+    found = Probe(64, 8, binary, one, {1: one}, shares, Estimate(cut, 0.01), 7.0, 8, entropy)
+    found = replace(found, passed={1: one} if binary else {})
+    given = TrainArguments(prompts_per_step=16, max_completion_length=8, estimator=Estimator(**axes))
+    train, findings = fitted(resolve(given, task=None), found, room, solved, size=size)
+    return train, {finding.flag for finding in findings}
 
 
 @pytest.mark.parametrize(
     "dead, size", [((0.6, 0.4, 0.2), 4), ((0.7, 0.6, 0.5), 8), ((0.9, 0.8, 0.6), 8), ((0.0, 0.0, 0.0), 4)]
 )
 def test_the_smallest_group_of_which_half_live(dead, size):
-    found = settings_for(probe(dead=dead))
-    assert (found.num_generations, found.prompts_per_step) == (size, 128 // size)
-    asked = settings_for(probe(dead=dead), size=1)
-    assert (asked.num_generations, asked.estimator.baseline) == (1, "running_mean")
-    assert asked.estimator.running_mean_init == 0.25
+    train, _ = fitted_to(dead=dead)
+    assert (train.num_generations, train.prompts_per_step) == (size, 128 // size)
+    asked, _ = fitted_to(dead=dead, size=1, baseline="running_mean")
+    assert (asked.num_generations, asked.estimator.running_mean_init) == (1, 0.25)
 
 
 @pytest.mark.parametrize(
-    ("size", "spread", "baseline", "words"),
+    "what, flags",
     [
-        (8, (0.1, 0.06), "rloo", "mean of the prompt's other rewards"),
-        (4, (0.1, 0.0), "rloo", "mean of the prompt's other rewards"),  # prompts will differ later on
-        (2, (0.1, 0.06), "running_mean", "groups are small"),  # 0.16 against 0.2
-        (2, (0.1, 0.2), "rloo", "mean of the prompt's other rewards"),  # 0.3 against 0.2
-        (1, (0.1, 0.06), "running_mean", "one completion per prompt"),
+        ({"solved": 0.95}, set()),
+        ({"reward": 0.96}, {"already-solved"}),
+        ({"reward": 0.96, "binary": False}, set()),
+        ({"reward": -0.04, "binary": False, "solved": -0.05}, {"already-solved"}),
+        ({"dead": (0.98, 0.95, 0.91)}, {"few-signals", "signal"}),
+        ({"dead": (1.0, 1.0, 1.0)}, {"nothing-to-learn", "signal"}),
+        ({"dead": (0.98, 0.9, 0.85)}, {"signal"}),
+        ({"entropy": 0.05}, {"entropy-collapsed"}),
+        ({"entropy": 0.05, "entropy_coef": 0.1}, set()),
+        ({"cut": 0.2}, {"truncation"}),
     ],
 )
-def test_the_baseline_follows_from_group_and_spread(size, spread, baseline, words):
-    chosen, why = choose_baseline(probe(spread=spread), size)
-    assert chosen == baseline and words in why
-
-
-@pytest.mark.parametrize(
-    "found, solved, verdict",
-    [
-        (probe(), 0.95, "fine"),
-        (probe(reward=0.96), None, "too easy"),
-        (probe(reward=0.96, binary=False), None, "fine"),
-        (probe(reward=-0.04, binary=False), -0.05, "too easy"),
-        (probe(reward=0.01, dead=(0.98, 0.95, 0.91)), 0.95, "too hard"),
-        (probe(reward=0.01, dead=(0.98, 0.95, 0.90)), 0.95, "fine"),
-    ],
-)
-def test_difficulty(found, solved, verdict):
-    assert difficulty(found, solved) == verdict
+def test_what_the_rules_say_of_a_task(what, flags):
+    assert fitted_to(**what)[1] == flags
 
 
 @pytest.mark.parametrize("cut, room, length", [(0.05, None, 8), (0.2, None, 16), (0.2, 12, 12), (0.2, 8, 8)])
 def test_many_cut_completions_ask_for_a_longer_limit(cut, room, length):
-    assert settings_for(probe(cut=cut), room).max_completion_length == length
+    assert fitted_to(cut=cut, room=room)[0].max_completion_length == length
 
 
-def test_a_reward_model_gets_a_kl_and_a_certain_policy_an_entropy_bonus():
-    plain = settings_for(probe()).estimator
-    assert (plain.beta, plain.entropy_coef, plain.baseline) == (0, 0, "rloo")
-    judged = settings_for(probe(entropy=0.05), beta=0.05, baseline="none").estimator
-    assert (judged.beta, judged.entropy_coef, judged.baseline) == (0.05, 0.01, "none")
+def test_a_certain_policy_gets_an_entropy_bonus():
+    assert fitted_to(entropy=0.05)[0].estimator == Estimator(entropy_coef=0.01)
+    assert fitted_to()[0].estimator == Estimator()
 
 
 def test_a_task_is_measured_and_the_files_can_be_run(capsys):
     shown, advice = advised(capsys, "--task", "vowels", *FEW, "--lora-r", "2", "--lora-alpha", "3")
-    assert "dead groups" in shown and "rloo" in shown and "tokenrl train --config c.json" in shown
-    found = advice["measurements"]["probe"]
+    assert "dead_groups" in shown and "rloo" in shown and "tokenrl train --config c.json" in shown
+    found = advice["measured"]
     assert (found["prompts"], found["samples"]) == (8, 4) and advice["arguments"]["task"] == "vowels"
     arguments = parsed("tokenrl train --config c.json")
     assert (arguments.num_generations, arguments.lora_alpha) == (advice["arguments"]["num_generations"], 3)

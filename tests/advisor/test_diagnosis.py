@@ -8,7 +8,8 @@ import shlex
 import numpy as np
 import pytest
 
-from tokenrl.advisor.diagnosis import advise_run, together
+from tokenrl.advisor.advice import together
+from tokenrl.advisor.diagnosis import advise_run
 from tokenrl.cli import COMMANDS, main
 from tokenrl.configuration import configured
 from tokenrl.core import Estimator
@@ -79,7 +80,7 @@ def test_what_is_found_in_a_run(made_up, kind, what, flag, weight, changes):
     advice = advise_run(str(made_up(kind, **what)))
     found = {finding.flag: finding for finding in advice.findings}[flag]
     assert (found.weight, dict(found.changes)) == (weight, changes), found.text
-    for name, value in advice.measurements["changes"].items():  # the arguments advised hold the change
+    for name, value in found.changes.items():  # the arguments advised hold the change
         axis = name.removeprefix("estimator.")
         assert getattr(advice.arguments if axis == name else advice.arguments.estimator, axis) == value
 
@@ -115,7 +116,7 @@ LOST = {
 def test_a_destroyed_policy_is_not_mistaken_for_a_task_that_is_too_hard(made_up):
     advice = advise_run(str(made_up("train", settings={"learning_rate": 8e-4}, **LOST)))
     assert "policy-destroyed" in [finding.flag for finding in advice.findings]
-    assert advice.again.endswith("--learning-rate 0.0002")  # and no other change
+    assert advice.line.endswith("--learning-rate 0.0002")  # and no other change
     assert "policy-destroyed" not in findings_of(made_up("train", **LOST | {"evaluated": {0: 0.4, 40: 0.9}}))
 
 
@@ -146,36 +147,36 @@ def test_pure_noise_seldom_counts_as_progress(made_up):
 
 
 def test_a_finished_a_running_and_a_killed_run_are_told_apart(made_up):
-    assert advise_run(str(made_up("train"))).facts["status"] == "40 of 40 steps (100%); ended (finished)"
+    assert advise_run(str(made_up("train"))).measured["status"] == "40 of 40 steps (100%); ended (finished)"
     path = made_up("train", running=True, steps=10)
     before = {entry.name: entry.read_bytes() for entry in path.iterdir()}
-    assert "10 of 40 steps (25%); still running" in advise_run(str(path)).facts["status"]
+    assert "10 of 40 steps (25%); still running" in advise_run(str(path)).measured["status"]
     assert {entry.name: entry.read_bytes() for entry in path.iterdir()} == before
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "rew')  # the line that is being written
-    assert "10 of 40" in advise_run(str(path)).facts["status"]
+    assert "10 of 40" in advise_run(str(path)).measured["status"]
     killed = made_up("control", steps=10)
     (killed / "summary.json").unlink()
-    assert advise_run(str(killed)).facts["status"].endswith("it was killed")
+    assert advise_run(str(killed)).measured["status"].endswith("it was killed")
     failed = made_up("train", steps=5)
     (failed / "summary.json").write_text(json.dumps({"exit_reason": "failed", "error": "the disk is full"}))
-    assert "ended (failed): the disk is full" in advise_run(str(failed)).facts["status"]
+    assert "ended (failed): the disk is full" in advise_run(str(failed)).measured["status"]
 
 
 def test_the_command_repeats_the_run_with_the_changes(made_up, monkeypatch):
     path = made_up("train", entropy=0.05, completions__clipped_ratio=0.3)
     path.with_name(f"{path.name}-2").mkdir()
     advice = advise_run(str(path))
-    assert advice.again == (
+    assert advice.line == (
         f"tokenrl train --config {path}/config.json --output-dir {path}-3 "
         "--max-completion-length 32 --estimator.entropy-coef 0.01"
     )
-    name, *argv = shlex.split(advice.again)[1:]
+    name, *argv = shlex.split(advice.line)[1:]
     arguments = parse(name, COMMANDS[name], argv)
     assert arguments == advice.arguments and arguments.estimator == Estimator(entropy_coef=0.01)
     assert configured(COMMANDS["train"].arguments, path, "train").max_completion_length == 16
     monkeypatch.chdir(path)
-    assert advise_run(".").again.startswith(
+    assert advise_run(".").line.startswith(
         f"tokenrl train --config config.json --output-dir {path.resolve()}-3"
     )
 
@@ -196,12 +197,11 @@ def test_the_files_hold_what_is_printed(made_up, tmp_path, capsys, monkeypatch):
     path = made_up("control", entropy=0.01, reward_std=12.0, solved=float("inf"))
     assert main(["advise", "--run", str(path), "--json", "a.json", "--config", "c.json"]) == 0
     shown = capsys.readouterr().out
-    assert "Run it again with: tokenrl control --config c.json" in shown and "entropy-collapsed" in shown
-    assert "inf, not reached" in shown
+    assert "Run it: tokenrl control --config c.json" in shown and "entropy-collapsed" in shown
     record = json.loads((tmp_path / "a.json").read_text())
     (found,) = [finding for finding in record["findings"] if finding["flag"] == "entropy-collapsed"]
     assert (found["weight"], found["changes"]) == ("act", {"estimator.entropy_coef": 0.1})
-    assert record["measurements"]["facts"]["recent_entropy"] == 0.01
+    assert record["measured"]["recent_entropy"] == 0.01
     arguments = parse("control", COMMANDS["control"], ["--config", "c.json"])
     assert arguments.estimator.entropy_coef == 0.1
 
@@ -217,8 +217,8 @@ def test_runs_that_cannot_be_diagnosed_are_refused(made_up, tmp_path, capsys):
     (broken / "metrics.jsonl").write_text("".join([*lines[:3], "{broken\n", *lines[4:]]))
     (without / "metrics.jsonl").unlink()
     cases = {
-        tmp_path / "nowhere": "holds no run",
-        empty: "holds no run",
+        tmp_path / "nowhere": "holds no metrics.jsonl",
+        empty: "holds no metrics.jsonl",
         foreign: "is a run of `tokenrl sft`",
         made_up("train", steps=0): "has not made a step yet",
         made_up("control", reward=float("nan")): "in which an episode ended",  # pieces of long episodes
@@ -243,8 +243,8 @@ def test_a_real_run_from_end_to_end(kind, tmp_path, capsys, monkeypatch):
     assert main(["advise", "--run", "run", "--json", "a.json"]) == 0
     shown = capsys.readouterr().out
     assert "4 of 4 steps (100%)" in shown and "finished" in shown
-    facts = json.loads((tmp_path / "a.json").read_text())["measurements"]["facts"]
+    facts = json.loads((tmp_path / "a.json").read_text())["measured"]
     assert ("snr" in facts) == (kind == "control")  # only that run measured it
-    line = shown.partition("Run it again with: ")[2].splitlines()[0]
+    line = shown.partition("Run it: ")[2].splitlines()[0]
     assert main([*shlex.split(line)[1:], "--check"]) in (0, 2)
     assert not list((tmp_path / "run-2").glob("*.json")) and (tmp_path / "run" / "config.json").exists()

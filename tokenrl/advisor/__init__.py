@@ -7,15 +7,13 @@ training applies too (`runs.rules`).
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.errors import Refused
-from tokenrl.runs.files import check_place
-
-if TYPE_CHECKING:
-    from tokenrl.advisor.advice import Advice
+from tokenrl.runs.files import check_place, plain, write_json
 
 
 def run(args: AdviseArguments) -> int:
@@ -30,26 +28,25 @@ def run(args: AdviseArguments) -> int:
             "Say what the advice is for, one of three: --env ID for control, --task NAME for a language "
             "model, or --run DIR for a run of either that has been started."
         )
-    files = [Path(path).absolute() for path in (args.config, args.json) if path is not None]
-    for path in files:
-        check_place(path)
-        if files.count(path) > 1:
-            raise Refused(f"{path} was given twice, and one file would replace the other. Give two names.")
-    advice = _advice(args)
-    advice.show(args.config)
-    advice.write(args.config, args.json)
-    return 0
-
-
-def _advice(args: AdviseArguments) -> Advice:
+    for path in (args.config, args.json):
+        if path is not None:
+            check_place(path)
     if args.env:
         from tokenrl.advisor.environment import advise_environment
 
-        return advise_environment(args)
-    if args.task:
+        advice = advise_environment(args)
+    elif args.task:
         from tokenrl.advisor.language import advise_language
 
-        return advise_language(args)
-    from tokenrl.advisor.diagnosis import advise_run
+        advice = advise_language(args)
+    else:
+        from tokenrl.advisor.diagnosis import advise_run
 
-    return advise_run(args.run)
+        advice = advise_run(args.run)
+    if args.config is not None:
+        write_json(Path(args.config), {"kind": advice.command, **asdict(advice.arguments)})
+        advice = replace(advice, line=shlex.join(["tokenrl", advice.command, "--config", args.config]))
+    if args.json is not None:
+        write_json(Path(args.json), plain(advice))
+    advice.show()
+    return 0

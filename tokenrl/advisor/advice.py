@@ -1,23 +1,20 @@
-"""Holds advice, prints it as tables, writes it to files, and gives the command line that carries it out."""
+"""Holds advice, prints it as tables, and gives the command line that carries it out."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
-from tokenrl.core.baselines import check_horizon
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.errors import Refused
 from tokenrl.runs.console import rich_console, rich_table
-from tokenrl.runs.files import write_json
 from tokenrl.runs.findings import Finding
 
 
-class Setting(NamedTuple):
+@dataclass(frozen=True)
+class Setting:
     """One recommendation: a field of the arguments (such as `estimator.baseline`), its value, the reason."""
 
     name: str
@@ -25,7 +22,7 @@ class Setting(NamedTuple):
     reason: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Advice:
     """Settings for a run, with their reasons and the measurements behind them.
 
@@ -33,79 +30,68 @@ class Advice:
         subject: the environment, the task, or the run that is diagnosed.
         command: the command that trains, `control` or `train`.
         arguments: the arguments of that command, as its dataclass.
-        facts: what was measured, as texts by name.
-        settings: the recommended settings.
-        measurements: the numbers behind the recommendations.
-        warnings: what may go wrong.
-        findings: what the metrics of a run show; only in a diagnosis.
-        again: the command that repeats the run with the changes advised; only in a diagnosis.
+        line: the command line that carries the advice out.
+        measured: what was measured, by name.
+        findings: what the table of rules says about it.
+        settings: the recommended settings; none in a diagnosis, where they are the changes of findings.
     """
 
     subject: str
     command: str
     arguments: Any
-    facts: Mapping[str, str]
-    settings: list[Setting] = field(default_factory=list)
-    measurements: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    again: str = ""
+    line: str
+    measured: Mapping[str, Any]
+    findings: Sequence[Finding] = ()
+    settings: Sequence[Setting] = ()
 
-    def line(self, config: str | None) -> str:
-        """Return the command that carries the advice out, from the file with the settings if there is one."""
-        if config:
-            return shlex.join(["tokenrl", self.command, "--config", config])
-        return self.again or command_line(self.command, self.arguments)
-
-    def show(self, config: str | None) -> None:
-        """Print the facts, the findings, the settings, the warnings and the command."""
+    def show(self) -> None:
+        """Print what was measured, the findings, the settings and the command."""
         console = rich_console()
-        console.print(f"tokenrl advise: {self.subject}", style="bold", markup=False)
-        found = [(f.weight, f.flag, f.text, shlex.join(flags(f.changes)) or "-") for f in self.findings]
-        settings = [(setting.name, written(setting.value), setting.reason) for setting in self.settings]
+        console.print(f"tokenrl advise: {self.subject}", style="bold")
         for columns, rows in (
-            (("", ""), list(self.facts.items())),
-            (("weight", "finding", "what it is", "change"), found),
-            (("setting", "value", "reason"), settings),
+            (("measured", ""), self.measured.items()),
+            (
+                ("weight", "finding", "what it is", "change"),
+                [(f.weight, f.flag, f.text, shlex.join(flags(f.changes))) for f in self.findings],
+            ),
+            (("setting", "value", "reason"), [(one.name, one.value, one.reason) for one in self.settings]),
         ):
+            table = rich_table("", columns, overflow="fold")
+            for row in rows:
+                table.add_row(*map(written, row))
             if rows:
-                table = rich_table("", columns, header=any(columns), overflow="fold")
-                for row in rows:
-                    table.add_row(*row)
                 console.print(table)
-        for warning in self.warnings:
-            console.print(f"warning: {warning}", style="yellow", markup=False)
-        lead = "Run it again with" if self.again else "Run it"
-        console.print(f"{lead}: {self.line(config)}", soft_wrap=True, markup=False)
-
-    def write(self, config: str | None, json: str | None) -> None:
-        """Write the arguments to `config`, as in config.json, and the whole advice to `json`.
-
-        Raises:
-            Stopped: a file could not be written.
-        """
-        if config is not None:
-            write_json(Path(config), {"kind": self.command, **asdict(self.arguments)})
-        if json is not None:
-            record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "again"}
-            for name in ("settings", "findings"):
-                record[name] = [entry._asdict() for entry in record[name]]
-            write_json(Path(json), record | {"line": self.line(config)})
+        console.print(f"Run it: {self.line}", soft_wrap=True)
 
 
-def judge_horizon(estimator: Estimator, horizon: int | None, allow_no_baseline: bool) -> list[str]:
-    """Return the warning about long episodes without a baseline, if `allow_no_baseline` lets them through.
+def together(findings: Iterable[Finding]) -> dict[str, Any]:
+    """Collect the changes of all findings; of two for one setting, that of the first grave finding counts.
 
-    Raises:
-        Refused: there is no baseline beyond 500 steps, and that is not allowed.
+    Where a policy is lost, its settings may be right but for what lost it. A reward that does not rise asks
+    for a higher rate only if nothing else explains it.
     """
-    try:
-        check_horizon(estimator, horizon)
-    except Refused as refusal:
-        if not allow_no_baseline:
-            raise
-        return [f"allowed by --allow-no-baseline: {refusal}"]
-    return []
+    found = sorted(findings, key=lambda finding: ("void", "act", "watch").index(finding.weight))  # stable
+    lost = [finding for finding in found if finding.flag == "policy-destroyed"]
+    others = [finding for finding in found if finding.flag != "reward-flat"]
+    grave = any(finding.weight != "watch" for finding in others)
+    changes: dict[str, Any] = {}
+    for finding in lost or (others if grave else found):
+        changes = dict(finding.changes) | changes
+    return changes
+
+
+def changed(arguments: Any, changes: Mapping[str, Any]) -> Any:
+    """Return arguments with changes by name, such as `seed` or `estimator.baseline`."""
+    axes = {n.removeprefix("estimator."): v for n, v in changes.items() if n.startswith("estimator.")}
+    others = {name: value for name, value in changes.items() if not name.startswith("estimator.")}
+    return replace(arguments, **others, estimator=replace(arguments.estimator, **axes))
+
+
+def settings(arguments: Any, reasons: Mapping[str, str]) -> list[Setting]:
+    """Return settings by name, such as `seed` or `estimator.baseline`, with their values and the reasons."""
+    axes = {f"estimator.{name}": value for name, value in vars(arguments.estimator).items()}
+    values = vars(arguments) | axes
+    return [Setting(name, values[name], reason) for name, reason in reasons.items()]
 
 
 def bias_in_words(estimator: Estimator) -> str:
@@ -113,49 +99,46 @@ def bias_in_words(estimator: Estimator) -> str:
     return replace(estimator, entropy_coef=0.0).bias_status.replace("_", " ")
 
 
-def one_figure(number: float) -> float:
-    """Round to one significant figure, where only the order of magnitude matters."""
-    return float(f"{number:.0e}")
+def rounded(number: float, figures: int = 1) -> float:
+    """Round to a few significant figures, where only the order of magnitude matters."""
+    return float(f"{number:.{figures}g}")
 
 
 def written(value: Any) -> str:
-    """Return a value as text: 'none' for None, short numbers, layers as 64 x 64."""
+    """Return a value as text: short numbers, layers as 64 x 64, names with their values."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {written(one)}" for name, one in value.items())
     if value is None or value == ():
         return "none"
     if isinstance(value, tuple):
-        return " x ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return " x ".join(map(written, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def command_line(command: str, arguments: Any) -> str:
     """Return the command for these arguments: the nearest preset, and a flag for each value that differs."""
-    estimator: Estimator = arguments.estimator
-    preset = min(PRESETS, key=lambda name: len(_differences(estimator, Estimator.preset(name))))
-    # Resolved settings cannot be made without values, but their fields keep the arguments' defaults.
-    defaults = {f.name: f.default for f in fields(arguments) if f.name != "estimator"}
-    changes = {name: getattr(arguments, name) for name in defaults}
-    changes = {name: value for name, value in changes.items() if value != defaults[name]}
-    axes = _differences(estimator, Estimator.preset(preset))
-    changes |= {f"estimator.{name}": value for name, value in axes.items()}
-    return shlex.join(["tokenrl", command, "--estimator", preset, *flags(changes)])
-
-
-def _differences(given: Estimator, default: Estimator) -> dict[str, Any]:
-    values = {f.name: getattr(given, f.name) for f in fields(given)}
-    return {name: value for name, value in values.items() if value != getattr(default, name)}
+    usual = {one.name: one.default for one in fields(arguments)}
+    changes = {name: value for name, value in vars(arguments).items() if value != usual[name]}
+    changes.pop("estimator", None)
+    axes = vars(arguments.estimator).items()
+    apart = {
+        preset: {f"estimator.{name}": value for name, value in axes if value != getattr(point, name)}
+        for preset, point in ((preset, Estimator.preset(preset)) for preset in PRESETS)
+    }
+    nearest = min(apart, key=lambda preset: len(apart[preset]))
+    return shlex.join(["tokenrl", command, "--estimator", nearest, *flags(changes | apart[nearest])])
 
 
 def flags(values: Mapping[str, Any]) -> list[str]:
     """Return the words of the command line for settings by name, such as `estimator.entropy_coef`."""
     words = []
     for name, value in values.items():
-        path, _, last = name.rpartition(".")
-        last = f"no-{last}" if value is False else last
-        flag = "--" + ".".join(filter(None, (path, last))).replace("_", "-")
+        *owner, last = name.replace("_", "-").split(".")
+        flag = "--" + ".".join([*owner, f"no-{last}" if value is False else last])
         if isinstance(value, bool):
             words.append(flag)
         elif str(value).startswith("-"):  # else the number would look like a flag
             words.append(f"{flag}={value}")
         else:
-            words += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+            words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
     return words

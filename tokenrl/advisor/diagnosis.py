@@ -10,24 +10,21 @@ the number of comparisons, since the best of many evaluations is also the luckie
 from __future__ import annotations
 
 import math
-import os
 import shlex
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from itertools import pairwise
-from pathlib import Path
+from itertools import count
 from statistics import NormalDist, fmean, stdev
 from typing import Any, NamedTuple
 
+import numpy as np
 from filelock import FileLock, Timeout
 
-from tokenrl.advisor.advice import Advice, flags, one_figure
+from tokenrl.advisor.advice import Advice, changed, flags, together
 from tokenrl.configuration import configured
 from tokenrl.control.arguments import ControlArguments, ControlSettings
+from tokenrl.control.environments import describe
 from tokenrl.errors import Refused
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
-from tokenrl.runs.facts import last_tenth, latest_facts, means
-from tokenrl.runs.findings import Finding
+from tokenrl.runs.facts import last_tenth, latest_facts, means, settings_facts
 from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.rules import judge
 from tokenrl.settings import settled
@@ -37,6 +34,8 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "control": (ControlArguments, ControlSettings),
 }
 """The commands whose runs can be diagnosed, with their arguments and the settings of their runs."""
+SHOWN = ("solved_at", "is_solved", "now_", "peak_", "recent_", "snr")
+"""How the names of facts begin that are shown; the others are settings."""
 FALSE_ALARMS = 0.05
 """Probability that a run whose reward does not change is said to change."""
 LEAST_STEPS = 5
@@ -61,31 +60,25 @@ def advise_run(path: str) -> Advice:
     facts = run_facts(run, arguments)
     findings = judge(facts)
     changes = together(findings)
-    target = _unused(run.path)
-    words = ["tokenrl", run.kind, "--config", str(run.path / "config.json"), "--output-dir", str(target)]
-    axes = {n.removeprefix("estimator."): v for n, v in changes.items() if n.startswith("estimator.")}
-    own = {name: value for name, value in changes.items() if not name.startswith("estimator.")}
-    own |= {"output_dir": str(target), "overwrite": False}
+    place = run.path.resolve() if run.path.name in ("", "..") else run.path
+    targets = (place.with_name(f"{run.path.resolve().name}-{number}") for number in count(2))
+    target = next(str(target) for target in targets if not target.exists())
+    words = ["tokenrl", run.kind, "--config", str(run.path / "config.json"), "--output-dir", target]
     return Advice(
-        subject=str(run.path),
+        subject=f"{run.path}: {run.title}",
         command=run.kind,
-        arguments=replace(arguments, **own, estimator=replace(arguments.estimator, **axes)),
-        facts=_shown(run, arguments, facts),
-        measurements={"changes": changes, "facts": {k: v for k, v in facts.items() if v is not None}},
+        arguments=changed(arguments, changes | {"output_dir": target, "overwrite": False}),
+        line=shlex.join([*words, *flags(changes)]),
+        measured={"status": _status(run, arguments)}
+        | {name: value for name, value in facts.items() if name.startswith(SHOWN) and value is not None},
         findings=findings,
-        again=shlex.join([*words, *flags(changes)]),
     )
 
 
 def _read(path: str) -> tuple[RecordedRun, Any]:
     """Read a run directory and the arguments of the run."""
-    if not os.path.isfile(Path(path) / "config.json"):
-        raise Refused(
-            f"{path} holds no run: there is no config.json in it. Give the output directory of `tokenrl "
-            "train` or `tokenrl control`; a run writes that file once it has evaluated the first policy."
-        )
     run = read_run(path)
-    kind = run.config.get("kind")
+    kind = run.config.get("kind", "")
     if kind not in KINDS:
         raise Refused(
             f"{path} is a run of {f'`tokenrl {kind}`' if kind else 'an unknown command'}. Only runs with a "
@@ -94,9 +87,8 @@ def _read(path: str) -> tuple[RecordedRun, Any]:
         )
     if not any(run.series("reward")[0]):
         raise Refused(
-            f"{path} has not made a step yet, or none in which an episode ended with a finite reward: none "
-            f"of the {len(run.metrics)} lines of its metrics.jsonl has one. Ask again once it has come "
-            "further."
+            f"{path} has not made a step yet, or none in which an episode ended with a finite reward. Ask "
+            "again once it has come further."
         )
     arguments, settings = KINDS[kind]
     arguments = configured(arguments, run.path, kind)
@@ -108,90 +100,59 @@ def run_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
     """Return the facts of a run, of its settings and of how its reward went."""
     estimator, language, rows = arguments.estimator, run.kind == "train", run.metrics
     steps, solved_at = [row for row in rows if row["step"] > 0], run.config.get("solved")
-    facts = means("recent", last_tenth(steps), estimator.needs_groups) | {
+    snr, skipped = run.series("gradient/snr")[1], run.series("skipped_steps")[1]
+    updates = rows[-1]["step"] * arguments.num_iterations * arguments.num_minibatches
+    spread = last_tenth(run.series("reward_std")[1][::-1])  # of the first tenth
+    samples = getattr(arguments, "max_samples", None)
+    facts = settings_facts(arguments) | means("recent", last_tenth(steps), estimator.needs_groups)
+    facts |= {
         "solved_at": None if solved_at is None else float(solved_at),  # "Infinity" too
-        "learning_rate": arguments.learning_rate,
-        "has_entropy_bonus": estimator.entropy_coef > 0,
-        "has_baseline": estimator.subtracts_baseline,
-        "num_iterations": arguments.num_iterations,
-        "beta": estimator.beta,
-        "target_kl": getattr(arguments, "target_kl", None),
-        "horizon": _horizon(arguments),
-        "skipped": _skipped(run, arguments),
+        "is_whole": rows[-1]["step"] >= arguments.max_steps,
+        "skipped": skipped[-1] / updates if skipped else None,
+        "snr": fmean(snr) if snr else None,
+        "snr_stderr": stdev(snr) / math.sqrt(len(snr)) if len(snr) > 1 else None,
+        "early_spread": fmean(spread) if spread else None,
     }
+    if samples:
+        facts["is_whole"] = (rows[-1].get("num_samples") or 0) >= samples
     facts |= _progress_facts(run, arguments)
-    evaluations = run.series("eval_reward_greedy" if language else "eval_reward")[1]
-    solved = facts["solved_at"] is not None and bool(evaluations) and evaluations[-1] >= facts["solved_at"]
-    facts |= {"is_solved": solved, "is_easy": solved or _is_easy(facts, language)}
-    facts |= _noise_facts(run, arguments) | _advised(run, arguments, facts)
-    if not language and (arguments.num_envs == 1 or estimator.within_rows):
-        facts["recent_equal"] = None  # episodes are not compared, so that equal returns say nothing
-    if not language and arguments.head != "softmax":
-        facts["recent_entropy"] = None
+    evaluated = run.series("eval_reward_greedy" if language else "eval_reward")[1]
+    mark, reward = facts["solved_at"], facts["recent_reward"]
+    facts["is_solved"] = mark is not None and bool(evaluated) and evaluated[-1] >= mark
+    looks_easy = language and 0.95 <= reward <= 1 if mark is None else reward >= mark
+    facts["is_easy"] = facts["is_solved"] or looks_easy
     if language:
-        facts |= {"max_completion_length": arguments.max_completion_length}
-        facts |= (
-            {} if facts["gained"] else latest_facts(rows, arguments.prompts_per_step, estimator.needs_groups)
-        )
+        facts["horizon"] = arguments.max_completion_length
+        if not facts["gained"]:
+            facts |= latest_facts(rows, arguments.prompts_per_step, estimator.needs_groups)
+        return facts
+    facts["horizon"] = _horizon(arguments)
+    if arguments.num_envs == 1 or estimator.within_rows:
+        facts["recent_equal"] = None  # episodes are not compared, so that equal returns say nothing
+    if arguments.head != "softmax":
+        facts["recent_entropy"] = None
     return facts
-
-
-def _advised(run: RecordedRun, arguments: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that rules advise, as facts."""
-    language, estimator = run.kind == "train", arguments.estimator
-    spread = run.series("reward_std")[1]
-    early = fmean(spread[: max(1, len(spread) // 10)]) if spread else None
-    scale = one_figure(1 / early) if early else getattr(arguments, "reward_scale", 1.0)
-    step = "prompts_per_step" if language else "num_envs"
-    more = "num_generations" if language and estimator.needs_groups else step
-    several = arguments.num_generations > 1 if language else arguments.num_envs > 1
-    baseline = {"estimator.baseline": "rloo" if language and several else "running_mean"}
-    if not language and several:
-        baseline = {"estimator.baseline": "timestep_mean", "estimator.returns": "reward_to_go"}
-    samples, used = getattr(arguments, "max_samples", None), run.metrics[-1].get("num_samples") or 0
-    whole = {"max_samples": 2 * samples} if samples else {"max_steps": 2 * arguments.max_steps}
-    is_whole = used >= samples if samples else run.metrics[-1]["step"] >= arguments.max_steps
-    advised: dict[str, Any] = {
-        "entropy_bonus": 0.01,
-        "more_samples": {more: 2 * getattr(arguments, more)},
-        "more_rows": {step: 2 * getattr(arguments, step)},
-        "some_baseline": baseline,
-        "longer": whole if is_whole else {},  # a run that was stopped needs its own rest
-        "remedy": "A warm start (--warm-start, or tokenrl sft) or a graded reward helps most."
-        if language
-        else "A shaped reward or a start nearer the goal helps most.",
-    }
-    if not language:
-        if estimator.scale == "none":  # the bonus is in units of what the advantages are made of
-            advised["entropy_bonus"] = one_figure(0.01 * (early or 1.0) * arguments.reward_scale)
-        far = not 1 / 3 < scale / arguments.reward_scale < 3  # the critic's targets are far from size 1
-        rate = {"value_learning_rate": 2 * (arguments.value_learning_rate or arguments.learning_rate)}
-        advised["better_critic"] = {"reward_scale": scale} if far else rate
-    return advised
-
-
-def _is_easy(facts: Mapping[str, Any], language: bool) -> bool:
-    """Whether the training reward reaches the threshold or, without one, looks like a success rate near 1."""
-    reward = facts["recent_reward"]
-    if facts["solved_at"] is not None:
-        return bool(reward >= facts["solved_at"])
-    return language and 0.95 <= reward <= 1
 
 
 def _progress_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
     """Return whether the reward has gained or fallen by more than chance, and what it was at its best."""
     parts, evaluated = quarters(run), evaluations(run)
     compared = evaluated if len(evaluated) > 1 else parts
-    start, now, peak = compared[0], compared[-1], max(compared, key=lambda mean: mean.value)
-    facts: dict[str, Any] = {"now_reward": now.value, "peak_reward": peak.value, "peak_step": peak.step}
-    count, step = len(compared) - 1, run.metrics[-1]["step"]
-    facts |= {"gained": _differs(now, start, count) > 0, "fell": _differs(now, peak, count) < 0}
+    start, now, peak = compared[0], compared[-1], max(compared)
+    comparisons, running = len(compared) - 1, is_running(run)
+    gained = _differs(now, start, comparisons) > 0
     rising = len(parts) > 1 and _differs(parts[-1], parts[-2], 1) > 0
-    facts["rising"] = rising and facts["gained"] and not is_running(run)
-    facts["is_early"] = count == 0 or (is_running(run) and 2 * step < arguments.max_steps)
     kl = [value for at, value in zip(*run.series("kl"), strict=True) if at <= peak.step]
-    facts["peak_kl"] = kl[-1] if kl else None
-    return facts
+    return {
+        "now_reward": now.value,
+        "peak_reward": peak.value,
+        "peak_step": peak.step,
+        "peak_kl": kl[-1] if kl else None,
+        "gained": gained,
+        "fell": _differs(now, peak, comparisons) < 0,
+        "rising": rising and gained and not running,
+        "is_early": not comparisons or (running and 2 * run.metrics[-1]["step"] < arguments.max_steps),
+    }
 
 
 def evaluations(run: RecordedRun) -> list[Mean]:
@@ -206,65 +167,28 @@ def evaluations(run: RecordedRun) -> list[Mean]:
 def quarters(run: RecordedRun) -> list[Mean]:
     """Return the mean training reward of each quarter of the steps; of fewer parts if there are few steps."""
     steps, values = run.series("reward")
-    parts = max(1, min(4, len(values) // LEAST_STEPS))
-    edges = [round(i * len(values) / parts) for i in range(parts + 1)]
-    out = []
-    for first, last in pairwise(edges):
-        part = values[first:last]
-        error = stdev(part) / math.sqrt(len(part)) if len(part) > 1 else math.nan
-        out.append(Mean(fmean(part), error, steps[last - 1]))
-    return out
+    parts = np.array_split(values, max(1, min(4, len(values) // LEAST_STEPS)))
+    ends = np.cumsum([len(part) for part in parts])
+    errors = [part.std(ddof=1) / math.sqrt(len(part)) if len(part) > 1 else math.nan for part in parts]
+    return [
+        Mean(float(part.mean()), float(error), steps[end - 1])
+        for part, error, end in zip(parts, errors, ends, strict=True)
+    ]
 
 
 def _differs(one: Mean, other: Mean, comparisons: int) -> int:
     """Return 1 if `one` is larger than `other` by more than chance, -1 if smaller, else 0."""
     sure = NormalDist().inv_cdf(1 - FALSE_ALARMS / 2 / max(1, comparisons))
     bound, difference = sure * math.hypot(one.error, other.error), one.value - other.value
-    return 0 if math.isnan(bound) or abs(difference) <= bound else 1 if difference > 0 else -1
+    return (difference > bound) - (difference < -bound)
 
 
-def _noise_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
-    """Return the mean signal-to-noise ratio of an update with its standard error, where it was measured."""
-    values = run.series("gradient/snr")[1]
-    if len(values) < 2:
-        return {}
-    return {"snr": fmean(values), "snr_stderr": stdev(values) / math.sqrt(len(values))}
-
-
-def _skipped(run: RecordedRun, arguments: Any) -> float | None:
-    """Return the share of updates that were skipped, because their gradient was not finite."""
-    counts = run.series("skipped_steps")[1]
-    updates = run.metrics[-1]["step"] * arguments.num_iterations * arguments.num_minibatches
-    return counts[-1] / updates if counts else None
-
-
-def _horizon(arguments: Any) -> int | None:
-    """Return the most actions of an episode; None where the environment is not installed here."""
-    if isinstance(arguments, TrainArguments):
-        return arguments.max_completion_length
-    if arguments.max_episode_steps:
-        return int(arguments.max_episode_steps)
-    from tokenrl.control.environments import describe
-
+def _horizon(arguments: ControlArguments) -> float:
+    """Return the most actions of an episode; infinity where the environment is not installed here."""
     try:
-        return describe(arguments.env).horizon
+        return arguments.max_episode_steps or describe(arguments.env).horizon
     except Refused:
-        return None
-
-
-def together(findings: Iterable[Finding]) -> dict[str, Any]:
-    """Collect the changes of all findings; of two for one setting, that of the first grave finding counts.
-
-    Where a policy is lost, its settings may be right but for what lost it. A reward that does not rise asks
-    for a higher rate only if nothing else explains it.
-    """
-    found = sorted(findings, key=lambda finding: ("void", "act", "watch").index(finding.weight))  # stable
-    lost = [finding for finding in found if finding.flag == "policy-destroyed"]
-    grave = [finding for finding in found if finding.weight != "watch" and finding.flag != "reward-flat"]
-    changes: dict[str, Any] = {}
-    for finding in lost or [f for f in found if f.flag != "reward-flat" or not grave]:
-        changes = dict(finding.changes) | changes
-    return changes
+        return math.inf
 
 
 def is_running(run: RecordedRun) -> bool:
@@ -278,33 +202,13 @@ def is_running(run: RecordedRun) -> bool:
         return True
 
 
-def _shown(run: RecordedRun, arguments: Any, facts: Mapping[str, Any]) -> dict[str, str]:
-    """Return the facts that the advice shows, as texts."""
-    step, whole = run.metrics[-1]["step"], arguments.max_steps
-    status = f"{step} of {whole} steps ({step / whole:.0%}); "
-    if run.summary:
-        error = f": {run.summary['error']}" if "error" in run.summary else ""
-        status += f"ended ({run.summary.get('exit_reason', 'unknown')}){error}"
+def _status(run: RecordedRun, arguments: Any) -> str:
+    """Return how far the run has come, and how it ended."""
+    step, summary = run.metrics[-1]["step"], run.summary
+    status = "there is no summary.json and nobody holds the run's lock: it was killed"
+    if summary:
+        error = f": {summary['error']}" if "error" in summary else ""
+        status = f"ended ({summary.get('exit_reason', 'unknown')}){error}"
     elif is_running(run):
-        status += "still running, there is no summary.json yet"
-    else:
-        status += "there is no summary.json and nobody holds the run's lock: it was killed"
-    solved_at = facts["solved_at"]
-    reached = "" if solved_at is None else f", {'' if facts['is_solved'] else 'not '}reached"
-    last = {name: facts.get(f"recent_{name}") for name in ("entropy", "equal", "cut", "kl", "grad_norm")}
-    return {
-        "run": run.title,
-        "status": status,
-        "solved at": ("no threshold" if solved_at is None else f"{solved_at:g}") + reached,
-        "reward": f"{facts['now_reward']:.3g} now, at its best {facts['peak_reward']:.3g} (step "
-        f"{facts['peak_step']})",
-        "last tenth": ", ".join(f"{name} {value:.3g}" for name, value in last.items() if value is not None),
-    }
-
-
-def _unused(run: Path) -> Path:
-    """Return the name of a directory beside the run that does not exist yet: run-2, run-3 and so on."""
-    number, place = 2, run.resolve() if run.name in ("", "..") else run
-    while (found := place.with_name(f"{run.resolve().name}-{number}")).exists():
-        number += 1
-    return found
+        status = "still running, there is no summary.json yet"
+    return f"{step} of {arguments.max_steps} steps ({step / arguments.max_steps:.0%}); {status}"

@@ -12,6 +12,7 @@ from tokenrl.control.rollouts import Rollout
 from tokenrl.control.run import ControlResult, Run
 from tokenrl.control.update import learn
 from tokenrl.runs.console import duration
+from tokenrl.runs.facts import settings_facts
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
@@ -46,67 +47,36 @@ def check_agent(
     metrics = learn(copy.deepcopy(run.agent), rollout, 1)
     evaluation, update = evaluated - began, time.perf_counter() - evaluated
     largest = float(rollout.observations[rollout.mask].abs().max())
-    rewards, returns = rollout.rewards[rollout.mask], rollout.returns
-    if len(returns):
-        episodes = _counted(len(returns), "episode")
-        reached = f"{float(returns.min()):.4g} to {float(returns.max()):.4g} in {episodes}"
-    else:
-        reached = f"no episode ended; rewards from {float(rewards.min()):.4g} to {float(rewards.max()):.4g}"
+    rewards = rollout.returns if len(rollout.returns) else rollout.rewards[rollout.mask]
+    what = "episodes" if len(rollout.returns) else "steps, in which no episode ended,"
     count = 1 + -(-args.max_steps // args.eval_every) if args.eval_every else 2
     whole = duration(args.max_steps * update + count * evaluation)
-    work = f"{args.max_steps} updates and {_counted(count, 'evaluation')}"
+    work = f"{args.max_steps} updates and {count} evaluation{'s' * (count != 1)}"
+    low, high = float(rewards.min()), float(rewards.max())
     measured = {
-        "returns": reached,
+        "returns": f"{low:.4g} to {high:.4g} in {len(rewards)} {what.partition(',')[0]}",
         "observations": f"{largest:.3g} at most, in absolute value",
         "learning rate": f"{args.learning_rate:g}",
         "time": f"{update:.2g} s per update, about {whole} for {work}, if episodes stay as long as now",
     }
-    findings = _signal(rollout, alike=session.eval_before["reward_stderr"] == 0)
-    findings += judge(
-        {
-            "learning_rate": args.learning_rate,
-            "lowest_rate": USUAL_RATES[0],
-            "highest_rate": USUAL_RATES[1],
-            "whose": "agents with Adam",
-            "step_grad_norm": metrics["grad_norm"] if math.isfinite(metrics["grad_norm"]) else math.inf,
-        }
-    )
+    alike = len(rewards) > 1 and low == high and rollout.lengths.unique().numel() <= 1
+    facts = settings_facts(args) | {
+        "lowest_rate": USUAL_RATES[0],
+        "highest_rate": USUAL_RATES[1],
+        "whose": "agents with Adam",
+        "step_grad_norm": metrics["grad_norm"] if math.isfinite(metrics["grad_norm"]) else math.inf,
+        "step_equal": float(alike or not rollout.rewards[rollout.mask].any()),
+        "step_reward": low,
+        "groups": f"{len(rewards)} {what}",
+        "others_differ": session.eval_before["reward_stderr"] > 0,
+    }
+    findings = judge(facts)
     if not (SMALL <= largest <= LARGE or args.normalize_observations):
         text = (
             f"The largest absolute value of an observation was {largest:.3g}, and networks learn best from "
+            "inputs near 1. Add --normalize-observations, or scale them in the environment."
         )
-        text += "inputs near 1. Add --normalize-observations, or scale them in the environment."
         findings.append(Finding("observations-far-from-1", "watch", text))
     code = session.conclude("environment, policy and estimator", measured, findings)
     result = run.result(session, "check")
     return replace(result, flags=session.flags, exit_code=result.exit_code or code)
-
-
-def _signal(rollout: Rollout, *, alike: bool) -> list[Finding]:
-    """Return a finding if no two episodes differ in what they were rewarded, or no step was rewarded.
-
-    Args:
-        rollout: what a first update would learn from.
-        alike: whether the episodes of the evaluation have equal returns too. If not, the rollout shows no
-            signal yet, as where it ends before the episodes do, and later ones may.
-    """
-    rewards, returns, lengths = rollout.rewards[rollout.mask], rollout.returns, rollout.lengths
-    number = _counted(len(returns), "episode") if len(returns) else f"{rollout.env_steps} steps"
-    if not rewards.any():
-        text = f"Every reward in {number} was 0."
-    elif len(returns) > 1 and returns.unique().numel() == lengths.unique().numel() == 1:
-        text = f"All {number} had the same return, {float(returns[0]):.4g}, and the same length."
-    elif not len(returns) and rewards.unique().numel() == 1:
-        text = f"No episode ended in {number}, and every reward was {float(rewards[0]):.4g}."
-    else:
-        return []
-    why = "There is nothing to learn from."
-    if not alike:
-        why = "This rollout teaches nothing; episodes of the evaluation do differ, so later ones may."
-    mend = "Reward steps towards the goal, let more episodes be tried (--num-envs), or make episodes longer "
-    mend += "(--max-episode-steps, --num-steps), so that some of them reach something."
-    return [Finding("nothing-to-learn", "void" if alike else "watch", f"{text} {why} {mend}")]
-
-
-def _counted(count: int, word: str) -> str:
-    return f"{count} {word}{'s' * (count != 1)}"

@@ -101,7 +101,7 @@ class Run:
         recent = means("recent", last_tenth(session.recorded()[1:]), needs_groups=False)["recent_entropy"]
         if self.args.head != "softmax":  # the entropy of a density may well be negative
             return []
-        bonus = {"has_entropy_bonus": self.args.estimator.entropy_coef > 0, "entropy_bonus": 0.01}
+        bonus = {"has_entropy_bonus": self.args.estimator.entropy_coef > 0}
         return judge({"recent_entropy": recent, **bonus})
 
     def state_dict(self) -> dict[str, Any]:

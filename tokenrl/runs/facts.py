@@ -1,7 +1,8 @@
 """Reads facts from the metrics of a training: what the rules about numbers (`runs.rules`) judge by.
 
 Facts are one flat mapping, such as `{"recent_entropy": 0.05, "has_entropy_bonus": False}`. A name without a
-prefix is a setting or a number of the whole run. A prefix says which steps or which evaluation it is from:
+prefix is a setting (see `settings_facts`) or a number of the whole run. A prefix says which steps or which
+evaluation it is from:
 
     step_     the step just made, or the trial steps of a check
     latest_   the last few steps, with enough groups of completions for a sure mean (see `latest_facts`)
@@ -17,8 +18,8 @@ completions cut at the limit), `clip_ratio`, `kl`, `explained_variance`, `grad_n
 Facts that are true or false count as false if they are missing: `is_solved` (the last evaluation reaches the
 threshold), `is_easy` (the training reward does, or is a success rate near 1), `gained` and `fell` (the reward
 is higher than at the start, lower than at its best, by more than chance), `has_entropy_bonus`,
-`has_baseline`, `is_corrected` (tokens are weighted by the ratio of trainer and sampler). Every other fact is
-explained at the rule that reads it.
+`is_corrected` (tokens are weighted by the ratio of trainer and sampler), `needs_groups` (the estimator
+compares completions of the same prompt). Every other fact is explained at the rule that reads it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+Facts = Mapping[str, Any]
 
 MOST = 0.5
 """Above this share of groups with equal rewards, or of completions that are cut, most work is lost."""
@@ -40,18 +42,6 @@ METRICS = {
     "length": "episode_length",
 }
 """The metric behind each name after a prefix."""
-
-
-class Unknown(Exception):
-    """Raised where a rule reads a fact that was not given."""
-
-
-class Facts(dict[str, Any]):
-    """Facts by name; reading one that was not given raises `Unknown`."""
-
-    def __missing__(self, name: str) -> Any:
-        """Make the rule silent that needs this fact."""
-        raise Unknown(name)
 
 
 def is_number(value: Any) -> bool:
@@ -75,6 +65,13 @@ def means(prefix: str, rows: Sequence[Mapping[str, Any]], needs_groups: bool) ->
         values = [share_equal(row, needs_groups) if name == "equal" else row[key] for row in known]
         facts[f"{prefix}_{name}"] = fmean(values) if values else None
     return facts
+
+
+def settings_facts(args: Any) -> dict[str, Any]:
+    """Return the settings of a run and the axes of its estimator as facts, and what follows from them."""
+    estimator: Any = args.estimator
+    facts = {**vars(estimator), **vars(args), "has_baseline": estimator.subtracts_baseline}
+    return facts | {"has_entropy_bonus": estimator.entropy_coef > 0, "needs_groups": estimator.needs_groups}
 
 
 def share_equal(row: Mapping[str, Any], needs_groups: bool) -> float:
@@ -109,11 +106,11 @@ def latest_facts(rows: Sequence[Mapping[str, Any]], groups: int, needs_groups: b
 
 def signs(facts: Facts) -> str:
     """Return what shows that the policy of the latest steps can hardly recover; empty for none."""
-    equal, cut, first_cut = facts["latest_equal"], facts["latest_cut"], facts["first_cut"]
-    found = [f"{equal:.0%} of the groups had equal rewards"] if equal >= 0.75 else []
+    found, first_cut = [], facts["first_cut"]
+    if facts["latest_equal"] >= 0.75:
+        found.append("{latest_equal:.0%} of the groups had equal rewards")
     if facts["latest_entropy"] < facts["first_entropy"] / 4:
-        fallen = "the entropy was {latest_entropy:.2g} nats, down from {first_entropy:.2g}"
-        found.append(fallen.format_map(facts))
-    if cut >= max(MOST, first_cut + (1 - first_cut) / 4):
-        found.append(f"{cut:.0%} of the completions were cut")
+        found.append("the entropy was {latest_entropy:.2g} nats, down from {first_entropy:.2g}")
+    if facts["latest_cut"] >= max(MOST, first_cut + (1 - first_cut) / 4):
+        found.append("{latest_cut:.0%} of the completions were cut")
     return " and ".join(found)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from tokenrl.runs.facts import Facts
 
 Weight = Literal["watch", "act", "void"]
 
 
-class Finding(NamedTuple):
+@dataclass(frozen=True)
+class Finding:
     """What a rule found.
 
     Attributes:
@@ -25,23 +27,23 @@ class Finding(NamedTuple):
     flag: str
     weight: Weight
     text: str
-    changes: Mapping[str, Any] = {}
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Return the finding as one line, its flag first."""
         return f"{self.flag}: {self.text}"
 
 
-Told = tuple[Weight | None, str, Mapping[str, Any]]
-"""What a rule says: the weight (None for nothing), the sentence with facts in braces, the changes."""
-RULES: list[tuple[str, Callable[[Facts], Told]]] = []
+Judgement = tuple[Weight | None, str, Mapping[str, Any]]
+"""What a rule returns: the weight (None for nothing), the sentence with facts in braces, the changes."""
+RULES: list[tuple[str, Callable[[Facts], Judgement]]] = []
 """The table: a flag and its rule, in the order in which findings are told."""
 
 
-def rule(flag: str) -> Callable[[Callable[[Facts], Told]], Callable[[Facts], Told]]:
+def rule(flag: str) -> Callable[[Callable[[Facts], Judgement]], Callable[[Facts], Judgement]]:
     """Enter a rule into the table under a flag."""
 
-    def entered(function: Callable[[Facts], Told]) -> Callable[[Facts], Told]:
+    def entered(function: Callable[[Facts], Judgement]) -> Callable[[Facts], Judgement]:
         RULES.append((flag, function))
         return function
 

@@ -17,42 +17,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
-from tokenrl.runs.facts import MOST, Facts, Unknown, signs
-from tokenrl.runs.findings import RULES, Finding, Told, Weight, above, rule
+from tokenrl.runs.facts import MOST, Facts, signs
+from tokenrl.runs.findings import RULES, Finding, Judgement, Weight, above, rule
+from tokenrl.runs.remedies import SOLVED, doubled, remedy, slower
 
 LEAST_ENTROPY = 0.1
 """In nats per action; below it a policy over discrete actions nearly always chooses the same one."""
 SURE, SURE_OF_BEST = 4.5, 6.0
 """Standard errors by which the reward of a destroyed policy falls: from the evaluation before training, or
 from the best of several. A run looks hundreds of times, so 2 are often chance, and the best was lucky too."""
-SOLVED = "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."
+BONUS = 0.01
+"""The entropy bonus to begin with, for advantages of a size near 1."""
 
 
 def judge(given: Mapping[str, Any]) -> list[Finding]:
     """Return what the rules find whose facts are given; a fact that is None or nan counts as missing."""
-    facts, findings = Facts({k: v for k, v in given.items() if v is not None and v == v}), []
+    facts, findings = {k: v for k, v in given.items() if v is not None and v == v}, []
     for flag, function in RULES:
         try:
             weight, text, changes = function(facts)
             if weight is not None:
                 findings.append(Finding(flag, weight, text.format_map(facts), changes))
-        except Unknown:
+        except KeyError:  # a fact that is missing
             continue
     return findings
 
 
-def slower(facts: Facts) -> tuple[str, dict[str, float]]:
-    """Say that the learning rate is the likely cause of a loss; return that with the rate to take instead."""
-    rate, usual = facts["learning_rate"], facts.get("usual_rate", 0.0)  # 0: nobody knows
-    above_usual = 0 < usual < rate
-    mend = usual if above_usual else rate / 4
-    known = f", {'which' if above_usual else f'although {usual:g}'} is usual here" if usual else ""
-    text = f"The learning rate, {rate:g}, is the likely cause: try --learning-rate {mend:g}{known}."
-    return text, {"learning_rate": mend}
-
-
 @rule("policy-destroyed")
-def policy_destroyed(facts: Facts) -> Told:
+def policy_destroyed(facts: Facts) -> Judgement:
     """The reward fell by more than noise explains, and a sign shows that the policy can hardly recover.
 
     Held-out prompts may be easier than training prompts: the first step, of the policy that was evaluated,
@@ -70,7 +62,7 @@ def policy_destroyed(facts: Facts) -> Told:
 
 
 @rule("entropy-collapsed")
-def entropy_lost(facts: Facts) -> Told:
+def entropy_lost(facts: Facts) -> Judgement:
     """The entropy fell to a quarter before half of the task was learnt; `solved_at` is all of it."""
     (why, changes), first = slower(facts), facts["first_reward"]
     is_half = facts["latest_reward"] > (first + facts.get("solved_at", first)) / 2
@@ -81,82 +73,78 @@ def entropy_lost(facts: Facts) -> Told:
 
 
 @rule("entropy-collapsed")
-def entropy_collapsed(facts: Facts) -> Told:
-    """The policy is nearly deterministic at the end, and `entropy_bonus` says which bonus to begin with.
+def entropy_collapsed(facts: Facts) -> Judgement:
+    """The policy is nearly deterministic, and has no entropy bonus.
 
-    Readers leave `recent_entropy` out for a Gaussian head: the entropy of a density may be negative.
+    A bonus is in units of what the advantages are made of: of the spread of rewards, `early_spread`, where
+    they are not divided by it. Readers leave `recent_entropy` out for a Gaussian head: the entropy of a
+    density may be negative.
     """
-    text = (
-        "the policy ended with an entropy of {recent_entropy:.3g} nats per action, below 0.1, and the "
-        "estimator has no entropy bonus. It nearly always makes the same choice, so it no longer finds a "
-        "better one, and its gradient vanishes. This may be what you want if each prompt or state has one "
-        "right answer and the reward is good; otherwise set --estimator.entropy-coef ({entropy_bonus:g} is a"
-        " start; to leave a trap takes more), or lower the learning rate."
-    )
+    text = "the policy has an entropy of {recent_entropy:.3g} nats per action and no entropy bonus: it makes "
+    text += "nearly always the same choice. Unless there is one right answer, and the reward is good, set "
+    text += "--estimator.entropy-coef (0.01 is a start; to leave a trap takes more) or a lower learning rate."
     if facts["recent_entropy"] >= LEAST_ENTROPY or facts.get("has_entropy_bonus"):
         return None, text, {}
     if facts.get("is_solved"):
         return "watch", text, {}
-    return "act", text, {"estimator.entropy_coef": facts["entropy_bonus"]}
+    unit = (facts.get("early_spread") or 1.0) * facts.get("reward_scale", 1.0)
+    bonus = float(f"{BONUS * unit:.1g}") if facts.get("scale") == "none" and "num_envs" in facts else BONUS
+    return "act", text, {"estimator.entropy_coef": bonus}
 
 
 @rule("no-exploration")
-def no_exploration(facts: Facts) -> Told:
+def no_exploration(facts: Facts) -> Judgement:
     """The policy hardly explored from the start and learnt nothing: a low entropy alone is no fault."""
     is_low = facts["early_entropy"] < LEAST_ENTROPY and not facts.get("has_entropy_bonus")
-    text = (
-        "In the first tenth of the steps the entropy was {early_entropy:.3g} nats per action, and the reward"
-        " ended no higher than before training ({gain:+.2g}): the policy hardly explored. Lower the learning"
-        " rate, or set --estimator.entropy-coef."
-    )
+    text = "In the first tenth of the steps the entropy was {early_entropy:.3g} nats per action, and the "
+    text += "reward gained {gain:+.2g}. Lower the learning rate, or set --estimator.entropy-coef."
     return "void" if is_low and facts["gain"] <= 0 else None, text, {}
 
 
 @rule("no-entropy")
-def no_entropy(facts: Facts) -> Told:
+def no_entropy(facts: Facts) -> Judgement:
     """The policy to be trained nearly always writes the same completion."""
-    text = (
-        "The policy's entropy is {step_entropy:.2g} nats per token: it nearly always writes the same "
-        "completion, so there is little to compare. Raise --temperature, or start from a model that was "
-        "trained less."
-    )
+    text = "The policy's entropy is {step_entropy:.2g} nats per token: it nearly always writes the same, so "
+    text += "there is little to compare. Raise --temperature, or take a model that was trained less."
     return above(-facts["step_entropy"], watch=-LEAST_ENTROPY, void=-0.01), text, {}
 
 
 @rule("sampling-differs")
-def sampling_differs(facts: Facts) -> Told:
+def sampling_differs(facts: Facts) -> Judgement:
     """Log-probabilities of sampler and trainer differ: by `gap` on average, by `largest_gap` at most.
 
     Float32 gives a gap of about 1e-6 nats per token, bfloat16 of about 1e-2.
     """
-    text = (
-        "Log-probabilities of the sampler and of training differ by {gap:.2g} nats per token on average, by "
-        "{largest_gap:.2g} at most. The gradient is then that of another policy than the one that sampled. "
-        "Take float32 (--dtype float32, --mixed-precision no), or weight tokens by the ratio of the two, "
-        "with --estimator.importance-cap 2."
-    )
+    text = "Log-probabilities of sampler and training differ by {gap:.2g} nats per token on average, by "
+    text += "{largest_gap:.2g} at most: the gradient is that of another policy than the one that sampled. "
+    text += "Take float32 (--dtype float32, --mixed-precision no), or --estimator.importance-cap 2."
     return above(facts["gap"], watch=0.005, void=math.inf if facts.get("is_corrected") else 0.05), text, {}
 
 
 @rule("nothing-to-learn")
-def nothing_to_learn(facts: Facts) -> Told:
-    """No rewards differ in the trial steps of a check; `groups` says between how many completions."""
-    text = "In none of {groups} do the rewards differ; their mean is {step_reward:.3g}. There is nothing "
-    return "void" if facts["step_equal"] == 1 else None, text + "to learn from. {remedy}", {}
+def nothing_to_learn(facts: Facts) -> Judgement:
+    """No rewards differ in the trial steps of a check; `groups` says between how many completions.
+
+    `others_differ` says that other samples of the same policy do, so that later steps may teach something.
+    """
+    text = "In none of {groups} do the rewards differ; their mean is {step_reward:.3g}. "
+    weight: Weight = "watch" if facts.get("others_differ") else "void"
+    text += "There is nothing to learn from. " if weight == "void" else "Later steps may teach something. "
+    return weight if facts["step_equal"] == 1 else None, text + remedy(facts), {}
 
 
 @rule("few-signals")
-def few_signals(facts: Facts) -> Told:
+def few_signals(facts: Facts) -> Judgement:
     """Rewards differ in at most a tenth of the groups of the trial steps."""
     text = "In {step_equal:.0%} of {groups} the rewards are equal. Only the others can teach anything."
-    return "watch" if 0.9 <= facts["step_equal"] < 1 else None, text + " {remedy}", {}
+    return "watch" if 0.9 <= facts["step_equal"] < 1 else None, f"{text} {remedy(facts)}", {}
 
 
 @rule("no-signal")
-def no_signal(facts: Facts) -> Told:
+def no_signal(facts: Facts) -> Judgement:
     """In as many steps in a row as `patience` says (three) no rewards differed (`steps_without_signal`).
 
-    `had_signal` says whether they did in an earlier step, and `remedy` what gives such a training a signal.
+    `had_signal` says whether they did in an earlier step.
     """
     weight: Weight | None = "void" if facts["steps_without_signal"] >= facts.get("patience", 3) else None
     text = "In {steps_without_signal} steps in a row no two rewards that are compared differed, so there is "
@@ -165,59 +153,57 @@ def no_signal(facts: Facts) -> Told:
     if facts["had_signal"] and facts["step_reward"] < before - 3 * error:
         why, changes = slower(facts)
         return weight, f"{text}, down from {{before_reward:.3g}} before training. {why}", changes
-    return weight, f"{text}. {{remedy}}", {}
+    return weight, f"{text}. {remedy(facts)}", {}
 
 
 @rule("no-signal-at-start")
-def no_signal_at_start(facts: Facts) -> Told:
+def no_signal_at_start(facts: Facts) -> Judgement:
     """Most groups had equal rewards in the first tenth of the steps; given only where groups are compared."""
-    text = (
-        "In {early_equal:.0%} of the groups of the first tenth of the steps all rewards were equal, so most "
-        "of the samples taught nothing. Give an easier or harder task, a warm start, or larger groups."
-    )
+    text = "In {early_equal:.0%} of the groups of the first tenth of the steps all rewards were equal, so "
+    text += "most samples taught nothing. Give an easier or harder task, a warm start, or larger groups."
     return above(facts["early_equal"], void=MOST), text, {}
 
 
 @rule("signal")
-def signal(facts: Facts) -> Told:
-    """Many groups have equal rewards by now; `more_samples` is the setting to raise, with its new value."""
+def signal(facts: Facts) -> Judgement:
+    """Many groups have equal rewards by now; more samples of each step make that rarer."""
     weight = above(facts["recent_equal"], watch=MOST / 2, act=MOST)
     text = "{recent_equal:.0%} of the groups or steps that are compared have equal rewards and so no gradient"
     if weight == "act" and facts.get("is_easy"):
         return "watch", f"{text}: it is too easy by now, so take a harder task.", {}
-    return weight, f"{text}. {{remedy}}", facts["more_samples"] if weight == "act" else {}
+    names = ("num_generations",) if facts.get("needs_groups") else ("prompts_per_step", "num_envs")
+    return weight, f"{text}. {remedy(facts)}", doubled(facts, *names) if weight == "act" else {}
 
 
 @rule("already-solved")
-def already_solved(facts: Facts) -> Told:
-    """The greedy completions before training reach `pass_mark`, the reward of a right answer."""
-    text = "The greedy completions of held-out prompts already have a mean reward of {before_greedy:.3g}. "
+def already_solved(facts: Facts) -> Judgement:
+    """What `who` names reaches `pass_mark`, the reward of a right answer, before training."""
+    text = "{who} already have a mean reward of {before_greedy:.3g}. "
     return "watch" if facts["before_greedy"] >= facts["pass_mark"] else None, text + SOLVED, {}
 
 
 @rule("nothing-learnt")
-def nothing_learnt(facts: Facts) -> Told:
+def nothing_learnt(facts: Facts) -> Judgement:
     """The reward of the `held_out` prompts gained at most two standard errors; `gain` is paired by prompt.
 
     `share_without_signal` is the share of all steps in which no rewards differed.
     """
     gain, error, (why, changes) = facts["gain"], facts["gain_stderr"], slower(facts)
-    text = (
-        "the held-out reward was {before_reward:.3g} before training and {after_reward:.3g} after it, a "
-        "difference of {gain:.2g} +- {gain_stderr:.1g} over {held_out} prompts. "
-    )
+    text = "the held-out reward was {before_reward:.3g} before training and {after_reward:.3g} after it, a "
+    text += "difference of {gain:.2g} +- {gain_stderr:.1g} over {held_out} prompts. "
     if gain < -2 * error:
         return "act", f"{text}It has fallen. {why}", changes
     why = "More steps, more completions a step or a higher rate may give one."
     if facts["before_reward"] >= facts.get("pass_mark", math.inf):
         why = f"Little was left to gain. {SOLVED}"
     elif facts["share_without_signal"] >= MOST:
-        why = "In {share_without_signal:.0%} of the steps no two rewards that are compared differed. {remedy}"
+        why = "In {share_without_signal:.0%} of the steps no two rewards that are compared differed. "
+        why += remedy(facts)
     return "act" if gain <= 2 * error else None, f"{text}It is no gain beyond noise. {why}", {}
 
 
 @rule("reward-fell")
-def reward_fell(facts: Facts) -> Told:
+def reward_fell(facts: Facts) -> Judgement:
     """The reward is lower than at its best, `peak_reward`, by more than chance."""
     text = "The reward has fallen from its best, {peak_reward:.3g} at step {peak_step}, to {now_reward:.3g}."
     is_fall = facts["fell"] and not facts.get("is_solved")
@@ -225,7 +211,7 @@ def reward_fell(facts: Facts) -> Told:
 
 
 @rule("reward-flat")
-def reward_flat(facts: Facts) -> Told:
+def reward_flat(facts: Facts) -> Judgement:
     """The reward has not changed by more than its noise; `is_early` if less than half of a run is done."""
     is_flat = not (facts["gained"] or facts["fell"] or facts.get("is_solved"))
     text = "The reward has not changed by more than its noise"
@@ -235,36 +221,35 @@ def reward_flat(facts: Facts) -> Told:
 
 
 @rule("still-rising")
-def still_rising(facts: Facts) -> Told:
-    """The reward was still `rising` when the run ended; `longer` is its length, doubled."""
-    is_rising = facts["rising"] and not facts.get("is_solved")
-    return "watch" if is_rising else None, "The reward was still rising when the run ended.", facts["longer"]
+def still_rising(facts: Facts) -> Judgement:
+    """The reward was still `rising` when the run ended; `is_whole` if that was its last step."""
+    changes = doubled(facts, "max_samples", "max_steps") if facts["is_whole"] else {}
+    text = "The reward was still rising when the run ended."
+    return "watch" if facts["rising"] and not facts.get("is_solved") else None, text, changes
 
 
 @rule("all-truncated")
-def all_truncated(facts: Facts) -> Told:
+def all_truncated(facts: Facts) -> Judgement:
     """Every completion of a step was cut; `uncut` says what lets them end, `is_misasked` if that is sure."""
-    text = (
-        "Every completion was cut at {max_completion_length} tokens, before an end, and a reward for whole "
-    )
+    text = "Every completion was cut at {max_completion_length} tokens, so its reward says little: {uncut}"
     weight: Weight = "void" if facts.get("is_misasked") else "watch"
-    return weight if facts["step_cut"] == 1 else None, text + "answers cannot tell them apart: {uncut}", {}
+    return weight if facts["step_cut"] == 1 else None, text, {}
 
 
 @rule("truncation")
-def truncation(facts: Facts) -> Told:
-    """The limit cuts a part of the completions."""
-    text = (
-        "{recent_cut:.0%} of the completions are cut off at {max_completion_length} tokens, so that what is "
-    )
-    text += "scored of them is unfinished. Raise --max-completion-length."
+def truncation(facts: Facts) -> Judgement:
+    """The limit cuts a part of the completions; `room` is what the model's context leaves for them."""
+    limit = facts["max_completion_length"]
+    longer = min(2 * limit, facts.get("room", math.inf))
+    text = "{recent_cut:.0%} of the completions are cut off at {max_completion_length} tokens, so that they "
+    text += "are scored unfinished. "
+    text += "Raise --max-completion-length." if longer > limit else "The model's context leaves no more."
     weight = above(facts["recent_cut"], watch=0.05, act=0.1, void=MOST)
-    changes = {"max_completion_length": 2 * facts["max_completion_length"]}
-    return weight, text, {} if weight == "watch" else changes
+    return weight, text, {"max_completion_length": longer} if weight != "watch" and longer > limit else {}
 
 
 @rule("truncation")
-def episodes_cut(facts: Facts) -> Told:
+def episodes_cut(facts: Facts) -> Judgement:
     """The time limit ends most episodes, `horizon` being the most steps of one."""
     text = "Episodes last {recent_length:.3g} of at most {horizon} steps, so that the limit ends most of them"
     is_cut = facts["recent_length"] > 0.9 * facts["horizon"] > 0.9 and not facts.get("is_solved")
@@ -274,31 +259,26 @@ def episodes_cut(facts: Facts) -> Told:
 
 
 @rule("unusual-rate")
-def unusual_rate(facts: Facts) -> Told:
+def unusual_rate(facts: Facts) -> Judgement:
     """The rate is far from the usual ones, from `lowest_rate` to `highest_rate`, of what `whose` names."""
     rate = facts["learning_rate"]
     usual = min(max(rate, facts["lowest_rate"]), facts["highest_rate"])
     why = "often destroys the policy within a few steps" if rate > usual else "hardly changes the policy"
-    text = (
-        f"The learning rate {rate:g} is {rate / usual:.3g} times the {usual:g} that is usual for {{whose}}. "
-    )
+    text = f"The learning rate {rate:g} is {rate / usual:.3g} times the {usual:g} that is usual for "
+    text += f"{{whose}}. Such a rate {why}: set --learning-rate {usual:g}."
     weight = above(rate / usual, watch=10.001, void=30)  # 1e-2 is ten times 1e-3, but for rounding
-    weight = weight or above(usual / rate, watch=30)
-    return weight, f"{text}Such a rate {why}: set --learning-rate {usual:g}.", {"learning_rate": usual}
+    return weight or above(usual / rate, watch=30), text, {"learning_rate": usual}
 
 
 @rule("gradient-not-finite")
-def gradient_not_finite(facts: Facts) -> Told:
+def gradient_not_finite(facts: Facts) -> Judgement:
     """The gradient of a trial step overflows; readers give inf, since nan would count as missing."""
-    text = (
-        "The gradient is not finite. Such updates are skipped, and the run stops after some of them. Scale "
-    )
-    text += "the rewards down; in low precision try float32."
+    text = "The gradient is not finite; such updates are skipped. Scale the rewards down, or try float32."
     return None if math.isfinite(facts["step_grad_norm"]) else "void", text, {}
 
 
 @rule("skipped")
-def updates_skipped(facts: Facts) -> Told:
+def updates_skipped(facts: Facts) -> Judgement:
     """A share of the updates was `skipped`, or left the weights alone (`idle`)."""
     text = "{skipped:.1%} of the updates were skipped because the gradient was not finite."
     if facts["skipped"] == 0 and facts.get("idle", 0) >= MOST / 2:
@@ -308,18 +288,15 @@ def updates_skipped(facts: Facts) -> Told:
 
 
 @rule("clipped-updates")
-def gradient_clipped(facts: Facts) -> Told:
+def gradient_clipped(facts: Facts) -> Judgement:
     """The bound of the gradient's norm decides the size of most steps; `grad_clipped` is their share."""
     text = "The gradient was clipped in {grad_clipped:.0%} of the updates: the bound sets the size of these "
-    return (
-        above(facts["grad_clipped"], watch=MOST),
-        text + "steps, and the estimator only their direction.",
-        {},
-    )
+    text += "steps, and the estimator only their direction."
+    return above(facts["grad_clipped"], watch=MOST), text, {}
 
 
 @rule("clipping")
-def ratios_clipped(facts: Facts) -> Told:
+def ratios_clipped(facts: Facts) -> Judgement:
     """Many importance ratios are clipped in the later passes over a rollout."""
     weight, passes = above(facts["recent_clip_ratio"], watch=0.15, act=0.3), facts["num_iterations"]
     text = "{recent_clip_ratio:.1%} of the tokens are clipped and learn nothing more (num_iterations "
@@ -328,19 +305,17 @@ def ratios_clipped(facts: Facts) -> Told:
 
 
 @rule("kl")
-def kl_off_target(facts: Facts) -> Told:
+def kl_off_target(facts: Facts) -> Judgement:
     """The KL to the reference is far off `target_kl`."""
     error = facts["recent_kl"] / facts["target_kl"] - 1
-    text = (
-        f"The KL is {{recent_kl:.3g}} nats per completion, {error:+.0%} off its target of {{target_kl:g}}, "
-    )
+    text = f"The KL is {{recent_kl:.3g}} nats per completion, {error:+.0%} off its target {{target_kl:g}}; "
     weight = above(error, act=1) or above(abs(error), watch=0.2)
     changes = {"estimator.beta": 2 * facts["beta"]} if weight == "act" else {}
-    return weight, text + "and its weight moves as fast as it may.", changes
+    return weight, f"{text}its weight moves as fast as it may.", changes
 
 
 @rule("kl")
-def kl_grows(facts: Facts) -> Told:
+def kl_grows(facts: Facts) -> Judgement:
     """The reward fell from its best while the KL grew from `peak_kl`, and there is no target to hold it."""
     is_growth = facts["fell"] and "target_kl" not in facts and 0 < facts["peak_kl"] < facts["recent_kl"]
     text = "The KL is {recent_kl:.3g} nats per completion, up from {peak_kl:.3g} where the reward was best."
@@ -348,48 +323,54 @@ def kl_grows(facts: Facts) -> Told:
 
 
 @rule("critic")
-def critic_adds_noise(facts: Facts) -> Told:
-    """The critic explains less than nothing; `better_critic` are the settings that may help."""
+def critic_adds_noise(facts: Facts) -> Judgement:
+    """The critic explains less than nothing; with targets far from size 1 the scale of rewards may be why."""
     text = "The critic explains {recent_explained_variance:.0%} of the variance of returns: it adds noise"
-    is_bad = facts["recent_explained_variance"] < 0 and not facts.get("is_solved")
-    if is_bad and facts.get("gained"):
+    if facts["recent_explained_variance"] >= 0 or facts.get("is_solved"):
+        return None, text, {}
+    if facts.get("gained"):
         return "watch", f"{text}, though the reward rises.", {}
-    return "act" if is_bad else None, f"{text}.", facts["better_critic"]
+    spread, scale = facts.get("early_spread") or 1.0, facts.get("reward_scale", 1.0)
+    changes = {"value_learning_rate": 2 * facts.get("value_learning_rate", facts["learning_rate"])}
+    if not 1 / 3 < spread * scale < 3:
+        changes = {"reward_scale": float(f"{1 / spread:.1g}")}
+    return "act", f"{text}.", changes if "num_envs" in facts else {}
 
 
 @rule("gradient-noise")
-def gradient_noise(facts: Facts) -> Told:
-    """The mean `snr` of an update is no clear signal; `more_rows` is the size of a step to try."""
+def gradient_noise(facts: Facts) -> Judgement:
+    """The mean `snr` of an update is no clear signal; larger steps make it one."""
     ratio, error = facts["snr"], facts["snr_stderr"]
     text = "The signal-to-noise ratio of an update is {snr:.3g} +- {snr_stderr:.1g}: "
+    larger = doubled(facts, "prompts_per_step", "num_envs")
     if facts.get("is_solved") or ratio > max(0.1, 2 * error):
         return None, text, {}
     if ratio > 2 * error:
-        return "watch", f"{text}below 0.1 progress is slow.", facts["more_rows"]
-    weight: Weight = "watch" if facts.get("gained") else "act"
-    changes = {} if facts.get("gained") else facts["more_rows"]
-    return weight, f"{text}no signal can be told from the noise.", changes
+        return "watch", f"{text}below 0.1 progress is slow.", larger
+    text += "no signal can be told from the noise."
+    return ("watch", text, {}) if facts.get("gained") else ("act", text, larger)
 
 
 @rule("no-baseline")
-def no_baseline(facts: Facts) -> Told:
-    """Nothing is subtracted from the return of many actions; `some_baseline` are the axes to set."""
-    horizon = facts.get("horizon", math.inf)
-    text = f"Episodes may last {horizon:,} actions, and no baseline is subtracted: the noise of all returns "
-    weight: Weight = "act" if horizon > LONGEST_WITHOUT_BASELINE else "watch"
-    silent = facts.get("has_baseline") or horizon == 1
-    return None if silent else weight, f"{text}hides the effect of one action.", facts["some_baseline"]
+def no_baseline(facts: Facts) -> Judgement:
+    """Nothing is subtracted from the return of many actions, of which an episode has at most `horizon`."""
+    text = "Episodes may last {horizon:,} actions, and no baseline is subtracted: the noise of all returns "
+    text += "hides the effect of one action."
+    changes = {"estimator.baseline": "running_mean"}
+    if facts.get("num_generations", 1) > 1:
+        changes = {"estimator.baseline": "rloo"}
+    elif facts.get("num_envs", 1) > 1:
+        changes = {"estimator.baseline": "timestep_mean", "estimator.returns": "reward_to_go"}
+    horizon = 0 if facts["has_baseline"] else facts["horizon"]
+    return above(horizon, watch=1, act=LONGEST_WITHOUT_BASELINE), text, changes
 
 
 @rule("slow-reward")
-def slow_reward(facts: Facts) -> Told:
+def slow_reward(facts: Facts) -> Judgement:
     """The `slowest_reward` takes most of the time of a step, in the mean of `timed_steps` steps."""
     seconds, whole = facts["reward_seconds"], facts["step_seconds"]
-    text = (
-        "The reward {slowest_reward} took {reward_seconds:.1f} of {step_seconds:.1f} seconds per step in the"
-        " mean of {timed_steps} steps, so training mostly waits for it. Score all completions of a call "
-        "together, write it as an async function if it waits for a service, or keep results that it computes"
-        " again."
-    )
+    text = "The reward {slowest_reward} took {reward_seconds:.1f} of {step_seconds:.1f} seconds per step in "
+    text += "the mean of {timed_steps} steps: training mostly waits for it. Score all completions of a call "
+    text += "together, make it an async function if it waits for a service, or keep what it computes again."
     is_slow = facts["timed_steps"] >= 5 and seconds > max(1.0, whole / 2)
     return "watch" if is_slow else None, text, {}

@@ -185,7 +185,7 @@ def test_a_reward_that_fails_does_not_hide_the_rest(check, reward, flag, words, 
     assert result.exit_code == 2 and result.flags == (flag, "unusual-rate")
     captured = capsys.readouterr()
     assert words in captured.err
-    assert "tokens on average" in captured.out and "for 12 steps, 13 evaluations" in captured.out
+    assert "0.5 (usual: 0.001)" in captured.out and "are free" in captured.out
 
 
 def test_small_steps_are_repeated_until_there_is_a_signal(check):

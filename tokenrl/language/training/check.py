@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 
 from tokenrl.errors import Refused, TokenrlError
-from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.collect import sample
@@ -26,10 +25,10 @@ from tokenrl.language.training.defaults import demonstrations, plain_steps
 from tokenrl.language.training.run import Run, RunResult
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
-from tokenrl.language.training.verdicts import asks_in_text, needs_groups, remedy, settings_facts
+from tokenrl.language.training.verdicts import asks_in_text, known_facts, needs_groups
 from tokenrl.runs.console import duration
 from tokenrl.runs.directory import check_space, in_words
-from tokenrl.runs.facts import share_equal
+from tokenrl.runs.facts import means
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.metrics import peak_memory
 from tokenrl.runs.rules import judge
@@ -55,38 +54,38 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     Returns:
         The result, with exit code 2 if there is a problem, else 0; its `flags` name problems and remarks.
     """
-    findings = list[Finding]()
+    findings, began = list[Finding](), time.perf_counter()
     train = _usable(run, run.task.train_prompts, "training prompts", findings)
     held_out = _usable(run, run.task.eval_prompts, "held-out prompts", findings)
     _check_beginnings_and_answers(run, train[:LOOKED_AT], findings)
-    began = time.perf_counter()
     if len(held_out) == len(run.task.eval_prompts):
-        session.evaluated(_attempt(findings, "evaluation", evaluate) or {})
+        session.evaluated(_attempt(findings, "evaluation-failed", evaluate) or {})
     evaluation = time.perf_counter() - began
-    rewarded, full, gap = _try_out(run, train, findings) if train else ([], [], None)
+    records, apart = list[Record](), None
+    if train and not any(finding.flag == "evaluation-failed" for finding in findings):
+        records = _trial_steps(run, train, findings)
+        apart = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train))
     usual = run.defaults.values.get("learning_rate")
-    facts = settings_facts(run) | {"lowest_rate": usual, "highest_rate": usual, "whose": "this model"}
-    if rewarded or full:
-        facts |= _trial_facts(run, rewarded, full)
-    if gap is not None:
-        facts |= {"gap": gap[0], "largest_gap": gap[1]}
+    facts = known_facts(run) | {"lowest_rate": usual, "highest_rate": usual, "whose": "this model"}
+    facts |= _trial_facts(run, records)
+    if apart is not None:
+        facts |= {"gap": float(apart.mean()), "largest_gap": float(apart.max())}
     if facts.get("step_equal") != 1:  # else that is what is said
         facts["before_greedy"] = session.eval_before.get("reward_greedy")
     findings += judge(facts)
     _attempt(findings, "disk-too-small", lambda: check_space(session.output_dir, session.space_needed))
-    lines = _lines(run, facts, [*rewarded, *full], evaluation)
+    lines = _lines(run, facts, records, evaluation)
     lines["disk"] = f"{in_words(shutil.disk_usage(session.output_dir).free)} are free"
     code = session.conclude("model, data, sampling, rewards and estimator", lines, findings)
     result = run.result(session, "check")
     return replace(result, exit_code=result.exit_code or code)
 
 
-def _attempt(findings: list[Finding], what: str, work: Callable[[], T]) -> T | None:
+def _attempt(findings: list[Finding], flag: str, work: Callable[[], T]) -> T | None:
     """Do some work and return what it returns; if it fails, add a finding and return None."""
     try:
         return work()
     except TokenrlError as error:
-        flag = what if what == "disk-too-small" else f"{what}-failed"
         findings.append(Finding(flag, "void", f"{error} Training would stop at the same error."))
         return None
 
@@ -112,16 +111,17 @@ def _usable(run: Run, rows: Rows, which: str, findings: list[Finding]) -> Rows:
         if cut:
             text += "They are cut on the left, so that the policy does not see their beginning."
         else:
-            text += "Shorten the prompts or leave them out"
-            text += f", give --max-completion-length {context - longest} or less" if longest < context else ""
-            text += ", or cut them on the left with --truncate-prompts." if limit < context else "."
+            text += "Shorten the prompts, leave them out, or cut them on the left with --truncate-prompts"
+            text += (
+                f", or give --max-completion-length {context - longest} or less" * (longest < context) + "."
+            )
         findings.append(Finding("context-too-short", "watch" if cut else "void", text))
     if refused:
         first = min(refused)
         text = f"{len(refused):,} of {len(rows):,} {which} cannot be asked, the first in row {first}."
         findings.append(Finding("prompts-refused", "void", f"{text} {refused[first]}"))
     lost = refused.keys() | (set() if cut else long)
-    return [row for number, row in enumerate(rows) if number not in lost] if lost else rows
+    return [row for number, row in enumerate(rows) if number not in lost]
 
 
 def _check_beginnings_and_answers(run: Run, rows: Rows, findings: list[Finding]) -> None:
@@ -151,35 +151,24 @@ def _check_beginnings_and_answers(run: Run, rows: Rows, findings: list[Finding])
         findings.append(Finding("answers-too-long", "void" if 2 * long > len(lengths) else "watch", text))
 
 
-def _try_out(
-    run: Run, rows: Rows, findings: list[Finding]
-) -> tuple[list[Record], list[Record], tuple[float, float] | None]:
-    """Make trial steps: with the run's rewards until there is a signal, and one in which every row learns.
-
-    Returns:
-        The steps with the run's rewards; the other step, if it succeeded; and how far log-probabilities of
-        sampling and of scoring are apart, in nats per token, on average and at most.
-    """
-    args, rewarded = run.args, list[Record]()
+def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> list[Record]:
+    """Make trial steps until there is a signal, or until enough completions showed none."""
+    args, records = run.args, list[Record]()
     stream = PromptStream(rows, args.prompts_per_step, args.seed)
     enough = min(MOST_STEPS, math.ceil(ENOUGH / (args.prompts_per_step * args.num_generations)))
-    failed = any(finding.flag.endswith("-failed") for finding in findings)
-    while not failed and len(rewarded) < enough and _is_flat(run, rewarded):
-        number = len(rewarded) + 1
-        record = _attempt(findings, "step", lambda: _trial_step(run, run.rewards, stream, number))  # noqa: B023
+    while len(records) < enough and _share_equal(run, records) == 1:
+        record = _attempt(findings, "step-failed", lambda: _trial_step(run, stream, len(records) + 1))
         if record is None:
             break
-        rewarded.append(record)
-    spread = Rewards(_spread_rewards)
-    full = _attempt(findings, "update", lambda: _trial_step(run, spread, stream, enough + 1))
-    gap = _attempt(findings, "scoring", lambda: _scoring_gap(run, rows))
-    return rewarded, [] if full is None else [full], gap
+        records.append(record)
+    return records
 
 
-def _is_flat(run: Run, records: Sequence[Record]) -> bool:
-    """Whether no rewards differ that the estimator compares: in a step or, without groups, between steps."""
-    alike = needs_groups(run) or len({record.metrics["reward"] for record in records}) < 2
-    return alike and all(share_equal(record.metrics, needs_groups(run)) == 1 for record in records)
+def _share_equal(run: Run, records: Sequence[Record]) -> float:
+    """Return the share of groups with equal rewards; without groups 1 if all steps have one reward."""
+    rewards = {record.metrics["reward"] for record in records}
+    found = means("step", [record.metrics for record in records], needs_groups(run))["step_equal"]
+    return found if found is not None and (needs_groups(run) or len(rewards) == 1) else float(not rewards)
 
 
 class _Still:
@@ -192,97 +181,73 @@ class _Still:
         """Leave the weights as they are."""
 
 
-def _trial_step(run: Run, rewards: Rewards, stream: PromptStream, number: int) -> Record:
+def _trial_step(run: Run, stream: PromptStream, number: int) -> Record:
     """Make a training step, with forward and backward passes, that leaves policy and critic unchanged."""
-    learner = replace(
-        run.learner,
-        optimizer=_Still(run.learner.optimizer),
-        critic=copy.deepcopy(run.learner.critic),
-        diagnostics=None,
-    )
+    optimizer, critic = _Still(run.learner.optimizer), copy.deepcopy(run.learner.critic)
+    learner = replace(run.learner, optimizer=optimizer, critic=critic, diagnostics=None)
     try:
         running_mean = copy.deepcopy(run.running_mean)
-        return training_step(learner, rewards, running_mean, number, stream.next(), stream.take)
+        return training_step(learner, run.rewards, running_mean, number, stream.next(), stream.take)
     finally:
         run.learner.optimizer.zero_grad()
 
 
-def _spread_rewards(completions: Sequence[Any], **_: Any) -> list[float]:
-    """Give every completion a reward of its own, so that every row has a gradient: a full update's work."""
-    return [i * 0.618 % 1 for i in range(1, len(completions) + 1)]
-
-
-def _scoring_gap(run: Run, rows: Rows) -> tuple[float, float]:
-    """Sample a few completions, score them as training does, and compare, in nats per token."""
+def _scoring_gap(run: Run, rows: Rows) -> torch.Tensor:
+    """Sample a few completions, score them as training does, and return how far each token is apart [M]."""
     learner = run.learner
     sampling = replace(learner.sampling, num_generations=min(4, learner.sampling.group_size), step=1)
     rollout = sample(learner, list(enumerate(rows[:4])), sampling)
     count = min(len(rollout.mask), learner.args.micro_batch_size or len(rollout.mask))
     rollout = rollout.rows(torch.arange(count, device=rollout.mask.device))
     scored = score(learner.model, rollout, **learner.scoring).logprobs.detach()
-    apart = (scored - rollout.logprobs)[rollout.mask].double().abs()
-    return float(apart.mean()), float(apart.max())
+    return (scored - rollout.logprobs)[rollout.mask].double().abs()
 
 
-def _trial_facts(run: Run, rewarded: list[Record], full: list[Record]) -> dict[str, Any]:
-    """Return the facts of the trial steps; those about rewards only of steps with the run's rewards."""
-    args, policy, records = run.args, run.learner.policy, rewarded or full
-
-    def mean(name: str) -> float:
-        return fmean(record.metrics[name] for record in records)
-
-    cut = mean("completions/clipped_ratio")
-    facts: dict[str, Any] = {
-        "step_entropy": mean("entropy"),
-        "step_cut": cut if policy.eos_ids or policy.stops else None,  # without an end all are cut
+def _trial_facts(run: Run, records: list[Record]) -> dict[str, Any]:
+    """Return the facts of the trial steps."""
+    if not records:
+        return {}
+    args, policy = run.args, run.learner.policy
+    facts = means("step", [record.metrics for record in records], needs_groups(run))
+    equal, size = _share_equal(run, records), args.num_generations
+    groups = len(records) * args.prompts_per_step
+    if size == 1:
+        groups, size = len(records), args.prompts_per_step
+    return facts | {
+        "step_equal": equal,
+        "step_cut": facts["step_cut"]
+        if policy.eos_ids or policy.stops
+        else None,  # without an end all are cut
+        "step_grad_norm": math.inf if facts["step_grad_norm"] is None else facts["step_grad_norm"],
         "is_corrected": args.estimator.importance_cap is not None,
-        "is_misasked": asks_in_text(run) or bool(rewarded and _is_flat(run, rewarded)),
+        "is_misasked": asks_in_text(run) or equal == 1,
+        "groups": f"{groups} group{'s' * (groups != 1)} of {size} completion{'s' * (size != 1)}",
+        "who": "The greedy completions of held-out prompts",
     }
-    if rewarded:
-        count, size = len(rewarded) * args.prompts_per_step, args.num_generations
-        if size == 1:
-            count, size = len(rewarded), args.prompts_per_step
-        norm = mean("grad_norm")
-        facts |= {
-            "step_reward": mean("reward"),
-            "step_equal": fmean(share_equal(record.metrics, needs_groups(run)) for record in rewarded),
-            "step_grad_norm": math.inf if math.isnan(norm) else norm,
-            "groups": f"{count} group{'s' * (count != 1)} of {size} completion{'s' * (size != 1)}",
-            "remedy": remedy(run, cut, mean("reward")),
-        }
-        if not _is_flat(run, rewarded) and not needs_groups(run):
-            facts["step_equal"] = 0.0
-    return facts
 
 
 def _lines(
     run: Run, facts: Mapping[str, Any], records: Sequence[Record], evaluation: float
 ) -> dict[str, str]:
     """Return the lines of the table: what was measured."""
-    args, lines = run.args, {}
-    if "step_reward" in facts:
+    args, lines, usual = run.args, {}, facts["usual_rate"]
+    if records:
         share = f"{1 - facts['step_equal']:.0%} of {facts['groups']}"
         lines["reward"] = f"{facts['step_reward']:.3g} on average; differs within {share}"
-    if records:
-        length, cut = (
-            fmean(record.metrics[f"completions/{name}"] for record in records)
-            for name in ("mean_length", "clipped_ratio")
-        )
-        lines["completions"] = (
-            f"{length:.1f} tokens on average; {cut:.0%} cut at {args.max_completion_length}"
-        )
+        length = fmean(record.metrics["completions/mean_length"] for record in records)
+        cut = fmean(record.metrics["completions/clipped_ratio"] for record in records)
+        limit = args.max_completion_length
+        lines["completions"] = f"{length:.1f} tokens on average; {cut:.0%} cut at {limit}"
         lines["entropy"] = f"{facts['step_entropy']:.3g} nats per token"
-    if "gap" in facts:
-        apart = f"{facts['gap']:.1g} nats per token on average, {facts['largest_gap']:.1g} at most"
-        lines["scoring"] = f"differs from sampling by {apart}"
-    known = "" if facts["usual_rate"] is None else f" (usual: {facts['usual_rate']:g})"
-    lines["learning rate"] = f"{args.learning_rate:g}{known or f', {args.optimizer}'}"
-    if records:
-        seconds = fmean(sum(record.timings[name] for name in ("collect", "update")) for record in records)
+        seconds = fmean(record.timings["collect"] + record.timings["update"] for record in records)
         count = 1 + -(-plain_steps(args) // args.eval_every) if args.eval_every else 2
         steps = args.max_steps
         whole = duration(steps * seconds + count * evaluation)
         lines["time"] = f"{seconds:.2g} s per step, about {whole} for {steps} steps, {count} evaluations"
+    if "gap" in facts:
+        apart = f"{facts['gap']:.1g} nats per token on average, {facts['largest_gap']:.1g} at most"
+        lines["scoring"] = f"differs from sampling by {apart}"
+    lines["learning rate"] = f"{args.learning_rate:g}" + ("" if usual is None else f" (usual: {usual:g})")
     lines["memory"] = ", ".join(
         f"{in_words(size * 1024**3)} of the {'GPU' if 'cuda' in name else 'computer'} so far"
         for name, size in peak_memory().items()
