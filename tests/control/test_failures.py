@@ -144,11 +144,6 @@ def run(tmp_path, command, *more):
             {"raises": "step"},
             "failed in step(): it raised RuntimeError: the motor broke (test_failures.py, line",
         ),
-        ({"raises": "reset"}, "failed in reset(): it raised RuntimeError: the motor broke"),
-        (
-            {"raises": "__init__"},
-            "could not be made: it raised OSError: no such file: map.txt (test_failures.py",
-        ),
     ],
 )
 def test_both_commands_refuse_what_fails_at_once(tmp_path, capsys, command, options, message):

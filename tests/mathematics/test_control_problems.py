@@ -12,7 +12,6 @@ import tokenrl.lab.exact.discounting as discounting
 from tokenrl.core import Estimator
 from tokenrl.lab import exact_moments, problem_of_mdp, random_mdp, which_objective
 from tokenrl.lab.exact.control_problem import TabularMdp, all_trajectories, expected_rewards
-from tokenrl.lab.exact.enumeration import proportional_step
 from tokenrl.lab.exact.problems import Problem, tabular_problem
 from tokenrl.lab.exact.report import print_objectives
 
@@ -270,18 +269,6 @@ def test_groups_equal_in_rewards_and_not_in_what_follows_have_a_gradient() -> No
     assert which_objective(drop, whole).undiscounted.cosine > 1 - 1e-12
     assert which_objective(drop, cut).undiscounted.relative_bias > 0.05
     assert which_objective(Estimator(), cut).undiscounted.status == "exact"
-
-
-def test_even_chances_and_the_limit_of_many_episodes() -> None:
-    problem = problem_of_mdp(random_mdp(3, one_start=True, even=True), steps=2)
-    counts = problem.chances / problem.chances.min()
-    torch.testing.assert_close(counts, counts.round(), rtol=1e-13, atol=0)
-    lengths = float(problem.chances[0] @ problem.mask.sum(-1))
-    found = proportional_step(Estimator(aggregation="token_mean"), problem)
-    torch.testing.assert_close(found.mean, problem.gradient() / lengths, **CLOSE)
-    all_of = Estimator(baseline="timestep_mean", leave_one_out=False, **TO_GO)
-    assert proportional_step(all_of, problem).relative_bias < 1e-10  # n_t without bound: 1 - 1/n_t is 1
-    assert exact_moments(all_of, problem).relative_bias > 0.1
 
 
 def test_the_table_and_the_example(capsys: pytest.CaptureFixture[str]) -> None:

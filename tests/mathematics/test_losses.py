@@ -65,13 +65,6 @@ def test_weights_of_abstaining_rows(aggregation) -> None:
     assert (e.token_weights(MASK * 0, max_length=10) == 0).all()
 
 
-def test_padding_changes_no_weight() -> None:
-    for aggregation in AXES["aggregation"]:
-        e = Estimator(aggregation=aggregation)
-        wide = e.token_weights(torch.nn.functional.pad(MASK, (0, 3)), max_length=10)
-        assert torch.equal(wide[:, :4], e.token_weights(MASK, max_length=10)) and (wide[:, 4:] == 0).all()
-
-
 def step_of(e, seed=3, n=8, t=5):
     tensors = inputs(seed, n, t)
     draw = torch.Generator().manual_seed(seed)

@@ -25,6 +25,10 @@ def fails(totals, **rows):
     raise ValueError("no idea")
 def narrow(totals, **rows):
     return totals[:1]
+def number(totals, **rows):
+    return 1.0
+def leaves(totals, **rows):
+    raise SystemExit(0)
 """
 SCORES, MASK = torch.tensor([0.0, 1.0, 1.0, 3.0]), torch.ones(4, 2)
 
@@ -67,7 +71,9 @@ def test_it_is_the_text_that_it_is(mine):
     ("name", "error", "words"),
     [
         ("fails", Stopped, "The baseline '.*mine.py:fails' failed: it raised ValueError: no idea"),
-        ("narrow", Refused, r"The baseline '.*mine.py:narrow' returned shape \(1,\)"),
+        ("leaves", Stopped, r"The baseline '.*leaves' failed: it raised SystemExit: 0 \(mine.py, line"),
+        ("narrow", Refused, r"The baseline '.*mine.py:narrow' returned shape \(1,\).*one number per row"),
+        ("number", Refused, "The baseline '.*mine.py:number' returned float.*one number per row"),
         ("constant", Refused, "mine.py:constant' is a int, which cannot be called"),
         ("halv", Refused, "halv.*Did you mean 'half'"),
     ],

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from tokenrl.control.arguments import ControlSettings
 from tokenrl.control.environments import Environments, Spec
@@ -74,6 +75,7 @@ class Run:
         args: the settings.
         spec: the facts about the environment.
         agent: the policy with everything that updates change.
+        schedule: the learning rates of policy and critic, which stay or fall linearly to 0 over the run.
         envs: environments for training.
         eval_envs: environments for evaluation.
         actions: random numbers of the actions.
@@ -87,6 +89,7 @@ class Run:
     args: ControlSettings
     spec: Spec
     agent: Agent
+    schedule: LambdaLR
     envs: Environments
     eval_envs: Environments
     actions: torch.Generator

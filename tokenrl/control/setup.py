@@ -20,6 +20,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
+from tokenrl.runs.optimizers import make_schedule
 from tokenrl.runs.threads import using_threads
 from tokenrl.settings import settled
 
@@ -115,6 +116,7 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
         args=args,
         spec=spec,
         agent=agent,
+        schedule=make_schedule(args.learning_rate_schedule, agent.optimizer, args.max_steps),
         envs=Environments(spec.env, args.num_envs, args.max_episode_steps),
         eval_envs=Environments(spec.env, args.eval_episodes, args.max_episode_steps),
         actions=torch.Generator().manual_seed(seed_of(args.seed, 12)),

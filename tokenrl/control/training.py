@@ -25,6 +25,7 @@ from tokenrl.control.setup import prepare, resolve
 from tokenrl.control.update import learn
 from tokenrl.core.presets import preset_name
 from tokenrl.errors import Refused, describe as describe_error
+from tokenrl.runs.optimizers import load_schedule
 from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
@@ -149,7 +150,7 @@ def _one_update(run: Run, step: int) -> dict[str, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     agent = run.agent
     rollout = _collect(run, step)
-    _set_learning_rates(run, step)
+    load_schedule(run.schedule, step - 1)
     metrics = learn(agent, rollout, step)
     run.env_steps += rollout.env_steps
     if len(rollout.returns):
@@ -180,15 +181,6 @@ def _collect(run: Run, step: int) -> Rollout:
     if run.pieces is None:
         run.pieces = Pieces(run.envs, args.num_steps, seed=start)
     return run.pieces.collect(run.agent.policy, run.actions)
-
-
-def _set_learning_rates(run: Run, step: int) -> None:
-    """Let the learning rates of policy and critic stay, or fall linearly to 0 over the run."""
-    args = run.args
-    share = 1.0 if args.learning_rate_schedule == "constant" else 1 - (step - 1) / max(args.max_steps, 1)
-    rates = (args.learning_rate, args.value_learning_rate)
-    for group, rate in zip(run.agent.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate * share
 
 
 def _evaluate(run: Run) -> dict[str, float]:

@@ -55,8 +55,7 @@ class Agent:
             "running_mean": self.running_mean.state_dict(),
             "diagnostics": self.diagnostics.state_dict(),
             "generator": self.generator.get_state(),
-            "nonfinite": self.nonfinite,
-            "skipped": self.skipped,
+            "failures": (self.nonfinite, self.skipped),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -69,7 +68,7 @@ class Agent:
         self.running_mean.load_state_dict(state["running_mean"])
         self.diagnostics.load_state_dict(state["diagnostics"])
         self.generator.set_state(state["generator"])
-        self.nonfinite, self.skipped = int(state["nonfinite"]), int(state["skipped"])
+        self.nonfinite, self.skipped = state["failures"]
 
 
 class Flat(NamedTuple):

@@ -71,6 +71,10 @@ class Choice(Effect):
     discounted: Effect | None = None
 
 
+NO_OBJECTIVE = Effect(
+    BIASED, "discounting from each action, without gamma^t, is the gradient of no objective"
+)
+
 CHOICES: dict[str, dict[str, Choice]] = {
     "baseline": {
         "none": Choice(EXACT, "nothing is subtracted"),
@@ -235,9 +239,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
         "reward_to_go": Choice(
             EXACT,
             "rewards before an action do not depend on it",
-            discounted=Effect(
-                BIASED, "discounting from each action, without gamma^t, is the gradient of no objective"
-            ),
+            discounted=NO_OBJECTIVE,
         ),
         "blame_window": Choice(
             BIASED,
@@ -258,9 +260,7 @@ CHOICES: dict[str, dict[str, Choice]] = {
             "with lam < 1 values replace later rewards; unbiased only if they are exact, V^pi of the state "
             "and of the number of steps left",
             needs="values",
-            discounted=Effect(
-                BIASED, "discounting from each action, without gamma^t, is the gradient of no objective"
-            ),
+            discounted=NO_OBJECTIVE,
         ),
     },
     # These effects hold if the dropped groups had no advantage; `bias.zero_spread_effect` says when that is

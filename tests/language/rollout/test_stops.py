@@ -50,25 +50,7 @@ def sentencepiece():
     """As Llama 2 writes text: spaces as pieces, other characters as bytes, a first space stripped."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    pieces = [
-        "<s>",
-        "▁t",
-        "t",
-        "▁",
-        "▁on",
-        "o",
-        "n",
-        "▁the",
-        "he",
-        "mat",
-        "▁mat",
-        "▁and",
-        "at",
-        "ne",
-        "e",
-        "▁▁",
-        "a",
-    ]
+    pieces = "<s> ▁t t ▁ ▁on o n ▁the he mat ▁mat ▁and at ne e ▁▁ a".split()  # noqa: SIM905
     pieces += [f"<0x{byte:02X}>" for byte in dict.fromkeys("é😀\nhmd".encode())]
     backend = Tokenizer(
         models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True)

@@ -146,15 +146,20 @@ def _in_memory(
         seed=args.seed,
     )
     rows = args.rows_at_once or rows_at_once(policy, sampling.max_completion_length)
-    entropy = any(Estimator.preset(name).needs_entropy for name in args.estimators)
+    how: dict[str, Any] = {"count": args.probes, "seed": args.seed, "temperature": args.temperature}
+    how["entropy"] = any(Estimator.preset(name).needs_entropy for name in args.estimators)
     while True:
         try:
             with Progress(console=console.rich) as progress:
                 samples = collect(policy, rewards, prompts, sampling, rows_at_once=rows)
                 total = len(samples.parts) * math.ceil(args.probes / AT_ONCE)
                 bar = progress.add_task("differentiating", total=total)
-                after = partial(progress.advance, bar)
-                return samples, project_all(policy, samples, parameters, args, entropy=entropy, after=after)
+                how |= {"width": samples.mask.shape[1], "scoring": samples.scoring}
+                how["after"] = partial(progress.advance, bar)
+                parts = [project(policy, part, parameters, **how) for part in samples.parts]
+                logprobs, slopes = zip(*parts, strict=True)
+                whole = None if slopes[0] is None else torch.cat([x.cpu() for x in slopes])
+                return samples, Projections(torch.cat([x.cpu() for x in logprobs]), whole)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -208,38 +213,3 @@ def _settings(args: MeasureArguments, samples: Samples) -> dict[str, float]:
         "frac_reward_zero_std": float(dead.double().mean()),
         "completions/mean_length": float(samples.mask.sum(-1).double().mean()),
     }
-
-
-def project_all(
-    policy: Policy,
-    samples: Samples,
-    parameters: Mapping[str, Tensor],
-    args: MeasureArguments,
-    *,
-    entropy: bool,
-    after: Callable[[], None] = lambda: None,
-) -> Projections:
-    """Project the scores of all parts of the samples on the same probes, and if asked slopes of entropies.
-
-    `after` is called for each few probes.
-    """
-    parts = [
-        project(
-            policy,
-            part,
-            parameters,
-            count=args.probes,
-            seed=args.seed,
-            width=samples.mask.shape[1],
-            temperature=args.temperature,
-            entropy=entropy,
-            scoring=samples.scoring,
-            after=after,
-        )
-        for part in samples.parts
-    ]
-    slopes = [p.entropy for p in parts if p.entropy is not None]
-    return Projections(
-        torch.cat([p.logprobs.cpu() for p in parts]),
-        torch.cat([x.cpu() for x in slopes]) if slopes else None,
-    )
