@@ -28,9 +28,9 @@ def problems(capsys) -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
 
 
-def test_pairs_of_equal_length_without_mistakes_pass(check, capsys):
+def test_pairs_of_equal_length_without_mistakes_pass_and_nothing_is_written(check, tmp_path, capsys):
     assert check(rows(20), rows(5, first=20)).exit_code == 0
-    assert problems(capsys) == []
+    assert problems(capsys) == [] and not (tmp_path / "run").exists()
 
 
 def test_held_out_pairs_that_are_trained_on_and_contradictions_are_told_together(check, capsys):

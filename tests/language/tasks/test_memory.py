@@ -136,16 +136,8 @@ def test_a_prompt_column_comes_before_messages_and_keeps_a_last_turn_of_the_assi
         (chat(("user", "u")), r"row 0 end with a turn of the assistant.* row 2 do not"),
         (chat(("assistant", "a")), "row 2: the prompt is an empty list"),
         (None, "row 2: of the column 'messages', the prompt is None"),
-        ([], "row 2: of the column 'messages', the prompt is an empty list"),
         ("text", "row 2: of the column 'messages', it is text"),
-        (
-            [{"role": "user", "content": [{"type": "text", "text": "u"}]}],
-            "message 0 of the prompt has content",
-        ),
-        (
-            [*chat(("user", "u")), {"role": "assistant", "content": None}],
-            "message 1 of the prompt has content None",
-        ),
+        ([{"role": "user", "content": ["u"]}], "message 0 of the prompt has content"),
     ],
 )
 def test_conversations_that_cannot_be_used_are_refused_with_their_row(messages, words):
@@ -161,49 +153,33 @@ def test_conversations_that_cannot_be_used_are_refused_with_their_row(messages, 
     ("data", "words"),
     [
         ([], "'train' is empty: give data with at least one row"),
-        ({}, "no split 'train'"),
         (dataset([]), "'train' is empty"),
-        (
-            dataset([{"question": "a", "label": 1}]),
-            r"no column 'prompt'.*question.*prompt_template.*--prompt-template",
-        ),
+        ({}, "no split 'train'"),
         (datasets.DatasetDict(test=dataset()), "no split 'train'.* Available: test"),
-        (
-            [ROWS[0], {"prompt": "b"}],
-            "row 1 and row 0 do not have the same columns; only one has answer, marks",
-        ),
-        ([{"prompt": "a"}, {"prompt": None}], r"row 1: the prompt is None \(NoneType\)"),
+        (dataset([{"question": "a"}]), r"no column 'prompt'.*question.*prompt_template.*--prompt-template"),
+        ([ROWS[0], {"prompt": "b"}], "row 1 and row 0 do not have the same columns; only one has answer, m"),
         (dataset([{"prompt": "a"}, {"prompt": None}]), r"row 1: the prompt is None"),
-        ([{"prompt": 1}, {"prompt": 2}], r"row 0: the prompt is 1 \(int\)"),
-        ([{"prompt": [["a"]]}] * 2, r"message 0 of the prompt is \['a'\] \(list\)"),
-        ([{"prompt": {"role": "user", "content": "a"}}] * 2, r"\(dict\)"),
-        (dataset([{"prompt": ["a", "b"]}] * 2), r"message 0 of the prompt is 'a' \(str\)"),
         (["a", "b"], r"row 0 is 'a' \(str\); a row is a dict"),
-        ([ROWS[0], None], r"row 1 is None"),
         (chat(("user", "a")), r"no column 'prompt'.*content, role"),
         ({"prompt": ["a", "b"], "answer": ["x", "y"]}, r"split 'prompt', row 0 is 'a'.*from_dict"),
-        ({"prompt": "a", "answer": "b"}, r"split 'prompt' is 'a' \(str\); it must be"),
-        ({1: ROWS}, "no split 'train'"),
         ({"train": ROWS, "test": "rows.jsonl"}, r"task, split 'test' is 'rows.jsonl' \(str\)"),
         (dataset().to_iterable_dataset(), r"IterableDataset.*Dataset.from_list\(list\(data.take\(N\)\)\)"),
-        (
-            datasets.IterableDatasetDict(train=dataset().to_iterable_dataset()),
-            "split 'train' is IterableDataset",
-        ),
         (pandas.DataFrame(ROWS), r"DataFrame\); it must be .*from_pandas"),
         ((row for row in ROWS), r"\(generator\); it must be a name, a task object, a datasets.Dataset"),
         (5, r"task is 5 \(int\)"),
-        (None, r"task is None"),
         ([ROWS[0]] * 4, "too few distinct prompts"),
     ],
 )
-def test_data_that_cannot_be_used_is_refused_in_one_paragraph(tmp_path, data, words):
+def test_data_that_cannot_be_used_is_refused_in_one_paragraph(data, words):
     with pytest.raises(Refused, match=words) as caught:
-        start(tmp_path, task=data)
-    assert "\n" not in str(caught.value) and not (tmp_path / "run" / "config.json").exists()
+        load_task(data, reward=exact)
+    assert "\n" not in str(caught.value)
 
 
 def test_data_without_a_reward_or_with_the_wrong_columns_for_it_is_refused(tmp_path):
+    with pytest.raises(Refused, match="task is None"):
+        start(tmp_path, task=None)
+    assert not (tmp_path / "run" / "config.json").exists()
     with pytest.raises(
         Refused, match=r"task is data \(Dataset\), which has prompts but no reward.*reward=function"
     ):
