@@ -216,6 +216,12 @@ def test_the_running_mean_learns_after_its_use():
     assert agent.running_mean.value == pytest.approx(expected)
 
 
+def test_observations_are_scaled_by_those_of_earlier_rollouts():
+    scaled, plain = (agent_of(Estimator(baseline="none"), normalize_observations=on) for on in (True, False))
+    torch.testing.assert_close(moved(scaled, rollout_of()), moved(plain, rollout_of()))  # none so far
+    assert scaled.policy.scale.count == LENGTHS.sum()
+
+
 def test_the_gradient_is_clipped_and_its_norm_reported_before():
     agent = agent_of(Estimator(baseline="none"), max_grad_norm=0.01)
     before = weights(agent)

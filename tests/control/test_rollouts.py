@@ -40,6 +40,14 @@ def test_a_time_limit_truncates_and_does_not_terminate():
     assert rollout.final_observations.tolist() == [[0, 2]] * 2
 
 
+def test_every_step_of_a_long_episode_has_random_numbers_of_its_own():
+    envs, policy = Environments(register(limit=200, lengths=(200,)), 4), policy_of()
+    for parameter in policy.parameters():  # the same distribution in every state
+        parameter.data.zero_()
+    actions = collect_episodes(envs, policy, 200, draws(), seed=0).actions
+    assert not torch.equal(actions[:, :64], actions[:, 64:128])
+
+
 def test_unequal_episodes_are_not_mixed_with_those_that_follow():
     envs = Environments("CartPole-v1", 16)
     rollout = collect_episodes(envs, policy_of(4), 500, draws(), seed=3)

@@ -148,6 +148,15 @@ def test_a_step_is_the_gradient_that_training_takes(policy: Policy, samples: Sam
     torch.testing.assert_close(mean, wanted, rtol=1e-8, atol=1e-8)
 
 
+def test_a_running_mean_has_seen_the_other_steps_only(policy: Policy, samples: Samples) -> None:
+    seen = projected_samples(policy, samples, 8)
+    found = contributions(Estimator(baseline="running_mean"), samples, seen, prompts_per_step=8).values
+    for step, others in ((slice(8), slice(32, None)), (slice(8, None), slice(32))):  # of groups, of rows
+        mean = Estimator(baseline="constant", baseline_constant=float(samples.rewards[others].mean()))
+        expected = contributions(mean, samples, seen, prompts_per_step=8).values
+        torch.testing.assert_close(found[step], expected[step])
+
+
 def test_dropped_groups_leave_the_divisor_of_their_step(policy: Policy, samples: Samples) -> None:
     rewards = samples.rewards.clone()
     rewards[4:8] = 0.5

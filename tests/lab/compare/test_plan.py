@@ -253,6 +253,18 @@ def test_a_run_without_a_score_is_the_worst_and_the_mean_over_seeds_decides():
     assert set(tune(plan(**TUNED), execute).values()) == {0.2}
 
 
+def test_a_rate_that_was_dropped_cannot_win_by_its_one_score():
+    first, good = plan(**TUNED).tuning_seeds[0], {0.1: 1.0, 0.05: 0.9, 0.2: 0.9}
+
+    def execute(runs):
+        later = {0.1: 0.2}
+        scores = [good.get(r.learning_rate, 0.8) if r.seed == first else later.get(r.learning_rate, 0.1)
+                  for r in runs]  # fmt: skip
+        return pd.DataFrame({"area": scores})
+
+    assert set(tune(plan(**TUNED), execute).values()) == {0.1}
+
+
 def parsed(text):
     return parse("compare", COMMANDS["compare"], text.split())
 

@@ -27,7 +27,7 @@ from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.training.collect import Experience, greedy_rewards, refill, sample
+from tokenrl.language.training.collect import Experience, greedy_rewards, refill, sample, step_rows
 from tokenrl.language.training.critic import Critic
 from tokenrl.language.training.step import training_step
 from tokenrl.language.training.supervised import demonstration_batch
@@ -109,6 +109,17 @@ def test_remax_subtracts_the_reward_of_the_greedy_completion():
     texts = policy.decode(rollout.completion_ids, rollout.mask)
     kept = [row[m].tolist() for row, m in zip(rollout.completion_ids, rollout.mask, strict=True)]
     assert found.tolist() == vowel_reward(texts, kept)
+
+
+def test_every_completion_has_the_greedy_reward_of_its_own_prompt():
+    learner, rewards, prompts, rows = start("remax", vowel_reward)
+    sampling = replace(learner.sampling, step=1)
+    greedy = greedy_rewards(learner, rewards, sampling, prompts).tolist()
+    rollout = sample(learner, prompts, sampling)
+    own = Experience(prompts, rollout, reward_rows(learner.policy, rewards, rows[:4], rollout, step=0))
+    found = step_rows(learner, rewards, sampling, own).greedy_rewards
+    assert found.tolist() == pytest.approx([reward for reward in greedy for _ in range(4)])
+    assert greedy != greedy[::-1]
 
 
 def test_score_norms_are_those_of_the_softmax():
