@@ -38,6 +38,12 @@ def judge_scores(
     An arm that fails more often and is better otherwise is undecided. An interval of width zero decides
     nothing.
 
+    Arms that are the same are seldom found different: of simulated families of three comparisons with 6, 10
+    and 20 seeds, 4.3 / 4.4 / 5.0 % had any difference where scores are normal, 1.4 / 2.0 / 4.2 % where they
+    are lognormal, and 1.4 / 2.8 / 1.6 % where a tenth of the runs of every arm failed and was declared as
+    such (2,000 families in the first two cells, 500 in the others, so a standard error of up to 1 %). Where
+    the true difference is the margin, at most 3.0 % had an arm that was called equivalent.
+
     Say what counts as a failure: no test of a few means can see what a few runs did not show. Simulated with
     6, 10 and 20 seeds (150 to 400 studies in each cell, so a few percent are chance):
 
