@@ -143,12 +143,16 @@ def test_the_verdict_is_printed_last_and_stands_in_summary_and_report(tmp_path, 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_classic_agent_learns_cartpole(tmp_path):
-    """Of thirty seeds most end above 450 and one in ten below 200 (control_5_agents.py)."""
+    """Of seeds 0 to 29, 4 end below 350 and 8 below 450 (control_5_agents.py).
+
+    So two of any three seeds are below 350 in 5 % of the cases, and all three below 450 in 2 %.
+    """
     results = [
         train_agent(agent="classic", seed=seed, output_dir=tmp_path / str(seed), eval_every=0, quiet=True)
         for seed in range(3)
     ]
     assert all(result.eval_before["reward"] < 40 for result in results)
-    assert max(result.eval_after["reward"] for result in results) >= 475
+    _, middle, best = sorted(result.eval_after["reward"] for result in results)
+    assert middle > 350 and best > 450
     assert all(result.eval_after["reward"] > 3 * result.eval_before["reward"] for result in results)
     assert all(result.steps == 400 and result.env_steps < 400 * 500 for result in results)
