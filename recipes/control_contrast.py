@@ -7,10 +7,10 @@ a few seeds each. The noise of each update's gradient is measured during trainin
 policies their gradients differ by noise alone.
 
 Look for: CartPole has a reward of 1 for every step, so all returns are positive, and without a baseline every
-action is reinforced, only to different degrees: the noise is twice as large with short episodes, and hundreds
-of times with long ones. In the language task, with rewards of 1 and 0, wrong answers have reward 0 and the
-larger score norms, so the best constant is nearer to 0 than to the mean: here the baseline even adds noise.
-With rewards of 2 and 1 (`ladder.py vanilla --shift 1`) the baseline is needed here too.
+action is reinforced, only to different degrees: the noise is four times as large with short episodes, and
+hundreds of times with long ones. In the language task, with rewards of 1 and 0, wrong answers have reward 0
+and the larger score norms, so the best constant is nearer to 0 than to the mean: here the baseline even adds
+noise. With rewards of 2 and 1 (`ladder.py vanilla --shift 1`) the baseline is needed here too.
 """
 
 from __future__ import annotations
