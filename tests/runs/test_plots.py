@@ -27,7 +27,7 @@ def numbers(drawn):
 @pytest.mark.parametrize("values", RANGES.values(), ids=RANGES)
 def test_any_values_are_drawn_inside_the_picture_with_a_scale(values):
     few = len(values) < 9
-    curve = Curve(range(len(values)), values, "name", [0.1, math.nan, 0.2][: len(values)] * few, dots=few)
+    curve = Curve(range(len(values)), values, "name", dots=few, band=(values, values) if few else None)
     drawn = svg(Chart("n", "u", [curve, Curve([], [])], mark=("solved", 0.5)), 400, 200)
     places = numbers(drawn)
     assert len(places) > 4 and all(-1 <= x <= 401 and -1 <= y <= 201 for x, y in places)
@@ -41,7 +41,9 @@ def test_a_peak_of_a_long_curve_is_not_lost():
 
 
 def test_a_band_reaches_one_standard_error_to_either_side():
-    drawn = svg(Chart("n", "u", [Curve([0, 1], [1.0, 1.0], errors=[0.25, 0.25], dots=True)]), 400, 200)
+    drawn = svg(
+        Chart("n", "u", [Curve([0, 1], [1.0, 1.0], dots=True, band=([0.75, 0.75], [1.25, 1.25]))]), 400, 200
+    )
     (band,) = re.findall(r'<path id="[^"]*" d="([^"C]*)"', drawn)  # curves (C) are those of dots
     heights = [float(y) for y in re.findall(r"[ML] \S+ (\S+)", band)]
     lines = [y for _, y in numbers(drawn)]

@@ -54,32 +54,24 @@ def test_what_is_no_run_is_refused(tmp_path):
         read_run(tmp_path)
 
 
-ODD = [
-    "x",
-    [1],
-    {"a": [1]},
-    10**400,
-    *(pytest.param(odd, marks=pytest.mark.slow) for odd in (-1, None, True, [])),
-]
 PLACES = [
     *(("summary.json", name) for name in ("exit_reason", "flags", "steps", "wall_seconds", "eval_after")),
-    *(("config.json", name) for name in ("title", "kind", "solved", "versions", "command", "estimator")),
+    *(("config.json", name) for name in ("title", "kind", "solved", "versions", "command")),
     *(("metrics.jsonl", name) for name in ("step", "reward", "eval_reward_stderr", "new")),
 ]
 
 
-@pytest.mark.parametrize("odd", ODD, ids=lambda odd: str(odd)[:12])
-@pytest.mark.parametrize(("name", "entry"), PLACES)
-def test_files_with_odd_entries_are_shown_or_refused_by_name(name, entry, odd, run, capsys):
-    path = run / name
-    lines = path.read_text().splitlines() if name == "metrics.jsonl" else [path.read_text()]
-    lines[-1] = json.dumps(json.loads(lines[-1]) | {entry: odd})
-    path.write_text("\n".join(lines) + "\n")
-    capsys.readouterr()
-    for command in (["report", str(run)], ["advise", "--run", str(run)]):
-        code, error = main(command), capsys.readouterr().err
-        assert code in (0, 2) and error.count("\n") == (code == 2), (code, error)
+@pytest.mark.parametrize("odd", ["x", [1], {"a": [1]}, 10**400], ids=lambda odd: str(odd)[:12])
+def test_files_with_odd_entries_are_shown_or_refused_by_name(odd, run, capsys):
+    for name, entry in PLACES:
+        path, whole = run / name, (run / name).read_text()
+        lines = whole.splitlines() if name == "metrics.jsonl" else [whole]
+        lines[-1] = json.dumps(json.loads(lines[-1]) | {entry: odd})
+        path.write_text("\n".join(lines) + "\n")
+        code, error = main(["report", str(run)]), capsys.readouterr().err
+        assert code in (0, 2) and error.count("\n") == (code == 2), (name, entry, code, error)
         assert code == 0 or str(run) in error
+        path.write_text(whole)
 
 
 @pytest.mark.parametrize("name", ["summary.json", "config.json", "metrics.jsonl"])

@@ -264,8 +264,8 @@ def test_loss_and_reward_of_supervised_runs(made):
         (["one", "world"], "c.html", "one (tokenrl train) and world (tokenrl control)"),
         (["one", "one/"], "c.html", "given twice"),
         (["one", "nothing"], "c.html", "nothing holds no metrics.jsonl"),
-        (["one", "two"], "two", "give a file"),
-        (["one", "two"], "no/such/c.html", "give a file"),
+        (["one", "two"], "two", "it is a directory"),
+        (["one", "two"], "no/such/c.html", "its directory does not exist"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(made, tmp_path, runs, output, words):

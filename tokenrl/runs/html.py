@@ -62,11 +62,6 @@ def paragraph(words: str, style: str = "") -> Block:
     return {"kind": "paragraph", "words": words, "style": style} if words else {}
 
 
-def bullets(items: Sequence[str]) -> Block:
-    """Make a list of sentences; empty without any."""
-    return {"kind": "bullets", "items": items} if items else {}
-
-
 def verdict(headline: str, sentences: Sequence[str], caveats: Sequence[str]) -> Block:
     """Make a card of a result: a headline, the sentences that say it in full, and what to keep in mind."""
     return {"kind": "verdict", "headline": headline, "sentences": sentences, "caveats": caveats}

@@ -36,19 +36,19 @@ class Curve(NamedTuple):
         x: places of the points, ascending.
         y: their values, all finite.
         name: its name in the legend; a curve without a name is in no legend.
-        errors: standard errors of the values, drawn as a band; nan where there is none. May be empty.
         colour: place in the palette, from 1; those beyond the palette are dashed. 0 is grey.
         dots: draw each value as a dot and join them; else draw the values faintly, and their running mean.
-        band: the lower and the upper edge of a band that is given instead of errors.
+        band: the lower and the upper edge of a band around the values.
+        error: the standard error of the last value.
     """
 
     x: Sequence[float]
     y: Sequence[float]
     name: str = ""
-    errors: Sequence[float] = ()
     colour: int = 1
     dots: bool = False
     band: tuple[Sequence[float], Sequence[float]] | None = None
+    error: float | None = None
 
     @property
     def dashed(self) -> bool:
@@ -63,22 +63,13 @@ class Curve(NamedTuple):
     @property
     def last(self) -> str:
         """The last value with its standard error, as text."""
-        return measured(self.y[-1], self.errors[-1] if self.errors else None)
-
-    @property
-    def edges(self) -> tuple[Sequence[float], Sequence[float]]:
-        """The lower and the upper edge of the band; both are the value where no standard error is known."""
-        if self.band is not None:
-            return self.band
-        errors = [0.0 if math.isnan(error) else error for error in self.errors or [0.0] * len(self.y)]
-        both = list(zip(self.y, errors, strict=True))
-        return [y - error for y, error in both], [y + error for y, error in both]
+        return measured(self.y[-1], self.error)
 
     def draw(self, axes: Axes) -> None:
         """Draw the band, and the values or their running mean."""
         look: dict[str, Any] = {"color": PALETTE[self.variable], "clip_on": False}
-        if self.errors or self.band:
-            axes.fill_between(self.x, *self.edges, alpha=0.2, linewidth=0, **look)
+        if self.band is not None:
+            axes.fill_between(self.x, *self.band, alpha=0.2, linewidth=0, **look)
         averaged = self.y
         if not self.dots:
             averaged = smooth(self.y, 2 * (len(self.y) // 40) + 1)  # odd, and about a twentieth of the run
@@ -123,7 +114,7 @@ class Chart(NamedTuple):
         """Draw scales, curves and mark; a scale of values that are never negative starts at 0."""
         level = [] if self.mark is None else [self.mark[1]]
         y = [*level, *(value for curve in self.drawn for value in curve.y)]
-        ends = [*y, *(value for curve in self.drawn for edge in curve.edges for value in edge)]
+        ends = [*y, *(value for curve in self.drawn for edge in curve.band or () for value in edge)]
         margin = 0.06 * (max(ends) - min(ends)) or 0.06 * abs(max(ends)) or 1.0
         x = [value for curve in self.drawn for value in curve.x]
         left, right = 0 if self.whole else min(x), max(x)

@@ -1,7 +1,7 @@
 """The result of a run, and the reader of all that it has written, for reports, diagnoses and comparisons.
 
-`read_run` reads a run that has ended or is still at work. Files that cannot be read, as after an edit by hand
-or on a damaged disk, are refused in one paragraph that names the file.
+`read_run` reads a run that has ended or is still at work. Files that cannot be read, as on a damaged disk,
+are refused in one paragraph that names the file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -18,20 +17,6 @@ from typing import Any
 
 from tokenrl.errors import Refused
 from tokenrl.runs.metrics import read_completions, read_metrics
-from tokenrl.settings import MOST, shown
-
-_NUMBER = int | float | None
-_CONFIG = {
-    **{"kind": str, "title": str | None, "solved": _NUMBER, "versions": dict},
-    "command": str | list | None,
-}
-_SUMMARY = {
-    **dict.fromkeys(("exit_reason", "error", "verdict"), str),
-    "flags": list,
-    **dict.fromkeys(("eval_before", "eval_after", "warm_started"), dict | None),
-    **dict.fromkeys(("steps", "wall_seconds", "tokens_per_second", "env_steps_per_second"), _NUMBER),
-}
-"""The types of entries that the readers of a run rely on."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +130,8 @@ def read_run(run: str | os.PathLike[str]) -> RecordedRun:
         if os.path.isfile(path / "plan.json"):
             raise Refused(f"{path} holds a comparison, not a run; its runs are in {path / 'runs'}.")
         raise Refused(f"{path} holds no metrics.jsonl; give the output directory of a run.")
-    config = _object(path / "config.json", _CONFIG)
-    rows = _rows(path / "metrics.jsonl")
-    return RecordedRun(path, config, rows, _object(path / "summary.json", _SUMMARY))
+    config, summary = _object(path / "config.json"), _object(path / "summary.json")
+    return RecordedRun(path, config, read_metrics(path / "metrics.jsonl"), summary)
 
 
 def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -164,37 +148,12 @@ def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], lis
     return steps, values
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of metrics.jsonl; an infinity, which JSON cannot hold, becomes a number again."""
-    rows = read_metrics(path)
-    for place, row in enumerate(rows, start=1):
-        for name, value in {"step": None, **row}.items():
-            number = float(value) if value in ("Infinity", "-Infinity") else value
-            is_step = type(number) is int and 0 <= number <= MOST
-            if not (is_step if name == "step" else _fits(number, _NUMBER)):
-                raise Refused(
-                    f"Row {place} of {path} has {shown(value, 40)} for {shown(name, 40)}, and a run writes "
-                    "its step and numbers. Remove the row, and the others can be shown."
-                )
-            row[name] = number
-    return rows
-
-
-def _object(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
+def _object(path: Path) -> dict[str, Any]:
     """Read config.json or summary.json; empty if the file is missing."""
     try:
         found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}, not an object")
-        for name, kind in kinds.items():
-            infinite = kind == _NUMBER and found.get(name) in ("Infinity", "-Infinity")
-            if name in found and not infinite and not _fits(found[name], kind):
-                raise ValueError(f"{name} is {shown(found[name], 60)}, which no run writes")
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path} is damaged ({error}). Mend or remove it, and the run can be shown.") from error
     return found
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Return whether a value is of a kind, and if it is a whole number, whether a float can hold it."""
-    return isinstance(value, kind) and not (isinstance(value, int) and abs(value) > sys.float_info.max)

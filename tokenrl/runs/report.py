@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 from urllib.parse import quote
 
 from tokenrl.configuration import RECORDED
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, describe
 from tokenrl.runs.console import ending, number, visible, with_errors
+from tokenrl.runs.files import check_place
 from tokenrl.runs.html import (
     Block,
     Section,
@@ -61,12 +61,7 @@ _DIAGNOSTICS = (
     ("completions/mean_length", "completion length", "tokens", ""),
     ("episode_length", "episode length", "steps", ", mean of the episodes that ended"),
     ("explained_variance", "critic", "explained variance", " of the returns; below 0 it does harm"),
-    (
-        "frac_reward_zero_std",
-        "groups without signal",
-        "fraction",
-        " of prompts whose completions have one reward",
-    ),
+    ("frac_reward_zero_std", "groups without signal", "fraction", " of prompts with equal rewards"),
     ("kl", "KL to the reference", "nats per completion", ""),
     ("grad_norm", "gradient norm", "before clipping", ""),
     ("completions/clipped_ratio", "truncated", "fraction", " of completions cut at the length limit"),
@@ -94,11 +89,17 @@ def report_from_directory(run: str | Path) -> Path:
     if os.path.isfile(Path(run) / "plan.json") and page.is_file():
         return page
     found = read_run(run)
-    about = {"title": found.title, "subtitle": ending(found.summary)}
-    learning_curve(
-        found.path / "learning_curve.png", found.metrics, kind=found.kind, mark=found.mark, **about
-    )
-    return write_page(page, found.title, list(_sections(found)))
+    try:
+        about = {"title": found.title, "subtitle": ending(found.summary), "kind": found.kind}
+        learning_curve(found.path / "learning_curve.png", found.metrics, mark=found.mark, **about)
+        return write_page(page, found.title, list(_sections(found)))
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+        if isinstance(error, Refused):
+            raise
+        raise Refused(
+            f"A file of {run} holds what no run writes ({describe(error)}). Mend or remove it, and the run "
+            "can be shown."
+        ) from error
 
 
 def learning_curve(
@@ -172,8 +173,7 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
         named = " and ".join(f"{name} (tokenrl {kind})" for kind, name in kinds.items())
         raise Refused(f"Runs of different kinds have no curve in common: {named}. Compare runs of one kind.")
     output = Path(output)
-    if os.path.isdir(output) or not os.path.isdir(output.parent):
-        raise Refused(f"The page cannot be written to {output}; give a file in a folder that exists.")
+    check_place(output)
     links = {
         name: quote(Path(os.path.relpath(run.path / "report.html", output.parent)).as_posix())
         for name, run in found.items()
@@ -228,13 +228,15 @@ def _charts(runs: Mapping[str, Rows], kind: str, mark: tuple[str, float] | None)
 
 
 def _curve(metrics: Rows, key: str, name: str, colour: int) -> Curve:
-    """Make the curve of a metric; that of an evaluation has dots and, if they are known, standard errors."""
+    """Make the curve of a metric; that of an evaluation has dots, and a band of its standard errors."""
     x, y = series(metrics, key)
     y = [min(max(value, -_LARGEST), _LARGEST) for value in y]
     evaluated = key.startswith("eval_")  # the band of a single step would hide the running mean
     known = dict(zip(*series(metrics, key + "_stderr"), strict=True)) if evaluated else {}
-    errors = [min(known.get(step, math.nan), _LARGEST) for step in x] if known else []
-    return Curve(x, y, name, errors, colour, dots=evaluated)
+    errors = [min(known.get(step, 0.0), _LARGEST) for step in x]
+    low, high = ([value + sign * e for value, e in zip(y, errors, strict=True)] for sign in (-1, 1))
+    band = (low, high) if known else None
+    return Curve(x, y, name, colour, evaluated, band, known.get(x[-1]) if x else None)
 
 
 def _told_once(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
