@@ -1,4 +1,3 @@
-import os
 import shutil
 import subprocess
 import sys
@@ -52,38 +51,14 @@ def test_file_in_its_place_or_on_the_way_is_refused(tmp_path):
     assert file.read_text() == "mine"
 
 
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
-def test_directory_that_cannot_be_written_is_refused(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(Refused, match="cannot be used"):
-        RunDirectory(tmp_path)
-
-
-def test_denied_lock_file_is_a_refusal_and_not_another_run(tmp_path, monkeypatch):
-    def deny(self, **kwargs):
-        raise PermissionError(13, "Permission denied", str(self))
-
-    monkeypatch.setattr(Path, "touch", deny)
-    with pytest.raises(Refused, match=r"cannot be used.*Permission denied"):
-        RunDirectory(tmp_path)
-
-
-def test_second_process_in_the_directory_is_refused(tmp_path):
-    code = (
-        "import sys\nfrom tokenrl.errors import Refused\n"
-        "from tokenrl.runs.directory import RunDirectory\n"
-        "try:\n    RunDirectory(sys.argv[1], overwrite=True)\nexcept Refused as error:\n"
-        "    print(error); sys.exit(error.exit_code)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
+def test_second_run_in_the_directory_is_refused(tmp_path):
     with RunDirectory(tmp_path) as run:
         run.write_config({})
-        second = subprocess.run(command, capture_output=True, text=True)
-        assert second.returncode == 2 and "Another run" in second.stdout and str(tmp_path) in second.stdout
-        assert run.config.exists()  # overwrite=True removed nothing of a run at work
-        with pytest.raises(Refused, match="Another run"):
-            RunDirectory(tmp_path)
-    assert subprocess.run(command).returncode == 0
+        with pytest.raises(Refused, match="Another run is using"):
+            RunDirectory(tmp_path, overwrite=True)
+        assert run.config.exists()  # nothing was removed of a run at work
+    with RunDirectory(tmp_path, overwrite=True):
+        pass
 
 
 def test_existing_run_is_refused_untouched_and_unlocked(tmp_path):
@@ -132,18 +107,6 @@ def test_a_model_hidden_by_a_crash_while_it_was_replaced_is_brought_back(tmp_pat
     with pytest.raises(Refused, match="already holds a run"):
         RunDirectory(run.path)
     assert tree(run.path) == before
-
-
-def test_linked_model_folder_is_unlinked_and_not_emptied(tmp_path):
-    outside = tmp_path / "elsewhere"
-    outside.mkdir()
-    (outside / "kept").write_text("kept")
-    with RunDirectory(tmp_path / "run") as run:
-        run.write_config({})
-        run.model.symlink_to(outside)
-    with RunDirectory(tmp_path / "run", overwrite=True) as again:
-        again.write_config({})
-        assert not run.model.is_symlink() and (outside / "kept").exists()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

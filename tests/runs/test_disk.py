@@ -16,9 +16,8 @@ import torch
 
 from tests.runs.test_session import Counter, live
 from tokenrl.errors import Stopped
-from tokenrl.runs.files import write_json
 from tokenrl.runs.folders import atomic_directory, verify
-from tokenrl.runs.metrics import read_metrics, write_completions
+from tokenrl.runs.metrics import read_metrics
 
 
 @contextmanager
@@ -66,19 +65,6 @@ def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_completions_and_json_leave_the_older_file(tmp_path):
-    rows = [{"completion": os.urandom(200).hex()} for _ in range(20)]
-    write_completions(tmp_path, 1, rows[:1])
-    write_json(tmp_path / "a.json", {"a": 1})
-    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
-    with largest_file(2000):
-        with pytest.raises(Stopped, match=r"step_000001.parquet could not be written .*too large"):
-            write_completions(tmp_path, 1, rows)
-        with pytest.raises(Stopped, match=r"a.json could not be written"):
-            write_json(tmp_path / "a.json", {"a": "a" * 3000})
-    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
-
-
 @pytest.mark.parametrize("writer", ["safetensors", "tokenizers", "transformers"])
 def test_an_older_model_stays_whichever_writer_finds_the_disk_full(tmp_path, writer):
     """Each of them raises an error of another type."""
@@ -123,12 +109,6 @@ def test_a_disk_that_fills_up_leaves_a_checkpoint_from_which_the_run_continues(d
     live(tmp_path / "whole")
     for name in ("metrics.jsonl", "model/weights.safetensors"):
         assert (disk / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_a_disk_that_is_full_before_the_first_step_is_one_paragraph(disk):
-    fill(disk, 4)
-    with pytest.raises(Stopped, match=r"At step 0: .*metrics.jsonl could not be written .*No space left"):
-        live(disk / "run")
 
 
 def test_a_report_that_cannot_be_drawn_costs_nothing_else(tmp_path, capsys):

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from tokenrl.errors import Refused
-from tokenrl.runs.metrics import MetricsLog, read_completions, read_metrics, write_completions
+from tokenrl.runs.metrics import (
+    MetricsLog,
+    Stopwatch,
+    peak_memory,
+    read_completions,
+    read_metrics,
+    write_completions,
+)
 
 
 def write(folder, *rows):
@@ -95,5 +102,22 @@ def test_chat_messages_and_mixtures_are_stored_as_json_text(tmp_path):
     assert json.loads(first["prompt"]) == messages and first["mixed"] == "1" and first["empty"] == "{}"
 
 
-def test_a_step_without_rows(tmp_path):
-    assert read_completions(write_completions(tmp_path, 1, [])) == []
+def test_the_stopwatch_times_updates_only():
+    watch = Stopwatch()
+    assert watch.time(lambda: sum(range(10**5))) == sum(range(10**5))
+    first = watch.last
+    watch.time(lambda: None)
+    assert 0 < watch.last < first and watch.total == pytest.approx(first + watch.last)
+    assert watch.timings(30) == {"step_seconds": watch.last, "tokens_per_second": 30 / watch.total}
+
+
+def test_the_peak_of_memory_does_not_fall(monkeypatch):
+    held = bytearray(b"x") * (256 * 2**20)
+    during = peak_memory()["peak_memory_gib"]
+    del held
+    assert during > 0.25
+    assert peak_memory()["peak_memory_gib"] > 0.99 * during  # the kernel counts in batches of pages
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    assert peak_memory()["peak_cuda_memory_gib"] == 3

@@ -150,6 +150,9 @@ def test_a_signal_finishes_the_step_and_saves_without_an_evaluation(tmp_path, nu
     assert (tmp_path / "model" / "weights.safetensors").exists()
     assert json.loads((tmp_path / "summary.json").read_text())["exit_reason"] == reason
     assert signal.getsignal(number) == before
+    live(tmp_path, resume="auto")
+    live(tmp_path / "whole")
+    assert same(tmp_path / "whole", tmp_path)  # as if no signal had come
 
 
 def test_a_signal_while_the_report_is_written_ends_the_program_after_the_run(tmp_path):
@@ -214,14 +217,6 @@ def test_other_errors_pass_and_leave_the_directory_unlocked(tmp_path):
     assert live(tmp_path, overwrite=True).steps == 5
 
 
-def test_a_second_run_in_the_directory_is_refused_while_the_first_is_at_work(tmp_path):
-    def at_step(session):
-        with pytest.raises(Refused, match="holds its lock"):
-            Session("sft", tmp_path, overwrite=True)
-
-    assert live(tmp_path, at_step).steps == 5
-
-
 def test_only_the_main_process_writes_and_all_stop_together(tmp_path):
     asked = []
 
@@ -239,16 +234,6 @@ def test_a_warning_is_given_once_for_each_topic(tmp_path, capsys):
         for topic in ("one", "two", "one"):
             session.warn_once(topic, f"about {topic}")
     assert capsys.readouterr().out.splitlines() == ["warning: about one", "warning: about two"]
-
-
-@pytest.mark.parametrize(
-    ("every", "expected"),
-    [(2, [2, 4, 5]), (0, [5])],
-)
-def test_what_is_due(tmp_path, every, expected):
-    with Session("train", tmp_path, quiet=True) as session:
-        found = [step for step in session.steps(5) if session.due(every)]
-    assert found == expected
 
 
 class Killed(BaseException):
@@ -342,19 +327,6 @@ def test_a_continuation_with_other_settings_is_refused_and_changes_nothing(tmp_p
     with pytest.raises(Refused, match="checkpoint of the run in output_dir"):
         live(tmp_path, resume=str(tmp_path / "elsewhere"))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_run_continues_after_a_signal_as_if_none_had_come(tmp_path, number):
-    def at_step(session):
-        if session.step == 3:
-            signal.raise_signal(number)
-
-    live(tmp_path / "whole")
-    assert live(tmp_path / "run", at_step, save_every=0).exit_code == 128 + number
-    assert checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step_000003"
-    live(tmp_path / "run", resume="auto")
-    assert same(tmp_path / "whole", tmp_path / "run")
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
@@ -492,16 +464,6 @@ def test_old_checkpoints_are_refused_in_one_sentence(tmp_path):
     with pytest.raises(Refused, match=r"it was written by an earlier release of tokenrl") as caught:
         live(tmp_path, resume=str(tmp_path / "checkpoints" / "step_000004"))
     assert "\n" not in str(caught.value)
-
-
-def test_what_a_reward_says_cannot_change_the_terminal(tmp_path, capsys):
-    with Session("train", tmp_path) as session:
-        session.console.warn("the reward said \x1b[31mred\x07")
-        session.console.note("\x1b]0;title")
-    assert capsys.readouterr().out.split("\n")[:2] == [
-        "warning: the reward said \\x1b[31mred\\x07",
-        "\\x1b]0;title",
-    ]
 
 
 GRAVE, REMARK = SimpleNamespace(flag="grave", weight="void"), SimpleNamespace(flag="remark", weight="watch")

@@ -51,12 +51,6 @@ def test_handlers_are_restored_and_nothing_is_asked_without_a_signal():
     assert stop.requested is None and stop.exit_code == 0
 
 
-def test_quiet_says_nothing(capfd):
-    with GracefulStop(quiet=True) as stop:
-        signal.raise_signal(signal.SIGTERM)
-    assert stop.requested == signal.SIGTERM and capfd.readouterr() == ("", "")
-
-
 def test_other_threads_leave_the_handlers_alone():
     before, seen = signal.getsignal(signal.SIGTERM), []
 

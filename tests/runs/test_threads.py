@@ -1,8 +1,5 @@
 """The rule for the number of threads, the block that sets it, and what the command line says of it."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -44,10 +41,3 @@ def test_a_block_has_its_threads_and_those_after_it_have_theirs():
 def test_impossible_numbers_are_refused(number):
     with pytest.raises(Refused, match=r"threads was given as"):
         ThreadArguments(threads=number)
-
-
-def test_the_variable_that_torch_reads_decides_in_a_program_of_its_own():
-    code = "from tokenrl.runs.threads import choose_threads; print(*choose_threads(10**9))"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout == "1 OMP_NUM_THREADS\n"

@@ -19,7 +19,6 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.rows import in_rows
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Stopped
-from tokenrl.runs.optimizers import load_optimizer_state, optimizer_state
 
 
 @dataclass
@@ -51,7 +50,7 @@ class Agent:
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue beside the weights; tensors are references, not copies."""
         return {
-            "optimizer": optimizer_state(self.optimizer),
+            "optimizer": self.optimizer.state_dict(),
             "running_mean": self.running_mean.state_dict(),
             "diagnostics": self.diagnostics.state_dict(),
             "generator": self.generator.get_state(),
@@ -64,7 +63,7 @@ class Agent:
         Raises:
             Refused: the optimiser has other parameters than the one that was saved.
         """
-        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.running_mean.load_state_dict(state["running_mean"])
         self.diagnostics.load_state_dict(state["diagnostics"])
         self.generator.set_state(state["generator"])

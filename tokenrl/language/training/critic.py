@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokenrl.runs.optimizers import load_optimizer_state, optimizer_state
-
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
 
@@ -83,9 +81,9 @@ class Critic:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights of the head and the state of its optimiser."""
-        return {"head": self.head.state_dict(), "optimizer": optimizer_state(self.optimizer)}
+        return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self.head.load_state_dict(state["head"])
-        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -20,7 +20,7 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.language.training.critic import Critic
 from tokenrl.language.training.forward import Forward, choose_forward
-from tokenrl.runs.optimizers import load_optimizer_state, make_schedule, optimizer_state
+from tokenrl.runs.schedules import make_schedule
 
 COUNTS = ("nonfinite", "skipped", "idle")
 """The counts of a `Learner` that a continuation goes on from."""
@@ -126,7 +126,7 @@ class Learner:
         return {
             "kl_coef": self.estimator.beta,
             **{name: getattr(self, name) for name in COUNTS},
-            "optimizer": optimizer_state(self.optimizer),
+            "optimizer": self.optimizer.state_dict(),
             "critic": None if self.critic is None else self.critic.state_dict(),
             "diagnostics": None if self.diagnostics is None else self.diagnostics.state_dict(),
         }
@@ -136,7 +136,7 @@ class Learner:
         self.estimator = replace(self.estimator, beta=state["kl_coef"])
         for name in COUNTS:
             setattr(self, name, int(state[name]))
-        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         for part, saved in ((self.critic, state["critic"]), (self.diagnostics, state["diagnostics"])):
             if part is not None and saved is not None:
                 part.load_state_dict(saved)

@@ -31,8 +31,8 @@ from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.language.training.defaults import Defaults, sizes_of_steps, with_origins
 from tokenrl.language.training.learner import Learner
-from tokenrl.runs.optimizers import load_schedule
 from tokenrl.runs.reader import Outcome
+from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
 
 PROGRESS = ("tokens", "samples", "completion_tokens", "step_seconds")

@@ -14,7 +14,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.scoring import USUAL, Scoring, score
 from tokenrl.language.tasks.stream import Batches
-from tokenrl.runs.optimizers import load_optimizer_state, load_schedule, make_schedule, optimizer_state
+from tokenrl.runs.schedules import load_schedule, make_schedule
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
 PROGRESS = ("step", "tokens", "loss_before", "loss_after")
@@ -112,7 +112,7 @@ class Descent:
         return {
             **{name: getattr(self, name) for name in PROGRESS},
             "batches": self._batches.state_dict(),
-            "optimizer": optimizer_state(self._optimizer),
+            "optimizer": self._optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -124,7 +124,7 @@ class Descent:
         for name in PROGRESS:
             setattr(self, name, state[name])
         self._batches.load_state_dict(state["batches"])
-        load_optimizer_state(self._optimizer, state["optimizer"])
+        self._optimizer.load_state_dict(state["optimizer"])
         load_schedule(self._schedule, self.step)
 
 

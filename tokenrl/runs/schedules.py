@@ -1,37 +1,13 @@
-"""Makes the schedule of a learning rate, and keeps what an optimiser and its schedule have become."""
+"""Makes the schedule of a learning rate, and puts it to any place."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from tokenrl.errors import Refused, describe
-
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LambdaLR
-
-
-def optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """Return the state of an optimiser, bare or wrapped by accelerate; its tensors are not copied."""
-    state: dict[str, Any] = optimizer.state_dict()
-    return state
-
-
-def load_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> None:
-    """Continue from what `optimizer_state` returned; the optimiser takes over the tensors.
-
-    Raises:
-        Refused: the optimiser has other parameters than the one that was saved.
-    """
-    try:
-        optimizer.load_state_dict(state)
-    except ValueError as error:
-        raise Refused(
-            f"The saved optimiser is that of another model ({describe(error)}). Resume with the model and "
-            "the adapter that the run was started with, or start anew."
-        ) from error
 
 
 def make_schedule(
