@@ -1,6 +1,5 @@
 """The rule for the number of threads, the block that sets it, and what the command line says of it."""
 
-
 import pytest
 import torch
 

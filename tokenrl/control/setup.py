@@ -20,7 +20,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
-from tokenrl.runs.optimizers import make_schedule
+from tokenrl.runs.schedules import make_schedule
 from tokenrl.runs.threads import using_threads
 from tokenrl.settings import settled
 

@@ -25,8 +25,8 @@ from tokenrl.control.setup import prepare, resolve
 from tokenrl.control.update import learn
 from tokenrl.core.presets import preset_name
 from tokenrl.errors import Refused, describe as describe_error
-from tokenrl.runs.optimizers import load_schedule
 from tokenrl.runs.resume import Maker, taken_up
+from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import arguments, called
