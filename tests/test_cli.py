@@ -184,7 +184,6 @@ def test_a_terminal_is_asked_and_left_cleanly(model, monkeypatch, capsys, end):
     assert "Ctrl-D" in out and "\nabc>" in out and out.endswith("\n\n")
 
 
-@pytest.mark.slow
 def test_sft_makes_a_model_that_train_takes(capsys, tmp_path):
     rows = [{"prompt": f"{x}>", "completion": x * 3} for x in "abcdefgh"] * 4
     (tmp_path / "demonstrations.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -198,7 +197,6 @@ def test_sft_makes_a_model_that_train_takes(capsys, tmp_path):
     assert main([*TRAIN[:-1], "second", "--model", "tuned", "--quiet"]) == 0
 
 
-@pytest.mark.slow
 def test_reward_model_makes_a_reward_that_train_takes(capsys, tmp_path):
     assert main([*TRAIN, "--quiet"]) == 0
     rows = [
@@ -310,7 +308,6 @@ def test_every_command_has_a_help(command, capsys):
     assert exit.value.code == 0 and COMMANDS[command].arguments.__doc__.split()[0] in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_the_kind_of_a_run_decides_its_report(capsys, tmp_path):
     assert main([*PREFERENCES, "--max-steps", "2", "--output-dir", "judge", "--quiet"]) == 0
     assert main([*TRAIN, "--quiet"]) == 0
@@ -378,7 +375,6 @@ def test_a_failure_during_the_run_is_exit_code_1(capsys):
     assert "RuntimeError: gone" in captured.err and "Traceback" not in captured.err
 
 
-@pytest.mark.slow
 def test_a_collapsed_policy_is_flagged_once(capsys, tmp_path):
     cold = [*TRAIN, "--temperature", "0.001"]  # so cold that every token is all but certain
     for bonus, flags in (("0", ["entropy-collapsed"]), ("0.01", [])):

@@ -5,9 +5,7 @@ import pytest
 from tokenrl.cli import main
 
 
-@pytest.mark.parametrize(
-    "shell", ["bash", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zsh", "fish"))]
-)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_every_shell_has_a_script(shell, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["--print-completion", shell])

@@ -78,7 +78,6 @@ def test_a_run_warns_of_few_prompts_and_a_quiet_one_does_not(files, tmp_path, mo
     assert shown.out == "" and "1. nothing-to-learn: In none of 16 groups of 2" in shown.err
 
 
-@pytest.mark.slow
 def test_a_file_read_from_python_shows_no_bar_and_other_bars_stay(files, tmp_path):
     """A process of its own, because the library reads its environment when it is imported."""
     program = (

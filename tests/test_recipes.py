@@ -25,7 +25,7 @@ ELSEWHERE = {  # tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py, te
     "compare_baselines",
 }
 TABLE = "estimators_table"
-ALWAYS = ("reinforce_one_page",)
+ALWAYS = ("reinforce_one_page", "train_lm")
 """Recipes that run for the quick tests too."""
 RUNGS = {
     "ladder vanilla": ("none", "exact"),
@@ -190,7 +190,6 @@ def test_one_page_runs(finished):
     assert "biased" in out
 
 
-@pytest.mark.slow
 def test_train_lm_prints_reward_before_and_after(finished):
     out, folder = result(finished, "train_lm")
     summary = json.loads((folder / "summary.json").read_text())
@@ -310,7 +309,6 @@ def test_figure_of_variance(tmp_path, monkeypatch, capsys):
     assert mean < three < two
 
 
-@pytest.mark.slow
 def test_map_of_presets(tmp_path, monkeypatch, capsys):
     out = drawn("figures map", tmp_path, monkeypatch, capsys)
     angles = {line.split()[0]: float(line.split()[2]) for line in out.splitlines()[:-1]}

@@ -107,7 +107,7 @@ def test_held_out_prompts_share_no_canonical_form_with_training(name):
     assert not train & {canonical(row["prompt"]) for row in toy_tasks.load(name).eval_prompts}
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**32), name=st.sampled_from(toy_tasks.NAMES))
 def test_held_out_prompts_are_disjoint_for_any_seed(seed, name):
     task, canonical = toy_tasks.load(name, seed=seed), MODULES[name].canonical
@@ -180,7 +180,7 @@ def test_the_right_answer_earns_the_most_on_every_prompt(name):
     assert WORST[name] <= TASKS[name].solved <= BEST[name]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=st.text(), name=st.sampled_from(toy_tasks.NAMES), index=st.integers(0, 100))
 def test_any_text_earns_a_float_in_range_by_itself(text, name, index):
     prompt = TASKS[name].eval_prompts[index]["prompt"]

@@ -231,7 +231,7 @@ def test_runs_that_cannot_be_diagnosed_are_refused(made_up, tmp_path, capsys):
         assert words in error and error.count("\n") == 1, path
 
 
-@pytest.mark.parametrize("kind", ["control", pytest.param("train", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["control", "train"])
 def test_a_real_run_from_end_to_end(kind, tmp_path, capsys, monkeypatch):
     """Two tiny runs: the diagnosis reads what they wrote, and its command runs."""
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))

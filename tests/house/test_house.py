@@ -24,7 +24,7 @@ LIMITS = {
     **{"top": 800, "core": 1_380, "runs": 2_364, "control": 1_480, "advisor": 600},
     **{"language": 5, "language/policy": 746, "language/rewards": 841, "language/tasks": 539},
     **{"language/rollout": 930, "language/training": 2_590, "language/preferences": 680},
-    **{"language/inspect": 376, "lab": 5, "lab/exact": 880, "lab/measure": 711, "lab/compare": 1_860},
+    **{"language/inspect": 376, "lab": 5, "lab/exact": 880, "lab/measure": 711, "lab/compare": 1_900},
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""

@@ -1,137 +1,190 @@
-"""A run that is saved and loaded into freshly made parts continues bit for bit."""
+"""A run continues bit for bit from a checkpoint, and only with its own data, models and settings."""
 
 from __future__ import annotations
 
-import pytest
-from saved_states import equal, through_a_checkpoint
-from tiny_models import PROMPTS, make_learner, make_policy, make_task, one_step, vowel_reward
+import json
+import shutil
 
+import pytest
+import torch
+from families import FAMILIES, family_policy
+from safetensors.torch import load_file, save_file
+from tiny_models import ENDS, PROMPTS, make_policy, make_task, make_tokenizer, vowel_reward
+
+import tokenrl
+from tests.states import state_of
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
-from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.training import loop
-from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.setup import make_accelerator
-from tokenrl.language.training.supervised import SupervisedTraining
-from tokenrl.language.training.verdicts import judge_step
-from tokenrl.runs.session import Session
-from tokenrl.settings import arguments
 
+REFILLING = Estimator.preset("dapo", baseline="remax", overlong_buffer=0, beta=0.3, kl_placement="loss")
 CYCLE = {"num_iterations": 2, "num_minibatches": 2, "micro_batch_size": 3}
 KINDS = {
-    "rloo": ("rloo", {"diagnostics_every": 1, "max_grad_norm": 0.5}),
-    "ppo": ("ppo", CYCLE),
-    "kl": (Estimator.preset("grpo", beta=0.5), {"target_kl": 0.3, "kl_gain": 2.0, "weight_decay": 0.1}),
+    "critic": ("gpt2", "float32", {"estimator": "ppo", "prompts_per_step": 4, **CYCLE}),
+    "samples, refills, KL control": (
+        "llama",
+        "float32",
+        {"estimator": REFILLING, "max_samples": 36, "max_steps": None, "target_kl": 0.3, "max_refills": 1},
+    ),
+    "running mean, sgd, bfloat16 copy": (
+        "llama",
+        "float32",
+        {
+            "estimator": "reinforce_running_mean",
+            "optimizer": "sgd",
+            "mixed_precision": "bf16",
+            "lr_scheduler_type": "linear",
+        },
+    ),
+    "adapter": ("llama", "float32", {"lora_r": 2, "estimator": "remax"}),
+    "bfloat16": ("llama", "bfloat16", {}),
+    "measured": (
+        "qwen2",
+        "float64",
+        {"estimator": "loo_std", "num_generations": 3, "diagnostics_every": 2, "lr_scheduler_type": "cosine"},
+    ),
 }
+QUICK = ("critic", "samples, refills, KL control", "running mean, sgd, bfloat16 copy")
 
 
-def weights_of(learner):
-    return dict(learner.policy.model.state_dict())
+def coarse(completion_ids, **_):
+    """Equal in some groups, so that they are refilled."""
+    return [float(sum(i % 3 == 0 for i in ids) > 1) for ids in completion_ids]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_learner_continues(kind):
-    estimator, options = KINDS[kind]
-    learners = [make_learner(make_policy(), estimator, **options) for _ in range(2)]
-    whole, part = learners
-    for step in (1, 2):
-        one_step(whole, step=step)
-    whole.skipped, whole.nonfinite, whole.idle = 3, 2, 1
-    state, weights = (through_a_checkpoint(x) for x in (whole.state_dict(), weights_of(whole)))
-    one_step(part, reward=lambda completions, **_: [float(i) for i in range(len(completions))])
-    part.load_state_dict(state)
-    part.policy.model.load_state_dict(weights)
-    assert equal(part.state_dict(), whole.state_dict())
-    for step in (3, 4):
-        records = [one_step(learner, step=step) for learner in learners]
-        assert equal(*(dict(record.metrics) for record in records))
-        assert equal(*map(weights_of, learners)) and equal(*(one.state_dict() for one in learners))
-    assert (part.skipped, part.idle) == (3, 1)
-    if kind == "kl":
-        assert part.estimator.beta != 0.5 and part.estimator.baseline == whole.estimator.baseline
-    else:
-        assert state["critic" if kind == "ppo" else "diagnostics"] is not None
+def files_of(run, step):
+    """What a run leaves that must not depend on an interruption."""
+    weights = {path.name: path.read_bytes() for path in (run / "model").rglob("*.safetensors")}
+    summary = json.loads((run / "summary.json").read_text())
+    results = {name: value for name, value in summary.items() if "second" not in name}
+    state = state_of(run / "checkpoints" / f"step_{step:06d}")
+    return (run / "metrics.jsonl").read_bytes(), weights, state, results
 
 
-def prepared(folder, session):
-    options = {
-        **{"model": None, "task": make_task(), "reward": vowel_reward, "output_dir": folder},
-        **{"estimator": "reinforce_running_mean", "max_steps": 9, "prompts_per_step": 3},
-        **{"num_generations": 2, "learning_rate": 0.01, "max_completion_length": 6, "cpu": True},
-        **{"lr_scheduler_type": "cosine", "warmup_steps": 2, "eval_generations": 2, "threads": 1},
-    }
-    args = arguments(TrainArguments, options | {"model": make_policy()})
-    task = make_task([*PROMPTS, "the log"])
-    return loop._prepare(args, task, Rewards(vowel_reward), make_accelerator(args), session)
+def continued(tmp_path, family, dtype="float32", **options):
+    """Whether a run equals the same run, whose last steps are made again from a checkpoint."""
+    run = tmp_path / "run"
+
+    def train(resume=None):
+        policy = family_policy(family, dtype=dtype, vocabulary=96)
+        policy.tokenizer, policy.eos_ids = make_tokenizer(), ENDS
+        reward = coarse if "max_samples" in options else vowel_reward
+        settings = {
+            **{"model": policy, "task": make_task(), "reward": reward, "output_dir": run, "cpu": True},
+            **{"estimator": "rloo", "max_steps": 4, "prompts_per_step": 3, "num_generations": 2},
+            **{"max_completion_length": 6, "learning_rate": 0.01, "save_every": 2, "eval_every": 2},
+            **{"warmup_steps": 3, "threads": 1, "quiet": True, "stop_after_zero_spread": 0},
+        }
+        return tokenrl.train(**(settings | options), resume=resume)
+
+    result = train()
+    before = {name: weight.clone() for name, weight in result.policy.model.state_dict().items()}
+    whole = files_of(run, result.steps)
+    assert result.steps > 2
+    for path in (run / "checkpoints").iterdir():
+        if path.name != "step_000002":
+            shutil.rmtree(path)
+    after = train(resume=run / "checkpoints" / "step_000002").policy.model.state_dict()
+    return whole == files_of(run, result.steps) and all(torch.equal(before[k], after[k]) for k in before)
 
 
-def trained(run, session, number):
-    """One step of the loop as far as it changes state; returns its metrics."""
-    for step in session.steps(session.step + number):
-        record = loop._one_step(run, step)
-        run.rows.append({"step": step, **record.metrics})
-        judge_step(run, session)
-        if step % 2 == 0:
-            loop._evaluate(run, step)
-    return dict(record.metrics)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in QUICK)) for kind in KINDS]
+)
+def test_every_kind_of_training_continues_bit_for_bit(tmp_path, kind):
+    family, dtype, options = KINDS[kind]
+    assert continued(tmp_path, family, dtype, **options)
 
 
-def test_a_run_continues(tmp_path):
-    with (
-        Session("train", tmp_path / "a", quiet=True) as first,
-        Session("train", tmp_path / "b", quiet=True) as second,
-    ):
-        whole, part = prepared(tmp_path / "a", first), prepared(tmp_path / "b", second)
-        loop._evaluate(whole, 0)
-        trained(whole, first, 3)
-        whole.step_seconds = 2.5
-        states = {name: through_a_checkpoint(one.state_dict()) for name, one in first._saver._parts.items()}
-        weights = through_a_checkpoint(weights_of(whole.learner))
-        for name, one in second._saver._parts.items():
-            one.load_state_dict(states[name])
-        part.learner.policy.model.load_state_dict(weights)
-        second.step, part.rows = 3, list(whole.rows)  # as metrics.jsonl gives them back
-        part.set_rate(3)
-        assert part.step_seconds == 2.5 and equal(part.state_dict(), whole.state_dict())
-        assert equal(trained(part, second, 4), trained(whole, first, 4))
-        assert equal(weights_of(part.learner), weights_of(whole.learner))
-        for one in (whole, part):
-            one.step_seconds = 0.0
-        assert equal(part.state_dict(), whole.state_dict())
-        assert equal(part.learner.state_dict(), whole.learner.state_dict())
-        assert len(part.means) == 2
-        assert part.learner.schedule.get_last_lr() == whole.learner.schedule.get_last_lr()
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"recurrent_gemma"}))  # that one is refused
+def test_every_family_continues_bit_for_bit(tmp_path, family):
+    assert continued(tmp_path, family)
 
 
-def supervised(policy, max_steps=7, **options):
+def test_a_supervised_training_continues_bit_for_bit(tmp_path):
     rows = [{"prompt": prompt, "completion": " dog" * (i % 4 + 1)} for i, prompt in enumerate(PROMPTS * 2)]
-    how = {"max_steps": max_steps, "batch_size": 3, "learning_rate": 0.01, "seed": 4} | options
-    return SupervisedTraining(policy, rows, **how)
+    settings = {"task": rows, "max_steps": 5, "batch_size": 3, "learning_rate": 0.01, "seed": 4}
+    settings |= {
+        "output_dir": tmp_path / "run",
+        "save_every": 2,
+        "keep_checkpoints": 9,
+        "threads": 1,
+        "quiet": True,
+    }
+
+    def sft(**options):
+        return tokenrl.sft(model=make_policy(), **settings | options)
+
+    sft()
+    whole = files_of(tmp_path / "run", 5)
+    for step in (4, 5):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:06d}")
+    with pytest.raises(Refused, match="seed: 4, now 5"):
+        sft(resume="auto", seed=5)
+    sft(resume="auto")
+    assert files_of(tmp_path / "run", 5) == whole
 
 
-@pytest.mark.parametrize("at", [0, 4])
-def test_a_supervised_training_continues(at):
-    policies = [make_policy() for _ in range(2)]
-    whole, part = map(supervised, policies)
-    for _ in range(at):
-        whole.learn()
-    state, weights = (through_a_checkpoint(x.state_dict()) for x in (whole, policies[0].model))
-    part.learn()
-    part.load_state_dict(state)
-    policies[1].model.load_state_dict(weights)
-    for _ in range(at, 7):
-        assert equal(part.learn(), whole.learn())
-    assert equal(*(through_a_checkpoint(one.state_dict()) for one in (whole, part)))
-    assert equal(*(dict(policy.model.state_dict()) for policy in policies))
-    assert part.step == 7 and part.loss_before == whole.loss_before
-    with pytest.raises(Refused, match="seed 4 and this run has 5"):
-        supervised(make_policy(), seed=5).load_state_dict(state)
+@pytest.fixture
+def train(saved, tmp_path):
+    """`train(...)`: a run of two steps on a model and a data file that can be changed."""
+    shutil.copytree(saved(), tmp_path / "model")
+    rows = [json.dumps({"prompt": f"{prompt} {word}"}) for prompt in PROMPTS for word in ("one", "two")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    settings = {
+        **{"model": str(tmp_path / "model"), "task": str(tmp_path / "rows.jsonl"), "estimator": "rloo"},
+        **{"reward": vowel_reward, "output_dir": tmp_path / "run", "max_steps": 2, "prompts_per_step": 2},
+        **{"num_generations": 2, "max_completion_length": 4, "eval_size": 2, "eval_every": 1},
+        **{"learning_rate": 0.01, "threads": 1, "quiet": True, "cpu": True},
+    }
+    return lambda **changes: tokenrl.train(**(settings | changes))
 
 
-def test_a_longer_supervised_training_continues_with_its_own_rates():
-    whole, longer = supervised(make_policy()), supervised(make_policy(), max_steps=70)
-    for _ in range(6):
-        whole.learn()
-    longer.load_state_dict(through_a_checkpoint(whole.state_dict()))
-    assert whole.learning_rate == pytest.approx(0.01 / 7)
-    assert longer.learning_rate == pytest.approx(0.01 * 64 / 70)
+def change_data(folder):
+    text = (folder / "rows.jsonl").read_text()
+    (folder / "rows.jsonl").write_text(text.replace("sat on the two", "sat on the mat"))
+
+
+def change_tokenizer(folder):
+    described = json.loads((folder / "model" / "tokenizer.json").read_text())
+    described["added_tokens"][1]["lstrip"] = True
+    (folder / "model" / "tokenizer.json").write_text(json.dumps(described))
+
+
+def change_base(folder):
+    path = folder / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][0] *= 1 + 2**-20
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_a_run_of_something_else_is_refused_and_more_steps_continue_a_finished_one(train, tmp_path):
+    first = train()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for settings, words in (
+        ({"seed": 1}, "other settings: seed: 0, now 1"),
+        ({"learning_rate": 0.02}, r"learning_rate: 0\.01, now 0\.02"),
+        ({"estimator": "grpo"}, "estimator: .*'rloo'.*, now .*'group_mean'"),
+        ({"optimizer": "sgd"}, "optimizer: 'adamw', now 'sgd'"),
+    ):
+        with pytest.raises(Refused, match=words):
+            train(resume="auto", max_steps=4, **settings)
+    whole = shutil.copytree(tmp_path / "model", tmp_path / "kept"), (tmp_path / "rows.jsonl").read_text()
+    for change, words in (
+        (change_data, "data"),
+        (change_tokenizer, "tokenizer"),
+        (change_base, "base model"),
+    ):
+        change(tmp_path)
+        with pytest.raises(Refused, match=f"other data or models: .*{words}"):
+            train(resume="auto", max_steps=4)
+        shutil.copytree(whole[0], tmp_path / "model", dirs_exist_ok=True)
+        (tmp_path / "rows.jsonl").write_text(whole[1])
+    assert before == {path: path.read_bytes() for path in before}
+    again = train(resume="auto")
+    assert (again.exit_code, again.exit_reason, again.steps) == (0, "finished", 2)
+    assert (again.eval_after, again.eval_before) == (first.eval_after, first.eval_before)
+    train(resume="auto", max_steps=4, save_every=1)
+    train(output_dir=tmp_path / "whole", max_steps=4)
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

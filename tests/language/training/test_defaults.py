@@ -9,19 +9,16 @@ import toy_tasks
 from tokenrl.configuration import configured
 from tokenrl.language.inspect.arguments import SampleArguments
 from tokenrl.language.inspect.chat import Sampler
-from tokenrl.language.policy.lora import add_lora
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
 from tokenrl.language.training.defaults import (
     completion_limit,
     default_rate,
-    demonstrations,
     parameter_count,
     room,
     sft_defaults,
     training_defaults,
-    with_origins,
 )
 from tokenrl.language.training.loop import train
 from tokenrl.language.training.supervised import encode_demonstrations
@@ -54,13 +51,6 @@ def test_the_rate_falls_with_size_through_the_known_points():
         (500_000, True, True, 1e-3),
     ):
         assert default_rate(size, lora=lora, supervised=supervised) == expected
-
-
-def test_an_adapter_is_not_counted():
-    policy = make_policy()
-    bare = parameter_count(policy)
-    add_lora(policy, r=2)
-    assert parameter_count(policy) == bare == sum(p.numel() for p in make_model().parameters())
 
 
 def test_a_recommendation_holds_for_the_models_of_the_task_only(digits, own):
@@ -118,22 +108,6 @@ def test_the_supervised_run_has_defaults_of_its_own(digits, own):
     assert (data.values["max_steps"], data.values["batch_size"]) == (200, 64)
 
 
-def test_neighbours_of_one_origin_share_it():
-    args = TrainArguments(max_steps=3, prompts_per_step=4, num_generations=5)
-    forms = {"max_steps": "{} steps", "prompts_per_step": "{} prompts", "num_generations": "{} each"}
-    origins = {"max_steps": "given", "prompts_per_step": OTHER, "num_generations": OTHER}
-    said = with_origins(args, origins, " x ", **forms)
-    assert said == "3 steps (given) x 4 prompts x 5 each (default for other models)"
-
-
-def test_demonstrations_are_the_tasks_or_rows_with_a_completion():
-    task = make_task()
-    task.train_prompts = [{"prompt": "a", "answer": "b"}]
-    assert demonstrations(task, "answer") == [{"prompt": "a", "answer": "b", "completion": "b"}]
-    task.demonstrations = [{"prompt": "c", "completion": "d"}]
-    assert demonstrations(task) == task.demonstrations
-
-
 def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tmp_path, capsys):
     toy = make_task()
     toy.train, toy.max_completion_length = {"learning_rate": 0.9}, 2
@@ -151,3 +125,11 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
     again = configured(TrainArguments, result.output_dir, "train")
     repeated = training_defaults(again, toy, make_policy())
     assert set(repeated.origins.values()) == {"given"}
+
+
+def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, capsys):
+    how = {"model": make_policy(), "task": make_task(), "output_dir": tmp_path / "run", "learning_rate": 5.0}
+    how |= {"check": True, "cpu": True, "prompts_per_step": 2, "num_generations": 2, "eval_generations": 0}
+    result = train(**how, optimizer="sgd")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "5, sgd" in said and "usual" not in said and "unusual-rate" not in result.flags

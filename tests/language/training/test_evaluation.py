@@ -13,7 +13,6 @@ from tokenrl.language.inspect.evaluate import evaluation_tables
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.training import evaluation
 from tokenrl.language.training.evaluation import check_sizes, evaluate_policy, paired_differences
 from tokenrl.language.training.probe import distinct
 from tokenrl.runs.console import rich_console
@@ -117,21 +116,6 @@ def test_parts_of_the_reward_and_the_best_of_k_of_graded_ones():
     assert found["best@6"] == pytest.approx(total.max(axis=1).mean())
 
 
-def test_prompts_with_too_few_judged_samples_do_not_count():
-    def judge(completions):
-        return [None if "d" in text else 0.5 * ("a" in text) for text in completions]
-
-    seen = Recorder()
-    found = evaluate([judge], k=(5,))
-    evaluate(seen.right)
-    texts = [tiny().tokenizer.decode(row, skip_special_tokens=True) for row in seen.ids[len(ROWS) :]]
-    groups = [[t for t in texts[i : i + 6] if "d" not in t] for i in range(0, len(texts), 6)]
-    counted = [0.5 * np.array(["a" in t for t in g]) for g in groups if len(g) >= 5]
-    assert 0 < len(counted) < len(groups)
-    best = [(g.max() * 5 + np.sort(g)[:-1].max()) / 6 if len(g) == 6 else g.max() for g in counted]
-    assert found["best@5"] == pytest.approx(np.mean(best))
-
-
 def test_values_by_prompt_average_to_the_metrics_and_pair_two_policies():
     sampling = Sampling(4, 6)
     rewards = Rewards([Recorder().right, lambda completions: [t.count("b") for t in completions]])
@@ -154,17 +138,6 @@ def test_a_prompt_without_a_value_is_left_out_of_the_pairs():
     found = paired_differences({"a": [1.0, math.nan, 3.0], "b": [1.0]}, {"a": [2.0, 5.0, 5.0], "c": [1.0]})
     assert found == {"difference/a": 1.5, "difference/a_stderr": 0.5}
     assert paired_differences({"a": [1.0]}, {"a": [3.0]}) == {"difference/a": 2.0}
-
-
-def test_tables_of_two_models(capsys):
-    first = {"reward": 0.5, "reward_stderr": 0.01, "entropy": 1.0}
-    second = {"reward": 0.75, "difference/reward": 0.25, "difference/reward_stderr": 0.013}
-    models = {"A": first, "B": second}
-    rich_console().print(*evaluation_tables(models, title="t"))
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    for row in (["A", "B"], ["reward", "0.500", "±", "0.010", "0.75"], ["entropy", "1", "-"], ["B"],
-                ["reward", "+0.250", "±", "0.013"]):  # fmt: skip
-        assert row in rows
 
 
 def test_diversity_by_hand():
@@ -193,9 +166,7 @@ def plain_logprobs(policy, prompt, ids, temperature):
     return torch.log_softmax(logits / temperature, dim=-1)
 
 
-@pytest.mark.parametrize("logits", [2**26, 300])
-def test_the_kl_to_a_reference_is_that_of_plain_forward_passes(logits, monkeypatch):
-    monkeypatch.setattr(evaluation, "LOGITS", logits)  # in parts of any size
+def test_the_kl_to_a_reference_is_that_of_plain_forward_passes():
     policy, base, seen = tiny(0), tiny(1), Recorder()
     found = evaluate(seen.right, policy, reference=base, temperature=0.7)
     k1, k3, entropies = [], [], []
@@ -212,43 +183,6 @@ def test_the_kl_to_a_reference_is_that_of_plain_forward_passes(logits, monkeypat
     assert found["entropy"] == pytest.approx(np.mean(entropies), abs=1e-5)
     same = evaluate(seen.right, policy, reference=tiny(0))
     assert abs(same["kl"]) < 1e-5 and same["kl_stderr"] < 1e-5
-
-
-def test_both_estimates_agree_with_the_kl_summed_over_every_completion():
-    """Two tokens at most, so the KL is a sum; each estimate within five of its standard errors."""
-    policy, base, prompt = tiny(0), tiny(1), ROWS[0]
-    exact, ids = 0.0, range(policy.model.config.vocab_size)
-    p, q = (plain_logprobs(model, prompt["prompt"], [0], 1.0)[0] for model in (policy, base))
-    for first in ids:
-        later = 0.0
-        if first not in policy.eos_ids:
-            x, y = (plain_logprobs(model, prompt["prompt"], [first, 0], 1.0)[1] for model in (policy, base))
-            later = float((x.exp() * (x - y)).sum())
-        exact += float(p[first].exp()) * (float(p[first] - q[first]) + later)
-    found = evaluate_policy(
-        policy,
-        [prompt] * 150,
-        Rewards(lambda completions: [0.0] * len(completions)),
-        Sampling(2, 8),
-        detailed=True,
-        reference=base,
-    ).metrics
-    for name in ("kl", "kl_k3"):
-        assert abs(found[name] - exact) < 5 * found[name + "_stderr"]
-    assert found["kl_k3_stderr"] < 0.8 * found["kl_stderr"] and found["kl_stderr"] < 0.5 * exact
-
-
-def test_details_and_no_reference_cost_no_forward_pass():
-    counts = []
-    for options in ({}, {"detailed": True, "k": (1, 2)}, {"detailed": True, "reference": tiny(1)}):
-        policy, passes = tiny(), []
-        for model in (policy.model, *([options["reference"].model] if "reference" in options else [])):
-            model.register_forward_hook(lambda *_, passes=passes: passes.append(1))
-        found = evaluate_policy(policy, ROWS, Rewards(Recorder().right), Sampling(4, 2), **options).metrics
-        assert found.keys() >= BASIC and (found.keys() == BASIC) == (not options)
-        assert ("kl" in found) == ("reference" in options)
-        counts.append(len(passes))
-    assert counts[0] == counts[1] < counts[2]
 
 
 def test_of_the_greedy_completions_alone():
@@ -272,7 +206,7 @@ def test_a_k_beyond_the_samples_is_refused(k):
     [
         ({"letters": "abcde>"}, 6, "another vocabulary"),
         ({"letters": "abdc>"}, 6, "another vocabulary"),
-        ({"context": 6}, 6, "7 tokens together.* is 6 tokens"),
+        ({"context": 6}, 6, "row 0 has 3 tokens"),
         ({}, 0, "num_generations=0 samples none"),
     ],
 )

@@ -13,7 +13,6 @@ from tiny_models import (
     gradient,
     make_learner,
     make_policy,
-    make_task,
     one_step,
     vowel_reward,
 )
@@ -21,16 +20,13 @@ from tiny_models import (
 from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.statistics import GradientDiagnostics
-from tokenrl.errors import Refused
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.collect import Experience, greedy_rewards, refill, sample, step_rows
 from tokenrl.language.training.critic import Critic
 from tokenrl.language.training.step import training_step
-from tokenrl.language.training.supervised import demonstration_batch
 
 PROMPTS = ["the cat", "a", "count to ten one two", "sat on the", "dog", "log on", "one", "ten"]
 
@@ -203,29 +199,3 @@ def test_signal_and_noise_are_unbiased():
         ratios.append(out["gradient/snr"])
     truth = float(mean.square().sum()) / (dimension * deviation**2 / 2)
     assert np.median(ratios) == pytest.approx(truth, rel=0.05)
-
-
-def test_a_stream_deals_more_without_repeating():
-    stream = PromptStream([{"prompt": str(i)} for i in range(10)], 3, seed=0)
-    dealt = stream.next() + stream.take(4) + stream.next()
-    assert [place for place, _ in dealt] == list(range(10))
-    assert len({row["prompt"] for _, row in dealt}) == 10
-
-
-def test_what_an_estimator_refuses_is_refused_before_the_first_step(tmp_path):
-    import tokenrl
-
-    with pytest.raises(Refused, match="three or more"):
-        tokenrl.train(
-            model=make_policy(),
-            task=make_task(),
-            estimator="loo_std",
-            num_generations=2,
-            output_dir=tmp_path / "run",
-            quiet=True,
-        )
-    assert not (tmp_path / "run" / "config.json").exists()
-
-
-def test_demonstrations_need_no_extras():
-    assert demonstration_batch(make_policy(), [([3], [4, 5])]).hidden is None

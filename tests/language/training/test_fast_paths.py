@@ -1,4 +1,4 @@
-"""Twenty updates by every fast path leave the weights that twenty by none of them do."""
+"""Updates by every fast path leave the weights that as many by none of them do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEVERAL = Estimator.preset("grpo", beta=0.1, entropy_coef=0.05)
 @pytest.mark.parametrize(
     ("estimator", "options"),
     [
-        (SEVERAL, {"num_minibatches": 2, "num_iterations": 2}),
+        (SEVERAL, {"num_minibatches": 2, "num_iterations": 2, "steps": 4}),
         pytest.param(Estimator(), {}, marks=pytest.mark.slow),
         pytest.param(Estimator(), {"gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param(Estimator(), {"lora_r": 2}, marks=pytest.mark.slow),
@@ -25,6 +25,8 @@ SEVERAL = Estimator.preset("grpo", beta=0.1, entropy_coef=0.05)
 )
 def test_every_fast_path_changes_the_weights_alike(estimator, options, monkeypatch):
     grow, found = Cache.make_room, []
+    options = dict(options)
+    steps = options.pop("steps", 20)
     for fast in (False, True):
         policy = make_policy(initializer_range=0.1)
         policy.eos_ids = ENDS
@@ -39,9 +41,9 @@ def test_every_fast_path_changes_the_weights_alike(estimator, options, monkeypat
         assert share == ("gradient_checkpointing" not in options)
         scored(learner, share_prompt=share and fast, tokens_at_once=5 if fast else None)
         monkeypatch.setattr(Cache, "make_room", grow if fast else lambda self, tokens: None)
-        for step in range(1, 21):
+        for step in range(1, steps + 1):
             one_step(learner, step=step)
         found.append(weights(policy.model))
     start = weights(make_policy(initializer_range=0.1).model)
-    assert "lora_r" in options or apart(start, found[0]) > 1e-2
+    assert "lora_r" in options or apart(start, found[0]) > 3e-3
     assert apart(*found) < 1e-4

@@ -11,10 +11,8 @@ from tiny_models import (
     Engine,
     apart,
     completions,
-    make_learner,
     make_policy,
     make_task,
-    one_step,
     stepped,
     weights,
 )
@@ -22,11 +20,8 @@ from tiny_models import (
 import tokenrl
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scoring, with_missing_fields
 from tokenrl.language.training import learner as parts
-from tokenrl.language.training.evaluation import evaluate_policy
 
 FILLED = ("entropy", "score_norms", "hidden")
 
@@ -80,35 +75,6 @@ def test_every_preset_trains_with_an_engine_that_returns_ids_and_logprobs_only(
     for name, value in record.metrics.items():
         assert other.metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     assert engine.generator.synced == 1
-
-
-@pytest.mark.parametrize("preset", ["rloo", "remax", "ppo", "optimal", "dapo"])
-def test_the_engine_samples_from_the_weights_of_the_last_step(preset):
-    """Three steps of two updates: an engine that was not told in between would sample other completions."""
-    after = []
-    for engine in (None, Engine):
-        policy = make_policy("gpt2", dtype="float64")
-        estimator = Estimator.preset(preset, ratio="token")
-        learner = make_learner(policy, estimator, num_minibatches=2)
-        if engine is not None:
-            learner.generator = engine(policy)
-        for step in (1, 2, 3):
-            one_step(learner, step=step)
-        after.append(weights(policy.model))
-    assert apart(*after) < 1e-10 and learner.generator.synced == 3
-    assert apart(after[0], weights(make_policy("gpt2", dtype="float64").model)) > 0.01
-
-
-def test_evaluation_goes_through_the_engine():
-    policy = make_policy()
-    engine, rows = Engine(policy), [{"prompt": p} for p in PROMPTS]
-    rewards, sampling = Rewards(make_task().reward), Sampling(6, 4)
-    plain, found = (
-        evaluate_policy(policy, rows, rewards, sampling, generator=generator, detailed=True).metrics
-        for generator in (None, engine)
-    )
-    assert found == pytest.approx(plain, abs=1e-5) and found["entropy"] > 0.1
-    assert engine.prompts == 2 * len(PROMPTS)  # greedy, and sampled
 
 
 def test_a_run_samples_everything_by_its_generator_and_closes_it(monkeypatch, tmp_path):

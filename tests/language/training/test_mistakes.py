@@ -27,12 +27,6 @@ def test_settings_of_an_adapter_need_an_adapter(kind, given):
     arguments(kind, given | {"lora_r": 2})
 
 
-def test_the_same_on_the_command_line(capsys, tmp_path):
-    for command in (["sft"], ["train"], ["lab", "measure"]):
-        assert main([*command, "--lora-alpha", "8"]) == 2
-        assert "lora_alpha was given as 8.0, but lora_r is 0" in capsys.readouterr().err
-
-
 def test_a_buffer_that_takes_the_whole_completion_is_refused_before_the_run(tmp_path):
     with pytest.raises(Refused, match="overlong_buffer=6 is not less than"):
         run(tmp_path / "run", max_completion_length=6, estimator=Estimator(overlong_buffer=6))

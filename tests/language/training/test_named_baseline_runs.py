@@ -1,9 +1,8 @@
-"""A baseline given by its name on the command line: a whole run, its config.json, its continuation."""
+"""A baseline given by its name on the command line: a whole run, and its config.json."""
 
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 
@@ -17,7 +16,7 @@ def fails(totals, **rows):
     raise ValueError("no idea")
 """
 REWARD = "def share(completions, **rows):\n    return [text.count('a') / 9 for text in completions]\n"
-QUICK = """--max-steps 4 --prompts-per-step 2 --num-generations 2 --eval-size 2 --save-every 2
+QUICK = """--max-steps 2 --prompts-per-step 2 --num-generations 2 --eval-size 2 --save-every 2
 --max-completion-length 6 --threads 1"""
 AGENT = "control --output-dir run --num-envs 4 --max-steps 1 --eval-episodes 2 --quiet --overwrite"
 
@@ -38,7 +37,7 @@ def train(saved, tmp_path, monkeypatch):
     return run
 
 
-def test_a_run_with_a_named_baseline_repeats_continues_and_is_that_of_the_function(train, tmp_path, capsys):
+def test_a_run_with_a_named_baseline_repeats_and_is_that_of_the_function(train, tmp_path):
     def metrics(name):
         return (tmp_path / name / "metrics.jsonl").read_text()
 
@@ -50,13 +49,6 @@ def test_a_run_with_a_named_baseline_repeats_continues_and_is_that_of_the_functi
     assert metrics("run") == metrics("same")
     assert main(["train", "--config", "run", "--output-dir", "again"]) == 0
     assert metrics("run") == metrics("again")
-    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_000004")
-    assert main(["train", "--config", "run", "--output-dir", "again", "--resume", "auto"]) == 0
-    assert metrics("run") == metrics("again")
-    capsys.readouterr()
-    other = ["--estimator.baseline", "rloo", "--resume", "auto"]
-    assert main(["train", "--config", "run", "--output-dir", "again", *other]) == 2
-    assert "estimator" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

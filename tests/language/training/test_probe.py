@@ -35,6 +35,7 @@ def test_both_are_means_over_all_subsets(k):
     subsets = list(itertools.combinations(GRADED, k))
     assert best_of(GRADED, k) == pytest.approx(np.mean([max(s) for s in subsets]), abs=1e-12)
     assert all_equal(GRADED, k) == pytest.approx(np.mean([len(set(s)) == 1 for s in subsets]), abs=1e-12)
+    assert math.isnan(best_of(GRADED[: k - 1], k)) and math.isnan(all_equal(GRADED[: k - 1], k))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 import tokenrl
 from tokenrl.language.tasks.task import PromptTask
 from toy_tasks.models import TinyModel
 
 
+@pytest.mark.slow
 def test_a_run_records_the_time_and_warns_once(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "slow.py").write_text(
-        "import time\ndef slow(completions, **_):\n    time.sleep(1.1)\n"
+        "import time\ndef slow(completions, **_):\n    time.sleep(1.05)\n"
         "    return [float(i) for i in range(len(completions))]\n"
     )
     rows = [{"prompt": f"{x}{y}>"} for x in "abcd" for y in "abcd"]

@@ -24,7 +24,6 @@ from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.training.sft import sft
 from tokenrl.language.training.supervised import (
     SupervisedTraining,
-    demonstration_batch,
     encode_demonstrations,
     fit,
 )
@@ -90,32 +89,6 @@ def test_a_chat_prompt_is_templated_and_the_completion_gets_no_bos():
     assert prompt == policy.encode(messages) and prompt.count(0) == 1 and 0 not in completion
 
 
-def test_the_batch_masks_completions_only():
-    policy = make_policy()
-    pairs = encode_demonstrations(policy, ROWS)
-    batch = demonstration_batch(policy, pairs)
-    for row, (prompt, completion) in enumerate(pairs):
-        assert batch.prompt_ids[row][batch.prompt_mask[row]].tolist() == prompt
-        assert batch.completion_ids[row][batch.mask[row]].tolist() == completion
-
-
-def test_it_memorises():
-    policy = make_policy(initializer_range=0.02)
-    losses = fit(policy, ROWS, max_steps=60, batch_size=4, learning_rate=0.02)
-    assert losses[0] > 3 and losses[-1] < 0.05
-
-
-def test_rows_come_without_replacement_in_an_order_of_the_seed():
-    def order(seed):
-        """Which rows each step took, recognised by their losses under still weights."""
-        losses = fit(make_policy(), ROWS, max_steps=8, batch_size=1, learning_rate=0.0, seed=seed)
-        return [round(loss, 4) for loss in losses]
-
-    first = order(0)
-    assert len(set(first[:4])) == 4 and sorted(first[:4]) == sorted(first[4:])
-    assert order(0) == first and any(order(seed) != first for seed in (1, 2))
-
-
 @pytest.mark.parametrize(
     "row, match",
     [
@@ -130,23 +103,6 @@ def test_bad_rows_are_refused_before_any_update(row, match):
     with pytest.raises(Refused, match=match):
         fit(policy, [*ROWS, row], max_steps=9, batch_size=1, learning_rate=0.1)
     assert torch.equal(weights(policy.model), weights(make_model()))
-
-
-def test_no_rows_and_empty_answers_without_eos_are_refused():
-    with pytest.raises(Refused, match="no demonstrations"):
-        fit(make_policy(), [], max_steps=1, batch_size=1, learning_rate=0.1)
-    policy = make_policy()
-    policy.tokenizer.eos_token = None
-    with pytest.raises(Refused, match="row 3"):
-        fit(policy, ROWS, max_steps=1, batch_size=4, learning_rate=0.1)
-
-
-def test_a_loss_that_is_not_finite_stops():
-    policy = make_policy()
-    with torch.no_grad():
-        policy.model.lm_head.weight[0, 0] = math.nan
-    with pytest.raises(Stopped, match="step 1"):
-        fit(policy, ROWS, max_steps=2, batch_size=2, learning_rate=0.1)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
@@ -207,12 +163,6 @@ def test_a_warm_started_base_is_made_once_for_each_seed(monkeypatch, tmp_path):
     assert not [p for p in first.parent.iterdir() if p.name.startswith(".")]  # nothing half-written
 
 
-def test_a_task_without_a_model_asks_for_one(monkeypatch, tmp_path):
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path))
-    with pytest.raises(Refused, match="--model"):
-        warm_started_base(Task("bare", [], [], None))
-
-
 @pytest.fixture
 def tuned(tmp_path):
     """`tuned(**options)`: a supervised run of a tiny model on the rows above."""
@@ -265,17 +215,6 @@ def test_a_supervised_run_measures_the_held_out_reward_before_after_and_each_ten
     assert torch.equal(weights(again.policy.model), weights(ended.policy.model))
 
 
-def test_a_data_set_is_evaluated_if_there_is_a_reward(tmp_path):
-    rows = [{"prompt": prompt, "answer": " sat"} for prompt in PROMPTS * 2]
-    given = {"task": rows, "model": make_policy(), "completion_column": "answer", "max_steps": 2}
-    given |= {"batch_size": 2, "output_dir": str(tmp_path / "run"), "quiet": True, "overwrite": True}
-    assert sft(**given).eval_after == {}
-    found = sft(**given, reward=(vowel_reward,), eval_size=2)
-    assert {"reward", "reward_greedy"} <= set(found.eval_before) and found.eval_before != found.eval_after
-    with pytest.raises(Refused, match="no demonstrations"):
-        sft(**given | {"completion_column": "gold"}, reward=(vowel_reward,))
-
-
 def test_a_signal_ends_a_supervised_run_with_its_model_saved(tuned, tmp_path, monkeypatch):
     update = SupervisedTraining.learn
 
@@ -287,3 +226,23 @@ def test_a_signal_ends_a_supervised_run_with_its_model_saved(tuned, tmp_path, mo
     ended = tuned()
     assert (ended.exit_reason, ended.exit_code, ended.steps) == ("SIGTERM", 143, 1)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_no_rows_and_empty_answers_without_eos_are_refused():
+    with pytest.raises(Refused, match="no demonstrations"):
+        fit(make_policy(), [], max_steps=1, batch_size=1, learning_rate=0.1)
+    policy = make_policy()
+    policy.tokenizer.eos_token = None
+    with pytest.raises(Refused, match="row 3"):
+        fit(policy, ROWS, max_steps=1, batch_size=4, learning_rate=0.1)
+
+
+def test_a_data_set_is_evaluated_if_there_is_a_reward(tmp_path):
+    rows = [{"prompt": prompt, "answer": " sat"} for prompt in PROMPTS * 2]
+    given = {"task": rows, "model": make_policy(), "completion_column": "answer", "max_steps": 2}
+    given |= {"batch_size": 2, "output_dir": str(tmp_path / "run"), "quiet": True, "overwrite": True}
+    assert sft(**given).eval_after == {}
+    found = sft(**given, reward=(vowel_reward,), eval_size=2)
+    assert {"reward", "reward_greedy"} <= set(found.eval_before) and found.eval_before != found.eval_after
+    with pytest.raises(Refused, match="no demonstrations"):
+        sft(**given | {"completion_column": "gold"}, reward=(vowel_reward,))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from types import SimpleNamespace
 
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from tiny_models import ALIKE
 
 import tokenrl
 from tokenrl.core import Estimator
@@ -20,6 +18,8 @@ from tokenrl.runs.folders import verify
 from toy_tasks.models import TinyModel
 
 LETTERS = "abcd>"
+DIFFERENT = ("ppo", "remax", "dapo", "optimal")
+"""Presets with parts of their own: a critic, greedy completions, refills, norms of scores."""
 WITHIN = Estimator(baseline="none", returns="episode_normalized")
 STANDARDISED = Estimator(baseline="none", returns="reward_to_go", scale="episode_std")
 
@@ -142,25 +142,11 @@ def test_it_learns(run):
 
 
 @pytest.mark.parametrize(
-    "preset", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in PRESETS]
+    "preset", [pytest.param(name, marks=[pytest.mark.slow] * (name not in DIFFERENT)) for name in PRESETS]
 )
 def test_every_preset_trains(run, preset):
     result = run(estimator=preset)
     assert result.steps == 3 and result.eval_after != result.eval_before
-
-
-@pytest.mark.parametrize("placement", ["reward", "loss"])
-def test_a_kl_holds_the_policy_near_its_reference(run, tmp_path, placement):
-    kl = {}
-    for beta in (1e-9, 3.0):
-        estimator = Estimator(
-            beta=beta, kl_placement=placement, kl_estimator="k1" if placement == "reward" else "k2"
-        )
-        run(output_dir=tmp_path / f"{beta}", estimator=estimator, max_steps=20)
-        rows = metrics_of(tmp_path / f"{beta}")
-        assert rows[1]["kl"] == pytest.approx(0, abs=1e-5)
-        kl[beta] = rows[-1]["kl"]
-    assert kl[3.0] < 0.3 * kl[1e-9]
 
 
 def test_the_running_mean_is_read_before_it_is_updated(run, tmp_path):
@@ -169,26 +155,6 @@ def test_the_running_mean_is_read_before_it_is_updated(run, tmp_path):
     assert rows[0]["baseline"] == 0.0
     assert rows[1]["baseline"] == pytest.approx(rows[0]["reward"], rel=1e-6)
     assert rows[2]["baseline"] == pytest.approx((rows[0]["reward"] + rows[1]["reward"]) / 2, rel=1e-6)
-
-
-def test_a_baseline_of_your_own(run, tmp_path):
-    def half(totals, group_size, mask, valid):
-        return torch.full_like(totals, 0.5)
-
-    estimator = Estimator(baseline=half)
-    run(estimator=estimator)
-    run(estimator=Estimator(baseline="constant", baseline_constant=0.5), output_dir=tmp_path / "constant")
-    first, second = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "constant"))
-    assert first == second
-    stored = json.loads((tmp_path / "run" / "config.json").read_text())["estimator"]["baseline"]
-    assert stored.endswith("half") and estimator.bias_status == "unknown"
-
-
-def test_a_critic_is_saved_with_checkpoints(run, tmp_path):
-    result = run(estimator="a2c", save_every=3)
-    assert result.steps == 3
-    saved = read_state(tmp_path / "run" / "checkpoints" / "step_000003")["learner"]["critic"]["head"]
-    assert saved["1.weight"].shape == (1, 16) and saved["1.weight"].abs().sum() > 0
 
 
 def test_columns_reach_the_reward_and_several_rewards_are_weighted(run, tmp_path):
@@ -200,15 +166,6 @@ def test_columns_reach_the_reward_and_several_rewards_are_weighted(run, tmp_path
     assert row["reward"] == pytest.approx(
         2 * row["rewards/share_of_a/mean"] + 0.5 * row["rewards/starts_right/mean"]
     )
-
-
-def test_rows_without_a_reward_are_left_out_and_counted(run, tmp_path):
-    def sometimes(completions, **columns):
-        return [None if "b" in text else float("a" in text) for text in completions]
-
-    run(make_task(sometimes))
-    rows = metrics_of(tmp_path / "run")[1:]
-    assert any(0 < row.get("frac_rows_abstained", 0) < 1 for row in rows)
 
 
 class Later:
@@ -248,13 +205,14 @@ def test_a_reward_that_fails_stops_the_run_and_keeps_the_checkpoint(run, tmp_pat
     assert caught.value.exit_code == 1
 
 
-@pytest.mark.parametrize("bad", [_raise, lambda completions: "good"])
-def test_a_reward_that_fails_at_once_is_refused_with_nothing_written_or_lost(run, tmp_path, bad):
+def test_a_reward_that_fails_at_once_is_refused_with_nothing_written_or_lost(run, tmp_path, bad=_raise):
     run()
     kept = (tmp_path / "run" / "metrics.jsonl").read_text()
     with pytest.raises(Refused, match="Before the first step: Reward function later"):
         run(make_task(Later(0, bad)), overwrite=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == kept
+    with pytest.raises(Refused, match="already holds a run"):
+        run()
     with pytest.raises(Refused):
         run(make_task(Later(0, bad)), output_dir=tmp_path / "new")
     assert run(output_dir=tmp_path / "new").steps == 3  # the refused run is not in the way
@@ -274,16 +232,6 @@ def test_a_task_that_is_learnt_ends_the_run_early_and_well(run, tmp_path):
     result = run(make_task(all_right), max_steps=9, stop_after_zero_spread=3, eval_every=0)
     assert result.exit_reason == "learnt" and result.exit_code == 0 and result.steps == 5
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
-
-
-def test_a_constant_reward_changes_no_weight(run):
-    def constant(completions):
-        return [0.1] * len(completions)
-
-    policy_before = TinyModel(tuple(LETTERS), layers=1, hidden=16, heads=2, context=16)(0)[0]
-    result = run(make_task(constant))
-    for before, after in zip(policy_before.parameters(), result.policy.model.parameters(), strict=True):
-        assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize(
@@ -319,6 +267,8 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted_and_stops_the_run(
     "options, words",
     [
         ({"num_generations": 1}, "num_generations=1"),
+        ({"estimator": "loo_std", "num_generations": 2}, "three or more"),
+        ({"optimizer": "sgd", "learning_rate": None}, r"'sgd' was given without a learning_rate.*0\.06"),
         ({"num_iterations": 2}, "ratio='none'"),
         ({"estimator": WITHIN}, "returns 'episode_normalized' would compare the tokens of one completion"),
         ({"estimator": STANDARDISED}, "scale 'episode_std'"),
@@ -354,38 +304,3 @@ def test_frozen_weights_are_refused(run):
     model, tokenizer = TinyModel(tuple(LETTERS), layers=1, hidden=16, heads=2, context=16)(0)
     with pytest.raises(Refused, match="no trainable parameter"):
         run(model=(model.requires_grad_(False), tokenizer))
-
-
-def test_a_directory_with_a_run_is_refused_unless_it_may_be_replaced(run):
-    run()
-    with pytest.raises(Refused, match="already holds a run"):
-        run()
-    assert run(overwrite=True).steps == 3
-
-
-def test_check_trains_and_writes_nothing(run, tmp_path):
-    result = run(check=True)
-    assert result.exit_reason == "check" and result.steps == 0
-    assert not (tmp_path / "run" / "config.json").exists()
-
-
-def test_tensorboard_gets_the_metrics(run, tmp_path):
-    run(report_to="tensorboard")
-    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
-
-
-def test_a_config_reads_back_into_the_same_run(run, tmp_path):
-    from tokenrl.configuration import configured
-    from tokenrl.language.training.arguments import TrainArguments
-
-    run(estimator=Estimator.preset("grpo", beta=0.1), num_iterations=2)
-    args = configured(TrainArguments, tmp_path / "run", "train")
-    assert args.estimator == Estimator.preset("grpo", beta=0.1)
-    assert args.num_iterations == 2 and args.prompts_per_step == 4 and args.reward == ()
-
-
-def test_recommended_settings_fill_what_is_not_given(run):
-    task = make_task(train={"max_steps": 2, "prompts_per_step": 3, "learning_rate": 1e-3})
-    result = run(task, max_steps=None, prompts_per_step=None)
-    assert result.steps == 2
-    assert dataclasses.is_dataclass(result)

@@ -6,8 +6,6 @@ import math
 import pytest
 import torch
 from tiny_models import (
-    ALIKE,
-    ARCHITECTURES,
     ENDS,
     apart,
     by_hand,
@@ -27,6 +25,7 @@ from tiny_models import (
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Stopped
+from tokenrl.language.training import step as module
 
 ESTIMATORS = {name: Estimator.preset(name) for name in PRESETS} | {
     "kl in the reward": Estimator(beta=0.3),
@@ -34,6 +33,10 @@ ESTIMATORS = {name: Estimator.preset(name) for name in PRESETS} | {
     "entropy": Estimator(entropy_coef=0.1),
     "reward to go": Estimator(returns="reward_to_go", gamma=0.9, aggregation="token_mean"),
 }
+
+
+QUICK = ("rloo", "dapo", "ppo", "remax", "optimal", "gspo", "other_groups_std", "entropy", "kl in the loss")
+"""Those that differ from the others in more than their advantages."""
 
 
 def abstaining(prompts, completion_ids, **_):
@@ -46,26 +49,24 @@ def abstaining(prompts, completion_ids, **_):
     [pytest.param("llama", "float32", 1e-6, marks=pytest.mark.slow), ("gpt2", "float64", 1e-13)],
 )
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in ESTIMATORS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in ESTIMATORS]
 )
-def test_the_gradient_does_not_depend_on_micro_batches(name, architecture, dtype, tolerance):
+def test_the_gradient_does_not_depend_on_micro_batches(name, architecture, dtype, tolerance, monkeypatch):
+    sizes, real = [], module.score
+    counting = lambda model, part, **how: sizes.append(len(part.mask)) or real(model, part, **how)  # noqa: E731
+    monkeypatch.setattr(module, "score", counting)
     options = {"reward": abstaining, "architecture": architecture, "dtype": dtype}
     expected, record, _ = stepped(ESTIMATORS[name], **options)
     assert expected.norm() > 0.01
     assert record.metrics["frac_rows_abstained"] == pytest.approx(1 / 12)
     # 12 rows: each alone; groups cut in two; and passes of whole groups by their tokens.
-    for limit in ({"micro_batch_size": 1}, {"micro_batch_size": 2}, {"tokens_per_pass": 70}):
+    for limit in ({"micro_batch_size": 1}, {"micro_batch_size": 2}, {"tokens_per_pass": 40}):
+        sizes.clear()
         found, other, _ = stepped(ESTIMATORS[name], **limit, **options)
-        assert apart(found, expected) < tolerance
+        assert apart(found, expected) < tolerance and len(sizes) > 1
+        assert max(sizes) == limit.get("micro_batch_size", max(2, *sizes))
         for key, value in record.metrics.items():
             assert other.metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_micro_batches_on_every_architecture(architecture):
-    expected, *_ = stepped(ESTIMATORS["rloo"], architecture=architecture)
-    found, *_ = stepped(ESTIMATORS["rloo"], architecture=architecture, micro_batch_size=1)
-    assert apart(found, expected) < 2e-6
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -95,26 +96,7 @@ def test_the_gradient_is_the_textbook_sum(name, temperature, share):
     assert record.metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-6)
 
 
-def test_one_plain_sgd_step_goes_up_the_reward():
-    """The sign: after a step along -gradient, completions of positive advantage are likelier."""
-    policy = make_policy("gpt2", dtype="float64")
-    learner = make_learner(policy, "rloo")
-    seen = []
-    one_step(learner, reward=recorded(vowel_reward, seen))
-    rows = []
-    for start in range(0, 12, 3):
-        group = seen[start : start + 3]
-        advantages = by_hand("rloo", [r for *_, r in group])
-        rows += [(policy.encode(p), ids, a) for (p, ids, _), a in zip(group, advantages, strict=True)]
-    before = make_policy("gpt2", dtype="float64").model
-    _, loss_before = textbook(before, rows)
-    _, loss_after = textbook(policy.model, rows)
-    assert loss_after < loss_before - 0.01
-
-
 def test_rows_of_zero_advantage_are_skipped_but_counted(monkeypatch):
-    from tokenrl.language.training import step as module
-
     rows, real = [], module.score
     monkeypatch.setattr(
         module, "score", lambda model, part, **kw: rows.append(len(part.mask)) or real(model, part, **kw)
@@ -231,12 +213,33 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_then_stops():
     assert learner.skipped == 3 and torch.isfinite(weights(policy.model)).all()
 
 
-def test_bfloat16_weights_and_mixed_precision_run():
-    exact, *_ = stepped(ESTIMATORS["grpo"])
-    for options in ({"dtype": "bfloat16"}, {"mixed_precision": "bf16"}):
-        found, record, learner = stepped(ESTIMATORS["grpo"], num_iterations=2, **options)
-        assert torch.isfinite(found).all() and found.norm() > 0
-        assert math.isfinite(record.metrics["loss"]) and record.metrics["clip_ratio"] <= 1
-        expected = torch.bfloat16 if "dtype" in options else torch.float32
-        assert next(learner.policy.model.parameters()).dtype == expected
-    assert exact.norm() > 0
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_step_of_sgd_is_the_gradient_times_the_rate(decay):
+    how = {"max_grad_norm": 0.0, "weight_decay": decay}
+    policy, other = make_policy(dtype="float64"), make_policy(dtype="float64")
+    learner = make_learner(policy, "rloo", optimizer="sgd", learning_rate=0.3, **how)
+    before = weights(policy.model)
+    one_step(learner)
+    one_step(make_learner(other, "rloo", **how))  # AdamW's, whose gradient is the same
+    expected = before - 0.3 * (gradient(other.model) + decay * before)
+    assert gradient(other.model).norm() > 0.1
+    torch.testing.assert_close(weights(policy.model), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("choice", ["mask", "drop"])
+def test_truncated_rows_have_no_gradient(choice):
+    """Masked rows still count in the baseline and in the divisor; dropped ones count nowhere."""
+    policy, seen = make_policy("gpt2", dtype="float64"), []
+    policy.eos_ids = ENDS
+    before = copy.deepcopy(policy.model)
+    one_step(make_learner(policy, Estimator(truncations=choice)), reward=recorded(vowel_reward, seen))
+    is_cut = [len(ids) == 6 and ids[-1] not in ENDS for _, ids, _ in seen]
+    kept = [not cut or choice == "mask" for cut in is_cut]
+    rows = []
+    for start in range(0, 12, 3):
+        group = [i for i in range(start, start + 3) if kept[i]]
+        advantages = by_hand("rloo", [seen[i][2] for i in group]) if len(group) > 1 else [0.0] * len(group)
+        for i, advantage in zip(group, advantages, strict=True):
+            rows.append((policy.encode(seen[i][0]), seen[i][1], 0.0 if is_cut[i] else advantage))
+    assert 0 < sum(is_cut) < 12
+    assert apart(gradient(policy.model), textbook(before, rows)[0]) < 1e-10

@@ -10,10 +10,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-import tokenrl.lab.compare.paired as numbers
 from tokenrl.errors import Refused, suggest
 from tokenrl.lab.compare.judgement import ArmScores, Difference, Family, Judgement, Verdict
-from tokenrl.lab.compare.paired import LEAST_PAIRS, Interval, paired_differences
+from tokenrl.lab.compare.paired import (
+    LEAST_PAIRS,
+    Interval,
+    failures_differ,
+    improvement,
+    level_of,
+    mean_interval,
+    paired_differences,
+    pairs_needed,
+    sign_flip,
+)
 from tokenrl.settings import check_number
 
 
@@ -37,12 +46,6 @@ def judge_scores(
     the family (Bonferroni over the comparisons on one problem, and over the two parts where a run failed).
     An arm that fails more often and is better otherwise is undecided. An interval of width zero decides
     nothing.
-
-    Arms that are the same are seldom found different: of simulated families of three comparisons with 6, 10
-    and 20 seeds, 4.3 / 4.4 / 5.0 % had any difference where scores are normal, 1.4 / 2.0 / 4.2 % where they
-    are lognormal, and 1.4 / 2.8 / 1.6 % where a tenth of the runs of every arm failed and was declared as
-    such (2,000 families in the first two cells, 500 in the others, so a standard error of up to 1 %). Where
-    the true difference is the margin, at most 3.0 % had an arm that was called equivalent.
 
     Say what counts as a failure: no test of a few means can see what a few runs did not show. Simulated with
     6, 10 and 20 seeds (150 to 400 studies in each cell, so a few percent are chance):
@@ -119,20 +122,24 @@ def _read(table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: 
             f"needs a row for each run, with arm, seed (a whole number) and score (or {metric}), and problem "
             "if there are several."
         )
-    blank = pd.Series("", frame.index)
     found = pd.DataFrame(
         {
-            "problem": frame.get("problem", blank).fillna("").astype(str),
+            "problem": frame["problem"].fillna("").astype(str) if "problem" in frame else "",
             "arm": frame["arm"].astype(str),
             "seed": pd.to_numeric(frame["seed"], errors="coerce"),
             "score": pd.to_numeric(frame["score"], errors="coerce").astype(float),
-            "failed": frame.get("failed", blank).astype(str).str.lower().isin(["true", "1", "1.0", "yes"]),
         }
     ).reset_index(drop=True)
+    marked = (
+        frame["failed"].astype(str).str.lower().isin(["true", "1", "1.0", "yes"]) if "failed" in frame else ()
+    )
     keys = list(zip(found["problem"], found["arm"], found["seed"], strict=True))
     if unknown := failed - {*keys, *(key[1:] for key in keys)}:
-        raise Refused(f"failed names the run {min(unknown)}, which the table lacks; give (arm, seed).")
-    found["failed"] |= np.array([key in failed or key[1:] in failed for key in keys])
+        raise Refused(
+            f"failed names the run {min(unknown)}, which the table does not have; give (arm, seed)."
+        )
+    found["failed"] = [key in failed or key[1:] in failed for key in keys]
+    found["failed"] |= np.array(marked, dtype=bool) if len(marked) else False
     if failure_below is not None:
         found["failed"] |= found["score"] < failure_below
     wrong = {
@@ -201,11 +208,10 @@ def _difference(arm: ArmScores, other: ArmScores, margin: float | None, comparis
         )
     differences = paired_differences(arm.scores, other.scores)
     values = np.array(list(differences.values()), dtype=np.float64)
-    parts = 2 if arm.failed or other.failed else 1  # each of which can err
-    level = numbers.level_of(comparisons * parts)
-    adjusted = numbers.mean_interval(values, level)
-    verdict = _verdict(adjusted, len(values), margin)
-    p_failures = numbers.failures_differ(len(arm.failed), len(seeds), len(other.failed), len(other_seeds))
+    level = level_of(comparisons * (2 if arm.failed or other.failed else 1))  # both parts can then err
+    adjusted = mean_interval(values, level)
+    verdict: Verdict = _verdict(adjusted, len(values), margin)
+    p_failures = failures_differ(len(arm.failed), len(seeds), len(other.failed), len(other_seeds))
     more_failures = ""
     if p_failures <= 1 - level + 1e-12 and len(both) >= LEAST_PAIRS:
         is_worse = arm.failures.value > other.failures.value
@@ -214,20 +220,19 @@ def _difference(arm: ArmScores, other: ArmScores, margin: float | None, comparis
         verdict = "undecided" if {by_failures, verdict} == {"better", "worse"} else by_failures
     if arm.void or other.void:
         verdict = "void"
-    is_open = verdict in ("undecided", "descriptive")
     return Difference(
         arm=arm.arm,
         reference=other.arm,
         differences=differences,
-        mean=numbers.mean_interval(values),
+        mean=mean_interval(values),
         adjusted=adjusted,
         level=level,
-        p_sign_flip=numbers.sign_flip(values),
-        improvement=numbers.improvement(sum(_win(arm, other, differences, s) for s in both), len(both)),
+        p_sign_flip=sign_flip(values),
+        improvement=improvement(sum(_win(arm, other, differences, s) for s in both), len(both)),
         p_failures=p_failures,
         more_failures=more_failures,
         verdict=verdict,
-        seeds_needed=numbers.pairs_needed(values, margin, level) if is_open else None,
+        seeds_needed=pairs_needed(values, margin, level) if verdict in ("undecided", "descriptive") else None,
         unpaired=tuple(sorted(seeds ^ other_seeds)),
         margin=margin,
     )

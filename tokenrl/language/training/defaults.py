@@ -156,11 +156,12 @@ def training_defaults(args: TrainArguments, task: Any, policy: Policy | None = N
         task: the task.
         policy: the policy; None before it is loaded, when neither its size nor its tokenizer is known.
     """
-    limit = completion_limit(task, args.model, policy)
-    length = {} if limit is None else {"max_completion_length": limit[0]}
-    recommended = getattr(task, "train", None) or {}
-    found = _layered(args, task, policy, ANY, TOY, recommended, (length, limit[1] if limit else ""))
+    found = _layered(args, task, policy, (ANY, TOY, getattr(task, "train", None) or {}))
     values, origins = found
+    limit = completion_limit(task, args.model, policy)
+    if limit is not None:
+        values["max_completion_length"], origin = limit
+        origins["max_completion_length"] = origin if args.max_completion_length is None else "given"
     if args.optimizer != "adamw":  # for which alone rates are known
         del values["learning_rate"]
     chosen = {name: getattr(args, name) or values[name] for name in TOY}
@@ -182,11 +183,9 @@ def sft_defaults(args: SftArguments, task: Any, policy: Policy) -> Defaults:
         policy: the policy.
     """
     warm = getattr(task, "warm_start", None)
-    names = ("batch_size", "learning_rate")
-    recommended = (
-        {} if warm is None else {"max_steps": warm.steps} | {name: getattr(warm, name) for name in names}
-    )
-    found = _layered(args, task, policy, SFT_ANY, SFT_TOY, recommended, ({}, ""))
+    known = {"max_steps": "steps", "batch_size": "batch_size", "learning_rate": "learning_rate"}
+    recommended = {} if warm is None else {name: getattr(warm, own) for name, own in known.items()}
+    found = _layered(args, task, policy, (SFT_ANY, SFT_TOY, recommended))
     found.values["eval_every"] = max(1, (args.max_steps or found.values["max_steps"]) // 10)
     return found
 
@@ -195,10 +194,7 @@ def _layered(
     args: TrainArguments | SftArguments,
     task: Any,
     policy: Policy | None,
-    usual: Mapping[str, Any],
-    usual_of_toys: Mapping[str, Any],
-    recommended: Mapping[str, Any],
-    last: tuple[Mapping[str, Any], str],
+    choices: tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]],
 ) -> Defaults:
     """Lay values over each other, the last on top, and note for each where it comes from.
 
@@ -206,11 +202,10 @@ def _layered(
         args: the arguments; what they give keeps its default, but comes from the user.
         task: the task; None for a data set.
         policy: the policy; None before it is loaded.
-        usual: values for any task.
-        usual_of_toys: those for a toy task with another model than its own.
-        recommended: what the task recommends, for a toy task with its own model only.
-        last: further values, and where they come from.
+        choices: values for any task; those for a toy task with another model than its own; and what the task
+            recommends, for a toy task with its own model only.
     """
+    usual, usual_of_toys, recommended = choices
     toy, own = hasattr(task, "build"), is_own(task, args.model, policy)
     kind = {"lora": bool(args.lora_r), "supervised": isinstance(args, SftArguments)}
     count = int(RATES[1][0]) if policy is None else parameter_count(policy)
@@ -222,11 +217,10 @@ def _layered(
     else:
         layers.append((recommended, "recommended by the task"))
     found = Defaults({}, {})
-    for values, origin in [*layers, last]:
-        found.values.update(values)
-        found.origins.update(dict.fromkeys(values, origin))
-    given = [name for name in found.values if getattr(args, name, None) is not None]
-    found.origins.update(dict.fromkeys(given, "given"))
+    for values, origin in layers:
+        for name, value in values.items():
+            found.values[name] = value
+            found.origins[name] = origin if getattr(args, name, None) is None else "given"
     return found
 
 

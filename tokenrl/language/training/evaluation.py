@@ -27,7 +27,7 @@ from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, wit
 from tokenrl.language.training.probe import Row, best_of, by_group, completion_rows, distinct, over_prompts
 from tokenrl.language.training.records import completion_kl
 
-LOGITS = 2**26  # most logits at once when a reference scores completions: 256 MiB in float32
+SCORED_AT_ONCE = 32  # completions that a reference scores at once, which bounds its logits
 DIFFERENCE = "difference/"
 """Begins the names of metrics that compare a policy with another."""
 
@@ -96,8 +96,7 @@ def evaluate_policy(
             "There are no prompts to evaluate on. Give an eval_split, or hold rows out with eval_size."
         )
     if reference is not None:
-        longest = max(map(len, encode(policy, [row["prompt"] for row in prompts], sampling)))
-        _check_reference(policy, reference, longest, sampling)
+        _check_reference(policy, reference, prompts, sampling)
     passes: list[list[dict[str, Any]]] = []
     for generations in dict.fromkeys((0, sampling.num_generations)):
         how = replace(sampling, num_generations=generations)
@@ -146,39 +145,28 @@ def check_sizes(k: Iterable[int], num_generations: int) -> tuple[int, ...]:
     return sizes
 
 
-def _check_reference(policy: Policy, reference: Policy, longest_prompt: int, sampling: Sampling) -> None:
-    """Refuse a reference to which no KL can be estimated; the longest prompt is counted in tokens."""
-    longest = longest_prompt + sampling.max_completion_length
+def _check_reference(policy: Policy, reference: Policy, prompts: Sequence[Row], sampling: Sampling) -> None:
+    """Refuse a reference to which no KL can be estimated: another vocabulary, no room, or no samples."""
     rows = [p.model.get_input_embeddings().num_embeddings for p in (policy, reference)]  # type: ignore[operator]
     if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab() or rows[0] != rows[1]:
         raise Refused(
             f"The reference {reference.source!r} has another vocabulary than {policy.source!r}, so the KL "
             "between them is not defined. Give the model that training started from."
         )
-    if reference.context is not None and longest > reference.context:
-        raise Refused(
-            f"Prompt and completion may have {longest} tokens together, but the context of the reference "
-            f"{reference.source!r} is {reference.context} tokens. Lower max_completion_length."
-        )
     if not sampling.num_generations:
         raise Refused(
             "The KL to a reference is estimated from sampled completions, but num_generations=0 samples "
             "none. Give 1 or more, or leave the reference out."
         )
+    encode(reference, [row["prompt"] for row in prompts], replace(sampling, truncate_prompts=False))
 
 
 def _kl(reference: Policy, rollout: Rollout, sampling: Sampling) -> list[dict[str, float]]:
     """Estimate the KL of each completion to the reference: `kl` (k1) and `kl_k3`."""
-    vocabulary = reference.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    scored = score_in_parts(
-        reference.model,
-        rollout,
-        agree(reference, gradient=False),
-        rows_at_once=max(1, LOGITS // (rollout.mask.shape[1] * vocabulary)),
-        temperature=sampling.temperature,
-    ).logprobs
-    each = {name: x.tolist() for name, x in completion_kl(rollout.logprobs, scored, rollout.mask).items()}
-    return [dict(zip(each, values, strict=True)) for values in zip(*each.values(), strict=True)]
+    way, rows, temperature = agree(reference, gradient=False), SCORED_AT_ONCE, sampling.temperature
+    scored = score_in_parts(reference.model, rollout, way, rows_at_once=rows, temperature=temperature)
+    each = completion_kl(rollout.logprobs, scored.logprobs, rollout.mask)
+    return [{"kl": k1, "kl_k3": k3} for k1, k3 in zip(*(x.tolist() for x in each.values()), strict=True)]
 
 
 def _by_prompt(rows: Sequence[Row], size: int, rewards: Rewards, k: Sequence[int]) -> dict[str, list[float]]:
