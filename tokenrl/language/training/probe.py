@@ -44,8 +44,6 @@ class Probe:
         length: mean number of tokens per completion.
         longest: number of tokens of the longest completion.
         entropy: mean entropy of the policy, in nats per token.
-        within: variance of the rewards of one prompt, averaged over prompts.
-        between: variance of the prompts' expected rewards; the error of their measured means is taken out.
         passed: for each k, the probability that one or more of k completions have the `pass_threshold` of the
             rewards; empty if they have none.
     """
@@ -60,8 +58,6 @@ class Probe:
     length: float
     longest: int
     entropy: float
-    within: float = math.nan
-    between: float = math.nan
     passed: dict[int, Estimate] = field(default_factory=dict)
 
     @property
@@ -214,25 +210,4 @@ def probe_policy(
         longest=max(lengths),
         entropy=sum(row["entropy"] for row in rows) / max(1, sum(lengths)),
         passed=right,
-        **spread(known),
     )
-
-
-def spread(rows: Sequence[np.ndarray]) -> dict[str, float]:
-    """Split the variance of rewards into that within prompts and that between them, both without bias.
-
-    A measured mean of n rewards varies by `within / n` around the prompt's expected reward, which is
-    subtracted from the variance of the measured means; the rest may come out below 0 and is then 0.
-
-    Args:
-        rows: the rewards of each prompt; a prompt with fewer than two is left out.
-
-    Returns:
-        `within` and `between`; nan for what a single prompt, or none, cannot tell.
-    """
-    known = [row for row in rows if len(row) > 1]
-    variances, means = np.array([row.var(ddof=1) for row in known]), np.array([row.mean() for row in known])
-    if len(known) < 2:
-        return {"within": float(variances[0]) if known else math.nan, "between": math.nan}
-    between = means.var(ddof=1) - np.mean([row.var(ddof=1) / len(row) for row in known])
-    return {"within": float(variances.mean()), "between": max(0.0, float(between))}
