@@ -54,5 +54,5 @@ def test_the_distribution_has_a_name_of_its_own_and_the_command_keeps_its_name(w
 
 
 def test_the_rooms_are_all_there(names):
-    for room in ("core", "runs", "control/worlds", "language/training", "lab/exact", "advisor"):
+    for room in ("core", "runs", "control", "language/training", "lab/exact", "advisor"):
         assert f"tokenrl/{room}/__init__.py" in names

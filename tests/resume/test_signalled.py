@@ -22,7 +22,7 @@ PLACES = {
     "checkpoint": ("language/policy/saving.py:write", 2),
     "pruning": ("runs/checkpoint.py:checkpoints", 3),
     "last checkpoint": ("language/policy/saving.py:write", 5),
-    "model": ("runs/folders.py:_seal", 6),
+    "model": ("language/policy/saving.py:text", 1),
     "report": ("runs/html.py:write_page", 1),
 }
 AFTER_THE_OUTCOME = ("last checkpoint", "model", "report")

@@ -38,6 +38,23 @@ def without_warnings(quiet: bool) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Hide the progress bars of `datasets` inside the block.
+
+    From Python, `datasets` may have been imported before `hush_libraries` could be called.
+    """
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
 def prepare_streams() -> None:
     """Open /dev/null in place of each standard stream that was closed, as by `>&-`.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from tokenrl.errors import Refused, describe, suggest
+from tokenrl.runs.output import without_progress_bars
 from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings
 
 Row = Mapping[str, Any]
@@ -86,7 +87,7 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
 
     try:
         # A file is read anew each time: a damaged copy of it in the cache could give other rows in silence.
-        with tempfile.TemporaryDirectory() as aside:
+        with without_progress_bars(), tempfile.TemporaryDirectory() as aside:
             if path.is_file():
                 data = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), cache_dir=aside)
             elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():

@@ -247,7 +247,8 @@ def _lines(
     if "gap" in facts:
         apart = f"{facts['gap']:.1g} nats per token on average, {facts['largest_gap']:.1g} at most"
         lines["scoring"] = f"differs from sampling by {apart}"
-    lines["learning rate"] = f"{args.learning_rate:g}" + ("" if usual is None else f" (usual: {usual:g})")
+    known = f", {args.optimizer}" if usual is None else f" (usual: {usual:g})"
+    lines["learning rate"] = f"{args.learning_rate:g}{known}"
     lines["memory"] = ", ".join(
         f"{in_words(size * 1024**3)} of the {'GPU' if 'cuda' in name else 'computer'} so far"
         for name, size in peak_memory().items()

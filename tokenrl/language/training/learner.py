@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.losses import next_beta
-from tokenrl.core.statistics import GradientDiagnostics
+from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
@@ -86,12 +86,34 @@ class Learner:
         self.forward.refresh()
         self.generator.sync(self.policy)
 
-    def accepts(self, norm: float) -> bool:
-        """Count whether a gradient of this norm is finite, and return it: a NaN must never reach the weights.
+    def gradient_noise(self, half: Tensor | None) -> dict[str, float]:
+        """Return the metrics of signal and noise of an update.
+
+        Args:
+            half: the gradient of the first half of the update [parameters]; that of the whole update is what
+                the parameters hold now. None: nothing is measured.
+        """
+        if half is None or self.diagnostics is None:
+            return {}
+        whole = flat_gradient(self.policy.trainable_parameters())
+        return self.diagnostics.metrics(half, whole, self.args.prompts_per_step)
+
+    def accepts(self, norm: float, parts: Sequence[object]) -> bool:
+        """Return whether the optimiser may take a step, and count where it may not.
+
+        Without any part it would go on along its momentum, and decay weights, where no data say so; and a
+        gradient that is not finite must never reach the weights.
+
+        Args:
+            norm: length of the gradient.
+            parts: the micro-batches that it was computed from.
 
         Raises:
             Stopped: too many consecutive updates had a gradient that was not finite.
         """
+        if not parts:
+            self.idle += 1
+            return False
         if math.isfinite(norm):
             self.nonfinite = 0
             return True

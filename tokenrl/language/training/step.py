@@ -113,14 +113,9 @@ def training_step(
             learner.forward.hand_over()
             sums += counted(learner, part, loss, scores.logprobs)
         learner.forward.average_gradients(accelerator, parameters)
-        noise = {}
-        if half is not None and learner.diagnostics is not None:
-            whole = flat_gradient(parameters)
-            noise = learner.diagnostics.metrics(half, whole, learner.args.prompts_per_step)
+        noise = learner.gradient_noise(half)
         norm = float(accelerator.clip_grad_norm_(parameters, learner.args.max_grad_norm or math.inf))
-        if not parts:  # the optimiser would go on along its momentum, and decay weights, where no data say so
-            learner.idle += 1
-        elif learner.accepts(norm):
+        if learner.accepts(norm, parts):
             learner.optimizer.step()
         learner.forward.refresh()
         history.append(update_metrics(learner, sums, norm) | noise)
