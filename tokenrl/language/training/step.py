@@ -120,6 +120,7 @@ def training_step(
         learner.forward.refresh()
         history.append(update_metrics(learner, sums, norm) | noise)
     learner.generator.sync(policy)  # the next step samples from the new weights
+
     metrics = result.metrics | step_metrics(rows, rewards.names, sampling.group_size)
     # Each metric of an update is averaged over the updates that report it.
     metrics |= {name: fmean(one[name] for one in history if name in one) for name in history[0]}
