@@ -38,9 +38,9 @@ def test_a_policy_that_is_killed_five_times(nursery, tmp_path, name):
     ("seed", "options"),
     [
         (1, ["--env", "CartPole-v1", "--estimator", "reinforce_running_mean"]),
-        (2, ["--env", "CartPole-v1", "--estimator", "a2c", "--num-steps", "16"]),
+        (2, ["--env", "CartPole-v1", "--estimator", "a2c"]),
         (3, ["--env", "Pendulum-v1", "--max-episode-steps", "30", "--normalize-observations"]),
-        (4, ["--env", "Acrobot-v1", "--estimator", "ppo", "--num-steps", "16", "--max-episode-steps", "50"]),
+        (4, ["--env", "Acrobot-v1", "--estimator", "ppo", "--max-episode-steps", "50"]),
     ],
 )
 def test_an_agent_that_is_killed(nursery, tmp_path, seed, options):
