@@ -207,8 +207,8 @@ def test_a_seed_that_one_arm_lacks_is_left_out_of_its_pairs_and_named():
     found = family(table)
     arm = found.differences[0]
     assert list(arm.differences) == [0, 1, 2, 4, 6, 7] and arm.unpaired == (3, 5)
-    assert found.sentences()[0].endswith("Seeds 3 and 5 are left out: only one of the two has them.")
-    assert found.sentences()[1].endswith("Seed 5 is left out: only one of the two has it.")
+    assert found.sentences()[0].endswith("only one of the two has them: seeds 3 and 5.")
+    assert found.sentences()[1].endswith("only one of the two has them: seeds 5.")
 
 
 def test_a_void_arm_is_shown_without_a_verdict_and_changes_nothing_for_the_others():

@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import combinations
 from typing import Any
 
 from tokenrl.core.estimator import Estimator
@@ -41,15 +42,14 @@ def read_arms(texts: Sequence[str], axes: Mapping[str, Any], settings: Sequence[
     arms = [read_arm(text, axes, settings) for text in texts]
     if len(arms) < 2:
         raise Refused(f"arms names {len(arms)} arm; a comparison needs two or more, such as rloo grpo.")
-    for place, arm in enumerate(arms):
-        for other in arms[:place]:
-            if arm.label == other.label:
-                raise Refused(f"The arm {arm.label!r} is given twice; give each of them once.")
-            if arm.settings == other.settings:
-                raise Refused(
-                    f"The arms {other.label!r} and {arm.label!r} have the same settings, so there is nothing "
-                    "to compare. Leave one out; how far an arm lies from itself is shown anyway."
-                )
+    for arm, other in combinations(arms, 2):
+        if arm.label == other.label:
+            raise Refused(f"The arm {arm.label!r} is given twice; give each of them once.")
+        if arm.settings == other.settings:
+            raise Refused(
+                f"The arms {arm.label!r} and {other.label!r} have the same settings, so there is nothing to "
+                "compare. Leave one out; how far an arm lies from itself is shown anyway."
+            )
     return tuple(arms)
 
 
@@ -100,16 +100,15 @@ def changed_axes(estimator: Estimator) -> dict[str, Any]:
 
 
 def _check_name(text: str, name: str, settings: Sequence[str]) -> None:
-    why = ""
     if name in (*OWN, "estimator"):
         why = "which the comparison sets itself; leave it out there."
     elif name in MEASURE:
-        why = "which decides what is measured, so it is the same for all arms: "
-        why += f"--{name.replace('_', '-')}."
-    elif name not in settings:
+        why = f"which decides what is measured; set it for all arms: --{name.replace('_', '-')}."
+    elif name in settings:
+        return
+    else:
         why = f"which is no setting.{suggest(name, [*AXES, *settings])}"
-    if why:
-        raise Refused(f"The arm {text!r} sets {name}, {why}")
+    raise Refused(f"The arm {text!r} sets {name}, {why}")
 
 
 def _parts(text: str) -> list[str]:

@@ -16,8 +16,6 @@ from tokenrl.runs.findings import Finding
 from tokenrl.runs.rules import judge
 from tokenrl.settings import arguments
 
-CHANCE = "finds differences by chance more often than the level says."
-
 
 class Caveat(NamedTuple):
     """What a reader must keep in mind.
@@ -77,18 +75,13 @@ def caveats(
 
 def _exploratory(plan: Plan) -> Iterator[Caveat]:
     """Tell what was decided after results could be seen; then the level of the intervals does not hold."""
-    if plan.existing:
+    existed = ["the runs existed before the comparison was planned"] if plan.existing else []
+    if existed or plan.changes:
         yield Caveat(
-            "Exploratory: the runs existed before the comparison was planned. Whoever chose them by their "
-            f"results {CHANCE}",
-            "the runs were chosen after they were made",
-        )
-    if plan.changes:
-        yield Caveat(
-            f"Exploratory: {'; '.join(plan.changes)}. Who sees results before choosing what to compare, or "
-            f"when to stop, {CHANCE} Repeat the comparison with new seeds (--first-seed) in another "
-            "--output-dir.",
-            "it was changed after results could be seen",
+            f"Exploratory: {'; '.join([*existed, *plan.changes])}. Who sees results before choosing what to "
+            "compare, or when to stop, finds differences by chance more often than the level says. Repeat it "
+            "with new seeds (--first-seed) in another --output-dir.",
+            "it was planned or changed after results could be seen",
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -103,12 +102,24 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
         for problem, by_arm in found.items()
         for arm, each in by_arm.items()
     }
-    judgements = {
-        name: _judge(plan, table.runs, ours, name, void)
-        for name in dict.fromkeys((plan.metric, *SCORES, "entropy"))
-        if name == plan.metric or (name in ours and ours.loc[~ours["failed"], name].notna().all())
-    }
-    scores, ranges = ours.assign(score=ours[plan.metric]), {p.label: p.reward_range for p in plan.problems}
+    again = table.runs[(table.runs["role"] == "itself") & ~table.runs["failed"]]
+    judgements = {}
+    for name in dict.fromkeys((plan.metric, *SCORES, "entropy")):
+        if name == plan.metric or (name in ours and ours.loc[~ours["failed"], name].notna().all()):
+            itself = {
+                str(p): dict(zip(of["seed"], of[name], strict=True)) for p, of in again.groupby("problem")
+            }
+            judgements[name] = judge_scores(
+                ours[["problem", "arm", "seed", "failed"]].assign(score=ours[name]),
+                metric=name,
+                reference=plan.reference,
+                margin=plan.margins if name == plan.metric else None,
+                all_pairs=plan.all_pairs,
+                void=void,
+                itself=itself,
+            )
+    scores = ours.assign(score=ours[plan.metric])
+    ranges = {problem.label: problem.reward_range for problem in plan.problems}
     return Comparison(
         output_dir=output_dir,
         plan=plan,
@@ -123,30 +134,11 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
 
 def _nothing(problem: Problem, metric: str, runs: pd.DataFrame) -> Stopped:
     """Say why nothing can be judged on a problem."""
-    reasons = [f"{run.arm}, seed {run.seed}: {run.reason}" for run in runs.itertuples() if run.reason]
-    mend = "Mend that, and give the same command again, which keeps the other runs."
-    why = f"{reasons[0]} {mend}" if reasons else "Its runs do not measure that; give another --metric."
+    why = "Its runs do not measure that; give another --metric."
+    for run in runs[runs["reason"] != ""].head(1).itertuples():
+        why = f"{run.arm}, seed {run.seed}: {run.reason} Mend that, and give the same command again, which "
+        why += "keeps the other runs."
     return Stopped(f"Nothing can be judged on {problem.label}: no run has the score {metric}. {why}")
-
-
-def _judge(
-    plan: Plan, runs: pd.DataFrame, ours: pd.DataFrame, metric: str, void: Mapping[tuple[str, str], str]
-) -> Judgement:
-    """Judge one metric; only the one that decides has a margin."""
-    again = runs[(runs["role"] == "itself") & ~runs["failed"] & runs[metric].notna()]
-    itself = {
-        str(problem): dict(zip(of["seed"], of[metric], strict=True))
-        for problem, of in again.groupby("problem")
-    }
-    return judge_scores(
-        ours[["problem", "arm", "seed", "failed"]].assign(score=ours[metric]),
-        metric=metric,
-        reference=plan.reference,
-        margin=plan.margins if metric == plan.metric else None,
-        all_pairs=plan.all_pairs,
-        void=void,
-        itself=itself,
-    )
 
 
 def write_tables(found: Comparison) -> None:

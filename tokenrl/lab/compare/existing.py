@@ -38,28 +38,22 @@ def read_existing(patterns: Sequence[str], output_dir: str) -> tuple[list[Proble
     if wrong or not found:
         what = f"{wrong[0]} is no run of tokenrl train or control" if wrong else "no run directory was found"
         raise Refused(f"runs was given as {' '.join(patterns)}; {what}. Give directories that these wrote.")
-    places = [{n: run.config[n] for n in PLACE if run.config.get(n) is not None} for run in found]
     by_problem: dict[str, list[RecordedRun]] = {}
+    places = [{n: run.config[n] for n in PLACE if run.config.get(n) is not None} for run in found]
     for run, label in zip(found, _labels(places), strict=True):
         by_problem.setdefault(label, []).append(run)
     arms: dict[str, Arm] = {}
     runs: dict[tuple[str, str, int], Run] = {}
     for problem, several in by_problem.items():
-        estimators = [arguments(Estimator, run.config.get("estimator") or {}) for run in several]
-        others = [{n: x for n, x in run.config.items() if n not in NOT_COMPARED} for run in several]
-        named = [{"estimator": _name(e), **more} for e, more in zip(estimators, others, strict=True)]
-        for run, label, estimator, more in zip(several, _labels(named), estimators, others, strict=True):
-            key, path = (problem, label, run.config["seed"]), os.path.relpath(run.path, output_dir)
-            if key in runs:
-                other = os.path.normpath(Path(output_dir, runs[key].path))
-                raise Refused(f"{other} and {run.path} have the same settings and seed; name one of them.")
-            arms.setdefault(
-                label,
-                Arm(label, plain({"estimator": changed_axes(estimator), **more}), estimator.bias_status),
-            )
-            runs[key] = Run(
-                problem, label, "comparison", key[2], float(run.config.get("learning_rate") or 0), path
-            )
+        settings = [_settings(run) for run in several]
+        for run, label, own in zip(several, _labels(settings), settings, strict=True):
+            seed, path = run.config["seed"], os.path.relpath(run.path, output_dir)
+            if (other := runs.get((problem, label, seed))) is not None:
+                first = os.path.normpath(Path(output_dir, other.path))
+                raise Refused(f"{first} and {run.path} have the same settings and seed; name one of them.")
+            arms.setdefault(label, Arm(label, own, arguments(Estimator, own["estimator"]).bias_status))
+            rate = float(run.config.get("learning_rate") or 0)
+            runs[problem, label, seed] = Run(problem, label, "comparison", seed, rate, path)
     if len(arms) < 2:
         raise Refused(
             "All runs have the same settings but for their seeds, or were measured in different ways, so "
@@ -69,22 +63,25 @@ def read_existing(patterns: Sequence[str], output_dir: str) -> tuple[list[Proble
     return problems, list(arms.values()), list(runs.values())
 
 
-def _name(estimator: Estimator) -> str:
-    """Name an estimator by its preset, if it is one, else by the axes that are not the usual ones."""
-    axes = changed_axes(estimator)
-    presets = (name for name in PRESETS if changed_axes(Estimator.preset(name)) == axes)
-    return next(presets, ",".join(f"{axis}={value}" for axis, value in axes.items()))
+def _settings(run: RecordedRun) -> dict[str, Any]:
+    """Return the settings in which arms may differ, of the estimator the axes that are not the usual ones."""
+    estimator = arguments(Estimator, run.config.get("estimator") or {})
+    others = {name: value for name, value in run.config.items() if name not in NOT_COMPARED}
+    return {"estimator": changed_axes(estimator), **plain(others)}
 
 
 def _labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name runs by the settings in which they differ; task, environment and estimator need no name before."""
-    plainly = ("task", "env", "estimator")
+    """Name runs by the settings in which they differ; an estimator by its preset, if it is one."""
     keys = list(dict.fromkeys(key for one in settings for key in one))
     keys = [k for k in keys if k in ("task", "env") or len({str(one.get(k)) for one in settings}) > 1]
-    labels = [
-        ", ".join(str(one.get(k)) if k in plainly else f"{k}={one.get(k)}" for k in keys) for one in settings
-    ]
-    return [label or "all runs" for label in labels]
+    presets = {str(changed_axes(Estimator.preset(name))): name for name in reversed(PRESETS)}
+
+    def text(key: str, value: Any) -> str:
+        if key == "estimator":
+            return presets.get(str(value)) or ",".join(f"{axis}={x}" for axis, x in value.items())
+        return str(value) if key in ("task", "env") else f"{key}={value}"
+
+    return [", ".join(text(key, one.get(key)) for key in keys) or "all runs" for one in settings]
 
 
 def _problem(label: str, runs: Sequence[RecordedRun]) -> Problem:

@@ -10,19 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+import tokenrl.lab.compare.paired as numbers
 from tokenrl.errors import Refused, suggest
 from tokenrl.lab.compare.judgement import ArmScores, Difference, Family, Judgement, Verdict
-from tokenrl.lab.compare.paired import (
-    LEAST_PAIRS,
-    Interval,
-    failures_differ,
-    improvement,
-    level_of,
-    mean_interval,
-    paired_differences,
-    pairs_needed,
-    sign_flip,
-)
+from tokenrl.lab.compare.paired import LEAST_PAIRS, Interval, paired_differences
 from tokenrl.settings import check_number
 
 
@@ -46,6 +37,13 @@ def judge_scores(
     the family (Bonferroni over the comparisons on one problem, and over the two parts where a run failed).
     An arm that fails more often and is better otherwise is undecided. An interval of width zero decides
     nothing.
+
+    How often arms that are the same are found different, in simulated families of three comparisons with 6,
+    10 and 20 seeds (2,000 families in each cell with a standard error of .5 %; * 500, 1 %): 4.3 / 4.4 / 5.0*
+    % where scores are normal, 1.4 / 2.0* / 4.2* % where they are lognormal, 1.3 / 2.1 / 3.0 % where a tenth
+    of the runs of every arm failed and was declared as such; but 1.3 / 7.0 / 5.9 % where what an arm adds to
+    a seed has only two values, so the 5 % hold about and not strictly. Where the true difference is the
+    margin, at most 3.0 % of the families had an arm that was called equivalent.
 
     Say what counts as a failure: no test of a few means can see what a few runs did not show. Simulated with
     6, 10 and 20 seeds (150 to 400 studies in each cell, so a few percent are chance):
@@ -122,24 +120,20 @@ def _read(table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: 
             f"needs a row for each run, with arm, seed (a whole number) and score (or {metric}), and problem "
             "if there are several."
         )
+    blank = pd.Series("", frame.index)
     found = pd.DataFrame(
         {
-            "problem": frame["problem"].fillna("").astype(str) if "problem" in frame else "",
+            "problem": frame.get("problem", blank).fillna("").astype(str),
             "arm": frame["arm"].astype(str),
             "seed": pd.to_numeric(frame["seed"], errors="coerce"),
             "score": pd.to_numeric(frame["score"], errors="coerce").astype(float),
+            "failed": frame.get("failed", blank).astype(str).str.lower().isin(["true", "1", "1.0", "yes"]),
         }
     ).reset_index(drop=True)
-    marked = (
-        frame["failed"].astype(str).str.lower().isin(["true", "1", "1.0", "yes"]) if "failed" in frame else ()
-    )
     keys = list(zip(found["problem"], found["arm"], found["seed"], strict=True))
     if unknown := failed - {*keys, *(key[1:] for key in keys)}:
-        raise Refused(
-            f"failed names the run {min(unknown)}, which the table does not have; give (arm, seed)."
-        )
-    found["failed"] = [key in failed or key[1:] in failed for key in keys]
-    found["failed"] |= np.array(marked, dtype=bool) if len(marked) else False
+        raise Refused(f"failed names the run {min(unknown)}, which the table lacks; give (arm, seed).")
+    found["failed"] |= np.array([key in failed or key[1:] in failed for key in keys])
     if failure_below is not None:
         found["failed"] |= found["score"] < failure_below
     wrong = {
@@ -208,10 +202,11 @@ def _difference(arm: ArmScores, other: ArmScores, margin: float | None, comparis
         )
     differences = paired_differences(arm.scores, other.scores)
     values = np.array(list(differences.values()), dtype=np.float64)
-    level = level_of(comparisons * (2 if arm.failed or other.failed else 1))  # both parts can then err
-    adjusted = mean_interval(values, level)
-    verdict: Verdict = _verdict(adjusted, len(values), margin)
-    p_failures = failures_differ(len(arm.failed), len(seeds), len(other.failed), len(other_seeds))
+    parts = 2 if arm.failed or other.failed else 1  # each of which can err
+    level = numbers.level_of(comparisons * parts)
+    adjusted = numbers.mean_interval(values, level)
+    verdict = _verdict(adjusted, len(values), margin)
+    p_failures = numbers.failures_differ(len(arm.failed), len(seeds), len(other.failed), len(other_seeds))
     more_failures = ""
     if p_failures <= 1 - level + 1e-12 and len(both) >= LEAST_PAIRS:
         is_worse = arm.failures.value > other.failures.value
@@ -220,19 +215,20 @@ def _difference(arm: ArmScores, other: ArmScores, margin: float | None, comparis
         verdict = "undecided" if {by_failures, verdict} == {"better", "worse"} else by_failures
     if arm.void or other.void:
         verdict = "void"
+    is_open = verdict in ("undecided", "descriptive")
     return Difference(
         arm=arm.arm,
         reference=other.arm,
         differences=differences,
-        mean=mean_interval(values),
+        mean=numbers.mean_interval(values),
         adjusted=adjusted,
         level=level,
-        p_sign_flip=sign_flip(values),
-        improvement=improvement(sum(_win(arm, other, differences, s) for s in both), len(both)),
+        p_sign_flip=numbers.sign_flip(values),
+        improvement=numbers.improvement(sum(_win(arm, other, differences, s) for s in both), len(both)),
         p_failures=p_failures,
         more_failures=more_failures,
         verdict=verdict,
-        seeds_needed=pairs_needed(values, margin, level) if verdict in ("undecided", "descriptive") else None,
+        seeds_needed=numbers.pairs_needed(values, margin, level) if is_open else None,
         unpaired=tuple(sorted(seeds ^ other_seeds)),
         margin=margin,
     )

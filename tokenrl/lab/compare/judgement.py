@@ -192,7 +192,7 @@ class Family:
         """
         by_label = {arm.arm: arm for arm in self.arms}
         said = [
-            f"{one.finding} {_failures(one, by_label[one.arm], by_label[one.reference])}{_left_out(one)}"
+            f"{one.finding} {_failures(one, by_label[one.arm], by_label[one.reference])}"
             for one in self.differences
         ]
         return said + [f"{arm.arm} is not valid: {arm.void}" for arm in self.arms if arm.void]
@@ -225,27 +225,21 @@ class Judgement:
 
 
 def _failures(one: Difference, arm: ArmScores, other: ArmScores) -> str:
-    """Say how many runs of both failed, and what is not excluded."""
+    """Say how many runs of both failed, what is not excluded, and which seeds are left out."""
+    seeds = listed([str(seed) for seed in one.unpaired])
+    left_out = f" Left out, because only one of the two has them: seeds {seeds}." if seeds else ""
     if not arm.failed and not other.failed:
         most = max(arm.failures.high, other.failures.high)
-        return f"No run of either failed, which does not exclude that up to {most:.0%} would."
+        return f"No run of either failed, which does not exclude that up to {most:.0%} would.{left_out}"
     each = [
         f"{a.count} of {a.arm} failed [{a.failures.low:.0%}, {a.failures.high:.0%}]" for a in (arm, other)
     ]
-    return f"{listed(each)}, p = {shown(one.p_failures)}; the difference is that of the others."
-
-
-def _left_out(one: Difference) -> str:
-    if not one.unpaired:
-        return ""
-    if len(one.unpaired) == 1:
-        return f" Seed {one.unpaired[0]} is left out: only one of the two has it."
-    return f" Seeds {listed([str(s) for s in one.unpaired])} are left out: only one of the two has them."
+    return f"{listed(each)}, p = {shown(one.p_failures)}; the difference is that of the others.{left_out}"
 
 
 def listed(names: Sequence[str]) -> str:
     """Join names with commas and a last `and`."""
-    return ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def shown(value: float | None) -> str:

@@ -57,7 +57,7 @@ def overall(
     against = [family.against_reference for family in judgement.families]
     found = {}
     for arm in arms:
-        by_problem = scored[scored["arm"] == arm].groupby("problem")["score"]
+        by_problem = scored[scored["arm"] == arm].groupby("problem", sort=False)["score"]
         runs = [scores.to_numpy() for _, scores in by_problem]
         pairs = [list(one[arm].differences.values()) for one in against if arm in one]
         wins = [0.5 + np.sign(differences) / 2 for differences in pairs if differences]

@@ -7,24 +7,16 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+import tokenrl.runs.html as html
 from tokenrl.lab.compare.comparison import CITATION, Comparison
 from tokenrl.lab.compare.judgement import Difference, Family, listed, shown
 from tokenrl.lab.compare.overall import METHOD
+from tokenrl.lab.compare.paired import Interval
 from tokenrl.lab.compare.plan import Plan, Problem
 from tokenrl.lab.compare.scores import SCORES
-from tokenrl.runs.html import (
-    Block,
-    Section,
-    completions,
-    drawings,
-    paragraph,
-    preformatted,
-    table,
-    verdict,
-    write_page,
-)
 from tokenrl.runs.origin import versions
 from tokenrl.runs.plots import Chart, Curve, Difference as Bars, Forest
 from tokenrl.runs.reader import read_run
@@ -50,27 +42,27 @@ def write_comparison(found: Comparison) -> Path:
         Stopped: the file could not be written.
     """
     plan, packages = found.plan, versions()
-    labels = [problem.label for problem in plan.problems]
     runs = found.table.runs[found.table.runs["role"] == "comparison"]
     subtitle = (
         f"{len(runs)} runs over {len(plan.seeds)} seeds, {runs['failed'].sum() or 'none'} of them failed; "
         f"made with tokenrl {packages['tokenrl']}"
     )
     origin = (plan.command or FROM_PYTHON, CITATION.format(**packages), packages)
+    on = {one.label: f" on {one.label}" if len(plan.problems) > 1 else "" for one in plan.problems}
     sections = [
-        Section("", [paragraph(subtitle, "soft")]),
-        *(Section(f"Verdict{_on(found, label)}", [_verdict(found, label)]) for label in labels),
-        Section("What was compared", [_facts(found)]),
-        *(part for problem in plan.problems for part in _of_problem(found, problem)),
-        Section("All problems together", _overall(found)),
-        Section("Sample completions", [completions(_completions(found))], closed=True),
-        Section("Every difference, in each metric", [_frame(found.differences())], closed=True),
-        Section("Every run", [_frame(found.table.runs)], closed=True),
-        Section("To repeat, and to cite", [preformatted(one) for one in origin], closed=True),
-        Section("The plan", [preformatted(asdict(plan))], closed=True),
+        html.Section("", [html.paragraph(subtitle, "soft")]),
+        *(html.Section(f"Verdict{on[label]}", [_verdict(found, label)]) for label in on),
+        html.Section("What was compared", [_facts(found)]),
+        *(part for problem in plan.problems for part in _of_problem(found, problem, on[problem.label])),
+        html.Section("All problems together", _overall(found)),
+        html.Section("Sample completions", [html.completions(_completions(found))], closed=True),
+        html.Section("Every difference, in each metric", [_frame(found.differences())], closed=True),
+        html.Section("Every run", [_frame(found.table.runs)], closed=True),
+        html.Section("To repeat, and to cite", [html.preformatted(one) for one in origin], closed=True),
+        html.Section("The plan", [html.preformatted(asdict(plan))], closed=True),
     ]
-    title = f"Comparison of {len(plan.arms)} arms on {', '.join(labels)}"
-    return write_page(found.output_dir / "report.html", title, sections)
+    title = f"Comparison of {len(plan.arms)} arms on {', '.join(on)}"
+    return html.write_page(found.output_dir / "report.html", title, sections)
 
 
 def facts_of(plan: Plan) -> dict[str, str]:
@@ -94,21 +86,17 @@ def facts_of(plan: Plan) -> dict[str, str]:
     }
 
 
-def _on(found: Comparison, label: str) -> str:
-    return f" on {label}" if len(found.plan.problems) > 1 else ""
-
-
-def _verdict(found: Comparison, label: str) -> Block:
+def _verdict(found: Comparison, label: str) -> html.Block:
     """Say in plain words what was found on a problem, then each difference, and what to keep in mind."""
     sentences = found.sentences(label)
     if len(found.plan.arms) > 2 and not found.plan.all_pairs:
         sentences.append(
             f"Each was compared with {found.plan.reference}; --all-pairs compares them with each other."
         )
-    return verdict(found.headline(label), sentences, [caveat.text for caveat in found.caveats[label]])
+    return html.verdict(found.headline(label), sentences, [caveat.text for caveat in found.caveats[label]])
 
 
-def _facts(found: Comparison) -> Block:
+def _facts(found: Comparison) -> html.Block:
     below = found.plan.failure_below
     also = "" if below is None else f", or ended with a reward below {below:g}"
     levels = {one.level for family in found.judgement.families for one in family.differences}
@@ -120,12 +108,11 @@ def _facts(found: Comparison) -> Block:
         f"verdict is read from the interval at {listed([f'{level:.2%}' for level in sorted(levels)])}, so "
         "that with 95 % all verdicts on a problem hold together.",
     }
-    return table(["", ""], list(rows.items()), "words")
+    return html.table(["", ""], list(rows.items()), "words")
 
 
-def _of_problem(found: Comparison, problem: Problem) -> Iterator[Section]:
-    """Yield the sections on one problem."""
-    on, family = _on(found, problem.label), found.family(problem.label)
+def _of_problem(found: Comparison, problem: Problem, on: str) -> Iterator[html.Section]:
+    """Yield the sections on one problem, whose headings end in `on`."""
     curves = found.table.curves.merge(found.table.of(problem.label)[["path", "arm"]], on="path")
     small = [
         Chart(name, unit, _curves(found, curves, metric))
@@ -135,10 +122,10 @@ def _of_problem(found: Comparison, problem: Problem) -> Iterator[Section]:
     unit = f"held-out, sampled, over {problem.unit}; mean over seeds, band from the lowest to the highest"
     mark = None if problem.solved is None else ("solved", problem.solved)
     reward = Chart("Reward", unit, _curves(found, curves, "reward"), large=True, mark=mark)
-    yield Section(f"Differences{on}", [drawings([_forest(found, family)])])
-    yield Section(f"Learning{on}", [drawings([reward, *small])])
-    yield Section(f"Arms{on}", [_arms(found, problem, family)])
-    yield Section(f"Learning rates{on}", _rates(found, problem))
+    yield html.Section(f"Differences{on}", [html.drawings([_forest(found, found.family(problem.label))])])
+    yield html.Section(f"Learning{on}", [html.drawings([reward, *small])])
+    yield html.Section(f"Arms{on}", [_arms(found, found.family(problem.label))])
+    yield html.Section(f"Learning rates{on}", _rates(found, problem))
 
 
 def _forest(found: Comparison, family: Family) -> Forest:
@@ -149,23 +136,27 @@ def _forest(found: Comparison, family: Family) -> Forest:
     )
     if family.margin is not None:
         words += f" The band is the margin of equivalence, {shown(family.margin)}."
-    rows = [
-        _bars(
-            one, one.arm if one.reference == family.reference else f"{one.arm} - {one.reference}", one.verdict
-        )
+    rows: list[tuple[Difference, str, str]] = [
+        (one, one.arm if one.reference == family.reference else f"{one.arm} - {one.reference}", one.verdict)
         for one in family.differences
-        if one.differences
     ]
     if family.itself:
         words += " The last line shows what no difference looks like."
-        rows.append(_bars(family.itself, f"{family.reference} against itself", "same arm"))
-    return Forest(f"Difference to {family.reference}", words, rows, family.margin)
-
-
-def _bars(one: Difference, name: str, said: str) -> Bars:
-    ends = (one.mean.low, one.mean.high), (one.adjusted.low, one.adjusted.high)
-    colour, seeds = COLOURS.get(said, 0), list(one.differences.values())
-    return Bars(name, f"{said}, {one.apart}", one.mean.value, *ends, seeds, colour)
+        rows.append((family.itself, f"{family.reference} against itself", "same arm"))
+    bars = [
+        Bars(
+            name,
+            f"{said}, {one.apart}",
+            one.mean.value,
+            one.mean[1:],
+            one.adjusted[1:],
+            list(one.differences.values()),
+            COLOURS.get(said, 0),
+        )
+        for one, name, said in rows
+        if one.differences
+    ]
+    return Forest(f"Difference to {family.reference}", words, bars, family.margin)
 
 
 def _curves(found: Comparison, curves: pd.DataFrame, metric: str) -> list[Curve]:
@@ -178,11 +169,11 @@ def _curves(found: Comparison, curves: pd.DataFrame, metric: str) -> list[Curve]
     return drawn
 
 
-def _arms(found: Comparison, problem: Problem, family: Family) -> Block:
+def _arms(found: Comparison, family: Family) -> html.Block:
     """Show each arm's failures and mean scores, the share of clipped updates and the way to a threshold."""
     rows = []
     for arm in family.arms:
-        runs = found.table.of(problem.label, arm.arm)
+        runs = found.table.of(family.problem, arm.arm)
         means = runs[~runs["failed"]].mean(numeric_only=True)
         clipped = means.get("grad_clipped", math.nan)
         row: dict[str, object] = {
@@ -192,59 +183,53 @@ def _arms(found: Comparison, problem: Problem, family: Family) -> Block:
             "clipped updates": "-" if math.isnan(clipped) else f"{clipped:.0%}",
             "learning rate": runs["learning_rate"].iloc[0],
         }
-        ways = found.thresholds.query("problem == @problem.label and arm == @arm.arm")
-        for way in ways.itertuples():
-            median = way.median_samples
-            needed = f"{median:,.0f}" if math.isfinite(median) else "never for half of them"
-            row[f"reach {shown(way.threshold)} ({way.chosen}), median"] = (
-                f"{way.reached} of {way.runs}, {needed}"
+        for way in found.thresholds.query("problem == @family.problem and arm == @arm.arm").itertuples():
+            median = f"{way.median_samples:,.0f}".replace("inf", "never for half of them")
+            row[f"reach {way.threshold:.3g} ({way.chosen}), median"] = (
+                f"{way.reached} of {way.runs}, {median}"
             )
         rows.append(row)
     return _frame(pd.DataFrame(rows), "wide fit")
 
 
-def _rates(found: Comparison, problem: Problem) -> list[Block]:
+def _rates(found: Comparison, problem: Problem) -> list[html.Block]:
     """Draw the scores by learning rate on the tuning seeds, and list them; nothing unless tuned."""
-    curves, rows = [], []
-    tuning = found.table.of(problem.label, role="tuning")
-    for number, arm in enumerate(found.plan.arms, start=1):
-        tried = tuning[tuning["arm"] == arm.label].groupby("learning_rate")[found.plan.metric]
-        means = tried.mean().dropna()
-        curves.append(
-            Curve([math.log2(x) for x in means.index], list(means), arm.label, colour=number, dots=True)
-        )
-        rows += [(arm.label, f"{rate:g}", ", ".join(map(shown, scores))) for rate, scores in tried]
-    places = {x: f"{2**x:.3g}" for curve in curves for x in curve.x}
+    tried = found.table.of(problem.label, role="tuning")
+    if tried.empty:
+        return []
+    curves = []
+    for number, (arm, of_arm) in enumerate(tried.groupby("arm", sort=False), start=1):
+        means = of_arm.groupby("learning_rate")[found.plan.metric].mean().dropna()
+        curves.append(Curve(list(np.log2(means.index)), list(means), str(arm), colour=number, dots=True))
+    places = {math.log2(rate): f"{rate:.3g}" for rate in tried["learning_rate"]}
     words = "mean over the tuning seeds on which the rate was tried, which the comparison does not use"
     chart = Chart("Score by learning rate", words, curves, True, whole=False, places=places, last=False)
-    return (
-        [drawings([chart]), table(["arm", "learning rate", "scores, one for each seed"], rows)]
-        if rows
-        else []
-    )
+    by_rate = tried.groupby(["arm", "learning_rate"])[found.plan.metric]
+    rows = by_rate.agg(lambda scores: ", ".join(map(shown, scores))).reset_index()
+    rows.columns = pd.Index(["arm", "learning rate", "scores, one for each seed"])
+    return [html.drawings([chart]), _frame(rows, "")]
 
 
-def _overall(found: Comparison) -> list[Block]:
+def _overall(found: Comparison) -> list[html.Block]:
     """Show interquartile means, probabilities of improvement and performance profiles with bands."""
     if not found.overall:
         return []
-    rows, curves = [], []
+    improved = f"probability of improvement over {found.plan.reference}, by pairs"
+    rows = [
+        {"arm": arm, "interquartile mean": one["iqm"], improved: one["improvement"]}
+        for arm, one in found.overall.items()
+    ]
+    curves = []
     for number, (arm, one) in enumerate(found.overall.items(), start=1):
-        ends = [one["iqm"], one["improvement"]]
-        rows.append(
-            [arm, *(f"{shown(i.value)} [{shown(i.low)}, {shown(i.high)}]" if i else "-" for i in ends)]
-        )
-        x, share, low, high = (list(column) for column in zip(*one["profile"], strict=True))
-        curves.append(Curve(x, share, arm, colour=number, band=(low, high), dots=True))
+        x, share, *band = np.transpose(one["profile"]).tolist()
+        curves.append(Curve(x, share, arm, colour=number, band=(band[0], band[1]), dots=True))
     words = (
         f"Scores are shares of the range of the reward. This decides nothing: {METHOD}. Interquartile means "
         "and profiles are not paired by seed."
     )
     unit = "share of runs that reach at least a score"
     chart = Chart("Performance profile", unit, curves, True, whole=False, last=False)
-    improved = f"probability of improvement over {found.plan.reference}, by pairs"
-    header = ["arm", "interquartile mean", improved]
-    return [paragraph(words, "soft"), table(header, rows), drawings([chart])]
+    return [html.paragraph(words, "soft"), _frame(pd.DataFrame(rows), ""), html.drawings([chart])]
 
 
 def _completions(found: Comparison) -> list[dict[str, object]]:
@@ -261,12 +246,14 @@ def _completions(found: Comparison) -> list[dict[str, object]]:
     return rows
 
 
-def _frame(frame: pd.DataFrame, style: str = "wide") -> Block:
+def _frame(frame: pd.DataFrame, style: str = "wide") -> html.Block:
     rows = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
-    return table(list(map(str, frame.columns)), rows, style)
+    return html.table(list(map(str, frame.columns)), rows, style)
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, Interval):
+        return f"{shown(value.value)} [{shown(value.low)}, {shown(value.high)}]"
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -7,6 +7,7 @@ All comparisons of a family share an error probability of .05: with m of them, e
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,7 +21,8 @@ ALPHA = 0.05
 POWER = 0.8
 LEAST_PAIRS = 6
 """Fewer pairs give no verdict: even if all of them agree, the sign-flip test stays above .05."""
-MOST_PAIRS = 10_000
+MOST_PAIRS, LARGEST = 10_000, 1_000.0
+"""Beyond so many pairs, and so many standard deviations of a difference, nothing is looked for."""
 FLIPS = 2**13
 """Patterns of signs that are tried; up to 13 pairs these are all of them."""
 DIGITS = 12
@@ -58,9 +60,9 @@ def paired_differences(arm: Mapping[int, float], reference: Mapping[int, float])
 def mean_interval(values: Array, level: float = 0.95) -> Interval:
     """Return the mean of some values [n] with its Student-t interval; a single value has no ends (nan)."""
     if len(values) < 2:
-        return Interval(float(values[0]) if len(values) else math.nan, math.nan, math.nan)
+        return Interval(float(values.sum()) if len(values) else math.nan, math.nan, math.nan)
     mean = float(values.mean())
-    if (values == values[0]).all():
+    if not np.ptp(values):
         return Interval(mean, mean, mean)
     ends = stats.ttest_1samp(values, 0.0).confidence_interval(level)
     return Interval(mean, float(ends.low), float(ends.high))
@@ -160,10 +162,7 @@ def detectable_difference(pairs: int, sd: float, comparisons: int = 1) -> float:
         comparisons: number of comparisons in the family.
     """
     level = level_of(comparisons)
-    high = 1.0
-    while power(pairs, high, level) < POWER:
-        high *= 2
-    return sd * float(optimize.brentq(lambda effect: power(pairs, effect, level) - POWER, 0.0, high))
+    return sd * float(optimize.brentq(lambda effect: power(pairs, effect, level) - POWER, 0.0, LARGEST))
 
 
 def pairs_needed(differences: Array, margin: float | None, level: float) -> int | None:
@@ -184,13 +183,12 @@ def pairs_needed(differences: Array, margin: float | None, level: float) -> int 
     n = len(differences)
     if n < 2 or np.ptp(differences) == 0:
         return None
-    sd = float(differences.std(ddof=1)) * math.sqrt((n - 1) / stats.chi2.ppf(1 - POWER, n - 1))
-    effect, room = float(differences.mean()) / sd, (margin or 0.0) / sd
-    low, high = max(LEAST_PAIRS - 1, n), MOST_PAIRS  # the first is taken as not enough
-    if decisive_power(high, effect, room, level) < POWER:
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        enough = decisive_power(middle, effect, room, level) >= POWER
-        low, high = (low, middle) if enough else (middle, high)
-    return high
+    sd = float(np.std(differences, ddof=1)) * math.sqrt((n - 1) / stats.chi2.ppf(1 - POWER, n - 1))
+    effect, room = float(np.mean(differences)) / sd, (margin or 0.0) / sd
+    found = bisect_left(
+        range(MOST_PAIRS + 1),
+        True,
+        lo=max(LEAST_PAIRS, n + 1),
+        key=lambda pairs: decisive_power(pairs, effect, room, level) >= POWER,
+    )
+    return found if found <= MOST_PAIRS else None

@@ -159,7 +159,7 @@ def _seconds(plan: Plan, problem: Problem) -> float:
             reason = read_runs([run], root, [short], None).runs["reason"][0]
             raise Refused(f"A few steps of {arm.label} on {problem.label} were tried, and failed: {reason}")
         timed = read_run(root / run.path)
-    steps = [row["step_seconds"] for row in timed.timings if "step_seconds" in row]
+        steps = [row["step_seconds"] for row in timed.timings if "step_seconds" in row]
     evaluation = max(0.0, (timed.summary["wall_seconds"] - sum(steps)) / 2)
     count = problem.budget / problem.per_step
     return float(count * median(steps[2:] or steps) + (1 + len(problem.places)) * evaluation)
