@@ -24,11 +24,11 @@ LIMITS = {
     **{"top": 800, "core": 1_380, "runs": 2_374, "control": 1_476, "advisor": 594},
     **{"language": 5, "language/policy": 746, "language/rewards": 841, "language/tasks": 540},
     **{"language/rollout": 926, "language/training": 2_560, "language/preferences": 680},
-    **{"language/inspect": 376, "lab": 5, "lab/exact": 880, "lab/measure": 711, "lab/compare": 1_860},
+    **{"language/inspect": 376, "lab": 5, "lab/exact": 880, "lab/measure": 711, "lab/compare": 1_854},
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 16_780, 168, 6_175, 19_570, 3_060, 560
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 16_740, 168, 6_170, 19_580, 3_060, 560
 STEP, STEP_FILES, STEP_LINES, STEP_MODULES = "tokenrl.language.training.step", 40, 3_800, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")

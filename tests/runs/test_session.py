@@ -58,6 +58,21 @@ def nothing(session):
     pass
 
 
+def test_processes_beside_the_main_one_continue_from_a_checkpoint_and_never_write_one(tmp_path):
+    counter, beside = Counter(), Counter()
+    main, other = (Saver(tmp_path, SavingArguments(), active=active) for active in (True, False))
+    main.keep(counter, {"counter": counter})
+    other.keep(beside, {"counter": beside})
+    counter.update(1)
+    main.settle(1)
+    main.save()
+    assert other.restore(tmp_path / "step_000001") == 1 and beside.weight == counter.weight == 1
+    beside.update(2)
+    other.settle(2)
+    other.save()  # as every process does whose run fails
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+
+
 def live(
     directory,
     at_step=nothing,

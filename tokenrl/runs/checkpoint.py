@@ -150,7 +150,7 @@ class Saver:
         """
         model = self._model
         changed = any(tensor._version != version for tensor, version in self._versions)
-        if model is None or self.step == self._saved or changed:
+        if not self._active or model is None or self.step == self._saved or changed:
             return
         self.check_finite()
 
