@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -23,8 +22,7 @@ _PLACES = 6  # most decimal places of a number with its error
 FAILURES = ("policy-destroyed", "nothing-learnt")
 """Flags of a summary without which the reason why a run ended would mislead."""
 _CONTROL = r"\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"  # all but newline and tab
-_DIRECTION = r"\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
-_HARMFUL = re.compile(f"[{_CONTROL}{_DIRECTION}]")
+_HARMFUL = re.compile(rf"[{_CONTROL}\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _CELL = 60  # characters of a prompt or completion shown in a table
 
 
@@ -53,12 +51,7 @@ def rich_console(*, width: int = 110, quiet: bool = False, file: TextIO | None =
 
 
 def rich_table(
-    title: str = "",
-    left: Sequence[str] = (),
-    right: Sequence[str] = (),
-    *,
-    header: bool = True,
-    **column: Any,
+    title: str = "", left: Sequence[str] = (), right: Sequence[str] = (), header: bool = True, **column: Any
 ) -> Table:
     """Make a table of the library rich.
 
@@ -114,9 +107,7 @@ class Console:
 
     def completions_table(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Print prompt, completion, reward and advantage of each row; control characters are made visible."""
-        table = rich_table("Sample completions")
-        for column in ("prompt", "completion"):
-            table.add_column(column, overflow="fold", ratio=1)
+        table = rich_table("Sample completions", ("prompt", "completion"), overflow="fold", ratio=1)
         for column in ("reward", "advantage"):
             table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
@@ -155,12 +146,8 @@ class Console:
         if numbered:
             sys.stdout.flush()  # the table first, where both go to one place
             count = f"{len(numbered)} problem{'s' * (len(numbered) > 1)}"
-            print(
-                f"tokenrl: Check not passed: {count}. Nothing was trained.",
-                *numbered,
-                sep="\n",
-                file=sys.stderr,
-            )
+            said = f"tokenrl: Check not passed: {count}. Nothing was trained."
+            print(said, *numbered, sep="\n", file=sys.stderr)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the evaluation before and after training, and how the run ended, from summary.json."""
@@ -200,14 +187,12 @@ class Progress:
         """Prepare the line for steps after `first`; it appears on entering the context."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn
 
-        self._console, self._total, self._first, self._began = console, total, first, time.monotonic()
-        self._evaluation = ""
+        self._console, self._total, self._evaluation = console, total, ""
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[line]}"))
         self._live = RichProgress(*columns, console=console.rich, disable=not console.rich.is_terminal)
-        self._task = self._live.add_task("", total=total, line="")
+        self._live.add_task("", total=total, completed=first, line="")
 
     def __enter__(self) -> Progress:
-        self._began = time.monotonic()
         self._console.attempt(self._live.start)
         return self
 
@@ -229,11 +214,11 @@ class Progress:
             self._evaluation = f"eval {number(evaluated)}"
         parts = [f"{name} {number(metrics[name])}" for name in ("reward", "loss") if name in metrics][:1]
         parts += [self._evaluation, *_rates(metrics)]
-        if self._first < step < self._total:
-            each = (time.monotonic() - self._began) / (step - self._first)
-            parts.append(f"ETA {duration(each * (self._total - step))}")
+        self._live.update(self._live.task_ids[0], completed=step)
+        if left := self._live.tasks[0].time_remaining:
+            parts.append(f"ETA {duration(left)}")
         line = "  ".join(part for part in parts if part)
-        self._console.attempt(self._live.update, self._task, completed=step, line=line)
+        self._console.attempt(self._live.update, self._live.task_ids[0], line=line)
         plain = not self._console.rich.is_terminal
         if plain and (step % self._console.every == 0 or step in (1, self._total) or evaluated is not None):
             self._console.print(f"step {step:>{len(str(self._total))}}/{self._total}  {line}", soft_wrap=True)

@@ -6,7 +6,6 @@ string "Infinity" or "-Infinity", which `float` reads back.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -18,8 +17,6 @@ from typing import Any
 
 from tokenrl.errors import Refused, Stopped, describe
 
-_INFINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -30,21 +27,20 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         Stopped: the file could not be written (disk full, no permission); an old file is untouched.
     """
-    partial = path
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        if not (path.is_fifo() or path.is_char_device()):
-            partial = path.with_name(f".{path.name}.partial")
+        if path.is_fifo() or path.is_char_device():
+            yield path
+            return
         yield partial
-        if partial != path:
-            sync(partial)
-            os.replace(partial, path)
-            sync(path.parent)
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
     except OSError as error:
         raise not_written(path, error) from error
     finally:
-        if partial != path:
-            with suppress(OSError):  # a name too long, a folder that is gone
-                partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a name too long, a folder that is gone
+            partial.unlink(missing_ok=True)
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
@@ -62,12 +58,9 @@ def check_place(path: str | os.PathLike[str]) -> None:
 
 def not_written(path: Path, error: Exception) -> Stopped:
     """Return the error for a file or folder that could not be written, with what helps."""
+    mend = "Free space there, change the permissions, or write to another place."
     if isinstance(error, FileNotFoundError) or not path.parent.is_dir():
         mend = "It or its folder was removed or moved; leave a run's directory alone until the run has ended."
-    elif isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
-        mend = "Change the permissions, or write to another place."
-    else:
-        mend = "Free space there, or write to another place."
     return Stopped(f"{path} could not be written ({describe(error)}). {mend}")
 
 
@@ -97,25 +90,34 @@ def plain(value: Any) -> Any:
     NaN becomes None and an infinity its name. Tensors and numpy values become numbers or lists, dataclasses
     become dicts, sets sorted lists, a function its "module:name", and anything else its `str`.
     """
-    if value is None or isinstance(value, (bool, int)):
+    if isinstance(value, float) and not math.isfinite(value):
+        return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value)
+    if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):  # UTF-8 cannot hold a lone surrogate
         return value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, float):
-        return value if math.isfinite(value) else _INFINITE.get(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
+    if isinstance(value, set | frozenset):
         return sorted((plain(item) for item in value), key=str)
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
     if hasattr(value, "tolist"):  # numpy and torch, of any rank
         return plain(value.tolist())
-    if hasattr(value, "__qualname__"):
-        return f"{value.__module__}:{value.__qualname__}"
-    return str(value)
+    return f"{value.__module__}:{value.__qualname__}" if hasattr(value, "__qualname__") else str(value)
+
+
+def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return settings as numbers and texts by names such as `estimator.baseline`; a list becomes JSON."""
+    found: dict[str, Any] = {}
+    for key, value in plain(settings).items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{before}{key}.")
+        else:
+            found[before + key] = json.dumps(value) if isinstance(value, list) else value
+    return found
 
 
 def sync(path: Path) -> None:

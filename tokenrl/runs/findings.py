@@ -1,4 +1,4 @@
-"""What a rule about numbers says: a finding with its weight, and the table that rules are entered into."""
+"""What a rule about numbers says: a finding with its weight, and what helps, which several rules advise."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tokenrl.runs.facts import Facts
+from tokenrl.runs.facts import MOST, Facts
 
 Weight = Literal["watch", "act", "void"]
+Judgement = tuple[Weight | None, str] | tuple[Weight | None, str, Mapping[str, Any]]
+"""What a rule returns: the weight (None for nothing), the sentence with facts in braces, the changes."""
+RULES: list[tuple[str, Callable[[Facts], Judgement]]] = []
+"""The table: a flag and its rule, in the order in which findings are told."""
+SOLVED = "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."
 
 
 @dataclass(frozen=True)
@@ -34,20 +39,9 @@ class Finding:
         return f"{self.flag}: {self.text}"
 
 
-Judgement = tuple[Weight | None, str, Mapping[str, Any]]
-"""What a rule returns: the weight (None for nothing), the sentence with facts in braces, the changes."""
-RULES: list[tuple[str, Callable[[Facts], Judgement]]] = []
-"""The table: a flag and its rule, in the order in which findings are told."""
-
-
-def rule(flag: str) -> Callable[[Callable[[Facts], Judgement]], Callable[[Facts], Judgement]]:
+def rule(flag: str) -> Callable[[Callable[[Facts], Judgement]], None]:
     """Enter a rule into the table under a flag."""
-
-    def entered(function: Callable[[Facts], Judgement]) -> Callable[[Facts], Judgement]:
-        RULES.append((flag, function))
-        return function
-
-    return entered
+    return lambda function: RULES.append((flag, function))
 
 
 def above(
@@ -55,3 +49,37 @@ def above(
 ) -> Weight | None:
     """Return the gravest weight whose limit a number exceeds; None if it exceeds none."""
     return "void" if number > void else "act" if number > act else "watch" if number > watch else None
+
+
+def slower(facts: Facts) -> tuple[str, dict[str, float]]:
+    """Say that the learning rate is the likely cause of a loss; return that with the rate to take instead."""
+    rate, usual = facts["learning_rate"], facts.get("usual_rate", 0.0)  # 0: nobody knows
+    mend = usual if 0 < usual < rate else rate / 4
+    known = f", {'which' if mend == usual else f'although {usual:g}'} is usual here" if usual else ""
+    text = f"The learning rate, {rate:g}, is the likely cause: try --learning-rate {mend:g}{known}."
+    return text, {"learning_rate": mend}
+
+
+def remedy(facts: Facts) -> str:
+    """Say what helps most where rewards do not differ.
+
+    `pass_mark` is the reward that counts as solved; `can_warm_start` says that there are demonstrations that
+    have not been used; `uncut` says what lets completions end that are cut.
+    """
+    if "num_envs" in facts:
+        return "Reward steps towards the goal, or try more or longer episodes (--num-envs, --num-steps)."
+    if facts.get("step_reward", -math.inf) >= facts.get("pass_mark", math.inf):
+        return SOLVED
+    if facts.get("can_warm_start"):
+        return "This model cannot do the task yet: add --warm-start, to begin with the task's demonstrations."
+    if facts.get("step_cut", 0) >= MOST:
+        return (
+            "{step_cut:.0%} of completions are cut at {max_completion_length} tokens, before an end: {uncut}"
+        )
+    text = "Use prompts that the policy sometimes solves, a graded reward, demonstrations (tokenrl sft), "
+    return text + "or more generations per prompt."
+
+
+def doubled(facts: Facts, *names: str) -> dict[str, Any]:
+    """Return twice the value of the first of some settings that the command has."""
+    return next(({name: 2 * facts[name]} for name in names if name in facts), {})

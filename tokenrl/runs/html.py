@@ -49,11 +49,11 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> Path:
     """
     from jinja2 import Environment, FileSystemLoader
 
-    kept = [section._replace(blocks=[block for block in section.blocks if block]) for section in sections]
     loader = FileSystemLoader(str(files(__package__)))
     page = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    shown = page.get_template("page.html").render(title=title, sections=[s for s in kept if s.blocks])
-    write_text(path, shown + "\n")
+    page.filters |= {"number": number, "svg": lambda chart, size: svg(chart, *size)}
+    shown = [section for section in sections if any(section.blocks)]
+    write_text(path, page.get_template("page.html").render(title=title, sections=shown) + "\n")
     return path
 
 
@@ -69,11 +69,8 @@ def verdict(headline: str, sentences: Sequence[str], caveats: Sequence[str]) -> 
 
 def run_list(names: Mapping[str, str], links: Mapping[str, str]) -> Block:
     """List names in the colours of their curves, with words on each, and links for those that have one."""
-    items = [
-        {"name": name, "words": words, "link": links.get(name), "curve": Curve((), (), colour=place)}
-        for place, (name, words) in enumerate(names.items(), start=1)
-    ]
-    return {"kind": "runs", "items": items}
+    curves = [Curve((), (), name, colour) for colour, name in enumerate(names, start=1)]
+    return {"kind": "runs", "curves": curves, "words": names, "links": links}
 
 
 def cards(items: Mapping[str, tuple[str, str]]) -> Block:
@@ -105,23 +102,15 @@ def drawings(charts: Sequence[Chart | Forest]) -> Block:
 
     Charts without any point are left out.
     """
-    shown = [chart for chart in charts if isinstance(chart, Forest) or chart.drawn]
-    return {"kind": "drawings", "items": [_drawing(chart) for chart in shown]} if shown else {}
-
-
-def _drawing(chart: Chart | Forest) -> dict[str, Any]:
-    if isinstance(chart, Forest):
-        height = 40 + 60 * len(chart.rows)
-        sizes = {"broad": (1000, height), "narrow": (360, height)}
-    else:
+    shown = []
+    for chart in charts:
         sizes = {"broad": (1000, 300), "narrow": (360, 230)} if chart.large else {"small": (280, 140)}
-    legend = [] if isinstance(chart, Forest) else [curve for curve in chart.drawn if curve.name]
-    return {
-        "chart": chart,
-        "legend": legend,
-        "told": isinstance(chart, Chart) and chart.last,
-        "pictures": {name: svg(chart, *size) for name, size in sizes.items()},
-    }
+        if isinstance(chart, Forest):
+            sizes = {name: (width, 40 + 60 * len(chart.rows)) for name, (width, _) in sizes.items()}
+        elif not chart.drawn:
+            continue
+        shown.append((chart, sizes))
+    return {"kind": "drawings", "charts": shown} if shown else {}
 
 
 def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
@@ -130,40 +119,27 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
     Args:
         rows: texts and numbers of each completion by name. A number that only some have is missing in others.
     """
-    if not rows:
-        return {}
     names = dict.fromkeys(name for row in rows for name in row)
-    numbers = (int, float, type(None))
-    numeric = [name for name in names if all(isinstance(row.get(name), numbers) for row in rows)]
+    numeric = [name for name in names if all(isinstance(row.get(name), int | float | None) for row in rows)]
     samples = [_sample(row, numeric) for row in rows]
     last = [one for one, row in zip(samples, rows, strict=True) if row.get("step") == rows[-1].get("step")]
-    return {"kind": "completions", "all": samples, "some": last[:_OPEN], "numeric": numeric}
+    found = {"kind": "completions", "all": samples, "some": last[:_OPEN], "numeric": numeric}
+    return found if rows else {}
 
 
-def _sample(row: Mapping[str, Any], numeric: Sequence[str]) -> dict[str, Any]:
-    """Return the texts of a completion, each as messages with roles, and its numbers as text and as JSON."""
-    texts = {
-        name: _messages(str(value))
-        for name, value in row.items()
-        if name not in numeric and value is not None
-    }
-    known = {name: row[name] for name in numeric if row.get(name) is not None}
-    return {
-        "texts": texts,
-        "numbers": {name: number(value) for name, value in known.items()},
-        "data": json.dumps({name: plain(float(value)) for name, value in known.items()}),
-    }
+def _sample(row: Mapping[str, Any], numeric: Sequence[str]) -> Block:
+    """Return the texts of a completion, each as messages with roles, and its numbers."""
+    known = {name: value for name, value in row.items() if value is not None}
+    texts = {name: _messages(str(value)) for name, value in known.items() if name not in numeric}
+    return {"texts": texts, "numbers": {name: plain(float(known[name])) for name in numeric if name in known}}
 
 
 def _messages(text: str) -> list[tuple[str, str]]:
     """Return roles and contents of the chat messages that a text holds as JSON, or else the text itself."""
     try:
-        found = json.loads(text) if text.startswith("[{") else None
-        messages = [(str(message["role"]), message["content"]) for message in found or ()]
+        found = json.loads(text) if text.startswith("[{") else []
+        found = [(str(message["role"]), message["content"]) for message in found]
     except (ValueError, TypeError, KeyError):
-        messages = []
-    whole = [
-        (role, content if isinstance(content, str) else json.dumps(content, ensure_ascii=False))
-        for role, content in messages or [("", text)]
-    ]
-    return [(harmless(role), harmless(content)) for role, content in whole]
+        found = []
+    found = found or [("", text)]
+    return [(harmless(role), harmless(t if isinstance(t, str) else json.dumps(t))) for role, t in found]

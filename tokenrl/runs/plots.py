@@ -18,15 +18,21 @@ from tokenrl.runs.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # The palette of Okabe and Ito, darkened so that it can be read as text; it differs for every colour vision.
 PALETTE = {"ink": "#1d1d1f", "soft": "#5f5f66", "line": "#dcdce0", "c0": "#77777f", "c1": "#0072b2",
            "c2": "#c24e00", "c3": "#007a58", "c4": "#9b3d7a", "c5": "#806200", "c6": "#3b4cc0"}  # fmt: skip
 """Colours on white by the names that page.css gives them; c0 is grey, c1 to c6 tell curves apart."""
 COLOURS = 6
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 10, 24  # pixels around the axes of an SVG
-_BESIDE = ("axes fraction", "data")  # coordinates of a text at a height of the data
+# In an SVG text stays text, in the font of the page, and ids come from the content: the bytes are stable.
+_LOOK: Any = {
+    **{"svg.fonttype": "none", "svg.hashsalt": "page", "font.sans-serif": ["DejaVu Sans"], "font.size": 11},
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
+    **{f"{axis}tick.major.size": 0 for axis in "xy"},
+    **{f"{axis}tick.color": PALETTE["soft"] for axis in "xy"},
+    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": PALETTE["line"], "grid.linewidth": 1},
+    **{"axes.axisbelow": True, "legend.frameon": False, "xtick.major.pad": 6, "ytick.major.pad": 6},
+}
 
 
 class Curve(NamedTuple):
@@ -76,10 +82,8 @@ class Curve(NamedTuple):
             axes.plot(self.x, self.y, linewidth=1, alpha=0.35, **look)
         if self.dots or len(self.y) == 1:  # a line through one point would not be seen
             look |= {"marker": "o", "markersize": 5, "markeredgewidth": 0}
-        style = (0, (4, 2)) if self.dashed else "-"
-        axes.plot(
-            self.x, averaged, linewidth=2, linestyle=style, label=_literal(f"{self.name} {self.last}"), **look
-        )
+        look |= {"linewidth": 2, "linestyle": (0, (4, 2)) if self.dashed else "-"}
+        axes.plot(self.x, averaged, label=_literal(f"{self.name} {self.last}"), **look)
 
 
 class Chart(NamedTuple):
@@ -120,14 +124,16 @@ class Chart(NamedTuple):
         left, right = 0 if self.whole else min(x), max(x)
         axes.set_xlim(left, right if right > left else left + 1)
         axes.set_ylim(0 if min(y) >= 0 else min(ends) - margin, max(ends) + margin)
-        _scale_up(axes, 5 if self.large else 3)
-        _scale_across(axes, 8 if self.large else 4, self.whole, self.places)
+        _scale(axes, "y", 5 if self.large else 4)
+        _scale(axes, "x", 8 if self.large else 4, self.whole)
+        if self.places is not None:
+            axes.set_xticks(list(self.places), list(self.places.values()))
         for curve in self.drawn:
             curve.draw(axes)
         if self.mark is not None:
             name, value = self.mark
             axes.axhline(value, color=PALETTE["c3"], linewidth=1.5, linestyle=(0, (5, 3)), clip_on=False)
-            _write(axes, f"{name}: {number(value)}", (0, value), (4, 4), "c3", xycoords=_BESIDE)
+            _write(axes, f"{name}: {number(value)}", value, (4, 4), "c3")
 
 
 class Difference(NamedTuple):
@@ -154,17 +160,14 @@ class Difference(NamedTuple):
     def draw(self, axes: Axes, place: float) -> None:
         """Draw name and result above the bars, in the line of a forest plot that begins at a height."""
         colour = Curve((), (), colour=self.colour).variable
-        _write(axes, self.name, (0, place), (0, -14), "ink", xycoords=_BESIDE, weight="bold")
-        _write(axes, self.said, (0, place), (0, -29), colour, xycoords=_BESIDE)
-        look: dict[str, Any] = {"color": PALETTE[colour], "clip_on": False}
-        dots = look | {"linestyle": "", "marker": "o", "markeredgewidth": 0}
-        height = place + 0.72
-        if all(map(math.isfinite, self.outer)):
-            axes.plot(self.outer, [height] * 2, linewidth=2, **look)
-        if all(map(math.isfinite, self.inner)):
-            axes.plot(self.inner, [height] * 2, linewidth=6, alpha=0.55, **look)
-        axes.plot([self.value], [height], markersize=9, **dots)
-        axes.plot(self.points, [place + 0.9] * len(self.points), markersize=4, alpha=0.5, **dots)
+        _write(axes, self.name, place, (0, -14), "ink", weight="bold")
+        _write(axes, self.said, place, (0, -29), colour)
+        look: dict[str, Any] = {"color": PALETTE[colour], "clip_on": False, "markeredgewidth": 0}
+        for ends, style in ((self.outer, {"linewidth": 2}), (self.inner, {"linewidth": 6, "alpha": 0.55})):
+            if all(map(math.isfinite, ends)):
+                axes.plot(ends, [place + 0.72] * 2, **style, **look)
+        axes.plot([self.value], [place + 0.72], "o", markersize=9, **look)
+        axes.plot(self.points, [place + 0.9] * len(self.points), "o", markersize=4, alpha=0.5, **look)
 
 
 class Forest(NamedTuple):
@@ -191,7 +194,8 @@ class Forest(NamedTuple):
         space = 0.05 * (max(ends) - min(ends)) or 1.0
         axes.set_xlim(min(ends) - space, max(ends) + space)
         axes.set_ylim(len(self.rows), 0)
-        _scale_across(axes, 5)
+        _scale(axes, "x", 5)
+        axes.set_yticks([])
         if self.margin is not None:
             axes.axvspan(-self.margin, self.margin, color=PALETTE["line"], alpha=0.6, linewidth=0)
         axes.axvline(0, color=PALETTE["soft"], linewidth=1)
@@ -210,21 +214,18 @@ def svg(drawing: Chart | Forest, width: int, height: int) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    left = _LEFT if isinstance(drawing, Chart) else 4
-    # Text stays text, in the font of the page; ids come from the content, so that a page has stable bytes.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "page", "font.sans-serif": ["DejaVu Sans"]}):
+    left, right, top, bottom = 44 if isinstance(drawing, Chart) else 4, 14, 10, 24  # pixels around the axes
+    with rc_context(_LOOK):
         figure = Figure((width / 72, height / 72), dpi=72)
-        axes = figure.add_axes((left / width, _BOTTOM / height, 1 - (left + _RIGHT) / width,
-                                1 - (_TOP + _BOTTOM) / height))  # fmt: skip
-        axes.set_axis_off()
-        drawing.draw(axes)
-        file = StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        size = 1 - (left + right) / width, 1 - (top + bottom) / height
+        drawing.draw(figure.add_axes((left / width, bottom / height, *size)))
+        file, nothing = StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     inside = file.getvalue().partition("<svg")[2].partition(">")[2]
     for name, colour in PALETTE.items():
         inside = inside.replace(colour, f"var(--{name})")
-    return f'<svg viewBox="0 0 {width} {height}">{re.sub(r"<g id=.*?>", "<g>", inside)}'
+    inside = re.sub(r"<g id=[^>]*?(/?)>", r"<g\1>", inside)
+    return f'<svg viewBox="0 0 {width} {height}">{inside}'
 
 
 def picture(path: Path, charts: Sequence[Chart], *, title: str, subtitle: str = "") -> Path:
@@ -235,35 +236,28 @@ def picture(path: Path, charts: Sequence[Chart], *, title: str, subtitle: str = 
         charts: the charts; those without any point are left out.
         title: heading of the figure.
         subtitle: a line of small print below the title.
+
+    Raises:
+        Stopped: the file could not be written; an old one is untouched.
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     charts = [chart for chart in charts if chart.drawn]
-    figure = Figure(figsize=(12, 6), dpi=100, facecolor="white")
-    figure.text(0.05, 0.92, _literal(title), fontsize=18, fontweight="bold", color=PALETTE["ink"])
-    figure.text(0.05, 0.87, _literal(subtitle), fontsize=11.5, color=PALETTE["soft"])
-    grid = figure.add_gridspec(1, max(1, len(charts)), left=0.05, right=0.97, top=0.71, bottom=0.07)
-    for column, chart in enumerate(charts):
-        axes = figure.add_subplot(grid[column])
-        axes.set_axis_off()
-        chart.draw(axes)
-        _write(axes, f"{chart.name}, {chart.unit}", (0, 1), (0, 34), "ink", xycoords="axes fraction")
-        if any(curve.name for curve in chart.drawn):
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2)
-    save_figure(figure, path)
+    with rc_context(_LOOK):
+        figure = Figure(figsize=(12, 6), dpi=100, facecolor="white")
+        figure.text(0.05, 0.92, _literal(title), fontsize=18, fontweight="bold", color=PALETTE["ink"])
+        figure.text(0.05, 0.87, _literal(subtitle), fontsize=11.5, color=PALETTE["soft"])
+        grid = figure.add_gridspec(1, max(1, len(charts)), left=0.05, right=0.97, top=0.71, bottom=0.07)
+        for column, chart in enumerate(charts):
+            axes = figure.add_subplot(grid[column])
+            chart.draw(axes)
+            axes.set_title(_literal(f"{chart.name}, {chart.unit}"), loc="left", pad=34, size=11)
+            if any(curve.name for curve in chart.drawn):
+                axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+        with replacing(path) as partial:  # without a name of its maker, which differs between versions
+            figure.savefig(partial, format="png", metadata={"Software": None})
     return path
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of the file's suffix, else PNG; the same figure gives the same bytes.
-
-    Raises:
-        Stopped: the figure could not be written; an old file is untouched.
-    """
-    kind = path.suffix[1:] or "png"
-    with replacing(path) as partial:
-        # Without this a PNG would name the version of matplotlib, and differ between versions.
-        figure.savefig(partial, format=kind, metadata={"Software": None} if kind == "png" else None)
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -273,36 +267,18 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
 
 
-def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
-    """Return round numbers between two ends of an axis, about `most` of them; only whole ones if asked."""
-    from matplotlib.ticker import MaxNLocator
-
-    found = MaxNLocator(most, integer=whole).tick_values(low, high)
-    return [tick for tick in map(float, found) if low <= tick <= high]
-
-
-# A scale is made of lines and texts alone: an axis of matplotlib takes half of the time of a figure.
-def _scale_up(axes: Axes, most: int) -> None:
-    for tick in ticks(*axes.get_ylim(), most):
-        axes.axhline(tick, color=PALETTE["line"], linewidth=1, zorder=0, clip_on=False)
-        where = {"xycoords": _BESIDE, "ha": "right", "va": "center_baseline"}
-        _write(axes, f"{tick:g}", (0, tick), (-6, 0), "soft", **where)
-
-
-def _scale_across(
-    axes: Axes, most: int, whole: bool = False, places: Mapping[float, str] | None = None
-) -> None:
-    where = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "top"}
-    for tick, text in (places or {x: f"{x:g}" for x in ticks(*axes.get_xlim(), most, whole)}).items():
-        _write(axes, text, (tick, 0), (0, -8), "soft", **where)
+def _scale(axes: Axes, axis: Any, most: int, whole: bool = False) -> None:
+    """Let an axis name about `most` round numbers; only whole ones if asked."""
+    axes.locator_params(axis, nbins=most, integer=whole)
+    getattr(axes, f"{axis}axis").set_major_formatter("{x:g}")
 
 
 def _write(
-    axes: Axes, text: str, place: tuple[float, float], shift: tuple[float, float], colour: str, **look: Any
+    axes: Axes, text: str, height: float, shift: tuple[float, float], colour: str, **look: Any
 ) -> None:
-    """Write a text at a place, shifted by points to the right and up."""
-    look = {"size": 11, "textcoords": "offset points", "annotation_clip": False, **look}
-    axes.annotate(_literal(text), place, shift, color=PALETTE[colour], **look)
+    """Write a text at the left end of a height of the data, shifted by points to the right and up."""
+    look |= {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
+    axes.annotate(_literal(text), (0, height), shift, color=PALETTE[colour], **look)
 
 
 def _literal(text: str) -> str:

@@ -78,8 +78,8 @@ class RecordedRun:
         """Name and value of a line to reach: where a task counts as solved, or a reward model's ceiling."""
         ceiling = (self.summary.get("eval_after") or {}).get("noise_ceiling")
         for name, value in (("solved", self.config.get("solved")), ("gold reward on these labels", ceiling)):
-            if isinstance(value, (int, float)):
-                return name, float(value)
+            if (number := finite(value)) is not None:
+                return name, number
         return None
 
     @cached_property
@@ -95,11 +95,10 @@ class RecordedRun:
         A run that ends early is evaluated after its last step's row was written; then summary.json alone has
         that evaluation.
         """
-        found = [
-            {"step": row["step"], **{n.removeprefix("eval_"): v for n, v in row.items() if n[:5] == "eval_"}}
-            for row in self.metrics
-        ]
-        found = [row for row in found if len(row) > 1]
+        found = []
+        for row in self.metrics:
+            if measured := {n.removeprefix("eval_"): v for n, v in row.items() if n.startswith("eval_")}:
+                found.append({"step": row["step"], **measured})
         last, steps = self.summary.get("eval_after"), self.summary.get("steps")
         if last and steps is not None and (not found or found[-1]["step"] < steps):
             found.append({"step": steps, **last})
@@ -136,24 +135,22 @@ def read_run(run: str | os.PathLike[str]) -> RecordedRun:
 
 def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Return the steps at which a metric is a finite number, and those numbers."""
-    steps, values = [], []
-    for row in rows:
-        try:
-            value = float(row[name])
-        except (KeyError, TypeError, ValueError, OverflowError):
-            continue
-        if math.isfinite(value):
-            steps.append(int(row["step"]))
-            values.append(value)
-    return steps, values
+    found = [(int(row["step"]), value) for row in rows if (value := finite(row.get(name))) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def finite(value: Any) -> float | None:
+    """Return a value of a file as a number; None if it is none, or not finite."""
+    try:
+        return number if math.isfinite(number := float(value)) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _object(path: Path) -> dict[str, Any]:
     """Read config.json or summary.json; empty if the file is missing."""
     try:
         found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}, not an object")
-    except (OSError, ValueError, RecursionError) as error:
+        return dict(found.items())
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise Refused(f"{path} is damaged ({error}). Mend or remove it, and the run can be shown.") from error
-    return found

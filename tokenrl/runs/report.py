@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,50 +9,34 @@ from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
+import tokenrl.runs.html as html
 from tokenrl.configuration import RECORDED
 from tokenrl.errors import Refused, describe
+from tokenrl.runs.checkpoint import step_of
 from tokenrl.runs.console import ending, number, visible, with_errors
-from tokenrl.runs.files import check_place
-from tokenrl.runs.html import (
-    Block,
-    Section,
-    cards,
-    completions,
-    drawings,
-    paragraph,
-    preformatted,
-    run_list,
-    table,
-    write_page,
-)
+from tokenrl.runs.files import check_place, flat
 from tokenrl.runs.metrics import read_completions
 from tokenrl.runs.plots import Chart, Curve, picture
 from tokenrl.runs.reader import RecordedRun, read_run, series
 
 Rows = Sequence[Mapping[str, Any]]
 
-_FROM_PYTHON = (
-    "Started from Python, with functions or objects that no command can name: run that program again."
-)
+_FROM_PYTHON = "Started from Python, with functions or objects that have no name: run that program again."
 _CAUTION = (
     "Each column is one run. A standard error is over the held-out prompts, pairs or episodes of that run; "
-    "it does not say how much a run would differ with another seed. So a difference between two runs says "
-    "nothing yet about their settings: repeat each setting with several seeds before you conclude."
+    "so a difference between two runs says nothing yet about their settings: repeat each setting with several "
+    "seeds before you conclude."
 )
 _CURVES = (
     "By step (update; 0 is before training). Faint lines are single steps, the lines in them running means; "
     "dots are evaluations, with bands of ± one standard error where it is known."
 )
-_REWARD = (
-    "reward",
-    "mean",
-    {"reward": "training", "eval_reward": "held-out sampled", "eval_reward_greedy": "held-out greedy"},
-)
+_REWARD = ("reward", "mean", {"reward": "training", "eval_reward": "held-out sampled",
+                              "eval_reward_greedy": "held-out greedy"})  # fmt: skip
+_ACCURACY = {"accuracy": "training batch", "eval_accuracy": "held out"}
 _LARGE = {
     "sft": (("loss", "nats per token", {"loss": "training"}), _REWARD),
-    "reward-model": (
-        ("accuracy", "share of pairs", {"accuracy": "training batch", "eval_accuracy": "held out"}),
-    ),
+    "reward-model": (("accuracy", "share of pairs", _ACCURACY),),
 }
 """The large charts of a kind of run (of other kinds the reward): name, unit, and metrics with their names."""
 _DIAGNOSTICS = (
@@ -92,14 +75,12 @@ def report_from_directory(run: str | Path) -> Path:
     try:
         about = {"title": found.title, "subtitle": ending(found.summary), "kind": found.kind}
         learning_curve(found.path / "learning_curve.png", found.metrics, mark=found.mark, **about)
-        return write_page(page, found.title, list(_sections(found)))
-    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+        return html.write_page(page, found.title, list(_sections(found)))
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, Refused):
             raise
-        raise Refused(
-            f"A file of {run} holds what no run writes ({describe(error)}). Mend or remove it, and the run "
-            "can be shown."
-        ) from error
+        fault = f"{found.path / 'summary.json'} holds what no run writes ({describe(error)})"
+        raise Refused(f"{fault}. Mend or remove it, and the run can be shown.") from error
 
 
 def learning_curve(
@@ -125,30 +106,27 @@ def learning_curve(
     return picture(path, charts, title=title, subtitle=subtitle)
 
 
-def _sections(run: RecordedRun) -> Iterator[Section]:
+def _sections(run: RecordedRun) -> Iterator[html.Section]:
     config, summary = run.config, run.summary
     settings = {key: value for key, value in config.items() if key not in ("versions", "command")}
     command = config.get("command", f"tokenrl {run.kind} --config {run.path / 'config.json'}") or _FROM_PYTHON
+    words = " ".join(map(str, command)) if isinstance(command, list) else str(command)
     warm = (summary.get("warm_started") or {}).get("in_words")
-    yield Section(
-        "",
-        [
-            paragraph(ending(summary), "soft"),
-            paragraph(str(summary.get("verdict", "")), "strong"),
-            paragraph(f"Warm start on demonstrations: {warm}." if warm else ""),
-        ],
-    )
+    told = html.paragraph(f"Warm start on demonstrations: {warm}." if warm else "")
+    verdict = html.paragraph(str(summary.get("verdict", "")), "strong")
+    yield html.Section("", [html.paragraph(ending(summary), "soft"), verdict, told])
     before, after = (with_errors(_told_once(summary.get(name))) for name in ("eval_before", "eval_after"))
-    both = {name: (before.get(name, "-"), after.get(name, "-")) for name in dict.fromkeys([*before, *after])}
-    yield Section("Held-out evaluation, before → after training (± standard error)", [cards(both)])
+    both = {name: (before.get(name, "-"), after.get(name, "-")) for name in before | after}
+    yield html.Section("Held-out evaluation, before → after training (± standard error)", [html.cards(both)])
     yield _learning("Learning curve", _charts({"": run.metrics}, run.kind, run.mark))
-    yield Section("Diagnostics", [_diagnostics(run.metrics)])
-    words = command if isinstance(command, str) else " ".join(map(str, command))
-    yield Section("To repeat", [preformatted(words)])
-    yield Section("How the model was asked", [_asked(config)])
-    yield Section("Configuration", [preformatted(settings)], closed=True)
-    yield Section("Versions", [preformatted(config.get("versions", {}))], closed=True)
-    yield Section("Completions", [completions(_completions(run.path / "completions"))])
+    yield html.Section("Diagnostics", [_diagnostics(run.metrics)])
+    yield html.Section("To repeat", [html.preformatted(words)])
+    asked = {name: config.get(name) for name in ("system_prompt", "chat", "chat_template_kwargs", "stop")}
+    rows = [[name, visible(str(value))] for name, value in asked.items() if value]
+    yield html.Section("How the model was asked", [html.table(("setting", "value"), rows, "words")])
+    yield html.Section("Configuration", [html.preformatted(settings)], closed=True)
+    yield html.Section("Versions", [html.preformatted(config.get("versions", {}))], closed=True)
+    yield html.Section("Completions", [html.completions(_completions(run.path / "completions"))])
 
 
 def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.html") -> Path:
@@ -174,31 +152,29 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.ht
         raise Refused(f"Runs of different kinds have no curve in common: {named}. Compare runs of one kind.")
     output = Path(output)
     check_place(output)
+    pages = {name: run.path / "report.html" for name, run in found.items()}
     links = {
-        name: quote(Path(os.path.relpath(run.path / "report.html", output.parent)).as_posix())
-        for name, run in found.items()
-        if (run.path / "report.html").is_file()
+        name: quote(Path(os.path.relpath(page, output.parent)).as_posix())
+        for name, page in pages.items()
+        if page.is_file()
     }
     about = {name: f"{run.title}; {ending(run.summary)}" for name, run in found.items()}
     marks = {run.mark for run in found.values()}
     mark = marks.pop() if len(marks) == 1 else None
     charts = _charts({name: run.metrics for name, run in found.items()}, next(iter(kinds)), mark)
-    return write_page(
-        output,
-        f"Comparison of {len(found)} runs",
-        [
-            Section("", [paragraph(_CAUTION, "soft")]),
-            Section("Runs", [run_list(about, links)]),
-            Section("Final numbers (± standard error)", [_final_numbers(found)]),
-            Section("Settings that differ", _differences(found)),
-            _learning("Learning curves", charts),
-        ],
-    )
+    sections = [
+        html.Section("", [html.paragraph(_CAUTION, "soft")]),
+        html.Section("Runs", [html.run_list(about, links)]),
+        html.Section("Final numbers (± standard error)", [_final_numbers(found)]),
+        html.Section("Settings that differ", _differences(found)),
+        _learning("Learning curves", charts),
+    ]
+    return html.write_page(output, f"Comparison of {len(found)} runs", sections)
 
 
-def _learning(heading: str, charts: Sequence[Chart]) -> Section:
-    drawn = drawings(charts)
-    return Section(heading, [paragraph(_CURVES, "soft"), drawn] if drawn else [])
+def _learning(heading: str, charts: Sequence[Chart]) -> html.Section:
+    drawn = html.drawings(charts)
+    return html.Section(heading, [html.paragraph(_CURVES, "soft"), drawn] if drawn else [])
 
 
 def _charts(runs: Mapping[str, Rows], kind: str, mark: tuple[str, float] | None) -> list[Chart]:
@@ -217,8 +193,7 @@ def _charts(runs: Mapping[str, Rows], kind: str, mark: tuple[str, float] | None)
             (rows,) = runs.values()
             curves = [_curve(rows, key, label, place) for place, (key, label) in enumerate(metrics.items())]
             charts.append(Chart(name, unit, curves, large=True, mark=line))
-            continue
-        for key, label in metrics.items():
+        for key, label in metrics.items() if len(runs) > 1 else ():
             curves = [_curve(rows, key, run, place) for place, (run, rows) in enumerate(runs.items(), 1)]
             charts.append(Chart(f"{name}: {label}", unit, curves, large=True, mark=line))
     for key, name, unit, _ in _DRAWN:
@@ -243,12 +218,11 @@ def _told_once(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return metrics without those of a single reward function, which repeat those of the reward itself."""
     metrics = dict(metrics or {})
     names = [name for name in metrics if name.startswith("rewards/")]
-    if len({name.split("/")[1] for name in names}) > 1:
-        return metrics
-    return {k: value for k, value in metrics.items() if k not in names or value != metrics.get("reward")}
+    repeated = names if len({name.split("/")[1] for name in names}) == 1 else []
+    return {k: value for k, value in metrics.items() if k not in repeated or value != metrics.get("reward")}
 
 
-def _diagnostics(metrics: Rows) -> Block:
+def _diagnostics(metrics: Rows) -> html.Block:
     rows = []
     for key, name, unit, more in _DIAGNOSTICS:
         _, values = series(metrics, key)
@@ -258,14 +232,7 @@ def _diagnostics(metrics: Rows) -> Block:
         if values:
             numbers = (values[0], values[-1], min(values), max(values))
             rows.append([name, *map(number, numbers), unit + more])
-    return table(("", "first", "last", "lowest", "highest", "what it says"), rows, "words")
-
-
-def _asked(config: Mapping[str, Any]) -> Block:
-    """Return the form of prompts, where it was set: system prompt, chat form, and what ends completions."""
-    names = ("system_prompt", "chat", "chat_template_kwargs", "stop")
-    rows = [[name, json.dumps(config[name], ensure_ascii=False)] for name in names if config.get(name)]
-    return table(("setting", "value"), rows, "words")
+    return html.table(("", "first", "last", "lowest", "highest", "what it says"), rows, "words")
 
 
 def _completions(folder: Path) -> list[dict[str, Any]]:
@@ -274,23 +241,18 @@ def _completions(folder: Path) -> list[dict[str, Any]]:
     Args:
         folder: `completions/` of a run directory; it may be missing.
     """
-    files = [file for file in folder.glob("step_*.parquet") if file.stem[5:].isdecimal()]
-    files.sort(key=lambda file: int(file.stem[5:]))
+    files = sorted((f for f in folder.glob("step_*.parquet") if f.stem[5:].isdecimal()), key=step_of)
     apart = (len(files) - 1) / (_STEPS - 1)
     kept = files if apart <= 1 else [files[round(i * apart)] for i in range(_STEPS)]
-    return [
-        {"step": int(file.stem[5:]), **_told_once(row), "characters": sum(map(len, _answers(row)))}
-        for file in kept
-        for row in read_completions(file)[:_ROWS]
-    ]
+    found = []
+    for file in kept:
+        for row in read_completions(file)[:_ROWS]:
+            answers = [text for name, text in row.items() if isinstance(text, str) and name != "prompt"]
+            found.append({"step": step_of(file), **_told_once(row), "characters": sum(map(len, answers))})
+    return found
 
 
-def _answers(row: Mapping[str, Any]) -> list[str]:
-    """Return what was completed: all texts but the prompt."""
-    return [text for name, text in row.items() if isinstance(text, str) and name != "prompt"]
-
-
-def _final_numbers(runs: Mapping[str, RecordedRun]) -> Block:
+def _final_numbers(runs: Mapping[str, RecordedRun]) -> html.Block:
     columns = {name: with_errors(_told_once(run.summary.get("eval_after"))) for name, run in runs.items()}
     for name, run in runs.items():
         if run.summary.get("loss_after") is not None:
@@ -298,32 +260,24 @@ def _final_numbers(runs: Mapping[str, RecordedRun]) -> Block:
     return _side_by_side(columns)
 
 
-def _differences(runs: Mapping[str, RecordedRun]) -> list[Block]:
+def _differences(runs: Mapping[str, RecordedRun]) -> list[html.Block]:
     """Show the settings in which runs differ, and warn where their rewards cannot be compared."""
-    settings = {name: _flat(run.config) for name, run in runs.items()}
+    kept = {
+        name: {k: v for k, v in run.config.items() if k not in _NOT_COMPARED} for name, run in runs.items()
+    }
+    settings = {name: {k: visible(str(v)) for k, v in flat(config).items()} for name, config in kept.items()}
     names = sorted({key for column in settings.values() for key in column})
     differ = [key for key in names if len({column.get(key) for column in settings.values()}) > 1]
     if not differ:
-        return [paragraph("None: the runs have the same settings.")]
+        return [html.paragraph("None: the runs have the same settings.")]
     apart = " and ".join(key for key in ("task", "reward", "env", "data") if key in differ)
     warning = f"The runs differ in {apart}, so their numbers do not measure the same." if apart else ""
     shown = {name: {key: column.get(key, "-") for key in differ} for name, column in settings.items()}
-    return [paragraph(warning, "strong"), _side_by_side(shown)]
+    return [html.paragraph(warning, "strong"), _side_by_side(shown)]
 
 
-def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, str]:
-    """Return settings as text by name; those of an estimator are named as its flags are."""
-    found: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{before}{key}.")
-        elif before or key not in _NOT_COMPARED:
-            found[before + key] = visible(str(value))
-    return found
-
-
-def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> Block:
+def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> html.Block:
     """Make a table with a column per run; what a run lacks is a dash."""
     names = dict.fromkeys(name for column in columns.values() for name in column)
     rows = [[name, *(column.get(name, "-") for column in columns.values())] for name in names]
-    return table(["", *columns], rows, "wide")
+    return html.table(["", *columns], rows, "wide")

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
 from tokenrl.runs.facts import MOST, Facts, signs
-from tokenrl.runs.findings import RULES, Finding, Judgement, Weight, above, rule
-from tokenrl.runs.remedies import SOLVED, doubled, remedy, slower
+from tokenrl.runs.findings import RULES, SOLVED, Finding, Judgement, above, doubled, remedy, rule, slower
 
 LEAST_ENTROPY = 0.1
 """In nats per action; below it a policy over discrete actions nearly always chooses the same one."""
@@ -34,12 +34,10 @@ def judge(given: Mapping[str, Any]) -> list[Finding]:
     """Return what the rules find whose facts are given; a fact that is None or nan counts as missing."""
     facts, findings = {k: v for k, v in given.items() if v is not None and v == v}, []
     for flag, function in RULES:
-        try:
-            weight, text, changes = function(facts)
+        with suppress(KeyError):  # a fact that is missing
+            weight, text, *changes = function(facts)
             if weight is not None:
-                findings.append(Finding(flag, weight, text.format_map(facts), changes))
-        except KeyError:  # a fact that is missing
-            continue
+                findings.append(Finding(flag, weight, text.format_map(facts), *changes))
     return findings
 
 
@@ -80,13 +78,12 @@ def entropy_collapsed(facts: Facts) -> Judgement:
     they are not divided by it. Readers leave `recent_entropy` out for a Gaussian head: the entropy of a
     density may be negative.
     """
-    text = "the policy has an entropy of {recent_entropy:.3g} nats per action and no entropy bonus: it makes "
-    text += "nearly always the same choice. Unless there is one right answer, and the reward is good, set "
-    text += "--estimator.entropy-coef (0.01 is a start; to leave a trap takes more) or a lower learning rate."
+    text = "the policy has an entropy of {recent_entropy:.3g} nats per action: it makes nearly always the "
+    text += "same choice. Unless that is right, set --estimator.entropy-coef or a lower learning rate."
     if facts["recent_entropy"] >= LEAST_ENTROPY or facts.get("has_entropy_bonus"):
-        return None, text, {}
+        return None, text
     if facts.get("is_solved"):
-        return "watch", text, {}
+        return "watch", text
     unit = (facts.get("early_spread") or 1.0) * facts.get("reward_scale", 1.0)
     bonus = float(f"{BONUS * unit:.1g}") if facts.get("scale") == "none" and "num_envs" in facts else BONUS
     return "act", text, {"estimator.entropy_coef": bonus}
@@ -98,15 +95,15 @@ def no_exploration(facts: Facts) -> Judgement:
     is_low = facts["early_entropy"] < LEAST_ENTROPY and not facts.get("has_entropy_bonus")
     text = "In the first tenth of the steps the entropy was {early_entropy:.3g} nats per action, and the "
     text += "reward gained {gain:+.2g}. Lower the learning rate, or set --estimator.entropy-coef."
-    return "void" if is_low and facts["gain"] <= 0 else None, text, {}
+    return "void" if is_low and facts["gain"] <= 0 else None, text
 
 
 @rule("no-entropy")
 def no_entropy(facts: Facts) -> Judgement:
     """The policy to be trained nearly always writes the same completion."""
-    text = "The policy's entropy is {step_entropy:.2g} nats per token: it nearly always writes the same, so "
-    text += "there is little to compare. Raise --temperature, or take a model that was trained less."
-    return above(-facts["step_entropy"], watch=-LEAST_ENTROPY, void=-0.01), text, {}
+    text = "The policy's entropy is {step_entropy:.2g} nats per token: it nearly always writes the same. "
+    text += "Raise --temperature, or take a model that was trained less."
+    return above(-facts["step_entropy"], watch=-LEAST_ENTROPY, void=-0.01), text
 
 
 @rule("sampling-differs")
@@ -116,9 +113,8 @@ def sampling_differs(facts: Facts) -> Judgement:
     Float32 gives a gap of about 1e-6 nats per token, bfloat16 of about 1e-2.
     """
     text = "Log-probabilities of sampler and training differ by {gap:.2g} nats per token on average, by "
-    text += "{largest_gap:.2g} at most: the gradient is that of another policy than the one that sampled. "
-    text += "Take float32 (--dtype float32, --mixed-precision no), or --estimator.importance-cap 2."
-    return above(facts["gap"], watch=0.005, void=math.inf if facts.get("is_corrected") else 0.05), text, {}
+    text += "{largest_gap:.2g} at most. Take --dtype float32, or set --estimator.importance-cap 2."
+    return above(facts["gap"], watch=0.005, void=math.inf if facts.get("is_corrected") else 0.05), text
 
 
 @rule("nothing-to-learn")
@@ -127,17 +123,15 @@ def nothing_to_learn(facts: Facts) -> Judgement:
 
     `others_differ` says that other samples of the same policy do, so that later steps may teach something.
     """
-    text = "In none of {groups} do the rewards differ; their mean is {step_reward:.3g}. "
-    weight: Weight = "watch" if facts.get("others_differ") else "void"
-    text += "There is nothing to learn from. " if weight == "void" else "Later steps may teach something. "
-    return weight if facts["step_equal"] == 1 else None, text + remedy(facts), {}
+    text = "In none of {groups} do the rewards differ; their mean is {step_reward:.3g}. " + remedy(facts)
+    return None if facts["step_equal"] < 1 else "watch" if facts.get("others_differ") else "void", text
 
 
 @rule("few-signals")
 def few_signals(facts: Facts) -> Judgement:
     """Rewards differ in at most a tenth of the groups of the trial steps."""
-    text = "In {step_equal:.0%} of {groups} the rewards are equal. Only the others can teach anything."
-    return "watch" if 0.9 <= facts["step_equal"] < 1 else None, f"{text} {remedy(facts)}", {}
+    text = "In {step_equal:.0%} of {groups} the rewards are equal. Only the others can teach anything. "
+    return "watch" if 0.9 <= facts["step_equal"] < 1 else None, text + remedy(facts)
 
 
 @rule("no-signal")
@@ -146,22 +140,21 @@ def no_signal(facts: Facts) -> Judgement:
 
     `had_signal` says whether they did in an earlier step.
     """
-    weight: Weight | None = "void" if facts["steps_without_signal"] >= facts.get("patience", 3) else None
+    weight = above(facts["steps_without_signal"] + 1, void=facts.get("patience", 3))
     text = "In {steps_without_signal} steps in a row no two rewards that are compared differed, so there is "
     text += "nothing to learn from: the mean reward is {step_reward:.3g}"
     before, error = facts.get("before_reward", math.nan), facts.get("before_stderr", math.nan)
     if facts["had_signal"] and facts["step_reward"] < before - 3 * error:
         why, changes = slower(facts)
         return weight, f"{text}, down from {{before_reward:.3g}} before training. {why}", changes
-    return weight, f"{text}. {remedy(facts)}", {}
+    return weight, f"{text}. {remedy(facts)}"
 
 
 @rule("no-signal-at-start")
 def no_signal_at_start(facts: Facts) -> Judgement:
     """Most groups had equal rewards in the first tenth of the steps; given only where groups are compared."""
-    text = "In {early_equal:.0%} of the groups of the first tenth of the steps all rewards were equal, so "
-    text += "most samples taught nothing. Give an easier or harder task, a warm start, or larger groups."
-    return above(facts["early_equal"], void=MOST), text, {}
+    text = "In {early_equal:.0%} of the groups of the first tenth of the steps all rewards were equal. Give "
+    return above(facts["early_equal"], void=MOST), text + "another task, a warm start, or larger groups."
 
 
 @rule("signal")
@@ -170,7 +163,7 @@ def signal(facts: Facts) -> Judgement:
     weight = above(facts["recent_equal"], watch=MOST / 2, act=MOST)
     text = "{recent_equal:.0%} of the groups or steps that are compared have equal rewards and so no gradient"
     if weight == "act" and facts.get("is_easy"):
-        return "watch", f"{text}: it is too easy by now, so take a harder task.", {}
+        return "watch", f"{text}: it is too easy by now, so take a harder task."
     names = ("num_generations",) if facts.get("needs_groups") else ("prompts_per_step", "num_envs")
     return weight, f"{text}. {remedy(facts)}", doubled(facts, *names) if weight == "act" else {}
 
@@ -179,7 +172,7 @@ def signal(facts: Facts) -> Judgement:
 def already_solved(facts: Facts) -> Judgement:
     """What `who` names reaches `pass_mark`, the reward of a right answer, before training."""
     text = "{who} already have a mean reward of {before_greedy:.3g}. "
-    return "watch" if facts["before_greedy"] >= facts["pass_mark"] else None, text + SOLVED, {}
+    return "watch" if facts["before_greedy"] >= facts["pass_mark"] else None, text + SOLVED
 
 
 @rule("nothing-learnt")
@@ -199,7 +192,7 @@ def nothing_learnt(facts: Facts) -> Judgement:
     elif facts["share_without_signal"] >= MOST:
         why = "In {share_without_signal:.0%} of the steps no two rewards that are compared differed. "
         why += remedy(facts)
-    return "act" if gain <= 2 * error else None, f"{text}It is no gain beyond noise. {why}", {}
+    return "act" if gain <= 2 * error else None, f"{text}It is no gain beyond noise. {why}"
 
 
 @rule("reward-fell")
@@ -216,7 +209,7 @@ def reward_flat(facts: Facts) -> Judgement:
     is_flat = not (facts["gained"] or facts["fell"] or facts.get("is_solved"))
     text = "The reward has not changed by more than its noise"
     if is_flat and facts["is_early"]:
-        return "watch", f"{text}, but less than half of the run is done.", {}
+        return "watch", f"{text}, but less than half of the run is done."
     return "act" if is_flat else None, f"{text}.", {"learning_rate": 2 * facts["learning_rate"]}
 
 
@@ -232,8 +225,7 @@ def still_rising(facts: Facts) -> Judgement:
 def all_truncated(facts: Facts) -> Judgement:
     """Every completion of a step was cut; `uncut` says what lets them end, `is_misasked` if that is sure."""
     text = "Every completion was cut at {max_completion_length} tokens, so its reward says little: {uncut}"
-    weight: Weight = "void" if facts.get("is_misasked") else "watch"
-    return weight if facts["step_cut"] == 1 else None, text, {}
+    return None if facts["step_cut"] < 1 else "void" if facts.get("is_misasked") else "watch", text
 
 
 @rule("truncation")
@@ -241,8 +233,7 @@ def truncation(facts: Facts) -> Judgement:
     """The limit cuts a part of the completions; `room` is what the model's context leaves for them."""
     limit = facts["max_completion_length"]
     longer = min(2 * limit, facts.get("room", math.inf))
-    text = "{recent_cut:.0%} of the completions are cut off at {max_completion_length} tokens, so that they "
-    text += "are scored unfinished. "
+    text = "{recent_cut:.0%} of the completions are cut off at {max_completion_length} tokens. "
     text += "Raise --max-completion-length." if longer > limit else "The model's context leaves no more."
     weight = above(facts["recent_cut"], watch=0.05, act=0.1, void=MOST)
     return weight, text, {"max_completion_length": longer} if weight != "watch" and longer > limit else {}
@@ -254,7 +245,7 @@ def episodes_cut(facts: Facts) -> Judgement:
     text = "Episodes last {recent_length:.3g} of at most {horizon} steps, so that the limit ends most of them"
     is_cut = facts["recent_length"] > 0.9 * facts["horizon"] > 0.9 and not facts.get("is_solved")
     if is_cut and facts.get("gained"):
-        return "watch", f"{text}; fine where lasting long is the aim.", {}
+        return "watch", f"{text}; fine where lasting long is the aim."
     return "act" if is_cut else None, f"{text}.", {"max_episode_steps": 2 * facts["horizon"]}
 
 
@@ -263,10 +254,9 @@ def unusual_rate(facts: Facts) -> Judgement:
     """The rate is far from the usual ones, from `lowest_rate` to `highest_rate`, of what `whose` names."""
     rate = facts["learning_rate"]
     usual = min(max(rate, facts["lowest_rate"]), facts["highest_rate"])
-    why = "often destroys the policy within a few steps" if rate > usual else "hardly changes the policy"
     text = f"The learning rate {rate:g} is {rate / usual:.3g} times the {usual:g} that is usual for "
-    text += f"{{whose}}. Such a rate {why}: set --learning-rate {usual:g}."
     weight = above(rate / usual, watch=10.001, void=30)  # 1e-2 is ten times 1e-3, but for rounding
+    text += f"{{whose}}. Set --learning-rate {usual:g}."
     return weight or above(usual / rate, watch=30), text, {"learning_rate": usual}
 
 
@@ -274,44 +264,42 @@ def unusual_rate(facts: Facts) -> Judgement:
 def gradient_not_finite(facts: Facts) -> Judgement:
     """The gradient of a trial step overflows; readers give inf, since nan would count as missing."""
     text = "The gradient is not finite; such updates are skipped. Scale the rewards down, or try float32."
-    return None if math.isfinite(facts["step_grad_norm"]) else "void", text, {}
+    return None if math.isfinite(facts["step_grad_norm"]) else "void", text
 
 
 @rule("skipped")
 def updates_skipped(facts: Facts) -> Judgement:
     """A share of the updates was `skipped`, or left the weights alone (`idle`)."""
-    text = "{skipped:.1%} of the updates were skipped because the gradient was not finite."
     if facts["skipped"] == 0 and facts.get("idle", 0) >= MOST / 2:
-        return "watch", "{idle:.0%} of the updates had no gradient and left the weights alone.", {}
-    weight = above(facts["skipped"], watch=0, act=0.01)
-    return weight, text, {"learning_rate": facts["learning_rate"] / 2} if weight == "act" else {}
+        return "watch", "{idle:.0%} of the updates had no gradient and left the weights alone."
+    weight, rate = above(facts["skipped"], watch=0, act=0.01), facts["learning_rate"]
+    text = "{skipped:.1%} of the updates were skipped because the gradient was not finite."
+    return weight, text, {"learning_rate": rate / 2} if weight == "act" else {}
 
 
 @rule("clipped-updates")
 def gradient_clipped(facts: Facts) -> Judgement:
     """The bound of the gradient's norm decides the size of most steps; `grad_clipped` is their share."""
-    text = "The gradient was clipped in {grad_clipped:.0%} of the updates: the bound sets the size of these "
-    text += "steps, and the estimator only their direction."
-    return above(facts["grad_clipped"], watch=MOST), text, {}
+    text = "The gradient was clipped in {grad_clipped:.0%} of the updates: the bound sets their size."
+    return above(facts["grad_clipped"], watch=MOST), text
 
 
 @rule("clipping")
 def ratios_clipped(facts: Facts) -> Judgement:
     """Many importance ratios are clipped in the later passes over a rollout."""
     weight, passes = above(facts["recent_clip_ratio"], watch=0.15, act=0.3), facts["num_iterations"]
-    text = "{recent_clip_ratio:.1%} of the tokens are clipped and learn nothing more (num_iterations "
+    text = "{recent_clip_ratio:.1%} of the tokens are clipped (num_iterations {num_iterations})."
     fewer = {"num_iterations": passes // 2} if passes > 1 else {"learning_rate": facts["learning_rate"] / 2}
-    return weight, text + "{num_iterations}).", fewer if weight == "act" else {}
+    return weight, text, fewer if weight == "act" else {}
 
 
 @rule("kl")
 def kl_off_target(facts: Facts) -> Judgement:
     """The KL to the reference is far off `target_kl`."""
     error = facts["recent_kl"] / facts["target_kl"] - 1
-    text = f"The KL is {{recent_kl:.3g}} nats per completion, {error:+.0%} off its target {{target_kl:g}}; "
+    text = f"The KL is {{recent_kl:.3g}} nats per completion, {error:+.0%} off its target {{target_kl:g}}."
     weight = above(error, act=1) or above(abs(error), watch=0.2)
-    changes = {"estimator.beta": 2 * facts["beta"]} if weight == "act" else {}
-    return weight, f"{text}its weight moves as fast as it may.", changes
+    return weight, text, {"estimator.beta": 2 * facts["beta"]} if weight == "act" else {}
 
 
 @rule("kl")
@@ -327,9 +315,9 @@ def critic_adds_noise(facts: Facts) -> Judgement:
     """The critic explains less than nothing; with targets far from size 1 the scale of rewards may be why."""
     text = "The critic explains {recent_explained_variance:.0%} of the variance of returns: it adds noise"
     if facts["recent_explained_variance"] >= 0 or facts.get("is_solved"):
-        return None, text, {}
+        return None, text
     if facts.get("gained"):
-        return "watch", f"{text}, though the reward rises.", {}
+        return "watch", f"{text}, though the reward rises."
     spread, scale = facts.get("early_spread") or 1.0, facts.get("reward_scale", 1.0)
     changes = {"value_learning_rate": 2 * facts.get("value_learning_rate", facts["learning_rate"])}
     if not 1 / 3 < spread * scale < 3:
@@ -344,25 +332,24 @@ def gradient_noise(facts: Facts) -> Judgement:
     text = "The signal-to-noise ratio of an update is {snr:.3g} +- {snr_stderr:.1g}: "
     larger = doubled(facts, "prompts_per_step", "num_envs")
     if facts.get("is_solved") or ratio > max(0.1, 2 * error):
-        return None, text, {}
+        return None, text
     if ratio > 2 * error:
         return "watch", f"{text}below 0.1 progress is slow.", larger
     text += "no signal can be told from the noise."
-    return ("watch", text, {}) if facts.get("gained") else ("act", text, larger)
+    return ("watch", text) if facts.get("gained") else ("act", text, larger)
 
 
 @rule("no-baseline")
 def no_baseline(facts: Facts) -> Judgement:
     """Nothing is subtracted from the return of many actions, of which an episode has at most `horizon`."""
-    text = "Episodes may last {horizon:,} actions, and no baseline is subtracted: the noise of all returns "
-    text += "hides the effect of one action."
     changes = {"estimator.baseline": "running_mean"}
     if facts.get("num_generations", 1) > 1:
         changes = {"estimator.baseline": "rloo"}
     elif facts.get("num_envs", 1) > 1:
         changes = {"estimator.baseline": "timestep_mean", "estimator.returns": "reward_to_go"}
-    horizon = 0 if facts["has_baseline"] else facts["horizon"]
-    return above(horizon, watch=1, act=LONGEST_WITHOUT_BASELINE), text, changes
+    weight = above(0 if facts["has_baseline"] else facts["horizon"], watch=1, act=LONGEST_WITHOUT_BASELINE)
+    text = "Episodes may last {horizon:,} actions, and no baseline is subtracted: noise hides their effects."
+    return weight, text, changes
 
 
 @rule("slow-reward")
@@ -370,7 +357,6 @@ def slow_reward(facts: Facts) -> Judgement:
     """The `slowest_reward` takes most of the time of a step, in the mean of `timed_steps` steps."""
     seconds, whole = facts["reward_seconds"], facts["step_seconds"]
     text = "The reward {slowest_reward} took {reward_seconds:.1f} of {step_seconds:.1f} seconds per step in "
-    text += "the mean of {timed_steps} steps: training mostly waits for it. Score all completions of a call "
-    text += "together, make it an async function if it waits for a service, or keep what it computes again."
+    text += "the mean of {timed_steps} steps. Score all completions of a call together, or make it async."
     is_slow = facts["timed_steps"] >= 5 and seconds > max(1.0, whole / 2)
-    return "watch" if is_slow else None, text, {}
+    return "watch" if is_slow else None, text
