@@ -37,25 +37,16 @@ def half(file):
     os.truncate(file, file.stat().st_size // 2)
 
 
-def empty(file):
-    os.truncate(file, 0)
-
-
 def header(file):
     """Flip a bit among the first bytes, where safetensors keeps the length of its header."""
     data = file.read_bytes()
     file.write_bytes(data[:3] + bytes([data[3] ^ 0x40]) + data[4:])
 
 
-def folder(file):
-    file.unlink()
-    file.mkdir()
-
-
 @pytest.mark.parametrize("load", LOADERS, ids=lambda load: load.__name__)
 def test_a_damaged_file_is_named(sources, load, tmp_path):
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        for damage in (half, empty, header, folder) if load is load_policy else (header,):
+        for damage in (half, header) if load is load_policy else (header,):
             copy = shutil.copytree(sources[load], tmp_path / name / damage.__name__)
             damage(copy / name)
             said = rf"The file {name} of the model in {copy} is damaged"
@@ -68,11 +59,8 @@ def test_a_damaged_file_is_named(sources, load, tmp_path):
 def test_a_lost_file_or_other_content_is_refused(sources, load, tmp_path):
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         copy = shutil.copytree(sources[load], tmp_path / name)
-        (copy / name).unlink()
-        with pytest.raises(Refused, match=str(copy)):
-            load(str(copy))
-        for text in ("[]", '{"a": "b"}') if name.endswith(".json") else ():
-            (copy / name).write_text(text)
+        for text in (None, "[]", '{"a": "b"}') if name.endswith(".json") else (None,):
+            (copy / name).unlink() if text is None else (copy / name).write_text(text)
             with pytest.raises(Refused, match=str(copy)):
                 load(str(copy))
 
@@ -81,13 +69,11 @@ def test_a_damaged_adapter_is_refused(sources, tmp_path):
     policy = load_policy(sources[load_policy])
     add_lora(policy, r=2)
     save_policy(policy, tmp_path)
-    assert load_policy(tmp_path / "adapter", merge_adapter=False).has_adapter
     for name in ("adapter_model.safetensors", "adapter_config.json", "base.json"):
-        for damage in (half, lambda file: file.write_text("{}")):
-            copy = shutil.copytree(tmp_path / "adapter", tmp_path / "copy", dirs_exist_ok=True)
-            damage(copy / name)
-            with pytest.raises(Refused, match=str(copy)):
-                load_policy(copy)
+        copy = shutil.copytree(tmp_path / "adapter", tmp_path / "copy", dirs_exist_ok=True)
+        (copy / name).write_text("{}")
+        with pytest.raises(Refused, match=str(copy)):
+            load_policy(copy)
 
 
 def test_another_precision_or_vocabulary_is_refused(sources, tmp_path):
@@ -127,14 +113,12 @@ def test_a_directory_of_something_else_says_what_it_is(sources, tmp_path, capsys
     unfinished = made("run", metrics_jsonl=None, config_json={"kind": "train"})
     (unfinished / "checkpoints" / "step_000002").mkdir(parents=True)
     agent = made("agent", metrics_jsonl=None, config_json={"kind": "control"})
-    (agent / "model").mkdir()
     bare = shutil.copytree(sources[load_policy], tmp_path / "bare")
     for file in bare.glob("tokenizer*"):
         file.unlink()
     for place, said in (
         (unfinished, "has not saved its model yet.*latest checkpoint is .*step_000002"),
         (agent, "agent .*tokenrl control trained.*no language model"),
-        (agent / "model", "agent .*tokenrl control trained"),
         (made("compared", plan_json={}), "directory of a comparison.*one of its runs"),
         (made("other", notes_json={}), "holds no saved model"),
         (bare, "has no tokenizer beside it"),
@@ -161,11 +145,10 @@ class Program:
 def test_weights_that_are_a_program_are_refused_and_not_run(sources, load, tmp_path):
     copy, trace = shutil.copytree(sources[load], tmp_path / "copy"), tmp_path / "trace"
     (copy / "model.safetensors").unlink()
-    for protocol in (2, 4):
-        (copy / "pytorch_model.bin").write_bytes(pickle.dumps(Program(trace), protocol))
-        with pytest.raises(Refused, match=r"could be loaded from .*could run as a program") as caught:
-            load(str(copy))
-        assert "\n" not in str(caught.value) and not trace.exists()
+    (copy / "pytorch_model.bin").write_bytes(pickle.dumps(Program(trace), 2))
+    with pytest.raises(Refused, match=r"could be loaded from .*could run as a program"):
+        load(str(copy))
+    assert not trace.exists()
     pickle.loads((copy / "pytorch_model.bin").read_bytes())
     assert trace.exists()  # so the file would have run
 
@@ -185,28 +168,22 @@ def shipped(sources, tmp_path, monkeypatch):
     import transformers.dynamic_module_utils as dynamic
 
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # a user who says yes to whatever a library asks
     place = shutil.copytree(sources[load_policy], tmp_path / "model")
-    classes = {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Model"}
-    classes["AutoModelForSequenceClassification"] = "mine.Model"
-    changed = {"model_type": "mine", "auto_map": classes, "num_labels": 1}
+    classes = dict.fromkeys(["AutoModelForCausalLM", "AutoModelForSequenceClassification"], "mine.Model")
+    changed = {"model_type": "mine", "auto_map": classes | {"AutoConfig": "mine.Mine"}, "num_labels": 1}
     config = json.loads((place / "config.json").read_text()) | changed
     (place / "config.json").write_text(json.dumps(config))
     (place / "mine.py").write_text(CODE.format(trace=str(tmp_path / "trace")))
-    yield place
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        del sys.modules[name]
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    return place
 
 
-@pytest.mark.parametrize("load", LOADERS, ids=lambda load: load.__name__)
-def test_code_shipped_with_a_model_does_not_run_by_default(shipped, load):
-    with pytest.raises(Refused, match=r"custom code|trust_remote_code"):
-        load(str(shipped))
+def test_code_shipped_with_a_model_does_not_run_by_default(shipped):
+    for load in LOADERS:
+        with pytest.raises(Refused, match=r"custom code|trust_remote_code"):
+            load(str(shipped))
     assert not (shipped.parent / "trace").exists()
-
-
-def test_code_shipped_with_a_model_runs_on_request(shipped):
     policy = load_policy(shipped, trust_remote_code=True)
     assert type(policy.model).__name__ == "Model" and (shipped.parent / "trace").exists()
 

@@ -60,12 +60,7 @@ def test_what_the_model_reads(prompt, form, text):
         (FASTER, {"chat_template_kwargs": {"quick": 1}}, "a", "chat_template_kwargs is for chat messages"),
         (TEMPLATE, {"system_prompt": "count"}, [*SYSTEM, *USER], "already begins with a message of the sys"),
         (None, {"chat": True}, "the cat", "has no chat template.*without chat"),
-        (
-            GEMMA,
-            {"system_prompt": "count"},
-            USER,
-            "refuses messages of these roles: system, user .*System role",
-        ),
+        (GEMMA, {"system_prompt": "count"}, USER, "messages of these roles: system, user .*System role"),
         (GEMMA, {}, [*SYSTEM, *USER], "System role not supported.*Give prompts as the template takes them"),
         (DEAF, {"system_prompt": "count"}, USER, "leaves out messages of the system.*prompt_template"),
         (TEMPLATE, {"chat_template_kwargs": {"quick": True}}, USER, "sets 'quick', which the chat template"),
@@ -73,7 +68,7 @@ def test_what_the_model_reads(prompt, form, text):
             TEMPLATE,
             {"chat_template_kwargs": {"messages": []}},
             USER,
-            "sets 'messages', which .* each prompt sets itself",
+            "sets 'messages', .* prompt sets itself",
         ),
     ],
 )
@@ -90,40 +85,27 @@ def test_template_variables_are_a_json_object(given):
 
 @pytest.mark.parametrize("given", ["", "a\\n", r"\n\nQ:", r"\t"])
 def test_a_stop_string_that_would_never_be_met_is_refused(given):
-    with pytest.raises(Refused, match=r"stop holds .* a shell makes of \$'"):
+    with pytest.raises(Refused, match=r"stop holds .* a shell makes a line break of \$'"):
         PromptArguments(stop=("Q:", given))
     assert PromptArguments(stop=r"\neq").stop == (r"\neq",)  # a command of LaTeX
 
 
-ASKED = [name for name, command in COMMANDS.items() if hasattr(command.arguments, "system_prompt")]
-
-
 def test_every_command_that_asks_a_model_has_the_four_settings():
-    assert ASKED == ["train", "sft", "reward-model", "evaluate", "sample", "advise", "lab measure"]
+    found = [name for name, command in COMMANDS.items() if hasattr(command.arguments, "system_prompt")]
+    assert found == ["train", "sft", "reward-model", "evaluate", "sample", "advise", "lab measure"]
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "sft" else pytest.param(n, marks=pytest.mark.slow) for n in ASKED]
-)
-def test_flags_say_yes_no_or_nothing(name, tmp_path):
-    command = COMMANDS[name]
-    given = ["--system-prompt", "Be brief.", "--stop", "Q:", "\n\n"]
-    variables = ["--chat-template-kwargs", '{"enable_thinking": false}']
-    args = parse(name, command, [*given, *variables, "--chat"])
-    found = {field: getattr(args, field) for field in FORM}
-    assert found == {
-        "system_prompt": "Be brief.",
-        "chat": True,
-        "chat_template_kwargs": '{"enable_thinking": false}',
-        "stop": ("Q:", "\n\n"),
-    }
-    assert parse(name, command, ["--no-chat", "--stop"]).chat is False
-    assert {getattr(parse(name, command, []), field) for field in FORM} == {None}
-    if command.trains:
-        (tmp_path / "c.json").write_text(json.dumps({"chat": True, "stop": ["Q:"]}))
-        config = ["--config", str(tmp_path / "c.json")]
-        assert [parse(name, command, config).chat, parse(name, command, config).stop] == [True, ("Q:",)]
-        assert parse(name, command, [*config, "--no-chat"]).chat is False
+def test_flags_say_yes_no_or_nothing(tmp_path):
+    command, kwargs = COMMANDS["sft"], '{"enable_thinking": false}'
+    given = ["--system-prompt", "Be brief.", "--stop", "Q:", "\n\n", "--chat-template-kwargs", kwargs]
+    args = parse("sft", command, [*given, "--chat"])
+    assert [getattr(args, field) for field in FORM] == ["Be brief.", True, kwargs, ("Q:", "\n\n")]
+    assert parse("sft", command, ["--no-chat", "--stop"]).chat is False
+    assert {getattr(parse("sft", command, []), field) for field in FORM} == {None}
+    (tmp_path / "c.json").write_text(json.dumps({"chat": True, "stop": ["Q:"]}))
+    config = ["--config", str(tmp_path / "c.json")]
+    assert [parse("sft", command, config).chat, parse("sft", command, config).stop] == [True, ("Q:",)]
+    assert parse("sft", command, [*config, "--no-chat"]).chat is False
 
 
 @pytest.fixture
@@ -131,22 +113,15 @@ def run(tmp_path):
     (tmp_path / "model" / "adapter").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_1").mkdir(parents=True)
     (tmp_path / "metrics.jsonl").touch()
-    (tmp_path / "config.json").write_text(
-        json.dumps({"kind": "sft", "chat": True, "stop": ["Q:"], "seed": 1})
-    )
+    (tmp_path / "config.json").write_text(json.dumps({"kind": "sft", "chat": True, "stop": ["Q:"]}))
     return tmp_path
 
 
-@pytest.mark.parametrize("part", ["", "model", "model/adapter", "checkpoints/step_1"])
-def test_a_run_and_its_models_are_asked_as_in_the_run(run, part, monkeypatch):
-    assert saved_form(run / part) == {"chat": True, "stop": ("Q:",)}
-    monkeypatch.chdir(run)
-    assert saved_form(part or ".") == {"chat": True, "stop": ("Q:",)}
-
-
-def test_nothing_else_is_taken_for_a_run(run, monkeypatch):
+def test_a_run_and_its_models_are_asked_as_in_the_run_and_nothing_else_is(run, monkeypatch):
     (run / "other").mkdir()
     monkeypatch.chdir(run)
+    for part in (".", "model", "model/adapter", "checkpoints/step_1"):
+        assert saved_form(run / part) == saved_form(part) == {"chat": True, "stop": ("Q:",)}
     assert saved_form("other") == saved_form("owner/name") == saved_form(None) == saved_form(run.parent) == {}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Refused
-from tokenrl.settings import OR_OBJECT, Natural, Positive, Seed, Settings, shown
+from tokenrl.settings import OR_OBJECT, Natural, Positive, Seed, Settings
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64", "auto"]
 
@@ -40,8 +40,7 @@ class PromptArguments(Settings, group="prompts and ends"):
         for text in self.stop or ():
             if not isinstance(text, str) or not text or re.search(r"\\[nrt](?![a-z])", text):
                 raise Refused(
-                    f"stop holds {text!r}. Give text that ends a completion, and at least one character; a "
-                    "backslash with a letter is no line break, which a shell makes of $'\\n'."
+                    f"stop holds {text!r}: give a character at least; a shell makes a line break of $'\\n'."
                 )
 
 
@@ -55,7 +54,7 @@ def _as_json(given: Any) -> str:
         pass
     raise Refused(
         f"chat_template_kwargs was given as {given!r}; it must be an object in JSON, such as "
-        "'{\"enable_thinking\": false}', or from Python a dict of such values."
+        "'{\"enable_thinking\": false}'."
     )
 
 
@@ -98,7 +97,5 @@ class LoraArguments(Settings, group="LoRA"):
         super().__post_init__()
         for name in ("lora_alpha", "lora_target_modules"):
             if not self.lora_r and getattr(self, name):
-                raise Refused(
-                    f"{name} was given as {shown(getattr(self, name))}, but lora_r is 0: all weights are "
-                    f"trained, without an adapter. Set lora_r to a rank such as 16, or leave {name} out."
-                )
+                said = f"{name} was given as {getattr(self, name)}, but lora_r is 0"
+                raise Refused(f"{said}: set it to a rank such as 16, or leave {name} out.")

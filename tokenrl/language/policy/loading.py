@@ -43,10 +43,8 @@ def find_model(name_or_path: str | Path) -> str:
                 with safe_open(file, framework="pt"):  # its header must cover the whole file
                     pass
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            raise Refused(
-                f"The file {file.name} of the model in {place} is damaged ({error}). Copy or save the model "
-                "there once more."
-            ) from error
+            said = f"The file {file.name} of the model in {place} is damaged ({error})"
+            raise Refused(f"{said}. Copy or save the model once more.") from error
     _check_contents(place, Path(name_or_path))
     return str(place)
 
@@ -66,10 +64,8 @@ def _check_hub(name: str) -> None:
     except GatedRepoError:
         return  # transformers says how to ask for access
     except Exception as error:  # names that cannot be, unknown models, and a network in all its states
-        raise Refused(
-            f"There is no directory {name!r} in {Path.cwd()}, and no such model was found on the hub "
-            f"({describe(error)}). Give a local directory written by save_pretrained, or a hub name."
-        ) from error
+        said = f"There is no directory {name!r} in {Path.cwd()}, and no such model was found on the hub"
+        raise Refused(f"{said} ({describe(error)}).") from error
 
 
 def _check_contents(place: Path, given: Path) -> None:
@@ -79,13 +75,11 @@ def _check_contents(place: Path, given: Path) -> None:
         place: the directory that should hold the model.
         given: the directory as it was given, that of a run perhaps.
     """
-    kinds = [_settings(folder).get("kind") for folder in (place, given, given.parent)]
-    if "control" in kinds:
+    if "control" in map(_kind, (place, given, given.parent)):
         what = "is of an agent that tokenrl control trained, which is no language model"
-    elif kinds[0] is not None:
-        saved = [str(path) for path in sorted((place / "checkpoints").glob("step_*"))]
-        latest = f" Its latest checkpoint is {saved[-1]}" if saved else ""
-        what = f"is a run that has not saved its model yet: model/ is written when a run ends.{latest}"
+    elif _kind(place) is not None:
+        latest = max((place / "checkpoints").glob("step_*"), default="none")
+        what = f"is a run that has not saved its model yet. Its latest checkpoint is {latest}"
     elif (place / "plan.json").exists():
         what = "is the directory of a comparison; give that of one of its runs"
     elif not ((place / "config.json").exists() or (place / "adapter_config.json").exists()):
@@ -97,12 +91,12 @@ def _check_contents(place: Path, given: Path) -> None:
     raise Refused(f"{given} {what}. A model is a local directory written by save_pretrained, or a hub name.")
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """Return the content of config.json, of a run or of a model; empty if it cannot be read."""
+def _kind(folder: Path) -> Any:
+    """Return the `kind` of the run that config.json describes; None for a model, or if it cannot be read."""
     try:
-        return dict(json.loads((folder / "config.json").read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return {}
+        return json.loads((folder / "config.json").read_bytes()).get("kind")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 @contextmanager

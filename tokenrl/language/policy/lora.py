@@ -44,10 +44,8 @@ def add_lora(
     missing = [t for t in target_modules if not any(n == t or n.endswith("." + t) for n in linear)]
     if missing:
         known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        raise Refused(
-            f"lora_target_modules holds {', '.join(map(repr, missing))}, but this model has no "
-            f"linear layer of that name. Its linear layers are: {', '.join(known)}."
-        )
+        what = f"lora_target_modules holds {', '.join(map(repr, missing))}"
+        raise Refused(f"{what}, but this model's linear layers are: {', '.join(known)}.")
     config = LoraConfig(
         r=r,
         lora_alpha=2 * r if alpha is None else alpha,  # type: ignore[arg-type]  # any number will do

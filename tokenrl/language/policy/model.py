@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import Dtype, PromptArguments
 from tokenrl.language.policy.loading import find_model, loading
-from tokenrl.language.policy.prompts import Prompt, check_form, encode_prompt, saved_form
+from tokenrl.language.policy.prompts import Prompt, check_form, encode, saved_form
 from tokenrl.language.policy.saving import check_base
 from tokenrl.language.policy.stops import StopStrings
 
@@ -80,7 +80,7 @@ class Policy:
             Refused: the prompt is chat messages and the tokenizer has no chat template or one that refuses
                 them, the form does not fit the prompt, or the prompt is empty and the tokenizer has no BOS.
         """
-        return encode_prompt(self.tokenizer, prompt, self.form, self.eos_ids, self.source)
+        return encode(self.tokenizer, prompt, self.form, self.eos_ids, self.source)
 
     def ask(self, form: PromptArguments) -> None:
         """Ask the model in this form from now on, and end its completions at the stop strings of the form.
@@ -114,23 +114,17 @@ class Policy:
         """
         room = None if self.context is None else self.context - max_completion_length
         if room is not None and room < 1:
-            raise Refused(
-                f"max_completion_length={max_completion_length} leaves no room for a prompt: the model's "
-                f"context is {self.context} tokens. Give at most {(self.context or 0) - 1}."
-            )
+            given = f"max_completion_length={max_completion_length} leaves no room for a prompt"
+            raise Refused(f"{given} in the model's context of {self.context} tokens.")
         encoded = [self.encode(prompt) for prompt in prompts]
         for row, ids in enumerate(encoded):
-            if room is None or len(ids) <= room:
-                continue
-            if not truncate:
+            if room is not None and len(ids) > room and not truncate:
                 raise Refused(
-                    f"The prompt of row {first_row + row} has {len(ids)} tokens; with "
-                    f"{max_completion_length} for the completion that is "
-                    f"{len(ids) + max_completion_length}, more than the model's context of {self.context}. "
-                    "Shorten the prompts, lower max_completion_length, or pass truncate_prompts to drop "
-                    "tokens from the left."
+                    f"The prompt of row {first_row + row} has {len(ids)} tokens, with its completion "
+                    f"{len(ids) + max_completion_length}, more than the model's context of {self.context}: "
+                    "lower max_completion_length, or let truncate_prompts drop tokens from the left."
                 )
-            encoded[row] = ids[-room:]
+            encoded[row] = ids if room is None else ids[-room:]
         return encoded
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
@@ -185,8 +179,7 @@ def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
     if largest >= rows:
         raise Refused(
             f"The tokenizer of {source or 'this model'} has token ids up to {largest}, but the model's "
-            f"vocabulary has only {rows} rows. Use the tokenizer that belongs to the model, or resize the "
-            "embedding."
+            f"vocabulary has only {rows} rows: give the tokenizer that belongs to the model."
         )
     eos: set[int] = set()
     for part in (getattr(model, "generation_config", None), text_config, tokenizer):
@@ -236,37 +229,28 @@ def load_policy(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     with loading("causal language model", name, trust_remote_code=trust_remote_code):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if (adapter := find_adapter_config_file(name)) is not None:
-            model = _with_adapter(name, Path(adapter), options)
+        if adapter := find_adapter_config_file(name):
+            if not json.loads(Path(adapter).read_bytes()).get("base_model_name_or_path"):
+                raise Refused(
+                    f"{adapter} does not name the base that the adapter belongs to, which was given in "
+                    "memory: give the run's model/, in which both are merged, or write the base's "
+                    "directory there."
+                )
+            from peft import AutoPeftModelForCausalLM
+
+            model: Any = AutoPeftModelForCausalLM.from_pretrained(name, **options, is_trainable=True)
+            check_base(model, Path(name))
             if merge_adapter:
                 model = model.merge_and_unload().requires_grad_(True)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, output_loading_info=True)
             model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
             if missing:  # transformers would fill them with random numbers, and only warn
-                raise Refused(
-                    f"{name!r} is not a complete causal language model: it lacks {', '.join(missing)[:200]}. "
-                    "A classifier or an encoder cannot be the policy. Give a model saved with its language "
-                    "head."
-                )
+                lacks = f"it lacks {', '.join(missing)[:200]}"
+                raise Refused(f"{name!r} is no whole causal language model: {lacks}. Give one with its head.")
     policy = wrap(model, tokenizer, source=name)
     policy.ask(PromptArguments(**saved_form(name_or_path)))
     return policy
-
-
-def _with_adapter(name: str, config: Path, options: Mapping[str, Any]) -> Any:
-    """Load the adapter in a directory on top of the base model that its adapter_config.json names."""
-    from peft import AutoPeftModelForCausalLM
-
-    if not json.loads(config.read_bytes()).get("base_model_name_or_path"):
-        raise Refused(
-            f"{config} does not name the base model that the adapter belongs to: the base was given in "
-            "memory. Give the run's model/, in which base and adapter are merged, or write the directory or "
-            "hub name of the base there, as base_model_name_or_path."
-        )
-    model = AutoPeftModelForCausalLM.from_pretrained(name, **options, is_trainable=True)
-    check_base(model, Path(name))
-    return model
 
 
 def switch_dropout_off(model: nn.Module) -> None:
@@ -299,7 +283,7 @@ def enable_gradient_checkpointing(policy: Policy) -> None:
         enable({"use_reentrant": False})
     except ValueError as error:
         raise Refused(
-            f"gradient_checkpointing does not work with this model ({describe(error)}). Leave it off."
+            f"gradient_checkpointing does not work here ({describe(error)}): leave it off."
         ) from error
     # Under LoRA the embedding is frozen, so without this no input of a block would require a gradient.
     model.enable_input_require_grads()

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, describe
@@ -17,7 +17,6 @@ from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.settings import arguments
 
 Prompt = str | list[dict[str, Any]]
-A = TypeVar("A")
 
 FORM = tuple(field.name for field in fields(PromptArguments))
 OURS = ("messages", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict")
@@ -47,16 +46,15 @@ def saved_form(model: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(form).items() if value} if form is not None else {}
 
 
-def settled_form(args: A, model: Any = None) -> A:
+def settled_form(args: Any, model: Any = None) -> Any:
     """Fill in what the arguments leave open of the form of prompts, from the run that saved the model.
 
     Args:
         args: the arguments of a command.
         model: the model; None for `args.model`.
     """
-    saved = saved_form(args.model if model is None else model)  # type: ignore[attr-defined]
-    left_open = {name: value for name, value in saved.items() if getattr(args, name) is None}
-    return replace(args, **left_open)  # type: ignore[type-var]
+    saved = saved_form(args.model if model is None else model)
+    return replace(args, **{name: value for name, value in saved.items() if getattr(args, name) is None})
 
 
 def asked(form: PromptArguments, model: Any = None) -> dict[str, str]:
@@ -98,18 +96,15 @@ def check_form(tokenizer: Any, form: PromptArguments, name: str) -> None:
     _check_template(tokenizer, name)
     read = set(re.findall(r"\w+", str(tokenizer.get_chat_template()))).difference(OURS)
     if unread := [variable for variable in variables if variable not in read]:
-        raise Refused(
-            f"chat_template_kwargs sets {unread[0]!r}, which the chat template of {name!r} never reads, or "
-            "which each prompt sets itself. Leave it out."
-        )
+        what = f"which the chat template of {name!r} never reads, or which each prompt sets itself"
+        raise Refused(f"chat_template_kwargs sets {unread[0]!r}, {what}: leave it out.")
     question = [{"role": "user", "content": "?"}]
     if form.system_prompt:
-        alone = render(tokenizer, question, form, name)
         whole = [{"role": "system", "content": form.system_prompt}, *question]
-        if render(tokenizer, whole, form, name) == alone:
+        if render(tokenizer, whole, form, name) == render(tokenizer, question, form, name):
             raise Refused(
-                f"The chat template of {name!r} leaves out messages of the system, so a system_prompt would "
-                "not reach the model. Write its words into the prompts, as with a prompt_template."
+                f"The chat template of {name!r} leaves out messages of the system: write the system_prompt "
+                "into the prompts, as with a prompt_template."
             )
 
 
@@ -126,21 +121,18 @@ def formed(prompt: Prompt, form: PromptArguments) -> Prompt:
         elif form.system_prompt or _variables(form):
             setting = "system_prompt" if form.system_prompt else "chat_template_kwargs"
             raise Refused(
-                f"{setting} is for chat messages, but a prompt is text: {prompt!r:.60}. Add chat (--chat) to "
-                "send text as a message of the user; for a model without a chat form leave it out, and write "
-                "the words into the prompts, as with a prompt_template."
+                f"{setting} is for chat messages, but a prompt is text: {prompt!r:.60}. Add chat (--chat) "
+                "to send text as a message of the user, or write the words into the prompts."
             )
     if not isinstance(prompt, str) and form.system_prompt:
         if prompt and prompt[0].get("role") == "system":
-            raise Refused(
-                f"A prompt already begins with a message of the system, {prompt[0].get('content')!r:.60}. "
-                "Leave system_prompt out, or that message."
-            )
+            said = f"A prompt already begins with a message of the system, {prompt[0].get('content')!r:.60}"
+            raise Refused(f"{said}: leave it out, or system_prompt.")
         prompt = [{"role": "system", "content": form.system_prompt}, *prompt]
     return prompt
 
 
-def encode_prompt(
+def encode(
     tokenizer: Any, prompt: Prompt, form: PromptArguments, ends: Sequence[int], name: str
 ) -> list[int]:
     """Token ids of a prompt, as `Policy.encode` says.
@@ -163,14 +155,9 @@ def encode_prompt(
         begun = bool(prompt) and prompt[-1].get("role") == "assistant"
         how = {"add_generation_prompt": not begun, "continue_final_message": begun}
         ids = list(render(tokenizer, prompt, form, name, tokenize=True, return_dict=False, **how))
-    if not ids:
-        if tokenizer.bos_token_id is None:
-            raise Refused(
-                "A prompt is empty and the tokenizer has no BOS token to start from. Give the prompt at "
-                "least one token, or set tokenizer.bos_token."
-            )
-        ids = [tokenizer.bos_token_id]
-    return ids
+    if not ids and tokenizer.bos_token_id is None:
+        raise Refused("A prompt is empty, and the tokenizer has no BOS to start from: give it a token.")
+    return ids or [tokenizer.bos_token_id]
 
 
 def render(
@@ -188,11 +175,8 @@ def render(
         return tokenizer.apply_chat_template(messages, tokenize=tokenize, **how, **_variables(form))
     except TemplateError as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
-        mend = "Leave system_prompt out and write its words into the prompts." if form.system_prompt else ""
-        raise Refused(
-            f"The chat template of {name!r} refuses messages of these roles: {roles} ({describe(error)}). "
-            + (mend or "Give prompts as the template takes them.")
-        ) from error
+        said = f"The chat template of {name!r} refuses messages of these roles: {roles} ({describe(error)})"
+        raise Refused(f"{said}. Give prompts as the template takes them, the system's words too.") from error
 
 
 def _variables(form: PromptArguments) -> dict[str, Any]:
@@ -203,8 +187,8 @@ def _variables(form: PromptArguments) -> dict[str, Any]:
 def _check_template(tokenizer: Any, name: str) -> None:
     if not getattr(tokenizer, "chat_template", None):
         raise Refused(
-            f"The prompts are chat messages, but the tokenizer of {name!r} has no chat template. Give the "
-            "prompts as plain strings without chat (--chat), or set tokenizer.chat_template."
+            f"The prompts are chat messages, but the tokenizer of {name!r} has no chat template: give plain "
+            "text without chat (--chat), or set tokenizer.chat_template."
         )
 
 
@@ -221,16 +205,12 @@ def special_texts(tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     names = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
     pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
-    found = []
-    for number, prompt in enumerate(prompts):
-        text = prompt if isinstance(prompt, str) else " ".join(str(message["content"]) for message in prompt)
-        if match := pattern.search(text):
-            found.append((number, match[0]))
+    texts = [p if isinstance(p, str) else " ".join(str(turn["content"]) for turn in p) for p in prompts]
+    found = [(row, match[0]) for row, text in enumerate(texts) if (match := pattern.search(text))]
     if not found or getattr(tokenizer, "split_special_tokens", False):
         return []
     others = f" (and {len(found) - 1:,} more rows contain one)" if len(found) > 1 else ""
     return [
         f'The prompt of row {found[0][0]} contains "{found[0][1]}", which the tokenizer reads as a special '
-        f"token, not as these characters{others}. If it is meant as text, write it otherwise, as with a "
-        "space inside."
+        f"token{others}. If it is meant as text, write it otherwise, as with a space inside."
     ]

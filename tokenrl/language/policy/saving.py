@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,8 @@ BASE = "base.json"
 """In the folder of an adapter: the fingerprint of the base that it was trained on."""
 
 
-class Loaded(Protocol):
-    """A policy, or a reward model: what has a model and the tokenizer that belongs to it."""
-
-    model: Any
-    tokenizer: Any
-
-
 @quietly()
-def save_policy(policy: Loaded, directory: Path, *, card: Card | None = None) -> None:
+def save_policy(policy: Any, directory: Path, *, card: Card | None = None) -> None:
     """Write the model and the tokenizer with `save_pretrained`, and the model card.
 
     An adapter is merged into a copy of the weights, so that transformers alone can load the model; the
@@ -64,7 +57,7 @@ class SavedPolicy:
         policy: the policy or the reward model.
     """
 
-    policy: Loaded
+    policy: Any
 
     def __post_init__(self) -> None:
         """Check that the adapter alone holds all that is trained, so that a checkpoint of it is complete.
@@ -72,16 +65,15 @@ class SavedPolicy:
         Raises:
             Refused: beside an adapter other weights are trained too.
         """
-        if not _has_adapter(self.policy.model):
+        model = self.policy.model
+        if not _has_adapter(model):
             return
-        held = {weight.data_ptr() for weight in _adapter_weights(self.policy.model).values()}
-        trained = {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
-        outside = [name for name, p in trained.items() if p.data_ptr() not in held]
-        if outside:
+        held = {weight.data_ptr() for weight in _adapter_weights(model).values()}
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if outside := [name for name, p in trained if p.data_ptr() not in held]:
             raise Refused(
-                f"The model has an adapter, but {len(outside)} weights outside it would be trained too, such "
-                f"as {outside[0]}. Freeze them (requires_grad_(False)), name their modules in peft's "
-                "modules_to_save, or merge the adapter and train all weights."
+                f"The model has an adapter, but {len(outside)} weights outside it would be trained too, "
+                f"such as {outside[0]}: freeze them, or name their modules in peft's modules_to_save."
             )
 
     @cached_property
@@ -106,7 +98,7 @@ class SavedPolicy:
         Raises:
             Refused: the folder holds the weights of another model, or of an adapter on another base.
         """
-        (_read_adapter if _has_adapter(self.policy.model) else read_weights)(self.policy.model, folder)
+        read_weights(self.policy.model, folder)
 
     def tensors(self) -> Iterable[Tensor]:
         """Return the weights that are trained."""
@@ -119,9 +111,7 @@ def _has_adapter(model: Any) -> bool:
 
 @quietly()
 def read_weights(model: Any, folder: Path) -> None:
-    """Give a model the weights that its `save_pretrained` wrote, bit for bit.
-
-    Transformers reads them, since the names on the disk may differ from those of the model, as of experts.
+    """Give a model the weights that its `save_pretrained` wrote, bit for bit: all of them, or its adapter's.
 
     Args:
         model: a model of transformers, of the same class and shape as the saved one.
@@ -130,24 +120,29 @@ def read_weights(model: Any, folder: Path) -> None:
     Raises:
         Refused: the weights cannot be read, or are those of another model.
     """
-    # The widest precision of the model holds each of its weights without rounding.
-    kinds = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
-    dtype = reduce(torch.promote_types, kinds)
-    config = copy.deepcopy(model.config)  # that of the folder could be of any size
     try:
-        with torch.random.fork_rng(devices=[]):  # some classes draw weights before they load them
-            saved, found = type(model).from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True, local_files_only=True
-            )
-        if wrong := [*found["missing_keys"], *found["mismatched_keys"], *found["unexpected_keys"]]:
-            raise ValueError(f"the names or the shapes of {len(wrong)} weights differ, such as {wrong[0]}")
-        model.load_state_dict(saved.state_dict())
-    except Exception as error:  # configuration and weights raise many kinds of errors
+        (_read_adapter if _has_adapter(model) else _read_whole)(model, folder)
+    except Refused:
+        raise
+    except Exception as error:  # files that are absent, damaged or something else raise many kinds of errors
         raise Refused(
             f"The weights in {folder} are not those of this run's model ({describe(error)}). Resume with the "
-            "model and the settings that the run was started with, or start a new run from these weights "
-            "with --model."
+            "model and the settings that the run was started with, or start a new run from these weights."
         ) from error
+
+
+def _read_whole(model: Any, folder: Path) -> None:
+    """Read all weights as transformers does: names on the disk may differ from those of the model."""
+    # The widest precision of the model holds each of its weights without rounding.
+    kinds = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    how: dict[str, Any] = {"dtype": reduce(torch.promote_types, kinds), "config": copy.deepcopy(model.config)}
+    with torch.random.fork_rng(devices=[]):  # some classes draw weights before they load them
+        saved, found = type(model).from_pretrained(
+            folder, **how, output_loading_info=True, local_files_only=True
+        )
+    if wrong := [*found["missing_keys"], *found["mismatched_keys"], *found["unexpected_keys"]]:
+        raise ValueError(f"the names or the shapes of {len(wrong)} weights differ, such as {wrong[0]}")
+    model.load_state_dict(saved.state_dict())
 
 
 def _adapter_weights(model: Any) -> dict[str, Tensor]:
@@ -157,7 +152,7 @@ def _adapter_weights(model: Any) -> dict[str, Tensor]:
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
-def _write_adapter(policy: Loaded, folder: Path, base: Mapping[str, Any]) -> None:
+def _write_adapter(policy: Any, folder: Path, base: Mapping[str, Any]) -> None:
     """Write the adapter alone, with its tokenizer and what `_base_of` says of the base it belongs to."""
     policy.model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's template, without content
@@ -169,15 +164,9 @@ def _read_adapter(model: Any, folder: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    try:
-        saved, present = load_file(folder / "adapter_model.safetensors"), _adapter_weights(model)
-        if {name: w.shape for name, w in saved.items()} != {name: w.shape for name, w in present.items()}:
-            raise ValueError("the names or the shapes of its weights differ")
-    except Exception as error:  # files that are absent, damaged or something else raise many kinds of errors
-        raise Refused(
-            f"The adapter in {folder} is not that of this run ({describe(error)}). Resume with the model, "
-            "the rank and the target modules that the run was started with, or start a new run."
-        ) from error
+    saved, present = load_file(folder / "adapter_model.safetensors"), _adapter_weights(model)
+    if {name: w.shape for name, w in saved.items()} != {name: w.shape for name, w in present.items()}:
+        raise ValueError("the names or the shapes of its adapter's weights differ")
     check_base(model, folder)
     set_peft_model_state_dict(model, saved)
 
@@ -201,9 +190,7 @@ def check_base(model: Any, folder: Path) -> None:
         name = getattr(model.get_base_model(), "name_or_path", "") or "in memory"
         raise Refused(
             f"The adapter in {folder} was trained on another base than the model {name}: their weights "
-            "differ. The base may have been given in memory, warm-started, merged with an earlier adapter or "
-            "changed since. Give the run's model/, in which base and adapter are merged, or load the adapter "
-            "onto its base yourself."
+            "differ. Give the run's model/, in which base and adapter are merged."
         )
 
 
@@ -251,12 +238,15 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
-_AUTO = {
-    "policy": ("transformers", "AutoModelForCausalLM"),
-    "adapter": ("peft", "AutoPeftModelForCausalLM"),
-    "reward model": ("transformers", "AutoModelForSequenceClassification"),
+_KINDS = {
+    "policy": ("transformers", "AutoModelForCausalLM", "This model was trained by tokenrl. It loads so:"),
+    "adapter": ("peft", "AutoPeftModelForCausalLM", "This is a LoRA adapter alone, trained by tokenrl."),
+    "reward model": (
+        *("transformers", "AutoModelForSequenceClassification"),
+        "A reward model: one number for prompt + completion, trained on preferences.",
+    ),
 }
-"""By kind of card, the library and its class that load what is saved beside the card."""
+"""By kind of card, the library and its class that load what is saved beside the card, and what that is."""
 _MARKS = re.compile(r"[\\`*~$&<|\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """What Markdown or mathematics in it may read as a mark; an underscore only at the edge of a word."""
 
@@ -285,21 +275,15 @@ class Card:
         """Return the card as Markdown, with the front matter that the hub reads."""
         from huggingface_hub import ModelCardData
 
-        library, auto = _AUTO[self.kind]
-        rewards = self.kind == "reward model"
-        about = "This model was trained by tokenrl. It loads so:"
-        if rewards:
-            about = "A reward model: one number for prompt + completion, trained on preferences."
-        elif self.kind == "adapter":
-            about = f"This is the LoRA adapter alone, trained by tokenrl on top of {self.base or 'a model'}."
+        library, auto, about = _KINDS[self.kind]
         data = ModelCardData(
             library_name=library,
             base_model=self.base,
-            pipeline_tag="text-classification" if rewards else "text-generation",
+            pipeline_tag="text-classification" if self.kind == "reward model" else "text-generation",
             tags=[*self.tags, *(["lora"] if self.kind == "adapter" else []), "tokenrl"],
         )
         lines = [
-            *("---", data.to_yaml().strip(), "---", f"# {_plain(self.title)}", "", _plain(about), ""),
+            *("---", data.to_yaml().strip(), "---", f"# {_plain(self.title)}", "", about, ""),
             *("```python", "from transformers import AutoTokenizer", f"from {library} import {auto}"),
             f"model = {auto}.from_pretrained(DIRECTORY)",
             *("tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)", "```", "", "| | |", "|---|---|"),
