@@ -21,32 +21,28 @@ from tokenrl.errors import Refused, Stopped
 LENGTHS = torch.tensor([4, 2, 3, 1])
 
 
-def rollout_of(*, width=4, dtype=torch.double, continuous=False):
+def rollout_of(*, width=4):
+    """Four rows: 0 and 3 terminated, 1 met the time limit, 2 goes on."""
     draw = torch.Generator().manual_seed(0)
     mask = torch.arange(width) < LENGTHS[:, None]
-    rewards = torch.randn(4, 4, generator=draw, dtype=dtype)
+    rewards = torch.randn(4, 4, generator=draw, dtype=torch.double)
     actions = torch.randint(2, (4, 4), generator=draw)
-    observations = torch.randn(4, 4, 3, generator=draw, dtype=dtype)
-    final = torch.randn(4, 3, generator=draw, dtype=dtype)
-    rewards, actions, observations = (
-        torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, width - 4))
-        for x in (rewards, actions, observations)
-    )
+    observations = torch.randn(4, 4, 3, generator=draw, dtype=torch.double)
+    final = torch.randn(4, 3, generator=draw, dtype=torch.double)
+    wider = torch.nn.functional.pad
+    observations = wider(observations, (0, 0, 0, width - 4), value=9e9)
+    rewards, actions = (wider(x, (0, width - 4)) for x in (rewards, actions))
     rewards = rewards * mask
-    return Rollout(
-        observations, observations[..., :2] if continuous else actions, rewards, mask,
-        torch.tensor([True, False, False, True]), torch.tensor([False, True, False, False]),
-        final, rewards.sum(1), LENGTHS, int(LENGTHS.sum()),
-    )  # fmt: skip
+    terminated, truncated = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0]]).bool()
+    ends = terminated, truncated, final, rewards.sum(1), LENGTHS, int(LENGTHS.sum())
+    return Rollout(observations, actions, rewards, mask, *ends)
 
 
-def agent_of(estimator, *, critic=None, head="softmax", hidden=(4,), **options):
+def agent_of(estimator, *, critic="separate", **options):
     settings = {"num_envs": 4, "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 10} | options
-    args = ControlArguments(
-        estimator=estimator, hidden=hidden, value_network=critic or "separate", **settings
-    )
+    args = ControlArguments(estimator=estimator, hidden=(4,), value_network=critic, **settings)
     used = critic if estimator.needs_values else None
-    shape = Shape(3, head, 2, hidden=hidden, critic=used, normalize_observations=args.normalize_observations)
+    shape = Shape(3, "softmax", 2, (4,), critic=used, normalize_observations=args.normalize_observations)
     policy = Policy(shape, torch.Generator().manual_seed(1)).double()
     return Agent(
         policy=policy,
@@ -70,23 +66,23 @@ def moved(agent, rollout, step=1):
     return (weights(agent) - before) / agent.args.learning_rate
 
 
-def by_hand(agent, rollout):
-    """`1/N sum_i sum_t (G_it - b) (onehot(a) - pi)` by autograd on each log-probability alone."""
-    total = torch.zeros_like(weights(agent))
-    parameters = agent.policy.policy_parameters()
-    for i, length in enumerate(LENGTHS.tolist()):
-        for t in range(length):
-            to_go = rollout.rewards[i, t:length].sum()
-            logprob = agent.policy(rollout.observations[i, t]).log_softmax(-1)[rollout.actions[i, t]]
-            slopes = torch.autograd.grad(logprob, parameters)
-            total += to_go * torch.cat([s.reshape(-1) for s in slopes]) / len(LENGTHS)
-    return total
+def slope_of(agent, objective):
+    return torch.cat(
+        [x.reshape(-1) for x in torch.autograd.grad(objective, agent.policy.policy_parameters())]
+    )
+
+
+def logprobs_of(agent, rollout):
+    chosen = agent.policy(rollout.observations.clamp(max=9)).log_softmax(-1)
+    return chosen.gather(-1, rollout.actions[..., None]).squeeze(-1)
 
 
 def test_the_update_is_reinforce_by_hand():
+    """`1/N sum_i sum_t G_it (onehot(a) - pi)`, with scaled rewards."""
     estimator = Estimator(baseline="none", returns="reward_to_go")
     agent, rollout = agent_of(estimator, reward_scale=3.0), rollout_of()
-    expected = 3 * by_hand(agent, rollout)
+    to_go = rollout.rewards.flip(1).cumsum(1).flip(1)
+    expected = slope_of(agent, 3 * (to_go * logprobs_of(agent, rollout) * rollout.mask).sum() / len(LENGTHS))
     torch.testing.assert_close(moved(agent, rollout), expected)
 
 
@@ -100,19 +96,16 @@ def test_the_update_of_the_textbook_agent_of_the_walk(value_head, row):
     )  # fmt: skip
     agent = agent_of(estimator, critic="shared", value_coef=1.0, max_grad_norm=0.5)
     every = rollout_of()
-    rollout = every._replace(
-        **{name: getattr(every, name)[row : row + 1] for name in every._fields if name != "env_steps"}
-    )
+    rollout = Rollout(*(x[row : row + 1] for x in every[:-1]), int(LENGTHS[row]))
     policy, n = agent.policy, int(LENGTHS[row])
     to_go = torch.stack([sum(0.99**k * r for k, r in enumerate(rollout.rewards[0, t:n])) for t in range(n)])
     returns = (to_go - to_go.mean()) / (to_go.std() + 1e-8)
-    logprobs = policy(rollout.observations[0, :n]).log_softmax(-1)[range(n), rollout.actions[0, :n]]
+    logprobs = logprobs_of(agent, rollout)[0, :n]
     loss = -(logprobs * returns).mean()
     if value_head:
         values = policy.values(rollout.observations[0, :n])
         loss = -(logprobs * (returns - values.detach())).mean() + 0.5 * (values - returns).square().mean()
-    slopes = torch.autograd.grad(loss, policy.policy_parameters())
-    slope = torch.cat([x.reshape(-1) for x in slopes])
+    slope = slope_of(agent, loss)
     expected = -slope * min(1.0, 0.5 / (float(slope.norm()) + 1e-6))
     torch.testing.assert_close(moved(agent, rollout), expected)
 
@@ -133,28 +126,21 @@ EVERY = [
 
 
 @pytest.mark.parametrize("estimator", EVERY, ids=lambda e: f"{e.baseline}-{e.returns}-{e.scale}")
-def test_padding_changes_nothing(estimator):
-    critic = "separate"
-    one = moved(agent_of(estimator, critic=critic), rollout_of())
-    other = rollout_of(width=7)
-    other = other._replace(observations=torch.where(other.mask[..., None], other.observations, 9e9))
-    torch.testing.assert_close(moved(agent_of(estimator, critic=critic), other), one)
-    assert one.abs().sum() > 1e-4
-
-
-@pytest.mark.parametrize("estimator", EVERY, ids=lambda e: f"{e.baseline}-{e.returns}-{e.scale}")
-def test_actions_one_by_one_are_the_rows(estimator, monkeypatch):
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_neither_padding_nor_layout_changes_an_update(estimator, critic, monkeypatch):
     from tokenrl.control import update
 
-    one = moved(agent_of(estimator, critic="shared"), rollout_of())
+    one = moved(agent_of(estimator, critic=critic), rollout_of())
+    torch.testing.assert_close(moved(agent_of(estimator, critic=critic), rollout_of(width=7)), one)
+    assert one.abs().sum() > 1e-4
     monkeypatch.setattr(update, "one_by_one", lambda rows: rows)
-    torch.testing.assert_close(moved(agent_of(estimator, critic="shared"), rollout_of()), one)
+    torch.testing.assert_close(moved(agent_of(estimator, critic=critic), rollout_of()), one)
 
 
 @pytest.mark.parametrize("estimator", [EVERY[2], EVERY[6]], ids=["whole", "ppo"])
 def test_minibatches_are_each_an_unbiased_part(estimator):
     """With a learning rate near 0 the mean of the minibatches' moves is the move of all at once."""
-    tiny = {"learning_rate": 1e-7, "critic": "separate"}
+    tiny = {"learning_rate": 1e-7}
     whole = moved(agent_of(estimator, **tiny), rollout_of())
     parts = moved(agent_of(estimator, num_minibatches=2, **tiny), rollout_of()) / 2
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
@@ -170,18 +156,6 @@ def test_the_first_of_several_passes_has_ratio_one():
     assert not torch.allclose(both, moved(agent_of(plain, num_iterations=2), rollout_of()), rtol=1e-3)
 
 
-@pytest.mark.parametrize(("reward", "sign"), [(1.0, 1), (-1.0, -1)])
-def test_a_step_with_positive_return_raises_the_probability_of_the_action_taken(reward, sign):
-    agent, rollout = agent_of(Estimator(baseline="none")), rollout_of()
-    only = torch.zeros_like(rollout.rewards)
-    only[1, 0] = reward  # of the first step of one episode; with the total return both its steps are paid
-    rollout = rollout._replace(rewards=only)
-    x, a = rollout.observations[1, :2], rollout.actions[1, :2]
-    before = agent.policy.score(x, a).logprobs.sum()
-    learn(agent, rollout, 1)
-    assert sign * float((agent.policy.score(x, a).logprobs.sum() - before).detach()) > 0
-
-
 @pytest.mark.parametrize(
     ("gamma", "options", "goes_on"),
     [(0.9, {}, [0, 1, 1, 0]), (1.0, {}, [0, 0, 1, 0]), (0.9, {"time_limits": "end"}, [0, 0, 1, 0])],
@@ -190,46 +164,12 @@ def test_a_step_with_positive_return_raises_the_probability_of_the_action_taken(
 def test_what_follows_a_cut_or_a_time_limit_is_the_critics_value(gamma, options, goes_on):
     """Rows 0 and 3 terminated, 1 met the time limit, 2 goes on; the last target is r + gamma V."""
     estimator = Estimator(baseline="value", returns="gae", lam=0.9, gamma=gamma)
-    agent, rollout = agent_of(estimator, critic="separate", **options), rollout_of()
+    agent, rollout = agent_of(estimator, **options), rollout_of()
     values = agent.policy.values(rollout.final_observations).detach()
     flat, _ = prepare(agent, estimator, rollout)
     rewards = rollout.rewards[torch.arange(4), LENGTHS - 1]
     expected = rewards + gamma * torch.tensor(goes_on) * values
     torch.testing.assert_close(flat.returns[LENGTHS.cumsum(0) - 1, 0], expected)
-
-
-def test_a_shared_critic_weighs_half_beside_the_policy():
-    estimator = Estimator.preset("a2c")
-    alone, both = (agent_of(estimator, critic="shared", value_coef=c) for c in (0.0, 0.5))
-    twice = agent_of(estimator, critic="shared", value_coef=1.0)
-    none, half, whole = (moved(agent, rollout_of()) for agent in (alone, both, twice))
-    torch.testing.assert_close(half - none, (whole - none) / 2)
-    assert (whole - none).abs().max() > 1e-3
-
-
-def test_the_running_mean_learns_after_its_use():
-    estimator = Estimator(baseline="running_mean", running_mean_decay=0.5, running_mean_init=3.0)
-    agent, rollout = agent_of(estimator, reward_scale=2.0), rollout_of()
-    metrics = learn(agent, rollout, 1)
-    assert metrics["baseline"] == 3.0
-    expected = 0.5 * 3.0 + 0.5 * 2 * float(rollout.rewards.sum(1).mean())
-    assert agent.running_mean.value == pytest.approx(expected)
-
-
-def test_observations_are_scaled_by_those_of_earlier_rollouts():
-    scaled, plain = (agent_of(Estimator(baseline="none"), normalize_observations=on) for on in (True, False))
-    torch.testing.assert_close(moved(scaled, rollout_of()), moved(plain, rollout_of()))  # none so far
-    assert scaled.policy.scale.count == LENGTHS.sum()
-
-
-def test_the_gradient_is_clipped_and_its_norm_reported_before():
-    agent = agent_of(Estimator(baseline="none"), max_grad_norm=0.01)
-    before = weights(agent)
-    metrics = learn(agent, rollout_of(), 1)
-    assert metrics["grad_norm"] > 0.05 and metrics["grad_clipped"] == 1
-    assert float((weights(agent) - before).norm()) == pytest.approx(0.01 * 0.1, rel=1e-3)
-    unlimited = agent_of(Estimator(baseline="none"), max_grad_norm=0.0)
-    assert learn(unlimited, rollout_of(), 1)["grad_clipped"] == 0
 
 
 def test_an_entropy_bonus_raises_the_entropy_and_falls_with_its_schedule():
@@ -242,18 +182,6 @@ def test_an_entropy_bonus_raises_the_entropy_and_falls_with_its_schedule():
     assert entropies[-1] > entropies[0] + 0.01
     assert [scheduled(agent.args, step).entropy_coef for step in (1, 6, 10)] == pytest.approx([1.0, 0.5, 0.1])
     assert scheduled(replace(agent.args, entropy_schedule="constant"), 6).entropy_coef == 1.0
-
-
-def test_a_gradient_that_is_not_finite_is_skipped_and_then_stops():
-    agent, rollout = agent_of(Estimator(baseline="none"), stop_after_nonfinite=3), rollout_of()
-    rollout.rewards[0, 0] = math.inf
-    before = weights(agent)
-    learn(agent, rollout, 1)
-    learn(agent, rollout, 2)
-    with pytest.raises(Stopped, match="3 updates in a row"):
-        learn(agent, rollout, 3)
-    assert torch.equal(weights(agent), before)
-    assert agent.skipped == 3
 
 
 def test_diagnostics_compare_halves_of_whole_episodes():
@@ -273,20 +201,71 @@ def test_diagnostics_compare_halves_of_whole_episodes():
     assert "gradient/snr" not in learn(agent_of(estimator), rollout, 1)
 
 
+@pytest.mark.parametrize(("reward", "sign"), [(1.0, 1), (-1.0, -1)])
+def test_a_step_with_positive_return_raises_the_probability_of_the_action_taken(reward, sign):
+    agent, rollout = agent_of(Estimator(baseline="none")), rollout_of()
+    rollout.rewards.zero_()
+    rollout.rewards[1, 0] = (
+        reward  # of one step of one episode; with the total return both its steps are paid
+    )
+    taken = rollout.observations[1, :2], rollout.actions[1, :2]
+    before = agent.policy.score(*taken).logprobs.sum()
+    learn(agent, rollout, 1)
+    assert sign * float((agent.policy.score(*taken).logprobs.sum() - before).detach()) > 0
+
+
+def test_a_shared_critic_weighs_half_beside_the_policy():
+    estimator = Estimator.preset("a2c")
+    none, half, whole = (
+        moved(agent_of(estimator, critic="shared", value_coef=c), rollout_of()) for c in (0.0, 0.5, 1.0)
+    )
+    torch.testing.assert_close(half - none, (whole - none) / 2)
+    assert (whole - none).abs().max() > 1e-3
+
+
+def test_running_mean_and_scale_of_observations_learn_after_their_use():
+    estimator = Estimator(baseline="running_mean", running_mean_decay=0.5, running_mean_init=3.0)
+    scaled, plain = (agent_of(estimator, reward_scale=2.0, normalize_observations=on) for on in (True, False))
+    torch.testing.assert_close(moved(scaled, rollout_of()), moved(plain, rollout_of()))  # none so far
+    assert scaled.policy.scale.count == LENGTHS.sum()
+    expected = 0.5 * 3.0 + 0.5 * 2 * float(rollout_of().rewards.sum(1).mean())
+    assert scaled.running_mean.value == pytest.approx(expected)
+    assert learn(scaled, rollout_of(), 2)["baseline"] == pytest.approx(expected)
+
+
+def test_the_gradient_is_clipped_and_its_norm_reported_before():
+    agent = agent_of(Estimator(baseline="none"), max_grad_norm=0.01)
+    before = weights(agent)
+    metrics = learn(agent, rollout_of(), 1)
+    assert metrics["grad_norm"] > 0.05 and metrics["grad_clipped"] == 1
+    assert float((weights(agent) - before).norm()) == pytest.approx(0.01 * 0.1, rel=1e-3)
+    assert learn(agent_of(Estimator(baseline="none")), rollout_of(), 1)["grad_clipped"] == 0
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_then_stops():
+    agent, rollout = agent_of(Estimator(baseline="none"), stop_after_nonfinite=2), rollout_of()
+    rollout.rewards[0, 0] = math.inf
+    before = weights(agent)
+    learn(agent, rollout, 1)
+    with pytest.raises(Stopped, match="2 updates in a row"):
+        learn(agent, rollout, 2)
+    assert torch.equal(weights(agent), before) and agent.skipped == 2
+
+
 @pytest.mark.parametrize(
-    ("estimator", "num_steps", "message"),
+    ("fields", "num_steps", "message"),
     [
-        (Estimator(beta=0.1), None, "no reference policy"),
-        (Estimator.preset("remax"), None, "starts in the same state"),
-        (Estimator(zero_spread="drop"), None, "no prompts"),
-        (Estimator(truncations="mask"), None, "time limit"),
-        (Estimator(overlong_buffer=3), None, "environment itself rewards length"),
-        (Estimator(baseline="none"), 8, "only a critic"),
-        (Estimator(baseline="rloo", returns="gae"), 8, "cannot be compared"),
-        (Estimator(baseline="value", returns="episode_normalized"), 8, "or normalised"),
-        (Estimator.preset("a2c", scale="batch_std"), 8, "cannot be compared"),
+        ({"beta": 0.1}, None, "no reference policy"),
+        ({"baseline": "remax"}, None, "starts in the same state"),
+        ({"zero_spread": "drop"}, None, "no prompts"),
+        ({"truncations": "mask"}, None, "time limit"),
+        ({"overlong_buffer": 3}, None, "environment itself rewards length"),
+        ({"baseline": "none"}, 8, "only a critic"),
+        ({"baseline": "rloo", "returns": "gae"}, 8, "cannot be compared"),
+        ({"baseline": "value", "returns": "episode_normalized"}, 8, "or normalised"),
+        ({"baseline": "value", "returns": "reward_to_go", "scale": "batch_std"}, 8, "cannot be compared"),
     ],
 )
-def test_what_has_no_meaning_here_is_refused(estimator, num_steps, message):
+def test_what_has_no_meaning_here_is_refused(fields, num_steps, message):
     with pytest.raises(Refused, match=message):
-        check_supported(estimator, ControlArguments(estimator=estimator, num_steps=num_steps))
+        check_supported(Estimator(**fields), ControlArguments(num_steps=num_steps))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
+import gymnasium
+import numpy as np
 import pytest
 import torch
 from counting_env import register
 from hypothesis import given, settings, strategies as st
 
-from tokenrl.control.environments import Environments
+from tokenrl.control.environments import Environments, describe
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import Pieces, Steps, collect_episodes, into_rows
 
@@ -18,34 +22,6 @@ def policy_of(size=2, actions=2):
 
 def draws(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def test_whole_episodes_one_each():
-    envs = Environments(register(), 3)
-    rollout = collect_episodes(envs, policy_of(), 100, draws(), seed=0)
-    assert rollout.mask.sum(1).tolist() == [3, 3, 3]
-    assert rollout.rewards.tolist() == [[1, 2, 3]] * 3
-    assert rollout.observations[0].tolist() == [[0, 0], [0, 1], [0, 2]]
-    assert rollout.final_observations.tolist() == [[0, 3]] * 3
-    assert rollout.terminated.all() and not rollout.truncated.any()
-    assert rollout.returns.tolist() == [6, 6, 6]
-    assert rollout.env_steps == 9
-
-
-def test_a_time_limit_truncates_and_does_not_terminate():
-    envs = Environments(register(limit=2), 2)
-    rollout = collect_episodes(envs, policy_of(), 2, draws(), seed=0)
-    assert rollout.mask.sum(1).tolist() == [2, 2]
-    assert rollout.truncated.all() and not rollout.terminated.any()
-    assert rollout.final_observations.tolist() == [[0, 2]] * 2
-
-
-def test_every_step_of_a_long_episode_has_random_numbers_of_its_own():
-    envs, policy = Environments(register(limit=200, lengths=(200,)), 4), policy_of()
-    for parameter in policy.parameters():  # the same distribution in every state
-        parameter.data.zero_()
-    actions = collect_episodes(envs, policy, 200, draws(), seed=0).actions
-    assert not torch.equal(actions[:, :64], actions[:, 64:128])
 
 
 def test_unequal_episodes_are_not_mixed_with_those_that_follow():
@@ -86,65 +62,9 @@ def test_a_piece_that_is_cut_is_neither_terminated_nor_truncated():
     assert rest.observations[0, 0].tolist() == [0, 4]
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 4), st.integers(2, 9), st.integers(0, 2**31))
-def test_rows_are_what_a_walk_through_the_steps_finds(envs, n, seed):
-    draw = torch.Generator().manual_seed(seed)
-    over, kind = torch.rand(envs, n, generator=draw) < 0.3, torch.rand(envs, n, generator=draw) < 0.5
-    dummy = torch.zeros(envs, n, dtype=torch.bool)
-    dummy[:, 0] = torch.rand(envs, generator=draw) < 0.3
-    for t in range(n):
-        over[:, t] &= ~dummy[:, t]
-        if t + 1 < n:
-            dummy[:, t + 1] = over[:, t]
-    if dummy.all():
-        return
-    observations = torch.arange(envs * n * 2.0).reshape(envs, n, 2)
-    after = -torch.arange(envs * 2.0).reshape(envs, 2) - 1
-    steps = Steps(observations, torch.arange(envs * n).reshape(envs, n), observations[..., 0] + 0.5,
-                  over & kind, over & ~kind, dummy)  # fmt: skip
-    rollout = into_rows(steps, after)
-    found = []
-    for e in range(envs):
-        row: list[int] = []
-        for t in range(n):
-            if not dummy[e, t]:
-                row.append(t)
-            if row and (over[e, t] or t + 1 == n):
-                final = observations[e, t + 1] if t + 1 < n else after[e]
-                found.append((e, row, bool(over[e, t] & kind[e, t]), bool(over[e, t] & ~kind[e, t]), final))
-                row = []
-    assert len(found) == len(rollout.mask)
-    assert rollout.env_steps == int((~dummy).sum())
-    for i, (e, row, terminated, truncated, final) in enumerate(found):
-        own = rollout.mask[i]
-        assert int(own.sum()) == len(row) and own[: len(row)].all()
-        assert torch.equal(rollout.observations[i, own], observations[e, row])
-        assert torch.equal(rollout.actions[i, own], steps.actions[e, row])
-        assert torch.equal(rollout.rewards[i, own], steps.rewards[e, row])
-        assert (rollout.rewards[i, ~own] == 0).all()
-        assert (bool(rollout.terminated[i]), bool(rollout.truncated[i])) == (terminated, truncated)
-        assert torch.equal(rollout.final_observations[i], final)
-
-
-def test_continuous_actions_reach_the_environment_between_their_bounds():
-    """-1 and 1 are the bounds -2 and 4; the policy keeps the action it drew."""
-    import numpy as np
-
-    envs = Environments(register(continuous=True), 1)
-    envs.reset(0)
-    for given_action, taken in (([0, 1], [1, 4]), ([-1, 0.5], [-2, 2.5]), ([-9, 9], [-2, 4])):
-        envs.step(np.array([given_action], np.float32))
-        assert envs.vector.envs[0].unwrapped.last_action.tolist() == taken
-
-
 @pytest.mark.parametrize("env", ["Acrobot-v1", "gridworld"])
 def test_an_episode_is_one_that_gymnasium_itself_would_play(env):
     """The rewards of a rollout are those of `gymnasium.make` under the same actions from the same start."""
-    import gymnasium
-
-    from tokenrl.control.environments import describe
-
     spec = describe(env)
     envs = Environments(env, 2)
     rollout = collect_episodes(
@@ -158,3 +78,65 @@ def test_an_episode_is_one_that_gymnasium_itself_would_play(env):
         assert [step[1] for step in played] == pytest.approx(rollout.rewards[row, rollout.mask[row]].tolist())
         assert played[-1][2] == bool(rollout.terminated[row])
         assert not any(step[2] or step[3] for step in played[:-1])
+
+
+@pytest.mark.parametrize(("limit", "length"), [(100, 3), (2, 2)])
+def test_whole_episodes_one_each(limit, length):
+    """A time limit truncates them and does not terminate them."""
+    envs = Environments(register(limit=limit), 3)
+    rollout = collect_episodes(envs, policy_of(), limit, draws(), seed=0)
+    assert rollout.mask.sum(1).tolist() == [length] * 3 and rollout.env_steps == 3 * length
+    assert rollout.rewards.tolist() == [[1, 2, 3][:length]] * 3
+    assert rollout.observations[0].tolist() == [[0, 0], [0, 1], [0, 2]][:length]
+    assert rollout.final_observations.tolist() == [[0, length]] * 3
+    assert rollout.terminated.tolist() == [limit == 100] * 3 == (~rollout.truncated).tolist()
+    assert rollout.returns.tolist() == [sum(range(length + 1))] * 3
+
+
+def test_every_step_of_a_long_episode_has_random_numbers_of_its_own():
+    envs, policy = Environments(register(limit=200, lengths=(200,)), 4), policy_of()
+    policy.head.weight.data.zero_()  # the same distribution in every state
+    actions = collect_episodes(envs, policy, 200, draws(), seed=0).actions
+    assert not torch.equal(actions[:, :64], actions[:, 64:128])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(2, 9), st.integers(0, 2**31))
+def test_rows_are_what_a_walk_through_the_steps_finds(envs, n, seed):
+    draw = torch.Generator().manual_seed(seed)
+    over, kind = torch.rand(2, envs, n, generator=draw) < torch.tensor([0.3, 0.5])[:, None, None]
+    dummy = torch.zeros(envs, n, dtype=torch.bool)
+    dummy[:, 0] = torch.rand(envs, generator=draw) < 0.3
+    for t in range(n):
+        over[:, t] &= ~dummy[:, t]
+        if t + 1 < n:
+            dummy[:, t + 1] = over[:, t]
+    if dummy.all():
+        return
+    observations = torch.arange(envs * n * 2.0).reshape(envs, n, 2)
+    after = -torch.arange(envs * 2.0).reshape(envs, 2) - 1
+    actions, rewards = torch.arange(envs * n).reshape(envs, n), observations[..., 0] + 0.5
+    rollout = into_rows(Steps(observations, actions, rewards, over & kind, over & ~kind, dummy), after)
+    assert rollout.env_steps == int((~dummy).sum())
+    following, place, row = torch.cat([observations[:, 1:], after[:, None]], 1), 0, []
+    for e, t in itertools.product(range(envs), range(n)):
+        row += [t] * (not dummy[e, t])
+        if row and (over[e, t] or t + 1 == n):
+            own = rollout.mask[place]
+            assert own.tolist() == [True] * len(row) + [False] * (len(own) - len(row))
+            for found, all_of in zip(rollout[:3], (observations, actions, rewards), strict=True):
+                assert torch.equal(found[place, own], all_of[e, row]) and (found[place, ~own] == 0).all()
+            ends = over[e, t] & kind[e, t], over[e, t] & ~kind[e, t]
+            assert (rollout.terminated[place], rollout.truncated[place]) == ends
+            assert torch.equal(rollout.final_observations[place], following[e, t])
+            place, row = place + 1, []
+    assert place == len(rollout.mask)
+
+
+def test_continuous_actions_reach_the_environment_between_their_bounds():
+    """-1 and 1 are the bounds -2 and 4; the policy keeps the action it drew."""
+    envs = Environments(register(continuous=True), 1)
+    envs.reset(0)
+    for given_action, taken in (([0, 1], [1, 4]), ([-1, 0.5], [-2, 2.5]), ([-9, 9], [-2, 4])):
+        envs.step(np.array([given_action], np.float32))
+        assert envs.vector.envs[0].unwrapped.last_action.tolist() == taken

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tokenrl.core import Estimator
-from tokenrl.errors import Refused
 from tokenrl.lab.exact.enumeration import Moments, exact_moments, proportional_step
 from tokenrl.lab.exact.problems import Problem, tabular_problem
 
@@ -127,8 +126,3 @@ def test_a_proportional_step_is_the_limit_of_many_groups() -> None:
     torch.testing.assert_close(
         per_length.mean, exact_moments(Estimator(aggregation="sequence_mean"), problem).mean, **CLOSE
     )
-
-
-def test_what_the_estimator_refuses_is_refused() -> None:
-    with pytest.raises(Refused, match="several completions"):
-        exact_moments(Estimator(), tabular_problem(9), group_size=1)

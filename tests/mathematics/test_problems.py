@@ -8,16 +8,6 @@ import torch
 from tokenrl.lab.exact.problems import all_completions, tabular_problem
 
 
-def test_fifteen_completions_of_three_tokens() -> None:
-    every = all_completions(3, 3)
-    assert every.ids.shape == (15, 3) and len(every.prefixes) == 7
-    assert every.mask.sum(-1).long().bincount().tolist() == [0, 1, 2, 12]
-    rows = {tuple(ids[: int(n)]) for ids, n in zip(every.ids.tolist(), every.mask.sum(-1), strict=True)}
-    assert len(rows) == 15 and (0,) in rows and (1, 2, 2) in rows and (1, 0, 1) not in rows
-    two_ends = all_completions(4, 2, ends=(0, 3))
-    assert len(two_ends.ids) == 2 + 2 * 4
-
-
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", ["binary", "graded", "continuous", "dense"])
 def test_chances_sum_to_one_and_scores_to_zero(kind: str, shared: bool) -> None:
@@ -69,17 +59,12 @@ def test_entropy_slopes_are_those_of_the_step_entropy() -> None:
     torch.testing.assert_close(parts, wanted, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("kind", ["continuous", "dense"])
-def test_true_values_start_at_j_and_arbitrary_ones_do_not(kind: str) -> None:
-    problem = tabular_problem(5, rewards=kind, true_values=True)
-    j = (problem.chances * problem.totals).sum()
-    torch.testing.assert_close(problem.values[0, :, 0], j.expand(15))
-    assert len(problem.values[0].unique()) == 1 + 7  # the padding, and one value per prefix
-    other = tabular_problem(5, rewards=kind)
-    assert abs(float(other.values[0, 0, 0] - j)) > 0.01
-
-
-def test_greedy_and_truncated() -> None:
+def test_every_completion_is_listed_with_its_end_and_the_greedy_one_is_named() -> None:
+    every = all_completions(3, 3)
+    assert every.ids.shape == (15, 3) and len(every.prefixes) == 7
+    rows = {tuple(ids[: int(n)]) for ids, n in zip(every.ids.tolist(), every.mask.sum(-1), strict=True)}
+    assert len(rows) == 15 and (0,) in rows and (1, 2, 2) in rows and (1, 0, 1) not in rows
+    assert len(all_completions(4, 2, ends=(0, 3)).ids) == 2 + 2 * 4
     problem = tabular_problem(6, prompts=3)
     for x in range(3):
         tokens = problem.logprobs[x, problem.greedy[x]]
@@ -88,10 +73,9 @@ def test_greedy_and_truncated() -> None:
     assert problem.truncated.sum() == 8 and (problem.mask[problem.truncated] == 1).all()
 
 
-def test_even_chances_are_multiples_of_the_smallest_and_a_seed_repeats() -> None:
-    for vocabulary in (2, 3):
-        problem = tabular_problem(7, prompts=2, vocabulary=vocabulary, length=2, even=True)
-        counts = problem.chances / problem.chances.min()
-        torch.testing.assert_close(counts, counts.round(), rtol=1e-13, atol=0)
-    assert torch.equal(problem.scores, tabular_problem(7, prompts=2, length=2, even=True).scores)
-    assert not torch.equal(problem.rewards, tabular_problem(8, prompts=2, length=2, even=True).rewards)
+@pytest.mark.parametrize("kind", ["continuous", "dense"])
+def test_true_values_are_the_mean_from_each_prefix(kind: str) -> None:
+    problem = tabular_problem(5, rewards=kind, true_values=True)
+    j = (problem.chances * problem.totals).sum()
+    torch.testing.assert_close(problem.values[0, :, 0], j.expand(15))
+    assert len(problem.values[0].unique()) == 1 + 7  # the padding, and one value per prefix

@@ -12,24 +12,6 @@ from tokenrl.errors import Refused
 IDS = torch.tensor([[5, 2, 2, 2], [5, 3, 6, 2], [5, 6, 7, 8], [2, 2, 2, 2]])
 
 
-def test_the_example_of_the_docstring() -> None:
-    wanted = [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
-    assert completion_mask(IDS, (2, 3)).int().tolist() == wanted
-    assert completion_mask(IDS, [3]).int().tolist() == [[1] * 4, [1, 1, 0, 0], [1] * 4, [1] * 4]
-    assert completion_mask(IDS, ()).all()
-
-
-def test_lengths_end_rows_that_did_not_end_by_themselves() -> None:
-    lengths = torch.tensor([4, 1, 3, 0])
-    wanted = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
-    assert completion_mask(IDS, (2, 3), lengths).int().tolist() == wanted
-    stacked = torch.vmap(lambda ids, n: completion_mask(ids, (2, 3), n))(
-        torch.stack([IDS, IDS.flip(0)]), torch.stack([lengths, lengths.flip(0)])
-    )
-    assert torch.equal(stacked[0], completion_mask(IDS, (2, 3), lengths))
-    assert torch.equal(stacked[1], stacked[0].flip(0))
-
-
 def test_zero_outside_stops_values_and_gradients() -> None:
     x = torch.tensor([1.0, torch.nan, torch.inf], requires_grad=True)
     kept = zero_outside(x, torch.tensor([True, False, False]))
@@ -51,25 +33,33 @@ def test_groups_without_spread() -> None:
         zero_spread(REWARDS, None, VALID)
 
 
+@pytest.mark.parametrize(
+    ("ends", "lengths", "wanted"),
+    [
+        ((2, 3), None, [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]),  # the docstring's example
+        ((3,), None, [[1] * 4, [1, 1, 0, 0], [1] * 4, [1] * 4]),
+        ((), None, [[1] * 4] * 4),
+        ((2, 3), [4, 1, 3, 0], [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]),
+    ],
+)
+def test_the_first_end_is_the_last_action(ends, lengths, wanted) -> None:
+    given = None if lengths is None else torch.tensor(lengths)
+    assert completion_mask(IDS, ends, given).int().tolist() == wanted
+
+
 def test_what_is_kept() -> None:
-    mask = torch.ones(8, 2)
     truncated = torch.tensor([True, False, True, False] * 2)
-
-    def kept(**fields):
-        return keep(Estimator(**fields), REWARDS, mask, group_size=2, valid=VALID, truncated=truncated)
-
-    plain = kept()
-    assert torch.equal(plain.compared, VALID) and torch.equal(plain.counted, VALID)
-    masked = kept(truncations="mask")
-    assert torch.equal(masked.compared, VALID) and torch.equal(masked.counted, VALID)
-    assert masked.mask.any(1).tolist() == [False, True, False, True] * 2
-    dropped = kept(truncations="drop")
-    assert torch.equal(dropped.compared, VALID & ~truncated)
-    assert torch.equal(dropped.counted, VALID & ~truncated)
-    for name in ("drop", "refill"):
-        spread = kept(zero_spread=name)
-        assert torch.equal(spread.compared, VALID)
-        assert spread.counted.tolist() == [False] * 2 + [True] * 2 + [False] * 4
-        assert torch.equal(spread.mask.any(1), spread.counted)
+    spread = torch.tensor([False] * 2 + [True] * 2 + [False] * 4)
+    table = [
+        ({}, VALID, VALID, VALID),
+        ({"truncations": "mask"}, VALID, VALID, VALID & ~truncated),
+        ({"truncations": "drop"}, *[VALID & ~truncated] * 3),
+        *(({"zero_spread": name}, VALID, spread, spread) for name in ("drop", "refill")),
+    ]
+    for fields, *wanted in table:
+        given = {"group_size": 2, "valid": VALID, "truncated": truncated}
+        compared, counted, mask = keep(Estimator(**fields), REWARDS, torch.ones(8, 2), **given)
+        for found, rows in zip((compared, counted, mask.any(1)), wanted, strict=True):
+            assert torch.equal(found, rows), fields
     with pytest.raises(Refused, match="truncated"):
-        keep(Estimator(truncations="mask"), REWARDS, mask, group_size=2)
+        keep(Estimator(truncations="mask"), REWARDS, torch.ones(8, 2), group_size=2)
