@@ -11,9 +11,8 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.lab.compare.arguments import CompareArguments
-from tokenrl.lab.compare.arms import read_arm
 from tokenrl.lab.compare.plan import read_plan, settle_plan, write_plan
-from tokenrl.lab.compare.planning import make_plan
+from tokenrl.lab.compare.planning import make_plan, read_arm
 from tokenrl.lab.compare.tuning import tune
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import arguments
@@ -48,7 +47,6 @@ def estimator(text, **axes):
 @pytest.mark.parametrize("name", ["reinforce", "grpo", "ppo", "reinforce_pp", "shrinkage"])
 def test_a_preset_keeps_all_its_axes(name):
     assert estimator(name) == Estimator.preset(name)
-    assert read_arm(name, {}, SETTINGS).bias == Estimator.preset(name).bias_status
 
 
 def test_changes_come_on_top_of_the_preset_and_of_what_all_arms_share():
@@ -72,15 +70,15 @@ def test_other_settings_are_read_as_python_writes_them():
     ("arms", "words"),
     [
         (["rloo"], "two or more"),
-        (["rloo", "rloo"], "given twice"),
+        (["rloo", "rloo"], "the same settings"),
         (["rloo", "baseline=rloo"], "the same settings"),
         (["rlo", "grpo"], "Did you mean 'rloo'"),
         (["rloo,scal=none", "grpo"], "Did you mean 'scale'"),
         (["rloo,scale=non", "grpo"], "Did you mean 'none'"),
         (["rloo,x", "grpo"], "NAME=VALUE"),
         (["", "grpo"], "is empty"),
-        (["rloo,seed=3", "grpo"], "sets itself"),
-        (["rloo,reward=mine.py:f", "grpo"], "what is measured"),
+        (["rloo,seed=3", "grpo"], "the same for all arms"),
+        (["rloo,reward=mine.py:f", "grpo"], "the same for all arms"),
         (["rloo,gamma=2", "grpo"], "at most 1"),
         (["remax", "reinforce"], "cannot train on walk"),
     ],
@@ -93,7 +91,7 @@ def test_an_arm_that_cannot_be_used_is_refused_in_words(arms, words):
 def test_an_unknown_name_in_an_arm_is_refused_without_a_list_of_all_settings():
     with pytest.raises(Refused) as refused:
         plan(arms=("rloo,max_stepz=3", "grpo"))
-    assert "which is no setting" in str(refused.value) and len(str(refused.value)) < 200
+    assert "there is no setting" in str(refused.value) and len(str(refused.value)) < 200
 
 
 def test_every_arm_has_the_same_seeds_and_the_reference_others_too():
@@ -126,7 +124,7 @@ def test_the_margin_is_a_share_of_the_declared_range():
 
 
 def test_several_values_make_a_problem_each():
-    made = toy("rloo", "grpo", num_generations=(4, 8), learning_rate=("1e-4", "2e-4"))
+    made = toy("rloo", "grpo", num_generations=(4, 8), learning_rate=(1e-4, 2e-4))
     assert [p.label for p in made.problems] == [
         f"sort_digits, num_generations={size}, learning_rate={rate}"
         for size in (4, 8)
@@ -138,13 +136,13 @@ def test_several_values_make_a_problem_each():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"reference": "rlo"}, "which is no arm"),
-        ({"learning_rate": ("fixed", "1e-3")}, "or one or several numbers"),
-        ({"learning_rate": ("fast",)}, "numbers"),
+        ({"reference": "rlo"}, "must be one of"),
+        ({"learning_rate": ("tuned", 1e-3)}, "tuned alone"),
+        ({"learning_rate": ("fast",)}, "one of fixed, tuned, or a finite number"),
         ({"shared": {"seed": 3}}, "set by the comparison itself"),
         ({"shared": {"max_stepz": 3}}, "There is no setting"),
         ({"shared": {"estimator": "rloo"}}, "as arms"),
-        ({"task": ("sort_digits",)}, "leave these out"),
+        ({"task": ("sort_digits",)}, "without these"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_runs(options, words):
@@ -168,12 +166,12 @@ def test_the_same_plan_goes_on_and_is_read_back(begun):
 
 def test_more_seeds_and_arms_are_allowed_and_called_exploratory(begun):
     more = settle_plan(plan(seeds=5), begun, overwrite=False)
-    assert more.changes == ("the number of seeds was changed from 3 to 5 after runs had begun",)
+    assert more.changes == ("seeds was changed from [0, 1, 2] to [0, 1, 2, 3, 4] after runs had begun",)
     added = settle_plan(plan(arms=(*WALK["arms"], "rloo,baseline=batch_mean")), begun, overwrite=False)
-    assert [arm.exploratory for arm in added.arms] == [False, False, True]
+    assert added.changes == ("the arm rloo,baseline=batch_mean was added after runs had begun",)
     write_plan(added, begun, {})
     again = settle_plan(plan(arms=(*WALK["arms"], "rloo,baseline=batch_mean")), begun, overwrite=False)
-    assert again.changes == added.changes and again.arms == added.arms, "it stays exploratory"
+    assert again.changes == added.changes, "it stays exploratory"
 
 
 def test_another_way_to_judge_is_exploratory(begun):
@@ -275,7 +273,7 @@ def test_flags_of_the_runs_are_shared_and_the_others_are_its_own(tmp_path):
         "--estimator.aggregation sequence_mean --no-chat --learning-rate 1e-4 2e-4 --optimizer=sgd"
     )
     assert found.task == ("sort_digits", "reverse_text") and found.arms == ("rloo", "grpo,scale=none")
-    assert found.seeds == 8 and found.learning_rate == ("1e-4", "2e-4")
+    assert found.seeds == 8 and found.learning_rate == (1e-4, 2e-4)
     shared = {"max_steps": 50, "lora_r": 4, "chat": False, "optimizer": "sgd"}
     assert found.shared == {**shared, "estimator": {"aggregation": "sequence_mean"}}
     control = parsed("--env walk CartPole-v1 --arms reinforce rloo --num-envs 8 --hidden 16 16")

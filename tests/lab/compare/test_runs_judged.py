@@ -81,7 +81,7 @@ def test_failed_runs_are_counted_beside_the_difference_of_the_others(tmp_path):
     found = compared(tmp_path, {"reinforce": rising(0.5), "a2c": breaks}, seeds=8, margin=0.02)
     (difference,) = found.judgement.families[0].differences
     assert difference.verdict == "better" and 2 not in difference.differences
-    assert "1 of 8 runs of a2c failed" in found.sentences("walk")[0]
+    assert "1 of 8 runs of a2c failed" in found.judgement.of("walk").sentences()[0]
     assert "Runs failed: a2c in 1 of 8 runs." in found.headline("walk")
     assert found.exit_code == 1
 
@@ -90,7 +90,7 @@ def test_a_run_below_a_stated_reward_failed(tmp_path):
     arms = {"reinforce": rising(0.5), "a2c": lambda seed: rising(0.1 if seed else 0.9)(seed)}
     found = compared(tmp_path, arms, seeds=6, failure_below=0.2)
     assert found.judgement.verdicts() == {("walk", "a2c"): "worse"}
-    assert "because it fails more often" in found.sentences("walk")[0]
+    assert "because it fails more often" in found.judgement.of("walk").sentences()[0]
     assert row(found, "a2c", 1)["reason"].startswith("Its reward at the end, ")
     assert found.exit_code == 0, "a run that ended is no error"
 
@@ -102,7 +102,7 @@ def test_void_arms_have_no_verdict_in_any_metric_and_it_is_said_which_and_why(tm
     capsys.readouterr()
     found = tokenrl.compare(**WALK | {"quiet": False}, arms=tuple(arms), output_dir=str(tmp_path))
     table = found.differences()
-    assert set(table["verdict"][table["arm"] == "a2c"]) == {"void"} and found.beside
+    assert set(table["verdict"][table["arm"] == "a2c"]) == {"void"} and len(found.judgements) > 1
     assert found.judgement.verdicts()["walk", "rloo"] == "better"
     printed = " ".join(capsys.readouterr().out.split())
     assert "a2c is not valid: In the first tenth of the steps the entropy was 0.01 nats" in printed
@@ -170,7 +170,7 @@ def test_the_reference_against_itself_and_all_pairs(tmp_path):
     (family,) = found.judgement.families
     assert family.itself is not None and family.itself.verdict == "undecided"
     assert len(family.differences) == 3 and family.differences[-1].arm == "rloo"
-    assert "rloo is better than a2c, by +0.09" in " ".join(found.sentences("walk"))
+    assert "rloo is better than a2c, by +0.09" in " ".join(found.judgement.of("walk").sentences())
     assert list(found.differences()["decides"][:4]) == ["yes"] * 3 + ["no"]
 
 
@@ -186,9 +186,9 @@ def test_the_way_to_a_threshold_counts_runs_that_never_reach_it(tmp_path):
     found = compared(tmp_path / "bandit", arms, env="bandit", seeds=6)
     first, second = found.thresholds.to_dict("records")
     assert first["threshold"] == pytest.approx(0.6) and first["chosen"].startswith("half")
-    assert (first["reached"], first["median_samples"]) == (6, pytest.approx(40.0))
+    assert (first["reached"], first["median_samples"]) == (6, 80)
     assert (second["reached"], second["runs"]) == (4, 6)
-    assert second["median_samples"] == pytest.approx(80 + 80 * 0.1 / 0.4)
+    assert second["median_samples"] == 160, "the first evaluation that reaches it"
 
 
 def test_tuned_rates_are_chosen_and_an_edge_is_told(tmp_path, capsys):

@@ -7,14 +7,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from tokenrl.core.estimator import Estimator
-from tokenrl.lab.compare.judgement import Difference, Judgement, listed, shown
-from tokenrl.lab.compare.paired import Interval
+from tokenrl.lab.compare.judgement import Judgement, listed, shown
 from tokenrl.lab.compare.plan import Arm, Plan, Problem
 from tokenrl.lab.compare.scores import RunTable
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.rules import judge
-from tokenrl.settings import arguments
 
 
 class Caveat(NamedTuple):
@@ -37,12 +34,10 @@ def findings(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]:
         problem: the problem.
         runs: its runs on the problem.
     """
-    estimator = arguments(Estimator, arm.settings.get("estimator", {}))
-    settings = {**problem.settings, **arm.settings}
     facts: dict[str, Any] = {str(name): value for name, value in runs.mean(numeric_only=True).items()}
-    facts["has_entropy_bonus"] = estimator.entropy_coef > 0
-    facts["max_completion_length"] = settings.get("max_completion_length")
-    if not estimator.needs_groups:
+    facts |= {"has_entropy_bonus": arm.estimator.entropy_coef > 0}
+    facts |= {"max_completion_length": {**problem.settings, **arm.settings}.get("max_completion_length")}
+    if not arm.estimator.needs_groups:
         facts.pop("early_equal", None)
     return judge(facts)
 
@@ -95,8 +90,8 @@ def _ceiling(plan: Plan, problem: Problem, table: RunTable, means: pd.DataFrame)
     else:
         return
     text = f"Ceiling: every arm ends {where}, so the reward at the end hardly separates them."
-    curves = table.curves.merge(table.of(problem.label)[["path", "arm"]], on="path")
-    spread = curves.groupby(["samples", "arm"])["reward"].agg(["mean", "std"]).groupby("samples")
+    by_place = table.curves_of(problem.label).groupby(["samples", "arm"])["reward"]
+    spread = by_place.agg(["mean", "std"]).groupby("samples")
     apart = (spread["mean"].std() / spread["std"].mean().clip(lower=1e-9)).iloc[1:].fillna(0.0)
     place = apart.idxmax()
     if place < problem.budget and apart[place] > 1:
@@ -113,46 +108,28 @@ def _sharpness(
     plan: Plan, problem: Problem, judgements: Mapping[str, Judgement], means: pd.DataFrame
 ) -> Iterator[Caveat]:
     """Tell if an arm differs in sampled reward but not in greedy reward, and the better one is sharper."""
-    by_score: dict[str, dict[str, Difference]] = {
-        name: family.against_reference
-        for name, judgement in judgements.items()
-        for family in judgement.families
-        if family.problem == problem.label and plan.metric in ("area", "reward")
-    }
-    for arm, entropy in by_score.get("entropy", {}).items():
-        for metric, when in (("area", "over the budget"), ("reward", "at the end")):
-            sampled, greedy = (by_score.get(name, {}).get(arm) for name in (metric, f"{metric}_greedy"))
-            if not (sampled and greedy and entropy.verdict != "void" and _sharper(sampled, greedy, entropy)):
-                continue
-            sign = 1 if sampled.mean.value > 0 else -1
-            better, other = (arm, sampled.reference)[::sign]
-            low, high = sorted((sign * greedy.mean.low, sign * greedy.mean.high))
+    names = [n for n in (plan.metric, f"{plan.metric}_greedy", "entropy") if n in judgements]
+    each = (judgements[name].of(problem.label).differences for name in names)
+    for sampled, greedy, entropy in zip(*each, strict=True) if len(names) == 3 else ():
+        by, greedily = sampled.mean.value, greedy.mean.value
+        is_sharper = sampled.adjusted.excludes_0 and entropy.mean.excludes_0 and by * entropy.mean.value < 0
+        is_equal = not greedy.mean.excludes_0 and 2 * abs(greedily) < abs(by)
+        if is_sharper and is_equal and sampled.verdict != "void":
+            better, other = (sampled.arm, sampled.reference)[:: 1 if by > 0 else -1]
             nats = " against ".join(shown(means["entropy"][one]) for one in (better, other))
             yield Caveat(
-                f"Sharpness: {when} {better} has a sampled reward that is {shown(abs(sampled.mean.value))} "
-                f"higher than that of {other}, but no difference is seen in greedy reward "
-                f"({sign * greedy.mean.value:+.2g} [{shown(low)}, {shown(high)}]), and {better} has the "
-                f"lower entropy ({nats}). A sharper policy alone raises the sampled reward, so it need not "
-                "know more.",
+                f"Sharpness: {better} has a sampled reward that is {shown(abs(by))} higher than that of "
+                f"{other}, but no difference is seen in greedy reward ({sampled.arm}: {greedy.apart}), and "
+                f"{better} has the lower entropy ({nats}). A sharper policy alone raises the sampled reward, "
+                "so it need not know more.",
                 f"{better} may only be sharper than {other}",
             )
-            break
-
-
-def _sharper(sampled: Difference, greedy: Difference, entropy: Difference) -> bool:
-    """Return whether sampled rewards differ, greedy ones hardly, and the arm with more has less entropy."""
-    is_equal = not _excludes_0(greedy.mean) and 2 * abs(greedy.mean.value) < abs(sampled.mean.value)
-    is_opposite = entropy.mean.value * sampled.mean.value < 0
-    return _excludes_0(sampled.adjusted) and is_equal and _excludes_0(entropy.mean) and is_opposite
-
-
-def _excludes_0(ends: Interval) -> bool:
-    return ends.low > 0 or ends.high < 0
 
 
 def _updates(found: Mapping[str, Sequence[Finding]], means: pd.DataFrame) -> Iterator[Caveat]:
     """Tell of arms whose gradient was clipped in most updates, and of those whose updates were skipped."""
-    clipped = [arm for arm, each in found.items() if "clipped-updates" in [one.flag for one in each]]
+    flags = {arm: {one.flag: one.text for one in each} for arm, each in found.items()}
+    clipped = [arm for arm in flags if "clipped-updates" in flags[arm]]
     if clipped:
         shares = ", ".join(f"{arm} {share:.0%}" for arm, share in means["grad_clipped"].items())
         apart = " The arms thus do not take comparable steps." if len(clipped) < len(found) else ""
@@ -163,8 +140,9 @@ def _updates(found: Mapping[str, Sequence[Finding]], means: pd.DataFrame) -> Ite
             f"up to {means['grad_clipped'].max():.0%} of the updates were clipped, which hides the size of a "
             "gradient",
         )
-    for arm, each in found.items():
-        yield from (Caveat(f"Updates of {arm}: {one.text}") for one in each if one.flag == "skipped")
+    for arm in flags:
+        if "skipped" in flags[arm]:
+            yield Caveat(f"Updates of {arm}: {flags[arm]['skipped']}")
 
 
 def _edges(problem: Problem, table: RunTable) -> Iterator[Caveat]:

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from threading import Event
+from typing import Any, Literal
 
 from tokenrl.errors import Refused, Stopped, describe
 from tokenrl.lab.compare.plan import Plan, Run
@@ -27,16 +29,12 @@ TICK = 0.2
 """Seconds between two looks at the runs under way."""
 FIXED = {"threads": 1, "mixed_precision": "no", "training_attention": "as_loaded", "compile": "off"}
 """How all runs compute, unless the user says otherwise: each beside others, with one thread."""
+LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
+Call = Callable[[str, str, Callable[[], bool]], int]
+"""Runs a command whose output goes to a file, until it ends or, asked whether all is over, stops it.
 
-class Process(Protocol):
-    """A run under way: what `subprocess.Popen` and a task of Ray have in common."""
-
-    def poll(self) -> int | None:
-        """Return the exit code, or minus the number of the signal that ended the process; None before."""
-
-    def terminate(self) -> None:
-        """Ask the run to save and stop."""
+It returns the exit code, or minus the number of the signal that ended the process."""
 
 
 def command(plan: Plan, run: Run, root: Path) -> str:
@@ -86,10 +84,24 @@ def execute(
     """
     root.mkdir(parents=True, exist_ok=True)
     lock = acquire_lock(root, f"Another process makes the runs of {root}. Wait for it, or give another one.")
+    ended, over = 0, Event()
     try:
-        start, places = _ray() if executor == "ray" else (_start, _processors())
-        with GracefulStop(quiet=console.rich.quiet) as stop:
-            ended = _make_all(plan, runs, root, start, workers or places, stop, console)
+        call, places = _on_ray() if executor == "ray" else (_call, _processors())
+        with GracefulStop(quiet=console.rich.quiet) as stop, ThreadPoolExecutor(workers or places) as pool:
+
+            def make(run: Run) -> int:
+                return _make(plan, run, root, call, lambda: over.is_set() or bool(stop.requested))
+
+            made = {pool.submit(make, run): run for run in runs}
+            try:
+                for future in as_completed(made):
+                    code = future.result()
+                    if stop.requested:
+                        break
+                    ended += 1
+                    console.note(f"run {ended}/{len(runs)}  {_ending(made[future], code, root)}")
+            finally:
+                over.set()
     finally:
         lock.release()
     if stop.requested:
@@ -101,47 +113,26 @@ def execute(
         raise error
 
 
-def _make_all(
-    plan: Plan,
-    runs: Sequence[Run],
-    root: Path,
-    start: Callable[[str, str], Process],
-    places: int,
-    stop: GracefulStop,
-    console: Console,
-) -> int:
-    """Keep all places busy until every run has ended, or a signal comes; return how many have ended."""
-    waiting, running, killed, ended = list(runs), dict[Run, Process](), set[Run](), 0
-    while any(_in_use(root / run.path) for run in runs) and not stop.requested:
-        time.sleep(TICK)  # runs of a comparison that was killed are still being saved
-    try:
-        while (running or waiting) and not stop.requested:
-            while waiting and len(running) < places:
-                run = waiting.pop(0)
-                running[run] = start(command(plan, run, root), f"{root / run.path}.log")
-            time.sleep(TICK)
-            codes = {run: process.poll() for run, process in running.items()}
-            for run, code in ((run, code) for run, code in codes.items() if code is not None):
-                del running[run]
-                if (code < 0 or code > 128) and run not in killed and not stop.requested:
-                    killed.add(run)
-                    waiting.insert(0, run)
-                    continue
-                ended += 1
-                log = Path(f"{root / run.path}.log")
-                if log.is_file() and not log.stat().st_size:
-                    log.unlink()
-                ending = "ended" if code == 0 else f"failed (exit code {code}; {log})"
-                rate = f", learning rate {run.learning_rate:g}" * (run.role == "tuning")
-                itself = ", against itself" * (run.role == "itself")
-                said = f"{run.problem}: {run.arm}, seed {run.seed}{rate}{itself}: {ending}"
-                console.note(f"run {ended}/{len(runs)}  {said}")
-    finally:
-        for process in running.values():
-            process.terminate()
-    while any(process.poll() is None for process in running.values()):
-        time.sleep(TICK)
-    return ended
+def _make(plan: Plan, run: Run, root: Path, call: Call, is_over: Callable[[], bool]) -> int:
+    """Make or continue a run, and once more if its process was killed; return the exit code."""
+    code, path = -int(signal.SIGTERM), root / run.path
+    for _ in range(2):
+        while not is_over() and _in_use(path):
+            time.sleep(TICK)  # a run of a comparison that was killed is still being saved
+        if is_over() or 0 <= (code := call(command(plan, run, root), f"{path}.log", is_over)) <= 128:
+            break
+    return code
+
+
+def _ending(run: Run, code: int, root: Path) -> str:
+    """Say how a run has ended, and remove its log if that is empty."""
+    log = Path(f"{root / run.path}.log")
+    if log.is_file() and not log.stat().st_size:
+        log.unlink()
+    rate = f", learning rate {run.learning_rate:g}" * (run.role == "tuning")
+    itself = ", against itself" * (run.role == "itself")
+    ending = "ended" if code == 0 else f"failed (exit code {code}; {log})"
+    return f"{run.problem}: {run.arm}, seed {run.seed}{rate}{itself}: {ending}"
 
 
 def _in_use(directory: Path) -> bool:
@@ -163,8 +154,18 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def _start(line: str, log: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Start a command; what it prints goes to a file. On Linux it is asked to stop if this process dies."""
+def _call(line: str, log: str, is_over: Callable[[], bool]) -> int:
+    process = _start(line, log, _environment())
+    while process.poll() is None:
+        time.sleep(TICK)
+        if is_over():
+            process.terminate()
+            process.wait()
+    return process.returncode
+
+
+def _start(line: str, log: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a command; what it prints goes to a file. On Linux it is asked to stop if its parent dies."""
     _, variable, _, *words = shlex.split(line)
     name, _, value = variable.partition("=")
     with open(log, "ab") as file:
@@ -173,17 +174,17 @@ def _start(line: str, log: str, environment: Mapping[str, str] | None = None) ->
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env={**(environment or _environment()), name: value},
-            preexec_fn=_stop_with_parent if sys.platform == "linux" else None,
+            env={**environment, name: value},
+            preexec_fn=None if LIBRARY is None else _stop_with_parent,
         )
 
 
 def _stop_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    LIBRARY.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _ray() -> tuple[Callable[[str, str], Process], int]:
-    """Connect with Ray, or start it; return what starts a command there, and the number of processors.
+def _on_ray() -> tuple[Call, int]:
+    """Connect with Ray, or start it; return what runs a command there, and the number of processors.
 
     The cluster is the one that RAY_ADDRESS names; without it a local one is started. On a cluster of several
     machines tokenrl must be installed on each, and the current directory, that of the comparison and the
@@ -198,16 +199,23 @@ def _ray() -> tuple[Callable[[str, str], Process], int]:
             f"executor ray needs Ray, which cannot be started or reached ({describe(error)}). Install it "
             "with pip install 'tokenrl-lm[ray]', set RAY_ADDRESS, or leave executor at local."
         ) from error
-    task = ray.remote(num_cpus=1, max_retries=0)(_call)
-    environment = _environment()
+    task = ray.remote(num_cpus=1, max_retries=0)(_in_task)
 
-    def start(line: str, log: str) -> Process:
-        return _RayTask(ray, task.remote(line, log, os.getcwd(), environment))
+    def call(line: str, log: str, is_over: Callable[[], bool]) -> int:
+        made = task.remote(line, log, os.getcwd(), _environment())
+        while not ray.wait([made], timeout=TICK)[0] and not is_over():
+            pass
+        if is_over():
+            ray.cancel(made)
+        try:
+            return int(ray.get(made))
+        except ray.exceptions.RayError:
+            return -int(signal.SIGKILL)
 
-    return start, int(ray.cluster_resources().get("CPU", 1))
+    return call, int(ray.cluster_resources().get("CPU", 1))
 
 
-def _call(line: str, log: str, directory: str, environment: Mapping[str, str]) -> int:
+def _in_task(line: str, log: str, directory: str, environment: Mapping[str, str]) -> int:
     """Run a command in a process of Ray; asked to stop, it passes that on and waits."""
     os.chdir(directory)
     process = _start(line, log, environment)
@@ -216,21 +224,3 @@ def _call(line: str, log: str, directory: str, environment: Mapping[str, str]) -
             return process.wait()
         except KeyboardInterrupt:
             process.terminate()
-
-
-class _RayTask:
-    """A run as a task of Ray, with the methods of a process."""
-
-    def __init__(self, ray: Any, reference: Any) -> None:
-        self._ray, self._reference = ray, reference
-
-    def poll(self) -> int | None:
-        if not self._ray.wait([self._reference], timeout=0)[0]:
-            return None
-        try:
-            return int(self._ray.get(self._reference))
-        except self._ray.exceptions.RayError:
-            return -int(signal.SIGKILL)
-
-    def terminate(self) -> None:
-        self._ray.cancel(self._reference)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tokenrl.configuration import RECORDED
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused
-from tokenrl.lab.compare.arms import MEASURE, changed_axes
 from tokenrl.lab.compare.plan import Arm, Problem, Run
 from tokenrl.lab.compare.scores import samples_of, unit_of
 from tokenrl.runs.files import plain
@@ -21,9 +19,21 @@ from tokenrl.runs.resume import FREE, ROUNDING
 from tokenrl.settings import arguments
 
 BUDGET = ("max_steps", "max_samples", "eval_every")
-PLACE = ("task", "env", "model", *(name for name in MEASURE if name not in BUDGET))
+HOW_MEASURED = (
+    *("reward", "reward_weights", "prompt_column", "prompt_template", "split", "eval_split", "eval_size"),
+    *("eval_generations", "num_envs", "num_steps", "eval_episodes", "max_episode_steps"),
+)
+MEASURE = (*HOW_MEASURED, *BUDGET)
+"""Settings that decide what is measured, or how often and on how many samples: all arms share them."""
+PLACE = ("task", "env", "model", *HOW_MEASURED)
 """Settings that say what a run was trained on and how it was measured: they must be the same."""
 NOT_COMPARED = {"seed", "estimator", *RECORDED, *FREE, *ROUNDING, *PLACE, *BUDGET}
+
+
+def changed_axes(estimator: Estimator) -> dict[str, Any]:
+    """Return the axes in which an estimator differs from the default one, as JSON holds them."""
+    values, usual = plain(estimator), plain(Estimator())
+    return {name: value for name, value in values.items() if value != usual[name]}
 
 
 def read_existing(patterns: Sequence[str], output_dir: str) -> tuple[list[Problem], list[Arm], list[Run]]:
@@ -47,13 +57,13 @@ def read_existing(patterns: Sequence[str], output_dir: str) -> tuple[list[Proble
     for problem, several in by_problem.items():
         settings = [_settings(run) for run in several]
         for run, label, own in zip(several, _labels(settings), settings, strict=True):
-            seed, path = run.config["seed"], os.path.relpath(run.path, output_dir)
-            if (other := runs.get((problem, label, seed))) is not None:
-                first = os.path.normpath(Path(output_dir, other.path))
+            key = problem, label, run.config["seed"]
+            if key in runs:
+                first = os.path.normpath(os.path.join(output_dir, runs[key].path))
                 raise Refused(f"{first} and {run.path} have the same settings and seed; name one of them.")
-            arms.setdefault(label, Arm(label, own, arguments(Estimator, own["estimator"]).bias_status))
-            rate = float(run.config.get("learning_rate") or 0)
-            runs[problem, label, seed] = Run(problem, label, "comparison", seed, rate, path)
+            arms.setdefault(label, Arm(label, own))
+            rate, path = float(run.config.get("learning_rate") or 0), os.path.relpath(run.path, output_dir)
+            runs[key] = Run(problem, label, "comparison", key[-1], rate, path)
     if len(arms) < 2:
         raise Refused(
             "All runs have the same settings but for their seeds, or were measured in different ways, so "
@@ -88,21 +98,16 @@ def _problem(label: str, runs: Sequence[RecordedRun]) -> Problem:
     """Make the problem of runs that exist; all are read up to the smallest of their budgets."""
     unit = unit_of(runs[0])
     samples = [samples_of(run, unit) for run in runs]
-    ends = [
-        of.iloc[-1]
-        for of, run in zip(samples, runs, strict=True)
-        if run.summary.get("exit_reason") == "finished"
-    ]
-    budget = int(min(ends or [of.iloc[-1] for of in samples]))
+    whole = [run.summary.get("exit_reason") == "finished" for run in runs]
+    ends = [of.iloc[-1] for of, is_whole in zip(samples, whole, strict=True) if is_whole or not any(whole)]
     steps, _ = series(runs[0].evaluations, "reward")
-    places = {min(float(x), float(budget)) for x in samples[0].reindex(steps, method="ffill")}
-    solved = runs[0].config.get("solved")
+    evaluated, solved = samples[0].reindex(steps, method="ffill"), runs[0].config.get("solved")
     return Problem(
         label=label,
         settings={},
-        budget=budget,
+        budget=int(min(ends)),
         unit=unit,
         per_step=round(samples[0].iloc[-1] / max(1, samples[0].index[-1])),
-        places=tuple(sorted({*places, float(budget)} - {0.0})),
+        every=int(evaluated[evaluated > 0].min()) if (evaluated > 0).any() else 0,
         solved=solved if isinstance(solved, float) else None,
     )

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 import tokenrl.lab.compare.paired as numbers
-from tokenrl.errors import Refused, suggest
+from tokenrl.errors import Refused
 from tokenrl.lab.compare.judgement import ArmScores, Difference, Family, Judgement, Verdict
-from tokenrl.lab.compare.paired import LEAST_PAIRS, Interval, paired_differences
-from tokenrl.settings import check_number
+from tokenrl.lab.compare.paired import Interval
+from tokenrl.settings import check_choice, check_number
 
 
 def judge_scores(
@@ -87,25 +87,27 @@ def judge_scores(
     problems = list(dict.fromkeys(frame["problem"]))
     margins = margin if isinstance(margin, Mapping) else dict.fromkeys(problems, margin)
     for problem, limit in margins.items():
-        if problem not in problems:
-            raise Refused(
-                f"margin names the problem {problem!r}, which has no scores.{suggest(problem, problems)}"
-            )
+        check_choice("the problem in margin", problem, problems)
         if limit is not None:
             check_number("margin", limit, above=0)
     families = []
-    for problem, rows in frame.groupby("problem", sort=False):
-        arms = [
-            _arm(str(arm), of_arm, (void or {}).get((str(problem), str(arm)), ""))
-            for arm, of_arm in rows.groupby("arm", sort=False)
-        ]
-        first, labels = arms[0].arm if reference is None else reference, [arm.arm for arm in arms]
-        if first not in labels:
-            raise Refused(f"reference was given as {first!r}, which is no arm.{suggest(first, labels)}")
+    for problem in problems:
+        why, limit = (
+            {arm: text for (of, arm), text in (void or {}).items() if of == problem},
+            margins.get(problem),
+        )
+        by_arm = frame[frame["problem"] == problem].groupby("arm", sort=False)
+        arms = {str(arm): _arm(str(arm), runs, why.get(str(arm), "")) for arm, runs in by_arm}
+        label = next(iter(arms)) if reference is None else reference
+        check_choice("reference", label, arms)
         if len(arms) < 2:
-            raise Refused(f"{problem or 'The table'} has only the arm {first!r}; give two arms or more.")
-        arms_again = (itself or {}).get(str(problem), {})
-        families.append(_family(str(problem), arms, first, margins.get(problem), all_pairs, arms_again))
+            raise Refused(f"{problem or 'The table'} has only the arm {label!r}; give two arms or more.")
+        others = [arm for arm in arms.values() if arm.arm != label]
+        pairs = [(arm, arms[label]) for arm in others]
+        pairs += [(arm, other) for other, arm in combinations(others, 2) if all_pairs]
+        differences = tuple(_difference(*pair, limit, len(pairs)) for pair in pairs)
+        again = _itself(arms[label], (itself or {}).get(problem), limit)
+        families.append(Family(problem, label, limit, tuple(arms.values()), differences, again))
     return Judgement(metric, tuple(families))
 
 
@@ -117,8 +119,8 @@ def _read(table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: 
     if frame.empty or not {"arm", "seed", "score"} <= set(frame):
         raise Refused(
             f"The table has {len(frame)} rows and the columns {', '.join(map(str, frame)) or 'none'}; it "
-            f"needs a row for each run, with arm, seed (a whole number) and score (or {metric}), and problem "
-            "if there are several."
+            f"needs a row for each run, with arm, seed and score (or {metric}), and problem if there are "
+            "several."
         )
     blank = pd.Series("", frame.index)
     found = pd.DataFrame(
@@ -136,11 +138,11 @@ def _read(table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: 
     found["failed"] |= np.array([key in failed or key[1:] in failed for key in keys])
     if failure_below is not None:
         found["failed"] |= found["score"] < failure_below
+    unknown_score = ~np.isfinite(found["score"]) & ~found["failed"]
     wrong = {
         "has no whole number as its seed": found["seed"] % 1 != 0,
-        "has no finite score; give the one that the run had at its end, or say that it failed (failed, or a "
-        "column failed); leaving failed runs out would flatter the arm": ~np.isfinite(found["score"])
-        & ~found["failed"],
+        "has no finite score; give the one at its end, or say that it failed (failed): leaving failed runs "
+        "out would flatter the arm": unknown_score,
         "is there a second time; give each run once": found.duplicated(["problem", "arm", "seed"]),
     }
     for words, rows in wrong.items():
@@ -170,52 +172,34 @@ def _arm(label: str, runs: pd.DataFrame, void: str) -> ArmScores:
     return ArmScores(label, scores, tuple(runs["seed"][runs["failed"]].tolist()), void)
 
 
-def _family(
-    problem: str,
-    arms: Sequence[ArmScores],
-    reference: str,
-    margin: float | None,
-    all_pairs: bool,
-    again: Mapping[int, float],
-) -> Family:
-    """Compare arms on a problem; `again` are the reference's scores on other seeds."""
-    first = next(arm for arm in arms if arm.arm == reference)
-    others = [arm for arm in arms if arm is not first]
-    pairs = [(arm, first) for arm in others]
-    if all_pairs:
-        pairs += [(arm, other) for other, arm in combinations(others, 2)]
-    itself = None
-    if again:
-        scores = dict(zip(first.scores, again.values(), strict=False))  # paired with seeds of its own
-        own = ArmScores(reference, {seed: first.scores[seed] for seed in scores})
-        itself = _difference(ArmScores(f"{reference} itself", scores), own, margin, 1)
-    differences = tuple(_difference(arm, other, margin, len(pairs)) for arm, other in pairs)
-    return Family(problem, reference, margin, tuple(arms), differences, itself)
+def _itself(arm: ArmScores, again: Mapping[int, float] | None, margin: float | None) -> Difference | None:
+    """Compare an arm with its scores on other seeds, each paired with a seed of its own."""
+    scores = dict(zip(arm.scores, (again or {}).values(), strict=False))
+    own = ArmScores(arm.arm, {seed: arm.scores[seed] for seed in scores})
+    return _difference(ArmScores(f"{arm.arm} itself", scores), own, margin, 1) if scores else None
 
 
 def _difference(arm: ArmScores, other: ArmScores, margin: float | None, comparisons: int) -> Difference:
-    seeds, other_seeds = ({*one.scores, *one.failed} for one in (arm, other))
-    both = seeds & other_seeds
+    both = arm.seeds & other.seeds
     if not both:
-        raise Refused(
-            f"The arms {arm.arm!r} and {other.arm!r} have no seed in common, so they cannot be paired."
-        )
-    differences = paired_differences(arm.scores, other.scores)
+        raise Refused(f"The arms {arm.arm!r} and {other.arm!r} have no seed in common to be paired by.")
+    differences = numbers.paired_differences(arm.scores, other.scores)
     values = np.array(list(differences.values()), dtype=np.float64)
     parts = 2 if arm.failed or other.failed else 1  # each of which can err
     level = numbers.level_of(comparisons * parts)
     adjusted = numbers.mean_interval(values, level)
     verdict = _verdict(adjusted, len(values), margin)
-    p_failures = numbers.failures_differ(len(arm.failed), len(seeds), len(other.failed), len(other_seeds))
-    more_failures = ""
-    if p_failures <= 1 - level + 1e-12 and len(both) >= LEAST_PAIRS:
+    counts = [(len(one.failed), len(one.seeds)) for one in (arm, other)]
+    p_failures, more_failures = numbers.failures_differ(*counts[0], *counts[1]), ""
+    if p_failures <= 1 - level + 1e-12 and len(both) >= numbers.LEAST_PAIRS:
         is_worse = arm.failures.value > other.failures.value
         by_failures: Verdict = "worse" if is_worse else "better"
         more_failures = arm.arm if is_worse else other.arm
         verdict = "undecided" if {by_failures, verdict} == {"better", "worse"} else by_failures
-    if arm.void or other.void:
-        verdict = "void"
-    is_open = verdict in ("undecided", "descriptive")
+    is_void = bool(arm.void or other.void)
+    is_open = verdict in ("undecided", "descriptive") and not is_void
+    wins = [0.5 + np.sign(by) / 2 for by in differences.values()]  # of other pairs, a failed run loses
+    wins += [0.5 + ((s in other.failed) - (s in arm.failed)) / 2 for s in both - differences.keys()]
     return Difference(
         arm=arm.arm,
         reference=other.arm,
@@ -224,12 +208,12 @@ def _difference(arm: ArmScores, other: ArmScores, margin: float | None, comparis
         adjusted=adjusted,
         level=level,
         p_sign_flip=numbers.sign_flip(values),
-        improvement=numbers.improvement(sum(_win(arm, other, differences, s) for s in both), len(both)),
+        improvement=numbers.improvement(float(sum(wins)), len(both)),
         p_failures=p_failures,
         more_failures=more_failures,
-        verdict=verdict,
+        verdict="void" if is_void else verdict,
         seeds_needed=numbers.pairs_needed(values, margin, level) if is_open else None,
-        unpaired=tuple(sorted(seeds ^ other_seeds)),
+        unpaired=tuple(sorted(arm.seeds ^ other.seeds)),
         margin=margin,
     )
 
@@ -240,17 +224,10 @@ def _verdict(interval: Interval, pairs: int, margin: float | None) -> Verdict:
     An interval within the margin is equivalent also if it excludes 0: then there is a difference, and it is
     smaller than what counts as one.
     """
-    if pairs < LEAST_PAIRS:
+    if pairs < numbers.LEAST_PAIRS:
         return "descriptive"
-    if not interval.low < interval.high:
+    if interval.low == interval.high:
         return "undecided"
     if margin is not None and -margin <= interval.low and interval.high <= margin:
         return "equivalent"
     return "better" if interval.low > 0 else "worse" if interval.high < 0 else "undecided"
-
-
-def _win(arm: ArmScores, other: ArmScores, differences: Mapping[int, float], seed: int) -> float:
-    """Return 1 if the arm is better on a seed, .5 if neither is, else 0; a failed run loses to others."""
-    if seed in differences:
-        return 0.5 + float(np.sign(differences[seed])) / 2
-    return 0.5 + ((seed in other.failed) - (seed in arm.failed)) / 2

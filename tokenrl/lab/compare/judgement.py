@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 import pandas as pd
@@ -42,22 +43,27 @@ class ArmScores:
     void: str = ""
 
     @property
+    def seeds(self) -> set[int]:
+        """The seeds of all its runs."""
+        return {*self.scores, *self.failed}
+
+    @property
     def mean(self) -> float:
         """The mean score of the runs that did not fail; nan if all failed.
 
         It has no interval, because none from a few runs holds near the ceiling of a score.
         """
-        return math.fsum(self.scores.values()) / len(self.scores) if self.scores else math.nan
+        return fmean(self.scores.values()) if self.scores else math.nan
 
     @property
     def failures(self) -> Interval:
         """Share of the runs that failed, with exact limits."""
-        return failure_rate(len(self.failed), len(self.failed) + len(self.scores))
+        return failure_rate(len(self.failed), len(self.seeds))
 
     @property
     def count(self) -> str:
         """How many of the runs failed, in words."""
-        return f"{len(self.failed)} of {len(self.failed) + len(self.scores)} runs"
+        return f"{len(self.failed)} of {len(self.seeds)} runs"
 
 
 @dataclass(frozen=True)
@@ -106,32 +112,28 @@ class Difference:
     @property
     def finding(self) -> str:
         """The verdict in a sentence, of the runs that did not fail unless failures decide."""
-        arm, other, pairs = self.arm, self.reference, len(self.differences)
+        arm, other, pairs, seeds = self.arm, self.reference, len(self.differences), self.seeds_needed
         if self.verdict == "void":
             return f"{arm} and {other} cannot be compared: one of them is not valid."
         if self.verdict == "descriptive":
             lies = f"{arm} lies {self.apart} from {other}; " if pairs else ""
-            few = f"{pairs} pair{'s are' if pairs != 1 else ' is'} too few for a verdict"
-            return f"{lies}{few}, which needs {max(LEAST_PAIRS, self.seeds_needed or 0):,} seeds or more."
-        if self.verdict == "undecided":
-            return f"{arm} against {other} is undecided: {self._why_undecided()}."
+            few = f"{lies}{pairs} pair{'s are' if pairs != 1 else ' is'} too few for a verdict"
+            return f"{few}, which needs {max(LEAST_PAIRS, seeds or 0):,} seeds or more."
         if self.verdict == "equivalent":
-            yet = "" if self.adjusted.low <= 0 <= self.adjusted.high else ", though it is not 0"
+            yet = ", though it is not 0" * self.adjusted.excludes_0
             size = f"the difference, {self.apart}, is smaller than the margin of {shown(self.margin)}{yet}"
             return f"{arm} and {other} are equivalent: {size}."
-        if self.more_failures:
+        if self.verdict in ("better", "worse"):
             often = "more" if self.more_failures == arm else "less"
-            return f"{arm} is {self.verdict} than {other}, because it fails {often} often."
-        return f"{arm} is {self.verdict} than {other}, by {self.apart}."
-
-    def _why_undecided(self) -> str:
+            why = f"because it fails {often} often" if self.more_failures else f"by {self.apart}"
+            return f"{arm} is {self.verdict} than {other}, {why}."
+        why = f"the difference, {self.apart}, may be of either sign; "
+        why += f"at least {seeds:,} seeds would be needed" if seeds else "10,000 seeds would not do"
+        if self.adjusted.low == self.adjusted.high:
+            why = f"all differences are {shown(self.mean.value)}, which says nothing of how they vary"
         if self.more_failures:
-            return f"one fails more often, and the other is worse where neither fails, {self.apart}"
-        if not self.adjusted.low < self.adjusted.high:
-            return f"all differences are {shown(self.mean.value)}, which says nothing of how they vary"
-        needed = f"at least {self.seeds_needed:,} seeds would be needed" if self.seeds_needed else ""
-        more = needed or "no number of seeds up to 10,000 would do"
-        return f"the difference, {self.apart}, may be of either sign; {more}"
+            why = f"one fails more often, and the other is worse where neither fails, {self.apart}"
+        return f"{arm} against {other} is undecided: {why}."
 
     def row(self) -> dict[str, Any]:
         """Return the fields as cells of a table: intervals as three numbers, seeds as text."""
@@ -209,6 +211,10 @@ class Judgement:
 
     metric: str
     families: tuple[Family, ...]
+
+    def of(self, problem: str) -> Family:
+        """Return the family of a problem."""
+        return next(family for family in self.families if family.problem == problem)
 
     def verdicts(self) -> dict[tuple[str, str], Verdict]:
         """Return the verdict against the reference by problem and arm."""

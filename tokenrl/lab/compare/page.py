@@ -12,7 +12,7 @@ import pandas as pd
 
 import tokenrl.runs.html as html
 from tokenrl.lab.compare.comparison import CITATION, Comparison
-from tokenrl.lab.compare.judgement import Difference, Family, listed, shown
+from tokenrl.lab.compare.judgement import Family, listed, shown
 from tokenrl.lab.compare.overall import METHOD
 from tokenrl.lab.compare.paired import Interval
 from tokenrl.lab.compare.plan import Plan, Problem
@@ -52,9 +52,9 @@ def write_comparison(found: Comparison) -> Path:
     sections = [
         html.Section("", [html.paragraph(subtitle, "soft")]),
         *(html.Section(f"Verdict{on[label]}", [_verdict(found, label)]) for label in on),
-        html.Section("What was compared", [_facts(found)]),
+        html.Section("What was compared", [html.table(["", ""], list(_facts(found).items()), "words")]),
         *(part for problem in plan.problems for part in _of_problem(found, problem, on[problem.label])),
-        html.Section("All problems together", _overall(found)),
+        html.Section("All problems together", _overall(found) if found.overall else []),
         html.Section("Sample completions", [html.completions(_completions(found))], closed=True),
         html.Section("Every difference, in each metric", [_frame(found.differences())], closed=True),
         html.Section("Every run", [_frame(found.table.runs)], closed=True),
@@ -67,28 +67,27 @@ def write_comparison(found: Comparison) -> Path:
 
 def facts_of(plan: Plan) -> dict[str, str]:
     """Say what is compared on which budget and seeds, by heading, for the console and the page."""
-    other = {"the reference against itself": plan.itself_seeds, "tuning": plan.tuning_seeds}
-    seeds = {"": plan.seeds, **{f" for {what}": several for what, several in other.items() if several}}
-    facts = {
-        "arms": ", ".join(f"{arm.label} ({arm.bias})" + " *" * arm.exploratory for arm in plan.arms),
+    seeds = {
+        "": plan.seeds,
+        " for the reference against itself": plan.itself_seeds,
+        " for tuning": plan.tuning_seeds,
+    }
+    rates = sorted({run.learning_rate for run in plan.runs()})
+    return {
+        "arms": ", ".join(f"{arm.label} ({arm.estimator.bias_status})" for arm in plan.arms),
         "reference": plan.reference,
         "metric": f"{plan.metric}: {SCORES[plan.metric]}",
-    }
-    for problem in plan.problems:
-        margin = "none" if problem.margin is None else f"{problem.margin:g}"
-        facts[f"on {problem.label}"] = f"{problem.budget:,} {problem.unit} a run, margin {margin}"
-    rates = {f"{run.learning_rate:g}" for run in plan.runs()}
-    tuned = "for each arm the best of a grid around the recommended one, by successive halving"
-    return {
-        **facts,
-        "seeds": "; ".join(f"{several[0]} to {several[-1]}{what}" for what, several in seeds.items()),
-        "learning rate": tuned if plan.tuning_seeds else ", ".join(sorted(rates, key=float)),
+        **{f"on {p.label}": f"{p.budget:,} {p.unit} a run, margin {shown(p.margin)}" for p in plan.problems},
+        "seeds": "; ".join(f"{of[0]} to {of[-1]}{what}" for what, of in seeds.items() if of),
+        "learning rate": "for each arm the best of a grid around the recommended one, by successive halving"
+        if plan.tuning_seeds
+        else ", ".join(f"{rate:g}" for rate in rates),
     }
 
 
 def _verdict(found: Comparison, label: str) -> html.Block:
     """Say in plain words what was found on a problem, then each difference, and what to keep in mind."""
-    sentences = found.sentences(label)
+    sentences = found.judgement.of(label).sentences()
     if len(found.plan.arms) > 2 and not found.plan.all_pairs:
         sentences.append(
             f"Each was compared with {found.plan.reference}; --all-pairs compares them with each other."
@@ -96,66 +95,60 @@ def _verdict(found: Comparison, label: str) -> html.Block:
     return html.verdict(found.headline(label), sentences, [caveat.text for caveat in found.caveats[label]])
 
 
-def _facts(found: Comparison) -> html.Block:
+def _facts(found: Comparison) -> dict[str, str]:
     below = found.plan.failure_below
     also = "" if below is None else f", or ended with a reward below {below:g}"
-    levels = {one.level for family in found.judgement.families for one in family.differences}
-    rows = {
+    levels = sorted({one.level for family in found.judgement.families for one in family.differences})
+    return {
         **{name.capitalize(): fact for name, fact in facts_of(found.plan).items()},
         "Failures": f"runs that broke off{also}; their rates have exact limits, each of which holds with "
         "95 %, and Fisher's test compares them",
         "Intervals": "Student-t, of the mean difference paired by seed between runs that did not fail. The "
-        f"verdict is read from the interval at {listed([f'{level:.2%}' for level in sorted(levels)])}, so "
-        "that with 95 % all verdicts on a problem hold together.",
+        f"verdict is read from the interval at {listed([f'{level:.2%}' for level in levels])}, so that with "
+        "95 % all verdicts on a problem hold together.",
     }
-    return html.table(["", ""], list(rows.items()), "words")
 
 
 def _of_problem(found: Comparison, problem: Problem, on: str) -> Iterator[html.Section]:
     """Yield the sections on one problem, whose headings end in `on`."""
-    curves = found.table.curves.merge(found.table.of(problem.label)[["path", "arm"]], on="path")
+    curves = found.table.curves_of(problem.label)
+    unit = f"held-out, sampled, over {problem.unit}; mean over seeds, band from the lowest to the highest"
+    mark = None if problem.solved is None else ("solved", problem.solved)
+    reward = Chart("Reward", unit, _curves(found, curves, "reward"), large=True, mark=mark)
     small = [
         Chart(name, unit, _curves(found, curves, metric))
         for metric, (name, unit) in BESIDE.items()
         if metric in curves and curves[metric].nunique() > 1
     ]
-    unit = f"held-out, sampled, over {problem.unit}; mean over seeds, band from the lowest to the highest"
-    mark = None if problem.solved is None else ("solved", problem.solved)
-    reward = Chart("Reward", unit, _curves(found, curves, "reward"), large=True, mark=mark)
-    yield html.Section(f"Differences{on}", [html.drawings([_forest(found, found.family(problem.label))])])
+    yield html.Section(
+        f"Differences{on}", [html.drawings([_forest(found, found.judgement.of(problem.label))])]
+    )
     yield html.Section(f"Learning{on}", [html.drawings([reward, *small])])
-    yield html.Section(f"Arms{on}", [_arms(found, found.family(problem.label))])
-    yield html.Section(f"Learning rates{on}", _rates(found, problem))
+    yield html.Section(f"Arms{on}", [_frame(_arms(found, problem.label), "wide fit")])
+    yield html.Section(f"Learning rates{on}", [html.drawings(_rates(found, problem.label))])
 
 
 def _forest(found: Comparison, family: Family) -> Forest:
     """Draw the differences of a family, and below them the reference against itself."""
     words = (
         f"in the {SCORES[found.plan.metric]}, paired by seed, of runs that did not fail. Small dots are "
-        "seeds, the dot is their mean, the thick bar its 95 % interval, the thin one decides."
+        "seeds, the dot is their mean, the thick bar its 95 % interval, the thin one decides. "
     )
     if family.margin is not None:
-        words += f" The band is the margin of equivalence, {shown(family.margin)}."
-    rows: list[tuple[Difference, str, str]] = [
-        (one, one.arm if one.reference == family.reference else f"{one.arm} - {one.reference}", one.verdict)
-        for one in family.differences
-    ]
+        words += f"The band is the margin of equivalence, {shown(family.margin)}. "
+    rows = {
+        f"{d.arm} - {d.reference}" if d.reference != family.reference else d.arm: d
+        for d in family.differences
+    }
     if family.itself:
-        words += " The last line shows what no difference looks like."
-        rows.append((family.itself, f"{family.reference} against itself", "same arm"))
-    bars = [
-        Bars(
-            name,
-            f"{said}, {one.apart}",
-            one.mean.value,
-            one.mean[1:],
-            one.adjusted[1:],
-            list(one.differences.values()),
-            COLOURS.get(said, 0),
-        )
-        for one, name, said in rows
-        if one.differences
-    ]
+        words += "The last line shows what no difference looks like."
+        rows[f"{family.reference} against itself"] = family.itself
+    bars = []
+    for name, one in rows.items():
+        said, values = "same arm" if one is family.itself else one.verdict, list(one.differences.values())
+        ends = one.mean.value, one.mean[1:], one.adjusted[1:]
+        if values:
+            bars.append(Bars(name, f"{said}, {one.apart}", *ends, values, COLOURS.get(said, 0)))
     return Forest(f"Difference to {family.reference}", words, bars, family.margin)
 
 
@@ -169,56 +162,36 @@ def _curves(found: Comparison, curves: pd.DataFrame, metric: str) -> list[Curve]
     return drawn
 
 
-def _arms(found: Comparison, family: Family) -> html.Block:
-    """Show each arm's failures and mean scores, the share of clipped updates and the way to a threshold."""
-    rows = []
-    for arm in family.arms:
-        runs = found.table.of(family.problem, arm.arm)
-        means = runs[~runs["failed"]].mean(numeric_only=True)
-        clipped = means.get("grad_clipped", math.nan)
-        row: dict[str, object] = {
-            "arm": arm.arm,
-            "failed": f"{arm.count} [{arm.failures.low:.0%}, {arm.failures.high:.0%}]",
-            **{name: means.get(name) for name in (found.plan.metric, *found.beside)},
-            "clipped updates": "-" if math.isnan(clipped) else f"{clipped:.0%}",
-            "learning rate": runs["learning_rate"].iloc[0],
-        }
-        for way in found.thresholds.query("problem == @family.problem and arm == @arm.arm").itertuples():
-            median = f"{way.median_samples:,.0f}".replace("inf", "never for half of them")
-            row[f"reach {way.threshold:.3g} ({way.chosen}), median"] = (
-                f"{way.reached} of {way.runs}, {median}"
-            )
-        rows.append(row)
-    return _frame(pd.DataFrame(rows), "wide fit")
+def _arms(found: Comparison, label: str) -> pd.DataFrame:
+    """Return each arm's failures, mean scores, share of clipped updates, and its way to a threshold."""
+    runs, arms = found.table.of(label), found.judgement.of(label).arms
+    means = runs[~runs["failed"]].groupby("arm").mean(numeric_only=True)
+    way = found.thresholds[found.thresholds["problem"] == label].set_index("arm")
+    way = way.rename(columns={"reached": "runs that reach it", "median_samples": "median samples to it"})
+    rows = {arm.arm: f"{arm.count} [{arm.failures.low:.0%}, {arm.failures.high:.0%}]" for arm in arms}
+    frame = pd.DataFrame({"failed": rows}).rename_axis("arm")
+    frame = frame.join(means.filter([*found.judgements, "grad_clipped", "learning_rate"]))
+    frame = frame.join(way.drop(columns=["problem", "runs"], errors="ignore"))
+    return frame.rename(columns={"grad_clipped": "clipped updates"}).reset_index()
 
 
-def _rates(found: Comparison, problem: Problem) -> list[html.Block]:
-    """Draw the scores by learning rate on the tuning seeds, and list them; nothing unless tuned."""
-    tried = found.table.of(problem.label, role="tuning")
-    if tried.empty:
-        return []
-    curves = []
+def _rates(found: Comparison, label: str) -> list[Chart]:
+    """Draw the scores by learning rate on the tuning seeds; nothing unless rates were tuned."""
+    tried, curves = found.table.of(label, role="tuning"), []
     for number, (arm, of_arm) in enumerate(tried.groupby("arm", sort=False), start=1):
         means = of_arm.groupby("learning_rate")[found.plan.metric].mean().dropna()
         curves.append(Curve(list(np.log2(means.index)), list(means), str(arm), colour=number, dots=True))
     places = {math.log2(rate): f"{rate:.3g}" for rate in tried["learning_rate"]}
     words = "mean over the tuning seeds on which the rate was tried, which the comparison does not use"
     chart = Chart("Score by learning rate", words, curves, True, whole=False, places=places, last=False)
-    by_rate = tried.groupby(["arm", "learning_rate"])[found.plan.metric]
-    rows = by_rate.agg(lambda scores: ", ".join(map(shown, scores))).reset_index()
-    rows.columns = pd.Index(["arm", "learning rate", "scores, one for each seed"])
-    return [html.drawings([chart]), _frame(rows, "")]
+    return [chart] if curves else []
 
 
 def _overall(found: Comparison) -> list[html.Block]:
     """Show interquartile means, probabilities of improvement and performance profiles with bands."""
-    if not found.overall:
-        return []
     improved = f"probability of improvement over {found.plan.reference}, by pairs"
-    rows = [
-        {"arm": arm, "interquartile mean": one["iqm"], improved: one["improvement"]}
-        for arm, one in found.overall.items()
-    ]
+    frame = pd.DataFrame.from_dict(found.overall, orient="index", columns=["iqm", "improvement"])
+    frame = frame.set_axis(["interquartile mean", improved], axis=1).rename_axis("arm").reset_index()
     curves = []
     for number, (arm, one) in enumerate(found.overall.items(), start=1):
         x, share, *band = np.transpose(one["profile"]).tolist()
@@ -229,17 +202,15 @@ def _overall(found: Comparison) -> list[html.Block]:
     )
     unit = "share of runs that reach at least a score"
     chart = Chart("Performance profile", unit, curves, True, whole=False, last=False)
-    return [html.paragraph(words, "soft"), _frame(pd.DataFrame(rows), ""), html.drawings([chart])]
+    return [html.paragraph(words, "soft"), _frame(frame, ""), html.drawings([chart])]
 
 
 def _completions(found: Comparison) -> list[dict[str, object]]:
     """Return some completions of the first run of each arm on each problem, to sort and to filter."""
-    runs = found.table.runs
-    runs = runs[(runs["role"] == "comparison") & (runs["state"] != "missing")]
-    rows: list[dict[str, object]] = []
+    runs, rows = found.table.runs, list[dict[str, object]]()
+    runs = runs[(runs["role"] == "comparison") & runs["samples"].notna()]
     for run in runs.drop_duplicates(["problem", "arm"]).itertuples():
-        path = found.output_dir / str(run.path)
-        kept = read_run(path).completions() if (path / "metrics.jsonl").is_file() else []
+        kept = read_run(found.output_dir / str(run.path)).completions()
         for one in kept[:: max(1, len(kept) // COMPLETIONS)][:COMPLETIONS]:
             texts = {name: one.get(name) for name in ("prompt", "completion", "reward")}
             rows.append({"problem": run.problem, "arm": run.arm, **texts})

@@ -11,14 +11,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.runs.files import plain, write_json
+from tokenrl.settings import arguments
 
 Kind = Literal["train", "control"]
 Role = Literal["comparison", "tuning", "itself"]
 """Why a run is made: for the comparison, to choose an arm's learning rate, or to compare the reference with
 itself on other seeds."""
-MAY_CHANGE = ("the number of seeds", "reference", "metric", "failure_below", "all_pairs", "margins")
+MAY_CHANGE = ("seeds", "reference", "metric", "failure_below", "all_pairs", "margins")
 """What may be changed when a comparison goes on: how many runs there are, and how they are judged."""
 
 
@@ -34,7 +36,7 @@ class Problem:
         budget: number of samples that each run may generate.
         unit: what a sample is: `completions`, or in control `episodes` (or `environment steps`).
         per_step: samples of a training step without greedy completions or refills.
-        places: numbers of samples at which runs are evaluated, without that before training.
+        every: samples between two evaluations; 0 for a single one at the end.
         margin: the difference that counts as none; None where equivalence is not judged.
         reward_range: the least and the largest reward, if the reward declares them.
         solved: the reward from which the task counts as solved, if it says so.
@@ -45,10 +47,19 @@ class Problem:
     budget: int
     unit: str
     per_step: int
-    places: tuple[float, ...]
+    every: int
     margin: float | None = None
     reward_range: tuple[float, float] | None = None
     solved: float | None = None
+
+    @property
+    def places(self) -> tuple[float, ...]:
+        """The samples at which runs are evaluated, without that before training; the last is the budget.
+
+        An arm with larger steps, because of greedy completions or refills, is evaluated a little later.
+        """
+        step = self.every or self.budget
+        return tuple(float(min(place, self.budget)) for place in range(step, self.budget + step, step))
 
 
 @dataclass(frozen=True)
@@ -58,14 +69,15 @@ class Arm:
     Attributes:
         label: the arm as the user wrote it, such as `grpo,scale=none`.
         settings: the settings that it sets itself, as JSON holds them; `estimator` is among them.
-        bias: the declared bias of its estimator.
-        exploratory: whether it was added after results of the comparison were known.
     """
 
     label: str
     settings: dict[str, Any]
-    bias: str = ""
-    exploratory: bool = False
+
+    @property
+    def estimator(self) -> Estimator:
+        """Its estimator."""
+        return arguments(Estimator, self.settings["estimator"])
 
 
 class Run(NamedTuple):
@@ -211,8 +223,8 @@ def settle_plan(plan: Plan, output_dir: Path, *, overwrite: bool) -> Plan:
     """Compare a plan with the one that the directory holds; return it with what has changed since.
 
     More seeds, more arms, and another way to judge are allowed. If runs of the older plan have begun, they
-    are noted, and added arms are marked as exploratory: who looks at results before choosing what to compare,
-    or when to stop, will find differences by chance more often than the level says.
+    are noted as exploratory: who looks at results before choosing what to compare, or when to stop, will find
+    differences by chance more often than the level says.
 
     Args:
         plan: the plan.
@@ -224,58 +236,38 @@ def settle_plan(plan: Plan, output_dir: Path, *, overwrite: bool) -> Plan:
     """
     if not os.path.exists(output_dir / "plan.json"):
         if os.path.isdir(output_dir) and any(output_dir.iterdir()):
-            raise Refused(
-                f"{output_dir} holds files, but no comparison. Give a new or an empty --output-dir."
-            )
+            raise Refused(f"{output_dir} holds files, but no comparison. Give an empty --output-dir.")
         return plan
     if overwrite:
         shutil.rmtree(output_dir)
         return plan
     old = read_plan(output_dir)
-    changes = _changes(old, plan, output_dir)
+    before, now = _facts(old), _facts(plan)
+    differ = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+    added = {name for name in differ if name.startswith("the arm") and name not in before}
+    wrong = [name for name in differ if name not in {*MAY_CHANGE, *added}]
+    if wrong:
+        words = "; ".join(f"{name}: {before.get(name)}, now {now.get(name)}" for name in wrong)
+        raise Refused(
+            f"{output_dir} holds another comparison: {words[:900]}. Give the arguments that it was started "
+            "with (plan.json has its command), another --output-dir, or --overwrite."
+        )
     if not plan.existing and not any((output_dir / "runs").rglob("config.json")):
         return plan
-    known = {arm.label for arm in old.arms if not arm.exploratory}
-    arms = tuple(replace(arm, exploratory=arm.label not in known) for arm in plan.arms)
-    return replace(plan, arms=arms, changes=tuple(dict.fromkeys([*old.changes, *changes])))
-
-
-def _changes(old: Plan, new: Plan, output_dir: Path) -> list[str]:
-    """Return in words how a plan differs from the older one.
-
-    Raises:
-        Refused: it differs in more than it may.
-    """
-    before, now = _facts(old), _facts(new)
-    wrong, changes = [], []
-    for name in dict.fromkeys([*before, *now]):
-        was, is_now = before.get(name), now.get(name)
-        if was != is_now and name in MAY_CHANGE:
-            changes.append(f"{name} was changed from {was} to {is_now} after runs had begun")
-        elif was is None and name.startswith("the arm"):
-            changes.append(f"{name} was added after runs had begun")
-        elif was != is_now:
-            wrong.append(f"{name}: {was}, now {is_now}")
-    if wrong:
-        raise Refused(
-            f"{output_dir} holds another comparison: {'; '.join(wrong)[:900]}. Give the arguments that it "
-            "was started with (plan.json has its command), another --output-dir, or --overwrite."
-        )
-    return changes
+    changes = [
+        f"{name} was {'added' if name in added else f'changed from {before[name]} to {now[name]}'} "
+        "after runs had begun"
+        for name in differ
+    ]
+    return replace(plan, changes=tuple(dict.fromkeys([*old.changes, *changes])))
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
     """Return what two plans are compared by, as JSON holds it, by name."""
-    found: dict[str, Any] = {
-        name: getattr(plan, name) for name in MAY_CHANGE if name != "the number of seeds"
-    }
-    found |= {"the number of seeds": len(plan.seeds), "the first seed": plan.seeds[0]}
-    found |= {
-        "tuning seeds": plan.tuning_seeds,
-        **{f"the arm {arm.label}": arm.settings for arm in plan.arms},
-    }
+    found: dict[str, Any] = {name: getattr(plan, name) for name in (*MAY_CHANGE, "tuning_seeds")}
+    found |= {"the first seed": plan.seeds[0]}
+    found |= {f"the arm {arm.label}": arm.settings for arm in plan.arms}
     for problem in plan.problems:
-        of_problem = {**asdict(problem), **problem.settings}
-        for name in sorted(of_problem.keys() - {"settings", "places", "margin"}):
-            found[f"{name} on {problem.label}"] = of_problem[name]
+        values = {**vars(problem), **problem.settings, "settings": None, "margin": None}
+        found |= {f"{name} on {problem.label}": value for name, value in values.items()}
     return {name: plain(value) for name, value in found.items()}

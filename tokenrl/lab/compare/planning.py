@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import ast
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import describe
 from tokenrl.control.setup import resolve as resolve_control
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Refused, nearest, suggest
+from tokenrl.errors import Refused, nearest
 from tokenrl.lab.compare.arguments import CompareArguments
-from tokenrl.lab.compare.arms import OWN, SWEPT, read_arms
-from tokenrl.lab.compare.existing import read_existing
+from tokenrl.lab.compare.existing import MEASURE, changed_axes, read_existing
 from tokenrl.lab.compare.plan import Arm, Kind, Plan, Problem, Run
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.setup import load_base, resolve
 from tokenrl.runs.files import plain
-from tokenrl.settings import arguments, check_seed
+from tokenrl.settings import arguments, check_choice, check_seed
 
 MARGIN = 0.02
 """Differences below this share of the reward's declared range count as none."""
 TUNING_SEEDS = 3
 EVALUATIONS = 10
 KINDS: dict[Kind, Any] = {"train": TrainArguments, "control": ControlArguments}
+AXES = tuple(f.name for f in fields(Estimator))
+OWN = ("task", "env", "model", "output_dir", "overwrite", "quiet", "seed", "resume", "check", "threads")
+"""Settings of a run that a comparison sets itself."""
+SWEPT = ("num_generations", "learning_rate")
+"""Settings that a comparison takes itself, several of them at once; an arm may set them all the same."""
 
 
 def make_plan(args: CompareArguments, announce: Callable[[str], None], command: str = "") -> Plan:
@@ -42,56 +48,44 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None], command: 
         Refused: an argument cannot be used, two contradict each other, or an arm cannot train on a problem.
     """
     first, existing = args.first_seed, list[Run]()
-    seeds, others = list(range(first, first + args.seeds)), list[int]()
+    seeds = list(range(first, first + args.seeds))
     if args.runs:
         problems, arms, existing = read_existing(args.runs, args.output_dir)
         seeds = sorted({run.seed for run in existing})
     else:
         problems, arms = _problems_and_arms(args, announce)
         check_seed(seeds[-1] + 20_000)
-        others = seeds if args.against_itself else others
-    labels, is_tuned = [arm.label for arm in arms], args.learning_rate == ("tuned",) and not existing
+    labels, is_tuned = [arm.label for arm in arms], "tuned" in args.learning_rate and not existing
     plan = Plan(
         kind="control" if problems[0].unit != "completions" else "train",
-        problems=tuple(replace(problem, margin=_margin(args, problem)) for problem in problems),
+        problems=tuple(replace(problem, margin=args.margin or problem.margin) for problem in problems),
         arms=tuple(arms),
         reference=labels[0] if args.reference is None else args.reference,
         metric=args.metric,
         seeds=tuple(seeds),
-        itself_seeds=tuple(seed + 10_000 for seed in others),
-        tuning_seeds=tuple(range(first + 20_000, first + 20_000 + TUNING_SEEDS)) if is_tuned else (),
+        itself_seeds=tuple(s + 10_000 for s in seeds if args.against_itself and not existing),
+        tuning_seeds=tuple(first + 20_000 + place for place in range(TUNING_SEEDS if is_tuned else 0)),
         failure_below=args.failure_below,
         all_pairs=args.all_pairs,
         existing=tuple(existing),
         command=command,
     )
-    if plan.reference not in labels:
-        hint = suggest(plan.reference, labels)
-        raise Refused(f"reference was given as {plan.reference!r}, which is no arm.{hint}")
+    check_choice("reference", plan.reference, labels)
     for problem, arm in () if existing else product(problems, arms):
-        _check_run(plan, problem, arm)
+        try:
+            _resolved(plan.kind, plan.settings(plan.run(problem, arm, first)))
+        except Refused as error:
+            raise Refused(f"The arm {arm.label!r} cannot train on {problem.label}: {error}") from error
     return plan
 
 
-def _margin(args: CompareArguments, problem: Problem) -> float | None:
-    """Return the margin of equivalence: the given one, else a share of the reward's range if it has one."""
-    if args.margin is not None or problem.reward_range is None:
-        return args.margin
-    return MARGIN * (problem.reward_range[1] - problem.reward_range[0])
-
-
-def _check_run(plan: Plan, problem: Problem, arm: Arm) -> None:
-    """Check all settings of a run that can be checked before a model is loaded."""
-    settings = plan.settings(plan.run(problem, arm, plan.seeds[0]))
-    try:
-        if plan.kind == "control":
-            agent = arguments(ControlArguments, settings)
-            resolve_control(agent, describe(agent.env, agent.max_episode_steps))
-        else:
-            args = arguments(TrainArguments, settings)
-            resolve(args, find_task(args)[0])
-    except Refused as error:
-        raise Refused(f"The arm {arm.label!r} cannot train on {problem.label}: {error}") from error
+def _resolved(kind: Kind, settings: Mapping[str, Any]) -> Any:
+    """Return the settings of a run as far as they are known, and checked, before a model is loaded."""
+    if kind == "control":
+        agent = arguments(ControlArguments, settings)
+        return resolve_control(agent, describe(agent.env, agent.max_episode_steps))
+    args = arguments(TrainArguments, settings)
+    return resolve(args, find_task(args)[0])
 
 
 def _problems_and_arms(
@@ -99,9 +93,9 @@ def _problems_and_arms(
 ) -> tuple[list[Problem], list[Arm]]:
     """Make a problem of each combination of what several are given of, and read the arms."""
     if args.env and (args.task or args.model or args.num_generations):
-        raise Refused(
-            "env names environments, which have no task, model or num_generations; leave these out."
-        )
+        raise Refused("Environments have no task, model or num_generations; give --env without these.")
+    if "tuned" in args.learning_rate and len(args.learning_rate) > 1:
+        raise Refused("learning_rate must be tuned alone, or one or several numbers.")
     names = [f.name for f in fields(KINDS["control" if args.env else "train"])]
     for name in args.shared:
         if name in (*OWN, *SWEPT):
@@ -110,86 +104,115 @@ def _problems_and_arms(
             raise Refused(f"There is no setting {name!r}.{nearest(name, names)}")
     shared = {name: value for name, value in args.shared.items() if value is not None}
     axes = shared.pop("estimator", {})
-    if isinstance(axes, str | Estimator):
+    if not isinstance(axes, Mapping):
         raise Refused("Name estimators as arms; only single axes can be shared, as estimator.aggregation.")
-    arms = read_arms(args.arms, axes, names)
+    arms = [read_arm(text, axes, names) for text in args.arms]
+    if len(arms) < 2:
+        raise Refused(f"A comparison needs two or more arms, such as rloo grpo; arms names {len(arms)}.")
+    for arm, other in combinations(arms, 2):
+        if arm.settings == other.settings:
+            raise Refused(
+                f"The arms {arm.label!r} and {other.label!r} have the same settings; leave one out."
+            )
     swept: dict[str, Sequence[Any]] = {"model": args.model, "num_generations": args.num_generations}
-    swept |= {"learning_rate": _rates(args.learning_rate)}
+    swept |= {"learning_rate": [rate if isinstance(rate, float) else None for rate in args.learning_rate]}
     problems = []
     for name, *values in product(
         args.env or args.task or ("sort_digits",), *(several or (None,) for several in swept.values())
     ):
         own = {key: value for key, value in zip(swept, values, strict=True) if value is not None}
         label = ", ".join([name, *(f"{key}={own[key]}" for key in own if len(swept[key]) > 1)])
-        if args.env:
-            problems.append(_control_problem(label, {**shared, **own, "env": name}))
-        else:
-            problems.append(_language_problem(label, {**shared, **own, "task": name}, announce))
-    return problems, list(arms)
+        problems.append(_problem(label, {**shared, **own, "env" if args.env else "task": name}, announce))
+    return problems, arms
 
 
-def _rates(given: Sequence[str]) -> tuple[float, ...]:
-    """Return the learning rates that are given as numbers; none if they are chosen later."""
-    if given in (("fixed",), ("tuned",)):
-        return ()
-    try:
-        return tuple(map(float, given))
-    except ValueError:
-        raise Refused(
-            f"learning_rate was given as {' '.join(given)!r}; it must be fixed, or tuned, or one or several "
-            "numbers."
-        ) from None
+def _problem(label: str, given: dict[str, Any], announce: Callable[[str], None]) -> Problem:
+    """Make a problem: settings that are left open become what a run alone would take.
 
-
-def _language_problem(label: str, given: dict[str, Any], announce: Callable[[str], None]) -> Problem:
-    """Make the problem of a task: settings that are left open become what `tokenrl train` would take."""
-    args = arguments(TrainArguments, {**given, "estimator": "reinforce_running_mean"})  # fits every shape
-    task, rewards = find_task(args)
-    found = resolve(args, task, load_base(args, task, announce))
-    per_step = found.prompts_per_step * found.num_generations
-    budget = args.max_samples or found.max_steps * per_step
-    steps = math.ceil(budget / per_step)
-    every = max(1, steps // EVALUATIONS) if args.eval_every is None else args.eval_every
-    open_ = ("prompts_per_step", "num_generations", "max_completion_length", "lr_scheduler_type")
-    usual = {"stop_after_zero_spread": 0, "log_completions": every, "eval_every": every}
-    settings = {**usual, **given, **{name: getattr(found, name) for name in (*open_, "learning_rate")}}
+    In control the budget is counted in episodes, or in steps of the environment if `num_steps` is set: then
+    all arms generate as many of them per update.
+    """
+    args: Any
+    found: Any
+    spread, open_ = None, ["learning_rate", "max_steps", "num_envs"]
+    if "env" in given:
+        args = found = arguments(ControlArguments, given)
+        task: Any = describe(args.env, args.max_episode_steps)
+        unit, per_step = (
+            "environment steps" if args.num_steps else "episodes",
+            args.num_envs * (args.num_steps or 1),
+        )
+        budget = args.max_steps * per_step
+    else:
+        args = arguments(TrainArguments, {**given, "estimator": "reinforce_running_mean"})  # fits every shape
+        task, rewards = find_task(args)
+        found = resolve(args, task, load_base(args, task, announce))
+        unit, per_step = "completions", found.prompts_per_step * found.num_generations
+        budget, spread = args.max_samples or found.max_steps * per_step, getattr(rewards, "range", None)
+        open_[1:] = "prompts_per_step", "num_generations", "max_completion_length", "lr_scheduler_type"
+    every = args.eval_every
+    every = max(1, math.ceil(budget / per_step) // EVALUATIONS) if every is None else every
+    usual = {"stop_after_zero_spread": 0, "log_completions": every} if unit == "completions" else {}
+    settings = {**usual, "eval_every": every, **given, **{name: getattr(found, name) for name in open_}}
+    left_out = (
+        ("max_steps", "max_samples") if unit == "completions" else ()
+    )  # the budget is the same in samples
     return Problem(
         label=label,
-        settings=plain({n: value for n, value in settings.items() if n not in ("max_steps", "max_samples")}),
+        settings=plain({name: value for name, value in settings.items() if name not in left_out}),
         budget=budget,
-        unit="completions",
+        unit=unit,
         per_step=per_step,
-        places=_places(budget, per_step * every),
-        reward_range=getattr(rewards, "range", None),
+        every=per_step * every,
+        margin=MARGIN * (spread[1] - spread[0]) if spread else None,
+        reward_range=spread,
         solved=getattr(task, "solved", None),
     )
 
 
-def _control_problem(label: str, given: dict[str, Any]) -> Problem:
-    """Make the problem of an environment.
+def read_arm(text: str, axes: Mapping[str, Any], settings: Sequence[str]) -> Arm:
+    """Read one arm, such as `rloo`, `grpo,scale=none`, `baseline=group_mean` or `mine.py:baseline`.
 
-    The budget is counted in episodes, or in steps of the environment if `num_steps` is set: then all arms
-    generate as many of them per update.
+    Args:
+        text: a preset or a function, which is a baseline of the user's own; then changes, each NAME=VALUE,
+            where a name is that of an axis of the estimator or of another setting of a run. Without a preset
+            the axes are those of the default estimator. Commas separate; those in brackets belong to a value.
+        axes: axes that all arms share.
+        settings: the names of the settings that a run has.
+
+    Raises:
+        Refused: there is no such preset, axis or setting, or a value is not allowed.
     """
-    args = arguments(ControlArguments, given)
-    every = max(1, args.max_steps // EVALUATIONS) if args.eval_every is None else args.eval_every
-    per_step = args.num_envs * (args.num_steps or 1)
-    open_ = ("max_steps", "num_envs", "learning_rate")
-    return Problem(
-        label=label,
-        settings=plain({**given, **{name: getattr(args, name) for name in open_}, "eval_every": every}),
-        budget=args.max_steps * per_step,
-        unit="environment steps" if args.num_steps else "episodes",
-        per_step=per_step,
-        places=_places(args.max_steps * per_step, per_step * every),
-        solved=describe(args.env, args.max_episode_steps).solved,
-    )
+    part = r"(?:[^,(\[{\"']|\([^)]*\)|\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|'[^']*')+"  # no commas but in brackets
+    preset, *changes = [one.strip() for one in re.findall(part, text) or [""]]
+    if "=" in preset:
+        preset, changes = "", [preset, *changes]
+    axes, own = dict(axes), dict[str, Any]()
+    try:
+        if not preset and not changes:
+            raise Refused("it is empty; name a preset, such as rloo.")
+        for change in changes:
+            name, equals, value = map(str.strip, change.partition("="))
+            name = name.removeprefix("--").removeprefix("estimator.").replace("-", "_")
+            if not equals:
+                raise Refused(f'write {change!r} as NAME=VALUE, such as "grpo,scale=none".')
+            if name in (*OWN, *MEASURE, "estimator"):
+                raise Refused(f"{name} must be the same for all arms; leave it out there.")
+            if name not in AXES and name not in settings:
+                raise Refused(f"there is no setting {name!r}.{nearest(name, [*AXES, *settings])}")
+            (axes if name in AXES else own)[name] = _value(value)
+        if preset and ":" not in preset:
+            estimator = Estimator.preset(preset, **axes)
+        else:
+            estimator = arguments(Estimator, {**({"baseline": preset} if preset else {}), **axes})
+    except Refused as error:
+        raise Refused(f"The arm {text!r} cannot be used: {error}") from error
+    return Arm(text, {"estimator": changed_axes(estimator), **own})
 
 
-def _places(budget: int, every: int) -> tuple[float, ...]:
-    """Return the samples at which runs are evaluated, without that before training; the last is the budget.
-
-    An arm with larger steps, because of greedy completions or refills, is evaluated a little later.
-    """
-    step = every or budget
-    return tuple(float(min(place, budget)) for place in range(step, budget + step, step))
+def _value(text: str) -> Any:
+    """Read a number, a tuple, True, False or None as Python writes it; anything else is text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return {"true": True, "false": False}.get(text, text)

@@ -60,9 +60,8 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
     """
     args = called(CompareArguments, args, _with_shared(options) if options else {})
     console, root = Console(quiet=args.quiet), Path(args.output_dir)
-    plan = settle_plan(
-        make_plan(args, console.note, _command()), root, overwrite=args.overwrite and not args.dry_run
-    )
+    plan = make_plan(args, console.note, _command())
+    plan = settle_plan(plan, root, overwrite=args.overwrite and not args.dry_run)
     expected = _expected(plan)
     if args.dry_run:
         seconds = {problem.label: _seconds(plan, problem) for problem in plan.problems if not plan.existing}
@@ -83,7 +82,8 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         found = _judged(plan, root, make)
     except _Printed:
         return plan
-    _write(found)
+    write_tables(found)
+    write_comparison(found)
     _show(found, console)
     return found
 
@@ -112,7 +112,9 @@ def report_comparison(output_dir: str | Path) -> Path:
     Returns:
         The report. The arguments and errors are those of `judge_directory`.
     """
-    return _write(judge_directory(output_dir))
+    found = judge_directory(output_dir)
+    write_tables(found)
+    return write_comparison(found)
 
 
 def _judged(plan: Plan, root: Path, make: Callable[[Sequence[Run]], None]) -> Comparison:
@@ -125,13 +127,9 @@ def _judged(plan: Plan, root: Path, make: Callable[[Sequence[Run]], None]) -> Co
         return tables[-1].runs
 
     work(plan.runs(tune(plan, work) if plan.tuning_seeds else {}))
-    runs, curves = (pd.concat([getattr(t, n) for t in tables], ignore_index=True) for n in ("runs", "curves"))
-    return judge_runs(root, plan, RunTable(runs, curves))
-
-
-def _write(found: Comparison) -> Path:
-    write_tables(found)
-    return write_comparison(found)
+    return judge_runs(
+        root, plan, RunTable(*(pd.concat(of, ignore_index=True) for of in zip(*tables, strict=True)))
+    )
 
 
 def _expected(plan: Plan) -> dict[str, Any]:
@@ -149,16 +147,15 @@ def _expected(plan: Plan) -> dict[str, Any]:
 def _seconds(plan: Plan, problem: Problem) -> float:
     """Time a short run of the reference: the seconds of a whole run follow from its steps and evaluations."""
     (arm,) = (arm for arm in plan.arms if arm.label == plan.reference)
-    run = plan.run(problem, arm, plan.seeds[0])._replace(path="run")
     few = {"eval_every": 0, **({"max_steps": TIMED_STEPS} if plan.kind == "control" else {})}
     short = replace(problem, budget=TIMED_STEPS * problem.per_step, settings={**problem.settings, **few})
+    run = plan.run(short, arm, plan.seeds[0])
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        execute(replace(plan, problems=(short,)), [run], root, console=Console(quiet=True))
-        if not is_done(run, root):
-            reason = read_runs([run], root, [short], None).runs["reason"][0]
+        execute(replace(plan, problems=(short,)), [run], Path(folder), console=Console(quiet=True))
+        if not is_done(run, Path(folder)):
+            reason = read_runs([run], Path(folder), [short], None).runs["reason"][0]
             raise Refused(f"A few steps of {arm.label} on {problem.label} were tried, and failed: {reason}")
-        timed = read_run(root / run.path)
+        timed = read_run(Path(folder, run.path))
         steps = [row["step_seconds"] for row in timed.timings if "step_seconds" in row]
     evaluation = max(0.0, (timed.summary["wall_seconds"] - sum(steps)) / 2)
     count = problem.budget / problem.per_step
@@ -171,9 +168,10 @@ def _show_plan(plan: Plan, expected: Mapping[str, Any], console: Console) -> Non
     if expected["detectable"] is not None:
         low, high = (expected["detectable"] * spread for spread in SPREAD)
         can_show = (
-            f"with a power of 80 % a difference of {expected['detectable']:.2g} standard deviations of a "
-            f"paired difference; on the toy tasks that is about {low:.2g} to {high:.2g} of the range of the "
-            "reward"
+            f"with a power of 80 % a difference of {expected['detectable']:.2g} standard deviations of "
+        )
+        can_show += (
+            f"a paired difference; on the toy tasks about {low:.2g} to {high:.2g} of the reward's range"
         )
     tuning = f" and about {expected['tuning_runs']} for tuning" * bool(plan.tuning_seeds)
     facts = {**facts_of(plan), "runs": f"{expected['runs']}{tuning}", "can show": can_show}
@@ -194,22 +192,17 @@ def _show(found: Comparison, console: Console) -> None:
             table.add_row(arm.arm, arm.count, number(arm.mean), *judged)
         console.rich.print(table)
         console.note(found.headline(family.problem))
-        caveats = [caveat.text for caveat in found.caveats[family.problem]]
-        for text in (*family.sentences(), *caveats):
+        for text in (*family.sentences(), *(caveat.text for caveat in found.caveats[family.problem])):
             console.note(f"- {text}")
-    runs = found.table.runs
-    for run in runs[runs["failed"]].itertuples():
+    for run in found.table.runs.query("failed").itertuples():
         console.warn(f"{run.problem}: {run.arm}, seed {run.seed}, failed: {run.reason}")
     console.note(f"report  {found.output_dir / 'report.html'}")
 
 
 def _with_shared(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the keywords that are settings of the runs under `shared`; learning rates become text, as typed."""
+    """Put the keywords that are settings of the runs under `shared`."""
     own = {name: value for name, value in options.items() if name in field_types(CompareArguments)}
     shared = {name: value for name, value in options.items() if name not in own}
-    if "learning_rate" in own:
-        rates = own["learning_rate"]
-        own["learning_rate"] = tuple(map(str, rates if isinstance(rates, list | tuple) else (rates,)))
     return own | ({"shared": {**own.get("shared", {}), **shared}} if shared else {})
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,16 +29,15 @@ COUNTS = {"completions": "num_samples", "environment steps": "num_env_steps", "e
 LOG_TAIL = 400
 
 
-@dataclass(frozen=True)
-class RunTable:
+class RunTable(NamedTuple):
     """All runs of a comparison.
 
     Attributes:
         runs: one row for each: `problem`, `arm`, `seed`, `role`, `state` (`finished`, `failed` or `missing`),
             `reason` (why it did not finish), `failed` (also by its reward at the end), `learning_rate`,
             `samples`, the scores, means over training steps, and `path`.
-        curves: one row for each run and place: `path`, `samples` and the metrics of evaluations, interpolated
-            between evaluations and kept after the last.
+        curves: one row for each run and place: `problem`, `arm`, `role`, `path`, `samples` and the metrics of
+            evaluations, interpolated between evaluations and kept after the last.
     """
 
     runs: pd.DataFrame
@@ -48,6 +47,11 @@ class RunTable:
         """Return the rows of the runs on a problem, of one arm or of all."""
         runs = self.runs[(self.runs["problem"] == problem) & (self.runs["role"] == role)]
         return runs if arm is None else runs[runs["arm"] == arm]
+
+    def curves_of(self, problem: str) -> pd.DataFrame:
+        """Return the curves of the runs on a problem that are compared."""
+        of_problem = self.curves["problem"] == problem
+        return self.curves[of_problem & (self.curves["role"] == "comparison")]
 
 
 def read_runs(
@@ -76,13 +80,13 @@ def read_runs(
         if found and found.metrics:
             scores, curve = _scores(found, by_label[run.problem])
             row |= scores
-            curves.append(curve.assign(path=run.path))
+            curves.append(curve.assign(problem=run.problem, arm=run.arm, role=run.role, path=run.path))
         low = failure_below is not None and row["reward"] < failure_below
         if low and not reason:
             row["reason"] = f"Its reward at the end, {row['reward']:.3g}, is below {failure_below:g}."
         rows.append({**row, "failed": state == "failed" or low})
-    empty = pd.DataFrame(columns=["path", "samples", "reward"])
-    return RunTable(pd.DataFrame(rows), pd.concat(curves, ignore_index=True) if curves else empty)
+    empty = pd.DataFrame(columns=["problem", "arm", "role", "path", "samples", "reward"])
+    return RunTable(pd.DataFrame(rows), pd.concat([empty, *curves], ignore_index=True))
 
 
 def unit_of(run: RecordedRun) -> str:
@@ -149,48 +153,37 @@ def _facts(run: RecordedRun) -> dict[str, float]:
     """
     steps, config = pd.DataFrame(run.metrics).query("step > 0"), run.config
     tenth = max(1, len(steps) // 10)
-    wanted = {
-        "entropy": ("entropy", steps[-tenth:]),
-        "early_entropy": ("entropy", steps[: 0 if config.get("head") == "gaussian" else tenth]),
-        "early_equal": ("frac_reward_zero_std", steps[:tenth]),
-        "recent_cut": ("completions/clipped_ratio", steps),
-        "grad_clipped": ("grad_clipped", steps),
-    }
-    found = {key: float(rows[name].mean()) for key, (name, rows) in wanted.items() if name in rows}
+    early, whole, late = (part.mean(numeric_only=True) for part in (steps[:tenth], steps, steps[-tenth:]))
     updates = max(1, len(steps)) * config.get("num_iterations", 1) * config.get("num_minibatches", 1)
-    for name in ("skipped", "idle"):
-        if f"{name}_steps" in steps:
-            found[name] = float(steps[f"{name}_steps"].fillna(0).max()) / updates
-    return found
+    most = steps.filter(["skipped_steps", "idle_steps"]).fillna(0).max() / updates
+    found = {
+        "entropy": late.get("entropy"),
+        "early_entropy": None if config.get("head") == "gaussian" else early.get("entropy"),
+        "early_equal": early.get("frac_reward_zero_std"),
+        "recent_cut": whole.get("completions/clipped_ratio"),
+        "grad_clipped": whole.get("grad_clipped"),
+        "skipped": most.get("skipped_steps"),
+        "idle": most.get("idle_steps"),
+    }
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def thresholds(problem: Problem, table: RunTable) -> pd.DataFrame:
     """Measure the way to the reward that counts as solved, else to half of what the best arm gains.
 
     Returns:
-        By arm, how many runs reach it, and the median of the samples that they need, in which a run that
-        never does counts as infinite.
+        By arm, how many runs reach it in an evaluation, and the median of the samples until the first such
+        evaluation, in which a run without one counts as infinite.
     """
-    runs = table.of(problem.label)
+    runs, curves = table.of(problem.label), table.curves_of(problem.label)
     threshold, chosen = problem.solved, "solved"
     if threshold is None:
         start, best = runs["before"].mean(), runs.groupby("arm")["reward"].mean().max()
         threshold, chosen = (start + best) / 2, "half of the best arm's gain"
         if not best > start:
             return pd.DataFrame(columns=["problem", "arm"])
-    curves = table.curves.groupby("path", sort=False)[["samples", "reward"]]
-    needed = curves.apply(lambda curve: _first(curve, threshold)).reindex(runs["path"], fill_value=math.inf)
-    by_arm = needed.groupby(runs["arm"].to_numpy(), sort=False)
-    found = by_arm.agg(runs="size", reached=lambda each: np.isfinite(each).sum(), median_samples="median")
+    first = curves[curves["reward"] >= threshold].groupby("path")["samples"].min()
+    needed = runs["path"].map(first).fillna(math.inf).groupby(runs["arm"], sort=False)
+    found = needed.agg(runs="size", reached=lambda each: np.isfinite(each).sum(), median_samples="median")
     told = {"problem": problem.label, "threshold": threshold, "chosen": chosen}
     return found.rename_axis("arm").reset_index().assign(**told)
-
-
-def _first(curve: pd.DataFrame, threshold: float) -> float:
-    """Return the samples at which a curve first reaches a reward, else infinity."""
-    at, reward = curve["samples"].to_numpy(), curve["reward"].to_numpy()
-    reached = np.flatnonzero(reward >= threshold)
-    if not len(reached):
-        return math.inf
-    two = slice(max(0, reached[0] - 1), reached[0] + 1)
-    return float(np.interp(threshold, reward[two], at[two]))
