@@ -206,6 +206,23 @@ def test_the_files_hold_what_is_printed(made_up, tmp_path, capsys, monkeypatch):
     assert arguments.estimator.entropy_coef == 0.1
 
 
+CHANGED = [  # what a hand has put into config.json, and what is said
+    ({"max_steps": "many"}, "max_steps was given as 'many'"),
+    ({"estimator": {"baseline": "rlo"}}, "Did you mean 'rloo'"),
+    ({"solved": "soon"}, "a file of it is damaged or was changed"),
+    ({"kind": ["train"]}, "is a run of `tokenrl ['train']`"),
+    ({"prompts_per_step": None}, "prompts_per_step"),
+    (None, "config.json is damaged"),
+]
+
+
+def changed_run(made_up, number, values):
+    path = made_up("train") / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text("{" if values is None else json.dumps(config | values))
+    return path.parent
+
+
 def test_runs_that_cannot_be_diagnosed_are_refused(made_up, tmp_path, capsys):
     empty, foreign = tmp_path / "empty", tmp_path / "sft"
     empty.mkdir()
@@ -216,7 +233,8 @@ def test_runs_that_cannot_be_diagnosed_are_refused(made_up, tmp_path, capsys):
     lines = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
     (broken / "metrics.jsonl").write_text("".join([*lines[:3], "{broken\n", *lines[4:]]))
     (without / "metrics.jsonl").unlink()
-    cases = {
+    cases = {changed_run(made_up, n, value): words for n, (value, words) in enumerate(CHANGED)}
+    cases |= {
         tmp_path / "nowhere": "holds no metrics.jsonl",
         empty: "holds no metrics.jsonl",
         foreign: "is a run of `tokenrl sft`",

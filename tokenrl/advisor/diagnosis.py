@@ -22,7 +22,7 @@ from tokenrl.advisor.advice import Advice, changed, flags, together
 from tokenrl.configuration import configured
 from tokenrl.control.arguments import ControlArguments, ControlSettings
 from tokenrl.control.environments import describe
-from tokenrl.errors import Refused
+from tokenrl.errors import Refused, describe as in_words
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.runs.facts import last_tenth, latest_facts, means, settings_facts
 from tokenrl.runs.reader import RecordedRun, read_run
@@ -56,7 +56,31 @@ def advise_run(path: str) -> Advice:
     Raises:
         Refused: there is no such run, its files are damaged, or it has made no step yet.
     """
-    run, arguments = _read(path)
+    run = read_run(path)
+    if run.kind not in KINDS:
+        raise Refused(
+            f"{path} is a run of `tokenrl {run.kind}`. Only runs with a policy gradient can be diagnosed: "
+            "those of `tokenrl train` and `tokenrl control`."
+        )
+    if not any(run.series("reward")[0]):
+        raise Refused(
+            f"{path} has not made a step yet, or none in which an episode ended with a finite reward. Ask "
+            "again once it has come further."
+        )
+    try:
+        return _diagnosed(run)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, Refused):
+            raise
+        raise Refused(
+            f"{path} cannot be diagnosed: a file of it is damaged or was changed ({in_words(error)})."
+        ) from error
+
+
+def _diagnosed(run: RecordedRun) -> Advice:
+    arguments, settings = KINDS[run.kind]
+    arguments = configured(arguments, run.path, run.kind)
+    settled(settings, arguments, {})  # refuses what a run never leaves open
     facts = run_facts(run, arguments)
     findings = judge(facts)
     changes = together(findings)
@@ -75,57 +99,33 @@ def advise_run(path: str) -> Advice:
     )
 
 
-def _read(path: str) -> tuple[RecordedRun, Any]:
-    """Read a run directory and the arguments of the run."""
-    run = read_run(path)
-    kind = run.config.get("kind", "")
-    if kind not in KINDS:
-        raise Refused(
-            f"{path} is a run of {f'`tokenrl {kind}`' if kind else 'an unknown command'}. Only runs with a "
-            "policy gradient can be diagnosed: give the output directory of `tokenrl train` or `tokenrl "
-            "control`."
-        )
-    if not any(run.series("reward")[0]):
-        raise Refused(
-            f"{path} has not made a step yet, or none in which an episode ended with a finite reward. Ask "
-            "again once it has come further."
-        )
-    arguments, settings = KINDS[kind]
-    arguments = configured(arguments, run.path, kind)
-    settled(settings, arguments, {})  # refuses what a run never leaves open
-    return run, arguments
-
-
 def run_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
     """Return the facts of a run, of its settings and of how its reward went."""
     estimator, language, rows = arguments.estimator, run.kind == "train", run.metrics
-    steps, solved_at = [row for row in rows if row["step"] > 0], run.config.get("solved")
     snr, skipped = run.series("gradient/snr")[1], run.series("skipped_steps")[1]
-    updates = rows[-1]["step"] * arguments.num_iterations * arguments.num_minibatches
     spread = last_tenth(run.series("reward_std")[1][::-1])  # of the first tenth
-    samples = getattr(arguments, "max_samples", None)
-    facts = settings_facts(arguments) | means("recent", last_tenth(steps), estimator.needs_groups)
+    step, samples = rows[-1]["step"], getattr(arguments, "max_samples", None)
+    mark = None if run.config.get("solved") is None else float(run.config["solved"])  # "Infinity" too
+    facts = settings_facts(arguments) | _progress_facts(run, arguments)
+    facts |= means("recent", last_tenth([row for row in rows if row["step"] > 0]), estimator.needs_groups)
+    evaluated = run.series("eval_reward_greedy" if language else "eval_reward")[1]
+    is_solved, reward = mark is not None and bool(evaluated) and evaluated[-1] >= mark, facts["recent_reward"]
     facts |= {
-        "solved_at": None if solved_at is None else float(solved_at),  # "Infinity" too
-        "is_whole": rows[-1]["step"] >= arguments.max_steps,
-        "skipped": skipped[-1] / updates if skipped else None,
+        "solved_at": mark,
+        "is_whole": (rows[-1].get("num_samples") or 0) >= samples if samples else step >= arguments.max_steps,
+        "skipped": skipped[-1] / step / arguments.num_iterations / arguments.num_minibatches
+        if skipped
+        else None,
         "snr": fmean(snr) if snr else None,
         "snr_stderr": stdev(snr) / math.sqrt(len(snr)) if len(snr) > 1 else None,
         "early_spread": fmean(spread) if spread else None,
+        "is_solved": is_solved,
+        "is_easy": is_solved or (language and 0.95 <= reward <= 1 if mark is None else reward >= mark),
     }
-    if samples:
-        facts["is_whole"] = (rows[-1].get("num_samples") or 0) >= samples
-    facts |= _progress_facts(run, arguments)
-    evaluated = run.series("eval_reward_greedy" if language else "eval_reward")[1]
-    mark, reward = facts["solved_at"], facts["recent_reward"]
-    facts["is_solved"] = mark is not None and bool(evaluated) and evaluated[-1] >= mark
-    looks_easy = language and 0.95 <= reward <= 1 if mark is None else reward >= mark
-    facts["is_easy"] = facts["is_solved"] or looks_easy
     if language:
-        facts["horizon"] = arguments.max_completion_length
         if not facts["gained"]:
             facts |= latest_facts(rows, arguments.prompts_per_step, estimator.needs_groups)
-        return facts
+        return facts | {"horizon": arguments.max_completion_length}
     facts["horizon"] = _horizon(arguments)
     if arguments.num_envs == 1 or estimator.within_rows:
         facts["recent_equal"] = None  # episodes are not compared, so that equal returns say nothing
@@ -166,14 +166,13 @@ def evaluations(run: RecordedRun) -> list[Mean]:
 
 def quarters(run: RecordedRun) -> list[Mean]:
     """Return the mean training reward of each quarter of the steps; of fewer parts if there are few steps."""
-    steps, values = run.series("reward")
-    parts = np.array_split(values, max(1, min(4, len(values) // LEAST_STEPS)))
-    ends = np.cumsum([len(part) for part in parts])
-    errors = [part.std(ddof=1) / math.sqrt(len(part)) if len(part) > 1 else math.nan for part in parts]
-    return [
-        Mean(float(part.mean()), float(error), steps[end - 1])
-        for part, error, end in zip(parts, errors, ends, strict=True)
-    ]
+    rewards = np.transpose(run.series("reward"))
+    parts = np.array_split(rewards, max(1, min(4, len(rewards) // LEAST_STEPS)))
+    found = []
+    for steps, values in (part.T for part in parts):
+        error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        found.append(Mean(float(values.mean()), float(error), int(steps[-1])))
+    return found
 
 
 def _differs(one: Mean, other: Mean, comparisons: int) -> int:
