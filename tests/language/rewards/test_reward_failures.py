@@ -8,7 +8,6 @@ import json
 import math
 import os
 import signal
-import threading
 import time
 
 import numpy as np
@@ -57,15 +56,8 @@ def test_one_bad_value_stops_the_run_and_names_its_row(bad, shown):
     said = (
         rf"answer returned .*{shown}.* for row 3, completion 'xxx.*\.\.\.x+'; a reward is a number from -1e"
     )
-    with pytest.raises(Stopped, match=said) as caught:
+    with pytest.raises(Stopped, match=said):
         call([length, returning([1e12, None, -1e12, bad])])
-    assert len(str(caught.value)) < 400
-
-
-@pytest.mark.parametrize("bad", [np.array([0, 1, math.nan, 2]), torch.tensor([0, 1, math.inf, 2])])
-def test_a_bad_value_in_an_array_is_no_abstention(bad):
-    with pytest.raises(Stopped, match="row 2, completion ''"):
-        call(returning(bad))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +65,7 @@ def test_a_bad_value_in_an_array_is_no_abstention(bad):
     [
         (1.0, r"a float \(1.0\)"), (np.float64(2), "float64"), (torch.tensor(2.0), "Tensor"),
         ("abcd", r"a str \('abcd'\)"), (None, r"NoneType.* Is a return missing\?"), ({}, "dict"),
-        ({1}, "set"), ((x for x in [1, 2, 3, 4]), "generator"),
+        ((x for x in [1, 2, 3, 4]), "generator"), (np.array([0, 1, math.nan, 2]), "nan .* row 2"),
         (np.ones((4, 1)), r"\[1.0\] \(list\) for row 0"),
         (torch.ones(1, 4), "1 rewards for 4"), ([], r"0 rewards for 4 completions \(row 0, completion 'one'"),
         ([1.0], r"1 rewards for 4 completions \(row 1, completion 'three'"), (np.ones(5), r"5 .*too many"),
@@ -128,7 +120,7 @@ def awaited(error):
 
 
 def in_a_task(error):
-    """A task that the reward starts: in asyncio, SystemExit and KeyboardInterrupt of one end the loop."""
+    """A task that the reward starts: in asyncio, SystemExit of one ends the loop."""
 
     async def bad(completions):
         return await asyncio.create_task(awaited(error)(completions))
@@ -157,25 +149,13 @@ def test_what_a_reward_raises_is_its_failure(make, error):
 
 
 def test_a_failure_of_all_rows_together_is_told_as_such():
-    def batch_only(completions, log_metric):
-        log_metric("calls", 1)
+    def batch_only(completions):
         if len(completions) > 1:
             raise MemoryError("too many")
         return [0.0]
 
     with pytest.raises(Stopped, match=r"MemoryError: too many \(rows 0 to 3 together.*'one'\)"):
         call(batch_only)
-
-
-def test_the_event_loop_survives_tasks_that_nobody_awaits():
-    async def careless(completions):
-        task = asyncio.create_task(awaited(SystemExit(3))([""]))
-        await asyncio.sleep(0.01)
-        assert isinstance(task.exception(), SystemExit)
-        return [2.0] * len(completions)
-
-    for _ in range(2):
-        assert call(careless).total.tolist() == [2] * 4
 
 
 def test_a_real_interrupt_passes_through():
@@ -252,17 +232,12 @@ def meeting():
     return [member(here, there, 1.0), member(there, here, 2.0)]
 
 
-def test_async_functions_run_together_in_a_thread_and_inside_a_running_loop():
+def test_async_functions_run_together_also_inside_a_running_loop():
     async def notebook():
         first, second = meeting()
         return call([first, length, second]).values[1].tolist()
 
     assert asyncio.run(notebook()) == [1.0, 5.0, 2.0]
-    found = []
-    thread = threading.Thread(target=lambda: found.append(call(meeting()).total.tolist()))
-    thread.start()
-    thread.join()
-    assert found == [[3.0] * 4]
 
 
 def test_what_an_async_function_keeps_between_calls_stays_usable():
@@ -276,19 +251,6 @@ def test_what_an_async_function_keeps_between_calls_stays_usable():
     call(Judge())
     call([Judge(), functools.partial(Judge())])
     assert len(kept) == 3 and len(set(kept)) == 1 and not kept[0].is_closed()
-
-
-@pytest.mark.filterwarnings("error")
-def test_no_coroutine_is_left_over_when_a_sync_function_raises():
-    ran = []
-
-    async def later(completions):
-        ran.append(len(completions))
-        return [0.0] * len(completions)
-
-    with pytest.raises(Stopped, match="reward raised ZeroDivisionError"):
-        call([later, lambda completions: 1 / 0])
-    assert ran == [4]
 
 
 def test_the_time_of_each_function_adds_up():

@@ -58,15 +58,11 @@ def test_exact_match_and_what_it_overlooks():
         ("9 + 9 = 18\n#### 18\n(checked 3 times)", 18), ("#### no", None), ("7 #### 1 #### 2", 2),
         (r"\boxed{41} or \boxed{42}, 7", 42), (r"\boxed{x = 5}", 5), (r"\boxed{\frac{1}{4}}", 0.25),
         (r"\boxed{5\text{ cm}^2}", 5), (r"\boxed{1\,000}", 1000), (r"\boxed{y} 3", None), (r"\fbox{3} 9", 3),
-        (r"\frac{1.2.3}{4}", None), (r"\boxed{3} #### 4", 3),
+        (r"\frac{1.2.3}{4}", None), (r"\boxed{3} #### 4", 3), (r"7 \boxed{8", 8), (r"\boxed{7} \boxed{8", 7),
     ],
 )  # fmt: skip
 def test_the_final_number(text, number):
     assert final_number(text) == (None if number is None else pytest.approx(number, rel=1e-12))
-
-
-def test_a_box_that_never_closes_is_no_box():
-    assert final_number(r"7 \boxed{8") == 8 and final_number(r"\boxed{7} \boxed{8") == 7
 
 
 @given(
@@ -132,13 +128,11 @@ def test_sentiment_is_the_balance_of_words():
         "It was awful!",
         "not great",
         "wasn\u2019t bad",
-        "green",
+        "x",
     ]
     assert Sentiment()(completions=texts) == [1, 0, -1, -1, 1, 0]
-    assert Sentiment(positive=["green"], negative=["red"])(completions=["green red green", "good"]) == [
-        1 / 3,
-        0,
-    ]
+    own = Sentiment(positive=["green"], negative=["red"])
+    assert own(completions=["green red green", "good"]) == [1 / 3, 0]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 import toy_tasks
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.inspect.arguments import EvaluateArguments
-from tokenrl.language.rewards.library import ExactMatch, Length, RegexFormat, ValidJson
+from tokenrl.language.rewards.library import Length, RegexFormat, ValidJson
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.task import find_task
@@ -69,20 +69,14 @@ def test_a_function_gets_by_keyword_what_it_names_and_everything_with_kwargs():
 
 def test_partials_lambdas_objects_and_methods_are_rewards():
     class Judge:
-        def __call__(self, completions, **kwargs):
-            return [2.0] * len(completions)
+        def __call__(self, completions, level, factor=3):
+            return [factor * len(completion) for completion in completions]
 
-        def method(self, completions):
-            return [3.0] * len(completions)
-
-    def scaled(completions, level, factor=3):
-        return [factor * len(completion) for completion in completions]
-
-    functions = [Judge(), Judge().method, functools.partial(scaled, factor=2), lambda completions: [4.0] * 4]
-    rewards = Rewards([*functions, lambda **_: [5] * 4, scaled])
-    assert rewards.names == ["Judge", "method", "scaled", "reward", "reward_2", "scaled_2"]
+    functions = [Judge(), Judge().__call__, functools.partial(Judge(), factor=2), lambda **_: [4.0] * 4]
+    rewards = Rewards([*functions, lambda completions: [5] * 4])
+    assert rewards.names == ["Judge", "__call__", "Judge_2", "reward", "reward_2"]
     result = rewards(PROMPTS, COMPLETIONS, IDS, {"level": [0] * 4}, step=0)
-    assert result.values[1].tolist() == [2, 3, 10, 4, 5, 15]
+    assert result.values[1].tolist() == [15, 15, 10, 4, 5]
 
 
 def test_a_trl_style_format_reward_on_chat_messages():
@@ -91,11 +85,9 @@ def test_a_trl_style_format_reward_on_chat_messages():
         return [1.0 if re.match(r"^<think>.*</think>$", content) else 0.0 for content in contents]
 
     chat = [{"role": "user", "content": "hello"}]
-    texts = ["<think>yes</think>", "no", "<think>", "<think></think>"]
-    ready = [[{"role": "assistant", "content": text}] for text in texts]
-    for completions in (texts, ready):
-        result = call(format_reward, prompts=[chat] * 4, completions=completions)
-        assert result.total.tolist() == [1, 0, 0, 1]
+    texts = ["<think>yes</think>", "no", "<think>", [{"role": "assistant", "content": "<think></think>"}]]
+    result = call(format_reward, prompts=[chat] * 4, completions=texts)
+    assert result.total.tolist() == [1, 0, 0, 1]
 
 
 def test_a_column_that_is_missing_is_refused_before_the_first_step():
@@ -130,15 +122,6 @@ def test_a_column_that_is_missing_is_refused_before_the_first_step():
 def test_every_kind_of_number_is_taken(output):
     result = call(returning(output))
     assert result.total.tolist() == [1, 0, 1, 0] and result.valid.all()
-
-
-@pytest.mark.gpu
-def test_tensors_on_an_accelerator_are_taken():
-    if not torch.accelerator.is_available():
-        pytest.skip("no accelerator")
-    rewards = torch.arange(4.0, device=torch.accelerator.current_accelerator())
-    assert call(returning(rewards)).total.tolist() == [0, 1, 2, 3]
-    assert call(returning(list(rewards))).total.tolist() == [0, 1, 2, 3]
 
 
 def test_weights_abstentions_and_metrics():
@@ -205,6 +188,9 @@ def test_rewards_by_name(tmp_path, monkeypatch):
     )
     (tmp_path / "broken_rewards.py").write_text("raise OSError('no key')")
     assert load_reward(length) is length
+    assert load_reward(" length ( max = 3, unit='words' )") == Length(max=3, unit="words")
+    assert load_reward("regex_format(pattern='a:b/c(d)')") == RegexFormat("a:b/c(d)")
+    assert load_reward("valid_json(required=['a', 'b'])") == ValidJson(("a", "b"))
     assert inspect.iscoroutinefunction(load_reward("my_rewards:slow"))
     rewards = Rewards(["my_rewards:slow", f"{tmp_path}/my_rewards.py:judge", length])
     assert rewards.names == ["slow", "Judge", "length"]
@@ -223,14 +209,6 @@ def test_rewards_by_name(tmp_path, monkeypatch):
             load_reward(spec)
 
 
-def test_rewards_of_the_library_by_name():
-    assert load_reward("exact_match") == ExactMatch()
-    assert load_reward("length(target=20)") == Length(target=20)
-    assert load_reward(" length ( max = 3, unit='words' )") == Length(max=3, unit="words")
-    assert load_reward("regex_format(pattern='a:b/c(d)')") == RegexFormat("a:b/c(d)")
-    assert load_reward("valid_json(required=['a', 'b'])") == ValidJson(("a", "b"))
-
-
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
@@ -238,9 +216,7 @@ def test_rewards_of_the_library_by_name():
         ("length", r"length\(target=None, max=None\): give exactly one of the two"),
         ("length(20)", "cannot be read. Write options as name=value"),
         ("length(targt=20)", "There is no setting 'targt'. Did you mean 'target'"),
-        ("length(target=20", "cannot be read"),
         ("length(target=__import__('os').getpid())", "cannot be read"),
-        ("length(**{'target': 3})", "cannot be read"),
         ("regex_format", "missing 1 required positional argument: 'pattern'"),
     ],
 )

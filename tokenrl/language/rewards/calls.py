@@ -97,9 +97,10 @@ def call_rewards(
             if isinstance(error, TokenrlError):
                 raise error
             if error is not None:
-                announce(f"Reward function {name} raised {describe(error)}; called again on single rows, it")
+                said = f"Reward function {name} raised {describe(error)}"
+                announce(f"{said}; called again on single rows, it")
                 where = _first_failing_row(named[name], name, rows, shared)
-                raise Stopped(f"Reward function {name} raised {describe(error)} ({where}).") from error
+                raise Stopped(f"{said} ({where}).") from error
     values = {name: checked_rewards(name, one.output, rows["completions"]) for name, one in attempts.items()}
     return Called(values, extra, logged, {name: one.seconds for name, one in attempts.items()})
 
@@ -126,13 +127,11 @@ def no_exit() -> Iterator[None]:
 
 def _attempt(function: Reward, name: str, arguments: Mapping[str, Any]) -> Attempt:
     began = time.perf_counter()
-    output: Any = None
-    failure: BaseException | None = None
     try:
         output = function(**{key: arguments[key] for key in accepted_arguments(function, name, arguments)})
     except USER_CODE_FAILED as error:
-        failure = error
-    return Attempt(output, failure, time.perf_counter() - began)
+        return Attempt(None, error, time.perf_counter() - began)
+    return Attempt(output, None, time.perf_counter() - began)
 
 
 def _await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Attempt]:
@@ -141,10 +140,10 @@ def _await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Attempt]:
     async def attempt(awaitable: Awaitable[Any]) -> Attempt:
         began = time.perf_counter()
         try:
-            output, failure = await awaitable, None
+            output = await awaitable
         except BaseException as error:  # no Ctrl-C is among them: Python raises it in the main thread only
-            output, failure = None, error
-        return Attempt(output, failure, time.perf_counter() - began)
+            return Attempt(None, error, time.perf_counter() - began)
+        return Attempt(output, None, time.perf_counter() - began)
 
     async def gathered() -> list[Attempt]:
         return await asyncio.gather(*map(attempt, awaitables))
@@ -181,16 +180,13 @@ def accepted_arguments(function: Reward, name: str, available: Mapping[str, Any]
     except ValueError:  # some builtins and extension types have no signature
         return list(available)
     named = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    for parameter in named.values():
-        if parameter.default is not parameter.empty:
-            continue
-        if parameter.kind is parameter.POSITIONAL_ONLY or parameter.name not in available:
+    for p in named.values():
+        if p.default is p.empty and (p.kind is p.POSITIONAL_ONLY or p.name not in available):
             raise Refused(
-                f"Reward function {name} has a parameter '{parameter.name}' that is no column of the data, "
-                f"or that cannot be passed by keyword.{suggest(parameter.name, available)} Rename it, give "
-                "it a default, or add the column."
+                f"Reward function {name} has a parameter '{p.name}' that is no column of the data, or that "
+                f"cannot be passed by keyword.{suggest(p.name, available)} Rename it, or give it a default."
             )
-    whole = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    whole = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return [key for key in available if whole or key in named]
 
 
@@ -206,8 +202,7 @@ def _first_failing_row(
             alone = _await_all([alone.output])[0]
         if alone.error is not None:
             return f"row {i} of {len(completions)}, completion {shorten(completion)}"
-    first = shorten([*completions, None][0])
-    return f"rows 0 to {len(completions) - 1} together, but none alone; the first completion: {first}"
+    return f"rows 0 to {len(completions) - 1} together, but none alone; the first: {shorten(completions[0])}"
 
 
 def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.ndarray:
@@ -223,19 +218,16 @@ def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.nd
     count = len(completions)
     items = output.tolist() if hasattr(output, "tolist") else output  # of an array or tensor
     if not isinstance(items, list | tuple):
+        given = f"a {type(output).__name__} ({output!r:.80}) for {count} completions"
         hint = " Is a return missing?" if output is None else ""
         raise Stopped(
-            f"Reward function {name} returned a {type(output).__name__} ({output!r:.80}) for {count} "
-            f"completions (row 0: {shorten([*completions, None][0])}); it must return a list of {count} "
-            f"numbers.{hint}"
+            f"Reward function {name} returned {given}; it must return a list of {count} numbers.{hint}"
         )
     if len(items) != count:
         row = min(len(items), count)
         beyond = f"row {row}, completion {shorten(completions[row])}, has none" if row < count else "too many"
-        raise Stopped(
-            f"Reward function {name} returned {len(items)} rewards for {count} completions ({beyond}); "
-            "it must return one for each completion, or None to abstain."
-        )
+        given = f"{len(items)} rewards for {count} completions ({beyond})"
+        raise Stopped(f"Reward function {name} returned {given}; it must return one for each, or None.")
     return np.array([_number(item, name, i, completions[i]) for i, item in enumerate(items)], np.float64)
 
 
@@ -247,11 +239,9 @@ def _number(item: Any, name: str, row: int, completion: Any) -> float:
     # An integer beyond float64 compares, but cannot be converted.
     if isinstance(item, numbers.Real) and -LARGEST_REWARD <= item <= LARGEST_REWARD:  # type: ignore[operator]
         return float(item)
-    what = repr(item)[:80] if isinstance(item, float) else f"{item!r:.80} ({type(item).__name__})"
-    raise Stopped(
-        f"Reward function {name} returned {what} for row {row}, completion {shorten(completion)}; a reward "
-        f"is a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, or None to abstain."
-    )
+    what = f"{item!r:.80} ({type(item).__name__}) for row {row}, completion {shorten(completion)}"
+    allowed = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, or None to abstain"
+    raise Stopped(f"Reward function {name} returned {what}; a reward is {allowed}.")
 
 
 def shorten(completion: Any) -> str:

@@ -104,10 +104,7 @@ class Length(Settings):
         """Refuse anything but one of the two lengths."""
         super().__post_init__()
         if (self.target is None) == (self.max is None):
-            raise Refused(
-                f"length(target={self.target!r}, max={self.max!r}): give exactly one of the two, as in "
-                "length(target=20)."
-            )
+            raise Refused(f"length(target={self.target!r}, max={self.max!r}): give exactly one of the two.")
 
     def __call__(self, completions: Sequence[Any], completion_ids: Any = None, **_: Any) -> list[float]:
         """Reward N completions."""
@@ -195,14 +192,11 @@ class Sentiment(Settings):
         negations = frozenset(NEGATIONS.split())
         rewards = []
         for text in completion_texts(completions):
-            words = re.findall(
-                r"[^\W\d_]+(?:'[^\W\d_]+)?", text.casefold().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
-            )
+            plain = text.casefold().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+            words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", plain)
             signs = [(word in good) - (word in bad) for word in words]
-            turned = [
-                -sign if before in negations else sign
-                for sign, before in zip(signs, ["", *words], strict=False)
-            ]
+            pairs = zip(["", *words], signs, strict=False)
+            turned = [-sign if before in negations else sign for before, sign in pairs]
             rewards.append(sum(turned) / max(1, sum(map(abs, turned))))
         return rewards
 
@@ -225,11 +219,8 @@ class _Answer(Settings):
     def check_columns(self, available: Iterable[str]) -> None:
         """Refuse data without the column."""
         if self.column not in available:
-            raise Refused(
-                f"Reward {self.__name__} compares with the column '{self.column}', which the data does not "
-                f"have.{suggest(self.column, available)} Name the column that holds the answers: "
-                f"{self.__name__}(column='...')."
-            )
+            said = f"The data has no column '{self.column}' of answers.{suggest(self.column, available)}"
+            raise Refused(f"{said} Name it: {self.__name__}(column='...').")
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """Reward N completions."""
@@ -336,12 +327,5 @@ class NumericAnswer(_Answer):
         return float(found is not None and abs(found - right) <= self.tolerance * max(1.0, abs(right)))
 
 
-LIBRARY: dict[str, Any] = {
-    "exact_match": ExactMatch,
-    "numeric_answer": NumericAnswer,
-    "regex_format": RegexFormat,
-    "length": Length,
-    "repetition": Repetition,
-    "valid_json": ValidJson,
-    "sentiment": Sentiment,
-}
+_REWARDS: tuple[Any, ...] = (ExactMatch, NumericAnswer, RegexFormat, Length, Repetition, ValidJson, Sentiment)
+LIBRARY: dict[str, Any] = {vars(kind)["__name__"]: kind for kind in _REWARDS}

@@ -21,10 +21,7 @@ Range = tuple[float, float]
 """The least and the largest value that a reward may have."""
 
 _LIBRARY_SPEC = re.compile(r"\s*[A-Za-z_]\w*\s*(?:\(.*)?", re.DOTALL)
-_FORMS = (
-    "Give module:function, path/to/file.py:function, the folder of a sequence-classification model with one "
-    "label, or a reward of the library, such as length(target=20)."
-)
+_FORMS = "Give module:function, path/to/file.py:function, the folder of a classifier, or length(target=20)."
 
 
 def load_reward(spec: Any) -> Reward:
@@ -52,10 +49,8 @@ def load_reward(spec: Any) -> Reward:
     if _LIBRARY_SPEC.fullmatch(text):
         name, options = parse_spec(text.strip(), "reward", "length(target=20), exact_match(column='target')")
         if name not in LIBRARY:
-            raise Refused(
-                f"reward '{text}': the library has no reward '{name}', and there is no such folder here."
-                f"{suggest(name, LIBRARY)} {_FORMS}"
-            )
+            said = f"reward '{text}': the library has no reward '{name}', and there is no such folder here"
+            raise Refused(f"{said}.{suggest(name, LIBRARY)} {_FORMS}")
         try:
             return arguments(LIBRARY[name], options)
         except (Refused, TypeError) as error:
@@ -64,8 +59,7 @@ def load_reward(spec: Any) -> Reward:
         raise Refused(f"reward '{text}': there is no such folder here. {_FORMS}")
     function = import_attribute(text, "reward")
     if not callable(function):
-        kind = type(function).__name__
-        raise Refused(f"reward '{text}' is a {kind}, which cannot be called; name a function.")
+        raise Refused(f"reward '{text}' is a {type(function).__name__}, which cannot be called.")
     return function
 
 
@@ -85,9 +79,8 @@ def parse_spec(text: str, what: str, examples: str) -> tuple[str, dict[str, Any]
         assert isinstance(call, ast.Call) and not call.args and all(one.arg for one in call.keywords)
         return ast.unparse(call.func), {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
     except (AssertionError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise Refused(
-            f"{what} '{text}' cannot be read. Write options as name=value with plain values: {examples}."
-        ) from error
+        said = f"{what} '{text}' cannot be read"
+        raise Refused(f"{said}. Write options as name=value with plain values: {examples}.") from error
 
 
 def original(function: Any) -> Any:
@@ -118,16 +111,14 @@ def declared_range(function: Any, name: str) -> Range | None:
     Raises:
         Refused: the attribute is not a pair of finite numbers, the smaller one first.
     """
-    declared = getattr(original(function), "range", None)
+    declared = getattr(original(function), "range", (0.0, 1.0) if is_binary(function) else None)
     if declared is None:
-        return (0.0, 1.0) if is_binary(function) else None
+        return None
     try:
         low, high = map(float, declared)
+        if -math.inf < low < high < math.inf:
+            return low, high
     except (TypeError, ValueError):
-        low = high = math.nan
-    if -math.inf < low < high < math.inf:
-        return low, high
-    raise Refused(
-        f"Reward function {name} has an attribute range = {declared!r:.100}, which declares its least and "
-        "its largest value. Give two finite numbers, the smaller one first, such as (0, 1), or leave it out."
-    )
+        pass
+    said = f"Reward function {name} has an attribute range = {declared!r:.100}"
+    raise Refused(f"{said}: give two finite numbers, the smaller one first, such as (0, 1), or none.")

@@ -65,15 +65,12 @@ class RewardModel:
             model, tokenizer, missing = load_classifier(str(source))
             if missing:
                 raise Refused(
-                    f"reward model '{source}' lacks {', '.join(missing)[:200]}, which would be random. "
-                    "Save a trained sequence-classification model there, such as tokenrl reward-model makes."
+                    f"reward model '{source}' lacks {', '.join(missing)[:200]}: give a trained one."
                 )
             model.requires_grad_(False)
         if model.config.num_labels != 1:
-            raise Refused(
-                f"The classifier {source!s:.100} has {model.config.num_labels} labels; a reward model has "
-                "one. Give a causal language model, or a classifier that was saved with num_labels=1."
-            )
+            said = f"The classifier {source!s:.100} has {model.config.num_labels} labels"
+            raise Refused(f"{said}; a reward model has one: give one that was saved with num_labels=1.")
         self.form = PromptArguments(**saved_form(source))
         self.tokenizer: Any = copy.deepcopy(tokenizer)
         self.tokenizer.truncation_side = "left"
@@ -147,13 +144,10 @@ class RewardModel:
         """
         prompt = formed(prompt, self.form)
         chat = not isinstance(prompt, str)
-        if chat:
-            answer = completion
-            if isinstance(completion, str):
-                answer = [{"role": "assistant", "content": completion}]
-            text = render(self.tokenizer, [*prompt, *answer], self.form, self.__name__)
-        else:
-            text = prompt + completion
+        if chat and isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        text = [*prompt, *completion] if chat else prompt + completion
+        text = render(self.tokenizer, text, self.form, self.__name__) if chat else text
         cut = {"truncation": True, "max_length": self.max_length} if self.max_length and truncate else {}
         # A chat template writes the special tokens itself; a second BOS is an input that the model never saw.
         ids = self.tokenizer(text, add_special_tokens=not chat, **cut)["input_ids"]

@@ -107,10 +107,8 @@ class Rewards:
             raise Refused("No reward function was given: give at least one.")
         weights = [1.0] * len(given) if weights is None else list(weights)
         if len(weights) != len(given) or not all(math.isfinite(weight) for weight in weights):
-            raise Refused(
-                f"reward_weights {weights} do not fit the reward functions {', '.join(self.names)}: give "
-                f"{len(given)} finite number(s), one per function."
-            )
+            names = ", ".join(self.names)
+            raise Refused(f"reward_weights {weights} for {names}: give {len(given)} finite number(s).")
         self.weights = np.asarray(weights, dtype=np.float64)  # [F]
         self._ranges = list(map(declared_range, self.functions, self.names))
         self.seconds = dict.fromkeys(self.names, 0.0)
@@ -185,10 +183,8 @@ class Rewards:
         rows = {key: list(values) for key, values in columns.items() if key not in WITHHELD}
         rows["prompts"], rows["completion_ids"] = list(prompts), list(completion_ids)
         rows["completions"] = [
-            [{"role": "assistant", "content": text}]
-            if isinstance(text, str) and not isinstance(prompt, str)
-            else text
-            for prompt, text in zip(prompts, completions, strict=True)
+            [{"role": "assistant", "content": c}] if isinstance(c, str) and not isinstance(p, str) else c
+            for p, c in zip(prompts, completions, strict=True)
         ]
         state = {"global_step": step, "max_steps": max_steps, "epoch": epoch}
         called = call_rewards(self._here, rows, state)
@@ -200,16 +196,14 @@ class Rewards:
         self._check_declared(values, rows["completions"])
         valid = ~np.isnan(values).all(axis=1)  # [N]
         if not valid.any() and not all_may_abstain:
-            raise Stopped(
-                f"Every reward function ({', '.join(self.names)}) abstained from each of the {len(valid)} "
-                f"completions, from row 0, {shorten([*completions, None][0])}, on, so nothing can be learnt."
+            found = (
+                f"each of the {len(valid)} completions, from row 0, {shorten([*completions, None][0])}, on"
             )
+            raise Stopped(f"Every reward function ({', '.join(self.names)}) abstained from {found}.")
         for column, given in called.extra.items():
             if len(given) != len(valid):
-                raise Stopped(
-                    f"log_extra('{column}') got {len(given)} values for {len(valid)} completions; give one "
-                    "for each."
-                )
+                counts = f"{len(given)} values for {len(valid)} completions"
+                raise Stopped(f"log_extra('{column}') got {counts}; give one for each.")
         metrics = {}
         for name, column in zip(self.names, values.T, strict=True):
             if (known := column[~np.isnan(column)]).size:
@@ -229,8 +223,7 @@ class Rewards:
             parts = " + ".join(f"{weight:g} x {value:g} ({name})" for weight, name, value in each)
             raise Stopped(
                 f"The weighted sum of the rewards of row {row}, completion {shorten(completions[row])}, is "
-                f"{total[row]:g} = {parts}. It must lie between {-LARGEST_REWARD:g} and "
-                f"{LARGEST_REWARD:g}: give smaller reward_weights."
+                f"{total[row]:g} = {parts}, beyond {LARGEST_REWARD:g}: give smaller reward_weights."
             )
         return total
 
@@ -238,18 +231,18 @@ class Rewards:
         """Stop if a function returned a number that it has declared not to return."""
         functions = zip(self.names, self.functions, self._ranges, values.T, strict=True)
         for name, function, bounds, column in functions:
-            low, high = bounds or (-math.inf, math.inf)
-            slack = ROUNDING * (high - low) if bounds else 0.0
-            wrong = (column < low - slack) | (column > high + slack)  # False for nan
-            promise = f"lie in the range {low:g} to {high:g}"
+            if bounds is None:
+                continue
+            slack = ROUNDING * (bounds[1] - bounds[0])
+            wrong = (column < bounds[0] - slack) | (column > bounds[1] + slack)  # False for nan
+            promise = "lie in the range {:g} to {:g}".format(*bounds)
             if is_binary(function):
                 wrong, promise = ~(np.isin(column, (0.0, 1.0)) | np.isnan(column)), "be binary"
             if wrong.any():
                 row = int(wrong.argmax())
                 raise Stopped(
                     f"Reward function {name} is declared to {promise} and returned {column[row]:g} for row "
-                    f"{row}, completion {shorten(completions[row])}. Mend the reward, or what it declares of "
-                    "itself by its attribute binary or range."
+                    f"{row}, completion {shorten(completions[row])}: mend it, or what it declares."
                 )
 
 
@@ -257,8 +250,7 @@ def unique_names(functions: Sequence[Any]) -> list[str]:
     """Return a distinct name for each function, for metrics and messages; a taken one gets a number."""
     taken: list[str] = []
     for function in map(original, functions):
-        name = getattr(function, "__name__", type(function).__name__)
-        name = "reward" if name == "<lambda>" else name
+        name = getattr(function, "__name__", type(function).__name__).replace("<lambda>", "reward")
         numbered = (f"{name}_{number}" for number in itertools.count(2))
         taken.append(next(one for one in itertools.chain([name], numbered) if one not in taken))
     return taken

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 import multiprocessing
 import os
 import signal
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from multiprocessing.reduction import ForkingPickler
@@ -28,6 +27,7 @@ from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, des
 from tokenrl.language.rewards.calls import Called, call_rewards
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.names import FILE_MODULE, import_file
+from tokenrl.settings import check_number
 
 START_SECONDS = 120.0  # for imports, which do not count towards the deadline of a function
 PR_SET_PDEATHSIG = 1
@@ -49,8 +49,7 @@ class RewardWorker:
         Raises:
             Refused: the timeout is not above 0, or a function cannot be pickled.
         """
-        if not (math.isfinite(timeout) and timeout > 0):
-            raise Refused(f"reward_timeout={timeout}: give seconds above 0, or leave it out for no deadline.")
+        check_number("reward_timeout", timeout, above=0)
         self.timeout = timeout
         self._pickled = {name: _pickled(name, source) for name, source in sources.items()}
         self._process: Any = None
@@ -70,7 +69,7 @@ class RewardWorker:
         except Exception as error:
             raise Stopped(
                 f"The arguments of the reward functions ({', '.join(rows)}) cannot be sent to their process "
-                f"({describe(error)}). Keep plain values in the data's columns, or leave reward_timeout out."
+                f"({describe(error)}): keep plain values in the columns, or leave reward_timeout out."
             ) from error
         answer: Called = self._answer("The reward functions", self.timeout, Stopped)
         return answer
@@ -104,16 +103,13 @@ class RewardWorker:
             self.close()
             how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
             raise fault(
-                f"{stage} ended the process that it ran in ({how}), so no reward came back. A crash in "
-                "compiled code or too little memory can be the cause. A program that calls tokenrl.train "
-                "with reward_timeout needs `if __name__ == '__main__':` around the call, because the process "
-                "imports that program."
+                f"{stage} ended the process that it ran in ({how}). A program that calls tokenrl.train with "
+                "reward_timeout needs `if __name__ == '__main__':`, as the process imports the program."
             ) from None
         self.close()
         raise fault(
-            f"{stage} did not return within {seconds:g} s (reward_timeout={self.timeout:g}) and was killed. "
-            "Make it faster (a regular expression with nested repetition can take for ever), set a shorter "
-            "timeout on whatever it waits for, or raise reward_timeout."
+            f"{stage} did not return within {seconds:g} s (reward_timeout={self.timeout:g}) and was killed: "
+            "make it faster (nested repetition in a pattern can take for ever), or raise reward_timeout."
         )
 
     def close(self) -> None:
@@ -128,11 +124,8 @@ def _pickled(name: str, source: Any) -> bytes:
         return bytes(ForkingPickler.dumps(source))
     except Exception as error:
         raise Refused(
-            f"Reward function {name} cannot run under reward_timeout: it has to be sent to a process that "
-            f"can be killed, and pickling it raised {describe(error)}. Lambdas, functions inside functions "
-            "and objects that hold locks or connections cannot be sent. Write it at the top level of a file "
-            "and name it, as in rewards.py:function or module:object, so that the process can load it; or "
-            "leave reward_timeout out."
+            f"Reward function {name} cannot run under reward_timeout, as it cannot be sent to a process "
+            f"({describe(error)}): write it in a file, and name it as in rewards.py:function."
         ) from error
 
 
@@ -161,30 +154,17 @@ def _serve(pipe: Connection, files: list[str], pickled: Mapping[str, bytes]) -> 
         try:
             functions = {name: load_reward(ForkingPickler.loads(data)) for name, data in pickled.items()}
         except USER_CODE_FAILED as error:
-            pipe.send(
-                Refused(
-                    f"The reward functions cannot be loaded in the process that reward_timeout needs "
-                    f"({describe(error)}). Write them at the top level of a file and name them, as in "
-                    "rewards.py:function, or leave reward_timeout out."
-                )
-            )
+            said = f"The reward functions cannot be loaded under reward_timeout ({describe(error)})"
+            pipe.send(Refused(f"{said}: write them in a file, and name them as in rewards.py:function."))
             return
         pipe.send(None)
         while True:
             rows, state = pipe.recv()
-            pipe.send_bytes(_answered(functions, rows, state, pipe.send))
-
-
-def _answered(
-    functions: Mapping[str, Any], rows: Any, state: Any, announce: Callable[[str], None]
-) -> memoryview:
-    """Call the functions; return the pickled results, or the error that is to be raised in the training."""
-    answer: Any
-    try:
-        answer = call_rewards(functions, rows, state, announce)
-        return ForkingPickler.dumps(answer)
-    except TokenrlError as error:
-        answer = ExceptionWithTraceback(error, error.__traceback__)
-    except Exception as error:
-        answer = Stopped(f"What was given to log_extra cannot be sent back ({describe(error)}).")
-    return ForkingPickler.dumps(answer)
+            try:
+                answer = ForkingPickler.dumps(call_rewards(functions, rows, state, pipe.send))
+            except TokenrlError as error:  # is to be raised in the training
+                answer = ForkingPickler.dumps(ExceptionWithTraceback(error, error.__traceback__))
+            except Exception as error:
+                said = f"What was given to log_extra cannot be sent back ({describe(error)})."
+                answer = ForkingPickler.dumps(Stopped(said))
+            pipe.send_bytes(answer)
