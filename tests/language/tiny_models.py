@@ -125,6 +125,32 @@ def make_task(prompts=PROMPTS, reward=vowel_reward) -> Task:
     return Task("tiny", rows, rows[:2], reward)
 
 
+LETTERS = [f"{x}{y}>" for x in "abcd" for y in "abcd"]
+
+
+def letters(context: int = 16):
+    """A tiny model of four letters, and its tokenizer."""
+    from toy_tasks.models import TinyModel
+
+    return TinyModel(tuple("abcd>"), layers=1, hidden=16, heads=2, context=context)(0)
+
+
+def letter_task(reward, prompts=LETTERS, **fields) -> Task:
+    """A task of short prompts for that model; further fields replace or join those of a task."""
+    task = make_task(prompts, reward)
+    vars(task).update({"max_completion_length": 4, "demonstrations": []} | fields)
+    return task
+
+
+def letters_trained(folder, task, **options):
+    """A quick run of that model in a folder."""
+    import tokenrl
+
+    shape = {"max_steps": 3, "prompts_per_step": 4, "num_generations": 4, "learning_rate": 1e-2}
+    given = {"model": letters(), "task": task, "output_dir": folder, "cpu": True, "quiet": True}
+    return tokenrl.train(**(given | shape | options))
+
+
 def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options):
     """A learner on one process, with plain arguments resolved."""
     from tokenrl.language.training import setup

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_models import make_model, make_tokenizer, vowel_reward
+from tiny_models import vowel_reward
 
 import tokenrl
 from tokenrl.cli import main
@@ -28,19 +28,11 @@ def looking(prompts, completions, completion_ids, **_):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model")
-    make_model().save_pretrained(directory)
-    make_tokenizer("chat").save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def run(model, tmp_path_factory):
+def run(saved, tmp_path_factory):
     """A fine-tuning of one step, asked in a form of its own."""
     directory = tmp_path_factory.mktemp("runs") / "sft"
     how = {"prompt_column": "question", "max_steps": 1, "batch_size": 2, "quiet": True}
-    tokenrl.sft(model=str(model), task=ROWS, output_dir=str(directory), **how, **FORM)
+    tokenrl.sft(model=str(saved(kind="chat")), task=ROWS, output_dir=str(directory), **how, **FORM)
     return directory
 
 
@@ -83,15 +75,11 @@ def test_training_goes_on_in_the_form_of_the_run_unless_told_otherwise(run, tmp_
     assert all(prompt in [asked_of(row["question"])[1:] for row in ROWS] for prompt in prompts)  # messages
     assert not any(stop in c[0]["content"] for c in completions for stop in FORM["stop"])
     assert result.policy.form == policy.form and result.eval_after["completions/clipped_ratio"] < 1
-    other = tokenrl.train(
-        model=str(run), output_dir=str(tmp_path / "b"), **data, system_prompt="", stop=(), chat=False
-    )
+    plain = {"system_prompt": "", "stop": (), "chat": False}
+    other = tokenrl.train(model=str(run), output_dir=str(tmp_path / "b"), **data, **plain)
     assert other.policy.stops is None and other.policy.encode("cat") == policy.tokenizer("cat").input_ids
-
-
-def test_a_task_of_texts_keeps_them_for_its_rewards(run, tmp_path):
     SEEN.clear()
-    rows = [{"prompt": row["question"]} for row in ROWS]
+    rows = [{"prompt": row["question"]} for row in ROWS]  # a task of texts keeps them for its rewards
     task = PromptTask("words", rows, rows[:2], looking)
     tokenrl.train(model=str(run), task=task, max_steps=1, output_dir=str(tmp_path / "c"), **SMALL)
     assert all(isinstance(prompt, str) and isinstance(text, str) for prompt, text in SEEN)
@@ -117,25 +105,16 @@ def test_evaluate_and_sample_ask_as_the_run_did(run, capsys):
         tokenrl.sample(model=str(run), prompt="cat", chat=False)
 
 
-def test_the_lab_and_the_reward_model_ask_as_the_run_did(run, model, tmp_path, monkeypatch):
+def test_the_lab_and_the_reward_model_ask_as_the_run_did(run, saved, tmp_path, monkeypatch):
     rows = [{"prompt": row["question"]} for row in ROWS]
     task = PromptTask("words", rows, rows[:2], vowel_reward)
     read = prompts_read(load_policy(run), monkeypatch)
     sizes = {"num_prompts": 4, "prompts_per_step": 1, "num_generations": 2, "max_completion_length": 4}
     measure_gradients(model=str(run), task=task, estimators=("rloo",), probes=2, quiet=True, **sizes)
     assert asked_of("cat") in read
-    judge = tokenrl.train_reward_model(
-        model=str(model),
-        policy=str(run),
-        task=task,
-        num_pairs=4,
-        eval_size=2,
-        max_steps=1,
-        max_completion_length=4,
-        noise_temperature=1.0,
-        output_dir=str(tmp_path / "judge"),
-        quiet=True,
-    ).reward_model
+    sizes = {"num_pairs": 4, "eval_size": 2, "max_steps": 1, "max_completion_length": 4, "quiet": True}
+    how = {"model": str(saved(kind="chat")), "policy": str(run), "task": task, "noise_temperature": 1.0}
+    judge = tokenrl.train_reward_model(**how, output_dir=str(tmp_path / "judge"), **sizes).reward_model
     again = RewardModel(tmp_path / "judge")
     whole = [*asked_of("cat"), {"role": "assistant", "content": "mat"}]
     text = judge.tokenizer.apply_chat_template(whole, tokenize=False)

@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 from families import FAMILIES, family_policy
-from safetensors.torch import load_file, save_file
 from tiny_models import ENDS, PROMPTS, make_policy, make_task, make_tokenizer, vowel_reward
 
 import tokenrl
@@ -17,31 +16,16 @@ from tokenrl.core import Estimator
 from tokenrl.errors import Refused
 
 REFILLING = Estimator.preset("dapo", baseline="remax", overlong_buffer=0, beta=0.3, kl_placement="loss")
+REFILLED = {"estimator": REFILLING, "max_samples": 36, "max_steps": None, "target_kl": 0.3, "max_refills": 1}
 CYCLE = {"num_iterations": 2, "num_minibatches": 2, "micro_batch_size": 3}
+SGD = {"estimator": "reinforce_running_mean", "optimizer": "sgd", "lr_scheduler_type": "linear"}
 KINDS = {
     "critic": ("gpt2", "float32", {"estimator": "ppo", "prompts_per_step": 4, **CYCLE}),
-    "samples, refills, KL control": (
-        "llama",
-        "float32",
-        {"estimator": REFILLING, "max_samples": 36, "max_steps": None, "target_kl": 0.3, "max_refills": 1},
-    ),
-    "running mean, sgd, bfloat16 copy": (
-        "llama",
-        "float32",
-        {
-            "estimator": "reinforce_running_mean",
-            "optimizer": "sgd",
-            "mixed_precision": "bf16",
-            "lr_scheduler_type": "linear",
-        },
-    ),
+    "samples, refills, KL control": ("llama", "float32", REFILLED),
+    "running mean, sgd, bfloat16 copy": ("llama", "float32", SGD | {"mixed_precision": "bf16"}),
     "adapter": ("llama", "float32", {"lora_r": 2, "estimator": "remax"}),
     "bfloat16": ("llama", "bfloat16", {}),
-    "measured": (
-        "qwen2",
-        "float64",
-        {"estimator": "loo_std", "num_generations": 3, "diagnostics_every": 2, "lr_scheduler_type": "cosine"},
-    ),
+    "measured": ("qwen2", "float64", {"diagnostics_every": 2, "lr_scheduler_type": "cosine"}),
 }
 QUICK = ("critic", "samples, refills, KL control", "running mean, sgd, bfloat16 copy")
 
@@ -103,83 +87,39 @@ def test_every_family_continues_bit_for_bit(tmp_path, family):
 
 def test_a_supervised_training_continues_bit_for_bit(tmp_path):
     rows = [{"prompt": prompt, "completion": " dog" * (i % 4 + 1)} for i, prompt in enumerate(PROMPTS * 2)]
-    settings = {"task": rows, "max_steps": 5, "batch_size": 3, "learning_rate": 0.01, "seed": 4}
-    settings |= {
-        "output_dir": tmp_path / "run",
-        "save_every": 2,
-        "keep_checkpoints": 9,
-        "threads": 1,
-        "quiet": True,
-    }
-
-    def sft(**options):
-        return tokenrl.sft(model=make_policy(), **settings | options)
-
-    sft()
+    how = {"task": rows, "max_steps": 5, "batch_size": 3, "learning_rate": 0.01, "save_every": 2}
+    how |= {"output_dir": tmp_path / "run", "keep_checkpoints": 9, "threads": 1, "quiet": True}
+    tokenrl.sft(model=make_policy(), **how)
     whole = files_of(tmp_path / "run", 5)
     for step in (4, 5):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:06d}")
-    with pytest.raises(Refused, match="seed: 4, now 5"):
-        sft(resume="auto", seed=5)
-    sft(resume="auto")
+    with pytest.raises(Refused, match="seed: 0, now 5"):
+        tokenrl.sft(model=make_policy(), **how, resume="auto", seed=5)
+    tokenrl.sft(model=make_policy(), **how, resume="auto")
     assert files_of(tmp_path / "run", 5) == whole
 
 
-@pytest.fixture
-def train(saved, tmp_path):
-    """`train(...)`: a run of two steps on a model and a data file that can be changed."""
-    shutil.copytree(saved(), tmp_path / "model")
-    rows = [json.dumps({"prompt": f"{prompt} {word}"}) for prompt in PROMPTS for word in ("one", "two")]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    settings = {
-        **{"model": str(tmp_path / "model"), "task": str(tmp_path / "rows.jsonl"), "estimator": "rloo"},
-        **{"reward": vowel_reward, "output_dir": tmp_path / "run", "max_steps": 2, "prompts_per_step": 2},
-        **{"num_generations": 2, "max_completion_length": 4, "eval_size": 2, "eval_every": 1},
-        **{"learning_rate": 0.01, "threads": 1, "quiet": True, "cpu": True},
-    }
-    return lambda **changes: tokenrl.train(**(settings | changes))
+def test_a_run_of_something_else_is_refused_and_more_steps_continue_a_finished_one(tmp_path):
+    prompts = [f"{prompt} {word}" for prompt in PROMPTS for word in ("one", "two")]
 
+    def train(**changes):
+        shape = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4}
+        how = {"model": make_policy(), "task": make_task(prompts), "output_dir": tmp_path / "run"}
+        how |= {"eval_every": 1, "learning_rate": 0.01, "threads": 1, "quiet": True, "cpu": True}
+        return tokenrl.train(**how | shape | changes)
 
-def change_data(folder):
-    text = (folder / "rows.jsonl").read_text()
-    (folder / "rows.jsonl").write_text(text.replace("sat on the two", "sat on the mat"))
-
-
-def change_tokenizer(folder):
-    described = json.loads((folder / "model" / "tokenizer.json").read_text())
-    described["added_tokens"][1]["lstrip"] = True
-    (folder / "model" / "tokenizer.json").write_text(json.dumps(described))
-
-
-def change_base(folder):
-    path = folder / "model" / "model.safetensors"
-    weights = load_file(path)
-    weights["model.norm.weight"][0] *= 1 + 2**-20
-    save_file(weights, path, metadata={"format": "pt"})
-
-
-def test_a_run_of_something_else_is_refused_and_more_steps_continue_a_finished_one(train, tmp_path):
     first = train()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    for settings, words in (
+    for changes, words in (
         ({"seed": 1}, "other settings: seed: 0, now 1"),
         ({"learning_rate": 0.02}, r"learning_rate: 0\.01, now 0\.02"),
         ({"estimator": "grpo"}, "estimator: .*'rloo'.*, now .*'group_mean'"),
-        ({"optimizer": "sgd"}, "optimizer: 'adamw', now 'sgd'"),
+        ({"task": make_task([*prompts[:7], "sat on the mat"])}, "other data or models: .*data"),
+        ({"model": make_policy(kind="pad_is_eos")}, "other data or models: .*tokenizer"),
+        ({"model": make_policy(seed=1)}, "other data or models: .*base model"),
     ):
         with pytest.raises(Refused, match=words):
-            train(resume="auto", max_steps=4, **settings)
-    whole = shutil.copytree(tmp_path / "model", tmp_path / "kept"), (tmp_path / "rows.jsonl").read_text()
-    for change, words in (
-        (change_data, "data"),
-        (change_tokenizer, "tokenizer"),
-        (change_base, "base model"),
-    ):
-        change(tmp_path)
-        with pytest.raises(Refused, match=f"other data or models: .*{words}"):
-            train(resume="auto", max_steps=4)
-        shutil.copytree(whole[0], tmp_path / "model", dirs_exist_ok=True)
-        (tmp_path / "rows.jsonl").write_text(whole[1])
+            train(resume="auto", max_steps=4, **changes)
     assert before == {path: path.read_bytes() for path in before}
     again = train(resume="auto")
     assert (again.exit_code, again.exit_reason, again.steps) == (0, "finished", 2)

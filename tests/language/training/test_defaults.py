@@ -99,11 +99,8 @@ def test_the_supervised_run_has_defaults_of_its_own(digits, own):
     assert found.values == {"max_steps": 200, "batch_size": 64, "learning_rate": 1e-3, "eval_every": 20}
     other = sft_defaults(SftArguments(model="x", max_steps=50), digits, make_policy())
     assert other.values["batch_size"] == 16 and other.values["eval_every"] == 5
-    assert other.origins == {
-        "max_steps": "given",
-        "batch_size": OTHER,
-        "learning_rate": "21.7 k parameters",
-    }
+    expected = {"max_steps": "given", "batch_size": OTHER, "learning_rate": "21.7 k parameters"}
+    assert other.origins == expected
     data = sft_defaults(SftArguments(model="x"), None, make_policy())
     assert (data.values["max_steps"], data.values["batch_size"]) == (200, 64)
 
@@ -128,8 +125,7 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
 
 
 def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, capsys):
-    how = {"model": make_policy(), "task": make_task(), "output_dir": tmp_path / "run", "learning_rate": 5.0}
-    how |= {"check": True, "cpu": True, "prompts_per_step": 2, "num_generations": 2, "eval_generations": 0}
-    result = train(**how, optimizer="sgd")
+    how = {"model": make_policy(), "task": make_task(), "learning_rate": 5.0, "check": True, "cpu": True}
+    result = train(**how, output_dir=tmp_path / "run", optimizer="sgd", prompts_per_step=2)
     said = " ".join(capsys.readouterr().out.split())
     assert "5, sgd" in said and "usual" not in said and "unusual-rate" not in result.flags

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -19,16 +20,11 @@ from tokenrl.runs.console import rich_console
 from toy_tasks.models import TinyModel
 
 ROWS = [{"prompt": f"{x}{y}>"} for x in "abcd" for y in "ab"]
-BASIC = {
-    *("reward_greedy", "reward", "reward_stderr"),
-    *("completions/mean_length", "completions/clipped_ratio"),
-}
 
 
 def tiny(seed: int = 0, letters: str = "abcd>", context: int = 16):
-    return wrap(
-        *TinyModel(tuple(letters), layers=1, hidden=16, heads=2, context=context)(seed), source="tiny"
-    )
+    model = TinyModel(tuple(letters), layers=1, hidden=16, heads=2, context=context)
+    return wrap(*model(seed), source="tiny")
 
 
 class Recorder:
@@ -40,7 +36,7 @@ class Recorder:
     def right(self, prompts, completions, completion_ids):
         self.prompts += prompts
         self.ids += completion_ids
-        return [float("a" in text) for text in completions]
+        return right_reward(completions)
 
     def graded(self, completions):
         return [None if "d" in text else len(text) / 2 for text in completions]
@@ -55,9 +51,11 @@ def evaluate(functions, policy=None, *, weights=None, mark=None, generations=6, 
     return evaluate_policy(policy or tiny(), ROWS, rewards, sampling, detailed=True, **options).metrics
 
 
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
-    from itertools import combinations
+def right_reward(completions):
+    return [float("a" in text) for text in completions]
 
+
+def test_every_metric_is_that_of_the_completions():
     seen = Recorder()
     found = evaluate(seen.right, k=(6, 1, 2, 2), batch_size=12)
     ids = seen.ids[len(ROWS) :]  # the greedy ones come first
@@ -72,46 +70,53 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
     greedy = [float(a in completion) for completion in seen.ids[: len(ROWS)]]
     assert found["reward_greedy"] == pytest.approx(np.mean(greedy))
     assert found["reward_greedy_stderr"] == pytest.approx(np.std(greedy, ddof=1) / math.sqrt(len(ROWS)))
+    for n in (1, 2):
+        shares = [distinct(ids[i : i + 6], n) for i in range(0, len(ids), 6)]
+        assert found[f"distinct_{n}"] == pytest.approx(np.mean(shares))
+    assert found["completions/mean_length"] == pytest.approx(np.mean([len(row) for row in ids]))
+    cold = evaluate(seen.right, temperature=1e-3)
+    assert cold["distinct_1"] < found["distinct_1"] and cold["entropy"] < 0.01 < found["entropy"]
+    alone = evaluate(Recorder().right, generations=0)  # of the greedy completions
+    assert {"reward_greedy", "reward_greedy_stderr", "rewards/right/mean", "entropy"} <= alone.keys()
+    assert not {"reward", "distinct_1", "kl"} & alone.keys()
+    assert not any(name.startswith(("pass@", "best@")) for name in alone)
 
 
-def test_a_sum_of_rewards_of_0_and_1_says_nothing_about_right_answers():
+def test_diversity_by_hand():
+    assert distinct([[1, 2, 1], [1, 2]], 1) == 2 / 5 and distinct([[1, 2, 1], [1, 2]], 2) == 2 / 3
+    assert distinct([[7, 8]] * 4, 1) == 1 / 4 and math.isnan(distinct([[1], [2]], 2))
+
+
+def test_only_a_declaration_or_a_threshold_says_what_is_right():
     """The total of `right` and of 1 minus something is 0 or 1 too, and 1 for a wrong answer."""
-    seen = Recorder()
 
     def consoled(completions):
         return [0.0 if "a" in text else 1.0 for text in completions]
 
-    found = evaluate([seen.right, consoled], k=(1, 6))
-    assert found["reward"] == found["best@6"] == 1.0 and found["rewards/right/mean"] < 0.9
-    assert not any(name.startswith("pass@") for name in found)
-    undeclared = evaluate([lambda completions: seen.right(completions, completions, [])], k=(1, 6))
-    assert "pass@6" not in undeclared and "best@6" in undeclared
-
-
-def test_a_named_threshold_says_what_is_right():
     def graded(completions):
         return [0.25 * text.count("a") for text in completions]
 
+    found = evaluate([Recorder().right, consoled], k=(1, 6))
+    assert found["reward"] == found["best@6"] == 1.0 and found["rewards/right/mean"] < 0.9
+    undeclared = evaluate([right_reward], k=(1, 6))
+    assert not any(name.startswith("pass@") for name in (*found, *undeclared)) and "best@6" in undeclared
     found = evaluate([graded], mark=0.5, k=(1,))
     right = evaluate([lambda completions: [float(text.count("a") >= 2) for text in completions]], k=(1,))
     assert 0 < found["pass@1"] == right["reward"] < found["best@1"] + found["pass@1"]
     assert found["best@1"] == pytest.approx(found["reward"]) != found["pass@1"]
-    half = evaluate([Recorder().right], weights=[0.5], k=(1, 6))
-    whole = evaluate([Recorder().right], k=(1, 6))
+    half, whole = (evaluate([Recorder().right], weights=[weight], k=(1, 6)) for weight in (0.5, 1.0))
     assert half["pass@6"] == whole["pass@6"] and half["best@6"] == pytest.approx(whole["pass@6"] / 2)
 
 
 def test_parts_of_the_reward_and_the_best_of_k_of_graded_ones():
     seen = Recorder()
     found = evaluate([seen.right, seen.graded], weights=[1.0, 2.0], k=(1, 6))
-    assert {"rewards/right/mean", "rewards/graded/mean", "best@6", "best@6_stderr"} <= found.keys()
-    assert "pass@6" not in found
-    ids = seen.ids[len(ROWS) :]
-    texts = [tiny().tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    assert "best@6_stderr" in found and "pass@6" not in found
+    texts = [tiny().tokenizer.decode(row, skip_special_tokens=True) for row in seen.ids[len(ROWS) :]]
     graded = [len(text) / 2 for text in texts if "d" not in text]
     assert 0 < len(graded) < len(texts)
     assert found["rewards/graded/mean"] == pytest.approx(np.mean(graded))
-    assert found["rewards/right/mean"] == pytest.approx(np.mean(["a" in text for text in texts]))
+    assert found["rewards/right/mean"] == pytest.approx(np.mean(right_reward(texts)))
     total = np.array([("a" in t) + (0 if "d" in t else len(t)) for t in texts]).reshape(-1, 6)
     assert found["best@6"] == pytest.approx(total.max(axis=1).mean())
 
@@ -140,24 +145,6 @@ def test_a_prompt_without_a_value_is_left_out_of_the_pairs():
     assert paired_differences({"a": [1.0]}, {"a": [3.0]}) == {"difference/a": 2.0}
 
 
-def test_diversity_by_hand():
-    assert distinct([[1, 2, 1], [1, 2]], 1) == 2 / 5
-    assert distinct([[1, 2, 1], [1, 2]], 2) == 2 / 3
-    assert distinct([[7, 8]] * 4, 1) == 1 / 4 and math.isnan(distinct([[1], [2]], 2))
-    seen = Recorder()
-    found = evaluate(seen.right)
-    ids = seen.ids[len(ROWS) :]
-    for n in (1, 2):
-        shares = []
-        for i in range(0, len(ids), 6):
-            grams = [tuple(row[j : j + n]) for row in ids[i : i + 6] for j in range(len(row) - n + 1)]
-            shares.append(len(set(grams)) / len(grams))
-        assert found[f"distinct_{n}"] == pytest.approx(np.mean(shares))
-    assert found["completions/mean_length"] == pytest.approx(np.mean([len(row) for row in ids]))
-    cold = evaluate(seen.right, temperature=1e-3)
-    assert cold["distinct_1"] < found["distinct_1"] and cold["entropy"] < 0.01 < found["entropy"]
-
-
 def plain_logprobs(policy, prompt, ids, temperature):
     """[T, V] of one completion, by one forward pass over the whole text."""
     start = policy.encode(prompt)
@@ -183,13 +170,6 @@ def test_the_kl_to_a_reference_is_that_of_plain_forward_passes():
     assert found["entropy"] == pytest.approx(np.mean(entropies), abs=1e-5)
     same = evaluate(seen.right, policy, reference=tiny(0))
     assert abs(same["kl"]) < 1e-5 and same["kl_stderr"] < 1e-5
-
-
-def test_of_the_greedy_completions_alone():
-    found = evaluate(Recorder().right, generations=0)
-    assert {"reward_greedy", "reward_greedy_stderr", "rewards/right/mean", "entropy"} <= found.keys()
-    assert not {"reward", "distinct_1", "kl"} & found.keys()
-    assert not any(name.startswith(("pass@", "best@")) for name in found)
 
 
 @pytest.mark.parametrize("k", [(0,), (1, 7), (-1, 2)])

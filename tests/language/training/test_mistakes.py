@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
-from tiny_models import make_learner, make_policy, make_task
+from tiny_models import make_policy, make_task
 
 from tokenrl import train
 from tokenrl.cli import main
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
+from tokenrl.language.training.setup import make_accelerator
 from tokenrl.settings import arguments
 
 QUICK = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "eval_generations": 0, "cpu": True}
@@ -27,33 +30,26 @@ def test_settings_of_an_adapter_need_an_adapter(kind, given):
     arguments(kind, given | {"lora_r": 2})
 
 
-def test_a_buffer_that_takes_the_whole_completion_is_refused_before_the_run(tmp_path):
-    with pytest.raises(Refused, match="overlong_buffer=6 is not less than"):
-        run(tmp_path / "run", max_completion_length=6, estimator=Estimator(overlong_buffer=6))
-    assert not (tmp_path / "run" / "config.json").exists()
-
-
-def test_a_warm_up_that_takes_the_whole_run_is_named(tmp_path, capsys):
-    assert run(tmp_path / "run", warmup_steps=2).exit_code == 0
-    assert "warmup_steps=2 is not less than max_steps=2" in " ".join(capsys.readouterr().out.split())
-
-
 def test_settings_without_effect_are_named_and_the_run_goes_on(tmp_path, capsys):
-    idle = {
-        "kl_gain": 0.2,
-        "value_iterations": 2,
-        "warm_start_steps": 9,
-        "max_refills": 1,
-    }
-    result = run(tmp_path / "run", **idle)
+    idle = {"kl_gain": 0.2, "value_iterations": 2, "warm_start_steps": 9, "max_refills": 1}
+    result = run(tmp_path / "run", **idle, warmup_steps=2)
     out = " ".join(capsys.readouterr().out.split())
     assert all(f"{name}={value} has no effect" in out for name, value in idle.items())
+    assert "warmup_steps=2 is not less than max_steps=2" in out
     assert result.exit_code == 0 and out.count("has no effect") == len(idle)
-    needed = {"estimator": Estimator(beta=0.1), "target_kl": 0.1, "kl_gain": 0.2}
-    run(tmp_path / "second", **needed)
+    run(tmp_path / "run", estimator=Estimator(beta=0.1), target_kl=0.1, kl_gain=0.2, overwrite=True)
     assert "has no effect" not in capsys.readouterr().out
     assert main(["train", "--config", str(tmp_path / "run"), "--output-dir", str(tmp_path / "third")]) == 2
     assert "no effect" not in capsys.readouterr().err  # refused for its objects alone: its settings load
+
+
+@pytest.mark.parametrize(("prompts", "valid"), [(8, "6 or 9"), (2, "3")])
+def test_a_step_that_processes_cannot_share_is_refused_with_the_valid_sizes(monkeypatch, prompts, valid):
+    three = SimpleNamespace(num_processes=3)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **options: three)
+    args = SimpleNamespace(cpu=True, mixed_precision="no", prompts_per_step=prompts)
+    with pytest.raises(Refused, match=rf"cannot be shared equally by 3 processes.* Give {valid}\."):
+        make_accelerator(args)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 10**400, 1.5, "1", None])
@@ -70,16 +66,3 @@ def test_functions_that_take_a_seed_refuse_what_is_none(seed):
     ):
         with pytest.raises(Refused, match=r"seed was given as .* and at most 4,294,967,295"):
             function()
-
-
-@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
-def test_every_schedule_warms_up(kind):
-    how = {"lr_scheduler_type": kind, "warmup_steps": 2, "learning_rate": 0.1}
-    schedule = make_learner(make_policy(), **how).schedule
-    rates = []
-    for _ in range(4):
-        rates += schedule.get_last_lr()
-        schedule.optimizer.step()
-        schedule.step()
-    assert rates[:3] == pytest.approx([0.0, 0.05, 0.1])
-    assert (rates[3] == pytest.approx(0.1)) is (kind == "constant")

@@ -16,9 +16,13 @@ def fails(totals, **rows):
     raise ValueError("no idea")
 """
 REWARD = "def share(completions, **rows):\n    return [text.count('a') / 9 for text in completions]\n"
-QUICK = """--max-steps 2 --prompts-per-step 2 --num-generations 2 --eval-size 2 --save-every 2
---max-completion-length 6 --threads 1"""
+QUICK = """train --task rows.jsonl --reward paid.py:share --cpu --quiet --max-steps 2 --prompts-per-step 2
+--num-generations 2 --eval-size 2 --save-every 2 --max-completion-length 6 --threads 1"""
 AGENT = "control --output-dir run --num-envs 4 --max-steps 1 --eval-episodes 2 --quiet --overwrite"
+
+
+def baseline_of(run):
+    return json.loads((run / "config.json").read_text())["estimator"]["baseline"]
 
 
 @pytest.fixture
@@ -28,37 +32,24 @@ def train(saved, tmp_path, monkeypatch):
     rows = [{"prompt": word} for word in ("the cat", "a dog", "the mat", "on", "the log", "sat")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
-    known = ["--task", "rows.jsonl", "--reward", "paid.py:share", "--model", str(saved()), "--cpu", "--quiet"]
-    known += QUICK.split()
-
-    def run(folder, *flags):
-        return main(["train", *known, "--output-dir", folder, *flags])
-
-    return run
+    known = [*QUICK.split(), "--model", str(saved()), "--output-dir"]
+    return lambda folder, *flags: main([*known, folder, *flags])
 
 
 def test_a_run_with_a_named_baseline_repeats_and_is_that_of_the_function(train, tmp_path):
-    def metrics(name):
-        return (tmp_path / name / "metrics.jsonl").read_text()
-
     assert train("run", "--estimator.baseline", "mine.py:half") == 0
-    assert (
-        json.loads((tmp_path / "run" / "config.json").read_text())["estimator"]["baseline"] == "mine.py:half"
-    )
+    assert baseline_of(tmp_path / "run") == "mine.py:half"
     assert train("same", "--estimator.baseline", "constant", "--estimator.baseline-constant", "0.5") == 0
-    assert metrics("run") == metrics("same")
     assert main(["train", "--config", "run", "--output-dir", "again"]) == 0
-    assert metrics("run") == metrics("again")
+    metrics = {(tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "same", "again")}
+    assert len(metrics) == 1
 
 
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
         ("mine.py:halv", "Did you mean 'half'"),
-        (
-            "mine.py:fails",
-            "before the run: The baseline 'mine.py:fails' failed: it raised ValueError: no idea",
-        ),
+        ("mine.py:fails", "run: The baseline 'mine.py:fails' failed: it raised ValueError: no idea"),
         ("nowhere.py:half", "there is no file nowhere.py"),
         ("mine.py", "module:function or path/to/file.py:function"),
     ],
@@ -75,6 +66,4 @@ def test_an_agent_takes_it_too(tmp_path, monkeypatch, capsys):
     for spec, code in (("mine.py:half", 0), ("mine.py:halv", 2)):
         assert main([*AGENT.split(), "--estimator.baseline", spec]) == code
     assert "Did you mean 'half'" in capsys.readouterr().err
-    assert (
-        json.loads((tmp_path / "run" / "config.json").read_text())["estimator"]["baseline"] == "mine.py:half"
-    )
+    assert baseline_of(tmp_path / "run") == "mine.py:half"

@@ -7,13 +7,13 @@ import math
 
 import numpy as np
 import pytest
+from tiny_models import LETTERS, letters
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.probe import all_equal, best_of, over_prompts, probe_policy
-from toy_tasks.models import TinyModel
 
 GRADED = np.array([0.5, -1.0, 2.0, 0.5, 0.5, 2.0])
 
@@ -38,33 +38,14 @@ def test_both_are_means_over_all_subsets(k):
     assert math.isnan(best_of(GRADED[: k - 1], k)) and math.isnan(all_equal(GRADED[: k - 1], k))
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
-def test_both_are_unbiased(p, k):
-    """Over every outcome of five draws, each with its probability."""
-    best = dead = 0.0
-    for draws in itertools.product([0.0, 1.0], repeat=5):
-        chance = math.prod(p if draw else 1 - p for draw in draws)
-        best += chance * best_of(np.array(draws), k)
-        dead += chance * all_equal(np.array(draws), k)
-    assert best == pytest.approx(1 - (1 - p) ** k, abs=1e-12)
-    assert dead == pytest.approx(p**k + (1 - p) ** k if k > 1 else 1, abs=1e-12)
-
-
 def test_the_standard_error_is_over_prompts():
     found = over_prompts([1.0, 3.0, math.nan, 5.0])
     assert found.value == 3.0 and found.stderr == pytest.approx(2 / math.sqrt(3))
     assert math.isnan(over_prompts([1.0]).stderr) and math.isnan(over_prompts([math.nan]).value)
 
 
-@pytest.fixture
-def tiny():
-    return wrap(*TinyModel(tuple("abcd>"), layers=1, hidden=16, heads=2, context=16)(0))
-
-
-def test_a_policy_is_probed(tiny):
-    rows = [{"prompt": f"{x}{y}>"} for x in "abcd" for y in "abcd"]
-    seen, paid = [], []
+def test_a_policy_is_probed():
+    tiny, rows, seen, paid = wrap(*letters()), [{"prompt": prompt} for prompt in LETTERS], [], []
 
     def reward(completions, completion_ids, **_):
         seen.extend(len(ids) for ids in completion_ids)

@@ -52,27 +52,20 @@ def flat(completions, **_):
 
 SCENARIOS = {
     "rloo": ("rloo", {}, vowel_reward),
-    "grpo": ("grpo", {}, vowel_reward),
-    "running mean": ("reinforce_running_mean", {}, vowel_reward),
     "token mean": (Estimator(aggregation="token_mean", returns="reward_to_go"), {}, vowel_reward),
     "batch": (Estimator(baseline="batch_mean", scale="batch_std", entropy_coef=0.1), {}, vowel_reward),
     "kl": (Estimator.preset("grpo", beta=0.3), {}, vowel_reward),
-    "kl in the reward": (Estimator(beta=0.3), {}, vowel_reward),
-    "micro-batches": ("rloo", {"micro_batch_size": 2}, vowel_reward),
     "minibatches": ("grpo", {"num_minibatches": 2, "num_iterations": 2}, vowel_reward),
     "clipped norm": ("rloo", {"max_grad_norm": 0.5}, vowel_reward),
-    "idle rank": ("rloo", {}, flat_later),
-    "idle rank, micro-batches": ("rloo", {"micro_batch_size": 2}, flat_later),
+    "idle rank": ("rloo", {"micro_batch_size": 2}, flat_later),
     "silent rank": ("rloo", {"micro_batch_size": 2}, silent_later),
     "nothing to learn": ("rloo", {}, flat),
-    "float32": ("rloo", {}, vowel_reward),
     "bfloat16": ("rloo", {"mixed_precision": "bf16", "micro_batch_size": 2}, vowel_reward),
     "checkpointing": ("rloo", {"gradient_checkpointing": True}, vowel_reward),
     "lora": ("rloo", {"lora_r": 2}, vowel_reward),
     "greedy": ("remax", {}, vowel_reward),
     "critic": ("a2c", {}, vowel_reward),
     "score norms": ("optimal", {}, vowel_reward),
-    "whitened": ("reinforce_pp", {}, vowel_reward),
     "refilled": ("dapo", {}, flat_later),
     "measured": ("rloo", {"diagnostics_every": 1}, vowel_reward),
 }
@@ -84,7 +77,7 @@ def outcome(name: str) -> dict:
     from tokenrl.language.policy.model import enable_gradient_checkpointing
 
     estimator, options, reward = SCENARIOS[name]
-    architecture, dtype = ("llama", "float32") if "float" in name else ("gpt2", "float64")
+    architecture, dtype = ("llama", "float32") if name == "bfloat16" else ("gpt2", "float64")
     policy = make_policy(architecture, dtype=dtype, initializer_range=0.1, vocabulary=90)
     policy.eos_ids = ENDS
     if "kl" in name:
@@ -121,23 +114,12 @@ def whole_run(directory: Path, reward=vowel_reward) -> None:
     """A short run through `tokenrl.train`."""
     import tokenrl
 
-    tokenrl.train(
-        model=_with_ends(make_policy("gpt2", dtype="float64", initializer_range=0.1)),
-        task=make_task([f"{p} {n}" for p in PROMPTS for n in ("one", "two", "ten")], reward),
-        estimator="reinforce_running_mean",
-        output_dir=directory,
-        max_steps=3,
-        prompts_per_step=4,
-        num_generations=2,
-        save_every=2,
-        cpu=True,
-        quiet=True,
-    )
-
-
-def _with_ends(policy):
+    policy = make_policy("gpt2", dtype="float64", initializer_range=0.1)
     policy.eos_ids = ENDS
-    return policy
+    task = make_task([f"{p} {n}" for p in PROMPTS for n in ("one", "two", "ten")], reward)
+    how = {"max_steps": 3, "prompts_per_step": 4, "num_generations": 2, "save_every": 2}
+    how |= {"estimator": "reinforce_running_mean", "cpu": True, "quiet": True}
+    tokenrl.train(model=policy, task=task, output_dir=directory, **how)
 
 
 def main(directory: Path) -> None:
@@ -180,25 +162,24 @@ def fork_ranks(directory: Path, world: int = 2) -> None:
     torch.multiprocessing.start_processes(rank, nprocs=world, start_method="fork")
 
 
-def launch(*arguments: str) -> None:
-    """Start this file as a program that forks its ranks, and wait for them."""
+THIS = str(Path(__file__).resolve())
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def launch(*program: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run Python on a program with this checkout's packages, and wait for it."""
     paths = [os.getcwd(), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
-    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), *arguments],
-        env=os.environ | settings | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    how = {"capture_output": True, "text": True, "timeout": 240}
+    return subprocess.run([sys.executable, *program], env=os.environ | variables, **how)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What the two processes saved: directory and outcomes by rank."""
     directory = tmp_path_factory.mktemp("two")
-    launch(str(directory))
+    done = launch(THIS, str(directory), ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-3000:]
     return directory, [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -206,7 +187,7 @@ def two(tmp_path_factory):
 def test_two_processes_make_the_update_of_one(two, name):
     first, second = (outcomes[name] for outcomes in two[1])
     alone = outcome(name)
-    tolerance = {"float32": 1e-6, "bfloat16": 0.05}.get(name, 1e-12)
+    tolerance = {"bfloat16": 0.05}.get(name, 1e-12)
     learns = name != "nothing to learn"
     assert bool(alone["gradient"].any()) == learns
     assert torch.equal(first["weights"], second["weights"])
@@ -246,33 +227,17 @@ def test_a_run_of_two_processes_writes_the_metrics_of_one(two, tmp_path):
         torch.testing.assert_close(both[name], tensor, atol=1e-9, rtol=0)
 
 
-THIS = str(Path(__file__).resolve())
-
-
-def torchrun(*program: str, **variables: str) -> subprocess.CompletedProcess:
-    """By torch's launcher; accelerate's own starts one process only on a CPU, unless there is MPI."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    paths = os.pathsep.join([os.getcwd(), str(Path(__file__).parents[1])])
-    return subprocess.run(
-        [*launcher, *program],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"PYTHONPATH": paths} | variables,
-    )
-
-
 @pytest.mark.slow
 def test_torchrun_joins_its_processes_where_there_is_no_gpu_and_nothing_says_so(tmp_path):
     program = ["-m", "tokenrl", "train", "--max-steps", "1", "--eval-size", "2", "--eval-generations", "1"]
-    done = torchrun(*program, "--output-dir", str(tmp_path / "run"), CUDA_VISIBLE_DEVICES="")
+    done = launch(*TORCHRUN, *program, "--output-dir", str(tmp_path / "run"), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("finished (") == 1 and (tmp_path / "run" / "model").is_dir()
 
 
 @pytest.mark.slow
 def test_one_process_that_fails_ends_the_run(tmp_path):
-    done = torchrun(THIS, str(tmp_path), "fail")  # a timeout here is a rank that waits for ever
+    done = launch(*TORCHRUN, THIS, str(tmp_path), "fail")  # a timeout here is a rank that waits for ever
     assert done.returncode != 0 and "raised ValueError: on purpose" in done.stdout + done.stderr
     assert not (tmp_path / "run" / "model").exists()
 

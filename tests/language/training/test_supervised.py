@@ -1,9 +1,8 @@
 """The supervised stage: its loss is the usual one, it learns, and its cached bases are made once."""
 
-import dataclasses
 import json
 import math
-import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,11 +21,7 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.training.sft import sft
-from tokenrl.language.training.supervised import (
-    SupervisedTraining,
-    encode_demonstrations,
-    fit,
-)
+from tokenrl.language.training.supervised import SupervisedTraining, encode_demonstrations, fit
 from tokenrl.language.training.warm_start import warm_started_base
 
 ROWS = [
@@ -73,18 +68,14 @@ def test_an_update_is_adamw_on_that_loss():
     torch.testing.assert_close(weights(policy.model), weights(model), atol=1e-6, rtol=0)
 
 
-def test_completions_end_with_one_eos():
+def test_completions_end_with_one_eos_and_only_chat_prompts_have_a_template():
     policy = make_policy()
     completions = [c for _, c in encode_demonstrations(policy, ROWS)]
     assert all(c[-1] == 1 and 1 not in c[:-1] for c in completions)
     assert completions[3] == [1]  # an empty answer is the end at once
     chat = {"prompt": "a", "completion": [{"role": "assistant", "content": "d"}]}
     assert encode_demonstrations(policy, [chat])[0] == encode_demonstrations(policy, [ROWS[1]])[0]
-
-
-def test_a_chat_prompt_is_templated_and_the_completion_gets_no_bos():
-    policy = make_policy(kind="chat")
-    messages = [{"role": "user", "content": "the cat"}]
+    policy, messages = make_policy(kind="chat"), [{"role": "user", "content": "the cat"}]
     ((prompt, completion),) = encode_demonstrations(policy, [{"prompt": messages, "completion": "sat"}])
     assert prompt == policy.encode(messages) and prompt.count(0) == 1 and 0 not in completion
 
@@ -117,21 +108,8 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(wrong
     assert torch.equal(weights(policy.model), before)
 
 
-@dataclasses.dataclass
-class Warm:
-    steps: int = 4
-    batch_size: int = 2
-    learning_rate: float = 0.01
-
-
-@dataclasses.dataclass
-class ToyTask(Task):
+class ToyTask(SimpleNamespace):
     """A task that brings a model, and counts how often it is built."""
-
-    built: list = dataclasses.field(default_factory=list)
-    fingerprint: str = "one"
-    demonstrations: list = dataclasses.field(default_factory=lambda: ROWS)
-    warm_start: Warm | None = dataclasses.field(default_factory=Warm)
 
     def build(self, seed):
         self.built.append(seed)
@@ -142,9 +120,9 @@ def test_a_warm_started_base_is_made_once_for_each_seed(monkeypatch, tmp_path):
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
-    rows = [{"prompt": prompt} for prompt in PROMPTS]
-    task = ToyTask("toy", rows, rows, vowel_reward)
-    said = []
+    warm = SimpleNamespace(steps=4, batch_size=2, learning_rate=0.01)
+    known = {"name": "toy", "fingerprint": "one", "demonstrations": ROWS, "warm_start": warm}
+    task, said = ToyTask(built=[], **known), []
     first = warm_started_base(task, seed=0, announce=said.append)
     assert first.parent == tmp_path / "cache" and len(said) == 1
     assert warm_started_base(task, seed=0, announce=said.append) == first
@@ -178,31 +156,27 @@ def tuned(tmp_path):
     return run
 
 
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 @pytest.mark.drawn
-def test_a_supervised_run_leaves_a_directory_like_any_other(tuned, tmp_path):
-    ended = tuned()
-    assert (ended.exit_reason, ended.exit_code, ended.steps) == ("finished", 0, 4)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-    assert (rows[1]["loss"], rows[4]["loss"]) == (ended.loss_before, ended.loss_after)
-    timings = [json.loads(line) for line in (tmp_path / "run" / "timings.jsonl").read_text().splitlines()]
+def test_a_supervised_run_leaves_a_directory_like_any_other(tuned, tmp_path, capsys):
+    ended = tuned(max_steps=20, quiet=False)
+    assert (ended.exit_reason, ended.exit_code, ended.steps) == ("finished", 0, 20)
+    rows, timings = (lines_of(tmp_path / "run" / f"{name}.jsonl") for name in ("metrics", "timings"))
+    assert [row["step"] for row in rows] == list(range(21))
+    assert (rows[1]["loss"], rows[20]["loss"]) == (ended.loss_before, ended.loss_after)
     assert timings[3]["step_seconds"] > 0 and timings[3]["tokens_per_second"] > 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (config["kind"], config["max_steps"], config["task"]) == ("sft", 4, "toy")
+    assert (config["kind"], config["max_steps"], config["task"]) == ("sft", 20, "toy")
     assert (tmp_path / "run" / "learning_curve.png").stat().st_size > 1000
     assert (tmp_path / "run" / "report.html").exists()
     loaded = load_policy(tmp_path / "run")  # the run directory stands for the model in it
     assert torch.equal(weights(loaded.model), weights(ended.policy.model))
-
-
-def test_a_supervised_run_measures_the_held_out_reward_before_after_and_each_tenth(tuned, tmp_path, capsys):
-    ended = tuned(max_steps=20, quiet=False)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    evaluated = {row["step"]: row["eval_reward"] for row in rows if "eval_reward" in row}
-    assert list(evaluated) == list(range(0, 21, 2))
-    assert all("eval_reward_greedy" in row for row in rows if row["step"] in evaluated)
+    evaluated = {row["step"]: row["eval_reward"] for row in rows if "eval_reward_greedy" in row}
+    assert list(evaluated) == list(range(0, 21, 2)) and len(set(evaluated.values())) > 1
     assert (ended.eval_before["reward"], ended.eval_after["reward"]) == (evaluated[0], evaluated[20])
-    assert len(set(evaluated.values())) > 1
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["eval_after"] == ended.eval_after
     said = capsys.readouterr().out
@@ -213,19 +187,6 @@ def test_a_supervised_run_measures_the_held_out_reward_before_after_and_each_ten
     again = tuned(max_steps=20, eval_every=0, overwrite=True)
     assert again.eval_after == ended.eval_after  # an evaluation changes nothing in the training
     assert torch.equal(weights(again.policy.model), weights(ended.policy.model))
-
-
-def test_a_signal_ends_a_supervised_run_with_its_model_saved(tuned, tmp_path, monkeypatch):
-    update = SupervisedTraining.learn
-
-    def signalled(training):
-        signal.raise_signal(signal.SIGTERM)
-        return update(training)
-
-    monkeypatch.setattr(SupervisedTraining, "learn", signalled)
-    ended = tuned()
-    assert (ended.exit_reason, ended.exit_code, ended.steps) == ("SIGTERM", 143, 1)
-    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
 def test_no_rows_and_empty_answers_without_eos_are_refused():

@@ -44,6 +44,14 @@ def abstaining(prompts, completion_ids, **_):
     return [None if i == 7 else s for i, s in enumerate(scores)]
 
 
+def scored_rows(monkeypatch):
+    """How many rows each forward pass of the update scores from now on."""
+    sizes, real = [], module.score
+    counting = lambda model, part, **how: sizes.append(len(part.mask)) or real(model, part, **how)  # noqa: E731
+    monkeypatch.setattr(module, "score", counting)
+    return sizes
+
+
 @pytest.mark.parametrize(
     "architecture, dtype, tolerance",
     [pytest.param("llama", "float32", 1e-6, marks=pytest.mark.slow), ("gpt2", "float64", 1e-13)],
@@ -52,9 +60,7 @@ def abstaining(prompts, completion_ids, **_):
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in ESTIMATORS]
 )
 def test_the_gradient_does_not_depend_on_micro_batches(name, architecture, dtype, tolerance, monkeypatch):
-    sizes, real = [], module.score
-    counting = lambda model, part, **how: sizes.append(len(part.mask)) or real(model, part, **how)  # noqa: E731
-    monkeypatch.setattr(module, "score", counting)
+    sizes = scored_rows(monkeypatch)
     options = {"reward": abstaining, "architecture": architecture, "dtype": dtype}
     expected, record, _ = stepped(ESTIMATORS[name], **options)
     assert expected.norm() > 0.01
@@ -69,6 +75,11 @@ def test_the_gradient_does_not_depend_on_micro_batches(name, architecture, dtype
             assert other.metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
 
 
+def advantages_of(name, rewards):
+    """Advantages by hand of groups of three rewards each."""
+    return [one for start in range(0, 12, 3) for one in by_hand(name, rewards[start : start + 3])]
+
+
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", ["reinforce", "reinforce_running_mean", "rloo", "dr_grpo", "grpo"])
@@ -81,12 +92,9 @@ def test_the_gradient_is_the_textbook_sum(name, temperature, share):
     scored(learner, share_prompt=share)
     record = one_step(learner, reward=recorded(flat_second_prompt, seen))
     rows = []
-    for start in range(0, 12, 3):
-        group = seen[start : start + 3]
-        advantages = by_hand(name, [r for _, _, r in group])
-        for (prompt, ids, _), advantage in zip(group, advantages, strict=True):
-            share_of_token = {"dr_grpo": 6, "grpo": len(ids)}.get(name, 1)  # 6: max_completion_length
-            rows.append((policy.encode(prompt), ids, advantage / share_of_token))
+    for (prompt, ids, _), advantage in zip(seen, advantages_of(name, [r for *_, r in seen]), strict=True):
+        share_of_token = {"dr_grpo": 6, "grpo": len(ids)}.get(name, 1)  # 6: max_completion_length
+        rows.append((policy.encode(prompt), ids, advantage / share_of_token))
     expected, loss = textbook(before, rows, temperature=temperature)
     found = gradient(policy.model)
     assert expected.norm() > 0.1
@@ -97,10 +105,7 @@ def test_the_gradient_is_the_textbook_sum(name, temperature, share):
 
 
 def test_rows_of_zero_advantage_are_skipped_but_counted(monkeypatch):
-    rows, real = [], module.score
-    monkeypatch.setattr(
-        module, "score", lambda model, part, **kw: rows.append(len(part.mask)) or real(model, part, **kw)
-    )
+    rows = scored_rows(monkeypatch)
     _, record, _ = stepped(ESTIMATORS["rloo"])
     assert sum(rows) == 9 and record.metrics["completions/mean_length"] > 0
     rows.clear()
@@ -155,11 +160,14 @@ def test_equal_rewards_are_no_idle_step_where_the_loss_has_a_term_of_its_own(ter
     assert not torch.equal(weights(policy.model), before)
 
 
-def test_the_share_of_clipped_updates_stands_beside_the_norm():
-    norm = one_step(make_learner(make_policy(), "rloo")).metrics["grad_norm"]
-    for limit, share in ((0.0, 0.0), (norm * 1.01, 0.0), (norm / 2, 1.0)):
-        metrics = one_step(make_learner(make_policy(), "rloo", max_grad_norm=limit)).metrics
-        assert metrics["grad_norm"] == pytest.approx(norm) and metrics["grad_clipped"] == share
+def test_the_norm_is_clipped_and_reported_as_it_was_beside_the_share_of_clipped_updates():
+    plain, record, _ = stepped(ESTIMATORS["rloo"])
+    norm = record.metrics["grad_norm"]
+    for limit, share in ((norm * 1.01, 0.0), (norm / 2, 1.0)):
+        found, other, _ = stepped(ESTIMATORS["rloo"], max_grad_norm=limit)
+        assert other.metrics["grad_norm"] == pytest.approx(norm) and other.metrics["grad_clipped"] == share
+        assert float(found.norm()) == pytest.approx(limit if share else norm, rel=1e-4)
+        assert apart(found / found.norm(), plain / plain.norm()) < 1e-6
     several = make_learner(make_policy(), "grpo", num_minibatches=4, max_grad_norm=1e-9)
     metrics = one_step(several, reward=flat_second_prompt).metrics
     assert metrics["grad_clipped"] == 0.75 and several.idle == 1  # a prompt of equal rewards
@@ -172,27 +180,18 @@ def test_kl_in_the_reward_is_the_textbook_with_other_rewards():
     learner = make_learner(policy, Estimator(beta=0.3))
     record = one_step(learner, reward=recorded(vowel_reward, seen))
 
-    def total(model, prompt, ids):
+    def logprob(model, prompt, ids):
         return -textbook(model.requires_grad_(True), [(policy.encode(prompt), ids, 1.0)])[1]
 
-    log_ratio = [total(before, p, ids) - total(reference, p, ids) for p, ids, _ in seen]
-    rows = []
-    for start in range(0, 12, 3):
-        paid = [seen[i][2] - 0.3 * log_ratio[i] for i in range(start, start + 3)]
-        for i, advantage in enumerate(by_hand("rloo", paid), start):
-            rows.append((policy.encode(seen[i][0]), seen[i][1], advantage))
+    log_ratio = [logprob(before, p, ids) - logprob(reference, p, ids) for p, ids, _ in seen]
+    total = [reward - 0.3 * ratio for (*_, reward), ratio in zip(seen, log_ratio, strict=True)]
+    rows = [
+        (policy.encode(prompt), ids, advantage)
+        for (prompt, ids, _), advantage in zip(seen, advantages_of("rloo", total), strict=True)
+    ]
     assert apart(gradient(policy.model), textbook(before, rows)[0]) < 1e-10
     assert record.metrics["kl"] == pytest.approx(sum(log_ratio) / 12)
     assert record.metrics["reward"] == pytest.approx(sum(r for *_, r in seen) / 12)
-
-
-def test_the_norm_is_clipped_and_reported_as_it_was():
-    plain, record, _ = stepped(ESTIMATORS["rloo"])
-    clipped, same, _ = stepped(ESTIMATORS["rloo"], max_grad_norm=0.5)
-    assert plain.norm() > 1
-    assert float(clipped.norm()) == pytest.approx(0.5, rel=1e-4)
-    assert same.metrics["grad_norm"] == pytest.approx(record.metrics["grad_norm"])
-    assert apart(clipped / clipped.norm(), plain / plain.norm()) < 1e-6
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_counted_and_then_stops():
@@ -243,3 +242,83 @@ def test_truncated_rows_have_no_gradient(choice):
             rows.append((policy.encode(seen[i][0]), seen[i][1], 0.0 if is_cut[i] else advantage))
     assert 0 < sum(is_cut) < 12
     assert apart(gradient(policy.model), textbook(before, rows)[0]) < 1e-10
+
+
+@pytest.mark.parametrize("minibatches", [3, 4])
+def test_minibatches_keep_groups_whole(minibatches):
+    learner = make_learner(make_policy(), "grpo", num_minibatches=minibatches, num_iterations=2)
+    chosen = torch.stack([rows for rows, _ in module.minibatches(learner, 12, 1)]).view(2, minibatches, 12)
+    assert (chosen.sum(dim=1) == 1).all()  # each row once an iteration
+    groups = chosen.view(2, minibatches, 4, 3)
+    assert (groups.all(dim=3) == groups.any(dim=3)).all()
+
+
+def test_minibatches_compute_and_weigh_their_own_rows(monkeypatch):
+    """With the weights kept still, the minibatches' losses average to that of the step."""
+    sizes = scored_rows(monkeypatch)
+    how = {"learning_rate": 1e-12, "reward": vowel_reward, "seed": 2**32 - 1}
+    _, whole, _ = stepped(Estimator(ratio="token"), **how)
+    _, parts, _ = stepped(Estimator(ratio="token"), **how, num_minibatches=2)
+    assert sizes == [12, 6, 6]
+    assert parts.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-4)
+
+
+def spied(monkeypatch, name):
+    """Record what a function of the step returns."""
+    calls, real = [], getattr(module, name)
+
+    def spy(*given, **options):
+        calls.append(real(*given, **options))
+        return calls[-1]
+
+    monkeypatch.setattr(module, name, spy)
+    return calls
+
+
+def test_the_ratio_starts_at_one_and_then_moves(monkeypatch):
+    old, updates = spied(monkeypatch, "old_logprobs"), spied(monkeypatch, "update_metrics")
+    estimator = Estimator.preset("dr_grpo", epsilon=1e-4)
+    first, _, _ = stepped(estimator)
+    assert old == [None] and updates[0]["clip_ratio"] == 0
+    updates.clear()
+    stepped(estimator, num_iterations=3, learning_rate=0.003)
+    clipped = [metrics["clip_ratio"] for metrics in updates]
+    assert len(updates) == 3 and clipped[0] == 0 and min(clipped[1:]) > 0.2
+    assert updates[0]["grad_norm"] == pytest.approx(float(first.norm()), rel=1e-5)
+
+
+def test_old_logprobs_are_those_of_the_policy_that_sampled(monkeypatch):
+    old, rows = spied(monkeypatch, "old_logprobs"), spied(monkeypatch, "step_rows")
+    stepped(ESTIMATORS["grpo"], num_iterations=2, micro_batch_size=5, temperature=0.7)
+    assert len(old) == 1  # once a step, before its updates
+    mask = rows[0].mask
+    torch.testing.assert_close(old[0][mask], rows[0].logprobs[mask], atol=1e-5, rtol=0)
+
+
+def test_a_second_iteration_uses_the_clipped_ratio():
+    """Against PPO's formula written out on the weights after the first update."""
+    policy = make_policy("gpt2", dtype="float64")
+    before, seen = copy.deepcopy(policy.model), []
+    learner = make_learner(policy, "dr_grpo", learning_rate=0.003)
+    one_step(learner, reward=recorded(vowel_reward, seen))
+    middle = copy.deepcopy(policy.model)
+    again = make_policy("gpt2", dtype="float64")
+    learner = make_learner(again, "dr_grpo", learning_rate=0.003, num_iterations=2)
+    one_step(learner)
+    middle.zero_grad()
+    loss, clipped = 0.0, 0
+    for start in range(0, 12, 3):
+        advantages = by_hand("dr_grpo", [r for *_, r in seen[start : start + 3]])
+        for (prompt, ids, _), a in zip(seen[start : start + 3], advantages, strict=True):
+            whole = torch.tensor([policy.encode(prompt) + ids])
+            at = slice(whole.shape[1] - len(ids) - 1, -1)
+            new, old = (
+                torch.log_softmax(m(whole).logits[0, at], -1).gather(1, whole[0, -len(ids) :, None])
+                for m in (middle, before)
+            )
+            rho = (new - old.detach()).exp()
+            loss = loss - torch.minimum(rho * a, rho.clamp(0.8, 1.2) * a).sum() / (12 * 6)
+            clipped += int(((rho > 1.2) | (rho < 0.8)).sum())
+    loss.backward()
+    assert clipped > 5
+    assert apart(gradient(again.model), gradient(middle)) < 1e-9

@@ -53,29 +53,22 @@ def run(tmp_path):
     return run
 
 
-def by_hand(updates=4):
-    policy = make_policy()
-    fit(policy, ROWS, max_steps=updates, batch_size=stage.BATCH, learning_rate=1e-3)
-    return policy
-
-
 def test_all_weights_learn_the_demonstrations_before_the_adapter_is_added(run, tmp_path, capsys):
     result = run(lora_r=2, estimator=Estimator(beta=0.1))
     assert result.warm_started["updates"] == 4 and result.warm_started["spread_after"] == 0
     with result.policy.reference_model() as reference:  # what the KL compares with
-        frozen = dict(reference.named_parameters())
-        expected = dict(by_hand().model.named_parameters())
-        for name, value in expected.items():
+        frozen, by_hand = dict(reference.named_parameters()), make_policy()
+        fit(by_hand, ROWS, max_steps=4, batch_size=stage.BATCH, learning_rate=1e-3)
+        for name, value in by_hand.model.named_parameters():
             found = [p for n, p in frozen.items() if n.replace(".base_layer", "").endswith(f"model.{name}")]
             torch.testing.assert_close(found[0], value, atol=1e-6, rtol=0)
             assert found[0].grad is None  # of the supervised stage, which would take memory
     said = capsys.readouterr().out
     assert "at most 4 updates of all weights on 16 of 2 demonstrations" in said
     assert "after 4 updates only 0% of the groups have unequal rewards" in said
-    for file, name in (("config.json", "warm_started"), ("summary.json", "warm_started")):
-        assert json.loads((tmp_path / "run" / file).read_text())[name] == result.warm_started
-    words = result.warm_started["in_words"]
-    assert "4 updates, loss" in words
+    for file in ("config.json", "summary.json"):
+        assert json.loads((tmp_path / "run" / file).read_text())["warm_started"] == result.warm_started
+    assert "4 updates, loss" in result.warm_started["in_words"]
     for file in ("report.html", "model/README.md"):
         assert "4 updates, loss" in (tmp_path / "run" / file).read_text()
 
@@ -101,32 +94,33 @@ def test_a_model_with_signal_needs_none_and_completions_must_end(run):
     policy.eos_ids = tuple(range(1, 90, 3))  # completions of every length, most of which end
     facts = run(lengths, model=policy).warm_started
     assert facts["updates"] == 0 and facts["loss_after"] is None and "not needed" in facts["in_words"]
-    assert (
-        run(lambda completions, **_: list(range(len(completions)))).warm_started["updates"] == 4
-    )  # all are cut
+    facts = run(lambda completions, **_: list(range(len(completions)))).warm_started
+    assert facts["updates"] == 4  # all are cut
 
 
 def test_the_result_is_made_once_for_what_it_depends_on(run, cache, capsys):
     def entries():
         return {path.name for path in cache.iterdir() if path.is_dir()}
 
-    first = run(max_steps=1, learning_rate=1e-9)
+    first = run(learning_rate=1e-9)
     assert len(entries()) == 1
     capsys.readouterr()
-    second = run(max_steps=1, learning_rate=1e-9)
+    second = run(learning_rate=1e-9)
     assert "warm start, from the cache: 4 updates" in capsys.readouterr().out
     assert second.warm_started == first.warm_started and len(entries()) == 1
     assert torch.equal(weights(second.policy.model), weights(first.policy.model))
-    run(max_steps=1, learning_rate=1e-5, prompts_per_step=4)  # the stage does not depend on these
+    run(learning_rate=1e-5, prompts_per_step=4)  # the stage does not depend on these
     assert len(entries()) == 1
-    for number, changes in enumerate(
-        (
-            {"model": make_policy(seed=1)},
-            {"rows": ROWS[:1]},
-            {"stop": ("t",)},
-        )
-    ):
-        run(**changes)
+    (file,) = cache.glob("*/model.safetensors")
+    flip_last_bit(file)
+    again = run(learning_rate=1e-9)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "model.safetensors" in said and "is damaged, and is made again" in said
+    assert again.warm_started == first.warm_started
+    assert torch.equal(weights(again.policy.model), weights(first.policy.model))
+    changes = {"model": make_policy(seed=1)}, {"rows": ROWS[:1]}, {"stop": ("t",)}
+    for number, change in enumerate(changes):
+        run(**change)
         assert len(entries()) == number + 2
 
 
@@ -136,31 +130,16 @@ def flip_last_bit(file):
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-@pytest.mark.parametrize("damage", [flip_last_bit])
-def test_a_damaged_model_in_the_cache_is_noticed_and_made_again(run, cache, capsys, damage):
-    first = run(learning_rate=1e-9)
-    (entry,) = (path for path in cache.iterdir() if path.is_dir())
-    damage(entry / "model.safetensors")
-    capsys.readouterr()
-    second = run(learning_rate=1e-9)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "model.safetensors" in said and "is damaged, and is made again" in said
-    assert second.warm_started == first.warm_started
-    assert torch.equal(weights(second.policy.model), weights(first.policy.model))
+def test_a_damaged_base_is_made_again_and_a_cache_that_cannot_be_written_refused(cache, monkeypatch):
     task, said = toy_tasks.load("vowels"), []
     base = warm_started_base(task)
     whole = (base / "model.safetensors").read_bytes()
-    damage(base / "model.safetensors")
+    flip_last_bit(base / "model.safetensors")
     assert warm_started_base(task, announce=said.append) == base
     assert "model.safetensors" in said[0] and (base / "model.safetensors").read_bytes() == whole
-
-
-def test_a_cache_that_cannot_be_written_is_refused(run, cache):
-    cache.write_text("a file, not a directory")
+    monkeypatch.setenv("TOKENRL_CACHE", str(base / "model.safetensors"))
     with pytest.raises(Refused, match=r"kept in .* cannot be written .* TOKENRL_CACHE"):
-        run()
-    with pytest.raises(Refused, match="TOKENRL_CACHE"):
-        warm_started_base(toy_tasks.load("vowels"))
+        warm_started_base(task)
 
 
 def test_an_interruption_says_that_nothing_is_kept(run, cache, tmp_path, monkeypatch, capsys):

@@ -82,17 +82,16 @@ def explained() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error) is not None:
             raise Stopped(
-                "There is too little memory. In updates, give fewer --tokens-per-pass (config.json has their "
-                "number) or a --micro-batch-size; in sampling, a --sampling-batch-size. "
-                "--gradient-checkpointing and --mixed-precision bf16 take less too. PyTorch said: "
+                "There is too little memory. In updates, give fewer --tokens-per-pass, --micro-batch-size or "
+                "--gradient-checkpointing; in sampling, a --sampling-batch-size. PyTorch said: "
                 f"{describe(error)}"
             ) from error
         network = isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
         if isinstance(error, Stopped) or not network:
             raise
         raise Stopped(
-            "Another process of this run has ended or does not answer, so this one ends too; what the other "
-            f"printed says why. Start all of them again to continue the run. PyTorch said: {describe(error)}"
+            "Another process of this run has ended or does not answer; what it printed says why. Start all "
+            f"of them again to continue the run. PyTorch said: {describe(error)}"
         ) from error
 
 
@@ -123,10 +122,7 @@ def gather(accelerator: Any, rows: StepRows) -> StepRows:
         known = accelerator.gather(accelerator.pad_across_processes(known, dim=1))
         rows = StepRows(**known | {"mask": known["mask"].bool()})
     if not rows.valid.any():
-        raise Stopped(
-            "Every reward function abstained from every completion of this step, so there is nothing to "
-            "learn from. A reward function should return None only for completions it cannot judge."
-        )
+        raise Stopped("Every reward function abstained from every completion of this step.")
     return rows
 
 
@@ -163,8 +159,8 @@ def _equally_many(learner: Learner, rows: StepRows, active: Tensor) -> list[Tens
     """Return the passes of this process, and empty ones until it has as many as any other process."""
     accelerator = learner.accelerator
     columns = (active, rows.mask.sum(dim=1), rows.prompt_length)
-    flags, lengths, prompts = (x.view(accelerator.num_processes, -1).tolist() for x in columns)
-    plans = [_packed(learner, *numbers) for numbers in zip(flags, lengths, prompts, strict=True)]
+    shares = (x.view(accelerator.num_processes, -1).tolist() for x in columns)
+    plans = [_packed(learner, *numbers) for numbers in zip(*shares, strict=True)]
     mine = plans[accelerator.process_index]
     mine += [[]] * (max(map(len, plans)) - len(mine))
     return [torch.tensor(sorted(part), dtype=torch.int64, device=active.device) for part in mine]
@@ -257,18 +253,16 @@ def micro_batch(
     waits = len(index) == 0
     index = index.new_zeros(1) if waits else index
     part = rollout.rows(index)
-    width = part.mask.shape[1]
 
-    def own(whole: Tensor) -> Tensor:
-        mine = share(accelerator, whole)[index]
-        return mine if mine.ndim == 1 else mine[:, :width]
+    def own(mine: Tensor) -> Tensor:
+        return mine[index] if mine.ndim == 1 else mine[index, : part.mask.shape[1]]
 
     return Part(
         part,
-        own(advantages),
-        own(weights) * (0.0 if waits else 1.0),
-        None if ref_logprobs is None else own(ref_logprobs),
-        None if old_logprobs is None else old_logprobs[index, :width],
+        own(share(accelerator, advantages)),
+        own(share(accelerator, weights)) * (not waits),
+        None if ref_logprobs is None else own(share(accelerator, ref_logprobs)),
+        None if old_logprobs is None else own(old_logprobs),
     )
 
 

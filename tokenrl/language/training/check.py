@@ -18,17 +18,16 @@ from typing import Any, TypeVar
 import torch
 
 from tokenrl.errors import Refused, TokenrlError
-from tokenrl.language.rollout.scoring import score
 from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.training.collect import sample
+from tokenrl.language.training.collect import logprobs_under, sample
 from tokenrl.language.training.defaults import demonstrations, plain_steps
 from tokenrl.language.training.run import Run, RunResult
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
-from tokenrl.language.training.verdicts import asks_in_text, known_facts, needs_groups
+from tokenrl.language.training.verdicts import asks_in_text, known_facts
 from tokenrl.runs.console import duration
 from tokenrl.runs.directory import check_space, in_words
-from tokenrl.runs.facts import means
+from tokenrl.runs.facts import means, share_equal
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.metrics import peak_memory
 from tokenrl.runs.rules import judge
@@ -54,22 +53,19 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     Returns:
         The result, with exit code 2 if there is a problem, else 0; its `flags` name problems and remarks.
     """
-    findings, began = list[Finding](), time.perf_counter()
+    findings, records, began = list[Finding](), list[Record](), time.perf_counter()
     train = _usable(run, run.task.train_prompts, "training prompts", findings)
     held_out = _usable(run, run.task.eval_prompts, "held-out prompts", findings)
-    _check_beginnings_and_answers(run, train[:LOOKED_AT], findings)
+    _look_at_texts(run, train[:LOOKED_AT], findings)
+    facts = known_facts(run) | {"whose": "this model"}
+    facts |= dict.fromkeys(("lowest_rate", "highest_rate"), facts["usual_rate"])
     if len(held_out) == len(run.task.eval_prompts):
         session.evaluated(_attempt(findings, "evaluation-failed", evaluate) or {})
     evaluation = time.perf_counter() - began
-    records, apart = list[Record](), None
     if train and not any(finding.flag == "evaluation-failed" for finding in findings):
         records = _trial_steps(run, train, findings)
-        apart = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train))
-    usual = run.defaults.values.get("learning_rate")
-    facts = known_facts(run) | {"lowest_rate": usual, "highest_rate": usual, "whose": "this model"}
-    facts |= _trial_facts(run, records)
-    if apart is not None:
-        facts |= {"gap": float(apart.mean()), "largest_gap": float(apart.max())}
+        facts |= _trial_facts(run, records) if records else {}
+        facts |= _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train)) or {}
     if facts.get("step_equal") != 1:  # else that is what is said
         facts["before_greedy"] = session.eval_before.get("reward_greedy")
     findings += judge(facts)
@@ -92,29 +88,25 @@ def _attempt(findings: list[Finding], flag: str, work: Callable[[], T]) -> T | N
 
 def _usable(run: Run, rows: Rows, which: str, findings: list[Finding]) -> Rows:
     """Return the rows whose prompts can be asked, and add findings about those too long or refused."""
-    args, policy = run.args, run.learner.policy
-    context, limit = policy.context or math.inf, args.max_completion_length
-    lengths, refused = dict[int, int](), dict[int, str]()
+    policy, limit = run.learner.policy, run.args.max_completion_length
+    context, lengths, refused = policy.context or math.inf, dict[int, int](), dict[int, str]()
     for number, row in enumerate(rows):
         try:
             lengths[number] = len(policy.encode(row["prompt"]))
         except Refused as error:
             refused[number] = str(error)
     long = {number for number, length in lengths.items() if length + limit > context}
-    cut = args.truncate_prompts and limit < context
+    cut = run.args.truncate_prompts and limit < context
     if long:
         longest = max(lengths.values())
+        mend = "Shorten the prompts, leave them out, or cut them on the left with --truncate-prompts"
+        if longest < context:
+            mend += f", or give --max-completion-length {context - longest} or less"
         text = (
             f"{len(long):,} of {len(rows):,} {which} do not fit: the longest has {longest:,} tokens, and "
             f"with {limit:,} for the completion that is more than the model's context of {context:,}. "
         )
-        if cut:
-            text += "They are cut on the left, so that the policy does not see their beginning."
-        else:
-            text += "Shorten the prompts, leave them out, or cut them on the left with --truncate-prompts"
-            text += (
-                f", or give --max-completion-length {context - longest} or less" * (longest < context) + "."
-            )
+        text += "The policy does not see their beginning." if cut else f"{mend}."
         findings.append(Finding("context-too-short", "watch" if cut else "void", text))
     if refused:
         first = min(refused)
@@ -124,7 +116,7 @@ def _usable(run: Run, rows: Rows, which: str, findings: list[Finding]) -> Rows:
     return [row for number, row in enumerate(rows) if number not in lost]
 
 
-def _check_beginnings_and_answers(run: Run, rows: Rows, findings: list[Finding]) -> None:
+def _look_at_texts(run: Run, rows: Rows, findings: list[Finding]) -> None:
     """Add findings about prompts with two BOS tokens, and about demonstrations longer than completions."""
     policy, limit = run.learner.policy, run.args.max_completion_length
     bos, mark = policy.tokenizer.bos_token_id, policy.tokenizer.bos_token
@@ -132,8 +124,7 @@ def _check_beginnings_and_answers(run: Run, rows: Rows, findings: list[Finding])
     if doubled:
         text = (
             f"{doubled:,} of {len(rows):,} training prompts begin with two BOS tokens ({mark}), with which "
-            f"models answer worse: tokenizer or chat template add one themselves. Take {mark} away from the "
-            "beginning of the prompts, the messages or the template."
+            f"models answer worse. Take {mark} away from the beginning of prompts, messages or template."
         )
         findings.append(Finding("doubled-bos", "void", text))
     try:
@@ -145,19 +136,26 @@ def _check_beginnings_and_answers(run: Run, rows: Rows, findings: list[Finding])
     if long:
         text = (
             f"{long} of the first {len(lengths)} demonstrations have more than {limit} tokens; the longest "
-            f"has {max(lengths)}. The policy cannot write such an answer to its end: give "
-            f"--max-completion-length {max(lengths)} or more."
+            f"has {max(lengths)}. Such an answer is cut: give --max-completion-length {max(lengths)} or more."
         )
         findings.append(Finding("answers-too-long", "void" if 2 * long > len(lengths) else "watch", text))
 
 
 def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> list[Record]:
-    """Make trial steps until there is a signal, or until enough completions showed none."""
-    args, records = run.args, list[Record]()
+    """Make training steps that change nothing, until there is a signal or enough completions showed none."""
+    args, learner, records = run.args, run.learner, list[Record]()
     stream = PromptStream(rows, args.prompts_per_step, args.seed)
+    still = torch.optim.SGD(learner.policy.trainable_parameters(), lr=0.0)
     enough = min(MOST_STEPS, math.ceil(ENOUGH / (args.prompts_per_step * args.num_generations)))
+
+    def step() -> Record:
+        critic, mean = copy.deepcopy((learner.critic, run.running_mean))
+        trial = replace(learner, optimizer=still, critic=critic, diagnostics=None)
+        return training_step(trial, run.rewards, mean, len(records) + 1, stream.next(), stream.take)
+
     while len(records) < enough and _share_equal(run, records) == 1:
-        record = _attempt(findings, "step-failed", lambda: _trial_step(run, stream, len(records) + 1))
+        record = _attempt(findings, "step-failed", step)
+        learner.optimizer.zero_grad()
         if record is None:
             break
         records.append(record)
@@ -166,59 +164,39 @@ def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> list[Record]:
 
 def _share_equal(run: Run, records: Sequence[Record]) -> float:
     """Return the share of groups with equal rewards; without groups 1 if all steps have one reward."""
-    rewards = {record.metrics["reward"] for record in records}
-    found = means("step", [record.metrics for record in records], needs_groups(run))["step_equal"]
-    return found if found is not None and (needs_groups(run) or len(rewards) == 1) else float(not rewards)
+    groups = run.args.estimator.needs_groups
+    if not groups and len({record.metrics["reward"] for record in records}) > 1:
+        return 0.0
+    return fmean([share_equal(record.metrics, groups) for record in records] or [1.0])
 
 
-class _Still:
-    """Stands in for an optimiser: it clears the gradients, and never changes the weights."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self.zero_grad = optimizer.zero_grad
-
-    def step(self) -> None:
-        """Leave the weights as they are."""
-
-
-def _trial_step(run: Run, stream: PromptStream, number: int) -> Record:
-    """Make a training step, with forward and backward passes, that leaves policy and critic unchanged."""
-    optimizer, critic = _Still(run.learner.optimizer), copy.deepcopy(run.learner.critic)
-    learner = replace(run.learner, optimizer=optimizer, critic=critic, diagnostics=None)
-    try:
-        running_mean = copy.deepcopy(run.running_mean)
-        return training_step(learner, run.rewards, running_mean, number, stream.next(), stream.take)
-    finally:
-        run.learner.optimizer.zero_grad()
-
-
-def _scoring_gap(run: Run, rows: Rows) -> torch.Tensor:
-    """Sample a few completions, score them as training does, and return how far each token is apart [M]."""
+def _scoring_gap(run: Run, rows: Rows) -> dict[str, float]:
+    """Sample a few completions and score them as training does; return how far apart tokens are, as facts."""
     learner = run.learner
     sampling = replace(learner.sampling, num_generations=min(4, learner.sampling.group_size), step=1)
     rollout = sample(learner, list(enumerate(rows[:4])), sampling)
-    count = min(len(rollout.mask), learner.args.micro_batch_size or len(rollout.mask))
-    rollout = rollout.rows(torch.arange(count, device=rollout.mask.device))
-    scored = score(learner.model, rollout, **learner.scoring).logprobs.detach()
-    return (scored - rollout.logprobs)[rollout.mask].double().abs()
+    scored = logprobs_under(learner, learner.model, rollout)
+    apart = (scored - rollout.logprobs)[rollout.mask].double().abs()
+    return {"gap": float(apart.mean()), "largest_gap": float(apart.max())}
 
 
-def _trial_facts(run: Run, records: list[Record]) -> dict[str, Any]:
+def _trial_facts(run: Run, records: Sequence[Record]) -> dict[str, Any]:
     """Return the facts of the trial steps."""
-    if not records:
-        return {}
     args, policy = run.args, run.learner.policy
-    facts = means("step", [record.metrics for record in records], needs_groups(run))
-    equal, size = _share_equal(run, records), args.num_generations
-    groups = len(records) * args.prompts_per_step
+    facts = means("step", [record.metrics for record in records], args.estimator.needs_groups)
+    equal, groups, size = (
+        _share_equal(run, records),
+        len(records) * args.prompts_per_step,
+        args.num_generations,
+    )
     if size == 1:
         groups, size = len(records), args.prompts_per_step
+    if not (policy.eos_ids or policy.stops):  # without an end all are cut
+        facts["step_cut"] = None
+    if facts["step_grad_norm"] is None:
+        facts["step_grad_norm"] = math.inf
     return facts | {
         "step_equal": equal,
-        "step_cut": facts["step_cut"]
-        if policy.eos_ids or policy.stops
-        else None,  # without an end all are cut
-        "step_grad_norm": math.inf if facts["step_grad_norm"] is None else facts["step_grad_norm"],
         "is_corrected": args.estimator.importance_cap is not None,
         "is_misasked": asks_in_text(run) or equal == 1,
         "groups": f"{groups} group{'s' * (groups != 1)} of {size} completion{'s' * (size != 1)}",
@@ -234,16 +212,17 @@ def _lines(
     if records:
         share = f"{1 - facts['step_equal']:.0%} of {facts['groups']}"
         lines["reward"] = f"{facts['step_reward']:.3g} on average; differs within {share}"
-        length = fmean(record.metrics["completions/mean_length"] for record in records)
-        cut = fmean(record.metrics["completions/clipped_ratio"] for record in records)
-        limit = args.max_completion_length
-        lines["completions"] = f"{length:.1f} tokens on average; {cut:.0%} cut at {limit}"
+        length, cut = (
+            fmean(record.metrics[f"completions/{name}"] for record in records)
+            for name in ("mean_length", "clipped_ratio")
+        )
+        cut_at = f"{cut:.0%} cut at {args.max_completion_length}"
+        lines["completions"] = f"{length:.1f} tokens on average; {cut_at}"
         lines["entropy"] = f"{facts['step_entropy']:.3g} nats per token"
         seconds = fmean(record.timings["collect"] + record.timings["update"] for record in records)
         count = 1 + -(-plain_steps(args) // args.eval_every) if args.eval_every else 2
-        steps = args.max_steps
-        whole = duration(steps * seconds + count * evaluation)
-        lines["time"] = f"{seconds:.2g} s per step, about {whole} for {steps} steps, {count} evaluations"
+        whole = f"{duration(args.max_steps * seconds + count * evaluation)} for {args.max_steps} steps"
+        lines["time"] = f"{seconds:.2g} s per step, about {whole}, {count} evaluations"
     if "gap" in facts:
         apart = f"{facts['gap']:.1g} nats per token on average, {facts['largest_gap']:.1g} at most"
         lines["scoring"] = f"differs from sampling by {apart}"

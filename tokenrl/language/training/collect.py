@@ -63,9 +63,10 @@ def sample(learner: Learner, prompts: Prompts, sampling: Sampling) -> Rollout:
     )
 
 
-def trainer_state(learner: Learner, step: int) -> dict[str, int]:
-    """Return the `trainer_state` for reward functions: steps done before this one, and steps in all."""
-    return {"step": step - 1, "max_steps": learner.args.max_steps}
+def reward(learner: Learner, rewards: Rewards, prompts: Prompts, rollout: Rollout, step: int) -> RewardResult:
+    """Reward completions of a step; functions may read the steps done before this one, and steps in all."""
+    rows, state = [row for _, row in prompts], {"step": step - 1, "max_steps": learner.args.max_steps}
+    return reward_rows(learner.policy, rewards, rows, rollout, **state)
 
 
 def refill(learner: Learner, rewards: Rewards, sampling: Sampling, own: Experience, more: Deal) -> Experience:
@@ -94,8 +95,7 @@ def refill(learner: Learner, rewards: Rewards, sampling: Sampling, own: Experien
         prompts = more(sum(counts))[first:][: counts[accelerator.process_index]]
         if prompts:
             rollout = sample(learner, prompts, sampling)
-            state = trainer_state(learner, sampling.step)
-            result = reward_rows(learner.policy, rewards, [row for _, row in prompts], rollout, **state)
+            result = reward(learner, rewards, prompts, rollout, sampling.step)
             own = _replaced(own, dead, Experience(prompts, rollout, result))
     own.result.metrics["refilled"] = float(refilled)
     return own
@@ -166,8 +166,7 @@ def rows_at_once(learner: Learner, rollout: Rollout) -> int:
 def greedy_rewards(learner: Learner, rewards: Rewards, sampling: Sampling, prompts: Prompts) -> np.ndarray:
     """Return the reward [B] of the greedy completion of each prompt, the baseline of ReMax (2310.10505)."""
     rollout = sample(learner, prompts, replace(sampling, num_generations=0))
-    state = trainer_state(learner, sampling.step)
-    return reward_rows(learner.policy, rewards, [row for _, row in prompts], rollout, **state).total
+    return reward(learner, rewards, prompts, rollout, sampling.step).total
 
 
 def _replaced(old: Experience, dead: Tensor, new: Experience) -> Experience:

@@ -83,10 +83,7 @@ def demonstrations(task: Any, column: str = "completion") -> list[dict[str, Any]
     rows = list(getattr(task, "demonstrations", None) or [])
     rows = rows or [{**row, "completion": row[column]} for row in task.train_prompts if column in row]
     if not rows:
-        raise Refused(
-            f"The task {task.name!r} has no demonstrations, which a supervised stage needs. Give a task that "
-            f"has some, or data with the columns prompt and {column}."
-        )
+        raise Refused(f"The task {task.name!r} has no demonstrations, nor rows with prompt and {column}.")
     return rows
 
 
@@ -156,7 +153,7 @@ def training_defaults(args: TrainArguments, task: Any, policy: Policy | None = N
         task: the task.
         policy: the policy; None before it is loaded, when neither its size nor its tokenizer is known.
     """
-    found = _layered(args, task, policy, (ANY, TOY, getattr(task, "train", None) or {}))
+    found = _layered(args, task, policy, ANY, TOY, getattr(task, "train", None) or {})
     values, origins = found
     limit = completion_limit(task, args.model, policy)
     if limit is not None:
@@ -164,8 +161,7 @@ def training_defaults(args: TrainArguments, task: Any, policy: Policy | None = N
         origins["max_completion_length"] = origin if args.max_completion_length is None else "given"
     if args.optimizer != "adamw":  # for which alone rates are known
         del values["learning_rate"]
-    chosen = {name: getattr(args, name) or values[name] for name in TOY}
-    settled = replace(args, **chosen)
+    settled = replace(args, **{name: getattr(args, name) or values[name] for name in TOY})
     if args.max_samples is not None:
         values["max_steps"] = -(-args.max_samples // sizes_of_steps(settled)[1])
         origins["max_steps"] = f"max_samples {args.max_samples:,}"
@@ -182,19 +178,17 @@ def sft_defaults(args: SftArguments, task: Any, policy: Policy) -> Defaults:
         task: the task; None for a data set.
         policy: the policy.
     """
-    warm = getattr(task, "warm_start", None)
-    known = {"max_steps": "steps", "batch_size": "batch_size", "learning_rate": "learning_rate"}
-    recommended = {} if warm is None else {name: getattr(warm, own) for name, own in known.items()}
-    found = _layered(args, task, policy, (SFT_ANY, SFT_TOY, recommended))
+    warm, recommended = getattr(task, "warm_start", None), {}
+    if warm is not None:
+        recommended = {"max_steps": warm.steps, "batch_size": warm.batch_size}
+        recommended["learning_rate"] = warm.learning_rate
+    found = _layered(args, task, policy, SFT_ANY, SFT_TOY, recommended)
     found.values["eval_every"] = max(1, (args.max_steps or found.values["max_steps"]) // 10)
     return found
 
 
 def _layered(
-    args: TrainArguments | SftArguments,
-    task: Any,
-    policy: Policy | None,
-    choices: tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]],
+    args: TrainArguments | SftArguments, task: Any, policy: Policy | None, *choices: Mapping[str, Any]
 ) -> Defaults:
     """Lay values over each other, the last on top, and note for each where it comes from.
 
@@ -202,24 +196,21 @@ def _layered(
         args: the arguments; what they give keeps its default, but comes from the user.
         task: the task; None for a data set.
         policy: the policy; None before it is loaded.
-        choices: values for any task; those for a toy task with another model than its own; and what the task
+        *choices: values for any task; those for a toy task with another model than its own; and what the task
             recommends, for a toy task with its own model only.
     """
     usual, usual_of_toys, recommended = choices
-    toy, own = hasattr(task, "build"), is_own(task, args.model, policy)
     kind = {"lora": bool(args.lora_r), "supervised": isinstance(args, SftArguments)}
     count = int(RATES[1][0]) if policy is None else parameter_count(policy)
     unit, letter = next(u for u in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= u[0] or u[0] == 1e3)
     size = f"{count / unit:.3g} {letter} parameters{', LoRA' * kind['lora']}"
-    layers = [(usual, "default"), ({"learning_rate": default_rate(count, **kind)}, size)]
-    if toy and not own:
-        layers.append((usual_of_toys, "default for other models"))
-    else:
-        layers.append((recommended, "recommended by the task"))
+    top = (recommended, "recommended by the task")
+    if hasattr(task, "build") and not is_own(task, args.model, policy):
+        top = (usual_of_toys, "default for other models")
     found = Defaults({}, {})
-    for values, origin in layers:
-        for name, value in values.items():
-            found.values[name] = value
+    for values, origin in ((usual, "default"), ({"learning_rate": default_rate(count, **kind)}, size), top):
+        found.values.update(values)
+        for name in values:
             found.origins[name] = origin if getattr(args, name, None) is None else "given"
     return found
 

@@ -10,24 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any, NamedTuple
 
-import numpy as np
 from accelerate.utils import gather_object
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.generator import Generator
-from tokenrl.language.rollout.rewarded import sample_and_reward
-from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode
-from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
-from tokenrl.language.training.probe import Row, best_of, by_group, completion_rows, distinct, over_prompts
-from tokenrl.language.training.records import completion_kl
+from tokenrl.language.rollout.scoring import USUAL, Scoring
+from tokenrl.language.training.probe import Row, best_of, distinct, known_rewards, over_prompts, sampled_rows
 
-SCORED_AT_ONCE = 32  # completions that a reference scores at once, which bounds its logits
 DIFFERENCE = "difference/"
 """Begins the names of metrics that compare a policy with another."""
 
@@ -90,42 +85,26 @@ def evaluate_policy(
             the reference has another vocabulary.
         Stopped: a reward function failed.
     """
-    k = check_sizes(k, sampling.num_generations)
+    k, size = check_sizes(k, sampling.num_generations), sampling.num_generations
     if not prompts:
         raise Refused(
-            "There are no prompts to evaluate on. Give an eval_split, or hold rows out with eval_size."
+            "There are no prompts to evaluate on: give an eval_split, or hold rows out (eval_size)."
         )
     if reference is not None:
         _check_reference(policy, reference, prompts, sampling)
-    passes: list[list[dict[str, Any]]] = []
-    for generations in dict.fromkeys((0, sampling.num_generations)):
-        how = replace(sampling, num_generations=generations)
-        rows: list[dict[str, Any]] = []
-        for batch in sample_and_reward(
-            policy,
-            prompts,
-            rewards,
-            how,
-            stream="evaluation",
-            generator=generator,
-            accelerator=accelerator,
-            batch_size=batch_size,
-        ):
-            temperature = sampling.temperature
-            rollout = with_missing_fields(
-                policy, batch.rollout, scoring, temperature=temperature, entropy=True
-            )
-            found = list(completion_rows(policy, prompts, batch._replace(rollout=rollout)))
-            if generations and reference is not None:
-                found = [a | b for a, b in zip(found, _kl(reference, rollout, how), strict=True)]
-            rows += found
+    how: dict[str, Any] = {"generator": generator, "accelerator": accelerator, "batch_size": batch_size}
+    how |= {"stream": "evaluation", "scoring": scoring}
+    passes = []
+    for count in dict.fromkeys((0, size)):  # the greedy completions, then those that are sampled
+        counted = replace(sampling, num_generations=count)
+        rows = sampled_rows(policy, prompts, rewards, counted, reference=reference if count else None, **how)
         everywhere = rows if accelerator is None else gather_object(rows)
         passes.append(sorted(everywhere, key=lambda row: row["place"]))
-    greedy, sampled = passes[0], passes[1] if len(passes) > 1 else []
+    greedy, rows = passes[0], passes[-1]
     by_prompt = {"reward_greedy": [row["reward"] for row in greedy]}
-    if sampled:
-        by_prompt |= _by_prompt(sampled, sampling.num_generations, rewards, k)
-    metrics = _metrics(sampled or greedy, by_prompt, rewards, detailed)
+    if size:
+        by_prompt |= _by_prompt(rows, size, rewards, k)
+    metrics = _metrics(rows, by_prompt, rewards, detailed)
     return Evaluation(metrics, greedy, by_prompt if detailed else {})
 
 
@@ -137,11 +116,8 @@ def check_sizes(k: Iterable[int], num_generations: int) -> tuple[int, ...]:
     """
     sizes = tuple(sorted(set(k)))
     if sizes and not (sizes[0] >= 1 and sizes[-1] <= num_generations):
-        raise Refused(
-            f"k={' '.join(map(str, sizes))}, but num_generations={num_generations}: the best of k is "
-            f"estimated from at least k samples per prompt. Give k from 1 to {num_generations}, or raise "
-            "num_generations."
-        )
+        given = f"k={' '.join(map(str, sizes))} with num_generations={num_generations}"
+        raise Refused(f"{given}: the best of k needs k samples. Give k from 1 to {num_generations}, or more.")
     return sizes
 
 
@@ -150,23 +126,12 @@ def _check_reference(policy: Policy, reference: Policy, prompts: Sequence[Row], 
     rows = [p.model.get_input_embeddings().num_embeddings for p in (policy, reference)]  # type: ignore[operator]
     if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab() or rows[0] != rows[1]:
         raise Refused(
-            f"The reference {reference.source!r} has another vocabulary than {policy.source!r}, so the KL "
-            "between them is not defined. Give the model that training started from."
+            f"The reference {reference.source!r} has another vocabulary than {policy.source!r}, so the KL is "
+            "not defined. Give the model that training started from."
         )
     if not sampling.num_generations:
-        raise Refused(
-            "The KL to a reference is estimated from sampled completions, but num_generations=0 samples "
-            "none. Give 1 or more, or leave the reference out."
-        )
+        raise Refused("num_generations=0 samples none, but the KL to a reference is estimated from samples.")
     encode(reference, [row["prompt"] for row in prompts], replace(sampling, truncate_prompts=False))
-
-
-def _kl(reference: Policy, rollout: Rollout, sampling: Sampling) -> list[dict[str, float]]:
-    """Estimate the KL of each completion to the reference: `kl` (k1) and `kl_k3`."""
-    way, rows, temperature = agree(reference, gradient=False), SCORED_AT_ONCE, sampling.temperature
-    scored = score_in_parts(reference.model, rollout, way, rows_at_once=rows, temperature=temperature)
-    each = completion_kl(rollout.logprobs, scored.logprobs, rollout.mask)
-    return [{"kl": k1, "kl_k3": k3} for k1, k3 in zip(*(x.tolist() for x in each.values()), strict=True)]
 
 
 def _by_prompt(rows: Sequence[Row], size: int, rewards: Rewards, k: Sequence[int]) -> dict[str, list[float]]:
@@ -178,18 +143,18 @@ def _by_prompt(rows: Sequence[Row], size: int, rewards: Rewards, k: Sequence[int
         rewards: the reward functions.
         k: values of k for pass@k or best@k, at most G.
     """
-    groups, known = by_group(rows, size)
+    known, mark = known_rewards(rows, size), rewards.pass_threshold
+    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
     each = {"reward": [float(total.mean()) if len(total) else math.nan for total in known]}
     for of in k:
         if not rewards.binary:
             each[f"best@{of}"] = [best_of(total, of) for total in known]
-        if rewards.pass_threshold is not None:
-            each[f"pass@{of}"] = [best_of(total >= rewards.pass_threshold, of) for total in known]
+        if mark is not None:
+            each[f"pass@{of}"] = [best_of(total >= mark, of) for total in known]
     for n in (1, 2):
         each[f"distinct_{n}"] = [distinct([row["ids"] for row in group], n) for group in groups]
-    for name in ("kl", "kl_k3"):
-        if name in rows[0]:
-            each[name] = [float(np.mean([row[name] for row in group])) for group in groups]
+    for name in [name for name in ("kl", "kl_k3") if name in rows[0]]:
+        each[name] = [fmean(row[name] for row in group) for group in groups]
     return each
 
 
@@ -207,9 +172,9 @@ def _metrics(
         metrics["reward_stderr"] = over_prompts(by_prompt["reward"]).stderr
     metrics["completions/mean_length"] = mean(row["length"] for row in rows)
     metrics["completions/clipped_ratio"] = mean(row["truncated"] for row in rows)
-    for i, name in enumerate(rewards.names if detailed else ()):
-        metrics[f"rewards/{name}/mean"] = mean(row["rewards"][i] for row in rows)
     if detailed:
+        for i, name in enumerate(rewards.names):
+            metrics[f"rewards/{name}/mean"] = mean(row["rewards"][i] for row in rows)
         metrics["entropy"] = sum(row["entropy"] for row in rows) / sum(row["length"] for row in rows)
         for name, values in by_prompt.items():
             value, error = over_prompts(values)

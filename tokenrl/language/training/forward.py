@@ -152,7 +152,7 @@ def _compiles(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[bo
     """Return whether sampling is compiled, and why."""
     if args.compile != "auto":
         return args.compile == "on", "as set"
-    layers = getattr(_shape(policy), "num_hidden_layers", None) or LAYERS + 1
+    layers = getattr(shape_of(policy), "num_hidden_layers", None) or LAYERS + 1
     for fits, why in (
         (not args.estimator.needs_values, "a critic reads hidden states"),
         (accelerator.device.type == "cpu" and accelerator.num_processes == 1, "not one process on a CPU"),
@@ -167,18 +167,18 @@ def _compiles(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[bo
 
 def _tokens(policy: Policy) -> int:
     """Return how many tokens have activations of about `ACTIVATIONS` bytes in all."""
-    shape = _shape(policy)
+    shape = shape_of(policy)
     layers, hidden = getattr(shape, "num_hidden_layers", None), getattr(shape, "hidden_size", None)
     if not layers or not hidden:
         raise Refused(
-            "The model's configuration does not name num_hidden_layers and hidden_size, from which the "
-            "number of tokens in a pass follows. Give tokens_per_pass."
+            "The model's configuration names no num_hidden_layers and hidden_size: give tokens_per_pass."
         )
     size = next(policy.model.parameters()).element_size()
     return max(1, ACTIVATIONS // (NUMBERS * size * layers * hidden))
 
 
-def _shape(policy: Policy) -> Any:
+def shape_of(policy: Policy) -> Any:
+    """Return the sizes of the model's layers, as its configuration names them."""
     config: Any = policy.model.config
     return config.get_text_config()
 
@@ -210,9 +210,8 @@ def with_eager_attention(model: nn.Module) -> nn.Module:
     try:
         twin.set_attn_implementation("eager")
     except Exception as error:  # code of any architecture
-        raise Refused(
-            f"training_attention='eager' does not work with this model ({describe(error)}). Give as_loaded."
-        ) from error
+        why = f"training_attention='eager' does not work with this model ({describe(error)}). Give as_loaded."
+        raise Refused(why) from error
     return twin  # type: ignore[no-any-return]
 
 

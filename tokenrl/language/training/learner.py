@@ -18,12 +18,88 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.arguments import TrainSettings
-from tokenrl.language.training.critic import Critic
-from tokenrl.language.training.forward import Forward, choose_forward
+from tokenrl.language.training.forward import Forward, choose_forward, shape_of
 from tokenrl.runs.schedules import make_schedule
 
 COUNTS = ("nonfinite", "skipped", "idle")
 """The counts of a `Learner` that a continuation goes on from."""
+
+
+class Critic:
+    """A linear head on the policy's last hidden state, with an optimiser of its own.
+
+    The critic's loss does not reach the policy's weights, so the policy's gradient is the estimator's alone.
+    A value depends on the prompt and on the tokens before the action, never on the action itself; therefore
+    it is a valid baseline, however wrong it is.
+
+    Attributes:
+        head: layer norm and linear map, in float32; at the start all values are 0.
+        optimizer: AdamW over the head's parameters.
+        iterations: passes over the step's rows in each update.
+    """
+
+    def __init__(
+        self, hidden_size: int, device: torch.device, *, learning_rate: float, iterations: int
+    ) -> None:
+        """Make a critic whose values are all 0.
+
+        Args:
+            hidden_size: width H of the hidden states.
+            device: device of the head.
+            learning_rate: learning rate of AdamW.
+            iterations: passes over the step's rows in each update.
+        """
+        linear = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        self.head = nn.Sequential(nn.LayerNorm(hidden_size), linear).to(device)
+        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=learning_rate, weight_decay=0.0)
+        self.iterations = iterations
+
+    def values(self, hidden: Tensor | None) -> Tensor:
+        """Return the values [n, T] of the states whose features are `hidden` [n, T, H]."""
+        assert hidden is not None, "sample with keep_hidden=True"
+        return self.head(hidden.float()).squeeze(-1)
+
+    def update(
+        self, estimator: Estimator, hidden: Tensor, returns: Tensor, weights: Tensor, accelerator: Any
+    ) -> float:
+        """Fit the values to the returns.
+
+        Args:
+            estimator: defines the loss.
+            hidden: features of this process's rows [n, T, H].
+            returns: return from each state on [n, T], the target of its value.
+            weights: weight of each state in the loss of the whole step [n, T]; over all processes they sum
+                to 1.
+            accelerator: sums gradients over processes.
+
+        Returns:
+            The loss before the update, summed over all processes.
+        """
+        old = self.values(hidden).detach()
+        first = 0.0
+        for iteration in range(self.iterations):
+            self.optimizer.zero_grad()
+            loss = estimator.critic_loss(
+                self.values(hidden), returns.float(), weights.float(), old_values=old
+            )
+            loss.backward()
+            for parameter in self.head.parameters():  # summed, not averaged: the weights are the whole step's
+                parameter.grad = accelerator.reduce(parameter.grad, reduction="sum")
+            if iteration == 0:
+                first = float(accelerator.reduce(loss.detach(), reduction="sum"))
+            self.optimizer.step()
+        return first
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights of the head and the state of its optimiser."""
+        return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 @dataclass
@@ -120,9 +196,8 @@ class Learner:
         self.skipped, self.nonfinite = self.skipped + 1, self.nonfinite + 1
         if self.nonfinite >= self.args.stop_after_nonfinite:
             raise Stopped(
-                f"The gradient was not finite in {self.nonfinite} updates in a row (all skipped; the weights "
-                "are as before them). Lower the learning rate or the scale of the rewards; in low precision "
-                "try float32."
+                f"The gradient was not finite in {self.nonfinite} updates in a row (all skipped). Lower the "
+                "learning rate or the scale of the rewards; in low precision try float32."
             )
         return False
 
@@ -177,13 +252,10 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> Learn
             policy.reference.to(device)
     policy.model.to(device)
     forward, args = choose_forward(args, policy, accelerator)
-    rates: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-    optimizer: torch.optim.Optimizer
-    if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(policy.trainable_parameters(), **rates)
-    else:
-        fused = device.type in ("cpu", "cuda")
-        optimizer = torch.optim.AdamW(policy.trainable_parameters(), **rates, fused=fused)
+    make: Any = torch.optim.SGD if args.optimizer == "sgd" else torch.optim.AdamW
+    fused = (args.optimizer == "adamw" and device.type in ("cpu", "cuda")) or None
+    how = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": fused}
+    optimizer = make(policy.trainable_parameters(), **how)
     learner = Learner(
         policy=policy,
         forward=forward,
@@ -197,9 +269,8 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> Learn
         generator=TransformersGenerator(forward.policy, args.sampling_batch_size, forward.compiled),
     )
     if args.estimator.needs_values:
-        text_config: Any = policy.model.config
-        hidden = text_config.get_text_config().hidden_size
         rate, iterations = args.value_learning_rate, args.value_iterations
+        hidden = shape_of(policy).hidden_size
         learner.critic = Critic(hidden, device, learning_rate=rate, iterations=iterations)
     if args.diagnostics_every:
         learner.diagnostics = GradientDiagnostics(args.diagnostics_every)

@@ -21,14 +21,13 @@ from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.batch import explained, summed
 from tokenrl.language.training.check import check_run
-from tokenrl.language.training.defaults import training_defaults
+from tokenrl.language.training.defaults import sizes_of_steps
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.learner import make_learner
 from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.run import Run, RunResult
 from tokenrl.language.training.setup import (
     adapt,
-    check_overlong,
     load_base,
     made_from,
     make_accelerator,
@@ -118,9 +117,7 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
     """Load the policy, make optimiser and generator, and register what checkpoints hold."""
     with accelerator.main_process_first():
         policy = load_base(given, task, session.console.note)
-        defaults, warmed = training_defaults(given, task, policy), {}
-        args = settle(given, defaults)
-        check_overlong(args)
+        (args, defaults), warmed = settle(given, task, policy), {}
         if args.warm_start:
             warmed = warm_start(policy, task, rewards, args, session.console, accelerator.device)
         adapt(args, policy)
@@ -159,18 +156,14 @@ def _begin(run: Run, session: Session) -> None:
         Refused: a prompt is too long for the model's context, or the checkpoint is of another run.
     """
     args, policy = run.args, run.learner.policy
+    limit, cut = args.max_completion_length, args.truncate_prompts
     for number, row in enumerate(run.task.train_prompts):  # one by one, to save memory
-        policy.encode_all(
-            [row["prompt"]],
-            max_completion_length=args.max_completion_length,
-            truncate=args.truncate_prompts,
-            first_row=number,
-        )
+        policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, first_row=number)
     if not session.continues:
         session.evaluated(_evaluate(run, step=0))
-    names = {"task": run.task.name, "model": policy.source}
     known = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
     known |= {"warm_started": run.warm_started} if run.warm_started else {}
+    names = {"task": run.task.name, "model": policy.source}
     session.begin(args, names=names, title=run.title, **known)
     if session.continues:
         run.rows = session.recorded()
@@ -180,17 +173,15 @@ def _begin(run: Run, session: Session) -> None:
 
 def _one_step(run: Run, step: int) -> Record:
     """Make a training step, and add it to what the run has done so far."""
-    began, learner = time.perf_counter(), run.learner
-    prompts = run.stream.next()
-    record = training_step(learner, run.rewards, run.running_mean, step, prompts, run.stream.take)
+    began, learner, stream = time.perf_counter(), run.learner, run.stream
+    record = training_step(learner, run.rewards, run.running_mean, step, stream.next(), stream.take)
     metrics = record.metrics
-    rows = run.args.prompts_per_step * run.args.num_generations
-    run.completion_tokens += metrics["completions/mean_length"] * rows
+    run.completion_tokens += metrics["completions/mean_length"] * sizes_of_steps(run.args)[0]
     run.tokens += int(metrics["num_tokens"])
     run.latest, learner.generated = summed(learner.accelerator, learner.generated), 0
     run.samples += run.latest
     metrics |= {
-        "epoch": run.stream.epoch,
+        "epoch": stream.epoch,
         "learning_rate": learner.schedule.get_last_lr()[0],
         "skipped_steps": learner.skipped,
         "idle_steps": learner.idle,
@@ -198,25 +189,24 @@ def _one_step(run: Run, step: int) -> Record:
         "num_samples": run.samples,
     }
     run.set_rate(step)
-    run.timings.append(record.timings)
     record.timings["step_seconds"] = time.perf_counter() - began
-    run.step_seconds += record.timings["step_seconds"]
+    run.seconds.update(record.timings)
     return record
 
 
 def _evaluate(run: Run, step: int) -> dict[str, float]:
     """Evaluate the policy on the held-out prompts, and keep the mean reward of each."""
-    args, learner = run.args, run.learner
+    count, learner = run.args.eval_generations, run.learner
     found = evaluate_policy(
         learner.forward.policy,
         run.task.eval_prompts,
         run.rewards,
-        replace(learner.sampling, num_generations=args.eval_generations, step=step),
+        replace(learner.sampling, num_generations=count, step=step),
         generator=learner.generator,
         accelerator=learner.accelerator,
         scoring=learner.forward.scoring,
         detailed=True,
-        k=(args.eval_generations,) if args.eval_generations else (),
+        k=(count,) * (count > 0),
     )
     each = found.by_prompt
     run.means = [*run.means[:1], torch.tensor(each.get("reward", each["reward_greedy"])).double()]
@@ -253,12 +243,11 @@ def _finish(run: Run, session: Session, reason: str) -> RunResult:
     """Judge the run, save the model with its card, write summary and report, and show how the run ended."""
     if session.owes_evaluation:
         session.evaluated(_evaluate(run, session.step))
-    findings = judge_end(run, session, reason)
+    findings, warmed = judge_end(run, session, reason), run.warm_started
     ended = run.result(session, reason)
-    facts: dict[str, Any] = {"task": run.task.name, "base": ended.policy.source}
-    if run.warm_started:
-        facts["warm start"] = run.warm_started["in_words"]
-    facts |= {"steps": ended.steps, **asked_in_words(ended.policy.form)}
+    facts = {"task": run.task.name, "base": ended.policy.source, "steps": ended.steps}
+    facts |= {"warm start": warmed["in_words"]} if warmed else {}
+    facts |= asked_in_words(ended.policy.form)
     for when, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
         facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}
     card = Card(run.title, facts, session.origin.in_words(), base_model(run.args.model))
@@ -274,6 +263,5 @@ def _largest(accelerator: Any, numbers: Sequence[int]) -> Sequence[int]:
     if accelerator.num_processes == 1:  # asked before every step: one process need not wait for its device
         return numbers
     with explained():
-        gathered = accelerator.gather(torch.tensor([numbers], device=accelerator.device))
-    found: list[int] = gathered.amax(0).tolist()
+        found: list[int] = accelerator.gather(torch.tensor([numbers]).to(accelerator.device)).amax(0).tolist()
     return found

@@ -7,7 +7,7 @@ bias for each prompt, and averaged over prompts with a standard error.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,10 +16,14 @@ import numpy as np
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.rewarded import RewardedBatch, sample_and_reward
+from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
+from tokenrl.language.training.records import completion_kl
 
 Row = Mapping[str, Any]
+SCORED_AT_ONCE = 32  # completions that a reference scores at once, which bounds its logits
 
 
 class Estimate(NamedTuple):
@@ -132,32 +136,60 @@ def distinct(completions: Sequence[Sequence[int]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
-def completion_rows(policy: Policy, prompts: Sequence[Row], batch: RewardedBatch) -> Iterator[dict[str, Any]]:
-    """Yield a row for each completion; its reward is NaN if every reward function abstained."""
-    rollout, result = batch.rollout, batch.result
-    assert rollout.entropy is not None
-    texts, lengths = policy.decode(rollout.completion_ids, rollout.mask), rollout.mask.sum(dim=1).tolist()
-    ids, truncated = rollout.completion_ids.tolist(), rollout.truncated.tolist()
-    entropy = rollout.entropy.double().sum(dim=1).tolist()
-    for i, prompt in enumerate(rollout.prompt_index.tolist()):
-        yield {
-            "place": batch.places[prompt],
-            "prompt": prompts[batch.places[prompt]]["prompt"],
-            "completion": texts[i],
-            "reward": float(result.total[i]) if result.valid[i] else math.nan,
-            "rewards": result.values[i].tolist(),
-            "ids": ids[i][: lengths[i]],
-            "entropy": entropy[i],
-            "length": lengths[i],
-            "truncated": truncated[i],
+def sampled_rows(
+    policy: Policy,
+    prompts: Sequence[Row],
+    rewards: Rewards,
+    sampling: Sampling,
+    *,
+    reference: Policy | None = None,
+    scoring: Scoring = USUAL,
+    **how: Any,
+) -> list[dict[str, Any]]:
+    """Sample and reward completions, and return a row for each of this process, in the order of prompts.
+
+    The reward of a row is NaN if every reward function abstained. With a reference, a row has two estimates
+    of the KL of its completion to it (see `completion_kl`).
+
+    Args:
+        policy: the policy.
+        prompts: rows with a `prompt`; other columns reach the rewards.
+        rewards: the reward functions.
+        sampling: how completions are sampled.
+        reference: the policy to which the KL is estimated, at the temperature of sampling.
+        scoring: how the policy is scored, for what a generator of another engine does not return.
+        **how: further arguments of `sample_and_reward`.
+    """
+    rows, temperature = list[dict[str, Any]](), sampling.temperature
+    way = None if reference is None else agree(reference, gradient=False)
+    for places, rollout, result in sample_and_reward(policy, prompts, rewards, sampling, **how):
+        rollout = with_missing_fields(policy, rollout, scoring, temperature=temperature, entropy=True)
+        assert rollout.entropy is not None
+        lengths, where = rollout.mask.sum(dim=1).tolist(), [places[i] for i in rollout.prompt_index.tolist()]
+        columns = {
+            "place": where,
+            "prompt": [prompts[place]["prompt"] for place in where],
+            "completion": policy.decode(rollout.completion_ids, rollout.mask),
+            "reward": np.where(result.valid, result.total, math.nan).tolist(),
+            "rewards": result.values.tolist(),
+            "ids": [ids[:n] for ids, n in zip(rollout.completion_ids.tolist(), lengths, strict=True)],
+            "entropy": rollout.entropy.double().sum(dim=1).tolist(),
+            "length": lengths,
+            "truncated": rollout.truncated.tolist(),
         }
+        if reference is not None and way is not None:
+            size = SCORED_AT_ONCE
+            scored = score_in_parts(reference.model, rollout, way, rows_at_once=size, temperature=temperature)
+            kl = completion_kl(rollout.logprobs, scored.logprobs, rollout.mask)
+            columns |= {name: values.tolist() for name, values in kl.items()}
+        rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return rows
 
 
-def by_group(rows: Sequence[Row], size: int) -> tuple[list[Sequence[Row]], list[np.ndarray]]:
-    """Return the rows of each prompt's `size` completions, and their rewards without abstentions."""
-    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
-    rewards = [np.array([row["reward"] for row in group], dtype=np.float64) for group in groups]
-    return groups, [row[~np.isnan(row)] for row in rewards]
+def known_rewards(rows: Sequence[Row], size: int) -> list[np.ndarray]:
+    """Return the rewards of each prompt's `size` completions, without those that are NaN."""
+    totals = np.array([row["reward"] for row in rows], dtype=np.float64).reshape(-1, size)
+    return [row[~np.isnan(row)] for row in totals]
 
 
 def probe_policy(
@@ -187,25 +219,23 @@ def probe_policy(
     samples = sampling.num_generations
     if not prompts or samples < 2:
         raise Refused(
-            f"The probe was given {len(prompts)} prompts and {samples} samples of each. It needs one prompt "
-            "or more, and two samples or more, to see whether rewards differ."
+            f"A probe of {len(prompts)} prompts, {samples} samples of each: give two samples or more."
         )
-    batches = sample_and_reward(policy, prompts, rewards, sampling, stream="probe", batch_size=batch_size)
-    rows = [row for batch in batches for row in completion_rows(policy, prompts, batch)]
-    groups, known = by_group(rows, samples)
-    lengths = [row["length"] for row in rows]
-    sizes = [2**power for power in range(samples.bit_length()) if 2**power <= samples]
+    rows = sampled_rows(policy, prompts, rewards, sampling, stream="probe", batch_size=batch_size)
+    known, lengths = known_rewards(rows, samples), [row["length"] for row in rows]
+    sizes = [2**power for power in range(samples.bit_length())]
     mark = rewards.pass_threshold
     best = {k: over_prompts([best_of(row, k) for row in known]) for k in sizes}
     right = {} if mark is None else {k: over_prompts([best_of(r >= mark, k) for r in known]) for k in sizes}
+    cut = np.array([row["truncated"] for row in rows]).reshape(-1, samples).mean(axis=1)
     return Probe(
-        prompts=len(groups),
+        prompts=len(known),
         samples=samples,
         binary=rewards.binary,
         reward=best[1],
         best_of=best,
         dead_groups={k: over_prompts([all_equal(row, k) for row in known]) for k in sizes[1:]},
-        truncated=over_prompts([float(np.mean([row["truncated"] for row in group])) for group in groups]),
+        truncated=over_prompts(cut.tolist()),
         length=float(np.mean(lengths)),
         longest=max(lengths),
         entropy=sum(row["entropy"] for row in rows) / max(1, sum(lengths)),

@@ -13,7 +13,7 @@ schedule of the learning rate and the evaluations follow the samples too, in the
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,8 +35,8 @@ from tokenrl.runs.reader import Outcome
 from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
 
-PROGRESS = ("tokens", "samples", "completion_tokens", "step_seconds")
-"""The fields of a `Run` that say how far it has come, and that are numbers."""
+PROGRESS = ("tokens", "samples", "completion_tokens", "means")
+"""The fields of a `Run` that a continuation goes on from."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,9 @@ class Run:
         samples: number of completions generated so far, greedy and replaced ones included.
         latest: the number of these that the latest step has generated.
         completion_tokens: number of completion tokens so far.
-        step_seconds: seconds spent in training steps so far.
+        seconds: seconds of all steps so far, by the names of timings.jsonl.
         rows: the rows of metrics.jsonl so far, that of the evaluation before training first.
         means: the mean reward of each held-out prompt [B], before training and at the latest evaluation.
-        timings: seconds of the latest steps of this process, with those of each reward function.
     """
 
     args: TrainSettings
@@ -101,10 +100,9 @@ class Run:
     samples: int = 0
     latest: int = 0
     completion_tokens: float = 0.0
-    step_seconds: float = 0.0
+    seconds: Counter[str] = field(default_factory=Counter)
     rows: list[dict[str, Any]] = field(default_factory=list)
     means: list[Tensor] = field(default_factory=list)
-    timings: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=20))
 
     @property
     def spent(self) -> bool:
@@ -127,7 +125,7 @@ class Run:
     @property
     def tokens_per_second(self) -> float:
         """Completion tokens per second of training steps."""
-        return self.completion_tokens / max(self.step_seconds, 1e-9)
+        return self.completion_tokens / max(self.seconds["step_seconds"], 1e-9)
 
     @property
     def title(self) -> str:
@@ -136,16 +134,13 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs of the run itself; its parts have states of their own."""
-        return {
-            **{name: getattr(self, name) for name in PROGRESS},
-            "means": {str(number): means for number, means in enumerate(self.means)},
-        }
+        return {name: getattr(self, name) for name in PROGRESS} | {"seconds": dict(self.seconds)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         for name in PROGRESS:
             setattr(self, name, state[name])
-        self.means = [state["means"][name] for name in sorted(state["means"])]
+        self.seconds = Counter(state["seconds"])
 
     def result(self, session: Session, reason: str) -> RunResult:
         """Return the result for the caller; `reason` says how the run ended, unless a signal ended it."""
@@ -159,22 +154,21 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """Return the lines of the header that is printed when the run starts."""
-        args, policy, estimator = self.args, self.learner.policy, self.args.estimator
+        args, task, policy, estimator = self.args, self.task, self.learner.policy, self.args.estimator
         trainable = sum(p.numel() for p in policy.trainable_parameters())
+        axes = f"{estimator.aggregation}, ratio {estimator.ratio}, KL {estimator.beta:g}"
+        sizes = {"prompts_per_step": "{} prompts", "num_generations": "{} completions"}
         told = partial(with_origins, args, self.defaults.origins)
+        rate = told(learning_rate="{:g}", lr_scheduler_type="{}")
         return {
             "model": f"{policy.source} ({trainable:,} trainable parameters, {policy.device}, {args.dtype})",
-            "task": f"{len(self.task.train_prompts):,} training prompts, "
-            f"{len(self.task.eval_prompts):,} held out",
+            "task": f"{len(task.train_prompts):,} training prompts, {len(task.eval_prompts):,} held out",
             "reward": ", ".join(self.rewards.names),
-            "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {estimator.aggregation}, "
-            f"ratio {estimator.ratio}, KL {estimator.beta:g}; bias: {estimator.bias_status}",
-            "training": told(
-                " x ", max_steps="{} steps", prompts_per_step="{} prompts", num_generations="{} completions"
-            ),
+            "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {axes}; bias: "
+            f"{estimator.bias_status}",
+            "training": told(" x ", max_steps="{} steps", **sizes),
             "completions": told(max_completion_length="up to {} tokens"),
-            "learning rate": told(learning_rate="{:g}", lr_scheduler_type="{}")
-            + (f", {args.optimizer}" if args.optimizer != "adamw" else ""),
+            "learning rate": rate if args.optimizer == "adamw" else f"{rate}, {args.optimizer}",
             "seed": args.seed,
             "threads": self.threads,
             **asked(policy.form, args.model),

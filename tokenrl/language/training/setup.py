@@ -6,13 +6,12 @@ Arguments that cannot be used are refused here, before anything is trained.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tokenrl.core.baselines import check_horizon
-from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.policy.lora import add_lora
@@ -31,37 +30,32 @@ from tokenrl.settings import settled
 
 
 def resolve(args: TrainArguments, task: Task, policy: Policy | None = None) -> TrainSettings:
+    """Fill in the arguments left open, and check them (see `settle`)."""
+    return settle(args, task, policy)[0]
+
+
+def settle(args: TrainArguments, task: Task, policy: Policy | None = None) -> tuple[TrainSettings, Defaults]:
     """Fill in the arguments left open (see `training_defaults`), and check them.
 
     Without the policy, before it is loaded, what depends on its size or its tokenizer is provisional.
 
     Raises:
-        Refused: two settings contradict each other, or there are no demonstrations for a warm start.
+        Refused: two settings contradict each other, there is no learning rate for the optimiser, or there are
+            no demonstrations for a warm start.
     """
     if args.warm_start:
         demonstrations(task)
-    return settle(args, training_defaults(args, task, policy))
-
-
-def settle(args: TrainArguments, found: Defaults) -> TrainSettings:
-    """Fill in the arguments left open from what has been found for them, and check them.
-
-    Raises:
-        Refused: two settings contradict each other, or there is no learning rate for the optimiser.
-    """
     if args.optimizer == "sgd" and args.learning_rate is None:
-        raise Refused(
-            "optimizer='sgd' was given without a learning_rate, and the default rates are made for AdamW. A "
-            "step of AdamW at the rate r has a norm of about r x sqrt(number of weights) at most, and one of "
-            "SGD learning_rate x grad_norm (a metric, at most max_grad_norm after clipping). Start with the "
-            "rate that makes both equal, such as 2e-4 x sqrt(100,000) / 1, about 0.06, and try factors of 2 "
-            "around it: --learning-rate 0.06."
-        )
+        raise Refused("optimizer='sgd' was given without a learning_rate; 0.06 is a start, in factors of 2.")
     if args.max_samples is not None:
         args = replace(args, max_steps=None)  # it follows from the samples
+    found = training_defaults(args, task, policy)
     settings = settled(TrainSettings, args, found.values)
+    buffer, length = args.estimator.overlong_buffer, settings.max_completion_length
+    if policy is not None and buffer >= length:  # else the length may be provisional
+        raise Refused(f"overlong_buffer={buffer} is not less than max_completion_length={length}.")
     check(settings)
-    return settings
+    return settings, found
 
 
 def check(args: TrainSettings) -> None:
@@ -70,84 +64,44 @@ def check(args: TrainSettings) -> None:
     Raises:
         Refused: two settings contradict each other, or the estimator refuses a step of this shape.
     """
-    if args.target_kl is not None and not args.estimator.needs_kl:
-        raise Refused(
-            f"target_kl={args.target_kl:g} asks for a KL near that value, but the estimator has beta 0: "
-            "there is no reference to measure the KL to, and a weight of 0 stays 0 when it is multiplied. "
-            "Set --estimator.beta to the weight to start from, such as 0.05, or leave target_kl out."
-        )
-    if args.estimator.needs_groups and args.num_generations == 1:
-        raise Refused(
-            f"The estimator compares the completions of a prompt (baseline={args.estimator.baseline!r}, "
-            f"scale={args.estimator.scale!r}), but with num_generations=1 each prompt has only one. Give 2 "
-            "or more, or choose the estimator reinforce or reinforce_running_mean."
-        )
-    _check_tokens_differ(args.estimator)
-    _try_out(args)
-    check_horizon(args.estimator, args.max_completion_length, args.allow_no_baseline)
-    if args.num_minibatches > args.prompts_per_step:
-        raise Refused(
-            f"num_minibatches={args.num_minibatches} is more than prompts_per_step={args.prompts_per_step}. "
-            f"The completions of a prompt are not split, so give at most {args.prompts_per_step}."
-        )
-    if args.dtype == "float16":
-        raise Refused("dtype='float16' cannot be trained: gradients underflow. Use bfloat16 or float32.")
-    if args.estimator.ratio == "none" and args.num_iterations * args.num_minibatches > 1:
-        raise Refused(
-            f"num_iterations={args.num_iterations} and num_minibatches={args.num_minibatches} make several "
-            "updates from one rollout, but the estimator has ratio='none', which is right only for the first "
-            "of them. Use --estimator.ratio token (the presets grpo, dr_grpo and ppo_clip have it), or one "
-            "update per rollout."
-        )
-
-
-def _check_tokens_differ(estimator: Estimator) -> None:
-    """Refuse to compare the tokens of a completion where all of them have the same return."""
-    within = [f"{axis} {getattr(estimator, axis)!r}" for axis in estimator.within_rows]
+    estimator, updates = args.estimator, args.num_iterations * args.num_minibatches
+    if args.target_kl is not None and not estimator.needs_kl:
+        raise Refused("target_kl holds a KL, but the estimator has beta 0: give --estimator.beta.")
+    if estimator.needs_groups and args.num_generations == 1:
+        axes = f"baseline {estimator.baseline!r}, scale {estimator.scale!r}"
+        raise Refused(f"num_generations=1, but {axes} compare completions: give 2 or more.")
+    within = " and ".join(f"{axis} {getattr(estimator, axis)!r}" for axis in estimator.within_rows)
     penalty = estimator.needs_kl and estimator.kl_placement == "reward"  # a reward for each token
     to_go = estimator.returns in ("reward_to_go", "episode_normalized")
     if within and to_go and estimator.gamma == 1 and not penalty:
         raise Refused(
-            f"{' and '.join(within)} would compare the tokens of one completion, but its reward comes at the "
-            "end: with gamma 1 and no KL in the reward all its tokens have the same return, and nothing "
-            "would be learnt. Compare completions instead: baseline 'rloo', returns 'total' and scale 'none'."
+            f"{within} would compare the tokens of one completion, which have the same return, as its reward "
+            "comes at the end. Take baseline 'rloo', returns 'total' and scale 'none'."
+        )
+    _try_out(args)
+    check_horizon(estimator, args.max_completion_length, args.allow_no_baseline)
+    if args.num_minibatches > args.prompts_per_step:
+        limit = f"prompts_per_step={args.prompts_per_step}, as the completions of a prompt are not split"
+        raise Refused(f"num_minibatches={args.num_minibatches} is more than {limit}.")
+    if args.dtype == "float16":
+        raise Refused("dtype='float16' cannot be trained: gradients underflow. Use bfloat16 or float32.")
+    if estimator.ratio == "none" and updates > 1:
+        raise Refused(
+            f"num_iterations x num_minibatches makes {updates} updates of a rollout, but ratio='none' is "
+            "right for the first only. Use --estimator.ratio token (as grpo, dr_grpo and ppo_clip do)."
         )
 
 
 def _try_out(args: TrainSettings) -> None:
     """Call the estimator on a step of zeros, so that it refuses wrong settings before anything is loaded."""
-    n = args.prompts_per_step * args.num_generations
-    zeros = torch.zeros(n, 1)
+    zeros = torch.zeros(args.prompts_per_step * args.num_generations, 1)
+    inputs: dict[str, Any] = dict.fromkeys(("logprobs", "ref_logprobs", "values"), zeros)
+    inputs |= {"group_size": args.num_generations, "max_length": args.max_completion_length}
+    inputs |= {"greedy_rewards": zeros[:, 0], "score_norms": zeros + 1, "baseline_value": 0.0}
     try:
-        args.estimator.advantages(
-            zeros[:, 0],
-            zeros + 1,
-            group_size=args.num_generations,
-            logprobs=zeros,
-            ref_logprobs=zeros,
-            values=zeros,
-            greedy_rewards=zeros[:, 0],
-            score_norms=zeros + 1,
-            baseline_value=0.0,
-            max_length=args.max_completion_length,
-        )
+        args.estimator.advantages(zeros[:, 0], zeros + 1, **inputs)
     except Stopped as error:
         raise Refused(f"Tried on rewards of 0, before the run: {error}") from error
-
-
-def check_overlong(args: TrainSettings) -> None:
-    """Refuse an overlong buffer that takes the whole completion.
-
-    Raises:
-        Refused: every completion would be penalised.
-    """
-    if args.estimator.overlong_buffer >= args.max_completion_length:
-        raise Refused(
-            f"overlong_buffer={args.estimator.overlong_buffer} is not less than max_completion_length="
-            f"{args.max_completion_length}, so every completion would be penalised for its length, from the "
-            "first token on. Give a shorter buffer (DAPO takes a fifth of the length), or a larger "
-            "max_completion_length."
-        )
 
 
 def without_effect(args: TrainSettings, asked: TrainArguments) -> Iterator[str]:
@@ -158,27 +112,23 @@ def without_effect(args: TrainSettings, asked: TrainArguments) -> Iterator[str]:
         asked: what was asked for.
     """
     if args.max_samples is not None and asked.max_steps not in (None, args.max_steps):
-        yield (
-            f"max_steps={asked.max_steps} has no effect, because max_samples={args.max_samples} says how "
-            f"long the run is: {args.max_steps} steps or fewer. Leave one of the two out."
-        )
+        limit = f"max_samples={args.max_samples} says how long the run is: {args.max_steps} steps or fewer"
+        yield f"max_steps={asked.max_steps} has no effect, because {limit}."
     if args.warmup_steps >= args.max_steps:
-        yield (
-            f"warmup_steps={args.warmup_steps} is not less than max_steps={args.max_steps}, so the learning "
-            f"rate never reaches {args.learning_rate:g}. Give fewer; a tenth of the run is usual."
-        )
+        less = f"is not less than max_steps={args.max_steps}, so the learning rate stays below its peak"
+        yield f"warmup_steps={args.warmup_steps} {less}."
+    critic = args.estimator.needs_values, "the estimator has no critic"
     needs = {
         "max_refills": (args.estimator.zero_spread == "refill", "zero_spread is not 'refill'"),
-        "value_learning_rate": (args.estimator.needs_values, "the estimator has no critic"),
-        "value_iterations": (args.estimator.needs_values, "the estimator has no critic"),
+        "value_learning_rate": critic,
+        "value_iterations": critic,
         "kl_gain": (args.target_kl is not None, "target_kl is not set"),
         "warm_start_steps": (args.warm_start, "warm_start is not set"),
     }
-    usual = {field.name: field.default for field in fields(args)}
     for name, (is_met, why) in needs.items():
         value = getattr(args, name)
-        if value != usual[name] and not is_met:
-            yield f"{name}={value} has no effect, because {why}. Leave it out, or set what it needs."
+        if value != getattr(TrainArguments, name) and not is_met:
+            yield f"{name}={value} has no effect, because {why}."
 
 
 def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
@@ -247,8 +197,8 @@ def make_accelerator(args: TrainSettings) -> Any:
     if prompts % world:
         down, up = prompts // world * world, (prompts // world + 1) * world
         raise Refused(
-            f"prompts_per_step={prompts} cannot be shared equally by {world} processes; groups are not "
-            "split. Give " + (f"{down} or {up}." if down else f"{up}.")
+            f"prompts_per_step={prompts} cannot be shared equally by {world} processes. Give "
+            + (f"{down} or {up}." if down else f"{up}.")
         )
     return accelerator
 
@@ -266,9 +216,10 @@ def made_from(policy: Policy, rows: Mapping[str, Sequence[Any]], accelerator: An
         "tokenizer": tokenizer_fingerprint(policy.tokenizer),
         "base model": fingerprint(policy.model),
     }
-    if accelerator is None:
-        return Maker(fingerprints, device=policy.device.type)
-    return Maker(fingerprints, accelerator.num_processes, accelerator.device.type)
+    world, device = (
+        (1, policy.device) if accelerator is None else (accelerator.num_processes, accelerator.device)
+    )
+    return Maker(fingerprints, world, device.type)
 
 
 def load_placed(name: str, *, dtype: str, trust_remote_code: bool) -> Policy:

@@ -20,13 +20,7 @@ from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits,
 from tokenrl.language.tasks.sources import read_splits, with_prompts
 from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task
 from tokenrl.language.training.arguments import SftArguments, SftSettings
-from tokenrl.language.training.defaults import (
-    demonstrations,
-    length_of,
-    room,
-    sft_defaults,
-    with_origins,
-)
+from tokenrl.language.training.defaults import demonstrations, length_of, room, sft_defaults, with_origins
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.setup import made_from, make_policy
 from tokenrl.language.training.supervised import SupervisedTraining
@@ -78,21 +72,21 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
     """
     args = settled_form(called(SftArguments, args, options))
     args = taken_up(args, args.resume, args.output_dir)
-    how: dict[str, Any] = {"overwrite": args.overwrite, "quiet": args.quiet, "tracking": args}
-    how |= {"saving": args}
-    with Session("sft", args.output_dir, **how) as session, ExitStack() as stack:
+    how: dict[str, Any] = {"overwrite": args.overwrite, "quiet": args.quiet}
+    with (
+        Session("sft", args.output_dir, tracking=args, saving=args, **how) as session,
+        ExitStack() as stack,
+    ):
         task, rewards, rows = _demonstrations(args)
         policy = make_policy(args, task, session.console.note)
-        scoring = agree(policy)
-        found = sft_defaults(args, task, policy)
+        scoring, found = agree(policy), sft_defaults(args, task, policy)
         threads, why = choose_threads(policy.size, args.threads)
         args = replace(settled(SftSettings, args, found.values), threads=threads)
         stack.enter_context(using_threads(threads))
-        order = {"max_steps": args.max_steps, "batch_size": args.batch_size, "seed": args.seed}
-        training = SupervisedTraining(
-            policy, rows, learning_rate=args.learning_rate, scoring=scoring, **order
-        )
-        evaluate, watch = _evaluation(args, task, rewards, policy, training), Stopwatch()
+        how = {"max_steps": args.max_steps, "batch_size": args.batch_size, "seed": args.seed}
+        how |= {"learning_rate": args.learning_rate, "scoring": scoring}
+        training, watch = SupervisedTraining(policy, rows, **how), Stopwatch()
+        evaluate = _evaluation(args, task, rewards, policy, training)
         told = partial(with_origins, args, found.origins)
         facts: dict[str, Any] = {
             "model": policy.source,
@@ -107,9 +101,8 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         title = f"{name}, supervised, seed {args.seed}"
         maker = made_from(policy, {"demonstrations": rows})
         session.keep(SavedPolicy(policy), maker, training=training, watch=watch)
-        session.open(
-            f"tokenrl sft: {name}", facts, note="The loss is the negative log-likelihood, in nats per token."
-        )
+        note = "The loss is the negative log-likelihood, in nats per token."
+        session.open(f"tokenrl sft: {name}", facts, note=note)
         if not session.continues:
             session.evaluated(evaluate())
         session.begin(args, names={"task": name, "model": policy.source}, title=title, **recorded(task))
@@ -122,8 +115,8 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         first, last = training.loss_before, training.loss_after
         ended = SftResult(**session.outcome("finished"), loss_before=first, loss_after=last, policy=policy)
         facts |= {f"{k} after": v for k, v in ended.eval_after.items() if k.startswith("reward")}
-        made = session.origin.in_words()
-        card = Card(title, facts | {"final loss": last}, made, base_model(args.model), ["sft"])
+        facts["final loss"] = last
+        card = Card(title, facts, session.origin.in_words(), base_model(args.model), ["sft"])
         session.finish(ended, lambda path: save_policy(policy, path, card=card))
         return ended
 
@@ -135,8 +128,8 @@ def _evaluation(
     if rewards is None:
         return dict
     length = length_of(task, args.model, policy, otherwise=room(training.pairs))
-    sampling = Sampling(length, seed=args.seed)
     prompts = smaller_evaluation(task, args.eval_size or EVALUATED).eval_prompts
+    sampling = Sampling(length, seed=args.seed)
     return lambda: evaluate_policy(policy, prompts, rewards, sampling).metrics
 
 
@@ -145,26 +138,22 @@ def _demonstrations(args: SftArguments) -> tuple[Any, Rewards | None, list[dict[
 
     A data set without a reward is used whole; with one, some of its rows are held out.
     """
-    named = isinstance(args.task, str)
+    named, column = isinstance(args.task, str), args.completion_column
     own = hasattr(args.task, "train_prompts") or (named and (":" in args.task or is_toy_task(args.task)))
     if own or (args.reward and args.model is not None):
         task, rewards = find_task(args)
-        return task, rewards, demonstrations(task, args.completion_column)
+        return task, rewards, demonstrations(task, column)
     if args.model is None:
-        raise Refused(
-            "A data set has no model of its own: name the one to fine-tune, --model DIRECTORY_OR_HUB_NAME."
-        )
+        raise Refused("A data set has no model of its own: name one, --model DIRECTORY_OR_HUB_NAME.")
     splits = read_splits(args.task) if named else memory_splits(args.task)
     where = repr(args.task) if named else "The data"
     if args.split not in splits:
         raise Refused(f"{where} has no split {args.split!r}; it has {', '.join(splits)}.")
     rows = with_prompts(splits[args.split], where, args)
-    if args.completion_column not in rows[0]:
-        raise Refused(
-            f"{where} has no column {args.completion_column!r}; it has {', '.join(rows[0])}. Name the "
-            "column of the completions with completion_column (--completion-column)."
-        )
-    rows = [row | {"completion": row[args.completion_column]} for row in rows]
+    if column not in rows[0]:
+        known = ", ".join(rows[0])
+        raise Refused(f"{where} has no column {column!r}; name one of {known} with --completion-column.")
+    rows = [row | {"completion": row[column]} for row in rows]
     if named:
         return None, None, rows
     origin = description(splits)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from tokenrl.core.statistics import flat_gradient
-from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.batch import averaging, gather, micro_batch, passes, share
 from tokenrl.language.training.collect import (
@@ -28,9 +27,9 @@ from tokenrl.language.training.collect import (
     Prompts,
     old_logprobs,
     refill,
+    reward,
     sample,
     step_rows,
-    trainer_state,
 )
 from tokenrl.language.training.records import completion_rows, step_metrics
 
@@ -80,7 +79,7 @@ def training_step(
 
     mine = share(accelerator, prompts)
     rollout = sample(learner, mine, sampling)  # n rows, G for each prompt
-    result = reward_rows(policy, rewards, [row for _, row in mine], rollout, **trainer_state(learner, step))
+    result = reward(learner, rewards, mine, rollout, step)
     own = Experience(mine, rollout, result)
     if estimator.zero_spread == "refill":
         mine, rollout, result = own = refill(learner, rewards, sampling, own, more)

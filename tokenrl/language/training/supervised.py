@@ -93,14 +93,11 @@ class Descent:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm)
         found = {"loss": loss.item(), "grad_norm": float(norm)}
-        for name, value in found.items():
+        for what, value in zip(("loss", "norm of the gradient"), found.values(), strict=True):
             if not math.isfinite(value):  # clipped, it would be NaN in every weight
                 self._optimizer.zero_grad()
-                what = "The loss" if name == "loss" else "The norm of the gradient"
-                raise Stopped(
-                    f"{what} of {self._of} is {value} at step {self.step}, and the weights stay as they were "
-                    "before it: lower the learning rate; in low precision try float32."
-                )
+                wrong = f"The {what} of {self._of} is {value} at step {self.step}, which changes no weight"
+                raise Stopped(f"{wrong}: lower the learning rate; in low precision try float32.")
         self._optimizer.step()
         self._schedule.step()
         self.loss_before = found["loss"] if self.loss_before is None else self.loss_before
@@ -135,14 +132,9 @@ def check_trainable(policy: Policy) -> None:
         Refused: no parameter requires a gradient, or one that does is float16.
     """
     if any(p.dtype == torch.float16 for p in policy.trainable_parameters()):
-        raise Refused(
-            f"The weights of {policy.source!r} are float16, which cannot be trained: gradients underflow. "
-            "Use bfloat16 or float32."
-        )
+        raise Refused(f"{policy.source!r} is float16: gradients underflow. Use bfloat16 or float32.")
     if not policy.trainable_parameters():
-        raise Refused(
-            f"The model {policy.source!r} has no trainable parameter: set requires_grad on some, or use LoRA."
-        )
+        raise Refused(f"{policy.source!r} has no trainable parameter: set requires_grad, or use LoRA.")
 
 
 def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> list[Pair]:
@@ -158,17 +150,14 @@ def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> lis
         if isinstance(text, list) and text and isinstance(text[-1], dict):
             text = text[-1].get("content")
         if not isinstance(text, str) or "prompt" not in row:
-            raise Refused(
-                f"Row {number} of the demonstrations has the columns {', '.join(row)}. It needs prompt and "
-                "completion; a completion is text, or a list that ends with the assistant's message."
-            )
+            needed = "prompt and completion (text, or a list that ends with the assistant's message)"
+            raise Refused(f"Row {number} of the demonstrations has {', '.join(row)}; it needs {needed}.")
         ids = list(policy.tokenizer(text, add_special_tokens=False).input_ids)
         if eos is not None and (not ids or ids[-1] not in policy.eos_ids):
             ids.append(eos)
         if not ids:
             raise Refused(
-                f"The completion of row {number} of the demonstrations has no token, and the tokenizer has "
-                "no EOS to end an empty answer with. Leave such rows out, or set tokenizer.eos_token."
+                f"The demonstration in row {number} has no token, and there is no EOS: leave it out."
             )
         prompt = policy.encode_all([row["prompt"]], max_completion_length=len(ids), first_row=number)[0]
         pairs.append((prompt, ids))
@@ -179,13 +168,13 @@ def demonstration_batch(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
     """Put tokenised demonstrations into a rollout, one row for each, so that `score` can score them."""
     prompts, completions = zip(*pairs, strict=True)
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id, policy.device)
-    width = max(map(len, completions))
-    ids_ = torch.tensor([c + [policy.pad_id] * (width - len(c)) for c in completions], device=policy.device)
-    lengths = torch.tensor([len(c) for c in completions], device=policy.device)
-    mask = torch.arange(width, device=policy.device) < lengths[:, None]
-    zeros = torch.zeros(mask.shape, device=policy.device)
-    index = torch.arange(len(pairs), device=policy.device)
-    return Rollout(prompt_ids, prompt_mask, index, ids_, mask, zeros, torch.zeros_like(lengths).bool())
+    backwards, mask = pad_left([c[::-1] for c in completions], policy.pad_id, policy.device)
+    ids, mask = backwards.flip(1), mask.flip(1)
+    zeros, index = (
+        torch.zeros(mask.shape, device=policy.device),
+        torch.arange(len(pairs), device=policy.device),
+    )
+    return Rollout(prompt_ids, prompt_mask, index, ids, mask, zeros, zeros[:, 0].bool())
 
 
 class SupervisedTraining(Descent):

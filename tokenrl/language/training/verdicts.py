@@ -7,7 +7,6 @@ anything was learnt.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -32,19 +31,9 @@ def judge_step(run: Run, session: Session) -> str | None:
         Stopped: in many consecutive steps there was nothing to learn from, and the reward is no better than
             before training.
     """
-    step, row, before = session.step, run.rows[-1], session.eval_before.get("reward", math.inf)
-    idle, limit = steps_without_signal(run, session), run.args.stop_after_zero_spread
-    facts = known_facts(run) | latest_facts(run.rows, run.args.prompts_per_step, needs_groups(run))
-    facts |= _time_facts(run) | {
-        "before_reward": session.eval_before.get("reward"),
-        "before_stderr": session.eval_before.get("reward_stderr"),
-        "step_reward": row["reward"],
-        "step_cut": row["completions/clipped_ratio"],
-        "steps_without_signal": idle,
-        "patience": min(3, limit or 3),
-        "had_signal": any(_equal(run, earlier) < 1 for earlier in run.rows[1 : len(run.rows) - idle]),
-    }
-    findings = {finding.flag: finding for finding in reversed(judge(facts))}
+    step, reward, before = session.step, run.rows[-1]["reward"], session.eval_before.get("reward", math.inf)
+    facts = _step_facts(run, session)
+    idle, findings = facts["steps_without_signal"], {one.flag: one for one in reversed(judge(facts))}
     lost = [flag for flag in LOST if flag in session.flags]
     if not lost and (new := [flag for flag in LOST if flag in findings]):
         lost = new[:1]
@@ -55,15 +44,39 @@ def judge_step(run: Run, session: Session) -> str | None:
             session.warn_once(flag, f"step {step}: {findings[flag].text}")
     if (none := findings.get("no-signal")) is None:
         return None
-    if row["reward"] > before:
-        return _learnt(run, session, idle) if limit and idle >= limit else None
+    ends = 0 < run.args.stop_after_zero_spread <= idle
+    if reward > before:
+        return _learnt(run, session, idle) if ends else None
     if not lost:
         session.warn_once("flat", f"step {step}: {none.text}")
-    if limit and idle >= limit:
+    if ends:
         why = next((findings[flag] for flag in lost if flag in findings), none)
         session.flags = session.flags or ["nothing-learnt"]
         raise Stopped(f"{why.text} (--stop-after-zero-spread 0 lets such a run continue.)")
     return None
+
+
+def _step_facts(run: Run, session: Session) -> dict[str, Any]:
+    """Return what the rules read after a step, with mean seconds of a step and of its slowest reward."""
+    rows, groups, seconds = run.rows[1:], run.args.estimator.needs_groups, run.seconds
+    idle = steps_without_signal(run, session)
+    rewards = [name for name in seconds if name.startswith("rewards/")]
+    slowest = max(rewards, key=seconds.__getitem__, default="")
+    return {
+        **known_facts(run),
+        **latest_facts(run.rows, run.args.prompts_per_step, groups),
+        "before_reward": session.eval_before.get("reward"),
+        "before_stderr": session.eval_before.get("reward_stderr"),
+        "step_reward": rows[-1]["reward"],
+        "step_cut": rows[-1]["completions/clipped_ratio"],
+        "steps_without_signal": idle,
+        "patience": min(3, run.args.stop_after_zero_spread or 3),
+        "had_signal": any(share_equal(row, groups) < 1 for row in rows[: len(rows) - idle]),
+        "timed_steps": session.step,
+        "step_seconds": seconds["step_seconds"] / session.step,
+        "reward_seconds": seconds[slowest] / session.step,
+        "slowest_reward": slowest.removeprefix("rewards/").removesuffix("/seconds"),
+    }
 
 
 def judge_end(run: Run, session: Session, reason: str) -> list[Finding]:
@@ -72,7 +85,8 @@ def judge_end(run: Run, session: Session, reason: str) -> list[Finding]:
     The difference of two evaluations is that of each prompt's mean reward, so that easy and hard prompts
     add no noise to it.
     """
-    facts = known_facts(run) | means("recent", last_tenth(run.rows[1:]), needs_groups(run))
+    rows, groups = run.rows[1:], run.args.estimator.needs_groups
+    facts = known_facts(run) | means("recent", last_tenth(rows), groups)
     if session.is_evaluated and session.step:
         change = run.means[-1] - run.means[0]
         gain, error = map(float, mean_and_error(change[~change.isnan()]))
@@ -80,16 +94,12 @@ def judge_end(run: Run, session: Session, reason: str) -> list[Finding]:
         if reason == "learnt" or gain > 2 * error:  # it has recovered
             session.flags = [flag for flag in session.flags if flag != "policy-destroyed"]
         else:
-            after = float(run.means[-1].nanmean())
+            before, after = (float(rewards.nanmean()) for rewards in (run.means[0], run.means[-1]))
             facts |= {
-                "gain": gain,
-                "gain_stderr": error,
-                "before_reward": float(run.means[0].nanmean()),
-                "after_reward": after,
-                "held_out": len(change),
-                "share_without_signal": fmean(_equal(run, row) == 1 for row in run.rows[1:]),
-                "step_reward": after,
-                "step_cut": run.rows[-1]["completions/clipped_ratio"],
+                **{"gain": gain, "gain_stderr": error, "held_out": len(change)},
+                **{"before_reward": before, "after_reward": after, "step_reward": after},
+                "share_without_signal": fmean(share_equal(row, groups) == 1 for row in rows),
+                "step_cut": rows[-1]["completions/clipped_ratio"],
             }
     findings = [one for one in judge(facts) if one.flag in ("nothing-learnt", "entropy-collapsed")]
     if "policy-destroyed" in session.flags:
@@ -101,47 +111,18 @@ def judge_end(run: Run, session: Session, reason: str) -> list[Finding]:
 
 def known_facts(run: Run) -> dict[str, Any]:
     """Return the settings, and what is known of the task and the model, as facts."""
-    args, task, policy = run.args, run.task, run.learner.policy
-    solved, uncut = (
-        getattr(task, "solved", None),
-        "raise --max-completion-length, name strings that end them ",
-    )
-    uncut += "(--stop), or take a model that ends its answers."
+    args, task, solved = run.args, run.task, getattr(run.task, "solved", None)
+    uncut = "raise --max-completion-length, name strings that end them (--stop), or take another model."
     if asks_in_text(run):
         uncut = "the model has a chat template, so ask it in chat messages, with --chat."
+    own = is_own(task, args.model, run.learner.policy)
     return settings_facts(args) | {
         "usual_rate": run.defaults.values.get("learning_rate"),
         "solved_at": solved,
         "pass_mark": run.rewards.pass_threshold if solved is None else solved,
-        "can_warm_start": bool(getattr(task, "demonstrations", None))
-        and not (args.warm_start or is_own(task, args.model, policy)),
+        "can_warm_start": bool(getattr(task, "demonstrations", None)) and not (args.warm_start or own),
         "uncut": uncut,
     }
-
-
-def _time_facts(run: Run) -> dict[str, Any]:
-    """Return the seconds of a step, and of its slowest reward function, in the mean of the latest steps."""
-    totals = Counter[str]()
-    for timings in run.timings:
-        totals.update(timings)
-    slowest = max(
-        (name for name in totals if name.startswith("rewards/")), key=totals.__getitem__, default=""
-    )
-    return {
-        "timed_steps": len(run.timings),
-        "step_seconds": totals["step_seconds"] / len(run.timings),
-        "reward_seconds": totals[slowest] / len(run.timings),
-        "slowest_reward": slowest.removeprefix("rewards/").removesuffix("/seconds"),
-    }
-
-
-def needs_groups(run: Run) -> bool:
-    """Whether the estimator compares completions of the same prompt."""
-    return bool(run.args.estimator.needs_groups)
-
-
-def _equal(run: Run, row: dict[str, Any]) -> float:
-    return share_equal(row, needs_groups(run))
 
 
 def steps_without_signal(run: Run, session: Session) -> int:
@@ -150,13 +131,12 @@ def steps_without_signal(run: Run, session: Session) -> int:
     A destroyed policy is right once in a while by luck; such a step, whose reward is below the middle of
     what was lost, does not end the row.
     """
-    rows, middle = run.rows[1:], -math.inf
+    rows, middle, count = run.rows[1:], -math.inf, 0
     if "policy-destroyed" in session.flags:
         best = max(row["eval_reward"] for row in run.rows if is_number(row.get("eval_reward")))
         middle = (best + min(row["reward"] for row in rows)) / 2
-    count = 0
     for row in reversed(rows):
-        if _equal(run, row) == 1:
+        if share_equal(row, run.args.estimator.needs_groups) == 1:
             count += 1
         elif row["reward"] >= middle:
             break

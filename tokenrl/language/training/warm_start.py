@@ -75,10 +75,8 @@ def _made_once(
         directory.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{directory}.lock").acquire()
     except OSError as error:
-        raise Refused(
-            f"Warm-started models are kept in {directory.parent}, which cannot be written "
-            f"({describe(error)}). Name another directory with the environment variable TOKENRL_CACHE."
-        ) from error
+        where = f"Warm-started models are kept in {directory.parent}, which cannot be written"
+        raise Refused(f"{where} ({describe(error)}). Set TOKENRL_CACHE to another directory.") from error
     with lock:
         if directory.exists():
             try:
@@ -108,20 +106,14 @@ def warm_started_base(
         Refused: the task has no model of its own, or the seed has more than 32 bits.
     """
     if getattr(task, "build", None) is None:
-        raise Refused(
-            f"The task {task.name!r} has no model of its own. Name the one to train: --model "
-            "DIRECTORY_OR_HUB_NAME."
-        )
+        raise Refused(f"The task {task.name!r} has no model of its own: --model DIRECTORY_OR_HUB_NAME.")
     check_seed(seed)
 
     def make(folder: Path) -> None:
         policy, warm = wrap(*task.build(seed), source=f"{task.name} base"), task.warm_start
         if warm is not None:
-            rows = task.demonstrations
-            announce(
-                f"Warm-starting a tiny model on {len(rows)} demonstrations ({warm.steps} steps; cached for "
-                "next time)."
-            )
+            rows, steps = task.demonstrations, f"{warm.steps} steps; cached for next time"
+            announce(f"Warm-starting a tiny model on {len(rows)} demonstrations ({steps}).")
             how = {"batch_size": warm.batch_size, "learning_rate": warm.learning_rate, "seed": seed}
             fit(policy, rows, max_steps=warm.steps, **how)
         save_policy(policy, folder)
@@ -167,11 +159,9 @@ def warm_start(
     }
 
     def make(folder: Path) -> None:
-        console.note(
-            f"warm start: at most {most} updates of all weights on {BATCH} of {len(rows):,} demonstrations,\n"
-            f"learning rate {rate:g}, until half of the groups have unequal rewards; kept in "
-            f"{cache_directory()}"
-        )
+        goal = f"until half of the groups have unequal rewards; kept in {cache_directory()}"
+        what = f"at most {most} updates of all weights on {BATCH} of {len(rows):,} demonstrations"
+        console.note(f"warm start: {what},\nlearning rate {rate:g}, {goal}")
         with using_threads(choose_threads(policy.size, args.threads)[0]):
             facts = _train(policy, rows, task, rewards, args, console, rate)
         save_policy(policy, folder)
@@ -200,10 +190,10 @@ def _train(
     stream = PromptStream(task.train_prompts, min(PROMPTS, len(task.train_prompts)), args.seed)
     prompts = [row for _, row in stream.next()]
     sampling = Sampling(
-        max_completion_length=args.max_completion_length,
-        num_generations=max(2, args.num_generations),
-        temperature=args.temperature,
-        seed=args.seed,
+        args.max_completion_length,
+        max(2, args.num_generations),
+        args.temperature,
+        args.seed,
         truncate_prompts=args.truncate_prompts,
     )
 
@@ -224,10 +214,10 @@ def _train(
     policy.model.zero_grad(set_to_none=True)  # an adapter leaves these weights alone: free their gradients
     before, after = probes[0], probes[-1]
     if not _is_enough(after):
-        console.warn(
-            f"after {most} updates only {after.unequal:.0%} of the groups have unequal rewards, and "
-            f"{after.truncated.value:.0%} of the completions are cut: raise warm_start_steps."
+        found = (
+            f"only {after.unequal:.0%} of the groups have unequal rewards, and {after.truncated.value:.0%}"
         )
+        console.warn(f"after {most} updates {found} of the completions are cut: raise warm_start_steps.")
     said = f"not needed, since {before.unequal:.0%} of the groups already have unequal rewards"
     if losses:
         said = (
@@ -235,16 +225,11 @@ def _train(
             f"{before.reward.value:.3g} -> {after.reward.value:.3g}, groups with unequal rewards "
             f"{before.unequal:.0%} -> {after.unequal:.0%}"
         )
-    return {
-        "updates": len(losses),
-        "loss_before": losses[0] if losses else None,
-        "loss_after": losses[-1] if losses else None,
-        "reward_before": before.reward.value,
-        "reward_after": after.reward.value,
-        "spread_before": before.unequal,
-        "spread_after": after.unequal,
-        "in_words": said,
-    }
+    facts: dict[str, Any] = {"updates": len(losses), "in_words": said}
+    for when, probe, loss in (("before", before, losses[:1]), ("after", after, losses[-1:])):
+        facts |= {f"reward_{when}": probe.reward.value, f"spread_{when}": probe.unequal}
+        facts[f"loss_{when}"] = loss[0] if loss else None
+    return facts
 
 
 def _is_enough(found: Probe) -> bool:
