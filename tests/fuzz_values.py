@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
@@ -57,10 +57,8 @@ def allowed(rng: random.Random, name: str, hint: Any) -> Any:
     """A value that the type of a setting allows, often at a bound."""
     if name in SMALL:
         return rng.choice(SMALL[name])
-    metadata, hint = (
-        getattr(hint, "__metadata__", ()),
-        hint if get_origin(hint) is not Annotated else get_args(hint)[0],
-    )
+    metadata = getattr(hint, "__metadata__", ())
+    hint = get_args(hint)[0] if metadata else hint
     parts = get_args(hint)
     if get_origin(hint) in (Union, UnionType):
         return allowed(rng, "", rng.choice(parts))

@@ -8,10 +8,8 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -22,7 +20,8 @@ from tokenrl.flags import parse
 from tokenrl.language.training.arguments import TrainArguments
 
 TRAIN = ["train", "--task", "vowels", "--max-steps", "2", "--prompts-per-step", "2", "--num-generations", "3"]
-TRAIN += ["--eval-generations", "1", "--output-dir", "run"]
+TRAIN += ["--eval-generations", "1", "--eval-size", "16", "--output-dir", "run"]
+EVALUATE = ["evaluate", "--task", "vowels", "--eval-size", "16", "--json", "numbers.json", "--model"]
 
 REWARDS = """
 calls = 0
@@ -48,7 +47,7 @@ def test_train_evaluate_sample_report(capsys, tmp_path):
     assert main([*TRAIN, "--estimator", "grpo", "--estimator.scale", "none"]) == 0
     out = capsys.readouterr().out
     assert "no measure of progress" in out and "2/2" in out and "reward_greedy" in out and "scale none" in out
-    assert main(["evaluate", "--model", "run/model", "--task", "vowels", "--json", "numbers.json"]) == 0
+    assert main([*EVALUATE, "run/model"]) == 0
     assert "reward_greedy" in capsys.readouterr().out
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     after = json.loads((tmp_path / "run" / "summary.json").read_text())["eval_after"]
@@ -56,9 +55,15 @@ def test_train_evaluate_sample_report(capsys, tmp_path):
     assert main(["sample", "--model", "run/model", "--prompt", "abc>", "xyz>", "--num-generations", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[:4] for line in lines] == ["abc>", "abc>", "xyz>", "xyz>"]
-    (tmp_path / "run" / "report.html").unlink()
-    assert main(["report", "run"]) == 0
-    assert (tmp_path / "run" / "report.html").exists()
+    file = tmp_path / "run" / "config.json"
+    without = {name: value for name, value in json.loads(file.read_text()).items() if name != "kind"}
+    for text in (file.read_text(), json.dumps(without)):  # a run of before its kind was written has none
+        file.write_text(text)
+        (tmp_path / "run" / "report.html").unlink()
+        assert main(["report", "run"]) == 0
+        assert "prompts" in (tmp_path / "run" / "report.html").read_text()
+    assert main(["report", "run", "--output", "page.html"]) == 2
+    assert "several runs" in capsys.readouterr().err and not (tmp_path / "page.html").exists()
     assert main(["report"]) == 2 and "Name the output directory" in capsys.readouterr().err
     assert main([*TRAIN[:-1], "second", "--seed", "1", "--quiet"]) == 0
     assert main(["report", "run", "second"]) == 0
@@ -80,7 +85,7 @@ def model(tmp_path_factory):
 
 
 def test_evaluate_prints_a_table_and_writes_json(model, capsys, tmp_path):
-    arguments = ["evaluate", "--model", model, "--task", "vowels", "--json", "numbers.json"]
+    arguments = [*EVALUATE, model]
     assert main([*arguments, "--k", "1", "3", "--reference", model, "--temperature", "0.9"]) == 0
     words = [line.split() for line in capsys.readouterr().out.splitlines()]
     shown = {line[0]: line[1:] for line in words if line}
@@ -97,23 +102,22 @@ def test_evaluate_prints_a_table_and_writes_json(model, capsys, tmp_path):
 
 def test_evaluate_compares_models_prompt_by_prompt(model, capsys, tmp_path):
     assert main([*TRAIN, "--learning-rate", "3e-3", "--quiet"]) == 0
-    several = ["evaluate", "--task", "vowels", "--json", "numbers.json", "--model", model, "run"]
-    assert main(several) == 0
+    assert main([*EVALUATE, model, "run"]) == 0
     out = capsys.readouterr().out
     assert "Minus" in out and "±" in out
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert list(numbers) == sorted([model, "run"])
     base, trained = numbers[model], numbers["run"]
     assert trained["difference/reward"] == pytest.approx(trained["reward"] - base["reward"]) != 0
-    unpaired = math.hypot(trained["reward_stderr"], base["reward_stderr"])
-    assert 0 < trained["difference/reward_stderr"] < unpaired
+    apart = math.hypot(trained["reward_stderr"], base["reward_stderr"])  # if the prompts were others
+    assert 0 < trained["difference/reward_stderr"] != pytest.approx(apart)
     assert "difference/reward" not in base
-    alone = tokenrl.evaluate(model=tmp_path / "run", task="vowels")
-    together = tokenrl.evaluate(model=["run", model], task="vowels")
+    alone = tokenrl.evaluate(model=tmp_path / "run", task="vowels", eval_size=16)
+    together = tokenrl.evaluate(model=["run", model], task="vowels", eval_size=16)
     assert list(together) == ["run", model] and together["run"] == alone
     assert alone.metrics == {k: v for k, v in trained.items() if not k.startswith("difference/")}
     for wrong, words in ((["run", "run"], "given twice"), (["run", ""], "Name the model")):
-        assert main(["evaluate", "--task", "vowels", "--model", *wrong]) == 2
+        assert main([*EVALUATE, *wrong]) == 2
         assert words in capsys.readouterr().err
 
 
@@ -127,16 +131,16 @@ def talk(lines, *arguments, monkeypatch, capsys):
 
 
 def test_sample_talks_line_by_line_and_reads_on_after_an_error(model, monkeypatch, capsys):
-    lines = ["abc>", "", "a" * 200, "abc>"]
-    code, out, err = talk(lines, "--model", model, monkeypatch=monkeypatch, capsys=capsys)
+    how = {"monkeypatch": monkeypatch, "capsys": capsys}
+    code, out, err = talk(["abc>", "", "a" * 200, "abc>"], "--model", model, **how)
     assert code == 0 and len(out) == 4 + 4 and all(line.startswith("abc>") for line in out)
     assert len(err) == 1 and "context" in err[0]
-    assert main(["sample", "--model", model, "--prompt", "abc>"]) == 0
-    assert capsys.readouterr().out.splitlines() == out[:4] != out[4:]  # the same prompt again: new draws
-    assert main(["sample", "--model", model, "--prompt", "a" * 200]) == 2
-    assert "context" in capsys.readouterr().err
-    assert talk([], "--model", model, monkeypatch=monkeypatch, capsys=capsys) == (0, [], [])
-    assert talk(["abc>"], monkeypatch=monkeypatch, capsys=capsys)[0] == 2  # no model
+    code, once, _ = talk([], "--model", model, "--prompt", "abc>", **how)
+    assert code == 0 and once == out[:4] != out[4:]  # the same prompt again: new draws
+    code, out, err = talk([], "--model", model, "--prompt", "a" * 200, **how)
+    assert (code, out) == (2, []) and "context" in err[0]
+    assert talk([], "--model", model, **how) == (0, [], [])
+    assert talk(["abc>"], **how)[0] == 2  # no model
 
 
 def test_sample_shows_rewards_of_a_task_or_of_a_function(model, monkeypatch, capsys, tmp_path):
@@ -146,36 +150,33 @@ def test_sample_shows_rewards_of_a_task_or_of_a_function(model, monkeypatch, cap
         "def length(completions): return [None if 'a' in c else float(len(c)) for c in completions]\n"
         "def secret(completions, answer): return [float(c == a) for c, a in zip(completions, answer)]\n"
     )
-    reward = toy_tasks.load("vowels").reward
-    code, out, _ = talk(
-        ["xyz>"], "--model", model, "--task", "vowels", monkeypatch=monkeypatch, capsys=capsys
-    )
+    how = {"monkeypatch": monkeypatch, "capsys": capsys}
+    code, out, _ = talk(["xyz>"], "--model", model, "--task", "vowels", **how)
+    rewards, texts = zip(*(line.split(None, 1) for line in out), strict=True)
+    expected = toy_tasks.load("vowels").reward(["xyz>"] * 4, [text.removeprefix("xyz>") for text in texts])
+    assert code == 0 and [float(reward) for reward in rewards] == pytest.approx(expected, abs=1e-4)
+    own = ["--reward", "made_up_rewards:length", "--num-generations", "8", "--prompt", "xyz>", "bcd>"]
+    _, out, _ = talk([], "--model", model, *own, **how)
     parts = [line.split(None, 1) for line in out]
-    assert code == 0 and len(parts) == 4
-    texts = [text.removeprefix("xyz>") for _, text in parts]
-    assert [float(r) for r, _ in parts] == pytest.approx(reward(["xyz>"] * 4, texts), abs=1e-4)
-    own = ["--reward", "made_up_rewards:length", "--num-generations", "8"]
-    assert main(["sample", "--model", model, *own, "--prompt", "xyz>", "bcd>"]) == 0
-    parts = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
     assert len(parts) == 16 and {text[:4] for _, text in parts} == {"xyz>", "bcd>"}
-    for judged, text in parts:
-        assert judged == ("none" if "a" in text[4:] else f"{len(text) - 4:.4f}")
-    assert {"none"} < {judged for judged, _ in parts}
-    missing = ["--reward", "made_up_rewards:secret"]
-    code, out, err = talk(["xyz>"], "--model", model, *missing, monkeypatch=monkeypatch, capsys=capsys)
+    assert [reward for reward, text in parts] == [
+        "none" if "a" in text[4:] else f"{len(text) - 4:.4f}" for _, text in parts
+    ]
+    assert {"none"} < {reward for reward, _ in parts}
+    missing = ["--model", model, "--reward", "made_up_rewards:secret"]
+    code, out, err = talk(["xyz>"], *missing, **how)
     assert (code, out) == (0, []) and "'answer'" in err[0]
-    assert main(["sample", "--model", model, *missing, "--prompt", "xyz>"]) == 2
+    assert talk([], *missing, "--prompt", "xyz>", **how)[0] == 2
 
 
 @pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
 def test_a_terminal_is_asked_and_left_cleanly(model, monkeypatch, capsys, end):
-    typed = iter(["abc>"])
+    typed = [end, "abc>"]
 
     def ask(mark):
-        try:
-            return next(typed)
-        except StopIteration:
-            raise end from None
+        if typed[-1] is end:
+            raise end
+        return typed.pop()
 
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", ask)
@@ -184,12 +185,11 @@ def test_a_terminal_is_asked_and_left_cleanly(model, monkeypatch, capsys, end):
     assert "Ctrl-D" in out and "\nabc>" in out and out.endswith("\n\n")
 
 
-def test_sft_makes_a_model_that_train_takes(capsys, tmp_path):
+def test_sft_makes_a_model_that_train_takes(model, capsys, tmp_path):
     rows = [{"prompt": f"{x}>", "completion": x * 3} for x in "abcdefgh"] * 4
     (tmp_path / "demonstrations.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert main([*TRAIN, "--quiet"]) == 0
-    sft = ["sft", "--task", "demonstrations.jsonl", "--model", "run/model", "--output-dir", "tuned"]
-    assert main([*sft, "--max-steps", "30", "--learning-rate", "3e-3"]) == 0
+    sft = ["sft", "--task", "demonstrations.jsonl", "--model", model, "--output-dir", "tuned"]
+    assert main([*sft, "--max-steps", "8", "--batch-size", "16", "--learning-rate", "3e-3"]) == 0
     summary = json.loads((tmp_path / "tuned" / "summary.json").read_text())
     assert summary["loss_after"] < summary["loss_before"] and summary["exit_reason"] == "finished"
     assert main(sft) == 2
@@ -197,18 +197,17 @@ def test_sft_makes_a_model_that_train_takes(capsys, tmp_path):
     assert main([*TRAIN[:-1], "second", "--model", "tuned", "--quiet"]) == 0
 
 
-def test_reward_model_makes_a_reward_that_train_takes(capsys, tmp_path):
-    assert main([*TRAIN, "--quiet"]) == 0
-    rows = [
-        {"prompt": f"{x}>", "chosen": "a" * n, "rejected": "b" * n} for x in "abcdefgh" for n in (1, 2, 3)
-    ]
+def test_reward_model_makes_a_reward_that_train_takes(model, capsys, tmp_path):
+    pairs = [(x, n) for x in "abcdefgh" for n in (1, 2, 3)]
+    rows = [{"prompt": f"{x}>", "chosen": "a" * n, "rejected": "b" * n} for x, n in pairs]
     (tmp_path / "preferences.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    judge = ["reward-model", "--data", "preferences.jsonl", "--model", "run/model", "--output-dir", "judge"]
+    judge = ["reward-model", "--data", "preferences.jsonl", "--model", model, "--output-dir", "judge"]
     assert main([*judge, "--max-steps", "6", "--learning-rate", "3e-3", "--eval-size", "4"]) == 0
     assert "Bradley-Terry" in capsys.readouterr().out
     summary = json.loads((tmp_path / "judge" / "summary.json").read_text())
     assert summary["eval_after"]["margin"] > max(0, summary["eval_before"]["margin"])
     assert main(["report", "judge"]) == 0
+    assert "accuracy" in (tmp_path / "judge" / "report.html").read_text()
     assert main([*TRAIN[:-1], "second", "--reward", "judge/model", "--quiet"]) == 0
     line = json.loads((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()[1])
     assert math.isfinite(line["rewards/model/mean"])
@@ -251,23 +250,15 @@ def test_the_configuration_of_a_run_repeats_it_byte_for_byte(command, model, cap
 def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text("task: vowels\nmax_steps: 7\nlearning_rate: 1e-3\nestimator: grpo\n")
     args = parse("train", COMMANDS["train"], ["--config", "mine.yaml", "--max-steps", "2"])
-    assert args == TrainArguments(
-        task="vowels", max_steps=2, learning_rate=1e-3, estimator=Estimator.preset("grpo")
-    )
+    grpo = Estimator.preset("grpo")
+    assert args == TrainArguments(task="vowels", max_steps=2, learning_rate=1e-3, estimator=grpo)
     flags = ["--config=mine.yaml", "--estimator", "dapo", "--estimator.scale-ddof", "0", "--no-quiet"]
     args = parse("train", COMMANDS["train"], flags)
     assert args.estimator == Estimator.preset("dapo", scale_ddof=0) and args.max_steps == 7
     (tmp_path / "wrong.yaml").write_text("learning_rates: 1e-3")
-    for command in ("train", "sft", "reward-model", "control"):
-        assert main([command, "--config", "wrong.yaml"]) == 2
-        assert "wrong.yaml cannot be used" in (said := capsys.readouterr().err)
-        assert "There is no setting 'learning_rates'. Did you mean 'learning_rate'?" in said
-
-
-def groups_of(text):
-    """The groups of a help text in their order: title to content, with frames or without."""
-    parts = re.split(r"^\W*((?:[A-Za-z]+ )*)options\W*$", text, flags=re.MULTILINE)[1:]
-    return {title.strip(): content for title, content in zip(parts[::2], parts[1::2], strict=True)}
+    assert main(["train", "--config", "wrong.yaml"]) == 2
+    assert "wrong.yaml cannot be used" in (said := capsys.readouterr().err)
+    assert "There is no setting 'learning_rates'. Did you mean 'learning_rate'?" in said
 
 
 def flags_of(text):
@@ -279,46 +270,31 @@ def test_the_help_shows_flags_in_groups_those_that_matter_first(capsys, monkeypa
     with pytest.raises(SystemExit) as exit:
         main(["train", "--help"])
     assert exit.value.code == 0
-    shown = groups_of(capsys.readouterr().out)
-    assert list(shown) == [
-        *("", "sampling", "optimiser", "KL control", "model", "prompts and ends", "data", "LoRA"),
-        *("warm start", "evaluation", "checkpoints", "logs", "trackers", "safety stops", "threads"),
-        "estimator",
-    ]
+    parts = re.split(r"^\W*((?:[A-Za-z]+ )*)options\W*$", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    shown = {title.strip(): content for title, content in zip(parts[::2], parts[1::2], strict=True)}
+    assert list(shown)[:4] == ["", "sampling", "optimiser", "KL control"] and list(shown)[-1] == "estimator"
     first = flags_of(shown[""])
-    dozen = ["task", "reward", "model", "estimator", "output-dir", "max-steps", "prompts-per-step"]
-    dozen += ["num-generations", "max-completion-length", "learning-rate", "seed"]
-    assert first[:11] == dozen and "config" in first and len(first) < 20
+    dozen = "task reward model estimator output-dir max-steps prompts-per-step num-generations "
+    assert first[:11] == [*dozen.split(), "max-completion-length", "learning-rate", "seed"]
+    assert "config" in first and len(first) < 20
     flags = [flag for group in shown.values() for flag in flags_of(group)]
     names = {one.name.replace("_", "-") for one in dataclasses.fields(TrainArguments)}
     axes = {"estimator." + one.name.replace("_", "-") for one in dataclasses.fields(Estimator)}
     assert sorted(flags) == sorted({"config"} | names | axes)  # each once, none left out
     assert "--temperature FLOAT" in shown["sampling"] and "(default: 1.0)" in shown["sampling"]
     assert "--lora-r INT" in shown["LoRA"] and "--estimator.scale-ddof {0,1}" in shown["estimator"]
-    assert (
-        "Training steps; each samples one rollout. Default: 200." in shown[""]
-        and "(default: None)" not in shown[""]
-    )
+    assert "Training steps; each samples one rollout. Default: 200." in shown[""]
+    assert "(default: None)" not in shown[""]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_a_help(command, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main([*command.split(), "--help"])
-    assert exit.value.code == 0 and COMMANDS[command].arguments.__doc__.split()[0] in capsys.readouterr().out
-
-
-def test_the_kind_of_a_run_decides_its_report(capsys, tmp_path):
-    assert main([*PREFERENCES, "--max-steps", "2", "--output-dir", "judge", "--quiet"]) == 0
-    assert main([*TRAIN, "--quiet"]) == 0
-    for name, sign in (("judge", "accuracy"), ("run", "prompts")):
-        for kept in (True, False):  # a run of before its kind was written has none
-            file = tmp_path / name / "config.json"
-            config = json.loads(file.read_text())
-            file.write_text(json.dumps(config if kept else {k: v for k, v in config.items() if k != "kind"}))
-            (tmp_path / name / "report.html").unlink()
-            assert main(["report", name]) == 0
-            assert sign in (tmp_path / name / "report.html").read_text()
+def test_every_command_has_a_help(capsys):
+    for command, (arguments, *_) in COMMANDS.items():
+        with pytest.raises(SystemExit) as exit:
+            main([*command.split(), "--help"])
+        assert exit.value.code == 0 and arguments.__doc__.split()[0] in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # a preset changes what the help shows
+        main(["train", "--estimator", "grpo", "--help"])
+    assert "(default: group_mean)" in capsys.readouterr().out
 
 
 def test_python_dash_m_is_the_command():
@@ -337,35 +313,16 @@ def test_an_interruption_while_the_command_is_imported_is_silent(tmp_path, monke
     "arguments, words",
     [
         (["--estimator", "rlo"], "Did you mean 'rloo'"),
-        (["--estimator"], "--estimator needs a value"),
-        (["--estimator.baseline", "opa"], "opa"),
-        (["--task", "nosuch"], "There is no task 'nosuch'"),
-        (["--task", "nosuch.jsonl", "--reward", "made_up_rewards:fails"], "nosuch.jsonl"),
-        (["--task", "empty.jsonl", "--reward", "made_up_rewards:fails"], "empty.jsonl"),
-        (["--task", "other.jsonl", "--reward", "made_up_rewards:fails"], "Available: question"),
+        (["--estimator.baseline", "opa"], "Did you mean 'opo'"),
         (["--task", "good.jsonl"], "--reward"),
         (["--reward", "made_up_rewards:fails"], "KeyError"),
-        (["--reward", "made_up_rewards:nothing"], "nothing"),
-        (["--reward", "no_such_module:reward"], "no_such_module"),
-        (["--model", "no/such/model"], "no/such/model"),
-        (["--max-completion-length", "62"], "context of 64"),
-        (["--config", "nosuch.json"], "nosuch.json"),
-        (["--resume", "auto", "--overwrite"], "give one of both"),
-        (["--num-generations", "1"], "num_generations=1"),
     ],
 )
 def test_a_mistake_is_one_paragraph_and_exit_code_2(arguments, words, capsys, tmp_path):
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "other.jsonl").write_text('{"question": "a"}\n')
     (tmp_path / "good.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    try:
-        code = main([*TRAIN, "--quiet", *arguments])
-    except SystemExit as exit:  # the parser's own
-        code = exit.code
+    assert main([*TRAIN, "--quiet", *arguments]) == 2
     captured = capsys.readouterr()
-    assert code == 2
-    assert words in " ".join((captured.err + captured.out).replace("│", " ").split())
-    assert "Traceback" not in captured.err
+    assert words in captured.err and "Traceback" not in captured.err
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -375,17 +332,6 @@ def test_a_failure_during_the_run_is_exit_code_1(capsys):
     assert "RuntimeError: gone" in captured.err and "Traceback" not in captured.err
 
 
-def test_a_collapsed_policy_is_flagged_once(capsys, tmp_path):
-    cold = [*TRAIN, "--temperature", "0.001"]  # so cold that every token is all but certain
-    for bonus, flags in (("0", ["entropy-collapsed"]), ("0.01", [])):
-        assert main([*cold, "--estimator.entropy-coef", bonus, "--overwrite"]) == 0
-        found = json.loads((tmp_path / "run" / "summary.json").read_text())["flags"]
-        assert sorted(found) == sorted(
-            ["nothing-learnt", *flags]
-        )  # greedy from the start, so no two completions differ
-        assert capsys.readouterr().out.count("warning: entropy-collapsed") == len(flags)
-
-
 def test_no_baseline_for_long_completions_needs_a_flag(capsys):
     long = [*TRAIN, "--estimator", "reinforce", "--max-completion-length", "501"]
     for extra, words in ([], "subtracts no baseline"), (["--allow-no-baseline"], "leaves no room"):
@@ -393,37 +339,7 @@ def test_no_baseline_for_long_completions_needs_a_flag(capsys):
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv, code", [([], 2), (["--help"], 0), (["fly"], 2), (["--version"], 0)])
-def test_the_bare_command(argv, code, capsys):
-    assert main(argv) == code
-    captured = capsys.readouterr()
-    assert ("train" in captured.out + captured.err) or argv == ["--version"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_saves_and_exits(number, code, tmp_path):
-    arguments = [*TRAIN[:3], "--max-steps", "100000", "--output-dir", "run", "--eval-every", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tokenrl", *arguments], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if metrics.exists() and metrics.read_text().count("\n") > 3:
-            break
-        time.sleep(0.1)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == code, errors
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["exit_reason"] == number.name and summary["steps"] >= 3
-    assert summary["eval_before"]["reward"] > 0 and summary["eval_after"] == {}
-    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
-
-
-def test_an_output_that_one_report_would_ignore_is_refused(tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
-    assert main(["report", str(tmp_path), "--output", "page.html"]) == 2
-    assert "several runs" in capsys.readouterr().err and not list(tmp_path.glob("*.html"))
+def test_the_bare_command(capsys):
+    for argv, code, said in (([], 2, "train"), (["--help"], 0, "train"), (["--version"], 0, ".")):
+        assert main(argv) == code
+        assert said in capsys.readouterr().out

@@ -14,7 +14,7 @@ def test_every_shell_has_a_script(shell, capsys):
     assert all(word in script for word in ("reward-model", "prompts-per-step", "probes", "gspo", "classic"))
 
 
-@pytest.mark.parametrize("shell", [["tcsh"], []])
-def test_a_shell_without_a_script_is_refused(shell, capsys):
-    assert main(["--print-completion", *shell]) == 2
-    assert "one of bash, zsh, fish" in capsys.readouterr().err
+def test_a_shell_without_a_script_is_refused(capsys):
+    for shell in (["tcsh"], []):
+        assert main(["--print-completion", *shell]) == 2
+        assert "one of bash, zsh, fish" in capsys.readouterr().err

@@ -20,19 +20,15 @@ def files(tmp_path_factory):
     """A saved model and a data file that suits train, sft and reward-model, which `datasets` has not seen."""
     folder = tmp_path_factory.mktemp("quiet")
     save_policy(wrap(*load("sort_digits").build(0)), folder / "model")
-    rows = [
-        {"prompt": f"{i}>", "answer": "1", "completion": "1", "chosen": "1", "rejected": "2"}
-        for i in range(30)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = {"answer": "1", "completion": "1", "chosen": "1", "rejected": "2"}
+    rows = [json.dumps({"prompt": f"{i}>"} | row) for i in range(30)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
     return folder
 
 
-STEP = [
-    "--prompts-per-step", "2", "--num-generations", "2", "--eval-generations", "0", "--max-steps", "1",
-    "--max-completion-length", "6"]  # fmt: skip
+STEP = "--prompts-per-step 2 --num-generations 2 --eval-generations 0 --max-steps 1 --max-completion-length 6"
 RUNS = {
-    "train": ["train", "--task", "rows.jsonl", "--reward", "exact_match", "--lora-r", "2", *STEP],
+    "train": ["train", "--task", "rows.jsonl", "--reward", "exact_match", "--lora-r", "2", *STEP.split()],
     "sft": ["sft", "--task", "rows.jsonl", "--max-steps", "1"],
     "reward-model": ["reward-model", "--data", "rows.jsonl", "--max-steps", "1"],
     "control": ["control", "--env", "CartPole-v1", "--max-steps", "1"],
@@ -46,24 +42,10 @@ def test_a_quiet_run_prints_nothing(name, files, tmp_path):
     model = [] if name == "control" else ["--model", "model"]
     words = [*RUNS[name], *model, "--quiet", "--output-dir", str(tmp_path / "run")]
     env = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONWARNINGS": "default"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tokenrl", *words],
-        cwd=files,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == ""
+    command = [sys.executable, "-m", "tokenrl", *words]
+    done = subprocess.run(command, cwd=files, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "run" / "summary.json").exists()
-
-
-def test_a_quiet_run_still_says_what_is_wrong(files, capsys, monkeypatch):
-    monkeypatch.chdir(files)
-    assert main(["train", "--task", "no_such_task", "--quiet"]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("tokenrl: ")
 
 
 def test_a_run_warns_of_few_prompts_and_a_quiet_one_does_not(files, tmp_path, monkeypatch, capsys):
@@ -74,18 +56,14 @@ def test_a_run_warns_of_few_prompts_and_a_quiet_one_does_not(files, tmp_path, mo
     assert main(run) == 2  # an untrained model is never right
     assert "only 3 distinct prompts in 3 training rows" in " ".join(capsys.readouterr().out.split())
     assert main([*run, "--quiet"]) == 2
-    shown = capsys.readouterr()
+    shown = capsys.readouterr()  # it still says what is wrong
     assert shown.out == "" and "1. nothing-to-learn: In none of 16 groups of 2" in shown.err
 
 
 def test_a_file_read_from_python_shows_no_bar_and_other_bars_stay(files, tmp_path):
     """A process of its own, because the library reads its environment when it is imported."""
-    program = (
-        "import datasets, sys\n"
-        "from tokenrl.language.tasks.sources import read_splits\n"
-        "read_splits(sys.argv[1])\n"
-        "assert not datasets.are_progress_bars_disabled()\n"
-    )
+    program = "import datasets, sys; from tokenrl.language.tasks.sources import read_splits; "
+    program += "read_splits(sys.argv[1]); assert not datasets.are_progress_bars_disabled()"
     env = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     env.pop("HF_DATASETS_DISABLE_PROGRESS_BARS", None)
     command = [sys.executable, "-c", program, str(files / "rows.jsonl")]

@@ -5,28 +5,21 @@ from __future__ import annotations
 import ast
 import json
 import math
-import os
 import re
 import runpy
 import string
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ALL = sorted(path.stem for path in RECIPES.glob("*.py"))
-ELSEWHERE = {  # tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py, tests/lab/compare/
-    *("rlhf_pipeline", "overoptimisation"),
-    "pretrained_toy_task",
-    "compare_baselines",
-}
+# tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py, tests/lab/compare/
+ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "compare_baselines"}
 TABLE = "estimators_table"
-ALWAYS = ("reinforce_one_page", "train_lm")
-"""Recipes that run for the quick tests too."""
 RUNGS = {
     "ladder vanilla": ("none", "exact"),
     "ladder running_mean": ("running_mean", "exact"),
@@ -35,13 +28,12 @@ RUNGS = {
 }
 SHORT = {  # flags by recipe, and by its first argument where it has several
     **dict.fromkeys(RUNGS, "--max-steps 2 --shift 1"),
-    "reinforce_one_page": "--steps 2 --warm-steps 3 --prompts-per-step 2 --estimator grpo",
     "train_lm": "--max-steps 2 --prompts-per-step 2 --estimator reinforce_running_mean --lora-r 2",
     "filter_by_difficulty": "--prompts 32 --samples 2 --low 0.4 --max-steps 2",
     "pretrained_gsm8k_lora": "--max-steps 2 --prompts-per-step 2 --num-generations 3 --lora-r 2 "
     "--max-completion-length 12 --model model --task sums.jsonl --beta 0.1",
 }
-NAMES = list(SHORT)
+ONE_PAGE = "--steps 2 --warm-steps 3 --prompts-per-step 2 --estimator grpo"
 FIGURES = {
     "figures grpo-difficulty": "",
     "figures length-bias": "--sizes 2 4",
@@ -52,17 +44,13 @@ FIGURES = {
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 
 
-def run(name: str, flags: str, folder: Path, cache: Path) -> subprocess.CompletedProcess[str]:
-    settings = {"TOKENRL_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    program, *rung = name.split()
-    return subprocess.run(
-        [sys.executable, str(RECIPES / f"{program}.py"), *rung, *flags.split()],
-        cwd=folder,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+def run(name: str, flags: str, folder: Path, monkeypatch, capsys) -> str:
+    """What a recipe prints, run as a program in this process, where torch is imported already."""
+    program, *first = name.split()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [program, *first, *flags.split()])
+    runpy.run_path(str(RECIPES / f"{program}.py"), run_name="__main__")
+    return capsys.readouterr().out
 
 
 def make_chat_model_and_data(folder: Path) -> None:
@@ -77,51 +65,21 @@ def make_chat_model_and_data(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """A cache with the base that the rungs share, after a tenth of its warm start."""
+def base(tmp_path_factory):
+    """Makes the base that the rungs share, after a tenth of its warm start, and returns its cache."""
     import toy_tasks
     from tokenrl.language.training import warm_start
 
-    cache, fit = tmp_path_factory.mktemp("cache"), warm_start.fit
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOKENRL_CACHE", str(cache))
-        patch.setattr(warm_start, "fit", lambda *args, **options: fit(*args, **(options | {"max_steps": 20})))
-        warm_start.warm_started_base(toy_tasks.load("sort_digits"))
-    return cache
+    @cache
+    def made() -> Path:
+        folder, fit = tmp_path_factory.mktemp("cache"), warm_start.fit
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TOKENRL_CACHE", str(folder))
+            patch.setattr(warm_start, "fit", lambda *args, **more: fit(*args, **(more | {"max_steps": 20})))
+            warm_start.warm_started_base(toy_tasks.load("sort_digits"))
+        return folder
 
-
-def quickly(name: str):
-    """A recipe as a parameter; a few of them are enough for the quick tests."""
-    return name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, request):
-    """Results by name; the recipes start at once, two at a time, since most of their time is importing."""
-    root = tmp_path_factory.mktemp("recipes")
-    wanted = " ".join(item.nodeid for item in request.session.items)
-    chosen = [name for name in NAMES if f"[{name}]" in wanted or name in ALWAYS]
-    folders = {name: root / name for name in chosen}
-    for folder in folders.values():
-        folder.mkdir()
-    if "pretrained_gsm8k_lora" in folders:
-        make_chat_model_and_data(folders["pretrained_gsm8k_lora"])
-    cache = request.getfixturevalue("base") if RUNGS.keys() & folders else root / "cache"
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        runs = {name: pool.submit(run, name, SHORT[name], folders[name], cache) for name in folders}
-        yield {name: (future, folders[name]) for name, future in runs.items()}
-        for future in runs.values():
-            future.cancel()
-
-
-def result(finished, name):
-    """What a recipe printed, and the run directory that it left under its default name."""
-    future, folder = finished[name]
-    done = future.result()
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
-    runs = list((folder / "runs").glob("*"))
-    return done.stdout, runs[0] if runs else None
+    return made
 
 
 def numbers(pattern: str, text: str) -> list[float]:
@@ -138,7 +96,8 @@ def test_every_recipe_is_in_the_list_with_its_command():
     notebooks = {path.name for path in RECIPES.glob("*.ipynb")}  # tests/test_notebook.py
     assert set(re.findall(r"\]\((\w+\.ipynb)\)", text)) == notebooks
     control = {name for name in ALL if name.startswith("control_")}  # tests/control/test_control_recipes.py
-    assert {name.split()[0] for name in (*SHORT, *FIGURES, *control, *ELSEWHERE, TABLE)} == set(ALL)
+    here = {name.split()[0] for name in (*SHORT, *FIGURES, "reinforce_one_page", TABLE)}
+    assert sorted(here | control | ELSEWHERE) == ALL
 
 
 def test_one_page_is_one_page_of_torch_and_core():
@@ -152,14 +111,17 @@ def test_one_page_is_one_page_of_torch_and_core():
     assert not any(alias.name == "tokenrl" for node in nodes for alias in node.names)
 
 
-RUNS = [quickly(name) for name in NAMES if name != "reinforce_one_page"]
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_recipe_leaves_a_complete_run(finished, name):
+@pytest.mark.parametrize(
+    "name", [name if name == "train_lm" else pytest.param(name, marks=pytest.mark.slow) for name in SHORT]
+)
+def test_recipe_leaves_a_complete_run_of_what_it_says(name, base, tmp_path, monkeypatch, capsys, handlers):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _, folder = result(finished, name)
+    monkeypatch.setenv("TOKENRL_CACHE", str(base() if name in RUNGS else tmp_path / "cache"))
+    if name == "pretrained_gsm8k_lora":
+        make_chat_model_and_data(tmp_path)
+    out = run(name, SHORT[name], tmp_path, monkeypatch, capsys)
+    (folder,) = (tmp_path / "runs").glob("*")
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["exit_reason"], summary["steps"]) == ("finished", 2)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -169,44 +131,37 @@ def test_recipe_leaves_a_complete_run(finished, name):
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert model.config.vocab_size == len(tokenizer)
+    if name in RUNGS:
+        baseline, bias = RUNGS[name]
+        assert json.loads((folder / "config.json").read_text())["estimator"]["baseline"] == baseline
+        assert f"bias of the gradient: {bias} (" in out
+        reward = summary["eval_after"]["reward_greedy"]
+        assert 1 <= reward <= 2  # shifted by 1
+        assert numbers("greedy:", out) == [pytest.approx(reward - 1, abs=1e-3)]
+    if name == "train_lm":
+        before = summary["eval_before"]["reward_greedy"]
+        assert numbers("reward_greedy:", out) == [pytest.approx(before, abs=1e-3)]
+        assert {"rewards/alternates/mean", "rewards/six_long/mean"} <= set(lines[-1])
+    if name == "pretrained_gsm8k_lora":
+        assert (folder / "model" / "adapter" / "adapter_model.safetensors").is_file()
+        assert {"rewards/right/mean", "rewards/well_formed/mean", "kl"} <= set(lines[-1])
+        assert len(numbers("most\\):", out)) == 1
 
 
-@pytest.mark.parametrize("name", [quickly(name) for name in RUNGS])
-def test_rung_is_what_it_says(finished, name):
-    out, folder = result(finished, name)
-    baseline, bias = RUNGS[name]
-    assert json.loads((folder / "config.json").read_text())["estimator"]["baseline"] == baseline
-    assert f"bias of the gradient: {bias} (" in out
-    reward = json.loads((folder / "summary.json").read_text())["eval_after"]["reward_greedy"]
-    assert 1 <= reward <= 2  # shifted by 1
-    assert numbers("greedy:", out) == [pytest.approx(reward - 1, abs=1e-3)]
-
-
-def test_one_page_runs(finished):
-    out, _ = result(finished, "reinforce_one_page")
+def test_one_page_runs(tmp_path, monkeypatch, capsys):
+    out = run("reinforce_one_page", ONE_PAGE, tmp_path, monkeypatch, capsys)
     rewards = numbers("reward", out)
     assert len(rewards) == 5  # greedy and sampled, before and after, and the last step
-    assert all(0 <= reward <= 1 for reward in rewards)
-    assert "biased" in out
-
-
-def test_train_lm_prints_reward_before_and_after(finished):
-    out, folder = result(finished, "train_lm")
-    summary = json.loads((folder / "summary.json").read_text())
-    assert numbers("reward_greedy:", out) == [
-        pytest.approx(summary["eval_before"]["reward_greedy"], abs=1e-3)
-    ]
-    metrics = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {"rewards/alternates/mean", "rewards/six_long/mean"} <= set(metrics)
+    assert all(0 <= reward <= 1 for reward in rewards) and "biased" in out
 
 
 @pytest.mark.slow
-def test_gsm8k_trains_an_adapter_on_chat_prompts_towards_its_reference(finished):
-    out, folder = result(finished, "pretrained_gsm8k_lora")
-    assert (folder / "model" / "adapter" / "adapter_model.safetensors").is_file()
-    metrics = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {"rewards/right/mean", "rewards/well_formed/mean", "kl"} <= set(metrics)
-    assert len(numbers("most\\):", out)) == 1
+def test_one_page_learns(tmp_path, monkeypatch, capsys):
+    out = run("reinforce_one_page", "", tmp_path, monkeypatch, capsys)
+    before, after = numbers("greedy reward", out)
+    assert before < 0.3 and after > 0.8
+    sampled_before, sampled_after = numbers("sampled reward", out)
+    assert sampled_after > sampled_before + 0.3
 
 
 def said(*texts: str) -> list[list[dict[str, str]]]:
@@ -239,24 +194,12 @@ def test_train_lm_rewards():
     assert {row["prompt"] for row in train}.isdisjoint(row["prompt"] for row in held_out)
 
 
-@pytest.mark.slow
-def test_one_page_learns(tmp_path):
-    done = run("reinforce_one_page", "", tmp_path, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    before, after = numbers("greedy reward", done.stdout)
-    assert before < 0.3
-    assert after > 0.8
-    sampled_before, sampled_after = numbers("sampled reward", done.stdout)
-    assert sampled_after > sampled_before + 0.3
-
-
 def drawn(name: str, tmp_path, monkeypatch, capsys) -> str:
-    """What a figure's program prints, run in this process, where torch is imported already."""
-    path, (program, figure) = tmp_path / "figure.png", name.split()
-    monkeypatch.setattr(sys, "argv", [program, figure, *FIGURES[name].split(), "--output", str(path)])
-    runpy.run_path(str(RECIPES / f"{program}.py"), run_name="__main__")
+    """What a figure's program prints."""
+    path = tmp_path / "figure.png"
+    out = run(name, f"{FIGURES[name]} --output {path}", tmp_path, monkeypatch, capsys)
     assert path.read_bytes().startswith(b"\x89PNG")
-    return capsys.readouterr().out
+    return out
 
 
 def test_figure_of_grpo_agrees_with_enumeration(tmp_path, monkeypatch, capsys):
@@ -320,8 +263,7 @@ def test_the_table_of_estimators_has_the_rows_of_the_page(tmp_path, monkeypatch,
     from tokenrl.core import PRESETS
 
     path = tmp_path / "table.md"
-    monkeypatch.setattr(sys, "argv", [TABLE, "--output", str(path), "--estimators", "rloo", "grpo"])
-    runpy.run_path(str(RECIPES / f"{TABLE}.py"), run_name="__main__")
+    run(TABLE, f"--output {path} --estimators rloo grpo", tmp_path, monkeypatch, capsys)
     page = (RECIPES / "estimators.md").read_text().splitlines()
     others = [line for line in page if line.startswith("| `") and not re.match(r"\| `(rloo|grpo)` ", line)]
     assert path.read_text().splitlines() == [line for line in page if line not in others]

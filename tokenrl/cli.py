@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import tyro
 
@@ -27,13 +26,7 @@ from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArgument
 from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
 from tokenrl.runs.console import harmless
-from tokenrl.runs.output import (
-    UNREAD,
-    checked_output,
-    hush_libraries,
-    prepare_streams,
-    without_warnings,
-)
+from tokenrl.runs.output import UNREAD, checked_output, hush_libraries, prepare_streams, without_warnings
 from tokenrl.settings import Settings
 
 
@@ -63,10 +56,10 @@ def write_report(args: ReportArguments) -> int:
         print(report_comparison(args.run_dir[0]))
         return 0
     if args.output is not None:
-        raise Refused(
-            f"--output was given as {args.output!r}, but the report of one run is report.html in its "
-            "directory. Leave --output out, or name several runs to compare them on one page."
+        said = (
+            f"--output {args.output} is for several runs; the report of one is report.html in its directory."
         )
+        raise Refused(f"{said} Leave --output out, or name several runs.")
     print(report_from_directory(args.run_dir[0]))
     return 0
 
@@ -74,9 +67,7 @@ def write_report(args: ReportArguments) -> int:
 COMMANDS = {
     "train": Command(TrainArguments, "tokenrl.language.training.loop:train", trains=True),
     "sft": Command(SftArguments, "tokenrl.language.training.sft:sft", trains=True),
-    "reward-model": Command(
-        RewardModelArguments, "tokenrl.language.preferences.fit:train_reward_model", trains=True
-    ),
+    "reward-model": Command(RewardModelArguments, "tokenrl.language:train_reward_model", trains=True),
     "evaluate": Command(EvaluateArguments, "tokenrl.language.inspect.evaluate:print_evaluation"),
     "sample": Command(SampleArguments, "tokenrl.language.inspect.chat:print_samples"),
     "control": Command(ControlArguments, "tokenrl.control.training:train_agent", trains=True),
@@ -106,18 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    found = _found(argv)
-    if isinstance(found, int):
-        return found
-    command, args = found
-    module, _, function = command.function.partition(":")
-    with without_warnings(getattr(args, "quiet", False)):
-        result = getattr(importlib.import_module(module), function)(args)
-    return result if isinstance(result, int) else getattr(result, "exit_code", 0)
-
-
-def _found(argv: list[str]) -> tuple[Command, Any] | int:
-    """Return the command that is asked for and its arguments, or the exit code if its answer is printed."""
+    """Answer a question about the program itself, or run the command that is asked for."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_help())
         return 0 if argv else 2
@@ -130,31 +110,30 @@ def _found(argv: list[str]) -> tuple[Command, Any] | int:
         words = {"lab exact" if name == "lab" else name: command for name, command in COMMANDS.items()}
         print_completion(argv[1] if argv[1:] else "", words)
     name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
-    command = COMMANDS.get(name)
-    if command is None:
-        raise Refused(f"There is no command {argv[0]!r}.{suggest(argv[0], COMMANDS)}")
+    if name not in COMMANDS:
+        raise Refused(f"There is no command {name!r}.{suggest(name, COMMANDS)}")
     _check_working_directory()
-    return command, parse(name, command, argv[len(name.split()) :])
+    args = parse(name, COMMANDS[name], argv[len(name.split()) :])
+    module, _, function = COMMANDS[name].function.partition(":")
+    with without_warnings(getattr(args, "quiet", False)):
+        result = getattr(importlib.import_module(module), function)(args)
+    return result if isinstance(result, int) else getattr(result, "exit_code", 0)
 
 
 def _check_working_directory() -> None:
     try:
         os.getcwd()
     except OSError as error:  # PyTorch would end the process with a message about something else
-        raise Refused(
-            f"The current working directory cannot be used ({error}); it was probably deleted. Change to one "
-            "that exists, as by cd, and run the command again."
-        ) from error
+        said = f"The current working directory cannot be used ({error}); it was probably deleted."
+        raise Refused(f"{said} Change to one that exists, as by cd.") from error
 
 
 def _help() -> str:
     about = "Policy gradients on language models and gymnasium environments."
     lines = ["usage: tokenrl COMMAND [--help] ...", "", about, ""]
     lines += [f"  {name:13}{command.arguments.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
-    completion = (
-        'Completion in bash: eval "$(tokenrl --print-completion bash)"; there are scripts for zsh and fish.'
-    )
-    return "\n".join([*lines, "", completion])
+    shell = 'eval "$(tokenrl --print-completion bash)"'
+    return "\n".join([*lines, "", f"Completion in bash: {shell}; there are scripts for zsh and fish."])
 
 
 if __name__ == "__main__":  # `python -m tokenrl` is shorter, but older scripts name the module

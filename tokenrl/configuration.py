@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,36 +48,24 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         file = file / "config.json" if file.is_dir() else file
         text = file.read_text(encoding="utf-8")
-        yaml = file.suffix in (".yaml", ".yml")
-        config = _from_yaml(text) if yaml else json.loads(text, object_pairs_hook=_without_repeats)
+        config = _from_yaml(text) if file.suffix in (".yaml", ".yml") else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        found = f"The configuration {file!s:.300} cannot be read ({error})"
+        found = f"The configuration {file!s:.300} cannot be read ({error!s:.300})"
         raise Refused(f"{found}; give the config.json of a run, or a file in JSON or YAML.") from error
     if not isinstance(config, dict):
         raise Refused(f"The configuration {file} is a {type(config).__name__}; it must map names to values.")
     return config
 
 
-def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a mapping; refuse a name that is given twice, of which one value would be lost."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name!r} is given twice")
-    return dict(pairs)
-
-
 def _from_yaml(text: str) -> Any:
     """Read YAML, and `1e-5` in it as a number, as YAML 1.2 does; PyYAML alone would read it as text."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        pass
-
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})
     number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:
-        config = yaml.load(text, Loader)
+        config = yaml.load(text, loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     return {str(name): value for name, value in config.items()} if isinstance(config, dict) else config

@@ -1,7 +1,7 @@
-"""Makes the flags of a command from the dataclass of its arguments, and parses them. Imports no torch.
+"""Makes the flags of a command from the dataclass of its arguments, and reads them. Imports no torch.
 
-tyro parses the flags and prints the help. What it refuses, and what the settings refuse afterwards, is said
-in the same one paragraph, so that a value from the command line gets the message that Python gives.
+tyro reads the words and prints the help. It returns only what was given, and leaves a value that it cannot
+convert as the text that it is; the settings made of them refuse it as they refuse a value from Python.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import ast
 import contextlib
 import io
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import field, fields, is_dataclass, make_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass
 from inspect import cleandoc, get_annotations, getsource
-from itertools import pairwise, takewhile
-from typing import Annotated, Any, Literal, NamedTuple, Union
+from itertools import pairwise
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args
 
 import tyro
+from typing_extensions import Required, TypedDict
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from tokenrl.configuration import configured
 from tokenrl.control.agents import ABOUT_AGENT, AGENTS, agent_settings
@@ -29,12 +32,13 @@ from tokenrl.foreign import check_flags
 from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.files import plain
-from tokenrl.settings import OR_FUNCTION, arguments, check_choice, field_types, rules_of
+from tokenrl.settings import OR_FUNCTION, arguments, check_choice, field_types
 
 ABOUT_CONFIG = "Read settings from this file: a run's config.json, or JSON or YAML. Flags override it."
-
-FRAME = re.compile(r"^.*[─-]{8,}.*$", re.MULTILINE)
+FRAME = re.compile("^.*[─-]{8,}.*$", re.MULTILINE)
 """A line of the frame around tyro's errors."""
+READING = ConstructorRegistry()
+"""How tyro reads the values of flags."""
 
 
 class Command(NamedTuple):
@@ -59,107 +63,91 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     Raises:
         Refused: A flag or a value is not allowed.
     """
-    kind, about = command.arguments, cleandoc(command.arguments.__doc__)
-    default: Any = None
-    config = shared = None
+    kind, prog = command.arguments, f"tokenrl {name}"
+    words = [word for word in argv if word not in ("-h", "--help")]
+    if len(words) < len(argv):
+        given = _given(command, words, prog)[0] if words else {}
+        start = _start(name, command, given)
+        about = cleandoc(kind.__doc__) + (_about_presets() if "estimator" in start else "")
+        tyro.cli(_flags(command, start), args=["--help"], prog=prog, description=about)
+    given, unknown = _given(command, words, prog)
+    start = _start(name, command, given)
+    known = dict(field_types(kind))
     if kind is CompareArguments:
-        argv, shared = _take_shared(argv)
-    elif command.trains:
-        argv, config = _take(argv, "--config")
-        default = kind() if config is None else configured(kind, config, name)
-    if kind is ControlArguments:
-        argv, agent = _take(argv, "--agent")
-        if agent is not None and config is not None:
-            raise Refused("--agent and --config both say where the settings start; give one of them.")
-        if agent is not None:
-            default = arguments(kind, agent_settings(agent, _take(argv, "--env")[1] or default.env))
-    if hasattr(default, "estimator"):
-        argv, preset = _take(argv, "--estimator")
-        default = default if preset is None else replace(default, estimator=Estimator.preset(preset))
-        about += _about_presets()
-    check_flags(argv, field_types(kind))
-    values = _parsed(kind, default, argv, f"tokenrl {name}", about)
-    for switch in _open_switches(kind):
-        flags = {f"--{switch}", f"--no_{switch}"}
-        if not flags & {"--" + word[2:].replace("-", "_") for word in argv if word.startswith("--")}:
-            values[switch] = getattr(default, switch, None)
-    if shared is not None:
-        values["shared"] = shared
-    return arguments(kind, {one.name: values[one.name] for one in fields(kind)})
+        runs = ControlArguments if "env" in given else TrainArguments
+        given["shared"], unknown = _shared(runs, unknown, prog)
+        known |= field_types(runs)  # type: ignore[arg-type]
+    check_flags(unknown, known, prog)
+    return arguments(kind, start | given)
 
 
-def _parsed(kind: Any, default: Any, argv: list[str], prog: str, about: str) -> dict[str, Any]:
-    """Parse flags with tyro, and return the values by name; what it refuses becomes one paragraph."""
+def _given(command: Command, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that flags give, by name, and the words that are none of the command's flags."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            groups = vars(tyro.cli(_flags(kind, default), args=argv, prog=prog, description=about))
-    except SystemExit as exit:
-        if not exit.code:
-            raise  # --help
-        raise _refusal(kind, argv, prog, said.getvalue()) from None
-    values = {flag: value for group in groups.values() for flag, value in vars(group).items()}
-    return values | ({"estimator": vars(groups["estimator"])} if "estimator" in groups else {})
+            kind = _flags(command)
+            groups, rest = tyro.cli(kind, args=argv, prog=prog, registry=READING, return_unknown_args=True)
+    except SystemExit:  # tyro says in a box what is wrong, then how it tried, then where the help is
+        text = FRAME.split(said.getvalue())[1].partition("Got errors:")[0]
+        raise Refused(f"{' '.join(re.sub('[│|]', ' ', text).split())} See {prog} --help.") from None
+    axes = groups.pop("estimator", {})
+    given = {flag: value for group in groups.values() for flag, value in group.items()}
+    return given | ({"axes": axes} if axes else {}), rest
 
 
-def _refusal(kind: Any, argv: list[str], prog: str, said: str) -> Refused:
-    """Turn the box in which tyro writes an error into the paragraph that the settings themselves would write.
+@READING.primitive_rule
+def _or_text(read: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Read a number, or one of several names; anything else stays text."""
+    names = {str(name): name for name in get_args(read.type)} if read.type_origin is Literal else {}
+    if not names and read.type not in (int, float):
+        return None
 
-    Args:
-        kind: the dataclass of the arguments.
-        argv: the words that were parsed.
-        prog: the command.
-        said: the box.
-    """
-    # Lines of the frame divide it into a title, what is wrong, and advice; without colours it has no sides.
-    _, text, *advice = [" ".join(re.sub("[│|]", " ", part).split()) for part in FRAME.split(said)]
-    flag = re.search(r"--[\w.-]+", text)
-    if flag and not text.startswith("Unrecognized"):
-        words = list(argv)
-        given = words[words.index(flag[0]) + 1 :] if flag[0] in words else []
-        values = list(takewhile(lambda word: not word.startswith("--"), given))
-        owner, name = (Estimator, flag[0][12:]) if flag[0].startswith("--estimator.") else (kind, flag[0][2:])
-        rule = rules_of(owner).get(name.replace("-", "_"))
-        if rule is not None and values:
-            return rule.refusal(flag[0], values[0] if len(values) == 1 else values)
-    meant = re.search(r"Perhaps you meant:\s*(--[\w.-]+)", " ".join(advice))
-    hint = f" Did you mean {meant[1]}?" if meant else ""
-    return Refused(f"{text.split(' Got errors:')[0].rstrip('. ')}.{hint} See {prog} --help.")
+    def value(words: list[str]) -> Any:
+        try:
+            return names[words[0]] if names else read.type(words[0])
+        except (KeyError, ValueError):
+            return words[0]
+
+    shown = ",".join(names) or read.type.__name__
+    return PrimitiveConstructorSpec(1, shown, value, lambda _: True, lambda found: [str(found)])
 
 
-def _take_shared(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Split the command line of a comparison into its own flags and the settings that its runs share.
+def _start(name: str, command: Command, given: dict[str, Any]) -> dict[str, Any]:
+    """Take --config, --agent and the estimator out of what was given; return the settings they start from."""
+    kind = command.arguments
+    if not command.trains:
+        return {}
+    config, agent, preset, axes = (given.pop(key, None) for key in ("config", "agent", "estimator", "axes"))
+    if agent is not None and config is not None:
+        raise Refused("--agent and --config both say where the settings start; give one of them.")
+    start = vars(kind() if config is None else configured(kind, config, name))
+    if agent is not None:
+        start = vars(arguments(kind, agent_settings(agent, given.get("env", start["env"]))))
+    if preset is not None or axes:
+        estimator = start["estimator"] if preset is None else Estimator.preset(preset)
+        start = start | {"estimator": arguments(Estimator, vars(estimator) | (axes or {}))}
+    return dict(start)
 
-    Raises:
-        Refused: a setting of the runs is not allowed.
-    """
-    own = field_types(CompareArguments)
-    rest: list[str] = []
-    shared: list[str] = []
-    typed: set[str] = set()
-    control = any(word.partition("=")[0] == "--env" for word in argv)
-    name, kind = ("control", ControlArguments) if control else ("train", TrainArguments)
-    known, target = {"config", "agent", *field_types(kind)}.difference(own), rest
-    for word in argv:
-        if word.startswith("--"):
-            flag = word[2:].partition("=")[0].partition(".")[0].replace("-", "_")
-            names = {flag, flag.removeprefix("no_")} & known
-            typed |= names
-            target = shared if names else rest
-        target.append(word)
-    given = plain(parse(name, Command(kind, "", trains=True), shared))
-    default = plain(kind())
-    chosen = {key for key, value in given.items() if key in typed or value != default[key]}
-    found = {key: given[key] for key in given if key in chosen - own.keys()}
+
+def _shared(kind: Any, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that the runs of a comparison share, and the words that are no flags of a run."""
+    command = Command(kind, "", trains=True)
+    given, rest = _given(command, argv, prog)
+    named = {"estimator", "agent"} & given.keys()
+    start = _start("control" if kind is ControlArguments else "train", command, given)
+    made, usual = plain(arguments(kind, start | given)), plain(kind())
+    free = made.keys() - field_types(CompareArguments).keys()
+    found = {key: made[key] for key in made if key in free and (key in given or made[key] != usual[key])}
     if "estimator" in found:
-        axes, usual = found["estimator"], default["estimator"]
-        if any(word.partition("=")[0] in ("--estimator", "--agent") for word in shared):
+        if named:
             raise Refused(
                 "A comparison names estimators as --arms; what all arms share are single axes, such as "
                 "--estimator.aggregation sequence_mean."
             )
-        found["estimator"] = {axis: value for axis, value in axes.items() if value != usual[axis]}
-    return rest, found
+        axes = found["estimator"].items()
+        found["estimator"] = {axis: value for axis, value in axes if value != usual["estimator"][axis]}
+    return found, rest
 
 
 def print_completion(shell: str, commands: Mapping[str, Command]) -> None:
@@ -175,11 +163,11 @@ def print_completion(shell: str, commands: Mapping[str, Command]) -> None:
     """
     check_choice("--print-completion", shell, ("bash", "zsh", "fish"))
     tree: dict[str, dict[str, Any]] = {}
-    for name, (kind, _, trains) in commands.items():
+    for name, command in commands.items():
         word, _, second = name.partition(" ")
-        tree.setdefault(word, {})[second] = _flags(kind, kind() if trains else None)
+        tree.setdefault(word, {})[second] = _flags(command)
     for below in tree.values():
-        below.setdefault("", make_dataclass("Second", [("word", _one_of(below))]))
+        below.setdefault("", _group({"word": _one_of(below)}))
     kinds = _one_of({word: below[""] for word, below in tree.items()})
     asked = ["--tyro-print-completion", shell]
     tyro.cli(kinds, args=asked, prog="tokenrl", config=(tyro.conf.OmitSubcommandPrefixes,))
@@ -191,32 +179,34 @@ def _one_of(kinds: Mapping[str, Any]) -> Any:
     return Union[named]  # noqa: UP007
 
 
-def _flags(kind: type[Any], default: Any) -> type[Any]:
-    """Make the dataclass that tyro fills: one field for each group of the help, the estimator's axes last.
-
-    It does not check values. The settings are made from them afterwards, so that a value from the command
-    line is refused with the same message as one from Python.
-    """
-    groups: dict[str, list[Any]] = {owner.group: [] for owner in _owners(kind)}
-    for owner, flag in _each_flag(kind, default):
-        groups[owner.group].append(flag)
-    if default is not None:
-        groups[""].append(_flag("config", str | None, None, ABOUT_CONFIG, metavar="FILE"))
+def _flags(command: Command, start: Mapping[str, Any] | None = None) -> Any:
+    """Make the type that tyro reads: a group of flags for each class that declares some, the axes last."""
+    kind = command.arguments
+    start = start or (vars(kind()) if command.trains else {})
+    groups: dict[str, dict[str, Any]] = {owner.group: {} for owner in _owners(kind)}
+    for owner, name, flag in _each_flag(kind, start):
+        groups[owner.group][name] = flag
+    if command.trains:
+        groups[""]["config"] = _flag(str | None, None, ABOUT_CONFIG, "FILE")
     if kind is ControlArguments:
-        groups[""].append(_flag("agent", Literal[AGENTS] | None, None, ABOUT_AGENT, metavar="AGENT"))
+        groups[""]["agent"] = _flag(Literal[AGENTS] | None, None, ABOUT_AGENT, "AGENT")
     about = {owner.group: owner.__doc__ for owner in _owners(kind)} | {"": ""}
-    parts: list[Any] = []
-    for title, flags in groups.items():
-        group = make_dataclass("Group", flags, kw_only=True)
+    parts: dict[str, Any] = {}
+    for number, (title, flags) in enumerate(groups.items()):
         shown = tyro.conf.arg(name=title, help=about[title])
-        parts.append((f"group_{len(parts)}", Annotated[group, tyro.conf.OmitArgPrefixes, shown]))
-    if hasattr(default, "estimator"):
-        axes = make_dataclass("Axes", [flag for _, flag in _each_flag(Estimator, default.estimator)])
-        parts.append(("estimator", Annotated[axes, tyro.conf.arg(help=Estimator.__doc__)]))
-    return make_dataclass("Flags", parts)
+        parts[f"group_{number}"] = Annotated[_group(flags), tyro.conf.OmitArgPrefixes, shown]
+    if "estimator" in groups[""]:
+        axes = {name: flag for _, name, flag in _each_flag(Estimator, vars(start["estimator"]))}
+        parts["estimator"] = Annotated[_group(axes), tyro.conf.arg(help=Estimator.__doc__)]
+    return _group(parts)
 
 
-def _each_flag(kind: Any, default: Any) -> Iterator[tuple[type[Any], Any]]:
+def _group(flags: dict[str, Any]) -> Any:
+    """Return the type of the dictionary that tyro makes, which holds only the flags that are given."""
+    return TypedDict("Flags", flags, total=False)  # type: ignore[misc, operator]
+
+
+def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any], str, Any]]:
     """Yield each field as a flag, with the class that declares it; --estimator takes a preset's name."""
     texts = {name: text for owner in reversed(_owners(kind)) for name, text in _texts(owner)}
     for one in fields(kind):
@@ -224,27 +214,22 @@ def _each_flag(kind: Any, default: Any) -> Iterator[tuple[type[Any], Any]]:
             continue
         owner = next(owner for owner in _owners(kind) if one.name in get_annotations(owner))
         hint, metavar = field_types(kind)[one.name], None
-        value = one.default if default is None else getattr(default, one.name)
+        value = start.get(one.name, one.default)
         if one.name == "estimator":
             hint, value, metavar = Literal[tuple(PRESETS)] | None, None, "PRESET"
         elif OR_FUNCTION in getattr(hint, "__metadata__", ()):
             hint = hint | str  # the name of a function
-        elif hint == bool | None:
+        elif hint == bool | None:  # an open switch is --NAME or --no-NAME, or not given
             hint, value = bool, bool(value)
-        yield owner, _flag(one.name, hint, value, texts[one.name], metavar)
+        yield owner, one.name, _flag(hint, value, texts[one.name], metavar)
 
 
-def _open_switches(kind: Any) -> list[str]:
-    """Return the fields that are true, false or left open (None), whose flags are --NAME and --no-NAME."""
-    return [name for name, hint in field_types(kind).items() if hint == bool | None]
-
-
-def _flag(name: str, hint: Any, default: Any, text: str, metavar: str | None = None) -> Any:
-    def hinted(shown: str) -> str:  # the text of the flag says what happens without it
-        return "" if shown in ("", "''", "None") else f"(default: {shown})"
-
-    shown = tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=hinted)
-    return name, Annotated[hint, shown], field(default=default)
+def _flag(hint: Any, default: Any, text: str, metavar: str | None = None) -> Any:
+    """Return the type of one flag with its text, which says what happens without it."""
+    words = " ".join(shlex.quote(str(one)) for one in (default if isinstance(default, tuple) else [default]))
+    shown = "" if default is MISSING or words in ("''", "None", "") else f"(default: {words})"
+    flag = Annotated[hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=shown)]
+    return Required[flag] if default is MISSING else flag
 
 
 def _owners(kind: type[Any]) -> list[type[Any]]:
@@ -263,26 +248,6 @@ def _texts(owner: type[Any]) -> Iterator[tuple[str, str]]:
 
 def _about_presets() -> str:
     statuses = [f"  {name:24}{Estimator.preset(name).bias_status}" for name in PRESETS]
-    return "\n".join(
-        [
-            "",
-            "--estimator PRESET sets every axis of the estimator; --estimator.AXIS changes one axis.",
-            "The presets, and the bias of the expected gradient with each:",
-            *statuses,
-        ]
-    )
-
-
-def _take(argv: list[str], flag: str) -> tuple[list[str], str | None]:
-    """Return the command line without `flag VALUE` or `flag=VALUE`, and the value (None if it is absent)."""
-    rest, value, words = [], None, iter(argv)
-    for word in words:
-        if word == flag:
-            value = next(words, None)
-            if value is None or value.startswith("--"):
-                raise Refused(f"{flag} needs a value.")
-        elif word.startswith(flag + "="):
-            value = word[len(flag) + 1 :]
-        else:
-            rest.append(word)
-    return rest, value
+    about = "--estimator PRESET sets every axis of the estimator; --estimator.AXIS changes one axis."
+    told = "The presets, and the bias of the expected gradient with each:"
+    return "\n".join(["", about, told, *statuses])

@@ -2,7 +2,7 @@
 
 The names are those of TRL (GRPOConfig, RLOOConfig, SFTConfig, keywords of its trainers and scripts), the
 commonest ones of OpenRLHF and verl, and names that tokenrl itself had before. Whoever gives one as a keyword,
-as a flag or in a configuration is told ours; recipes/coming_from_trl.md says more.
+as a flag or in a configuration is told ours; of what tokenrl has not, a sentence says what happens instead.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from tokenrl.errors import Refused, suggest
+from tokenrl.errors import Refused, nearest, suggest
 
 OURS: Mapping[str, str] = {
     # data, rewards, models; of several names of ours the first one that a command has counts
@@ -90,15 +90,13 @@ WITHOUT: Mapping[str, str] = {
     "adam_beta1 adam_beta2 adam_epsilon": "AdamW has torch's constants.",
     "warmup_steps lr_scheduler_type": "The learning rate falls linearly to 0.",
     "max_length max_seq_length packing": "Rows are neither cut nor packed: one that is too long is refused.",
-    "top_p top_k min_p repetition_penalty generation_kwargs": "Completions are drawn from the policy itself, "
-    "as the gradient requires; only the temperature changes them.",
-    "use_vllm": "vLLM is not used: transformers samples the completions, in the training process.",
+    "top_p top_k min_p repetition_penalty generation_kwargs": "Only the temperature changes what is sampled.",
+    "use_vllm": "transformers samples the completions, in the training process.",
     "fp16": "There is no training in float16; dtype may be bfloat16.",
     "push_to_hub": "Nothing is uploaded; model/ in the output directory can be, as it is.",
     "callbacks": "There are none: metrics.jsonl in the output directory has what each step measured.",
     "deepspeed fsdp zero_stage n_gpus_per_node": "Start processes with accelerate launch.",
-    "filter_difficulty filter_samples": "Prompts are filtered by difficulty before a run, as in "
-    "recipes/filter_by_difficulty.py.",
+    "filter_difficulty filter_samples": "Filter before a run, as recipes/filter_by_difficulty.py does.",
 }
 """What other toolkits set and tokenrl does not, each with what happens instead."""
 
@@ -120,7 +118,7 @@ def meaning(name: str, known: Iterable[str], *, flags: bool = False) -> str:
     Returns:
         A sentence, or an empty text: the name is our own, or not known, or has no meaning for this command.
     """
-    known = set(known)
+    known, name = set(known), "use_vllm" if name.startswith("vllm_") else name
     if name in known:
         return ""
     if f"estimator.{name}" in known:
@@ -129,15 +127,14 @@ def meaning(name: str, known: Iterable[str], *, flags: bool = False) -> str:
         there = [one for one in ours.split() if one in known]
         if name in theirs.split() and there:
             return f"It is {_shown(there[0], flags)}."
-    name = "use_vllm" if name.startswith("vllm_") else name
     trains = "output_dir" in known
     return next((text for theirs, text in WITHOUT.items() if trains and name in theirs.split()), "")
 
 
 def _shown(name: str, flags: bool) -> str:
+    owner, _, axis = name.rpartition(".")
     if flags:
         return "--" + name.replace("_", "-")
-    owner, _, axis = name.rpartition(".")
     return f"{owner}=Estimator({axis}=...)" if owner else name
 
 
@@ -157,14 +154,19 @@ def check_names(options: Iterable[str], hints: Mapping[str, Any]) -> None:
             raise Refused(f"There is no setting {name!r}." + (f" {hint}" if hint else suggest(name, hints)))
 
 
-def check_flags(argv: Iterable[str], hints: Mapping[str, Any]) -> None:
-    """Refuse flags of other toolkits. Other unknown flags are left to the parser.
+def check_flags(unknown: list[str], hints: Mapping[str, Any], prog: str) -> None:
+    """Refuse words of a command line that are no flags of the command.
+
+    Args:
+        unknown: the words; those after the first may be its values.
+        hints: the type of each setting that the command has.
+        prog: the command.
 
     Raises:
-        Refused: a flag has another name here.
+        Refused: there is such a word; the message says what its flag is called here, or which is near.
     """
-    for word in argv:
-        flag = word.partition("=")[0]
-        hint = meaning(flag[2:].replace("-", "_"), settings_of(hints), flags=True) if flag[:2] == "--" else ""
-        if hint:
-            raise Refused(f"There is no flag {flag}. {hint}")
+    if unknown:
+        flag, known = unknown[0].partition("=")[0], settings_of(hints)
+        near = nearest(flag, [_shown(one, flags=True) for one in known])
+        hint = meaning(flag[2:].replace("-", "_"), known, flags=True) or f"See {prog} --help."
+        raise Refused(f"There is no flag {flag}.{near if 'See' in hint else ''} {hint}")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from math import inf
 from numbers import Integral, Real
+from operator import ge, gt, le, lt
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
@@ -36,19 +37,18 @@ class Bounds:
     at_most: float | None = None
     below: float | None = None
 
+    def limits(self) -> list[tuple[str, Callable[[float, float], bool], float]]:
+        """Return the words for each bound, the comparison that must hold with it, and the bound."""
+        found = [("of at least", ge, self.at_least), ("above", gt, self.above)]
+        found += [("at most", le, self.at_most), ("below", lt, self.below)]
+        return [(words, compare, limit) for words, compare, limit in found if limit is not None]
+
     def hold(self, value: float) -> bool:
         """Return whether a finite number lies within the bounds."""
-        return (
-            (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.below is None or value < self.below)
-        )
+        return all(compare(value, limit) for _, compare, limit in self.limits())
 
     def __str__(self) -> str:
-        limits = [("of at least", self.at_least), ("above", self.above)]
-        limits += [("at most", self.at_most), ("below", self.below)]
-        return " and ".join(f"{words} {written(limit)}" for words, limit in limits if limit is not None)
+        return " and ".join(f"{words} {written(limit)}" for words, _, limit in self.limits())
 
 
 LARGEST = 1e30
@@ -112,9 +112,8 @@ class Rule(NamedTuple):
     def refusal(self, what: str, given: object) -> Refused:
         """Return the error that says what was given, which name was probably meant, and what is allowed."""
         hint = nearest(str(given)[:99], self.names)
-        said = f"{what} was given as {shown(given)}"
         return Refused(
-            f"{said}.{hint} It must be {self.words}." if hint else f"{said}; it must be {self.words}."
+            f"{what} was given as {shown(given)}{f'.{hint} It' if hint else '; it'} must be {self.words}."
         )
 
 
@@ -269,15 +268,11 @@ def called(kind: type[T], args: Any, options: Mapping[str, Any]) -> T:
     if args is None:
         return arguments(kind, options)
     if not isinstance(args, kind):
-        raise Refused(
-            f"args is {args!r:.60} ({type(args).__name__}); it must be {kind.__name__}. Give settings as "
-            "keywords, such as seed=1, and leave args out."
-        )
+        said = f"args is {args!r:.60} ({type(args).__name__}); it must be {kind.__name__}."
+        raise Refused(f"{said} Give settings as keywords, such as seed=1, and leave args out.")
     if options:
-        raise Refused(
-            f"args holds all settings, so the keywords {', '.join(options)} would be lost. Give one of the "
-            "two, or change args with dataclasses.replace(args, ...)."
-        )
+        said = f"args holds all settings, so the keywords {', '.join(options)} would be lost."
+        raise Refused(f"{said} Give one of the two, or change args with dataclasses.replace(args, ...).")
     return args
 
 

@@ -53,7 +53,7 @@ def test_an_agent_and_a_configuration_exclude_each_other(tmp_path, capsys):
     assert main(["control", "--config", str(tmp_path / "mine.json"), "--agent", "classic"]) == 2
     assert "--agent and --config" in capsys.readouterr().err
     assert main(["control", "--agent"]) == 2
-    assert "--agent needs a value" in capsys.readouterr().err
+    assert "Missing value for argument '--agent'" in capsys.readouterr().err
     with pytest.raises(Refused, match="agent 'classic' was given beside finished settings"):
         train_agent(ControlArguments(), agent="classic")
 

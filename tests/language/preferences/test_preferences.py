@@ -34,9 +34,7 @@ def test_the_better_one_is_chosen_as_often_as_the_formula_says(noise):
         chosen = sum(first_is_chosen(3.0 + difference, 3.0, noise, draw) for draw in draws)
         p = 1 / (1 + math.exp(-difference / noise))
         assert abs(chosen / len(draws) - p) < 4.5 * math.sqrt(p * (1 - p) / len(draws)) + 1e-9
-
-
-def test_without_noise_the_better_one_is_chosen_and_nothing_decides_a_tie():
+    # Without noise the better one is chosen, and nothing decides a tie.
     assert first_is_chosen(1.0, 0.5, 0.0, 0.999) is True
     assert first_is_chosen(0.5, 1.0, 0.0, 0.001) is False
     assert first_is_chosen(1.0, 1.0, 0.0, 0.3) is None
@@ -45,27 +43,22 @@ def test_without_noise_the_better_one_is_chosen_and_nothing_decides_a_tie():
 
 
 def test_made_preferences_hold_the_gold_rewards_of_their_texts_and_flip_by_the_formula():
-    noise = 0.8
-    prompts = rows_of([f"{word} {n}" for word in PROMPTS for n in range(25)])
+    noise, prompts = 0.8, rows_of([f"{word} {n}" for word in PROMPTS for n in range(25)])
     rows = make_preferences(make_policy(), prompts, gold, noise_temperature=noise, **SIZES)
-    assert set(rows[0]) == {"prompt", "chosen", "rejected", "chosen_gold", "rejected_gold"}
     assert 250 < len(rows) <= 300 and len({row["prompt"] for row in rows}) == len(prompts)
     for row in rows:
+        assert set(row) == {"prompt", "chosen", "rejected", "chosen_gold", "rejected_gold"}
         assert row["chosen"] != row["rejected"]
         assert [row["chosen_gold"], row["rejected_gold"]] == gold([row["chosen"], row["rejected"]])
     apart = np.array([row["chosen_gold"] - row["rejected_gold"] for row in rows])
     p = 1 / (1 + np.exp(-np.abs(apart[apart != 0]) / noise))  # that the better one is chosen
-    spread = math.sqrt((p * (1 - p)).sum())
-    assert abs((apart > 0).sum() - p.sum()) < 4.5 * spread
+    assert abs((apart > 0).sum() - p.sum()) < 4.5 * math.sqrt((p * (1 - p)).sum())
     assert (apart == 0).any()  # with noise ties are kept, decided by a coin
-
-
-def test_without_noise_every_row_is_right_and_ties_are_left_out():
     rows = make_preferences(make_policy(), rows_of(PROMPTS * 5), gold, **SIZES)
     assert len(rows) > 30 and all(row["chosen_gold"] > row["rejected_gold"] for row in rows)
 
 
-def test_the_seed_decides_and_the_batch_does_not():
+def test_the_seed_decides_and_the_batch_does_not_and_abstentions_are_left_out():
     prompts = rows_of(PROMPTS * 3)
     first, same, other = (
         make_preferences(make_policy(), prompts, Rewards(gold), noise_temperature=1.0, **SIZES | changes)
@@ -73,8 +66,6 @@ def test_the_seed_decides_and_the_batch_does_not():
     )
     assert first == same and first != other
 
-
-def test_abstentions_are_left_out_and_columns_reach_the_gold_reward():
     def abstains(completions, use, **_):
         return [g if ok else None for g, ok in zip(gold(completions), use, strict=True)]
 
@@ -83,21 +74,17 @@ def test_abstentions_are_left_out_and_columns_reach_the_gold_reward():
     assert {row["prompt"] for row in rows} == {PROMPTS[0], PROMPTS[2]}
 
 
-def test_chat_prompts_give_messages(tmp_path):
+def test_written_preferences_are_read_by_datasets_and_by_us_as_text_and_as_messages(tmp_path):
+    import datasets
+
     prompts = [{"prompt": [{"role": "user", "content": word}]} for word in PROMPTS]
     rows = make_preferences(make_policy(kind="chat"), prompts, gold, noise_temperature=1.0, **SIZES)
     assert rows[0]["prompt"] == prompts[0]["prompt"]
     assert [message["role"] for message in rows[0]["chosen"]] == ["assistant"]
     write_preferences(tmp_path / "chats.jsonl", rows)
     pairs = [pair for part in load_pairs(tmp_path / "chats.jsonl", eval_size=2) for pair in part]
-    assert sorted(pair.chosen[0]["content"] for pair in pairs) == sorted(
-        row["chosen"][0]["content"] for row in rows
-    )
-
-
-def test_written_preferences_are_read_by_datasets_and_by_us(tmp_path):
-    import datasets
-
+    contents = sorted(row["chosen"][0]["content"] for row in rows)
+    assert sorted(pair.chosen[0]["content"] for pair in pairs) == contents
     rows = make_preferences(make_policy(), rows_of(PROMPTS * 4), gold, noise_temperature=1.0, **SIZES)
     path = tmp_path / "preferences.jsonl"
     write_preferences(path, rows)
@@ -164,7 +151,7 @@ def test_margins_and_gold_rewards_are_read_and_identical_pairs_left_out():
         ([{"prompt": "p", "chosen": "a", "rejected": "a"}] * 3, "identical in every one of the 3 rows"),
         ([{"prompt": "p", "chosen": None, "rejected": "a"}], "row 0: the chosen is None"),
         ([{"prompt": "p", "chosen": "a", "rejected": [BAD]}], "some of prompt, chosen and rejected are text"),
-        ([{"prompt": "p", "chosen": [GOOD], "rejected": [BAD]}], "Give chosen and rejected alike"),
+        ([{"prompt": "p", "chosen": [GOOD], "rejected": [BAD]}], "Give them alike"),
         ([{"prompt": 3, "chosen": "a", "rejected": "b"}], "row 0: the prompt is 3"),
         ([{"prompt": "p", "chosen": "a", "rejected": "b", "margin": "big"}], "margin is 'big'"),
     ],
@@ -190,11 +177,8 @@ def test_held_out_pairs_share_no_prompt_with_the_others():
 def test_splits_of_a_source(tmp_path):
     rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(20)]
     train, held_out = load_pairs({"train": rows[:15], "test": rows[15:]}, eval_size=3)
-    assert (
-        len(train) == 15
-        and len(held_out) == 3
-        and {p.prompt for p in held_out} <= {f"p{i}" for i in range(15, 20)}
-    )
+    assert (len(train), len(held_out)) == (15, 3)
+    assert {p.prompt for p in held_out} <= {row["prompt"] for row in rows[15:]}
     with pytest.raises(Refused, match="no split 'dev'"):
         load_pairs({"train": rows}, eval_split="dev")
     with pytest.raises(Refused, match="no such file"):

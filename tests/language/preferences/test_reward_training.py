@@ -10,6 +10,7 @@ from saved_states import equal, through_a_checkpoint
 from tiny_models import ARCHITECTURES, apart, gradient, make_model, make_policy, make_tokenizer, weights
 
 from tokenrl.errors import Refused, Stopped
+from tokenrl.language import fit_reward_model, train_reward_model
 from tokenrl.language.preferences.arguments import RewardModelSettings
 from tokenrl.language.preferences.backbone import reward_backbone
 from tokenrl.language.preferences.evaluation import (
@@ -19,17 +20,13 @@ from tokenrl.language.preferences.evaluation import (
     preference_metrics,
     score_pairs,
 )
-from tokenrl.language.preferences.fit import (
-    PreferenceTraining,
-    bradley_terry_loss,
-    fit_reward_model,
-    train_reward_model,
-)
+from tokenrl.language.preferences.fit import PreferenceTraining, bradley_terry_loss
 from tokenrl.language.preferences.pairs import Pair, read_pairs
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.runs.report import report_from_directory
 
+GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
 TEXTS = [("the cat", " sat", " on the mat and the dog"), ("a", " log", " b"), ("count", " to ten", "")]
 PAIRS = [Pair(*texts) for texts in TEXTS]
 
@@ -41,10 +38,15 @@ def rows_to_learn(count=160, seed=0):
     for i in range(count):
         words = [generator.permutation(["dog"] * n + ["cat"] * (4 - n)) for n in generator.permutation(5)[:2]]
         texts = sorted((" " + " ".join(w) for w in words), key=lambda text: -text.count("dog"))
-        golds = [float(text.count("dog")) for text in texts]
-        rows.append({"prompt": f"the {i}", "chosen": texts[0], "rejected": texts[1],
-                     "chosen_gold": golds[0], "rejected_gold": golds[1]})  # fmt: skip
+        row = {"prompt": f"the {i}", "chosen": texts[0], "rejected": texts[1]}
+        rows.append(row | {f"{name}_gold": float(row[name].count("dog")) for name in ("chosen", "rejected")})
     return rows
+
+
+def fit(judge, pairs, **settings):
+    """The metrics of each update of a reward model."""
+    usual = {"batch_size": 3, "learning_rate": 0.1, "eval_every": 1}
+    return fit_reward_model(judge, pairs, RewardModelSettings(**usual | settings))
 
 
 def untrained(architecture="llama", kind="pad", **options):
@@ -72,8 +74,10 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(margin, coefficient,
     assert rejected.grad.tolist() == pytest.approx(by_rejected, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["pad", "pad_is_eos", "no_pad"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [*((name, "no_pad") for name in ARCHITECTURES), ("llama", "pad"), ("gpt2", "pad_is_eos")],
+)
 def test_padding_and_batch_change_neither_scores_nor_gradient(architecture, kind):
     judge = untrained(architecture, kind, dtype="float64")
     encoded = encode_pairs(judge, PAIRS)
@@ -86,9 +90,8 @@ def test_padding_and_batch_change_neither_scores_nor_gradient(architecture, kind
     judge.model.zero_grad()
     chosen, rejected = judge.logits([e[0] for e in encoded] + [e[1] for e in encoded]).chunk(2)
     bradley_terry_loss(chosen, rejected).backward()
-    assert torch.stack([chosen, rejected], dim=1).flatten().tolist() == pytest.approx(
-        [a.item() for a in alone], abs=1e-12
-    )
+    together = torch.stack([chosen, rejected], dim=1).flatten().tolist()
+    assert together == pytest.approx([a.item() for a in alone], abs=1e-12)
     assert apart(gradient(judge.model), by_one) < 1e-9
 
     hidden = judge.model.base_model(input_ids=torch.tensor([encoded[0][0]])).last_hidden_state[0, -1]
@@ -105,8 +108,7 @@ def test_a_reward_model_keeps_the_backbone_and_draws_a_head(architecture, saved)
     head, other = (reward_backbone(policy, seed=seed).model.score.weight for seed in (1, 2))
     assert head.shape == (1, 32) and torch.equal(head, of_files.model.score.weight)
     assert not torch.equal(head, other) and 0.1 < head.std() * 33**0.5 < 2
-    train = RewardModelSettings(max_steps=1, batch_size=3, learning_rate=0.1, eval_every=1)
-    fit_reward_model(of_policy, PAIRS, train)
+    fit(of_policy, PAIRS, max_steps=1)
     assert torch.equal(weights(policy.model), before)  # a copy was trained
     assert policy.model.config.num_labels == 2
     assert not torch.equal(weights(of_policy.model), weights(of_files.model))
@@ -114,8 +116,7 @@ def test_a_reward_model_keeps_the_backbone_and_draws_a_head(architecture, saved)
 
 def test_the_first_update_follows_the_arguments():
     def first(args, pairs=PAIRS):
-        steps = RewardModelSettings(max_steps=3, batch_size=3, learning_rate=1e-3, eval_every=1, **args)
-        metrics = fit_reward_model(untrained(), pairs, steps)
+        metrics = fit(untrained(), pairs, max_steps=3, learning_rate=1e-3, **args)
         assert [m["learning_rate"] for m in metrics] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
         return metrics[0]
 
@@ -153,15 +154,15 @@ def test_metrics_by_hand():
 
 
 def test_calibration_by_hand_and_of_a_model_that_is_calibrated():
-    logit = lambda p: math.log(p / (1 - p))  # noqa: E731
-    difference = np.array([logit(0.81), -logit(0.83), logit(0.82), logit(0.52), 1e3])  # in bins of 1, 3 and 1
+    signs, p = np.array([1, -1, 1, 1]), np.array([0.81, 0.83, 0.82, 0.52])
+    difference = np.append(signs * np.log(p / (1 - p)), 1e3)  # in bins of 1, 3 and 1
     expected = (abs(1 - 0.52) + 3 * abs(2 / 3 - 0.82) + 0) / 5
     assert expected_calibration_error(difference) == pytest.approx(expected)
 
     generator = np.random.default_rng(0)
     apart_by = generator.normal(0, 2, 40_000)
-    first = generator.random(40_000) < 1 / (1 + np.exp(-apart_by))
-    difference = np.where(first, apart_by, -apart_by)  # of the chosen one
+    first = generator.random(40_000) < 1 / (1 + np.exp(-apart_by))  # is the chosen one
+    difference = np.where(first, apart_by, -apart_by)
     assert expected_calibration_error(difference) < 0.015
     assert expected_calibration_error(2 * difference) > 0.05
 
@@ -175,12 +176,10 @@ def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
     assert result.eval_before["accuracy"] < 0.8 < 0.9 < result.eval_after["accuracy"]
     assert result.eval_after["noise_ceiling"] == 1 and result.steps == 25
     assert result.eval_after["gold_agreement"] == result.eval_after["accuracy"]
-    summary = json.loads((run / "summary.json").read_text())
-    assert summary["eval_after"] == result.eval_after
+    assert json.loads((run / "summary.json").read_text())["eval_after"] == result.eval_after
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(26))
-    timings = [json.loads(line) for line in (run / "timings.jsonl").read_text().splitlines()]
-    assert len(timings) == 25 and all(t["tokens_per_second"] > 0 < t["step_seconds"] for t in timings)
+    assert len((run / "timings.jsonl").read_text().splitlines()) == 25
     assert lines[0]["eval_accuracy"] == result.eval_before["accuracy"]
     assert lines[25]["eval_accuracy"] == result.eval_after["accuracy"]
     config = json.loads((run / "config.json").read_text())
@@ -190,16 +189,13 @@ def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
     assert "started from Python" in card and f"base_model: {config['model']}" in card
     assert f"| accuracy on held-out pairs | {result.eval_after['accuracy']:.4g} |" in card
 
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        run / "model", output_loading_info=True
-    )
+    load = AutoModelForSequenceClassification.from_pretrained
+    model, loading = load(run / "model", output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     assert not loading["missing_keys"] and model.config.num_labels == 1
     texts = ["the 5 dog", "the 5 dog dog cat dog", "the cat"]
-    # As TRL calls a reward model.
-    inputs = tokenizer(
-        texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
-    )
+    how = {"return_tensors": "pt", "padding": True, "padding_side": "right", "add_special_tokens": False}
+    inputs = tokenizer(texts, **how)  # as TRL calls a reward model
     with torch.no_grad():
         logits = model(**inputs).logits[:, 0].tolist()
     prompts, completions = ["the", "the", "the"], [text[3:] for text in texts]
@@ -232,9 +228,6 @@ def test_a_task_makes_its_own_preferences_at_the_width_asked_for(tmp_path, monke
         train_reward_model(output_dir=tmp_path / "c", hidden_size=18, **options)
 
 
-GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -243,7 +236,7 @@ GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
         ({"model": "no/such/model"}, "There is no directory 'no/such/model'"),
         ({"data": [GOOD, GOOD | {"chosen": "cat " * 200}] * 4}, "3 of 7 pairs.*64 tokens"),
         ({"data": [GOOD | {"margin": 1.0}] * 4, "margin": 0.5}, "a column 'margin' were both given"),
-        ({"hidden_size": 16}, "with --model the width"),
+        ({"hidden_size": 16}, "leave out one of both"),
         ({"max_step": 3}, "no setting 'max_step'. Did you mean 'max_steps'"),
     ],
 )
@@ -305,22 +298,16 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     judge = untrained()
     before = weights(judge.model)
     judge.model.score.weight.register_hook(lambda gradient: gradient * math.inf)
-    args = RewardModelSettings(max_steps=1, batch_size=2, learning_rate=0.1, eval_every=1)
     with pytest.raises(Stopped, match=r"norm of the gradient of the reward model is .* at step 1"):
-        fit_reward_model(judge, PAIRS, args)
+        fit(judge, PAIRS, max_steps=1, batch_size=2)
     assert torch.equal(weights(judge.model), before)
 
 
-def test_chat_preferences_are_scored_as_the_reward_is(tmp_path):
-    judge = untrained(kind="chat")
-    row = {
-        "chosen": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}],
-        "rejected": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "dog dog"}],
-    }
-    pairs = read_pairs([row], "data")
-    scores = score_pairs(judge, encode_pairs(judge, pairs))
-    prompt = [{"role": "user", "content": "the cat"}]
-    assert scores[0].tolist() == pytest.approx(judge([prompt] * 2, ["sat", "dog dog"]), abs=1e-6)
+def test_chat_preferences_are_scored_as_the_reward_is():
+    judge, asked = untrained(kind="chat"), [{"role": "user", "content": "the cat"}]
+    good, bad = ([*asked, {"role": "assistant", "content": text}] for text in ("sat", "dog dog"))
+    scores = score_pairs(judge, encode_pairs(judge, read_pairs([{"chosen": good, "rejected": bad}], "data")))
+    assert scores[0].tolist() == pytest.approx(judge([asked] * 2, ["sat", "dog dog"]), abs=1e-6)
     assert isinstance(judge, RewardModel) and scores[0, 0] != scores[0, 1]
 
 
@@ -332,15 +319,14 @@ def test_trl_trains_on_a_reward_model_and_gives_the_same_rewards(tmp_path, saved
     model = str(saved(initializer_range=0.1))
     options = {"max_steps": 2, "output_dir": tmp_path / "judge", "quiet": True}
     judge = train_reward_model(data=rows_to_learn(20), model=model, **options).reward_model
-    args = trl.GRPOConfig(
-        output_dir=str(tmp_path / "trl"), max_steps=1, num_generations=2, per_device_train_batch_size=2,
-        max_completion_length=4, use_cpu=True, bf16=False, report_to=[], save_strategy="no",
-    )  # fmt: skip
+    usual = {"max_steps": 1, "num_generations": 2, "per_device_train_batch_size": 2, "use_cpu": True}
+    usual |= {"max_completion_length": 4, "bf16": False, "report_to": [], "save_strategy": "no"}
+    rows = Dataset.from_list([{"prompt": "the cat"}] * 4)
     trainer = trl.GRPOTrainer(
         model=model,
         reward_funcs=str(tmp_path / "judge" / "model"),
-        args=args,
-        train_dataset=Dataset.from_list([{"prompt": "the cat"}] * 4),
+        args=trl.GRPOConfig(output_dir=str(tmp_path / "trl"), **usual),
+        train_dataset=rows,
         processing_class=make_tokenizer(),
     )
     trainer.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -53,8 +54,8 @@ class Sampler:
         task: Any = None
         self.rewards: Rewards | None = None
         if args.task is not None:
-            chosen: dict[str, Any] = {"reward": args.reward, "reward_weights": args.reward_weights}
-            task, self.rewards = find_task(EvaluateArguments(task=args.task, chat=args.chat, **chosen))
+            named = EvaluateArguments(task=args.task, chat=args.chat, reward=args.reward)
+            task, self.rewards = find_task(replace(named, reward_weights=args.reward_weights))
         elif args.reward:
             self.rewards = Rewards(args.reward, args.reward_weights or None)
         self.policy = load_placed(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
@@ -79,12 +80,8 @@ class Sampler:
         args, policy, row = self._args, self.policy, self._row(text)
         for warning in special_texts(policy.tokenizer, [row["prompt"]]):
             self._say("special", visible(warning))
-        length = args.max_completion_length
-        if length is None:
-            left = (
-                self.length if policy.context is None else policy.context - len(policy.encode(row["prompt"]))
-            )
-            length = max(1, min(self.length, left))
+        room = self.length if policy.context is None else policy.context - len(policy.encode(row["prompt"]))
+        length = args.max_completion_length or max(1, min(self.length, room))
         sampling = Sampling(length, args.num_generations, args.temperature, args.seed)
         ids = encode(policy, [row["prompt"]], sampling)
         draws = uniforms("interactive", sampling, [self._completed])

@@ -91,35 +91,27 @@ def _evaluated(args: EvaluateArguments) -> Evaluation:
     generations = max((4, *args.k)) if args.num_generations is None else args.num_generations
     check_sizes(args.k, generations)
     task, rewards = find_task(args)
-    sampling = Sampling(  # made first: numbers out of range are refused before the model is loaded
-        max_completion_length=args.max_completion_length or 256,
-        num_generations=generations,
-        temperature=args.temperature,
-        seed=args.seed,
-        truncate_prompts=args.truncate_prompts,
-    )
+    length = args.max_completion_length
+    # Made first: numbers out of range are refused before the model is loaded.
+    sampling = Sampling(length or 256, generations, args.temperature, args.seed)
+    sampling = replace(sampling, truncate_prompts=args.truncate_prompts)
     how: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     policy = load_placed(args.model, **how)
     policy.ask(form_of(args))
     say_form(policy.form, args.model)
-    if args.max_completion_length is None:
+    if length is None:
         sampling = replace(sampling, max_completion_length=length_of(task, args.model, policy))
     reference = None if args.reference is None else load_placed(args.reference, **how)
     for warning in special_texts(policy.tokenizer, [row["prompt"] for row in task.eval_prompts]):
         print(f"tokenrl: {visible(warning)}", file=sys.stderr)
     with using_threads(choose_threads(policy.size)[0]):
-        evaluation = evaluate_policy(
-            policy,
-            task.eval_prompts,
-            rewards,
-            sampling,
-            detailed=True,
-            k=args.k or ((1, generations) if generations else ()),
-            reference=reference,
-        )
+        more: dict[str, Any] = {
+            "k": args.k or ((1, generations) if generations else ()),
+            "reference": reference,
+        }
+        evaluation = evaluate_policy(policy, task.eval_prompts, rewards, sampling, detailed=True, **more)
         if args.best_of:
-            gold = _own_rewards(args, rewards)
-            pool = replace(sampling, num_generations=args.best_of)
+            gold, pool = _own_rewards(args, rewards), replace(sampling, num_generations=args.best_of)
             found = best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)
             evaluation = evaluation._replace(metrics=evaluation.metrics | found)
     return evaluation
@@ -138,13 +130,10 @@ def _own_rewards(args: EvaluateArguments, rewards: Rewards) -> Rewards:
 def print_evaluation(args: EvaluateArguments) -> int:
     """Evaluate one or several models and print the tables."""
     found = evaluate(args)
-    if isinstance(found, dict):
-        models = {name: one.metrics for name, one in found.items()}
-        tables = evaluation_tables(models, title=f"Held-out prompts of {args.task}")
-    else:
-        title = f"{args.model} on the held-out prompts of {args.task}"
-        tables = evaluation_tables({str(args.model): found.metrics}, title=title)
-    rich_console().print(*tables, sep="\n")
+    several = found if isinstance(found, dict) else {str(args.model): found}
+    models = {name: one.metrics for name, one in several.items()}
+    title = f"{'' if len(models) > 1 else f'{args.model}: '}held-out prompts of {args.task}"
+    rich_console().print(*evaluation_tables(models, title=title), sep="\n")
     return 0
 
 
@@ -181,7 +170,9 @@ def evaluation_tables(models: Mapping[str, Mapping[str, float]], *, title: str) 
     differences = rich_table(f"Minus {first}, by prompt", ("",), others, overflow="fold")
     if not others:
         values.add_column("")
-    for name in _in_order({name: 0.0 for metrics in models.values() for name in metrics}):
+    order = {name: place for place, name in enumerate(MEANINGS)}
+    names = dict.fromkeys(name for metrics in models.values() for name in metrics if "_stderr" not in name)
+    for name in sorted(names, key=lambda name: order.get(_kind(name.removeprefix(DIFFERENCE)), len(order))):
         found = [(metrics.get(name), metrics.get(name + "_stderr")) for metrics in models.values()]
         if not name.startswith(DIFFERENCE):
             meaning = [] if others else [MEANINGS.get(_kind(name), "")]
@@ -190,13 +181,6 @@ def evaluation_tables(models: Mapping[str, Mapping[str, float]], *, title: str) 
         cells = [("+" if (value or 0) > 0 else "") + measured(value, error) for value, error in found[1:]]
         differences.add_row(name.removeprefix(DIFFERENCE), *cells)
     return [values, differences] if others else [values]
-
-
-def _in_order(metrics: Mapping[str, float]) -> list[str]:
-    """Return the names of the metrics in the order of `MEANINGS`, without those of standard errors."""
-    order = {name: place for place, name in enumerate(MEANINGS)}
-    shown = [name for name in metrics if not name.endswith("_stderr")]
-    return sorted(shown, key=lambda name: order.get(_kind(name.removeprefix(DIFFERENCE)), len(order)))
 
 
 def _kind(name: str) -> str:

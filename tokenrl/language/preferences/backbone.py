@@ -47,15 +47,14 @@ def reward_backbone(source: Any, *, seed: int = 0) -> RewardModel:
     inside = [name for name in missing if name.startswith(model.base_model_prefix + ".")]
     if inside:
         raise Refused(
-            f"{source!s:.100} is not a complete model: it lacks {', '.join(inside[:3])}. Save it whole."
+            f"{source!s:.100} is not a whole model: it lacks {', '.join(inside[:3])}. Save it whole."
         )
     _draw(model, missing, seed)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise Refused(
-            f"The tokenizer of {source!s:.100} has neither a pad nor an EOS token, so texts of different "
-            "lengths cannot be padded. Set tokenizer.pad_token."
+            f"The tokenizer of {source!s:.100} has no pad and no EOS token; set tokenizer.pad_token."
         )
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return RewardModel((model.requires_grad_(True), tokenizer))
@@ -84,7 +83,6 @@ def _draw(model: nn.Module, names: Iterable[str], seed: int) -> None:
     generator, wanted = torch.Generator().manual_seed(seed), set(names)
     for name, weight in model.named_parameters():
         if name in wanted and weight.ndim > 1:
-            drawn = torch.randn(weight.shape, generator=generator)
-            weight.copy_(drawn / (weight.shape[-1] + 1) ** 0.5)
+            weight.copy_(torch.randn(weight.shape, generator=generator) / (weight.shape[-1] + 1) ** 0.5)
         elif name in wanted:
             weight.zero_()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,48 +23,36 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
         train: the pairs to train on.
         held_out: the pairs to evaluate on.
     """
-    keys = [_key(pair.prompt, pair.chosen, pair.rejected) for pair in train]
-    known = set(keys)
-    seen = sum(_key(pair.prompt, pair.chosen, pair.rejected) in known for pair in held_out)
-    swapped = sum(_key(pair.prompt, pair.rejected, pair.chosen) in known for pair in train)
-    lengths = [(_length(pair.chosen), _length(pair.rejected)) for pair in train]
-    shares = {
-        "longer": sum(chosen > rejected for chosen, rejected in lengths) / len(train),
-        "shorter": sum(chosen < rejected for chosen, rejected in lengths) / len(train),
-    }
-    findings = []
+    known = {repr((pair.prompt, pair.chosen, pair.rejected)) for pair in train}
+    seen = sum(repr((pair.prompt, pair.chosen, pair.rejected)) in known for pair in held_out)
+    swapped = sum(repr((pair.prompt, pair.rejected, pair.chosen)) in known for pair in train)
+    gaps = [_length(pair.chosen) - _length(pair.rejected) for pair in train]
+    longer, shorter = (sum(sign * gap > 0 for gap in gaps) / len(train) for sign in (1, -1))
+    findings: list[tuple[str, Weight, str]] = []
     if seen:
-        text = f"{seen:,} of {len(held_out):,} held-out pairs are also trained on, so that the evaluation "
-        text += "rewards learning by heart. Take them out of the training data, or leave --eval-split out, "
-        text += "so that prompts are held out."
-        findings.append(Finding("held-out-in-training", _weight(seen >= MANY * len(held_out)), text))
+        text = f"{seen:,} of {len(held_out):,} held-out pairs are also trained on: take them out of the "
+        text += "training data, or leave --eval-split out, so that prompts are held out."
+        findings.append(("held-out-in-training", "void" if seen >= MANY * len(held_out) else "watch", text))
     if swapped:
-        text = f"{swapped:,} of {len(train):,} training pairs are there in both orders. Each cancels the "
-        text += "other, so these teach nothing: take them out of the data."
-        findings.append(Finding("contradictory-pairs", _weight(swapped == len(train)), text))
-    for which, share in shares.items():
+        text = f"{swapped:,} of {len(train):,} training pairs are there in both orders, which cancel each "
+        text += "other: take them out of the data."
+        findings.append(("contradictory-pairs", "void" if swapped == len(train) else "watch", text))
+    for which, share in (("longer", longer), ("shorter", shorter)):
         if share >= MOSTLY:
-            text = f"In {share:.0%} of the training pairs the {which} completion is chosen. A reward model "
-            text += "can learn that alone, and a policy trained on it change its length alone. Add pairs in "
-            text += "which it is the "
-            findings.append(Finding("length-decides", "watch", f"{text}other way."))
+            text = (
+                f"In {share:.0%} of the training pairs the {which} completion is chosen: a reward model can "
+            )
+            text += "learn that alone. Add pairs in which it is the other way."
+            findings.append(("length-decides", "watch", text))
     measured = {
         "pairs": f"{len(train):,} to train on, {len(known):,} of them distinct; {len(held_out):,} held out",
-        "chosen": ", ".join(f"the {which} in {share:.0%}" for which, share in shares.items()),
+        "chosen": f"the longer in {longer:.0%}, the shorter in {shorter:.0%}",
     }
-    return session.conclude("data, model and loss", measured, findings)
-
-
-def _weight(grave: bool) -> Weight:
-    return "void" if grave else "watch"
-
-
-def _key(prompt: Any, chosen: Any, rejected: Any) -> str:
-    return json.dumps([prompt, chosen, rejected], sort_keys=True, default=str)
+    return session.conclude("data, model and loss", measured, [Finding(*found) for found in findings])
 
 
 def _length(completion: Any) -> int:
     """Return the characters of a completion, text or chat messages."""
-    if isinstance(completion, str):
-        return len(completion)
-    return sum(len(str(message.get("content"))) for message in completion)
+    return len(
+        completion if isinstance(completion, str) else "".join(str(m.get("content")) for m in completion)
+    )

@@ -57,10 +57,8 @@ def load_reward_data(args: Any, announce: Callable[[str], None]) -> RewardData:
         Refused: neither data nor a task is named, or it cannot be used.
     """
     if args.data is None and args.task is None:
-        raise Refused(
-            "Name the preferences to learn from: --data FILE with the columns prompt, chosen and rejected, "
-            "or --task NAME to make them from a task's policy and reward."
-        )
+        said = "Name the preferences to learn from: --data FILE with the columns prompt, chosen and rejected"
+        raise Refused(f"{said}, or --task NAME to make them from a task's policy and reward.")
     task = rewards = None
     if args.task is not None:
         task, rewards = find_task(TaskArguments(task=args.task, reward=args.reward))
@@ -76,8 +74,8 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
     named = args.policy
     if named is None and getattr(task, "build", None) is None:
         named = args.model
-    form = vars(form_of(args))
-    policy = make_policy(ModelArguments(model=named, base_seed=args.base_seed, **form), task, announce)
+    asked = ModelArguments(model=named, base_seed=args.base_seed, **vars(form_of(args)))
+    policy = make_policy(asked, task, announce)
     agree(policy, gradient=False)
     length = args.max_completion_length or length_of(task, named, policy)
 
@@ -110,8 +108,7 @@ def make_backbone(args: Any, task: Any, announce: Callable[[str], None]) -> Rewa
     if args.model is not None:
         if args.hidden_size is not None:
             raise Refused(
-                f"hidden_size={args.hidden_size} is for a toy task's own tiny model; with --model the width "
-                "is that of the model given. Leave one of the two out."
+                f"hidden_size={args.hidden_size} is for a task's own tiny model; leave out one of both."
             )
         return reward_backbone(args.model, seed=args.seed)
     if task is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,20 +28,17 @@ def encode_pairs(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[Encod
     Raises:
         Refused: a text is longer than the model's context, or messages have no chat template.
     """
-    encoded = [
-        (
-            reward_model.encode(pair.prompt, pair.chosen, truncate=False),
-            reward_model.encode(pair.prompt, pair.rejected, truncate=False),
-        )
-        for pair in pairs
-    ]
-    longest, limit = max(max(map(len, both)) for both in encoded), reward_model.max_length
-    if limit is not None and longest > limit:
-        count = sum(max(map(len, both)) > limit for both in encoded)
-        raise Refused(
+
+    def ids(pair: Pair, completion: Any) -> list[int]:
+        return reward_model.encode(pair.prompt, completion, truncate=False)
+
+    encoded = [(ids(pair, pair.chosen), ids(pair, pair.rejected)) for pair in pairs]
+    lengths, limit = [max(map(len, both)) for both in encoded], reward_model.max_length
+    if limit is not None and (count := sum(length > limit for length in lengths)):
+        said = (
             f"{count} of {len(pairs)} pairs hold a text longer than the model's {limit} tokens (the longest "
-            f"has {longest}). Leave them out, shorten them, or give a model with a longer context."
         )
+        raise Refused(f"{said}has {max(lengths)}). Leave them out, or give a model with a longer context.")
     return encoded
 
 
@@ -89,8 +87,7 @@ def preference_metrics(rewards: np.ndarray, pairs: Sequence[Pair]) -> dict[str, 
     if len(golds) == len(pairs):
         gold = np.asarray(golds)[:, 0] - np.asarray(golds)[:, 1]
         metrics["noise_ceiling"] = float(_right(gold).mean())
-        if (gold != 0).any():
-            differ = gold != 0
+        if (differ := gold != 0).any():
             metrics["gold_agreement"] = float(_right((difference * np.sign(gold))[differ]).mean())
     return metrics
 

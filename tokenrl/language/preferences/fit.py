@@ -74,9 +74,8 @@ def bradley_terry_loss(
     """
     difference = chosen_rewards - rejected_rewards - margin  # [B]
     likelihood = (1 - label_smoothing) * logsigmoid(difference) + label_smoothing * logsigmoid(-difference)
-    return (
-        -likelihood.mean() + center_rewards_coefficient * (chosen_rewards + rejected_rewards).square().mean()
-    )
+    center = (chosen_rewards + rejected_rewards).square().mean()
+    return -likelihood.mean() + center_rewards_coefficient * center
 
 
 class PreferenceTraining:
@@ -137,10 +136,16 @@ class PreferenceTraining:
             center_rewards_coefficient=args.center_rewards_coefficient,
             label_smoothing=args.label_smoothing,
         )
-        metrics = self.descent.update(loss) | _batch_metrics(chosen.detach(), rejected.detach())
-        metrics |= {"learning_rate": rate}
+        won, lost = chosen.detach(), rejected.detach()
+        measured = {
+            "accuracy": ((won > lost).float() + 0.5 * (won == lost).float()).mean(),
+            "margin": (won - lost).mean(),
+            "rewards/chosen": won.mean(),
+            "rewards/rejected": lost.mean(),
+        }
+        metrics = self.descent.update(loss) | {name: float(value) for name, value in measured.items()}
         epoch = self.descent.step * args.batch_size / len(self._encoded)
-        return metrics | {"epoch": epoch, "num_tokens": self._tokens}
+        return metrics | {"learning_rate": rate, "epoch": epoch, "num_tokens": self._tokens}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs besides the weights; tensors are references, not copies."""
@@ -175,16 +180,6 @@ def fit_reward_model(
     """
     training = PreferenceTraining(reward_model, pairs, args)
     return [training.update() for _ in range(args.max_steps)]
-
-
-def _batch_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
-    difference = chosen - rejected
-    return {
-        "accuracy": float((difference > 0).float().mean() + 0.5 * (difference == 0).float().mean()),
-        "margin": float(difference.mean()),
-        "rewards/chosen": float(chosen.mean()),
-        "rewards/rejected": float(rejected.mean()),
-    }
 
 
 @dataclass(frozen=True)
@@ -274,9 +269,9 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
 
 def _made_from(reward_model: RewardModel, data: RewardData) -> Maker:
     """Describe what the training is made from; only with the same can it be continued."""
-    pairs = {"train": data.train, "held_out": data.held_out}
+    rows = {"train": data.train, "held_out": data.held_out}
     fingerprints = {
-        "data": rows_fingerprint({name: [asdict(pair) for pair in rows] for name, rows in pairs.items()}),
+        "data": rows_fingerprint({name: [asdict(pair) for pair in pairs] for name, pairs in rows.items()}),
         "tokenizer": tokenizer_fingerprint(reward_model.tokenizer),
         "base model": fingerprint(reward_model.model),
     }
@@ -301,10 +296,8 @@ def _header(args: RewardModelSettings, data: RewardData, reward_model: RewardMod
     return {
         "model": f"{reward_model.__name__} ({size:,} trainable parameters, {model.device})",
         "data": f"{len(data.train):,} training pairs, {len(data.held_out):,} held out",
-        "loss": f"Bradley-Terry, margin {args.margin:g}, centring {args.center_rewards_coefficient:g}, label "
-        f"smoothing {args.label_smoothing:g}",
-        "step": f"{args.max_steps} of {args.batch_size} pairs, learning rate {args.learning_rate:g}, seed "
-        f"{args.seed}",
+        "loss": f"Bradley-Terry, margin {args.margin:g}, label smoothing {args.label_smoothing:g}",
+        "step": f"{args.max_steps} of {args.batch_size} pairs, learning rate {args.learning_rate:g}",
         **asked(reward_model.form, args.model if args.policy is None else args.policy),
         "run": args.output_dir,
     }

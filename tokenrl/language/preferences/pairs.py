@@ -95,17 +95,14 @@ def read_pairs(rows: Sequence[Row], where: str) -> list[Pair]:
         raise Refused(f"{where} is empty: give at least two rows of prompt, chosen and rejected.")
     for column in ("chosen", "rejected"):
         if column not in rows[0]:
+            said = f"{where} has no column '{column}'.{suggest(column, rows[0])}"
             raise Refused(
-                f"{where} has no column '{column}'.{suggest(column, rows[0])} Preferences are rows of "
-                "prompt, chosen and rejected; the prompt may be left out if both others hold the whole text."
+                f"{said} Preferences are rows of chosen, rejected and, unless these hold it, prompt."
             )
     pairs = [_pair(row, f"{where}, row {index}") for index, row in enumerate(rows)]
     different = [pair for pair in pairs if pair.chosen != pair.rejected]
     if not different:
-        raise Refused(
-            f"{where}: chosen and rejected are identical in every one of the {len(rows)} rows, so there is "
-            "nothing to learn. Were the two columns filled from the same answer?"
-        )
+        raise Refused(f"{where}: chosen and rejected are identical in every one of the {len(rows)} rows.")
     return different
 
 
@@ -114,18 +111,14 @@ def _pair(row: Row, where: str) -> Pair:
     for name, value in (("chosen", chosen), ("rejected", rejected), ("prompt", prompt)):
         fault = "" if name == "prompt" and value is None else fault_of_prompt(value, name)
         if fault:
-            raise Refused(
-                f"{where}: {fault}; it must be text, or a list of chat messages "
-                '{"role": ..., "content": text}.'
-            )
+            message = '{"role": ..., "content": text}'
+            raise Refused(f"{where}: {fault}; it must be text, or a list of chat messages {message}.")
     chats = not isinstance(chosen, str)
     alike = chats != isinstance(rejected, str)
     repeated = chats and alike and chosen[0]["content"] == rejected[0]["content"] == prompt
     if not alike or (chats and isinstance(prompt, str) and not repeated):
-        raise Refused(
-            f"{where}: some of prompt, chosen and rejected are text and others are chat messages. Give "
-            "chosen and rejected alike; only a prompt of messages may stand before text."
-        )
+        said = f"{where}: some of prompt, chosen and rejected are text and others are chat messages."
+        raise Refused(f"{said} Give them alike; only a prompt of messages may stand before text.")
     if prompt is None or repeated:  # some data sets repeat the first message as the prompt
         cut = _common(chosen, rejected)
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
@@ -166,10 +159,8 @@ def hold_out(pairs: Sequence[Pair], size: int, seed: int) -> tuple[list[Pair], l
     keys = [str(i) if one_prompt else pair.key for i, pair in enumerate(pairs)]
     distinct = Counter(keys)
     if size < 1 or len(distinct) < 2:
-        raise Refused(
-            f"eval_size={size} of {len(pairs)} different pairs: to train on some and evaluate on others, "
-            "give an eval_size of at least 1 and at least 2 pairs."
-        )
+        said = f"eval_size={size} of {len(pairs)} different pairs: to train on some and evaluate on others"
+        raise Refused(f"{said}, give an eval_size of at least 1 and at least 2 pairs.")
     wanted, held, count = min(size, max(1, len(pairs) // 5)), set[str](), 0
     names = list(distinct)
     for place in np.random.default_rng([seed, 2]).permutation(len(names))[:-1]:

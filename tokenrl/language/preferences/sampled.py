@@ -64,10 +64,8 @@ def make_preferences(
     check_number("noise_temperature", noise_temperature, at_least=0)
     pairs, left_over = divmod(sampling.num_generations, 2)
     if pairs < 1 or left_over:
-        raise Refused(
-            f"num_generations={sampling.num_generations}: two completions of a prompt make a pair, so give "
-            "an even number of at least 2."
-        )
+        said = f"num_generations={sampling.num_generations}: two completions of a prompt make a pair"
+        raise Refused(f"{said}, so give an even number of at least 2.")
     gold = gold_rewards if isinstance(gold_rewards, Rewards) else Rewards(gold_rewards)
     # One random number for every sampled pair, so that a pair left out does not shift those of the others.
     noise = np.random.default_rng([sampling.seed, 1]).random((len(prompts), pairs))
@@ -90,11 +88,8 @@ def make_preferences(
             row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
             rows.append(row | {"chosen_gold": golds[chosen], "rejected_gold": golds[rejected]})
     if not rows:
-        raise Refused(
-            f"None of {len(prompts) * pairs} sampled pairs can be used: the policy repeats itself, or the "
-            "gold reward is equal for all its completions. Raise the sampling temperature, or use a graded "
-            "gold reward or another policy."
-        )
+        said = f"None of {len(prompts) * pairs} sampled pairs can be used: they are equal, or equally good."
+        raise Refused(f"{said} Raise the temperature, or use a graded gold reward or another policy.")
     return rows
 
 
