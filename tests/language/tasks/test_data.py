@@ -73,11 +73,10 @@ def test_folders_saved_datasets_and_their_evaluation_splits(tmp_path):
     assert [row["prompt"] for row in task.eval_prompts] == ["new", ROWS[3]["prompt"]]
     assert [row["prompt"] for row in task.train_prompts] == [r["prompt"] for r in ROWS if r != ROWS[3]]
 
-    datasets.Dataset.from_list(ROWS).save_to_disk("saved")
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.save_to_disk("saved")
     assert len(load_task("saved", reward=reward, eval_size=4).train_prompts) == 16
-    datasets.DatasetDict(
-        first=datasets.Dataset.from_list(ROWS), second=datasets.Dataset.from_list(ROWS[:2])
-    ).save_to_disk("both")
+    datasets.DatasetDict(first=rows, second=rows.take(2)).save_to_disk("both")
     task = load_task("both", split="first", eval_split="second", reward=reward)
     assert (len(task.train_prompts), len(task.eval_prompts)) == (18, 2)
     with pytest.raises(Refused, match=r"no split 'frist'.*'first'"):
@@ -85,18 +84,16 @@ def test_folders_saved_datasets_and_their_evaluation_splits(tmp_path):
 
 
 def test_a_damaged_cache_changes_no_data_file_and_is_named_for_a_folder(tmp_path):
-    file = write_rows(tmp_path / "rows.csv", ROWS)
-    write_rows(tmp_path / "folder" / "rows.csv", ROWS)
-    reads = [lambda: read_splits(file), lambda: read_splits(str(tmp_path / "folder"))]
-    first = [read() for read in reads]
-    assert first[0] == first[1]
+    sources = [write_rows(tmp_path / name, ROWS) for name in ("rows.csv", "folder/rows.csv")]
+    sources[1] = str(tmp_path / "folder")
+    first = list(map(read_splits, sources))
     cached = [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".arrow", ".json")]
-    assert cached
+    assert first[0] == first[1] and cached
     for path in cached:
         path.write_bytes(path.read_bytes()[:60])
-    assert reads[0]() == first[0]
+    assert read_splits(sources[0]) == first[0]
     with pytest.raises(Refused, match="if it is damaged, delete it"):
-        reads[1]()
+        read_splits(sources[1])
 
 
 def test_a_hub_name_reaches_datasets_with_its_configuration(monkeypatch):
@@ -147,9 +144,7 @@ def test_toy_tasks_are_found_by_name_and_their_reward_can_be_replaced(monkeypatc
     toy_tasks(monkeypatch, copy=toy, sort_digits=toy)
     assert load_task("copy") is toy
     assert load_task("copy", reward=[len, reward]).reward == [len, reward] and toy.reward is reward
-    with pytest.raises(
-        Refused, match=r"'sort_digit'.*Did you mean 'sort_digits'.*copy.*module:attribute.*owner/name"
-    ):
+    with pytest.raises(Refused, match=r"'sort_digit'.*Did you mean 'sort_digits'.*module:attribute"):
         load_task("sort_digit")
 
 
@@ -163,7 +158,6 @@ def test_unknown_names_are_refused_whatever_their_form(tmp_path):
         "nothing": "There is no task 'nothing'",
         "no_module:task": "there is no module no_module",
         "missing.jsonl": "there is no such file",
-        "missing.py:task": "there is no file missing.py",
         "bad_task:task": "ModuleNotFoundError.*not_installed_anywhere",
         "notes.txt": r"cannot read '.txt' files; allowed are \.json",
     }.items():
@@ -187,17 +181,14 @@ def test_a_dataset_without_a_reward_is_refused_before_it_is_read(monkeypatch):
         load_task("owner/name")
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no route"), ValueError("Config name is missing")])
-def test_no_error_of_the_hub_reaches_the_user_raw(monkeypatch, error):
+def test_no_error_of_the_hub_reaches_the_user_raw(monkeypatch):
     def load_dataset(*args):
-        raise RuntimeError("generation failed") from error
+        raise RuntimeError("generation failed") from ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        Refused, match=f"generation failed caused by {type(error).__name__}: {error}"
-    ) as caught:
+    with pytest.raises(Refused, match="caused by ConnectionError: no route") as caught:
         load_task("owner/name", reward=reward)
-    assert caught.value.__cause__.__cause__ is error and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_empty_data_is_refused(tmp_path, monkeypatch):
@@ -219,13 +210,10 @@ def test_numbers_and_nulls_in_files_are_refused_with_their_row(tmp_path):
         load_task(write_rows(tmp_path / "m.jsonl", [{"prompt": "a"}, {"prompt": None}]), reward=reward)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_chat_prompts_survive_a_file_without_keys_they_never_had(tmp_path, suffix):
+def test_chat_prompts_survive_a_file_without_keys_they_never_had(tmp_path):
     plain = [{"role": "user", "content": "a"}]
     named = [{"role": "system", "content": "s"}, {"role": "user", "content": "b", "name": "Ann"}]
-    task = load_task(
-        write_rows(tmp_path / f"c{suffix}", [{"prompt": plain}, {"prompt": named}]), reward=reward
-    )
+    task = load_task(write_rows(tmp_path / "c.jsonl", [{"prompt": plain}, {"prompt": named}]), reward=reward)
     prompts = [row["prompt"] for row in [*task.train_prompts, *task.eval_prompts]]
     assert plain in prompts and named in prompts
 
@@ -242,15 +230,11 @@ def test_duplicates_of_a_held_out_prompt_leave_the_training_set(tmp_path):
     assert Counter(row["prompt"] for row in task.train_prompts) == dict.fromkeys(kept, 4)
 
 
-def test_the_seed_chooses_what_is_held_out(tmp_path):
-    name = write_rows(tmp_path / "s.jsonl", ROWS)
-    choices = [load_task(name, reward=reward, eval_size=6, seed=s).eval_prompts for s in (0, 0, 1)]
-    assert choices[0] == choices[1] != choices[2]
-
-
 def test_at_most_half_is_held_out_and_one_prompt_is_too_few():
     task = load_task(ROWS, reward=reward)  # 128 asked for
     assert (len(task.train_prompts), len(task.eval_prompts)) == (10, 10)
+    choices = [load_task(ROWS, reward=reward, eval_size=6, seed=s).eval_prompts for s in (0, 0, 1)]
+    assert choices[0] == choices[1] != choices[2]
     with pytest.raises(Refused, match="too few distinct prompts"):
         load_task(ROWS[:1] * 5, reward=reward)
     with pytest.raises(Refused, match="eval_size was given as 0"):
@@ -294,12 +278,9 @@ def test_positions_and_epochs_count_what_was_given_out():
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    rows = [{"prompt": str(i)} for i in range(30)]
-    stream = PromptStream(rows, 30, seed=0)
-    orders = [
-        tuple(row["prompt"] for _, row in s.next()) for s in (stream, stream, PromptStream(rows, 30, seed=1))
-    ]
-    assert len(set(orders)) == 3 and tuple(str(i) for i in range(30)) not in orders
+    streams = [prompts_of(30, 30, seed)[1] for seed in (0, 1)]
+    orders = [tuple(deal()) for deal in (streams[0], streams[0], streams[1])]
+    assert len({*orders, tuple(range(30))}) == 4
 
 
 def test_the_state_of_another_run_and_impossible_settings_are_refused():

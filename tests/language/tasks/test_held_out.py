@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 import sys
 from dataclasses import dataclass
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 
 from tokenrl.errors import Refused
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.stream import few_prompts
-from tokenrl.language.tasks.task import find_task, load_task
+from tokenrl.language.tasks.task import PromptTask, find_task, load_task
 
 
 @dataclass
@@ -65,7 +65,7 @@ def test_questions_that_repeat_are_held_out_once_and_not_trained_on(gym):
     assert len(held) == len(set(held)) <= 3 and not set(held) & set(prompts(task.train_prompts))
     (warning,) = few_prompts(task.train_prompts)
     assert f"only {len(set(prompts(task.train_prompts)))} distinct prompts" in warning
-    with pytest.raises(Refused, match=r"too few distinct prompts .* 8 to evaluate on, 0 training rows"):
+    with pytest.raises(Refused, match=r"too few distinct prompts: 8 to evaluate on, 0 training rows"):
         load_task("reasoning_gym:coins(size=64, sides=8)")
     for option in ("size=1073741824", "seed=1073741824", "eval_size=1073741824"):
         with pytest.raises(Refused, match=r"at most 1,073,741,823"):
@@ -82,16 +82,11 @@ def test_the_real_puzzles_keep_their_training_set(spec):
 
 def own_task():
     rows = [{"prompt": str(i)} for i in range(40)]
-    reward = len
-    return SimpleNamespace(
-        name="own", train_prompts=rows[:20], eval_prompts=rows[20:], reward=reward, max_completion_length=4
-    )
+    return PromptTask("own", rows[:20], rows[20:], lambda completions: [0.0] * len(completions), 4)
 
 
 @pytest.mark.parametrize("task", ["sort_digits", "sentiment", "reasoning_gym:coins", own_task()])
 def test_the_number_of_held_out_prompts_can_be_set(gym, task):
-    if not isinstance(task, str):
-        task.reward = lambda completions: [0.0] * len(completions)
     whole, _ = find_task(TaskArguments(task=task))
     few, _ = find_task(TaskArguments(task=task, eval_size=5))
     assert len(few.eval_prompts) == 5 < len(whole.eval_prompts)

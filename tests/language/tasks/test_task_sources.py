@@ -14,15 +14,13 @@ ROWS = [{"question": f"q{i}", "hint": {"text": i}} for i in range(3)]
 
 
 def test_columns_and_templates():
-    with pytest.raises(
-        Refused, match=r"here has no column 'prompt'.*Available: hint, question.*prompt_template"
-    ):
+    said = r"here has no column 'prompt'.*Available: hint, question.*prompt_template"
+    with pytest.raises(Refused, match=said):
         with_prompts(ROWS, "here", DataArguments())
     rows = with_prompts(ROWS, "here", DataArguments(prompt_column="question"))
     assert rows[1] == {"prompt": "q1", **ROWS[1]}
-    rows = with_prompts(
-        ROWS, "here", DataArguments(prompt_template="{question} ({hint[text]}) {{}}\nAnswer:")
-    )
+    template = DataArguments(prompt_template="{question} ({hint[text]}) {{}}\nAnswer:")
+    rows = with_prompts(ROWS, "here", template)
     assert rows[2] == {"prompt": "q2 (2) {}\nAnswer:", **ROWS[2]}
     for template in ("{questoin}", "{}", "{question", "no field", "{hint[gone]}"):
         with pytest.raises(Refused, match="prompt_template"):
@@ -40,7 +38,6 @@ def test_a_missing_value_never_becomes_a_word_in_a_prompt(missing):
 @pytest.mark.parametrize(
     ("prompt", "found"),
     [
-        (None, r"None \(NoneType\)"),
         (float("nan"), r"nan \(float\)"),
         (3, r"3 \(int\)"),
         ([], "an empty list"),

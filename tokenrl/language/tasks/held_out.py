@@ -101,10 +101,9 @@ def separate(
     chosen = {keys[i]: pool[keys[i]] for i in sorted(order)}
     rest = [row for row in train_rows if _canonical(row["prompt"]) not in chosen]
     if not chosen or not rest:
+        counts = f"{len(pool)} to evaluate on, {len(rest)} training rows that differ from those chosen"
         raise Refused(
-            f"{where} has too few distinct prompts to train on some and evaluate on others: "
-            f"{len(pool)} to evaluate on, {len(rest)} training rows that differ from those chosen. "
-            "Give more data, another eval_split, or a smaller eval_size."
+            f"{where} has too few distinct prompts: {counts}. Give more data, or a smaller eval_size."
         )
     return rest, list(chosen.values())
 

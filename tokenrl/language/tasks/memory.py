@@ -14,10 +14,8 @@ IN_MEMORY = "in-memory:"
 """How the names of such tasks begin; a fingerprint of the rows follows. No module can have this name."""
 
 FORMS = (
-    "a name, a task object, a datasets.Dataset (from_pandas, from_dict and from_list make one; of a stream "
-    "datasets.Dataset.from_list(list(data.take(N))), since prompts are held out and shuffled), a list of "
-    'rows, such as [{"prompt": ..., "answer": ...}], or splits of such data: a DatasetDict, or a dict '
-    '{"train": ..., "test": ...}'
+    "a name, a task object, a datasets.Dataset (from_pandas, from_dict, from_list; of a stream "
+    'from_list(list(data.take(N)))), a list of rows, such as [{"prompt": ...}], or a dict of splits of these'
 )
 
 
@@ -50,16 +48,12 @@ def _rows(data: Any, where: str) -> list[dict[str, Any]]:
         raise Refused(f"{where} is {what:.100} ({type(data).__name__}); it must be {FORMS}.")
     for index, row in enumerate(data):
         if not isinstance(row, Mapping):
-            raise Refused(
-                f"{where}, row {index} is {row!r:.100} ({type(row).__name__}); a row is a dict, and the task "
-                f"must be {FORMS}."
-            )
+            what = f"{where}, row {index} is {row!r:.100} ({type(row).__name__})"
+            raise Refused(f"{what}; a row is a dict, and the task must be {FORMS}.")
         if row.keys() != data[0].keys():
             differ = ", ".join(sorted(map(str, row.keys() ^ data[0].keys())))
-            raise Refused(
-                f"{where}: row {index} and row 0 do not have the same columns; only one has {differ}. "
-                "Give every row every column, with None where there is no value."
-            )
+            rows = f"row {index} and row 0 do not have the same columns; only one has {differ}"
+            raise Refused(f"{where}: {rows}. Give None where there is no value.")
     return [dict(row) for row in data]
 
 
@@ -84,18 +78,3 @@ def recorded(task: Any) -> dict[str, Any]:
     """Return what config.json says besides the name of a task: of data given from Python, its description."""
     origin = getattr(task, "origin", None)
     return {"task_rows": origin} if origin else {}
-
-
-def refuse_replay(name: str) -> None:
-    """Refuse the name of data that was given from Python, which stands in the config.json of such a run.
-
-    Raises:
-        Refused: it is such a name.
-    """
-    if name.startswith(IN_MEMORY):
-        raise Refused(
-            f"task '{name}' was data given from Python, which a configuration cannot hold; `task_rows` in "
-            "the config.json of that run says how many rows and which columns it had. Give the same data "
-            "from Python again, tokenrl.train(task=dataset), or save it once with "
-            "dataset.to_json('data.jsonl') and give --task data.jsonl."
-        )

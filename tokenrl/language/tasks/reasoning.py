@@ -89,9 +89,7 @@ def puzzles(spec: str, eval_size: int | None = None) -> tuple[Rows, Rows, Reason
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise Refused(
-            f"task '{spec}' needs the package reasoning-gym ({describe(error)}): pip install reasoning-gym."
-        ) from error
+        raise Refused(f"task '{spec}' ({describe(error)}): pip install reasoning-gym.") from error
     name, given = parse_spec(spec.partition(":")[2].strip(), "task", "reasoning_gym:NAME(size=500, seed=0)")
     if name not in DATASETS:
         raise Refused(f"task '{spec}': reasoning-gym has no puzzle '{name}'.{suggest(name, DATASETS)}")
@@ -102,10 +100,11 @@ def puzzles(spec: str, eval_size: int | None = None) -> tuple[Rows, Rows, Reason
         trained = _rows(name, given | {"size": how.size, "seed": how.seed}, chat=how.chat)
         drawn = _rows(name, given | {"size": how.eval_size, "seed": how.seed + APART}, chat=how.chat)
     except Exception as error:  # configurations check themselves, by assertions too
-        known = sorted({*(field.name for field in fields(DATASETS[name][1])), *field_types(PuzzleOptions)})
-        raise Refused(
-            f"task '{spec}': {name} refuses these options ({describe(error)}). It takes {', '.join(known)}."
-        ) from error
+        known = ", ".join(
+            sorted({*(one.name for one in fields(DATASETS[name][1])), *field_types(PuzzleOptions)})
+        )
+        said = f"task '{spec}': {name} refuses these options ({describe(error)})"
+        raise Refused(f"{said}. It takes {known}.") from error
     score = ReasoningScore(name, tuple(sorted(given.items())))
     return *separate(trained, drawn, how.eval_size, 0, f"task '{spec}'"), score
 
@@ -113,9 +112,8 @@ def puzzles(spec: str, eval_size: int | None = None) -> tuple[Rows, Rows, Reason
 def _rows(name: str, options: dict[str, Any], *, chat: bool) -> Rows:
     import reasoning_gym
 
-    rows = []
-    for entry in reasoning_gym.create_dataset(name, **options):
-        question = entry["question"]
-        prompt = [{"role": "user", "content": question}] if chat else question
-        rows.append({"prompt": prompt, "answer": entry["answer"], "entry": entry})
+    entries = reasoning_gym.create_dataset(name, **options)
+    rows = [{"prompt": one["question"], "answer": one["answer"], "entry": one} for one in entries]
+    for row in rows if chat else []:
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     return rows

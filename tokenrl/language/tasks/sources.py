@@ -77,33 +77,32 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
         Refused: nothing is there, it cannot be read, or the hub cannot be reached; the message says why.
     """
     path = Path(name)
-    if not os.path.exists(path) and path.suffix in FORMATS:
+    is_file = path.is_file()
+    if not path.exists() and path.suffix in FORMATS:
         raise Refused(f"task '{name}': there is no such file. Give its path from {Path.cwd()}.")
-    if path.is_file() and path.suffix not in FORMATS:
+    if is_file and path.suffix not in FORMATS:
         raise Refused(f"task '{name}': cannot read '{path.suffix}' files; allowed are {', '.join(FORMATS)}.")
-    if path.is_file() and path.stat().st_size < 64 and not path.read_bytes().strip(b"[] \t\r\n"):
+    if is_file and path.stat().st_size < 64 and not path.read_bytes().strip(b"[] \t\r\n"):
         raise Refused(f"The file '{name}' is empty: give data with at least one row.")
     import datasets
 
     try:
         # A file is read anew each time: a damaged copy of it in the cache could give other rows in silence.
         with without_progress_bars(), tempfile.TemporaryDirectory() as aside:
-            if path.is_file():
+            if is_file:
                 data = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), cache_dir=aside)
             elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
                 data = datasets.load_from_disk(os.fspath(path))
             else:
-                hub_name, _, config = (name, "", "") if os.path.exists(path) else name.partition(":")
+                hub_name, _, config = (name, "", "") if path.exists() else name.partition(":")
                 data = datasets.load_dataset(hub_name, config or None)
             splits = data if isinstance(data, dict) else {"train": data}
             return {split: rows.to_list() for split, rows in splits.items()}
     except Exception as error:  # each backend (arrow, pandas, hub, http) has its own errors
         raise Refused(
-            f"task '{name}': the data could not be read ({describe(error)}). Give a toy task, "
-            f"module:attribute, a {'/'.join(FORMATS)} file, a folder, or a hub dataset as owner/name or "
-            "owner/name:config; the hub needs a network connection or a whole copy in the local cache, "
-            f"{datasets.config.HF_DATASETS_CACHE}, which must be writable (HF_HOME names another place for "
-            "it; if it is damaged, delete it)."
+            f"task '{name}': the data could not be read ({describe(error)}). The hub needs a network or a "
+            f"copy in {datasets.config.HF_DATASETS_CACHE}, which must be writable; if it is damaged, delete "
+            "it."
         ) from error
 
 
@@ -138,11 +137,8 @@ def with_prompts(
     elif column in columns:
         made = [{**row, "prompt": without_nulls(row[column])} for row in rows]
     else:
-        raise Refused(
-            f"{where} has no column '{column}'.{suggest(column, columns)} Name it with prompt_column "
-            "(--prompt-column), or build prompts with a prompt_template (--prompt-template) such as "
-            '"{question}\\nAnswer:".'
-        )
+        said = f"{where} has no column '{column}'.{suggest(column, columns)}"
+        raise Refused(f"{said} Name it by prompt_column, or give a prompt_template (--prompt-template).")
     check_prompts(made, where)
     for row in made:
         if chat and isinstance(row["prompt"], str):
@@ -195,9 +191,8 @@ def _from_conversations(rows: Sequence[Row], where: str) -> list[dict[str, Any]]
         made.append({**answer, **row, "prompt": turns})
     if any(answered) and not all(answered):
         raise Refused(
-            f"{where}: the messages of row {answered.index(True)} end with a turn of the assistant, which is "
-            f"taken for the answer, and those of row {answered.index(False)} do not. Give every conversation "
-            "an answer, or none."
+            f"{where}: the messages of row {answered.index(True)} end with a turn of the assistant, and "
+            f"those of row {answered.index(False)} do not: give every conversation an answer, or none."
         )
     return made
 
@@ -213,10 +208,8 @@ def check_prompts(rows: Iterable[Row], where: str) -> None:
             raise Refused(f"{where}, row {index}: expected a mapping with a 'prompt', found {row!r:.200}.")
         fault = fault_of_prompt(row["prompt"])
         if fault:
-            raise Refused(
-                f"{where}, row {index}: {fault}. A prompt is text, or a list of chat messages "
-                '{"role": ..., "content": text}. A prompt_template makes text of other columns.'
-            )
+            allowed = 'text, or a list of chat messages {"role": ..., "content": text}'
+            raise Refused(f"{where}, row {index}: {fault}. A prompt is {allowed}.")
 
 
 def fault_of_prompt(prompt: Any, what: str = "prompt") -> str:

@@ -27,8 +27,7 @@ def few_prompts(rows: Sequence[Row]) -> list[str]:
         return []
     return [
         f"only {distinct} distinct prompt{'s' * (distinct != 1)} in {len(rows):,} training rows: the policy "
-        "can learn the answers by heart, which says nothing about other prompts. Give more data, or options "
-        "of the task that make more."
+        "can learn the answers by heart, which says nothing about other prompts. Give more data."
     ]
 
 
@@ -67,13 +66,10 @@ class _Order:
         Raises:
             Refused: the state belongs to another seed or another number of rows, and so to another order.
         """
-        for key in ("seed", "num_rows"):
-            if state[key] != self.state_dict()[key]:
-                raise Refused(
-                    f"The saved order of the rows has {key} {state[key]} and this run has "
-                    f"{self.state_dict()[key]}, so the run would continue with other rows. Resume with the "
-                    "same data and seed, or start anew."
-                )
+        for key, ours in (("seed", self._seed), ("num_rows", self._num_rows)):
+            if state[key] != ours:
+                said = f"The saved order of the rows has {key} {state[key]} and this run has {ours}"
+                raise Refused(f"{said}: resume with the same data and seed, or start anew.")
         self._position = int(state["position"])
 
 

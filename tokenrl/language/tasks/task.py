@@ -18,17 +18,11 @@ from typing import Any, Protocol
 from tokenrl.errors import USER_CODE_FAILED, Refused, TokenrlError, raised, suggest
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.tasks import sources
 from tokenrl.language.tasks.held_out import changed, dataset_rows, smaller_evaluation
-from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits, refuse_replay
+from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits
 from tokenrl.language.tasks.reasoning import puzzles
-from tokenrl.language.tasks.sources import (
-    FORMATS,
-    DataArguments,
-    Row,
-    TaskArguments,
-    check_prompts,
-    read_splits,
-)
+from tokenrl.language.tasks.sources import FORMATS, DataArguments, Row, TaskArguments
 from tokenrl.names import import_attribute
 from tokenrl.settings import arguments, check_seed
 
@@ -120,12 +114,11 @@ def _loaded(name: Any, how: DataArguments, reward: Any, seed: int, chat: bool) -
         name = IN_MEMORY + origin["fingerprint"]
     if reward is None:
         raise Refused(
-            f"{where}, which has prompts but no reward. Give one with --reward module:function (or "
-            "path/to/file.py:function, or the folder of a reward model); from Python reward=function, and "
-            "function(prompts, completions, **columns) returns a list of numbers."
+            f"{where}, which has prompts but no reward: give one with --reward module:function (or a "
+            "file.py, or the folder of a reward model), from Python reward=function."
         )
     where = "task" if splits else f"task '{name}'"
-    splits = read_splits(name) if splits is None else splits
+    splits = sources.read_splits(name) if splits is None else splits
     train_rows, eval_rows = dataset_rows(splits, where, how, seed=seed, chat=chat)
     return _finished(PromptTask(name, train_rows, eval_rows, reward, origin=origin), name, reward)
 
@@ -150,10 +143,8 @@ def _named_task(name: str, eval_size: int | None) -> Any:
                 found = found()
         return found
     if not (os.path.exists(name) or "/" in name or Path(name).suffix in FORMATS):
-        raise Refused(
-            f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES)} Other forms: module:attribute, a "
-            f"{'/'.join(FORMATS)} file, a folder, or a hub dataset owner/name."
-        )
+        forms = f"module:attribute, a {'/'.join(FORMATS)} file, a folder, or a hub dataset owner/name"
+        raise Refused(f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES)} Other forms: {forms}.")
     return None
 
 
@@ -177,14 +168,12 @@ def _finished(task: Any, name: str, reward: Any) -> Task:
     with _refusing(f"task '{name}' was read, and"):
         missing = [attribute for attribute in Task.__annotations__ if not hasattr(task, attribute)]
         if missing:
-            raise Refused(
-                f"task '{name}' is a {type(task).__name__} without {', '.join(missing)}; a task has "
-                f"{', '.join(Task.__annotations__)}; tokenrl.PromptTask is one to fill in."
-            )
+            said = f"task '{name}' is a {type(task).__name__} without {', '.join(missing)}"
+            raise Refused(f"{said}: make a tokenrl.PromptTask, or give it those attributes.")
         for attribute in ("train_prompts", "eval_prompts"):
             if len(getattr(task, attribute)) == 0:
                 raise Refused(f"task '{name}': {attribute} is empty; give at least one row.")
-            check_prompts(getattr(task, attribute), f"task '{name}', {attribute}")
+            sources.check_prompts(getattr(task, attribute), f"task '{name}', {attribute}")
     if reward is not None:
         several = isinstance(reward, Sequence) and not isinstance(reward, str)
         functions: Any = [load_reward(one) for one in reward] if several else load_reward(reward)
@@ -203,8 +192,11 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         Refused: there is no such task or no reward, or a reward asks for a column that the task lacks.
     """
     task: Any = args.task
-    if isinstance(task, str):
-        refuse_replay(task)
+    if isinstance(task, str) and task.startswith(IN_MEMORY):
+        raise Refused(
+            f"task '{task}' was data given from Python: give it again, or save it once with "
+            "dataset.to_json('data.jsonl') and give --task data.jsonl."
+        )
     chosen = [load_reward(spec) for spec in args.reward]
     with _refusing("The task was read, and"):
         is_task = hasattr(task, "train_prompts")
@@ -214,9 +206,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         task = _loaded(task, args, chosen or None, 0, bool(getattr(args, "chat", None)))
     functions, own = chosen or getattr(task, "reward", None), not (chosen or args.reward_weights)
     if functions is None or functions in ([], ()):
-        raise Refused(
-            f"The task {task.name!r} has no reward of its own: name one with --reward module:function."
-        )
+        raise Refused(f"The task {task.name!r} has no reward: name one with --reward module:function.")
     if not own and getattr(task, "solved", None) is not None:
         task = changed(task, solved=None)
     mark = getattr(args, "pass_threshold", None)
