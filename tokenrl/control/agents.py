@@ -105,8 +105,6 @@ def agent_settings(agent: str, env: str) -> dict[str, Any]:
     if agent == "classic":
         return {"env": env, **CLASSIC, "max_steps": CLASSIC_EPISODES.get(env, OTHER_EPISODES)}
     if env not in TUNED:
-        raise Refused(
-            f"The agent 'tuned' has no settings for {env!r}; it has some for {', '.join(TUNED)}. Choose one "
-            "of these, or take the agent 'classic', which fits any environment, or none."
-        )
+        some = f"it has some for {', '.join(TUNED)}. The agent 'classic' fits any environment."
+        raise Refused(f"The agent 'tuned' has no settings for {env!r}; {some}")
     return {"env": env, **TUNED[env]}

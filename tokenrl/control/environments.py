@@ -50,7 +50,7 @@ PICTURE = 1024
 Flattened, a picture would be thousands of inputs that do not know which of them are neighbours. A Box with
 one axis is never a picture, so `gymnasium.wrappers.FlattenObservation` still lets a user flatten any Box.
 """
-REGISTER = "Write a file that registers it in a wrapper{}, and give it as --env my_envs.py:Mine-v0."
+REGISTER = "Register it in a wrapper in a file, and give --env my_envs.py:Mine-v0: gymnasium.wrappers.{}."
 
 for _id, _class, _steps, _threshold, _arguments in OWN.values():
     if _id not in gymnasium.registry:
@@ -85,8 +85,7 @@ def find(env: str) -> EnvSpec:
         reason = str(error).partition(" Did you mean")[0].rstrip(".")
         raise Refused(
             f"There is no environment {env!r} ({reason}).{nearest(name, [*OWN, *gymnasium.registry])} Give a "
-            "gymnasium id with its version, such as CartPole-v1, Acrobot-v1 or LunarLander-v3, one of "
-            f"{', '.join(OWN)}, or your own, as my_envs.py:Mine-v0 if my_envs.py registers Mine-v0."
+            f"gymnasium id with its version (CartPole-v1), one of {', '.join(OWN)}, or my_envs.py:Mine-v0."
         ) from error
 
 
@@ -192,10 +191,7 @@ def _horizon(spec: EnvSpec, limit: int | None) -> int:
         check_number("max_episode_steps", limit, int, at_least=1)
         return limit
     if spec.max_episode_steps is None:
-        raise Refused(
-            f"Episodes of {spec.id} have no limit in length. Set one: --max-episode-steps 200 (in Python: "
-            "max_episode_steps=200)."
-        )
+        raise Refused(f"Episodes of {spec.id} have no limit in length. Set one: --max-episode-steps 200.")
     return spec.max_episode_steps
 
 
@@ -203,26 +199,18 @@ def _check_spaces(env: str, observations: spaces.Space[Any], actions: spaces.Spa
     """Refuse observations that are no vectors or are pictures, and actions that no head here gives."""
     shape = observations.shape or ()
     if not isinstance(observations, (spaces.Box, spaces.Discrete)):
-        raise Refused(
-            f"Observations of {env} are of kind {type(observations).__name__}; supported are Box (flattened) "
-            "and Discrete (one-hot). "
-            + REGISTER.format(" that returns one of these, such as gymnasium.wrappers.FlattenObservation")
-        )
+        kind = f"are of kind {type(observations).__name__}; supported are Box (flattened), Discrete (one-hot)"
+        raise Refused(f"Observations of {env} {kind}. {REGISTER.format('FlattenObservation')}")
     if len(shape) > 1 and (observations.dtype == np.uint8 or math.prod(shape) > PICTURE):
+        kind = f"pictures (Box, shape {' x '.join(map(str, shape))}, dtype {observations.dtype})"
         raise Refused(
-            f"Observations of {env} are pictures (Box, shape {' x '.join(map(str, shape))}, dtype "
-            f"{observations.dtype}), and the policies here have no convolutional layers. "
-            + REGISTER.format(" that returns features instead (gymnasium.wrappers.TransformObservation)")
-            + " Atari games have obs_type='ram' for this. If the numbers are no picture, the wrapper "
-            f"gymnasium.wrappers.FlattenObservation makes a vector of all {math.prod(shape):,}."
+            f"Observations of {env} are {kind}, and no policy here has convolutional layers. "
+            + REGISTER.format("TransformObservation (features), or FlattenObservation if they are no picture")
         )
     real = isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating)
     if not isinstance(actions, spaces.Discrete) and not (real and len(actions.shape or ()) == 1):
-        raise Refused(
-            f"Actions of {env} are {actions!s:.200}; supported are Discrete, and a Box of real numbers with "
-            "one axis. "
-            + REGISTER.format(" that takes one of these, such as gymnasium.wrappers.TransformAction")
-        )
+        kind = f"are {actions!s:.200}; supported are Discrete, and a Box of real numbers with one axis"
+        raise Refused(f"Actions of {env} {kind}. {REGISTER.format('TransformAction')}")
 
 
 class Environments:

@@ -36,10 +36,7 @@ def check_head(head: str, discrete: bool) -> None:
     fitting = "softmax" if discrete else "gaussian"
     if head not in ("auto", fitting):
         actions = "choices from a finite list" if discrete else "vectors of real numbers"
-        raise Refused(
-            f"head {head!r} cannot give the actions of this environment, which are {actions}. Use head "
-            f"{fitting!r} or 'auto', or another environment."
-        )
+        raise Refused(f"head {head!r} cannot give actions that are {actions}; use {fitting!r} or 'auto'.")
 
 
 @dataclass(frozen=True)

@@ -224,8 +224,8 @@ def _check_numbers(env: str, rollout: Rollout, unit: str) -> None:
             step = int(wrong.int().argmax())
             observation = f"the observation {seen[step].tolist()!s:.200}"
             what = observation if bad_observation[step] else f"the reward {float(rewards[step - 1]):g}"
+            where = f"in step {step}" if step else "at the start"
             raise Stopped(
-                f"The environment {env} gave {what} {f'in step {step}' if step else 'at the start'} of "
-                f"{unit}. Observations must be finite, and rewards at most {LARGEST_REWARD:g} in size. Look "
-                "for a division by 0, a logarithm or an overflow in it."
+                f"The environment {env} gave {what} {where} of {unit}. "
+                f"Observations must be finite, and rewards at most {LARGEST_REWARD:g} in size."
             )

@@ -30,10 +30,8 @@ def read_policy(folder: str | Path) -> Policy:
         policy = Policy(Shape(**shape | {"hidden": tuple(shape["hidden"])}))
         policy.load_state_dict(load_file(place / "policy.safetensors"))
     except Exception as error:  # JSON, shapes and weights each have errors of their own
-        raise Refused(
-            f"No policy could be read from {place} ({describe(error)}). Give the output directory of a "
-            "control run, or one of its checkpoints."
-        ) from error
+        text = f"No policy could be read from {place} ({describe(error)}). Give that of a control run."
+        raise Refused(text) from error
     return policy
 
 
@@ -66,10 +64,7 @@ class SavedPolicy:
         differ = [name for name in wanted if found[name] != wanted[name] and name != "initial_weights"]
         if differ:
             other = ", ".join(f"{name} {found[name]!r} instead of {wanted[name]!r}" for name in differ)
-            raise Refused(
-                f"The policy in {folder} has {other}. Give the settings it was trained with, or leave load "
-                "out."
-            )
+            raise Refused(f"The policy in {folder} has {other}. Give these settings, or leave load out.")
         self.policy.load_state_dict(saved.state_dict())
 
     def tensors(self) -> Iterable[Tensor]:

@@ -15,7 +15,6 @@ from tokenrl.control.run import Run
 from tokenrl.control.saving import SavedPolicy
 from tokenrl.control.update import Agent
 from tokenrl.core.baselines import RunningMean, check_horizon, set_size
-from tokenrl.core.choices import choice_of
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
@@ -30,13 +29,17 @@ def resolve(args: ControlArguments, spec: Spec) -> ControlSettings:
 
     Raises:
         Refused: the head cannot give the actions; the estimator has no meaning for environments; there is no
-            baseline although episodes may be long; or a video is asked for that cannot be made.
+            baseline although episodes may be long, or it compares more episodes than `num_envs`; or a video
+            is asked for that cannot be made.
     """
     check_head(args.head, discrete=spec.discrete)
     check_horizon(args.estimator, spec.horizon, allow_no_baseline=args.allow_no_baseline)
     check_supported(args.estimator, args)
     if args.video:
         check_film(spec)
+    if args.num_steps is None:
+        for axis in ("baseline", "scale"):
+            set_size(args.estimator, axis, args.num_envs, args.num_envs)
     found = {"eval_every": max(1, args.max_steps // 10), "value_learning_rate": args.learning_rate}
     return settled(ControlSettings, replace(args, head=spec.head), found)
 
@@ -64,17 +67,15 @@ def check_supported(estimator: Estimator, args: ControlArguments) -> None:
         return
     if not estimator.needs_values:
         raise Refused(
-            f"num_steps {args.num_steps} cuts episodes, and only a critic can estimate the returns that are "
-            f"cut off; there is none (baseline {estimator.baseline!r}, returns {estimator.returns!r}). "
-            "Choose the baseline 'value' (presets a2c, ppo), or leave num_steps out to use whole episodes."
+            f"num_steps {args.num_steps} cuts episodes, and only a critic can estimate what is cut off. "
+            "Choose the baseline 'value' (presets a2c, ppo), or leave num_steps out for whole episodes."
         )
     whole = "returns" in estimator.within_rows
     if estimator.baseline != "value" or estimator.scale not in ("none", "token_whiten") or whole:
         raise Refused(
-            f"num_steps {args.num_steps} cuts episodes, and pieces of episodes cannot be compared with "
-            f"each other, or normalised, as baseline {estimator.baseline!r}, scale {estimator.scale!r} and "
-            f"returns {estimator.returns!r} do. Choose the baseline 'value' with scale 'none' or "
-            "'token_whiten' and returns 'gae' or 'reward_to_go', or leave num_steps out for whole episodes."
+            f"num_steps {args.num_steps} cuts episodes, and pieces cannot be compared, or normalised. "
+            "Choose the baseline 'value' with scale 'none' or 'token_whiten' and returns 'gae' or "
+            "'reward_to_go', or leave num_steps out for whole episodes."
         )
 
 
@@ -82,21 +83,19 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
     """Make policy, optimiser and environments.
 
     Raises:
-        Refused: the estimator compares more episodes than `num_envs`, or the policy to load does not fit.
+        Refused: the policy to load does not fit.
     """
     estimator = args.estimator
-    if args.num_steps is None:
-        for axis in ("baseline", "scale"):
-            name = getattr(estimator, axis)
-            if args.num_envs == 1 and choice_of(axis, name).compares in ("group", "step"):
-                raise Refused(
-                    f"{axis} {name!r} compares the episodes of an update, but num_envs is 1. Set num_envs "
-                    "to 2 or more, or choose the baseline 'running_mean', 'constant', 'value' or 'none' with "
-                    "the scale 'none'."
-                )
-            set_size(estimator, axis, args.num_envs, args.num_envs)
+    shape = Shape(
+        spec.observation_size,
+        args.head,
+        spec.actions or spec.action_size,
+        hidden=tuple(args.hidden),
+        critic=args.value_network if estimator.needs_values else None,
+        **{name: getattr(args, name) for name in ("activation", "normalize_observations", "initial_weights")},
+    )
     with using_threads(1):  # the same weights for everyone
-        policy = Policy(_shape(args, spec), torch.Generator().manual_seed(seed_of(args.seed, 10)))
+        policy = Policy(shape, torch.Generator().manual_seed(seed_of(args.seed, 10)))
     if args.load is not None:
         SavedPolicy(policy, spec.env).read(args.load)
     groups: list[dict[str, Any]] = [
@@ -120,18 +119,4 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
         envs=Environments(spec.env, args.num_envs, args.max_episode_steps),
         eval_envs=Environments(spec.env, args.eval_episodes, args.max_episode_steps),
         actions=torch.Generator().manual_seed(seed_of(args.seed, 12)),
-    )
-
-
-def _shape(args: ControlSettings, spec: Spec) -> Shape:
-    """Return the layers of the policy."""
-    return Shape(
-        observation_size=spec.observation_size,
-        head=args.head,
-        action_size=spec.actions or spec.action_size,
-        hidden=tuple(args.hidden),
-        activation=args.activation,
-        critic=args.value_network if args.estimator.needs_values else None,
-        normalize_observations=args.normalize_observations,
-        initial_weights=args.initial_weights,
     )

@@ -100,10 +100,7 @@ def _arguments(args: ControlArguments | None, agent: str | None, options: dict[s
     if agent is None:
         return called(ControlArguments, args, options)
     if args is not None:
-        raise Refused(
-            f"agent {agent!r} was given beside finished settings, and both say where a run starts. Give the "
-            "agent with keywords, or make the settings from agent_settings(agent, env)."
-        )
+        raise Refused(f"agent {agent!r} was given beside finished settings; give the agent with keywords.")
     named = agent_settings(agent, options.get("env", ControlArguments.env))
     return arguments(ControlArguments, named | options)
 

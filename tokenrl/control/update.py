@@ -266,7 +266,7 @@ def _apply(agent: Agent) -> float:
     agent.skipped, agent.nonfinite = agent.skipped + 1, agent.nonfinite + 1
     if agent.nonfinite >= agent.args.stop_after_nonfinite:
         raise Stopped(
-            f"The gradient was not finite in {agent.nonfinite} updates in a row (all skipped; the weights "
-            "are as before them). Lower the learning rate, or set reward_scale so that returns are about 1."
+            f"The gradient was not finite in {agent.nonfinite} updates in a row, which were skipped. Lower "
+            "the learning rate, or set reward_scale so that returns are about 1."
         )
     return norm

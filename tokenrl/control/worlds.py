@@ -83,10 +83,7 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
         """
         check_number("size", size, int, at_least=2)
         if (decoy is not None or decoy_reward) and decoy not in range(1, size * size - 1):
-            raise Refused(
-                f"decoy was given as {decoy!r} (reward {decoy_reward:g}); it must be the number "
-                f"of a cell from 1 to {size * size - 2}: the start is cell 0, the goal {size * size - 1}."
-            )
+            raise Refused(f"decoy was given as {decoy!r}; it must be a cell from 1 to {size * size - 2}.")
         self.size, self.cells, self.goal = size, size * size, size * size - 1
         self.ends = {self.goal: goal_reward}  # by cell
         if decoy is not None:
@@ -191,10 +188,7 @@ def exact_values(
     """
     policy = np.asarray(policy, np.float64)
     if policy.shape != (env.cells, 4) or (policy < 0).any() or not np.allclose(policy.sum(1), 1, atol=1e-6):
-        raise Refused(
-            f"policy was given with shape {policy.shape}; it must be a table with one row per cell, "
-            f"({env.cells}, 4), and each row must hold four probabilities that add up to 1."
-        )
+        raise Refused(f"policy {policy.shape} must have four probabilities for each of {env.cells} cells.")
     chances = transitions(env)
     moves = np.einsum("sa,sat->st", policy, chances)
     ends, paid = list(env.ends), list(env.ends.values())
@@ -207,10 +201,8 @@ def exact_values(
         return values
     ever = np.linalg.matrix_power((moves > 0) + np.eye(env.cells), env.cells)[:, ends].any(1)
     if gamma >= 1 and not ever.all():
-        raise Refused(
-            f"From cell {int(np.argmin(ever))} the policy never ends an episode, so its undiscounted return "
-            "is not finite. Give gamma below 1, or a horizon."
-        )
+        cell = int(np.argmin(ever))
+        raise Refused(f"From cell {cell} the policy never ends an episode; give gamma below 1, or a horizon.")
     return np.linalg.solve(np.eye(env.cells) - gamma * moves, rewards)
 
 
@@ -313,8 +305,7 @@ class Bandit(gymnasium.Env[NDArray[np.float32], np.int64]):
         """
         if len(rewards) != 2:
             raise Refused(
-                f"rewards were given as {rewards!r}; the bandit has two actions. Give one number for each, "
-                "such as (1.0, 0.0)."
+                f"rewards were given as {rewards!r}; the bandit has two actions, so give two numbers."
             )
         self.rewards, self.steps = (float(rewards[0]), float(rewards[1])), steps
         self.observation_space = Box(0.0, 1.0, (1,), np.float32)

@@ -72,9 +72,7 @@ def compute(
         ValueError: When the rewards have neither the shape of the rows nor that of the mask.
     """
     if rewards.shape not in (mask.shape[:1], mask.shape):
-        raise ValueError(
-            f"rewards {tuple(rewards.shape)} fit neither the rows nor the mask {tuple(mask.shape)}"
-        )
+        raise ValueError(f"rewards {tuple(rewards.shape)} do not fit the mask {tuple(mask.shape)}")
     mask = mask.bool()
     valid = mask.new_ones(mask.shape[0]) if valid is None else valid.bool()
     actions = mask & valid[:, None]
@@ -156,20 +154,18 @@ def from_function(function: Callable[..., Tensor], step: Step) -> Float[Tensor, 
     """
     totals, mask, valid = step.totals, step.actions, step.valid
     name = getattr(function, "__name__", type(function).__name__)
+    rows = {"group_size": step.group_size, "mask": mask.clone(), "valid": valid.clone()}
     try:
-        baseline = function(
-            totals.clone(), group_size=step.group_size, mask=mask.clone(), valid=valid.clone()
-        )
+        baseline = function(totals.clone(), **rows)
     except TokenrlError:
         raise
     except USER_CODE_FAILED as error:
         raise Stopped(f"The baseline {name!r} failed: {raised(error)}.") from error
     if not isinstance(baseline, Tensor) or baseline.shape not in (mask.shape[:1], mask.shape):
-        is_tensor = isinstance(baseline, Tensor)
-        what = f"shape {tuple(baseline.shape)}" if is_tensor else type(baseline).__name__
+        what = f"shape {tuple(baseline.shape)}" if isinstance(baseline, Tensor) else type(baseline).__name__
         raise Refused(
-            f"The baseline {name!r} returned {what}; it must return a tensor of one number per row, "
-            f"{tuple(mask.shape[:1])}, or one per token, {tuple(mask.shape)}."
+            f"The baseline {name!r} returned {what}; it must return a tensor of one number per row "
+            f"({len(mask)}), or one per token, {tuple(mask.shape)}."
         )
     baseline = baseline.detach().to(totals.dtype)
     return baseline[:, None] if baseline.ndim == 1 else zero_outside(baseline, mask)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenrl.core.choices import choice_of
-from tokenrl.core.rows import check_groups, from_first, zero_outside
+from tokenrl.core.rows import ALONE, check_groups, from_first, zero_outside
 from tokenrl.errors import Refused
 
 if TYPE_CHECKING:
@@ -161,18 +161,14 @@ def shrinkage(step: Step) -> Float[Tensor, "S n"]:
     # Average differences from one of the means, so that the mean of equal means is exactly that number.
     first = means.gather(-1, present.long().argmax(-1, keepdim=True))
     elsewhere = first + (others * (means - first)).sum(-1) / number.clamp(min=1)  # [S]
-    lam = own_weight(totals, valid, means, elsewhere, others) if weight is None else weight
+    lam = own_weight(step, means, elsewhere, others) if weight is None else weight
     lam = torch.where(number > 0, lam, 1.0).to(totals.dtype)
     # lam own + (1 - lam) elsewhere, written as a difference so that it is exact where both are equal
     return own + (1 - lam[:, None]) * (elsewhere[:, None] - own)
 
 
 def own_weight(
-    totals: Float[Tensor, "S n"],
-    valid: Bool[Tensor, "S n"],
-    means: Float[Tensor, " S"],
-    elsewhere: Float[Tensor, " S"],
-    others: Bool[Tensor, "S S"],
+    step: Step, means: Float[Tensor, " S"], elsewhere: Float[Tensor, " S"], others: Bool[Tensor, "S S"]
 ) -> Float[Tensor, " S"]:
     """Estimate the best weight of a prompt's own mean, `tau^2 / (tau^2 + sigma^2/(n - 1))`, from the others.
 
@@ -180,9 +176,9 @@ def own_weight(
     sampling adds to it, and at least 0. With fewer than two other prompts there is no tau^2, and the weight
     is 1.
     """
-    count = valid.sum(-1)  # [S]
+    totals, count = step.totals, step.valid.sum(-1)  # count: [S]
     enough = others & (count >= 2)
-    within = (enough * std(totals, valid, ddof=1)[..., 0].square()).sum(-1) / enough.sum(-1).clamp(min=1)
+    within = (enough * std(totals, step.valid, ddof=1)[..., 0].square()).sum(-1) / enough.sum(-1).clamp(min=1)
     number = others.sum(-1)
     spread = (others * (means - elsewhere[:, None]).square()).sum(-1) / (number - 1).clamp(min=1)
     shares = (others / count.clamp(min=1).to(totals.dtype)).sum(-1) / number.clamp(min=1)
@@ -230,8 +226,7 @@ def set_size(estimator: Estimator, axis: str, rows: int, group_size: int | None)
     if compares == "step":
         if rows < 2:
             raise Refused(
-                f"{name!r} compares the rows of a step, but the step has {rows}. Collect two or more per "
-                "step, or choose the baseline 'running_mean', 'constant' or 'none', with the scale 'none'."
+                f"{name!r} compares the rows of a step, but the step has {rows}. Collect more, or {ALONE}."
             )
         return rows
     if compares != "group":
@@ -239,14 +234,13 @@ def set_size(estimator: Estimator, axis: str, rows: int, group_size: int | None)
     size = check_groups(name, rows, group_size)
     if name == "loo_std" and size < 3:
         raise Refused(
-            "'loo_std' is the spread of the other completions of the prompt, but group_size 2 leaves "
-            "only one. Sample three or more per prompt (num_generations), or choose the scale 'none' or "
-            "'other_groups_std'."
+            "'loo_std' is the spread of the other rows of a group, but group_size 2 leaves only one. Take "
+            "three or more (num_generations), or the scale 'none' or 'other_groups_std'."
         )
     if name == "other_groups_std" and rows == size:
         raise Refused(
-            "'other_groups_std' is the spread over the other prompts of the step, but the step has "
-            "one. Take two or more prompts per step, or choose the scale 'none' or 'loo_std'."
+            "'other_groups_std' is the spread over other prompts, but the step has one. Take more prompts "
+            "per step, or the scale 'none' or 'loo_std'."
         )
     return size
 
@@ -270,11 +264,10 @@ def check_horizon(estimator: Estimator, horizon: int | None, allow_no_baseline: 
         return
     length = "without limit" if horizon is None else f"up to {horizon:,} steps"
     raise Refused(
-        f"Episodes last {length}, but the estimator subtracts no baseline (baseline "
-        f"{estimator.baseline!r}); beyond {LONGEST_WITHOUT_BASELINE} steps the noise of the whole return "
-        "hides the effect of one action. Choose a baseline: 'timestep_mean' with returns 'reward_to_go', "
-        "'value' with a critic, 'running_mean', or 'rloo' if there are several completions per prompt. Or "
-        "make episodes shorter, or pass --allow-no-baseline to train without one nevertheless."
+        f"Episodes last {length}, but the estimator subtracts no baseline; beyond "
+        f"{LONGEST_WITHOUT_BASELINE} steps noise hides the effect of one action. Choose the baseline "
+        "'value', 'running_mean', 'timestep_mean' with returns 'reward_to_go', or 'rloo'; or make "
+        "episodes shorter, or pass --allow-no-baseline."
     )
 
 

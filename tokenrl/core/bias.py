@@ -20,17 +20,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tokenrl.core.choices import (
-    ASYMPTOTIC,
-    BIASED,
-    EXACT,
-    FROM_BEST_TO_WORST,
-    KL_EFFECTS,
-    UNKNOWN,
-    UP_TO_SCALE,
-    Effect,
-    choice_of,
-)
+from tokenrl.core import choices
+from tokenrl.core.choices import Effect, choice_of
 
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
@@ -43,7 +34,7 @@ def effects(estimator: Estimator) -> list[Effect]:
     axes += ["entropy_form"] * estimator.needs_entropy
     alone += [choice_of(axis, getattr(estimator, axis)) for axis in axes]
     if estimator.needs_kl:
-        alone.append(KL_EFFECTS[estimator.kl_placement, estimator.kl_estimator])
+        alone.append(choices.KL_EFFECTS[estimator.kl_placement, estimator.kl_estimator])
     return alone + combination_effects(estimator)
 
 
@@ -69,7 +60,7 @@ def zero_spread_effect(estimator: Estimator) -> Effect:
     if estimator.zero_spread == "keep":
         return effect
     if callable(estimator.baseline):
-        return Effect(UNKNOWN, "whether a dropped group had an advantage depends on your baseline")
+        return Effect(choices.UNKNOWN, "whether a dropped group had an advantage depends on your baseline")
     with_gradient = (
         not choice_of("baseline", estimator.baseline).centred
         or estimator.scale == "token_whiten"
@@ -78,10 +69,12 @@ def zero_spread_effect(estimator: Estimator) -> Effect:
         or (estimator.needs_kl and estimator.kl_placement == "reward")
     )
     if with_gradient:
-        return Effect(BIASED, "the groups of equal rewards that are left out had a gradient of their own")
+        return Effect(
+            choices.BIASED, "the groups of equal rewards that are left out had a gradient of their own"
+        )
     if estimator.returns != "total":
         return Effect(
-            UNKNOWN,
+            choices.UNKNOWN,
             f"{effect.reason}; with rewards before the last action the groups left out had a gradient",
         )
     return effect
@@ -91,20 +84,20 @@ def combination_effects(estimator: Estimator) -> list[Effect]:
     """List the effects that choices have only in combination."""
     found = []
     baseline = choice_of("baseline", estimator.baseline)
-    shrinks = baseline.status == UP_TO_SCALE
+    shrinks = baseline.status == choices.UP_TO_SCALE
     rescaled = estimator.scale != "none" or (shrinks and baseline.compares == "group")
     if estimator.loss_side_terms and rescaled:
         # A group mean multiplies the advantages by (G-1)/G, and so changes the weight of the loss term
         # relative to them, for any number of prompts.
         text = "the advantages are rescaled and the KL or entropy term in the loss is not, which changes its "
-        found.append(Effect(BIASED, text + "coefficient"))
+        found.append(Effect(choices.BIASED, text + "coefficient"))
     elif estimator.loss_side_terms and shrinks:  # the factor of a batch mean tends to 1 as the step grows
         text = "the KL or entropy term in the loss is not multiplied by (N-1)/N as the advantages are"
-        found.append(Effect(ASYMPTOTIC, text))
+        found.append(Effect(choices.ASYMPTOTIC, text))
     limits = {baseline_effect(estimator).status, choice_of("aggregation", estimator.aggregation).status}
-    if estimator.scale == "loo_std" and ASYMPTOTIC in limits:
+    if estimator.scale == "loo_std" and choices.ASYMPTOTIC in limits:
         text = "prompts stay weighted unequally, and the direction of each is right in the limit only"
-        found.append(Effect(BIASED, text))
+        found.append(Effect(choices.BIASED, text))
     return found
 
 
@@ -116,6 +109,6 @@ def declared(estimator: Estimator) -> Effect:
     in `combination_effects`.
     """
     found = effects(estimator)
-    status = max((effect.status for effect in found), key=FROM_BEST_TO_WORST.index)
-    reasons = [effect.reason for effect in found if effect.status != EXACT]
+    status = max((effect.status for effect in found), key=choices.FROM_BEST_TO_WORST.index)
+    reasons = [effect.reason for effect in found if effect.status != choices.EXACT]
     return Effect(status, "; ".join(reasons) or "no choice changes the expected gradient")

@@ -372,8 +372,5 @@ def given(name: str, value: T | None, purpose: str) -> T:
         Refused: When it is missing.
     """
     if value is None:
-        raise Refused(
-            f"{name} was not given, and {purpose} needs it. Pass {name}, or choose an estimator that does "
-            "not need it."
-        )
+        raise Refused(f"{name} was not given, and {purpose} needs it. Pass it, or take another estimator.")
     return value

@@ -127,28 +127,25 @@ class Estimator(Settings):
         place, kind = self.kl_placement, self.kl_estimator
         if self.needs_kl and (place, kind) not in KL_EFFECTS:
             raise Refused(
-                f"kl_estimator {kind!r} is made for the loss, where its gradient is that of the KL, but "
-                f"kl_placement is {place!r}. Set kl_placement 'loss', or take kl_estimator 'k1', which is "
-                "exact in the reward."
+                f"kl_estimator {kind!r} is exact in the loss, but kl_placement is {place!r}. Set "
+                "kl_placement 'loss', or take kl_estimator 'k1', which is exact in the reward."
             )
         for axis in self.within_rows:
             if axis != "returns" and self.returns == "total":
                 raise Refused(
-                    f"{getattr(self, axis)!r} compares the steps of one row, but with returns 'total' every "
-                    "step has the same return. Set returns 'reward_to_go', or choose another baseline and "
-                    "scale."
+                    f"{getattr(self, axis)!r} compares the steps of one row, which with returns 'total' all "
+                    f"have the same return. Set returns 'reward_to_go', or choose another {axis}."
                 )
         of_totals = not callable(self.baseline) and self.baseline not in IN_UNITS_OF_THE_EPISODE
         if self.returns == "episode_normalized" and of_totals:
             raise Refused(
-                "returns 'episode_normalized' have mean 0 and standard deviation 1 in each episode, but the "
-                f"baseline {self.baseline!r} is made of whole returns, which are in other units. Choose the "
-                "baseline 'none' or 'value', or returns 'reward_to_go'."
+                f"returns 'episode_normalized' and the baseline {self.baseline!r}, made of whole returns, "
+                "are in other units. Choose the baseline 'none' or 'value', or returns 'reward_to_go'."
             )
         if self.scale in ("loo_std", "other_groups_std") and self.scale_eps == 0:
             raise Refused(
-                f"scale {self.scale!r} divides by the spread of other rows plus scale_eps, which would be 0 "
-                "wherever all of them have the same reward. Give a scale_eps above 0; its preset has 0.1."
+                f"scale {self.scale!r} with scale_eps 0 divides by 0 where other rows have equal rewards. "
+                "Give a scale_eps above 0; its preset has 0.1."
             )
 
     @property

@@ -53,10 +53,7 @@ def token_weights(
         Refused: When the aggregation is 'fixed_length' and no length is given.
     """
     if aggregation == "fixed_length" and (max_length is None or max_length < 1):
-        raise Refused(
-            f"'fixed_length' divides by the maximum length, but max_length is {max_length}. Give the "
-            "largest number of actions that a row may have, or choose the aggregation 'sequence_sum'."
-        )
+        raise Refused(f"'fixed_length' divides by max_length, the most actions of a row; it is {max_length}.")
     actions = mask.bool() & valid[:, None]
     lengths = actions.sum(-1, keepdim=True)
     rows = valid.sum().clamp(min=1)  # of the whole step: never divide a slice by its own rows

@@ -18,6 +18,9 @@ from tokenrl.errors import Refused
 if TYPE_CHECKING:
     from tokenrl.core.estimator import Estimator
 
+ALONE = "choose the baseline 'running_mean', 'constant' or 'none', with the scale 'none'"
+"""What to do where there are no other rows to compare with."""
+
 
 def completion_mask(
     completion_ids: Int[Tensor, "N T"],
@@ -161,15 +164,11 @@ def check_groups(choice: str, rows: int, group_size: int | None) -> int:
     """
     if group_size is None or group_size < 2:
         raise Refused(
-            f"{choice!r} compares several completions of one prompt, but group_size is {group_size}. Sample "
-            "two or more per prompt (num_generations), or choose the baseline 'batch_mean', 'running_mean', "
-            "'constant' or 'none', with the scale 'batch_std' or 'none'."
+            f"{choice!r} compares the rows of a group, but group_size is {group_size}. Take two or more "
+            f"(num_generations; in control num_envs), or {ALONE}."
         )
     if rows % group_size:
-        raise Refused(
-            f"{rows} rows do not fall into groups of {group_size} consecutive rows per prompt. "
-            "Give a number of rows that is a multiple of group_size."
-        )
+        raise Refused(f"{rows} rows are no multiple of group_size {group_size}; give whole groups.")
     return group_size
 
 

@@ -217,21 +217,17 @@ def _advantages(
     """Return advantages [C, N, *T], weights [C, N, T] and mask [C, N, T] of C steps, each by itself."""
 
     def step(one: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        mask = one["mask"]
-        kept = keep(estimator, one["rewards"], mask, group_size=size, truncated=one["truncated"])
+        rewards, mask = one["rewards"], one["mask"]
+        kept = keep(estimator, rewards, mask, group_size=size, truncated=one["truncated"])
+        more = {name: x for name, x in one.items() if name not in ("rewards", "mask", "truncated", "entropy")}
         advantages = estimator.advantages(
-            one["rewards"],
+            rewards,
             mask,
             group_size=size,
             valid=kept.compared,
-            logprobs=one["logprobs"],
-            ref_logprobs=one["ref_logprobs"],
-            values=one["values"],
-            bootstrap=one.get("bootstrap"),
-            greedy_rewards=one["greedy_rewards"],
-            score_norms=one["score_norms"],
             baseline_value=problem.baseline_value,
             max_length=problem.max_length,
+            **more,
         ).policy
         live = kept.mask.to(mask.dtype)
         weights = estimator.token_weights(live, max_length=problem.max_length, valid=kept.counted)
@@ -242,10 +238,10 @@ def _advantages(
     except RuntimeError as error:
         if not callable(estimator.baseline):
             raise
+        name = getattr(estimator.baseline, "__name__", "given")
         raise Refused(
-            f"The baseline {getattr(estimator.baseline, '__name__', 'given')!r} cannot be computed for many "
-            f"steps at once: {str(error).splitlines()[0]} Write it with tensor operations only, without "
-            ".item(), numpy or a branch on a value."
+            f"The baseline {name!r} cannot be computed for many steps at once: {str(error).splitlines()[0]} "
+            "Write it with tensor operations only, without .item(), numpy or a branch on a value."
         ) from error
 
 

@@ -90,13 +90,11 @@ def _check(policy: Policy, vocabulary: int, length: int) -> None:
     continuing = vocabulary - len(policy.eos_ids)
     if continuing ** (length - 1) * vocabulary > LIMIT:
         raise Refused(
-            f"A vocabulary of {vocabulary} with completions of up to {length} tokens gives more than {LIMIT} "
-            "completions to list. Give a smaller length, or a model with a smaller vocabulary."
+            f"A vocabulary of {vocabulary} with up to {length} tokens has more than {LIMIT} completions to "
+            "list. Give a smaller length or vocabulary."
         )
     if any(p.dtype != torch.float64 for p in policy.trainable_parameters()):
-        raise Refused(
-            "The model is not in float64, so rounding would look like bias. Load it with dtype 'float64'."
-        )
+        raise Refused("Rounding would look like bias: load the model with dtype 'float64'.")
 
 
 def rollout_of_all(policy: Policy, prompt: Sequence[int], *, vocabulary: int, length: int) -> Rollout:

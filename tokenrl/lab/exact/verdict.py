@@ -123,9 +123,8 @@ def _check_memory(estimator: Estimator) -> None:
         name = getattr(estimator.baseline, "__name__", type(estimator.baseline).__name__)
         raise Refused(
             f"The baseline {name!r} returned two different results for the same step, so it has a memory or "
-            "draws random numbers. The lab enumerates steps and needs a function of the step alone: measure "
-            "it with its memory held fixed. If it is updated only after it was used, its memory is a "
-            "constant and changes no expected gradient."
+            "draws random numbers. Measure it with its memory held fixed: it is a constant if it is updated "
+            "after use."
         )
 
 

@@ -137,10 +137,7 @@ def contributions(
         Refused: When the estimator needs a critic, or cannot be used with such groups.
     """
     if estimator.needs_values:
-        raise Refused(
-            "The estimator needs a critic's values, but a measurement has no critic. Choose a baseline other "
-            "than 'value' and returns other than 'gae'."
-        )
+        raise Refused("A measurement has no critic: no baseline 'value' and no returns 'gae'.")
     whole = samples.group_size
     size = whole if group_size is None else group_size
     norms = projections.logprobs.double().square().sum(-1) if estimator.needs_score_norms else None

@@ -165,9 +165,8 @@ def _in_memory(
                 raise
             if rows <= args.num_generations:
                 raise Refused(
-                    f"Memory ran out with the {rows} completions of one prompt at once. Fewer --probes or a "
-                    "shorter --max-completion-length need less; so do --layers last and, for large models, "
-                    "--lora-r 8, which measure the gradient in fewer parameters."
+                    f"Memory ran out with the {rows} completions of one prompt. Fewer --probes, a shorter "
+                    "--max-completion-length, --layers last or --lora-r 8 need less."
                 ) from error
         rows //= 2
         console.note(f"Memory ran out; going on with {rows} completions at once.")
@@ -185,16 +184,11 @@ def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> Measure
 
     g, b, p = args.num_generations, args.num_prompts, args.prompts_per_step
     if g & (g - 1):
-        raise Refused(
-            f"num_generations={g}: give a power of two (2, 4, 8, ...), so that groups can be halved."
-        )
+        raise Refused(f"num_generations={g}: give a power of two, so that groups can be halved.")
     if args.gradient_checkpointing:
         raise Refused("gradient_checkpointing has no forward-mode derivative. Measure without it.")
     if b < 4 * p or b % p:
-        raise Refused(
-            f"num_prompts={b} with prompts_per_step={p}: steps are the independent units of some estimators, "
-            f"so give a multiple of {p}, at least {4 * p}."
-        )
+        raise Refused(f"num_prompts={b} with prompts_per_step={p}: give a multiple of {p}, at least {4 * p}.")
     args = settled_form(args)
     for line in asked(form_of(args), args.model).values():
         announce(f"Asked: {line}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from torch import Tensor
 
@@ -90,9 +91,9 @@ def compare(
     little too narrow.
     """
     step = prompts_per_step
-    reference = contributions(Estimator(), samples, projections, prompts_per_step=step, coupled=False)
-    nothing = contributions(
-        Estimator(baseline="none"), samples, projections, prompts_per_step=step, coupled=False
+    reference, nothing = (
+        contributions(e, samples, projections, prompts_per_step=step, coupled=False)
+        for e in (Estimator(), Estimator(baseline="none"))
     )
     probes = projections.logprobs.shape[-1]
 
@@ -104,41 +105,28 @@ def compare(
     for name, estimator in estimators.items():
         mine = contributions(estimator, samples, projections, prompts_per_step=step)
         rloo, none = (_in_units_of(mine, other) for other in (reference, nothing))
-        draw = resampling(len(mine.values))
-        found.append(_measured(name, estimator, mine, rloo, none, draw, mine.groups / step))
+        draw, share = resampling(len(mine.values)), mine.groups / step  # of a unit in a step
+        own, of_rloo = draw.product(mine.values, mine.values), draw.product(rloo, rloo)
+        variance, without = draw.variance(mine.values) * share, draw.variance(none) * share
+        same = same_expectation(estimator)
+        snr = interval((of_rloo if same else own) / variance)
+        sure = interval_above_zero(own) and interval_above_zero(of_rloo)
+        quieter = without / variance * (1 if same else own / of_rloo)
+        measurement = Measurement(
+            estimator=name,
+            declared=estimator.bias_status,
+            coupled=mine.coupled,
+            units=len(mine.values),
+            signal=interval(own),
+            variance=interval(variance),
+            snr=snr,
+            noise=reciprocal(snr),
+            cosine=cosine(draw.product(mine.values, rloo), own, of_rloo, resolved=sure),
+            variance_ratio=interval(variance / without),
+            quieter=interval(quieter) if same or sure else without_interval(quieter),
+        )
+        found.append(measurement)
     return tuple(found)
-
-
-def _measured(
-    name: str,
-    estimator: Estimator,
-    mine: Contributions,
-    rloo: Tensor,
-    none: Tensor,
-    draw: Resampling,
-    share: float,
-) -> Measurement:
-    """Measure one estimator for `compare`; `share` is the share of a unit in a step."""
-    own, of_rloo = draw.product(mine.values, mine.values), draw.product(rloo, rloo)
-    variance, without = draw.variance(mine.values) * share, draw.variance(none) * share
-    same = same_expectation(estimator)
-    known = of_rloo if same else own
-    signal, snr = interval(own), interval(known / variance)
-    sure = interval_above_zero(own) and interval_above_zero(of_rloo)
-    quieter = without / variance * (1 if same else own / of_rloo)
-    return Measurement(
-        estimator=name,
-        declared=estimator.bias_status,
-        coupled=mine.coupled,
-        units=len(mine.values),
-        signal=signal,
-        variance=interval(variance),
-        snr=snr,
-        noise=reciprocal(snr),
-        cosine=cosine(draw.product(mine.values, rloo), own, of_rloo, resolved=sure),
-        variance_ratio=interval(variance / without),
-        quieter=interval(quieter) if same or sure else without_interval(quieter),
-    )
 
 
 def interval_above_zero(replicates: Tensor) -> bool:
@@ -175,7 +163,8 @@ def compare_group_sizes(
     """
     groups, probes = len(samples.mask) // samples.group_size, projections.logprobs.shape[-1]
     draw = Resampling(groups, probes, replicates=replicates, seed=seed)
-    whole = contributions(Estimator(), samples, projections, prompts_per_step=prompts_per_step, coupled=False)
+    how: dict[str, Any] = {"prompts_per_step": prompts_per_step}
+    whole = contributions(Estimator(), samples, projections, coupled=False, **how)
     of_rloo = draw.product(whole.values, whole.values)
     found = []
     sizes = [2**k for k in range(1, samples.group_size.bit_length())]
@@ -184,8 +173,11 @@ def compare_group_sizes(
             continue
         before: tuple[Tensor, Tensor] | None = None
         for size in sizes:
-            mine = _in_groups_of(size, estimator, samples, projections, prompts_per_step)
-            if mine is None:
+            try:
+                mine = contributions(estimator, samples, projections, group_size=size, **how)
+            except Refused:  # for example 'loo_std' with groups of two
+                continue
+            if mine.coupled:  # its units are steps
                 continue
             known = of_rloo if same_expectation(estimator) else draw.product(mine.values, mine.values)
             variance = draw.variance(mine.values) * size / (prompts_per_step * samples.group_size)
@@ -193,19 +185,6 @@ def compare_group_sizes(
             found.append(GroupSize(name, size, reciprocal(interval(known / variance)), gain))
             before = known, variance
     return tuple(found)
-
-
-def _in_groups_of(
-    size: int, estimator: Estimator, samples: Samples, projections: Projections, prompts_per_step: int
-) -> Contributions | None:
-    """Compute contributions with smaller groups; None if they are too small, or if units are steps."""
-    try:
-        mine = contributions(
-            estimator, samples, projections, prompts_per_step=prompts_per_step, group_size=size
-        )
-    except Refused:  # for example 'loo_std' with groups of two
-        return None
-    return None if mine.coupled else mine
 
 
 def _gain(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Estimate:

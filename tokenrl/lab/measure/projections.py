@@ -51,11 +51,8 @@ def chosen_parameters(policy: Policy, layers: Sequence[str] = ()) -> dict[str, T
     for part in layers:
         found = _last(list(named)) if part == "last" else [name for name in named if part in name]
         if not found:
-            some = ", ".join(list(named)[:4])
-            raise Refused(
-                f"No trainable parameter of {policy.source!r} has {part!r} in its name. Give part of a name, "
-                f"such as of {some}, or 'last' for the last block and the head."
-            )
+            some = f"Give part of one, such as of {', '.join(list(named)[:4])}, or 'last'."
+            raise Refused(f"No trainable parameter of {policy.source!r} has {part!r} in its name. {some}")
         chosen.update({name: named[name] for name in found})
     return chosen
 

@@ -82,10 +82,7 @@ def collect(
     parts, columns = [], []
     for (_, rollout, result), (_, _, best) in zip(sampled, greedily, strict=True):
         if not best.valid.all():
-            raise Refused(
-                "Every reward function abstained on a greedy completion. Measure on prompts whose greedy "
-                "completion has a reward."
-            )
+            raise Refused("Every reward function abstained on a greedy completion; give other prompts.")
         shared = {
             "rewards": torch.from_numpy(result.total),
             "valid": torch.from_numpy(result.valid),
