@@ -1,4 +1,4 @@
-"""One process that has imported everything, for all the tests here."""
+"""One folder with a reward, data and a model, for all the tests here."""
 
 import json
 
@@ -15,5 +15,4 @@ def nursery(tmp_path_factory):
     found = Nursery(folder)
     warm = ["sft", "--task", "sort_digits", "--max-steps", "1", "--output-dir", "warm", "--quiet"]
     assert found.run(warm) == 0, found.said  # the task's model is made once
-    yield found
-    found.close()
+    return found

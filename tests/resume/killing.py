@@ -1,4 +1,8 @@
-"""Kills runs at random moments, continues them, and compares them with a run that was not killed."""
+"""Kills runs at random moments, continues them, and compares them with a run that was not killed.
+
+The processes of a run are forked from one that has imported everything, so that they start at once. Each
+counts its calls of functions of tokenrl, by file and by function, and sends itself signals at chosen ones.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,26 @@ import json
 import os
 import random
 import signal
-import subprocess
+import socket
 import sys
+import time
+import traceback
+from collections import Counter
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as parquet
 
 from tests.states import state_of
 
-HERE = Path(__file__).parent
+FORK = get_context("forkserver")
+TRAININGS = ["control.training", "language.preferences.fit", "language.training.loop"]
+TRAININGS += ["language.training.sft"]
+FORK.set_forkserver_preload(["peft", "transformers", *(f"tokenrl.{training}" for training in TRAININGS)])
+PATIENCE = {8.0: signal.SIGTERM, 40.0: signal.SIGALRM}
+"""Seconds after the first failure at which a launcher asks the other processes to end, and at which it kills
+them. One that waits for the first contact with another ends when it is asked; later ones must end unasked."""
 REWARD = """
 def sorted_digits(prompts, completions, **_):
     return [sum(a <= b for a, b in zip(c, c[1:])) / 6 + len(set(c)) / 60 for c in completions]
@@ -44,19 +58,10 @@ class Moment(NamedTuple):
 
 
 class Nursery:
-    """A process that has imported everything, and forks the processes of each run."""
+    """A folder in which command lines run."""
 
     def __init__(self, folder: Path):
         self.folder, self.log = folder, folder / "log.txt"
-        self.environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "TOKENRL_CACHE": str(folder / "cache"),
-        }
-        command = [sys.executable, str(HERE / "nursery.py")]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, env=self.environment, cwd=folder, text=True, **pipes)
-        assert self.process.stdout.readline() == "ready\n"
 
     def run(self, argv: list[str], *moments: Moment) -> int:
         """Run a command line in one process; return its exit code, or minus the signal that killed it."""
@@ -64,21 +69,79 @@ class Nursery:
 
     def run_all(self, argv: list[str], *moments: Moment, processes: int = 1) -> list[dict]:
         """Run a command line; return of each process its exit `code`, and its `calls` by place."""
-        at = [(one.rank, one.place, one.number, one.signal) for one in moments]
-        wanted = {"argv": argv, "moments": at, "processes": processes, "log": str(self.log)}
-        self.process.stdin.write(json.dumps(wanted) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        told = [self.folder / f"calls{rank}.json" for rank in range(processes)]
+        for file in told:
+            file.write_text("{}")
+        world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
+        world |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": True}
+        children = []
+        for rank in range(processes):
+            own = {**world, "RANK": rank, "LOCAL_RANK": rank}
+            at = {(one.place, one.number): one.signal for one in moments if one.rank == rank}
+            given = self.folder, argv, at, own if processes > 1 else {}, told[rank]
+            children.append(FORK.Process(target=live, args=given))
+            children[-1].start()
+        wait_for(children)
+        calls = [json.loads(file.read_text()) for file in told]
+        return [{"code": child.exitcode, "calls": one} for child, one in zip(children, calls, strict=True)]
 
     @property
     def said(self) -> str:
         """The end of what the runs have printed."""
         return self.log.read_text()[-3000:]
 
-    def close(self):
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
+
+def wait_for(children: list[Any]) -> None:
+    """Wait for processes as a launcher does, which ends all once one has failed."""
+    late, failed = dict(PATIENCE), None
+    while alive := [child for child in children if child.exitcode is None]:
+        failed = failed or (time.monotonic() if any(child.exitcode for child in children) else None)
+        if failed and late and time.monotonic() - failed > min(late):
+            signum = late.pop(min(late))
+            for child in alive:
+                os.kill(child.pid, signum)
+        time.sleep(0.01)
+
+
+def live(folder: Path, argv: list[str], moments: dict[Any, int], world: dict[str, Any], told: Path) -> None:
+    """Run a command line in this process, which has just been forked, and end it with the exit code."""
+    os.chdir(folder)
+    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TOKENRL_CACHE": str(folder / "cache")}
+    os.environ |= {name: str(value) for name, value in world.items()}
+    import torch
+
+    from tokenrl.cli import main as tokenrl
+
+    torch.set_num_threads(1)
+    calls: Counter[str] = Counter()
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and "/tokenrl/" in (file := frame.f_code.co_filename):
+            file = file.rpartition("/tokenrl/")[2]
+            for place in (file, f"{file}:{frame.f_code.co_name}"):
+                calls[place] += 1
+                if signum := moments.get((place, calls[place])):
+                    text = f"{signal.Signals(signum).name} in {file}:{frame.f_code.co_name}\n"
+                    os.write(1, text.encode())
+                    os.kill(os.getpid(), signum)
+
+    sys.setprofile(count)
+    code = 70
+    try:
+        code = tokenrl(argv)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.setprofile(None)
+        sys.stdout.flush()
+        told.write_text(json.dumps(calls))
+        os._exit(code)
 
 
 def left(run: Path) -> dict[str, object]:
@@ -99,14 +162,7 @@ def left(run: Path) -> dict[str, object]:
 
 
 def kill_and_continue(
-    nursery: Nursery,
-    folder: Path,
-    argv: list[str],
-    kills: int,
-    seed: int,
-    *,
-    processes: int = 1,
-    places: tuple[str, ...] = ("",),
+    nursery: Nursery, folder: Path, argv: list[str], kills: int, seed: int, *, processes=1, places=("",)
 ) -> None:
     """Kill runs, continue them to their end, and compare each with a run that was not killed.
 
@@ -125,14 +181,11 @@ def kill_and_continue(
         if killed < kills:
             rank = chance.randrange(processes)
             calls = ended[rank]["calls"]
-            file = chance.choice(
-                sorted(name for name in calls if ":" not in name and name.startswith(places))
-            )
+            files = sorted(name for name in calls if ":" not in name and name.startswith(places))
+            file = chance.choice(files)
             moments = [Moment(file, chance.randint(1, calls[file]), rank=rank)]
-        found = nursery.run_all(
-            [*argv, "--output-dir", str(run), "--resume", "auto"], *moments, processes=processes
-        )
-        codes = [one["code"] for one in found]
+        again = [*argv, "--output-dir", str(run), "--resume", "auto"]
+        codes = [one["code"] for one in nursery.run_all(again, *moments, processes=processes)]
         killed += -9 in codes
         assert -9 in codes or not any(codes), nursery.said
         refused = "tokenrl: Before the first step: Another process" in nursery.said.rpartition("SIGKILL")[2]

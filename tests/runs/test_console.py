@@ -5,21 +5,19 @@ import pytest
 
 from tokenrl.runs.console import Console, duration, ending, measured, number, visible
 
+AFTER = {"pass@8": 1.0, "reward": 0.875, "reward_stderr": 0.0123}
 SUMMARY = {"exit_reason": "completed", "steps": 40, "wall_seconds": 75.2, "tokens_per_second": 12345.6,
-           "eval_before": {"reward": 0.125}, "eval_after": {"reward": 0.875, "pass@8": 1.0}}  # fmt: skip
+           "eval_before": {"reward": 0.125}, "eval_after": AFTER}  # fmt: skip
 
 
 def use_everything(console):
     console.start("RLOO on [red]task[/red]", {"model": "tiny :smile:", "parameters": 12})
     with console.progress(40) as progress:
-        for step in range(41):
-            metrics = (
-                {"reward": step / 40, "tokens_per_second": 1000.0} if step else {"eval_reward_greedy": 0.25}
-            )
-            progress.update(step, metrics)
-    console.completions_table(
-        [{"prompt": "a[b]\n\x1b[31m", "completion": "x" * 500, "reward": 1, "advantage": -0.5}]
-    )
+        progress.update(0, {"eval_reward_greedy": 0.25})
+        for step in range(1, 41):
+            progress.update(step, {"reward": step / 40, "tokens_per_second": 1000.0})
+    row = {"prompt": "a[b]\n\x1b[31m", "completion": "x" * 500, "reward": 1, "advantage": -0.5}
+    console.completions_table([row])
     console.note("model runs/[a]/model")
     console.warn("all groups [bold] equal")
     console.finish(SUMMARY)
@@ -31,16 +29,12 @@ def printed(**options):
     return file.getvalue()
 
 
-def test_quiet_prints_nothing(capfd):
-    assert printed(quiet=True) == ""
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_notebook_gets_the_lines_of_a_log(monkeypatch):
+def test_a_notebook_gets_the_lines_of_a_log_and_quiet_prints_nothing(monkeypatch, capfd):
     log = printed(every=10)
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")  # ipykernel passes for a terminal
     assert printed(every=10) == log
+    assert printed(quiet=True) == "" and capfd.readouterr() == ("", "")
 
 
 def test_log_gets_plain_lines_each_k_steps():
@@ -49,34 +43,18 @@ def test_log_gets_plain_lines_each_k_steps():
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [0, 1, 10, 20, 30, 40]
     assert lines[0] == "step  0/40  eval 0.25"
     assert lines[2].startswith("step 10/40  reward 0.25  eval 0.25  1,000 tokens/s  ETA 0:")
-    assert "ETA" not in lines[-1] and "\x1b" not in text and "\r" not in text
+    assert "ETA" not in lines[1] + lines[-1] and "\x1b" not in text and "\r" not in text
 
 
-def test_texts_are_shown_as_they_are():
+def test_texts_are_shown_as_they_are_and_numbers_with_their_errors_side_by_side():
     text = printed()
-    assert (
-        "[red]task[/red]" in text
-        and ":smile:" in text
-        and "[bold] equal" in text
-        and "runs/[a]/model" in text
-    )
-    assert r"a[b]\n\x1b[31m" in text and "loss is no measure of progress" in " ".join(text.split())
-    assert "x" * 100 not in "".join(text.split()) and "…" in text
-
-
-def test_before_and_after_stand_side_by_side():
-    rows = [line.split() for line in printed().splitlines()]
-    assert ["reward", "0.125", "0.875"] in rows and ["pass@8", "-", "1"] in rows
-    assert "completed, 40 steps, 1:15, 12,346 tokens/s" in printed()
-
-
-def test_a_standard_error_stands_beside_its_number():
-    file = io.StringIO()
-    after = {"kl": 1.0, "reward": 0.91234, "reward_stderr": 0.0123, "lone_stderr": 2.0}
-    Console(file=file).finish({"eval_before": {"reward": 0.5}, "eval_after": after})
-    rows = [line.split() for line in file.getvalue().splitlines()]
-    assert ["reward", "0.5", "0.912", "±", "0.012"] in rows and ["lone_stderr", "-", "2"] in rows
-    assert "reward_stderr" not in file.getvalue()
+    for part in ("[red]task[/red]", ":smile:", "[bold] equal", "runs/[a]/model", r"a[b]\n\x1b[31m", "…"):
+        assert part in text
+    assert "loss is no measure of progress" in " ".join(text.split())
+    assert "x" * 100 not in "".join(text.split()) and "reward_stderr" not in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["reward", "0.125", "0.875", "±", "0.012"] in rows and ["pass@8", "-", "1"] in rows
+    assert "completed, 40 steps, 1:15, 12,346 tokens/s" in text
 
 
 def test_terminal_gets_one_live_line(monkeypatch):

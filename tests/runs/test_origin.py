@@ -56,22 +56,14 @@ def test_a_program_s_settings_can_be_repeated_by_a_command_if_all_have_names(pro
     assert "estimator" not in said and f"{__name__}:paid" in said  # defaults are left out
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"reward": (lambda completions: completions,)},
-        {"reward": LIBRARY["length"](max=3)},
-        {"estimator": Inner(lambda rewards: rewards)},
-        {"task": SimpleNamespace()},
-    ],
-    ids=["lambda", "object", "nested", "task"],
-)
-def test_no_command_repeats_a_run_with_nameless_objects(options):
+NAMELESS = [{"reward": (lambda completions: completions,)}, {"reward": LIBRARY["length"](max=3)}]
+NAMELESS += [{"estimator": Inner(lambda rewards: rewards)}, {"task": SimpleNamespace()}]
+
+
+@pytest.mark.parametrize("options", NAMELESS, ids=["lambda", "object", "nested", "task"])
+def test_no_command_repeats_a_run_with_nameless_objects(options, monkeypatch):
     assert origin(**options).command == ""
     assert "started from Python" in origin(**options).in_words()[0]
-
-
-def test_no_command_repeats_a_function_of_the_main_program(monkeypatch):
     assert origin(reward=(paid,)).command
-    monkeypatch.setattr(paid, "__module__", "__main__")
+    monkeypatch.setattr(paid, "__module__", "__main__")  # no other program can import it
     assert origin(reward=(paid,)).command == ""

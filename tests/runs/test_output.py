@@ -50,24 +50,6 @@ def test_a_run_goes_on_where_its_output_is_lost(tmp_path, shell):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 9
 
 
-@pytest.mark.slow
-def test_a_terminal_that_is_closed_stops_a_run_after_saving(tmp_path):
-    pty = pytest.importorskip("pty")
-    ours, theirs = pty.openpty()
-    arguments = [*TRAIN, "--max-steps", "100000", "--output-dir", str(tmp_path / "run")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tokenrl", *arguments],
-        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-    )  # fmt: skip
-    os.close(theirs)
-    while b"step" not in os.read(ours, 4096):
-        pass
-    os.close(ours)  # the system sends SIGHUP
-    assert process.wait(60) == 129
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "SIGHUP"
-
-
 def test_a_working_directory_that_was_deleted_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "x").mkdir()
     monkeypatch.chdir(tmp_path / "x")

@@ -1,10 +1,10 @@
-"""The rule for the number of threads, the block that sets it, and what the command line says of it."""
+"""The rule for the number of threads, the and the block that sets it."""
 
 import pytest
 import torch
 
-from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.threads import ThreadArguments, choose_threads, using_threads
+from tokenrl.errors import Stopped
+from tokenrl.runs.threads import choose_threads, using_threads
 
 
 @pytest.mark.parametrize(
@@ -34,9 +34,3 @@ def test_a_block_has_its_threads_and_those_after_it_have_theirs():
             assert torch.get_num_threads() == before + 2
         raise Stopped("an error")
     assert torch.get_num_threads() == before
-
-
-@pytest.mark.parametrize("number", [0, -1, 1025, 1.5, "2", True])
-def test_impossible_numbers_are_refused(number):
-    with pytest.raises(Refused, match=r"threads was given as"):
-        ThreadArguments(threads=number)

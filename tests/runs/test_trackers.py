@@ -1,9 +1,8 @@
 """Experiment trackers: found or refused by name, told everything, and never the end of a run."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
+from unittest.mock import MagicMock, call
 
 import pytest
 from accelerate import tracking, utils
@@ -11,68 +10,41 @@ from accelerate import tracking, utils
 from tokenrl import train_agent
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
+from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.session import Session
 from tokenrl.runs.trackers import TrackerArguments
 
 
 @dataclass(frozen=True)
-class Arguments(TrackerArguments):
+class Arguments(SavingArguments, TrackerArguments):
     estimator: Estimator = field(default_factory=Estimator)
     hidden: tuple[int, ...] = (8, 4)
     logging_steps: int = 1
     max_steps: int = 4
+    output_dir: str = ""
+    overwrite: bool = True
+    quiet: bool = False
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Trackers by the names `fake` and `other`, which keep what they are told, or raise in `broken` calls."""
-    told, broken = [], {}
-
-    def make(kind):
-        class Fake(tracking.GeneralTracker):
-            name, requires_logging_directory = kind, False
-
-            def __init__(self, project, **options):
-                super().__init__()
-                self.tell("init", project, options)
-
-            def tell(self, call, *content):
-                told.append((kind, call, *content))
-                error = broken.get((kind, call))
-                error = error(*content) if callable(error) else error
-                if error is not None:
-                    raise error
-
-            @property
-            def tracker(self):
-                return self
-
-            def start(self):
-                self.tell("start")
-
-            def store_init_configuration(self, values):
-                self.tell("config", values)
-
-            def log(self, values, step=None, **kwargs):
-                self.tell("log", step, values)
-
-            def finish(self):
-                self.tell("finish")
-
-        monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, kind, Fake)
-
-    make("fake"), make("other")
-    return told, broken
+    """Classes of trackers by the names `fake` and `other`, and under a few names of real ones."""
+    made = {kind: MagicMock(requires_logging_directory=False) for kind in ("fake", "other")}
+    for kind in ("fake", "other", "wandb", "mlflow"):
+        monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, kind, made.get(kind, made["fake"]))
+        monkeypatch.setattr(utils, f"is_{kind}_available", lambda: True, raising=False)
+    return made
 
 
-def live(directory, *, steps=4, until=9, late=None, **options):
+def live(directory, *, until=9, late=None, **options):
     """A whole run that is evaluated at step 3, and again after the last step if `late` is given."""
-    with Session("train", directory, overwrite=True, tracking=Arguments(**options)) as session:
+    args = Arguments(output_dir=str(directory), **options)
+    with Session("train", args) as session:
         session.open("counting", {})
         session.evaluated({"reward": 0.5})
-        session.begin(Arguments(**options), names={}, title="counting")
-        for step in session.steps(steps):
+        session.begin(args, names={}, title="counting")
+        for step in session.steps(args.max_steps):
             if step == until:
                 raise Stopped("It broke.")
             metrics = {"reward": float(step), "kl": float("nan")}
@@ -84,56 +56,53 @@ def live(directory, *, steps=4, until=9, late=None, **options):
         session.finish(Outcome(**session.outcome("finished")), lambda folder: None)
 
 
-def calls(told, call, kind="fake"):
-    return [content for name, what, *content in told if (name, what) == (kind, call)]
+def logged(kind):
+    """What the trackers of a class were told of each step."""
+    return [(told.kwargs["step"], told.args[0]) for told in kind.return_value.log.call_args_list]
 
 
 def test_a_tracker_gets_settings_steps_evaluations_and_timings(fake, tmp_path):
-    told, _ = fake
     live(tmp_path / "none", report_to=("none",))
     live(tmp_path / "mine", report_to=("fake", "fake"), late=0.9)
-    assert calls(told, "init") == [["tokenrl", {}]]
-    ((config,),) = calls(told, "config")
+    assert fake["fake"].call_args_list == [call("tokenrl")]
+    ((config,), _) = fake["fake"].return_value.store_init_configuration.call_args
     assert config["estimator.baseline"] == "rloo" and config["hidden"] == "[8, 4]"
     assert config["title"] == "counting" and config["kind"] == "train"
     assert all(value is None or isinstance(value, (bool, int, float, str)) for value in config.values())
-    logged = calls(told, "log")
-    assert [step for step, _ in logged] == [0, 1, 2, 3, 4, 4]
-    assert logged[0][1] == {"eval_reward": 0.5} and logged[-1][1] == {"eval_reward": 0.9}
-    assert logged[3][1]["eval_reward"] == 0.7 and logged[3][1]["step_seconds"] == 0.25
-    assert logged[1][1]["peak_memory_gib"] > 0.01 and "kl" not in logged[1][1]  # nan: not a number to plot
-    assert len(calls(told, "finish")) == 1
+    told = logged(fake["fake"])
+    assert [step for step, _ in told] == [0, 1, 2, 3, 4, 4]
+    assert told[0][1] == {"eval_reward": 0.5} and told[-1][1] == {"eval_reward": 0.9}
+    assert told[3][1]["eval_reward"] == 0.7 and told[3][1]["step_seconds"] == 0.25
+    assert told[1][1]["peak_memory_gib"] > 0.01 and "kl" not in told[1][1]  # nan: not a number to plot
+    assert fake["fake"].return_value.finish.call_count == 1
     rows = [json.loads(line) for line in (tmp_path / "mine" / "timings.jsonl").open()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[0]["peak_memory_gib"] > 0.01
     assert "peak_memory_gib" not in (tmp_path / "mine" / "metrics.jsonl").read_text()
 
 
-def test_it_gets_every_so_many_steps_and_each_evaluation(fake, tmp_path):
+def test_it_gets_every_so_many_steps_and_each_evaluation_and_ends_with_a_run_that_fails(fake, tmp_path):
     live(tmp_path / "run", report_to=("fake",), logging_steps=2)
-    assert [step for step, _ in calls(fake[0], "log")] == [0, 2, 3, 4]
+    assert [step for step, _ in logged(fake["fake"])] == [0, 2, 3, 4]
+    with pytest.raises(Stopped, match="It broke"):
+        live(tmp_path / "run", report_to=("fake",), until=2)
+    assert fake["fake"].return_value.finish.call_count == 2
 
 
 @pytest.mark.parametrize("kind", [ConnectionError, SystemExit])
-@pytest.mark.parametrize("call", ["init", "log", "finish"])
+@pytest.mark.parametrize("when", ["at its start", "at step 0", "at its end"])
 def test_one_that_fails_warns_once_and_leaves_the_run_and_the_others_alone(
-    fake, tmp_path, capsys, call, kind
+    fake, tmp_path, capsys, when, kind
 ):
-    told, broken = fake
-    broken["fake", call] = kind("no network")
+    tracker = fake["fake"].return_value
+    broken = {"at its start": fake["fake"], "at step 0": tracker.log, "at its end": tracker.finish}[when]
+    broken.side_effect = kind("no network")
     live(tmp_path / "run", report_to=("fake", "other"))
     said = " ".join(capsys.readouterr().out.split())
-    when = {"log": "at step 0", "finish": "at its end"}.get(call, "at its start")
     assert said.count("tracker fake failed") == 1 and "tracker other" not in said
     assert f"The tracker fake failed {when} ({kind.__name__}: no network)" in said
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "finished"
-    assert len(calls(told, call)) in (1, 2)  # a run that did not end is asked to end once more
-    assert len(calls(told, "log", "other")) == 5 and len(calls(told, "finish", "other")) == 1
-
-
-def test_a_run_that_fails_is_ended_in_the_trackers_too(fake, tmp_path):
-    with pytest.raises(Stopped, match="It broke"):
-        live(tmp_path / "run", report_to=("fake",), until=2)
-    assert len(calls(fake[0], "finish")) == 1
+    assert broken.call_count in (1, 2)  # a run that did not end is asked to end once more
+    assert len(logged(fake["other"])) == 5 and fake["other"].return_value.finish.call_count == 1
 
 
 @pytest.mark.parametrize(
@@ -154,24 +123,17 @@ def test_one_that_is_missing_is_refused_before_the_directory_is_made(
 
 
 def test_project_and_name_reach_the_tracker_by_its_own_words(fake, tmp_path, monkeypatch):
-    told, _ = fake
-    for kind in ("wandb", "mlflow"):
-        monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, kind, tracking.LOGGER_TYPE_TO_CLASS["fake"])
-        monkeypatch.setattr(utils, f"is_{kind}_available", lambda: True)
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     live(tmp_path / "mine", report_to=("wandb", "mlflow"))
     live(tmp_path / "mine", report_to=("wandb",), tracker_project="ours", run_name="first")
-    assert calls(told, "init") == [
-        ["theirs", {"name": "mine"}],
-        ["tokenrl", {"run_name": "mine"}],
-        ["ours", {"name": "first"}],
-    ]
+    expected = [call("theirs", name="mine"), call("tokenrl", run_name="mine"), call("ours", name="first")]
+    assert fake["fake"].call_args_list == expected
 
 
 def test_tensorboard_has_one_run_in_the_directory_also_after_it_was_replaced(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for steps in (4, 3):
-        live(tmp_path, report_to=("tensorboard",), steps=steps)
+        live(tmp_path, report_to=("tensorboard",), max_steps=steps)
     found = events.EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
     assert [(s.step, s.value) for s in found.Scalars("reward")] == [(1, 1), (2, 2), (3, 3)]
@@ -180,8 +142,8 @@ def test_tensorboard_has_one_run_in_the_directory_also_after_it_was_replaced(tmp
 
 
 def test_an_agent_is_tracked_too(fake, tmp_path):
-    train_agent(env="bandit", max_steps=2, eval_episodes=4, output_dir=tmp_path, quiet=True, report_to="fake",
-                logging_steps=1)  # fmt: skip
-    logged = calls(fake[0], "log")
-    assert [step for step, _ in logged] == [0, 1, 2]
-    assert {"reward", "step_seconds", "env_steps_per_second", "peak_memory_gib"} <= logged[1][1].keys()
+    run = {"max_steps": 2, "eval_episodes": 4, "output_dir": tmp_path, "quiet": True, "logging_steps": 1}
+    train_agent(env="bandit", report_to="fake", **run)
+    told = logged(fake["fake"])
+    assert [step for step, _ in told] == [0, 1, 2]
+    assert {"reward", "step_seconds", "env_steps_per_second", "peak_memory_gib"} <= told[1][1].keys()

@@ -65,15 +65,7 @@ def train_agent(
     spec = describe(args.env, args.max_episode_steps)
     args = resolve(args, spec)
     with (
-        Session(
-            "control",
-            args.output_dir,
-            overwrite=args.overwrite,
-            quiet=args.quiet,
-            every=args.logging_steps,
-            tracking=args,
-            saving=args,
-        ) as session,
+        Session("control", args, every=args.logging_steps) as session,
         contextlib.ExitStack() as stack,
     ):
         run = prepare(args, spec)

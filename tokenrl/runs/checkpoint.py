@@ -122,10 +122,8 @@ class Saver:
         import torch
 
         if self._model and not all(bool(torch.isfinite(tensor).all()) for tensor in self._model.tensors()):
-            raise Stopped(
-                f"After step {self.step} the weights are not finite, so they are not saved. The learning "
-                "rate is the likely cause: lower it, and start again."
-            )
+            why = f"After step {self.step} the weights are not finite, so they are not saved."
+            raise Stopped(f"{why} The learning rate is the likely cause: lower it, and start again.")
 
     @property
     def needed(self) -> int:
@@ -177,11 +175,8 @@ class Saver:
             except Refused:
                 raise
             except Exception as error:
-                raise Refused(
-                    f"The state of {name!r} in {path} does not fit this run ({describe(error)}). Another "
-                    "model, or another version of tokenrl, may have saved it: continue with these, or start "
-                    "a new run from its weights with --model."
-                ) from error
+                why = f"The state of {name!r} in {path} does not fit this run ({describe(error)})."
+                raise Refused(f"{why} Continue with the model and the tokenrl that saved it.") from error
         self._model.read(path)
         self._saved = step_of(path)
         self.settle(self._saved)
@@ -261,8 +256,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
     except Exception as error:  # a damaged archive and a pickle with code raise many kinds of errors
-        raise Refused(
-            f"{folder} holds no state from which a run can continue ({describe(error)}). Give another "
-            "checkpoint, or start a new run from its weights with --model."
-        ) from error
+        why = f"{folder} holds no state from which a run can continue ({describe(error)})."
+        raise Refused(f"{why} Give another checkpoint, or start from its weights with --model.") from error
     return state

@@ -189,7 +189,8 @@ class Progress:
 
         self._console, self._total, self._evaluation = console, total, ""
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[line]}"))
-        self._live = RichProgress(*columns, console=console.rich, disable=not console.rich.is_terminal)
+        where: Any = {"console": console.rich, "disable": not console.rich.is_terminal}
+        self._live = RichProgress(*columns, speed_estimate_period=math.inf, **where)  # steps may take minutes
         self._live.add_task("", total=total, completed=first, line="")
 
     def __enter__(self) -> Progress:

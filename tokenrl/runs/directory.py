@@ -59,27 +59,22 @@ class RunDirectory:
         if ".." in run.parts:
             raise Refused(f"The output directory {str(run)!r} contains '..'; give its path without it.")
         try:
-            if run.exists() and not run.is_dir():
-                raise Refused(f"The output directory {run} is a file; give a directory that is new or empty.")
             _refuse_foreign(run)
             self._made = [folder for folder in (run, *run.parents) if not folder.exists()]
             run.mkdir(parents=True, exist_ok=True)
-            busy = f"Another run is using {run} and holds its lock"
-            self._lock = acquire_lock(run, f"{busy}; wait for it to end or give another directory.")
+            busy = f"Another run is using {run}; wait for it to end or give another directory."
+            self._lock = acquire_lock(run, busy)
         except Refused:
             raise
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-            raise Refused(
-                f"The output directory {str(run)!r} cannot be used ({error}); give another one."
-            ) from error
+            message = f"The output directory {str(run)!r} cannot be used ({error}); give another one."
+            raise Refused(message) from error
         with contextlib.suppress(OSError):  # what a crash left while the model was replaced
             settle(self.model)
         if (self.config.exists() or self.metrics.exists()) and not (overwrite or resume):
             self.release()
-            raise Refused(
-                f"The output directory {run} already holds a run; give another directory, continue that run "
-                "with --resume auto (in Python: resume='auto'), or replace it with --overwrite."
-            )
+            mend = "give another directory, continue it (--resume auto), or replace it (--overwrite)"
+            raise Refused(f"The output directory {run} already holds a run; {mend}.")
 
     def write_config(self, config: Mapping[str, Any], *, keep: bool = False) -> None:
         """Write `config` and the versions of the packages to config.json.
@@ -126,10 +121,7 @@ def _refuse_foreign(run: Path) -> None:
         if not names or "timings.jsonl" in names or "tokenrl" in read_config(run).get("versions", ()):
             return
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    raise Refused(
-        f"The output directory {run} is not empty and holds no run of tokenrl ({shown}). Nothing in it was "
-        "touched. Give a directory that is new or empty."
-    )
+    raise Refused(f"The output directory {run} holds no run, but {shown}. Give a new or empty one.")
 
 
 def acquire_lock(folder: Path, busy: str) -> Any:
@@ -158,10 +150,7 @@ def acquire_lock(folder: Path, busy: str) -> Any:
 def _remove_run(run: Path) -> None:
     """Remove what a run has written; a link is removed, never followed."""
     for path in [path for pattern in _WRITTEN for path in run.glob(pattern)]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     for name in ("videos", "completions", "checkpoints"):
         with contextlib.suppress(OSError):  # it is not there, or holds files of others
             (run / name).rmdir()
@@ -177,20 +166,10 @@ def check_space(directory: Path, needed: int) -> None:
     Raises:
         Refused: fewer bytes are free.
     """
+    from rich.filesize import decimal
+
     there = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
-        raise Refused(
-            f"The run needs about {in_words(needed)} in {directory} for its checkpoints and its model, and "
-            f"{in_words(free)} are free there. Free space, lower keep_checkpoints, or give an output_dir on "
-            "another disk."
-        )
-
-
-def in_words(size: float) -> str:
-    """Return a number of bytes as text with two significant figures, or whole units, such as 1.5 GiB."""
-    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
-    power = 0
-    while size >= 1000 and power < len(units) - 1:
-        size, power = size / 1024, power + 1
-    return f"{size:.2g} {units[power]}" if size < 10 and power else f"{size:.0f} {units[power]}"
+        lack = f"The run needs about {decimal(needed)} in {directory}, and {decimal(free)} are free there."
+        raise Refused(f"{lack} Free space, lower keep_checkpoints, or give an output_dir on another disk.")

@@ -21,10 +21,7 @@ from tokenrl.runs.files import not_written, sync, write_json
 
 MANIFEST = "manifest.json"
 _CARD = "README.md"  # people edit the card of a model before they share it
-_MEND = (
-    "Use another copy or an earlier checkpoint; to load what is there unverified, copy it elsewhere without "
-    f"{MANIFEST}."
-)
+_MEND = f"Use another copy or an earlier checkpoint; unverified it loads from a copy without {MANIFEST}."
 
 
 @contextlib.contextmanager
@@ -77,28 +74,12 @@ def verify(folder: Path) -> None:
     Raises:
         Refused: the manifest or a file is missing, altered or cut short; the message names it.
     """
-    try:
-        fault = _fault_of(folder)
-    except OSError as error:
-        fault = f"it cannot be read ({error})"
-    if fault:
+    for name, entry in (_manifest(folder) or {MANIFEST: None}).items():
+        with contextlib.suppress(OSError):
+            if _entry(folder / name) == entry:
+                continue
+        fault = f"its file {name} is missing, altered, cut short or of an earlier release"
         raise Refused(f"The folder {folder} cannot be used: {fault}. {_MEND}")
-
-
-def _fault_of(folder: Path) -> str:
-    files = _manifest(folder)
-    if files is None:
-        return f"it has no {MANIFEST}, so it is not complete"
-    if "files" in files:
-        return "it was written by an earlier release of tokenrl, which this one cannot read"
-    if not files:
-        return f"its {MANIFEST} was altered or cut short"
-    for name, (size, digest) in files.items():
-        if not (folder / name).is_file():
-            return f"it lacks its file {name}"
-        if (folder / name).stat().st_size != size or _sha256(folder / name) != digest:
-            return f"its file {name} was altered or cut short"
-    return ""
 
 
 def model_directory(name_or_path: str | Path) -> str | Path:
@@ -128,7 +109,7 @@ def _seal(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         sync(path)
         if path.is_file() and path.name != _CARD:
-            files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _sha256(path)]
+            files[path.relative_to(folder).as_posix()] = _entry(path)
     write_json(folder / MANIFEST, files)
     sync(folder)
 
@@ -141,17 +122,18 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         return None
     except ValueError:
         return {}
-    is_old = isinstance(found, dict) and found.keys() >= {"step", "files"}
     is_ours = isinstance(found, dict) and all(isinstance(entry, list) for entry in found.values())
-    return found if is_old or is_ours else None
+    return found if is_ours else None
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
+def _entry(file: Path) -> list[Any]:
+    """Return the size of a file and its SHA-256."""
+    digest, size = hashlib.sha256(), 0
     with file.open("rb") as handle:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)
-    return digest.hexdigest()
+            size += len(chunk)
+    return [size, digest.hexdigest()]
 
 
 def _beside(directory: Path) -> tuple[Path, Path]:

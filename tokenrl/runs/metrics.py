@@ -11,7 +11,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,10 +38,8 @@ class MetricsLog:
         """
         self._files = {}
         for path in (run / "metrics.jsonl", run / "timings.jsonl"):
-            try:
+            with _told(path):
                 self._files[path] = path.open("ab", buffering=0)
-            except OSError as error:
-                raise not_written(path, error) from error
 
     def write(self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
         """Append a line to each file: `step` first, then the other keys in alphabetical order.
@@ -57,14 +56,10 @@ class MetricsLog:
         for (path, file), row in zip(self._files.items(), (metrics, timings), strict=True):
             if row is None:
                 continue
-            rest = line_of(
-                {"step": int(step), **{key: row[key] for key in sorted(row) if key != "step"}}
-            ).encode()
-            try:
+            rest = line_of({"step": int(step), **dict(sorted(row.items()))}).encode()
+            with _told(path):
                 while rest:  # what does not fit on the disk any more is left over
                     rest = rest[file.write(rest) :]
-            except OSError as error:
-                raise not_written(path, error) from error
 
     def sync(self) -> None:
         """Flush both files to the disk, so that a checkpoint never has more steps than they have.
@@ -73,15 +68,21 @@ class MetricsLog:
             Stopped: the disk is full.
         """
         for path, file in self._files.items():
-            try:
+            with _told(path):
                 os.fsync(file.fileno())
-            except OSError as error:
-                raise not_written(path, error) from error
 
     def close(self) -> None:
         """Close both files."""
         for file in self._files.values():
             file.close()
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise not_written(path, error) from error
 
 
 def line_of(row: Mapping[str, Any]) -> str:
@@ -90,8 +91,7 @@ def line_of(row: Mapping[str, Any]) -> str:
     Raises:
         TypeError: a value holds several numbers.
     """
-    values = plain(row)
-    for key, value in values.items():
+    for key, value in (values := plain(row)).items():
         if isinstance(value, dict | list):
             raise TypeError(f"a line is flat, name to number; {key!r} holds several values")
     return json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n"
@@ -118,9 +118,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number == len(lines):  # it has no newline: a crash cut it short
                 break
-            raise Refused(
-                f"Line {number} of {path} is damaged ({describe(error)}); remove it to read the others."
-            ) from error
+            fault = f"Line {number} of {path} is damaged ({describe(error)})"
+            raise Refused(f"{fault}; remove it to read the others.") from error
     return rows
 
 
@@ -166,11 +165,9 @@ def _column(values: list[Any]) -> Any:
     import pyarrow
 
     cells = [value if isinstance(value, float) else plain(value) for value in values]  # parquet has NaN
-    try:
-        if not any(isinstance(cell, dict | list) for cell in cells):
+    if not any(isinstance(cell, dict | list) for cell in cells):
+        with suppress(pyarrow.ArrowException, OverflowError):
             return pyarrow.array(cells)
-    except (pyarrow.ArrowException, OverflowError):
-        pass
     return [None if cell is None else json.dumps(plain(cell), ensure_ascii=False) for cell in cells]
 
 

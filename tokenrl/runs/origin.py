@@ -18,10 +18,8 @@ from typing import Any
 
 from tokenrl.runs.files import plain
 
-_PACKAGES = (
-    *("torch", "transformers", "accelerate", "datasets", "peft", "gymnasium", "numpy", "safetensors"),
-    "tokenizers",
-)
+_PACKAGES: tuple[str, ...] = ("tokenizers",)
+_PACKAGES += ("torch", "transformers", "accelerate", "datasets", "peft", "gymnasium", "numpy", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,12 @@ class Origin:
         objects = {name: word for name, word in names.items() if not isinstance(values[name], str | None)}
         settings = {**values, **objects}
         program = Path(sys.argv[0])
-        module = program.name == "__main__.py" and program.parent.name == "tokenrl"  # python -m tokenrl
-        if module or program.stem == "tokenrl":
+        if program.stem == "tokenrl" or program.parts[-2:] == ("tokenrl", "__main__.py"):  # python -m tokenrl
             return cls(shlex.join(["tokenrl", *sys.argv[1:]]), settings)
         named = all(isinstance(values[name], os.PathLike) for name in objects) and _has_names(values)
         again = ["tokenrl", kind, "--config", str(config), "--overwrite"] if named else []
-        default = {
-            f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)
-        }
+        made = {f.name: f.default_factory() for f in fields(args) if f.default_factory is not MISSING}
+        default = {f.name: f.default for f in fields(args)} | made
         changed = {name: plain(value) for name, value in settings.items() if value != default[name]}
         return cls(shlex.join(again), settings, changed)
 

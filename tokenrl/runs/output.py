@@ -12,12 +12,8 @@ from tokenrl.errors import Stopped
 
 UNREAD = 141
 """Exit code of a command whose output nobody reads any more: 128 plus SIGPIPE, as of other programs."""
-_LIBRARIES = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+_LIBRARIES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+_LIBRARIES |= {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def hush_libraries() -> None:
@@ -84,9 +80,8 @@ def checked_output() -> Iterator[None]:
         drop_output()
         if isinstance(error, BrokenPipeError) or error.filename is not None:
             raise
-        raise Stopped(
-            f"The output could not be written ({error}). Send it to a place with space, and run again."
-        ) from error
+        mend = "Send it to a place with space, and run again."
+        raise Stopped(f"The output could not be written ({error}). {mend}") from error
 
 
 def drop_output() -> None:

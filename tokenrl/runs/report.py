@@ -20,12 +20,12 @@ from tokenrl.runs.plots import Chart, Curve, picture
 from tokenrl.runs.reader import RecordedRun, read_run, series
 
 Rows = Sequence[Mapping[str, Any]]
+Mark = tuple[str, float] | None
 
 _FROM_PYTHON = "Started from Python, with functions or objects that have no name: run that program again."
 _CAUTION = (
     "Each column is one run. A standard error is over the held-out prompts, pairs or episodes of that run; "
-    "so a difference between two runs says nothing yet about their settings: repeat each setting with several "
-    "seeds before you conclude."
+    "so a difference between two runs says nothing yet about their settings: repeat them with several seeds."
 )
 _CURVES = (
     "By step (update; 0 is before training). Faint lines are single steps, the lines in them running means; "
@@ -84,13 +84,7 @@ def report_from_directory(run: str | Path) -> Path:
 
 
 def learning_curve(
-    path: Path,
-    metrics: Rows,
-    *,
-    title: str,
-    subtitle: str = "",
-    kind: str = "train",
-    mark: tuple[str, float] | None = None,
+    path: Path, metrics: Rows, *, title: str, subtitle: str = "", kind: str = "train", mark: Mark = None
 ) -> Path:
     """Draw the learning curve of a run as a PNG of 1200 x 600 pixels.
 
@@ -177,7 +171,7 @@ def _learning(heading: str, charts: Sequence[Chart]) -> html.Section:
     return html.Section(heading, [html.paragraph(_CURVES, "soft"), drawn] if drawn else [])
 
 
-def _charts(runs: Mapping[str, Rows], kind: str, mark: tuple[str, float] | None) -> list[Chart]:
+def _charts(runs: Mapping[str, Rows], kind: str, mark: Mark) -> list[Chart]:
     """Return the large charts of a kind of run, and small ones of its health.
 
     Args:

@@ -20,20 +20,17 @@ T = TypeVar("T")
 
 FREE = (
     *("output_dir", "max_steps", "max_samples", "save_every", "save_minutes", "keep_checkpoints", "resume"),
-    "overwrite",
-    *("logging_steps", "log_completions", "quiet", "report_to", "tracker_project", "run_name", "video"),
-    *("stop_after_zero_spread", "stop_after_nonfinite", "check"),
+    *("overwrite", "logging_steps", "log_completions", "quiet", "report_to", "tracker_project", "run_name"),
+    *("video", "stop_after_zero_spread", "stop_after_nonfinite", "check"),
 )
 """Settings that may change when a run continues."""
 ROUNDING = (
-    *("micro_batch_size", "threads", "cpu"),
-    *("sampling_batch_size", "gradient_checkpointing", "training_attention"),
-    *("tokens_per_pass", "compile"),
+    *("micro_batch_size", "sampling_batch_size", "gradient_checkpointing", "training_attention"),
+    *("tokens_per_pass", "compile", "threads", "cpu"),
 )
 """Settings that may change too, but then sums are rounded in another way, and the numbers drift apart."""
 _MENDS = {
-    "settings": "Continue it with its own, which `--config` and the config.json of the run give too, or "
-    "start another run in another output_dir.",
+    "settings": "Continue it with its own (--config RUN), or start another run in another output_dir.",
     "data or models": "Restore them, or start a new run from the checkpoint's weights with --model.",
     "processes": "They split its steps in another way. Start it with as many as before.",
 }
@@ -73,11 +70,10 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
     """
     folder, named = run / "checkpoints", resume != "auto" and Path(resume).resolve() != run.resolve()
     if named and Path(resume).parent.resolve() != folder.resolve():
-        raise Refused(
-            f"resume was given as {resume!r}; it must be auto, or a checkpoint of the run in output_dir, "
-            f"such as {folder / 'step_000100'}. To start a new run from the weights of another, give its "
-            "checkpoint as --model."
+        allowed = (
+            f"it must be auto or a checkpoint of the run in output_dir, such as {folder / 'step_000100'}"
         )
+        raise Refused(f"resume was given as {resume!r}; {allowed}. A new run takes weights with --model.")
     reached = _recorded_until(run / "metrics.jsonl")
     skipped: list[str] = []
     for path in [Path(resume)] if named else reversed(checkpoints(folder)):
@@ -85,21 +81,16 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
             verify(path)
             if step_of(path) <= reached:
                 return path, skipped
-            raise Refused(
-                f"The checkpoint {path} cannot be continued: rows of metrics.jsonl were lost, and only those "
-                f"up to step {reached} are there. Restore that file, or start a new run from the weights "
-                "with --model."
-            )
+            why = f"rows of metrics.jsonl were lost, and only those up to step {reached} are there"
+            raise Refused(f"The checkpoint {path} cannot be continued: {why}.")
         except Refused as fault:
             if named:
                 raise
             skipped.append(str(fault))
     if skipped or (reached > 0 and (run / "model").exists()):
         why = " ".join(skipped) or "It holds a model, but no checkpoint."
-        raise Refused(
-            f"The run in {run} cannot be continued. {why} To start it again, which replaces what it holds, "
-            "add --overwrite and leave --resume out."
-        )
+        mend = "To start it again, which replaces what it holds, give --overwrite and no --resume."
+        raise Refused(f"The run in {run} cannot be continued. {why} {mend}")
     return None, []
 
 

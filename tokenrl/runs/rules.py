@@ -93,16 +93,14 @@ def entropy_collapsed(facts: Facts) -> Judgement:
 def no_exploration(facts: Facts) -> Judgement:
     """The policy hardly explored from the start and learnt nothing: a low entropy alone is no fault."""
     is_low = facts["early_entropy"] < LEAST_ENTROPY and not facts.get("has_entropy_bonus")
-    text = "In the first tenth of the steps the entropy was {early_entropy:.3g} nats per action, and the "
-    text += "reward gained {gain:+.2g}. Lower the learning rate, or set --estimator.entropy-coef."
+    text = "In the first tenth of the steps the entropy was {early_entropy:.3g} nats, the gain {gain:+.2g}."
     return "void" if is_low and facts["gain"] <= 0 else None, text
 
 
 @rule("no-entropy")
 def no_entropy(facts: Facts) -> Judgement:
     """The policy to be trained nearly always writes the same completion."""
-    text = "The policy's entropy is {step_entropy:.2g} nats per token: it nearly always writes the same. "
-    text += "Raise --temperature, or take a model that was trained less."
+    text = "The policy nearly always writes the same ({step_entropy:.2g} nats a token): raise --temperature."
     return above(-facts["step_entropy"], watch=-LEAST_ENTROPY, void=-0.01), text
 
 
@@ -153,8 +151,8 @@ def no_signal(facts: Facts) -> Judgement:
 @rule("no-signal-at-start")
 def no_signal_at_start(facts: Facts) -> Judgement:
     """Most groups had equal rewards in the first tenth of the steps; given only where groups are compared."""
-    text = "In {early_equal:.0%} of the groups of the first tenth of the steps all rewards were equal. Give "
-    return above(facts["early_equal"], void=MOST), text + "another task, a warm start, or larger groups."
+    text = "In {early_equal:.0%} of the groups of the first tenth of the steps all rewards were equal."
+    return above(facts["early_equal"], void=MOST), text
 
 
 @rule("signal")
@@ -356,7 +354,6 @@ def no_baseline(facts: Facts) -> Judgement:
 def slow_reward(facts: Facts) -> Judgement:
     """The `slowest_reward` takes most of the time of a step, in the mean of `timed_steps` steps."""
     seconds, whole = facts["reward_seconds"], facts["step_seconds"]
-    text = "The reward {slowest_reward} took {reward_seconds:.1f} of {step_seconds:.1f} seconds per step in "
-    text += "the mean of {timed_steps} steps. Score all completions of a call together, or make it async."
+    text = "The reward {slowest_reward} took {reward_seconds:.1f} of {step_seconds:.1f} seconds per step. "
     is_slow = facts["timed_steps"] >= 5 and seconds > max(1.0, whole / 2)
-    return "watch" if is_slow else None, text
+    return "watch" if is_slow else None, text + "Score all completions together, or make it async."

@@ -3,7 +3,7 @@
 All trainings use it: of a policy, an agent, a reward model, and the supervised warm start. Each training
 writes its own loop and asks the session what is due::
 
-    with Session("train", args.output_dir, saving=args) as session:
+    with Session("train", args) as session:
         ...                                     # load and prepare; an error here is a refusal
         session.keep(model, maker, run=run)     # what checkpoints hold
         session.open("tokenrl train", facts)    # from here on a signal lets the step end and saves
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenrl.errors import Refused, Stopped, describe, out_of_memory
-from tokenrl.runs.checkpoint import Model, Resumable, Saver, SavingArguments, step_of
+from tokenrl.runs.checkpoint import Model, Resumable, Saver, step_of
 from tokenrl.runs.console import Console, Progress
 from tokenrl.runs.directory import RunDirectory
 from tokenrl.runs.files import plain, write_json
@@ -43,10 +43,12 @@ from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import Maker, cut_back, find_checkpoint
 from tokenrl.runs.signals import SIGNALS, GracefulStop
-from tokenrl.runs.trackers import TrackerArguments, Trackers
+from tokenrl.runs.trackers import Trackers
 
 if TYPE_CHECKING:
     from tokenrl.runs.findings import Finding
+
+Agreed = Callable[[Sequence[int]], Sequence[int]]
 
 
 class Session:
@@ -67,52 +69,36 @@ class Session:
     """
 
     def __init__(
-        self,
-        kind: str,
-        output_dir: str | Path,
-        *,
-        overwrite: bool = False,
-        quiet: bool = False,
-        every: int = 10,
-        main: bool = True,
-        agreed: Callable[[Sequence[int]], Sequence[int]] = lambda numbers: numbers,
-        report: Callable[[Path], Path] = report_from_directory,
-        tracking: TrackerArguments | None = None,
-        saving: SavingArguments | None = None,
+        self, kind: str, args: Any, *, every: int = 10, main: bool = True, agreed: Agreed = list
     ) -> None:
         """Make and lock the directory. A run that it already holds stays untouched until `begin`.
 
         Args:
             kind: the command that runs.
-            output_dir: the run directory.
-            overwrite: replace the run that the directory already holds.
-            quiet: print nothing, and hide the warnings of libraries.
+            args: its settings: `output_dir`, `overwrite` (replace the run that the directory already holds),
+                `quiet` (print nothing, and hide the warnings of libraries), and those of `SavingArguments`
+                and `TrackerArguments`.
             every: steps between two printed lines where the output is no terminal.
             main: whether this is the main process.
             agreed: returns the largest of each of the numbers that all processes pass to it, so that all of
                 them stop, save and continue at the same step.
-            report: writes the report of a run directory and returns its path.
-            tracking: the experiment trackers that the run is recorded by too.
-            saving: when checkpoints are saved, and from which the run continues.
 
         Raises:
-            Refused: the directory (see `RunDirectory.create`), the checkpoint to continue from (see
+            Refused: the directory (see `RunDirectory`), the checkpoint to continue from (see
                 `find_checkpoint`) or a tracker cannot be used.
         """
-        self.kind, self.output_dir = kind, Path(output_dir).absolute()
-        quiet = quiet or not main
-        self.console, self._quiet = Console(quiet=quiet, every=every), quiet
-        self._trackers = Trackers(tracking or TrackerArguments(), self.console.warn)
-        self._agreed, self._report, saving = agreed, report, saving or SavingArguments()
-        resume = saving.resume
-        if overwrite and resume:
+        self.kind, self.output_dir = kind, Path(args.output_dir).absolute()
+        self._quiet, self._agreed = args.quiet or not main, agreed
+        self.console = Console(quiet=self._quiet, every=every)
+        self._trackers = Trackers(args, self.console.warn)
+        if args.overwrite and args.resume:
             raise Refused("overwrite replaces the run in output_dir, resume continues it: give one of both.")
-        how = {"overwrite": overwrite, "resume": bool(resume)}
+        how = {"overwrite": args.overwrite, "resume": bool(args.resume)}
         self.directory = RunDirectory(self.output_dir, **how) if main else None
-        self._continued, self._skipped = self._find(resume) if resume else (None, [])
+        self._continued, self._skipped = self._find(args.resume) if args.resume else (None, [])
         self.continues = self._continued is not None
-        self.stop = GracefulStop(quiet=quiet)
-        self._saver = Saver(self.output_dir / "checkpoints", saving, active=main)
+        self.stop = GracefulStop(quiet=self._quiet)
+        self._saver = Saver(self.output_dir / "checkpoints", args, active=main)
         self._maker = Maker()
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
@@ -129,16 +115,15 @@ class Session:
 
     def _find(self, resume: str) -> tuple[Path | None, list[str]]:
         """Find the checkpoint to continue from; the main process tells the others its step."""
-        if self.directory is None:
-            (step,) = self._agreed([0])
-            return (self.output_dir / "checkpoints" / f"step_{step:06d}" if step else None), []
-        try:
-            path, skipped = find_checkpoint(self.output_dir, resume)
-        except Refused:
-            self.directory.release()
-            raise
-        self._agreed([step_of(path) if path else 0])
-        return path, skipped
+        path, skipped = None, list[str]()
+        if self.directory is not None:
+            try:
+                path, skipped = find_checkpoint(self.output_dir, resume)
+            except Refused:
+                self.directory.release()
+                raise
+        (step,) = self._agreed([step_of(path) if path else 0])
+        return (self.output_dir / "checkpoints" / f"step_{step:06d}" if step else None), skipped
 
     def __enter__(self) -> Session:
         self._atexit.callback(self._trackers.close)  # last, since a tracker may be slow to end
@@ -165,9 +150,7 @@ class Session:
                 if stopped is not None:
                     raise failed from error
                 self.console.warn(str(failed))  # and the error itself goes on, with its traceback
-        if (
-            error is None and self._exit_code == 0
-        ):  # a signal after the outcome, as in the report, is not lost
+        if error is None and self._exit_code == 0:  # a signal after the outcome is not lost
             self.stop.pass_on()
 
     def keep(self, model: Model, maker: Maker, **parts: Resumable) -> None:
@@ -351,7 +334,7 @@ class Session:
             write_model(folder)
         write_json(self.directory.summary, ended.summary())
         try:
-            report = f"\nreport  {self._report(run)}"
+            report = f"\nreport  {report_from_directory(run)}"
         except Exception as error:  # a trained model is not lost over a picture
             report = ""
             self.console.warn(f"No report could be made: {error} For another attempt: tokenrl report {run}")
@@ -388,7 +371,7 @@ class Session:
         summary = Outcome(**self.outcome("failed") | failed).summary()
         with contextlib.suppress(Exception):  # the directory may be gone, or its disk full
             write_json(self.directory.summary, summary | {"flags": self.flags, "error": " ".join(said)})
-            self._report(self.output_dir)
+            report_from_directory(self.output_dir)
         left = "The run directory holds no checkpoint."
         with contextlib.suppress(Refused):
             if path := find_checkpoint(self.output_dir)[0]:

@@ -7,7 +7,6 @@ never returns holds the run up, because a call in this process cannot be given u
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,16 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import Refused, describe
-from tokenrl.runs.files import plain
+from tokenrl.runs.files import flat, plain
 from tokenrl.settings import Settings, check_choice
 
-_NAME_OF_RUN = {
-    "clearml": "task_name",
-    "mlflow": "run_name",
-    "swanlab": "experiment_name",
-    "trackio": "name",
-    "wandb": "name",
-}
+_NAME_OF_RUN = {"clearml": "task_name", "mlflow": "run_name", "swanlab": "experiment_name"}
+_NAME_OF_RUN |= {"trackio": "name", "wandb": "name"}
 """The keyword by which a tracker takes the name of a run; the others have none."""
 
 
@@ -64,7 +58,7 @@ class Trackers:
         """Start the trackers and send them the configuration, flattened to `estimator.baseline` and so on."""
         for name in self._names:
             with self._attempt(name, "at its start"):
-                self._start(name, dict(_flat(config)), output_dir)
+                self._start(name, flat(config), output_dir)
 
     def _start(self, name: str, config: dict[str, Any], output_dir: Path) -> None:
         from accelerate import PartialState
@@ -102,10 +96,8 @@ class Trackers:
         try:
             yield
         except (Exception, SystemExit) as error:  # a run is not lost over its picture
-            self._warn(
-                f"The tracker {name} failed {when} ({describe(error)}) and gets nothing more. The run goes "
-                "on, and metrics.jsonl and timings.jsonl have everything."
-            )
+            said = f"The tracker {name} failed {when} ({describe(error)}) and gets nothing more."
+            self._warn(f"{said} The run goes on, and its own files have everything.")
             with contextlib.suppress(Exception, SystemExit):
                 self._started.pop(name).finish()  # keep what it has already got
 
@@ -127,18 +119,6 @@ def _installed(names: tuple[str, ...]) -> list[str]:
     for name in names:
         check_choice("report_to", name, (*sorted(KNOWN), "all", "none"))
         if name in KNOWN and name not in there:
-            raise Refused(
-                f"report_to was given as {name!r}, but that tracker is not installed: pip install "
-                f"{name.replace('_', '-')}. Installed: {', '.join(there) or 'none'}. Without report_to, "
-                "metrics.jsonl and timings.jsonl in output_dir have the same numbers."
-            )
+            mend = f"pip install {name.replace('_', '-')}, or leave report_to out"
+            raise Refused(f"report_to was given as {name!r}, but that tracker is not installed: {mend}.")
     return there if "all" in names else list(dict.fromkeys(names))
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the settings as numbers and texts, which is all that some trackers take; a list is JSON."""
-    for key, value in plain(config).items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, json.dumps(value) if isinstance(value, list) else value

@@ -87,8 +87,8 @@ def test_a_check_that_passes_shows_what_the_run_takes(check, tmp_path, capsys):
         r"scoring differs from sampling by \S+ nats per token on average, (\S+) at most",
         r"learning rate 0\.001 \(usual: 0\.001\)",
         r"time \S+ s per step, about 0:\d\d for 12 steps, 13 evaluations",
-        r"memory [\d.]+ [MG]iB of the computer so far",
-        r"disk [\d.]+ [MGT]iB are free",
+        r"memory [\d.]+ [MG]B of the computer so far",
+        r"disk [\d.]+ [MGT]B are free",
     ):
         assert re.search(pattern, shown), pattern
     assert float(re.search(r"average, (\S+) at most", shown)[1]) < 1e-4

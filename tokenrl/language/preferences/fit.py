@@ -220,11 +220,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
     args = called(RewardModelArguments, args, options)
     args = settled_form(args, args.model if args.policy is None else args.policy)
     args = taken_up(args, args.resume, args.output_dir)
-    how: dict[str, Any] = {"overwrite": args.overwrite, "quiet": args.quiet}
-    with (
-        Session("reward-model", args.output_dir, tracking=args, saving=args, **how) as session,
-        ExitStack() as stack,
-    ):
+    with Session("reward-model", args) as session, ExitStack() as stack:
         data = load_reward_data(args, session.console.note)
         reward_model = make_backbone(args, data.task, session.console.note)
         reward_model.ask(form_of(args))

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
+from rich.filesize import decimal
 
 from tokenrl.errors import Refused, TokenrlError
 from tokenrl.language.tasks.stream import PromptStream
@@ -26,7 +27,7 @@ from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
 from tokenrl.language.training.verdicts import asks_in_text, known_facts
 from tokenrl.runs.console import duration
-from tokenrl.runs.directory import check_space, in_words
+from tokenrl.runs.directory import check_space
 from tokenrl.runs.facts import means, share_equal
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.metrics import peak_memory
@@ -71,7 +72,7 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     findings += judge(facts)
     _attempt(findings, "disk-too-small", lambda: check_space(session.output_dir, session.space_needed))
     lines = _lines(run, facts, records, evaluation)
-    lines["disk"] = f"{in_words(shutil.disk_usage(session.output_dir).free)} are free"
+    lines["disk"] = f"{decimal(shutil.disk_usage(session.output_dir).free)} are free"
     code = session.conclude("model, data, sampling, rewards and estimator", lines, findings)
     result = run.result(session, "check")
     return replace(result, exit_code=result.exit_code or code)
@@ -229,7 +230,7 @@ def _lines(
     known = f", {args.optimizer}" if usual is None else f" (usual: {usual:g})"
     lines["learning rate"] = f"{args.learning_rate:g}{known}"
     lines["memory"] = ", ".join(
-        f"{in_words(size * 1024**3)} of the {'GPU' if 'cuda' in name else 'computer'} so far"
+        f"{decimal(int(size * 1024**3))} of the {'GPU' if 'cuda' in name else 'computer'} so far"
         for name, size in peak_memory().items()
     )
     return lines

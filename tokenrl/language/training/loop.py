@@ -81,14 +81,10 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
     with (
         Session(
             "train",
-            args.output_dir,
-            overwrite=args.overwrite,
-            quiet=args.quiet,
+            args,
             every=args.logging_steps if args.logging_steps > 1 else 10,
             main=accelerator.is_main_process,
             agreed=partial(_largest, accelerator),
-            tracking=args,
-            saving=args,
         ) as session,
         explained(),
     ):

@@ -72,18 +72,14 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
     """
     args = settled_form(called(SftArguments, args, options))
     args = taken_up(args, args.resume, args.output_dir)
-    how: dict[str, Any] = {"overwrite": args.overwrite, "quiet": args.quiet}
-    with (
-        Session("sft", args.output_dir, tracking=args, saving=args, **how) as session,
-        ExitStack() as stack,
-    ):
+    with Session("sft", args) as session, ExitStack() as stack:
         task, rewards, rows = _demonstrations(args)
         policy = make_policy(args, task, session.console.note)
         scoring, found = agree(policy), sft_defaults(args, task, policy)
         threads, why = choose_threads(policy.size, args.threads)
         args = replace(settled(SftSettings, args, found.values), threads=threads)
         stack.enter_context(using_threads(threads))
-        how = {"max_steps": args.max_steps, "batch_size": args.batch_size, "seed": args.seed}
+        how: dict[str, Any] = {"max_steps": args.max_steps, "batch_size": args.batch_size, "seed": args.seed}
         how |= {"learning_rate": args.learning_rate, "scoring": scoring}
         training, watch = SupervisedTraining(policy, rows, **how), Stopwatch()
         evaluate = _evaluation(args, task, rewards, policy, training)
