@@ -116,24 +116,21 @@ class Chart(NamedTuple):
 
     def draw(self, axes: Axes) -> None:
         """Draw scales, curves and mark; a scale of values that are never negative starts at 0."""
-        level = [] if self.mark is None else [self.mark[1]]
-        y = [*level, *(value for curve in self.drawn for value in curve.y)]
-        ends = [*y, *(value for curve in self.drawn for edge in curve.band or () for value in edge)]
-        margin = 0.06 * (max(ends) - min(ends)) or 0.06 * abs(max(ends)) or 1.0
-        x = [value for curve in self.drawn for value in curve.x]
-        left, right = 0 if self.whole else min(x), max(x)
-        axes.set_xlim(left, right if right > left else left + 1)
-        axes.set_ylim(0 if min(y) >= 0 else min(ends) - margin, max(ends) + margin)
         _scale(axes, "y", 5 if self.large else 4)
         _scale(axes, "x", 8 if self.large else 4, self.whole)
+        axes.margins(0, 0.06)
         if self.places is not None:
             axes.set_xticks(list(self.places), list(self.places.values()))
         for curve in self.drawn:
             curve.draw(axes)
+        name, mark = self.mark or ("", 0.0)
         if self.mark is not None:
-            name, value = self.mark
-            axes.axhline(value, color=PALETTE["c3"], linewidth=1.5, linestyle=(0, (5, 3)), clip_on=False)
-            _write(axes, f"{name}: {number(value)}", value, (4, 4), "c3")
+            axes.axhline(mark, color=PALETTE["c3"], linewidth=1.5, linestyle=(0, (5, 3)), clip_on=False)
+            _write(axes, f"{name}: {number(mark)}", mark, (4, 4), "c3")
+        if self.whole:
+            axes.set_xlim(left=0)
+        if min(mark, *(min(curve.y) for curve in self.drawn)) >= 0:
+            axes.set_ylim(bottom=0)
 
 
 class Difference(NamedTuple):
@@ -188,12 +185,8 @@ class Forest(NamedTuple):
 
     def draw(self, axes: Axes) -> None:
         """Draw each difference below its name and its result; ends that are not finite are left out."""
-        ends = [0.0, self.margin or 0.0, -(self.margin or 0.0)]
-        for row in self.rows:
-            ends += [x for x in (row.value, *row.inner, *row.outer, *row.points) if math.isfinite(x)]
-        space = 0.05 * (max(ends) - min(ends)) or 1.0
-        axes.set_xlim(min(ends) - space, max(ends) + space)
         axes.set_ylim(len(self.rows), 0)
+        axes.margins(x=0.05)
         _scale(axes, "x", 5)
         axes.set_yticks([])
         if self.margin is not None:

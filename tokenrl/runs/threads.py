@@ -34,9 +34,8 @@ def using_threads(number: int | None) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
     try:
-        if number is not None:
-            torch.set_num_threads(number)
         yield
     finally:
         torch.set_num_threads(before)
