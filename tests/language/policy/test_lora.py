@@ -118,16 +118,6 @@ def test_gradient_checkpointing_trains_the_same_adapter():
     assert not torch.equal(weights(plain.model), before)
 
 
-def test_an_adapter_on_bfloat16_weights_trains_in_float32(tmp_path):
-    policy = adapted(dtype="bfloat16")
-    assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}
-    before = weights(policy.model)
-    one_step(make_learner(policy))
-    assert not torch.equal(weights(policy.model), before)
-    save_policy(policy, tmp_path)
-    assert load_policy(tmp_path, dtype="auto").trainable_parameters()[0].dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("make", [make_policy, lambda: (make_model(), make_tokenizer())])
 def test_a_model_in_memory_gets_the_adapter_too(make):
     from tokenrl.language.training.setup import TrainArguments, make_policy as from_arguments

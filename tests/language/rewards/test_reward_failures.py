@@ -167,16 +167,15 @@ def test_a_real_interrupt_passes_through():
         call(patient)
 
 
-def forks(completions):
-    pid = os.fork()
-    if pid == 0:
-        os._exit(7)
-    return [float(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))] * len(completions)
-
-
 def test_os_exit_of_this_process_is_a_failure_and_that_of_a_fork_is_its_own():
     def quits(completions):
         os._exit(0)
+
+    def forks(completions):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(7)
+        return [float(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))] * len(completions)
 
     real = os._exit
     with pytest.raises(Stopped, match=r"quits raised SystemExit: os._exit\(0\) \(row 0 of 4"):
@@ -243,13 +242,12 @@ def test_async_functions_run_together_also_inside_a_running_loop():
 def test_what_an_async_function_keeps_between_calls_stays_usable():
     kept = []
 
-    class Judge:
-        async def __call__(self, completions):
-            kept.append(asyncio.get_running_loop())
-            return [0.0] * len(completions)
+    async def judge(completions):
+        kept.append(asyncio.get_running_loop())
+        return [0.0] * len(completions)
 
-    call(Judge())
-    call([Judge(), functools.partial(Judge())])
+    call(judge)
+    call([judge, functools.partial(judge)])
     assert len(kept) == 3 and len(set(kept)) == 1 and not kept[0].is_closed()
 
 

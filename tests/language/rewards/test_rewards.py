@@ -8,7 +8,6 @@ import math
 import re
 import sys
 from fractions import Fraction
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from tokenrl.language.inspect.arguments import EvaluateArguments
 from tokenrl.language.rewards.library import Length, RegexFormat, ValidJson
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.tasks.task import find_task
+from tokenrl.language.tasks.task import PromptTask, find_task
 
 COMPLETIONS = ["one", "three", "", "x" * 500]
 PROMPTS = ["p0", "p1", "p2", "p3"]
@@ -297,23 +296,15 @@ def test_a_reward_that_breaks_its_promise_stops_the_run(name, promise, value, sa
     assert call(lies).total[2] == value
 
 
-@pytest.mark.parametrize(
-    ("name", "mark"),
-    [("sort_digits", 1.0), ("addition", 1.0), ("countdown", 1.0), ("vowels", None), ("target_length", None)],
-)
+@pytest.mark.parametrize("name, mark", [("sort_digits", 1.0), ("countdown", 1.0), ("vowels", None)])
 def test_toy_tasks_say_what_is_right(name, mark):
-    task, rewards = find_task(EvaluateArguments(task=name))
-    assert rewards.pass_threshold == mark and rewards.binary == (mark == 1.0 and name != "countdown")
-    if mark is not None:
-        rows = [{"prompts": [d["prompt"]], "completions": [d["completion"]]} for d in task.demonstrations]
-        found = {task.reward(**row)[0] for row in rows[:200]}
-        assert max(found) == mark > min(found)
+    rewards = find_task(EvaluateArguments(task=name))[1]
+    assert rewards.pass_threshold == mark and rewards.binary == (name == "sort_digits")
 
 
 def test_a_task_s_threshold_is_for_its_own_reward_and_a_setting_is_for_any():
     rows = [{"prompt": "a"}]
-    what = {"train_prompts": rows, "eval_prompts": rows, "reward": silent, "max_completion_length": 2}
-    task = SimpleNamespace(name="t", pass_threshold=0.5, **what)
+    task = PromptTask("t", rows, rows, silent, 2, pass_threshold=0.5)
 
     def mark(**options):
         return find_task(EvaluateArguments(task=task, **options))[1].pass_threshold

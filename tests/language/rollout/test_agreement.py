@@ -82,21 +82,17 @@ def hidden_of_the_first_layer(options):
     return swap
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-@pytest.mark.parametrize("spread", [0.25, pytest.param(0.02, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", quickly(["float64", "float32", "bfloat16"], {"float64"}))
+@pytest.mark.parametrize("spread", quickly([0.25, 0.02], {0.02}))
+@pytest.mark.parametrize("architecture", quickly(ARCHITECTURES, {"qwen2", "gpt_neox"}))
 def test_right_models_pass_and_those_without_mask_or_cache_do_not(architecture, spread, dtype):
     options = {"dtype": dtype, "initializer_range": spread}
     agree(make_policy(architecture, **options))
-    for names in (("attention_mask",), ("attention_mask", "position_ids"), ("past_key_values",)):
+    absolute = [("position_ids",)] if architecture == "gpt2" else []
+    for names in (("attention_mask",), ("attention_mask", "position_ids"), ("past_key_values",), *absolute):
         wrong = changed(make_policy(architecture, **options), without(*names))
         with pytest.raises(Refused, match=r"tiny .* sampling gives log-probabilities that are off by"):
             agree(wrong)
-
-
-def test_absolute_positions_must_be_heeded():
-    with pytest.raises(Refused, match="sampling gives"):
-        agree(changed(make_policy("gpt2"), without("position_ids")))
 
 
 def test_a_gradient_that_does_not_pass_the_cache_means_no_sharing():
@@ -181,19 +177,16 @@ TRAINED = ["lfm2", "granite_hybrid", "falcon_h1", "mamba", "qwen3_5"]
 def test_two_updates(family, tmp_path, capsys):
     policy = family_policy(family, vocabulary=96)
     before = [p.detach().clone() for p in policy.trainable_parameters()]
-    result = tokenrl.train(
-        model=(policy.model, make_tokenizer()),
-        task=make_task(),
-        output_dir=tmp_path / "run",
-        max_steps=2,
-        prompts_per_step=3,
-        num_generations=3,
-        max_completion_length=4,
-        estimator="ppo" if family == "lfm2" else "rloo",
-        eval_generations=1,
-        learning_rate=0.01,
-        cpu=True,
-    )
+    how = {
+        "max_steps": 2,
+        "prompts_per_step": 3,
+        "num_generations": 3,
+        "max_completion_length": 4,
+        "cpu": True,
+    }
+    how |= {"estimator": "ppo" if family == "lfm2" else "rloo", "eval_generations": 1, "learning_rate": 0.01}
+    model = (policy.model, make_tokenizer())
+    result = tokenrl.train(model=model, task=make_task(), output_dir=tmp_path / "run", **how)
     assert result.exit_code == 0 and result.steps == 2
     after = result.policy.trainable_parameters()
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))

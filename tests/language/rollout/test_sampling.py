@@ -99,14 +99,6 @@ def test_logprobs_and_entropy_are_those_of_the_distribution_sampled_from(archite
         torch.testing.assert_close(rollout.logprobs[row, : len(tokens)].double(), expected, atol=1e-4, rtol=0)
 
 
-def test_entropy_is_that_of_the_logits():
-    policy = tiny()
-    rollout = draw(policy, [[1, 2]], generations=3, length=1, temperature=0.5)
-    with torch.no_grad():
-        p = torch.softmax(policy.model(torch.tensor([[1, 2]])).logits[0, -1].double() / 0.5, dim=-1)
-    assert rollout.entropy[:, 0].tolist() == pytest.approx([-float((p * p.log()).sum())] * 3, abs=1e-5)
-
-
 def test_masks_end_with_the_first_of_several_eos():
     policy = make_policy()
     policy.eos_ids = ENDS
@@ -210,21 +202,6 @@ def test_uniforms_depend_on_seed_step_prompt_generation_and_position_only():
     for other in (table(seed=4), table(step=6), table(prompts=(2, 3, 8))):
         assert not (other == base).any()
     assert not (table(seed=5, step=3) == base).any()
-
-
-def test_uniforms_are_uniform():
-    draws = uniforms("training", Sampling(10, 40, step=1), range(50)).flatten()
-    counts = torch.histc(draws.float(), bins=20, min=0, max=1).double()
-    statistic = float(((counts - 1000) ** 2 / 1000).sum())
-    assert statistic < 43.8  # chi-square, df 19: a right generator is above it once in 1,000
-    # Neighbours in position and in generation are uncorrelated: 4 standard errors, 1 in 16,000 each.
-    table = uniforms("training", Sampling(10, 40, step=1), range(50)).view(50, 40, 10) - 0.5
-    for left, right in (
-        (table[:, :, 1:], table[:, :, :-1]),
-        (table[:, 1:], table[:, :-1]),
-        (table[1:], table[:-1]),
-    ):
-        assert abs(float((left * right).mean()) * 12) < 4 / math.sqrt(left.numel())
 
 
 def test_nan_logits_stop():

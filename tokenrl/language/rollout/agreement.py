@@ -67,16 +67,14 @@ def agree(
     if wrong:
         raise Refused(
             f"The model {policy.source!r} ({type(policy.model).__name__}) cannot be sampled and scored in "
-            f"batches as it should: {wrong}. This was tried on four short rows, against the forward pass "
-            "of each row alone. A model must heed the attention_mask and position_ids of rows padded on "
-            "the left, and return a cache of the tokens before. Choose another architecture, or try another "
-            "release of transformers."
+            f"batches: {wrong}, against each row alone. It must heed attention_mask and position_ids, and "
+            "return a cache: choose another architecture, or another release of transformers."
         )
-    remarks = {}
-    if prompts:
-        remarks["prompts"] = f"computed anew for each completion when it is scored ({prompts})"
-    if logits:
-        remarks["logits"] = f"of all tokens at once when they are scored ({logits})"
+    said = {
+        "prompts": (prompts, "computed anew for each completion"),
+        "logits": (logits, "of all tokens at once"),
+    }
+    remarks = {name: f"{what} when scored ({why})" for name, (why, what) in said.items() if why}
     head = head_of(policy.model)
     at_once = None if logits or head is None else tokens_at_once(head.out_features)
     return Scoring(not prompts and not _recomputes(policy), at_once, remarks)
@@ -99,30 +97,29 @@ def _faults(
     draws = (torch.arange(4 * length) * 0.6180339887 % 1).view(4, length)
     sampling = Sampling(length, 2, keep_hidden=hidden)
     endless = replace(policy, eos_ids=(), stops=None)  # completions have all tokens
-    rollouts: list[Rollout] = []
+    trials: list[_Trial] = []
 
-    def sample(code: CompiledStep | None) -> str:
-        make = TransformersGenerator(endless, compiled=code).generate
-        return _failure(lambda: rollouts.append(make(prompts, sampling, draws)))
+    def sample(code: CompiledStep | None) -> None:
+        rollout = TransformersGenerator(endless, compiled=code).generate(prompts, sampling, draws)
+        if not trials:
+            trials.append(
+                _Trial.of(policy, rollout, hidden, gradient and bool(policy.trainable_parameters()))
+            )
+        trials[0].compare("its code" if code else "sampling", rollout.logprobs, rollout.hidden)
 
-    wrong = sample(None)
-    if wrong:
-        return [wrong, "", ""]
-    trial = _Trial.of(policy, rollouts[0], hidden, gradient and bool(policy.trainable_parameters()))
-    wrong = _failure(lambda: trial.compare("sampling", rollouts[0].logprobs, rollouts[0].hidden))
-    if wrong:
+    if wrong := _failure(sample, None):
         return [wrong, "", ""]
     if compiled is not None:
-        fault = sample(compiled) or _failure(lambda: trial.compare("its code", rollouts[1].logprobs, None))
+        fault = _failure(sample, compiled)
         compiled.failure = compiled.failure or fault
-    share, unshared = not _recomputes(policy), ""
+    tried, share, unshared = trials[0].score, not _recomputes(policy), ""
     if share:
-        unshared = _failure(lambda: trial.score(model, Scoring()))
+        unshared = _failure(tried, model, Scoring())
     if unshared or not share:
-        wrong = _failure(lambda: trial.score(model, Scoring(share_prompt=False)))
+        wrong = _failure(tried, model, Scoring(share_prompt=False))
     whole = "the head is no linear layer"
     if head_of(model) is not None:
-        whole = _failure(lambda: trial.score(model, Scoring(share and not unshared, PIECE)))
+        whole = _failure(tried, model, Scoring(share and not unshared, PIECE))
     return [wrong, unshared, "" if wrong else whole]
 
 
@@ -150,10 +147,10 @@ class _Wrong(Exception):
     """A way gives other numbers than each row alone."""
 
 
-def _failure(way: Callable[[], None]) -> str:
+def _failure(way: Callable[..., None], *given: Any) -> str:
     """Try a way; say how it fails, or nothing if it does not."""
     try:
-        way()
+        way(*given)
     except (_Wrong, Refused) as error:
         return str(error)
     except torch.OutOfMemoryError:
@@ -204,15 +201,12 @@ class _Trial:
     @property
     def tolerances(self) -> tuple[float, float]:
         """The largest errors of values and of gradients, of the coarsest precision of the weights."""
-        return max(
-            TOLERANCES.get(dtype, COARSE) for dtype in {p.dtype for p in self.policy.model.parameters()}
-        )
+        return max(TOLERANCES.get(p.dtype, COARSE) for p in self.policy.model.parameters())
 
     def score(self, model: nn.Module, scoring: Scoring) -> None:
         """Score what was sampled, and compare values and gradient with those of each row alone."""
         name = "scoring with a shared prompt" if scoring.share_prompt else "scoring"
-        if scoring.tokens_at_once is not None:
-            name = "scoring some tokens at a time"
+        name = name if scoring.tokens_at_once is None else "scoring some tokens at a time"
         with torch.set_grad_enabled(self.gradient is not None):
             found = score(model, self.rollout, scoring, hidden=self.hidden is not None)
         self.compare(name, found.logprobs, found.hidden)

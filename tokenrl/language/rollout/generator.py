@@ -87,27 +87,20 @@ class TransformersGenerator:
         Raises:
             Stopped: the model's logits are not finite.
         """
-        model = self.policy.model
-        recomputes = model.training  # only under activation checkpointing, which would keep no cache
-        try:
-            model.eval()
-            return self._in_slices(prompt_ids, sampling, draws)
-        finally:
-            model.train(recomputes)
-
-    def _in_slices(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
-    ) -> Rollout:
-        """Sample some groups after the others, and put them together."""
-        size, parts, device = sampling.group_size, [], self.policy.device
+        model, size, parts, device = self.policy.model, sampling.group_size, [], self.policy.device
         if draws is not None:
             # float64, as rounding errors of a float32 CDF could change which token is drawn; MPS has none.
             draws = draws.to(device, torch.float32 if device.type == "mps" else torch.float64)
         groups = max(1, (self.rows_at_once or len(prompt_ids) * size) // size)
-        for start in range(0, len(prompt_ids), groups):
-            end = start + groups
-            numbers = None if draws is None else draws[start * size : end * size]
-            parts.append(_decode(self.policy, prompt_ids[start:end], sampling, numbers, self.compiled))
+        recomputes = model.training  # only under activation checkpointing, which would keep no cache
+        try:
+            model.eval()
+            for start in range(0, len(prompt_ids), groups):
+                end = start + groups
+                numbers = None if draws is None else draws[start * size : end * size]
+                parts.append(_decode(self.policy, prompt_ids[start:end], sampling, numbers, self.compiled))
+        finally:
+            model.train(recomputes)
         return parts[0] if len(parts) == 1 else joined(parts)
 
     def sync(self, policy: Policy) -> None:
@@ -154,7 +147,7 @@ def _decode(
         if not remaining or t + 1 == length:
             break
         if remaining <= 0.75 * len(rows):  # copying the cache costs as much as keeping a few finished rows
-            state.keep(alive)
+            state.select(alive.nonzero().squeeze(1))
             rows, token, alive = rows[alive], token[alive], alive[alive]
         state.advance(token)
     truncated = torch.zeros_like(mask[:, 0]).index_put((rows,), alive)  # [N], which have not ended
@@ -192,7 +185,7 @@ class _Decoder:
         kept = last(1, prompt_ids.device)
         out = model(prompt_ids, **self._places(prompt_ids.shape[1]), **self.options, logits_to_keep=kept)
         self._take(out)
-        self._select(prompt_index)
+        self.select(prompt_index)
         # One more than is needed: compiled code expects that there is always room left.
         self.cache.make_room(sampling.max_completion_length)
 
@@ -201,21 +194,14 @@ class _Decoder:
         if self.mask is None:
             return {}
         steps = torch.arange(width, device=self.position.device) - width  # [-width .. -1]
-        return {
-            "attention_mask": self.mask,
-            "position_ids": (self.position[:, None] + steps).clamp(min=0),
-        }
+        return {"attention_mask": self.mask, "position_ids": (self.position[:, None] + steps).clamp(min=0)}
 
-    def _select(self, index: Tensor) -> None:
+    def select(self, index: Tensor) -> None:
         """Make the rows `index` of everything that is held the new batch."""
         self.cache.select(index)
         self.logits, self.hidden = self.logits[index], self.hidden[index]
         self.position = self.position[index]
         self.mask = None if self.mask is None else self.mask[index]
-
-    def keep(self, alive: Tensor) -> None:
-        """Keep only the rows where `alive` [n] is True."""
-        self._select(alive.nonzero().squeeze(1))
 
     def advance(self, token: Tensor) -> None:
         """Feed each row its token, `token` [n], to get the logits of the next one."""
@@ -254,8 +240,7 @@ def _next_token(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> 
     # A NaN in any logit of a row makes the entropy of the row NaN, so checking their sum is enough.
     if not math.isfinite(float(entropy.sum())):
         raise Stopped(
-            "The model's logits are not finite while sampling. Its weights have probably diverged: "
-            "lower the learning rate, or go back to an earlier checkpoint; with float16 try bfloat16 or "
-            "float32."
+            "The model's logits are not finite while sampling: its weights have probably diverged. Lower the "
+            "learning rate, or go back to an earlier checkpoint; with float16 try bfloat16."
         )
     return token, torch.stack([chosen, entropy, *norms])

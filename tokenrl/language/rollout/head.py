@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -66,20 +65,6 @@ def without_head(head: nn.Linear) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-class TokenScores(NamedTuple):
-    """Scores of M tokens [M] each; what was not asked for is 0.
-
-    Attributes:
-        logprobs: log-probabilities.
-        entropy: entropies in nats of the distributions that the tokens were drawn from.
-        norms: squared norms of the scores in logit space, `1 - 2 p(a) + sum_v p(v)^2`, without a gradient.
-    """
-
-    logprobs: Tensor
-    entropy: Tensor
-    norms: Tensor
-
-
 def score_tokens(
     states: Tensor,
     head: nn.Linear,
@@ -89,7 +74,7 @@ def score_tokens(
     temperature: float = 1.0,
     entropy: bool = False,
     norms: bool = False,
-) -> TokenScores:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Score M tokens from the hidden states before them.
 
     The product with the head has the precision of its weights; all else is computed in float32 or better.
@@ -102,23 +87,18 @@ def score_tokens(
         temperature: divides the logits.
         entropy: whether the entropies are needed.
         norms: whether the squared norms of the scores are needed.
+
+    Returns:
+        The log-probabilities, the entropies in nats, and the squared norms of the scores in logit space,
+        `1 - 2 p(a) + sum_v p(v)^2`, without a gradient; each [M], and 0 where it was not asked for.
     """
     chunks = _Chunks(at_once, temperature, entropy, norms)
     states = states.to(head.weight.dtype)
-    return TokenScores(*_ScoredTokens.apply(states, head.weight, head.bias, ids, chunks))
+    scores: tuple[Tensor, Tensor, Tensor] = _Scores.apply(states, head.weight, head.bias, ids, chunks)
+    return scores
 
 
-class _Chunk(NamedTuple):
-    """Some tokens and their logits; both tensors [m, V] may be written over."""
-
-    place: slice
-    logits: Tensor
-    narrow: Tensor
-    """In the precision of the products; the same tensor as `logits` if that is float32 or better."""
-
-
-@dataclass(frozen=True)
-class _Chunks:
+class _Chunks(NamedTuple):
     """How logits are computed, some tokens at a time, and what is wanted of them; see `score_tokens`."""
 
     at_once: int
@@ -126,27 +106,31 @@ class _Chunks:
     entropy: bool
     norms: bool
 
-    def of(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[_Chunk]:
-        """Yield each chunk; the next one overwrites its memory."""
+    def of(
+        self, states: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield the place of each chunk and its logits twice, which may be written over.
+
+        The second are in the precision of the products; the same tensor as the first if that is float32 or
+        better. The next chunk overwrites their memory: to map as much anew takes longer than to fill it.
+        """
         size = min(self.at_once, len(states))
-        # The memory is used again: to map as much anew for each chunk takes longer than to fill it.
         narrow = weight.new_empty(size, len(weight))
-        wide = _wide(weight)
-        logits = narrow if wide == weight.dtype else torch.empty_like(narrow, dtype=wide)
+        wide = narrow if _wide(weight) == weight.dtype else torch.empty_like(narrow, dtype=_wide(weight))
         for start in range(0, len(states), size):
             place = slice(start, min(start + size, len(states)))
-            part = _Chunk(place, logits[: place.stop - start], narrow[: place.stop - start])
-            torch.mm(states[place], weight.T, out=part.narrow)
+            product, logits = narrow[: place.stop - start], wide[: place.stop - start]
+            torch.mm(states[place], weight.T, out=product)
             if bias is not None:
-                part.narrow.add_(bias)
-            if logits is not narrow:
-                part.logits.copy_(part.narrow)
+                product.add_(bias)
+            if wide is not narrow:
+                logits.copy_(product)
             if self.temperature != 1:
-                part.logits.div_(self.temperature)
-            yield part
+                logits.div_(self.temperature)
+            yield place, logits, product
 
 
-class _ScoredTokens(torch.autograd.Function):
+class _Scores(torch.autograd.Function):
     """Scores of tokens, with a backward pass that computes the logits again."""
 
     @staticmethod
@@ -180,11 +164,14 @@ class _ScoredTokens(torch.autograd.Function):
             slope = slope.div_(chunks.temperature)
             if back[2] is not None:
                 back[2] += slope.sum(dim=0)
-            slope = slope if narrow is logits else narrow.copy_(slope)
+            slope = slope if narrow.dtype == slope.dtype else narrow.copy_(slope)
             if back[0] is not None:
                 back[0][place] = slope @ weight
             if back[1] is not None:
-                _add_product(back[1], slope.T, states[place])
+                if back[1].dtype == slope.dtype:
+                    back[1].addmm_(slope.T, states[place])
+                else:
+                    back[1] += slope.T @ states[place]
         return *(None if x is None else x.to(y.dtype) for x, y in zip(back, inputs, strict=True)), None, None
 
 
@@ -228,11 +215,3 @@ def _slope(
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add the product of two matrices to a total, which may be of a higher precision."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b

@@ -82,11 +82,8 @@ def encode(policy: Policy, prompts: Sequence[Any], sampling: Sampling) -> list[l
         Refused: a prompt and its completion could exceed the model's context; the message names the row and
             the lengths.
     """
-    return policy.encode_all(
-        prompts,
-        max_completion_length=sampling.max_completion_length,
-        truncate=sampling.truncate_prompts,
-    )
+    length, truncate = sampling.max_completion_length, sampling.truncate_prompts
+    return policy.encode_all(prompts, max_completion_length=length, truncate=truncate)
 
 
 def uniforms(stream: str, sampling: Sampling, prompts: Sequence[int]) -> Tensor | None:

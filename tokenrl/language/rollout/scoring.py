@@ -90,15 +90,9 @@ def score(
         assert head is not None  # `agree` found it
         with without_head(head) as inputs:
             given, states = forward(model, rollout, hidden, inputs)
-        found = score_tokens(
-            given[rollout.mask],
-            head,
-            rollout.completion_ids[rollout.mask],
-            at_once=at_once,
-            temperature=temperature,
-            entropy=entropy,
-            norms=score_norms,
-        )
+        how: dict[str, Any] = {"at_once": at_once, "temperature": temperature}
+        states_of, ids = given[rollout.mask], rollout.completion_ids[rollout.mask]
+        found = score_tokens(states_of, head, ids, **how, entropy=entropy, norms=score_norms)
         logprobs, entropies, norms = (in_rows(x, rollout.mask) for x in found)
         return Scores(logprobs, entropies if entropy else None, norms if score_norms else None, states)
     logits, states = forward(model, rollout, hidden, None)
