@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -77,11 +76,9 @@ def test_best_setting_is_found_in_the_first_round_alone(benchmark):
     args = argparse.Namespace(steps=4, rounds=3, estimator="rloo", tokenrl={})
     found = benchmark["compare"]("fixed", args)
     assert found.setting == (False, "eager")
-    assert found.trl == [(3.0, 10.0)] * 3
-    assert found.tokenrl == [(4.0, 10.0)] * 3
+    assert (found.trl, found.tokenrl) == ([(3.0, 10.0)] * 3, [(4.0, 10.0)] * 3)
     once = [("trl", False, "eager"), ("tokenrl", None, None)]
-    tried = [("trl", bf16, attention) for bf16, attention in benchmark["SETTINGS"]]
-    assert asked == [*tried, once[1], *once, *once]
+    assert asked == [*(("trl", *setting) for setting in benchmark["SETTINGS"]), once[1], *once, *once]
 
 
 @pytest.fixture
@@ -95,14 +92,10 @@ def history(seconds, steps, reward=0.96):
 
 
 def test_a_race_is_told_by_medians_over_seeds(race):
-    done = [
-        {"trl": history(20.0, 40), "tokenrl": history(10.0, 50)},
-        {"trl": history(30.0, 60), "tokenrl": history(10.0, 40)},
-        {"trl": history(12.0, 50), "tokenrl": history(12.0, 60)},
-    ]
+    races = [((20.0, 40), (10.0, 50)), ((30.0, 60), (10.0, 40)), ((12.0, 50), (12.0, 60))]
+    done = [{"trl": history(*trl), "tokenrl": history(*ours)} for trl, ours in races]
     row = race["table_row"]("sort_digits", 0.95, done)
-    cells = " ".join(row.split())
-    assert cells == "sort_digits 0.100 to 0.95 20.0 50 10.0 50 2.00 (1.00 to 3.00)"
+    assert " ".join(row.split()) == "sort_digits 0.100 to 0.95 20.0 50 10.0 50 2.00 (1.00 to 3.00)"
     assert len(row) == len(race["HEADING"])
     missed = {"trl": history(40.0, 200, 0.9), "tokenrl": history(9.0, 30)}
     row = race["table_row"]("sort_digits", 0.95, [*done, missed, {"trl": None, "tokenrl": history(9.0, 30)}])
@@ -114,14 +107,9 @@ def test_a_race_is_told_by_medians_over_seeds(race):
 
 def printed_by(program, *arguments, folder):
     """The JSON in the last line that a program prints."""
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / program), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        timeout=250,
-    )
+    command = [sys.executable, str(FOLDER / program), *arguments]
+    how = {"env": os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, "timeout": 250}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, **how)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -130,8 +118,7 @@ def printed_by(program, *arguments, folder):
 @pytest.mark.parametrize("who", ["tokenrl", "trl"])
 @pytest.mark.parametrize(("target", "last"), [(0.0, 3), (2.0, 5)])
 def test_a_racer_stops_at_the_target_or_at_the_end(who, target, last, tmp_path, monkeypatch):
-    if importlib.util.find_spec(who) is None:
-        pytest.skip(f"{who} is not installed")
+    pytest.importorskip(who)
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
     task = load_task("sort_digits")
     task.build(0)[0].save_pretrained(tmp_path / "model")
@@ -148,13 +135,11 @@ def test_a_racer_stops_at_the_target_or_at_the_end(who, target, last, tmp_path, 
 @pytest.mark.parametrize("who", ["tokenrl", "trl"])
 @pytest.mark.parametrize("changed", [{}, {"chat": True, "prompt": 20, "lora_r": 2}, {"ends": 6}])
 def test_a_measurement(who, changed, tmp_path):
-    if importlib.util.find_spec(who) is None:
-        pytest.skip(f"{who} is not installed")
+    pytest.importorskip(who)
     asked = {"who": who, "shape": TINY | changed, "steps": 3, "estimator": "rloo"}
     found = printed_by("one_trainer.py", json.dumps(asked), folder=tmp_path)
-    assert len(found["seconds"]) == 3
+    assert len(found["seconds"]) == 3 and found["peak_mb"] > 50
     assert all(math.isfinite(one) and one > 0 for one in found["seconds"])
-    assert found["peak_mb"] > 50
     assert "ends" in changed or found["tokens"] == [32] * 4
     if who == "tokenrl":
         # attention with half the keys and values; feed-forward; norms; embedding and head

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,10 +44,23 @@ def workplace(tmp_path, monkeypatch):
     sys.modules.pop("made_up_rewards", None)
 
 
+def assert_repeats(name: str, run: Path) -> None:
+    """Check that the configuration of a run repeats it byte for byte, and that others refuse it."""
+    assert json.loads((run / "config.json").read_text())["kind"] == name
+    assert main([name, "--config", str(run / "config.json"), "--output-dir", "again", "--quiet"]) == 0
+    (weights,) = (run / "model").glob("*.safetensors")
+    for file in ("metrics.jsonl", f"model/{weights.name}"):
+        assert (run / file).read_bytes() == (Path("again") / file).read_bytes(), file
+    assert main(["train" if name == "control" else "control", "--config", str(run)]) == 2
+
+
 def test_train_evaluate_sample_report(capsys, tmp_path):
-    assert main([*TRAIN, "--estimator", "grpo", "--estimator.scale", "none"]) == 0
+    more = "--estimator grpo --estimator.scale none --estimator.beta 0.1 --lora-r 2 --seed 3"
+    assert main([*TRAIN, *more.split()]) == 0
     out = capsys.readouterr().out
     assert "no measure of progress" in out and "2/2" in out and "reward_greedy" in out and "scale none" in out
+    assert_repeats("train", Path("run"))
+    assert "is for `tokenrl train`; give it to that command" in capsys.readouterr().err
     assert main([*EVALUATE, "run/model"]) == 0
     assert "reward_greedy" in capsys.readouterr().out
     numbers = json.loads((tmp_path / "numbers.json").read_text())
@@ -192,6 +206,7 @@ def test_sft_makes_a_model_that_train_takes(model, capsys, tmp_path):
     assert main([*sft, "--max-steps", "8", "--batch-size", "16", "--learning-rate", "3e-3"]) == 0
     summary = json.loads((tmp_path / "tuned" / "summary.json").read_text())
     assert summary["loss_after"] < summary["loss_before"] and summary["exit_reason"] == "finished"
+    assert_repeats("sft", Path("tuned"))
     assert main(sft) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert main([*TRAIN[:-1], "second", "--model", "tuned", "--quiet"]) == 0
@@ -206,6 +221,7 @@ def test_reward_model_makes_a_reward_that_train_takes(model, capsys, tmp_path):
     assert "Bradley-Terry" in capsys.readouterr().out
     summary = json.loads((tmp_path / "judge" / "summary.json").read_text())
     assert summary["eval_after"]["margin"] > max(0, summary["eval_before"]["margin"])
+    assert_repeats("reward-model", Path("judge"))
     assert main(["report", "judge"]) == 0
     assert "accuracy" in (tmp_path / "judge" / "report.html").read_text()
     assert main([*TRAIN[:-1], "second", "--reward", "judge/model", "--quiet"]) == 0
@@ -216,35 +232,11 @@ def test_reward_model_makes_a_reward_that_train_takes(model, capsys, tmp_path):
         assert "Traceback" not in (errors := capsys.readouterr().err) and "tokenrl: " in errors
 
 
-PREFERENCES = ["reward-model", "--task", "vowels", "--num-pairs", "40", "--eval-size", "8"]
-WORLD = ["control", "--env", "gridworld", "--num-envs", "4", "--eval-episodes", "4", "--max-steps", "3"]
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        [*TRAIN[:-2], "--seed", "3", "--estimator", "grpo", "--estimator.beta", "0.1", "--lora-r", "2"],
-        [*WORLD, "--seed", "3", "--estimator", "ppo", "--num-steps", "8", "--hidden", "8", "8"],
-        [*PREFERENCES, "--max-steps", "2", "--seed", "3", "--margin", "0.5"],
-        ["sft", "--task", "rows.jsonl", "--model", "MODEL", "--max-steps", "2", "--seed", "3"],
-    ],
-    ids=lambda command: command[0],
-)
-def test_the_configuration_of_a_run_repeats_it_byte_for_byte(command, model, capsys, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a>", "completion": "b"}\n' * 8)
-    command = [model if word == "MODEL" else word for word in command]
-    assert main([*command, "--output-dir", "run", "--quiet"]) == 0
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["kind"] == command[0] and config["seed"] == 3
-    assert main([command[0], "--config", "run/config.json", "--output-dir", "again"]) == 0
-    weights = [path.name for path in (tmp_path / "run" / "model").glob("*.safetensors")]
-    assert len(weights) == 1
-    for name in ("metrics.jsonl", f"model/{weights[0]}"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
-    capsys.readouterr()
-    other = "train" if command[0] == "control" else "control"
-    assert main([other, "--config", "run"]) == 2
-    assert f"is for `tokenrl {command[0]}`; give it to that command" in capsys.readouterr().err
+def test_an_agent_is_trained_and_its_configuration_repeats_it():
+    world = "control --env gridworld --num-envs 4 --eval-episodes 4 --max-steps 3 --seed 3 --num-steps 8"
+    more = ["--estimator", "ppo", "--hidden", "8", "8", "--output-dir", "run", "--quiet"]
+    assert main([*world.split(), *more]) == 0
+    assert_repeats("control", Path("run"))
 
 
 def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):

@@ -37,6 +37,10 @@ ESTIMATORS = [5, ["rloo"], "rlooo", {"baseline": {"name": "rloo"}}, {"baselin": 
 ESTIMATORS += [{"window": 1.5, "gamma": "1"}, {"scale_ddof": True}]
 
 
+WORDS = {"list.json": "is a list; it must map names to values", "truncated.json": "cannot be read"}
+WORDS |= {"broken.yaml": "cannot be read", "seed.json": "it must be a whole number of at least 0"}
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -54,7 +58,8 @@ def test_a_spoilt_file_of_settings_is_refused_in_one_paragraph(name, tmp_path, c
     path = tmp_path / name
     path.write_text(SPOILT[name], encoding="utf-8", errors="surrogateescape")
     for command in TRAINS:
-        assert str(path) in refused(command, path, capsys)
+        said = refused(command, path, capsys)
+        assert str(path) in said and WORDS.get(name, "") in said
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 

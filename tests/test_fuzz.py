@@ -36,13 +36,6 @@ CASES, BLOCKS, SECONDS = 500, 10, 30
 REPEATED = os.environ.get("FUZZ", "").partition(":")
 
 
-def numbers(kind: str, block: int) -> list[int]:
-    """The cases of a block, or the one that was asked for."""
-    if REPEATED[0]:
-        return [int(REPEATED[2])] if (kind, block) == (REPEATED[0], 0) else []
-    return list(range(block, CASES, BLOCKS))
-
-
 @contextlib.contextmanager
 def deadline(seconds: int):
     def late(*_: Any) -> None:
@@ -60,7 +53,8 @@ def deadline(seconds: int):
 def checked(kind: str, block: int, run) -> None:
     """Run the cases of a block; `run(rng, number)` returns what is wrong, or nothing."""
     wrong = []
-    for number in numbers(kind, block):
+    again = [int(REPEATED[2])] if (kind, block) == (REPEATED[0], 0) else []
+    for number in again if REPEATED[0] else range(block, CASES, BLOCKS):
         try:
             with deadline(SECONDS):
                 found = run(random.Random(f"{kind} {number}"))

@@ -24,22 +24,16 @@ def docstrings() -> list[str]:
 
 def pretrain(folder: Path, steps: int = 80) -> None:
     """Save a Llama of 0.4 M parameters with a byte-level BPE tokenizer, after some steps of pretraining."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
     from toy_tasks.models import tiny_llama
 
     texts = docstrings()
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=special[0], pad_token=special[0])
+    backend = ByteLevelBPETokenizer()
+    backend.train_from_iterator(texts, vocab_size=600, special_tokens=["<|end|>"], show_progress=False)
+    ends = {"eos_token": "<|end|>", "pad_token": "<|end|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, **ends)
     model = tiny_llama(tokenizer, layers=2, hidden=96, heads=4, context=128)
     ids = [i for text in texts for i in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
     data = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)

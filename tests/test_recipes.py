@@ -173,16 +173,12 @@ def test_gsm8k_rewards():
     row = recipe["as_chat"]({"question": "How many?", "answer": "2 * 600 = <<2*600=1200>>1200\n#### 1,200"})
     assert row["answer"] == "1,200"
     assert [message["role"] for message in row["prompt"]] == ["system", "user"]
-    completions = said(
-        *("#### 1200", "so it is\n#### $1,200.00", "I think 1200.", "#### 1200 apples, not 7", "1200 or 7"),
-        *("#### -1200", "#### 120", "no number", "1200\n#### none", "####", ""),
-    )
-    scores = recipe["right"](completions=completions, answer=["1,200"] * len(completions))
-    assert scores == [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
-    formed = recipe["well_formed"](
-        completions=said("so\n#### 12", "#### $1,200 ", "12", "#### 12 apples", "####")
-    )
-    assert formed == [0.1, 0.1, 0, 0, 0]
+    right = ["#### 1200", "so it is\n#### $1,200.00", "I think 1200.", "#### 1200 apples, not 7"]
+    wrong = ["1200 or 7", "#### -1200", "#### 120", "no number", "1200\n#### none", "####", ""]
+    scores = recipe["right"](completions=said(*right, *wrong), answer=["1,200"] * 11)
+    assert scores == [1] * 4 + [0] * 7
+    formed = said("so\n#### 12", "#### $1,200 ", "12", "#### 12 apples", "####")
+    assert recipe["well_formed"](completions=formed) == [0.1, 0.1, 0, 0, 0]
 
 
 def test_train_lm_rewards():
@@ -229,19 +225,19 @@ def test_figure_of_kl_measures_what_the_lab_does(tmp_path, monkeypatch, capsys):
     from tokenrl.lab import exact_moments, tabular_problem
 
     drawn("figures kl", tmp_path, monkeypatch, capsys)
-    recipe = runpy.run_path(str(RECIPES / "figures.py"))
-    problem = tabular_problem(3)
+    recipe, problem = runpy.run_path(str(RECIPES / "figures.py")), tabular_problem(3)
     problem = replace(problem, rewards=torch.zeros_like(problem.rewards))
-    real = recipe["EVERY"].mask.bool()
-    tables = torch.zeros(2, 7, 3, dtype=torch.double)
+    every, tables = recipe["EVERY"], torch.zeros(2, 7, 3, dtype=torch.double)
+    real = every.mask.bool()
     for table, logprobs in zip(tables, (problem.logprobs[0], problem.ref_logprobs[0]), strict=True):
-        table[recipe["EVERY"].prefix[real], recipe["EVERY"].ids[real]] = logprobs[real]
-    _, found = recipe["measure_kl"](*tables)
-    assert {(place, name) for name, place in found} == set(KL_EFFECTS)
-    for (name, place), (_, error) in found.items():
+        table[every.prefix[real], every.ids[real]] = logprobs[real]
+    found = {(place, name): error for (name, place), (_, error) in recipe["measure_kl"](*tables)[1].items()}
+    assert found.keys() == set(KL_EFFECTS)
+    for (place, name), error in found.items():
         estimator = Estimator(baseline="none", beta=1.0, kl_estimator=name, kl_placement=place)
-        bias = exact_moments(estimator, problem, group_size=1).relative_bias
-        assert error == pytest.approx(bias, abs=1e-12)
+        assert error == pytest.approx(
+            exact_moments(estimator, problem, group_size=1).relative_bias, abs=1e-12
+        )
         assert (error < 1e-12) == (KL_EFFECTS[place, name].status == EXACT)
 
 

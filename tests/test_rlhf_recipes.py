@@ -56,10 +56,8 @@ def test_the_pipeline_skips_what_is_done_and_redoes_what_depends_on_a_change(
     assert (tmp_path / "run" / "rlhf_pipeline.png").stat().st_size > 20_000
     rows = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["rows"]
     known = {row["name"]: row for row in rows}
-    assert set(known) == {
-        *("base, sampled", "base, greedy", "best of 1", "best of 4", "best of 16"),
-        *("RL, sampled", "RL, greedy"),
-    }
+    policies = {f"{who}, {how}" for who in ("base", "RL") for how in ("sampled", "greedy")}
+    assert set(known) == policies | {"best of 1", "best of 4", "best of 16"}
     assert known["base, sampled"]["kl"][0] == pytest.approx(0, abs=1e-5)
     assert 0 < known["best of 4"]["kl"][0] <= known["best of 4"]["bound"]
 
@@ -104,10 +102,8 @@ def test_a_turn_is_found_where_gold_falls_and_the_proxy_rises_and_only_there(stu
 
 @pytest.mark.slow
 def test_the_study_runs_and_leaves_its_numbers_and_figure(study, short_warm_start, tmp_path, capsys):
-    args = study["Args"](
-        configurations=("16:20",), seeds=2, max_steps=5, pool=16, output_dir=tmp_path / "runs"
-    )
-    study["main"](args)
+    small = {"configurations": ("16:20",), "seeds": 2, "max_steps": 5, "pool": 16}
+    study["main"](study["Args"](output_dir=tmp_path / "runs", **small))
     said = capsys.readouterr().out
     assert "min on one core" in said.splitlines()[0] and "16:20 best-of-n" in said
     results = json.loads((tmp_path / "runs" / "results.json").read_text())
@@ -126,6 +122,5 @@ def test_a_fit_recovers_its_own_form(study, how, expected):
     d = np.linspace(0.1, 5, 4000)
     assert study["columns"](np.array([2.0]), how)[0] @ [1.5, 0.8] == pytest.approx(expected, abs=1e-12)
     gain = study["columns"](d, how) @ [1.5, 0.8]
-    assert study["fit_gain"](d.reshape(2, -1), gain.reshape(2, -1), how) == pytest.approx(
-        (1.5, 0.8), rel=1e-9
-    )
+    found = study["fit_gain"](d.reshape(2, -1), gain.reshape(2, -1), how)
+    assert found == pytest.approx((1.5, 0.8), rel=1e-9)

@@ -104,10 +104,12 @@ def _or_text(read: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         return None
 
     def value(words: list[str]) -> Any:
-        try:
-            return names[words[0]] if names else read.type(words[0])
-        except (KeyError, ValueError):
-            return words[0]
+        if words[0] in names:
+            return names[words[0]]
+        for kind in (int, float) if names else (read.type,):  # a setting may take names or numbers
+            with contextlib.suppress(ValueError):
+                return kind(words[0])
+        return words[0]
 
     shown = ",".join(names) or read.type.__name__
     return PrimitiveConstructorSpec(1, shown, value, lambda _: True, lambda found: [str(found)])

@@ -33,21 +33,17 @@ OURS: Mapping[str, str] = {
     "max_samples max_steps": "total_episodes num_episodes",
     "learning_rate": "lr actor_learning_rate",
     "value_learning_rate": "critic_learning_rate vf_coef",
-    "warmup_steps": "warmup_ratio",
-    "lr_scheduler_type": "lr_scheduler",
-    "optimizer": "optim",
     "max_grad_norm": "grad_clip",
     # the estimator
     "estimator.beta": "kl_coef init_kl_coef kl_loss_coef",
-    "target_kl": "kl_target",
     "estimator.scale": "scale_rewards normalize_advantages whiten_rewards",
     "estimator": "loss_type advantage_estimator adv_estimator",
     "estimator.aggregation": "loss_agg_mode",
     "estimator.ratio": "importance_sampling_level",
     "estimator.dual_clip": "delta",
     "estimator.epsilon": "cliprange eps_clip clip_ratio",
-    "estimator.truncations": "mask_truncated_completions",
     "estimator.entropy_coef": "entropy_coeff",
+    "estimator.truncations": "mask_truncated_completions",
     # sampling, lengths
     "num_generations": "rloo_k num_return_sequences n_samples_per_prompt",
     "eval_generations": "num_generations_eval",
@@ -60,7 +56,6 @@ OURS: Mapping[str, str] = {
     "chat_template_kwargs": "chat_template enable_thinking",
     # precision, records, machines
     "mixed_precision dtype": "bf16",
-    "dtype": "torch_dtype",
     "cpu": "no_cuda use_cpu",
     "threads": "training_threads sampling_threads",
     "compile": "compile_sampling compile_training",
@@ -151,7 +146,7 @@ def check_names(options: Iterable[str], hints: Mapping[str, Any]) -> None:
     for name in options:
         if name not in hints:
             hint = meaning(name, settings_of(hints))
-            raise Refused(f"There is no setting {name!r}." + (f" {hint}" if hint else suggest(name, hints)))
+            raise Refused(f"There is no setting {name!r}.{f' {hint}' if hint else suggest(name, hints)}")
 
 
 def check_flags(unknown: list[str], hints: Mapping[str, Any], prog: str) -> None:

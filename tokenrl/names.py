@@ -46,9 +46,7 @@ class NamedFunction(str):
         """
         found = self._found or import_attribute(str(self), "function")
         if not callable(found):
-            raise Refused(
-                f"function '{self}' is a {type(found).__name__}, which cannot be called; name a function."
-            )
+            raise Refused(f"function '{self}' is a {type(found).__name__}; name a function.")
         self._found = found
         return found
 
@@ -105,9 +103,7 @@ def import_source(source: str, whose: str) -> Any:
     except USER_CODE_FAILED as error:
         missing = isinstance(error, ModuleNotFoundError) and source.split(".")[0] == error.name
         reason = f"there is no module {source}" if missing else f"importing it raised {describe(error)}"
-        place = (
-            f" The module has to be installed or lie in {folder}." if isinstance(error, ImportError) else ""
-        )
+        place = f" Modules are installed or lie in {folder}." if isinstance(error, ImportError) else ""
         raise Refused(f"{whose}: {reason}.{place}") from error
     finally:
         sys.path.remove(folder)
@@ -152,9 +148,8 @@ def lazily(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]
             known = ", ".join(sorted(homes))
             raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {known}")
         home = importlib.import_module(homes[name])
-        # The name of a module inside a package is its attribute only once it has been imported.
-        return (
-            getattr(home, name) if hasattr(home, name) else importlib.import_module(f"{homes[name]}.{name}")
-        )
+        if not hasattr(home, name):  # a module inside a package, its attribute only once it is imported
+            return importlib.import_module(f"{homes[name]}.{name}")
+        return getattr(home, name)
 
     return __getattr__, lambda: sorted(homes)

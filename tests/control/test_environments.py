@@ -203,7 +203,7 @@ def test_it_is_imported_once_and_without_warnings(write, recwarn):
     ("text", "env", "message"),
     [
         (FILE, "nofile.py:X-v0", "there is no file .*nofile.py; give its path from"),
-        (FILE, "nomodule:X-v0", "there is no module nomodule. The module has to be installed or lie in"),
+        (FILE, "nomodule:X-v0", "there is no module nomodule. Modules are installed or lie in"),
         ("raise RuntimeError('no licence')", "wrong.py:X-v0", r"raised RuntimeError: no licence\.$"),
         ("import nopackage", "wrong.py:X-v0", "ModuleNotFoundError: No module named 'nopackage'"),
         ("x = (", "wrong.py:X-v0", "SyntaxError.*never closed"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import PROMPTS, make_policy
 
+import toy_tasks
 from tokenrl.errors import Refused
 from tokenrl.language.inspect.best_of_n import (
     best_of_n_kl,
@@ -40,10 +41,13 @@ def test_the_estimate_is_the_mean_over_all_subsets(n):
     assert weights @ GOLD == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("n", [1, 3, 50, 400])
-def test_choosing_by_the_gold_reward_itself_is_best_of_k(n):
+def test_choosing_by_the_gold_reward_itself_is_best_of_k():
     rewards = np.random.default_rng(0).normal(size=400).round(2)
-    assert choice_weights(rewards, n) @ rewards == pytest.approx(best_of(rewards, n), rel=1e-9)
+    for n in (1, 3, 50, 400):
+        assert choice_weights(rewards, n) @ rewards == pytest.approx(best_of(rewards, n), rel=1e-9)
+    for n in (0, 401):
+        with pytest.raises(Refused, match="there are 400"):
+            choice_weights(rewards, n)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -64,15 +68,8 @@ def test_the_kl_approaches_its_bound_without_ties_and_stays_below_it_with_them()
         assert best_of_n_kl(distinct.round(), n) < kl_bound(n) - 0.015
     assert kl_bound(1) == 0 == pytest.approx(best_of_n_kl(distinct, 1), abs=1e-9)
     # Two equally likely rewards: the better one is chosen with probability 3/4.
-    assert best_of_n_kl(np.array([0.0, 1.0]), 2) == pytest.approx(
-        0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-12
-    )
-
-
-@pytest.mark.parametrize("n", [0, 8])
-def test_n_out_of_range_is_refused(n):
-    with pytest.raises(Refused, match="there are 7"):
-        choice_weights(PROXY, n)
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert best_of_n_kl(np.array([0.0, 1.0]), 2) == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_pool_does_not_depend_on_the_batch():
@@ -133,33 +130,29 @@ def test_the_metrics_are_those_of_the_pool_that_was_sampled():
     assert found["best_of_n_proxy@1"] < found["best_of_n_proxy@6"]
 
 
-MINE = """
-from tokenrl import PromptTask
-
-def short(completions, **_):
-    return [-len(text) for text in completions]
-
-def any_a(completions, **_):
-    return [float("a" in text) for text in completions]
-
-rows = [{"prompt": "the cat"}, {"prompt": "a"}]
-task = PromptTask("mine", rows, rows, any_a, max_completion_length=5)
-"""
-
-
 def test_best_of_n_at_the_command_line(tmp_path, capsys, monkeypatch):
     from tokenrl.cli import main
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(MINE)
-    command = ["evaluate", "--task", "mine.py:task", "--reward", "mine.py:short", "--best-of", "4"]
-    policy = make_policy()
-    policy.model.save_pretrained(tmp_path / "model")
-    policy.tokenizer.save_pretrained(tmp_path / "model")
-    assert main([*command, "--model", "model", "--json", "numbers.json"]) == 0
+    (tmp_path / "mine.py").write_text("def short(completions, **_): return [-len(c) for c in completions]")
+    for part in toy_tasks.load("vowels").build(0):
+        part.save_pretrained(tmp_path / "model")
+    command = [
+        "evaluate",
+        "--task",
+        "vowels",
+        "--eval-size",
+        "8",
+        "--model",
+        "model",
+        "--json",
+        "numbers.json",
+    ]
+    command += ["--reward", "mine.py:short", "--max-completion-length", "5", "--best-of"]
+    assert main([*command, "4"]) == 0
     assert "best_of_n@4" in capsys.readouterr().out
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers["best_of_n_proxy@4"] > numbers["best_of_n_proxy@1"]
     assert 0 <= numbers["best_of_n@4"] <= 1  # the task's own reward, and not that of mine.py
-    assert main([*command, "--model", "model", "--best-of", "-1"]) == 2
+    assert main([*command, "-1"]) == 2
     assert "best_of was given as -1" in capsys.readouterr().err

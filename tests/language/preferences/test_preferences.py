@@ -12,7 +12,6 @@ from tokenrl.language.preferences.pairs import Pair, hold_out, load_pairs, read_
 from tokenrl.language.preferences.sampled import first_is_chosen, make_preferences, write_preferences
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.tasks.sources import read_splits
 
 SIZES = {"sampling": Sampling(5, 6, seed=4)}
 
@@ -179,14 +178,12 @@ def test_splits_of_a_source(tmp_path):
     train, held_out = load_pairs({"train": rows[:15], "test": rows[15:]}, eval_size=3)
     assert (len(train), len(held_out)) == (15, 3)
     assert {p.prompt for p in held_out} <= {row["prompt"] for row in rows[15:]}
-    with pytest.raises(Refused, match="no split 'dev'"):
-        load_pairs({"train": rows}, eval_split="dev")
-    with pytest.raises(Refused, match="no such file"):
-        load_pairs(str(tmp_path / "nothing.jsonl"))
+    for source, words in (({"train": rows}, "no split 'dev'"), (str(tmp_path / "no.jsonl"), "no such file")):
+        with pytest.raises(Refused, match=words):
+            load_pairs(source, eval_split="dev")
     for name, text in (("empty.jsonl", "\n"), ("empty.json", "[]"), ("empty.csv", "")):
         (tmp_path / name).write_text(text)
-        for read in (load_pairs, read_splits):
-            with pytest.raises(Refused, match=f"{name}' is empty: give data with at least one row"):
-                read(str(tmp_path / name))
+        with pytest.raises(Refused, match=f"{name}' is empty: give data with at least one row"):
+            load_pairs(str(tmp_path / name))
     (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert len(load_pairs(tmp_path / "some.jsonl")[1]) == 4

@@ -105,11 +105,9 @@ def _evaluated(args: EvaluateArguments) -> Evaluation:
     for warning in special_texts(policy.tokenizer, [row["prompt"] for row in task.eval_prompts]):
         print(f"tokenrl: {visible(warning)}", file=sys.stderr)
     with using_threads(choose_threads(policy.size)[0]):
-        more: dict[str, Any] = {
-            "k": args.k or ((1, generations) if generations else ()),
-            "reference": reference,
-        }
-        evaluation = evaluate_policy(policy, task.eval_prompts, rewards, sampling, detailed=True, **more)
+        k = args.k or ((1, generations) if generations else ())
+        how = {"detailed": True, "k": k, "reference": reference}
+        evaluation = evaluate_policy(policy, task.eval_prompts, rewards, sampling, **how)
         if args.best_of:
             gold, pool = _own_rewards(args, rewards), replace(sampling, num_generations=args.best_of)
             found = best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)

@@ -229,10 +229,8 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         args = _resolve(args, data, threads)
         training = PreferenceTraining(reward_model, data.train, args)  # refuses texts that are too long
         held_out = encode_pairs(reward_model, data.held_out)
-        watch = Stopwatch()
-        session.keep(
-            SavedPolicy(reward_model), _made_from(reward_model, data), training=training, watch=watch
-        )
+        watch, made_from = Stopwatch(), _made_from(reward_model, data)
+        session.keep(SavedPolicy(reward_model), made_from, training=training, watch=watch)
         shown = _header(args, data, reward_model) | {"threads": f"{threads} ({why})"}
         session.open(f"tokenrl reward-model: {data.name}", shown, note=LOSS_NOTE)
 
