@@ -59,6 +59,9 @@ def test_without_further_completions_it_is_the_run_of_that_many_steps(tmp_path, 
     assert [row["num_samples"] for row in rows(tmp_path / "samples")[1:]] == [PLAIN * n for n in range(1, 6)]
     config = json.loads((tmp_path / "samples" / "config.json").read_text())
     assert (config["max_steps"], config["max_samples"]) == (5, 5 * PLAIN - 3)
+    how = {"estimator": "remax", "max_samples": 960, "eval_every": 12, "check": True, "quiet": False}
+    run(tmp_path / "check", **how)  # which estimates the time of the budget
+    assert "for 80 steps, 11 evaluations" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(("estimator", "budget"), [("remax", 70), (REFILLING, 120)])
@@ -93,8 +96,3 @@ def test_estimators_are_evaluated_after_the_same_numbers_of_samples():
     assert (rloo.max_steps, remax.max_steps) == (120, 80) and plain_steps(remax) == 120
     assert rloo.eval_every == remax.eval_every == rloo.log_completions == 12
     assert settings("remax", max_samples=None, max_steps=50).eval_every == 5
-
-
-def test_a_check_estimates_the_time_of_the_budget(tmp_path, capsys):
-    run(tmp_path / "run", estimator="remax", max_samples=960, eval_every=12, check=True, quiet=False)
-    assert "for 80 steps, 11 evaluations" in " ".join(capsys.readouterr().out.split())

@@ -22,7 +22,7 @@ from tiny_models import (
 
 import tokenrl
 from tokenrl.language.training import learner, loop
-from tokenrl.language.training.check import check_run
+from tokenrl.language.training.verdicts import check_run
 
 
 def starts_with_a(completions, **_):
@@ -67,9 +67,8 @@ def check_policy(check):
 def problems(capsys) -> list[str]:
     """The numbered lines on the standard error, from which every other line must differ."""
     first, *lines = capsys.readouterr().err.splitlines()
-    assert first == f"tokenrl: Check not passed: {len(lines)} problem{'s' * (len(lines) > 1)}. " + (
-        "Nothing was trained."
-    )
+    count = f"{len(lines)} problem{'s' * (len(lines) > 1)}"
+    assert first == f"tokenrl: Check not passed: {count}. Nothing was trained."
     assert [line[:5] for line in lines] == [f"  {i}. " for i in range(1, len(lines) + 1)]
     return [line[5:] for line in lines]
 
@@ -145,19 +144,16 @@ def test_all_problems_are_told_at_once(check, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("reward", "flag", "words"),
-    [
+def test_a_reward_that_fails_does_not_hide_the_rest(check, capsys):
+    for reward, flag, words in (
         (broken, "evaluation-failed", "broken raised ValueError: no such file"),
         (abstain, "step-failed", "abstained from every completion of this step"),
-    ],
-)
-def test_a_reward_that_fails_does_not_hide_the_rest(check, reward, flag, words, capsys):
-    result = check(reward, learning_rate=0.5, quiet=False)
-    assert result.exit_code == 2 and result.flags == (flag, "unusual-rate")
-    captured = capsys.readouterr()
-    assert words in captured.err
-    assert "0.5 (usual: 0.001)" in captured.out and "are free" in captured.out
+    ):
+        result = check(reward, learning_rate=0.5, quiet=False)
+        assert result.exit_code == 2 and result.flags == (flag, "unusual-rate")
+        captured = capsys.readouterr()
+        assert words in captured.err
+        assert "0.5 (usual: 0.001)" in captured.out and "are free" in captured.out
 
 
 def test_small_steps_are_repeated_until_there_is_a_signal(check):
@@ -227,7 +223,9 @@ def test_completions_that_never_end_are_a_problem_of_a_chat_model_asked_in_plain
         assert ("Every completion was cut at 2 tokens" in shown and "--chat" in shown) == (kind == "chat")
 
 
-def test_a_sampler_with_other_weights_is_found(check_policy, monkeypatch, capsys):
+def test_a_sampler_with_other_weights_and_a_policy_without_entropy_are_found(
+    check_policy, monkeypatch, capsys
+):
     def engine(policy, *_):
         made = Engine(policy)
         with torch.no_grad():
@@ -241,8 +239,4 @@ def test_a_sampler_with_other_weights_is_found(check_policy, monkeypatch, capsys
     assert re.search(r"differ by 0\.\d+ nats per token on average, by \d\S* at most", problems(capsys)[0])
     corrected = tokenrl.Estimator.preset("rloo", importance_cap=2.0)
     assert check_policy(make_policy(), estimator=corrected).exit_code == 0
-
-
-def test_a_policy_without_entropy_is_found(check_policy):
-    result = check_policy(make_policy(), temperature=1e-3)
-    assert result.exit_code == 2 and "no-entropy" in result.flags
+    assert "no-entropy" in check_policy(make_policy(), temperature=1e-3).flags

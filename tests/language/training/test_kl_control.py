@@ -13,7 +13,7 @@ from tokenrl.core import Estimator
 from tokenrl.core.losses import next_beta
 from tokenrl.language.policy.lora import add_lora
 from tokenrl.language.training.batch import StepRows
-from tokenrl.language.training.records import step_metrics
+from tokenrl.language.training.collect import step_metrics
 
 KL = Estimator.preset("rloo", beta=0.5)
 

@@ -45,25 +45,17 @@ def test_a_run_with_a_named_baseline_repeats_and_is_that_of_the_function(train, 
     assert len(metrics) == 1
 
 
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
+def test_what_cannot_be_used_is_refused_before_the_run(train, tmp_path, capsys):
+    for spec, words in (
         ("mine.py:halv", "Did you mean 'half'"),
         ("mine.py:fails", "run: The baseline 'mine.py:fails' failed: it raised ValueError: no idea"),
         ("nowhere.py:half", "there is no file nowhere.py"),
         ("mine.py", "module:function or path/to/file.py:function"),
-    ],
-)
-def test_what_cannot_be_used_is_refused_before_the_run(train, tmp_path, capsys, spec, words):
-    assert train("run", "--estimator.baseline", spec) == 2
-    assert words in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "run" / "config.json").exists()
-
-
-def test_an_agent_takes_it_too(tmp_path, monkeypatch, capsys):
-    (tmp_path / "mine.py").write_text(FILE)
-    monkeypatch.chdir(tmp_path)
-    for spec, code in (("mine.py:half", 0), ("mine.py:halv", 2)):
+    ):
+        assert train("run", "--estimator.baseline", spec) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "run" / "config.json").exists()
+    for spec, code in (("mine.py:half", 0), ("mine.py:halv", 2)):  # an agent takes it too
         assert main([*AGENT.split(), "--estimator.baseline", spec]) == code
     assert "Did you mean 'half'" in capsys.readouterr().err
     assert baseline_of(tmp_path / "run") == "mine.py:half"

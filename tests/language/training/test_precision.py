@@ -11,6 +11,7 @@ import torch
 from tiny_models import (
     ARCHITECTURES,
     apart,
+    completions,
     gradient,
     make_learner,
     make_policy,
@@ -24,7 +25,6 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.language.policy.lora import add_lora
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.scoring import Scoring, score
 from tokenrl.language.training import forward
 from tokenrl.language.training.collect import sample
@@ -33,26 +33,16 @@ from tokenrl.language.training.forward import Forward, half_copy, with_eager_att
 KL = Estimator.preset("grpo", beta=0.1)
 
 
-def made_up() -> Rollout:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(60, (6, 5), generator=generator)
-    prompts = torch.tensor([[3, 4, 5], [2, 7, 9]])
-    masks = torch.ones_like(prompts).bool(), torch.ones_like(ids).bool()
-    index = torch.tensor([0, 0, 0, 1, 1, 1])
-    return Rollout(prompts, masks[0], index, ids, masks[1], torch.zeros(6, 5), torch.zeros(6).bool())
-
-
-def run(folder, **options):
-    options = {"model": make_policy(), "task": make_task(), "cpu": True, "quiet": True} | options
-    shape = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 6, "eval_generations": 0}
-    shape |= {"max_steps": 2, "learning_rate": 1e-3}
-    return train(output_dir=folder, **(shape | options))
+def sampled(policy):
+    return completions(policy, [[3, 4, 5], [2, 7, 9]], num_generations=3, max_completion_length=5)
 
 
 def test_a_second_run_of_a_program_may_have_another_precision(tmp_path, recwarn):
+    how = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 6, "eval_generations": 0}
+    how |= {"task": make_task(), "cpu": True, "quiet": True, "max_steps": 2, "learning_rate": 1e-3}
     for place, precision in enumerate(("no", "bf16", "no")):
         model = str(tmp_path / str(place - 1)) if place else make_policy()
-        result = run(tmp_path / str(place), model=model, mixed_precision=precision)
+        result = train(output_dir=tmp_path / str(place), model=model, mixed_precision=precision, **how)
         assert result.exit_code == 0 and next(result.policy.model.parameters()).dtype == torch.float32
         config = json.loads((tmp_path / str(place) / "config.json").read_text())
         decided = [config[name] for name in ("mixed_precision", "training_attention", "compile")]
@@ -63,7 +53,7 @@ def test_a_second_run_of_a_program_may_have_another_precision(tmp_path, recwarn)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_of_the_copy_reach_the_weights_in_float32(architecture):
     policy = make_policy(architecture, initializer_range=0.1)
-    rollout = made_up()
+    rollout = sampled(policy)
     score(policy.model, rollout).logprobs.sum().backward()
     exact = gradient(policy.model)
     policy.model.zero_grad()
@@ -125,7 +115,7 @@ def test_weights_that_transformers_keeps_exact_stay_so():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_eager_attention_has_the_same_weights_and_gradient(architecture):
     policy = make_policy(architecture)
-    rollout = made_up()
+    rollout = sampled(policy)
     twin = with_eager_attention(policy.model)
     assert twin.config._attn_implementation == "eager" != policy.model.config._attn_implementation
     found = []
@@ -136,28 +126,30 @@ def test_eager_attention_has_the_same_weights_and_gradient(architecture):
     assert apart(*found) < 1e-5
 
 
-class Gpu:
+def machine(device="cuda", processes=1):
     """Stands in for a machine of another kind, as far as the rules ask."""
+    return SimpleNamespace(device=SimpleNamespace(type=device), num_processes=processes)
 
-    def __init__(self, device="cuda", processes=1):
-        self.device, self.num_processes = SimpleNamespace(type=device), processes
+
+CPU, GPU = machine("cpu"), machine()
+PPO, AS_LOADED = Estimator.preset("ppo"), {"training_attention": "as_loaded"}
 
 
 @pytest.mark.parametrize(
     ("parameters", "machine", "options", "precision", "attention", "compiles"),
     [
-        (10**5, Gpu("cpu"), {}, "no", "as_loaded", False),
-        (2 * 10**6, Gpu("cpu"), {}, "no", "as_loaded", True),
-        (2 * 10**6, Gpu("cpu"), {"max_steps": 99}, "no", "as_loaded", False),
-        (2 * 10**6, Gpu("cpu", 2), {}, "no", "as_loaded", False),
-        (2 * 10**6, Gpu("cpu"), {"estimator": Estimator.preset("ppo")}, "no", "as_loaded", False),
-        (2 * 10**6, Gpu("cpu"), {"compile": "off", "mixed_precision": "bf16"}, "bf16", "as_loaded", False),
-        (10**5, Gpu("cpu"), {"compile": "on", "training_attention": "eager"}, "no", "eager", True),
-        (10**7, Gpu("cpu"), {}, "no", "eager", True),
-        (10**7, Gpu("cpu"), {"max_completion_length": 257}, "no", "as_loaded", True),
-        (10**7, Gpu("cpu"), {"training_attention": "as_loaded"}, "no", "as_loaded", True),
-        (10**7, Gpu(), {}, "bf16", "as_loaded", False),
-        (10**7, Gpu(), {"mixed_precision": "no"}, "no", "as_loaded", False),
+        (10**5, CPU, {}, "no", "as_loaded", False),
+        (2 * 10**6, CPU, {}, "no", "as_loaded", True),
+        (2 * 10**6, CPU, {"max_steps": 99}, "no", "as_loaded", False),
+        (2 * 10**6, machine("cpu", 2), {}, "no", "as_loaded", False),
+        (2 * 10**6, CPU, {"estimator": PPO}, "no", "as_loaded", False),
+        (2 * 10**6, CPU, {"compile": "off", "mixed_precision": "bf16"}, "bf16", "as_loaded", False),
+        (10**5, CPU, {"compile": "on", "training_attention": "eager"}, "no", "eager", True),
+        (10**7, CPU, {}, "no", "eager", True),
+        (10**7, CPU, {"max_completion_length": 257}, "no", "as_loaded", True),
+        (10**7, CPU, AS_LOADED, "no", "as_loaded", True),
+        (10**7, GPU, {}, "bf16", "as_loaded", False),
+        (10**7, GPU, {"mixed_precision": "no"}, "no", "as_loaded", False),
     ],
 )
 def test_how_a_run_computes_follows_from_rules(

@@ -28,7 +28,6 @@ from tiny_models import (
 )
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.language.training.batch import summed
 
 ENDS = tuple(range(1, 90, 3))  # short completions: the processes differ in their longest
 LATER = PROMPTS[2:]  # the prompts of the second process
@@ -100,7 +99,6 @@ def outcome(name: str) -> dict:
         "weights": weights(policy.model),
         "metrics": record.metrics,
         "widths": widths,
-        "samples": summed(learner.accelerator, learner.generated),
     }
 
 
@@ -197,8 +195,6 @@ def test_two_processes_make_the_update_of_one(two, name):
         else:
             assert not first[key].any()
     assert first["metrics"].keys() == alone["metrics"].keys()
-    assert first["samples"] == second["samples"] == alone["samples"] >= 12
-    assert (alone["samples"] > 12) == (name in ("greedy", "refilled"))
     if name == "bfloat16":  # rounding depends on how many rows are computed at once
         return
     for key, value in alone["metrics"].items():

@@ -18,8 +18,8 @@ from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
 from tokenrl.language.tasks.task import find_task
+from tokenrl.language.training.collect import prompt_text
 from tokenrl.language.training.defaults import length_of
-from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import harmless, visible
 from tokenrl.runs.threads import choose_threads, using_threads

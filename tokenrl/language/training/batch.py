@@ -102,13 +102,6 @@ def share(accelerator: Any, whole: Whole) -> Whole:
     return whole[start : start + size]
 
 
-def summed(accelerator: Any, number: int) -> int:
-    """Return the sum of a number over all processes, the same on each of them."""
-    if accelerator.num_processes == 1:  # one process need not wait for its device
-        return number
-    return int(accelerator.reduce(torch.tensor([number], device=accelerator.device), reduction="sum"))
-
-
 def gather(accelerator: Any, rows: StepRows) -> StepRows:
     """Gather the rows of all processes, in the order of the prompts and padded to the longest completion.
 

@@ -117,14 +117,9 @@ def choose_forward(args: TrainSettings, policy: Policy, accelerator: Any) -> tup
         f"attention {attention.replace('_', ' ')}, sampling {'' if code else 'not '}compiled ({because}), "
         f"up to {tokens:,} tokens in a pass"
     )
-    settled = replace(
-        args,
-        mixed_precision=precision,
-        training_attention=attention,
-        tokens_per_pass=tokens,
-        compile="on" if code else "off",
-    )
-    return Forward(acting, model, scoring, copies, code, words), settled
+    args = replace(args, mixed_precision=precision, training_attention=attention)
+    args = replace(args, tokens_per_pass=tokens, compile="on" if code else "off")
+    return Forward(acting, model, scoring, copies, code, words), args
 
 
 def _precision(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[Literal["no", "bf16"], str]:
@@ -133,8 +128,7 @@ def _precision(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[L
         return "no", "weights are not float32"
     if args.mixed_precision is not None:
         return args.mixed_precision, "as set"
-    on_gpu = accelerator.device.type != "cpu"
-    if on_gpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+    if accelerator.device.type != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
         return "bf16", "a GPU with bfloat16"
     return "no", "no GPU with bfloat16"
 
@@ -143,9 +137,8 @@ def _attention(args: TrainSettings, policy: Policy, accelerator: Any) -> Literal
     """Return the attention of updates: fused kernels for CPUs are slow where rows share a prompt."""
     if args.training_attention is not None:
         return args.training_attention
-    short = args.max_completion_length <= SHORT
-    large = policy.size >= LARGE
-    return "eager" if accelerator.device.type == "cpu" and large and short else "as_loaded"
+    suits = policy.size >= LARGE and args.max_completion_length <= SHORT
+    return "eager" if accelerator.device.type == "cpu" and suits else "as_loaded"
 
 
 def _compiles(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[bool, str]:

@@ -77,20 +77,17 @@ class Critic:
         Returns:
             The loss before the update, summed over all processes.
         """
-        old = self.values(hidden).detach()
-        first = 0.0
-        for iteration in range(self.iterations):
+        old, losses = self.values(hidden).detach(), list[Tensor]()
+        fixed = {"returns": returns.float(), "weights": weights.float(), "old_values": old}
+        for _ in range(self.iterations):
             self.optimizer.zero_grad()
-            loss = estimator.critic_loss(
-                self.values(hidden), returns.float(), weights.float(), old_values=old
-            )
+            loss = estimator.critic_loss(self.values(hidden), **fixed)
             loss.backward()
             for parameter in self.head.parameters():  # summed, not averaged: the weights are the whole step's
                 parameter.grad = accelerator.reduce(parameter.grad, reduction="sum")
-            if iteration == 0:
-                first = float(accelerator.reduce(loss.detach(), reduction="sum"))
+            losses.append(loss.detach())
             self.optimizer.step()
-        return first
+        return float(accelerator.reduce(losses[0], reduction="sum")) if losses else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights of the head and the state of its optimiser."""
@@ -116,12 +113,11 @@ class Learner:
         estimator: turns rewards into advantages and a loss. KL control replaces it to change its `beta`.
         args: the settings of the run.
         generator: samples the run's completions.
+        diagnostics: measures signal and noise of the gradient where the run asks for it.
         critic: predicts values, for the estimators that need them; else None.
-        diagnostics: measures signal and noise of the gradient; None unless the run asks for it.
         nonfinite: number of consecutive updates, up to now, whose gradient was not finite.
         skipped: number of all updates so far that were skipped for such a gradient.
         idle: number of all updates so far that were left out because no row could have a gradient.
-        generated: number of completions that this process has generated since they were last counted.
     """
 
     policy: Policy
@@ -133,12 +129,11 @@ class Learner:
     estimator: Estimator
     args: TrainSettings
     generator: Generator
+    diagnostics: GradientDiagnostics
     critic: Critic | None = None
-    diagnostics: GradientDiagnostics | None = None
     nonfinite: int = 0
     skipped: int = 0
     idle: int = 0
-    generated: int = 0
 
     @property
     def sampling(self) -> Sampling:
@@ -169,7 +164,7 @@ class Learner:
             half: the gradient of the first half of the update [parameters]; that of the whole update is what
                 the parameters hold now. None: nothing is measured.
         """
-        if half is None or self.diagnostics is None:
+        if half is None:
             return {}
         whole = flat_gradient(self.policy.trainable_parameters())
         return self.diagnostics.metrics(half, whole, self.args.prompts_per_step)
@@ -220,23 +215,22 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs besides the weights; tensors are references, not copies."""
-        return {
-            "kl_coef": self.estimator.beta,
-            **{name: getattr(self, name) for name in COUNTS},
-            "optimizer": self.optimizer.state_dict(),
-            "critic": None if self.critic is None else self.critic.state_dict(),
-            "diagnostics": None if self.diagnostics is None else self.diagnostics.state_dict(),
-        }
+        counts = {name: getattr(self, name) for name in COUNTS}
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {"kl_coef": self.estimator.beta, **counts, **parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned; the weights of the policy are loaded apart from this."""
         self.estimator = replace(self.estimator, beta=state["kl_coef"])
         for name in COUNTS:
             setattr(self, name, int(state[name]))
-        self.optimizer.load_state_dict(state["optimizer"])
-        for part, saved in ((self.critic, state["critic"]), (self.diagnostics, state["diagnostics"])):
-            if part is not None and saved is not None:
-                part.load_state_dict(saved)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        """Return what has a state of its own."""
+        parts = {"optimizer": self.optimizer, "diagnostics": self.diagnostics}
+        return parts if self.critic is None else parts | {"critic": self.critic}
 
 
 def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> Learner:
@@ -267,11 +261,10 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> Learn
         estimator=args.estimator,
         args=args,
         generator=TransformersGenerator(forward.policy, args.sampling_batch_size, forward.compiled),
+        diagnostics=GradientDiagnostics(args.diagnostics_every),
     )
     if args.estimator.needs_values:
         rate, iterations = args.value_learning_rate, args.value_iterations
         hidden = shape_of(policy).hidden_size
         learner.critic = Critic(hidden, device, learning_rate=rate, iterations=iterations)
-    if args.diagnostics_every:
-        learner.diagnostics = GradientDiagnostics(args.diagnostics_every)
     return learner

@@ -19,12 +19,11 @@ from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.batch import explained, summed
-from tokenrl.language.training.check import check_run
+from tokenrl.language.training.batch import explained
+from tokenrl.language.training.collect import prompt_text
 from tokenrl.language.training.defaults import sizes_of_steps
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.learner import make_learner
-from tokenrl.language.training.records import prompt_text
 from tokenrl.language.training.run import Run, RunResult
 from tokenrl.language.training.setup import (
     adapt,
@@ -36,7 +35,7 @@ from tokenrl.language.training.setup import (
     without_effect,
 )
 from tokenrl.language.training.step import Record, training_step
-from tokenrl.language.training.verdicts import judge_end, judge_step
+from tokenrl.language.training.verdicts import check_run, judge_end, judge_step
 from tokenrl.language.training.warm_start import warm_start
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.resume import taken_up
@@ -174,7 +173,8 @@ def _one_step(run: Run, step: int) -> Record:
     metrics = record.metrics
     run.completion_tokens += metrics["completions/mean_length"] * sizes_of_steps(run.args)[0]
     run.tokens += int(metrics["num_tokens"])
-    run.latest, learner.generated = summed(learner.accelerator, learner.generated), 0
+    prompts = run.args.prompts_per_step  # a refilled one has as many completions as any other
+    run.latest = sizes_of_steps(run.args)[1] // prompts * (prompts + int(metrics.get("refilled", 0)))
     run.samples += run.latest
     metrics |= {
         "epoch": stream.epoch,

@@ -20,7 +20,7 @@ from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.rewarded import sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
-from tokenrl.language.training.records import completion_kl
+from tokenrl.language.training.collect import completion_kl
 
 Row = Mapping[str, Any]
 SCORED_AT_ONCE = 32  # completions that a reference scores at once, which bounds its logits

@@ -111,11 +111,10 @@ class Run:
 
     def due(self, session: Session, every: int) -> bool:
         """Return whether something is due in this step: every `every` plain steps, and in the last step."""
-        if self.args.max_samples is None:
+        if self.args.max_samples is None or not every:
             return session.due(every)
         size = every * sizes_of_steps(self.args)[0]
-        passed = bool(every) and self.samples // size > (self.samples - self.latest) // size
-        return passed or session.due(0)
+        return session.due(0) or self.samples // size > (self.samples - self.latest) // size
 
     def set_rate(self, step: int) -> None:
         """Set the learning rate of the step after this one."""

@@ -196,10 +196,9 @@ def make_accelerator(args: TrainSettings) -> Any:
     world, prompts = accelerator.num_processes, args.prompts_per_step
     if prompts % world:
         down, up = prompts // world * world, (prompts // world + 1) * world
-        raise Refused(
-            f"prompts_per_step={prompts} cannot be shared equally by {world} processes. Give "
-            + (f"{down} or {up}." if down else f"{up}.")
-        )
+        valid = f"{down} or {up}" if down else up
+        what = f"prompts_per_step={prompts} cannot be shared equally by {world} processes"
+        raise Refused(f"{what}. Give {valid}.")
     return accelerator
 
 
@@ -216,10 +215,8 @@ def made_from(policy: Policy, rows: Mapping[str, Sequence[Any]], accelerator: An
         "tokenizer": tokenizer_fingerprint(policy.tokenizer),
         "base model": fingerprint(policy.model),
     }
-    world, device = (
-        (1, policy.device) if accelerator is None else (accelerator.num_processes, accelerator.device)
-    )
-    return Maker(fingerprints, world, device.type)
+    where = policy if accelerator is None else accelerator
+    return Maker(fingerprints, getattr(where, "num_processes", 1), where.device.type)
 
 
 def load_placed(name: str, *, dtype: str, trust_remote_code: bool) -> Policy:

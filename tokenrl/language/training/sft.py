@@ -130,7 +130,7 @@ def _evaluation(
 
 
 def _demonstrations(args: SftArguments) -> tuple[Any, Rewards | None, list[dict[str, Any]]]:
-    """Return the task (None for a data set that has a name), its rewards, and rows of prompt and completion.
+    """Return the task, its rewards, and rows of prompt and completion.
 
     A data set without a reward is used whole; with one, some of its rows are held out.
     """
@@ -150,7 +150,6 @@ def _demonstrations(args: SftArguments) -> tuple[Any, Rewards | None, list[dict[
         known = ", ".join(rows[0])
         raise Refused(f"{where} has no column {column!r}; name one of {known} with --completion-column.")
     rows = [row | {"completion": row[column]} for row in rows]
-    if named:
-        return None, None, rows
-    origin = description(splits)
-    return PromptTask(IN_MEMORY + origin["fingerprint"], rows, [], None, origin=origin), None, rows
+    origin = {} if named else description(splits)
+    name = args.task if named else IN_MEMORY + origin["fingerprint"]
+    return PromptTask(name, rows, [], None, origin=origin), None, rows

@@ -25,13 +25,14 @@ from tokenrl.language.training.collect import (
     Deal,
     Experience,
     Prompts,
+    completion_rows,
     old_logprobs,
     refill,
     reward,
     sample,
+    step_metrics,
     step_rows,
 )
-from tokenrl.language.training.records import completion_rows, step_metrics
 
 if TYPE_CHECKING:
     from tokenrl.core.baselines import RunningMean
@@ -142,7 +143,7 @@ def minibatches(learner: Learner, rows: int, step: int) -> Iterator[tuple[Tensor
     order = torch.arange(rows // size)
     generator = torch.Generator().manual_seed((args.seed << 32) + step)
     # Only the first update of a rollout is on-policy, and the diagnostics are about the on-policy gradient.
-    measured = learner.diagnostics is not None and learner.diagnostics.due(step)
+    measured = learner.diagnostics.due(step)
     for _ in range(args.num_iterations):
         if args.num_minibatches > 1:
             order = torch.randperm(rows // size, generator=generator)

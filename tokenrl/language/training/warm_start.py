@@ -177,25 +177,14 @@ def warm_start(
 
 
 def _train(
-    policy: Policy,
-    rows: list[dict[str, Any]],
-    task: Any,
-    rewards: Rewards,
-    args: TrainSettings,
-    console: Console,
-    rate: float,
+    policy: Policy, rows: Any, task: Any, rewards: Rewards, args: TrainSettings, console: Console, rate: float
 ) -> dict[str, Any]:
     """Update on demonstrations until a probe is good enough, or the updates are used up; return the facts."""
-    most, probes = args.warm_start_steps, list[Probe]()
+    most, probes, length = args.warm_start_steps, list[Probe](), args.max_completion_length
     stream = PromptStream(task.train_prompts, min(PROMPTS, len(task.train_prompts)), args.seed)
-    prompts = [row for _, row in stream.next()]
-    sampling = Sampling(
-        args.max_completion_length,
-        max(2, args.num_generations),
-        args.temperature,
-        args.seed,
-        truncate_prompts=args.truncate_prompts,
-    )
+    prompts, size = [row for _, row in stream.next()], max(2, args.num_generations)
+    cut = {"truncate_prompts": args.truncate_prompts}
+    sampling = Sampling(length, size, args.temperature, args.seed, **cut)
 
     def enough(losses: list[float]) -> bool:
         if len(losses) % EVERY == 0 or len(losses) == most:  # the same prompts and numbers each time
@@ -218,18 +207,18 @@ def _train(
             f"only {after.unequal:.0%} of the groups have unequal rewards, and {after.truncated.value:.0%}"
         )
         console.warn(f"after {most} updates {found} of the completions are cut: raise warm_start_steps.")
-    said = f"not needed, since {before.unequal:.0%} of the groups already have unequal rewards"
-    if losses:
-        said = (
-            f"{len(losses)} updates, loss {losses[0]:.3g} -> {losses[-1]:.3g} nats per token, sampled reward "
-            f"{before.reward.value:.3g} -> {after.reward.value:.3g}, groups with unequal rewards "
-            f"{before.unequal:.0%} -> {after.unequal:.0%}"
-        )
-    facts: dict[str, Any] = {"updates": len(losses), "in_words": said}
+    facts: dict[str, Any] = {"updates": len(losses)}
     for when, probe, loss in (("before", before, losses[:1]), ("after", after, losses[-1:])):
         facts |= {f"reward_{when}": probe.reward.value, f"spread_{when}": probe.unequal}
         facts[f"loss_{when}"] = loss[0] if loss else None
-    return facts
+    said = "not needed, since {spread_before:.0%} of the groups already have unequal rewards"
+    if losses:
+        said = "{updates} updates, loss {loss_before:.3g} -> {loss_after:.3g} nats per token, sampled reward "
+        said += (
+            "{reward_before:.3g} -> {reward_after:.3g}, groups with unequal rewards {spread_before:.0%} -> "
+        )
+        said += "{spread_after:.0%}"
+    return facts | {"in_words": said.format_map(facts)}
 
 
 def _is_enough(found: Probe) -> bool:
