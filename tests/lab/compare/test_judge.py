@@ -135,7 +135,8 @@ def test_each_verdict_has_its_words(verdict, differences, options):
     found, text = one([0.0] * len(differences), differences, **options)
     assert found.verdict == verdict
     check_words(text, verdict)
-    assert found.seeds_needed is None or verdict in ("undecided", "descriptive")
+    if found.seeds_needed is not None:
+        assert verdict in ("undecided", "descriptive") and f" {found.seeds_needed:,} seeds" in text
 
 
 @pytest.mark.parametrize("apart", [0.0, 0.25, -0.25, 0.1])
@@ -192,12 +193,6 @@ def test_arms_of_which_all_runs_failed_are_worse_and_need_no_scores():
     assert found.verdict == "worse" and found.differences == {} and found.improvement.value == 0
     marked = [{"arm": a, "seed": s, "score": x, "failed": a == "arm"} for a, s, x in table]
     assert family(marked).differences[0].verdict == "worse", "a column failed says the same"
-
-
-def test_what_is_undecided_asks_for_more_seeds_than_there_were():
-    found, text = one([0.0] * 6, [0.05 + x for x in ZIGZAG])
-    assert found.verdict == "undecided" and found.seeds_needed > 6
-    assert f"at least {found.seeds_needed:,} seeds would be needed" in text
 
 
 def test_a_seed_that_one_arm_lacks_is_left_out_of_its_pairs_and_named():
@@ -281,20 +276,16 @@ GOOD = [(arm, seed, 0.5) for arm in ("ppo", "rloo") for seed in range(6)]
     ("table", "options", "said"),
     [
         ([*GOOD, ("ppo", 6, math.nan)], {}, "Row 12, arm 'ppo', seed 6, has no finite score"),
-        ([*GOOD, ("ppo", 6, math.inf)], {}, "leaving failed runs out would flatter"),
         ([*GOOD, ("ppo", 3, 0.1)], {}, "Row 12, arm 'ppo', seed 3, is there a second time"),
         ([("ppo", s, 0.5) for s in range(6)], {}, "only the arm 'ppo'; give two arms or more"),
         (GOOD, {"reference": "rlo"}, "'rlo'. Did you mean 'rloo'"),
         (GOOD, {"margin": 0}, "margin"),
-        (GOOD, {"margin": math.nan}, "margin"),
         (GOOD, {"margin": {"sort": 0.1}}, "the problem in margin was given as 'sort'"),
         (GOOD, {"failed": [("ppo", 9)]}, "failed names the run ('ppo', 9)"),
         ([("ppo", 0, 0.5), ("rloo", 1, 0.5)], {}, "no seed in common"),
         ([], {}, "The table has 0 rows"),
         ([("ppo", 0.5, 0.5)], {}, "no whole number as its seed"),
-        ([("ppo", 0, "good")], {}, "Row 0"),
         ([("ppo", 0)], {}, "the columns arm, seed; it needs"),
-        (["ppo"], {}, "the columns arm; it needs"),
         ([{"arm": "ppo", "seed": 0, "points": 1}], {"metric": "area"}, "score (or area)"),
         ([{"seed": 0, "score": 1}], {}, "with arm, seed"),
         ("no/such/file.csv", {}, "cannot be read"),

@@ -22,7 +22,7 @@ class ProblemArguments(Settings, group="problems"):
     """Models. Default: each toy task's own, which is warm-started once."""
     num_generations: tuple[Count, ...] = ()
     """Group sizes. Default: as tokenrl train has it for the task."""
-    learning_rate: tuple[Literal["fixed", "tuned"] | Positive, ...] = ("fixed",)
+    learning_rate: tuple[Positive | Literal["fixed", "tuned"], ...] = ("fixed",)
     """fixed: what tokenrl train recommends, for all arms; tuned: for each arm the best of a grid around that,
     on seeds of their own (successive halving); or numbers."""
     runs: tuple[str, ...] = ()

@@ -87,17 +87,15 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
     made, metric = table.runs[table.runs["state"] != "missing"], plan.metric
     ours, again = made[made["role"] == "comparison"], made[(made["role"] == "itself") & ~made["failed"]]
     found: dict[str, dict[str, list[Finding]]] = {problem.label: {} for problem in plan.problems}
+    void = {}
     for problem, arm in product(plan.problems, plan.arms):
         runs = ours[ours["problem"] == problem.label]
         if runs[metric].isna().all():
             why = " ".join(f"{r.arm}, seed {r.seed}: {r.reason}" for r in runs[:1].itertuples())
             raise Stopped(f"Nothing can be judged on {problem.label}: no run has the score {metric}. {why}")
-        found[problem.label][arm.label] = findings(arm, problem, runs[runs["arm"] == arm.label])
-    void = {
-        (problem, arm): " ".join(one.text for one in each if one.weight == "void")
-        for problem, by_arm in found.items()
-        for arm, each in by_arm.items()
-    }
+        each = findings(arm, problem, runs[runs["arm"] == arm.label])
+        found[problem.label][arm.label] = each
+        void[problem.label, arm.label] = " ".join(one.text for one in each if one.weight == "void")
     sound = ours[~ours["failed"]]
     known = [name for name in (*SCORES, "entropy") if name in sound and sound[name].notna().all()]
     judgements = {

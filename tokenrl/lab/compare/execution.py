@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any, Literal
@@ -32,7 +33,7 @@ FIXED = {"threads": 1, "mixed_precision": "no", "training_attention": "as_loaded
 LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 Call = Callable[[str, str, Callable[[], bool]], int]
-"""Runs a command whose output goes to a file, until it ends or, asked whether all is over, stops it.
+"""Runs a command whose output goes to a file, and stops it when all is over, which it asks again and again.
 
 It returns the exit code, or minus the number of the signal that ended the process."""
 
@@ -86,13 +87,13 @@ def execute(
     lock = acquire_lock(root, f"Another process makes the runs of {root}. Wait for it, or give another one.")
     ended, over = 0, Event()
     try:
-        call, places = _on_ray() if executor == "ray" else (_call, _processors())
+        call, places = _on_ray() if executor == "ray" else _on_this_machine()
         with GracefulStop(quiet=console.rich.quiet) as stop, ThreadPoolExecutor(workers or places) as pool:
 
-            def make(run: Run) -> int:
-                return _make(plan, run, root, call, lambda: over.is_set() or bool(stop.requested))
+            def is_over() -> bool:
+                return over.is_set() or bool(stop.requested)
 
-            made = {pool.submit(make, run): run for run in runs}
+            made = {pool.submit(_make, plan, run, root, call, is_over): run for run in runs}
             try:
                 for future in as_completed(made):
                     code = future.result()
@@ -145,8 +146,10 @@ def _in_use(directory: Path) -> bool:
     return False
 
 
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _on_this_machine() -> tuple[Call, int]:
+    """Return what runs a command here, and the number of processors."""
+    places = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return partial(_call, environment=_environment()), places
 
 
 def _environment() -> dict[str, str]:
@@ -154,22 +157,15 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def _call(line: str, log: str, is_over: Callable[[], bool]) -> int:
-    process = _start(line, log, _environment())
-    while process.poll() is None:
-        time.sleep(TICK)
-        if is_over():
-            process.terminate()
-            process.wait()
-    return process.returncode
+def _call(line: str, log: str, is_over: Callable[[], bool], environment: Mapping[str, str]) -> int:
+    """Run a command; asked to stop, by a KeyboardInterrupt too, it passes that on and waits.
 
-
-def _start(line: str, log: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a command; what it prints goes to a file. On Linux it is asked to stop if its parent dies."""
+    On Linux the command is also asked to stop if the thread that started it dies.
+    """
     _, variable, _, *words = shlex.split(line)
     name, _, value = variable.partition("=")
     with open(log, "ab") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "tokenrl", *words],
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -177,6 +173,14 @@ def _start(line: str, log: str, environment: Mapping[str, str]) -> subprocess.Po
             env={**environment, name: value},
             preexec_fn=None if LIBRARY is None else _stop_with_parent,
         )
+    patience: float | None = TICK
+    while True:
+        try:
+            return process.wait(patience)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+            if is_over() or isinstance(error, KeyboardInterrupt):
+                process.terminate()
+                patience = None
 
 
 def _stop_with_parent() -> None:
@@ -216,11 +220,6 @@ def _on_ray() -> tuple[Call, int]:
 
 
 def _in_task(line: str, log: str, directory: str, environment: Mapping[str, str]) -> int:
-    """Run a command in a process of Ray; asked to stop, it passes that on and waits."""
+    """Run a command in a process of Ray, which interrupts it to stop it."""
     os.chdir(directory)
-    process = _start(line, log, environment)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.terminate()
+    return _call(line, log, lambda: False, environment)

@@ -92,19 +92,19 @@ def judge_scores(
             check_number("margin", limit, above=0)
     families = []
     for problem in problems:
-        why, limit = (
-            {arm: text for (of, arm), text in (void or {}).items() if of == problem},
-            margins.get(problem),
-        )
-        by_arm = frame[frame["problem"] == problem].groupby("arm", sort=False)
-        arms = {str(arm): _arm(str(arm), runs, why.get(str(arm), "")) for arm, runs in by_arm}
+        limit, arms = margins.get(problem), dict[str, ArmScores]()
+        for name, runs in frame[frame["problem"] == problem].groupby("arm", sort=False):
+            arm, sound = str(name), runs[~runs["failed"]]
+            scores = dict(zip(sound["seed"].tolist(), sound["score"].tolist(), strict=True))
+            lost = tuple(runs["seed"][runs["failed"]].tolist())
+            arms[arm] = ArmScores(arm, scores, lost, (void or {}).get((problem, arm), ""))
         label = next(iter(arms)) if reference is None else reference
         check_choice("reference", label, arms)
         if len(arms) < 2:
             raise Refused(f"{problem or 'The table'} has only the arm {label!r}; give two arms or more.")
-        others = [arm for arm in arms.values() if arm.arm != label]
-        pairs = [(arm, arms[label]) for arm in others]
-        pairs += [(arm, other) for other, arm in combinations(others, 2) if all_pairs]
+        others = [one for one in arms.values() if one.arm != label]
+        pairs = [(one, arms[label]) for one in others]
+        pairs += [(one, other) for other, one in combinations(others, 2) if all_pairs]
         differences = tuple(_difference(*pair, limit, len(pairs)) for pair in pairs)
         again = _itself(arms[label], (itself or {}).get(problem), limit)
         families.append(Family(problem, label, limit, tuple(arms.values()), differences, again))
@@ -164,12 +164,6 @@ def _as_frame(table: Any) -> pd.DataFrame:
     if isinstance(table, pd.DataFrame):
         return table
     return pd.DataFrame(list(table)).rename(columns=dict(enumerate(("arm", "seed", "score", "problem"))))
-
-
-def _arm(label: str, runs: pd.DataFrame, void: str) -> ArmScores:
-    sound = runs[~runs["failed"]]
-    scores = dict(zip(sound["seed"].tolist(), sound["score"].tolist(), strict=True))
-    return ArmScores(label, scores, tuple(runs["seed"][runs["failed"]].tolist()), void)
 
 
 def _itself(arm: ArmScores, again: Mapping[int, float] | None, margin: float | None) -> Difference | None:

@@ -67,11 +67,7 @@ def write_comparison(found: Comparison) -> Path:
 
 def facts_of(plan: Plan) -> dict[str, str]:
     """Say what is compared on which budget and seeds, by heading, for the console and the page."""
-    seeds = {
-        "": plan.seeds,
-        " for the reference against itself": plan.itself_seeds,
-        " for tuning": plan.tuning_seeds,
-    }
+    seeds = {"": plan.seeds, " against itself": plan.itself_seeds, " for tuning": plan.tuning_seeds}
     rates = sorted({run.learning_rate for run in plan.runs()})
     return {
         "arms": ", ".join(f"{arm.label} ({arm.estimator.bias_status})" for arm in plan.arms),
@@ -166,13 +162,15 @@ def _arms(found: Comparison, label: str) -> pd.DataFrame:
     """Return each arm's failures, mean scores, share of clipped updates, and its way to a threshold."""
     runs, arms = found.table.of(label), found.judgement.of(label).arms
     means = runs[~runs["failed"]].groupby("arm").mean(numeric_only=True)
-    way = found.thresholds[found.thresholds["problem"] == label].set_index("arm")
-    way = way.rename(columns={"reached": "runs that reach it", "median_samples": "median samples to it"})
     rows = {arm.arm: f"{arm.count} [{arm.failures.low:.0%}, {arm.failures.high:.0%}]" for arm in arms}
     frame = pd.DataFrame({"failed": rows}).rename_axis("arm")
     frame = frame.join(means.filter([*found.judgements, "grad_clipped", "learning_rate"]))
-    frame = frame.join(way.drop(columns=["problem", "runs"], errors="ignore"))
-    return frame.rename(columns={"grad_clipped": "clipped updates"}).reset_index()
+    way = found.thresholds[found.thresholds["problem"] == label].set_index("arm")
+    if len(way):
+        reached = way["reached"].astype(str) + " of " + way["runs"].astype(str) + ", "
+        median = way["median_samples"].map("{:,.0f}".format).replace("inf", "never for half of them")
+        frame["reach {threshold:.3g} ({chosen}), median".format(**way.iloc[0])] = reached + median
+    return frame.rename(columns=lambda name: str(name).replace("_", " ")).reset_index()
 
 
 def _rates(found: Comparison, label: str) -> list[Chart]:
