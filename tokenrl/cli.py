@@ -47,20 +47,18 @@ def write_report(args: ReportArguments) -> int:
 
     if not args.run_dir:
         raise Refused("Name the output directory of a run, or of several runs to compare them.")
-    if len(args.run_dir) > 1:
-        print(compare_runs(args.run_dir, "comparison.html" if args.output is None else args.output))
-        return 0
-    if args.output is None and os.path.isfile(os.path.join(args.run_dir[0], "plan.json")):
+    run, several = args.run_dir[0], len(args.run_dir) > 1
+    if args.output is not None and not several:
+        raise Refused("--output is for several runs: name them, or leave it out; one has its report.html.")
+    if several:
+        page = compare_runs(args.run_dir, "comparison.html" if args.output is None else args.output)
+    elif os.path.isfile(os.path.join(run, "plan.json")):
         from tokenrl.lab.compare.run import report_comparison
 
-        print(report_comparison(args.run_dir[0]))
-        return 0
-    if args.output is not None:
-        said = (
-            f"--output {args.output} is for several runs; the report of one is report.html in its directory."
-        )
-        raise Refused(f"{said} Leave --output out, or name several runs.")
-    print(report_from_directory(args.run_dir[0]))
+        page = report_comparison(run)
+    else:
+        page = report_from_directory(run)
+    print(page)
     return 0
 
 

@@ -102,18 +102,11 @@ class PreferenceTraining:
         self._args, self._model = args, reward_model
         self._encoded = encode_pairs(reward_model, pairs)
         self._margins = [args.margin if pair.margin is None else pair.margin for pair in pairs]
-        self.descent = Descent(
-            [p for p in reward_model.model.parameters() if p.requires_grad],
-            len(pairs),
-            of="the reward model",
-            max_steps=args.max_steps,
-            batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            seed=args.seed,
-            weight_decay=args.weight_decay,
-            max_grad_norm=args.max_grad_norm or math.inf,
-        )
-        self._tokens = 0
+        names = ("max_steps", "batch_size", "learning_rate", "seed", "weight_decay")
+        how: dict[str, Any] = {name: getattr(args, name) for name in names}
+        how |= {"max_grad_norm": args.max_grad_norm or math.inf, "of": "the reward model"}
+        weights = [p for p in reward_model.model.parameters() if p.requires_grad]
+        self.descent, self._tokens = Descent(weights, len(pairs), **how), 0
 
     def update(self) -> dict[str, float]:
         """Update the reward model on the next batch.

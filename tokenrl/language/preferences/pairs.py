@@ -138,12 +138,11 @@ def _number(row: Row, name: str, where: str) -> float | None:
     """Return the number in a column; None without the column, or where it has no value."""
     value = row.get(name)
     try:
-        number = 0.0 if value is None else float(value)
+        if value is None or math.isfinite(float(value)):
+            return None if value is None else float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise Refused(f"{where}: {name} is {value!r:.100}; it must be a finite number.")
-    return None if value is None else number
+        pass
+    raise Refused(f"{where}: {name} is {value!r:.100}; it must be a finite number.")
 
 
 def hold_out(pairs: Sequence[Pair], size: int, seed: int) -> tuple[list[Pair], list[Pair]]:
