@@ -229,19 +229,6 @@ def test_a_run_from_a_configuration_takes_other_data(tmp_path):
     assert config["task"].endswith("rows.jsonl") and "task_rows" not in config
 
 
-def test_chat_messages_from_a_dataset_train_and_the_reward_sees_the_answer(tmp_path):
-    model, tokenizer = tiny()
-    tokenizer.chat_template = TEMPLATE
-    rows = [{"messages": chat(("user", row["prompt"][:2]), ("assistant", row["answer"]))} for row in ROWS]
-
-    def reward(prompts, completions, answer, **columns):
-        assert all(turns[-1]["role"] == "user" for turns in prompts)
-        return [float(turns[-1]["content"][:1] == a) for turns, a in zip(completions, answer, strict=True)]
-
-    assert start(tmp_path, task=dataset(rows), model=(model, tokenizer), reward=reward).steps == 2
-    assert config_of(tmp_path)["task_rows"]["columns"] == ["messages"]
-
-
 def test_evaluate_and_train_hold_out_the_same_rows(tmp_path):
     after = start(tmp_path, task=dataset()).eval_after
     model = str(tmp_path / "run" / "model")
@@ -257,8 +244,8 @@ def test_sft_learns_from_columns_and_from_conversations(tmp_path):
     assert result.steps == 2 and config_of(tmp_path)["task_rows"]["rows"] == {"train": 16}
     talks = [{"messages": chat(("user", row["prompt"]), ("assistant", row["answer"]))} for row in ROWS]
     assert tokenrl.sft(task=talks, output_dir=tmp_path / "talks", **how).steps == 2
-    with pytest.raises(Refused, match="The data has no column 'completion'; it has prompt, answer, marks"):
+    with pytest.raises(Refused, match=r"The data has no column 'completion'; .*prompt, answer, marks"):
         tokenrl.sft(task=ROWS, output_dir=tmp_path / "none", **how)
-    with pytest.raises(Refused, match="name the one to fine-tune"):
+    with pytest.raises(Refused, match="no model of its own: name one"):
         tokenrl.sft(task=ROWS, output_dir=tmp_path / "none")
     assert main(["sft", "--config", str(tmp_path / "run")]) == 2

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-import string
 import sys
 
 import pytest
 
-import tokenrl
 from tokenrl.errors import Refused
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.task import load_task
-from toy_tasks.models import TinyModel
 
 QUESTION = [{"role": "system", "content": "Think."}, {"role": "user", "content": "What is 1/2 + 1/4?"}]
 
@@ -72,20 +68,6 @@ def test_a_puzzle_is_a_task_with_its_own_score():
     assert scores[:2].tolist() == [1, 1] and scores[2:].max() < 0.1
     chat = load_task("reasoning_gym:basic_arithmetic(size=3, eval_size=2, chat=True)")
     assert chat.eval_prompts[0]["prompt"][0]["role"] == "user"
-
-
-def test_two_steps_of_a_puzzle_train(tmp_path):
-    pytest.importorskip("reasoning_gym")
-    alphabet = tuple(character for character in string.printable if character not in "\t\r\x0b\x0c")
-    result = tokenrl.train(
-        model=TinyModel(alphabet, layers=1, hidden=16, heads=2, context=256)(0),
-        task="reasoning_gym:coin_flip(size=8, eval_size=2, min_trials=3, max_trials=3)",
-        max_steps=2, prompts_per_step=2, num_generations=2, max_completion_length=6, eval_generations=1,
-        output_dir=tmp_path / "run", quiet=True,
-    )  # fmt: skip
-    assert result.steps == 2 and 0 <= result.eval_after["reward"] <= 1
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert "rewards/score_answer/mean" in rows[-1]
 
 
 @pytest.mark.parametrize(

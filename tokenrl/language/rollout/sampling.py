@@ -105,26 +105,20 @@ def uniforms(stream: str, sampling: Sampling, prompts: Sequence[int]) -> Tensor 
     """
     if not sampling.num_generations:
         return None
-    key = key_of(stream, sampling)
-    table = _philox(key, prompts, sampling.num_generations, sampling.max_completion_length)
-    return torch.from_numpy(table.reshape(-1, sampling.max_completion_length))
-
-
-def key_of(stream: str, sampling: Sampling) -> tuple[int, int]:
-    """Key of the counter-based generator: the seed plus the stream's number, and in training the step."""
-    if stream == "training" and sampling.step < 1:
-        raise ValueError("the steps of training count from 1; step 0 belongs to another stream")
-    return STREAMS[stream] + sampling.seed, sampling.step if stream == "training" else 0
-
-
-def _philox(key: tuple[int, int], prompts: Sequence[int], generations: int, length: int) -> np.ndarray:
-    """Uniforms [B, G, T] of the counter-based generator Philox (Salmon et al. 2011)."""
-    bits = np.random.Philox(key=np.array(key, dtype=np.uint64))
+    length, bits = sampling.max_completion_length, np.random.Philox(key=key_of(stream, sampling))
     generator, state = np.random.Generator(bits), bits.state
-    table = np.empty((len(prompts), generations, length))
+    table = np.empty((len(prompts), sampling.num_generations, length))
     for b, prompt in enumerate(prompts):
-        for g in range(generations):  # a counter per completion: its numbers depend on neither G nor T
+        for g in range(sampling.num_generations):  # a counter per completion: it depends on neither G nor T
             state["state"]["counter"] = np.array([0, g, prompt, 0], dtype=np.uint64)
             bits.state = state
             generator.random(out=table[b, g])
-    return table
+    return torch.from_numpy(table.reshape(-1, length))
+
+
+def key_of(stream: str, sampling: Sampling) -> np.ndarray:
+    """Key of Philox (Salmon et al. 2011): the seed plus the stream's number, and in training the step."""
+    if stream == "training" and sampling.step < 1:
+        raise ValueError("the steps of training count from 1; step 0 belongs to another stream")
+    step = sampling.step if stream == "training" else 0
+    return np.array([STREAMS[stream] + sampling.seed, step], dtype=np.uint64)
