@@ -7,10 +7,10 @@ Each prints its numbers and writes its figure; `--help` after its name says what
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations, pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ GRPO = Estimator.preset("grpo")
 SIZES = {2: BLUE, 4: SKY, 8: GREEN, 16: YELLOW, 64: RED}  # completions per prompt
 LENGTHS = {"sequence_sum": GREEN, "token_mean": BLUE, "sequence_mean": RED}
 EVERY = all_completions(vocabulary=3, length=3)  # 15 completions of 1 to 3 tokens
-ESTIMATES = {"k1": BLUE, "k2": YELLOW, "k3": RED, "k2_sequence": GREEN, "full_path": PINK}
+ESTIMATES = {"k1": BLUE, "k2": YELLOW, "k3": RED, "full_path": PINK, "k2_sequence": GREEN}
 STATUSES = {  # by the declared status; `tokenrl lab exact` checks the declarations
     "exact": (GREEN, "exact"),
     "exact_up_to_scale": (BLUE, "exact up to one factor"),
@@ -112,27 +112,17 @@ def kl(output: Path = Path("kl.png"), seed: int = 1) -> None:
     for place in range(4, len(kls), 11):
         print(f"{kls[place]:6.3f} " + " ".join(f"{error:18.2e}" for _, error in points[place].values()))
     figure = Figure(figsize=(13, 4.4), dpi=100, layout="constrained")
-    ratios = {
-        n: [p[n, "loss"][0] / k for p, k in zip(points, kls, strict=True)]
-        for n in ("k2", "k2_sequence", "k1")
-    }
-    errors = {n: [p[n, "loss"][1] for p in points] for n in ("k1", "k2", "k3", "full_path", "k2_sequence")}
+    shown = "k2", "k2_sequence", "k1"
+    ratios = {n: [p[n, "loss"][0] / k for p, k in zip(points, kls, strict=True)] for n in shown}
+    errors = {n: [p[n, "loss"][1] for p in points] for n in ESTIMATES}
     rewarded = {n: [p[n, "reward"][1] for p in points] for n in ("k2", "k3", "k1")}
-    for axes, title, lines, names in zip(
-        figure.subplots(1, 3),
-        (
-            "Value: expectation / KL",
-            "Gradient, in the loss: relative error",
-            "Gradient, in the reward: relative error",
-        ),
-        (ratios, errors, rewarded),
-        (
-            {"k1": "k1, k3,\nfull_path"},
-            {"k1": "k1: no pull", "full_path": "", "k2_sequence": "k2_sequence,\nfull_path"},
-            {},
-        ),
-        strict=True,
-    ):
+    exact = {"k1": "k1: no pull", "full_path": "", "k2_sequence": "k2_sequence,\nfull_path"}
+    panels = [
+        ("Value: expectation / KL", ratios, {"k1": "k1, k3,\nfull_path"}),
+        ("Gradient, in the loss: relative error", errors, exact),
+        ("Gradient, in the reward: relative error", rewarded, {}),
+    ]
+    for axes, (title, lines, names) in zip(figure.subplots(1, 3), panels, strict=True):
         for name, values in lines.items():
             axes.plot(kls, values, color=ESTIMATES[name], linewidth=2.2)
             look = {"color": ESTIMATES[name], "fontsize": 9.5, "fontweight": "bold"}
@@ -165,24 +155,16 @@ def variance(
     grows. With G = 2 it can be worse than no baseline at all, as here. That b* is the best constant is a
     theorem; how far J is from it depends on the problem: try other values of --seed.
 
-    The problem has one prompt and 15 completions of at most 3 tokens, with reward 1 for right ones and 0
-    for wrong ones; every group is enumerated.
+    One prompt has 15 completions of at most 3 tokens, right or wrong; every group is enumerated.
     """
     problem = tabular_problem(seed, rewards="binary")
     norms = problem.chances * problem.scores.sum(2).square().sum(-1)  # [P, M]
-    best, mean = (
-        float((norms * problem.totals).sum() / norms.sum()),
-        float((problem.chances * problem.totals).sum()),
-    )
-    rloo = {
-        size: size * exact_moments(Estimator(), problem, group_size=size).variance for size in group_sizes
-    }
-    at_zero, at_mean, at_best, at_one = constant_variances(problem, [0.0, mean, best, 1.0])
-    for name, b, found in (
-        ("b = 0", 0, at_zero),
-        ("b = J", mean, at_mean),
-        ("b = b*", best, at_best),
-        ("b = 1", 1, at_one),
+    best = float((norms * problem.totals).sum() / norms.sum())
+    mean = float((problem.chances * problem.totals).sum())
+    rloo = {n: n * exact_moments(Estimator(), problem, group_size=n).variance for n in group_sizes}
+    points = {"b = 0": 0.0, "b = J": mean, "b = b*": best, "b = 1": 1.0}
+    for (name, b), found in zip(
+        points.items(), constant_variances(problem, list(points.values())), strict=True
     ):
         print(f"{name:12} baseline {b:.4f}   variance {found:.4f}")
     for size, found in rloo.items():
@@ -191,6 +173,7 @@ def variance(
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(constants, constant_variances(problem, constants), color=BLUE, linewidth=2.2)
+    at_zero, at_mean, at_best = constant_variances(problem, [0.0, mean, best])
     above = f"b = J = {mean:.3f}: {at_mean / at_best - 1:.0%} above the least"
     for b, found, text, shift, side in (
         (0.0, at_zero, "b = 0: nothing is subtracted", (-10, 0), "right"),
@@ -203,12 +186,8 @@ def variance(
         axes.scatter([mean], [found], color=RED, marker="D", edgecolors="white", s=60, zorder=3)
         write(axes, f"RLOO, G = {size}", (mean, found), (10, 0), color=RED)
     axes.set(ylim=(0, 1.12 * max(*rloo.values(), at_zero)), xlim=(constants[0], constants[-1]))
-    axes.set(
-        xlabel="baseline b; for RLOO, the mean of its baseline",
-        ylabel="variance of one completion's gradient",
-    )
-    title = "The expected reward is a good baseline, not the best; estimating it costs, less as G grows"
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set(xlabel="baseline b; of RLOO its mean", ylabel="variance of one completion's gradient")
+    axes.set_title("The expected reward is a good baseline, not the best; estimating it costs", loc="left")
     save(figure, output)
 
 
@@ -223,14 +202,10 @@ def spread(heights: list[float], gap: float) -> list[float]:
     for height in heights:
         groups.append([height])
         while (
-            len(groups) > 1 and centre(groups[-1]) - centre(groups[-2]) < gap * sum(map(len, groups[-2:])) / 2
+            len(groups) > 1 and fmean(groups[-1]) - fmean(groups[-2]) < gap * sum(map(len, groups[-2:])) / 2
         ):
             groups[-2:] = [groups[-2] + groups[-1]]
-    return [centre(g) + gap * (i - (len(g) - 1) / 2) for g in groups for i in range(len(g))]
-
-
-def centre(group: list[float]) -> float:
-    return sum(group) / len(group)
+    return [fmean(g) + gap * (i - (len(g) - 1) / 2) for g in groups for i in range(len(g))]
 
 
 def map_of_presets(output: Path = Path("map.png"), estimators: tuple[str, ...] = tuple(PRESETS)) -> None:
@@ -253,15 +228,10 @@ def map_of_presets(output: Path = Path("map.png"), estimators: tuple[str, ...] =
         places.setdefault(place, []).append(name)
     figure = Figure(figsize=(11, 6.5), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 2.6), sharey=True)
-    for axes, aside, gap, title in (
-        (left, 0.25, 0.036, "The right direction"),
-        (right, 0.55, 0.03, "Another direction"),
-    ):
-        chosen = sorted(
-            (noise, degrees, status)
-            for degrees, noise, status in places
-            if (degrees < 0.01) == (axes is left)
-        )
+    sides = (left, 0.25, 0.036, "The right direction"), (right, 0.55, 0.03, "Another direction")
+    for axes, aside, gap, title in sides:
+        inside = [place for place in places if (place[0] < 0.01) == (axes is left)]
+        chosen = sorted((noise, degrees, status) for degrees, noise, status in inside)
         heights = spread([math.log10(noise) for noise, _, _ in chosen], gap)
         for (noise, degrees, status), height in zip(chosen, heights, strict=True):
             colour, x = STATUSES[status][0], 0.0 if axes is left else degrees
@@ -291,9 +261,8 @@ def weight_of_difficulty(estimator: Estimator, chances: list[float], group_size:
     rewards = (torch.arange(group_size) < solved[:, None]).double()  # [G + 1, G]
     mask = torch.ones(group_size, 1, dtype=torch.double)
     advantages = torch.vmap(lambda r: estimator.advantages(r, mask, group_size=group_size).policy)(rewards)
-    chance = (
-        torch.distributions.Binomial(group_size, p[:, None]).log_prob(solved.double()).exp()
-    )  # [K, G + 1]
+    binomial = torch.distributions.Binomial(group_size, p[:, None])
+    chance = binomial.log_prob(solved.double()).exp()  # [K, G + 1]
     right = (advantages.reshape(rewards.shape) * rewards).mean(-1)
     wrong = (advantages.reshape(rewards.shape) * (1 - rewards)).mean(-1)
     return (chance * (right / p[:, None] - wrong / (1 - p[:, None]))).sum(-1)
@@ -325,9 +294,8 @@ def grpo_difficulty(output: Path = Path("grpo_difficulty.png")) -> None:
     axes = figure.subplots()
     axes.plot(p, [(x * (1 - x)) ** -0.5 for x in p], color="black", linestyle="--", linewidth=1.3)
     write(axes, "limit of large G:\n$1/\\sqrt{p(1-p)}$", (0.0065, 19))
-    write(
-        axes, "lines: from the advantages\ndots: all groups enumerated", (0.5, 5.3), ha="center", color=GREY
-    )
+    both = "lines: from the advantages\ndots: all groups enumerated"
+    write(axes, both, (0.5, 5.3), ha="center", color=GREY)
     axes.axhline(1, color="#777777", linewidth=1)
     alike = "every prompt alike: the gradient of J (RLOO)"
     write(axes, alike, (0.5, 1), (0, -10), ha="center", fontsize=9, color=GREY)
@@ -352,48 +320,22 @@ def grpo_difficulty(output: Path = Path("grpo_difficulty.png")) -> None:
     save(figure, output)
 
 
-def counts(rows: int, kinds: int) -> Tensor:
-    """List the ways to have `rows` rows of some kinds [X, kinds]: bars between stars."""
-
-    def one() -> Iterator[list[int]]:
-        for bars in combinations(range(rows + kinds - 1), kinds - 1):
-            edges = (-1, *bars, rows + kinds - 1)
-            yield [b - a - 1 for a, b in pairwise(edges)]
-
-    return torch.tensor(list(one()))
-
-
 def pull(estimator: Estimator, problem: Problem, length: int, reward: float, rows: int) -> float:
     """Give the expected coefficient of the score of a completion in a step of `rows`, times `rows`."""
     chances, width = problem.chances[0], problem.mask.shape[1]
-    others = counts(rows - 1, len(chances)).double()  # [X, M]
-    total = torch.lgamma(torch.tensor(rows).double()) - torch.lgamma(others + 1).sum(-1)
-    chance = (total + (others * chances.log()).sum(-1)).exp()
-    chosen = torch.arange(len(chances)).repeat(len(others)).repeat_interleave(others.flatten().long())
-    chosen = chosen.reshape(len(others), rows - 1)
+    others = torch.cartesian_prod(*[torch.arange(len(chances))] * (rows - 1))  # [X, N - 1]
     one = (torch.arange(width) < length).double().expand(len(others), 1, width)
-    masks = torch.cat([one, problem.mask[chosen]], dim=1)  # [X, N, T], the completion first
-    rewards = torch.cat([torch.full((len(others), 1), reward), problem.rewards[0, chosen]], dim=1).double()
+    masks = torch.cat([one, problem.mask[others]], dim=1)  # [X, N, T], the completion first
+    rewards = torch.cat([torch.full((len(others), 1), reward), problem.rewards[0, others]], dim=1).double()
 
     def coefficient(rewards: Tensor, mask: Tensor) -> Tensor:
         advantages = estimator.advantages(rewards, mask, group_size=rows).policy
         return (advantages.reshape(rows, -1) * estimator.token_weights(mask, max_length=None))[0, 0]
 
-    return float(rows * chance @ torch.vmap(coefficient)(rewards, masks))
+    return float(rows * chances[others].prod(-1) @ torch.vmap(coefficient)(rewards, masks))
 
 
-def direction(estimator: Estimator, problem: Problem, rows: int) -> tuple[float, float, float]:
-    """Compare E[g] with grad J: cosine, |E g - grad J| / |grad J|, and the same after the best rescaling."""
-    lengths, rewards = problem.mask.sum(-1).int().tolist(), problem.rewards[0].tolist()
-    pulls = [pull(estimator, problem, *kind, rows) for kind in zip(lengths, rewards, strict=True)]
-    scores = problem.chances[0, :, None] * problem.scores[0].sum(1)
-    mean, target = torch.tensor(pulls, dtype=torch.double) @ scores, problem.gradient()[0]
-    scale = mean @ target / (target @ target)
-    errors = [(m - target).norm() / target.norm() for m in (mean, mean / scale)]
-    return float(mean @ target / (mean.norm() * target.norm())), float(errors[0]), float(errors[1])
-
-
-def length_bias(output: Path = Path("length_bias.png"), sizes: tuple[int, ...] = (2, 4, 8, 16, 32)) -> None:
+def length_bias(output: Path = Path("length_bias.png"), sizes: tuple[int, ...] = (2, 3, 4, 6, 8)) -> None:
     """The bias of `sequence_mean` and `token_mean`, which divide by length, and what it favours.
 
     RLOO's advantages are exact if the tokens of a completion are summed (`sequence_sum`, or `fixed_length`,
@@ -409,22 +351,19 @@ def length_bias(output: Path = Path("length_bias.png"), sizes: tuple[int, ...] =
     successes, long failures.
 
     The problem has one prompt and five completions of one to four tokens; each token continues with
-    probability 1/2. The order of rows does not matter, so the other N - 1 rows are summed over by how many
-    there are of each completion, with multinomial probabilities, printed beside `exact_moments`.
+    probability 1/2. All 5^N steps are enumerated.
     """
     problem = tabular_problem(0, vocabulary=2, length=4, even=True)
     problem = replace(problem, rewards=torch.tensor([[0.0, 1, 0, 1, 0]]).double())
     figure = Figure(figsize=(12, 4.6), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
-    print("aggregation       N   cosine   relative bias   after rescaling   off exact_moments (bias)")
+    print("aggregation       N   cosine   relative bias   tangent")
     for name, colour in LENGTHS.items():
         estimator, errors = Estimator(aggregation=name), []
         for rows in sizes:
-            cosine, bias, rescaled = direction(estimator, problem, rows)
-            exact = exact_moments(estimator, problem, group_size=rows).relative_bias if rows <= 4 else None
-            off = "-" if exact is None else f"{abs(bias - exact):.1e}"
-            print(f"{name:15} {rows:3} {cosine:8.5f} {bias:15.5f} {rescaled:17.2e} {off:>17}")
-            errors.append(rescaled)
+            found = exact_moments(estimator, problem, group_size=rows)
+            errors.append(math.tan(math.radians(angle(found))))
+            print(f"{name:15} {rows:3} {found.cosine:8.5f} {found.relative_bias:15.5f} {errors[-1]:9.2e}")
         if name == "sequence_sum":
             continue
         left.plot(sizes, errors, "o-", color=colour, linewidth=2.2, markeredgecolor="white")
@@ -434,7 +373,7 @@ def length_bias(output: Path = Path("length_bias.png"), sizes: tuple[int, ...] =
             write(left, "1/N", (sizes[1], 0.7 * errors[-1] * sizes[-1] / sizes[1]), (-22, -8), color=GREY)
     left.set_xscale("log", base=2)
     left.set(yscale="log", xlabel="N, rows a step", ylabel="tangent of the angle from grad J to E[g]")
-    label_ticks(left, sizes, (0.01, 0.02, 0.05, 0.1, 0.2))
+    label_ticks(left, sizes, (0.03, 0.05, 0.1, 0.2))
     left.set_title("Error of the direction (sequence_sum: 0)", loc="left")
     lengths, mean_length = range(1, 5), float(problem.chances[0] @ problem.mask.sum(-1))
     for name, colour in LENGTHS.items():
@@ -443,9 +382,8 @@ def length_bias(output: Path = Path("length_bias.png"), sizes: tuple[int, ...] =
             pulls = [unit * pull(Estimator(aggregation=name), problem, n, reward, 8) for n in lengths]
             print(f"{name:15} reward {reward:.0f}, lengths 1 to 4: " + " ".join(f"{x:7.3f}" for x in pulls))
             inside = colour if reward else "white"
-            right.plot(
-                lengths, pulls, "o-", color=colour, linewidth=2.2, markersize=8, markerfacecolor=inside
-            )
+            look = {"linewidth": 2.2, "markersize": 8, "markerfacecolor": inside}
+            right.plot(lengths, pulls, "o-", color=colour, **look)
         write(right, name, (4, pulls[-1]), (12, 0), color=colour, fontweight="bold")
     right.axhline(0, color="#777777", linewidth=1)
     right.set(xticks=lengths, xlabel="length of the completion, tokens")
@@ -454,12 +392,5 @@ def length_bias(output: Path = Path("length_bias.png"), sizes: tuple[int, ...] =
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict(
-        {
-            "map": map_of_presets,
-            "variance": variance,
-            "kl": kl,
-            "grpo-difficulty": grpo_difficulty,
-            "length-bias": length_bias,
-        }
-    )
+    others = {"grpo-difficulty": grpo_difficulty, "length-bias": length_bias}
+    tyro.extras.subcommand_cli_from_dict({"map": map_of_presets, "variance": variance, "kl": kl, **others})
