@@ -73,17 +73,6 @@ def test_mean_and_variance_are_those_of_all_episodes(steps, returns, baseline):
         assert float(chances @ (g - mean).square()) == pytest.approx(wanted, rel=1e-10, abs=1e-12)
 
 
-def test_powers_of_the_horizon():
-    """In the limit T^3 without a baseline and T^2 with; the reward to go has a third, and a quarter."""
-    long = 100_000
-    for baseline, power, share in (("none", 3, 1 / 3), ("timestep_mean", 2, 1 / 4)):
-        for returns in ("total", "reward_to_go"):
-            growth = variance(-1.0, 2 * long, returns, baseline) / variance(-1.0, long, returns, baseline)
-            assert float(growth) == pytest.approx(2**power, rel=1e-3)
-        ratio = variance(-1.0, long, "reward_to_go", baseline) / variance(-1.0, long, "total", baseline)
-        assert float(ratio) == pytest.approx(share, rel=1e-3)
-
-
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.filterwarnings("error")
 def test_gymnasium_accepts_the_environment(steps):

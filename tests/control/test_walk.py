@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -73,20 +71,6 @@ def test_the_return_of_a_uniform_policy():
     error = float(found.returns.std()) / 1000**0.5
     assert float(found.returns.mean()) == pytest.approx(total, abs=4 * error)
     assert float(found.truncated.double().mean()) == pytest.approx(0.762, abs=0.06)
-
-
-def test_ten_steps_with_a_reward_at_the_end():
-    """G_t = 0.99^(9 - t); normalised, the first five actions are pushed down and the last five up."""
-    rewards, mask = torch.zeros(1, 10, dtype=torch.double), torch.ones(1, 10, dtype=torch.bool)
-    rewards[0, -1] = 1.0
-    plain = Estimator(baseline="none", returns="reward_to_go", gamma=0.99)
-    whiten = replace(plain, scale="token_whiten", scale_ddof=0, scale_eps=0)
-    raw, normalised = (e.advantages(rewards, mask, group_size=None).policy[0] for e in (plain, whiten))
-    wanted = torch.tensor([0.99 ** (9 - t) for t in range(10)], dtype=torch.double)
-    torch.testing.assert_close(raw, wanted, rtol=1e-12, atol=0)
-    mean, sd = float(wanted.mean()), float(wanted.std(correction=0))
-    assert normalised.tolist() == pytest.approx([(g - mean) / sd for g in wanted.tolist()], rel=1e-10)
-    assert (normalised < 0).tolist() == [True] * 5 + [False] * 5
 
 
 @pytest.mark.slow

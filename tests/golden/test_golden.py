@@ -70,35 +70,41 @@ def run(tmp_path):
     """A folder as a run leaves it, and a function that reads it."""
     (tmp_path / "run" / "model").mkdir(parents=True)
     folder = tmp_path / "run"
-    (folder / "metrics.jsonl").write_text('{"step": 0, "a": 1.0}\n{"step": 1, "a": -0.0}\n')
-    (folder / "summary.json").write_text(json.dumps({"eval_after": {"reward": 1.0}, "wall_seconds": 3}))
+    (folder / "metrics.jsonl").write_text(lines(FIRST, SECOND))
+    (folder / "summary.json").write_text(summary(1.0, 3))
     save_file({"w": torch.zeros(3), "v": torch.ones(2)}, folder / "model" / "model.safetensors")
     return folder, lambda: artifacts(tmp_path)
 
 
-def write_metrics(folder, *rows):
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def test_a_changed_line_is_named(run):
+def summary(reward, seconds):
+    return json.dumps({"eval_after": {"reward": reward}, "wall_seconds": seconds})
+
+
+FIRST, SECOND = {"step": 0, "a": 1.0}, {"step": 1, "a": -0.0}
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("metrics.jsonl", lines(FIRST, {"step": 1, "a": 0.5}), "metrics.jsonl, line 2: a -0.0 became 0.5"),
+        ("metrics.jsonl", lines(FIRST), "metrics.jsonl, 2 lines became 1"),
+        ("metrics.jsonl", None, "metrics.jsonl is missing"),
+        ("metrics.jsonl", lines({"step": 0, "b": 2}, SECOND), "metrics.jsonl, line 1: a is missing"),
+        ("metrics.jsonl", lines(FIRST | {"b": 2}, SECOND), None),  # what only the second run has
+        ("summary.json", summary(1.0, 4), None),  # a clock
+        ("summary.json", summary(1.5, 3), "summary.json, line 1: eval_after.reward 1.0 became 1.5"),
+    ],
+)
+def test_a_change_is_named(run, file, text, said):
     folder, read_run = run
     before = read_run()
-    write_metrics(folder, {"step": 0, "a": 1.0}, {"step": 1, "a": 0.5})
-    assert difference(before, read_run()) == "run/metrics.jsonl, line 2: a -0.0 became 0.5"
-    write_metrics(folder, {"step": 0, "a": 1.0})
-    assert difference(before, read_run()) == "run/metrics.jsonl, 2 lines became 1"
-    (folder / "metrics.jsonl").unlink()
-    assert difference(before, read_run()) == "run/metrics.jsonl is missing"
+    (folder / file).unlink() if text is None else (folder / file).write_text(text)
+    assert difference(before, read_run()) == (said and f"run/{said}")
     assert difference({}, before) == "the first run left nothing that could be compared"
-
-
-def test_a_value_that_only_the_second_run_has_is_no_difference(run):
-    folder, read_run = run
-    before = read_run()
-    write_metrics(folder, {"step": 0, "a": 1.0, "b": 2}, {"step": 1, "a": -0.0})
-    assert difference(before, read_run()) is None
-    write_metrics(folder, {"step": 0, "b": 2}, {"step": 1, "a": -0.0})
-    assert difference(before, read_run()) == "run/metrics.jsonl, line 1: a is missing"
 
 
 @pytest.mark.parametrize(
@@ -117,16 +123,6 @@ def test_a_value_that_only_the_second_run_has_is_no_difference(run):
 def test_rounding_is_no_difference(name, value, same, different):
     assert equal(name, value, same)
     assert not equal(name, value, different)
-
-
-def test_a_changed_evaluation_is_named_but_no_clock(run):
-    folder, read_run = run
-    before = read_run()
-    (folder / "summary.json").write_text(json.dumps({"eval_after": {"reward": 1.0}, "wall_seconds": 4}))
-    assert difference(before, read_run()) is None
-    (folder / "summary.json").write_text(json.dumps({"eval_after": {"reward": 1.5}, "wall_seconds": 3}))
-    found = difference(before, read_run())
-    assert found == "run/summary.json, line 1: eval_after.reward 1.0 became 1.5"
 
 
 @pytest.mark.parametrize(

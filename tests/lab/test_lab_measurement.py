@@ -11,7 +11,6 @@ import pytest
 import torch
 from tiny_lab_model import PROMPTS, WORDS, points, points_of, tiny_policy
 
-from tokenrl.cli import main
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.language_model import problem_of_policy, rollout_of_all
@@ -281,8 +280,3 @@ def test_of_a_run_that_trained_an_adapter_that_adapter_is_measured(tmp_path):
     (tmp_path / "base" / "config.json").unlink()
     with pytest.raises(Refused, match="could be loaded from"):
         measure_gradients(model=str(tmp_path / "run"), **how)
-
-
-def test_the_command_line_reaches_it(capsys) -> None:
-    assert main(["lab", "measure", "--task", "sort_digits", "--num-generations", "3"]) == 2
-    assert "power of two" in capsys.readouterr().err

@@ -63,19 +63,22 @@ def test_replicates_multiply_no_unit_with_itself() -> None:
     assert draw.units.sum(-1).eq(6).all() and draw.units[1:].max() > 1
 
 
+def drawn(problem, chosen: torch.Tensor, group_size: int, prompt: int = 0) -> Samples:
+    """The chosen completions of a prompt as samples."""
+    ones, old = torch.ones(len(chosen)).bool(), problem.logprobs[prompt, chosen]
+    greedy = problem.totals[prompt, problem.greedy[prompt]].expand(len(chosen))
+    rewards = problem.totals[prompt, chosen]
+    rows = problem.mask[chosen].bool(), rewards, ones, ~ones, greedy, old, old, torch.zeros_like(old)
+    return Samples((), group_size, *rows)
+
+
 def groups_of_two(problem, estimator: Estimator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Chances [2 M^2], gradients and the gradients' cross product of rows of every group of two."""
     m = problem.chances.shape[1]
     chance, gradient, inside = [], [], []
     for x, (i, j) in itertools.product(range(2), itertools.product(range(m), repeat=2)):
         pair = torch.tensor([i, j])
-        mask, old = problem.mask[pair], problem.logprobs[x, pair]
-        nothing = torch.zeros(2, dtype=torch.double)
-        lists = Samples(
-            *((), 2, mask.bool(), problem.totals[x, pair], torch.ones(2).bool(), torch.zeros(2).bool()),
-            *(nothing, old, old, torch.zeros_like(old)),
-        )
-        slopes = ascent_slopes(estimator, lists, torch.arange(2), group_size=2).logprobs
+        slopes = ascent_slopes(estimator, drawn(problem, pair, 2, x), torch.arange(2), group_size=2).logprobs
         rows = torch.einsum("nt,ntd->nd", slopes, problem.scores[x, pair])
         chance.append(problem.chances[x, pair].prod() / 2)
         gradient.append(rows.sum(0))
@@ -149,12 +152,7 @@ def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int) -
     problem = problem_of_policy(policy, PROMPTS[:1], points_of, length=2, vocabulary=4)
     generator = torch.Generator().manual_seed(1)
     chosen = torch.multinomial(problem.chances[0], rows, replacement=True, generator=generator)
-    ones, old = torch.ones(rows).bool(), problem.logprobs[0, chosen]
-    samples = Samples(
-        *((), 2, problem.mask[chosen].bool(), problem.totals[0, chosen], ones, ~ones),
-        *(problem.totals[0, problem.greedy].expand(rows), old, old, torch.zeros_like(old)),
-    )
-    seen = Projections(problem.scores[0, chosen], None)
+    samples, seen = drawn(problem, chosen, 2), Projections(problem.scores[0, chosen], None)
     estimators = {
         name: Estimator.preset(name) for name in ("reinforce", "rloo", "remax", "grpo", "dr_grpo")
     } | {"token": Estimator(aggregation="token_mean")}
@@ -184,15 +182,9 @@ def test_group_sizes_agree_with_the_enumerated_truth(policy: Policy) -> None:
     problem = problem_of_policy(policy, PROMPTS[:1], points_of, length=2, vocabulary=4)
     generator = torch.Generator().manual_seed(2)
     chosen = torch.multinomial(problem.chances[0], 4 * 400, replacement=True, generator=generator)
-    ones, old = torch.ones(1600).bool(), problem.logprobs[0, chosen]
-    samples = Samples(
-        *((), 4, problem.mask[chosen].bool(), problem.totals[0, chosen], ones, ~ones),
-        *(problem.totals[0, chosen], old, old, torch.zeros_like(old)),
-    )
+    samples, seen = drawn(problem, chosen, 4), Projections(problem.scores[0, chosen], None)
     chosen_ones = {"rloo": Estimator(), "grpo": GRPO, "none": Estimator(baseline="none")}
-    sizes = compare_group_sizes(
-        samples, Projections(problem.scores[0, chosen], None), chosen_ones, prompts_per_step=8, replicates=300
-    )
+    sizes = compare_group_sizes(samples, seen, chosen_ones, prompts_per_step=8, replicates=300)
     assert [(s.estimator, s.group_size) for s in sizes] == [(n, g) for n in ("rloo", "grpo") for g in (2, 4)]
     for s in sizes:
         exact = exact_moments(chosen_ones[s.estimator], problem, group_size=s.group_size)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokenrl.core import Estimator
-from tokenrl.lab.exact.enumeration import Moments, exact_moments, proportional_step
+from tokenrl.lab.exact.enumeration import Moments, exact_moments
 from tokenrl.lab.exact.problems import Problem, tabular_problem
 
 torch.set_num_threads(1)
@@ -113,16 +113,3 @@ def test_weight_of_difficulty_of_a_group_std(ddof: int) -> None:
             wanted += comb(size, k) * p**k * (1 - p) ** (size - k) * variance / (std + 0.01)
         found = exact_moments(grpo, problem, group_size=size)
         torch.testing.assert_close(found.mean, wanted / (p * (1 - p)) * problem.gradient(), **CLOSE)
-
-
-def test_a_proportional_step_is_the_limit_of_many_groups() -> None:
-    problem = tabular_problem(8, prompts=2, length=2, even=True)
-    step = proportional_step(Estimator(), problem)
-    assert step.relative_bias < 1e-12 and step.variance == pytest.approx(0, abs=1e-12)
-    lengths = (problem.chances * problem.mask.sum(-1)).sum(-1).mean()
-    mean = proportional_step(Estimator(aggregation="token_mean"), problem)
-    torch.testing.assert_close(mean.mean, problem.gradient() / lengths, **CLOSE)
-    per_length = proportional_step(Estimator(aggregation="sequence_mean"), problem)
-    torch.testing.assert_close(
-        per_length.mean, exact_moments(Estimator(aggregation="sequence_mean"), problem).mean, **CLOSE
-    )

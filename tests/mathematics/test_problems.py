@@ -48,17 +48,6 @@ def test_the_gradient_is_that_of_the_objective(shared: bool) -> None:
         torch.testing.assert_close(slope, gradient @ u, rtol=1e-8, atol=1e-10)
 
 
-def test_entropy_slopes_are_those_of_the_step_entropy() -> None:
-    """grad H(sequence) = E[sum_t grad H_t] + E[sum_t s_t (what comes later)]."""
-    problem = tabular_problem(4)
-    later = problem.entropy.flip(-1).cumsum(-1).flip(-1) - problem.entropy
-    parts = torch.einsum("pm,pmtd->pd", problem.chances, problem.entropy_slopes) + torch.einsum(
-        "pmt,pmtd->pd", problem.chances[..., None] * later, problem.scores
-    )
-    wanted = problem.gradient(entropy_coef=1.0) - problem.gradient()
-    torch.testing.assert_close(parts, wanted, rtol=1e-12, atol=1e-13)
-
-
 def test_every_completion_is_listed_with_its_end_and_the_greedy_one_is_named() -> None:
     every = all_completions(3, 3)
     assert every.ids.shape == (15, 3) and len(every.prefixes) == 7

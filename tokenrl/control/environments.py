@@ -220,15 +220,10 @@ class Environments:
     """
 
     def __init__(
-        self,
-        env: str,
-        num_envs: int,
-        max_episode_steps: int | None = None,
-        *,
-        vector: VectorEnv | None = None,
+        self, env: str, num_envs: int, limit: int | None = None, *, vector: VectorEnv | None = None
     ) -> None:
-        """Make the copies (see `make`), or take those of a `vector`."""
-        self.vector = vector or make(env, num_envs, max_episode_steps)
+        """Make the copies, of at most `limit` steps an episode (see `make`), or take those of a `vector`."""
+        self.vector = vector or make(env, num_envs, limit)
         self.env, self.num_envs = find(env).id, num_envs
         self._observations: Any = self.vector.single_observation_space
         actions: Any = self.vector.single_action_space

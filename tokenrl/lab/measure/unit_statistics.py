@@ -24,11 +24,6 @@ class Estimate:
     low: float | None
     high: float | None
 
-    @property
-    def resolved(self) -> bool:
-        """Whether there is a value with a bounded interval."""
-        return all(x is not None and math.isfinite(x) for x in (self.value, self.low, self.high))
-
 
 class Resampling:
     """Bootstrap weights for units and probes; the first replicate is the sample itself.
