@@ -21,10 +21,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    **{"top": 728, "core": 1_350, "runs": 2_141, "control": 1_423, "advisor": 594},
+    **{"top": 728, "core": 1_350, "runs": 2_141, "control": 1_415, "advisor": 594},
     **{"language": 5, "language/policy": 689, "language/rewards": 775, "language/tasks": 502},
     **{"language/rollout": 887, "language/training": 2_330, "language/preferences": 624},
-    **{"language/inspect": 357, "lab": 5, "lab/exact": 872, "lab/measure": 681, "lab/compare": 1_688},
+    **{"language/inspect": 357, "lab": 5, "lab/exact": 872, "lab/measure": 678, "lab/compare": 1_688},
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""
