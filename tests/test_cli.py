@@ -247,6 +247,8 @@ def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
     flags = ["--config=mine.yaml", "--estimator", "dapo", "--estimator.scale-ddof", "0", "--no-quiet"]
     args = parse("train", COMMANDS["train"], flags)
     assert args.estimator == Estimator.preset("dapo", scale_ddof=0) and args.max_steps == 7
+    args = parse("compare", COMMANDS["compare"], ["--learning-rate", "1e-3", "tuned", "--max-steps", "3"])
+    assert args.learning_rate == (1e-3, "tuned") and args.shared == {"max_steps": 3}
     (tmp_path / "wrong.yaml").write_text("learning_rates: 1e-3")
     assert main(["train", "--config", "wrong.yaml"]) == 2
     assert "wrong.yaml cannot be used" in (said := capsys.readouterr().err)
