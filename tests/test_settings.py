@@ -33,7 +33,7 @@ from tokenrl.settings import (
     written,
 )
 
-KINDS = [*{command.arguments for command in COMMANDS.values()}, Estimator]
+KINDS = [*dict.fromkeys(command.arguments for command in COMMANDS.values()), Estimator]
 
 
 def numbers(hint: Any, bounds: Bounds = Bounds()) -> list[tuple[type, Bounds]]:  # noqa: B008

@@ -148,7 +148,6 @@ TO_GO = {"baseline": "none", "returns": "reward_to_go"}
         ({"baseline": "none", "returns": "episode_normalized"}, True),
         ({"baseline": lambda totals, **_: totals * 0}, True),
     ],
-    ids=str,
 )
 def test_without_a_baseline_500_steps_are_the_limit(fields, subtracts) -> None:
     e = Estimator(**fields)

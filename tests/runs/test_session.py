@@ -298,6 +298,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named_and_an_explicit_one_refused(t
         ({"maker": Maker(processes=2)}, r"other processes: processes: 1, now 2\. They split"),
         ({"overwrite": True}, "give one of both"),
         ({"resume": "elsewhere"}, "checkpoint of the run in output_dir"),
+        ({"resume": "null\0byte"}, "checkpoint of the run in output_dir"),
     ],
     ids=str,
 )

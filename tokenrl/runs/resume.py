@@ -68,8 +68,9 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
     Raises:
         Refused: there is no such checkpoint, it is damaged, or it belongs to another run.
     """
-    folder, named = run / "checkpoints", resume != "auto" and Path(resume).resolve() != run.resolve()
-    if named and Path(resume).parent.resolve() != folder.resolve():
+    folder, place = run / "checkpoints", Path(resume.replace("\0", "?")).resolve()  # no path has a null byte
+    named = resume != "auto" and place != run.resolve()
+    if named and place.parent != folder.resolve():
         allowed = (
             f"it must be auto or a checkpoint of the run in output_dir, such as {folder / 'step_000100'}"
         )

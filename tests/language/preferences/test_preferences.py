@@ -181,6 +181,8 @@ def test_splits_of_a_source(tmp_path):
     for source, words in (({"train": rows}, "no split 'dev'"), (str(tmp_path / "no.jsonl"), "no such file")):
         with pytest.raises(Refused, match=words):
             load_pairs(source, eval_split="dev")
+    with pytest.raises(Refused, match="no split ''"):
+        load_pairs({"train": rows}, split="")
     for name, text in (("empty.jsonl", "\n"), ("empty.json", "[]"), ("empty.csv", "")):
         (tmp_path / name).write_text(text)
         with pytest.raises(Refused, match=f"{name}' is empty: give data with at least one row"):

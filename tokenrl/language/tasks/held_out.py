@@ -65,7 +65,7 @@ def eval_split(splits: Mapping[str, Any], where: str, split: str, wanted: str | 
     Raises:
         Refused: the split to train on, or the wanted one, does not exist.
     """
-    for name in filter(None, (split, wanted)):
+    for name in (split, split if wanted is None else wanted):
         if name not in splits:
             raise Refused(f"{where} has no split '{name}'.{suggest(name, splits)}")
     return wanted or next((name for name in EVAL_SPLITS if name in splits and name != split), None)
