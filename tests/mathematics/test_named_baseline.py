@@ -50,7 +50,7 @@ def advantages(estimator):
         ("leaves", Stopped, r"The baseline '.*leaves' failed: it raised SystemExit: 0 \(mine.py, line"),
         ("narrow", Refused, r"The baseline '.*mine.py:narrow' returned shape \(1,\).*one number per row"),
         ("number", Refused, "The baseline '.*mine.py:number' returned float.*one number per row"),
-        ("constant", Refused, "mine.py:constant' is a int, which cannot be called"),
+        ("constant", Refused, "mine.py:constant' is a int; name a function"),
         ("halv", Refused, "halv.*Did you mean 'half'"),
     ],
 )

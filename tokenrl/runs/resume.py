@@ -71,9 +71,7 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
     folder, place = run / "checkpoints", Path(resume.replace("\0", "?")).resolve()  # no path has a null byte
     named = resume != "auto" and place != run.resolve()
     if named and place.parent != folder.resolve():
-        allowed = (
-            f"it must be auto or a checkpoint of the run in output_dir, such as {folder / 'step_000100'}"
-        )
+        allowed = f"it must be auto or a checkpoint of the run in output_dir, as {folder / 'step_000100'}"
         raise Refused(f"resume was given as {resume!r}; {allowed}. A new run takes weights with --model.")
     reached = _recorded_until(run / "metrics.jsonl")
     skipped: list[str] = []
