@@ -34,13 +34,11 @@ class Run:
         commands: Command lines of `tokenrl`, one after the other in the same folder.
         processes: Processes that torchrun starts for each command.
         files: Files that are written into the folder first, name to text.
-        weights: Whether the committed reference holds the weights of `run`, and not its metrics.
     """
 
     commands: tuple[str, ...]
     processes: int = 1
     files: Mapping[str, str] = field(default_factory=dict)
-    weights: bool = False
 
 
 RUNS: dict[str, Run] = {
@@ -88,10 +86,9 @@ RUNS: dict[str, Run] = {
             _TRAIN.replace("--output-dir run", "--output-dir policy") + "--max-steps 2 --reward run/model",
         )
     ),
-    "sft": Run(("sft --task sort_digits --output-dir run --quiet --max-steps 4",), weights=True),
+    "sft": Run(("sft --task sort_digits --output-dir run --quiet --max-steps 4",)),
     "sft_lora": Run(
         ("sft --task sort_digits --output-dir run --quiet --max-steps 4 --lora-r 4 --learning-rate 0.01",),
-        weights=True,
     ),
     "cartpole": Run((_CONTROL + "--save-every 2 --diagnostics-every 2",)),
     "cartpole_critic": Run(
