@@ -73,7 +73,7 @@ def facts_of(plan: Plan) -> dict[str, str]:
         "arms": ", ".join(f"{arm.label} ({arm.estimator.bias_status})" for arm in plan.arms),
         "reference": plan.reference,
         "metric": f"{plan.metric}: {SCORES[plan.metric]}",
-        **{f"on {p.label}": f"{p.budget:,} {p.unit} a run, margin {shown(p.margin)}" for p in plan.problems},
+        **{f"on {p.label}": f"{p.budget:,} {p.unit}, margin {p.margin or 'none'}" for p in plan.problems},
         "seeds": "; ".join(f"{of[0]} to {of[-1]}{what}" for what, of in seeds.items() if of),
         "learning rate": "for each arm the best of a grid around the recommended one, by successive halving"
         if plan.tuning_seeds
