@@ -69,7 +69,7 @@ def test_a_run_leaves_a_complete_directory(once):
     assert rates == pytest.approx([result.env_steps / result.train_seconds] * 2)
     config = json.loads((folder / "config.json").read_text())
     assert (config["env"], config["threads"]) == ("CartPole-v1", 1)
-    assert "threads 1 (fewer than 2 M parameters)" in said
+    assert "threads 1 (fewer than 1 M parameters)" in said
     assert "CartPole-v1" in (folder / "report.html").read_text()
     assert (folder / "learning_curve.png").stat().st_size > 1000
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())

@@ -15,7 +15,7 @@ from typing import Annotated
 
 from tokenrl.settings import Bounds, Settings
 
-SMALL = 2_000_000
+SMALL = 1_000_000
 """Models with fewer parameters get one thread."""
 
 
@@ -24,7 +24,7 @@ class ThreadArguments(Settings, group="threads"):
     """With how many threads torch computes on a CPU. Their number changes results by rounding only."""
 
     threads: Annotated[int, Bounds(at_least=1, at_most=1024)] | None = None
-    """Threads of torch. Default: OMP_NUM_THREADS if it is set; else 1 for a model below 2 M parameters, and
+    """Threads of torch. Default: OMP_NUM_THREADS if it is set; else 1 for a model below 1 M parameters, and
     one for each processor for a larger one."""
 
 
@@ -58,5 +58,5 @@ def choose_threads(parameters: int, given: int | None = None) -> tuple[int, str]
     if os.environ.get("OMP_NUM_THREADS"):
         return torch.get_num_threads(), "OMP_NUM_THREADS"
     if parameters < SMALL:
-        return 1, "fewer than 2 M parameters"
+        return 1, "fewer than 1 M parameters"
     return torch.get_num_threads(), "as many as torch takes"
