@@ -96,6 +96,7 @@ def test_several_values_make_a_problem_each():
         for rate in ("0.0001", "0.0002")
     ]
     assert {p.settings["learning_rate"] for p in made.problems} == {1e-4, 2e-4}
+    assert toy("rloo", "grpo", learning_rate=1).problems[0].settings["learning_rate"] == 1  # a whole number
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def _problems_and_arms(
                 f"The arms {arm.label!r} and {other.label!r} have the same settings; leave one out."
             )
     swept: dict[str, Sequence[Any]] = {"model": args.model, "num_generations": args.num_generations}
-    swept |= {"learning_rate": [rate if isinstance(rate, float) else None for rate in args.learning_rate]}
+    swept |= {"learning_rate": [None if isinstance(rate, str) else rate for rate in args.learning_rate]}
     problems = []
     for name, *values in product(
         args.env or args.task or ("sort_digits",), *(several or (None,) for several in swept.values())
