@@ -58,5 +58,5 @@ def choose_threads(parameters: int, given: int | None = None) -> tuple[int, str]
     if os.environ.get("OMP_NUM_THREADS"):
         return torch.get_num_threads(), "OMP_NUM_THREADS"
     if parameters < SMALL:
-        return 1, "fewer than 1 M parameters"
+        return 1, f"fewer than {SMALL // 10**6} M parameters"
     return torch.get_num_threads(), "as many as torch takes"

@@ -138,10 +138,8 @@ def _problem(label: str, given: dict[str, Any], announce: Callable[[str], None])
     if "env" in given:
         args = found = arguments(ControlArguments, given)
         task: Any = describe(args.env, args.max_episode_steps)
-        unit, per_step = (
-            "environment steps" if args.num_steps else "episodes",
-            args.num_envs * (args.num_steps or 1),
-        )
+        unit = "environment steps" if args.num_steps else "episodes"
+        per_step = args.num_envs * (args.num_steps or 1)
         budget = args.max_steps * per_step
     else:
         args = arguments(TrainArguments, {**given, "estimator": "reinforce_running_mean"})  # fits every shape
@@ -154,9 +152,7 @@ def _problem(label: str, given: dict[str, Any], announce: Callable[[str], None])
     every = max(1, math.ceil(budget / per_step) // EVALUATIONS) if every is None else every
     usual = {"stop_after_zero_spread": 0, "log_completions": every} if unit == "completions" else {}
     settings = {**usual, "eval_every": every, **given, **{name: getattr(found, name) for name in open_}}
-    left_out = (
-        ("max_steps", "max_samples") if unit == "completions" else ()
-    )  # the budget is the same in samples
+    left_out = ("max_steps", "max_samples") if unit == "completions" else ()  # the budget says how long
     return Problem(
         label=label,
         settings=plain({name: value for name, value in settings.items() if name not in left_out}),

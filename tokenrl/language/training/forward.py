@@ -117,8 +117,8 @@ def choose_forward(args: TrainSettings, policy: Policy, accelerator: Any) -> tup
         f"attention {attention.replace('_', ' ')}, sampling {'' if code else 'not '}compiled ({because}), "
         f"up to {tokens:,} tokens in a pass"
     )
-    args = replace(args, mixed_precision=precision, training_attention=attention)
-    args = replace(args, tokens_per_pass=tokens, compile="on" if code else "off")
+    found: dict[str, Any] = {"mixed_precision": precision, "training_attention": attention}
+    args = replace(args, **found, tokens_per_pass=tokens, compile="on" if code else "off")
     return Forward(acting, model, scoring, copies, code, words), args
 
 

@@ -170,10 +170,8 @@ def demonstration_batch(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id, policy.device)
     backwards, mask = pad_left([c[::-1] for c in completions], policy.pad_id, policy.device)
     ids, mask = backwards.flip(1), mask.flip(1)
-    zeros, index = (
-        torch.zeros(mask.shape, device=policy.device),
-        torch.arange(len(pairs), device=policy.device),
-    )
+    zeros = torch.zeros(mask.shape, device=policy.device)
+    index = torch.arange(len(pairs), device=policy.device)
     return Rollout(prompt_ids, prompt_mask, index, ids, mask, zeros, zeros[:, 0].bool())
 
 

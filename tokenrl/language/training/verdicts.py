@@ -189,11 +189,8 @@ def _trial_facts(run: Run, records: Sequence[Record]) -> dict[str, Any]:
     """Return the facts of the trial steps."""
     args, policy = run.args, run.learner.policy
     facts = means("step", [record.metrics for record in records], args.estimator.needs_groups)
-    equal, groups, size = (
-        _share_equal(run, records),
-        len(records) * args.prompts_per_step,
-        args.num_generations,
-    )
+    equal, size = _share_equal(run, records), args.num_generations
+    groups = len(records) * args.prompts_per_step
     if size == 1:
         groups, size = len(records), args.prompts_per_step
     norm = facts["step_grad_norm"]
