@@ -132,6 +132,7 @@ def machine(device="cuda", processes=1):
 
 
 CPU, GPU = machine("cpu"), machine()
+MULTIPLIES = machine("cpu")  # in bfloat16
 PPO, AS_LOADED = Estimator.preset("ppo"), {"training_attention": "as_loaded"}
 
 
@@ -148,6 +149,9 @@ PPO, AS_LOADED = Estimator.preset("ppo"), {"training_attention": "as_loaded"}
         (10**7, CPU, {}, "no", "eager", True),
         (10**7, CPU, {"max_completion_length": 257}, "no", "as_loaded", True),
         (10**7, CPU, AS_LOADED, "no", "as_loaded", True),
+        (10**7 - 1, MULTIPLIES, {}, "no", "as_loaded", True),
+        (10**7, MULTIPLIES, {}, "bf16", "eager", True),
+        (10**7, MULTIPLIES, {"mixed_precision": "no"}, "no", "eager", True),
         (10**7, GPU, {}, "bf16", "as_loaded", False),
         (10**7, GPU, {"mixed_precision": "no"}, "no", "as_loaded", False),
     ],
@@ -157,6 +161,8 @@ def test_how_a_run_computes_follows_from_rules(
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    known = {"avx512_bf16": machine is MULTIPLIES, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
     monkeypatch.setattr(Policy, "size", property(lambda self: parameters))
     left_open = {"max_steps": 100, "training_attention": None, "mixed_precision": None, "compile": "auto"}
     args, policy = replace(make_learner(make_policy()).args, **left_open | options), make_policy()

@@ -68,7 +68,8 @@ class OptimiserArguments(Settings, group="optimiser"):
     for each layer and hidden unit."""
     mixed_precision: Literal["no", "bf16"] | None = None
     """bf16: sample, score and differentiate with a bfloat16 copy of the weights, which stay float32. Default:
-    bf16 on a GPU that has it, else no."""
+    bf16 on a GPU that has it, and from 10 M parameters on also on a CPU that multiplies in it (AVX512_BF16,
+    AMX); else no."""
     training_attention: Literal["as_loaded", "eager"] | None = None
     """Attention of updates: as the model was loaded (mostly sdpa), or by its plain formula. Default: eager on
     a CPU from 10 M parameters on, with completions of at most 256 tokens; else as loaded."""

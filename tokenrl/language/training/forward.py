@@ -32,8 +32,8 @@ Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]  # weights of a policy, eac
 LAYERS, PARAMETERS, STEPS = 8, 1_000_000, 100
 """Sampling is compiled by itself for at most so many layers, and at least so many parameters and steps."""
 LARGE, SHORT = 10_000_000, 256
-"""On a CPU, updates of a model of at least so many parameters, with completions of at most so many tokens,
-compute attention by its plain formula."""
+"""On a CPU, a model of at least so many parameters is computed in bfloat16 where the processor multiplies in
+it, and updates with completions of at most so many tokens compute attention by its plain formula."""
 ACTIVATIONS = 4 * 2**30
 """Bytes that the activations of a pass may take, where its size is left open."""
 NUMBERS = 34
@@ -128,9 +128,14 @@ def _precision(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[L
         return "no", "weights are not float32"
     if args.mixed_precision is not None:
         return args.mixed_precision, "as set"
-    if accelerator.device.type != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-        return "bf16", "a GPU with bfloat16"
-    return "no", "no GPU with bfloat16"
+    if accelerator.device.type != "cpu":
+        has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return ("bf16", "a GPU with bfloat16") if has_it else ("no", "a GPU without bfloat16")
+    if policy.size < LARGE:
+        return "no", f"on a CPU, fewer than {LARGE // 10**6} M parameters"
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch tells them from 2.10 on
+    has_it = known.get("avx512_bf16") or known.get("amx_bf16")
+    return ("bf16", "a CPU that multiplies in bfloat16") if has_it else ("no", "a CPU without bfloat16")
 
 
 def _attention(args: TrainSettings, policy: Policy, accelerator: Any) -> Literal["as_loaded", "eager"]:
