@@ -30,7 +30,7 @@ from tokenrl.language.training.setup import make_policy, resolve
 from tokenrl.runs.console import Console
 from tokenrl.runs.facts import MOST, settings_facts
 from tokenrl.runs.files import plain
-from tokenrl.runs.findings import Finding
+from tokenrl.runs.findings import Finding, groups_without_signal
 from tokenrl.runs.rules import judge
 from tokenrl.runs.threads import choose_threads, using_threads
 
@@ -109,10 +109,22 @@ def advise_language(args: AdviseArguments) -> Advice:
         command="train",
         arguments=train,
         line=command_line("train", train),
-        measured=asked(policy.form, args.model) | plain(found),
+        measured=asked(policy.form, args.model) | plain(found) | {"without_signal": without_signal(found)},
         findings=[*findings, *few],
         settings=settings(train, reasons),
     )
+
+
+def without_signal(found: Probe) -> str:
+    """Say which share of groups has equal rewards, by the size of the group.
+
+    Sizes up to that of the probe were measured. For larger ones, rewards of 0 and 1 and one success rate for
+    all prompts, p, it is p^G + (1-p)^G; prompts that differ in difficulty make it larger.
+    """
+    guessed = groups_without_signal(found.reward.value) if found.binary else {}
+    said = {size: f"at least {share:.0%} (p^G + (1-p)^G)" for size, share in guessed.items()}
+    said |= {size: f"{share.value:.0%}" for size, share in found.dead_groups.items() if size <= 16}
+    return ", ".join(f"{share} of groups of {size}" for size, share in said.items())
 
 
 def fitted(

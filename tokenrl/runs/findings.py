@@ -64,20 +64,33 @@ def remedy(facts: Facts) -> str:
     """Say what helps most where rewards do not differ.
 
     `pass_mark` is the reward that counts as solved; `can_warm_start` says that there are demonstrations that
-    have not been used; `uncut` says what lets completions end that are cut.
+    have not been used; `uncut` says what lets completions end that are cut. Where completions were
+    compared in groups and none differed, it is also said what that means for groups of other sizes.
     """
     if "num_envs" in facts:
         return "Reward steps towards the goal, or try more or longer episodes (--num-envs, --num-steps)."
     if facts.get("step_reward", -math.inf) >= facts.get("pass_mark", math.inf):
         return SOLVED
+    text = "Use prompts that the policy sometimes solves, a graded reward, demonstrations (tokenrl sft), "
+    text += "or more generations per prompt."
     if facts.get("can_warm_start"):
-        return "This model cannot do the task yet: add --warm-start, to begin with the task's demonstrations."
-    if facts.get("step_cut", 0) >= MOST:
-        return (
+        text = "This model cannot do the task yet: add --warm-start, to begin with the task's demonstrations."
+    elif facts.get("step_cut", 0) >= MOST:
+        text = (
             "{step_cut:.0%} of completions are cut at {max_completion_length} tokens, before an end: {uncut}"
         )
-    text = "Use prompts that the policy sometimes solves, a graded reward, demonstrations (tokenrl sft), "
-    return text + "or more generations per prompt."
+    if not (facts.get("steps_without_signal") and facts.get("needs_groups")):
+        return text
+    tried = facts["steps_without_signal"] * facts["prompts_per_step"] * facts["num_generations"]
+    most = min(0.5, 1 - 0.05 ** (1 / tried))  # if more differed, 95 % of samples would show one
+    shares = ", ".join(f"{share:.0%}" for share in groups_without_signal(most).values())
+    text += f" None of {tried:,} completions differed, so at most {most:.2g} of all do (95 % confidence), "
+    return text + f"and at least {shares} of groups of 2, 4, 8, 16 have equal rewards."
+
+
+def groups_without_signal(rate: float) -> dict[int, float]:
+    """Return the chance that all of 2, 4, 8 and 16 completions succeed or all fail, at this rate each."""
+    return {size: rate**size + (1 - rate) ** size for size in (2, 4, 8, 16)}
 
 
 def doubled(facts: Facts, *names: str) -> dict[str, Any]:

@@ -135,7 +135,9 @@ def test_a_signal_that_is_lost_is_told_from_one_that_never_was(tmp_path):
     how = {"prompts_per_step": 1, "stop_after_zero_spread": 5}
     with pytest.raises(Stopped, match=lost):
         train(tmp_path / "run", Falling(5), **how)
-    with pytest.raises(Stopped, match=r"the mean reward is 0\. Use prompts .* or more generations"):
+    with pytest.raises(
+        Stopped, match=r"the mean reward is 0\. Use prompts .* or more generations.* of groups"
+    ):
         train(tmp_path / "held-out", Falling(2), max_completion_length=12, **how)  # whose rewards are better
 
 
@@ -146,7 +148,11 @@ def test_a_check_without_a_signal_says_what_helps(tmp_path, capsys):
     ):
         result = train(tmp_path / "run", nothing, fields, check=True)
         assert (result.exit_reason, result.exit_code, result.steps) == ("check", 2, 0)
-        assert result.flags == ("nothing-to-learn",) and remedy in said(capsys)
+        shown = said(capsys)
+        assert result.flags == ("nothing-to-learn",) and remedy in shown
+        # 128 completions, none of them another: 1 - .05^(1/128) = .023, and (1 - .023)^G of groups of G
+        assert "None of 128 completions differed, so at most 0.023 of all do (95 % confidence), and" in shown
+        assert "at least 95%, 91%, 83%, 69% of groups of 2, 4, 8, 16 have equal rewards." in shown
 
 
 @pytest.mark.parametrize("solved", [0.9, None], ids=["the task", "the reward"])
