@@ -7,6 +7,7 @@ import json
 import math
 import re
 import runpy
+import shlex
 import string
 import sys
 from dataclasses import replace
@@ -14,6 +15,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tokenrl.cli import COMMANDS, main
+from tokenrl.flags import parse
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ALL = sorted(path.stem for path in RECIPES.glob("*.py"))
@@ -40,6 +44,12 @@ FIGURES = {
     "figures kl": "",
     "figures variance": "--group-sizes 2 3",
     "figures map": "--estimators rloo dr_grpo loo_std grpo gspo",
+}
+PAGES = ("loss_is_zero", "coming_from_trl")
+BRIEF = {  # what shortens a command of a page
+    "train": "--max-steps 1 --eval-generations 0 --quiet",
+    "compare": "--seeds 2 --max-steps 1 --max-samples 128 --eval-generations 1",
+    "advise": "--num-samples 2",
 }
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 
@@ -162,6 +172,54 @@ def test_one_page_learns(tmp_path, monkeypatch, capsys):
     assert before < 0.3 and after > 0.8
     sampled_before, sampled_after = numbers("sampled reward", out)
     assert sampled_after > sampled_before + 0.3
+
+
+def blocks(page: str) -> list[tuple[str, str, str]]:
+    """The blocks of a page: the language, the text, and what the page says that it prints."""
+    text = (RECIPES / f"{page}.md").read_text()
+    return re.findall(r"```(python|bash)\n(.*?)```(?:\n\n```text\n(.*?)```)?", text, re.DOTALL)
+
+
+def commands(page: str) -> list[list[str]]:
+    lines = [line for kind, text, _ in blocks(page) if kind == "bash" for line in text.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("tokenrl ")]
+
+
+def write_files(page: str) -> None:
+    """Write the blocks that begin with the name of a file."""
+    for _, text, _ in blocks(page):
+        if name := re.match(r"# (\w+\.py)\n", text):
+            Path(name[1]).write_text(text)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_of_a_page_prints_what_the_page_says_and_its_commands_exist(
+    page, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    write_files(page)
+    shown = [(text, printed) for kind, text, printed in blocks(page) if kind == "python"]
+    for text, printed in shown:
+        if text.startswith("# "):  # a file, which a command names
+            continue
+        Path("block.py").write_text(text)
+        runpy.run_path("block.py")
+        assert capsys.readouterr().out == printed
+    assert shown and commands(page)
+    for name, *words in commands(page):
+        parse(name, COMMANDS[name], words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_run(page, base, tmp_path, monkeypatch, handlers):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOKENRL_CACHE", str(base()))
+    write_files(page)
+    for name, *words in commands(page):
+        if "HuggingFaceTB" not in " ".join(words):  # which has to be downloaded
+            passed = (0, 2) if "--check" in words else (0,)
+            assert main([name, *words, *BRIEF[name].split()]) in passed, words
 
 
 def said(*texts: str) -> list[list[dict[str, str]]]:
