@@ -247,6 +247,13 @@ def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
     flags = ["--config=mine.yaml", "--estimator", "dapo", "--estimator.scale-ddof", "0", "--no-quiet"]
     args = parse("train", COMMANDS["train"], flags)
     assert args.estimator == Estimator.preset("dapo", scale_ddof=0) and args.max_steps == 7
+    (tmp_path / "config.json").write_text('{"versions": {}, "output_dir": "old", "seed": 4}')
+    (tmp_path / "own.json").write_text('{"output_dir": "named"}')
+    for words, found in (
+        *(("config.json", None), ("config.json --resume auto", "old"), ("config.json --output-dir b", "b")),
+        *(("own.json", "named"), ("own.json --output-dir --seed 4", "named")),
+    ):
+        assert parse("train", COMMANDS["train"], ["--config", *words.split()]).output_dir == found
     args = parse("compare", COMMANDS["compare"], ["--learning-rate", "1e-3", "tuned", "--max-steps", "3"])
     assert args.learning_rate == (1e-3, "tuned") and args.shared == {"max_steps": 3}
     (tmp_path / "wrong.yaml").write_text("learning_rates: 1e-3")

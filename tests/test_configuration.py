@@ -22,7 +22,7 @@ SPOILT = {
     "list_for_number.json": '{"max_steps": [1]}',
     "mapping_for_text.json": '{"output_dir": {"a": 1}}',
     "number_for_text.json": '{"run_name": 5}',
-    "null_for_text.json": '{"output_dir": null}',
+    "null_for_text.json": '{"split": null}',
     "bool_for_number.json": '{"seed": true}',
     "text_for_bool.json": '{"quiet": "yes"}',
     "other_kind.json": '{"kind": ["train"]}',

@@ -17,13 +17,14 @@ RECORDED = ("kind", "versions", "title", "solved", "pairs", "command", "task_row
 """Names in the config.json of a run that are no settings."""
 
 
-def configured(kind: type[T], path: str | os.PathLike[str], command: str) -> T:
+def configured(kind: type[T], path: str | os.PathLike[str], command: str, *, anew: bool = False) -> T:
     """Make a dataclass of settings from a file: a run's config.json, or settings in JSON or YAML.
 
     Args:
         kind: The dataclass of settings to make.
         path: The file, or the directory of a run.
         command: The command that uses the settings; a run's config.json names its own command as its `kind`.
+        anew: Leave the `output_dir` of a run's config.json out, because another run is to be made.
 
     Raises:
         Refused: The file cannot be read, belongs to another command, or has a setting that is not allowed.
@@ -33,7 +34,8 @@ def configured(kind: type[T], path: str | os.PathLike[str], command: str) -> T:
     if other != command:
         raise Refused(f"The configuration {path} is for `tokenrl {other}`; give it to that command.")
     try:
-        return arguments(kind, {name: value for name, value in stored.items() if name not in RECORDED})
+        left_out = (*RECORDED, *(["output_dir"] * (anew and "versions" in stored)))
+        return arguments(kind, {name: value for name, value in stored.items() if name not in left_out})
     except Refused as error:
         raise Refused(f"The configuration {path} cannot be used by tokenrl {command}: {error}") from error
 

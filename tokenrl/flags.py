@@ -64,6 +64,7 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
         Refused: A flag or a value is not allowed.
     """
     kind, prog = command.arguments, f"tokenrl {name}"
+    argv = [word for word, after in pairwise([*argv, "--"]) if (word, after[:2]) != ("--output-dir", "--")]
     words = [word for word in argv if word not in ("-h", "--help")]
     if len(words) < len(argv):
         given = _given(command, words, prog)[0] if words else {}
@@ -123,7 +124,8 @@ def _start(name: str, command: Command, given: dict[str, Any]) -> dict[str, Any]
     config, agent, preset, axes = (given.pop(key, None) for key in ("config", "agent", "estimator", "axes"))
     if agent is not None and config is not None:
         raise Refused("--agent and --config both say where the settings start; give one of them.")
-    start = vars(kind() if config is None else configured(kind, config, name))
+    anew = not {"resume", "overwrite"} & given.keys()
+    start = vars(kind() if config is None else configured(kind, config, name, anew=anew))
     if agent is not None:
         start = vars(arguments(kind, agent_settings(agent, given.get("env", start["env"]))))
     if preset is not None or axes:

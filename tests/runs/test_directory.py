@@ -1,14 +1,16 @@
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from tokenrl import __version__
 from tokenrl.errors import Refused
 from tokenrl.runs import directory
-from tokenrl.runs.directory import RunDirectory
+from tokenrl.runs.directory import RunDirectory, new_directory, newest
 from tokenrl.runs.files import plain, write_json
 from tokenrl.runs.origin import versions
 
@@ -128,6 +130,23 @@ def test_versions_name_packages_without_importing_them():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n" and plain(versions()) == versions()
     assert (versions()["torch"], versions()["tokenrl"]) == (metadata.version("torch"), __version__)
+
+
+def test_runs_that_start_at_once_take_different_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train-2", "train-mine", "other-9"):
+        Path("runs", name).mkdir(parents=True)
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda _: new_directory("train"), range(8)))
+    assert sorted(run.path for run in runs) == sorted(tmp_path / f"runs/train-{n}" for n in range(3, 11))
+    for run in runs:
+        run.release()
+    assert newest("train") == 2  # of those that were made for nothing none is left
+    Path("other").touch()
+    monkeypatch.chdir(tmp_path / "runs")
+    Path("runs").touch()
+    with pytest.raises(Refused, match="cannot be used"):
+        new_directory("train")
 
 
 def test_folders_that_were_made_for_nothing_are_removed_again(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,20 +15,22 @@ from safetensors.torch import load_file, save_file
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import Saver, SavingArguments, checkpoints, read_state
+from tokenrl.runs.console import next_commands
 from tokenrl.runs.folders import verify
 from tokenrl.runs.reader import Outcome
-from tokenrl.runs.resume import Maker
+from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.trackers import TrackerArguments
 
 
 @dataclass(frozen=True)
 class Settings(SavingArguments, TrackerArguments):
-    output_dir: str = ""
+    output_dir: str | None = None
     overwrite: bool = False
     quiet: bool = True
     max_steps: int = 5
     task: str = "counting"
+    seed: int = 0
     save_every: int = 2
     save_minutes: float = 0.0
 
@@ -80,13 +83,14 @@ def at(step, error):
 
 def live(directory, at_step=nothing, *, before=nothing, maker=None, main=True, agreed=list, **options):
     """A whole run; `before` is called at the start of each step, and `at_step` after its update."""
-    counter, args = Counter(), Settings(output_dir=str(directory), **options)
+    counter, args = Counter(), Settings(output_dir=directory and str(directory), **options)
+    args = taken_up(args, "train")
     with Session("train", args, main=main, agreed=agreed) as session:
         session.keep(counter, maker or Maker(), counter=counter)
         session.open("counting", {})
         if not session.continues:
             session.evaluated({"reward": 0.0})
-        session.begin(args, names={}, title="counting")
+        session.begin(session.args, names={}, title="counting")
         for step in session.steps(args.max_steps):
             before(session)
             counter.update(step)
@@ -404,3 +408,33 @@ def test_memory_that_is_used_up_is_one_paragraph(tmp_path, error):
         raise error
     with pytest.raises(RuntimeError, match="another"), Session("train", args):
         raise RuntimeError("another error passes as it is")
+
+
+def test_a_run_without_a_directory_gets_the_next_number_and_names_the_next_commands(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Killed):
+        live(None, at(3, Killed()), quiet=False)
+    assert live(None, quiet=False, resume="auto").output_dir == tmp_path / "runs/train-1"
+    assert "The run continues after step 2" in capsys.readouterr().out
+    assert live(None, quiet=False).output_dir == tmp_path / "runs/train-2"
+    assert json.loads(Path("runs/train-2/config.json").read_text())["output_dir"] == "runs/train-2"
+    commands = ["sample --model runs/train-2", "report runs/train-1 runs/train-2"]
+    assert capsys.readouterr().out.endswith("".join(f"next    tokenrl {one}\n" for one in commands))
+    lonely = live(None, main=False, agreed=lambda numbers: [7] * len(numbers), max_steps=0)
+    assert lonely.output_dir == tmp_path / "runs/train-7"  # the number that the main process took
+    assert not Path("runs/train-7").exists()
+
+
+def test_the_next_commands_follow_from_the_kind_of_run_and_its_end():
+    args = Settings(output_dir="runs/my run")
+    ends = {"control": "advise --run", "reward-model": "train --task TASK --reward", "sft": "sample --model"}
+    for kind, words in ends.items():
+        first, again = next_commands(kind, args, {"exit_reason": "finished"}, True)
+        assert first.startswith(f"tokenrl {words} 'runs/my run'")
+        assert again == f"tokenrl {kind} --config 'runs/my run' --seed 1"
+    flags = {"exit_reason": "finished", "flags": ("nothing-learnt",)}
+    assert next_commands("train", args, flags, False) == ["tokenrl advise --run 'runs/my run'"]
+    stopped = next_commands("train", args, {"exit_reason": "SIGTERM"}, True)
+    assert stopped == ["tokenrl train --config 'runs/my run' --resume auto"]

@@ -22,6 +22,7 @@ class Arguments(SavingArguments, TrackerArguments):
     hidden: tuple[int, ...] = (8, 4)
     logging_steps: int = 1
     max_steps: int = 4
+    seed: int = 0
     output_dir: str = ""
     overwrite: bool = True
     quiet: bool = False

@@ -23,8 +23,9 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     if its numbers are bytes or more than 1,024."""
     estimator: Estimator = field(default_factory=lambda: Estimator.preset("reinforce_timestep_mean"))
     """How the policy gradient is estimated from returns."""
-    output_dir: str = "runs/control"
-    """Directory of the run."""
+    output_dir: str | None = None
+    """Directory of the run. Default: a new one, runs/control-1,
+    runs/control-2 and so on; with resume the newest of these."""
     max_steps: Natural = 100
     """Number of rollouts that are collected and trained on; 0 only evaluates."""
     num_envs: Count = 64

@@ -61,14 +61,14 @@ def train_agent(
         >>> train_agent(agent="classic", env="Acrobot-v1", hidden=(32,), output_dir="runs/acrobot").verdict
     """
     args = _arguments(args, agent, options)
-    args = taken_up(args, args.resume, args.output_dir)
+    args = taken_up(args, "control")
     spec = describe(args.env, args.max_episode_steps)
     args = resolve(args, spec)
     with (
         Session("control", args, every=args.logging_steps) as session,
         contextlib.ExitStack() as stack,
     ):
-        run = prepare(args, spec)
+        run = prepare(session.args, spec)
         threads, why = choose_threads(sum(p.numel() for p in run.agent.policy.parameters()), args.threads)
         run.args = replace(run.args, threads=threads)
         stack.enter_context(using_threads(threads))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tokenrl.runs.output import drop_output
@@ -291,6 +293,31 @@ def ending(summary: Mapping[str, Any]) -> str:
     if summary.get("wall_seconds") is not None:
         parts.append(duration(summary["wall_seconds"]))
     return ", ".join([*parts, *_rates(summary)])
+
+
+def next_commands(kind: str, args: Any, summary: Mapping[str, Any], repeatable: bool) -> list[str]:
+    """Return the one or two commands that most people want after a run.
+
+    Args:
+        kind: the command that ran.
+        args: its settings.
+        summary: how it ended, as in summary.json.
+        repeatable: whether a command line can repeat the run; it cannot give objects of a Python program.
+    """
+    run = shlex.quote(args.output_dir)
+    repeat = f"tokenrl {kind} --config {run}"
+    if summary["exit_reason"].startswith("SIG"):
+        return [f"{repeat} --resume auto"] * repeatable
+    used = {"control": f"advise --run {run}", "reward-model": f"train --task TASK --reward {run}/model"}
+    judged = "control" if "nothing-learnt" in summary.get("flags", ()) else kind
+    commands = [f"tokenrl {used.get(judged, f'sample --model {run}')}"]
+    name, _, number = args.output_dir.rpartition("-")
+    earlier = f"{name}-{int(number) - 1}" if number.isdecimal() else ""
+    if earlier and Path(earlier, "config.json").exists():
+        commands.append(f"tokenrl report {shlex.quote(earlier)} {run}")
+    elif repeatable:
+        commands.append(f"{repeat} --seed {args.seed + 1}")
+    return commands
 
 
 def _rates(measured: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,6 @@ so that two runs never mix their files. Importing this module imports no torch.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +36,7 @@ class RunDirectory:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False
+        self, path: str | Path, *, overwrite: bool = False, resume: bool = False, new: bool = False
     ) -> None:
         """Make the folder, or use one that is empty or holds a run, and lock it.
 
@@ -46,11 +45,13 @@ class RunDirectory:
             overwrite: replace the run that the folder holds. It is removed by `write_config` and not before,
                 so that a refusal in between loses no results. Only files that a run writes are removed.
             resume: continue the run that the folder may hold.
+            new: the folder must not exist yet.
 
         Raises:
             Refused: the path contains `..` or is a file; the folder holds a run that is neither to be
                 replaced nor continued; it holds files that no run wrote; another run is using it; or it
                 cannot be written.
+            FileExistsError: `new` was asked for, and the folder exists.
         """
         self.path = run = Path(path)
         self.config, self.summary = run / "config.json", run / "summary.json"
@@ -61,12 +62,14 @@ class RunDirectory:
         try:
             _refuse_foreign(run)
             self._made = [folder for folder in (run, *run.parents) if not folder.exists()]
-            run.mkdir(parents=True, exist_ok=True)
+            run.mkdir(parents=True, exist_ok=not new)
             busy = f"Another run is using {run}; wait for it to end or give another directory."
             self._lock = acquire_lock(run, busy)
         except Refused:
             raise
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+            if new and isinstance(error, FileExistsError):
+                raise
             message = f"The output directory {str(run)!r} cannot be used ({error}); give another one."
             raise Refused(message) from error
         with contextlib.suppress(OSError):  # what a crash left while the model was replaced
@@ -111,6 +114,28 @@ class RunDirectory:
 
     def __exit__(self, *exception: object) -> None:
         self.release()
+
+
+def numbered(kind: str, number: int) -> Path:
+    """Return the directory of a run of this command that was given none, by its number."""
+    return Path("runs", f"{kind}-{number}")
+
+
+def newest(kind: str) -> int:
+    """Return the largest number of a run of this command that was given no directory; 0 if there is none."""
+    names = (path.name.removeprefix(f"{kind}-") for path in Path("runs").glob(f"{kind}-*"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def new_directory(kind: str) -> RunDirectory:
+    """Make and lock a directory with the next number; runs that start at the same time take different ones.
+
+    Raises:
+        Refused: it cannot be written.
+    """
+    while True:
+        with contextlib.suppress(FileExistsError):  # another run has just made it
+            return RunDirectory(numbered(kind, newest(kind) + 1).absolute(), new=True)
 
 
 def _refuse_foreign(run: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.checkpoint import checkpoints, step_of
+from tokenrl.runs.directory import newest, numbered
 from tokenrl.runs.files import write_text
 from tokenrl.runs.folders import verify
 from tokenrl.runs.metrics import line_of, read_metrics
@@ -37,17 +38,18 @@ _MENDS = {
 """What a run and its continuation must share, and what to do where they do not."""
 
 
-def taken_up(args: T, resume: str | None, output_dir: str) -> T:
+def taken_up(args: T, kind: str) -> T:
     """Return settings in which what was left open is as in the run that is to be continued.
 
     Args:
-        args: the settings, a dataclass.
-        resume: the setting of that name; without it, nothing is changed.
-        output_dir: the directory of the run.
+        args: the settings, a dataclass; nothing is changed where `resume` is None.
+        kind: the command that runs; without an `output_dir`, its newest numbered run is continued.
     """
-    if resume is None or not Path(output_dir, "config.json").is_file():
+    given: Any = args
+    output_dir = numbered(kind, newest(kind)) if given.output_dir is None else given.output_dir
+    if given.resume is None or not Path(output_dir, "config.json").is_file():
         return args
-    stored = read_config(output_dir)
+    stored = read_config(output_dir) | {"output_dir": str(output_dir)}
     names = [f.name for f in fields(args) if f.name in stored]  # type: ignore[arg-type]
     left_open = {name: stored[name] for name in names if getattr(args, name) is None}
     tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in left_open.items()}

@@ -27,13 +27,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenrl.errors import Refused, Stopped, describe, out_of_memory
 from tokenrl.runs.checkpoint import Model, Resumable, Saver, step_of
-from tokenrl.runs.console import Console, Progress
-from tokenrl.runs.directory import RunDirectory
+from tokenrl.runs.console import Console, Progress, next_commands
+from tokenrl.runs.directory import RunDirectory, new_directory, numbered
 from tokenrl.runs.files import plain, write_json
 from tokenrl.runs.folders import atomic_directory
 from tokenrl.runs.metrics import MetricsLog, peak_memory, read_metrics
@@ -56,6 +57,7 @@ class Session:
 
     Attributes:
         kind: the command that runs, as in config.json: train, control, reward-model or sft.
+        args: its settings, with the directory that was chosen if none was given.
         output_dir: the run directory as an absolute path, so that a reward may change the working directory.
         console: prints for people.
         directory: the run directory; None on every process but the main one.
@@ -75,9 +77,9 @@ class Session:
 
         Args:
             kind: the command that runs.
-            args: its settings: `output_dir`, `overwrite` (replace the run that the directory already holds),
-                `quiet` (print nothing, and hide the warnings of libraries), and those of `SavingArguments`
-                and `TrackerArguments`.
+            args: its settings: `output_dir` (None takes the next of the numbered ones), `overwrite`
+                (replace the run that the directory already holds), `quiet` (print nothing, and hide the
+                warnings of libraries), and those of `SavingArguments` and `TrackerArguments`.
             every: steps between two printed lines where the output is no terminal.
             main: whether this is the main process.
             agreed: returns the largest of each of the numbers that all processes pass to it, so that all of
@@ -87,14 +89,19 @@ class Session:
             Refused: the directory (see `RunDirectory`), the checkpoint to continue from (see
                 `find_checkpoint`) or a tracker cannot be used.
         """
-        self.kind, self.output_dir = kind, Path(args.output_dir).absolute()
-        self._quiet, self._agreed = args.quiet or not main, agreed
+        self.kind, self._quiet, self._agreed = kind, args.quiet or not main, agreed
         self.console = Console(quiet=self._quiet, every=every)
         self._trackers = Trackers(args, self.console.warn)
         if args.overwrite and args.resume:
             raise Refused("overwrite replaces the run in output_dir, resume continues it: give one of both.")
-        how = {"overwrite": args.overwrite, "resume": bool(args.resume)}
-        self.directory = RunDirectory(self.output_dir, **how) if main else None
+        if args.output_dir is None:
+            self.directory = new_directory(kind) if main else None
+            (number,) = agreed([int(self.directory.path.name.rpartition("-")[2]) if self.directory else 0])
+            args = replace(args, output_dir=str(numbered(kind, number)))
+        else:
+            how = {"overwrite": args.overwrite, "resume": bool(args.resume)}
+            self.directory = RunDirectory(Path(args.output_dir).absolute(), **how) if main else None
+        self.args, self.output_dir = args, Path(args.output_dir).absolute()
         self._continued, self._skipped = self._find(args.resume) if args.resume else (None, [])
         self.continues = self._continued is not None
         self.stop = GracefulStop(quiet=self._quiet)
@@ -340,6 +347,8 @@ class Session:
             self.console.warn(f"No report could be made: {error} For another attempt: tokenrl report {run}")
         self.console.finish(ended.summary())
         self.console.note(f"model   {self.directory.model}{report}")
+        for command in next_commands(self.kind, self.args, ended.summary(), bool(self.origin.command)):
+            self.console.note(f"next    {command}")
 
     def conclude(self, parts: str, measured: Mapping[str, str], findings: Sequence[Finding]) -> int:
         """Tell what a check measured and found, and return the exit code: 2 if a finding is `void`."""

@@ -19,8 +19,9 @@ from tokenrl.settings import OR_OBJECT, Bounds, Count, NonNegative, Number, Posi
 class RewardModelArguments(PromptArguments, SavingArguments, TrackerArguments, ThreadArguments):
     """Train a reward model on preferences: rows with a prompt, a chosen and a rejected completion."""
 
-    output_dir: str = "runs/reward-model"
-    """Directory of the run, for its config, metrics, summary, model and report."""
+    output_dir: str | None = None
+    """Directory of the run, for its config, metrics, summary, model and report. Default: a new one,
+    runs/reward-model-1, runs/reward-model-2 and so on; with resume the newest of these."""
     data: Annotated[str, OR_OBJECT] | None = None
     """JSON/CSV/Parquet file, folder or `datasets` name with the columns chosen and rejected, and usually
     prompt. Default: preferences made from the task."""

@@ -212,8 +212,8 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
     """
     args = called(RewardModelArguments, args, options)
     args = settled_form(args, args.model if args.policy is None else args.policy)
-    args = taken_up(args, args.resume, args.output_dir)
-    with Session("reward-model", args) as session, ExitStack() as stack:
+    with Session("reward-model", taken_up(args, "reward-model")) as session, ExitStack() as stack:
+        args = session.args
         data = load_reward_data(args, session.console.note)
         reward_model = make_backbone(args, data.task, session.console.note)
         reward_model.ask(form_of(args))

@@ -56,7 +56,7 @@ def dataset_rows(
         None if split is None else with_prompts(splits[split], f"{where}, split '{split}'", how, chat=chat)
         for split in (how.split, other)
     )
-    return separate(train or [], held_out, how.eval_size or 128, seed, where)
+    return separate(train or [], held_out, how.eval_size, seed, where)
 
 
 def eval_split(splits: Mapping[str, Any], where: str, split: str, wanted: str | None) -> str | None:
@@ -74,7 +74,7 @@ def eval_split(splits: Mapping[str, Any], where: str, split: str, wanted: str | 
 def separate(
     train_rows: list[dict[str, Any]],
     eval_rows: list[dict[str, Any]] | None,
-    eval_size: int,
+    eval_size: int | None,
     seed: int,
     where: str,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -84,8 +84,9 @@ def separate(
 
     Args:
         train_rows: rows to train on, with a `prompt` each.
-        eval_rows: rows to evaluate on; None holds out training rows, at most half of their prompts.
-        eval_size: the most rows to evaluate on.
+        eval_rows: rows to evaluate on; None holds out training rows.
+        eval_size: the most rows to evaluate on; of training rows at most half of the prompts. None takes 128;
+            of training rows at most a fifth.
         seed: chooses them.
         where: what error messages call the data.
 
@@ -95,7 +96,8 @@ def separate(
     pool: dict[str, dict[str, Any]] = {}
     for row in train_rows if eval_rows is None else eval_rows:
         pool.setdefault(_canonical(row["prompt"]), row)
-    size = min(eval_size, len(pool) // 2 if eval_rows is None else len(pool))
+    most = len(pool) if eval_rows is not None else len(pool) // 2 if eval_size else max(1, len(pool) // 5)
+    size = min(eval_size or 128, most)
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     keys = list(pool)
     chosen = {keys[i]: pool[keys[i]] for i in sorted(order)}

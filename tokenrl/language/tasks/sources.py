@@ -44,8 +44,8 @@ class DataArguments(Settings, group="data"):
     """Split to evaluate on. Default: a validation or test split if there is one, else rows held out of the
     training split."""
     eval_size: Count | None = None
-    """Most prompts to evaluate on. Default: 128 of a dataset or of reasoning-gym, else all that the task
-    holds out."""
+    """Most prompts to evaluate on. Default: 128 of a dataset or of reasoning-gym, but of a dataset without a
+    split for it at most a fifth of the prompts; else all that the task holds out."""
 
 
 @dataclass(frozen=True)

@@ -159,8 +159,9 @@ class TrainArguments(
 
     estimator: Estimator = field(default_factory=Estimator)
     """A preset (--estimator rloo); each of its axes can be changed (--estimator.scale group_std)."""
-    output_dir: str = "runs/train"
-    """Directory of the run, for its config, metrics, completions, checkpoints, model and report."""
+    output_dir: str | None = None
+    """Directory of the run, for its config, metrics, completions, checkpoints, model and report. Default: a
+    new one, runs/train-1, runs/train-2 and so on; with resume the newest of these."""
     max_steps: Count | None = None
     """Training steps; each samples one rollout. Default: 200. A toy task with another model than its own:
     60."""
@@ -212,8 +213,9 @@ class SftArguments(
 ):
     """Fine-tune a model on demonstrations: rows with a prompt and a completion."""
 
-    output_dir: str = "runs/sft"
-    """Directory of the run, for its config, metrics, model and report."""
+    output_dir: str | None = None
+    """Directory of the run, for its config, metrics, model and report. Default: a new one, runs/sft-1,
+    runs/sft-2 and so on; with resume the newest of these."""
     completion_column: str = "completion"
     """Column of a data set that holds the completions."""
     max_steps: Count | None = None

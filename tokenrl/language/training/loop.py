@@ -74,7 +74,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         >>> result.eval_after["reward_greedy"]
     """
     asked = settled_form(called(TrainArguments, args, options))
-    args = taken_up(asked, asked.resume, asked.output_dir)
+    args = taken_up(asked, "train")
     task, rewards = find_task(args)
     accelerator = make_accelerator(resolve(args, task))  # refused before anything is loaded
     with (
@@ -87,7 +87,7 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         ) as session,
         explained(),
     ):
-        run = _prepare(args, task, rewards, accelerator, session)
+        run = _prepare(session.args, task, rewards, accelerator, session)
         with closing(run.learner.generator), using_threads(run.args.threads):
             session.open(f"tokenrl train: {task.name}", run.facts())
             for warning in _warnings(run, asked):

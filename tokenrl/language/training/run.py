@@ -161,7 +161,8 @@ class Run:
         rate = told(learning_rate="{:g}", lr_scheduler_type="{}")
         return {
             "model": f"{policy.source} ({trainable:,} trainable parameters, {policy.device}, {args.dtype})",
-            "task": f"{len(task.train_prompts):,} training prompts, {len(task.eval_prompts):,} held out",
+            "task": f"{len(task.train_prompts):,} training prompts, {len(task.eval_prompts):,} held out"
+            + ", as the data has no split to evaluate on (--eval-size)" * getattr(task, "divided", False),
             "reward": ", ".join(self.rewards.names),
             "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {axes}; bias: "
             f"{estimator.bias_status}",

@@ -71,8 +71,8 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         Stopped: the loss or its gradient became NaN or infinite.
     """
     args = settled_form(called(SftArguments, args, options))
-    args = taken_up(args, args.resume, args.output_dir)
-    with Session("sft", args) as session, ExitStack() as stack:
+    with Session("sft", taken_up(args, "sft")) as session, ExitStack() as stack:
+        args = session.args
         task, rewards, rows = _demonstrations(args)
         policy = make_policy(args, task, session.console.note)
         scoring, found = agree(policy), sft_defaults(args, task, policy)
