@@ -5,9 +5,9 @@ is how fast it gets there. reverse_text is graded and has no ceiling in reach. A
 number of completions, from the same initial weights, on the same prompts with the same random numbers.
 
 Look for, in this order: the verdicts, which come from differences paired by seed; the sentences below them,
-which say what a difference does not mean (no baseline may win in sampled reward by being surer, not by
-knowing more: compare entropy and greedy reward); and the reference against itself on other seeds, which
-shows how far apart two arms lie that are the same.
+which say what a difference does not mean (the arm without a baseline may win in sampled reward by being
+surer, not by knowing more: compare entropy and greedy reward); and the reference against itself on other
+seeds, which shows how far apart two arms lie that are the same.
 
 Killed and started again, the program goes on where it was. `--seeds 2 --max-steps 40` is a quick look.
 """

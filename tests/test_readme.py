@@ -1,16 +1,36 @@
-"""The tables of estimators in the README and in recipes/ are what the code says and what the lab finds."""
+"""README and pages: tables are what the code says and the lab finds, code runs, commands exist and run."""
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 
+import tokenrl
+from tokenrl.cli import COMMANDS, main
 from tokenrl.core import PRESETS, Estimator
+from tokenrl.flags import parse
+from toy_tasks.models import TinyModel
 
 ROOT = Path(__file__).parents[1]
 README, ALL = (ROOT / "README.md").read_text(), (ROOT / "recipes" / "estimators.md").read_text()
+
+
+PAGES = [ROOT / "README.md"]
+PAGES += [
+    ROOT / "recipes" / f"{n}.md" for n in ("README", "classic_systems", "estimators", "resume", "speed")
+]
+
+
+def commands(page):
+    """The commands that a page shows, without their comments."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if re.match(r"tokenrl [a-z-]+ ", line)]
 
 
 def row(name):
@@ -28,12 +48,54 @@ def test_every_preset_has_its_row():
         assert row(name) in ALL, row(name)
 
 
-def test_the_readme_keeps_ten_rows_of_the_table():
-    assert len(named(README)) == 10
+def test_the_readme_is_short_and_keeps_six_rows_of_the_table():
+    assert len(README.encode()) <= 8_000
+    assert len(named(README)) == 6
     lines = ALL.splitlines()
     for line in README.splitlines():
         if line.startswith("| `"):
             assert line in lines
+
+
+def test_every_page_is_reached_from_the_readme():
+    pages = {path.name for path in (ROOT / "recipes").glob("*.md")}
+    assert pages == set(re.findall(r"\]\(recipes/(\w+\.md)\)", README))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_a_page_exist(page):
+    assert commands(page) or page.stem == "speed"
+    for name, *words in commands(page):
+        parse(name, COMMANDS[name], words)
+
+
+def test_the_python_of_the_pages_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"prompt": f"{n}>", "answer": str(n)}) for n in range(20)]
+    Path("data.jsonl").write_text("\n".join(rows))
+    model, train = TinyModel(tokens=tuple("0123456789>"))(seed=0), tokenrl.train
+    short = {"model": model, "max_steps": 1, "max_completion_length": 2, "eval_generations": 0, "quiet": True}
+    monkeypatch.setattr(tokenrl, "train", lambda **settings: train(**settings | short))
+    blocks = [b for page in PAGES for b in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
+    assert len(blocks) >= 3
+    for block in blocks:
+        Path("block.py").write_text(block)
+        runpy.run_path("block.py")
+        said = re.findall(r"^print\(.*\)  # (.+)$", block, re.MULTILINE)
+        printed = capsys.readouterr().out.splitlines()
+        assert said == printed or (not said and len(printed) == 1)
+    assert {path.name for path in Path("runs").iterdir()} == {"mine", "half"}
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, handlers):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    first = ["train", "--output-dir", "runs/sort_digits-rloo-seed0"]  # as `make train` does
+    for name, *words in [first, *commands(ROOT / "README.md")]:
+        short = ["--max-steps", "1", "--eval-generations", "0", "--quiet"] if name == "train" else []
+        if name != "compare" and "HuggingFaceTB" not in " ".join(words):  # minutes, and a download
+            assert main([name, *words, *short]) == 0, words
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Checks a run before its first update (`--check`): tries it out, and tells all problems at once."""
+"""Checks a run before its first update (`--check`): tries it out, and prints every problem that it finds."""
 
 from __future__ import annotations
 

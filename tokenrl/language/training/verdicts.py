@@ -1,9 +1,9 @@
 """Judges a run by the rules about numbers (`runs.rules`): before its first update, at each step, at its end.
 
 A check (`--check`) looks at texts and settings, evaluates the policy, makes training steps that change
-nothing, compares the log-probabilities of sampling and scoring, and tells all problems at once. During a run
-and at its end it is said whether the updates have destroyed the policy, whether there is anything to learn
-from, and whether anything was learnt.
+nothing, compares the log-probabilities of sampling and scoring, and prints every problem that it finds.
+During a run and at its end it is said whether the updates have destroyed the policy, whether there is
+anything to learn from, and whether anything was learnt.
 """
 
 from __future__ import annotations
