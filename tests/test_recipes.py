@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import tokenrl
 from tokenrl.cli import COMMANDS, main
 from tokenrl.flags import parse
 
@@ -45,12 +46,9 @@ FIGURES = {
     "figures variance": "--group-sizes 2 3",
     "figures map": "--estimators rloo dr_grpo loo_std grpo gspo",
 }
-PAGES = ("loss_is_zero", "coming_from_trl")
-BRIEF = {  # what shortens a command of a page
-    "train": "--max-steps 1 --eval-generations 0 --quiet",
-    "compare": "--seeds 2 --max-steps 1 --max-samples 128 --eval-generations 1",
-    "advise": "--num-samples 2",
-}
+PAGES = ("loss_is_zero", "one_learning_rate", "coming_from_trl")
+# what shortens a command of a page
+BRIEF = {"train": "--max-steps 1 --eval-generations 0", "compare": "--dry-run", "advise": "--num-samples 2"}
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 
 
@@ -198,14 +196,13 @@ def test_the_python_of_a_page_prints_what_the_page_says_and_its_commands_exist(
 ):
     monkeypatch.chdir(tmp_path)
     write_files(page)
-    shown = [(text, printed) for kind, text, printed in blocks(page) if kind == "python"]
-    for text, printed in shown:
-        if text.startswith("# "):  # a file, which a command names
+    for kind, text, printed in blocks(page):
+        if kind != "python" or text.startswith("# "):  # a file, which a command names
             continue
         Path("block.py").write_text(text)
         runpy.run_path("block.py")
         assert capsys.readouterr().out == printed
-    assert shown and commands(page)
+    assert commands(page)
     for name, *words in commands(page):
         parse(name, COMMANDS[name], words)
 
@@ -220,6 +217,10 @@ def test_the_commands_of_a_page_run(page, base, tmp_path, monkeypatch, handlers)
         if "HuggingFaceTB" not in " ".join(words):  # which has to be downloaded
             passed = (0, 2) if "--check" in words else (0,)
             assert main([name, *words, *BRIEF[name].split()]) in passed, words
+    train = tokenrl.train
+    monkeypatch.setattr(tokenrl, "train", lambda **how: train(**how | {"max_steps": 1}))
+    for name in re.findall(r"^python (\w+\.py)$", (RECIPES / f"{page}.md").read_text(), re.MULTILINE):
+        runpy.run_path(name)
 
 
 def said(*texts: str) -> list[list[dict[str, str]]]:
