@@ -12,6 +12,13 @@ seeds, which shows how far apart two arms lie that are the same.
 Killed and started again, the program goes on where it was. `--seeds 2 --max-steps 40` is a quick look.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 import tyro
 
 import tokenrl

@@ -19,6 +19,13 @@ gradient, grows like T without a baseline (50 and 17 at T = 128) and stops growi
 From T = 64 to 128 the exact slopes are 2.91, 2.89, 2.01 and 1.99.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 from dataclasses import dataclass
 from itertools import product
 from math import log

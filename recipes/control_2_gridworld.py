@@ -20,6 +20,13 @@ too, 173. Intervals are 95 %, by bootstrap over seeds (part 2: over gradients); 
 between runs of the same seed, or gradients of the same episodes.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -30,6 +30,13 @@ Not standardising changes nothing at the end; without the discount too, the one 
 unbiased, every seed learns faster: 57 more [39, 80] over all episodes, and 12 more [4, 19] at the end.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

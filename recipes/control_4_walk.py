@@ -30,6 +30,13 @@ There V is no gain: raw returns end at 0.899 without V and 0.897 with it, of 0.9
 [-0.92, 0.08] and 0.34 [-0.22, 0.75].
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal

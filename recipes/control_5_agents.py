@@ -29,6 +29,13 @@ LunarLander (200): after 1,000 episodes the classic agent ends at 117 [67, 175],
 Tuned: 273 [270, 276], with 4.3 times as many environment steps.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm[control]"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 from __future__ import annotations
 
 import json

@@ -13,6 +13,13 @@ and the larger score norms, so the best constant is nearer to 0 than to the mean
 noise. With rewards of 2 and 1 (`ladder.py vanilla --shift 1`) the baseline is needed here too.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 from __future__ import annotations
 
 import math

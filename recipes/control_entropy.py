@@ -26,6 +26,13 @@ that a policy has chosen, not that it chose badly. On the plain grid all runs fi
 beta is a little worse: 0.939, 0.938, 0.925, 0.908, 0.883.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 import copy
 import itertools
 from dataclasses import dataclass

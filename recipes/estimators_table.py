@@ -4,6 +4,13 @@
 `--output` another file is written, and with `--estimators` the table has these presets only.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -6,6 +6,13 @@
 Each prints its numbers and writes its figure; `--help` after its name says what to look for.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 import math
 from collections.abc import Sequence
 from dataclasses import replace

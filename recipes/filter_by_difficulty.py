@@ -11,6 +11,13 @@ With p the chance of a right answer, the error of a measured rate is sqrt(p (1 -
 (`--estimator dapo`) is the same idea online: it replaces groups of equal rewards while it trains.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 from dataclasses import dataclass, replace
 
 import tyro

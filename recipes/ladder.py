@@ -37,6 +37,13 @@ about as well as the third, since sorted digits all have one length; its `grad_n
 length.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 from typing import Literal
 
 import tyro

@@ -23,6 +23,13 @@ By default (10 minutes on one core), seeds of 6 that fall under RL, under best-o
 neither width nor data nor accuracy protects: the least accurate model falls least.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

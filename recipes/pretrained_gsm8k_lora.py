@@ -23,6 +23,13 @@ The micro-batch changes memory and nothing else; the update is the same. There i
 second copy of the weights for a KL: the reference is the model with its adapter switched off.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 import re
 from dataclasses import dataclass
 from decimal import Decimal

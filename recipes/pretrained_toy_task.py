@@ -28,6 +28,13 @@ and for sorting. `--task target_length` shows all three stages with it, in a min
 -0.37.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 import json
 from dataclasses import dataclass
 from pathlib import Path

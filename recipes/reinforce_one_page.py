@@ -29,6 +29,13 @@ Run it (under a minute on two cores):   python recipes/reinforce_one_page.py
 Left out, see `tokenrl train`: prompts of unequal length, KL to a reference, records, saving, GPUs.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 from dataclasses import dataclass
 
 import torch

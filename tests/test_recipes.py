@@ -97,6 +97,17 @@ def numbers(pattern: str, text: str) -> list[float]:
     return found
 
 
+def test_every_recipe_says_from_what_uv_makes_its_environment():
+    tomllib = pytest.importorskip("tomllib", reason="it came with Python 3.11")
+    project = tomllib.loads((RECIPES.parent / "pyproject.toml").read_text())["project"]
+    for path in RECIPES.rglob("*.py"):
+        (block,) = re.findall(r"(?m)^# /// script\n((?:# .*\n)+)# ///$", path.read_text())
+        header = tomllib.loads(re.sub("(?m)^# ", "", block))
+        name, _, extra = header["dependencies"][0].rstrip("]").partition("[")
+        assert name == project["name"] and extra in {"", *project["optional-dependencies"]}
+        assert (path.parent / header["tool"]["uv"]["sources"][name]["path"]).resolve() == RECIPES.parent
+
+
 def test_every_recipe_is_in_the_list_with_its_command():
     text = (RECIPES / "README.md").read_text()
     assert sorted(set(re.findall(r"\]\((\w+)\.py\)", text))) == ALL

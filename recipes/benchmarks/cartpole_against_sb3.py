@@ -24,6 +24,13 @@ Found with the defaults, on two cores busy with other work (torch 2.13, gymnasiu
 second in long episodes against 3,600.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm[benchmarks]"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
+
 from __future__ import annotations
 
 import statistics

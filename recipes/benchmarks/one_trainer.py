@@ -13,6 +13,13 @@ Look for: `seconds` fall to a steady level after the first steps; `tokens` are e
 end early.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm[benchmarks]"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
+
 from __future__ import annotations
 
 import argparse

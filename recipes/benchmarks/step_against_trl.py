@@ -26,6 +26,13 @@ fixed. Measure on a quiet machine: on a busy one, threads that wait for each oth
 all, up to ten times slower, and the ratio says nothing. OMP_NUM_THREADS=1 gives both one thread.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm[benchmarks]"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
+
 from __future__ import annotations
 
 import argparse

@@ -20,6 +20,13 @@ Look for: steps that differ little between the two, since both learn the same, a
 comes from the time of a step and from the start. A run that does not reach the target is told.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["tokenrl-lm[benchmarks]"]
+# [tool.uv.sources]
+# tokenrl-lm = { path = "../..", editable = true }
+# ///
+
 from __future__ import annotations
 
 import argparse

@@ -91,7 +91,7 @@ def test_the_number_of_held_out_prompts_can_be_set(gym, task):
 
 
 def test_a_warning_tells_of_few_prompts():
-    assert few_prompts([{"prompt": str(i)} for i in range(13)]) == []  # 16 less a fifth
-    assert len(few_prompts([{"prompt": str(i)} for i in range(12)])) == 1
+    rows = [{"prompt": str(i)} for i in range(13)]  # 16 less a fifth
+    assert (len(few_prompts(rows)), len(few_prompts(rows[1:]))) == (0, 1)
     chat = [{"prompt": [{"role": "user", "content": "hello"}]}] * 30
     assert few_prompts(chat)[0].startswith("only 1 distinct prompt in 30 training rows")
