@@ -54,7 +54,7 @@ def test_a_run_warns_of_few_prompts_and_a_quiet_one_does_not(files, tmp_path, mo
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     run = [*RUNS["train"], "--model", str(files / "model"), "--check"]
     assert main(run) == 2  # an untrained model is never right
-    assert "only 3 distinct prompts in 3 training rows" in " ".join(capsys.readouterr().out.split())
+    assert "only 5 distinct prompts in 5 training rows" in " ".join(capsys.readouterr().out.split())
     assert main([*run, "--quiet"]) == 2
     shown = capsys.readouterr()  # it still says what is wrong
     assert shown.out == "" and "1. nothing-to-learn: In none of 16 groups of 2" in shown.err

@@ -322,4 +322,3 @@ def _finish(
     facts |= asked(ended.reward_model.form)
     card = Card(title, facts, session.origin.in_words(), base, ["reward-model"], kind="reward model")
     session.finish(ended, lambda path: save_policy(ended.reward_model, path, card=card))
-    session.console.note(f"Train a policy on it: tokenrl train --reward {directory.model}")
