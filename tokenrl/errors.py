@@ -1,6 +1,7 @@
-"""Defines the two errors that a user can cause, and the suggestions in their messages. Imports no torch.
+"""Defines the errors that a user can cause, and the suggestions in their messages. Imports no torch.
 
-`Refused` is raised before training has begun, `Stopped` during it. The message of either is one paragraph:
+`Refused` is raised before training has begun, `Stopped` during it, and `Interrupted` where a signal ends what
+comes before. The message of each is one paragraph:
 what was given, what is allowed, how to mend it. The command line prints only the message and exits with
 `exit_code`.
 """
@@ -36,6 +37,14 @@ class Stopped(TokenrlError, RuntimeError):
     """Raised during a run; the last complete checkpoint stays as it was (exit code 1)."""
 
     exit_code = 1
+
+
+class Interrupted(TokenrlError):
+    """Raised where a signal ended what comes before the first step; its exit code is 128 plus the number."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

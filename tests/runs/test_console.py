@@ -40,9 +40,9 @@ def test_a_notebook_gets_the_lines_of_a_log_and_quiet_prints_nothing(monkeypatch
 def test_log_gets_plain_lines_each_k_steps():
     text = printed(every=10)
     lines = [line for line in text.splitlines() if line.startswith("step ")]
-    assert [int(line.split()[1].split("/")[0]) for line in lines] == [0, 1, 10, 20, 30, 40]
+    assert [int(line.split()[1].split("/")[0]) for line in lines] == [0, 1, 2, 10, 20, 30, 40]
     assert lines[0] == "step  0/40  eval 0.25"
-    assert lines[2].startswith("step 10/40  reward 0.25  eval 0.25  1,000 tokens/s  ETA 0:")
+    assert lines[3].startswith("step 10/40  reward 0.25  eval 0.25  1,000 tokens/s  ETA 0:")
     assert "ETA" not in lines[1] + lines[-1] and "\x1b" not in text and "\r" not in text
 
 

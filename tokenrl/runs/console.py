@@ -6,7 +6,10 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -20,6 +23,7 @@ _LOSS_NOTE = (
     "The loss is no measure of progress: it weights log-probabilities by advantages, "
     "which average to about 0 by construction; watch the reward and the evaluation."
 )
+PATIENCE = 5.0  # seconds without a line, after which one is printed
 _PLACES = 6  # most decimal places of a number with its error
 FAILURES = ("policy-destroyed", "nothing-learnt")
 """Flags of a summary without which the reason why a run ended would mislead."""
@@ -84,9 +88,10 @@ class Console:
         Args:
             quiet: print nothing.
             file: where to print; None for stdout.
-            every: steps between two printed lines where the output is no terminal.
+            every: steps between two printed lines where the output is no terminal; one is also printed when
+                five seconds have passed without any.
         """
-        self.every = every
+        self.every, self.each = every, "step"
         self.rich = rich_console(quiet=quiet, file=file)
 
     def start(self, title: str, facts: Mapping[str, Any], *, note: str = _LOSS_NOTE) -> None:
@@ -94,14 +99,33 @@ class Console:
         self.facts(title, facts)
         self.print(note, style="italic dim")
 
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Say what is being done in the block, and every five seconds how long it has taken so far."""
+        self.note(f"{what} ...")
+        ended, began = threading.Event(), time.monotonic()
+
+        def tell() -> None:
+            while not ended.wait(PATIENCE):
+                self.note(f"{what}: {time.monotonic() - began:.0f} s so far")
+
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            teller.join()
+
     def facts(self, title: str, facts: Mapping[str, Any]) -> None:
-        """Print a table of facts by name."""
+        """Print a table of facts by name, if there are any."""
         table = rich_table(title, header=False)
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
         for name, fact in facts.items():
             table.add_row(visible(name), visible(str(fact)))
-        self.print(table)
+        if facts:
+            self.print(table)
 
     def progress(self, total: int, first: int = 0) -> Progress:
         """Make the live line of a run of `total` steps after `first`, as a context manager."""
@@ -190,7 +214,9 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn
 
         self._console, self._total, self._evaluation = console, total, ""
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[line]}"))
+        self._at = time.monotonic()  # of the last printed line
+        line = TextColumn("{task.fields[line]}")
+        columns = (TextColumn(console.each), MofNCompleteColumn(), BarColumn(20), line)
         where: Any = {"console": console.rich, "disable": not console.rich.is_terminal}
         self._live = RichProgress(*columns, speed_estimate_period=math.inf, **where)  # steps may take minutes
         self._live.add_task("", total=total, completed=first, line="")
@@ -222,9 +248,11 @@ class Progress:
             parts.append(f"ETA {duration(left)}")
         line = "  ".join(part for part in parts if part)
         self._console.attempt(self._live.update, self._live.task_ids[0], line=line)
-        plain = not self._console.rich.is_terminal
-        if plain and (step % self._console.every == 0 or step in (1, self._total) or evaluated is not None):
-            self._console.print(f"step {step:>{len(str(self._total))}}/{self._total}  {line}", soft_wrap=True)
+        due = step % self._console.every == 0 or step in (1, 2, self._total) or evaluated is not None
+        if not self._console.rich.is_terminal and (due or time.monotonic() > self._at + PATIENCE):
+            place = f"{self._console.each} {step:>{len(str(self._total))}}/{self._total}"
+            self._console.print(f"{place}  {line}", soft_wrap=True)
+            self._at = time.monotonic()
 
 
 def harmless(text: str) -> str:

@@ -20,7 +20,7 @@ from tokenrl.runs.origin import versions
 
 _WRITTEN = (
     *("learning_curve.png", "report.html", "summary.json", "timings.jsonl", "metrics.jsonl", ".*.partial"),
-    *("model", "tensorboard", "videos/*episode*.mp4", "completions/step_*.parquet"),
+    *("warm_start.jsonl", "model", "tensorboard", "videos/*episode*.mp4", "completions/step_*.parquet"),
     *("completions/.step_*", "checkpoints/step_[0-9]*", "checkpoints/.step_*", "config.json"),
 )
 """What a run writes, as patterns; config.json is the last, so that a removal cut short can be repeated."""
@@ -31,8 +31,8 @@ class RunDirectory:
 
     Attributes:
         path: the folder.
-        config, metrics, completions, checkpoints, summary, model: paths inside the folder, which need not
-            exist yet.
+        config, metrics, warm_start, completions, checkpoints, summary, model: paths inside the folder, which
+            need not exist yet.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class RunDirectory:
         self.path = run = Path(path)
         self.config, self.summary = run / "config.json", run / "summary.json"
         self.metrics, self.model = run / "metrics.jsonl", run / "model"
+        self.warm_start = run / "warm_start.jsonl"
         self.completions, self.checkpoints = run / "completions", run / "checkpoints"
         if ".." in run.parts:
             raise Refused(f"The output directory {str(run)!r} contains '..'; give its path without it.")

@@ -15,7 +15,7 @@ from tokenrl.errors import Refused, describe
 from tokenrl.runs.checkpoint import step_of
 from tokenrl.runs.console import ending, number, visible, with_errors
 from tokenrl.runs.files import check_place, flat
-from tokenrl.runs.metrics import read_completions
+from tokenrl.runs.metrics import read_completions, read_metrics
 from tokenrl.runs.plots import Chart, Curve, picture
 from tokenrl.runs.reader import RecordedRun, read_run, series
 
@@ -112,6 +112,10 @@ def _sections(run: RecordedRun) -> Iterator[html.Section]:
     before, after = (with_errors(_told_once(summary.get(name))) for name in ("eval_before", "eval_after"))
     both = {name: (before.get(name, "-"), after.get(name, "-")) for name in before | after}
     yield html.Section("Held-out evaluation, before → after training (± standard error)", [html.cards(both)])
+    stage = run.path / "warm_start.jsonl"
+    if stage.is_file():
+        curve = _curve(read_metrics(stage), "loss", "loss of demonstrations", 2)
+        yield _learning("Warm start", [Chart("Warm start", "nats per token, by update", [curve], large=True)])
     yield _learning("Learning curve", _charts({"": run.metrics}, run.kind, run.mark))
     yield html.Section("Diagnostics", [_diagnostics(run.metrics)])
     yield html.Section("To repeat", [html.preformatted(words)])

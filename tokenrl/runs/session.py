@@ -4,9 +4,10 @@ All trainings use it: of a policy, an agent, a reward model, and the supervised 
 writes its own loop and asks the session what is due::
 
     with Session("train", args) as session:
+        session.announce("tokenrl train", facts)  # the header: all that is known before the model is loaded
         ...                                     # load and prepare; an error here is a refusal
         session.keep(model, maker, run=run)     # what checkpoints hold
-        session.open("tokenrl train", facts)    # from here on a signal lets the step end and saves
+        session.open("", more_facts)            # from here on a signal lets the step end and saves
         if not session.continues:
             session.evaluated(evaluate())       # before the first step
         session.begin(args, names={})           # from here on the directory holds this run
@@ -165,11 +166,18 @@ class Session:
         self._maker = maker
         self._saver.keep(model, {"maker": maker, "session": self, **parts})
 
-    def open(self, title: str, facts: Mapping[str, Any], **options: Any) -> None:
-        """Print the header (see `Console.start`), start the clock, and from here on catch signals."""
-        self._atexit.enter_context(self.stop)
+    def announce(self, title: str, facts: Mapping[str, Any], **options: Any) -> None:
+        """Print the header (see `Console.start`), and start the clock."""
         self.console.start(title, facts, **options)
         self._began = time.monotonic()
+
+    def open(self, title: str, facts: Mapping[str, Any], **options: Any) -> None:
+        """Print the header; or, without a title, what was found since it was announced. Catch signals."""
+        self._atexit.enter_context(self.stop)
+        if title:
+            self.announce(title, facts, **options)
+        else:
+            self.console.facts("", facts)
 
     def begin(self, args: Any, *, names: Mapping[str, str | None], **facts: Any) -> None:
         """Write config.json and the evaluation of step 0, or continue from the checkpoint that was found.
@@ -232,7 +240,7 @@ class Session:
         """Save if it is time; return whether any process was asked to stop: all agree, or some would wait."""
         asked, save = self._agreed([self.stop.requested or 0, int(self._saver.due(self.step))])
         if save:
-            self._save()
+            self.save()
         self.stop.requested = asked or self.stop.requested  # or one that came in between
         return bool(asked)
 
@@ -333,7 +341,7 @@ class Session:
             return
         run = self.output_dir
         try:
-            self._save()
+            self.save()
         except Stopped as error:  # of a full disk: the model is smaller
             self.console.warn(str(error))
         self._saver.check_finite()
@@ -359,7 +367,7 @@ class Session:
             self.console.check(parts, measured, map(str, problems), map(str, remarks))
         return Refused.exit_code if problems else 0
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Save a checkpoint of the last whole state, if there is one."""
         if self._recorded == self.step:  # nothing of a further step has happened
             self._saver.settle(self.step)
@@ -373,7 +381,7 @@ class Session:
         if self.directory is None:
             return Stopped(said[0])
         try:
-            self._save()
+            self.save()
         except Stopped as fault:
             said = list(dict.fromkeys([*said, str(fault)]))
         failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}

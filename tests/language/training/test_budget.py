@@ -61,7 +61,8 @@ def test_without_further_completions_it_is_the_run_of_that_many_steps(tmp_path, 
     assert (config["max_steps"], config["max_samples"]) == (5, 5 * PLAIN - 3)
     how = {"estimator": "remax", "max_samples": 960, "eval_every": 12, "check": True, "quiet": False}
     run(tmp_path / "check", **how)  # which estimates the time of the budget
-    assert "for 80 steps, 11 evaluations" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "80 steps of" in said and "11 evaluations of" in said
 
 
 @pytest.mark.parametrize(("estimator", "budget"), [("remax", 70), (REFILLING, 120)])

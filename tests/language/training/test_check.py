@@ -85,7 +85,7 @@ def test_a_check_that_passes_shows_what_the_run_takes(check, tmp_path, capsys):
         r"completions \d\.\d tokens on average; \d+% cut at 4",
         r"scoring differs from sampling by \S+ nats per token on average, (\S+) at most",
         r"learning rate 0\.001 \(usual: 0\.001\)",
-        r"time \S+ s per step, about 0:\d\d for 12 steps, 13 evaluations",
+        r"time 12 steps of \S+ s, 13 evaluations of \S+ s: about 0:\d\d in all",
         r"memory [\d.]+ [MG]B of the computer so far",
         r"disk [\d.]+ [MGT]B are free",
     ):

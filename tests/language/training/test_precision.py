@@ -150,7 +150,7 @@ PPO, AS_LOADED = Estimator.preset("ppo"), {"training_attention": "as_loaded"}
         (10**7, CPU, {"max_completion_length": 257}, "no", "as_loaded", True),
         (10**7, CPU, AS_LOADED, "no", "as_loaded", True),
         (10**7 - 1, MULTIPLIES, {}, "no", "as_loaded", True),
-        (10**7, MULTIPLIES, {}, "bf16", "eager", True),
+        (10**7, MULTIPLIES, {}, "bf16", "as_loaded", True),
         (10**7, MULTIPLIES, {"mixed_precision": "no"}, "no", "eager", True),
         (10**7, GPU, {}, "bf16", "as_loaded", False),
         (10**7, GPU, {"mixed_precision": "no"}, "no", "as_loaded", False),
@@ -167,12 +167,13 @@ def test_how_a_run_computes_follows_from_rules(
     left_open = {"max_steps": 100, "training_attention": None, "mixed_precision": None, "compile": "auto"}
     args, policy = replace(make_learner(make_policy()).args, **left_open | options), make_policy()
     assert forward._precision(args, policy, machine)[0] == precision
-    assert forward._attention(args, policy, machine) == attention
+    assert forward._attention(args, policy, machine, precision) == attention
     assert forward._compiles(args, policy, machine)[0] == compiles
 
 
 def test_attention_of_another_kind_is_left_where_a_model_has_none_and_refused_if_asked_for(monkeypatch):
     monkeypatch.setattr(forward, "LARGE", 0)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # in float32
     assert make_learner(make_policy(), "rloo").args.training_attention == "eager"
     policy = make_policy()
     policy.model.set_attn_implementation = lambda name: 1 / 0

@@ -1,7 +1,7 @@
 """The supervised stage before the first step: when it ends, what it leaves, its cache, and its refusals."""
 
-import dataclasses
 import json
+import re
 import signal
 
 import pytest
@@ -10,13 +10,12 @@ from tiny_models import make_policy, make_task, weights
 
 import toy_tasks
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Refused
+from tokenrl.errors import Interrupted, Refused
 from tokenrl.language.policy.lora import add_lora
 from tokenrl.language.policy.model import load_policy
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.training import warm_start as stage
 from tokenrl.language.training.loop import train
-from tokenrl.language.training.probe import Estimate
 from tokenrl.language.training.supervised import SupervisedTraining, fit
 from tokenrl.language.training.warm_start import warm_started_base
 
@@ -40,7 +39,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(tmp_path):
-    """`run(reward, **options)`: a training of one step after a warm start of at most four updates."""
+    """`run(reward, **options)`: a training of one step after a warm start of four updates."""
 
     def run(reward=always_equal, rows=ROWS, **options):
         task = make_task(reward=reward)
@@ -58,35 +57,22 @@ def test_all_weights_learn_the_demonstrations_before_the_adapter_is_added(run, t
     assert result.warm_started["updates"] == 4 and result.warm_started["spread_after"] == 0
     with result.policy.reference_model() as reference:  # what the KL compares with
         frozen, by_hand = dict(reference.named_parameters()), make_policy()
-        fit(by_hand, ROWS, max_steps=4, batch_size=stage.BATCH, learning_rate=1e-3)
+        how = {"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": stage.WARMUP}
+        fit(by_hand, ROWS, max_steps=4, batch_size=stage.BATCH, **how)
         for name, value in by_hand.model.named_parameters():
             found = [p for n, p in frozen.items() if n.replace(".base_layer", "").endswith(f"model.{name}")]
             torch.testing.assert_close(found[0], value, atol=1e-6, rtol=0)
             assert found[0].grad is None  # of the supervised stage, which would take memory
     said = capsys.readouterr().out
-    assert "at most 4 updates of all weights on 16 of 2 demonstrations" in said
+    assert "warm start: 4 updates of all weights on 16 of 2 demonstrations" in said
     assert "after 4 updates only 0% of the groups have unequal rewards" in said
+    assert said.index("order") < said.index("loading the model") < said.index("warm start 1/4")
     for file in ("config.json", "summary.json"):
         assert json.loads((tmp_path / "run" / file).read_text())["warm_started"] == result.warm_started
     assert "4 updates, loss" in result.warm_started["in_words"]
+    assert "loss of demonstrations" in (tmp_path / "run" / "report.html").read_text()
     for file in ("report.html", "model/README.md"):
         assert "4 updates, loss" in (tmp_path / "run" / file).read_text()
-
-
-def test_it_ends_once_enough_groups_have_unequal_rewards(run, monkeypatch):
-    """Rewards that begin to differ while the stage goes on: half of the groups from the second probe on."""
-    monkeypatch.setattr(stage, "EVERY", 2)
-    probed, probe = [], stage.probe_policy
-
-    def unequal(*args):
-        probed.append(probe(*args))
-        share = (0.0, 0.4, 0.5)[len(probed) - 1]
-        dead = {2: Estimate(1 - share, 0.0)}
-        return dataclasses.replace(probed[-1], dead_groups=dead, truncated=Estimate(0.25, 0.0))
-
-    monkeypatch.setattr(stage, "probe_policy", unequal)
-    facts = run(warm_start_steps=9).warm_started
-    assert (facts["updates"], facts["spread_before"], facts["spread_after"]) == (4, 0.0, 0.5)
 
 
 def test_a_model_with_signal_needs_none_and_completions_must_end(run):
@@ -100,7 +86,7 @@ def test_a_model_with_signal_needs_none_and_completions_must_end(run):
 
 def test_the_result_is_made_once_for_what_it_depends_on(run, cache, capsys):
     def entries():
-        return {path.name for path in cache.iterdir() if path.is_dir()}
+        return results(cache)
 
     first = run(learning_rate=1e-9)
     assert len(entries()) == 1
@@ -111,7 +97,7 @@ def test_the_result_is_made_once_for_what_it_depends_on(run, cache, capsys):
     assert torch.equal(weights(second.policy.model), weights(first.policy.model))
     run(learning_rate=1e-5, prompts_per_step=4)  # the stage does not depend on these
     assert len(entries()) == 1
-    (file,) = cache.glob("*/model.safetensors")
+    (file,) = cache.glob("*/model.safetensors")  # and not one in a checkpoint
     flip_last_bit(file)
     again = run(learning_rate=1e-9)
     said = " ".join(capsys.readouterr().out.split())
@@ -122,6 +108,10 @@ def test_the_result_is_made_once_for_what_it_depends_on(run, cache, capsys):
     for number, change in enumerate(changes):
         run(**change)
         assert len(entries()) == number + 2
+
+
+def results(cache):
+    return {path.name for path in cache.glob("warm-start-*") if path.is_dir() and "-run-" not in path.name}
 
 
 def flip_last_bit(file):
@@ -142,19 +132,51 @@ def test_a_damaged_base_is_made_again_and_a_cache_that_cannot_be_written_refused
         warm_started_base(task)
 
 
-def test_an_interruption_says_that_nothing_is_kept(run, cache, tmp_path, monkeypatch, capsys):
-    update = SupervisedTraining.learn
+def test_a_stage_that_a_signal_ends_goes_on_and_so_does_a_longer_one(run, cache, tmp_path, monkeypatch):
+    """One that was ended, and a longer one after a shorter one; a shorter one starts anew."""
+    whole, update, made = run(warm_start_steps=6), SupervisedTraining.learn, []
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "other"))
 
-    def interrupted(training):
-        update(training)
-        signal.raise_signal(signal.SIGINT)
+    def counted(training):
+        made.append(training.step)
+        if len(made) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return update(training)
 
-    monkeypatch.setattr(SupervisedTraining, "learn", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run()
-    assert "interrupted in the warm start: nothing of it is kept" in capsys.readouterr().out
-    assert not [path for path in cache.iterdir() if path.is_dir()]
-    assert not (tmp_path / "run" / "config.json").exists()
+    monkeypatch.setattr(SupervisedTraining, "learn", counted)
+    with pytest.raises(
+        Interrupted, match="SIGTERM in the warm start, of which 4 updates are saved"
+    ) as raised:
+        run(warm_start_steps=6)
+    assert raised.value.exit_code == 143 and not results(tmp_path / "other")
+    assert run(warm_start_steps=6).warm_started["loss_after"] == whole.warm_started["loss_after"]
+    assert run(warm_start_steps=8).warm_started["updates"] == 8
+    assert made == list(range(8))
+    shorter = run(warm_start_steps=4).warm_started
+    assert made == [*range(8), *range(4)] and shorter["loss_before"] == whole.warm_started["loss_before"]
+    ended, other = (load_policy(kept(folder, 6)).model for folder in (cache, tmp_path / "other"))
+    assert torch.equal(weights(ended), weights(other))
+
+
+def kept(cache, updates):
+    """The result of so many updates."""
+    facts = {path.parent: json.loads(path.read_text()) for path in cache.glob("*/warm_start.json")}
+    (folder,) = (folder for folder, found in facts.items() if found["updates"] == updates)
+    return folder
+
+
+def test_a_check_makes_two_updates_and_takes_them_back(run, cache, capsys):
+    policy = make_policy()
+    before, task = weights(policy.model).clone(), {"check": True, "minutes": 1.0, "prompts_per_step": 2}
+    result = run(model=policy, **task)
+    assert result.exit_code == 0 and torch.equal(weights(policy.model), before) and not results(cache)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a warm start of 4 updates of" in said and "in all" in said
+    steps = int(re.search(r"in 1 minutes --warm-start-steps 4 --max-steps (\d+)", said)[1])
+    assert steps > 10
+    run()
+    assert run(**task).exit_code == 2  # now the model is warm, and its rewards are all equal
+    assert "warm-start-steps" not in capsys.readouterr().out.split("Check")[-1]
 
 
 def test_what_cannot_be_warm_started_is_refused(run):
@@ -169,7 +191,7 @@ def test_what_cannot_be_warm_started_is_refused(run):
 def test_an_adapter_on_a_warm_start_names_it_as_its_base(run, cache, tmp_path):
     save_policy(make_policy(), tmp_path / "base")
     trained = run(model=str(tmp_path / "base"), lora_r=2).policy
-    (entry,) = (path for path in cache.iterdir() if path.is_dir())
+    (entry,) = (cache / name for name in results(cache))
     folder = tmp_path / "run" / "model" / "adapter"
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(entry.resolve())

@@ -214,8 +214,12 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
     args = settled_form(args, args.model if args.policy is None else args.policy)
     with Session("reward-model", taken_up(args, "reward-model")) as session, ExitStack() as stack:
         args = session.args
-        data = load_reward_data(args, session.console.note)
-        reward_model = make_backbone(args, data.task, session.console.note)
+        named = [where for where in (args.data, args.task) if isinstance(where, str)]
+        title = f"tokenrl reward-model: {', '.join(named) or 'data in memory'}"
+        session.announce(title, {"seed": args.seed, "run": args.output_dir}, note=LOSS_NOTE)
+        with session.console.doing("loading the preferences and the model"):
+            data = load_reward_data(args, session.console.note)
+            reward_model = make_backbone(args, data.task, session.console.note)
         reward_model.ask(form_of(args))
         threads, why = choose_threads(sum(p.numel() for p in reward_model.model.parameters()), args.threads)
         stack.enter_context(using_threads(threads))
@@ -225,7 +229,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         watch, made_from = Stopwatch(), _made_from(reward_model, data)
         session.keep(SavedPolicy(reward_model), made_from, training=training, watch=watch)
         shown = _header(args, data, reward_model) | {"threads": f"{threads} ({why})"}
-        session.open(f"tokenrl reward-model: {data.name}", shown, note=LOSS_NOTE)
+        session.open("", shown)
 
         def evaluate() -> dict[str, float]:
             return session.evaluated(preference_metrics(score_pairs(reward_model, held_out), data.held_out))
@@ -286,7 +290,6 @@ def _header(args: RewardModelSettings, data: RewardData, reward_model: RewardMod
         "loss": f"Bradley-Terry, margin {args.margin:g}, label smoothing {args.label_smoothing:g}",
         "step": f"{args.max_steps} of {args.batch_size} pairs, learning rate {args.learning_rate:g}",
         **asked(reward_model.form, args.model if args.policy is None else args.policy),
-        "run": args.output_dir,
     }
 
 

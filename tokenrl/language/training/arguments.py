@@ -72,7 +72,7 @@ class OptimiserArguments(Settings, group="optimiser"):
     AMX); else no."""
     training_attention: Literal["as_loaded", "eager"] | None = None
     """Attention of updates: as the model was loaded (mostly sdpa), or by its plain formula. Default: eager on
-    a CPU from 10 M parameters on, with completions of at most 256 tokens; else as loaded."""
+    a CPU in float32 from 10 M parameters on, with completions of at most 256 tokens; else as loaded."""
     value_learning_rate: Positive = 1e-3
     """Learning rate of the critic, for estimators that have one (a2c, ppo)."""
     value_iterations: Natural = 4
@@ -96,7 +96,8 @@ class EvaluationArguments(Settings, group="evaluation"):
 
     eval_every: Natural | None = None
     """Steps between evaluations on held-out prompts (with max_samples, that many steps' worth of samples); 0:
-    only before and after training. Default: a tenth of the run."""
+    only before and after training. Default: a tenth of the run; with a model of your own so many that
+    evaluations take at most a tenth of the time, or so."""
     eval_generations: Natural = 4
     """Sampled completions per held-out prompt, besides the greedy one."""
     diagnostics_every: Natural = 0
@@ -133,10 +134,11 @@ class WarmStartArguments(Settings, group="warm start"):
 
     warm_start: bool = False
     """First train all weights on the task's demonstrations (16 an update, with the learning rate of tokenrl
-    sft) until half of the groups have unequal rewards. An adapter is added afterwards. The result is cached.
-    Demonstrations are those of the task, or else training rows with a completion."""
-    warm_start_steps: Count = 250
-    """Most updates of this stage."""
+    sft), unless half of the groups have unequal rewards already. An adapter is added afterwards.
+    Demonstrations are those of the task, or else training rows with a completion. The result is cached, with
+    its optimiser: some 16 bytes for each weight."""
+    warm_start_steps: Count = 150
+    """Updates of this stage. With a larger number it goes on from the cached result of a smaller one."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,8 @@ class TrainArguments(
     check: bool = False
     """Try everything out without a change of the weights, print all problems with how to mend them, and what
     the run will take, and stop. Exit code 0: passed (there may be remarks); 2: there is a problem."""
+    minutes: Positive | None = None
+    """With check: print the numbers of steps, and of updates of a warm start, that fit into this time."""
     cpu: bool = False
     """Use the CPU even if there is a GPU."""
     quiet: bool = False

@@ -165,7 +165,11 @@ def training_defaults(args: TrainArguments, task: Any, policy: Policy | None = N
     if args.max_samples is not None:
         values["max_steps"] = -(-args.max_samples // sizes_of_steps(settled)[1])
         origins["max_steps"] = f"max_samples {args.max_samples:,}"
-    every = values.setdefault("eval_every", max(1, plain_steps(settled) // 10))
+    every = max(1, plain_steps(settled) // 10)
+    if args.model is not None:  # to evaluate a completion takes up to two thirds of learning from it
+        evaluated = len(task.eval_prompts) * (1 + args.eval_generations)
+        every = max(every, math.ceil(20 * evaluated / 3 / sizes_of_steps(settled)[0]))
+    every = values.setdefault("eval_every", every)
     values.setdefault("log_completions", every if args.eval_every is None else args.eval_every)
     return found
 

@@ -33,7 +33,7 @@ LAYERS, PARAMETERS, STEPS = 8, 1_000_000, 100
 """Sampling is compiled by itself for at most so many layers, and at least so many parameters and steps."""
 LARGE, SHORT = 10_000_000, 256
 """On a CPU, a model of at least so many parameters is computed in bfloat16 where the processor multiplies in
-it, and updates with completions of at most so many tokens compute attention by its plain formula."""
+it; else its updates compute attention by the plain formula, with completions of at most so many tokens."""
 ACTIVATIONS = 4 * 2**30
 """Bytes that the activations of a pass may take, where its size is left open."""
 NUMBERS = 34
@@ -98,7 +98,10 @@ def choose_forward(args: TrainSettings, policy: Policy, accelerator: Any) -> tup
     """
     precision, why = _precision(args, policy, accelerator)
     compiles, because = _compiles(args, policy, accelerator)
-    attention, tokens = _attention(args, policy, accelerator), args.tokens_per_pass or _tokens(policy)
+    attention, tokens = (
+        _attention(args, policy, accelerator, precision),
+        args.tokens_per_pass or _tokens(policy),
+    )
     acting, copies = half_copy(policy) if precision == "bf16" else (policy, ())
     model = acting.model
     if attention == "eager":
@@ -138,11 +141,13 @@ def _precision(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[L
     return ("bf16", "a CPU that multiplies in bfloat16") if has_it else ("no", "a CPU without bfloat16")
 
 
-def _attention(args: TrainSettings, policy: Policy, accelerator: Any) -> Literal["as_loaded", "eager"]:
-    """Return the attention of updates: fused kernels for CPUs are slow where rows share a prompt."""
+def _attention(
+    args: TrainSettings, policy: Policy, accelerator: Any, precision: str
+) -> Literal["as_loaded", "eager"]:
+    """Return the attention of updates: in float32 on a CPU kernels are slow where rows share a prompt."""
     if args.training_attention is not None:
         return args.training_attention
-    suits = policy.size >= LARGE and args.max_completion_length <= SHORT
+    suits = precision == "no" and policy.size >= LARGE and args.max_completion_length <= SHORT
     return "eager" if accelerator.device.type == "cpu" and suits else "as_loaded"
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from tokenrl.language.training.collect import prompt_text
 from tokenrl.language.training.defaults import sizes_of_steps
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.learner import make_learner
-from tokenrl.language.training.run import Run, RunResult
+from tokenrl.language.training.run import Run, RunResult, first_facts, model_facts
 from tokenrl.language.training.setup import (
     adapt,
     load_base,
@@ -36,7 +38,7 @@ from tokenrl.language.training.setup import (
 )
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import check_run, judge_end, judge_step
-from tokenrl.language.training.warm_start import warm_start
+from tokenrl.language.training.warm_start import WarmStart
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.resume import taken_up
 from tokenrl.runs.session import Session
@@ -87,9 +89,10 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         ) as session,
         explained(),
     ):
+        session.announce(f"tokenrl train: {task.name}", first_facts(session.args, task, rewards))
         run = _prepare(session.args, task, rewards, accelerator, session)
         with closing(run.learner.generator), using_threads(run.args.threads):
-            session.open(f"tokenrl train: {task.name}", run.facts())
+            session.open("", run.facts())
             for warning in _warnings(run, asked):
                 session.console.warn(warning)
             if run.args.check:
@@ -102,6 +105,8 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
                 if run.due(session, run.args.eval_every):
                     metrics |= session.evaluated(_evaluate(run, step))
                 _record(run, session, record, metrics)
+                if step == 2:
+                    session.console.note(run.forecast(record.timings["step_seconds"]))
                 if ended_by := judge_step(run, session):
                     reason = ended_by
                     break
@@ -110,15 +115,22 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
 
 def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, session: Session) -> Run:
     """Load the policy, make optimiser and generator, and register what checkpoints hold."""
+    console, warmed, warm_seconds = session.console, dict[str, Any](), 0.0
     with accelerator.main_process_first():
-        policy = load_base(given, task, session.console.note)
-        (args, defaults), warmed = settle(given, task, policy), {}
+        with console.doing("loading the model"):
+            policy = load_base(given, task, console.note)
+        args, defaults = settle(given, task, policy)
+        console.facts("", model_facts(args, defaults.origins, policy))
         if args.warm_start:
-            warmed = warm_start(policy, task, rewards, args, session.console, accelerator.device)
+            stage = WarmStart(policy, task, rewards, args, console, accelerator.device)
+            if args.check and not stage.folder.exists():
+                warm_seconds = stage.try_out()
+            else:
+                warmed = stage.run()
         adapt(args, policy)
     maker = made_from(policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator)
     threads, why = choose_threads(policy.size, args.threads)
-    with using_threads(threads):
+    with using_threads(threads), console.doing("checking that this model is sampled and scored rightly"):
         learner = make_learner(replace(args, threads=threads), policy, accelerator)
     run = Run(
         args=learner.args,
@@ -130,6 +142,7 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
         threads=f"{threads} ({why})",
         defaults=defaults,
         warm_started=warmed,
+        warm_seconds=warm_seconds,
     )
     session.spent = lambda: run.spent
     kept = (SavedPolicy(policy), maker)
@@ -155,11 +168,16 @@ def _begin(run: Run, session: Session) -> None:
     for number, row in enumerate(run.task.train_prompts):  # one by one, to save memory
         policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, first_row=number)
     if not session.continues:
-        session.evaluated(_evaluate(run, step=0))
+        with session.console.doing(
+            f"evaluating {len(run.task.eval_prompts):,} prompts before the first step"
+        ):
+            session.evaluated(_evaluate(run, step=0))
     known = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
     known |= {"warm_started": run.warm_started} if run.warm_started else {}
     names = {"task": run.task.name, "model": policy.source}
     session.begin(args, names=names, title=run.title, **known)
+    if run.warm_started and session.directory is not None:
+        shutil.copy(Path(run.warm_started["kept_in"], "metrics.jsonl"), session.directory.warm_start)
     if session.continues:
         run.rows = session.recorded()
         run.set_rate(session.step)
@@ -192,7 +210,7 @@ def _one_step(run: Run, step: int) -> Record:
 
 def _evaluate(run: Run, step: int) -> dict[str, float]:
     """Evaluate the policy on the held-out prompts, and keep the mean reward of each."""
-    count, learner = run.args.eval_generations, run.learner
+    count, learner, began = run.args.eval_generations, run.learner, time.perf_counter()
     found = evaluate_policy(
         learner.forward.policy,
         run.task.eval_prompts,
@@ -204,6 +222,7 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
         detailed=True,
         k=(count,) * (count > 0),
     )
+    run.eval_seconds = time.perf_counter() - began
     each = found.by_prompt
     run.means = [*run.means[:1], torch.tensor(each.get("reward", each["reward_greedy"])).double()]
     if step == 0:

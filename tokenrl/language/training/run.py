@@ -28,9 +28,10 @@ from tokenrl.language.policy.prompts import asked
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
-from tokenrl.language.training.arguments import TrainSettings
-from tokenrl.language.training.defaults import Defaults, sizes_of_steps, with_origins
+from tokenrl.language.training.arguments import TrainArguments, TrainSettings
+from tokenrl.language.training.defaults import Defaults, plain_steps, sizes_of_steps, with_origins
 from tokenrl.language.training.learner import Learner
+from tokenrl.runs.console import duration
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
@@ -78,6 +79,8 @@ class Run:
         threads: the number of threads of torch, and in words where it comes from.
         defaults: the value that each setting has if it is left open, and where the run's value comes from.
         warm_started: what `warm_start` found; empty without such a stage.
+        warm_seconds: seconds of an update of the stage, where a check has only tried it out.
+        eval_seconds: seconds of the latest evaluation.
         tokens: number of prompt and completion tokens so far.
         samples: number of completions generated so far, greedy and replaced ones included.
         latest: the number of these that the latest step has generated.
@@ -96,6 +99,8 @@ class Run:
     threads: str
     defaults: Defaults
     warm_started: dict[str, Any]
+    warm_seconds: float = 0.0
+    eval_seconds: float = 0.0
     tokens: int = 0
     samples: int = 0
     latest: int = 0
@@ -151,28 +156,67 @@ class Run:
             policy=self.learner.policy,
         )
 
+    def forecast(self, seconds: float) -> str:
+        """Say how long the run takes whose steps take so many seconds."""
+        args = self.args
+        count = 1 + -(-plain_steps(args) // args.eval_every) if args.eval_every else 2
+        whole = args.max_steps * seconds + count * self.eval_seconds
+        words = f"{args.max_steps} steps of {seconds:.2g} s, {count} evaluations of {self.eval_seconds:.2g} s"
+        if self.warm_seconds:
+            whole += args.warm_start_steps * self.warm_seconds
+            words = f"a warm start of {args.warm_start_steps} updates of {self.warm_seconds:.2g} s, {words}"
+        return f"{words}: about {duration(whole)} in all"
+
+    def fitting(self, seconds: float, left: float) -> str:
+        """Return the flags of a run that takes the seconds that are left; a warm start gets half at most."""
+        args, flags = self.args, ""
+        left -= 2 * self.eval_seconds
+        if self.warm_seconds:
+            updates = max(1, min(args.warm_start_steps, int(left / 2 / self.warm_seconds)))
+            left -= updates * self.warm_seconds
+            flags = f"--warm-start-steps {updates} "
+        seconds += self.eval_seconds / args.eval_every if args.eval_every else 0.0
+        return f"{flags}--max-steps {int(left / seconds)}" if left > seconds else "not even one step fits"
+
     def facts(self) -> dict[str, Any]:
-        """Return the lines of the header that is printed when the run starts."""
-        args, task, policy, estimator = self.args, self.task, self.learner.policy, self.args.estimator
-        trainable = sum(p.numel() for p in policy.trainable_parameters())
-        axes = f"{estimator.aggregation}, ratio {estimator.ratio}, KL {estimator.beta:g}"
-        sizes = {"prompts_per_step": "{} prompts", "num_generations": "{} completions"}
-        told = partial(with_origins, args, self.defaults.origins)
-        rate = told(learning_rate="{:g}", lr_scheduler_type="{}")
+        """Return the last lines of the header, which are printed when the model is ready."""
+        policy = self.learner.policy
+        trained = sum(p.numel() for p in policy.trainable_parameters())
         return {
-            "model": f"{policy.source} ({trainable:,} trainable parameters, {policy.device}, {args.dtype})",
-            "task": f"{len(task.train_prompts):,} training prompts, {len(task.eval_prompts):,} held out"
-            + ", as the data has no split to evaluate on (--eval-size)" * getattr(task, "divided", False),
-            "reward": ", ".join(self.rewards.names),
-            "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {axes}; bias: "
-            f"{estimator.bias_status}",
-            "training": told(" x ", max_steps="{} steps", **sizes),
-            "completions": told(max_completion_length="up to {} tokens"),
-            "learning rate": rate if args.optimizer == "adamw" else f"{rate}, {args.optimizer}",
-            "seed": args.seed,
+            "trained": f"{trained:,} parameters, on {policy.device}",
             "threads": self.threads,
-            **asked(policy.form, args.model),
             "computing": self.learner.forward.words,
             **self.learner.forward.scoring.remarks,
-            "run": args.output_dir,
         }
+
+
+def first_facts(args: TrainArguments, task: Task, rewards: Rewards) -> dict[str, Any]:
+    """Return the lines of the header that are known before the model is loaded."""
+    estimator = args.estimator
+    axes = f"{estimator.aggregation}, ratio {estimator.ratio}, KL {estimator.beta:g}"
+    stages = [f"a warm start of {args.warm_start_steps} updates"] * args.warm_start
+    stages += ["an evaluation", "training steps with evaluations in between"]
+    return {
+        "task": f"{len(task.train_prompts):,} training prompts, {len(task.eval_prompts):,} held out"
+        + ", as the data has no split to evaluate on (--eval-size)" * getattr(task, "divided", False),
+        "reward": ", ".join(rewards.names),
+        "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {axes}; bias: "
+        f"{estimator.bias_status}",
+        "order": ", ".join(stages),
+        "seed": args.seed,
+        "run": args.output_dir,
+    }
+
+
+def model_facts(args: TrainSettings, origins: Mapping[str, str], policy: Policy) -> dict[str, Any]:
+    """Return the lines of the header that are known once the model is loaded."""
+    sizes = {"prompts_per_step": "{} prompts", "num_generations": "{} completions"}
+    told = partial(with_origins, args, origins)
+    rate = told(learning_rate="{:g}", lr_scheduler_type="{}")
+    return {
+        "model": f"{policy.source} ({policy.size:,} parameters, {args.dtype})",
+        "training": told(" x ", max_steps="{} steps", **sizes),
+        "completions": told(max_completion_length="up to {} tokens"),
+        "learning rate": rate if args.optimizer == "adamw" else f"{rate}, {args.optimizer}",
+        **asked(policy.form, args.model),
+    }

@@ -74,8 +74,13 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
     with Session("sft", taken_up(args, "sft")) as session, ExitStack() as stack:
         args = session.args
         task, rewards, rows = _demonstrations(args)
-        policy = make_policy(args, task, session.console.note)
-        scoring, found = agree(policy), sft_defaults(args, task, policy)
+        name = args.task if isinstance(args.task, str) else str(task.name)
+        first = {"demonstrations": f"{len(rows):,}", "seed": args.seed, "run": args.output_dir}
+        note = "The loss is the negative log-likelihood, in nats per token."
+        session.announce(f"tokenrl sft: {name}", first, note=note)
+        with session.console.doing("loading the model"):
+            policy = make_policy(args, task, session.console.note)
+            scoring, found = agree(policy), sft_defaults(args, task, policy)
         threads, why = choose_threads(policy.size, args.threads)
         args = replace(settled(SftSettings, args, found.values), threads=threads)
         stack.enter_context(using_threads(threads))
@@ -86,19 +91,16 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         told = partial(with_origins, args, found.origins)
         facts: dict[str, Any] = {
             "model": policy.source,
-            "demonstrations": f"{len(rows):,}",
             "training": told(" x ", max_steps="{} updates", batch_size="{} demonstrations"),
             "learning rate": told(learning_rate="{:g}") + ", falling to 0",
             "threads": f"{threads} ({why})",
             **asked(policy.form, args.model),
             **scoring.remarks,
         }
-        name = args.task if isinstance(args.task, str) else str(task.name)
         title = f"{name}, supervised, seed {args.seed}"
         maker = made_from(policy, {"demonstrations": rows})
         session.keep(SavedPolicy(policy), maker, training=training, watch=watch)
-        note = "The loss is the negative log-likelihood, in nats per token."
-        session.open(f"tokenrl sft: {name}", facts, note=note)
+        session.open("", facts)
         if not session.continues:
             session.evaluated(evaluate())
         session.begin(args, names={"task": name, "model": policy.source}, title=title, **recorded(task))
@@ -108,10 +110,10 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
             if session.due(args.eval_every):
                 metrics |= session.evaluated(evaluate())
             session.record(metrics, timings)
-        first, last = training.loss_before, training.loss_after
-        ended = SftResult(**session.outcome("finished"), loss_before=first, loss_after=last, policy=policy)
+        losses: dict[str, Any] = {"loss_before": training.loss_before, "loss_after": training.loss_after}
+        ended = SftResult(**session.outcome("finished"), **losses, policy=policy)
         facts |= {f"{k} after": v for k, v in ended.eval_after.items() if k.startswith("reward")}
-        facts["final loss"] = last
+        facts["final loss"] = training.loss_after
         card = Card(title, facts, session.origin.in_words(), base_model(args.model), ["sft"])
         session.finish(ended, lambda path: save_policy(policy, path, card=card))
         return ended

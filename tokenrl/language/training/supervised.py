@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ PROGRESS = ("step", "tokens", "loss_before", "loss_after")
 class Descent:
     """The optimiser of a supervised training, and how far it has come.
 
-    The learning rate falls linearly to 0. Rows are drawn without replacement, one epoch after the other.
+    Rows are drawn without replacement, one epoch after the other.
 
     Attributes:
         parameters: the weights that are trained.
@@ -46,6 +46,8 @@ class Descent:
         seed: int = 0,
         weight_decay: float = 0.0,
         max_grad_norm: float = math.inf,
+        schedule: Literal["linear", "constant"] = "linear",
+        warmup_steps: int = 0,
     ) -> None:
         """Start before the first update.
 
@@ -53,19 +55,22 @@ class Descent:
             parameters: the weights to train.
             rows: number of rows in the data.
             of: what is trained, in words, for errors.
-            max_steps: number of updates over which the learning rate falls to 0.
+            max_steps: number of updates.
             batch_size: rows per update.
             learning_rate: peak learning rate.
             seed: seed of the order of the rows.
             weight_decay: AdamW's weight decay.
             max_grad_norm: gradients are clipped to this norm.
+            schedule: whether the learning rate falls to 0 over all updates, or stays after the warm-up; if it
+                stays, the weights after an update do not depend on how many follow.
+            warmup_steps: number of updates over which the learning rate rises to its peak.
         """
         self.parameters, self._of, self._max_grad_norm = list(parameters), of, max_grad_norm
         self._batches = Batches(rows, batch_size, seed)
         fused = self.parameters[0].device.type in ("cpu", "cuda")
         options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, "fused": fused}
         self._optimizer = torch.optim.AdamW(self.parameters, **options)
-        self._schedule = make_schedule("linear", self._optimizer, max_steps)
+        self._schedule = make_schedule(schedule, self._optimizer, max_steps, warmup_steps)
         self.step = self.tokens = 0
         self.loss_before: float | None = None
         self.loss_after: float | None = None
@@ -232,16 +237,14 @@ def fit(
     demonstrations: Sequence[dict[str, Any]],
     *,
     max_steps: int,
-    until: Callable[[list[float]], bool] = lambda losses: False,
     **how: Any,
 ) -> list[float]:
-    """Fine-tune a policy on demonstrations for `max_steps` updates, or until a condition holds.
+    """Fine-tune a policy on demonstrations for `max_steps` updates.
 
     Args:
         policy: the policy to train, in place.
         demonstrations: rows of `prompt` and `completion`.
         max_steps: number of updates over which the learning rate falls to 0.
-        until: is asked before the first update and after each one, with the losses so far, whether to end.
         **how: further arguments of `SupervisedTraining`.
 
     Returns:
@@ -252,7 +255,4 @@ def fit(
         Stopped: the loss or its gradient became NaN or infinite.
     """
     training = SupervisedTraining(policy, demonstrations, max_steps=max_steps, **how)
-    losses: list[float] = []
-    while not until(losses) and len(losses) < max_steps:
-        losses.append(training.learn()["loss"])
-    return losses
+    return [training.learn()["loss"] for _ in range(max_steps)]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -22,13 +21,13 @@ from rich.filesize import decimal
 
 from tokenrl.core.statistics import GradientDiagnostics, mean_and_error
 from tokenrl.errors import Refused, Stopped, TokenrlError
+from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.collect import logprobs_under, sample
-from tokenrl.language.training.defaults import demonstrations, is_own, plain_steps
+from tokenrl.language.training.defaults import demonstrations, is_own
 from tokenrl.language.training.run import Run, RunResult
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
-from tokenrl.runs.console import duration
 from tokenrl.runs.directory import check_space
 from tokenrl.runs.facts import is_number, last_tenth, latest_facts, means, settings_facts, share_equal
 from tokenrl.runs.findings import Finding
@@ -58,24 +57,31 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     Returns:
         The result, with exit code 2 if there is a problem, else 0; its `flags` name problems and remarks.
     """
-    findings, records, began = list[Finding](), list[Record](), time.perf_counter()
+    findings, records, seconds, prepared = list[Finding](), list[Record](), 0.0, session.wall_seconds
     train = _usable(run, run.task.train_prompts, "training prompts", findings)
     held_out = _usable(run, run.task.eval_prompts, "held-out prompts", findings)
     _look_at_texts(run, train[:LOOKED_AT], findings)
     facts = known_facts(run) | {"whose": "this model"}
     facts |= dict.fromkeys(("lowest_rate", "highest_rate"), facts["usual_rate"])
     if len(held_out) == len(run.task.eval_prompts):
-        session.evaluated(_attempt(findings, "evaluation-failed", evaluate) or {})
-    evaluation = time.perf_counter() - began
+        with session.console.doing(f"evaluating {len(held_out):,} prompts, as before the first step"):
+            session.evaluated(_attempt(findings, "evaluation-failed", evaluate) or {})
     if train and not any(finding.flag == "evaluation-failed" for finding in findings):
-        records = _trial_steps(run, train, findings)
+        with session.console.doing("trying training steps, which change no weight"):
+            records, seconds = _trial_steps(run, train, findings)
         facts |= _trial_facts(run, records) if records else {}
         facts |= _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train)) or {}
-    if facts.get("step_equal") != 1:  # else that is what is said
+    if run.warm_seconds:  # what the model writes so far says nothing
+        facts |= dict.fromkeys(("step_equal", "step_cut", "step_grad_norm", "step_reward"))
+    elif facts.get("step_equal") != 1:  # else that is what is said
         facts["before_greedy"] = session.eval_before.get("reward_greedy")
     findings += judge(facts)
     _attempt(findings, "disk-too-small", lambda: check_space(session.output_dir, session.space_needed))
-    lines = _lines(run, facts, records, evaluation)
+    lines = _lines(run, facts, records)
+    if seconds:
+        lines["time"] = run.forecast(seconds)
+    if seconds and run.args.minutes:
+        lines[f"in {run.args.minutes:g} minutes"] = run.fitting(seconds, 60 * run.args.minutes - prepared)
     lines["disk"] = f"{decimal(shutil.disk_usage(session.output_dir).free)} are free"
     code = session.conclude("model, data, sampling, rewards and estimator", lines, findings)
     result = run.result(session, "check")
@@ -146,17 +152,27 @@ def _look_at_texts(run: Run, rows: Rows, findings: list[Finding]) -> None:
         findings.append(Finding("answers-too-long", "void" if 2 * long > len(lengths) else "watch", text))
 
 
-def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> list[Record]:
-    """Make training steps that change nothing, until there is a signal or enough completions showed none."""
+def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> tuple[list[Record], float]:
+    """Make training steps that change nothing, until there is a signal or enough completions showed none.
+
+    Returns:
+        The steps, and how many seconds a step takes.
+    """
     args, learner, records = run.args, run.learner, list[Record]()
     stream = PromptStream(rows, args.prompts_per_step, args.seed)
     still = torch.optim.SGD(learner.policy.trainable_parameters(), lr=0.0)
     enough = min(MOST_STEPS, math.ceil(ENOUGH / (args.prompts_per_step * args.num_generations)))
+    rewards = run.rewards
+    if run.warm_seconds:  # for the time alone: completions as long as those that it will learn
+        longest = max(len(ids) for _, ids in encode_demonstrations(learner.policy, demonstrations(run.task)))
+        args = replace(args, max_completion_length=min(longest, args.max_completion_length))
+        enough, rewards = 1, Rewards([_places])
 
     def step() -> Record:
         critic, mean = copy.deepcopy((learner.critic, run.running_mean))
-        trial = replace(learner, optimizer=still, critic=critic, diagnostics=GradientDiagnostics(0))
-        return training_step(trial, run.rewards, mean, len(records) + 1, stream.next(), stream.take)
+        how: dict[str, Any] = {"optimizer": still, "critic": critic, "args": args}
+        trial = replace(learner, diagnostics=GradientDiagnostics(0), **how)
+        return training_step(trial, rewards, mean, len(records) + 1, stream.next(), stream.take)
 
     while len(records) < enough and _share_equal(run, records) == 1:
         record = _attempt(findings, "step-failed", step)
@@ -164,7 +180,14 @@ def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> list[Record]:
         if record is None:
             break
         records.append(record)
-    return records
+    last = step() if len(records) == 1 else records[-1] if records else None  # the first step is slower
+    learner.optimizer.zero_grad()
+    return records, 0.0 if last is None else last.timings["collect"] + last.timings["update"]
+
+
+def _places(completions: Sequence[str], **_: Any) -> list[float]:
+    """A reward that differs within every group."""
+    return [float(place) for place in range(len(completions))]
 
 
 def _share_equal(run: Run, records: Sequence[Record]) -> float:
@@ -198,6 +221,7 @@ def _trial_facts(run: Run, records: Sequence[Record]) -> dict[str, Any]:
         "step_cut": facts["step_cut"] if policy.eos_ids or policy.stops else None,  # else all are cut
         "step_grad_norm": math.inf if norm is None else norm,
         "step_equal": equal,
+        "is_half": args.mixed_precision == "bf16",
         "is_corrected": args.estimator.importance_cap is not None,
         "is_misasked": asks_in_text(run) or equal == 1,
         "steps_without_signal": len(records) if equal == 1 else 0,
@@ -206,12 +230,10 @@ def _trial_facts(run: Run, records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _lines(
-    run: Run, facts: Mapping[str, Any], records: Sequence[Record], evaluation: float
-) -> dict[str, str]:
+def _lines(run: Run, facts: Mapping[str, Any], records: Sequence[Record]) -> dict[str, str]:
     """Return the lines of the table: what was measured."""
     args, lines, usual = run.args, {}, facts["usual_rate"]
-    if records:
+    if records and not run.warm_seconds:
         share = f"{1 - facts['step_equal']:.0%} of {facts['groups']}"
         lines["reward"] = f"{facts['step_reward']:.3g} on average; differs within {share}"
         length, cut = (
@@ -221,10 +243,6 @@ def _lines(
         cut_at = f"{cut:.0%} cut at {args.max_completion_length}"
         lines["completions"] = f"{length:.1f} tokens on average; {cut_at}"
         lines["entropy"] = f"{facts['step_entropy']:.3g} nats per token"
-        seconds = fmean(record.timings["collect"] + record.timings["update"] for record in records)
-        count = 1 + -(-plain_steps(args) // args.eval_every) if args.eval_every else 2
-        whole = f"{duration(args.max_steps * seconds + count * evaluation)} for {args.max_steps} steps"
-        lines["time"] = f"{seconds:.2g} s per step, about {whole}, {count} evaluations"
     if "gap" in facts:
         apart = f"{facts['gap']:.1g} nats per token on average, {facts['largest_gap']:.1g} at most"
         lines["scoring"] = f"differs from sampling by {apart}"

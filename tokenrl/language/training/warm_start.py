@@ -2,8 +2,9 @@
 
 A model that never writes anything like an answer gets equal rewards, from which nothing can be learnt. The
 tiny models of toy tasks are made by a fixed number of updates on demonstrations. `tokenrl train --warm-start`
-trains all weights of any model, before an adapter is added, until enough groups of sampled completions have
-unequal rewards.
+trains all weights of any model, before an adapter is added. That stage has a run directory of its own in the
+cache, with checkpoints, so that one that was ended goes on where it was, and a longer one goes on from a
+shorter one: its learning rate is constant after the warm-up, so the weights do not depend on its length.
 """
 
 from __future__ import annotations
@@ -11,37 +12,58 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tokenrl.errors import Refused, describe
+from tokenrl.errors import Interrupted, Refused, describe
 from tokenrl.language.policy.loading import find_model
 from tokenrl.language.policy.model import Policy, wrap
-from tokenrl.language.policy.saving import fingerprint, read_weights, save_policy, tokenizer_fingerprint
+from tokenrl.language.policy.saving import (
+    SavedPolicy,
+    fingerprint,
+    read_weights,
+    save_policy,
+    tokenizer_fingerprint,
+)
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.stream import PromptStream
-from tokenrl.language.training.arguments import TrainSettings
+from tokenrl.language.training.arguments import SftSettings, TrainSettings
 from tokenrl.language.training.defaults import default_rate, demonstrations, parameter_count
-from tokenrl.language.training.probe import Probe, probe_policy
-from tokenrl.language.training.supervised import check_trainable, fit
+from tokenrl.language.training.probe import probe_policy
+from tokenrl.language.training.supervised import SupervisedTraining, check_trainable, fit
+from tokenrl.runs.checkpoint import step_of
 from tokenrl.runs.console import Console
 from tokenrl.runs.files import write_json
 from tokenrl.runs.folders import atomic_directory
+from tokenrl.runs.resume import Maker, find_checkpoint
+from tokenrl.runs.session import Session
+from tokenrl.runs.signals import SIGNALS
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import check_seed
 
 MADE_BY = 2  # raise it when a change of the code changes the weights that a warm start gives
-BATCH = 16
-"""Demonstrations per update."""
-EVERY, PROMPTS = 20, 32
-"""Updates between two probes of the sampled reward, and the training prompts of a probe."""
+BATCH, WARMUP, SAVED = 16, 10, 50
+"""Demonstrations of an update, updates of the learning rate's warm-up, and those between two checkpoints."""
+PROMPTS = 32
+"""Training prompts on which the sampled reward is measured, before the stage and after it."""
 ENOUGH = 0.5
-"""The stage ends once this share of groups has unequal rewards, and this share of completions an end."""
+"""The share of groups with unequal rewards, and of completions with an end, that makes the stage unneeded."""
+
+UNNEEDED = "not needed, since {spread_before:.0%} of the groups already have unequal rewards"
+LEARNT = (
+    "{updates} updates, loss {loss_before:.3g} -> {loss_after:.3g} nats per token, sampled reward "
+    "{reward_before:.3g} -> {reward_after:.3g}, groups with unequal rewards {spread_before:.0%} -> "
+    "{spread_after:.0%}"
+)
 
 
 def cache_directory() -> Path:
@@ -50,16 +72,21 @@ def cache_directory() -> Path:
     return Path(os.environ.get("TOKENRL_CACHE") or Path(home) / "tokenrl")
 
 
+def _place(kind: str, made_from: Any) -> Path:
+    """Return the folder in the cache of what is made from something; it need not exist yet."""
+    known = json.dumps([made_from, torch.__version__.split("+")[0], MADE_BY], default=str)
+    return cache_directory() / f"{kind}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
+
+
 def _made_once(
-    kind: str, made_from: Any, make: Callable[[Path], None], warn: Callable[[str], None]
+    directory: Path, make: Callable[[Path], None], announce: Callable[[str], None]
 ) -> tuple[Path, bool]:
     """Return the folder of a model in the cache, made by whoever needs it first.
 
     Args:
-        kind: the beginning of the folder's name.
-        made_from: all that the weights depend on besides the version of torch; its hash ends the name.
+        directory: the folder.
         make: fills the empty folder that it is given, if there is none yet or it is damaged.
-        warn: prints a warning.
+        announce: prints a line for people.
 
     Returns:
         The folder, and whether it was there before.
@@ -67,23 +94,26 @@ def _made_once(
     Raises:
         Refused: the cache cannot be written.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
-    known = json.dumps([made_from, torch.__version__.split("+")[0], MADE_BY], default=str)
-    directory = cache_directory() / f"{kind}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
+    lock = FileLock(f"{directory}.lock")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{directory}.lock").acquire()
+        try:
+            held = lock.acquire(blocking=False)
+        except Timeout:
+            announce(f"waiting for another run, which is making {directory}")
+            held = lock.acquire()
     except OSError as error:
         where = f"Warm-started models are kept in {directory.parent}, which cannot be written"
         raise Refused(f"{where} ({describe(error)}). Set TOKENRL_CACHE to another directory.") from error
-    with lock:
+    with held:
         if directory.exists():
             try:
                 find_model(directory)
                 return directory, True
             except Refused as error:
-                warn(f"the cached model {directory} is damaged, and is made again. {error}")
+                announce(f"the cached model {directory} is damaged, and is made again. {error}")
         with atomic_directory(directory) as folder:
             make(folder)
     return directory, False
@@ -119,107 +149,173 @@ def warm_started_base(
         save_policy(policy, folder)
 
     with using_threads(1):  # the same weights for everyone
-        return _made_once(task.name, [task.fingerprint, seed], make, announce)[0]
+        return _made_once(_place(task.name, [task.fingerprint, seed]), make, announce)[0]
 
 
-def warm_start(
-    policy: Policy, task: Any, rewards: Rewards, args: TrainSettings, console: Console, device: torch.device
-) -> dict[str, Any]:
-    """Train all weights on the task's demonstrations until sampled rewards differ, or take it from the cache.
+@dataclass(frozen=True)
+class WarmStart:
+    """The supervised stage of a run.
 
-    Args:
+    Attributes:
         policy: the policy, without an adapter; it is moved to the device and trained in place.
         task: the task, with demonstrations.
-        rewards: the reward functions, for the probes.
-        args: the settings of the run: how completions are sampled, the seed, the most updates.
+        rewards: the reward functions, by which the stage is judged.
+        args: the settings of the run: how completions are sampled, the seed, the number of updates.
         console: shows the progress.
         device: the device to train on.
-
-    Returns:
-        The facts for config.json and summary.json: `updates`, the loss before and after in nats per token,
-        the mean sampled reward on training prompts and the share of groups with unequal rewards before and
-        after, and `in_words`, a sentence.
-
-    Raises:
-        Refused: there are no demonstrations, or one or the model cannot be used.
-        Stopped: the loss became NaN or infinite, or a reward function failed.
     """
-    if policy.has_adapter:
-        raise Refused("warm_start trains all weights, but the model has an adapter: give it merged, or bare.")
-    rows = demonstrations(task)
-    check_trainable(policy)
-    policy.model.to(device)
-    rate, most = default_rate(parameter_count(policy), supervised=True), args.warm_start_steps
-    depends_on = {
-        "model": [fingerprint(policy.model), tokenizer_fingerprint(policy.tokenizer), vars(policy.form)],
-        "rows": rows,
-        "rewards": rewards.names,
-        "sampling": [args.max_completion_length, args.num_generations, args.temperature],
-        "training": [most, BATCH, EVERY, PROMPTS, ENOUGH, rate, args.seed, device.type],
-    }
 
-    def make(folder: Path) -> None:
-        goal = f"until half of the groups have unequal rewards; kept in {cache_directory()}"
-        what = f"at most {most} updates of all weights on {BATCH} of {len(rows):,} demonstrations"
-        console.note(f"warm start: {what},\nlearning rate {rate:g}, {goal}")
-        with using_threads(choose_threads(policy.size, args.threads)[0]):
-            facts = _train(policy, rows, task, rewards, args, console, rate)
-        save_policy(policy, folder)
-        write_json(folder / "warm_start.json", facts)
+    policy: Policy
+    task: Any
+    rewards: Rewards
+    args: TrainSettings
+    console: Console
+    device: torch.device
 
-    directory, found = _made_once("warm-start", depends_on, make, console.warn)
-    if found:
-        read_weights(policy.model, directory)
-    setattr(policy.model, "name_or_path", str(directory))  # noqa: B010  # an adapter names its base by it
-    facts: dict[str, Any] = json.loads((directory / "warm_start.json").read_bytes())
-    console.note(f"warm start{', from the cache' * found}: {facts['in_words']}.")
-    return facts
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        return demonstrations(self.task)
+
+    @cached_property
+    def _rate(self) -> float:
+        return default_rate(parameter_count(self.policy), supervised=True)
+
+    @cached_property
+    def _known(self) -> list[Any]:
+        """All that the weights depend on, besides the number of updates."""
+        policy, args = self.policy, self.args
+        model = [fingerprint(policy.model), tokenizer_fingerprint(policy.tokenizer), vars(policy.form)]
+        sampling = [args.max_completion_length, args.num_generations, args.temperature]
+        training = [BATCH, WARMUP, PROMPTS, ENOUGH, self._rate, args.seed, self.device.type]
+        return [model, self._rows, self.rewards.names, sampling, training]
+
+    @property
+    def folder(self) -> Path:
+        """The folder in the cache that holds the result, as soon as it has been made."""
+        return _place("warm-start", [self._known, self.args.warm_start_steps])
+
+    def run(self) -> dict[str, Any]:
+        """Train all weights on the demonstrations, or take them from the cache.
+
+        Returns:
+            The facts for config.json and summary.json: `updates`, the loss before and after in nats per
+            token, the mean sampled reward on training prompts and the share of groups with unequal rewards
+            before and after; `in_words`, a sentence; and `kept_in`, the folder in the cache.
+
+        Raises:
+            Refused: there are no demonstrations, or one or the model cannot be used.
+            Stopped: the loss became NaN or infinite, or a reward function failed.
+            Interrupted: a signal ended the stage, after it had been saved.
+        """
+        self._check()
+        directory, found = _made_once(self.folder, self._make, self.console.note)
+        if found:
+            read_weights(self.policy.model, directory)
+        setattr(self.policy.model, "name_or_path", str(directory))  # noqa: B010  # an adapter names its base
+        facts: dict[str, Any] = json.loads((directory / "warm_start.json").read_bytes())
+        self.console.note(f"warm start{', from the cache' * found}: {facts['in_words']}.")
+        return facts | {"kept_in": str(directory)}
+
+    def try_out(self) -> float:
+        """Make two updates and take them back; return the seconds of the second."""
+        self._check()
+        weights = self.policy.trainable_parameters()
+        before, times = [p.detach().clone() for p in weights], [time.perf_counter()]
+        training = self._training()
+        with using_threads(choose_threads(self.policy.size, self.args.threads)[0]):
+            for _ in range(2):
+                training.learn()
+                times.append(time.perf_counter())
+        for p, old in zip(weights, before, strict=True):
+            p.data.copy_(old)
+        self.policy.model.zero_grad(set_to_none=True)
+        return times[2] - times[1]
+
+    def _check(self) -> None:
+        if self.policy.has_adapter:
+            raise Refused(
+                "warm_start trains all weights, but the model has an adapter: merge it, or give none."
+            )
+        check_trainable(self.policy)
+        self.policy.model.to(self.device)
+
+    def _training(self) -> SupervisedTraining:
+        how: dict[str, Any] = {"max_steps": self.args.warm_start_steps, "batch_size": BATCH}
+        how |= {"learning_rate": self._rate, "schedule": "constant", "warmup_steps": WARMUP}
+        how |= {"seed": self.args.seed, "scoring": agree(self.policy)}
+        return SupervisedTraining(self.policy, self._rows, **how)
+
+    def _make(self, folder: Path) -> None:
+        """Go on from the checkpoint of an earlier stage, or start anew; write the result into a folder."""
+        from filelock import FileLock
+
+        args, most, place = self.args, self.args.warm_start_steps, _place("warm-start-run", self._known)
+        what = f"{most} updates of all weights on {BATCH} of {len(self._rows):,} demonstrations"
+        self.console.note(f"warm start: {what}, learning rate {self._rate:g}; kept in {cache_directory()}")
+        with FileLock(f"{place}.lock"), using_threads(choose_threads(self.policy.size, args.threads)[0]):
+            goes_on = _goes_on(place, most)
+            how: dict[str, Any] = {"output_dir": str(place), "quiet": args.quiet, "overwrite": not goes_on}
+            how |= {"resume": "auto" if goes_on else None, "save_minutes": args.save_minutes}
+            how |= {"save_every": SAVED, "keep_checkpoints": 1, "seed": args.seed, "eval_every": 0}
+            how |= {"max_steps": most, "batch_size": BATCH, "learning_rate": self._rate}
+            facts, code = self._learn(SftSettings(task="demonstrations", **how))
+            if code:
+                said = f"{SIGNALS[code]} in the warm start, of which {facts['updates']} updates are saved"
+                raise Interrupted(f"{said}: the same command goes on from there.", code)
+            save_policy(self.policy, folder)
+            write_json(folder / "warm_start.json", facts)
+            shutil.copy(place / "metrics.jsonl", folder)
+
+    def _learn(self, settings: SftSettings) -> tuple[dict[str, Any], int]:
+        """Make the updates; return the facts, and the exit code of the signal that ended them, or 0."""
+        training, most = self._training(), settings.max_steps
+        with Session("sft", settings) as session:
+            session.console.each = "warm start"
+            session.keep(SavedPolicy(self.policy), Maker({}, device=self.device.type), training=training)
+            session.open("", {})
+            if not session.continues:
+                session.evaluated(self._probe())
+            session.begin(settings, names={})
+            before = session.eval_before
+            for _ in session.steps(0 if _is_enough(before) else most):
+                session.record(training.learn())
+            session.save()
+            code, after = session.stop.exit_code, before
+            if training.step and not code:
+                after = self._probe()
+        self.policy.model.zero_grad(set_to_none=True)  # an adapter leaves these weights alone: free them
+        if training.step == most and not _is_enough(after):
+            found = f"{after['unequal']:.0%} of the groups have unequal rewards"
+            cut = f"{after['truncated']:.0%} of the completions are cut"
+            more = f"raise warm_start_steps: it goes on from these {most}"
+            self.console.warn(f"after {most} updates only {found}, and {cut}; {more}.")
+        facts: dict[str, Any] = {"updates": training.step}
+        for when, probe in (("before", before), ("after", after)):
+            facts |= {f"reward_{when}": probe["reward"], f"spread_{when}": probe["unequal"]}
+            facts[f"loss_{when}"] = getattr(training, f"loss_{when}")
+        said = LEARNT if training.step else UNNEEDED
+        return facts | {"in_words": said.format_map(facts)}, code
+
+    def _probe(self) -> dict[str, float]:
+        """Measure the sampled reward, the share of unequal groups and that of completions that are cut."""
+        args, rows = self.args, self.task.train_prompts
+        stream = PromptStream(rows, min(PROMPTS, len(rows)), args.seed)
+        size, limit, heat = max(2, args.num_generations), args.max_completion_length, args.temperature
+        sampling = Sampling(limit, size, heat, args.seed, truncate_prompts=args.truncate_prompts)
+        prompts = [row for _, row in stream.next()]
+        with self.console.doing(f"sampling {len(prompts)} x {sampling.num_generations} completions"):
+            found = probe_policy(self.policy, prompts, self.rewards, sampling)
+        return {"reward": found.reward.value, "unequal": found.unequal, "truncated": found.truncated.value}
 
 
-def _train(
-    policy: Policy, rows: Any, task: Any, rewards: Rewards, args: TrainSettings, console: Console, rate: float
-) -> dict[str, Any]:
-    """Update on demonstrations until a probe is good enough, or the updates are used up; return the facts."""
-    most, probes, length = args.warm_start_steps, list[Probe](), args.max_completion_length
-    stream = PromptStream(task.train_prompts, min(PROMPTS, len(task.train_prompts)), args.seed)
-    prompts, size = [row for _, row in stream.next()], max(2, args.num_generations)
-    cut = {"truncate_prompts": args.truncate_prompts}
-    sampling = Sampling(length, size, args.temperature, args.seed, **cut)
-
-    def enough(losses: list[float]) -> bool:
-        if len(losses) % EVERY == 0 or len(losses) == most:  # the same prompts and numbers each time
-            probes.append(probe_policy(policy, prompts, rewards, sampling))
-        if losses:
-            progress.update(len(losses), {"loss": losses[-1], "reward": probes[-1].reward.value})
-        return _is_enough(probes[-1])
-
+def _goes_on(place: Path, most: int) -> bool:
+    """Return whether a stage of so many updates can go on from what an earlier one has left."""
     try:
-        with console.progress(most) as progress:
-            how = {"batch_size": BATCH, "learning_rate": rate, "seed": args.seed}
-            losses = fit(policy, rows, max_steps=most, until=enough, scoring=agree(policy), **how)
-    except KeyboardInterrupt:
-        console.warn("interrupted in the warm start: nothing of it is kept.")
-        raise
-    policy.model.zero_grad(set_to_none=True)  # an adapter leaves these weights alone: free their gradients
-    before, after = probes[0], probes[-1]
-    if not _is_enough(after):
-        found = (
-            f"only {after.unequal:.0%} of the groups have unequal rewards, and {after.truncated.value:.0%}"
-        )
-        console.warn(f"after {most} updates {found} of the completions are cut: raise warm_start_steps.")
-    facts: dict[str, Any] = {"updates": len(losses)}
-    for when, probe, loss in (("before", before, losses[:1]), ("after", after, losses[-1:])):
-        facts |= {f"reward_{when}": probe.reward.value, f"spread_{when}": probe.unequal}
-        facts[f"loss_{when}"] = loss[0] if loss else None
-    said = "not needed, since {spread_before:.0%} of the groups already have unequal rewards"
-    if losses:
-        said = "{updates} updates, loss {loss_before:.3g} -> {loss_after:.3g} nats per token, sampled reward "
-        said += (
-            "{reward_before:.3g} -> {reward_after:.3g}, groups with unequal rewards {spread_before:.0%} -> "
-        )
-        said += "{spread_after:.0%}"
-    return facts | {"in_words": said.format_map(facts)}
+        path, _ = find_checkpoint(place, "auto")
+    except Refused:  # it is damaged
+        return False
+    return path is None or step_of(path) <= most
 
 
-def _is_enough(found: Probe) -> bool:
-    return found.unequal >= ENOUGH and found.truncated.value <= 1 - ENOUGH
+def _is_enough(found: dict[str, float]) -> bool:
+    return found["unequal"] >= ENOUGH and found["truncated"] <= 1 - ENOUGH
