@@ -1,9 +1,8 @@
 """Defines the errors that a user can cause, and the suggestions in their messages. Imports no torch.
 
 `Refused` is raised before training has begun, `Stopped` during it, and `Interrupted` where a signal ends what
-comes before. The message of each is one paragraph:
-what was given, what is allowed, how to mend it. The command line prints only the message and exits with
-`exit_code`.
+comes before. The message of each is one paragraph: what was given, what is allowed, how to mend it. The
+command line prints only the message and exits with `exit_code`.
 """
 
 from __future__ import annotations

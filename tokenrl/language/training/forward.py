@@ -98,10 +98,8 @@ def choose_forward(args: TrainSettings, policy: Policy, accelerator: Any) -> tup
     """
     precision, why = _precision(args, policy, accelerator)
     compiles, because = _compiles(args, policy, accelerator)
-    attention, tokens = (
-        _attention(args, policy, accelerator, precision),
-        args.tokens_per_pass or _tokens(policy),
-    )
+    attention = _attention(args, policy, accelerator, precision)
+    tokens = args.tokens_per_pass or _tokens(policy)
     acting, copies = half_copy(policy) if precision == "bf16" else (policy, ())
     model = acting.model
     if attention == "eager":

@@ -123,10 +123,11 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
         console.facts("", model_facts(args, defaults.origins, policy))
         if args.warm_start:
             stage = WarmStart(policy, task, rewards, args, console, accelerator.device)
-            if args.check and not stage.folder.exists():
-                warm_seconds = stage.try_out()
-            else:
-                warmed = stage.run()
+            with using_threads(choose_threads(policy.size, args.threads)[0]):
+                if args.check and not stage.folder.exists():
+                    warm_seconds = stage.try_out()
+                else:
+                    warmed = stage.run()
         adapt(args, policy)
     maker = made_from(policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator)
     threads, why = choose_threads(policy.size, args.threads)

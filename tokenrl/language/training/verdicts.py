@@ -164,7 +164,8 @@ def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> tuple[list[Re
     enough = min(MOST_STEPS, math.ceil(ENOUGH / (args.prompts_per_step * args.num_generations)))
     rewards = run.rewards
     if run.warm_seconds:  # for the time alone: completions as long as those that it will learn
-        longest = max(len(ids) for _, ids in encode_demonstrations(learner.policy, demonstrations(run.task)))
+        pairs = encode_demonstrations(learner.policy, demonstrations(run.task)[:LOOKED_AT])
+        longest = max(len(completion) for _, completion in pairs)
         args = replace(args, max_completion_length=min(longest, args.max_completion_length))
         enough, rewards = 1, Rewards([_places])
 
@@ -180,9 +181,12 @@ def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> tuple[list[Re
         if record is None:
             break
         records.append(record)
-    last = step() if len(records) == 1 else records[-1] if records else None  # the first step is slower
+    if not records:
+        return records, 0.0
+    # The first step is slower than the others.
+    last = records[-1] if len(records) > 1 else _attempt(findings, "step-failed", step) or records[0]
     learner.optimizer.zero_grad()
-    return records, 0.0 if last is None else last.timings["collect"] + last.timings["update"]
+    return records, last.timings["collect"] + last.timings["update"]
 
 
 def _places(completions: Sequence[str], **_: Any) -> list[float]:

@@ -47,7 +47,7 @@ from tokenrl.runs.folders import atomic_directory
 from tokenrl.runs.resume import Maker, find_checkpoint
 from tokenrl.runs.session import Session
 from tokenrl.runs.signals import SIGNALS
-from tokenrl.runs.threads import choose_threads, using_threads
+from tokenrl.runs.threads import using_threads
 from tokenrl.settings import check_seed
 
 MADE_BY = 2  # raise it when a change of the code changes the weights that a warm start gives
@@ -79,14 +79,14 @@ def _place(kind: str, made_from: Any) -> Path:
 
 
 def _made_once(
-    directory: Path, make: Callable[[Path], None], announce: Callable[[str], None]
+    directory: Path, make: Callable[[Path], None], warn: Callable[[str], None]
 ) -> tuple[Path, bool]:
     """Return the folder of a model in the cache, made by whoever needs it first.
 
     Args:
         directory: the folder.
         make: fills the empty folder that it is given, if there is none yet or it is damaged.
-        announce: prints a line for people.
+        warn: prints a warning.
 
     Returns:
         The folder, and whether it was there before.
@@ -102,7 +102,7 @@ def _made_once(
         try:
             held = lock.acquire(blocking=False)
         except Timeout:
-            announce(f"waiting for another run, which is making {directory}")
+            warn(f"waiting for another run, which is making {directory}")
             held = lock.acquire()
     except OSError as error:
         where = f"Warm-started models are kept in {directory.parent}, which cannot be written"
@@ -113,7 +113,7 @@ def _made_once(
                 find_model(directory)
                 return directory, True
             except Refused as error:
-                announce(f"the cached model {directory} is damaged, and is made again. {error}")
+                warn(f"the cached model {directory} is damaged, and is made again. {error}")
         with atomic_directory(directory) as folder:
             make(folder)
     return directory, False
@@ -208,7 +208,7 @@ class WarmStart:
             Interrupted: a signal ended the stage, after it had been saved.
         """
         self._check()
-        directory, found = _made_once(self.folder, self._make, self.console.note)
+        directory, found = _made_once(self.folder, self._make, self.console.warn)
         if found:
             read_weights(self.policy.model, directory)
         setattr(self.policy.model, "name_or_path", str(directory))  # noqa: B010  # an adapter names its base
@@ -222,10 +222,9 @@ class WarmStart:
         weights = self.policy.trainable_parameters()
         before, times = [p.detach().clone() for p in weights], [time.perf_counter()]
         training = self._training()
-        with using_threads(choose_threads(self.policy.size, self.args.threads)[0]):
-            for _ in range(2):
-                training.learn()
-                times.append(time.perf_counter())
+        for _ in range(2):
+            training.learn()
+            times.append(time.perf_counter())
         for p, old in zip(weights, before, strict=True):
             p.data.copy_(old)
         self.policy.model.zero_grad(set_to_none=True)
@@ -252,7 +251,7 @@ class WarmStart:
         args, most, place = self.args, self.args.warm_start_steps, _place("warm-start-run", self._known)
         what = f"{most} updates of all weights on {BATCH} of {len(self._rows):,} demonstrations"
         self.console.note(f"warm start: {what}, learning rate {self._rate:g}; kept in {cache_directory()}")
-        with FileLock(f"{place}.lock"), using_threads(choose_threads(self.policy.size, args.threads)[0]):
+        with FileLock(f"{place}.lock"):  # waits for a stage of another length, where a session would refuse
             goes_on = _goes_on(place, most)
             how: dict[str, Any] = {"output_dir": str(place), "quiet": args.quiet, "overwrite": not goes_on}
             how |= {"resume": "auto" if goes_on else None, "save_minutes": args.save_minutes}
