@@ -22,7 +22,7 @@ import tyro
 from typing_extensions import Required, TypedDict
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from tokenrl.configuration import configured
+from tokenrl.configuration import configured, read_config
 from tokenrl.control.agents import ABOUT_AGENT, AGENTS, agent_settings
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.core.estimator import Estimator
@@ -75,8 +75,11 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     start = _start(name, command, given)
     known = dict(field_types(kind))
     if kind is CompareArguments:
-        runs = ControlArguments if "env" in given else TrainArguments
-        given["shared"], unknown = _shared(runs, unknown, prog)
+        stored = read_config(given.pop("config")) if "config" in given else {}
+        start = {key: value for key, value in stored.items() if key in known}
+        runs = ControlArguments if "env" in start | given else TrainArguments
+        shared, unknown = _shared(runs, unknown, prog)
+        given["shared"] = {key: value for key, value in stored.items() if key not in known} | shared
         known |= field_types(runs)  # type: ignore[arg-type]
     check_flags(unknown, known, prog)
     return arguments(kind, start | given)
@@ -190,7 +193,7 @@ def _flags(command: Command, start: Mapping[str, Any] | None = None) -> Any:
     groups: dict[str, dict[str, Any]] = {owner.group: {} for owner in _owners(kind)}
     for owner, name, flag in _each_flag(kind, start):
         groups[owner.group][name] = flag
-    if command.trains:
+    if command.trains or kind is CompareArguments:
         groups[""]["config"] = _flag(str | None, None, ABOUT_CONFIG, "FILE")
     if kind is ControlArguments:
         groups[""]["agent"] = _flag(Literal[AGENTS] | None, None, ABOUT_AGENT, "AGENT")

@@ -254,8 +254,12 @@ def test_flags_of_the_runs_are_shared_and_the_others_are_its_own(tmp_path):
     assert found.shared == {**shared, "estimator": {"aggregation": "sequence_mean"}}
     control = parsed("--env walk CartPole-v1 --arms reinforce rloo --num-envs 8 --hidden 16 16")
     assert control.env == ("walk", "CartPole-v1") and control.shared == {"num_envs": 8, "hidden": [16, 16]}
-    (tmp_path / "mine.yaml").write_text("max_steps: 30\ntemperature: 0.9\n")
-    assert parsed(f"--config {tmp_path}/mine.yaml").shared == {"max_steps": 30, "temperature": 0.9}
+    (tmp_path / "mine.yaml").write_text("max_steps: 30\nenv: [walk]\nlr: 0.9\nseeds: 7\narms: [a2c, rloo]")
+    found = parsed(f"--config {tmp_path}/mine.yaml --seeds 9 --max-steps 20")
+    assert (found.env, found.seeds, found.arms) == (("walk",), 9, ("a2c", "rloo"))
+    assert found.shared == {"max_steps": 20, "lr": 0.9}
+    with pytest.raises(Refused, match="There is no setting 'lr'"):
+        make_plan(found, print)
 
 
 def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():
