@@ -49,7 +49,7 @@ class Args:
     """Rank of the adapter; 0 trains all weights."""
     max_steps: int = 60
     """Training steps."""
-    warm_start_steps: int = 150
+    warm_start_steps: int = 240
     """Updates of the warm start."""
     eval_size: int = 64
     """Held-out prompts."""

@@ -194,7 +194,5 @@ def facts(run: Run) -> dict[str, Any]:
 
 def finish(run: Run, session: Session, ended: ControlResult) -> None:
     """Save the policy, write summary and report, and print the result."""
-    session.finish(ended, SavedPolicy(run.agent.policy, run.spec.env).write)
-    for finding in run.findings(session):
-        session.console.warn(str(finding))
+    session.finish(ended, SavedPolicy(run.agent.policy, run.spec.env).write, map(str, run.findings(session)))
     session.console.note(ended.verdict)

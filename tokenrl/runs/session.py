@@ -4,8 +4,7 @@ All trainings use it: of a policy, an agent, a reward model, and the supervised 
 writes its own loop and asks the session what is due::
 
     with Session("train", args) as session:
-        session.announce("tokenrl train", facts)  # the header: all that is known before the model is loaded
-        ...                                     # load and prepare; an error here is a refusal
+        session.announce("tokenrl train", facts)  # the header: what is known before the model is loaded
         session.keep(model, maker, run=run)     # what checkpoints hold
         session.open("", more_facts)            # from here on a signal lets the step end and saves
         if not session.continues:
@@ -18,16 +17,16 @@ writes its own loop and asks the session what is due::
             session.record(metrics)
         session.finish(Outcome(**session.outcome("finished")), write_model)
 
-Checkpoints are saved between two steps: when one is due, and at the end of the run, whatever ends it.
-Before `begin`, every error that a user can mend is raised as `Refused`. After it, as `Stopped`: the state is
-saved, summary.json says why the run failed, and the message names the checkpoint.
+Checkpoints are saved between two steps: when one is due, and at the end, whatever ends the run. Before
+`begin`, every error that a user can mend is raised as `Refused`. After it, as `Stopped`: the state is saved,
+summary.json says why the run failed, and the message names the checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -329,17 +328,16 @@ class Session:
             "wall_seconds": self.wall_seconds,
         }
 
-    def finish(self, ended: Outcome, write_model: Callable[[Path], None]) -> None:
+    def finish(self, ended: Outcome, write_model: Callable[[Path], None], told: Iterable[str] = ()) -> None:
         """Save a checkpoint and the model, write summary, plot and report, and print the result.
 
-        `write_model` writes the model into the empty folder that it is given, which then becomes `model/`.
+        `write_model` fills the empty folder that becomes `model/`; `told` are warnings, after the result.
 
         Raises:
             Stopped: the weights are not finite, or the model could not be written.
         """
         if self.directory is None:
             return
-        run = self.output_dir
         try:
             self.save()
         except Stopped as error:  # of a full disk: the model is smaller
@@ -349,11 +347,13 @@ class Session:
             write_model(folder)
         write_json(self.directory.summary, ended.summary())
         try:
-            report = f"\nreport  {report_from_directory(run)}"
+            report = f"\nreport  {report_from_directory(self.output_dir)}"
         except Exception as error:  # a trained model is not lost over a picture
-            report = ""
-            self.console.warn(f"No report could be made: {error} For another attempt: tokenrl report {run}")
+            report, again = "", f"For another attempt: tokenrl report {self.output_dir}"
+            self.console.warn(f"No report could be made: {error} {again}")
         self.console.finish(ended.summary())
+        for text in told:
+            self.console.warn(text)
         self.console.note(f"model   {self.directory.model}{report}")
         for command in next_commands(self.kind, self.args, ended.summary(), bool(self.origin.command)):
             self.console.note(f"next    {command}")

@@ -20,6 +20,7 @@ from tiny_models import (
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy
 from tokenrl.language.rollout.agreement import agree
+from tokenrl.language.training.forward import Forward
 from tokenrl.language.training.sft import sft
 from tokenrl.language.training.supervised import SupervisedTraining, encode_demonstrations, fit
 from tokenrl.language.training.warm_start import warm_started_base
@@ -49,7 +50,14 @@ def test_the_loss_is_transformers_own(architecture, checkpointing):
     expected = own_loss(make_model(architecture), policy, ROWS).item()
     if checkpointing:
         enable_gradient_checkpointing(policy)
-    losses = fit(policy, ROWS, max_steps=1, batch_size=4, learning_rate=0.0, scoring=agree(policy))
+    losses = fit(
+        policy,
+        ROWS,
+        max_steps=1,
+        batch_size=4,
+        learning_rate=0.0,
+        forward=Forward(policy, policy.model, agree(policy)),
+    )
     assert losses == [pytest.approx(expected, rel=1e-5)]
     assert torch.equal(weights(policy.model), weights(make_model(architecture)))  # learning rate 0
 

@@ -14,7 +14,7 @@ from tokenrl.errors import Interrupted, Refused
 from tokenrl.language.policy.lora import add_lora
 from tokenrl.language.policy.model import load_policy
 from tokenrl.language.policy.saving import save_policy
-from tokenrl.language.training import warm_start as stage
+from tokenrl.language.training import forward, warm_start as stage
 from tokenrl.language.training.loop import train
 from tokenrl.language.training.supervised import SupervisedTraining, fit
 from tokenrl.language.training.warm_start import warm_started_base
@@ -132,13 +132,20 @@ def test_a_damaged_base_is_made_again_and_a_cache_that_cannot_be_written_refused
         warm_started_base(task)
 
 
-def test_a_stage_that_a_signal_ends_goes_on_and_so_does_a_longer_one(run, cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+def test_a_stage_that_a_signal_ends_goes_on_and_so_does_a_longer_one(half, run, cache, tmp_path, monkeypatch):
     """One that was ended, and a longer one after a shorter one; a shorter one starts anew."""
+    monkeypatch.setattr(forward, "LARGE", 0)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": half})
     whole, update, made = run(warm_start_steps=6), SupervisedTraining.learn, []
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "other"))
+    dtype = torch.bfloat16 if half else torch.float32
+    assert whole.warm_started["loss_after"] < whole.warm_started["loss_before"]
 
     def counted(training):
         made.append(training.step)
+        assert {p.dtype for p in training._forward.model.parameters()} == {dtype}
+        assert {p.dtype for p in training.parameters} == {torch.float32}
         if len(made) == 4:
             signal.raise_signal(signal.SIGTERM)
         return update(training)
@@ -165,7 +172,7 @@ def kept(cache, updates):
     return folder
 
 
-def test_a_check_makes_two_updates_and_takes_them_back(run, cache, capsys):
+def test_a_check_makes_a_few_updates_and_takes_them_back(run, cache, capsys):
     policy = make_policy()
     before, task = weights(policy.model).clone(), {"check": True, "minutes": 1.0, "prompts_per_step": 2}
     result = run(model=policy, **task)

@@ -72,7 +72,7 @@ class OptimiserArguments(Settings, group="optimiser"):
     AMX); else no."""
     training_attention: Literal["as_loaded", "eager"] | None = None
     """Attention of updates: as the model was loaded (mostly sdpa), or by its plain formula. Default: eager on
-    a CPU in float32 from 10 M parameters on, with completions of at most 256 tokens; else as loaded."""
+    a CPU from 10 M parameters on, with completions of at most 128 tokens; else as loaded."""
     value_learning_rate: Positive = 1e-3
     """Learning rate of the critic, for estimators that have one (a2c, ppo)."""
     value_iterations: Natural = 4
@@ -134,10 +134,10 @@ class WarmStartArguments(Settings, group="warm start"):
 
     warm_start: bool = False
     """First train all weights on the task's demonstrations (16 an update, with the learning rate of tokenrl
-    sft), unless half of the groups have unequal rewards already. An adapter is added afterwards.
-    Demonstrations are those of the task, or else training rows with a completion. The result is cached, with
-    its optimiser: some 16 bytes for each weight."""
-    warm_start_steps: Count = 150
+    sft and the precision of the run), unless half of the groups have unequal rewards already. An adapter is
+    added afterwards. Demonstrations are those of the task, or else training rows with a completion. The
+    result is cached, with its optimiser: some 16 bytes for each weight."""
+    warm_start_steps: Count = 240
     """Updates of this stage. With a larger number it goes on from the cached result of a smaller one."""
 
 

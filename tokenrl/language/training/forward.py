@@ -27,13 +27,14 @@ from tokenrl.language.rollout.compiled import CompiledStep
 from tokenrl.language.rollout.scoring import Scoring
 from tokenrl.language.training.arguments import TrainSettings
 
+Precision = Literal["no", "bf16"]
 Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]  # weights of a policy, each with its bfloat16 copy
 
 LAYERS, PARAMETERS, STEPS = 8, 1_000_000, 100
 """Sampling is compiled by itself for at most so many layers, and at least so many parameters and steps."""
-LARGE, SHORT = 10_000_000, 256
+LARGE, SHORT = 10_000_000, 128
 """On a CPU, a model of at least so many parameters is computed in bfloat16 where the processor multiplies in
-it; else its updates compute attention by the plain formula, with completions of at most so many tokens."""
+it, and its updates compute attention by the plain formula with completions of at most so many tokens."""
 ACTIVATIONS = 4 * 2**30
 """Bytes that the activations of a pass may take, where its size is left open."""
 NUMBERS = 34
@@ -82,13 +83,16 @@ class Forward:
                 p.grad = accelerator.reduce(grad, reduction="mean")
 
 
-def choose_forward(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[Forward, TrainSettings]:
+def choose_forward(
+    args: TrainSettings, policy: Policy, accelerator: Any, *, alone: bool = False
+) -> tuple[Forward, TrainSettings]:
     """Choose how a run computes, and check that it samples and scores this model rightly.
 
     Args:
         args: the settings, in which some of those may be left open.
         policy: the policy, on the device where it will run.
         accelerator: accelerate's handle of device and processes.
+        alone: whether one process chooses for itself, while others may wait for it.
 
     Returns:
         What computes, and the settings with what was left open filled in.
@@ -96,21 +100,30 @@ def choose_forward(args: TrainSettings, policy: Policy, accelerator: Any) -> tup
     Raises:
         Refused: the model cannot be sampled and scored, or has no attention of the kind that is asked for.
     """
-    precision, why = _precision(args, policy, accelerator)
+    precision, why = choose_precision(args, policy, accelerator)
     compiles, because = _compiles(args, policy, accelerator)
-    attention = _attention(args, policy, accelerator, precision)
+    attention = _attention(args, policy, accelerator)
     tokens = args.tokens_per_pass or _tokens(policy)
-    acting, copies = half_copy(policy) if precision == "bf16" else (policy, ())
-    model = acting.model
-    if attention == "eager":
-        try:
-            model = with_eager_attention(model)
-        except Refused:
-            if args.training_attention:
-                raise
-            attention = "as_loaded"
     code = CompiledStep() if compiles else None
-    scoring = agree(acting, model, hidden=args.estimator.needs_values, compiled=code, accelerator=accelerator)
+
+    def updated(model: nn.Module) -> nn.Module:
+        return with_eager_attention(model) if attention == "eager" else model
+
+    try:
+        model = updated(policy.model)
+    except Refused:
+        if args.training_attention:
+            raise
+        attention, model = "as_loaded", policy.model
+    how: dict[str, Any] = {
+        "hidden": args.estimator.needs_values,
+        "accelerator": None if alone else accelerator,
+    }
+    # In float32, since bfloat16 can round most of a gradient away. Compiled code is tried as it will run.
+    scoring = agree(policy, model, **how) if code is None else None
+    acting, copies = half_copy(policy) if precision == "bf16" else (policy, ())
+    model = model if acting is policy else updated(acting.model)
+    scoring = scoring or agree(acting, model, compiled=code, **how)
     if code is not None and code.failure:
         because, code = code.failure, None
     words = (
@@ -123,7 +136,7 @@ def choose_forward(args: TrainSettings, policy: Policy, accelerator: Any) -> tup
     return Forward(acting, model, scoring, copies, code, words), args
 
 
-def _precision(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[Literal["no", "bf16"], str]:
+def choose_precision(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[Precision, str]:
     """Return `bf16` for a bfloat16 copy of the weights or else `no`, and why."""
     if all(p.dtype != torch.float32 for p in policy.trainable_parameters()):
         return "no", "weights are not float32"
@@ -139,13 +152,11 @@ def _precision(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[L
     return ("bf16", "a CPU that multiplies in bfloat16") if has_it else ("no", "a CPU without bfloat16")
 
 
-def _attention(
-    args: TrainSettings, policy: Policy, accelerator: Any, precision: str
-) -> Literal["as_loaded", "eager"]:
-    """Return the attention of updates: in float32 on a CPU kernels are slow where rows share a prompt."""
+def _attention(args: TrainSettings, policy: Policy, accelerator: Any) -> Literal["as_loaded", "eager"]:
+    """Return the attention of updates: on a CPU the kernels' gradients are slow for short completions."""
     if args.training_attention is not None:
         return args.training_attention
-    suits = precision == "no" and policy.size >= LARGE and args.max_completion_length <= SHORT
+    suits = policy.size >= LARGE and args.max_completion_length <= SHORT
     return "eager" if accelerator.device.type == "cpu" and suits else "as_loaded"
 
 

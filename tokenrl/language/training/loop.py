@@ -122,7 +122,7 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
         args, defaults = settle(given, task, policy)
         console.facts("", model_facts(args, defaults.origins, policy))
         if args.warm_start:
-            stage = WarmStart(policy, task, rewards, args, console, accelerator.device)
+            stage = WarmStart(policy, task, rewards, args, console, accelerator)
             with using_threads(choose_threads(policy.size, args.threads)[0]):
                 if args.check and not stage.folder.exists():
                     warm_seconds = stage.try_out()
@@ -267,9 +267,7 @@ def _finish(run: Run, session: Session, reason: str) -> RunResult:
     for when, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
         facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}
     card = Card(run.title, facts, session.origin.in_words(), base_model(run.args.model))
-    session.finish(ended, lambda path: save_policy(ended.policy, path, card=card))
-    for finding in findings:
-        session.console.warn(str(finding))
+    session.finish(ended, lambda path: save_policy(ended.policy, path, card=card), map(str, findings))
     run.learner.accelerator.wait_for_everyone()
     return ended
 

@@ -22,6 +22,7 @@ from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task
 from tokenrl.language.training.arguments import SftArguments, SftSettings
 from tokenrl.language.training.defaults import demonstrations, length_of, room, sft_defaults, with_origins
 from tokenrl.language.training.evaluation import evaluate_policy
+from tokenrl.language.training.forward import Forward
 from tokenrl.language.training.setup import made_from, make_policy
 from tokenrl.language.training.supervised import SupervisedTraining
 from tokenrl.runs.metrics import Stopwatch
@@ -85,7 +86,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         args = replace(settled(SftSettings, args, found.values), threads=threads)
         stack.enter_context(using_threads(threads))
         how: dict[str, Any] = {"max_steps": args.max_steps, "batch_size": args.batch_size, "seed": args.seed}
-        how |= {"learning_rate": args.learning_rate, "scoring": scoring}
+        how |= {"learning_rate": args.learning_rate, "forward": Forward(policy, policy.model, scoring)}
         training, watch = SupervisedTraining(policy, rows, **how), Stopwatch()
         evaluate = _evaluation(args, task, rewards, policy, training)
         told = partial(with_origins, args, found.origins)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.rollout import Rollout, pad_left
-from tokenrl.language.rollout.scoring import USUAL, Scoring, score
+from tokenrl.language.rollout.scoring import USUAL, score
 from tokenrl.language.tasks.stream import Batches
+from tokenrl.language.training.forward import Forward
 from tokenrl.runs.schedules import load_schedule, make_schedule
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
@@ -84,8 +85,12 @@ class Descent:
         """Return the numbers of the next batch's rows."""
         return self._batches.next()
 
-    def update(self, loss: Tensor) -> dict[str, float]:
+    def update(self, loss: Tensor, differentiated: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Update the weights by the gradient of a loss.
+
+        Args:
+            loss: the loss.
+            differentiated: called after the backward pass, as to take gradients over from a copy.
 
         Returns:
             `loss`, before the update, and `grad_norm` before clipping.
@@ -96,6 +101,7 @@ class Descent:
         self.step += 1
         self._optimizer.zero_grad()
         loss.backward()
+        differentiated()
         norm = nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm)
         found = {"loss": loss.item(), "grad_norm": float(norm)}
         for what, value in zip(("loss", "norm of the gradient"), found.values(), strict=True):
@@ -195,7 +201,7 @@ class SupervisedTraining(Descent):
         demonstrations: Sequence[dict[str, Any]],
         *,
         max_grad_norm: float = 1.0,
-        scoring: Scoring = USUAL,
+        forward: Forward | None = None,
         **how: Any,
     ) -> None:
         """Tokenise all rows, so that an unusable one is refused before the first update.
@@ -204,7 +210,7 @@ class SupervisedTraining(Descent):
             policy: the policy to train.
             demonstrations: rows of `prompt` and `completion`.
             max_grad_norm: gradients are clipped to this norm.
-            scoring: how the policy is scored.
+            forward: how the policy is computed; None for its own model in the precision of its weights.
             **how: further arguments of `Descent`: `max_steps`, `batch_size`, `learning_rate`, `seed`.
 
         Raises:
@@ -212,7 +218,7 @@ class SupervisedTraining(Descent):
         """
         if not demonstrations:
             raise Refused("There are no demonstrations to learn from. Give rows of prompt and completion.")
-        self._policy, self._scoring = policy, scoring
+        self._policy, self._forward = policy, forward or Forward(policy, policy.model, USUAL)
         self.pairs = encode_demonstrations(policy, demonstrations)
         how |= {"of": "the supervised stage", "max_grad_norm": max_grad_norm}
         super().__init__(policy.trainable_parameters(), len(self.pairs), **how)
@@ -227,9 +233,11 @@ class SupervisedTraining(Descent):
             Stopped: the loss or its gradient became NaN or infinite.
         """
         batch = demonstration_batch(self._policy, [self.pairs[i] for i in self.batch()])
-        logprobs = score(self._policy.model, batch, self._scoring).logprobs
+        self._forward.refresh()
+        logprobs = score(self._forward.model, batch, self._forward.scoring).logprobs
         self.tokens += int(batch.mask.sum())
-        return self.update(-torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum())
+        loss = -torch.where(batch.mask, logprobs, 0).sum() / batch.mask.sum()
+        return self.update(loss, self._forward.hand_over)
 
 
 def fit(

@@ -181,12 +181,11 @@ def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> tuple[list[Re
         if record is None:
             break
         records.append(record)
-    if not records:
-        return records, 0.0
-    # The first step is slower than the others.
-    last = records[-1] if len(records) > 1 else _attempt(findings, "step-failed", step) or records[0]
+    timings = records[-1].timings if records else {}
+    for _ in range(3 - len(records) if records else 0):  # the first two are slower than later ones
+        timings = (_attempt(findings, "step-failed", step) or records[-1]).timings
     learner.optimizer.zero_grad()
-    return records, last.timings["collect"] + last.timings["update"]
+    return records, timings.get("collect", 0.0) + timings.get("update", 0.0)
 
 
 def _places(completions: Sequence[str], **_: Any) -> list[float]:
@@ -323,6 +322,7 @@ def judge_end(run: Run, session: Session, reason: str) -> list[Finding]:
     rows, groups = run.rows[1:], run.args.estimator.needs_groups
     facts = known_facts(run) | means("recent", last_tenth(rows), groups)
     if session.is_evaluated and session.step:
+        facts["is_solved"] = rows[-1].get("eval_reward", 0) >= (facts["solved_at"] or math.inf)
         change = run.means[-1] - run.means[0]
         gain, error = map(float, mean_and_error(change[~change.isnan()]))
         error = 0.0 if math.isnan(error) else error
@@ -336,7 +336,8 @@ def judge_end(run: Run, session: Session, reason: str) -> list[Finding]:
                 "share_without_signal": fmean(share_equal(row, groups) == 1 for row in rows),
                 "step_cut": rows[-1]["completions/clipped_ratio"],
             }
-    findings = [one for one in judge(facts) if one.flag in ("nothing-learnt", "entropy-collapsed")]
+    told = [one for one in judge(facts) if one.weight != "watch"]
+    findings = [one for one in told if one.flag in ("nothing-learnt", "entropy-collapsed")]
     if "policy-destroyed" in session.flags:
         names = {"nothing-learnt": "policy-destroyed"}
         findings = [replace(one, flag=names.get(one.flag, one.flag)) for one in findings]

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,11 @@ from tokenrl.language.policy.saving import (
     tokenizer_fingerprint,
 )
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.arguments import SftSettings, TrainSettings
 from tokenrl.language.training.defaults import default_rate, demonstrations, parameter_count
+from tokenrl.language.training.forward import Forward, choose_forward, choose_precision
 from tokenrl.language.training.probe import probe_policy
 from tokenrl.language.training.supervised import SupervisedTraining, check_trainable, fit
 from tokenrl.runs.checkpoint import step_of
@@ -162,7 +162,7 @@ class WarmStart:
         rewards: the reward functions, by which the stage is judged.
         args: the settings of the run: how completions are sampled, the seed, the number of updates.
         console: shows the progress.
-        device: the device to train on.
+        accelerator: accelerate's handle of the device to train on.
     """
 
     policy: Policy
@@ -170,11 +170,15 @@ class WarmStart:
     rewards: Rewards
     args: TrainSettings
     console: Console
-    device: torch.device
+    accelerator: Any
 
     @cached_property
     def _rows(self) -> list[dict[str, Any]]:
         return demonstrations(self.task)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.accelerator.device  # type: ignore[no-any-return]
 
     @cached_property
     def _rate(self) -> float:
@@ -186,8 +190,16 @@ class WarmStart:
         policy, args = self.policy, self.args
         model = [fingerprint(policy.model), tokenizer_fingerprint(policy.tokenizer), vars(policy.form)]
         sampling = [args.max_completion_length, args.num_generations, args.temperature]
-        training = [BATCH, WARMUP, PROMPTS, ENOUGH, self._rate, args.seed, self.device.type]
+        computing = [choose_precision(args, policy, self.accelerator)[0], args.training_attention]
+        training = [BATCH, WARMUP, PROMPTS, ENOUGH, self._rate, args.seed, self._device.type, *computing]
         return [model, self._rows, self.rewards.names, sampling, training]
+
+    @cached_property
+    def _forward(self) -> Forward:
+        """How updates are computed: no two demonstrations share a prompt, so each row is scored whole."""
+        args = replace(self.args, compile="off")
+        forward = choose_forward(args, self.policy, self.accelerator, alone=True)[0]
+        return replace(forward, scoring=replace(forward.scoring, share_prompt=False))
 
     @property
     def folder(self) -> Path:
@@ -217,18 +229,18 @@ class WarmStart:
         return facts | {"kept_in": str(directory)}
 
     def try_out(self) -> float:
-        """Make two updates and take them back; return the seconds of the second."""
+        """Make three updates and take them back; return the seconds of the third, as long as later ones."""
         self._check()
         weights = self.policy.trainable_parameters()
         before, times = [p.detach().clone() for p in weights], [time.perf_counter()]
         training = self._training()
-        for _ in range(2):
+        for _ in range(3):
             training.learn()
             times.append(time.perf_counter())
         for p, old in zip(weights, before, strict=True):
             p.data.copy_(old)
         self.policy.model.zero_grad(set_to_none=True)
-        return times[2] - times[1]
+        return times[3] - times[2]
 
     def _check(self) -> None:
         if self.policy.has_adapter:
@@ -236,12 +248,12 @@ class WarmStart:
                 "warm_start trains all weights, but the model has an adapter: merge it, or give none."
             )
         check_trainable(self.policy)
-        self.policy.model.to(self.device)
+        self.policy.model.to(self._device)
 
     def _training(self) -> SupervisedTraining:
         how: dict[str, Any] = {"max_steps": self.args.warm_start_steps, "batch_size": BATCH}
         how |= {"learning_rate": self._rate, "schedule": "constant", "warmup_steps": WARMUP}
-        how |= {"seed": self.args.seed, "scoring": agree(self.policy)}
+        how |= {"seed": self.args.seed, "forward": self._forward}
         return SupervisedTraining(self.policy, self._rows, **how)
 
     def _make(self, folder: Path) -> None:
@@ -270,7 +282,7 @@ class WarmStart:
         training, most = self._training(), settings.max_steps
         with Session("sft", settings) as session:
             session.console.each = "warm start"
-            session.keep(SavedPolicy(self.policy), Maker({}, device=self.device.type), training=training)
+            session.keep(SavedPolicy(self.policy), Maker({}, device=self._device.type), training=training)
             session.open("", {})
             if not session.continues:
                 session.evaluated(self._probe())
@@ -303,7 +315,8 @@ class WarmStart:
         sampling = Sampling(limit, size, heat, args.seed, truncate_prompts=args.truncate_prompts)
         prompts = [row for _, row in stream.next()]
         with self.console.doing(f"sampling {len(prompts)} x {sampling.num_generations} completions"):
-            found = probe_policy(self.policy, prompts, self.rewards, sampling)
+            self._forward.refresh()
+            found = probe_policy(self._forward.policy, prompts, self.rewards, sampling)
         return {"reward": found.reward.value, "unequal": found.unequal, "truncated": found.truncated.value}
 
 
