@@ -10,6 +10,7 @@ import pytest
 from tiny_models import letter_task, letters, letters_trained
 
 from tokenrl.errors import Stopped
+from tokenrl.runs import rules
 from tokenrl.runs.folders import verify
 
 DEMONSTRATIONS = [{"prompt": "ab>", "completion": "a"}]
@@ -156,13 +157,17 @@ def test_a_check_without_a_signal_says_what_helps(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("solved", [0.9, None], ids=["the task", "the reward"])
-def test_who_already_solves_the_prompts_is_not_told_to_learn_them(solved, tmp_path, capsys):
+def test_who_already_solves_the_prompts_is_not_told_to_learn_them(solved, tmp_path, capsys, monkeypatch):
+    """Nor, where the task says what counts as solved, that the policy is too sure of its answers."""
+    monkeypatch.setattr(rules, "LEAST_ENTROPY", 99.0)
+
     def right(completions, **_):
         return [1.0] * len(completions)
 
     right.binary = solved is None
     fields = {"solved": solved, "demonstrations": DEMONSTRATIONS}
-    assert train(tmp_path / "run", right, fields, max_steps=3).flags == ("nothing-learnt",)
+    flags = (*["entropy-collapsed"] * (solved is None), "nothing-learnt")
+    assert train(tmp_path / "run", right, fields, max_steps=3).flags == flags
     shown = said(capsys)
     assert shown.count("The policy already solves these prompts") == 2  # third step, end
     assert "--warm-start" not in shown

@@ -39,9 +39,7 @@ class PromptArguments(Settings, group="prompts and ends"):
         super().__post_init__()
         for text in self.stop or ():
             if not isinstance(text, str) or not text or re.search(r"\\[nrt](?![a-z])", text):
-                raise Refused(
-                    f"stop holds {text!r}: give a character at least; a shell makes a line break of $'\\n'."
-                )
+                raise Refused(f"stop holds {text!r}: give a character; a shell makes a line break of $'\\n'.")
 
 
 def _as_json(given: Any) -> str:

@@ -282,9 +282,7 @@ def enable_gradient_checkpointing(policy: Policy) -> None:
     try:
         enable({"use_reentrant": False})
     except ValueError as error:
-        raise Refused(
-            f"gradient_checkpointing does not work here ({describe(error)}): leave it off."
-        ) from error
+        raise Refused(f"gradient_checkpointing fails ({describe(error)}): leave it off.") from error
     # Under LoRA the embedding is frozen, so without this no input of a block would require a gradient.
     model.enable_input_require_grads()
     model.train()  # transformers checkpoints only in training mode; every dropout rate is zero

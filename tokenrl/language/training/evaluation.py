@@ -87,9 +87,7 @@ def evaluate_policy(
     """
     k, size = check_sizes(k, sampling.num_generations), sampling.num_generations
     if not prompts:
-        raise Refused(
-            "There are no prompts to evaluate on: give an eval_split, or hold rows out (eval_size)."
-        )
+        raise Refused("There are no prompts to evaluate on: give an eval_split or an eval_size.")
     if reference is not None:
         _check_reference(policy, reference, prompts, sampling)
     how: dict[str, Any] = {"generator": generator, "accelerator": accelerator, "batch_size": batch_size}

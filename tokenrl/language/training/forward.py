@@ -182,9 +182,7 @@ def _tokens(policy: Policy) -> int:
     shape = shape_of(policy)
     layers, hidden = getattr(shape, "num_hidden_layers", None), getattr(shape, "hidden_size", None)
     if not layers or not hidden:
-        raise Refused(
-            "The model's configuration names no num_hidden_layers and hidden_size: give tokens_per_pass."
-        )
+        raise Refused("The configuration names no num_hidden_layers and hidden_size: give tokens_per_pass.")
     size = next(policy.model.parameters()).element_size()
     return max(1, ACTIVATIONS // (NUMBERS * size * layers * hidden))
 

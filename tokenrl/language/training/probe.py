@@ -218,9 +218,7 @@ def probe_policy(
     """
     samples = sampling.num_generations
     if not prompts or samples < 2:
-        raise Refused(
-            f"A probe of {len(prompts)} prompts, {samples} samples of each: give two samples or more."
-        )
+        raise Refused(f"A probe of {len(prompts)} prompts, {samples} samples of each: give two or more.")
     rows = sampled_rows(policy, prompts, rewards, sampling, stream="probe", batch_size=batch_size)
     known, lengths = known_rewards(rows, samples), [row["length"] for row in rows]
     sizes = [2**power for power in range(samples.bit_length())]

@@ -167,9 +167,7 @@ def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> lis
         if eos is not None and (not ids or ids[-1] not in policy.eos_ids):
             ids.append(eos)
         if not ids:
-            raise Refused(
-                f"The demonstration in row {number} has no token, and there is no EOS: leave it out."
-            )
+            raise Refused(f"The demonstration in row {number} has no token, nor an EOS: leave it out.")
         prompt = policy.encode_all([row["prompt"]], max_completion_length=len(ids), first_row=number)[0]
         pairs.append((prompt, ids))
     return pairs

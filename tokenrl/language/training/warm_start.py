@@ -176,10 +176,6 @@ class WarmStart:
     def _rows(self) -> list[dict[str, Any]]:
         return demonstrations(self.task)
 
-    @property
-    def _device(self) -> torch.device:
-        return self.accelerator.device  # type: ignore[no-any-return]
-
     @cached_property
     def _rate(self) -> float:
         return default_rate(parameter_count(self.policy), supervised=True)
@@ -190,8 +186,9 @@ class WarmStart:
         policy, args = self.policy, self.args
         model = [fingerprint(policy.model), tokenizer_fingerprint(policy.tokenizer), vars(policy.form)]
         sampling = [args.max_completion_length, args.num_generations, args.temperature]
-        computing = [choose_precision(args, policy, self.accelerator)[0], args.training_attention]
-        training = [BATCH, WARMUP, PROMPTS, ENOUGH, self._rate, args.seed, self._device.type, *computing]
+        precision = choose_precision(args, policy, self.accelerator)[0]
+        computing = [self.accelerator.device.type, precision, args.training_attention]
+        training = [BATCH, WARMUP, PROMPTS, ENOUGH, self._rate, args.seed, *computing]
         return [model, self._rows, self.rewards.names, sampling, training]
 
     @cached_property
@@ -229,30 +226,24 @@ class WarmStart:
         return facts | {"kept_in": str(directory)}
 
     def try_out(self) -> float:
-        """Make three updates and take them back; return the seconds of the third, as long as later ones."""
+        """Make three updates at a rate of 0; return the seconds of the third, as long as later ones."""
         self._check()
-        weights = self.policy.trainable_parameters()
-        before, times = [p.detach().clone() for p in weights], [time.perf_counter()]
-        training = self._training()
+        training, times = self._training(0.0), list[float]()
         for _ in range(3):
-            training.learn()
             times.append(time.perf_counter())
-        for p, old in zip(weights, before, strict=True):
-            p.data.copy_(old)
+            training.learn()
         self.policy.model.zero_grad(set_to_none=True)
-        return times[3] - times[2]
+        return time.perf_counter() - times[2]
 
     def _check(self) -> None:
         if self.policy.has_adapter:
-            raise Refused(
-                "warm_start trains all weights, but the model has an adapter: merge it, or give none."
-            )
+            raise Refused("warm_start trains all weights, but the model has an adapter: merge it first.")
         check_trainable(self.policy)
-        self.policy.model.to(self._device)
+        self.policy.model.to(self.accelerator.device)
 
-    def _training(self) -> SupervisedTraining:
+    def _training(self, rate: float) -> SupervisedTraining:
         how: dict[str, Any] = {"max_steps": self.args.warm_start_steps, "batch_size": BATCH}
-        how |= {"learning_rate": self._rate, "schedule": "constant", "warmup_steps": WARMUP}
+        how |= {"learning_rate": rate, "schedule": "constant", "warmup_steps": WARMUP}
         how |= {"seed": self.args.seed, "forward": self._forward}
         return SupervisedTraining(self.policy, self._rows, **how)
 
@@ -279,10 +270,12 @@ class WarmStart:
 
     def _learn(self, settings: SftSettings) -> tuple[dict[str, Any], int]:
         """Make the updates; return the facts, and the exit code of the signal that ended them, or 0."""
-        training, most = self._training(), settings.max_steps
+        training, most = self._training(self._rate), settings.max_steps
         with Session("sft", settings) as session:
             session.console.each = "warm start"
-            session.keep(SavedPolicy(self.policy), Maker({}, device=self._device.type), training=training)
+            session.keep(
+                SavedPolicy(self.policy), Maker({}, device=self.policy.device.type), training=training
+            )
             session.open("", {})
             if not session.continues:
                 session.evaluated(self._probe())
