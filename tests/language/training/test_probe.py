@@ -69,5 +69,5 @@ def test_a_policy_is_probed():
     assert chances == sorted(chances) and deaths == sorted(deaths, reverse=True)
     again = probe_policy(tiny, rows, Rewards(reward), Sampling(3, 8))
     assert again.reward.value == pytest.approx(found.reward.value)  # the batch size changes memory only
-    with pytest.raises(Refused, match="two samples or more"):
+    with pytest.raises(Refused, match="samples of each: give two or more"):
         probe_policy(tiny, rows, Rewards(reward), Sampling(3, 1))
