@@ -116,7 +116,7 @@ def test_a_real_model_learns_the_form_and_then_from_rewards(real_model, tmp_path
     warmed = json.loads((tmp_path / "one" / "config.json").read_text())["warm_started"]
     assert warmed["loss_before"] > 4 > 1 > warmed["loss_after"]
     first = capsys.readouterr().out
-    assert first.index("order") < first.index("loading the model") < first.index("warm start   1/60")
+    assert first.index("order") < first.index("loading the model") < first.index("warm start  1/60")
     assert main([*words.split()[:-1], f"{tmp_path}/other"]) == 0
     assert "warm start, from the cache" in capsys.readouterr().out
     both = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("one", "other")]
