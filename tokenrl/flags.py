@@ -29,7 +29,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused
 from tokenrl.foreign import check_flags
-from tokenrl.lab.compare.arguments import CompareArguments
+from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.files import plain
 from tokenrl.settings import OR_FUNCTION, arguments, check_choice, field_types
@@ -76,10 +76,9 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     known = dict(field_types(kind))
     if kind is CompareArguments:
         stored = read_config(given.pop("config")) if "config" in given else {}
-        start = {key: value for key, value in stored.items() if key in known}
-        runs = ControlArguments if "env" in start | given else TrainArguments
+        runs = ControlArguments if "env" in stored | given else TrainArguments
         shared, unknown = _shared(runs, unknown, prog)
-        given["shared"] = {key: value for key, value in stored.items() if key not in known} | shared
+        start = with_shared(stored | shared)
         known |= field_types(runs)  # type: ignore[arg-type]
     check_flags(unknown, known, prog)
     return arguments(kind, start | given)

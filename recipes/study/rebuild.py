@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ def run(part: str) -> None:
     shutil.copy(found.output_dir / "comparison.json", folder)
 
 
+@cache
 def read(part: str) -> Part:
     """Judge a comparison from its raw tables."""
     runs, curves = (pd.read_csv(TABLES / part / f"{name}.csv") for name in ("runs", "curves"))

@@ -260,6 +260,9 @@ def test_flags_of_the_runs_are_shared_and_the_others_are_its_own(tmp_path):
     assert found.shared == {"max_steps": 20, "lr": 0.9}
     with pytest.raises(Refused, match="There is no setting 'lr'"):
         make_plan(found, print)
+    (tmp_path / "mine.yaml").write_text("shared: 3")
+    with pytest.raises(Refused, match="shared was given as 3"):
+        parsed(f"--config {tmp_path}/mine.yaml --max-steps 20")
 
 
 def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tokenrl.errors import Refused
-from tokenrl.settings import Bounds, Count, Number, Positive, Seed, Settings, shown
+from tokenrl.settings import Bounds, Count, Number, Positive, Seed, Settings, field_types, shown
 
 
 @dataclass(frozen=True)
@@ -97,3 +97,12 @@ class CompareArguments(ProblemArguments, JudgementArguments, ExecutionArguments)
         super().__post_init__()
         if not isinstance(self.shared, Mapping):
             raise Refused(f"shared was given as {shown(self.shared)}; it must map settings to their values.")
+
+
+def with_shared(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the options that are settings of the runs, and not of the comparison itself, under `shared`."""
+    own = {name: value for name, value in options.items() if name in field_types(CompareArguments)}
+    shared = {name: value for name, value in options.items() if name not in own}
+    if not shared or not isinstance(own.get("shared", {}), Mapping):  # which the arguments refuse
+        return own
+    return own | {"shared": {**own.get("shared", {}), **shared}}

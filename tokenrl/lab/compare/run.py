@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from tokenrl.errors import Refused
-from tokenrl.lab.compare.arguments import CompareArguments
+from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, judge_runs, write_tables
 from tokenrl.lab.compare.execution import command, execute
 from tokenrl.lab.compare.page import facts_of, write_comparison
@@ -26,7 +26,7 @@ from tokenrl.lab.compare.scores import RunTable, is_done, read_runs
 from tokenrl.lab.compare.tuning import FACTORS, tune
 from tokenrl.runs.console import Console, duration, number, rich_table
 from tokenrl.runs.reader import read_run
-from tokenrl.settings import called, field_types
+from tokenrl.settings import called
 
 TIMED_STEPS = 6
 """Steps of the run that is timed; the first two are left out, because they are slower than later ones."""
@@ -58,7 +58,7 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         >>> found = tokenrl.compare(task="sort_digits", arms=("reinforce", "rloo"), seeds=6, max_steps=100)
         >>> found.judgement.verdicts()
     """
-    args = called(CompareArguments, args, _with_shared(options) if options else {})
+    args = called(CompareArguments, args, with_shared(options) if options else {})
     console, root = Console(quiet=args.quiet), Path(args.output_dir)
     plan = make_plan(args, console.note, _command())
     plan = settle_plan(plan, root, overwrite=args.overwrite and not args.dry_run)
@@ -197,13 +197,6 @@ def _show(found: Comparison, console: Console) -> None:
     for run in found.table.runs.query("failed").itertuples():
         console.warn(f"{run.problem}: {run.arm}, seed {run.seed}, failed: {run.reason}")
     console.note(f"report  {found.output_dir / 'report.html'}")
-
-
-def _with_shared(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the keywords that are settings of the runs under `shared`."""
-    own = {name: value for name, value in options.items() if name in field_types(CompareArguments)}
-    shared = {name: value for name, value in options.items() if name not in own}
-    return own | ({"shared": {**own.get("shared", {}), **shared}} if shared else {})
 
 
 def _command() -> str:

@@ -27,7 +27,6 @@ from tokenrl.language.rollout.compiled import CompiledStep
 from tokenrl.language.rollout.scoring import Scoring
 from tokenrl.language.training.arguments import TrainSettings
 
-Precision = Literal["no", "bf16"]
 Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]  # weights of a policy, each with its bfloat16 copy
 
 LAYERS, PARAMETERS, STEPS = 8, 1_000_000, 100
@@ -119,7 +118,7 @@ def choose_forward(
         "hidden": args.estimator.needs_values,
         "accelerator": None if alone else accelerator,
     }
-    # In float32, since bfloat16 can round most of a gradient away. Compiled code is tried as it will run.
+    # Before any rounding: bfloat16 can leave little of a gradient. Compiled code is tried as it will run.
     scoring = agree(policy, model, **how) if code is None else None
     acting, copies = half_copy(policy) if precision == "bf16" else (policy, ())
     model = model if acting is policy else updated(acting.model)
@@ -136,7 +135,7 @@ def choose_forward(
     return Forward(acting, model, scoring, copies, code, words), args
 
 
-def choose_precision(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[Precision, str]:
+def choose_precision(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[str, str]:
     """Return `bf16` for a bfloat16 copy of the weights or else `no`, and why."""
     if all(p.dtype != torch.float32 for p in policy.trainable_parameters()):
         return "no", "weights are not float32"

@@ -128,6 +128,7 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
                     warm_seconds = stage.try_out()
                 else:
                     warmed = stage.run()
+            del stage  # and its copy of the weights
         adapt(args, policy)
     maker = made_from(policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator)
     threads, why = choose_threads(policy.size, args.threads)
