@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tokenrl.cli import COMMANDS
 from tokenrl.flags import parse
@@ -17,9 +18,29 @@ STUDY = Path(__file__).parents[1] / "recipes" / "study"
 def test_a_plan_can_be_run(path):
     args = parse("compare", COMMANDS["compare"], ["--config", str(path)])
     assert args.output_dir == f"runs/study/{path.stem}" and args.margin == 0.02
-    assert len(make_plan(args, print).arms) == 9
+    assert [arm.label for arm in make_plan(args, print).arms] == list(args.arms)
     head = path.read_text().partition("\ntask:")[0].splitlines()
     assert all(line.startswith("#") for line in head)
+
+
+def test_positives_and_negatives_are_weighted():
+    own, ones = runpy.run_path(str(STUDY / "own.py")), torch.ones(4, dtype=torch.bool)
+    totals = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    left = {
+        name: (totals - own[name](totals, group_size=4, mask=ones[:, None], valid=ones)).tolist()
+        for name in ("positives_quarter", "negatives_none")
+    }
+    third = -1 / 3
+    assert left["positives_quarter"] == pytest.approx([0.25, third, third, third])
+    assert left["negatives_none"] == [1, 0, 0, 0]
+
+
+def test_prompts_of_like_and_unlike_difficulty_share_none_and_a_shift_is_declared():
+    own = runpy.run_path(str(STUDY / "own.py"))
+    like, unlike = ({row["prompt"] for row in own[name]().train_prompts} for name in ("like", "unlike"))
+    assert len(like) == len(unlike) == 1024 and not like & unlike
+    rewards = own["shifted"]().reward(["21>", "21>"], ["12", "21"])
+    assert rewards == [2, 1]
 
 
 def test_the_page_is_what_the_raw_tables_say(tmp_path, monkeypatch):

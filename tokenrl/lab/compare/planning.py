@@ -142,7 +142,8 @@ def _problem(label: str, given: dict[str, Any], announce: Callable[[str], None])
         per_step = args.num_envs * (args.num_steps or 1)
         budget = args.max_steps * per_step
     else:
-        args = arguments(TrainArguments, {**given, "estimator": "reinforce_running_mean"})  # fits every shape
+        fits_every_shape = {"baseline": "running_mean", "ratio": "token"}
+        args = arguments(TrainArguments, {**given, "estimator": fits_every_shape})
         task, rewards = find_task(args)
         found = resolve(args, task, load_base(args, task, announce))
         unit, per_step = "completions", found.prompts_per_step * found.num_generations
