@@ -19,8 +19,7 @@ def test_a_plan_can_be_run(path):
     args = parse("compare", COMMANDS["compare"], ["--config", str(path)])
     assert args.output_dir == f"runs/study/{path.stem}"
     assert [arm.label for arm in make_plan(args, print).arms] == list(args.arms)
-    head = path.read_text().partition("\ntask:")[0].splitlines()
-    assert all(line.startswith("#") for line in head)
+    assert path.read_text().startswith("# Question ")
 
 
 def test_positives_and_negatives_are_weighted():

@@ -24,11 +24,11 @@ LIMITS = {
     **{"top": 737, "core": 1_350, "runs": 2_222, "control": 1_413, "advisor": 599},
     **{"language": 5, "language/policy": 685, "language/rewards": 775, "language/tasks": 506},
     **{"language/rollout": 887, "language/training": 2_485, "language/preferences": 626},
-    **{"language/inspect": 357, "lab": 5, "lab/exact": 872, "lab/measure": 678, "lab/compare": 1_686},
+    **{"language/inspect": 357, "lab": 5, "lab/exact": 872, "lab/measure": 678, "lab/compare": 1_687},
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 15_882, 163, 5_960, 16_845, 3_163, 560
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 15_883, 163, 5_960, 16_845, 3_163, 560
 STEP, STEP_FILES, STEP_LINES, STEP_MODULES = "tokenrl.language.training.step", 40, 3_800, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
