@@ -1,7 +1,6 @@
 """The study: its plans are plans, and its page says what its raw tables say."""
 
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -43,7 +42,7 @@ def test_prompts_of_like_and_unlike_difficulty_share_none_and_a_shift_is_declare
 
 
 def test_the_page_is_what_the_raw_tables_say(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["rebuild.py"])
+    monkeypatch.syspath_prepend(STUDY)
     recipe = runpy.run_path(str(STUDY / "rebuild.py"))
     page = tmp_path / "README.md"
     lines = (STUDY / "README.md").read_text().splitlines(keepends=True)

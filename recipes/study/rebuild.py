@@ -20,41 +20,51 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import tyro
 import yaml
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy import stats
+from questions import (
+    STUDY,
+    TABLES,
+    actions,
+    clipping,
+    division,
+    entropy,
+    judged,
+    lora,
+    noise,
+    rates,
+    read,
+    signs,
+)
 
 import tokenrl
-from tokenrl.lab import judge_scores, measure_gradients
+from tokenrl.lab import measure_bias, measure_gradients
 from tokenrl.language import load_task, warm_started_base
 from tokenrl.runs import read_run
 
-STUDY = Path(__file__).parent
-TABLES = STUDY / "tables"
-TASKS = ("sort_digits", "reverse_text")
-MARGIN = 0.02
-COLOURS = {"better": "#007a58", "worse": "#c24e00", "equivalent": "#0072b2", "undecided": "#77777f"}
-
-
-class Part(NamedTuple):
-    """A comparison, judged from its raw tables."""
-
-    family: Any
-    runs: pd.DataFrame
-    curves: pd.DataFrame
+SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "1_rates": (rates, ("1_sort_digits", "1_reverse_text", "1_countdown", "1_shifted")),
+    "2_division": (division, ("2_sgd_2",)),
+    "3_entropy": (entropy, ("1_sort_digits", "1_reverse_text")),
+    "4_signs": (signs, ("4_sort_digits", "4_countdown")),
+    "5_clipping": (clipping, ("5_updates_2",)),
+    "6_noise": (noise, ("1_sort_digits", "1_reverse_text")),
+    "7_lora": (lora, ("7_lora",)),
+    "8_actions": (actions, ("8_cartpole", "8_acrobot")),
+}
+"""For each figure the function that draws it and makes its tables, and a panel's part of the study."""
 
 
 def run(part: str) -> None:
     """Make the runs of a comparison that are not there yet, and keep its raw tables."""
+    if not (TABLES / "difficulty.csv").exists():
+        measure_difficulty()
     found: Any = tokenrl.compare(**yaml.safe_load((STUDY / f"{part}.yaml").read_text()))
     folder, table = TABLES / part, found.table
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,150 +72,69 @@ def run(part: str) -> None:
     table.runs.assign(seconds=seconds).to_csv(folder / "runs.csv", index=False)
     table.curves[table.curves["role"] != "tuning"].to_csv(folder / "curves.csv", index=False)
     shutil.copy(found.output_dir / "comparison.json", folder)
+    if part in SECTIONS["6_noise"][1]:
+        measure_noise(part)
+    if part in SECTIONS["4_signs"][1]:
+        measure_pass_at_8(part)
 
 
-@cache
-def read(part: str) -> Part:
-    """Judge a comparison from its raw tables."""
-    runs, curves = (pd.read_csv(TABLES / part / f"{name}.csv") for name in ("runs", "curves"))
-    ours, again = runs[runs["role"] == "comparison"], runs[runs["role"] == "itself"]
-    itself = {task: of.set_index("seed")["area"].to_dict() for task, of in again.groupby("problem")}
-    (family,) = judge_scores(ours, metric="area", margin=MARGIN, itself=itself).families
-    return Part(family, ours, curves[curves["role"] == "comparison"])
+def measure_difficulty() -> None:
+    """Question 2: measure how often the base model is right on each training prompt of sort_digits."""
+    task: Any = load_task("sort_digits")
+    measured = replace(task, eval_prompts=task.train_prompts)
+    found = tokenrl.evaluate(model=str(warm_started_base(task)), task=measured, num_generations=64).by_prompt
+    prompts = [row["prompt"] for row in task.train_prompts]
+    table = pd.DataFrame({"prompt": prompts, "right": found["reward"]})
+    table.to_csv(TABLES / "difficulty.csv", index=False, float_format="%g")
 
 
-def rates(axes: Axes, task: str) -> str:
-    """Question 1: the differences to rloo, filled at each arm's own rate, hollow at one rate for all."""
-    parts = [read(part) for part in (f"1_{task}", f"1_{task}_fixed") if (TABLES / part).exists()]
-    chosen, rows = parts[0].runs.groupby("arm")["learning_rate"].first(), []
-    greedy = judge_scores(parts[0].runs, metric="area_greedy").families[0].against_reference
-    for each in zip(*(part.family.arms for part in parts), strict=True):
-        arm = each[0].arm
-        cells = [f"`{arm}`", tokenrl.Estimator.preset(arm).bias_status, f"{chosen[arm]:g}"]
-        for scores, part in zip(each, parts, strict=True):
-            against = part.family.against_reference.get(scores.arm)
-            told = (against.apart, against.verdict) if against else ("", "reference")
-            cells += [f"{scores.mean:.3f}", *told]
-        rows.append([*cells, greedy[arm].apart if arm in greedy else ""])
-    axes.axvspan(-MARGIN, MARGIN, color="#dcdce0", lw=0)
-    axes.axvline(0, color="#5f5f66", lw=1)
-    for part, up, fill in zip(parts, (0.14, -0.14), (True, False), strict=False):
-        for place, one in enumerate(part.family.against_reference.values()):
-            colour, ends = COLOURS.get(one.verdict, "black"), one.adjusted
-            axes.plot([ends.low, ends.high], [place - up] * 2, color=colour, lw=2 if fill else 1)
-            axes.plot(one.mean.value, place - up, "o", color=colour, mfc=colour if fill else "white", ms=7)
-    others = list(parts[0].family.against_reference)
-    axes.set_yticks(range(len(others)), others)
-    axes.set_ylim(len(others) - 0.5, -0.5)
-    at_one = " (filled), all at 2e-4 (hollow)" * (len(parts) - 1)
-    axes.set_title(f"{task}: each arm at its own best rate{at_one}", loc="left", size=10)
-    axes.set_xlabel("area minus that of rloo (grey: within the margin)")
-    heads = ["arm", "declared bias", "own rate", "area", "against rloo", "verdict"]
-    heads += ["area at 2e-4", "against rloo", "verdict"] * (len(parts) - 1)
-    return table([*heads, "greedy area against rloo, own rate (exploratory)"], rows)
+def measure_pass_at_8(part: str) -> None:
+    """Question 4: measure pass@8 of the last policy of every run, and the bias of every baseline."""
+    runs, rows = read(part).runs, []
+    baseline = {arm: {} if arm == "rloo" else {"baseline": arm} for arm in runs["arm"].unique()}
+    bias = {arm: measure_bias(tokenrl.Estimator(**given)).found for arm, given in baseline.items()}
+    for one in runs.to_dict("records"):
+        model = f"runs/study/{part}/{one['path']}"
+        found = tokenrl.evaluate(model=model, task=one["problem"], num_generations=16, k=(8,)).metrics
+        rows.append(
+            {"arm": one["arm"], "seed": one["seed"], "pass@8": found["pass@8"], "bias": bias[one["arm"]]}
+        )
+    pd.DataFrame(rows).to_csv(TABLES / part / "pass8.csv", index=False)
 
 
-def entropy(axes: Axes, task: str) -> str:
-    """Question 3: one curve R = -a exp(H) + b for all arms, and what each arm leaves over."""
-    family, _, curves = read(f"1_{task}")
-    curves, labels = curves.query("samples > 0 and entropy == entropy"), [arm.arm for arm in family.arms]
-    over = {}
-    basis = np.column_stack([-np.exp(curves["entropy"]), np.ones(len(curves))])
-    for score in ("reward_greedy", "reward"):
-        (a, b), *_ = np.linalg.lstsq(basis, curves[score], rcond=None)
-        left = curves[score] - basis @ (a, b)
-        over[score] = left.groupby([curves["arm"], curves["path"]]).mean()
-    heats = np.linspace(curves["entropy"].min(), curves["entropy"].max(), 100)
-    axes.plot(heats, b - a * np.exp(heats), color="black", lw=1)
-    error, rows = float(np.sqrt((left**2).mean())), []
-    last = curves[curves["samples"] == curves["samples"].max()].groupby("arm")["entropy"].mean()
-    for arm in labels:
-        found = {score: interval(of[arm], 0.05 / len(labels)) for score, of in over.items()}
-        _, low, high = found["reward"]
-        says = "on the curve" if low > -MARGIN and high < MARGIN else "undecided"
-        says = "off the curve" if low > MARGIN or high < -MARGIN else says
-        words = {score: "{:+.3f} [{:+.3f}, {:+.3f}]".format(*one) for score, one in found.items()}
-        rows.append([f"`{arm}`", f"{last[arm]:.3f}", words["reward"], says, words["reward_greedy"]])
-        each = curves[curves["arm"] == arm].groupby("samples")[["entropy", "reward"]].mean()
-        axes.plot(each["entropy"], each["reward"], "o-", ms=3, lw=1, label=arm)
-    axes.set_title(f"{task}: R = {b:.2f} - {a:.2f} exp(H), error {error:.3f}", loc="left", size=10)
-    axes.set_xlabel("entropy H of a token, nats")
-    axes.set_ylabel("held-out sampled reward R")
-    axes.legend(fontsize=8, frameon=False)
-    heads = ["arm", "entropy at the end", "reward left over", "verdict", "greedy reward left over"]
-    return table(heads, rows)
-
-
-def measure(task: str) -> None:
+def measure_noise(part: str) -> None:
     """Question 6: measure the noise of every arm, at the start of a task and half way."""
-    (family, runs, _), rows = read(f"1_{task}"), []
+    task, runs, rows = part[2:], read(part).runs, []
     half: dict[str, Any] = {"learning_rate": float(runs[runs["arm"] == "rloo"]["learning_rate"].iloc[0])}
     half |= {"output_dir": f"runs/study/6_half_way/{task}", "overwrite": True, "quiet": True}
     tokenrl.train(task=task, max_steps=50, eval_every=50, lr_scheduler_type="constant", **half)
     for policy, model in (("start", warm_started_base(load_task(task))), ("half way", half["output_dir"])):
         how: dict[str, Any] = {"num_prompts": 512, "prompts_per_step": 16, "num_generations": 8}
-        how |= {"estimators": tuple(arm.arm for arm in family.arms)}
+        how |= {"estimators": tuple(arm.arm for arm in judged(part).arms)}
         for one in measure_gradients(task=task, model=str(model), **how).estimators:
             cells = {"policy": policy, "arm": one.estimator, "bias": one.declared, "noise": one.noise.value}
             rows.append(cells | {"low": one.noise.low, "high": one.noise.high, "cosine": one.cosine.value})
-    pd.DataFrame(rows).to_csv(TABLES / f"1_{task}" / "noise.csv", index=False)
-
-
-def noise(axes: Axes, task: str) -> str:
-    """Question 6: the noise of each arm beside its area, with the rank correlation over arms."""
-    family, rows = read(f"1_{task}").family, []
-    measured = pd.read_csv(TABLES / f"1_{task}" / "noise.csv").set_index(["policy", "arm"])
-    for arm in family.arms:
-        here, before = measured.loc[("half way", arm.arm)], measured.loc[("start", arm.arm)]
-        cells = [f"`{arm.arm}`", here["bias"], f"{before['noise']:.3g}"]
-        rows.append([*cells, "{noise:.3g} [{low:.3g}, {high:.3g}]".format(**here), f"{arm.mean:.3f}"])
-        axes.plot(here["noise"], arm.mean, "o", color="#0072b2" if here["bias"] == "exact" else "#c24e00")
-        axes.annotate(arm.arm, (here["noise"], arm.mean), (5, 4), textcoords="offset points", fontsize=8)
-    heard = [measured.loc[("half way", arm.arm), "noise"] for arm in family.arms]
-    found = rank_correlation(np.array(heard), np.array([arm.mean for arm in family.arms]))
-    axes.set_title(
-        "{}: rank correlation {:+.2f} [{:+.2f}, {:+.2f}]".format(task, *found), loc="left", size=10
-    )
-    axes.set_xlabel("noise of a step's gradient half way: variance / squared signal (blue: unbiased)")
-    axes.set_ylabel("area at its own rate")
-    return table(["arm", "declared bias", "noise at the start", "noise half way", "area"], rows)
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Return Spearman's correlation with a 95 % interval from 10,000 resamplings of the arms."""
-    rng, found = np.random.default_rng(0), []
-    for _ in range(10_000):
-        take = rng.integers(0, len(x), len(x))
-        if len(set(x[take])) > 1 and len(set(y[take])) > 1:
-            found.append(np.corrcoef(stats.rankdata(x[take]), stats.rankdata(y[take]))[0, 1])
-    return float(stats.spearmanr(x, y)[0]), *(float(end) for end in np.quantile(found, [0.025, 0.975]))
-
-
-def interval(values: Sequence[float], alpha: float) -> tuple[float, float, float]:
-    """Return the mean of some runs with its Student-t interval."""
-    mean = float(np.mean(values))
-    half = float(stats.sem(values) * stats.t.ppf(1 - alpha / 2, len(values) - 1))
-    return mean, mean - half, mean + half
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a table in Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows])
+    pd.DataFrame(rows).to_csv(TABLES / part / "noise.csv", index=False)
 
 
 def rebuild(page: Path, figures: Path) -> None:
-    """Write the tables of the page between its marks, and the figures, of the tasks that have raw tables."""
-    text, tasks = page.read_text(), [task for task in TASKS if (TABLES / f"1_{task}").exists()]
+    """Write the tables of the page between its marks, and the figures, of the parts that have raw tables."""
+    text = page.read_text()
     figures.mkdir(exist_ok=True)
-    for number, make in ((1, rates), (3, entropy), (6, noise)):
-        figure = Figure((6 * len(tasks) + 1, 4.6), layout="constrained")
-        for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-            mark, body = f"<!-- table {number} {task} -->\n", make(axes, task)
+    for name, (make, parts) in SECTIONS.items():
+        there = [part for part in parts if (TABLES / part).exists()]
+        across = min(len(there), 2)
+        down = -(-len(there) // 2)
+        if not there:
+            continue
+        figure = Figure((6 * across + 1, 4.6 * down), layout="constrained")
+        for axes, part in zip(figure.subplots(down, across, squeeze=False).flat, there, strict=False):
+            mark, body = f"<!-- table {name} {part} -->\n", make(axes, part)
             axes.spines[["top", "right"]].set_visible(False)
             assert mark in text, f"the page has no {mark}"
             before, _, after = text.partition(mark)
             text = f"{before}{mark}{body}\n" + re.sub(r"\A(\|.*\n)*", "", after)
-        figure.savefig(figures / f"{number}_{make.__name__}.png", dpi=110, metadata={"Software": None})
+        figure.savefig(figures / f"{name}.png", dpi=110, metadata={"Software": None})
     page.write_text(text)
 
 
@@ -222,8 +151,6 @@ def main(from_nothing: bool = False, parts: tuple[str, ...] = ()) -> None:
         parts = tuple(sorted(path.stem for path in STUDY.glob("*.yaml")))
     for part in parts:
         run(part)
-        if part.removeprefix("1_") in TASKS:
-            measure(part.removeprefix("1_"))
     rebuild(STUDY / "README.md", STUDY / "figures")
 
 

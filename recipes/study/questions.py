@@ -1,0 +1,311 @@
+"""The tables and figures of the study, one function for each question, from the raw tables.
+
+Each takes the axes to draw on and the part of the study, and returns a table in Markdown. Differences are
+judged by the code of `tokenrl compare`, as one family of comparisons for each table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import yaml
+from matplotlib.axes import Axes
+from scipy import stats
+
+import tokenrl
+from tokenrl.lab import judge_scores
+
+STUDY = Path(__file__).parent
+TABLES = STUDY / "tables"
+MARGIN = 0.02
+COLOURS = {"better": "#007a58", "worse": "#c24e00", "equivalent": "#0072b2", "undecided": "#77777f"}
+
+
+class Part(NamedTuple):
+    """The raw tables of a comparison, without the runs for tuning, and its margin."""
+
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    margin: float
+
+
+@cache
+def read(part: str) -> Part:
+    """Read the raw tables of a comparison."""
+    runs, curves = (pd.read_csv(TABLES / part / f"{name}.csv") for name in ("runs", "curves"))
+    plan = yaml.safe_load((STUDY / f"{part}.yaml").read_text())
+    ours, curves = (of[of["role"] == "comparison"] for of in (runs, curves))
+    return Part(ours, curves[curves["samples"] > 0], plan["margin"])
+
+
+@cache
+def judged(part: str, metric: str = "area") -> Any:
+    """Judge the arms of a part against its first arm, as its plan says."""
+    (family,) = judge_scores(read(part).runs, metric=metric, margin=read(part).margin).families
+    return family
+
+
+def judged_differences(differences: Mapping[str, Mapping[int, float]]) -> Any:
+    """Judge differences that have references of their own, by cell and seed, as one family."""
+    rows = [("none", seed, 0.0) for seed in next(iter(differences.values()))]
+    rows += [(cell, seed, value) for cell, of in differences.items() for seed, value in of.items()]
+    return judge_scores(rows, margin=MARGIN).families[0].against_reference
+
+
+def forest(
+    axes: Axes, against: Mapping[str, Any], margin: float, up: float = 0, hollow: bool = False
+) -> None:
+    """Draw differences with their intervals, one below the other."""
+    axes.axvspan(-margin, margin, color="#dcdce0", lw=0)
+    axes.axvline(0, color="#5f5f66", lw=1)
+    for place, one in enumerate(against.values()):
+        colour, ends = COLOURS.get(one.verdict, "black"), one.adjusted
+        axes.plot([ends.low, ends.high], [place - up] * 2, color=colour, lw=1 if hollow else 2)
+        axes.plot(one.mean.value, place - up, "o", color=colour, mfc="white" if hollow else colour, ms=7)
+    axes.set_yticks(range(len(against)), [label.rpartition(":")[2] for label in against])
+    axes.set_ylim(len(against) - 0.5, -0.5)
+
+
+def rates(axes: Axes, part: str) -> str:
+    """Questions 1 and 8: differences to rloo, filled at each arm's own rate, hollow at one rate for all."""
+    parts = [name for name in (part, f"{part}_fixed") if (TABLES / name).exists()]
+    (runs, _, margin), rows = read(part), []
+    chosen = runs.groupby("arm")["learning_rate"].first()
+    greedy = judged(part, "area_greedy").against_reference
+    for each in zip(*(judged(name).arms for name in parts), strict=True):
+        arm = each[0].arm
+        cells = [f"`{arm}`", tokenrl.Estimator.preset(arm).bias_status, f"{chosen[arm]:g}"]
+        for name, scores in zip(parts, each, strict=True):
+            against = judged(name).against_reference.get(arm)
+            told = (against.apart, against.verdict) if against else ("", "reference")
+            cells += [f"{scores.mean:.{3 if margin < 1 else 1}f}", *told]
+        rows.append([*cells, greedy[arm].apart if arm in greedy else ""])
+    for name, up in zip(parts, (0.14, -0.14), strict=False):
+        forest(axes, judged(name).against_reference, margin, up, hollow=name != part)
+    at_one = " (filled), all at 2e-4 (hollow)" * (len(parts) - 1)
+    axes.set_title(f"{part[2:]}: each arm at its own best rate{at_one}", loc="left", size=10)
+    axes.set_xlabel("area minus that of rloo (grey: within the margin)")
+    heads = ["arm", "declared bias", "own rate", "area", "against rloo", "verdict"]
+    heads += ["area at 2e-4", "against rloo", "verdict"] * (len(parts) - 1)
+    return table([*heads, "greedy area against rloo, own rate (exploratory)"], rows)
+
+
+def division(axes: Axes, part: str) -> str:
+    """Question 2: the area with the division by the standard deviation minus that without, in every cell."""
+    areas, shown, early = dict[str, Any](), dict[str, list[str]](), dict[str, str]()
+    for kind in ("adamw_8", "adamw_2", "sgd_8", "sgd_2"):
+        runs, curves, _ = read(f"2_{kind}")
+        for task, of in runs.groupby("problem"):
+            optimiser, _, size = kind.partition("_")
+            cell = f"{optimiser}, G = {size}, {task.rpartition(':')[2]}"
+            without, divided = (of[of["arm"].str.split(",").str[0] == a] for a in ("grpo_no_std", "grpo"))
+            means = [f"{one['learning_rate'].iloc[0]:g}" for one in (without, divided)]
+            shown[cell] = [*means, f"{without['area'].mean():.3f}"]
+            areas[cell] = (divided.set_index("seed")["area"] - without.set_index("seed")["area"]).to_dict()
+            first = curves[curves["samples"] == curves["samples"].min()].set_index("path")["reward"]
+            pairs = [first[one.sort_values("seed")["path"]].to_numpy() for one in (divided, without)]
+            early[cell] = signed(interval(pairs[0] - pairs[1], 0.05 / 8))
+    against = judged_differences(areas)
+    forest(axes, against, MARGIN)
+    axes.set_title("grpo minus grpo_no_std, each at its own rate", loc="left", size=10)
+    axes.set_xlabel("difference in area (grey: within the margin)")
+    rows = [[c, *shown[c], against[c].apart, against[c].verdict, early[c]] for c in areas]
+    heads = ["cell", "rate without", "rate with", "area without", "with minus without", "verdict"]
+    return table([*heads, "the same at the first evaluation (exploratory)"], rows)
+
+
+def entropy(axes: Axes, part: str) -> str:
+    """Question 3: one curve R = -a exp(H) + b for all arms, and what each arm leaves over."""
+    curves = read(part).curves.query("entropy == entropy")
+    labels = [arm.arm for arm in judged(part).arms]
+    over = {}
+    basis = np.column_stack([-np.exp(curves["entropy"]), np.ones(len(curves))])
+    for score in ("reward_greedy", "reward"):
+        (a, b), *_ = np.linalg.lstsq(basis, curves[score], rcond=None)
+        left = curves[score] - basis @ (a, b)
+        over[score] = left.groupby([curves["arm"], curves["path"]]).mean()
+    heats = np.linspace(curves["entropy"].min(), curves["entropy"].max(), 100)
+    axes.plot(heats, b - a * np.exp(heats), color="black", lw=1)
+    error, rows = float(np.sqrt((left**2).mean())), []
+    last = curves[curves["samples"] == curves["samples"].max()].groupby("arm")["entropy"].mean()
+    for arm in labels:
+        found = {score: interval(of[arm], 0.05 / len(labels)) for score, of in over.items()}
+        _, low, high = found["reward"]
+        says = "on the curve" if low > -MARGIN and high < MARGIN else "undecided"
+        says = "off the curve" if low > MARGIN or high < -MARGIN else says
+        words = {score: signed(one) for score, one in found.items()}
+        rows.append([f"`{arm}`", f"{last[arm]:.3f}", words["reward"], says, words["reward_greedy"]])
+        each = curves[curves["arm"] == arm].groupby("samples")[["entropy", "reward"]].mean()
+        axes.plot(each["entropy"], each["reward"], "o-", ms=3, lw=1, label=arm)
+    axes.set_title(f"{part[2:]}: R = {b:.2f} - {a:.2f} exp(H), error {error:.3f}", loc="left", size=10)
+    axes.set_xlabel("entropy H of a token, nats")
+    axes.set_ylabel("held-out sampled reward R")
+    axes.legend(fontsize=8, frameon=False)
+    heads = ["arm", "entropy at the end", "reward left over", "verdict", "greedy reward left over"]
+    return table(heads, rows)
+
+
+def signs(axes: Axes, part: str) -> str:
+    """Question 4: area and pass@8 with positive and negative advantages weighted."""
+    sampled = pd.read_csv(TABLES / part / "pass8.csv")
+    (wide,) = judge_scores(sampled, metric="pass@8", margin=MARGIN).families
+    bias = sampled.groupby("arm")["bias"].first()
+    (runs, curves, _), family, rows = read(part), judged(part), []
+    chosen, last = runs.groupby("arm")["learning_rate"].first(), at_the_end(curves)
+    for one, other in zip(family.arms, wide.arms, strict=True):
+        cells = [f"`{one.arm.rpartition(':')[2]}`", bias[one.arm], f"{chosen[one.arm]:g}"]
+        for scores, of in ((one, family), (other, wide)):
+            against = of.against_reference.get(scores.arm)
+            told = (against.apart, against.verdict) if against else ("", "reference")
+            cells += [f"{scores.mean:.3f}", *told]
+        rows.append([*cells, f"{last.groupby('arm')['entropy'].mean()[one.arm]:.3f}"])
+    forest(axes, family.against_reference, MARGIN, 0.14)
+    forest(axes, wide.against_reference, MARGIN, -0.14, hollow=True)
+    axes.set_title(f"{part[2:]}: area (filled) and pass@8 at the end (hollow)", loc="left", size=10)
+    axes.set_xlabel("minus that of rloo (grey: within the margin)")
+    heads = ["arm", "measured bias", "own rate", "area", "against rloo", "verdict"]
+    return table([*heads, "pass@8", "against rloo", "verdict", "entropy at the end"], rows)
+
+
+CLIPS = {
+    "none": "epsilon=1e-6",
+    ".2": "token",
+    ".2/.28": "0.28",
+    "CISPO": "epsilon_high=4",
+    "sequence": "product",
+}
+
+
+def clipping(axes: Axes, part: str) -> str:
+    """Question 5: the area of each way to clip, minus that without a ratio."""
+    areas, shown = dict[str, Any](), dict[str, list[str]]()
+    for updates in (2, 4, 8):
+        runs, curves, _ = read(f"5_updates_{updates}")
+        heat = at_the_end(curves).set_index("path")["entropy"]
+        arms = dict(zip(CLIPS, runs["arm"].unique(), strict=True))
+        assert all(CLIPS[name] in arm for name, arm in arms.items())
+        of = {name: runs[runs["arm"] == arm].set_index("seed") for name, arm in arms.items()}
+        for name, mine in of.items():
+            cell = f"{updates} updates, {name}"
+            hotter = heat[mine["path"]].to_numpy() - heat[of[".2"]["path"]].to_numpy()
+            words = [
+                f"{heat[mine['path']].mean():.3f}",
+                "" if name == ".2" else signed(interval(hotter, 0.05)),
+            ]
+            shown[cell] = [f"{mine['learning_rate'].iloc[0]:g}", f"{mine['area'].mean():.3f}", *words]
+            if name != "none":
+                areas[cell] = (mine["area"] - of["none"]["area"]).to_dict()
+    against = judged_differences(areas)
+    forest(axes, against, MARGIN)
+    axes.set_title("area minus that without a ratio, each at its own rate", loc="left", size=10)
+    axes.set_xlabel("difference in area (grey: within the margin)")
+    rows = []
+    for cell, (rate, area, *entropies) in shown.items():
+        one = against.get(cell)
+        rows.append([cell, rate, area, *((one.apart, one.verdict) if one else ("", "reference")), *entropies])
+    heads = ["cell", "own rate", "area", "against none", "verdict", "entropy at the end"]
+    return table([*heads, "that minus that of .2 (exploratory)"], rows)
+
+
+def noise(axes: Axes, part: str) -> str:
+    """Question 6: the noise of each arm beside its area, with the rank correlation over arms."""
+    family, rows = judged(part), []
+    measured = pd.read_csv(TABLES / part / "noise.csv").set_index(["policy", "arm"])
+    for arm in family.arms:
+        here, before = measured.loc[("half way", arm.arm)], measured.loc[("start", arm.arm)]
+        cells = [f"`{arm.arm}`", here["bias"], f"{before['noise']:.3g}"]
+        rows.append([*cells, "{noise:.3g} [{low:.3g}, {high:.3g}]".format(**here), f"{arm.mean:.3f}"])
+        axes.plot(here["noise"], arm.mean, "o", color="#0072b2" if here["bias"] == "exact" else "#c24e00")
+        axes.annotate(arm.arm, (here["noise"], arm.mean), (5, 4), textcoords="offset points", fontsize=8)
+    heard = [measured.loc[("half way", arm.arm), "noise"] for arm in family.arms]
+    found = rank_correlation(np.array(heard), np.array([arm.mean for arm in family.arms]))
+    axes.set_title(f"{part[2:]}: rank correlation {signed(found, 2)}", loc="left", size=10)
+    axes.set_xlabel("noise of a step's gradient half way: variance / squared signal (blue: unbiased)")
+    axes.set_ylabel("area at its own rate")
+    return table(["arm", "declared bias", "noise at the start", "noise half way", "area"], rows)
+
+
+def lora(axes: Axes, part: str) -> str:
+    """Question 7: the area over the rate for each rank, its peak, and the ends at the best rates."""
+    runs, scores, peaks = read(part).runs, list[tuple[str, int, float]](), dict[str, np.ndarray]()
+    ranks = runs["arm"].str.extract(r"lora_r=(\d+)")[0].radd("rank ").fillna("all weights")
+    takes = np.random.default_rng(0).integers(0, runs["seed"].nunique(), (10_000, runs["seed"].nunique()))
+    for rank, of in runs.groupby(ranks, sort=False):
+        areas = of.pivot(index="seed", columns="learning_rate", values="area")
+        axes.plot(areas.columns, areas.mean(), "o-", ms=4, lw=1, label=rank)
+        means = [areas.to_numpy().mean(0), *(areas.to_numpy()[take].mean(0) for take in takes)]
+        peaks[rank] = np.array([peak(areas.columns.to_numpy(), mean) for mean in means])
+        others = {seed: areas.drop(seed).mean().idxmax() for seed in areas.index}
+        scores += [(rank, seed, areas.at[seed, rate]) for seed, rate in others.items()]
+    family, rows = judge_scores(scores, margin=MARGIN).families[0], []
+    for arm in family.arms:
+        best, ratio = peaks[arm.arm], peaks[arm.arm] / peaks["all weights"]
+        against = family.against_reference.get(arm.arm)
+        told = (against.apart, against.verdict) if against else ("", "reference")
+        ends = [
+            "{:.3g} [{:.3g}, {:.3g}]".format(x[0], *np.quantile(x[1:], [0.025, 0.975])) for x in (best, ratio)
+        ]
+        rows.append([arm.arm, *ends, f"{arm.mean:.3f}", *told])
+    axes.set_xscale("log")
+    axes.set_title("mean area at each rate, 6 seeds", loc="left", size=10)
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("area")
+    axes.legend(fontsize=8, frameon=False)
+    heads = ["arm", "best rate", "divided by that of all weights", "area at the rate best on other seeds"]
+    return table([*heads, "against all weights", "verdict"], rows)
+
+
+def actions(axes: Axes, part: str) -> str:
+    """Question 8: the differences to rloo of an agent, and the rank correlation with sort_digits."""
+    text = rates(axes, part)
+    words = {arm.arm: arm.mean for arm in judged("1_sort_digits").arms}
+    means = [(words[arm.arm], arm.mean) for arm in judged(part).arms]
+    found = rank_correlation(*np.array(means).T)
+    axes.set_title(f"{part[2:]}: rank correlation with sort_digits {signed(found, 2)}", loc="left", size=10)
+    return text
+
+
+def peak(rates: np.ndarray, areas: np.ndarray) -> float:
+    """Return the rate at the top of the parabola through the best point and its neighbours, over log2."""
+    top = int(np.argmax(areas))
+    if top in (0, len(areas) - 1):
+        return float(rates[top])
+    left, middle, right = areas[top - 1 : top + 2]
+    return float(rates[top] * 2 ** (0.5 * (left - right) / (left - 2 * middle + right)))
+
+
+def at_the_end(curves: pd.DataFrame) -> pd.DataFrame:
+    """Return the last evaluations of the runs."""
+    return curves[curves["samples"] == curves["samples"].max()]
+
+
+def signed(found: Iterable[float], digits: int = 3) -> str:
+    """Write a number that has a sign, and its interval."""
+    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*found, d=digits)
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """Return Spearman's correlation with a 95 % interval from 10,000 resamplings of the arms."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(10_000):
+        take = rng.integers(0, len(x), len(x))
+        if len(set(x[take])) > 1 and len(set(y[take])) > 1:
+            found.append(np.corrcoef(stats.rankdata(x[take]), stats.rankdata(y[take]))[0, 1])
+    return float(stats.spearmanr(x, y)[0]), *(float(end) for end in np.quantile(found, [0.025, 0.975]))
+
+
+def interval(values: Sequence[float], alpha: float) -> tuple[float, float, float]:
+    """Return the mean of some runs with its Student-t interval."""
+    mean = float(np.mean(values))
+    half = float(stats.sem(values) * stats.t.ppf(1 - alpha / 2, len(values) - 1))
+    return mean, mean - half, mean + half
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows])
