@@ -225,6 +225,7 @@ def noise(axes: Axes, part: str) -> str:
     heard = [measured.loc[("half way", arm.arm), "noise"] for arm in family.arms]
     found = rank_correlation(np.array(heard), np.array([arm.mean for arm in family.arms]))
     axes.set_title(f"{part[2:]}: rank correlation {signed(found, 2)}", loc="left", size=10)
+    axes.set_xscale("log")
     axes.set_xlabel("noise of a step's gradient half way: variance / squared signal (blue: unbiased)")
     axes.set_ylabel("area at its own rate")
     return table(["arm", "declared bias", "noise at the start", "noise half way", "area"], rows)
