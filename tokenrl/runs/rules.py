@@ -152,9 +152,12 @@ def no_signal(facts: Facts) -> Judgement:
 
 @rule("no-signal-at-start")
 def no_signal_at_start(facts: Facts) -> Judgement:
-    """Most groups had equal rewards in the first tenth of the steps; given only where groups are compared."""
-    text = "In {early_equal:.0%} of the groups of the first tenth of the steps all rewards were equal."
-    return above(facts["early_equal"], void=MOST), text
+    """Most groups had equal rewards in the first tenth of the steps, and nothing was learnt.
+
+    Given only where groups are compared. Of two completions most have equal rewards in good health too.
+    """
+    text = "In {early_equal:.0%} of the groups at the start all rewards were equal, the gain {gain:+.2g}."
+    return "void" if facts["early_equal"] > MOST and facts["gain"] <= 0 else None, text
 
 
 @rule("signal")

@@ -262,16 +262,17 @@ def test_runs_that_exist_are_judged_by_the_settings_in_which_they_differ(tmp_pat
     assert main(["report", str(tmp_path / "found")]) == 0
 
 
-def test_completions_that_are_cut_void_an_arm_and_groups_without_signal_only_one_that_compares_groups(
+def test_completions_that_are_cut_void_an_arm_and_groups_without_signal_one_that_compares_them_in_vain(
     tmp_path,
 ):
     runs = tmp_path / "runs"
     existing(runs, "a", {}, 0.5)
-    existing(runs, "b", {"baseline": "none"}, 0.7, frac_reward_zero_std=0.9)
-    existing(runs, "c", {"baseline": "group_mean"}, 0.7, frac_reward_zero_std=0.9)
+    existing(runs, "b", {"baseline": "none"}, -0.1, frac_reward_zero_std=0.9)
+    existing(runs, "c", {"baseline": "group_mean"}, -0.1, frac_reward_zero_std=0.9)
     existing(runs, "d", {"baseline": "batch_mean"}, 0.7, **{"completions/clipped_ratio": 0.6})
+    existing(runs, "e", {"baseline": "opo"}, 0.7, frac_reward_zero_std=0.9)
     found = judge_existing(tmp_path)
-    assert list(found.judgement.verdicts().values()) == ["better", "void", "void"]
+    assert list(found.judgement.verdicts().values()) == ["worse", "void", "void", "better"]
     void = [arm.void for arm in found.judgement.families[0].arms]
     assert "all rewards were equal" in void[2] and "60% of the completions are cut off at 8 tokens" in void[3]
 
