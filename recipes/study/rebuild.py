@@ -6,7 +6,7 @@
 
 The runs of a part are those of `tokenrl compare --config recipes/study/PART.yaml`; killed and started again,
 they go on where they were. The raw tables hold one row for each run, and the curves of its evaluations. The
-verdicts are computed from them by the same code as in `tokenrl compare`. A task without tables is left out.
+verdicts are computed from them by the same code as in `tokenrl compare`. A part without tables is left out.
 """
 
 # /// script
@@ -58,7 +58,8 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "7_lora": (lora, ("7_lora",)),
     "8_actions": (actions, ("8_cartpole", "8_acrobot")),
 }
-"""For each figure the function that draws it and makes its tables, and a panel's part of the study."""
+"""For each figure the function that draws it and makes its tables, and the part of the study of each panel;
+questions 2 and 5 have one panel for several parts, of which the one named here is run last."""
 
 
 def run(part: str) -> None:
