@@ -57,6 +57,12 @@ def judged_differences(differences: Mapping[str, Mapping[int, float]]) -> Any:
     return judge_scores(rows, margin=MARGIN).families[0].against_reference
 
 
+def told(family: Any, scores: Any, digits: int = 3) -> list[str]:
+    """Return three cells: the mean of an arm, its difference to the reference, and the verdict."""
+    one, mean = family.against_reference.get(scores.arm), f"{scores.mean:.{digits}f}"
+    return [mean, one.apart, one.verdict] if one else [mean, "", "reference"]
+
+
 def forest(
     axes: Axes, against: Mapping[str, Any], margin: float, up: float = 0, hollow: bool = False
 ) -> None:
@@ -81,9 +87,7 @@ def rates(axes: Axes, part: str) -> str:
         arm = each[0].arm
         cells = [f"`{arm}`", tokenrl.Estimator.preset(arm).bias_status, f"{chosen[arm]:g}"]
         for name, scores in zip(parts, each, strict=True):
-            against = judged(name).against_reference.get(arm)
-            told = (against.apart, against.verdict) if against else ("", "reference")
-            cells += [f"{scores.mean:.{3 if margin < 1 else 1}f}", *told]
+            cells += told(judged(name), scores, 3 if margin < 1 else 1)
         rows.append([*cells, greedy[arm].apart if arm in greedy else ""])
     for name, up in zip(parts, (0.14, -0.14), strict=False):
         forest(axes, judged(name).against_reference, margin, up, hollow=name != part)
@@ -103,13 +107,14 @@ def division(axes: Axes, part: str) -> str:
         for task, of in runs.groupby("problem"):
             optimiser, _, size = kind.partition("_")
             cell = f"{optimiser}, G = {size}, {task.rpartition(':')[2]}"
-            without, divided = (of[of["arm"].str.split(",").str[0] == a] for a in ("grpo_no_std", "grpo"))
-            means = [f"{one['learning_rate'].iloc[0]:g}" for one in (without, divided)]
-            shown[cell] = [*means, f"{without['area'].mean():.3f}"]
-            areas[cell] = (divided.set_index("seed")["area"] - without.set_index("seed")["area"]).to_dict()
+            presets, by_seed = of["arm"].str.split(",").str[0], of.set_index("seed")
+            without, divided = (by_seed[(presets == a).to_numpy()] for a in ("grpo_no_std", "grpo"))
+            chosen = [f"{one['learning_rate'].iloc[0]:g}" for one in (without, divided)]
+            shown[cell] = [*chosen, f"{without['area'].mean():.3f}"]
+            areas[cell] = (divided["area"] - without["area"]).to_dict()
             first = curves[curves["samples"] == curves["samples"].min()].set_index("path")["reward"]
-            pairs = [first[one.sort_values("seed")["path"]].to_numpy() for one in (divided, without)]
-            early[cell] = signed(interval(pairs[0] - pairs[1], 0.05 / 8))
+            apart = divided["path"].map(first) - without["path"].map(first)
+            early[cell] = signed(interval(apart, 0.05 / 8))
     against = judged_differences(areas)
     forest(axes, against, MARGIN)
     axes.set_title("grpo minus grpo_no_std, each at its own rate", loc="left", size=10)
@@ -132,7 +137,7 @@ def entropy(axes: Axes, part: str) -> str:
     heats = np.linspace(curves["entropy"].min(), curves["entropy"].max(), 100)
     axes.plot(heats, b - a * np.exp(heats), color="black", lw=1)
     error, rows = float(np.sqrt((left**2).mean())), []
-    last = curves[curves["samples"] == curves["samples"].max()].groupby("arm")["entropy"].mean()
+    last = at_the_end(curves).groupby("arm")["entropy"].mean()
     for arm in labels:
         found = {score: interval(of[arm], 0.05 / len(labels)) for score, of in over.items()}
         _, low, high = found["reward"]
@@ -156,14 +161,13 @@ def signs(axes: Axes, part: str) -> str:
     (wide,) = judge_scores(sampled, metric="pass@8", margin=MARGIN).families
     bias = sampled.groupby("arm")["bias"].first()
     (runs, curves, _), family, rows = read(part), judged(part), []
-    chosen, last = runs.groupby("arm")["learning_rate"].first(), at_the_end(curves)
+    chosen = runs.groupby("arm")["learning_rate"].first()
+    heat = at_the_end(curves).groupby("arm")["entropy"].mean()
     for one, other in zip(family.arms, wide.arms, strict=True):
         cells = [f"`{one.arm.rpartition(':')[2]}`", bias[one.arm], f"{chosen[one.arm]:g}"]
         for scores, of in ((one, family), (other, wide)):
-            against = of.against_reference.get(scores.arm)
-            told = (against.apart, against.verdict) if against else ("", "reference")
-            cells += [f"{scores.mean:.3f}", *told]
-        rows.append([*cells, f"{last.groupby('arm')['entropy'].mean()[one.arm]:.3f}"])
+            cells += told(of, scores)
+        rows.append([*cells, f"{heat[one.arm]:.3f}"])
     forest(axes, family.against_reference, MARGIN, 0.14)
     forest(axes, wide.against_reference, MARGIN, -0.14, hollow=True)
     axes.set_title(f"{part[2:]}: area (filled) and pass@8 at the end (hollow)", loc="left", size=10)
@@ -192,9 +196,9 @@ def clipping(axes: Axes, part: str) -> str:
         of = {name: runs[runs["arm"] == arm].set_index("seed") for name, arm in arms.items()}
         for name, mine in of.items():
             cell = f"{updates} updates, {name}"
-            hotter = heat[mine["path"]].to_numpy() - heat[of[".2"]["path"]].to_numpy()
+            hotter = mine["path"].map(heat) - of[".2"]["path"].map(heat)
             words = [
-                f"{heat[mine['path']].mean():.3f}",
+                f"{mine['path'].map(heat).mean():.3f}",
                 "" if name == ".2" else signed(interval(hotter, 0.05)),
             ]
             shown[cell] = [f"{mine['learning_rate'].iloc[0]:g}", f"{mine['area'].mean():.3f}", *words]
@@ -246,14 +250,12 @@ def lora(axes: Axes, part: str) -> str:
     family, rows = judge_scores(scores, margin=MARGIN).families[0], []
     for arm in family.arms:
         best, ratio = peaks[arm.arm], peaks[arm.arm] / peaks["all weights"]
-        against = family.against_reference.get(arm.arm)
-        told = (against.apart, against.verdict) if against else ("", "reference")
         ends = [
             "{:.3g} [{:.3g}, {:.3g}]".format(x[0], *np.quantile(x[1:], [0.025, 0.975])) for x in (best, ratio)
         ]
-        rows.append([arm.arm, *ends, f"{arm.mean:.3f}", *told])
+        rows.append([arm.arm, *ends, *told(family, arm)])
     axes.set_xscale("log")
-    axes.set_title("mean area at each rate, 6 seeds", loc="left", size=10)
+    axes.set_title(f"mean area at each rate, {runs['seed'].nunique()} seeds", loc="left", size=10)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("area")
     axes.legend(fontsize=8, frameon=False)
