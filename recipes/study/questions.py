@@ -237,7 +237,7 @@ def noise(axes: Axes, part: str) -> str:
 
 def lora(axes: Axes, part: str) -> str:
     """Question 7: the area over the rate for each rank, its peak, and the ends at the best rates."""
-    runs, scores, peaks = read(part).runs, list[tuple[str, int, float]](), dict[str, np.ndarray]()
+    runs, at_best, peaks = read(part).runs, list[pd.DataFrame](), dict[str, np.ndarray]()
     ranks = runs["arm"].str.extract(r"lora_r=(\d+)")[0].radd("rank ").fillna("all weights")
     takes = np.random.default_rng(0).integers(0, runs["seed"].nunique(), (10_000, runs["seed"].nunique()))
     for rank, of in runs.groupby(ranks, sort=False):
@@ -245,22 +245,26 @@ def lora(axes: Axes, part: str) -> str:
         axes.plot(areas.columns, areas.mean(), "o-", ms=4, lw=1, label=rank)
         means = [areas.to_numpy().mean(0), *(areas.to_numpy()[take].mean(0) for take in takes)]
         peaks[rank] = np.array([peak(areas.columns.to_numpy(), mean) for mean in means])
-        others = {seed: areas.drop(seed).mean().idxmax() for seed in areas.index}
-        scores += [(rank, seed, areas.at[seed, rate]) for seed, rate in others.items()]
-    family, rows = judge_scores(scores, margin=MARGIN).families[0], []
-    for arm in family.arms:
+        others = of["seed"].map({seed: areas.drop(seed).mean().idxmax() for seed in areas.index})
+        at_best.append(of[of["learning_rate"] == others].assign(arm=rank))
+    scores, rows = pd.concat(at_best), []
+    family, last = (
+        judge_scores(scores, metric=name, margin=MARGIN).families[0] for name in ("area", "reward")
+    )
+    for arm, end in zip(family.arms, last.arms, strict=True):
         best, ratio = peaks[arm.arm], peaks[arm.arm] / peaks["all weights"]
         ends = [
             "{:.3g} [{:.3g}, {:.3g}]".format(x[0], *np.quantile(x[1:], [0.025, 0.975])) for x in (best, ratio)
         ]
-        rows.append([arm.arm, *ends, *told(family, arm)])
+        rows.append([arm.arm, *ends, *told(family, arm), *told(last, end)])
     axes.set_xscale("log")
     axes.set_title(f"mean area at each rate, {runs['seed'].nunique()} seeds", loc="left", size=10)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("area")
     axes.legend(fontsize=8, frameon=False)
     heads = ["arm", "best rate", "divided by that of all weights", "area at the rate best on other seeds"]
-    return table([*heads, "against all weights", "verdict"], rows)
+    heads += ["against all weights", "verdict", "reward at the end", "against all weights", "verdict"]
+    return table(heads, rows)
 
 
 def actions(axes: Axes, part: str) -> str:
