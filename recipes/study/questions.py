@@ -59,8 +59,12 @@ def judged_differences(differences: Mapping[str, Mapping[int, float]]) -> Any:
 
 def told(family: Any, scores: Any, digits: int = 3) -> list[str]:
     """Return three cells: the mean of an arm, its difference to the reference, and the verdict."""
-    one, mean = family.against_reference.get(scores.arm), f"{scores.mean:.{digits}f}"
-    return [mean, one.apart, one.verdict] if one else [mean, "", "reference"]
+    return [f"{scores.mean:.{digits}f}", *verdict(family.against_reference, scores.arm)]
+
+
+def verdict(against: Mapping[str, Any], label: str) -> list[str]:
+    """Return two cells: the difference of an arm or cell to the reference, and the verdict."""
+    return [against[label].apart, against[label].verdict] if label in against else ["", "reference"]
 
 
 def forest(
@@ -193,18 +197,16 @@ def clipping(axes: Axes, part: str) -> str:
     areas, shown = dict[str, Any](), dict[str, list[str]]()
     for updates in (2, 4, 8):
         runs, curves, _ = read(f"5_updates_{updates}")
-        heat = at_the_end(curves).set_index("path")["entropy"]
+        last = at_the_end(curves).set_index("path")["entropy"]
         arms = dict(zip(CLIPS, runs["arm"].unique(), strict=True))
         assert all(CLIPS[name] in arm for name, arm in arms.items())
         of = {name: runs[runs["arm"] == arm].set_index("seed") for name, arm in arms.items()}
+        heat = {name: mine["path"].map(last) for name, mine in of.items()}
         for name, mine in of.items():
             cell = f"{updates} updates, {name}"
-            hotter = mine["path"].map(heat) - of[".2"]["path"].map(heat)
-            words = [
-                f"{mine['path'].map(heat).mean():.3f}",
-                "" if name == ".2" else signed(interval(hotter, 0.05)),
-            ]
-            shown[cell] = [f"{mine['learning_rate'].iloc[0]:g}", f"{mine['area'].mean():.3f}", *words]
+            hotter = "" if name == ".2" else signed(interval(heat[name] - heat[".2"], 0.05))
+            means = [f"{one.mean():.3f}" for one in (mine["area"], heat[name])]
+            shown[cell] = [f"{mine['learning_rate'].iloc[0]:g}", *means, hotter]
             if name != "none":
                 areas[cell] = (mine["area"] - of["none"]["area"]).to_dict()
     against = judged_differences(areas)
@@ -213,8 +215,7 @@ def clipping(axes: Axes, part: str) -> str:
     axes.set_xlabel("difference in area (grey: within the margin)")
     rows = []
     for cell, (rate, area, *entropies) in shown.items():
-        one = against.get(cell)
-        rows.append([cell, rate, area, *((one.apart, one.verdict) if one else ("", "reference")), *entropies])
+        rows.append([cell, rate, area, *verdict(against, cell), *entropies])
     heads = ["cell", "own rate", "area", "against none", "verdict", "entropy at the end"]
     return table([*heads, "that minus that of .2 (exploratory)"], rows)
 
