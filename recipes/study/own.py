@@ -23,13 +23,23 @@ DIFFICULTY = Path(__file__).parent / "tables" / "difficulty.csv"
 
 def shifted() -> Any:
     """Question 1: sort_digits with rewards of 1 and 2 instead of 0 and 1."""
+    return _raised("shifted", 1.0)
+
+
+def lowered() -> Any:
+    """Question 6: sort_digits with rewards of -.5 and .5: no baseline is a baseline of .5 there."""
+    return _raised("lowered", -0.5)
+
+
+def _raised(name: str, by: float) -> Any:
+    """Return sort_digits with a constant added to every reward."""
     task: Any = load_task("sort_digits")
 
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        return [1.0 + value for value in task.reward(prompts, completions, **columns)]
+        return [by + value for value in task.reward(prompts, completions, **columns)]
 
-    reward.range = (1.0, 2.0)  # type: ignore[attr-defined]
-    return replace(task, name="sort_digits_shifted", reward=reward, solved=1 + task.solved)
+    reward.range = (by, 1 + by)  # type: ignore[attr-defined]
+    return replace(task, name=f"sort_digits_{name}", reward=reward, solved=by + task.solved)
 
 
 def like() -> Any:

@@ -108,7 +108,7 @@ def rates(axes: Axes, part: str) -> str:
 
 def division(axes: Axes, part: str) -> str:
     """Question 2: the area with the division by the standard deviation minus that without, in every cell."""
-    areas, shown, early = dict[str, Any](), dict[str, list[str]](), dict[str, str]()
+    areas, shown, ends = dict[str, Any](), dict[str, list[str]](), dict[str, list[str]]()
     for kind in ("adamw_8", "adamw_2", "sgd_8", "sgd_2"):
         runs, curves, _ = read(f"2_{kind}")
         for task, of in runs.groupby("problem"):
@@ -119,16 +119,17 @@ def division(axes: Axes, part: str) -> str:
             chosen = [f"{one['learning_rate'].iloc[0]:g}" for one in (without, divided)]
             shown[cell] = [*chosen, f"{without['area'].mean():.3f}"]
             areas[cell] = (divided["area"] - without["area"]).to_dict()
-            first = curves[curves["samples"] == curves["samples"].min()].set_index("path")["reward"]
-            apart = divided["path"].map(first) - without["path"].map(first)
-            early[cell] = signed(interval(apart, 0.05 / 8))
+            at = curves.pivot(index="path", columns="samples", values="reward")
+            apart = (at.loc[of["path"]].to_numpy() for of in (divided, without))
+            early_late = np.subtract(*apart)[:, [0, -1]].T
+            ends[cell] = [signed(interval(values, 0.05 / 8)) for values in early_late]
     against = judged_differences(areas)
     forest(axes, against, MARGIN)
     axes.set_title("grpo minus grpo_no_std, each at its own rate", loc="left", size=10)
     axes.set_xlabel("difference in area (grey: within the margin)")
-    rows = [[c, *shown[c], against[c].apart, against[c].verdict, early[c]] for c in areas]
+    rows = [[c, *shown[c], *verdict(against, c), *ends[c]] for c in areas]
     heads = ["cell", "rate without", "rate with", "area without", "with minus without", "verdict"]
-    return table([*heads, "the same at the first evaluation (exploratory)"], rows)
+    return table([*heads, "reward at the first evaluation (exploratory)", "at the last (exploratory)"], rows)
 
 
 def entropy(axes: Axes, part: str) -> str:
@@ -241,7 +242,9 @@ def noise(axes: Axes, part: str) -> str:
 
 def lora(axes: Axes, part: str) -> str:
     """Question 7: the area over the rate for each rank, its peak, and the ends at the best rates."""
-    runs, at_best, peaks = read(part).runs, list[pd.DataFrame](), dict[str, np.ndarray]()
+    full = read("7_lora").runs.query("not arm.str.contains('lora_r')")
+    runs = pd.concat([full, read(part).runs]).drop_duplicates("path")
+    at_best, peaks = list[pd.DataFrame](), dict[str, np.ndarray]()
     ranks = runs["arm"].str.extract(r"lora_r=(\d+)")[0].radd("rank ").fillna("all weights")
     takes = np.random.default_rng(0).integers(0, runs["seed"].nunique(), (10_000, runs["seed"].nunique()))
     for rank, of in runs.groupby(ranks, sort=False):
@@ -262,7 +265,8 @@ def lora(axes: Axes, part: str) -> str:
         ]
         rows.append([arm.arm, *ends, *told(family, arm), *told(last, end)])
     axes.set_xscale("log")
-    axes.set_title(f"mean area at each rate, {runs['seed'].nunique()} seeds", loc="left", size=10)
+    alpha = "alpha = 32" if part == "7_lora_factor" else "alpha = 2 rank"
+    axes.set_title(f"mean area at each rate, {alpha}", loc="left", size=10)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("area")
     axes.legend(fontsize=8, frameon=False)

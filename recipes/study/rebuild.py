@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "4_signs": (signs, ("4_sort_digits", "4_countdown")),
     "5_clipping": (clipping, ("5_updates_2",)),
     "6_noise": (noise, ("1_sort_digits", "1_reverse_text")),
-    "7_lora": (lora, ("7_lora",)),
+    "7_lora": (lora, ("7_lora", "7_lora_factor")),
     "8_actions": (actions, ("8_cartpole", "8_acrobot")),
 }
 """For each figure the function that draws it and makes its tables, and the part of the study of each panel;
@@ -111,11 +111,14 @@ def measure_noise(part: str) -> None:
     tokenrl.train(task=task, max_steps=50, eval_every=50, lr_scheduler_type="constant", **half)
     for policy, model in (("start", warm_started_base(load_task(task))), ("half way", half["output_dir"])):
         how: dict[str, Any] = {"num_prompts": 512, "prompts_per_step": 16, "num_generations": 8}
-        how |= {"estimators": tuple(arm.arm for arm in judged(part).arms)}
-        for one in measure_gradients(task=task, model=str(model), **how).estimators:
-            cells = {"policy": policy, "arm": one.estimator, "bias": one.declared, "noise": one.noise.value}
-            rows.append(cells | {"low": one.noise.low, "high": one.noise.high, "cosine": one.cosine.value})
-    pd.DataFrame(rows).to_csv(TABLES / part / "noise.csv", index=False)
+        measured = [(task, tuple(arm.arm for arm in judged(part).arms), "")]
+        constants = ("shifted", "lowered") if task == "sort_digits" else ()  # constant baselines of -1 and .5
+        measured += [(f"recipes/study/own.py:{name}", ("reinforce",), f" {name}") for name in constants]
+        for of, arms, suffix in measured:
+            for one in measure_gradients(task=of, model=str(model), estimators=arms, **how).estimators:
+                cells = {"policy": policy, "arm": one.estimator + suffix, "bias": one.declared}
+                rows.append(cells | asdict(one.noise) | {"cosine": one.cosine.value})
+    pd.DataFrame(rows).rename(columns={"value": "noise"}).to_csv(TABLES / part / "noise.csv", index=False)
 
 
 def rebuild(page: Path, figures: Path) -> None:
