@@ -86,7 +86,9 @@ class LoraArguments(Settings, group="LoRA"):
     lora_r: Natural = 0
     """Rank of a LoRA adapter; 0 trains all weights."""
     lora_alpha: Positive | None = None
-    """Scale alpha of the adapter, whose update is multiplied by alpha / rank. Default: twice the rank."""
+    """Scale alpha of the adapter, whose update is multiplied by alpha / rank. Default: twice the rank.
+    With 32 at every rank one learning rate served all ranks (`recipes/study`, question 7); with the default a
+    lower rank needs a higher one."""
     lora_target_modules: tuple[str, ...] = ()
     """Names of the linear layers to adapt. Default: all of them but the head."""
 
