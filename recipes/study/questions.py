@@ -95,11 +95,11 @@ def rates(axes: Axes, part: str) -> str:
         rows.append([*cells, greedy[arm].apart if arm in greedy else ""])
     for name, up in zip(parts, (0.14, -0.14), strict=False):
         forest(axes, judged(name).against_reference, margin, up, hollow=name != part)
-    at_one = " (filled), all at 2e-4 (hollow)" * (len(parts) - 1)
+    at_one = " (hollow: all at 2e-4)" * (len(parts) - 1)
     task = part[2:].replace("shifted", "sort_digits with rewards + 1")
     axes.set_title(f"{task}: each arm at its own best rate{at_one}", loc="left", size=10)
     if margin < 1:
-        axes.set_xlim(-0.09, 0.09)  # the same for all tasks
+        axes.set_xlim(-0.15, 0.09)  # the same for all tasks
     axes.set_xlabel("area minus that of rloo (grey: within the margin)")
     heads = ["arm", "declared bias", "own rate", "area", "against rloo", "verdict"]
     heads += ["area at 2e-4", "against rloo", "verdict"] * (len(parts) - 1)
