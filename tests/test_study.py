@@ -38,8 +38,8 @@ def test_prompts_of_like_and_unlike_difficulty_share_none_and_a_shift_is_declare
     own = runpy.run_path(str(STUDY / "own.py"))
     like, unlike = ({row["prompt"] for row in own[name]().train_prompts} for name in ("like", "unlike"))
     assert len(like) == len(unlike) == 1024 and not like & unlike
-    rewards = own["shifted"]().reward(["21>", "21>"], ["12", "21"])
-    assert rewards == [2, 1]
+    rewards = [own[name]().reward(["21>"] * 2, ["12", "21"]) for name in ("shifted", "lowered")]
+    assert rewards == [[2, 1], [0.5, -0.5]]
 
 
 def test_the_page_is_what_the_raw_tables_say(tmp_path, monkeypatch):
