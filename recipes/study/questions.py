@@ -111,6 +111,7 @@ def division(axes: Axes, part: str) -> str:
     areas, shown, ends = dict[str, Any](), dict[str, list[str]](), dict[str, list[str]]()
     for kind in ("adamw_8", "adamw_2", "sgd_8", "sgd_2"):
         runs, curves, _ = read(f"2_{kind}")
+        at = curves.pivot(index="path", columns="samples", values="reward")
         for task, of in runs.groupby("problem"):
             optimiser, _, size = kind.partition("_")
             cell = f"{optimiser}, G = {size}, {task.rpartition(':')[2]}"
@@ -119,8 +120,7 @@ def division(axes: Axes, part: str) -> str:
             chosen = [f"{one['learning_rate'].iloc[0]:g}" for one in (without, divided)]
             shown[cell] = [*chosen, f"{without['area'].mean():.3f}"]
             areas[cell] = (divided["area"] - without["area"]).to_dict()
-            at = curves.pivot(index="path", columns="samples", values="reward")
-            apart = (at.loc[of["path"]].to_numpy() for of in (divided, without))
+            apart = (at.loc[one["path"]].to_numpy() for one in (divided, without))
             early_late = np.subtract(*apart)[:, [0, -1]].T
             ends[cell] = [signed(interval(values, 0.05 / 8)) for values in early_late]
     against = judged_differences(areas)

@@ -109,11 +109,11 @@ def measure_noise(part: str) -> None:
     half: dict[str, Any] = {"learning_rate": float(runs[runs["arm"] == "rloo"]["learning_rate"].iloc[0])}
     half |= {"output_dir": f"runs/study/6_half_way/{task}", "overwrite": True, "quiet": True}
     tokenrl.train(task=task, max_steps=50, eval_every=50, lr_scheduler_type="constant", **half)
+    how: dict[str, Any] = {"num_prompts": 512, "prompts_per_step": 16, "num_generations": 8}
+    measured = [(task, tuple(arm.arm for arm in judged(part).arms), "")]
+    constants = ("shifted", "lowered") if task == "sort_digits" else ()  # constant baselines of -1 and .5
+    measured += [(f"recipes/study/own.py:{name}", ("reinforce",), f" {name}") for name in constants]
     for policy, model in (("start", warm_started_base(load_task(task))), ("half way", half["output_dir"])):
-        how: dict[str, Any] = {"num_prompts": 512, "prompts_per_step": 16, "num_generations": 8}
-        measured = [(task, tuple(arm.arm for arm in judged(part).arms), "")]
-        constants = ("shifted", "lowered") if task == "sort_digits" else ()  # constant baselines of -1 and .5
-        measured += [(f"recipes/study/own.py:{name}", ("reinforce",), f" {name}") for name in constants]
         for of, arms, suffix in measured:
             for one in measure_gradients(task=of, model=str(model), estimators=arms, **how).estimators:
                 cells = {"policy": policy, "arm": one.estimator + suffix, "bias": one.declared}
