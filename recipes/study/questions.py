@@ -218,7 +218,7 @@ def clipping(axes: Axes, part: str) -> str:
     for cell, (rate, area, *entropies) in shown.items():
         rows.append([cell, rate, area, *verdict(against, cell), *entropies])
     heads = ["cell", "own rate", "area", "against none", "verdict", "entropy at the end"]
-    return table([*heads, "that minus that of .2 (exploratory)"], rows)
+    return table([*heads, "that minus that of .2 (exploratory, 95 %)"], rows)
 
 
 def noise(axes: Axes, part: str) -> str:
@@ -232,12 +232,12 @@ def noise(axes: Axes, part: str) -> str:
         axes.plot(here["noise"], arm.mean, "o", color="#0072b2" if here["bias"] == "exact" else "#c24e00")
         axes.annotate(arm.arm, (here["noise"], arm.mean), (5, 4), textcoords="offset points", fontsize=8)
     heard = [measured.loc[("half way", arm.arm), "noise"] for arm in family.arms]
-    found = rank_correlation(np.array(heard), np.array([arm.mean for arm in family.arms]))
+    found = rank_correlation(np.array(heard).round(9), np.array([arm.mean for arm in family.arms]))
     axes.set_title(f"{part[2:]}: rank correlation {signed(found, 2)}", loc="left", size=10)
     axes.set_xscale("log")
-    axes.set_xlabel("noise of a step's gradient half way: variance / squared signal (blue: unbiased)")
+    axes.set_xlabel("noise of a step's gradient after 50 steps: variance / squared signal (blue: unbiased)")
     axes.set_ylabel("area at its own rate")
-    return table(["arm", "declared bias", "noise at the start", "noise half way", "area"], rows)
+    return table(["arm", "declared bias", "noise at the start", "noise after 50 steps", "area"], rows)
 
 
 def lora(axes: Axes, part: str) -> str:
@@ -270,7 +270,7 @@ def lora(axes: Axes, part: str) -> str:
     axes.set_xlabel("learning rate")
     axes.set_ylabel("area")
     axes.legend(fontsize=8, frameon=False)
-    heads = ["arm", "best rate", "divided by that of all weights", "area at the rate best on other seeds"]
+    heads = ["arm", "best rate (95 %)", "divided by that of all weights", "area at its own rate"]
     heads += ["against all weights", "verdict", "reward at the end", "against all weights", "verdict"]
     return table(heads, rows)
 
