@@ -89,7 +89,7 @@ def drawn(rng: random.Random, kind: type, fixed: dict[str, Any]) -> dict[str, An
 def flags(rng: random.Random, kind: type, base: dict[str, str]) -> list[str]:
     """Random flags of a command, which may replace those of `base`."""
     given = drawn(rng, kind, {})
-    for name in ("estimator", "what", "run_dir"):  # no flags, or not of this form
+    for name in ("estimator", "run_dir"):  # no flags, or not of this form
         given.pop(name, None)
     words = {f"--{name.replace('_', '-')}": value for name, value in given.items() if name not in base}
     argv = [word for flag, value in base.items() for word in (f"--{flag.replace('_', '-')}", *value.split())]

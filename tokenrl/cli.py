@@ -72,7 +72,7 @@ COMMANDS = {
     "compare": Command(CompareArguments, "tokenrl.lab.compare.run:compare"),
     "advise": Command(AdviseArguments, "tokenrl.advisor:run"),
     "report": Command(ReportArguments, "tokenrl.cli:write_report"),
-    "lab": Command(LabArguments, "tokenrl.lab.exact.report:exact"),
+    "lab exact": Command(LabArguments, "tokenrl.lab.exact.report:exact"),
     "lab measure": Command(MeasureArguments, "tokenrl.lab.measure.report:run"),
 }
 
@@ -105,8 +105,7 @@ def _run(argv: list[str]) -> int:
         print(__version__)
         return 0
     if argv[0] == "--print-completion":
-        words = {"lab exact" if name == "lab" else name: command for name, command in COMMANDS.items()}
-        print_completion(argv[1] if argv[1:] else "", words)
+        print_completion(argv[1] if argv[1:] else "", COMMANDS)
     name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
     if name not in COMMANDS:
         raise Refused(f"There is no command {name!r}.{suggest(name, COMMANDS)}")
@@ -122,8 +121,7 @@ def _check_working_directory() -> None:
     try:
         os.getcwd()
     except OSError as error:  # PyTorch would end the process with a message about something else
-        said = f"The current working directory cannot be used ({error}); it was probably deleted."
-        raise Refused(f"{said} Change to one that exists, as by cd.") from error
+        raise Refused(f"The current working directory cannot be used ({error}): change it.") from error
 
 
 def _help() -> str:

@@ -6,19 +6,18 @@ convert as the text that it is; the settings made of them refuse it as they refu
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import io
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from inspect import cleandoc, get_annotations, getsource
+from inspect import cleandoc, get_annotations
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args
 
 import tyro
+from docstring_parser import parse_from_object
 from typing_extensions import Required, TypedDict
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -138,22 +137,16 @@ def _start(name: str, command: Command, given: dict[str, Any]) -> dict[str, Any]
 
 def _shared(kind: Any, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
     """Return the settings that the runs of a comparison share, and the words that are no flags of a run."""
-    command = Command(kind, "", trains=True)
-    given, rest = _given(command, argv, prog)
-    named = {"estimator", "agent"} & given.keys()
-    start = _start("control" if kind is ControlArguments else "train", command, given)
-    made, usual = plain(arguments(kind, start | given)), plain(kind())
-    free = made.keys() - field_types(CompareArguments).keys()
-    found = {key: made[key] for key in made if key in free and (key in given or made[key] != usual[key])}
-    if "estimator" in found:
-        if named:
-            raise Refused(
-                "A comparison names estimators as --arms; what all arms share are single axes, such as "
-                "--estimator.aggregation sequence_mean."
-            )
-        axes = found["estimator"].items()
-        found["estimator"] = {axis: value for axis, value in axes if value != usual["estimator"][axis]}
-    return found, rest
+    given, rest = _given(Command(kind, "", trains=True), argv, prog)
+    if {"estimator", "agent"} & given.keys():
+        raise Refused(
+            "A comparison names estimators as --arms; what all arms share are single axes, such as "
+            "--estimator.aggregation sequence_mean."
+        )
+    if "axes" in given:
+        given["estimator"] = given.pop("axes")
+    arguments(kind, given)  # refuses values that are not allowed
+    return dict(plain(given)), rest
 
 
 def print_completion(shell: str, commands: Mapping[str, Command]) -> None:
@@ -161,7 +154,7 @@ def print_completion(shell: str, commands: Mapping[str, Command]) -> None:
 
     Args:
         shell: bash, zsh or fish.
-        commands: The commands by name. Two of them may share their first word.
+        commands: The commands by name, of one word or two.
 
     Raises:
         Refused: There is no script for this shell.
@@ -172,11 +165,9 @@ def print_completion(shell: str, commands: Mapping[str, Command]) -> None:
     for name, command in commands.items():
         word, _, second = name.partition(" ")
         tree.setdefault(word, {})[second] = _flags(command)
-    for below in tree.values():
-        below.setdefault("", _group({"word": _one_of(below)}))
-    kinds = _one_of({word: below[""] for word, below in tree.items()})
-    asked = ["--tyro-print-completion", shell]
-    tyro.cli(kinds, args=asked, prog="tokenrl", config=(tyro.conf.OmitSubcommandPrefixes,))
+    kinds = {word: below.get("") or _group({"word": _one_of(below)}) for word, below in tree.items()}
+    how: dict[str, Any] = {"prog": "tokenrl", "config": (tyro.conf.OmitSubcommandPrefixes,)}
+    tyro.cli(_one_of(kinds), args=["--tyro-print-completion", shell], **how)
 
 
 def _one_of(kinds: Mapping[str, Any]) -> Any:
@@ -214,7 +205,8 @@ def _group(flags: dict[str, Any]) -> Any:
 
 def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any], str, Any]]:
     """Yield each field as a flag, with the class that declares it; --estimator takes a preset's name."""
-    texts = {name: text for owner in reversed(_owners(kind)) for name, text in _texts(owner)}
+    below = [one for owner in reversed(_owners(kind)) for one in parse_from_object(owner).params]
+    texts = {one.arg_name: " ".join(str(one.description).split()) for one in below}
     for one in fields(kind):
         if not one.metadata.get("flag", True):
             continue
@@ -241,15 +233,6 @@ def _flag(hint: Any, default: Any, text: str, metavar: str | None = None) -> Any
 def _owners(kind: type[Any]) -> list[type[Any]]:
     """Return the dataclass and its base dataclasses, which together declare its fields."""
     return [owner for owner in kind.__mro__ if is_dataclass(owner)]
-
-
-def _texts(owner: type[Any]) -> Iterator[tuple[str, str]]:
-    """Yield each field that a class itself declares, with the docstring below it in the source."""
-    module = ast.parse(getsource(sys.modules[owner.__module__])).body
-    (declared,) = (node for node in module if isinstance(node, ast.ClassDef) and node.name == owner.__name__)
-    for line, below in pairwise(declared.body):
-        if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr):
-            yield ast.unparse(line.target), " ".join(ast.literal_eval(below.value).split())
 
 
 def _about_presets() -> str:

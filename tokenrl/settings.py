@@ -18,7 +18,6 @@ from functools import cache
 from math import inf
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
 
@@ -48,7 +47,7 @@ class Bounds:
         return all(compare(value, limit) for _, compare, limit in self.limits())
 
     def __str__(self) -> str:
-        return " and ".join(f"{words} {written(limit)}" for words, _, limit in self.limits())
+        return " and ".join(f"{words} {limit:,.12g}" for words, _, limit in self.limits())
 
 
 LARGEST = 1e30
@@ -105,16 +104,11 @@ class Rule(NamedTuple):
     names: tuple[str, ...] = ()
 
     def check(self, what: str, given: object) -> None:
-        """Refuse a value that is not allowed."""
+        """Refuse a value that is not allowed; say which name was probably meant, and what is allowed."""
         if not self.fits(given):
-            raise self.refusal(what, given)
-
-    def refusal(self, what: str, given: object) -> Refused:
-        """Return the error that says what was given, which name was probably meant, and what is allowed."""
-        hint = nearest(str(given)[:99], self.names)
-        return Refused(
-            f"{what} was given as {shown(given)}{f'.{hint} It' if hint else '; it'} must be {self.words}."
-        )
+            hint = nearest(str(given)[:99], self.names)
+            it = f".{hint} It" if hint else "; it"
+            raise Refused(f"{what} was given as {shown(given)}{it} must be {self.words}.")
 
 
 def check(settings: Any) -> None:
@@ -127,11 +121,6 @@ def check(settings: Any) -> None:
     """
     for name, rule in rules_of(type(settings)).items():  # type: ignore[arg-type]
         rule.check(name, getattr(settings, name))
-
-
-def written(limit: float) -> str:
-    """Return a bound as text: a whole number with all its digits."""
-    return f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
 
 
 def shown(given: object, most: int = 200) -> str:
@@ -200,7 +189,7 @@ def _rule(hint: Any) -> Rule | None:
         return Rule(lambda value: isinstance(value, bool), "True or False")
     if hint is NoneType:
         return Rule(lambda value: value is None, "None")
-    if hint in (str, Path):
+    if hint is str:
         return Rule(lambda value: isinstance(value, (str, os.PathLike)), "text")
     if isinstance(hint, type) and is_dataclass(hint):
         names = "the name of a preset, or " if hasattr(hint, "preset") else ""
@@ -304,8 +293,6 @@ def _converted(value: Any, hint: Any) -> Any:
         return arguments(hint, value)
     if isinstance(value, str) and hasattr(hint, "preset"):
         return hint.preset(value)
-    if Path in parts and isinstance(value, str):
-        return Path(value)
     fits = (str in parts and isinstance(value, (str, os.PathLike))) or (value is None and NoneType in parts)
     if tuple in [typing.get_origin(part) for part in parts] and not fits:
         return tuple(value) if isinstance(value, (list, tuple)) else () if value is None else (value,)

@@ -7,10 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
-
-import tyro
 
 from tokenrl.core.choices import AXES, KL_EFFECTS
 from tokenrl.core.estimator import Estimator
@@ -22,9 +18,7 @@ from tokenrl.settings import Settings
 class LabArguments(Settings):
     """Check the declared bias of every estimator by summing over everything that can be sampled."""
 
-    what: tyro.conf.Positional[Literal["exact"]]
-    """exact: enumerate every group of completions of tiny problems, in float64."""
-    json: Path | None = None
+    json: str | None = None
     """Write one record per estimator to this JSON file."""
     estimators: tuple[str, ...] = ()
     """Measure only these estimators, named as in the table. Default: all."""

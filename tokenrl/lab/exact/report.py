@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tokenrl.core.choices import EXACT, UP_TO_SCALE
@@ -48,7 +49,7 @@ def exact(args: LabArguments) -> int:
     if not args.estimators:
         print_objectives()
     if args.json is not None:
-        write_text(args.json, json.dumps(records(verdicts), indent=1, allow_nan=False) + "\n")
+        write_text(Path(args.json), json.dumps(records(verdicts), indent=1, allow_nan=False) + "\n")
     return 0 if all(v.ok for v in verdicts.values()) else 1
 
 

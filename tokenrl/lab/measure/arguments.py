@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.tasks.sources import TaskArguments
@@ -42,7 +41,7 @@ class MeasureArguments(ModelArguments, TaskArguments, LoraArguments):
     """Stay on the CPU even if there is an accelerator."""
     seed: Seed = 0
     """Seed of sampling, of the random directions, of the intervals and of a new adapter."""
-    json: Path | None = None
+    json: str | None = None
     """Also write all numbers to this file."""
     quiet: bool = False
     """Print nothing but errors."""

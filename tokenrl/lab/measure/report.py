@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from tokenrl.lab.measure.arguments import MeasureArguments
@@ -27,7 +28,7 @@ def run(args: MeasureArguments) -> int:
     if not args.quiet:
         print_tables(measured)
     if args.json is not None:
-        write_text(args.json, json.dumps(record(measured), indent=1, allow_nan=False) + "\n")
+        write_text(Path(args.json), json.dumps(record(measured), indent=1, allow_nan=False) + "\n")
     return 0
 
 
