@@ -118,7 +118,7 @@ def test_evaluate_compares_models_prompt_by_prompt(model, capsys, tmp_path):
     assert main([*TRAIN, "--learning-rate", "3e-3", "--quiet"]) == 0
     assert main([*EVALUATE, model, "run"]) == 0
     out = capsys.readouterr().out
-    assert "Minus" in out and "±" in out
+    assert "difference/ is minus" in " ".join(out.split()) and "±" in out
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert list(numbers) == sorted([model, "run"])
     base, trained = numbers[model], numbers["run"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tokenrl.errors import Refused
-from tokenrl.language.inspect.evaluate import evaluation_tables
+from tokenrl.language.inspect.evaluate import evaluation_table
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
@@ -197,10 +197,10 @@ def test_a_reference_that_cannot_score_is_refused(reference, generations, words)
 
 def test_the_table_has_a_line_a_number_with_its_error_and_meaning(capsys):
     metrics = evaluate(Recorder().right, k=(1, 6), reference=tiny(1))
-    rich_console().print(*evaluation_tables({"tiny": metrics}, title="tiny"))
+    rich_console().print(evaluation_table({"tiny": metrics}, "prompts"))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     title, header, _, *lines = lines
-    assert title.split()[0] == "tiny" and header.split() == ["value"]
+    assert title.split()[0] == "tiny:" and header.split() == ["value"]
     shown = {line.split()[0]: line for line in lines}
     assert shown.keys() == {name for name in metrics if not name.endswith("_stderr")}
     assert shown["pass@6"].split()[2] == "±" and "at least one" in shown["pass@6"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from tokenrl.language.policy.arguments import Dtype, PromptArguments
+from tokenrl.language.policy.arguments import LoadingArguments, PromptArguments
 from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.settings import OR_OBJECT, Count, Natural, Number, Positive, Seed
 
 
 @dataclass(frozen=True)
-class SampleArguments(PromptArguments):
+class SampleArguments(PromptArguments, LoadingArguments):
     """Complete the prompts given, or prompts read line by line."""
 
     model: str = ""
@@ -32,16 +32,12 @@ class SampleArguments(PromptArguments):
     leaves."""
     temperature: Positive = 1.0
     """Temperature at which completions are sampled."""
-    dtype: Dtype = "float32"
-    """Precision of the weights."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
     seed: Seed = 0
     """Seed of sampling."""
 
 
 @dataclass(frozen=True)
-class EvaluateArguments(TaskArguments, PromptArguments):
+class EvaluateArguments(TaskArguments, PromptArguments, LoadingArguments):
     """Evaluate one or more models on a task's held-out prompts, by greedy and by sampled completions."""
 
     model: str | tuple[str, ...] = ""
@@ -65,10 +61,6 @@ class EvaluateArguments(TaskArguments, PromptArguments):
     """Maximum number of tokens in a completion. Default: the task's, else 256."""
     temperature: Positive = 1.0
     """Temperature at which completions are sampled."""
-    dtype: Dtype = "float32"
-    """Precision of the weights."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
     truncate_prompts: bool = False
     """Cut prompts that are too long for the context on the left, instead of refusing them."""
     seed: Seed = 0

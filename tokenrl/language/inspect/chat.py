@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
+import numpy as np
 
 from tokenrl.errors import Refused, TokenrlError
 from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
@@ -26,20 +25,12 @@ from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import called
 
 
-class Completion(NamedTuple):
-    """A completion and its reward: None if it is not rewarded, nan if every reward function abstained."""
-
-    text: str
-    reward: float | None
-
-
 class Sampler:
     """A model that completes prompts one after the other, and the rewards of its completions.
 
     Attributes:
         policy: the model.
         rewards: the reward functions; None if there are none.
-        length: the most tokens of a completion, if the arguments leave it open.
     """
 
     def __init__(self, args: SampleArguments) -> None:
@@ -54,8 +45,8 @@ class Sampler:
         task: Any = None
         self.rewards: Rewards | None = None
         if args.task is not None:
-            named = EvaluateArguments(task=args.task, chat=args.chat, reward=args.reward)
-            task, self.rewards = find_task(replace(named, reward_weights=args.reward_weights))
+            named = {name: getattr(args, name) for name in ("task", "chat", "reward", "reward_weights")}
+            task, self.rewards = find_task(EvaluateArguments(**named))
         elif args.reward:
             self.rewards = Rewards(args.reward, args.reward_weights or None)
         self.policy = load_placed(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
@@ -63,25 +54,29 @@ class Sampler:
         say_form(self.policy.form, args.model)
         rows = [] if task is None else [*task.train_prompts, *task.eval_prompts]
         self._args, self._rows = args, {prompt_text(row["prompt"]): row for row in rows}
-        self.length = length_of(task, args.model, self.policy, otherwise=64)
-        self._completed, self._said = 0, set[str]()
+        self._length = length_of(task, args.model, self.policy, otherwise=64)
+        self._completed, self._explained = 0, False
 
-    def __call__(self, text: str) -> list[Completion]:
+    def __call__(self, text: str) -> list[tuple[str, float | None]]:
         """Complete a prompt; each one gets random numbers of its own.
 
         Returns:
-            Its completions with their rewards. A prompt that is none of the task's is answered without a
-            reward if a reward function needs a column of the task or fails on it.
+            Its completions, each with its reward: None if it is not rewarded, nan if every reward function
+            abstained. A prompt that is none of the task's is answered without a reward if a reward function
+            needs a column of the task or fails on it.
 
         Raises:
             Refused: the prompt cannot be completed.
             Stopped: a reward function failed on a prompt of the task.
         """
-        args, policy, row = self._args, self.policy, self._row(text)
+        args, policy = self._args, self.policy
+        like = next((row["prompt"] for row in self._rows.values()), [] if policy.form.chat else "")
+        alone = text if isinstance(like, str) else [{"role": "user", "content": text}]
+        row = self._rows.get(text, {"prompt": alone})
         for warning in special_texts(policy.tokenizer, [row["prompt"]]):
-            self._say("special", visible(warning))
-        room = self.length if policy.context is None else policy.context - len(policy.encode(row["prompt"]))
-        length = args.max_completion_length or max(1, min(self.length, room))
+            print(f"tokenrl: {visible(warning)}", file=sys.stderr)
+        room = self._length if policy.context is None else policy.context - len(policy.encode(row["prompt"]))
+        length = args.max_completion_length or max(1, min(self._length, room))
         sampling = Sampling(length, args.num_generations, args.temperature, args.seed)
         ids = encode(policy, [row["prompt"]], sampling)
         draws = uniforms("interactive", sampling, [self._completed])
@@ -89,13 +84,7 @@ class Sampler:
         with using_threads(choose_threads(policy.size)[0]):
             rollout = TransformersGenerator(policy).generate(ids, sampling, draws)
         texts = policy.decode(rollout.completion_ids, rollout.mask)
-        return list(map(Completion, texts, self._rewarded(text, row, rollout)))
-
-    def _row(self, text: str) -> Mapping[str, Any]:
-        """Return the task's row of this prompt, else a row of the prompt alone, of the kind that it has."""
-        like = next((row["prompt"] for row in self._rows.values()), [] if self.policy.form.chat else "")
-        alone = text if isinstance(like, str) else [{"role": "user", "content": text}]
-        return self._rows.get(text, {"prompt": alone})
+        return list(zip(texts, self._rewarded(text, row, rollout), strict=True))
 
     def _rewarded(self, text: str, row: Mapping[str, Any], rollout: Rollout) -> list[float | None]:
         """Reward completions of one prompt; None for each if it is none of the task's and cannot be."""
@@ -107,16 +96,12 @@ class Sampler:
         except TokenrlError as error:
             if text in self._rows or not self._rows:
                 raise
-            reason = str(error).partition(". ")[0].rstrip(".")
-            self._say("reward", f"no reward, for this prompt is none of the task's. {reason}.")
+            if not self._explained:
+                why = f"this prompt is none of the task's. {str(error).partition('. ')[0].rstrip('.')}"
+                print(f"tokenrl: no reward, for {why}.", file=sys.stderr)
+            self._explained = True
             return [None] * len(rollout.mask)
-        return torch.where(torch.as_tensor(result.valid), torch.as_tensor(result.total), torch.nan).tolist()
-
-    def _say(self, kind: str, words: str) -> None:
-        """Print a warning on the standard error, once of each kind."""
-        if kind not in self._said:
-            print(f"tokenrl: {words}", file=sys.stderr)
-        self._said.add(kind)
+        return list(np.where(result.valid, result.total, np.nan).tolist())
 
 
 def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str]]:
@@ -136,7 +121,7 @@ def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str
     if not args.prompt:
         raise Refused("Give a prompt to complete: --prompt TEXT.")
     sampler = Sampler(args)
-    return [[completion.text for completion in sampler(prompt)] for prompt in args.prompt]
+    return [[text for text, _ in sampler(prompt)] for prompt in args.prompt]
 
 
 def print_samples(args: SampleArguments) -> int:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from tokenrl.errors import Refused
 from tokenrl.language.inspect.arguments import EvaluateArguments
@@ -18,7 +18,6 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.defaults import length_of
 from tokenrl.language.training.evaluation import (
-    DIFFERENCE,
     Evaluation,
     check_sizes,
     evaluate_policy,
@@ -28,9 +27,6 @@ from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import measured, rich_console, rich_table, visible
 from tokenrl.runs.files import check_place, write_json
 from tokenrl.runs.threads import choose_threads, using_threads
-
-if TYPE_CHECKING:
-    from rich.table import Table
 from tokenrl.settings import called
 
 
@@ -126,12 +122,11 @@ def _own_rewards(args: EvaluateArguments, rewards: Rewards) -> Rewards:
 
 
 def print_evaluation(args: EvaluateArguments) -> int:
-    """Evaluate one or several models and print the tables."""
+    """Evaluate one or several models and print the table."""
     found = evaluate(args)
     several = found if isinstance(found, dict) else {str(args.model): found}
     models = {name: one.metrics for name, one in several.items()}
-    title = f"{'' if len(models) > 1 else f'{args.model}: '}held-out prompts of {args.task}"
-    rich_console().print(*evaluation_tables(models, title=title), sep="\n")
+    rich_console().print(evaluation_table(models, f"held-out prompts of {args.task}"))
     return 0
 
 
@@ -155,30 +150,25 @@ MEANINGS = {
 """Meaning of each metric, in the order of the table; a key that ends with / or @ is a prefix of names."""
 
 
-def evaluation_tables(models: Mapping[str, Mapping[str, float]], *, title: str) -> list[Table]:
-    """Make a table of the metrics; of several models another one of the differences to the first model.
+def evaluation_table(models: Mapping[str, Mapping[str, float]], prompts: str) -> Any:
+    """Make a table of the metrics: of one model with what they mean, of several with a column for each.
 
     Args:
         models: metrics by model; those of every model but the first have those of `paired_differences`.
-        title: text above the first table.
+        prompts: what the models were evaluated on, in words.
     """
     first, *others = models
-    columns = list(models) if others else ["value"]
-    values = rich_table(f"{title} (± standard error)", ("",), columns, overflow="fold")
-    differences = rich_table(f"Minus {first}, by prompt", ("",), others, overflow="fold")
+    title = f"{prompts} (± standard error)"
+    title = f"{title}; difference/ is minus {first}, by prompt" if others else f"{first}: {title}"
+    table = rich_table(title, ("",), [*models] if others else ["value"], overflow="fold")
     if not others:
-        values.add_column("")
+        table.add_column("")
     order = {name: place for place, name in enumerate(MEANINGS)}
     names = dict.fromkeys(name for metrics in models.values() for name in metrics if "_stderr" not in name)
-    for name in sorted(names, key=lambda name: order.get(_kind(name.removeprefix(DIFFERENCE)), len(order))):
-        found = [(metrics.get(name), metrics.get(name + "_stderr")) for metrics in models.values()]
-        if not name.startswith(DIFFERENCE):
-            meaning = [] if others else [MEANINGS.get(_kind(name), "")]
-            values.add_row(name, *(measured(*one) for one in found), *meaning)
-            continue
-        cells = [("+" if (value or 0) > 0 else "") + measured(value, error) for value, error in found[1:]]
-        differences.add_row(name.removeprefix(DIFFERENCE), *cells)
-    return [values, differences] if others else [values]
+    for name in sorted(names, key=lambda name: order.get(_kind(name), len(order))):
+        found = [measured(one.get(name), one.get(name + "_stderr")) for one in models.values()]
+        table.add_row(name, *found, *([] if others else [MEANINGS.get(_kind(name), "")]))
+    return table
 
 
 def _kind(name: str) -> str:

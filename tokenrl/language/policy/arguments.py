@@ -57,17 +57,23 @@ def _as_json(given: Any) -> str:
 
 
 @dataclass(frozen=True)
-class HoldingArguments(Settings, group="model"):
+class LoadingArguments(Settings, group="model"):
+    """How the model is loaded."""
+
+    dtype: Dtype = "float32"
+    """Precision of the weights; auto keeps the precision that they were saved in."""
+    trust_remote_code: bool = False
+    """Run Python code that is shipped with a model."""
+
+
+@dataclass(frozen=True)
+class HoldingArguments(LoadingArguments, group="model"):
     """How the model is made and how it is held in memory."""
 
     base_seed: Seed = 0
     """Seed of a toy task's own tiny model and of its warm start."""
-    dtype: Dtype = "float32"
-    """Precision of the weights; auto keeps the precision that they were saved in."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, which takes less memory and more time."""
-    trust_remote_code: bool = False
-    """Run Python code that is shipped with a model."""
 
 
 @dataclass(frozen=True)

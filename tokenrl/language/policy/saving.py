@@ -259,7 +259,7 @@ class Card:
         title: the heading.
         facts: rows of the table.
         origin: lines of Markdown that say how the run was started.
-        base: hub name or directory of the model that training started from; None if it came from neither.
+        base: the model that training started from, as it was given: the card names a directory or a hub name.
         tags: how the model was trained, as the hub's tags.
         kind: "policy", its "adapter" alone, or "reward model".
     """
@@ -267,7 +267,7 @@ class Card:
     title: str
     facts: Mapping[str, Any]
     origin: Sequence[str]
-    base: str | None = None
+    base: Any = None
     tags: Sequence[str] = ("reinforcement-learning", "reinforce")
     kind: str = "policy"
 
@@ -278,7 +278,7 @@ class Card:
         library, auto, about = _KINDS[self.kind]
         data = ModelCardData(
             library_name=library,
-            base_model=self.base,
+            base_model=os.fspath(self.base) if isinstance(self.base, str | os.PathLike) else None,
             pipeline_tag="text-classification" if self.kind == "reward model" else "text-generation",
             tags=[*self.tags, *(["lora"] if self.kind == "adapter" else []), "tokenrl"],
         )
@@ -291,11 +291,6 @@ class Card:
             *("", *self.origin, ""),
         ]
         return "\n".join(lines)
-
-
-def base_model(model: Any) -> str | None:
-    """Return the hub name or directory that was given as a model, or None for an object or nothing."""
-    return os.fspath(model) if isinstance(model, str | os.PathLike) else None
 
 
 def _plain(value: Any) -> str:

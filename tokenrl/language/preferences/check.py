@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from tokenrl.language.preferences.pairs import Pair
+from tokenrl.language.rewards.library import completion_texts
 from tokenrl.runs.findings import Finding, Weight
 from tokenrl.runs.session import Session
 
@@ -26,33 +26,25 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
     known = {repr((pair.prompt, pair.chosen, pair.rejected)) for pair in train}
     seen = sum(repr((pair.prompt, pair.chosen, pair.rejected)) in known for pair in held_out)
     swapped = sum(repr((pair.prompt, pair.rejected, pair.chosen)) in known for pair in train)
-    gaps = [_length(pair.chosen) - _length(pair.rejected) for pair in train]
+    texts = (completion_texts([getattr(pair, name) for pair in train]) for name in ("chosen", "rejected"))
+    gaps = [len(chosen) - len(rejected) for chosen, rejected in zip(*texts, strict=True)]
     longer, shorter = (sum(sign * gap > 0 for gap in gaps) / len(train) for sign in (1, -1))
-    findings: list[tuple[str, Weight, str]] = []
+    which, share = ("longer", longer) if longer > shorter else ("shorter", shorter)
+    findings = []
     if seen:
-        text = f"{seen:,} of {len(held_out):,} held-out pairs are also trained on: take them out of the "
-        text += "training data, or leave --eval-split out, so that prompts are held out."
-        findings.append(("held-out-in-training", "void" if seen >= MANY * len(held_out) else "watch", text))
+        weight: Weight = "void" if seen >= MANY * len(held_out) else "watch"
+        said = f"{seen:,} of {len(held_out):,} held-out pairs are also trained on: take them out of it."
+        findings.append(Finding("held-out-in-training", weight, said))
     if swapped:
-        text = f"{swapped:,} of {len(train):,} training pairs are there in both orders, which cancel each "
-        text += "other: take them out of the data."
-        findings.append(("contradictory-pairs", "void" if swapped == len(train) else "watch", text))
-    for which, share in (("longer", longer), ("shorter", shorter)):
-        if share >= MOSTLY:
-            text = (
-                f"In {share:.0%} of the training pairs the {which} completion is chosen: a reward model can "
-            )
-            text += "learn that alone. Add pairs in which it is the other way."
-            findings.append(("length-decides", "watch", text))
+        weight = "void" if swapped == len(train) else "watch"
+        said = f"{swapped:,} of {len(train):,} training pairs are there in both orders: take them out."
+        findings.append(Finding("contradictory-pairs", weight, said))
+    if share >= MOSTLY:
+        said = f"In {share:.0%} of the training pairs the {which} completion is chosen: a reward model may"
+        said = f"{said} learn that alone. Add pairs in which it is the other way."
+        findings.append(Finding("length-decides", "watch", said))
     measured = {
         "pairs": f"{len(train):,} to train on, {len(known):,} of them distinct; {len(held_out):,} held out",
         "chosen": f"the longer in {longer:.0%}, the shorter in {shorter:.0%}",
     }
-    return session.conclude("data, model and loss", measured, [Finding(*found) for found in findings])
-
-
-def _length(completion: Any) -> int:
-    """Return the characters of a completion, text or chat messages."""
-    return len(
-        completion if isinstance(completion, str) else "".join(str(m.get("content")) for m in completion)
-    )
+    return session.conclude("data, model and loss", measured, findings)

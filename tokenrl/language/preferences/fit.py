@@ -20,14 +20,7 @@ from torch.nn.functional import logsigmoid
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.prompts import asked, form_of, settled_form
-from tokenrl.language.policy.saving import (
-    Card,
-    SavedPolicy,
-    base_model,
-    fingerprint,
-    save_policy,
-    tokenizer_fingerprint,
-)
+from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.preferences.arguments import RewardModelArguments, RewardModelSettings
 from tokenrl.language.preferences.check import check_pairs
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
@@ -35,11 +28,12 @@ from tokenrl.language.preferences.evaluation import encode_pairs, preference_met
 from tokenrl.language.preferences.pairs import Pair
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.language.tasks.memory import fingerprint as rows_fingerprint, recorded
+from tokenrl.language.tasks.memory import recorded
+from tokenrl.language.training.setup import made_from
 from tokenrl.language.training.supervised import Descent
 from tokenrl.runs.metrics import Stopwatch, write_completions
 from tokenrl.runs.reader import Outcome
-from tokenrl.runs.resume import Maker, taken_up
+from tokenrl.runs.resume import taken_up
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
 from tokenrl.settings import called, settled
@@ -226,8 +220,9 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         args = _resolve(args, data, threads)
         training = PreferenceTraining(reward_model, data.train, args)  # refuses texts that are too long
         held_out = encode_pairs(reward_model, data.held_out)
-        watch, made_from = Stopwatch(), _made_from(reward_model, data)
-        session.keep(SavedPolicy(reward_model), made_from, training=training, watch=watch)
+        rows = {"train": list(map(asdict, data.train)), "held_out": list(map(asdict, data.held_out))}
+        watch, maker = Stopwatch(), made_from(reward_model, rows)
+        session.keep(SavedPolicy(reward_model), maker, training=training, watch=watch)
         shown = _header(args, data, reward_model) | {"threads": f"{threads} ({why})"}
         session.open("", shown)
 
@@ -254,19 +249,8 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         if not session.is_evaluated:
             evaluate()
         ended = RewardModelResult(**session.outcome("finished"), reward_model=reward_model)
-        _finish(session, data, ended, title, score_pairs(reward_model, held_out), base_model(args.model))
+        _finish(session, data, ended, title, score_pairs(reward_model, held_out))
         return ended
-
-
-def _made_from(reward_model: RewardModel, data: RewardData) -> Maker:
-    """Describe what the training is made from; only with the same can it be continued."""
-    rows = {"train": data.train, "held_out": data.held_out}
-    fingerprints = {
-        "data": rows_fingerprint({name: [asdict(pair) for pair in pairs] for name, pairs in rows.items()}),
-        "tokenizer": tokenizer_fingerprint(reward_model.tokenizer),
-        "base model": fingerprint(reward_model.model),
-    }
-    return Maker(fingerprints, device=reward_model.model.device.type)
 
 
 def _resolve(args: RewardModelArguments, data: RewardData, threads: int) -> RewardModelSettings:
@@ -293,9 +277,7 @@ def _header(args: RewardModelSettings, data: RewardData, reward_model: RewardMod
     }
 
 
-def _finish(
-    session: Session, data: RewardData, ended: RewardModelResult, title: str, rewards: Any, base: str | None
-) -> None:
+def _finish(session: Session, data: RewardData, ended: RewardModelResult, title: str, rewards: Any) -> None:
     """Save the model and the pairs, write summary and report, and show how the run ended.
 
     Args:
@@ -304,7 +286,6 @@ def _finish(
         ended: the result.
         title: the title of the run.
         rewards: rewards of the chosen and rejected completions of the held-out pairs [N, 2].
-        base: hub name or directory of the backbone; None if it came from neither.
     """
     directory = session.directory
     assert directory is not None  # a reward model trains in one process
@@ -323,5 +304,6 @@ def _finish(
     write_completions(directory.completions, ended.steps, rows)
     facts: dict[str, Any] = {f"{name} on held-out pairs": value for name, value in ended.eval_after.items()}
     facts |= asked(ended.reward_model.form)
-    card = Card(title, facts, session.origin.in_words(), base, ["reward-model"], kind="reward model")
+    base, origin = session.args.model, session.origin.in_words()
+    card = Card(title, facts, origin, base, ["reward-model"], kind="reward model")
     session.finish(ended, lambda path: save_policy(ended.reward_model, path, card=card))

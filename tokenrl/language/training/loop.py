@@ -15,7 +15,7 @@ import torch
 
 from tokenrl.core.baselines import RunningMean
 from tokenrl.language.policy.prompts import asked as asked_in_words, settled_form, special_texts
-from tokenrl.language.policy.saving import Card, SavedPolicy, base_model, save_policy
+from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
@@ -267,7 +267,7 @@ def _finish(run: Run, session: Session, reason: str) -> RunResult:
     facts |= asked_in_words(ended.policy.form)
     for when, numbers in (("before", ended.eval_before), ("after", ended.eval_after)):
         facts |= {f"{name} {when}": value for name, value in numbers.items() if name.startswith("reward")}
-    card = Card(run.title, facts, session.origin.in_words(), base_model(run.args.model))
+    card = Card(run.title, facts, session.origin.in_words(), run.args.model)
     session.finish(ended, lambda path: save_policy(ended.policy, path, card=card), map(str, findings))
     run.learner.accelerator.wait_for_everyone()
     return ended

@@ -203,11 +203,11 @@ def make_accelerator(args: TrainSettings) -> Any:
     return accelerator
 
 
-def made_from(policy: Policy, rows: Mapping[str, Sequence[Any]], accelerator: Any = None) -> Maker:
+def made_from(policy: Any, rows: Mapping[str, Sequence[Any]], accelerator: Any = None) -> Maker:
     """Describe what a run is made from, before its first step: only with the same can it be continued.
 
     Args:
-        policy: the policy, with the weights that it starts from.
+        policy: the policy or the reward model, with the weights that it starts from.
         rows: all rows of data that decide what is learnt, in named parts.
         accelerator: accelerate's handle of device and processes; None for one process without it.
     """
@@ -216,7 +216,7 @@ def made_from(policy: Policy, rows: Mapping[str, Sequence[Any]], accelerator: An
         "tokenizer": tokenizer_fingerprint(policy.tokenizer),
         "base model": fingerprint(policy.model),
     }
-    where = policy if accelerator is None else accelerator
+    where = policy.model if accelerator is None else accelerator
     return Maker(fingerprints, getattr(where, "num_processes", 1), where.device.type)
 
 

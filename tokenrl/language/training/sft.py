@@ -11,7 +11,7 @@ from typing import Any
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import asked, settled_form
-from tokenrl.language.policy.saving import Card, SavedPolicy, base_model, save_policy
+from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.sampling import Sampling
@@ -115,7 +115,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         ended = SftResult(**session.outcome("finished"), **losses, policy=policy)
         facts |= {f"{k} after": v for k, v in ended.eval_after.items() if k.startswith("reward")}
         facts["final loss"] = training.loss_after
-        card = Card(title, facts, session.origin.in_words(), base_model(args.model), ["sft"])
+        card = Card(title, facts, session.origin.in_words(), args.model, ["sft"])
         session.finish(ended, lambda path: save_policy(policy, path, card=card))
         return ended
 
