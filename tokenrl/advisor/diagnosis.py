@@ -16,7 +16,6 @@ from statistics import NormalDist, fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from tokenrl.advisor.advice import Advice, changed, flags, together
 from tokenrl.configuration import configured
@@ -24,6 +23,7 @@ from tokenrl.control.arguments import ControlArguments, ControlSettings
 from tokenrl.control.environments import describe
 from tokenrl.errors import Refused, describe as in_words
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
+from tokenrl.runs.directory import in_use
 from tokenrl.runs.facts import last_tenth, latest_facts, means, settings_facts
 from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.rules import judge
@@ -139,7 +139,7 @@ def _progress_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
     parts, evaluated = quarters(run), evaluations(run)
     compared = evaluated if len(evaluated) > 1 else parts
     start, now, peak = compared[0], compared[-1], max(compared)
-    comparisons, running = len(compared) - 1, is_running(run)
+    comparisons, running = len(compared) - 1, not run.summary and in_use(run.path)
     gained = _differs(now, start, comparisons) > 0
     rising = len(parts) > 1 and _differs(parts[-1], parts[-2], 1) > 0
     kl = [value for at, value in zip(*run.series("kl"), strict=True) if at <= peak.step]
@@ -190,17 +190,6 @@ def _horizon(arguments: ControlArguments) -> float:
         return math.inf
 
 
-def is_running(run: RecordedRun) -> bool:
-    """Whether the run has no summary and a process still holds the lock of its directory."""
-    if run.summary or not (run.path / ".lock").exists():
-        return False
-    try:
-        with FileLock(run.path / ".lock", blocking=False):
-            return False
-    except (Timeout, OSError):
-        return True
-
-
 def _status(run: RecordedRun, arguments: Any) -> str:
     """Return how far the run has come, and how it ended."""
     step, summary = run.metrics[-1]["step"], run.summary
@@ -208,6 +197,6 @@ def _status(run: RecordedRun, arguments: Any) -> str:
     if summary:
         error = f": {summary['error']}" if "error" in summary else ""
         status = f"ended ({summary.get('exit_reason', 'unknown')}){error}"
-    elif is_running(run):
+    elif in_use(run.path):
         status = "still running, there is no summary.json yet"
     return f"{step} of {arguments.max_steps} steps ({step / arguments.max_steps:.0%}); {status}"

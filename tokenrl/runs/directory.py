@@ -173,6 +173,16 @@ def acquire_lock(folder: Path, busy: str) -> Any:
     return lock
 
 
+def in_use(run: Path) -> bool:
+    """Return whether a process still works in the directory of a run; the directory stays as it is."""
+    try:
+        if (run / ".lock").exists():
+            acquire_lock(run, "").release()
+    except (Refused, OSError):
+        return True
+    return False
+
+
 def _remove_run(run: Path) -> None:
     """Remove what a run has written; a link is removed, never followed."""
     for path in [path for pattern in _WRITTEN for path in run.glob(pattern)]:

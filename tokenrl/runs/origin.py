@@ -51,9 +51,8 @@ class Origin:
         values = {f.name: getattr(args, f.name) for f in fields(args)}
         objects = {name: word for name, word in names.items() if not isinstance(values[name], str | None)}
         settings = {**values, **objects}
-        program = Path(sys.argv[0])
-        if program.stem == "tokenrl" or program.parts[-2:] == ("tokenrl", "__main__.py"):  # python -m tokenrl
-            return cls(shlex.join(["tokenrl", *sys.argv[1:]]), settings)
+        if typed := typed_command():
+            return cls(typed, settings)
         named = all(isinstance(values[name], os.PathLike) for name in objects) and _has_names(values)
         again = ["tokenrl", kind, "--config", str(config), "--overwrite"] if named else []
         made = {f.name: f.default_factory() for f in fields(args) if f.default_factory is not MISSING}
@@ -68,6 +67,13 @@ class Origin:
         settings = json.dumps(self.changed, indent=2, sort_keys=True, ensure_ascii=False)
         said = "It was started from Python with these settings; the others had their defaults:"
         return [said, "", "```json", settings, "```"]
+
+
+def typed_command() -> str:
+    """Return the command that was typed; empty in a Python program."""
+    program = Path(sys.argv[0])
+    as_module = program.parts[-2:] == ("tokenrl", "__main__.py")  # python -m tokenrl
+    return shlex.join(["tokenrl", *sys.argv[1:]]) if as_module or program.stem == "tokenrl" else ""
 
 
 def _has_names(value: Any) -> bool:

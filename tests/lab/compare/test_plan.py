@@ -133,7 +133,7 @@ def test_what_cannot_be_compared_is_refused_in_few_words_before_anything_runs(op
 @pytest.fixture
 def begun(tmp_path):
     """A comparison of which a run has begun."""
-    write_plan(plan(), tmp_path, {})
+    write_plan(plan(), tmp_path)
     (tmp_path / "runs" / "walk").mkdir(parents=True)
     (tmp_path / "runs" / "walk" / "config.json").write_text("{}")
     return tmp_path
@@ -149,7 +149,7 @@ def test_more_seeds_and_arms_are_allowed_and_called_exploratory(begun):
     assert more.changes == ("seeds was changed from [0, 1, 2] to [0, 1, 2, 3, 4] after runs had begun",)
     added = settle_plan(plan(arms=(*WALK["arms"], "rloo,baseline=batch_mean")), begun, overwrite=False)
     assert added.changes == ("the arm rloo,baseline=batch_mean was added after runs had begun",)
-    write_plan(added, begun, {})
+    write_plan(added, begun)
     again = settle_plan(plan(arms=(*WALK["arms"], "rloo,baseline=batch_mean")), begun, overwrite=False)
     assert again.changes == added.changes, "it stays exploratory"
 
@@ -173,7 +173,7 @@ def test_another_experiment_in_the_same_directory_is_refused(begun, options):
 
 
 def test_before_the_first_run_a_plan_is_simply_replaced(tmp_path):
-    write_plan(plan(), tmp_path, {})
+    write_plan(plan(), tmp_path)
     assert settle_plan(plan(seeds=5), tmp_path, overwrite=False).changes == ()
 
 

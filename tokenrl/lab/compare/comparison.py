@@ -14,8 +14,8 @@ from tokenrl.lab.compare.caveats import Caveat, caveats, findings
 from tokenrl.lab.compare.judge import judge_scores
 from tokenrl.lab.compare.judgement import Judgement
 from tokenrl.lab.compare.overall import overall
-from tokenrl.lab.compare.plan import Plan
-from tokenrl.lab.compare.scores import SCORES, RunTable, thresholds
+from tokenrl.lab.compare.plan import SCORES, Plan
+from tokenrl.lab.compare.scores import RunTable, thresholds
 from tokenrl.runs.files import write_json, write_text
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.origin import versions

@@ -21,7 +21,7 @@ from tokenrl.errors import Refused, Stopped, describe
 from tokenrl.lab.compare.plan import Plan, Run
 from tokenrl.lab.compare.planning import KINDS
 from tokenrl.runs.console import Console
-from tokenrl.runs.directory import acquire_lock
+from tokenrl.runs.directory import acquire_lock, in_use
 from tokenrl.runs.files import write_json
 from tokenrl.runs.signals import GracefulStop
 from tokenrl.settings import field_types
@@ -118,7 +118,7 @@ def _make(plan: Plan, run: Run, root: Path, call: Call, is_over: Callable[[], bo
     """Make or continue a run, and once more if its process was killed; return the exit code."""
     code, path = -int(signal.SIGTERM), root / run.path
     for _ in range(2):
-        while not is_over() and _in_use(path):
+        while not is_over() and in_use(path):
             time.sleep(TICK)  # a run of a comparison that was killed is still being saved
         if is_over() or 0 <= (code := call(command(plan, run, root), f"{path}.log", is_over)) <= 128:
             break
@@ -134,16 +134,6 @@ def _ending(run: Run, code: int, root: Path) -> str:
     itself = ", against itself" * (run.role == "itself")
     ending = "ended" if code == 0 else f"failed (exit code {code}; {log})"
     return f"{run.problem}: {run.arm}, seed {run.seed}{rate}{itself}: {ending}"
-
-
-def _in_use(directory: Path) -> bool:
-    """Return whether a process still works in the directory of a run."""
-    try:
-        if directory.is_dir():
-            acquire_lock(directory, "").release()
-    except Refused:
-        return True
-    return False
 
 
 def _on_this_machine() -> tuple[Call, int]:

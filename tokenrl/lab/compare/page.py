@@ -11,12 +11,11 @@ import numpy as np
 import pandas as pd
 
 import tokenrl.runs.html as html
-from tokenrl.lab.compare.comparison import CITATION, Comparison
+from tokenrl.lab.compare.comparison import CITATION, Comparison, write_tables
 from tokenrl.lab.compare.judgement import Family, listed, shown
 from tokenrl.lab.compare.overall import METHOD
 from tokenrl.lab.compare.paired import Interval
-from tokenrl.lab.compare.plan import Plan, Problem
-from tokenrl.lab.compare.scores import SCORES
+from tokenrl.lab.compare.plan import SCORES, Problem
 from tokenrl.runs.origin import versions
 from tokenrl.runs.plots import Chart, Curve, Difference as Bars, Forest
 from tokenrl.runs.reader import read_run
@@ -36,11 +35,12 @@ COMPLETIONS = 4
 
 
 def write_comparison(found: Comparison) -> Path:
-    """Write report.html into the directory of a comparison.
+    """Write the tables and report.html into the directory of a comparison; return the page.
 
     Raises:
-        Stopped: the file could not be written.
+        Stopped: a file could not be written.
     """
+    write_tables(found)
     plan, packages = found.plan, versions()
     runs = found.table.runs[found.table.runs["role"] == "comparison"]
     subtitle = (
@@ -65,22 +65,6 @@ def write_comparison(found: Comparison) -> Path:
     return html.write_page(found.output_dir / "report.html", title, sections)
 
 
-def facts_of(plan: Plan) -> dict[str, str]:
-    """Say what is compared on which budget and seeds, by heading, for the console and the page."""
-    seeds = {"": plan.seeds, " against itself": plan.itself_seeds, " for tuning": plan.tuning_seeds}
-    rates = sorted({run.learning_rate for run in plan.runs()})
-    return {
-        "arms": ", ".join(f"{arm.label} ({arm.estimator.bias_status})" for arm in plan.arms),
-        "reference": plan.reference,
-        "metric": f"{plan.metric}: {SCORES[plan.metric]}",
-        **{f"on {p.label}": f"{p.budget:,} {p.unit}, margin {p.margin or 'none'}" for p in plan.problems},
-        "seeds": "; ".join(f"{of[0]} to {of[-1]}{what}" for what, of in seeds.items() if of),
-        "learning rate": "for each arm the best of a grid around the recommended one, by successive halving"
-        if plan.tuning_seeds
-        else ", ".join(f"{rate:g}" for rate in rates),
-    }
-
-
 def _verdict(found: Comparison, label: str) -> html.Block:
     """Say in plain words what was found on a problem, then each difference, and what to keep in mind."""
     sentences = found.judgement.of(label).sentences()
@@ -96,7 +80,7 @@ def _facts(found: Comparison) -> dict[str, str]:
     also = "" if below is None else f", or ended with a reward below {below:g}"
     levels = sorted({one.level for family in found.judgement.families for one in family.differences})
     return {
-        **{name.capitalize(): fact for name, fact in facts_of(found.plan).items()},
+        **{name.capitalize(): fact for name, fact in found.plan.in_words().items()},
         "Failures": f"runs that broke off{also}; their rates have exact limits, each of which holds with "
         "95 %, and Fisher's test compares them",
         "Intervals": "Student-t, of the mean difference paired by seed between runs that did not fail. The "

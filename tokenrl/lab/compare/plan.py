@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
+from tokenrl.lab.compare.paired import LEAST_PAIRS, detectable_difference
 from tokenrl.runs.files import plain, write_json
 from tokenrl.settings import arguments
 
@@ -20,6 +21,15 @@ Kind = Literal["train", "control"]
 Role = Literal["comparison", "tuning", "itself"]
 """Why a run is made: for the comparison, to choose an arm's learning rate, or to compare the reference with
 itself on other seeds."""
+SCORES = {
+    "area": "mean held-out sampled reward over the evaluations of the budget",
+    "reward": "held-out sampled reward at the end",
+    "area_greedy": "mean held-out greedy reward over the evaluations of the budget",
+    "reward_greedy": "held-out greedy reward at the end",
+}
+"""The scores of a run in words; in control the rewards are returns of episodes."""
+SPREAD = (0.002, 0.011)
+"""Least and greatest standard deviation of a paired difference in a pilot on the toy tasks, for area."""
 MAY_CHANGE = ("seeds", "reference", "metric", "failure_below", "all_pairs", "margins")
 """What may be changed when a comparison goes on: how many runs there are, and how they are judged."""
 
@@ -183,6 +193,32 @@ class Plan:
             settings |= {"max_samples": problem.budget, "eval_every": every}
         return settings
 
+    def in_words(self) -> dict[str, str]:
+        """Say by heading what is compared, at what cost, and how small a difference that can show."""
+        pairs, rates = len(self.seeds), sorted({run.learning_rate for run in self.runs()})
+        seeds = {"": self.seeds, " against itself": self.itself_seeds, " for tuning": self.tuning_seeds}
+        can_show = f"{pairs} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
+        if pairs >= LEAST_PAIRS:
+            deviations = detectable_difference(pairs, 1.0, self.comparisons)
+            low, high = (f"{deviations * spread:.2g}" for spread in SPREAD)
+            can_show = (
+                f"with a power of 80 % a difference of {deviations:.2g} standard deviations of a paired "
+                f"difference; on the toy tasks about {low} to {high} of the reward's range"
+            )
+        return {
+            "arms": ", ".join(f"{arm.label} ({arm.estimator.bias_status})" for arm in self.arms),
+            "reference": self.reference,
+            "metric": f"{self.metric}: {SCORES[self.metric]}",
+            **{f"on {p.label}": f"{p.budget:,} {p.unit}, margin {p.margin or 'none'}" for p in self.problems},
+            "seeds": "; ".join(f"{of[0]} to {of[-1]}{what}" for what, of in seeds.items() if of),
+            "learning rate": "for each arm the best of a grid around the recommended one, by successive "
+            "halving in ten runs or more"
+            if self.tuning_seeds
+            else ", ".join(f"{rate:g}" for rate in rates),
+            "runs": f"{len(self.runs())}{' beside those for tuning' * bool(self.tuning_seeds)}",
+            "can show": can_show,
+        }
+
 
 def _slug(label: str, all_labels: Sequence[str]) -> str:
     """Return a label as the name of a folder; labels that become the same get their place."""
@@ -193,10 +229,10 @@ def _slug(label: str, all_labels: Sequence[str]) -> str:
     return plainly[label] + (f"-{same.index(label) + 1}" if len(same) > 1 else "")
 
 
-def write_plan(plan: Plan, output_dir: Path, expected: Mapping[str, Any]) -> None:
-    """Write plan.json: the plan, and what may be expected of it."""
+def write_plan(plan: Plan, output_dir: Path) -> None:
+    """Write plan.json: the plan, and what it is in words."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "plan.json", {"plan": asdict(plan), "expected": dict(expected)})
+    write_json(output_dir / "plan.json", {"plan": asdict(plan), "in words": plan.in_words()})
 
 
 def read_plan(output_dir: Path) -> Plan:

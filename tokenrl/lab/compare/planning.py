@@ -22,6 +22,7 @@ from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.setup import load_base, resolve
 from tokenrl.runs.files import plain
+from tokenrl.runs.origin import typed_command
 from tokenrl.settings import arguments, check_choice, check_seed
 
 MARGIN = 0.02
@@ -36,13 +37,12 @@ SWEPT = ("num_generations", "learning_rate")
 """Settings that a comparison takes itself, several of them at once; an arm may set them all the same."""
 
 
-def make_plan(args: CompareArguments, announce: Callable[[str], None], command: str = "") -> Plan:
+def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     """Plan a comparison; everything that can be refused without running is refused here.
 
     Args:
         args: the arguments.
         announce: prints a line for people, as while a model is warm-started.
-        command: the command line that repeats the comparison.
 
     Raises:
         Refused: an argument cannot be used, two contradict each other, or an arm cannot train on a problem.
@@ -68,7 +68,7 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None], command: 
         failure_below=args.failure_below,
         all_pairs=args.all_pairs,
         existing=tuple(existing),
-        command=command,
+        command=typed_command(),
     )
     check_choice("reference", plan.reference, labels)
     for problem, arm in () if existing else product(problems, arms):
@@ -100,8 +100,6 @@ def _problems_and_arms(
     for name in args.shared:
         if name in (*OWN, *SWEPT):
             raise Refused(f"{name} is set by the comparison itself; leave it out.")
-        if name not in names:
-            raise Refused(f"There is no setting {name!r}.{nearest(name, names)}")
     shared = {name: value for name, value in args.shared.items() if value is not None}
     axes = shared.pop("estimator", {})
     if not isinstance(axes, Mapping):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import shlex
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -16,22 +13,19 @@ import pandas as pd
 
 from tokenrl.errors import Refused
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
-from tokenrl.lab.compare.comparison import Comparison, judge_runs, write_tables
+from tokenrl.lab.compare.comparison import Comparison, judge_runs
 from tokenrl.lab.compare.execution import command, execute
-from tokenrl.lab.compare.page import facts_of, write_comparison
-from tokenrl.lab.compare.paired import LEAST_PAIRS, detectable_difference
+from tokenrl.lab.compare.page import write_comparison
 from tokenrl.lab.compare.plan import Plan, Problem, Run, read_plan, settle_plan, write_plan
 from tokenrl.lab.compare.planning import make_plan
 from tokenrl.lab.compare.scores import RunTable, is_done, read_runs
-from tokenrl.lab.compare.tuning import FACTORS, tune
+from tokenrl.lab.compare.tuning import tune
 from tokenrl.runs.console import Console, duration, number, rich_table
 from tokenrl.runs.reader import read_run
 from tokenrl.settings import called
 
 TIMED_STEPS = 6
 """Steps of the run that is timed; the first two are left out, because they are slower than later ones."""
-SPREAD = (0.002, 0.011)
-"""Least and greatest standard deviation of a paired difference in a pilot on the toy tasks, for area."""
 NOTE = "Each run is an ordinary run directory; killed and started again, the same command goes on."
 
 
@@ -60,15 +54,18 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
     """
     args = called(CompareArguments, args, with_shared(options) if options else {})
     console, root = Console(quiet=args.quiet), Path(args.output_dir)
-    plan = make_plan(args, console.note, _command())
+    plan = make_plan(args, console.note)
     plan = settle_plan(plan, root, overwrite=args.overwrite and not args.dry_run)
-    expected = _expected(plan)
+    facts = plan.in_words()
     if args.dry_run:
-        seconds = {problem.label: _seconds(plan, problem) for problem in plan.problems if not plan.existing}
-        _show_plan(plan, {**expected, "seconds": seconds}, console)
+        for problem in () if plan.existing else plan.problems:
+            seconds = duration(_seconds(plan, problem))
+            facts[f"a run on {problem.label}"] = f"about {seconds} on one processor"
+    else:
+        write_plan(plan, root)
+    console.start("tokenrl compare", facts, note=NOTE)
+    if args.dry_run:
         return plan
-    write_plan(plan, root, expected)
-    _show_plan(plan, expected, console)
 
     def make(runs: Sequence[Run]) -> None:
         left = [run for run in runs if not plan.existing and not is_done(run, root)]
@@ -82,7 +79,6 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         found = _judged(plan, root, make)
     except _Printed:
         return plan
-    write_tables(found)
     write_comparison(found)
     _show(found, console)
     return found
@@ -112,9 +108,7 @@ def report_comparison(output_dir: str | Path) -> Path:
     Returns:
         The report. The arguments and errors are those of `judge_directory`.
     """
-    found = judge_directory(output_dir)
-    write_tables(found)
-    return write_comparison(found)
+    return write_comparison(judge_directory(output_dir))
 
 
 def _judged(plan: Plan, root: Path, make: Callable[[Sequence[Run]], None]) -> Comparison:
@@ -130,18 +124,6 @@ def _judged(plan: Plan, root: Path, make: Callable[[Sequence[Run]], None]) -> Co
     return judge_runs(
         root, plan, RunTable(*(pd.concat(of, ignore_index=True) for of in zip(*tables, strict=True)))
     )
-
-
-def _expected(plan: Plan) -> dict[str, Any]:
-    """Return what may be expected: the number of runs, and the smallest difference that they can show.
-
-    That difference is a multiple of the standard deviation of a paired difference; None with too few pairs.
-    """
-    pairs = len(plan.seeds)
-    found = detectable_difference(pairs, 1.0, plan.comparisons) if pairs >= LEAST_PAIRS else None
-    tried = sum(math.ceil(len(FACTORS) / 2**place) for place in range(len(plan.tuning_seeds)))
-    tuning = tried * len(plan.problems) * len(plan.arms)
-    return {"runs": len(plan.runs()), "tuning_runs": tuning, "detectable": found}
 
 
 def _seconds(plan: Plan, problem: Problem) -> float:
@@ -162,24 +144,6 @@ def _seconds(plan: Plan, problem: Problem) -> float:
     return float(count * median(steps[2:] or steps) + (1 + len(problem.places)) * evaluation)
 
 
-def _show_plan(plan: Plan, expected: Mapping[str, Any], console: Console) -> None:
-    """Print what will be compared, at what cost, and how small a difference it can show."""
-    can_show = f"{len(plan.seeds)} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
-    if expected["detectable"] is not None:
-        low, high = (expected["detectable"] * spread for spread in SPREAD)
-        can_show = (
-            f"with a power of 80 % a difference of {expected['detectable']:.2g} standard deviations of "
-        )
-        can_show += (
-            f"a paired difference; on the toy tasks about {low:.2g} to {high:.2g} of the reward's range"
-        )
-    tuning = f" and about {expected['tuning_runs']} for tuning" * bool(plan.tuning_seeds)
-    facts = {**facts_of(plan), "runs": f"{expected['runs']}{tuning}", "can show": can_show}
-    for label, seconds in expected.get("seconds", {}).items():
-        facts[f"a run on {label}"] = f"about {duration(seconds)} on one processor"
-    console.start("tokenrl compare", facts, note=NOTE)
-
-
 def _show(found: Comparison, console: Console) -> None:
     """Print the scores and the verdict of each problem, what they do not mean, and where the report is."""
     for family in found.judgement.families:
@@ -197,10 +161,3 @@ def _show(found: Comparison, console: Console) -> None:
     for run in found.table.runs.query("failed").itertuples():
         console.warn(f"{run.problem}: {run.arm}, seed {run.seed}, failed: {run.reason}")
     console.note(f"report  {found.output_dir / 'report.html'}")
-
-
-def _command() -> str:
-    """Return the command that was typed; empty in a Python program."""
-    program = Path(sys.argv[0])
-    typed = program.stem == "tokenrl" or (program.name == "__main__.py" and program.parent.name == "tokenrl")
-    return shlex.join(["tokenrl", *sys.argv[1:]]) if typed else ""

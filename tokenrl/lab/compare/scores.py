@@ -10,19 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from tokenrl.lab.compare.plan import Problem, Run
+from tokenrl.lab.compare.plan import SCORES, Problem, Run
 from tokenrl.runs.reader import RecordedRun, read_run, series
 from tokenrl.runs.signals import SIGNALS
 
 ENDED = ("finished", "learnt", "stuck", "solved")
 """The exit reasons of a run that ended by itself; all but the first may come before its budget is used."""
-SCORES = {
-    "area": "mean held-out sampled reward over the evaluations of the budget",
-    "reward": "held-out sampled reward at the end",
-    "area_greedy": "mean held-out greedy reward over the evaluations of the budget",
-    "reward_greedy": "held-out greedy reward at the end",
-}
-"""The scores of a run in words; in control the rewards are returns of episodes."""
 CURVES = ("reward", "reward_greedy", "entropy", "completions/mean_length", "completions/clipped_ratio")
 COUNTS = {"completions": "num_samples", "environment steps": "num_env_steps", "episodes": "episodes"}
 """By the unit of the budget, the metric that counts samples."""
