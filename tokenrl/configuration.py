@@ -24,7 +24,8 @@ def configured(kind: type[T], path: str | os.PathLike[str], command: str, *, ane
         kind: The dataclass of settings to make.
         path: The file, or the directory of a run.
         command: The command that uses the settings; a run's config.json names its own command as its `kind`.
-        anew: Leave the `output_dir` of a run's config.json out, because another run is to be made.
+        anew: Leave out where the run of a config.json was made, and that it was continued, because another
+            run is to be made.
 
     Raises:
         Refused: The file cannot be read, belongs to another command, or has a setting that is not allowed.
@@ -34,7 +35,8 @@ def configured(kind: type[T], path: str | os.PathLike[str], command: str, *, ane
     if other != command:
         raise Refused(f"The configuration {path} is for `tokenrl {other}`; give it to that command.")
     try:
-        left_out = (*RECORDED, *(["output_dir"] * (anew and "versions" in stored)))
+        is_another = anew and "versions" in stored
+        left_out = (*RECORDED, *(("output_dir", "resume", "overwrite") if is_another else ()))
         return arguments(kind, {name: value for name, value in stored.items() if name not in left_out})
     except Refused as error:
         raise Refused(f"The configuration {path} cannot be used by tokenrl {command}: {error}") from error

@@ -130,7 +130,7 @@ LONG = ["--env", "CartPole-v1", "--max-episode-steps", "501", "--episodes", "2"]
         (["--env", "CartPole-v1", "--head", "gaussian"], "head 'gaussian'"),
         (["--task", "vowels", "--head", "gaussian"], "head 'gaussian'"),
         ([*LONG, "--baseline", "none"], "--allow-no-baseline"),
-        ([*LONG, "--baseline", "remax"], "baseline was given as 'remax'; it must be one of"),
+        ([*LONG, "--baseline", "remax"], "baseline 'remax' cannot be set"),
         (["--env", "CartPole-v1", "--config", "nowhere/c.json"], "nowhere/c.json"),
         (["--env", "CartPole-v1", "--episodes", "1"], "at least 2"),
         (["--task", "vowels", "--baseline", "none", "--max-completion-length", "501"], "--allow-no-baseline"),

@@ -11,7 +11,6 @@ import pytest
 from tokenrl.advisor.advice import together
 from tokenrl.advisor.diagnosis import advise_run
 from tokenrl.cli import COMMANDS, main
-from tokenrl.configuration import configured
 from tokenrl.core import Estimator
 from tokenrl.flags import parse
 from tokenrl.runs.directory import RunDirectory
@@ -163,22 +162,17 @@ def test_a_finished_a_running_and_a_killed_run_are_told_apart(made_up):
     assert "ended (failed): the disk is full" in advise_run(str(failed)).measured["status"]
 
 
-def test_the_command_repeats_the_run_with_the_changes(made_up, monkeypatch):
-    path = made_up("train", entropy=0.05, completions__clipped_ratio=0.3)
-    path.with_name(f"{path.name}-2").mkdir()
+def test_the_command_repeats_the_run_with_the_changes(made_up):
+    how = {"settings": {"resume": "auto"}}  # of the run that is diagnosed
+    path = made_up("train", entropy=0.05, completions__clipped_ratio=0.3, **how)
     advice = advise_run(str(path))
     assert advice.line == (
-        f"tokenrl train --config {path}/config.json --output-dir {path}-3 "
-        "--max-completion-length 32 --estimator.entropy-coef 0.01"
+        f"tokenrl train --config {path}/config.json --max-completion-length 32 --estimator.entropy-coef 0.01"
     )
     name, *argv = shlex.split(advice.line)[1:]
     arguments = parse(name, COMMANDS[name], argv)
-    assert arguments == advice.arguments and arguments.estimator == Estimator(entropy_coef=0.01)
-    assert configured(COMMANDS["train"].arguments, path, "train").max_completion_length == 16
-    monkeypatch.chdir(path)
-    assert advise_run(".").line.startswith(
-        f"tokenrl train --config config.json --output-dir {path.resolve()}-3"
-    )
+    assert vars(arguments) == vars(advice.arguments) and arguments.estimator == Estimator(entropy_coef=0.01)
+    assert arguments.output_dir is None and arguments.resume is None, "another run, in a new directory"
 
 
 def test_of_two_changes_to_one_setting_that_of_the_gravest_counts():
@@ -265,4 +259,4 @@ def test_a_real_run_from_end_to_end(kind, tmp_path, capsys, monkeypatch):
     assert ("snr" in facts) == (kind == "control")  # only that run measured it
     line = shown.partition("Run it: ")[2].splitlines()[0]
     assert main([*shlex.split(line)[1:], "--check"]) in (0, 2)
-    assert not list((tmp_path / "run-2").glob("*.json")) and (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "runs").exists() and (tmp_path / "run" / "config.json").exists()

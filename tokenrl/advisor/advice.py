@@ -14,15 +14,6 @@ from tokenrl.runs.findings import Finding
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One recommendation: a field of the arguments (such as `estimator.baseline`), its value, the reason."""
-
-    name: str
-    value: Any
-    reason: str
-
-
-@dataclass(frozen=True)
 class Advice:
     """Settings for a run, with their reasons and the measurements behind them.
 
@@ -33,7 +24,8 @@ class Advice:
         line: the command line that carries the advice out.
         measured: what was measured, by name.
         findings: what the table of rules says about it.
-        settings: the recommended settings; none in a diagnosis, where they are the changes of findings.
+        settings: `name`, such as `estimator.baseline`, `value` and `reason` of each recommended setting; none
+            in a diagnosis, where they are the changes of findings.
     """
 
     subject: str
@@ -42,7 +34,7 @@ class Advice:
     line: str
     measured: Mapping[str, Any]
     findings: Sequence[Finding] = ()
-    settings: Sequence[Setting] = ()
+    settings: Sequence[Mapping[str, Any]] = ()
 
     def show(self) -> None:
         """Print what was measured, the findings, the settings and the command."""
@@ -54,7 +46,7 @@ class Advice:
                 ("weight", "finding", "what it is", "change"),
                 [(f.weight, f.flag, f.text, shlex.join(flags(f.changes))) for f in self.findings],
             ),
-            (("setting", "value", "reason"), [(one.name, one.value, one.reason) for one in self.settings]),
+            (("setting", "value", "reason"), [one.values() for one in self.settings]),
         ):
             table = rich_table("", columns, overflow="fold")
             for row in rows:
@@ -87,11 +79,11 @@ def changed(arguments: Any, changes: Mapping[str, Any]) -> Any:
     return replace(arguments, **others, estimator=replace(arguments.estimator, **axes))
 
 
-def settings(arguments: Any, reasons: Mapping[str, str]) -> list[Setting]:
-    """Return settings by name, such as `seed` or `estimator.baseline`, with their values and the reasons."""
+def settings(arguments: Any, reasons: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return name, value and reason of the settings that have a reason."""
     axes = {f"estimator.{name}": value for name, value in vars(arguments.estimator).items()}
     values = vars(arguments) | axes
-    return [Setting(name, values[name], reason) for name, reason in reasons.items()]
+    return [{"name": name, "value": values[name], "reason": reason} for name, reason in reasons.items()]
 
 
 def bias_in_words(estimator: Estimator) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import shlex
-from itertools import count
 from statistics import NormalDist, fmean, stdev
 from typing import Any, NamedTuple
 
@@ -19,21 +18,17 @@ import numpy as np
 
 from tokenrl.advisor.advice import Advice, changed, flags, together
 from tokenrl.configuration import configured
-from tokenrl.control.arguments import ControlArguments, ControlSettings
+from tokenrl.control.arguments import ControlSettings
 from tokenrl.control.environments import describe
 from tokenrl.errors import Refused, describe as in_words
-from tokenrl.language.training.arguments import TrainArguments, TrainSettings
+from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.runs.directory import in_use
 from tokenrl.runs.facts import last_tenth, latest_facts, means, settings_facts
 from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.rules import judge
-from tokenrl.settings import settled
 
-KINDS: dict[str, tuple[Any, Any]] = {
-    "train": (TrainArguments, TrainSettings),
-    "control": (ControlArguments, ControlSettings),
-}
-"""The commands whose runs can be diagnosed, with their arguments and the settings of their runs."""
+KINDS: dict[str, Any] = {"train": TrainSettings, "control": ControlSettings}
+"""The commands whose runs can be diagnosed, with the settings of their runs."""
 SHOWN = ("solved_at", "is_solved", "now_", "peak_", "recent_", "snr")
 """How the names of facts begin that are shown; the others are settings."""
 FALSE_ALARMS = 0.05
@@ -78,21 +73,16 @@ def advise_run(path: str) -> Advice:
 
 
 def _diagnosed(run: RecordedRun) -> Advice:
-    arguments, settings = KINDS[run.kind]
-    arguments = configured(arguments, run.path, run.kind)
-    settled(settings, arguments, {})  # refuses what a run never leaves open
+    arguments = configured(KINDS[run.kind], run.path, run.kind, anew=True)
     facts = run_facts(run, arguments)
     findings = judge(facts)
     changes = together(findings)
-    place = run.path.resolve() if run.path.name in ("", "..") else run.path
-    targets = (place.with_name(f"{run.path.resolve().name}-{number}") for number in count(2))
-    target = next(str(target) for target in targets if not target.exists())
-    words = ["tokenrl", run.kind, "--config", str(run.path / "config.json"), "--output-dir", target]
+    words = ["tokenrl", run.kind, "--config", str(run.path / "config.json"), *flags(changes)]
     return Advice(
         subject=f"{run.path}: {run.title}",
         command=run.kind,
-        arguments=changed(arguments, changes | {"output_dir": target, "overwrite": False}),
-        line=shlex.join([*words, *flags(changes)]),
+        arguments=changed(arguments, changes),
+        line=shlex.join(words),
         measured={"status": _status(run, arguments)}
         | {name: value for name, value in facts.items() if name.startswith(SHOWN) and value is not None},
         findings=findings,
@@ -182,7 +172,7 @@ def _differs(one: Mean, other: Mean, comparisons: int) -> int:
     return (difference > bound) - (difference < -bound)
 
 
-def _horizon(arguments: ControlArguments) -> float:
+def _horizon(arguments: ControlSettings) -> float:
     """Return the most actions of an episode; infinity where the environment is not installed here."""
     try:
         return arguments.max_episode_steps or describe(arguments.env).horizon

@@ -14,30 +14,25 @@ from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.agents import LANDER, PPO
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Environments, Spec, describe
-from tokenrl.control.policies import Policy, Shape, check_head
+from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import collect_episodes
-from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE, check_horizon
-from tokenrl.core.choices import AXES
+from tokenrl.control.setup import resolve
+from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.facts import settings_facts
 from tokenrl.runs.rules import judge
-from tokenrl.settings import check_choice
 
-EPISODES: dict[str, Any] = {
-    "estimator": Estimator.preset("reinforce_timestep_mean"),
-    **{"max_steps": 100, "num_envs": 64, "hidden": (64,), "learning_rate": 2e-2},
-}
 A2C = {"estimator": Estimator.preset("a2c"), "learning_rate_schedule": "linear"}
 CONTINUOUS = {
     "estimator": Estimator.preset("ppo", gamma=0.99),
     **{"max_steps": 250, "num_steps": 128, "num_iterations": 10, "num_minibatches": 8},
     **{"hidden": (128, 128), "learning_rate": 1e-3, "normalize_observations": True},
 }
-WAYS = {
-    "episodes": (EPISODES, "the mean of the other episodes at the same step needs no critic"),
+WAYS: dict[str, tuple[dict[str, Any], str]] = {
+    "episodes": ({}, "the mean of the other episodes at the same step needs no critic"),
     "critic_episodes": (
-        EPISODES | A2C,
+        A2C,
         "a critic, as you asked, on whole episodes (a2c): no rest is cut off that it would have to stand for,"
         " so that its errors are no bias",
     ),
@@ -48,7 +43,7 @@ WAYS = {
     ),
     "continuous": (PPO | CONTINUOUS, "a critic on pieces of episodes (ppo): the actions are continuous"),
 }
-"""Where the settings start, and why this baseline: the rules of thumb of the advice."""
+"""How settings differ from the defaults, and why this baseline: the rules of thumb of the advice."""
 REASONS = {
     "estimator.returns": "rewards that came before an action are left out of its advantage",
     "estimator.scale": "no division is exact; Adam's steps have one size, whatever that of the returns",
@@ -80,21 +75,19 @@ def advise_environment(args: AdviseArguments) -> Advice:
     """Measure an environment and recommend settings for `tokenrl control`.
 
     Raises:
-        Refused: the environment cannot be made, or fails in the measurement; the head cannot give its
-            actions; there is no baseline although episodes may be longer than 500 steps.
+        Refused: the environment cannot be made, or fails in the measurement; head or baseline do not fit it;
+            there is no baseline although episodes may be longer than 500 steps.
     """
-    check_choice("baseline", args.baseline or "none", [b for b in AXES["baseline"] if b != "remax"])
     spec = describe(args.env, args.max_episode_steps)
-    check_head(args.head, spec.discrete)
     start, why = WAYS[choose_way(spec, args.baseline)]
-    control = ControlArguments(env=args.env, head=spec.head, seed=args.seed, **start)
-    given = {name: getattr(args, name) for name in ("max_episode_steps", "allow_no_baseline")}
+    names = ("env", "head", "seed", "max_episode_steps", "allow_no_baseline")
+    given = {name: getattr(args, name) for name in names}
     if args.baseline not in (None, "value"):
         given["estimator.baseline"], why = args.baseline, "as you asked"
-    control = changed(control, given)
-    check_horizon(control.estimator, spec.horizon, args.allow_no_baseline)
+    control = changed(ControlArguments(**start), given)
+    resolve(control, spec)  # refuses what does not fit the environment
     found = measure_returns(spec, args, control.hidden)
-    control = fitted(control, spec, found)
+    control = fitted(replace(control, head=spec.head), spec, found)
     episodes = {
         "groups": f"{found['episodes']} episodes of nearly random actions",
         "step_equal": 1 - found["unusual"],
@@ -122,7 +115,7 @@ def choose_way(spec: Spec, baseline: str | None) -> str:
     Beyond 500 steps pieces learn faster also where steps are cheap: on CartPole with 1000 steps, in the same
     processor time, the mean return of all evaluations is 904 with pieces and 837 with whole episodes.
     """
-    cheap = spec.fast or spec.horizon * EPISODES["num_envs"] <= SLOW_STEPS
+    cheap = spec.fast or spec.horizon * ControlArguments.num_envs <= SLOW_STEPS
     whole = spec.discrete and spec.horizon <= LONGEST_WITHOUT_BASELINE and cheap
     if baseline == "value" and whole:
         return "critic_episodes"

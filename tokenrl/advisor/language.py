@@ -16,8 +16,8 @@ from tokenrl.advisor.advice import (
     together,
 )
 from tokenrl.advisor.arguments import AdviseArguments
+from tokenrl.control.policies import check_head
 from tokenrl.core.estimator import Estimator
-from tokenrl.errors import Refused
 from tokenrl.language.policy.prompts import asked, settled_form
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.agreement import agree
@@ -64,11 +64,7 @@ def advise_language(args: AdviseArguments) -> Advice:
         Refused: the task or the model does not exist, or there is no baseline although completions may be
             longer than 500 tokens.
     """
-    if args.head == "gaussian":
-        raise Refused(
-            "head 'gaussian' draws vectors of real numbers, but a language model's actions are tokens, a "
-            "finite list. Leave --head out: the model brings its own softmax."
-        )
+    check_head(args.head, discrete=True)  # tokens are a finite list
     args = settled_form(args)
     task, rewards = find_task(args)
     shared = {one.name: getattr(args, one.name) for one in fields(TrainArguments) if hasattr(args, one.name)}
