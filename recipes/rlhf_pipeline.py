@@ -165,7 +165,6 @@ def sampled(name: str, model: Path, base: Path, task: toy_tasks.Task, args: Args
         task.eval_prompts,
         Rewards(task.reward),
         Sampling(task.max_completion_length, num_generations=8, seed=args.seed),
-        detailed=True,
         reference=load_policy(str(base)),
     ).metrics
     kl = [found["kl"], found["kl_stderr"]]

@@ -84,12 +84,22 @@ def raised(error: BaseException) -> str:
     return f"it raised {describe(error)} ({Path(last.filename).name}, line {last.lineno})"
 
 
-def out_of_memory(error: BaseException) -> Stopped | None:
-    """Return the paragraph to show in place of an error that says that the memory is used up, else None."""
+def in_words(error: BaseException) -> Stopped | None:
+    """Return what to say in place of PyTorch's error: the memory is used up, or another process has gone.
+
+    None for any other error.
+    """
     used_up = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if not used_up and not (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
-        return None
-    return Stopped(
-        f"There is not enough memory ({describe(error)}). Give less at once: of a language model a lower "
-        "--micro-batch-size, which changes no result, or shorter completions; of an agent fewer --num-envs."
-    )
+    if used_up or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+        return Stopped(
+            f"There is not enough memory ({describe(error)}). Give less at once: of a language model fewer "
+            "--tokens-per-pass, --micro-batch-size or --sampling-batch-size, which change no result, or "
+            "shorter completions; of an agent fewer --num-envs."
+        )
+    network = any(kind.__name__ == "DistError" for kind in type(error).__mro__) or "/gloo/" in str(error)
+    if network and isinstance(error, RuntimeError):
+        return Stopped(
+            "Another process of this run has ended or does not answer; what it printed says why. Start all "
+            f"of them again to continue the run. PyTorch said: {describe(error)}"
+        )
+    return None

@@ -18,7 +18,7 @@ from tokenrl.control.environments import Spec
 from tokenrl.core import Estimator
 from tokenrl.flags import parse
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.probe import Estimate, Probe
+from tokenrl.language.training.evaluation import Estimate, Probe
 from tokenrl.language.training.setup import resolve
 
 CARTPOLE = Spec("CartPole-v1", 4, 2, 0, 500, 475.0, fast=True)

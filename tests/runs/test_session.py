@@ -394,11 +394,17 @@ def test_a_reward_may_change_the_working_directory(tmp_path, monkeypatch):
 
 
 CPU_FULL = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ..."
+FULL, GONE = "There is not enough memory .* --micro-batch-size", "Another process of this run has ended"
 
 
-@pytest.mark.parametrize("error", [RuntimeError(CPU_FULL), MemoryError(), torch.OutOfMemoryError("CUDA")])
-def test_memory_that_is_used_up_is_one_paragraph(tmp_path, error):
-    words = "There is not enough memory .* --micro-batch-size"
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        *((error, FULL) for error in (RuntimeError(CPU_FULL), MemoryError(), torch.OutOfMemoryError("CUDA"))),
+        *((error, GONE) for error in (RuntimeError("/gloo/pair.cc: closed"), torch.distributed.DistError())),
+    ],
+)
+def test_what_pytorch_says_of_memory_and_processes_is_one_paragraph(tmp_path, error, words):
     with pytest.raises(Stopped, match=f"At step 3: {words}.*step_000002") as caught:
         live(tmp_path / "run", before=at(3, error))
     assert "\n" not in str(caught.value)

@@ -25,7 +25,7 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
-from tokenrl.language.training.probe import Probe, probe_policy
+from tokenrl.language.training.evaluation import Probe, probe_policy
 from tokenrl.language.training.setup import make_policy, resolve
 from tokenrl.runs.console import Console
 from tokenrl.runs.facts import MOST, settings_facts

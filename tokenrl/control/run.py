@@ -101,7 +101,7 @@ class Run:
 
     def findings(self, session: Session) -> list[Finding]:
         """Return what the rules say of the entropy of the last tenth of the updates."""
-        recent = means("recent", last_tenth(session.recorded()[1:]), needs_groups=False)["recent_entropy"]
+        recent = means("recent", last_tenth(session.rows[1:]), needs_groups=False)["recent_entropy"]
         if self.args.head != "softmax":  # the entropy of a density may well be negative
             return []
         bonus = {"has_entropy_bonus": self.args.estimator.entropy_coef > 0}

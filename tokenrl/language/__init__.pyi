@@ -48,7 +48,7 @@ from tokenrl.language.training.arguments import (
 from tokenrl.language.training.evaluation import (
     Evaluation as Evaluation,
     evaluate_policy as evaluate_policy,
+    over_prompts as over_prompts,
 )
-from tokenrl.language.training.probe import over_prompts as over_prompts
 from tokenrl.language.training.supervised import fit as fit
 from tokenrl.language.training.warm_start import warm_started_base as warm_started_base

@@ -31,7 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenrl.errors import Refused, Stopped, describe, out_of_memory
+from tokenrl.errors import Refused, Stopped, describe, in_words
 from tokenrl.runs.checkpoint import Model, Resumable, Saver, step_of
 from tokenrl.runs.console import Console, Progress, next_commands
 from tokenrl.runs.directory import RunDirectory, new_directory, numbered
@@ -65,6 +65,7 @@ class Session:
         continues: whether the run goes on from a checkpoint.
         origin: how the run was started; known from `begin` on.
         step: number of the current step, from 1; 0 before the first.
+        rows: the rows of metrics.jsonl up to the current step.
         flags: warnings about the outcome.
         ended: why the run ended by itself before its last step; None if it did not.
         spent: says whether the run has used up a budget other than its steps, so that this step is the last.
@@ -86,8 +87,7 @@ class Session:
                 them stop, save and continue at the same step.
 
         Raises:
-            Refused: the directory (see `RunDirectory`), the checkpoint to continue from (see
-                `find_checkpoint`) or a tracker cannot be used.
+            Refused: the directory, the checkpoint to continue from, or a tracker cannot be used.
         """
         self.kind, self._quiet, self._agreed = kind, args.quiet or not main, agreed
         self.console = Console(quiet=self._quiet, every=every)
@@ -111,6 +111,7 @@ class Session:
         self._progress: Progress | None = None
         self._atexit = contextlib.ExitStack()
         self.step = self._recorded = self._total = 0  # the current step, the last in the log, that of the end
+        self.rows: list[dict[str, Any]] = []
         self.flags: list[str] = []
         self.ended: str | None = None
         self.spent: Callable[[], bool] = lambda: False
@@ -149,7 +150,7 @@ class Session:
         with self._atexit:
             if self._progress is not None:
                 self._progress.__exit__()  # the live line is still shown if an error has left the loop
-            stopped = error if isinstance(error, Stopped) else out_of_memory(error) if error else None
+            stopped = error if isinstance(error, Stopped) else in_words(error) if error else None
             if stopped is not None and not self._begun:
                 raise Refused(f"Before the first step: {stopped}") from error
             if isinstance(error, Exception) and self._begun:
@@ -194,6 +195,7 @@ class Session:
         self.origin = Origin.of(self.kind, args, names, self.output_dir / "config.json")
         settings = {**self.origin.settings, "kind": self.kind}
         self._maker.settings = plain(settings)
+        self.rows = [{"step": 0, **_named(self.eval_before)}]
         if self._continued is not None:
             self._continue(self._continued)
         self._begun = True
@@ -215,16 +217,12 @@ class Session:
         self.step = self._recorded = self._saver.restore(path)
         if self.directory is not None:
             cut_back(self.output_dir, self.step)
+        self.rows = [r for r in read_metrics(self.output_dir / "metrics.jsonl") if r["step"] <= self.step]
         for fault in self._skipped:
             self.console.warn(f"skipped: {fault}")
         self.console.note(f"The run continues after step {self.step}, from {path}")
         if self._maker.inexact:
             self.console.warn(f"The continuation may not be bit-exact: {'; '.join(self._maker.inexact)}.")
-
-    def recorded(self) -> list[dict[str, Any]]:
-        """Return the rows of metrics.jsonl up to the current step; those of a run that is continued too."""
-        path = self.output_dir / "metrics.jsonl"
-        return [row for row in read_metrics(path) if row["step"] <= self.step] if path.exists() else []
 
     def steps(self, total: int) -> Iterator[int]:
         """Yield the numbers of the steps that are left; end early if any process was asked to stop."""
@@ -286,6 +284,8 @@ class Session:
         if self._log is not None:
             self._log.write(self.step, metrics, timings)
             self._trackers.write(self.step, shown)
+        if self.step:
+            self.rows.append({"step": self.step, **metrics})
         self._recorded = self.step
         if self._progress is not None:
             self._progress.update(self.step, shown)

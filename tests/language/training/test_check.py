@@ -81,10 +81,9 @@ def test_a_check_that_passes_shows_what_the_run_takes(check, tmp_path, capsys):
     shown = " ".join(captured.out.split())
     assert captured.err == "" and "Check passed: model, data" in shown
     for pattern in (
-        r"reward 0\.\d+ on average; differs within \d+% of 16 groups of 8 completions",
+        r"reward 0\.\d+ on average; differs within \d+% of 48 groups of 8 completions",
         r"completions \d\.\d tokens on average; \d+% cut at 4",
         r"scoring differs from sampling by \S+ nats per token on average, (\S+) at most",
-        r"learning rate 0\.001 \(usual: 0\.001\)",
         r"time 12 steps of \S+ s, 13 evaluations of \S+ s: about 0:\d\d in all",
         r"memory [\d.]+ [MG]B of the computer so far",
         r"disk [\d.]+ [MGT]B are free",
@@ -131,16 +130,16 @@ def test_all_problems_are_told_at_once(check, capsys, tmp_path):
     found = problems(capsys)
     assert [line.partition(":")[0] for line in found] == list(result.flags)
     said = {
-        "context-too-short": "3 of 16 training prompts do not fit: the longest has 10 tokens, and with 8 for "
-        "the completion that is more than the model's context of 16.",
+        "prompts-refused": "3 of 16 training prompts cannot be asked. The first is that of row 13. The "
+        "prompt of row 13 has 10 tokens, with its completion 18, more than the model's context of 16: lower",
         "answers-too-long": "1 of the first 1 demonstrations have more than 8 tokens; the longest has 11.",
-        "nothing-to-learn": "In none of 16 groups of 8 completions do the rewards differ; their mean is 0.",
+        "nothing-to-learn": "In none of 48 groups of 8 completions do the rewards differ; their mean is 0.",
         "unusual-rate": "The learning rate 0.1 is 100 times the 0.001 that is usual for this model.",
         "disk-too-small": "The run needs about",
     }
     assert result.flags == tuple(said)
     assert all(words in line for line, words in zip(found, said.values(), strict=True))
-    assert "--max-completion-length 6 or less" in found[0] and "--learning-rate 0.001" in found[3]
+    assert "--learning-rate 0.001" in found[3]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -153,7 +152,7 @@ def test_a_reward_that_fails_does_not_hide_the_rest(check, capsys):
         assert result.exit_code == 2 and result.flags == (flag, "unusual-rate")
         captured = capsys.readouterr()
         assert words in captured.err
-        assert "0.5 (usual: 0.001)" in captured.out and "are free" in captured.out
+        assert "are free" in captured.out
 
 
 def test_small_steps_are_repeated_until_there_is_a_signal(check):
@@ -175,26 +174,21 @@ def test_few_groups_with_a_signal_and_a_task_that_is_solved_are_remarks(check, c
 
     result = check(rare, quiet=False, fields={"solved": -1.0})
     assert result.exit_code == 0 and result.flags == ("few-signals", "already-solved")
-    assert "warning: few-signals: In 94% of 16 groups of 8" in " ".join(capsys.readouterr().out.split())
+    assert "warning: few-signals: In 94% of 48 groups of 8" in " ".join(capsys.readouterr().out.split())
 
 
-def test_prompts_that_do_not_fit_are_a_problem_unless_they_may_be_cut(check, capsys):
-    result = check(prompts=[*LETTERS, 14 * "a"], truncate_prompts=True)
-    assert result.flags == ("context-too-short",) and result.exit_code == 0
+def test_prompts_that_cannot_be_asked_are_counted_unless_they_may_be_cut(check, capsys):
+    assert check(prompts=[*LETTERS, 14 * "a"], truncate_prompts=True).flags == ()
     fields = {"eval_prompts": [{"prompt": "ab>"}, {"prompt": 14 * "a"}]}
     assert check(fields=fields).eval_before == {}
-    assert "1 of 2 held-out prompts do not fit" in problems(capsys)[0]
+    assert "1 of 2 held-out prompts cannot be asked" in problems(capsys)[0]
     result = check(max_completion_length=16, learning_rate=1.0)
-    assert result.flags == ("context-too-short", "unusual-rate")
+    assert result.flags == ("prompts-refused", "unusual-rate")
     train, held_out, _ = problems(capsys)
-    assert "16 of 16 training prompts" in train and "--max-completion-length 13 or less" in train
-    assert "2 of 2 held-out prompts" in held_out
-
-
-def test_prompts_that_cannot_be_asked_are_counted(check, capsys):
+    assert "16 of 16 training prompts" in train and "2 of 2 held-out prompts" in held_out
     assert check(prompts=[*LETTERS, [{"role": "user", "content": "a"}]]).flags == ("prompts-refused",)
     found = problems(capsys)[0]
-    assert "1 of 17 training prompts cannot be asked, the first in row 16." in found
+    assert "1 of 17 training prompts cannot be asked. The first is that of row 16." in found
     assert "has no chat template" in found
 
 
@@ -216,7 +210,7 @@ def test_completions_that_never_end_are_a_problem_of_a_chat_model_asked_in_plain
     model = make_model(eos_token_id=95)
     for kind, code in (("chat", 2), ("pad", 0)):
         tokenizer = make_tokenizer(kind)
-        options = {"max_completion_length": 2, "max_steps": 2, "temperature": 0.3}
+        options = {"max_completion_length": 2, "max_steps": 2, "temperature": 0.2}
         result = check_policy((model, tokenizer), **options)
         assert (result.exit_code, result.flags) == (code, ("all-truncated",))
         shown = capsys.readouterr().err

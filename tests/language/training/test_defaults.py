@@ -128,4 +128,4 @@ def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, capsys):
     how = {"model": make_policy(), "task": make_task(), "learning_rate": 5.0, "check": True, "cpu": True}
     result = train(**how, output_dir=tmp_path / "run", optimizer="sgd", prompts_per_step=2)
     said = " ".join(capsys.readouterr().out.split())
-    assert "5, sgd" in said and "usual" not in said and "unusual-rate" not in result.flags
+    assert "5 (given), constant (default), sgd" in said and "unusual-rate" not in result.flags

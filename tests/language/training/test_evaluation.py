@@ -14,8 +14,7 @@ from tokenrl.language.inspect.evaluate import evaluation_table
 from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.training.evaluation import check_sizes, evaluate_policy, paired_differences
-from tokenrl.language.training.probe import distinct
+from tokenrl.language.training.evaluation import check_sizes, distinct, evaluate_policy, paired_differences
 from tokenrl.runs.console import rich_console
 from toy_tasks.models import TinyModel
 
@@ -48,7 +47,7 @@ Recorder.right.binary = True
 def evaluate(functions, policy=None, *, weights=None, mark=None, generations=6, temperature=1.0, **options):
     sampling = Sampling(4, generations, temperature)
     rewards = Rewards(functions, weights, pass_threshold=mark)
-    return evaluate_policy(policy or tiny(), ROWS, rewards, sampling, detailed=True, **options).metrics
+    return evaluate_policy(policy or tiny(), ROWS, rewards, sampling, **options).metrics
 
 
 def right_reward(completions):
@@ -124,7 +123,7 @@ def test_parts_of_the_reward_and_the_best_of_k_of_graded_ones():
 def test_values_by_prompt_average_to_the_metrics_and_pair_two_policies():
     sampling = Sampling(4, 6)
     rewards = Rewards([Recorder().right, lambda completions: [t.count("b") for t in completions]])
-    options = {"detailed": True, "k": (1, 3), "reference": tiny(2)}
+    options = {"k": (1, 3), "reference": tiny(2)}
     first, other = (evaluate_policy(tiny(s), ROWS, rewards, sampling, **options) for s in (0, 1))
     for name, values in other.by_prompt.items():
         assert len(values) == len(ROWS) and np.mean(values) == pytest.approx(other.metrics[name]), name
@@ -136,7 +135,6 @@ def test_values_by_prompt_average_to_the_metrics_and_pair_two_policies():
     assert compared["difference/best@3_stderr"] == pytest.approx(apart.std(ddof=1) / math.sqrt(len(ROWS)))
     same = paired_differences(first.by_prompt, first.by_prompt)
     assert set(same.values()) == {0.0}
-    assert evaluate_policy(tiny(), ROWS, rewards, sampling).by_prompt == {}
 
 
 def test_a_prompt_without_a_value_is_left_out_of_the_pairs():

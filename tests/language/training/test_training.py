@@ -147,24 +147,6 @@ def test_a_reward_that_fails_at_once_is_refused_with_nothing_written_or_lost(run
     assert run(output_dir=tmp_path / "new").steps == 3  # the refused run is not in the way
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-        torch.OutOfMemoryError("CUDA"),
-    ],
-)
-def test_too_little_memory_names_the_settings_that_bound_it(run, monkeypatch, error):
-    from tokenrl.language.training import step
-
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(step, "score", fail)
-    with pytest.raises(Stopped, match=r"(?s)At step 1: .*--tokens-per-pass.*--micro-batch-size"):
-        run()
-
-
 @pytest.mark.filterwarnings("error:Detected call of")
 def test_updates_that_are_skipped_are_counted_until_the_run_stops(run, tmp_path):
     model, tokenizer = letters()

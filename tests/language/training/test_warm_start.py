@@ -66,7 +66,7 @@ def test_all_weights_learn_the_demonstrations_before_the_adapter_is_added(run, t
     said = capsys.readouterr().out
     assert "warm start: 4 updates of all weights on 16 of 2 demonstrations" in said
     assert "after 4 updates only 0% of the groups have unequal rewards" in said
-    assert said.index("order") < said.index("loading the model") < said.index("warm start 1/4")
+    assert said.index("loading the model") < said.index("warm start 1/4")
     for file in ("config.json", "summary.json"):
         assert json.loads((tmp_path / "run" / file).read_text())["warm_started"] == result.warm_started
     assert "4 updates, loss" in result.warm_started["in_words"]

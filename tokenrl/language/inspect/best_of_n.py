@@ -20,7 +20,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows, sample_and_reward
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
-from tokenrl.language.training.probe import over_prompts
+from tokenrl.language.training.evaluation import over_prompts
 from tokenrl.settings import check_number
 
 
@@ -154,7 +154,8 @@ def choice_weights(proxy: np.ndarray, n: int) -> np.ndarray:
     below = np.cumsum(counts)  # number of samples with this reward or a lower one
     all_below = [math.comb(int(m), n) / math.comb(size, n) for m in below]
     chance = np.diff(all_below, prepend=0.0)  # probability that this reward is the highest of n
-    return np.asarray((chance / counts)[level.reshape(-1)])
+    weights: np.ndarray = (chance / counts)[level.reshape(-1)]
+    return weights
 
 
 def best_of_n_kl(proxy: np.ndarray, n: int) -> float:

@@ -52,10 +52,9 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
         **options: the fields of `EvaluateArguments`.
 
     Returns:
-        For one model its metrics and greedy completions. The metrics are those of `evaluate_policy` with
-        `details`, and with `best_of` those of `best_of_n_metrics`. For a list or tuple of models a dict of
-        these by model, in its order; the metrics of every model but the first also have those of
-        `paired_differences` to the first.
+        For one model its metrics and greedy completions. The metrics are those of `evaluate_policy`, and with
+        `best_of` those of `best_of_n_metrics`. For a list or tuple of models a dict of these by model, in its
+        order; the metrics of every model but the first also have those of `paired_differences` to the first.
 
     Raises:
         Refused: a model, the reference, the task or a reward cannot be used, or a number is out of range.
@@ -71,7 +70,7 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
         check_place(args.json)
     found: dict[str, Evaluation] = {}
     for name in names:
-        one = _evaluated(args, name)
+        one = _evaluated(replace(args, model=name))
         compared = paired_differences(found[names[0]].by_prompt, one.by_prompt) if found else {}
         found[name] = one._replace(metrics=one.metrics | compared)
     if args.json is not None:
@@ -80,9 +79,10 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
     return found[args.model] if isinstance(args.model, str) else found
 
 
-def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
+def _evaluated(args: EvaluateArguments) -> Evaluation:
     """Evaluate one model, asked as its own run or the arguments say."""
-    args = settled_form(args, model)
+    args = settled_form(args)
+    assert isinstance(args.model, str)
     generations = max((4, *args.k)) if args.num_generations is None else args.num_generations
     check_sizes(args.k, generations)
     task, rewards = find_task(args)
@@ -91,18 +91,17 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
     sampling = Sampling(length or 256, generations, args.temperature, args.seed)
     sampling = replace(sampling, truncate_prompts=args.truncate_prompts)
     how: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    policy = load_placed(model, **how)
+    policy = load_placed(args.model, **how)
     policy.ask(form_of(args))
-    say_form(policy.form, model)
+    say_form(policy.form, args.model)
     if length is None:
-        sampling = replace(sampling, max_completion_length=length_of(task, model, policy))
+        sampling = replace(sampling, max_completion_length=length_of(task, args.model, policy))
     reference = None if args.reference is None else load_placed(args.reference, **how)
     for warning in special_texts(policy.tokenizer, [row["prompt"] for row in task.eval_prompts]):
         print(f"tokenrl: {visible(warning)}", file=sys.stderr)
     with using_threads(choose_threads(policy.size)[0]):
         k = args.k or ((1, generations) if generations else ())
-        how = {"detailed": True, "k": k, "reference": reference}
-        evaluation = evaluate_policy(policy, task.eval_prompts, rewards, sampling, **how)
+        evaluation = evaluate_policy(policy, task.eval_prompts, rewards, sampling, k=k, reference=reference)
         if args.best_of:
             gold, pool = _own_rewards(args, rewards), replace(sampling, num_generations=args.best_of)
             found = best_of_n_metrics(policy, task.eval_prompts, rewards, gold, pool)

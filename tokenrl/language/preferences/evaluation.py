@@ -93,7 +93,8 @@ def preference_metrics(rewards: np.ndarray, pairs: Sequence[Pair]) -> dict[str, 
 
 
 def _right(difference: np.ndarray) -> np.ndarray:
-    return np.asarray((difference > 0) + 0.5 * (difference == 0))
+    right: np.ndarray = (difference > 0) + 0.5 * (difference == 0)
+    return right
 
 
 def clustered_stderr(values: np.ndarray, groups: Sequence[Hashable]) -> float | None:

@@ -8,14 +8,14 @@ are averaged over processes in the last of them: a process without one would han
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from tokenrl.core.rows import Kept, keep
-from tokenrl.errors import Stopped, describe, out_of_memory
+from tokenrl.errors import Stopped
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.rollout.scoring import Scores
@@ -68,31 +68,6 @@ class StepRows(NamedTuple):
         """Say which rows are compared, and which of them, and of their tokens, are learnt from."""
         sizes: dict[str, Any] = {"group_size": group_size, "valid": self.valid, "truncated": self.truncated}
         return keep(estimator, self.rewards, self.mask, **sizes)
-
-
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Say in words what PyTorch says in its own: that memory is used up, or another process has gone.
-
-    Raises:
-        Stopped: an allocation failed, or another process has ended or does not answer.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if out_of_memory(error) is not None:
-            raise Stopped(
-                "There is too little memory. In updates, give fewer --tokens-per-pass, --micro-batch-size or "
-                "--gradient-checkpointing; in sampling, a --sampling-batch-size. PyTorch said: "
-                f"{describe(error)}"
-            ) from error
-        network = isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
-        if isinstance(error, Stopped) or not network:
-            raise
-        raise Stopped(
-            "Another process of this run has ended or does not answer; what it printed says why. Start all "
-            f"of them again to continue the run. PyTorch said: {describe(error)}"
-        ) from error
 
 
 def share(accelerator: Any, whole: Whole) -> Whole:

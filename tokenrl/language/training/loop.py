@@ -21,7 +21,6 @@ from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.batch import explained
 from tokenrl.language.training.collect import prompt_text
 from tokenrl.language.training.defaults import sizes_of_steps
 from tokenrl.language.training.evaluation import evaluate_policy
@@ -79,16 +78,13 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
     args = taken_up(asked, "train")
     task, rewards = find_task(args)
     accelerator = make_accelerator(resolve(args, task))  # refused before anything is loaded
-    with (
-        Session(
-            "train",
-            args,
-            every=args.logging_steps if args.logging_steps > 1 else 10,
-            main=accelerator.is_main_process,
-            agreed=partial(_largest, accelerator),
-        ) as session,
-        explained(),
-    ):
+    with Session(
+        "train",
+        args,
+        every=args.logging_steps if args.logging_steps > 1 else 10,
+        main=accelerator.is_main_process,
+        agreed=partial(_largest, accelerator),
+    ) as session:
         session.announce(f"tokenrl train: {task.name}", first_facts(session.args, task, rewards))
         run = _prepare(session.args, task, rewards, accelerator, session)
         with closing(run.learner.generator), using_threads(run.args.threads):
@@ -181,7 +177,6 @@ def _begin(run: Run, session: Session) -> None:
     if run.warm_started and session.directory is not None:
         shutil.copy(Path(run.warm_started["kept_in"], "metrics.jsonl"), session.directory.warm_start)
     if session.continues:
-        run.rows = session.recorded()
         run.set_rate(session.step)
     run.learner.sync()  # the weights may be those of a checkpoint
 
@@ -190,23 +185,24 @@ def _one_step(run: Run, step: int) -> Record:
     """Make a training step, and add it to what the run has done so far."""
     began, learner, stream = time.perf_counter(), run.learner, run.stream
     record = training_step(learner, run.rewards, run.running_mean, step, stream.next(), stream.take)
-    metrics = record.metrics
-    run.completion_tokens += metrics["completions/mean_length"] * sizes_of_steps(run.args)[0]
-    run.tokens += int(metrics["num_tokens"])
-    prompts = run.args.prompts_per_step  # a refilled one has as many completions as any other
-    run.latest = sizes_of_steps(run.args)[1] // prompts * (prompts + int(metrics.get("refilled", 0)))
-    run.samples += run.latest
+    metrics, (plain, least), prompts = record.metrics, sizes_of_steps(run.args), run.args.prompts_per_step
+    done: dict[str, float] = {
+        "num_tokens": int(metrics["num_tokens"]),
+        "completion_tokens": metrics["completions/mean_length"] * plain,
+        # A refilled prompt has as many completions as any other.
+        "num_samples": least // prompts * (prompts + int(metrics.get("refilled", 0))),
+    }
+    run.totals.update(done)
     metrics |= {
         "epoch": stream.epoch,
         "learning_rate": learner.schedule.get_last_lr()[0],
         "skipped_steps": learner.skipped,
         "idle_steps": learner.idle,
-        "num_tokens": run.tokens,
-        "num_samples": run.samples,
+        **{name: run.totals[name] for name in ("num_tokens", "num_samples")},
     }
     run.set_rate(step)
     record.timings["step_seconds"] = time.perf_counter() - began
-    run.seconds.update(record.timings)
+    run.totals.update({name: spent for name, spent in record.timings.items() if "seconds" in name})
     return record
 
 
@@ -221,14 +217,11 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
         generator=learner.generator,
         accelerator=learner.accelerator,
         scoring=learner.forward.scoring,
-        detailed=True,
         k=(count,) * (count > 0),
     )
     run.eval_seconds = time.perf_counter() - began
     each = found.by_prompt
-    run.means = [*run.means[:1], torch.tensor(each.get("reward", each["reward_greedy"])).double()]
-    if step == 0:
-        run.rows = [{"step": 0, **{f"eval_{name}": value for name, value in found.metrics.items()}}]
+    run.means = [*run.means[:1], each.get("reward", each["reward_greedy"])]
     return found.metrics
 
 
@@ -242,7 +235,6 @@ def _record(run: Run, session: Session, record: Record, metrics: dict[str, float
         rows = record.rows()
         write_completions(session.directory.completions, session.step, rows)
     session.record(metrics, record.timings | {"tokens_per_second": run.tokens_per_second})
-    run.rows.append({"step": session.step, **metrics})
     if rows:
         session.console.completions_table(_few(rows, run.args.num_generations))
 
@@ -277,6 +269,5 @@ def _largest(accelerator: Any, numbers: Sequence[int]) -> Sequence[int]:
     """Return for each number the largest that a process gives, the same on each of them."""
     if accelerator.num_processes == 1:  # asked before every step: one process need not wait for its device
         return numbers
-    with explained():
-        found: list[int] = accelerator.gather(torch.tensor([numbers]).to(accelerator.device)).amax(0).tolist()
+    found: list[int] = accelerator.gather(torch.tensor([numbers]).to(accelerator.device)).amax(0).tolist()
     return found

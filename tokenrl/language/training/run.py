@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.presets import preset_name
 from tokenrl.language.policy.model import Policy
@@ -35,9 +33,6 @@ from tokenrl.runs.console import duration
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
-
-PROGRESS = ("tokens", "samples", "completion_tokens", "means")
-"""The fields of a `Run` that a continuation goes on from."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +76,9 @@ class Run:
         warm_started: what `warm_start` found; empty without such a stage.
         warm_seconds: seconds of an update of the stage, where a check has only tried it out.
         eval_seconds: seconds of the latest evaluation.
-        tokens: number of prompt and completion tokens so far.
-        samples: number of completions generated so far, greedy and replaced ones included.
-        latest: the number of these that the latest step has generated.
-        completion_tokens: number of completion tokens so far.
-        seconds: seconds of all steps so far, by the names of timings.jsonl.
-        rows: the rows of metrics.jsonl so far, that of the evaluation before training first.
+        totals: sums over all steps so far: `step_seconds` and the seconds of each reward by their names in
+            timings.jsonl, `num_tokens` of prompts and completions, `completion_tokens`, and `num_samples`,
+            greedy and replaced ones included.
         means: the mean reward of each held-out prompt [B], before training and at the latest evaluation.
     """
 
@@ -101,35 +93,30 @@ class Run:
     warm_started: dict[str, Any]
     warm_seconds: float = 0.0
     eval_seconds: float = 0.0
-    tokens: int = 0
-    samples: int = 0
-    latest: int = 0
-    completion_tokens: float = 0.0
-    seconds: Counter[str] = field(default_factory=Counter)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    means: list[Tensor] = field(default_factory=list)
+    totals: Counter[str] = field(default_factory=Counter)
+    means: list[list[float]] = field(default_factory=list)
 
     @property
     def spent(self) -> bool:
         """Whether the run has generated all completions that it may, where their number is bounded."""
-        return self.args.max_samples is not None and self.samples >= self.args.max_samples
+        return self.args.max_samples is not None and self.totals["num_samples"] >= self.args.max_samples
 
     def due(self, session: Session, every: int) -> bool:
         """Return whether something is due in this step: every `every` plain steps, and in the last step."""
         if self.args.max_samples is None or not every:
             return session.due(every)
-        size = every * sizes_of_steps(self.args)[0]
-        return session.due(0) or self.samples // size > (self.samples - self.latest) // size
+        size, before = every * sizes_of_steps(self.args)[0], session.rows[-1].get("num_samples", 0)
+        return session.due(0) or self.totals["num_samples"] // size > before // size
 
     def set_rate(self, step: int) -> None:
         """Set the learning rate of the step after this one."""
-        least = sizes_of_steps(self.args)[1]
-        load_schedule(self.learner.schedule, step if self.args.max_samples is None else self.samples / least)
+        least, samples = sizes_of_steps(self.args)[1], self.totals["num_samples"]
+        load_schedule(self.learner.schedule, step if self.args.max_samples is None else samples / least)
 
     @property
     def tokens_per_second(self) -> float:
         """Completion tokens per second of training steps."""
-        return self.completion_tokens / max(self.seconds["step_seconds"], 1e-9)
+        return self.totals["completion_tokens"] / max(self.totals["step_seconds"], 1e-9)
 
     @property
     def title(self) -> str:
@@ -138,13 +125,11 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continuation needs of the run itself; its parts have states of their own."""
-        return {name: getattr(self, name) for name in PROGRESS} | {"seconds": dict(self.seconds)}
+        return {"totals": dict(self.totals), "means": self.means}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        for name in PROGRESS:
-            setattr(self, name, state[name])
-        self.seconds = Counter(state["seconds"])
+        self.totals, self.means = Counter(state["totals"]), state["means"]
 
     def result(self, session: Session, reason: str) -> RunResult:
         """Return the result for the caller; `reason` says how the run ended, unless a signal ended it."""

@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 import torch
 from rich.filesize import decimal
 
-from tokenrl.core.statistics import GradientDiagnostics, mean_and_error
+from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused, Stopped, TokenrlError
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.collect import logprobs_under, sample
 from tokenrl.language.training.defaults import demonstrations, is_own
+from tokenrl.language.training.evaluation import over_prompts
 from tokenrl.language.training.run import Run, RunResult
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
@@ -57,7 +58,7 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     Returns:
         The result, with exit code 2 if there is a problem, else 0; its `flags` name problems and remarks.
     """
-    findings, records, seconds, prepared = list[Finding](), list[Record](), 0.0, session.wall_seconds
+    findings, records, prepared = list[Finding](), list[Record](), session.wall_seconds
     train = _usable(run, run.task.train_prompts, "training prompts", findings)
     held_out = _usable(run, run.task.eval_prompts, "held-out prompts", findings)
     _look_at_texts(run, train[:LOOKED_AT], findings)
@@ -68,7 +69,7 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
             session.evaluated(_attempt(findings, "evaluation-failed", evaluate) or {})
     if train and not any(finding.flag == "evaluation-failed" for finding in findings):
         with session.console.doing("trying training steps, which change no weight"):
-            records, seconds = _trial_steps(run, train, findings)
+            records = _trial_steps(run, train, findings)
         facts |= _trial_facts(run, records) if records else {}
         facts |= _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train)) or {}
     if run.warm_seconds:  # what the model writes so far says nothing
@@ -78,10 +79,11 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     findings += judge(facts)
     _attempt(findings, "disk-too-small", lambda: check_space(session.output_dir, session.space_needed))
     lines = _lines(run, facts, records)
-    if seconds:
+    if records:
+        seconds = records[-1].timings["collect"] + records[-1].timings["update"]
         lines["time"] = run.forecast(seconds)
-    if seconds and run.args.minutes:
-        lines[f"in {run.args.minutes:g} minutes"] = run.fitting(seconds, 60 * run.args.minutes - prepared)
+        if run.args.minutes:
+            lines[f"in {run.args.minutes:g} minutes"] = run.fitting(seconds, 60 * run.args.minutes - prepared)
     lines["disk"] = f"{decimal(shutil.disk_usage(session.output_dir).free)} are free"
     code = session.conclude("model, data, sampling, rewards and estimator", lines, findings)
     result = run.result(session, "check")
@@ -98,33 +100,19 @@ def _attempt(findings: list[Finding], flag: str, work: Callable[[], T]) -> T | N
 
 
 def _usable(run: Run, rows: Rows, which: str, findings: list[Finding]) -> Rows:
-    """Return the rows whose prompts can be asked, and add findings about those too long or refused."""
-    policy, limit = run.learner.policy, run.args.max_completion_length
-    context, lengths, refused = policy.context or math.inf, dict[int, int](), dict[int, str]()
+    """Return the rows whose prompts can be asked; add a finding about the others, with the first refusal."""
+    limit, cut = run.args.max_completion_length, run.args.truncate_prompts
+    policy, usable, refused = run.learner.policy, list[Mapping[str, Any]](), list[str]()
     for number, row in enumerate(rows):
         try:
-            lengths[number] = len(policy.encode(row["prompt"]))
+            policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, first_row=number)
+            usable.append(row)
         except Refused as error:
-            refused[number] = str(error)
-    long = {number for number, length in lengths.items() if length + limit > context}
-    cut = run.args.truncate_prompts and limit < context
-    if long:
-        longest = max(lengths.values())
-        mend = "Shorten the prompts, leave them out, or cut them on the left with --truncate-prompts"
-        if longest < context:
-            mend += f", or give --max-completion-length {context - longest} or less"
-        text = (
-            f"{len(long):,} of {len(rows):,} {which} do not fit: the longest has {longest:,} tokens, and "
-            f"with {limit:,} for the completion that is more than the model's context of {context:,}. "
-        )
-        text += "The policy does not see their beginning." if cut else f"{mend}."
-        findings.append(Finding("context-too-short", "watch" if cut else "void", text))
+            refused.append(f"The first is that of row {number}. {error}")
     if refused:
-        first = min(refused)
-        text = f"{len(refused):,} of {len(rows):,} {which} cannot be asked, the first in row {first}."
-        findings.append(Finding("prompts-refused", "void", f"{text} {refused[first]}"))
-    lost = refused.keys() | (set() if cut else long)
-    return [row for number, row in enumerate(rows) if number not in lost]
+        text = f"{len(refused):,} of {len(rows):,} {which} cannot be asked. {refused[0]}"
+        findings.append(Finding("prompts-refused", "void", text))
+    return usable
 
 
 def _look_at_texts(run: Run, rows: Rows, findings: list[Finding]) -> None:
@@ -152,22 +140,17 @@ def _look_at_texts(run: Run, rows: Rows, findings: list[Finding]) -> None:
         findings.append(Finding("answers-too-long", "void" if 2 * long > len(lengths) else "watch", text))
 
 
-def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> tuple[list[Record], float]:
-    """Make training steps that change nothing, until there is a signal or enough completions showed none.
-
-    Returns:
-        The steps, and how many seconds a step takes.
-    """
-    args, learner, records = run.args, run.learner, list[Record]()
+def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> list[Record]:
+    """Make training steps that change nothing: three, and more until there is a signal or enough had none."""
+    args, learner, rewards, records = run.args, run.learner, run.rewards, list[Record]()
     stream = PromptStream(rows, args.prompts_per_step, args.seed)
     still = torch.optim.SGD(learner.policy.trainable_parameters(), lr=0.0)
     enough = min(MOST_STEPS, math.ceil(ENOUGH / (args.prompts_per_step * args.num_generations)))
-    rewards = run.rewards
     if run.warm_seconds:  # for the time alone: completions as long as those that it will learn
         pairs = encode_demonstrations(learner.policy, demonstrations(run.task)[:LOOKED_AT])
         longest = max(len(completion) for _, completion in pairs)
         args = replace(args, max_completion_length=min(longest, args.max_completion_length))
-        enough, rewards = 1, Rewards([_places])
+        rewards = Rewards([_places])
 
     def step() -> Record:
         critic, mean = copy.deepcopy((learner.critic, run.running_mean))
@@ -175,17 +158,14 @@ def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> tuple[list[Re
         trial = replace(learner, diagnostics=GradientDiagnostics(0), **how)
         return training_step(trial, rewards, mean, len(records) + 1, stream.next(), stream.take)
 
-    while len(records) < enough and _share_equal(run, records) == 1:
+    # The first two steps are slower than later ones.
+    while len(records) < 3 or (len(records) < enough and _share_equal(run, records) == 1):
         record = _attempt(findings, "step-failed", step)
         learner.optimizer.zero_grad()
         if record is None:
             break
         records.append(record)
-    timings = records[-1].timings if records else {}
-    for _ in range(3 - len(records) if records else 0):  # the first two are slower than later ones
-        timings = (_attempt(findings, "step-failed", step) or records[-1]).timings
-    learner.optimizer.zero_grad()
-    return records, timings.get("collect", 0.0) + timings.get("update", 0.0)
+    return records
 
 
 def _places(completions: Sequence[str], **_: Any) -> list[float]:
@@ -235,22 +215,17 @@ def _trial_facts(run: Run, records: Sequence[Record]) -> dict[str, Any]:
 
 def _lines(run: Run, facts: Mapping[str, Any], records: Sequence[Record]) -> dict[str, str]:
     """Return the lines of the table: what was measured."""
-    args, lines, usual = run.args, {}, facts["usual_rate"]
+    args, lines = run.args, {}
     if records and not run.warm_seconds:
         share = f"{1 - facts['step_equal']:.0%} of {facts['groups']}"
         lines["reward"] = f"{facts['step_reward']:.3g} on average; differs within {share}"
-        length, cut = (
-            fmean(record.metrics[f"completions/{name}"] for record in records)
-            for name in ("mean_length", "clipped_ratio")
-        )
+        length = fmean(record.metrics["completions/mean_length"] for record in records)
+        cut = fmean(record.metrics["completions/clipped_ratio"] for record in records)
         cut_at = f"{cut:.0%} cut at {args.max_completion_length}"
         lines["completions"] = f"{length:.1f} tokens on average; {cut_at}"
-        lines["entropy"] = f"{facts['step_entropy']:.3g} nats per token"
     if "gap" in facts:
         apart = f"{facts['gap']:.1g} nats per token on average, {facts['largest_gap']:.1g} at most"
         lines["scoring"] = f"differs from sampling by {apart}"
-    known = f", {args.optimizer}" if usual is None else f" (usual: {usual:g})"
-    lines["learning rate"] = f"{args.learning_rate:g}{known}"
     lines["memory"] = ", ".join(
         f"{decimal(int(size * 1024**3))} of the {'GPU' if 'cuda' in name else 'computer'} so far"
         for name, size in peak_memory().items()
@@ -265,7 +240,7 @@ def judge_step(run: Run, session: Session) -> str | None:
         Stopped: in many consecutive steps there was nothing to learn from, and the reward is no better than
             before training.
     """
-    step, reward, before = session.step, run.rows[-1]["reward"], session.eval_before.get("reward", math.inf)
+    step, reward = session.step, session.rows[-1]["reward"]
     facts = _step_facts(run, session)
     idle, findings = facts["steps_without_signal"], {one.flag: one for one in reversed(judge(facts))}
     lost = [flag for flag in LOST if flag in session.flags]
@@ -279,7 +254,7 @@ def judge_step(run: Run, session: Session) -> str | None:
     if (none := findings.get("no-signal")) is None:
         return None
     ends = 0 < run.args.stop_after_zero_spread <= idle
-    if reward > before:
+    if reward > session.eval_before.get("reward", math.inf):
         return _learnt(run, session, idle) if ends else None
     if not lost:
         session.warn_once("flat", f"step {step}: {none.text}")
@@ -292,13 +267,13 @@ def judge_step(run: Run, session: Session) -> str | None:
 
 def _step_facts(run: Run, session: Session) -> dict[str, Any]:
     """Return what the rules read after a step, with mean seconds of a step and of its slowest reward."""
-    rows, groups, seconds = run.rows[1:], run.args.estimator.needs_groups, run.seconds
-    idle = steps_without_signal(run, session)
-    rewards = [name for name in seconds if name.startswith("rewards/")]
-    slowest = max(rewards, key=seconds.__getitem__, default="")
+    rows, groups = session.rows[1:], run.args.estimator.needs_groups
+    idle, step = steps_without_signal(run, session), session.step
+    seconds = {name: total for name, total in run.totals.items() if name.startswith("rewards/")}
+    slowest = max(seconds, key=seconds.__getitem__)
     return {
         **known_facts(run),
-        **latest_facts(run.rows, run.args.prompts_per_step, groups),
+        **latest_facts(session.rows, run.args.prompts_per_step, groups),
         "before_reward": session.eval_before.get("reward"),
         "before_stderr": session.eval_before.get("reward_stderr"),
         "step_reward": rows[-1]["reward"],
@@ -306,9 +281,9 @@ def _step_facts(run: Run, session: Session) -> dict[str, Any]:
         "steps_without_signal": idle,
         "patience": min(3, run.args.stop_after_zero_spread or 3),
         "had_signal": any(share_equal(row, groups) < 1 for row in rows[: len(rows) - idle]),
-        "timed_steps": session.step,
-        "step_seconds": seconds["step_seconds"] / session.step,
-        "reward_seconds": seconds[slowest] / session.step,
+        "timed_steps": step,
+        "step_seconds": run.totals["step_seconds"] / step,
+        "reward_seconds": seconds[slowest] / step,
         "slowest_reward": slowest.removeprefix("rewards/").removesuffix("/seconds"),
     }
 
@@ -319,19 +294,18 @@ def judge_end(run: Run, session: Session, reason: str) -> list[Finding]:
     The difference of two evaluations is that of each prompt's mean reward, so that easy and hard prompts
     add no noise to it.
     """
-    rows, groups = run.rows[1:], run.args.estimator.needs_groups
+    rows, groups = session.rows[1:], run.args.estimator.needs_groups
     facts = known_facts(run) | means("recent", last_tenth(rows), groups)
     if session.is_evaluated and session.step:
         facts["is_solved"] = rows[-1].get("eval_reward", 0) >= (facts["solved_at"] or math.inf)
-        change = run.means[-1] - run.means[0]
-        gain, error = map(float, mean_and_error(change[~change.isnan()]))
+        gain, error = over_prompts([now - then for then, now in zip(*run.means, strict=True)])
         error = 0.0 if math.isnan(error) else error
         if reason == "learnt" or gain > 2 * error:  # it has recovered
             session.flags = [flag for flag in session.flags if flag != "policy-destroyed"]
         else:
-            before, after = (float(rewards.nanmean()) for rewards in (run.means[0], run.means[-1]))
+            before, after = (over_prompts(rewards).value for rewards in run.means)
             facts |= {
-                **{"gain": gain, "gain_stderr": error, "held_out": len(change)},
+                **{"gain": gain, "gain_stderr": error, "held_out": len(run.means[0])},
                 **{"before_reward": before, "after_reward": after, "step_reward": after},
                 "share_without_signal": fmean(share_equal(row, groups) == 1 for row in rows),
                 "step_cut": rows[-1]["completions/clipped_ratio"],
@@ -367,9 +341,9 @@ def steps_without_signal(run: Run, session: Session) -> int:
     A destroyed policy is right once in a while by luck; such a step, whose reward is below the middle of
     what was lost, does not end the row.
     """
-    rows, middle, count = run.rows[1:], -math.inf, 0
+    rows, middle, count = session.rows[1:], -math.inf, 0
     if "policy-destroyed" in session.flags:
-        best = max(row["eval_reward"] for row in run.rows if is_number(row.get("eval_reward")))
+        best = max(row["eval_reward"] for row in session.rows if is_number(row.get("eval_reward")))
         middle = (best + min(row["reward"] for row in rows)) / 2
     for row in reversed(rows):
         if share_equal(row, run.args.estimator.needs_groups) == 1:
@@ -381,7 +355,7 @@ def steps_without_signal(run: Run, session: Session) -> int:
 
 def _learnt(run: Run, session: Session, steps: int) -> str:
     """Say why a run ends whose rewards are all equal and higher than before; return it in a word."""
-    solved, reward = getattr(run.task, "solved", None), run.rows[-1]["reward"]
+    solved, reward = getattr(run.task, "solved", None), session.rows[-1]["reward"]
     text = f"In {steps} steps in a row no two rewards that are compared differed"
     if solved is None or reward >= solved:
         session.console.note(f"{text}: the task is learnt.")
