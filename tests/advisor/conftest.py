@@ -11,9 +11,10 @@ import pytest
 from tokenrl.control.arguments import ControlArguments, ControlSettings
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.setup import resolve
-from tokenrl.runs.directory import RunDirectory
+from tokenrl.runs.directory import acquire_lock
 from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import MetricsLog
+from tokenrl.runs.origin import versions
 from tokenrl.settings import settled
 
 STEPS = 40
@@ -54,11 +55,12 @@ def made_up(tmp_path):
             arguments = settled(ControlSettings, ControlArguments(**CONTROL | dict(settings)), found)
         values = {f.name: getattr(arguments, f.name) for f in fields(arguments)}
         path = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        run = open_runs.enter_context(RunDirectory(path))
-        run.write_config({**values, "kind": kind, "title": "a run", "solved": solved})
+        path.mkdir()
+        about = {"kind": kind, "title": "a run", "solved": solved, "versions": versions()}
+        write_json(path / "config.json", values | about)
         rows = HEALTHY | (IN_TRAIN if kind == "train" else IN_CONTROL)
         rows |= {name.replace("__", "/"): value for name, value in metrics.items()}
-        with closing(MetricsLog(run.path)) as log:
+        with closing(MetricsLog(path)) as log:
             for step in range(steps + 1):
                 row = {name: value(step) if callable(value) else value for name, value in rows.items()}
                 row = {name: value for name, value in row.items() if value is not None} if step else {}
@@ -66,9 +68,10 @@ def made_up(tmp_path):
                 if reward is not None:
                     row |= {"eval_reward": reward, "eval_reward_greedy": reward, "eval_reward_stderr": 0.01}
                 log.write(step, row)
-        if not running:
-            write_json(run.summary, {"exit_reason": "finished", "steps": steps})
-            run.release()
+        if running:
+            open_runs.callback(acquire_lock(path, "").release)
+        else:
+            write_json(path / "summary.json", {"exit_reason": "finished", "steps": steps})
         return path
 
     with open_runs:

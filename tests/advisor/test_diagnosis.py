@@ -13,7 +13,6 @@ from tokenrl.advisor.diagnosis import advise_run
 from tokenrl.cli import COMMANDS, main
 from tokenrl.core import Estimator
 from tokenrl.flags import parse
-from tokenrl.runs.directory import RunDirectory
 from tokenrl.runs.findings import Finding
 
 FLAT = {"reward": lambda step: 0.5 + 0.1 * (-1) ** step, "evaluated": {0: 0.5, 40: 0.51}}
@@ -220,9 +219,9 @@ def changed_run(made_up, number, values):
 def test_runs_that_cannot_be_diagnosed_are_refused(made_up, tmp_path, capsys):
     empty, foreign = tmp_path / "empty", tmp_path / "sft"
     empty.mkdir()
-    with RunDirectory(foreign) as run:
-        run.write_config({"kind": "sft"})
-        run.metrics.touch()
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"kind": "sft"}')
+    (foreign / "metrics.jsonl").touch()
     broken, without = made_up("train"), made_up("train")
     lines = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
     (broken / "metrics.jsonl").write_text("".join([*lines[:3], "{broken\n", *lines[4:]]))

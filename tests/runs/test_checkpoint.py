@@ -8,14 +8,14 @@ import math
 import os
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs import checkpoint
-from tokenrl.runs.checkpoint import checkpoints, read_state, save_checkpoint, write_state
+from tokenrl.runs.checkpoint import Saver, SavingArguments, read_state, write_state
 from tokenrl.runs.folders import atomic_directory, model_directory, verify
 
 
@@ -29,19 +29,31 @@ def names(folder):
     return sorted(entry.name for entry in folder.iterdir())
 
 
+def save(folder, step, write, *, keep, **state):
+    """Save a checkpoint of a training whose model is whatever `write` writes."""
+    part = SimpleNamespace(state_dict=lambda: state)
+    saver = Saver(folder, SavingArguments(keep_checkpoints=keep))
+    saver.keep(SimpleNamespace(write=write, tensors=list), {"part": part})
+    saver.settle(step)
+    saver.save()
+    return folder / f"step_{step:06d}"
+
+
 def test_older_ones_go_by_number_and_only_after_the_new_one_is_verified(tmp_path, monkeypatch):
     for step in (999_998, 999_999, 1_000_000):  # as text, the last would be the first
-        path = save_checkpoint(tmp_path / "checkpoints", step, write, keep=2)
+        (tmp_path / "checkpoints" / ".step_000001.old").mkdir(parents=True)
+        path = save(tmp_path / "checkpoints", step, write, keep=2)
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest.keys() == {"weights.bin", "sub/state.json"} and manifest["weights.bin"][0] == 2048
-    assert [path.name for path in checkpoints(path.parent)] == ["step_999999", "step_1000000"]
+    assert manifest.keys() == {"weights.bin", "sub/state.json", "trainer_state.pt"}
+    assert manifest["weights.bin"][0] == 2048
+    assert names(path.parent) == ["step_1000000", "step_999999"]
 
     def fail(path):
         raise Refused("its bytes are others")
 
-    monkeypatch.setattr(checkpoint, "verify", fail)
+    monkeypatch.setattr("tokenrl.runs.checkpoint.verify", fail)
     with pytest.raises(Stopped, match="its bytes are others"):
-        save_checkpoint(path.parent, 1_000_001, write, keep=1)
+        save(path.parent, 1_000_001, write, keep=1)
     assert {"step_1000000", "step_999999"} < set(names(path.parent))
 
 
@@ -51,11 +63,11 @@ def test_a_failed_save_stops_removes_the_partial_and_leaves_the_last_good_one(tm
         write(folder)
         raise fault
 
-    good = save_checkpoint(tmp_path, 1, write, keep=1)
+    good = save(tmp_path, 1, write, keep=1)
     with pytest.raises(Stopped, match=rf"step_000002 could not be .*{fault.args[-1]}.*Free space") as caught:
-        save_checkpoint(tmp_path, 2, fail, keep=1)
+        save(tmp_path, 2, fail, keep=1)
     with pytest.raises(Stopped, match="was removed or moved"):  # no run directory is made again
-        save_checkpoint(tmp_path / "gone" / "checkpoints", 1, write, keep=1)
+        save(tmp_path / "gone" / "checkpoints", 1, write, keep=1)
     assert caught.value.__cause__ is fault and names(tmp_path) == ["step_000001"]
     verify(good)
 
@@ -72,7 +84,7 @@ def test_a_failed_save_stops_removes_the_partial_and_leaves_the_last_good_one(tm
     ],
 )
 def test_damage_is_refused_by_name(tmp_path, name, content, words):
-    path = save_checkpoint(tmp_path / "checkpoints", 2, write, keep=2)
+    path = save(tmp_path / "checkpoints", 2, write, keep=2)
     (path / name).unlink() if content is None else (path / name).write_bytes(content)
     for read in (verify, model_directory):
         with pytest.raises(Refused, match=rf"step_000002 cannot be used: .*{words}"):
@@ -81,7 +93,7 @@ def test_damage_is_refused_by_name(tmp_path, name, content, words):
 
 @pytest.mark.parametrize("every", [97, pytest.param(1, marks=pytest.mark.slow)])
 def test_any_changed_byte_of_a_checkpoint_is_detected_and_named(tmp_path, every):
-    path = save_checkpoint(tmp_path, 3, lambda folder: (write(folder), write_state(folder, STATE)), keep=1)
+    path = save(tmp_path, 3, write, keep=1, **STATE)
     draw, tried = random.Random(0), 0
     for file in (path / "weights.bin", path / "sub" / "state.json", path / "trainer_state.pt"):
         whole = file.read_bytes()

@@ -9,8 +9,9 @@ from contextlib import suppress
 
 import pytest
 
+from tests.runs.test_checkpoint import save
 from tokenrl.errors import Refused
-from tokenrl.runs.checkpoint import checkpoints, save_checkpoint
+from tokenrl.runs.checkpoint import checkpoints
 from tokenrl.runs.files import replacing
 from tokenrl.runs.folders import atomic_directory, settle, verify
 
@@ -109,15 +110,15 @@ def no_wait(monkeypatch):
 def test_a_save_cut_short_anywhere_leaves_a_complete_checkpoint(tmp_path, damaged, no_wait):
     start, place = tmp_path / "start", tmp_path / "place"
     for step in (1, 2, 3) if damaged else (1, 2):
-        save_checkpoint(start, step, writing(f"step {step}"), keep=9)
+        save(start, step, writing(f"step {step}"), keep=9)
     if damaged:  # is replaced by the save
         (start / "step_000003" / "a").write_text("other")
     found = set()
-    for number in crashes(start, place, lambda: save_checkpoint(place, 3, writing("step 3 again"), keep=2)):
+    for number in crashes(start, place, lambda: save(place, 3, writing("step 3 again"), keep=2)):
         path = whole(place)
         assert content(path) == {"step 2"} if path.name == "step_000002" else {"step 3 again"}, number
         found.add(path.name)
-        save_checkpoint(place, 4, writing("step 4"), keep=2)
+        save(place, 4, writing("step 4"), keep=2)
         assert content(whole(place)) == {"step 4"}
         assert not [name for name in names(place) if name.startswith(".")], number
     assert found == {"step_000002", "step_000003"}

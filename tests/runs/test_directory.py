@@ -2,6 +2,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 from tokenrl import __version__
 from tokenrl.errors import Refused
 from tokenrl.runs import directory
-from tokenrl.runs.directory import RunDirectory, new_directory, newest
-from tokenrl.runs.files import plain, write_json
+from tokenrl.runs.directory import RunDirectory, new_directory, newest, remove_run
+from tokenrl.runs.files import plain
 from tokenrl.runs.origin import versions
 
 
@@ -19,16 +20,23 @@ def tree(folder):
     return {str(path.relative_to(folder)): path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
 
 
-def finished_run(path):
-    with RunDirectory(path) as run:
-        run.write_config({"seed": 1})
-        write_json(run.summary, {"steps": 3})
-        run.metrics.write_text('{"step": 1}\n')
-        for folder in (run.model, run.completions, run.checkpoints / "step_000003"):
-            folder.mkdir(parents=True)
-            (folder / "weights.bin").write_text("x")
-        (run.completions / "step_000003.parquet").write_text("x")
+def finished_run(run):
+    for folder in ("model", "completions", "checkpoints/step_000003"):
+        (run / folder).mkdir(parents=True)
+        (run / folder / "weights.bin").write_text("x")
+    for name in ("completions/step_000003.parquet", "summary.json", "timings.jsonl", "metrics.jsonl"):
+        (run / name).write_text("{}")
+    (run / ".lock").touch()
+    (run / "config.json").write_text('{"versions": {"tokenrl": "1"}}')
     return run
+
+
+@contextmanager
+def locked(path, **options):
+    """The directory of a run that is at work."""
+    run = RunDirectory(path, **options)
+    yield run.path
+    run.release()
 
 
 @pytest.mark.parametrize(
@@ -48,12 +56,9 @@ def test_parent_directory_in_the_path_is_refused(path, words, tmp_path, monkeypa
 
 
 def test_second_run_in_the_directory_is_refused(tmp_path):
-    with RunDirectory(tmp_path) as run:
-        run.write_config({})
-        with pytest.raises(Refused, match="Another run is using"):
-            RunDirectory(tmp_path, overwrite=True)
-        assert run.config.exists()  # nothing was removed of a run at work
-    with RunDirectory(tmp_path, overwrite=True):
+    with locked(tmp_path), pytest.raises(Refused, match="Another run is using"):
+        RunDirectory(tmp_path, overwrite=True)
+    with locked(tmp_path):
         pass
 
 
@@ -68,34 +73,33 @@ def test_existing_run_is_refused_untouched_and_unlocked(tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
-    run = finished_run(tmp_path / "run")
-    outside = tmp_path / "elsewhere"
+def test_what_a_run_wrote_is_removed_and_nothing_else(tmp_path):
+    run, outside = finished_run(tmp_path / "run"), tmp_path / "elsewhere"
     outside.mkdir()
     (outside / "kept").write_text("kept")
-    (run.path / "notes.txt").write_text("mine")
-    (run.checkpoints / "best").mkdir()
-    for hidden in (".step_000004.partial", ".step_000005.old"):
-        (run.checkpoints / hidden).mkdir()
-    for link in (run.model / "link", run.checkpoints / "step_000009"):
+    (run / "notes.txt").write_text("mine")
+    for folder in ("best", ".step_000004.partial", ".step_000005.old"):
+        (run / "checkpoints" / folder).mkdir()
+    for link in (run / "model" / "link", run / "checkpoints" / "step_000009"):
         link.symlink_to(outside)
-    with RunDirectory(run.path, overwrite=True) as again:
-        assert run.summary.exists()  # a run refused before it begins has lost nobody's results
-        again.write_config({})
-        left = set(tree(run.path))
-    assert left == {".lock", "config.json", "notes.txt", "checkpoints", "checkpoints/best", "completions",
+    before = tree(run)
+    with locked(run, overwrite=True):
+        assert tree(run) == before  # who is refused before it begins has lost nothing
+        remove_run(run)
+        left = set(tree(run))
+    assert left == {".lock", "notes.txt", "checkpoints", "checkpoints/best", "completions",
                     "completions/weights.bin"}  # fmt: skip
     assert (outside / "kept").read_text() == "kept"
 
 
 def test_a_model_hidden_by_a_crash_while_it_was_replaced_is_brought_back(tmp_path):
     run = finished_run(tmp_path / "run")
-    before = tree(run.path)
-    run.model.rename(run.path / ".model.old")  # as between the two renames
-    shutil.copytree(run.path / ".model.old", run.path / ".model.partial")
+    before = tree(run)
+    (run / "model").rename(run / ".model.old")  # as between the two renames
+    shutil.copytree(run / ".model.old", run / ".model.partial")
     with pytest.raises(Refused, match="already holds a run"):
-        RunDirectory(run.path)
-    assert tree(run.path) == before
+        RunDirectory(run)
+    assert tree(run) == before
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -119,10 +123,10 @@ def test_removal_cut_short_can_be_repeated(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(directory.shutil, "rmtree", busy)
         with pytest.raises(Refused, match=r"cannot be replaced.*busy"):
-            RunDirectory(tmp_path, overwrite=True).write_config({})
-    with RunDirectory(tmp_path, overwrite=True) as run:
-        run.write_config({})
-        assert not run.model.exists()
+            remove_run(tmp_path)
+    with locked(tmp_path, overwrite=True):  # it is still known as a run
+        remove_run(tmp_path)
+    assert not (tmp_path / "model").exists() and not (tmp_path / "config.json").exists()
 
 
 def test_versions_name_packages_without_importing_them():
@@ -150,17 +154,17 @@ def test_runs_that_start_at_once_take_different_numbers(tmp_path, monkeypatch):
 
 def test_folders_that_were_made_for_nothing_are_removed_again(tmp_path):
     (tmp_path / "there").mkdir()
-    with RunDirectory(tmp_path / "there" / "runs" / "one") as run:
+    with locked(tmp_path / "there" / "runs" / "one") as run:
         assert tree(tmp_path / "there") == {"runs": True, "runs/one": True, "runs/one/.lock": b""}
         with pytest.raises(Refused, match="Another run is using"):
-            RunDirectory(run.path)
+            RunDirectory(run)
     assert list(tmp_path.iterdir()) == [tmp_path / "there"] and tree(tmp_path / "there") == {}
-    with RunDirectory(tmp_path / "there"):  # it was there before
+    with locked(tmp_path / "there"):  # it was there before
         pass
     assert list(tree(tmp_path / "there")) == [".lock"]
-    with RunDirectory(tmp_path / "a" / "b"):
+    with locked(tmp_path / "a" / "b"):
         (tmp_path / "a" / "other.txt").write_text("x")  # somebody else writes beside it
     assert list(tree(tmp_path / "a")) == ["other.txt"]
-    with RunDirectory(tmp_path / "kept") as run:
-        run.write_config({})
-    assert "config.json" in tree(run.path)
+    with locked(tmp_path / "kept") as run:
+        (run / "config.json").write_text("{}")
+    assert "config.json" in tree(run)

@@ -7,7 +7,7 @@ import torch
 
 from tokenrl.errors import Refused
 from tokenrl.runs import metrics as metrics_module
-from tokenrl.runs.metrics import MetricsLog, Stopwatch, read_completions, read_metrics, write_completions
+from tokenrl.runs.metrics import MetricsLog, read_completions, read_metrics, write_completions
 
 
 def write(folder, *rows):
@@ -44,12 +44,6 @@ def test_damage_before_the_last_line_is_refused(tmp_path):
             read_metrics(tmp_path / name)
 
 
-def test_metrics_are_flat(tmp_path):
-    for value in ([1, 2], {"a": 1}, torch.zeros(2)):
-        with pytest.raises(TypeError, match="'x'"):
-            write(tmp_path, (1, {"x": value}, None))
-
-
 def test_completions_come_back_and_chat_messages_and_mixtures_as_json_text(tmp_path):
     chat = [{"role": "user", "content": "hi"}]
     full = {"prompt": "2\n\x00é", "reward": 1, "advantage": math.nan, "ok": True, "chat": chat, "mixed": 1}
@@ -60,15 +54,6 @@ def test_completions_come_back_and_chat_messages_and_mixtures_as_json_text(tmp_p
     assert math.isnan(first.pop("advantage")) and json.loads(first.pop("chat")) == chat
     assert first == {"prompt": "2\n\x00é", "reward": 1.0, "ok": True, "mixed": "1", "extra": None}
     assert (second["prompt"], second["reward"], second["ok"], second["extra"]) == ("?", 0.25, None, 7)
-
-
-def test_the_stopwatch_times_updates_only():
-    watch = Stopwatch()
-    assert watch.time(lambda: sum(range(10**5))) == sum(range(10**5))
-    first = watch.last
-    watch.time(lambda: None)
-    assert 0 < watch.last < first and watch.total == pytest.approx(first + watch.last)
-    assert watch.timings(30) == {"step_seconds": watch.last, "tokens_per_second": 30 / watch.total}
 
 
 def test_the_peak_of_memory_does_not_fall(monkeypatch):

@@ -9,10 +9,10 @@ import pytest
 
 from runs.pages import EVIL, Page
 from tokenrl.errors import Refused
-from tokenrl.runs.directory import RunDirectory
 from tokenrl.runs.files import write_json
 from tokenrl.runs.html import Section, completions, table, write_page
 from tokenrl.runs.metrics import MetricsLog, write_completions
+from tokenrl.runs.origin import versions
 from tokenrl.runs.plots import PALETTE
 from tokenrl.runs.report import compare_runs, report_from_directory
 
@@ -21,25 +21,26 @@ CHAT = [{"role": "system", "content": "be_brief"}, {"role": "user", "content": [
 
 @pytest.fixture
 def run(tmp_path):
-    with RunDirectory(tmp_path / "my run") as run:
-        about = {"title": f"sorting {EVIL}", "command": f"tokenrl train {EVIL}"}
-        run.write_config({**about, "seed": 3, "solved": 0.9, "chat": True})
-        with closing(MetricsLog(run.path)) as log:
-            log.write(0, {"eval_reward": 0.125, "eval_reward_greedy": 0.2, "eval_reward_stderr": 0.01})
-            for step in (1, 2, 3, 4):
-                log.write(step, {"reward": 0.5, "grad_norm": 2.0, "grad_clipped": float(step > 1)})
-        for step, text in ((1, EVIL), (2, "middle"), (10, "& last\n\x00\ud800")):
-            row = {"prompt": CHAT, "completion": text, "reward": step / 8, "rewards/a_b": math.nan}
-            write_completions(run.completions, step, [row | {"cut": True}] * 20)
-        after = {"reward": 0.87654, "reward_stderr": 0.0123, "pass@4": 0.5, "reward_greedy": 1, EVIL: 2}
-        ended = {"exit_reason": "completed", "steps": 2, "wall_seconds": 61, "tokens_per_second": 99.0}
-        both = {"eval_before": {"reward": 0.125}, "eval_after": after}
-        write_json(run.summary, {**ended, **both, "verdict": EVIL})
+    run = tmp_path / "my run"
+    run.mkdir()
+    about = {"title": f"sorting {EVIL}", "command": f"tokenrl train {EVIL}", "versions": versions()}
+    write_json(run / "config.json", {**about, "seed": 3, "solved": 0.9, "chat": True})
+    with closing(MetricsLog(run)) as log:
+        log.write(0, {"eval_reward": 0.125, "eval_reward_greedy": 0.2, "eval_reward_stderr": 0.01})
+        for step in (1, 2, 3, 4):
+            log.write(step, {"reward": 0.5, "grad_norm": 2.0, "grad_clipped": float(step > 1)})
+    for step, text in ((1, EVIL), (2, "middle"), (10, "& last\n\x00\ud800")):
+        row = {"prompt": CHAT, "completion": text, "reward": step / 8, "rewards/a_b": math.nan}
+        write_completions(run / "completions", step, [row | {"cut": True}] * 20)
+    after = {"reward": 0.87654, "reward_stderr": 0.0123, "pass@4": 0.5, "reward_greedy": 1, EVIL: 2}
+    ended = {"exit_reason": "completed", "steps": 2, "wall_seconds": 61, "tokens_per_second": 99.0}
+    both = {"eval_before": {"reward": 0.125}, "eval_after": after}
+    write_json(run / "summary.json", {**ended, **both, "verdict": EVIL})
     return run
 
 
 def page_of(run):
-    return Page(report_from_directory(getattr(run, "path", run)).read_text("utf-8"))
+    return Page(report_from_directory(run).read_text("utf-8"))
 
 
 def page_with(path, *blocks):
@@ -53,13 +54,13 @@ def test_the_page_needs_the_run_directory_alone_and_tells_its_numbers(run):
                  "held-out sampled 0.125 ± 0.010", "solved: 0.9", '"seed": 3', '"python"', "To repeat",
                  "before clipping, which 75% of the updates needed", "chatTrue"):  # fmt: skip
         assert part in page.text
-    assert (run.path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert len(page.all("svg")) == 3  # two sizes, and the norm
 
 
 @pytest.mark.drawn
 def test_all_text_is_escaped_and_nothing_is_asked_for_outside(run):
-    text = report_from_directory(run.path).read_text("utf-8")
+    text = report_from_directory(run).read_text("utf-8")
     page = Page(text)
     assert text.count("<script") == 1 == text.count("</script") and "&lt;script&gt;" in text
     shown = page.text.replace('\\"', '"').count(EVIL)
@@ -71,7 +72,7 @@ def test_all_text_is_escaped_and_nothing_is_asked_for_outside(run):
 
 
 def test_colours_follow_the_dark_mode_and_can_be_read(run):
-    text = report_from_directory(run.path).read_text("utf-8")
+    text = report_from_directory(run).read_text("utf-8")
     light, dark = text.split("@media (prefers-color-scheme: dark)")
     first, second = (dict(re.findall(r"(--[a-z0-9]+): (#[0-9a-f]+)", part)) for part in (light, dark))
     assert first.keys() == second.keys() == {"--page", "--card", *(f"--{name}" for name in PALETTE)}
@@ -91,7 +92,7 @@ def luminance(colour):
 
 
 def test_completions_are_folded_and_bear_the_numbers_by_which_they_are_sorted(run):
-    text = report_from_directory(run.path).read_text("utf-8")
+    text = report_from_directory(run).read_text("utf-8")
     before, _, _ = text.partition("All 48 completions")
     assert before.count("<article") == 4 and before.count("last") >= 4 and "middle" not in before
     page = Page(text)
@@ -103,8 +104,8 @@ def test_completions_are_folded_and_bear_the_numbers_by_which_they_are_sorted(ru
     named = {found["name"] for kind in ("select", "input") for found in page.all(kind)}
     assert named == {"by", "order", "column", "search", "least", "most"}
     for step in range(11, 111):
-        write_completions(run.completions, step, [{"prompt": "p", "completion": "c"}])
-    (run.completions / "step_final.parquet").write_text("a file of somebody else")
+        write_completions(run / "completions", step, [{"prompt": "p", "completion": "c"}])
+    (run / "completions" / "step_final.parquet").write_text("a file of somebody else")
     steps = sorted({json.loads(found["data-numbers"])["step"] for found in page_of(run).all("article")})
     assert steps[0] == 1 and steps[-1] == 110 and len(steps) == 8
 
@@ -163,9 +164,9 @@ def test_what_is_no_run_is_refused_and_a_comparison_answers_with_its_page(tmp_pa
     ],
 )
 def test_a_damaged_file_is_named_with_what_to_do(run, name, text):
-    (run.path / name).write_text(text)
+    (run / name).write_text(text)
     with pytest.raises(Refused, match=rf"(?s){re.escape(name)}.*[Rr]emove"):
-        report_from_directory(run.path)
+        report_from_directory(run)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,13 +88,13 @@ def live(directory, at_step=nothing, *, before=nothing, maker=None, main=True, a
     args = taken_up(args, "train")
     with Session("train", args, main=main, agreed=agreed) as session:
         session.keep(counter, maker or Maker(), counter=counter)
-        session.open("counting", {})
+        session.open({})
         if not session.continues:
             session.evaluated({"reward": 0.0})
         session.begin(session.args, names={}, title="counting")
         for step in session.steps(args.max_steps):
             before(session)
-            counter.update(step)
+            session.timed(partial(counter.update, step))
             at_step(session)
             metrics = {"reward": float(counter.weight) / counter.number}
             if session.due(2):
@@ -214,7 +215,7 @@ def test_what_goes_wrong_before_the_first_step_is_a_refusal_and_loses_nothing(tm
     kept = (tmp_path / "metrics.jsonl").read_text()
     args = Settings(output_dir=str(tmp_path), overwrite=True)
     with pytest.raises(Refused, match="Before the first step: no reward"), Session("train", args) as session:
-        session.open("counting", {})
+        session.open({})
         raise Stopped("no reward")
     assert (tmp_path / "metrics.jsonl").read_text() == kept
 
@@ -410,7 +411,7 @@ def test_what_pytorch_says_of_memory_and_processes_is_one_paragraph(tmp_path, er
     assert "\n" not in str(caught.value)
     args = Settings(output_dir=str(tmp_path / "other"))
     with pytest.raises(Refused, match=f"Before the first step: {words}"), Session("train", args) as session:
-        session.open("counting", {})
+        session.open({})
         raise error
     with pytest.raises(RuntimeError, match="another"), Session("train", args):
         raise RuntimeError("another error passes as it is")

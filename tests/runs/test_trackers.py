@@ -42,7 +42,7 @@ def live(directory, *, until=9, late=None, **options):
     """A whole run that is evaluated at step 3, and again after the last step if `late` is given."""
     args = Arguments(output_dir=str(directory), **options)
     with Session("train", args) as session:
-        session.open("counting", {})
+        session.open({})
         session.evaluated({"reward": 0.5})
         session.begin(args, names={}, title="counting")
         for step in session.steps(args.max_steps):

@@ -23,7 +23,7 @@ from tokenrl.runs.reader import Outcome
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
 
-PROGRESS = ("env_steps", "cpu_seconds", "train_seconds", "last_reward")
+PROGRESS = ("env_steps", "cpu_seconds", "last_reward")
 """The fields of a `Run` that a checkpoint holds, beside the random numbers of the actions."""
 
 
@@ -82,7 +82,6 @@ class Run:
         pieces: collects pieces of episodes; only with `num_steps`, from the first rollout on.
         env_steps: number of environment steps trained on so far.
         cpu_seconds: processor time of rollouts and updates.
-        train_seconds: wall-clock time of rollouts and updates.
         last_reward: mean return of the latest rollout in which an episode ended.
     """
 
@@ -96,7 +95,6 @@ class Run:
     pieces: Pieces | None = None
     env_steps: int = 0
     cpu_seconds: float = 0.0
-    train_seconds: float = 0.0
     last_reward: float = math.nan
 
     def findings(self, session: Session) -> list[Finding]:
@@ -137,7 +135,7 @@ class Run:
             verdict=verdict(self.spec, outcome["eval_after"], self.args.eval_episodes, session.step),
             flags=[finding.flag for finding in self.findings(session)],
             train_cpu_seconds=self.cpu_seconds,
-            train_seconds=self.train_seconds,
+            train_seconds=session.training_seconds,
             policy=self.agent.policy,
         )
 

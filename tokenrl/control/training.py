@@ -76,8 +76,8 @@ def train_agent(
         session.keep(saved, Maker({"initial policy": saved.fingerprint()}), agent=run.agent, run=run)
         title = f"{spec.env}, {preset_name(args.estimator)}, seed {args.seed}"
         with contextlib.closing(run.envs), contextlib.closing(run.eval_envs):
-            shown = {**facts(run), "threads": f"{threads} ({why})"}
-            session.open(f"tokenrl control: {spec.env}", shown)
+            session.console.start(f"tokenrl control: {spec.env}", facts(run))
+            session.open({"threads": f"{threads} ({why})"})
             if args.check:
                 return check_agent(run, session, partial(_evaluate, run), partial(_collect, run, 1))
             if not session.continues:
@@ -103,9 +103,7 @@ def _loop(run: Run, session: Session) -> ControlResult:
     reached = run.solved(session.eval_before) is True
     over = session.ended == "solved" or (args.stop_when_solved and reached)
     for step in session.steps(0 if over else args.max_steps):
-        before = run.train_seconds
-        metrics = _one_update(run, step)
-        seconds = run.train_seconds - before
+        metrics = session.timed(partial(_one_update, run, step))
         if session.due(args.eval_every):
             found = _evaluate(run)
             metrics |= session.evaluated(found)
@@ -117,8 +115,7 @@ def _loop(run: Run, session: Session) -> ControlResult:
                         f"on to step {args.max_steps}; with --stop-when-solved it ends here."
                     )
                 reached = True
-        rate = run.env_steps / max(run.train_seconds, 1e-9)
-        timings = {"env_steps_per_second": rate, "cpu_seconds": run.cpu_seconds, "step_seconds": seconds}
+        timings = {"env_steps_per_second": session.rate(run.env_steps), "cpu_seconds": run.cpu_seconds}
         session.record(metrics, timings)
         if over:
             break
@@ -136,8 +133,7 @@ def _loop(run: Run, session: Session) -> ControlResult:
 
 
 def _one_update(run: Run, step: int) -> dict[str, float]:
-    cpu, wall = time.process_time(), time.perf_counter()
-    agent = run.agent
+    cpu, agent = time.process_time(), run.agent
     rollout = _collect(run, step)
     load_schedule(run.schedule, step - 1)
     metrics = learn(agent, rollout, step)
@@ -154,7 +150,6 @@ def _one_update(run: Run, step: int) -> dict[str, float]:
         "skipped_steps": agent.skipped,
     }
     run.cpu_seconds += time.process_time() - cpu
-    run.train_seconds += time.perf_counter() - wall
     return metrics
 
 

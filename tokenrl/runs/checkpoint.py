@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,12 +125,21 @@ class Saver:
             why = f"After step {self.step} the weights are not finite, so they are not saved."
             raise Stopped(f"{why} The learning rate is the likely cause: lower it, and start again.")
 
-    @property
-    def needed(self) -> int:
-        """About how many bytes a run needs: its checkpoints, with two moments per weight, and a model."""
+    def check_space(self) -> None:
+        """Refuse a run for whose checkpoints, with two moments per weight, and model there is no space.
+
+        Raises:
+            Refused: fewer bytes are free.
+        """
+        from rich.filesize import decimal
+
         tensors = self._model.tensors() if self._model is not None else ()
         weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return weights * (3 * (self._args.keep_checkpoints + 1) + 1)
+        needed = weights * (3 * (self._args.keep_checkpoints + 1) + 1)
+        free = shutil.disk_usage(self._folder.parent).free
+        if needed > free:
+            lack = f"The run needs about {decimal(needed)}, and {decimal(free)} are free in its directory."
+            raise Refused(f"{lack} Free space, lower keep_checkpoints, or give an output_dir elsewhere.")
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint is due by the number of steps or by the time since the last."""
@@ -151,13 +160,22 @@ class Saver:
         if not self._active or model is None or self.step == self._saved or changed:
             return
         self.check_finite()
-
-        def write(folder: Path) -> None:
-            model.write(folder)
-            write_state(folder, {"step": self.step, **self._state})
-
-        save_checkpoint(self._folder, self.step, write, keep=self._args.keep_checkpoints)
+        for left in self._folder.glob(".step_*"):  # by a crash; this run holds the lock: nobody writes there
+            shutil.rmtree(left, ignore_errors=True)
+        path = self._folder / f"step_{self.step:06d}"
+        with atomic_directory(path) as partial:
+            model.write(partial)
+            write_state(partial, {"step": self.step, **self._state})
+        try:
+            verify(path)  # before older ones go
+        except Refused as fault:
+            raise Stopped(str(fault)) from fault
         self._saved, self._at = self.step, time.monotonic()
+        for older in checkpoints(self._folder)[: -self._args.keep_checkpoints]:
+            hidden = older.with_name(f".{older.name}.old")  # a removal cut short must not leave half of it
+            with contextlib.suppress(OSError):  # no reason to end a run whose newest checkpoint is complete
+                os.rename(older, hidden)
+                shutil.rmtree(hidden)
 
     def restore(self, path: Path) -> int:
         """Continue from a checkpoint; return its step.
@@ -181,38 +199,6 @@ class Saver:
         self._saved = step_of(path)
         self.settle(self._saved)
         return self._saved
-
-
-def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
-    """Save one checkpoint, verify it, and then remove the oldest ones.
-
-    Args:
-        folder: the run's folder `checkpoints`; made if absent. Only one process may save there.
-        step: number of updates made so far.
-        write: fills the empty folder that it is given with files.
-        keep: how many checkpoints to keep, with this one.
-
-    Returns:
-        The path of the checkpoint, such as `folder`/step_000100.
-
-    Raises:
-        Stopped: `write` failed or the disk is full; older checkpoints are unchanged.
-    """
-    path = folder / f"step_{step:06d}"
-    for left in folder.glob(".step_*"):  # by a crash; this run holds the lock, so nobody writes there
-        shutil.rmtree(left, ignore_errors=True)
-    with atomic_directory(path) as partial:
-        write(partial)
-    try:
-        verify(path)
-    except Refused as fault:
-        raise Stopped(str(fault)) from fault
-    for older in checkpoints(folder)[:-keep]:
-        hidden = older.with_name(f".{older.name}.old")  # an interrupted removal must not leave half of it
-        with contextlib.suppress(OSError):  # no reason to end a run whose newest checkpoint is complete
-            os.rename(older, hidden)
-            shutil.rmtree(hidden)
-    return path
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Makes and locks the directory of a run, and knows where its files lie.
+"""Makes and locks the directory of a run, and removes what a run has written.
 
 `RunDirectory` checks everything before it writes or removes anything. It then holds a lock until `release`,
 so that two runs never mix their files. Importing this module imports no torch.
@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.runs.files import write_json
 from tokenrl.runs.folders import settle
-from tokenrl.runs.origin import versions
 
 _WRITTEN = (
     *("learning_curve.png", "report.html", "summary.json", "timings.jsonl", "metrics.jsonl", ".*.partial"),
@@ -27,12 +24,10 @@ _WRITTEN = (
 
 
 class RunDirectory:
-    """The locked folder of one run, as a context manager that releases the lock at its end.
+    """The locked folder of one run.
 
     Attributes:
         path: the folder.
-        config, metrics, warm_start, completions, checkpoints, summary, model: paths inside the folder, which
-            need not exist yet.
     """
 
     def __init__(
@@ -42,8 +37,8 @@ class RunDirectory:
 
         Args:
             path: the folder; its parents are made too.
-            overwrite: replace the run that the folder holds. It is removed by `write_config` and not before,
-                so that a refusal in between loses no results. Only files that a run writes are removed.
+            overwrite: the run that the folder holds may be replaced. Whoever does so calls `remove_run`, as
+                late as possible, so that a refusal in between loses no results.
             resume: continue the run that the folder may hold.
             new: the folder must not exist yet.
 
@@ -54,10 +49,6 @@ class RunDirectory:
             FileExistsError: `new` was asked for, and the folder exists.
         """
         self.path = run = Path(path)
-        self.config, self.summary = run / "config.json", run / "summary.json"
-        self.metrics, self.model = run / "metrics.jsonl", run / "model"
-        self.warm_start = run / "warm_start.jsonl"
-        self.completions, self.checkpoints = run / "completions", run / "checkpoints"
         if ".." in run.parts:
             raise Refused(f"The output directory {str(run)!r} contains '..'; give its path without it.")
         try:
@@ -74,29 +65,12 @@ class RunDirectory:
             message = f"The output directory {str(run)!r} cannot be used ({error}); give another one."
             raise Refused(message) from error
         with contextlib.suppress(OSError):  # what a crash left while the model was replaced
-            settle(self.model)
-        if (self.config.exists() or self.metrics.exists()) and not (overwrite or resume):
+            settle(run / "model")
+        held = (run / "config.json").exists() or (run / "metrics.jsonl").exists()
+        if held and not (overwrite or resume):
             self.release()
             mend = "give another directory, continue it (--resume auto), or replace it (--overwrite)"
             raise Refused(f"The output directory {run} already holds a run; {mend}.")
-
-    def write_config(self, config: Mapping[str, Any], *, keep: bool = False) -> None:
-        """Write `config` and the versions of the packages to config.json.
-
-        Args:
-            config: the entries of config.json.
-            keep: continue the run that the folder holds; otherwise it is removed.
-
-        Raises:
-            Refused: a file of that run cannot be removed.
-        """
-        try:
-            if not keep:
-                _remove_run(self.path)
-        except OSError as error:
-            message = f"The run in {self.path} cannot be replaced ({error}); give another directory."
-            raise Refused(message) from error
-        write_json(self.config, {"versions": versions(), **config})
 
     def release(self) -> None:
         """Release the lock, so that another run may use the directory.
@@ -109,12 +83,6 @@ class RunDirectory:
                 for folder in self._made:
                     folder.rmdir()
         self._lock.release()
-
-    def __enter__(self) -> RunDirectory:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
 
 
 def numbered(kind: str, number: int) -> Path:
@@ -183,29 +151,17 @@ def in_use(run: Path) -> bool:
     return False
 
 
-def _remove_run(run: Path) -> None:
-    """Remove what a run has written; a link is removed, never followed."""
-    for path in [path for pattern in _WRITTEN for path in run.glob(pattern)]:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+def remove_run(run: Path) -> None:
+    """Remove what a run has written, and nothing else; a link is removed, never followed.
+
+    Raises:
+        Refused: a file cannot be removed.
+    """
+    try:
+        for path in [path for pattern in _WRITTEN for path in run.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except OSError as error:
+        raise Refused(f"The run in {run} cannot be replaced ({error}); give another directory.") from error
     for name in ("videos", "completions", "checkpoints"):
         with contextlib.suppress(OSError):  # it is not there, or holds files of others
             (run / name).rmdir()
-
-
-def check_space(directory: Path, needed: int) -> None:
-    """Refuse a run for which there is not enough space.
-
-    Args:
-        directory: where the run writes; it and its parents need not exist yet.
-        needed: bytes of all that the run keeps at the same time.
-
-    Raises:
-        Refused: fewer bytes are free.
-    """
-    from rich.filesize import decimal
-
-    there = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        lack = f"The run needs about {decimal(needed)} in {directory}, and {decimal(free)} are free there."
-        raise Refused(f"{lack} Free space, lower keep_checkpoints, or give an output_dir on another disk.")

@@ -10,16 +10,13 @@ import json
 import os
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tokenrl.errors import Refused, describe
 from tokenrl.runs.files import not_written, plain, replacing
-
-T = TypeVar("T")
 
 _GIB = 1024**3
 
@@ -50,7 +47,6 @@ class MetricsLog:
             timings: seconds and rates of the same step; without them timings.jsonl gets no line.
 
         Raises:
-            TypeError: a value holds several numbers.
             Stopped: the disk is full.
         """
         for (path, file), row in zip(self._files.items(), (metrics, timings), strict=True):
@@ -86,15 +82,8 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def line_of(row: Mapping[str, Any]) -> str:
-    """Return the line of a file that holds this row of numbers, which `read_metrics` reads back.
-
-    Raises:
-        TypeError: a value holds several numbers.
-    """
-    for key, value in (values := plain(row)).items():
-        if isinstance(value, dict | list):
-            raise TypeError(f"a line is flat, name to number; {key!r} holds several values")
-    return json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n"
+    """Return the line of a file that holds this row of numbers, which `read_metrics` reads back."""
+    return json.dumps(plain(row), allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -169,37 +158,6 @@ def _column(values: list[Any]) -> Any:
         with suppress(pyarrow.ArrowException, OverflowError):
             return pyarrow.array(cells)
     return [None if cell is None else json.dumps(plain(cell), ensure_ascii=False) for cell in cells]
-
-
-class Stopwatch:
-    """Times updates one by one, without the evaluations between them.
-
-    Attributes:
-        last: seconds of the last update.
-        total: seconds of all updates so far.
-    """
-
-    last = total = 0.0
-
-    def time(self, update: Callable[[], T]) -> T:
-        """Make an update and return what it returns."""
-        began = time.perf_counter()
-        found = update()
-        self.last = time.perf_counter() - began
-        self.total += self.last
-        return found
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the time so far."""
-        return {"seconds": self.total}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Continue from what `state_dict` returned."""
-        self.total = state["seconds"]
-
-    def timings(self, tokens: float) -> dict[str, float]:
-        """Return the seconds of the last update, and the mean rate if all of them processed `tokens`."""
-        return {"step_seconds": self.last, "tokens_per_second": tokens / max(self.total, 1e-9)}
 
 
 def peak_memory() -> dict[str, float]:

@@ -30,7 +30,7 @@ class Outcome:
         steps: number of updates made.
         eval_before: metrics of the evaluation before training.
         eval_after: metrics of the evaluation after the last update; may be empty after a signal.
-        wall_seconds: seconds since the run printed its header.
+        wall_seconds: seconds since the run began.
     """
 
     output_dir: Path

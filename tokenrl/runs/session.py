@@ -4,14 +4,14 @@ All trainings use it: of a policy, an agent, a reward model, and the supervised 
 writes its own loop and asks the session what is due::
 
     with Session("train", args) as session:
-        session.announce("tokenrl train", facts)  # the header: what is known before the model is loaded
+        session.console.start("tokenrl train", facts)  # the header: what is known before the model is loaded
         session.keep(model, maker, run=run)     # what checkpoints hold
-        session.open("", more_facts)            # from here on a signal lets the step end and saves
+        session.open(more_facts)                # from here on a signal lets the step end and saves
         if not session.continues:
             session.evaluated(evaluate())       # before the first step
         session.begin(args, names={})           # from here on the directory holds this run
         for step in session.steps(args.max_steps):
-            metrics = update()
+            metrics = session.timed(update)
             if session.due(args.eval_every):
                 metrics |= session.evaluated(evaluate())
             session.record(metrics)
@@ -29,16 +29,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tokenrl.errors import Refused, Stopped, describe, in_words
 from tokenrl.runs.checkpoint import Model, Resumable, Saver, step_of
 from tokenrl.runs.console import Console, Progress, next_commands
-from tokenrl.runs.directory import RunDirectory, new_directory, numbered
+from tokenrl.runs.directory import RunDirectory, new_directory, numbered, remove_run
 from tokenrl.runs.files import plain, write_json
 from tokenrl.runs.folders import atomic_directory
 from tokenrl.runs.metrics import MetricsLog, peak_memory, read_metrics
-from tokenrl.runs.origin import Origin
+from tokenrl.runs.origin import Origin, versions
 from tokenrl.runs.output import without_warnings
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
@@ -49,7 +49,10 @@ from tokenrl.runs.trackers import Trackers
 if TYPE_CHECKING:
     from tokenrl.runs.findings import Finding
 
+T = TypeVar("T")
 Agreed = Callable[[Sequence[int]], Sequence[int]]
+_KEPT = ("eval_before", "_evaluated", "_warned", "flags", "ended", "training_seconds")
+"""The fields of a `Session` that a continuation goes on from."""
 
 
 class Session:
@@ -60,12 +63,14 @@ class Session:
         args: its settings, with the directory that was chosen if none was given.
         output_dir: the run directory as an absolute path, so that a reward may change the working directory.
         console: prints for people.
-        directory: the run directory; None on every process but the main one.
+        saver: saves checkpoints and restores them.
         stop: catches the signals that ask the run to stop.
         continues: whether the run goes on from a checkpoint.
         origin: how the run was started; known from `begin` on.
         step: number of the current step, from 1; 0 before the first.
         rows: the rows of metrics.jsonl up to the current step.
+        eval_before: the metrics of the evaluation before training; empty if there was none.
+        step_seconds, training_seconds: seconds of the last update, and of all updates.
         flags: warnings about the outcome.
         ended: why the run ended by itself before its last step; None if it did not.
         spent: says whether the run has used up a budget other than its steps, so that this step is the last.
@@ -82,61 +87,62 @@ class Session:
                 (replace the run that the directory already holds), `quiet` (print nothing, and hide the
                 warnings of libraries), and those of `SavingArguments` and `TrackerArguments`.
             every: steps between two printed lines where the output is no terminal.
-            main: whether this is the main process.
+            main: whether this is the main process; an attribute too.
             agreed: returns the largest of each of the numbers that all processes pass to it, so that all of
                 them stop, save and continue at the same step.
 
         Raises:
             Refused: the directory, the checkpoint to continue from, or a tracker cannot be used.
         """
-        self.kind, self._quiet, self._agreed = kind, args.quiet or not main, agreed
+        self.kind, self.main, self._quiet, self._agreed = kind, main, args.quiet or not main, agreed
         self.console = Console(quiet=self._quiet, every=every)
         self._trackers = Trackers(args, self.console.warn)
         if args.overwrite and args.resume:
             raise Refused("overwrite replaces the run in output_dir, resume continues it: give one of both.")
         if args.output_dir is None:
-            self.directory = new_directory(kind) if main else None
-            (number,) = agreed([int(self.directory.path.name.rpartition("-")[2]) if self.directory else 0])
+            self._directory = new_directory(kind) if main else None
+            (number,) = agreed([int(self._directory.path.name.rpartition("-")[2]) if self._directory else 0])
             args = replace(args, output_dir=str(numbered(kind, number)))
         else:
             how = {"overwrite": args.overwrite, "resume": bool(args.resume)}
-            self.directory = RunDirectory(Path(args.output_dir).absolute(), **how) if main else None
+            self._directory = RunDirectory(Path(args.output_dir).absolute(), **how) if main else None
         self.args, self.output_dir = args, Path(args.output_dir).absolute()
         self._continued, self._skipped = self._find(args.resume) if args.resume else (None, [])
         self.continues = self._continued is not None
         self.stop = GracefulStop(quiet=self._quiet)
-        self._saver = Saver(self.output_dir / "checkpoints", args, active=main)
+        self.saver = Saver(self.output_dir / "checkpoints", args, active=main)
         self._maker = Maker()
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
         self._atexit = contextlib.ExitStack()
         self.step = self._recorded = self._total = 0  # the current step, the last in the log, that of the end
         self.rows: list[dict[str, Any]] = []
-        self.flags: list[str] = []
+        self.flags, self._warned = list[str](), list[str]()
         self.ended: str | None = None
         self.spent: Callable[[], bool] = lambda: False
         self._begun = False
         self._exit_code: int | None = None  # the one in the outcome
-        self._evaluations: dict[int, dict[str, float]] = {}  # metrics by step
-        self._warned: set[str] = set()
+        self.eval_before: dict[str, float] = {}
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation, with its step
+        self.step_seconds = self.training_seconds = 0.0
         self._began, self._seconds = time.monotonic(), 0.0  # seconds before the run was continued
 
     def _find(self, resume: str) -> tuple[Path | None, list[str]]:
         """Find the checkpoint to continue from; the main process tells the others its step."""
         path, skipped = None, list[str]()
-        if self.directory is not None:
+        if self._directory is not None:
             try:
                 path, skipped = find_checkpoint(self.output_dir, resume)
             except Refused:
-                self.directory.release()
+                self._directory.release()
                 raise
         (step,) = self._agreed([step_of(path) if path else 0])
         return (self.output_dir / "checkpoints" / f"step_{step:06d}" if step else None), skipped
 
     def __enter__(self) -> Session:
         self._atexit.callback(self._trackers.close)  # last, since a tracker may be slow to end
-        if self.directory is not None:
-            self._atexit.callback(self.directory.release)
+        if self._directory is not None:
+            self._atexit.callback(self._directory.release)
         self._atexit.enter_context(without_warnings(self._quiet))
         return self
 
@@ -164,20 +170,12 @@ class Session:
     def keep(self, model: Model, maker: Maker, **parts: Resumable) -> None:
         """Register what checkpoints hold: the model, what it is made from, and all else that has a state."""
         self._maker = maker
-        self._saver.keep(model, {"maker": maker, "session": self, **parts})
+        self.saver.keep(model, {"maker": maker, "session": self, **parts})
 
-    def announce(self, title: str, facts: Mapping[str, Any], **options: Any) -> None:
-        """Print the header (see `Console.start`), and start the clock."""
-        self.console.start(title, facts, **options)
-        self._began = time.monotonic()
-
-    def open(self, title: str, facts: Mapping[str, Any], **options: Any) -> None:
-        """Print the header; or, without a title, what was found since it was announced. Catch signals."""
+    def open(self, facts: Mapping[str, Any]) -> None:
+        """Print the rest of the header, and catch signals from here on."""
         self._atexit.enter_context(self.stop)
-        if title:
-            self.announce(title, facts, **options)
-        else:
-            self.console.facts("", facts)
+        self.console.facts("", facts)
 
     def begin(self, args: Any, *, names: Mapping[str, str | None], **facts: Any) -> None:
         """Write config.json and the evaluation of step 0, or continue from the checkpoint that was found.
@@ -199,10 +197,12 @@ class Session:
         if self._continued is not None:
             self._continue(self._continued)
         self._begun = True
-        if self.directory is None:
+        if not self.main:
             return
+        if not self.continues:
+            remove_run(self.output_dir)
         config = {**settings, **facts, "command": self.origin.command}
-        self.directory.write_config(config, keep=self.continues)
+        write_json(self.output_dir / "config.json", {"versions": versions(), **config})
         if self.ended or self.step >= args.max_steps or self.spent():
             self.console.note("Nothing is left to do: the run had ended.")
             return
@@ -214,8 +214,8 @@ class Session:
 
     def _continue(self, path: Path) -> None:
         """Restore the state of a checkpoint, and remove what the run wrote after it."""
-        self.step = self._recorded = self._saver.restore(path)
-        if self.directory is not None:
+        self.step = self._recorded = self.saver.restore(path)
+        if self.main:
             cut_back(self.output_dir, self.step)
         self.rows = [r for r in read_metrics(self.output_dir / "metrics.jsonl") if r["step"] <= self.step]
         for fault in self._skipped:
@@ -231,11 +231,11 @@ class Session:
             while self.step < total and not (self.spent() or self.ended or self._asked()):
                 self.step += 1
                 yield self.step
-                self._saver.settle(self.step)
+                self.saver.settle(self.step)
 
     def _asked(self) -> bool:
         """Save if it is time; return whether any process was asked to stop: all agree, or some would wait."""
-        asked, save = self._agreed([self.stop.requested or 0, int(self._saver.due(self.step))])
+        asked, save = self._agreed([self.stop.requested or 0, int(self.saver.due(self.step))])
         if save:
             self.save()
         self.stop.requested = asked or self.stop.requested  # or one that came in between
@@ -247,25 +247,29 @@ class Session:
 
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""
-        self._evaluations[self.step] = dict(metrics)
+        self._evaluated = self.step, dict(metrics)
+        if self.step == 0:
+            self.eval_before = dict(metrics)
         if self.step == self._recorded:  # after the last step, whose line is already written
             self._trackers.write(self.step, _named(metrics))
         return _named(metrics)
 
-    @property
-    def space_needed(self) -> int:
-        """About how many bytes the run needs for its checkpoints and its model."""
-        return self._saver.needed
+    def timed(self, update: Callable[[], T]) -> T:
+        """Make an update and return what it returns; its seconds count, those of evaluations do not."""
+        began = time.perf_counter()
+        found = update()
+        self.step_seconds = time.perf_counter() - began
+        self.training_seconds += self.step_seconds
+        return found
 
-    @property
-    def eval_before(self) -> dict[str, float]:
-        """The metrics of the evaluation before training; empty if there was none."""
-        return self._evaluations.get(0, {})
+    def rate(self, count: float) -> float:
+        """Return how many things a second that is, if all updates so far have processed `count` of them."""
+        return count / max(self.training_seconds, 1e-9)
 
     @property
     def is_evaluated(self) -> bool:
         """Whether the current step has been evaluated."""
-        return self.step in self._evaluations
+        return self._evaluated[0] == self.step
 
     @property
     def owes_evaluation(self) -> bool:
@@ -279,10 +283,10 @@ class Session:
 
     def record(self, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
         """Write metrics of this step to metrics.jsonl, timings to timings.jsonl, and show and track both."""
-        timings = {**(timings or {}), **peak_memory()} if self.step else None
-        shown = {**metrics, **(timings or {})}
+        timings = {"step_seconds": self.step_seconds, **(timings or {}), **peak_memory()}
+        shown = {**metrics, **timings} if self.step else metrics
         if self._log is not None:
-            self._log.write(self.step, metrics, timings)
+            self._log.write(self.step, metrics, timings if self.step else None)
             self._trackers.write(self.step, shown)
         if self.step:
             self.rows.append({"step": self.step, **metrics})
@@ -293,25 +297,18 @@ class Session:
     def warn_once(self, topic: str, message: str) -> None:
         """Print a warning the first time that its topic comes up, and never again."""
         if topic not in self._warned:
-            self._warned.add(topic)
+            self._warned.append(topic)
             self.console.warn(message)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a continuation must know; of the evaluations the first and the last."""
-        kept = sorted({0, max(self._evaluations, default=0)} & self._evaluations.keys())
-        return {
-            "evaluations": {step: self._evaluations[step] for step in kept},
-            "warned": sorted(self._warned),
-            "flags": list(self.flags),
-            "ended": self.ended,
-            "seconds": self.wall_seconds,
-        }
+        """Return what a continuation must know."""
+        return {name: getattr(self, name) for name in _KEPT} | {"wall_seconds": self.wall_seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        self._evaluations = {step: dict(metrics) for step, metrics in state["evaluations"].items()}
-        self._warned, self.flags = set(state["warned"]), list(state["flags"])
-        self.ended, self._seconds = state["ended"], state["seconds"]
+        for name in _KEPT:
+            setattr(self, name, state[name])
+        self._seconds = state["wall_seconds"]
 
     def outcome(self, reason: str) -> dict[str, Any]:
         """Make the fields of `Outcome`. If a signal ended the run, its name replaces `reason`."""
@@ -324,7 +321,7 @@ class Session:
             "exit_code": code,
             "steps": self.step,
             "eval_before": self.eval_before,
-            "eval_after": self._evaluations.get(self.step, {}),
+            "eval_after": self._evaluated[1] if self.is_evaluated else {},
             "wall_seconds": self.wall_seconds,
         }
 
@@ -336,16 +333,17 @@ class Session:
         Raises:
             Stopped: the weights are not finite, or the model could not be written.
         """
-        if self.directory is None:
+        if not self.main:
             return
         try:
             self.save()
         except Stopped as error:  # of a full disk: the model is smaller
             self.console.warn(str(error))
-        self._saver.check_finite()
-        with atomic_directory(self.directory.model) as folder:
+        self.saver.check_finite()
+        model = self.output_dir / "model"
+        with atomic_directory(model) as folder:
             write_model(folder)
-        write_json(self.directory.summary, ended.summary())
+        write_json(self.output_dir / "summary.json", ended.summary())
         try:
             report = f"\nreport  {report_from_directory(self.output_dir)}"
         except Exception as error:  # a trained model is not lost over a picture
@@ -354,7 +352,7 @@ class Session:
         self.console.finish(ended.summary())
         for text in told:
             self.console.warn(text)
-        self.console.note(f"model   {self.directory.model}{report}")
+        self.console.note(f"model   {model}{report}")
         for command in next_commands(self.kind, self.args, ended.summary(), bool(self.origin.command)):
             self.console.note(f"next    {command}")
 
@@ -363,22 +361,22 @@ class Session:
         problems = [finding for finding in findings if finding.weight == "void"]
         remarks = [finding for finding in findings if finding.weight != "void"]
         self.flags += [finding.flag for finding in (*problems, *remarks)]
-        if self.directory is not None:  # the main process
+        if self.main:
             self.console.check(parts, measured, map(str, problems), map(str, remarks))
         return Refused.exit_code if problems else 0
 
     def save(self) -> None:
         """Save a checkpoint of the last whole state, if there is one."""
         if self._recorded == self.step:  # nothing of a further step has happened
-            self._saver.settle(self.step)
+            self.saver.settle(self.step)
         if self._log is not None:
             self._log.sync()  # a checkpoint must never know more steps than metrics.jsonl
-        self._saver.save()
+        self.saver.save()
 
     def _failed(self, error: Exception) -> Stopped:
         """Save the state of a run that failed, write its summary and report; return the error to tell."""
         said = [str(error) if isinstance(error, Stopped) else describe(error)]
-        if self.directory is None:
+        if not self.main:
             return Stopped(said[0])
         try:
             self.save()
@@ -387,7 +385,9 @@ class Session:
         failed = {"exit_reason": "failed", "steps": self._recorded, "eval_after": None}
         summary = Outcome(**self.outcome("failed") | failed).summary()
         with contextlib.suppress(Exception):  # the directory may be gone, or its disk full
-            write_json(self.directory.summary, summary | {"flags": self.flags, "error": " ".join(said)})
+            write_json(
+                self.output_dir / "summary.json", summary | {"flags": self.flags, "error": " ".join(said)}
+            )
             report_from_directory(self.output_dir)
         left = "The run directory holds no checkpoint."
         with contextlib.suppress(Refused):

@@ -31,7 +31,7 @@ from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.memory import recorded
 from tokenrl.language.training.setup import made_from
 from tokenrl.language.training.supervised import Descent
-from tokenrl.runs.metrics import Stopwatch, write_completions
+from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import taken_up
 from tokenrl.runs.session import Session
@@ -210,7 +210,7 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         args = session.args
         named = [where for where in (args.data, args.task) if isinstance(where, str)]
         title = f"tokenrl reward-model: {', '.join(named) or 'data in memory'}"
-        session.announce(title, {"seed": args.seed, "run": args.output_dir}, note=LOSS_NOTE)
+        session.console.start(title, {"seed": args.seed, "run": args.output_dir}, note=LOSS_NOTE)
         with session.console.doing("loading the preferences and the model"):
             data = load_reward_data(args, session.console.note)
             reward_model = make_backbone(args, data.task, session.console.note)
@@ -221,10 +221,10 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         training = PreferenceTraining(reward_model, data.train, args)  # refuses texts that are too long
         held_out = encode_pairs(reward_model, data.held_out)
         rows = {"train": list(map(asdict, data.train)), "held_out": list(map(asdict, data.held_out))}
-        watch, maker = Stopwatch(), made_from(reward_model, rows)
-        session.keep(SavedPolicy(reward_model), maker, training=training, watch=watch)
+        maker = made_from(reward_model, rows)
+        session.keep(SavedPolicy(reward_model), maker, training=training)
         shown = _header(args, data, reward_model) | {"threads": f"{threads} ({why})"}
-        session.open("", shown)
+        session.open(shown)
 
         def evaluate() -> dict[str, float]:
             return session.evaluated(preference_metrics(score_pairs(reward_model, held_out), data.held_out))
@@ -241,8 +241,8 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         counts = {"train": len(data.train), "held_out": len(data.held_out)}
         session.begin(args, names=names, title=title, pairs=counts, **recorded(data.task))
         for _ in session.steps(args.max_steps):
-            metrics = watch.time(training.update)
-            timings = watch.timings(metrics["num_tokens"])
+            metrics = session.timed(training.update)
+            timings = {"tokens_per_second": session.rate(metrics["num_tokens"])}
             if session.due(args.eval_every):
                 metrics |= evaluate()
             session.record(metrics, timings)
@@ -287,21 +287,20 @@ def _finish(session: Session, data: RewardData, ended: RewardModelResult, title:
         title: the title of the run.
         rewards: rewards of the chosen and rejected completions of the held-out pairs [N, 2].
     """
-    directory = session.directory
-    assert directory is not None  # a reward model trains in one process
+    directory = session.output_dir
     for name in ("preferences.jsonl", "preferences_eval.jsonl"):
-        (directory.path / name).unlink(missing_ok=True)  # left by a run that this one replaces
+        (directory / name).unlink(missing_ok=True)  # left by a run that this one replaces
         if name in data.rows:
-            write_preferences(directory.path / name, data.rows[name])
+            write_preferences(directory / name, data.rows[name])
     rows = [
         {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
         | {"reward_chosen": float(chosen), "reward_rejected": float(rejected)}
         for pair, (chosen, rejected) in zip(data.held_out, rewards, strict=True)
     ]
     rows.sort(key=lambda row: row["reward_chosen"] - row["reward_rejected"])  # the worst mistakes first
-    for earlier in directory.completions.glob("step_*.parquet"):  # of a run that this one continues
+    for earlier in directory.glob("completions/step_*.parquet"):  # of a run that this one continues
         earlier.unlink()
-    write_completions(directory.completions, ended.steps, rows)
+    write_completions(directory / "completions", ended.steps, rows)
     facts: dict[str, Any] = {f"{name} on held-out pairs": value for name, value in ended.eval_after.items()}
     facts |= asked(ended.reward_model.form)
     base, origin = session.args.model, session.origin.in_words()

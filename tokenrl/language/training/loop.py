@@ -85,10 +85,10 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         main=accelerator.is_main_process,
         agreed=partial(_largest, accelerator),
     ) as session:
-        session.announce(f"tokenrl train: {task.name}", first_facts(session.args, task, rewards))
+        session.console.start(f"tokenrl train: {task.name}", first_facts(session.args, task, rewards))
         run = _prepare(session.args, task, rewards, accelerator, session)
         with closing(run.learner.generator), using_threads(run.args.threads):
-            session.open("", run.facts())
+            session.open(run.facts())
             for warning in _warnings(run, asked):
                 session.console.warn(warning)
             if run.args.check:
@@ -96,13 +96,13 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
             _begin(run, session)
             reason = session.ended or "finished"
             for step in session.steps(run.args.max_steps):
-                record = _one_step(run, step)
+                record = session.timed(partial(_one_step, run, step))
                 metrics = dict(record.metrics)
                 if run.due(session, run.args.eval_every):
                     metrics |= session.evaluated(_evaluate(run, step))
                 _record(run, session, record, metrics)
                 if step == 2:
-                    session.console.note(run.forecast(record.timings["step_seconds"]))
+                    session.console.note(run.forecast(session.step_seconds))
                 if ended_by := judge_step(run, session):
                     reason = ended_by
                     break
@@ -174,8 +174,10 @@ def _begin(run: Run, session: Session) -> None:
     known |= {"warm_started": run.warm_started} if run.warm_started else {}
     names = {"task": run.task.name, "model": policy.source}
     session.begin(args, names=names, title=run.title, **known)
-    if run.warm_started and session.directory is not None:
-        shutil.copy(Path(run.warm_started["kept_in"], "metrics.jsonl"), session.directory.warm_start)
+    if run.warm_started and session.main:
+        shutil.copy(
+            Path(run.warm_started["kept_in"], "metrics.jsonl"), session.output_dir / "warm_start.jsonl"
+        )
     if session.continues:
         run.set_rate(session.step)
     run.learner.sync()  # the weights may be those of a checkpoint
@@ -183,7 +185,7 @@ def _begin(run: Run, session: Session) -> None:
 
 def _one_step(run: Run, step: int) -> Record:
     """Make a training step, and add it to what the run has done so far."""
-    began, learner, stream = time.perf_counter(), run.learner, run.stream
+    learner, stream = run.learner, run.stream
     record = training_step(learner, run.rewards, run.running_mean, step, stream.next(), stream.take)
     metrics, (plain, least), prompts = record.metrics, sizes_of_steps(run.args), run.args.prompts_per_step
     done: dict[str, float] = {
@@ -201,7 +203,6 @@ def _one_step(run: Run, step: int) -> Record:
         **{name: run.totals[name] for name in ("num_tokens", "num_samples")},
     }
     run.set_rate(step)
-    record.timings["step_seconds"] = time.perf_counter() - began
     run.totals.update({name: spent for name, spent in record.timings.items() if "seconds" in name})
     return record
 
@@ -231,10 +232,11 @@ def _record(run: Run, session: Session, record: Record, metrics: dict[str, float
     The metrics come last of what is written: with them a step is complete.
     """
     shown, rows = run.args.log_completions, []
-    if session.directory is not None and shown and (session.step == 1 or run.due(session, shown)):
+    if session.main and shown and (session.step == 1 or run.due(session, shown)):
         rows = record.rows()
-        write_completions(session.directory.completions, session.step, rows)
-    session.record(metrics, record.timings | {"tokens_per_second": run.tokens_per_second})
+        write_completions(session.output_dir / "completions", session.step, rows)
+    rate = {"tokens_per_second": session.rate(run.totals["completion_tokens"])}
+    session.record(metrics, record.timings | rate)
     if rows:
         session.console.completions_table(_few(rows, run.args.num_generations))
 

@@ -76,9 +76,9 @@ class Run:
         warm_started: what `warm_start` found; empty without such a stage.
         warm_seconds: seconds of an update of the stage, where a check has only tried it out.
         eval_seconds: seconds of the latest evaluation.
-        totals: sums over all steps so far: `step_seconds` and the seconds of each reward by their names in
-            timings.jsonl, `num_tokens` of prompts and completions, `completion_tokens`, and `num_samples`,
-            greedy and replaced ones included.
+        totals: sums over all steps so far: the seconds of each reward by their names in timings.jsonl,
+            `num_tokens` of prompts and completions, `completion_tokens`, and `num_samples`, greedy and
+            replaced ones included.
         means: the mean reward of each held-out prompt [B], before training and at the latest evaluation.
     """
 
@@ -114,11 +114,6 @@ class Run:
         load_schedule(self.learner.schedule, step if self.args.max_samples is None else samples / least)
 
     @property
-    def tokens_per_second(self) -> float:
-        """Completion tokens per second of training steps."""
-        return self.totals["completion_tokens"] / max(self.totals["step_seconds"], 1e-9)
-
-    @property
     def title(self) -> str:
         """The run in a few words: task, estimator, seed."""
         return f"{self.task.name}, {preset_name(self.args.estimator)}, seed {self.args.seed}"
@@ -135,7 +130,7 @@ class Run:
         """Return the result for the caller; `reason` says how the run ended, unless a signal ended it."""
         return RunResult(
             **session.outcome(reason),
-            tokens_per_second=self.tokens_per_second,
+            tokens_per_second=session.rate(self.totals["completion_tokens"]),
             flags=tuple(dict.fromkeys(session.flags)),
             warm_started=self.warm_started,
             policy=self.learner.policy,

@@ -25,7 +25,6 @@ from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.forward import Forward
 from tokenrl.language.training.setup import made_from, make_policy
 from tokenrl.language.training.supervised import SupervisedTraining
-from tokenrl.runs.metrics import Stopwatch
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import taken_up
 from tokenrl.runs.session import Session
@@ -78,7 +77,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         name = args.task if isinstance(args.task, str) else str(task.name)
         first = {"demonstrations": f"{len(rows):,}", "seed": args.seed, "run": args.output_dir}
         note = "The loss is the negative log-likelihood, in nats per token."
-        session.announce(f"tokenrl sft: {name}", first, note=note)
+        session.console.start(f"tokenrl sft: {name}", first, note=note)
         with session.console.doing("loading the model"):
             policy = make_policy(args, task, session.console.note)
             scoring, found = agree(policy), sft_defaults(args, task, policy)
@@ -87,7 +86,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         stack.enter_context(using_threads(threads))
         how: dict[str, Any] = {"max_steps": args.max_steps, "batch_size": args.batch_size, "seed": args.seed}
         how |= {"learning_rate": args.learning_rate, "forward": Forward(policy, policy.model, scoring)}
-        training, watch = SupervisedTraining(policy, rows, **how), Stopwatch()
+        training = SupervisedTraining(policy, rows, **how)
         evaluate = _evaluation(args, task, rewards, policy, training)
         told = partial(with_origins, args, found.origins)
         facts: dict[str, Any] = {
@@ -100,17 +99,16 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         }
         title = f"{name}, supervised, seed {args.seed}"
         maker = made_from(policy, {"demonstrations": rows})
-        session.keep(SavedPolicy(policy), maker, training=training, watch=watch)
-        session.open("", facts)
+        session.keep(SavedPolicy(policy), maker, training=training)
+        session.open(facts)
         if not session.continues:
             session.evaluated(evaluate())
         session.begin(args, names={"task": name, "model": policy.source}, title=title, **recorded(task))
         for _ in session.steps(args.max_steps):
-            metrics = watch.time(training.learn)
-            timings = watch.timings(training.tokens)
+            metrics = session.timed(training.learn)
             if session.due(args.eval_every):
                 metrics |= session.evaluated(evaluate())
-            session.record(metrics, timings)
+            session.record(metrics, {"tokens_per_second": session.rate(training.tokens)})
         losses: dict[str, Any] = {"loss_before": training.loss_before, "loss_after": training.loss_after}
         ended = SftResult(**session.outcome("finished"), **losses, policy=policy)
         facts |= {f"{k} after": v for k, v in ended.eval_after.items() if k.startswith("reward")}

@@ -29,7 +29,6 @@ from tokenrl.language.training.evaluation import over_prompts
 from tokenrl.language.training.run import Run, RunResult
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
-from tokenrl.runs.directory import check_space
 from tokenrl.runs.facts import is_number, last_tenth, latest_facts, means, settings_facts, share_equal
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.metrics import peak_memory
@@ -77,7 +76,7 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     elif facts.get("step_equal") != 1:  # else that is what is said
         facts["before_greedy"] = session.eval_before.get("reward_greedy")
     findings += judge(facts)
-    _attempt(findings, "disk-too-small", lambda: check_space(session.output_dir, session.space_needed))
+    _attempt(findings, "disk-too-small", session.saver.check_space)
     lines = _lines(run, facts, records)
     if records:
         seconds = records[-1].timings["collect"] + records[-1].timings["update"]
@@ -282,7 +281,7 @@ def _step_facts(run: Run, session: Session) -> dict[str, Any]:
         "patience": min(3, run.args.stop_after_zero_spread or 3),
         "had_signal": any(share_equal(row, groups) < 1 for row in rows[: len(rows) - idle]),
         "timed_steps": step,
-        "step_seconds": run.totals["step_seconds"] / step,
+        "step_seconds": session.training_seconds / step,
         "reward_seconds": seconds[slowest] / step,
         "slowest_reward": slowest.removeprefix("rewards/").removesuffix("/seconds"),
     }

@@ -276,13 +276,13 @@ class WarmStart:
             session.keep(
                 SavedPolicy(self.policy), Maker({}, device=self.policy.device.type), training=training
             )
-            session.open("", {})
+            session.open({})
             if not session.continues:
                 session.evaluated(self._probe())
             session.begin(settings, names={})
             before = session.eval_before
             for _ in session.steps(0 if _is_enough(before) else most):
-                session.record(training.learn())
+                session.record(session.timed(training.learn))
             session.save()
             code, after = session.stop.exit_code, before
             if training.step and not code:
