@@ -10,7 +10,6 @@ from scipy import stats
 
 from tokenrl.lab.compare.paired import (
     detectable_difference,
-    failure_rate,
     improvement,
     level_of,
     paired_differences,
@@ -48,24 +47,10 @@ def test_sign_flips_that_are_drawn_agree_with_the_normal_distribution_and_are_th
     assert sign_flip(values) == sign_flip(values.copy())
 
 
-def test_failure_rates_have_exact_limits_each_of_which_holds_with_95_percent():
-    assert failure_rate(0, 6) == pytest.approx((0, 0, 1 - 0.05 ** (1 / 6)))
-    assert failure_rate(0, 20).high == pytest.approx(0.139, abs=1e-3)
-    for failed, runs in ((1, 6), (3, 10), (6, 6)):
-        value, low, high = failure_rate(failed, runs)
-        assert value == failed / runs
-        assert low == 0 or stats.binom.sf(failed - 1, runs, low) == pytest.approx(0.05)
-        assert high == 1 or stats.binom.cdf(failed, runs, high) == pytest.approx(0.05)
-
-
 @pytest.mark.parametrize(("wins", "counted"), [(3.0, (3, 3)), (6.0, (6, 6)), (5.5, (5, 6)), (0.0, (0, 0))])
 def test_the_share_of_wins_has_the_interval_of_clopper_and_pearson(wins, counted):
     low, high = (stats.binomtest(k, 6).proportion_ci(0.95, "exact") for k in counted)
     assert improvement(wins, 6) == pytest.approx((wins / 6, low.low, high.high))
-
-
-def test_the_level_of_a_family_shares_five_percent_among_its_comparisons():
-    assert [level_of(m) for m in (1, 2, 5)] == pytest.approx([0.95, 0.975, 0.99])
 
 
 def test_power_is_that_of_the_tables():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from tokenrl.lab.compare.judgement import Judgement, listed, shown
+from tokenrl.lab.compare.judgement import Judgement, shown
 from tokenrl.lab.compare.plan import Arm, Plan, Problem
 from tokenrl.lab.compare.scores import RunTable
 from tokenrl.runs.findings import Finding
@@ -63,7 +63,7 @@ def caveats(
         *_exploratory(plan),
         *_ceiling(plan, problem, table, means),
         *_sharpness(plan, problem, judgements, means),
-        *_updates(found, means),
+        *_updates(found),
         *_edges(problem, table),
     ]
 
@@ -126,23 +126,13 @@ def _sharpness(
             )
 
 
-def _updates(found: Mapping[str, Sequence[Finding]], means: pd.DataFrame) -> Iterator[Caveat]:
+def _updates(found: Mapping[str, Sequence[Finding]]) -> Iterator[Caveat]:
     """Tell of arms whose gradient was clipped in most updates, and of those whose updates were skipped."""
-    flags = {arm: {one.flag: one.text for one in each} for arm, each in found.items()}
-    clipped = [arm for arm in flags if "clipped-updates" in flags[arm]]
-    if clipped:
-        shares = ", ".join(f"{arm} {share:.0%}" for arm, share in means["grad_clipped"].items())
-        apart = " The arms thus do not take comparable steps." if len(clipped) < len(found) else ""
-        yield Caveat(
-            f"Clipping: the gradient was clipped in most updates of {listed(clipped)} (share of the updates: "
-            f"{shares}). There the bound sets the size of a step, and the estimator only its direction."
-            f"{apart}",
-            f"up to {means['grad_clipped'].max():.0%} of the updates were clipped, which hides the size of a "
-            "gradient",
-        )
-    for arm in flags:
-        if "skipped" in flags[arm]:
-            yield Caveat(f"Updates of {arm}: {flags[arm]['skipped']}")
+    hides = {"clipped-updates": "most updates were clipped, which hides a gradient's size", "skipped": ""}
+    for arm, each in found.items():
+        for one in each:
+            if one.flag in hides:
+                yield Caveat(f"Updates of {arm}: {one.text}", hides[one.flag])
 
 
 def _edges(problem: Problem, table: RunTable) -> Iterator[Caveat]:

@@ -64,7 +64,8 @@ class Comparison:
         """Return the verdicts on a problem in a sentence or two, with what qualifies them."""
         family = self.judgement.of(problem)
         decided = any(d.verdict in ("better", "worse", "equivalent") for d in family.differences)
-        return family.headline([c.headline for c in self.caveats[problem] if c.headline and decided])
+        qualified = dict.fromkeys(c.headline for c in self.caveats[problem] if c.headline and decided)
+        return family.headline(list(qualified))
 
     def differences(self) -> pd.DataFrame:
         """Return every difference in each metric; the column `decides` marks those that give the verdicts."""

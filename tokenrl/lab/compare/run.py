@@ -117,7 +117,7 @@ def _judged(plan: Plan, root: Path, make: Callable[[Sequence[Run]], None]) -> Co
 
     def work(runs: Sequence[Run]) -> pd.DataFrame:
         make(runs)
-        tables.append(read_runs(runs, root, plan.problems, plan.failure_below))
+        tables.append(read_runs(plan, runs, root))
         return tables[-1].runs
 
     work(plan.runs(tune(plan, work) if plan.tuning_seeds else {}))
@@ -132,10 +132,11 @@ def _seconds(plan: Plan, problem: Problem) -> float:
     few = {"eval_every": 0, **({"max_steps": TIMED_STEPS} if plan.kind == "control" else {})}
     short = replace(problem, budget=TIMED_STEPS * problem.per_step, settings={**problem.settings, **few})
     run = plan.run(short, arm, plan.seeds[0])
+    plan = replace(plan, problems=(short,))
     with tempfile.TemporaryDirectory() as folder:
-        execute(replace(plan, problems=(short,)), [run], Path(folder), console=Console(quiet=True))
+        execute(plan, [run], Path(folder), console=Console(quiet=True))
         if not is_done(run, Path(folder)):
-            reason = read_runs([run], Path(folder), [short], None).runs["reason"][0]
+            reason = read_runs(plan, [run], Path(folder)).runs["reason"][0]
             raise Refused(f"A few steps of {arm.label} on {problem.label} were tried, and failed: {reason}")
         timed = read_run(Path(folder, run.path))
         steps = [row["step_seconds"] for row in timed.timings if "step_seconds" in row]

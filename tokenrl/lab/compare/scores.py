@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from tokenrl.lab.compare.plan import SCORES, Problem, Run
+from tokenrl.lab.compare.plan import SCORES, Plan, Problem, Run
 from tokenrl.runs.reader import RecordedRun, read_run, series
 from tokenrl.runs.signals import SIGNALS
 
@@ -47,23 +47,20 @@ class RunTable(NamedTuple):
         return self.curves[of_problem & (self.curves["role"] == "comparison")]
 
 
-def read_runs(
-    runs: Iterable[Run], root: Path, problems: Sequence[Problem], failure_below: float | None
-) -> RunTable:
-    """Read runs, finished or not.
+def read_runs(plan: Plan, runs: Iterable[Run], root: Path) -> RunTable:
+    """Read runs of a comparison, finished or not.
 
     A run that ended before its budget was used keeps the values of its last evaluation, also if it failed.
 
     Args:
+        plan: the comparison.
         runs: the runs.
-        root: directory of the comparison.
-        problems: what they train on.
-        failure_below: a run with a lower sampled reward at its end failed.
+        root: its directory.
 
     Raises:
         Refused: a file of a run is damaged.
     """
-    by_label = {problem.label: problem for problem in problems}
+    by_label = {problem.label: problem for problem in plan.problems}
     rows, curves = [], list[pd.DataFrame]()
     for run in runs:
         path = root / run.path
@@ -74,9 +71,9 @@ def read_runs(
             scores, curve = _scores(found, by_label[run.problem])
             row |= scores
             curves.append(curve.assign(problem=run.problem, arm=run.arm, role=run.role, path=run.path))
-        low = failure_below is not None and row["reward"] < failure_below
+        low = plan.failure_below is not None and row["reward"] < plan.failure_below
         if low and not reason:
-            row["reason"] = f"Its reward at the end, {row['reward']:.3g}, is below {failure_below:g}."
+            row["reason"] = f"Its reward at the end, {row['reward']:.3g}, is below {plan.failure_below:g}."
         rows.append({**row, "failed": state == "failed" or low})
     empty = pd.DataFrame(columns=["problem", "arm", "role", "path", "samples", "reward"])
     return RunTable(pd.DataFrame(rows), pd.concat([empty, *curves], ignore_index=True))
