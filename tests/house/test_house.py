@@ -24,7 +24,7 @@ LIMITS = {
     **{"top": 718, "core": 1_350, "runs": 2_191, "control": 1_413, "advisor": 565},
     **{"language": 5, "language/policy": 685, "language/rewards": 775, "language/tasks": 506},
     **{"language/rollout": 887, "language/training": 2_400, "language/preferences": 610},
-    **{"language/inspect": 337, "lab": 5, "lab/exact": 872, "lab/measure": 678, "lab/compare": 1_662},
+    **{"language/inspect": 337, "lab": 5, "lab/exact": 872, "lab/measure": 678, "lab/compare": 1_633},
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""

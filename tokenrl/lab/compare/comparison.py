@@ -1,30 +1,36 @@
-"""Judges the runs of a comparison, and holds and writes what was found."""
+"""Judges the runs of a comparison, and says which arms are not valid and what the numbers do not mean."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from tokenrl.errors import Stopped
-from tokenrl.lab.compare.caveats import Caveat, caveats, findings
 from tokenrl.lab.compare.judge import judge_scores
-from tokenrl.lab.compare.judgement import Judgement
+from tokenrl.lab.compare.judgement import Judgement, shown
 from tokenrl.lab.compare.overall import overall
-from tokenrl.lab.compare.plan import SCORES, Plan
+from tokenrl.lab.compare.plan import SCORES, Arm, Plan, Problem
 from tokenrl.lab.compare.scores import RunTable, thresholds
-from tokenrl.runs.files import write_json, write_text
 from tokenrl.runs.findings import Finding
-from tokenrl.runs.origin import versions
+from tokenrl.runs.rules import judge
 
-CITATION = """@software{{tokenrl,
-  title = {{tokenrl: policy gradients on language models, with declared bias}},
-  version = {{{tokenrl}}},
-  year = {{2026}},
-}}"""
+
+class Caveat(NamedTuple):
+    """What a reader must keep in mind.
+
+    Attributes:
+        text: a sentence or two.
+        headline: a few words for the headline of the verdict; empty if it does not touch the verdict.
+    """
+
+    text: str
+    headline: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,8 @@ class Comparison:
         output_dir: the directory.
         plan: what was planned before anything was run.
         table: what was read from each run, of all roles.
+        findings: what the table of rules finds in the training of an arm, by problem and arm.
         judgements: failures, paired differences and verdicts by score; that of the plan decides.
-        caveats: by problem, what the numbers do not mean.
         thresholds: by problem and arm, how many runs reach a reward, and the median of the samples to it.
         overall: by arm, all problems together; empty for a single one, or without declared ranges.
     """
@@ -44,8 +50,8 @@ class Comparison:
     output_dir: Path
     plan: Plan
     table: RunTable
+    findings: dict[tuple[str, str], list[Finding]]
     judgements: dict[str, Judgement]
-    caveats: dict[str, list[Caveat]]
     thresholds: pd.DataFrame
     overall: dict[str, Any]
 
@@ -53,6 +59,12 @@ class Comparison:
     def judgement(self) -> Judgement:
         """The judgement in the metric that decides."""
         return self.judgements[self.plan.metric]
+
+    @cached_property
+    def caveats(self) -> dict[str, list[Caveat]]:
+        """What the numbers do not mean, by problem."""
+        kinds = (_exploratory, _ceiling, _sharpness, _updates, _edges)
+        return {p.label: [caveat for of in kinds for caveat in of(self, p)] for p in self.plan.problems}
 
     @property
     def exit_code(self) -> int:
@@ -87,16 +99,14 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
     """
     made, metric = table.runs[table.runs["state"] != "missing"], plan.metric
     ours, again = made[made["role"] == "comparison"], made[(made["role"] == "itself") & ~made["failed"]]
-    found: dict[str, dict[str, list[Finding]]] = {problem.label: {} for problem in plan.problems}
-    void = {}
+    found = {}
     for problem, arm in product(plan.problems, plan.arms):
         runs = ours[ours["problem"] == problem.label]
         if runs[metric].isna().all():
             why = " ".join(f"{r.arm}, seed {r.seed}: {r.reason}" for r in runs[:1].itertuples())
             raise Stopped(f"Nothing can be judged on {problem.label}: no run has the score {metric}. {why}")
-        each = findings(arm, problem, runs[runs["arm"] == arm.label])
-        found[problem.label][arm.label] = each
-        void[problem.label, arm.label] = " ".join(one.text for one in each if one.weight == "void")
+        found[problem.label, arm.label] = _findings(arm, problem, runs[runs["arm"] == arm.label])
+    void = {key: " ".join(one.text for one in each if one.weight == "void") for key, each in found.items()}
     sound = ours[~ours["failed"]]
     known = [name for name in (*SCORES, "entropy") if name in sound and sound[name].notna().all()]
     judgements = {
@@ -116,34 +126,100 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
         output_dir=output_dir,
         plan=plan,
         table=table,
+        findings=found,
         judgements=judgements,
-        caveats={p.label: caveats(plan, p, table, judgements, found[p.label]) for p in plan.problems},
         thresholds=pd.concat([thresholds(problem, table) for problem in plan.problems]),
         overall=overall(ours.assign(score=ours[metric]), ranges, judgements[metric]),
     )
 
 
-def write_tables(found: Comparison) -> None:
-    """Write runs.csv, comparisons.csv and comparison.json, which hold no times.
+def _findings(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]:
+    """Return what the table of rules finds in an arm's runs; `void` findings give no verdict."""
+    facts: dict[str, Any] = {str(name): value for name, value in runs.mean(numeric_only=True).items()}
+    facts |= {"has_entropy_bonus": arm.estimator.entropy_coef > 0}
+    facts |= {"max_completion_length": {**problem.settings, **arm.settings}.get("max_completion_length")}
+    if not arm.estimator.needs_groups:
+        facts.pop("early_equal", None)
+    return judge(facts)
 
-    Two comparisons with the same seeds can therefore be compared bit for bit.
 
-    Raises:
-        Stopped: a file cannot be written.
-    """
-    write_text(found.output_dir / "runs.csv", found.table.runs.to_csv(index=False))
-    write_text(found.output_dir / "comparisons.csv", found.differences().to_csv(index=False))
-    packages, families = versions(), found.judgement.families
-    write_json(
-        found.output_dir / "comparison.json",
-        {
-            "plan": asdict(found.plan),
-            "headlines": {family.problem: found.headline(family.problem) for family in families},
-            "sentences": {family.problem: family.sentences() for family in families},
-            "caveats": {label: [c.text for c in each] for label, each in found.caveats.items()},
-            "thresholds": found.thresholds.to_dict("records"),
-            "overall": found.overall,
-            "versions": packages,
-            "citation": CITATION.format(**packages),
-        },
-    )
+def _exploratory(found: Comparison, problem: Problem) -> Iterator[Caveat]:
+    """Tell what was decided after results could be seen; then the level of the intervals does not hold."""
+    why = ["the runs existed before the comparison was planned"] if found.plan.existing else []
+    why += found.plan.changes
+    if why:
+        yield Caveat(
+            f"Exploratory: {'; '.join(why)}. Who sees results before choosing what to "
+            "compare, or when to stop, finds differences by chance more often than the level says. Repeat it "
+            "with new seeds (--first-seed) in another --output-dir.",
+            "it was planned or changed after results could be seen",
+        )
+
+
+def _ceiling(found: Comparison, problem: Problem) -> Iterator[Caveat]:
+    """Tell if all arms end at the best possible reward, and at which budget they lie farthest apart."""
+    means = found.table.of(problem.label).groupby("arm")["reward"].mean()
+    least, best = means.min(skipna=False), (problem.reward_range or (None, None))[1]
+    if best is not None and problem.margin is not None and best - least <= problem.margin:
+        where = f"within {shown(problem.margin)} of the best possible reward, {shown(best)}"
+    elif problem.solved is not None and least >= problem.solved:
+        where = f"at {shown(least)} or above, and {shown(problem.solved)} counts as solved"
+    else:
+        return
+    text = f"Ceiling: every arm ends {where}, so the reward at the end hardly separates them."
+    by_place = found.table.curves_of(problem.label).groupby(["samples", "arm"])["reward"]
+    spread = by_place.agg(["mean", "std"]).groupby("samples")
+    apart = (spread["mean"].std() / spread["std"].mean().clip(lower=1e-9)).iloc[1:].fillna(0.0)
+    place = apart.idxmax()
+    if place < problem.budget and apart[place] > 1:
+        steps = max(1, round(place / problem.per_step))
+        flag = f"--max-samples {place:.0f}" if found.plan.kind == "train" else f"--max-steps {steps}"
+        text += (
+            f" Compare at a smaller budget: after {place:,.0f} {problem.unit} the arms lay farthest apart, "
+            f"relative to the spread over seeds ({flag}; since these results suggest it, with other seeds)."
+        )
+    yield Caveat(text, "every arm ends at the ceiling")
+
+
+def _sharpness(found: Comparison, problem: Problem) -> Iterator[Caveat]:
+    """Tell if an arm differs in sampled reward but not in greedy reward, and the better one is sharper."""
+    metric = found.plan.metric
+    names = [name for name in (metric, f"{metric}_greedy", "entropy") if name in found.judgements]
+    each = (found.judgements[name].of(problem.label).differences for name in names)
+    for sampled, greedy, entropy in zip(*each, strict=True) if len(names) == 3 else ():
+        by, greedily = sampled.mean.value, greedy.mean.value
+        is_sharper = sampled.adjusted.excludes_0 and entropy.mean.excludes_0 and by * entropy.mean.value < 0
+        is_equal = not greedy.mean.excludes_0 and 2 * abs(greedily) < abs(by)
+        if is_sharper and is_equal and sampled.verdict != "void":
+            better, other = (sampled.arm, sampled.reference)[:: 1 if by > 0 else -1]
+            heat = found.table.of(problem.label).groupby("arm")["entropy"].mean()
+            nats = " against ".join(shown(heat[one]) for one in (better, other))
+            yield Caveat(
+                f"Sharpness: {better} has a sampled reward that is {shown(abs(by))} higher than that of "
+                f"{other}, but no difference is seen in greedy reward ({sampled.arm}: {greedy.apart}), and "
+                f"{better} has the lower entropy ({nats}). A sharper policy alone raises the sampled reward, "
+                "so it need not know more.",
+                f"{better} may only be sharper than {other}",
+            )
+
+
+def _updates(found: Comparison, problem: Problem) -> Iterator[Caveat]:
+    """Tell of arms whose gradient was clipped in most updates, and of those whose updates were skipped."""
+    hides = {"clipped-updates": "most updates were clipped, which hides a gradient's size", "skipped": ""}
+    for arm in found.plan.arms:
+        for one in found.findings[problem.label, arm.label]:
+            if one.flag in hides:
+                yield Caveat(f"Updates of {arm.label}: {one.text}", hides[one.flag])
+
+
+def _edges(found: Comparison, problem: Problem) -> Iterator[Caveat]:
+    """Tell of tuned learning rates that are the least or the greatest of those that were tried."""
+    tried = found.table.of(problem.label, role="tuning").groupby("arm", sort=False)["learning_rate"]
+    for arm, rates in tried:
+        chosen = found.table.of(problem.label, str(arm))["learning_rate"].iloc[0]
+        if chosen in (rates.min(), rates.max()):
+            side = "least" if chosen == rates.min() else "greatest"
+            yield Caveat(
+                f"Learning rate: the best one of {arm}, {chosen:g}, is the {side} that was tried, so a "
+                "better one may lie beyond it."
+            )

@@ -1,4 +1,4 @@
-"""Writes the page of a comparison: the verdict first, then what was compared, forest plots and curves."""
+"""Writes the tables and the page of a comparison: first the verdict, last the raw tables."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ import numpy as np
 import pandas as pd
 
 import tokenrl.runs.html as html
-from tokenrl.lab.compare.comparison import CITATION, Comparison, write_tables
+from tokenrl.lab.compare.comparison import Comparison
 from tokenrl.lab.compare.judgement import Family, listed, shown
 from tokenrl.lab.compare.overall import METHOD
 from tokenrl.lab.compare.paired import Interval
 from tokenrl.lab.compare.plan import SCORES, Problem
+from tokenrl.runs.files import write_json, write_text
 from tokenrl.runs.origin import versions
 from tokenrl.runs.plots import Chart, Curve, Difference as Bars, Forest
 from tokenrl.runs.reader import read_run
 
+CITATION = """@software{{tokenrl,
+  title = {{tokenrl: policy gradients on language models, with declared bias}},
+  version = {{{tokenrl}}},
+  year = {{2026}},
+}}"""
 FROM_PYTHON = "Started from Python: the same call of tokenrl.compare goes on with it, or shows it again."
 COLOURS = {"better": 3, "worse": 2, "equivalent": 1}
 """Colours of the verdicts in the palette of the charts; the others are grey."""
@@ -63,6 +69,32 @@ def write_comparison(found: Comparison) -> Path:
     ]
     title = f"Comparison of {len(plan.arms)} arms on {', '.join(on)}"
     return html.write_page(found.output_dir / "report.html", title, sections)
+
+
+def write_tables(found: Comparison) -> None:
+    """Write runs.csv, comparisons.csv and comparison.json, which hold no times.
+
+    Two comparisons with the same seeds can therefore be compared bit for bit.
+
+    Raises:
+        Stopped: a file cannot be written.
+    """
+    write_text(found.output_dir / "runs.csv", found.table.runs.to_csv(index=False))
+    write_text(found.output_dir / "comparisons.csv", found.differences().to_csv(index=False))
+    packages, families = versions(), found.judgement.families
+    write_json(
+        found.output_dir / "comparison.json",
+        {
+            "plan": asdict(found.plan),
+            "headlines": {family.problem: found.headline(family.problem) for family in families},
+            "sentences": {family.problem: family.sentences() for family in families},
+            "caveats": {label: [c.text for c in each] for label, each in found.caveats.items()},
+            "thresholds": found.thresholds.to_dict("records"),
+            "overall": found.overall,
+            "versions": packages,
+            "citation": CITATION.format(**packages),
+        },
+    )
 
 
 def _verdict(found: Comparison, label: str) -> html.Block:
