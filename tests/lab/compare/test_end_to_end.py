@@ -11,23 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
-from made_runs import compared, rising
+from made_runs import WALK as PLANNED, compared, rising
 
 import tokenrl
 from tokenrl.cli import main
 from tokenrl.errors import Refused
 
 RECIPES = Path(__file__).parents[3] / "recipes"
-WALK = {
-    "env": "walk",
-    "arms": ("reinforce", "reinforce_timestep_mean"),
-    "seeds": 2,
-    "max_steps": 3,
-    "num_envs": 4,
-    "eval_episodes": 4,
-    "against_itself": False,
-    "quiet": True,
-}
+SHORT = {"seeds": 2, "max_steps": 3, "num_envs": 4, "eval_every": 1, "eval_episodes": 4}
+WALK = PLANNED | SHORT | {"arms": ("reinforce", "reinforce_timestep_mean")}
 
 
 def found_in(folder):

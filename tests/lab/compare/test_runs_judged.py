@@ -186,13 +186,10 @@ def test_the_way_to_a_threshold_counts_runs_that_never_reach_it(tmp_path):
 
 def test_tuned_rates_are_chosen_and_an_edge_is_told(tmp_path, capsys):
     """The better the larger the rate, up to the end of the grid."""
-    options = {"learning_rate": "tuned", "seeds": 2}
-    arms = {"reinforce": rising(0.5), "a2c": rising(0.5)}
-    given = {"env": "walk", "max_steps": 50, "num_envs": 8, "eval_every": 10, "quiet": True, **options}
-    given |= {"arms": tuple(arms), "against_itself": False, "output_dir": str(tmp_path)}
+    options = {"learning_rate": "tuned", "seeds": 2, "arms": ("reinforce", "a2c")}
     found = None
     while not hasattr(found, "judgement"):
-        found = tokenrl.compare(**given, print_commands=True)
+        found = tokenrl.compare(**WALK, **options, output_dir=str(tmp_path), print_commands=True)
         for line in capsys.readouterr().out.splitlines():
             words = line.split()
             settings = json.loads((tmp_path.parent / words[words.index("--config") + 1]).read_text())
