@@ -139,7 +139,8 @@ def test_pure_noise_seldom_counts_as_progress(made_up):
 
 
 def test_a_finished_a_running_and_a_killed_run_are_told_apart(made_up):
-    assert advise_run(str(made_up("train"))).measured["status"] == "40 of 40 steps (100%); ended (finished)"
+    status = "40 of 40 steps (100%); finished, 40 steps"
+    assert advise_run(str(made_up("train"))).measured["status"] == status
     path = made_up("train", running=True, steps=10)
     before = {entry.name: entry.read_bytes() for entry in path.iterdir()}
     assert "10 of 40 steps (25%); still running" in advise_run(str(path)).measured["status"]
@@ -149,10 +150,10 @@ def test_a_finished_a_running_and_a_killed_run_are_told_apart(made_up):
     assert "10 of 40" in advise_run(str(path)).measured["status"]
     killed = made_up("control", steps=10)
     (killed / "summary.json").unlink()
-    assert advise_run(str(killed)).measured["status"].endswith("it was killed")
+    assert advise_run(str(killed)).measured["status"].endswith("; unfinished")
     failed = made_up("train", steps=5)
     (failed / "summary.json").write_text(json.dumps({"exit_reason": "failed", "error": "the disk is full"}))
-    assert "ended (failed): the disk is full" in advise_run(str(failed)).measured["status"]
+    assert "; failed; the disk is full" in advise_run(str(failed)).measured["status"]
 
 
 def test_the_command_repeats_the_run_with_the_changes(made_up):

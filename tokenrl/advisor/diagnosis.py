@@ -22,6 +22,7 @@ from tokenrl.control.arguments import ControlSettings
 from tokenrl.control.environments import describe
 from tokenrl.errors import Refused, describe as in_words
 from tokenrl.language.training.arguments import TrainSettings
+from tokenrl.runs.console import ending
 from tokenrl.runs.directory import in_use
 from tokenrl.runs.facts import last_tenth, latest_facts, means, settings_facts
 from tokenrl.runs.reader import RecordedRun, read_run
@@ -183,10 +184,6 @@ def _horizon(arguments: ControlSettings) -> float:
 def _status(run: RecordedRun, arguments: Any) -> str:
     """Return how far the run has come, and how it ended."""
     step, summary = run.metrics[-1]["step"], run.summary
-    status = "there is no summary.json and nobody holds the run's lock: it was killed"
-    if summary:
-        error = f": {summary['error']}" if "error" in summary else ""
-        status = f"ended ({summary.get('exit_reason', 'unknown')}){error}"
-    elif in_use(run.path):
-        status = "still running, there is no summary.json yet"
-    return f"{step} of {arguments.max_steps} steps ({step / arguments.max_steps:.0%}); {status}"
+    ended = "still running" if not summary and in_use(run.path) else ending(summary)
+    error = f"; {summary['error']}" if "error" in summary else ""
+    return f"{step} of {arguments.max_steps} steps ({step / arguments.max_steps:.0%}); {ended}{error}"
