@@ -54,10 +54,10 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         config = _from_yaml(text) if file.suffix in (".yaml", ".yml") else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        found = f"The configuration {file!s:.300} cannot be read ({error!s:.300})"
-        raise Refused(f"{found}; give the config.json of a run, or a file in JSON or YAML.") from error
+        found = f"The file {file!s:.300} cannot be read ({error!s:.300})"
+        raise Refused(f"{found}. Mend or remove it, or give the settings in JSON or YAML.") from error
     if not isinstance(config, dict):
-        raise Refused(f"The configuration {file} is a {type(config).__name__}; it must map names to values.")
+        raise Refused(f"The file {file} is a {type(config).__name__}; it must map names to values.")
     return config
 
 

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from tokenrl.runs.console import Console, duration, ending, measured, number, visible
+from tokenrl.runs.console import Console, Progress, duration, ending, measured, number, visible
 
 AFTER = {"pass@8": 1.0, "reward": 0.875, "reward_stderr": 0.0123}
 SUMMARY = {"exit_reason": "completed", "steps": 40, "wall_seconds": 75.2, "tokens_per_second": 12345.6,
@@ -12,7 +12,7 @@ SUMMARY = {"exit_reason": "completed", "steps": 40, "wall_seconds": 75.2, "token
 
 def use_everything(console):
     console.start("RLOO on [red]task[/red]", {"model": "tiny :smile:", "parameters": 12})
-    with console.progress(40) as progress:
+    with Progress(console, 40) as progress:
         progress.update(0, {"eval_reward_greedy": 0.25})
         for step in range(1, 41):
             progress.update(step, {"reward": step / 40, "tokens_per_second": 1000.0})

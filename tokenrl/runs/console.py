@@ -127,10 +127,6 @@ class Console:
         if facts:
             self.print(table)
 
-    def progress(self, total: int, first: int = 0) -> Progress:
-        """Make the live line of a run of `total` steps after `first`, as a context manager."""
-        return Progress(self, total, first)
-
     def completions_table(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Print prompt, completion, reward and advantage of each row; control characters are made visible."""
         table = rich_table("Sample completions", ("prompt", "completion"), overflow="fold", ratio=1)

@@ -29,6 +29,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, TypeVar
 
+from tokenrl.runs.reader import finite
+
 T = TypeVar("T")
 Facts = Mapping[str, Any]
 
@@ -44,11 +46,6 @@ METRICS = {
 """The metric behind each name after a prefix."""
 
 
-def is_number(value: Any) -> bool:
-    """Return whether a value of metrics.jsonl is a finite number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
 def last_tenth(rows: Sequence[T]) -> Sequence[T]:
     """Return the last tenth of the steps, at least one; none of none."""
     return rows[-max(1, len(rows) // 10) :]
@@ -61,7 +58,7 @@ def means(prefix: str, rows: Sequence[Mapping[str, Any]], needs_groups: bool) ->
     """
     facts = {}
     for name, key in (METRICS | {"equal": "frac_reward_zero_std" if needs_groups else "reward_std"}).items():
-        known = [row for row in rows if is_number(row.get(key))]
+        known = [row for row in rows if finite(row.get(key)) is not None]
         values = [share_equal(row, needs_groups) if name == "equal" else row[key] for row in known]
         facts[f"{prefix}_{name}"] = fmean(values) if values else None
     return facts
@@ -92,11 +89,11 @@ def latest_facts(rows: Sequence[Mapping[str, Any]], groups: int, needs_groups: b
         return {}
     latest, first = rows[-count:], rows[1]
     facts = means("latest", latest, needs_groups) | means("first", [first], needs_groups)
-    errors = [row["reward_stderr"] for row in latest if is_number(row.get("reward_stderr"))]
+    errors = [row["reward_stderr"] for row in latest if finite(row.get("reward_stderr")) is not None]
     if len(errors) == count:  # equal rewards show no noise, so that of the first step counts too
         spread = math.hypot(*errors) / count, (first.get("reward_stderr") or 0.0) / math.sqrt(count)
         facts["latest_stderr"] = max(spread)
-    evaluations = [row for row in rows if is_number(row.get("eval_reward"))]
+    evaluations = [row for row in rows if finite(row.get("eval_reward")) is not None]
     if evaluations:
         best = max(evaluations, key=lambda row: float(row["eval_reward"]))
         facts |= {"best_reward": best["eval_reward"], "best_stderr": best.get("eval_reward_stderr")}

@@ -6,7 +6,6 @@ are refused in one paragraph that names the file.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
+from tokenrl.runs.checkpoint import step_of
 from tokenrl.runs.metrics import read_completions, read_metrics
 
 
@@ -108,14 +109,21 @@ class RecordedRun:
         """Return the steps at which a metric is a finite number, and those numbers."""
         return series(self.metrics, name)
 
-    def completions(self) -> list[dict[str, Any]]:
-        """Return the rows of the newest table of completions; empty if there is none.
+    def completions(self, steps: int = 1, most: int | None = None) -> list[dict[str, Any]]:
+        """Return rows of completions, each with its `step`: of the newest table, or of several steps.
+
+        Args:
+            steps: number of tables; the oldest and others evenly spread are added to the newest.
+            most: most rows of each table; None for all.
 
         Raises:
-            Refused: the table is damaged.
+            Refused: a table is damaged.
         """
-        files = sorted((self.path / "completions").glob("step_*.parquet"))
-        return read_completions(files[-1]) if files else []
+        files = [f for f in self.path.glob("completions/step_*.parquet") if f.stem[5:].isdecimal()]
+        files.sort(key=step_of, reverse=True)
+        apart = max(1.0, (len(files) - 1) / max(1, steps - 1))
+        kept = [files[round(place * apart)] for place in range(min(steps, len(files)))][::-1]
+        return [{"step": step_of(file), **row} for file in kept for row in read_completions(file)[:most]]
 
 
 def read_run(run: str | os.PathLike[str]) -> RecordedRun:
@@ -129,7 +137,10 @@ def read_run(run: str | os.PathLike[str]) -> RecordedRun:
         if os.path.isfile(path / "plan.json"):
             raise Refused(f"{path} holds a comparison, not a run; its runs are in {path / 'runs'}.")
         raise Refused(f"{path} holds no metrics.jsonl; give the output directory of a run.")
-    config, summary = _object(path / "config.json"), _object(path / "summary.json")
+    config, summary = (
+        read_config(path / name) if (path / name).is_file() else {}
+        for name in ("config.json", "summary.json")
+    )
     return RecordedRun(path, config, read_metrics(path / "metrics.jsonl"), summary)
 
 
@@ -145,12 +156,3 @@ def finite(value: Any) -> float | None:
         return number if math.isfinite(number := float(value)) else None
     except (TypeError, ValueError, OverflowError):
         return None
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """Read config.json or summary.json; empty if the file is missing."""
-    try:
-        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        return dict(found.items())
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise Refused(f"{path} is damaged ({error}). Mend or remove it, and the run can be shown.") from error

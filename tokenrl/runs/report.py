@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
 import tokenrl.runs.html as html
 from tokenrl.configuration import RECORDED
 from tokenrl.errors import Refused, describe
-from tokenrl.runs.checkpoint import step_of
 from tokenrl.runs.console import ending, number, visible, with_errors
 from tokenrl.runs.files import check_place, flat
-from tokenrl.runs.metrics import read_completions, read_metrics
+from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.plots import Chart, Curve, picture
 from tokenrl.runs.reader import RecordedRun, read_run, series
 
@@ -39,21 +37,21 @@ _LARGE = {
     "reward-model": (("accuracy", "share of pairs", _ACCURACY),),
 }
 """The large charts of a kind of run (of other kinds the reward): name, unit, and metrics with their names."""
-_DIAGNOSTICS = (
-    ("entropy", "entropy", "nats per action", "; near 0 the policy no longer explores"),
-    ("completions/mean_length", "completion length", "tokens", ""),
-    ("episode_length", "episode length", "steps", ", mean of the episodes that ended"),
-    ("explained_variance", "critic", "explained variance", " of the returns; below 0 it does harm"),
-    ("frac_reward_zero_std", "groups without signal", "fraction", " of prompts with equal rewards"),
-    ("kl", "KL to the reference", "nats per completion", ""),
-    ("grad_norm", "gradient norm", "before clipping", ""),
-    ("completions/clipped_ratio", "truncated", "fraction", " of completions cut at the length limit"),
-    ("clip_ratio", "clipped ratios", "fraction", " of tokens at which the ratio was clipped"),
-    ("skipped_steps", "skipped steps", "updates", " skipped because the gradient was not finite"),
-    ("idle_steps", "idle steps", "updates", " without any gradient, which left the weights alone"),
-)
-"""Metrics of a run's health in one table: name, unit, and what more is to say."""
-_DRAWN = _DIAGNOSTICS[:7]
+_DIAGNOSTICS = {
+    "entropy": ("entropy", "nats per action; near 0 the policy no longer explores"),
+    "completions/mean_length": ("completion length", "tokens"),
+    "episode_length": ("episode length", "steps, mean of the episodes that ended"),
+    "explained_variance": ("critic", "explained variance of the returns; below 0 it does harm"),
+    "frac_reward_zero_std": ("groups without signal", "fraction of prompts with equal rewards"),
+    "kl": ("KL to the reference", "nats per completion"),
+    "grad_norm": ("gradient norm", "before clipping"),
+    "grad_clipped": ("clipped gradients", "fraction of updates whose norm was too large"),
+    "completions/clipped_ratio": ("truncated", "fraction of completions cut at the length limit"),
+    "clip_ratio": ("clipped ratios", "fraction of tokens at which the ratio was clipped"),
+    "skipped_steps": ("skipped steps", "updates skipped because the gradient was not finite"),
+    "idle_steps": ("idle steps", "updates without any gradient, which left the weights alone"),
+}
+"""The small charts, of a run's health: metrics with the name and the meaning of each."""
 _LARGEST = 1e300  # a number that can be drawn: beyond it means and ranges of axes would overflow
 _STEPS, _ROWS = 8, 16  # most steps, and most completions of each, on a page
 _NOT_COMPARED = {*RECORDED, "output_dir", "overwrite", "quiet"}
@@ -117,14 +115,10 @@ def _sections(run: RecordedRun) -> Iterator[html.Section]:
         curve = _curve(read_metrics(stage), "loss", "loss of demonstrations", 2)
         yield _learning("Warm start", [Chart("Warm start", "nats per token, by update", [curve], large=True)])
     yield _learning("Learning curve", _charts({"": run.metrics}, run.kind, run.mark))
-    yield html.Section("Diagnostics", [_diagnostics(run.metrics)])
     yield html.Section("To repeat", [html.preformatted(words)])
-    asked = {name: config.get(name) for name in ("system_prompt", "chat", "chat_template_kwargs", "stop")}
-    rows = [[name, visible(str(value))] for name, value in asked.items() if value]
-    yield html.Section("How the model was asked", [html.table(("setting", "value"), rows, "words")])
     yield html.Section("Configuration", [html.preformatted(settings)], closed=True)
     yield html.Section("Versions", [html.preformatted(config.get("versions", {}))], closed=True)
-    yield html.Section("Completions", [html.completions(_completions(run.path / "completions"))])
+    yield html.Section("Completions", [html.completions(_completions(run))])
 
 
 def compare_runs(runs: Sequence[str | Path], output: str | Path = "comparison.html") -> Path:
@@ -194,9 +188,11 @@ def _charts(runs: Mapping[str, Rows], kind: str, mark: Mark) -> list[Chart]:
         for key, label in metrics.items() if len(runs) > 1 else ():
             curves = [_curve(rows, key, run, place) for place, (run, rows) in enumerate(runs.items(), 1)]
             charts.append(Chart(f"{name}: {label}", unit, curves, large=True, mark=line))
-    for key, name, unit, _ in _DRAWN:
-        curves = [_curve(rows, key, "", place) for place, rows in enumerate(runs.values(), 1)]
-        charts.append(Chart(name, unit, curves))
+    last = "last" if len(runs) == 1 else ""  # the colours of several runs are told once, above
+    for key, (name, unit) in _DIAGNOSTICS.items():
+        curves = [_curve(rows, key, last, place) for place, rows in enumerate(runs.values(), 1)]
+        if any(any(curve.y) for curve in curves):  # what was 0 all the time is not worth a look
+            charts.append(Chart(name, unit, curves))
     return charts
 
 
@@ -220,33 +216,12 @@ def _told_once(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     return {k: value for k, value in metrics.items() if k not in repeated or value != metrics.get("reward")}
 
 
-def _diagnostics(metrics: Rows) -> html.Block:
-    rows = []
-    for key, name, unit, more in _DIAGNOSTICS:
-        _, values = series(metrics, key)
-        _, clipped = series(metrics, "grad_clipped") if key == "grad_norm" else ((), ())
-        if clipped:
-            more = f", which {fmean(clipped):.0%} of the updates needed"
-        if values:
-            numbers = (values[0], values[-1], min(values), max(values))
-            rows.append([name, *map(number, numbers), unit + more])
-    return html.table(("", "first", "last", "lowest", "highest", "what it says"), rows, "words")
-
-
-def _completions(folder: Path) -> list[dict[str, Any]]:
-    """Return completions of the first step that was kept, of the last one and of some between them.
-
-    Args:
-        folder: `completions/` of a run directory; it may be missing.
-    """
-    files = sorted((f for f in folder.glob("step_*.parquet") if f.stem[5:].isdecimal()), key=step_of)
-    apart = (len(files) - 1) / (_STEPS - 1)
-    kept = files if apart <= 1 else [files[round(i * apart)] for i in range(_STEPS)]
+def _completions(run: RecordedRun) -> list[dict[str, Any]]:
+    """Return completions of the first step that was kept, of the last one and of some between them."""
     found = []
-    for file in kept:
-        for row in read_completions(file)[:_ROWS]:
-            answers = [text for name, text in row.items() if isinstance(text, str) and name != "prompt"]
-            found.append({"step": step_of(file), **_told_once(row), "characters": sum(map(len, answers))})
+    for row in run.completions(_STEPS, _ROWS):
+        answers = [text for name, text in row.items() if isinstance(text, str) and name != "prompt"]
+        found.append({**_told_once(row), "characters": sum(map(len, answers))})
     return found
 
 

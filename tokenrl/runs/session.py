@@ -226,7 +226,7 @@ class Session:
 
     def steps(self, total: int) -> Iterator[int]:
         """Yield the numbers of the steps that are left; end early if any process was asked to stop."""
-        self._total, self._progress = total, self.console.progress(total, self.step)
+        self._total, self._progress = total, Progress(self.console, total, self.step)
         with self._progress:
             while self.step < total and not (self.spent() or self.ended or self._asked()):
                 self.step += 1

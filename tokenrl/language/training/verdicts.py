@@ -29,9 +29,10 @@ from tokenrl.language.training.evaluation import over_prompts
 from tokenrl.language.training.run import Run, RunResult
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
-from tokenrl.runs.facts import is_number, last_tenth, latest_facts, means, settings_facts, share_equal
+from tokenrl.runs.facts import last_tenth, latest_facts, means, settings_facts, share_equal
 from tokenrl.runs.findings import Finding
 from tokenrl.runs.metrics import peak_memory
+from tokenrl.runs.reader import finite
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
 
@@ -342,7 +343,7 @@ def steps_without_signal(run: Run, session: Session) -> int:
     """
     rows, middle, count = session.rows[1:], -math.inf, 0
     if "policy-destroyed" in session.flags:
-        best = max(row["eval_reward"] for row in session.rows if is_number(row.get("eval_reward")))
+        best = max(row["eval_reward"] for row in session.rows if finite(row.get("eval_reward")) is not None)
         middle = (best + min(row["reward"] for row in rows)) / 2
     for row in reversed(rows):
         if share_equal(row, run.args.estimator.needs_groups) == 1:
