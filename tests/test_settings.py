@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import typing
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import pytest
 
 from tokenrl.cli import COMMANDS, main
-from tokenrl.configuration import configured
 from tokenrl.control.arguments import ControlArguments, ControlSettings
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
@@ -25,8 +23,6 @@ from tokenrl.settings import (
     Positive,
     Settings,
     arguments,
-    check_choice,
-    check_number,
     field_types,
     settled,
     shown,
@@ -177,14 +173,6 @@ def test_what_is_allowed_passes():
         Estimator(scale=max)
 
 
-def test_checks_for_what_is_no_dataclass_say_the_same():
-    check_number("slip", 0.5, at_least=0, at_most=1)
-    with pytest.raises(Refused, match=r"^slip was given as 2; it must be a finite number of at least 0"):
-        check_number("slip", 2, at_least=0, at_most=1)
-    with pytest.raises(Refused, match=r"^head was given as 'gauss'. Did you mean 'gaussian'\? It must be"):
-        check_choice("head", "gauss", ["a", "gaussian"])
-
-
 def test_arguments_are_made_of_keywords():
     made = arguments(Sample, {"words": "one", "sizes": [2, 3], "place": Path("a") / "b", "estimator": "grpo"})
     grpo, place = Estimator.preset("grpo"), str(Path("a") / "b")
@@ -214,40 +202,3 @@ def test_resolved_settings_leave_nothing_open():
     assert (made.value_learning_rate, made.eval_every, made.seed) == (0.1, 0, 0)
     with pytest.raises(Refused, match="head was given as 'auto'; it must be one of softmax, gaussian"):
         settled(ControlSettings, ControlArguments(), found)
-
-
-YAML = """
-# a comment
-task: vowels
-learning_rate: 1e-3
-weight_decay: 2.5E-2
-reward: [exact_match, repetition]
-estimator:
-  baseline: group_mean
-  scale_eps: 1e-6
-micro_batch_size: null
-"""
-
-
-def test_a_file_of_settings_is_json_or_yaml(tmp_path):
-    values: dict[str, Any] = {"task": "vowels", "learning_rate": 1e-3, "weight_decay": 2.5e-2}
-    values |= {"reward": ["exact_match", "repetition"], "micro_batch_size": None}
-    values |= {"estimator": {"baseline": "group_mean", "scale_eps": 1e-6}}
-    expected = arguments(TrainArguments, values)
-    assert expected.estimator == Estimator(baseline="group_mean", scale_eps=1e-6)
-    recorded = {
-        "kind": "train",
-        "versions": {"torch": "2"},
-        "title": "t",
-        "solved": 0.9,
-        "command": "tokenrl",
-    }
-    for name, text in {
-        "settings.yaml": YAML,
-        "settings.yml": YAML,
-        "settings.json": json.dumps(values),
-        "config.json": json.dumps(values | recorded),
-    }.items():
-        (tmp_path / name).write_text(text)
-        assert configured(TrainArguments, tmp_path / name, "train") == expected, name
-    assert configured(TrainArguments, tmp_path, "train") == expected  # the config.json of a run

@@ -137,21 +137,11 @@ def test_best_of_n_at_the_command_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "mine.py").write_text("def short(completions, **_): return [-len(c) for c in completions]")
     for part in toy_tasks.load("vowels").build(0):
         part.save_pretrained(tmp_path / "model")
-    command = [
-        "evaluate",
-        "--task",
-        "vowels",
-        "--eval-size",
-        "8",
-        "--model",
-        "model",
-        "--json",
-        "numbers.json",
-    ]
+    command = ["evaluate", "--task", "vowels", "--eval-size", "8", "--model", "model", "--json", "found.json"]
     command += ["--reward", "mine.py:short", "--max-completion-length", "5", "--best-of"]
     assert main([*command, "4"]) == 0
     assert "best_of_n@4" in capsys.readouterr().out
-    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    numbers = json.loads((tmp_path / "found.json").read_text())
     assert numbers["best_of_n_proxy@4"] > numbers["best_of_n_proxy@1"]
     assert 0 <= numbers["best_of_n@4"] <= 1  # the task's own reward, and not that of mine.py
     assert main([*command, "-1"]) == 2

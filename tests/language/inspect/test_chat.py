@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tokenrl.cli import main
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.inspect.arguments import SampleArguments
 from tokenrl.language.inspect.chat import Sampler
@@ -35,13 +34,6 @@ def test_only_prompts_of_the_task_are_rewarded(task, capsys):
     said = capsys.readouterr().err
     assert said.count("no reward") == 1 and "none of the task's" in said  # once, not for each prompt
     assert Sampler(args)("1") == strange
-
-
-def test_the_command_answers_and_succeeds(task, capsys):
-    name, model = task
-    assert main(["sample", "--model", model, "--task", name, "--prompt", "1", "--num-generations", "2"]) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert len(out) == 2 and all(line.startswith("1") for line in out)
 
 
 def test_a_reward_that_fails_on_the_task_s_own_prompt_is_an_error(task, tmp_path):

@@ -240,19 +240,6 @@ def test_what_cannot_be_trained_is_refused(changes, words, tmp_path, saved):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_a_classifier_of_several_labels_is_refused(tmp_path):
-    from transformers import LlamaForSequenceClassification
-
-    config, tokenizer = make_model().config, make_tokenizer()
-    config.num_labels = 3
-    three = LlamaForSequenceClassification(config)
-    three.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    for source in (str(tmp_path), (three, tokenizer)):
-        with pytest.raises(Refused, match="has 3 labels"):
-            reward_backbone(source)
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     judge = untrained()
     options = {"data": rows_to_learn(20), "model": (judge.model, judge.tokenizer), "quiet": True}
@@ -302,27 +289,3 @@ def test_chat_preferences_are_scored_as_the_reward_is():
     scores = score_pairs(judge, encode_pairs(judge, read_pairs([{"chosen": good, "rejected": bad}], "data")))
     assert scores[0].tolist() == pytest.approx(judge([asked] * 2, ["sat", "dog dog"]), abs=1e-6)
     assert isinstance(judge, RewardModel) and scores[0, 0] != scores[0, 1]
-
-
-@pytest.mark.slow
-def test_trl_trains_on_a_reward_model_and_gives_the_same_rewards(tmp_path, saved):
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
-    model = str(saved(initializer_range=0.1))
-    options = {"max_steps": 2, "output_dir": tmp_path / "judge", "quiet": True}
-    judge = train_reward_model(data=rows_to_learn(20), model=model, **options).reward_model
-    usual = {"max_steps": 1, "num_generations": 2, "per_device_train_batch_size": 2, "use_cpu": True}
-    usual |= {"max_completion_length": 4, "bf16": False, "report_to": [], "save_strategy": "no"}
-    rows = Dataset.from_list([{"prompt": "the cat"}] * 4)
-    trainer = trl.GRPOTrainer(
-        model=model,
-        reward_funcs=str(tmp_path / "judge" / "model"),
-        args=trl.GRPOConfig(output_dir=str(tmp_path / "trl"), **usual),
-        train_dataset=rows,
-        processing_class=make_tokenizer(),
-    )
-    trainer.train()
-    texts = list(trainer._logs["completion"])
-    rewards = next(iter(trainer._logs["rewards"].values()))
-    assert list(rewards) == pytest.approx(judge(list(trainer._logs["prompt"]), texts), abs=1e-4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import math
 import os
 import signal
@@ -182,32 +181,6 @@ def test_os_exit_of_this_process_is_a_failure_and_that_of_a_fork_is_its_own():
         call(quits)
     assert call(forks).total.tolist() == [7.0] * 4
     assert os._exit is real
-
-
-FILE = """
-import sys
-
-def later(completions, trainer_state, **_):
-    if trainer_state.global_step == 1:
-        sys.exit(0)
-    return [float(i % 3) for i in range(len(completions))]
-"""
-
-
-def test_a_run_whose_reward_exits_has_failed(saved, tmp_path, monkeypatch, capsys):
-    from tokenrl.cli import main
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bad.py").write_text(FILE)
-    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "a{x}"}}\n' for x in "abcdef"))
-    flags = "--max-steps 3 --prompts-per-step 2 --num-generations 2 --max-completion-length 4 --eval-every 0"
-    what = ["--model", str(saved()), "--task", "rows.jsonl", "--reward", "bad.py:later"]
-    assert main(["train", *what, "--output-dir", "run", "--quiet", *flags.split()]) == 1
-    said = capsys.readouterr().err
-    assert "At step 2: Reward function later raised SystemExit: 0 (row 0 of 4, completion" in said
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["exit_reason"] == "failed" and "later raised SystemExit" in summary["error"]
-    assert "Traceback" not in said
 
 
 # ---- async functions ----

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import re
 import sys
 from fractions import Fraction
 
@@ -76,17 +75,6 @@ def test_partials_lambdas_objects_and_methods_are_rewards():
     assert rewards.names == ["Judge", "__call__", "Judge_2", "reward", "reward_2"]
     result = rewards(PROMPTS, COMPLETIONS, IDS, {"level": [0] * 4}, step=0)
     assert result.values[1].tolist() == [15, 15, 10, 4, 5]
-
-
-def test_a_trl_style_format_reward_on_chat_messages():
-    def format_reward(completions, **kwargs):
-        contents = [completion[0]["content"] for completion in completions]
-        return [1.0 if re.match(r"^<think>.*</think>$", content) else 0.0 for content in contents]
-
-    chat = [{"role": "user", "content": "hello"}]
-    texts = ["<think>yes</think>", "no", "<think>", [{"role": "assistant", "content": "<think></think>"}]]
-    result = call(format_reward, prompts=[chat] * 4, completions=texts)
-    assert result.total.tolist() == [1, 0, 0, 1]
 
 
 def test_a_column_that_is_missing_is_refused_before_the_first_step():

@@ -50,9 +50,11 @@ def prompts(rows):
     return [row["prompt"] for row in rows]
 
 
-@pytest.mark.parametrize("options", ["size=64", "size=500, eval_size=400", "size=8, seed=1073741823"])
-def test_training_loses_no_puzzle_to_the_held_out_ones(gym, options):
-    task = load_task(f"reasoning_gym:coins({options})")
+@pytest.mark.parametrize(
+    ("options", "held_out"), [("size=64", None), ("size=500", 400), ("size=8, seed=1073741823", None)]
+)
+def test_training_loses_no_puzzle_to_the_held_out_ones(gym, options, held_out):
+    task = load_task(f"reasoning_gym:coins({options})", eval_size=held_out)
     size = int(options.partition("size=")[2].partition(",")[0])
     assert len(set(prompts(task.train_prompts))) == len(task.train_prompts) == size
     assert not set(prompts(task.train_prompts)) & set(prompts(task.eval_prompts))
@@ -60,14 +62,14 @@ def test_training_loses_no_puzzle_to_the_held_out_ones(gym, options):
 
 
 def test_questions_that_repeat_are_held_out_once_and_not_trained_on(gym):
-    task = load_task("reasoning_gym:coins(size=64, eval_size=3, sides=8)")
+    task = load_task("reasoning_gym:coins(size=64, sides=8)", eval_size=3)
     held = prompts(task.eval_prompts)
     assert len(held) == len(set(held)) <= 3 and not set(held) & set(prompts(task.train_prompts))
     (warning,) = few_prompts(task.train_prompts)
     assert f"only {len(set(prompts(task.train_prompts)))} distinct prompts" in warning
     with pytest.raises(Refused, match=r"too few distinct prompts: 8 to evaluate on, 0 training rows"):
         load_task("reasoning_gym:coins(size=64, sides=8)")
-    for option in ("size=1073741824", "seed=1073741824", "eval_size=1073741824"):
+    for option in ("size=1073741824", "seed=1073741824"):
         with pytest.raises(Refused, match=r"at most 1,073,741,823"):
             load_task(f"reasoning_gym:coins({option})")
 

@@ -52,12 +52,12 @@ def test_a_published_pair_of_rewards_works_without_change(timeout):
 
 def test_a_puzzle_is_a_task_with_its_own_score():
     gym = pytest.importorskip("reasoning_gym")
-    task = load_task("reasoning_gym:basic_arithmetic(size=20, eval_size=6, seed=3, max_digits=1)")
+    task = load_task("reasoning_gym:basic_arithmetic(size=20, seed=3, max_digits=1)", eval_size=6)
     far = gym.create_dataset("basic_arithmetic", size=6, seed=3 + 2**31, max_digits=1)
     assert [row["prompt"] for row in task.eval_prompts] == [entry["question"] for entry in far]
     assert 0 < len(task.train_prompts) <= 20 and len(task.eval_prompts) == 6
-    again = load_task("reasoning_gym:basic_arithmetic(size=20, eval_size=6, seed=3, max_digits=1)")
-    other = load_task("reasoning_gym:basic_arithmetic(size=20, eval_size=6, seed=5, max_digits=1)")
+    again = load_task("reasoning_gym:basic_arithmetic(size=20, seed=3, max_digits=1)", eval_size=6)
+    other = load_task("reasoning_gym:basic_arithmetic(size=20, seed=5, max_digits=1)", eval_size=6)
     assert again.train_prompts == task.train_prompts and other.train_prompts != task.train_prompts
     row = task.train_prompts[0]
     rewards = Rewards(task.reward)
@@ -66,8 +66,6 @@ def test_a_puzzle_is_a_task_with_its_own_score():
     columns = {"entry": [row["entry"]] * 4, "answer": [row["answer"]] * 4}
     scores = rewards([row["prompt"]] * 4, texts, [[1]] * 4, columns, step=0).total
     assert scores[:2].tolist() == [1, 1] and scores[2:].max() < 0.1
-    chat = load_task("reasoning_gym:basic_arithmetic(size=3, eval_size=2, chat=True)")
-    assert chat.eval_prompts[0]["prompt"][0]["role"] == "user"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +76,7 @@ def test_a_puzzle_is_a_task_with_its_own_score():
         ("leg_counting(size=0)", "size was given as 0; it must be a whole number of at least 1"),
         ("leg_counting(min_animals=0)", "leg_counting refuses these options"),
         ("leg_counting(size=print(1))", "cannot be read"),
-        ("coin_flip(min_trials=3, max_trials=3, size=2, eval_size=400)", "too few distinct prompts"),
+        ("coin_flip(min_trials=3, max_trials=3, size=2)", "too few distinct prompts"),
     ],
 )
 def test_a_puzzle_that_there_is_not_is_refused(spec, words):

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import toy_tasks
-from tokenrl.errors import Refused, describe
+from tokenrl.errors import Refused
 from tokenrl.language.tasks.sources import DataArguments, TaskArguments, check_prompts, with_prompts
 from tokenrl.language.tasks.task import find_task
 from tokenrl.names import import_attribute
@@ -79,17 +79,6 @@ def test_a_program_that_exits_on_import_is_refused(tmp_path):
     for spec in (":task", "module:"):
         with pytest.raises(Refused, match="expected module:attribute"):
             import_attribute(spec, "task")
-
-
-def test_an_error_is_described_on_one_line_with_its_root():
-    try:
-        try:
-            raise OSError("disk\n  full")
-        except OSError as cause:
-            raise ValueError("failed") from cause
-    except ValueError as error:
-        assert describe(error) == "ValueError: failed caused by OSError: disk full"
-        assert describe(error.__cause__) == "OSError: disk full"
 
 
 def test_the_mark_of_a_solved_task_is_that_of_its_own_reward(tmp_path):

@@ -55,7 +55,7 @@ class Sampler:
         rows = [] if task is None else [*task.train_prompts, *task.eval_prompts]
         self._args, self._rows = args, {prompt_text(row["prompt"]): row for row in rows}
         self._length = length_of(task, args.model, self.policy, otherwise=64)
-        self._completed, self._explained = 0, False
+        self._completed, self._said = 0, set[str]()
 
     def __call__(self, text: str) -> list[tuple[str, float | None]]:
         """Complete a prompt; each one gets random numbers of its own.
@@ -74,7 +74,7 @@ class Sampler:
         alone = text if isinstance(like, str) else [{"role": "user", "content": text}]
         row = self._rows.get(text, {"prompt": alone})
         for warning in special_texts(policy.tokenizer, [row["prompt"]]):
-            print(f"tokenrl: {visible(warning)}", file=sys.stderr)
+            self._say("special", visible(warning))
         room = self._length if policy.context is None else policy.context - len(policy.encode(row["prompt"]))
         length = args.max_completion_length or max(1, min(self._length, room))
         sampling = Sampling(length, args.num_generations, args.temperature, args.seed)
@@ -96,12 +96,16 @@ class Sampler:
         except TokenrlError as error:
             if text in self._rows or not self._rows:
                 raise
-            if not self._explained:
-                why = f"this prompt is none of the task's. {str(error).partition('. ')[0].rstrip('.')}"
-                print(f"tokenrl: no reward, for {why}.", file=sys.stderr)
-            self._explained = True
+            reason = str(error).partition(". ")[0].rstrip(".")
+            self._say("reward", f"no reward, for this prompt is none of the task's. {reason}.")
             return [None] * len(rollout.mask)
         return list(np.where(result.valid, result.total, np.nan).tolist())
+
+    def _say(self, kind: str, words: str) -> None:
+        """Print a warning on the standard error, once of each kind."""
+        if kind not in self._said:
+            print(f"tokenrl: {words}", file=sys.stderr)
+        self._said.add(kind)
 
 
 def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str]]:

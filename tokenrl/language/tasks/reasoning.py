@@ -9,29 +9,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from typing import Any
 
 from tokenrl.errors import Refused, describe, suggest
 from tokenrl.language.rewards.library import completion_texts
 from tokenrl.language.rewards.loading import parse_spec
 from tokenrl.language.tasks.held_out import separate
-from tokenrl.settings import Bounds, Settings, field_types
+from tokenrl.settings import check_number
 
 APART = 2**31
 """Distance of the held-out seed from the training seed. Most puzzles draw item i from `seed + i`, so
 two seeds nearer to each other than the number of items share items. NumPy takes seeds below 2**32."""
 LARGEST = 2**30 - 1
 """Largest size and seed, up to which training and held-out items never share a seed."""
-
-
-@dataclass(frozen=True)
-class PuzzleOptions(Settings):
-    """The options of a task, which stand beside those of the puzzle's own configuration."""
-
-    size: Annotated[int, Bounds(at_least=1, at_most=LARGEST)] = 500
-    seed: Annotated[int, Bounds(at_least=0, at_most=LARGEST)] = 0
-    eval_size: Annotated[int, Bounds(at_least=1, at_most=LARGEST)] = 128
-    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,9 +66,8 @@ def puzzles(spec: str, eval_size: int | None = None) -> tuple[Rows, Rows, Reason
 
     Args:
         spec: `reasoning_gym:NAME` or `reasoning_gym:NAME(option=value, ...)`. The options are `size` (500
-            training puzzles), `eval_size` (128 held-out puzzles), `seed` (0), `chat` (False: the prompt is
-            text), and those of the puzzle's own configuration. Values are literals.
-        eval_size: number of held-out puzzles where `spec` gives none; None means 128.
+            training puzzles), `seed` (0), and those of the puzzle's own configuration. Values are literals.
+        eval_size: number of held-out puzzles; None means 128.
 
     Returns:
         Rows to train on, rows to evaluate on, and the reward.
@@ -93,27 +82,22 @@ def puzzles(spec: str, eval_size: int | None = None) -> tuple[Rows, Rows, Reason
     name, given = parse_spec(spec.partition(":")[2].strip(), "task", "reasoning_gym:NAME(size=500, seed=0)")
     if name not in DATASETS:
         raise Refused(f"task '{spec}': reasoning-gym has no puzzle '{name}'.{suggest(name, DATASETS)}")
-    own: dict[str, Any] = {} if eval_size is None else {"eval_size": eval_size}
-    own |= {option: given.pop(option) for option in field_types(PuzzleOptions) if option in given}
+    size, seed, held_out = given.pop("size", 500), given.pop("seed", 0), eval_size or 128
     try:
-        how = PuzzleOptions(**own)
-        trained = _rows(name, given | {"size": how.size, "seed": how.seed}, chat=how.chat)
-        drawn = _rows(name, given | {"size": how.eval_size, "seed": how.seed + APART}, chat=how.chat)
+        check_number("size", size, int, at_least=1, at_most=LARGEST)
+        check_number("seed", seed, int, at_least=0, at_most=LARGEST)
+        trained = _rows(name, given | {"size": size, "seed": seed})
+        drawn = _rows(name, given | {"size": held_out, "seed": seed + APART})
     except Exception as error:  # configurations check themselves, by assertions too
-        known = ", ".join(
-            sorted({*(one.name for one in fields(DATASETS[name][1])), *field_types(PuzzleOptions)})
-        )
+        known = ", ".join(sorted(one.name for one in fields(DATASETS[name][1])))
         said = f"task '{spec}': {name} refuses these options ({describe(error)})"
         raise Refused(f"{said}. It takes {known}.") from error
     score = ReasoningScore(name, tuple(sorted(given.items())))
-    return *separate(trained, drawn, how.eval_size, 0, f"task '{spec}'"), score
+    return *separate(trained, drawn, held_out, 0, f"task '{spec}'"), score
 
 
-def _rows(name: str, options: dict[str, Any], *, chat: bool) -> Rows:
+def _rows(name: str, options: dict[str, Any]) -> Rows:
     import reasoning_gym
 
     entries = reasoning_gym.create_dataset(name, **options)
-    rows = [{"prompt": one["question"], "answer": one["answer"], "entry": one} for one in entries]
-    for row in rows if chat else []:
-        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-    return rows
+    return [{"prompt": one["question"], "answer": one["answer"], "entry": one} for one in entries]
