@@ -154,8 +154,7 @@ def choice_weights(proxy: np.ndarray, n: int) -> np.ndarray:
     below = np.cumsum(counts)  # number of samples with this reward or a lower one
     all_below = [math.comb(int(m), n) / math.comb(size, n) for m in below]
     chance = np.diff(all_below, prepend=0.0)  # probability that this reward is the highest of n
-    weights: np.ndarray = (chance / counts)[level.reshape(-1)]
-    return weights
+    return np.asarray((chance / counts)[level.reshape(-1)])
 
 
 def best_of_n_kl(proxy: np.ndarray, n: int) -> float:

@@ -70,7 +70,7 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
         check_place(args.json)
     found: dict[str, Evaluation] = {}
     for name in names:
-        one = _evaluated(replace(args, model=name))
+        one = _evaluated(args, name)
         compared = paired_differences(found[names[0]].by_prompt, one.by_prompt) if found else {}
         found[name] = one._replace(metrics=one.metrics | compared)
     if args.json is not None:
@@ -79,10 +79,9 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
     return found[args.model] if isinstance(args.model, str) else found
 
 
-def _evaluated(args: EvaluateArguments) -> Evaluation:
+def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
     """Evaluate one model, asked as its own run or the arguments say."""
-    args = settled_form(args)
-    assert isinstance(args.model, str)
+    args = settled_form(args, model)
     generations = max((4, *args.k)) if args.num_generations is None else args.num_generations
     check_sizes(args.k, generations)
     task, rewards = find_task(args)
@@ -91,11 +90,11 @@ def _evaluated(args: EvaluateArguments) -> Evaluation:
     sampling = Sampling(length or 256, generations, args.temperature, args.seed)
     sampling = replace(sampling, truncate_prompts=args.truncate_prompts)
     how: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    policy = load_placed(args.model, **how)
+    policy = load_placed(model, **how)
     policy.ask(form_of(args))
-    say_form(policy.form, args.model)
+    say_form(policy.form, model)
     if length is None:
-        sampling = replace(sampling, max_completion_length=length_of(task, args.model, policy))
+        sampling = replace(sampling, max_completion_length=length_of(task, model, policy))
     reference = None if args.reference is None else load_placed(args.reference, **how)
     for warning in special_texts(policy.tokenizer, [row["prompt"] for row in task.eval_prompts]):
         print(f"tokenrl: {visible(warning)}", file=sys.stderr)

@@ -93,8 +93,7 @@ def preference_metrics(rewards: np.ndarray, pairs: Sequence[Pair]) -> dict[str, 
 
 
 def _right(difference: np.ndarray) -> np.ndarray:
-    right: np.ndarray = (difference > 0) + 0.5 * (difference == 0)
-    return right
+    return np.asarray((difference > 0) + 0.5 * (difference == 0))
 
 
 def clustered_stderr(values: np.ndarray, groups: Sequence[Hashable]) -> float | None:
