@@ -264,8 +264,9 @@ def test_a_continuation_replays_what_was_done_after_the_checkpoint(tmp_path):
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "rew')  # cut by a crash
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000004"
-    live(tmp_path / "run", lambda session: seen.append(session.step), resume=str(checkpoint))
-    assert seen == [5] and same(tmp_path / "whole", tmp_path / "run")
+    live(tmp_path / "run", seen.append, resume=str(checkpoint))
+    assert seen[0].rows == lines(tmp_path / "run", "metrics.jsonl")  # those before it, and its own
+    assert len(seen) == 1 and same(tmp_path / "whole", tmp_path / "run")
     assert [row["step"] for row in lines(tmp_path / "run", "timings.jsonl")] == [1, 2, 3, 4, 5]
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny_models import (
     LETTERS,
-    PROMPTS,
     Engine,
     letter_task,
     letters,
@@ -190,19 +189,6 @@ def test_prompts_that_cannot_be_asked_are_counted_unless_they_may_be_cut(check, 
     found = problems(capsys)[0]
     assert "1 of 17 training prompts cannot be asked. The first is that of row 16." in found
     assert "has no chat template" in found
-
-
-def test_a_doubled_bos_is_found_in_text_and_in_a_chat(check_policy, capsys):
-    texts = [f"<bos>{prompt}" for prompt in PROMPTS[:2]] + PROMPTS[2:]
-    assert check_policy(make_policy(kind="chat"), make_task(texts)).flags == ("doubled-bos",)
-    assert "2 of 4 training prompts begin with two BOS tokens (<bos>)" in (found := problems(capsys)[0])
-    assert "Take <bos> away from the beginning" in found
-    policy = make_policy(kind="chat")
-    policy.tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
-    chat = [[{"role": "user", "content": text}] for text in texts]
-    numbered = make_task(chat, lambda completions, **_: [float(i) for i in range(len(completions))])
-    assert check_policy(policy, numbered).flags == ("doubled-bos",)
-    assert check_policy(make_policy(kind="chat")).flags == ()
 
 
 def test_completions_that_never_end_are_a_problem_of_a_chat_model_asked_in_plain_text(check_policy, capsys):

@@ -7,10 +7,7 @@ from tiny_models import make_model, make_policy, make_task, make_tokenizer
 
 import toy_tasks
 from tokenrl.configuration import configured
-from tokenrl.language.inspect.arguments import SampleArguments
-from tokenrl.language.inspect.chat import Sampler
 from tokenrl.language.policy.model import wrap
-from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
 from tokenrl.language.training.defaults import (
     completion_limit,
@@ -76,12 +73,6 @@ def test_the_length_is_that_of_the_demonstrations_as_the_tokenizer_writes_them(d
     assert room([([1], [5] * 40), ([1, 2, 3], [5])]) == 50
     vowels = toy_tasks.load("vowels")  # without demonstrations
     assert completion_limit(vowels, "x", other) == (12, "the task's limit")
-
-
-def test_sampling_by_hand_has_that_length_too(tmp_path):
-    save_policy(make_policy(), tmp_path)
-    assert Sampler(SampleArguments(model=str(tmp_path), task="sort_digits")).length == 11
-    assert Sampler(SampleArguments(model=str(tmp_path))).length == 64
 
 
 def test_own_tasks_and_given_values_win():

@@ -98,9 +98,14 @@ def test_completions_end_with_one_eos_and_only_chat_prompts_have_a_template():
     ],
 )
 def test_bad_rows_are_refused_before_any_update(row, match):
-    policy = make_policy()
+    policy, how = make_policy(), {"max_steps": 9, "batch_size": 1, "learning_rate": 0.1}
     with pytest.raises(Refused, match=match):
-        fit(policy, [*ROWS, row], max_steps=9, batch_size=1, learning_rate=0.1)
+        fit(policy, [*ROWS, row], **how)
+    with pytest.raises(Refused, match="no demonstrations"):
+        fit(policy, [], **how)
+    policy.tokenizer.eos_token = None
+    with pytest.raises(Refused, match="row 3"):  # an empty answer without an EOS
+        fit(policy, ROWS, **how)
     assert torch.equal(weights(policy.model), weights(make_model()))
 
 
@@ -182,15 +187,6 @@ def test_a_supervised_run_leaves_a_directory_like_any_other(tmp_path, capsys):
     again = sft(**how, model=make_policy(), learning_rate=0.01, eval_every=0, overwrite=True, quiet=True)
     assert again.eval_after == ended.eval_after  # an evaluation changes nothing in the training
     assert torch.equal(weights(again.policy.model), weights(ended.policy.model))
-
-
-def test_no_rows_and_empty_answers_without_eos_are_refused():
-    with pytest.raises(Refused, match="no demonstrations"):
-        fit(make_policy(), [], max_steps=1, batch_size=1, learning_rate=0.1)
-    policy = make_policy()
-    policy.tokenizer.eos_token = None
-    with pytest.raises(Refused, match="row 3"):
-        fit(policy, ROWS, max_steps=1, batch_size=4, learning_rate=0.1)
 
 
 def test_a_data_set_is_evaluated_if_there_is_a_reward(tmp_path):

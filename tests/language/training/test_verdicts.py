@@ -103,14 +103,6 @@ class Flickering(Falling):
         return [1.0, *rewards[1:]] if self.left < 0 and self.left % 3 == 0 else rewards
 
 
-def test_the_recommended_rate_is_the_tasks_for_its_own_model(tmp_path, monkeypatch):
-    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
-    own = {"build": lambda seed: letters(), "fingerprint": "x", "warm_start": None}
-    own |= {"train": {"learning_rate": 2e-3}}
-    with pytest.raises(Stopped, match=re.escape("try --learning-rate 0.002, which is usual here")):
-        train(tmp_path / "run", Falling(6), own, model=None, stop_after_zero_spread=5)
-
-
 def test_luck_once_in_a_while_does_not_keep_a_destroyed_policy_running(tmp_path):
     with pytest.raises(Stopped, match=r"At step \d+: The policy is destroyed"):
         train(tmp_path / "run", Flickering(6), learning_rate=1e-9, stop_after_zero_spread=8, max_steps=40)
@@ -194,25 +186,3 @@ def test_equal_rewards_below_what_counts_as_solved_are_no_success(tmp_path, caps
         assert (tmp_path / name / "model" / "model.safetensors").exists()
         is_told = "the policy is stuck. The mean reward is 0.25, and 0.9 counts" in said(capsys)
         assert is_told == (name == "low")
-
-
-class Breaking(Falling):
-    """A constant reward that raises an error in one call."""
-
-    __name__ = "breaking"
-
-    def __call__(self, completions, **_):
-        self.left -= 1
-        if self.left == 0:
-            raise ValueError("the service is away")
-        return [0.0] * len(completions)
-
-
-def test_a_continuation_knows_the_steps_before_it(tmp_path):
-    """Without a signal in steps 1 to 3, and after the resume in 4 and 5, the run ends at step 5."""
-    options = {"stop_after_zero_spread": 5, "eval_generations": 0, "quiet": True}
-    with pytest.raises(Stopped, match="the service is away"):
-        train(tmp_path / "run", Breaking(5), **options)  # one evaluation, steps 1 to 3, and an error
-    with pytest.raises(Stopped, match="At step 5: In 5 steps in a row no two rewards"):
-        train(tmp_path / "run", Breaking(0), resume="auto", **options)
-    assert summary_of(tmp_path / "run")["steps"] == 5

@@ -164,14 +164,14 @@ def _packed(
 
 
 class Part(NamedTuple):
-    """A micro-batch: m of this process's rows, cut to their longest completion.
+    """What an update learns from: this process's n rows, or m of them in a micro-batch.
 
     Attributes:
         rollout: the rows.
-        advantages: one for each row [m] or for each token [m, T].
-        weights: each token's weight in the loss of the whole update [m, T].
-        ref_logprobs: log-probabilities under the reference [m, T]; None without a KL.
-        old_logprobs: log-probabilities under the policy that sampled [m, T]; None if that is the present one.
+        advantages: one for each row [n] or for each token [n, T].
+        weights: each token's weight in the loss of the whole update [n, T].
+        ref_logprobs: log-probabilities under the reference [n, T]; None without a KL.
+        old_logprobs: log-probabilities under the policy that sampled [n, T]; None if that is the present one.
     """
 
     rollout: Rollout
@@ -179,6 +179,18 @@ class Part(NamedTuple):
     weights: Tensor
     ref_logprobs: Tensor | None
     old_logprobs: Tensor | None
+
+    def rows(self, index: Tensor) -> Part:
+        """Return the rows of these numbers [m], cut to their longest completion; for none one of weight 0."""
+        is_any = len(index) > 0
+        index = index if is_any else index.new_zeros(1)
+        rollout = self.rollout.rows(index)
+
+        def cut(x: Tensor) -> Tensor:
+            return x[index] if x.ndim == 1 else x[index, : rollout.mask.shape[1]]
+
+        ref, old = (None if x is None else cut(x) for x in (self.ref_logprobs, self.old_logprobs))
+        return Part(rollout, cut(self.advantages), cut(self.weights) * is_any, ref, old)
 
     def old(self, logprobs: Tensor) -> Tensor:
         """Return the denominator of the ratio as log-probabilities [m, T].
@@ -196,42 +208,6 @@ class Part(NamedTuple):
             "ref_logprobs": self.ref_logprobs,
             "entropy": scores.entropy,
         }
-
-
-def micro_batch(
-    accelerator: Any,
-    index: Tensor,
-    rollout: Rollout,
-    advantages: Tensor,
-    weights: Tensor,
-    ref_logprobs: Tensor | None,
-    old_logprobs: Tensor | None,
-) -> Part:
-    """Return the micro-batch of some of this process's rows; without any, one row of weight 0.
-
-    Args:
-        accelerator: accelerate's handle of the processes.
-        index: numbers of rows [m].
-        rollout: this process's n rows.
-        advantages: those of all N rows, as the weights and the log-probabilities under the reference are.
-        weights: each token's weight in the loss of the whole update [N, T].
-        ref_logprobs: [N, T], or None.
-        old_logprobs: of this process's rows [n, T], or None.
-    """
-    waits = len(index) == 0
-    index = index.new_zeros(1) if waits else index
-    part = rollout.rows(index)
-
-    def own(mine: Tensor) -> Tensor:
-        return mine[index] if mine.ndim == 1 else mine[index, : part.mask.shape[1]]
-
-    return Part(
-        part,
-        own(share(accelerator, advantages)),
-        own(share(accelerator, weights)) * (not waits),
-        None if ref_logprobs is None else own(share(accelerator, ref_logprobs)),
-        None if old_logprobs is None else own(old_logprobs),
-    )
 
 
 def averaging(accelerator: Any, model: Any, last: bool) -> contextlib.AbstractContextManager[None]:

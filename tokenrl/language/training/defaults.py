@@ -16,7 +16,8 @@ import numpy as np
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.training.arguments import SftArguments, TrainArguments
+from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.training.arguments import SftArguments, TrainArguments, TrainSettings
 from tokenrl.language.training.supervised import Pair, encode_demonstrations
 
 ANY = {
@@ -143,6 +144,12 @@ def plain_steps(args: TrainArguments) -> int:
     """Return the length of a run in plain steps, in which the times of evaluations are counted."""
     assert args.max_steps is not None  # it has been settled
     return args.max_steps if args.max_samples is None else -(-args.max_samples // sizes_of_steps(args)[0])
+
+
+def sampling_of(args: TrainSettings) -> Sampling:
+    """Return how a run samples; callers set the step."""
+    sizes = args.max_completion_length, args.num_generations, args.temperature, args.seed
+    return Sampling(*sizes, truncate_prompts=args.truncate_prompts)
 
 
 def training_defaults(args: TrainArguments, task: Any, policy: Policy | None = None) -> Defaults:

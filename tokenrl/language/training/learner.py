@@ -18,6 +18,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.arguments import TrainSettings
+from tokenrl.language.training.defaults import sampling_of
 from tokenrl.language.training.forward import Forward, choose_forward, shape_of
 from tokenrl.runs.schedules import make_schedule
 
@@ -138,14 +139,7 @@ class Learner:
     @property
     def sampling(self) -> Sampling:
         """How the run samples; callers set the step."""
-        args = self.args
-        return Sampling(
-            args.max_completion_length,
-            args.num_generations,
-            args.temperature,
-            args.seed,
-            truncate_prompts=args.truncate_prompts,
-        )
+        return sampling_of(self.args)
 
     @property
     def scoring(self) -> dict[str, Any]:

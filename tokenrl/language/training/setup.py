@@ -67,9 +67,6 @@ def check(args: TrainSettings) -> None:
     estimator, updates = args.estimator, args.num_iterations * args.num_minibatches
     if args.target_kl is not None and not estimator.needs_kl:
         raise Refused("target_kl holds a KL, but the estimator has beta 0: give --estimator.beta.")
-    if estimator.needs_groups and args.num_generations == 1:
-        axes = f"baseline {estimator.baseline!r}, scale {estimator.scale!r}"
-        raise Refused(f"num_generations=1, but {axes} compare completions: give 2 or more.")
     within = " and ".join(f"{axis} {getattr(estimator, axis)!r}" for axis in estimator.within_rows)
     penalty = estimator.needs_kl and estimator.kl_placement == "reward"  # a reward for each token
     to_go = estimator.returns in ("reward_to_go", "episode_normalized")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tokenrl.core.statistics import flat_gradient
 from tokenrl.language.rollout.scoring import score
-from tokenrl.language.training.batch import averaging, gather, micro_batch, passes, share
+from tokenrl.language.training.batch import Part, averaging, gather, passes, share
 from tokenrl.language.training.collect import (
     Deal,
     Experience,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tokenrl.core.rows import Kept
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.rollout import Rollout
-    from tokenrl.language.training.batch import Part, StepRows
+    from tokenrl.language.training.batch import StepRows
     from tokenrl.language.training.learner import Learner
 
 CLIPPED = ("token", "cispo")
@@ -93,16 +93,18 @@ def training_step(
     )
 
     old = old_logprobs(learner, rollout)  # [n, T]; None: the policy of the update is the one that sampled
+    reference = None if rows.ref_logprobs is None else share(accelerator, rows.ref_logprobs)  # [n, T]
     history = []
     for chosen, measured in minibatches(learner, len(kept.mask), step):  # rows of an update [N]
         weights, half = token_weights(learner, kept, chosen, advantages), None  # [N, T]
+        own_part = Part(rollout, share(accelerator, advantages), share(accelerator, weights), reference, old)
         parts, middle = passes(learner, rows, kept, advantages, chosen, measured)
         sums = torch.zeros(3, dtype=torch.float64)
         learner.optimizer.zero_grad()
         for number, index in enumerate(parts):
             if measured and number == middle:
                 half = flat_gradient(parameters, accelerator)
-            part = micro_batch(accelerator, index, rollout, advantages, weights, rows.ref_logprobs, old)
+            part = own_part.rows(index)
             with averaging(accelerator, learner.model, last=number + 1 == len(parts)):
                 scores = score(learner.model, part.rollout, **learner.scoring, entropy=entropy)
                 loss = estimator.loss(

@@ -42,7 +42,7 @@ Rows = Sequence[Mapping[str, Any]]
 ENOUGH, MOST_STEPS = 128, 8
 """Completions, or else steps, after which a check says that there is no signal; small steps are repeated."""
 LOOKED_AT = 512
-"""Demonstrations, and prompts for their BOS, that are looked at; more take longer and show the same."""
+"""Demonstrations that are looked at; more take longer and show the same."""
 LOST = ("policy-destroyed", "entropy-collapsed")
 """The flags of a policy that has been lost during a run."""
 
@@ -61,7 +61,7 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     findings, records, prepared = list[Finding](), list[Record](), session.wall_seconds
     train = _usable(run, run.task.train_prompts, "training prompts", findings)
     held_out = _usable(run, run.task.eval_prompts, "held-out prompts", findings)
-    _look_at_texts(run, train[:LOOKED_AT], findings)
+    _look_at_answers(run, findings)
     facts = known_facts(run) | {"whose": "this model"}
     facts |= dict.fromkeys(("lowest_rate", "highest_rate"), facts["usual_rate"])
     if len(held_out) == len(run.task.eval_prompts):
@@ -115,17 +115,9 @@ def _usable(run: Run, rows: Rows, which: str, findings: list[Finding]) -> Rows:
     return usable
 
 
-def _look_at_texts(run: Run, rows: Rows, findings: list[Finding]) -> None:
-    """Add findings about prompts with two BOS tokens, and about demonstrations longer than completions."""
+def _look_at_answers(run: Run, findings: list[Finding]) -> None:
+    """Add a finding about demonstrations that are longer than completions may be."""
     policy, limit = run.learner.policy, run.args.max_completion_length
-    bos, mark = policy.tokenizer.bos_token_id, policy.tokenizer.bos_token
-    doubled = 0 if bos is None else sum(policy.encode(row["prompt"])[:2] == [bos, bos] for row in rows)
-    if doubled:
-        text = (
-            f"{doubled:,} of {len(rows):,} training prompts begin with two BOS tokens ({mark}), with which "
-            f"models answer worse. Take {mark} away from the beginning of prompts, messages or template."
-        )
-        findings.append(Finding("doubled-bos", "void", text))
     try:
         pairs = encode_demonstrations(policy, demonstrations(run.task)[:LOOKED_AT])
     except Refused:  # there are none, or they are not used and do not fit

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ from tokenrl.language.policy.saving import (
     tokenizer_fingerprint,
 )
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.stream import PromptStream
+from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import SftSettings, TrainSettings
-from tokenrl.language.training.defaults import default_rate, demonstrations, parameter_count
+from tokenrl.language.training.defaults import default_rate, demonstrations, parameter_count, sampling_of
 from tokenrl.language.training.evaluation import probe_policy
 from tokenrl.language.training.forward import Forward, choose_forward, choose_precision
 from tokenrl.language.training.supervised import SupervisedTraining, check_trainable, fit
@@ -152,50 +152,51 @@ def warm_started_base(
         return _made_once(_place(task.name, [task.fingerprint, seed]), make, announce)[0]
 
 
-@dataclass(frozen=True)
 class WarmStart:
-    """The supervised stage of a run.
+    """The supervised stage of a run."""
 
-    Attributes:
-        policy: the policy, without an adapter; it is moved to the device and trained in place.
-        task: the task, with demonstrations.
-        rewards: the reward functions, by which the stage is judged.
-        args: the settings of the run: how completions are sampled, the seed, the number of updates.
-        console: shows the progress.
-        accelerator: accelerate's handle of the device to train on.
-    """
+    def __init__(
+        self,
+        policy: Policy,
+        task: Task,
+        rewards: Rewards,
+        args: TrainSettings,
+        console: Console,
+        accelerator: Any,
+    ) -> None:
+        """Prepare; nothing is trained yet.
 
-    policy: Policy
-    task: Any
-    rewards: Rewards
-    args: TrainSettings
-    console: Console
-    accelerator: Any
+        Args:
+            policy: the policy, without an adapter; it is moved to the device and trained in place.
+            task: the task, with demonstrations.
+            rewards: the reward functions, by which the stage is judged.
+            args: the settings of the run: how completions are sampled, the seed, the number of updates.
+            console: shows the progress.
+            accelerator: accelerate's handle of the device to train on.
 
-    @cached_property
-    def _rows(self) -> list[dict[str, Any]]:
-        return demonstrations(self.task)
-
-    @cached_property
-    def _rate(self) -> float:
-        return default_rate(parameter_count(self.policy), supervised=True)
-
-    @cached_property
-    def _known(self) -> list[Any]:
-        """All that the weights depend on, besides the number of updates."""
-        policy, args = self.policy, self.args
+        Raises:
+            Refused: there are no demonstrations, or the model cannot be used.
+        """
+        if policy.has_adapter:
+            raise Refused("warm_start trains all weights, but the model has an adapter: merge it first.")
+        check_trainable(policy)
+        policy.model.to(accelerator.device)
+        self.policy, self.rewards, self.args, self.console = policy, rewards, args, console
+        self._prompts, self._rows, self._accelerator = task.train_prompts, demonstrations(task), accelerator
+        self._rate = default_rate(parameter_count(policy), supervised=True)
         model = [fingerprint(policy.model), tokenizer_fingerprint(policy.tokenizer), vars(policy.form)]
         sampling = [args.max_completion_length, args.num_generations, args.temperature]
-        precision = choose_precision(args, policy, self.accelerator)[0]
-        computing = [self.accelerator.device.type, precision, args.training_attention]
+        precision = choose_precision(args, policy, accelerator)[0]
+        computing = [accelerator.device.type, precision, args.training_attention]
         training = [BATCH, WARMUP, PROMPTS, ENOUGH, self._rate, args.seed, *computing]
-        return [model, self._rows, self.rewards.names, sampling, training]
+        # All that the weights depend on, besides the number of updates.
+        self._known = [model, self._rows, rewards.names, sampling, training]
 
     @cached_property
     def _forward(self) -> Forward:
         """How updates are computed: no two demonstrations share a prompt, so each row is scored whole."""
         args = replace(self.args, compile="off")
-        forward = choose_forward(args, self.policy, self.accelerator, alone=True)[0]
+        forward = choose_forward(args, self.policy, self._accelerator, alone=True)[0]
         return replace(forward, scoring=replace(forward.scoring, share_prompt=False))
 
     @property
@@ -212,11 +213,10 @@ class WarmStart:
             before and after; `in_words`, a sentence; and `kept_in`, the folder in the cache.
 
         Raises:
-            Refused: there are no demonstrations, or one or the model cannot be used.
+            Refused: a demonstration cannot be used.
             Stopped: the loss became NaN or infinite, or a reward function failed.
             Interrupted: a signal ended the stage, after it had been saved.
         """
-        self._check()
         directory, found = _made_once(self.folder, self._make, self.console.warn)
         if found:
             read_weights(self.policy.model, directory)
@@ -227,19 +227,12 @@ class WarmStart:
 
     def try_out(self) -> float:
         """Make three updates at a rate of 0; return the seconds of the third, as long as later ones."""
-        self._check()
         training, times = self._training(0.0), list[float]()
         for _ in range(3):
             times.append(time.perf_counter())
             training.learn()
         self.policy.model.zero_grad(set_to_none=True)
         return time.perf_counter() - times[2]
-
-    def _check(self) -> None:
-        if self.policy.has_adapter:
-            raise Refused("warm_start trains all weights, but the model has an adapter: merge it first.")
-        check_trainable(self.policy)
-        self.policy.model.to(self.accelerator.device)
 
     def _training(self, rate: float) -> SupervisedTraining:
         how: dict[str, Any] = {"max_steps": self.args.warm_start_steps, "batch_size": BATCH}
@@ -302,10 +295,9 @@ class WarmStart:
 
     def _probe(self) -> dict[str, float]:
         """Measure the sampled reward, the share of unequal groups and that of completions that are cut."""
-        args, rows = self.args, self.task.train_prompts
-        stream = PromptStream(rows, min(PROMPTS, len(rows)), args.seed)
-        size, limit, heat = max(2, args.num_generations), args.max_completion_length, args.temperature
-        sampling = Sampling(limit, size, heat, args.seed, truncate_prompts=args.truncate_prompts)
+        stream = PromptStream(self._prompts, min(PROMPTS, len(self._prompts)), self.args.seed)
+        sampling = sampling_of(self.args)
+        sampling = replace(sampling, num_generations=max(2, sampling.num_generations))
         prompts = [row for _, row in stream.next()]
         with self.console.doing(f"sampling {len(prompts)} x {sampling.num_generations} completions"):
             self._forward.refresh()
