@@ -78,8 +78,6 @@ def test_target_modules_that_fit_nothing_are_refused(modules):
     with pytest.raises(Refused, match=f"{modules[-1]!r}.*linear layers are: .*q_proj"):
         add_lora(policy, r=2, target_modules=modules)
     assert not policy.has_adapter  # untouched
-    with pytest.raises(Refused, match="lora_r=0"):
-        add_lora(policy, r=0)
 
 
 def test_the_seed_decides_the_adapter_and_nothing_else():

@@ -32,14 +32,12 @@ def add_lora(
         seed: seed of the adapter's first matrix, which starts at random; the second starts at zero.
 
     Raises:
-        Refused: `r` is below 1, one of the names fits no linear layer, or nothing is left to train.
+        Refused: one of the names fits no linear layer.
 
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
     """
     from peft import LoraConfig, get_peft_model
 
-    if r < 1:
-        raise Refused(f"lora_r={r} is not a rank: give 1 or more (8 and 16 are common), or leave LoRA off.")
     linear = [name for name, module in policy.model.named_modules() if _is_linear(module)]
     missing = [t for t in target_modules if not any(n == t or n.endswith("." + t) for n in linear)]
     if missing:
@@ -60,8 +58,6 @@ def add_lora(
     if config.base_model_name_or_path and Path(config.base_model_name_or_path).is_dir():
         # so that the adapter finds its base from wherever it is loaded
         config.base_model_name_or_path = str(Path(config.base_model_name_or_path).resolve())
-    if not policy.trainable_parameters():
-        raise Refused("The adapter leaves no parameter to train. Choose other lora_target_modules.")
 
 
 def _is_linear(module: nn.Module) -> bool:

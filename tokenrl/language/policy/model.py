@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.arguments import Dtype, PromptArguments
 from tokenrl.language.policy.loading import find_model, loading
-from tokenrl.language.policy.prompts import Prompt, check_form, encode, saved_form
+from tokenrl.language.policy.prompts import Prompt, check_form, formed, render, saved_form
 from tokenrl.language.policy.saving import check_base
 from tokenrl.language.policy.stops import StopStrings
+from tokenrl.settings import check_choice
 
 
 @dataclass
@@ -80,7 +81,20 @@ class Policy:
             Refused: the prompt is chat messages and the tokenizer has no chat template or one that refuses
                 them, the form does not fit the prompt, or the prompt is empty and the tokenizer has no BOS.
         """
-        return encode(self.tokenizer, prompt, self.form, self.eos_ids, self.source)
+        prompt, tokenizer = formed(prompt, self.form), self.tokenizer
+        if isinstance(prompt, str):
+            ids = list(tokenizer(prompt).input_ids)
+            if ids and ids[-1] in self.eos_ids:
+                bare = tokenizer(prompt, add_special_tokens=False).input_ids
+                if not (bare and bare[-1] in self.eos_ids):
+                    ids.pop()  # some tokenizers end every text with EOS; such a prompt is already finished
+        else:
+            begun = bool(prompt) and prompt[-1].get("role") == "assistant"
+            how = {"add_generation_prompt": not begun, "continue_final_message": begun, "return_dict": False}
+            ids = list(render(tokenizer, prompt, self.form, self.source, tokenize=True, **how))
+        if not ids and tokenizer.bos_token_id is None:
+            raise Refused("A prompt is empty, and the tokenizer has no BOS to start from: give it a token.")
+        return ids or [tokenizer.bos_token_id]
 
     def ask(self, form: PromptArguments) -> None:
         """Ask the model in this form from now on, and end its completions at the stop strings of the form.
@@ -145,18 +159,12 @@ class Policy:
 
     @contextlib.contextmanager
     def reference_model(self) -> Iterator[nn.Module]:
-        """Give the reference model: the frozen copy, or this model with its adapter switched off.
-
-        Raises:
-            RuntimeError: there is neither a frozen copy nor an adapter.
-        """
+        """Give the reference model: the frozen copy, or this model with its adapter switched off."""
         if self.reference is not None:
             yield self.reference
-        elif self.has_adapter:
+        else:
             with self.model.disable_adapter():  # type: ignore[operator]
                 yield self.model
-        else:
-            raise RuntimeError("No reference model: add_reference() was not called before the first update.")
 
 
 def wrap(model: nn.Module, tokenizer: Any, *, source: str = "") -> Policy:
@@ -224,8 +232,7 @@ def load_policy(
     from transformers.utils import find_adapter_config_file
 
     name = find_model(name_or_path)
-    if dtype not in get_args(Dtype):
-        raise Refused(f"dtype={dtype!r} is unknown; allowed: {', '.join(get_args(Dtype))}.")
+    check_choice("dtype", dtype, get_args(Dtype))
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     with loading("causal language model", name, trust_remote_code=trust_remote_code):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)

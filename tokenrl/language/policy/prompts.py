@@ -132,34 +132,6 @@ def formed(prompt: Prompt, form: PromptArguments) -> Prompt:
     return prompt
 
 
-def encode(
-    tokenizer: Any, prompt: Prompt, form: PromptArguments, ends: Sequence[int], name: str
-) -> list[int]:
-    """Token ids of a prompt, as `Policy.encode` says.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        prompt: text or chat messages.
-        form: how the model is asked.
-        ends: ids that end a text.
-        name: what a message calls the model.
-    """
-    prompt = formed(prompt, form)
-    if isinstance(prompt, str):
-        ids = list(tokenizer(prompt).input_ids)
-        if ids and ids[-1] in ends:
-            bare = tokenizer(prompt, add_special_tokens=False).input_ids
-            if not (bare and bare[-1] in ends):
-                ids.pop()  # some tokenizers end every text with EOS; such a prompt is already finished
-    else:
-        begun = bool(prompt) and prompt[-1].get("role") == "assistant"
-        how = {"add_generation_prompt": not begun, "continue_final_message": begun}
-        ids = list(render(tokenizer, prompt, form, name, tokenize=True, return_dict=False, **how))
-    if not ids and tokenizer.bos_token_id is None:
-        raise Refused("A prompt is empty, and the tokenizer has no BOS to start from: give it a token.")
-    return ids or [tokenizer.bos_token_id]
-
-
 def render(
     tokenizer: Any, messages: Any, form: PromptArguments, name: str, *, tokenize: bool = False, **how: Any
 ) -> Any:
