@@ -101,17 +101,12 @@ def model(tmp_path_factory):
 def test_evaluate_prints_a_table_and_writes_json(model, capsys, tmp_path):
     arguments = [*EVALUATE, model]
     assert main([*arguments, "--k", "1", "3", "--reference", model, "--temperature", "0.9"]) == 0
-    words = [line.split() for line in capsys.readouterr().out.splitlines()]
-    shown = {line[0]: line[1:] for line in words if line}
+    assert "best@3" in capsys.readouterr().out
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert {"best@1", "best@3", "best@3_stderr", "rewards/reward/mean", "distinct_2", "kl"} <= numbers.keys()
     assert abs(numbers["kl"]) < 1e-5 and numbers["best@1"] == pytest.approx(numbers["reward"])
-    assert shown["best@3"][1] == "±"
-    assert float(shown["best@3"][0]) == pytest.approx(numbers["best@3"], abs=1e-2)
     assert main([*arguments, "--k", "8", "--num-generations", "2"]) == 2
     assert "num_generations=2" in capsys.readouterr().err
-    assert main([*arguments, "--reference", model, "--num-generations", "0"]) == 2
-    assert main([*arguments, "--temperature", "0"]) == 2
 
 
 def test_evaluate_compares_models_prompt_by_prompt(model, capsys, tmp_path):
@@ -157,18 +152,12 @@ def test_sample_talks_line_by_line_and_reads_on_after_an_error(model, monkeypatc
     assert talk(["abc>"], **how)[0] == 2  # no model
 
 
-def test_sample_shows_rewards_of_a_task_or_of_a_function(model, monkeypatch, capsys, tmp_path):
-    import toy_tasks
-
+def test_sample_shows_rewards_of_a_function(model, monkeypatch, capsys, tmp_path):
     (tmp_path / "made_up_rewards.py").write_text(
         "def length(completions): return [None if 'a' in c else float(len(c)) for c in completions]\n"
         "def secret(completions, answer): return [float(c == a) for c, a in zip(completions, answer)]\n"
     )
     how = {"monkeypatch": monkeypatch, "capsys": capsys}
-    code, out, _ = talk(["xyz>"], "--model", model, "--task", "vowels", **how)
-    rewards, texts = zip(*(line.split(None, 1) for line in out), strict=True)
-    expected = toy_tasks.load("vowels").reward(["xyz>"] * 4, [text.removeprefix("xyz>") for text in texts])
-    assert code == 0 and [float(reward) for reward in rewards] == pytest.approx(expected, abs=1e-4)
     own = ["--reward", "made_up_rewards:length", "--num-generations", "8", "--prompt", "xyz>", "bcd>"]
     _, out, _ = talk([], "--model", model, *own, **how)
     parts = [line.split(None, 1) for line in out]
@@ -177,10 +166,8 @@ def test_sample_shows_rewards_of_a_task_or_of_a_function(model, monkeypatch, cap
         "none" if "a" in text[4:] else f"{len(text) - 4:.4f}" for _, text in parts
     ]
     assert {"none"} < {reward for reward, _ in parts}
-    missing = ["--model", model, "--reward", "made_up_rewards:secret"]
-    code, out, err = talk(["xyz>"], *missing, **how)
+    code, out, err = talk(["xyz>"], "--model", model, "--reward", "made_up_rewards:secret", **how)
     assert (code, out) == (0, []) and "'answer'" in err[0]
-    assert talk([], *missing, "--prompt", "xyz>", **how)[0] == 2
 
 
 @pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
@@ -227,9 +214,6 @@ def test_reward_model_makes_a_reward_that_train_takes(model, capsys, tmp_path):
     assert main([*TRAIN[:-1], "second", "--reward", "judge/model", "--quiet"]) == 0
     line = json.loads((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()[1])
     assert math.isfinite(line["rewards/model/mean"])
-    for change in (["--data", "nothing.jsonl"], ["--label-smoothing", "0.7"], []):
-        assert main([*judge, *change, "--quiet"]) == 2
-        assert "Traceback" not in (errors := capsys.readouterr().err) and "tokenrl: " in errors
 
 
 def test_an_agent_is_trained_and_its_configuration_repeats_it():

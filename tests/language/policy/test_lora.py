@@ -7,7 +7,6 @@ from tiny_models import (
     make_learner,
     make_model,
     make_policy,
-    make_tokenizer,
     one_step,
     weights,
 )
@@ -114,12 +113,3 @@ def test_gradient_checkpointing_trains_the_same_adapter():
         one_step(make_learner(policy, learning_rate=1e-3))
     torch.testing.assert_close(weights(checkpointed.model), weights(plain.model), atol=1e-5, rtol=1e-4)
     assert not torch.equal(weights(plain.model), before)
-
-
-@pytest.mark.parametrize("make", [make_policy, lambda: (make_model(), make_tokenizer())])
-def test_a_model_in_memory_gets_the_adapter_too(make):
-    from tokenrl.language.training.setup import TrainArguments, make_policy as from_arguments
-
-    given = make()
-    policy = from_arguments(TrainArguments(model=given, lora_r=2), None, print)
-    assert policy.has_adapter and (policy is given or isinstance(given, tuple))

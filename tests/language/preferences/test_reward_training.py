@@ -152,18 +152,11 @@ def test_metrics_by_hand():
     assert clustered_stderr(values, range(4)) == pytest.approx(values.std(ddof=1) / 2)
 
 
-def test_calibration_by_hand_and_of_a_model_that_is_calibrated():
+def test_calibration_by_hand():
     signs, p = np.array([1, -1, 1, 1]), np.array([0.81, 0.83, 0.82, 0.52])
     difference = np.append(signs * np.log(p / (1 - p)), 1e3)  # in bins of 1, 3 and 1
     expected = (abs(1 - 0.52) + 3 * abs(2 / 3 - 0.82) + 0) / 5
     assert expected_calibration_error(difference) == pytest.approx(expected)
-
-    generator = np.random.default_rng(0)
-    apart_by = generator.normal(0, 2, 40_000)
-    first = generator.random(40_000) < 1 / (1 + np.exp(-apart_by))  # is the chosen one
-    difference = np.where(first, apart_by, -apart_by)
-    assert expected_calibration_error(difference) < 0.015
-    assert expected_calibration_error(2 * difference) > 0.05
 
 
 def test_a_run_learns_and_leaves_a_model_that_others_load(tmp_path, saved):
@@ -272,15 +265,6 @@ def test_a_training_that_is_saved_and_loaded_continues(tmp_path):
     assert equal(*(dict(judge.model.state_dict()) for judge in judges))
     with pytest.raises(Refused, match="num_rows 3 and this run has 2"):
         PreferenceTraining(judges[1], PAIRS[:2], args).load_state_dict(state)
-
-
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
-    judge = untrained()
-    before = weights(judge.model)
-    judge.model.score.weight.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(Stopped, match=r"norm of the gradient of the reward model is .* at step 1"):
-        fit(judge, PAIRS, max_steps=1, batch_size=2)
-    assert torch.equal(weights(judge.model), before)
 
 
 def test_chat_preferences_are_scored_as_the_reward_is():

@@ -284,12 +284,6 @@ def test_a_reward_that_breaks_its_promise_stops_the_run(name, promise, value, sa
     assert call(lies).total[2] == value
 
 
-@pytest.mark.parametrize("name, mark", [("sort_digits", 1.0), ("countdown", 1.0), ("vowels", None)])
-def test_toy_tasks_say_what_is_right(name, mark):
-    rewards = find_task(EvaluateArguments(task=name))[1]
-    assert rewards.pass_threshold == mark and rewards.binary == (name == "sort_digits")
-
-
 def test_a_task_s_threshold_is_for_its_own_reward_and_a_setting_is_for_any():
     rows = [{"prompt": "a"}]
     task = PromptTask("t", rows, rows, silent, 2, pass_threshold=0.5)
