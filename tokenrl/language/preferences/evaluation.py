@@ -35,10 +35,8 @@ def encode_pairs(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[Encod
     encoded = [(ids(pair, pair.chosen), ids(pair, pair.rejected)) for pair in pairs]
     lengths, limit = [max(map(len, both)) for both in encoded], reward_model.max_length
     if limit is not None and (count := sum(length > limit for length in lengths)):
-        said = (
-            f"{count} of {len(pairs)} pairs hold a text longer than the model's {limit} tokens (the longest "
-        )
-        raise Refused(f"{said}has {max(lengths)}). Leave them out, or give a model with a longer context.")
+        said = f"{count} of {len(pairs)} pairs hold a text longer than the model's {limit} tokens"
+        raise Refused(f"{said} (up to {max(lengths)}): leave them out, or take a longer context.")
     return encoded
 
 

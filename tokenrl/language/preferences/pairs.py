@@ -7,7 +7,6 @@ left out if both others hold whole texts or conversations that begin with it.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from tokenrl.errors import Refused, suggest
 from tokenrl.language.tasks.held_out import eval_split as find_eval_split
 from tokenrl.language.tasks.sources import fault_of_prompt, read_splits, without_nulls
+from tokenrl.settings import check_number
 
 Row = Mapping[str, Any]
 
@@ -137,12 +137,9 @@ def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
 def _number(row: Row, name: str, where: str) -> float | None:
     """Return the number in a column; None without the column, or where it has no value."""
     value = row.get(name)
-    try:
-        if value is None or math.isfinite(float(value)):
-            return None if value is None else float(value)
-    except (TypeError, ValueError):
-        pass
-    raise Refused(f"{where}: {name} is {value!r:.100}; it must be a finite number.")
+    if value is not None:
+        check_number(f"{where}: {name}", value)
+    return None if value is None else float(value)
 
 
 def hold_out(pairs: Sequence[Pair], size: int, seed: int) -> tuple[list[Pair], list[Pair]]:
