@@ -37,7 +37,7 @@ _LARGE = {
     "reward-model": (("accuracy", "share of pairs", _ACCURACY),),
 }
 """The large charts of a kind of run (of other kinds the reward): name, unit, and metrics with their names."""
-_DIAGNOSTICS = {
+DIAGNOSTICS = {
     "entropy": ("entropy", "nats per action; near 0 the policy no longer explores"),
     "completions/mean_length": ("completion length", "tokens"),
     "episode_length": ("episode length", "steps, mean of the episodes that ended"),
@@ -189,7 +189,7 @@ def _charts(runs: Mapping[str, Rows], kind: str, mark: Mark) -> list[Chart]:
             curves = [_curve(rows, key, run, place) for place, (run, rows) in enumerate(runs.items(), 1)]
             charts.append(Chart(f"{name}: {label}", unit, curves, large=True, mark=line))
     last = "last" if len(runs) == 1 else ""  # the colours of several runs are told once, above
-    for key, (name, unit) in _DIAGNOSTICS.items():
+    for key, (name, unit) in DIAGNOSTICS.items():
         curves = [_curve(rows, key, last, place) for place, rows in enumerate(runs.values(), 1)]
         if any(any(curve.y) for curve in curves):  # what was 0 all the time is not worth a look
             charts.append(Chart(name, unit, curves))

@@ -164,7 +164,7 @@ def test_the_page_shows_the_verdict_first_and_everything_that_was_found(tmp_path
     found = compared(tmp_path, arms, against_itself=True, margin=0.05)
     assert main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
-    order = [found.headline("walk"), "What was compared", "Difference to", "<b>Reward</b>", "<h2>Arms"]
+    order = [found.headline("walk"), "What was compared", "Difference to", "<b>reward</b>", "<h2>Arms"]
     places = [page.index(text) for text in order]
     assert places == sorted(places)
     for text in (

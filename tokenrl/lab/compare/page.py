@@ -20,6 +20,7 @@ from tokenrl.runs.files import write_json, write_text
 from tokenrl.runs.origin import versions
 from tokenrl.runs.plots import Chart, Curve, Difference as Bars, Forest
 from tokenrl.runs.reader import read_run
+from tokenrl.runs.report import DIAGNOSTICS
 
 CITATION = """@software{{tokenrl,
   title = {{tokenrl: policy gradients on language models, with declared bias}},
@@ -29,13 +30,7 @@ CITATION = """@software{{tokenrl,
 FROM_PYTHON = "Started from Python: the same call of tokenrl.compare goes on with it, or shows it again."
 COLOURS = {"better": 3, "worse": 2, "equivalent": 1}
 """Colours of the verdicts in the palette of the charts; the others are grey."""
-BESIDE = {
-    "reward_greedy": ("Greedy reward", "held-out, of the most probable completion or action"),
-    "entropy": ("Entropy", "nats per action (token), held-out; near 0 the policy no longer explores"),
-    "completions/mean_length": ("Length", "tokens of a completion"),
-    "completions/clipped_ratio": ("Truncated", "share of completions cut at the length limit"),
-}
-"""Curves that are drawn beside the one of the reward, if the runs have them."""
+GREEDY = {"reward_greedy": ("greedy reward", "held-out, of the most probable completion or action")}
 COMPLETIONS = 4
 """Completions of each arm on each problem, from its first run."""
 
@@ -126,10 +121,10 @@ def _of_problem(found: Comparison, problem: Problem, on: str) -> Iterator[html.S
     curves = found.table.curves_of(problem.label)
     unit = f"held-out, sampled, over {problem.unit}; mean over seeds, band from the lowest to the highest"
     mark = None if problem.solved is None else ("solved", problem.solved)
-    reward = Chart("Reward", unit, _curves(found, curves, "reward"), large=True, mark=mark)
+    reward = Chart("reward", unit, _curves(found, curves, "reward"), large=True, mark=mark)
     small = [
         Chart(name, unit, _curves(found, curves, metric))
-        for metric, (name, unit) in BESIDE.items()
+        for metric, (name, unit) in (GREEDY | DIAGNOSTICS).items()
         if metric in curves and curves[metric].nunique() > 1
     ]
     yield html.Section(
