@@ -189,7 +189,7 @@ def completions(policy: Policy, prompt_ids, *, places=None, step: int = 1, **how
     return TransformersGenerator(policy).generate(prompt_ids, sampling, draws)
 
 
-def one_step(learner, *, step: int = 1, prompts=PROMPTS, reward=vowel_reward):
+def one_step(learner, *, step: int = 1, prompts=PROMPTS, reward=vowel_reward, running_mean=None):
     """One `training_step` on fixed prompts; returns its record."""
     from tokenrl.core.baselines import RunningMean
     from tokenrl.language.rewards.rewards import Rewards
@@ -200,7 +200,8 @@ def one_step(learner, *, step: int = 1, prompts=PROMPTS, reward=vowel_reward):
         [(100 + i, {"prompt": word}) for i, word in enumerate(["mat", "log", "dog", "face", "eight"])]
     )
     more = lambda count: [next(spare) for _ in range(count)]  # noqa: E731
-    return training_step(learner, Rewards(reward), RunningMean(0.9, 0.2), step, stream, more)
+    mean = running_mean or RunningMean(0.9, 0.2)
+    return training_step(learner, Rewards(reward), mean, step, stream, more)
 
 
 def gradient(model) -> torch.Tensor:

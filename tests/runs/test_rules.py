@@ -70,6 +70,7 @@ CASES = [  # flag, weight, facts, changes advised (None: any), and what of the f
      {"horizon": 600}),
     ("truncation", "act", {"recent_length": 499, "horizon": 500}, None, {"is_solved": True}),
     ("unusual-rate", "void", USUAL, {"learning_rate": 1e-3}, {"learning_rate": 1e-2}),
+    ("unusual-rate", "void", USUAL | {"learning_rate": 0.031}, None, {"learning_rate": 1e-2}),
     ("unusual-rate", "watch", USUAL | {"learning_rate": 0.02}, None, {"highest_rate": 0.02}),
     ("unusual-rate", "watch", USUAL | {"learning_rate": 1e-5}, None, {"learning_rate": 1e-3 / 29}),
     ("gradient-not-finite", "void", {"step_grad_norm": math.inf}, {}, {"step_grad_norm": 1e9}),

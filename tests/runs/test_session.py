@@ -37,11 +37,11 @@ class Settings(SavingArguments, TrackerArguments):
 
 
 class Counter:
-    """A training whose state is a number and a moment, and whose model is one weight."""
+    """A training whose state is a number and a moment, and whose model is two weights."""
 
     def __init__(self):
         self.number = 0
-        self.weight, self.moment = torch.zeros(1), torch.zeros(1)
+        self.weight, self.moment = torch.zeros(2), torch.zeros(1)
 
     def update(self, step):
         self.number += step
@@ -96,7 +96,7 @@ def live(directory, at_step=nothing, *, before=nothing, maker=None, main=True, a
             before(session)
             session.timed(partial(counter.update, step))
             at_step(session)
-            metrics = {"reward": float(counter.weight) / counter.number}
+            metrics = {"reward": float(counter.weight[0]) / counter.number}
             if session.due(2):
                 metrics |= session.evaluated({"reward": 10.0 * step})
             session.record(metrics, {"seconds": 1.0})
@@ -240,7 +240,9 @@ def test_processes_beside_the_main_one_continue_from_a_checkpoint_and_never_writ
     counter.update(1)
     main.settle(1)
     main.save()
-    assert other.restore(tmp_path / "step_000001") == 1 and beside.weight == counter.weight == 1
+    assert other.restore(
+        tmp_path / "step_000001"
+    ) == 1 and beside.weight.tolist() == counter.weight.tolist() == [1, 1]
     beside.update(2)
     other.settle(2)
     other.save()  # as every process does whose run fails
@@ -322,7 +324,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     class Broken(Counter):
         def update(self, step):
             super().update(step)
-            self.weight /= 3 - step  # infinite after step 3
+            self.weight[0] /= 3 - step  # infinite after step 3
 
     monkeypatch.setitem(globals(), "Counter", Broken)
     with pytest.raises(Stopped, match="After step 3 the weights are not finite"):

@@ -273,8 +273,9 @@ def test_positions_and_epochs_count_what_was_given_out():
     assert stream.epoch == 32 / 20 and [position for position, _ in stream.take(2)] == [32, 33]
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
-    streams = [prompts_of(30, 30, seed)[1] for seed in (0, 1)]
+@pytest.mark.parametrize("make", [prompts_of, batches_of])
+def test_epochs_and_seeds_have_orders_of_their_own(make):
+    streams = [make(30, 30, seed)[1] for seed in (0, 1)]
     orders = [tuple(deal()) for deal in (streams[0], streams[0], streams[1])]
     assert len({*orders, tuple(range(30))}) == 4
 

@@ -22,6 +22,7 @@ from tiny_models import (
     weights,
 )
 
+from tokenrl.core.baselines import RunningMean
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Stopped
@@ -166,11 +167,11 @@ def test_kl_in_the_reward_is_the_textbook_with_other_rewards():
     policy = make_policy("gpt2", dtype="float64")
     policy.reference = make_policy("gpt2", dtype="float64", seed=1).model.requires_grad_(False)
     before, reference, seen = copy.deepcopy(policy.model), policy.reference, []
-    learner = make_learner(policy, Estimator(beta=0.3))
+    learner = make_learner(policy, Estimator(beta=0.3), temperature=0.7)
     record = one_step(learner, reward=recorded(vowel_reward, seen))
 
     def logprob(model, prompt, ids):
-        return -textbook(model.requires_grad_(True), [(policy.encode(prompt), ids, 1.0)])[1]
+        return -textbook(model.requires_grad_(True), [(policy.encode(prompt), ids, 1.0)], temperature=0.7)[1]
 
     log_ratio = [logprob(before, p, ids) - logprob(reference, p, ids) for p, ids, _ in seen]
     total = [reward - 0.3 * ratio for (*_, reward), ratio in zip(seen, log_ratio, strict=True)]
@@ -178,9 +179,25 @@ def test_kl_in_the_reward_is_the_textbook_with_other_rewards():
         (policy.encode(prompt), ids, advantage)
         for (prompt, ids, _), advantage in zip(seen, advantages_of("rloo", total), strict=True)
     ]
-    assert apart(gradient(policy.model), textbook(before, rows)[0]) < 1e-10
+    assert apart(gradient(policy.model), textbook(before, rows, temperature=0.7)[0]) < 1e-10
     assert record.metrics["kl"] == pytest.approx(sum(log_ratio) / 12)
     assert record.metrics["reward"] == pytest.approx(sum(r for *_, r in seen) / 12)
+
+
+def test_a_row_that_abstains_is_not_in_the_running_mean():
+    mean, seen = RunningMean(0.9, 0.2), []
+    learner = make_learner(make_policy(), "reinforce_running_mean")
+    one_step(learner, reward=recorded(abstaining, seen), running_mean=mean)
+    given = [reward for *_, reward in seen if reward is not None]
+    assert len(given) == 11 and mean.value == pytest.approx(0.9 * 0.2 + 0.1 * sum(given) / 11)
+
+
+def test_signal_and_noise_are_those_of_the_first_update_of_a_rollout():
+    once, twice = (
+        one_step(make_learner(make_policy(), "grpo", diagnostics_every=1, num_iterations=n)).metrics
+        for n in (1, 2)
+    )
+    assert once["gradient/snr"] == pytest.approx(twice["gradient/snr"])
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_counted_and_then_stops():
