@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe, suggest
-from tokenrl.settings import LARGEST_REWARD
+from tokenrl.settings import LARGEST_REWARD, shown
 
 Reward = Callable[..., Any]
 
@@ -201,8 +201,8 @@ def _first_failing_row(
         if inspect.isawaitable(alone.output):
             alone = _await_all([alone.output])[0]
         if alone.error is not None:
-            return f"row {i} of {len(completions)}, completion {shorten(completion)}"
-    return f"rows 0 to {len(completions) - 1} together, but none alone; the first: {shorten(completions[0])}"
+            return f"row {i} of {len(completions)}, completion {shown(completion)}"
+    return f"rows 0 to {len(completions) - 1} together, but none alone; the first: {shown(completions[0])}"
 
 
 def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.ndarray:
@@ -225,7 +225,7 @@ def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.nd
         )
     if len(items) != count:
         row = min(len(items), count)
-        beyond = f"row {row}, completion {shorten(completions[row])}, has none" if row < count else "too many"
+        beyond = f"row {row}, completion {shown(completions[row])}, has none" if row < count else "too many"
         given = f"{len(items)} rewards for {count} completions ({beyond})"
         raise Stopped(f"Reward function {name} returned {given}; it must return one for each, or None.")
     return np.array([_number(item, name, i, completions[i]) for i, item in enumerate(items)], np.float64)
@@ -239,12 +239,6 @@ def _number(item: Any, name: str, row: int, completion: Any) -> float:
     # An integer beyond float64 compares, but cannot be converted.
     if isinstance(item, numbers.Real) and -LARGEST_REWARD <= item <= LARGEST_REWARD:  # type: ignore[operator]
         return float(item)
-    what = f"{item!r:.80} ({type(item).__name__}) for row {row}, completion {shorten(completion)}"
+    what = f"{item!r:.80} ({type(item).__name__}) for row {row}, completion {shown(completion)}"
     allowed = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, or None to abstain"
     raise Stopped(f"Reward function {name} returned {what}; a reward is {allowed}.")
-
-
-def shorten(completion: Any) -> str:
-    """Return the completion as text that is short enough for an error message."""
-    text = repr(completion)
-    return text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"

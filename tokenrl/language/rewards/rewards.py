@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.rewards.calls import Called, accepted_arguments, call_rewards, shorten
+from tokenrl.language.rewards.calls import Called, accepted_arguments, call_rewards
 from tokenrl.language.rewards.loading import Range, declared_range, is_binary, load_reward, original
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.worker import RewardWorker
-from tokenrl.settings import LARGEST_REWARD
+from tokenrl.settings import LARGEST_REWARD, shown
 
 # Arguments that every reward may ask for. Columns of these names are not passed on, as in TRL.
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -196,9 +196,7 @@ class Rewards:
         self._check_declared(values, rows["completions"])
         valid = ~np.isnan(values).all(axis=1)  # [N]
         if not valid.any() and not all_may_abstain:
-            found = (
-                f"each of the {len(valid)} completions, from row 0, {shorten([*completions, None][0])}, on"
-            )
+            found = f"each of the {len(valid)} completions, from row 0, {shown([*completions, None][0])}, on"
             raise Stopped(f"Every reward function ({', '.join(self.names)}) abstained from {found}.")
         for column, given in called.extra.items():
             if len(given) != len(valid):
@@ -222,7 +220,7 @@ class Rewards:
             each = zip(self.weights, self.names, values[row], strict=True)
             parts = " + ".join(f"{weight:g} x {value:g} ({name})" for weight, name, value in each)
             raise Stopped(
-                f"The weighted sum of the rewards of row {row}, completion {shorten(completions[row])}, is "
+                f"The weighted sum of the rewards of row {row}, completion {shown(completions[row])}, is "
                 f"{total[row]:g} = {parts}, beyond {LARGEST_REWARD:g}: give smaller reward_weights."
             )
         return total
@@ -242,7 +240,7 @@ class Rewards:
                 row = int(wrong.argmax())
                 raise Stopped(
                     f"Reward function {name} is declared to {promise} and returned {column[row]:g} for row "
-                    f"{row}, completion {shorten(completions[row])}: mend it, or what it declares."
+                    f"{row}, completion {shown(completions[row])}: mend it, or what it declares."
                 )
 
 
