@@ -130,7 +130,3 @@ def _help() -> str:
     lines += [f"  {name:13}{command.arguments.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
     shell = 'eval "$(tokenrl --print-completion bash)"'
     return "\n".join([*lines, "", f"Completion in bash: {shell}; there are scripts for zsh and fish."])
-
-
-if __name__ == "__main__":  # `python -m tokenrl` is shorter, but older scripts name the module
-    sys.exit(main())

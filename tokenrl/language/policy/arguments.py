@@ -58,7 +58,7 @@ def _as_json(given: Any) -> str:
 
 @dataclass(frozen=True)
 class LoadingArguments(Settings, group="model"):
-    """How the model is loaded."""
+    """How the model is loaded and how it is held in memory."""
 
     dtype: Dtype = "float32"
     """Precision of the weights; auto keeps the precision that they were saved in."""
@@ -68,7 +68,7 @@ class LoadingArguments(Settings, group="model"):
 
 @dataclass(frozen=True)
 class HoldingArguments(LoadingArguments, group="model"):
-    """How the model is made and how it is held in memory."""
+    """How the model is made, loaded and held in memory."""
 
     base_seed: Seed = 0
     """Seed of a toy task's own tiny model and of its warm start."""
