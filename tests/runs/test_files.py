@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tokenrl.errors import Stopped
-from tokenrl.runs.files import replacing, write_json, write_text
+from tokenrl.runs.files import write_json, write_text
 
 
 def strict(text):
@@ -52,13 +52,6 @@ def test_failed_write_stops_and_leaves_the_old_file(tmp_path, monkeypatch):
         write_json(tmp_path / "x.json", {"a": 2})
     assert isinstance(caught.value.__cause__, OSError)
     assert files(tmp_path) == {"x.json": b'{\n  "a": 1\n}\n'}
-
-
-def test_an_error_of_the_writer_itself_passes_through_and_leaves_no_part(tmp_path):
-    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "x") as partial:
-        partial.write_text("part")
-        raise ZeroDivisionError
-    assert files(tmp_path) == {}
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")

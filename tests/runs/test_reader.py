@@ -77,9 +77,10 @@ def test_files_with_odd_entries_are_shown_or_refused_by_name(odd, run, capsys):
 @pytest.mark.parametrize("name", ["summary.json", "config.json", "metrics.jsonl"])
 def test_files_that_are_cut_short_are_shown_or_refused(name, run, capsys):
     whole = (run / name).read_bytes()
-    for length in (0, 1, len(whole) // 2, len(whole) - 2):
-        (run / name).write_bytes(whole[:length] + b"\xff" * (length % 2))
+    cut = [whole[:length] + b"\xff" * (length % 2) for length in (0, 1, len(whole) // 2, len(whole) - 2)]
+    for text in (*cut, b"[1]"):
+        (run / name).write_bytes(text)
         capsys.readouterr()
         code, error = main(["report", str(run)]), capsys.readouterr().err
-        assert code in (0, 2) and error.count("\n") == (code == 2), (length, error)
+        assert code in (0, 2) and error.count("\n") == (code == 2), (text, error)
         assert code == 0 or name in error

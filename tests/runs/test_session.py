@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import Saver, SavingArguments, checkpoints, read_state
 from tokenrl.runs.console import next_commands
@@ -34,6 +36,8 @@ class Settings(SavingArguments, TrackerArguments):
     seed: int = 0
     save_every: int = 2
     save_minutes: float = 0.0
+    logging_steps: int = 1
+    estimator: Estimator = field(default_factory=Estimator)
 
 
 class Counter:
@@ -96,7 +100,7 @@ def live(directory, at_step=nothing, *, before=nothing, maker=None, main=True, a
             before(session)
             session.timed(partial(counter.update, step))
             at_step(session)
-            metrics = {"reward": float(counter.weight[0]) / counter.number}
+            metrics = {"reward": float(counter.weight[0]) / counter.number, "kl": math.nan}
             if session.due(2):
                 metrics |= session.evaluated({"reward": 10.0 * step})
             session.record(metrics, {"seconds": 1.0})

@@ -1,31 +1,13 @@
 """Experiment trackers: found or refused by name, told everything, and never the end of a run."""
 
 import json
-from dataclasses import dataclass, field
 from unittest.mock import MagicMock, call
 
 import pytest
 from accelerate import tracking, utils
 
-from tokenrl import train_agent
-from tokenrl.core import Estimator
+from tests.runs.test_session import at, live
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.checkpoint import SavingArguments
-from tokenrl.runs.reader import Outcome
-from tokenrl.runs.session import Session
-from tokenrl.runs.trackers import TrackerArguments
-
-
-@dataclass(frozen=True)
-class Arguments(SavingArguments, TrackerArguments):
-    estimator: Estimator = field(default_factory=Estimator)
-    hidden: tuple[int, ...] = (8, 4)
-    logging_steps: int = 1
-    max_steps: int = 4
-    seed: int = 0
-    output_dir: str = ""
-    overwrite: bool = True
-    quiet: bool = False
 
 
 @pytest.fixture
@@ -38,54 +20,38 @@ def fake(monkeypatch):
     return made
 
 
-def live(directory, *, until=9, late=None, **options):
-    """A whole run that is evaluated at step 3, and again after the last step if `late` is given."""
-    args = Arguments(output_dir=str(directory), **options)
-    with Session("train", args) as session:
-        session.open({})
-        session.evaluated({"reward": 0.5})
-        session.begin(args, names={}, title="counting")
-        for step in session.steps(args.max_steps):
-            if step == until:
-                raise Stopped("It broke.")
-            metrics = {"reward": float(step), "kl": float("nan")}
-            if step == 3:
-                metrics |= session.evaluated({"reward": 0.7})
-            session.record(metrics, {"step_seconds": 0.25})
-        if late is not None:
-            session.evaluated({"reward": late})
-        session.finish(Outcome(**session.outcome("finished")), lambda folder: None)
-
-
 def logged(kind):
     """What the trackers of a class were told of each step."""
     return [(told.kwargs["step"], told.args[0]) for told in kind.return_value.log.call_args_list]
 
 
 def test_a_tracker_gets_settings_steps_evaluations_and_timings(fake, tmp_path):
+    def ended(session):
+        session.ended = "stuck" if session.step == 3 else None  # so that it is evaluated after its last row
+
     live(tmp_path / "none", report_to=("none",))
-    live(tmp_path / "mine", report_to=("fake", "fake"), late=0.9)
+    live(tmp_path / "mine", ended, report_to=("fake", "fake"))
     assert fake["fake"].call_args_list == [call("tokenrl")]
     ((config,), _) = fake["fake"].return_value.store_init_configuration.call_args
-    assert config["estimator.baseline"] == "rloo" and config["hidden"] == "[8, 4]"
+    assert config["estimator.baseline"] == "rloo" and config["report_to"] == '["fake", "fake"]'
     assert config["title"] == "counting" and config["kind"] == "train"
     assert all(value is None or isinstance(value, (bool, int, float, str)) for value in config.values())
     told = logged(fake["fake"])
-    assert [step for step, _ in told] == [0, 1, 2, 3, 4, 4]
-    assert told[0][1] == {"eval_reward": 0.5} and told[-1][1] == {"eval_reward": 0.9}
-    assert told[3][1]["eval_reward"] == 0.7 and told[3][1]["step_seconds"] == 0.25
+    assert [step for step, _ in told] == [0, 1, 2, 3, 3]
+    assert told[0][1] == {"eval_reward": 0.0} and told[-1][1] == {"eval_reward": -1.0}
+    assert told[2][1]["eval_reward"] == 20 and told[2][1]["seconds"] == 1 and told[2][1]["step_seconds"] > 0
     assert told[1][1]["peak_memory_gib"] > 0.01 and "kl" not in told[1][1]  # nan: not a number to plot
     assert fake["fake"].return_value.finish.call_count == 1
     rows = [json.loads(line) for line in (tmp_path / "mine" / "timings.jsonl").open()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[0]["peak_memory_gib"] > 0.01
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[0]["peak_memory_gib"] > 0.01
     assert "peak_memory_gib" not in (tmp_path / "mine" / "metrics.jsonl").read_text()
 
 
 def test_it_gets_every_so_many_steps_and_each_evaluation_and_ends_with_a_run_that_fails(fake, tmp_path):
-    live(tmp_path / "run", report_to=("fake",), logging_steps=2)
-    assert [step for step, _ in logged(fake["fake"])] == [0, 2, 3, 4]
+    live(tmp_path / "run", report_to=("fake",), logging_steps=3)
+    assert [step for step, _ in logged(fake["fake"])] == [0, 2, 3, 4, 5]
     with pytest.raises(Stopped, match="It broke"):
-        live(tmp_path / "run", report_to=("fake",), until=2)
+        live(tmp_path / "fails", before=at(2, Stopped("It broke.")), report_to=("fake",))
     assert fake["fake"].return_value.finish.call_count == 2
 
 
@@ -97,13 +63,13 @@ def test_one_that_fails_warns_once_and_leaves_the_run_and_the_others_alone(
     tracker = fake["fake"].return_value
     broken = {"at its start": fake["fake"], "at step 0": tracker.log, "at its end": tracker.finish}[when]
     broken.side_effect = kind("no network")
-    live(tmp_path / "run", report_to=("fake", "other"))
+    live(tmp_path / "run", report_to=("fake", "other"), quiet=False)
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("tracker fake failed") == 1 and "tracker other" not in said
     assert f"The tracker fake failed {when} ({kind.__name__}: no network)" in said
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit_reason"] == "finished"
     assert broken.call_count in (1, 2)  # a run that did not end is asked to end once more
-    assert len(logged(fake["other"])) == 5 and fake["other"].return_value.finish.call_count == 1
+    assert len(logged(fake["other"])) == 6 and fake["other"].return_value.finish.call_count == 1
 
 
 @pytest.mark.parametrize(
@@ -126,7 +92,7 @@ def test_one_that_is_missing_is_refused_before_the_directory_is_made(
 def test_project_and_name_reach_the_tracker_by_its_own_words(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     live(tmp_path / "mine", report_to=("wandb", "mlflow"))
-    live(tmp_path / "mine", report_to=("wandb",), tracker_project="ours", run_name="first")
+    live(tmp_path / "mine", overwrite=True, report_to=("wandb",), tracker_project="ours", run_name="first")
     expected = [call("theirs", name="mine"), call("tokenrl", run_name="mine"), call("ours", name="first")]
     assert fake["fake"].call_args_list == expected
 
@@ -134,17 +100,9 @@ def test_project_and_name_reach_the_tracker_by_its_own_words(fake, tmp_path, mon
 def test_tensorboard_has_one_run_in_the_directory_also_after_it_was_replaced(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for steps in (4, 3):
-        live(tmp_path, report_to=("tensorboard",), max_steps=steps)
+        live(tmp_path, report_to=("tensorboard",), max_steps=steps, overwrite=True)
     found = events.EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
-    assert [(s.step, s.value) for s in found.Scalars("reward")] == [(1, 1), (2, 2), (3, 3)]
-    assert [s.step for s in found.Scalars("eval_reward")] == [0, 3]
-    assert [s.value for s in found.Scalars("step_seconds")] == [0.25] * 3
-
-
-def test_an_agent_is_tracked_too(fake, tmp_path):
-    run = {"max_steps": 2, "eval_episodes": 4, "output_dir": tmp_path, "quiet": True, "logging_steps": 1}
-    train_agent(env="bandit", report_to="fake", **run)
-    told = logged(fake["fake"])
-    assert [step for step, _ in told] == [0, 1, 2]
-    assert {"reward", "step_seconds", "env_steps_per_second", "peak_memory_gib"} <= told[1][1].keys()
+    assert [(s.step, s.value) for s in found.Scalars("reward")] == [(1, 1), (2, 3), (3, 6.5)]
+    assert [s.step for s in found.Scalars("eval_reward")] == [0, 2, 3]
+    assert [s.value for s in found.Scalars("seconds")] == [1] * 3
