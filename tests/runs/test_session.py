@@ -20,6 +20,7 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import Saver, SavingArguments, checkpoints, read_state
 from tokenrl.runs.console import next_commands
 from tokenrl.runs.folders import verify
+from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
@@ -100,7 +101,7 @@ def live(directory, at_step=nothing, *, before=nothing, maker=None, main=True, a
             before(session)
             session.timed(partial(counter.update, step))
             at_step(session)
-            metrics = {"reward": float(counter.weight[0]) / counter.number, "kl": math.nan}
+            metrics = {"reward": float(counter.weight[0]) / counter.number, "kl": math.inf}
             if session.due(2):
                 metrics |= session.evaluated({"reward": 10.0 * step})
             session.record(metrics, {"seconds": 1.0})
@@ -271,7 +272,7 @@ def test_a_continuation_replays_what_was_done_after_the_checkpoint(tmp_path):
         file.write('{"step": 6, "rew')  # cut by a crash
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000004"
     live(tmp_path / "run", seen.append, resume=str(checkpoint))
-    assert seen[0].rows == lines(tmp_path / "run", "metrics.jsonl")  # those before it, and its own
+    assert seen[0].rows == read_metrics(tmp_path / "run" / "metrics.jsonl")  # those before it, and its own
     assert len(seen) == 1 and same(tmp_path / "whole", tmp_path / "run")
     assert [row["step"] for row in lines(tmp_path / "run", "timings.jsonl")] == [1, 2, 3, 4, 5]
 

@@ -40,7 +40,7 @@ def test_a_tracker_gets_settings_steps_evaluations_and_timings(fake, tmp_path):
     assert [step for step, _ in told] == [0, 1, 2, 3, 3]
     assert told[0][1] == {"eval_reward": 0.0} and told[-1][1] == {"eval_reward": -1.0}
     assert told[2][1]["eval_reward"] == 20 and told[2][1]["seconds"] == 1 and told[2][1]["step_seconds"] > 0
-    assert told[1][1]["peak_memory_gib"] > 0.01 and "kl" not in told[1][1]  # nan: not a number to plot
+    assert told[1][1]["peak_memory_gib"] > 0.01 and "kl" not in told[1][1]  # inf: not a number to plot
     assert fake["fake"].return_value.finish.call_count == 1
     rows = [json.loads(line) for line in (tmp_path / "mine" / "timings.jsonl").open()]
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[0]["peak_memory_gib"] > 0.01
