@@ -219,16 +219,6 @@ def test_a_run_on_a_dataset_trains_and_its_columns_reach_the_reward_as_lists(tmp
     assert f"in-memory:{digits}' was data given from Python" in said and "to_json('data.jsonl')" in said
 
 
-def test_a_run_from_a_configuration_takes_other_data(tmp_path):
-    start(tmp_path, task=ROWS)
-    again, rows = tmp_path / "again", tmp_path / "rows.jsonl"
-    rows.write_text("\n".join(json.dumps(row) for row in ROWS))
-    flags = ["--config", tmp_path / "run", "--task", rows, "--model", tmp_path / "run" / "model"]
-    assert main(["train", *map(str, flags), "--reward", "exact_match", "--output-dir", str(again)]) == 0
-    config = json.loads((again / "config.json").read_text())
-    assert config["task"].endswith("rows.jsonl") and "task_rows" not in config
-
-
 def test_evaluate_and_train_hold_out_the_same_rows(tmp_path):
     after = start(tmp_path, task=dataset()).eval_after
     model = str(tmp_path / "run" / "model")

@@ -6,7 +6,6 @@ left out if both others hold whole texts or conversations that begin with it.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tokenrl.errors import Refused, suggest
-from tokenrl.language.tasks.held_out import eval_split as find_eval_split
+from tokenrl.language.tasks.held_out import eval_split as find_eval_split, prompt_key
 from tokenrl.language.tasks.sources import fault_of_prompt, read_splits, without_nulls
 from tokenrl.settings import check_number
 
@@ -44,7 +43,7 @@ class Pair:
     @property
     def key(self) -> str:
         """The prompt as text. Pairs with equal keys must not be split between training and evaluation."""
-        return json.dumps(self.prompt, sort_keys=True, default=str)
+        return prompt_key(self.prompt)
 
 
 def load_pairs(

@@ -95,13 +95,13 @@ def separate(
     """
     pool: dict[str, dict[str, Any]] = {}
     for row in train_rows if eval_rows is None else eval_rows:
-        pool.setdefault(_canonical(row["prompt"]), row)
+        pool.setdefault(prompt_key(row["prompt"]), row)
     most = len(pool) if eval_rows is not None else len(pool) // 2 if eval_size else max(1, len(pool) // 5)
     size = min(eval_size or 128, most)
     order = np.random.default_rng(seed).permutation(len(pool))[:size]
     keys = list(pool)
     chosen = {keys[i]: pool[keys[i]] for i in sorted(order)}
-    rest = [row for row in train_rows if _canonical(row["prompt"]) not in chosen]
+    rest = [row for row in train_rows if prompt_key(row["prompt"]) not in chosen]
     if not chosen or not rest:
         counts = f"{len(pool)} to evaluate on, {len(rest)} training rows that differ from those chosen"
         raise Refused(
@@ -110,5 +110,6 @@ def separate(
     return rest, list(chosen.values())
 
 
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+def prompt_key(prompt: Any) -> str:
+    """Return a prompt, text or chat messages, as text by which equal ones are found."""
+    return json.dumps(prompt, sort_keys=True, default=str)

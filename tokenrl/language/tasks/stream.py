@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, raised
+from tokenrl.language.tasks.held_out import prompt_key
 from tokenrl.language.tasks.sources import Row
 from tokenrl.settings import check_number, check_seed
 
@@ -22,7 +22,7 @@ def few_prompts(rows: Sequence[Row]) -> list[str]:
     Args:
         rows: training rows with a `prompt` each.
     """
-    distinct = len({json.dumps(row["prompt"], sort_keys=True, default=str) for row in rows})
+    distinct = len({prompt_key(row["prompt"]) for row in rows})
     if distinct >= FEW:
         return []
     return [
