@@ -47,9 +47,7 @@ class RewardResult:
             weights are not renormalised. It is 0 (not nan) where all functions abstained, so that its product
             with a token weight of 0 is 0.
         valid: bool [N], False where all functions abstained.
-        metrics: `rewards/{name}/mean` and `rewards/{name}/std` (ddof 1; 0 for a single value) over the rows
-            on which the function did not abstain, absent if there are none; and the mean of the values given
-            to `log_metric` under each name.
+        metrics: the mean of the values given to `log_metric` under each name.
         extra: columns of N values that functions gave to `log_extra`.
     """
 
@@ -202,12 +200,7 @@ class Rewards:
             if len(given) != len(valid):
                 counts = f"{len(given)} values for {len(valid)} completions"
                 raise Stopped(f"log_extra('{column}') got {counts}; give one for each.")
-        metrics = {}
-        for name, column in zip(self.names, values.T, strict=True):
-            if (known := column[~np.isnan(column)]).size:
-                metrics[f"rewards/{name}/mean"] = float(known.mean())
-                metrics[f"rewards/{name}/std"] = float(known.std(ddof=1)) if known.size > 1 else 0.0
-        metrics |= {name: float(np.mean(given)) for name, given in called.logged.items()}
+        metrics = {name: float(np.mean(given)) for name, given in called.logged.items()}
         return RewardResult(values, self._total(values, rows["completions"]), valid, metrics, called.extra)
 
     def _total(self, values: np.ndarray, completions: Sequence[Any]) -> np.ndarray:

@@ -134,20 +134,17 @@ def _look_at_answers(run: Run, findings: list[Finding]) -> None:
 
 def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> list[Record]:
     """Make training steps that change nothing: three, and more until there is a signal or enough had none."""
-    args, learner, rewards, records = run.args, run.learner, run.rewards, list[Record]()
+    args, learner, records = run.args, run.learner, list[Record]()
+    rewards = (
+        Rewards([_places]) if run.warm_seconds else run.rewards
+    )  # before a warm start for the time alone
     stream = PromptStream(rows, args.prompts_per_step, args.seed)
     still = torch.optim.SGD(learner.policy.trainable_parameters(), lr=0.0)
     enough = min(MOST_STEPS, math.ceil(ENOUGH / (args.prompts_per_step * args.num_generations)))
-    if run.warm_seconds:  # for the time alone: completions as long as those that it will learn
-        pairs = encode_demonstrations(learner.policy, demonstrations(run.task)[:LOOKED_AT])
-        longest = max(len(completion) for _, completion in pairs)
-        args = replace(args, max_completion_length=min(longest, args.max_completion_length))
-        rewards = Rewards([_places])
 
     def step() -> Record:
         critic, mean = copy.deepcopy((learner.critic, run.running_mean))
-        how: dict[str, Any] = {"optimizer": still, "critic": critic, "args": args}
-        trial = replace(learner, diagnostics=GradientDiagnostics(0), **how)
+        trial = replace(learner, optimizer=still, critic=critic, diagnostics=GradientDiagnostics(0))
         return training_step(trial, rewards, mean, len(records) + 1, stream.next(), stream.take)
 
     # The first two steps are slower than later ones.
@@ -170,7 +167,7 @@ def _share_equal(run: Run, records: Sequence[Record]) -> float:
     groups = run.args.estimator.needs_groups
     if not groups and len({record.metrics["reward"] for record in records}) > 1:
         return 0.0
-    return fmean([share_equal(record.metrics, groups) for record in records] or [1.0])
+    return fmean([share_equal(record.metrics, groups) for record in records])
 
 
 def _scoring_gap(run: Run, rows: Rows) -> dict[str, float]:
