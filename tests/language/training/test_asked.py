@@ -57,8 +57,7 @@ def test_config_card_and_report_of_a_run_say_it(run):
     assert [config[name] for name in FORM] == ["count", True, [" t", "e"]]
     said = "each text as a message of the user; system prompt 'count'; completions end at ' t' or 'e'"
     assert f"| asked | {said} |" in (run / "model" / "README.md").read_text()
-    report = (run / "report.html").read_text()
-    assert "How the model was asked" in report and "[&#39; t&#39;, &#39;e&#39;]" in report
+    assert "&#34;system_prompt&#34;: &#34;count&#34;" in (run / "report.html").read_text()
 
 
 def test_training_goes_on_in_the_form_of_the_run_unless_told_otherwise(run, tmp_path, monkeypatch):
