@@ -55,7 +55,6 @@ def large(monkeypatch):
         self.number, self.weight, self.moment = 0, torch.zeros(250_000), torch.zeros(1)
 
     monkeypatch.setattr(Counter, "__init__", begin)
-    monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: tensor.view(-1)[0].item())
 
 
 def names(folder):

@@ -10,7 +10,6 @@ import pytest
 
 from tokenrl.cli import main
 from tokenrl.control import train_agent
-from tokenrl.errors import Refused
 from tokenrl.runs import read_run
 
 
@@ -47,11 +46,6 @@ def test_the_evaluation_after_an_early_end_is_found_in_the_summary(run):
     (run / "summary.json").unlink()
     (run / "config.json").unlink()
     assert (read_run(run).summary, read_run(run).config, read_run(run).title) == ({}, {}, "run")
-
-
-def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(Refused, match=r"holds no metrics\.jsonl; give the output directory of a run"):
-        read_run(tmp_path)
 
 
 PLACES = [
