@@ -174,12 +174,14 @@ def first_facts(args: TrainArguments, task: Task, rewards: Rewards) -> dict[str,
     """Return the lines of the header that are known before the model is loaded."""
     estimator = args.estimator
     axes = f"{estimator.aggregation}, ratio {estimator.ratio}, KL {estimator.beta:g}"
+    stage = f"a warm start of {args.warm_start_steps} updates, " * args.warm_start
     return {
         "task": f"{len(task.train_prompts):,} training prompts, {len(task.eval_prompts):,} held out"
         + ", as the data has no split to evaluate on (--eval-size)" * getattr(task, "divided", False),
         "reward": ", ".join(rewards.names),
         "estimator": f"baseline {estimator.baseline}, scale {estimator.scale}, {axes}; bias: "
         f"{estimator.bias_status}",
+        "order": f"{stage}an evaluation, training steps with evaluations in between",
         "seed": args.seed,
         "run": args.output_dir,
     }
