@@ -65,6 +65,8 @@ def training_step(
 ) -> Record:
     """Run one training step: sample, reward, update, record.
 
+    Each metric of an update is averaged over the updates that report it.
+
     Args:
         learner: the policy, its optimiser and the settings.
         rewards: the reward functions.
@@ -124,7 +126,6 @@ def training_step(
     learner.generator.sync(policy)  # the next step samples from the new weights
 
     metrics = result.metrics | step_metrics(rows, rewards.names, sampling.group_size)
-    # Each metric of an update is averaged over the updates that report it.
     metrics |= {name: fmean(one[name] for one in history if name in one) for name in history[0]}
     metrics |= teach_baselines(learner, running_mean, rollout, rows, returns)
     metrics |= learner.adapt_beta(metrics)

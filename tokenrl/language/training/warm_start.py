@@ -50,7 +50,7 @@ from tokenrl.runs.signals import SIGNALS
 from tokenrl.runs.threads import using_threads
 from tokenrl.settings import check_seed
 
-MADE_BY = 2  # raise it when a change of the code changes the weights that a warm start gives
+MADE_BY = 3  # raise it when the weights that a warm start gives change, or what its checkpoints hold
 BATCH, WARMUP, SAVED = 16, 10, 50
 """Demonstrations of an update, updates of the learning rate's warm-up, and those between two checkpoints."""
 PROMPTS = 32
