@@ -24,7 +24,7 @@ LIMITS = {
     **{"top": 715, "core": 1_350, "runs": 2_170, "control": 1_413, "advisor": 562},
     **{"language": 5, "language/policy": 675, "language/rewards": 765, "language/tasks": 492},
     **{"language/rollout": 887, "language/training": 2_361, "language/preferences": 599},
-    **{"language/inspect": 336, "lab": 5, "lab/exact": 872, "lab/measure": 678, "lab/compare": 1_629},
+    **{"language/inspect": 336, "lab": 5, "lab/exact": 872, "lab/measure": 678, "lab/compare": 1_644},
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""

@@ -116,9 +116,9 @@ def test_clipped_and_skipped_updates_qualify_the_headline(tmp_path):
 
     found = compared(tmp_path, {"reinforce": rising(0.995), "a2c": slow}, env="CartPole-v1", margin=0.001)
     assert said(found, "Ceiling") == [], "500 counts as solved there, and nothing was declared as the best"
-    skipped, clipped = said(found, "Updates of a2c")
+    (skipped,), (clipped,) = said(found, "Updates of a2c"), said(found, "Clipping")
     assert "20.0% of the updates were skipped" in skipped
-    assert "The gradient was clipped in 97% of the updates" in clipped
+    assert "the gradient was clipped in most updates of a2c (97%)" in clipped
     assert "Worse than reinforce: a2c. But most updates were clipped" in found.headline("CartPole-v1")
 
 
@@ -284,6 +284,8 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         judge_existing(tmp_path)
     with pytest.raises(Refused, match="no run directory was found"):
         tokenrl.compare(runs=str(tmp_path / "none" / "*"))
+    with pytest.raises(Refused, match="judges runs that exist, so it takes no seeds or shared"):
+        tokenrl.compare(runs="runs/*", seeds=3, max_steps=4)
     write_run(runs / "d", list(REWARDS), config={"kind": "sft", "seed": 0}, summary=FINISHED)
     with pytest.raises(Refused, match="d is no run of tokenrl train or control"):
         judge_existing(tmp_path)

@@ -44,7 +44,6 @@ def test_a_published_pair_of_rewards_works_without_change(timeout):
     accuracy = [None if value != value else value for value in result.values[:, 0].tolist()]
     assert accuracy == [1, 1, 0, 1, None] and result.values[:, 1].tolist() == [1, 0, 1, 0, 0]
     assert result.total.tolist() == [1.5, 1, 0.5, 1, 0] and result.valid.all()
-    assert result.metrics["rewards/accuracy_reward/mean"] == 0.75
 
 
 # ---- reasoning-gym ----

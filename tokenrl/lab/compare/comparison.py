@@ -13,7 +13,7 @@ import pandas as pd
 
 from tokenrl.errors import Stopped
 from tokenrl.lab.compare.judge import judge_scores
-from tokenrl.lab.compare.judgement import Judgement, shown
+from tokenrl.lab.compare.judgement import Judgement, listed, shown
 from tokenrl.lab.compare.overall import overall
 from tokenrl.lab.compare.plan import SCORES, Arm, Plan, Problem
 from tokenrl.lab.compare.scores import RunTable, thresholds
@@ -205,11 +205,20 @@ def _sharpness(found: Comparison, problem: Problem) -> Iterator[Caveat]:
 
 def _updates(found: Comparison, problem: Problem) -> Iterator[Caveat]:
     """Tell of arms whose gradient was clipped in most updates, and of those whose updates were skipped."""
-    hides = {"clipped-updates": "most updates were clipped, which hides a gradient's size", "skipped": ""}
-    for arm in found.plan.arms:
-        for one in found.findings[problem.label, arm.label]:
-            if one.flag in hides:
-                yield Caveat(f"Updates of {arm.label}: {one.text}", hides[one.flag])
+    flagged = [
+        (arm.label, one) for arm in found.plan.arms for one in found.findings[problem.label, arm.label]
+    ]
+    shares = found.table.of(problem.label).groupby("arm")["grad_clipped"].mean()
+    clipped = [f"{arm} ({shares[arm]:.0%})" for arm, one in flagged if one.flag == "clipped-updates"]
+    if clipped:
+        yield Caveat(
+            f"Clipping: the gradient was clipped in most updates of {listed(clipped)}. There the bound sets "
+            "the size of a step, and the estimator only its direction.",
+            "most updates were clipped, which hides a gradient's size",
+        )
+    for arm, one in flagged:
+        if one.flag == "skipped":
+            yield Caveat(f"Updates of {arm}: {one.text}")
 
 
 def _edges(found: Comparison, problem: Problem) -> Iterator[Caveat]:

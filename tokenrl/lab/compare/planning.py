@@ -35,6 +35,8 @@ OWN = ("task", "env", "model", "output_dir", "overwrite", "quiet", "seed", "resu
 """Settings of a run that a comparison sets itself."""
 SWEPT = ("num_generations", "learning_rate")
 """Settings that a comparison takes itself, several of them at once; an arm may set them all the same."""
+OF_NEW_RUNS = ("arms", "task", "env", "model", *SWEPT, "seeds", "first_seed", "shared")
+"""Arguments that say which runs to make, so that they say nothing of runs that exist."""
 
 
 def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
@@ -50,6 +52,11 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     first, existing = args.first_seed, list[Run]()
     seeds = list(range(first, first + args.seeds))
     if args.runs:
+        usual = CompareArguments()
+        if given := [name for name in OF_NEW_RUNS if getattr(args, name) != getattr(usual, name)]:
+            raise Refused(
+                f"--runs judges runs that exist, so it takes no {' or '.join(given)}. Leave it out."
+            )
         problems, arms, existing = read_existing(args.runs, args.output_dir)
         seeds = sorted({run.seed for run in existing})
     else:
