@@ -1,8 +1,8 @@
 """Names that settings have in other toolkits, and what they are called here. Imports no torch.
 
 The names are those of TRL (GRPOConfig, RLOOConfig, SFTConfig, keywords of its trainers and scripts), the
-commonest ones of OpenRLHF and verl. Whoever gives one as a keyword, as a flag or in a configuration is told
-ours; of what tokenrl has not, a sentence says what happens instead.
+commonest ones of OpenRLHF and verl, and names that tokenrl itself had before. Whoever gives one as a keyword,
+as a flag or in a configuration is told ours; of what tokenrl has not, a sentence says what happens instead.
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ OURS: Mapping[str, str] = {
     # precision, records, machines
     "mixed_precision dtype": "bf16",
     "cpu": "no_cuda use_cpu",
+    "threads": "training_threads sampling_threads",
+    "compile": "compile_sampling compile_training",
+    "tokens_per_pass": "whole_logits",
     "eval_every": "eval_strategy evaluation_strategy eval_steps test_freq",
     "save_every": "save_strategy save_steps save_freq",
     "keep_checkpoints": "save_total_limit",
@@ -88,6 +91,7 @@ WITHOUT: Mapping[str, str] = {
     "push_to_hub": "Nothing is uploaded; model/ in the output directory can be, as it is.",
     "callbacks": "There are none: metrics.jsonl in the output directory has what each step measured.",
     "deepspeed fsdp zero_stage n_gpus_per_node": "Start processes with accelerate launch.",
+    "filter_difficulty filter_samples": "Filter before a run, as recipes/filter_by_difficulty.py does.",
 }
 """What other toolkits set and tokenrl does not, each with what happens instead."""
 
