@@ -16,7 +16,7 @@ pool, with ties; log n - (n-1)/n is an upper bound. Errors are standard errors o
 By default (1 minute on one core) gold goes from 0.248 ± 0.020 to 0.896 ± 0.013 sampled, and from 0 to 1
 greedy, at a KL of 2.68 ± 0.07 nats; with seeds 1 and 2 to 0.869 and 0.910, each at 3.92. Best-of-n reaches
 0.641 for n = 4, 0.945 ± 0.006 for 16 at a KL of 1.83, and for 64 no more (0.942 ± 0.018). The reward model is
-right in 64 % of held- out pairs, gold itself in 66 %: most pairs are equal in gold, and a coin decides.
+right in 64 % of held-out pairs, gold itself in 66 %: most pairs are equal in gold, and a coin decides.
 `--task target_length` shows the KL at work: with beta 0.1 gold rises from -0.30 to -0.13 within 20 steps and
 is back at -0.29 ± 0.04 in the end, while the proxy still rises; with `--beta 0.5` it ends at -0.12 ± 0.02,
 level with best of 4 (-0.14) and below best of 16 (-0.05).
