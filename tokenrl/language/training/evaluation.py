@@ -14,10 +14,8 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from accelerate.utils import gather_object
 
-from tokenrl.core.statistics import mean_and_error
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rewards.rewards import Rewards
@@ -212,16 +210,18 @@ class Estimate(NamedTuple):
 
 
 def over_prompts(values: Sequence[float]) -> Estimate:
-    """Mean over prompts of one value per prompt, and its standard error `sd / sqrt(B)`.
+    """Return the mean over prompts of one value per prompt, and its standard error `sd / sqrt(B)`.
+
+    Both are nan without a value, and the error also with a single one.
 
     Args:
         values: one number for each of B prompts; nan values are left out.
-
-    Returns:
-        Both; nan for both without a value, and for the error with a single one.
     """
-    known = [value for value in values if not math.isnan(value)]
-    return Estimate(*map(float, mean_and_error(torch.tensor(known, dtype=torch.float64))))
+    known = np.array([value for value in values if not math.isnan(value)])
+    if not len(known):
+        return Estimate(math.nan, math.nan)
+    error = known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+    return Estimate(float(known.mean()), float(error))
 
 
 def best_of(rewards: np.ndarray, k: int) -> float:
