@@ -22,13 +22,13 @@ ROOT = Path(__file__).parents[2]
 
 LIMITS = {
     **{"top": 719, "core": 1_350, "runs": 2_170, "control": 1_407, "advisor": 562},
-    **{"language": 2, "language/policy": 675, "language/rewards": 765, "language/tasks": 492},
-    **{"language/rollout": 887, "language/training": 2_362, "language/preferences": 599},
+    **{"language": 2, "language/policy": 675, "language/rewards": 765, "language/tasks": 495},
+    **{"language/rollout": 887, "language/training": 2_360, "language/preferences": 599},
     **{"language/inspect": 336, "lab": 2, "lab/exact": 869, "lab/measure": 678, "lab/compare": 1_644},
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 15_519, 161, 5_827, 16_476, 3_400, 560
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 15_520, 161, 5_825, 16_483, 3_400, 560
 STEP, STEP_FILES, STEP_LINES, STEP_MODULES = "tokenrl.language.training.step", 40, 3_800, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")

@@ -226,9 +226,9 @@ def test_duplicates_of_a_held_out_prompt_leave_the_training_set(tmp_path):
 def test_a_fifth_is_held_out_at_most_half_on_request_and_one_prompt_is_too_few():
     for rows, asked, counts in ((ROWS, None, (16, 4)), (ROWS[:3], None, (2, 1)), (ROWS, 128, (10, 10))):
         task = load_task(rows, reward=reward, eval_size=asked)
-        assert (len(task.train_prompts), len(task.eval_prompts)) == counts
+        assert (len(task.train_prompts), len(task.eval_prompts), task.divided) == (*counts, True)
     task = load_task({"train": ROWS, "test": [{"prompt": "new"}]}, reward=reward)
-    assert (len(task.train_prompts), len(task.eval_prompts)) == (20, 1)
+    assert (len(task.train_prompts), len(task.eval_prompts), task.divided) == (20, 1, False)
     choices = [load_task(ROWS, reward=reward, eval_size=6, seed=s).eval_prompts for s in (0, 0, 1)]
     assert choices[0] == choices[1] != choices[2]
     with pytest.raises(Refused, match="too few distinct prompts"):

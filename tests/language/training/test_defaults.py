@@ -8,6 +8,8 @@ from tiny_models import make_model, make_policy, make_task, make_tokenizer
 import toy_tasks
 from tokenrl.configuration import configured
 from tokenrl.language.policy.model import wrap
+from tokenrl.language.rewards.rewards import Rewards
+from tokenrl.language.tasks.task import load_task
 from tokenrl.language.training.arguments import SftArguments, TrainArguments
 from tokenrl.language.training.defaults import (
     completion_limit,
@@ -18,6 +20,7 @@ from tokenrl.language.training.defaults import (
     training_defaults,
 )
 from tokenrl.language.training.loop import train
+from tokenrl.language.training.run import first_facts
 from tokenrl.language.training.supervised import encode_demonstrations
 
 OTHER = "default for other models"
@@ -120,3 +123,9 @@ def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, capsys):
     result = train(**how, output_dir=tmp_path / "run", optimizer="sgd", prompts_per_step=2)
     said = " ".join(capsys.readouterr().out.split())
     assert "5 (given), constant (default), sgd" in said and "unusual-rate" not in result.flags
+
+
+def test_the_header_says_that_prompts_were_held_out_of_those_to_train_on():
+    task = load_task([{"prompt": str(number)} for number in range(20)], reward=len)
+    said = first_facts(TrainArguments(), task, Rewards(len))["task"]
+    assert said == "16 training prompts, 4 held out, as the data has no split to evaluate on (--eval-size)"

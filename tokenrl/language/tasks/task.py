@@ -19,7 +19,7 @@ from tokenrl.errors import USER_CODE_FAILED, Refused, TokenrlError, raised, sugg
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks import sources
-from tokenrl.language.tasks.held_out import changed, dataset_rows, smaller_evaluation
+from tokenrl.language.tasks.held_out import changed, dataset_rows, eval_split, smaller_evaluation
 from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits
 from tokenrl.language.tasks.reasoning import puzzles
 from tokenrl.language.tasks.sources import FORMATS, DataArguments, Row, TaskArguments
@@ -65,6 +65,7 @@ class PromptTask:
             by an attribute `binary`.
         demonstrations: rows with a `prompt` and a `completion`, for a supervised warm start.
         origin: what config.json says of data given from Python: its rows, columns and fingerprint.
+        divided: whether the rows to evaluate on were taken out of the split to train on.
     """
 
     name: str
@@ -76,6 +77,7 @@ class PromptTask:
     pass_threshold: float | None = None
     demonstrations: Sequence[Any] = field(default_factory=list)
     origin: Mapping[str, Any] = field(default_factory=dict)
+    divided: bool = False
 
 
 def load_task(name: Any, *, reward: Any = None, seed: int = 0, chat: bool = False, **options: Any) -> Task:
@@ -121,7 +123,9 @@ def _loaded(name: Any, how: DataArguments, reward: Any, seed: int, chat: bool) -
     where = "task" if splits else f"task '{name}'"
     splits = sources.read_splits(name) if splits is None else splits
     train_rows, eval_rows = dataset_rows(splits, where, how, seed=seed, chat=chat)
-    return _finished(PromptTask(name, train_rows, eval_rows, reward, origin=origin), name, reward)
+    divided = eval_split(splits, where, how.split, how.eval_split) is None
+    task = PromptTask(name, train_rows, eval_rows, reward, origin=origin, divided=divided)
+    return _finished(task, name, reward)
 
 
 def is_toy_task(name: str) -> bool:

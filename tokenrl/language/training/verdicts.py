@@ -135,9 +135,8 @@ def _look_at_answers(run: Run, findings: list[Finding]) -> None:
 def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> list[Record]:
     """Make training steps that change nothing: three, and more until there is a signal or enough had none."""
     args, learner, records = run.args, run.learner, list[Record]()
-    rewards = (
-        Rewards([_places]) if run.warm_seconds else run.rewards
-    )  # before a warm start for the time alone
+    # Before a warm start the steps are made for their time alone.
+    rewards = Rewards([_places]) if run.warm_seconds else run.rewards
     stream = PromptStream(rows, args.prompts_per_step, args.seed)
     still = torch.optim.SGD(learner.policy.trainable_parameters(), lr=0.0)
     enough = min(MOST_STEPS, math.ceil(ENOUGH / (args.prompts_per_step * args.num_generations)))
