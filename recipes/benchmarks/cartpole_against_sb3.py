@@ -19,9 +19,9 @@ of processor time in long episodes.
 Look for: tokenrl takes about ten times more steps but less time, because it makes a few large
 updates where PPO makes many small ones, and steps 64 environments in one call.
 
-Found with the defaults, on two cores busy with other work (torch 2.13, gymnasium 1.4.0, stable-baselines3
-2.9.2): 1.33 s (1.20 to 1.38) against 5.52 s (5.11 to 8.43), the ratio 4.3 (4.2 to 6.1); 304,000 steps a
-second in long episodes against 3,600.
+Found with the defaults, on two quiet cores (torch 2.13, gymnasium 1.4.0, stable-baselines3 2.9.2): 0.67 s
+(0.63 to 0.77) against 4.24 s (4.05 to 6.15), the ratio 6.8 (5.3 to 9.2); 325,000 steps a second in long
+episodes against 4,800.
 """
 
 # /// script

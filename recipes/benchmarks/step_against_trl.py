@@ -191,7 +191,7 @@ def heading(args: argparse.Namespace) -> str:
     found = run({"who": "machine"}) or {"threads": "?", "gpu": None}
     names = ["torch", "transformers"] + ["trl"] * (not args.scaling)
     return (
-        f"{found['gpu'] + ', ' if found['gpu'] else ''}{platform.processor()}, {os.cpu_count()} cores, "
+        f"{found['gpu'] or platform.machine()}, {os.cpu_count()} cores, "
         f"{found['threads']} threads; {', '.join(f'{name} {version(name)}' for name in names)}; "
         f"{args.estimator}, rounds {args.rounds}, steps {args.steps}"
         + (f"; tokenrl with {json.dumps(args.tokenrl)}" if args.tokenrl else "")
