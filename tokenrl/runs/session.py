@@ -340,19 +340,19 @@ class Session:
         except Stopped as error:  # of a full disk: the model is smaller
             self.console.warn(str(error))
         self.saver.check_finite()
-        model = self.output_dir / "model"
-        with atomic_directory(model) as folder:
+        with atomic_directory(self.output_dir / "model") as folder:
             write_model(folder)
         write_json(self.output_dir / "summary.json", ended.summary())
         try:
-            report = f"\nreport  {report_from_directory(self.output_dir)}"
+            report_from_directory(self.output_dir)
+            report = f"\nreport  {Path(self.args.output_dir, 'report.html')}"
         except Exception as error:  # a trained model is not lost over a picture
             report, again = "", f"For another attempt: tokenrl report {self.output_dir}"
             self.console.warn(f"No report could be made: {error} {again}")
         self.console.finish(ended.summary())
         for text in told:
             self.console.warn(text)
-        self.console.note(f"model   {model}{report}")
+        self.console.note(f"model   {Path(self.args.output_dir, 'model')}{report}")
         for command in next_commands(self.kind, self.args, ended.summary(), bool(self.origin.command)):
             self.console.note(f"next    {command}")
 
