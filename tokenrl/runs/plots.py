@@ -222,7 +222,7 @@ def svg(drawing: Chart | Forest, width: int, height: int) -> str:
 
 
 def picture(path: Path, charts: Sequence[Chart], *, title: str, subtitle: str = "") -> Path:
-    """Draw charts side by side as one PNG of 1200 x 600 pixels.
+    """Draw charts over steps side by side as one PNG of 1200 x 600 pixels.
 
     Args:
         path: the file to write.
@@ -245,7 +245,7 @@ def picture(path: Path, charts: Sequence[Chart], *, title: str, subtitle: str = 
         for column, chart in enumerate(charts):
             axes = figure.add_subplot(grid[column])
             chart.draw(axes)
-            axes.set_title(_literal(f"{chart.name}, {chart.unit}"), loc="left", pad=34, size=11)
+            axes.set_title(_literal(f"{chart.name}, {chart.unit}, by step"), loc="left", pad=34, size=11)
             if any(curve.name for curve in chart.drawn):
                 axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
         with replacing(path) as partial:  # without a name of its maker, which differs between versions
