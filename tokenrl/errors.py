@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-USER_CODE_FAILED = (Exception, SystemExit)
+USER_CODE_FAILED = (Exception, SystemExit, GeneratorExit)
 """What code that a user wrote (rewards, environments, tasks, baselines) may raise as its own failure.
 
 SystemExit is among them: otherwise a `sys.exit(0)` in a reward would end a run without a word and with
@@ -73,7 +73,8 @@ def describe(error: BaseException) -> str:
     while root.__cause__ is not None:
         root = root.__cause__
     texts = {e: " ".join(str(e).split())[:400] for e in (error, root)}
-    return " caused by ".join(f"{type(e).__name__}: {text}".removesuffix(": ") for e, text in texts.items())
+    said = [f"{type(e).__name__}: {text}".removesuffix(": ") for e, text in texts.items()]
+    return " caused by ".join(dict.fromkeys(said))
 
 
 def raised(error: BaseException) -> str:

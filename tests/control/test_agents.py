@@ -93,13 +93,13 @@ DOUBT = "so more episodes may decide otherwise"
 @pytest.mark.parametrize(
     ("env", "mean", "error", "start", "end"),
     [
-        ("CartPole-v1", 497.31, 0.9, "solved: mean return 497.31 +- 0.9 of 100 fresh", "actions 500 +- 0)"),
-        ("Acrobot-v1", -120.5, 3.0, "not solved: mean return -120.5 +- 3 of 100", "actions 500 +- 0)"),
-        ("Pendulum-v1", -190.0, 0.9, "mean return -190 +- 0.9", "500 +- 0)"),
+        ("CartPole-v1", 497.31, 0.9, "solved: mean return 497.31 ± 0.9 of 100 fresh", "actions 500 ± 0)"),
+        ("Acrobot-v1", -120.5, 3.0, "not solved: mean return -120.5 ± 3 of 100", "actions 500 ± 0)"),
+        ("Pendulum-v1", -190.0, 0.9, "mean return -190 ± 0.9", "500 ± 0)"),
         ("CartPole-v1", 474.0, 1.0, "not solved: ", DOUBT),
         ("CartPole-v1", 476.5, 1.0, "solved: ", DOUBT),
-        ("CartPole-v1", 478.0, 1.0, "solved: ", "500 +- 0)"),
-        ("CartPole-v1", 500.0, math.nan, "solved: mean return 500 of 100 fresh episodes", "500 +- 0)"),
+        ("CartPole-v1", 478.0, 1.0, "solved: ", "500 ± 0)"),
+        ("CartPole-v1", 500.0, math.nan, "solved: mean return 500 of 100 fresh episodes", "500 ± 0)"),
         ("CartPole-v1", None, 0.0, "not evaluated: the run was ended at step 7, before", "threshold 475"),
     ],
 )
@@ -115,7 +115,7 @@ def test_the_verdict_is_printed_last_and_stands_in_summary_and_report(tmp_path, 
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["solved"], summary["threshold"]) == (False, 475)
     assert summary["verdict"].startswith("not solved: mean return ")
-    assert f"{summary['eval_after']['reward']:.5g} +- " in summary["verdict"]
+    assert f"{summary['eval_after']['reward']:.5g} ± " in summary["verdict"]
     assert capsys.readouterr().out.splitlines()[-1] == summary["verdict"]
     assert summary["verdict"] in (tmp_path / "report.html").read_text()
 

@@ -1,7 +1,9 @@
+import multiprocessing
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -27,6 +29,15 @@ def test_second_interrupt_exits_at_once(signals):
     assert done.returncode in (130, -signal.SIGINT)
     assert done.stderr.count("will be finished and saved") == 1 and "KeyboardInterrupt" in done.stderr
     assert done.stdout == "finished step 0\n"
+
+
+def test_a_process_that_is_forked_inside_ends_by_the_signal_as_the_workers_of_a_pool_must():
+    with GracefulStop(quiet=True):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+        child.start()
+        child.terminate()
+        child.join(20)
+    assert child.exitcode == -signal.SIGTERM
 
 
 def test_other_threads_leave_the_handlers_alone():

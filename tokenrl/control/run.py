@@ -164,7 +164,7 @@ def verdict(spec: Spec, evaluation: Mapping[str, float], episodes: int, step: in
 
 
 def _with_error(mean: float, error: float) -> str:
-    return f"{mean:.5g}" + (f" +- {error:.2g}" if math.isfinite(error) else "")
+    return f"{mean:.5g}" + (f" ± {error:.2g}" if math.isfinite(error) else "")
 
 
 def facts(run: Run) -> dict[str, Any]:

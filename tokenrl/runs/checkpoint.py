@@ -125,22 +125,6 @@ class Saver:
             why = f"After step {self.step} the weights are not finite, so they are not saved."
             raise Stopped(f"{why} The learning rate is the likely cause: lower it, and start again.")
 
-    def check_space(self) -> None:
-        """Refuse a run for whose checkpoints, with two moments per weight, and model there is no space.
-
-        Raises:
-            Refused: fewer bytes are free.
-        """
-        from rich.filesize import decimal
-
-        tensors = self._model.tensors() if self._model is not None else ()
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        needed = weights * (3 * (self._args.keep_checkpoints + 1) + 1)
-        free = shutil.disk_usage(self._folder.parent).free
-        if needed > free:
-            lack = f"The run needs about {decimal(needed)}, and {decimal(free)} are free in its directory."
-            raise Refused(f"{lack} Free space, lower keep_checkpoints, or give an output_dir elsewhere.")
-
     def due(self, step: int) -> bool:
         """Return whether a checkpoint is due by the number of steps or by the time since the last."""
         args, minutes = self._args, (time.monotonic() - self._at) / 60

@@ -159,7 +159,7 @@ class Console:
             problems: what makes training pointless or wrong.
             remarks: what else was found.
         """
-        numbered = [f"  {place}. {problem}" for place, problem in enumerate(problems, 1)]
+        numbered = [harmless(f"  {place}. {problem}") for place, problem in enumerate(problems, 1)]
         if not numbered:
             self.note(f"Check passed: {parts} work together. Nothing was trained.")
         self.facts("", measured)
@@ -173,7 +173,7 @@ class Console:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the evaluation before and after training, and how the run ended, from summary.json."""
-        before, after = summary.get("eval_before") or {}, summary.get("eval_after") or {}
+        before, after = told_once(summary.get("eval_before")), told_once(summary.get("eval_after"))
         table = rich_table("Evaluation (± standard error)", ("",), ("before",))
         table.add_column("after", justify="right", style="bold")
         columns = with_errors(before), with_errors(after)
@@ -299,6 +299,14 @@ def with_errors(metrics: Mapping[str, Any]) -> dict[str, str]:
     names = [name for name in metrics if not (name.endswith("_stderr") and name[:-7] in metrics)]
     names.sort(key=lambda name: name not in ("reward", "reward_greedy"))
     return {name: measured(metrics[name], metrics.get(name + "_stderr")) for name in names}
+
+
+def told_once(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return metrics without those of a single reward function, which repeat those of the reward itself."""
+    metrics = dict(metrics or {})
+    names = [name for name in metrics if name.startswith("rewards/")]
+    repeated = names if len({name.split("/")[1] for name in names}) == 1 else []
+    return {k: value for k, value in metrics.items() if k not in repeated or value != metrics.get("reward")}
 
 
 def duration(seconds: float) -> str:

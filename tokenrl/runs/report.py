@@ -11,7 +11,7 @@ from urllib.parse import quote
 import tokenrl.runs.html as html
 from tokenrl.configuration import RECORDED
 from tokenrl.errors import Refused, describe
-from tokenrl.runs.console import ending, number, visible, with_errors
+from tokenrl.runs.console import ending, number, told_once, visible, with_errors
 from tokenrl.runs.files import check_place, flat
 from tokenrl.runs.metrics import read_metrics
 from tokenrl.runs.plots import Chart, Curve, picture
@@ -107,7 +107,7 @@ def _sections(run: RecordedRun) -> Iterator[html.Section]:
     told = html.paragraph(f"Warm start on demonstrations: {warm}." if warm else "")
     verdict = html.paragraph(str(summary.get("verdict", "")), "strong")
     yield html.Section("", [html.paragraph(ending(summary), "soft"), verdict, told])
-    before, after = (with_errors(_told_once(summary.get(name))) for name in ("eval_before", "eval_after"))
+    before, after = (with_errors(told_once(summary.get(name))) for name in ("eval_before", "eval_after"))
     both = {name: (before.get(name, "-"), after.get(name, "-")) for name in before | after}
     yield html.Section("Held-out evaluation, before → after training (± standard error)", [html.cards(both)])
     stage = run.path / "warm_start.jsonl"
@@ -208,25 +208,17 @@ def _curve(metrics: Rows, key: str, name: str, colour: int) -> Curve:
     return Curve(x, y, name, colour, evaluated, band, known.get(x[-1]) if x else None)
 
 
-def _told_once(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return metrics without those of a single reward function, which repeat those of the reward itself."""
-    metrics = dict(metrics or {})
-    names = [name for name in metrics if name.startswith("rewards/")]
-    repeated = names if len({name.split("/")[1] for name in names}) == 1 else []
-    return {k: value for k, value in metrics.items() if k not in repeated or value != metrics.get("reward")}
-
-
 def _completions(run: RecordedRun) -> list[dict[str, Any]]:
     """Return completions of the first step that was kept, of the last one and of some between them."""
     found = []
     for row in run.completions(_STEPS, _ROWS):
         answers = [text for name, text in row.items() if isinstance(text, str) and name != "prompt"]
-        found.append({**_told_once(row), "characters": sum(map(len, answers))})
+        found.append({**told_once(row), "characters": sum(map(len, answers))})
     return found
 
 
 def _final_numbers(runs: Mapping[str, RecordedRun]) -> html.Block:
-    columns = {name: with_errors(_told_once(run.summary.get("eval_after"))) for name, run in runs.items()}
+    columns = {name: with_errors(told_once(run.summary.get("eval_after"))) for name, run in runs.items()}
     for name, run in runs.items():
         if run.summary.get("loss_after") is not None:
             columns[name]["loss of the last batch"] = number(run.summary["loss_after"])

@@ -12,7 +12,7 @@ from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.checkpoint import checkpoints, step_of
 from tokenrl.runs.directory import newest, numbered
-from tokenrl.runs.files import write_text
+from tokenrl.runs.files import flat, write_text
 from tokenrl.runs.folders import verify
 from tokenrl.runs.metrics import line_of, read_metrics
 from tokenrl.runs.origin import versions
@@ -82,7 +82,7 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
             verify(path)
             if step_of(path) <= reached:
                 return path, skipped
-            why = f"rows of metrics.jsonl were lost, and only those up to step {reached} are there"
+            why = f"rows of metrics.jsonl were lost, and only the first {reached + 1} are there"
             raise Refused(f"The checkpoint {path} cannot be continued: {why}.")
         except Refused as fault:
             if named:
@@ -164,6 +164,7 @@ class Maker:
 
 def _differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
     """Say by name what differs."""
+    stored, ours = flat(stored), flat(ours)
     return {
         name: f"{name}: {stored.get(name, '(not there)')!r}, now {ours.get(name, '(not there)')!r}"
         for name in sorted({*stored, *ours})

@@ -186,7 +186,7 @@ def nothing_learnt(facts: Facts) -> Judgement:
     """
     gain, error, (why, changes) = facts["gain"], facts["gain_stderr"], slower(facts)
     text = "the held-out reward was {before_reward:.3g} before training and {after_reward:.3g} after it, a "
-    text += "difference of {gain:.2g} +- {gain_stderr:.1g} over {held_out} prompts. "
+    text += "difference of {gain:.2g} ± {gain_stderr:.1g} over {held_out} prompts. "
     if gain < -2 * error:
         return "act", f"{text}It has fallen. {why}", changes
     why = "More steps, more completions a step or a higher rate may give one."
@@ -332,7 +332,7 @@ def critic_adds_noise(facts: Facts) -> Judgement:
 def gradient_noise(facts: Facts) -> Judgement:
     """The mean `snr` of an update is no clear signal; larger steps make it one."""
     ratio, error = facts["snr"], facts["snr_stderr"]
-    text = "The signal-to-noise ratio of an update is {snr:.3g} +- {snr_stderr:.1g}: "
+    text = "The signal-to-noise ratio of an update is {snr:.3g} ± {snr_stderr:.1g}: "
     larger = doubled(facts, "prompts_per_step", "num_envs")
     if facts.get("is_solved") or ratio > max(0.1, 2 * error):
         return None, text

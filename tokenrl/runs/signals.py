@@ -6,11 +6,29 @@ import contextlib
 import os
 import signal
 import threading
+from functools import cache, partial
 from types import FrameType
 from typing import Any
 
 SIGNALS = {143: "SIGTERM", 130: "SIGINT", 129: "SIGHUP"}
 """The reason that summary.json gives for an exit code."""
+
+
+@cache
+def _spare_forks() -> None:
+    """Let SIGTERM end the processes that this one forks, as a pool ends its workers, and waits for them.
+
+    It is kept back during a fork, because one that came before it can end the child would be lost.
+    """
+    block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, [signal.SIGTERM])
+    let = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+    def forked() -> None:
+        if isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), GracefulStop):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        let()
+
+    os.register_at_fork(before=block, after_in_parent=let, after_in_child=forked)
 
 
 class GracefulStop:
@@ -32,10 +50,15 @@ class GracefulStop:
         sys.exit(stop.exit_code)
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        """Prepare; with `quiet`, as on all processes but the main one, nothing is printed to stderr."""
+    def __init__(self, *, quiet: bool = False, patient: bool = False) -> None:
+        """Prepare.
+
+        Args:
+            quiet: print nothing to stderr, as on all processes but the main one.
+            patient: let no further signal raise KeyboardInterrupt.
+        """
         self.requested: int | None = None
-        self._quiet = quiet
+        self._quiet, self._patient, self._owner = quiet, patient, os.getpid()
         self._previous: dict[int, Any] = {}
 
     @property
@@ -45,6 +68,8 @@ class GracefulStop:
 
     def __enter__(self) -> GracefulStop:
         if threading.current_thread() is threading.main_thread():
+            if hasattr(os, "register_at_fork"):
+                _spare_forks()
             for name in SIGNALS.values():  # Windows has no SIGHUP
                 number = getattr(signal, name, None)
                 if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
@@ -62,6 +87,8 @@ class GracefulStop:
             signal.raise_signal(self.requested)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:  # the step that is to be finished may need what it has forked
+            return
         if self.requested is None:
             self.requested = number
             hint = "; Ctrl-C again exits at once" if number == signal.SIGINT else ""
@@ -70,6 +97,6 @@ class GracefulStop:
                 # sys.stderr may be in the middle of a write and would refuse a second one.
                 with contextlib.suppress(OSError):
                     os.write(2, f"\n{line}\n".encode())
-        elif number == signal.SIGINT:
+        elif number == signal.SIGINT and not self._patient:
             self.requested = number
             raise KeyboardInterrupt

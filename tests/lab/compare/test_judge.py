@@ -277,7 +277,7 @@ GOOD = [(arm, seed, 0.5) for arm in ("ppo", "rloo") for seed in range(6)]
         ([], {}, "The table has 0 rows"),
         ([("ppo", 0.5, 0.5)], {}, "no whole number as its seed"),
         ([("ppo", 0)], {}, "the columns arm, seed; it needs"),
-        ([{"arm": "ppo", "seed": 0, "points": 1}], {"metric": "area"}, "score (or area)"),
+        ([{"arm": "ppo", "seed": 0, "points": 1}], {"metric": "area"}, "arm, seed and area"),
         ([{"seed": 0, "score": 1}], {}, "with arm, seed"),
         ("no/such/file.csv", {}, "cannot be read"),
     ],

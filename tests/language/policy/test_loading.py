@@ -117,7 +117,7 @@ def test_a_directory_of_something_else_says_what_it_is(sources, tmp_path, capsys
     for file in bare.glob("tokenizer*"):
         file.unlink()
     for place, said in (
-        (unfinished, "has not saved its model yet.*latest checkpoint is .*step_000002"),
+        (unfinished, "has not saved its model yet.*latest checkpoint: .*step_000002"),
         (agent, "agent .*tokenrl control trained.*no language model"),
         (made("compared", plan_json={}), "directory of a comparison.*one of its runs"),
         (made("other", notes_json={}), "holds no saved model"),

@@ -15,7 +15,7 @@ import torch
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.errors import Stopped
+from tokenrl.errors import Stopped, TokenrlError
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.rewards import Rewards
 
@@ -164,7 +164,7 @@ def test_a_real_interrupt_passes_through():
         call(patient)
 
 
-def test_os_exit_of_this_process_is_a_failure_and_that_of_a_fork_is_its_own():
+def test_os_exit_of_this_process_is_a_failure_and_that_of_a_fork_is_its_own(tmp_path):
     def quits(completions):
         os._exit(0)
 
@@ -178,6 +178,10 @@ def test_os_exit_of_this_process_is_a_failure_and_that_of_a_fork_is_its_own():
     with pytest.raises(Stopped, match=r"quits raised SystemExit: os._exit\(0\) \(row 0 of 4"):
         call(quits)
     assert call(forks).total.tolist() == [7.0] * 4
+    for place in ("", "def reward(completions): "):  # while it is imported, and by a name from then
+        (tmp_path / "own.py").write_text(f"from os import _exit\n{place}_exit(0)")
+        with pytest.raises(TokenrlError, match=r"SystemExit: os._exit\(0\)"):
+            call([f"{tmp_path}/own.py:reward"])
     assert os._exit is real
 
 

@@ -27,7 +27,7 @@ PROMPTS = ["p0", "p1", "p2", "p3"]
 IDS = [[1], [2, 3], [], [4]]
 
 FILE = """
-import asyncio, os, re, subprocess, sys, threading, time
+import asyncio, multiprocessing, os, re, subprocess, sys, threading, time
 
 def length(completions, **_):
     return [len(text) for text in completions]
@@ -69,6 +69,12 @@ async def exits(completions, **_):
 
 def leaves(completions, **_):
     os._exit(0)
+
+def pooled(completions, **_):
+    for _ in range(20):
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            lengths = pool.map(len, completions)
+    return lengths
 
 def gone(completions, **_):
     os.kill(os.getpid(), 9)
@@ -116,6 +122,7 @@ def test_a_call_gives_what_it_gives_without_a_deadline():
     assert there.values[:, 0].tolist() == [3, 5, 0, 4] and there.total.tolist() == [3.5, 6, 0, 4.5]
     assert there.metrics == here.metrics and there.metrics["step"] == 7
     assert there.extra == here.extra == {"level": [1, 2, 3, 4]}
+    assert call(["pooled"]).values[:, 0].tolist() == [3, 5, 0, 4]  # a pool ends its workers by SIGTERM
     rewards = Rewards(load_reward("worked.py:length"), timeout=60.0)  # as the reward of a task in a file
     assert rewards(PROMPTS, COMPLETIONS, IDS, {}, step=0).total.tolist() == [3, 5, 0, 4]
 

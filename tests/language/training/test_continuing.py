@@ -113,7 +113,7 @@ def test_a_run_of_something_else_is_refused_and_more_steps_continue_a_finished_o
     for changes, words in (
         ({"seed": 1}, "other settings: seed: 0, now 1"),
         ({"learning_rate": 0.02}, r"learning_rate: 0\.01, now 0\.02"),
-        ({"estimator": "grpo"}, "estimator: .*'rloo'.*, now .*'group_mean'"),
+        ({"estimator": "grpo"}, "estimator.baseline: 'rloo', now 'group_mean'"),
         ({"task": make_task([*prompts[:7], "sat on the mat"])}, "other data or models: .*data"),
         ({"model": make_policy(kind="pad_is_eos")}, "other data or models: .*tokenizer"),
         ({"model": make_policy(seed=1)}, "other data or models: .*base model"),

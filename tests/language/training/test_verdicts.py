@@ -118,7 +118,7 @@ def test_without_a_signal_or_an_end_a_run_says_so_and_its_end_is_not_plain(tmp_p
     assert shown.count("step 1: Every completion was cut at 3 tokens") == 1
     assert shown.count("warning: step 3: In 3 steps in a row no two rewards that are compared differed") == 1
     assert "finished (nothing-learnt), 6 steps" in shown
-    assert "held-out reward was 0 before training and 0 after it, a difference of 0 +- 0 over 16" in shown
+    assert "held-out reward was 0 before training and 0 after it, a difference of 0 ± 0 over 16" in shown
     assert "In 100% of the steps no two rewards" in shown
     assert "finished (nothing-learnt), 6 steps" in (tmp_path / "run" / "report.html").read_text()
 

@@ -119,8 +119,7 @@ def _read(table: Any, metric: str, failed: Set[tuple[Any, ...]], failure_below: 
     if frame.empty or not {"arm", "seed", "score"} <= set(frame):
         raise Refused(
             f"The table has {len(frame)} rows and the columns {', '.join(map(str, frame)) or 'none'}; it "
-            f"needs a row for each run, with arm, seed and score (or {metric}), and problem if there are "
-            "several."
+            f"needs a row for each run, with arm, seed and {metric}, and problem if there are several."
         )
     blank = pd.Series("", frame.index)
     found = pd.DataFrame(

@@ -97,14 +97,14 @@ class Sampler:
             if text in self._rows or not self._rows:
                 raise
             reason = str(error).partition(". ")[0].rstrip(".")
-            self._say("reward", f"no reward, for this prompt is none of the task's. {reason}.")
+            self._say("reward", f"no reward for this prompt, which is none of the task's. {reason}.")
             return [None] * len(rollout.mask)
         return list(np.where(result.valid, result.total, np.nan).tolist())
 
     def _say(self, kind: str, words: str) -> None:
         """Print a warning on the standard error, once of each kind."""
         if kind not in self._said:
-            print(f"tokenrl: {words}", file=sys.stderr)
+            print(harmless(f"tokenrl: {words}"), file=sys.stderr)
         self._said.add(kind)
 
 
@@ -148,7 +148,7 @@ def print_samples(args: SampleArguments) -> int:
         except TokenrlError as error:
             if args.prompt:
                 raise
-            print(f"tokenrl: {error}", file=sys.stderr, flush=True)
+            print(harmless(f"tokenrl: {error}"), file=sys.stderr, flush=True)
     return 0
 
 

@@ -78,8 +78,8 @@ def _check_contents(place: Path, given: Path) -> None:
     if "control" in map(_kind, (place, given, given.parent)):
         what = "is of an agent that tokenrl control trained, which is no language model"
     elif _kind(place) is not None:
-        latest = max((place / "checkpoints").glob("step_*"), default="none")
-        what = f"is a run that has not saved its model yet. Its latest checkpoint is {latest}"
+        latest = max((place / "checkpoints").glob("step_*"), default="none yet")
+        what = f"is a run that has not saved its model yet. Its latest checkpoint: {latest}"
     elif (place / "plan.json").exists():
         what = "is the directory of a comparison; give that of one of its runs"
     elif not ((place / "config.json").exists() or (place / "adapter_config.json").exists()):

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe
-from tokenrl.language.rewards.calls import Called, call_rewards
+from tokenrl.language.rewards.calls import Called, call_rewards, no_exit
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.names import FILE_MODULE, import_file
+from tokenrl.runs.signals import GracefulStop
 from tokenrl.settings import check_number
 
 START_SECONDS = 120.0  # for imports, which do not count towards the deadline of a function
@@ -145,10 +146,9 @@ def _serve(pipe: Connection, files: list[str], pickled: Mapping[str, bytes]) -> 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # A signal to the whole job asks the training to finish its step, which needs rewards, so this process
     # goes on. It uses a handler because programs that a reward starts would inherit SIG_IGN.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+    GracefulStop(quiet=True, patient=True).__enter__()
     for file in files:
-        with contextlib.suppress(*USER_CODE_FAILED):  # a function of that file says so below
+        with contextlib.suppress(*USER_CODE_FAILED), no_exit():  # a function of that file says so below
             import_file(Path(file))
     with contextlib.suppress(*GONE):  # the training has ended
         try:

@@ -77,7 +77,6 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     elif facts.get("step_equal") != 1:  # else that is what is said
         facts["before_greedy"] = session.eval_before.get("reward_greedy")
     findings += judge(facts)
-    _attempt(findings, "disk-too-small", session.saver.check_space)
     lines = _lines(run, facts, records)
     if records:
         seconds = records[-1].timings["collect"] + records[-1].timings["update"]
