@@ -100,9 +100,9 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
             return {split: rows.to_list() for split, rows in splits.items()}
     except Exception as error:  # each backend (arrow, pandas, hub, http) has its own errors
         raise Refused(
-            f"task '{name}': the data could not be read ({describe(error)}). The hub needs a network or a "
-            f"copy in {datasets.config.HF_DATASETS_CACHE}, which must be writable; if it is damaged, delete "
-            "it."
+            f"task '{name}': the data could not be read ({describe(error)})."
+            + f" The hub needs a network or a copy in {datasets.config.HF_DATASETS_CACHE}, which must be "
+            "writable; if it is damaged, delete it." * (not is_file)
         ) from error
 
 
