@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.runs.console import rich_console, rich_table
+from tokenrl.runs.console import measured, rich_console, rich_table
 from tokenrl.runs.findings import Finding
 
 
@@ -97,13 +97,15 @@ def rounded(number: float, figures: int = 1) -> float:
 
 
 def written(value: Any) -> str:
-    """Return a value as text: short numbers, layers as 64 x 64, names with their values."""
+    """Return a value as text: short numbers, means with errors, layers as 64 x 64, names with values."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {written(one)}" for name, one in value.items())
     if value is None or value == ():
         return "none"
     if isinstance(value, tuple):
         return " x ".join(map(written, value))
+    if isinstance(value, list):
+        return measured(*value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -96,6 +96,7 @@ def run_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
     snr, skipped = run.series("gradient/snr")[1], run.series("skipped_steps")[1]
     spread = last_tenth(run.series("reward_std")[1][::-1])  # of the first tenth
     step, samples = rows[-1]["step"], getattr(arguments, "max_samples", None)
+    updates = step * arguments.num_iterations * arguments.num_minibatches
     mark = None if run.config.get("solved") is None else float(run.config["solved"])  # "Infinity" too
     facts = settings_facts(arguments) | _progress_facts(run, arguments)
     facts |= means("recent", last_tenth([row for row in rows if row["step"] > 0]), estimator.needs_groups)
@@ -104,9 +105,7 @@ def run_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
     facts |= {
         "solved_at": mark,
         "is_whole": (rows[-1].get("num_samples") or 0) >= samples if samples else step >= arguments.max_steps,
-        "skipped": skipped[-1] / step / arguments.num_iterations / arguments.num_minibatches
-        if skipped
-        else None,
+        "skipped": skipped[-1] / updates if skipped else None,
         "snr": fmean(snr) if snr else None,
         "snr_stderr": stdev(snr) / math.sqrt(len(snr)) if len(snr) > 1 else None,
         "early_spread": fmean(spread) if spread else None,

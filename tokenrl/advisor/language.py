@@ -6,15 +6,7 @@ from dataclasses import fields, replace
 
 from accelerate import PartialState
 
-from tokenrl.advisor.advice import (
-    Advice,
-    bias_in_words,
-    changed,
-    command_line,
-    rounded,
-    settings,
-    together,
-)
+from tokenrl.advisor.advice import Advice, bias_in_words, changed, command_line, rounded, settings, together
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.policies import check_head
 from tokenrl.core.estimator import Estimator
