@@ -6,8 +6,8 @@
 
 `classic` has one hidden layer of 16 ReLU units, Adam at 0.01 and one episode an update; the returns to go of
 each episode (gamma 0.99) are shifted and scaled to mean 0 and standard deviation 1 over its own steps.
-`tuned` has settings for each environment. Both are in tokenrl/control/agents.py, where comments say what each
-choice is for. Every trained policy is judged by fresh episodes with sampled actions.
+`tuned` has settings for each environment. Both are in tokenrl/control/arguments.py, where comments say what
+each choice is for. Every trained policy is judged by fresh episodes with sampled actions.
 
 Look for: CartPole (solved at 475), where the classic agent ends at 429 [385, 468] (mean and 95 % bootstrap
 interval over thirty seeds, 0 to 29), anywhere from 106 to 500, and 18 of 30 reach 475. Nothing bounds its

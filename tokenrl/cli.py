@@ -73,7 +73,7 @@ COMMANDS = {
     "advise": Command(AdviseArguments, "tokenrl.advisor:run"),
     "report": Command(ReportArguments, "tokenrl.cli:write_report"),
     "lab exact": Command(LabArguments, "tokenrl.lab.exact.report:exact"),
-    "lab measure": Command(MeasureArguments, "tokenrl.lab.measure.report:run"),
+    "lab measure": Command(MeasureArguments, "tokenrl.lab.measure.measurement:run"),
 }
 
 

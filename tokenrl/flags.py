@@ -22,8 +22,7 @@ from typing_extensions import Required, TypedDict
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from tokenrl.configuration import configured, read_config
-from tokenrl.control.agents import ABOUT_AGENT, AGENTS, agent_settings
-from tokenrl.control.arguments import ControlArguments
+from tokenrl.control.arguments import ABOUT_AGENT, AGENTS, ControlArguments, agent_settings
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
 from tokenrl.errors import Refused

@@ -11,7 +11,7 @@ import pytest
 from tokenrl import train_agent
 from tokenrl.cli import COMMANDS, main
 from tokenrl.control import ControlArguments, agent_settings, describe
-from tokenrl.control.agents import TUNED
+from tokenrl.control.arguments import TUNED
 from tokenrl.control.run import verdict
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused

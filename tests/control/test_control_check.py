@@ -11,8 +11,7 @@ import torch
 
 from tokenrl.cli import main
 from tokenrl.control import training
-from tokenrl.control.check import check_agent
-from tokenrl.control.training import train_agent
+from tokenrl.control.training import check_agent, train_agent
 
 
 @pytest.fixture

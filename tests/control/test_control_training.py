@@ -19,7 +19,7 @@ from gymnasium.envs.classic_control import CartPoleEnv
 
 from tokenrl.control import training
 from tokenrl.control.environments import describe
-from tokenrl.control.saving import read_policy
+from tokenrl.control.policies import read_policy
 from tokenrl.control.training import train_agent as train
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped

@@ -21,14 +21,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    **{"top": 720, "core": 1_350, "runs": 2_176, "control": 1_407, "advisor": 555},
-    **{"language": 2, "language/policy": 675, "language/rewards": 766, "language/tasks": 495},
-    **{"language/rollout": 887, "language/training": 2_359, "language/preferences": 599},
-    **{"language/inspect": 336, "lab": 2, "lab/exact": 869, "lab/measure": 678, "lab/compare": 1_643},
+    **{"top": 719, "core": 1_350, "runs": 2_158, "control": 1_384, "advisor": 554},
+    **{"language": 2, "language/policy": 665, "language/rewards": 766, "language/tasks": 491},
+    **{"language/rollout": 887, "language/training": 2_355, "language/preferences": 589},
+    **{"language/inspect": 336, "lab": 2, "lab/exact": 869, "lab/measure": 669, "lab/compare": 1_637},
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 15_519, 161, 5_825, 16_501, 3_400, 560
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 15_433, 150, 5_809, 16_489, 3_400, 560
 STEP, STEP_FILES, STEP_LINES, STEP_MODULES = "tokenrl.language.training.step", 40, 3_800, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")

@@ -17,12 +17,10 @@ from tokenrl.lab.exact.language_model import problem_of_policy, rollout_of_all
 from tokenrl.lab.measure import measurement
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.contributions import ascent_slopes, contributions
-from tokenrl.lab.measure.measurement import measure_gradients, measure_with
+from tokenrl.lab.measure.measurement import measure_gradients, measure_with, print_tables, record
 from tokenrl.lab.measure.projections import Projections, chosen_parameters, probes, project
-from tokenrl.lab.measure.report import print_tables, record
 from tokenrl.lab.measure.rollouts import Samples, collect
-from tokenrl.language.policy.lora import add_lora
-from tokenrl.language.policy.model import Policy, load_policy
+from tokenrl.language.policy.model import Policy, add_lora, load_policy
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling

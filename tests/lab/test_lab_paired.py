@@ -13,9 +13,9 @@ from tokenrl.core import Estimator
 from tokenrl.lab.exact.enumeration import exact_moments
 from tokenrl.lab.exact.language_model import problem_of_policy
 from tokenrl.lab.measure.contributions import ascent_slopes, contributions
+from tokenrl.lab.measure.measurement import words
 from tokenrl.lab.measure.paired import compare, compare_group_sizes, same_expectation
 from tokenrl.lab.measure.projections import Projections
-from tokenrl.lab.measure.report import words
 from tokenrl.lab.measure.rollouts import Samples
 from tokenrl.lab.measure.unit_statistics import Estimate, Resampling, cosine, interval, reciprocal
 from tokenrl.language.policy.model import Policy

@@ -16,7 +16,7 @@ import torch
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import Saver, SavingArguments, read_state, write_state
-from tokenrl.runs.folders import atomic_directory, model_directory, verify
+from tokenrl.runs.files import atomic_directory, model_directory, verify
 
 
 def write(folder):

@@ -12,8 +12,7 @@ import pytest
 from tests.runs.test_checkpoint import save
 from tokenrl.errors import Refused
 from tokenrl.runs.checkpoint import checkpoints
-from tokenrl.runs.files import replacing
-from tokenrl.runs.folders import atomic_directory, settle, verify
+from tokenrl.runs.files import atomic_directory, replacing, settle, verify
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="what crashes is a forked process")
 CALLS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}

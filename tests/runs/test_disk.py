@@ -14,7 +14,7 @@ import torch
 
 from tests.runs.test_session import Counter, live
 from tokenrl.errors import Stopped
-from tokenrl.runs.folders import atomic_directory, verify
+from tokenrl.runs.files import atomic_directory, verify
 
 
 @contextmanager

@@ -19,12 +19,11 @@ from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import Saver, SavingArguments, checkpoints, read_state
 from tokenrl.runs.console import next_commands
-from tokenrl.runs.folders import verify
-from tokenrl.runs.metrics import read_metrics
+from tokenrl.runs.files import verify
+from tokenrl.runs.metrics import TrackerArguments, read_metrics
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import Maker, taken_up
 from tokenrl.runs.session import Session
-from tokenrl.runs.trackers import TrackerArguments
 
 
 @dataclass(frozen=True)

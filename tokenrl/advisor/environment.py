@@ -11,8 +11,7 @@ import torch
 
 from tokenrl.advisor.advice import Advice, bias_in_words, changed, command_line, rounded, settings
 from tokenrl.advisor.arguments import AdviseArguments
-from tokenrl.control.agents import LANDER, PPO
-from tokenrl.control.arguments import ControlArguments
+from tokenrl.control.arguments import LANDER, PPO, ControlArguments
 from tokenrl.control.environments import Environments, Spec, describe
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import collect_episodes

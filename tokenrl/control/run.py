@@ -12,9 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tokenrl.control.arguments import ControlSettings
 from tokenrl.control.environments import Environments, Spec
-from tokenrl.control.policies import Policy
+from tokenrl.control.policies import Policy, SavedPolicy
 from tokenrl.control.rollouts import Pieces
-from tokenrl.control.saving import SavedPolicy
 from tokenrl.control.update import Agent
 from tokenrl.core.presets import preset_name
 from tokenrl.runs.facts import last_tenth, means

@@ -10,9 +10,8 @@ import torch
 from tokenrl.control.arguments import ControlArguments, ControlSettings
 from tokenrl.control.environments import Environments, Spec
 from tokenrl.control.evaluation import check_film, seed_of
-from tokenrl.control.policies import Policy, Shape, check_head
+from tokenrl.control.policies import Policy, SavedPolicy, Shape, check_head
 from tokenrl.control.run import Run
-from tokenrl.control.saving import SavedPolicy
 from tokenrl.control.update import Agent
 from tokenrl.core.baselines import RunningMean, check_horizon, set_size
 from tokenrl.core.estimator import Estimator

@@ -8,24 +8,29 @@ to the next. Pieces of episodes (num_steps) go on in the next rollout: a continu
 from __future__ import annotations
 
 import contextlib
+import copy
+import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tokenrl.control.agents import agent_settings
-from tokenrl.control.arguments import ControlArguments
-from tokenrl.control.check import check_agent
+from tokenrl.control.arguments import ControlArguments, agent_settings
 from tokenrl.control.environments import describe
 from tokenrl.control.evaluation import evaluation_metrics, film, seed_of
+from tokenrl.control.policies import SavedPolicy
 from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
 from tokenrl.control.run import ControlResult, Run, facts, finish
-from tokenrl.control.saving import SavedPolicy
 from tokenrl.control.setup import prepare, resolve
 from tokenrl.control.update import learn
 from tokenrl.core.presets import preset_name
 from tokenrl.errors import Refused, describe as describe_error
+from tokenrl.runs.console import duration
+from tokenrl.runs.facts import settings_facts
+from tokenrl.runs.findings import Finding
 from tokenrl.runs.resume import Maker, taken_up
+from tokenrl.runs.rules import judge
 from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
@@ -169,3 +174,68 @@ def _collect(run: Run, step: int) -> Rollout:
 
 def _evaluate(run: Run) -> dict[str, float]:
     return evaluation_metrics(run.agent.policy, run.eval_envs, run.spec, seed=run.args.seed)
+
+
+USUAL_RATES = 1e-3, 2e-2
+"""Adam's usual learning rates for agents, from deep networks to small ones (see `agents` and the default)."""
+SMALL, LARGE = 0.1, 10
+"""A network learns well if the largest absolute value of the observations lies between these."""
+
+
+def check_agent(
+    run: Run, session: Session, evaluate: Callable[[], dict[str, float]], collect: Callable[[], Rollout]
+) -> ControlResult:
+    """Check a run whose parts are ready, print what was found, and return the result.
+
+    Args:
+        run: the run. Its policy and its critic stay as they are, bit for bit.
+        session: the session, which has been opened.
+        evaluate: evaluates the policy, as before the first update.
+        collect: collects the rollout of a first update.
+
+    Returns:
+        The result, with exit code 2 if there is a problem, else 0; its `flags` name problems and remarks.
+
+    Raises:
+        Stopped: the environment failed.
+    """
+    args, began = run.args, time.perf_counter()
+    session.evaluated(evaluate())
+    evaluated = time.perf_counter()
+    rollout = collect()
+    metrics = learn(copy.deepcopy(run.agent), rollout, 1)
+    evaluation, update = evaluated - began, time.perf_counter() - evaluated
+    largest = float(rollout.observations[rollout.mask].abs().max())
+    rewards = rollout.returns if len(rollout.returns) else rollout.rewards[rollout.mask]
+    what = "episodes" if len(rollout.returns) else "steps, in which no episode ended,"
+    count = 1 + -(-args.max_steps // args.eval_every) if args.eval_every else 2
+    whole = duration(args.max_steps * update + count * evaluation)
+    work = f"{args.max_steps} updates and {count} evaluation{'s' * (count != 1)}"
+    low, high = float(rewards.min()), float(rewards.max())
+    measured = {
+        "returns": f"{low:.4g} to {high:.4g} in {len(rewards)} {what.partition(',')[0]}",
+        "observations": f"{largest:.3g} at most, in absolute value",
+        "learning rate": f"{args.learning_rate:g}",
+        "time": f"{update:.2g} s per update, about {whole} for {work}, if episodes stay as long as now",
+    }
+    alike = len(rewards) > 1 and low == high and rollout.lengths.unique().numel() <= 1
+    facts = settings_facts(args) | {
+        "lowest_rate": USUAL_RATES[0],
+        "highest_rate": USUAL_RATES[1],
+        "whose": "agents with Adam",
+        "step_grad_norm": metrics["grad_norm"] if math.isfinite(metrics["grad_norm"]) else math.inf,
+        "step_equal": float(alike or not rollout.rewards[rollout.mask].any()),
+        "step_reward": low,
+        "groups": f"{len(rewards)} {what}",
+        "others_differ": session.eval_before["reward_stderr"] > 0,
+    }
+    findings = judge(facts)
+    if not (SMALL <= largest <= LARGE or args.normalize_observations):
+        text = (
+            f"The largest absolute value of an observation was {largest:.3g}, and networks learn best from "
+            "inputs near 1. Add --normalize-observations, or scale them in the environment."
+        )
+        findings.append(Finding("observations-far-from-1", "watch", text))
+    code = session.conclude("environment, policy and estimator", measured, findings)
+    result = run.result(session, "check")
+    return replace(result, flags=session.flags, exit_code=result.exit_code or code)

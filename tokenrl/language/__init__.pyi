@@ -11,7 +11,7 @@ from tokenrl.language.preferences.arguments import (
     RewardModelArguments as RewardModelArguments,
     RewardModelSettings as RewardModelSettings,
 )
-from tokenrl.language.preferences.backbone import reward_backbone as reward_backbone
+from tokenrl.language.preferences.data import reward_backbone as reward_backbone
 from tokenrl.language.preferences.evaluation import (
     encode_pairs as encode_pairs,
     preference_metrics as preference_metrics,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenrl.errors import Refused, Stopped, describe
-from tokenrl.runs.folders import atomic_directory, verify
+from tokenrl.runs.files import atomic_directory, verify
 from tokenrl.settings import Count, Natural, NonNegative, Settings
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.runs.folders import settle
+from tokenrl.runs.files import settle
 
 _WRITTEN = (
     *("learning_curve.png", "report.html", "summary.json", "timings.jsonl", "metrics.jsonl", ".*.partial"),

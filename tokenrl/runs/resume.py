@@ -12,8 +12,7 @@ from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.checkpoint import checkpoints, step_of
 from tokenrl.runs.directory import newest, numbered
-from tokenrl.runs.files import flat, write_text
-from tokenrl.runs.folders import verify
+from tokenrl.runs.files import flat, verify, write_text
 from tokenrl.runs.metrics import line_of, read_metrics
 from tokenrl.runs.origin import versions
 

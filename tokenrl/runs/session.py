@@ -35,16 +35,14 @@ from tokenrl.errors import Refused, Stopped, describe, in_words
 from tokenrl.runs.checkpoint import Model, Resumable, Saver, step_of
 from tokenrl.runs.console import Console, Progress, next_commands
 from tokenrl.runs.directory import RunDirectory, new_directory, numbered, remove_run
-from tokenrl.runs.files import plain, write_json
-from tokenrl.runs.folders import atomic_directory
-from tokenrl.runs.metrics import MetricsLog, peak_memory, read_metrics
+from tokenrl.runs.files import atomic_directory, plain, write_json
+from tokenrl.runs.metrics import MetricsLog, Trackers, peak_memory, read_metrics
 from tokenrl.runs.origin import Origin, versions
 from tokenrl.runs.output import without_warnings
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.report import report_from_directory
 from tokenrl.runs.resume import Maker, cut_back, find_checkpoint
 from tokenrl.runs.signals import SIGNALS, GracefulStop
-from tokenrl.runs.trackers import Trackers
 
 if TYPE_CHECKING:
     from tokenrl.runs.findings import Finding

@@ -13,7 +13,7 @@ from tokenrl.flags import parse
 from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.lab.compare.plan import read_plan, settle_plan, write_plan
 from tokenrl.lab.compare.planning import make_plan, read_arm
-from tokenrl.lab.compare.tuning import tune
+from tokenrl.lab.compare.run import tune
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import arguments
 

@@ -14,10 +14,9 @@ from tiny_models import make_model, make_policy, make_tokenizer
 
 from tokenrl.cli import main
 from tokenrl.errors import Refused
-from tokenrl.language.policy.lora import add_lora
-from tokenrl.language.policy.model import load_policy
+from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.policy.saving import save_policy
-from tokenrl.language.preferences.backbone import reward_backbone
+from tokenrl.language.preferences.data import reward_backbone
 from tokenrl.language.rewards.model import RewardModel
 
 LOADERS = [load_policy, RewardModel, reward_backbone]

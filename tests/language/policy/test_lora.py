@@ -13,8 +13,7 @@ from tiny_models import (
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
-from tokenrl.language.policy.lora import add_lora
-from tokenrl.language.policy.model import enable_gradient_checkpointing, load_policy
+from tokenrl.language.policy.model import add_lora, enable_gradient_checkpointing, load_policy
 from tokenrl.language.policy.saving import save_policy
 
 IDS = torch.tensor([[84, 56, 44, 39, 87], [5, 6, 7, 8, 9]])

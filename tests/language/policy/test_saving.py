@@ -12,8 +12,7 @@ from tiny_models import make_learner, make_model, make_policy, make_tokenizer, o
 
 import tokenrl
 from tokenrl.errors import Refused
-from tokenrl.language.policy.lora import add_lora
-from tokenrl.language.policy.model import load_policy, wrap
+from tokenrl.language.policy.model import add_lora, load_policy, wrap
 from tokenrl.language.policy.saving import (
     Card,
     SavedPolicy,

@@ -12,7 +12,7 @@ from tiny_models import ARCHITECTURES, apart, gradient, make_model, make_policy,
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language import fit_reward_model, train_reward_model
 from tokenrl.language.preferences.arguments import RewardModelSettings
-from tokenrl.language.preferences.backbone import reward_backbone
+from tokenrl.language.preferences.data import reward_backbone
 from tokenrl.language.preferences.evaluation import (
     clustered_stderr,
     encode_pairs,

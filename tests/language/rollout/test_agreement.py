@@ -9,8 +9,7 @@ from tiny_models import ARCHITECTURES, make_policy, make_task, make_tokenizer, q
 
 import tokenrl
 from tokenrl.errors import Refused
-from tokenrl.language.policy.lora import add_lora
-from tokenrl.language.policy.model import enable_gradient_checkpointing
+from tokenrl.language.policy.model import add_lora, enable_gradient_checkpointing
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.compiled import CompiledStep, logits_after
 from tokenrl.language.rollout.scoring import Scoring

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tokenrl.core.losses import token_entropy
-from tokenrl.language.policy.lora import add_lora
+from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.distribution import draw
 from tokenrl.language.rollout.head import TOKENS, head_of, score_tokens, tokens_at_once

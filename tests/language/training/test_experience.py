@@ -23,7 +23,7 @@ from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.losses import next_beta
 from tokenrl.core.statistics import GradientDiagnostics
-from tokenrl.language.policy.lora import add_lora
+from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling

@@ -23,8 +23,7 @@ from tiny_models import (
 from tokenrl import train
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
-from tokenrl.language.policy.lora import add_lora
-from tokenrl.language.policy.model import Policy
+from tokenrl.language.policy.model import Policy, add_lora
 from tokenrl.language.rollout.scoring import Scoring, score
 from tokenrl.language.training import forward
 from tokenrl.language.training.collect import sample

@@ -72,8 +72,7 @@ SCENARIOS = {
 
 def outcome(name: str) -> dict:
     """One step of a scenario: gradient, weights, metrics, widths of this process's completions."""
-    from tokenrl.language.policy.lora import add_lora
-    from tokenrl.language.policy.model import enable_gradient_checkpointing
+    from tokenrl.language.policy.model import add_lora, enable_gradient_checkpointing
 
     estimator, options, reward = SCENARIOS[name]
     architecture, dtype = ("llama", "float32") if name == "bfloat16" else ("gpt2", "float64")
@@ -133,7 +132,7 @@ def import_all() -> None:
 
     No gradient may be computed here: torch refuses to compute one in a process forked after that.
     """
-    from tokenrl.language.policy.lora import add_lora
+    from tokenrl.language.policy.model import add_lora
 
     import_module("tokenrl.language.training.loop")
     for architecture in ("gpt2", "llama"):

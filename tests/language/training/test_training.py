@@ -13,7 +13,7 @@ from tiny_models import LETTERS, letter_task, letters, letters_trained
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import read_state
-from tokenrl.runs.folders import verify
+from tokenrl.runs.files import verify
 
 WITHIN = Estimator(baseline="none", returns="episode_normalized")
 STANDARDISED = Estimator(baseline="none", returns="reward_to_go", scale="episode_std")

@@ -11,7 +11,7 @@ from tiny_models import letter_task, letters, letters_trained
 
 from tokenrl.errors import Stopped
 from tokenrl.runs import rules
-from tokenrl.runs.folders import verify
+from tokenrl.runs.files import verify
 
 DEMONSTRATIONS = [{"prompt": "ab>", "completion": "a"}]
 

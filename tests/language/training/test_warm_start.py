@@ -11,8 +11,7 @@ from tiny_models import make_policy, make_task, weights
 import toy_tasks
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Interrupted, Refused
-from tokenrl.language.policy.lora import add_lora
-from tokenrl.language.policy.model import load_policy
+from tokenrl.language.policy.model import add_lora, load_policy
 from tokenrl.language.policy.saving import save_policy
 from tokenrl.language.training import forward, warm_start as stage
 from tokenrl.language.training.loop import train

@@ -15,7 +15,7 @@ from textwrap import shorten
 from typing import Any
 
 from tokenrl.errors import Refused, describe
-from tokenrl.runs.folders import model_directory
+from tokenrl.runs.files import model_directory
 
 
 def find_model(name_or_path: str | Path) -> str:

@@ -10,8 +10,8 @@ from typing import Annotated
 
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.runs.checkpoint import SavingArguments
+from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.threads import ThreadArguments
-from tokenrl.runs.trackers import TrackerArguments
 from tokenrl.settings import OR_OBJECT, Bounds, Count, NonNegative, Number, Positive, Seed
 
 

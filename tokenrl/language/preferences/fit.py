@@ -22,13 +22,12 @@ from tokenrl.errors import Refused
 from tokenrl.language.policy.prompts import asked, form_of, settled_form
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.preferences.arguments import RewardModelArguments, RewardModelSettings
-from tokenrl.language.preferences.check import check_pairs
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
 from tokenrl.language.preferences.evaluation import encode_pairs, preference_metrics, score_pairs
-from tokenrl.language.preferences.pairs import Pair
+from tokenrl.language.preferences.pairs import Pair, check_pairs
 from tokenrl.language.preferences.sampled import write_preferences
 from tokenrl.language.rewards.model import RewardModel
-from tokenrl.language.tasks.memory import recorded
+from tokenrl.language.tasks.sources import recorded
 from tokenrl.language.training.setup import made_from
 from tokenrl.language.training.supervised import Descent
 from tokenrl.runs.metrics import write_completions

@@ -20,9 +20,8 @@ from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks import sources
 from tokenrl.language.tasks.held_out import changed, dataset_rows, eval_split, smaller_evaluation
-from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits
 from tokenrl.language.tasks.reasoning import puzzles
-from tokenrl.language.tasks.sources import FORMATS, DataArguments, Row, TaskArguments
+from tokenrl.language.tasks.sources import DataArguments, Row, TaskArguments
 from tokenrl.names import import_attribute
 from tokenrl.settings import arguments, check_seed
 
@@ -106,15 +105,16 @@ def load_task(name: Any, *, reward: Any = None, seed: int = 0, chat: bool = Fals
 
 
 def _loaded(name: Any, how: DataArguments, reward: Any, seed: int, chat: bool) -> Task:
+    origin: dict[str, Any] = {}
     if isinstance(name, str):
         task = _named_task(name, how.eval_size)
         if task is not None:
             return smaller_evaluation(_finished(task, name, reward), how.eval_size, seed)
-        splits, origin, where = None, {}, f"task '{name}' is a dataset"
+        splits, where = None, f"task '{name}' is a dataset"
     else:
-        splits = memory_splits(name)
-        origin, where = description(splits), f"task is data ({type(name).__name__})"
-        name = IN_MEMORY + origin["fingerprint"]
+        splits = sources.memory_splits(name)
+        where = f"task is data ({type(name).__name__})"
+        name, origin = sources.described(splits)
     if reward is None:
         raise Refused(
             f"{where}, which has prompts but no reward: give one with --reward module:function (or a "
@@ -147,8 +147,8 @@ def _named_task(name: str, eval_size: int | None) -> Any:
             with _refusing(f"task '{name}' was called without arguments, and"):
                 found = found()
         return found
-    if not (os.path.exists(name) or "/" in name or Path(name).suffix in FORMATS):
-        forms = f"module:attribute, a {'/'.join(FORMATS)} file, a folder, or a hub dataset owner/name"
+    if not (os.path.exists(name) or "/" in name or Path(name).suffix in sources.FORMATS):
+        forms = f"module:attribute, a {'/'.join(sources.FORMATS)} file, a folder, or a hub dataset owner/name"
         raise Refused(f"There is no task '{name}'.{suggest(name, toy_tasks.NAMES)} Other forms: {forms}.")
     return None
 
@@ -197,7 +197,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         Refused: there is no such task or no reward, or a reward asks for a column that the task lacks.
     """
     task: Any = args.task
-    if isinstance(task, str) and task.startswith(IN_MEMORY):
+    if isinstance(task, str) and task.startswith(sources.IN_MEMORY):
         raise Refused(
             f"task '{task}' was data given from Python: give it again, or save it once with "
             "dataset.to_json('data.jsonl') and give --task data.jsonl."

@@ -17,7 +17,7 @@ from tokenrl.core.baselines import RunningMean
 from tokenrl.language.policy.prompts import asked as asked_in_words, settled_form, special_texts
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
-from tokenrl.language.tasks.memory import recorded
+from tokenrl.language.tasks.sources import recorded
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments

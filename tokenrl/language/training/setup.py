@@ -14,12 +14,11 @@ import torch
 from tokenrl.core.baselines import check_horizon
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
-from tokenrl.language.policy.lora import add_lora
-from tokenrl.language.policy.model import Policy, enable_gradient_checkpointing, load_policy, wrap
+from tokenrl.language.policy.model import Policy, add_lora, enable_gradient_checkpointing, load_policy, wrap
 from tokenrl.language.policy.prompts import form_of, settled_form
 from tokenrl.language.policy.saving import fingerprint, tokenizer_fingerprint
 from tokenrl.language.rollout.agreement import agree
-from tokenrl.language.tasks.memory import fingerprint as rows_fingerprint
+from tokenrl.language.tasks.sources import fingerprint as rows_fingerprint
 from tokenrl.language.tasks.task import Task
 from tokenrl.language.training.arguments import TrainArguments, TrainSettings
 from tokenrl.language.training.defaults import Defaults, demonstrations, training_defaults

@@ -16,8 +16,7 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.held_out import smaller_evaluation
-from tokenrl.language.tasks.memory import IN_MEMORY, description, memory_splits, recorded
-from tokenrl.language.tasks.sources import read_splits, with_prompts
+from tokenrl.language.tasks.sources import described, memory_splits, read_splits, recorded, with_prompts
 from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task
 from tokenrl.language.training.arguments import SftArguments, SftSettings
 from tokenrl.language.training.defaults import demonstrations, length_of, room, sft_defaults, with_origins
@@ -151,6 +150,5 @@ def _demonstrations(args: SftArguments) -> tuple[Any, Rewards | None, list[dict[
         known = ", ".join(rows[0])
         raise Refused(f"{where} has no column {column!r}; name one of {known} with --completion-column.")
     rows = [row | {"completion": row[column]} for row in rows]
-    origin = {} if named else description(splits)
-    name = args.task if named else IN_MEMORY + origin["fingerprint"]
+    name, origin = (args.task, {}) if named else described(splits)
     return PromptTask(name, rows, [], None, origin=origin), None, rows

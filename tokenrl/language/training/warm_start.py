@@ -42,8 +42,7 @@ from tokenrl.language.training.forward import Forward, choose_forward, choose_pr
 from tokenrl.language.training.supervised import SupervisedTraining, check_trainable, fit
 from tokenrl.runs.checkpoint import step_of
 from tokenrl.runs.console import Console
-from tokenrl.runs.files import write_json
-from tokenrl.runs.folders import atomic_directory
+from tokenrl.runs.files import atomic_directory, write_json
 from tokenrl.runs.resume import Maker, find_checkpoint
 from tokenrl.runs.session import Session
 from tokenrl.runs.signals import SIGNALS
