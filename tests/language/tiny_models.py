@@ -189,13 +189,13 @@ def completions(policy: Policy, prompt_ids, *, places=None, step: int = 1, **how
     return TransformersGenerator(policy).generate(prompt_ids, sampling, draws)
 
 
-def one_step(learner, *, step: int = 1, prompts=PROMPTS, reward=vowel_reward, running_mean=None):
-    """One `training_step` on fixed prompts; returns its record."""
+def one_step(learner, *, step: int = 1, prompts=PROMPTS, reward=vowel_reward, running_mean=None, places=None):
+    """One `training_step` on fixed prompts, or on those at some places; returns its record."""
     from tokenrl.core.baselines import RunningMean
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.training.step import training_step
 
-    stream = [(place, {"prompt": prompt}) for place, prompt in enumerate(prompts)]
+    stream = [(place, {"prompt": prompts[place]}) for place in places or range(len(prompts))]
     spare = iter(
         [(100 + i, {"prompt": word}) for i, word in enumerate(["mat", "log", "dog", "face", "eight"])]
     )

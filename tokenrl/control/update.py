@@ -208,7 +208,8 @@ def explained(values: Tensor, returns: Tensor) -> float:
 def _update(agent: Agent, estimator: Estimator, flat: Flat, rows: int, *, measure: bool) -> dict[str, float]:
     policy, parameters = agent.policy, agent.policy.policy_parameters()
     agent.optimizer.zero_grad()
-    early = flat.row < (rows + 1) // 2  # two halves, independent but for a common baseline
+    first = (rows + 1) // 2  # two halves of the episodes, independent but for a common baseline
+    early = flat.row < first
     half = None
     loss, value_loss, entropy = 0.0, 0.0, 0.0
     for part in [flat.part(early), flat.part(~early)] if measure else [flat]:
@@ -219,7 +220,7 @@ def _update(agent: Agent, estimator: Estimator, flat: Flat, rows: int, *, measur
         half = flat_gradient(parameters) if measure and half is None else half
     metrics = {"loss": loss, "entropy": entropy}
     if half is not None:
-        metrics |= agent.diagnostics.metrics(half, flat_gradient(parameters), rows)
+        metrics |= agent.diagnostics.metrics(half, flat_gradient(parameters), (first, rows - first))
     metrics["grad_norm"] = _apply(agent)
     metrics["grad_clipped"] = float(metrics["grad_norm"] > (agent.args.max_grad_norm or math.inf))
     if policy.critic is not None:

@@ -102,8 +102,8 @@ def test_an_adapted_head_is_left_to_the_forward_pass():
 def test_the_head_computes_in_the_precision_of_the_forward_pass():
     learner = make_learner(make_policy(), mixed_precision="bf16")
     rollout = rollout_of(learner.policy)
-    whole = score(learner.model, rollout).logprobs[rollout.mask]
-    parts = score(learner.model, rollout, Scoring(tokens_at_once=5)).logprobs[rollout.mask]
+    whole = score(learner.forward.model, rollout).logprobs[rollout.mask]
+    parts = score(learner.forward.model, rollout, Scoring(tokens_at_once=5)).logprobs[rollout.mask]
     full = score(make_policy().model, rollout, Scoring(tokens_at_once=5)).logprobs[rollout.mask]
     off, coarse = (float((x - whole).detach().abs().mean()) for x in (parts, full))
     assert parts.dtype == torch.float32 and off < 0.1 * coarse

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from tiny_models import (
@@ -167,16 +166,6 @@ def test_measuring_changes_nothing_and_measures_the_halves():
     assert -1 <= one_step(parts, step=2).metrics["gradient/cosine_previous"] <= 1
 
 
-def test_signal_and_noise_are_unbiased():
-    """Halves with a known mean and variance: the two estimates average to |E g|^2 and tr Var."""
-    torch.manual_seed(0)
-    mean, diagnostics, ratios = torch.full((50,), 0.3), GradientDiagnostics(1), []
-    for _ in range(4000):
-        halves = mean + torch.randn(2, 50)  # each estimates the mean, with variance 1
-        ratios.append(diagnostics.metrics(halves[0] / 2, halves.sum(0) / 2, 8)["gradient/snr"])
-    assert np.median(ratios) == pytest.approx(float(mean.square().sum()) / (50 / 2), rel=0.05)
-
-
 KL = Estimator.preset("rloo", beta=0.5)
 
 
@@ -219,7 +208,7 @@ def test_the_weight_follows_the_measured_kl_and_the_next_step_uses_it():
     slopes = []
     for one in (first, second):
         one_step(one, step=2)
-        slopes.append(gradient(one.model))
+        slopes.append(gradient(one.policy.model))
     assert apart(*slopes) < 1e-12
     assert first.estimator.beta == pytest.approx(second.estimator.beta, rel=0.03)
 

@@ -82,7 +82,8 @@ def test_sampling_and_training_see_the_same_policy_and_its_reference():
     rollout = sample(learner, list(enumerate(make_task().train_prompts)), replace(learner.sampling, step=1))
     with torch.no_grad():
         same, exact = (
-            score(model, rollout).logprobs[rollout.mask] for model in (learner.model, make_policy().model)
+            score(model, rollout).logprobs[rollout.mask]
+            for model in (learner.forward.model, make_policy().model)
         )
     off = [float((x - rollout.logprobs[rollout.mask]).abs().mean()) for x in (same, exact)]
     assert off[0] < 0.5 * off[1]
@@ -181,8 +182,8 @@ def test_a_model_is_checked_in_float32_before_its_weights_are_rounded(monkeypatc
     monkeypatch.setattr(forward, "agree", noted)
     learner = make_learner(make_policy(), mixed_precision="bf16", training_attention="eager")
     assert set(checked) == {torch.float32}
-    assert {p.dtype for p in learner.model.parameters()} == {torch.bfloat16}
-    assert learner.model.config._attn_implementation == "eager"
+    assert {p.dtype for p in learner.forward.model.parameters()} == {torch.bfloat16}
+    assert learner.forward.model.config._attn_implementation == "eager"
 
 
 def test_attention_of_another_kind_is_left_where_a_model_has_none_and_refused_if_asked_for(monkeypatch):

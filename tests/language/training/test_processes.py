@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -119,11 +120,48 @@ def whole_run(directory: Path, reward=vowel_reward) -> None:
     tokenrl.train(model=policy, task=task, output_dir=directory, **how)
 
 
-def main(directory: Path) -> None:
+STEPS = 40
+
+
+def random_step(seed: int) -> dict[str, torch.Tensor]:
+    """Gradient and weights after a step of random settings: many rows have one token, a process may be idle.
+
+    So the processes have unequal numbers of passes, of unequal widths.
+    """
+    draw = random.Random(seed)
+    prompts = draw.sample([f"{p} {n}" for p in PROMPTS for n in ("one", "two", "ten")], 12)
+    idle = set(prompts[(size := draw.choice([3, 4, 6])) : 2 * size]) if seed % 3 == 0 else set()
+
+    def reward(prompts, completion_ids, **_):
+        rewards = vowel_reward(None, completion_ids)
+        return [0.5 if p in idle else r for p, r in zip(prompts, rewards, strict=True)]
+
+    policy = make_policy(draw.choice(["llama", "qwen2"]), dtype="float64", vocabulary=90)
+    policy.eos_ids = (
+        tuple(range(1, 90)) if seed == 0 else tuple(draw.sample(range(1, 90), draw.randint(20, 80)))
+    )
+    learner = make_learner(
+        policy,
+        draw.choice([Estimator(ratio="token"), Estimator.preset("grpo"), Estimator.preset("gspo")]),
+        prompts_per_step=12,
+        num_generations=draw.choice([2, 3]),
+        num_minibatches=draw.randint(1, 4),
+        num_iterations=draw.randint(1, 2),
+        micro_batch_size=draw.choice([None, 1, 2, 5]),
+        seed=seed,
+    )
+    one_step(learner, step=seed + 1, prompts=prompts, reward=reward)
+    return {"gradient": gradient(policy.model), "weights": weights(policy.model)}
+
+
+def main(directory: Path, program: str) -> None:
     """What one of the processes does."""
     torch.set_num_threads(1)
-    outcomes = {name: outcome(name) for name in SCENARIOS}
-    whole_run(directory / "run")
+    if program == "random":
+        outcomes = {seed: random_step(seed) for seed in range(STEPS)}
+    else:
+        outcomes = {name: outcome(name) for name in SCENARIOS}
+        whole_run(directory / "run")
     torch.save(outcomes, directory / f"rank{os.environ['RANK']}.pt")
 
 
@@ -139,7 +177,7 @@ def import_all() -> None:
         add_lora(make_policy(architecture), r=2)
 
 
-def fork_ranks(directory: Path, world: int = 2) -> None:
+def fork_ranks(directory: Path, program: str, world: int) -> None:
     """Be a launcher: one process that imports, and forks the ranks."""
     from tokenrl.runs import html, report
 
@@ -154,7 +192,7 @@ def fork_ranks(directory: Path, world: int = 2) -> None:
     def rank(number: int) -> None:
         of_rank = shared | {"RANK": number, "LOCAL_RANK": number}
         os.environ.update({name: str(value) for name, value in of_rank.items()})
-        main(directory)
+        main(directory, program)
 
     torch.multiprocessing.start_processes(rank, nprocs=world, start_method="fork")
 
@@ -167,7 +205,7 @@ def launch(*program: str, **variables: str) -> subprocess.CompletedProcess:
     """Run Python on a program with this checkout's packages, and wait for it."""
     paths = [os.getcwd(), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
     variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    how = {"capture_output": True, "text": True, "timeout": 240}
+    how = {"capture_output": True, "text": True, "timeout": 100}
     return subprocess.run([sys.executable, *program], env=os.environ | variables, **how)
 
 
@@ -175,7 +213,7 @@ def launch(*program: str, **variables: str) -> subprocess.CompletedProcess:
 def two(tmp_path_factory):
     """What the two processes saved: directory and outcomes by rank."""
     directory = tmp_path_factory.mktemp("two")
-    done = launch(THIS, str(directory), ACCELERATE_USE_CPU="true")
+    done = launch(THIS, str(directory), "scenarios", "2", ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
     return directory, [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
@@ -198,6 +236,19 @@ def test_two_processes_make_the_update_of_one(two, name):
         return
     for key, value in alone["metrics"].items():
         assert first["metrics"][key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+
+
+@pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
+def test_processes_with_unequal_passes_make_the_update_of_one(world, tmp_path):
+    """Before, two processes whose last passes had different widths waited for each other for ever."""
+    done = launch(THIS, str(tmp_path), "random", str(world), ACCELERATE_USE_CPU="true")  # has a deadline
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+    for seed in range(STEPS):
+        alone = random_step(seed)
+        assert all(torch.equal(rank[seed]["weights"], ranks[0][seed]["weights"]) for rank in ranks)
+        for key in ("gradient", "weights"):
+            torch.testing.assert_close(ranks[0][seed][key], alone[key], rtol=0, atol=1e-6)
 
 
 def test_the_scenarios_are_what_they_say(two):
@@ -239,8 +290,6 @@ def test_one_process_that_fails_ends_the_run(tmp_path):
 
 if __name__ == "__main__":
     if "RANK" not in os.environ:
-        fork_ranks(Path(sys.argv[1]))
-    elif sys.argv[2:] == ["fail"]:
-        whole_run(Path(sys.argv[1]) / "run", reward=failing_in_the_second)
+        fork_ranks(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
     else:
-        main(Path(sys.argv[1]))
+        whole_run(Path(sys.argv[1]) / "run", reward=failing_in_the_second)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import (
     ENDS,
+    PROMPTS,
     apart,
     by_hand,
     flat_second_prompt,
@@ -25,7 +26,7 @@ from tiny_models import (
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.errors import Stopped
+from tokenrl.errors import Refused, Stopped
 from tokenrl.language.training import step as module
 
 ESTIMATORS = {name: Estimator.preset(name) for name in PRESETS} | {
@@ -43,6 +44,11 @@ QUICK = ("rloo", "dapo", "ppo", "remax", "optimal", "gspo", "other_groups_std", 
 def abstaining(prompts, completion_ids, **_):
     scores = flat_second_prompt(prompts, completion_ids)
     return [None if i == 7 else s for i, s in enumerate(scores)]
+
+
+def only_first_prompt_varies(prompts, completion_ids, **_):
+    scores = vowel_reward(None, completion_ids)
+    return [s if p == PROMPTS[0] else 0.5 for p, s in zip(prompts, scores, strict=True)]
 
 
 def scored_rows(monkeypatch):
@@ -198,6 +204,43 @@ def test_signal_and_noise_are_those_of_the_first_update_of_a_rollout():
         for n in (1, 2)
     )
     assert once["gradient/snr"] == pytest.approx(twice["gradient/snr"])
+
+
+@pytest.mark.parametrize("prompts", [4, 8])
+def test_signal_and_noise_of_a_minibatch_are_those_of_a_step_of_its_prompts(prompts):
+    words, options = [*PROMPTS, "rat", "sun", "cup", "pen"][:prompts], {"diagnostics_every": 1, "seed": 2}
+    learner = make_learner(
+        make_policy(), "grpo", num_minibatches=prompts // 2, prompts_per_step=prompts, **options
+    )
+    (rows, measured), *_ = module.minibatches(learner, 3 * prompts, 1)
+    places = rows.view(-1, 3)[:, 0].nonzero().flatten().tolist()
+    assert measured and len(places) == 2 and places != [0, 1]
+    part = one_step(learner, prompts=words).metrics
+    whole = make_learner(make_policy(), "grpo", prompts_per_step=2, **options)
+    alone = one_step(whole, prompts=words, places=places).metrics
+    for name in ("gradient/snr", "gradient/noise_scale"):
+        assert part[name] == pytest.approx(alone[name], rel=1e-4, nan_ok=True)
+
+
+def test_an_update_of_one_prompt_has_no_two_halves():
+    options = {"diagnostics_every": 1, "num_minibatches": 4}
+    with pytest.raises(Refused, match="leaves one prompt in an update"):
+        make_learner(make_policy(), "grpo", **options)
+    learner = make_learner(make_policy(), Estimator(zero_spread="drop"), diagnostics_every=1)
+    metrics = one_step(learner, reward=only_first_prompt_varies).metrics
+    assert math.isnan(metrics["gradient/snr"]) and math.isnan(metrics["gradient/noise_scale"])
+    assert metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("minibatches", [2, 3])
+def test_the_seed_decides_which_groups_are_in_a_minibatch(minibatches):
+    """They were the same for every seed, because torch ignores a seed's higher bits."""
+    partitions = set()
+    for seed in range(20):
+        learner = make_learner(make_policy(), "grpo", num_minibatches=minibatches, seed=seed)
+        first, _ = next(iter(module.minibatches(learner, 12, 1)))
+        partitions.add(tuple(first.tolist()))
+    assert len(partitions) > 2
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_counted_and_then_stops():

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tokenrl.core.statistics import generator_of
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.rollout import Rollout
@@ -84,7 +85,7 @@ def probes(
 def _drawn(parameters: Mapping[str, Tensor], numbers: range, seed: int) -> dict[str, Tensor]:
     drawn = {name: p.new_empty(len(numbers), *p.shape) for name, p in parameters.items()}
     for place, k in enumerate(numbers):
-        generator = torch.Generator().manual_seed((seed << 32) + k)
+        generator = generator_of(seed, "probe", k)
         for p in drawn.values():
             bits = torch.randint(0, 2, p.shape[1:], generator=generator, dtype=torch.int8)
             p[place] = 2 * bits - 1

@@ -75,7 +75,7 @@ def score(
     """Score the completions of a rollout; gradients flow to the model unless they are disabled.
 
     Args:
-        model: a causal language model, bare or wrapped for several processes.
+        model: a causal language model.
         rollout: N completions of B prompts; see `Rollout` for shapes.
         scoring: how the model is scored.
         temperature: the temperature that was sampled with; the logits are divided by it.

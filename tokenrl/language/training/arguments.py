@@ -101,7 +101,8 @@ class EvaluationArguments(Settings, group="evaluation"):
     eval_generations: Natural = 4
     """Sampled completions per held-out prompt, besides the greedy one."""
     diagnostics_every: Natural = 0
-    """Steps between measurements of signal and noise of the gradient; 0: none."""
+    """Steps between measurements of signal and noise of the gradient, from two halves of the prompts of the
+    first update (NaN where fewer than two prompts count); 0: none."""
 
 
 @dataclass(frozen=True)

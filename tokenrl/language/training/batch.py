@@ -1,18 +1,17 @@
-"""Splits a step over processes and into micro-batches: shares prompts, gathers rows, plans the passes.
+"""Splits a step over processes and into micro-batches: shares prompts, gathers rows, sums gradients.
 
 Advantages and weights are computed from the whole step, identically on every process, and then sliced; the
-completions of one prompt stay on one process. Each process makes the same number of passes, because gradients
-are averaged over processes in the last of them: a process without one would hang the others.
+completions of one prompt stay on one process. The passes of a process are its own affair, as many and as wide
+as its rows need: processes meet only after the last pass of an update, where their gradients are summed.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenrl.core.rows import Kept, keep
 from tokenrl.errors import Stopped
@@ -94,44 +93,47 @@ def gather(accelerator: Any, rows: StepRows) -> StepRows:
     return rows
 
 
-def passes(
-    learner: Learner, rows: StepRows, kept: Kept, advantages: Tensor, chosen: Tensor, measured: bool
-) -> tuple[list[Tensor], int]:
-    """Divide the rows of an update into micro-batches, as many on every process.
+def learning_rows(learner: Learner, kept: Kept, advantages: Tensor, chosen: Tensor) -> Tensor:
+    """Return True for the rows of an update that can have a gradient [N]; the others count in weights alone.
 
-    Rows that can have no gradient are left out; they count in the weights alone.
+    Args:
+        learner: the settings.
+        kept: which rows of the step, and which of their tokens, are learnt from.
+        advantages: one for each row [N] or for each token [N, T].
+        chosen: True for the rows of the update [N].
+    """
+    learning = chosen & kept.counted & kept.mask.any(dim=1)
+    if not learner.estimator.loss_side_terms:  # a KL or an entropy term has a gradient everywhere
+        learning &= (advantages != 0).reshape(len(learning), -1).any(dim=1)
+    return learning
+
+
+def first_half(kept: Kept, chosen: Tensor, group_size: int) -> tuple[Tensor, tuple[int, int]]:
+    """Divide the groups of an update that count into two halves, whose gradients are compared.
+
+    Returns:
+        True for the rows of the first half [N], and how many groups are in the first and the second half.
+    """
+    counted = (chosen & kept.counted).view(-1, group_size).any(dim=1)  # [B]
+    groups = int(counted.sum())
+    first = counted.cumsum(0) <= groups // 2
+    return first.repeat_interleave(group_size), (groups // 2, groups - groups // 2)
+
+
+def micro_batches(learner: Learner, rows: StepRows, learning: Tensor) -> list[Tensor]:
+    """Divide the rows that this process learns from into micro-batches.
 
     Args:
         learner: the settings.
         rows: all N rows of the step.
-        kept: which of them, and of their tokens, are learnt from.
-        advantages: one for each row [N] or for each token [N, T].
-        chosen: True for the rows of the update [N].
-        measured: whether the gradient of the first half of the groups is wanted apart.
+        learning: True for the rows that are learnt from [N].
 
     Returns:
-        For each micro-batch the numbers of its rows among this process's own, none where only other processes
-        have work; and how many micro-batches are those of the first half.
+        For each micro-batch the numbers of its rows among this process's own; nothing if it has none.
     """
-    active = chosen & kept.counted & kept.mask.any(dim=1)
-    if not learner.estimator.loss_side_terms:  # a KL or an entropy term has a gradient everywhere
-        active &= (advantages != 0).reshape(len(active), -1).any(dim=1)
-    row = torch.arange(len(active), device=active.device)
-    size = learner.sampling.group_size
-    middle = len(row) // size // 2 * size if measured else 0
-    first, second = (_equally_many(learner, rows, active & half) for half in (row < middle, row >= middle))
-    return first + second, len(first)
-
-
-def _equally_many(learner: Learner, rows: StepRows, active: Tensor) -> list[Tensor]:
-    """Return the passes of this process, and empty ones until it has as many as any other process."""
-    accelerator = learner.accelerator
-    columns = (active, rows.mask.sum(dim=1), rows.prompt_length)
-    shares = (x.view(accelerator.num_processes, -1).tolist() for x in columns)
-    plans = [_packed(learner, *numbers) for numbers in zip(*shares, strict=True)]
-    mine = plans[accelerator.process_index]
-    mine += [[]] * (max(map(len, plans)) - len(mine))
-    return [torch.tensor(sorted(part), dtype=torch.int64, device=active.device) for part in mine]
+    columns = (learning, rows.mask.sum(dim=1), rows.prompt_length)
+    local = (share(learner.accelerator, x).tolist() for x in columns)
+    return [torch.tensor(sorted(part), device=learning.device) for part in _packed(learner, *local)]
 
 
 def _packed(
@@ -181,16 +183,14 @@ class Part(NamedTuple):
     old_logprobs: Tensor | None
 
     def rows(self, index: Tensor) -> Part:
-        """Return the rows of these numbers [m], cut to their longest completion; for none one of weight 0."""
-        is_any = len(index) > 0
-        index = index if is_any else index.new_zeros(1)
+        """Return the rows of these numbers [m], cut to their longest completion."""
         rollout = self.rollout.rows(index)
 
         def cut(x: Tensor) -> Tensor:
             return x[index] if x.ndim == 1 else x[index, : rollout.mask.shape[1]]
 
         ref, old = (None if x is None else cut(x) for x in (self.ref_logprobs, self.old_logprobs))
-        return Part(rollout, cut(self.advantages), cut(self.weights) * is_any, ref, old)
+        return Part(rollout, cut(self.advantages), cut(self.weights), ref, old)
 
     def old(self, logprobs: Tensor) -> Tensor:
         """Return the denominator of the ratio as log-probabilities [m, T].
@@ -210,6 +210,12 @@ class Part(NamedTuple):
         }
 
 
-def averaging(accelerator: Any, model: Any, last: bool) -> contextlib.AbstractContextManager[None]:
-    """Let a backward pass average gradients over processes if it is the last one of an update."""
-    return contextlib.nullcontext() if last else accelerator.no_sync(model)  # type: ignore[no-any-return]
+def sum_gradients(accelerator: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """Sum gradients over processes, once after an update's last pass, so that passes need not be equal.
+
+    A weight without a gradient counts as one whose gradient is 0.
+    """
+    if accelerator.num_processes > 1:
+        for p in parameters:
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = accelerator.reduce(grad, reduction="sum")

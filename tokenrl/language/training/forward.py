@@ -74,13 +74,6 @@ class Forward:
                 original.grad = grad if original.grad is None else original.grad.add_(grad)
                 own.grad = None
 
-    def average_gradients(self, accelerator: Any, parameters: Sequence[nn.Parameter]) -> None:
-        """Average the gradients over processes; in float32 accelerate has done so."""
-        if self.copies and accelerator.num_processes > 1:
-            for p in parameters:
-                grad = torch.zeros_like(p) if p.grad is None else p.grad
-                p.grad = accelerator.reduce(grad, reduction="mean")
-
 
 def choose_forward(
     args: TrainSettings, policy: Policy, accelerator: Any, *, alone: bool = False

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from tokenrl.core.estimator import Estimator
@@ -18,6 +19,7 @@ from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.arguments import TrainSettings
+from tokenrl.language.training.batch import sum_gradients
 from tokenrl.language.training.defaults import sampling_of
 from tokenrl.language.training.forward import Forward, choose_forward, shape_of
 from tokenrl.runs.schedules import make_schedule
@@ -84,8 +86,7 @@ class Critic:
             self.optimizer.zero_grad()
             loss = estimator.critic_loss(self.values(hidden), **fixed)
             loss.backward()
-            for parameter in self.head.parameters():  # summed, not averaged: the weights are the whole step's
-                parameter.grad = accelerator.reduce(parameter.grad, reduction="sum")
+            sum_gradients(accelerator, self.head.parameters())
             losses.append(loss.detach())
             self.optimizer.step()
         return float(accelerator.reduce(losses[0], reduction="sum")) if losses else 0.0
@@ -105,9 +106,8 @@ class Learner:
     """The policy, its optimiser, and all that an update reads: everything that outlives a step.
 
     Attributes:
-        policy: the policy, with the weights that the optimiser changes; its `model` is not wrapped.
+        policy: the policy, with the weights that the optimiser changes.
         forward: how forward passes are computed: what is sampled and scored, and what gradients flow through.
-        model: what gradients flow through, as wrapped by accelerate.
         optimizer: the optimiser of the policy's trainable parameters, wrapped by accelerate.
         schedule: sets the learning rate of each step.
         accelerator: accelerate's handle of device, precision and processes.
@@ -123,7 +123,6 @@ class Learner:
 
     policy: Policy
     forward: Forward
-    model: nn.Module
     optimizer: Any
     schedule: Any
     accelerator: Any
@@ -151,32 +150,33 @@ class Learner:
         self.forward.refresh()
         self.generator.sync(self.policy)
 
-    def gradient_noise(self, half: Tensor | None) -> dict[str, float]:
+    def gradient_noise(self, half: Tensor | None, groups: tuple[int, int]) -> dict[str, float]:
         """Return the metrics of signal and noise of an update.
 
         Args:
             half: the gradient of the first half of the update [parameters]; that of the whole update is what
                 the parameters hold now. None: nothing is measured.
+            groups: numbers of groups in the first and in the second half.
         """
         if half is None:
             return {}
         whole = flat_gradient(self.policy.trainable_parameters())
-        return self.diagnostics.metrics(half, whole, self.args.prompts_per_step)
+        return self.diagnostics.metrics(half, whole, groups)
 
-    def accepts(self, norm: float, parts: Sequence[object]) -> bool:
+    def accepts(self, norm: float, learns: bool) -> bool:
         """Return whether the optimiser may take a step, and count where it may not.
 
-        Without any part it would go on along its momentum, and decay weights, where no data say so; and a
-        gradient that is not finite must never reach the weights.
+        Without any row to learn from it would go on along its momentum, and decay weights, where no data say
+        so; and a gradient that is not finite must never reach the weights.
 
         Args:
             norm: length of the gradient.
-            parts: the micro-batches that it was computed from.
+            learns: whether any row, of any process, can have a gradient.
 
         Raises:
             Stopped: too many consecutive updates had a gradient that was not finite.
         """
-        if not parts:
+        if not learns:
             self.idle += 1
             return False
         if math.isfinite(norm):
@@ -234,11 +234,13 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> Learn
         Refused: the model cannot be sampled and scored, or not in the way that the settings ask for.
     """
     device = accelerator.device
+    policy.model.to(device)
+    for p in policy.model.parameters():  # new weights are drawn by each process for itself
+        broadcast(p.data)
     if args.estimator.needs_reference:
         policy.add_reference()
         if policy.reference is not None:
             policy.reference.to(device)
-    policy.model.to(device)
     forward, args = choose_forward(args, policy, accelerator)
     make: Any = torch.optim.SGD if args.optimizer == "sgd" else torch.optim.AdamW
     fused = (args.optimizer == "adamw" and device.type in ("cpu", "cuda")) or None
@@ -249,8 +251,6 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> Learn
         forward=forward,
         schedule=make_schedule(args.lr_scheduler_type, optimizer, args.max_steps, args.warmup_steps),
         optimizer=accelerator.prepare(optimizer),
-        # The gradients of bfloat16 copies are averaged over processes where they are in float32.
-        model=forward.model if forward.copies else accelerator.prepare(forward.model),
         accelerator=accelerator,
         estimator=args.estimator,
         args=args,

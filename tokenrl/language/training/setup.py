@@ -79,6 +79,12 @@ def check(args: TrainSettings) -> None:
     if args.num_minibatches > args.prompts_per_step:
         limit = f"prompts_per_step={args.prompts_per_step}, as the completions of a prompt are not split"
         raise Refused(f"num_minibatches={args.num_minibatches} is more than {limit}.")
+    if args.diagnostics_every and args.num_minibatches == args.prompts_per_step:
+        shape = f"num_minibatches={args.num_minibatches}, prompts_per_step={args.prompts_per_step}"
+        raise Refused(
+            f"diagnostics_every compares two halves of an update's prompts, but {shape} leaves one prompt "
+            "in an update: take fewer minibatches or more prompts, or diagnostics_every=0."
+        )
     if args.dtype == "float16":
         raise Refused("dtype='float16' cannot be trained: gradients underflow. Use bfloat16 or float32.")
     if estimator.ratio == "none" and updates > 1:

@@ -18,9 +18,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenrl.core.statistics import flat_gradient
+from tokenrl.core.statistics import flat_gradient, generator_of
 from tokenrl.language.rollout.scoring import score
-from tokenrl.language.training.batch import Part, averaging, gather, passes, share
+from tokenrl.language.training.batch import (
+    Part,
+    first_half,
+    gather,
+    learning_rows,
+    micro_batches,
+    share,
+    sum_gradients,
+)
 from tokenrl.language.training.collect import (
     Deal,
     Experience,
@@ -98,28 +106,27 @@ def training_step(
     reference = None if rows.ref_logprobs is None else share(accelerator, rows.ref_logprobs)  # [n, T]
     history = []
     for chosen, measured in minibatches(learner, len(kept.mask), step):  # rows of an update [N]
-        weights, half = token_weights(learner, kept, chosen, advantages), None  # [N, T]
+        weights = token_weights(learner, kept, chosen, advantages)  # [N, T]
         own_part = Part(rollout, share(accelerator, advantages), share(accelerator, weights), reference, old)
-        parts, middle = passes(learner, rows, kept, advantages, chosen, measured)
-        sums = torch.zeros(3, dtype=torch.float64)
+        learning = learning_rows(learner, kept, advantages, chosen)  # [N]
+        first, groups = first_half(kept, chosen, sampling.group_size)
+        sums, half = torch.zeros(3, dtype=torch.float64), None
         learner.optimizer.zero_grad()
-        for number, index in enumerate(parts):
-            if measured and number == middle:
-                half = flat_gradient(parameters, accelerator)
-            part = own_part.rows(index)
-            with averaging(accelerator, learner.model, last=number + 1 == len(parts)):
-                scores = score(learner.model, part.rollout, **learner.scoring, entropy=entropy)
+        for learnt in (learning & first, learning & ~first) if measured else (learning,):
+            for index in micro_batches(learner, rows, learnt):
+                part = own_part.rows(index)
+                scores = score(learner.forward.model, part.rollout, **learner.scoring, entropy=entropy)
                 loss = estimator.loss(
                     scores.logprobs, part.advantages, part.weights, part.rollout.mask, **part.inputs(scores)
                 )
-                # The loss is a sum over the rows of all processes, but gradients are averaged over processes.
-                accelerator.backward(loss * accelerator.num_processes)
-            learner.forward.hand_over()
-            sums += counted(learner, part, loss, scores.logprobs)
-        learner.forward.average_gradients(accelerator, parameters)
-        noise = learner.gradient_noise(half)
+                accelerator.backward(loss)
+                learner.forward.hand_over()
+                sums += counted(learner, part, loss, scores.logprobs)
+            half = flat_gradient(parameters, accelerator) if measured and half is None else half
+        sum_gradients(accelerator, parameters)
+        noise = learner.gradient_noise(half, groups)
         norm = float(accelerator.clip_grad_norm_(parameters, learner.args.max_grad_norm or math.inf))
-        if learner.accepts(norm, parts):
+        if learner.accepts(norm, bool(learning.any())):
             learner.optimizer.step()
         learner.forward.refresh()
         history.append(update_metrics(learner, sums, norm) | noise)
@@ -144,7 +151,7 @@ def minibatches(learner: Learner, rows: int, step: int) -> Iterator[tuple[Tensor
     """
     args, size = learner.args, learner.sampling.group_size
     order = torch.arange(rows // size)
-    generator = torch.Generator().manual_seed((args.seed << 32) + step)
+    generator = generator_of(args.seed, "minibatches", step)
     # Only the first update of a rollout is on-policy, and the diagnostics are about the on-policy gradient.
     measured = learner.diagnostics.due(step)
     for _ in range(args.num_iterations):
