@@ -232,7 +232,9 @@ def flat_second_prompt(prompts, completion_ids, **_):
 
 
 class Engine:
-    """A generator with weights of its own, which returns ids and log-probabilities and nothing else."""
+    """A generator with weights of its own, which returns ids and its log-probabilities and nothing else."""
+
+    gap = 0.0  # by which these differ from the policy's
 
     def __init__(self, policy: Policy) -> None:
         self.policy = copy.deepcopy(policy)
@@ -244,7 +246,9 @@ class Engine:
         self.prompts += len(prompt_ids)
         bare = dataclasses.replace(sampling, keep_hidden=False)
         rollout = TransformersGenerator(self.policy).generate(prompt_ids, bare, draws)
-        return dataclasses.replace(rollout, entropy=None, score_norms=None)
+        reported = torch.where(rollout.mask, rollout.sampling_logprobs + self.gap, 0)
+        missing = dict.fromkeys(("logprobs", "entropy", "score_norms"))
+        return dataclasses.replace(rollout, sampling_logprobs=reported, **missing)
 
     def sync(self, policy: Policy) -> None:
         self.synced += 1

@@ -23,7 +23,7 @@ from tokenrl.core.presets import PRESETS
 from tokenrl.language.rollout.scoring import Scoring, with_missing_fields
 from tokenrl.language.training import learner as parts
 
-FILLED = ("entropy", "score_norms", "hidden")
+FILLED = ("logprobs", "entropy", "score_norms", "hidden")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -75,6 +75,20 @@ def test_every_preset_trains_with_an_engine_that_returns_ids_and_logprobs_only(
     for name, value in record.metrics.items():
         assert other.metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     assert engine.generator.synced == 1
+
+
+class Gapped(Engine):
+    gap = -0.3
+
+
+@pytest.mark.parametrize("placement", ["reward", "loss"])
+def test_a_kl_is_that_of_the_policy_whatever_the_sampler_reports(placement):
+    estimator = Estimator(beta=0.3, kl_placement=placement)
+    slope, record, _ = stepped(estimator, dtype="float64")
+    through_engine, by_engine, _ = stepped(estimator, dtype="float64", engine=Gapped)
+    assert abs(record.metrics["kl"]) > 0.01 and apart(through_engine, slope) < 1e-6
+    for name in ("kl", "kl_k3", "entropy"):
+        assert by_engine.metrics[name] == pytest.approx(record.metrics[name], rel=1e-5), name
 
 
 def test_a_run_samples_everything_by_its_generator_and_closes_it(monkeypatch, tmp_path):

@@ -109,7 +109,7 @@ def rollout_of_all(policy: Policy, prompt: Sequence[int], *, vocabulary: int, le
         prompt_index=torch.zeros(len(every.ids), dtype=torch.long),
         completion_ids=every.ids,
         mask=every.mask.bool(),
-        logprobs=nothing,
+        sampling_logprobs=nothing,
         truncated=~torch.isin(last, torch.tensor(policy.eos_ids)),
     )
 

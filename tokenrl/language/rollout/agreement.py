@@ -105,7 +105,7 @@ def _faults(
             trials.append(
                 _Trial.of(policy, rollout, hidden, gradient and bool(policy.trainable_parameters()))
             )
-        trials[0].compare("its code" if code else "sampling", rollout.logprobs, rollout.hidden)
+        trials[0].compare("its code" if code else "sampling", rollout.sampling_logprobs, rollout.hidden)
 
     if wrong := _failure(sample, None):
         return [wrong, "", ""]

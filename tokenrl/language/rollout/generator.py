@@ -156,7 +156,8 @@ def _decode(
     logprobs, entropy, norms = (*numbers.masked_fill_(off, 0), None)[:3]
     hidden = None if hidden is None else hidden.masked_fill_(off[..., None], 0)
     rollout = Rollout(
-        prompt_ids, prompt_mask, prompt_index, ids, mask, logprobs, truncated, entropy, norms, hidden
+        *(prompt_ids, prompt_mask, prompt_index, ids, mask, logprobs, truncated),
+        *(logprobs, entropy, norms, hidden),
     )
     return rollout.rows(torch.arange(shape[0], device=device))  # cut to the longest completion
 

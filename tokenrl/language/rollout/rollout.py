@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-BY_ROW = ("completion_ids", "mask", "logprobs", "truncated", "entropy", "score_norms", "hidden")
+BY_ROW = (
+    *("completion_ids", "mask", "sampling_logprobs", "truncated"),
+    *("logprobs", "entropy", "score_norms", "hidden"),
+)
 """Fields of a `Rollout` with one row per completion; all but `truncated` also have one column per token."""
 
 
@@ -18,7 +21,7 @@ BY_ROW = ("completion_ids", "mask", "logprobs", "truncated", "entropy", "score_n
 class Rollout:
     """Completions sampled from B prompts. The G rows of a prompt are consecutive, N = B * G in all.
 
-    The last three fields are None if the generator did not return them.
+    The last four fields are None if the generator did not return them; scoring computes them then.
 
     Attributes:
         prompt_ids: ids of the distinct prompts, padded on the left [B, P].
@@ -27,9 +30,12 @@ class Rollout:
         completion_ids: sampled ids, padded on the right [N, T].
         mask: True on actions, which are the tokens up to and including the first EOS, or the
             first that completes a stop string [N, T].
-        logprobs: log-probabilities under the distribution that was sampled from, 0 off the mask [N, T].
+        sampling_logprobs: log-probabilities under the distribution that was sampled from, as the generator
+            reports them, 0 off the mask [N, T].
         truncated: True where the completion reached the length limit without an end [N].
-        entropy: entropy in nats of that distribution at each action, 0 off the mask [N, T].
+        logprobs: log-probabilities under the policy that is trained, as it was then, 0 off the mask [N, T].
+            An engine with kernels or weights of its own reports others, and a KL is the policy's.
+        entropy: entropy in nats of the policy at each action, 0 off the mask [N, T].
         score_norms: squared norm of the score of each action in logit space, `1 - 2 p(a) + sum_v p(v)^2`, 0
             off the mask [N, T]. The optimal baselines weight rewards by it, as a cheap substitute for the
             norm in the space of the model's weights.
@@ -41,8 +47,9 @@ class Rollout:
     prompt_index: Tensor
     completion_ids: Tensor
     mask: Tensor
-    logprobs: Tensor
+    sampling_logprobs: Tensor
     truncated: Tensor
+    logprobs: Tensor | None = None
     entropy: Tensor | None = None
     score_norms: Tensor | None = None
     hidden: Tensor | None = None

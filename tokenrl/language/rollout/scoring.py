@@ -150,12 +150,13 @@ def with_missing_fields(
         scoring: how its model is scored.
         temperature: the temperature that was sampled with.
         rows_at_once: rows per forward pass, which changes memory only; None for all.
-        **wanted: whether the `entropy`, the `score_norms` and the `hidden` states are needed.
+        **wanted: whether `logprobs`, `entropy`, `score_norms` and `hidden` states are needed.
     """
     missing = {name: True for name in wanted if wanted[name] and getattr(rollout, name) is None}
     if not missing:
         return rollout
-    how: dict[str, Any] = {"temperature": temperature, "rows_at_once": rows_at_once, **missing}
+    optional = {name: True for name in missing if name != "logprobs"}  # every scoring computes those
+    how: dict[str, Any] = {"temperature": temperature, "rows_at_once": rows_at_once, **optional}
     scores = score_in_parts(policy.model, rollout, scoring, **how)
     found = {name: getattr(scores, name) for name in missing}
     off = ~rollout.mask

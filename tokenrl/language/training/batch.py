@@ -36,8 +36,8 @@ class StepRows(NamedTuple):
         truncated: True where the completion was cut at the maximum length before an EOS [N].
         prompt_length: number of tokens of the prompt [N].
         mask: True on actions [N, T].
-        logprobs: log-probabilities of the tokens under the distribution they were sampled from [N, T].
-        entropy: entropy of that distribution at each action, in nats [N, T].
+        logprobs: log-probabilities of the tokens under the policy before its update [N, T].
+        entropy: entropy of that policy at each action, in nats [N, T].
         ref_logprobs: log-probabilities of the tokens under the reference [N, T]; None without a KL.
         values: the critic's value of the state before each action [N, T]; None without a critic.
         score_norms: squared norm of each action's score [N, T]; None unless the baseline is weighted by it.
@@ -204,7 +204,7 @@ class Part(NamedTuple):
         """Return the keyword arguments of `Estimator.loss`."""
         return {
             "old_logprobs": self.old(scores.logprobs),
-            "sampling_logprobs": self.rollout.logprobs,
+            "sampling_logprobs": self.rollout.sampling_logprobs,
             "ref_logprobs": self.ref_logprobs,
             "entropy": scores.entropy,
         }

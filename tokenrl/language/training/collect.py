@@ -57,6 +57,7 @@ def sample(learner: Learner, prompts: Prompts, sampling: Sampling) -> Rollout:
         rollout,
         **learner.scoring,
         rows_at_once=rows_at_once(learner, rollout),
+        logprobs=True,
         entropy=True,
         score_norms=estimator.needs_score_norms,
         hidden=estimator.needs_values,
@@ -104,10 +105,11 @@ def refill(learner: Learner, rewards: Rewards, sampling: Sampling, own: Experien
 def step_rows(learner: Learner, rewards: Rewards, sampling: Sampling, own: Experience) -> StepRows:
     """Return this process's rows, with the numbers that the estimator needs besides rewards."""
     prompts, rollout, result = own
-    estimator = learner.estimator
+    estimator, logprobs = learner.estimator, rollout.logprobs
+    assert logprobs is not None and rollout.entropy is not None  # `sample` asks for them
 
     def column(x: Any) -> Tensor:
-        return torch.as_tensor(x, dtype=rollout.logprobs.dtype, device=rollout.logprobs.device)
+        return torch.as_tensor(x, dtype=logprobs.dtype, device=logprobs.device)
 
     ref_logprobs = values = greedy = None
     if estimator.needs_reference:
@@ -117,15 +119,14 @@ def step_rows(learner: Learner, rewards: Rewards, sampling: Sampling, own: Exper
         values = column(learner.critic.values(rollout.hidden).detach())
     if estimator.needs_greedy:
         greedy = column(greedy_rewards(learner, rewards, sampling, prompts))[rollout.prompt_index]
-    assert rollout.entropy is not None  # `sample` asks for it
     return StepRows(
         rewards=column(result.total),
         by_function=column(result.values),
-        valid=torch.as_tensor(result.valid, device=rollout.logprobs.device),
+        valid=torch.as_tensor(result.valid, device=logprobs.device),
         truncated=rollout.truncated,
         prompt_length=rollout.prompt_mask.sum(dim=1)[rollout.prompt_index],
         mask=rollout.mask,
-        logprobs=rollout.logprobs,
+        logprobs=logprobs,
         entropy=rollout.entropy,
         ref_logprobs=ref_logprobs,
         values=values,

@@ -300,8 +300,9 @@ def sampled_rows(
     rows, temperature = list[dict[str, Any]](), sampling.temperature
     way = None if reference is None else agree(reference, gradient=False)
     for places, rollout, result in sample_and_reward(policy, prompts, rewards, sampling, **how):
-        rollout = with_missing_fields(policy, rollout, scoring, temperature=temperature, entropy=True)
-        assert rollout.entropy is not None
+        fields = {"logprobs": True, "entropy": True}
+        rollout = with_missing_fields(policy, rollout, scoring, temperature=temperature, **fields)
+        assert rollout.logprobs is not None and rollout.entropy is not None
         lengths, where = rollout.mask.sum(dim=1).tolist(), [places[i] for i in rollout.prompt_index.tolist()]
         columns = {
             "place": where,

@@ -174,7 +174,7 @@ def _scoring_gap(run: Run, rows: Rows) -> dict[str, float]:
     sampling = replace(learner.sampling, num_generations=min(4, learner.sampling.group_size), step=1)
     rollout = sample(learner, list(enumerate(rows[:4])), sampling)
     scored = logprobs_under(learner, learner.forward.model, rollout)
-    apart = (scored - rollout.logprobs)[rollout.mask].double().abs()
+    apart = (scored - rollout.sampling_logprobs)[rollout.mask].double().abs()
     return {"gap": float(apart.mean()), "largest_gap": float(apart.max())}
 
 
