@@ -1,6 +1,7 @@
 """Any generator trains every preset: what it does not return comes from a scoring pass."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -89,6 +90,12 @@ def test_a_kl_is_that_of_the_policy_whatever_the_sampler_reports(placement):
     assert abs(record.metrics["kl"]) > 0.01 and apart(through_engine, slope) < 1e-6
     for name in ("kl", "kl_k3", "entropy"):
         assert by_engine.metrics[name] == pytest.approx(record.metrics[name], rel=1e-5), name
+
+
+def test_the_correction_of_importance_reads_what_the_sampler_reports():
+    slope, *_ = stepped(Estimator(importance_cap=2.0), dtype="float64")
+    by_engine, *_ = stepped(Estimator(importance_cap=2.0), dtype="float64", engine=Gapped)
+    assert apart(by_engine, slope * math.exp(0.3)) < 1e-6
 
 
 def test_a_run_samples_everything_by_its_generator_and_closes_it(monkeypatch, tmp_path):
