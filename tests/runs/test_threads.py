@@ -1,4 +1,8 @@
-"""The rule for the number of threads, the and the block that sets it."""
+"""The rule for the number of threads, the block that sets it, and how long threads wait awake."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -34,3 +38,25 @@ def test_a_block_has_its_threads_and_those_after_it_have_theirs():
             assert torch.get_num_threads() == before + 2
         raise Stopped("an error")
     assert torch.get_num_threads() == before
+
+
+SPIN = "GOMP_SPINCOUNT"
+
+
+@pytest.mark.parametrize(
+    ("imports", "variables", "count"),
+    [
+        ("tokenrl", {}, "1000"),
+        ("tokenrl.cli", {}, "1000"),
+        ("torch, tokenrl", {}, None),  # OpenMP has read it before
+        ("tokenrl", {SPIN: "7"}, "7"),
+        ("tokenrl", {"OMP_WAIT_POLICY": "ACTIVE"}, None),
+        ("tokenrl", {"KMP_BLOCKTIME": "200"}, None),
+    ],
+)
+def test_waiting_threads_spin_briefly_unless_the_user_says_otherwise(imports, variables, count):
+    clean = {k: v for k, v in os.environ.items() if k not in (SPIN, "OMP_WAIT_POLICY", "KMP_BLOCKTIME")}
+    program = f"import os, {imports}; print(os.environ.get({SPIN!r}))"
+    argv = [sys.executable, "-c", program]
+    done = subprocess.run(argv, env=clean | variables, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(count)
