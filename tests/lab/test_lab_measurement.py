@@ -78,8 +78,10 @@ def test_projections_are_those_of_exact_scores(architecture: str, tolerance: flo
             assert got[:, 2].abs().max() == 0
 
 
-def test_probes_are_signs_that_no_chunk_moves(policy: Policy) -> None:
+def test_probes_are_signs_that_the_seed_decides_and_no_chunk_moves(policy: Policy) -> None:
     parameters = chosen_parameters(policy)
+    (name, *_), drawn = parameters, [next(probes(parameters, 7, seed=s)) for s in (0, 1, 2**32 - 1)]
+    assert len({tuple(p[name].flatten().tolist()) for p in drawn}) == 3
     whole = [torch.cat([p[n] for p in probes(parameters, 7, seed=1, chunk=7)]) for n in parameters]
     parts = [torch.cat([p[n] for p in probes(parameters, 7, seed=1, chunk=3)]) for n in parameters]
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
