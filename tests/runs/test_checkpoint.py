@@ -40,13 +40,16 @@ def save(folder, step, write, *, keep, **state):
 
 
 def test_older_ones_go_by_number_and_only_after_the_new_one_is_verified(tmp_path, monkeypatch):
+    mine = [".step_000001_mine", "step_000001_mine"]
+    for name in mine:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
     for step in (999_998, 999_999, 1_000_000):  # as text, the last would be the first
         (tmp_path / "checkpoints" / ".step_000001.old").mkdir(parents=True)
         path = save(tmp_path / "checkpoints", step, write, keep=2)
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest.keys() == {"weights.bin", "sub/state.json", "trainer_state.pt"}
     assert manifest["weights.bin"][0] == 2048
-    assert names(path.parent) == ["step_1000000", "step_999999"]
+    assert names(path.parent) == sorted([*mine, "step_1000000", "step_999999"])
 
     def fail(path):
         raise Refused("its bytes are others")
@@ -70,6 +73,17 @@ def test_a_failed_save_stops_removes_the_partial_and_leaves_the_last_good_one(tm
         save(tmp_path / "gone" / "checkpoints", 1, write, keep=1)
     assert caught.value.__cause__ is fault and names(tmp_path) == ["step_000001"]
     verify(good)
+
+
+@pytest.mark.parametrize("link", ["model", ".model.partial", ".model.old"])
+def test_of_a_link_in_the_place_of_a_folder_only_the_link_is_replaced(tmp_path, link):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "mine.txt").write_text("mine")
+    (tmp_path / link).symlink_to(tmp_path / "outside")
+    with atomic_directory(tmp_path / "model") as folder:
+        write(folder)
+    verify(tmp_path / "model")
+    assert names(tmp_path) == ["model", "outside"] and names(tmp_path / "outside") == ["mine.txt"]
 
 
 @pytest.mark.parametrize(

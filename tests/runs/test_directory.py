@@ -10,14 +10,21 @@ import pytest
 
 from tokenrl import __version__
 from tokenrl.errors import Refused
-from tokenrl.runs import directory
 from tokenrl.runs.directory import RunDirectory, new_directory, newest, remove_run
 from tokenrl.runs.files import plain
 from tokenrl.runs.origin import versions
+from tokenrl.runs.resume import cut_back
 
 
 def tree(folder):
     return {str(path.relative_to(folder)): path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
+
+
+MINE = (
+    *("videos", "checkpoints/best", "checkpoints/step_000003_best", "completions/step_by_step.parquet"),
+    *("notes.txt", "preferences.jsonl", ".download.partial", "videos/talk-episode-1.mp4"),
+)
+"""What a user may have put beside the files of a run; the first three are folders."""
 
 
 def finished_run(run):
@@ -77,9 +84,10 @@ def test_what_a_run_wrote_is_removed_and_nothing_else(tmp_path):
     run, outside = finished_run(tmp_path / "run"), tmp_path / "elsewhere"
     outside.mkdir()
     (outside / "kept").write_text("kept")
-    (run / "notes.txt").write_text("mine")
-    for folder in ("best", ".step_000004.partial", ".step_000005.old"):
-        (run / "checkpoints" / folder).mkdir()
+    for folder in (*MINE[:3], "checkpoints/.step_000004.partial", "checkpoints/.step_000005.old"):
+        (run / folder).mkdir()
+    for name in (*MINE[3:], ".report.html.partial", "completions/.step_000004.parquet.partial"):
+        (run / name).write_text("x")
     for link in (run / "model" / "link", run / "checkpoints" / "step_000009"):
         link.symlink_to(outside)
     before = tree(run)
@@ -87,9 +95,35 @@ def test_what_a_run_wrote_is_removed_and_nothing_else(tmp_path):
         assert tree(run) == before  # who is refused before it begins has lost nothing
         remove_run(run)
         left = set(tree(run))
-    assert left == {".lock", "notes.txt", "checkpoints", "checkpoints/best", "completions",
-                    "completions/weights.bin"}  # fmt: skip
+    assert left == {".lock", "checkpoints", "completions", "completions/weights.bin", *MINE}
     assert (outside / "kept").read_text() == "kept"
+
+
+def test_a_continuation_removes_only_what_the_run_wrote_after_its_step(tmp_path):
+    run, outside = finished_run(tmp_path / "run"), finished_run(tmp_path / "other")
+    mine = {"checkpoints/step_000009_best": "x", "completions/step_000009_mine.parquet": "x"}
+    for name, text in mine.items():
+        (run / name).write_text(text)
+    (run / "checkpoints" / "step_000009").symlink_to(outside / "checkpoints" / "step_000003")
+    for log in ("metrics.jsonl", "timings.jsonl"):
+        (run / log).write_text('{"step": 0}\n')
+    before = tree(outside)
+    cut_back(run, 2)
+    assert not any((run / "checkpoints" / name).exists() for name in ("step_000003", "step_000009"))
+    assert mine.keys() <= tree(run).keys() and tree(outside) == before
+
+
+@pytest.mark.parametrize("folder", ["checkpoints", "completions", "videos"])
+@pytest.mark.parametrize("how", ["overwrite", "resume"])
+def test_a_folder_of_a_run_that_is_a_link_is_refused_and_its_target_stays(tmp_path, folder, how):
+    run, outside = finished_run(tmp_path / "run"), finished_run(tmp_path / "other")
+    shutil.rmtree(run / folder, ignore_errors=True)
+    (outside / folder).mkdir(exist_ok=True)
+    (run / folder).symlink_to(outside / folder)
+    before = tree(tmp_path)
+    with pytest.raises(Refused, match=f"{folder} is a link"):
+        RunDirectory(run, **{how: True})
+    assert tree(tmp_path) == before
 
 
 def test_a_model_hidden_by_a_crash_while_it_was_replaced_is_brought_back(tmp_path):
@@ -104,6 +138,7 @@ def test_a_model_hidden_by_a_crash_while_it_was_replaced_is_brought_back(tmp_pat
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name, text", [("notes.txt", "mine"), ("config.json", '{"model_type": "gpt2"}'),
+                                        (".download.partial", "half"),
                                         ("config.json", "[1]"), ("metrics.jsonl", "[]")])  # fmt: skip
 def test_directory_of_other_people_is_refused_even_with_overwrite(tmp_path, overwrite, name, text):
     (tmp_path / name).write_text(text)
@@ -121,7 +156,7 @@ def test_removal_cut_short_can_be_repeated(tmp_path, monkeypatch):
         raise OSError("busy")
 
     with monkeypatch.context() as patch:
-        patch.setattr(directory.shutil, "rmtree", busy)
+        patch.setattr(shutil, "rmtree", busy)
         with pytest.raises(Refused, match=r"cannot be replaced.*busy"):
             remove_run(tmp_path)
     with locked(tmp_path, overwrite=True):  # it is still known as a run

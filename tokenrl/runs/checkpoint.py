@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenrl.errors import Refused, Stopped, describe
+from tokenrl.runs.directory import LEFT, STEP
 from tokenrl.runs.files import atomic_directory, verify
 from tokenrl.settings import Count, Natural, NonNegative, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NAME = re.compile(r"step_[0-9]{6,}")
 _STATE = "trainer_state.pt"
 
 
@@ -145,7 +145,8 @@ class Saver:
             return
         self.check_finite()
         for left in self._folder.glob(".step_*"):  # by a crash; this run holds the lock: nobody writes there
-            shutil.rmtree(left, ignore_errors=True)
+            if re.fullmatch(LEFT, left.name):
+                shutil.rmtree(left, ignore_errors=True)
         path = self._folder / f"step_{self.step:06d}"
         with atomic_directory(path) as partial:
             model.write(partial)
@@ -187,7 +188,13 @@ class Saver:
 
 def checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints, oldest first, by number: as text, step_1000000 would come before step_999999."""
-    return sorted((path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)), key=step_of)
+    return sorted((path for path in folder.glob("step_*") if re.fullmatch(STEP, path.name)), key=step_of)
+
+
+def tables(folder: Path) -> list[Path]:
+    """List the tables of completions that a run wrote into a folder, oldest first."""
+    names = re.compile(rf"{STEP}\.parquet")
+    return sorted((path for path in folder.glob("step_*") if names.fullmatch(path.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:

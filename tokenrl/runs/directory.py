@@ -7,20 +7,29 @@ so that two runs never mix their files. Importing this module imports no torch.
 from __future__ import annotations
 
 import contextlib
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.runs.files import settle
+from tokenrl.runs.files import remove, settle
 
-_WRITTEN = (
-    *("learning_curve.png", "report.html", "summary.json", "timings.jsonl", "metrics.jsonl", ".*.partial"),
-    *("warm_start.jsonl", "model", "tensorboard", "videos/*episode*.mp4", "completions/step_*.parquet"),
-    *("completions/.step_*", "checkpoints/step_[0-9]*", "checkpoints/.step_*", "config.json"),
+_FILES = (
+    *("learning_curve.png", "report.html", "summary.json", "timings.jsonl", "metrics.jsonl"),
+    *("warm_start.jsonl", "model", "tensorboard", "config.json"),
 )
-"""What a run writes, as patterns; config.json is the last, so that a removal cut short can be repeated."""
+"""What a run writes into its folder; config.json is the last, so that a removal cut short can be repeated."""
+_PARTIAL = tuple(f".{name}.partial" for name in _FILES)
+STEP = r"step_[0-9]{6,}"
+LEFT = rf"\.{STEP}(\.parquet)?\.(partial|old)"
+"""The name of what a crash leaves of a checkpoint or of a table of completions."""
+_FOLDERS = {
+    "videos": r"episode-episode-[0-9]+\.mp4",
+    "completions": rf"{STEP}\.parquet|{LEFT}",
+    "checkpoints": f"{STEP}|{LEFT}",
+}
+"""What a run writes into folders that may hold files of others too."""
 
 
 class RunDirectory:
@@ -44,8 +53,8 @@ class RunDirectory:
 
         Raises:
             Refused: the path contains `..` or is a file; the folder holds a run that is neither to be
-                replaced nor continued; it holds files that no run wrote; another run is using it; or it
-                cannot be written.
+                replaced nor continued; it holds files that no run wrote, or links where a run removes
+                files; another run is using it; or it cannot be written.
             FileExistsError: `new` was asked for, and the folder exists.
         """
         self.path = run = Path(path)
@@ -108,9 +117,15 @@ def new_directory(kind: str) -> RunDirectory:
 
 
 def _refuse_foreign(run: Path) -> None:
-    """Refuse a folder that holds something but no run; a saved model also has a config.json."""
+    """Refuse a folder that holds something but no run, or a run in part behind links.
+
+    A saved model also has a config.json.
+    """
+    for link in (run / name for name in _FOLDERS if (run / name).is_symlink()):
+        why = f"{link} is a link, and a run removes its older files, but only in its own directory"
+        raise Refused(f"{why}. Put a folder there, or give another output directory.")
     names = sorted(entry.name for entry in run.iterdir()) if run.is_dir() else []
-    names = [name for name in names if name != ".lock" and not name.endswith(".partial")]
+    names = [name for name in names if name not in (".lock", *_PARTIAL)]
     with contextlib.suppress(Refused):
         if not names or "timings.jsonl" in names or "tokenrl" in read_config(run).get("versions", ()):
             return
@@ -158,10 +173,13 @@ def remove_run(run: Path) -> None:
         Refused: a file cannot be removed.
     """
     try:
-        for path in [path for pattern in _WRITTEN for path in run.glob(pattern)]:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for name, written in _FOLDERS.items():
+            for path in list((run / name).glob("*")):
+                if re.fullmatch(written, path.name):
+                    remove(path)
+            with contextlib.suppress(OSError):  # it is not there, or holds files of others
+                (run / name).rmdir()
+        for name in (*_PARTIAL, *_FILES):
+            remove(run / name)
     except OSError as error:
         raise Refused(f"The run in {run} cannot be replaced ({error}); give another directory.") from error
-    for name in ("videos", "completions", "checkpoints"):
-        with contextlib.suppress(OSError):  # it is not there, or holds files of others
-            (run / name).rmdir()

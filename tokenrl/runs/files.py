@@ -179,9 +179,16 @@ def settle(directory: Path) -> None:
     aside, old = _beside(directory)
     if old.exists() and not directory.exists():
         os.rename(old, directory)
-    for path in (aside, old):
-        if path.exists():
-            shutil.rmtree(path)
+    remove(aside)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def verify(folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.runs.checkpoint import step_of
+from tokenrl.runs.checkpoint import step_of, tables
 from tokenrl.runs.metrics import read_completions, read_metrics
 
 
@@ -119,8 +119,7 @@ class RecordedRun:
         Raises:
             Refused: a table is damaged.
         """
-        files = [f for f in self.path.glob("completions/step_*.parquet") if f.stem[5:].isdecimal()]
-        files.sort(key=step_of, reverse=True)
+        files = tables(self.path / "completions")[::-1]
         apart = max(1.0, (len(files) - 1) / max(1, steps - 1))
         kept = [files[round(place * apart)] for place in range(min(steps, len(files)))][::-1]
         return [{"step": step_of(file), **row} for file in kept for row in read_completions(file)[:most]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any, TypeVar
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.runs.checkpoint import checkpoints, step_of
+from tokenrl.runs.checkpoint import checkpoints, step_of, tables
 from tokenrl.runs.directory import newest, numbered
-from tokenrl.runs.files import flat, verify, write_text
+from tokenrl.runs.files import flat, remove, verify, write_text
 from tokenrl.runs.metrics import line_of, read_metrics
 from tokenrl.runs.origin import versions
 
@@ -110,9 +109,9 @@ def cut_back(run: Path, step: int) -> None:
     logs = [path for path in (run / "metrics.jsonl", run / "timings.jsonl") if path.exists()]
     for path, rows in {path: read_metrics(path) for path in logs}.items():
         write_text(path, "".join(line_of(row) for row in rows if row["step"] <= step))
-    for path in (*checkpoints(run / "checkpoints"), *run.glob("completions/step_[0-9]*.parquet")):
+    for path in (*checkpoints(run / "checkpoints"), *tables(run / "completions")):
         if step_of(path) > step:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
     (run / "summary.json").unlink(missing_ok=True)
 
 

@@ -30,6 +30,7 @@ from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.tasks.sources import recorded
 from tokenrl.language.training.setup import made_from
 from tokenrl.language.training.supervised import Descent
+from tokenrl.runs.checkpoint import tables
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.resume import taken_up
@@ -288,7 +289,6 @@ def _finish(session: Session, data: RewardData, ended: RewardModelResult, title:
     """
     directory = session.output_dir
     for name in ("preferences.jsonl", "preferences_eval.jsonl"):
-        (directory / name).unlink(missing_ok=True)  # left by a run that this one replaces
         if name in data.rows:
             write_preferences(directory / name, data.rows[name])
     rows = [
@@ -297,7 +297,7 @@ def _finish(session: Session, data: RewardData, ended: RewardModelResult, title:
         for pair, (chosen, rejected) in zip(data.held_out, rewards, strict=True)
     ]
     rows.sort(key=lambda row: row["reward_chosen"] - row["reward_rejected"])  # the worst mistakes first
-    for earlier in directory.glob("completions/step_*.parquet"):  # of a run that this one continues
+    for earlier in tables(directory / "completions"):  # of a run that this one continues
         earlier.unlink()
     write_completions(directory / "completions", ended.steps, rows)
     facts: dict[str, Any] = {f"{name} on held-out pairs": value for name, value in ended.eval_after.items()}
