@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -128,8 +129,10 @@ def test_what_cannot_be_compared_is_refused_in_few_words_before_anything_runs(op
 def begun(tmp_path):
     """A comparison of which a run has begun."""
     write_plan(plan(), tmp_path)
-    (tmp_path / "runs" / "walk").mkdir(parents=True)
-    (tmp_path / "runs" / "walk" / "config.json").write_text("{}")
+    run = tmp_path / plan().runs()[0].path
+    run.mkdir(parents=True)
+    (run / "config.json").write_text('{"versions": {"tokenrl": "1"}}')
+    Path(f"{run}.json").write_text("{}")
     return tmp_path
 
 
@@ -163,7 +166,7 @@ def test_another_experiment_in_the_same_directory_is_refused(begun, options):
         settle_plan(plan(**options), begun, overwrite=False)
     assert (begun / "plan.json").is_file()
     assert settle_plan(plan(**options), begun, overwrite=True).changes == ()
-    assert not begun.exists()
+    assert not (begun / "runs").exists()
 
 
 def test_before_the_first_run_a_plan_is_simply_replaced(tmp_path):

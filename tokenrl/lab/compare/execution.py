@@ -21,7 +21,7 @@ from tokenrl.errors import Refused, Stopped, describe
 from tokenrl.lab.compare.plan import Plan, Run
 from tokenrl.lab.compare.planning import KINDS
 from tokenrl.runs.console import Console
-from tokenrl.runs.directory import acquire_lock, in_use
+from tokenrl.runs.directory import in_use
 from tokenrl.runs.files import write_json
 from tokenrl.runs.signals import GracefulStop
 from tokenrl.settings import field_types
@@ -74,37 +74,32 @@ def execute(
     Args:
         plan: the comparison.
         runs: the runs.
-        root: the directory of the comparison.
+        root: the directory of the comparison, which this process has locked.
         executor: `local` for processes of this machine, `ray` for tasks of a Ray cluster.
         workers: number of runs at the same time; None for one per processor.
         console: where progress is shown.
 
     Raises:
-        Refused: another process makes runs of this comparison, or there is no Ray.
+        Refused: there is no Ray.
         Stopped: a signal asked to stop, whose exit code it has. The runs under way have been saved.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    lock = acquire_lock(root, f"Another process makes the runs of {root}. Wait for it, or give another one.")
     ended, over = 0, Event()
-    try:
-        call, places = _on_ray() if executor == "ray" else _on_this_machine()
-        with GracefulStop(quiet=console.rich.quiet) as stop, ThreadPoolExecutor(workers or places) as pool:
+    call, places = _on_ray() if executor == "ray" else _on_this_machine()
+    with GracefulStop(quiet=console.rich.quiet) as stop, ThreadPoolExecutor(workers or places) as pool:
 
-            def is_over() -> bool:
-                return over.is_set() or bool(stop.requested)
+        def is_over() -> bool:
+            return over.is_set() or bool(stop.requested)
 
-            made = {pool.submit(_make, plan, run, root, call, is_over): run for run in runs}
-            try:
-                for future in as_completed(made):
-                    code = future.result()
-                    if stop.requested:
-                        break
-                    ended += 1
-                    console.note(f"run {ended}/{len(runs)}  {_ending(made[future], code, root)}")
-            finally:
-                over.set()
-    finally:
-        lock.release()
+        made = {pool.submit(_make, plan, run, root, call, is_over): run for run in runs}
+        try:
+            for future in as_completed(made):
+                code = future.result()
+                if stop.requested:
+                    break
+                ended += 1
+                console.note(f"run {ended}/{len(runs)}  {_ending(made[future], code, root)}")
+        finally:
+            over.set()
     if stop.requested:
         error = Stopped(
             f"{signal.Signals(stop.requested).name}: {ended} of {len(runs)} runs have ended, and those under "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenrl.configuration import RECORDED
@@ -48,6 +49,8 @@ def read_existing(patterns: Sequence[str], output_dir: str) -> tuple[list[Proble
     if wrong or not found:
         what = f"{wrong[0]} is no run of tokenrl train or control" if wrong else "no run directory was found"
         raise Refused(f"runs was given as {' '.join(patterns)}; {what}. Give directories that these wrote.")
+    if inside := [run.path for run in found if run.path.resolve().is_relative_to(Path(output_dir).resolve())]:
+        raise Refused(f"The run {inside[0]} lies in the output directory {output_dir}. Give another one.")
     by_problem: dict[str, list[RecordedRun]] = {}
     places = [{n: run.config[n] for n in PLACE if run.config.get(n) is not None} for run in found]
     for run, label in zip(found, _labels(places), strict=True):

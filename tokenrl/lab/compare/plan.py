@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.lab.compare.paired import LEAST_PAIRS, detectable_difference
-from tokenrl.runs.files import plain, write_json
+from tokenrl.runs.directory import RunDirectory, acquire_lock, remove_run
+from tokenrl.runs.files import plain, remove, write_json
 from tokenrl.settings import arguments
 
 Kind = Literal["train", "control"]
@@ -251,8 +252,26 @@ def read_plan(output_dir: Path) -> Plan:
         return Plan(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(
-            f"{path} cannot be read ({error}). Give another --output-dir, or replace it with --overwrite."
+            f"{path} cannot be read ({error}). Give another --output-dir, or remove that file."
         ) from error
+
+
+def lock_plan(output_dir: Path) -> Any:
+    """Make the directory of a comparison and lock it, so that no other process changes its plan or its runs.
+
+    Raises:
+        Refused: the directory holds files, but no comparison; or another process has locked it.
+    """
+    _refuse_foreign(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    busy = f"Another process works on the comparison in {str(output_dir)!r}. Wait, or give another directory."
+    return acquire_lock(output_dir, busy)
+
+
+def _refuse_foreign(output_dir: Path) -> None:
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    if "plan.json" not in names and set(names) - {".lock"}:
+        raise Refused(f"{output_dir} holds files, but no comparison. Give an empty --output-dir.")
 
 
 def settle_plan(plan: Plan, output_dir: Path, *, overwrite: bool) -> Plan:
@@ -265,19 +284,19 @@ def settle_plan(plan: Plan, output_dir: Path, *, overwrite: bool) -> Plan:
     Args:
         plan: the plan.
         output_dir: the directory of the comparison.
-        overwrite: remove the comparison that the directory holds.
+        overwrite: remove the comparison that the directory holds; this process has locked the directory.
 
     Raises:
-        Refused: the directory holds a comparison of other problems, arms or seeds, or something else.
+        Refused: the directory holds a comparison of other problems, arms or seeds, or something else; or it
+            holds a comparison that cannot be removed.
     """
+    _refuse_foreign(output_dir)
     if not os.path.exists(output_dir / "plan.json"):
-        if os.path.isdir(output_dir) and any(output_dir.iterdir()):
-            raise Refused(f"{output_dir} holds files, but no comparison. Give an empty --output-dir.")
-        return plan
-    if overwrite:
-        shutil.rmtree(output_dir)
         return plan
     old = read_plan(output_dir)
+    if overwrite:
+        _remove(old, output_dir.resolve())
+        return plan
     before, now = _facts(old), _facts(plan)
     differ = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
     added = {name for name in differ if name.startswith("the arm") and name not in before}
@@ -296,6 +315,34 @@ def settle_plan(plan: Plan, output_dir: Path, *, overwrite: bool) -> Plan:
         for name in differ
     ]
     return replace(plan, changes=tuple(dict.fromkeys([*old.changes, *changes])))
+
+
+def _remove(plan: Plan, root: Path) -> None:
+    """Remove what a comparison wrote, and nothing else; its plan stays, until the next one replaces it.
+
+    Raises:
+        Refused: a run is at work, or lies behind a link; or it holds files that no run wrote.
+    """
+    arms = [Path(plan.run(p, arm, 0, rate=1.0).path).parent for p in plan.problems for arm in plan.arms]
+    patterns = [f"{arm}{role}/seed_*.json" for arm in arms for role in ("", "-itself", "-tuning-*")]
+    settings = [file for pattern in patterns for file in root.glob(pattern)]  # each beside its run
+    runs = [file.with_suffix("") for file in settings if file.stem.removeprefix("seed_").isdecimal()]
+    if behind := [run for run in runs if run.resolve() != run]:
+        raise Refused(f"{behind[0]} lies behind a link, where nothing is removed. Give another --output-dir.")
+    for directory in [RunDirectory(run, overwrite=True) for run in runs]:
+        run = directory.path
+        remove_run(run)
+        remove(run / ".lock")
+        directory.release()
+        if os.listdir(run):
+            raise Refused(f"{run} holds files that no run wrote. Move them, and repeat the command.")
+        run.rmdir()
+        remove(Path(f"{run}.log"))
+        remove(Path(f"{run}.json"))
+        with contextlib.suppress(OSError):  # there are other runs, or files of others
+            os.removedirs(run.parent)
+    for name in ("runs.csv", "comparisons.csv", "comparison.json", "report.html"):
+        remove(root / name)
 
 
 def _facts(plan: Plan) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -24,7 +25,7 @@ from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.lab.compare.comparison import Comparison, judge_runs
 from tokenrl.lab.compare.execution import command, execute
 from tokenrl.lab.compare.page import write_comparison
-from tokenrl.lab.compare.plan import Plan, Problem, Run, read_plan, settle_plan, write_plan
+from tokenrl.lab.compare.plan import Plan, Problem, Run, lock_plan, read_plan, settle_plan, write_plan
 from tokenrl.lab.compare.planning import make_plan
 from tokenrl.lab.compare.scores import RunTable, is_done, read_runs
 from tokenrl.runs.console import Console, duration, number, rich_table
@@ -62,8 +63,16 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
     args = called(CompareArguments, args, with_shared(options) if options else {})
     console, root = Console(quiet=args.quiet), Path(args.output_dir)
     plan = make_plan(args, console.note)
-    plan = settle_plan(plan, root, overwrite=args.overwrite and not args.dry_run)
-    facts = plan.in_words()
+    with ExitStack() as stack:
+        if not args.dry_run:
+            stack.callback(lock_plan(root).release)
+        plan = settle_plan(plan, root, overwrite=args.overwrite and not args.dry_run)
+        return _carried_out(plan, args, console)
+
+
+def _carried_out(plan: Plan, args: CompareArguments, console: Console) -> Comparison | Plan:
+    """Foretell, print, or make and judge the runs of a plan, as the arguments say."""
+    root, facts = Path(args.output_dir), plan.in_words()
     if args.dry_run:
         for problem in () if plan.existing else plan.problems:
             seconds = duration(_seconds(plan, problem))
