@@ -13,7 +13,9 @@ from tokenrl.settings import arguments
 
 T = TypeVar("T")
 
-RECORDED = ("kind", "versions", "title", "solved", "pairs", "command", "task_rows", "warm_started")
+RECORDED = (
+    *("kind", "versions", "title", "solved", "horizon", "pairs", "command", "task_rows", "warm_started"),
+)
 """Names in the config.json of a run that are no settings."""
 
 

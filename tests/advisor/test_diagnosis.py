@@ -254,3 +254,43 @@ def test_a_real_run_from_end_to_end(kind, tmp_path, capsys, monkeypatch):
     line = shown.partition("Run it: ")[2].splitlines()[0]
     assert main([*shlex.split(line)[1:], "--check"]) in (0, 2)
     assert not (tmp_path / "runs").exists() and (tmp_path / "run" / "config.json").exists()
+
+
+NAMED = {
+    "control": {"env": "{}:Mine-v0", "estimator": {"baseline": "{}:run"}},
+    "train": {"task": "{}:run", "reward": ["{}:run"], "model": "{}:run", "estimator": {"baseline": "{}:run"}},
+}
+"""Settings of a run that name code, by kind."""
+
+
+@pytest.mark.parametrize(
+    "command", ["advise --run a", "report a", "report a b", "compare --runs a b --quiet"]
+)
+@pytest.mark.parametrize("source", ["mine.py", "mine"])
+@pytest.mark.parametrize("kind", NAMED)
+def test_reading_a_run_executes_nothing_that_it_names(made_up, tmp_path, monkeypatch, kind, source, command):
+    (tmp_path / "mine.py").write_text("open('executed', 'w')")
+    for name in ("a", "b"):
+        counts = {"num_samples": lambda step: 8 * step, "episodes": 8, "grad_clipped": 0.0}
+        made_up(kind, **counts).rename(tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        changes = json.loads(json.dumps(NAMED[kind]).replace("{}", source))
+        changes["estimator"] = config["estimator"] | changes["estimator"]
+        changes |= {"seed": 0, "learning_rate": {"a": 0.01, "b": 0.02}[name]}
+        (tmp_path / name / "config.json").write_text(json.dumps(config | changes))
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 0
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("recorded", "env", "limit"),
+    [(700, "mine.py:Mine-v0", "700"), (None, "CartPole-v1", "500"), (None, "mine.py:Mine-v0", "inf")],
+)
+def test_the_horizon_is_what_the_run_recorded_or_that_of_a_registered_environment(
+    made_up, recorded, env, limit
+):
+    path = made_up("control", settings={"estimator": PLAIN, "num_envs": 1})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"horizon": recorded, "env": env}))
+    assert f"may last {limit} actions" in findings_of(path)["no-baseline"].text

@@ -14,12 +14,13 @@ import shlex
 from statistics import NormalDist, fmean, stdev
 from typing import Any, NamedTuple
 
+import gymnasium
 import numpy as np
 
 from tokenrl.advisor.advice import Advice, changed, flags, together
 from tokenrl.configuration import configured
 from tokenrl.control.arguments import ControlSettings
-from tokenrl.control.environments import describe
+from tokenrl.control.environments import OWN
 from tokenrl.errors import Refused, describe as in_words
 from tokenrl.language.training.arguments import TrainSettings
 from tokenrl.runs.console import ending
@@ -116,7 +117,7 @@ def run_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
         if not facts["gained"]:
             facts |= latest_facts(rows, arguments.prompts_per_step, estimator.needs_groups)
         return facts | {"horizon": arguments.max_completion_length}
-    facts["horizon"] = _horizon(arguments)
+    facts["horizon"] = _horizon(run, arguments)
     if arguments.num_envs == 1 or estimator.within_rows:
         facts["recent_equal"] = None  # episodes are not compared, so that equal returns say nothing
     if arguments.head != "softmax":
@@ -172,12 +173,16 @@ def _differs(one: Mean, other: Mean, comparisons: int) -> int:
     return (difference > bound) - (difference < -bound)
 
 
-def _horizon(arguments: ControlSettings) -> float:
-    """Return the most actions of an episode; infinity where the environment is not installed here."""
-    try:
-        return arguments.max_episode_steps or describe(arguments.env).horizon
-    except Refused:
-        return math.inf
+def _horizon(run: RecordedRun, arguments: ControlSettings) -> float:
+    """Return the most actions of an episode, as the run recorded it; infinity where that cannot be told.
+
+    A run of an earlier release has not recorded it. Of its environment only a registered name is looked up:
+    no file or module that a run names is imported, because a diagnosis executes nothing of the run.
+    """
+    recorded, env = run.config.get("horizon"), arguments.env
+    spec = gymnasium.registry.get(OWN[env][0] if env in OWN else env)
+    limit = arguments.max_episode_steps or (recorded if isinstance(recorded, int) else None)
+    return limit or (spec and spec.max_episode_steps) or math.inf
 
 
 def _status(run: RecordedRun, arguments: Any) -> str:

@@ -87,7 +87,7 @@ def train_agent(
                 return check_agent(run, session, partial(_evaluate, run), partial(_collect, run, 1))
             if not session.continues:
                 session.evaluated(_evaluate(run))
-            session.begin(run.args, names={}, title=title, solved=spec.solved)
+            session.begin(run.args, names={}, title=title, solved=spec.solved, horizon=spec.horizon)
             if session.continues and args.num_steps is not None:
                 session.console.warn(ANEW)
             return _loop(run, session)
