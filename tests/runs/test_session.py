@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import dataclass, field
 from functools import partial
@@ -369,6 +370,52 @@ def test_a_run_whose_metrics_have_lost_rows_goes_back_to_the_checkpoint_that_the
         with pytest.raises(Refused, match=words):
             live(run, resume="auto", max_steps=9)
         assert bytes_of(run) == before
+
+
+def test_a_changed_digit_in_metrics_is_noticed_and_goes_back_to_the_checkpoint_before_it(tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    live(whole, max_steps=7)
+    live(run)
+    rows = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(rows.replace('"eval_reward": 50.0', '"eval_reward": 51.0'))
+    with pytest.raises(
+        Refused, match=r"step_000005 cannot be continued: rows .* not those that the run wrote"
+    ):
+        live(run, resume=str(run / "checkpoints" / "step_000005"), max_steps=7)
+    live(run, resume="auto", max_steps=7)
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes() and same(whole, run)
+    first = (run / "metrics.jsonl").read_text().replace('"eval_reward": 0.0', '"eval_reward": 1.0', 1)
+    (run / "metrics.jsonl").write_text(first)
+    with pytest.raises(
+        Refused, match=r"run cannot be continued\. .*not those that the run wrote.*--overwrite"
+    ):
+        live(run, resume="auto", max_steps=9)
+
+
+@pytest.mark.parametrize("continued", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file: os.truncate(file, 100),
+        lambda file: file.write_bytes(file.read_bytes().replace(b"0", b"1", 1)),
+        lambda file: file.rename(file.with_name("moved.jsonl")),
+        lambda file: os.replace(shutil.copy(file, file.with_name("edited")), file),
+    ],
+    ids=["truncated", "digit", "moved", "replaced"],
+)
+def test_metrics_that_another_program_changes_during_a_run_are_written_again(
+    tmp_path, change, continued, capsys
+):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    live(whole, max_steps=7)
+    if continued:
+        live(run, max_steps=4)
+    changed = lambda session: session.step in (5, 7) and change(run / "metrics.jsonl")  # noqa: E731
+    live(run, before=changed, max_steps=7, quiet=False, resume="auto" if continued else None)
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert capsys.readouterr().out.count("changed metrics.jsonl, which has been written again") == 2
+    live(run, resume="auto", max_steps=9)  # its checkpoint fits the file
+    assert [row["step"] for row in lines(run)] == list(range(10))
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):

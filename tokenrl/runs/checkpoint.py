@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _STATE = "trainer_state.pt"
+_ROWS_HASH = "metrics_sha256.txt"
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,13 @@ class Saver:
         by_steps = bool(args.save_every) and step % args.save_every == 0
         return self._active and step > self._saved and (by_steps or 0 < args.save_minutes <= minutes)
 
-    def save(self) -> None:
+    def save(self, rows_hash: str = "") -> None:
         """Save the state that was settled last, unless it is saved or there is none.
 
         A step that failed after it had changed a tensor has left weights of no step, and these are not saved.
+
+        Args:
+            rows_hash: the SHA-256 of the rows of metrics.jsonl up to the step, for `rows_hash_of`.
 
         Raises:
             Stopped: the weights are not finite, or the checkpoint could not be written.
@@ -151,6 +155,8 @@ class Saver:
         with atomic_directory(path) as partial:
             model.write(partial)
             write_state(partial, {"step": self.step, **self._state})
+            if rows_hash:
+                (partial / _ROWS_HASH).write_text(rows_hash)
         try:
             verify(path)  # before older ones go
         except Refused as fault:
@@ -200,6 +206,11 @@ def tables(folder: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     """Return the step of a checkpoint, or of a table of completions, from its name."""
     return int(path.stem.removeprefix("step_"))
+
+
+def rows_hash_of(path: Path) -> str:
+    """Return the SHA-256 of the rows of metrics.jsonl up to a checkpoint; empty if it has none."""
+    return (path / _ROWS_HASH).read_text() if (path / _ROWS_HASH).exists() else ""
 
 
 def write_state(folder: Path, state: Any) -> None:

@@ -7,18 +7,20 @@ Times, rates and memory go to timings.jsonl. Importing this module imports no to
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import Refused, describe
-from tokenrl.runs.files import flat, not_written, plain, replacing
+from tokenrl.runs.files import flat, not_written, plain, replacing, write_text
 from tokenrl.settings import Settings, check_choice
 
 _GIB = 1024**3
@@ -28,6 +30,9 @@ class MetricsLog:
     """Appends one line per step to metrics.jsonl and to timings.jsonl, and gives each to the system at once.
 
     Every line is strict JSON: NaN is written as null and an infinity as a string (see `runs.files`).
+
+    Attributes:
+        rows_hash: the SHA-256 of the lines of metrics.jsonl, as far as they are written.
     """
 
     def __init__(self, run: Path) -> None:
@@ -36,10 +41,9 @@ class MetricsLog:
         Raises:
             Stopped: a file cannot be written.
         """
-        self._files = {}
-        for path in (run / "metrics.jsonl", run / "timings.jsonl"):
-            with _told(path):
-                self._files[path] = path.open("ab", buffering=0)
+        self._metrics = run / "metrics.jsonl"
+        self._files = {path: _appending(path) for path in (self._metrics, run / "timings.jsonl")}
+        self.rows_hash = hashlib.sha256(self._metrics.read_bytes())
 
     def write(self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
         """Append a line to each file: `step` first, then the other keys in alphabetical order.
@@ -55,25 +59,45 @@ class MetricsLog:
         for (path, file), row in zip(self._files.items(), (metrics, timings), strict=True):
             if row is None:
                 continue
-            rest = line_of({"step": int(step), **dict(sorted(row.items()))}).encode()
+            rest = line = line_of({"step": int(step), **row}).encode()
             with _told(path):
                 while rest:  # what does not fit on the disk any more is left over
                     rest = rest[file.write(rest) :]
+            if path == self._metrics:
+                self.rows_hash.update(line)
 
-    def sync(self) -> None:
+    def sync(self, rows: Iterable[Mapping[str, Any]]) -> bool:
         """Flush both files to the disk, so that a checkpoint never has more steps than they have.
+
+        Args:
+            rows: all rows of metrics.jsonl. If it holds others, since another program has changed, moved or
+                removed it, it is written again.
+
+        Returns:
+            Whether metrics.jsonl was written again.
 
         Raises:
             Stopped: the disk is full.
         """
+        is_changed = hash_of_rows(self._metrics) != self.rows_hash.hexdigest()
+        if is_changed:
+            self._files[self._metrics].close()
+            write_text(self._metrics, "".join(map(line_of, rows)))
+            self._files[self._metrics] = _appending(self._metrics)
         for path, file in self._files.items():
             with _told(path):
                 os.fsync(file.fileno())
+        return is_changed
 
     def close(self) -> None:
         """Close both files."""
         for file in self._files.values():
             file.close()
+
+
+def _appending(path: Path) -> FileIO:
+    with _told(path):
+        return path.open("ab", buffering=0)
 
 
 @contextmanager
@@ -85,8 +109,24 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def line_of(row: Mapping[str, Any]) -> str:
-    """Return the line of a file that holds this row of numbers, which `read_metrics` reads back."""
-    return json.dumps(plain(row), allow_nan=False, ensure_ascii=False) + "\n"
+    """Return the line of a file that holds this row of numbers, which `read_metrics` reads back.
+
+    It begins with the step; the other names follow in alphabetical order.
+    """
+    ordered = {"step": row["step"], **dict(sorted(row.items()))}
+    return json.dumps(plain(ordered), allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def hash_of_rows(metrics: Path, count: int | None = None) -> str:
+    """Return the SHA-256 of the first `count` lines of metrics.jsonl, or of all of them.
+
+    A last line that was cut short does not count. A file that cannot be read has no hash: an empty text.
+    """
+    try:
+        lines = metrics.read_bytes().split(b"\n")[:-1]
+    except OSError:
+        return ""
+    return hashlib.sha256(b"".join(line + b"\n" for line in lines[:count])).hexdigest()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

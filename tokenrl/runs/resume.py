@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.runs.checkpoint import checkpoints, step_of, tables
+from tokenrl.runs.checkpoint import checkpoints, rows_hash_of, step_of, tables
 from tokenrl.runs.directory import newest, numbered
 from tokenrl.runs.files import flat, remove, verify, write_text
-from tokenrl.runs.metrics import line_of, read_metrics
+from tokenrl.runs.metrics import hash_of_rows, line_of, read_metrics
 from tokenrl.runs.origin import versions
 
 T = TypeVar("T")
@@ -59,8 +59,9 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
 
     Args:
         run: the run directory.
-        resume: `auto` for the newest checkpoint that is whole and whose steps all have a row in
-            metrics.jsonl; the path of one of the run's checkpoints; or the run directory itself, as `auto`.
+        resume: `auto` for the newest checkpoint that is whole and whose steps all have the row in
+            metrics.jsonl that the run wrote; the path of one of the run's checkpoints; or the run directory
+            itself, as `auto`.
 
     Returns:
         The checkpoint, None where none has been saved yet, and for each newer one what is wrong with it.
@@ -78,9 +79,11 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
     for path in [Path(resume)] if named else reversed(checkpoints(folder)):
         try:
             verify(path)
-            if step_of(path) <= reached:
+            step, why = step_of(path), "rows of metrics.jsonl up to it are not those that the run wrote"
+            if step > reached:
+                why = f"rows of metrics.jsonl were lost, and only the first {reached + 1} are there"
+            elif rows_hash_of(path) in ("", hash_of_rows(run / "metrics.jsonl", step + 1)):
                 return path, skipped
-            why = f"rows of metrics.jsonl were lost, and only the first {reached + 1} are there"
             raise Refused(f"The checkpoint {path} cannot be continued: {why}.")
         except Refused as fault:
             if named:

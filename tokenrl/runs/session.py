@@ -367,9 +367,10 @@ class Session:
         """Save a checkpoint of the last whole state, if there is one."""
         if self._recorded == self.step:  # nothing of a further step has happened
             self.saver.settle(self.step)
-        if self._log is not None:
-            self._log.sync()  # a checkpoint must never know more steps than metrics.jsonl
-        self.saver.save()
+        if self._log is not None:  # a checkpoint must never know more steps than metrics.jsonl
+            if self._log.sync(self.rows):
+                self.console.warn("Another program changed metrics.jsonl, which has been written again.")
+            self.saver.save(self._log.rows_hash.hexdigest())
 
     def _failed(self, error: Exception) -> Stopped:
         """Save the state of a run that failed, write its summary and report; return the error to tell."""
