@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 
 import tokenrl
 from tokenrl.cli import COMMANDS, main
+from tokenrl.configuration import configured
 from tokenrl.core import Estimator
 from tokenrl.flags import parse
 from tokenrl.language.training.arguments import TrainArguments
@@ -45,8 +48,14 @@ def workplace(tmp_path, monkeypatch):
 
 
 def assert_repeats(name: str, run: Path) -> None:
-    """Check that the configuration of a run repeats it byte for byte, and that others refuse it."""
+    """Check that a run's configuration and its command repeat it byte for byte, and that others refuse it."""
     assert json.loads((run / "config.json").read_text())["kind"] == name
+    whole = (run / "metrics.jsonl").read_bytes()
+    module, _, function = COMMANDS[name].function.partition(":")
+    continued = dataclasses.replace(configured(COMMANDS[name].arguments, run, name), resume="auto")
+    getattr(importlib.import_module(module), function)(continued)
+    recorded = shlex.split(json.loads((run / "config.json").read_text())["command"])  # by a program
+    assert main([*recorded[1:], "--quiet"]) == 0 and (run / "metrics.jsonl").read_bytes() == whole
     assert main([name, "--config", str(run / "config.json"), "--output-dir", "again", "--quiet"]) == 0
     (weights,) = (run / "model").glob("*.safetensors")
     for file in ("metrics.jsonl", f"model/{weights.name}"):
@@ -243,6 +252,12 @@ def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
         *(("config.json", None), ("config.json --resume auto", "old"), ("own.json --output-dir", "named")),
     ):
         assert parse("train", COMMANDS["train"], ["--config", *words.split()]).output_dir == found
+    stored = {"output_dir": "old", "resume": "auto", "overwrite": True}
+    for made_by in ({"versions": {}}, {}):  # what a flag says of an old run counts, and not what a file says
+        (tmp_path / "config.json").write_text(json.dumps(stored | made_by))
+        for words, resume, overwrite in (("--overwrite", None, True), ("--resume auto", "auto", False)):
+            args = parse("train", COMMANDS["train"], ["--config", "config.json", *words.split()])
+            assert (args.output_dir, args.resume, args.overwrite) == ("old", resume, overwrite)
     args = parse("compare", COMMANDS["compare"], ["--learning-rate", "1e-3", "tuned", "--max-steps", "3"])
     assert args.learning_rate == (1e-3, "tuned") and args.shared == {"max_steps": 3}
     (tmp_path / "wrong.yaml").write_text("learning_rates: 1e-3")

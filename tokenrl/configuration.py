@@ -26,8 +26,8 @@ def configured(kind: type[T], path: str | os.PathLike[str], command: str, *, ane
         kind: The dataclass of settings to make.
         path: The file, or the directory of a run.
         command: The command that uses the settings; a run's config.json names its own command as its `kind`.
-        anew: Leave out where the run of a config.json was made, and that it was continued, because another
-            run is to be made.
+        anew: Whether another run is to be made: then where the run of a config.json was made is left out.
+            Else flags say whether a run is continued or replaced, and the file does not.
 
     Raises:
         Refused: The file cannot be read, belongs to another command, or has a setting that is not allowed.
@@ -37,8 +37,9 @@ def configured(kind: type[T], path: str | os.PathLike[str], command: str, *, ane
     if other != command:
         raise Refused(f"The configuration {path} is for `tokenrl {other}`; give it to that command.")
     try:
-        is_another = anew and "versions" in stored
-        left_out = (*RECORDED, *(("output_dir", "resume", "overwrite") if is_another else ()))
+        of_a_run = "versions" in stored
+        left_out = [*RECORDED, *["output_dir"] * (anew and of_a_run)]
+        left_out += ["resume", "overwrite"] * (of_a_run or not anew)
         return arguments(kind, {name: value for name, value in stored.items() if name not in left_out})
     except Refused as error:
         raise Refused(f"The configuration {path} cannot be used by tokenrl {command}: {error}") from error

@@ -124,7 +124,7 @@ def _start(name: str, command: Command, given: dict[str, Any]) -> dict[str, Any]
     config, agent, preset, axes = (given.pop(key, None) for key in ("config", "agent", "estimator", "axes"))
     if agent is not None and config is not None:
         raise Refused("--agent and --config both say where the settings start; give one of them.")
-    anew = not {"resume", "overwrite"} & given.keys()
+    anew = not (given.get("resume") or given.get("overwrite"))
     start = vars(kind() if config is None else configured(kind, config, name, anew=anew))
     if agent is not None:
         start = vars(arguments(kind, agent_settings(agent, given.get("env", start["env"]))))
