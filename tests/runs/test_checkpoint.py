@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.runs.checkpoint import Saver, SavingArguments, read_state, write_state
@@ -86,6 +87,10 @@ def test_of_a_link_in_the_place_of_a_folder_only_the_link_is_replaced(tmp_path, 
     assert names(tmp_path) == ["model", "outside"] and names(tmp_path / "outside") == ["mine.txt"]
 
 
+DIRECTORY = b"a directory"
+UNREADABLE = [b"{}", b"[]", b"5", b'"text"', b"\xff\xfe\x00\x80", b"[" * 100_000, DIRECTORY]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -93,13 +98,23 @@ def test_of_a_link_in_the_place_of_a_folder_only_the_link_is_replaced(tmp_path, 
         ("weights.bin", b"x" * 100, "file weights.bin is missing, altered, cut short"),
         ("manifest.json", None, "its file manifest.json is missing"),
         ("manifest.json", b'{"weights', "its file manifest.json is missing, altered"),
-        ("manifest.json", b"{}", "its file manifest.json is missing, altered"),
+        *(("manifest.json", text, "its file manifest.json is missing, altered") for text in UNREADABLE),
+        (
+            "manifest.json",
+            b'{"weights.bin": 5, "sub/state.json": [8, ""]}',
+            "its file weights.bin is missing",
+        ),
+        ("manifest.json", b'{"a\\u0000\\ud800": [8, ""]}', "its file a.* is missing"),
         ("manifest.json", b'{"step": 2, "files": {}}', "its file manifest.json is .*an earlier release"),
     ],
 )
 def test_damage_is_refused_by_name(tmp_path, name, content, words):
     path = save(tmp_path / "checkpoints", 2, write, keep=2)
-    (path / name).unlink() if content is None else (path / name).write_bytes(content)
+    (path / name).unlink()
+    if content == DIRECTORY:
+        (path / name).mkdir()
+    elif content is not None:
+        (path / name).write_bytes(content)
     for read in (verify, model_directory):
         with pytest.raises(Refused, match=rf"step_000002 cannot be used: .*{words}"):
             read(path)
@@ -138,9 +153,20 @@ def test_a_copy_of_a_checkpoint_is_verified_wherever_it_lies(tmp_path):
             model_directory(inside)
     (place / "manifest.json").unlink()  # what the message advises
     assert model_directory(place) == place
-    for foreign in ('{"name": "app", "icons": []}', "[]", '"text"'):  # of another program
-        (place / "manifest.json").write_text(foreign)
-        assert model_directory(place) == place
+    (place / "manifest.json").write_text('{"name": "app", "icons": []}')  # of another program
+    assert model_directory(place) == place
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, mask):
+    before = os.umask(mask)
+    with atomic_directory(tmp_path / "model") as folder:
+        write(folder)
+        save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")  # makes files of mode 600
+    (tmp_path / "usual").touch()
+    os.umask(before)
+    modes = {path.stat().st_mode for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "usual").stat().st_mode}
 
 
 TENSORS = [torch.tensor([1.5, -0.0, math.nan], dtype=torch.bfloat16), torch.tensor(2**62), torch.empty(0, 3)]

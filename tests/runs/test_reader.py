@@ -69,6 +69,17 @@ def test_files_with_odd_entries_are_shown_or_refused_by_name(odd, run, capsys):
 
 
 @pytest.mark.parametrize("name", ["summary.json", "config.json", "metrics.jsonl"])
+def test_a_directory_in_place_of_a_file_is_refused_by_name(name, run, capsys):
+    (run / name).unlink()
+    (run / name).mkdir()
+    others = f"compare --runs {run} {run} --output-dir {run.parent}/all"
+    for command in (f"report {run}", f"report {run} {run}", f"advise --run {run}", others):
+        assert main(command.split()) == 2, command
+        error = capsys.readouterr().err
+        assert error.startswith("tokenrl: ") and error.count("\n") == 1 and str(run) in error, error
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.json", "metrics.jsonl"])
 def test_files_that_are_cut_short_are_shown_or_refused(name, run, capsys):
     whole = (run / name).read_bytes()
     cut = [whole[:length] + b"\xff" * (length % 2) for length in (0, 1, len(whole) // 2, len(whole) - 2)]

@@ -372,6 +372,16 @@ def test_a_run_whose_metrics_have_lost_rows_goes_back_to_the_checkpoint_that_the
         assert bytes_of(run) == before
 
 
+def test_a_directory_in_place_of_the_summary_is_named_before_the_run_continues(tmp_path):
+    live(tmp_path)
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "summary.json").mkdir()
+    before = bytes_of(tmp_path)
+    with pytest.raises(Refused, match=r"Before the first step: .*summary\.json could not be written"):
+        live(tmp_path, resume="auto", max_steps=7)
+    assert bytes_of(tmp_path) == before
+
+
 def test_a_changed_digit_in_metrics_is_noticed_and_goes_back_to_the_checkpoint_before_it(tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     live(whole, max_steps=7)

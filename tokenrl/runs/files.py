@@ -33,15 +33,14 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        if path.is_fifo() or path.is_char_device():
-            yield path
-            return
-        yield partial
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
-    except OSError as error:
-        raise not_written(path, error) from error
+        with writing(path):
+            if path.is_fifo() or path.is_char_device():
+                yield path
+                return
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
+            sync(path.parent)
     finally:
         with suppress(OSError):  # a name too long, a folder that is gone
             partial.unlink(missing_ok=True)
@@ -58,6 +57,15 @@ def check_place(path: str | os.PathLike[str]) -> None:
         raise Refused(f"{path} cannot be written: its directory does not exist. Make it first.")
     if os.path.isdir(place):
         raise Refused(f"{place} cannot be written: it is a directory. Give the name of a file in it.")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise `Stopped`, which names the path, for an error of the system in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise not_written(path, error) from error
 
 
 def not_written(path: Path, error: Exception) -> Stopped:
@@ -198,7 +206,7 @@ def verify(folder: Path) -> None:
         Refused: the manifest or a file is missing, altered or cut short; the message names it.
     """
     for name, entry in (_manifest(folder) or {MANIFEST: None}).items():
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # a null byte in a name
             if _entry(folder / name) == entry:
                 continue
         fault = f"its file {name} is missing, altered, cut short or of an earlier release"
@@ -230,6 +238,8 @@ def _seal(folder: Path) -> None:
     """Sync a folder with all that is in it to the disk, and write its manifest last."""
     files = {}
     for path in sorted(folder.rglob("*")):
+        if path.is_file():  # readable for whoever may read the folder: safetensors makes files of mode 600
+            path.chmod(folder.stat().st_mode & 0o666)
         sync(path)
         if path.is_file() and path.name != _CARD:
             files[path.relative_to(folder).as_posix()] = _entry(path)
@@ -243,9 +253,11 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         found = json.loads((folder / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         return {}
-    is_ours = isinstance(found, dict) and all(isinstance(entry, list) for entry in found.values())
+    if not isinstance(found, dict):
+        return {}
+    is_ours = not found or any(isinstance(entry, list) and len(entry) == 2 for entry in found.values())
     return found if is_ours else None
 
 

@@ -13,14 +13,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import Refused, describe
-from tokenrl.runs.files import flat, not_written, plain, replacing, write_text
+from tokenrl.runs.files import flat, plain, replacing, write_text, writing
 from tokenrl.settings import Settings, check_choice
 
 _GIB = 1024**3
@@ -60,7 +60,7 @@ class MetricsLog:
             if row is None:
                 continue
             rest = line = line_of({"step": int(step), **row}).encode()
-            with _told(path):
+            with writing(path):
                 while rest:  # what does not fit on the disk any more is left over
                     rest = rest[file.write(rest) :]
             if path == self._metrics:
@@ -85,7 +85,7 @@ class MetricsLog:
             write_text(self._metrics, "".join(map(line_of, rows)))
             self._files[self._metrics] = _appending(self._metrics)
         for path, file in self._files.items():
-            with _told(path):
+            with writing(path):
                 os.fsync(file.fileno())
         return is_changed
 
@@ -96,16 +96,8 @@ class MetricsLog:
 
 
 def _appending(path: Path) -> FileIO:
-    with _told(path):
+    with writing(path):
         return path.open("ab", buffering=0)
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise not_written(path, error) from error
 
 
 def line_of(row: Mapping[str, Any]) -> str:

@@ -137,8 +137,7 @@ def read_run(run: str | os.PathLike[str]) -> RecordedRun:
             raise Refused(f"{path} holds a comparison, not a run; its runs are in {path / 'runs'}.")
         raise Refused(f"{path} holds no metrics.jsonl; give the output directory of a run.")
     config, summary = (
-        read_config(path / name) if (path / name).is_file() else {}
-        for name in ("config.json", "summary.json")
+        read_config(path / name) if (path / name).exists() else {} for name in ("config.json", "summary.json")
     )
     return RecordedRun(path, config, read_metrics(path / "metrics.jsonl"), summary)
 

@@ -11,7 +11,7 @@ from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.runs.checkpoint import checkpoints, rows_hash_of, step_of, tables
 from tokenrl.runs.directory import newest, numbered
-from tokenrl.runs.files import flat, remove, verify, write_text
+from tokenrl.runs.files import flat, remove, verify, write_text, writing
 from tokenrl.runs.metrics import hash_of_rows, line_of, read_metrics
 from tokenrl.runs.origin import versions
 
@@ -107,15 +107,17 @@ def cut_back(run: Path, step: int) -> None:
 
     Raises:
         Refused: timings.jsonl is damaged; nothing has been removed.
-        Stopped: a file cannot be written.
+        Stopped: a file cannot be written or removed.
     """
-    logs = [path for path in (run / "metrics.jsonl", run / "timings.jsonl") if path.exists()]
-    for path, rows in {path: read_metrics(path) for path in logs}.items():
+    paths = run / "metrics.jsonl", run / "timings.jsonl"
+    logs = {path: read_metrics(path) for path in paths if path.exists()}
+    with writing(run / "summary.json"):  # which may be a directory
+        (run / "summary.json").unlink(missing_ok=True)
+    for path, rows in logs.items():
         write_text(path, "".join(line_of(row) for row in rows if row["step"] <= step))
     for path in (*checkpoints(run / "checkpoints"), *tables(run / "completions")):
         if step_of(path) > step:
             remove(path)
-    (run / "summary.json").unlink(missing_ok=True)
 
 
 @dataclass
