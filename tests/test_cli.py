@@ -270,6 +270,24 @@ def flags_of(text):
     return re.findall(r"^\W*--([a-z.-]+)", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ("", False),
+        ("--warm-start", True),
+        ("--warm-start --seed 1", True),
+        ("--warm-start auto", "auto"),
+        ("--warm-start=auto", "auto"),
+        ("--config warm.json", True),
+        ("--config warm.json --no-warm-start", False),
+        ("--config warm.json --warm-start auto", "auto"),
+    ],
+)
+def test_a_switch_that_also_takes_a_word(words, value, tmp_path):
+    (tmp_path / "warm.json").write_text('{"warm_start": true}')
+    assert parse("train", COMMANDS["train"], words.split()).warm_start == value
+
+
 def test_the_help_shows_flags_in_groups_those_that_matter_first(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")
     with pytest.raises(SystemExit) as exit:
@@ -298,7 +316,7 @@ def test_every_command_has_a_help(capsys):
             main([*command.split(), "--help"])
         assert exit.value.code == 0 and arguments.__doc__.split()[0] in capsys.readouterr().out
     with pytest.raises(SystemExit):  # a preset changes what the help shows
-        main(["train", "--estimator", "grpo", "--help"])
+        main(["train", "--estimator", "grpo", "--warm_start", "--help"])
     assert "(default: group_mean)" in capsys.readouterr().out
 
 

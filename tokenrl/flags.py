@@ -10,7 +10,7 @@ import contextlib
 import io
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import cleandoc, get_annotations
 from itertools import pairwise
@@ -35,6 +35,12 @@ from tokenrl.settings import OR_FUNCTION, arguments, check_choice, field_types
 ABOUT_CONFIG = "Read settings from this file: a run's config.json, or JSON or YAML. Flags override it."
 FRAME = re.compile("^.*[─-]{8,}.*$", re.MULTILINE)
 """A line of the frame around tyro's errors."""
+ALONE = {
+    "--output-dir": (),
+    "--warm-start": ("--warm-start=True",),
+    "--no-warm-start": ("--warm-start=False",),
+}
+"""What a flag means that may take a value, and stands without one."""
 READING = ConstructorRegistry()
 """How tyro reads the values of flags."""
 
@@ -62,9 +68,8 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
         Refused: A flag or a value is not allowed.
     """
     kind, prog = command.arguments, f"tokenrl {name}"
-    argv = [word for word, after in pairwise([*argv, "--"]) if (word, after[:2]) != ("--output-dir", "--")]
-    words = [word for word in argv if word not in ("-h", "--help")]
-    if len(words) < len(argv):
+    words = list(_with_values(word for word in argv if word not in ("-h", "--help")))
+    if {"-h", "--help"} & {*argv}:
         given = _given(command, words, prog)[0] if words else {}
         start = _start(name, command, given)
         about = cleandoc(kind.__doc__) + (_about_presets() if "estimator" in start else "")
@@ -80,6 +85,12 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
         known |= field_types(runs)  # type: ignore[arg-type]
     check_flags(unknown, known, prog)
     return arguments(kind, start | given)
+
+
+def _with_values(words: Iterable[str]) -> Iterator[str]:
+    """Yield the words of a command line; each flag of `ALONE` without a value is replaced."""
+    for word, after in pairwise([*words, "--"]):
+        yield from ALONE.get(word.replace("_", "-"), (word,)) if after[:2] == "--" else (word,)
 
 
 def _given(command: Command, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
@@ -218,6 +229,8 @@ def _each_flag(kind: Any, start: Mapping[str, Any]) -> Iterator[tuple[type[Any],
             hint = hint | str  # the name of a function
         elif hint == bool | None:  # an open switch is --NAME or --no-NAME, or not given
             hint, value = bool, bool(value)
+        elif hint == bool | Literal["auto"]:  # it stands without a value, or takes the word
+            hint, metavar = Literal[True, False, "auto"], "[auto]"
         yield owner, one.name, _flag(hint, value, texts[one.name], metavar)
 
 

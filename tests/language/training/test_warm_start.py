@@ -74,13 +74,21 @@ def test_all_weights_learn_the_demonstrations_before_the_adapter_is_added(run, t
         assert "4 updates, loss" in (tmp_path / "run" / file).read_text()
 
 
-def test_a_model_with_signal_needs_none_and_completions_must_end(run):
+def test_auto_skips_the_stage_where_rewards_differ_and_completions_end_and_the_flag_never_does(run, capsys):
     policy = make_policy()
     policy.eos_ids = tuple(range(1, 90, 3))  # completions of every length, most of which end
-    facts = run(lengths, model=policy).warm_started
-    assert facts["updates"] == 0 and facts["loss_after"] is None and "not needed" in facts["in_words"]
-    facts = run(lambda completions, **_: list(range(len(completions)))).warm_started
+    skipped = run(lengths, model=policy, warm_start="auto").warm_started
+    assert skipped["updates"] == 0 and skipped["loss_after"] is None
+    said = " ".join(capsys.readouterr().out.split())
+    assert "4 updates unless the rule of auto skips it" in said
+    assert "skipped by the rule of auto" in said and "--warm-start without auto always runs" in said
+    policy = make_policy()
+    policy.eos_ids = tuple(range(1, 90, 3))
+    always = run(lengths, model=policy).warm_started  # not what the cache holds of auto
+    assert always["updates"] == 4 and always["spread_before"] == skipped["spread_before"] > 0.5
+    facts = run(lambda completions, **_: list(range(len(completions))), warm_start="auto").warm_started
     assert facts["updates"] == 4  # all are cut
+    assert run(warm_start=False).warm_started == {}
 
 
 def test_the_result_is_made_once_for_what_it_depends_on(run, cache, capsys):

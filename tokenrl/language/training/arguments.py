@@ -133,11 +133,13 @@ class SafetyArguments(Settings, group="safety stops"):
 class WarmStartArguments(Settings, group="warm start"):
     """A supervised stage before the first step, for models that never write anything like an answer."""
 
-    warm_start: bool = False
+    warm_start: bool | Literal["auto"] = False
     """First train all weights on the task's demonstrations (16 an update, with the learning rate of tokenrl
-    sft and the precision of the run), unless half of the groups have unequal rewards already. An adapter is
-    added afterwards. Demonstrations are those of the task, or else training rows with a completion. The
-    result is cached, with its optimiser: some 16 bytes for each weight."""
+    sft and the precision of the run). An adapter is added afterwards. Demonstrations are those of the task,
+    or else training rows with a completion. The result is cached, with its optimiser: some 16 bytes for each
+    weight. auto: skip it if at least half of the groups have unequal rewards already and at most half of the
+    completions are cut at the maximum length, of samples for 32 training prompts; graded rewards are often
+    unequal for a model that knows nothing. --no-warm-start, the default: no such stage."""
     warm_start_steps: Count = 240
     """Updates of this stage. With a larger number it goes on from the cached result of a smaller one."""
 

@@ -174,7 +174,8 @@ def first_facts(args: TrainArguments, task: Task, rewards: Rewards) -> dict[str,
     """Return the lines of the header that are known before the model is loaded."""
     estimator = args.estimator
     axes = f"{estimator.aggregation}, ratio {estimator.ratio}, KL {estimator.beta:g}"
-    stage = f"a warm start of {args.warm_start_steps} updates, " * args.warm_start
+    auto = " unless the rule of auto skips it" * (args.warm_start == "auto")
+    stage = f"a warm start of {args.warm_start_steps} updates{auto}, " * bool(args.warm_start)
     return {
         "task": f"{len(task.train_prompts):,} training prompts, {len(task.eval_prompts):,} held out"
         + ", as the data has no split to evaluate on (--eval-size)" * getattr(task, "divided", False),

@@ -55,9 +55,12 @@ BATCH, WARMUP, SAVED = 16, 10, 50
 PROMPTS = 32
 """Training prompts on which the sampled reward is measured, before the stage and after it."""
 ENOUGH = 0.5
-"""The share of groups with unequal rewards, and of completions with an end, that makes the stage unneeded."""
+"""The share of groups with unequal rewards, and of completions with an end, with which auto skips it."""
 
-UNNEEDED = "not needed, since {spread_before:.0%} of the groups already have unequal rewards"
+SKIPPED = (
+    "skipped by the rule of auto, since {spread_before:.0%} of the groups already have unequal rewards; "
+    "--warm-start without auto always runs"
+)
 LEARNT = (
     "{updates} updates, loss {loss_before:.3g} -> {loss_after:.3g} nats per token, sampled reward "
     "{reward_before:.3g} -> {reward_after:.3g}, groups with unequal rewards {spread_before:.0%} -> "
@@ -187,7 +190,7 @@ class WarmStart:
         sampling = [args.max_completion_length, args.num_generations, args.temperature]
         precision = choose_precision(args, policy, accelerator)[0]
         computing = [accelerator.device.type, precision, args.training_attention]
-        training = [BATCH, WARMUP, PROMPTS, ENOUGH, self._rate, args.seed, *computing]
+        training = [args.warm_start, BATCH, WARMUP, PROMPTS, ENOUGH, self._rate, args.seed, *computing]
         # All that the weights depend on, besides the number of updates.
         self._known = [model, self._rows, rewards.names, sampling, training]
 
@@ -262,7 +265,7 @@ class WarmStart:
 
     def _learn(self, settings: SftSettings) -> tuple[dict[str, Any], int]:
         """Make the updates; return the facts, and the exit code of the signal that ended them, or 0."""
-        training, most = self._training(self._rate), settings.max_steps
+        training, most, args = self._training(self._rate), settings.max_steps, self.args
         with Session("sft", settings) as session:
             session.console.each = "warm start"
             session.keep(
@@ -273,7 +276,7 @@ class WarmStart:
                 session.evaluated(self._probe())
             session.begin(settings, names={})
             before = session.eval_before
-            for _ in session.steps(0 if _is_enough(before) else most):
+            for _ in session.steps(0 if args.warm_start == "auto" and _is_enough(before) else most):
                 session.record(session.timed(training.learn))
             session.save()
             code, after = session.stop.exit_code, before
@@ -289,7 +292,7 @@ class WarmStart:
         for when, probe in (("before", before), ("after", after)):
             facts |= {f"reward_{when}": probe["reward"], f"spread_{when}": probe["unequal"]}
             facts[f"loss_{when}"] = getattr(training, f"loss_{when}")
-        said = LEARNT if training.step else UNNEEDED
+        said = LEARNT if training.step else SKIPPED
         return facts | {"in_words": said.format_map(facts)}, code
 
     def _probe(self) -> dict[str, float]:
