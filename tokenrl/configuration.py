@@ -14,7 +14,8 @@ from tokenrl.settings import arguments
 T = TypeVar("T")
 
 RECORDED = (
-    *("kind", "versions", "title", "solved", "horizon", "pairs", "command", "task_rows", "warm_started"),
+    *("kind", "versions", "title", "solved", "horizon", "pairs", "command"),
+    *("chat_prompts", "task_rows", "warm_started"),
 )
 """Names in the config.json of a run that are no settings."""
 

@@ -96,7 +96,7 @@ def measure_pass_at_8(part: str) -> None:
     bias = {arm: measure_bias(tokenrl.Estimator(**given)).found for arm, given in baseline.items()}
     for one in runs.to_dict("records"):
         model = f"runs/study/{part}/{one['path']}"
-        found = tokenrl.evaluate(model=model, task=one["problem"], num_generations=16, k=(8,)).metrics
+        found = tokenrl.evaluate(model=model, task=one["problem"], seed=0, num_generations=16, k=(8,)).metrics
         rows.append(
             {"arm": one["arm"], "seed": one["seed"], "pass@8": found["pass@8"], "bias": bias[one["arm"]]}
         )

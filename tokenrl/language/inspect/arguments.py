@@ -38,11 +38,19 @@ class SampleArguments(PromptArguments, LoadingArguments):
 
 @dataclass(frozen=True)
 class EvaluateArguments(TaskArguments, PromptArguments, LoadingArguments):
-    """Evaluate one or more models on a task's held-out prompts, by greedy and by sampled completions."""
+    """Evaluate one or more models on a task's held-out prompts, by greedy and by sampled completions.
+
+    For the directory of a run, its `model/` or a checkpoint of it, what is left out is as in that run: the
+    task with its data, its reward and the length of completions, the temperature and the seed. With --task
+    that task's own reward and length count, and only the temperature and the seed are the run's. Several runs
+    must agree, but for their seeds, of which the first counts.
+    """
 
     model: str | tuple[str, ...] = ""
     """Local directory or hub name. Several are evaluated one after the other, on the same prompts and with
     the same random numbers, and each is compared with the first, prompt by prompt."""
+    task: Annotated[str, OR_OBJECT] | None = None  # type: ignore[assignment]
+    """As in train. Default: that of the run, without which it must be named."""
     num_generations: Natural | None = None
     """Sampled completions per prompt, besides the greedy one; 0: none. Default: 4, or the largest k."""
     k: tuple[Count, ...] = ()
@@ -58,12 +66,13 @@ class EvaluateArguments(TaskArguments, PromptArguments, LoadingArguments):
     reference: str | None = None
     """Directory or hub name of the model that training started from; the KL to it is reported."""
     max_completion_length: Count | None = None
-    """Maximum number of tokens in a completion. Default: the task's, else 256."""
-    temperature: Positive = 1.0
-    """Temperature at which completions are sampled."""
-    truncate_prompts: bool = False
-    """Cut prompts that are too long for the context on the left, instead of refusing them."""
-    seed: Seed = 0
-    """Seed of sampling."""
+    """Maximum number of tokens in a completion. Default: that of the run, else the task's, else 256."""
+    temperature: Positive | None = None
+    """Temperature at which completions are sampled. Default: that of the run, else 1."""
+    truncate_prompts: bool | None = None
+    """Cut prompts that are too long for the context on the left, instead of refusing them. Default: as in the
+    run, else refused."""
+    seed: Seed | None = None
+    """Seed of sampling. Default: that of the run, else 0."""
     json: str | None = None
     """Also write the numbers to this file; those of several models by the model's name."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, TokenrlError
 from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
-from tokenrl.language.policy.prompts import form_of, say_form, settled_form, special_texts
+from tokenrl.language.policy.prompts import form_of, run_of, say_form, settled_form, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows
@@ -41,6 +43,9 @@ class Sampler:
         """
         if not args.model:
             raise Refused("Name the model that completes prompts: --model DIRECTORY_OR_HUB_NAME.")
+        run = run_of(args.model)
+        if args.chat is None and run is not None and read_config(run).get("chat_prompts"):
+            args = replace(args, chat=True)
         args = settled_form(args)
         task: Any = None
         self.rewards: Rewards | None = None

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
+from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.language.inspect.arguments import EvaluateArguments
 from tokenrl.language.inspect.best_of_n import best_of_n_metrics
-from tokenrl.language.policy.prompts import form_of, say_form, settled_form, special_texts
+from tokenrl.language.policy.prompts import form_of, run_of, say_form, settled_form, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.task import find_task
@@ -27,7 +28,7 @@ from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import measured, rich_console, rich_table, visible
 from tokenrl.runs.files import check_place, write_json
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import called
+from tokenrl.settings import arguments, called
 
 
 @overload
@@ -60,14 +61,8 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
         Refused: a model, the reference, the task or a reward cannot be used, or a number is out of range.
         Stopped: a reward function failed.
     """
-    args = called(EvaluateArguments, args, options)
+    args = as_trained(called(EvaluateArguments, args, options))
     names = (args.model,) if isinstance(args.model, str) else args.model
-    if not all(names) or not names:
-        raise Refused("Name the model to evaluate: --model DIRECTORY_OR_HUB_NAME.")
-    if len(set(names)) < len(names):
-        raise Refused(f"A model is given twice among {', '.join(names)}; give each of them once.")
-    if args.json is not None:
-        check_place(args.json)
     found: dict[str, Evaluation] = {}
     for name in names:
         one = _evaluated(args, name)
@@ -79,6 +74,53 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
     return found[args.model] if isinstance(args.model, str) else found
 
 
+OF_TASK = (
+    *("task", "reward", "reward_weights", "reward_timeout", "prompt_column", "prompt_template", "split"),
+    *("eval_split", "eval_size", "max_completion_length", "truncate_prompts"),
+)
+OF_SAMPLING = ("temperature", "seed")
+"""Settings of a run that say what it was trained on and how that is measured, and how it sampled."""
+
+
+def as_trained(args: EvaluateArguments) -> EvaluateArguments:
+    """Fill in what the arguments leave open, from the runs that saved the models, and print what was taken.
+
+    Raises:
+        Refused: no model is named, or one twice; the file of results cannot be written; nothing names a task;
+            the runs differ in a setting; or a run was given objects of a Python program, which have no name.
+    """
+    models = (args.model,) if isinstance(args.model, str) else args.model
+    if not all(models) or not models:
+        raise Refused("Name the model to evaluate: --model DIRECTORY_OR_HUB_NAME.")
+    if len(set(models)) < len(models):
+        raise Refused(f"A model is given twice among {', '.join(models)}; give each of them once.")
+    if args.json is not None:
+        check_place(args.json)
+    usual, taken = vars(EvaluateArguments()), dict[str, Any]()
+    names = (*OF_TASK, *OF_SAMPLING) if args.task is None else OF_SAMPLING
+    weighted = "reward_weights" if args.reward else ""  # those of the run are for its own rewards
+    left_open = [name for name in names if getattr(args, name) == usual[name] and name != weighted]
+    runs = {model: read_config(run) for model in models if (run := run_of(model)) is not None}
+    for model, config in runs.items():
+        settings = {name: config[name] for name in left_open if name in config}
+        if args.task is None and config.get("command") == "":
+            raise Refused(
+                f"The run of {model} was given objects of a Python program, which have no name outside of "
+                "it: say with --task what it was trained on, and with --reward what rewarded it."
+            )
+        for name in [n for n in settings if n != "seed" and taken.get(n, settings[n]) != settings[n]]:
+            differ = f"differ in {name}, {taken[name]} and {settings[name]}"
+            raise Refused(f"The runs of {', '.join(runs)} {differ}: give --{name.replace('_', '-')}.")
+        taken = settings | taken
+    if args.task is None and not taken.get("task"):
+        raise Refused(f"Name the task to evaluate on: --task NAME. No run of one saved {', '.join(models)}.")
+    taken = {name: value for name, value in taken.items() if value and value != usual[name]}
+    if taken:
+        words = ", ".join(f"{name} {value}" for name, value in taken.items())
+        print(visible(f"tokenrl: as in the run of {', '.join(runs)}: {words}"), file=sys.stderr)
+    return arguments(EvaluateArguments, vars(args) | taken)
+
+
 def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
     """Evaluate one model, asked as its own run or the arguments say."""
     args = settled_form(args, model)
@@ -87,8 +129,8 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
     task, rewards = find_task(args)
     length = args.max_completion_length
     # Made first: numbers out of range are refused before the model is loaded.
-    sampling = Sampling(length or 256, generations, args.temperature, args.seed)
-    sampling = replace(sampling, truncate_prompts=args.truncate_prompts)
+    sampling = Sampling(length or 256, generations, args.temperature or 1.0, args.seed or 0)
+    sampling = replace(sampling, truncate_prompts=bool(args.truncate_prompts))
     how: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     policy = load_placed(model, **how)
     policy.ask(form_of(args))
@@ -120,6 +162,7 @@ def _own_rewards(args: EvaluateArguments, rewards: Rewards) -> Rewards:
 
 def print_evaluation(args: EvaluateArguments) -> int:
     """Evaluate one or several models and print the table."""
+    args = as_trained(args)
     found = evaluate(args)
     several = found if isinstance(found, dict) else {str(args.model): found}
     models = {name: one.metrics for name, one in several.items()}

@@ -28,21 +28,31 @@ def form_of(args: Any) -> PromptArguments:
     return PromptArguments(**{name: getattr(args, name) for name in FORM})
 
 
-def saved_form(model: Any) -> dict[str, Any]:
-    """Return how the run that saved a model asked it: the fields of `PromptArguments` that were set.
+def run_of(model: Any) -> Path | None:
+    """Return the directory of the run that saved a model; None where no run is known, as of a hub name.
 
     Args:
-        model: a directory (of the run, of its `model/` or of a checkpoint), or a `Policy`; for anything else,
-            such as a hub name, nothing is known.
+        model: a directory (of the run, of its `model/` or of a checkpoint), or anything else.
     """
-    form: Any = getattr(model, "form", None)
     if isinstance(model, str | os.PathLike) and os.path.exists(model):
         place = Path(model).resolve()
         for run in (place, *place.parents[:2]):
             ours = run == place or place.relative_to(run).parts[0] in ("model", "checkpoints")
             if ours and (run / "metrics.jsonl").exists() and (run / "config.json").exists():
-                config = read_config(run)
-                form = arguments(PromptArguments, {name: config.get(name) for name in FORM})
+                return run
+    return None
+
+
+def saved_form(model: Any) -> dict[str, Any]:
+    """Return how the run that saved a model asked it: the fields of `PromptArguments` that were set.
+
+    Args:
+        model: a directory as `run_of` takes it, or a `Policy`; for anything else nothing is known.
+    """
+    form: Any = getattr(model, "form", None)
+    if (run := run_of(model)) is not None:
+        config = read_config(run)
+        form = arguments(PromptArguments, {name: config.get(name) for name in FORM})
     return {name: value for name, value in vars(form).items() if value} if form is not None else {}
 
 

@@ -296,6 +296,12 @@ def described(splits: Mapping[str, Sequence[Row]]) -> tuple[str, dict[str, Any]]
 
 
 def recorded(task: Any) -> dict[str, Any]:
-    """Return what config.json says besides the name of a task: of data given from Python, its description."""
-    origin = getattr(task, "origin", None)
-    return {"task_rows": origin} if origin else {}
+    """Return what config.json says besides the name of a task.
+
+    Args:
+        task: the task, or None. Data that was given from Python is described as `task_rows`; `chat_prompts`
+            says that prompts are chat messages.
+    """
+    origin, rows = getattr(task, "origin", None), getattr(task, "train_prompts", ())
+    chats = any(not isinstance(row["prompt"], str) for row in rows)
+    return ({"task_rows": origin} if origin else {}) | ({"chat_prompts": True} if chats else {})

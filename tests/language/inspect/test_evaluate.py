@@ -1,0 +1,126 @@
+"""A run's model is evaluated on what the run was trained on, unless told otherwise, and sampled as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_models import make_task, vowel_reward
+
+import tokenrl
+from tokenrl.cli import main
+from tokenrl.errors import Refused
+from toy_tasks import load
+
+WORDS = ["cat", "dog", "mat", "log", "one", "two", "three", "four", "the", "a"]
+REWARDS = "def vowels(completions, **_): return [sum(map(text.count, 'aeiou')) for text in completions]"
+OWN = {"prompt_column": "question", "eval_size": 3, "reward_weights": (2.0,), "max_completion_length": 5}
+SMALL = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 1, "cpu": True, "quiet": True}
+
+
+@pytest.fixture
+def trained(saved, tmp_path, monkeypatch):
+    """`trained(name, **changes)`: the directory of a run on a data file with a reward of the user's own."""
+    (tmp_path / "words.jsonl").write_text("".join(f'{{"question": "{word}"}}\n' for word in WORDS))
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
+    data = {"task": "words.jsonl", "reward": "rewards.py:vowels", "model": str(saved(kind="chat"))}
+
+    def trained(name="run", **changes):
+        tokenrl.train(**(data | OWN | {"temperature": 0.7, "seed": 3} | SMALL | changes), output_dir=name)
+        return name
+
+    return trained
+
+
+@pytest.mark.parametrize("part", ["", "/model", "/checkpoints/step_000001"])
+def test_what_is_left_out_is_as_in_the_run_and_is_said(trained, part, capsys):
+    run = trained() + part
+    asked = {"task": "words.jsonl", "reward": "rewards.py:vowels", "seed": 3} | OWN
+    capsys.readouterr()
+    told = tokenrl.evaluate(model=run, temperature=0.7, **asked)
+    assert "as in the run" not in capsys.readouterr().err
+    assert tokenrl.evaluate(model=run) == told and len(told.rows) == 3
+    said = capsys.readouterr().err
+    assert f"tokenrl: as in the run of {run}: task words.jsonl, reward ['rewards.py:vowels']" in said
+    assert "eval_size 3, max_completion_length 5, temperature 0.7, seed 3" in said
+    assert tokenrl.evaluate(model=run, temperature=1.0) == tokenrl.evaluate(
+        model=run, temperature=1.0, **asked
+    )
+    assert tokenrl.evaluate(model=run, temperature=1.0) != told
+    other = {"reward": "length(target=4)"}  # the run's weight is not that of this reward
+    assert tokenrl.evaluate(model=run, **other) == tokenrl.evaluate(model=run, reward_weights=1.0, **other)
+    main(["evaluate", "--model", run, "--json", "numbers.json"])
+    assert "held-out prompts of words.jsonl" in " ".join(capsys.readouterr().out.split())
+    assert json.loads(Path("numbers.json").read_text()) == pytest.approx(told.metrics)
+
+
+def test_another_task_brings_its_own_reward_and_length(trained, capsys):
+    run = trained(task="vowels", reward=(), reward_weights=(), model=None, prompt_column="prompt")
+    assert main(["evaluate", "--model", run]) == 0
+    said = capsys.readouterr()
+    assert "task vowels" in said.err and "held-out prompts of vowels" in " ".join(said.out.split())
+    shutil.copytree(f"{run}/model", "bare")
+    other = {"task": "sort_digits", "num_generations": 1}
+    told = tokenrl.evaluate(model="bare", temperature=0.7, seed=3, **other)
+    assert tokenrl.evaluate(model=run, **other) == told and len(told.rows) == len(
+        load("sort_digits").eval_prompts
+    )
+
+
+def test_several_models_are_evaluated_as_the_runs_among_them_which_must_agree(trained, saved, capsys):
+    base, runs = str(saved(kind="chat")), [trained("a"), trained("b", seed=4)]
+    found = tokenrl.evaluate(model=[base, *runs])
+    assert found["b"].rows == tokenrl.evaluate(model="b", seed=3).rows
+    assert "as in the run of a, b: task words.jsonl" in capsys.readouterr().err
+    hot = trained("hot", temperature=2.0)
+    with pytest.raises(
+        Refused, match=r"runs of a, hot differ in temperature, 0.7 and 2.0: give --temperature"
+    ):
+        tokenrl.evaluate(model=["a", hot])
+    assert list(tokenrl.evaluate(model=["a", hot], temperature=1.0)) == ["a", "hot"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task": make_task()},
+        {"task": load("vowels"), "model": None, "reward": (), "reward_weights": ()},
+        {"task": [{"question": word} for word in WORDS]},
+        {"reward": lambda completions, **_: [0.0] * len(completions)},
+    ],
+    ids=["own task", "toy task", "rows", "lambda"],
+)
+def test_what_has_no_name_is_refused_with_what_to_give(trained, changes, capsys):
+    run = trained(**changes)
+    assert main(["evaluate", "--model", run]) == 2
+    assert "say with --task what it was trained on, and with --reward" in capsys.readouterr().err
+    told = {"task": changes.get("task", "words.jsonl"), "reward": vowel_reward, "max_completion_length": 5}
+    assert tokenrl.evaluate(model=run, **told, prompt_column="question").rows
+
+
+def test_a_model_of_no_run_names_no_task(saved, capsys):
+    assert main(["evaluate", "--model", str(saved())]) == 2
+    assert "Name the task to evaluate on: --task NAME" in capsys.readouterr().err
+
+
+def test_a_model_trained_on_chats_is_sampled_in_chats(trained, saved, capsys):
+    rows = [
+        {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": "a"}]}
+        for word in WORDS
+    ]
+    with open("chats.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    data = {"task": "chats.jsonl", "reward_weights": (), "prompt_column": "prompt"}
+    tokenrl.sft(
+        model=str(saved(kind="chat")), task="chats.jsonl", max_steps=1, output_dir="tuned", quiet=True
+    )
+    for run in (trained(**data), "tuned"):
+        how = {"model": run, "prompt": "cat", "seed": 1}
+        assert tokenrl.sample(**how) == tokenrl.sample(chat=True, **how) != tokenrl.sample(chat=False, **how)
+    capsys.readouterr()
+    assert main(["sample", "--model", "tuned", "--prompt", "cat"]) == 0
+    assert "asked: each text as a message of the user" in capsys.readouterr().err
