@@ -10,7 +10,9 @@ import datasets
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from tokenrl import sft
 from tokenrl.errors import Refused
+from tokenrl.language.preferences.pairs import load_pairs
 from tokenrl.language.tasks.sources import read_splits
 from tokenrl.language.tasks.stream import Batches, PromptStream
 from tokenrl.language.tasks.task import PromptTask, load_task
@@ -201,6 +203,37 @@ def test_empty_data_is_refused(tmp_path, monkeypatch):
     toy_tasks(monkeypatch, empty=PromptTask("empty", [], ROWS, reward))
     with pytest.raises(Refused, match="train_prompts is empty"):
         load_task("empty")
+
+
+@pytest.mark.parametrize("read", [read_splits, load_pairs, lambda name: sft(task=name, model="none")])
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("a.jsonl", b'null\n{"prompt": "a"}\n', "line 1 of .* is null"),
+        ("a.json", b"\xef\xbb\xbf\n null\n", "line 2 of .* is null"),
+        ("a.jsonl", b'{"prompt": "a"}\n' * 9 + b"null", "line 10 of .* is null"),
+        ("a.json", b'\n[ null, {"prompt": "a"}]', "item 1 of .* is null"),
+        ("a.json", b'[{"prompt": "a"},\n {"prompt": "b"},\n null\n]', "item 3 of .* is null"),
+        ("a.json", b'[{"prompt": "a"}, {"prompt": "\\ud800"}]', "item 2 of .* is no UTF-8"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "line 2 of .* is no UTF-8"),
+        ("a.csv", b"prompt,answer\nnull,1\n\xe9t\xe9,2\n", "line 3 of .* is no UTF-8"),
+        ("folder/train.jsonl", b'null\n{"prompt": "a"}\n', "line 1 of .*train.jsonl is null"),
+    ],
+)
+def test_a_row_at_which_the_reader_would_crash_is_refused_before_with_its_line(
+    tmp_path, monkeypatch, read, name, content, place
+):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("it may end by a signal"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Refused, match=place):
+        read(name.partition("/")[0])
+
+
+def test_a_null_inside_of_a_row_is_none(tmp_path):
+    rows = [{"prompt": "a", "notes": [None]}, {"prompt": "b", "notes": None}]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))  # lines that begin with a null
+    assert read_splits("a.json") == {"train": rows}
 
 
 def test_chat_prompts_survive_a_file_without_keys_they_never_had(tmp_path):

@@ -23,6 +23,7 @@ from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings
 Row = Mapping[str, Any]
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+BEFORE_JSON = b"\xef\xbb\xbf \t\r\n"  # what may stand before a value: a mark of UTF-8, and space
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
     try:
         # A file is read anew each time: a damaged copy of it in the cache could give other rows in silence.
         with without_progress_bars(), tempfile.TemporaryDirectory() as aside:
+            for file in [path] if is_file else sorted(path.rglob("*")):
+                _check_lines(file)
             if is_file:
                 data = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), cache_dir=aside)
             elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -106,6 +109,31 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
             + f" The hub needs a network or a copy in {datasets.config.HF_DATASETS_CACHE}, which must be "
             "writable; if it is damaged, delete it." * (not is_file)
         ) from error
+
+
+def _check_lines(file: Path) -> None:
+    """Check that no row of a JSON file is null, and that JSON and CSV are UTF-8.
+
+    pyarrow (26.0) ends the process by a segmentation fault where a block of lines begins with a null.
+
+    Raises:
+        ValueError: they are not; the message names the line, or the item of a list.
+    """
+    kind = FORMATS.get(file.suffix)
+    if kind not in ("json", "csv") or not file.is_file():
+        return
+    with file.open("rb") as lines:
+        is_list = kind == "json" and lines.read(64).lstrip(BEFORE_JSON).startswith(b"[")
+        lines.seek(0)
+        for number, row in enumerate(json.load(lines) if is_list else lines, start=1):
+            place = f"{'item' if is_list else 'line'} {number} of {file}"
+            try:
+                line = json.dumps(row, ensure_ascii=False).encode() if is_list else row
+                line.decode()
+            except UnicodeError as error:
+                raise ValueError(f"{place} is no UTF-8") from error
+            if kind == "json" and line.lstrip(BEFORE_JSON).startswith(b"null"):
+                raise ValueError(f"{place} is null: a row is an object; remove the null")
 
 
 def with_prompts(
