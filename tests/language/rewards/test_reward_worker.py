@@ -34,7 +34,7 @@ def length(completions, **_):
 
 def half(completions, completion_ids, level, trainer_state, log_extra, log_metric):
     log_extra("level", level)
-    log_metric("step", trainer_state.global_step)
+    log_metric("steps_done", trainer_state.global_step)
     return [None if not ids else len(ids) / 2 for ids in completion_ids]
 
 def backtracks(completions, **_):
@@ -120,7 +120,7 @@ def test_a_call_gives_what_it_gives_without_a_deadline():
     there, here = call(names), call(names, timeout=None)
     np.testing.assert_array_equal(there.values, here.values)
     assert there.values[:, 0].tolist() == [3, 5, 0, 4] and there.total.tolist() == [3.5, 6, 0, 4.5]
-    assert there.metrics == here.metrics and there.metrics["step"] == 7
+    assert there.averaged() == here.averaged() == {"steps_done": 7}
     assert there.extra == here.extra == {"level": [1, 2, 3, 4]}
     assert call(["pooled"]).values[:, 0].tolist() == [3, 5, 0, 4]  # a pool ends its workers by SIGTERM
     rewards = Rewards(load_reward("worked.py:length"), timeout=60.0)  # as the reward of a task in a file

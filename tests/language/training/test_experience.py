@@ -74,7 +74,7 @@ def test_refilling_replaces_exactly_the_groups_that_teach_nothing():
     learner, rewards, prompts, sampling = start("dapo", by_word)
     plain, more = experienced(learner, rewards, prompts, sampling), Dealer()
     out = refill(learner, rewards, sampling, plain, more)
-    assert more.dealt == [2] and out.result.metrics["refilled"] == 2
+    assert more.dealt == [2] and out.result.averaged() == {"refilled": 2}
     names = [out.prompts[i][1]["prompt"] for i in out.rollout.prompt_index.tolist()]
     assert names == ["dog"] * 4 + ["a"] * 4 + ["count to ten one two"] * 4 + ["log on"] * 4
     expected = by_word(names, learner.policy.decode(out.rollout.completion_ids, out.rollout.mask))
@@ -100,6 +100,26 @@ def test_the_refilled_step_has_the_gradient_of_its_new_prompts():
     ends = [(50, ROWS[4]), prompts[1], prompts[2], (51, ROWS[5])]
     training_step(other, rewards, RunningMean(), 1, ends, lambda n: pytest.fail("nothing to refill"))
     assert apart(gradient(learner.policy.model), gradient(other.policy.model)) < 1e-6
+
+
+def test_what_a_reward_logs_in_some_calls_only_survives_a_refill():
+    """Groups 1 and 4 of four rows each are replaced: a metric is over all 16 + 8 rows that were rewarded."""
+
+    def logs(prompts, completions, log_extra, log_metric):
+        first = len(prompts) == 16
+        log_metric("rows", len(prompts))
+        log_metric("early" if first else "late", 3.0)
+        log_extra("early" if first else "late", list(range(len(prompts))))
+        return by_word(prompts, completions)
+
+    learner, rewards, prompts, sampling = start("dapo", logs)
+    out = refill(
+        learner, rewards, sampling, experienced(learner, rewards, prompts, sampling), Dealer()
+    ).result
+    assert out.averaged() == {"rows": (16 * 16 + 8 * 8) / 24, "early": 3.0, "late": 3.0, "refilled": 2}
+    none = [None] * 4
+    assert out.extra["early"] == [*none, *range(4, 12), *none]
+    assert out.extra["late"] == [0, 1, 2, 3, *none, *none, 4, 5, 6, 7]
 
 
 def test_every_completion_has_the_greedy_reward_of_its_own_prompt():

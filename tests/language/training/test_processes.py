@@ -46,6 +46,17 @@ def silent_later(prompts, completion_ids, **_):
     return [None if p in LATER else r for p, r in zip(prompts, rewards, strict=True)]
 
 
+def logging(prompts, completion_ids, log_metric, **_):
+    """Each process logs a mean over its rows, and one of a name that the other does not have."""
+    rewards = vowel_reward(completion_ids=completion_ids, completions=None)
+    late = [r for p, r in zip(prompts, rewards, strict=True) if p in LATER]
+    early = [r for p, r in zip(prompts, rewards, strict=True) if p not in LATER]
+    for name, values in {"all": rewards, "late": late, "early": early}.items():
+        if values:
+            log_metric(f"logged/{name}", sum(values) / len(values))
+    return rewards
+
+
 def flat(completions, **_):
     return [1.0] * len(completions)
 
@@ -67,6 +78,7 @@ SCENARIOS = {
     "critic": ("a2c", {}, vowel_reward),
     "score norms": ("optimal", {}, vowel_reward),
     "refilled": ("dapo", {}, flat_later),
+    "logged": ("rloo", {}, logging),
     "measured": ("rloo", {"diagnostics_every": 1}, vowel_reward),
 }
 
@@ -90,7 +102,10 @@ def outcome(name: str) -> dict:
 
     def measured(prompts, completion_ids, **columns):
         widths.append(max(map(len, completion_ids)))
-        return reward(prompts=prompts, completion_ids=completion_ids, completions=completion_ids)
+        log = columns["log_metric"]
+        return reward(
+            prompts=prompts, completion_ids=completion_ids, completions=completion_ids, log_metric=log
+        )
 
     step = 8 + list(SCENARIOS).index(name) % 2  # the longest completion is the first's, or the second's
     record = one_step(learner, step=step, reward=measured)
@@ -256,6 +271,7 @@ def test_the_scenarios_are_what_they_say(two):
     assert {(first[name]["widths"][0], second[name]["widths"][0]) for name in SCENARIOS} >= {(6, 3), (3, 6)}
     assert first["idle rank"]["metrics"]["frac_reward_zero_std"] == 0.5
     assert first["silent rank"]["metrics"]["frac_rows_abstained"] == 0.5
+    assert {"logged/all", "logged/late", "logged/early"} < second["logged"]["metrics"].keys()
 
 
 def test_a_run_of_two_processes_writes_the_metrics_of_one(two, tmp_path):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import or_
@@ -47,15 +48,25 @@ class RewardResult:
             weights are not renormalised. It is 0 (not nan) where all functions abstained, so that its product
             with a token weight of 0 is 0.
         valid: bool [N], False where all functions abstained.
-        metrics: the mean of the values given to `log_metric` under each name.
+        logged: for each call the mean of the values given to `log_metric` by name, and its number of rows N.
         extra: columns of N values that functions gave to `log_extra`.
     """
 
     values: np.ndarray
     total: np.ndarray
     valid: np.ndarray
-    metrics: dict[str, float]
+    logged: list[tuple[dict[str, float], int]]
     extra: dict[str, list[Any]]
+
+    def averaged(self) -> dict[str, float]:
+        """Average what was logged over calls and processes, by rows; every process has to call this."""
+        from accelerate.utils import gather_object
+
+        values: dict[str, list[float]] = {}
+        for means, count in gather_object(self.logged):
+            for name, mean in means.items():
+                values.setdefault(name, []).extend([mean] * count)
+        return {name: statistics.mean(each) for name, each in values.items()}
 
 
 class Rewards:
@@ -200,8 +211,9 @@ class Rewards:
             if len(given) != len(valid):
                 counts = f"{len(given)} values for {len(valid)} completions"
                 raise Stopped(f"log_extra('{column}') got {counts}; give one for each.")
-        metrics = {name: float(np.mean(given)) for name, given in called.logged.items()}
-        return RewardResult(values, self._total(values, rows["completions"]), valid, metrics, called.extra)
+        means = {name: float(np.mean(given)) for name, given in called.logged.items()}
+        total, logged = self._total(values, rows["completions"]), [(means, len(valid))]
+        return RewardResult(values, total, valid, logged, called.extra)
 
     def _total(self, values: np.ndarray, completions: Sequence[Any]) -> np.ndarray:
         """Return the weighted sums [N] of the rewards [N, F]; stop at one that is too large."""

@@ -98,7 +98,7 @@ def refill(learner: Learner, rewards: Rewards, sampling: Sampling, own: Experien
             rollout = sample(learner, prompts, sampling)
             result = reward(learner, rewards, prompts, rollout, sampling.step)
             own = _replaced(own, dead, Experience(prompts, rollout, result))
-    own.result.metrics["refilled"] = float(refilled)
+    own.result.logged.append(({"refilled": float(refilled)}, 1))  # the same number on every process
     return own
 
 
@@ -180,12 +180,15 @@ def _replaced(old: Experience, dead: Tensor, new: Experience) -> Experience:
         name: np.concatenate([getattr(old.result, name), getattr(new.result, name)])[order]
         for name in ("values", "total", "valid")
     }
-    both = {name: [*old.result.extra[name], *new.result.extra[name]] for name in new.result.extra}
-    extra = {name: [column[i] for i in order] for name, column in both.items()}
+    extra = {}
+    for name in {**old.result.extra, **new.result.extra}:  # a function may log a column in some calls alone
+        columns = (result.extra.get(name, [None] * len(result.total)) for result in (old.result, new.result))
+        both = [value for column in columns for value in column]
+        extra[name] = [both[i] for i in order]
     return old._replace(
         prompts=old.prompts + new.prompts,
         rollout=joined([old.rollout, new.rollout], index),
-        result=replace(new.result, **arrays, extra=extra),
+        result=replace(new.result, **arrays, logged=old.result.logged + new.result.logged, extra=extra),
     )
 
 

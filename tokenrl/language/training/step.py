@@ -132,7 +132,7 @@ def training_step(
         history.append(update_metrics(learner, sums, norm) | noise)
     learner.generator.sync(policy)  # the next step samples from the new weights
 
-    metrics = result.metrics | step_metrics(rows, rewards.names, sampling.group_size)
+    metrics = result.averaged() | step_metrics(rows, rewards.names, sampling.group_size)
     metrics |= {name: fmean(one[name] for one in history if name in one) for name in history[0]}
     metrics |= teach_baselines(learner, running_mean, rollout, rows, returns)
     metrics |= learner.adapt_beta(metrics)
