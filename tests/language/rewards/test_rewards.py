@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 import sys
 from fractions import Fraction
 
@@ -144,6 +145,30 @@ def test_what_functions_log_is_collected():
     assert result.extra == {"length": [3, 5, 0, 500]} and result.averaged() == {"longest": 5}
     with pytest.raises(Stopped, match=r"log_extra\('half'\) got 2 values for 4"):
         call(lambda log_extra, **_: log_extra("half", [1, 2]) or [0.0] * 4)
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        *(("log_metric", name) for name in ("step", "eval_reward", "rewards/late/mean", "loss", "kl_stderr")),
+        *(("log_extra", name) for name in ("prompt", "reward", "rewards/late", "advantage", "truncated")),
+        *(
+            (how, name)
+            for how in ("log_metric", "log_extra")
+            for name in (3, None, "", "a\nb", "\ud800", b"a")
+        ),
+    ],
+)
+def test_a_name_that_the_run_uses_itself_or_that_is_no_text_is_refused_at_the_call(how, name):
+    def late(completions, **logs):
+        logs[how](name, [777] * len(completions) if how == "log_extra" else 777)
+        return [0.0] * len(completions)
+
+    said = (
+        rf"function late gave {how} the name {re.escape(repr(name))}: .*'my_score', .*own names.*reward, .*/"
+    )
+    with pytest.raises(Stopped, match=said):
+        call([length, late])
 
 
 def test_weights_that_do_not_fit_and_no_function_are_refused():

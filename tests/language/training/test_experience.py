@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,8 @@ from tiny_models import (
     apart,
     completions,
     gradient,
+    letter_task,
+    letters_trained,
     make_learner,
     make_policy,
     one_step,
@@ -22,6 +25,7 @@ from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.losses import next_beta
 from tokenrl.core.statistics import GradientDiagnostics
+from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
@@ -38,6 +42,7 @@ from tokenrl.language.training.collect import (
 )
 from tokenrl.language.training.learner import Critic
 from tokenrl.language.training.step import training_step
+from tokenrl.runs.metrics import read_completions, read_metrics
 
 PROMPTS = ["the cat", "a", "count to ten one two", "sat on the", "dog", "log on", "one", "ten"]
 ROWS = [{"prompt": prompt} for prompt in PROMPTS]
@@ -120,6 +125,39 @@ def test_what_a_reward_logs_in_some_calls_only_survives_a_refill():
     none = [None] * 4
     assert out.extra["early"] == [*none, *range(4, 12), *none]
     assert out.extra["late"] == [0, 1, 2, 3, *none, *none, 4, 5, 6, 7]
+
+
+def scarce(completions, log_extra, log_metric, **_):
+    log_extra("my_length", [len(text) for text in completions])
+    log_metric("my_metric", 0.5)
+    return [None if text.startswith("a") else float(len(text) > 2) for text in completions]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "options"),
+    [
+        (Estimator.preset("dapo", beta=0.1), {"target_kl": 0.1, "diagnostics_every": 1}),
+        ("ppo", {"num_iterations": 2}),
+        ("reinforce_running_mean", {}),
+    ],
+)
+def test_no_reward_can_overwrite_what_a_run_writes(tmp_path, estimator, options):
+    """Every name in the files of a run is refused, but for those that its reward logged."""
+    letters_trained(tmp_path / "run", letter_task(scarce), estimator=estimator, **options)
+    (table, *_) = sorted((tmp_path / "run" / "completions").iterdir())
+    lines = [
+        *read_metrics(tmp_path / "run" / "metrics.jsonl"),
+        *read_metrics(tmp_path / "run" / "timings.jsonl"),
+    ]
+    names = {"log_metric": {name for line in lines for name in line}}
+    names |= {"log_extra": set(read_completions(table)[0])}
+    taken = {"log_metric": {"my_metric"}, "log_extra": {"my_length"}}
+    for call, columns in names.items():
+        assert taken[call] < columns
+        for name in columns:
+            rewards = Rewards(lambda completions, **logs: logs[call](name, torch.ones(1)) or [0.0])  # noqa: B023
+            with pytest.raises(Stopped, match="own names") if name not in taken[call] else nullcontext():
+                rewards(["p"], ["c"], [[1]], {}, step=0)
 
 
 def test_every_completion_has_the_greedy_reward_of_its_own_prompt():

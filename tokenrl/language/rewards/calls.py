@@ -15,7 +15,8 @@ import numbers
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -25,6 +26,18 @@ from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, des
 from tokenrl.settings import LARGEST_REWARD, shown
 
 Reward = Callable[..., Any]
+
+METRICS = """
+step epoch learning_rate loss grad_norm grad_clipped clip_ratio skipped_steps idle_steps num_tokens
+num_samples reward reward_std reward_stderr frac_reward_zero_std frac_rows_abstained refilled entropy
+kl kl_stderr kl_k3 kl_k3_stderr kl_coef baseline value_loss collect update step_seconds
+tokens_per_second peak_memory_gib peak_cuda_memory_gib
+"""
+RESERVED = {
+    "log_metric": (METRICS.split(), ("eval_", "rewards/", "completions/", "gradient/")),
+    "log_extra": (["prompt", "completion", "reward", "advantage", "truncated"], ("rewards/",)),
+}
+"""The names that a run uses itself, for metrics and timings or for completions, and how others begin."""
 
 
 class Attempt(NamedTuple):
@@ -79,16 +92,19 @@ def call_rewards(
     """
     extra: dict[str, list[Any]] = {}
     logged: dict[str, list[float]] = {}
-    shared = {
-        "trainer_state": SimpleNamespace(**state),
-        "log_extra": lambda column, values: extra.setdefault(column, []).extend(values),
-        "log_metric": lambda name, value: logged.setdefault(name, []).append(float(value)),
-    }
-    attempts = {}
+
+    def log_extra(function: str, column: str, values: Iterable[Any]) -> None:
+        extra.setdefault(_free_name(function, "log_extra", column), []).extend(values)
+
+    def log_metric(function: str, name: str, value: float) -> None:
+        logged.setdefault(_free_name(function, "log_metric", name), []).append(float(value))
+
+    shared, attempts = {"trainer_state": SimpleNamespace(**state)}, {}
     with no_exit():
         for name, function in named.items():
             announce(f"Reward function {name}")
-            attempts[name] = _attempt(function, name, {**rows, **shared})
+            logs = {"log_extra": partial(log_extra, name), "log_metric": partial(log_metric, name)}
+            attempts[name] = _attempt(function, name, {**rows, **shared, **logs})
         waiting = {name: one.output for name, one in attempts.items() if inspect.isawaitable(one.output)}
         if waiting:
             announce(f"Of the async reward functions {', '.join(waiting)} at least one")
@@ -103,6 +119,23 @@ def call_rewards(
                 raise Stopped(f"{said} ({where}).") from error
     values = {name: checked_rewards(name, one.output, rows["completions"]) for name, one in attempts.items()}
     return Called(values, extra, logged, {name: one.seconds for name, one in attempts.items()})
+
+
+def _free_name(function: str, call: str, name: Any) -> str:
+    """Return the name under which a reward function logs something.
+
+    Raises:
+        Stopped: it is no text of one line, or the run writes something itself under this name.
+    """
+    names, beginnings = RESERVED[call]
+    is_text = isinstance(name, str) and name != "" and name.isprintable()
+    if is_text and name not in names and not name.startswith(beginnings):
+        return name
+    raise Stopped(
+        f"Reward function {function} gave {call} the name {shown(name)}: give a text of one line, such as "
+        f"'my_score', that is none of the run's own names, which are {', '.join(names)}, and all that begin "
+        f"with {' or '.join(beginnings)}."
+    )
 
 
 @contextlib.contextmanager
@@ -194,7 +227,7 @@ def _first_failing_row(
     function: Reward, name: str, rows: Mapping[str, list[Any]], shared: Mapping[str, Any]
 ) -> str:
     """Describe the first row on which the function fails by itself, after a call on all rows failed."""
-    silent = {**shared, "log_extra": lambda *_: None, "log_metric": lambda *_: None}
+    silent = {**shared, "log_extra": lambda *_, **__: None, "log_metric": lambda *_, **__: None}
     completions = rows["completions"]
     for i, completion in enumerate(completions):
         alone = _attempt(function, name, {key: values[i : i + 1] for key, values in rows.items()} | silent)
