@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import difflib
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 USER_CODE_FAILED = (Exception, SystemExit, GeneratorExit)
 """What code that a user wrote (rewards, environments, tasks, baselines) may raise as its own failure.
@@ -64,16 +65,24 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return near + f" Available: {', '.join(known) or 'none'}."
 
 
+def written(thing: object, write: Callable[[Any], str] = repr) -> str:
+    """Return an object as `repr` or `str` writes it; only its type if that fails, as by its own method."""
+    try:
+        return write(thing)
+    except Exception:
+        return f"a {type(thing).__name__} that cannot be written"
+
+
 def describe(error: BaseException) -> str:
     """Return 'Type: message' of an error and of the first error that caused it, on one line.
 
-    An error without a message is only its type.
+    An error without a message is only its type. Causes that form a ring are followed once.
     """
-    root = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    texts = {e: " ".join(str(e).split())[:400] for e in (error, root)}
-    said = [f"{type(e).__name__}: {text}".removesuffix(": ") for e, text in texts.items()]
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and all(cause is not earlier for earlier in chain):
+        chain.append(cause)
+    ends = [(type(e).__name__, " ".join(written(e, str).split())[:400]) for e in (error, chain[-1])]
+    said = [f"{name}: {text}".removesuffix(": ") for name, text in ends]
     return " caused by ".join(dict.fromkeys(said))
 
 

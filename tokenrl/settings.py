@@ -21,7 +21,7 @@ from operator import ge, gt, le, lt
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
 
-from tokenrl.errors import Refused, nearest
+from tokenrl.errors import Refused, nearest, written
 from tokenrl.foreign import check_names
 
 T = TypeVar("T")
@@ -125,9 +125,7 @@ def check(settings: Any) -> None:
 
 def shown(given: object, most: int = 200) -> str:
     """Return what was given as a message quotes it: as Python writes it, in at most `most` characters."""
-    if isinstance(given, int) and abs(given) > 10**most:
-        return "a number of more digits than Python writes"  # which would raise
-    text = repr(given)
+    text = written(given)
     return text if len(text) <= most else f"{text[:most]}..."
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import math
 import os
 import signal
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import letter_task, letters_trained
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
@@ -39,6 +42,23 @@ def returning(output):
     return answer
 
 
+class Odd(Fraction):
+    """A number whose methods fail."""
+
+    def __float__(self):
+        raise OSError("no value")
+
+    def __repr__(self):
+        raise OSError("no text")
+
+
+def nested(depth):
+    inner = []
+    for _ in range(depth):
+        inner = [inner]
+    return inner
+
+
 # ---- what it returns ----
 
 
@@ -49,6 +69,8 @@ def returning(output):
         (10**400, r"10+ \(int\)"), (torch.tensor(math.nan), "nan"), (1.01e12, "1010000000000.0"),
         ("1.0", r"'1.0' \(str\)"), ([1.0], r"\[1.0\] \(list\)"),
         (torch.tensor([1.0]), r"tensor\(\[1.\]\) \(Tensor\)"), (1j, r"1j \(complex\)"), ({}, "dict"),
+        (nested(3000), "a list that cannot be"), (torch.zeros((), device="meta"), r"meta.*\(Tensor\)"),
+        (Odd(1), "a Odd that cannot be written"), (Fraction(10**5000), "a Fraction that cannot be written"),
     ],
 )  # fmt: skip
 def test_one_bad_value_stops_the_run_and_names_its_row(bad, shown):
@@ -66,6 +88,8 @@ def test_one_bad_value_stops_the_run_and_names_its_row(bad, shown):
         (np.ones((4, 1)), r"\[1.0\] \(list\) for row 0"),
         (torch.ones(1, 4), "1 rewards for 4"), ([], r"0 rewards for 4 completions \(row 0, completion 'one'"),
         ([1.0], r"1 rewards for 4 completions \(row 1, completion 'three'"), (np.ones(5), r"5 .*too many"),
+        (torch.zeros(4, device="meta"), r"a Tensor \(tensor\(..., device='meta'"),
+        (torch.zeros(4).to_sparse(), r"a Tensor \(tensor\(indices"), (Odd(1), "a Odd that cannot be written"),
     ],
 )  # fmt: skip
 def test_an_output_that_is_no_list_of_as_many_is_never_broadcast(output, shown):
@@ -96,7 +120,17 @@ def test_the_largest_rewards_have_finite_advantages(name):
 
 # ---- what it raises ----
 
-KINDS = [SystemExit(0), RuntimeError("off"), MemoryError("gone")]
+
+class Own(BaseException):
+    """An error of the reward's own, which is none of Python's kinds."""
+
+
+@dataclasses.dataclass(eq=True)
+class Unhashable(Exception):
+    code: int
+
+
+KINDS = [SystemExit(0), RuntimeError("off"), MemoryError("gone"), Own("mine"), Unhashable(3)]
 
 
 def plain(error):
@@ -143,6 +177,68 @@ def test_what_a_reward_raises_is_its_failure(make, error):
     with pytest.raises(Stopped, match=named) as caught:
         call([length, make(error)])
     assert caught.value.__cause__ is error and caught.value.exit_code == 1
+
+
+def test_errors_that_cause_each_other_are_told_once():
+    first, second = ValueError("first"), KeyError("second")
+    first.__cause__, second.__cause__ = second, first
+    with pytest.raises(Stopped, match=r"raised ValueError: first caused by KeyError: 'second' \(row 2 of"):
+        call(plain(first))
+    first.__cause__ = first
+    with pytest.raises(Stopped, match=r"bad raised ValueError: first \(row 2 of 4"):
+        call(plain(first))
+
+
+# ---- what it leaves behind ----
+
+LEFT = {
+    "set_grad_enabled": False,
+    "set_default_dtype": torch.float64,
+    "set_default_device": "meta",
+    "set_num_threads": 3,
+    "use_deterministic_algorithms": True,
+    "set_float32_matmul_precision": "medium",
+}
+
+
+@pytest.mark.parametrize("setting", LEFT)
+def test_settings_of_torch_that_a_reward_leaves_are_given_back(tmp_path, setting):
+    def careless(completions):
+        getattr(torch, setting)(LEFT[setting])
+        np.seterr(all="raise")
+        return [0.0] * len(completions)
+
+    (tmp_path / "own.py").write_text(f"import torch\ntorch.{setting}({LEFT[setting]!r})\nreward = len")
+    before = [settings(), np.geterr()]
+    call(careless)
+    assert [settings(), np.geterr()] == before
+    Rewards(f"{tmp_path}/own.py:reward")  # and what it leaves while it is imported
+    assert [settings(), np.geterr()] == before
+
+
+def settings():
+    debug = torch.get_deterministic_debug_mode(), torch.get_float32_matmul_precision()
+    usual = torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()
+    return torch.is_grad_enabled(), debug, usual
+
+
+def test_a_reward_that_switches_gradients_off_trains(tmp_path):
+    def judge(completions, **_):
+        torch.set_grad_enabled(False)
+        return [float(len(text)) for text in completions]
+
+    assert letters_trained(tmp_path / "run", letter_task(judge)).exit_reason == "finished"
+
+
+def test_an_error_of_an_own_kind_ends_a_run_as_any_other(tmp_path):
+    def later(completions, trainer_state, **_):
+        if trainer_state.global_step == 2:
+            raise Own("mine")
+        return [float(len(text)) for text in completions]
+
+    with pytest.raises(Stopped, match=r"later raised Own: mine \(row 0 of .*step_000002") as caught:
+        letters_trained(tmp_path / "run", letter_task(later))
+    assert caught.value.exit_code == 1
 
 
 def test_a_failure_of_all_rows_together_is_told_as_such():

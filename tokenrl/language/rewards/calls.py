@@ -13,16 +13,18 @@ import inspect
 import math
 import numbers
 import os
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe, suggest
+from tokenrl.errors import Refused, Stopped, TokenrlError, describe, suggest, written
 from tokenrl.settings import LARGEST_REWARD, shown
 
 Reward = Callable[..., Any]
@@ -39,9 +41,20 @@ RESERVED = {
 }
 """The names that a run uses itself, for metrics and timings or for completions, and how others begin."""
 
+TORCH_SETTINGS = {
+    "is_grad_enabled": "set_grad_enabled",
+    "get_default_dtype": "set_default_dtype",
+    "get_default_device": "set_default_device",
+    "get_num_threads": "set_num_threads",
+    "get_deterministic_debug_mode": "set_deterministic_debug_mode",
+    "get_float32_matmul_precision": "set_float32_matmul_precision",
+}
+"""What reads a setting of torch, and what changes it."""
 
-class Attempt(NamedTuple):
-    """The result of one call of a reward function.
+
+@dataclass
+class Attempt:
+    """The result of one call of a reward function, which is made inside of a `with` block.
 
     Attributes:
         output: what it returned, unchecked; None if it raised.
@@ -49,9 +62,21 @@ class Attempt(NamedTuple):
         seconds: the time that it took.
     """
 
-    output: Any
-    error: BaseException | None
-    seconds: float
+    output: Any = None
+    error: BaseException | None = None
+    seconds: float = 0.0
+
+    def __enter__(self) -> Attempt:
+        self.seconds -= time.perf_counter()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        self.seconds += time.perf_counter()
+        self.error = error
+        # A Ctrl-C is no failure of the function; Python raises it in the main thread only.
+        return (
+            not isinstance(error, KeyboardInterrupt) or threading.current_thread() != threading.main_thread()
+        )
 
 
 class Called(NamedTuple):
@@ -100,7 +125,7 @@ def call_rewards(
         logged.setdefault(_free_name(function, "log_metric", name), []).append(float(value))
 
     shared, attempts = {"trainer_state": SimpleNamespace(**state)}, {}
-    with no_exit():
+    with contained():
         for name, function in named.items():
             announce(f"Reward function {name}")
             logs = {"log_extra": partial(log_extra, name), "log_metric": partial(log_metric, name)}
@@ -109,14 +134,14 @@ def call_rewards(
         if waiting:
             announce(f"Of the async reward functions {', '.join(waiting)} at least one")
             attempts |= zip(waiting, _await_all(list(waiting.values())), strict=True)
-        for name, (_, error, _) in attempts.items():
-            if isinstance(error, TokenrlError):
-                raise error
-            if error is not None:
-                said = f"Reward function {name} raised {describe(error)}"
+        for name, attempt in attempts.items():
+            if isinstance(attempt.error, TokenrlError):
+                raise attempt.error
+            if attempt.error is not None:
+                said = f"Reward function {name} raised {describe(attempt.error)}"
                 announce(f"{said}; called again on single rows, it")
                 where = _first_failing_row(named[name], name, rows, shared)
-                raise Stopped(f"{said} ({where}).") from error
+                raise Stopped(f"{said} ({where}).") from attempt.error
     values = {name: checked_rewards(name, one.output, rows["completions"]) for name, one in attempts.items()}
     return Called(values, extra, logged, {name: one.seconds for name, one in attempts.items()})
 
@@ -139,12 +164,14 @@ def _free_name(function: str, call: str, name: Any) -> str:
 
 
 @contextlib.contextmanager
-def no_exit() -> Iterator[None]:
-    """Let `os._exit` of this process raise SystemExit inside the block: a run must not end without a word.
+def contained() -> Iterator[None]:
+    """Contain what the code of a reward does to this process while it runs in the block.
 
-    Processes that a reward forks still end by it.
+    `os._exit` raises SystemExit, since a run must not end without a word; processes that a reward forks still
+    end by it. Settings of torch and numpy are given back as they were.
     """
-    real, owner = os._exit, os.getpid()
+    real, owner, torch = os._exit, os.getpid(), sys.modules.get("torch")
+    before = {get: getattr(torch, get)() for get in TORCH_SETTINGS} if torch else {}
 
     def refuse(code: int) -> None:
         if os.getpid() != owner:
@@ -153,33 +180,32 @@ def no_exit() -> Iterator[None]:
 
     os._exit = refuse  # type: ignore[assignment]
     try:
-        yield
+        with np.errstate():
+            yield
     finally:
         os._exit = real
+        for get, value in before.items():
+            if getattr(torch, get)() != value:
+                getattr(torch, TORCH_SETTINGS[get])(value)
 
 
 def _attempt(function: Reward, name: str, arguments: Mapping[str, Any]) -> Attempt:
-    began = time.perf_counter()
-    try:
-        output = function(**{key: arguments[key] for key in accepted_arguments(function, name, arguments)})
-    except USER_CODE_FAILED as error:
-        return Attempt(None, error, time.perf_counter() - began)
-    return Attempt(output, None, time.perf_counter() - began)
+    with Attempt() as attempt:
+        names = accepted_arguments(function, name, arguments)
+        attempt.output = function(**{key: arguments[key] for key in names})
+    return attempt
 
 
 def _await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Attempt]:
     """Await all of them at the same time; return what came of each, in order."""
 
-    async def attempt(awaitable: Awaitable[Any]) -> Attempt:
-        began = time.perf_counter()
-        try:
-            output = await awaitable
-        except BaseException as error:  # no Ctrl-C is among them: Python raises it in the main thread only
-            return Attempt(None, error, time.perf_counter() - began)
-        return Attempt(output, None, time.perf_counter() - began)
+    async def awaited(awaitable: Awaitable[Any]) -> Attempt:
+        with Attempt() as attempt:
+            attempt.output = await awaitable
+        return attempt
 
     async def gathered() -> list[Attempt]:
-        return await asyncio.gather(*map(attempt, awaitables))
+        return await asyncio.gather(*map(awaited, awaitables))
 
     return asyncio.run_coroutine_threadsafe(gathered(), _event_loop()).result()
 
@@ -249,9 +275,11 @@ def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.nd
             single number is never broadcast to all rows.
     """
     count = len(completions)
-    items = output.tolist() if hasattr(output, "tolist") else output  # of an array or tensor
+    items = output
+    with contextlib.suppress(Exception):  # an array or tensor; a meta or sparse one has no list
+        items = output.tolist()
     if not isinstance(items, list | tuple):
-        given = f"a {type(output).__name__} ({output!r:.80}) for {count} completions"
+        given = f"a {type(output).__name__} ({written(output):.80}) for {count} completions"
         hint = " Is a return missing?" if output is None else ""
         raise Stopped(
             f"Reward function {name} returned {given}; it must return a list of {count} numbers.{hint}"
@@ -265,13 +293,13 @@ def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.nd
 
 
 def _number(item: Any, name: str, row: int, completion: Any) -> float:
-    if getattr(item, "ndim", None) == 0:  # numpy scalars and 0-d tensors
-        item = item.item()
-    if item is None:
-        return math.nan
-    # An integer beyond float64 compares, but cannot be converted.
-    if isinstance(item, numbers.Real) and -LARGEST_REWARD <= item <= LARGEST_REWARD:  # type: ignore[operator]
-        return float(item)
-    what = f"{item!r:.80} ({type(item).__name__}) for row {row}, completion {shown(completion)}"
+    with contextlib.suppress(Exception):  # a meta tensor has no value, and methods of an object may fail
+        value = item.item() if getattr(item, "ndim", None) == 0 else item  # numpy scalars and 0-d tensors
+        if value is None:
+            return math.nan
+        # An integer beyond float64 compares, but cannot be converted.
+        if isinstance(value, numbers.Real) and -LARGEST_REWARD <= value <= LARGEST_REWARD:  # type: ignore[operator]
+            return float(value)
+    what = f"{written(item):.80} ({type(item).__name__}) for row {row}, completion {shown(completion)}"
     allowed = f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, or None to abstain"
     raise Stopped(f"Reward function {name} returned {what}; a reward is {allowed}.")
