@@ -141,7 +141,8 @@ def test_evaluate_compares_models_prompt_by_prompt(model, capsys, tmp_path):
 
 def talk(lines, *arguments, monkeypatch, capsys):
     """Exit code, output lines and own errors of `tokenrl sample` fed with lines through a pipe."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    sent = "".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(sent), "utf-8"))
     code = main(["sample", *arguments])
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if line.startswith("tokenrl:")]
@@ -153,6 +154,10 @@ def test_sample_talks_line_by_line_and_reads_on_after_an_error(model, monkeypatc
     code, out, err = talk(["abc>", "", "a" * 200, "abc>"], "--model", model, **how)
     assert code == 0 and len(out) == 4 + 4 and all(line.startswith("abc>") for line in out)
     assert len(err) == 1 and "context" in err[0]
+    code, read_on, err = talk(["\udcff", "abc>"], "--model", model, **how)  # a byte that is no UTF-8
+    assert code == 0 and read_on == out[:4] and len(err) == 1 and r"holds '\udcff'" in err[0]
+    code, none, err = talk([], "--model", model, "--prompt", "abc\ud800", **how)
+    assert (code, none) == (2, []) and r"holds '\ud800'" in err[0]
     code, once, _ = talk([], "--model", model, "--prompt", "abc>", **how)
     assert code == 0 and once == out[:4] != out[4:]  # the same prompt again: new draws
     code, out, err = talk([], "--model", model, "--prompt", "a" * 200, **how)

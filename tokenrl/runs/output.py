@@ -54,13 +54,16 @@ def without_progress_bars() -> Iterator[None]:
 def prepare_streams() -> None:
     """Open /dev/null in place of each standard stream that was closed, as by `>&-`.
 
-    Characters that the encoding of a stream lacks are written as their numbers.
+    Characters that the encoding of a stream lacks are written as their numbers; bytes that it lacks are read
+    as halves of surrogate pairs, which no prompt may hold.
     """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
-        if name != "stdin" and hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(
+                errors="surrogateescape" if name == "stdin" else "backslashreplace"
+            )
 
 
 @contextlib.contextmanager

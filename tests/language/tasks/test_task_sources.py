@@ -7,7 +7,7 @@ import pytest
 import toy_tasks
 from tokenrl.errors import Refused
 from tokenrl.language.tasks.sources import DataArguments, TaskArguments, check_prompts, with_prompts
-from tokenrl.language.tasks.task import find_task
+from tokenrl.language.tasks.task import PromptTask, find_task
 from tokenrl.names import import_attribute
 
 ROWS = [{"question": f"q{i}", "hint": {"text": i}} for i in range(3)]
@@ -45,13 +45,19 @@ def test_a_missing_value_never_becomes_a_word_in_a_prompt(missing):
         (["a"], r"message 0 of the prompt is 'a' \(str\)"),
         ([{"role": "user", "content": "a"}, {"role": "user"}], "message 1 of the prompt has content None"),
         ([{"content": "a"}], "message 0 of the prompt has role None"),
+        ("a\ud800", r"the prompt holds '\\ud800', which UTF-8 cannot write"),
+        ([{"role": "user", "content": "\udcff"}], r"message 0 of the prompt has content '\\udcff'"),
     ],
 )
 def test_bad_prompts_are_refused_with_their_row(prompt, found):
-    good = [{"prompt": ""}, {"prompt": [{"role": "user", "content": ""}]}]
+    good = [{"prompt": "\U0001f600"}, {"prompt": [{"role": "user", "content": ""}]}]
     check_prompts(good, "here")
+    bad = [*good, {"prompt": prompt}]
     with pytest.raises(Refused, match=f"here, row 2: .*{found}"):
-        check_prompts([*good, {"prompt": prompt}], "here")
+        check_prompts(bad, "here")
+    for rows in ((bad, good), (good, bad)):
+        with pytest.raises(Refused, match=f"task 'mine', .*_prompts, row 2: .*{found}"):
+            find_task(TaskArguments(task=PromptTask("mine", *rows, lambda completions: [0.0])))
 
 
 def test_a_row_without_a_prompt_is_refused():

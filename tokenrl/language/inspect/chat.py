@@ -18,6 +18,7 @@ from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows
 from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
+from tokenrl.language.tasks.sources import fault_of_prompt
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.collect import prompt_text
 from tokenrl.language.training.defaults import length_of
@@ -75,6 +76,8 @@ class Sampler:
             Stopped: a reward function failed on a prompt of the task.
         """
         args, policy = self._args, self.policy
+        if fault := fault_of_prompt(text):
+            raise Refused(f"It cannot be completed, since {fault}.")
         like = next((row["prompt"] for row in self._rows.values()), [] if policy.form.chat else "")
         alone = text if isinstance(like, str) else [{"role": "user", "content": text}]
         row = self._rows.get(text, {"prompt": alone})

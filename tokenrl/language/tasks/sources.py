@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import string
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings
 Row = Mapping[str, Any]
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+HALF_OF_PAIR = re.compile("[\ud800-\udfff]")
 BEFORE_JSON = b"\xef\xbb\xbf \t\r\n"  # what may stand before a value: a mark of UTF-8, and space
 
 
@@ -243,9 +245,13 @@ def check_prompts(rows: Iterable[Row], where: str) -> None:
 
 
 def fault_of_prompt(prompt: Any, what: str = "prompt") -> str:
-    """Say why a value is neither text nor a list of chat messages; nothing if it is one of the two."""
+    """Say why a value is neither text nor a list of chat messages; nothing if it is one of the two.
+
+    Text with half of a surrogate pair, as bytes that are no UTF-8 become, is none that a tokenizer takes.
+    """
     if isinstance(prompt, str):
-        return ""
+        half = HALF_OF_PAIR.search(prompt)
+        return f"the {what} holds {half[0]!r}, which UTF-8 cannot write" if half else ""
     if not isinstance(prompt, list | tuple) or not prompt:
         empty = "an empty list" if prompt == [] else f"{prompt!r:.100} ({type(prompt).__name__})"
         return f"the {what} is {empty}"
@@ -253,7 +259,7 @@ def fault_of_prompt(prompt: Any, what: str = "prompt") -> str:
         if not isinstance(message, Mapping):
             return f"message {position} of the {what} is {message!r:.100} ({type(message).__name__})"
         for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
+            if not isinstance(message.get(key), str) or HALF_OF_PAIR.search(message[key]):
                 return f"message {position} of the {what} has {key} {message.get(key)!r:.100}"
     return ""
 

@@ -207,6 +207,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         is_task = hasattr(task, "train_prompts")
         if is_task:
             task = smaller_evaluation(task, args.eval_size)
+            sources.check_prompts(task.eval_prompts, f"task '{task.name}', eval_prompts")
     if not is_task:
         task = _loaded(task, args, chosen or None, 0, bool(getattr(args, "chat", None)))
     functions, own = chosen or getattr(task, "reward", None), not (chosen or args.reward_weights)
@@ -223,6 +224,7 @@ def find_task(args: TaskArguments) -> tuple[Task, Rewards]:
         pass_threshold=getattr(task, "pass_threshold", None) if own and mark is None else mark,
     )
     with _refusing("The training prompts of the task were read, and"):
+        sources.check_prompts(task.train_prompts, f"task '{task.name}', train_prompts")
         columns = dict.fromkeys(name for row in task.train_prompts for name in row)
     rewards.check_columns(columns)
     return task, rewards

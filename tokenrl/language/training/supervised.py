@@ -13,6 +13,7 @@ from tokenrl.errors import Refused, Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.scoring import USUAL, score
+from tokenrl.language.tasks.sources import fault_of_prompt
 from tokenrl.language.tasks.stream import Batches
 from tokenrl.language.training.forward import Forward
 from tokenrl.runs.schedules import load_schedule, make_schedule
@@ -163,6 +164,8 @@ def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> lis
         if not isinstance(text, str) or "prompt" not in row:
             needed = "prompt and completion (text, or a list that ends with the assistant's message)"
             raise Refused(f"Row {number} of the demonstrations has {', '.join(row)}; it needs {needed}.")
+        if fault := fault_of_prompt(text, "completion"):
+            raise Refused(f"Row {number} of the demonstrations: {fault}.")
         ids = list(policy.tokenizer(text, add_special_tokens=False).input_ids)
         if eos is not None and (not ids or ids[-1] not in policy.eos_ids):
             ids.append(eos)
