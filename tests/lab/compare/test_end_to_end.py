@@ -108,6 +108,12 @@ def test_ray_finds_the_same_as_local_processes(walk, tmp_path):
     assert metrics(tmp_path / "walk") == metrics(walk[1])
 
 
+def test_without_ray_its_own_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(Refused, match="Install it with pip install ray, set RAY_ADDRESS"):
+        tokenrl.compare(**WALK, output_dir=str(tmp_path / "walk"), executor="ray")
+
+
 @pytest.mark.slow
 def test_a_run_that_breaks_is_counted_and_its_words_are_told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -186,7 +186,7 @@ def _on_ray() -> tuple[Call, int]:
     except Exception as error:  # of many kinds, such as ImportError, ConnectionError and RuntimeError
         raise Refused(
             f"executor ray needs Ray, which cannot be started or reached ({describe(error)}). Install it "
-            "with pip install 'tokenrl-lm[ray]', set RAY_ADDRESS, or leave executor at local."
+            "with pip install ray, set RAY_ADDRESS, or leave executor at local."
         ) from error
     task = ray.remote(num_cpus=1, max_retries=0)(_in_task)
 
