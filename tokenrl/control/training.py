@@ -177,7 +177,7 @@ def _evaluate(run: Run) -> dict[str, float]:
 
 
 USUAL_RATES = 1e-3, 2e-2
-"""Adam's usual learning rates for agents, from deep networks to small ones (see `agents` and the default)."""
+"""Adam's usual learning rates for agents, from deep networks to small ones (see `TUNED` and the default)."""
 SMALL, LARGE = 0.1, 10
 """A network learns well if the largest absolute value of the observations lies between these."""
 

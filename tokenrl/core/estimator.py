@@ -150,7 +150,7 @@ class Estimator(Settings):
 
     @property
     def bias_status(self) -> str:
-        """The bias of the expected gradient of the first on-policy update, as `effects` defines the words."""
+        """The bias of the expected gradient of the first on-policy update, a word of `FROM_BEST_TO_WORST`."""
         return declared(self).status
 
     @property
