@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokenrl import Estimator
 from tokenrl.cli import COMMANDS
 from tokenrl.flags import parse
 from tokenrl.lab.compare import planning
@@ -32,6 +33,29 @@ def test_positives_and_negatives_are_weighted():
     third = -1 / 3
     assert left["positives_quarter"] == pytest.approx([0.25, third, third, third])
     assert left["negatives_none"] == [1, 0, 0, 0]
+
+
+def direction(arm, rewards, mask, size):
+    """What the score of each token is multiplied by, as a vector of length 1."""
+    estimator = Estimator.preset(arm)
+    advantages = estimator.advantages(rewards, mask, group_size=size).policy
+    weights = estimator.token_weights(mask, max_length=8) * advantages.reshape(len(rewards), -1)
+    return weights.flatten() / weights.norm()
+
+
+@pytest.mark.parametrize("part", ["1_sort_digits", "1_reverse_text", "8_cartpole", "8_acrobot"])
+def test_arms_are_copies_where_the_page_says_so_and_nowhere_else(part):
+    copies = runpy.run_path(str(STUDY / "questions.py"))["COPIES"][part]
+    dice, size = torch.Generator().manual_seed(0), 8 if part[0] == "1" else 64
+    rewards = torch.rand(64, generator=dice, dtype=torch.double)
+    lengths = torch.randint(3, 9, (64,), generator=dice) if part != "1_sort_digits" else torch.full((64,), 7)
+    rewards = rewards if size == 8 else lengths.double()  # an agent's return is the length of its episode
+    mask = torch.arange(8) < lengths[:, None]
+    for arm in ("reinforce_baseline", "grpo", "dr_grpo", "opo", "reinforce_pp"):
+        mark, other = copies.get(arm, " rloo").split(" ")
+        cosine = float(direction(arm, rewards, mask, size) @ direction(other, rewards, mask, size))
+        least, most = {"=": (1 - 1e-9, 2), "≈": (0.999, 2), "": (-1, 0.998)}[mark]
+        assert least < cosine < most, (arm, other, cosine)
 
 
 def test_prompts_of_like_and_unlike_difficulty_share_none_and_a_shift_is_declared():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,15 @@ STUDY = Path(__file__).parent
 TABLES = STUDY / "tables"
 MARGIN = 0.02
 COLOURS = {"better": "#007a58", "worse": "#c24e00", "equivalent": "#0072b2", "undecided": "#77777f"}
+COPIES = {
+    "1_sort_digits": {"dr_grpo": "= rloo", "opo": "= rloo", "reinforce_pp": "≈ reinforce_baseline"},
+    "1_reverse_text": {"dr_grpo": "= rloo", "reinforce_pp": "≈ reinforce_baseline"},
+    "8_cartpole": {"dr_grpo": "= rloo", "reinforce_baseline": "= rloo"},
+    "8_acrobot": {"dr_grpo": "= rloo", "reinforce_baseline": "= rloo"},
+}
+"""For each part the arms whose gradient is that of another arm, times one number (=), or times a number for
+each step (≈). opo on sort_digits is one but for the few completions of another length; reinforce_pp on
+reverse_text weights the completions in its mean by their lengths."""
 
 
 class Part(NamedTuple):
@@ -67,6 +77,11 @@ def verdict(against: Mapping[str, Any], label: str) -> list[str]:
     return [against[label].apart, against[label].verdict] if label in against else ["", "reference"]
 
 
+def marked(part: str, arm: str, before: str = " ", tick: str = "`") -> str:
+    """Return the name of an arm, and of which arm it is a copy."""
+    return (tick + arm + tick + before + COPIES.get(part, {}).get(arm, "")).rstrip()
+
+
 def forest(
     axes: Axes, against: Mapping[str, Any], margin: float, up: float = 0, hollow: bool = False
 ) -> None:
@@ -85,23 +100,25 @@ def rates(axes: Axes, part: str) -> str:
     """Questions 1 and 8: differences to rloo, filled at each arm's own rate, hollow at one rate for all."""
     parts = [name for name in (part, f"{part}_fixed") if (TABLES / name).exists()]
     (runs, _, margin), rows = read(part), []
-    chosen = runs.groupby("arm")["learning_rate"].first()
+    chosen, clipped = (runs.groupby("arm")[name].mean() for name in ("learning_rate", "grad_clipped"))
     greedy = judged(part, "area_greedy").against_reference
     for each in zip(*(judged(name).arms for name in parts), strict=True):
         arm = each[0].arm
-        cells = [f"`{arm}`", tokenrl.Estimator.preset(arm).bias_status, f"{chosen[arm]:g}"]
+        cells = [marked(part, arm), tokenrl.Estimator.preset(arm).bias_status]
+        cells += [f"{chosen[arm]:g}", f"{clipped[arm]:.0%}"]
         for name, scores in zip(parts, each, strict=True):
             cells += told(judged(name), scores, 3 if margin < 1 else 1)
         rows.append([*cells, greedy[arm].apart if arm in greedy else ""])
     for name, up in zip(parts, (0.14, -0.14), strict=False):
         forest(axes, judged(name).against_reference, margin, up, hollow=name != part)
+    axes.set_yticklabels([marked(part, arm, "\n", "") for arm in greedy])
     at_one = " (hollow: all at 2e-4)" * (len(parts) - 1)
     task = part[2:].replace("shifted", "sort_digits with rewards + 1")
     axes.set_title(f"{task}: each arm at its own best rate{at_one}", loc="left", size=10)
     if margin < 1:
         axes.set_xlim(-0.15, 0.09)  # the same for all tasks
     axes.set_xlabel("area minus that of rloo (grey: within the margin)")
-    heads = ["arm", "declared bias", "own rate", "area", "against rloo", "verdict"]
+    heads = ["arm", "declared bias", "own rate", "clipped updates", "area", "against rloo", "verdict"]
     heads += ["area at 2e-4", "against rloo", "verdict"] * (len(parts) - 1)
     return table([*heads, "greedy area against rloo, own rate (exploratory)"], rows)
 
@@ -137,11 +154,11 @@ def entropy(axes: Axes, part: str) -> str:
     curves = read(part).curves.query("entropy == entropy")
     labels = [arm.arm for arm in judged(part).arms]
     over = {}
-    basis = np.column_stack([-np.exp(curves["entropy"]), np.ones(len(curves))])
     for score in ("reward_greedy", "reward"):
-        (a, b), *_ = np.linalg.lstsq(basis, curves[score], rcond=None)
-        left = curves[score] - basis @ (a, b)
+        a, b = through(curves, score)
+        left = curves[score] - b + a * np.exp(curves["entropy"])
         over[score] = left.groupby([curves["arm"], curves["path"]]).mean()
+    slopes = {arm: [through(run)[0] for _, run in of.groupby("path")] for arm, of in curves.groupby("arm")}
     heats = np.linspace(curves["entropy"].min(), curves["entropy"].max(), 100)
     axes.plot(heats, b - a * np.exp(heats), color="black", lw=1)
     error, rows = float(np.sqrt((left**2).mean())), []
@@ -152,20 +169,29 @@ def entropy(axes: Axes, part: str) -> str:
         says = "on the curve" if low > -MARGIN and high < MARGIN else "undecided"
         says = "off the curve" if low > MARGIN or high < -MARGIN else says
         words = {score: signed(one) for score, one in found.items()}
-        rows.append([f"`{arm}`", f"{last[arm]:.3f}", words["reward"], says, words["reward_greedy"]])
+        apart = signed(interval(np.subtract(slopes[arm], slopes["rloo"]), 0.05 / 8)) if arm != "rloo" else ""
+        cells = [marked(part, arm), f"{last[arm]:.3f}", words["reward"], says, words["reward_greedy"]]
+        rows.append([*cells, f"{np.mean(slopes[arm]):.2f}", apart])
         each = curves[curves["arm"] == arm].groupby("samples")[["entropy", "reward"]].mean()
-        axes.plot(each["entropy"], each["reward"], "o-", ms=3, lw=1, label=arm)
+        axes.plot(each["entropy"], each["reward"], "o-", ms=3, lw=1, label=marked(part, arm, tick=""))
     axes.set_title(f"{part[2:]}: R = {b:.2f} - {a:.2f} exp(H), error {error:.3f}", loc="left", size=10)
     axes.set_xlabel("entropy H of a token, nats")
     axes.set_ylabel("held-out sampled reward R")
     axes.legend(fontsize=8, frameon=False)
     heads = ["arm", "entropy at the end", "reward left over", "verdict", "greedy reward left over"]
-    return table(heads, rows)
+    return table([*heads, "a of each run, mean (exploratory)", "that minus that of rloo"], rows)
+
+
+def through(curves: pd.DataFrame, score: str = "reward") -> tuple[float, float]:
+    """Return a and b of the curve R = -a exp(H) + b through evaluations, by least squares."""
+    slope, b = np.polyfit(np.exp(curves["entropy"]), curves[score], 1)
+    return -slope, b
 
 
 def signs(axes: Axes, part: str) -> str:
     """Question 4: area and pass@8 with positive and negative advantages weighted."""
-    sampled = pd.read_csv(TABLES / part / "pass8.csv")
+    measured = pd.read_csv(TABLES / part / "pass8.csv")
+    sampled, base = (measured[(measured["arm"] == "base") == is_base] for is_base in (False, True))
     (wide,) = judge_scores(sampled, metric="pass@8", margin=MARGIN).families
     bias = sampled.groupby("arm")["bias"].first()
     (runs, curves, _), family, rows = read(part), judged(part), []
@@ -176,6 +202,9 @@ def signs(axes: Axes, part: str) -> str:
         for scores, of in ((one, family), (other, wide)):
             cells += told(of, scores)
         rows.append([*cells, f"{heat[one.arm]:.3f}"])
+    mean, low, high = (base["pass@8"].agg(name) for name in ("mean", "min", "max"))
+    draws = f"{len(base)} draws: {low:.3f} to {high:.3f}"
+    rows.append(["the base model", *[""] * 5, f"{mean:.3f}", draws, "", ""])
     forest(axes, family.against_reference, MARGIN, 0.14)
     forest(axes, wide.against_reference, MARGIN, -0.14, hollow=True)
     axes.set_title(f"{part[2:]}: area (filled) and pass@8 at the end (hollow)", loc="left", size=10)
@@ -214,9 +243,7 @@ def clipping(axes: Axes, part: str) -> str:
     forest(axes, against, MARGIN)
     axes.set_title("area minus that without a ratio, each at its own rate", loc="left", size=10)
     axes.set_xlabel("difference in area (grey: within the margin)")
-    rows = []
-    for cell, (rate, area, *entropies) in shown.items():
-        rows.append([cell, rate, area, *verdict(against, cell), *entropies])
+    rows = [[c, *shown[c][:2], *verdict(against, c), *shown[c][2:]] for c in shown]
     heads = ["cell", "own rate", "area", "against none", "verdict", "entropy at the end"]
     return table([*heads, "that minus that of .2 (exploratory, 95 %)"], rows)
 
@@ -227,15 +254,18 @@ def noise(axes: Axes, part: str) -> str:
     measured = pd.read_csv(TABLES / part / "noise.csv").set_index(["policy", "arm"])
     for arm in family.arms:
         here, before = measured.loc[("half way", arm.arm)], measured.loc[("start", arm.arm)]
-        cells = [f"`{arm.arm}`", here["bias"], f"{before['noise']:.3g}"]
+        cells = [marked(part, arm.arm), here["bias"], f"{before['noise']:.3g}"]
         rows.append([*cells, "{noise:.3g} [{low:.3g}, {high:.3g}]".format(**here), f"{arm.mean:.3f}"])
-        axes.plot(here["noise"], arm.mean, "o", color="#0072b2" if here["bias"] == "exact" else "#c24e00")
-        axes.annotate(arm.arm, (here["noise"], arm.mean), (5, 4), textcoords="offset points", fontsize=8)
-    heard = [measured.loc[("half way", arm.arm), "noise"] for arm in family.arms]
-    found = rank_correlation(np.array(heard).round(9), np.array([arm.mean for arm in family.arms]))
-    axes.set_title(f"{part[2:]}: rank correlation {signed(found, 2)}", loc="left", size=10)
+        colour, copy = "#0072b2" if here["bias"] == "exact" else "#c24e00", arm.arm in COPIES[part]
+        look = {"mfc": "none", "ms": 9} if copy else {}
+        axes.plot(here["noise"], arm.mean, "o", color=colour, **look)
+        shift = (5, -10 if copy else 4)
+        axes.annotate(arm.arm, (here["noise"], arm.mean), shift, textcoords="offset points", fontsize=8)
+    heard = measured["noise"].loc["half way"].round(9)
+    found = correlations(heard, areas(part), part)
+    axes.set_title(f"{part[2:]}: rank correlation {found}", loc="left", size=10)
     axes.set_xscale("log")
-    axes.set_xlabel("noise of a step's gradient after 50 steps: variance / squared signal (blue: unbiased)")
+    axes.set_xlabel("noise of a step's gradient after 50 steps (blue: unbiased; ring: a copy of another arm)")
     axes.set_ylabel("area at its own rate")
     return table(["arm", "declared bias", "noise at the start", "noise after 50 steps", "area"], rows)
 
@@ -278,11 +308,14 @@ def lora(axes: Axes, part: str) -> str:
 def actions(axes: Axes, part: str) -> str:
     """Question 8: the differences to rloo of an agent, and the rank correlation with sort_digits."""
     text = rates(axes, part)
-    words = {arm.arm: arm.mean for arm in judged("1_sort_digits").arms}
-    means = [(words[arm.arm], arm.mean) for arm in judged(part).arms]
-    found = rank_correlation(*np.array(means).T)
-    axes.set_title(f"{part[2:]}: rank correlation with sort_digits {signed(found, 2)}", loc="left", size=10)
+    found = correlations(areas("1_sort_digits"), areas(part), "1_sort_digits", part)
+    axes.set_title(f"{part[2:]}: rank correlation with sort_digits {found}", loc="left", size=10)
     return text
+
+
+def areas(part: str) -> pd.Series:
+    """Return the mean area of each arm."""
+    return pd.Series({arm.arm: arm.mean for arm in judged(part).arms})
 
 
 def peak(rates: np.ndarray, areas: np.ndarray) -> float:
@@ -304,21 +337,33 @@ def signed(found: Iterable[float], digits: int = 3) -> str:
     return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*found, d=digits)
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Return Spearman's correlation with a 95 % interval from 10,000 resamplings of the arms."""
-    rng, found = np.random.default_rng(0), []
-    for _ in range(10_000):
-        take = rng.integers(0, len(x), len(x))
-        if len(set(x[take])) > 1 and len(set(y[take])) > 1:
-            found.append(np.corrcoef(stats.rankdata(x[take]), stats.rankdata(y[take]))[0, 1])
-    return float(stats.spearmanr(x, y)[0]), *(float(end) for end in np.quantile(found, [0.025, 0.975]))
+def correlations(x: pd.Series, y: pd.Series, *parts: str) -> str:
+    """Write the rank correlation over all arms, as planned, and below it that without copies."""
+    shared = x.index.intersection(y.index)
+    copies = [arm for part in parts for arm, mark in COPIES[part].items() if mark[0] == "="]
+    few = shared.difference(copies)
+    planned, without = (signed(rank_correlation(x[arms], y[arms]), 2) for arms in (shared, few))
+    return f"{planned}\nwithout copies {without}, {len(few)} arms"
+
+
+def rank_correlation(x: pd.Series, y: pd.Series) -> tuple[float, float, float]:
+    """Return Spearman's correlation with a 95 % interval from all resamplings of the arms."""
+    n = len(x)
+    takes = np.array(list(combinations_with_replacement(range(n), n)))
+    chances = stats.multinomial.pmf((takes[:, :, None] == np.arange(n)).sum(1), n, np.full(n, 1 / n))
+    a, b = (stats.rankdata(of.to_numpy()[takes], axis=1) - (n + 1) / 2 for of in (x, y))
+    spread = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    found = (a * b).sum(1) / np.where(spread, spread, np.inf)
+    chances = np.where(spread, chances, 0)  # no correlation where all arms of a resampling are the same
+    order = found.argsort()
+    low, high = np.searchsorted(chances[order].cumsum() / chances.sum(), [0.025, 0.975])
+    return float(stats.spearmanr(x, y)[0]), float(found[order[low]]), float(found[order[high]])
 
 
 def interval(values: Sequence[float], alpha: float) -> tuple[float, float, float]:
     """Return the mean of some runs with its Student-t interval."""
-    mean = float(np.mean(values))
-    half = float(stats.sem(values) * stats.t.ppf(1 - alpha / 2, len(values) - 1))
-    return mean, mean - half, mean + half
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(1 - alpha)
+    return float(np.mean(values)), float(low), float(high)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,7 +6,7 @@
 
 The runs of a part are those of `tokenrl compare --config recipes/study/PART.yaml`; killed and started again,
 they go on where they were. The raw tables hold one row for each run, and the curves of its evaluations. The
-verdicts are computed from them by the same code as in `tokenrl compare`. A part without tables is left out.
+verdicts are computed from them by the same code as in `tokenrl compare`.
 """
 
 # /// script
@@ -25,40 +25,28 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import questions
 import tyro
 import yaml
 from matplotlib.figure import Figure
-from questions import (
-    STUDY,
-    TABLES,
-    actions,
-    clipping,
-    division,
-    entropy,
-    judged,
-    lora,
-    noise,
-    rates,
-    read,
-    signs,
-)
+from questions import STUDY, TABLES, judged, read
 
 import tokenrl
 from tokenrl.lab import measure_bias, measure_gradients
 from tokenrl.language import load_task, warm_started_base
 from tokenrl.runs import read_run
 
-SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "1_rates": (rates, ("1_sort_digits", "1_reverse_text", "1_countdown", "1_shifted")),
-    "2_division": (division, ("2_sgd_2",)),
-    "3_entropy": (entropy, ("1_sort_digits", "1_reverse_text")),
-    "4_signs": (signs, ("4_sort_digits", "4_countdown")),
-    "5_clipping": (clipping, ("5_updates_2",)),
-    "6_noise": (noise, ("1_sort_digits", "1_reverse_text")),
-    "7_lora": (lora, ("7_lora", "7_lora_factor")),
-    "8_actions": (actions, ("8_cartpole", "8_acrobot")),
+SECTIONS = {
+    "1_rates": ("1_sort_digits", "1_reverse_text", "1_countdown", "1_shifted"),
+    "2_division": ("2_sgd_2",),
+    "3_entropy": ("1_sort_digits", "1_reverse_text"),
+    "4_signs": ("4_sort_digits", "4_countdown"),
+    "5_clipping": ("5_updates_2",),
+    "6_noise": ("1_sort_digits", "1_reverse_text"),
+    "7_lora": ("7_lora", "7_lora_factor"),
+    "8_actions": ("8_cartpole", "8_acrobot"),
 }
-"""For each figure the function that draws it and makes its tables, and the part of the study of each panel;
+"""The part of the study of each panel of a figure, which the function of its name draws and makes a table of;
 questions 2 and 5 have one panel for several parts, of which the one named here is run last."""
 
 
@@ -73,9 +61,9 @@ def run(part: str) -> None:
     table.runs.assign(seconds=seconds).to_csv(folder / "runs.csv", index=False)
     table.curves[table.curves["role"] != "tuning"].to_csv(folder / "curves.csv", index=False)
     shutil.copy(found.output_dir / "comparison.json", folder)
-    if part in SECTIONS["6_noise"][1]:
+    if part in SECTIONS["6_noise"]:
         measure_noise(part)
-    if part in SECTIONS["4_signs"][1]:
+    if part in SECTIONS["4_signs"]:
         measure_pass_at_8(part)
 
 
@@ -90,16 +78,16 @@ def measure_difficulty() -> None:
 
 
 def measure_pass_at_8(part: str) -> None:
-    """Question 4: measure pass@8 of the last policy of every run, and the bias of every baseline."""
+    """Question 4: pass@8 of each run's last policy and, ten times, of the base; the bias of each baseline."""
     runs, rows = read(part).runs, []
     baseline = {arm: {} if arm == "rloo" else {"baseline": arm} for arm in runs["arm"].unique()}
     bias = {arm: measure_bias(tokenrl.Estimator(**given)).found for arm, given in baseline.items()}
-    for one in runs.to_dict("records"):
-        model = f"runs/study/{part}/{one['path']}"
-        found = tokenrl.evaluate(model=model, task=one["problem"], seed=0, num_generations=16, k=(8,)).metrics
-        rows.append(
-            {"arm": one["arm"], "seed": one["seed"], "pass@8": found["pass@8"], "bias": bias[one["arm"]]}
-        )
+    models = [(one.arm, one.seed, f"runs/study/{part}/{one.path}", 0) for one in runs.itertuples()]
+    models += [("base", draw, str(warm_started_base(load_task(part[2:]))), draw) for draw in range(10)]
+    for arm, seed, model, draw in models:
+        how: dict[str, Any] = {"task": part[2:], "num_generations": 16, "k": (8,), "seed": draw}
+        found = tokenrl.evaluate(model=model, **how).metrics["pass@8"]
+        rows.append({"arm": arm, "seed": seed, "pass@8": found, "bias": bias.get(arm, "")})
     pd.DataFrame(rows).to_csv(TABLES / part / "pass8.csv", index=False)
 
 
@@ -122,18 +110,14 @@ def measure_noise(part: str) -> None:
 
 
 def rebuild(page: Path, figures: Path) -> None:
-    """Write the tables of the page between its marks, and the figures, of the parts that have raw tables."""
+    """Write the tables of the page between its marks, and the figures."""
     text = page.read_text()
     figures.mkdir(exist_ok=True)
-    for name, (make, parts) in SECTIONS.items():
-        there = [part for part in parts if (TABLES / part).exists()]
-        across = min(len(there), 2)
-        down = -(-len(there) // 2)
-        if not there:
-            continue
+    for name, parts in SECTIONS.items():
+        across, down = min(len(parts), 2), -(-len(parts) // 2)
         figure = Figure((6 * across + 1, 4.6 * down), layout="constrained")
-        for axes, part in zip(figure.subplots(down, across, squeeze=False).flat, there, strict=False):
-            mark, body = f"<!-- table {name} {part} -->\n", make(axes, part)
+        for axes, part in zip(figure.subplots(down, across, squeeze=False).flat, parts, strict=False):
+            mark, body = f"<!-- table {name} {part} -->\n", getattr(questions, name[2:])(axes, part)
             axes.spines[["top", "right"]].set_visible(False)
             assert mark in text, f"the page has no {mark}"
             before, _, after = text.partition(mark)
