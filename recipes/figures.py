@@ -360,7 +360,7 @@ def length_bias(output: Path = Path("length_bias.png"), sizes: tuple[int, ...] =
     The problem has one prompt and five completions of one to four tokens; each token continues with
     probability 1/2. All 5^N steps are enumerated.
     """
-    problem = tabular_problem(0, vocabulary=2, length=4, even=True)
+    problem = tabular_problem(0, vocabulary=2, length=4, logits=torch.zeros(4, 2))
     problem = replace(problem, rewards=torch.tensor([[0.0, 1, 0, 1, 0]]).double())
     figure = Figure(figsize=(12, 4.6), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -195,6 +195,87 @@ def test_a_baseline_of_ones_own_gets_a_measured_status() -> None:
         assert [m.problem for m in verdict.measurements] == [p.name for p in problems]
 
 
+def of_others(totals, group_size):
+    groups = of_groups(totals, group_size)
+    return ((groups.sum(1, keepdim=True) - groups) / (group_size - 1)).flatten()
+
+
+def longer(tokens):
+    def bonus(totals, *, group_size, mask, **_):
+        return of_others(totals, group_size) + 0.3 * (mask.sum(-1) - tokens).clamp(min=0)
+
+    return bonus
+
+
+def median_from(size):
+    def median(totals, *, group_size, **_):
+        middle = of_groups(totals, group_size).median(1).values.repeat_interleave(group_size)
+        return middle if group_size >= size else of_others(totals, group_size)
+
+    return median
+
+
+def trimmed(totals, *, group_size, **_):
+    groups = of_groups(totals, group_size)
+    inner = (groups.sum(1) - groups.amax(1) - groups.amin(1)) / max(1, group_size - 2)
+    inner = inner.repeat_interleave(group_size)
+    return inner if group_size >= 4 else of_others(totals, group_size)
+
+
+def own_if_long(totals, *, group_size, mask, **_):
+    return torch.where(mask.sum(-1) >= 3, 0.5 * totals, of_others(totals, group_size))
+
+
+PERMANENT = {"longer": longer(2), "median": median_from(4), "trimmed": trimmed, "own": own_if_long}
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_sum", "token_mean"])
+@pytest.mark.parametrize("name", PERMANENT)
+def test_a_permanent_bias_that_only_some_problems_show_is_not_called_asymptotic(name, aggregation) -> None:
+    """The mean over tokens has a bias that vanishes, which must not hide the one that stays."""
+    assert measure_bias(Estimator(baseline=PERMANENT[name], aggregation=aggregation)).found == "biased"
+
+
+def in_float32(totals, *, group_size, **_):
+    return of_others(totals.float(), group_size)
+
+
+def test_a_baseline_in_float32_is_measured_with_its_rounding() -> None:
+    for aggregation, found in (("sequence_sum", "exact"), ("token_mean", "asymptotic")):
+        assert measure_bias(Estimator(baseline=in_float32, aggregation=aggregation)).found == found
+
+
+def test_what_was_tried_is_said_and_goes_beyond_the_main_problems() -> None:
+    """Larger groups, more prompts, larger rewards and longer completions than the main problems have."""
+
+    def of_many_prompts(totals, *, group_size, **_):
+        own = 0.1 * totals.square() * (len(totals) > 3 * group_size)
+        return of_others(totals, group_size) + own
+
+    def of_large_rewards(totals, *, group_size, **_):
+        return of_others(totals, group_size) + 0.3 * totals.clamp(min=5)
+
+    for baseline in (median_from(5), longer(3), of_many_prompts, of_large_rewards):
+        verdict = measure_bias(Estimator(baseline=baseline))
+        assert verdict.found == "biased" and verdict.measurements[-1].relative_bias > 1e-3
+    only_in_larger = Estimator(baseline=median_from(9))
+    assert str(measure_bias(only_in_larger)).startswith(
+        "exact (tried: up to 4 prompts, groups of 8, 6 tokens, rewards of 1"
+    )
+    assert measure_bias(only_in_larger, group_size=10).found == "biased"
+    assert "groups of 3, 3 tokens" in measure_bias("rloo", SMALL).tried  # these problems and no others
+
+
+def test_a_preset_is_measured_by_its_name_and_nothing_else_is_measured() -> None:
+    assert measure_bias("dr_grpo", SMALL).found == "exact_up_to_scale"
+    for estimator, words in (("rlo", "rloo"), (None, "instead of None"), (3, "the name of a preset")):
+        with pytest.raises(Refused, match=words):
+            measure_bias(estimator, SMALL)
+    for size in (1, 16, 2.5):
+        with pytest.raises(Refused, match="group_size"):
+            measure_bias("rloo", group_size=size)
+
+
 class Average:
     value = 0.0
 
@@ -207,11 +288,17 @@ def branching(totals, **_):
     return totals * 0 + totals.max().item()
 
 
+def undefined(totals, *, group_size, **_):
+    spread = of_groups(totals, group_size).std(1).repeat_interleave(group_size)
+    return of_others(totals, group_size) * spread / spread  # 0 / 0 in a group of equal rewards
+
+
 @pytest.mark.parametrize(
     ("baseline", "words"),
     [
         (branching, r"'branching' cannot .* without \.item\(\)"),
         (Average(), r"'Average' returned two different results .* has a memory"),
+        (undefined, r"returned nan or inf on the problem '1 prompts, .*'. It must be finite"),
     ],
 )
 def test_a_baseline_that_cannot_be_enumerated_is_refused(baseline, words: str) -> None:

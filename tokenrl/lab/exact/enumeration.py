@@ -25,6 +25,8 @@ CHUNK = 20_000
 """Number of steps computed at once; about 100 MB on the larger problems."""
 TOLERANCE = 1e-9
 """Relative tolerance; rounding leaves about 1e-15, and the smallest bias on these problems is about 1e-3."""
+ROUNDED = 1e-5
+"""The same for a baseline of the user's own, which may compute in float32."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,24 @@ class Moments:
         target: grad J, the contribution of each prompt [P, D].
         second: E|g|^2, where g is the sum over prompts.
         problem: Name of the problem.
+        tolerance: Relative size below which a difference is taken for rounding.
     """
 
     mean: Float[Tensor, "P D"]
     target: Float[Tensor, "P D"]
     second: float
     problem: str = ""
+    tolerance: float = TOLERANCE
 
     @property
     def status(self) -> str:
         """The best status that the numbers allow: one of the exact ones, or 'biased'."""
-        if float((self.mean - self.target).norm()) < TOLERANCE * float(self.target.norm()):
+        if float((self.mean - self.target).norm()) < self.tolerance * float(self.target.norm()):
             return EXACT
-        if sine_between(self.mean.flatten(), self.target.flatten()) < TOLERANCE:
+        if sine_between(self.mean.flatten(), self.target.flatten()) < self.tolerance:
             return UP_TO_SCALE
         pairs = zip(self.mean, self.target, strict=True)
-        return PER_PROMPT if all(sine_between(m, t) < TOLERANCE for m, t in pairs) else BIASED
+        return PER_PROMPT if all(sine_between(m, t) < self.tolerance for m, t in pairs) else BIASED
 
     @property
     def bias(self) -> Float[Tensor, " D"]:
@@ -138,7 +142,8 @@ def exact_moments(
             shares += chance @ coefficients
             second = second + chance @ (coefficients @ slopes).square().sum(-1)
     mean = _by_prompt(problem, shares / total)
-    return Moments(mean, target_of(estimator, problem), float(second / total), problem.name)
+    tolerance = ROUNDED if callable(estimator.baseline) else TOLERANCE
+    return Moments(mean, target_of(estimator, problem), float(second / total), problem.name, tolerance)
 
 
 def proportional_step(estimator: Estimator, problem: Problem, copies: int = 1) -> Moments:

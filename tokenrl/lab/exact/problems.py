@@ -164,7 +164,7 @@ def tabular_problem(
     rewards: Rewards = "continuous",
     shared: bool = False,
     true_values: bool = False,
-    even: bool = False,
+    logits: Float[Tensor, "S V"] | None = None,
 ) -> Problem:
     """Make a problem with a random policy, reference, critic and rewards.
 
@@ -180,17 +180,14 @@ def tabular_problem(
             own parameters.
         true_values: Whether the critic is V^pi, the expected reward to go, instead of a random function of
             the prefix.
-        even: Whether probabilities are simple, so that one step can hold every completion in exact
-            proportion: 1/2 each for two tokens; 1/2, 1/4 and 1/4 for three.
+        logits: Logits of every prompt's policy, by prefix and token, instead of random ones.
     """
     every = all_completions(vocabulary, length)
     shape = (prompts, len(every.prefixes), vocabulary)
     draw = torch.Generator().manual_seed(seed)
-    logits, reference, table = torch.randn(3, *shape, generator=draw, dtype=torch.double)
+    random, reference, table = torch.randn(3, *shape, generator=draw, dtype=torch.double)
+    logits = random if logits is None else logits.double().expand(shape)
     guesses = torch.randn(shape[:2], generator=draw, dtype=torch.double)
-    if even:
-        rare = 0.5 if vocabulary == 2 else 0.25
-        logits = torch.where(logits == logits.amax(-1, keepdim=True), 0.5, rare).double().log()
     drawn = _rewards(rewards, table, every, draw)
     logprobs = torch.stack([_logprobs(x, every) for x in logits])
     values = _true_values(logprobs, drawn, every) if true_values else guesses[:, every.prefix] * every.mask

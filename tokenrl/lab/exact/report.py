@@ -93,7 +93,8 @@ def print_table(verdicts: Mapping[str, Verdict]) -> None:
     console.print(
         "cosine: between the expected gradient and that of J, the lowest over the problems; relative bias: "
         "|E g - grad J| / |grad J|, the largest, a wrong scale included; noise: tr Var g / |E g|^2 on the "
-        f"first problem.\n{len(verdicts)} estimators; "
+        f"first problem. Tried: up to {max(v.tried for v in verdicts.values())}.\n"
+        f"{len(verdicts)} estimators; "
         + (f"declared wrongly: {'; '.join(wrong)}." if wrong else "every declaration holds.")
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -12,8 +12,14 @@ from tokenrl.core import choices
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.control_problem import problem_of_mdp, random_mdp
-from tokenrl.lab.exact.enumeration import TOLERANCE, Moments, exact_moments, proportional_step, sine_between
+from tokenrl.lab.exact.enumeration import Moments, exact_moments, proportional_step, sine_between
 from tokenrl.lab.exact.problems import Problem, tabular_problem
+from tokenrl.settings import check_number
+
+MOST_ROWS, MOST_STEPS = 15, 60_000
+"""The largest group of which all steps are listed, and the largest number of these."""
+EVEN = torch.tensor([[1, 3], [1, 2], [1, 1]]).double().log()
+"""Logits of two tokens, one of which is the end, under which all four completions are equally probable."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +30,19 @@ class Verdict:
         declared: The estimator's `bias_status`.
         found: The worst status over the problems.
         measurements: The moments on each problem that the estimator can be used on; the first is the main
-            problem.
+            problem. Of the wide problems, those are left out that showed nothing worse.
+        tried: The most prompts, completions per prompt and tokens and the largest reward of any problem (not
+            all in the same one); beyond that nothing is known.
     """
 
     declared: str
     found: str
     measurements: tuple[Moments, ...]
+    tried: str = ""
+
+    def __str__(self) -> str:
+        """Say what was found, and on what."""
+        return f"{self.found} (tried: up to {self.tried})"
 
     @property
     def ok(self) -> bool:
@@ -61,25 +74,36 @@ class Verdict:
         return self.measurements[0].noise
 
 
-def measure_bias(estimator: Estimator, problems: Sequence[Problem] | None = None) -> Verdict:
+def measure_bias(
+    estimator: Estimator | str, problems: Sequence[Problem] | None = None, *, group_size: int = 8
+) -> Verdict:
     """Find out what an estimator does to the expected gradient, whatever it declares.
 
     The status is `exact`, `exact_up_to_scale` or `exact_per_prompt` if that holds on every problem, to a
-    relative 1e-9. Otherwise two larger steps decide, one that holds every group in exact proportion and one
-    four times as large: the status is `asymptotic` if the direction of their gradient is that of the gradient
-    of J or approaches it as 1/N, else `biased`. This is no proof: a bias that no problem shows is not found.
+    relative 1e-9 (1e-5 with a baseline of your own, which may compute in float32). Otherwise limit problems
+    decide, of which a step can hold every group in exact proportion. The status is `asymptotic` if a step of
+    one group per prompt shows the bias on each of them, and the direction of the gradient of two larger steps
+    is that of J or approaches it as 1/N. Else it is `biased`: what the limit problems do not show may stay.
+
+    This is no proof. A bias that no problem shows is not found, so `Verdict.tried` says how large the
+    problems were.
 
     Args:
-        estimator: Any estimator, also one whose bias is unknown. A baseline of your own must work under
-            `torch.vmap` (no `.item()`, no branch on a value) and have no memory of earlier calls: given the
-            past, a memory that is updated after use is a constant, so measure it with its memory held fixed.
-        problems: Problems to use instead of `default_problems()`; the first is the main one.
+        estimator: Any estimator, also one whose bias is unknown, or the name of a preset. A baseline of your
+            own must work under `torch.vmap` (no `.item()`, no branch on a value) and have no memory of
+            earlier calls: given the past, a memory that is updated after use is a constant, so measure it
+            with its memory held fixed.
+        problems: Problems to use instead of `default_problems()` and `wide_problems()`; the first is the main
+            one.
+        group_size: Completions per prompt in your training, 2 to 15; one of the wide problems has groups of
+            that size.
 
     Returns:
         The declared status, the status found, and the numbers of each problem.
 
     Raises:
-        Refused: When the estimator can be used on none of the problems, or its baseline has a memory.
+        Refused: When the estimator can be used on none of the problems, or its baseline has a memory or
+            returns nan.
 
     Example:
         >>> from tokenrl import Estimator
@@ -95,20 +119,44 @@ def measure_bias(estimator: Estimator, problems: Sequence[Problem] | None = None
         >>> verdict.declared, verdict.found, round(verdict.measurements[0].scale, 3)
         ('unknown', 'exact_up_to_scale', 0.875)
     """
+    estimator = Estimator.preset(estimator) if isinstance(estimator, str) else estimator
+    if not isinstance(estimator, Estimator):
+        raise Refused(f"Give measure_bias an Estimator or the name of a preset instead of {estimator!r}.")
+    check_number("group_size", group_size, int, at_least=2, at_most=MOST_ROWS)
     _check_memory(estimator)
-    measurements = []
+    main = default_problems() if problems is None else problems
+    wide = wide_problems(group_size) if problems is None else ()
     refusal = Refused("There is no problem to measure on; give at least one.")
-    for problem in default_problems() if problems is None else problems:
+    found, tried, measurements = choices.EXACT, list[Problem](), list[Moments]()
+    for place, problem in enumerate((*main, *wide)):
+        is_wide = place >= len(main)
+        if is_wide and found == choices.BIASED:
+            break
         try:
-            measurements.append(exact_moments(estimator, problem))
+            moments = exact_moments(estimator, problem)
         except Refused as error:
             refusal = error
+            continue
+        if not moments.mean.isfinite().all():
+            words = "It must be finite, also where all rewards of a group are equal."
+            raise Refused(f"The baseline returned nan or inf on the problem '{problem.name}'. {words}")
+        worst = max(found, moments.status, key=choices.FROM_BEST_TO_WORST.index)
+        if not is_wide or worst != found:
+            measurements.append(moments)
+        tried.append(problem)
+        found = worst
     if not measurements:
         raise refusal
-    found = max((m.status for m in measurements), key=choices.FROM_BEST_TO_WORST.index)
     if found == choices.BIASED and tends_to_the_gradient(estimator):
         found = choices.ASYMPTOTIC
-    return Verdict(estimator.bias_status, found, tuple(measurements))
+    return Verdict(estimator.bias_status, found, tuple(measurements), extent(tried))
+
+
+def extent(problems: Sequence[Problem]) -> str:
+    """Say how large problems are; each number is the largest of its kind."""
+    sizes = [(len(p.greedy), p.group_size, p.mask.shape[1], float(p.totals.abs().max())) for p in problems]
+    prompts, groups, tokens, rewards = (max(size) for size in zip(*sizes, strict=True))
+    return f"{prompts} prompts, groups of {groups}, {tokens} tokens, rewards of {rewards:.2g}"
 
 
 def _check_memory(estimator: Estimator) -> None:
@@ -119,7 +167,7 @@ def _check_memory(estimator: Estimator) -> None:
     one, other = torch.randn(2, 4, generator=draw, dtype=torch.double)
     mask = torch.ones(4, 1, dtype=torch.double)
     first, _, again = (estimator.advantages(x, mask, group_size=2).policy for x in (one, other, one))
-    if not first.equal(again):
+    if not first.nan_to_num().equal(again.nan_to_num()):
         name = getattr(estimator.baseline, "__name__", type(estimator.baseline).__name__)
         raise Refused(
             f"The baseline {name!r} returned two different results for the same step, so it has a memory or "
@@ -129,17 +177,20 @@ def _check_memory(estimator: Estimator) -> None:
 
 
 def tends_to_the_gradient(estimator: Estimator) -> bool:
-    """Whether the gradient tends to the direction of grad J with more groups per step, of the same size."""
-    angles = []
+    """Whether every limit problem shows the bias, and the direction of grad J with more groups per step."""
+    vanishes = []
     for problem in limit_problems():
         try:
+            single = exact_moments(estimator, problem)
             steps = [proportional_step(estimator, problem, copies) for copies in (1, 4)]
         except Refused:
             continue
-        angles.append([sine_between(m.mean.sum(0), m.target.sum(0)) for m in steps])
-    # In four times as large a step an error of order 1/N is a quarter; one that does not vanish stays as it
-    # is.
-    return bool(angles) and all(large < max(TOLERANCE, 0.3 * small) for small, large in angles)
+        small, large = (sine_between(m.mean.sum(0), m.target.sum(0)) for m in steps)
+        # In four times as large a step an error of order 1/N is a quarter; one that does not vanish stays as
+        # it is.
+        is_small = large < max(single.tolerance, 0.3 * small)
+        vanishes.append(single.status == choices.BIASED and is_small)
+    return bool(vanishes) and all(vanishes)
 
 
 @cache
@@ -158,11 +209,26 @@ def default_problems() -> tuple[Problem, ...]:
 
 
 @cache
-def limit_problems() -> tuple[Problem, ...]:
-    """Return problems with simple probabilities, so that a step can hold each group in exact proportion."""
+def wide_problems(group_size: int) -> tuple[Problem, ...]:
+    """Return problems with larger groups, more prompts, longer completions and larger rewards."""
+    length = max(tokens for tokens in (1, 2, 3) if (tokens + 1) ** group_size <= MOST_STEPS)
+    long = tabular_problem(11, group_size=5, vocabulary=2, length=6)
     return (
-        tabular_problem(9, prompts=2, group_size=3, vocabulary=2, length=2, rewards="continuous", even=True),
-        tabular_problem(7, prompts=2, group_size=2, length=2, rewards="continuous", even=True),
-        tabular_problem(8, prompts=2, group_size=2, length=2, rewards="dense", even=True),
+        tabular_problem(10, group_size=group_size, vocabulary=2, length=length),
+        replace(long, rewards=5 * long.rewards),
+        tabular_problem(12, prompts=4, group_size=2, vocabulary=2, length=2),
+    )
+
+
+@cache
+def limit_problems() -> tuple[Problem, ...]:
+    """Return problems with simple probabilities, so that a step can hold each group in exact proportion.
+
+    They have as many prompts, completions per prompt and tokens as the default problems have.
+    """
+    return (
+        tabular_problem(9, prompts=2, group_size=4, vocabulary=2, logits=EVEN),
+        tabular_problem(7, prompts=3, group_size=2, vocabulary=2, logits=EVEN),
+        tabular_problem(8, prompts=1, group_size=3, vocabulary=2, logits=EVEN, rewards="dense"),
         problem_of_mdp(random_mdp(3, one_start=True, even=True), steps=2, group_size=2),
     )
