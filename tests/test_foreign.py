@@ -56,7 +56,7 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(capsys
         ("reward-model", "train_dataset", "It is --data."),
         ("train", "train_dataset", "It is --task."),
         ("train", "resume_from_checkpoint", "It is --resume."),
-        ("train", "compile_training", "It is --compile."),
+        ("train", "compile", "Nothing is compiled, which gained next to nothing."),
         ("train", "beta", "It is an axis of the estimator: --estimator.beta."),
         ("sft", "warmup_steps", "The learning rate falls linearly to 0."),
         ("sft", "loss_type", ""),

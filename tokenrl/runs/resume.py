@@ -25,7 +25,7 @@ FREE = (
 """Settings that may change when a run continues."""
 ROUNDING = (
     *("micro_batch_size", "sampling_batch_size", "gradient_checkpointing", "training_attention"),
-    *("tokens_per_pass", "compile", "threads", "cpu"),
+    *("tokens_per_pass", "threads", "cpu"),
 )
 """Settings that may change too, but then sums are rounded in another way, and the numbers drift apart."""
 _MENDS = {

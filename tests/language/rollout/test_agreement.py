@@ -11,7 +11,6 @@ import tokenrl
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import add_lora, enable_gradient_checkpointing
 from tokenrl.language.rollout.agreement import agree
-from tokenrl.language.rollout.compiled import CompiledStep, logits_after
 from tokenrl.language.rollout.scoring import Scoring
 
 
@@ -197,16 +196,3 @@ def test_a_run_refuses_a_wrong_model(tmp_path):
     policy = changed(make_policy(), without("attention_mask"))
     with pytest.raises(Refused, match="attention_mask"):
         tokenrl.train(model=policy, task=make_task(), output_dir=tmp_path / "run", cpu=True, quiet=True)
-
-
-def test_wrong_or_failing_code_for_sampling_is_said_and_left():
-    class Code(CompiledStep):
-        def __init__(self, failure=""):
-            self.failure = failure
-
-        def __call__(self, model, token, cache, places):
-            return logits_after(model, token, cache.arguments(places)).flip(-1)
-
-    wrong = Code()
-    assert usual(agree(make_policy(), compiled=wrong))
-    assert "its code gives log-probabilities that are off by" in wrong.failure

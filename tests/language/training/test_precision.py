@@ -44,8 +44,8 @@ def test_a_second_run_of_a_program_may_have_another_precision(tmp_path, recwarn)
         result = train(output_dir=tmp_path / str(place), model=model, mixed_precision=precision, **how)
         assert result.exit_code == 0 and next(result.policy.model.parameters()).dtype == torch.float32
         config = json.loads((tmp_path / str(place) / "config.json").read_text())
-        decided = [config[name] for name in ("mixed_precision", "training_attention", "compile")]
-        assert decided == [precision, "as_loaded", "off"]  # by the rules, where nothing was asked for
+        decided = [config[name] for name in ("mixed_precision", "training_attention")]
+        assert decided == [precision, "as_loaded"]  # by the rules, where nothing was asked for
     assert not [one for one in recwarn if "accelerat" in str(one.message).lower()]
 
 
@@ -133,42 +133,36 @@ def machine(device="cuda", processes=1):
 
 CPU, GPU = machine("cpu"), machine()
 MULTIPLIES = machine("cpu")  # in bfloat16
-PPO, AS_LOADED = Estimator.preset("ppo"), {"training_attention": "as_loaded"}
 
 
 @pytest.mark.parametrize(
-    ("parameters", "machine", "options", "precision", "attention", "compiles"),
+    ("parameters", "machine", "options", "precision", "attention"),
     [
-        (10**5, CPU, {}, "no", "as_loaded", False),
-        (2 * 10**6, CPU, {}, "no", "as_loaded", True),
-        (2 * 10**6, CPU, {"max_steps": 99}, "no", "as_loaded", False),
-        (2 * 10**6, machine("cpu", 2), {}, "no", "as_loaded", False),
-        (2 * 10**6, CPU, {"estimator": PPO}, "no", "as_loaded", False),
-        (2 * 10**6, CPU, {"compile": "off", "mixed_precision": "bf16"}, "bf16", "as_loaded", False),
-        (10**5, CPU, {"compile": "on", "training_attention": "eager"}, "no", "eager", True),
-        (10**7, CPU, {}, "no", "eager", True),
-        (10**7, CPU, {"max_completion_length": 129}, "no", "as_loaded", True),
-        (10**7, CPU, AS_LOADED, "no", "as_loaded", True),
-        (10**7 - 1, MULTIPLIES, {}, "no", "as_loaded", True),
-        (10**7, MULTIPLIES, {}, "bf16", "eager", True),
-        (10**7, MULTIPLIES, {"mixed_precision": "no"}, "no", "eager", True),
-        (10**7, GPU, {}, "bf16", "as_loaded", False),
-        (10**7, GPU, {"mixed_precision": "no"}, "no", "as_loaded", False),
+        (10**5, CPU, {}, "no", "as_loaded"),
+        (2 * 10**6, CPU, {"mixed_precision": "bf16"}, "bf16", "as_loaded"),
+        (10**5, CPU, {"training_attention": "eager"}, "no", "eager"),
+        (10**7, CPU, {}, "no", "eager"),
+        (10**7, CPU, {"max_completion_length": 129}, "no", "as_loaded"),
+        (10**7, CPU, {"training_attention": "as_loaded"}, "no", "as_loaded"),
+        (10**7 - 1, MULTIPLIES, {}, "no", "as_loaded"),
+        (10**7, MULTIPLIES, {}, "bf16", "eager"),
+        (10**7, MULTIPLIES, {"mixed_precision": "no"}, "no", "eager"),
+        (10**7, GPU, {}, "bf16", "as_loaded"),
+        (10**7, GPU, {"mixed_precision": "no"}, "no", "as_loaded"),
     ],
 )
 def test_how_a_run_computes_follows_from_rules(
-    parameters, machine, options, precision, attention, compiles, monkeypatch
+    parameters, machine, options, precision, attention, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     known = {"avx512_bf16": machine is MULTIPLIES, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
     monkeypatch.setattr(Policy, "size", property(lambda self: parameters))
-    left_open = {"max_steps": 100, "training_attention": None, "mixed_precision": None, "compile": "auto"}
+    left_open = {"training_attention": None, "mixed_precision": None}
     args, policy = replace(make_learner(make_policy()).args, **left_open | options), make_policy()
     assert forward.choose_precision(args, policy, machine)[0] == precision
     assert forward._attention(args, policy, machine) == attention
-    assert forward._compiles(args, policy, machine)[0] == compiles
 
 
 def test_a_model_is_checked_in_float32_before_its_weights_are_rounded(monkeypatch):

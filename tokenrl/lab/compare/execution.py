@@ -28,7 +28,7 @@ from tokenrl.settings import field_types
 
 TICK = 0.2
 """Seconds between two looks at the runs under way."""
-FIXED = {"threads": 1, "mixed_precision": "no", "training_attention": "as_loaded", "compile": "off"}
+FIXED = {"threads": 1, "mixed_precision": "no", "training_attention": "as_loaded"}
 """How all runs compute, unless the user says otherwise: each beside others, with one thread."""
 LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.rollout.compiled import CompiledStep
 from tokenrl.language.rollout.distribution import log_softmax
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.head import head_of, tokens_at_once
@@ -42,7 +41,6 @@ def agree(
     *,
     hidden: bool = False,
     gradient: bool = True,
-    compiled: CompiledStep | None = None,
     accelerator: Any = None,
 ) -> Scoring:
     """Return the fastest way of scoring that is right for a policy; its weights and gradients stay.
@@ -54,7 +52,6 @@ def agree(
         model: what gradients flow through, with the weights of `policy.model`; None for that model.
         hidden: whether the hidden states are needed too, as by a critic.
         gradient: whether gradients are needed too.
-        compiled: compiled code for sampling; its `failure` is set if it is wrong.
         accelerator: accelerate's handle of the processes, which then score alike; None for one process.
 
     Raises:
@@ -62,7 +59,7 @@ def agree(
     """
     with torch.random.fork_rng(devices=[]):
         wrong, prompts, logits = _on_any_process(
-            accelerator, _faults(policy, model or policy.model, hidden, gradient, compiled)
+            accelerator, _faults(policy, model or policy.model, hidden, gradient)
         )
     if wrong:
         raise Refused(
@@ -85,9 +82,7 @@ def _recomputes(policy: Policy) -> bool:
     return any(getattr(m, "gradient_checkpointing", False) and m.training for m in policy.model.modules())
 
 
-def _faults(
-    policy: Policy, model: nn.Module, hidden: bool, gradient: bool, compiled: CompiledStep | None
-) -> list[str]:
+def _faults(policy: Policy, model: nn.Module, hidden: bool, gradient: bool) -> list[str]:
     """Return in words what is wrong with all ways, with sharing prompts, and with logits in chunks."""
     prompts, length = _prompts(policy)
     with torch.no_grad():
@@ -99,19 +94,13 @@ def _faults(
     endless = replace(policy, eos_ids=(), stops=None)  # completions have all tokens
     trials: list[_Trial] = []
 
-    def sample(code: CompiledStep | None) -> None:
-        rollout = TransformersGenerator(endless, compiled=code).generate(prompts, sampling, draws)
-        if not trials:
-            trials.append(
-                _Trial.of(policy, rollout, hidden, gradient and bool(policy.trainable_parameters()))
-            )
-        trials[0].compare("its code" if code else "sampling", rollout.sampling_logprobs, rollout.hidden)
+    def sample() -> None:
+        rollout = TransformersGenerator(endless).generate(prompts, sampling, draws)
+        trials.append(_Trial.of(policy, rollout, hidden, gradient and bool(policy.trainable_parameters())))
+        trials[0].compare("sampling", rollout.sampling_logprobs, rollout.hidden)
 
-    if wrong := _failure(sample, None):
+    if wrong := _failure(sample):
         return [wrong, "", ""]
-    if compiled is not None:
-        fault = _failure(sample, compiled)
-        compiled.failure = compiled.failure or fault
     tried, share, unshared = trials[0].score, not _recomputes(policy), ""
     if share:
         unshared = _failure(tried, model, Scoring())

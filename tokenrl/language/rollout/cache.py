@@ -51,19 +51,6 @@ class Cache:
                 layers[place] = GrowingLayer(layer, tokens)
 
     @property
-    def length(self) -> int | None:
-        """The number of tokens, if there is nothing but keys and values in memory that has been set aside."""
-        layers = getattr(self.held, "layers", None)
-        if not layers or any(type(layer) is not GrowingLayer for layer in layers):
-            return None
-        return int(layers[0].length)
-
-    def cut(self, length: int) -> None:
-        """Leave out all but the first tokens, of a cache that has a `length`."""
-        for layer in self.held.layers:
-            layer.length = length
-
-    @property
     def recurrent(self) -> bool:
         """Whether some layer keeps a recurrent state, which each forward pass would overwrite."""
         return any(_is_recurrent(layer) for layer in self.held.layers)

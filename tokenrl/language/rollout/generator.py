@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Stopped
 from tokenrl.language.rollout.cache import Cache
-from tokenrl.language.rollout.compiled import CompiledStep
 from tokenrl.language.rollout.distribution import draw, log_softmax, score_norm_of, sum_p_log_p
 from tokenrl.language.rollout.head import last
 from tokenrl.language.rollout.rollout import Rollout, joined, pad_left
@@ -68,13 +67,10 @@ class TransformersGenerator:
         policy: the policy whose model is sampled from.
         rows_at_once: number of completions that are sampled at once, of whole groups, which bounds the memory
             of their caches and changes nothing else; None for all.
-        compiled: compiled code for the forward pass of one token; None for the model as it is. It is not used
-            where hidden states are wanted.
     """
 
     policy: Policy
     rows_at_once: int | None = None
-    compiled: CompiledStep | None = None
 
     @torch.no_grad()
     def generate(
@@ -98,7 +94,7 @@ class TransformersGenerator:
             for start in range(0, len(prompt_ids), groups):
                 end = start + groups
                 numbers = None if draws is None else draws[start * size : end * size]
-                parts.append(_decode(self.policy, prompt_ids[start:end], sampling, numbers, self.compiled))
+                parts.append(_decode(self.policy, prompt_ids[start:end], sampling, numbers))
         finally:
             model.train(recomputes)
         return parts[0] if len(parts) == 1 else joined(parts)
@@ -111,11 +107,7 @@ class TransformersGenerator:
 
 
 def _decode(
-    policy: Policy,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    draws: Tensor | None,
-    compiled: CompiledStep | None,
+    policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
 ) -> Rollout:
     """Sample token by token; the batch holds only unfinished rows and, for a while, a few finished ones."""
     device, length = policy.device, sampling.max_completion_length
@@ -125,7 +117,7 @@ def _decode(
     ids = torch.full(shape, policy.pad_id, device=device)  # [N, T]
     mask = torch.zeros(shape, dtype=torch.bool, device=device)
     eos = torch.tensor(policy.eos_ids, device=device)
-    state = _Decoder(policy.model, prompt_ids, prompt_mask, prompt_index, sampling, compiled)
+    state = _Decoder(policy.model, prompt_ids, prompt_mask, prompt_index, sampling)
     dtype = torch.promote_types(state.logits.dtype, torch.float32)
     count = 3 if sampling.keep_score_norms else 2  # logprobs, entropy, score norms
     numbers = torch.zeros(count, *shape, device=device, dtype=dtype)
@@ -175,10 +167,8 @@ class _Decoder:
         prompt_mask: Tensor,
         prompt_index: Tensor,
         sampling: Sampling,
-        compiled: CompiledStep | None,
     ) -> None:
         self.model = model
-        self.compiled = None if sampling.keep_hidden else compiled
         self.options = {"use_cache": True, "output_hidden_states": sampling.keep_hidden}
         # If no prompt is padded, no mask is passed, and attention can use a faster kernel.
         self.mask = None if bool(prompt_mask.all()) else prompt_mask
@@ -187,7 +177,6 @@ class _Decoder:
         out = model(prompt_ids, **self._places(prompt_ids.shape[1]), **self.options, logits_to_keep=kept)
         self._take(out)
         self.select(prompt_index)
-        # One more than is needed: compiled code expects that there is always room left.
         self.cache.make_room(sampling.max_completion_length)
 
     def _places(self, width: int) -> dict[str, Tensor]:
@@ -209,12 +198,8 @@ class _Decoder:
         self.position = self.position + 1
         if self.mask is not None:
             self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
-        places = self._places(1)
-        if self.compiled is not None:
-            self.logits = self.hidden = self.compiled(self.model, token, self.cache, places)
-        else:
-            arguments = self.cache.arguments(places)
-            self._take(self.model(token[:, None], **arguments, **self.options))
+        arguments = self.cache.arguments(self._places(1))
+        self._take(self.model(token[:, None], **arguments, **self.options))
 
     def _take(self, out: Any) -> None:
         """Hold the cache, the last logits and the last hidden states of a forward pass."""

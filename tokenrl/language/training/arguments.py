@@ -27,10 +27,6 @@ class SamplingArguments(Settings, group="sampling"):
     """Temperature of the policy, in sampling and in the gradient."""
     sampling_batch_size: Count | None = None
     """Completions that one process samples at once, of whole groups; changes memory only. Default: all."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the forward pass of one token, which samples from a small model on a CPU 1.4 to 1.6 times as
-    fast. It takes 10 to 15 seconds once, and some 3 in later runs. auto: on in one process on a CPU, for a
-    model of at most 8 layers and at least 1 M parameters, in at least 100 steps."""
     truncate_prompts: bool = False
     """Cut prompts that are too long for the context on the left, instead of refusing them."""
     max_refills: Natural = 4

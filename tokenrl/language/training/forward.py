@@ -1,4 +1,4 @@
-"""Chooses by rules how a run computes: precision, attention, compiled code, and how much at once.
+"""Chooses by rules how a run computes: precision, attention, and how much at once.
 
 Each rule is one sentence, which stands in the text of its setting. Nothing is measured before a run, so that
 a run's numbers never depend on how busy the machine is.
@@ -23,14 +23,11 @@ from torch import Tensor, nn
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import agree
-from tokenrl.language.rollout.compiled import CompiledStep
 from tokenrl.language.rollout.scoring import Scoring
 from tokenrl.language.training.arguments import TrainSettings
 
 Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]  # weights of a policy, each with its bfloat16 copy
 
-LAYERS, PARAMETERS, STEPS = 8, 1_000_000, 100
-"""Sampling is compiled by itself for at most so many layers, and at least so many parameters and steps."""
 LARGE, SHORT = 10_000_000, 128
 """On a CPU, a model of at least so many parameters is computed in bfloat16 where the processor multiplies in
 it, and its updates compute attention by the plain formula with completions of at most so many tokens."""
@@ -49,7 +46,6 @@ class Forward:
         model: what gradients flow through; it has the weights of `policy.model`.
         scoring: how completions are scored.
         copies: the trained weights, each with the bfloat16 copy that `model` has of it; empty in float32.
-        compiled: compiled code for sampling; None for the model as it is.
         words: the choices and their reasons in a line, for the run's header.
     """
 
@@ -57,7 +53,6 @@ class Forward:
     model: nn.Module
     scoring: Scoring
     copies: Copies = ()
-    compiled: CompiledStep | None = None
     words: str = ""
 
     @torch.no_grad()
@@ -93,10 +88,8 @@ def choose_forward(
         Refused: the model cannot be sampled and scored, or has no attention of the kind that is asked for.
     """
     precision, why = choose_precision(args, policy, accelerator)
-    compiles, because = _compiles(args, policy, accelerator)
     attention = _attention(args, policy, accelerator)
     tokens = args.tokens_per_pass or _tokens(policy)
-    code = CompiledStep() if compiles else None
 
     def updated(model: nn.Module) -> nn.Module:
         return with_eager_attention(model) if attention == "eager" else model
@@ -111,21 +104,16 @@ def choose_forward(
         "hidden": args.estimator.needs_values,
         "accelerator": None if alone else accelerator,
     }
-    # Before any rounding: bfloat16 can leave little of a gradient. Compiled code is tried as it will run.
-    scoring = agree(policy, model, **how) if code is None else None
+    scoring = agree(policy, model, **how)  # before any rounding: bfloat16 can leave little of a gradient
     acting, copies = half_copy(policy) if precision == "bf16" else (policy, ())
     model = model if acting is policy else updated(acting.model)
-    scoring = scoring or agree(acting, model, compiled=code, **how)
-    if code is not None and code.failure:
-        because, code = code.failure, None
     words = (
         f"{'bfloat16 (weights float32)' if copies else 'precision of the weights'} ({why}), "
-        f"attention {attention.replace('_', ' ')}, sampling {'' if code else 'not '}compiled ({because}), "
-        f"up to {tokens:,} tokens in a pass"
+        f"attention {attention.replace('_', ' ')}, up to {tokens:,} tokens in a pass"
     )
     found: dict[str, Any] = {"mixed_precision": precision, "training_attention": attention}
-    args = replace(args, **found, tokens_per_pass=tokens, compile="on" if code else "off")
-    return Forward(acting, model, scoring, copies, code, words), args
+    args = replace(args, **found, tokens_per_pass=tokens)
+    return Forward(acting, model, scoring, copies, words), args
 
 
 def choose_precision(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[str, str]:
@@ -150,23 +138,6 @@ def _attention(args: TrainSettings, policy: Policy, accelerator: Any) -> Literal
         return args.training_attention
     suits = policy.size >= LARGE and args.max_completion_length <= SHORT
     return "eager" if accelerator.device.type == "cpu" and suits else "as_loaded"
-
-
-def _compiles(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[bool, str]:
-    """Return whether sampling is compiled, and why."""
-    if args.compile != "auto":
-        return args.compile == "on", "as set"
-    layers = getattr(shape_of(policy), "num_hidden_layers", None) or LAYERS + 1
-    for fits, why in (
-        (not args.estimator.needs_values, "a critic reads hidden states"),
-        (accelerator.device.type == "cpu" and accelerator.num_processes == 1, "not one process on a CPU"),
-        (layers <= LAYERS, f"more than {LAYERS} layers"),
-        (policy.size >= PARAMETERS, f"fewer than {PARAMETERS // 10**6} M parameters"),
-        (args.max_steps >= STEPS and not args.check, f"fewer than {STEPS} steps"),
-    ):
-        if not fits:
-            return False, why
-    return True, f"at most {LAYERS} layers"
 
 
 def _tokens(policy: Policy) -> int:

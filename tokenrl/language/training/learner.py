@@ -254,7 +254,7 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> Learn
         accelerator=accelerator,
         estimator=args.estimator,
         args=args,
-        generator=TransformersGenerator(forward.policy, args.sampling_batch_size, forward.compiled),
+        generator=TransformersGenerator(forward.policy, args.sampling_batch_size),
         diagnostics=GradientDiagnostics(args.diagnostics_every),
     )
     if args.estimator.needs_values:

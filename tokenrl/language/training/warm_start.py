@@ -197,8 +197,7 @@ class WarmStart:
     @cached_property
     def _forward(self) -> Forward:
         """How updates are computed: no two demonstrations share a prompt, so each row is scored whole."""
-        args = replace(self.args, compile="off")
-        forward = choose_forward(args, self.policy, self._accelerator, alone=True)[0]
+        forward = choose_forward(self.args, self.policy, self._accelerator, alone=True)[0]
         return replace(forward, scoring=replace(forward.scoring, share_prompt=False))
 
     @property
