@@ -18,8 +18,8 @@ from tokenrl.lab.compare.run import tune
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import arguments
 
+NO_RATES = ("abc", "nan", "inf", "0", "-1", "1e-400", "None", "", "{}", "(1,2)")
 WALK = {"env": "walk", "arms": ("reinforce", "reinforce_timestep_mean"), "seeds": 3}
-SETTINGS = ("max_grad_norm", "lora_target_modules", "chat", "num_generations", "learning_rate")
 
 
 def plan(shared=None, **options):
@@ -49,7 +49,7 @@ def toy(*arms, **options):
     ],
 )  # fmt: skip
 def test_an_arm_is_its_preset_with_its_own_axes_and_settings(text, shared, preset, axes, own):
-    arm = read_arm(text, shared, SETTINGS)
+    arm = read_arm(text, shared, TrainArguments)
     assert arm.estimator == Estimator.preset(preset, **axes)
     assert {name: value for name, value in arm.settings.items() if name != "estimator"} == own
 
@@ -109,6 +109,14 @@ def test_several_values_make_a_problem_each():
         ({"arms": ["rloo,seed=3", "grpo"]}, "the same for all arms"),
         ({"arms": ["rloo,reward=mine.py:f", "grpo"]}, "the same for all arms"),
         ({"arms": ["rloo,gamma=2", "grpo"]}, "at most 1"),
+        *(({"arms": [f"rloo,learning_rate={x}", "grpo"]}, "learning_rate was given as") for x in NO_RATES),
+        *(({"arms": [x, "grpo"]}, "write '=.*' as NAME=VALUE") for x in ("rloo,=", "={}")),
+        ({"arms": ["rloo,gamma=1,gamma=1", "grpo"]}, "gamma is given twice"),
+        ({"arms": ["baseline=rloo,--estimator.baseline=none", "grpo"]}, "baseline is given twice"),
+        *(
+            ({"arms": [f"rloo,{x}", "grpo"]}, "is not closed, or nothing")
+            for x in ("", ",gamma=1", "{", "x='")
+        ),
         ({"arms": ["remax", "reinforce"]}, "cannot train on walk"),
         ({"reference": "rlo"}, "must be one of"),
         ({"learning_rate": ("tuned", 1e-3)}, "tuned alone"),
@@ -123,6 +131,12 @@ def test_what_cannot_be_compared_is_refused_in_few_words_before_anything_runs(op
     with pytest.raises(Refused, match=words) as refused:
         make_plan(arguments(CompareArguments, {**WALK, **options}), lambda text: None)
     assert len(str(refused.value)) < 600, "and no list of all settings"
+
+
+@pytest.mark.parametrize("size", ["0", "x", "-2", "2.5", "None", "", "{}", "(1,2)", "nan"])
+def test_a_group_size_of_an_arm_that_is_none_is_refused(size):
+    with pytest.raises(Refused, match=r"The arm .* cannot be used: num_generations was given as"):
+        toy("rloo", f"grpo,num_generations={size}")
 
 
 @pytest.fixture

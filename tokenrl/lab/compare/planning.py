@@ -23,7 +23,7 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.setup import load_base, resolve
 from tokenrl.runs.files import plain
 from tokenrl.runs.origin import typed_command
-from tokenrl.settings import arguments, check_choice, check_seed
+from tokenrl.settings import arguments, check_choice, check_seed, field_types
 
 MARGIN = 0.02
 """Differences below this share of the reward's declared range count as none."""
@@ -103,7 +103,6 @@ def _problems_and_arms(
         raise Refused("Environments have no task, model or num_generations; give --env without these.")
     if "tuned" in args.learning_rate and len(args.learning_rate) > 1:
         raise Refused("learning_rate must be tuned alone, or one or several numbers.")
-    names = [f.name for f in fields(KINDS["control" if args.env else "train"])]
     for name in args.shared:
         if name in (*OWN, *SWEPT):
             raise Refused(f"{name} is set by the comparison itself; leave it out.")
@@ -111,7 +110,7 @@ def _problems_and_arms(
     axes = shared.pop("estimator", {})
     if not isinstance(axes, Mapping):
         raise Refused("Name estimators as arms; only single axes can be shared, as estimator.aggregation.")
-    arms = [read_arm(text, axes, names) for text in args.arms]
+    arms = [read_arm(text, axes, KINDS["control" if args.env else "train"]) for text in args.arms]
     if len(arms) < 2:
         raise Refused(f"A comparison needs two or more arms, such as rloo grpo; arms names {len(arms)}.")
     for arm, other in combinations(arms, 2):
@@ -172,7 +171,7 @@ def _problem(label: str, given: dict[str, Any], announce: Callable[[str], None])
     )
 
 
-def read_arm(text: str, axes: Mapping[str, Any], settings: Sequence[str]) -> Arm:
+def read_arm(text: str, axes: Mapping[str, Any], kind: Any) -> Arm:
     """Read one arm, such as `rloo`, `grpo,scale=none`, `baseline=group_mean` or `mine.py:baseline`.
 
     Args:
@@ -180,29 +179,38 @@ def read_arm(text: str, axes: Mapping[str, Any], settings: Sequence[str]) -> Arm
             where a name is that of an axis of the estimator or of another setting of a run. Without a preset
             the axes are those of the default estimator. Commas separate; those in brackets belong to a value.
         axes: axes that all arms share.
-        settings: the names of the settings that a run has.
+        kind: the settings of a run.
 
     Raises:
-        Refused: there is no such preset, axis or setting, or a value is not allowed.
+        Refused: there is no such preset, axis or setting, one is given twice, or a value is not allowed.
     """
     part = r"(?:[^,(\[{\"']|\([^)]*\)|\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|'[^']*')+"  # no commas but in brackets
     preset, *changes = [one.strip() for one in re.findall(part, text) or [""]]
     if "=" in preset:
         preset, changes = "", [preset, *changes]
-    axes, own = dict(axes), dict[str, Any]()
+    axes, own, settings, changed = dict(axes), dict[str, Any](), field_types(kind), set[str]()
     try:
+        if not re.fullmatch(rf"({part}(,{part})*)?", text):
+            raise Refused("a bracket or a quote is not closed, or nothing stands beside a comma.")
         if not preset and not changes:
             raise Refused("it is empty; name a preset, such as rloo.")
         for change in changes:
             name, equals, value = map(str.strip, change.partition("="))
             name = name.removeprefix("--").removeprefix("estimator.").replace("-", "_")
-            if not equals:
+            if not name or not equals:
                 raise Refused(f'write {change!r} as NAME=VALUE, such as "grpo,scale=none".')
+            if name in changed:
+                raise Refused(f"{name} is given twice; give it once.")
             if name in (*OWN, *MEASURE, "estimator"):
                 raise Refused(f"{name} must be the same for all arms; leave it out there.")
             if name not in AXES and name not in settings:
                 raise Refused(f"there is no setting {name!r}.{nearest(name, [*AXES, *settings])}")
             (axes if name in AXES else own)[name] = _value(value)
+            changed.add(name)
+        swept = {name: own[name] for name in SWEPT if name in own}
+        arguments(kind, swept)  # the others are checked with the whole run's
+        if None in swept.values():
+            raise Refused(f"{' or '.join(swept)} was given as None; give a number, or leave it out.")
         if preset and ":" not in preset:
             estimator = Estimator.preset(preset, **axes)
         else:
