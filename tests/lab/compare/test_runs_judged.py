@@ -273,6 +273,16 @@ def test_runs_of_other_budgets_are_compared_up_to_the_smallest(tmp_path):
     assert found.plan.problems[0].budget == 400 and row(found, found.plan.arms[1].label)["reward"] == 0.4
 
 
+@pytest.mark.parametrize("solved", [1, 1.0, 0.5])
+def test_the_reward_that_counts_as_solved_is_read_as_it_was_written(tmp_path, solved):
+    runs = tmp_path / "runs"
+    existing(runs, "a", {}, 1.1, seeds=2, more={"solved": solved})
+    existing(runs, "b", {"baseline": "none"}, 0.7, seeds=2, more={"solved": solved})
+    found = judge_existing(tmp_path)
+    assert found.plan.problems[0].solved == solved
+    assert set(found.thresholds["chosen"]) == {"solved"} and set(found.thresholds["threshold"]) == {solved}
+
+
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     runs = tmp_path / "runs"
     existing(runs, "a", {}, 0.5, seeds=2)
@@ -288,4 +298,15 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         tokenrl.compare(runs="runs/*", seeds=3, max_steps=4)
     write_run(runs / "d", list(REWARDS), config={"kind": "sft", "seed": 0}, summary=FINISHED)
     with pytest.raises(Refused, match="d is no run of tokenrl train or control"):
+        judge_existing(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_run_without_a_step_is_refused(tmp_path, rows):
+    runs = tmp_path / "runs"
+    existing(runs, "a", {}, 0.5, seeds=2)
+    existing(runs, "b", {"baseline": "none"}, 0.5, seeds=2)
+    log = runs / "b1" / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:rows]))
+    with pytest.raises(Refused, match=r"b1 is no run of .* that made a step\. Give directories"):
         judge_existing(tmp_path)

@@ -15,7 +15,7 @@ from tokenrl.errors import Refused
 from tokenrl.lab.compare.plan import Arm, Problem, Run
 from tokenrl.lab.compare.scores import samples_of, unit_of
 from tokenrl.runs.files import plain
-from tokenrl.runs.reader import RecordedRun, read_run, series
+from tokenrl.runs.reader import RecordedRun, finite, read_run, series
 from tokenrl.runs.resume import FREE, ROUNDING
 from tokenrl.settings import arguments
 
@@ -45,9 +45,13 @@ def read_existing(patterns: Sequence[str], output_dir: str) -> tuple[list[Proble
     """
     paths = sorted({path for pattern in patterns for path in glob.glob(os.path.expanduser(pattern))})
     found = [read_run(path) for path in paths if os.path.isfile(os.path.join(path, "metrics.jsonl"))]
-    wrong = [run.path for run in found if run.kind not in ("train", "control") or "seed" not in run.config]
-    if wrong or not found:
-        what = f"{wrong[0]} is no run of tokenrl train or control" if wrong else "no run directory was found"
+    made = [
+        run.kind in ("train", "control") and "seed" in run.config and any(run.metrics[1:]) for run in found
+    ]
+    if not all(made) or not found:
+        what = "no run directory was found"
+        if found:
+            what = f"{found[made.index(False)].path} is no run of tokenrl train or control that made a step"
         raise Refused(f"runs was given as {' '.join(patterns)}; {what}. Give directories that these wrote.")
     if inside := [run.path for run in found if run.path.resolve().is_relative_to(Path(output_dir).resolve())]:
         raise Refused(f"The run {inside[0]} lies in the output directory {output_dir}. Give another one.")
@@ -104,7 +108,7 @@ def _problem(label: str, runs: Sequence[RecordedRun]) -> Problem:
     whole = [run.summary.get("exit_reason") == "finished" for run in runs]
     ends = [of.iloc[-1] for of, is_whole in zip(samples, whole, strict=True) if is_whole or not any(whole)]
     steps, _ = series(runs[0].evaluations, "reward")
-    evaluated, solved = samples[0].reindex(steps, method="ffill"), runs[0].config.get("solved")
+    evaluated = samples[0].reindex(steps, method="ffill")
     return Problem(
         label=label,
         settings={},
@@ -112,5 +116,5 @@ def _problem(label: str, runs: Sequence[RecordedRun]) -> Problem:
         unit=unit,
         per_step=round(samples[0].iloc[-1] / max(1, samples[0].index[-1])),
         every=int(evaluated[evaluated > 0].min()) if (evaluated > 0).any() else 0,
-        solved=solved if isinstance(solved, float) else None,
+        solved=finite(runs[0].config.get("solved")),
     )
