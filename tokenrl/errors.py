@@ -1,4 +1,4 @@
-"""Defines the errors that a user can cause, and the suggestions in their messages. Imports no torch.
+"""Defines the errors that a user can cause, and the hints and places in their messages. Imports no torch.
 
 `Refused` is raised before training has begun, `Stopped` during it, and `Interrupted` where a signal ends what
 comes before. The message of each is one paragraph: what was given, what is allowed, how to mend it. The
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import difflib
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 USER_CODE_FAILED = (Exception, SystemExit, GeneratorExit)
 """What code that a user wrote (rewards, environments, tasks, baselines) may raise as its own failure.
@@ -45,6 +47,20 @@ class Interrupted(TokenrlError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class Placed(dict[str, Any]):
+    """A row of data that knows its place in what the user gave, such as `line 8` of a file, for messages."""
+
+    def __init__(self, row: Mapping[str, Any], place: str) -> None:
+        super().__init__(row)
+        self.place = place
+
+
+def with_places(rows: Iterable[T]) -> Iterator[tuple[str, T]]:
+    """Yield each row after its place in what the user gave, or else after its number here."""
+    for number, row in enumerate(rows):
+        yield row.place if isinstance(row, Placed) else f"row {number}", row
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

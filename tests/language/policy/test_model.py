@@ -92,7 +92,13 @@ def test_too_long_a_prompt_is_refused_with_row_and_lengths_or_cut_on_the_left():
     assert 32 < length <= 64
     with pytest.raises(Refused) as caught:
         policy.encode_all(["a", "the cat", LONG], max_completion_length=32)
-    for fact in ("row 2", f"{length} tokens", f"{length + 32}", "context of 64", "truncate_prompts"):
+    for fact in (
+        f"The prompt {LONG[:20]!r}"[:-1],
+        f"{length} tokens",
+        f"{length + 32}",
+        "context of 64",
+        "truncate_prompts",
+    ):
         assert fact in str(caught.value)
     with pytest.raises(Refused, match="no room for a prompt"):
         policy.encode_all(["a"], max_completion_length=64)

@@ -141,12 +141,13 @@ QUICK = {"max_steps": 1, "prompts_per_step": 2, "num_generations": 2, "eval_gene
 def test_special_tokens_in_a_prompt_are_named_with_the_first_row():
     tokenizer = make_tokenizer("chat")
     rows = ["the cat", "a <eos> b", [{"role": "user", "content": "x<pad>"}]]
-    (said,) = special_texts(tokenizer, rows)
+    (said,) = special_texts(tokenizer, [{"prompt": prompt} for prompt in rows])
     assert 'row 1 contains "<eos>"' in said and "and 1 more rows" in said
-    assert not special_texts(tokenizer, ["the <eo s>", [{"role": "<eos>", "content": "cat"}]])
+    right = ["the <eo s>", [{"role": "<eos>", "content": "cat"}]]
+    assert not special_texts(tokenizer, [{"prompt": prompt} for prompt in right])
     assert tokenizer("a <eos> b").input_ids.count(tokenizer.eos_token_id) == 1  # as the message says
     tokenizer.split_special_tokens = True
-    assert not special_texts(tokenizer, rows)
+    assert not special_texts(tokenizer, [{"prompt": prompt} for prompt in rows])
 
 
 def test_sample_evaluate_and_train_warn_of_special_tokens_once(saved, tmp_path, capsys):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tokenrl import sft
+from tokenrl.cli import main
 from tokenrl.errors import Refused
 from tokenrl.language.preferences.pairs import load_pairs
 from tokenrl.language.tasks.sources import read_splits
@@ -53,6 +54,36 @@ def write_rows(path, rows):
 def toy_tasks(monkeypatch, **tasks):
     package = SimpleNamespace(NAMES=tuple(tasks), load=lambda name: tasks[name])
     monkeypatch.setitem(sys.modules, "toy_tasks", package)
+
+
+# ---- places ----
+
+
+RUN = "train --reward length(target=3) --max-completion-length 8"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+@pytest.mark.parametrize(
+    ("bad", "commands"),
+    [
+        ("the cat " * 40, [RUN, "sft", "sft --reward length(target=3)"]),
+        ("a <eos> b", [RUN]),
+        ("", [f"{RUN} --prompt-template {{prompt}}"]),
+    ],
+    ids=["long", "special", "empty"],
+)
+def test_a_row_is_named_by_its_line_whatever_is_held_out_or_blank(bad, commands, suffix, saved, capsys):
+    rows = [{"prompt": bad if n == 5 else f"{n} a", "completion": "two"} for n in range(9)]
+    head, lines = "prompt,completion", [",".join(row.values()) for row in rows]
+    if suffix == ".jsonl":
+        head, *lines = (json.dumps(row | {"prompt": row["prompt"] or None}) for row in [rows[0], *rows])
+    with open(f"data{suffix}", "w") as file:
+        file.write("\n".join([head, *lines[:2], "", *lines[2:]]))
+    for command in commands:
+        words = f"{command} --task data{suffix} --model {saved(kind='chat')} --max-steps 1"
+        main(words.split())
+        said = capsys.readouterr()
+        assert "of line 8 " in " ".join((said.out + said.err).split()), command
 
 
 # ---- sources ----

@@ -194,7 +194,7 @@ def test_a_k_beyond_the_samples_is_refused(k):
     [
         ({"letters": "abcde>"}, 6, "another vocabulary"),
         ({"letters": "abdc>"}, 6, "another vocabulary"),
-        ({"context": 6}, 6, "row 0 has 3 tokens"),
+        ({"context": 6}, 6, "The prompt '.*' has 3 tokens"),
         ({}, 0, "num_generations=0 samples none"),
     ],
 )

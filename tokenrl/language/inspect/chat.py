@@ -81,7 +81,7 @@ class Sampler:
         like = next((row["prompt"] for row in self._rows.values()), [] if policy.form.chat else "")
         alone = text if isinstance(like, str) else [{"role": "user", "content": text}]
         row = self._rows.get(text, {"prompt": alone})
-        for warning in special_texts(policy.tokenizer, [row["prompt"]]):
+        for warning in special_texts(policy.tokenizer, [row]):
             self._say("special", visible(warning))
         room = self._length if policy.context is None else policy.context - len(policy.encode(row["prompt"]))
         length = args.max_completion_length or max(1, min(self._length, room))

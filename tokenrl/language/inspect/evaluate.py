@@ -138,7 +138,7 @@ def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
     if length is None:
         sampling = replace(sampling, max_completion_length=length_of(task, model, policy))
     reference = None if args.reference is None else load_placed(args.reference, **how)
-    for warning in special_texts(policy.tokenizer, [row["prompt"] for row in task.eval_prompts]):
+    for warning in special_texts(policy.tokenizer, task.eval_prompts):
         print(f"tokenrl: {visible(warning)}", file=sys.stderr)
     with using_threads(choose_threads(policy.size)[0]):
         k = args.k or ((1, generations) if generations else ())

@@ -112,7 +112,7 @@ class Policy:
         *,
         max_completion_length: int,
         truncate: bool = False,
-        first_row: int = 0,
+        place: str = "",
     ) -> list[list[int]]:
         """Token ids of many prompts, each of which leaves room for a completion in the model's context.
 
@@ -120,11 +120,11 @@ class Policy:
             prompts: B prompts, strings or lists of chat messages.
             max_completion_length: the most tokens that a completion may have.
             truncate: drop tokens from the left of a prompt that is too long, instead of refusing it.
-            first_row: number of the first of these prompts in the data, for the message of a refusal.
+            place: where a single prompt stands in the data, for the message of a refusal.
 
         Raises:
-            Refused: a prompt and its completion could exceed the context (the message names the row and the
-                lengths), or `encode` refuses a prompt.
+            Refused: a prompt and its completion could exceed the context (the message names the place,
+                or else quotes the prompt, and says the lengths), or `encode` refuses a prompt.
         """
         room = None if self.context is None else self.context - max_completion_length
         if room is not None and room < 1:
@@ -133,8 +133,9 @@ class Policy:
         encoded = [self.encode(prompt) for prompt in prompts]
         for row, ids in enumerate(encoded):
             if room is not None and len(ids) > room and not truncate:
+                where = f"of {place}" if place else f"{prompts[row]!r:.60}"
                 raise Refused(
-                    f"The prompt of row {first_row + row} has {len(ids)} tokens, with its completion "
+                    f"The prompt {where} has {len(ids)} tokens, with its completion "
                     f"{len(ids) + max_completion_length}, more than the model's context of {self.context}: "
                     "lower max_completion_length, or let truncate_prompts drop tokens from the left."
                 )

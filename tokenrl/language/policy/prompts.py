@@ -6,13 +6,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from tokenrl.configuration import read_config
-from tokenrl.errors import Refused, describe
+from tokenrl.errors import Refused, describe, with_places
 from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.settings import arguments
 
@@ -174,7 +174,7 @@ def _check_template(tokenizer: Any, name: str) -> None:
         )
 
 
-def special_texts(tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
+def special_texts(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a warning if a prompt contains the text of a special token, else an empty list.
 
     The tokenizer reads such text as the token itself: an `<eos>` in a prompt ends it for the model. Special
@@ -182,17 +182,19 @@ def special_texts(tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
 
     Args:
         tokenizer: the model's tokenizer.
-        prompts: texts or chat messages, as the user wrote them.
+        rows: rows with a `prompt`, text or chat messages, as the user wrote them.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     names = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
     pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+    prompts = [row["prompt"] for row in rows]
     texts = [p if isinstance(p, str) else " ".join(str(turn["content"]) for turn in p) for p in prompts]
-    found = [(row, match[0]) for row, text in enumerate(texts) if (match := pattern.search(text))]
+    places = [place for place, _ in with_places(rows)]
+    found = [(p, match[0]) for p, t in zip(places, texts, strict=True) if (match := pattern.search(t))]
     if not found or getattr(tokenizer, "split_special_tokens", False):
         return []
     others = f" (and {len(found) - 1:,} more rows contain one)" if len(found) > 1 else ""
     return [
-        f'The prompt of row {found[0][0]} contains "{found[0][1]}", which the tokenizer reads as a special '
+        f'The prompt of {found[0][0]} contains "{found[0][1]}", which the tokenizer reads as a special '
         f"token{others}. If it is meant as text, write it otherwise, as with a space inside."
     ]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenrl.errors import Refused, suggest
+from tokenrl.errors import Refused, suggest, with_places
 from tokenrl.language.rewards.library import completion_texts
 from tokenrl.language.tasks.held_out import eval_split as find_eval_split, prompt_key
 from tokenrl.language.tasks.sources import fault_of_prompt, read_splits, without_nulls
@@ -101,7 +101,7 @@ def read_pairs(rows: Sequence[Row], where: str) -> list[Pair]:
             raise Refused(
                 f"{said} Preferences are rows of chosen, rejected and, unless these hold it, prompt."
             )
-    pairs = [_pair(row, f"{where}, row {index}") for index, row in enumerate(rows)]
+    pairs = [_pair(row, f"{where}, {place}") for place, row in with_places(rows)]
     different = [pair for pair in pairs if pair.chosen != pair.rejected]
     if not different:
         raise Refused(f"{where}: chosen and rejected are identical in every one of the {len(rows)} rows.")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from tokenrl.errors import Refused, describe, suggest
+from tokenrl.errors import Placed, Refused, describe, suggest, with_places
 from tokenrl.runs.output import without_progress_bars
 from tokenrl.settings import OR_OBJECT, Bounds, Count, Number, Settings
 
@@ -104,7 +104,8 @@ def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
                 hub_name, _, config = (name, "", "") if path.exists() else name.partition(":")
                 data = datasets.load_dataset(hub_name, config or None)
             splits = data if isinstance(data, dict) else {"train": data}
-            return {split: rows.to_list() for split, rows in splits.items()}
+            found = {split: rows.to_list() for split, rows in splits.items()}
+            return {"train": _at_lines(found["train"], path)} if is_file else found
     except Exception as error:  # each backend (arrow, pandas, hub, http) has its own errors
         raise Refused(
             f"task '{name}': the data could not be read ({describe(error)})."
@@ -136,6 +137,17 @@ def _check_lines(file: Path) -> None:
                 raise ValueError(f"{place} is no UTF-8") from error
             if kind == "json" and line.lstrip(BEFORE_JSON).startswith(b"null"):
                 raise ValueError(f"{place} is null: a row is an object; remove the null")
+
+
+def _at_lines(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
+    """Give each row the line of the file that holds it as its place, unless some take more than a line."""
+    if file.suffix == ".parquet":
+        return rows
+    numbers = [n for n, line in enumerate(file.read_bytes().split(b"\n"), 1) if line.strip()]
+    numbers = numbers[1:] if file.suffix == ".csv" else numbers  # without the names of the columns
+    if len(numbers) != len(rows):
+        return rows
+    return [Placed(row, f"line {number}") for row, number in zip(rows, numbers, strict=True)]
 
 
 def with_prompts(
@@ -171,6 +183,7 @@ def with_prompts(
     else:
         said = f"{where} has no column '{column}'.{suggest(column, columns)}"
         raise Refused(f"{said} Name it by prompt_column, or give a prompt_template (--prompt-template).")
+    made = [Placed(row, place) for (place, _), row in zip(with_places(rows), made, strict=True)]
     check_prompts(made, where)
     for row in made:
         if chat and isinstance(row["prompt"], str):
@@ -187,10 +200,10 @@ def _filled(template: str, rows: Sequence[Row], where: str) -> list[dict[str, An
         if unknown:
             raise Refused(f"no column is named {unknown[0]!r}.{suggest(unknown[0], rows[0])}")
         made = []
-        for index, row in enumerate(rows):
+        for place, row in with_places(rows):
             empty = [field for field in fields if row[field] is None or row[field] != row[field]]
             if empty:  # the word None or nan would enter the prompt
-                raise Refused(f"column '{empty[0]}' of row {index} is {row[empty[0]]!r}.")
+                raise Refused(f"column '{empty[0]}' of {place} is {row[empty[0]]!r}.")
             made.append({**row, "prompt": template.format(**row)})
     except Exception as error:
         what = str(error) if isinstance(error, Refused) else f"{describe(error)}. Write {{{{ for a brace."
@@ -211,20 +224,21 @@ def without_nulls(prompt: Any) -> Any:
 
 def _from_conversations(rows: Sequence[Row], where: str) -> list[dict[str, Any]]:
     """Rows whose prompt is the conversation before the assistant's last turn, if it ends with one."""
-    made, answered = [], []
-    for index, row in enumerate(rows):
+    made, first = [], dict[bool, str]()
+    for place, row in with_places(rows):
         messages = without_nulls(row["messages"])
         fault = "it is text" if isinstance(messages, str) else fault_of_prompt(messages)
         if fault:
-            raise Refused(f"{where}, row {index}: of the column 'messages', {fault}; it holds chat messages.")
-        answered.append(messages[-1]["role"] == "assistant")
-        text, turns = messages[-1]["content"], messages[:-1] if answered[-1] else messages
-        answer = {"answer": text, "completion": text} if answered[-1] else {}
+            raise Refused(f"{where}, {place}: of the column 'messages', {fault}; it holds chat messages.")
+        answered = messages[-1]["role"] == "assistant"
+        first.setdefault(answered, place)
+        text, turns = messages[-1]["content"], messages[:-1] if answered else messages
+        answer = {"answer": text, "completion": text} if answered else {}
         made.append({**answer, **row, "prompt": turns})
-    if any(answered) and not all(answered):
+    if len(first) > 1:
         raise Refused(
-            f"{where}: the messages of row {answered.index(True)} end with a turn of the assistant, and "
-            f"those of row {answered.index(False)} do not: give every conversation an answer, or none."
+            f"{where}: the messages of {first[True]} end with a turn of the assistant, and "
+            f"those of {first[False]} do not: give every conversation an answer, or none."
         )
     return made
 
@@ -235,13 +249,13 @@ def check_prompts(rows: Iterable[Row], where: str) -> None:
     Raises:
         Refused: a row has another prompt, or none; the message names the row and what was found there.
     """
-    for index, row in enumerate(rows):
+    for place, row in with_places(rows):
         if not isinstance(row, Mapping) or "prompt" not in row:
-            raise Refused(f"{where}, row {index}: expected a mapping with a 'prompt', found {row!r:.200}.")
+            raise Refused(f"{where}, {place}: expected a mapping with a 'prompt', found {row!r:.200}.")
         fault = fault_of_prompt(row["prompt"])
         if fault:
             allowed = 'text, or a list of chat messages {"role": ..., "content": text}'
-            raise Refused(f"{where}, row {index}: {fault}. A prompt is {allowed}.")
+            raise Refused(f"{where}, {place}: {fault}. A prompt is {allowed}.")
 
 
 def fault_of_prompt(prompt: Any, what: str = "prompt") -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenrl.errors import Refused
+from tokenrl.errors import Placed, Refused, with_places
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.arguments import SftArguments, TrainArguments, TrainSettings
@@ -82,7 +82,8 @@ def demonstrations(task: Any, column: str = "completion") -> list[dict[str, Any]
         Refused: there are none.
     """
     rows = list(getattr(task, "demonstrations", None) or [])
-    rows = rows or [{**row, "completion": row[column]} for row in task.train_prompts if column in row]
+    placed = with_places(task.train_prompts)
+    rows = rows or [Placed({**row, "completion": row[column]}, at) for at, row in placed if column in row]
     if not rows:
         raise Refused(f"The task {task.name!r} has no demonstrations, nor rows with prompt and {column}.")
     return rows

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tokenrl.core.baselines import RunningMean
+from tokenrl.errors import with_places
 from tokenrl.language.policy.prompts import asked as asked_in_words, settled_form, special_texts
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
@@ -151,7 +152,7 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
 def _warnings(run: Run, asked: TrainArguments) -> list[str]:
     """Return what is said before the first step of prompts and settings that are probably mistakes."""
     rows = run.task.train_prompts
-    special = special_texts(run.learner.policy.tokenizer, [row["prompt"] for row in rows])
+    special = special_texts(run.learner.policy.tokenizer, rows)
     return [*few_prompts(rows), *special, *without_effect(run.args, asked)]
 
 
@@ -163,8 +164,8 @@ def _begin(run: Run, session: Session) -> None:
     """
     args, policy = run.args, run.learner.policy
     limit, cut = args.max_completion_length, args.truncate_prompts
-    for number, row in enumerate(run.task.train_prompts):  # one by one, to save memory
-        policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, first_row=number)
+    for place, row in with_places(run.task.train_prompts):  # one by one, to save memory
+        policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, place=place)
     if not session.continues:
         with session.console.doing(
             f"evaluating {len(run.task.eval_prompts):,} prompts before the first step"

@@ -149,6 +149,6 @@ def _demonstrations(args: SftArguments) -> tuple[Any, Rewards | None, list[dict[
     if column not in rows[0]:
         known = ", ".join(rows[0])
         raise Refused(f"{where} has no column {column!r}; name one of {known} with --completion-column.")
-    rows = [row | {"completion": row[column]} for row in rows]
     name, origin = (args.task, {}) if named else described(splits)
-    return PromptTask(name, rows, [], None, origin=origin), None, rows
+    task = PromptTask(name, rows, [], None, origin=origin)
+    return task, None, demonstrations(task, column)

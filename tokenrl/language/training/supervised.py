@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Refused, Stopped, with_places
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.rollout import Rollout, pad_left
 from tokenrl.language.rollout.scoring import USUAL, score
@@ -157,21 +157,21 @@ def encode_demonstrations(policy: Policy, rows: Sequence[dict[str, Any]]) -> lis
     """
     pairs: list[Pair] = []
     eos = policy.tokenizer.eos_token_id
-    for number, row in enumerate(rows):
+    for place, row in with_places(rows):
         text = row.get("completion")
         if isinstance(text, list) and text and isinstance(text[-1], dict):
             text = text[-1].get("content")
         if not isinstance(text, str) or "prompt" not in row:
             needed = "prompt and completion (text, or a list that ends with the assistant's message)"
-            raise Refused(f"Row {number} of the demonstrations has {', '.join(row)}; it needs {needed}.")
+            raise Refused(f"The demonstration of {place} has {', '.join(row)}; it needs {needed}.")
         if fault := fault_of_prompt(text, "completion"):
-            raise Refused(f"Row {number} of the demonstrations: {fault}.")
+            raise Refused(f"The demonstration of {place}: {fault}.")
         ids = list(policy.tokenizer(text, add_special_tokens=False).input_ids)
         if eos is not None and (not ids or ids[-1] not in policy.eos_ids):
             ids.append(eos)
         if not ids:
-            raise Refused(f"The demonstration in row {number} has no token, nor an EOS: leave it out.")
-        prompt = policy.encode_all([row["prompt"]], max_completion_length=len(ids), first_row=number)[0]
+            raise Refused(f"The demonstration of {place} has no token, nor an EOS: leave it out.")
+        prompt = policy.encode_all([row["prompt"]], max_completion_length=len(ids), place=place)[0]
         pairs.append((prompt, ids))
     return pairs
 

@@ -20,7 +20,7 @@ import torch
 from rich.filesize import decimal
 
 from tokenrl.core.statistics import GradientDiagnostics
-from tokenrl.errors import Refused, Stopped, TokenrlError
+from tokenrl.errors import Refused, Stopped, TokenrlError, with_places
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.training.collect import logprobs_under, sample
@@ -102,12 +102,12 @@ def _usable(run: Run, rows: Rows, which: str, findings: list[Finding]) -> Rows:
     """Return the rows whose prompts can be asked; add a finding about the others, with the first refusal."""
     limit, cut = run.args.max_completion_length, run.args.truncate_prompts
     policy, usable, refused = run.learner.policy, list[Mapping[str, Any]](), list[str]()
-    for number, row in enumerate(rows):
+    for place, row in with_places(rows):
         try:
-            policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, first_row=number)
+            policy.encode_all([row["prompt"]], max_completion_length=limit, truncate=cut, place=place)
             usable.append(row)
         except Refused as error:
-            refused.append(f"The first is that of row {number}. {error}")
+            refused.append(f"The first is that of {place}. {error}")
     if refused:
         text = f"{len(refused):,} of {len(rows):,} {which} cannot be asked. {refused[0]}"
         findings.append(Finding("prompts-refused", "void", text))
