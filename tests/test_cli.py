@@ -337,6 +337,10 @@ def test_an_interruption_while_the_command_is_imported_is_silent(tmp_path, monke
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+NO_TEXT = os.fsdecode(b"x\xff")  # what Python makes of bytes that are no UTF-8
+TEXTS = ("run-name", "tracker-project", "output-dir", "resume", "split", "system-prompt", "prompt-template")
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -344,6 +348,8 @@ def test_an_interruption_while_the_command_is_imported_is_silent(tmp_path, monke
         (["--estimator.baseline", "opa"], "Did you mean 'opo'"),
         (["--task", "good.jsonl"], "--reward"),
         (["--reward", "made_up_rewards:fails"], "KeyError"),
+        *((["--" + flag, NO_TEXT], "was given as 'x\\udcff'; it must be text in UTF-8") for flag in TEXTS),
+        *((["--" + flag, NO_TEXT], "must be values, each text in UTF-8") for flag in ("report-to", "stop")),
     ],
 )
 def test_a_mistake_is_one_paragraph_and_exit_code_2(arguments, words, capsys, tmp_path):
@@ -352,6 +358,17 @@ def test_a_mistake_is_one_paragraph_and_exit_code_2(arguments, words, capsys, tm
     captured = capsys.readouterr()
     assert words in captured.err and "Traceback" not in captured.err
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_paths_that_are_no_text_end_in_a_whole_model_or_before_the_first_step(tmp_path, monkeypatch, capsys):
+    (tmp_path / f"{NO_TEXT}.json").write_text(json.dumps({"task": "vowels", "lora_r": 2}))
+    monkeypatch.setattr(sys, "argv", ["tokenrl", *TRAIN, "--config", f"{NO_TEXT}.json"])
+    assert main([*sys.argv[1:], "--quiet"]) == 0
+    assert "--config 'x?.json'" in (tmp_path / "run" / "model" / "README.md").read_text()
+    (tmp_path / NO_TEXT).mkdir()
+    monkeypatch.chdir(tmp_path / NO_TEXT)
+    assert main([*TRAIN, "--quiet"]) == 2
+    assert "The output directory" in capsys.readouterr().err and not os.listdir()
 
 
 def test_a_failure_during_the_run_is_exit_code_1(capsys):

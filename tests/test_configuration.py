@@ -32,6 +32,9 @@ SPOILT = {
     "broken.yaml": "seed: [1\n",
     "tag.yaml": "seed: !!python/object/apply:os.system ['touch oops']\n",
     "bytes.json": "\udcff",
+    "surrogate.json": '{"run_name": "a\\udcff"}',
+    **{f"model_{n}.json": f'{{"model": {x}}}' for n, x in enumerate(("false", "5", "[]", '["x"]', "{}"))},
+    **{f"data_{n}.json": f'{{"data": {x}, "task": {x}}}' for n, x in enumerate(("true", "[1]", "{}"))},
 }
 ESTIMATORS = [5, ["rloo"], "rlooo", {"baseline": {"name": "rloo"}}, {"baselin": "rloo"}, None]
 ESTIMATORS += [{"window": 1.5, "gamma": "1"}, {"scale_ddof": True}]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenrl.errors import Refused
-from tokenrl.settings import arguments
+from tokenrl.settings import arguments, check
 
 T = TypeVar("T")
 
@@ -41,7 +41,9 @@ def configured(kind: type[T], path: str | os.PathLike[str], command: str, *, ane
         of_a_run = "versions" in stored
         left_out = [*RECORDED, *["output_dir"] * (anew and of_a_run)]
         left_out += ["resume", "overwrite"] * (of_a_run or not anew)
-        return arguments(kind, {name: value for name, value in stored.items() if name not in left_out})
+        settings = arguments(kind, {name: value for name, value in stored.items() if name not in left_out})
+        check(settings, objects=False)
+        return settings
     except Refused as error:
         raise Refused(f"The configuration {path} cannot be used by tokenrl {command}: {error}") from error
 

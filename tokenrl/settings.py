@@ -11,6 +11,7 @@ A rule about two fields together is a plain `if` in the code that uses both.
 from __future__ import annotations
 
 import os
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -111,15 +112,19 @@ class Rule(NamedTuple):
             raise Refused(f"{what} was given as {shown(given)}{it} must be {self.words}.")
 
 
-def check(settings: Any) -> None:
+def check(settings: Any, *, objects: bool = True) -> None:
     """Refuse a dataclass in which the value of a field is not one that the field's type allows.
 
     Numbers, booleans, text, choices (`Literal`), other dataclasses and tuples of these are checked.
 
+    Args:
+        settings: The dataclass.
+        objects: Whether a field with `OR_OBJECT` may hold an object; settings from a file hold its name.
+
     Raises:
         Refused: A field has a value that is not allowed; the message names the first such field.
     """
-    for name, rule in rules_of(type(settings)).items():  # type: ignore[arg-type]
+    for name, rule in rules_of(type(settings), objects).items():  # type: ignore[arg-type]
         rule.check(name, getattr(settings, name))
 
 
@@ -165,18 +170,18 @@ def field_types(kind: type[Any]) -> dict[str, Any]:
 
 
 @cache
-def rules_of(kind: type[Any]) -> dict[str, Rule]:
+def rules_of(kind: type[Any], objects: bool = True) -> dict[str, Rule]:
     """Return the rule of each field that has one; cached, because estimators are made by the thousand."""
-    found = {name: _rule(hint) for name, hint in field_types(kind).items()}  # type: ignore[arg-type]
+    found = {name: _rule(hint, objects) for name, hint in field_types(kind).items()}  # type: ignore[arg-type]
     return {name: rule for name, rule in found.items() if rule is not None}
 
 
-def _rule(hint: Any) -> Rule | None:
+def _rule(hint: Any, objects: bool) -> Rule | None:
     """Return the rule of a type, or None if every value is allowed."""
     metadata, hint = getattr(hint, "__metadata__", ()), _bare(hint)
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if OR_OBJECT in metadata:
-        return None
+    if OR_OBJECT in metadata:  # an object without a name is null in a file
+        return None if objects else _rule(hint | None, objects)
     if OR_FUNCTION in metadata:
         named = _choice(parts)
         words = f"{named.words}, or a function: module:function or path/to/file.py:function"
@@ -188,7 +193,7 @@ def _rule(hint: Any) -> Rule | None:
     if hint is NoneType:
         return Rule(lambda value: value is None, "None")
     if hint is str:
-        return Rule(lambda value: isinstance(value, (str, os.PathLike)), "text")
+        return Rule(_is_text, "text in UTF-8")
     if isinstance(hint, type) and is_dataclass(hint):
         names = "the name of a preset, or " if hasattr(hint, "preset") else ""
         words = f"{names}a mapping of the fields of {hint.__name__}"
@@ -196,13 +201,18 @@ def _rule(hint: Any) -> Rule | None:
     if origin is Literal:
         return _choice(parts)
     if origin in (Union, UnionType):
-        return _either([_rule(part) for part in parts])
-    return _several(parts) if origin is tuple else None
+        return _either([_rule(part, objects) for part in parts])
+    return _several(parts, objects) if origin is tuple else None
 
 
 def _bare(hint: Any) -> Any:
     """Return a type without its metadata."""
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether a value is a path or text that files can hold in UTF-8, so no bytes of another code."""
+    return isinstance(value, (str, os.PathLike)) and not re.search(r"[\ud800-\udfff]", str(value))
 
 
 def _number(kind: type[Any], bounds: Bounds) -> Rule:
@@ -233,9 +243,9 @@ def _either(rules: list[Rule | None]) -> Rule | None:
     return Rule(lambda value: any(r.fits(value) for r in known), ", or ".join(r.words for r in known), names)
 
 
-def _several(parts: tuple[Any, ...]) -> Rule | None:
+def _several(parts: tuple[Any, ...], objects: bool) -> Rule | None:
     """Return the rule of a tuple: any number of values of one type, or exactly as many as the type lists."""
-    rule, length = _rule(parts[0]), None if parts[-1] is Ellipsis else len(parts)
+    rule, length = _rule(parts[0], objects), None if parts[-1] is Ellipsis else len(parts)
     if rule is None:
         return None
 

@@ -50,7 +50,7 @@ def locked(path, **options):
     ("path", "words"),
     [
         *((path, r"'\.\.'") for path in ("../run", "runs/../../etc", "..")),
-        *((path, "cannot be used") for path in ("file", "file/run", "a\0b")),
+        *((path, "cannot be used") for path in ("file", "file/run", "a\0b", "a\udcff")),
     ],
 )
 def test_parent_directory_in_the_path_is_refused(path, words, tmp_path, monkeypatch):

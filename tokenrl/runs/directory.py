@@ -61,6 +61,7 @@ class RunDirectory:
         if ".." in run.parts:
             raise Refused(f"The output directory {str(run)!r} contains '..'; give its path without it.")
         try:
+            str(run).encode()  # what a run writes names it, in UTF-8
             _refuse_foreign(run)
             self._made = [folder for folder in (run, *run.parents) if not folder.exists()]
             run.mkdir(parents=True, exist_ok=not new)
@@ -68,7 +69,10 @@ class RunDirectory:
             self._lock = acquire_lock(run, busy)
         except Refused:
             raise
-        except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # ValueError: a null byte in the path, or bytes that are no text
             if new and isinstance(error, FileExistsError):
                 raise
             message = f"The output directory {str(run)!r} cannot be used ({error}); give another one."

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.loading import quietly
-from tokenrl.runs.files import write_json
+from tokenrl.runs.files import write_json, write_text
 
 BASE = "base.json"
 """In the folder of an adapter: the fingerprint of the base that it was trained on."""
@@ -41,12 +41,12 @@ def save_policy(policy: Any, directory: Path, *, card: Card | None = None) -> No
         _write_adapter(policy, directory / "adapter", _base_of(model))
         if card is not None:
             text = replace(card, kind="adapter").text()
-            (directory / "adapter" / "README.md").write_text(text, encoding="utf-8")
+            write_text(directory / "adapter" / "README.md", text)
         model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(directory)
     policy.tokenizer.save_pretrained(directory)
     if card is not None:
-        (directory / "README.md").write_text(card.text(), encoding="utf-8")
+        write_text(directory / "README.md", card.text())
 
 
 @dataclass
