@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -41,20 +40,11 @@ RESERVED = {
 }
 """The names that a run uses itself, for metrics and timings or for completions, and how others begin."""
 
-TORCH_SETTINGS = {
-    "is_grad_enabled": "set_grad_enabled",
-    "get_default_dtype": "set_default_dtype",
-    "get_default_device": "set_default_device",
-    "get_num_threads": "set_num_threads",
-    "get_deterministic_debug_mode": "set_deterministic_debug_mode",
-    "get_float32_matmul_precision": "set_float32_matmul_precision",
-}
-"""What reads a setting of torch, and what changes it."""
+TORCH_SETTINGS = "default_dtype default_device num_threads deterministic_debug_mode float32_matmul_precision"
 
 
-@dataclass
-class Attempt:
-    """The result of one call of a reward function, which is made inside of a `with` block.
+class Attempt(NamedTuple):
+    """The result of one call of a reward function.
 
     Attributes:
         output: what it returned, unchecked; None if it raised.
@@ -62,21 +52,9 @@ class Attempt:
         seconds: the time that it took.
     """
 
-    output: Any = None
-    error: BaseException | None = None
-    seconds: float = 0.0
-
-    def __enter__(self) -> Attempt:
-        self.seconds -= time.perf_counter()
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        self.seconds += time.perf_counter()
-        self.error = error
-        # A Ctrl-C is no failure of the function; Python raises it in the main thread only.
-        return (
-            not isinstance(error, KeyboardInterrupt) or threading.current_thread() != threading.main_thread()
-        )
+    output: Any
+    error: BaseException | None
+    seconds: float
 
 
 class Called(NamedTuple):
@@ -134,14 +112,14 @@ def call_rewards(
         if waiting:
             announce(f"Of the async reward functions {', '.join(waiting)} at least one")
             attempts |= zip(waiting, _await_all(list(waiting.values())), strict=True)
-        for name, attempt in attempts.items():
-            if isinstance(attempt.error, TokenrlError):
-                raise attempt.error
-            if attempt.error is not None:
-                said = f"Reward function {name} raised {describe(attempt.error)}"
+        for name, (_, error, _) in attempts.items():
+            if isinstance(error, TokenrlError):
+                raise error
+            if error is not None:
+                said = f"Reward function {name} raised {describe(error)}"
                 announce(f"{said}; called again on single rows, it")
                 where = _first_failing_row(named[name], name, rows, shared)
-                raise Stopped(f"{said} ({where}).") from attempt.error
+                raise Stopped(f"{said} ({where}).") from error
     values = {name: checked_rewards(name, one.output, rows["completions"]) for name, one in attempts.items()}
     return Called(values, extra, logged, {name: one.seconds for name, one in attempts.items()})
 
@@ -171,7 +149,8 @@ def contained() -> Iterator[None]:
     end by it. Settings of torch and numpy are given back as they were.
     """
     real, owner, torch = os._exit, os.getpid(), sys.modules.get("torch")
-    before = {get: getattr(torch, get)() for get in TORCH_SETTINGS} if torch else {}
+    before = {name: getattr(torch, f"get_{name}")() for name in TORCH_SETTINGS.split()} if torch else {}
+    gradients = torch.set_grad_enabled(torch.is_grad_enabled()) if torch else contextlib.nullcontext()
 
     def refuse(code: int) -> None:
         if os.getpid() != owner:
@@ -180,32 +159,39 @@ def contained() -> Iterator[None]:
 
     os._exit = refuse  # type: ignore[assignment]
     try:
-        with np.errstate():
+        with np.errstate(), gradients:
             yield
     finally:
         os._exit = real
-        for get, value in before.items():
-            if getattr(torch, get)() != value:
-                getattr(torch, TORCH_SETTINGS[get])(value)
+        for name, value in before.items():
+            if getattr(torch, f"get_{name}")() != value:
+                getattr(torch, f"set_{name}")(value)
 
 
 def _attempt(function: Reward, name: str, arguments: Mapping[str, Any]) -> Attempt:
-    with Attempt() as attempt:
-        names = accepted_arguments(function, name, arguments)
-        attempt.output = function(**{key: arguments[key] for key in names})
-    return attempt
+    began = time.perf_counter()
+    try:
+        output = function(**{key: arguments[key] for key in accepted_arguments(function, name, arguments)})
+    except KeyboardInterrupt:  # the user's own
+        raise
+    except BaseException as error:
+        return Attempt(None, error, time.perf_counter() - began)
+    return Attempt(output, None, time.perf_counter() - began)
 
 
 def _await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Attempt]:
     """Await all of them at the same time; return what came of each, in order."""
 
-    async def awaited(awaitable: Awaitable[Any]) -> Attempt:
-        with Attempt() as attempt:
-            attempt.output = await awaitable
-        return attempt
+    async def attempt(awaitable: Awaitable[Any]) -> Attempt:
+        began = time.perf_counter()
+        try:
+            output = await awaitable
+        except BaseException as error:  # no Ctrl-C is among them: Python raises it in the main thread only
+            return Attempt(None, error, time.perf_counter() - began)
+        return Attempt(output, None, time.perf_counter() - began)
 
     async def gathered() -> list[Attempt]:
-        return await asyncio.gather(*map(awaited, awaitables))
+        return await asyncio.gather(*map(attempt, awaitables))
 
     return asyncio.run_coroutine_threadsafe(gathered(), _event_loop()).result()
 
