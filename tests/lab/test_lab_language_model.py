@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from listed_policy import problem_of_policy, rollout_of_all
 from tiny_lab_model import PROMPTS, WORDS, points, points_of, tiny_policy
 
 from tokenrl.core import Estimator
 from tokenrl.core.baselines import RunningMean
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.enumeration import exact_moments
-from tokenrl.lab.exact.language_model import problem_of_policy, rollout_of_all
 from tokenrl.language.policy.model import Policy, wrap
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from listed_policy import problem_of_policy, rollout_of_all
 from tiny_lab_model import PROMPTS, WORDS, points, points_of, tiny_policy
 
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
-from tokenrl.lab.exact.language_model import problem_of_policy, rollout_of_all
 from tokenrl.lab.measure import measurement
 from tokenrl.lab.measure.arguments import MeasureArguments
 from tokenrl.lab.measure.contributions import ascent_slopes, contributions

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
+from listed_policy import problem_of_policy
 from tiny_lab_model import PROMPTS, points_of, tiny_policy
 
 from tokenrl.core import Estimator
 from tokenrl.lab.exact.enumeration import exact_moments
-from tokenrl.lab.exact.language_model import problem_of_policy
 from tokenrl.lab.measure.contributions import ascent_slopes, contributions
 from tokenrl.lab.measure.measurement import words
 from tokenrl.lab.measure.paired import compare, compare_group_sizes, same_expectation
