@@ -88,6 +88,7 @@ WITHOUT: Mapping[str, str] = {
     "use_vllm": "transformers samples the completions, in the training process.",
     "fp16": "There is no training in float16; dtype may be bfloat16.",
     "compile compile_sampling compile_training": "Nothing is compiled, which gained next to nothing.",
+    "minutes": "--check prints the seconds of a step, and how long the run will take.",
     "push_to_hub": "Nothing is uploaded; model/ in the output directory can be, as it is.",
     "callbacks": "There are none: metrics.jsonl in the output directory has what each step measured.",
     "deepspeed fsdp zero_stage n_gpus_per_node": "Start processes with accelerate launch.",

@@ -1,7 +1,6 @@
 """The supervised stage before the first step: when it ends, what it leaves, its cache, and its refusals."""
 
 import json
-import re
 import signal
 
 import pytest
@@ -174,13 +173,11 @@ def kept(cache, updates):
 
 def test_a_check_makes_a_few_updates_and_takes_them_back(run, cache, capsys):
     policy = make_policy()
-    before, task = weights(policy.model).clone(), {"check": True, "minutes": 1.0, "prompts_per_step": 2}
+    before, task = weights(policy.model).clone(), {"check": True, "prompts_per_step": 2}
     result = run(model=policy, **task)
     assert result.exit_code == 0 and torch.equal(weights(policy.model), before) and not results(cache)
     said = " ".join(capsys.readouterr().out.split())
     assert "a warm start of 4 updates of" in said and "in all" in said
-    steps = int(re.search(r"in 1 minutes --warm-start-steps 4 --max-steps (\d+)", said)[1])
-    assert steps > 10
     run()
     assert run(**task).exit_code == 2  # now the model is warm, and its rewards are all equal
     assert "warm-start-steps" not in capsys.readouterr().out.split("Check")[-1]

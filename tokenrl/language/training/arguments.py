@@ -188,8 +188,6 @@ class TrainArguments(
     check: bool = False
     """Try everything out without a change of the weights, print all problems with how to mend them, and what
     the run will take, and stop. Exit code 0: passed (there may be remarks); 2: there is a problem."""
-    minutes: Positive | None = None
-    """With check: print the numbers of steps, and of updates of a warm start, that fit into this time."""
     cpu: bool = False
     """Use the CPU even if there is a GPU."""
     quiet: bool = False

@@ -147,17 +147,6 @@ class Run:
             words = f"a warm start of {args.warm_start_steps} updates of {self.warm_seconds:.2g} s, {words}"
         return f"{words}: about {duration(whole)} in all"
 
-    def fitting(self, seconds: float, left: float) -> str:
-        """Return the flags of a run that takes the seconds that are left; a warm start gets half at most."""
-        args, flags = self.args, ""
-        left -= 2 * self.eval_seconds
-        if self.warm_seconds:
-            updates = max(1, min(args.warm_start_steps, int(left / 2 / self.warm_seconds)))
-            left -= updates * self.warm_seconds
-            flags = f"--warm-start-steps {updates} "
-        seconds += self.eval_seconds / args.eval_every if args.eval_every else 0.0
-        return f"{flags}--max-steps {int(left / seconds)}" if left > seconds else "not even one step fits"
-
     def facts(self) -> dict[str, Any]:
         """Return the last lines of the header, which are printed when the model is ready."""
         policy = self.learner.policy

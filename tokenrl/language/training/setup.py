@@ -126,7 +126,6 @@ def without_effect(args: TrainSettings, asked: TrainArguments) -> Iterator[str]:
         "value_iterations": critic,
         "kl_gain": (args.target_kl is not None, "target_kl is not set"),
         "warm_start_steps": (args.warm_start, "warm_start is not set"),
-        "minutes": (args.check, "check is not set"),
     }
     for name, (is_met, why) in needs.items():
         value = getattr(args, name)

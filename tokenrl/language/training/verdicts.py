@@ -58,7 +58,7 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     Returns:
         The result, with exit code 2 if there is a problem, else 0; its `flags` name problems and remarks.
     """
-    findings, records, prepared = list[Finding](), list[Record](), session.wall_seconds
+    findings, records = list[Finding](), list[Record]()
     train = _usable(run, run.task.train_prompts, "training prompts", findings)
     held_out = _usable(run, run.task.eval_prompts, "held-out prompts", findings)
     _look_at_answers(run, findings)
@@ -81,8 +81,6 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     if records:
         seconds = records[-1].timings["collect"] + records[-1].timings["update"]
         lines["time"] = run.forecast(seconds)
-        if run.args.minutes:
-            lines[f"in {run.args.minutes:g} minutes"] = run.fitting(seconds, 60 * run.args.minutes - prepared)
     lines["disk"] = f"{decimal(shutil.disk_usage(session.output_dir).free)} are free"
     code = session.conclude("model, data, sampling, rewards and estimator", lines, findings)
     result = run.result(session, "check")
