@@ -181,8 +181,7 @@ def _horizon(run: RecordedRun, arguments: ControlSettings) -> float:
     """
     recorded, env = run.config.get("horizon"), arguments.env
     spec = gymnasium.registry.get(OWN[env][0] if env in OWN else env)
-    limit = arguments.max_episode_steps or (recorded if isinstance(recorded, int) else None)
-    return limit or (spec and spec.max_episode_steps) or math.inf
+    return recorded or arguments.max_episode_steps or (spec and spec.max_episode_steps) or math.inf
 
 
 def _status(run: RecordedRun, arguments: Any) -> str:

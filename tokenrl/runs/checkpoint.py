@@ -199,8 +199,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def tables(folder: Path) -> list[Path]:
     """List the tables of completions that a run wrote into a folder, oldest first."""
-    names = re.compile(rf"{STEP}\.parquet")
-    return sorted((path for path in folder.glob("step_*") if names.fullmatch(path.name)), key=step_of)
+    return sorted((f for f in folder.glob("step_*.parquet") if re.fullmatch(STEP, f.stem)), key=step_of)
 
 
 def step_of(path: Path) -> int:

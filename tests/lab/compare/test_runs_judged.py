@@ -308,5 +308,5 @@ def test_a_run_without_a_step_is_refused(tmp_path, rows):
     existing(runs, "b", {"baseline": "none"}, 0.5, seeds=2)
     log = runs / "b1" / "metrics.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:rows]))
-    with pytest.raises(Refused, match=r"b1 is no run of .* that made a step\. Give directories"):
+    with pytest.raises(Refused, match=r"b1 is no run of .* that made a step\. Leave it out"):
         judge_existing(tmp_path)

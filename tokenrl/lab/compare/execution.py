@@ -147,15 +147,14 @@ def _call(line: str, log: str, is_over: Callable[[], bool], environment: Mapping
 
     On Linux the command is also asked to stop if the thread that started it dies.
     """
-    _, variable, _, *words = shlex.split(line)
-    name, _, value = variable.partition("=")
+    words = shlex.split(line)[3:]  # without env OMP_NUM_THREADS=1 tokenrl
     with open(log, "ab") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "tokenrl", *words],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env={**environment, name: value},
+            env={**environment, "OMP_NUM_THREADS": "1"},
             preexec_fn=None if LIBRARY is None else _stop_with_parent,
         )
     patience: float | None = TICK

@@ -45,16 +45,14 @@ def read_existing(patterns: Sequence[str], output_dir: str) -> tuple[list[Proble
     """
     paths = sorted({path for pattern in patterns for path in glob.glob(os.path.expanduser(pattern))})
     found = [read_run(path) for path in paths if os.path.isfile(os.path.join(path, "metrics.jsonl"))]
-    made = [
-        run.kind in ("train", "control") and "seed" in run.config and any(run.metrics[1:]) for run in found
-    ]
-    if not all(made) or not found:
-        what = "no run directory was found"
-        if found:
-            what = f"{found[made.index(False)].path} is no run of tokenrl train or control that made a step"
-        raise Refused(f"runs was given as {' '.join(patterns)}; {what}. Give directories that these wrote.")
-    if inside := [run.path for run in found if run.path.resolve().is_relative_to(Path(output_dir).resolve())]:
-        raise Refused(f"The run {inside[0]} lies in the output directory {output_dir}. Give another one.")
+    if not found:
+        text = f"runs was given as {' '.join(patterns)}; no run directory was found"
+        raise Refused(f"{text}. Give directories that tokenrl train or control wrote.")
+    for run in found:
+        if run.kind not in ("train", "control") or "seed" not in run.config or not run.metrics[1:]:
+            raise Refused(f"{run.path} is no run of tokenrl train or control that made a step. Leave it out.")
+        if run.path.resolve().is_relative_to(Path(output_dir).resolve()):
+            raise Refused(f"The run {run.path} lies in the output directory {output_dir}. Give another one.")
     by_problem: dict[str, list[RecordedRun]] = {}
     places = [{n: run.config[n] for n in PLACE if run.config.get(n) is not None} for run in found]
     for run, label in zip(found, _labels(places), strict=True):
