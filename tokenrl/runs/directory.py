@@ -69,10 +69,7 @@ class RunDirectory:
             self._lock = acquire_lock(run, busy)
         except Refused:
             raise
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # ValueError: a null byte in the path, or bytes that are no text
+        except (OSError, ValueError) as error:  # ValueError: a null byte, or bytes that are no text
             if new and isinstance(error, FileExistsError):
                 raise
             message = f"The output directory {str(run)!r} cannot be used ({error}); give another one."
