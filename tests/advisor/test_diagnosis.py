@@ -294,3 +294,15 @@ def test_the_horizon_is_what_the_run_recorded_or_that_of_a_registered_environmen
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"horizon": recorded, "env": env}))
     assert f"may last {limit} actions" in findings_of(path)["no-baseline"].text
+
+
+def test_texts_of_a_run_cannot_change_the_terminal(made_up, capsys):
+    path, odd = made_up("control", solved=0.1), "a\x1b[31m\x07\x9b2J\u202e"
+    for name, texts in (
+        ("config.json", {"title": odd}),
+        ("summary.json", {"exit_reason": odd, "error": odd}),
+    ):
+        (path / name).write_text(json.dumps(json.loads((path / name).read_text()) | texts))
+    assert main(["advise", "--run", str(path)]) == 0
+    shown = "".join(capsys.readouterr())
+    assert r"a\x1b[31m\x07\x9b2J\u202e" in shown and not set(odd) & set(shown) - set("a[31m2J")

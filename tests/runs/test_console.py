@@ -18,6 +18,7 @@ def use_everything(console):
     console.completions_table([row])
     console.note("model runs/[a]/model")
     console.warn("all groups [bold] equal")
+    console.finish({"exit_reason": "odd\x1b[2J", "eval_after": {"odd\x9b": 1.0}})
     console.finish(SUMMARY)
 
 
@@ -48,6 +49,7 @@ def test_texts_are_shown_as_they_are_and_numbers_with_their_errors_side_by_side(
     text = printed()
     for part in ("[red]task[/red]", ":smile:", "[bold] equal", "runs/[a]/model", r"a[b]\n\x1b[31m", "…"):
         assert part in text
+    assert not set("\x1b\x9b") & set(text) and r"odd\x9b" in text and r"odd\x1b[2J" in text
     assert "loss is no measure of progress" in " ".join(text.split())
     assert "x" * 100 not in "".join(text.split()) and "reward_stderr" not in text
     rows = [line.split() for line in text.splitlines()]

@@ -1,8 +1,11 @@
 """Pages of runs: what they tell, that nothing in them is run or asked for outside, and what is refused."""
 
+import hashlib
 import json
 import math
 import re
+import shutil
+from base64 import b64encode
 from contextlib import closing
 
 import pytest
@@ -16,6 +19,7 @@ from tokenrl.runs.origin import versions
 from tokenrl.runs.plots import PALETTE
 from tokenrl.runs.report import compare_runs, report_from_directory
 
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]")
 CHAT = [{"role": "system", "content": "be_brief"}, {"role": "user", "content": [{"type": EVIL}]}]
 
 
@@ -69,6 +73,25 @@ def test_all_text_is_escaped_and_nothing_is_asked_for_outside(run):
     assert not [name for _, found in page.tags for name in found if name.startswith("on")]
     inside = re.sub(r'xlink:href="#', "", text.replace("</", ""))
     assert not re.search(r"""(src|href)=|@import|url\((?!#)|https?:|//[a-z]""", inside)
+
+
+@pytest.mark.drawn
+def test_no_control_character_of_a_run_stands_in_its_pages_whose_policy_lets_one_script_run(run, recwarn):
+    odd = "a\x00\x07\x1b[31m\x7f\x9b2J\u202e"
+    config, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))
+    write_json(run / "config.json", config | {"title": odd, "command": odd, "versions": {odd: odd}})
+    write_json(run / "summary.json", summary | {"verdict": odd, "eval_after": {odd: 1.0}})
+    write_completions(run / "completions", 11, [{"prompt": odd, odd: step} for step in (1, 2)])
+    shutil.copytree(run, other := run.parent / "other")
+    page, several = report_from_directory(run), compare_runs([run, other], run.parent / "both.html")
+    for text in (page.read_text("utf-8"), several.read_text("utf-8")):
+        assert not CONTROL.search(text) and r"a\x00\x07\x1b[31m\x7f\x9b2J\u202e" in text
+        policy = re.search(r"default-src 'none'; style-src 'unsafe-inline'; script-src '([^']*)'", text)[1]
+        script = text[text.index("<script>") + 8 : text.index("</script>")]
+        assert policy == "sha256-" + b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    numbers = [json.loads(found["data-numbers"]) for found in Page(page.read_text("utf-8")).all("article")]
+    assert r"a\x00\x07\x1b[31m\x7f\x9b2J\u202e" in numbers[0]  # by the name that the list shows
+    assert not recwarn.list  # of glyphs
 
 
 def test_colours_follow_the_dark_mode_and_can_be_read(run):

@@ -33,7 +33,7 @@ _CELL = 60  # characters of a prompt or completion shown in a table
 
 
 def rich_console(*, width: int = 110, quiet: bool = False, file: TextIO | None = None) -> RichConsole:
-    """Make a console of the library rich that prints texts of data and models as they are.
+    """Make a console of the library rich that prints texts of data and models as they are, but `harmless`.
 
     Args:
         width: characters per line where the output is no terminal.
@@ -41,10 +41,14 @@ def rich_console(*, width: int = 110, quiet: bool = False, file: TextIO | None =
         file: where to print; None for stdout.
     """
     from rich.console import Console as RichConsole
+    from rich.text import Text
 
     class Plain(RichConsole):
         def on_broken_pipe(self) -> None:
             raise  # where rich would end the program at once, before the run is saved
+
+        def render_str(self, text: str, **options: Any) -> Text:  # of every text, in tables too
+            return super().render_str(harmless(text), **options)
 
     # Brackets, colons and numbers in such texts must not be read as markup, emoji codes or highlights.
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
@@ -70,10 +74,9 @@ def rich_table(
     """
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
-    heading = Text(title, style="bold") if title else None
-    table = Table(title=heading, title_justify="left", box=box.SIMPLE, show_header=header)
+    look: Any = {"title_style": "bold", "title_justify": "left", "box": box.SIMPLE}
+    table = Table(title=title or None, show_header=header, **look)
     for name in (*left, *right):
         table.add_column(name, justify="left" if name in left else "right", **column)
     return table
@@ -139,11 +142,11 @@ class Console:
 
     def note(self, message: str) -> None:
         """Print a message without wrapping its lines."""
-        self.print(harmless(message), soft_wrap=True)
+        self.print(message, soft_wrap=True)
 
     def warn(self, message: str) -> None:
         """Print a warning."""
-        self.print(f"warning: {harmless(message)}", style="yellow")
+        self.print(f"warning: {message}", style="yellow")
 
     def check(
         self, parts: str, measured: Mapping[str, str], problems: Iterable[str], remarks: Iterable[str]

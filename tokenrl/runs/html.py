@@ -2,12 +2,15 @@
 
 All pages have one template, page.html, with the style page.css and the script page.js, which sorts and
 filters completions. The template escapes every text; only drawings, which come from `tokenrl.runs.plots`,
-are inserted as they are. A page is complete without its script, and asks for no other file.
+are inserted as they are. A page is complete without its script, and asks for no other file; its policy
+(Content-Security-Policy) lets a browser run this script alone, and load nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -53,7 +56,10 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> Path:
     page = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {"number": number, "svg": lambda chart, size: svg(chart, *size)}
     shown = [section for section in sections if any(section.blocks)]
-    write_text(path, page.get_template("page.html").render(title=title, sections=shown) + "\n")
+    script = page.get_template("page.js").render()
+    digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = page.get_template("page.html").render(title=title, sections=shown, script=script, digest=digest)
+    write_text(path, harmless(text) + "\n")
     return path
 
 
@@ -119,6 +125,7 @@ def completions(rows: Sequence[Mapping[str, Any]]) -> Block:
     Args:
         rows: texts and numbers of each completion by name. A number that only some have is missing in others.
     """
+    rows = [{harmless(name): value for name, value in row.items()} for row in rows]  # as the page shows them
     names = dict.fromkeys(name for row in rows for name in row)
     numeric = [name for name in names if all(isinstance(row.get(name), int | float | None) for row in rows)]
     samples = [_sample(row, numeric) for row in rows]
@@ -142,4 +149,4 @@ def _messages(text: str) -> list[tuple[str, str]]:
     except (ValueError, TypeError, KeyError):
         found = []
     found = found or [("", text)]
-    return [(harmless(role), harmless(t if isinstance(t, str) else json.dumps(t))) for role, t in found]
+    return [(role, t if isinstance(t, str) else json.dumps(t)) for role, t in found]

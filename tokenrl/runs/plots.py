@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tokenrl.runs.console import measured, number
+from tokenrl.runs.console import harmless, measured, number
 from tokenrl.runs.files import replacing
 
 if TYPE_CHECKING:
@@ -275,5 +275,5 @@ def _write(
 
 
 def _literal(text: str) -> str:
-    """Escape dollar signs, which matplotlib would read as mathematics."""
-    return text.replace("$", r"\$")
+    """Escape dollar signs, which matplotlib would read as mathematics, and characters without a glyph."""
+    return harmless(text).replace("$", r"\$")
