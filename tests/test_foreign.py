@@ -25,14 +25,15 @@ per_device_eval_batch_size num_generations_eval optim
 
 
 def test_every_name_of_ours_that_is_told_exists_and_no_foreign_name_stands_twice():
-    for ours in " ".join(OURS).split():
-        assert any(ours in known for known in KNOWN.values()), ours
-    names = " ".join([*OURS.values(), *WITHOUT]).split()
-    twice = {name for name in names if names.count(name) > 1}
-    assert twice == set(), twice
-    for name in names:
-        assert any(meaning(name, known) for known in KNOWN.values()), f"{name} is never told"
+    rows = [(ours.partition(",")[0].split(), theirs.split()) for ours, theirs in OURS.items()]
+    rows += [([needed], theirs.split()) for needed, theirs in (key.split(": ") for key in WITHOUT)]
+    for ours, theirs in rows:
+        assert all(any(name in known for known in KNOWN.values()) for name in ours), ours
+        for name in theirs:
+            assert any(meaning(name, known) for known in KNOWN.values()), f"{name} is never told"
     for command, known in KNOWN.items():
+        told = [name for ours, theirs in rows if known & set(ours) for name in theirs]
+        assert {name for name in told if told.count(name) > 1} == set(), command
         assert [name for name in known if meaning(name, known)] == [], command
 
 
@@ -45,20 +46,34 @@ def test_the_words_of_trl_are_refused_from_python_and_on_the_command_line(capsys
             check_flags([f"--{name}", "8"], field_types(COMMANDS["train"].arguments), "tokenrl train")
     for flag in ("--gradient-accumulation-steps", "--num_train_epochs"):
         assert main(["train", flag, "8"]) == main(["train", f"{flag}=8"]) == 2
-        assert capsys.readouterr().err.startswith(f"tokenrl: There is no flag {flag}. It is --")
+        assert capsys.readouterr().err.startswith(f"tokenrl: There is no flag {flag}. ")
 
 
 @pytest.mark.parametrize(
     ("command", "name", "said"),
     [
-        ("train", "per_device_train_batch_size", "It is --prompts-per-step."),
-        ("sft", "per_device_train_batch_size", "It is --batch-size."),
+        (
+            *("train", "per_device_train_batch_size"),
+            "It is --prompts-per-step, in prompts over all processes, not in completions.",
+        ),
+        ("sft", "per_device_train_batch_size", "It is --batch-size, of a whole update."),
+        ("train", "gradient_accumulation_steps", "prompts_per_step is a whole step, in one pass or many."),
+        ("sft", "gradient_accumulation_steps", "batch_size is that of a whole update."),
+        ("train", "num_train_epochs", "The length of a run is max_steps, in steps."),
+        (
+            *("train", "loss_type"),
+            "The estimator's aggregation is token_mean for dapo, sequence_mean for grpo, fixed_length for "
+            "dr_grpo; cispo is a ratio.",
+        ),
+        ("train", "per_device_eval_batch_size", "Held-out prompts are sampled 256 completions at a time."),
         ("reward-model", "train_dataset", "It is --data."),
         ("train", "train_dataset", "It is --task."),
-        ("train", "resume_from_checkpoint", "It is --resume."),
+        ("train", "resume_from_checkpoint", "It is --resume, with auto or a checkpoint."),
         ("train", "compile", "Nothing is compiled, which gained next to nothing."),
         ("train", "beta", "It is an axis of the estimator: --estimator.beta."),
-        ("sft", "warmup_steps", "The learning rate falls linearly to 0."),
+        ("sft", "warmup_steps", "The learning rate falls linearly to 0, without a warm-up."),
+        ("control", "warmup_steps", ""),
+        ("control", "lr_scheduler_type", "It is --learning-rate-schedule."),
         ("sft", "loss_type", ""),
         ("control", "per_device_train_batch_size", ""),
         ("train", "made_up", ""),
@@ -71,7 +86,7 @@ def test_the_hint_is_that_of_the_command(command, name, said):
 def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_path, capsys):
     for wrong, said in {
         "beta": r"axis of the estimator: estimator=Estimator\(beta=...\)",
-        "num_train_epochs": "It is max_steps",
+        "num_train_epochs": "The length of a run is max_steps",
         "learning_rat": "Did you mean 'learning_rate'",
     }.items():
         with pytest.raises(Refused, match=said) as caught:
@@ -80,7 +95,8 @@ def test_python_and_files_are_told_keywords_and_a_misspelling_the_nearest(tmp_pa
     (tmp_path / "trl.yaml").write_text("learning_rate: 1e-6\nnum_train_epochs: 1\nbeta: 0.04\n")
     assert main(["train", "--config", str(tmp_path / "trl.yaml")]) == 2
     said = capsys.readouterr().err
-    assert "trl.yaml cannot be used" in said and "no setting 'num_train_epochs'. It is max_steps" in said
+    assert "trl.yaml cannot be used" in said
+    assert "no setting 'num_train_epochs'. The length of a run is max_steps" in said
 
 
 def test_another_toolkits_object_of_settings_and_settings_given_twice_are_refused():
