@@ -1,8 +1,8 @@
 """Defines the arguments of `tokenrl train` and `tokenrl sft`, which are also the keywords of the functions.
 
 `None` stands for what the task recommends for its own model, or else for the default in the field's text. A
-run works on `TrainSettings` or `SftSettings`, in which every such `None` has been replaced. The module
-imports no torch.
+run works on `TrainSettings` or `SftSettings`, in which the fields that these classes list are filled in. The
+module imports no torch.
 """
 
 from __future__ import annotations
@@ -196,7 +196,11 @@ class TrainArguments(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(TrainArguments):
-    """The settings of a training run: its arguments, with every `None` that stands for a default replaced."""
+    """The settings of a training run: its arguments, with the defaults of the fields below filled in.
+
+    Of the others, `mixed_precision`, `training_attention`, `tokens_per_pass` and `threads` may be None until
+    the model is on its device: `Run.args` and config.json have their values.
+    """
 
     max_steps: Count
     prompts_per_step: Count
@@ -239,7 +243,7 @@ class SftArguments(
 
 @dataclass(frozen=True, kw_only=True)
 class SftSettings(SftArguments):
-    """The settings of a fine-tuning: its arguments, with every `None` that stands for a default replaced."""
+    """The settings of a fine-tuning: its arguments, with the defaults of the fields below filled in."""
 
     max_steps: Count
     batch_size: Count
