@@ -11,9 +11,7 @@ import difflib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 USER_CODE_FAILED = (Exception, SystemExit, GeneratorExit)
 """What code that a user wrote (rewards, environments, tasks, baselines) may raise as its own failure.
@@ -57,7 +55,7 @@ class Placed(dict[str, Any]):
         self.place = place
 
 
-def with_places(rows: Iterable[T]) -> Iterator[tuple[str, T]]:
+def with_places(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     """Yield each row after its place in what the user gave, or else after its number here."""
     for number, row in enumerate(rows):
         yield row.place if isinstance(row, Placed) else f"row {number}", row

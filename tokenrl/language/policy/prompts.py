@@ -189,8 +189,8 @@ def special_texts(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str
     pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
     prompts = [row["prompt"] for row in rows]
     texts = [p if isinstance(p, str) else " ".join(str(turn["content"]) for turn in p) for p in prompts]
-    places = [place for place, _ in with_places(rows)]
-    found = [(p, match[0]) for p, t in zip(places, texts, strict=True) if (match := pattern.search(t))]
+    placed = zip(with_places(rows), texts, strict=True)
+    found = [(place, match[0]) for (place, _), text in placed if (match := pattern.search(text))]
     if not found or getattr(tokenizer, "split_special_tokens", False):
         return []
     others = f" (and {len(found) - 1:,} more rows contain one)" if len(found) > 1 else ""
