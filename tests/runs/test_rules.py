@@ -44,7 +44,7 @@ CASES = [  # flag, weight, facts, changes advised (None: any), and what of the f
     ("no-exploration", "void", {"early_entropy": 0.05, "gain": 0.0}, {}, {"gain": 0.1}),
     ("no-entropy", "void", {"step_entropy": 0.001}, {}, {"step_entropy": 0.1}),
     ("sampling-differs", "void", {"gap": 0.06, "largest_gap": 0.5}, {}, {"gap": 0.005}),
-    ("sampling-differs", "watch", {"gap": 0.06, "largest_gap": 1.0, "is_corrected": True}, {}, {"gap": 1e-3}),
+    ("sampling-differs", "watch", {"gap": 0.04, "largest_gap": 1.0}, {}, {"gap": 1e-3}),
     ("nothing-to-learn", "void", {"step_equal": 1, "step_reward": 0.5, "groups": "4 groups"}, {},
      {"step_equal": 0.95}),
     ("few-signals", "watch", {"step_equal": 0.95, "groups": "4 groups"}, {}, {"step_equal": 0.8}),
@@ -92,7 +92,7 @@ CASES = [  # flag, weight, facts, changes advised (None: any), and what of the f
     ("no-baseline", "watch", NONE | {"horizon": 500}, {"estimator.baseline": "rloo"}, {"horizon": 1}),
     ("slow-reward", "watch", TIMES, {}, {"timed_steps": 4}),
 ]  # fmt: skip
-OPTIONAL = {"is_solved", "gained", "has_entropy_bonus", "solved_at", "is_corrected", "idle", "needs_groups"}
+OPTIONAL = {"is_solved", "gained", "has_entropy_bonus", "solved_at", "idle", "needs_groups"}
 OPTIONAL |= {"num_generations", "num_envs", "max_steps", "early_spread"}
 
 

@@ -2,7 +2,8 @@
 
 What each choice does by itself is in the table of `choices`. The target is the gradient of
 `J = E[R] - beta KL(pi || ref) + entropy_coef H(pi)`, averaged over prompts. A status is about the expected
-gradient of the first on-policy update, before gradient clipping and the optimiser, when no row abstains. It
+gradient of the first on-policy update, before gradient clipping and the optimiser, when no row abstains and
+sampler and trainer compute the same probabilities. It
 holds for every policy and for every reward of a row that depends on that row alone; a reward that compares
 the rows of a group, such as a judge that ranks them, is outside of every status.
 
@@ -104,6 +105,8 @@ def combination_effects(estimator: Estimator) -> list[Effect]:
 def declared(estimator: Estimator) -> Effect:
     """Return the worst status among the choices, and the reasons of every choice that is not exact.
 
+    With `importance_cap` there is one more reason, because its weights are 1 on-policy only.
+
     The worst status is that of the whole, because constant factors multiply to one constant factor (a group
     mean with a fixed length), limits combine, and no choice removes the bias of another. The exceptions are
     in `combination_effects`.
@@ -111,4 +114,5 @@ def declared(estimator: Estimator) -> Effect:
     found = effects(estimator)
     status = max((effect.status for effect in found), key=choices.FROM_BEST_TO_WORST.index)
     reasons = [effect.reason for effect in found if effect.status != choices.EXACT]
+    reasons += [choices.IMPORTANCE_CAP] * (estimator.importance_cap is not None)
     return Effect(status, "; ".join(reasons) or "no choice changes the expected gradient")

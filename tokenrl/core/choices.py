@@ -321,6 +321,15 @@ KL_EFFECTS: dict[tuple[str, str], Effect] = {
 }
 """The effect of a KL term by its place and its estimator; a pair that is missing is refused."""
 
+IMPORTANCE_CAP = (
+    "importance_cap changes nothing where sampler and trainer agree; where they differ, weights of single "
+    "tokens take away only about a third of the bias, with any cap"
+)
+"""What `importance_cap` does. A token's weight corrects the probability of the token and not that of its
+prefix, nor of what follows. On 100 random problems of three tokens, three steps and RLOO, with normal noise
+of .05, .2 and .5 on the sampler's logits (.026, .10 and .25 nats per token apart), the expected gradient is
+off by 2.6, 11 and 26 % in the median with a cap of 2 and without any; without weights by 4.0, 16 and 40 %."""
+
 YOUR_OWN = Choice(UNKNOWN, "a baseline of your own is exact if it contains nothing of the row's own actions")
 
 

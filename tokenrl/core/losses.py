@@ -95,7 +95,8 @@ def loss(
     gain = policy_gain(estimator, logprobs, logprobs - old, advantages, live)
     if estimator.importance_cap is not None:
         sampled = inside("sampling_logprobs", "importance_cap").detach()
-        # Truncated importance weights: the cap bounds the variance, and biases tokens that exceed it.
+        # Truncated importance weights: the cap bounds the variance. They are biased with any cap where the
+        # sampler differs, for a token's weight does not correct the probability of the other tokens.
         gain = gain * (old - sampled).exp().clamp(max=estimator.importance_cap)
     if estimator.needs_kl and estimator.kl_placement == "loss":
         reference = inside("ref_logprobs", "a KL in the loss").detach()

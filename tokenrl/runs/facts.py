@@ -18,8 +18,8 @@ completions cut at the limit), `clip_ratio`, `kl`, `explained_variance`, `grad_n
 Facts that are true or false count as false if they are missing: `is_solved` (the last evaluation reaches the
 threshold), `is_easy` (the training reward does, or is a success rate near 1), `gained` and `fell` (the reward
 is higher than at the start, lower than at its best, by more than chance), `has_entropy_bonus`,
-`is_corrected` (tokens are weighted by the ratio of trainer and sampler), `needs_groups` (the estimator
-compares completions of the same prompt). Every other fact is explained at the rule that reads it.
+`needs_groups` (the estimator compares completions of the same prompt). Every other fact is explained at the
+rule that reads it.
 """
 
 from __future__ import annotations

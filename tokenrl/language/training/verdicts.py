@@ -190,7 +190,6 @@ def _trial_facts(run: Run, records: Sequence[Record]) -> dict[str, Any]:
         "step_grad_norm": math.inf if norm is None else norm,
         "step_equal": equal,
         "is_half": args.mixed_precision == "bf16",
-        "is_corrected": args.estimator.importance_cap is not None,
         "is_misasked": asks_in_text(run) or equal == 1,
         "steps_without_signal": len(records) if equal == 1 else 0,
         "groups": f"{groups} group{'s' * (groups != 1)} of {size} completion{'s' * (size != 1)}",
