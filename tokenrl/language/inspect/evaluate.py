@@ -16,6 +16,7 @@ from tokenrl.language.inspect.best_of_n import best_of_n_metrics
 from tokenrl.language.policy.prompts import form_of, run_of, say_form, settled_form, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.defaults import length_of
 from tokenrl.language.training.evaluation import (
@@ -28,7 +29,7 @@ from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import measured, rich_console, rich_table, visible
 from tokenrl.runs.files import check_place, write_json
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments, called
+from tokenrl.settings import arguments, called, field_types
 
 
 @overload
@@ -74,14 +75,6 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
     return found[args.model] if isinstance(args.model, str) else found
 
 
-OF_TASK = (
-    *("task", "reward", "reward_weights", "reward_timeout", "prompt_column", "prompt_template", "split"),
-    *("eval_split", "eval_size", "max_completion_length", "truncate_prompts"),
-)
-OF_SAMPLING = ("temperature", "seed")
-"""Settings of a run that say what it was trained on and how that is measured, and how it sampled."""
-
-
 def as_trained(args: EvaluateArguments) -> EvaluateArguments:
     """Fill in what the arguments leave open, from the runs that saved the models, and print what was taken.
 
@@ -97,17 +90,17 @@ def as_trained(args: EvaluateArguments) -> EvaluateArguments:
     if args.json is not None:
         check_place(args.json)
     usual, taken = vars(EvaluateArguments()), dict[str, Any]()
-    names = (*OF_TASK, *OF_SAMPLING) if args.task is None else OF_SAMPLING
-    weighted = "reward_weights" if args.reward else ""  # those of the run are for its own rewards
-    left_open = [name for name in names if getattr(args, name) == usual[name] and name != weighted]
+    names = {"temperature", "seed"}
+    if args.task is None:
+        names |= {*field_types(TaskArguments), "max_completion_length", "truncate_prompts"}
+    names -= {"reward_weights"} if args.reward else set()  # which weigh the run's own rewards
+    left_open = [name for name in usual if name in names and getattr(args, name) == usual[name]]
     runs = {model: read_config(run) for model in models if (run := run_of(model)) is not None}
     for model, config in runs.items():
         settings = {name: config[name] for name in left_open if name in config}
         if args.task is None and config.get("command") == "":
-            raise Refused(
-                f"The run of {model} was given objects of a Python program, which have no name outside of "
-                "it: say with --task what it was trained on, and with --reward what rewarded it."
-            )
+            unnamed = f"The run of {model} was given objects of a Python program, which have no name here"
+            raise Refused(f"{unnamed}: say with --task what it was trained on, and with --reward by what.")
         for name in [n for n in settings if n != "seed" and taken.get(n, settings[n]) != settings[n]]:
             differ = f"differ in {name}, {taken[name]} and {settings[name]}"
             raise Refused(f"The runs of {', '.join(runs)} {differ}: give --{name.replace('_', '-')}.")
