@@ -92,10 +92,11 @@ def describe(error: BaseException) -> str:
 
     An error without a message is only its type. Causes that form a ring are followed once.
     """
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None and all(cause is not earlier for earlier in chain):
-        chain.append(cause)
-    ends = [(type(e).__name__, " ".join(written(e, str).split())[:400]) for e in (error, chain[-1])]
+    root, followed = error, {id(error)}
+    while (cause := root.__cause__) is not None and id(cause) not in followed:
+        root = cause
+        followed.add(id(root))
+    ends = [(type(e).__name__, " ".join(written(e, str).split())[:400]) for e in (error, root)]
     said = [f"{name}: {text}".removesuffix(": ") for name, text in ends]
     return " caused by ".join(dict.fromkeys(said))
 

@@ -19,7 +19,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from tokenrl.errors import Refused, describe
+from tokenrl.errors import Refused, Stopped, describe
 from tokenrl.runs.files import flat, plain, replacing, write_text, writing
 from tokenrl.settings import Settings, check_choice
 
@@ -154,13 +154,17 @@ def write_completions(folder: Path, step: int, rows: Sequence[Mapping[str, Any]]
     is stored as JSON text. A key that a row lacks is null.
 
     Raises:
-        Stopped: the disk is full or the folder cannot be written.
+        Stopped: the disk is full, the folder cannot be written, or a value is none that a table can hold.
     """
     import pyarrow
     import pyarrow.parquet as parquet
 
     names = list(dict.fromkeys(name for row in rows for name in row))
-    table = pyarrow.table({name: _column([row.get(name) for row in rows]) for name in names})
+    try:
+        table = pyarrow.table({name: _column([row.get(name) for row in rows]) for name in names})
+    except Exception as error:  # of a reward's own values: nested without end, or with methods that fail
+        mend = "give log_extra numbers and text"
+        raise Stopped(f"The completions cannot be written as a table ({describe(error)}): {mend}.") from error
     path = folder / f"step_{step:06d}.parquet"
     with replacing(path) as partial:
         folder.mkdir(exist_ok=True)

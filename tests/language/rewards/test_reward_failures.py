@@ -241,6 +241,18 @@ def test_an_error_of_an_own_kind_ends_a_run_as_any_other(tmp_path):
     assert caught.value.exit_code == 1
 
 
+@pytest.mark.parametrize("value", [nested(3000), torch.zeros((), device="meta")], ids=["deep", "meta"])
+def test_a_logged_value_that_no_table_holds_ends_the_run_in_a_sentence(tmp_path, value):
+    def logs(completions, log_extra, **_):
+        log_extra("mine", [value] * len(completions))
+        return [float(len(text)) for text in completions]
+
+    with pytest.raises(
+        Stopped, match=r"^At step 1: The completions cannot be written .*: give log_extra numbers"
+    ):
+        letters_trained(tmp_path / "run", letter_task(logs))
+
+
 def test_a_failure_of_all_rows_together_is_told_as_such():
     def batch_only(completions):
         if len(completions) > 1:

@@ -78,6 +78,17 @@ def test_partials_lambdas_objects_and_methods_are_rewards():
     assert result.values[1].tolist() == [15, 15, 10, 4, 5]
 
 
+@pytest.mark.parametrize(("name", "shown"), [("a\nb\x1b[2J\ud800", "a_b_[2J_"), (5, "5"), ("länge", "länge")])
+def test_the_name_of_a_reward_is_printable_text(name, shown):
+    class Named:
+        __name__ = name
+
+        def __call__(self, completions):
+            return [0.0] * len(completions)
+
+    assert Rewards([Named(), Named()]).names == [shown, f"{shown}_2"]
+
+
 def test_a_column_that_is_missing_is_refused_before_the_first_step():
     def exact(completions, anwser, **kwargs):
         raise AssertionError("must not be called")

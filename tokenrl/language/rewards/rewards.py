@@ -250,10 +250,11 @@ class Rewards:
 
 
 def unique_names(functions: Sequence[Any]) -> list[str]:
-    """Return a distinct name for each function, for metrics and messages; a taken one gets a number."""
+    """Return a distinct printable name for each function, for metrics; a name that is taken gets a number."""
     taken: list[str] = []
     for function in map(original, functions):
-        name = getattr(function, "__name__", type(function).__name__).replace("<lambda>", "reward")
+        name = str(getattr(function, "__name__", type(function).__name__)).replace("<lambda>", "reward")
+        name = "".join(letter if letter.isprintable() else "_" for letter in name)
         numbered = (f"{name}_{number}" for number in itertools.count(2))
         taken.append(next(one for one in itertools.chain([name], numbered) if one not in taken))
     return taken
