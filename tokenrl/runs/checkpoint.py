@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _STATE = "trainer_state.pt"
-_ROWS_HASH = "metrics_sha256.txt"
+ROWS_HASH = "metrics_sha256.txt"
+"""The file of a checkpoint with the SHA-256 of the rows of metrics.jsonl up to its step."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Saver:
         A step that failed after it had changed a tensor has left weights of no step, and these are not saved.
 
         Args:
-            rows_hash: the SHA-256 of the rows of metrics.jsonl up to the step, for `rows_hash_of`.
+            rows_hash: the SHA-256 of the rows of metrics.jsonl up to the step; without it none is saved.
 
         Raises:
             Stopped: the weights are not finite, or the checkpoint could not be written.
@@ -156,7 +157,7 @@ class Saver:
             model.write(partial)
             write_state(partial, {"step": self.step, **self._state})
             if rows_hash:
-                (partial / _ROWS_HASH).write_text(rows_hash)
+                (partial / ROWS_HASH).write_text(rows_hash)
         try:
             verify(path)  # before older ones go
         except Refused as fault:
@@ -207,11 +208,6 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
-def rows_hash_of(path: Path) -> str:
-    """Return the SHA-256 of the rows of metrics.jsonl up to a checkpoint; empty if it has none."""
-    return (path / _ROWS_HASH).read_text() if (path / _ROWS_HASH).exists() else ""
-
-
 def write_state(folder: Path, state: Any) -> None:
     """Write dicts and lists of plain values, tensors and arrays into trainer_state.pt in a folder.
 
@@ -241,8 +237,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     import torch
 
     try:
-        state: dict[str, Any] = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
+        return dict(torch.load(folder / _STATE, weights_only=True, map_location="cpu"))
     except Exception as error:  # a damaged archive and a pickle with code raise many kinds of errors
         why = f"{folder} holds no state from which a run can continue ({describe(error)})."
         raise Refused(f"{why} Give another checkpoint, or start from its weights with --model.") from error
-    return state

@@ -7,7 +7,6 @@ its manifest.json, {name: [size, SHA-256]}, by which a reader notices damaged fi
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -148,7 +147,7 @@ _CARD = "README.md"  # people edit the card of a model before they share it
 _MEND = f"Use another copy or an earlier checkpoint; unverified it loads from a copy without {MANIFEST}."
 
 
-@contextlib.contextmanager
+@contextmanager
 def atomic_directory(directory: Path) -> Iterator[Path]:
     """Yield a hidden empty folder, which becomes `directory` when the block ends without an error.
 
@@ -178,7 +177,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
     except Exception as error:  # on a full disk, tokenizers raises a bare Exception
         raise not_written(directory, error) from error
     finally:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             settle(directory)
 
 
@@ -206,7 +205,7 @@ def verify(folder: Path) -> None:
         Refused: the manifest or a file is missing, altered or cut short; the message names it.
     """
     for name, entry in (_manifest(folder) or {MANIFEST: None}).items():
-        with contextlib.suppress(OSError, ValueError):  # a null byte in a name
+        with suppress(OSError, ValueError):  # a null byte in a name
             if _entry(folder / name) == entry:
                 continue
         fault = f"its file {name} is missing, altered, cut short or of an earlier release"
@@ -263,12 +262,11 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 def _entry(file: Path) -> list[Any]:
     """Return the size of a file and its SHA-256."""
-    digest, size = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     with file.open("rb") as handle:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)
-            size += len(chunk)
-    return [size, digest.hexdigest()]
+    return [file.stat().st_size, digest.hexdigest()]
 
 
 def _beside(directory: Path) -> tuple[Path, Path]:

@@ -144,9 +144,8 @@ def _sample(row: Mapping[str, Any], numeric: Sequence[str]) -> Block:
 def _messages(text: str) -> list[tuple[str, str]]:
     """Return roles and contents of the chat messages that a text holds as JSON, or else the text itself."""
     try:
-        found = json.loads(text) if text.startswith("[{") else []
-        found = [(str(message["role"]), message["content"]) for message in found]
+        messages = json.loads(text) if text.startswith("[{") else []
+        roles = [(str(message["role"]), message["content"]) for message in messages] or [("", text)]
     except (ValueError, TypeError, KeyError):
-        found = []
-    found = found or [("", text)]
-    return [(role, t if isinstance(t, str) else json.dumps(t)) for role, t in found]
+        return [("", text)]
+    return [(role, t if isinstance(t, str) else json.dumps(t)) for role, t in roles]

@@ -6,16 +6,14 @@ Times, rates and memory go to timings.jsonl. Importing this module imports no to
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +40,10 @@ class MetricsLog:
             Stopped: a file cannot be written.
         """
         self._metrics = run / "metrics.jsonl"
-        self._files = {path: _appending(path) for path in (self._metrics, run / "timings.jsonl")}
+        self._files = {}
+        for path in (self._metrics, run / "timings.jsonl"):
+            with writing(path):
+                self._files[path] = path.open("ab", buffering=0)
         self.rows_hash = hashlib.sha256(self._metrics.read_bytes())
 
     def write(self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
@@ -83,7 +84,7 @@ class MetricsLog:
         if is_changed:
             self._files[self._metrics].close()
             write_text(self._metrics, "".join(map(line_of, rows)))
-            self._files[self._metrics] = _appending(self._metrics)
+            self._files[self._metrics] = self._metrics.open("ab", buffering=0)
         for path, file in self._files.items():
             with writing(path):
                 os.fsync(file.fileno())
@@ -93,11 +94,6 @@ class MetricsLog:
         """Close both files."""
         for file in self._files.values():
             file.close()
-
-
-def _appending(path: Path) -> FileIO:
-    with writing(path):
-        return path.open("ab", buffering=0)
 
 
 def line_of(row: Mapping[str, Any]) -> str:
@@ -182,10 +178,9 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet as parquet
 
     try:
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+        return list(parquet.read_table(path).to_pylist())
     except (OSError, pyarrow.ArrowException) as error:
         raise Refused(f"{path} is damaged ({error}). Remove it, and the rest can be shown.") from error
-    return rows
 
 
 def _column(values: list[Any]) -> Any:
@@ -255,22 +250,19 @@ class Trackers:
         """Start the trackers and send them the configuration, flattened to `estimator.baseline` and so on."""
         for name in self._names:
             with self._attempt(name, "at its start"):
-                self._start(name, flat(config), output_dir)
+                from accelerate import PartialState
+                from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    def _start(self, name: str, config: dict[str, Any], output_dir: Path) -> None:
-        from accelerate import PartialState
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-        PartialState()  # the trackers ask it whether this is the main process
-        kind, args = LOGGER_TYPE_TO_CLASS[name], self._args
-        project = args.tracker_project or os.environ.get(f"{name.upper()}_PROJECT") or "tokenrl"
-        if name == "tensorboard":  # it knows neither project nor name: a run is a folder
-            project = name
-        folder = [str(output_dir)] if kind.requires_logging_directory else []
-        named = {_NAME_OF_RUN[name]: args.run_name or output_dir.name} if name in _NAME_OF_RUN else {}
-        tracker = self._started[name] = kind(project, *folder, **named)
-        tracker.start()
-        tracker.store_init_configuration(config)
+                PartialState()  # the trackers ask it whether this is the main process
+                kind, args = LOGGER_TYPE_TO_CLASS[name], self._args
+                project = args.tracker_project or os.environ.get(f"{name.upper()}_PROJECT") or "tokenrl"
+                if name == "tensorboard":  # it knows neither project nor name: a run is a folder
+                    project = name
+                folder = [str(output_dir)] if kind.requires_logging_directory else []
+                named = {_NAME_OF_RUN[name]: args.run_name or output_dir.name} if name in _NAME_OF_RUN else {}
+                tracker = self._started[name] = kind(project, *folder, **named)
+                tracker.start()
+                tracker.store_init_configuration(flat(config))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Send the finite numbers of a step, if it is due or has been evaluated."""
@@ -287,7 +279,7 @@ class Trackers:
             with self._attempt(name, "at its end"):
                 self._started.pop(name).finish()
 
-    @contextlib.contextmanager
+    @contextmanager
     def _attempt(self, name: str, when: str) -> Iterator[None]:
         """Call a tracker; one that fails, for instance for want of a network, is told of and left out."""
         try:
@@ -295,7 +287,7 @@ class Trackers:
         except (Exception, SystemExit) as error:  # a run is not lost over its picture
             said = f"The tracker {name} failed {when} ({describe(error)}) and gets nothing more."
             self._warn(f"{said} The run goes on, and its own files have everything.")
-            with contextlib.suppress(Exception, SystemExit):
+            with suppress(Exception, SystemExit):
                 self._started.pop(name).finish()  # keep what it has already got
 
 

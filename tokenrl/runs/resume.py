@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
-from tokenrl.runs.checkpoint import checkpoints, rows_hash_of, step_of, tables
+from tokenrl.runs.checkpoint import ROWS_HASH, checkpoints, step_of, tables
 from tokenrl.runs.directory import newest, numbered
 from tokenrl.runs.files import flat, remove, verify, write_text, writing
 from tokenrl.runs.metrics import hash_of_rows, line_of, read_metrics
 from tokenrl.runs.origin import versions
+from tokenrl.settings import arguments
 
 T = TypeVar("T")
 
@@ -48,10 +49,8 @@ def taken_up(args: T, kind: str) -> T:
     if given.resume is None or not Path(output_dir, "config.json").is_file():
         return args
     stored = read_config(output_dir) | {"output_dir": str(output_dir)}
-    names = [f.name for f in fields(args) if f.name in stored]  # type: ignore[arg-type]
-    left_open = {name: stored[name] for name in names if getattr(args, name) is None}
-    tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in left_open.items()}
-    return replace(args, **tuples)  # type: ignore[type-var]
+    left_open = [name for name, value in vars(args).items() if value is None and name in stored]
+    return arguments(type(args), vars(args) | {name: stored[name] for name in left_open})
 
 
 def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[str]]:
@@ -79,10 +78,11 @@ def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[
     for path in [Path(resume)] if named else reversed(checkpoints(folder)):
         try:
             verify(path)
-            step, why = step_of(path), "rows of metrics.jsonl up to it are not those that the run wrote"
+            step, held = step_of(path), path / ROWS_HASH
+            why = "rows of metrics.jsonl up to it are not those that the run wrote"
             if step > reached:
                 why = f"rows of metrics.jsonl were lost, and only the first {reached + 1} are there"
-            elif rows_hash_of(path) in ("", hash_of_rows(run / "metrics.jsonl", step + 1)):
+            elif not held.exists() or held.read_text() == hash_of_rows(run / "metrics.jsonl", step + 1):
                 return path, skipped
             raise Refused(f"The checkpoint {path} cannot be continued: {why}.")
         except Refused as fault:

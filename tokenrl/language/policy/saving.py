@@ -40,8 +40,7 @@ def save_policy(policy: Any, directory: Path, *, card: Card | None = None) -> No
     if _has_adapter(model):
         _write_adapter(policy, directory / "adapter", _base_of(model))
         if card is not None:
-            text = replace(card, kind="adapter").text()
-            write_text(directory / "adapter" / "README.md", text)
+            write_text(directory / "adapter" / "README.md", replace(card, kind="adapter").text())
         model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(directory)
     policy.tokenizer.save_pretrained(directory)
