@@ -10,7 +10,6 @@ from tokenrl.lab.exact.discounting import (
     which_objective as which_objective,
 )
 from tokenrl.lab.exact.enumeration import Moments as Moments, exact_moments as exact_moments
-from tokenrl.lab.exact.language_model import problem_of_policy as problem_of_policy
 from tokenrl.lab.exact.problems import (
     Problem as Problem,
     all_completions as all_completions,

@@ -285,8 +285,7 @@ def sampled_rows(
 ) -> list[dict[str, Any]]:
     """Sample and reward completions, and return a row for each of this process, in the order of prompts.
 
-    The reward of a row is NaN if every reward function abstained. With a reference, a row has two estimates
-    of the KL of its completion to it (see `completion_kl`).
+    The reward of a row is NaN if every function abstained. With a reference a row has estimates of its KL.
 
     Args:
         policy: the policy.
@@ -294,7 +293,7 @@ def sampled_rows(
         rewards: the reward functions.
         sampling: how to sample.
         reference: the policy to which the KL is estimated, at the temperature of sampling.
-        scoring: how the policy is scored, for what a generator of another engine does not return.
+        scoring: how the policy is scored, for what another engine does not return.
         **how: further arguments of `sample_and_reward`.
     """
     rows, temperature = list[dict[str, Any]](), sampling.temperature
