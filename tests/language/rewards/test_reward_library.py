@@ -13,7 +13,6 @@ from tokenrl.language.rewards.library import (
     NumericAnswer,
     RegexFormat,
     Repetition,
-    Sentiment,
     ValidJson,
     final_number,
 )
@@ -119,20 +118,6 @@ def test_json_is_valid_or_not():
     bad = ["{'name': 1}", '{"a": 1} ok', "NaN", "[Infinity]", "", "[" * 100_000, '```json\n{"a": 1}\n```']
     assert ValidJson()(completions=good + bad) == [1] * 4 + [0] * 7
     assert ValidJson(required=["name", "age"])(completions=[*good, '{"name": 1}']) == [1, 0, 0, 0, 0]
-
-
-def test_sentiment_is_the_balance_of_words():
-    texts = [
-        "A great, lovely film.",
-        "great but boring",
-        "It was awful!",
-        "not great",
-        "wasn\u2019t bad",
-        "x",
-    ]
-    assert Sentiment()(completions=texts) == [1, 0, -1, -1, 1, 0]
-    own = Sentiment(positive=["green"], negative=["red"])
-    assert own(completions=["green red green", "good"]) == [1 / 3, 0]
 
 
 @pytest.mark.parametrize(

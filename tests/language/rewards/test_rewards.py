@@ -273,7 +273,7 @@ between.range = (-2, 3)
         ([right, between], [1.0, -1.0], False, None, (-3, 3)),
         (functools.partial(between), None, False, None, (-2, 3)),
         ("exact_match", None, True, 1.0, (0, 1)),
-        (["exact_match", "repetition", "sentiment"], [2.0, 1.0, 0.5], False, None, (-1.5, 2.5)),
+        (["exact_match", "repetition"], [2.0, 1.0], False, None, (-1, 2)),
         ("length(target=3)", None, False, None, None),
     ],
 )

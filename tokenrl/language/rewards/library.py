@@ -17,19 +17,6 @@ from typing import Any, Literal
 from tokenrl.errors import Refused, suggest
 from tokenrl.settings import Count, NonNegative, Settings
 
-GOOD = """
-amazing beautiful best brilliant charming clever delightful enjoy enjoyed enjoyable excellent fantastic fine
-fun funny glad good gorgeous great happy helpful impressive inspiring interesting kind love loved lovely
-moving nice perfect pleasant pleased pleasure recommend remarkable satisfying splendid success superb
-terrific thank thanks touching useful warm well wonderful worth
-"""
-BAD = """
-annoying awful bad boring broken clumsy confusing cruel cruelly disappointed disappointing disappointment
-disgusting disliked dreadful dull fail failed failure fault hate hated hateful horrible hurt mediocre mess
-miserable nasty pathetic poor poorly pointless problem regret sad shallow silly slow stupid tedious terrible
-ugly unhappy unpleasant upset useless waste weak worse worst wrong
-"""
-NEGATIONS = "not no never hardly isn't wasn't don't didn't doesn't can't cannot won't"
 Unit = Literal["tokens", "words", "characters"]
 
 
@@ -168,39 +155,6 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-@dataclass(frozen=True)
-class Sentiment(Settings):
-    """Balance of p favourable and q unfavourable words, `(p - q) / max(1, p + q)`, from -1 to 1.
-
-    A word right after a negation counts for the other side. This reward is for demonstrations: it is easily
-    exploited by a policy that repeats one favourable word, unless a KL penalty or `repetition` holds it back.
-
-    Attributes:
-        positive: favourable words in lower case; empty means a built-in list of about 60 words.
-        negative: unfavourable words in lower case; empty means a built-in list of about 60 words.
-    """
-
-    positive: tuple[str, ...] = ()
-    negative: tuple[str, ...] = ()
-    __name__ = "sentiment"
-    range = (-1.0, 1.0)
-
-    def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
-        """Reward N completions."""
-        good = frozenset(self.positive or GOOD.split())
-        bad = frozenset(self.negative or BAD.split())
-        negations = frozenset(NEGATIONS.split())
-        rewards = []
-        for text in completion_texts(completions):
-            plain = text.casefold().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
-            words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", plain)
-            signs = [(word in good) - (word in bad) for word in words]
-            pairs = zip(["", *words], signs, strict=False)
-            turned = [-sign if before in negations else sign for before, sign in pairs]
-            rewards.append(sum(turned) / max(1, sum(map(abs, turned))))
-        return rewards
-
-
 _PUNCTUATION = re.compile(r"[^\w\s]")
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _NUMBER = re.compile(
@@ -327,5 +281,5 @@ class NumericAnswer(_Answer):
         return float(found is not None and abs(found - right) <= self.tolerance * max(1.0, abs(right)))
 
 
-_REWARDS: tuple[Any, ...] = (ExactMatch, NumericAnswer, RegexFormat, Length, Repetition, ValidJson, Sentiment)
+_REWARDS: tuple[Any, ...] = (ExactMatch, NumericAnswer, RegexFormat, Length, Repetition, ValidJson)
 LIBRARY: dict[str, Any] = {vars(kind)["__name__"]: kind for kind in _REWARDS}

@@ -64,8 +64,7 @@ class TaskArguments(DataArguments):
     reward: Annotated[tuple[str, ...], OR_OBJECT] = ()
     """`module:function`, `file.py:function`, a directory with a sequence classifier of one label, or a reward
     of the library: exact_match, numeric_answer, 'regex_format(pattern="...")', 'length(target=20)',
-    repetition, valid_json, sentiment. Several
-    rewards are summed. Default: the task's own reward."""
+    repetition, valid_json. Several rewards are summed. Default: the task's own reward."""
 
 
 def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
