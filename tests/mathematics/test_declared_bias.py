@@ -90,8 +90,8 @@ def test_reasons_of_what_depends_on_several_fields() -> None:
         ({"baseline": mine, "zero_spread": "drop"}, "unknown", "dropped group"),
         ({}, "exact", "no choice"),
         ({"beta": 0.1}, "exact", "no choice"),
-        ({"importance_cap": 2.0}, "exact", "where sampler and trainer agree"),
-        ({"importance_cap": 2.0, "aggregation": "token_mean"}, "asymptotic", "only about a third"),
+        ({"importance_cap": 2.0}, "exact", "unless sampler and trainer agree"),
+        ({"importance_cap": 2.0, "aggregation": "token_mean"}, "asymptotic", "two thirds of the bias"),
         ({"returns": "gae", "lam": 1.0}, "exact", "no choice"),
         ({"returns": "gae"}, "biased", "lam < 1"),
         ({"baseline": "group_mean", "aggregation": "token_mean"}, "asymptotic", "(G-1)/G"),
@@ -324,7 +324,7 @@ def undefined(totals, *, group_size, **_):
     [
         (branching, r"'branching' cannot .* without \.item\(\)"),
         (Average(), r"'Average' returned two different results .* has a memory"),
-        (undefined, r"returned nan or inf on the problem '1 prompts, .*'. It must be finite"),
+        (undefined, r"returned nan or inf on the problem '1 prompts, .*'; mend"),
     ],
 )
 def test_a_baseline_that_cannot_be_enumerated_is_refused(baseline, words: str) -> None:

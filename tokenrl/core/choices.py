@@ -321,10 +321,7 @@ KL_EFFECTS: dict[tuple[str, str], Effect] = {
 }
 """The effect of a KL term by its place and its estimator; a pair that is missing is refused."""
 
-IMPORTANCE_CAP = (
-    "importance_cap changes nothing where sampler and trainer agree; where they differ, weights of single "
-    "tokens take away only about a third of the bias, with any cap"
-)
+IMPORTANCE_CAP = "unless sampler and trainer agree, importance_cap leaves about two thirds of the bias"
 """What `importance_cap` does. A token's weight corrects the probability of the token and not that of its
 prefix, nor of what follows. On 100 random problems of three tokens, three steps and RLOO, with normal noise
 of .05, .2 and .5 on the sampler's logits (.026, .10 and .25 nats per token apart), the expected gradient is

@@ -114,8 +114,7 @@ def sampling_differs(facts: Facts) -> Judgement:
     """
     mend, void = ("--mixed-precision no", 0.5) if facts.get("is_half") else ("--dtype float32", 0.05)
     text = "Log-probabilities of sampler and training differ by {gap:.2g} nats per token on average, by "
-    text += f"{{largest_gap:.2g}} at most, which biases the gradient. Take {mend}. An importance cap "
-    text += "(--estimator.importance-cap 2) takes away about a third of that bias."
+    text += f"{{largest_gap:.2g}} at most. Take {mend}; an importance cap removes a third of the bias only."
     return above(facts["gap"], watch=0.005, void=void), text
 
 

@@ -19,6 +19,8 @@ from tokenrl.runs.console import rich_console, rich_table
 from tokenrl.runs.files import check_place, write_text
 from tokenrl.runs.threads import using_threads
 
+OF_ALL = ("declared", "found", "cosine", "relative_bias", "variance", "noise", "ok")
+"""What a record says of an estimator; `Verdict` explains it."""
 NUMBERS = ("problem", "status", "cosine", "relative_bias", "scale", "variance", "mse", "noise")
 """What a record says of each problem; `Moments` explains the numbers."""
 
@@ -62,13 +64,7 @@ def records(verdicts: Mapping[str, Verdict]) -> list[dict[str, Any]]:
     return [
         {
             "estimator": name,
-            "declared": v.declared,
-            "found": v.found,
-            "cosine": v.cosine,
-            "relative_bias": v.relative_bias,
-            "variance": v.variance,
-            "noise": _finite(v.noise),
-            "ok": v.ok,
+            **{name: _finite(getattr(v, name)) for name in OF_ALL},
             "problems": [{name: _finite(getattr(m, name)) for name in NUMBERS} for m in v.measurements],
         }
         for name, v in verdicts.items()

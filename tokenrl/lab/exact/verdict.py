@@ -129,8 +129,7 @@ def measure_bias(
     refusal = Refused("There is no problem to measure on; give at least one.")
     found, tried, measurements = choices.EXACT, list[Problem](), list[Moments]()
     for place, problem in enumerate((*main, *wide)):
-        is_wide = place >= len(main)
-        if is_wide and found == choices.BIASED:
+        if place >= len(main) and found == choices.BIASED:
             break
         try:
             moments = exact_moments(estimator, problem)
@@ -138,10 +137,9 @@ def measure_bias(
             refusal = error
             continue
         if not moments.mean.isfinite().all():
-            words = "It must be finite, also where all rewards of a group are equal."
-            raise Refused(f"The baseline returned nan or inf on the problem '{problem.name}'. {words}")
+            raise Refused(f"The baseline returned nan or inf on the problem '{problem.name}'; mend it.")
         worst = max(found, moments.status, key=choices.FROM_BEST_TO_WORST.index)
-        if not is_wide or worst != found:
+        if place < len(main) or worst != found:
             measurements.append(moments)
         tried.append(problem)
         found = worst
