@@ -21,14 +21,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LIMITS = {
-    **{"top": 719, "core": 1_350, "runs": 2_158, "control": 1_384, "advisor": 554},
-    **{"language": 2, "language/policy": 665, "language/rewards": 766, "language/tasks": 491},
-    **{"language/rollout": 887, "language/training": 2_355, "language/preferences": 589},
-    **{"language/inspect": 336, "lab": 2, "lab/exact": 869, "lab/measure": 669, "lab/compare": 1_637},
+    **{"top": 769, "core": 1_360, "runs": 2_211, "control": 1_385, "advisor": 554},
+    **{"language": 2, "language/policy": 671, "language/rewards": 777, "language/tasks": 527},
+    **{"language/rollout": 816, "language/training": 2_335, "language/preferences": 589},
+    **{"language/inspect": 373, "lab": 2, "lab/exact": 811, "lab/measure": 670, "lab/compare": 1_680},
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 15_433, 150, 5_809, 16_489, 3_400, 560
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 15_532, 148, 5_750, 17_453, 3_413, 560
 STEP, STEP_FILES, STEP_LINES, STEP_MODULES = "tokenrl.language.training.step", 40, 3_800, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")
