@@ -262,8 +262,9 @@ def print_tables(measured: Measured) -> None:
         f"each the mean reward is {s['reward']:.3g}; in {s['frac_reward_zero_std']:.0%} of the groups all "
         "rewards are equal.\n"
         "noise: tr Var g / |E g|^2 of one step; cosine: between E g and that of RLOO on other rows; in "
-        "brackets: 95 % bootstrap intervals over units and random directions; 'not resolved': the interval "
-        "of |E g|^2 contains 0, so more prompts are needed.\n"
+        "brackets: 95 % bootstrap intervals over units and random directions, too narrow below some 20 "
+        "groups of unequal rewards; 'not resolved': the interval of |E g|^2 contains 0, so more prompts are "
+        "needed.\n"
     )
 
 

@@ -86,9 +86,12 @@ def compare(
 
     All estimates use products of distinct units only, so a unit's own noise biases none of them, and the
     direction is compared with that of RLOO on other rows. Estimators declared exact have the same expectation
-    as RLOO, so RLOO's signal, which has the least error, is used for their signal-to-noise ratio. Intervals
-    are 95 % bootstrap intervals over units and probes together; with fewer than about 20 units they are a
-    little too narrow.
+    as RLOO, so RLOO's signal, which has the least error, is used for their signal-to-noise ratio.
+
+    Intervals are 95 % bootstrap intervals over units and probes together. In simulations (256 probes, G = 8,
+    300 to 600 repetitions a cell, so 1 % is chance) that of the variance covers the truth in 92 to 95 % from
+    32 groups on where most groups have a gradient. Where rewards are equal in 83 % of the groups it covers 88
+    / 90 / 93 / 93 / 95 % with 32 / 64 / 128 / 256 / 512 groups: it takes some 20 groups of unequal rewards.
     """
     step = prompts_per_step
     reference, nothing = (
