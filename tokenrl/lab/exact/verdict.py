@@ -176,7 +176,7 @@ def _check_memory(estimator: Estimator) -> None:
 
 def tends_to_the_gradient(estimator: Estimator) -> bool:
     """Whether every limit problem shows the bias, and the direction of grad J with more groups per step."""
-    vanishes = []
+    is_shown = False
     for problem in limit_problems():
         try:
             single = exact_moments(estimator, problem)
@@ -186,9 +186,10 @@ def tends_to_the_gradient(estimator: Estimator) -> bool:
         small, large = (sine_between(m.mean.sum(0), m.target.sum(0)) for m in steps)
         # In four times as large a step an error of order 1/N is a quarter; one that does not vanish stays as
         # it is.
-        is_small = large < max(single.tolerance, 0.3 * small)
-        vanishes.append(single.status == choices.BIASED and is_small)
-    return bool(vanishes) and all(vanishes)
+        if single.status != choices.BIASED or large >= max(single.tolerance, 0.3 * small):
+            return False
+        is_shown = True
+    return is_shown
 
 
 @cache
@@ -225,8 +226,8 @@ def limit_problems() -> tuple[Problem, ...]:
     They have as many prompts, completions per prompt and tokens as the default problems have.
     """
     return (
-        tabular_problem(9, prompts=2, group_size=4, vocabulary=2, logits=EVEN),
         tabular_problem(7, prompts=3, group_size=2, vocabulary=2, logits=EVEN),
         tabular_problem(8, prompts=1, group_size=3, vocabulary=2, logits=EVEN, rewards="dense"),
         problem_of_mdp(random_mdp(3, one_start=True, even=True), steps=2, group_size=2),
+        tabular_problem(9, prompts=2, group_size=4, vocabulary=2, logits=EVEN),
     )
