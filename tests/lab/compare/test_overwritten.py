@@ -116,3 +116,11 @@ def test_runs_in_the_output_directory_are_refused(tmp_path, monkeypatch):
         with pytest.raises(Refused, match=r"lies in the output directory .* Give another"):
             tokenrl.compare(runs=pattern, output_dir=folder, overwrite=True, quiet=True)
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(("place", "words"), [("mine.txt", "cannot be used"), ("a/../b", "contains '..'")])
+def test_a_directory_that_cannot_be_made_or_that_runs_would_refuse_is_refused(tmp_path, place, words):
+    (tmp_path / "mine.txt").write_text("years of work")
+    with pytest.raises(Refused, match=words):
+        again(tmp_path / place)
+    assert files(tmp_path) == {"mine.txt": b"years of work"}
