@@ -324,3 +324,15 @@ def test_a_task_s_threshold_is_for_its_own_reward_and_a_setting_is_for_any():
     assert mark(reward=("repetition",), pass_threshold=-0.5) == -0.5
     countdown = find_task(EvaluateArguments(task="countdown", reward=("toy_tasks.countdown:reward",)))
     assert countdown[1].pass_threshold is None and toy_tasks.load("countdown").pass_threshold == 1.0
+
+
+def test_a_reward_that_changes_its_prompts_changes_none_of_the_task():
+    def greedy(prompts, completions):
+        for prompt in prompts:
+            prompt[0]["content"] = "changed"
+            prompt.append({"role": "assistant", "content": "added"})
+        return [1.0] * len(completions)
+
+    prompt = [{"role": "user", "content": "hello"}]
+    Rewards(greedy)([prompt, prompt], ["a", "b"], [[1], [2]], {}, step=0)
+    assert prompt == [{"role": "user", "content": "hello"}]

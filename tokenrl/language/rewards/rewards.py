@@ -190,7 +190,9 @@ class Rewards:
             Refused: a function asks for a column that does not exist.
         """
         rows = {key: list(values) for key, values in columns.items() if key not in WITHHELD}
-        rows["prompts"], rows["completion_ids"] = list(prompts), list(completion_ids)
+        # Messages are copied: a reward that changed them would change the prompts of later steps.
+        rows["prompts"] = [p if isinstance(p, str) else [*map(dict, p)] for p in prompts]
+        rows["completion_ids"] = list(completion_ids)
         rows["completions"] = [
             [{"role": "assistant", "content": c}] if isinstance(c, str) and not isinstance(p, str) else c
             for p, c in zip(prompts, completions, strict=True)
