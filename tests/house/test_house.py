@@ -23,12 +23,12 @@ ROOT = Path(__file__).parents[2]
 LIMITS = {
     **{"top": 769, "core": 1_360, "runs": 2_211, "control": 1_385, "advisor": 554},
     **{"language": 2, "language/policy": 671, "language/rewards": 778, "language/tasks": 527},
-    **{"language/rollout": 816, "language/training": 2_335, "language/preferences": 589},
+    **{"language/rollout": 816, "language/training": 2_338, "language/preferences": 589},
     **{"language/inspect": 373, "lab": 2, "lab/exact": 812, "lab/measure": 671, "lab/compare": 1_685},
 }
 """Lines of code of each room, without blanks, comments and docstrings. They are lowered when a room gets
 smaller; raising one is a line in a commit that says why."""
-PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 15_540, 148, 5_750, 17_468, 3_413, 560
+PACKAGE, FILES, HEART, TESTS, RECIPES, TOYS = 15_543, 148, 5_753, 17_468, 3_413, 560
 STEP, STEP_FILES, STEP_LINES, STEP_MODULES = "tokenrl.language.training.step", 40, 3_800, 45
 HEART_ROOMS = ("errors", "names", "settings", "core", "language/policy", "language/rollout")
 HEART_ROOMS += ("language/training", "runs/session")

@@ -109,10 +109,13 @@ def training_step(
         weights = token_weights(learner, kept, chosen, advantages)  # [N, T]
         own_part = Part(rollout, share(accelerator, advantages), share(accelerator, weights), reference, old)
         learning = learning_rows(learner, kept, advantages, chosen)  # [N]
-        first, groups = first_half(kept, chosen, sampling.group_size)
-        sums, half = torch.zeros(3, dtype=torch.float64), None
+        halves, groups, half = [learning], (0, 0), None
+        if measured:
+            first, groups = first_half(kept, chosen, sampling.group_size)
+            halves = [learning & first, learning & ~first]
+        sums = torch.zeros(3, dtype=torch.float64)
         learner.optimizer.zero_grad()
-        for learnt in (learning & first, learning & ~first) if measured else (learning,):
+        for learnt in halves:
             for index in micro_batches(learner, rows, learnt):
                 part = own_part.rows(index)
                 scores = score(learner.forward.model, part.rollout, **learner.scoring, entropy=entropy)
