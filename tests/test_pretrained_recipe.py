@@ -15,7 +15,7 @@ import torch
 
 from tokenrl.cli import main
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "pretrained_toy_task.py"
+RECIPE = Path(__file__).parent.parent / "recipes" / "language" / "pretrained_toy_task.py"
 REAL = Path.home() / ".cache" / "tokenrl-tests" / "SmolLM2-135M-Instruct"
 FROM_GGUF = """
 import sys

@@ -17,13 +17,10 @@ from tokenrl.flags import parse
 from toy_tasks.models import TinyModel
 
 ROOT = Path(__file__).parents[1]
-README, ALL = (ROOT / "README.md").read_text(), (ROOT / "recipes" / "estimators.md").read_text()
-
-
-PAGES = [ROOT / "README.md"]
-PAGES += [
-    ROOT / "recipes" / f"{n}.md" for n in ("README", "classic_systems", "estimators", "resume", "speed")
-]
+RECIPES, FOLDER = ROOT / "recipes", ROOT / "recipes" / "pages"
+README, ALL = (ROOT / "README.md").read_text(), (FOLDER / "estimators.md").read_text()
+PAGES = [ROOT / "README.md", RECIPES / "README.md"]
+PAGES += [FOLDER / f"{name}.md" for name in ("classic_systems", "estimators", "resume", "speed")]
 
 
 def row(name):
@@ -51,13 +48,13 @@ def test_the_readme_is_short_and_keeps_six_rows_of_the_table():
 
 
 def test_every_page_is_reached_from_the_readme():
-    pages = {path.name for path in (ROOT / "recipes").glob("*.md")}
-    assert pages == set(re.findall(r"\]\(recipes/(\w+\.md)\)", README))
+    pages = {f"pages/{path.name}" for path in FOLDER.glob("*.md")}
+    assert pages | {"README.md"} == set(re.findall(r"\]\(recipes/((?:pages/)?\w+\.md)\)", README))
 
 
 @pytest.mark.parametrize(
     "page",
-    [ROOT / "README.md", *sorted(ROOT.glob("recipes/*.md"))],
+    [ROOT / "README.md", RECIPES / "README.md", *sorted(FOLDER.glob("*.md"))],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_the_commands_of_a_page_exist(page):

@@ -20,9 +20,14 @@ import tokenrl
 from tokenrl.cli import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-ALL = sorted(path.stem for path in RECIPES.glob("*.py"))
+PARTS = {"own", "questions", "curves"}  # modules that the programs of a folder share
+PROGRAMS = {
+    path.stem: path
+    for path in sorted(RECIPES.glob("*/*.py"))
+    if path.parent.name != "benchmarks" and path.stem not in PARTS
+}
 # tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py, tests/lab/compare/
-ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "compare_baselines"}
+ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "compare_baselines", "rebuild"}
 TABLE = "estimators_table"
 RUNGS = {
     "ladder vanilla": ("none", "exact"),
@@ -46,7 +51,8 @@ FIGURES = {
     "figures map": "--estimators rloo dr_grpo loo_std grpo gspo",
 }
 PAGES = [
-    RECIPES / f"{name}.md" for name in ("loss_is_zero", "one_learning_rate", "coming_from_trl", "pretrained")
+    RECIPES / "pages" / f"{name}.md"
+    for name in ("loss_is_zero", "one_learning_rate", "coming_from_trl", "pretrained")
 ]
 # what shortens a command of a page
 BRIEF = {"train": "--max-steps 1 --eval-generations 0", "compare": "--dry-run", "advise": "--num-samples 2"}
@@ -58,7 +64,7 @@ def run(name: str, flags: str, folder: Path, monkeypatch, capsys) -> str:
     program, *first = name.split()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [program, *first, *flags.split()])
-    runpy.run_path(str(RECIPES / f"{program}.py"), run_name="__main__")
+    runpy.run_path(str(PROGRAMS[program]), run_name="__main__")
     return capsys.readouterr().out
 
 
@@ -102,7 +108,7 @@ def test_every_recipe_says_from_what_uv_makes_its_environment():
     tomllib = pytest.importorskip("tomllib", reason="it came with Python 3.11")
     project = tomllib.loads((RECIPES.parent / "pyproject.toml").read_text())["project"]
     for path in RECIPES.rglob("*.py"):
-        if path.name in ("own.py", "questions.py"):  # parts of the study, which are no programs
+        if path.stem in PARTS:
             continue
         (block,) = re.findall(r"(?m)^# /// script\n((?:# .*\n)+)# ///$", path.read_text())
         header = tomllib.loads(re.sub("(?m)^# ", "", block))
@@ -113,17 +119,20 @@ def test_every_recipe_says_from_what_uv_makes_its_environment():
 
 def test_every_recipe_is_in_the_list_with_its_command():
     text = (RECIPES / "README.md").read_text()
-    assert sorted(set(re.findall(r"\]\((\w+)\.py\)", text))) == ALL
-    assert sorted(set(re.findall(r"python recipes/(\w+)\.py", text))) == ALL
+    paths = {str(path.relative_to(RECIPES)) for path in PROGRAMS.values()}
+    assert {link for link in re.findall(r"\]\((\w+/\w+\.py)\)", text) if "benchmarks" not in link} == paths
+    named = set(re.findall(r"python recipes/(\w+/\w+\.py)", text))
+    assert {name for name in named if "benchmarks" not in name} == paths
     notebooks = {path.name for path in RECIPES.glob("*.ipynb")}  # tests/test_notebook.py
     assert set(re.findall(r"\]\((\w+\.ipynb)\)", text)) == notebooks
-    control = {name for name in ALL if name.startswith("control_")}  # tests/control/test_control_recipes.py
+    # tests/control/test_control_recipes.py
+    control = {name for name in PROGRAMS if PROGRAMS[name].parent.name == "control"}
     here = {name.split()[0] for name in (*SHORT, *FIGURES, "reinforce_one_page", TABLE)}
-    assert sorted(here | control | ELSEWHERE) == ALL
+    assert here | control | ELSEWHERE == set(PROGRAMS)
 
 
 def test_one_page_is_one_page_of_torch_and_core():
-    text = (RECIPES / "reinforce_one_page.py").read_text()
+    text = (PROGRAMS["reinforce_one_page"]).read_text()
     assert len(re.sub("# /// script.*# ///\n\n", "", text, flags=re.DOTALL).splitlines()) < 150
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
     modules = {getattr(node, "module", None) or node.names[0].name for node in nodes}
@@ -222,7 +231,7 @@ def said(*texts: str) -> list[list[dict[str, str]]]:
 
 
 def test_gsm8k_rewards():
-    recipe = runpy.run_path(str(RECIPES / "pretrained_gsm8k_lora.py"))
+    recipe = runpy.run_path(str(PROGRAMS["pretrained_gsm8k_lora"]))
     row = recipe["as_chat"]({"question": "How many?", "answer": "2 * 600 = <<2*600=1200>>1200\n#### 1,200"})
     assert row["answer"] == "1,200"
     assert [message["role"] for message in row["prompt"]] == ["system", "user"]
@@ -235,7 +244,7 @@ def test_gsm8k_rewards():
 
 
 def test_train_lm_rewards():
-    recipe = runpy.run_path(str(RECIPES / "train_lm.py"))
+    recipe = runpy.run_path(str(PROGRAMS["train_lm"]))
     texts = ["010101", "0101", "000000", "01>10", "", "0101010101"]
     assert recipe["alternates"](completions=texts) == [1, 3 / 5, 0, 2 / 5, 0, 1]
     assert recipe["six_long"](completion_ids=[[0] * 7, [0] * 14, []]) == [0, -1, -1]
@@ -277,7 +286,7 @@ def test_figure_of_kl_measures_what_the_lab_does(tmp_path, monkeypatch, capsys):
     from tokenrl.lab import exact_moments, tabular_problem
 
     drawn("figures kl", tmp_path, monkeypatch, capsys)
-    recipe, problem = runpy.run_path(str(RECIPES / "figures.py")), tabular_problem(3)
+    recipe, problem = runpy.run_path(str(PROGRAMS["figures"])), tabular_problem(3)
     problem = replace(problem, rewards=torch.zeros_like(problem.rewards))
     every, tables = recipe["EVERY"], torch.zeros(2, 7, 3, dtype=torch.double)
     real = every.mask.bool()
@@ -312,7 +321,7 @@ def test_the_table_of_estimators_has_the_rows_of_the_page(tmp_path, monkeypatch,
 
     path = tmp_path / "table.md"
     run(TABLE, f"--output {path} --estimators rloo grpo", tmp_path, monkeypatch, capsys)
-    page = (RECIPES / "estimators.md").read_text().splitlines()
+    page = (RECIPES / "pages" / "estimators.md").read_text().splitlines()
     others = [line for line in page if line.startswith("| `") and not re.match(r"\| `(rloo|grpo)` ", line)]
     assert path.read_text().splitlines() == [line for line in page if line not in others]
     assert [line.split("`")[1] for line in page if line.startswith("* **`")] == list(PRESETS)  # the notes

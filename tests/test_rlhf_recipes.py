@@ -11,7 +11,7 @@ import pytest
 from tokenrl.language.training import warm_start
 from toy_tasks import sentiment
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parent.parent / "recipes" / "language"
 STAGES = ["base", "preferences", "reward_model", "policy", "evaluation"]
 SHORT = {"pairs": 24, "max_steps": 2, "prompts_per_step": 2, "eval_prompts": 3, "pool": 16}
 

@@ -123,7 +123,7 @@ def test_the_verdict_is_printed_last_and_stands_in_summary_and_report(tmp_path, 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_classic_agent_learns_cartpole(tmp_path):
-    """Of seeds 0 to 29, 4 end below 350 and 8 below 450 (control_5_agents.py).
+    """Of seeds 0 to 29, 4 end below 350 and 8 below 450 (5_agents.py).
 
     So two of any three seeds are below 350 in 5 % of the cases, and all three below 450 in 2 %.
     """

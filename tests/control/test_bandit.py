@@ -15,7 +15,7 @@ from tokenrl.control import Bandit
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
 
-RECIPE = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "control_1_bandit.py"))
+RECIPE = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "control" / "1_bandit.py"))
 probability, score, variance, expected, episode_gradients, with_error = (
     RECIPE[name]
     for name in (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes" / "control"
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def printed(tmp_path, monkeypatch, capsys):
 
 def test_the_bandit(printed, tmp_path):
     """Every number of the worked example, and the order of the variances over the horizon."""
-    out = printed("control_1_bandit", "--samples 20 --horizons 1 2 4 --episodes 200")
+    out = printed("1_bandit", "--samples 20 --horizons 1 2 4 --episodes 200")
     for number in ("0.2689", "0.7311", "-0.2689", "0.4332", "0.6225", "0.2500", "0.0625", "0.250"):
         assert re.search(rf"(?<![\d.-]){re.escape(number)}\b", out), number
     rows = [line.split() for line in out.splitlines() if re.match(r" +4 ", line)]
@@ -41,14 +41,14 @@ def test_the_bandit(printed, tmp_path):
 
 @pytest.mark.slow
 def test_gridworld(printed, tmp_path):
-    out = printed("control_2_gridworld", "--seeds 1 --updates 3 --stages 0 --gradients 20")
+    out = printed("2_gridworld", "--seeds 1 --updates 3 --stages 0 --gradients 20")
     assert "vanilla" in out and "after   0 updates" in out
     assert (tmp_path / "gridworld.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
 def test_entropy(printed, tmp_path):
-    out = printed("control_entropy", "--seeds 2 --updates 2 --betas 0 1")
+    out = printed("entropy", "--seeds 2 --updates 2 --betas 0 1")
     assert out.count("sweet spot: ") == 2
     assert "goal 0.900, decoy 0.490; of a uniform policy 0.340" in out
     assert len(re.findall(r"^ +[01] .*goal \d, decoy \d, neither \d$", out, re.MULTILINE)) == 4
@@ -57,9 +57,9 @@ def test_entropy(printed, tmp_path):
 
 @pytest.mark.slow
 def test_numpy_alone_and_varied(printed, tmp_path):
-    out = printed("control_3_numpy", "--seeds 0 1 --episodes 120")
+    out = printed("3_numpy", "--seeds 0 1 --episodes 120")
     assert "REINFORCE, 2 seeds: a mean of 475 in 0 of 2 seeds, median never episodes" in out
-    varied = printed("control_3_numpy", "--seeds 0 1 --episodes 20 --vary window plain")
+    varied = printed("3_numpy", "--seeds 0 1 --episodes 20 --vary window plain")
     assert varied.count("475 in 0 of 2 seeds") == 6  # the usual setting is trained once
     for figure in ("numpy_cartpole.png", "numpy_variations.png"):
         assert (tmp_path / figure).stat().st_size > 10_000
@@ -68,12 +68,12 @@ def test_numpy_alone_and_varied(printed, tmp_path):
 @pytest.mark.slow
 def test_numpy_beside_dqn(printed):
     pytest.importorskip("stable_baselines3")
-    out = printed("control_3_numpy", "--seeds 0 --episodes 20 --dqn --dqn-steps 1500")
+    out = printed("3_numpy", "--seeds 0 --episodes 20 --dqn --dqn-steps 1500")
     assert "DQN, 1 seeds: a mean of 475 in 0 of 1 seeds" in out
 
 
 def test_walk(printed, tmp_path):
-    out = printed("control_4_walk", "--seeds 1 --episodes 8 --hidden 8")
+    out = printed("4_walk", "--seeds 1 --episodes 8 --hidden 8")
     table = [line.split()[:4] for line in out.splitlines() if re.match(r" +\d ", line)]
     assert [float(row[2]) for row in table] == pytest.approx([0.99 ** (9 - t) for t in range(10)], abs=1e-4)
     normalised = [float(row[3]) for row in table]
@@ -87,7 +87,7 @@ def test_walk(printed, tmp_path):
 @pytest.mark.slow
 def test_the_walk_of_the_textbook():
     """Its plain loop gives the numbers that the textbook states for its seed 42."""
-    textbook = runpy.run_path(str(RECIPES / "control_4_walk.py"))["textbook"]
+    textbook = runpy.run_path(str(RECIPES / "4_walk.py"))["textbook"]
     assert textbook(42, value_head=False) == pytest.approx(0.4872, abs=5e-5)
     assert textbook(42, value_head=True) == pytest.approx(1.1734, abs=5e-5)
 
@@ -95,7 +95,7 @@ def test_the_walk_of_the_textbook():
 @pytest.mark.slow
 def test_agents(printed, tmp_path):
     flags = "--env CartPole-v1 Acrobot-v1 Pendulum-v1 --seeds 2 1 --max-steps 1 --eval-episodes 2"
-    out = printed("control_5_agents", flags)
+    out = printed("5_agents", flags)
     for agent in ("classic", "tuned"):
         assert re.search(rf"^CartPole-v1, {agent}: .*\n  mean .*, 0 of 2 seeds reach 475$", out, re.MULTILINE)
         assert re.search(rf"^Pendulum-v1, {agent}: -\S+\n  mean [^,]+, [^,]+$", out, re.MULTILINE)
@@ -110,7 +110,7 @@ def test_agents(printed, tmp_path):
 def test_tuned_agents_reach_the_threshold(printed, env):
     if env.startswith("Lunar"):
         pytest.importorskip("Box2D")
-    assert "1 of 1 seeds reach" in printed("control_5_agents", f"--env {env} --agent tuned --seeds 1")
+    assert "1 of 1 seeds reach" in printed("5_agents", f"--env {env} --agent tuned --seeds 1")
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_contrast(printed, tmp_path, monkeypatch):
     from accelerate.state import AcceleratorState
 
     monkeypatch.setenv("TOKENRL_CACHE", str(tmp_path / "cache"))
-    out = printed("control_contrast", "--seeds 1 --updates 3 --episodes 4 --steps 2 --prompts 2 --bins 2")
+    out = printed("contrast", "--seeds 1 --updates 3 --episodes 4 --steps 2 --prompts 2 --bins 2")
     AcceleratorState._reset_state(True)
     assert "CartPole-v1" in out and "sort_digits" in out
     assert (tmp_path / "contrast.png").stat().st_size > 1000

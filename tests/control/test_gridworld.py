@@ -118,7 +118,8 @@ def test_moves_walls_and_ends():
         assert len(play(GridWorld(**options), [UP] * 60)) == steps
 
 
-ENTROPY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "control_entropy.py")))
+RECIPES = Path(__file__).parents[2] / "recipes" / "control"
+ENTROPY = SimpleNamespace(**runpy.run_path(str(RECIPES / "entropy.py")))
 TRAP, TO_THE_RIGHT = ENTROPY.grid_of("trap"), np.eye(4)[[RIGHT] * 36]
 
 

@@ -14,7 +14,7 @@ import torch
 
 from tokenrl.core import Estimator
 
-R = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "control_3_numpy.py")))
+R = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "control" / "3_numpy.py")))
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 STANDARDISED = {"baseline": "episode_mean", "scale": "episode_std", "scale_ddof": 0, "scale_eps": 1e-8}
 VARIATIONS = {

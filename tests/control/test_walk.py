@@ -79,7 +79,7 @@ def test_the_return_of_a_uniform_policy():
     [("episode_normalized", "orthogonal", 0.4, 0.62), ("reward_to_go", "uniform", 1.08, 1.12)],
 )
 def test_normalised_in_each_episode_the_agent_dawdles(tmp_path, returns, weights, low, high):
-    """The recipe `control_4_walk.py` shows it over ten seeds: standing about pays 0.5, the right end 1.1."""
+    """The recipe `4_walk.py` shows it over ten seeds: standing about pays 0.5, the right end 1.1."""
     shared = {"baseline": "none", "gamma": 0.99, "aggregation": "sequence_mean", "scale_eps": 1e-8}
     options = {"hidden": (128, 128), "num_envs": 1, "max_steps": 400, "learning_rate": 3e-4, "quiet": True}
     options |= {"env": "walk", "estimator": Estimator(returns=returns, **shared), "initial_weights": weights}

@@ -1,7 +1,7 @@
 """The small environments: a grid with or without a decoy, a walk on a line, and a bandit with two arms.
 
 The expected returns of the grid can also be computed exactly (`exact_values`). Mean and variance of the
-gradient on the bandit are known in closed form, which `recipes/control_1_bandit.py` computes.
+gradient on the bandit are known in closed form, which `recipes/control/1_bandit.py` computes.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class Estimator(Settings):
     def preset(cls, name: str, **overrides: object) -> Estimator:
         """Return the estimator of a named preset, with some fields changed.
 
-        `recipes/estimators.md` has the formula of each, and how other toolkits differ.
+        `recipes/pages/estimators.md` has the formula of each, and how other toolkits differ.
 
         Args:
             name: One of `PRESETS`: reinforce, rloo, grpo, ppo and so on.

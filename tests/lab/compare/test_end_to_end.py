@@ -147,7 +147,7 @@ def test_a_dry_run_tells_the_time_and_makes_nothing(tmp_path, capsys):
 def test_the_recipe_runs(tmp_path):
     flags = "--tasks sort_digits --arms rloo grpo --seeds 2 --max-steps 2 --output-dir found"
     done = subprocess.run(
-        [sys.executable, RECIPES / "compare_baselines.py", *flags.split()],
+        [sys.executable, RECIPES / "study" / "compare_baselines.py", *flags.split()],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,

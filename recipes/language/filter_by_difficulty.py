@@ -1,8 +1,8 @@
 """Train only on prompts that a model solves sometimes: measure each of them first, and filter.
 
-    python recipes/filter_by_difficulty.py                              a toy task and its own tiny model
-    python recipes/filter_by_difficulty.py --task addition --low 0.2 --high 0.8
-    python recipes/filter_by_difficulty.py --model DIR_OR_HUB_NAME --samples 16
+    python recipes/language/filter_by_difficulty.py                     a toy task and its own tiny model
+    python recipes/language/filter_by_difficulty.py --task addition --low 0.2 --high 0.8
+    python recipes/language/filter_by_difficulty.py --model DIR_OR_HUB_NAME --samples 16
 
 A prompt that is always or never solved gives its completions equal rewards, from which nothing is learnt.
 Dropping prompts changes their distribution, and with it the objective: training then maximises the mean
@@ -15,7 +15,7 @@ With p the chance of a right answer, the error of a measured rate is sqrt(p (1 -
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 from dataclasses import dataclass, replace

@@ -16,7 +16,7 @@ Killed and started again, the program goes on where it was. `--seeds 2 --max-ste
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 import tyro

@@ -1,7 +1,7 @@
 """REINFORCE on CartPole-v1 in NumPy alone: the agent, beside DQN, and with one thing changed at a time.
 
-    python recipes/control_3_numpy.py --dqn         # numpy_cartpole.png, beside DQN of stable-baselines3
-    python recipes/control_3_numpy.py --vary gamma window plain undiscounted      # numpy_variations.png
+    python recipes/control/3_numpy.py --dqn         # numpy_cartpole.png, beside DQN of stable-baselines3
+    python recipes/control/3_numpy.py --vary gamma window plain undiscounted      # numpy_variations.png
 
 The agent comes first, as one page: 100 ReLU units, a gradient written by hand, RMSProp, five episodes an
 update. `P(1 | x) = sigmoid(w2 . relu(W1 x + b1) + b2)`; the score in the logit z is `d log P(a) / dz =
@@ -34,7 +34,7 @@ unbiased, every seed learns faster: 57 more [39, 80] over all episodes, and 12 m
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 import time
@@ -47,6 +47,7 @@ from typing import Literal, NamedTuple
 import gymnasium
 import numpy as np
 import tyro
+from curves import GREY, draw_band, mean_with_interval, open_frame
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -172,7 +173,6 @@ def train(settings: Settings) -> Iterator[tuple[Weights, list[Episode]]]:
 
 COLOURS = {"REINFORCE": "#0072B2", "DQN": "#D55E00"}  # Okabe and Ito
 OTHERS = ("#D55E00", "#CC79A7", "#009E73", "#0072B2")  # of the variations; the usual setting is black
-GREY = "#8A8A8A"
 SUGGESTED = 475.0  # CartPole-v1's own reward threshold, for the mean of 100 episodes
 WIDTH, TAIL = 100, 500  # episodes in a rolling mean and in the evaluation; in the comparison of variations
 # Network, batch and buffer are rl-baselines3-zoo's; its other settings are for 50,000 steps, and a longer run
@@ -271,18 +271,6 @@ def reached(one: Run) -> tuple[float, float]:
     return episodes, float(one.returns[:episodes].sum())
 
 
-def interval(x: np.ndarray) -> np.ndarray:
-    """Return mean, low and high of the mean over the first axis, the seeds; 95 %, 2000 resamples."""
-    n = len(x)
-    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 2000) / n
-    return np.concatenate([[x.mean(0)], np.quantile(weights @ x, (0.025, 0.975), axis=0)])
-
-
-def say(numbers: list[float], sign: str = "") -> str:
-    mean, low, high = (format(number, f"{sign}.0f") for number in interval(np.array(numbers)))
-    return f"{mean} [{low}, {high}]"
-
-
 def summary(kind: str, runs: list[Run]) -> str:
     """Print what the runs of one agent come to, and return a line for the title."""
     when = np.array([reached(one) for one in runs])  # [seeds, 2]
@@ -291,9 +279,14 @@ def summary(kind: str, runs: list[Run]) -> str:
     best, last = ([f(rolling(one.returns)) for one in runs] for f in (np.max, lambda mean: mean[-1]))
     greedy = [one.greedy.mean() for one in runs]
     print(f"{kind}, {len(runs)} seeds: a mean of 475 in {number}, median {episodes} episodes, {steps} steps")
-    print(f"  highest mean of 100 training episodes {say(best)}; the last 100 {say(last)}")
-    print(f"  100 fresh episodes with the best actions {say(greedy)}")
-    print(f"  CPU seconds {say([one.seconds for one in runs])}")
+    means = {
+        "highest mean of 100 training episodes": best,
+        "the last 100 training episodes": last,
+        "100 fresh episodes with the best actions": greedy,
+        "CPU seconds": [run.seconds for run in runs],
+    }
+    for label, values in means.items():
+        print(f"  {label} {mean_with_interval(values, '.0f')}")
     ends = f"{np.mean(last):.0f}, with the best actions {np.mean(greedy):.0f}"
     return f"{kind}: 475 in {number} (median: {steps} steps); highest {np.mean(best):.0f}; at the end {ends}"
 
@@ -311,9 +304,10 @@ def draw(runs: dict[str, list[Run]], title: str) -> Figure:
                 curves.append((np.cumsum(one.returns)[episodes - 1] if by_steps else episodes, mean))
                 axes.plot(*curves[-1], color=COLOURS[kind], linewidth=0.7, alpha=0.4)
             grid = np.geomspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 2000)
-            band(axes, grid, np.array([np.interp(grid, *curve) for curve in curves]), COLOURS[kind], kind)
+            means = np.array([np.interp(grid, *curve) for curve in curves])
+            draw_band(axes, grid, means, COLOURS[kind], kind)
     for axes, label in ((left, "episodes"), (right, "environment steps")):
-        style(axes, label)
+        label_axes(axes, label)
     left.set(xlim=(0, None), ylabel="training return, mean of the last 100 episodes")
     right.set_xscale("log")
     left.legend(frameon=False, loc="lower right")
@@ -322,19 +316,11 @@ def draw(runs: dict[str, list[Run]], title: str) -> Figure:
     return figure
 
 
-def band(axes: Axes, x: np.ndarray, curves: np.ndarray, colour: str, label: str) -> None:
-    """Draw the mean of curves [seeds, x] and its interval."""
-    middle, low, high = interval(curves)
-    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(x, middle, color=colour, linewidth=2.2, label=label)
-
-
-def style(axes: Axes, label: str) -> None:
+def label_axes(axes: Axes, label: str) -> None:
     axes.axhline(500, color=GREY, linewidth=1, linestyle="--")
     axes.set(xlabel=label, ylim=(0, 540))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#EAEAEA", linewidth=0.8)
+    open_frame(axes)
 
 
 def vary(args: Arguments) -> Figure:
@@ -355,9 +341,9 @@ def vary(args: Arguments) -> Figure:
             if name != "usual":
                 means = np.array([rolling(returns) for returns in runs[settings]])
                 x = np.arange(means.shape[1]) + args.episodes - means.shape[1] + 1
-                last = say([returns[-TAIL:].mean() for returns in runs[settings]])
-                band(axes, x, means, "black" if settings == USUAL else next(colours), f"{name}: {last}")
-        style(axes, "episodes")
+                last = mean_with_interval([returns[-TAIL:].mean() for returns in runs[settings]], ".0f")
+                draw_band(axes, x, means, "black" if settings == USUAL else next(colours), f"{name}: {last}")
+        label_axes(axes, "episodes")
         axes.legend(frameon=False, fontsize=8.5, loc="lower right", title=f"mean of the last {TAIL} episodes")
         axes.set_title(variation, loc="left", fontsize=11)
     figure.supylabel("return, mean of 100 episodes", fontsize=10)
@@ -372,8 +358,8 @@ def tell(name: str, runs: list[np.ndarray], usual: list[np.ndarray]) -> None:
     print(f"{name}: 475 in {seeds}, median {np.median(when):,.0f} episodes")
     for words, last in ((f"the last {TAIL}", TAIL), ("all", 0)):
         ours, theirs = ([float(returns[-last:].mean()) for returns in kind] for kind in (runs, usual))
-        gains = say([a - b for a, b in zip(ours, theirs, strict=True)], "+")
-        print(f"  {words} episodes {say(ours)}; against the usual {gains}", flush=True)
+        gains = mean_with_interval([a - b for a, b in zip(ours, theirs, strict=True)], "+.0f")
+        print(f"  {words} episodes {mean_with_interval(ours, '.0f')}; against the usual {gains}", flush=True)
 
 
 def main(args: Arguments) -> None:

@@ -1,7 +1,7 @@
 """LoRA on a pretrained instruct model: grade-school mathematics (GSM8K) with an exact-number reward.
 
-    python recipes/pretrained_gsm8k_lora.py --check        everything before training
-    python recipes/pretrained_gsm8k_lora.py
+    python recipes/language/pretrained_gsm8k_lora.py --check        everything before training
+    python recipes/language/pretrained_gsm8k_lora.py
 
 NOT RUN AT FULL SIZE IN THIS REPOSITORY. Model and data come from the Hugging Face hub, which the tests do not
 use: they run this script on a tiny local model and a local file (--model DIR --task FILE.jsonl, with the
@@ -27,7 +27,7 @@ second copy of the weights for a KL: the reference is the model with its adapter
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 import re

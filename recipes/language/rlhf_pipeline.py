@@ -1,7 +1,7 @@
 """RLHF in one command: warm start, preferences, a reward model, RL against it with a KL to the base.
 
-    python recipes/rlhf_pipeline.py                          film reviews, to be favourable and grammatical
-    python recipes/rlhf_pipeline.py --task target_length     as many letters as asked
+    python recipes/language/rlhf_pipeline.py                        film reviews: favourable, grammatical
+    python recipes/language/rlhf_pipeline.py --task target_length   as many letters as asked
 
 The task's own reward is the gold reward: it labels the preferences, with noise, and it measures the outcome.
 RL uses only the reward model (gold is recorded with weight 0). RL is compared with best-of-n: the reward
@@ -26,7 +26,7 @@ level with best of 4 (-0.14) and below best of 16 (-0.05).
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 import json

@@ -1,7 +1,7 @@
 """The classic agent of textbooks beside agents tuned for the environment, over seeds.
 
-    python recipes/control_5_agents.py                              # all three environments
-    python recipes/control_5_agents.py --env Pendulum-v1 --agent tuned --seeds 3
+    python recipes/control/5_agents.py                              # all three environments
+    python recipes/control/5_agents.py --env Pendulum-v1 --agent tuned --seeds 3
     tokenrl control --agent classic --env Acrobot-v1                # one such run by the command line
 
 `classic` has one hidden layer of 16 ReLU units, Adam at 0.01 and one episode an update; the returns to go of
@@ -33,7 +33,7 @@ with other starting states it was 117 [67, 175], one of five. Tuned: 271 [266, 2
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm[control]"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
+from curves import draw_band, draw_mean, mean_with_interval, open_frame
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -136,13 +137,6 @@ def train_all(arguments: Arguments) -> Iterator[Run]:
 Groups = dict[tuple[str, str], list[Run]]  # by environment and agent
 
 
-def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean [...] over seeds of values [S, ...], and the ends of its 95 % bootstrap interval."""
-    picks = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
-    low, high = np.quantile(values[picks].mean(1), (0.025, 0.975), axis=0)
-    return values.mean(0), low, high
-
-
 def ends(runs: list[Run]) -> np.ndarray:
     """Return the mean return of the fresh episodes of each run, [S]."""
     return np.array([run.summary["eval_after"]["reward"] for run in runs])
@@ -154,12 +148,11 @@ def solved(runs: list[Run]) -> int:
 
 def print_table(groups: Groups) -> None:
     for (env, agent), runs in groups.items():
-        mean, low, high = interval(ends(runs))
         threshold = runs[0].summary["threshold"]
         score = "" if threshold is None else f", {solved(runs)} of {len(runs)} seeds reach {threshold:g}"
         steps, cpu = (np.mean([r.summary[k] for r in runs]) for k in ("env_steps", "train_cpu_seconds"))
         print(f"\n{env}, {agent}: {' '.join(f'{end:.1f}' for end in ends(runs))}")
-        print(f"  mean {mean:.1f} [{low:.1f}, {high:.1f}]{score}")
+        print(f"  mean {mean_with_interval(ends(runs), '.1f')}{score}")
         episodes = np.mean([played(run) for run in runs])
         print(f"  {episodes:,.0f} episodes, {steps:,.0f} environment steps, {cpu:.1f} CPU s of training")
 
@@ -183,12 +176,9 @@ def draw_agent(axes: Axes, agent: str, runs: list[Run], axis: str) -> None:
     curves = [curve(run, axis) for run in runs if played(run)]
     if curves:
         places = np.geomspace(max(x[0] for x, _ in curves), max(x[-1] for x, _ in curves), 200)
-        mean, low, high = interval(np.array([np.interp(places, x, y) for x, y in curves]))
-        axes.plot(places, mean, color=COLOURS[agent], linewidth=2)
-        axes.fill_between(places, low, high, color=COLOURS[agent], alpha=0.2, linewidth=0)
-    mean, low, high = interval(ends(runs))
+        draw_band(axes, places, np.array([np.interp(places, x, y) for x, y in curves]), COLOURS[agent])
     end = np.mean([played(run) if axis == "episodes" else run.summary["env_steps"] for run in runs])
-    axes.errorbar(end, mean, [[mean - low], [high - mean]], fmt="o", color=COLOURS[agent], capsize=3)
+    draw_mean(axes, end, ends(runs), COLOURS[agent])
 
 
 def draw(groups: Groups) -> Figure:
@@ -206,8 +196,7 @@ def draw(groups: Groups) -> Figure:
                 axes.axhline(threshold, color="#555555", linestyle=":", linewidth=1.5)
             axes.set_xscale("log")
             axes.set_xlabel(axis)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(color="#EAEAEA", linewidth=0.8)
+            open_frame(axes)
         score = ", ".join(f"{agent} {solved(runs)} of {len(runs)}" for agent, runs in agents.items())
         title = env if threshold is None else f"{env}\nsolved at {threshold:g}: {score}"
         grid[0][column].set_title(title, loc="left", fontsize=11)

@@ -30,7 +30,7 @@ beta is a little worse: 0.939, 0.938, 0.925, 0.908, 0.883.
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 import copy
@@ -43,6 +43,16 @@ import gymnasium
 import numpy as np
 import torch
 import tyro
+from curves import (
+    GREY,
+    draw_band,
+    draw_mean,
+    interval,
+    mean_with_interval,
+    open_frame,
+    rolling,
+    with_interval,
+)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -51,7 +61,6 @@ from tokenrl.control import GRIDWORLD_STEPS, GridWorld, describe, exact_return, 
 from tokenrl.runs import read_metrics
 
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7")  # Okabe and Ito
-GREY = "#8A8A8A"
 ENVIRONMENTS = ("trap", "gridworld")
 EPISODES = 10  # per update
 WINDOW = 10  # updates in a rolling mean: 100 episodes
@@ -154,17 +163,6 @@ def sweep(args: Arguments, env: str) -> Sweep:
     return Sweep(env, args.betas, **shaped)
 
 
-def interval(x: np.ndarray) -> np.ndarray:
-    """Return mean, low and high of the mean over the first axis, the seeds; 95 %, by bootstrap."""
-    weights = np.random.default_rng(0).multinomial(len(x), np.full(len(x), 1 / len(x)), 2000) / len(x)
-    return np.concatenate([[x.mean(0)], np.quantile(weights @ x, (0.025, 0.975), axis=0)])
-
-
-def say(x: np.ndarray) -> str:
-    mean, low, high = x
-    return f"{mean:6.3f} [{low:6.3f}, {high:6.3f}]"
-
-
 def paths(grid: GridWorld) -> dict[str, float]:
     """Return the exact returns of the shortest path to each end: down, then right; or right at once."""
     cells = np.arange(grid.cells)
@@ -191,8 +189,10 @@ def print_table(s: Sweep) -> None:
     last, seeds = max(1, s.entropies.shape[2] // 10), s.returns.shape[1]
     for i, beta in enumerate(s.betas):
         goal, decoy = (s.chances[i, :, :2] > 0.5).sum(0)
+        returns = mean_with_interval(s.returns[i], "6.3f")
+        behind = with_interval(s.behind()[:, i], "6.3f")
         print(
-            f"{beta:5g}  {say(interval(s.returns[i]))}  {say(s.behind()[:, i])}  "
+            f"{beta:5g}  {returns}  {behind}  "
             f"{s.entropies[i, :, -last:].mean():7.3f}  {s.collapsed[i].sum():2} of {seeds:2}  "
             f"goal {goal}, decoy {decoy}, neither {seeds - goal - decoy}"
         )
@@ -212,14 +212,12 @@ def verdict(s: Sweep) -> str:
     return f"sweet spot: beta {best:g} ({others})"
 
 
-def draw_bands(axes: Axes, s: Sweep, x: np.ndarray) -> None:
+def draw_curves(axes: Axes, s: Sweep, x: np.ndarray) -> None:
     """Draw the means over seeds of rolling means of [B, S, updates], with their intervals."""
     for beta, colour, runs in zip(s.betas, itertools.cycle(COLOURS), x, strict=False):
-        window = min(WINDOW, runs.shape[1])
-        mean, low, high = interval(np.lib.stride_tricks.sliding_window_view(runs, window, axis=1).mean(-1))
-        episodes = (np.arange(len(mean)) + window) * EPISODES
-        axes.fill_between(episodes, low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(episodes, mean, color=colour, linewidth=2, label=f"beta = {beta:g}")
+        means = rolling(runs, WINDOW)
+        episodes = (np.arange(means.shape[1]) + runs.shape[1] - means.shape[1] + 1) * EPISODES
+        draw_band(axes, episodes, means, colour, f"beta = {beta:g}")
     axes.set_xlabel("episodes (rolling mean of 100)")
 
 
@@ -227,10 +225,8 @@ def draw_final(axes: Axes, s: Sweep) -> None:
     """Draw the final return of every seed, and its mean with the interval, by beta."""
     spread = np.random.default_rng(0).uniform(-0.25, 0.25, s.returns.shape[1])
     for i, colour in zip(range(len(s.betas)), itertools.cycle(COLOURS), strict=False):
-        mean, low, high = interval(s.returns[i])
         axes.scatter(i + spread, s.returns[i], s=14, color=colour, alpha=0.6, linewidth=0)
-        bar = [[mean - low], [high - mean]]
-        axes.errorbar(i, mean, bar, fmt="_", color="black", capsize=4, markersize=14)
+        draw_mean(axes, i, s.returns[i], "black", "_")
     axes.set_xticks(range(len(s.betas)), [f"{beta:g}" for beta in s.betas])
     for end, value in paths(grid_of(s.env)).items():
         axes.axhline(value, color=GREY, linestyle=":", zorder=0)
@@ -242,16 +238,14 @@ def draw(sweeps: list[Sweep]) -> Figure:
     figure = Figure(figsize=(15, 8.4), dpi=100, layout="constrained")
     grid = figure.subplots(len(sweeps), 3, squeeze=False)
     for s, (left, middle, right) in zip(sweeps, grid, strict=True):
-        draw_bands(left, s, s.rewards)
-        draw_bands(middle, s, s.entropies)
+        draw_curves(left, s, s.rewards)
+        draw_curves(middle, s, s.entropies)
         draw_final(right, s)
         left.set_ylabel("mean return of an episode")
         left.set_title(f"{s.env}, {verdict(s)}", loc="left", fontsize=11)
         middle.set(ylim=(0, 1.5), ylabel="entropy (nats; dotted: uniform)")
         middle.axhline(np.log(4), color=GREY, linestyle=":")
-        for axes in (left, middle, right):
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(color="#EAEAEA", linewidth=0.8)
+        open_frame(left, middle, right)
     handles = grid[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="upper right", ncols=len(handles[0]), frameon=False)
     figure.suptitle(title(sweeps[0]), x=0.01, ha="left", fontsize=13)

@@ -1,7 +1,7 @@
 """A toy task with a pretrained model, from the model as it is over a warm start to the trained result.
 
-    python recipes/pretrained_toy_task.py MODEL                    MODEL is a directory or a hub name
-    python recipes/pretrained_toy_task.py MODEL --task addition --lora-r 16 --max-steps 120
+    python recipes/language/pretrained_toy_task.py MODEL                    MODEL is a directory or a hub name
+    python recipes/language/pretrained_toy_task.py MODEL --task addition --lora-r 16 --max-steps 120
 
 Asked for six sorted digits, a pretrained model writes something else and gets no reward, so REINFORCE has
 nothing to reinforce. `tokenrl.train(warm_start=True)` therefore shows it the demonstrations first, with all
@@ -22,7 +22,7 @@ is too small for sums and for sorting.
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 import json

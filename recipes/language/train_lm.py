@@ -1,9 +1,9 @@
 """Train a language model with your own task and your own rewards.
 
-    python recipes/train_lm.py                                        the task below, a tiny random model
-    python recipes/train_lm.py --estimator grpo --max-steps 200       another estimator
-    python recipes/train_lm.py --task addition                        any task that `tokenrl train` knows
-    python recipes/train_lm.py --model DIR_OR_HUB_NAME --lora-r 16    a pretrained model, with LoRA
+    python recipes/language/train_lm.py                                     the task below and a tiny model
+    python recipes/language/train_lm.py --estimator grpo --max-steps 200    another estimator
+    python recipes/language/train_lm.py --task addition                     any task of `tokenrl train`
+    python recipes/language/train_lm.py --model DIR_OR_HUB_NAME --lora-r 16 a pretrained model, with LoRA
 
 A task consists of prompts and a reward; a reward is a function that returns one number for each completion.
 The options here are those that one changes first. `tokenrl train --help` lists the others; each of them can
@@ -14,7 +14,7 @@ be added under its own name to the call of `tokenrl.train` below.
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 from dataclasses import dataclass

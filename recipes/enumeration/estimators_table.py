@@ -1,14 +1,14 @@
 """Writes the table of all presets: what each declares about its gradient, and what enumeration finds.
 
-`recipes/estimators.md` is its output. Only the table is replaced; the text above and below it stays. With
-`--output` another file is written, and with `--estimators` the table has these presets only.
+`recipes/pages/estimators.md` is its output. Only the table is replaced; the text above and below it stays.
+With `--output` another file is written, and with `--estimators` the table has these presets only.
 """
 
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ import tyro
 from tokenrl import Estimator, measure_bias
 from tokenrl.core import PRESETS
 
-PAGE = Path(__file__).with_name("estimators.md")
+PAGE = Path(__file__).parents[1] / "pages" / "estimators.md"
 HEAD = "| preset | baseline | scale | aggregation | ratio | expected gradient | cosine | noise |"
 
 

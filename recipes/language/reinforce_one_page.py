@@ -25,7 +25,7 @@ completions better than that become more likely, worse ones less likely. RLOO (R
 G completions of each prompt; the baseline of each is the mean reward of the G - 1 OTHERS. Leaving the
 completion itself out keeps b independent of y: with it inside, 1/G of the gradient would be lost.
 
-Run it (under a minute on two cores):   python recipes/reinforce_one_page.py
+Run it (under a minute on two cores):   python recipes/language/reinforce_one_page.py
 Left out, see `tokenrl train`: prompts of unequal length, KL to a reference, records, saving, GPUs.
 """
 
@@ -33,7 +33,7 @@ Left out, see `tokenrl train`: prompts of unequal length, KL to a reference, rec
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ noise. With rewards of 2 and 1 (`ladder.py vanilla --shift 1`) the baseline is n
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import tyro
+from curves import interval, open_frame
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
@@ -121,12 +122,6 @@ def noise_of(update: dict[str, Any]) -> float:
     return 0.0 if ratio is None else update["grad_norm"] ** 2 / max(1 + ratio, 1e-6)
 
 
-def interval(numbers: list[float]) -> tuple[float, float]:
-    """Return the 90 % bootstrap interval of the mean."""
-    picks = np.random.default_rng(0).choice(numbers, size=(1000, len(numbers)))
-    return tuple(np.quantile(picks.mean(1), (0.05, 0.95)).tolist())
-
-
 def train_all(arguments: Arguments) -> tuple[list[Any], list[Any]]:
     """Train every variant with every seed; returns the results of the agents and of the models, in order."""
     results = []
@@ -179,7 +174,7 @@ def curves(one: Side, bins: int) -> Curves:
         for b in sorted(set(place)):
             part = [row for row, at in zip(rows, place, strict=True) if at == b]
             noises = [noise_of(row) for row in part]
-            found[variant][b] = Point(mean(row["reward"] for row in part), mean(noises), *interval(noises))
+            found[variant][b] = Point(mean(row["reward"] for row in part), *interval(noises).tolist())
     return found
 
 
@@ -208,7 +203,7 @@ def print_table(both: list[Side], found: list[Curves]) -> None:
         line(f"median signal/noise, {variant}", [f"{median(ratio or [math.nan]):.2f}" for ratio in ratios])
     line("noise, without / with", [f"{times(curve):.2f} (median, at equal reward)" for curve in found])
     for one, curve in zip(both, found, strict=True):
-        print(f"\n{one.name}: noise tr Var(g) of an update (90 % interval), by mean reward")
+        print(f"\n{one.name}: noise tr Var(g) of an update (95 % interval), by mean reward")
         for variant in VARIANTS:
             for reward, noise, low, high in curve[variant].values():
                 print(f"  {reward:8.3f} {variant:>8} baseline {noise:12.5g} ({low:.5g} to {high:.5g})")
@@ -248,9 +243,7 @@ def draw(both: list[Side], found: list[Curves]) -> Figure:
     for column, (one, curve) in enumerate(zip(both, found, strict=True)):
         draw_rewards(grid[0][column], one)
         draw_noise(grid[1][column], one, curve)
-    for axes in grid.flat:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#EAEAEA", linewidth=0.8)
+    open_frame(*grid.flat)
     names = {"with": "with a baseline (rloo)", "without": "without (reinforce)"}
     for line, variant in enumerate(VARIANTS):
         place = {"transform": grid[0][1].transAxes, "ha": "right", "color": COLOURS[variant]}
@@ -260,7 +253,7 @@ def draw(both: list[Side], found: list[Curves]) -> Figure:
     ]
     title = f"Without the baseline the gradient has {gains[0]}, {gains[1]}"
     figure.suptitle(title, x=0.01, ha="left")
-    figure.supxlabel("thin lines: seeds; bars: 90 % of a bootstrap over updates", fontsize=9, color="#555555")
+    figure.supxlabel("thin lines: seeds; bars: 95 % of a bootstrap over updates", fontsize=9, color="#555555")
     return figure
 
 

@@ -11,7 +11,7 @@ of 100 returns lies within two wasted steps (0.02) of the best and stays there t
 that never gets there counts with its full length, which makes ratios to it too small. Part 2, the reason: the
 variance of the gradient of 10 episodes in the logits of the cells, many times at the same weights, against
 that with the exact expected return J subtracted, which is what a running mean estimates, or the exact V(s).
-What an entropy bonus does, here and where it is needed, is in `control_entropy.py`.
+What an entropy bonus does, here and where it is needed, is in `entropy.py`.
 
 Look for: for the first policy a baseline does little, since J is small beside the spread of its returns. The
 better the policy, the more alike its returns and the larger their mean, so the ratio grows from 1 to
@@ -24,7 +24,7 @@ between runs of the same seed, or gradients of the same episodes.
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 from dataclasses import dataclass
@@ -33,7 +33,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from matplotlib.axes import Axes
+from curves import (
+    GREY,
+    draw_band,
+    interval,
+    mean_with_interval,
+    open_frame,
+    resampled,
+    rolling,
+    with_interval,
+)
 from matplotlib.figure import Figure
 
 from tokenrl import Estimator, train_agent
@@ -47,7 +56,7 @@ from tokenrl.control import (
 )
 from tokenrl.runs import read_metrics
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A8A8A"  # Okabe and Ito
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito
 BEST, NEAR = 0.94, 0.02
 EPISODES = 10  # per update
 WINDOW = 10  # updates in a rolling mean: 100 episodes
@@ -110,33 +119,13 @@ def histories(args: Arguments, name: str, estimator: Estimator) -> dict:
     return {key: np.array([[row[key] for row in rows] for rows in runs]) for key in keys}
 
 
-def rolling(x: np.ndarray) -> np.ndarray:
-    """Mean of the last WINDOW updates; [seeds, updates - WINDOW + 1]."""
-    return np.lib.stride_tricks.sliding_window_view(x, min(WINDOW, x.shape[1]), axis=1).mean(-1)
-
-
-def resampled(n: int, replicates: int = 2000) -> np.ndarray:
-    """Weights [replicates, n] of n things drawn n times with replacement."""
-    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), replicates) / n
-
-
-def interval(x: np.ndarray) -> np.ndarray:
-    """Return mean, low and high of the mean over the first axis, the seeds."""
-    return np.concatenate([[x.mean(0)], np.quantile(resampled(len(x)) @ x, (0.025, 0.975), axis=0)])
-
-
 def converged(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the update [seeds] from which the rolling mean stays near the best, and whether there is one."""
-    near = rolling(rewards) >= BEST - NEAR - 1e-6
+    near = rolling(rewards, WINDOW) >= BEST - NEAR - 1e-6
     outside = near.shape[1] - np.argmin(near[:, ::-1], axis=1)  # one past the last update outside
     first = np.where(near.all(1), 0, outside)
     reached = first < near.shape[1]
     return np.where(reached, first + rewards.shape[1] - near.shape[1] + 1, rewards.shape[1]), reached
-
-
-def say(x: np.ndarray, digits: int = 3) -> str:
-    mean, low, high = x
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def learning(args: Arguments) -> tuple[dict, dict]:
@@ -151,12 +140,12 @@ def learning(args: Arguments) -> tuple[dict, dict]:
         steps, base = (x["num_env_steps"] for x in (h, runs["vanilla"]))
         log_steps = np.log(base[range(args.seeds), vanilla - 1] / steps[range(args.seeds), episodes - 1])
         print(
-            f"{name:13} episodes to convergence {say(interval(episodes * EPISODES), 0)}, median "
+            f"{name:13} episodes to convergence {mean_with_interval(episodes * EPISODES, '.0f')}, median "
             f"{np.median(episodes) * EPISODES:.0f}, reached by {reached.sum()} of {args.seeds}\n"
-            f"{'':13} vanilla's episodes over these {say(ratios[name], 2)}, environment steps "
-            f"{say(np.exp(interval(log_steps)), 2)} (geometric means)\n"
-            f"{'':13} last 100 episodes: return {say(interval(h['reward'][:, -WINDOW:].mean(1)))}, "
-            f"sd of returns {say(interval(h['reward_std'][:, -WINDOW:].mean(1)))}"
+            f"{'':13} vanilla's episodes over these {with_interval(ratios[name], '.2f')}, environment steps "
+            f"{with_interval(np.exp(interval(log_steps)), '.2f')} (geometric means)\n"
+            f"{'':13} last 100 episodes: return {mean_with_interval(h['reward'][:, -WINDOW:].mean(1))}, "
+            f"sd of returns {mean_with_interval(h['reward_std'][:, -WINDOW:].mean(1))}"
         )
     return runs, ratios
 
@@ -186,7 +175,7 @@ def measure(args: Arguments, updates: int) -> tuple[float, dict[str, np.ndarray]
         samples[name] = gradient.reshape(args.gradients, -1).numpy()
     print(f"after {updates:3} updates, J = {j:6.3f}:", end="")
     ratios = {name: variance_ratio(samples["vanilla"], samples[name]) for name in ("J", "V(s)")}
-    print("".join(f"   vanilla / {name} {say(ratio, 2)}" for name, ratio in ratios.items()))
+    print("".join(f"   vanilla / {name} {with_interval(ratio, '.2f')}" for name, ratio in ratios.items()))
     return j, ratios
 
 
@@ -202,26 +191,19 @@ def variance_ratio(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return np.array([ratios[0], *np.quantile(ratios[1:], (0.025, 0.975))])
 
 
-def draw_bands(axes: Axes, x: np.ndarray, colour: str, label: str) -> None:
-    """Draw the mean over seeds of rolling means, and its interval."""
-    mean, low, high = interval(rolling(x))
-    episodes = (np.arange(len(mean)) + x.shape[1] - len(mean) + 1) * EPISODES
-    axes.fill_between(episodes, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(episodes, mean, color=colour, linewidth=2, label=label)
-
-
 def draw_learning(runs: dict, ratios: dict, variances: dict[int, tuple[float, dict]]) -> Figure:
     title = f"Learning converges {ratios['running mean'][0]:.1f} times sooner with a running mean"
     figure = Figure(figsize=(15, 4.4), dpi=120, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     left, middle, right = figure.subplots(1, 3)
-    for axes in (left, middle, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#EAEAEA", linewidth=0.8)
+    open_frame(left, middle, right)
+    for axes in (left, middle):
         axes.set_xlabel("episodes (rolling mean of 100)")
     for name, h in runs.items():
-        draw_bands(left, h["reward"], COLOURS[name], name)
-        draw_bands(middle, h["reward_std"], COLOURS[name], name)
+        for axes, metric in ((left, "reward"), (middle, "reward_std")):
+            means = rolling(h[metric], WINDOW)
+            episodes = (np.arange(means.shape[1]) + h[metric].shape[1] - means.shape[1] + 1) * EPISODES
+            draw_band(axes, episodes, means, COLOURS[name], name)
     left.axhline(BEST, color=GREY, linestyle=":", label="best possible")
     left.set(ylim=(0.6, 0.96), ylabel="mean return of an episode")
     left.legend(loc="lower right", frameon=False)

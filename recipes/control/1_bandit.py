@@ -23,7 +23,7 @@ From T = 64 to 128 the exact slopes are 2.91, 2.89, 2.01 and 1.99.
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 from dataclasses import dataclass
@@ -33,14 +33,14 @@ from pathlib import Path
 
 import torch
 import tyro
-from matplotlib.axes import Axes
+from curves import GREY, open_frame
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from tokenrl import Estimator
 from tokenrl.control import Bandit
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"  # Okabe and Ito
+BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito
 CASES = ((-1.0, 1), (-1.0, 0), (0.0, 0))  # theta, and the action sampled there: 0 is action 1
 KINDS = tuple(product(("total", "reward_to_go"), ("none", "timestep_mean")))  # returns, baseline
 THETA = -1.0  # where the variance is measured over the horizon
@@ -214,7 +214,7 @@ def draw_bandit(found: dict[float, Tensor], samples: int) -> Figure:
     axes.set_title("The signal is largest for an undecided policy, the noise for a bad one", loc="left")
     note = f"points: {samples} samples each, ± 2 standard errors"
     axes.text(0.99, 0.97, note, transform=axes.transAxes, ha="right", va="top", color="#555555", fontsize=9)
-    style(axes)
+    open_frame(axes)
     return figure
 
 
@@ -243,7 +243,7 @@ def draw_horizon(args: Arguments, found: Found) -> Figure:
         axes.set_yscale("log")
         axes.set_xticks(args.horizons, [str(steps) for steps in args.horizons])
         axes.set_xlabel("horizon T (actions an episode)")
-        style(axes)
+        open_frame(axes)
     right.yaxis.set_major_formatter("{x:g}")
     left.set_ylabel("Var[g] of one episode ((reward per unit of theta)²)")
     right.set_ylabel("Var[g] / E[g]² (episodes until standard error = gradient)")
@@ -255,11 +255,6 @@ def draw_horizon(args: Arguments, found: Found) -> Figure:
     for line, (text, color) in enumerate(legend):
         left.text(0.02, 0.97 - 0.055 * line, text, transform=left.transAxes, va="top", color=color)
     return figure
-
-
-def style(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#EAEAEA", linewidth=0.8)
 
 
 def main(args: Arguments) -> None:

@@ -34,7 +34,7 @@ There V is no gain: raw returns end at 0.899 without V and 0.897 with it, of 0.9
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 from dataclasses import dataclass, replace
@@ -44,6 +44,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from curves import GREY, draw_band, draw_mean, mean_with_interval, open_frame, rolling
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
@@ -52,7 +53,7 @@ from tokenrl import Estimator, train_agent
 from tokenrl.control import Walk
 from tokenrl.runs import read_metrics
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
+BLUE, ORANGE = "#0072B2", "#D55E00"
 GAMMA = 0.99
 PLAIN = Estimator(baseline="none", returns="reward_to_go", gamma=GAMMA, aggregation="sequence_mean")
 NORMALISED = replace(PLAIN, returns="episode_normalized", scale_eps=1e-8)
@@ -164,25 +165,11 @@ def returns_of(args: Arguments, name: str) -> np.ndarray:
     return np.array(found)
 
 
-def interval(x: np.ndarray) -> np.ndarray:
-    """Return mean, low and high of the mean over the first axis, the seeds; 2000 resamples."""
-    n = len(x)
-    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 2000) / n
-    return np.concatenate([[x.mean(0)], np.quantile(weights @ x, (0.025, 0.975), axis=0)])
-
-
-def say(x: np.ndarray) -> str:
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*x)
-
-
 def draw_learning(axes: Axes, runs: dict[str, np.ndarray], args: Arguments) -> None:
     for name, returns in runs.items():
-        width = min(returns.shape[1], 20)
-        smooth = np.lib.stride_tricks.sliding_window_view(returns, width, axis=1).mean(-1)
-        mean, low, high = interval(smooth)
-        episodes = np.arange(len(mean)) + width
-        axes.fill_between(episodes, low, high, color=COLOURS[name], alpha=0.2, linewidth=0)
-        axes.plot(episodes, mean, color=COLOURS[name], linewidth=2, label=name)
+        means = rolling(returns, 20)
+        episodes = np.arange(means.shape[1]) + returns.shape[1] - means.shape[1] + 1
+        draw_band(axes, episodes, means, COLOURS[name], name)
     step = 0.01 if args.env == "walk" else -0.01
     beside = axes.get_yaxis_transform()
     for height, text in ((50 * step, "standing\nabout"), (1 + 10 * step, "straight")):
@@ -198,8 +185,7 @@ def draw_seeds(axes: Axes, last: dict[str, np.ndarray]) -> None:
     """Draw each seed as a point, with the mean of each kind and its interval beside them."""
     for i, (name, values) in enumerate(last.items()):
         axes.plot(np.full(len(values), i - 0.1), values, "o", color=COLOURS[name], alpha=0.5)
-        mean, low, high = interval(values)
-        axes.errorbar(i + 0.15, mean, [[mean - low], [high - mean]], fmt="s", color=COLOURS[name], capsize=4)
+        draw_mean(axes, i + 0.15, values, COLOURS[name], "s")
     axes.set_xticks(range(len(last)), last)
     axes.set_ylabel("mean return of the last 100 episodes, by seed")
 
@@ -225,9 +211,7 @@ def draw(args: Arguments, runs: dict[str, np.ndarray], last: dict[str, np.ndarra
     middle.set_title(title, loc="left", fontsize=11)
     draw_table(right, *table)
     right.set_title("Ten steps: normalising turns half the signs", loc="left", fontsize=11)
-    for axes in (left, middle, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#EAEAEA", linewidth=0.8)
+    open_frame(left, middle, right)
     return figure
 
 
@@ -245,13 +229,13 @@ def main(args: Arguments) -> None:
         runs[name] = returns_of(args, name)
         each = runs[name][:, -100:].mean(1)
         print(
-            f"{name:14} last {say(interval(each))}, seeds from {each.min():.2f} to {each.max():.2f}; "
-            f"all {say(interval(runs[name].mean(1)))}",
+            f"{name:14} last {mean_with_interval(each)}, seeds from {each.min():.2f} to {each.max():.2f}; "
+            f"all {mean_with_interval(runs[name].mean(1))}",
             flush=True,
         )
     last = {name: returns[:, -100:].mean(1) for name, returns in runs.items()}
     for one, other in (("normalised, V", "normalised"), ("raw, V", "raw"), ("raw, V", "normalised, V")):
-        print(f"{one} minus {other}, seed by seed: {say(interval(last[one] - last[other]))}")
+        print(f"{one} minus {other}, seed by seed: {mean_with_interval(last[one] - last[other])}")
     draw(args, runs, last, table).savefig(args.output)
     print(f"figure: {args.output}")
 

@@ -1,7 +1,7 @@
 """Figures that teach: each is computed by enumeration in float64, where everything can be listed.
 
-    python recipes/figures.py map                    or kl, variance, grpo-difficulty, length-bias
-    python recipes/figures.py variance --seed 3 --output variance.png
+    python recipes/enumeration/figures.py map                    or kl, variance, grpo-difficulty, length-bias
+    python recipes/enumeration/figures.py variance --seed 3 --output variance.png
 
 Each prints its numbers and writes its figure; `--help` after its name says what to look for.
 """
@@ -10,7 +10,7 @@ Each prints its numbers and writes its figure; `--help` after its name says what
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 import math

@@ -1,7 +1,7 @@
 """The ladder: four estimators on one task, each rung a change of the estimator alone.
 
-    python recipes/ladder.py vanilla                 or running_mean, rloo, grpo
-    python recipes/ladder.py vanilla --shift 1       the same problem with rewards of 1 and 2
+    python recipes/language/ladder.py vanilla                 or running_mean, rloo, grpo
+    python recipes/language/ladder.py vanilla --shift 1       the same problem with rewards of 1 and 2
 
 A tiny model that was mostly taught to sort digits in descending order learns to sort them in ascending
 order, from a reward of 1 for each right answer. The estimate of the gradient is the mean over completions
@@ -41,7 +41,7 @@ length.
 # requires-python = ">=3.10"
 # dependencies = ["tokenrl-lm"]
 # [tool.uv.sources]
-# tokenrl-lm = { path = "..", editable = true }
+# tokenrl-lm = { path = "../..", editable = true }
 # ///
 
 from typing import Literal
