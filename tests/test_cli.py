@@ -242,12 +242,10 @@ def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
     args = parse("train", COMMANDS["train"], ["--config", "mine.yaml", "--max-steps", "2"])
     grpo = Estimator.preset("grpo")
     assert args == TrainArguments(task="vowels", max_steps=2, learning_rate=1e-3, estimator=grpo)
-    text = (
-        "# a comment\nreward: [exact_match, repetition]\nestimator:\n  beta: 2.5E-2\nmicro_batch_size: null"
-    )
+    text = "# a comment\nreward: [exact_match, x.py:one]\nestimator:\n  beta: 2.5E-2\nmicro_batch_size: null"
     (tmp_path / "other.yml").write_text(text)
     args = parse("train", COMMANDS["train"], ["--config", "other.yml"])
-    assert args == TrainArguments(reward=("exact_match", "repetition"), estimator=Estimator(beta=0.025))
+    assert args == TrainArguments(reward=("exact_match", "x.py:one"), estimator=Estimator(beta=0.025))
     flags = ["--config=mine.yaml", "--estimator", "dapo", "--estimator.scale-ddof", "0", "--no-quiet"]
     args = parse("train", COMMANDS["train"], flags)
     assert args.estimator == Estimator.preset("dapo", scale_ddof=0) and args.max_steps == 7
@@ -374,7 +372,7 @@ def test_paths_that_are_no_text_end_in_a_whole_model_or_before_the_first_step(tm
 def test_a_failure_during_the_run_is_exit_code_1(capsys):
     assert main([*TRAIN, "--quiet", "--reward", "made_up_rewards:fails_later"]) == 1
     said = capsys.readouterr().err
-    assert re.search(r"At step \d: Reward function fails_later raised SystemExit: 0 \(row 0 of", said)
+    assert re.search(r"At step \d: Reward function fails_later raised SystemExit: 0 \(made_up_rewards", said)
     summary = json.loads(Path("run", "summary.json").read_text())
     assert summary["exit_reason"] == "failed" and "fails_later raised SystemExit" in summary["error"]
     assert "Traceback" not in said

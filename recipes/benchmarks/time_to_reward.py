@@ -37,7 +37,6 @@ import statistics
 import sys
 import tempfile
 import time
-from os import _exit as leave  # by this name, since tokenrl takes os._exit in a reward for its failure
 from typing import Any
 
 from one_trainer import train_with_trl
@@ -99,7 +98,7 @@ class Watch:
     def end(self) -> None:
         """Print what was seen, and leave both trainers without what they do at their end."""
         print(json.dumps({"history": self.history}), flush=True)
-        leave(0)
+        os._exit(0)
 
 
 def level(history: list[tuple[int, float, float]]) -> float:

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import functools
 import math
-import os
 import signal
 import time
 from fractions import Fraction
@@ -18,7 +17,7 @@ from tiny_models import letter_task, letters_trained
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.presets import PRESETS
-from tokenrl.errors import Stopped, TokenrlError
+from tokenrl.errors import Stopped
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rewards.rewards import Rewards
 
@@ -173,8 +172,8 @@ def reward_model(error):
 @pytest.mark.parametrize("error", KINDS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("make", [plain, awaited, in_a_task, reward_model])
 def test_what_a_reward_raises_is_its_failure(make, error):
-    named = rf"Reward function bad raised {type(error).__name__}: .*\(row 2 of 4, completion ''\)"
-    with pytest.raises(Stopped, match=named) as caught:
+    named = rf"Reward function bad raised {type(error).__name__}: .* \(test_reward_failures.py, line \d+\)"
+    with pytest.raises(Stopped, match=rf"{named}.* 4 completions of the prompts 'p0', .*'p3'\.") as caught:
         call([length, make(error)])
     assert caught.value.__cause__ is error and caught.value.exit_code == 1
 
@@ -182,10 +181,10 @@ def test_what_a_reward_raises_is_its_failure(make, error):
 def test_errors_that_cause_each_other_are_told_once():
     first, second = ValueError("first"), KeyError("second")
     first.__cause__, second.__cause__ = second, first
-    with pytest.raises(Stopped, match=r"raised ValueError: first caused by KeyError: 'second' \(row 2 of"):
+    with pytest.raises(Stopped, match=r"raised ValueError: first caused by KeyError: 'second' \(test"):
         call(plain(first))
     first.__cause__ = first
-    with pytest.raises(Stopped, match=r"bad raised ValueError: first \(row 2 of 4"):
+    with pytest.raises(Stopped, match=r"bad raised ValueError: first \(test"):
         call(plain(first))
 
 
@@ -236,7 +235,7 @@ def test_an_error_of_an_own_kind_ends_a_run_as_any_other(tmp_path):
             raise Own("mine")
         return [float(len(text)) for text in completions]
 
-    with pytest.raises(Stopped, match=r"later raised Own: mine \(row 0 of .*step_000002") as caught:
+    with pytest.raises(Stopped, match=r"later raised Own: mine \(.*step_000002") as caught:
         letters_trained(tmp_path / "run", letter_task(later))
     assert caught.value.exit_code == 1
 
@@ -253,14 +252,17 @@ def test_a_logged_value_that_no_table_holds_ends_the_run_in_a_sentence(tmp_path,
         letters_trained(tmp_path / "run", letter_task(logs))
 
 
-def test_a_failure_of_all_rows_together_is_told_as_such():
-    def batch_only(completions):
-        if len(completions) > 1:
-            raise MemoryError("too many")
-        return [0.0]
+def test_a_function_that_fails_is_not_called_again():
+    calls = []
 
-    with pytest.raises(Stopped, match=r"MemoryError: too many \(rows 0 to 3 together.*'one'\)"):
-        call(batch_only)
+    def paid(completions):
+        calls.append(len(completions))
+        return [1 / len(text) for text in completions]
+
+    line = paid.__code__.co_firstlineno + 2
+    with pytest.raises(Stopped, match=rf"paid raised Zero.*, line {line}\)\. It was called with 4 comp"):
+        call(paid)
+    assert calls == [4]
 
 
 def test_a_real_interrupt_passes_through():
@@ -270,27 +272,6 @@ def test_a_real_interrupt_passes_through():
 
     with pytest.raises(KeyboardInterrupt):
         call(patient)
-
-
-def test_os_exit_of_this_process_is_a_failure_and_that_of_a_fork_is_its_own(tmp_path):
-    def quits(completions):
-        os._exit(0)
-
-    def forks(completions):
-        pid = os.fork()
-        if pid == 0:
-            os._exit(7)
-        return [float(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))] * len(completions)
-
-    real = os._exit
-    with pytest.raises(Stopped, match=r"quits raised SystemExit: os._exit\(0\) \(row 0 of 4"):
-        call(quits)
-    assert call(forks).total.tolist() == [7.0] * 4
-    for place in ("", "def reward(completions): "):  # while it is imported, and by a name from then
-        (tmp_path / "own.py").write_text(f"from os import _exit\n{place}_exit(0)")
-        with pytest.raises(TokenrlError, match=r"SystemExit: os._exit\(0\)"):
-            call([f"{tmp_path}/own.py:reward"])
-    assert os._exit is real
 
 
 # ---- async functions ----

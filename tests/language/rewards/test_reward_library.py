@@ -12,8 +12,6 @@ from tokenrl.language.rewards.library import (
     Length,
     NumericAnswer,
     RegexFormat,
-    Repetition,
-    ValidJson,
     final_number,
 )
 from tokenrl.language.rewards.rewards import Rewards
@@ -106,25 +104,11 @@ def test_length_is_measured_in_tokens_words_or_characters():
         Length(max=1)(completions=texts)
 
 
-def test_repetition_counts_the_grams_that_stood_before():
-    texts = ["a b c d", "a b A b a", "a a a a", "a b", ""]
-    assert Repetition(n=2)(completions=texts) == pytest.approx([0, -0.5, -2 / 3, 0, 0])
-    assert Repetition(n=1, unit="characters")(completions=["aab"]) == pytest.approx([-1 / 3])
-    assert Repetition(n=3, unit="tokens")(completions=["x"], completion_ids=[[1, 1, 1, 1]]) == [-0.5]
-
-
-def test_json_is_valid_or_not():
-    good = ['{"name": "a", "age": 3}', " [1, 2]\n", '"x"', "1" * 5000]
-    bad = ["{'name': 1}", '{"a": 1} ok', "NaN", "[Infinity]", "", "[" * 100_000, '```json\n{"a": 1}\n```']
-    assert ValidJson()(completions=good + bad) == [1] * 4 + [0] * 7
-    assert ValidJson(required=["name", "age"])(completions=[*good, '{"name": 1}']) == [1, 0, 0, 0, 0]
-
-
 @pytest.mark.parametrize(
     "make",
     [
         lambda: Length(), lambda: Length(target=1, max=2), lambda: Length(target=3, unit="bytes"),
-        lambda: RegexFormat("("), lambda: ValidJson(required="name"), lambda: NumericAnswer(tolerance=-1),
+        lambda: RegexFormat("("), lambda: NumericAnswer(tolerance=-1),
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(make):

@@ -16,7 +16,7 @@ import torch
 import toy_tasks
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language.inspect.arguments import EvaluateArguments
-from tokenrl.language.rewards.library import Length, RegexFormat, ValidJson
+from tokenrl.language.rewards.library import Length, RegexFormat
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.task import PromptTask, find_task
@@ -205,7 +205,6 @@ def test_rewards_by_name(tmp_path, monkeypatch):
     assert load_reward(length) is length
     assert load_reward(" length ( max = 3, unit='words' )") == Length(max=3, unit="words")
     assert load_reward("regex_format(pattern='a:b/c(d)')") == RegexFormat("a:b/c(d)")
-    assert load_reward("valid_json(required=['a', 'b'])") == ValidJson(("a", "b"))
     assert inspect.iscoroutinefunction(load_reward("my_rewards:slow"))
     rewards = Rewards(["my_rewards:slow", f"{tmp_path}/my_rewards.py:judge", length])
     assert rewards.names == ["slow", "Judge", "length"]
@@ -217,6 +216,7 @@ def test_rewards_by_name(tmp_path, monkeypatch):
         "broken_rewards:f": "OSError: no key",
         "no_rewards:f": "no module no_rewards",
         "lenght": "Give module:function, path/to/file.py:function, the folder",
+        "valid_json": "the library has no reward 'valid_json'.*Give module:function, path/to/file",
         3: "is a int; give a callable",
         "length": r"length holds no saved model: it has no config\.json",
     }.items():
@@ -273,7 +273,7 @@ between.range = (-2, 3)
         ([right, between], [1.0, -1.0], False, None, (-3, 3)),
         (functools.partial(between), None, False, None, (-2, 3)),
         ("exact_match", None, True, 1.0, (0, 1)),
-        (["exact_match", "repetition"], [2.0, 1.0], False, None, (-1, 2)),
+        (["exact_match", between], [2.0, 1.0], False, None, (-2, 5)),
         ("length(target=3)", None, False, None, None),
     ],
 )
@@ -320,8 +320,8 @@ def test_a_task_s_threshold_is_for_its_own_reward_and_a_setting_is_for_any():
         return find_task(EvaluateArguments(task=task, **options))[1].pass_threshold
 
     assert mark() == 0.5 and mark(pass_threshold=0.75) == 0.75
-    assert mark(reward_weights=(3.0,)) is None and mark(reward=("repetition",)) is None
-    assert mark(reward=("repetition",), pass_threshold=-0.5) == -0.5
+    assert mark(reward_weights=(3.0,)) is None and mark(reward=("length(max=3)",)) is None
+    assert mark(reward=("length(max=3)",), pass_threshold=-0.5) == -0.5
     countdown = find_task(EvaluateArguments(task="countdown", reward=("toy_tasks.countdown:reward",)))
     assert countdown[1].pass_threshold is None and toy_tasks.load("countdown").pass_threshold == 1.0
 

@@ -58,7 +58,7 @@ class EvaluateArguments(TaskArguments, PromptArguments, LoadingArguments):
     binary, a threshold of the task, or --pass-threshold. Default: 1 and num_generations."""
     pass_threshold: Number | None = None
     """Least total reward with which a completion is right, for pass@k. Default: 1 for a single reward that is
-    declared binary (of the library: exact_match, numeric_answer, regex_format, valid_json; or a function with
+    declared binary (of the library: exact_match, numeric_answer, regex_format; or a function with
     `function.binary = True`), else the threshold of the task, if it has one."""
     best_of: Natural = 0
     """Largest n of best-of-n. This many completions are sampled for each prompt, the rewards named by

@@ -12,12 +12,14 @@ import functools
 import inspect
 import math
 import numbers
-import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from textwrap import shorten
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -90,7 +92,7 @@ def call_rewards(
 
     Raises:
         Stopped: a function raised anything (SystemExit too), or did not return for each completion a number
-            within `LARGEST_REWARD`, or None; the message names the function and the row.
+            within `LARGEST_REWARD`, or None; the message names the function, and what it raised or the row.
         Refused: a function has a parameter for a column that does not exist.
     """
     extra: dict[str, list[Any]] = {}
@@ -103,7 +105,7 @@ def call_rewards(
         logged.setdefault(_free_name(function, "log_metric", name), []).append(float(value))
 
     shared, attempts = {"trainer_state": SimpleNamespace(**state)}, {}
-    with contained():
+    with restored_settings():
         for name, function in named.items():
             announce(f"Reward function {name}")
             logs = {"log_extra": partial(log_extra, name), "log_metric": partial(log_metric, name)}
@@ -116,10 +118,7 @@ def call_rewards(
             if isinstance(error, TokenrlError):
                 raise error
             if error is not None:
-                said = f"Reward function {name} raised {describe(error)}"
-                announce(f"{said}; called again on single rows, it")
-                where = _first_failing_row(named[name], name, rows, shared)
-                raise Stopped(f"{said} ({where}).") from error
+                raise _failure(name, error, rows["prompts"]) from error
     values = {name: checked_rewards(name, one.output, rows["completions"]) for name, one in attempts.items()}
     return Called(values, extra, logged, {name: one.seconds for name, one in attempts.items()})
 
@@ -141,28 +140,27 @@ def _free_name(function: str, call: str, name: Any) -> str:
     )
 
 
-@contextlib.contextmanager
-def contained() -> Iterator[None]:
-    """Contain what the code of a reward does to this process while it runs in the block.
+def _failure(name: str, error: BaseException, prompts: Sequence[Any]) -> Stopped:
+    """Say what a reward function raised, at which of its lines, and with which prompts it was called."""
+    frames = traceback.extract_tb(error.__traceback__)[1:2]  # before it is the call in this file
+    line = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in frames)
+    distinct = shorten(", ".join(dict.fromkeys(map(shown, prompts))), 1000, placeholder=" ...")
+    return Stopped(
+        f"Reward function {name} raised {describe(error)}{line}. It was called with {len(prompts)} "
+        f"completions of the prompts {distinct}."
+    )
 
-    `os._exit` raises SystemExit, since a run must not end without a word; processes that a reward forks still
-    end by it. Settings of torch and numpy are given back as they were.
-    """
-    real, owner, torch = os._exit, os.getpid(), sys.modules.get("torch")
+
+@contextlib.contextmanager
+def restored_settings() -> Iterator[None]:
+    """Give settings of torch and numpy back as they were after code of a reward has run in the block."""
+    torch = sys.modules.get("torch")
     before = {name: getattr(torch, f"get_{name}")() for name in TORCH_SETTINGS.split()} if torch else {}
     gradients = torch.set_grad_enabled(torch.is_grad_enabled()) if torch else contextlib.nullcontext()
-
-    def refuse(code: int) -> None:
-        if os.getpid() != owner:
-            real(code)
-        raise SystemExit(f"os._exit({code})")
-
-    os._exit = refuse  # type: ignore[assignment]
     try:
         with np.errstate(), gradients:
             yield
     finally:
-        os._exit = real
         for name, value in before.items():
             if getattr(torch, f"get_{name}")() != value:
                 getattr(torch, f"set_{name}")(value)
@@ -233,21 +231,6 @@ def accepted_arguments(function: Reward, name: str, available: Mapping[str, Any]
             )
     whole = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return [key for key in available if whole or key in named]
-
-
-def _first_failing_row(
-    function: Reward, name: str, rows: Mapping[str, list[Any]], shared: Mapping[str, Any]
-) -> str:
-    """Describe the first row on which the function fails by itself, after a call on all rows failed."""
-    silent = {**shared, "log_extra": lambda *_, **__: None, "log_metric": lambda *_, **__: None}
-    completions = rows["completions"]
-    for i, completion in enumerate(completions):
-        alone = _attempt(function, name, {key: values[i : i + 1] for key, values in rows.items()} | silent)
-        if inspect.isawaitable(alone.output):
-            alone = _await_all([alone.output])[0]
-        if alone.error is not None:
-            return f"row {i} of {len(completions)}, completion {shown(completion)}"
-    return f"rows 0 to {len(completions) - 1} together, but none alone; the first: {shown(completions[0])}"
 
 
 def checked_rewards(name: str, output: Any, completions: Sequence[Any]) -> np.ndarray:

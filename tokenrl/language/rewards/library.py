@@ -7,7 +7,6 @@ model wrote is parsed, and never evaluated as code.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -100,59 +99,6 @@ class Length(Settings):
             return [-abs(size - self.target) / self.target for size in sizes]
         limit = self.max or 1
         return [-float(size > limit) * (size - limit) / limit for size in sizes]
-
-
-@dataclass(frozen=True)
-class Repetition(Settings):
-    """Minus the share of n-grams that repeat an earlier one: `(distinct n-grams) / (all n-grams) - 1`.
-
-    The reward lies between -1 and 0. It is 0 for a completion that is too short for two n-grams.
-
-    Attributes:
-        n: the number of units per n-gram.
-        unit: what an n-gram is made of: tokens, words (upper and lower case count as equal) or characters.
-    """
-
-    n: Count = 3
-    unit: Unit = "words"
-    __name__ = "repetition"
-    range = (-1.0, 0.0)
-
-    def __call__(self, completions: Sequence[Any], completion_ids: Any = None, **_: Any) -> list[float]:
-        """Reward N completions."""
-        rewards = []
-        for row in _units(self.unit, completions, completion_ids):
-            grams = [tuple(row[i : i + self.n]) for i in range(len(row) - self.n + 1)]
-            rewards.append(len(set(grams)) / len(grams) - 1.0 if grams else 0.0)
-        return rewards
-
-
-@dataclass(frozen=True)
-class ValidJson(Settings):
-    """1 where the whole completion is JSON (RFC 8259: no NaN, and no text around it), else 0.
-
-    Attributes:
-        required: keys that the JSON value must have; it must then be an object.
-    """
-
-    required: tuple[str, ...] = ()
-    __name__ = "valid_json"
-    binary = True
-
-    def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
-        """Reward N completions."""
-        return [float(self._accepts(text)) for text in completion_texts(completions)]
-
-    def _accepts(self, text: str) -> bool:
-        try:
-            value = json.loads(text, parse_constant=_no_constant, parse_int=str)  # int() refuses long numbers
-        except (ValueError, RecursionError):
-            return False
-        return not self.required or (isinstance(value, dict) and set(self.required) <= set(value))
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 _PUNCTUATION = re.compile(r"[^\w\s]")
@@ -281,5 +227,5 @@ class NumericAnswer(_Answer):
         return float(found is not None and abs(found - right) <= self.tolerance * max(1.0, abs(right)))
 
 
-_REWARDS: tuple[Any, ...] = (ExactMatch, NumericAnswer, RegexFormat, Length, Repetition, ValidJson)
+_REWARDS: tuple[Any, ...] = (ExactMatch, NumericAnswer, RegexFormat, Length)
 LIBRARY: dict[str, Any] = {vars(kind)["__name__"]: kind for kind in _REWARDS}

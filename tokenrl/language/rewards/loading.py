@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import Refused, suggest
-from tokenrl.language.rewards.calls import Reward, contained
+from tokenrl.language.rewards.calls import Reward, restored_settings
 from tokenrl.language.rewards.library import LIBRARY
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.names import import_attribute
@@ -57,7 +57,7 @@ def load_reward(spec: Any) -> Reward:
             raise Refused(f"reward '{text}': {error} {LIBRARY[name].__doc__.splitlines()[0]}") from error
     if ":" not in text:
         raise Refused(f"reward '{text}': there is no such folder here. {_FORMS}")
-    with contained():
+    with restored_settings():
         function = import_attribute(text, "reward")
     if not callable(function):
         raise Refused(f"reward '{text}' is a {type(function).__name__}, which cannot be called.")

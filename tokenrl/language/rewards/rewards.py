@@ -9,7 +9,8 @@ rewards say both themselves where they hold. A reward that breaks its promise st
 
 A reward lies between -1e12 and 1e12, and so does the weighted sum (`LARGEST_REWARD`): far larger numbers
 would overflow float32, in which advantages are computed. Whatever a reward raises, `sys.exit` included,
-stops the run with a message that names the function and the row; only a Ctrl-C is not its failure.
+stops the run with a message that names the function, its line and the prompts; only a Ctrl-C is not its
+failure.
 """
 
 from __future__ import annotations

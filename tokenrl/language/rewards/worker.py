@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, describe
-from tokenrl.language.rewards.calls import Called, call_rewards, contained
+from tokenrl.language.rewards.calls import Called, call_rewards, restored_settings
 from tokenrl.language.rewards.loading import load_reward
 from tokenrl.names import FILE_MODULE, import_file
 from tokenrl.runs.signals import GracefulStop
@@ -148,7 +148,8 @@ def _serve(pipe: Connection, files: list[str], pickled: Mapping[str, bytes]) -> 
     # goes on. It uses a handler because programs that a reward starts would inherit SIG_IGN.
     GracefulStop(quiet=True, patient=True).__enter__()
     for file in files:
-        with contextlib.suppress(*USER_CODE_FAILED), contained():  # a function of that file says so below
+        # A function of a file that cannot be imported says so below.
+        with contextlib.suppress(*USER_CODE_FAILED), restored_settings():
             import_file(Path(file))
     with contextlib.suppress(*GONE):  # the training has ended
         try:

@@ -63,8 +63,8 @@ class TaskArguments(DataArguments):
     DatasetDict, a list of rows or a task object."""
     reward: Annotated[tuple[str, ...], OR_OBJECT] = ()
     """`module:function`, `file.py:function`, a directory with a sequence classifier of one label, or a reward
-    of the library: exact_match, numeric_answer, 'regex_format(pattern="...")', 'length(target=20)',
-    repetition, valid_json. Several rewards are summed. Default: the task's own reward."""
+    of the library: exact_match, numeric_answer, 'regex_format(pattern="...")', 'length(target=20)'.
+    Several rewards are summed. Default: the task's own reward."""
 
 
 def read_splits(name: str) -> dict[str, list[dict[str, Any]]]:
