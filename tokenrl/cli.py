@@ -18,7 +18,7 @@ import tyro
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.errors import Refused, TokenrlError, suggest
-from tokenrl.flags import Command, parse, print_completion
+from tokenrl.flags import Command, parse
 from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.lab.exact.catalogue import LabArguments
 from tokenrl.lab.measure.arguments import MeasureArguments
@@ -104,8 +104,6 @@ def _run(argv: list[str]) -> int:
 
         print(__version__)
         return 0
-    if argv[0] == "--print-completion":
-        print_completion(argv[1] if argv[1:] else "", COMMANDS)
     name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
     if name not in COMMANDS:
         raise Refused(f"There is no command {name!r}.{suggest(name, COMMANDS)}")
@@ -128,5 +126,4 @@ def _help() -> str:
     about = "Policy gradients on language models and gymnasium environments."
     lines = ["usage: tokenrl COMMAND [--help] ...", "", about, ""]
     lines += [f"  {name:13}{command.arguments.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
-    shell = 'eval "$(tokenrl --print-completion bash)"'
-    return "\n".join([*lines, "", f"Completion in bash: {shell}; there are scripts for zsh and fish."])
+    return "\n".join(lines)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import cleandoc, get_annotations
 from itertools import pairwise
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
 from docstring_parser import parse_from_object
@@ -30,7 +30,7 @@ from tokenrl.foreign import check_flags
 from tokenrl.lab.compare.arguments import CompareArguments, with_shared
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.files import plain
-from tokenrl.settings import OR_FUNCTION, arguments, check_choice, field_types
+from tokenrl.settings import OR_FUNCTION, arguments, field_types
 
 ABOUT_CONFIG = "Read settings from this file: a run's config.json, or JSON or YAML. Flags override it."
 FRAME = re.compile("^.*[─-]{8,}.*$", re.MULTILINE)
@@ -155,33 +155,6 @@ def _shared(kind: Any, argv: list[str], prog: str) -> tuple[dict[str, Any], list
         given["estimator"] = given.pop("axes")
     arguments(kind, given)  # refuses values that are not allowed
     return dict(plain(given)), rest
-
-
-def print_completion(shell: str, commands: Mapping[str, Command]) -> None:
-    """Print tyro's script with which a shell completes commands, flags and values, and exit.
-
-    Args:
-        shell: bash, zsh or fish.
-        commands: The commands by name, of one word or two.
-
-    Raises:
-        Refused: There is no script for this shell.
-        SystemExit: Always, after printing, with code 0.
-    """
-    check_choice("--print-completion", shell, ("bash", "zsh", "fish"))
-    tree: dict[str, dict[str, Any]] = {}
-    for name, command in commands.items():
-        word, _, second = name.partition(" ")
-        tree.setdefault(word, {})[second] = _flags(command)
-    kinds = {word: below.get("") or _group({"word": _one_of(below)}) for word, below in tree.items()}
-    how: dict[str, Any] = {"prog": "tokenrl", "config": (tyro.conf.OmitSubcommandPrefixes,)}
-    tyro.cli(_one_of(kinds), args=["--tyro-print-completion", shell], **how)
-
-
-def _one_of(kinds: Mapping[str, Any]) -> Any:
-    """Return the type that is a choice between commands."""
-    named = tuple(Annotated[kind, tyro.conf.subcommand(word)] for word, kind in kinds.items())
-    return Union[named]  # noqa: UP007
 
 
 def _flags(command: Command, start: Mapping[str, Any] | None = None) -> Any:

@@ -41,7 +41,7 @@ def origin(**options):
 def test_a_command_that_was_typed_is_shown_as_it_was(program, monkeypatch):
     monkeypatch.setattr(sys, "argv", [program, "train", "--task", "a b"])
     assert origin().command == "tokenrl train --task 'a b'"
-    assert "tokenrl train --task 'a b'" in origin().in_words() and "json" not in str(origin().in_words())
+    assert "tokenrl train --task 'a b'" in origin().in_words()
 
 
 @pytest.mark.parametrize("program", ["/home/someone/train.py", "/lib/pytest/__main__.py"])
@@ -51,9 +51,6 @@ def test_a_program_s_settings_can_be_repeated_by_a_command_if_all_have_names(pro
     by_name = {"estimator": Inner(NamedFunction("mine.py:half"))}
     for options in ({}, {"max_steps": 7}, {"task": Path("x")}, {"reward": (paid, "length(max=3)")}, by_name):
         assert origin(**options).command == again
-    said = "\n".join(origin(max_steps=7, reward=(paid,)).in_words())
-    assert "started from Python" in said and '"max_steps": 7' in said and "tokenrl train" not in said
-    assert "estimator" not in said and f"{__name__}:paid" in said  # defaults are left out
 
 
 NAMELESS = [{"reward": (lambda completions: completions,)}, {"reward": LIBRARY["length"](max=3)}]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -10,13 +9,11 @@ import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
-
-from tokenrl.runs.files import plain
 
 _PACKAGES: tuple[str, ...] = ("tokenizers",)
 _PACKAGES += ("torch", "transformers", "accelerate", "datasets", "peft", "gymnasium", "numpy", "safetensors")
@@ -30,13 +27,10 @@ class Origin:
         command: the command line that repeats the run; empty if there is none, because the program gave the
             run objects that have no name outside of it, such as a lambda.
         settings: all settings by field, with names in place of objects.
-        changed: the settings of a Python program that are not the default, as JSON holds them; None if the
-            command was typed.
     """
 
     command: str
     settings: dict[str, Any]
-    changed: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, kind: str, args: Any, names: Mapping[str, str | None], config: Path) -> Origin:
@@ -55,18 +49,13 @@ class Origin:
             return cls(typed, settings)
         named = all(isinstance(values[name], os.PathLike) for name in objects) and _has_names(values)
         again = ["tokenrl", kind, "--config", str(config), "--overwrite"] if named else []
-        made = {f.name: f.default_factory() for f in fields(args) if f.default_factory is not MISSING}
-        default = {f.name: f.default for f in fields(args)} | made
-        changed = {name: plain(value) for name, value in settings.items() if value != default[name]}
-        return cls(shlex.join(again), settings, changed)
+        return cls(shlex.join(again), settings)
 
     def in_words(self) -> list[str]:
-        """Return lines of Markdown: the command that was typed, or else the settings of the program."""
-        if self.changed is None:
-            return ["It was made by this command:", "", "```sh", self.command, "```"]
-        settings = json.dumps(self.changed, indent=2, sort_keys=True, ensure_ascii=False)
-        said = "It was started from Python with these settings; the others had their defaults:"
-        return [said, "", "```json", settings, "```"]
+        """Return lines of Markdown: the command that repeats the run, if there is one."""
+        if not self.command:
+            return ["It was started from Python. The file config.json of the run holds the settings."]
+        return ["This command repeats the run:", "", "```sh", self.command, "```"]
 
 
 def typed_command() -> str:
