@@ -252,7 +252,7 @@ def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"versions": {}, "output_dir": "old", "seed": 4}')
     (tmp_path / "own.json").write_text('{"output_dir": "named"}')
     for words, found in (
-        *(("config.json", None), ("config.json --resume auto", "old"), ("own.json --output-dir", "named")),
+        *(("config.json", None), ("config.json --resume auto", "old"), ("own.json", "named")),
     ):
         assert parse("train", COMMANDS["train"], ["--config", *words.split()]).output_dir == found
     stored = {"output_dir": "old", "resume": "auto", "overwrite": True}

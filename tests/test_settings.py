@@ -116,6 +116,7 @@ def test_every_command_refuses_a_number_in_the_same_sentence(capsys):
         ("--lerning-rate 3", "There is no flag --lerning-rate. Did you mean '--learning-rate'? See tokenrl"),
         ("--epsilon 0.3", "There is no flag --epsilon. It is an axis of the estimator: --estimator.epsilon."),
         ("--max-steps", "Missing value for argument '--max-steps'"),
+        ("--output-dir --quiet", "Missing value for argument '--output-dir'"),
         ("--warm-start often", "warm_start was given as 'often'; it must be True or False, or one of auto."),
         ("extra", "There is no flag extra. See tokenrl train --help."),
     ],

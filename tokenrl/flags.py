@@ -35,8 +35,8 @@ from tokenrl.settings import OR_FUNCTION, arguments, field_types
 ABOUT_CONFIG = "Read settings from this file: a run's config.json, or JSON or YAML. Flags override it."
 FRAME = re.compile("^.*[─-]{8,}.*$", re.MULTILINE)
 """A line of the frame around tyro's errors."""
-ALONE = {"--output-dir": None, "--warm-start": "--warm-start=True", "--no-warm-start": "--warm-start=False"}
-"""What a flag means that may take a value, and stands without one: None where it means nothing."""
+ALONE = {"--warm-start": "--warm-start=True", "--no-warm-start": "--warm-start=False"}
+"""What a flag means that may take a value, and stands without one."""
 READING = ConstructorRegistry()
 """How tyro reads the values of flags."""
 
@@ -86,9 +86,7 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
 def _with_values(words: Iterable[str]) -> Iterator[str]:
     """Yield the words of a command line; each flag of `ALONE` without a value is replaced."""
     for word, after in pairwise([*words, "--"]):
-        read = ALONE.get(word.replace("_", "-"), word) if after[:2] == "--" else word
-        if read is not None:
-            yield read
+        yield ALONE.get(word.replace("_", "-"), word) if after[:2] == "--" else word
 
 
 def _given(command: Command, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
