@@ -27,7 +27,8 @@ PROGRAMS = {
     if path.parent.name != "benchmarks" and path.stem not in PARTS
 }
 # tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py, tests/lab/compare/
-ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "compare_baselines", "rebuild"}
+ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "rebuild"}
+ELSEWHERE |= {"compare_baselines", "overall_scores"}
 TABLE = "estimators_table"
 RUNGS = {
     "ladder vanilla": ("none", "exact"),

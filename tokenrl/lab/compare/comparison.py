@@ -14,7 +14,6 @@ import pandas as pd
 from tokenrl.errors import Stopped
 from tokenrl.lab.compare.judge import judge_scores
 from tokenrl.lab.compare.judgement import Judgement, listed, shown
-from tokenrl.lab.compare.overall import overall
 from tokenrl.lab.compare.plan import SCORES, Arm, Plan, Problem
 from tokenrl.lab.compare.scores import RunTable, thresholds
 from tokenrl.runs.findings import Finding
@@ -44,7 +43,6 @@ class Comparison:
         findings: what the table of rules finds in the training of an arm, by problem and arm.
         judgements: failures, paired differences and verdicts by score; that of the plan decides.
         thresholds: by problem and arm, how many runs reach a reward, and the median of the samples to it.
-        overall: by arm, all problems together; empty for a single one, or without declared ranges.
     """
 
     output_dir: Path
@@ -53,7 +51,6 @@ class Comparison:
     findings: dict[tuple[str, str], list[Finding]]
     judgements: dict[str, Judgement]
     thresholds: pd.DataFrame
-    overall: dict[str, Any]
 
     @property
     def judgement(self) -> Judgement:
@@ -121,7 +118,6 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
         )
         for name in dict.fromkeys([metric, *known])
     }
-    ranges = {problem.label: problem.reward_range for problem in plan.problems}
     return Comparison(
         output_dir=output_dir,
         plan=plan,
@@ -129,7 +125,6 @@ def judge_runs(output_dir: Path, plan: Plan, table: RunTable) -> Comparison:
         findings=found,
         judgements=judgements,
         thresholds=pd.concat([thresholds(problem, table) for problem in plan.problems]),
-        overall=overall(ours.assign(score=ours[metric]), ranges, judgements[metric]),
     )
 
 

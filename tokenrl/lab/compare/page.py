@@ -13,8 +13,6 @@ import pandas as pd
 import tokenrl.runs.html as html
 from tokenrl.lab.compare.comparison import Comparison
 from tokenrl.lab.compare.judgement import Family, listed, shown
-from tokenrl.lab.compare.overall import METHOD
-from tokenrl.lab.compare.paired import Interval
 from tokenrl.lab.compare.plan import SCORES, Problem
 from tokenrl.runs.files import write_json, write_text
 from tokenrl.runs.origin import versions
@@ -55,7 +53,6 @@ def write_comparison(found: Comparison) -> Path:
         *(html.Section(f"Verdict{on[label]}", [_verdict(found, label)]) for label in on),
         html.Section("What was compared", [html.table(["", ""], list(_facts(found).items()), "words")]),
         *(part for problem in plan.problems for part in _of_problem(found, problem, on[problem.label])),
-        html.Section("All problems together", _overall(found) if found.overall else []),
         html.Section("Sample completions", [html.completions(_completions(found))], closed=True),
         html.Section("Every difference, in each metric", [_frame(found.differences())], closed=True),
         html.Section("Every run", [_frame(found.table.runs)], closed=True),
@@ -85,7 +82,6 @@ def write_tables(found: Comparison) -> None:
             "sentences": {family.problem: family.sentences() for family in families},
             "caveats": {label: [c.text for c in each] for label, each in found.caveats.items()},
             "thresholds": found.thresholds.to_dict("records"),
-            "overall": found.overall,
             "versions": packages,
             "citation": CITATION.format(**packages),
         },
@@ -196,24 +192,6 @@ def _rates(found: Comparison, label: str) -> list[Chart]:
     return [chart] if curves else []
 
 
-def _overall(found: Comparison) -> list[html.Block]:
-    """Show interquartile means, probabilities of improvement and performance profiles with bands."""
-    improved = f"probability of improvement over {found.plan.reference}, by pairs"
-    frame = pd.DataFrame.from_dict(found.overall, orient="index", columns=["iqm", "improvement"])
-    frame = frame.set_axis(["interquartile mean", improved], axis=1).rename_axis("arm").reset_index()
-    curves = []
-    for number, (arm, one) in enumerate(found.overall.items(), start=1):
-        x, share, *band = np.transpose(one["profile"]).tolist()
-        curves.append(Curve(x, share, arm, colour=number, band=(band[0], band[1]), dots=True))
-    words = (
-        f"Scores are shares of the range of the reward. This decides nothing: {METHOD}. Interquartile means "
-        "and profiles are not paired by seed."
-    )
-    unit = "share of runs that reach at least a score"
-    chart = Chart("Performance profile", unit, curves, True, whole=False, last=False)
-    return [html.paragraph(words, "soft"), _frame(frame, ""), html.drawings([chart])]
-
-
 def _completions(found: Comparison) -> list[dict[str, object]]:
     """Return some completions of the first run of each arm on each problem, to sort and to filter."""
     runs, rows = found.table.runs, list[dict[str, object]]()
@@ -232,8 +210,6 @@ def _frame(frame: pd.DataFrame, style: str = "wide") -> html.Block:
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, Interval):
-        return f"{shown(value.value)} [{shown(value.low)}, {shown(value.high)}]"
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
