@@ -68,11 +68,7 @@ def test_two_arms_give_the_opposite_when_the_other_one_is_the_reference(table, m
     for name in ("mean", "adjusted"):
         a, b = getattr(there, name), getattr(back, name)
         assert (b.value, b.low, b.high) == pytest.approx((-a.value, -a.high, -a.low))
-    assert back.improvement == pytest.approx(
-        (1 - there.improvement.value, 1 - there.improvement.high, 1 - there.improvement.low)
-    )
-    same = ("p_sign_flip", "p_failures", "level", "seeds_needed")
-    assert [getattr(back, name) for name in same] == [getattr(there, name) for name in same]
+    assert (back.p_failures, back.level) == (there.p_failures, there.level)
 
 
 @few
@@ -94,7 +90,6 @@ def test_a_verdict_is_what_the_interval_at_the_level_of_the_family_says(table, m
             assert margin is None or low < -margin or high > margin
         elif d.verdict == "undecided":
             assert low == high or (low <= 0 <= high and (margin is None or low < -margin or high > margin))
-            assert d.seeds_needed is None or d.seeds_needed > len(d.differences)
         check_words(next(text for text in found.sentences() if f"{d.arm} " in text), d.verdict)
         assert d.arm in found.headline() and d.reference in found.headline()
 
@@ -134,8 +129,6 @@ def test_each_verdict_has_its_words(verdict, differences, options):
     found, text = one([0.0] * len(differences), differences, **options)
     assert found.verdict == verdict
     check_words(text, verdict)
-    if found.seeds_needed is not None:
-        assert verdict in ("undecided", "descriptive") and f" {found.seeds_needed:,} seeds" in text
 
 
 @pytest.mark.parametrize("apart", [0.0, 0.25, -0.25, 0.1])
@@ -143,7 +136,7 @@ def test_an_interval_of_width_zero_decides_nothing(apart):
     """Six equal differences show no spread; .1 is rounded differently in each pair of scores."""
     reference = [0.0, 0.1, 0.2, 0.3, 0.4, 0.7]
     found, text = one(reference, [x + apart for x in reference], margin=0.5)
-    assert found.verdict == "undecided" and found.seeds_needed is None
+    assert found.verdict == "undecided"
     assert found.adjusted.low == found.adjusted.high
     assert "says nothing of how they vary" in text
 
@@ -162,9 +155,6 @@ def test_failures_are_counted_and_the_difference_is_that_of_the_others():
         assert found.level == 0.975, "two parts share the level"
         assert found.p_failures == pytest.approx(1.0) and found.verdict == "descriptive"
         assert "1 of 7 runs of arm failed [1%, 52%] and 1 of 7 runs of ref failed" in text
-        assert found.improvement.value == pytest.approx((0.5 + 1) / 7), (
-            "a tie, and a win over a run that failed"
-        )
 
 
 @pytest.mark.parametrize(
@@ -189,7 +179,7 @@ def test_an_arm_that_fails_more_often_is_not_better(arm_fails, others, verdict, 
 def test_arms_of_which_all_runs_failed_are_worse_and_need_no_scores():
     table = [("ref", s, 1 + s / 8) for s in range(8)] + [("arm", s, math.nan) for s in range(8)]
     (found,) = family(table, failed=[("arm", s) for s in range(8)]).differences
-    assert found.verdict == "worse" and found.differences == {} and found.improvement.value == 0
+    assert found.verdict == "worse" and found.differences == {}
     marked = [{"arm": a, "seed": s, "score": x, "failed": a == "arm"} for a, s, x in table]
     assert family(marked).differences[0].verdict == "worse", "a column failed says the same"
 

@@ -13,7 +13,7 @@ import pytest
 
 from tokenrl.lab import judge_scores
 from tokenrl.lab.compare.judgement import Difference, Family
-from tokenrl.lab.compare.paired import detectable_difference, level_of, power
+from tokenrl.lab.compare.paired import detectable_difference, level_of
 
 COMPARISONS = 3
 SEEDS = {6: 300, 10: 300, 20: 150}
@@ -88,8 +88,6 @@ def alike(seeds: int, noise: Callable) -> tuple[Family, ...]:
 def test_arms_that_are_the_same_are_found_different_in_at_most_one_family_in_twenty(seeds, noise):
     same = alike(seeds, noise)
     assert each(same, differs).any(-1).mean() <= 0.05 + 2 * error(len(same))
-    p, spread = share(each(same, lambda one: one.p_sign_flip <= 0.05))
-    assert 0.01 <= p <= 0.05 + 3 * spread, "exact: never above the level"
 
 
 @pytest.mark.slow
@@ -113,16 +111,6 @@ def test_equivalence_is_hardly_ever_wrong(seeds):
     margin = 1.3 * detectable_difference(seeds, SD, COMPARISONS)
     at_margin = judged(seeds, SEEDS[seeds], above=margin, margin=margin, stream=3)
     assert each(at_margin, lambda one: one.verdict == "equivalent").any(-1).mean() <= 0.05 + 2 * error(150)
-
-
-@pytest.mark.slow
-def test_the_seeds_that_an_undecided_verdict_asks_for_have_the_power_on_average():
-    """From the mean and the spread as found alone the mean power would be .74."""
-    for effect in (0.5, 0.8, 1.2):
-        studies = judged(6, 150, above=effect * SD, stream=4)
-        asked = [one.seeds_needed for f in studies for one in f.differences if one.verdict == "undecided"]
-        reached = [1.0 if n is None else power(n, effect, level_of(COMPARISONS)) for n in asked]
-        assert np.mean(reached) >= 0.8, effect
 
 
 CEILING = {6: (0.54, 0.54), 10: (0.99, 0.36), 20: (0.99, 0.12)}

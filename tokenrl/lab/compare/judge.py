@@ -201,10 +201,6 @@ def _difference(arm: ArmScores, other: ArmScores, margin: float | None, comparis
         by_failures: Verdict = "worse" if is_worse else "better"
         more_failures = arm.arm if is_worse else other.arm
         verdict = "undecided" if {by_failures, verdict} == {"better", "worse"} else by_failures
-    is_void = bool(arm.void or other.void)
-    is_open = verdict in ("undecided", "descriptive") and not is_void
-    wins = [0.5 + np.sign(by) / 2 for by in differences.values()]  # of other pairs, a failed run loses
-    wins += [0.5 + ((s in other.failed) - (s in arm.failed)) / 2 for s in both - differences.keys()]
     return Difference(
         arm=arm.arm,
         reference=other.arm,
@@ -212,12 +208,9 @@ def _difference(arm: ArmScores, other: ArmScores, margin: float | None, comparis
         mean=numbers.mean_interval(values),
         adjusted=adjusted,
         level=level,
-        p_sign_flip=numbers.sign_flip(values),
-        improvement=numbers.improvement(float(sum(wins)), len(both)),
         p_failures=p_failures,
         more_failures=more_failures,
-        verdict="void" if is_void else verdict,
-        seeds_needed=numbers.pairs_needed(values, margin, level) if is_open else None,
+        verdict="void" if arm.void or other.void else verdict,
         unpaired=tuple(sorted(arm.seeds ^ other.seeds)),
         margin=margin,
     )

@@ -78,13 +78,9 @@ class Difference:
         adjusted: the same at the level that decides.
         level: that level: .05 shared by all comparisons of the family, and where a run of the two arms
             failed, by the two parts of the verdict.
-        p_sign_flip: two-sided p of the exact sign-flip test, shown beside the interval.
-        improvement: share of all pairs in which the arm is better (ties count half, a run that failed is
-            worse than one that did not), with an exact 95 % interval.
         p_failures: two-sided p of Fisher's exact test that both fail equally often.
         more_failures: which of the two fails more often, at the level that decides; empty for neither.
         verdict: the verdict.
-        seeds_needed: how many seeds at least would decide; None if it is decided, or if nothing can be said.
         unpaired: seeds that only one of the two has, which are therefore left out.
         margin: differences smaller than this count as none; None if equivalence is not judged.
     """
@@ -95,12 +91,9 @@ class Difference:
     mean: Interval
     adjusted: Interval
     level: float
-    p_sign_flip: float
-    improvement: Interval
     p_failures: float
     more_failures: str
     verdict: Verdict
-    seeds_needed: int | None
     unpaired: tuple[int, ...]
     margin: float | None
 
@@ -112,28 +105,28 @@ class Difference:
     @property
     def finding(self) -> str:
         """The verdict in a sentence, of the runs that did not fail unless failures decide."""
-        arm, other, pairs, seeds = self.arm, self.reference, len(self.differences), self.seeds_needed
+        arm, other, pairs = self.arm, self.reference, len(self.differences)
         if self.verdict == "void":
             return f"{arm} and {other} cannot be compared: one of them is not valid."
         if self.verdict == "descriptive":
             lies = f"{arm} lies {self.apart} from {other}; " if pairs else ""
             few = f"{lies}{pairs} pair{'s are' if pairs != 1 else ' is'} too few for a verdict"
-            return f"{few}, which needs {max(LEAST_PAIRS, seeds or 0):,} seeds or more."
+            return f"{few}, which needs {LEAST_PAIRS} seeds or more."
         if self.verdict == "equivalent":
             yet = ", though it is not 0" * self.adjusted.excludes_0
             size = f"the difference, {self.apart}, is smaller than the margin of {shown(self.margin)}{yet}"
             return f"{arm} and {other} are equivalent: {size}."
         if self.verdict in ("better", "worse"):
             often = "more" if self.more_failures == arm else "less"
-            why = f"because it fails {often} often" if self.more_failures else f"by {self.apart}"
-            return f"{arm} is {self.verdict} than {other}, {why}."
-        why = f"the difference, {self.apart}, may be of either sign; "
-        why += f"at least {seeds:,} seeds would be needed" if seeds else "10,000 seeds would not do"
-        if self.adjusted.low == self.adjusted.high:
-            why = f"all differences are {shown(self.mean.value)}, which says nothing of how they vary"
+            reason = f"because it fails {often} often" if self.more_failures else f"by {self.apart}"
+            return f"{arm} is {self.verdict} than {other}, {reason}."
         if self.more_failures:
-            why = f"one fails more often, and the other is worse where neither fails, {self.apart}"
-        return f"{arm} against {other} is undecided: {why}."
+            reason = f"one fails more often, and the other is worse where neither fails, {self.apart}"
+        elif self.adjusted.low == self.adjusted.high:
+            reason = f"all differences are {shown(self.mean.value)}, which says nothing of how they vary"
+        else:
+            reason = f"the difference, {self.apart}, may be of either sign"
+        return f"{arm} against {other} is undecided: {reason}."
 
     def row(self) -> dict[str, Any]:
         """Return the fields as cells of a table: intervals as three numbers, seeds as text."""
@@ -227,7 +220,7 @@ class Judgement:
             for family in self.families
             for one in (*family.differences, *([family.itself] if family.itself else []))
         ]
-        return pd.DataFrame(rows).astype({"seeds_needed": "Int64"})
+        return pd.DataFrame(rows)
 
 
 def _failures(one: Difference, arm: ArmScores, other: ArmScores) -> str:
