@@ -1,6 +1,6 @@
 """Names points of the space of estimators: for each preset the fields that it sets, and its paper.
 
-What each preset computes, and in what other toolkits differ from it, is in `recipes/pages/estimators.md`. This
+What each preset computes, and how other toolkits differ from it, is in `recipes/pages/estimators.md`. This
 module imports no torch.
 """
 

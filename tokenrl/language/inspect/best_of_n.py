@@ -49,14 +49,14 @@ def sample_pool(
     check_number("num_generations", sampling.num_generations, at_least=1)
     generator = TransformersGenerator(policy)
     texts: list[list[str]] = []
-    for place, ids in enumerate(encode(policy, prompts, sampling)):
-        draws = uniforms("best_of_n", sampling, [place])
+    for index, ids in enumerate(encode(policy, prompts, sampling)):
+        draws = uniforms("best_of_n", sampling, [index])
         assert draws is not None
-        found: list[str] = []
+        completions: list[str] = []
         for rows in draws.split(batch_size):
             rollout = generator.generate([ids], replace(sampling, num_generations=len(rows)), rows)
-            found += policy.decode(rollout.completion_ids, rollout.mask)
-        texts.append(found)
+            completions += policy.decode(rollout.completion_ids, rollout.mask)
+        texts.append(completions)
     return texts
 
 
@@ -79,8 +79,8 @@ def pool_rewards(
         distinct = list(dict.fromkeys(texts))
         columns = {name: [value] * len(distinct) for name, value in row.items() if name != "prompt"}
         values = reward(prompts=[row["prompt"]] * len(distinct), completions=distinct, **columns)
-        known = dict(zip(distinct, values, strict=True))
-        rewards.append(np.array([known[text] for text in texts], dtype=np.float64))
+        value_of = dict(zip(distinct, values, strict=True))
+        rewards.append(np.array([value_of[text] for text in texts], dtype=np.float64))
     return rewards
 
 
@@ -111,11 +111,11 @@ def best_of_n_metrics(
     """
     check_number("num_generations", sampling.num_generations, at_least=1)
     pools: list[tuple[np.ndarray, np.ndarray]] = []  # for each prompt, both rewards of its completions
-    for places, rollout, result in sample_and_reward(policy, prompts, choosing, sampling, stream="best_of_n"):
-        measured = reward_rows(policy, gold, [prompts[i] for i in places], rollout, step=sampling.step)
-        known = (result.valid & measured.valid).reshape(len(places), -1)
-        proxies, golds = (found.total.reshape(len(places), -1) for found in (result, measured))
-        pools += [(p[k], g[k]) for p, g, k in zip(proxies, golds, known, strict=True)]
+    for rows, rollout, result in sample_and_reward(policy, prompts, choosing, sampling, stream="best_of_n"):
+        measured = reward_rows(policy, gold, [prompts[i] for i in rows], rollout, step=sampling.step)
+        rewarded = (result.valid & measured.valid).reshape(len(rows), -1)
+        proxies, golds = (scored.total.reshape(len(rows), -1) for scored in (result, measured))
+        pools += [(p[k], g[k]) for p, g, k in zip(proxies, golds, rewarded, strict=True)]
     metrics, most = dict[str, float](), sampling.num_generations
     for n in sorted({*(2**k for k in range(most.bit_length())), most}):
         chosen = [(choice_weights(p, n), p, g) for p, g in pools if len(p) >= n]
@@ -124,8 +124,8 @@ def best_of_n_metrics(
             ("best_of_n_proxy", [float(w @ p) for w, p, _ in chosen]),
             ("best_of_n_kl", [best_of_n_kl(p, n) for _, p, _ in chosen]),
         ):
-            found = over_prompts(values)
-            metrics |= {f"{name}@{n}": found.value, f"{name}@{n}_stderr": found.stderr}
+            estimate = over_prompts(values)
+            metrics |= {f"{name}@{n}": estimate.value, f"{name}@{n}_stderr": estimate.stderr}
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 

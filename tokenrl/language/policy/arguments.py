@@ -42,16 +42,16 @@ class PromptArguments(Settings, group="prompts and ends"):
                 raise Refused(f"stop holds {text!r}: give a character; a shell makes a line break of $'\\n'.")
 
 
-def _as_json(given: Any) -> str:
+def _as_json(value: Any) -> str:
     """Return the JSON of an object that is given as such or as its JSON."""
     try:
-        found = json.loads(given) if isinstance(given, str) else given
-        if isinstance(found, Mapping):
-            return json.dumps(dict(found), ensure_ascii=False, sort_keys=True)
+        content = json.loads(value) if isinstance(value, str) else value
+        if isinstance(content, Mapping):
+            return json.dumps(dict(content), ensure_ascii=False, sort_keys=True)
     except (TypeError, ValueError):
         pass
     raise Refused(
-        f"chat_template_kwargs was given as {given!r}; it must be an object in JSON, such as "
+        f"chat_template_kwargs was given as {value!r}; it must be an object in JSON, such as "
         "'{\"enable_thinking\": false}'."
     )
 
@@ -103,5 +103,5 @@ class LoraArguments(Settings, group="LoRA"):
         super().__post_init__()
         for name in ("lora_alpha", "lora_target_modules"):
             if not self.lora_r and getattr(self, name):
-                said = f"{name} was given as {getattr(self, name)}, but lora_r is 0"
-                raise Refused(f"{said}: set it to a rank such as 16, or leave {name} out.")
+                problem = f"{name} was given as {getattr(self, name)}, but lora_r is 0"
+                raise Refused(f"{problem}: set it to a rank such as 16, or leave {name} out.")

@@ -31,11 +31,11 @@ def find_model(name_or_path: str | Path) -> str:
     """
     from safetensors import SafetensorError, safe_open
 
-    place = Path(model_directory(name_or_path))
-    if not place.is_dir():
+    folder = Path(model_directory(name_or_path))
+    if not folder.is_dir():
         _check_hub(str(name_or_path))
         return str(name_or_path)
-    for file in sorted(place.iterdir()):
+    for file in sorted(folder.iterdir()):
         try:
             if file.suffix == ".json":
                 json.loads(file.read_bytes())
@@ -43,10 +43,10 @@ def find_model(name_or_path: str | Path) -> str:
                 with safe_open(file, framework="pt"):  # its header must cover the whole file
                     pass
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            said = f"The file {file.name} of the model in {place} is damaged ({error})"
-            raise Refused(f"{said}. Copy or save the model once more.") from error
-    _check_contents(place, Path(name_or_path))
-    return str(place)
+            problem = f"The file {file.name} of the model in {folder} is damaged ({error})"
+            raise Refused(f"{problem}. Copy or save the model once more.") from error
+    _check_contents(folder, Path(name_or_path))
+    return str(folder)
 
 
 def _check_hub(name: str) -> None:
@@ -64,31 +64,31 @@ def _check_hub(name: str) -> None:
     except GatedRepoError:
         return  # transformers says how to ask for access
     except Exception as error:  # names that cannot be, unknown models, and a network in all its states
-        said = f"There is no directory {name!r} in {Path.cwd()}, and no such model was found on the hub"
-        raise Refused(f"{said} ({describe(error)}).") from error
+        problem = f"There is no directory {name!r} in {Path.cwd()}, and no such model was found on the hub"
+        raise Refused(f"{problem} ({describe(error)}).") from error
 
 
-def _check_contents(place: Path, given: Path) -> None:
+def _check_contents(folder: Path, named: Path) -> None:
     """Refuse a directory without a model or without a tokenizer, and say what it is instead.
 
     Args:
-        place: the directory that should hold the model.
-        given: the directory as it was given, that of a run perhaps.
+        folder: the directory that should hold the model.
+        named: the directory that the user named, which may be that of a run.
     """
-    if "control" in map(_kind, (place, given, given.parent)):
-        what = "is of an agent that tokenrl control trained, which is no language model"
-    elif _kind(place) is not None:
-        latest = max((place / "checkpoints").glob("step_*"), default="none yet")
-        what = f"is a run that has not saved its model yet. Its latest checkpoint: {latest}"
-    elif (place / "plan.json").exists():
-        what = "is the directory of a comparison; give that of one of its runs"
-    elif not ((place / "config.json").exists() or (place / "adapter_config.json").exists()):
-        what = "holds no saved model: it has no config.json of one"
-    elif not [file for name in ("tokenizer*", "vocab*", "*.model") for file in place.glob(name)]:
-        what = "has no tokenizer beside its model: save it there with save_pretrained too"
+    if "control" in map(_kind, (folder, named, named.parent)):
+        fault = "is of an agent that tokenrl control trained, which is no language model"
+    elif _kind(folder) is not None:
+        latest = max((folder / "checkpoints").glob("step_*"), default="none yet")
+        fault = f"is a run that has not saved its model yet. Its latest checkpoint: {latest}"
+    elif (folder / "plan.json").exists():
+        fault = "is the directory of a comparison; give that of one of its runs"
+    elif not ((folder / "config.json").exists() or (folder / "adapter_config.json").exists()):
+        fault = "holds no saved model: it has no config.json of one"
+    elif not [file for name in ("tokenizer*", "vocab*", "*.model") for file in folder.glob(name)]:
+        fault = "has no tokenizer beside its model: save it there with save_pretrained too"
     else:
         return
-    raise Refused(f"{given} {what}. A model is a local directory written by save_pretrained, or a hub name.")
+    raise Refused(f"{named} {fault}. A model is a local directory written by save_pretrained, or a hub name.")
 
 
 def _kind(folder: Path) -> Any:
@@ -100,12 +100,12 @@ def _kind(folder: Path) -> Any:
 
 
 @contextmanager
-def loading(what: str, place: str, *, trust_remote_code: bool = False) -> Iterator[None]:
+def loading(kind: str, source: str, *, trust_remote_code: bool = False) -> Iterator[None]:
     """Load a model inside the block: without the libraries' progress bars, and refused where they fail.
 
     Args:
-        what: what should be loaded, such as "causal language model", for the message.
-        place: what `find_model` returned.
+        kind: the kind of model, such as "causal language model", for the message.
+        source: the directory or hub name that `find_model` returned.
         trust_remote_code: whether Python code that is shipped with the model may run.
 
     Raises:
@@ -118,12 +118,12 @@ def loading(what: str, place: str, *, trust_remote_code: bool = False) -> Iterat
     except Refused:
         raise
     except Exception as error:  # configuration, weights and tokenizer files each have errors of their own
-        said = " ".join((str(error) or type(error).__name__).split())
+        cause = " ".join((str(error) or type(error).__name__).split())
         if type(error).__name__ == "UnpicklingError":  # torch's message says how to run it
-            said = "its weights are a pickle with more in it than weights, which could run as a program"
+            cause = "its weights are a pickle with more in it than weights, which could run as a program"
         raise Refused(
-            f"No {what} could be loaded from {place!r}{hint}: {shorten(said, 300).rstrip('.')}. Give a local "
-            "directory written by save_pretrained, or a hub name."
+            f"No {kind} could be loaded from {source!r}{hint}: {shorten(cause, 300).rstrip('.')}. Give a "
+            "local directory written by save_pretrained, or a hub name."
         ) from error
 
 
@@ -136,12 +136,12 @@ def quietly() -> Iterator[None]:
     """
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()

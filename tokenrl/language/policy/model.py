@@ -90,8 +90,12 @@ class Policy:
                     ids.pop()  # some tokenizers end every text with EOS; such a prompt is already finished
         else:
             begun = bool(prompt) and prompt[-1].get("role") == "assistant"
-            how = {"add_generation_prompt": not begun, "continue_final_message": begun, "return_dict": False}
-            ids = list(render(tokenizer, prompt, self.form, self.source, tokenize=True, **how))
+            flags = {
+                "add_generation_prompt": not begun,
+                "continue_final_message": begun,
+                "return_dict": False,
+            }
+            ids = list(render(tokenizer, prompt, self.form, self.source, tokenize=True, **flags))
         if not ids and tokenizer.bos_token_id is None:
             raise Refused("A prompt is empty, and the tokenizer has no BOS to start from: give it a token.")
         return ids or [tokenizer.bos_token_id]
@@ -128,8 +132,8 @@ class Policy:
         """
         room = None if self.context is None else self.context - max_completion_length
         if room is not None and room < 1:
-            given = f"max_completion_length={max_completion_length} leaves no room for a prompt"
-            raise Refused(f"{given} in the model's context of {self.context} tokens.")
+            setting = f"max_completion_length={max_completion_length} leaves no room for a prompt"
+            raise Refused(f"{setting} in the model's context of {self.context} tokens.")
         encoded = [self.encode(prompt) for prompt in prompts]
         for row, ids in enumerate(encoded):
             if room is not None and len(ids) > room and not truncate:
@@ -148,8 +152,8 @@ class Policy:
         A text is cut before the stop string that ended it.
         """
         rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.bool().cpu(), strict=True)]
-        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        texts = list(self.tokenizer.batch_decode(rows, **how))
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        texts = list(self.tokenizer.batch_decode(rows, **options))
         return texts if self.stops is None else [self.stops.cut(text) for text in texts]
 
     def add_reference(self) -> None:
@@ -321,9 +325,9 @@ def add_lora(
     linear = [name for name, module in policy.model.named_modules() if _is_linear(module)]
     missing = [t for t in target_modules if not any(n == t or n.endswith("." + t) for n in linear)]
     if missing:
-        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        what = f"lora_target_modules holds {', '.join(map(repr, missing))}"
-        raise Refused(f"{what}, but this model's linear layers are: {', '.join(known)}.")
+        names = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        problem = f"lora_target_modules holds {', '.join(map(repr, missing))}"
+        raise Refused(f"{problem}, but this model's linear layers are: {', '.join(names)}.")
     config = LoraConfig(
         r=r,
         lora_alpha=2 * r if alpha is None else alpha,  # type: ignore[arg-type]  # any number will do

@@ -35,9 +35,9 @@ def run_of(model: Any) -> Path | None:
         model: a directory (of the run, of its `model/` or of a checkpoint), or anything else.
     """
     if isinstance(model, str | os.PathLike) and os.path.exists(model):
-        place = Path(model).resolve()
-        for run in (place, *place.parents[:2]):
-            ours = run == place or place.relative_to(run).parts[0] in ("model", "checkpoints")
+        path = Path(model).resolve()
+        for run in (path, *path.parents[:2]):
+            ours = run == path or path.relative_to(run).parts[0] in ("model", "checkpoints")
             if ours and (run / "metrics.jsonl").exists() and (run / "config.json").exists():
                 return run
     return None
@@ -74,12 +74,12 @@ def asked(form: PromptArguments, model: Any = None) -> dict[str, str]:
         form: how the model is asked.
         model: the model as it was named, to say where the form comes from if its run was asked so.
     """
-    said = ["each text as a message of the user"] if form.chat else []
-    said += [f"system prompt {form.system_prompt!r}"] if form.system_prompt else []
-    said += [f"chat template with {form.chat_template_kwargs}"] if _variables(form) else []
-    said += [f"completions end at {' or '.join(map(repr, form.stop))}"] if form.stop else []
-    inherited = said and saved_form(model) == {name: value for name, value in vars(form).items() if value}
-    return {"asked": "; ".join(said) + (f" (as the run of {model})" if inherited else "")} if said else {}
+    parts = ["each text as a message of the user"] if form.chat else []
+    parts += [f"system prompt {form.system_prompt!r}"] if form.system_prompt else []
+    parts += [f"chat template with {form.chat_template_kwargs}"] if _variables(form) else []
+    parts += [f"completions end at {' or '.join(map(repr, form.stop))}"] if form.stop else []
+    inherited = parts and saved_form(model) == {name: value for name, value in vars(form).items() if value}
+    return {"asked": "; ".join(parts) + (f" (as the run of {model})" if inherited else "")} if parts else {}
 
 
 def say_form(form: PromptArguments, model: Any) -> None:
@@ -106,8 +106,8 @@ def check_form(tokenizer: Any, form: PromptArguments, name: str) -> None:
     _check_template(tokenizer, name)
     read = set(re.findall(r"\w+", str(tokenizer.get_chat_template()))).difference(OURS)
     if unread := [variable for variable in variables if variable not in read]:
-        what = f"which the chat template of {name!r} never reads, or which each prompt sets itself"
-        raise Refused(f"chat_template_kwargs sets {unread[0]!r}, {what}: leave it out.")
+        reason = f"which the chat template of {name!r} never reads, or which each prompt sets itself"
+        raise Refused(f"chat_template_kwargs sets {unread[0]!r}, {reason}: leave it out.")
     question = [{"role": "user", "content": "?"}]
     if form.system_prompt:
         whole = [{"role": "system", "content": form.system_prompt}, *question]
@@ -136,14 +136,14 @@ def formed(prompt: Prompt, form: PromptArguments) -> Prompt:
             )
     if not isinstance(prompt, str) and form.system_prompt:
         if prompt and prompt[0].get("role") == "system":
-            said = f"A prompt already begins with a message of the system, {prompt[0].get('content')!r:.60}"
-            raise Refused(f"{said}: leave it out, or system_prompt.")
+            fault = f"A prompt already begins with a message of the system, {prompt[0].get('content')!r:.60}"
+            raise Refused(f"{fault}: leave it out, or system_prompt.")
         prompt = [{"role": "system", "content": form.system_prompt}, *prompt]
     return prompt
 
 
 def render(
-    tokenizer: Any, messages: Any, form: PromptArguments, name: str, *, tokenize: bool = False, **how: Any
+    tokenizer: Any, messages: Any, form: PromptArguments, name: str, *, tokenize: bool = False, **options: Any
 ) -> Any:
     """Return messages as the chat template writes them, as text or as token ids.
 
@@ -154,11 +154,11 @@ def render(
 
     _check_template(tokenizer, name)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=tokenize, **how, **_variables(form))
+        return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options, **_variables(form))
     except TemplateError as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
-        said = f"The chat template of {name!r} refuses messages of these roles: {roles} ({describe(error)})"
-        raise Refused(f"{said}. Give prompts as the template takes them, the system's words too.") from error
+        fault = f"The chat template of {name!r} refuses messages of these roles: {roles} ({describe(error)})"
+        raise Refused(f"{fault}. Give prompts as the template takes them, the system's words too.") from error
 
 
 def _variables(form: PromptArguments) -> dict[str, Any]:
@@ -190,11 +190,11 @@ def special_texts(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str
     prompts = [row["prompt"] for row in rows]
     texts = [p if isinstance(p, str) else " ".join(str(turn["content"]) for turn in p) for p in prompts]
     placed = zip(with_places(rows), texts, strict=True)
-    found = [(place, match[0]) for (place, _), text in placed if (match := pattern.search(text))]
-    if not found or getattr(tokenizer, "split_special_tokens", False):
+    matches = [(position, match[0]) for (position, _), text in placed if (match := pattern.search(text))]
+    if not matches or getattr(tokenizer, "split_special_tokens", False):
         return []
-    others = f" (and {len(found) - 1:,} more rows contain one)" if len(found) > 1 else ""
+    further = f" (and {len(matches) - 1:,} more rows contain one)" if len(matches) > 1 else ""
     return [
-        f'The prompt of {found[0][0]} contains "{found[0][1]}", which the tokenizer reads as a special '
-        f"token{others}. If it is meant as text, write it otherwise, as with a space inside."
+        f'The prompt of {matches[0][0]} contains "{matches[0][1]}", which the tokenizer reads as a special '
+        f"token{further}. If it is meant as text, write it otherwise, as with a space inside."
     ]

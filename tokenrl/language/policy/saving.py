@@ -134,12 +134,15 @@ def _read_whole(model: Any, folder: Path) -> None:
     """Read all weights as transformers does: names on the disk may differ from those of the model."""
     # The widest precision of the model holds each of its weights without rounding.
     kinds = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
-    how: dict[str, Any] = {"dtype": reduce(torch.promote_types, kinds), "config": copy.deepcopy(model.config)}
+    form: dict[str, Any] = {
+        "dtype": reduce(torch.promote_types, kinds),
+        "config": copy.deepcopy(model.config),
+    }
     with torch.random.fork_rng(devices=[]):  # some classes draw weights before they load them
-        saved, found = type(model).from_pretrained(
-            folder, **how, output_loading_info=True, local_files_only=True
+        saved, mismatch = type(model).from_pretrained(
+            folder, **form, output_loading_info=True, local_files_only=True
         )
-    if wrong := [*found["missing_keys"], *found["mismatched_keys"], *found["unexpected_keys"]]:
+    if wrong := [*mismatch["missing_keys"], *mismatch["mismatched_keys"], *mismatch["unexpected_keys"]]:
         raise ValueError(f"the names or the shapes of {len(wrong)} weights differ, such as {wrong[0]}")
     model.load_state_dict(saved.state_dict())
 
@@ -184,8 +187,8 @@ def check_base(model: Any, folder: Path) -> None:
     """
     if not (folder / BASE).exists():  # written by peft itself
         return
-    known, base = json.loads((folder / BASE).read_bytes()), _base_of(model)
-    if known["dtypes"] == base["dtypes"] and known != base:
+    recorded, base = json.loads((folder / BASE).read_bytes()), _base_of(model)
+    if recorded["dtypes"] == base["dtypes"] and recorded != base:
         name = getattr(model.get_base_model(), "name_or_path", "") or "in memory"
         raise Refused(
             f"The adapter in {folder} was trained on another base than the model {name}: their weights "
@@ -227,14 +230,14 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
-    known = {
+    content = {
         "rules": {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")},
         "vocabulary": tokenizer.get_vocab() if backend is None else None,
         "special tokens": tokenizer.special_tokens_map,
         "special ids": sorted(tokenizer.all_special_ids),
         "chat template": getattr(tokenizer, "chat_template", None),
     }
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 _KINDS = {

@@ -43,13 +43,13 @@ class StopStrings:
         self._ids = {special[string] for string in strings if string in special}
         self.strings = [string for string in strings if string not in special]
         self._longest = max(map(len, self.strings), default=0)
-        known = sorted(tokenizer.get_vocab().values())
+        token_ids = sorted(tokenizer.get_vocab().values())
         # Twice, as some tokenizers strip a space in front; a part of a character decodes to U+FFFD.
-        texts = self._decode([[i, i] for i in known])
+        texts = self._decode([[i, i] for i in token_ids])
         last = {string[-1] for string in self.strings} | ({"\ufffd"} if self.strings else set())
-        self._may_end = torch.zeros(known[-1] + 1, dtype=torch.bool)
-        self._may_end[known] = torch.tensor(
-            [i in self._ids or not last.isdisjoint(text) for i, text in zip(known, texts, strict=True)]
+        self._may_end = torch.zeros(token_ids[-1] + 1, dtype=torch.bool)
+        self._may_end[token_ids] = torch.tensor(
+            [i in self._ids or not last.isdisjoint(text) for i, text in zip(token_ids, texts, strict=True)]
         )
 
     def ended(self, ids: Tensor, rows: Tensor, t: int) -> Tensor:
@@ -72,8 +72,8 @@ class StopStrings:
 
     def cut(self, text: str) -> str:
         """Return the text before the first stop string in it; all of it if there is none."""
-        places = [place for string in self.strings if (place := text.find(string)) >= 0]
-        return text[: min(places)] if places else text
+        starts = [start for string in self.strings if (start := text.find(string)) >= 0]
+        return text[: min(starts)] if starts else text
 
     def _completes(self, ids: Sequence[int]) -> bool:
         """Return whether the last token completes a string, from as few tokens before it as show that."""
@@ -89,5 +89,5 @@ class StopStrings:
         return self.cut(text) != text
 
     def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return list(self._tokenizer.batch_decode(rows, **how))
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return list(self._tokenizer.batch_decode(rows, **options))

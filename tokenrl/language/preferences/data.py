@@ -67,8 +67,8 @@ def load_reward_data(args: Any, announce: Callable[[str], None]) -> RewardData:
         Refused: neither data nor a task is named, or it cannot be used.
     """
     if args.data is None and args.task is None:
-        said = "Name the preferences to learn from: --data FILE with the columns prompt, chosen and rejected"
-        raise Refused(f"{said}, or --task NAME to make them from a task's policy and reward.")
+        lack = "Name the preferences to learn from: --data FILE with the columns prompt, chosen and rejected"
+        raise Refused(f"{lack}, or --task NAME to make them from a task's policy and reward.")
     task = rewards = None
     if args.task is not None:
         task, rewards = find_task(TaskArguments(task=args.task, reward=args.reward))
@@ -84,22 +84,22 @@ def _from_task(args: Any, task: Any, rewards: Any, announce: Callable[[str], Non
     named = args.policy
     if named is None and getattr(task, "build", None) is None:
         named = args.model
-    asked = ModelArguments(model=named, base_seed=args.base_seed, **vars(form_of(args)))
-    policy = make_policy(asked, task, announce)
+    arguments = ModelArguments(model=named, base_seed=args.base_seed, **vars(form_of(args)))
+    policy = make_policy(arguments, task, announce)
     agree(policy, gradient=False)
     length = args.max_completion_length or length_of(task, named, policy)
 
-    def made(prompts: Sequence[Any], wanted: int, seed: int) -> list[dict[str, Any]]:
-        per_prompt = math.ceil(wanted / len(prompts))
-        chosen = prompts[: math.ceil(wanted / per_prompt)]
+    def sampled(prompts: Sequence[Any], pairs: int, seed: int) -> list[dict[str, Any]]:
+        per_prompt = math.ceil(pairs / len(prompts))
+        chosen = prompts[: math.ceil(pairs / per_prompt)]
         sampling = Sampling(length, 2 * per_prompt, args.temperature, seed)
         return make_preferences(policy, chosen, rewards, sampling, noise_temperature=args.noise_temperature)
 
     try:
         with using_threads(choose_threads(policy.size, args.threads)[0]):
             rows = {
-                "preferences.jsonl": made(task.train_prompts, args.num_pairs, args.seed),
-                "preferences_eval.jsonl": made(task.eval_prompts, args.eval_size, HELD_OUT + args.seed),
+                "preferences.jsonl": sampled(task.train_prompts, args.num_pairs, args.seed),
+                "preferences_eval.jsonl": sampled(task.eval_prompts, args.eval_size, HELD_OUT + args.seed),
             }
     except Stopped as error:
         raise Refused(f"Before the first step: {error}") from error
@@ -194,9 +194,9 @@ def _from_language_model(model: nn.Module) -> tuple[Any, list[str]]:
 @torch.no_grad()
 def _draw(model: nn.Module, names: Iterable[str], seed: int) -> None:
     """Draw the weights of a new head, and set its biases to 0."""
-    generator, wanted = torch.Generator().manual_seed(seed), set(names)
+    generator, drawn = torch.Generator().manual_seed(seed), set(names)
     for name, weight in model.named_parameters():
-        if name in wanted and weight.ndim > 1:
+        if name in drawn and weight.ndim > 1:
             weight.copy_(torch.randn(weight.shape, generator=generator) / (weight.shape[-1] + 1) ** 0.5)
-        elif name in wanted:
+        elif name in drawn:
             weight.zero_()

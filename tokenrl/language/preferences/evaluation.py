@@ -35,8 +35,8 @@ def encode_pairs(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[Encod
     encoded = [(ids(pair, pair.chosen), ids(pair, pair.rejected)) for pair in pairs]
     lengths, limit = [max(map(len, both)) for both in encoded], reward_model.max_length
     if limit is not None and (count := sum(length > limit for length in lengths)):
-        said = f"{count} of {len(pairs)} pairs hold a text longer than the model's {limit} tokens"
-        raise Refused(f"{said} (up to {max(lengths)}): leave them out, or take a longer context.")
+        problem = f"{count} of {len(pairs)} pairs hold a text longer than the model's {limit} tokens"
+        raise Refused(f"{problem} (up to {max(lengths)}): leave them out, or take a longer context.")
     return encoded
 
 
@@ -120,6 +120,6 @@ def expected_calibration_error(difference: np.ndarray, bins: int = 10) -> float:
         bins: number of bins.
     """
     predicted = 1 / (1 + np.exp(-np.abs(difference)))  # [N]
-    place = np.minimum(((predicted - 0.5) * 2 * bins).astype(int), bins - 1)
-    gaps = np.bincount(place, weights=_right(difference) - predicted)  # of each bin, times its pairs
+    bin_of = np.minimum(((predicted - 0.5) * 2 * bins).astype(int), bins - 1)
+    gaps = np.bincount(bin_of, weights=_right(difference) - predicted)  # of each bin, times its pairs
     return float(np.abs(gaps).sum() / len(difference))

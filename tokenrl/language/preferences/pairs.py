@@ -72,11 +72,11 @@ def load_pairs(
     name = f"data '{data}'" if named else "the preference data"
     splits = read_splits(str(data)) if named else data
     splits = splits if isinstance(splits, Mapping) else {split: splits}
-    other = find_eval_split(splits, name, split, eval_split)
+    held_out_split = find_eval_split(splits, name, split, eval_split)
     pairs = read_pairs(splits[split], f"{name}, split '{split}'")
-    if other is None:
+    if held_out_split is None:
         return hold_out(pairs, eval_size, seed)
-    held = read_pairs(splits[other], f"{name}, split '{other}'")
+    held = read_pairs(splits[held_out_split], f"{name}, split '{held_out_split}'")
     order = np.random.default_rng([seed, 2]).permutation(len(held))[: max(1, eval_size)]
     return pairs, [held[i] for i in sorted(order)]
 
@@ -97,11 +97,11 @@ def read_pairs(rows: Sequence[Row], where: str) -> list[Pair]:
         raise Refused(f"{where} is empty: give at least two rows of prompt, chosen and rejected.")
     for column in ("chosen", "rejected"):
         if column not in rows[0]:
-            said = f"{where} has no column '{column}'.{suggest(column, rows[0])}"
+            problem = f"{where} has no column '{column}'.{suggest(column, rows[0])}"
             raise Refused(
-                f"{said} Preferences are rows of chosen, rejected and, unless these hold it, prompt."
+                f"{problem} Preferences are rows of chosen, rejected and, unless these hold it, prompt."
             )
-    pairs = [_pair(row, f"{where}, {place}") for place, row in with_places(rows)]
+    pairs = [_pair(row, f"{where}, {position}") for position, row in with_places(rows)]
     different = [pair for pair in pairs if pair.chosen != pair.rejected]
     if not different:
         raise Refused(f"{where}: chosen and rejected are identical in every one of the {len(rows)} rows.")
@@ -119,8 +119,8 @@ def _pair(row: Row, where: str) -> Pair:
     alike = chats != isinstance(rejected, str)
     repeated = chats and alike and chosen[0]["content"] == rejected[0]["content"] == prompt
     if not alike or (chats and isinstance(prompt, str) and not repeated):
-        said = f"{where}: some of prompt, chosen and rejected are text and others are chat messages."
-        raise Refused(f"{said} Give them alike; only a prompt of messages may stand before text.")
+        problem = f"{where}: some of prompt, chosen and rejected are text and others are chat messages."
+        raise Refused(f"{problem} Give them alike; only a prompt of messages may stand before text.")
     if prompt is None or repeated:  # some data sets repeat the first message as the prompt
         cut = _common(chosen, rejected)
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
@@ -157,14 +157,14 @@ def hold_out(pairs: Sequence[Pair], size: int, seed: int) -> tuple[list[Pair], l
     keys = [str(i) if one_prompt else pair.key for i, pair in enumerate(pairs)]
     distinct = Counter(keys)
     if size < 1 or len(distinct) < 2:
-        said = f"eval_size={size} of {len(pairs)} different pairs: to train on some and evaluate on others"
-        raise Refused(f"{said}, give an eval_size of at least 1 and at least 2 pairs.")
-    wanted, held, count = min(size, max(1, len(pairs) // 5)), set[str](), 0
+        problem = f"eval_size={size} of {len(pairs)} different pairs: to train on some and evaluate on others"
+        raise Refused(f"{problem}, give an eval_size of at least 1 and at least 2 pairs.")
+    target, held, count = min(size, max(1, len(pairs) // 5)), set[str](), 0
     names = list(distinct)
-    for place in np.random.default_rng([seed, 2]).permutation(len(names))[:-1]:
-        if count < wanted:
-            held.add(names[place])
-            count += distinct[names[place]]
+    for number in np.random.default_rng([seed, 2]).permutation(len(names))[:-1]:
+        if count < target:
+            held.add(names[number])
+            count += distinct[names[number]]
     train = [pair for pair, key in zip(pairs, keys, strict=True) if key not in held]
     return train, [pair for pair, key in zip(pairs, keys, strict=True) if key in held]
 
@@ -183,28 +183,28 @@ def check_pairs(session: Session, train: Sequence[Pair], held_out: Sequence[Pair
         train: the pairs to train on.
         held_out: the pairs to evaluate on.
     """
-    known = {repr((pair.prompt, pair.chosen, pair.rejected)) for pair in train}
-    seen = sum(repr((pair.prompt, pair.chosen, pair.rejected)) in known for pair in held_out)
-    swapped = sum(repr((pair.prompt, pair.rejected, pair.chosen)) in known for pair in train)
+    trained = {repr((pair.prompt, pair.chosen, pair.rejected)) for pair in train}
+    repeated = sum(repr((pair.prompt, pair.chosen, pair.rejected)) in trained for pair in held_out)
+    swapped = sum(repr((pair.prompt, pair.rejected, pair.chosen)) in trained for pair in train)
     texts = (completion_texts([getattr(pair, name) for pair in train]) for name in ("chosen", "rejected"))
     gaps = [len(chosen) - len(rejected) for chosen, rejected in zip(*texts, strict=True)]
     longer, shorter = (sum(sign * gap > 0 for gap in gaps) / len(train) for sign in (1, -1))
     which, share = ("longer", longer) if longer > shorter else ("shorter", shorter)
     findings = []
-    if seen:
-        weight: Weight = "void" if seen >= MANY * len(held_out) else "watch"
-        said = f"{seen:,} of {len(held_out):,} held-out pairs are also trained on: take them out of it."
-        findings.append(Finding("held-out-in-training", weight, said))
+    if repeated:
+        weight: Weight = "void" if repeated >= MANY * len(held_out) else "watch"
+        text = f"{repeated:,} of {len(held_out):,} held-out pairs are also trained on: take them out of it."
+        findings.append(Finding("held-out-in-training", weight, text))
     if swapped:
         weight = "void" if swapped == len(train) else "watch"
-        said = f"{swapped:,} of {len(train):,} training pairs are there in both orders: take them out."
-        findings.append(Finding("contradictory-pairs", weight, said))
+        text = f"{swapped:,} of {len(train):,} training pairs are there in both orders: take them out."
+        findings.append(Finding("contradictory-pairs", weight, text))
     if share >= MOSTLY:
-        said = f"In {share:.0%} of the training pairs the {which} completion is chosen: a reward model may"
-        said = f"{said} learn that alone. Add pairs in which it is the other way."
-        findings.append(Finding("length-decides", "watch", said))
+        text = f"In {share:.0%} of the training pairs the {which} completion is chosen: a reward model may"
+        text = f"{text} learn that alone. Add pairs in which it is the other way."
+        findings.append(Finding("length-decides", "watch", text))
     measured = {
-        "pairs": f"{len(train):,} to train on, {len(known):,} of them distinct; {len(held_out):,} held out",
+        "pairs": f"{len(train):,} to train on, {len(trained):,} of them distinct; {len(held_out):,} held out",
         "chosen": f"the longer in {longer:.0%}, the shorter in {shorter:.0%}",
     }
     return session.conclude("data, model and loss", measured, findings)

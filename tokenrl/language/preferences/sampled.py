@@ -64,32 +64,32 @@ def make_preferences(
     check_number("noise_temperature", noise_temperature, at_least=0)
     pairs, left_over = divmod(sampling.num_generations, 2)
     if pairs < 1 or left_over:
-        said = f"num_generations={sampling.num_generations}: two completions of a prompt make a pair"
-        raise Refused(f"{said}, so give an even number of at least 2.")
+        fault = f"num_generations={sampling.num_generations}: two completions of a prompt make a pair"
+        raise Refused(f"{fault}, so give an even number of at least 2.")
     gold = gold_rewards if isinstance(gold_rewards, Rewards) else Rewards(gold_rewards)
     # One random number for every sampled pair, so that a pair left out does not shift those of the others.
     noise = np.random.default_rng([sampling.seed, 1]).random((len(prompts), pairs))
     rows: list[dict[str, Any]] = []
-    for places, rollout, result in sample_and_reward(
+    for indices, rollout, result in sample_and_reward(
         policy, prompts, gold, sampling, stream="preferences", batch_size=batch_size
     ):
         texts = policy.decode(rollout.completion_ids, rollout.mask)
         golds = [g if ok else math.nan for g, ok in zip(result.total.tolist(), result.valid, strict=True)]
         for k in range(0, len(texts), 2):
-            place, pair = divmod(k // 2, pairs)
-            first = first_is_chosen(golds[k], golds[k + 1], noise_temperature, noise[places[place], pair])
+            row_of, pair = divmod(k // 2, pairs)
+            first = first_is_chosen(golds[k], golds[k + 1], noise_temperature, noise[indices[row_of], pair])
             if first is None or texts[k] == texts[k + 1]:
                 continue
             chosen, rejected = (k, k + 1) if first else (k + 1, k)
-            prompt = prompts[places[place]]["prompt"]
+            prompt = prompts[indices[row_of]]["prompt"]
             answers: list[Any] = [texts[chosen], texts[rejected]]
             if not isinstance(prompt, str):
                 answers = [[{"role": "assistant", "content": text}] for text in answers]
             row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
             rows.append(row | {"chosen_gold": golds[chosen], "rejected_gold": golds[rejected]})
     if not rows:
-        said = f"None of {len(prompts) * pairs} sampled pairs can be used: they are equal, or equally good."
-        raise Refused(f"{said} Raise the temperature, or use a graded gold reward or another policy.")
+        fault = f"None of {len(prompts) * pairs} sampled pairs can be used: they are equal, or equally good."
+        raise Refused(f"{fault} Raise the temperature, or use a graded gold reward or another policy.")
     return rows
 
 
