@@ -22,7 +22,7 @@ from tokenrl.language.policy.arguments import Dtype, PromptArguments
 from tokenrl.language.policy.loading import find_model, loading, quietly
 from tokenrl.language.policy.prompts import Prompt, check_form, formed, render, saved_form
 from tokenrl.language.policy.saving import check_base
-from tokenrl.language.policy.stops import StopStrings
+from tokenrl.language.policy.stops import DECODING, StopStrings
 from tokenrl.settings import check_choice
 
 
@@ -90,12 +90,8 @@ class Policy:
                     ids.pop()  # some tokenizers end every text with EOS; such a prompt is already finished
         else:
             begun = bool(prompt) and prompt[-1].get("role") == "assistant"
-            flags = {
-                "add_generation_prompt": not begun,
-                "continue_final_message": begun,
-                "return_dict": False,
-            }
-            ids = list(render(tokenizer, prompt, self.form, self.source, tokenize=True, **flags))
+            turn = {"add_generation_prompt": not begun, "continue_final_message": begun}
+            ids = list(render(tokenizer, prompt, self.form, self.source, tokenize=True, **turn))
         if not ids and tokenizer.bos_token_id is None:
             raise Refused("A prompt is empty, and the tokenizer has no BOS to start from: give it a token.")
         return ids or [tokenizer.bos_token_id]
@@ -152,8 +148,7 @@ class Policy:
         A text is cut before the stop string that ended it.
         """
         rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.bool().cpu(), strict=True)]
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        texts = list(self.tokenizer.batch_decode(rows, **options))
+        texts = list(self.tokenizer.batch_decode(rows, **DECODING))
         return texts if self.stops is None else [self.stops.cut(text) for text in texts]
 
     def add_reference(self) -> None:

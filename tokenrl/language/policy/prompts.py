@@ -154,7 +154,8 @@ def render(
 
     _check_template(tokenizer, name)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options, **_variables(form))
+        options |= {"tokenize": tokenize, "return_dict": False, **_variables(form)}
+        return tokenizer.apply_chat_template(messages, **options)
     except TemplateError as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         fault = f"The chat template of {name!r} refuses messages of these roles: {roles} ({describe(error)})"

@@ -134,10 +134,7 @@ def _read_whole(model: Any, folder: Path) -> None:
     """Read all weights as transformers does: names on the disk may differ from those of the model."""
     # The widest precision of the model holds each of its weights without rounding.
     kinds = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
-    form: dict[str, Any] = {
-        "dtype": reduce(torch.promote_types, kinds),
-        "config": copy.deepcopy(model.config),
-    }
+    form: Any = {"dtype": reduce(torch.promote_types, kinds), "config": copy.deepcopy(model.config)}
     with torch.random.fork_rng(devices=[]):  # some classes draw weights before they load them
         saved, mismatch = type(model).from_pretrained(
             folder, **form, output_loading_info=True, local_files_only=True

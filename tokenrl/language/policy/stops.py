@@ -10,6 +10,8 @@ from torch import Tensor
 
 from tokenrl.errors import Refused
 
+DECODING: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+"""Arguments of `batch_decode`: the text of a completion as the model wrote it, without special tokens."""
 MARGIN = 8
 """Characters that the decoded end of a text may lack at its own ends: a space that the tokenizer strips, and
 parts of a character whose bytes are several tokens."""
@@ -89,5 +91,4 @@ class StopStrings:
         return self.cut(text) != text
 
     def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return list(self._tokenizer.batch_decode(rows, **options))
+        return list(self._tokenizer.batch_decode(rows, **DECODING))
