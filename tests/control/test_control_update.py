@@ -202,19 +202,6 @@ def test_diagnostics_compare_halves_of_whole_episodes():
     assert "gradient/snr" not in plain and metrics["entropy"] == pytest.approx(plain["entropy"])
 
 
-@pytest.mark.parametrize(("reward", "sign"), [(1.0, 1), (-1.0, -1)])
-def test_a_step_with_positive_return_raises_the_probability_of_the_action_taken(reward, sign):
-    agent, rollout = agent_of(Estimator(baseline="none")), rollout_of()
-    rollout.rewards.zero_()
-    rollout.rewards[1, 0] = (
-        reward  # of one step of one episode; with the total return both its steps are paid
-    )
-    taken = rollout.observations[1, :2], rollout.actions[1, :2]
-    before = agent.policy.score(*taken).logprobs.sum()
-    learn(agent, rollout, 1)
-    assert sign * float((agent.policy.score(*taken).logprobs.sum() - before).detach()) > 0
-
-
 def test_a_shared_critic_weighs_half_beside_the_policy():
     estimator = Estimator.preset("a2c")
     none, half, whole = (

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,20 +14,18 @@ from torch import Tensor
 
 from tokenrl.core.baselines import BASELINES, set_size
 from tokenrl.core.choices import choice_of, given
+from tokenrl.core.estimator import Advantages, Estimator
 from tokenrl.core.losses import PER_TOKEN
 from tokenrl.core.returns import credited, reward_to_go, token_rewards
 from tokenrl.core.rows import overlong_penalty, zero_outside
 from tokenrl.core.scales import SCALES
 from tokenrl.errors import USER_CODE_FAILED, Refused, Stopped, TokenrlError, raised
 
-if TYPE_CHECKING:
-    from tokenrl.core.estimator import Estimator
-
 
 class Step(NamedTuple):
     """What baselines and scales are computed from, its rows in S sets of n that are compared.
 
-    `compute` makes it with the rows side by side, [N, ...], and `in_sets` puts them into sets, [S, n, ...].
+    `advantages` makes it with rows side by side [N, ...], and `in_sets` puts them into sets [S, n, ...].
     """
 
     estimator: Estimator
@@ -53,34 +51,63 @@ class Step(NamedTuple):
         return Step(self.estimator, self.group_size, *columns)
 
 
-def compute(
+def advantages(
     estimator: Estimator,
     rewards: Float[Tensor, " N *T"],
     mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
+    *,
     group_size: int | None,
-    valid: Bool[Tensor, " N"] | None,
-    inputs: Mapping[str, Any],
-) -> tuple[Float[Tensor, " N *T"], Float[Tensor, "N T"]]:
-    """Compute what `Estimator.advantages` returns; `inputs` are its other arguments by name.
+    valid: Bool[Tensor, " N"] | None = None,
+    logprobs: Float[Tensor, "N T"] | None = None,
+    ref_logprobs: Float[Tensor, "N T"] | None = None,
+    values: Float[Tensor, "N T"] | None = None,
+    bootstrap: Float[Tensor, " N"] | None = None,
+    greedy_rewards: Float[Tensor, " N"] | None = None,
+    score_norms: Float[Tensor, "N T"] | None = None,
+    baseline_value: float | Float[Tensor, ""] | None = None,
+    max_length: int | None = None,
+) -> Advantages:
+    """Compute the advantages of a whole step, `A = (G - b) / (std + eps)`.
 
-    Returns:
-        The advantages, [N] if all actions of a row share one and [N, T] otherwise, and the targets of a
-        critic [N, T].
+    What is added to the rewards comes first (the overlong penalty, `bootstrap`, a KL in the reward), then
+    returns, baseline and scale. Means and standard deviations over rows use the rows' total returns, also
+    with the returns 'reward_to_go'. Inputs that the chosen axes do not need are ignored.
+
+    Args:
+        estimator: The estimator whose axes are used.
+        rewards: One per row [N], or one per position [N, T], which counts also where the mask is 0.
+        mask: 1 where the token is an action of the policy [N, T].
+        group_size: Number of consecutive rows per prompt; None if rows do not share prompts.
+        valid: False where a row abstains [N]: it counts in no mean, std or divisor, its advantage is 0,
+            and its reward may be nan. A valid row without another valid row to compare with gets 0 too.
+        logprobs: Log-probabilities under the policy that sampled [N, T], for a KL in the reward.
+        ref_logprobs: Log-probabilities under the reference [N, T], for a KL in the reward.
+        values: Value of the state before each action [N, T], for the baseline 'value' and for 'gae'.
+        bootstrap: Value of the state after the last action [N], 0 where the row terminated. It replaces
+            the rewards that were cut off, so an error in it biases the gradient.
+        greedy_rewards: Reward of the greedy completion of each row's prompt [N], for 'remax'.
+        score_norms: |grad log pi|^2 of each token [N, T], for the baseline 'optimal'.
+        baseline_value: The running mean as it was before this step, for 'running_mean'.
+        max_length: The largest number of actions that a row may have, for overlong_buffer.
 
     Raises:
         Refused: When the estimator needs an input that is missing, or rows do not fall into groups.
-        ValueError: When the rewards have neither the shape of the rows nor that of the mask.
+        ValueError: When rewards and mask do not fit together.
     """
     if rewards.shape not in (mask.shape[:1], mask.shape):
         raise ValueError(f"rewards {tuple(rewards.shape)} do not fit the mask {tuple(mask.shape)}")
     mask = mask.bool()
     valid = mask.new_ones(mask.shape[0]) if valid is None else valid.bool()
     actions = mask & valid[:, None]
-    rewards = rewards_in_time(estimator, rewards.detach(), mask, valid, inputs)  # [N, T]
-    targets = credited(estimator, rewards, actions, inputs["values"])  # [N, T]
+    rewards = rewards_in_time(
+        estimator, rewards.detach(), mask, valid, logprobs, ref_logprobs, bootstrap, max_length
+    )
+    targets = credited(estimator, rewards, actions, values)  # [N, T]
     to_go = estimator.returns in ("total", "reward_to_go")  # its recursion over steps is slow: done once
     totals = (targets if to_go else reward_to_go(rewards, estimator.gamma))[:, 0].clone()
     returns = totals[:, None] if estimator.returns == "total" else targets
+    inputs: dict[str, Any] = {"values": values, "greedy_rewards": greedy_rewards, "score_norms": score_norms}
+    inputs |= {"baseline_value": baseline_value}
     name = choice_of("baseline", estimator.baseline).needs
     needed = given(name, inputs[name], f"the baseline {estimator.baseline!r}") if name else 0.0
     needed = torch.as_tensor(needed, dtype=totals.dtype, device=totals.device).detach()
@@ -94,8 +121,8 @@ def compute(
     # without a baseline, of another scale than that of all other rows.
     usable = compared & scaled.flatten()
     if estimator.returns == "total" and policy.shape[1] == 1:
-        return zero_outside(policy[:, 0], usable), targets
-    return zero_outside(policy.expand_as(actions), usable[:, None] & actions), targets
+        return Advantages(zero_outside(policy[:, 0], usable), targets)
+    return Advantages(zero_outside(policy.expand_as(actions), usable[:, None] & actions), targets)
 
 
 def rewards_in_time(
@@ -103,7 +130,10 @@ def rewards_in_time(
     rewards: Float[Tensor, " N *T"],
     mask: Bool[Tensor, "N T"],
     valid: Bool[Tensor, " N"],
-    inputs: Mapping[str, Any],
+    logprobs: Float[Tensor, "N T"] | None,
+    ref_logprobs: Float[Tensor, "N T"] | None,
+    bootstrap: Float[Tensor, " N"] | None,
+    max_length: int | None,
 ) -> Float[Tensor, "N T"]:
     """Place the rewards in time and add the overlong penalty, the bootstrap value and the KL penalty.
 
@@ -113,18 +143,18 @@ def rewards_in_time(
     rewards = rewards if rewards.is_floating_point() else rewards.to(torch.get_default_dtype())
     rewards = token_rewards(rewards, mask, valid)
     if estimator.overlong_buffer:
-        length = given("max_length", inputs["max_length"], "overlong_buffer")
+        length = given("max_length", max_length, "overlong_buffer")
         penalty = overlong_penalty(mask.sum(-1), length, estimator.overlong_buffer)
         rewards = rewards + token_rewards(penalty.to(rewards.dtype), mask, valid)
-    if inputs["bootstrap"] is not None:
+    if bootstrap is not None:
         # The state after the last action is one step later, hence one more gamma: r_T + gamma V(s_{T+1}).
-        beyond = estimator.gamma * inputs["bootstrap"].detach().to(rewards.dtype)
+        beyond = estimator.gamma * bootstrap.detach().to(rewards.dtype)
         rewards = rewards + token_rewards(beyond, mask, valid)
     if estimator.needs_kl and estimator.kl_placement == "reward":
         # Before the baseline, so that the baseline also subtracts the mean KL of the rows it averages.
         policy, reference = (
-            zero_outside(given(name, inputs[name], "a KL in the reward").detach(), mask & valid[:, None])
-            for name in ("logprobs", "ref_logprobs")
+            zero_outside(given(name, x, "a KL in the reward").detach(), mask & valid[:, None])
+            for name, x in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs))
         )
         rewards = rewards - estimator.beta * PER_TOKEN[estimator.kl_estimator](policy, reference)
     return rewards

@@ -1,9 +1,15 @@
-"""Defines `Estimator`: how rewards become a gradient, one choice on each axis. Imports no torch."""
+"""Defines `Estimator`: how rewards become a gradient, one choice on each axis. Imports no torch.
+
+Its four methods that compute with tensors are functions of the modules `advantages` and `losses`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from importlib import import_module
+from types import MethodType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from tokenrl import settings
 from tokenrl.core import choices
@@ -15,8 +21,10 @@ from tokenrl.names import NamedFunction
 from tokenrl.settings import Bounds, Count, Natural, NonNegative, Number, Positive, Settings
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
     from torch import Tensor
+
+    from tokenrl.core.advantages import advantages
+    from tokenrl.core.losses import critic_loss, loss, token_weights
 
 
 IN_UNITS_OF_THE_EPISODE = ("none", "constant", "value", "timestep_mean", "episode_mean")
@@ -30,6 +38,23 @@ class Advantages(NamedTuple):
     """Advantages: [N] if all actions of a row share one, else [N, T]; 0 in rows without a gradient."""
     returns: Tensor
     """The return from each position on [N, T], with what is added to the rewards: a critic's targets."""
+
+
+class TorchMethod:
+    """A method that is a function of another module, which imports torch and is imported at the first use."""
+
+    def __init__(self, module: str) -> None:
+        """Take the function from this module; it has the name of the method."""
+        self.module = module
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Learn the name of the method."""
+        self.name = name
+
+    def __get__(self, estimator: object | None, owner: type) -> Callable[..., Any]:
+        """Return the function, bound to the estimator."""
+        function = getattr(import_module(self.module), self.name)
+        return function if estimator is None else MethodType(function, estimator)
 
 
 @dataclass(frozen=True)
@@ -239,132 +264,13 @@ class Estimator(Settings):
         """The bounds beyond which the ratio is clipped: `1 - epsilon` and `1 + epsilon_high`."""
         return 1.0 - self.epsilon, 1.0 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
 
-    def advantages(
-        self,
-        rewards: Float[Tensor, " N *T"],
-        mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
-        *,
-        group_size: int | None,
-        valid: Bool[Tensor, " N"] | None = None,
-        logprobs: Float[Tensor, "N T"] | None = None,
-        ref_logprobs: Float[Tensor, "N T"] | None = None,
-        values: Float[Tensor, "N T"] | None = None,
-        bootstrap: Float[Tensor, " N"] | None = None,
-        greedy_rewards: Float[Tensor, " N"] | None = None,
-        score_norms: Float[Tensor, "N T"] | None = None,
-        baseline_value: float | Float[Tensor, ""] | None = None,
-        max_length: int | None = None,
-    ) -> Advantages:
-        """Compute the advantages of a whole step, `A = (G - b) / (std + eps)`.
-
-        What is added to the rewards comes first (the overlong penalty, `bootstrap`, a KL in the reward), then
-        returns, baseline and scale. Means and standard deviations over rows use the rows' total returns, also
-        with the returns 'reward_to_go'. Inputs that the chosen axes do not need are ignored.
-
-        Args:
-            rewards: One per row [N], or one per position [N, T], which counts also where the mask is 0.
-            mask: 1 where the token is an action of the policy [N, T].
-            group_size: Number of consecutive rows per prompt; None if rows do not share prompts.
-            valid: False where a row abstains [N]: it counts in no mean, std or divisor, its advantage is 0,
-                and its reward may be nan. A valid row without another valid row to compare with gets 0 too.
-            logprobs: Log-probabilities under the policy that sampled [N, T], for a KL in the reward.
-            ref_logprobs: Log-probabilities under the reference [N, T], for a KL in the reward.
-            values: Value of the state before each action [N, T], for the baseline 'value' and for 'gae'.
-            bootstrap: Value of the state after the last action [N], 0 where the row terminated. It replaces
-                the rewards that were cut off, so an error in it biases the gradient.
-            greedy_rewards: Reward of the greedy completion of each row's prompt [N], for 'remax'.
-            score_norms: |grad log pi|^2 of each token [N, T], for the baseline 'optimal'.
-            baseline_value: The running mean as it was before this step, for 'running_mean'.
-            max_length: The largest number of actions that a row may have, for overlong_buffer.
-
-        Raises:
-            Refused: When the estimator needs an input that is missing, or rows do not fall into groups.
-            ValueError: When rewards and mask do not fit together.
-        """
-        from tokenrl.core.advantages import compute
-
-        inputs = {
-            "logprobs": logprobs,
-            "ref_logprobs": ref_logprobs,
-            "values": values,
-            "bootstrap": bootstrap,
-            "greedy_rewards": greedy_rewards,
-            "score_norms": score_norms,
-            "baseline_value": baseline_value,
-            "max_length": max_length,
-        }
-        return Advantages(*compute(self, rewards, mask, group_size, valid, inputs))
-
-    def token_weights(
-        self,
-        mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
-        *,
-        max_length: int | None,
-        valid: Bool[Tensor, " N"] | None = None,
-    ) -> Float[Tensor, "N T"]:
-        """Return the weight of every token of the step [N, T]; see `losses.token_weights`.
-
-        Raises:
-            Refused: When the aggregation is 'fixed_length' and no length is given.
-        """
-        from tokenrl.core import losses
-
-        valid = mask.new_ones(mask.shape[0]).bool() if valid is None else valid.bool()
-        return losses.token_weights(mask, valid, aggregation=self.aggregation, max_length=max_length)
-
-    def loss(
-        self,
-        logprobs: Float[Tensor, "N T"],
-        advantages: Float[Tensor, " N *T"],
-        weights: Float[Tensor, "N T"],
-        mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
-        *,
-        old_logprobs: Float[Tensor, "N T"] | None = None,
-        sampling_logprobs: Float[Tensor, "N T"] | None = None,
-        ref_logprobs: Float[Tensor, "N T"] | None = None,
-        entropy: Float[Tensor, "N T"] | None = None,
-    ) -> Float[Tensor, ""]:
-        """Return the loss, `-sum w (gain - beta KL + entropy_coef H)`, over a step or any slice of its rows.
-
-        The weights already divide by the whole step, so the losses of slices add up to that of the step. A
-        row must not be split, because some terms sum over it. Where the mask or the weight is 0, the other
-        inputs may hold anything, also nan, and so may inputs that the chosen axes do not need. Only
-        `logprobs` and `entropy` carry a gradient.
-
-        Args:
-            logprobs: Log-probabilities of the tokens under the policy being trained [N, T].
-            advantages: `Advantages.policy` of these rows [N] or [N, T].
-            weights: `token_weights` of these rows [N, T].
-            mask: 1 where the token is an action that is learnt from [N, T].
-            old_logprobs: Log-probabilities under the policy that sampled, computed by the trainer [N, T]; for
-                a ratio.
-            sampling_logprobs: The same, as the sampler reported them [N, T]; for importance_cap.
-            ref_logprobs: Log-probabilities under the reference policy [N, T]; for a KL in the loss.
-            entropy: Entropy of the policy at each token, in nats [N, T]; for the entropy bonus.
-
-        Raises:
-            ValueError: When the shapes of logprobs, weights and mask differ.
-            Refused: When the estimator needs an input that is missing.
-        """
-        from tokenrl.core import losses
-
-        inputs = {
-            "old_logprobs": old_logprobs,
-            "sampling_logprobs": sampling_logprobs,
-            "ref_logprobs": ref_logprobs,
-            "entropy": entropy,
-        }
-        return losses.loss(self, logprobs, advantages, weights, mask, inputs)
-
-    def critic_loss(
-        self,
-        values: Float[Tensor, "N T"],
-        returns: Float[Tensor, "N T"],
-        weights: Float[Tensor, "N T"],
-        *,
-        old_values: Float[Tensor, "N T"] | None = None,
-    ) -> Float[Tensor, ""]:
-        """Return the critic's loss, `sum w (V - G)^2 / 2`, over some rows; see `losses.squared_error`."""
-        from tokenrl.core import losses
-
-        return losses.squared_error(values, returns, weights, old_values=old_values, clip=self.value_clip)
+    if TYPE_CHECKING:
+        advantages = advantages
+        token_weights = token_weights
+        loss = loss
+        critic_loss = critic_loss
+    else:
+        advantages = TorchMethod("tokenrl.core.advantages")
+        token_weights = TorchMethod("tokenrl.core.losses")
+        loss = TorchMethod("tokenrl.core.losses")
+        critic_loss = TorchMethod("tokenrl.core.losses")

@@ -13,7 +13,7 @@ Log-probabilities must be 0 where the position is not an action.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
 
 def token_weights(
-    mask: Float[Tensor, "N T"], valid: Bool[Tensor, " N"], *, aggregation: str, max_length: int | None
+    estimator: Estimator,
+    mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
+    *,
+    max_length: int | None,
+    valid: Bool[Tensor, " N"] | None = None,
 ) -> Float[Tensor, "N T"]:
     """Return the weight of every token of the whole step; the losses of slices add up to that of the step.
 
@@ -44,16 +48,17 @@ def token_weights(
     the padded width, which depends on what was sampled and would bias the gradient.
 
     Args:
+        estimator: The estimator whose aggregation is used.
         mask: 1 where the token is an action of the policy [N, T].
-        valid: False where a row counts nowhere [N]; all True if all rows count.
-        aggregation: One of the names above.
         max_length: The largest number of actions that a row may have, for the aggregation 'fixed_length'.
+        valid: False where a row counts nowhere [N]; None if all rows count.
 
     Raises:
         Refused: When the aggregation is 'fixed_length' and no length is given.
     """
-    if aggregation == "fixed_length" and (max_length is None or max_length < 1):
+    if estimator.aggregation == "fixed_length" and (max_length is None or max_length < 1):
         raise Refused(f"'fixed_length' divides by max_length, the most actions of a row; it is {max_length}.")
+    valid = mask.new_ones(mask.shape[0]).bool() if valid is None else valid.bool()
     actions = mask.bool() & valid[:, None]
     lengths = actions.sum(-1, keepdim=True)
     rows = valid.sum().clamp(min=1)  # of the whole step: never divide a slice by its own rows
@@ -64,7 +69,7 @@ def token_weights(
         "sequence_mean": rows * lengths.clamp(min=1),
     }
     dtype = mask.dtype if mask.is_floating_point() else torch.get_default_dtype()
-    return actions.to(dtype) / divisors[aggregation]
+    return actions.to(dtype) / divisors[estimator.aggregation]
 
 
 def loss(
@@ -73,15 +78,41 @@ def loss(
     advantages: Float[Tensor, " N *T"],
     weights: Float[Tensor, "N T"],
     mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
-    inputs: Mapping[str, Float[Tensor, "N T"] | None],
+    *,
+    old_logprobs: Float[Tensor, "N T"] | None = None,
+    sampling_logprobs: Float[Tensor, "N T"] | None = None,
+    ref_logprobs: Float[Tensor, "N T"] | None = None,
+    entropy: Float[Tensor, "N T"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Compute what `Estimator.loss` returns; `inputs` are its other arguments by name."""
+    """Return the loss, `-sum w (gain - beta KL + entropy_coef H)`, over a step or any slice of its rows.
+
+    The weights already divide by the whole step, so the losses of slices add up to that of the step. A
+    row must not be split, because some terms sum over it. Where the mask or the weight is 0, the other
+    inputs may hold anything, also nan, and so may inputs that the chosen axes do not need. Only
+    `logprobs` and `entropy` carry a gradient.
+
+    Args:
+        estimator: The estimator whose axes are used.
+        logprobs: Log-probabilities of the tokens under the policy being trained [N, T].
+        advantages: `Advantages.policy` of these rows [N] or [N, T].
+        weights: `token_weights` of these rows [N, T].
+        mask: 1 where the token is an action that is learnt from [N, T].
+        old_logprobs: Log-probabilities under the policy that sampled, computed by the trainer [N, T]; for
+            a ratio.
+        sampling_logprobs: The same, as the sampler reported them [N, T]; for importance_cap.
+        ref_logprobs: Log-probabilities under the reference policy [N, T]; for a KL in the loss.
+        entropy: Entropy of the policy at each token, in nats [N, T]; for the entropy bonus.
+
+    Raises:
+        ValueError: When the shapes of logprobs, weights and mask differ.
+        Refused: When the estimator needs an input that is missing.
+    """
     if not logprobs.shape == weights.shape == mask.shape:
         raise ValueError(f"shapes differ: {logprobs.shape=}, {weights.shape=}, {mask.shape=}")
     live = mask.bool() & (weights != 0)
 
-    def inside(name: str, purpose: str) -> Tensor:
-        return zero_outside(given(name, inputs[name], purpose), live)
+    def inside(name: str, x: Tensor | None, purpose: str) -> Tensor:
+        return zero_outside(given(name, x, purpose), live)
 
     # Tokens that do not count may hold anything, also nan, so they are set to 0 before any arithmetic.
     logprobs = zero_outside(logprobs, live)
@@ -89,21 +120,21 @@ def loss(
     advantages = zero_outside(advantages.expand(live.shape), live)
     old = logprobs.detach()  # on-policy: the ratio is 1, and its gradient is the score
     if estimator.needs_old_logprobs:
-        old = inside("old_logprobs", f"the ratio {estimator.ratio!r}").detach()
-    elif estimator.importance_cap is not None and inputs["old_logprobs"] is not None:
-        old = inside("old_logprobs", "the importance weight").detach()
+        old = inside("old_logprobs", old_logprobs, f"the ratio {estimator.ratio!r}").detach()
+    elif estimator.importance_cap is not None and old_logprobs is not None:
+        old = inside("old_logprobs", old_logprobs, "the importance weight").detach()
     gain = policy_gain(estimator, logprobs, logprobs - old, advantages, live)
     if estimator.importance_cap is not None:
-        sampled = inside("sampling_logprobs", "importance_cap").detach()
+        sampled = inside("sampling_logprobs", sampling_logprobs, "importance_cap").detach()
         # Truncated importance weights: the cap bounds the variance. They are biased with any cap where the
         # sampler differs, for a token's weight does not correct the probability of the other tokens.
         gain = gain * (old - sampled).exp().clamp(max=estimator.importance_cap)
     if estimator.needs_kl and estimator.kl_placement == "loss":
-        reference = inside("ref_logprobs", "a KL in the loss").detach()
+        reference = inside("ref_logprobs", ref_logprobs, "a KL in the loss").detach()
         # After the importance weight, which corrects the policy's gain and does not apply to the KL.
         gain = gain - estimator.beta * PER_TOKEN[estimator.kl_estimator](logprobs, reference)
     if estimator.needs_entropy:
-        bonus = inside("entropy", "an entropy bonus")
+        bonus = inside("entropy", entropy, "an entropy bonus")
         if estimator.entropy_form == "sequence":
             bonus = along_path(bonus, logprobs)
         gain = gain + estimator.entropy_coef * bonus
@@ -248,26 +279,28 @@ def along_path(entropy: Float[Tensor, "N T"], logprobs: Float[Tensor, "N T"]) ->
     return entropy + later * (logprobs - logprobs.detach())
 
 
-def squared_error(
+def critic_loss(
+    estimator: Estimator,
     values: Float[Tensor, "N T"],
     returns: Float[Tensor, "N T"],
     weights: Float[Tensor, "N T"],
     *,
     old_values: Float[Tensor, "N T"] | None = None,
-    clip: float | None = None,
 ) -> Float[Tensor, ""]:
-    """Return `sum w (V - G)^2 / 2`; where the weight is 0, values and returns may hold anything.
+    """Return the critic's loss, `sum w (V - G)^2 / 2`, over some rows.
 
-    With `clip`, each token's error is the larger of this and that of `V_old + clip(V - V_old, -clip, clip)`,
-    as in the published code of PPO (Schulman et al. 2017).
+    Where the weight is 0, values and returns may hold anything. With `value_clip`, each token's error is the
+    larger of this and that of `V_old + clip(V - V_old, -value_clip, value_clip)`, as in the published code of
+    PPO (Schulman et al. 2017).
 
     Args:
+        estimator: The estimator whose value_clip is used.
         values: The critic's values V [N, T]; they carry the gradient.
         returns: `Advantages.returns`, the targets G [N, T].
         weights: `token_weights` [N, T].
         old_values: The values before the update [N, T], for value_clip.
-        clip: The field value_clip; None for no clip.
     """
+    clip = estimator.value_clip
     live = weights != 0
     values, goal = zero_outside(values, live), zero_outside(returns.detach(), live)
     error = (values - goal).square()
