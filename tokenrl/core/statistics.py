@@ -1,4 +1,4 @@
-"""Computes a mean with its error, the signal and the noise of the gradient, and seeded random generators.
+"""Defines intervals, means with their errors, signal and noise of a gradient, and random generators.
 
 The noise is found from two halves of an update, which hold different prompt groups and so give two
 independent estimates g1 and g2 of the gradient, from n1 and n2 groups. `E<g1, g2> = |E g|^2` is the signal.
@@ -13,11 +13,27 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval; nan for what the sample does not determine.
+
+    Attributes:
+        value: The estimate; an unbiased one may be negative, and none is clamped.
+        low: Lower end of the interval; minus infinity if it is unbounded.
+        high: Upper end of the interval; infinity if it is unbounded.
+    """
+
+    value: float
+    low: float
+    high: float
 
 
 def mean_and_error(

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.core.rows import zero_spread
+from tokenrl.core.statistics import Interval
 from tokenrl.errors import Refused
 from tokenrl.lab.measure.arguments import MeasureArguments
-from tokenrl.lab.measure.paired import GroupSize, Measurement, compare, compare_group_sizes
+from tokenrl.lab.measure.noise import GroupSize, Measurement, measure_estimators, measure_group_sizes
 from tokenrl.lab.measure.projections import AT_ONCE, Projections, chosen_parameters, project
 from tokenrl.lab.measure.rollouts import Samples, collect
-from tokenrl.lab.measure.unit_statistics import Estimate
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.runs.console import Console, rich_console, rich_table
@@ -102,8 +102,8 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
             model=policy.source,
             task=task.name,
             settings=_settings(args, samples),
-            estimators=compare(samples, seen, chosen, **options),
-            group_sizes=compare_group_sizes(samples, seen, chosen, **options),
+            estimators=measure_estimators(samples, seen, chosen, **options),
+            group_sizes=measure_group_sizes(samples, seen, chosen, **options),
         )
 
 
@@ -117,8 +117,10 @@ def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
     adapter = Path(args.model, "model", "adapter") if isinstance(args.model, (str, Path)) else None
     if adapter is not None and os.path.isdir(adapter) and not args.lora_r:
         console.note(f"{args.model} trained an adapter, so the gradient is measured in the adapter.")
-        how: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-        args = replace(args, model=load_policy(adapter, merge_adapter=False, **how))  # type: ignore[arg-type]
+        trained = load_policy(
+            adapter, merge_adapter=False, dtype=args.dtype, trust_remote_code=args.trust_remote_code
+        )
+        args = replace(args, model=trained)  # type: ignore[arg-type]
     policy = make_policy(args, task, console.note)
     policy.model.to(Accelerator(cpu=args.cpu).device)
     return policy
@@ -152,20 +154,26 @@ def _in_memory(
         seed=args.seed,
     )
     rows = args.rows_at_once or rows_at_once(policy, sampling.max_completion_length)
-    how: dict[str, Any] = {"count": args.probes, "seed": args.seed, "temperature": args.temperature}
-    how["entropy"] = any(Estimator.preset(name).needs_entropy for name in args.estimators)
+    projected = partial(
+        project,
+        policy,
+        parameters=parameters,
+        count=args.probes,
+        seed=args.seed,
+        temperature=args.temperature,
+        entropy=any(Estimator.preset(name).needs_entropy for name in args.estimators),
+    )
     while True:
         try:
+            samples = collect(policy, rewards, prompts, sampling, rows_at_once=rows)
+            scoring, width = samples.scoring, samples.mask.shape[1]
             with Progress(console=console.rich) as progress:
-                samples = collect(policy, rewards, prompts, sampling, rows_at_once=rows)
                 total = len(samples.parts) * math.ceil(args.probes / AT_ONCE)
-                bar = progress.add_task("differentiating", total=total)
-                how |= {"width": samples.mask.shape[1], "scoring": samples.scoring}
-                how["after"] = partial(progress.advance, bar)
-                parts = [project(policy, part, parameters, **how) for part in samples.parts]
-                logprobs, slopes = zip(*parts, strict=True)
-                whole = None if slopes[0] is None else torch.cat([x.cpu() for x in slopes])
-                return samples, Projections(torch.cat([x.cpu() for x in logprobs]), whole)
+                advance = partial(progress.advance, progress.add_task("differentiating", total=total))
+                parts = [projected(x, width=width, scoring=scoring, after=advance) for x in samples.parts]
+            logprobs, slopes = zip(*parts, strict=True)
+            whole = None if slopes[0] is None else torch.cat([x.cpu() for x in slopes])
+            return samples, Projections(torch.cat([x.cpu() for x in logprobs]), whole)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -268,10 +276,10 @@ def print_tables(measured: Measured) -> None:
     )
 
 
-def words(estimate: Estimate) -> str:
+def words(estimate: Interval) -> str:
     """Write a number with its interval, to three digits, or 'not resolved'."""
-    if estimate.value is None or estimate.high is None or estimate.low is None:
+    if math.isnan(estimate.value) or math.isnan(estimate.high):
         return "not resolved"
-    if not math.isfinite(estimate.high):
+    if math.isinf(estimate.high):
         return f"not resolved (> {estimate.low:.3g})"
     return f"{estimate.value:.3g} ({estimate.low:.3g} to {estimate.high:.3g})"

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tokenrl.core.statistics import Interval
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its bootstrap interval; None for what the sample does not determine.
-
-    Attributes:
-        value: The estimate; unbiased ones may be negative, and none is clamped.
-        low: Lower end of the interval; minus infinity if unbounded.
-        high: Upper end of the interval; infinity if unbounded.
-    """
-
-    value: float | None
-    low: float | None
-    high: float | None
+LEVEL = 0.95
+"""Probability with which an interval should contain the true value."""
 
 
 class Resampling:
@@ -69,8 +58,8 @@ def _counts(n: int, replicates: int, generator: torch.Generator) -> Tensor:
     return torch.cat([torch.ones(1, n, dtype=torch.double), counts])
 
 
-def interval(replicates: Float[Tensor, " R"], level: float = 0.95) -> Estimate:
-    """Return the bias-corrected percentile interval, or none if a replicate is not finite.
+def interval(replicates: Float[Tensor, " R"], *, resolved: bool = True) -> Interval:
+    """Return the bias-corrected 95 % percentile interval; no ends if a replicate is not finite.
 
     The quantiles are `Phi(2 z0 -+ z)`, with z0 the normal quantile of the share of replicates below the
     estimate (Efron 1987, Better bootstrap confidence intervals, with a = 0). The correction is needed because
@@ -79,44 +68,38 @@ def interval(replicates: Float[Tensor, " R"], level: float = 0.95) -> Estimate:
 
     Args:
         replicates: The estimate first, then its bootstrap replicates.
-        level: Probability with which the interval should contain the true value.
+        resolved: False for a ratio whose denominator may be 0: it has no ends either.
     """
     first, rest = replicates[0], replicates[1:]
-    if not bool(replicates.isfinite().all()):
-        return without_interval(replicates)
+    if not (resolved and bool(replicates.isfinite().all())):
+        return Interval(float(first) if first.isfinite() else math.nan, math.nan, math.nan)
     share = ((rest < first).double() + 0.5 * (rest == first).double()).mean()
     z0 = torch.special.ndtri(share.clamp(1 / len(rest), 1 - 1 / len(rest)))
-    z = torch.special.ndtri(torch.tensor([0.5 - level / 2, 0.5 + level / 2], dtype=torch.double))
+    z = torch.special.ndtri(torch.tensor([0.5 - LEVEL / 2, 0.5 + LEVEL / 2], dtype=torch.double))
     low, high = torch.quantile(rest, torch.special.ndtr(2 * z0 + z)).tolist()
-    return Estimate(float(first), low, high)
+    return Interval(float(first), low, high)
 
 
-def without_interval(replicates: Float[Tensor, " R"]) -> Estimate:
-    """Return the estimate without an interval, as for a ratio whose denominator may be 0."""
-    value = float(replicates[0])
-    return Estimate(value if math.isfinite(value) else None, None, None)
-
-
-def reciprocal(x: Estimate) -> Estimate:
+def reciprocal(x: Interval) -> Interval:
     """Return 1/x with the ends of the interval exchanged: the noise from a signal-to-noise ratio x.
 
     If the interval of x contains 0, all that is known is that 1/x exceeds 1/high, so the upper end is
     infinite. If x has no interval, or none that reaches above 0, nothing is known of 1/x.
     """
-    if x.low is None or x.high is None or x.value is None or x.high <= 0:
-        return Estimate(None, None, None)
-    value = 1 / x.value if x.value > 0 else None
-    return Estimate(value, 1 / x.high, 1 / x.low if x.low > 0 else math.inf)
+    if not x.high > 0:
+        return Interval(math.nan, math.nan, math.nan)
+    return Interval(
+        1 / x.value if x.value > 0 else math.nan, 1 / x.high, 1 / x.low if x.low > 0 else math.inf
+    )
 
 
-def cosine(cross: Tensor, first: Tensor, second: Tensor, *, resolved: bool) -> Estimate:
+def cosine(cross: Tensor, first: Tensor, second: Tensor, *, resolved: bool) -> Interval:
     """Return `<a, b> / sqrt(|a|^2 |b|^2)` from unbiased estimates of all three.
 
     It has no interval unless `resolved`, that is, unless both lengths are known to be positive. It is not
     clamped, so an estimate may exceed 1.
     """
-    found = cross / (first * second).sqrt()
-    if not resolved:
-        return without_interval(found)
+    cosines = cross / (first * second).sqrt()
     usable = (first > 0) & (second > 0)  # at least 97.5 % of the replicates of a resolved length
-    return interval(torch.cat([found[:1], found[1:][usable[1:]]]))
+    usable[0] = True  # the estimate itself
+    return interval(cosines[usable], resolved=resolved)

@@ -11,13 +11,14 @@ from listed_policy import problem_of_policy
 from tiny_lab_model import PROMPTS, points_of, tiny_policy
 
 from tokenrl.core import Estimator
+from tokenrl.core.statistics import Interval
 from tokenrl.lab.exact.enumeration import exact_moments
 from tokenrl.lab.measure.contributions import ascent_slopes, contributions
 from tokenrl.lab.measure.measurement import words
-from tokenrl.lab.measure.paired import compare, compare_group_sizes, same_expectation
+from tokenrl.lab.measure.noise import measure_estimators, measure_group_sizes, same_expectation
 from tokenrl.lab.measure.projections import Projections
 from tokenrl.lab.measure.rollouts import Samples
-from tokenrl.lab.measure.unit_statistics import Estimate, Resampling, cosine, interval, reciprocal
+from tokenrl.lab.measure.unit_statistics import Resampling, cosine, interval, reciprocal
 from tokenrl.language.policy.model import Policy
 
 torch.set_num_threads(1)
@@ -134,11 +135,11 @@ def test_intervals_cover_the_truth() -> None:
 
 
 def test_what_is_not_told_apart_from_zero_is_not_told() -> None:
-    assert words(reciprocal(Estimate(0.5, -0.1, 1.0))) == "not resolved (> 1)"
-    assert words(reciprocal(Estimate(-0.5, -1.0, 1.0))) == "not resolved"
-    assert words(reciprocal(Estimate(-0.5, -1.0, -0.1))) == "not resolved"
-    assert words(reciprocal(Estimate(0.5, 0.25, 1.0))) == "2 (1 to 4)"
-    assert interval(torch.tensor([1.0, 1.0, math.nan]).double()).low is None
+    assert words(reciprocal(Interval(0.5, -0.1, 1.0))) == "not resolved (> 1)"
+    assert words(reciprocal(Interval(-0.5, -1.0, 1.0))) == "not resolved"
+    assert words(reciprocal(Interval(-0.5, -1.0, -0.1))) == "not resolved"
+    assert words(reciprocal(Interval(0.5, 0.25, 1.0))) == "2 (1 to 4)"
+    assert math.isnan(interval(torch.tensor([1.0, 1.0, math.nan]).double()).low)
 
 
 @pytest.mark.parametrize("groups", [256, pytest.param(512, marks=pytest.mark.slow)])
@@ -156,7 +157,8 @@ def test_compare_agrees_with_the_enumerated_truth(policy: Policy, groups: int) -
     estimators = {
         name: Estimator.preset(name) for name in ("reinforce", "rloo", "remax", "grpo", "dr_grpo")
     } | {"token": Estimator(aggregation="token_mean")}
-    found = {m.estimator: m for m in compare(samples, seen, estimators, prompts_per_step=4, replicates=300)}
+    measured = measure_estimators(samples, seen, estimators, prompts_per_step=4, replicates=300)
+    found = {m.estimator: m for m in measured}
     for name, m in found.items():
         exact = exact_moments(estimators[name], problem, group_size=2)
         assert m.coupled == (name == "token") and m.units == (groups // 4 if name == "token" else groups)
@@ -184,7 +186,7 @@ def test_group_sizes_agree_with_the_enumerated_truth(policy: Policy) -> None:
     chosen = torch.multinomial(problem.chances[0], 4 * 400, replacement=True, generator=generator)
     samples, seen = drawn(problem, chosen, 4), Projections(problem.scores[0, chosen], None)
     chosen_ones = {"rloo": Estimator(), "grpo": GRPO, "none": Estimator(baseline="none")}
-    sizes = compare_group_sizes(samples, seen, chosen_ones, prompts_per_step=8, replicates=300)
+    sizes = measure_group_sizes(samples, seen, chosen_ones, prompts_per_step=8, replicates=300)
     assert [(s.estimator, s.group_size) for s in sizes] == [(n, g) for n in ("rloo", "grpo") for g in (2, 4)]
     for s in sizes:
         exact = exact_moments(chosen_ones[s.estimator], problem, group_size=s.group_size)
@@ -197,6 +199,5 @@ def test_group_sizes_agree_with_the_enumerated_truth(policy: Policy) -> None:
 
 def test_same_expectation_needs_the_same_objective() -> None:
     assert same_expectation(Estimator()) and same_expectation(Estimator(baseline="none"))
-    assert not same_expectation(Estimator(beta=0.1))
-    assert not same_expectation(Estimator(overlong_buffer=4))
-    assert not same_expectation(Estimator(baseline="group_mean"))
+    different = Estimator(beta=0.1), Estimator(overlong_buffer=4), Estimator(baseline="group_mean")
+    assert not any(map(same_expectation, different))

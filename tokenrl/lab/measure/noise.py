@@ -11,18 +11,12 @@ from torch import Tensor
 
 from tokenrl.core.choices import EXACT
 from tokenrl.core.estimator import Estimator
+from tokenrl.core.statistics import Interval
 from tokenrl.errors import Refused
 from tokenrl.lab.measure.contributions import Contributions, contributions
 from tokenrl.lab.measure.projections import Projections
 from tokenrl.lab.measure.rollouts import Samples
-from tokenrl.lab.measure.unit_statistics import (
-    Estimate,
-    Resampling,
-    cosine,
-    interval,
-    reciprocal,
-    without_interval,
-)
+from tokenrl.lab.measure.unit_statistics import Resampling, cosine, interval, reciprocal
 
 
 @dataclass(frozen=True)
@@ -47,13 +41,13 @@ class Measurement:
     declared: str
     coupled: bool
     units: int
-    signal: Estimate
-    variance: Estimate
-    snr: Estimate
-    noise: Estimate
-    cosine: Estimate
-    variance_ratio: Estimate
-    quieter: Estimate
+    signal: Interval
+    variance: Interval
+    snr: Interval
+    noise: Interval
+    cosine: Interval
+    variance_ratio: Interval
+    quieter: Interval
 
 
 @dataclass(frozen=True)
@@ -69,11 +63,11 @@ class GroupSize:
 
     estimator: str
     group_size: int
-    noise: Estimate
-    quieter: Estimate | None
+    noise: Interval
+    quieter: Interval | None
 
 
-def compare(
+def measure_estimators(
     samples: Samples,
     projections: Projections,
     estimators: Mapping[str, Estimator],
@@ -94,7 +88,7 @@ def compare(
     / 90 / 93 / 93 / 95 % with 32 / 64 / 128 / 256 / 512 groups: it takes some 20 groups of unequal rewards.
     """
     step = prompts_per_step
-    reference, nothing = (
+    of_rloo, without_baseline = (
         contributions(e, samples, projections, prompts_per_step=step, coupled=False)
         for e in (Estimator(), Estimator(baseline="none"))
     )
@@ -104,38 +98,33 @@ def compare(
     def resampling(units: int) -> Resampling:
         return Resampling(units, probes, replicates=replicates, seed=seed)
 
-    found = []
+    measurements = []
     for name, estimator in estimators.items():
-        mine = contributions(estimator, samples, projections, prompts_per_step=step)
-        rloo, none = (_in_units_of(mine, other) for other in (reference, nothing))
-        draw, share = resampling(len(mine.values)), mine.groups / step  # of a unit in a step
-        own, of_rloo = draw.product(mine.values, mine.values), draw.product(rloo, rloo)
-        variance, without = draw.variance(mine.values) * share, draw.variance(none) * share
+        units = contributions(estimator, samples, projections, prompts_per_step=step)
+        rloo, none = (_in_units_of(units, groups) for groups in (of_rloo, without_baseline))
+        draw, share = resampling(len(units.values)), units.groups / step  # of a unit in a step
+        signal, rloo_signal = draw.product(units.values, units.values), draw.product(rloo, rloo)
+        variance, plain_variance = draw.variance(units.values) * share, draw.variance(none) * share
         same = same_expectation(estimator)
-        snr = interval((of_rloo if same else own) / variance)
-        sure = interval_above_zero(own) and interval_above_zero(of_rloo)
-        quieter = without / variance * (1 if same else own / of_rloo)
+        snr = interval((rloo_signal if same else signal) / variance)
+        # A ratio has an interval only if that of its denominator lies above 0.
+        resolved = interval(signal).low > 0 and interval(rloo_signal).low > 0
+        quieter = plain_variance / variance * (1 if same else signal / rloo_signal)
         measurement = Measurement(
             estimator=name,
             declared=estimator.bias_status,
-            coupled=mine.coupled,
-            units=len(mine.values),
-            signal=interval(own),
+            coupled=units.coupled,
+            units=len(units.values),
+            signal=interval(signal),
             variance=interval(variance),
             snr=snr,
             noise=reciprocal(snr),
-            cosine=cosine(draw.product(mine.values, rloo), own, of_rloo, resolved=sure),
-            variance_ratio=interval(variance / without),
-            quieter=interval(quieter) if same or sure else without_interval(quieter),
+            cosine=cosine(draw.product(units.values, rloo), signal, rloo_signal, resolved=resolved),
+            variance_ratio=interval(variance / plain_variance),
+            quieter=interval(quieter, resolved=same or resolved),
         )
-        found.append(measurement)
-    return tuple(found)
-
-
-def interval_above_zero(replicates: Tensor) -> bool:
-    """Whether the whole interval lies above 0, so that a ratio with this denominator has an interval."""
-    low = interval(replicates).low
-    return low is not None and low > 0
+        measurements.append(measurement)
+    return tuple(measurements)
 
 
 def same_expectation(estimator: Estimator) -> bool:
@@ -144,13 +133,13 @@ def same_expectation(estimator: Estimator) -> bool:
     return estimator.bias_status == EXACT and not added
 
 
-def _in_units_of(mine: Contributions, other: Contributions) -> Tensor:
-    """Average the values of `other`, whose units are groups, over the units of `mine` [M, 1, K]."""
-    units = len(mine.values)
-    return other.values[: units * mine.groups].reshape(units, mine.groups, *other.values.shape[1:]).mean(1)
+def _in_units_of(units: Contributions, groups: Contributions) -> Tensor:
+    """Average the values of `groups`, whose units are groups, over units of another size [M, 1, K]."""
+    m, size = len(units.values), units.groups
+    return groups.values[: m * size].reshape(m, size, *groups.values.shape[1:]).mean(1)
 
 
-def compare_group_sizes(
+def measure_group_sizes(
     samples: Samples,
     projections: Projections,
     estimators: Mapping[str, Estimator],
@@ -166,33 +155,34 @@ def compare_group_sizes(
     """
     groups, probes = len(samples.mask) // samples.group_size, projections.logprobs.shape[-1]
     draw = Resampling(groups, probes, replicates=replicates, seed=seed)
-    how: dict[str, Any] = {"prompts_per_step": prompts_per_step}
-    whole = contributions(Estimator(), samples, projections, coupled=False, **how)
-    of_rloo = draw.product(whole.values, whole.values)
-    found = []
+    step: dict[str, Any] = {"prompts_per_step": prompts_per_step}
+    rloo = contributions(Estimator(), samples, projections, coupled=False, **step)
+    rloo_signal = draw.product(rloo.values, rloo.values)
+    rows = []
     sizes = [2**k for k in range(1, samples.group_size.bit_length())]
     for name, estimator in estimators.items():
         if not estimator.needs_groups:
             continue
-        before: tuple[Tensor, Tensor] | None = None
+        half: tuple[Tensor, Tensor] | None = None  # signal and variance with groups of half the size
         for size in sizes:
             try:
-                mine = contributions(estimator, samples, projections, group_size=size, **how)
+                units = contributions(estimator, samples, projections, group_size=size, **step)
             except Refused:  # for example 'loo_std' with groups of two
                 continue
-            if mine.coupled:  # its units are steps
+            if units.coupled:  # its units are steps
                 continue
-            known = of_rloo if same_expectation(estimator) else draw.product(mine.values, mine.values)
-            variance = draw.variance(mine.values) * size / (prompts_per_step * samples.group_size)
-            gain = None if before is None else _gain(before, (known, variance))
-            found.append(GroupSize(name, size, reciprocal(interval(known / variance)), gain))
-            before = known, variance
-    return tuple(found)
+            same = same_expectation(estimator)
+            signal = rloo_signal if same else draw.product(units.values, units.values)
+            variance = draw.variance(units.values) * size / (prompts_per_step * samples.group_size)
+            quieter = None if half is None else _gain(half, (signal, variance))
+            rows.append(GroupSize(name, size, reciprocal(interval(signal / variance)), quieter))
+            half = signal, variance
+    return tuple(rows)
 
 
-def _gain(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Estimate:
+def _gain(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Interval:
     """Return the noise before divided by the noise after, each given as signal and variance."""
-    ratio = (after[0] / before[0]) * (before[1] / after[1])
     if after[0] is before[0]:  # the same signal cancels, whether or not it is resolved
         return interval(before[1] / after[1])
-    return interval(ratio) if interval_above_zero(before[0]) else without_interval(ratio)
+    ratio = (after[0] / before[0]) * (before[1] / after[1])
+    return interval(ratio, resolved=interval(before[0]).low > 0)
