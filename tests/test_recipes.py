@@ -28,7 +28,7 @@ PROGRAMS = {
 }
 # tests/test_rlhf_recipes.py, tests/test_pretrained_recipe.py, tests/lab/compare/
 ELSEWHERE = {"rlhf_pipeline", "overoptimisation", "pretrained_toy_task", "rebuild"}
-ELSEWHERE |= {"compare_baselines", "overall_scores"}
+ELSEWHERE |= {"compare_baselines", "overall_scores", "compare_existing_runs"}
 TABLE = "estimators_table"
 RUNGS = {
     "ladder vanilla": ("none", "exact"),

@@ -98,14 +98,14 @@ WITHOUT: Mapping[str, str] = {
     "for grpo, fixed_length for dr_grpo; cispo is a ratio.",
     "truncate_prompts: max_prompt_length prompt_max_len": "Prompts may fill the context that completions "
     "leave; longer ones are refused, or cut by truncate_prompts.",
-    "temperature: top_p top_k min_p repetition_penalty generation_kwargs": "Only the temperature changes "
-    "what is sampled.",
+    "temperature: top_p top_k min_p repetition_penalty generation_kwargs": "Only temperature is offered.",
     "max_completion_length: use_vllm": "transformers samples the completions, in this process.",
     "eval_generations: per_device_eval_batch_size": "Held-out prompts are sampled 256 completions at a time.",
     "output_dir: logging_dir push_to_hub": "All that a run writes is in output_dir; nothing is uploaded.",
     "output_dir: callbacks": "There are none: metrics.jsonl in output_dir has what each step measured.",
     "prompts_per_step: deepspeed fsdp zero_stage n_gpus_per_node": "Each process holds the whole model; "
     "accelerate launch starts several.",
+    "arms: runs": "Runs that exist are judged by recipes/study/compare_existing_runs.py.",
     "max_completion_length: compile compile_sampling compile_training": "Nothing is compiled, which gained "
     "next to nothing.",
     "max_completion_length: minutes": "--check prints the seconds of a step, and how long the run will take.",

@@ -263,9 +263,7 @@ NAMED = {
 """Settings of a run that name code, by kind."""
 
 
-@pytest.mark.parametrize(
-    "command", ["advise --run a", "report a", "report a b", "compare --runs a b --quiet"]
-)
+@pytest.mark.parametrize("command", ["advise --run a", "report a", "report a b"])
 @pytest.mark.parametrize("source", ["mine.py", "mine"])
 @pytest.mark.parametrize("kind", NAMED)
 def test_reading_a_run_executes_nothing_that_it_names(made_up, tmp_path, monkeypatch, kind, source, command):

@@ -104,20 +104,6 @@ def test_a_plan_of_another_program_is_not_replaced(tmp_path):
     assert files(tmp_path).items() >= before.items()
 
 
-def test_runs_in_the_output_directory_are_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, baseline in (("a", "none"), ("b", "rloo")):
-        config = {"env": "walk", "seed": 0, "estimator": {"baseline": baseline}}
-        write_run(Path("r2") / name, [0.1, 0.2], config=config)
-    Path("linked").symlink_to("r2")
-    Path("r2/plan.json").write_text("{}")
-    before = files(tmp_path)
-    for folder, pattern in (("r2", "r2/*"), ("linked", "r2/*"), (".", "r2/*"), ("r2", "linked/*")):
-        with pytest.raises(Refused, match=r"lies in the output directory .* Give another"):
-            tokenrl.compare(runs=pattern, output_dir=folder, overwrite=True, quiet=True)
-    assert files(tmp_path) == before
-
-
 @pytest.mark.parametrize(("place", "words"), [("mine.txt", "cannot be used"), ("a/../b", "contains '..'")])
 def test_a_directory_that_cannot_be_made_or_that_runs_would_refuse_is_refused(tmp_path, place, words):
     (tmp_path / "mine.txt").write_text("years of work")

@@ -122,7 +122,8 @@ def test_several_values_make_a_problem_each():
         ({"learning_rate": ("tuned", 1e-3)}, "tuned alone"),
         ({"learning_rate": ("fast",)}, "or one of fixed, tuned"),
         ({"shared": {"seed": 3}}, "set by the comparison itself"),
-        ({"shared": {"max_stepz": 3}}, "There is no setting"),
+        ({"shared": {"max_stepz": 3}}, "There is no setting 'max_stepz'. Did you mean"),
+        ({"shared": {"runs": "a"}}, "judged by recipes/study/compare_existing_runs"),
         ({"shared": {"estimator": "rloo"}}, "as arms"),
         ({"task": ("sort_digits",)}, "without these"),
     ],
@@ -290,6 +291,7 @@ def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():
         ("--estimator grpo", "as --arms"),
         ("--env walk --agent classic", "as --arms"),
         ("--max-steps -3", "max_steps was given as -3"),
+        ("--runs a b", "Runs that exist are judged by recipes/study/compare_existing_runs.py"),
     ],
 )
 def test_flags_that_cannot_be_compared_are_refused_with_exit_code_2(text, words, capsys):

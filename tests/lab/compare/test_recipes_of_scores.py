@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from made_runs import rising, write_run
 
 RECIPES = Path(__file__).parents[3] / "recipes" / "study"
 
@@ -49,3 +50,16 @@ def test_scores_are_normalised_to_the_range_of_the_reward_for_rliable(tmp_path, 
         "b": [[0.5, 0.75], [0, 0.25]],
     }
     assert "interquartile mean" in capsys.readouterr().out
+
+
+def test_runs_that_exist_are_judged_by_the_settings_in_which_they_differ(tmp_path, monkeypatch, capsys):
+    for end, baseline in ((0.5, "none"), (0.6, "rloo")):
+        for seed in range(6):
+            config = {
+                "estimator": {"baseline": baseline, "gamma": 1.0},
+                "seed": seed,
+                "output_dir": f"{seed}",
+            }
+            write_run(tmp_path / f"{baseline}{seed}", config=config, **rising(end)(seed))
+    run("compare_existing_runs", sorted(tmp_path.iterdir()), monkeypatch)
+    assert "Better than estimator.baseline=none: estimator.baseline=rloo." in capsys.readouterr().out

@@ -2,13 +2,14 @@
 
 import json
 
+import made_runs
 import pandas as pd
 import pytest
-from made_runs import FINISHED, WALK, compared, noise, rising, said, write_run
+from made_runs import WALK, compared, noise, rising, said, write_run
 
 import tokenrl
 from tokenrl.cli import main
-from tokenrl.errors import Refused, Stopped
+from tokenrl.errors import Stopped
 
 REWARDS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8)
 
@@ -207,106 +208,18 @@ def test_nothing_to_judge_is_told_with_the_reason(tmp_path):
         compared(tmp_path, arms, seeds=2)
 
 
-def config(estimator, seed, **more):
-    return {"kind": "train", "task": "sort_digits", "seed": seed, "max_steps": 50, "num_generations": 4,
-            "prompts_per_step": 2, "eval_size": 64, "learning_rate": 1e-3, "output_dir": "x",
-            "max_completion_length": 8, "estimator": estimator, **more}  # fmt: skip
-
-
-def existing(folder, label, estimator, end, *, seeds=6, more=None, **metrics):
-    for seed in range(seeds):
-        made = rising(end, counts=lambda step: {"num_samples": 8 * step}, **metrics)(seed)
-        write_run(folder / f"{label}{seed}", config=config(estimator, seed, **(more or {})), **made)
-
-
-def judge_existing(folder, **options):
-    given = {
-        "runs": str(folder / "runs" / "*"),
-        "output_dir": str(folder / "found"),
-        "quiet": True,
-        **options,
+def test_cut_completions_void_an_arm_and_equal_groups_one_that_compares_them(tmp_path, monkeypatch):
+    options = {"task": "sort_digits", "prompts_per_step": 2, "num_generations": 4, "max_steps": 50}
+    monkeypatch.setattr(made_runs, "WALK", {"eval_every": 10, "quiet": True, "against_itself": False})
+    runs = {
+        "reinforce": rising(0.5),
+        "reinforce,aggregation=token_mean": rising(-0.1, frac_reward_zero_std=0.9),
+        "rloo": rising(-0.1, frac_reward_zero_std=0.9),
+        "grpo": rising(0.7, **{"completions/clipped_ratio": 0.6}),
     }
-    return tokenrl.compare(**given)
-
-
-def test_runs_that_exist_are_judged_by_the_settings_in_which_they_differ(tmp_path):
-    runs = tmp_path / "runs"
-    existing(runs, "a", {}, 0.5)
-    existing(runs, "b", {"baseline": "group_mean", "scale": "group_std"}, 0.7)
-    existing(runs, "c", {}, 0.6, more={"learning_rate": 2e-3})
-    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
-    found = judge_existing(tmp_path, margin=0.02)
-    labels = [arm.label for arm in found.plan.arms]
-    assert labels[0] == "rloo, learning_rate=0.001" and labels[2] == "rloo, learning_rate=0.002"
-    assert list(found.judgement.verdicts().values()) == ["better", "better"]
-    assert list(found.judgement.verdicts()) == [("sort_digits", label) for label in labels[1:]]
-    assert "Exploratory: the runs existed before" in said(found, "Exploratory")[0]
-    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == before
-    assert main(["report", str(tmp_path / "found")]) == 0
-
-
-def test_completions_that_are_cut_void_an_arm_and_groups_without_signal_one_that_compares_them_in_vain(
-    tmp_path,
-):
-    runs = tmp_path / "runs"
-    existing(runs, "a", {}, 0.5)
-    existing(runs, "b", {"baseline": "none"}, -0.1, frac_reward_zero_std=0.9)
-    existing(runs, "c", {"baseline": "group_mean"}, -0.1, frac_reward_zero_std=0.9)
-    existing(runs, "d", {"baseline": "batch_mean"}, 0.7, **{"completions/clipped_ratio": 0.6})
-    existing(runs, "e", {"baseline": "opo"}, 0.7, frac_reward_zero_std=0.9)
-    found = judge_existing(tmp_path)
-    assert list(found.judgement.verdicts().values()) == ["worse", "void", "void", "better"]
+    counts = {"counts": lambda step: {"num_samples": 8 * step}}
+    arms = {arm: lambda seed, of=of: of(seed) | counts for arm, of in runs.items()}
+    found = compared(tmp_path, arms, **options)
+    assert list(found.judgement.verdicts().values()) == ["worse", "void", "void"]
     void = [arm.void for arm in found.judgement.families[0].arms]
-    assert "all rewards were equal" in void[2] and "60% of the completions are cut off at 8 tokens" in void[3]
-
-
-def test_runs_of_other_budgets_are_compared_up_to_the_smallest(tmp_path):
-    runs = tmp_path / "runs"
-    existing(runs, "a", {}, 0.5, seeds=2)
-    for seed in range(2):
-        long = {
-            "counts": lambda step: {"num_samples": 16 * step},
-            "config": config({"baseline": "none"}, seed),
-        }
-        write_run(runs / f"b{seed}", list(REWARDS), **long)
-    found = judge_existing(tmp_path)
-    assert found.plan.problems[0].budget == 400 and row(found, found.plan.arms[1].label)["reward"] == 0.4
-
-
-@pytest.mark.parametrize("solved", [1, 1.0, 0.5])
-def test_the_reward_that_counts_as_solved_is_read_as_it_was_written(tmp_path, solved):
-    runs = tmp_path / "runs"
-    existing(runs, "a", {}, 1.1, seeds=2, more={"solved": solved})
-    existing(runs, "b", {"baseline": "none"}, 0.7, seeds=2, more={"solved": solved})
-    found = judge_existing(tmp_path)
-    assert found.plan.problems[0].solved == solved
-    assert set(found.thresholds["chosen"]) == {"solved"} and set(found.thresholds["threshold"]) == {solved}
-
-
-def test_runs_that_cannot_be_compared_are_refused(tmp_path):
-    runs = tmp_path / "runs"
-    existing(runs, "a", {}, 0.5, seeds=2)
-    with pytest.raises(Refused, match="nothing to compare"):
-        judge_existing(tmp_path)
-    existing(runs, "b", {}, 0.5, seeds=1)
-    existing(runs, "c", {"baseline": "none"}, 0.5, seeds=1)
-    with pytest.raises(Refused, match=r"a0 and .*b0 have the same settings and seed"):
-        judge_existing(tmp_path)
-    with pytest.raises(Refused, match="no run directory was found"):
-        tokenrl.compare(runs=str(tmp_path / "none" / "*"))
-    with pytest.raises(Refused, match="judges runs that exist, so it takes no seeds or shared"):
-        tokenrl.compare(runs="runs/*", seeds=3, max_steps=4)
-    write_run(runs / "d", list(REWARDS), config={"kind": "sft", "seed": 0}, summary=FINISHED)
-    with pytest.raises(Refused, match="d is no run of tokenrl train or control"):
-        judge_existing(tmp_path)
-
-
-@pytest.mark.parametrize("rows", [0, 1])
-def test_a_run_without_a_step_is_refused(tmp_path, rows):
-    runs = tmp_path / "runs"
-    existing(runs, "a", {}, 0.5, seeds=2)
-    existing(runs, "b", {"baseline": "none"}, 0.5, seeds=2)
-    log = runs / "b1" / "metrics.jsonl"
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:rows]))
-    with pytest.raises(Refused, match=r"b1 is no run of .* that made a step\. Leave it out"):
-        judge_existing(tmp_path)
+    assert "all rewards were equal" in void[2] and "60% of the completions are cut off at" in void[3]

@@ -25,9 +25,6 @@ class ProblemArguments(Settings, group="problems"):
     learning_rate: tuple[Positive | Literal["fixed", "tuned"], ...] = ("fixed",)
     """fixed: what tokenrl train recommends, for all arms; tuned: for each arm the best of a grid around that,
     on seeds of their own (successive halving); or numbers."""
-    runs: tuple[str, ...] = ()
-    """Instead of making runs, judge the directories of runs that exist, such as 'runs/*'. Their arms are the
-    settings in which they differ."""
 
 
 @dataclass(frozen=True)

@@ -140,14 +140,12 @@ def _findings(arm: Arm, problem: Problem, runs: pd.DataFrame) -> list[Finding]:
 
 def _exploratory(found: Comparison, problem: Problem) -> Iterator[Caveat]:
     """Tell what was decided after results could be seen; then the level of the intervals does not hold."""
-    why = ["the runs existed before the comparison was planned"] if found.plan.existing else []
-    why += found.plan.changes
-    if why:
+    if found.plan.changes:
         yield Caveat(
-            f"Exploratory: {'; '.join(why)}. Who sees results before choosing what to "
+            f"Exploratory: {'; '.join(found.plan.changes)}. Who sees results before choosing what to "
             "compare, or when to stop, finds differences by chance more often than the level says. Repeat it "
             "with new seeds (--first-seed) in another --output-dir.",
-            "it was planned or changed after results could be seen",
+            "it was changed after results could be seen",
         )
 
 

@@ -126,7 +126,6 @@ class Plan:
         tuning_seeds: seeds on which learning rates are chosen; none unless they are tuned.
         failure_below: the reward at the end below which a run counts as failed.
         all_pairs: whether all arms are compared with each other.
-        existing: the runs, where they existed before the comparison; else empty.
         changes: what was changed after results were known, in words; it makes the comparison exploratory.
         command: the command line that repeats the comparison; empty if a Python program made it.
     """
@@ -141,7 +140,6 @@ class Plan:
     tuning_seeds: tuple[int, ...] = ()
     failure_below: float | None = None
     all_pairs: bool = False
-    existing: tuple[Run, ...] = ()
     changes: tuple[str, ...] = ()
     command: str = ""
 
@@ -172,8 +170,8 @@ class Plan:
         Args:
             rates: learning rates by problem and arm, where they have been tuned.
         """
-        runs = list(self.existing)
-        for problem in () if runs else self.problems:
+        runs = []
+        for problem in self.problems:
             for place, seed in enumerate(self.seeds):
                 for arm in self.arms:
                     rate = (rates or {}).get((problem.label, arm.label))
@@ -248,7 +246,6 @@ def read_plan(output_dir: Path) -> Plan:
         values: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in found.items()}
         values["problems"] = tuple(Problem(**one) for one in found["problems"])
         values["arms"] = tuple(Arm(**one) for one in found["arms"])
-        values["existing"] = tuple(Run(*one) for one in found["existing"])
         return Plan(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(
@@ -313,7 +310,7 @@ def settle_plan(plan: Plan, output_dir: Path, *, overwrite: bool) -> Plan:
             f"{output_dir} holds another comparison: {words[:900]}. Give the arguments that it was started "
             "with (plan.json has its command), another --output-dir, or --overwrite."
         )
-    if not plan.existing and not any((output_dir / "runs").rglob("config.json")):
+    if not any((output_dir / "runs").rglob("config.json")):
         return plan
     changes = [
         f"{name} was {'added' if name in added else f'changed from {before[name]} to {now[name]}'} "

@@ -15,9 +15,9 @@ from tokenrl.control.environments import describe
 from tokenrl.control.setup import resolve as resolve_control
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, nearest
+from tokenrl.foreign import check_names
 from tokenrl.lab.compare.arguments import CompareArguments
-from tokenrl.lab.compare.existing import MEASURE, changed_axes, read_existing
-from tokenrl.lab.compare.plan import Arm, Kind, Plan, Problem, Run
+from tokenrl.lab.compare.plan import Arm, Kind, Plan, Problem
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.setup import load_base, resolve
@@ -35,8 +35,12 @@ OWN = ("task", "env", "model", "output_dir", "overwrite", "quiet", "seed", "resu
 """Settings of a run that a comparison sets itself."""
 SWEPT = ("num_generations", "learning_rate")
 """Settings that a comparison takes itself, several of them at once; an arm may set them all the same."""
-OF_NEW_RUNS = ("arms", "task", "env", "model", *SWEPT, "seeds", "first_seed", "shared")
-"""Arguments that say which runs to make, so that they say nothing of runs that exist."""
+MEASURE = (
+    *("reward", "reward_weights", "prompt_column", "prompt_template", "split", "eval_split", "eval_size"),
+    *("eval_generations", "num_envs", "num_steps", "eval_episodes", "max_episode_steps"),
+    *("max_steps", "max_samples", "eval_every"),
+)
+"""Settings that decide what is measured, or how often and on how many samples: all arms share them."""
 
 
 def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
@@ -49,20 +53,11 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     Raises:
         Refused: an argument cannot be used, two contradict each other, or an arm cannot train on a problem.
     """
-    first, existing = args.first_seed, list[Run]()
-    seeds = list(range(first, first + args.seeds))
-    if args.runs:
-        usual = CompareArguments()
-        if given := [name for name in OF_NEW_RUNS if getattr(args, name) != getattr(usual, name)]:
-            raise Refused(
-                f"--runs judges runs that exist, so it takes no {' or '.join(given)}. Leave it out."
-            )
-        problems, arms, existing = read_existing(args.runs, args.output_dir)
-        seeds = sorted({run.seed for run in existing})
-    else:
-        problems, arms = _problems_and_arms(args, announce)
-        check_seed(seeds[-1] + 20_000)
-    labels, is_tuned = [arm.label for arm in arms], "tuned" in args.learning_rate and not existing
+    first = args.first_seed
+    seeds = range(first, first + args.seeds)
+    check_seed(seeds[-1] + 20_000)
+    problems, arms = _problems_and_arms(args, announce)
+    labels, is_tuned = [arm.label for arm in arms], "tuned" in args.learning_rate
     plan = Plan(
         kind="control" if problems[0].unit != "completions" else "train",
         problems=tuple(replace(problem, margin=args.margin or problem.margin) for problem in problems),
@@ -70,15 +65,14 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
         reference=labels[0] if args.reference is None else args.reference,
         metric=args.metric,
         seeds=tuple(seeds),
-        itself_seeds=tuple(s + 10_000 for s in seeds if args.against_itself and not existing),
+        itself_seeds=tuple(s + 10_000 for s in seeds if args.against_itself),
         tuning_seeds=tuple(first + 20_000 + place for place in range(TUNING_SEEDS if is_tuned else 0)),
         failure_below=args.failure_below,
         all_pairs=args.all_pairs,
-        existing=tuple(existing),
         command=typed_command(),
     )
     check_choice("reference", plan.reference, labels)
-    for problem, arm in () if existing else product(problems, arms):
+    for problem, arm in product(problems, arms):
         try:
             _resolved(plan.kind, plan.settings(plan.run(problem, arm, first)))
         except Refused as error:
@@ -99,10 +93,12 @@ def _problems_and_arms(
     args: CompareArguments, announce: Callable[[str], None]
 ) -> tuple[list[Problem], list[Arm]]:
     """Make a problem of each combination of what several are given of, and read the arms."""
+    kind: Kind = "control" if args.env else "train"
     if args.env and (args.task or args.model or args.num_generations):
         raise Refused("Environments have no task, model or num_generations; give --env without these.")
     if "tuned" in args.learning_rate and len(args.learning_rate) > 1:
         raise Refused("learning_rate must be tuned alone, or one or several numbers.")
+    check_names(args.shared, field_types(CompareArguments) | field_types(KINDS[kind]))
     for name in args.shared:
         if name in (*OWN, *SWEPT):
             raise Refused(f"{name} is set by the comparison itself; leave it out.")
@@ -110,7 +106,7 @@ def _problems_and_arms(
     axes = shared.pop("estimator", {})
     if not isinstance(axes, Mapping):
         raise Refused("Name estimators as arms; only single axes can be shared, as estimator.aggregation.")
-    arms = [read_arm(text, axes, KINDS["control" if args.env else "train"]) for text in args.arms]
+    arms = [read_arm(text, axes, KINDS[kind]) for text in args.arms]
     if len(arms) < 2:
         raise Refused(f"A comparison needs two or more arms, such as rloo grpo; arms names {len(arms)}.")
     for arm, other in combinations(arms, 2):
@@ -217,7 +213,9 @@ def read_arm(text: str, axes: Mapping[str, Any], kind: Any) -> Arm:
             estimator = arguments(Estimator, {**({"baseline": preset} if preset else {}), **axes})
     except Refused as error:
         raise Refused(f"The arm {text!r} cannot be used: {error}") from error
-    return Arm(text, {"estimator": changed_axes(estimator), **own})
+    usual = plain(Estimator())
+    changed_axes = {axis: value for axis, value in plain(estimator).items() if value != usual[axis]}
+    return Arm(text, {"estimator": changed_axes, **own})
 
 
 def _value(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""Runs a comparison from its plan to its report, or judges runs that exist.
+"""Runs a comparison from its plan to its report.
 
 Where rates are tuned, one is chosen for each arm by successive halving over seeds that the comparison does
 not use: all rates of a grid are tried on the first tuning seed, the better half of them on the next seed, and
@@ -74,7 +74,7 @@ def _carried_out(plan: Plan, args: CompareArguments, console: Console) -> Compar
     """Foretell, print, or make and judge the runs of a plan, as the arguments say."""
     root, facts = Path(args.output_dir), plan.in_words()
     if args.dry_run:
-        for problem in () if plan.existing else plan.problems:
+        for problem in plan.problems:
             seconds = duration(_seconds(plan, problem))
             facts[f"a run on {problem.label}"] = f"about {seconds} on one processor"
     else:
@@ -84,7 +84,7 @@ def _carried_out(plan: Plan, args: CompareArguments, console: Console) -> Compar
         return plan
 
     def make(runs: Sequence[Run]) -> None:
-        left = [run for run in runs if not plan.existing and not is_done(run, root)]
+        left = [run for run in runs if not is_done(run, root)]
         if left and args.print_commands:
             print(*(command(plan, run, root) for run in left), sep="\n")
             raise _Printed

@@ -79,13 +79,6 @@ def read_runs(plan: Plan, runs: Iterable[Run], root: Path) -> RunTable:
     return RunTable(pd.DataFrame(rows), pd.concat([empty, *curves], ignore_index=True))
 
 
-def unit_of(run: RecordedRun) -> str:
-    """Return what the budget of a run is counted in."""
-    if run.kind == "train":
-        return "completions"
-    return "environment steps" if run.config.get("num_steps") else "episodes"
-
-
 def samples_of(run: RecordedRun, unit: str) -> pd.Series:
     """Return by step the number of samples that a run had generated."""
     steps = pd.DataFrame(run.metrics).set_index("step")
