@@ -12,11 +12,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import pytest
 
 from tokenrl.cli import COMMANDS, main
-from tokenrl.control.arguments import ControlArguments, ControlSettings
 from tokenrl.core import Estimator
 from tokenrl.errors import Refused
-from tokenrl.language.preferences.arguments import RewardModelArguments, RewardModelSettings
-from tokenrl.language.training.arguments import SftArguments, SftSettings, TrainArguments, TrainSettings
 from tokenrl.settings import (
     Bounds,
     Count,
@@ -24,7 +21,7 @@ from tokenrl.settings import (
     Settings,
     arguments,
     field_types,
-    settled,
+    lay,
     shown,
 )
 
@@ -191,17 +188,8 @@ def test_arguments_are_made_of_keywords():
             arguments(Sample, options)
 
 
-def test_resolved_settings_leave_nothing_open():
-    for open_ones, kind in (
-        (TrainArguments(), TrainSettings),
-        (SftArguments(), SftSettings),
-        (RewardModelArguments(), RewardModelSettings),
-        (ControlArguments(head="softmax"), ControlSettings),
-    ):
-        with pytest.raises(Refused, match="was given as None; it must be "):
-            settled(kind, open_ones, {})
-    found = {"value_learning_rate": 0.1, "eval_every": 4, "seed": 8}
-    made = settled(ControlSettings, ControlArguments(head="softmax", eval_every=0), found)
-    assert (made.value_learning_rate, made.eval_every, made.seed) == (0.1, 0, 0)
-    with pytest.raises(Refused, match="head was given as 'auto'; it must be one of softmax, gaussian"):
-        settled(ControlSettings, ControlArguments(), found)
+def test_layers_of_settings_cover_each_other_and_say_where_each_value_comes_from():
+    usual, given = {"steps": 5, "rate": 0.1, "every": None}, {"steps": None, "rate": 0.0, "seed": None}
+    values, origins = lay(("default", usual), ("given", given), ("budget", {"steps": 3}))
+    assert vars(values) == {"steps": 3, "rate": 0.0, "every": None, "seed": None}  # 0 is given, None is not
+    assert origins == {"steps": "budget", "rate": "given"}

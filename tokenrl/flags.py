@@ -68,7 +68,7 @@ def parse(name: str, command: Command, argv: list[str]) -> Any:
     if {"-h", "--help"} & {*argv}:
         given = _given(command, words, prog)[0] if words else {}
         start = _start(name, command, given)
-        about = cleandoc(kind.__doc__) + (_about_presets() if "estimator" in start else "")
+        about = cleandoc(kind.__doc__) + (_about_presets() if "estimator" in field_types(kind) else "")
         tyro.cli(_flags(command, start), args=["--help"], prog=prog, description=about)
     given, unknown = _given(command, words, prog)
     start = _start(name, command, given)
@@ -132,13 +132,19 @@ def _start(name: str, command: Command, given: dict[str, Any]) -> dict[str, Any]
     if agent is not None and config is not None:
         raise Refused("--agent and --config both say where the settings start; give one of them.")
     anew = not (given.get("resume") or given.get("overwrite"))
-    start = vars(kind() if config is None else configured(kind, config, name, anew=anew))
+    start = {} if config is None else vars(configured(kind, config, name, anew=anew))
     if agent is not None:
-        start = vars(arguments(kind, agent_settings(agent, given.get("env", start["env"]))))
+        start = agent_settings(agent, given.get("env", kind.env))
     if preset is not None or axes:
-        estimator = start["estimator"] if preset is None else Estimator.preset(preset)
+        estimator = _estimator(kind, start) if preset is None else Estimator.preset(preset)
         start = start | {"estimator": arguments(Estimator, vars(estimator) | (axes or {}))}
-    return dict(start)
+    return start
+
+
+def _estimator(kind: Any, start: Mapping[str, Any]) -> Any:
+    """Return the estimator of the settings that a command starts from, or else the command's own."""
+    (field,) = (field for field in fields(kind) if field.name == "estimator")
+    return start["estimator"] if "estimator" in start else field.default_factory()  # type: ignore[operator]
 
 
 def _shared(kind: Any, argv: list[str], prog: str) -> tuple[dict[str, Any], list[str]]:
@@ -157,8 +163,7 @@ def _shared(kind: Any, argv: list[str], prog: str) -> tuple[dict[str, Any], list
 
 def _flags(command: Command, start: Mapping[str, Any] | None = None) -> Any:
     """Make the type that tyro reads: a group of flags for each class that declares some, the axes last."""
-    kind = command.arguments
-    start = start or (vars(kind()) if command.trains else {})
+    kind, start = command.arguments, start or {}
     groups: dict[str, dict[str, Any]] = {owner.group: {} for owner in _owners(kind)}
     for owner, name, flag in _each_flag(kind, start):
         groups[owner.group][name] = flag
@@ -172,7 +177,7 @@ def _flags(command: Command, start: Mapping[str, Any] | None = None) -> Any:
         shown = tyro.conf.arg(name=title, help=about[title])
         parts[f"group_{number}"] = Annotated[_group(flags), tyro.conf.OmitArgPrefixes, shown]
     if "estimator" in groups[""]:
-        axes = {name: flag for _, name, flag in _each_flag(Estimator, vars(start["estimator"]))}
+        axes = {name: flag for _, name, flag in _each_flag(Estimator, vars(_estimator(kind, start)))}
         parts["estimator"] = Annotated[_group(axes), tyro.conf.arg(help=Estimator.__doc__)]
     return _group(parts)
 

@@ -19,7 +19,7 @@ from functools import cache
 from math import inf
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
-from types import NoneType, UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
 
 from tokenrl.errors import Refused, nearest, written
@@ -68,6 +68,9 @@ Natural = Annotated[int, Bounds(at_least=0, at_most=MOST)]
 Seed = Annotated[int, Bounds(at_least=0, at_most=2**32 - 1)]
 """A seed has 32 bits, as NumPy's: then a number of 64 bits can hold it beside the number of a step."""
 
+OPEN: Any = None
+"""Default of a setting that a user may leave open: a run fills it in before its first step. As an argument it
+may be None; the settings of a run hold a value of the field's type."""
 OR_FUNCTION = "or a function"
 """Metadata of a field of names that also takes a function: its own name, or from Python the function."""
 OR_OBJECT = "or an object"
@@ -164,9 +167,9 @@ def check_seed(seed: object) -> None:
 
 @cache
 def field_types(kind: type[Any]) -> dict[str, Any]:
-    """Return the type of each field of a dataclass, with its metadata."""
+    """Return the type of each field of a dataclass, with its metadata; it allows None if that is default."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in fields(kind)}
+    return {f.name: hints[f.name] | None if f.default is OPEN else hints[f.name] for f in fields(kind)}
 
 
 @cache
@@ -256,8 +259,34 @@ def _several(parts: tuple[Any, ...], objects: bool) -> Rule | None:
     return Rule(fits, f"{'values' if length is None else f'{length} values'}, each {rule.words}")
 
 
-def called(kind: type[T], args: Any, options: Mapping[str, Any]) -> T:
-    """Return the settings of a call of a public function: `args`, all at once, or made from keywords.
+class Layered(NamedTuple):
+    """Settings that were laid over each other.
+
+    Attributes:
+        values: the value of each setting, as an attribute; None where no layer has one.
+        origins: for each setting that has a value, where it comes from.
+    """
+
+    values: Any
+    origins: dict[str, str]
+
+
+def lay(*layers: tuple[str, Mapping[str, Any]]) -> Layered:
+    """Lay settings over each other, the last layer on top; None in a layer shows what lies below.
+
+    Args:
+        *layers: for each layer in words where its values come from, and the values by setting.
+    """
+    values, origins = dict[str, Any](), dict[str, str]()
+    for origin, layer in layers:
+        chosen = {name: value for name, value in layer.items() if value is not None}
+        values = dict.fromkeys(layer) | values | chosen
+        origins |= dict.fromkeys(chosen, origin)
+    return Layered(SimpleNamespace(**values), origins)
+
+
+def arguments_of_call(kind: type[T], args: Any, options: Mapping[str, Any]) -> T:
+    """Return the arguments of a call of a public function: `args`, all at once, or made from keywords.
 
     Raises:
         Refused: `args` is something else, both are given, or a keyword cannot be used (see `arguments`).
@@ -286,11 +315,6 @@ def arguments(kind: type[T], options: Mapping[str, Any]) -> T:
     hints = field_types(kind)  # type: ignore[arg-type]  # mypy does not know that a class can be hashed
     check_names(options, hints)
     return kind(**{name: _converted(value, hints[name]) for name, value in options.items()})
-
-
-def settled(kind: type[T], given: Any, found: Mapping[str, Any]) -> T:
-    """Make the settings of a run from its arguments; `found` replaces those that were left open (None)."""
-    return kind(**{name: found.get(name) if value is None else value for name, value in vars(given).items()})
 
 
 def _converted(value: Any, hint: Any) -> Any:

@@ -45,7 +45,7 @@ import toy_tasks
 from tokenrl import Estimator, RewardModel, load_policy, train
 from tokenrl.language import (
     Pair,
-    RewardModelSettings,
+    RewardModelArguments,
     Sampling,
     best_of_n,
     encode_pairs,
@@ -139,7 +139,7 @@ def train_judge(hidden: int, pairs: list[Pair], seed: int) -> RewardModel:
     """A reward model on a warm-started backbone: three passes over the pairs, at least 40 updates."""
     judge = reward_backbone(load_policy(str(warm_started_base(narrow(hidden)))), seed=seed)
     judge.batch_size, steps = 256, max(40, 3 * len(pairs) // 32)
-    options = RewardModelSettings(
+    options = RewardModelArguments(
         max_steps=steps, batch_size=32, learning_rate=1e-3, eval_every=steps, seed=seed
     )
     fit_reward_model(judge, pairs, options)

@@ -8,14 +8,13 @@ from dataclasses import fields
 
 import pytest
 
-from tokenrl.control.arguments import ControlArguments, ControlSettings
+from tokenrl.control.arguments import ControlArguments
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.setup import resolve
+from tokenrl.language.training.setup import train_settings
 from tokenrl.runs.directory import acquire_lock
 from tokenrl.runs.files import write_json
 from tokenrl.runs.metrics import MetricsLog
 from tokenrl.runs.origin import versions
-from tokenrl.settings import settled
 
 STEPS = 40
 CONTROL = {"env": "CartPole-v1", "head": "softmax", "max_steps": STEPS}
@@ -49,10 +48,10 @@ def made_up(tmp_path):
 
     def write(kind, *, steps=STEPS, running=False, evaluated=None, solved=None, settings=(), **metrics):
         if kind == "train":
-            arguments = resolve(TrainArguments(**TRAIN | dict(settings)), task=None)
+            arguments = train_settings(TrainArguments(**TRAIN | dict(settings)), task=None)
         else:
             found = {"eval_every": 4, "value_learning_rate": 0.02}
-            arguments = settled(ControlSettings, ControlArguments(**CONTROL | dict(settings)), found)
+            arguments = ControlArguments(**found | CONTROL | dict(settings))
         values = {f.name: getattr(arguments, f.name) for f in fields(arguments)}
         path = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         path.mkdir()

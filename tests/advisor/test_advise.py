@@ -19,7 +19,7 @@ from tokenrl.core import Estimator
 from tokenrl.flags import parse
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.evaluation import Estimate, Probe
-from tokenrl.language.training.setup import resolve
+from tokenrl.language.training.setup import train_settings
 
 CARTPOLE = Spec("CartPole-v1", 4, 2, 0, 500, 475.0, fast=True)
 LANDER = Spec("LunarLander-v3", 8, 4, 0, 1000, 200.0, fast=False)
@@ -160,7 +160,7 @@ def fitted_to(*, reward=0.25, dead=(0.4, 0.2, 0.1), cut=0.0, entropy=0.5, binary
     found = Probe(64, 8, binary, one, {1: one}, shares, Estimate(cut, 0.01), 7.0, 8, entropy)
     found = replace(found, passed={1: one} if binary else {})
     given = TrainArguments(prompts_per_step=16, max_completion_length=8, estimator=Estimator(**axes))
-    train, findings = fitted(resolve(given, task=None), found, room, solved, size=size)
+    train, findings = fitted(train_settings(given, task=None), found, room, solved, size=size)
     return train, {finding.flag for finding in findings}
 
 

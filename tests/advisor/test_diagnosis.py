@@ -199,7 +199,6 @@ CHANGED = [  # what a hand has put into config.json, and what is said
     ({"estimator": {"baseline": "rlo"}}, "Did you mean 'rloo'"),
     ({"solved": "soon"}, "a file of it is damaged or was changed"),
     ({"kind": ["train"]}, "is a run of `tokenrl ['train']`"),
-    ({"prompts_per_step": None}, "prompts_per_step"),
     (None, "config.json cannot be read"),
 ]
 

@@ -171,7 +171,7 @@ def test_training_has_the_exact_mean_and_variance(policy: Policy, problem, field
         cpu=True,
         estimator=estimator,
     )
-    args = setup.resolve(given, task=None)
+    args = setup.train_settings(given, task=None)
     learner = make_learner(args, policy, setup.make_accelerator(args))
     learner.optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=0.0)  # the policy stays
     rewards, running = Rewards(points), RunningMean(0.9)

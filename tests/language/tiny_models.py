@@ -168,7 +168,7 @@ def make_learner(policy: Policy, estimator: str | Estimator = "rloo", **options)
         "cpu": True,
     }
     args = arguments(setup.TrainArguments, values | options | {"estimator": estimator})
-    args = setup.resolve(args, make_task())
+    args = setup.train_settings(args, make_task())
     return make_learner(args, policy, setup.make_accelerator(args))
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from tokenrl.runs.console import next_commands
 from tokenrl.runs.files import verify
 from tokenrl.runs.metrics import TrackerArguments, read_metrics
 from tokenrl.runs.reader import Outcome
-from tokenrl.runs.resume import Maker, taken_up
+from tokenrl.runs.resume import Maker, resume_settings
 from tokenrl.runs.session import Session
 
 
@@ -90,13 +90,14 @@ def at(step, error):
 def live(directory, at_step=nothing, *, before=nothing, maker=None, main=True, agreed=list, **options):
     """A whole run; `before` is called at the start of each step, and `at_step` after its update."""
     counter, args = Counter(), Settings(output_dir=directory and str(directory), **options)
-    args = taken_up(args, "train")
+    args = resume_settings(args, "train")
     with Session("train", args, main=main, agreed=agreed) as session:
         session.keep(counter, maker or Maker(), counter=counter)
         session.open({})
         if not session.continues:
             session.evaluated({"reward": 0.0})
-        session.begin(session.args, names={}, title="counting")
+        args = replace(args, output_dir=session.directory)
+        session.begin(args, names={}, title="counting")
         for step in session.steps(args.max_steps):
             before(session)
             session.timed(partial(counter.update, step))

@@ -19,17 +19,17 @@ import numpy as np
 
 from tokenrl.advisor.advice import Advice, changed, flags, together
 from tokenrl.configuration import configured
-from tokenrl.control.arguments import ControlSettings
+from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import OWN
 from tokenrl.errors import Refused, describe as in_words
-from tokenrl.language.training.arguments import TrainSettings
+from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.console import ending
 from tokenrl.runs.directory import in_use
 from tokenrl.runs.facts import last_tenth, latest_facts, means, settings_facts
 from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.rules import judge
 
-KINDS: dict[str, Any] = {"train": TrainSettings, "control": ControlSettings}
+KINDS: dict[str, Any] = {"train": TrainArguments, "control": ControlArguments}
 """The commands whose runs can be diagnosed, with the settings of their runs."""
 SHOWN = ("solved_at", "is_solved", "now_", "peak_", "recent_", "snr")
 """How the names of facts begin that are shown; the others are settings."""
@@ -173,7 +173,7 @@ def _differs(one: Mean, other: Mean, comparisons: int) -> int:
     return (difference > bound) - (difference < -bound)
 
 
-def _horizon(run: RecordedRun, arguments: ControlSettings) -> float:
+def _horizon(run: RecordedRun, arguments: ControlArguments) -> float:
     """Return the most actions of an episode, as the run recorded it; infinity where that cannot be told.
 
     A run of an earlier release has not recorded it. Of its environment only a registered name is looked up:

@@ -15,7 +15,7 @@ from tokenrl.control.arguments import LANDER, PPO, ControlArguments
 from tokenrl.control.environments import Environments, Spec, describe
 from tokenrl.control.policies import Policy, Shape
 from tokenrl.control.rollouts import collect_episodes
-from tokenrl.control.setup import resolve
+from tokenrl.control.setup import fill_defaults
 from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, Stopped
@@ -84,7 +84,7 @@ def advise_environment(args: AdviseArguments) -> Advice:
     if args.baseline not in (None, "value"):
         given["estimator.baseline"], why = args.baseline, "as you asked"
     control = changed(ControlArguments(**start), given)
-    resolve(control, spec)  # refuses what does not fit the environment
+    fill_defaults(control, spec)  # refuses what does not fit the environment
     found = measure_returns(spec, args, control.hidden)
     control = fitted(replace(control, head=spec.head), spec, found)
     episodes = {

@@ -10,15 +10,15 @@ from tokenrl.advisor.advice import Advice, bias_in_words, changed, command_line,
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.policies import check_head
 from tokenrl.core.estimator import Estimator
-from tokenrl.language.policy.prompts import asked, settled_form
+from tokenrl.language.policy.prompts import asked, fill_form
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import find_task
-from tokenrl.language.training.arguments import TrainArguments, TrainSettings
+from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.evaluation import Probe, probe_policy
-from tokenrl.language.training.setup import make_policy, resolve
+from tokenrl.language.training.setup import make_policy, train_settings
 from tokenrl.runs.console import Console
 from tokenrl.runs.facts import MOST, settings_facts
 from tokenrl.runs.files import plain
@@ -57,15 +57,15 @@ def advise_language(args: AdviseArguments) -> Advice:
             longer than 500 tokens.
     """
     check_head(args.head, discrete=True)  # tokens are a finite list
-    args = settled_form(args)
+    args = fill_form(args)
     task, rewards = find_task(args)
     shared = {one.name: getattr(args, one.name) for one in fields(TrainArguments) if hasattr(args, one.name)}
     beta = REWARD_MODEL_BETA if any(isinstance(one, RewardModel) for one in rewards.functions) else 0.0
     baseline = args.baseline or ("running_mean" if args.num_generations == 1 else "rloo")
-    given = TrainArguments(**shared | {"estimator": Estimator(baseline=baseline, beta=beta)})
-    resolve(given, task)  # refused before anything is loaded
+    given = shared | {"estimator": Estimator(baseline=baseline, beta=beta)}
+    train_settings(TrainArguments(**given), task)  # refused before anything is loaded
     policy = make_policy(args, task, Console().note)
-    train = resolve(replace(given, num_generations=None), task, policy)
+    train = train_settings(TrainArguments(**given | {"num_generations": None}), task, policy)
     policy.model.to(PartialState().device)
     agree(policy, gradient=False)
     count = min(args.num_prompts, len(task.train_prompts))
@@ -116,13 +116,13 @@ def without_signal(found: Probe) -> str:
 
 
 def fitted(
-    train: TrainSettings,
+    train: TrainArguments,
     found: Probe,
     room: int | None = None,
     solved: float | None = None,
     *,
     size: int | None = None,
-) -> tuple[TrainSettings, list[Finding]]:
+) -> tuple[TrainArguments, list[Finding]]:
     """Set what follows from the probe; return the settings and what the rules find.
 
     The group is the smallest from four on of which at most half are dead, else the largest: larger ones need

@@ -15,7 +15,7 @@ from tokenrl.errors import Refused
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.threads import ThreadArguments
-from tokenrl.settings import Count, Natural, NonNegative, Positive, Seed, Several, check_choice
+from tokenrl.settings import OPEN, Count, Natural, NonNegative, Positive, Seed, Several, check_choice
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     """Factor of the rewards in training, to keep a critic's targets near 1; results are not scaled."""
     learning_rate: Positive = 2e-2
     """Adam's learning rate."""
-    value_learning_rate: Positive | None = None
+    value_learning_rate: Positive = OPEN
     """Learning rate of a separate critic. Default: learning_rate."""
     learning_rate_schedule: Literal["constant", "linear"] = "constant"
     """Keep the learning rates constant, or let them fall linearly to 0 over the run."""
@@ -77,7 +77,7 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     """Seed of initial weights, environments and actions."""
     eval_episodes: Count = 100
     """Number of episodes per evaluation, from starting states that are never trained on."""
-    eval_every: Natural | None = None
+    eval_every: Natural = OPEN
     """Steps between evaluations; 0: only before and after training. Default: a tenth of the run."""
     stop_when_solved: bool = False
     """End the run at the first evaluation that reaches the environment's reward threshold."""
@@ -100,15 +100,6 @@ class ControlArguments(SavingArguments, TrackerArguments, ThreadArguments):
     long the run will take, and stop. Exit code 0: passed (remarks apart); 2: there is a problem."""
     quiet: bool = False
     """Print nothing but errors."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlSettings(ControlArguments):
-    """The settings of a run: arguments in which no default is left open."""
-
-    head: Literal["softmax", "gaussian"]
-    value_learning_rate: Positive
-    eval_every: Natural
 
 
 AGENTS = ("classic", "tuned")

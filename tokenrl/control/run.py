@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from tokenrl.control.arguments import ControlSettings
+from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Environments, Spec
 from tokenrl.control.policies import Policy, SavedPolicy
 from tokenrl.control.rollouts import Pieces
@@ -78,19 +78,21 @@ class Run:
         envs: environments for training.
         eval_envs: environments for evaluation.
         actions: random numbers of the actions.
+        threads: the number of threads of torch, and in words where it comes from.
         pieces: collects pieces of episodes; only with `num_steps`, from the first rollout on.
         env_steps: number of environment steps trained on so far.
         cpu_seconds: processor time of rollouts and updates.
         last_reward: mean return of the latest rollout in which an episode ended.
     """
 
-    args: ControlSettings
+    args: ControlArguments
     spec: Spec
     agent: Agent
     schedule: LambdaLR
     envs: Environments
     eval_envs: Environments
     actions: torch.Generator
+    threads: str
     pieces: Pieces | None = None
     env_steps: int = 0
     cpu_seconds: float = 0.0

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from tokenrl.control.arguments import ControlArguments, ControlSettings
+from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import Environments, Spec
 from tokenrl.control.evaluation import check_film, seed_of
 from tokenrl.control.policies import Policy, SavedPolicy, Shape, check_head
@@ -19,31 +18,36 @@ from tokenrl.core.statistics import GradientDiagnostics
 from tokenrl.errors import Refused
 from tokenrl.names import NamedFunction
 from tokenrl.runs.schedules import make_schedule
-from tokenrl.runs.threads import using_threads
-from tokenrl.settings import settled
+from tokenrl.runs.threads import choose_threads, using_threads
+from tokenrl.settings import lay
 
 
-def resolve(args: ControlArguments, spec: Spec) -> ControlSettings:
-    """Fill in the defaults that the arguments leave open, and refuse what does not fit the environment.
+def control_settings(args: Any, spec: Spec) -> ControlArguments:
+    """Return the settings of a run of these arguments, complete and checked (see `fill_defaults`)."""
+    return ControlArguments(**vars(fill_defaults(args, spec)))
+
+
+def fill_defaults(given: Any, spec: Spec) -> Any:
+    """Lay what was given over the defaults, and refuse what does not fit the environment.
 
     Raises:
         Refused: the head cannot give the actions; the estimator has no meaning for environments; there is no
             baseline although episodes may be long, or it compares more episodes than `num_envs`; or a video
             is asked for that cannot be made.
     """
-    check_head(args.head, discrete=spec.discrete)
-    check_horizon(args.estimator, spec.horizon, allow_no_baseline=args.allow_no_baseline)
-    check_supported(args.estimator, args)
-    if args.video:
+    check_head(given.head, discrete=spec.discrete)
+    check_horizon(given.estimator, spec.horizon, allow_no_baseline=given.allow_no_baseline)
+    check_supported(given.estimator, given)
+    if given.video:
         check_film(spec)
-    if args.num_steps is None:
+    if given.num_steps is None:
         for axis in ("baseline", "scale"):
-            set_size(args.estimator, axis, args.num_envs, args.num_envs)
-    found = {"eval_every": max(1, args.max_steps // 10), "value_learning_rate": args.learning_rate}
-    return settled(ControlSettings, replace(args, head=spec.head), found)
+            set_size(given.estimator, axis, given.num_envs, given.num_envs)
+    usual = {"eval_every": max(1, given.max_steps // 10), "value_learning_rate": given.learning_rate}
+    return lay(("default", usual), ("given", vars(given)), ("environment", {"head": spec.head})).values
 
 
-def check_supported(estimator: Estimator, args: ControlArguments) -> None:
+def check_supported(estimator: Estimator, args: Any) -> None:
     """Refuse settings of the estimator that have no meaning in an environment.
 
     Raises:
@@ -78,25 +82,34 @@ def check_supported(estimator: Estimator, args: ControlArguments) -> None:
         )
 
 
-def prepare(args: ControlSettings, spec: Spec) -> Run:
-    """Make policy, optimiser and environments.
+def prepare(given: Any, spec: Spec, directory: str) -> Run:
+    """Make policy, settings, optimiser and environments.
+
+    Args:
+        given: the settings, of which the number of threads may be open.
+        spec: the environment.
+        directory: the run directory.
 
     Raises:
         Refused: the policy to load does not fit.
     """
-    estimator = args.estimator
+    estimator = given.estimator
     shape = Shape(
         spec.observation_size,
-        args.head,
+        given.head,
         spec.actions or spec.action_size,
-        hidden=tuple(args.hidden),
-        critic=args.value_network if estimator.needs_values else None,
-        **{name: getattr(args, name) for name in ("activation", "normalize_observations", "initial_weights")},
+        hidden=tuple(given.hidden),
+        critic=given.value_network if estimator.needs_values else None,
+        **{
+            name: getattr(given, name) for name in ("activation", "normalize_observations", "initial_weights")
+        },
     )
     with using_threads(1):  # the same weights for everyone
-        policy = Policy(shape, torch.Generator().manual_seed(seed_of(args.seed, 10)))
-    if args.load is not None:
-        SavedPolicy(policy, spec.env).read(args.load)
+        policy = Policy(shape, torch.Generator().manual_seed(seed_of(given.seed, 10)))
+    if given.load is not None:
+        SavedPolicy(policy, spec.env).read(given.load)
+    threads, why = choose_threads(sum(p.numel() for p in policy.parameters()), given.threads)
+    args = ControlArguments(**vars(given) | {"threads": threads, "output_dir": directory})
     groups: list[dict[str, Any]] = [
         {"params": policy.policy_parameters()},
         {"params": policy.value_parameters(), "lr": args.value_learning_rate},
@@ -118,4 +131,5 @@ def prepare(args: ControlSettings, spec: Spec) -> Run:
         envs=Environments(spec.env, args.num_envs, args.max_episode_steps),
         eval_envs=Environments(spec.env, args.eval_episodes, args.max_episode_steps),
         actions=torch.Generator().manual_seed(seed_of(args.seed, 12)),
+        threads=f"{threads} ({why})",
     )

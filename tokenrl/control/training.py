@@ -22,19 +22,19 @@ from tokenrl.control.evaluation import evaluation_metrics, film, seed_of
 from tokenrl.control.policies import SavedPolicy
 from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
 from tokenrl.control.run import ControlResult, Run, facts, finish
-from tokenrl.control.setup import prepare, resolve
+from tokenrl.control.setup import fill_defaults, prepare
 from tokenrl.control.update import learn
 from tokenrl.core.presets import preset_name
 from tokenrl.errors import Refused, describe as describe_error
 from tokenrl.runs.console import duration
 from tokenrl.runs.facts import settings_facts
 from tokenrl.runs.findings import Finding
-from tokenrl.runs.resume import Maker, taken_up
+from tokenrl.runs.resume import Maker, resume_settings
 from tokenrl.runs.rules import judge
 from tokenrl.runs.schedules import load_schedule
 from tokenrl.runs.session import Session
-from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments, called
+from tokenrl.runs.threads import using_threads
+from tokenrl.settings import arguments, arguments_of_call
 
 ANEW = (
     "The continuation begins new episodes, because with num_steps episodes go on from one rollout to the "
@@ -66,36 +66,34 @@ def train_agent(
         >>> train_agent(agent="classic", env="Acrobot-v1", hidden=(32,), output_dir="runs/acrobot").verdict
     """
     args = _arguments(args, agent, options)
-    args = taken_up(args, "control")
+    args = resume_settings(args, "control")
     spec = describe(args.env, args.max_episode_steps)
-    args = resolve(args, spec)
+    given = fill_defaults(args, spec)
     with (
-        Session("control", args, every=args.logging_steps) as session,
+        Session("control", given, every=given.logging_steps) as session,
         contextlib.ExitStack() as stack,
     ):
-        run = prepare(session.args, spec)
-        threads, why = choose_threads(sum(p.numel() for p in run.agent.policy.parameters()), args.threads)
-        run.args = replace(run.args, threads=threads)
-        stack.enter_context(using_threads(threads))
+        run = prepare(given, spec, session.directory)
+        stack.enter_context(using_threads(run.args.threads))
         saved = SavedPolicy(run.agent.policy, spec.env)
         session.keep(saved, Maker({"initial policy": saved.fingerprint()}), agent=run.agent, run=run)
-        title = f"{spec.env}, {preset_name(args.estimator)}, seed {args.seed}"
+        title = f"{spec.env}, {preset_name(given.estimator)}, seed {given.seed}"
         with contextlib.closing(run.envs), contextlib.closing(run.eval_envs):
             session.console.start(f"tokenrl control: {spec.env}", facts(run))
-            session.open({"threads": f"{threads} ({why})"})
-            if args.check:
+            session.open({"threads": run.threads})
+            if given.check:
                 return check_agent(run, session, partial(_evaluate, run), partial(_collect, run, 1))
             if not session.continues:
                 session.evaluated(_evaluate(run))
             session.begin(run.args, names={}, title=title, solved=spec.solved, horizon=spec.horizon)
-            if session.continues and args.num_steps is not None:
+            if session.continues and given.num_steps is not None:
                 session.console.warn(ANEW)
             return _loop(run, session)
 
 
 def _arguments(args: ControlArguments | None, agent: str | None, options: dict[str, Any]) -> ControlArguments:
     if agent is None:
-        return called(ControlArguments, args, options)
+        return arguments_of_call(ControlArguments, args, options)
     if args is not None:
         raise Refused(f"agent {agent!r} was given beside finished settings; give the agent with keywords.")
     named = agent_settings(agent, options.get("env", ControlArguments.env))

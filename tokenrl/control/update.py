@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenrl.control.arguments import ControlSettings
+from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.policies import Policy
 from tokenrl.control.rollouts import Rollout
 from tokenrl.core.baselines import RunningMean
@@ -38,7 +38,7 @@ class Agent:
     """
 
     policy: Policy
-    args: ControlSettings
+    args: ControlArguments
     horizon: int
     optimizer: torch.optim.Optimizer
     running_mean: RunningMean
@@ -123,7 +123,7 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
     return metrics | {name: sum(values) / len(values) for name, values in known.items()}
 
 
-def scheduled(args: ControlSettings, step: int) -> Estimator:
+def scheduled(args: ControlArguments, step: int) -> Estimator:
     """Return the estimator of a step, counted from 1; its entropy bonus may fall to 0 over the run."""
     if args.entropy_schedule == "constant" or not args.estimator.needs_entropy:
         return args.estimator

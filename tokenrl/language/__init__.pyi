@@ -7,10 +7,7 @@ from tokenrl.language.inspect.best_of_n import (
     sample_pool as sample_pool,
 )
 from tokenrl.language.policy.model import Policy as Policy, load_policy as load_policy, wrap as wrap
-from tokenrl.language.preferences.arguments import (
-    RewardModelArguments as RewardModelArguments,
-    RewardModelSettings as RewardModelSettings,
-)
+from tokenrl.language.preferences.arguments import RewardModelArguments as RewardModelArguments
 from tokenrl.language.preferences.data import reward_backbone as reward_backbone
 from tokenrl.language.preferences.evaluation import (
     encode_pairs as encode_pairs,

@@ -37,11 +37,11 @@ _MENDS = {
 """What a run and its continuation must share, and what to do where they do not."""
 
 
-def taken_up(args: T, kind: str) -> T:
-    """Return settings in which what was left open is as in the run that is to be continued.
+def resume_settings(args: T, kind: str) -> T:
+    """Return arguments in which what was left open is as in the run that they continue, if they continue one.
 
     Args:
-        args: the settings, a dataclass; nothing is changed where `resume` is None.
+        args: the arguments, a dataclass.
         kind: the command that runs; without an `output_dir`, its newest numbered run is continued.
     """
     given: Any = args
@@ -49,8 +49,8 @@ def taken_up(args: T, kind: str) -> T:
     if given.resume is None or not Path(output_dir, "config.json").is_file():
         return args
     stored = read_config(output_dir) | {"output_dir": str(output_dir)}
-    left_open = [name for name, value in vars(args).items() if value is None and name in stored]
-    return arguments(type(args), vars(args) | {name: stored[name] for name in left_open})
+    left_open = {name: stored[name] for name, value in vars(args).items() if value is None and name in stored}
+    return arguments(type(args), vars(args) | left_open)
 
 
 def find_checkpoint(run: Path, resume: str = "auto") -> tuple[Path | None, list[str]]:

@@ -27,7 +27,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -58,8 +57,8 @@ class Session:
 
     Attributes:
         kind: the command that runs, as in config.json: train, control, reward-model or sft.
-        args: its settings, with the directory that was chosen if none was given.
-        output_dir: the run directory as an absolute path, so that a reward may change the working directory.
+        args: its settings; until `begin` the arguments that are known so far.
+        directory, output_dir: the run directory as it was named or numbered, and as an absolute path.
         console: prints for people.
         saver: saves checkpoints and restores them.
         stop: catches the signals that ask the run to stop.
@@ -100,11 +99,12 @@ class Session:
         if args.output_dir is None:
             self._directory = new_directory(kind) if main else None
             (number,) = agreed([int(self._directory.path.name.rpartition("-")[2]) if self._directory else 0])
-            args = replace(args, output_dir=str(numbered(kind, number)))
+            self.directory = str(numbered(kind, number))
         else:
             how = {"overwrite": args.overwrite, "resume": bool(args.resume)}
             self._directory = RunDirectory(Path(args.output_dir).absolute(), **how) if main else None
-        self.args, self.output_dir = args, Path(args.output_dir).absolute()
+            self.directory = str(args.output_dir)
+        self.args, self.output_dir = args, Path(self.directory).absolute()
         self._continued, self._skipped = self._find(args.resume) if args.resume else (None, [])
         self.continues = self._continued is not None
         self.stop = GracefulStop(quiet=self._quiet)
@@ -181,13 +181,14 @@ class Session:
         A run that the directory held and that is not continued is removed.
 
         Args:
-            args: the settings, a dataclass.
+            args: the settings, a dataclass, complete and with the directory in `output_dir`.
             names: by field, the text that stands in config.json for an object given from Python.
             **facts: further entries of config.json that the report needs, such as the title.
 
         Raises:
             Refused: the checkpoint is of other settings, data or models.
         """
+        self.args = args
         self.origin = Origin.of(self.kind, args, names, self.output_dir / "config.json")
         settings = {**self.origin.settings, "kind": self.kind}
         self._maker.settings = plain(settings)
@@ -343,14 +344,14 @@ class Session:
         write_json(self.output_dir / "summary.json", ended.summary())
         try:
             report_from_directory(self.output_dir)
-            report = f"\nreport  {Path(self.args.output_dir, 'report.html')}"
+            report = f"\nreport  {Path(self.directory, 'report.html')}"
         except Exception as error:  # a trained model is not lost over a picture
             report, again = "", f"For another attempt: tokenrl report {self.output_dir}"
             self.console.warn(f"No report could be made: {error} {again}")
         self.console.finish(ended.summary())
         for text in told:
             self.console.warn(text)
-        self.console.note(f"model   {Path(self.args.output_dir, 'model')}{report}")
+        self.console.note(f"model   {Path(self.directory, 'model')}{report}")
         for command in next_commands(self.kind, self.args, ended.summary(), bool(self.origin.command)):
             self.console.note(f"next    {command}")
 

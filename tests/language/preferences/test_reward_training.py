@@ -11,7 +11,7 @@ from tiny_models import ARCHITECTURES, apart, gradient, make_model, make_policy,
 
 from tokenrl.errors import Refused, Stopped
 from tokenrl.language import fit_reward_model, train_reward_model
-from tokenrl.language.preferences.arguments import RewardModelSettings
+from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.data import reward_backbone
 from tokenrl.language.preferences.evaluation import (
     clustered_stderr,
@@ -45,7 +45,7 @@ def rows_to_learn(count=160, seed=0):
 def fit(judge, pairs, **settings):
     """The metrics of each update of a reward model."""
     usual = {"batch_size": 3, "learning_rate": 0.1, "eval_every": 1}
-    return fit_reward_model(judge, pairs, RewardModelSettings(**usual | settings))
+    return fit_reward_model(judge, pairs, RewardModelArguments(**usual | settings))
 
 
 def untrained(architecture="llama", kind="pad", **options):
@@ -251,7 +251,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_a_training_that_is_saved_and_loaded_continues(tmp_path):
-    args = RewardModelSettings(max_steps=7, batch_size=2, learning_rate=0.01, eval_every=1, weight_decay=0.1)
+    args = RewardModelArguments(max_steps=7, batch_size=2, learning_rate=0.01, eval_every=1, weight_decay=0.1)
     judges = [untrained() for _ in range(2)]
     whole, part = (PreferenceTraining(judge, PAIRS, args) for judge in judges)
     for _ in range(4):

@@ -11,7 +11,7 @@ import tokenrl
 from tokenrl.core import Estimator
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.defaults import plain_steps
-from tokenrl.language.training.setup import resolve
+from tokenrl.language.training.setup import train_settings
 
 PLAIN = 4 * 2  # prompts x completions of a step
 REFILLING = Estimator.preset("dapo", baseline="remax", overlong_buffer=0)  # greedy completions and refills
@@ -91,7 +91,7 @@ def test_every_completion_counts_and_rate_and_evaluations_follow_them(tmp_path, 
 def test_estimators_are_evaluated_after_the_same_numbers_of_samples():
     def settings(estimator, **options):
         given = {k: v for k, v in QUICK.items() if k != "eval_every"} | {"max_samples": 960} | options
-        return resolve(TrainArguments(**given, estimator=Estimator.preset(estimator)), make_task())
+        return train_settings(TrainArguments(**given, estimator=Estimator.preset(estimator)), make_task())
 
     rloo, remax = settings("rloo"), settings("remax")
     assert (rloo.max_steps, remax.max_steps) == (120, 80) and plain_steps(remax) == 120

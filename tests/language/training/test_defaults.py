@@ -56,14 +56,14 @@ def test_the_rate_falls_with_size_through_the_known_points():
 def test_a_recommendation_holds_for_the_models_of_the_task_only(digits, own):
     for args, policy in ((TrainArguments(), own), (TrainArguments(), None), (TrainArguments(model="x"), own)):
         found = training_defaults(args, digits, policy)
-        assert found.values.items() >= {**digits.train, "max_completion_length": 8}.items()
+        assert vars(found.values).items() >= {**digits.train, "max_completion_length": 8}.items()
         assert found.origins["learning_rate"] == found.origins["max_steps"] == "recommended by the task"
         assert found.origins["max_completion_length"] == "the task's limit"
     other = make_policy()
     found = training_defaults(TrainArguments(model="x", lora_r=2), digits, other)
     expected = {"max_steps": 60, "prompts_per_step": 8, "num_generations": 8, "eval_every": 6}
-    assert found.values.items() >= {**expected, "lr_scheduler_type": "constant"}.items()
-    assert found.values["learning_rate"] == default_rate(parameter_count(other), lora=True)
+    assert vars(found.values).items() >= {**expected, "lr_scheduler_type": "constant"}.items()
+    assert found.values.learning_rate == default_rate(parameter_count(other), lora=True)
     assert found.origins["learning_rate"] == "21.7 k parameters, LoRA"
     assert found.origins["max_steps"] == OTHER
 
@@ -82,21 +82,22 @@ def test_own_tasks_and_given_values_win():
     own = make_task()
     own.train = {"max_steps": 7, "learning_rate": 0.5}
     found = training_defaults(TrainArguments(model="x", max_steps=3), own, make_policy())
-    assert (found.values["learning_rate"], found.values["max_completion_length"]) == (0.5, 8)
-    assert found.origins["max_steps"] == "given" and found.values["eval_every"] == 1
+    assert (found.values.learning_rate, found.values.max_completion_length) == (0.5, 8)
+    assert found.origins["max_steps"] == "given" and found.values.eval_every == 1
     plain = training_defaults(TrainArguments(model="x"), make_task(), make_policy())
-    assert (plain.values["max_steps"], plain.values["prompts_per_step"]) == (200, 16)
+    assert (plain.values.max_steps, plain.values.prompts_per_step) == (200, 16)
 
 
 def test_the_supervised_run_has_defaults_of_its_own(digits, own):
     found = sft_defaults(SftArguments(), digits, own)
-    assert found.values == {"max_steps": 200, "batch_size": 64, "learning_rate": 1e-3, "eval_every": 20}
+    expected = {"max_steps": 200, "batch_size": 64, "learning_rate": 1e-3, "eval_every": 20}
+    assert vars(found.values).items() >= expected.items()
     other = sft_defaults(SftArguments(model="x", max_steps=50), digits, make_policy())
-    assert other.values["batch_size"] == 16 and other.values["eval_every"] == 5
+    assert other.values.batch_size == 16 and other.values.eval_every == 5
     expected = {"max_steps": "given", "batch_size": OTHER, "learning_rate": "21.7 k parameters"}
-    assert other.origins == expected
+    assert other.origins.items() >= expected.items()
     data = sft_defaults(SftArguments(model="x"), None, make_policy())
-    assert (data.values["max_steps"], data.values["batch_size"]) == (200, 64)
+    assert (data.values.max_steps, data.values.batch_size) == (200, 64)
 
 
 def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tmp_path, capsys):
@@ -116,6 +117,8 @@ def test_a_run_says_where_its_settings_come_from_and_repeats_with_them(saved, tm
     again = configured(TrainArguments, result.output_dir, "train")
     repeated = training_defaults(again, toy, make_policy())
     assert set(repeated.origins.values()) == {"given"}
+    late = ("threads", "mixed_precision", "training_attention", "tokens_per_pass", "log_completions")
+    assert None not in [config[name] for name in late]  # what is known only of the loaded model is there too
 
 
 def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, capsys):
@@ -127,5 +130,5 @@ def test_no_rate_of_adamw_is_called_usual_for_sgd(tmp_path, capsys):
 
 def test_the_header_says_that_prompts_were_held_out_of_those_to_train_on():
     task = load_task([{"prompt": str(number)} for number in range(20)], reward=len)
-    said = first_facts(TrainArguments(), task, Rewards(len))["task"]
+    said = first_facts(TrainArguments(), "runs/a", task, Rewards(len))["task"]
     assert said == "16 training prompts, 4 held out, as the data has no split to evaluate on (--eval-size)"

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenrl.control.arguments import ControlArguments
 from tokenrl.control.environments import describe
-from tokenrl.control.setup import resolve as resolve_control
+from tokenrl.control.setup import control_settings
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, nearest
 from tokenrl.foreign import check_names
@@ -20,7 +20,7 @@ from tokenrl.lab.compare.arguments import CompareArguments
 from tokenrl.lab.compare.plan import Arm, Kind, Plan, Problem
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments
-from tokenrl.language.training.setup import load_base, resolve
+from tokenrl.language.training.setup import load_base, train_settings
 from tokenrl.runs.files import plain
 from tokenrl.runs.origin import typed_command
 from tokenrl.settings import arguments, check_choice, check_seed, field_types
@@ -84,9 +84,9 @@ def _resolved(kind: Kind, settings: Mapping[str, Any]) -> Any:
     """Return the settings of a run as far as they are known, and checked, before a model is loaded."""
     if kind == "control":
         agent = arguments(ControlArguments, settings)
-        return resolve_control(agent, describe(agent.env, agent.max_episode_steps))
+        return control_settings(agent, describe(agent.env, agent.max_episode_steps))
     args = arguments(TrainArguments, settings)
-    return resolve(args, find_task(args)[0])
+    return train_settings(args, find_task(args)[0])
 
 
 def _problems_and_arms(
@@ -145,7 +145,7 @@ def _problem(label: str, given: dict[str, Any], announce: Callable[[str], None])
         fits_every_shape = {"baseline": "running_mean", "ratio": "token"}
         args = arguments(TrainArguments, {**given, "estimator": fits_every_shape})
         task, rewards = find_task(args)
-        found = resolve(args, task, load_base(args, task, announce))
+        found = train_settings(args, task, load_base(args, task, announce))
         unit, per_step = "completions", found.prompts_per_step * found.num_generations
         budget, spread = args.max_samples or found.max_steps * per_step, getattr(rewards, "range", None)
         open_[1:] = "prompts_per_step", "num_generations", "max_completion_length", "lr_scheduler_type"

@@ -30,7 +30,7 @@ from tokenrl.lab.compare.planning import make_plan
 from tokenrl.lab.compare.scores import RunTable, is_done, read_runs
 from tokenrl.runs.console import Console, duration, number, rich_table
 from tokenrl.runs.reader import read_run
-from tokenrl.settings import called
+from tokenrl.settings import arguments_of_call
 
 TIMED_STEPS = 6
 """Steps of the run that is timed; the first two are left out, because they are slower than later ones."""
@@ -60,7 +60,7 @@ def compare(args: CompareArguments | None = None, **options: Any) -> Comparison 
         >>> found = tokenrl.compare(task="sort_digits", arms=("reinforce", "rloo"), seeds=6, max_steps=100)
         >>> found.judgement.verdicts()
     """
-    args = called(CompareArguments, args, with_shared(options) if options else {})
+    args = arguments_of_call(CompareArguments, args, with_shared(options) if options else {})
     console, root = Console(quiet=args.quiet), Path(args.output_dir)
     plan = make_plan(args, console.note)
     with ExitStack() as stack:

@@ -194,7 +194,7 @@ def rows_at_once(policy: Policy, length: int) -> int:
 
 def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> MeasureArguments:
     """Return the arguments with the form in which the model is asked, which is announced."""
-    from tokenrl.language.policy.prompts import asked, form_of, settled_form
+    from tokenrl.language.policy.prompts import asked, fill_form, form_of
 
     g, b, p = args.num_generations, args.num_prompts, args.prompts_per_step
     if g & (g - 1):
@@ -203,7 +203,7 @@ def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> Measure
         raise Refused("gradient_checkpointing has no forward-mode derivative. Measure without it.")
     if b < 4 * p or b % p:
         raise Refused(f"num_prompts={b} with prompts_per_step={p}: give a multiple of {p}, at least {4 * p}.")
-    args = settled_form(args)
+    args = arguments(MeasureArguments, vars(fill_form(args)))
     for line in asked(form_of(args), args.model).values():
         announce(f"Asked: {line}.")
     return args

@@ -12,7 +12,7 @@ import numpy as np
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, TokenrlError
 from tokenrl.language.inspect.arguments import EvaluateArguments, SampleArguments
-from tokenrl.language.policy.prompts import form_of, run_of, say_form, settled_form, special_texts
+from tokenrl.language.policy.prompts import fill_form, form_of, run_of, say_form, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
 from tokenrl.language.rollout.rewarded import reward_rows
@@ -25,7 +25,7 @@ from tokenrl.language.training.defaults import length_of
 from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import harmless, visible
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import called
+from tokenrl.settings import arguments_of_call
 
 
 class Sampler:
@@ -47,7 +47,7 @@ class Sampler:
         run = run_of(args.model)
         if args.chat is None and run is not None and read_config(run).get("chat_prompts"):
             args = replace(args, chat=True)
-        args = settled_form(args)
+        args = fill_form(args)
         task: Any = None
         self.rewards: Rewards | None = None
         if args.task is not None:
@@ -129,7 +129,7 @@ def sample(args: SampleArguments | None = None, **options: Any) -> list[list[str
     Raises:
         Refused: no model or no prompt is named, or a prompt cannot be completed.
     """
-    args = called(SampleArguments, args, options)
+    args = arguments_of_call(SampleArguments, args, options)
     if not args.prompt:
         raise Refused("Give a prompt to complete: --prompt TEXT.")
     sampler = Sampler(args)

@@ -13,7 +13,7 @@ from tokenrl.configuration import read_config
 from tokenrl.errors import Refused
 from tokenrl.language.inspect.arguments import EvaluateArguments
 from tokenrl.language.inspect.best_of_n import best_of_n_metrics
-from tokenrl.language.policy.prompts import form_of, run_of, say_form, settled_form, special_texts
+from tokenrl.language.policy.prompts import fill_form, form_of, run_of, say_form, special_texts
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.sources import TaskArguments
@@ -29,7 +29,7 @@ from tokenrl.language.training.setup import load_placed
 from tokenrl.runs.console import measured, rich_console, rich_table, visible
 from tokenrl.runs.files import check_place, write_json
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import arguments, called, field_types
+from tokenrl.settings import arguments, arguments_of_call, field_types
 
 
 @overload
@@ -62,7 +62,7 @@ def evaluate(args: EvaluateArguments | None = None, **options: Any) -> Evaluatio
         Refused: a model, the reference, the task or a reward cannot be used, or a number is out of range.
         Stopped: a reward function failed.
     """
-    args = as_trained(called(EvaluateArguments, args, options))
+    args = as_trained(arguments_of_call(EvaluateArguments, args, options))
     names = (args.model,) if isinstance(args.model, str) else args.model
     found: dict[str, Evaluation] = {}
     for name in names:
@@ -116,7 +116,7 @@ def as_trained(args: EvaluateArguments) -> EvaluateArguments:
 
 def _evaluated(args: EvaluateArguments, model: str) -> Evaluation:
     """Evaluate one model, asked as its own run or the arguments say."""
-    args = settled_form(args, model)
+    args = arguments(EvaluateArguments, vars(fill_form(args, model)))
     generations = max((4, *args.k)) if args.num_generations is None else args.num_generations
     check_sizes(args.k, generations)
     task, rewards = find_task(args)

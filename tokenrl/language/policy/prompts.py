@@ -7,14 +7,14 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, describe, with_places
 from tokenrl.language.policy.arguments import PromptArguments
-from tokenrl.settings import arguments
+from tokenrl.settings import arguments, lay
 
 Prompt = str | list[dict[str, Any]]
 
@@ -56,15 +56,15 @@ def saved_form(model: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(form).items() if value} if form is not None else {}
 
 
-def settled_form(args: Any, model: Any = None) -> Any:
-    """Fill in what the arguments leave open of the form of prompts, from the run that saved the model.
+def fill_form(args: Any, model: Any = None) -> Any:
+    """Return settings in which the form of prompts, where it was left open, is as in the run of the model.
 
     Args:
         args: the arguments of a command.
         model: the model; None for `args.model`.
     """
-    saved = saved_form(args.model if model is None else model)
-    return replace(args, **{name: value for name, value in saved.items() if getattr(args, name) is None})
+    form = saved_form(args.model if model is None else model)
+    return lay(("the model's run", form), ("given", vars(args))).values
 
 
 def asked(form: PromptArguments, model: Any = None) -> dict[str, str]:

@@ -12,7 +12,7 @@ from tokenrl.language.policy.arguments import PromptArguments
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.threads import ThreadArguments
-from tokenrl.settings import OR_OBJECT, Bounds, Count, NonNegative, Number, Positive, Seed
+from tokenrl.settings import OPEN, OR_OBJECT, Bounds, Count, NonNegative, Number, Positive, Seed
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class RewardModelArguments(PromptArguments, SavingArguments, TrackerArguments, T
     """Split to evaluate on. Default: a validation or test split, else pairs of prompts that are held out."""
     eval_size: Count = 256
     """Pairs to evaluate on; if they are held out of the training split, at most a fifth of it."""
-    max_steps: Count | None = None
+    max_steps: Count = OPEN
     """Updates. Default: one pass over the data; with more, noisy labels are soon memorised."""
     batch_size: Count = 64
     """Pairs per update, all in one forward pass."""
-    learning_rate: Positive | None = None
+    learning_rate: Positive = OPEN
     """Peak learning rate, falling linearly to 0. Default: 1e-5; for a task's tiny model 1e-3."""
     weight_decay: NonNegative = 0.0
     """AdamW's decoupled weight decay."""
@@ -69,7 +69,7 @@ class RewardModelArguments(PromptArguments, SavingArguments, TrackerArguments, T
     """Weight of the penalty (r_chosen + r_rejected)^2, which keeps rewards near 0 (TRL suggests 0.01)."""
     label_smoothing: Annotated[float, Bounds(at_least=0, below=0.5)] = 0.0
     """Assumed share of wrong labels; at 0.5 the labels would carry no information."""
-    eval_every: Count | None = None
+    eval_every: Count = OPEN
     """Steps between evaluations. Default: a tenth of the run."""
     seed: Seed = 0
     """Seed of the order of the data, the split, the sampled preferences and the new head."""
@@ -80,12 +80,3 @@ class RewardModelArguments(PromptArguments, SavingArguments, TrackerArguments, T
     (remarks apart); 2: there is a problem."""
     quiet: bool = False
     """Print nothing but errors."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardModelSettings(RewardModelArguments):
-    """The settings of a run: its arguments, with every `None` that stands for a default replaced."""
-
-    max_steps: Count
-    learning_rate: Positive
-    eval_every: Count

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tokenrl.errors import Refused
-from tokenrl.language.policy.prompts import asked, form_of, settled_form
+from tokenrl.language.policy.prompts import asked, fill_form, form_of
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
-from tokenrl.language.preferences.arguments import RewardModelArguments, RewardModelSettings
+from tokenrl.language.preferences.arguments import RewardModelArguments
 from tokenrl.language.preferences.data import RewardData, load_reward_data, make_backbone
 from tokenrl.language.preferences.evaluation import encode_pairs, preference_metrics, score_pairs
 from tokenrl.language.preferences.pairs import Pair, check_pairs
@@ -33,10 +33,10 @@ from tokenrl.language.training.supervised import Descent
 from tokenrl.runs.checkpoint import tables
 from tokenrl.runs.metrics import write_completions
 from tokenrl.runs.reader import Outcome
-from tokenrl.runs.resume import taken_up
+from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import called, settled
+from tokenrl.settings import arguments_of_call, lay
 
 LOSS_NOTE = "The loss is the negative log-likelihood of the choices, in nats per pair; guessing gives 0.693."
 
@@ -82,7 +82,7 @@ class PreferenceTraining:
         descent: the optimiser, and how far it has come.
     """
 
-    def __init__(self, reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelSettings) -> None:
+    def __init__(self, reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelArguments) -> None:
         """Tokenise the pairs and make the optimiser.
 
         Args:
@@ -149,7 +149,7 @@ class PreferenceTraining:
 
 
 def fit_reward_model(
-    reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelSettings
+    reward_model: RewardModel, pairs: Sequence[Pair], args: RewardModelArguments
 ) -> list[dict[str, float]]:
     """Train a reward model for `args.max_steps` updates, without a run directory.
 
@@ -204,20 +204,21 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         >>> result = train_reward_model(task="sort_digits", output_dir="runs/judge")
         >>> result.eval_after["accuracy"]
     """
-    args = called(RewardModelArguments, args, options)
-    args = settled_form(args, args.model if args.policy is None else args.policy)
-    with Session("reward-model", taken_up(args, "reward-model")) as session, ExitStack() as stack:
-        args = session.args
-        named = [where for where in (args.data, args.task) if isinstance(where, str)]
+    args = arguments_of_call(RewardModelArguments, args, options)
+    args = resume_settings(args, "reward-model")
+    given = fill_form(args, args.model if args.policy is None else args.policy)
+    with Session("reward-model", given) as session, ExitStack() as stack:
+        named = [where for where in (given.data, given.task) if isinstance(where, str)]
         title = f"tokenrl reward-model: {', '.join(named) or 'data in memory'}"
-        session.console.start(title, {"seed": args.seed, "run": args.output_dir}, note=LOSS_NOTE)
+        session.console.start(title, {"seed": given.seed, "run": session.directory}, note=LOSS_NOTE)
         with session.console.doing("loading the preferences and the model"):
-            data = load_reward_data(args, session.console.note)
-            reward_model = make_backbone(args, data.task, session.console.note)
-        reward_model.ask(form_of(args))
-        threads, why = choose_threads(sum(p.numel() for p in reward_model.model.parameters()), args.threads)
+            data = load_reward_data(given, session.console.note)
+            reward_model = make_backbone(given, data.task, session.console.note)
+        reward_model.ask(form_of(given))
+        threads, why = choose_threads(sum(p.numel() for p in reward_model.model.parameters()), given.threads)
         stack.enter_context(using_threads(threads))
-        args = _resolve(args, data, threads)
+        chosen = {"threads": threads, "output_dir": session.directory}
+        args = RewardModelArguments(**vars(fill_defaults(given, data)) | chosen)
         training = PreferenceTraining(reward_model, data.train, args)  # refuses texts that are too long
         held_out = encode_pairs(reward_model, data.held_out)
         rows = {"train": list(map(asdict, data.train)), "held_out": list(map(asdict, data.held_out))}
@@ -253,18 +254,18 @@ def train_reward_model(args: RewardModelArguments | None = None, **options: Any)
         return ended
 
 
-def _resolve(args: RewardModelArguments, data: RewardData, threads: int) -> RewardModelSettings:
-    """Fill in the arguments left open, and refuse a margin that is given twice."""
-    if args.margin and any(pair.margin is not None for pair in data.train):
-        raise Refused(f"margin={args.margin} and a column 'margin' were both given: give one of the two.")
-    batch = min(args.batch_size, len(data.train))
-    steps = args.max_steps or math.ceil(len(data.train) / batch)
-    rate = 1e-3 if args.model is None else 1e-5
-    found = {"max_steps": steps, "learning_rate": rate, "eval_every": max(1, steps // 10)}
-    return settled(RewardModelSettings, replace(args, batch_size=batch, threads=threads), found)
+def fill_defaults(given: Any, data: RewardData) -> Any:
+    """Lay what was given over the defaults that follow from the data; refuse a margin that is given twice."""
+    if given.margin and any(pair.margin is not None for pair in data.train):
+        raise Refused(f"margin={given.margin} and a column 'margin' were both given: give one of the two.")
+    batch = min(given.batch_size, len(data.train))
+    steps = given.max_steps or math.ceil(len(data.train) / batch)
+    usual = {"max_steps": steps, "learning_rate": 1e-3 if given.model is None else 1e-5}
+    usual["eval_every"] = max(1, steps // 10)
+    return lay(("default", usual), ("given", vars(given)), ("pairs", {"batch_size": batch})).values
 
 
-def _header(args: RewardModelSettings, data: RewardData, reward_model: RewardModel) -> dict[str, Any]:
+def _header(args: RewardModelArguments, data: RewardData, reward_model: RewardModel) -> dict[str, Any]:
     """Return the lines of the header that is printed when the run starts."""
     model = reward_model.model
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,8 +1,8 @@
 """Defines the arguments of `tokenrl train` and `tokenrl sft`, which are also the keywords of the functions.
 
-`None` stands for what the task recommends for its own model, or else for the default in the field's text. A
-run works on `TrainSettings` or `SftSettings`, in which the fields that these classes list are filled in. The
-module imports no torch.
+`None` stands for what the task recommends for its own model, or else for the default in the field's text. The
+settings of a run are an object of the same class in which no field is open any more. The module imports no
+torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tokenrl.language.tasks.sources import TaskArguments
 from tokenrl.runs.checkpoint import SavingArguments
 from tokenrl.runs.metrics import TrackerArguments
 from tokenrl.runs.threads import ThreadArguments
-from tokenrl.settings import Bounds, Count, Natural, NonNegative, Positive, Seed, Settings
+from tokenrl.settings import OPEN, Bounds, Count, Natural, NonNegative, Positive, Seed, Settings
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class OptimiserArguments(Settings, group="optimiser"):
     """adamw divides each weight's step by the usual size of its gradient, so a factor of the loss changes
     nothing. sgd, without momentum, subtracts learning_rate x gradient; it needs a learning_rate, and shows
     factors if max_grad_norm is 0. A critic always learns with AdamW."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] | None = None
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = OPEN
     """Schedule of the learning rate after the warm-up; linear and cosine fall to 0. Default: constant."""
     warmup_steps: Natural = 0
     """Steps over which the learning rate rises from 0 to its peak."""
@@ -58,15 +58,15 @@ class OptimiserArguments(Settings, group="optimiser"):
     micro_batch_size: Count | None = None
     """The most completions in one forward pass of one process, within tokens_per_pass; changes memory only,
     not the update. Default: any number."""
-    tokens_per_pass: Count | None = None
+    tokens_per_pass: Count = OPEN
     """Tokens of prompts and completions in one forward pass of one process, which whole groups fill; a larger
     group is split. Changes memory only. Default: as many as have activations of about 4 GiB, at 34 numbers
     for each layer and hidden unit."""
-    mixed_precision: Literal["no", "bf16"] | None = None
+    mixed_precision: Literal["no", "bf16"] = OPEN
     """bf16: sample, score and differentiate with a bfloat16 copy of the weights, which stay float32. Default:
     bf16 on a GPU that has it, and from 10 M parameters on also on a CPU that multiplies in it (AVX512_BF16,
     AMX); else no."""
-    training_attention: Literal["as_loaded", "eager"] | None = None
+    training_attention: Literal["as_loaded", "eager"] = OPEN
     """Attention of updates: as the model was loaded (mostly sdpa), or by its plain formula. Default: eager on
     a CPU from 10 M parameters on, with completions of at most 128 tokens; else as loaded."""
     value_learning_rate: Positive = 1e-3
@@ -90,7 +90,7 @@ class KlArguments(Settings, group="KL control"):
 class EvaluationArguments(Settings, group="evaluation"):
     """What is measured during training."""
 
-    eval_every: Natural | None = None
+    eval_every: Natural = OPEN
     """Steps between evaluations on held-out prompts (with max_samples, that many steps' worth of samples); 0:
     only before and after training. Default: a tenth of the run; with a model of your own so many that
     evaluations take at most a tenth of the time, or so."""
@@ -107,7 +107,7 @@ class LogArguments(Settings, group="logs"):
 
     logging_steps: Count = 1
     """Steps between printed lines where the output is no terminal, and between records to trackers."""
-    log_completions: Natural | None = None
+    log_completions: Natural = OPEN
     """Steps between tables of sampled completions, printed and saved in completions/. Default: with each
     evaluation."""
 
@@ -163,17 +163,17 @@ class TrainArguments(
     output_dir: str | None = None
     """Directory of the run, for its config, metrics, completions, checkpoints, model and report. Default: a
     new one, runs/train-1, runs/train-2 and so on; with resume the newest of these."""
-    max_steps: Count | None = None
+    max_steps: Count = OPEN
     """Training steps; each samples one rollout. Default: 200. A toy task with another model than its own:
     60."""
-    prompts_per_step: Count | None = None
+    prompts_per_step: Count = OPEN
     """Prompts per step, over all processes. Default: 16. A toy task with another model than its own: 8."""
-    num_generations: Count | None = None
+    num_generations: Count = OPEN
     """Completions per prompt (the group size G). Default: 8."""
-    max_completion_length: Count | None = None
+    max_completion_length: Count = OPEN
     """Maximum number of tokens in a completion, EOS included. Default: 256. A toy task with another model
     than its own: a quarter more than its longest demonstration has."""
-    learning_rate: Positive | None = None
+    learning_rate: Positive = OPEN
     """Peak learning rate. Default: by the model's size, such as 2e-4 for 1 M parameters, 1e-5 for 135 M, and
     1e-6 from 1 B on; ten times that with LoRA, at most 1e-3. None with --optimizer sgd."""
     seed: Seed = 0
@@ -194,24 +194,6 @@ class TrainArguments(
     """Print nothing but errors."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings(TrainArguments):
-    """The settings of a training run: its arguments, with the defaults of the fields below filled in.
-
-    Of the others, `mixed_precision`, `training_attention`, `tokens_per_pass` and `threads` may be None until
-    the model is on its device: `Run.args` and config.json have their values.
-    """
-
-    max_steps: Count
-    prompts_per_step: Count
-    num_generations: Count
-    max_completion_length: Count
-    learning_rate: Positive
-    lr_scheduler_type: Literal["constant", "linear", "cosine"]
-    eval_every: Natural
-    log_completions: Natural
-
-
 @dataclass(frozen=True)
 class SftArguments(
     ModelArguments, TaskArguments, LoraArguments, SavingArguments, TrackerArguments, ThreadArguments
@@ -223,14 +205,14 @@ class SftArguments(
     runs/sft-2 and so on; with resume the newest of these."""
     completion_column: str = "completion"
     """Column of a data set that holds the completions."""
-    max_steps: Count | None = None
+    max_steps: Count = OPEN
     """Updates. Default: 200. A toy task with another model than its own: 250."""
-    batch_size: Count | None = None
+    batch_size: Count = OPEN
     """Demonstrations per update. Default: 64. A toy task with another model than its own: 16."""
-    learning_rate: Positive | None = None
+    learning_rate: Positive = OPEN
     """Peak learning rate, falling linearly to 0. Default: by the model's size, such as 1e-4 for 135 M
     parameters, and 2e-5 from 1 B on; ten times that with LoRA, at most 1e-3."""
-    eval_every: Natural | None = None
+    eval_every: Natural = OPEN
     """Updates between evaluations on 64 held-out prompts (or eval_size of them), greedy and sampled, where
     there is a reward; 0: only before and after training. Default: a tenth of the run."""
     seed: Seed = 0
@@ -239,13 +221,3 @@ class SftArguments(
     """Replace the run that output_dir holds."""
     quiet: bool = False
     """Print nothing but errors."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftSettings(SftArguments):
-    """The settings of a fine-tuning: its arguments, with the defaults of the fields below filled in."""
-
-    max_steps: Count
-    batch_size: Count
-    learning_rate: Positive
-    eval_every: Natural

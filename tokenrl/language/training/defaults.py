@@ -1,4 +1,4 @@
-"""Chooses the settings that a user left open, by task, model and LoRA, and says where each comes from.
+"""Lays the settings of a user over those that a task recommends and over the defaults, by model and LoRA.
 
 What a toy task recommends holds for its own tiny model. Any other model gets its learning rate from its size,
 and its completion length from the task's demonstrations as its own tokenizer writes them.
@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from tokenrl.errors import Placed, Refused, with_places
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.training.arguments import SftArguments, TrainArguments, TrainSettings
+from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.supervised import Pair, encode_demonstrations
+from tokenrl.settings import Layered, lay
 
 ANY = {
     "max_steps": 200,
@@ -35,13 +36,6 @@ RATES = ((5e4, 1e-3), (1.35e8, 1e-5), (1e9, 1e-6))
 """Parameters and learning rate: the toy tasks' tiny models; GPT-2 and its like (Ziegler et al. 2019 took
 1.4e-5 for 124 M); TRL's default, which is made for 1e9 and more (GRPO, DAPO and others take the same)."""
 LEAST_SUPERVISED, LARGEST_RATE = 2e-5, 1e-3
-
-
-class Defaults(NamedTuple):
-    """The values of settings that were left open, and for each setting shown where its value comes from."""
-
-    values: dict[str, Any]
-    origins: dict[str, str]
 
 
 def default_rate(parameters: int, *, lora: bool = False, supervised: bool = False) -> float:
@@ -137,56 +131,58 @@ def is_own(task: Any, model: Any, policy: Policy | None) -> bool:
 def sizes_of_steps(args: TrainArguments) -> tuple[int, int]:
     """Return the completions of a plain step, and of a step with greedy ones if the estimator needs them."""
     prompts, generations = args.prompts_per_step, args.num_generations
-    assert prompts is not None and generations is not None  # they have been settled
     return prompts * generations, prompts * (generations + args.estimator.needs_greedy)
 
 
 def plain_steps(args: TrainArguments) -> int:
     """Return the length of a run in plain steps, in which the times of evaluations are counted."""
-    assert args.max_steps is not None  # it has been settled
     return args.max_steps if args.max_samples is None else -(-args.max_samples // sizes_of_steps(args)[0])
 
 
-def sampling_of(args: TrainSettings) -> Sampling:
+def sampling_of(args: TrainArguments) -> Sampling:
     """Return how a run samples; callers set the step."""
     sizes = args.max_completion_length, args.num_generations, args.temperature, args.seed
     return Sampling(*sizes, truncate_prompts=args.truncate_prompts)
 
 
-def training_defaults(args: TrainArguments, task: Any, policy: Policy | None = None) -> Defaults:
-    """Choose the settings of `tokenrl train` that were left open.
+def training_defaults(given: Any, task: Any, policy: Policy | None = None) -> Layered:
+    """Lay the settings that were given over what the task recommends, and that over the defaults.
 
     Args:
-        args: the arguments.
+        given: the arguments of `tokenrl train`.
         task: the task.
         policy: the policy; None before it is loaded, when neither its size nor its tokenizer is known.
     """
-    found = _layered(args, task, policy, ANY, TOY, getattr(task, "train", None) or {})
-    values, origins = found
-    limit = completion_limit(task, args.model, policy)
-    if limit is not None:
-        values["max_completion_length"], origin = limit
-        origins["max_completion_length"] = origin if args.max_completion_length is None else "given"
-    if args.optimizer != "adamw":  # for which alone rates are known
-        del values["learning_rate"]
-    settled = replace(args, **{name: getattr(args, name) or values[name] for name in TOY})
-    if args.max_samples is not None:
-        values["max_steps"] = -(-args.max_samples // sizes_of_steps(settled)[1])
-        origins["max_steps"] = f"max_samples {args.max_samples:,}"
-    every = max(1, plain_steps(settled) // 10)
-    if args.model is not None:  # to evaluate a completion takes up to two thirds of learning from it
-        evaluated = len(task.eval_prompts) * (1 + args.eval_generations)
-        every = max(every, math.ceil(20 * evaluated / 3 / sizes_of_steps(settled)[0]))
-    every = values.setdefault("eval_every", every)
-    values.setdefault("log_completions", every if args.eval_every is None else args.eval_every)
-    return found
+    recommended = getattr(task, "train", None) or {}
+    layers = _below(given, task, policy, usual=ANY, usual_of_toys=TOY, recommended=recommended)
+    if (limit := completion_limit(task, given.model, policy)) is not None:
+        layers.append((limit[1], {"max_completion_length": limit[0]}))
+    layers.append(("given", vars(given)))
+    values = lay(*layers).values
+    if given.max_samples is not None:
+        steps = -(-given.max_samples // sizes_of_steps(values)[1])
+        layers.append((f"max_samples {given.max_samples:,}", {"max_steps": steps}))
+    every = max(1, plain_steps(values) // 10)
+    if given.model is not None:  # to evaluate a completion takes up to two thirds of learning from it
+        evaluated = len(task.eval_prompts) * (1 + given.eval_generations)
+        every = max(every, math.ceil(20 * evaluated / 3 / sizes_of_steps(values)[0]))
+    every = every if values.eval_every is None else values.eval_every
+    return lay(("default", {"eval_every": every, "log_completions": every}), *layers)
 
 
-def sft_defaults(args: SftArguments, task: Any, policy: Policy) -> Defaults:
-    """Choose the settings of `tokenrl sft` that were left open.
+def usual_rate(given: Any, task: Any, policy: Policy) -> float | None:
+    """Return the learning rate of a run that leaves it open; None if unknown, as without AdamW."""
+    if given.optimizer != "adamw":
+        return None
+    left_open = SimpleNamespace(**vars(given) | {"learning_rate": None})
+    return float(training_defaults(left_open, task, policy).values.learning_rate)
+
+
+def sft_defaults(given: Any, task: Any, policy: Policy) -> Layered:
+    """Lay the settings of `tokenrl sft` that were given over what the task recommends and the defaults.
 
     Args:
-        args: the arguments.
+        given: the arguments of `tokenrl sft`.
         task: the task; None for a data set.
         policy: the policy.
     """
@@ -194,37 +190,43 @@ def sft_defaults(args: SftArguments, task: Any, policy: Policy) -> Defaults:
     if warm is not None:
         recommended = {"max_steps": warm.steps, "batch_size": warm.batch_size}
         recommended["learning_rate"] = warm.learning_rate
-    found = _layered(args, task, policy, SFT_ANY, SFT_TOY, recommended)
-    found.values["eval_every"] = max(1, (args.max_steps or found.values["max_steps"]) // 10)
-    return found
+    layers = _below(
+        given, task, policy, usual=SFT_ANY, usual_of_toys=SFT_TOY, recommended=recommended, supervised=True
+    )
+    layers.append(("given", vars(given)))
+    every = max(1, lay(*layers).values.max_steps // 10)
+    return lay(("default", {"eval_every": every}), *layers)
 
 
-def _layered(
-    args: TrainArguments | SftArguments, task: Any, policy: Policy | None, *choices: Mapping[str, Any]
-) -> Defaults:
-    """Lay values over each other, the last on top, and note for each where it comes from.
+def _below(
+    given: Any,
+    task: Any,
+    policy: Policy | None,
+    *,
+    usual: Mapping[str, Any],
+    usual_of_toys: Mapping[str, Any],
+    recommended: Mapping[str, Any],
+    supervised: bool = False,
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the layers below what was given: the defaults, the learning rate by size, and the task's.
 
     Args:
-        args: the arguments; what they give keeps its default, but comes from the user.
+        given: the arguments.
         task: the task; None for a data set.
         policy: the policy; None before it is loaded.
-        *choices: values for any task; those for a toy task with another model than its own; and what the task
-            recommends, for a toy task with its own model only.
+        usual: the defaults of any task.
+        usual_of_toys: those of a toy task with another model than its own.
+        recommended: what the task recommends, for a toy task with its own model only.
+        supervised: whether demonstrations are learnt from.
     """
-    usual, usual_of_toys, recommended = choices
-    kind = {"lora": bool(args.lora_r), "supervised": isinstance(args, SftArguments)}
     count = int(RATES[1][0]) if policy is None else parameter_count(policy)
     unit, letter = next(u for u in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= u[0] or u[0] == 1e3)
-    size = f"{count / unit:.3g} {letter} parameters{', LoRA' * kind['lora']}"
-    top = (recommended, "recommended by the task")
-    if hasattr(task, "build") and not is_own(task, args.model, policy):
-        top = (usual_of_toys, "default for other models")
-    found = Defaults({}, {})
-    for values, origin in ((usual, "default"), ({"learning_rate": default_rate(count, **kind)}, size), top):
-        found.values.update(values)
-        for name in values:
-            found.origins[name] = origin if getattr(args, name, None) is None else "given"
-    return found
+    size = f"{count / unit:.3g} {letter} parameters{', LoRA' * bool(given.lora_r)}"
+    rate = default_rate(count, lora=bool(given.lora_r), supervised=supervised)
+    top = ("recommended by the task", recommended)
+    if hasattr(task, "build") and not is_own(task, given.model, policy):
+        top = ("default for other models", usual_of_toys)
+    return [("default", usual), (size, {"learning_rate": rate}), top]
 
 
 def with_origins(settings: Any, origins: Mapping[str, str], between: str = ", ", **forms: str) -> str:

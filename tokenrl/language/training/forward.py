@@ -24,7 +24,7 @@ from tokenrl.errors import Refused, describe
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.scoring import Scoring
-from tokenrl.language.training.arguments import TrainSettings
+from tokenrl.language.training.arguments import TrainArguments
 
 Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]  # weights of a policy, each with its bfloat16 copy
 
@@ -71,18 +71,18 @@ class Forward:
 
 
 def choose_forward(
-    args: TrainSettings, policy: Policy, accelerator: Any, *, alone: bool = False
-) -> tuple[Forward, TrainSettings]:
+    args: Any, policy: Policy, accelerator: Any, *, alone: bool = False
+) -> tuple[Forward, dict[str, Any]]:
     """Choose how a run computes, and check that it samples and scores this model rightly.
 
     Args:
-        args: the settings, in which some of those may be left open.
+        args: the settings of the run, in which those about computing may be open.
         policy: the policy, on the device where it will run.
         accelerator: accelerate's handle of device and processes.
         alone: whether one process chooses for itself, while others may wait for it.
 
     Returns:
-        What computes, and the settings with what was left open filled in.
+        What computes, and the settings about computing by name.
 
     Raises:
         Refused: the model cannot be sampled and scored, or has no attention of the kind that is asked for.
@@ -111,12 +111,11 @@ def choose_forward(
         f"{'bfloat16 (weights float32)' if copies else 'precision of the weights'} ({why}), "
         f"attention {attention.replace('_', ' ')}, up to {tokens:,} tokens in a pass"
     )
-    found: dict[str, Any] = {"mixed_precision": precision, "training_attention": attention}
-    args = replace(args, **found, tokens_per_pass=tokens)
-    return Forward(acting, model, scoring, copies, words), args
+    settings = {"mixed_precision": precision, "training_attention": attention, "tokens_per_pass": tokens}
+    return Forward(acting, model, scoring, copies, words), settings
 
 
-def choose_precision(args: TrainSettings, policy: Policy, accelerator: Any) -> tuple[str, str]:
+def choose_precision(args: TrainArguments, policy: Policy, accelerator: Any) -> tuple[str, str]:
     """Return `bf16` for a bfloat16 copy of the weights or else `no`, and why."""
     if all(p.dtype != torch.float32 for p in policy.trainable_parameters()):
         return "no", "weights are not float32"
@@ -132,7 +131,7 @@ def choose_precision(args: TrainSettings, policy: Policy, accelerator: Any) -> t
     return ("bf16", "a CPU that multiplies in bfloat16") if has_it else ("no", "a CPU without bfloat16")
 
 
-def _attention(args: TrainSettings, policy: Policy, accelerator: Any) -> Literal["as_loaded", "eager"]:
+def _attention(args: TrainArguments, policy: Policy, accelerator: Any) -> Literal["as_loaded", "eager"]:
     """Return the attention of updates: on a CPU the kernels' gradients are slow for short completions."""
     if args.training_attention is not None:
         return args.training_attention

@@ -18,7 +18,7 @@ from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import Policy
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.training.arguments import TrainSettings
+from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.batch import sum_gradients
 from tokenrl.language.training.defaults import sampling_of
 from tokenrl.language.training.forward import Forward, choose_forward, shape_of
@@ -127,7 +127,7 @@ class Learner:
     schedule: Any
     accelerator: Any
     estimator: Estimator
-    args: TrainSettings
+    args: TrainArguments
     generator: Generator
     diagnostics: GradientDiagnostics
     critic: Critic | None = None
@@ -227,8 +227,13 @@ class Learner:
         return parts if self.critic is None else parts | {"critic": self.critic}
 
 
-def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> Learner:
+def make_learner(args: Any, policy: Policy, accelerator: Any) -> Learner:
     """Make the learner, with optimiser and schedule, reference, generator and critic.
+
+    Args:
+        args: the settings of the run, in which those about computing may be open.
+        policy: the policy, with its adapter.
+        accelerator: accelerate's handle of device and processes.
 
     Raises:
         Refused: the model cannot be sampled and scored, or not in the way that the settings ask for.
@@ -241,7 +246,8 @@ def make_learner(args: TrainSettings, policy: Policy, accelerator: Any) -> Learn
         policy.add_reference()
         if policy.reference is not None:
             policy.reference.to(device)
-    forward, args = choose_forward(args, policy, accelerator)
+    forward, computing = choose_forward(args, policy, accelerator)
+    args = TrainArguments(**vars(args) | computing)
     make: Any = torch.optim.SGD if args.optimizer == "sgd" else torch.optim.AdamW
     fused = (args.optimizer == "adamw" and device.type in ("cpu", "cuda")) or None
     how = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": fused}

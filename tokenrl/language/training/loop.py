@@ -15,7 +15,7 @@ import torch
 
 from tokenrl.core.baselines import RunningMean
 from tokenrl.errors import with_places
-from tokenrl.language.policy.prompts import asked as asked_in_words, settled_form, special_texts
+from tokenrl.language.policy.prompts import asked as asked_in_words, fill_form, special_texts
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.sources import recorded
@@ -23,27 +23,26 @@ from tokenrl.language.tasks.stream import PromptStream, few_prompts
 from tokenrl.language.tasks.task import Task, find_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.collect import prompt_text
-from tokenrl.language.training.defaults import sizes_of_steps
+from tokenrl.language.training.defaults import sizes_of_steps, usual_rate
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.learner import make_learner
 from tokenrl.language.training.run import Run, RunResult, first_facts, model_facts
 from tokenrl.language.training.setup import (
     adapt,
+    fill_defaults,
     load_base,
     made_from,
     make_accelerator,
-    resolve,
-    settle,
     without_effect,
 )
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.verdicts import check_run, judge_end, judge_step
 from tokenrl.language.training.warm_start import WarmStart
 from tokenrl.runs.metrics import write_completions
-from tokenrl.runs.resume import taken_up
+from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import called
+from tokenrl.settings import arguments_of_call, lay
 
 
 def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
@@ -75,22 +74,24 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
         >>> result = tokenrl.train(task="sort_digits", estimator="rloo", output_dir="runs/a")
         >>> result.eval_after["reward_greedy"]
     """
-    asked = settled_form(called(TrainArguments, args, options))
-    args = taken_up(asked, "train")
-    task, rewards = find_task(args)
-    accelerator = make_accelerator(resolve(args, task))  # refused before anything is loaded
+    args = arguments_of_call(TrainArguments, args, options)
+    given = fill_form(resume_settings(args, "train"))
+    task, rewards = find_task(given)
+    accelerator = make_accelerator(fill_defaults(given, task).values)  # refused before anything is loaded
     with Session(
         "train",
-        args,
-        every=args.logging_steps if args.logging_steps > 1 else 10,
+        given,
+        every=given.logging_steps if given.logging_steps > 1 else 10,
         main=accelerator.is_main_process,
         agreed=partial(_largest, accelerator),
     ) as session:
-        session.console.start(f"tokenrl train: {task.name}", first_facts(session.args, task, rewards))
-        run = _prepare(session.args, task, rewards, accelerator, session)
+        session.console.start(
+            f"tokenrl train: {task.name}", first_facts(given, session.directory, task, rewards)
+        )
+        run = _prepare(given, task, rewards, accelerator, session)
         with closing(run.learner.generator), using_threads(run.args.threads):
             session.open(run.facts())
-            for warning in _warnings(run, asked):
+            for warning in _warnings(run, args.max_steps):
                 session.console.warn(warning)
             if run.args.check:
                 return check_run(run, session, partial(_evaluate, run, step=0))
@@ -110,14 +111,14 @@ def train(args: TrainArguments | None = None, **options: Any) -> RunResult:
             return _finish(run, session, reason)
 
 
-def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: Any, session: Session) -> Run:
-    """Load the policy, make optimiser and generator, and register what checkpoints hold."""
+def _prepare(given: Any, task: Task, rewards: Rewards, accelerator: Any, session: Session) -> Run:
+    """Load the policy, make settings, optimiser and generator, and register what checkpoints hold."""
     console, warmed, warm_seconds = session.console, dict[str, Any](), 0.0
     with accelerator.main_process_first():
         with console.doing("loading the model"):
             policy = load_base(given, task, console.note)
-        args, defaults = settle(given, task, policy)
-        console.facts("", model_facts(args, defaults.origins, policy))
+        args, origins = fill_defaults(given, task, policy)
+        console.facts("", model_facts(args, origins, policy))
         if args.warm_start:
             stage = WarmStart(policy, task, rewards, args, console, accelerator)
             with using_threads(choose_threads(policy.size, args.threads)[0]):
@@ -130,7 +131,8 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
     maker = made_from(policy, {"train": task.train_prompts, "eval": task.eval_prompts}, accelerator)
     threads, why = choose_threads(policy.size, args.threads)
     with using_threads(threads), console.doing("checking that this model is sampled and scored rightly"):
-        learner = make_learner(replace(args, threads=threads), policy, accelerator)
+        chosen = {"threads": threads, "output_dir": session.directory}
+        learner = make_learner(lay(("filled", vars(args)), ("chosen", chosen)).values, policy, accelerator)
     run = Run(
         args=learner.args,
         task=task,
@@ -139,7 +141,7 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
         stream=PromptStream(task.train_prompts, args.prompts_per_step, args.seed),
         running_mean=RunningMean(args.estimator.running_mean_decay, args.estimator.running_mean_init),
         threads=f"{threads} ({why})",
-        defaults=defaults,
+        usual_rate=usual_rate(given, task, policy),
         warm_started=warmed,
         warm_seconds=warm_seconds,
     )
@@ -149,11 +151,11 @@ def _prepare(given: TrainArguments, task: Task, rewards: Rewards, accelerator: A
     return run
 
 
-def _warnings(run: Run, asked: TrainArguments) -> list[str]:
+def _warnings(run: Run, max_steps: int | None) -> list[str]:
     """Return what is said before the first step of prompts and settings that are probably mistakes."""
     rows = run.task.train_prompts
     special = special_texts(run.learner.policy.tokenizer, rows)
-    return [*few_prompts(rows), *special, *without_effect(run.args, asked)]
+    return [*few_prompts(rows), *special, *without_effect(run.args, max_steps)]
 
 
 def _begin(run: Run, session: Session) -> None:

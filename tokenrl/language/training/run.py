@@ -26,8 +26,8 @@ from tokenrl.language.policy.prompts import asked
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
-from tokenrl.language.training.arguments import TrainArguments, TrainSettings
-from tokenrl.language.training.defaults import Defaults, plain_steps, sizes_of_steps, with_origins
+from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.defaults import plain_steps, sizes_of_steps, with_origins
 from tokenrl.language.training.learner import Learner
 from tokenrl.runs.console import duration
 from tokenrl.runs.reader import Outcome
@@ -72,7 +72,7 @@ class Run:
         stream: deals the prompts out to steps.
         running_mean: mean reward of earlier steps.
         threads: the number of threads of torch, and in words where it comes from.
-        defaults: the value that each setting has if it is left open, and where the run's value comes from.
+        usual_rate: the learning rate that the run would have had if it had been left open; None if unknown.
         warm_started: what `warm_start` found; empty without such a stage.
         warm_seconds: seconds of an update of the stage, where a check has only tried it out.
         eval_seconds: seconds of the latest evaluation.
@@ -82,14 +82,14 @@ class Run:
         means: the mean reward of each held-out prompt [B], before training and at the latest evaluation.
     """
 
-    args: TrainSettings
+    args: TrainArguments
     task: Task
     rewards: Rewards
     learner: Learner
     stream: PromptStream
     running_mean: RunningMean
     threads: str
-    defaults: Defaults
+    usual_rate: float | None
     warm_started: dict[str, Any]
     warm_seconds: float = 0.0
     eval_seconds: float = 0.0
@@ -159,7 +159,7 @@ class Run:
         }
 
 
-def first_facts(args: TrainArguments, task: Task, rewards: Rewards) -> dict[str, Any]:
+def first_facts(args: Any, directory: str, task: Task, rewards: Rewards) -> dict[str, Any]:
     """Return the lines of the header that are known before the model is loaded."""
     estimator = args.estimator
     axes = f"{estimator.aggregation}, ratio {estimator.ratio}, KL {estimator.beta:g}"
@@ -173,11 +173,11 @@ def first_facts(args: TrainArguments, task: Task, rewards: Rewards) -> dict[str,
         f"{estimator.bias_status}",
         "order": f"{stage}an evaluation, training steps with evaluations in between",
         "seed": args.seed,
-        "run": args.output_dir,
+        "run": directory,
     }
 
 
-def model_facts(args: TrainSettings, origins: Mapping[str, str], policy: Policy) -> dict[str, Any]:
+def model_facts(args: Any, origins: Mapping[str, str], policy: Policy) -> dict[str, Any]:
     """Return the lines of the header that are known once the model is loaded."""
     sizes = {"prompts_per_step": "{} prompts", "num_generations": "{} completions"}
     told = partial(with_origins, args, origins)

@@ -6,35 +6,33 @@ Arguments that cannot be used are refused here, before anything is trained.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tokenrl.core.baselines import check_horizon
 from tokenrl.errors import Refused, Stopped
-from tokenrl.language.policy.arguments import LoraArguments, ModelArguments
 from tokenrl.language.policy.model import Policy, add_lora, enable_gradient_checkpointing, load_policy, wrap
-from tokenrl.language.policy.prompts import form_of, settled_form
+from tokenrl.language.policy.prompts import fill_form, form_of
 from tokenrl.language.policy.saving import fingerprint, tokenizer_fingerprint
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.tasks.sources import fingerprint as rows_fingerprint
 from tokenrl.language.tasks.task import Task
-from tokenrl.language.training.arguments import TrainArguments, TrainSettings
-from tokenrl.language.training.defaults import Defaults, demonstrations, training_defaults
+from tokenrl.language.training.arguments import TrainArguments
+from tokenrl.language.training.defaults import demonstrations, training_defaults
 from tokenrl.language.training.supervised import check_trainable
 from tokenrl.language.training.warm_start import warm_started_base
 from tokenrl.runs.resume import Maker
-from tokenrl.settings import settled
+from tokenrl.settings import Layered
 
 
-def resolve(args: TrainArguments, task: Task, policy: Policy | None = None) -> TrainSettings:
-    """Fill in the arguments left open, and check them (see `settle`)."""
-    return settle(args, task, policy)[0]
+def train_settings(args: Any, task: Task, policy: Policy | None = None) -> TrainArguments:
+    """Return the settings of a run of these arguments, complete and checked (see `fill_defaults`)."""
+    return TrainArguments(**vars(fill_defaults(args, task, policy).values))
 
 
-def settle(args: TrainArguments, task: Task, policy: Policy | None = None) -> tuple[TrainSettings, Defaults]:
-    """Fill in the arguments left open (see `training_defaults`), and check them.
+def fill_defaults(given: Any, task: Task, policy: Policy | None = None) -> Layered:
+    """Lay what was given over the defaults (see `training_defaults`), and refuse what contradicts itself.
 
     Without the policy, before it is loaded, what depends on its size or its tokenizer is provisional.
 
@@ -42,22 +40,19 @@ def settle(args: TrainArguments, task: Task, policy: Policy | None = None) -> tu
         Refused: two settings contradict each other, there is no learning rate for the optimiser, or there are
             no demonstrations for a warm start.
     """
-    if args.warm_start:
+    if given.warm_start:
         demonstrations(task)
-    if args.optimizer == "sgd" and args.learning_rate is None:
+    if given.optimizer == "sgd" and given.learning_rate is None:
         raise Refused("optimizer='sgd' was given without a learning_rate; 0.06 is a start, in factors of 2.")
-    if args.max_samples is not None:
-        args = replace(args, max_steps=None)  # it follows from the samples
-    found = training_defaults(args, task, policy)
-    settings = settled(TrainSettings, args, found.values)
-    buffer, length = args.estimator.overlong_buffer, settings.max_completion_length
+    filled = training_defaults(given, task, policy)
+    buffer, length = given.estimator.overlong_buffer, filled.values.max_completion_length
     if policy is not None and buffer >= length:  # else the length may be provisional
         raise Refused(f"overlong_buffer={buffer} is not less than max_completion_length={length}.")
-    check(settings)
-    return settings, found
+    check(filled.values)
+    return filled
 
 
-def check(args: TrainSettings) -> None:
+def check(args: TrainArguments) -> None:
     """Refuse settings that contradict each other; the bounds of each one stand beside its field.
 
     Raises:
@@ -94,7 +89,7 @@ def check(args: TrainSettings) -> None:
         )
 
 
-def _try_out(args: TrainSettings) -> None:
+def _try_out(args: TrainArguments) -> None:
     """Call the estimator on a step of zeros, so that it refuses wrong settings before anything is loaded."""
     zeros = torch.zeros(args.prompts_per_step * args.num_generations, 1)
     inputs: dict[str, Any] = dict.fromkeys(("logprobs", "ref_logprobs", "values"), zeros)
@@ -106,16 +101,16 @@ def _try_out(args: TrainSettings) -> None:
         raise Refused(f"Tried on rewards of 0, before the run: {error}") from error
 
 
-def without_effect(args: TrainSettings, asked: TrainArguments) -> Iterator[str]:
+def without_effect(args: TrainArguments, max_steps: int | None) -> Iterator[str]:
     """Yield a warning for each setting that was changed, but cannot do what it is for beside the others.
 
     Args:
         args: the settings of the run.
-        asked: what was asked for.
+        max_steps: the number of steps that the user gave; None if none was given.
     """
-    if args.max_samples is not None and asked.max_steps not in (None, args.max_steps):
+    if args.max_samples is not None and max_steps not in (None, args.max_steps):
         limit = f"max_samples={args.max_samples} says how long the run is: {args.max_steps} steps or fewer"
-        yield f"max_steps={asked.max_steps} has no effect, because {limit}."
+        yield f"max_steps={max_steps} has no effect, because {limit}."
     if args.warmup_steps >= args.max_steps:
         less = f"is not less than max_steps={args.max_steps}, so the learning rate stays below its peak"
         yield f"warmup_steps={args.warmup_steps} {less}."
@@ -133,7 +128,7 @@ def without_effect(args: TrainSettings, asked: TrainArguments) -> Iterator[str]:
             yield f"{name}={value} has no effect, because {why}."
 
 
-def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
+def make_policy(args: Any, task: Any, announce: Callable[[str], None]) -> Policy:
     """Load the policy that the arguments name, and add the adapter that they ask for.
 
     Raises:
@@ -144,7 +139,7 @@ def make_policy(args: ModelArguments, task: Any, announce: Callable[[str], None]
     return policy
 
 
-def load_base(args: ModelArguments, task: Any, announce: Callable[[str], None]) -> Policy:
+def load_base(args: Any, task: Any, announce: Callable[[str], None]) -> Policy:
     """Load the policy that the arguments name (object, directory or hub name), else the task's base model.
 
     Raises:
@@ -159,26 +154,26 @@ def load_base(args: ModelArguments, task: Any, announce: Callable[[str], None]) 
         policy = wrap(*source, source=type(source[0]).__name__)
     else:
         policy = load_policy(source, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
-    policy.ask(form_of(settled_form(args)))
+    policy.ask(form_of(fill_form(args)))
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
     return policy
 
 
-def adapt(args: ModelArguments, policy: Policy) -> None:
+def adapt(args: Any, policy: Policy) -> None:
     """Add the LoRA adapter that the arguments ask for, if any.
 
     Raises:
         Refused: the adapter does not fit, or the model cannot be trained.
     """
-    if isinstance(args, LoraArguments) and args.lora_r:
+    if getattr(args, "lora_r", 0):
         modules, seed = args.lora_target_modules, getattr(args, "seed", 0)
         add_lora(policy, r=args.lora_r, alpha=args.lora_alpha, target_modules=modules, seed=seed)
     check_trainable(policy)
 
 
-def make_accelerator(args: TrainSettings) -> Any:
-    """Make accelerate's handle of device, precision and processes.
+def make_accelerator(args: Any) -> Any:
+    """Make accelerate's handle of device, precision and processes, as the settings of a run say.
 
     Raises:
         Refused: accelerate refuses the settings, or the processes cannot share the prompts equally.

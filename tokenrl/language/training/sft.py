@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from tokenrl.errors import Refused
 from tokenrl.language.policy.model import Policy
-from tokenrl.language.policy.prompts import asked, settled_form
+from tokenrl.language.policy.prompts import asked, fill_form
 from tokenrl.language.policy.saving import Card, SavedPolicy, save_policy
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import agree
@@ -18,17 +18,17 @@ from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.tasks.held_out import smaller_evaluation
 from tokenrl.language.tasks.sources import described, memory_splits, read_splits, recorded, with_prompts
 from tokenrl.language.tasks.task import PromptTask, find_task, is_toy_task
-from tokenrl.language.training.arguments import SftArguments, SftSettings
+from tokenrl.language.training.arguments import SftArguments
 from tokenrl.language.training.defaults import demonstrations, length_of, room, sft_defaults, with_origins
 from tokenrl.language.training.evaluation import evaluate_policy
 from tokenrl.language.training.forward import Forward
 from tokenrl.language.training.setup import made_from, make_policy
 from tokenrl.language.training.supervised import SupervisedTraining
 from tokenrl.runs.reader import Outcome
-from tokenrl.runs.resume import taken_up
+from tokenrl.runs.resume import resume_settings
 from tokenrl.runs.session import Session
 from tokenrl.runs.threads import choose_threads, using_threads
-from tokenrl.settings import called, settled
+from tokenrl.settings import arguments_of_call
 
 EVALUATED = 64
 """Held-out prompts of an evaluation, each with one greedy and one sampled completion: a small cost."""
@@ -69,25 +69,26 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
         Refused: there are no demonstrations or no model, or the output directory cannot be used.
         Stopped: the loss or its gradient became NaN or infinite.
     """
-    args = settled_form(called(SftArguments, args, options))
-    with Session("sft", taken_up(args, "sft")) as session, ExitStack() as stack:
-        args = session.args
-        task, rewards, rows = _demonstrations(args)
-        name = args.task if isinstance(args.task, str) else str(task.name)
-        first = {"demonstrations": f"{len(rows):,}", "seed": args.seed, "run": args.output_dir}
+    args = arguments_of_call(SftArguments, args, options)
+    given = fill_form(resume_settings(args, "sft"))
+    with Session("sft", given) as session, ExitStack() as stack:
+        task, rewards, rows = _demonstrations(given)
+        name = given.task if isinstance(given.task, str) else str(task.name)
+        first = {"demonstrations": f"{len(rows):,}", "seed": given.seed, "run": session.directory}
         note = "The loss is the negative log-likelihood, in nats per token."
         session.console.start(f"tokenrl sft: {name}", first, note=note)
         with session.console.doing("loading the model"):
-            policy = make_policy(args, task, session.console.note)
-            scoring, found = agree(policy), sft_defaults(args, task, policy)
-        threads, why = choose_threads(policy.size, args.threads)
-        args = replace(settled(SftSettings, args, found.values), threads=threads)
+            policy = make_policy(given, task, session.console.note)
+            scoring, filled = agree(policy), sft_defaults(given, task, policy)
+        threads, why = choose_threads(policy.size, given.threads)
+        chosen = {"threads": threads, "output_dir": session.directory}
+        args = SftArguments(**vars(filled.values) | chosen)
         stack.enter_context(using_threads(threads))
         how: dict[str, Any] = {"max_steps": args.max_steps, "batch_size": args.batch_size, "seed": args.seed}
         how |= {"learning_rate": args.learning_rate, "forward": Forward(policy, policy.model, scoring)}
         training = SupervisedTraining(policy, rows, **how)
         evaluate = _evaluation(args, task, rewards, policy, training)
-        told = partial(with_origins, args, found.origins)
+        told = partial(with_origins, args, filled.origins)
         facts: dict[str, Any] = {
             "model": policy.source,
             "training": told(" x ", max_steps="{} updates", batch_size="{} demonstrations"),
@@ -118,7 +119,7 @@ def sft(args: SftArguments | None = None, **options: Any) -> SftResult:
 
 
 def _evaluation(
-    args: SftSettings, task: Any, rewards: Rewards | None, policy: Policy, training: SupervisedTraining
+    args: SftArguments, task: Any, rewards: Rewards | None, policy: Policy, training: SupervisedTraining
 ) -> Callable[[], dict[str, float]]:
     """Return what evaluates the policy on some held-out prompts; without a reward it finds nothing."""
     if rewards is None:
@@ -129,7 +130,7 @@ def _evaluation(
     return lambda: evaluate_policy(policy, prompts, rewards, sampling).metrics
 
 
-def _demonstrations(args: SftArguments) -> tuple[Any, Rewards | None, list[dict[str, Any]]]:
+def _demonstrations(args: Any) -> tuple[Any, Rewards | None, list[dict[str, Any]]]:
     """Return the task, its rewards, and rows of prompt and completion.
 
     A data set without a reward is used whole; with one, some of its rows are held out.

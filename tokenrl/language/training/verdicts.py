@@ -311,7 +311,7 @@ def known_facts(run: Run) -> dict[str, Any]:
         uncut = "the model has a chat template, so ask it in chat messages, with --chat."
     own = is_own(task, args.model, run.learner.policy)
     return settings_facts(args) | {
-        "usual_rate": run.defaults.values.get("learning_rate"),
+        "usual_rate": run.usual_rate,
         "solved_at": solved,
         "pass_mark": run.rewards.pass_threshold if solved is None else solved,
         "can_warm_start": bool(getattr(task, "demonstrations", None)) and not (args.warm_start or own),

@@ -35,7 +35,7 @@ from tokenrl.language.policy.saving import (
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.tasks.stream import PromptStream
 from tokenrl.language.tasks.task import Task
-from tokenrl.language.training.arguments import SftSettings, TrainSettings
+from tokenrl.language.training.arguments import SftArguments
 from tokenrl.language.training.defaults import default_rate, demonstrations, parameter_count, sampling_of
 from tokenrl.language.training.evaluation import probe_policy
 from tokenrl.language.training.forward import Forward, choose_forward, choose_precision
@@ -162,7 +162,7 @@ class WarmStart:
         policy: Policy,
         task: Task,
         rewards: Rewards,
-        args: TrainSettings,
+        args: Any,
         console: Console,
         accelerator: Any,
     ) -> None:
@@ -254,7 +254,7 @@ class WarmStart:
             how |= {"resume": "auto" if goes_on else None, "save_minutes": args.save_minutes}
             how |= {"save_every": SAVED, "keep_checkpoints": 1, "seed": args.seed, "eval_every": 0}
             how |= {"max_steps": most, "batch_size": BATCH, "learning_rate": self._rate}
-            facts, code = self._learn(SftSettings(task="demonstrations", **how))
+            facts, code = self._learn(SftArguments(task="demonstrations", **how))
             if code:
                 said = f"{SIGNALS[code]} in the warm start, of which {facts['updates']} updates are saved"
                 raise Interrupted(f"{said}: the same command goes on from there.", code)
@@ -262,7 +262,7 @@ class WarmStart:
             write_json(folder / "warm_start.json", facts)
             shutil.copy(place / "metrics.jsonl", folder)
 
-    def _learn(self, settings: SftSettings) -> tuple[dict[str, Any], int]:
+    def _learn(self, settings: SftArguments) -> tuple[dict[str, Any], int]:
         """Make the updates; return the facts, and the exit code of the signal that ended them, or 0."""
         training, most, args = self._training(self._rate), settings.max_steps, self.args
         with Session("sft", settings) as session:
