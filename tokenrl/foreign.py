@@ -96,8 +96,7 @@ WITHOUT: Mapping[str, str] = {
     "estimator.beta: ref_model sync_ref_model": "The reference is the policy before training, and stays so.",
     "estimator.aggregation: loss_type": "The estimator's aggregation is token_mean for dapo, sequence_mean "
     "for grpo, fixed_length for dr_grpo; cispo is a ratio.",
-    "truncate_prompts: max_prompt_length prompt_max_len": "Prompts may fill the context that completions "
-    "leave; longer ones are refused, or cut by truncate_prompts.",
+    "truncate_prompts: max_prompt_length prompt_max_len": "Prompts that do not fit are refused, or cut.",
     "temperature: top_p top_k min_p repetition_penalty generation_kwargs": "Only temperature is offered.",
     "max_completion_length: use_vllm": "transformers samples the completions, in this process.",
     "eval_generations: per_device_eval_batch_size": "Held-out prompts are sampled 256 completions at a time.",
@@ -106,6 +105,7 @@ WITHOUT: Mapping[str, str] = {
     "prompts_per_step: deepspeed fsdp zero_stage n_gpus_per_node": "Each process holds the whole model; "
     "accelerate launch starts several.",
     "arms: runs": "Runs that exist are judged by recipes/study/compare_existing_runs.py.",
+    "arms: against_itself no_against_itself": "It is opt-in: --check-reference runs the reference twice.",
     "max_completion_length: compile compile_sampling compile_training": "Nothing is compiled, which gained "
     "next to nothing.",
     "max_completion_length: minutes": "--check prints the seconds of a step, and how long the run will take.",

@@ -22,7 +22,6 @@ WALK = {
     "num_envs": 8,
     "eval_every": 10,
     "quiet": True,
-    "against_itself": False,
 }
 """A comparison with evaluations at 80, 160, 240, 320 and 400 episodes."""
 

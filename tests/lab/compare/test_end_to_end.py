@@ -84,7 +84,7 @@ def test_a_printed_command_makes_the_same_run(walk, tmp_path, capsys):
 @pytest.mark.timeout(1500)
 def test_killed_half_way_and_started_again_it_finds_the_same_bit_for_bit(tmp_path):
     flags = "--env walk --arms reinforce reinforce_timestep_mean --seeds 3 --max-steps 40 --num-envs 8"
-    words = [sys.executable, "-m", "tokenrl", "compare", *f"{flags} --no-against-itself".split()]
+    words = [sys.executable, "-m", "tokenrl", "compare", *flags.split()]
     words.append("--output-dir")
     for number, wanted in ((signal.SIGKILL, 1), (signal.SIGTERM, 3)):
         process = subprocess.Popen([*words, "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=-1)
@@ -128,7 +128,6 @@ def test_a_run_that_breaks_is_counted_and_its_words_are_told(tmp_path, monkeypat
             seeds=2,
             max_steps=1,
             eval_size=8,
-            against_itself=False,
             workers=2,
             output_dir="broken",
         )
@@ -167,7 +166,7 @@ def test_the_page_shows_the_verdict_first_and_everything_that_was_found(tmp_path
         "a2c": rising(0.6),
         "rloo": rising(0.52),
     }
-    found = compared(tmp_path, arms, against_itself=True, margin=0.05)
+    found = compared(tmp_path, arms, check_reference=True, margin=0.05)
     assert main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
     order = [found.headline("walk"), "What was compared", "Difference to", "<b>reward</b>", "<h2>Arms"]

@@ -34,7 +34,7 @@ def again(output_dir=".", **options):
 def here(tmp_path, monkeypatch):
     """A comparison in the current directory, with its page and with files of the user."""
     monkeypatch.chdir(tmp_path)
-    compared(Path(), ARMS, seeds=2, against_itself=True)
+    compared(Path(), ARMS, seeds=2, check_reference=True)
     assert main(["report", "."]) == 0 and Path("runs.csv").exists()
     for name in MINE:
         Path(name).parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def test_an_arm_is_its_preset_with_its_own_axes_and_settings(text, shared, prese
 
 
 def test_every_arm_has_the_same_seeds_and_the_reference_others_too():
-    made = plan()
+    made = plan(check_reference=True)
     runs = made.runs()
     seeds = {arm: [r.seed for r in runs if r.arm == arm and r.role == "comparison"] for arm in WALK["arms"]}
     assert seeds == {arm: [0, 1, 2] for arm in WALK["arms"]}
@@ -291,6 +291,7 @@ def test_a_flag_that_is_typed_counts_even_if_train_has_the_same_default():
         ("--estimator grpo", "as --arms"),
         ("--env walk --agent classic", "as --arms"),
         ("--max-steps -3", "max_steps was given as -3"),
+        ("--no-against-itself", "It is opt-in: --check-reference"),
         ("--runs a b", "Runs that exist are judged by recipes/study/compare_existing_runs.py"),
     ],
 )

@@ -160,7 +160,7 @@ def test_the_reference_against_itself_and_all_pairs(tmp_path):
         "a2c": rising(0.6),
         "rloo": rising(0.7),
     }
-    found = compared(tmp_path, arms, against_itself=True, all_pairs=True)
+    found = compared(tmp_path, arms, check_reference=True, all_pairs=True)
     (family,) = found.judgement.families
     assert family.itself is not None and family.itself.verdict == "undecided"
     assert len(family.differences) == 3 and family.differences[-1].arm == "rloo"
@@ -210,7 +210,7 @@ def test_nothing_to_judge_is_told_with_the_reason(tmp_path):
 
 def test_cut_completions_void_an_arm_and_equal_groups_one_that_compares_them(tmp_path, monkeypatch):
     options = {"task": "sort_digits", "prompts_per_step": 2, "num_generations": 4, "max_steps": 50}
-    monkeypatch.setattr(made_runs, "WALK", {"eval_every": 10, "quiet": True, "against_itself": False})
+    monkeypatch.setattr(made_runs, "WALK", {"eval_every": 10, "quiet": True})
     runs = {
         "reinforce": rising(0.5),
         "reinforce,aggregation=token_mean": rising(-0.1, frac_reward_zero_std=0.9),

@@ -43,8 +43,9 @@ class JudgementArguments(Settings, group="judgement"):
     declared range no two arms are called equivalent."""
     failure_below: Number | None = None
     """A run that ends with a lower held-out sampled reward counts as failed, as one that breaks off does."""
-    against_itself: bool = True
-    """Also run the reference on other seeds: how far apart an arm lies from itself."""
+    check_reference: bool = False
+    """Also run the reference on as many other seeds and compare it with itself: the report then shows what two
+    equal arms look like. It decides nothing."""
 
 
 @dataclass(frozen=True)
