@@ -138,7 +138,8 @@ def test_at_a_ceiling_the_budget_is_named_at_which_the_arms_lie_apart(tmp_path):
     assert "every arm ends at the ceiling" in found.headline("CartPole-v1")
 
 
-def test_a_sharper_arm_is_named_in_the_headline(tmp_path):
+@pytest.mark.parametrize("rate", ["", ",learning_rate=0.5"])
+def test_a_sharper_arm_is_named_in_the_headline_and_so_is_another_learning_rate(tmp_path, rate):
     def arm(sampled, entropy):
         def of_seed(seed):
             runs = [0.0, *[sampled + noise(seed, 0.004 * sampled)] * 5]
@@ -147,10 +148,13 @@ def test_a_sharper_arm_is_named_in_the_headline(tmp_path):
 
         return of_seed
 
-    found = compared(tmp_path, {"reinforce": arm(0.9, 0.1), "a2c": arm(0.8, 0.4)})
+    found = compared(tmp_path, {"reinforce": arm(0.9, 0.1), f"a2c{rate}": arm(0.8, 0.4)})
     (text,) = said(found, "Sharpness")
-    assert "reinforce has a sampled reward that is 0.1 higher than that of a2c" in text
-    assert found.headline("walk") == "Worse than reinforce: a2c. But reinforce may only be sharper than a2c."
+    assert f"reinforce has a sampled reward that is 0.1 higher than that of a2c{rate}," in text
+    assert ("against 0.5), which by itself moves the entropy" in text) == bool(rate)
+    headline = found.headline("walk")
+    assert f"reinforce may only be sharper than a2c{rate}" in headline
+    assert headline.endswith(", and had another learning rate.") == bool(rate)
 
 
 def test_the_reference_against_itself_and_all_pairs(tmp_path):

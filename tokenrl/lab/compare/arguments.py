@@ -44,8 +44,8 @@ class JudgementArguments(Settings, group="judgement"):
     failure_below: Number | None = None
     """A run that ends with a lower held-out sampled reward counts as failed, as one that breaks off does."""
     check_reference: bool = False
-    """Also run the reference on as many other seeds and compare it with itself: the report then shows what two
-    equal arms look like. It decides nothing."""
+    """Also run the reference on as many other seeds and compare it with itself: the report then shows what
+    two equal arms look like. It decides nothing."""
 
 
 @dataclass(frozen=True)

@@ -175,24 +175,35 @@ def _ceiling(found: Comparison, problem: Problem) -> Iterator[Caveat]:
 
 
 def _sharpness(found: Comparison, problem: Problem) -> Iterator[Caveat]:
-    """Tell if an arm differs in sampled reward but not in greedy reward, and the better one is sharper."""
+    """Tell if an arm differs in sampled reward but not in greedy reward, and the better one is sharper.
+
+    Where the arms have different learning rates, the rate alone may be the reason.
+    """
     metric = found.plan.metric
     names = [name for name in (metric, f"{metric}_greedy", "entropy") if name in found.judgements]
     each = (found.judgements[name].of(problem.label).differences for name in names)
+    means = found.table.of(problem.label).groupby("arm")[["entropy", "learning_rate"]].mean()
     for sampled, greedy, entropy in zip(*each, strict=True) if len(names) == 3 else ():
         by, greedily = sampled.mean.value, greedy.mean.value
         is_sharper = sampled.adjusted.excludes_0 and entropy.mean.excludes_0 and by * entropy.mean.value < 0
         is_equal = not greedy.mean.excludes_0 and 2 * abs(greedily) < abs(by)
         if is_sharper and is_equal and sampled.verdict != "void":
-            better, other = (sampled.arm, sampled.reference)[:: 1 if by > 0 else -1]
-            heat = found.table.of(problem.label).groupby("arm")["entropy"].mean()
-            nats = " against ".join(shown(heat[one]) for one in (better, other))
+            better, worse = sampled.arm, sampled.reference
+            if by < 0:
+                better, worse = worse, better
+            nats = " against ".join(shown(means["entropy"][arm]) for arm in (better, worse))
+            rates = [f"{means['learning_rate'][arm]:g}" for arm in (better, worse)]
+            is_rate = rates[0] != rates[1]
+            reason = (
+                f"It also had another learning rate ({' against '.join(rates)}), which by itself moves the "
+                "entropy: compare the two at one rate before you explain the difference."
+            )
             yield Caveat(
                 f"Sharpness: {better} has a sampled reward that is {shown(abs(by))} higher than that of "
-                f"{other}, but no difference is seen in greedy reward ({sampled.arm}: {greedy.apart}), and "
+                f"{worse}, but no difference is seen in greedy reward ({sampled.arm}: {greedy.apart}), and "
                 f"{better} has the lower entropy ({nats}). A sharper policy alone raises the sampled reward, "
-                "so it need not know more.",
-                f"{better} may only be sharper than {other}",
+                f"so it need not know more.{f' {reason}' * is_rate}",
+                f"{better} may only be sharper than {worse}{', and had another learning rate' * is_rate}",
             )
 
 

@@ -19,17 +19,13 @@ from typing import Any, Literal
 
 from tokenrl.errors import Refused, Stopped, describe
 from tokenrl.lab.compare.plan import Plan, Run
-from tokenrl.lab.compare.planning import KINDS
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import in_use
 from tokenrl.runs.files import write_json
 from tokenrl.runs.signals import GracefulStop
-from tokenrl.settings import field_types
 
 TICK = 0.2
 """Seconds between two looks at the runs under way."""
-FIXED = {"threads": 1, "mixed_precision": "no", "training_attention": "as_loaded"}
-"""How all runs compute, unless the user says otherwise: each beside others, with one thread."""
 LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 Call = Callable[[str, str, Callable[[], bool]], int]
@@ -49,8 +45,7 @@ def command(plan: Plan, run: Run, root: Path) -> str:
         run: the run.
         root: the directory of the comparison.
     """
-    known, path = field_types(KINDS[plan.kind]), root / f"{run.path}.json"
-    settings = {name: value for name, value in FIXED.items() if name in known} | plan.settings(run)
+    path, settings = root / f"{run.path}.json", plan.settings(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"kind": plan.kind, **{n: value for n, value in settings.items() if value is not None}})
     words = ["env", "OMP_NUM_THREADS=1", "tokenrl", plan.kind, "--config", str(path)]

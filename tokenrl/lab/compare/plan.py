@@ -31,6 +31,8 @@ SCORES = {
 """The scores of a run in words; in control the rewards are returns of episodes."""
 SPREAD = (0.002, 0.011)
 """Least and greatest standard deviation of a paired difference in a pilot on the toy tasks, for area."""
+COMPUTATION = ("threads", "mixed_precision", "training_attention")
+"""Settings of how a run computes; a comparison fixes them unless the user does."""
 MAY_CHANGE = ("seeds", "reference", "metric", "failure_below", "all_pairs", "margins")
 """What may be changed when a comparison goes on: how many runs there are, and how they are judged."""
 
@@ -196,6 +198,8 @@ class Plan:
         """Say by heading what is compared, at what cost, and how small a difference that can show."""
         pairs, rates = len(self.seeds), sorted({run.learning_rate for run in self.runs()})
         seeds = {"": self.seeds, " against itself": self.itself_seeds, " for tuning": self.tuning_seeds}
+        settings = self.problems[0].settings
+        computation = [f"{name} {settings[name]}" for name in COMPUTATION if name in settings]
         can_show = f"{pairs} pairs are too few for a verdict; give {LEAST_PAIRS} seeds or more"
         if pairs >= LEAST_PAIRS:
             deviations = detectable_difference(pairs, 1.0, self.comparisons)
@@ -215,6 +219,7 @@ class Plan:
             if self.tuning_seeds
             else ", ".join(f"{rate:g}" for rate in rates),
             "runs": f"{len(self.runs())}{' beside those for tuning' * bool(self.tuning_seeds)}",
+            "computation": f"each run with {', '.join(computation)}, whatever runs beside it",
             "can show": can_show,
         }
 

@@ -151,7 +151,10 @@ def _problem(label: str, given: dict[str, Any], announce: Callable[[str], None])
         open_[1:] = "prompts_per_step", "num_generations", "max_completion_length", "lr_scheduler_type"
     every = args.eval_every
     every = max(1, math.ceil(budget / per_step) // EVALUATIONS) if every is None else every
-    usual = {"stop_after_zero_spread": 0, "log_completions": every} if unit == "completions" else {}
+    usual: dict[str, Any] = {"threads": 1}
+    if unit == "completions":
+        usual |= {"mixed_precision": "no", "training_attention": "as_loaded"}
+        usual |= {"stop_after_zero_spread": 0, "log_completions": every}
     settings = {**usual, "eval_every": every, **given, **{name: getattr(found, name) for name in open_}}
     left_out = ("max_steps", "max_samples") if unit == "completions" else ()  # the budget says how long
     return Problem(
