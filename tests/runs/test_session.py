@@ -198,9 +198,9 @@ def test_a_signal_while_the_report_is_written_ends_the_program_after_the_run(tmp
         live(tmp_path)
 
 
-def test_a_step_that_fails_before_its_update_leaves_a_checkpoint_of_the_step_before(tmp_path):
-    with pytest.raises(Stopped, match=r"At step 4: The reward has gone. The last .* is .*step_000003"):
-        live(tmp_path, before=at(4, Stopped("The reward has gone.")))
+def test_a_step_that_fails_saves_nothing_and_names_the_last_checkpoint(tmp_path):
+    with pytest.raises(Stopped, match=r"At step 4: The reward has gone. The last .* is .*step_000002"):
+        live(tmp_path, at(4, Stopped("The reward has gone.")))
     summary = summary_of(tmp_path)
     assert (summary["exit_reason"], summary["steps"], summary["eval_after"]) == ("failed", 3, None)
     assert summary["error"] == "The reward has gone."
@@ -209,11 +209,6 @@ def test_a_step_that_fails_before_its_update_leaves_a_checkpoint_of_the_step_bef
         live(tmp_path, before=at(1, ZeroDivisionError()), overwrite=True)
     assert summary_of(tmp_path)["error"] == "ZeroDivisionError"
     assert live(tmp_path, overwrite=True).steps == 5  # the lock was given back
-
-
-def test_a_step_that_fails_after_its_update_does_not_save_weights_of_no_step(tmp_path):
-    with pytest.raises(Stopped, match=r"The last complete checkpoint is .*step_000002"):
-        live(tmp_path, at(4, Stopped("The reward has gone.")))
 
 
 def test_what_goes_wrong_before_the_first_step_is_a_refusal_and_loses_nothing(tmp_path):
@@ -244,14 +239,12 @@ def test_processes_beside_the_main_one_continue_from_a_checkpoint_and_never_writ
     main.keep(counter, {"counter": counter})
     other.keep(beside, {"counter": beside})
     counter.update(1)
-    main.settle(1)
-    main.save()
+    main.save(1)
     assert other.restore(
         tmp_path / "step_000001"
     ) == 1 and beside.weight.tolist() == counter.weight.tolist() == [1, 1]
     beside.update(2)
-    other.settle(2)
-    other.save()  # as every process does whose run fails
+    other.save(2)  # as every process does whose run fails
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
 
 
@@ -346,10 +339,9 @@ def test_minutes_between_checkpoints(tmp_path, monkeypatch):
     saver.keep(counter, {"counter": counter})
     for step in range(1, 8):
         now[0] += 200.0  # seconds
-        saver.settle(step)
         due.append(saver.due(step))
         if due[-1]:
-            saver.save()
+            saver.save(step)
     assert due == [False, False, True, False, False, True, False]
 
 

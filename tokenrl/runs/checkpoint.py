@@ -12,7 +12,6 @@ import re
 import shutil
 import time
 from collections.abc import Iterable
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,7 +33,8 @@ ROWS_HASH = "metrics_sha256.txt"
 class SavingArguments(Settings, group="checkpoints"):
     """When a run saves checkpoints, and from which it continues.
 
-    A checkpoint is also saved at the end of a run, whatever ends it, so that the run can be continued.
+    A checkpoint is also saved at the end of a run and when a signal ends it. A step that fails saves nothing:
+    the run then continues from the last checkpoint.
     """
 
     save_every: Natural = 0
@@ -74,11 +74,7 @@ class Model(Protocol):
 
 
 class Saver:
-    """Saves checkpoints of a model and of all else that a run needs in order to continue.
-
-    Attributes:
-        step: the step whose state was last settled, that is, whole.
-    """
+    """Saves checkpoints of a model and of all else that a run needs in order to continue."""
 
     def __init__(self, folder: Path, args: SavingArguments, *, active: bool = True) -> None:
         """Prepare.
@@ -88,12 +84,9 @@ class Saver:
             args: how often to save.
             active: whether this process saves; the others only continue from what it has saved.
         """
-        self.step = 0
         self._folder, self._args, self._active = folder, args, active
         self._model: Model | None = None
         self._parts: dict[str, Resumable] = {}
-        self._state: Any = None
-        self._versions: list[tuple[Tensor, int]] = []
         self._saved, self._at = 0, time.monotonic()
 
     def keep(self, model: Model, parts: dict[str, Resumable]) -> None:
@@ -103,20 +96,8 @@ class Saver:
         """
         self._model, self._parts = model, parts
 
-    def settle(self, step: int) -> None:
-        """Note that the state of this step is whole: should the next step fail, this state can be saved."""
-        if step > self.step and self._active and self._model is not None:
-            from torch import Tensor
-            from torch.utils._pytree import tree_leaves, tree_map
-
-            self.step = step
-            state = {name: part.state_dict() for name, part in self._parts.items()}
-            self._state = tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else copy(leaf), state)
-            tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
-            self._versions = [(tensor, tensor._version) for tensor in (*self._model.tensors(), *tensors)]
-
-    def check_finite(self) -> None:
-        """Refuse weights that are not finite.
+    def check_finite(self, step: int) -> None:
+        """Refuse weights that are not finite after a step.
 
         Raises:
             Stopped: a weight is NaN or infinite.
@@ -124,7 +105,7 @@ class Saver:
         import torch
 
         if self._model and not all(bool(torch.isfinite(tensor).all()) for tensor in self._model.tensors()):
-            why = f"After step {self.step} the weights are not finite, so they are not saved."
+            why = f"After step {step} the weights are not finite, so they are not saved."
             raise Stopped(f"{why} The learning rate is the likely cause: lower it, and start again.")
 
     def due(self, step: int) -> bool:
@@ -133,36 +114,35 @@ class Saver:
         by_steps = bool(args.save_every) and step % args.save_every == 0
         return self._active and step > self._saved and (by_steps or 0 < args.save_minutes <= minutes)
 
-    def save(self, rows_hash: str = "") -> None:
-        """Save the state that was settled last, unless it is saved or there is none.
-
-        A step that failed after it had changed a tensor has left weights of no step, and these are not saved.
+    def save(self, step: int, rows_hash: str = "") -> None:
+        """Save the state after a step, unless it is saved already or this process does not save.
 
         Args:
+            step: the step, of which everything has been done, and nothing yet of the next one.
             rows_hash: the SHA-256 of the rows of metrics.jsonl up to the step; without it none is saved.
 
         Raises:
             Stopped: the weights are not finite, or the checkpoint could not be written.
         """
         model = self._model
-        changed = any(tensor._version != version for tensor, version in self._versions)
-        if not self._active or model is None or self.step == self._saved or changed:
+        if not self._active or model is None or step == self._saved:
             return
-        self.check_finite()
+        self.check_finite(step)
         for left in self._folder.glob(".step_*"):  # by a crash; this run holds the lock: nobody writes there
             if re.fullmatch(LEFT, left.name):
                 shutil.rmtree(left, ignore_errors=True)
-        path = self._folder / f"step_{self.step:06d}"
+        path = self._folder / f"step_{step:06d}"
         with atomic_directory(path) as partial:
             model.write(partial)
-            write_state(partial, {"step": self.step, **self._state})
+            state = {name: part.state_dict() for name, part in self._parts.items()}
+            write_state(partial, {"step": step, **state})
             if rows_hash:
                 (partial / ROWS_HASH).write_text(rows_hash)
         try:
             verify(path)  # before older ones go
         except Refused as fault:
             raise Stopped(str(fault)) from fault
-        self._saved, self._at = self.step, time.monotonic()
+        self._saved, self._at = step, time.monotonic()
         for older in checkpoints(self._folder)[: -self._args.keep_checkpoints]:
             hidden = older.with_name(f".{older.name}.old")  # a removal cut short must not leave half of it
             with contextlib.suppress(OSError):  # no reason to end a run whose newest checkpoint is complete
@@ -189,7 +169,6 @@ class Saver:
                 raise Refused(f"{why} Continue with the model and the tokenrl that saved it.") from error
         self._model.read(path)
         self._saved = step_of(path)
-        self.settle(self._saved)
         return self._saved
 
 
@@ -209,18 +188,13 @@ def step_of(path: Path) -> int:
 
 
 def write_state(folder: Path, state: Any) -> None:
-    """Write dicts and lists of plain values, tensors and arrays into trainer_state.pt in a folder.
-
-    A function in it stands for what it returns: it is called now, so that what takes long to find is found
-    only if it is written.
-    """
+    """Write dicts and lists of plain values, tensors and arrays into trainer_state.pt in a folder."""
     import numpy as np
     import torch
     from torch.utils._pytree import tree_map
 
     def savable(leaf: Any) -> Any:
-        """Return a leaf as `torch.load(weights_only=True)` reads it back: without arrays and functions."""
-        leaf = leaf() if callable(leaf) else leaf
+        """Return a leaf as `torch.load(weights_only=True)` reads it back, which knows no arrays."""
         if isinstance(leaf, np.ndarray | torch.Tensor):
             return torch.as_tensor(leaf).detach().cpu()
         return leaf.item() if isinstance(leaf, np.generic) else leaf

@@ -17,9 +17,9 @@ writes its own loop and asks the session what is due::
             session.record(metrics)
         session.finish(Outcome(**session.outcome("finished")), write_model)
 
-Checkpoints are saved between two steps: when one is due, and at the end, whatever ends the run. Before
-`begin`, every error that a user can mend is raised as `Refused`. After it, as `Stopped`: the state is saved,
-summary.json says why the run failed, and the message names the checkpoint.
+Checkpoints are saved between two steps: when one is due, and at the end. A step that fails saves nothing.
+Before `begin`, every error that a user can mend is raised as `Refused`. After it, as `Stopped`: summary.json
+says why the run failed, and the message names the last checkpoint.
 """
 
 from __future__ import annotations
@@ -230,7 +230,6 @@ class Session:
             while self.step < total and not (self.spent() or self.ended or self._asked()):
                 self.step += 1
                 yield self.step
-                self.saver.settle(self.step)
 
     def _asked(self) -> bool:
         """Save if it is time; return whether any process was asked to stop: all agree, or some would wait."""
@@ -312,7 +311,7 @@ class Session:
     def outcome(self, reason: str) -> dict[str, Any]:
         """Make the fields of `Outcome`. If a signal ended the run, its name replaces `reason`."""
         code = self._exit_code = self.stop.exit_code
-        if self.step < self._total and not code:
+        if self.step < self._total and not (code or self.spent()):  # a budget may grow in a continuation
             self.ended = reason
         return {
             "output_dir": self.output_dir,
@@ -338,7 +337,7 @@ class Session:
             self.save()
         except Stopped as error:  # of a full disk: the model is smaller
             self.console.warn(str(error))
-        self.saver.check_finite()
+        self.saver.check_finite(self.step)
         with atomic_directory(self.output_dir / "model") as folder:
             write_model(folder)
         write_json(self.output_dir / "summary.json", ended.summary())
@@ -365,13 +364,11 @@ class Session:
         return Refused.exit_code if problems else 0
 
     def save(self) -> None:
-        """Save a checkpoint of the last whole state, if there is one."""
-        if self._recorded == self.step:  # nothing of a further step has happened
-            self.saver.settle(self.step)
-        if self._log is not None:  # a checkpoint must never know more steps than metrics.jsonl
-            if self._log.sync(self.rows):
+        """Save a checkpoint of the current step, unless only a part of it has been done."""
+        if self._log is not None and self._recorded == self.step:
+            if self._log.sync(self.rows):  # a checkpoint must never know more steps than metrics.jsonl
                 self.console.warn("Another program changed metrics.jsonl, which has been written again.")
-            self.saver.save(self._log.rows_hash.hexdigest())
+            self.saver.save(self.step, self._log.rows_hash.hexdigest())
 
     def _failed(self, error: Exception) -> Stopped:
         """Save the state of a run that failed, write its summary and report; return the error to tell."""
@@ -389,7 +386,7 @@ class Session:
                 self.output_dir / "summary.json", summary | {"flags": self.flags, "error": " ".join(said)}
             )
             report_from_directory(self.output_dir)
-        left = "The run directory holds no checkpoint."
+        left = "No checkpoint had been saved yet: see --save-minutes and --save-every."
         with contextlib.suppress(Refused):
             if path := find_checkpoint(self.output_dir)[0]:
                 left = f"The last complete checkpoint is {path}; --resume auto continues from it."

@@ -236,7 +236,7 @@ def test_an_error_of_an_own_kind_ends_a_run_as_any_other(tmp_path):
         return [float(len(text)) for text in completions]
 
     with pytest.raises(Stopped, match=r"later raised Own: mine \(.*step_000002") as caught:
-        letters_trained(tmp_path / "run", letter_task(later))
+        letters_trained(tmp_path / "run", letter_task(later), save_every=1)
     assert caught.value.exit_code == 1
 
 
