@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 
-import numpy as np
 import pytest
 
 from tokenrl.advisor.advice import together
@@ -38,7 +37,6 @@ CASES = [  # the run, what is found in it: flag, weight, changes
     ("train", RISING | {"settings": {"max_samples": 1600}, "num_samples": lambda step: 45 * step},
      "still-rising", "watch", {"max_samples": 3200}),
     ("train", {"entropy": entropy_of(0.05)}, "entropy-collapsed", "act", {"estimator.entropy_coef": 0.01}),
-    ("train", {"entropy": entropy_of(0.05), "solved": 0.7}, "entropy-collapsed", "watch", {}),
     ("control", {"entropy": 0.01, "reward_std": 12.0}, "entropy-collapsed", "act",
      {"estimator.entropy_coef": 0.1}),
     ("control", FLAT | {"gradient__snr": lambda s: (-1) ** s}, "gradient-noise", "act", {"num_envs": 128}),
@@ -46,7 +44,6 @@ CASES = [  # the run, what is found in it: flag, weight, changes
     ("train", {"frac_reward_zero_std": 0.99, "solved": 0.7}, "signal", "watch", {}),
     ("train", {"frac_reward_zero_std": 0.99, "reward": 0.96}, "signal", "watch", {}),
     ("control", {"reward_std": 0.0}, "signal", "act", {"num_envs": 128}),
-    ("train", {"completions__clipped_ratio": 0.11}, "truncation", "act", {"max_completion_length": 32}),
     ("control", FLAT | {"episode_length": 499.0}, "truncation", "act", {"max_episode_steps": 1000}),
     ("control", {"settings": {"num_envs": 1, "estimator": PLAIN}}, "no-baseline", "watch",
      {"estimator.baseline": "running_mean"}),
@@ -54,8 +51,6 @@ CASES = [  # the run, what is found in it: flag, weight, changes
      {"estimator.baseline": "timestep_mean", "estimator.returns": "reward_to_go"}),
     ("train", {"skipped_steps": lambda step: step // 40}, "skipped", "act", {"learning_rate": 5e-4}),
     ("control", {"skipped_steps": 1, "settings": PIECES | {"num_iterations": 4}}, "skipped", "watch", {}),
-    ("train", {"kl": 5.0, "settings": {"estimator": KL, "target_kl": 2.0}}, "kl", "act",
-     {"estimator.beta": 0.1}),
     ("train", {"kl": lambda s: s / 4, "evaluated": {0: 0, 20: 0.9, 40: 0.5}, "settings": {"estimator": KL}},
      "kl", "act", {"target_kl": 5.0}),
     ("control", FLAT | {"explained_variance": -0.5, "reward_std": 50.0, "settings": PIECES}, "critic", "act",
@@ -126,16 +121,6 @@ def test_a_destroyed_policy_is_not_mistaken_for_a_task_that_is_too_hard(made_up)
 def test_rewards_differ_if_chance_would_not_explain_it(made_up, evaluated, flag):
     found = findings_of(made_up("train", evaluated=evaluated))
     assert [name for name in found if name.startswith("reward-")] == [flag] * bool(flag)
-
-
-def test_pure_noise_seldom_counts_as_progress(made_up):
-    """Five false alarms in a hundred are allowed for; 20 runs of noise have one on average."""
-    alarms = 0
-    for seed in range(20):
-        noise = np.random.default_rng(seed).normal(0, 0.01, 41)
-        path = made_up("train", evaluated={step: float(noise[step]) for step in range(0, 41, 8)})
-        alarms += "reward-flat" not in findings_of(path)
-    assert alarms <= 4
 
 
 def test_a_finished_a_running_and_a_killed_run_are_told_apart(made_up):
@@ -291,15 +276,3 @@ def test_the_horizon_is_what_the_run_recorded_or_that_of_a_registered_environmen
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"horizon": recorded, "env": env}))
     assert f"may last {limit} actions" in findings_of(path)["no-baseline"].text
-
-
-def test_texts_of_a_run_cannot_change_the_terminal(made_up, capsys):
-    path, odd = made_up("control", solved=0.1), "a\x1b[31m\x07\x9b2J\u202e"
-    for name, texts in (
-        ("config.json", {"title": odd}),
-        ("summary.json", {"exit_reason": odd, "error": odd}),
-    ):
-        (path / name).write_text(json.dumps(json.loads((path / name).read_text()) | texts))
-    assert main(["advise", "--run", str(path)]) == 0
-    shown = "".join(capsys.readouterr())
-    assert r"a\x1b[31m\x07\x9b2J\u202e" in shown and not set(odd) & set(shown) - set("a[31m2J")

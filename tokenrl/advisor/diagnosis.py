@@ -25,14 +25,14 @@ from tokenrl.errors import Refused, describe as in_words
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.runs.console import ending
 from tokenrl.runs.directory import in_use
-from tokenrl.runs.facts import last_tenth, latest_facts, means, settings_facts
+from tokenrl.runs.findings import Part, facts
 from tokenrl.runs.reader import RecordedRun, read_run
 from tokenrl.runs.rules import judge
 
 KINDS: dict[str, Any] = {"train": TrainArguments, "control": ControlArguments}
 """The commands whose runs can be diagnosed, with the settings of their runs."""
-SHOWN = ("solved_at", "is_solved", "now_", "peak_", "recent_", "snr")
-"""How the names of facts begin that are shown; the others are settings."""
+SHOWN = ("now_", "peak_", "recent_", "solved_at", "snr", "is_solved")
+"""How the names of facts begin that are shown, in this order; the others are settings."""
 FALSE_ALARMS = 0.05
 """Probability that a run whose reward does not change is said to change."""
 LEAST_STEPS = 5
@@ -76,9 +76,10 @@ def advise_run(path: str) -> Advice:
 
 def _diagnosed(run: RecordedRun) -> Advice:
     arguments = configured(KINDS[run.kind], run.path, run.kind, anew=True)
-    facts = run_facts(run, arguments)
-    findings = judge(facts)
+    observed = run_facts(run, arguments)
+    findings = judge(observed)
     changes = together(findings)
+    known = {name: value for name, value in observed.items() if value is not None and value == value}
     words = ["tokenrl", run.kind, "--config", str(run.path / "config.json"), *flags(changes)]
     return Advice(
         subject=f"{run.path}: {run.title}",
@@ -86,43 +87,37 @@ def _diagnosed(run: RecordedRun) -> Advice:
         arguments=changed(arguments, changes),
         line=shlex.join(words),
         measured={"status": _status(run, arguments)}
-        | {name: value for name, value in facts.items() if name.startswith(SHOWN) and value is not None},
+        | {name: known[name] for start in SHOWN for name in known if name.startswith(start)},
         findings=findings,
     )
 
 
 def run_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:
     """Return the facts of a run, of its settings and of how its reward went."""
-    estimator, language, rows = arguments.estimator, run.kind == "train", run.metrics
+    language, last = run.kind == "train", run.metrics[-1]
     snr, skipped = run.series("gradient/snr")[1], run.series("skipped_steps")[1]
-    spread = last_tenth(run.series("reward_std")[1][::-1])  # of the first tenth
-    step, samples = rows[-1]["step"], getattr(arguments, "max_samples", None)
+    spread = run.series("reward_std")[1]
+    step, samples = last["step"], getattr(arguments, "max_samples", None)
     updates = step * arguments.num_iterations * arguments.num_minibatches
     mark = None if run.config.get("solved") is None else float(run.config["solved"])  # "Infinity" too
-    facts = settings_facts(arguments) | _progress_facts(run, arguments)
-    facts |= means("recent", last_tenth([row for row in rows if row["step"] > 0]), estimator.needs_groups)
     evaluated = run.series("eval_reward_greedy" if language else "eval_reward")[1]
-    is_solved, reward = mark is not None and bool(evaluated) and evaluated[-1] >= mark, facts["recent_reward"]
-    facts |= {
+    numbers = _progress_facts(run, arguments) | {
+        "horizon": arguments.max_completion_length if language else _horizon(run, arguments),
         "solved_at": mark,
-        "is_whole": (rows[-1].get("num_samples") or 0) >= samples if samples else step >= arguments.max_steps,
+        "is_whole": (last.get("num_samples") or 0) >= samples if samples else step >= arguments.max_steps,
         "skipped": skipped[-1] / updates if skipped else None,
         "snr": fmean(snr) if snr else None,
         "snr_stderr": stdev(snr) / math.sqrt(len(snr)) if len(snr) > 1 else None,
-        "early_spread": fmean(spread) if spread else None,
-        "is_solved": is_solved,
-        "is_easy": is_solved or (language and 0.95 <= reward <= 1 if mark is None else reward >= mark),
+        "early_spread": fmean(spread[: max(1, len(spread) // 10)]) if spread else None,
+        "is_solved": mark is not None and bool(evaluated) and evaluated[-1] >= mark,
     }
-    if language:
-        if not facts["gained"]:
-            facts |= latest_facts(rows, arguments.prompts_per_step, estimator.needs_groups)
-        return facts | {"horizon": arguments.max_completion_length}
-    facts["horizon"] = _horizon(run, arguments)
-    if arguments.num_envs == 1 or estimator.within_rows:
-        facts["recent_equal"] = None  # episodes are not compared, so that equal returns say nothing
-    if arguments.head != "softmax":
-        facts["recent_entropy"] = None
-    return facts
+    if not language and (arguments.num_envs == 1 or arguments.estimator.within_rows):
+        numbers["recent_equal"] = None  # episodes are not compared, so that equal returns say nothing
+    parts: list[Part] = ["recent"] if numbers["gained"] or not language else ["recent", "first", "latest"]
+    observed = facts(run.metrics, arguments, *parts, **numbers)
+    least, most = (0.95, 1.0) if mark is None else (mark, math.inf)
+    is_easy = (language or mark is not None) and least <= observed["recent_reward"] <= most
+    return observed | {"is_easy": observed["is_solved"] or is_easy}
 
 
 def _progress_facts(run: RecordedRun, arguments: Any) -> dict[str, Any]:

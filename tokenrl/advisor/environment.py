@@ -19,7 +19,7 @@ from tokenrl.control.setup import fill_defaults
 from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, Stopped
-from tokenrl.runs.facts import settings_facts
+from tokenrl.runs.findings import facts
 from tokenrl.runs.rules import judge
 
 A2C = {"estimator": Estimator.preset("a2c"), "learning_rate_schedule": "linear"}
@@ -87,22 +87,24 @@ def advise_environment(args: AdviseArguments) -> Advice:
     fill_defaults(control, spec)  # refuses what does not fit the environment
     found = measure_returns(spec, args, control.hidden)
     control = fitted(replace(control, head=spec.head), spec, found)
-    episodes = {
-        "groups": f"{found['episodes']} episodes of nearly random actions",
-        "step_equal": 1 - found["unusual"],
-        "step_reward": found["mean"],
-        "who": "Nearly random actions",
-        "before_greedy": found["mean"] if found["sd"] else None,
-        "pass_mark": spec.solved,
-    }
-    facts = settings_facts(control) | {"horizon": spec.horizon} | episodes
+    observed = facts(
+        [],
+        control,
+        horizon=spec.horizon,
+        groups=f"{found['episodes']} episodes of nearly random actions",
+        step_equal=1 - found["unusual"],
+        step_reward=found["mean"],
+        who="Nearly random actions",
+        before_greedy=found["mean"] if found["sd"] else None,
+        pass_mark=spec.solved,
+    )
     return Advice(
         subject=spec.env,
         command="control",
         arguments=control,
         line=command_line("control", control),
         measured=asdict(spec) | found,
-        findings=judge(facts),
+        findings=judge(observed),
         settings=settings(control, _reasons(control, found, why)),
     )
 

@@ -20,9 +20,8 @@ from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.evaluation import Probe, probe_policy
 from tokenrl.language.training.setup import make_policy, train_settings
 from tokenrl.runs.console import Console
-from tokenrl.runs.facts import MOST, settings_facts
 from tokenrl.runs.files import plain
-from tokenrl.runs.findings import Finding, groups_without_signal
+from tokenrl.runs.findings import MOST, Finding, facts, groups_without_signal
 from tokenrl.runs.rules import judge
 from tokenrl.runs.threads import choose_threads, using_threads
 
@@ -145,20 +144,22 @@ def fitted(
     score, mark = found.reward.value, solved
     if solved is None and found.passed:
         score, mark = found.passed[1].value, EASY
-    facts = settings_facts(train) | {
-        "horizon": train.max_completion_length,
-        "room": room,
-        "recent_cut": found.truncated.value,
-        "recent_entropy": found.entropy,
-        "recent_equal": dead.get(size),
-        "step_equal": dead[max(dead)],
-        "step_reward": score,
-        "groups": f"groups of {max(dead)} completions",
-        "who": "Sampled completions",
-        "before_greedy": score,
-        "pass_mark": mark,
-        "is_easy": mark is not None and score >= mark,
-    }
-    findings = judge(facts)
+    observed = facts(
+        [],
+        train,
+        horizon=train.max_completion_length,
+        room=room,
+        recent_cut=found.truncated.value,
+        recent_entropy=found.entropy,
+        recent_equal=dead.get(size),
+        step_equal=dead[max(dead)],
+        step_reward=score,
+        groups=f"groups of {max(dead)} completions",
+        who="Sampled completions",
+        before_greedy=score,
+        pass_mark=mark,
+        is_easy=mark is not None and score >= mark,
+    )
+    findings = judge(observed)
     changes = together(one for one in findings if one.flag != "signal")  # the size was chosen above
     return changed(train, changes), findings

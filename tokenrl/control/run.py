@@ -16,8 +16,7 @@ from tokenrl.control.policies import Policy, SavedPolicy
 from tokenrl.control.rollouts import Pieces
 from tokenrl.control.update import Agent
 from tokenrl.core.presets import preset_name
-from tokenrl.runs.facts import last_tenth, means
-from tokenrl.runs.findings import Finding
+from tokenrl.runs.findings import Finding, facts
 from tokenrl.runs.reader import Outcome
 from tokenrl.runs.rules import judge
 from tokenrl.runs.session import Session
@@ -100,11 +99,7 @@ class Run:
 
     def findings(self, session: Session) -> list[Finding]:
         """Return what the rules say of the entropy of the last tenth of the updates."""
-        recent = means("recent", last_tenth(session.rows[1:]), needs_groups=False)["recent_entropy"]
-        if self.args.head != "softmax":  # the entropy of a density may well be negative
-            return []
-        bonus = {"has_entropy_bonus": self.args.estimator.entropy_coef > 0}
-        return judge({"recent_entropy": recent, **bonus})
+        return judge(facts(session.rows, self.args, "recent"), "entropy-collapsed")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the progress and the random numbers, with which the run continues.
@@ -168,8 +163,8 @@ def _with_error(mean: float, error: float) -> str:
     return f"{mean:.5g}" + (f" ± {error:.2g}" if math.isfinite(error) else "")
 
 
-def facts(run: Run) -> dict[str, Any]:
-    """Return the facts about a run that its header shows."""
+def header(run: Run) -> dict[str, Any]:
+    """Return what the header shows of a run, by name."""
     args, spec, policy, estimator = run.args, run.spec, run.agent.policy, run.args.estimator
     actions = f"{spec.actions} actions" if spec.discrete else f"{spec.action_size} continuous actions"
     goal = "" if spec.solved is None else f", solved at {spec.solved:g}"

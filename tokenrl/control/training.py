@@ -21,14 +21,13 @@ from tokenrl.control.environments import describe
 from tokenrl.control.evaluation import evaluation_metrics, film, seed_of
 from tokenrl.control.policies import SavedPolicy
 from tokenrl.control.rollouts import Pieces, Rollout, collect_episodes
-from tokenrl.control.run import ControlResult, Run, facts, finish
+from tokenrl.control.run import ControlResult, Run, finish, header
 from tokenrl.control.setup import fill_defaults, prepare
 from tokenrl.control.update import learn
 from tokenrl.core.presets import preset_name
 from tokenrl.errors import Refused, describe as describe_error
 from tokenrl.runs.console import duration
-from tokenrl.runs.facts import settings_facts
-from tokenrl.runs.findings import Finding
+from tokenrl.runs.findings import Finding, facts
 from tokenrl.runs.resume import Maker, resume_settings
 from tokenrl.runs.rules import judge
 from tokenrl.runs.schedules import load_schedule
@@ -79,7 +78,7 @@ def train_agent(
         session.keep(saved, Maker({"initial policy": saved.fingerprint()}), agent=run.agent, run=run)
         title = f"{spec.env}, {preset_name(given.estimator)}, seed {given.seed}"
         with contextlib.closing(run.envs), contextlib.closing(run.eval_envs):
-            session.console.start(f"tokenrl control: {spec.env}", facts(run))
+            session.console.start(f"tokenrl control: {spec.env}", header(run))
             session.open({"threads": run.threads})
             if given.check:
                 return check_agent(run, session, partial(_evaluate, run), partial(_collect, run, 1))
@@ -217,17 +216,19 @@ def check_agent(
         "time": f"{update:.2g} s per update, about {whole} for {work}, if episodes stay as long as now",
     }
     alike = len(rewards) > 1 and low == high and rollout.lengths.unique().numel() <= 1
-    facts = settings_facts(args) | {
-        "lowest_rate": USUAL_RATES[0],
-        "highest_rate": USUAL_RATES[1],
-        "whose": "agents with Adam",
-        "step_grad_norm": metrics["grad_norm"] if math.isfinite(metrics["grad_norm"]) else math.inf,
-        "step_equal": float(alike or not rollout.rewards[rollout.mask].any()),
-        "step_reward": low,
-        "groups": f"{len(rewards)} {what}",
-        "others_differ": session.eval_before["reward_stderr"] > 0,
-    }
-    findings = judge(facts)
+    observed = facts(
+        [],
+        args,
+        lowest_rate=USUAL_RATES[0],
+        highest_rate=USUAL_RATES[1],
+        whose="agents with Adam",
+        step_grad_norm=metrics["grad_norm"] if math.isfinite(metrics["grad_norm"]) else math.inf,
+        step_equal=float(alike or not rollout.rewards[rollout.mask].any()),
+        step_reward=low,
+        groups=f"{len(rewards)} {what}",
+        others_differ=session.eval_before["reward_stderr"] > 0,
+    )
+    findings = judge(observed)
     if not (SMALL <= largest <= LARGE or args.normalize_observations):
         text = (
             f"The largest absolute value of an observation was {largest:.3g}, and networks learn best from "

@@ -1,19 +1,51 @@
-"""What a rule about numbers says: a finding with its weight, and what helps, which several rules advise."""
+"""Reads the facts by which the rules about numbers (`runs.rules`) judge a training, and holds what they find.
+
+Facts are one flat mapping, such as `{"recent_entropy": 0.05, "has_entropy_bonus": False}`. A name without a
+prefix is a setting, or a number of the whole run. A prefix says which steps or which evaluation it is from:
+
+    step_     the step just made, or the trial steps of a check
+    first_    the first step
+    latest_   the last few steps, with enough groups of completions for a sure mean
+    recent_   the last tenth of the steps
+    early_    the first tenth of the steps, which a comparison reads
+    before_   the evaluation before training; best_ the highest so far; after_ the last one
+
+Names after a prefix: `reward`, `stderr` (its standard error), `equal` (share of groups with
+equal rewards; where no groups are compared, of steps), `entropy` (nats per action), `cut` (share of
+completions cut at the limit), `clip_ratio`, `kl`, `explained_variance`, `grad_norm`, `length` (of episodes).
+
+Facts that are true or false count as false if they are missing: `is_solved` (the last evaluation reaches the
+threshold), `is_easy` (the training reward does, or is a success rate near 1), `gained` and `fell` (the reward
+is higher than at the start, lower than at its best, by more than chance), `has_entropy_bonus`,
+`needs_groups` (the estimator compares completions of the same prompt). Every other fact is explained at the
+rule that reads it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Literal
 
-from tokenrl.runs.facts import MOST, Facts
+from tokenrl.runs.reader import finite
 
+Facts = Mapping[str, Any]
+Rows = Sequence[Mapping[str, Any]]
 Weight = Literal["watch", "act", "void"]
-Judgement = tuple[Weight | None, str] | tuple[Weight | None, str, Mapping[str, Any]]
-"""What a rule returns: the weight (None for nothing), the sentence with facts in braces, the changes."""
-RULES: list[tuple[str, Callable[[Facts], Judgement]]] = []
-"""The table: a flag and its rule, in the order in which findings are told."""
+Part = Literal["step", "first", "latest", "recent"]
+
+MOST = 0.5
+"""Above this share of groups with equal rewards, or of completions that are cut, most work is lost."""
+FEW_STEPS, FEW_GROUPS = 3, 48
+"""Fewest steps, and fewest groups of completions in them, whose mean reward is called the latest."""
+METRICS = {
+    **{name: name for name in ("reward", "entropy", "clip_ratio", "kl", "explained_variance", "grad_norm")},
+    "cut": "completions/clipped_ratio",
+    "length": "episode_length",
+}
+"""The metric behind each name after a prefix."""
 SOLVED = "The policy already solves these prompts: take harder ones, or evaluate it (tokenrl evaluate)."
 
 
@@ -39,16 +71,76 @@ class Finding:
         return f"{self.flag}: {self.text}"
 
 
-def rule(flag: str) -> Callable[[Callable[[Facts], Judgement]], None]:
-    """Enter a rule into the table under a flag."""
-    return lambda function: RULES.append((flag, function))
+def facts(rows: Rows, settings: Any, *parts: Part, **numbers: Any) -> dict[str, Any]:
+    """Return the settings of a run, the means of some parts of its steps, and its evaluations as facts.
+
+    A mean leaves out numbers that are missing or not finite; of none it is nan, which rules take as missing.
+
+    Args:
+        rows: rows of metrics.jsonl in order. Those of the trial steps of a check all have the same step.
+        settings: the settings of the run, a dataclass, whose estimator's axes are facts too.
+        parts: the prefixes of the means. The rules about the latest steps compare them with the first step.
+        **numbers: facts that only the caller knows, or knows better; None for what is unknown.
+    """
+    estimator: Any = settings.estimator
+    groups, metrics = estimator.needs_groups, dict(METRICS)
+    equal = "frac_reward_zero_std" if groups else "reward_std"
+    if getattr(settings, "head", "softmax") != "softmax":  # the entropy of a density may well be negative
+        del metrics["entropy"]
+    steps = [row for row in rows if row["step"] > 0]
+    few = max(FEW_STEPS, math.ceil(FEW_GROUPS / getattr(settings, "prompts_per_step", FEW_GROUPS)))
+    rows_of: dict[Part, Rows] = {
+        "step": [row for row in steps if row["step"] == steps[-1]["step"]],
+        "first": steps[:1],
+        "latest": steps[-few:] if len(steps) >= few else [],
+        "recent": steps[-max(1, len(steps) // 10) :],
+    }
+    observed = {**vars(estimator), **vars(settings), "has_baseline": estimator.subtracts_baseline}
+    observed |= {"has_entropy_bonus": estimator.entropy_coef > 0, "needs_groups": groups}
+    for part in parts:
+        observed |= {f"{part}_{name}": _mean(rows_of[part], key) for name, key in metrics.items()}
+        shares = [share_equal(row, groups) for row in rows_of[part] if finite(row.get(equal)) is not None]
+        observed[f"{part}_equal"] = fmean(shares) if shares else math.nan
+    if "latest" in parts and rows_of["latest"]:
+        observed |= _of_latest(rows_of["latest"], steps[0], observed)
+    if evaluations := [row for row in rows if finite(row.get("eval_reward")) is not None]:
+        best = max(evaluations, key=lambda row: float(row["eval_reward"]))
+        for prefix, row in (("best", best), ("before", rows[0])):
+            observed[f"{prefix}_reward"] = row.get("eval_reward")
+            observed[f"{prefix}_stderr"] = row.get("eval_reward_stderr")
+    return observed | numbers
 
 
-def above(
-    number: float, *, watch: float = math.inf, act: float = math.inf, void: float = math.inf
-) -> Weight | None:
-    """Return the gravest weight whose limit a number exceeds; None if it exceeds none."""
-    return "void" if number > void else "act" if number > act else "watch" if number > watch else None
+def _mean(rows: Rows, key: str) -> float:
+    values = [value for row in rows if (value := finite(row.get(key))) is not None]
+    return fmean(values) if values else math.nan
+
+
+def share_equal(row: Mapping[str, Any], needs_groups: bool) -> float:
+    """Return the share of groups of a step with equal rewards; without groups 1 if all rewards are equal."""
+    return float(row["frac_reward_zero_std"] if needs_groups else row["reward_std"] == 0)
+
+
+def _of_latest(latest: Rows, first: Mapping[str, Any], means: Facts) -> dict[str, Any]:
+    """Return which steps are the latest, the noise of their reward, and signs of a policy that is lost.
+
+    Equal rewards show no noise, so that of the first step counts too. Where the signs are empty, the policy
+    may recover.
+    """
+    names = ("latest_equal", "latest_entropy", "first_entropy", "latest_cut", "first_cut")
+    equal, entropy, entropy_before, cut, cut_before = (means[name] for name in names)
+    signs = {
+        f"{equal:.0%} of the groups had equal rewards": equal >= 0.75,
+        f"the entropy was {entropy:.2g} nats, down from {entropy_before:.2g}": entropy < entropy_before / 4,
+        f"{cut:.0%} of the completions were cut": cut >= max(MOST, cut_before + (1 - cut_before) / 4),
+    }
+    errors = [math.nan if row.get("reward_stderr") is None else row["reward_stderr"] for row in latest]
+    noise_at_first = (first.get("reward_stderr") or 0.0) / math.sqrt(len(latest))
+    return {
+        "steps": f"steps {latest[0]['step']} to {latest[-1]['step']}",
+        "latest_stderr": max(math.hypot(*errors) / len(latest), noise_at_first),
+        "signs": " and ".join(sign for sign, is_seen in signs.items() if is_seen),
+    }
 
 
 def slower(facts: Facts) -> tuple[str, dict[str, float]]:

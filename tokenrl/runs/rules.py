@@ -1,26 +1,28 @@
 """One table of rules about what the numbers of a training mean.
 
-A rule reads facts (see `runs.facts`) and says how grave they are, in which sentence, and which settings to
-change. It remembers nothing. `judge` asks every rule, and a rule that reads a fact which nobody has given is
-silent. So whoever fills the facts decides which rules speak: the step of a training, a check, the end of a
-run, the diagnosis of a run directory, an arm of a comparison::
+A rule reads facts (see `runs.findings`) and says how grave they are, in which sentence, and which settings to
+change. It names the facts that it needs, and it remembers nothing. `judge` asks each rule whose facts are
+all there. So whoever reads the facts decides which rules speak: the step of a training, a check, the end of
+a run, the diagnosis of a run directory, an arm of a comparison::
 
-    facts = means("recent", rows[-20:], needs_groups=True) | {"max_completion_length": 64}
-    for finding in judge(facts):
+    for finding in judge(facts(rows, settings, "recent")):
         print(finding.weight, finding)  # void truncation: 70% of the completions are cut off at 64 tokens ...
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tokenrl.core.baselines import LONGEST_WITHOUT_BASELINE
-from tokenrl.runs.facts import MOST, Facts, signs
-from tokenrl.runs.findings import RULES, SOLVED, Finding, Judgement, above, doubled, remedy, rule, slower
+from tokenrl.runs.findings import MOST, SOLVED, Facts, Finding, Weight, doubled, remedy, slower
 
+Judgement = tuple[Weight | None, str] | tuple[Weight | None, str, Mapping[str, Any]]
+"""What a rule returns: the weight (None for nothing), the sentence with facts in braces, the changes."""
+RULES: list[tuple[str, frozenset[str], Callable[[Facts], Judgement]]] = []
+"""The table, in the order in which findings are told: a flag, the facts without which the rule is not asked,
+and the rule itself. It reads settings too, which are always there, and other facts with a default."""
 LEAST_ENTROPY = 0.1
 """In nats per action; below it a policy over discrete actions nearly always chooses the same one."""
 SURE, SURE_OF_BEST = 4.5, 6.0
@@ -30,18 +32,33 @@ BONUS = 0.01
 """The entropy bonus to begin with, for advantages of a size near 1."""
 
 
-def judge(given: Mapping[str, Any]) -> list[Finding]:
-    """Return what the rules find whose facts are given; a fact that is None or nan counts as missing."""
-    facts, findings = {k: v for k, v in given.items() if v is not None and v == v}, []
-    for flag, function in RULES:
-        with suppress(KeyError):  # a fact that is missing
+def rule(flag: str, needs: str) -> Callable[[Callable[[Facts], Judgement]], None]:
+    """Enter a rule into the table: its flag, and the names of the facts that it needs."""
+    return lambda function: RULES.append((flag, frozenset(needs.split()), function))
+
+
+def above(
+    number: float, *, watch: float = math.inf, act: float = math.inf, void: float = math.inf
+) -> Weight | None:
+    """Return the gravest weight whose limit a number exceeds; None if it exceeds none."""
+    return "void" if number > void else "act" if number > act else "watch" if number > watch else None
+
+
+def judge(facts: Facts, *flags: str) -> list[Finding]:
+    """Return what the rules find, or those with some flags; a fact that is None or nan counts as missing."""
+    facts, findings = {k: v for k, v in facts.items() if v is not None and v == v}, []
+    for flag, needs, function in RULES:
+        if needs <= facts.keys() and flag in (flags or [flag]):
             weight, text, *changes = function(facts)
             if weight is not None:
                 findings.append(Finding(flag, weight, text.format_map(facts), *changes))
     return findings
 
 
-@rule("policy-destroyed")
+@rule(
+    "policy-destroyed",
+    "steps before_reward best_reward best_stderr first_reward latest_reward latest_stderr signs",
+)
 def policy_destroyed(facts: Facts) -> Judgement:
     """The reward fell by more than noise explains, and a sign shows that the policy can hardly recover.
 
@@ -53,24 +70,24 @@ def policy_destroyed(facts: Facts) -> Judgement:
     sure, when = (SURE_OF_BEST, "at its best") if learnt > 0 else (SURE, "before training")
     is_fall = fall > sure * math.hypot(facts["best_stderr"], facts["latest_stderr"])
     is_lost = 2 * (facts["first_reward"] + learnt - latest) > max(fall, learnt)
-    (why, changes), sign = slower(facts), signs(facts)
+    why, changes = slower(facts)
     text = "The policy is destroyed: in {steps} the mean reward fell from {best_reward:.3g} (evaluation "
-    text += f"{when}) to {{latest_reward:.3g}}, and {sign}. {why}"
-    return "void" if is_fall and is_lost and sign else None, text, changes
+    text += f"{when}) to {{latest_reward:.3g}}, and {{signs}}. {why}"
+    return "void" if is_fall and is_lost and facts["signs"] else None, text, changes
 
 
-@rule("entropy-collapsed")
+@rule("entropy-collapsed", "steps first_reward first_entropy latest_reward latest_entropy signs")
 def entropy_lost(facts: Facts) -> Judgement:
     """The entropy fell to a quarter before half of the task was learnt; `solved_at` is all of it."""
     (why, changes), first = slower(facts), facts["first_reward"]
     is_half = facts["latest_reward"] > (first + facts.get("solved_at", first)) / 2
     is_low = facts["latest_entropy"] < facts["first_entropy"] / 4
     text = "The policy has collapsed: in {steps} the mean reward was {latest_reward:.3g}, after "
-    text += f"{{first_reward:.3g}} in step 1, and {signs(facts)}. {why}"
+    text += f"{{first_reward:.3g}} in step 1, and {{signs}}. {why}"
     return "act" if is_low and not is_half else None, text, changes
 
 
-@rule("entropy-collapsed")
+@rule("entropy-collapsed", "recent_entropy")
 def entropy_collapsed(facts: Facts) -> Judgement:
     """The policy is nearly deterministic, and has no entropy bonus.
 
@@ -89,7 +106,7 @@ def entropy_collapsed(facts: Facts) -> Judgement:
     return "act", text, {"estimator.entropy_coef": bonus}
 
 
-@rule("no-exploration")
+@rule("no-exploration", "early_entropy gain")
 def no_exploration(facts: Facts) -> Judgement:
     """The policy hardly explored from the start and learnt nothing: a low entropy alone is no fault."""
     is_low = facts["early_entropy"] < LEAST_ENTROPY and not facts.get("has_entropy_bonus")
@@ -97,14 +114,14 @@ def no_exploration(facts: Facts) -> Judgement:
     return "void" if is_low and facts["gain"] <= 0 else None, text
 
 
-@rule("no-entropy")
+@rule("no-entropy", "step_entropy")
 def no_entropy(facts: Facts) -> Judgement:
     """The policy to be trained nearly always writes the same completion."""
     text = "The policy nearly always writes the same ({step_entropy:.2g} nats a token): raise --temperature."
     return above(-facts["step_entropy"], watch=-LEAST_ENTROPY, void=-0.01), text
 
 
-@rule("sampling-differs")
+@rule("sampling-differs", "gap largest_gap")
 def sampling_differs(facts: Facts) -> Judgement:
     """Log-probabilities of sampler and trainer differ: by `gap` on average, by `largest_gap` at most.
 
@@ -118,7 +135,7 @@ def sampling_differs(facts: Facts) -> Judgement:
     return above(facts["gap"], watch=0.005, void=void), text
 
 
-@rule("nothing-to-learn")
+@rule("nothing-to-learn", "step_equal step_reward groups")
 def nothing_to_learn(facts: Facts) -> Judgement:
     """No rewards differ in the trial steps of a check; `groups` says between how many completions.
 
@@ -128,14 +145,14 @@ def nothing_to_learn(facts: Facts) -> Judgement:
     return None if facts["step_equal"] < 1 else "watch" if facts.get("others_differ") else "void", text
 
 
-@rule("few-signals")
+@rule("few-signals", "step_equal groups")
 def few_signals(facts: Facts) -> Judgement:
     """Rewards differ in at most a tenth of the groups of the trial steps."""
     text = "In {step_equal:.0%} of {groups} the rewards are equal. Only the others can teach anything. "
     return "watch" if 0.9 <= facts["step_equal"] < 1 else None, text + remedy(facts)
 
 
-@rule("no-signal")
+@rule("no-signal", "steps_without_signal step_reward had_signal")
 def no_signal(facts: Facts) -> Judgement:
     """In as many steps in a row as `patience` says (three) no rewards differed (`steps_without_signal`).
 
@@ -151,7 +168,7 @@ def no_signal(facts: Facts) -> Judgement:
     return weight, f"{text}. {remedy(facts)}"
 
 
-@rule("no-signal-at-start")
+@rule("no-signal-at-start", "early_equal gain")
 def no_signal_at_start(facts: Facts) -> Judgement:
     """Most groups had equal rewards in the first tenth of the steps, and nothing was learnt.
 
@@ -161,7 +178,7 @@ def no_signal_at_start(facts: Facts) -> Judgement:
     return "void" if facts["early_equal"] > MOST and facts["gain"] <= 0 else None, text
 
 
-@rule("signal")
+@rule("signal", "recent_equal")
 def signal(facts: Facts) -> Judgement:
     """Many groups have equal rewards by now; more samples of each step make that rarer."""
     weight = above(facts["recent_equal"], watch=MOST / 2, act=MOST)
@@ -172,14 +189,14 @@ def signal(facts: Facts) -> Judgement:
     return weight, f"{text}. {remedy(facts)}", doubled(facts, *names) if weight == "act" else {}
 
 
-@rule("already-solved")
+@rule("already-solved", "before_greedy pass_mark who")
 def already_solved(facts: Facts) -> Judgement:
     """What `who` names reaches `pass_mark`, the reward of a right answer, before training."""
     text = "{who} already have a mean reward of {before_greedy:.3g}. "
     return "watch" if facts["before_greedy"] >= facts["pass_mark"] else None, text + SOLVED
 
 
-@rule("nothing-learnt")
+@rule("nothing-learnt", "gain gain_stderr before_reward after_reward held_out share_without_signal")
 def nothing_learnt(facts: Facts) -> Judgement:
     """The reward of the `held_out` prompts gained at most two standard errors; `gain` is paired by prompt.
 
@@ -199,7 +216,7 @@ def nothing_learnt(facts: Facts) -> Judgement:
     return "act" if gain <= 2 * error else None, f"{text}It is no gain beyond noise. {why}"
 
 
-@rule("reward-fell")
+@rule("reward-fell", "fell peak_reward peak_step now_reward")
 def reward_fell(facts: Facts) -> Judgement:
     """The reward is lower than at its best, `peak_reward`, by more than chance."""
     text = "The reward has fallen from its best, {peak_reward:.3g} at step {peak_step}, to {now_reward:.3g}."
@@ -207,7 +224,7 @@ def reward_fell(facts: Facts) -> Judgement:
     return "act" if is_fall else None, text, {"learning_rate": facts["learning_rate"] / 2}
 
 
-@rule("reward-flat")
+@rule("reward-flat", "gained fell is_early")
 def reward_flat(facts: Facts) -> Judgement:
     """The reward has not changed by more than its noise; `is_early` if less than half of a run is done."""
     is_flat = not (facts["gained"] or facts["fell"] or facts.get("is_solved"))
@@ -217,7 +234,7 @@ def reward_flat(facts: Facts) -> Judgement:
     return "act" if is_flat else None, f"{text}.", {"learning_rate": 2 * facts["learning_rate"]}
 
 
-@rule("still-rising")
+@rule("still-rising", "rising is_whole")
 def still_rising(facts: Facts) -> Judgement:
     """The reward was still `rising` when the run ended; `is_whole` if that was its last step."""
     changes = doubled(facts, "max_samples", "max_steps") if facts["is_whole"] else {}
@@ -225,14 +242,14 @@ def still_rising(facts: Facts) -> Judgement:
     return "watch" if facts["rising"] and not facts.get("is_solved") else None, text, changes
 
 
-@rule("all-truncated")
+@rule("all-truncated", "step_cut max_completion_length uncut")
 def all_truncated(facts: Facts) -> Judgement:
     """Every completion of a step was cut; `uncut` says what lets them end, `is_misasked` if that is sure."""
     text = "Every completion was cut at {max_completion_length} tokens, so its reward says little: {uncut}"
     return None if facts["step_cut"] < 1 else "void" if facts.get("is_misasked") else "watch", text
 
 
-@rule("truncation")
+@rule("truncation", "recent_cut max_completion_length")
 def truncation(facts: Facts) -> Judgement:
     """The limit cuts a part of the completions; `room` is what the model's context leaves for them."""
     limit = facts["max_completion_length"]
@@ -243,7 +260,7 @@ def truncation(facts: Facts) -> Judgement:
     return weight, text, {"max_completion_length": longer} if weight != "watch" and longer > limit else {}
 
 
-@rule("truncation")
+@rule("truncation", "recent_length horizon")
 def episodes_cut(facts: Facts) -> Judgement:
     """The time limit ends most episodes, `horizon` being the most steps of one."""
     text = "Episodes last {recent_length:.3g} of at most {horizon} steps, so that the limit ends most of them"
@@ -253,7 +270,7 @@ def episodes_cut(facts: Facts) -> Judgement:
     return "act" if is_cut else None, f"{text}.", {"max_episode_steps": 2 * facts["horizon"]}
 
 
-@rule("unusual-rate")
+@rule("unusual-rate", "learning_rate lowest_rate highest_rate whose")
 def unusual_rate(facts: Facts) -> Judgement:
     """The rate is far from the usual ones, from `lowest_rate` to `highest_rate`, of what `whose` names."""
     rate = facts["learning_rate"]
@@ -264,31 +281,31 @@ def unusual_rate(facts: Facts) -> Judgement:
     return weight or above(usual / rate, watch=30), text, {"learning_rate": usual}
 
 
-@rule("gradient-not-finite")
+@rule("gradient-not-finite", "step_grad_norm")
 def gradient_not_finite(facts: Facts) -> Judgement:
     """The gradient of a trial step overflows; readers give inf, since nan would count as missing."""
     text = "The gradient is not finite; such updates are skipped. Scale the rewards down, or try float32."
     return None if math.isfinite(facts["step_grad_norm"]) else "void", text
 
 
-@rule("skipped")
+@rule("skipped", "skipped learning_rate")
 def updates_skipped(facts: Facts) -> Judgement:
     """A share of the updates was `skipped`, or left the weights alone (`idle`)."""
     if facts["skipped"] == 0 and facts.get("idle", 0) >= MOST / 2:
         return "watch", "{idle:.0%} of the updates had no gradient and left the weights alone."
-    weight, rate = above(facts["skipped"], watch=0, act=0.01), facts["learning_rate"]
+    weight = above(facts["skipped"], watch=0, act=0.01)
     text = "{skipped:.1%} of the updates were skipped because the gradient was not finite."
-    return weight, text, {"learning_rate": rate / 2} if weight == "act" else {}
+    return weight, text, {"learning_rate": facts["learning_rate"] / 2} if weight == "act" else {}
 
 
-@rule("clipped-updates")
+@rule("clipped-updates", "grad_clipped")
 def gradient_clipped(facts: Facts) -> Judgement:
     """The bound of the gradient's norm decides the size of most steps; `grad_clipped` is their share."""
     text = "The gradient was clipped in {grad_clipped:.0%} of the updates: the bound sets their size."
     return above(facts["grad_clipped"], watch=MOST), text
 
 
-@rule("clipping")
+@rule("clipping", "recent_clip_ratio num_iterations")
 def ratios_clipped(facts: Facts) -> Judgement:
     """Many importance ratios are clipped in the later passes over a rollout."""
     weight, passes = above(facts["recent_clip_ratio"], watch=0.15, act=0.3), facts["num_iterations"]
@@ -297,7 +314,7 @@ def ratios_clipped(facts: Facts) -> Judgement:
     return weight, text, fewer if weight == "act" else {}
 
 
-@rule("kl")
+@rule("kl", "recent_kl target_kl beta")
 def kl_off_target(facts: Facts) -> Judgement:
     """The KL to the reference is far off `target_kl`."""
     error = facts["recent_kl"] / facts["target_kl"] - 1
@@ -306,7 +323,7 @@ def kl_off_target(facts: Facts) -> Judgement:
     return weight, text, {"estimator.beta": 2 * facts["beta"]} if weight == "act" else {}
 
 
-@rule("kl")
+@rule("kl", "fell peak_kl recent_kl")
 def kl_grows(facts: Facts) -> Judgement:
     """The reward fell from its best while the KL grew from `peak_kl`, and there is no target to hold it."""
     is_growth = facts["fell"] and "target_kl" not in facts and 0 < facts["peak_kl"] < facts["recent_kl"]
@@ -314,7 +331,7 @@ def kl_grows(facts: Facts) -> Judgement:
     return "act" if is_growth else None, text, {"target_kl": float(f"{facts['peak_kl']:.2g}")}
 
 
-@rule("critic")
+@rule("critic", "recent_explained_variance")
 def critic_adds_noise(facts: Facts) -> Judgement:
     """The critic explains less than nothing; with targets far from size 1 the scale of rewards may be why."""
     text = "The critic explains {recent_explained_variance:.0%} of the variance of returns: it adds noise"
@@ -329,7 +346,7 @@ def critic_adds_noise(facts: Facts) -> Judgement:
     return "act", f"{text}.", changes if "num_envs" in facts else {}
 
 
-@rule("gradient-noise")
+@rule("gradient-noise", "snr snr_stderr")
 def gradient_noise(facts: Facts) -> Judgement:
     """The mean `snr` of an update is no clear signal; larger steps make it one."""
     ratio, error = facts["snr"], facts["snr_stderr"]
@@ -343,7 +360,7 @@ def gradient_noise(facts: Facts) -> Judgement:
     return ("watch", text) if facts.get("gained") else ("act", text, larger)
 
 
-@rule("no-baseline")
+@rule("no-baseline", "has_baseline horizon")
 def no_baseline(facts: Facts) -> Judgement:
     """Nothing is subtracted from the return of many actions, of which an episode has at most `horizon`."""
     changes = {"estimator.baseline": "running_mean"}
@@ -356,7 +373,7 @@ def no_baseline(facts: Facts) -> Judgement:
     return weight, text, changes
 
 
-@rule("slow-reward")
+@rule("slow-reward", "timed_steps reward_seconds step_seconds slowest_reward")
 def slow_reward(facts: Facts) -> Judgement:
     """The `slowest_reward` takes most of the time of a step, in the mean of `timed_steps` steps."""
     seconds, whole = facts["reward_seconds"], facts["step_seconds"]

@@ -29,8 +29,7 @@ from tokenrl.language.training.evaluation import over_prompts
 from tokenrl.language.training.run import Run, RunResult
 from tokenrl.language.training.step import Record, training_step
 from tokenrl.language.training.supervised import encode_demonstrations
-from tokenrl.runs.facts import last_tenth, latest_facts, means, settings_facts, share_equal
-from tokenrl.runs.findings import Finding
+from tokenrl.runs.findings import Finding, Part, facts, share_equal
 from tokenrl.runs.metrics import peak_memory
 from tokenrl.runs.reader import finite
 from tokenrl.runs.rules import judge
@@ -62,22 +61,17 @@ def check_run(run: Run, session: Session, evaluate: Callable[[], Mapping[str, fl
     train = _usable(run, run.task.train_prompts, "training prompts", findings)
     held_out = _usable(run, run.task.eval_prompts, "held-out prompts", findings)
     _look_at_answers(run, findings)
-    facts = known_facts(run) | {"whose": "this model"}
-    facts |= dict.fromkeys(("lowest_rate", "highest_rate"), facts["usual_rate"])
+    gap = None
     if len(held_out) == len(run.task.eval_prompts):
         with session.console.doing(f"evaluating {len(held_out):,} prompts, as before the first step"):
             session.evaluated(_attempt(findings, "evaluation-failed", evaluate) or {})
     if train and not any(finding.flag == "evaluation-failed" for finding in findings):
         with session.console.doing("trying training steps, which change no weight"):
             records = _trial_steps(run, train, findings)
-        facts |= _trial_facts(run, records) if records else {}
-        facts |= _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train)) or {}
-    if run.warm_seconds:  # what the model writes so far says nothing
-        facts |= dict.fromkeys(("step_equal", "step_cut", "step_grad_norm", "step_reward"))
-    elif facts.get("step_equal") != 1:  # else that is what is said
-        facts["before_greedy"] = session.eval_before.get("reward_greedy")
-    findings += judge(facts)
-    lines = _lines(run, facts, records)
+        gap = _attempt(findings, "scoring-failed", lambda: _scoring_gap(run, train))
+    observed = _trial_facts(run, records, session.eval_before) | (gap or {})
+    findings += judge(observed)
+    lines = _lines(run, observed, records)
     if records:
         seconds = records[-1].timings["collect"] + records[-1].timings["update"]
         lines["time"] = run.forecast(seconds)
@@ -176,39 +170,44 @@ def _scoring_gap(run: Run, rows: Rows) -> dict[str, float]:
     return {"gap": float(apart.mean()), "largest_gap": float(apart.max())}
 
 
-def _trial_facts(run: Run, records: Sequence[Record]) -> dict[str, Any]:
-    """Return the facts of the trial steps."""
-    args, policy = run.args, run.learner.policy
-    facts = means("step", [record.metrics for record in records], args.estimator.needs_groups)
+def _trial_facts(run: Run, records: Sequence[Record], before: Mapping[str, float]) -> dict[str, Any]:
+    """Return the facts of a check: of its trial steps, if any, and of the evaluation before training."""
+    args, policy, usual = run.args, run.learner.policy, run.usual_rate
+    numbers = {"whose": "this model", "lowest_rate": usual, "highest_rate": usual}
+    numbers["is_half"] = args.mixed_precision == "bf16"
+    if not records or run.warm_seconds:  # before a warm start, what the model writes says nothing
+        return run_facts(run, [], **numbers)
     equal, size = _share_equal(run, records), args.num_generations
     groups = len(records) * args.prompts_per_step
     if size == 1:
         groups, size = len(records), args.prompts_per_step
-    norm = facts["step_grad_norm"]
-    return facts | {
-        "step_cut": facts["step_cut"] if policy.eos_ids or policy.stops else None,  # else all are cut
-        "step_grad_norm": math.inf if norm is None else norm,
+    numbers |= {
         "step_equal": equal,
-        "is_half": args.mixed_precision == "bf16",
         "is_misasked": asks_in_text(run) or equal == 1,
         "steps_without_signal": len(records) if equal == 1 else 0,
         "groups": f"{groups} group{'s' * (groups != 1)} of {size} completion{'s' * (size != 1)}",
         "who": "The greedy completions of held-out prompts",
+        "before_greedy": before.get("reward_greedy") if equal < 1 else None,
     }
+    if not any(math.isfinite(record.metrics["grad_norm"]) for record in records):
+        numbers["step_grad_norm"] = math.inf
+    if not (policy.eos_ids or policy.stops):  # then all are cut
+        numbers["step_cut"] = None
+    return run_facts(run, [{"step": 1, **record.metrics} for record in records], "step", **numbers)
 
 
-def _lines(run: Run, facts: Mapping[str, Any], records: Sequence[Record]) -> dict[str, str]:
+def _lines(run: Run, observed: Mapping[str, Any], records: Sequence[Record]) -> dict[str, str]:
     """Return the lines of the table: what was measured."""
     args, lines = run.args, {}
     if records and not run.warm_seconds:
-        share = f"{1 - facts['step_equal']:.0%} of {facts['groups']}"
-        lines["reward"] = f"{facts['step_reward']:.3g} on average; differs within {share}"
+        share = f"{1 - observed['step_equal']:.0%} of {observed['groups']}"
+        lines["reward"] = f"{observed['step_reward']:.3g} on average; differs within {share}"
         length = fmean(record.metrics["completions/mean_length"] for record in records)
         cut = fmean(record.metrics["completions/clipped_ratio"] for record in records)
         cut_at = f"{cut:.0%} cut at {args.max_completion_length}"
         lines["completions"] = f"{length:.1f} tokens on average; {cut_at}"
-    if "gap" in facts:
-        apart = f"{facts['gap']:.1g} nats per token on average, {facts['largest_gap']:.1g} at most"
+    if "gap" in observed:
+        apart = f"{observed['gap']:.1g} nats per token on average, {observed['largest_gap']:.1g} at most"
         lines["scoring"] = f"differs from sampling by {apart}"
     lines["memory"] = ", ".join(
         f"{decimal(int(size * 1024**3))} of the {'GPU' if 'cuda' in name else 'computer'} so far"
@@ -225,8 +224,8 @@ def judge_step(run: Run, session: Session) -> str | None:
             before training.
     """
     step, reward = session.step, session.rows[-1]["reward"]
-    facts = _step_facts(run, session)
-    idle, findings = facts["steps_without_signal"], {one.flag: one for one in reversed(judge(facts))}
+    observed = _step_facts(run, session)
+    idle, findings = observed["steps_without_signal"], {one.flag: one for one in reversed(judge(observed))}
     lost = [flag for flag in LOST if flag in session.flags]
     if not lost and (new := [flag for flag in LOST if flag in findings]):
         lost = new[:1]
@@ -255,21 +254,18 @@ def _step_facts(run: Run, session: Session) -> dict[str, Any]:
     idle, step = steps_without_signal(run, session), session.step
     seconds = {name: total for name, total in run.totals.items() if name.startswith("rewards/")}
     slowest = max(seconds, key=seconds.__getitem__)
-    return {
-        **known_facts(run),
-        **latest_facts(session.rows, run.args.prompts_per_step, groups),
-        "before_reward": session.eval_before.get("reward"),
-        "before_stderr": session.eval_before.get("reward_stderr"),
-        "step_reward": rows[-1]["reward"],
-        "step_cut": rows[-1]["completions/clipped_ratio"],
-        "steps_without_signal": idle,
-        "patience": min(3, run.args.stop_after_zero_spread or 3),
-        "had_signal": any(share_equal(row, groups) < 1 for row in rows[: len(rows) - idle]),
-        "timed_steps": step,
-        "step_seconds": session.training_seconds / step,
-        "reward_seconds": seconds[slowest] / step,
-        "slowest_reward": slowest.removeprefix("rewards/").removesuffix("/seconds"),
-    }
+    return run_facts(
+        run,
+        session.rows,
+        *("step", "first", "latest"),
+        steps_without_signal=idle,
+        patience=min(3, run.args.stop_after_zero_spread or 3),
+        had_signal=any(share_equal(row, groups) < 1 for row in rows[: len(rows) - idle]),
+        timed_steps=step,
+        step_seconds=session.training_seconds / step,
+        reward_seconds=seconds[slowest] / step,
+        slowest_reward=slowest.removeprefix("rewards/").removesuffix("/seconds"),
+    )
 
 
 def judge_end(run: Run, session: Session, reason: str) -> list[Finding]:
@@ -279,23 +275,23 @@ def judge_end(run: Run, session: Session, reason: str) -> list[Finding]:
     add no noise to it.
     """
     rows, groups = session.rows[1:], run.args.estimator.needs_groups
-    facts = known_facts(run) | means("recent", last_tenth(rows), groups)
+    numbers, solved = dict[str, Any](), getattr(run.task, "solved", None) or math.inf
     if session.is_evaluated and session.step:
-        facts["is_solved"] = rows[-1].get("eval_reward", 0) >= (facts["solved_at"] or math.inf)
+        numbers["is_solved"] = rows[-1].get("eval_reward", 0) >= solved
         gain, error = over_prompts([now - then for then, now in zip(*run.means, strict=True)])
         error = 0.0 if math.isnan(error) else error
         if reason == "learnt" or gain > 2 * error:  # it has recovered
             session.flags = [flag for flag in session.flags if flag != "policy-destroyed"]
         else:
             before, after = (over_prompts(rewards).value for rewards in run.means)
-            facts |= {
+            numbers |= {
                 **{"gain": gain, "gain_stderr": error, "held_out": len(run.means[0])},
                 **{"before_reward": before, "after_reward": after, "step_reward": after},
                 "share_without_signal": fmean(share_equal(row, groups) == 1 for row in rows),
-                "step_cut": rows[-1]["completions/clipped_ratio"],
             }
-    told = [one for one in judge(facts) if one.weight != "watch"]
-    findings = [one for one in told if one.flag in ("nothing-learnt", "entropy-collapsed")]
+    observed = run_facts(run, session.rows, "step", "recent", **numbers)
+    findings = judge(observed, "nothing-learnt", "entropy-collapsed")
+    findings = [finding for finding in findings if finding.weight != "watch"]
     if "policy-destroyed" in session.flags:
         names = {"nothing-learnt": "policy-destroyed"}
         findings = [replace(one, flag=names.get(one.flag, one.flag)) for one in findings]
@@ -303,20 +299,22 @@ def judge_end(run: Run, session: Session, reason: str) -> list[Finding]:
     return findings
 
 
-def known_facts(run: Run) -> dict[str, Any]:
-    """Return the settings, and what is known of the task and the model, as facts."""
+def run_facts(run: Run, rows: Rows, *parts: Part, **numbers: Any) -> dict[str, Any]:
+    """Return the facts of rows of metrics (see `facts`), with what is known of the task and the model."""
     args, task, solved = run.args, run.task, getattr(run.task, "solved", None)
     uncut = "raise --max-completion-length, name strings that end them (--stop), or take another model."
     if asks_in_text(run):
         uncut = "the model has a chat template, so ask it in chat messages, with --chat."
     own = is_own(task, args.model, run.learner.policy)
-    return settings_facts(args) | {
+    numbers = {
         "usual_rate": run.usual_rate,
         "solved_at": solved,
         "pass_mark": run.rewards.pass_threshold if solved is None else solved,
         "can_warm_start": bool(getattr(task, "demonstrations", None)) and not (args.warm_start or own),
         "uncut": uncut,
+        **numbers,
     }
+    return facts(rows, args, *parts, **numbers)
 
 
 def steps_without_signal(run: Run, session: Session) -> int:
