@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
-from tokenrl.core.losses import entropy_of
+from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.errors import Refused, describe
 from tokenrl.runs.files import model_directory, write_json
 from tokenrl.settings import check_choice
@@ -192,8 +192,7 @@ class Policy(nn.Module):
             taken = logprobs.gather(-1, actions[:, None]).squeeze(-1)
             known = logprobs if entropy_gradient else logprobs.detach()
             chances = known.exp()
-            # The score in the logits is onehot(a) - pi; its squared norm is 1 - 2 pi(a) + sum pi^2.
-            norms = 1 - 2 * taken.detach().exp() + chances.detach().square().sum(-1)
+            norms = score_norm_of(taken.detach(), chances.detach())
             return Scored(taken, entropy_of(known, chances), norms)
         mean, log_std = _mean_and_log_std(parameters)
         z = (actions - mean) / log_std.exp()

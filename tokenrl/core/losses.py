@@ -192,10 +192,9 @@ def clipped(
     At rho = 1 its gradient is that of REINFORCE. The second bound removes the gradient of a token of negative
     advantage whose ratio exceeds `dual_clip` (dual clip, Ye et al. 2020, arXiv 1912.09729).
     """
-    low, high = estimator.clip_range
     # The minimum is clipped only where the ratio has already moved in the direction of the advantage. A token
     # that moved in the other direction keeps its gradient, which brings it back.
-    gain = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    gain = torch.minimum(ratio * advantages, ratio.clamp(*estimator.clip_range) * advantages)
     if estimator.dual_clip is None:
         return gain
     return torch.where(advantages < 0, torch.maximum(gain, estimator.dual_clip * advantages), gain)
@@ -262,8 +261,20 @@ def entropy_of(logprobs: Float[Tensor, "*N V"], probabilities: Float[Tensor, "*N
     Both are arguments because sampling and scoring have both already, and the exponential over the whole
     vocabulary is the expensive part.
     """
-    # 0 log 0 is 0 in the entropy; without the fill it would be 0 * -inf = nan, in the gradient too.
-    return -(probabilities * logprobs.masked_fill(probabilities == 0, 0.0)).sum(-1)
+    # 0 log 0 is 0 in the entropy; without the bound, whose exponential is 0, it would be 0 * -inf = nan.
+    return -(probabilities * logprobs.clamp(min=-1e4)).sum(-1)
+
+
+def score_norm_of(chosen: Float[Tensor, " *N"], probabilities: Float[Tensor, "*N V"]) -> Float[Tensor, " *N"]:
+    """Return the squared norm of the score of an action, the gradient of `log p(a)` in the logits.
+
+    That gradient is `onehot(a) - p`, so its squared norm is `1 - 2 p(a) + sum_v p(v)^2`.
+
+    Args:
+        chosen: Log-probability `log p(a)` of each action.
+        probabilities: Probabilities of all actions.
+    """
+    return 1 - 2 * chosen.exp() + probabilities.square().sum(-1)
 
 
 def along_path(entropy: Float[Tensor, "N T"], logprobs: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
@@ -273,8 +284,7 @@ def along_path(entropy: Float[Tensor, "N T"], logprobs: Float[Tensor, "N T"]) ->
     `-E[grad log pi(y) log pi(y)]`, with the entropy of each step computed and not sampled. Both arguments
     must be 0 where the position is not an action.
     """
-    later = entropy.detach()
-    later = reward_to_go(later) - later  # sum_{u > t} H_u, without the step's own entropy
+    later = reward_to_go(entropy.detach()) - entropy.detach()  # sum_{u > t} H_u
     # logprobs - sg(logprobs) is 0 in value and has the score as its gradient.
     return entropy + later * (logprobs - logprobs.detach())
 

@@ -17,31 +17,6 @@ def log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
 
 
-def score_norm_of(chosen: Tensor, p: Tensor) -> Tensor:
-    """Squared norm [...] of the score, the gradient of `log p(a)` with respect to the logits.
-
-    That gradient is `onehot(a) - p`, so its squared norm is `1 - 2 p(a) + sum_v p(v)^2`.
-
-    Args:
-        chosen: log-probability `log p(a)` of the token `a` that was sampled [...].
-        p: probabilities of all tokens [..., V].
-    """
-    return 1 - 2 * chosen.exp() + p.square().sum(dim=-1)
-
-
-def sum_p_log_p(p: Tensor, logp: Tensor) -> Tensor:
-    """Sum p log p over the vocabulary, [..., V] to [...], which is minus the entropy; overwrites both.
-
-    An impossible token has p = 0 and a logarithm of -inf, and adds 0.
-    """
-    return p.mul_(logp.clamp_(min=least(logp))).sum(dim=-1)
-
-
-def least(x: Tensor) -> float:
-    """Return a number that is finite, so that 0 times it is 0, and stays so after an addition."""
-    return torch.finfo(x.dtype).min / 2
-
-
 def draw(p: Tensor, uniforms: Tensor) -> Tensor:
     """Draw one token per row by inverting the CDF; a token of probability 0 is never drawn.
 

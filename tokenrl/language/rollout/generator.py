@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.errors import Stopped
 from tokenrl.language.rollout.cache import Cache
-from tokenrl.language.rollout.distribution import draw, log_softmax, score_norm_of, sum_p_log_p
+from tokenrl.language.rollout.distribution import draw, log_softmax
 from tokenrl.language.rollout.head import last
 from tokenrl.language.rollout.rollout import Rollout, joined, pad_left
 from tokenrl.language.rollout.sampling import Sampling
@@ -222,7 +223,7 @@ def _next_token(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> 
     token = logp.argmax(dim=-1) if uniforms is None else draw(p, uniforms)
     chosen = logp.gather(1, token[:, None]).squeeze(1)
     norms = [score_norm_of(chosen, p)] if sampling.keep_score_norms else []
-    entropy = -sum_p_log_p(p, logp)  # [n]
+    entropy = entropy_of(logp, p)  # [n]
     # A NaN in any logit of a row makes the entropy of the row NaN, so checking their sum is enough.
     if not math.isfinite(float(entropy.sum())):
         raise Stopped(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tokenrl.language.rollout.distribution import least, sum_p_log_p
+from tokenrl.core.losses import entropy_of, score_norm_of
 
 LOGITS = 2**22
 """Most logits at once: 16 MiB in float32, which processors keep near."""
@@ -175,20 +175,14 @@ class _Scores(torch.autograd.Function):
         return *(None if x is None else x.to(y.dtype) for x, y in zip(back, inputs, strict=True)), None, None
 
 
-def _scores(logits: Tensor, ids: Tensor, wanted: _Chunks) -> Tensor:
-    """Return log-probability, entropy, squared norm of the score and logsumexp [4, m]; overwrites logits."""
-    most = logits.amax(dim=1)
-    logits -= most[:, None]
-    chosen = logits.gather(1, ids[:, None]).squeeze(1)
-    p = logits.exp() if wanted.entropy else logits.exp_()
-    total = p.sum(dim=1)
-    entropy = norms = torch.zeros_like(total)
-    logp = chosen - total.log()
-    if wanted.norms:
-        norms = 1 - 2 * logp.exp() + torch.linalg.vector_norm(p, dim=1).div_(total).square_()
-    if wanted.entropy:
-        entropy = total.log() - sum_p_log_p(p, logits) / total
-    return torch.stack([logp, entropy, norms, most + total.log()])
+def _scores(logits: Tensor, ids: Tensor, chunks: _Chunks) -> Tensor:
+    """Return log-probability, entropy, squared norm of the score and logsumexp [4, m]."""
+    logp = logits.log_softmax(-1)
+    chosen = logp.gather(1, ids[:, None]).squeeze(1)
+    p = logp.exp() if chunks.entropy or chunks.norms else logp
+    entropy = entropy_of(logp, p) if chunks.entropy else torch.zeros_like(chosen)
+    norms = score_norm_of(chosen, p) if chunks.norms else torch.zeros_like(chosen)
+    return torch.stack([chosen, entropy, norms, logits.gather(1, ids[:, None]).squeeze(1) - chosen])
 
 
 def _slope(
@@ -209,7 +203,7 @@ def _slope(
         slope = logp.exp_().mul_(-by_logprob)
     else:
         p = logp.exp()
-        slope = logp.clamp_(min=least(logp)).add_(entropy).mul_(-by_entropy).sub_(by_logprob).mul_(p)
+        slope = logp.clamp_(min=-1e4).add_(entropy).mul_(-by_entropy).sub_(by_logprob).mul_(p)
     return slope.scatter_add_(1, ids[:, None], by_logprob)
 
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenrl.core.losses import entropy_of
+from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.core.rows import in_rows
 from tokenrl.language.rollout.cache import Cache
-from tokenrl.language.rollout.distribution import log_softmax, score_norm_of
+from tokenrl.language.rollout.distribution import log_softmax
 from tokenrl.language.rollout.head import head_of, last, score_tokens, without_head
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 
