@@ -34,8 +34,9 @@ def rollout_of(*, width=4):
     rewards, actions = (wider(x, (0, width - 4)) for x in (rewards, actions))
     rewards = rewards * mask
     terminated, truncated = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0]]).bool()
-    ends = terminated, truncated, final, rewards.sum(1), LENGTHS, int(LENGTHS.sum())
-    return Rollout(observations, actions, rewards, mask, *ends)
+    return Rollout(
+        observations, actions, rewards, mask, terminated, truncated, final, rewards.sum(1), LENGTHS
+    )
 
 
 def agent_of(estimator, *, critic="separate", **options):
@@ -96,7 +97,7 @@ def test_the_update_of_the_textbook_agent_of_the_walk(value_head, row):
     )  # fmt: skip
     agent = agent_of(estimator, critic="shared", value_coef=1.0, max_grad_norm=0.5)
     every = rollout_of()
-    rollout = Rollout(*(x[row : row + 1] for x in every[:-1]), int(LENGTHS[row]))
+    rollout = Rollout(*(x[row : row + 1] for x in every))
     policy, n = agent.policy, int(LENGTHS[row])
     to_go = torch.stack([sum(0.99**k * r for k, r in enumerate(rollout.rewards[0, t:n])) for t in range(n)])
     returns = (to_go - to_go.mean()) / (to_go.std() + 1e-8)
@@ -189,9 +190,9 @@ def test_diagnostics_compare_halves_of_whole_episodes():
     agent, rollout = agent_of(estimator, diagnostics_every=1), rollout_of()
     flat, _ = prepare(agent, estimator, rollout)
     halves = []
-    for rows in (flat.row < 2, flat.row >= 2):
+    for rows in (flat.row[:, 0] < 2, flat.row[:, 0] >= 2):
         fresh = agent_of(estimator)
-        part = flat.part(rows)
+        part = flat.each(lambda x, rows=rows: x[rows])
         logprobs = fresh.policy.score(part.observations[:, 0], part.actions[:, 0]).logprobs[:, None]
         estimator.loss(logprobs, part.advantages, part.weights, part.mask).backward()
         halves.append(2 * flat_gradient(fresh.policy.policy_parameters()))

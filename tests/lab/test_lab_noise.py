@@ -13,7 +13,7 @@ from tiny_lab_model import PROMPTS, points_of, tiny_policy
 from tokenrl.core import Estimator
 from tokenrl.core.statistics import Interval
 from tokenrl.lab.exact.enumeration import exact_moments
-from tokenrl.lab.measure.contributions import ascent_slopes, contributions
+from tokenrl.lab.measure.contributions import contributions, step_slopes
 from tokenrl.lab.measure.measurement import words
 from tokenrl.lab.measure.noise import measure_estimators, measure_group_sizes, same_expectation
 from tokenrl.lab.measure.projections import Projections
@@ -79,7 +79,7 @@ def groups_of_two(problem, estimator: Estimator) -> tuple[torch.Tensor, torch.Te
     chance, gradient, inside = [], [], []
     for x, (i, j) in itertools.product(range(2), itertools.product(range(m), repeat=2)):
         pair = torch.tensor([i, j])
-        slopes = ascent_slopes(estimator, drawn(problem, pair, 2, x), torch.arange(2), group_size=2).logprobs
+        slopes = step_slopes(estimator, drawn(problem, pair, 2, x), torch.arange(2), group_size=2).logprobs
         rows = torch.einsum("nt,ntd->nd", slopes, problem.scores[x, pair])
         chance.append(problem.chances[x, pair].prod() / 2)
         gradient.append(rows.sum(0))

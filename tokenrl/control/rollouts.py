@@ -31,7 +31,6 @@ class Rollout(NamedTuple):
         final_observations: the observation after the last step of each row, [N, O].
         returns: undiscounted returns of the episodes that ended in this rollout.
         lengths: lengths of those episodes.
-        env_steps: number of steps taken, the sum of the mask.
     """
 
     observations: Tensor
@@ -43,7 +42,11 @@ class Rollout(NamedTuple):
     final_observations: Tensor
     returns: Tensor
     lengths: Tensor
-    env_steps: int
+
+    @property
+    def env_steps(self) -> int:
+        """Number of steps taken."""
+        return int(self.mask.sum())
 
 
 class Steps(NamedTuple):
@@ -81,8 +84,7 @@ def collect_episodes(
     steps, after, _ = _play(envs, policy, *began, horizon, generator, chunk=NOISE_CHUNK, once=True)
     rollout = into_rows(steps, after)
     _check_numbers(envs.env, rollout, "an episode")
-    returns, lengths = rollout.rewards.sum(1), rollout.mask.sum(1)
-    return rollout._replace(truncated=~rollout.terminated, returns=returns, lengths=lengths)
+    return rollout._replace(truncated=~rollout.terminated)
 
 
 class Pieces:
@@ -177,7 +179,7 @@ def into_rows(steps: Steps, after: Tensor) -> Rollout:
         after: observations after the last step, [E, O].
 
     Returns:
-        The rollout, in which no episode is counted yet.
+        The rollout, with the return and the length of each row as if each were an episode.
     """
     real = ~steps.idle
     first = real & pad(steps.idle[:, :-1], (1, 0), value=True)  # a row begins here, [E, n]
@@ -194,13 +196,16 @@ def into_rows(steps: Steps, after: Tensor) -> Rollout:
     # The observation after each step. At the end of an episode that is its final observation, because
     # gymnasium resets one step later.
     following = torch.cat([steps.observations[:, 1:], after[:, None]], 1)
-    mask = rows(real)
-    last = (torch.arange(count), mask.sum(1) - 1)
-    ended, nothing = rows(steps.terminated)[last], torch.zeros(0)
+    rewards, mask = rows(steps.rewards), rows(real)
+    lengths = mask.sum(1)
+    last = torch.arange(count), lengths - 1
+    terminated, truncated, final = (rows(x)[last] for x in (steps.terminated, steps.truncated, following))
+    truncated &= ~terminated
+    ends = {"terminated": terminated, "truncated": truncated, "final_observations": final}
+    returns = rewards.sum(1)
     return Rollout(
-        rows(steps.observations), rows(steps.actions), rows(steps.rewards), mask, ended,
-        rows(steps.truncated)[last] & ~ended, rows(following)[last], nothing, nothing, int(real.sum()),
-    )  # fmt: skip
+        rows(steps.observations), rows(steps.actions), rewards, mask, **ends, returns=returns, lengths=lengths
+    )
 
 
 def _check_numbers(env: str, rollout: Rollout, unit: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,12 @@ from tokenrl.control.rollouts import Rollout
 from tokenrl.core.baselines import RunningMean
 from tokenrl.core.choices import choice_of
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.rows import in_rows
+from tokenrl.core.rows import in_rows, loss_terms
 from tokenrl.core.statistics import GradientDiagnostics, flat_gradient
 from tokenrl.errors import Stopped
+
+STATEFUL = ("optimizer", "running_mean", "diagnostics")
+"""The parts of an `Agent` that have a `state_dict` of their own."""
 
 
 @dataclass
@@ -49,13 +53,8 @@ class Agent:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue beside the weights; tensors are references, not copies."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "running_mean": self.running_mean.state_dict(),
-            "diagnostics": self.diagnostics.state_dict(),
-            "generator": self.generator.get_state(),
-            "failures": (self.nonfinite, self.skipped),
-        }
+        state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in STATEFUL}
+        return state | {"generator": self.generator.get_state(), "failures": (self.nonfinite, self.skipped)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned; the weights are loaded apart from this.
@@ -63,30 +62,32 @@ class Agent:
         Raises:
             Refused: the optimiser has other parameters than the one that was saved.
         """
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.running_mean.load_state_dict(state["running_mean"])
-        self.diagnostics.load_state_dict(state["diagnostics"])
+        for name in STATEFUL:
+            getattr(self, name).load_state_dict(state[name])
         self.generator.set_state(state["generator"])
         self.nonfinite, self.skipped = state["failures"]
 
 
-class Flat(NamedTuple):
-    """M units that the loss sums: single actions [M, 1], or whole rows [N, T] if it compares their steps."""
+class Units(NamedTuple):
+    """What the loss sums over: M single actions [M, 1], or whole rows [N, T] if it compares their steps."""
 
+    row: Tensor
+    """The row of the rollout that each action comes from."""
     observations: Tensor
     actions: Tensor
     mask: Tensor
     advantages: Tensor
     weights: Tensor
-    old_logprobs: Tensor
-    old_values: Tensor
     returns: Tensor
-    row: Tensor
-    """The row of the rollout that each unit comes from, [M]."""
+    old_logprobs: Tensor | None
+    """None unless the estimator has a ratio."""
+    old_values: Tensor | None
+    """None without a critic."""
 
-    def part(self, chosen: Tensor) -> Flat:
-        """Return some of the units."""
-        return Flat(*(x[chosen] for x in self))
+    def each(self, function: Callable[[Tensor], Tensor]) -> Units:
+        """Return the units with every column changed by the function."""
+        columns = self._asdict().items()
+        return self._replace(**{name: function(x) for name, x in columns if x is not None})
 
 
 def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
@@ -100,16 +101,16 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
     """
     args, policy = agent.args, agent.policy
     estimator = scheduled(args, step)
-    flat, metrics = prepare(agent, estimator, rollout)
+    units, metrics = prepare(agent, estimator, rollout)
     history: list[dict[str, float]] = []
-    units = len(flat.mask)
+    count = len(units.mask)
     for _ in range(args.num_iterations):
         several = args.num_minibatches > 1
-        order = torch.randperm(units, generator=agent.generator) if several else torch.arange(units)
-        for chosen in order.tensor_split(min(args.num_minibatches, units)):
-            part = flat.part(chosen) if several else flat
+        order = torch.randperm(count, generator=agent.generator) if several else torch.arange(count)
+        for index in order.tensor_split(min(args.num_minibatches, count)):
+            part = units.each(itemgetter(index)) if several else units
             # The expected gradient of a minibatch is that of the whole rollout.
-            part = part._replace(weights=part.weights * (flat.mask.sum() / part.mask.sum().clamp(min=1)))
+            part = part._replace(weights=part.weights * (units.mask.sum() / part.mask.sum().clamp(min=1)))
             measure = not history and agent.diagnostics.due(step)
             history.append(_update(agent, estimator, part, len(rollout.mask), measure=measure))
     # Only now, so that the rewards of this rollout do not enter their own baseline.
@@ -118,9 +119,9 @@ def learn(agent: Agent, rollout: Rollout, step: int) -> dict[str, float]:
         agent.running_mean.update(rollout.rewards * args.reward_scale)
     if policy.scale is not None:
         policy.scale.update(rollout.observations[rollout.mask])
-    names = dict.fromkeys(name for entry in history for name in entry)
-    known = {name: [entry[name] for entry in history if name in entry] for name in names}
-    return metrics | {name: sum(values) / len(values) for name, values in known.items()}
+    # The first update has every metric; the later ones lack those that are measured on-policy only.
+    columns = {name: [update[name] for update in history if name in update] for name in history[0]}
+    return metrics | {name: sum(values) / len(values) for name, values in columns.items()}
 
 
 def scheduled(args: ControlArguments, step: int) -> Estimator:
@@ -132,7 +133,7 @@ def scheduled(args: ControlArguments, step: int) -> Estimator:
 
 
 @torch.no_grad()
-def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat, dict[str, float]]:
+def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Units, dict[str, float]]:
     """Compute what the loss needs from a rollout, and metrics of the policy that played it."""
     policy, mask = agent.policy, rollout.mask
     scored = values = bootstrap = None
@@ -149,45 +150,42 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Flat,
             ends = ends | rollout.truncated
         if "returns" not in estimator.within_rows:
             bootstrap = torch.where(ends, 0.0, policy.values(rollout.final_observations))
-    rewards = rollout.rewards * agent.args.reward_scale
-    advantages = estimator.advantages(
-        rewards,
+    terms = loss_terms(
+        estimator,
+        rollout.rewards * agent.args.reward_scale,
         mask,
         group_size=len(mask) if estimator.needs_groups else None,
+        max_length=agent.horizon,
         values=values,
         bootstrap=bootstrap,
         score_norms=in_rows(scored.score_norms, mask) if scored is not None else None,
         baseline_value=agent.running_mean.value,
     )
-    weights = estimator.token_weights(mask, max_length=agent.horizon)
-    per_step = advantages.policy
-    per_step = per_step[:, None].expand(mask.shape) if per_step.ndim == 1 else per_step
-    metrics = {"advantage_std": float(taken(mask, per_step)[0].std()) if mask.sum() > 1 else 0.0}
+    advantages = terms.advantages
+    advantages = advantages[:, None].expand(mask.shape) if advantages.ndim == 1 else advantages
+    metrics = {"advantage_std": float(taken(mask, advantages)[0].std()) if mask.sum() > 1 else 0.0}
     if values is not None:
-        metrics["explained_variance"] = explained(*taken(mask, values, advantages.returns))
-    flat = Flat(
-        rollout.observations,
-        rollout.actions,
-        mask,
-        per_step,
-        weights.to(per_step.dtype),
-        # Where there are no old logprobs or values, the loss does not read these fields.
-        per_step if scored is None else in_rows(scored.logprobs, mask),
-        per_step if values is None else values,
-        advantages.returns,
-        torch.arange(len(mask)),
+        metrics["explained_variance"] = explained(*taken(mask, values, terms.returns))
+    units = Units(
+        row=torch.arange(len(mask))[:, None].expand(mask.shape),
+        observations=rollout.observations,
+        actions=rollout.actions,
+        mask=mask,
+        advantages=advantages,
+        weights=terms.weights,
+        returns=terms.returns,
+        old_logprobs=None if scored is None else in_rows(scored.logprobs, mask),
+        old_values=values,
     )
     whole_rows = choice_of("ratio", estimator.ratio).whole_row or (
         estimator.needs_entropy and choice_of("entropy_form", estimator.entropy_form).whole_row
     )
-    return (flat if whole_rows else one_by_one(flat)), metrics
+    return (units if whole_rows else one_by_one(units)), metrics
 
 
-def one_by_one(rows: Flat) -> Flat:
+def one_by_one(rows: Units) -> Units:
     """Make every action a unit of its own, and leave out the padding."""
-    mask = rows.mask
-    each = [x[:, None] for x in taken(mask, *rows[:-1])]
-    return Flat._make([*each, rows.row.repeat_interleave(mask.sum(1))])
+    return rows.each(lambda x: taken(rows.mask, x)[0][:, None])
 
 
 def taken(mask: Tensor, *rows: Tensor) -> list[Tensor]:
@@ -205,19 +203,20 @@ def explained(values: Tensor, returns: Tensor) -> float:
     return 1 - float((returns - values).var()) / spread if spread > 0 else math.nan
 
 
-def _update(agent: Agent, estimator: Estimator, flat: Flat, rows: int, *, measure: bool) -> dict[str, float]:
+def _update(
+    agent: Agent, estimator: Estimator, units: Units, rows: int, *, measure: bool
+) -> dict[str, float]:
     policy, parameters = agent.policy, agent.policy.policy_parameters()
     agent.optimizer.zero_grad()
     first = (rows + 1) // 2  # two halves of the episodes, independent but for a common baseline
-    early = flat.row < first
-    half = None
-    loss, value_loss, entropy = 0.0, 0.0, 0.0
-    for part in [flat.part(early), flat.part(~early)] if measure else [flat]:
-        objective, error, spread = _losses(agent, estimator, part, float(flat.mask.sum()))
+    early = units.row[:, 0] < first
+    half, sums = None, torch.zeros(3, dtype=torch.double)
+    for part in [units.each(itemgetter(chosen)) for chosen in (early, ~early)] if measure else [units]:
+        objective, error, spread = _losses(agent, estimator, part, float(units.mask.sum()))
         (objective + error).backward()
-        loss, value_loss = loss + float(objective.detach()), value_loss + float(error.detach())
-        entropy += float(spread)
+        sums += torch.stack([objective.detach(), error.detach(), spread]).double()
         half = flat_gradient(parameters) if measure and half is None else half
+    loss, value_loss, entropy = sums.tolist()
     metrics = {"loss": loss, "entropy": entropy}
     if half is not None:
         metrics |= agent.diagnostics.metrics(half, flat_gradient(parameters), (first, rows - first))
@@ -228,7 +227,7 @@ def _update(agent: Agent, estimator: Estimator, flat: Flat, rows: int, *, measur
     return metrics
 
 
-def _losses(agent: Agent, estimator: Estimator, part: Flat, actions: float) -> tuple[Tensor, Tensor, Tensor]:
+def _losses(agent: Agent, estimator: Estimator, part: Units, actions: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the losses of policy and critic and the entropy: this part's share of means over `actions`."""
     policy, mask, args = agent.policy, part.mask, agent.args
     observations, chosen = taken(mask, part.observations, part.actions)

@@ -218,9 +218,6 @@ def exact_return(
     return float(values[env.starts].mean())
 
 
-WALK_STEPS = 50
-"""Steps after which an episode of the default environment is truncated."""
-
 LAST = 11
 """Steps of 0.1 from the middle of the walk to the first place beyond 1."""
 
@@ -243,7 +240,7 @@ class Walk(gymnasium.Env[NDArray[np.float32], np.int64]):
 
     metadata = {"render_modes": []}  # noqa: RUF012  gymnasium's own form
 
-    def __init__(self, *, step_reward: float = 0.01, time_limit: int | None = WALK_STEPS) -> None:
+    def __init__(self, *, step_reward: float = 0.01, time_limit: int | None = 50) -> None:
         """Make the walk.
 
         Args:

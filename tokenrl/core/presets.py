@@ -108,13 +108,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "grpo_batch_std": Preset({**GRPO, "scale": "batch_std"}, f"{GRPO_PAPER}, with the std of the step"),
     "dapo": Preset(
-        {
-            **GROUP_STD,
-            **CLIP,
-            "aggregation": "token_mean",
-            "epsilon_high": 0.28,
-            "zero_spread": "refill",
-        },
+        {**GROUP_STD, **CLIP, "aggregation": "token_mean", "epsilon_high": 0.28, "zero_spread": "refill"},
         "Yu et al. 2025, DAPO, arXiv 2503.14476",
     ),
     "gspo": Preset(
@@ -129,13 +123,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "cispo": Preset(
         # The ratio is clipped to [0, 5], bounds that are relative to 1.
-        {
-            **GROUP_STD,
-            "aggregation": "token_mean",
-            "ratio": "cispo",
-            "epsilon": 1.0,
-            "epsilon_high": 4.0,
-        },
+        {**GROUP_STD, "aggregation": "token_mean", "ratio": "cispo", "epsilon": 1.0, "epsilon_high": 4.0},
         "MiniMax 2025, MiniMax-M1, arXiv 2506.13585",
     ),
     "reinforce_pp": Preset({**WHITENED, **TO_GO, "baseline": "none"}, PP_PAPER),

@@ -6,7 +6,7 @@ A mask is 1 (or True) where the policy chose the token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -135,6 +135,46 @@ def keep(
         dead = zero_spread(rewards, group_size, compared)
         counted = counted & ~dead.repeat_interleave(len(actions) // len(dead))
     return Kept(compared, counted, actions & counted[:, None])
+
+
+class LossTerms(NamedTuple):
+    """What `Estimator.loss` takes beside log-probabilities and entropies, for a whole step."""
+
+    advantages: Float[Tensor, " N *T"]
+    weights: Float[Tensor, "N T"]
+    mask: Bool[Tensor, "N T"]
+    returns: Float[Tensor, "N T"]
+    """The targets of a critic."""
+
+
+def loss_terms(
+    estimator: Estimator,
+    rewards: Float[Tensor, " N *T"],
+    mask: Float[Tensor, "N T"] | Bool[Tensor, "N T"],
+    *,
+    group_size: int | None,
+    max_length: int,
+    valid: Bool[Tensor, " N"] | None = None,
+    truncated: Bool[Tensor, " N"] | None = None,
+    **inputs: Any,
+) -> LossTerms:
+    """Apply `keep` to a step and return its advantages, weights and mask.
+
+    Args:
+        estimator: The estimator.
+        rewards: As given to `Estimator.advantages` [N] or [N, T].
+        mask: 1 where the token is an action of the policy [N, T].
+        group_size: Number of consecutive rows per prompt; None if rows do not share prompts.
+        max_length: The largest number of actions that a row may have.
+        valid: False where a row abstains [N].
+        truncated: True where a row was cut off at the maximum length [N].
+        **inputs: Further arguments of `Estimator.advantages`.
+    """
+    kept = keep(estimator, rewards, mask, group_size=group_size, valid=valid, truncated=truncated)
+    sizes: dict[str, Any] = {"group_size": group_size, "max_length": max_length}
+    policy, returns = estimator.advantages(rewards, mask, valid=kept.compared, **sizes, **inputs)
+    weights = estimator.token_weights(kept.mask.to(policy.dtype), max_length=max_length, valid=kept.counted)
+    return LossTerms(policy, weights, kept.mask, returns)
 
 
 def zero_spread(

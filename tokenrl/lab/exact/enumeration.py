@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from tokenrl.core.choices import BIASED, EXACT, PER_PROMPT, UP_TO_SCALE
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.rows import keep, zero_spread
+from tokenrl.core.rows import LossTerms, loss_terms, zero_spread
 from tokenrl.errors import Refused
 from tokenrl.lab.exact.problems import Problem
 
@@ -196,50 +197,12 @@ def _coefficients(
     estimator: Estimator, problem: Problem, of_row: Tensor, chosen: Tensor, size: int
 ) -> Float[Tensor, "C X"]:
     """Return minus the derivative of each step's loss in every listed logprob and entropy, X = 2 P M T."""
-    rows = {k: v[of_row, chosen] for k, v in _of_completions(problem).items()}  # [C, N, ...] each
-    advantages, weights, live = _advantages(estimator, problem, rows, size)
-    logprobs, entropy = rows["logprobs"].requires_grad_(), rows["entropy"].requires_grad_()
-    others = {
-        "old_logprobs": logprobs.detach(),
-        "sampling_logprobs": logprobs.detach(),
-        "ref_logprobs": rows["ref_logprobs"],
-        "entropy": entropy,
-    }
-    # The loss is a plain sum over rows, so one call on the rows of all steps gives the derivatives of each.
-    loss = estimator.loss(
-        *(x.flatten(0, 1) for x in (logprobs, advantages, weights, live)),
-        **{name: x.flatten(0, 1) for name, x in others.items()},
-    )
-    slopes = torch.autograd.grad(loss, (logprobs, entropy), materialize_grads=True)
-    place = (of_row * problem.mask.shape[0] + chosen)[:, :, None].expand(live.shape)  # [C, N, T]
-    empty = torch.zeros(len(chosen), problem.chances.numel(), live.shape[-1], dtype=torch.double)
-    return torch.cat([-empty.scatter_add(1, place, slope).flatten(1) for slope in slopes], dim=1)
-
-
-def _advantages(
-    estimator: Estimator, problem: Problem, rows: dict[str, Tensor], size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return advantages [C, N, *T], weights [C, N, T] and mask [C, N, T] of C steps, each by itself."""
-
-    def step(one: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        rewards, mask = one["rewards"], one["mask"]
-        kept = keep(estimator, rewards, mask, group_size=size, truncated=one["truncated"])
-        more = {name: x for name, x in one.items() if name not in ("rewards", "mask", "truncated", "entropy")}
-        advantages = estimator.advantages(
-            rewards,
-            mask,
-            group_size=size,
-            valid=kept.compared,
-            baseline_value=problem.baseline_value,
-            max_length=problem.max_length,
-            **more,
-        ).policy
-        live = kept.mask.to(mask.dtype)
-        weights = estimator.token_weights(live, max_length=problem.max_length, valid=kept.counted)
-        return advantages, weights, live
-
+    columns = {k: v[of_row, chosen] for k, v in _of_completions(problem).items()}  # [C, N, ...] each
+    entropy = columns.pop("entropy")
+    sizes: dict[str, Any] = {"group_size": size, "max_length": problem.max_length}
+    sizes["baseline_value"] = problem.baseline_value
     try:
-        return torch.vmap(step)(rows)
+        terms = torch.vmap(lambda step: loss_terms(estimator, **step, **sizes))(columns)
     except RuntimeError as error:
         if not callable(estimator.baseline):
             raise
@@ -248,6 +211,36 @@ def _advantages(
             f"The baseline {name!r} cannot be computed for many steps at once: {str(error).splitlines()[0]} "
             "Write it with tensor operations only, without .item(), numpy or a branch on a value."
         ) from error
+    # The loss is a plain sum over rows, so one call on the rows of all steps gives the derivatives of each.
+    rows = LossTerms(*(x.flatten(0, 1) for x in terms))
+    inputs = (x.flatten(0, 1) for x in (columns["logprobs"], columns["ref_logprobs"], entropy))
+    slopes = ascent_slopes(estimator, rows, *inputs)
+    index = (of_row * problem.mask.shape[0] + chosen)[:, :, None].expand(terms.mask.shape)  # [C, N, T]
+    zeros = torch.zeros(len(chosen), problem.chances.numel(), index.shape[-1], dtype=torch.double)
+    return torch.cat([zeros.scatter_add(1, index, x.reshape(index.shape)).flatten(1) for x in slopes], dim=1)
+
+
+class Slopes(NamedTuple):
+    """Derivatives of the ascent objective (minus the loss) in each logprob and each entropy [N, T]."""
+
+    logprobs: Float[Tensor, "N T"]
+    entropy: Float[Tensor, "N T"]
+
+
+def ascent_slopes(
+    estimator: Estimator, terms: LossTerms, logprobs: Tensor, ref_logprobs: Tensor, entropy: Tensor
+) -> Slopes:
+    """Return the derivatives of an on-policy loss, in which the policy is also the one that sampled."""
+    leaves = logprobs.detach().requires_grad_(), entropy.detach().requires_grad_()
+    loss = estimator.loss(
+        leaves[0],
+        *terms[:3],
+        old_logprobs=logprobs,
+        sampling_logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        entropy=leaves[1],
+    )
+    return Slopes(*(-slope for slope in torch.autograd.grad(loss, leaves, materialize_grads=True)))
 
 
 def _of_completions(problem: Problem) -> dict[str, Tensor]:

@@ -15,17 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenrl.core.estimator import Estimator
-from tokenrl.core.rows import keep
+from tokenrl.core.rows import loss_terms
 from tokenrl.errors import Refused
+from tokenrl.lab.exact.enumeration import Slopes, ascent_slopes
 from tokenrl.lab.measure.projections import Projections
 from tokenrl.lab.measure.rollouts import Samples
-
-
-class Slopes(NamedTuple):
-    """Derivatives of the ascent objective (minus the loss) in each logprob and each entropy [N, T]."""
-
-    logprobs: Float[Tensor, "N T"]
-    entropy: Float[Tensor, "N T"] | None
 
 
 class Contributions(NamedTuple):
@@ -42,7 +36,7 @@ class Contributions(NamedTuple):
     coupled: bool
 
 
-def ascent_slopes(
+def step_slopes(
     estimator: Estimator,
     samples: Samples,
     rows: Tensor,
@@ -64,47 +58,28 @@ def ascent_slopes(
     Raises:
         Refused: When the estimator needs an input that is missing, or cannot be used with such groups.
     """
-    mask, rewards, valid = samples.mask[rows], samples.rewards[rows], samples.valid[rows]
-    kept = keep(
-        estimator, rewards, mask, group_size=group_size, valid=valid, truncated=samples.truncated[rows]
-    )
-    old, ref = samples.logprobs[rows], samples.ref_logprobs[rows]
-    length = mask.shape[1]
-    advantages = estimator.advantages(
-        rewards,
-        mask,
+    logprobs, ref_logprobs = samples.logprobs[rows], samples.ref_logprobs[rows]
+    terms = loss_terms(
+        estimator,
+        samples.rewards[rows],
+        samples.mask[rows],
         group_size=group_size,
-        valid=kept.compared,
-        logprobs=old,
-        ref_logprobs=ref,
+        max_length=samples.mask.shape[1],
+        valid=samples.valid[rows],
+        truncated=samples.truncated[rows],
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
         greedy_rewards=samples.greedy_rewards[rows],
         score_norms=None if score_norms is None else score_norms[rows],
         baseline_value=baseline_value,
-        max_length=length,
-    ).policy
-    weights = estimator.token_weights(kept.mask.double(), max_length=length, valid=kept.counted)
-    logprobs = old.clone().requires_grad_()
-    entropy = samples.entropy[rows].clone().requires_grad_()
-    loss = estimator.loss(
-        logprobs,
-        advantages,
-        weights,
-        kept.mask,
-        old_logprobs=old,
-        sampling_logprobs=old,
-        ref_logprobs=ref,
-        entropy=entropy,
     )
-    of_logprobs, of_entropy = torch.autograd.grad(loss, (logprobs, entropy), materialize_grads=True)
-    return Slopes(-of_logprobs, -of_entropy if estimator.needs_entropy else None)
+    return ascent_slopes(estimator, terms, logprobs, ref_logprobs, samples.entropy[rows])
 
 
 def projected(slopes: Slopes, projections: Projections, rows: Tensor) -> Float[Tensor, " K"]:
     """Sum the slopes times the projected scores over the tokens of some rows."""
-    of_rows = projections.logprobs[rows].flatten(0, 1).double()
-    total = slopes.logprobs.flatten() @ of_rows
-    if slopes.entropy is not None:
-        assert projections.entropy is not None
+    total = slopes.logprobs.flatten() @ projections.logprobs[rows].flatten(0, 1).double()
+    if projections.entropy is not None:
         total = total + slopes.entropy.flatten() @ projections.entropy[rows].flatten(0, 1).double()
     return total
 
@@ -146,9 +121,7 @@ def contributions(
     def unit(rows: Tensor) -> Slopes:
         elsewhere = (step_of != step_of[rows[0]]) & samples.valid  # a running mean saw other steps only
         seen = float(samples.rewards[elsewhere].mean()) if estimator.baseline == "running_mean" else 0.0
-        return ascent_slopes(
-            estimator, samples, rows, group_size=size, score_norms=norms, baseline_value=seen
-        )
+        return step_slopes(estimator, samples, rows, group_size=size, score_norms=norms, baseline_value=seen)
 
     every = torch.arange(len(step_of)).reshape(-1, whole // size, size)  # [B, J, g]
     whole_steps = every[: len(every) // prompts_per_step * prompts_per_step]
