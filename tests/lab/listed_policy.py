@@ -100,7 +100,7 @@ def _check(policy: Policy, vocabulary: int, length: int) -> None:
 def rollout_of_all(policy: Policy, prompt: Sequence[int], *, vocabulary: int, length: int) -> Rollout:
     """Return all completions of one prompt as if each had been sampled once; the logprobs are set to 0."""
     every = all_completions(vocabulary, length, policy.eos_ids)
-    prompt_ids, prompt_mask = pad_left([prompt], policy.pad_id, policy.device)
+    prompt_ids, prompt_mask = pad_left([prompt] * len(every.ids), policy.pad_id, policy.device)
     nothing = torch.zeros(every.mask.shape, dtype=torch.double)
     last = every.ids.gather(1, every.last).squeeze(1)
     return Rollout(

@@ -177,8 +177,8 @@ def test_training_has_the_exact_mean_and_variance(policy: Policy, problem, field
     rewards, running = Rewards(points), RunningMean(0.9)
     found = []
     for step in range(1, steps + 1):
-        stream = [(step * groups + place, {"prompt": WORDS[0]}) for place in range(groups)]
-        training_step(learner, rewards, running, step, stream, lambda count: [])
+        stream = {groups: [(step * groups + place, {"prompt": WORDS[0]}) for place in range(groups)]}
+        training_step(learner, rewards, running, step, stream.__getitem__)
         parameters = policy.trainable_parameters()  # a step without a signal leaves no gradient
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         found.append(-torch.cat([grad.flatten() for grad in grads]))

@@ -69,7 +69,7 @@ def test_projections_are_those_of_exact_scores(architecture: str, tolerance: flo
     z = directions(policy, 11, seed=5)
     for x, prompt in enumerate(PROMPTS):
         rollout = rollout_of_all(policy, prompt, vocabulary=4, length=2)
-        doubled = rollout.rows(torch.arange(len(rollout.mask)).repeat(2))  # equal rows are computed once
+        doubled = rollout.take(torch.arange(len(rollout.mask)).repeat(2))  # equal rows are computed once
         found = project(policy, doubled, chosen_parameters(policy), count=11, seed=5, width=3, entropy=True)
         assert found.entropy is not None
         for got, exact in ((found.logprobs, problem.scores), (found.entropy, problem.entropy_slopes)):
@@ -122,7 +122,7 @@ def test_a_step_is_the_gradient_that_training_takes(policy: Policy, samples: Sam
     """The loss of one step of four prompts, once through the model and autograd, once from projections."""
     z = directions(policy, 9)
     rows = torch.arange(16)
-    part = samples.parts[0].rows(rows)
+    part = samples.parts[0].take(rows)
     mask = part.mask.double()
     advantages = estimator.advantages(
         samples.rewards[rows],

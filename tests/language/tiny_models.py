@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from itertools import islice
 
 import pytest
 import torch
@@ -195,13 +196,10 @@ def one_step(learner, *, step: int = 1, prompts=PROMPTS, reward=vowel_reward, ru
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.training.step import training_step
 
-    stream = [(place, {"prompt": prompts[place]}) for place in places or range(len(prompts))]
-    spare = iter(
-        [(100 + i, {"prompt": word}) for i, word in enumerate(["mat", "log", "dog", "face", "eight"])]
-    )
-    more = lambda count: [next(spare) for _ in range(count)]  # noqa: E731
-    mean = running_mean or RunningMean(0.9, 0.2)
-    return training_step(learner, Rewards(reward), mean, step, stream, more)
+    numbered = [(place, {"prompt": prompts[place]}) for place in places or range(len(prompts))]
+    spare = [(100 + i, {"prompt": word}) for i, word in enumerate(["mat", "log", "dog", "face", "eight"])]
+    stream, mean = iter(numbered + spare), running_mean or RunningMean(0.9, 0.2)
+    return training_step(learner, Rewards(reward), mean, step, lambda count: [*islice(stream, count)])
 
 
 def gradient(model) -> torch.Tensor:

@@ -120,7 +120,7 @@ def test_a_call_gives_what_it_gives_without_a_deadline():
     there, here = call(names), call(names, timeout=None)
     np.testing.assert_array_equal(there.values, here.values)
     assert there.values[:, 0].tolist() == [3, 5, 0, 4] and there.total.tolist() == [3.5, 6, 0, 4.5]
-    assert there.averaged() == here.averaged() == {"steps_done": 7}
+    assert there.logged == here.logged == {"steps_done": 7}
     assert there.extra == here.extra == {"level": [1, 2, 3, 4]}
     assert call(["pooled"]).values[:, 0].tolist() == [3, 5, 0, 4]  # a pool ends its workers by SIGTERM
     rewards = Rewards(load_reward("worked.py:length"), timeout=60.0)  # as the reward of a task in a file

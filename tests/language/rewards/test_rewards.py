@@ -153,7 +153,7 @@ def test_what_functions_log_is_collected():
         return [0.0] * len(completions)
 
     result = call([logging, length])
-    assert result.extra == {"length": [3, 5, 0, 500]} and result.averaged() == {"longest": 5}
+    assert result.extra == {"length": [3, 5, 0, 500]} and result.logged == {"longest": 5}
     with pytest.raises(Stopped, match=r"log_extra\('half'\) got 2 values for 4"):
         call(lambda log_extra, **_: log_extra("half", [1, 2]) or [0.0] * 4)
 

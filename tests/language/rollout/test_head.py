@@ -12,7 +12,7 @@ from tokenrl.core.losses import token_entropy
 from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.distribution import draw
-from tokenrl.language.rollout.head import TOKENS, head_of, score_tokens, tokens_at_once
+from tokenrl.language.rollout.head import TOKENS, Chunks, head_of, score_tokens, tokens_at_once
 from tokenrl.language.rollout.scoring import Scoring, score, score_in_parts
 
 
@@ -66,8 +66,7 @@ def test_impossible_tokens_have_neither_value_nor_gradient():
     with torch.no_grad():
         head.bias[2:4] = -math.inf
     ids = torch.tensor([0, 1, 4, 5])
-    how = {"at_once": 3, "entropy": True, "norms": True}
-    found = score_tokens(states, head, ids, **how)
+    found = score_tokens(states, head, ids, Chunks(at_once=3, temperature=1.0, entropy=True, norms=True))
     logits = head(states)
     logp = logits.log_softmax(-1)
     chosen = logp.gather(1, ids[:, None])[:, 0]

@@ -74,7 +74,7 @@ def test_rows_one_by_one_add_up_to_the_whole(architecture, dtype, tolerance, sha
     weights = torch.linspace(-1, 2, len(rollout.mask), dtype=whole.logprobs.dtype)
     total = 0.0
     for row in range(len(rollout.mask)):
-        part = rollout.rows(torch.tensor([row]))
+        part = rollout.take(torch.tensor([row]))
         assert part.mask.all() and part.prompt_mask.all()
         scores = score(policy.model, part, Scoring(share), entropy=True)
         part_value = (scores.logprobs * weights[row] + 0.1 * scores.entropy).sum()
@@ -99,18 +99,17 @@ def test_rows_keep_everything_together():
     policy = make_policy()
     rollout = rollout_of(policy)
     index = torch.tensor([10, 4, 5, 11, 4])  # out of order, one twice, two prompts left out
-    part = rollout.rows(index)
+    part = rollout.take(index)
     prompts = [policy.encode(p) for p in PROMPTS]
     for new, old in enumerate(index.tolist()):
-        prompt = int(part.prompt_index[new])
-        assert part.prompt_ids[prompt][part.prompt_mask[prompt]].tolist() == prompts[old // 3]
+        assert part.prompt_index[new] == old // 3
+        assert part.prompt_ids[new][part.prompt_mask[new]].tolist() == prompts[old // 3]
         length = int(rollout.mask[old].sum())
         assert part.mask[new].sum() == length
         for name in ("completion_ids", "logprobs", "entropy"):
             was = getattr(rollout, name)[old, :length]
             assert torch.equal(getattr(part, name)[new, :length], was)
         assert part.truncated[new] == rollout.truncated[old]
-    assert len(part.prompt_ids) == 2  # no prompt is computed that nobody uses
     assert part.prompt_ids.shape[1] == max(len(prompts[1]), len(prompts[3]))
     assert part.mask.shape[1] == int(rollout.mask[index].sum(dim=1).max())
     whole = score(policy.model, rollout).logprobs.detach()[index][:, : part.mask.shape[1]]
@@ -144,3 +143,12 @@ def test_gradient_checkpointing_gives_the_same_gradient(architecture):
     assert same == pytest.approx(value, rel=2e-6) and apart(found, expected) < 2e-6
     again = rollout_of(policy)  # sampling uses a cache all the same
     assert torch.equal(again.completion_ids, rollout.completion_ids)
+
+
+def test_a_row_ends_with_its_last_action_also_after_text_that_the_policy_did_not_write():
+    rollout = rollout_of(make_policy())
+    row = int(rollout.mask.sum(dim=1).argmax())
+    mask = rollout.mask.clone()
+    mask[row, 1:3] = False
+    part = dataclasses.replace(rollout, mask=mask).take(torch.tensor([row]))
+    assert part.mask.shape[1] == int(rollout.mask[row].sum()) > 3

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from tiny_models import LETTERS, letters
+from tiny_models import LETTERS, Engine, letters
 
 from tokenrl.errors import Refused
 from tokenrl.language.inspect.evaluate import evaluation_table
@@ -16,6 +16,7 @@ from tokenrl.language.policy.model import wrap
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.sampling import Sampling
 from tokenrl.language.training.evaluation import (
+    SCORED_AT_ONCE,
     all_equal,
     best_of,
     check_sizes,
@@ -270,3 +271,12 @@ def test_a_policy_is_probed():
     assert chances == sorted(chances) and deaths == sorted(deaths, reverse=True)
     with pytest.raises(Refused, match="samples of each: give two or more"):
         probe_policy(tiny, rows, Rewards(reward), Sampling(3, 1))
+
+
+def test_what_another_engine_does_not_return_is_computed_some_rows_at_a_time():
+    policy, sizes = tiny(), []
+    expected, engine = evaluate(right_reward, policy, generations=8), Engine(policy)
+    policy.model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    found = evaluate(right_reward, policy, generations=8, generator=engine)
+    assert max(sizes) <= SCORED_AT_ONCE < 8 * len(ROWS)
+    assert found == pytest.approx(expected, rel=1e-5)

@@ -29,16 +29,16 @@ from tokenrl.errors import Stopped
 from tokenrl.language.policy.model import add_lora
 from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.generator import TransformersGenerator
+from tokenrl.language.rollout.rollout import Rollout
 from tokenrl.language.rollout.sampling import Sampling
-from tokenrl.language.training.batch import StepRows
 from tokenrl.language.training.collect import (
-    Experience,
-    greedy_rewards,
+    averaged,
+    completion_rows,
     refill,
     reward,
     sample,
     step_metrics,
-    step_rows,
+    with_estimates,
 )
 from tokenrl.language.training.learner import Critic
 from tokenrl.language.training.step import training_step
@@ -60,50 +60,56 @@ def start(estimator, function, **options):
 
 
 def experienced(learner, rewards, prompts, sampling):
-    rollout = sample(learner, prompts, sampling)
-    return Experience(prompts, rollout, reward(learner, rewards, prompts, rollout, 1))
+    return reward(learner, rewards, sample(learner, prompts, sampling), 1)
 
 
-class Dealer:
-    """Deals further prompts, and remembers how many were asked for."""
+class Spare:
+    """Draws further prompts, after those of a step, and remembers how many."""
 
-    def __init__(self):
-        self.dealt = []
+    def __init__(self, *first):
+        self.first, self.counts = list(first), []
 
     def __call__(self, count):
-        self.dealt.append(count)
-        return [(100 + len(self.dealt) * 10 + i, ROWS[4 + i]) for i in range(count)]
+        self.counts.append(count)
+        if self.first:
+            return self.first.pop()
+        return [(100 + len(self.counts) * 10 + i, ROWS[4 + i]) for i in range(count)]
 
 
 def test_refilling_replaces_exactly_the_groups_that_teach_nothing():
     learner, rewards, prompts, sampling = start("dapo", by_word)
-    plain, more = experienced(learner, rewards, prompts, sampling), Dealer()
-    out = refill(learner, rewards, sampling, plain, more)
-    assert more.dealt == [2] and out.result.averaged() == {"refilled": 2}
-    names = [out.prompts[i][1]["prompt"] for i in out.rollout.prompt_index.tolist()]
+    plain, draw = experienced(learner, rewards, prompts, sampling), Spare()
+    out = refill(learner, rewards, sampling, plain, draw)
+    assert draw.counts == [2] and averaged(out.logged) == {"refilled": 2}
+    names = [row["prompt"] for row in out.data]
     assert names == ["dog"] * 4 + ["a"] * 4 + ["count to ten one two"] * 4 + ["log on"] * 4
-    expected = by_word(names, learner.policy.decode(out.rollout.completion_ids, out.rollout.mask))
-    assert out.result.total.tolist() == expected
-    kept = plain.rollout.mask[4:12].sum(dim=1)
-    assert torch.equal(out.rollout.mask[4:12].sum(dim=1), kept)  # the others are as they were
+    assert out.prompt_index.tolist() == [110] * 4 + [1] * 4 + [2] * 4 + [111] * 4
+    expected = by_word(names, learner.policy.decode(out.completion_ids, out.mask))
+    assert out.rewards.tolist() == expected
+    same = torch.arange(4, 12)  # the others are as they were
+    for name, x in plain.take(same).columns().items():
+        before, after = x, out.take(same).columns()[name]
+        assert torch.equal(before, after) if isinstance(x, torch.Tensor) else before == after, name
 
 
 def test_refilling_gives_up_after_some_rounds_and_the_step_goes_on():
     flat = lambda completions: [1.0] * len(completions)  # noqa: E731
     learner, rewards, prompts, _ = start("dapo", flat, max_refills=3)
-    before, more = weights(learner.policy.model), Dealer()
-    record = training_step(learner, rewards, RunningMean(), 1, prompts, more)
-    assert more.dealt == [4, 4, 4] and record.metrics["refilled"] == 12
+    before, draw = weights(learner.policy.model), Spare(prompts)
+    record = training_step(learner, rewards, RunningMean(), 1, draw)
+    assert draw.counts == [4, 4, 4, 4] and record.metrics["refilled"] == 12
     assert torch.equal(before, weights(learner.policy.model))
 
 
 def test_the_refilled_step_has_the_gradient_of_its_new_prompts():
     """A refilled step is the step of the prompts it ends with: same completions, same gradient."""
     learner, rewards, prompts, _ = start("dapo", by_word)
-    training_step(learner, rewards, RunningMean(), 1, prompts, lambda n: [(50, ROWS[4]), (51, ROWS[5])])
+    drawn = iter([prompts, [(50, ROWS[4]), (51, ROWS[5])]])
+    training_step(learner, rewards, RunningMean(), 1, lambda count: next(drawn))
     other, rewards, _, _ = start("dapo", by_word)
     ends = [(50, ROWS[4]), prompts[1], prompts[2], (51, ROWS[5])]
-    training_step(other, rewards, RunningMean(), 1, ends, lambda n: pytest.fail("nothing to refill"))
+    ended = iter([ends])  # there is nothing to refill
+    training_step(other, rewards, RunningMean(), 1, lambda count: next(ended))
     assert apart(gradient(learner.policy.model), gradient(other.policy.model)) < 1e-6
 
 
@@ -118,13 +124,16 @@ def test_what_a_reward_logs_in_some_calls_only_survives_a_refill():
         return by_word(prompts, completions)
 
     learner, rewards, prompts, sampling = start("dapo", logs)
-    out = refill(
-        learner, rewards, sampling, experienced(learner, rewards, prompts, sampling), Dealer()
-    ).result
-    assert out.averaged() == {"rows": (16 * 16 + 8 * 8) / 24, "early": 3.0, "late": 3.0, "refilled": 2}
-    none = [None] * 4
-    assert out.extra["early"] == [*none, *range(4, 12), *none]
-    assert out.extra["late"] == [0, 1, 2, 3, *none, *none, 4, 5, 6, 7]
+    rows = experienced(learner, rewards, prompts, sampling)
+    out = refill(learner, rewards, sampling, rows, Spare())
+    means = averaged(out.logged)
+    assert means == {"rows": (16 * 16 + 8 * 8) / 24, "early": 3.0, "late": 3.0, "refilled": 2}
+    table, none = (
+        completion_rows(learner.policy, replace(out, advantages=out.rewards), rewards.names),
+        [None] * 4,
+    )
+    assert [row["early"] for row in table] == [*none, *range(4, 12), *none]
+    assert [row["late"] for row in table] == [0, 1, 2, 3, *none, *none, 4, 5, 6, 7]
 
 
 def scarce(completions, log_extra, log_metric, **_):
@@ -162,14 +171,14 @@ def test_no_reward_can_overwrite_what_a_run_writes(tmp_path, estimator, options)
 
 def test_every_completion_has_the_greedy_reward_of_its_own_prompt():
     learner, rewards, prompts, sampling = start("remax", vowel_reward)
-    greedy, policy = greedy_rewards(learner, rewards, sampling, prompts).tolist(), learner.policy
+    policy, rows = learner.policy, experienced(learner, rewards, prompts, sampling)
+    found = with_estimates(learner, rewards, sampling, rows).greedy_rewards
     ids = policy.encode_all([row["prompt"] for _, row in prompts], max_completion_length=6)
     rollout = completions(policy, ids, num_generations=0, max_completion_length=6)
     kept = [row[m].tolist() for row, m in zip(rollout.completion_ids, rollout.mask, strict=True)]
-    assert greedy == vowel_reward(None, kept) != greedy[::-1]
-    own = experienced(learner, rewards, prompts, sampling)
-    found = step_rows(learner, rewards, sampling, own).greedy_rewards
+    greedy = vowel_reward(None, kept)
     assert found.tolist() == pytest.approx([reward for reward in greedy for _ in range(4)])
+    assert greedy != greedy[::-1]
 
 
 def test_score_norms_and_hidden_states_are_those_of_the_forward_pass_before_each_action():
@@ -178,7 +187,7 @@ def test_score_norms_and_hidden_states_are_those_of_the_forward_pass_before_each
     assert bare.score_norms is None and bare.hidden is None
     rollout = completions(policy, [[3, 4, 5], [6]], keep_score_norms=True, keep_hidden=True, **shape)
     for row in range(6):
-        prompt = rollout.prompt_ids[row // 3][rollout.prompt_mask[row // 3]]
+        prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
         whole, keep = torch.cat([prompt, rollout.completion_ids[row]])[None], rollout.mask[row]
         out = policy.model(whole, output_hidden_states=True)
         states = out.hidden_states[-1][0, len(prompt) - 1 : -1]
@@ -235,8 +244,10 @@ def test_a_step_logs_means_over_completions_and_errors_over_prompts():
     held = ref.masked_fill(~mask, math.nan)  # off the mask it may hold anything
 
     def kl_metrics(count, size):
-        n, own = torch.ones(count, dtype=torch.long), logprobs[:count]
-        rows = StepRows(n.double(), n[:, None], n > 0, n > 1, n, mask[:count], own, own, held[:count])
+        n, own = torch.ones(count, 1, dtype=torch.bool), logprobs[:count]
+        columns = {"valid": n[:, 0], "rewards": n[:, 0].double(), "by_function": n.double(), "entropy": own}
+        columns |= {"logprobs": own, "ref_logprobs": held[:count]}
+        rows = Rollout(n, n, n[:, 0], n, mask[:count], own, ~n[:, 0], **columns)
         found = step_metrics(rows, ["one"], size)
         return {name: value for name, value in found.items() if name.startswith("kl")}
 

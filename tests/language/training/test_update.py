@@ -337,7 +337,7 @@ def test_the_ratio_starts_at_one_and_then_moves(monkeypatch):
 
 
 def test_old_logprobs_are_those_of_the_policy_that_sampled(monkeypatch):
-    old, rows = spied(monkeypatch, "old_logprobs"), spied(monkeypatch, "step_rows")
+    old, rows = spied(monkeypatch, "old_logprobs"), spied(monkeypatch, "gather")
     stepped(ESTIMATORS["grpo"], num_iterations=2, micro_batch_size=5, temperature=0.7)
     assert len(old) == 1  # once a step, before its updates
     mask = rows[0].mask

@@ -128,7 +128,7 @@ def project(
     parameters = dict(parameters)
     first, place = _distinct(rollout)
     whole = Scoring(scoring.share_prompt)
-    part = rollout.rows(first)
+    part = rollout.take(first)
 
     def scores(changed: dict[str, Tensor]) -> tuple[Tensor, ...]:
         def model(*args: Any, **options: Any) -> Any:

@@ -80,14 +80,14 @@ def collect(
     )
     greedily = sample_and_reward(policy, rows, rewards, greedy, stream="measurement", batch_size=size)
     parts, columns = [], []
-    for (_, rollout, result), (_, _, best) in zip(sampled, greedily, strict=True):
+    for rollout, best in zip(sampled, greedily, strict=True):
         if not best.valid.all():
             raise Refused("Every reward function abstained on a greedy completion; give other prompts.")
         shared = {
-            "rewards": torch.from_numpy(result.total),
-            "valid": torch.from_numpy(result.valid),
+            "rewards": rollout.rewards,
+            "valid": rollout.valid,
             "truncated": rollout.truncated,
-            "greedy_rewards": torch.from_numpy(best.total).repeat_interleave(g),
+            "greedy_rewards": best.rewards.repeat_interleave(g),
         }
         parts.append(rollout)
         columns.append(shared | _scores(policy, rollout, sampling, scoring))

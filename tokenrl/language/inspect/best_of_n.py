@@ -111,10 +111,10 @@ def best_of_n_metrics(
     """
     check_number("num_generations", sampling.num_generations, at_least=1)
     pools: list[tuple[np.ndarray, np.ndarray]] = []  # for each prompt, both rewards of its completions
-    for rows, rollout, result in sample_and_reward(policy, prompts, choosing, sampling, stream="best_of_n"):
-        measured = reward_rows(policy, gold, [prompts[i] for i in rows], rollout, step=sampling.step)
-        rewarded = (result.valid & measured.valid).reshape(len(rows), -1)
-        proxies, golds = (scored.total.reshape(len(rows), -1) for scored in (result, measured))
+    for batch in sample_and_reward(policy, prompts, choosing, sampling, stream="best_of_n"):
+        measured = reward_rows(policy, gold, batch, step=sampling.step)
+        rewarded = (batch.valid & measured.valid).numpy().reshape(-1, sampling.num_generations)
+        proxies, golds = (rows.rewards.numpy().reshape(rewarded.shape) for rows in (batch, measured))
         pools += [(p[k], g[k]) for p, g, k in zip(proxies, golds, rewarded, strict=True)]
     metrics, most = dict[str, float](), sampling.num_generations
     for n in sorted({*(2**k for k in range(most.bit_length())), most}):

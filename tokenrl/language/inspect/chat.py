@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from tokenrl.configuration import read_config
 from tokenrl.errors import Refused, TokenrlError
@@ -100,14 +99,14 @@ class Sampler:
             return [None] * len(rollout.mask)
         try:
             self.rewards.check_columns(row)
-            result = reward_rows(self.policy, self.rewards, [row], rollout, step=0)
+            rows = reward_rows(self.policy, self.rewards, rollout.of([(0, row)]), step=0)
         except TokenrlError as error:
             if text in self._rows or not self._rows:
                 raise
             reason = str(error).partition(". ")[0].rstrip(".")
             self._say("reward", f"no reward for this prompt, which is none of the task's. {reason}.")
             return [None] * len(rollout.mask)
-        return list(np.where(result.valid, result.total, np.nan).tolist())
+        return list(rows.rewards.masked_fill(~rows.valid, math.nan).tolist())
 
     def _say(self, kind: str, words: str) -> None:
         """Print a warning on the standard error, once of each kind."""

@@ -70,18 +70,18 @@ def make_preferences(
     # One random number for every sampled pair, so that a pair left out does not shift those of the others.
     noise = np.random.default_rng([sampling.seed, 1]).random((len(prompts), pairs))
     rows: list[dict[str, Any]] = []
-    for indices, rollout, result in sample_and_reward(
+    for batch in sample_and_reward(
         policy, prompts, gold, sampling, stream="preferences", batch_size=batch_size
     ):
-        texts = policy.decode(rollout.completion_ids, rollout.mask)
-        golds = [g if ok else math.nan for g, ok in zip(result.total.tolist(), result.valid, strict=True)]
+        texts, numbers = policy.decode(batch.completion_ids, batch.mask), batch.prompt_index.tolist()
+        golds = batch.rewards.masked_fill(~batch.valid, math.nan).tolist()
         for k in range(0, len(texts), 2):
-            row_of, pair = divmod(k // 2, pairs)
-            first = first_is_chosen(golds[k], golds[k + 1], noise_temperature, noise[indices[row_of], pair])
+            pair = k // 2 % pairs
+            first = first_is_chosen(golds[k], golds[k + 1], noise_temperature, noise[numbers[k], pair])
             if first is None or texts[k] == texts[k + 1]:
                 continue
             chosen, rejected = (k, k + 1) if first else (k + 1, k)
-            prompt = prompts[indices[row_of]]["prompt"]
+            prompt = batch.data[k]["prompt"]
             answers: list[Any] = [texts[chosen], texts[rejected]]
             if not isinstance(prompt, str):
                 answers = [[{"role": "assistant", "content": text}] for text in answers]

@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from operator import or_
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,8 +37,7 @@ ROUNDING = 1e-6
 """How far a reward may leave its declared range, as a share of the range: sums of floats are rounded."""
 
 
-@dataclass
-class RewardResult:
+class RewardResult(NamedTuple):
     """Rewards of N completions by F functions.
 
     Attributes:
@@ -49,25 +46,15 @@ class RewardResult:
             weights are not renormalised. It is 0 (not nan) where all functions abstained, so that its product
             with a token weight of 0 is 0.
         valid: bool [N], False where all functions abstained.
-        logged: for each call the mean of the values given to `log_metric` by name, and its number of rows N.
+        logged: the mean of the values that functions gave to `log_metric`, by name.
         extra: columns of N values that functions gave to `log_extra`.
     """
 
     values: np.ndarray
     total: np.ndarray
     valid: np.ndarray
-    logged: list[tuple[dict[str, float], int]]
+    logged: dict[str, float]
     extra: dict[str, list[Any]]
-
-    def averaged(self) -> dict[str, float]:
-        """Average what was logged over calls and processes, by rows; every process has to call this."""
-        from accelerate.utils import gather_object
-
-        values: dict[str, list[float]] = {}
-        for means, count in gather_object(self.logged):
-            for name, mean in means.items():
-                values.setdefault(name, []).extend([mean] * count)
-        return {name: statistics.mean(each) for name, each in values.items()}
 
 
 class Rewards:
@@ -215,8 +202,7 @@ class Rewards:
                 counts = f"{len(given)} values for {len(valid)} completions"
                 raise Stopped(f"log_extra('{column}') got {counts}; give one for each.")
         means = {name: float(np.mean(given)) for name, given in called.logged.items()}
-        total, logged = self._total(values, rows["completions"]), [(means, len(valid))]
-        return RewardResult(values, total, valid, logged, called.extra)
+        return RewardResult(values, self._total(values, rows["completions"]), valid, means, called.extra)
 
     def _total(self, values: np.ndarray, completions: Sequence[Any]) -> np.ndarray:
         """Return the weighted sums [N] of the rewards [N, F]; stop at one that is too large."""

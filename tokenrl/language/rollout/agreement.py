@@ -175,7 +175,7 @@ class _Trial:
         width = rollout.completion_ids.shape[1]
         logprobs, states, spread = [], [], []
         with torch.set_grad_enabled(gradient):
-            for row in (rollout.rows(torch.tensor([i], device=rollout.mask.device)) for i in range(4)):
+            for row in (rollout.take(torch.tensor([i], device=rollout.mask.device)) for i in range(4)):
                 ids = torch.cat([row.prompt_ids, row.completion_ids], dim=1)
                 out = policy.model(ids, use_cache=False, output_hidden_states=hidden)
                 logp = log_softmax(out.logits[:, -width - 1 : -1], 1.0)

@@ -20,7 +20,7 @@ from tokenrl.errors import Stopped
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import draw, log_softmax
 from tokenrl.language.rollout.head import last
-from tokenrl.language.rollout.rollout import Rollout, joined, pad_left
+from tokenrl.language.rollout.rollout import Rollout, cat, pad_left
 from tokenrl.language.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ class Generator(Protocol):
 
         Returns:
             A `Rollout` of N = B * G rows, which end at an EOS of the policy or where one of its stop strings
-            is complete. The optional fields `entropy`, `score_norms` and `hidden` may be
-            None; `scoring.with_missing_fields` computes those that are needed.
+            is complete. `prompt_index` counts the prompts from 0. The columns `logprobs`, `entropy`,
+            `score_norms` and `hidden` may be None; `scoring.with_missing_fields` computes those that are
+            needed.
         """
         ...
 
@@ -95,10 +96,10 @@ class TransformersGenerator:
             for start in range(0, len(prompt_ids), groups):
                 end = start + groups
                 numbers = None if draws is None else draws[start * size : end * size]
-                parts.append(_decode(self.policy, prompt_ids[start:end], sampling, numbers))
+                parts.append(_decode(self.policy, prompt_ids[start:end], sampling, numbers, start))
         finally:
             model.train(recomputes)
-        return parts[0] if len(parts) == 1 else joined(parts)
+        return parts[0] if len(parts) == 1 else cat(parts)
 
     def sync(self, policy: Policy) -> None:
         """Do nothing, because the policy's own weights are sampled from."""
@@ -108,9 +109,12 @@ class TransformersGenerator:
 
 
 def _decode(
-    policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None
+    policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling, draws: Tensor | None, first: int
 ) -> Rollout:
-    """Sample token by token; the batch holds only unfinished rows and, for a while, a few finished ones."""
+    """Sample token by token; the batch holds only unfinished rows and, for a while, a few finished ones.
+
+    The prompts are numbered from `first` on.
+    """
     device, length = policy.device, sampling.max_completion_length
     prompt_ids, prompt_mask = pad_left(prompts, policy.pad_id, device)
     prompt_index = torch.arange(len(prompts), device=device).repeat_interleave(sampling.group_size)
@@ -146,13 +150,21 @@ def _decode(
     truncated = torch.zeros_like(mask[:, 0]).index_put((rows,), alive)  # [N], which have not ended
     off = ~mask  # finished rows were fed more tokens until they left
     ids[off] = policy.pad_id
-    logprobs, entropy, norms = (*numbers.masked_fill_(off, 0), None)[:3]
-    hidden = None if hidden is None else hidden.masked_fill_(off[..., None], 0)
+    logprobs, entropy, *norms = numbers.masked_fill_(off, 0)
     rollout = Rollout(
-        *(prompt_ids, prompt_mask, prompt_index, ids, mask, logprobs, truncated),
-        *(logprobs, entropy, norms, hidden),
+        prompt_ids=prompt_ids[prompt_index],
+        prompt_mask=prompt_mask[prompt_index],
+        prompt_index=first + prompt_index,
+        completion_ids=ids,
+        mask=mask,
+        sampling_logprobs=logprobs,
+        truncated=truncated,
+        logprobs=logprobs,
+        entropy=entropy,
+        score_norms=norms[0] if norms else None,
+        hidden=None if hidden is None else hidden.masked_fill_(off[..., None], 0),
     )
-    return rollout.rows(torch.arange(shape[0], device=device))  # cut to the longest completion
+    return rollout.take(torch.arange(shape[0], device=device))  # cut to the longest completion
 
 
 class _Decoder:

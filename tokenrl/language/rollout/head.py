@@ -66,14 +66,7 @@ def without_head(head: nn.Linear) -> Iterator[list[Tensor]]:
 
 
 def score_tokens(
-    states: Tensor,
-    head: nn.Linear,
-    ids: Tensor,
-    *,
-    at_once: int,
-    temperature: float = 1.0,
-    entropy: bool = False,
-    norms: bool = False,
+    states: Tensor, head: nn.Linear, ids: Tensor, chunks: Chunks
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score M tokens from the hidden states before them.
 
@@ -83,23 +76,26 @@ def score_tokens(
         states: what the head is given for each token [M, H].
         head: makes the logits.
         ids: the tokens [M].
-        at_once: tokens whose logits are computed at once.
-        temperature: divides the logits.
-        entropy: whether the entropies are needed.
-        norms: whether the squared norms of the scores are needed.
+        chunks: how many logits are computed at once, and which scores are needed.
 
     Returns:
         The log-probabilities, the entropies in nats, and the squared norms of the scores in logit space,
-        `1 - 2 p(a) + sum_v p(v)^2`, without a gradient; each [M], and 0 where it was not asked for.
+        without a gradient; each [M], and 0 where it is not needed.
     """
-    chunks = _Chunks(at_once, temperature, entropy, norms)
     states = states.to(head.weight.dtype)
     scores: tuple[Tensor, Tensor, Tensor] = _Scores.apply(states, head.weight, head.bias, ids, chunks)
     return scores
 
 
-class _Chunks(NamedTuple):
-    """How logits are computed, some tokens at a time, and what is wanted of them; see `score_tokens`."""
+class Chunks(NamedTuple):
+    """How tokens are scored, some at a time.
+
+    Attributes:
+        at_once: tokens whose logits are computed at once.
+        temperature: divides the logits.
+        entropy: whether the entropies are needed.
+        norms: whether the squared norms of the scores are needed.
+    """
 
     at_once: int
     temperature: float
@@ -131,11 +127,14 @@ class _Chunks(NamedTuple):
 
 
 class _Scores(torch.autograd.Function):
-    """Scores of tokens, with a backward pass that computes the logits again."""
+    """Scores of tokens, with a backward pass that computes the logits again.
+
+    The gradient in the logits of log p(a) is `onehot(a) - p`, that of the entropy H is `-p (log p + H)`.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, chunks: _Chunks
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, chunks: Chunks
     ) -> tuple[Tensor, Tensor, Tensor]:
         found = torch.zeros(4, len(ids), dtype=_wide(weight), device=ids.device)
         for place, logits, _ in chunks.of(states, weight, bias):
@@ -144,24 +143,28 @@ class _Scores(torch.autograd.Function):
         ctx.save_for_backward(states, weight, bias, ids, total, entropy)
         ctx.chunks = chunks
         ctx.mark_non_differentiable(norms)
-        ctx.set_materialize_grads(False)
         return logprobs, entropy, norms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_logprob: Tensor | None, by_entropy: Tensor | None, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, by_logprob: Tensor, by_entropy: Tensor, _: Any) -> tuple[Any, ...]:
         *inputs, ids, total, entropy = ctx.saved_tensors
         states, weight, bias = inputs
-        chunks: _Chunks = ctx.chunks
+        chunks: Chunks = ctx.chunks
         # Each chunk adds to the gradients of weight and bias, which therefore are summed in float32.
         back = [
             torch.zeros_like(x, dtype=total.dtype) if needed else None
             for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
         for place, logits, narrow in chunks.of(states, weight, bias):
-            a, b = (None if g is None else g[place, None] for g in (by_logprob, by_entropy))
-            slope = _slope(logits.sub_(total[place, None]), ids[place], a, b, entropy[place, None])
-            slope = slope.div_(chunks.temperature)
+            slope = logits.sub_(total[place, None])
+            if chunks.entropy:
+                p = slope.exp()
+                slope.clamp_(min=-1e4).add_(entropy[place, None]).mul_(-by_entropy[place, None])
+                slope.sub_(by_logprob[place, None]).mul_(p)
+            else:
+                slope.exp_().mul_(-by_logprob[place, None])
+            slope.scatter_add_(1, ids[place, None], by_logprob[place, None]).div_(chunks.temperature)
             if back[2] is not None:
                 back[2] += slope.sum(dim=0)
             slope = slope if narrow.dtype == slope.dtype else narrow.copy_(slope)
@@ -175,7 +178,7 @@ class _Scores(torch.autograd.Function):
         return *(None if x is None else x.to(y.dtype) for x, y in zip(back, inputs, strict=True)), None, None
 
 
-def _scores(logits: Tensor, ids: Tensor, chunks: _Chunks) -> Tensor:
+def _scores(logits: Tensor, ids: Tensor, chunks: Chunks) -> Tensor:
     """Return log-probability, entropy, squared norm of the score and logsumexp [4, m]."""
     logp = logits.log_softmax(-1)
     chosen = logp.gather(1, ids[:, None]).squeeze(1)
@@ -183,28 +186,6 @@ def _scores(logits: Tensor, ids: Tensor, chunks: _Chunks) -> Tensor:
     entropy = entropy_of(logp, p) if chunks.entropy else torch.zeros_like(chosen)
     norms = score_norm_of(chosen, p) if chunks.norms else torch.zeros_like(chosen)
     return torch.stack([chosen, entropy, norms, logits.gather(1, ids[:, None]).squeeze(1) - chosen])
-
-
-def _slope(
-    logp: Tensor, ids: Tensor, by_logprob: Tensor | None, by_entropy: Tensor | None, entropy: Tensor
-) -> Tensor:
-    """Return the gradient in the logits [m, V]: of log p(a), `onehot(a) - p`; of H, `-p (log p + H)`.
-
-    Args:
-        logp: log-probabilities [m, V], which are overwritten.
-        ids: the tokens [m].
-        by_logprob: the gradient of the loss in each log-probability [m, 1]; None if it is 0.
-        by_entropy: the same for each entropy [m, 1].
-        entropy: the entropies [m, 1].
-    """
-    if by_logprob is None:
-        by_logprob = torch.zeros_like(entropy)
-    if by_entropy is None:
-        slope = logp.exp_().mul_(-by_logprob)
-    else:
-        p = logp.exp()
-        slope = logp.clamp_(min=-1e4).add_(entropy).mul_(-by_entropy).sub_(by_logprob).mul_(p)
-    return slope.scatter_add_(1, ids[:, None], by_logprob)
 
 
 def _wide(x: Tensor) -> torch.dtype:

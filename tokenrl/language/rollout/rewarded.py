@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from tokenrl.language.rollout.generator import Generator, TransformersGenerator
 from tokenrl.language.rollout.rollout import Rollout
@@ -11,46 +14,36 @@ from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
-    from tokenrl.language.rewards.rewards import RewardResult, Rewards
+    from tokenrl.language.rewards.rewards import Rewards
 
 Row = Mapping[str, Any]
 
 
-class RewardedBatch(NamedTuple):
-    """Completions of one batch of prompts with their rewards.
-
-    Attributes:
-        places: positions of the prompts in the list that was given.
-        rollout: the completions.
-        result: their rewards.
-    """
-
-    places: range
-    rollout: Rollout
-    result: RewardResult
-
-
-def reward_rows(
-    policy: Policy, rewards: Rewards, rows: Sequence[Row], rollout: Rollout, **state: Any
-) -> RewardResult:
-    """Call the reward functions on the completions of a rollout.
+def reward_rows(policy: Policy, rewards: Rewards, rollout: Rollout, **state: Any) -> Rollout:
+    """Call the reward functions on the completions of a rollout, and return it with their rewards.
 
     Args:
         policy: decodes the completions.
         rewards: the reward functions.
-        rows: B prompts with their columns; `rollout.prompt_index` says which one each completion belongs to.
-        rollout: N completions.
+        rollout: N completions with the `data` of their prompts.
         **state: what `Rewards` takes besides, such as the `step`.
     """
-    row_of_each = [rows[i] for i in rollout.prompt_index.tolist()]
+    data, pairs = rollout.data, zip(rollout.completion_ids.cpu(), rollout.mask.cpu(), strict=True)
     texts = policy.decode(rollout.completion_ids, rollout.mask)
-    pairs = zip(rollout.completion_ids.cpu(), rollout.mask.cpu(), strict=True)
-    ids = [row[keep].tolist() for row, keep in pairs]
-    names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
-    columns = {name: [row.get(name) for row in row_of_each] for name in names}
+    ids = [row[mask].tolist() for row, mask in pairs]
+    names = dict.fromkeys(name for row in data for name in row if name != "prompt")
+    columns = {name: [row.get(name) for row in data] for name in names}
     # If all functions abstain from all rows here, rows of the same step in another process may have rewards;
     # so the training step, which sees all of them, decides whether there is anything to learn from.
-    return rewards([row["prompt"] for row in row_of_each], texts, ids, columns, all_may_abstain=True, **state)
+    result = rewards([row["prompt"] for row in data], texts, ids, columns, all_may_abstain=True, **state)
+    return replace(
+        rollout,
+        rewards=torch.from_numpy(result.total),
+        by_function=torch.from_numpy(result.values),
+        valid=torch.from_numpy(result.valid),
+        logs=[{name: column[i] for name, column in result.extra.items()} for i in range(len(data))],
+        logged=((result.logged, len(data)),),
+    )
 
 
 def sample_and_reward(
@@ -63,7 +56,7 @@ def sample_and_reward(
     generator: Generator | None = None,
     accelerator: Any = None,
     batch_size: int = 256,
-) -> Iterator[RewardedBatch]:
+) -> Iterator[Rollout]:
     """Sample completions of prompts batch by batch and reward them, outside the training step.
 
     Args:
@@ -78,15 +71,15 @@ def sample_and_reward(
         batch_size: completions per batch, which changes memory only.
 
     Yields:
-        The batches in the order of the prompts.
+        The rewarded batches in the order of the prompts, which they number as the list does.
     """
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     generator = generator or TransformersGenerator(policy)
     ids = encode(policy, [row["prompt"] for row in prompts], sampling)
     size = max(1, batch_size // sampling.group_size)
     for start in range(rank, len(prompts), world * size):
-        places = range(start, min(start + world * size, len(prompts)), world)
-        draws = uniforms(stream, sampling, places)
-        rollout = generator.generate([ids[i] for i in places], sampling, draws)
-        result = reward_rows(policy, rewards, [prompts[i] for i in places], rollout, step=sampling.step)
-        yield RewardedBatch(places, rollout, result)
+        numbers = range(start, min(start + world * size, len(prompts)), world)
+        draws = uniforms(stream, sampling, numbers)
+        rollout = generator.generate([ids[i] for i in numbers], sampling, draws)
+        rollout = rollout.of([(i, prompts[i]) for i in numbers])
+        yield reward_rows(policy, rewards, rollout, step=sampling.step)

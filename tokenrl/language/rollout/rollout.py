@@ -1,45 +1,63 @@
-"""Holds sampled completions as tensors, in the record that generators fill and scoring reads."""
+"""Holds the rows of a step in one table: each column has an entry for every completion."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-BY_ROW = (
-    *("completion_ids", "mask", "sampling_logprobs", "truncated"),
-    *("logprobs", "entropy", "score_norms", "hidden"),
-)
-"""Fields of a `Rollout` with one row per completion; all but `truncated` also have one column per token."""
+OF_PROMPTS = ("prompt_ids", "prompt_mask")
+"""Columns with an entry per token of the prompt, which are padded on the left."""
+OF_ROWS = ("by_function",)
+"""Columns of two dimensions whose second is not the tokens of the completion."""
+NOT_YET: Any = None
+"""Stands in a column that is computed later."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Completions sampled from B prompts. The G rows of a prompt are consecutive, N = B * G in all.
+    """A table of N completions. The G rows of a prompt are consecutive.
 
-    The last four fields are None if the generator did not return them; scoring computes them then.
+    A generator fills the columns down to `truncated`, and may fill the next four. The others are None until
+    they are computed, and stay None where nothing needs them. T is the longest completion, P the longest
+    prompt. Off the mask the columns of tokens are 0.
 
     Attributes:
-        prompt_ids: ids of the distinct prompts, padded on the left [B, P].
-        prompt_mask: True on the tokens of the prompts, False on the padding [B, P].
-        prompt_index: the number of the prompt that each row completes [N].
+        prompt_ids: ids of each row's prompt, padded on the left [N, P].
+        prompt_mask: True on the tokens of the prompts, False on the padding [N, P].
+        prompt_index: number of each row's prompt in the data, or in the list given to the generator [N].
         completion_ids: sampled ids, padded on the right [N, T].
         mask: True on actions, which are the tokens up to and including the first EOS, or the
             first that completes a stop string [N, T].
         sampling_logprobs: log-probabilities under the distribution that was sampled from, as the generator
-            reports them, 0 off the mask [N, T].
+            reports them [N, T].
         truncated: True where the completion reached the length limit without an end [N].
-        logprobs: log-probabilities under the policy that is trained, as it was then, 0 off the mask [N, T].
+        logprobs: log-probabilities under the policy that is trained, as it was then [N, T].
             An engine with kernels or weights of its own reports others, and a KL is the policy's.
-        entropy: entropy in nats of the policy at each action, 0 off the mask [N, T].
-        score_norms: squared norm of the score of each action in logit space, `1 - 2 p(a) + sum_v p(v)^2`, 0
-            off the mask [N, T]. The optimal baselines weight rewards by it, as a cheap substitute for the
-            norm in the space of the model's weights.
-        hidden: the last hidden state before each action, 0 off the mask [N, T, H]. A critic reads it.
+        entropy: entropy in nats of the policy at each action [N, T].
+        score_norms: squared norm of the score of each action in logit space, `1 - 2 p(a) + sum_v p(v)^2`
+            [N, T]. The optimal baselines weight rewards by it, as a cheap substitute for the norm in the
+            space of the model's weights.
+        hidden: the last hidden state before each action [N, T, H]. A critic reads it.
+        data: the row of the data that each prompt comes from, N mappings.
+        rewards: total reward of each completion [N], in float64 on the CPU.
+        by_function: reward from each of F functions, NaN where it abstained [N, F], like `rewards`.
+        valid: False where every function abstained [N], on the CPU.
+        logs: what reward functions gave to `log_extra` for each row, N mappings.
+        logged: not a column: for each call of the reward functions the means of what they gave to
+            `log_metric`, and the number of rows; rows that were replaced since count too.
+        ref_logprobs: log-probabilities under the reference [N, T]; None without a KL.
+        values: the critic's value of the state before each action [N, T]; None without a critic.
+        greedy_rewards: reward of the greedy completion of each row's prompt [N].
+        advantages: one for each row [N] or for each token [N, T].
+        old_logprobs: log-probabilities under the policy that sampled, as the trainer computes them [N, T];
+            None while that is the present policy.
+        weights: each token's weight in the loss of the whole update [N, T].
     """
 
     prompt_ids: Tensor
@@ -49,62 +67,92 @@ class Rollout:
     mask: Tensor
     sampling_logprobs: Tensor
     truncated: Tensor
-    logprobs: Tensor | None = None
-    entropy: Tensor | None = None
+    logprobs: Tensor = NOT_YET
+    entropy: Tensor = NOT_YET
     score_norms: Tensor | None = None
     hidden: Tensor | None = None
+    data: Sequence[Mapping[str, Any]] = NOT_YET
+    rewards: Tensor = NOT_YET
+    by_function: Tensor = NOT_YET
+    valid: Tensor = NOT_YET
+    logs: Sequence[Mapping[str, Any]] = NOT_YET
+    logged: tuple[tuple[Mapping[str, float], int], ...] = ()
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    greedy_rewards: Tensor | None = None
+    advantages: Tensor = NOT_YET
+    old_logprobs: Tensor | None = None
+    weights: Tensor = NOT_YET
 
-    def rows(self, index: Tensor) -> Rollout:
-        """Select the rows `index` [n] and their prompts, cut to the longest prompt and completion left."""
-        used = torch.unique(self.prompt_index[index])
-        prompt_index = torch.searchsorted(used, self.prompt_index[index])
-        prompt_mask = self.prompt_mask[used]
-        first = int(prompt_mask.int().argmax(dim=1).min())
-        width = max(1, int(self.mask[index].sum(dim=1).max()))
-        chosen = {name: x[index] for name in BY_ROW if (x := getattr(self, name)) is not None}
-        return replace(
-            self,
-            prompt_ids=self.prompt_ids[used, first:],
-            prompt_mask=prompt_mask[:, first:],
-            prompt_index=prompt_index,
-            **{name: x[:, :width] if x.ndim > 1 else x for name, x in chosen.items()},
-        )
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.mask)
+
+    def columns(self) -> dict[str, Any]:
+        """Return the columns that are filled, by name."""
+        names = [field.name for field in fields(self) if field.name != "logged"]
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
+
+    def take(self, index: Tensor) -> Rollout:
+        """Select the rows `index` [n], cut to their longest prompt and completion."""
+        columns: dict[str, Any] = {
+            name: x[index.to(x.device)] if isinstance(x, Tensor) else [x[i] for i in index.tolist()]
+            for name, x in self.columns().items()
+        }
+        prompt_mask = columns["prompt_mask"]
+        left = prompt_mask.shape[1] - int(prompt_mask.int().argmax(dim=1).min())
+        right = max(1, int(lengths(columns["mask"]).max()))
+        return replace(self, **{name: _fitted(name, x, left, right) for name, x in columns.items()})
+
+    def of(self, prompts: Sequence[tuple[int, Mapping[str, Any]]]) -> Rollout:
+        """Give each row the number and the data of its prompt.
+
+        Args:
+            prompts: number and row of the data of each of the B prompts that were given to the generator.
+        """
+        numbers = torch.tensor([number for number, _ in prompts], device=self.mask.device)
+        data = [prompts[i][1] for i in self.prompt_index.tolist()]
+        return replace(self, prompt_index=numbers[self.prompt_index], data=data)
+
+    def distinct_prompts(self) -> tuple[Tensor, Tensor]:
+        """Return the first row of each of B prompts [B], and which of these prompts each row has [N]."""
+        options = {"return_inverse": True, "return_counts": True}
+        _, which, counts = torch.unique_consecutive(self.prompt_index, **options)
+        return counts.cumsum(0) - counts, which
+
+
+def cat(parts: Sequence[Rollout]) -> Rollout:
+    """Put tables with the same columns one below the other."""
+    columns: dict[str, Any] = {"logged": tuple(call for part in parts for call in part.logged)}
+    left, right = (max(getattr(part, name).shape[1] for part in parts) for name in ("prompt_ids", "mask"))
+    for name, x in parts[0].columns().items():
+        column = [_fitted(name, getattr(part, name), left, right) for part in parts]
+        columns[name] = torch.cat(column) if isinstance(x, Tensor) else [*chain(*column)]
+    return replace(parts[0], **columns)
+
+
+def _fitted(name: str, x: Any, left: int, right: int) -> Any:
+    """Cut or pad a column to as many tokens of the prompt on the left and of the completion on the right."""
+    if name in OF_PROMPTS:
+        return pad(x, (left - x.shape[1], 0))
+    of_tokens = isinstance(x, Tensor) and x.ndim > 1 and name not in OF_ROWS
+    return pad_right(x, right) if of_tokens else x
+
+
+def lengths(mask: Tensor) -> Tensor:
+    """Return the number of tokens of each row up to the last action [N], of a mask [N, T]."""
+    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Pad B lists of ids on the left to [B, P]; also returns the mask [B, P], True on the ids."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    mask = torch.arange(width, device=device) >= width - lengths[:, None]
+    counts = torch.tensor([len(row) for row in rows], device=device)
+    mask = torch.arange(width, device=device) >= width - counts[:, None]
     return ids, mask
 
 
 def pad_right(x: Tensor, width: int) -> Tensor:
-    """Pad a tensor [N, T, ...] with zeros on the right to [N, width, ...]."""
+    """Pad a tensor [N, T, ...] with zeros on the right to [N, width, ...], or cut it to that."""
     return pad(x, (*(0, 0) * (x.ndim - 2), 0, width - x.shape[1]))
-
-
-def joined(parts: Sequence[Rollout], index: Tensor | None = None) -> Rollout:
-    """Concatenate rollouts, which have the same fields, and select the rows `index` of the result; None: all.
-
-    The prompts of all are kept.
-    """
-
-    def rows(columns: list[Tensor]) -> Tensor:
-        if columns[0].ndim > 1:  # completions are padded on the right
-            width = max(x.shape[1] for x in columns)
-            columns = [pad_right(x, width) for x in columns]
-        whole = torch.cat(columns)
-        return whole if index is None else whole[index]
-
-    left = max(part.prompt_ids.shape[1] for part in parts)
-    prompts = {
-        name: torch.cat([pad(x, (left - x.shape[1], 0)) for x in (getattr(part, name) for part in parts)])
-        for name in ("prompt_ids", "prompt_mask")
-    }
-    starts = accumulate((len(part.prompt_ids) for part in parts[:-1]), initial=0)
-    places = [part.prompt_index + start for part, start in zip(parts, starts, strict=True)]
-    by_row = {name: [getattr(part, name) for part in parts] for name in BY_ROW}
-    chosen = {name: rows(columns) for name, columns in by_row.items() if columns[0] is not None}
-    return replace(parts[0], **prompts, prompt_index=rows(places), **chosen)

@@ -19,7 +19,7 @@ from tokenrl.core.losses import entropy_of, score_norm_of
 from tokenrl.core.rows import in_rows
 from tokenrl.language.rollout.cache import Cache
 from tokenrl.language.rollout.distribution import log_softmax
-from tokenrl.language.rollout.head import head_of, last, score_tokens, without_head
+from tokenrl.language.rollout.head import Chunks, head_of, last, score_tokens, without_head
 from tokenrl.language.rollout.rollout import Rollout, pad_right
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def score(
 
     Args:
         model: a causal language model.
-        rollout: N completions of B prompts; see `Rollout` for shapes.
+        rollout: N completions; see `Rollout` for shapes.
         scoring: how the model is scored.
         temperature: the temperature that was sampled with; the logits are divided by it.
         entropy: also return the entropies.
@@ -89,11 +89,10 @@ def score(
         head = head_of(model)
         assert head is not None  # `agree` found it
         with without_head(head) as inputs:
-            given, states = forward(model, rollout, hidden, inputs)
-        how: dict[str, Any] = {"at_once": at_once, "temperature": temperature}
-        states_of, ids = given[rollout.mask], rollout.completion_ids[rollout.mask]
-        found = score_tokens(states_of, head, ids, **how, entropy=entropy, norms=score_norms)
-        logprobs, entropies, norms = (in_rows(x, rollout.mask) for x in found)
+            inside, states = forward(model, rollout, hidden, inputs)
+        chunks, mask = Chunks(at_once, temperature, entropy, score_norms), rollout.mask
+        numbers = score_tokens(inside[mask], head, rollout.completion_ids[mask], chunks)
+        logprobs, entropies, norms = (in_rows(x, mask) for x in numbers)
         return Scores(logprobs, entropies if entropy else None, norms if score_norms else None, states)
     logits, states = forward(model, rollout, hidden, None)
     logp = log_softmax(logits, temperature)  # [N, T, V]
@@ -125,7 +124,7 @@ def score_in_parts(
     n, width = rollout.mask.shape
     parts = []
     for rows in torch.arange(n, device=rollout.mask.device).split(rows_at_once or n):
-        scores = score(model, rollout.rows(rows), scoring, **wanted)
+        scores = score(model, rollout.take(rows), scoring, **wanted)
         parts.append([None if x is None else pad_right(x, width) for x in scores])
     columns = zip(*parts, strict=True)
     return Scores._make(None if column[0] is None else torch.cat(column) for column in columns)
@@ -155,13 +154,12 @@ def with_missing_fields(
     missing = {name: True for name in wanted if wanted[name] and getattr(rollout, name) is None}
     if not missing:
         return rollout
-    optional = {name: True for name in missing if name != "logprobs"}  # every scoring computes those
-    how: dict[str, Any] = {"temperature": temperature, "rows_at_once": rows_at_once, **optional}
-    scores = score_in_parts(policy.model, rollout, scoring, **how)
-    found = {name: getattr(scores, name) for name in missing}
-    off = ~rollout.mask
-    zeroed = {name: x.masked_fill(off if x.ndim == 2 else off[..., None], 0) for name, x in found.items()}
-    return replace(rollout, **zeroed)
+    options: dict[str, Any] = missing | {"temperature": temperature, "rows_at_once": rows_at_once}
+    options.pop("logprobs", None)  # every scoring computes those
+    scores = score_in_parts(policy.model, rollout, scoring, **options)
+    columns, off = {name: getattr(scores, name) for name in missing}, ~rollout.mask
+    shaped = {2: off, 3: off[..., None]}
+    return replace(rollout, **{name: x.masked_fill(shaped[x.ndim], 0) for name, x in columns.items()})
 
 
 def _positions(mask: Tensor) -> Tensor:
@@ -177,11 +175,12 @@ def _shared(
     Where the head is left out, what it would have been given [N, T, H] stands for the logits; it is taken
     from the `inputs` that `without_head` collects.
     """
-    index, mask, width = rollout.prompt_index, rollout.prompt_mask, rollout.completion_ids.shape[1]
+    first_row, index = rollout.distinct_prompts()
+    ids, mask, width = rollout.prompt_ids[first_row], rollout.prompt_mask[first_row], rollout.mask.shape[1]
     padded = not bool(mask.all())
     places = {"attention_mask": mask, "position_ids": _positions(mask)} if padded else {}
     options = {"use_cache": True, "output_hidden_states": hidden}
-    out = model(rollout.prompt_ids, **places, **options, logits_to_keep=last(1, mask.device))
+    out = model(ids, **places, **options, logits_to_keep=last(1, mask.device))
     first = (out.logits if inputs is None else inputs.pop()[:, -1:])[index]  # [N, 1, V]
     state = out.hidden_states[-1][:, -1:][index] if hidden else None  # [N, 1, H]
     if width == 1:
@@ -209,9 +208,8 @@ def _plain(
 ) -> tuple[Tensor, Tensor | None]:
     """The same as `_shared`, with the prompt computed again for each row."""
     width = rollout.completion_ids.shape[1]
-    prompt_mask = rollout.prompt_mask[rollout.prompt_index]
-    ids = torch.cat([rollout.prompt_ids[rollout.prompt_index], rollout.completion_ids], dim=1)[:, :-1]
-    mask = torch.cat([prompt_mask, torch.ones_like(rollout.mask)], dim=1)[:, :-1]
+    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[:, :-1]
+    mask = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.mask)], dim=1)[:, :-1]
     options = {"use_cache": False, "output_hidden_states": hidden}
     places = {"attention_mask": mask, "position_ids": _positions(mask)}
     out = model(ids, **places, **options, logits_to_keep=last(width, mask.device))

@@ -8,89 +8,68 @@ as its rows need: processes meet only after the last pass of an update, where th
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tokenrl.core.rows import Kept, keep
 from tokenrl.errors import Stopped
-from tokenrl.language.rollout.rollout import Rollout
-from tokenrl.language.rollout.sampling import Sampling
+from tokenrl.language.rollout.rollout import NOT_YET, OF_PROMPTS, Rollout, lengths
 from tokenrl.language.rollout.scoring import Scores
 
 if TYPE_CHECKING:
+    from tokenrl.core.baselines import RunningMean
     from tokenrl.core.estimator import Estimator
+    from tokenrl.language.rollout.sampling import Sampling
     from tokenrl.language.training.learner import Learner
 
 Whole = TypeVar("Whole", Tensor, list[Any])
 
 
-class StepRows(NamedTuple):
-    """Rows of a step, the G completions of each prompt one after the other: those of a process, or all N.
-
-    Attributes:
-        rewards: total reward of each completion [N].
-        by_function: reward from each of F functions, NaN where it abstained [N, F].
-        valid: False where every function abstained [N].
-        truncated: True where the completion was cut at the maximum length before an EOS [N].
-        prompt_length: number of tokens of the prompt [N].
-        mask: True on actions [N, T].
-        logprobs: log-probabilities of the tokens under the policy before its update [N, T].
-        entropy: entropy of that policy at each action, in nats [N, T].
-        ref_logprobs: log-probabilities of the tokens under the reference [N, T]; None without a KL.
-        values: the critic's value of the state before each action [N, T]; None without a critic.
-        score_norms: squared norm of each action's score [N, T]; None unless the baseline is weighted by it.
-        greedy_rewards: reward of the greedy completion of the row's prompt [N]; None unless it is needed.
-    """
-
-    rewards: Tensor
-    by_function: Tensor
-    valid: Tensor
-    truncated: Tensor
-    prompt_length: Tensor
-    mask: Tensor
-    logprobs: Tensor
-    entropy: Tensor
-    ref_logprobs: Tensor | None = None
-    values: Tensor | None = None
-    score_norms: Tensor | None = None
-    greedy_rewards: Tensor | None = None
-
-    def inputs(self, sampling: Sampling, baseline_value: Tensor | float) -> dict[str, Any]:
-        """Return keyword arguments of `Estimator.advantages`: those of the rows and their sizes."""
-        names = ("logprobs", "ref_logprobs", "values", "score_norms", "greedy_rewards")
-        sizes = {"group_size": sampling.group_size, "max_length": sampling.max_completion_length}
-        return sizes | {name: getattr(self, name) for name in names} | {"baseline_value": baseline_value}
-
-    def kept(self, estimator: Estimator, group_size: int) -> Kept:
-        """Say which rows are compared, and which of them, and of their tokens, are learnt from."""
-        sizes: dict[str, Any] = {"group_size": group_size, "valid": self.valid, "truncated": self.truncated}
-        return keep(estimator, self.rewards, self.mask, **sizes)
-
-
-def share(accelerator: Any, whole: Whole) -> Whole:
-    """Return this process's slice of what all processes hold; the slices have equal lengths."""
+def local(accelerator: Any, whole: Whole) -> Whole:
+    """Return this process's part of what all processes hold; the parts have equal lengths."""
     size = len(whole) // accelerator.num_processes
     start = accelerator.process_index * size
     return whole[start : start + size]
 
 
-def gather(accelerator: Any, rows: StepRows) -> StepRows:
-    """Gather the rows of all processes, in the order of the prompts and padded to the longest completion.
+def gather(accelerator: Any, rows: Rollout) -> Rollout:
+    """Gather the rows of all processes, in the order of the prompts, with rewards in the policy's precision.
+
+    Hidden states and what is no tensor stay with their process.
 
     Raises:
         Stopped: no row of the step has a reward.
     """
+    like = rows.logprobs
+    rewards, by_function = rows.rewards.to(like), rows.by_function.to(like)
+    rows = replace(rows, rewards=rewards, by_function=by_function, valid=rows.valid.to(like.device))
     if accelerator.num_processes > 1:
+        columns = {name: x for name, x in rows.columns().items() if isinstance(x, Tensor) and x.ndim < 3}
         # Padding would turn a bool mask into int64, and only on the processes that need padding.
-        own = rows._replace(mask=rows.mask.to(torch.uint8))._asdict()
-        known = {name: x for name, x in own.items() if x is not None}
-        known = accelerator.gather(accelerator.pad_across_processes(known, dim=1))
-        rows = StepRows(**known | {"mask": known["mask"].bool()})
+        sent = {name: x.to(torch.uint8) if x.dtype == torch.bool else x for name, x in columns.items()}
+        for name, x in sent.items():
+            sent[name] = accelerator.pad_across_processes(x, dim=1, pad_first=name in OF_PROMPTS)
+        whole = {name: x.to(columns[name].dtype) for name, x in accelerator.gather(sent).items()}
+        rows = replace(rows, **whole, hidden=None, data=NOT_YET, logs=NOT_YET)
     if not rows.valid.any():
         raise Stopped("Every reward function abstained from every completion of this step.")
     return rows
+
+
+def kept_rows(estimator: Estimator, rows: Rollout, sampling: Sampling) -> Kept:
+    """Say which of all N rows are compared, and which of them, and of their tokens, are learnt from."""
+    states: dict[str, Any] = {"valid": rows.valid, "truncated": rows.truncated}
+    return keep(estimator, rows.rewards, rows.mask, group_size=sampling.group_size, **states)
+
+
+def advantage_inputs(rows: Rollout, sampling: Sampling, running_mean: RunningMean) -> dict[str, Any]:
+    """Return keyword arguments of `Estimator.advantages`: columns of all N rows, and their sizes."""
+    names = ("logprobs", "ref_logprobs", "values", "score_norms", "greedy_rewards")
+    sizes = {"group_size": sampling.group_size, "max_length": sampling.max_completion_length}
+    return sizes | {name: getattr(rows, name) for name in names} | {"baseline_value": running_mean.value}
 
 
 def learning_rows(learner: Learner, kept: Kept, advantages: Tensor, chosen: Tensor) -> Tensor:
@@ -108,32 +87,34 @@ def learning_rows(learner: Learner, kept: Kept, advantages: Tensor, chosen: Tens
     return learning
 
 
-def first_half(kept: Kept, chosen: Tensor, group_size: int) -> tuple[Tensor, tuple[int, int]]:
+def halved(
+    kept: Kept, chosen: Tensor, learning: Tensor, sampling: Sampling
+) -> tuple[list[Tensor], tuple[int, int]]:
     """Divide the groups of an update that count into two halves, whose gradients are compared.
 
     Returns:
-        True for the rows of the first half [N], and how many groups are in the first and the second half.
+        True for the rows that learn in the first and in the second half [N], and how many groups each has.
     """
-    counted = (chosen & kept.counted).view(-1, group_size).any(dim=1)  # [B]
+    counted = (chosen & kept.counted).view(-1, sampling.group_size).any(dim=1)  # [B]
     groups = int(counted.sum())
-    first = counted.cumsum(0) <= groups // 2
-    return first.repeat_interleave(group_size), (groups // 2, groups - groups // 2)
+    first = (counted.cumsum(0) <= groups // 2).repeat_interleave(sampling.group_size)
+    return [learning & first, learning & ~first], (groups // 2, groups - groups // 2)
 
 
-def micro_batches(learner: Learner, rows: StepRows, learning: Tensor) -> list[Tensor]:
+def micro_batches(learner: Learner, rows: Rollout, learning: Tensor) -> list[Tensor]:
     """Divide the rows that this process learns from into micro-batches.
 
     Args:
         learner: the settings.
-        rows: all N rows of the step.
-        learning: True for the rows that are learnt from [N].
+        rows: this process's n rows.
+        learning: True for those that are learnt from [n].
 
     Returns:
-        For each micro-batch the numbers of its rows among this process's own; nothing if it has none.
+        For each micro-batch the numbers of its rows; nothing if there are none.
     """
-    columns = (learning, rows.mask.sum(dim=1), rows.prompt_length)
-    local = (share(learner.accelerator, x).tolist() for x in columns)
-    return [torch.tensor(sorted(part), device=learning.device) for part in _packed(learner, *local)]
+    columns = (learning, lengths(rows.mask), rows.prompt_mask.sum(dim=1))
+    packed = _packed(learner, *(x.tolist() for x in columns))
+    return [torch.tensor(sorted(part), device=learning.device) for part in packed]
 
 
 def _packed(
@@ -145,8 +126,7 @@ def _packed(
     """
     args, size = learner.args, learner.sampling.group_size
     shared = learner.forward.scoring.share_prompt
-    assert args.tokens_per_pass is not None  # `choose_forward` has filled it in
-    limit, most_rows = args.tokens_per_pass, args.micro_batch_size or len(active)
+    limit, most_rows = learner.forward.tokens, args.micro_batch_size or len(active)
 
     def fits(part: Sequence[int]) -> bool:
         computed = len({i // size for i in part}) if shared else len(part)  # how many prompts
@@ -165,49 +145,23 @@ def _packed(
     return plan
 
 
-class Part(NamedTuple):
-    """What an update learns from: this process's n rows, or m of them in a micro-batch.
+def loss_inputs(rows: Rollout, scores: Scores) -> dict[str, Any]:
+    """Return the arguments of `Estimator.loss` for the rows of a micro-batch with their present scores.
 
-    Attributes:
-        rollout: the rows.
-        advantages: one for each row [n] or for each token [n, T].
-        weights: each token's weight in the loss of the whole update [n, T].
-        ref_logprobs: log-probabilities under the reference [n, T]; None without a KL.
-        old_logprobs: log-probabilities under the policy that sampled [n, T]; None if that is the present one.
+    If the present policy is also the one that sampled, the denominator of the ratio is the same number
+    without its gradient: the ratio is 1, and its gradient is that of the log-probabilities.
     """
-
-    rollout: Rollout
-    advantages: Tensor
-    weights: Tensor
-    ref_logprobs: Tensor | None
-    old_logprobs: Tensor | None
-
-    def rows(self, index: Tensor) -> Part:
-        """Return the rows of these numbers [m], cut to their longest completion."""
-        rollout = self.rollout.rows(index)
-
-        def cut(x: Tensor) -> Tensor:
-            return x[index] if x.ndim == 1 else x[index, : rollout.mask.shape[1]]
-
-        ref, old = (None if x is None else cut(x) for x in (self.ref_logprobs, self.old_logprobs))
-        return Part(rollout, cut(self.advantages), cut(self.weights), ref, old)
-
-    def old(self, logprobs: Tensor) -> Tensor:
-        """Return the denominator of the ratio as log-probabilities [m, T].
-
-        `logprobs` are those of the present policy. If it is also the one that sampled, the denominator is the
-        same number without its gradient: the ratio is 1, and its gradient is that of `logprobs`.
-        """
-        return logprobs.detach() if self.old_logprobs is None else self.old_logprobs
-
-    def inputs(self, scores: Scores) -> dict[str, Tensor | None]:
-        """Return the keyword arguments of `Estimator.loss`."""
-        return {
-            "old_logprobs": self.old(scores.logprobs),
-            "sampling_logprobs": self.rollout.sampling_logprobs,
-            "ref_logprobs": self.ref_logprobs,
-            "entropy": scores.entropy,
-        }
+    old = scores.logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs
+    return {
+        "logprobs": scores.logprobs,
+        "advantages": rows.advantages,
+        "weights": rows.weights,
+        "mask": rows.mask,
+        "old_logprobs": old,
+        "sampling_logprobs": rows.sampling_logprobs,
+        "ref_logprobs": rows.ref_logprobs,
+        "entropy": scores.entropy,
+    }
 
 
 def sum_gradients(accelerator: Any, parameters: Iterable[nn.Parameter]) -> None:

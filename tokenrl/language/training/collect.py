@@ -9,47 +9,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from statistics import mean
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from tokenrl.core.losses import k1, k3
 from tokenrl.core.rows import from_first, zero_outside, zero_spread
 from tokenrl.core.statistics import mean_and_error
 from tokenrl.language.rollout.rewarded import reward_rows
-from tokenrl.language.rollout.rollout import Rollout, joined
+from tokenrl.language.rollout.rollout import Rollout, cat
 from tokenrl.language.rollout.sampling import Sampling, encode, uniforms
 from tokenrl.language.rollout.scoring import score_in_parts, with_missing_fields
-from tokenrl.language.training.batch import StepRows
 
 if TYPE_CHECKING:
     from tokenrl.language.policy.model import Policy
-    from tokenrl.language.rewards.rewards import RewardResult, Rewards
+    from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.training.learner import Learner
 
-Prompts = list[tuple[int, Mapping[str, Any]]]  # (place in the stream of prompts, row of the task)
-Deal = Callable[[int], Prompts]  # takes a number and returns that many further prompts
-
-
-class Experience(NamedTuple):
-    """This process's part of a step: prompts, their rollout (G rows for each) and its rewards."""
-
-    prompts: Prompts
-    rollout: Rollout
-    result: RewardResult
+Prompts = list[tuple[int, Mapping[str, Any]]]  # (number in the stream of prompts, row of the task)
+DrawPrompts = Callable[[int], Prompts]  # takes a number and returns that many further prompts
 
 
 def sample(learner: Learner, prompts: Prompts, sampling: Sampling) -> Rollout:
     """Sample completions with the run's generator, and compute what else the estimator needs of a rollout."""
     estimator = learner.estimator
     prompt_ids = encode(learner.policy, [row["prompt"] for _, row in prompts], sampling)
-    draws = uniforms("training", sampling, [place for place, _ in prompts])
+    draws = uniforms("training", sampling, [number for number, _ in prompts])
     if draws is not None:
         norms, hidden = estimator.needs_score_norms, estimator.needs_values
         sampling = replace(sampling, keep_score_norms=norms, keep_hidden=hidden)
-    rollout = learner.generator.generate(prompt_ids, sampling, draws)
+    rollout = learner.generator.generate(prompt_ids, sampling, draws).of(prompts)
     if draws is None:  # greedy completions are only rewarded, never learnt from
         return rollout
     return with_missing_fields(
@@ -64,13 +56,14 @@ def sample(learner: Learner, prompts: Prompts, sampling: Sampling) -> Rollout:
     )
 
 
-def reward(learner: Learner, rewards: Rewards, prompts: Prompts, rollout: Rollout, step: int) -> RewardResult:
+def reward(learner: Learner, rewards: Rewards, rows: Rollout, step: int) -> Rollout:
     """Reward completions of a step; functions may read the steps done before this one, and steps in all."""
-    rows, state = [row for _, row in prompts], {"step": step - 1, "max_steps": learner.args.max_steps}
-    return reward_rows(learner.policy, rewards, rows, rollout, **state)
+    return reward_rows(learner.policy, rewards, rows, step=step - 1, max_steps=learner.args.max_steps)
 
 
-def refill(learner: Learner, rewards: Rewards, sampling: Sampling, own: Experience, more: Deal) -> Experience:
+def refill(
+    learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout, draw_prompts: DrawPrompts
+) -> Rollout:
     """Replace groups whose rewards are all equal by groups of new prompts, in up to `max_refills` rounds.
 
     This is the dynamic sampling of DAPO (arXiv 2503.14476): with a group baseline, such groups have no
@@ -80,62 +73,42 @@ def refill(learner: Learner, rewards: Rewards, sampling: Sampling, own: Experien
         learner: the policy and the settings.
         rewards: the reward functions.
         sampling: how completions are sampled.
-        own: this process's groups.
-        more: deals further prompts, the same on every process.
+        rows: this process's groups.
+        draw_prompts: gives further prompts, the same on every process.
     """
-    accelerator, refilled = learner.accelerator, 0
+    accelerator, size, refilled = learner.accelerator, sampling.group_size, 0
     for _ in range(learner.args.max_refills):
-        totals, valid = torch.from_numpy(own.result.total), torch.from_numpy(own.result.valid)
-        dead = zero_spread(totals, sampling.group_size, valid).to(accelerator.device)
-        counts = accelerator.gather(dead.sum()[None]).tolist()
+        dead = zero_spread(rows.rewards, size, rows.valid)
+        counts = accelerator.gather(dead.sum()[None].to(accelerator.device)).tolist()
         if not sum(counts):
             break
         refilled += sum(counts)
-        # Every process deals the same prompts and takes those that replace its own groups.
+        # Every process draws the same prompts and takes those that replace its own groups.
         first = sum(counts[: accelerator.process_index])
-        prompts = more(sum(counts))[first:][: counts[accelerator.process_index]]
+        prompts = draw_prompts(sum(counts))[first:][: counts[accelerator.process_index]]
         if prompts:
-            rollout = sample(learner, prompts, sampling)
-            result = reward(learner, rewards, prompts, rollout, sampling.step)
-            own = _replaced(own, dead, Experience(prompts, rollout, result))
-    own.result.logged.append(({"refilled": float(refilled)}, 1))  # the same number on every process
-    return own
+            new = reward(learner, rewards, sample(learner, prompts, sampling), sampling.step)
+            order = torch.arange(len(rows))
+            order[dead.repeat_interleave(size)] = len(rows) + torch.arange(len(new))
+            rows = cat([rows, new]).take(order)
+    count = ({"refilled": float(refilled)}, 1)  # the same number on every process
+    return replace(rows, logged=(*rows.logged, count))
 
 
-def step_rows(learner: Learner, rewards: Rewards, sampling: Sampling, own: Experience) -> StepRows:
-    """Return this process's rows, with the numbers that the estimator needs besides rewards."""
-    prompts, rollout, result = own
-    estimator, logprobs = learner.estimator, rollout.logprobs
-    assert logprobs is not None and rollout.entropy is not None  # `sample` asks for them
-
-    def column(x: Any) -> Tensor:
-        return torch.as_tensor(x, dtype=logprobs.dtype, device=logprobs.device)
-
-    ref_logprobs = values = greedy = None
+def with_estimates(learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout) -> Rollout:
+    """Return the rows with what the estimator compares them with: reference, critic, greedy completions."""
+    estimator, columns = learner.estimator, dict[str, Any]()
     if estimator.needs_reference:
         with learner.forward.policy.reference_model() as reference:
-            ref_logprobs = column(logprobs_under(learner, reference, rollout))
+            columns["ref_logprobs"] = logprobs_under(learner, reference, rows)
     if learner.critic is not None:
-        values = column(learner.critic.values(rollout.hidden).detach())
+        columns["values"] = learner.critic.values(rows.hidden).detach()
     if estimator.needs_greedy:
-        greedy = column(greedy_rewards(learner, rewards, sampling, prompts))[rollout.prompt_index]
-    return StepRows(
-        rewards=column(result.total),
-        by_function=column(result.values),
-        valid=torch.as_tensor(result.valid, device=logprobs.device),
-        truncated=rollout.truncated,
-        prompt_length=rollout.prompt_mask.sum(dim=1)[rollout.prompt_index],
-        mask=rollout.mask,
-        logprobs=logprobs,
-        entropy=rollout.entropy,
-        ref_logprobs=ref_logprobs,
-        values=values,
-        score_norms=rollout.score_norms if estimator.needs_score_norms else None,
-        greedy_rewards=greedy,
-    )
+        columns["greedy_rewards"] = greedy_rewards(learner, rewards, sampling, rows)
+    return replace(rows, **{name: x.to(rows.logprobs) for name, x in columns.items()})
 
 
-def old_logprobs(learner: Learner, rollout: Rollout) -> Tensor | None:
+def old_logprobs(learner: Learner, rows: Rollout) -> Tensor | None:
     """Return the log-probabilities [n, T] under the policy that sampled, as the scoring pass computes them.
 
     They are not taken from the rollout, because the generator's numbers may differ by rounding, and the ratio
@@ -144,55 +117,43 @@ def old_logprobs(learner: Learner, rollout: Rollout) -> Tensor | None:
     """
     several = learner.args.num_iterations * learner.args.num_minibatches > 1
     if learner.estimator.needs_old_logprobs and several:
-        return logprobs_under(learner, learner.forward.model, rollout)
+        return logprobs_under(learner, learner.forward.model, rows)
     return None
 
 
-def logprobs_under(learner: Learner, model: nn.Module, rollout: Rollout) -> Tensor:
+def logprobs_under(learner: Learner, model: nn.Module, rows: Rollout) -> Tensor:
     """Return the log-probabilities [n, T] of this process's rows under a model, without a graph."""
-    size = rows_at_once(learner, rollout)
-    return score_in_parts(model, rollout, rows_at_once=size, **learner.scoring).logprobs
+    size = rows_at_once(learner, rows)
+    return score_in_parts(model, rows, rows_at_once=size, **learner.scoring).logprobs
 
 
-def rows_at_once(learner: Learner, rollout: Rollout) -> int:
+def rows_at_once(learner: Learner, rows: Rollout) -> int:
     """Return how many rows a forward pass without a gradient takes: as one with a gradient, at the most."""
-    args, size = learner.args, learner.sampling.group_size
-    width = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
-    assert args.tokens_per_pass is not None  # `choose_forward` has filled it in
-    groups = args.tokens_per_pass // (width * size)
-    rows = groups * size if groups else max(1, args.tokens_per_pass // width)
-    return min(rows, args.micro_batch_size or rows)
+    size, tokens = learner.sampling.group_size, learner.forward.tokens
+    width = rows.prompt_ids.shape[1] + rows.completion_ids.shape[1]
+    groups = tokens // (width * size)
+    most = groups * size if groups else max(1, tokens // width)
+    return min(most, learner.args.micro_batch_size or most)
 
 
-def greedy_rewards(learner: Learner, rewards: Rewards, sampling: Sampling, prompts: Prompts) -> np.ndarray:
-    """Return the reward [B] of the greedy completion of each prompt, the baseline of ReMax (2310.10505)."""
-    rollout = sample(learner, prompts, replace(sampling, num_generations=0))
-    return reward(learner, rewards, prompts, rollout, sampling.step).total
+def greedy_rewards(learner: Learner, rewards: Rewards, sampling: Sampling, rows: Rollout) -> Tensor:
+    """Return the reward [n] of the greedy completion of each row's prompt, for ReMax (arXiv 2310.10505)."""
+    size = sampling.group_size
+    prompts = list(zip(rows.prompt_index.tolist(), rows.data, strict=True))[::size]
+    greedy = sample(learner, prompts, replace(sampling, num_generations=0))
+    return reward(learner, rewards, greedy, sampling.step).rewards.repeat_interleave(size)
 
 
-def _replaced(old: Experience, dead: Tensor, new: Experience) -> Experience:
-    """Return the old groups, with the new ones in place of those where `dead` [B] is True."""
-    n, size = len(old.rollout.mask), len(old.rollout.mask) // len(dead)
-    index = torch.arange(n, device=dead.device)
-    index[dead.repeat_interleave(size)] = n + torch.arange(len(new.prompts) * size, device=dead.device)
-    order = index.cpu().numpy()
-    arrays = {
-        name: np.concatenate([getattr(old.result, name), getattr(new.result, name)])[order]
-        for name in ("values", "total", "valid")
-    }
-    extra = {}
-    for name in {**old.result.extra, **new.result.extra}:  # a function may log a column in some calls alone
-        columns = (result.extra.get(name, [None] * len(result.total)) for result in (old.result, new.result))
-        both = [value for column in columns for value in column]
-        extra[name] = [both[i] for i in order]
-    return old._replace(
-        prompts=old.prompts + new.prompts,
-        rollout=joined([old.rollout, new.rollout], index),
-        result=replace(new.result, **arrays, logged=old.result.logged + new.result.logged, extra=extra),
-    )
+def averaged(logged: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """Average what rewards logged over calls and processes, by rows; every process has to call this."""
+    values: dict[str, list[float]] = {}
+    for means, count in gather_object(list(logged)):
+        for name, value in means.items():
+            values.setdefault(name, []).extend([value] * count)
+    return {name: mean(each) for name, each in values.items()}
 
 
-def step_metrics(rows: StepRows, names: Sequence[str], group_size: int) -> dict[str, float]:
+def step_metrics(rows: Rollout, names: Sequence[str], group_size: int) -> dict[str, float]:
     """Compute the metrics of the step's rows, under TRL's names.
 
     `frac_reward_zero_std` is the share of groups in which all rewards are equal; with a group baseline they
@@ -224,7 +185,7 @@ def step_metrics(rows: StepRows, names: Sequence[str], group_size: int) -> dict[
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": rows.truncated.double().mean(),
-        "num_tokens": lengths.sum() + rows.prompt_length.sum(),
+        "num_tokens": lengths.sum() + rows.prompt_mask.sum(),
     }
     if rows.ref_logprobs is not None:
         for name, values in completion_kl(rows.logprobs, rows.ref_logprobs, mask).items():
@@ -266,22 +227,20 @@ def prompt_text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
-def completion_rows(
-    policy: Policy, own: Experience, names: Sequence[str], advantages: Tensor
-) -> list[dict[str, Any]]:
+def completion_rows(policy: Policy, rows: Rollout, names: Sequence[str]) -> list[dict[str, Any]]:
     """Return this process's completions with their rewards and advantages, as rows of a table.
 
     Where each token has an advantage of its own, the row holds that of the first token.
     """
-    prompts, rollout, result = own
-    texts = policy.decode(rollout.completion_ids, rollout.mask)
+    advantages = rows.advantages if rows.advantages.ndim == 1 else rows.advantages[:, 0]
+    logs = dict.fromkeys(name for row in rows.logs for name in row)  # of some calls a function logs none
     columns = {
-        "prompt": [prompts[i][1]["prompt"] for i in rollout.prompt_index.tolist()],
-        "completion": texts,
-        "reward": result.total.tolist(),
-        **{f"rewards/{name}": result.values[:, f].tolist() for f, name in enumerate(names)},
-        **result.extra,
-        "advantage": (advantages if advantages.ndim == 1 else advantages[:, 0]).tolist(),
-        "truncated": rollout.truncated.tolist(),
+        "prompt": [row["prompt"] for row in rows.data],
+        "completion": policy.decode(rows.completion_ids, rows.mask),
+        "reward": rows.rewards.tolist(),
+        **{f"rewards/{name}": rows.by_function[:, f].tolist() for f, name in enumerate(names)},
+        **{name: [row.get(name) for row in rows.logs] for name in logs},
+        "advantage": advantages.tolist(),
+        "truncated": rows.truncated.tolist(),
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -22,12 +22,13 @@ from tokenrl.language.rewards.rewards import Rewards
 from tokenrl.language.rollout.agreement import agree
 from tokenrl.language.rollout.generator import Generator
 from tokenrl.language.rollout.rewarded import sample_and_reward
+from tokenrl.language.rollout.rollout import lengths
 from tokenrl.language.rollout.sampling import Sampling, encode
 from tokenrl.language.rollout.scoring import USUAL, Scoring, score_in_parts, with_missing_fields
 from tokenrl.language.training.collect import completion_kl
 
 Row = Mapping[str, Any]
-SCORED_AT_ONCE = 32  # completions that a reference scores at once, which bounds its logits
+SCORED_AT_ONCE = 32  # completions that are scored at once, which bounds their logits
 DIFFERENCE = "difference/"
 """Begins the names of metrics that compare a policy with another."""
 
@@ -296,28 +297,26 @@ def sampled_rows(
         scoring: how the policy is scored, for what another engine does not return.
         **how: further arguments of `sample_and_reward`.
     """
-    rows, temperature = list[dict[str, Any]](), sampling.temperature
+    rows = list[dict[str, Any]]()
     way = None if reference is None else agree(reference, gradient=False)
-    for places, rollout, result in sample_and_reward(policy, prompts, rewards, sampling, **how):
-        fields = {"logprobs": True, "entropy": True}
-        rollout = with_missing_fields(policy, rollout, scoring, temperature=temperature, **fields)
-        assert rollout.logprobs is not None and rollout.entropy is not None
-        lengths, where = rollout.mask.sum(dim=1).tolist(), [places[i] for i in rollout.prompt_index.tolist()]
+    options: dict[str, Any] = {"rows_at_once": SCORED_AT_ONCE, "temperature": sampling.temperature}
+    for batch in sample_and_reward(policy, prompts, rewards, sampling, **how):
+        batch = with_missing_fields(policy, batch, scoring, logprobs=True, entropy=True, **options)
+        counts = lengths(batch.mask).tolist()
         columns = {
-            "place": where,
-            "prompt": [prompts[place]["prompt"] for place in where],
-            "completion": policy.decode(rollout.completion_ids, rollout.mask),
-            "reward": np.where(result.valid, result.total, math.nan).tolist(),
-            "rewards": result.values.tolist(),
-            "ids": [ids[:n] for ids, n in zip(rollout.completion_ids.tolist(), lengths, strict=True)],
-            "entropy": rollout.entropy.double().sum(dim=1).tolist(),
-            "length": lengths,
-            "truncated": rollout.truncated.tolist(),
+            "place": batch.prompt_index.tolist(),
+            "prompt": [row["prompt"] for row in batch.data],
+            "completion": policy.decode(batch.completion_ids, batch.mask),
+            "reward": batch.rewards.masked_fill(~batch.valid, math.nan).tolist(),
+            "rewards": batch.by_function.tolist(),
+            "ids": [ids[:n] for ids, n in zip(batch.completion_ids.tolist(), counts, strict=True)],
+            "entropy": batch.entropy.double().sum(dim=1).tolist(),
+            "length": counts,
+            "truncated": batch.truncated.tolist(),
         }
         if reference is not None and way is not None:
-            size = SCORED_AT_ONCE
-            scored = score_in_parts(reference.model, rollout, way, rows_at_once=size, temperature=temperature)
-            kl = completion_kl(rollout.logprobs, scored.logprobs, rollout.mask)
+            scores = score_in_parts(reference.model, batch, way, **options)
+            kl = completion_kl(batch.logprobs, scores.logprobs, batch.mask)
             columns |= {name: values.tolist() for name, values in kl.items()}
         rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return rows

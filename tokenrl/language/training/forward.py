@@ -47,6 +47,7 @@ class Forward:
         scoring: how completions are scored.
         copies: the trained weights, each with the bfloat16 copy that `model` has of it; empty in float32.
         words: the choices and their reasons in a line, for the run's header.
+        tokens: the most tokens of a pass, which has at least one row.
     """
 
     policy: Policy
@@ -54,6 +55,7 @@ class Forward:
     scoring: Scoring
     copies: Copies = ()
     words: str = ""
+    tokens: int = 1
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -112,7 +114,7 @@ def choose_forward(
         f"attention {attention.replace('_', ' ')}, up to {tokens:,} tokens in a pass"
     )
     settings = {"mixed_precision": precision, "training_attention": attention, "tokens_per_pass": tokens}
-    return Forward(acting, model, scoring, copies, words), settings
+    return Forward(acting, model, scoring, copies, words, tokens), settings
 
 
 def choose_precision(args: TrainArguments, policy: Policy, accelerator: Any) -> tuple[str, str]:

@@ -150,15 +150,15 @@ class Learner:
         self.forward.refresh()
         self.generator.sync(self.policy)
 
-    def gradient_noise(self, half: Tensor | None, groups: tuple[int, int]) -> dict[str, float]:
+    def gradient_noise(self, half: Tensor | None, groups: tuple[int, int] | None) -> dict[str, float]:
         """Return the metrics of signal and noise of an update.
 
         Args:
             half: the gradient of the first half of the update [parameters]; that of the whole update is what
                 the parameters hold now. None: nothing is measured.
-            groups: numbers of groups in the first and in the second half.
+            groups: numbers of groups in the first and in the second half; None: nothing is measured.
         """
-        if half is None:
+        if half is None or groups is None:
             return {}
         whole = flat_gradient(self.policy.trainable_parameters())
         return self.diagnostics.metrics(half, whole, groups)

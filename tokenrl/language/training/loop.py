@@ -189,7 +189,7 @@ def _begin(run: Run, session: Session) -> None:
 def _one_step(run: Run, step: int) -> Record:
     """Make a training step, and add it to what the run has done so far."""
     learner, stream = run.learner, run.stream
-    record = training_step(learner, run.rewards, run.running_mean, step, stream.next(), stream.take)
+    record = training_step(learner, run.rewards, run.running_mean, step, stream.take)
     metrics, (plain, least), prompts = record.metrics, sizes_of_steps(run.args), run.args.prompts_per_step
     done: dict[str, float] = {
         "num_tokens": int(metrics["num_tokens"]),

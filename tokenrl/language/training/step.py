@@ -21,25 +21,26 @@ from torch import Tensor
 from tokenrl.core.statistics import flat_gradient, generator_of
 from tokenrl.language.rollout.scoring import score
 from tokenrl.language.training.batch import (
-    Part,
-    first_half,
+    advantage_inputs,
     gather,
+    halved,
+    kept_rows,
     learning_rows,
+    local,
+    loss_inputs,
     micro_batches,
-    share,
     sum_gradients,
 )
 from tokenrl.language.training.collect import (
-    Deal,
-    Experience,
-    Prompts,
+    DrawPrompts,
+    averaged,
     completion_rows,
     old_logprobs,
     refill,
     reward,
     sample,
     step_metrics,
-    step_rows,
+    with_estimates,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from tokenrl.core.rows import Kept
     from tokenrl.language.rewards.rewards import Rewards
     from tokenrl.language.rollout.rollout import Rollout
-    from tokenrl.language.training.batch import StepRows
     from tokenrl.language.training.learner import Learner
 
 CLIPPED = ("token", "cispo")
@@ -69,7 +69,7 @@ class Record(NamedTuple):
 
 
 def training_step(
-    learner: Learner, rewards: Rewards, running_mean: RunningMean, step: int, prompts: Prompts, more: Deal
+    learner: Learner, rewards: Rewards, running_mean: RunningMean, step: int, draw_prompts: DrawPrompts
 ) -> Record:
     """Run one training step: sample, reward, update, record.
 
@@ -81,68 +81,65 @@ def training_step(
         running_mean: mean reward of earlier steps. It is read before it is updated, because otherwise a
             reward would enter its own baseline.
         step: number of this step, from 1.
-        prompts: the whole step's prompts, the same on every process.
-        more: deals further prompts, for estimators that replace groups of equal rewards.
+        draw_prompts: returns so many further prompts, the same on every process: those of the whole step,
+            and for some estimators those that replace groups of equal rewards.
     """
     policy, estimator, accelerator = learner.policy, learner.estimator, learner.accelerator
+    model, limit = learner.forward.model, learner.args.max_grad_norm or math.inf
     sampling, parameters = replace(learner.sampling, step=step), policy.trainable_parameters()
-    times, before, entropy = [time.perf_counter()], dict(rewards.seconds), estimator.needs_entropy
+    times, before = [time.perf_counter()], dict(rewards.seconds)
 
-    mine = share(accelerator, prompts)
-    rollout = sample(learner, mine, sampling)  # n rows, G for each prompt
-    result = reward(learner, rewards, mine, rollout, step)
-    own = Experience(mine, rollout, result)
+    prompts = local(accelerator, draw_prompts(learner.args.prompts_per_step))
+    rows = reward(learner, rewards, sample(learner, prompts, sampling), step)  # n rows, G for each prompt
     if estimator.zero_spread == "refill":
-        mine, rollout, result = own = refill(learner, rewards, sampling, own, more)
+        rows = refill(learner, rewards, sampling, rows, draw_prompts)
     times.append(time.perf_counter())
 
-    rows = gather(accelerator, step_rows(learner, rewards, sampling, own))  # all N rows, on every process
-    kept = rows.kept(estimator, sampling.group_size)
+    rows = with_estimates(learner, rewards, sampling, rows)
+    whole = gather(accelerator, rows)  # all N rows, on every process
+    kept = kept_rows(estimator, whole, sampling)
     advantages, returns = estimator.advantages(
-        rows.rewards, rows.mask, valid=kept.compared, **rows.inputs(sampling, running_mean.value)
+        whole.rewards, whole.mask, valid=kept.compared, **advantage_inputs(whole, sampling, running_mean)
     )
 
-    old = old_logprobs(learner, rollout)  # [n, T]; None: the policy of the update is the one that sampled
-    reference = None if rows.ref_logprobs is None else share(accelerator, rows.ref_logprobs)  # [n, T]
+    old = old_logprobs(learner, rows)  # [n, T]; None: the policy of the update is the one that sampled
+    rows = replace(rows, advantages=local(accelerator, advantages), old_logprobs=old)
     history = []
-    for chosen, measured in minibatches(learner, len(kept.mask), step):  # rows of an update [N]
+    for chosen, measured in minibatches(learner, len(whole), step):  # rows of an update [N]
         weights = token_weights(learner, kept, chosen, advantages)  # [N, T]
-        own_part = Part(rollout, share(accelerator, advantages), share(accelerator, weights), reference, old)
+        rows = replace(rows, weights=local(accelerator, weights))
         learning = learning_rows(learner, kept, advantages, chosen)  # [N]
-        halves, groups, half = [learning], (0, 0), None
-        if measured:
-            first, groups = first_half(kept, chosen, sampling.group_size)
-            halves = [learning & first, learning & ~first]
-        sums = torch.zeros(3, dtype=torch.float64)
+        halves, groups = halved(kept, chosen, learning, sampling) if measured else ([learning], None)
+        sums, half_gradient = torch.zeros(3, dtype=torch.float64), None
         learner.optimizer.zero_grad()
-        for learnt in halves:
-            for index in micro_batches(learner, rows, learnt):
-                part = own_part.rows(index)
-                scores = score(learner.forward.model, part.rollout, **learner.scoring, entropy=entropy)
-                loss = estimator.loss(
-                    scores.logprobs, part.advantages, part.weights, part.rollout.mask, **part.inputs(scores)
-                )
+        for half in halves:
+            for index in micro_batches(learner, rows, local(accelerator, half)):
+                part = rows.take(index)
+                scores = score(model, part, **learner.scoring, entropy=estimator.needs_entropy)
+                inputs = loss_inputs(part, scores)
+                loss = estimator.loss(**inputs)
                 accelerator.backward(loss)
                 learner.forward.hand_over()
-                sums += counted(learner, part, loss, scores.logprobs)
-            half = flat_gradient(parameters, accelerator) if measured and half is None else half
+                sums += loss_statistics(learner, loss, **inputs)
+            if half_gradient is None and measured:
+                half_gradient = flat_gradient(parameters, accelerator)
         sum_gradients(accelerator, parameters)
-        noise = learner.gradient_noise(half, groups)
-        norm = float(accelerator.clip_grad_norm_(parameters, learner.args.max_grad_norm or math.inf))
+        noise = learner.gradient_noise(half_gradient, groups)
+        norm = float(accelerator.clip_grad_norm_(parameters, limit))
         if learner.accepts(norm, bool(learning.any())):
             learner.optimizer.step()
         learner.forward.refresh()
         history.append(update_metrics(learner, sums, norm) | noise)
     learner.generator.sync(policy)  # the next step samples from the new weights
 
-    metrics = result.averaged() | step_metrics(rows, rewards.names, sampling.group_size)
+    metrics = averaged(rows.logged) | step_metrics(whole, rewards.names, sampling.group_size)
     metrics |= {name: fmean(one[name] for one in history if name in one) for name in history[0]}
-    metrics |= teach_baselines(learner, running_mean, rollout, rows, returns)
+    metrics |= update_baselines(learner, running_mean, rows, whole, returns)
     metrics |= learner.adapt_beta(metrics)
     times.append(time.perf_counter())
-    table = partial(completion_rows, policy, own, rewards.names, share(accelerator, advantages))
     spent = {f"rewards/{name}/seconds": now - before[name] for name, now in rewards.seconds.items()}
-    return Record(metrics, table, {"collect": times[1] - times[0], "update": times[2] - times[1]} | spent)
+    timings = {"collect": times[1] - times[0], "update": times[2] - times[1]} | spent
+    return Record(metrics, partial(completion_rows, policy, rows, rewards.names), timings)
 
 
 def minibatches(learner: Learner, rows: int, step: int) -> Iterator[tuple[Tensor, bool]]:
@@ -178,14 +175,16 @@ def token_weights(learner: Learner, kept: Kept, chosen: Tensor, like: Tensor) ->
     return weights
 
 
-def counted(learner: Learner, part: Part, loss: Tensor, logprobs: Tensor) -> Tensor:
+def loss_statistics(
+    learner: Learner, loss: Tensor, *, logprobs: Tensor, old_logprobs: Tensor, weights: Tensor, **_: Any
+) -> Tensor:
     """Return the loss of a micro-batch, its tokens outside the clip range, and all that it learns from [3].
 
-    `logprobs` are those of the present policy [m, T].
+    The keywords are those of `Estimator.loss`.
     """
     counts = torch.zeros(2, dtype=torch.int64, device=loss.device)
     if learner.estimator.ratio in CLIPPED:
-        ratio, learnt = (logprobs.detach() - part.old(logprobs)).exp(), part.weights != 0
+        ratio, learnt = (logprobs.detach() - old_logprobs).exp(), weights != 0
         low, high = learner.estimator.clip_range
         beyond = ((ratio > high) | (ratio < low)) & learnt
         counts = torch.stack([beyond.sum(), learnt.sum()])
@@ -197,7 +196,7 @@ def update_metrics(learner: Learner, sums: Tensor, norm: float) -> dict[str, flo
 
     Args:
         learner: the settings.
-        sums: what `counted` returned, summed over the micro-batches of this process.
+        sums: what `loss_statistics` returned, summed over the micro-batches of this process.
         norm: norm of the gradient before clipping.
 
     Returns:
@@ -212,16 +211,16 @@ def update_metrics(learner: Learner, sums: Tensor, norm: float) -> dict[str, flo
     return metrics
 
 
-def teach_baselines(
-    learner: Learner, running_mean: RunningMean, rollout: Rollout, rows: StepRows, returns: Tensor
+def update_baselines(
+    learner: Learner, running_mean: RunningMean, rows: Rollout, whole: Rollout, returns: Tensor
 ) -> dict[str, float]:
     """Update the running mean and the critic with this step's rewards, after the policy's update used them.
 
     Args:
         learner: holds the critic.
         running_mean: mean reward of earlier steps.
-        rollout: this process's n rows.
-        rows: all N rows of the step.
+        rows: this process's n rows.
+        whole: all N rows of the step.
         returns: the critic's targets [N, T].
 
     Returns:
@@ -231,12 +230,12 @@ def teach_baselines(
     metrics = {}
     if learner.estimator.baseline == "running_mean":
         metrics["baseline"] = float(running_mean.value)
-        running_mean.update(rows.rewards, valid=rows.valid)
-    if learner.critic is not None and rollout.hidden is not None:
-        states = (rows.mask & rows.valid[:, None]).to(returns.dtype)
-        weights, width = states / states.sum().clamp(min=1), rollout.mask.shape[1]
-        targets, weights = (share(learner.accelerator, x)[:, :width] for x in (returns, weights))
+        running_mean.update(whole.rewards, valid=whole.valid)
+    if learner.critic is not None and rows.hidden is not None:
+        states = (whole.mask & whole.valid[:, None]).to(returns.dtype)
+        weights, width = states / states.sum().clamp(min=1), rows.mask.shape[1]
+        targets, weights = (local(learner.accelerator, x)[:, :width] for x in (returns, weights))
         metrics["value_loss"] = learner.critic.update(
-            learner.estimator, rollout.hidden, targets, weights, learner.accelerator
+            learner.estimator, rows.hidden, targets, weights, learner.accelerator
         )
     return metrics

@@ -135,7 +135,7 @@ def _trial_steps(run: Run, rows: Rows, findings: list[Finding]) -> list[Record]:
     def step() -> Record:
         critic, mean = copy.deepcopy((learner.critic, run.running_mean))
         trial = replace(learner, optimizer=still, critic=critic, diagnostics=GradientDiagnostics(0))
-        return training_step(trial, rewards, mean, len(records) + 1, stream.next(), stream.take)
+        return training_step(trial, rewards, mean, len(records) + 1, stream.take)
 
     # The first two steps are slower than later ones.
     while len(records) < 3 or (len(records) < enough and _share_equal(run, records) == 1):
