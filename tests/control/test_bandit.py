@@ -41,14 +41,6 @@ def test_the_worked_example():
     assert step(0.0, 0) == 0.5 and float(probability(0.5)) == pytest.approx(0.622, abs=5e-4)
 
 
-def test_signal_and_noise():
-    """The signal is largest where the policy is undecided, .25; there the sd is .25. The noise is not."""
-    theta = torch.linspace(-4, 4, 801, dtype=torch.double)
-    assert float(theta[expected(theta).argmax()]) == pytest.approx(0, abs=1e-12)
-    assert (float(expected(0.0)), float(variance(0.0))) == (0.25, 0.0625)
-    assert float(probability(theta[variance(theta).argmax()])) == pytest.approx(0.25, abs=2e-3)
-
-
 @pytest.mark.parametrize("baseline", ["none", "timestep_mean"])
 @pytest.mark.parametrize("returns", ["total", "reward_to_go"])
 @pytest.mark.parametrize("steps", [1, 2, 5])

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, Independent, Normal
 
-from tokenrl.control.policies import LOG_STD_RANGE, ObservationScale, Policy, Shape, check_head
-from tokenrl.errors import Refused
+from tokenrl.control.policies import LOG_STD_RANGE, ObservationScale, Policy, Shape
 
 
 def policy_of(head, actions, *, hidden=(5,), critic=None, **options):
@@ -126,13 +125,3 @@ def test_critics(critic):
     own, apart = policy.policy_parameters(), policy.value_parameters()
     assert bool(apart) == (critic == "separate") and {*own, *apart} == set(policy.parameters())
     assert len(own) + len(apart) == len(list(policy.parameters()))
-
-
-def test_a_head_that_cannot_give_the_actions_is_refused():
-    for head, discrete in (("softmax", True), ("gaussian", False)):
-        check_head(head, discrete)
-        check_head("auto", discrete)
-        with pytest.raises(Refused, match=f"'{head}'"):
-            check_head(head, not discrete)
-    with pytest.raises(Refused, match="Did you mean 'softmax'"):
-        check_head("softmaxx", True)

@@ -30,11 +30,6 @@ def policy() -> Policy:
     return tiny_policy()
 
 
-@pytest.fixture(scope="module")
-def problem(policy: Policy):
-    return problem_of_policy(policy, PROMPTS, points_of, length=2, vocabulary=4)
-
-
 def test_products_and_variances_are_unbiased() -> None:
     """All 4^3 samples of three units from four points of unequal chance; two copies per unit."""
     generator = torch.Generator().manual_seed(0)
@@ -73,29 +68,16 @@ def drawn(problem, chosen: torch.Tensor, group_size: int, prompt: int = 0) -> Sa
     return Samples((), group_size, *rows)
 
 
-def groups_of_two(problem, estimator: Estimator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Chances [2 M^2], gradients and the gradients' cross product of rows of every group of two."""
+def groups_of_two(problem, estimator: Estimator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chances [2 M^2] and gradients of every group of two."""
     m = problem.chances.shape[1]
-    chance, gradient, inside = [], [], []
+    chance, gradient = [], []
     for x, (i, j) in itertools.product(range(2), itertools.product(range(m), repeat=2)):
         pair = torch.tensor([i, j])
         slopes = step_slopes(estimator, drawn(problem, pair, 2, x), torch.arange(2), group_size=2).logprobs
-        rows = torch.einsum("nt,ntd->nd", slopes, problem.scores[x, pair])
         chance.append(problem.chances[x, pair].prod() / 2)
-        gradient.append(rows.sum(0))
-        inside.append(2 * 2 * rows[0] @ rows[1])  # each row estimates half of the gradient
-    return torch.stack(chance), torch.stack(gradient), torch.stack(inside)
-
-
-def test_the_unit_is_the_group(problem) -> None:
-    """Inside a RLOO group products of different rows do not estimate |E g|^2; between groups they do."""
-    chance, gradient, inside = groups_of_two(problem, Estimator())
-    mean = chance @ gradient
-    torch.testing.assert_close(mean, problem.gradient().sum(0), rtol=1e-10, atol=1e-12)
-    truth = float(mean @ mean)
-    assert abs(float(chance @ inside) / truth - 1) > 0.5
-    pairs = chance[:, None] * chance
-    assert float((pairs * (gradient @ gradient.T)).sum()) == pytest.approx(truth, rel=1e-10)
+        gradient.append(torch.einsum("nt,ntd->d", slopes, problem.scores[x, pair]))
+    return torch.stack(chance), torch.stack(gradient)
 
 
 def test_intervals_cover_the_truth() -> None:
@@ -104,7 +86,7 @@ def test_intervals_cover_the_truth() -> None:
     The nominal share is 95; 100 draws of that fall below 90 in about 1 of 90 cases, and the seeds are fixed.
     """
     problem = problem_of_policy(tiny_policy(spread=0.3), PROMPTS, points_of, length=2, vocabulary=4)
-    made = {name: groups_of_two(problem, e)[:2] for name, e in (("rloo", Estimator()), ("grpo", GRPO))}
+    made = {name: groups_of_two(problem, e) for name, e in (("rloo", Estimator()), ("grpo", GRPO))}
     chance = made["rloo"][0]
     rloo, grpo = (p @ g for p, g in made.values())
     of_rloo, of_grpo = (float(p @ (g - p @ g).square().sum(-1)) for p, g in made.values())
