@@ -27,7 +27,7 @@ def program(monkeypatch):
     """Gives the names of a program, which imports its neighbours from its folder."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield lambda name: runpy.run_path(str(FOLDER / name))
-    for name in ("one_trainer", "step_against_trl"):
+    for name in ("floor", "one_trainer", "step_against_trl"):
         sys.modules.pop(name, None)
 
 
@@ -40,43 +40,53 @@ def benchmark(program):
 def test_table_has_ratios_of_rounds_the_highest_peaks_and_what_failed(benchmark):
     comparison, row = benchmark["Comparison"], benchmark["table_row"]
     trl, ours = [(4.0, 900.0), (2.0, 1000.0), (3.0, 800.0)], [(2.0, 500.0), (0.5, 400.0), (3.0, 300.0)]
-    said = row(comparison("fixed", (True, "eager"), trl, ours))
-    assert " ".join(said.split()) == "fixed bfloat16 eager 3.000 2.000 2.00 (1.00 to 4.00) 1,000 500 2.00"
-    assert len(said) == len(benchmark["HEADING"])
-    one = comparison("long", (False, "sdpa"), [(4.0, 900.0), None], [(2.0, 500.0), (9.0, 500.0)])
-    assert "2.00 (2.00 to 2.00)" in row(one)
+    line = row(comparison("fixed", (True, "eager"), trl, ours, [1.5, 0.5, 1.0]))
+    numbers = "3.000 2.000 2.00 (1.00 to 4.00) 1,000 500 2.00 1.000 0.33 0.50"
+    assert " ".join(line.split()) == f"fixed bfloat16 eager {numbers}"
+    assert len(line) == len(benchmark["HEADING"])
+    once = comparison("long", (False, "sdpa"), [(4.0, 900.0), None], [(2.0, 500.0), (9.0, 500.0)])
+    assert "2.00 (2.00 to 2.00)" in row(once)
+    assert benchmark["steady"](SEVEN, 6) == 2.0  # of 9 9 9 1 2 3
     failed = row(comparison("memory", None, [None], [None]))
     assert failed.split() == ["memory", "failed", "failed", "failed"]
     assert row(comparison("memory", None, [None], [(1.0, 5.0)])).split()[-2:] == ["1.000", "5"]
 
 
-def measurements(sizes, seconds):
-    return [[{"parameters": 1_000_000, "peak_mb": 1.0, "seconds": [one] * 6}] for one in seconds]
-
-
-def test_scaling_row_has_the_exponent(benchmark):
-    assert benchmark["exponent"]([1, 2, 4], [3.0, 3 * 2**1.5, 3 * 4**1.5]) == pytest.approx(1.5)
-    assert benchmark["steady"](SEVEN, 6) == 2.0  # of 9 9 9 1 2 3
-    row = benchmark["scaling_row"]("prompts", measurements([4, 8, 16], [0.1, 0.2, 0.4]), 6)
-    assert " ".join(row.split()) == "prompts 4, 8, 16 0.100, 0.200, 0.400 1.00"
-    assert benchmark["scaling_row"]("prompts", [[], [], []], 6).split() == ["prompts", "failed"]
+def test_the_operations_of_a_step_are_counted_by_hand(program):
+    """One layer of width 4 with half as many keys, 6 inner units and 10 tokens in the vocabulary."""
+    small = {"hidden": 4, "heads": 2, "kv_heads": 1, "intermediate": 6, "layers": 1, "vocabulary": 10}
+    names, small = program("floor.py"), small | {"prompts": 2, "group": 3, "prompt": 2}
+    shape, adapter = (program("one_trainer.py")["Shape"](**small, lora_r=r) for r in (0, 2))
+    weights = 2 * 4 * 4 + 2 * 4 * 2 + 3 * 4 * 6  # queries and outputs, keys and values, feed-forward
+    attention = 2 * 2 * 4  # with each token that is attended to: a score, and its share of the values
+    read = 2 * (2 * 2 * weights + attention * (1 + 2) + 2 * 4 * 10)  # and one row of the head
+    sampled = 6 * (2 * 2 * (weights + 4 * 10) + attention * (3 + 4))  # two of three tokens are read
+    assert names["operations"](shape, 3) == (read, sampled)
+    measured = names["floor"](shape, 3)
+    few, many = measured["rates"]
+    assert measured["floor"] == pytest.approx(sampled / few + (read + 3 * (read + sampled)) / many)
+    assert measured["operations"] == 4 * (read + sampled)
+    assert names["floor"](adapter, 3)["operations"] == 3 * (read + sampled)
 
 
 def test_best_setting_is_found_in_the_first_round_alone(benchmark):
     asked = []
 
     def run(what):
+        if what["who"] == "floor":
+            return {"floor": what["length"]}
         asked.append((what["who"], what.get("bf16"), what.get("attention")))
         if what["who"] == "trl" and not what["bf16"] and what["attention"] == "sdpa":
             return None  # one setting fails
         seconds = 3.0 if what.get("attention") == "eager" else 4.0
-        return {"seconds": [seconds + what.get("bf16", 0)] * 4, "peak_mb": 10.0}
+        return {"seconds": [seconds + what.get("bf16", 0)] * 4, "peak_mb": 10.0, "tokens": [64 * 30] * 4}
 
     benchmark["compare"].__globals__["run"] = run
     args = argparse.Namespace(steps=4, rounds=3, estimator="rloo", tokenrl={})
     found = benchmark["compare"]("fixed", args)
     assert found.setting == (False, "eager")
     assert (found.trl, found.tokenrl) == ([(3.0, 10.0)] * 3, [(4.0, 10.0)] * 3)
+    assert found.floor == [30] * 3  # it counts the tokens that a completion really had, in the mean
     once = [("trl", False, "eager"), ("tokenrl", None, None)]
     assert asked == [*(("trl", *setting) for setting in benchmark["SETTINGS"]), once[1], *once, *once]
 

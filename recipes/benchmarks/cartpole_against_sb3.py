@@ -1,10 +1,10 @@
 """Measures processor time until CartPole-v1 is solved, against stable-baselines3, on one machine.
 
 Solved is an evaluation of 100 episodes, from starting states that were never trained on, with a mean return
-of 475 or more. Actions are drawn there as in training; `--greedy` takes the most probable ones instead.
+of 475 or more. Actions are drawn there as in training.
 tokenrl has the defaults of `tokenrl control`: whole episodes of 64 environments, the mean of the other
 episodes as the baseline, no critic. It is compared with PPO with the settings that rl-baselines3-zoo tuned
-for CartPole; `--peers` adds others.
+for CartPole.
 
 The time is processor time of rollouts and updates, without imports, making of networks and environments, or
 evaluation. All are evaluated alike: tokenrl after each update (some 1,300 steps at first, 32,000 at last),
@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import tyro
-from stable_baselines3 import A2C, PPO
+from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
@@ -60,15 +60,10 @@ ZOO = {
     "gae_lambda": 0.8,
     "gamma": 0.98,
     "n_epochs": 20,
-    "ent_coef": 0.0,
     "learning_rate": lambda left: 1e-3 * left,
     "clip_range": lambda left: 0.2 * left,
 }
-PEERS: dict[str, tuple[Any, int, int, dict[str, Any]]] = {  # class, environments, most steps, settings
-    "ppo_zoo": (PPO, 8, 100_000, ZOO),
-    "ppo_default": (PPO, 1, 300_000, {}),
-    "a2c_zoo": (A2C, 8, 500_000, {"ent_coef": 0.0}),
-}
+PPO_ENVS, PPO_STEPS = 8, 100_000  # environments, and steps after which PPO gives up
 
 
 @dataclass(frozen=True)
@@ -77,10 +72,6 @@ class Arguments:
 
     seeds: int = 3
     """Seeds 0, 1, ...; each is one turn of every contender."""
-    peers: tuple[str, ...] = ("ppo_zoo",)
-    """Agents of stable-baselines3 to compare with: ppo_zoo, ppo_default, a2c_zoo."""
-    greedy: bool = False
-    """Evaluate the most probable actions instead of drawn ones."""
     max_updates: int = 100
     """Updates after which tokenrl gives up; the others give up after the steps of their settings."""
     extra_updates: int = 30
@@ -105,13 +96,12 @@ def time_tokenrl(arguments: Arguments, seed: int) -> Outcome:
             output_dir=f"{folder}/run",
             max_steps=arguments.max_updates,
             eval_every=1,
-            stop_when_solved=not arguments.greedy,
+            stop_when_solved=True,
             **options,
         )
-        key = "eval_reward_greedy" if arguments.greedy else "eval_reward"
         rows = read_metrics(found.output_dir / "metrics.jsonl")[1:]
         clocks = read_metrics(found.output_dir / "timings.jsonl")
-        at = next((i for i, row in enumerate(rows) if row[key] >= SOLVED), None)
+        at = next((i for i, row in enumerate(rows) if row["eval_reward"] >= SOLVED), None)
         last = -1 if at is None else at
         # The learning rate is next to nothing, so that the agent neither unlearns nor learns.
         after = train_agent(
@@ -159,24 +149,23 @@ class Watch(BaseCallback):
         self.began = time.process_time()
 
 
-def mean_return(model: Any, envs: Environments, seed: int, greedy: bool) -> float:
+def mean_return(model: Any, envs: Environments, seed: int) -> float:
     """Play one whole episode in every environment, from the starting states that tokenrl is evaluated on."""
     observations = envs.reset(seed_of(seed, 1, evaluation=True))
     alive, returns = np.ones(EPISODES, bool), np.zeros(EPISODES)
     while alive.any():
-        actions, _ = model.predict(observations, deterministic=greedy)
+        actions, _ = model.predict(observations, deterministic=False)
         observations, rewards, terminated, truncated = envs.step(actions)
         returns += rewards * alive
         alive &= ~(terminated | truncated)
     return float(returns.mean())
 
 
-def time_peer(name: str, arguments: Arguments, seed: int) -> Outcome:
-    kind, num_envs, most, settings = PEERS[name]
-    model = kind("MlpPolicy", make_vec_env(ENV, num_envs, seed=seed), seed=seed, device="cpu", **settings)
+def time_ppo(arguments: Arguments, seed: int) -> Outcome:
+    model = PPO("MlpPolicy", make_vec_env(ENV, PPO_ENVS, seed=seed), seed=seed, device="cpu", **ZOO)
     envs = Environments(ENV, EPISODES)
-    watch = Watch(lambda: mean_return(model, envs, seed, arguments.greedy))
-    model.learn(most, callback=watch, log_interval=None)
+    watch = Watch(lambda: mean_return(model, envs, seed))
+    model.learn(PPO_STEPS, callback=watch, log_interval=None)
     after = Watch(None)
     model.learn(arguments.extra_steps, callback=after, log_interval=None)
     return Outcome(watch.seconds, watch.evaluated, watch.solved, after.num_timesteps / after.seconds)
@@ -191,10 +180,11 @@ def main(arguments: Arguments) -> None:
     torch.set_num_threads(1)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "stable-baselines3"))
     print(f"{versions}; 1 thread; {ENV}, {arguments.seeds} seeds")
-    found: dict[str, list[Outcome]] = {name: [] for name in ("tokenrl", *arguments.peers)}
+    contenders = {"tokenrl": time_tokenrl, "ppo_zoo": time_ppo}
+    found: dict[str, list[Outcome]] = {name: [] for name in contenders}
     for seed in range(arguments.seeds):
-        for name in found:
-            outcome = time_tokenrl(arguments, seed) if name == "tokenrl" else time_peer(name, arguments, seed)
+        for name, measure in contenders.items():
+            outcome = measure(arguments, seed)
             found[name].append(outcome)
             state = "solved" if outcome.solved else "NOT solved"
             print(
@@ -202,22 +192,17 @@ def main(arguments: Arguments) -> None:
                 f"({outcome.steps / outcome.seconds:,.0f}/s); solved: {outcome.rate:,.0f}/s",
                 flush=True,
             )
-    print(
-        "\nmedian (range); seconds of processor time. Unsolved runs count with the time until they gave up."
-    )
+    print("\nmedian (range); seconds of processor time; unsolved runs count until they gave up")
     for name, outcomes in found.items():
         pairs = list(zip(outcomes, found["tokenrl"], strict=True))
         print(f"{name} ({sum(outcome.solved for outcome in outcomes)} of {len(outcomes)} solved)")
         print(f"  seconds until solved           {spread([o.seconds for o in outcomes], '.2f')}")
         print(f"  steps until solved             {spread([o.steps for o in outcomes], ',.0f')}")
-        print(f"  steps a second until solved    {spread([o.steps / o.seconds for o in outcomes], ',.0f')}")
         print(f"  steps a second when solved     {spread([o.rate for o in outcomes], ',.0f')}")
         if name != "tokenrl":
-            print(
-                f"  seconds, times tokenrl's       {spread([a.seconds / b.seconds for a, b in pairs], '.2f')}"
-            )
-            print(f"  tokenrl's steps a second when solved, times its own  "
-                  f"{spread([b.rate / a.rate for a, b in pairs], '.1f')}")  # fmt: skip
+            times, rates = [a.seconds / b.seconds for a, b in pairs], [b.rate / a.rate for a, b in pairs]
+            print(f"  seconds, times tokenrl's       {spread(times, '.2f')}")
+            print(f"  tokenrl's steps a second when solved, times its own  {spread(rates, '.1f')}")
 
 
 if __name__ == "__main__":

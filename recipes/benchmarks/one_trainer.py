@@ -1,7 +1,8 @@
 """Measures one trainer on one shape of work, and prints the result as a line of JSON.
 
 `step_against_trl.py` starts this program for each of its measurements, so that the peak of the memory belongs
-to that measurement alone; it also holds the shapes of work that are measured. To repeat one by hand:
+to that measurement alone; it also holds the shapes of work that are measured. For the floor it measures no
+trainer, but matrix products alone (`floor.py`). To repeat one by hand:
 
     python recipes/benchmarks/one_trainer.py '{"who": "tokenrl", "work": "short", "steps": 4}'
     python recipes/benchmarks/one_trainer.py '{"who": "trl", "work": "short", "steps": 4, "bf16": true}'
@@ -33,6 +34,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from floor import floor
+
 LETTERS = "".join(chr(c) for c in range(33, 127))
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -53,7 +56,6 @@ class Shape:
     binary: bool = False  # rewards of 0 and 1, of which a seventh is 1
     chat: bool = False
     lora_r: int = 0
-    family: str = "llama"
     vocabulary: int = 96
     layers: int = 4
     hidden: int = 128
@@ -67,10 +69,6 @@ M135: dict[str, Any] = {
     **{"vocabulary": 49_152, "layers": 30, "hidden": 576, "intermediate": 1536, "heads": 9, "kv_heads": 3},
     **{"prompts": 4, "tied": True},
 }
-M500: dict[str, Any] = {
-    **{"vocabulary": 150_000, "layers": 24, "hidden": 896, "intermediate": 4864, "heads": 14, "kv_heads": 2},
-    **{"family": "qwen2", "tied": True},
-}
 WORK = {
     "fixed": Shape(),
     "long_prompt": Shape(prompt=64),
@@ -82,7 +80,6 @@ WORK = {
     "vocabulary": Shape(length=64, vocabulary=50_000),
     "135m": Shape(**M135),
     "lora": Shape(**M135, prompt=40, length=48, chat=True, lora_r=8),
-    "memory": Shape(**M500, length=256),
 }
 
 
@@ -127,7 +124,7 @@ def make_model(shape: Shape, attention: str | None = None) -> tuple[Any, Any]:
     tokenizer.chat_template = CHAT if shape.chat else None
     eos = [tokenizer.eos_token_id, *range(2, shape.ends + 1)]
     config = AutoConfig.for_model(
-        shape.family,
+        "llama",
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -266,6 +263,8 @@ def train_tokenrl(
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Measure what a dict of JSON asks for; one step more than asked, because steps lie between calls."""
     shape = Shape(**spec["shape"]) if "shape" in spec else WORK[spec["work"]]
+    if spec["who"] == "floor":
+        return floor(shape, spec.get("length") or shape.length)
     clock, train = Clock(shape), {"trl": train_trl, "tokenrl": train_tokenrl}[spec["who"]]
     with tempfile.TemporaryDirectory() as folder:
         found = train(shape, spec, clock, spec["steps"] + 1, folder)
