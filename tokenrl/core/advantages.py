@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenrl.core.baselines import BASELINES, set_size
-from tokenrl.core.choices import choice_of, given
+from tokenrl.core.choices import choice_of, required
 from tokenrl.core.estimator import Advantages, Estimator
 from tokenrl.core.losses import PER_TOKEN
 from tokenrl.core.returns import credited, reward_to_go, token_rewards
@@ -103,26 +103,26 @@ def advantages(
         estimator, rewards.detach(), mask, valid, logprobs, ref_logprobs, bootstrap, max_length
     )
     targets = credited(estimator, rewards, actions, values)  # [N, T]
-    to_go = estimator.returns in ("total", "reward_to_go")  # its recursion over steps is slow: done once
+    to_go = estimator.returns in ("total", "reward_to_go")  # a slow loop over steps, so it runs once
     totals = (targets if to_go else reward_to_go(rewards, estimator.gamma))[:, 0].clone()
     returns = totals[:, None] if estimator.returns == "total" else targets
     inputs: dict[str, Any] = {"values": values, "greedy_rewards": greedy_rewards, "score_norms": score_norms}
     inputs |= {"baseline_value": baseline_value}
     name = choice_of("baseline", estimator.baseline).needs
-    needed = given(name, inputs[name], f"the baseline {estimator.baseline!r}") if name else 0.0
+    needed = required(name, inputs[name], f"the baseline {estimator.baseline!r}") if name else 0.0
     needed = torch.as_tensor(needed, dtype=totals.dtype, device=totals.device).detach()
     step = Step(estimator, group_size, totals, valid, actions, returns, needed)
 
     baseline, compared = baseline_of(step)
     sets = step.in_sets("scale")
-    policy, scaled = SCALES[estimator.scale](sets, (returns - baseline).reshape(*sets.valid.shape, -1))
-    policy = policy.flatten(0, 1)  # [N, 1] or [N, T]
-    # A row without others to compare with gets the advantage 0. Its return minus nothing would be a gradient
-    # without a baseline, of another scale than that of all other rows.
+    divided, scaled = SCALES[estimator.scale](sets, (returns - baseline).reshape(*sets.valid.shape, -1))
+    divided = divided.flatten(0, 1)  # [N, 1] or [N, T]
+    # A row that can be compared with no other row gets the advantage 0. Its return without a baseline would
+    # be far larger than the advantages of all other rows.
     usable = compared & scaled.flatten()
-    if estimator.returns == "total" and policy.shape[1] == 1:
-        return Advantages(zero_outside(policy[:, 0], usable), targets)
-    return Advantages(zero_outside(policy.expand_as(actions), usable[:, None] & actions), targets)
+    if estimator.returns == "total" and divided.shape[1] == 1:
+        return Advantages(zero_outside(divided[:, 0], usable), targets)
+    return Advantages(zero_outside(divided.expand_as(actions), usable[:, None] & actions), targets)
 
 
 def rewards_in_time(
@@ -143,7 +143,7 @@ def rewards_in_time(
     rewards = rewards if rewards.is_floating_point() else rewards.to(torch.get_default_dtype())
     rewards = token_rewards(rewards, mask, valid)
     if estimator.overlong_buffer:
-        length = given("max_length", max_length, "overlong_buffer")
+        length = required("max_length", max_length, "overlong_buffer")
         penalty = overlong_penalty(mask.sum(-1), length, estimator.overlong_buffer)
         rewards = rewards + token_rewards(penalty.to(rewards.dtype), mask, valid)
     if bootstrap is not None:
@@ -153,7 +153,7 @@ def rewards_in_time(
     if estimator.needs_kl and estimator.kl_placement == "reward":
         # Before the baseline, so that the baseline also subtracts the mean KL of the rows it averages.
         policy, reference = (
-            zero_outside(given(name, x, "a KL in the reward").detach(), mask & valid[:, None])
+            zero_outside(required(name, x, "a KL in the reward").detach(), mask & valid[:, None])
             for name, x in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs))
         )
         rewards = rewards - estimator.beta * PER_TOKEN[estimator.kl_estimator](policy, reference)
@@ -192,9 +192,9 @@ def from_function(function: Callable[..., Tensor], step: Step) -> Float[Tensor, 
     except USER_CODE_FAILED as error:
         raise Stopped(f"The baseline {name!r} failed: {raised(error)}.") from error
     if not isinstance(baseline, Tensor) or baseline.shape not in (mask.shape[:1], mask.shape):
-        what = f"shape {tuple(baseline.shape)}" if isinstance(baseline, Tensor) else type(baseline).__name__
+        result = f"shape {tuple(baseline.shape)}" if isinstance(baseline, Tensor) else type(baseline).__name__
         raise Refused(
-            f"The baseline {name!r} returned {what}; it must return a tensor of one number per row "
+            f"The baseline {name!r} returned {result}; it must return a tensor of one number per row "
             f"({len(mask)}), or one per token, {tuple(mask.shape)}."
         )
     baseline = baseline.detach().to(totals.dtype)

@@ -36,8 +36,8 @@ def rloo(totals: Float[Tensor, "S n"], valid: Bool[Tensor, "S n"]) -> Float[Tens
     mean; it gets the first total, and `Estimator.advantages` sets its advantage to 0.
     """
     differences, first = from_first(totals, valid)
-    others = valid.sum(-1, keepdim=True) - valid.long()
-    return first + (differences.sum(-1, keepdim=True) - differences) / others.clamp(min=1)
+    count = valid.sum(-1, keepdim=True) - valid.long()
+    return first + (differences.sum(-1, keepdim=True) - differences) / count.clamp(min=1)
 
 
 def mean(totals: Float[Tensor, "*S n"], valid: Bool[Tensor, "*S n"]) -> Float[Tensor, "*S n"]:
@@ -84,9 +84,9 @@ def weighted_mean(
         sum_of_others(x) if leave_one_out else x.sum(-1, keepdim=True).expand_as(x)
         for x in (weights, weights * differences)
     )
-    known = mass > 0
+    defined = mass > 0
     # Divide by 1 where there is no mean: a later `where` would not remove the nan of 0/0 from a gradient.
-    return first + moment / torch.where(known, mass, 1.0), known
+    return first + moment / torch.where(defined, mass, 1.0), defined
 
 
 def sum_of_others(x: Float[Tensor, "*S n"]) -> Float[Tensor, "*S n"]:
@@ -102,22 +102,22 @@ def sum_of_others(x: Float[Tensor, "*S n"]) -> Float[Tensor, "*S n"]:
 def weighted_by_row(step: Step, weights: Float[Tensor, "S n"]) -> Float[Tensor, "S n"]:
     """Return the weighted mean of the returns of the group, or the plain mean where all weights are 0."""
     one_out = step.estimator.leave_one_out
-    weighted, known = weighted_mean(step.totals, step.valid, weights, leave_one_out=one_out)
-    return torch.where(known, weighted, (rloo if one_out else mean)(step.totals, step.valid))
+    weighted, defined = weighted_mean(step.totals, step.valid, weights, leave_one_out=one_out)
+    return torch.where(defined, weighted, (rloo if one_out else mean)(step.totals, step.valid))
 
 
 def weighted_by_time(step: Step, weights: Float[Tensor, "S n T"]) -> Float[Tensor, "S n T"]:
     """Return the weighted mean of the returns at each timestep, over the rows of the set that act at it.
 
-    Where no (other) row acts, the last such mean is carried forward: it does not use the row itself either.
-    Before the first mean the result is 0.
+    At a timestep where no (other) row acts, the mean of the latest timestep that has one is used instead; it
+    does not contain the row itself either. Before the first mean the result is 0.
     """
     by_time = (x.transpose(1, 2) for x in (step.returns.expand_as(step.actions), step.actions, weights))
-    weighted, known = weighted_mean(*by_time, leave_one_out=step.estimator.leave_one_out)  # [S, T, n]
-    weighted, known = weighted.transpose(1, 2), known.transpose(1, 2)
-    positions = torch.arange(known.shape[-1], device=known.device)
-    latest = torch.where(known, positions, 0).cummax(-1).values  # the latest timestep that has a mean
-    return zero_outside(weighted, known).gather(-1, latest)
+    weighted, defined = weighted_mean(*by_time, leave_one_out=step.estimator.leave_one_out)  # [S, T, n]
+    weighted, defined = weighted.transpose(1, 2), defined.transpose(1, 2)
+    positions = torch.arange(defined.shape[-1], device=defined.device)
+    latest = torch.where(defined, positions, 0).cummax(-1).values  # the latest timestep that has a mean
+    return zero_outside(weighted, defined).gather(-1, latest)
 
 
 def opo(step: Step) -> Float[Tensor, "S n"]:
@@ -149,26 +149,26 @@ def shrinkage(step: Step) -> Float[Tensor, "S n"]:
 
     The mean elsewhere is the mean of the other prompts' means. Neither mean nor weight depends on row i, so
     the gradient stays exact (after the James-Stein shrinkage of arXiv 2511.03710). lam is shrinkage_weight
-    or, where that is None, estimated for each prompt by `own_weight`. In a step of one prompt the result is
-    the leave-one-out mean of the prompt.
+    or, where that is None, estimated for each prompt by `estimated_weight`. In a step of one prompt the
+    result is the leave-one-out mean of the prompt.
     """
     totals, valid, weight = step.totals, step.valid, step.estimator.shrinkage_weight
-    own = rloo(totals, valid)
+    prompt_mean = rloo(totals, valid)
     means = mean(totals, valid)[..., 0]  # [S]
     present = valid.any(-1)
-    others = present & ~torch.eye(len(means), dtype=torch.bool, device=means.device)  # [S, S]
-    number = others.sum(-1)
+    different = present & ~torch.eye(len(means), dtype=torch.bool, device=means.device)  # [S, S]
+    count = different.sum(-1)
     # Average differences from one of the means, so that the mean of equal means is exactly that number.
     first = means.gather(-1, present.long().argmax(-1, keepdim=True))
-    elsewhere = first + (others * (means - first)).sum(-1) / number.clamp(min=1)  # [S]
-    lam = own_weight(step, means, elsewhere, others) if weight is None else weight
-    lam = torch.where(number > 0, lam, 1.0).to(totals.dtype)
+    elsewhere = first + (different * (means - first)).sum(-1) / count.clamp(min=1)  # [S]
+    lam = estimated_weight(step, means, elsewhere, different) if weight is None else weight
+    lam = torch.where(count > 0, lam, 1.0).to(totals.dtype)
     # lam own + (1 - lam) elsewhere, written as a difference so that it is exact where both are equal
-    return own + (1 - lam[:, None]) * (elsewhere[:, None] - own)
+    return prompt_mean + (1 - lam[:, None]) * (elsewhere[:, None] - prompt_mean)
 
 
-def own_weight(
-    step: Step, means: Float[Tensor, " S"], elsewhere: Float[Tensor, " S"], others: Bool[Tensor, "S S"]
+def estimated_weight(
+    step: Step, means: Float[Tensor, " S"], elsewhere: Float[Tensor, " S"], different: Bool[Tensor, "S S"]
 ) -> Float[Tensor, " S"]:
     """Estimate the best weight of a prompt's own mean, `tau^2 / (tau^2 + sigma^2/(n - 1))`, from the others.
 
@@ -177,16 +177,16 @@ def own_weight(
     is 1.
     """
     totals, count = step.totals, step.valid.sum(-1)  # count: [S]
-    enough = others & (count >= 2)
+    enough = different & (count >= 2)
     within = (enough * std(totals, step.valid, ddof=1)[..., 0].square()).sum(-1) / enough.sum(-1).clamp(min=1)
-    number = others.sum(-1)
-    spread = (others * (means - elsewhere[:, None]).square()).sum(-1) / (number - 1).clamp(min=1)
-    shares = (others / count.clamp(min=1).to(totals.dtype)).sum(-1) / number.clamp(min=1)
+    number = different.sum(-1)
+    spread = (different * (means - elsewhere[:, None]).square()).sum(-1) / (number - 1).clamp(min=1)
+    shares = (different / count.clamp(min=1).to(totals.dtype)).sum(-1) / number.clamp(min=1)
     # The variance of the means is tau^2 plus the sampling noise sigma^2/n; a negative difference is set to 0.
     between = (spread - within * shares).clamp(min=0.0)
     noise = within / (count - 1).clamp(min=1)
-    known = (number >= 2) & (between + noise > 0)
-    return torch.where(known, between / torch.where(known, between + noise, 1.0), 1.0)
+    defined = (number >= 2) & (between + noise > 0)
+    return torch.where(defined, between / torch.where(defined, between + noise, 1.0), 1.0)
 
 
 BASELINES: dict[str, Callable[[Step], Tensor]] = {

@@ -83,7 +83,7 @@ def zero_spread_effect(estimator: Estimator) -> Effect:
 
 def combination_effects(estimator: Estimator) -> list[Effect]:
     """List the effects that choices have only in combination."""
-    found = []
+    combined = []
     baseline = choice_of("baseline", estimator.baseline)
     shrinks = baseline.status == choices.UP_TO_SCALE
     rescaled = estimator.scale != "none" or (shrinks and baseline.compares == "group")
@@ -91,15 +91,15 @@ def combination_effects(estimator: Estimator) -> list[Effect]:
         # A group mean multiplies the advantages by (G-1)/G, and so changes the weight of the loss term
         # relative to them, for any number of prompts.
         text = "the advantages are rescaled and the KL or entropy term in the loss is not, which changes its "
-        found.append(Effect(choices.BIASED, text + "coefficient"))
+        combined.append(Effect(choices.BIASED, text + "coefficient"))
     elif estimator.loss_side_terms and shrinks:  # the factor of a batch mean tends to 1 as the step grows
         text = "the KL or entropy term in the loss is not multiplied by (N-1)/N as the advantages are"
-        found.append(Effect(choices.ASYMPTOTIC, text))
+        combined.append(Effect(choices.ASYMPTOTIC, text))
     limits = {baseline_effect(estimator).status, choice_of("aggregation", estimator.aggregation).status}
     if estimator.scale == "loo_std" and choices.ASYMPTOTIC in limits:
         text = "prompts stay weighted unequally, and the direction of each is right in the limit only"
-        found.append(Effect(choices.BIASED, text))
-    return found
+        combined.append(Effect(choices.BIASED, text))
+    return combined
 
 
 def declared(estimator: Estimator) -> Effect:
@@ -111,8 +111,8 @@ def declared(estimator: Estimator) -> Effect:
     mean with a fixed length), limits combine, and no choice removes the bias of another. The exceptions are
     in `combination_effects`.
     """
-    found = effects(estimator)
-    status = max((effect.status for effect in found), key=choices.FROM_BEST_TO_WORST.index)
-    reasons = [effect.reason for effect in found if effect.status != choices.EXACT]
+    all_effects = effects(estimator)
+    status = max((effect.status for effect in all_effects), key=choices.FROM_BEST_TO_WORST.index)
+    reasons = [effect.reason for effect in all_effects if effect.status != choices.EXACT]
     reasons += [choices.IMPORTANCE_CAP] * (estimator.importance_cap is not None)
     return Effect(status, "; ".join(reasons) or "no choice changes the expected gradient")

@@ -337,7 +337,7 @@ def choice_of(axis: str, name: object) -> Choice:
 
 AXES: dict[str, tuple[str, ...]] = {axis: tuple(rows) for axis, rows in CHOICES.items()} | {
     "kl_estimator": tuple(dict.fromkeys(estimate for _, estimate in KL_EFFECTS)),
-    "kl_placement": tuple(dict.fromkeys(place for place, _ in KL_EFFECTS)),
+    "kl_placement": tuple(dict.fromkeys(placement for placement, _ in KL_EFFECTS)),
 }
 """The names of each axis."""
 
@@ -371,7 +371,7 @@ else:
     Truncations = Literal[AXES["truncations"]]
 
 
-def given(name: str, value: T | None, purpose: str) -> T:
+def required(name: str, value: T | None, purpose: str) -> T:
     """Return an input that the estimator needs.
 
     Raises:

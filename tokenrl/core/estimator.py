@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 IN_UNITS_OF_THE_EPISODE = ("none", "constant", "value", "timestep_mean", "episode_mean")
-"""Baselines that do not use the total returns of rows, or that learn the same numbers as are credited."""
+"""Baselines that do not use the total returns of rows, or that learn the returns of actions."""
 
 
 class Advantages(NamedTuple):
@@ -97,7 +97,7 @@ class Estimator(Settings):
     importance_cap: Annotated[float, Bounds(at_least=1, at_most=settings.LARGEST)] | None = None
     """Weight tokens by trainer / sampler probability, at most this; None assumes that the two are equal.
 
-    Where they differ, it takes away about a third of the bias; mend the difference."""
+    Where the two differ, the weights remove about a third of the bias; remove the difference itself."""
     beta: NonNegative = 0.0
     """Weight of the KL divergence from the reference policy; 0 needs no reference."""
     kl_estimator: choices.KlEstimator = "k1"
@@ -151,10 +151,10 @@ class Estimator(Settings):
 
     def _check_combinations(self) -> None:
         """Refuse choices that exclude each other."""
-        place, kind = self.kl_placement, self.kl_estimator
-        if self.needs_kl and (place, kind) not in KL_EFFECTS:
+        placement, kl = self.kl_placement, self.kl_estimator
+        if self.needs_kl and (placement, kl) not in KL_EFFECTS:
             raise Refused(
-                f"kl_estimator {kind!r} is exact in the loss, but kl_placement is {place!r}. Set "
+                f"kl_estimator {kl!r} is exact in the loss, but kl_placement is {placement!r}. Set "
                 "kl_placement 'loss', or take kl_estimator 'k1', which is exact in the reward."
             )
         for axis in self.within_rows:
@@ -190,7 +190,7 @@ class Estimator(Settings):
         """The paper of the preset that has exactly these fields, or an empty string."""
         return next((p.paper for name, p in PRESETS.items() if type(self).preset(name) == self), "")
 
-    def _facts(self, name: str) -> dict[str, object]:
+    def _column(self, name: str) -> dict[str, object]:
         """Look up one column of the table of choices for the three axes that make the advantages."""
         three = ("returns", "baseline", "scale")
         return {axis: getattr(choice_of(axis, getattr(self, axis)), name) for axis in three}
@@ -198,7 +198,7 @@ class Estimator(Settings):
     @property
     def within_rows(self) -> list[str]:
         """The axes, of returns, baseline and scale, on which the steps of one row are compared."""
-        return [axis for axis, compares in self._facts("compares").items() if compares == "row"]
+        return [axis for axis, compares in self._column("compares").items() if compares == "row"]
 
     @property
     def subtracts_baseline(self) -> bool:
@@ -215,7 +215,7 @@ class Estimator(Settings):
     @property
     def needs_groups(self) -> bool:
         """Whether several completions of each prompt are compared."""
-        return "group" in self._facts("compares").values() or self.zero_spread != "keep"
+        return "group" in self._column("compares").values() or self.zero_spread != "keep"
 
     @property
     def needs_kl(self) -> bool:
@@ -232,17 +232,17 @@ class Estimator(Settings):
     @property
     def needs_values(self) -> bool:
         """Whether a critic's values are needed."""
-        return "values" in self._facts("needs").values()
+        return "values" in self._column("needs").values()
 
     @property
     def needs_greedy(self) -> bool:
         """Whether the reward of each prompt's greedy completion is needed."""
-        return "greedy_rewards" in self._facts("needs").values()
+        return "greedy_rewards" in self._column("needs").values()
 
     @property
     def needs_score_norms(self) -> bool:
         """Whether the squared norm of each token's score is needed."""
-        return "score_norms" in self._facts("needs").values()
+        return "score_norms" in self._column("needs").values()
 
     @property
     def needs_sampling_logprobs(self) -> bool:

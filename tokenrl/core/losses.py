@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokenrl.core.choices import given
+from tokenrl.core.choices import required
 from tokenrl.core.returns import reward_to_go
 from tokenrl.core.rows import zero_outside
 from tokenrl.errors import Refused
@@ -112,7 +112,7 @@ def loss(
     live = mask.bool() & (weights != 0)
 
     def inside(name: str, x: Tensor | None, purpose: str) -> Tensor:
-        return zero_outside(given(name, x, purpose), live)
+        return zero_outside(required(name, x, purpose), live)
 
     # Tokens that do not count may hold anything, also nan, so they are set to 0 before any arithmetic.
     logprobs = zero_outside(logprobs, live)
@@ -315,7 +315,7 @@ def critic_loss(
     values, goal = zero_outside(values, live), zero_outside(returns.detach(), live)
     error = (values - goal).square()
     if clip is not None:
-        old = zero_outside(given("old_values", old_values, "value_clip").detach(), live)
+        old = zero_outside(required("old_values", old_values, "value_clip").detach(), live)
         # The larger error: clipping may remove a gradient, but never makes the error look smaller.
         error = torch.maximum(error, (old + (values - old).clamp(-clip, clip) - goal).square())
     return (zero_outside(weights, live) * error).sum() / 2

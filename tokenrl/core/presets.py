@@ -136,5 +136,5 @@ PRESETS: dict[str, Preset] = {
 
 def preset_name(estimator: Any) -> str:
     """Return the name of the preset with exactly these fields, or 'custom estimator'."""
-    known = (name for name in PRESETS if type(estimator).preset(name) == estimator)
-    return next(known, "custom estimator")
+    names = (name for name in PRESETS if type(estimator).preset(name) == estimator)
+    return next(names, "custom estimator")

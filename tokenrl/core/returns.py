@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenrl.core.baselines import mean, std
-from tokenrl.core.choices import given
+from tokenrl.core.choices import required
 from tokenrl.core.rows import zero_outside
 from tokenrl.core.scales import divide
 
@@ -118,8 +118,8 @@ def credited(
     if estimator.returns == "blame_window":
         return in_window(rewards, estimator.window, estimator.gamma)
     if estimator.returns == "gae":
-        known = given("values", values, "returns 'gae'").detach().to(rewards.dtype)
-        return lambda_return(rewards, known, actions, gamma=estimator.gamma, lam=estimator.lam)
+        state_values = required("values", values, "returns 'gae'").detach().to(rewards.dtype)
+        return lambda_return(rewards, state_values, actions, gamma=estimator.gamma, lam=estimator.lam)
     returns = reward_to_go(rewards, estimator.gamma)
     if estimator.returns == "episode_normalized":
         centred = zero_outside(returns - mean(returns, actions), actions)

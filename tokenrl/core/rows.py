@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenrl.core.choices import given
+from tokenrl.core.choices import required
 from tokenrl.errors import Refused
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ def completion_mask(
 
 
 def zero_outside(x: Float[Tensor, "*shape"], inside: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Set everything outside to 0, also nan and infinity.
+    """Return x with 0 in place of everything outside, also of nan and infinity.
 
-    A product with the mask would keep them (0 * nan is nan), in the value and in the gradient. Therefore this
-    is applied before any arithmetic.
+    A product with the mask would keep these (0 * nan is nan), in the value and in the gradient, so this
+    function is applied before any arithmetic.
     """
     return torch.where(inside, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
@@ -86,7 +86,7 @@ def in_rows(numbers: Float[Tensor, " M"], mask: Bool[Tensor, "N T"]) -> Float[Te
 
 
 class Kept(NamedTuple):
-    """The rows and actions that are left when `truncations` and `zero_spread` have been applied."""
+    """The rows and actions that count after `truncations` and `zero_spread` have been applied."""
 
     compared: Bool[Tensor, " N"]
     """`valid` of `Estimator.advantages`: the rows that baselines and scales use."""
@@ -105,12 +105,11 @@ def keep(
     valid: Bool[Tensor, " N"] | None = None,
     truncated: Bool[Tensor, " N"] | None = None,
 ) -> Kept:
-    """Apply the fields `truncations` and `zero_spread` to a step.
+    """Return which rows and actions of a step count, by the fields `truncations` and `zero_spread`.
 
     A truncated row that is masked stays in baselines and divisors and has no gradient; one that is dropped
     counts nowhere. A group of equal rewards that is dropped (or should have been refilled, but was not) stays
-    in baselines and scales but not in the divisor, so the loss is divided by the number of rows that are
-    left.
+    in baselines and scales but not in the divisor: the loss is divided by the number of the remaining rows.
 
     Args:
         estimator: The estimator whose fields are applied.
@@ -126,7 +125,7 @@ def keep(
     actions = mask.bool()
     compared = actions.new_ones(len(actions)) if valid is None else valid.bool()
     if estimator.truncations != "keep":
-        cut = given("truncated", truncated, f"truncations {estimator.truncations!r}").bool()
+        cut = required("truncated", truncated, f"truncations {estimator.truncations!r}").bool()
         if estimator.truncations == "drop":
             compared = compared & ~cut
         actions = actions & ~cut[:, None]
@@ -170,11 +169,13 @@ def loss_terms(
         truncated: True where a row was cut off at the maximum length [N].
         **inputs: Further arguments of `Estimator.advantages`.
     """
-    kept = keep(estimator, rewards, mask, group_size=group_size, valid=valid, truncated=truncated)
+    kept_rows = keep(estimator, rewards, mask, group_size=group_size, valid=valid, truncated=truncated)
     sizes: dict[str, Any] = {"group_size": group_size, "max_length": max_length}
-    policy, returns = estimator.advantages(rewards, mask, valid=kept.compared, **sizes, **inputs)
-    weights = estimator.token_weights(kept.mask.to(policy.dtype), max_length=max_length, valid=kept.counted)
-    return LossTerms(policy, weights, kept.mask, returns)
+    advantages, returns = estimator.advantages(rewards, mask, valid=kept_rows.compared, **sizes, **inputs)
+    weights = estimator.token_weights(
+        kept_rows.mask.to(advantages.dtype), max_length=max_length, valid=kept_rows.counted
+    )
+    return LossTerms(advantages, weights, kept_rows.mask, returns)
 
 
 def zero_spread(

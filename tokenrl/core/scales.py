@@ -32,37 +32,37 @@ def divide(
     return zero_outside(advantages / torch.where(positive, divisor, 1.0), positive.expand_as(advantages))
 
 
-def by_rows(step: Step, advantages: Float[Tensor, "S n #T"]) -> Scaled:
+def std_of_set(step: Step, advantages: Float[Tensor, "S n #T"]) -> Scaled:
     """Divide by the standard deviation of the returns of the set, the row itself included."""
     deviation = std(step.totals, step.valid, step.estimator.scale_ddof)
     usable = step.valid & (step.valid.sum(-1, keepdim=True) > 1)
     return divide(advantages, deviation[..., None], step.estimator.scale_eps), usable
 
 
-def by_others(step: Step, advantages: Float[Tensor, "S n #T"], others: Bool[Tensor, "S n M"]) -> Scaled:
+def std_of_others(step: Step, advantages: Float[Tensor, "S n #T"], compared: Bool[Tensor, "S n M"]) -> Scaled:
     """Divide by the standard deviation of the returns of other rows, so that the row itself plays no part.
 
     Args:
         step: The step.
         advantages: The advantages to divide.
-        others: Marks for each row which of the M rows are compared: those of its set, or of the whole step.
+        compared: True where a row is compared with one of M rows: those of its set, or of the whole step.
     """
-    totals = step.totals.reshape(-1, 1, others.shape[-1]).expand_as(others)
-    deviation = std(totals, others, step.estimator.scale_ddof)[..., :1]  # of equal others exactly 0
-    return divide(advantages, deviation, step.estimator.scale_eps), step.valid & (others.sum(-1) > 1)
+    totals = step.totals.reshape(-1, 1, compared.shape[-1]).expand_as(compared)
+    deviation = std(totals, compared, step.estimator.scale_ddof)[..., :1]  # of equal others exactly 0
+    return divide(advantages, deviation, step.estimator.scale_eps), step.valid & (compared.sum(-1) > 1)
 
 
 def loo_std(step: Step, advantages: Float[Tensor, "S n #T"]) -> Scaled:
     """Divide by the standard deviation of the OTHER rows of the set."""
     itself = torch.eye(step.valid.shape[1], dtype=torch.bool, device=step.valid.device)
-    return by_others(step, advantages, step.valid[:, None] & ~itself)
+    return std_of_others(step, advantages, step.valid[:, None] & ~itself)
 
 
 def other_groups_std(step: Step, advantages: Float[Tensor, "S n #T"]) -> Scaled:
     """Divide by the standard deviation of all rows of the OTHER sets, around their common mean."""
     sets, n = step.valid.shape
-    own = torch.eye(sets, dtype=torch.bool, device=step.valid.device).repeat_interleave(n, 1)  # [S, S n]
-    return by_others(step, advantages, (step.valid.reshape(1, -1) & ~own)[:, None])
+    own_set = torch.eye(sets, dtype=torch.bool, device=step.valid.device).repeat_interleave(n, 1)  # [S, S n]
+    return std_of_others(step, advantages, (step.valid.reshape(1, -1) & ~own_set)[:, None])
 
 
 def token_whiten(step: Step, advantages: Float[Tensor, "S n #T"]) -> Scaled:
@@ -83,8 +83,8 @@ def episode_std(step: Step, advantages: Float[Tensor, "S n #T"]) -> Scaled:
 
 SCALES: dict[str, Callable[[Step, Tensor], Scaled]] = {
     "none": lambda step, advantages: (advantages, step.valid),
-    "group_std": by_rows,
-    "batch_std": by_rows,
+    "group_std": std_of_set,
+    "batch_std": std_of_set,
     "loo_std": loo_std,
     "other_groups_std": other_groups_std,
     "token_whiten": token_whiten,
