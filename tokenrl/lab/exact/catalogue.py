@@ -82,11 +82,11 @@ def named_estimators() -> dict[str, Estimator]:
     the table of `core.choices`, so a choice that is added there is measured too. An estimator that already
     has a name is not listed again.
     """
-    known: dict[str, Estimator] = {}
+    named: dict[str, Estimator] = {}
     for name, estimator in _candidates():
-        if estimator not in known.values():
-            known[name] = estimator
-    return known
+        if estimator not in named.values():
+            named[name] = estimator
+    return named
 
 
 def _candidates() -> Iterator[tuple[str, Estimator]]:
@@ -97,8 +97,8 @@ def _candidates() -> Iterator[tuple[str, Estimator]]:
             for choice in choices:
                 fields = {**NEEDS.get(axis, {}), **NEEDS.get(choice, {}), axis: choice}
                 yield f"{axis} {choice}", Estimator(**fields)  # type: ignore[arg-type]
-    for place, kind in KL_EFFECTS:
-        fields = {"beta": 0.2, "kl_placement": place, "kl_estimator": kind}
-        yield f"KL in the {place}, {kind}", Estimator(**fields)  # type: ignore[arg-type]
+    for placement, kl in KL_EFFECTS:
+        fields = {"beta": 0.2, "kl_placement": placement, "kl_estimator": kl}
+        yield f"KL in the {placement}, {kl}", Estimator(**fields)  # type: ignore[arg-type]
     for name, fields in EXTRA.items():
         yield name, Estimator(**fields)  # type: ignore[arg-type]

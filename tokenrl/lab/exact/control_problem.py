@@ -103,9 +103,9 @@ def all_trajectories(mdp: TabularMdp, steps: int) -> Trajectories:
                     if possible[state][action][after]:
                         yield from grow((*path, (state, action, after)), [after] if after < end else [])
 
-    every = list(grow((), mdp.start.nonzero().flatten().tolist()))
-    padded = torch.tensor([[*path, *[(0, 0, 0)] * (steps - len(path))] for path in every])  # [M, T, 3]
-    mask = torch.arange(steps) < torch.tensor([len(path) for path in every])[:, None]
+    paths = list(grow((), mdp.start.nonzero().flatten().tolist()))
+    padded = torch.tensor([[*path, *[(0, 0, 0)] * (steps - len(path))] for path in paths])  # [M, T, 3]
+    mask = torch.arange(steps) < torch.tensor([len(path) for path in paths])[:, None]
     return Trajectories(padded[..., 0], padded[..., 1], padded[..., 2], mask.double())
 
 
@@ -152,51 +152,51 @@ def problem_of_mdp(
     Returns:
         The problem, with one prompt (P = 1) and M trajectories.
     """
-    every = all_trajectories(mdp, steps)
-    chance = torch.where(
-        every.mask.bool(), mdp.transitions[every.states, every.actions, every.successors], 1.0
+    paths = all_trajectories(mdp, steps)
+    chances = torch.where(
+        paths.mask.bool(), mdp.transitions[paths.states, paths.actions, paths.successors], 1.0
     )
-    ahead = expected_rewards(mdp, steps + beyond)  # [S + 1, K]
-    # Before step t, `left[t]` steps are left; V^pi is the sum of that many discounted mean rewards.
-    left = steps + beyond - torch.arange(steps + 1)
+    mean_rewards = expected_rewards(mdp, steps + beyond)  # [S + 1, K]
+    # Before step t, `steps_left[t]` steps remain; V^pi is the sum of that many discounted mean rewards.
+    steps_left = steps + beyond - torch.arange(steps + 1)
     if critic == "true":
-        seen = ahead * gamma ** torch.arange(steps + beyond, dtype=torch.double)
-        values = torch.stack([seen[:, :k].sum(-1) for k in left.tolist()], -1)  # [S + 1, T + 1]
+        discounted = mean_rewards * gamma ** torch.arange(steps + beyond, dtype=torch.double)
+        values = torch.stack([discounted[:, :k].sum(-1) for k in steps_left.tolist()], -1)  # [S + 1, T + 1]
     else:
         values = torch.nn.functional.pad(mdp.guesses, (0, 1))[:, None].expand(-1, steps + 1)
-    cut: Bool[Tensor, " M"] = every.last < len(mdp.start)
+    truncated: Bool[Tensor, " M"] = paths.last < len(mdp.start)
     continues = beyond > 0
-    logprobs = _logprobs(mdp.logits, every)
-    environment = mdp.start[every.states[:, 0]] * chance.prod(-1)
+    logprobs = _logprobs(mdp.logits, paths)
+    environment = mdp.start[paths.states[:, 0]] * chances.prod(-1)
     return Problem(
         name=name or f"control, {steps} steps of {steps + beyond}, groups of {group_size}, critic: {critic}",
         group_size=group_size,
-        mask=every.mask,
-        truncated=cut,
+        mask=paths.mask,
+        truncated=truncated,
         logprobs=logprobs[None],
-        ref_logprobs=_logprobs(mdp.reference, every)[None],
-        entropy=_entropy(mdp.logits, every)[None],
-        rewards=(mdp.rewards[every.states, every.actions, every.successors] * every.mask)[None],
-        scores=torch.func.jacrev(_logprobs)(mdp.logits, every).flatten(2)[None],
-        entropy_slopes=torch.func.jacrev(_entropy)(mdp.logits, every).flatten(2)[None],
-        values=(values[every.states, torch.arange(steps)] * every.mask)[None],
-        greedy=_greedy(mdp, every, environment * logprobs.sum(-1).exp()),
+        ref_logprobs=_logprobs(mdp.reference, paths)[None],
+        entropy=_entropy(mdp.logits, paths)[None],
+        rewards=(mdp.rewards[paths.states, paths.actions, paths.successors] * paths.mask)[None],
+        scores=torch.func.jacrev(_logprobs)(mdp.logits, paths).flatten(2)[None],
+        entropy_slopes=torch.func.jacrev(_entropy)(mdp.logits, paths).flatten(2)[None],
+        values=(values[paths.states, torch.arange(steps)] * paths.mask)[None],
+        greedy=_greedy(mdp, paths, environment * logprobs.sum(-1).exp()),
         max_length=steps + 2,
         environment=environment[None],
-        bootstrap=values[every.last, steps][None] if continues and bootstrap else None,
-        after=ahead[every.last, :beyond][None] if continues else None,
+        bootstrap=values[paths.last, steps][None] if continues and bootstrap else None,
+        after=mean_rewards[paths.last, :beyond][None] if continues else None,
     )
 
 
-def _logprobs(logits: Tensor, every: Trajectories) -> Float[Tensor, "M T"]:
-    return logits.log_softmax(-1)[every.states, every.actions] * every.mask
+def _logprobs(logits: Tensor, paths: Trajectories) -> Float[Tensor, "M T"]:
+    return logits.log_softmax(-1)[paths.states, paths.actions] * paths.mask
 
 
-def _entropy(logits: Tensor, every: Trajectories) -> Float[Tensor, "M T"]:
-    return token_entropy(logits)[every.states] * every.mask
+def _entropy(logits: Tensor, paths: Trajectories) -> Float[Tensor, "M T"]:
+    return token_entropy(logits)[paths.states] * paths.mask
 
 
-def _greedy(mdp: TabularMdp, every: Trajectories, chances: Tensor) -> Int[Tensor, " 1"]:
+def _greedy(mdp: TabularMdp, paths: Trajectories, chances: Tensor) -> Int[Tensor, " 1"]:
     """Return the most probable of the trajectories in which every action is the most probable one."""
-    best = mdp.logits.argmax(-1)[every.states] == every.actions
-    return torch.where((best | (every.mask == 0)).all(-1), chances, 0.0).argmax()[None]
+    best = mdp.logits.argmax(-1)[paths.states] == paths.actions
+    return torch.where((best | (paths.mask == 0)).all(-1), chances, 0.0).argmax()[None]

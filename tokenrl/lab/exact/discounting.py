@@ -114,9 +114,9 @@ reward of every step."""
 def objectives_on_control() -> Iterator[tuple[str, float, WhichObjective]]:
     """Yield name, gamma and result for each of `ROWS`, on one random environment."""
     mdp = random_mdp(2, one_start=True)
-    for name, (fields, world) in ROWS.items():
+    for name, (fields, options) in ROWS.items():
         estimator = Estimator(**fields)
-        options = {key: value for key, value in world.items() if key != "reward"}
-        rewards = mdp.rewards if "reward" not in world else torch.full_like(mdp.rewards, world["reward"])
-        problem = problem_of_mdp(mdp._replace(rewards=rewards), gamma=estimator.gamma, **options)
+        arguments = {key: value for key, value in options.items() if key != "reward"}
+        rewards = mdp.rewards if "reward" not in options else torch.full_like(mdp.rewards, options["reward"])
+        problem = problem_of_mdp(mdp._replace(rewards=rewards), gamma=estimator.gamma, **arguments)
         yield name, estimator.gamma, which_objective(estimator, problem)

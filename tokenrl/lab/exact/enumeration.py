@@ -2,7 +2,7 @@
 
 The loss of a step depends on the parameters only through logprobs and entropies. So the gradient of a step is
 the derivative of `Estimator.loss` in those, times the listed derivatives of logprobs and entropies in the
-parameters: one matrix product. Ratios, clips and KL terms in the loss are treated as plain REINFORCE is.
+parameters: one matrix product. Ratios, clips and KL terms in the loss need no code of their own here.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ class Problem:
         entropy_slopes: Gradient of `entropy` [P, M, T, D].
         values: A critic's value of the prefix of each token [P, M, T].
         greedy: Index of the completion made of the most probable tokens [P].
-        max_length: Divisor of the aggregation 'fixed_length'. It is not T, so that a divisor wrongly taken
-            from the width of the batch is noticed.
+        max_length: Divisor of the aggregation 'fixed_length'. It differs from T, so that a divisor that is
+            wrongly the width of the batch shows as a bias.
         baseline_value: The running mean, a number from earlier steps.
         environment: Probability of what the environment draws in each completion, for example states [P, M].
             It is part of the probability of a completion but not of its score.
@@ -138,7 +138,7 @@ def all_completions(vocabulary: int, length: int, ends: Sequence[int] = (0,)) ->
     """List every completion of at most `length` tokens; a token in `ends` is always the last one."""
     continuing = [v for v in range(vocabulary) if v not in ends]
     prefixes = [y for n in range(length) for y in itertools.product(continuing, repeat=n)]
-    every = [
+    sequences = [
         (*prefix, v)
         for prefix in prefixes
         for v in range(vocabulary)
@@ -146,10 +146,10 @@ def all_completions(vocabulary: int, length: int, ends: Sequence[int] = (0,)) ->
     ]
     rank = {prefix: row for row, prefix in enumerate(prefixes)}
     pad = ends[0] if ends else 0
-    ids = torch.tensor([[*y, *[pad] * (length - len(y))] for y in every])
-    lengths = torch.tensor([len(y) for y in every])
+    ids = torch.tensor([[*y, *[pad] * (length - len(y))] for y in sequences])
+    lengths = torch.tensor([len(y) for y in sequences])
     mask = (torch.arange(length) < lengths[:, None]).double()
-    prefix = torch.tensor([[rank[y[:t]] if t < len(y) else 0 for t in range(length)] for y in every])
+    prefix = torch.tensor([[rank[y[:t]] if t < len(y) else 0 for t in range(length)] for y in sequences])
     return Completions(ids, mask, prefix, prefixes)
 
 
@@ -182,48 +182,48 @@ def tabular_problem(
             the prefix.
         logits: Logits of every prompt's policy, by prefix and token, instead of random ones.
     """
-    every = all_completions(vocabulary, length)
-    shape = (prompts, len(every.prefixes), vocabulary)
+    rows = all_completions(vocabulary, length)
+    shape = (prompts, len(rows.prefixes), vocabulary)
     draw = torch.Generator().manual_seed(seed)
     random, reference, table = torch.randn(3, *shape, generator=draw, dtype=torch.double)
     logits = random if logits is None else logits.double().expand(shape)
     guesses = torch.randn(shape[:2], generator=draw, dtype=torch.double)
-    drawn = _rewards(rewards, table, every, draw)
-    logprobs = torch.stack([_logprobs(x, every) for x in logits])
-    values = _true_values(logprobs, drawn, every) if true_values else guesses[:, every.prefix] * every.mask
-    ends = every.ids.gather(1, every.last).squeeze(1)
+    drawn = _rewards(rewards, table, rows, draw)
+    logprobs = torch.stack([_logprobs(x, rows) for x in logits])
+    values = _true_values(logprobs, drawn, rows) if true_values else guesses[:, rows.prefix] * rows.mask
+    ends = rows.ids.gather(1, rows.last).squeeze(1)
     return Problem(
         name=name or f"{prompts} prompts, groups of {group_size}, {rewards} rewards, seed {seed}",
         group_size=group_size,
-        mask=every.mask,
+        mask=rows.mask,
         truncated=ends != 0,
         logprobs=logprobs,
-        ref_logprobs=torch.stack([_logprobs(x, every) for x in reference]),
-        entropy=torch.stack([_entropy(x, every) for x in logits]),
+        ref_logprobs=torch.stack([_logprobs(x, rows) for x in reference]),
+        entropy=torch.stack([_entropy(x, rows) for x in logits]),
         rewards=drawn,
-        scores=_slopes(_logprobs, logits, every, shared),
-        entropy_slopes=_slopes(_entropy, logits, every, shared),
+        scores=_slopes(_logprobs, logits, rows, shared),
+        entropy_slopes=_slopes(_entropy, logits, rows, shared),
         values=values,
-        greedy=torch.stack([_greedy(x, every) for x in logits]),
+        greedy=torch.stack([_greedy(x, rows) for x in logits]),
         max_length=length + 2,
     )
 
 
-def _logprobs(logits: Tensor, every: Completions) -> Tensor:
+def _logprobs(logits: Tensor, rows: Completions) -> Tensor:
     """Return the logprob of each token [M, T], from logits [S, V] of S prefixes."""
-    return logits.log_softmax(-1)[every.prefix, every.ids] * every.mask
+    return logits.log_softmax(-1)[rows.prefix, rows.ids] * rows.mask
 
 
-def _entropy(logits: Tensor, every: Completions) -> Tensor:
+def _entropy(logits: Tensor, rows: Completions) -> Tensor:
     """Return the entropy at each token [M, T], from logits [S, V] of S prefixes."""
-    return token_entropy(logits)[every.prefix] * every.mask
+    return token_entropy(logits)[rows.prefix] * rows.mask
 
 
 def _slopes(
-    quantity: Callable[[Tensor, Completions], Tensor], logits: Tensor, every: Completions, shared: bool
+    quantity: Callable[[Tensor, Completions], Tensor], logits: Tensor, rows: Completions, shared: bool
 ) -> Float[Tensor, "P M T D"]:
     """Return the gradient of logprobs or entropy in the logits, which prompts may share."""
-    blocks = [torch.func.jacrev(quantity)(x, every).flatten(2) for x in logits]  # [M, T, S V] each
+    blocks = [torch.func.jacrev(quantity)(x, rows).flatten(2) for x in logits]  # [M, T, S V] each
     if shared:
         return torch.stack(blocks)
     # Parameters of its own for each prompt: the gradient is 0 in the logits of all other prompts.
@@ -233,30 +233,30 @@ def _slopes(
     return whole.flatten(3)
 
 
-def _rewards(kind: Rewards, table: Tensor, every: Completions, draw: torch.Generator) -> Tensor:
+def _rewards(kind: Rewards, table: Tensor, rows: Completions, draw: torch.Generator) -> Tensor:
     """Draw rewards [P, M], or [P, M, T] for 'dense', where each pair of prefix and token has its own."""
     if kind == "dense":
-        return table[:, every.prefix, every.ids] * every.mask
-    drawn = torch.randn(len(table), len(every.ids), generator=draw, dtype=torch.double)
+        return table[:, rows.prefix, rows.ids] * rows.mask
+    drawn = torch.randn(len(table), len(rows.ids), generator=draw, dtype=torch.double)
     if kind == "binary":
         return (drawn > 0.3).double()
     return ((drawn > -0.5).double() + (drawn > 0.5).double()) / 2 if kind == "graded" else drawn
 
 
-def _true_values(logprobs: Tensor, rewards: Tensor, every: Completions) -> Tensor:
+def _true_values(logprobs: Tensor, rewards: Tensor, rows: Completions) -> Tensor:
     """Return V^pi of each token's prefix [P, M, T]: the mean reward to go of the completions with it."""
     if rewards.ndim == 2:
-        rewards = rewards[:, :, None] * at_last_action(every.mask.bool())
+        rewards = rewards[:, :, None] * at_last_action(rows.mask.bool())
     to_go = reward_to_go(rewards)
-    weight = logprobs.sum(-1).exp()[:, :, None] * every.mask  # [P, M, T]
-    sums = torch.zeros(2, len(rewards), len(every.prefixes), dtype=torch.double)
-    for t in range(every.mask.shape[1]):
-        for which, what in enumerate((weight * to_go, weight)):
-            sums[which].index_add_(1, every.prefix[:, t], what[:, :, t])
-    return (sums[0] / sums[1])[:, every.prefix] * every.mask
+    weight = logprobs.sum(-1).exp()[:, :, None] * rows.mask  # [P, M, T]
+    sums = torch.zeros(2, len(rewards), len(rows.prefixes), dtype=torch.double)
+    for t in range(rows.mask.shape[1]):
+        for k, summed in enumerate((weight * to_go, weight)):
+            sums[k].index_add_(1, rows.prefix[:, t], summed[:, :, t])
+    return (sums[0] / sums[1])[:, rows.prefix] * rows.mask
 
 
-def _greedy(logits: Tensor, every: Completions) -> Tensor:
+def _greedy(logits: Tensor, rows: Completions) -> Tensor:
     """Index of the completion whose every token is the most probable one."""
-    best = logits.argmax(-1)[every.prefix] == every.ids  # [M, T]
-    return (best | (every.mask == 0)).all(-1).int().argmax()
+    best = logits.argmax(-1)[rows.prefix] == rows.ids  # [M, T]
+    return (best | (rows.mask == 0)).all(-1).int().argmax()

@@ -36,17 +36,17 @@ def exact(args: LabArguments) -> int:
     """
     from rich.progress import track
 
-    known = named_estimators()
+    estimators = named_estimators()
     for name in args.estimators:
-        if name not in known:
-            hint = nearest(name, known)
-            raise Refused(f"The lab knows no estimator {name!r}.{hint} It knows: {'; '.join(known)}.")
+        if name not in estimators:
+            hint = nearest(name, estimators)
+            raise Refused(f"The lab knows no estimator {name!r}.{hint} It knows: {'; '.join(estimators)}.")
     if args.json is not None:
         check_place(args.json)
-    chosen = [name for name in known if not args.estimators or name in args.estimators]
+    chosen = [name for name in estimators if not args.estimators or name in args.estimators]
     progress = track(chosen, "enumerating", console=rich_console(file=sys.stderr))
     with using_threads(1):  # many small sums, which a second thread only slows down
-        verdicts = {name: measure_bias(known[name]) for name in progress}
+        verdicts = {name: measure_bias(estimators[name]) for name in progress}
     print_table(verdicts)
     if not args.estimators:
         print_objectives()
@@ -99,9 +99,9 @@ def print_objectives() -> None:
     """Print which objective each choice of returns and baseline ascends on a small control problem."""
     heads = ("on a control problem of 3 steps", "gamma", "of J_1", "of J_gamma", "ascends")
     table = rich_table("", heads, no_wrap=True)
-    for name, gamma, found in objectives_on_control():
-        discounted = _against(found.discounted) if gamma < 1 else "the same"
-        table.add_row(name, f"{gamma:g}", _against(found.undiscounted), discounted, found.ascends)
+    for name, gamma, comparison in objectives_on_control():
+        discounted = _against(comparison.discounted) if gamma < 1 else "the same"
+        table.add_row(name, f"{gamma:g}", _against(comparison.undiscounted), discounted, comparison.ascends)
     console = rich_console(width=120)
     console.print(table)
     console.print(

@@ -24,15 +24,15 @@ EVEN = torch.tensor([[1, 3], [1, 2], [1, 1]]).double().log()
 
 @dataclass(frozen=True)
 class Verdict:
-    """The bias that an estimator declares and the one that was found.
+    """The bias status that an estimator declares, and the one that enumeration finds.
 
     Attributes:
         declared: The estimator's `bias_status`.
         found: The worst status over the problems.
         measurements: The moments on each problem that the estimator can be used on; the first is the main
-            problem. Of the wide problems, those are left out that showed nothing worse.
+            problem. Of the wide problems only those are listed that showed a worse status.
         tried: The most prompts, completions per prompt and tokens and the largest reward of any problem (not
-            all in the same one); beyond that nothing is known.
+            all in the same one). Of larger problems the verdict says nothing.
     """
 
     declared: str
@@ -41,12 +41,12 @@ class Verdict:
     tried: str = ""
 
     def __str__(self) -> str:
-        """Say what was found, and on what."""
+        """Return the status found, and the size of the problems."""
         return f"{self.found} (tried: up to {self.tried})"
 
     @property
     def ok(self) -> bool:
-        """Whether what was found is at least as good as declared, and a declared bias was found."""
+        """Whether the status found is at least as good as the declared one; a declared bias must be found."""
         if self.declared == choices.UNKNOWN:
             return True
         if self.declared == choices.BIASED:
@@ -127,9 +127,9 @@ def measure_bias(
     main = default_problems() if problems is None else problems
     wide = wide_problems(group_size) if problems is None else ()
     refusal = Refused("There is no problem to measure on; give at least one.")
-    found, tried, measurements = choices.EXACT, list[Problem](), list[Moments]()
-    for place, problem in enumerate((*main, *wide)):
-        if place >= len(main) and found == choices.BIASED:
+    status, measured, measurements = choices.EXACT, list[Problem](), list[Moments]()
+    for number, problem in enumerate((*main, *wide)):
+        if number >= len(main) and status == choices.BIASED:
             break
         try:
             moments = exact_moments(estimator, problem)
@@ -138,34 +138,36 @@ def measure_bias(
             continue
         if not moments.mean.isfinite().all():
             raise Refused(f"The baseline returned nan or inf on the problem '{problem.name}'; mend it.")
-        worst = max(found, moments.status, key=choices.FROM_BEST_TO_WORST.index)
-        if place < len(main) or worst != found:
+        worse = max(status, moments.status, key=choices.FROM_BEST_TO_WORST.index)
+        if number < len(main) or worse != status:
             measurements.append(moments)
-        tried.append(problem)
-        found = worst
+        measured.append(problem)
+        status = worse
     if not measurements:
         raise refusal
-    if found == choices.BIASED and tends_to_the_gradient(estimator):
-        found = choices.ASYMPTOTIC
-    return Verdict(estimator.bias_status, found, tuple(measurements), extent(tried))
+    if status == choices.BIASED and tends_to_the_gradient(estimator):
+        status = choices.ASYMPTOTIC
+    return Verdict(estimator.bias_status, status, tuple(measurements), extent(measured))
 
 
 def extent(problems: Sequence[Problem]) -> str:
-    """Say how large problems are; each number is the largest of its kind."""
+    """Return the largest numbers of prompts, completions per prompt and tokens, and the largest reward."""
     sizes = [(len(p.greedy), p.group_size, p.mask.shape[1], float(p.totals.abs().max())) for p in problems]
     prompts, groups, tokens, rewards = (max(size) for size in zip(*sizes, strict=True))
     return f"{prompts} prompts, groups of {groups}, {tokens} tokens, rewards of {rewards:.2g}"
 
 
 def _check_memory(estimator: Estimator) -> None:
-    """Refuse a baseline of the user's own that returns something else for the same step called again."""
+    """Refuse a user's baseline that returns two different results for the same step."""
     if not callable(estimator.baseline):
         return
     draw = torch.Generator().manual_seed(0)
-    one, other = torch.randn(2, 4, generator=draw, dtype=torch.double)
+    rewards, changed = torch.randn(2, 4, generator=draw, dtype=torch.double)
     mask = torch.ones(4, 1, dtype=torch.double)
-    first, _, again = (estimator.advantages(x, mask, group_size=2).policy for x in (one, other, one))
-    if not first.nan_to_num().equal(again.nan_to_num()):
+    first, _, second = (
+        estimator.advantages(x, mask, group_size=2).policy for x in (rewards, changed, rewards)
+    )
+    if not first.nan_to_num().equal(second.nan_to_num()):
         name = getattr(estimator.baseline, "__name__", type(estimator.baseline).__name__)
         raise Refused(
             f"The baseline {name!r} returned two different results for the same step, so it has a memory or "
@@ -184,8 +186,8 @@ def tends_to_the_gradient(estimator: Estimator) -> bool:
         except Refused:
             continue
         small, large = (sine_between(m.mean.sum(0), m.target.sum(0)) for m in steps)
-        # In four times as large a step an error of order 1/N is a quarter; one that does not vanish stays as
-        # it is.
+        # An error of order 1/N is a quarter as large in a step four times as large; one that does not vanish
+        # keeps its size.
         if single.status != choices.BIASED or large >= max(single.tolerance, 0.3 * small):
             return False
         is_shown = True
