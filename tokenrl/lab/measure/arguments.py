@@ -21,8 +21,8 @@ class MeasureArguments(ModelArguments, TaskArguments, LoraArguments):
     estimators: tuple[str, ...] = DEFAULT_ESTIMATORS
     """Presets to measure."""
     num_prompts: Count = 128
-    """Number of training prompts; more make intervals narrower, and 20 groups of unequal rewards make them
-    hold."""
+    """Number of training prompts; more make the intervals narrower. With fewer than some 20 groups of unequal
+    rewards the intervals are too narrow."""
     num_generations: Several = 8
     """Completions per prompt (G); a power of two, so that groups can be halved."""
     prompts_per_step: Count = 8

@@ -96,8 +96,8 @@ def contributions(
     """Compute an estimator's projected gradient for every independent unit.
 
     A unit is a prompt's group, or a whole step if the estimator couples the prompts of a step. It is never a
-    row, because the rows of a group share a baseline. Whether prompts are coupled is found by comparing the
-    slopes of a step with those of its groups alone.
+    row, because the rows of a group share a baseline. Prompts are coupled if the slopes of a step differ from
+    those of its groups alone.
 
     Args:
         estimator: Any estimator without a critic.
@@ -106,7 +106,7 @@ def contributions(
         prompts_per_step: Groups per step. Steps are disjoint; for coupled estimators, groups that do not fill
             a step are left out.
         group_size: Size of the smaller groups into which each group is divided; None to keep them whole.
-        coupled: Whether units are steps; None to find out.
+        coupled: Whether units are steps; None to decide by that comparison.
 
     Raises:
         Refused: When the estimator needs a critic, or cannot be used with such groups.
@@ -119,22 +119,22 @@ def contributions(
     step_of = torch.arange(len(samples.rewards)) // (whole * prompts_per_step)
 
     def unit(rows: Tensor) -> Slopes:
-        elsewhere = (step_of != step_of[rows[0]]) & samples.valid  # a running mean saw other steps only
-        seen = float(samples.rewards[elsewhere].mean()) if estimator.baseline == "running_mean" else 0.0
-        return step_slopes(estimator, samples, rows, group_size=size, score_norms=norms, baseline_value=seen)
+        elsewhere = (step_of != step_of[rows[0]]) & samples.valid  # a running mean has seen other steps
+        mean = float(samples.rewards[elsewhere].mean()) if estimator.baseline == "running_mean" else 0.0
+        return step_slopes(estimator, samples, rows, group_size=size, score_norms=norms, baseline_value=mean)
 
-    every = torch.arange(len(step_of)).reshape(-1, whole // size, size)  # [B, J, g]
-    whole_steps = every[: len(every) // prompts_per_step * prompts_per_step]
-    steps = whole_steps.reshape(-1, prompts_per_step, *every.shape[1:])  # [M, P, J, g]
+    groups = torch.arange(len(step_of)).reshape(-1, whole // size, size)  # [B, J, g]
+    whole_steps = groups[: len(groups) // prompts_per_step * prompts_per_step]
+    steps = whole_steps.reshape(-1, prompts_per_step, *groups.shape[1:])  # [M, P, J, g]
     if coupled is None:
         coupled = prompts_per_step > 1 and _couples(unit, steps)
-    units = steps.transpose(1, 2).flatten(2) if coupled else every  # [M, J, n]
+    units = steps.transpose(1, 2).flatten(2) if coupled else groups  # [M, J, n]
     values = torch.stack([torch.stack([projected(unit(r), projections, r) for r in rows]) for rows in units])
     return Contributions(values, prompts_per_step if coupled else 1, coupled)
 
 
 def _couples(unit: Callable[[Tensor], Slopes], steps: Tensor) -> bool:
-    """Whether the slopes of any step differ from those of its groups taken alone."""
+    """Whether the slopes of any step differ from those of its groups, each as a step by itself."""
     for step in steps[:, :, 0]:  # [P, g]
         try:
             alone = torch.cat([unit(rows).logprobs for rows in step]) / len(step)

@@ -91,24 +91,24 @@ def measure_with(args: MeasureArguments, console: Console) -> Measured:
     task, rewards = find_task(args)
     policy = _policy(args, task, console)
     parameters = chosen_parameters(policy, args.layers)
-    size, where = sum(p.numel() for p in parameters.values()), ", ".join(args.layers) or "all"
+    size, layers = sum(p.numel() for p in parameters.values()), ", ".join(args.layers) or "all"
     rows = args.num_prompts * args.num_generations
-    console.note(f"Differentiating {rows} completions in {size:,} parameters ({where}).")
+    console.note(f"Differentiating {rows} completions in {size:,} parameters ({layers}).")
     threads, _ = choose_threads(policy.size)
     with using_threads(threads):
-        samples, seen = _in_memory(policy, task, rewards, parameters, args, console)
+        samples, projections = _in_memory(policy, task, rewards, parameters, args, console)
         options: dict[str, Any] = {"prompts_per_step": args.prompts_per_step, "seed": args.seed}
         return Measured(
             model=policy.source,
             task=task.name,
             settings=_settings(args, samples),
-            estimators=measure_estimators(samples, seen, chosen, **options),
-            group_sizes=measure_group_sizes(samples, seen, chosen, **options),
+            estimators=measure_estimators(samples, projections, chosen, **options),
+            group_sizes=measure_group_sizes(samples, projections, chosen, **options),
         )
 
 
 def _policy(args: MeasureArguments, task: Task, console: Console) -> Policy:
-    """Load the policy; of a run that trained an adapter, the policy in which only that adapter trains."""
+    """Load the policy; from a run that trained an adapter, the policy in which only that adapter trains."""
     from accelerate import Accelerator
 
     from tokenrl.language.policy.model import load_policy
@@ -193,7 +193,7 @@ def rows_at_once(policy: Policy, length: int) -> int:
 
 
 def _checked(args: MeasureArguments, announce: Callable[[str], None]) -> MeasureArguments:
-    """Return the arguments with the form in which the model is asked, which is announced."""
+    """Check the numbers; return the arguments with the form of the prompts, which is announced."""
     from tokenrl.language.policy.prompts import asked, fill_form, form_of
 
     g, b, p = args.num_generations, args.num_prompts, args.prompts_per_step

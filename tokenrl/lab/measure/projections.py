@@ -50,18 +50,18 @@ def chosen_parameters(policy: Policy, layers: Sequence[str] = ()) -> dict[str, T
         return named
     chosen: dict[str, Tensor] = {}
     for part in layers:
-        found = _last(list(named)) if part == "last" else [name for name in named if part in name]
-        if not found:
-            some = f"Give part of one, such as of {', '.join(list(named)[:4])}, or 'last'."
-            raise Refused(f"No trainable parameter of {policy.source!r} has {part!r} in its name. {some}")
-        chosen.update({name: named[name] for name in found})
+        names = _last(list(named)) if part == "last" else [name for name in named if part in name]
+        if not names:
+            hint = f"Give part of one, such as of {', '.join(list(named)[:4])}, or 'last'."
+            raise Refused(f"No trainable parameter of {policy.source!r} has {part!r} in its name. {hint}")
+        chosen.update({name: named[name] for name in names})
     return chosen
 
 
 def _last(names: Sequence[str]) -> list[str]:
     """Return the names in the last numbered block and after it; a tied head comes before the blocks."""
-    found = [re.search(r"\.(\d+)\.", name) for name in names]
-    numbers = [None if match is None else int(match[1]) for match in found]
+    matches = [re.search(r"\.(\d+)\.", name) for name in names]
+    numbers = [None if match is None else int(match[1]) for match in matches]
     highest = max((n for n in numbers if n is not None), default=None)
     first = numbers.index(highest)
     return [name for name, n in zip(names[first:], numbers[first:], strict=True) if n in (highest, None)]
@@ -84,11 +84,11 @@ def probes(
 
 def _drawn(parameters: Mapping[str, Tensor], numbers: range, seed: int) -> dict[str, Tensor]:
     drawn = {name: p.new_empty(len(numbers), *p.shape) for name, p in parameters.items()}
-    for place, k in enumerate(numbers):
+    for row, k in enumerate(numbers):
         generator = generator_of(seed, "probe", k)
         for p in drawn.values():
             bits = torch.randint(0, 2, p.shape[1:], generator=generator, dtype=torch.int8)
-            p[place] = 2 * bits - 1
+            p[row] = 2 * bits - 1
     return drawn
 
 
@@ -126,43 +126,43 @@ def project(
         The projections, in the precision of the model.
     """
     parameters = dict(parameters)
-    first, place = _distinct(rollout)
+    index, row_of = _distinct(rollout)
     whole = Scoring(scoring.share_prompt)
-    part = rollout.take(first)
+    distinct = rollout.take(index)
 
     def scores(changed: dict[str, Tensor]) -> tuple[Tensor, ...]:
         def model(*args: Any, **options: Any) -> Any:
             return torch.func.functional_call(policy.model, changed, args, options)
 
         # `score` only calls its model, so a function will do
-        found = score(model, part, whole, temperature=temperature, entropy=entropy)  # type: ignore[arg-type]
-        return (found.logprobs,) if found.entropy is None else (found.logprobs, found.entropy)
+        scored = score(model, distinct, whole, temperature=temperature, entropy=entropy)  # type: ignore[arg-type]
+        return (scored.logprobs,) if scored.entropy is None else (scored.logprobs, scored.entropy)
 
     def slopes(direction: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return torch.func.jvp(scores, (parameters,), (direction,))[1]  # type: ignore[no-any-return]
 
-    found: list[tuple[Tensor, ...]] = []
+    tangents: list[tuple[Tensor, ...]] = []
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         for directions in probes(parameters, count, seed=seed):
             # vmap batches only the tangents, so the model itself is computed once for all of them.
-            found.append(torch.vmap(slopes)(directions))  # [c, n, t] each
-            del directions  # the next ones are made first
+            tangents.append(torch.vmap(slopes)(directions))  # [c, n, t] each
+            del directions  # else they are still there while the next ones are drawn
             after()
     out = []
-    for tangents in zip(*found, strict=True):
-        inside = torch.where(part.mask, torch.cat(tangents), 0)
-        whole = inside.permute(1, 2, 0)[place] / count**0.5  # [N, t, K]
+    for column in zip(*tangents, strict=True):
+        inside = torch.where(distinct.mask, torch.cat(column), 0)
+        whole = inside.permute(1, 2, 0)[row_of] / count**0.5  # [N, t, K]
         out.append(torch.nn.functional.pad(whole, (0, 0, 0, width - whole.shape[1])))
     return Projections(out[0], out[1] if entropy else None)
 
 
 def _distinct(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Return the first row of each distinct (prompt, completion), and the index of its own for each row."""
+    """Return the first row of each distinct (prompt, completion), and the number of its pair for each row."""
     ids = rollout.completion_ids.masked_fill(~rollout.mask, -1)
     table = torch.cat([rollout.prompt_index[:, None], ids], dim=1)
-    unique, place = torch.unique(table, dim=0, return_inverse=True)
-    rows = torch.arange(len(place), device=place.device)
-    first = torch.full((len(unique),), len(place), device=place.device).scatter_reduce(
-        0, place, rows, reduce="amin"
+    unique, row_of = torch.unique(table, dim=0, return_inverse=True)
+    rows = torch.arange(len(row_of), device=row_of.device)
+    first = torch.full((len(unique),), len(row_of), device=row_of.device).scatter_reduce(
+        0, row_of, rows, reduce="amin"
     )
-    return first, place
+    return first, row_of

@@ -101,13 +101,13 @@ def collect(
 def _scores(policy: Policy, rollout: Rollout, sampling: Sampling, scoring: Scoring) -> dict[str, Tensor]:
     """Return mask, log-probabilities and entropies of a rollout, padded to the most tokens allowed [n, T]."""
     options: dict[str, Any] = {"temperature": sampling.temperature, "scoring": scoring}
-    own = score(policy.model, rollout, entropy=True, **options)
-    assert own.entropy is not None
-    ref = own.logprobs
+    scored = score(policy.model, rollout, entropy=True, **options)
+    assert scored.entropy is not None
+    reference = scored.logprobs
     if policy.reference is not None or policy.has_adapter:
         with policy.reference_model() as model:
-            ref = score(model, rollout, **options).logprobs
+            reference = score(model, rollout, **options).logprobs
     columns = {"mask": rollout.mask}
-    for name, x in (("logprobs", own.logprobs), ("ref_logprobs", ref), ("entropy", own.entropy)):
+    for name, x in (("logprobs", scored.logprobs), ("ref_logprobs", reference), ("entropy", scored.entropy)):
         columns[name] = torch.where(rollout.mask, x, 0)
     return {k: pad_right(x, sampling.max_completion_length) for k, x in columns.items()}

@@ -35,8 +35,8 @@ class Resampling:
         """
         a, b, w = a.mean(1), b.mean(1), self.units
         sums = (self.probes * (w @ a) * (w @ b)).sum(-1)
-        own = (w.square() * (self.probes @ (a * b).T)).sum(-1)
-        return (sums - own) / self._pairs()
+        squares = (w.square() * (self.probes @ (a * b).T)).sum(-1)
+        return (sums - squares) / self._pairs()
 
     def variance(self, a: Float[Tensor, "M J K"]) -> Float[Tensor, " R"]:
         """Estimate without bias the trace of the covariance of one gradient, `E|a|^2 - |E a|^2`."""
