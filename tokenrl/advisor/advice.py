@@ -12,6 +12,10 @@ from tokenrl.core.presets import PRESETS
 from tokenrl.runs.console import measured, rich_console, rich_table
 from tokenrl.runs.findings import Finding
 
+Reason = tuple[str, bool, str]
+"""A row of a table of reasons: a setting such as `estimator.baseline`, whether the row applies to the advice
+that is given, and why the setting has its value."""
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -79,11 +83,13 @@ def changed(arguments: Any, changes: Mapping[str, Any]) -> Any:
     return replace(arguments, **others, estimator=replace(arguments.estimator, **axes))
 
 
-def settings(arguments: Any, reasons: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return name, value and reason of the settings that have a reason."""
+def recommendation(command: str, arguments: Any, reasons: Iterable[Reason], **fields: Any) -> Advice:
+    """Return advice with the command line for its arguments, and the reasons that apply to them."""
     axes = {f"estimator.{name}": value for name, value in vars(arguments.estimator).items()}
-    values = vars(arguments) | axes
-    return [{"name": name, "value": values[name], "reason": reason} for name, reason in reasons.items()]
+    values, applying = vars(arguments) | axes, [(name, text) for name, applies, text in reasons if applies]
+    settings = [{"name": name, "value": values[name], "reason": text} for name, text in applying]
+    line = command_line(command, arguments)
+    return Advice(command=command, arguments=arguments, line=line, settings=settings, **fields)
 
 
 def bias_in_words(estimator: Estimator) -> str:

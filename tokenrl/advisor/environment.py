@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tokenrl.advisor.advice import Advice, bias_in_words, changed, command_line, rounded, settings
+from tokenrl.advisor.advice import Advice, Reason, bias_in_words, changed, recommendation, rounded
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.arguments import LANDER, PPO, ControlArguments
 from tokenrl.control.environments import Environments, Spec, describe
@@ -32,32 +32,12 @@ WAYS: dict[str, tuple[dict[str, Any], str]] = {
     "episodes": ({}, "the mean of the other episodes at the same step needs no critic"),
     "critic_episodes": (
         A2C,
-        "a critic, as you asked, on whole episodes (a2c): no rest is cut off that it would have to stand for,"
-        " so that its errors are no bias",
+        "a critic, as you asked, on whole episodes (a2c), so that its errors are no bias",
     ),
-    "critic": (
-        LANDER,
-        "a critic on pieces of episodes (ppo): whole episodes are long, or slow because copies are stepped "
-        "one by one",
-    ),
+    "critic": (LANDER, "a critic on pieces of episodes (ppo): whole episodes are long, or slow to step"),
     "continuous": (PPO | CONTINUOUS, "a critic on pieces of episodes (ppo): the actions are continuous"),
 }
 """How settings differ from the defaults, and why this baseline: the rules of thumb of the advice."""
-REASONS = {
-    "estimator.returns": "rewards that came before an action are left out of its advantage",
-    "estimator.scale": "no division is exact; Adam's steps have one size, whatever that of the returns",
-    "estimator.ratio": "on-policy: every rollout is used for one update only",
-    "num_envs": "as many whole episodes per update",
-    "learning_rate": "Adam; halve it if the return rises and then falls",
-    "max_steps": "updates; --stop-when-solved may end sooner where there is a threshold",
-}
-REASONS_FOR_PIECES = {
-    "estimator.returns": "GAE: lam trades the critic's bias for less noise",
-    "estimator.ratio": "PPO's clip lets a rollout be used more than once",
-    "num_envs": "copies that are stepped together",
-    "num_steps": "pieces of episodes: the critic estimates the rest, so that updates need not wait",
-    "num_iterations": "passes over each rollout; staler data gets clipped",
-}
 ENTROPY = 0.01
 """Entropy bonus, in standard deviations of what the advantages are made of (1 where they are whitened)."""
 ENDLESS_GAMMA = 0.95
@@ -98,14 +78,9 @@ def advise_environment(args: AdviseArguments) -> Advice:
         before_greedy=found["mean"] if found["sd"] else None,
         pass_mark=spec.solved,
     )
-    return Advice(
-        subject=spec.env,
-        command="control",
-        arguments=control,
-        line=command_line("control", control),
-        measured=asdict(spec) | found,
-        findings=judge(observed),
-        settings=settings(control, _reasons(control, found, why)),
+    measured, reasons = asdict(spec) | found, _reasons(control, found, why)
+    return recommendation(
+        "control", control, reasons, subject=spec.env, measured=measured, findings=judge(observed)
     )
 
 
@@ -172,18 +147,30 @@ def fitted(control: ControlArguments, spec: Spec, found: dict[str, float]) -> Co
     return replace(control, estimator=estimator, num_envs=2 * envs if found["unusual"] < RARE else envs)
 
 
-def _reasons(control: ControlArguments, found: dict[str, float], why: str) -> dict[str, str]:
-    """Return the reason of each recommended setting; `why` is that of the baseline."""
-    estimator = control.estimator
-    bias = bias_in_words(estimator)
-    reasons = {"estimator.baseline": f"{why}; gradient {bias}, an entropy bonus aside", **REASONS}
-    if estimator.entropy_coef:
-        bonus = f"{ENTROPY:g} of the spread of advantages, so that the policy explores at first; falls to 0"
-        reasons["estimator.entropy_coef"] = bonus
-    if control.num_steps is not None:
-        reach = f"credit reaches about {1 / (1 - estimator.gamma):.0f} steps; nearer 1 for later rewards"
-        reasons |= REASONS_FOR_PIECES | {"estimator.gamma": reach}
-    if estimator.needs_values:
-        scale = f"about 1 / sd of returns ({found['sd']:.3g}): a critic learns targets of size 1"
-        reasons["reward_scale"] = scale
-    return reasons
+def _reasons(control: ControlArguments, found: dict[str, float], why: str) -> list[Reason]:
+    """Return the reasons of the settings; `why` is that of the baseline."""
+    estimator, pieces = control.estimator, control.num_steps is not None
+    whole, exact = not pieces, estimator.scale == "none"
+    bias = f"gradient {bias_in_words(estimator)}, an entropy bonus aside"
+    bonus = f"{ENTROPY:g} of the spread of advantages, so that the policy explores at first; falls to 0"
+    reach = f"credit reaches about {1 / max(1 - estimator.gamma, 1e-9):.0f} steps; nearer 1 for later rewards"
+    scale = f"about 1 / sd of returns ({found['sd']:.3g}): a critic learns targets of size 1"
+    steps = "pieces of episodes: the critic estimates the rest, so that updates need not wait"
+    return [
+        ("estimator.baseline", True, f"{why}; {bias}"),
+        ("estimator.returns", whole, "rewards that came before an action are left out of its advantage"),
+        ("estimator.returns", pieces, "GAE: lam trades the critic's bias for less noise"),
+        ("estimator.scale", exact, "no division is exact; Adam's steps have one size, whatever the returns"),
+        ("estimator.scale", not exact, "PPO divides by the spread of the step: one rate suits any returns"),
+        ("estimator.ratio", whole, "on-policy: every rollout is used for one update only"),
+        ("estimator.ratio", pieces, "PPO's clip lets a rollout be used more than once"),
+        ("num_envs", whole, "as many whole episodes per update"),
+        ("num_envs", pieces, "copies that are stepped together"),
+        ("learning_rate", True, "Adam; halve it if the return rises and then falls"),
+        ("max_steps", True, "updates; --stop-when-solved may end sooner where there is a threshold"),
+        ("estimator.entropy_coef", estimator.entropy_coef > 0, bonus),
+        ("num_steps", pieces, steps),
+        ("num_iterations", pieces, "passes over each rollout; staler data gets clipped"),
+        ("estimator.gamma", pieces, reach),
+        ("reward_scale", estimator.needs_values, scale),
+    ]

@@ -6,10 +6,11 @@ from dataclasses import fields, replace
 
 from accelerate import PartialState
 
-from tokenrl.advisor.advice import Advice, bias_in_words, changed, command_line, rounded, settings, together
+from tokenrl.advisor.advice import Advice, Reason, bias_in_words, changed, recommendation, rounded, together
 from tokenrl.advisor.arguments import AdviseArguments
 from tokenrl.control.policies import check_head
 from tokenrl.core.estimator import Estimator
+from tokenrl.language.policy.model import Policy
 from tokenrl.language.policy.prompts import asked, fill_form
 from tokenrl.language.rewards.model import RewardModel
 from tokenrl.language.rollout.agreement import agree
@@ -31,21 +32,6 @@ SMALLEST_GROUP = 4
 """A leave-one-out baseline of G - 1 others adds 1 / (G - 1) of the variance: groups of two double it."""
 EASY = 0.95
 """A task without a mark of its own counts as solved from this share of right completions on."""
-BASELINES = {
-    "rloo": "mean of the prompt's other rewards",
-    "running_mean": "mean of earlier rewards: one completion per prompt has none beside it",
-}
-REASONS = {
-    "num_generations": f"the smallest from {SMALLEST_GROUP} up of which at most {MOST:.0%} are dead, else "
-    "the largest; or as you asked",
-    "prompts_per_step": "so many completions a step as the task's settings have",
-    "max_completion_length": "the task's, or twice that where many completions are cut",
-    "estimator.scale": "no division, exact: a divisor would weight easy and hard prompts unequally",
-    "estimator.ratio": "on-policy: every rollout is used for one update only",
-    "estimator.entropy_coef": "none, unless the policy is almost certain of every token",
-    "temperature": "the same in sampling and in training",
-    "learning_rate": "recommended by the task for its own model, else by size (adapters: ten times that)",
-}
 
 
 def advise_language(args: AdviseArguments) -> Advice:
@@ -58,10 +44,11 @@ def advise_language(args: AdviseArguments) -> Advice:
     check_head(args.head, discrete=True)  # tokens are a finite list
     args = fill_form(args)
     task, rewards = find_task(args)
-    shared = {one.name: getattr(args, one.name) for one in fields(TrainArguments) if hasattr(args, one.name)}
+    shared = vars(args).keys() & {field.name for field in fields(TrainArguments)}
     beta = REWARD_MODEL_BETA if any(isinstance(one, RewardModel) for one in rewards.functions) else 0.0
     baseline = args.baseline or ("running_mean" if args.num_generations == 1 else "rloo")
-    given = shared | {"estimator": Estimator(baseline=baseline, beta=beta)}
+    given = {name: getattr(args, name) for name in shared}
+    given |= {"estimator": Estimator(baseline=baseline, beta=beta)}
     train_settings(TrainArguments(**given), task)  # refused before anything is loaded
     policy = make_policy(args, task, Console().note)
     train = train_settings(TrainArguments(**given | {"num_generations": None}), task, policy)
@@ -79,27 +66,47 @@ def advise_language(args: AdviseArguments) -> Advice:
         found = probe_policy(policy, rows, rewards, sampling)
     prompts = [row["prompt"] for row in (*task.train_prompts, *task.eval_prompts)]
     room = None if policy.context is None else policy.context - max(map(len, map(policy.encode, prompts)))
-    train, findings = fitted(train, found, room, getattr(task, "solved", None), size=args.num_generations)
-    reasons = REASONS | {
-        "estimator.baseline": f"{BASELINES.get(baseline, 'as you asked')}; gradient "
-        f"{bias_in_words(train.estimator)}",
-        "estimator.beta": "a policy can exploit a reward model"
-        if beta
-        else "a reward by rule needs no KL term",
-    }
-    if args.lora_r:
-        own = sum(p.numel() for p in policy.trainable_parameters())
-        reasons["lora_r"] = f"as you asked: trains {own:,} of {policy.size:,} parameters"
+    solved, size = getattr(task, "solved", None), args.num_generations
+    train, findings = fitted(train, found, room=room, solved=solved, size=size)
     few = [Finding("few-prompts", "watch", text) for text in few_prompts(task.train_prompts)]
-    return Advice(
+    return recommendation(
+        "train",
+        train,
+        _reasons(train, policy),
         subject=f"{task.name}, {policy.source}",
-        command="train",
-        arguments=train,
-        line=command_line("train", train),
         measured=asked(policy.form, args.model) | plain(found) | {"without_signal": without_signal(found)},
         findings=[*findings, *few],
-        settings=settings(train, reasons),
     )
+
+
+def _reasons(train: TrainArguments, policy: Policy) -> list[Reason]:
+    """Return the reasons of the settings."""
+    estimator, baseline = train.estimator, train.estimator.baseline
+    adapter = sum(p.numel() for p in policy.trainable_parameters())
+    bias = f"gradient {bias_in_words(estimator)}"
+    earlier = "mean of earlier rewards: one completion per prompt has none beside it"
+    rate = "recommended by the task for its own model, else by size (adapters: ten times that)"
+    size = f"the smallest from {SMALLEST_GROUP} up of which at most {MOST:.0%} are dead, else the largest; "
+    return [
+        ("num_generations", True, f"{size}or as you asked"),
+        ("prompts_per_step", True, "so many completions a step as the task's settings have"),
+        ("max_completion_length", True, "the task's, or twice that where many completions are cut"),
+        (
+            "estimator.scale",
+            True,
+            "no division, exact: a divisor would weight easy and hard prompts unequally",
+        ),
+        ("estimator.ratio", True, "on-policy: every rollout is used for one update only"),
+        ("estimator.entropy_coef", True, "none, unless the policy is almost certain of every token"),
+        ("temperature", True, "the same in sampling and in training"),
+        ("learning_rate", True, rate),
+        ("estimator.baseline", baseline == "rloo", f"mean of the prompt's other rewards; {bias}"),
+        ("estimator.baseline", baseline == "running_mean", f"{earlier}; {bias}"),
+        ("estimator.baseline", baseline not in ("rloo", "running_mean"), f"as you asked; {bias}"),
+        ("estimator.beta", estimator.beta > 0, "a policy can exploit a reward model"),
+        ("estimator.beta", estimator.beta == 0, "a reward by rule needs no KL term"),
+        ("lora_r", train.lora_r > 0, f"as you asked: trains {adapter:,} of {policy.size:,} parameters"),
+    ]
 
 
 def without_signal(found: Probe) -> str:
@@ -115,12 +122,7 @@ def without_signal(found: Probe) -> str:
 
 
 def fitted(
-    train: TrainArguments,
-    found: Probe,
-    room: int | None = None,
-    solved: float | None = None,
-    *,
-    size: int | None = None,
+    train: TrainArguments, found: Probe, *, room: int | None, solved: float | None, size: int | None
 ) -> tuple[TrainArguments, list[Finding]]:
     """Set what follows from the probe; return the settings and what the rules find.
 
