@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
 import shutil
 import subprocess
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 import torch
 
 from tests.runs.test_session import Counter, live
 from tokenrl.errors import Stopped
-from tokenrl.runs.files import atomic_directory, verify
-
-
-@contextmanager
-def largest_file(size):
-    """Let no file of this process grow beyond `size` bytes, as the system does; Python ignores SIGXFSZ."""
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+from tokenrl.runs.files import verify
 
 
 @pytest.fixture
@@ -59,23 +46,6 @@ def large(monkeypatch):
 
 def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def test_an_older_model_stays_whichever_writer_finds_the_disk_full(tmp_path):
-    """Each of them raises an error of another type."""
-    from tokenizers import Tokenizer, models
-    from transformers import GenerationConfig, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({f"word{i}": i for i in range(500)}, "word0"))
-    settings = GenerationConfig(**{f"name{i}": i for i in range(200)})
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    with atomic_directory(tmp_path / "model") as folder:
-        (folder / "a").write_text("older")
-    for write in (Counter().write, fast.save_pretrained, settings.save_pretrained):
-        failed = pytest.raises(Stopped, match=r"model could not be written .*File too large")
-        with largest_file(50), failed, atomic_directory(tmp_path / "model") as folder:
-            write(folder)
-        assert names(tmp_path) == ["model/a", "model/manifest.json"] and os.listdir(tmp_path) == ["model"]
 
 
 def test_a_disk_that_fills_up_leaves_a_checkpoint_from_which_the_run_continues(disk, tmp_path, large):

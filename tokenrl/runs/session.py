@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Agreed = Callable[[Sequence[int]], Sequence[int]]
+Names = Mapping[str, str | None]
 _KEPT = ("eval_before", "_evaluated", "_warned", "flags", "ended", "training_seconds")
 """The fields of a `Session` that a continuation goes on from."""
 
@@ -70,7 +71,6 @@ class Session:
         step_seconds, training_seconds: seconds of the last update, and of all updates.
         flags: warnings about the outcome.
         ended: why the run ended by itself before its last step; None if it did not.
-        spent: says whether the run has used up a budget other than its steps, so that this step is the last.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Session:
         self.rows: list[dict[str, Any]] = []
         self.flags, self._warned = list[str](), list[str]()
         self.ended: str | None = None
-        self.spent: Callable[[], bool] = lambda: False
+        self._spent: Callable[[], bool] = bool
         self._begun = False
         self._exit_code: int | None = None  # the one in the outcome
         self.eval_before: dict[str, float] = {}
@@ -175,7 +175,7 @@ class Session:
         self._atexit.enter_context(self.stop)
         self.console.facts("", facts)
 
-    def begin(self, args: Any, *, names: Mapping[str, str | None], **facts: Any) -> None:
+    def begin(self, args: Any, *, names: Names, spent: Callable[[], bool] = bool, **facts: Any) -> None:
         """Write config.json and the evaluation of step 0, or continue from the checkpoint that was found.
 
         A run that the directory held and that is not continued is removed.
@@ -183,12 +183,15 @@ class Session:
         Args:
             args: the settings, a dataclass, complete and with the directory in `output_dir`.
             names: by field, the text that stands in config.json for an object given from Python.
+            spent: returns whether the run has used up a budget other than its steps, so that this step is the
+                last; the default returns False.
             **facts: further entries of config.json that the report needs, such as the title.
 
         Raises:
             Refused: the checkpoint is of other settings, data or models.
         """
         self.args = args
+        self._spent = spent
         self.origin = Origin.of(self.kind, args, names, self.output_dir / "config.json")
         settings = {**self.origin.settings, "kind": self.kind}
         self._maker.settings = plain(settings)
@@ -202,7 +205,7 @@ class Session:
             remove_run(self.output_dir)
         config = {**settings, **facts, "command": self.origin.command}
         write_json(self.output_dir / "config.json", {"versions": versions(), **config})
-        if self.ended or self.step >= args.max_steps or self.spent():
+        if self.ended or self.step >= args.max_steps or self._spent():
             self.console.note("Nothing is left to do: the run had ended.")
             return
         self._trackers.start(config, self.output_dir)
@@ -227,7 +230,7 @@ class Session:
         """Yield the numbers of the steps that are left; end early if any process was asked to stop."""
         self._total, self._progress = total, Progress(self.console, total, self.step)
         with self._progress:
-            while self.step < total and not (self.spent() or self.ended or self._asked()):
+            while self.step < total and not (self._spent() or self.ended or self._asked()):
                 self.step += 1
                 yield self.step
 
@@ -241,7 +244,7 @@ class Session:
 
     def due(self, every: int) -> bool:
         """Return whether something is due now: every `every` steps (0: never), and in the last step."""
-        return self.step == self._total or self.spent() or bool(every and self.step % every == 0)
+        return self.step == self._total or self._spent() or bool(every and self.step % every == 0)
 
     def evaluated(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Record the evaluation of this step; return its metrics under their names in metrics.jsonl."""
@@ -311,7 +314,7 @@ class Session:
     def outcome(self, reason: str) -> dict[str, Any]:
         """Make the fields of `Outcome`. If a signal ended the run, its name replaces `reason`."""
         code = self._exit_code = self.stop.exit_code
-        if self.step < self._total and not (code or self.spent()):  # a budget may grow in a continuation
+        if self.step < self._total and not (code or self._spent()):  # a budget may grow in a continuation
             self.ended = reason
         return {
             "output_dir": self.output_dir,

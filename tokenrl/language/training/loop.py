@@ -145,7 +145,6 @@ def _prepare(given: Any, task: Task, rewards: Rewards, accelerator: Any, session
         warm_started=warmed,
         warm_seconds=warm_seconds,
     )
-    session.spent = lambda: run.spent
     kept = (SavedPolicy(policy), maker)
     session.keep(*kept, stream=run.stream, running_mean=run.running_mean, learner=learner, run=run)
     return run
@@ -176,7 +175,7 @@ def _begin(run: Run, session: Session) -> None:
     known = {"solved": getattr(run.task, "solved", None), **recorded(run.task)}
     known |= {"warm_started": run.warm_started} if run.warm_started else {}
     names = {"task": run.task.name, "model": policy.source}
-    session.begin(args, names=names, title=run.title, **known)
+    session.begin(args, names=names, spent=lambda: run.spent, title=run.title, **known)
     if run.warm_started and session.main:
         shutil.copy(
             Path(run.warm_started["kept_in"], "metrics.jsonl"), session.output_dir / "warm_start.jsonl"
