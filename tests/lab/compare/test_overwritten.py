@@ -83,7 +83,7 @@ def test_a_comparison_or_a_run_at_work_is_not_removed(here, busy):
 def test_a_comparison_is_locked_as_long_as_it_makes_its_runs(tmp_path, monkeypatch):
     refused = []
 
-    def execute(plan, runs, root, **options):
+    def execute(runs, root, **options):
         for each in runs:
             write_run(root / each.path, **rising(0.5)(each.seed))
         with pytest.raises(Refused, match="Another process works on the comparison") as error:

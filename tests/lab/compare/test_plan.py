@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from tokenrl.cli import COMMANDS, main
@@ -12,9 +11,9 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
 from tokenrl.flags import parse
 from tokenrl.lab.compare.arguments import CompareArguments
-from tokenrl.lab.compare.plan import read_plan, settle_plan, write_plan
+from tokenrl.lab.compare.plan import continue_plan, read_plan, write_plan
 from tokenrl.lab.compare.planning import make_plan, read_arm
-from tokenrl.lab.compare.run import tune
+from tokenrl.lab.compare.schedule import missing
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.settings import arguments
 
@@ -62,14 +61,14 @@ def test_every_arm_has_the_same_seeds_and_the_reference_others_too():
     itself = [r for r in runs if r.role == "itself"]
     assert {r.arm for r in itself} == {"reinforce"} and not {r.seed for r in itself} & {0, 1, 2}
     assert len({r.path for r in runs}) == len(runs)
-    assert all({"max_steps": 4, "num_envs": 8}.items() <= made.settings(r).items() for r in runs)
+    assert all({"max_steps": 4, "num_envs": 8}.items() <= r.settings.items() for r in runs)
 
 
 def test_all_arms_have_the_budget_of_the_task_in_samples():
     made = toy("rloo", "remax", "grpo,num_generations=4", "rloo,learning_rate=1e-3")
     (problem,) = made.problems
     assert problem.budget == 40 * 16 * 8 and problem.unit == "completions" and problem.places[-1] == 5120
-    runs = {arm.label: made.settings(made.run(problem, arm, 0)) for arm in made.arms}
+    runs = {arm.label: made.run(problem, arm, 0).settings for arm in made.arms}
     assert {run["max_samples"] for run in runs.values()} == {40 * 16 * 8}
     assert not any("max_steps" in run for run in runs.values())
     assert runs["grpo,num_generations=4"]["eval_every"] == 2 * runs["rloo"]["eval_every"], "the same samples"
@@ -152,41 +151,52 @@ def begun(tmp_path):
 
 
 def test_the_same_plan_goes_on_and_is_read_back(begun):
-    assert settle_plan(plan(), begun, overwrite=False) == plan()
+    assert continue_plan(plan(), begun, overwrite=False) == plan()
     assert read_plan(begun).runs() == plan().runs()
 
 
 def test_more_seeds_and_arms_are_allowed_and_called_exploratory(begun):
-    more = settle_plan(plan(seeds=5), begun, overwrite=False)
-    assert more.changes == ("seeds was changed from [0, 1, 2] to [0, 1, 2, 3, 4] after runs had begun",)
-    added = settle_plan(plan(arms=(*WALK["arms"], "rloo,baseline=batch_mean")), begun, overwrite=False)
-    assert added.changes == ("the arm rloo,baseline=batch_mean was added after runs had begun",)
+    more = continue_plan(plan(seeds=5), begun, overwrite=False)
+    arms = "reinforce, reinforce_timestep_mean"
+    assert more.changes == (f"4 runs of {arms} with seeds from 3 to 4 were added after runs had begun",)
+    wider = plan(arms=(*WALK["arms"], "rloo,baseline=batch_mean"))
+    added = continue_plan(wider, begun, overwrite=False)
+    assert added.changes == (
+        "3 runs of rloo,baseline=batch_mean with seeds from 0 to 2 were added after runs had begun",
+    )
     write_plan(added, begun)
-    again = settle_plan(plan(arms=(*WALK["arms"], "rloo,baseline=batch_mean")), begun, overwrite=False)
-    assert again.changes == added.changes, "it stays exploratory"
+    assert continue_plan(wider, begun, overwrite=False).changes == added.changes, "it stays exploratory"
 
 
 def test_another_way_to_judge_is_exploratory(begun):
     other = {"metric": "reward", "reference": WALK["arms"][1], "failure_below": 0.2, "all_pairs": True}
-    changes = settle_plan(plan(**other), begun, overwrite=False).changes
+    changes = continue_plan(plan(**other), begun, overwrite=False).changes
     assert len(changes) == 4 and "metric was changed from area to reward" in " ".join(changes)
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"shared": {"max_steps": 5}}, {"env": "costly_walk"}, {"first_seed": 4}, {"arms": ("reinforce", "a2c")}],
+    ("options", "words"),
+    [
+        ({"shared": {"max_steps": 5}}, "reinforce/seed_0 has max_steps 4, now 5"),
+        ({"env": "costly_walk"}, "it has runs/walk/reinforce/seed_0, which"),
+        ({"first_seed": 4}, "it has runs/walk/reinforce/seed_0, which"),
+        ({"seeds": 2}, "it has runs/walk/reinforce/seed_2, which"),
+        ({"arms": ("reinforce", "a2c")}, "it has runs/walk/reinforce_timestep_mean/seed_0, which"),
+        ({"learning_rate": ("tuned",)}, "its learning rates are chosen in another way"),
+        ({"learning_rate": (0.5,)}, "reinforce/seed_0 has learning_rate 0.02, now 0.5"),
+    ],
 )
-def test_another_experiment_in_the_same_directory_is_refused(begun, options):
-    with pytest.raises(Refused, match="another comparison"):
-        settle_plan(plan(**options), begun, overwrite=False)
+def test_another_experiment_in_the_same_directory_is_refused(begun, options, words):
+    with pytest.raises(Refused, match=f"another comparison: .*{words}"):
+        continue_plan(plan(**options), begun, overwrite=False)
     assert (begun / "plan.json").is_file()
-    assert settle_plan(plan(**options), begun, overwrite=True).changes == ()
+    assert continue_plan(plan(**options), begun, overwrite=True).changes == ()
     assert not (begun / "runs").exists()
 
 
 def test_before_the_first_run_a_plan_is_simply_replaced(tmp_path):
     write_plan(plan(), tmp_path)
-    assert settle_plan(plan(seeds=5), tmp_path, overwrite=False).changes == ()
+    assert continue_plan(plan(seeds=5), tmp_path, overwrite=False).changes == ()
 
 
 def test_other_files_are_left_alone_and_a_damaged_plan_is_refused(begun, tmp_path_factory):
@@ -194,41 +204,46 @@ def test_other_files_are_left_alone_and_a_damaged_plan_is_refused(begun, tmp_pat
     (other / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
         with pytest.raises(Refused, match="holds files"):
-            settle_plan(plan(), other, overwrite=overwrite)
+            continue_plan(plan(), other, overwrite=overwrite)
     assert (other / "thesis.tex").is_file()
     for text in (json.dumps({"plan": None})[:-3], "{}", '{"plan": {}}'):
         (begun / "plan.json").write_text(text)
         with pytest.raises(Refused, match="cannot be read"):
-            settle_plan(plan(), begun, overwrite=False)
-
-
-def scored(best):
-    """Runs whose score falls with the distance of the rate from the best one of its arm, in powers of 2."""
-    made = []
-
-    def execute(runs):
-        made.extend(runs)
-        return pd.DataFrame({"area": [-abs(math.log2(r.learning_rate / best[r.arm])) for r in runs]})
-
-    return execute, made
+            continue_plan(plan(), begun, overwrite=False)
 
 
 TUNED = {"arms": ("reinforce,learning_rate=0.1", "a2c,learning_rate=0.1"), "learning_rate": ("tuned",)}
-LABELS = [("walk", arm) for arm in TUNED["arms"]]
+
+
+def tuned(score):
+    """The runs for tuning that are made if a function of the run gives its score, and the rates by arm."""
+    made, rows = plan(**TUNED), []
+    while (runs := missing(made, rows)) and runs[0].role == "tuning":
+        each = [vars(run) | {"learning_rate": run.learning_rate, "area": score(run)} for run in runs]
+        rows += each
+    assert {run.role for run in runs} == {"comparison"} and len(runs) == len(made.runs())
+    return rows, {run.arm: run.learning_rate for run in runs}
+
+
+def peak(best):
+    """Scores that fall with the distance of the rate from the best one of its arm, in powers of 2."""
+    return lambda run: -abs(math.log2(run.learning_rate / best[run.arm]))
 
 
 def test_the_best_rate_of_each_arm_wins_and_fewer_rates_go_on():
-    execute, made = scored(dict(zip(TUNED["arms"], (0.05, 0.2), strict=True)))
-    assert tune(plan(**TUNED), execute) == dict(zip(LABELS, (0.05, 0.2), strict=True))
+    best = dict(zip(TUNED["arms"], (0.05, 0.2), strict=True))
+    rows, rates = tuned(peak(best))
+    assert rates == best
     seeds = plan(**TUNED).tuning_seeds
-    assert [sum((r.seed, r.arm) == (s, TUNED["arms"][0]) for r in made) for s in seeds] == [5, 3, 2]
-    assert len({run.path for run in made}) == len(made) and not set(seeds) & set(plan(**TUNED).seeds)
+    assert len({row["path"] for row in rows}) == len(rows) and not set(seeds) & set(plan(**TUNED).seeds)
+    for arm in TUNED["arms"]:
+        assert [sum(row["seed"] == seed for row in rows if row["arm"] == arm) for seed in seeds] == [5, 3, 2]
 
 
 def test_a_best_rate_at_the_edge_widens_the_grid_but_not_without_end():
-    execute, made = scored(dict(zip(TUNED["arms"], (0.0125, 100.0), strict=True)))
-    assert tune(plan(**TUNED), execute) == dict(zip(LABELS, (0.0125, 1.6), strict=True))
-    least = min(run.learning_rate for run in made if run.arm == TUNED["arms"][0])
+    rows, rates = tuned(peak(dict(zip(TUNED["arms"], (0.0125, 100.0), strict=True))))
+    assert rates == dict(zip(TUNED["arms"], (0.0125, 1.6), strict=True))
+    least = min(row["learning_rate"] for row in rows if row["arm"] == TUNED["arms"][0])
     assert least == 0.00625, "one beyond the best one, which shows that it is best"
 
 
@@ -243,12 +258,8 @@ def test_the_mean_over_seeds_decides_and_a_rate_that_was_dropped_cannot_win_by_i
     first, later, best
 ):
     seed = plan(**TUNED).tuning_seeds[0]
-
-    def execute(runs):
-        each = [(first if r.seed == seed else later).get(r.learning_rate, math.nan) for r in runs]
-        return pd.DataFrame({"area": each})
-
-    assert set(tune(plan(**TUNED), execute).values()) == {best}
+    _, rates = tuned(lambda run: (first if run.seed == seed else later).get(run.learning_rate, math.nan))
+    assert set(rates.values()) == {best}
 
 
 def parsed(text):

@@ -18,7 +18,7 @@ from threading import Event
 from typing import Any, Literal
 
 from tokenrl.errors import Refused, Stopped, describe
-from tokenrl.lab.compare.plan import Plan, Run
+from tokenrl.lab.compare.plan import Run
 from tokenrl.runs.console import Console
 from tokenrl.runs.directory import in_use
 from tokenrl.runs.files import write_json
@@ -28,32 +28,45 @@ TICK = 0.2
 """Seconds between two looks at the runs under way."""
 LIBRARY: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
-Call = Callable[[str, str, Callable[[], bool]], int]
-"""Runs a command whose output goes to a file, and stops it when all is over, which it asks again and again.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+"""Variables of each run, beside those of the program that starts it."""
+
+Call = Callable[[Sequence[str], str, Callable[[], bool]], int]
+"""Runs a command of tokenrl whose output goes to a file, and stops it once a function says that all is over.
 
 It returns the exit code, or minus the number of the signal that ended the process."""
 
 
-def command(plan: Plan, run: Run, root: Path) -> str:
-    """Return the command line that makes or continues a run, for any scheduler, and write its settings.
+def command(run: Run, root: Path) -> list[str]:
+    """Return the words after `tokenrl` that make or continue a run; its settings are in a file beside it.
 
-    It belongs into the current directory, from which its paths lead, and takes the settings from a file
-    beside the directory of the run, such as seed_0.json.
+    They belong into the current directory: the paths in them may be relative to it.
 
     Args:
-        plan: the comparison.
         run: the run.
         root: the directory of the comparison.
     """
-    path, settings = root / f"{run.path}.json", plan.settings(run)
+    path = str(root / run.path)
+    return [run.kind, "--config", f"{path}.json", "--output-dir", path, "--resume", "auto", "--quiet"]
+
+
+def print_commands(runs: Sequence[Run], root: Path) -> None:
+    """Print the command line of each run, for any scheduler, and write the settings that it reads."""
+    variables = (f"{name}={value}" for name, value in ENVIRONMENT.items())
+    words = ["env", *variables, "tokenrl"]
+    for run in runs:
+        _write_settings(run, root)
+        print(shlex.join([*words, *command(run, root)]))
+
+
+def _write_settings(run: Run, root: Path) -> None:
+    path = root / f"{run.path}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"kind": plan.kind, **{n: value for n, value in settings.items() if value is not None}})
-    words = ["env", "OMP_NUM_THREADS=1", "tokenrl", plan.kind, "--config", str(path)]
-    return shlex.join([*words, "--output-dir", str(root / run.path), "--resume", "auto", "--quiet"])
+    settings = {name: value for name, value in run.settings.items() if value is not None}
+    write_json(path, {"kind": run.kind, **settings})
 
 
 def execute(
-    plan: Plan,
     runs: Sequence[Run],
     root: Path,
     *,
@@ -67,7 +80,6 @@ def execute(
     killed is continued once. If this process is killed, its runs save and stop; the same call continues them.
 
     Args:
-        plan: the comparison.
         runs: the runs.
         root: the directory of the comparison, which this process has locked.
         executor: `local` for processes of this machine, `ray` for tasks of a Ray cluster.
@@ -85,7 +97,7 @@ def execute(
         def is_over() -> bool:
             return over.is_set() or bool(stop.requested)
 
-        made = {pool.submit(_make, plan, run, root, call, is_over): run for run in runs}
+        made = {pool.submit(_make, run, root, call, is_over): run for run in runs}
         try:
             for future in as_completed(made):
                 code = future.result()
@@ -104,13 +116,14 @@ def execute(
         raise error
 
 
-def _make(plan: Plan, run: Run, root: Path, call: Call, is_over: Callable[[], bool]) -> int:
+def _make(run: Run, root: Path, call: Call, is_over: Callable[[], bool]) -> int:
     """Make or continue a run, and once more if its process was killed; return the exit code."""
     code, path = -int(signal.SIGTERM), root / run.path
+    _write_settings(run, root)
     for _ in range(2):
         while not is_over() and in_use(path):
             time.sleep(TICK)  # a run of a comparison that was killed is still being saved
-        if is_over() or 0 <= (code := call(command(plan, run, root), f"{path}.log", is_over)) <= 128:
+        if is_over() or 0 <= (code := call(command(run, root), f"{path}.log", is_over)) <= 128:
             break
     return code
 
@@ -134,22 +147,21 @@ def _on_this_machine() -> tuple[Call, int]:
 
 def _environment() -> dict[str, str]:
     """Return variables with which a run imports what this program can, such as a user's rewards."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **ENVIRONMENT}
 
 
-def _call(line: str, log: str, is_over: Callable[[], bool], environment: Mapping[str, str]) -> int:
+def _call(words: Sequence[str], log: str, is_over: Callable[[], bool], environment: Mapping[str, str]) -> int:
     """Run a command; asked to stop, by a KeyboardInterrupt too, it passes that on and waits.
 
     On Linux the command is also asked to stop if the thread that started it dies.
     """
-    words = shlex.split(line)[3:]  # without env OMP_NUM_THREADS=1 tokenrl
     with open(log, "ab") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "tokenrl", *words],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env={**environment, "OMP_NUM_THREADS": "1"},
+            env=environment,
             preexec_fn=None if LIBRARY is None else _stop_with_parent,
         )
     patience: float | None = TICK
@@ -184,8 +196,8 @@ def _on_ray() -> tuple[Call, int]:
         ) from error
     task = ray.remote(num_cpus=1, max_retries=0)(_in_task)
 
-    def call(line: str, log: str, is_over: Callable[[], bool]) -> int:
-        made = task.remote(line, log, os.getcwd(), _environment())
+    def call(words: Sequence[str], log: str, is_over: Callable[[], bool]) -> int:
+        made = task.remote(words, log, os.getcwd(), _environment())
         while not ray.wait([made], timeout=TICK)[0] and not is_over():
             pass
         if is_over():
@@ -198,7 +210,7 @@ def _on_ray() -> tuple[Call, int]:
     return call, int(ray.cluster_resources().get("CPU", 1))
 
 
-def _in_task(line: str, log: str, directory: str, environment: Mapping[str, str]) -> int:
+def _in_task(words: Sequence[str], log: str, directory: str, environment: Mapping[str, str]) -> int:
     """Run a command in a process of Ray, which interrupts it to stop it."""
     os.chdir(directory)
-    return _call(line, log, lambda: False, environment)
+    return _call(words, log, lambda: False, environment)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused
@@ -33,8 +33,8 @@ SPREAD = (0.002, 0.011)
 """Least and greatest standard deviation of a paired difference in a pilot on the toy tasks, for area."""
 COMPUTATION = ("threads", "mixed_precision", "training_attention")
 """Settings of how a run computes; a comparison fixes them unless the user does."""
-MAY_CHANGE = ("seeds", "reference", "metric", "failure_below", "all_pairs", "margins")
-"""What may be changed when a comparison goes on: how many runs there are, and how they are judged."""
+JUDGED = ("reference", "metric", "failure_below", "all_pairs", "margins")
+"""How runs are judged, which may change when a comparison goes on."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ class Arm:
         return arguments(Estimator, self.settings["estimator"])
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """One run of a comparison: an ordinary run directory.
 
     Attributes:
@@ -101,16 +102,26 @@ class Run(NamedTuple):
         arm: label of the arm.
         role: why it is made.
         seed: its seed.
-        learning_rate: its learning rate.
         path: its directory, relative to that of the comparison.
+        settings: all its settings but the directory.
     """
 
     problem: str
     arm: str
     role: Role
     seed: int
-    learning_rate: float
     path: str
+    settings: dict[str, Any]
+
+    @property
+    def kind(self) -> Kind:
+        """The command that makes it."""
+        return "control" if "env" in self.settings else "train"
+
+    @property
+    def learning_rate(self) -> float:
+        """Its learning rate."""
+        return float(self.settings["learning_rate"])
 
 
 @dataclass(frozen=True)
@@ -159,12 +170,21 @@ class Plan:
     def run(
         self, problem: Problem, arm: Arm, seed: int, role: Role = "comparison", rate: float | None = None
     ) -> Run:
-        """Plan one run; its learning rate is the one given, else the arm's own, else the problem's."""
-        usual = rate or arm.settings.get("learning_rate") or problem.settings["learning_rate"]
+        """Plan one run; its learning rate is the one given, else the arm's own, else the problem's.
+
+        All runs on a problem generate the same number of samples, and are evaluated at the same places.
+        """
+        settings = {**problem.settings, **arm.settings, "seed": seed, "keep_checkpoints": 1}
+        settings["learning_rate"] = rate or settings["learning_rate"]
+        if self.kind == "train":
+            samples = settings["eval_every"] * problem.settings["num_generations"]  # per prompt
+            every = settings["eval_every"] and max(1, round(samples / settings["num_generations"]))
+            settings |= {"max_samples": problem.budget, "eval_every": every}
         folder = _slug(arm.label, [other.label for other in self.arms])
-        folder += {"comparison": "", "itself": "-itself", "tuning": f"-tuning-{usual:g}"}[role]
+        suffix = f"-tuning-{settings['learning_rate']:g}" if role == "tuning" else f"-{role}"
+        folder += suffix if role != "comparison" else ""
         path = f"runs/{_slug(problem.label, list(self.margins))}/{folder}/seed_{seed}"
-        return Run(problem.label, arm.label, role, seed, usual, path)
+        return Run(problem.label, arm.label, role, seed, path, settings)
 
     def runs(self, rates: Mapping[tuple[str, str], float] | None = None) -> list[Run]:
         """Return the runs of the comparison, those of one seed together, so that pairs are complete early.
@@ -181,18 +201,6 @@ class Plan:
                     if arm.label == self.reference and self.itself_seeds:
                         runs.append(self.run(problem, arm, self.itself_seeds[place], "itself", rate))
         return runs
-
-    def settings(self, run: Run) -> dict[str, Any]:
-        """Return all settings of a run but its directory: the same samples, evaluated at the same places."""
-        (problem,) = (one for one in self.problems if one.label == run.problem)
-        (arm,) = (one for one in self.arms if one.label == run.arm)
-        own = {"seed": run.seed, "learning_rate": run.learning_rate, "keep_checkpoints": 1}
-        settings = {**problem.settings, **arm.settings, **own}
-        if self.kind == "train":
-            size, own_size = problem.settings["num_generations"], settings["num_generations"]
-            every = settings["eval_every"] and max(1, round(settings["eval_every"] * size / own_size))
-            settings |= {"max_samples": problem.budget, "eval_every": every}
-        return settings
 
     def in_words(self) -> dict[str, str]:
         """Say by heading what is compared, at what cost, and how small a difference that can show."""
@@ -282,12 +290,12 @@ def _refuse_foreign(output_dir: Path) -> None:
         raise Refused(f"{output_dir} holds files, but no comparison. Give an empty --output-dir.")
 
 
-def settle_plan(plan: Plan, output_dir: Path, *, overwrite: bool) -> Plan:
-    """Compare a plan with the one that the directory holds; return it with what has changed since.
+def continue_plan(plan: Plan, output_dir: Path, *, overwrite: bool) -> Plan:
+    """Compare a plan with the one that the directory holds; return it with the changes since.
 
-    More seeds, more arms, and another way to judge are allowed. If runs of the older plan have begun, they
-    are noted as exploratory: who looks at results before choosing what to compare, or when to stop, will find
-    differences by chance more often than the level says.
+    A plan may gain runs, of more seeds or arms, and judge them in another way. If runs of the older plan have
+    begun, such changes are noted as exploratory: who looks at results before choosing what to compare, or
+    when to stop, will find differences by chance more often than the level says.
 
     Args:
         plan: the plan.
@@ -295,8 +303,8 @@ def settle_plan(plan: Plan, output_dir: Path, *, overwrite: bool) -> Plan:
         overwrite: remove the comparison that the directory holds; this process has locked the directory.
 
     Raises:
-        Refused: the directory holds a comparison of other problems, arms or seeds, or something else; or it
-            holds a comparison that cannot be removed.
+        Refused: the directory holds a comparison with runs that the plan lacks, or has with other settings;
+            or something else; or a comparison that cannot be removed.
     """
     _refuse_foreign(output_dir)
     if not os.path.exists(output_dir / "plan.json"):
@@ -305,24 +313,38 @@ def settle_plan(plan: Plan, output_dir: Path, *, overwrite: bool) -> Plan:
     if overwrite:
         _remove(old, output_dir.resolve())
         return plan
-    before, now = _facts(old), _facts(plan)
-    differ = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
-    added = {name for name in differ if name.startswith("the arm") and name not in before}
-    wrong = [name for name in differ if name not in {*MAY_CHANGE, *added}]
-    if wrong:
-        words = "; ".join(f"{name}: {before.get(name)}, now {now.get(name)}" for name in wrong)
+    before, now = ({run.path: run for run in each.runs() if run.role == "comparison"} for each in (old, plan))
+    difference = _first_difference(before, now)
+    if difference or old.tuning_seeds != plan.tuning_seeds:
+        difference = difference or "its learning rates are chosen in another way"
         raise Refused(
-            f"{output_dir} holds another comparison: {words[:900]}. Give the arguments that it was started "
-            "with (plan.json has its command), another --output-dir, or --overwrite."
+            f"{output_dir} holds another comparison: {difference[:900]}. Give the arguments that it was "
+            "started with (plan.json has its command), another --output-dir, or --overwrite."
         )
     if not any((output_dir / "runs").rglob("config.json")):
         return plan
     changes = [
-        f"{name} was {'added' if name in added else f'changed from {before[name]} to {now[name]}'} "
-        "after runs had begun"
-        for name in differ
+        f"{name} was changed from {getattr(old, name)} to {getattr(plan, name)} after runs had begun"
+        for name in JUDGED
+        if getattr(old, name) != getattr(plan, name)
     ]
+    if added := [run for path, run in now.items() if path not in before]:
+        arms, seeds = ", ".join(dict.fromkeys(run.arm for run in added)), [run.seed for run in added]
+        runs = f"{len(added)} runs of {arms} with seeds from {min(seeds)} to {max(seeds)}"
+        changes.append(f"{runs} were added after runs had begun")
     return replace(plan, changes=tuple(dict.fromkeys([*old.changes, *changes])))
+
+
+def _first_difference(before: Mapping[str, Run], now: Mapping[str, Run]) -> str:
+    """Say which run, by its directory, is missing now, or has other settings; nothing if there is none."""
+    for path, run in before.items():
+        if path not in now:
+            return f"it has {path}, which these arguments do not make"
+        settings, new = plain(run.settings), plain(now[path].settings)
+        if differ := [name for name in settings | new if settings.get(name) != new.get(name)]:
+            words = (f"{name} {settings.get(name)}, now {new.get(name)}" for name in differ)
+            return f"{path} has {'; '.join(words)}"
+    return ""
 
 
 def _remove(plan: Plan, root: Path) -> None:
@@ -351,14 +373,3 @@ def _remove(plan: Plan, root: Path) -> None:
             os.removedirs(run.parent)
     for name in ("runs.csv", "comparisons.csv", "comparison.json", "report.html"):
         remove(root / name)
-
-
-def _facts(plan: Plan) -> dict[str, Any]:
-    """Return what two plans are compared by, as JSON holds it, by name."""
-    found: dict[str, Any] = {name: getattr(plan, name) for name in (*MAY_CHANGE, "tuning_seeds")}
-    found |= {"the first seed": plan.seeds[0]}
-    found |= {f"the arm {arm.label}": arm.settings for arm in plan.arms}
-    for problem in plan.problems:
-        values = {**vars(problem), **problem.settings, "settings": None, "margin": None}
-        found |= {f"{name} on {problem.label}": value for name, value in values.items()}
-    return {name: plain(value) for name, value in found.items()}

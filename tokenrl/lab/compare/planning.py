@@ -74,7 +74,7 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     check_choice("reference", plan.reference, labels)
     for problem, arm in product(problems, arms):
         try:
-            _resolved(plan.kind, plan.settings(plan.run(problem, arm, first)))
+            _resolved(plan.kind, plan.run(problem, arm, first).settings)
         except Refused as error:
             raise Refused(f"The arm {arm.label!r} cannot train on {problem.label}: {error}") from error
     return plan

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from tokenrl.configuration import read_config
 from tokenrl.lab.compare.plan import SCORES, Plan, Problem, Run
 from tokenrl.runs.reader import RecordedRun, read_run, series
 from tokenrl.runs.signals import SIGNALS
@@ -36,6 +37,14 @@ class RunTable(NamedTuple):
     runs: pd.DataFrame
     curves: pd.DataFrame
 
+    @classmethod
+    def of_rows(cls, rows: Sequence[Mapping[str, Any]]) -> RunTable:
+        """Make the table of rows, each with its curve as `read_runs` returns it."""
+        empty = pd.DataFrame(columns=["problem", "arm", "role", "path", "samples", "reward"])
+        curves = [row["curve"] for row in rows if row["curve"] is not None]
+        runs = pd.DataFrame(rows).drop(columns="curve")
+        return cls(runs, pd.concat([empty, *curves], ignore_index=True))
+
     def of(self, problem: str, arm: str | None = None, role: str = "comparison") -> pd.DataFrame:
         """Return the rows of the runs on a problem, of one arm or of all."""
         runs = self.runs[(self.runs["problem"] == problem) & (self.runs["role"] == role)]
@@ -47,7 +56,7 @@ class RunTable(NamedTuple):
         return self.curves[of_problem & (self.curves["role"] == "comparison")]
 
 
-def read_runs(plan: Plan, runs: Iterable[Run], root: Path) -> RunTable:
+def read_runs(plan: Plan, runs: Iterable[Run], root: Path) -> list[dict[str, Any]]:
     """Read runs of a comparison, finished or not.
 
     A run that ended before its budget was used keeps the values of its last evaluation, also if it failed.
@@ -57,26 +66,30 @@ def read_runs(plan: Plan, runs: Iterable[Run], root: Path) -> RunTable:
         runs: the runs.
         root: its directory.
 
+    Returns:
+        A row for each run, as `RunTable.runs` has them, and its `curve`: None, or rows of `RunTable.curves`.
+
     Raises:
         Refused: a file of a run is damaged.
     """
     by_label = {problem.label: problem for problem in plan.problems}
-    rows, curves = [], list[pd.DataFrame]()
+    rows = []
     for run in runs:
         path = root / run.path
-        found = read_run(path) if (path / "metrics.jsonl").is_file() else None
-        state, reason = _state(found, path)
-        row = {**run._asdict(), "state": state, "reason": reason, **dict.fromkeys(SCORES, math.nan)}
-        if found and found.metrics:
-            scores, curve = _scores(found, by_label[run.problem])
+        recorded = read_run(path) if (path / "metrics.jsonl").is_file() else None
+        state, reason = _state(recorded, path)
+        row = {**vars(run), "learning_rate": run.learning_rate, "state": state, "reason": reason}
+        row |= {**dict.fromkeys(SCORES, math.nan), "curve": None}
+        del row["settings"]
+        if recorded and recorded.metrics:
+            scores, curve = _scores(recorded, by_label[run.problem])
             row |= scores
-            curves.append(curve.assign(problem=run.problem, arm=run.arm, role=run.role, path=run.path))
+            row["curve"] = curve.assign(problem=run.problem, arm=run.arm, role=run.role, path=run.path)
         low = plan.failure_below is not None and row["reward"] < plan.failure_below
         if low and not reason:
             row["reason"] = f"Its reward at the end, {row['reward']:.3g}, is below {plan.failure_below:g}."
         rows.append({**row, "failed": state == "failed" or low})
-    empty = pd.DataFrame(columns=["problem", "arm", "role", "path", "samples", "reward"])
-    return RunTable(pd.DataFrame(rows), pd.concat([empty, *curves], ignore_index=True))
+    return rows
 
 
 def samples_of(run: RecordedRun, unit: str) -> pd.Series:
@@ -125,8 +138,8 @@ def _state(found: RecordedRun | None, directory: Path) -> tuple[str, str]:
 
 def is_done(run: Run, root: Path) -> bool:
     """Return whether a run has ended by itself; one that failed or was stopped by a signal has not."""
-    there = (root / run.path / "metrics.jsonl").is_file()
-    return there and read_run(root / run.path).summary.get("exit_reason") in ENDED
+    summary = root / run.path / "summary.json"
+    return summary.is_file() and read_config(summary).get("exit_reason") in ENDED
 
 
 def _facts(run: RecordedRun) -> dict[str, float]:
