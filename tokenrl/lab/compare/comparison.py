@@ -166,7 +166,7 @@ def _ceiling(found: Comparison, problem: Problem) -> Iterator[Caveat]:
     place = apart.idxmax()
     if place < problem.budget and apart[place] > 1:
         steps = max(1, round(place / problem.per_step))
-        flag = f"--max-samples {place:.0f}" if found.plan.kind == "train" else f"--max-steps {steps}"
+        flag = f"--max-samples {place:.0f}" if problem.unit == "completions" else f"--max-steps {steps}"
         text += (
             f" Compare at a smaller budget: after {place:,.0f} {problem.unit} the arms lay farthest apart, "
             f"relative to the spread over seeds ({flag}; since these results suggest it, with other seeds)."

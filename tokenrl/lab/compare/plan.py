@@ -129,7 +129,6 @@ class Plan:
     """A comparison as it was planned, before anything was run.
 
     Attributes:
-        kind: the command that makes its runs.
         problems: what the arms are compared on.
         arms: the arms, in the order in which they were given.
         reference: label of the arm that the others are compared with.
@@ -143,7 +142,6 @@ class Plan:
         command: the command line that repeats the comparison; empty if a Python program made it.
     """
 
-    kind: Kind
     problems: tuple[Problem, ...]
     arms: tuple[Arm, ...]
     reference: str
@@ -176,7 +174,7 @@ class Plan:
         """
         settings = {**problem.settings, **arm.settings, "seed": seed, "keep_checkpoints": 1}
         settings["learning_rate"] = rate or settings["learning_rate"]
-        if self.kind == "train":
+        if "task" in settings:
             samples = settings["eval_every"] * problem.settings["num_generations"]  # per prompt
             every = settings["eval_every"] and max(1, round(samples / settings["num_generations"]))
             settings |= {"max_samples": problem.budget, "eval_every": every}

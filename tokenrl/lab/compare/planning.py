@@ -17,7 +17,7 @@ from tokenrl.core.estimator import Estimator
 from tokenrl.errors import Refused, nearest
 from tokenrl.foreign import check_names
 from tokenrl.lab.compare.arguments import CompareArguments
-from tokenrl.lab.compare.plan import Arm, Kind, Plan, Problem
+from tokenrl.lab.compare.plan import Arm, Kind, Plan, Problem, Run
 from tokenrl.language.tasks.task import find_task
 from tokenrl.language.training.arguments import TrainArguments
 from tokenrl.language.training.setup import load_base, train_settings
@@ -59,7 +59,6 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     problems, arms = _problems_and_arms(args, announce)
     labels, is_tuned = [arm.label for arm in arms], "tuned" in args.learning_rate
     plan = Plan(
-        kind="control" if problems[0].unit != "completions" else "train",
         problems=tuple(replace(problem, margin=args.margin or problem.margin) for problem in problems),
         arms=tuple(arms),
         reference=labels[0] if args.reference is None else args.reference,
@@ -74,19 +73,20 @@ def make_plan(args: CompareArguments, announce: Callable[[str], None]) -> Plan:
     check_choice("reference", plan.reference, labels)
     for problem, arm in product(problems, arms):
         try:
-            _resolved(plan.kind, plan.run(problem, arm, first).settings)
+            _check(plan.run(problem, arm, first))
         except Refused as error:
             raise Refused(f"The arm {arm.label!r} cannot train on {problem.label}: {error}") from error
     return plan
 
 
-def _resolved(kind: Kind, settings: Mapping[str, Any]) -> Any:
-    """Return the settings of a run as far as they are known, and checked, before a model is loaded."""
-    if kind == "control":
-        agent = arguments(ControlArguments, settings)
-        return control_settings(agent, describe(agent.env, agent.max_episode_steps))
-    args = arguments(TrainArguments, settings)
-    return train_settings(args, find_task(args)[0])
+def _check(run: Run) -> None:
+    """Refuse settings of a run that contradict each other, as far as they are known without its model."""
+    if run.kind == "control":
+        agent = arguments(ControlArguments, run.settings)
+        control_settings(agent, describe(agent.env, agent.max_episode_steps))
+    else:
+        args = arguments(TrainArguments, run.settings)
+        train_settings(args, find_task(args)[0])
 
 
 def _problems_and_arms(
@@ -132,40 +132,40 @@ def _problem(label: str, given: dict[str, Any], announce: Callable[[str], None])
     In control the budget is counted in episodes, or in steps of the environment if `num_steps` is set: then
     all arms generate as many of them per update.
     """
-    args: Any
-    found: Any
-    spread, open_ = None, ["learning_rate", "max_steps", "num_envs"]
+    reward_range, fixed = None, dict[str, Any](threads=1)
     if "env" in given:
-        args = found = arguments(ControlArguments, given)
+        args: Any = arguments(ControlArguments, given)
         task: Any = describe(args.env, args.max_episode_steps)
         unit = "environment steps" if args.num_steps else "episodes"
         per_step = args.num_envs * (args.num_steps or 1)
-        budget = args.max_steps * per_step
+        budget, resolved = args.max_steps * per_step, args
+        filled_in = ["learning_rate", "max_steps", "num_envs"]
     else:
-        fits_every_shape = {"baseline": "running_mean", "ratio": "token"}
+        fits_every_shape = {"baseline": "running_mean", "ratio": "token"}  # in place of an arm's estimator
         args = arguments(TrainArguments, {**given, "estimator": fits_every_shape})
-        task, rewards = find_task(args)
-        found = train_settings(args, task, load_base(args, task, announce))
-        unit, per_step = "completions", found.prompts_per_step * found.num_generations
-        budget, spread = args.max_samples or found.max_steps * per_step, getattr(rewards, "range", None)
-        open_[1:] = "prompts_per_step", "num_generations", "max_completion_length", "lr_scheduler_type"
+        task, reward = find_task(args)
+        resolved = train_settings(args, task, load_base(args, task, announce))
+        unit, per_step = "completions", resolved.prompts_per_step * resolved.num_generations
+        budget = args.max_samples or resolved.max_steps * per_step
+        reward_range = getattr(reward, "range", None)
+        fixed |= {"mixed_precision": "no", "training_attention": "as_loaded", "stop_after_zero_spread": 0}
+        filled_in = ["learning_rate", "prompts_per_step", "num_generations", "max_completion_length"]
+        filled_in += ["lr_scheduler_type"]
     every = args.eval_every
     every = max(1, math.ceil(budget / per_step) // EVALUATIONS) if every is None else every
-    usual: dict[str, Any] = {"threads": 1}
-    if unit == "completions":
-        usual |= {"mixed_precision": "no", "training_attention": "as_loaded"}
-        usual |= {"stop_after_zero_spread": 0, "log_completions": every}
-    settings = {**usual, "eval_every": every, **given, **{name: getattr(found, name) for name in open_}}
-    left_out = ("max_steps", "max_samples") if unit == "completions" else ()  # the budget says how long
+    settings = {**fixed, "eval_every": every, **given}
+    settings |= {name: getattr(resolved, name) for name in filled_in}
+    if unit == "completions":  # the budget says how long a run is
+        settings = {"log_completions": every, **settings, "max_steps": None, "max_samples": None}
     return Problem(
         label=label,
-        settings=plain({name: value for name, value in settings.items() if name not in left_out}),
+        settings=plain({name: value for name, value in settings.items() if value is not None}),
         budget=budget,
         unit=unit,
         per_step=per_step,
         every=per_step * every,
-        margin=MARGIN * (spread[1] - spread[0]) if spread else None,
-        reward_range=spread,
+        margin=MARGIN * (reward_range[1] - reward_range[0]) if reward_range else None,
+        reward_range=reward_range,
         solved=getattr(task, "solved", None),
     )
 
