@@ -1,9 +1,11 @@
-"""Finds gymnasium environments, describes them and steps many copies; refuses those no policy can act in.
+"""Finds and describes gymnasium environments, and steps many copies of one.
+
+An environment whose spaces fit no policy here is refused.
 
 Vector environments of gymnasium reset on the NEXT step: the step after the end of an episode ignores its
 action and returns the first observation of a new episode, with reward 0. Such a step belongs to no episode,
-and `rollouts` leaves it out. Whatever the code of an environment raises is its failure, sys.exit too, and the
-errors here name the environment.
+and `rollouts` leaves it out. Whatever the code of an environment raises, also sys.exit, is reported as a
+failure of that environment, by its name.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ Their own time limits are off, because gymnasium's wrapper truncates episodes.
 PICTURE = 1024
 """A Box with several axes is a picture if its numbers are bytes (uint8), or if they are more than these.
 
-Flattened, a picture would be thousands of inputs that do not know which of them are neighbours. A Box with
-one axis is never a picture, so `gymnasium.wrappers.FlattenObservation` still lets a user flatten any Box.
+A flattened picture is thousands of inputs, and the network cannot see which of them lie side by side. A Box
+with one axis is never a picture, so with `gymnasium.wrappers.FlattenObservation` a user can flatten any Box.
 """
 REGISTER = "Register it in a wrapper in a file, and give --env my_envs.py:Mine-v0: gymnasium.wrappers.{}."
 
@@ -175,15 +177,15 @@ def make(env: str, num_envs: int, max_episode_steps: int | None = None) -> Vecto
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = gymnasium.make_vec(spec.id, num_envs, vectorization_mode=mode, max_episode_steps=limit)
+            vector = gymnasium.make_vec(spec.id, num_envs, vectorization_mode=mode, max_episode_steps=limit)
     except gymnasium.error.DependencyNotInstalled as error:
         raise Refused(f"{spec.id} needs a package that is not installed: {error}") from error
     except USER_CODE_FAILED as error:
         raise Refused(f"The environment {spec.id} could not be made: {raised(error)}.") from error
-    if made.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP) != AutoresetMode.NEXT_STEP:
+    if vector.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP) != AutoresetMode.NEXT_STEP:
         raise Refused(f"The environment {spec.id} does not reset on the next step; give one that does.")
-    _check_spaces(spec.id, made.single_observation_space, made.single_action_space)
-    return made
+    _check_spaces(spec.id, vector.single_observation_space, vector.single_action_space)
+    return vector
 
 
 def _horizon(spec: EnvSpec, limit: int | None) -> int:
@@ -262,10 +264,10 @@ class Environments:
         observations, rewards, terminated, truncated = self._call("step", self.translate(actions))
         return observations, rewards, terminated, truncated
 
-    def _call(self, method: str, *given: Any, **options: Any) -> tuple[Any, ...]:
-        """Call a method of the copies; return its answer with flat observations, without the last info."""
+    def _call(self, method: str, *args: Any, **options: Any) -> tuple[Any, ...]:
+        """Call a method of the copies; return its results with flat observations, but without the infos."""
         try:
-            answer = getattr(self.vector, method)(*given, **options)
+            answer = getattr(self.vector, method)(*args, **options)
             return () if answer is None else (self.flat(answer[0]), *answer[1:4])
         except USER_CODE_FAILED as error:
             raise Stopped(f"The environment {self.env} failed in {method}(): {raised(error)}.") from error
@@ -284,7 +286,7 @@ class Environments:
         return np.asarray(observations, np.float32).reshape(len(observations), -1)
 
     def close(self) -> None:
-        """Close the copies; an error then is only a warning, because they are not needed any more."""
+        """Close the copies. An error is only a warning, because they are not needed any more."""
         try:
             self._call("close")
         except Stopped as error:

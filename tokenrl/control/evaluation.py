@@ -1,4 +1,4 @@
-"""Evaluates a policy on episodes whose starting states it was never trained on, and films one."""
+"""Evaluates a policy on episodes from starting states that it was never trained on, and films one."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def evaluation_metrics(policy: Policy, envs: Environments, spec: Spec, *, seed: 
         For both, the mean return (of unscaled rewards, undiscounted) and its standard error over episodes;
         and the mean length of the episodes with sampled actions.
     """
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     start = seed_of(seed, 1, evaluation=True)
     for name, generator in (("reward", torch.Generator().manual_seed(seed)), ("reward_greedy", None)):
         rollout = collect_episodes(envs, policy, spec.horizon, generator, seed=start)
-        found[name], found[f"{name}_stderr"] = map(float, mean_and_error(rollout.returns.double()))
-        found.setdefault("episode_length", float(rollout.lengths.double().mean()))
-    return found
+        metrics[name], metrics[f"{name}_stderr"] = map(float, mean_and_error(rollout.returns.double()))
+        metrics.setdefault("episode_length", float(rollout.lengths.double().mean()))
+    return metrics
 
 
 def film(policy: Policy, spec: Spec, folder: Path, *, seed: int) -> Path:
@@ -63,16 +63,16 @@ def film(policy: Policy, spec: Spec, folder: Path, *, seed: int) -> Path:
         single = gymnasium.make(spec.env, render_mode="rgb_array", max_episode_steps=spec.horizon)
         return RecordVideo(single, str(folder), name_prefix="episode", disable_logger=True)
 
-    # SDL, with which many environments draw, needs no window, and complains where there is no display.
-    given = os.environ.get("SDL_VIDEODRIVER")
-    os.environ["SDL_VIDEODRIVER"] = given or "dummy"
+    # Many environments draw with SDL, which fails where there is no display unless its driver is 'dummy'.
+    driver = os.environ.get("SDL_VIDEODRIVER")
+    os.environ["SDL_VIDEODRIVER"] = driver or "dummy"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with contextlib.closing(Environments(spec.env, 1, vector=SyncVectorEnv([camera]))) as envs:
                 collect_episodes(envs, policy, spec.horizon, None, seed=seed_of(seed, 2, evaluation=True))
     finally:
-        if given is None:
+        if driver is None:
             del os.environ["SDL_VIDEODRIVER"]
     return folder / "episode-episode-0.mp4"
 

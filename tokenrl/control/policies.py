@@ -99,13 +99,13 @@ class ObservationScale(nn.Module):
 
     def update(self, observations: Tensor) -> None:
         """Include observations [M, O] in mean and standard deviation."""
-        seen = observations.double()
-        count = self.count + len(seen)
-        shift = seen.mean(0) - self.mean
+        values = observations.double()
+        count = self.count + len(values)
+        shift = values.mean(0) - self.mean
         # Squared deviations of both sets together: those within each set, and that between their means.
-        between = shift.square() * self.count * len(seen) / count
-        self.squares += (seen - seen.mean(0)).square().sum(0) + between
-        self.mean += shift * len(seen) / count
+        between = shift.square() * self.count * len(values) / count
+        self.squares += (values - values.mean(0)).square().sum(0) + between
+        self.mean += shift * len(values) / count
         self.count.copy_(count)
 
     def forward(self, observations: Tensor) -> Tensor:
@@ -189,18 +189,18 @@ class Policy(nn.Module):
         parameters = self(observations)
         if self.shape.head == "softmax":
             logprobs = parameters.log_softmax(-1)
-            taken = logprobs.gather(-1, actions[:, None]).squeeze(-1)
-            known = logprobs if entropy_gradient else logprobs.detach()
-            chances = known.exp()
-            norms = score_norm_of(taken.detach(), chances.detach())
-            return Scored(taken, entropy_of(known, chances), norms)
+            chosen = logprobs.gather(-1, actions[:, None]).squeeze(-1)
+            log_pi = logprobs if entropy_gradient else logprobs.detach()
+            probabilities = log_pi.exp()
+            norms = score_norm_of(chosen.detach(), probabilities.detach())
+            return Scored(chosen, entropy_of(log_pi, probabilities), norms)
         mean, log_std = _mean_and_log_std(parameters)
         z = (actions - mean) / log_std.exp()
-        taken = (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+        chosen = (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
         entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
         # Derivatives of the log density: z / std in the mean, z^2 - 1 in the log std.
         slopes = (z / log_std.exp()).square() + (z.square() - 1).square()
-        return Scored(taken, entropy, slopes.sum(-1).detach())
+        return Scored(chosen, entropy, slopes.sum(-1).detach())
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Return all parameters but those of a separate critic."""
@@ -269,13 +269,13 @@ def read_policy(folder: str | Path) -> Policy:
     Raises:
         Refused: the folder holds no policy, or it is damaged.
     """
-    place = Path(model_directory(folder))
+    model = Path(model_directory(folder))
     try:
-        shape: dict[str, Any] = json.loads((place / "policy.json").read_text("utf-8"))["shape"]
+        shape: dict[str, Any] = json.loads((model / "policy.json").read_text("utf-8"))["shape"]
         policy = Policy(Shape(**shape | {"hidden": tuple(shape["hidden"])}))
-        policy.load_state_dict(load_file(place / "policy.safetensors"))
+        policy.load_state_dict(load_file(model / "policy.safetensors"))
     except Exception as error:  # JSON, shapes and weights each have errors of their own
-        text = f"No policy could be read from {place} ({describe(error)}). Give that of a control run."
+        text = f"No policy could be read from {model} ({describe(error)}). Give that of a control run."
         raise Refused(text) from error
     return policy
 
@@ -304,12 +304,12 @@ class SavedPolicy:
             Refused: the folder holds no policy, or one of another shape.
         """
         saved = read_policy(folder)
-        wanted, found = vars(self.policy.shape), vars(saved.shape)
-        # How the weights began is no matter, since those that are loaded replace them.
-        differ = [name for name in wanted if found[name] != wanted[name] and name != "initial_weights"]
+        expected, loaded = vars(self.policy.shape), vars(saved.shape)
+        # The initial weights do not matter, because the loaded ones replace them.
+        differ = [name for name in expected if loaded[name] != expected[name] and name != "initial_weights"]
         if differ:
-            other = ", ".join(f"{name} {found[name]!r} instead of {wanted[name]!r}" for name in differ)
-            raise Refused(f"The policy in {folder} has {other}. Give these settings, or leave load out.")
+            text = ", ".join(f"{name} {loaded[name]!r} instead of {expected[name]!r}" for name in differ)
+            raise Refused(f"The policy in {folder} has {text}. Give these settings, or leave load out.")
         self.policy.load_state_dict(saved.state_dict())
 
     def tensors(self) -> Iterable[Tensor]:

@@ -50,7 +50,7 @@ class Rollout(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The n steps of E environments, some of them idle: they only reset, or come after what counts.
+    """The n steps of E environments. Idle steps only reset, or come after the episode that counts.
 
     Shapes are [E, n, O] for observations, [E, n] or [E, n, D] for actions, and [E, n] for all others.
     """
@@ -68,7 +68,7 @@ def collect_episodes(
 ) -> Rollout:
     """Play one whole episode in every environment.
 
-    Each environment plays exactly one. The first N episodes to end would be a biased sample: the short ones.
+    The first N episodes to end would be a biased sample, in which short episodes are too frequent.
 
     Args:
         envs: the environments, which are all reset.
@@ -88,7 +88,7 @@ def collect_episodes(
 
 
 class Pieces:
-    """Collects a fixed number of steps of every environment per rollout; episodes go on in the next."""
+    """Collects a fixed number of steps of every environment; their episodes go on in the next rollout."""
 
     def __init__(self, envs: Environments, num_steps: int, *, seed: int) -> None:
         """Start an episode in every environment."""
@@ -111,7 +111,7 @@ class Pieces:
         return rollout._replace(returns=torch.tensor(returns), lengths=torch.tensor(lengths))
 
     def _ended(self, steps: Steps) -> tuple[list[float], list[int]]:
-        """Add up what episodes have returned so far; return the totals and lengths of those that ended."""
+        """Add rewards to the returns of the episodes so far; give returns and lengths of those that ended."""
         returns: list[float] = []
         lengths: list[int] = []
         columns = (steps.rewards.double(), ~steps.idle, steps.terminated | steps.truncated)
@@ -152,7 +152,7 @@ def _play(
     Returns:
         The steps, the observations after the last of them [E, O], and the next `idle`.
     """
-    act, taken = policy.actor(), []
+    act, history = policy.actor(), []
     noise: list[Tensor | None] = [None] * chunk
     for t in range(steps):
         if generator is not None and t % chunk == 0:
@@ -161,13 +161,13 @@ def _play(
         now = torch.from_numpy(observation)
         actions = act(now, noise[t % chunk])
         observation, reward, terminated, truncated = envs.step(actions.numpy())
-        taken.append((now, actions, reward, terminated.copy(), truncated.copy(), idle))
+        history.append((now, actions, reward, terminated.copy(), truncated.copy(), idle))
         over = terminated | truncated
         idle = idle | over if once else over & ~idle
         if once and idle.all():
             break
-    columns = [torch.stack([torch.as_tensor(x) for x in column], 1) for column in zip(*taken, strict=True)]
-    columns[2] = columns[2].float()  # a reward that is too large becomes infinite, and is named then
+    columns = [torch.stack([torch.as_tensor(x) for x in column], 1) for column in zip(*history, strict=True)]
+    columns[2] = columns[2].float()  # a reward beyond float32 becomes infinite, which `_check_numbers` finds
     return Steps(*columns), torch.from_numpy(observation), idle
 
 
@@ -187,11 +187,11 @@ def into_rows(steps: Steps, after: Tensor) -> Rollout:
     count = int(first.sum())
     time = torch.arange(real.shape[1]).expand(real.shape)
     start = torch.zeros(count, dtype=torch.long).index_put((row[first],), time[first])
-    place = (row[real], time[real] - start[row[real]])
-    width = int(place[1].max()) + 1
+    index = (row[real], time[real] - start[row[real]])
+    width = int(index[1].max()) + 1
 
     def rows(x: Tensor) -> Tensor:
-        return x.new_zeros(count, width, *x.shape[2:]).index_put(place, x[real])
+        return x.new_zeros(count, width, *x.shape[2:]).index_put(index, x[real])
 
     # The observation after each step. At the end of an episode that is its final observation, because
     # gymnasium resets one step later.
@@ -209,28 +209,28 @@ def into_rows(steps: Steps, after: Tensor) -> Rollout:
 
 
 def _check_numbers(env: str, rollout: Rollout, unit: str) -> None:
-    """Stop at a number of the environment that cannot be used, instead of much later at a gradient.
+    """Stop the run at a number of the environment that cannot be used, before it spoils a gradient.
 
     Raises:
         Stopped: an observation or a reward is not finite, or a reward is larger than `LARGEST_REWARD`; the
             message names it and its step in the row, which is a `unit`.
     """
-    # One sum is many times faster than a look at every number. It is finite only if all of them are.
+    # One sum is many times faster than a check of every number, and it is finite only if all of them are.
     finite = (rollout.observations.sum() + rollout.final_observations.sum()).isfinite()
     if finite and rollout.rewards.abs().max() <= LARGEST_REWARD:  # a nan is the largest
         return
     for row, mask in enumerate(rollout.mask):
-        seen = torch.cat([rollout.observations[row, mask], rollout.final_observations[row, None]])
+        observations = torch.cat([rollout.observations[row, mask], rollout.final_observations[row, None]])
         rewards = rollout.rewards[row, mask]
-        bad_observation = ~seen.isfinite().all(1)  # [T + 1], before each step and after the last
+        bad_observation = ~observations.isfinite().all(1)  # [T + 1], before each step and after the last
         bad_reward = ~(rewards.abs() <= LARGEST_REWARD)  # [T]; not `>`, which is False for nan
         wrong = bad_observation | pad(bad_reward, (1, 0))
         if wrong.any():
             step = int(wrong.int().argmax())
-            observation = f"the observation {seen[step].tolist()!s:.200}"
-            what = observation if bad_observation[step] else f"the reward {float(rewards[step - 1]):g}"
+            observation = f"the observation {observations[step].tolist()!s:.200}"
+            number = observation if bad_observation[step] else f"the reward {float(rewards[step - 1]):g}"
             where = f"in step {step}" if step else "at the start"
             raise Stopped(
-                f"The environment {env} gave {what} {where} of {unit}. "
+                f"The environment {env} gave {number} {where} of {unit}. "
                 f"Observations must be finite, and rewards at most {LARGEST_REWARD:g} in size."
             )

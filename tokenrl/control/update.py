@@ -128,8 +128,8 @@ def scheduled(args: ControlArguments, step: int) -> Estimator:
     """Return the estimator of a step, counted from 1; its entropy bonus may fall to 0 over the run."""
     if args.entropy_schedule == "constant" or not args.estimator.needs_entropy:
         return args.estimator
-    left = 1 - (step - 1) / max(args.max_steps, 1)
-    return replace(args.estimator, entropy_coef=args.estimator.entropy_coef * left)
+    share = 1 - (step - 1) / max(args.max_steps, 1)
+    return replace(args.estimator, entropy_coef=args.estimator.entropy_coef * share)
 
 
 @torch.no_grad()
@@ -139,12 +139,12 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Units
     scored = values = bootstrap = None
     before = estimator.needs_old_logprobs or estimator.needs_sampling_logprobs
     if before or estimator.needs_score_norms:
-        scored = policy.score(*taken(mask, rollout.observations, rollout.actions))
+        scored = policy.score(*unpadded(mask, rollout.observations, rollout.actions))
     if estimator.needs_values:
-        values = in_rows(policy.values(*taken(mask, rollout.observations)), mask)
-        # A terminal state has value 0. A truncated episode would have gone on: the critic's value stands for
-        # the rest, except with gamma 1, where the return of an episode is the sum of its own rewards.
-        # Nor can a value of normalised returns stand for rewards: it is in other units.
+        values = in_rows(policy.values(*unpadded(mask, rollout.observations)), mask)
+        # A terminal state has value 0. A truncated episode would have gone on, so the critic's value is added
+        # in place of its later rewards; except with gamma 1, where the return of an episode is the sum of its
+        # own rewards. A value of normalised returns is in other units than rewards, so it is not added.
         ends = rollout.terminated
         if estimator.gamma == 1 or agent.args.time_limits == "end":
             ends = ends | rollout.truncated
@@ -163,9 +163,9 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Units
     )
     advantages = terms.advantages
     advantages = advantages[:, None].expand(mask.shape) if advantages.ndim == 1 else advantages
-    metrics = {"advantage_std": float(taken(mask, advantages)[0].std()) if mask.sum() > 1 else 0.0}
+    metrics = {"advantage_std": float(unpadded(mask, advantages)[0].std()) if mask.sum() > 1 else 0.0}
     if values is not None:
-        metrics["explained_variance"] = explained(*taken(mask, values, terms.returns))
+        metrics["explained_variance"] = explained(*unpadded(mask, values, terms.returns))
     units = Units(
         row=torch.arange(len(mask))[:, None].expand(mask.shape),
         observations=rollout.observations,
@@ -185,10 +185,10 @@ def prepare(agent: Agent, estimator: Estimator, rollout: Rollout) -> tuple[Units
 
 def one_by_one(rows: Units) -> Units:
     """Make every action a unit of its own, and leave out the padding."""
-    return rows.each(lambda x: taken(rows.mask, x)[0][:, None])
+    return rows.each(lambda x: unpadded(rows.mask, x)[0][:, None])
 
 
-def taken(mask: Tensor, *rows: Tensor) -> list[Tensor]:
+def unpadded(mask: Tensor, *rows: Tensor) -> list[Tensor]:
     """Return the entries [M, ...] of each tensor [N, T, ...] at the M steps where the mask is True."""
     flat = [x.flatten(0, 1) for x in rows]
     if mask.all():
@@ -198,7 +198,10 @@ def taken(mask: Tensor, *rows: Tensor) -> list[Tensor]:
 
 
 def explained(values: Tensor, returns: Tensor) -> float:
-    """Return the share of the returns' variance that the critic explains: at most 1; below 0 it does harm."""
+    """Return the share of the variance of the returns that the critic explains, at most 1.
+
+    Below 0 the critic is worse than a constant.
+    """
     spread = float(returns.var())
     return 1 - float((returns - values).var()) / spread if spread > 0 else math.nan
 
@@ -230,7 +233,7 @@ def _update(
 def _losses(agent: Agent, estimator: Estimator, part: Units, actions: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the losses of policy and critic and the entropy: this part's share of means over `actions`."""
     policy, mask, args = agent.policy, part.mask, agent.args
-    observations, chosen = taken(mask, part.observations, part.actions)
+    observations, chosen = unpadded(mask, part.observations, part.actions)
     scored = policy.score(observations, chosen, entropy_gradient=estimator.needs_entropy)
     objective = estimator.loss(
         in_rows(scored.logprobs, mask),
@@ -254,7 +257,10 @@ def _losses(agent: Agent, estimator: Estimator, part: Units, actions: float) -> 
 
 
 def _apply(agent: Agent) -> float:
-    """Clip and step, or skip an update whose gradient is not finite; return the policy's gradient norm."""
+    """Clip the gradient and make the optimiser's step; return the policy's gradient norm before clipping.
+
+    An update whose gradient is not finite is skipped.
+    """
     limit = agent.args.max_grad_norm or math.inf
     norm = float(nn.utils.clip_grad_norm_(agent.policy.policy_parameters(), limit))
     critic = agent.policy.value_parameters()

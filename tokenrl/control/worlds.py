@@ -132,7 +132,7 @@ class GridWorld(gymnasium.Env[NDArray[np.float32], np.int64]):
         return observation
 
     def render(self) -> str | NDArray[np.uint8] | None:  # type: ignore[override]
-        """Show the grid: S start, G goal, D decoy, A the agent; as text or as a picture, by `render_mode`."""
+        """Return the grid as text (S start, G goal, D decoy, A agent) or as a picture, by `render_mode`."""
         decoy = [] if self.decoy is None else [self.decoy]
         if self.render_mode == "ansi":
             marks = np.full(self.cells, ".")
@@ -191,17 +191,17 @@ def exact_values(
         raise Refused(f"policy {policy.shape} must have four probabilities for each of {env.cells} cells.")
     chances = transitions(env)
     moves = np.einsum("sa,sat->st", policy, chances)
-    ends, paid = list(env.ends), list(env.ends.values())
+    ends, end_rewards = list(env.ends), list(env.ends.values())
     alive = ~np.isin(np.arange(env.cells), ends)
-    rewards = env.step_reward * alive + moves[:, ends] @ paid
+    rewards = env.step_reward * alive + moves[:, ends] @ end_rewards
     if horizon is not None:
         values = np.zeros(env.cells)
         for _ in range(horizon):
             values = rewards + gamma * moves @ values
         return values
-    ever = np.linalg.matrix_power((moves > 0) + np.eye(env.cells), env.cells)[:, ends].any(1)
-    if gamma >= 1 and not ever.all():
-        cell = int(np.argmin(ever))
+    reaches_end = np.linalg.matrix_power((moves > 0) + np.eye(env.cells), env.cells)[:, ends].any(1)
+    if gamma >= 1 and not reaches_end.all():
+        cell = int(np.argmin(reaches_end))
         raise Refused(f"From cell {cell} the policy never ends an episode; give gamma below 1, or a horizon.")
     return np.linalg.solve(np.eye(env.cells) - gamma * moves, rewards)
 
@@ -229,11 +229,10 @@ class Walk(gymnasium.Env[NDArray[np.float32], np.int64]):
     (terminated). Every other step has the reward `step_reward`. After `time_limit` steps the episode is
     truncated, unless that step terminates it.
 
-    By default a step pays 0.01. Standing about for the whole episode returns 0.5, the straight path of eleven
-    steps to the right 1.1, and a path to the right that dawdles even more, 1.48 at most. A uniform policy
-    returns 0.459, and 76 % of its episodes are truncated. With a step reward of -0.01, which is the
-    environment `costly_walk`, standing about costs as much as it pays here; the best is the straight path,
-    with a return of 0.9.
+    By default the reward of a step is 0.01. Stepping to and fro for the whole episode has the return 0.5; the
+    straight path of eleven steps to the right has 1.1, and slower paths to the right up to 1.48. The mean
+    return of a uniform policy is 0.459, and 76 % of its episodes are truncated. With a step reward of -0.01,
+    which is the environment `costly_walk`, the straight path is the best, with a return of 0.9.
 
     Actions: `Discrete(2)`, left, right. Observations: `Box(-1.1, 1.1, [4], float32)`, which are (x, 0, 0, 0).
     """
